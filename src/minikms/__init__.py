@@ -1,0 +1,1 @@
+"""miniKMS: a local, hardened key service. Start reading at `minikms.service`."""
