@@ -102,8 +102,8 @@ class ConversationStore(Protocol):
     async def create_message(
         self, new: NewMessage, *, idempotency: Idempotency | None = None, request_id: str = ""
     ) -> Message:
-        """Durable when it returns. A thread is made when none is named or the named one is unknown: a named unknown thread is made
-        under a new id, as upstream does. Raises ThreadDeletedError, IdempotencyConflictError."""
+        """Durable when it returns. A thread is made when none is named (under a new id) or the named one is unknown (under
+        the name given). Raises ThreadDeletedError, IdempotencyConflictError."""
         ...
 
     async def get_message(self, message_id: str, *, thread_id: str | None = None) -> Message:
