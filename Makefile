@@ -1,0 +1,49 @@
+# The project's everyday commands. `make` alone lists them.
+#
+# All they assume is `make` and a python3 of 3.11 or newer: `.venv` is made without ensurepip and without pip on the
+# machine (tools/bootstrap/venv.py). Nothing here prompts. Another interpreter or place:
+#   make test PYTHON=python3.13 VENV=.venv-3.13
+# More for pytest or the bench:
+#   make test ARGS='tests/tidy -x'        make bench ARGS='encrypt'
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BOOTSTRAP := tools/bootstrap/venv.py $(wildcard tools/bootstrap/*.whl)
+STAMP := $(VENV)/.installed
+
+.PHONY: help run test venv lint bench torture
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make run      install into $(VENV) and take the guided tour (progressdb demo)'
+	@echo 'make test     run the tests'
+	@echo 'make venv     make $(VENV)/bin/minikms and $(VENV)/bin/progressdb'
+	@echo 'make lint     style, types, and the arrows between rooms'
+	@echo 'make bench    measure; SAVE=1 also writes docs/benchmarks.md'
+	@echo 'make torture  the tests that take longer than `make test` has time for'
+
+run: venv
+	$(VENV)/bin/progressdb demo
+
+test: venv
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+venv: $(STAMP)
+
+# Made again when what is to be installed changed. The source is installed in editable mode, so its changes need nothing.
+$(STAMP): pyproject.toml $(BOOTSTRAP)
+	$(PYTHON) tools/bootstrap/venv.py $(VENV)
+
+lint: venv
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: venv
+	$(VENV)/bin/python -m bench $(if $(SAVE),--save) $(ARGS)
+
+torture: venv
+	$(VENV)/bin/python -m pytest -m torture --verbose --capture=no --durations=10 $(ARGS)
