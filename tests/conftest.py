@@ -1,4 +1,4 @@
-"""What every test shares: the Hypothesis profile, a clean environment, and `tests/` on the import path (`import needs`).
+"""What every test shares: the Hypothesis profile, a clean environment, `tests/` on the import path (`import needs`).
 
 Owns no fixture of a room; each room keeps its own beside its tests. Never start a process or touch the network here.
 """
