@@ -1,8 +1,8 @@
 """The error tree of the key service.
 
-Owns: every way in which a verb can fail, with the HTTP status and the stable code it maps to. Invariants: the text of an
-error is written for the caller and holds no key, no plaintext, no path and no internal text; `MiniKmsError` itself is
-never raised. After a failure there is no default: what raises one of these has changed nothing, unless it says so.
+Owns: every way in which a verb can fail, with the HTTP status and the stable code it maps to. Invariants: the text of
+an error is written for the caller and holds no key, no plaintext, no path and no internal text; `MiniKmsError` itself
+is never raised. After a failure there is no default: what raises one of these has changed nothing, unless it says so.
 """
 
 from __future__ import annotations
@@ -121,6 +121,17 @@ class StorageUnavailableError(MiniKmsError):
 class ShuttingDownError(MiniKmsError):
     status = 503
     code = api.CODE_SHUTTING_DOWN
+
+
+class ArenaFullError(MiniKmsError):
+    """No slot is free for one more raw key; the request may be tried again when others have ended."""
+
+    status = 503
+    code = api.CODE_INTERNAL
+
+
+class KeyTextError(InvalidRequestError):
+    """A key given as text is not 64 hexadecimal characters. The text is never quoted."""
 
 
 class StartError(MiniKmsError):

@@ -1,0 +1,360 @@
+"""The one place in which raw keys live.
+
+Owns: the arena's pages, the slots cut from them, and every way a key gets into a slot. Invariants:
+- A slot is 32 bytes of one mapping that no child inherits, no core dump holds and no swap device sees. With
+  `memfd_secret(2)` the kernel also takes the pages out of its own map, so that not even root's `/proc/<pid>/mem` reads
+  them, and clears them when the process ends, however it ends. No descriptor of them is left open.
+- A slot is zero when it is handed out and zeroed when it is given back; a view of a slot that was given back raises.
+- Keys are written in place: by `readv(2)` into the view, or by a decryption into the view. Key text is decoded from one
+  view to another through small integers, which CPython keeps one shared object of each.
+
+It must never make a `bytes`, `str` or `int` of key material, and never print a slot's content.
+An arena belongs to the event loop's thread and to the process that made it; neither it nor its slots are locked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import mmap
+import os
+import resource
+import stat
+import sys
+from types import TracebackType
+from typing import Final, Literal, Self
+
+from minikms.errors import ArenaFullError, KeyTextError, StartError
+from minikms.memory import libc
+
+SLOT_BYTES: Final = 32
+SLOTS_DEFAULT: Final = 1024
+RANDOM_DEVICE: Final = "/dev/urandom"
+
+# Linux numbers that not every Python has names for: asm-generic/unistd.h, asm-generic/mman-common.h.
+_SYS_MEMFD_SECRET: Final = 447
+_MADV_DONTFORK: Final = 10
+_MADV_DONTDUMP: Final = 16
+_MADV_WIPEONFORK: Final = 18
+_MAP_FIXED: Final = 0x10
+
+_ZEROES: Final = bytes(64 * 1024)
+_HEX_INVALID: Final = 0xFF
+_HEX_VALUES: Final = bytes(
+    int(chr(code), 16) if chr(code) in "0123456789abcdefABCDEF" else _HEX_INVALID for code in range(256)
+)
+
+Backing = Literal["memfd_secret", "anonymous"]
+
+
+class SecretArena:
+    """A fixed number of 32-byte slots in locked pages.
+
+    `memfd_secret` backs it where the kernel has it; otherwise anonymous memory with `mlock(2)`, `MADV_DONTDUMP` and
+    `MADV_WIPEONFORK`, and `lacks` says in sentences what that does not give.
+
+    Args:
+        slots: how many keys it can hold at once; the memory is taken and locked here, never later.
+        force_fallback: take anonymous memory even where `memfd_secret` would do (for its tests).
+
+    Raises:
+        StartError: the pages could not be had, most often for RLIMIT_MEMLOCK (systemd: `LimitMEMLOCK=`).
+    """
+
+    def __init__(self, slots: int = SLOTS_DEFAULT, *, force_fallback: bool = False) -> None:
+        if slots < 1:
+            raise ValueError("an arena has at least one slot")
+        self._pid = os.getpid()
+        self._locked_bytes = -(-slots * SLOT_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._map = mmap.mmap(-1, self._locked_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.backing: Backing = "anonymous"
+        self.lacks: tuple[str, ...] = ()
+        """What this backing does not give here, a sentence each; empty when it gives everything."""
+        try:
+            if force_fallback or not self._back_with_secret_memory():
+                self._lock_anonymous_memory()
+            self._map[:] = bytes(self._locked_bytes)  # every page is there from now on: no fault can fail later
+            _random_device()  # opened before the file system is restricted
+        except BaseException:
+            self._map.close()
+            raise
+        self._root = memoryview(self._map)
+        self._free = list(range(slots - 1, -1, -1))
+        self._live: dict[int, memoryview] = {}
+        self._closed = False
+
+    @property
+    def slots(self) -> int:
+        return len(self._free) + len(self._live)
+
+    @property
+    def in_use(self) -> int:
+        return len(self._live)
+
+    @property
+    def locked_bytes(self) -> int:
+        return self._locked_bytes
+
+    def allocate(self) -> SecretSlot:
+        """A zeroed slot.
+
+        Raises:
+            ArenaFullError: all slots are in use, or the arena is closed.
+        """
+        if not self._free:
+            raise ArenaFullError("all slots of the key arena are in use")
+        index = self._free.pop()
+        view = self._root[index * SLOT_BYTES : (index + 1) * SLOT_BYTES]
+        self._live[index] = view
+        return SecretSlot(self, index, view)
+
+    def close(self) -> None:
+        """Zero every slot and make each view of one raise. Idempotent; in a forked child, which has no pages, nothing.
+
+        The pages are unmapped too, unless somebody still holds a part of a slot's view: then they stay, zeroed.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        zero(self._root)
+        for view in self._live.values():
+            with contextlib.suppress(BufferError):
+                view.release()
+        self._live.clear()
+        self._free.clear()
+        self._root.release()
+        with contextlib.suppress(BufferError):
+            self._map.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<SecretArena {self.backing}, {self.in_use} of {self.slots} slots in use>"
+
+    def _give_back(self, index: int) -> None:
+        """Zero the slot and free it. One whose view is held by a running call is zeroed, but not handed out again."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        view = self._live.pop(index)
+        zero(view)
+        view.release()
+        self._free.append(index)
+
+    def _address(self) -> int:
+        """Where the mapping starts; it stays there until `close`."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    def _back_with_secret_memory(self) -> bool:
+        """Put `memfd_secret(2)` pages where the anonymous ones are; False where the kernel offers none.
+
+        The Python object keeps owning the address range, so a view outlives nothing, and the descriptor can be closed.
+        """
+        if not libc.LINUX:
+            return False
+        try:
+            descriptor = libc.syscall("memfd_secret", _SYS_MEMFD_SECRET, os.O_CLOEXEC)
+        except OSError as error:
+            # ENOSYS: before Linux 5.14, or booted with secretmem.enable=0; EPERM: a container's filter.
+            if error.errno in (errno.ENOSYS, errno.EPERM):
+                return False
+            raise StartError(f"the key arena: {error.strerror}") from None
+        try:
+            os.ftruncate(descriptor, self._locked_bytes)
+            mapped = libc.library().mmap(
+                self._address(),
+                self._locked_bytes,
+                mmap.PROT_READ | mmap.PROT_WRITE,
+                mmap.MAP_SHARED | _MAP_FIXED,
+                descriptor,
+                0,
+            )
+            if mapped == ctypes.c_void_p(-1).value:
+                raise self._no_locked_memory(ctypes.get_errno())
+            self._map.madvise(_MADV_DONTFORK)
+        except OSError as error:
+            raise StartError(f"the key arena: {error.strerror}") from None
+        finally:
+            os.close(descriptor)
+        self.backing = "memfd_secret"
+        return True
+
+    def _lock_anonymous_memory(self) -> None:
+        if libc.library().mlock(self._address(), self._locked_bytes) != 0:
+            raise self._no_locked_memory(ctypes.get_errno())
+        lacks = ["memfd_secret is not available: root can read the key arena through /proc/<pid>/mem"]
+        for name, advice, loss in (
+            ("MADV_DONTDUMP", _MADV_DONTDUMP, "a core dump would hold the key arena"),
+            ("MADV_WIPEONFORK", _MADV_WIPEONFORK, "a forked child would inherit the key arena"),
+        ):
+            try:
+                if not libc.LINUX:
+                    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))  # noqa: TRY301 the refusal of a kernel without it
+                self._map.madvise(advice)
+            except OSError as error:
+                lacks.append(f"{name} is refused ({error.strerror}): {loss}")
+        self.lacks = tuple(lacks)
+
+    def _no_locked_memory(self, number: int) -> StartError:
+        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        allowed = "without limit" if limit == resource.RLIM_INFINITY else f"{limit} bytes"
+        return StartError(
+            f"the key arena needs {self._locked_bytes} bytes of locked memory ({os.strerror(number)}); RLIMIT_MEMLOCK "
+            f"allows {allowed} in all: raise LimitMEMLOCK= in the unit (or `ulimit -l`), or keep fewer keys in memory"
+        )
+
+
+class SecretSlot:
+    """32 writable bytes of an arena, until `release`. A slot that is dropped unreleased is zeroed and freed too."""
+
+    __slots__ = ("_arena", "_index", "_released", "view")
+
+    def __init__(self, arena: SecretArena, index: int, view: memoryview) -> None:
+        self._arena = arena
+        self._index = index
+        self._released = False
+        self.view = view
+        """The bytes. After `release` each use of it raises ValueError; parts cut from it must be gone by then."""
+
+    def release(self) -> None:
+        """Zero the slot and give it back. Idempotent.
+
+        Raises:
+            BufferError: a running call still holds the view; the slot is zeroed and never handed out again.
+        """
+        if not self._released:
+            self._released = True
+            self._arena._give_back(self._index)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(BufferError):
+            self.release()
+
+    def __repr__(self) -> str:
+        return f"<SecretSlot {self._index}, {'released' if self._released else 'in use'}>"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a secret slot is never pickled or copied")
+
+
+def zero(view: memoryview) -> None:
+    """Overwrite a writable, contiguous byte view of any size with zeroes."""
+    size = len(view)
+    if size <= len(_ZEROES):
+        view[:] = memoryview(_ZEROES)[:size]
+        return
+    for start in range(0, size, len(_ZEROES)):
+        zero(view[start : start + len(_ZEROES)])
+
+
+@functools.cache
+def _random_device() -> int:
+    """The open random device. Kept, so that a process out of descriptors still makes keys and not errors.
+
+    Raises:
+        StartError: it is not there, or not a device: a plain file there would give each installation the same keys.
+    """
+    try:
+        descriptor = os.open(RANDOM_DEVICE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError as error:
+        raise StartError(f"{RANDOM_DEVICE}: {error.strerror}") from None
+    if not stat.S_ISCHR(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StartError(f"{RANDOM_DEVICE} is not a device")
+    if sys.platform == "linux":
+        os.getrandom(1)  # blocks until the kernel's generator is seeded, which the device itself does not: random(4)
+    return descriptor
+
+
+def fill_random(view: memoryview) -> None:
+    """Fill a writable byte view from the kernel's generator, in place (`readv(2)` on the random device).
+
+    Raises:
+        OSError: the device failed; the view may be partly written and must not be used.
+    """
+    filled = 0
+    while filled < len(view):
+        count = os.readv(_random_device(), [view[filled:]])
+        if count == 0:
+            raise OSError(errno.EIO, f"{RANDOM_DEVICE} ended")
+        filled += count
+
+
+def hex_decode_into(source: memoryview, target: memoryview) -> None:
+    """Decode hexadecimal ASCII of either case into `target`, which may be the front half of `source` itself.
+
+    No object that holds more than one byte of the key is made. The source is the caller's to zero.
+
+    Raises:
+        KeyTextError: not exactly two hexadecimal digits for each byte of `target`, which is zeroed then.
+    """
+    if len(source) != 2 * len(target):
+        raise KeyTextError(f"a key is {2 * SLOT_BYTES} hexadecimal characters")
+    for index in range(len(target)):
+        high = _HEX_VALUES[source[2 * index]]
+        low = _HEX_VALUES[source[2 * index + 1]]
+        if high | low == _HEX_INVALID:
+            zero(target)
+            raise KeyTextError(f"a key is {2 * SLOT_BYTES} hexadecimal characters")
+        target[index] = high << 4 | low
+
+
+def read_key_fd_into(descriptor: int, slot: SecretSlot) -> None:
+    """Read a key of 64 hexadecimal characters and an optional newline from a file, pipe or memfd, up to its end.
+
+    The text passes through other slots of the same arena only. A file is read from its start whatever its offset is,
+    since the children that inherit one descriptor share the offset too.
+
+    Raises:
+        KeyTextError: it holds anything else; the slot is zeroed.
+        ArenaFullError: fewer than three slots are free.
+        OSError: the descriptor cannot be read.
+    """
+    arena = slot._arena
+    target = slot.view
+    with arena.allocate() as first, arena.allocate() as second, arena.allocate() as rest:
+        count = _read_all(descriptor, [first.view, second.view, rest.view[:2]])
+        text_bytes = 2 * SLOT_BYTES
+        if count == text_bytes or (count == text_bytes + 1 and rest.view[0] == ord("\n")):
+            try:
+                hex_decode_into(first.view, target[: SLOT_BYTES // 2])
+                hex_decode_into(second.view, target[SLOT_BYTES // 2 :])
+            except KeyTextError:
+                zero(target)
+                raise
+            return
+    zero(target)
+    raise KeyTextError(f"a key is {2 * SLOT_BYTES} hexadecimal characters and an optional newline, and nothing else")
+
+
+def _read_all(descriptor: int, views: list[memoryview]) -> int:
+    """Fill the views in order until they are full or the file ends; how many bytes that were."""
+    seekable = stat.S_ISREG(os.fstat(descriptor).st_mode)
+    total = 0
+    pending = list(views)
+    while pending:
+        count = os.preadv(descriptor, pending, total) if seekable else os.readv(descriptor, pending)
+        if count == 0:
+            break
+        total += count
+        while pending and count >= len(pending[0]):
+            count -= len(pending[0])
+            pending.pop(0)
+        if count:
+            pending[0] = pending[0][count:]
+    return total
