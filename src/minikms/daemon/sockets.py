@@ -1,0 +1,253 @@
+"""The listening Unix socket: where it may be, who may reach it, and when it may be replaced.
+
+Owns the rules, in this order:
+1. A socket that the service manager passes (sd_listen_fds(3)) is taken as it is; the manager answers for its place, and
+   nothing of it is ever removed here.
+2. The socket's directory belongs to this user or root and nobody else can write in it (a sticky directory such as /tmp
+   is written by everyone, so it is refused). It may be reached through a symbolic link of root's or ours, such as
+   /var/run; the socket itself may not be one.
+3. Whoever serves a path holds a lock beside it for as long as it lives, so that two starters never both take one socket
+   for stale. The caller also holds the lock of its data directory by then.
+4. What answers is alive and is never replaced. What refuses the connection is stale and is removed. Anything else in
+   the way is left alone. Binding itself is atomic: it fails on a path that exists.
+5. The socket is made 0600; only afterwards are its group and its mode widened, as asked.
+6. At the end it is removed only if it is still the one that was made here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import grp
+import os
+import socket
+import stat
+import sys
+from collections.abc import Iterator, MutableMapping
+from types import TracebackType
+from typing import Final, Self
+
+from minikms.custody.lock import lock_file
+from minikms.errors import StartError
+
+PATH_BYTES_MAX: Final = 107 if sys.platform == "linux" else 103  # sun_path of unix(7), less its NUL
+BACKLOG_COUNT: Final = 1024
+MODE_DEFAULT: Final = 0o600
+LOCK_SUFFIX: Final = ".lock"
+_LISTEN_FDS_START: Final = 3  # SD_LISTEN_FDS_START
+_PROBE_TIMEOUT_S: Final = 1.0
+
+
+class UnixListener:
+    """A listening, non-blocking Unix socket. `close` gives its path up, by the rules above.
+
+    `activated`: the service manager made it.
+    """
+
+    def __init__(self, listener: socket.socket, path: str, place: _Place | None) -> None:
+        self.socket = listener
+        self.path = path
+        self._place = place
+
+    @property
+    def activated(self) -> bool:
+        return self._place is None
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._place is not None:
+            self._place.close()  # first: while the socket is open its inode number cannot be given to another file
+        self.socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def listen(
+    path: str,
+    environ: MutableMapping[str, str],
+    *,
+    mode: int = MODE_DEFAULT,
+    group: str | None = None,
+) -> UnixListener:
+    """The socket to serve on: the one that the service manager passed, or else a new one at `path`.
+
+    To be called while the process has one thread (it sets the umask for a moment), under the data directory's lock.
+
+    Args:
+        environ: LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES are taken out of it, so that no child takes them for its own.
+        mode: permission bits; connecting needs write permission (unix(7)).
+        group: a group's name or number that the socket is given to.
+
+    Raises:
+        StartError: a rule of this module forbids it; the text says which and what to do.
+    """
+    passed = _passed_socket(environ)
+    if passed is not None:
+        return UnixListener(passed, str(passed.getsockname()), None)
+    path = os.path.abspath(path)
+    if len(os.fsencode(path)) > PATH_BYTES_MAX:
+        raise StartError(f"the socket path {path} is longer than {PATH_BYTES_MAX} bytes")
+    if mode & ~0o777:
+        raise StartError(f"the socket mode {mode:o} has more than permission bits")
+    gid = _group_id(group)
+    try:
+        place = _Place(path)
+        try:
+            return UnixListener(place.bind(mode, gid), path, place)
+        except BaseException:
+            place.close()
+            raise
+    except OSError as error:
+        raise StartError(f"the socket {path}: {error.strerror}") from None
+
+
+class _Place:
+    """The directory entry of one socket: checked, locked, and later given up."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        parent, self._name = os.path.split(path)
+        self._made: tuple[int, int] | None = None
+        self._directory = _open_directory(parent)
+        try:
+            self._lock = lock_file(self._directory, self._name + LOCK_SUFFIX, f"the socket {path}")
+        except BaseException:
+            os.close(self._directory)
+            raise
+        self._open = True
+
+    def bind(self, mode: int, gid: int | None) -> socket.socket:
+        self._clear_the_way()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with _umask(0o177):
+                listener.bind(self._path)
+            # In the directory that was judged: should its path lead elsewhere by now, this finds nothing and fails.
+            self._made = self._identity()
+            if gid is not None:
+                os.chown(self._name, -1, gid, dir_fd=self._directory, follow_symlinks=False)
+            if mode != MODE_DEFAULT:
+                os.chmod(self._name, mode, dir_fd=self._directory)
+            listener.listen(BACKLOG_COUNT)
+            listener.setblocking(False)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+
+    def close(self) -> None:
+        if not self._open:
+            return
+        self._open = False
+        with contextlib.suppress(OSError):  # the directory may be gone, which is as good
+            if self._identity() == self._made:
+                os.unlink(self._name, dir_fd=self._directory)
+        os.close(self._lock)
+        os.close(self._directory)
+
+    def _clear_the_way(self) -> None:
+        """Remove a stale socket; refuse on anything else that is there."""
+        try:
+            status = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        if stat.S_ISLNK(status.st_mode):
+            raise StartError(f"{self._path} is a symbolic link, and a socket's path must not be one")
+        if not stat.S_ISSOCK(status.st_mode):
+            raise StartError(f"{self._path} exists and is not a socket")
+        if _answers(self._path):
+            raise StartError(f"another process serves {self._path}")
+        os.unlink(self._name, dir_fd=self._directory)
+
+    def _identity(self) -> tuple[int, int]:
+        """Device and inode of what is at the path now."""
+        status = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
+        return status.st_dev, status.st_ino
+
+
+def _open_directory(parent: str) -> int:
+    """A descriptor of the socket's directory, after rule 2.
+
+    The link is judged before the directory is opened; who could exchange it in between could write in its parent.
+    """
+    trusted = (0, os.geteuid())
+    link = os.lstat(parent)
+    if stat.S_ISLNK(link.st_mode) and link.st_uid not in trusted:
+        raise StartError(f"the socket's directory {parent} is a symbolic link of uid {link.st_uid}")
+    descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    problem = None
+    if status.st_uid not in trusted:
+        problem = f"belongs to uid {status.st_uid}"
+    elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        problem = f"has mode {stat.S_IMODE(status.st_mode):04o}, so others can write in it"
+    if problem is not None:
+        os.close(descriptor)
+        raise StartError(
+            f"the socket's directory {parent} {problem}: give it to uid {os.geteuid()} with mode 0755 or less"
+        )
+    return descriptor
+
+
+def _answers(path: str) -> bool:
+    """Whether somebody listens at `path`. Only a refused connection is a no: a full queue or a missing right is not."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_PROBE_TIMEOUT_S)
+        try:
+            probe.connect(path)
+        except OSError as error:
+            return error.errno != errno.ECONNREFUSED
+    return True
+
+
+def _passed_socket(environ: MutableMapping[str, str]) -> socket.socket | None:
+    """The socket of the protocol of sd_listen_fds(3); None when none was passed to this process.
+
+    Raises:
+        StartError: something else than one listening Unix stream socket was passed.
+    """
+    pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
+    environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or count in ("", "0"):
+        return None
+    if count != "1":
+        raise StartError(f"the service manager passed {count} sockets; this daemon serves one")
+    try:
+        os.set_inheritable(_LISTEN_FDS_START, False)
+        passed = socket.socket(fileno=_LISTEN_FDS_START)
+        listening = passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise StartError(f"the socket that the service manager passed: {error.strerror}") from None
+    if passed.family != socket.AF_UNIX or passed.type != socket.SOCK_STREAM or not listening:
+        passed.detach()
+        raise StartError(
+            "the service manager passed something else than a listening Unix stream socket (ListenStream=)"
+        )
+    passed.setblocking(False)
+    return passed
+
+
+def _group_id(group: str | None) -> int | None:
+    if group is None:
+        return None
+    if group.isdecimal():
+        return int(group)
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise StartError(f"there is no group {group}") from None
+
+
+@contextlib.contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    previous = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(previous)
