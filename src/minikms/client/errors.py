@@ -1,0 +1,208 @@
+"""The error tree of the client libraries.
+
+Owns: every way in which a call can fail. `KmsError` is the base and never raised itself. Two branches: the key service
+was not reached or did not keep to the contract (`KmsUnavailableError`, `KmsTimeoutError`, `KmsProtocolError`,
+`KmsUntrustedServerError`, `KmsClosedError`), or it answered and refused (`KmsRefusedError` and one subclass for each
+code of `minikms.api`). Invariants: no text holds a key, a plaintext or a ciphertext; what a daemon sent is cut short
+and cleaned before it is shown. After a failure there is no default: no method ever answers with its input.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar, Final
+
+from minikms import api
+
+MESSAGE_CHARS_MAX: Final = 512
+"""Of a text that the daemon sent."""
+_CODE: Final = re.compile(r"[a-z][a-z_]{0,63}", re.ASCII)
+
+
+class KmsError(Exception):
+    """Base of every error that the client libraries raise."""
+
+
+class KmsUnavailableError(KmsError):
+    """No daemon answers: it isn't there, refuses connections, or the connection was lost.
+
+    `sent` says whether (a part of) the request may have reached the daemon: only if it is false, nothing happened.
+    """
+
+    def __init__(self, message: str, sent: bool = False) -> None:
+        super().__init__(message, sent)
+        self.sent = sent
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class KmsTimeoutError(KmsError):
+    """No answer within the time allowed. The request may have been carried out."""
+
+
+class KmsProtocolError(KmsError):
+    """The answer was not one that miniKMS gives: malformed, out of bounds, or of another shape."""
+
+
+class KmsUntrustedServerError(KmsError):
+    """Another user than the expected one serves the socket; nothing was sent to it."""
+
+
+class KmsClosedError(KmsError):
+    """The client was closed."""
+
+
+class KmsRefusedError(KmsError):
+    """The key service refused. `status` is the HTTP status, `code` a stable word of `minikms.api`."""
+
+    default_status: ClassVar[int] = 500
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(status, code, message)
+        self.status = status
+        self.code = code
+
+    @property
+    def message(self) -> str:
+        """The sentence that the daemon gave, cleaned."""
+        return str(self.args[2])
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.code})"
+
+
+class InvalidRequestError(KmsRefusedError):
+    default_status = 400
+
+
+class TooLargeError(KmsRefusedError):
+    default_status = 413
+
+
+class TooManyError(KmsRefusedError):
+    default_status = 413
+
+
+class UnauthorizedError(KmsRefusedError):
+    """The daemon does not allow this process's uid."""
+
+    default_status = 401
+
+
+class ForbiddenError(KmsRefusedError):
+    """The caller lacks the role."""
+
+    default_status = 403
+
+
+class NotFoundError(KmsRefusedError):
+    default_status = 404
+
+
+class MethodNotAllowedError(KmsRefusedError):
+    default_status = 405
+
+
+class KeyNotFoundError(KmsRefusedError):
+    default_status = 404
+
+
+class KeyRetiredError(KmsRefusedError):
+    """The key decrypts only."""
+
+    default_status = 409
+
+
+class KeyDestroyedError(KmsRefusedError):
+    default_status = 410
+
+
+class KeyExhaustedError(KmsRefusedError):
+    """The key's uses are spent; make a new one."""
+
+    default_status = 409
+
+
+class KeyUnreadableError(KmsRefusedError):
+    """The key's file is damaged; other keys are not affected."""
+
+    default_status = 503
+
+
+class WrongThreadError(KmsRefusedError):
+    default_status = 403
+
+
+class WrongPurposeError(KmsRefusedError):
+    default_status = 409
+
+
+class DecryptionError(KmsRefusedError):
+    """The ciphertext does not open: altered, another key, or another aad. Which, is never told."""
+
+    default_status = 400
+
+
+class RequestTimeoutError(KmsRefusedError):
+    """The daemon gave up waiting for the request."""
+
+    default_status = 408
+
+
+class ConflictError(KmsRefusedError):
+    default_status = 409
+
+
+class AuditUnavailableError(KmsRefusedError):
+    """The daemon can't write its audit log, so it answers nothing. The request may have been carried out."""
+
+    default_status = 503
+
+
+class StorageUnavailableError(KmsRefusedError):
+    default_status = 503
+
+
+class ShuttingDownError(KmsRefusedError):
+    """The daemon is stopping and did not carry the request out."""
+
+    default_status = 503
+
+
+class InternalError(KmsRefusedError):
+    default_status = 500
+
+
+BY_CODE: Final[dict[str, type[KmsRefusedError]]] = {
+    api.CODE_INVALID_REQUEST: InvalidRequestError,
+    api.CODE_UNAUTHORIZED: UnauthorizedError,
+    api.CODE_FORBIDDEN: ForbiddenError,
+    api.CODE_NOT_FOUND: NotFoundError,
+    api.CODE_METHOD_NOT_ALLOWED: MethodNotAllowedError,
+    api.CODE_KEY_NOT_FOUND: KeyNotFoundError,
+    api.CODE_KEY_RETIRED: KeyRetiredError,
+    api.CODE_KEY_DESTROYED: KeyDestroyedError,
+    api.CODE_KEY_EXHAUSTED: KeyExhaustedError,
+    api.CODE_KEY_UNREADABLE: KeyUnreadableError,
+    api.CODE_WRONG_THREAD: WrongThreadError,
+    api.CODE_WRONG_PURPOSE: WrongPurposeError,
+    api.CODE_DECRYPTION_FAILED: DecryptionError,
+    api.CODE_TOO_LARGE: TooLargeError,
+    api.CODE_TOO_MANY: TooManyError,
+    api.CODE_TIMEOUT: RequestTimeoutError,
+    api.CODE_CONFLICT: ConflictError,
+    api.CODE_AUDIT_UNAVAILABLE: AuditUnavailableError,
+    api.CODE_STORAGE_UNAVAILABLE: StorageUnavailableError,
+    api.CODE_SHUTTING_DOWN: ShuttingDownError,
+    api.CODE_INTERNAL: InternalError,
+}
+
+
+def refusal(code: str, message: str, status: int | None = None) -> KmsRefusedError:
+    """The error for an answer of the daemon; `status` is absent for an item of a batch. Both texts are untrusted."""
+    if _CODE.fullmatch(code) is None:
+        code = api.CODE_INTERNAL
+    kind = BY_CODE.get(code, KmsRefusedError)
+    cleaned = "".join(char if char.isprintable() else "?" for char in message[:MESSAGE_CHARS_MAX])
+    return kind(kind.default_status if status is None else status, code, cleaned)

@@ -1,0 +1,294 @@
+"""The blocking client, for scripts and threads.
+
+Owns: a few kept connections, shared by the threads of a process. Invariants: a connection is used by one thread at a
+time and carries one request; a connection in doubt is closed; every call has a deadline, however slowly bytes trickle
+in. It does not batch: `encrypt_batch` and `decrypt_batch` are for many values.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Collection, Sequence
+from types import TracebackType
+from typing import Final, Self, TypeVar
+
+from minikms import api
+from minikms.client import peer, verbs
+from minikms.client.errors import KmsClosedError, KmsError, KmsTimeoutError, KmsUnavailableError
+from minikms.client.retry import Attempts
+from minikms.client.verbs import (
+    Call,
+    DataKey,
+    DecryptItem,
+    EncryptItem,
+    KekRotation,
+    KeyInfo,
+    KeyPage,
+    Outcome,
+    ReencryptItem,
+)
+from minikms.client.wire import Answer, AnswerParser, request_head
+
+T = TypeVar("T")
+
+IDLE_CONNECTIONS_MAX: Final = 8
+IDLE_S_MAX: Final = 5.0
+TIMEOUT_S: Final = 10.0
+WAIT_S: Final = 2.0
+ROTATE_TIMEOUT_S: Final = 3600.0
+_RECEIVE_BYTES_MAX: Final = 256 * 1024
+
+
+class Client:
+    """A client of one miniKMS, safe to share between threads. Arguments and errors are those of AsyncClient.
+
+    with Client("/run/minikms/minikms.sock") as kms:
+        key = kms.create_dek_for_thread("thread-1")
+        sealed = kms.encrypt(key.key_id, b"hello", aad=b"message-1")
+        assert kms.decrypt(key.key_id, sealed, aad=b"message-1") == b"hello"
+    """
+
+    def __init__(
+        self,
+        socket_path: str | os.PathLike[str],
+        *,
+        server_uids: Collection[int] | None = None,
+        timeout_s: float = TIMEOUT_S,
+        wait_s: float = WAIT_S,
+    ) -> None:
+        self._path = peer.checked_path(socket_path)
+        self._server_uids = peer.default_server_uids() if server_uids is None else frozenset(server_uids)
+        self._timeout_s = timeout_s
+        self._wait_s = wait_s
+        self._lock = threading.Lock()
+        self._idle: list[tuple[float, socket.socket]] = []
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the kept connections; calls under way in other threads end by themselves. May be repeated."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for _since_s, sock in idle:
+            sock.close()
+
+    # --- verbs ---
+
+    def health(self) -> bool:
+        """True when the daemon answers; raises otherwise. Needs no authorisation."""
+        return self._perform(verbs.health())
+
+    def status(self) -> dict[str, object]:
+        """What an operator needs to know."""
+        return self._perform(verbs.status())
+
+    def create_dek_for_thread(
+        self,
+        thread_id: str,
+        *,
+        replaces: str | None = None,
+        purpose: api.Purpose | None = None,
+        request_id: str | None = None,
+    ) -> api.CreateDekAnswer:
+        """As AsyncClient.create_dek_for_thread."""
+        return self._perform(verbs.create_dek_for_thread(thread_id, replaces, purpose, request_id))
+
+    def get_wrapped(self, key_id: str) -> bytes:
+        """The key, sealed under the current KEK."""
+        return self._perform(verbs.get_wrapped(key_id))
+
+    def encrypt(
+        self,
+        key_id: str,
+        plaintext: bytes,
+        *,
+        aad: bytes = b"",
+        thread_id: str | None = None,
+        request_id: str | None = None,
+    ) -> bytes:
+        """nonce(12) | ciphertext | tag(16)."""
+        item = EncryptItem(key_id=key_id, plaintext=plaintext, aad=aad, thread_id=thread_id, request_id=request_id)
+        verbs.check_item(item)
+        return self._perform(verbs.encrypt(item))
+
+    def decrypt(
+        self,
+        key_id: str,
+        ciphertext: bytes,
+        *,
+        aad: bytes = b"",
+        thread_id: str | None = None,
+        request_id: str | None = None,
+    ) -> bytes:
+        """The plaintext."""
+        item = DecryptItem(key_id=key_id, ciphertext=ciphertext, aad=aad, thread_id=thread_id, request_id=request_id)
+        verbs.check_item(item)
+        return self._perform(verbs.decrypt(item))
+
+    def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[Outcome]:
+        """One ciphertext or KmsRefusedError for each item, in order. Any number of items: they are split as needed."""
+        return [outcome for chunk in verbs.chunks(items) for outcome in self._perform(verbs.encrypt_batch(chunk))]
+
+    def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[Outcome]:
+        """One plaintext or KmsRefusedError for each item, in order. Any number of items: they are split as needed."""
+        return [outcome for chunk in verbs.chunks(items) for outcome in self._perform(verbs.decrypt_batch(chunk))]
+
+    def reencrypt_batch(
+        self, from_key_id: str, to_key_id: str, items: Sequence[ReencryptItem], *, request_id: str | None = None
+    ) -> list[Outcome]:
+        """New ciphertexts under another key of the same thread, same aad. Plaintext never leaves the daemon."""
+        outcomes: list[Outcome] = []
+        for chunk in verbs.chunks(items):
+            answered = self._perform(verbs.reencrypt_batch(from_key_id, to_key_id, chunk, request_id))
+            outcomes += answered
+        return outcomes
+
+    def generate_data_key(
+        self, key_id: str, *, aad: bytes = b"", with_plaintext: bool = True, request_id: str | None = None
+    ) -> DataKey:
+        """As AsyncClient.generate_data_key."""
+        return self._perform(verbs.generate_data_key(key_id, aad, with_plaintext, request_id))
+
+    def random(self, count_bytes: int) -> bytes:
+        """Random bytes from the daemon, at most `api.RANDOM_BYTES_MAX`."""
+        return self._perform(verbs.random(count_bytes))
+
+    def rotate_kek(
+        self,
+        *,
+        new_kek_hex: bytes | bytearray | str | None = None,
+        wait: bool = True,
+        verify: Sequence[DecryptItem] = (),
+        timeout_s: float = ROTATE_TIMEOUT_S,
+    ) -> KekRotation:
+        """As AsyncClient.rotate_kek."""
+        return self._perform(verbs.rotate_kek(new_kek_hex, wait, verify), timeout_s)
+
+    def list_keys(
+        self,
+        *,
+        thread_id: str | None = None,
+        state: api.State | None = None,
+        cursor: str | None = None,
+        limit: int | None = None,
+    ) -> KeyPage:
+        """A page of keys; go on with `next_cursor` while there is one."""
+        return self._perform(verbs.list_keys(thread_id, state, cursor, limit))
+
+    def get_key(self, key_id: str) -> KeyInfo:
+        """What there is to know about one key."""
+        return self._perform(verbs.get_key(key_id))
+
+    def retire_key(self, key_id: str) -> dict[str, object]:
+        """From here on the key decrypts only."""
+        return self._perform(verbs.retire_key(key_id))
+
+    def destroy_key(self, key_id: str) -> dict[str, object]:
+        """Destroys a retired key and whatever only it opens, for good. Returns the receipt."""
+        return self._perform(verbs.destroy_key(key_id))
+
+    # --- how calls travel ---
+
+    def _perform(self, call: Call[T], timeout_s: float | None = None) -> T:
+        attempts = Attempts(repeatable=call.retry, until_s=time.monotonic() + self._wait_s)
+        try:
+            while True:
+                try:
+                    answer = self._exchange(call, self._timeout_s if timeout_s is None else timeout_s)
+                    return verbs.read(call, answer)
+                except KmsError as error:
+                    time.sleep(attempts.pause_s(error, time.monotonic()))
+        finally:
+            if isinstance(call.body, bytearray):
+                call.body[:] = bytes(len(call.body))
+
+    def _exchange(self, call: Call[T], timeout_s: float) -> Answer:
+        sock = self._connection()
+        try:
+            answer = _exchange(sock, call, time.monotonic() + timeout_s)
+        except TimeoutError:
+            sock.close()
+            raise KmsTimeoutError(f"the key service did not answer within {timeout_s:g} s") from None
+        except OSError as error:
+            sock.close()
+            raise KmsUnavailableError(
+                "the connection to the key service was lost before it answered", sent=True
+            ) from error
+        except BaseException:
+            sock.close()
+            raise
+        if answer.reusable:
+            self._release(sock)
+        else:
+            sock.close()
+        return answer
+
+    def _connection(self) -> socket.socket:
+        fresh_s = time.monotonic() - IDLE_S_MAX
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise KmsClosedError("the client is closed")
+                if not self._idle:
+                    break
+                since_s, sock = self._idle.pop()
+            if since_s >= fresh_s and not _has_news(sock):
+                return sock
+            sock.close()
+        return peer.connect(self._path, self._server_uids)
+
+    def _release(self, sock: socket.socket) -> None:
+        with self._lock:
+            if not self._closed and len(self._idle) < IDLE_CONNECTIONS_MAX:
+                self._idle.append((time.monotonic(), sock))
+                return
+        sock.close()
+
+
+def _has_news(sock: socket.socket) -> bool:
+    """Whether an idle connection has anything to read: an end, or bytes that nobody asked for."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _exchange(sock: socket.socket, call: Call[T], until_s: float) -> Answer:
+    """Sends the request and reads its answer. Raises TimeoutError, OSError and KmsProtocolError."""
+    head = request_head(call.target, None if call.body is None else len(call.body))
+    _send(sock, head, until_s)
+    if call.body:
+        _send(sock, call.body, until_s)
+    parser = AnswerParser()
+    while True:
+        sock.settimeout(_left_s(until_s))
+        data = sock.recv(_RECEIVE_BYTES_MAX)
+        if not data:
+            raise ConnectionResetError("end of stream")
+        answer = parser.feed(data)
+        if answer is not None:
+            return answer
+
+
+def _send(sock: socket.socket, data: bytes | bytearray, until_s: float) -> None:
+    # sendall counts its timeout over the whole of the data (since Python 3.5), recv only until the next bytes come
+    sock.settimeout(_left_s(until_s))
+    sock.sendall(data)
+
+
+def _left_s(until_s: float) -> float:
+    left_s = until_s - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError
+    return left_s
