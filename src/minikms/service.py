@@ -1,0 +1,351 @@
+"""One method per verb: authorise, act, audit.
+
+Owns: what each verb does and who may do it. Invariants: every verb that is reached leaves one audit event, refused ones
+too, queued before its answer is returned (the daemon writes the turn's events before the turn's answers leave); a change
+of keys is on disk, and its audit line too, before its answer. It must never put key bytes, plaintext or ciphertext into an
+event, and never answer after a failure.
+
+A hot verb (`encrypt`, `decrypt` and their batches) answers at once, as ready JSON bytes, or returns an awaitable where a
+key's use lease has to reach the disk first.
+"""
+
+from __future__ import annotations
+
+import binascii
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Final, Protocol
+
+import msgspec
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from msgspec import UNSET, UnsetType
+
+from minikms import api
+from minikms.audit import Event
+from minikms.base64 import decode_canonical
+from minikms.crypto.aead import NONCE_BYTES, OVERHEAD_BYTES
+from minikms.custody.vault import OpenDek, Vault
+from minikms.errors import (
+    DecryptionError,
+    InvalidRequestError,
+    MiniKmsError,
+    StorageUnavailableError,
+    TooManyError,
+)
+from minikms.keys.ids import check_key_id
+from minikms.policy import Principal
+
+CIPHERTEXT_BYTES_MAX: Final = api.PLAINTEXT_BYTES_MAX + OVERHEAD_BYTES
+
+_b64 = binascii.b2a_base64
+_encoder = msgspec.json.Encoder()
+
+
+class Audit(Protocol):
+    """What the service needs of the audit log."""
+
+    def add(self, event: Event) -> None:
+        """Queues the event of an answer that is given in this very turn; the two stand or fall together."""
+
+    async def add_written(self, event: Event, *, durable: bool) -> None:
+        """Writes the event's line now, for an answer that leaves in a later turn; `durable` also waits for the disk.
+
+        Raises AuditUnavailableError.
+        """
+
+
+class KeyService:
+    def __init__(self, vault: Vault, audit: Audit, status: Callable[[], dict[str, object]]) -> None:
+        self._vault = vault
+        self._audit = audit
+        self._status = status
+
+    # --- keys --------------------------------------------------------------------------------------------------------
+
+    async def create_dek_for_thread(self, who: Principal, request: api.CreateDekRequest, request_id: str) -> bytes:
+        """Always a new key, on disk before the answer leaves. Role: create."""
+        event = self._event("create_dek", who, _request_id(request.request_id, request_id))
+        try:
+            who.require("create")
+            event.thread_id = _check_thread_id(request.thread_id)
+            replaces = "" if request.replaces is UNSET else check_key_id(request.replaces)
+            purpose: api.Purpose = "thread" if request.purpose is UNSET else request.purpose
+            record = await self._vault.create(request.thread_id, purpose=purpose, replaces=replaces)
+        except MiniKmsError as error:
+            await self._refused_later(event, error)
+            raise
+        event.key_id = record.id
+        if replaces:
+            event.detail = f"replaces {replaces}"
+        await self._audit.add_written(event, durable=True)
+        return _encoder.encode(api.CreateDekAnswer(record.id, record.wrapped))
+
+    def get_wrapped(self, who: Principal, key_id: str, request_id: str) -> bytes:
+        """The wrapped DEK as it is on disk. Role: decrypt."""
+        event = self._event("get_wrapped", who, request_id)
+        try:
+            who.require("decrypt")
+            event.key_id = check_key_id(key_id)
+            record = self._vault.record(key_id)
+        except MiniKmsError as error:
+            self._refused(event, error)
+            raise
+        self._audit.add(event)
+        return _encoder.encode(api.WrappedAnswer(record.wrapped))
+
+    # --- encrypt and decrypt -----------------------------------------------------------------------------------------
+
+    def encrypt(self, who: Principal, item: api.EncryptItem, request_id: str) -> bytes | Awaitable[bytes]:
+        """nonce | ciphertext | tag of one plaintext. Role: encrypt."""
+        event = self._event("encrypt", who, _request_id(item.request_id, request_id))
+        try:
+            who.require("encrypt")
+            opened = self._open_for(event, item)
+            opened.check_encrypts()
+            plaintext = decode_canonical(item.plaintext, api.PLAINTEXT_BYTES_MAX, "plaintext")
+            aad = _record_aad(opened, item.aad)
+            if not opened.lease.take(1):
+                return self._encrypt_later(opened, plaintext, aad, event)
+            nonce = self._vault.nonces.next()
+            sealed = nonce + AESGCM(opened.view).encrypt(nonce, plaintext, aad)
+        except MiniKmsError as error:
+            self._refused(event, error)
+            raise
+        self._audit.add(event)
+        return b'{"ciphertext":"' + _b64(sealed, newline=False) + b'"}'
+
+    async def _encrypt_later(self, opened: OpenDek, plaintext: bytes, aad: bytes, event: Event) -> bytes:
+        """The same once the key's lease is durable. The key is looked up again: it may have been retired meanwhile."""
+        try:
+            await self._lease({opened.key_id: 1})
+            opened = self._vault.opened(opened.key_id)
+            opened.check_encrypts()
+            if not opened.lease.take(1):
+                raise StorageUnavailableError("the key's uses are being reserved; try again")
+            nonce = self._vault.nonces.next()
+            sealed = nonce + AESGCM(opened.view).encrypt(nonce, plaintext, aad)
+        except MiniKmsError as error:
+            await self._refused_later(event, error)
+            raise
+        await self._audit.add_written(event, durable=False)
+        return b'{"ciphertext":"' + _b64(sealed, newline=False) + b'"}'
+
+    def decrypt(self, who: Principal, item: api.DecryptItem, request_id: str) -> bytes:
+        """The plaintext of one ciphertext. Role: decrypt."""
+        event = self._event("decrypt", who, _request_id(item.request_id, request_id))
+        try:
+            who.require("decrypt")
+            opened = self._open_for(event, item)
+            sealed = _sealed(item.ciphertext)
+            aad = _record_aad(opened, item.aad)
+            plaintext = _decrypt(AESGCM(opened.view), sealed, aad)
+        except MiniKmsError as error:
+            self._refused(event, error)
+            raise
+        self._audit.add(event)
+        return b'{"plaintext":"' + _b64(plaintext, newline=False) + b'"}'
+
+    def encrypt_batch(
+        self, who: Principal, request: api.EncryptBatchRequest, request_id: str
+    ) -> bytes | Awaitable[bytes]:
+        """Encrypts each item; a refused item does not stop the others. Role: encrypt, per item."""
+        event = self._batch_event("encrypt_batch", who, request.items, request_id)
+        need: dict[str, int] = {}
+        for item in request.items:
+            need[item.key_id] = need.get(item.key_id, 0) + 1
+        short = {key_id: count for key_id, count in need.items() if not self._covers(key_id, count)}
+        if short:
+            return self._encrypt_batch_later(who, request, event, short)
+        answer = self._encrypt_all(who, request, event)
+        self._audit.add(event)
+        return answer
+
+    async def _encrypt_batch_later(
+        self, who: Principal, request: api.EncryptBatchRequest, event: Event, short: dict[str, int]
+    ) -> bytes:
+        try:
+            who.require("encrypt")
+            await self._lease(short)
+        except MiniKmsError as error:
+            await self._refused_later(event, error)
+            raise
+        answer = self._encrypt_all(who, request, event)
+        await self._audit.add_written(event, durable=False)
+        return answer
+
+    def _encrypt_all(self, who: Principal, request: api.EncryptBatchRequest, event: Event) -> bytes:
+        parts: list[bytes] = []
+        failed = 0
+        last_key_id = ""
+        opened: OpenDek | None = None
+        cipher: AESGCM | None = None
+        next_nonce = self._vault.nonces.next
+        for item in request.items:
+            try:
+                # One cipher object serves a run of items under one key, and is dropped with this call.
+                if opened is None or cipher is None or item.key_id != last_key_id:
+                    who.require("encrypt")
+                    opened = self._vault.opened(check_key_id(item.key_id))
+                    cipher = AESGCM(opened.view)
+                    last_key_id = item.key_id
+                if item.thread_id is not UNSET:
+                    opened.check_thread(item.thread_id)
+                opened.check_encrypts()
+                plaintext = decode_canonical(item.plaintext, api.PLAINTEXT_BYTES_MAX, "plaintext")
+                aad = _record_aad(opened, item.aad)
+                if not opened.lease.take(1):
+                    raise StorageUnavailableError("the key's uses are being reserved; try again")
+                nonce = next_nonce()
+                parts.append(
+                    b'{"ciphertext":"' + _b64(nonce + cipher.encrypt(nonce, plaintext, aad), newline=False) + b'"}'
+                )
+            except MiniKmsError as error:
+                failed += 1
+                parts.append(_item_error(error))
+        _count_refused(event, failed)
+        return b'{"items":[' + b",".join(parts) + b"]}"
+
+    def decrypt_batch(self, who: Principal, request: api.DecryptBatchRequest, request_id: str) -> bytes:
+        """Decrypts each item; a refused item does not stop the others. Role: decrypt, per item."""
+        event = self._batch_event("decrypt_batch", who, request.items, request_id)
+        parts: list[bytes] = []
+        failed = 0
+        last_key_id = ""
+        opened: OpenDek | None = None
+        cipher: AESGCM | None = None
+        for item in request.items:
+            try:
+                if opened is None or cipher is None or item.key_id != last_key_id:
+                    who.require("decrypt")
+                    opened = self._vault.opened(check_key_id(item.key_id))
+                    cipher = AESGCM(opened.view)
+                    last_key_id = item.key_id
+                if item.thread_id is not UNSET:
+                    opened.check_thread(item.thread_id)
+                sealed = _sealed(item.ciphertext)
+                plaintext = _decrypt(cipher, sealed, _record_aad(opened, item.aad))
+                parts.append(b'{"plaintext":"' + _b64(plaintext, newline=False) + b'"}')
+            except MiniKmsError as error:
+                failed += 1
+                parts.append(_item_error(error))
+        _count_refused(event, failed)
+        self._audit.add(event)
+        return b'{"items":[' + b",".join(parts) + b"]}"
+
+    # --- operating ---------------------------------------------------------------------------------------------------
+
+    def status(self, who: Principal, request_id: str) -> bytes:
+        """What an operator needs to know. Role: monitor."""
+        event = self._event("status", who, request_id)
+        try:
+            who.require("monitor")
+        except MiniKmsError as error:
+            self._refused(event, error)
+            raise
+        self._audit.add(event)
+        return _encoder.encode(self._status())
+
+    def malformed(self, verb: str, who: Principal, error: MiniKmsError, request_id: str) -> None:
+        """A request that reached a verb, but whose body is not one: it is audited like any other refusal."""
+        self._refused(self._event(verb, who, request_id), error)
+
+    # --- shared ------------------------------------------------------------------------------------------------------
+
+    def _open_for(self, event: Event, item: api.EncryptItem | api.DecryptItem) -> OpenDek:
+        key_id = item.key_id
+        opened = self._vault.cache.get(key_id)
+        if opened is None:
+            event.key_id = check_key_id(key_id)
+            opened = self._vault.opened(key_id)
+        else:
+            event.key_id = key_id
+        if item.thread_id is not UNSET:
+            opened.check_thread(item.thread_id)
+        return opened
+
+    def _covers(self, key_id: str, count: int) -> bool:
+        """Whether the key's lease covers `count` uses; a key that can't be opened has its error told per item."""
+        try:
+            return self._vault.opened(check_key_id(key_id)).lease.covers(count)
+        except MiniKmsError:
+            return True
+
+    async def _lease(self, need: dict[str, int]) -> None:
+        leases = [(self._vault.opened(key_id).lease, count) for key_id, count in need.items()]
+        await self._vault.leases.extend(leases)
+
+    def _event(self, verb: str, who: Principal, request_id: str) -> Event:
+        return Event(type=verb, actor=who.actor, pid=who.pid, request_id=request_id)
+
+    def _batch_event(
+        self, verb: str, who: Principal, items: Sequence[api.EncryptItem | api.DecryptItem], request_id: str
+    ) -> Event:
+        event = self._event(verb, who, request_id)
+        event.count = len(items)
+        if len(items) > api.BATCH_ITEMS_MAX:
+            error = TooManyError(f"a batch holds at most {api.BATCH_ITEMS_MAX} items; send several")
+            self._refused(event, error)
+            raise error
+        event.key_ids = _distinct(_cut(item.key_id) for item in items)
+        event.request_ids = _distinct(_cut(item.request_id) for item in items if item.request_id is not UNSET)
+        return event
+
+    def _refused(self, event: Event, error: MiniKmsError) -> None:
+        event.outcome = error.code
+        self._audit.add(event)
+
+    async def _refused_later(self, event: Event, error: MiniKmsError) -> None:
+        event.outcome = error.code
+        await self._audit.add_written(event, durable=False)
+
+
+def _check_thread_id(thread_id: str) -> str:
+    if api.THREAD_ID_PATTERN.fullmatch(thread_id) is None:
+        raise InvalidRequestError("thread_id must be 1 to 128 characters of A-Z, a-z, 0-9, '.', '_' and '-'")
+    return thread_id
+
+
+def _record_aad(opened: OpenDek, aad: str | UnsetType) -> bytes:
+    """The record's associated data; an absent aad is an empty one."""
+    if aad is UNSET:
+        return opened.aad_prefix + b"\0\0\0\0"
+    caller = decode_canonical(aad, api.AAD_BYTES_MAX, "aad")
+    return opened.aad_prefix + len(caller).to_bytes(4, "big") + caller
+
+
+def _sealed(text: str) -> bytes:
+    sealed = decode_canonical(text, CIPHERTEXT_BYTES_MAX, "ciphertext")
+    if len(sealed) < OVERHEAD_BYTES:
+        raise DecryptionError("the ciphertext is too short to hold a nonce and a tag")
+    return sealed
+
+
+def _decrypt(cipher: AESGCM, sealed: bytes, aad: bytes) -> bytes:
+    try:
+        return cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], aad)
+    except InvalidTag:
+        raise DecryptionError("the ciphertext does not open under this key, thread and aad") from None
+
+
+def _item_error(error: MiniKmsError) -> bytes:
+    return _encoder.encode(api.ErrorAnswer(str(error), error.code))
+
+
+def _count_refused(event: Event, failed: int) -> None:
+    if failed:
+        event.outcome = "partly_refused"
+        event.detail = f"{failed} refused"
+
+
+def _request_id(given: str | UnsetType, header: str) -> str:
+    """The request's own id where it names one, else that of the HTTP header."""
+    return header if given is UNSET else _cut(given)
+
+
+def _cut(text: str) -> str:
+    """An id as the audit log may hold it: an invalid one is cut short, so that a stranger can't fill the log."""
+    return text if len(text) <= api.ID_CHARS_MAX else text[:32] + "…"
+
+
+def _distinct(texts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(texts))
