@@ -1,0 +1,55 @@
+"""`python -m bench [NAME …] [--save]`: run all benches, or those named, and print a Markdown table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from bench import encrypt, messages, report
+from bench.programs import BenchError, MissingProgramError
+from bench.report import Missing, Row
+
+BENCHES: dict[str, Callable[[], list[Row]]] = {
+    "encrypt": encrypt.encrypt,
+    "encrypt_batch": encrypt.encrypt_batch,
+    "append": messages.append,
+    "list": messages.listing,
+}
+
+
+def main() -> int:
+    """0 when everything asked for was measured or lacks a program that is not installed; 1 when a bench failed."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure; a table goes to standard output.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHES)}; all without any")
+    parser.add_argument("--save", action="store_true", help="write the table into docs/benchmarks.md; runs all")
+    asked = parser.parse_args()
+    unknown = [name for name in asked.names if name not in BENCHES]
+    if unknown:
+        parser.error(f"no bench named {', '.join(unknown)}; there are {', '.join(BENCHES)}")
+    if asked.save and asked.names:
+        parser.error("--save keeps whole tables only: name no bench")
+
+    results: list[Row | Missing] = []
+    failed = False
+    for name in asked.names or BENCHES:
+        try:
+            results += BENCHES[name]()
+        except MissingProgramError as missing:
+            results.append(Missing(name, str(missing)))
+        except BenchError as error:
+            failed = True
+            report.say(f"{name} failed: {error}")
+            results.append(Missing(name, "failed"))
+    text = f"{report.heading()}\n\n{report.table(results)}"
+    print(text)
+    if failed:
+        return 1
+    if asked.save:
+        report.save(text)
+        report.say(f"saved: {report.DOCUMENT}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""The programs under measurement, as real processes in a temporary directory, taken down whatever happens.
+
+Owns the starting, the waiting for readiness and the ending. Never signals a process that it did not start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+READY_SECONDS_MAX = 20.0
+STOP_SECONDS_MAX = 20.0
+BACKEND_KEY = "bench-backend-key"
+HERE = Path(__file__).resolve().parent
+
+
+class BenchError(Exception):
+    """A program did not start, or an answer was not what the bench counts on. The figure would mean nothing."""
+
+
+class MissingProgramError(BenchError):
+    """A program that this bench measures with is not installed."""
+
+
+@contextlib.contextmanager
+def workplace() -> Iterator[Path]:
+    """A temporary directory with a root key file `root-key` in it."""
+    with tempfile.TemporaryDirectory(prefix="minikms-bench-") as name:
+        directory = Path(name)
+        key_file = directory / "root-key"
+        key_file.touch(mode=0o600)
+        key_file.write_text(secrets.token_hex(32) + "\n")
+        yield directory
+
+
+def need(*names: str) -> None:
+    """Raises MissingProgramError naming what is not on PATH."""
+    packages = {"go": "golang-go", "h2load": "nghttp2-client"}
+    missing = [name for name in names if shutil.which(name) is None]
+    if missing:
+        debian = " ".join(packages.get(name, name) for name in missing)
+        raise MissingProgramError(f"needs {' and '.join(missing)} (Debian: `apt-get install {debian}`)")
+
+
+@contextlib.contextmanager
+def minikms(directory: Path) -> Iterator[str]:
+    """The key service with audit on, as it comes. Yields its socket's path."""
+    path = str(directory / "kms.sock")
+    command = [_installed("minikms"), "--socket", path, "--data-dir", str(directory / "kms")]
+    command += ["--master-key-file", str(directory / "root-key")]
+    with _running(command, lambda: _answers(socket.AF_UNIX, path, "/health")):
+        yield path
+
+
+@contextlib.contextmanager
+def progressdb(directory: Path) -> Iterator[tuple[str, int]]:
+    """The message server with the key service that it spawns. Yields the address it listens on."""
+    address = ("127.0.0.1", _free_port())
+    environment = {
+        "PROGRESSDB_API_BACKEND_KEYS": BACKEND_KEY,
+        "PROGRESSDB_RATE_RPS": "0",
+        "PROGRESSDB_KMS_SOCKET": str(directory / "kms.sock"),
+        "PROGRESSDB_KMS_DATA_DIR": str(directory / "kms"),
+        "PROGRESSDB_MINIKMS_MASTER_KEY_FILE": str(directory / "root-key"),
+    }
+    command = [_installed("progressdb"), "--addr", f"{address[0]}:{address[1]}", "--db", str(directory / "db")]
+    with _running(command, lambda: _answers(socket.AF_INET, address, "/healthz"), environment):
+        yield address
+
+
+@contextlib.contextmanager
+def yardstick(directory: Path) -> Iterator[str]:
+    """The Go program of bench/yardstick, built from its source. Yields its socket's path."""
+    program, path = directory / "yardstick", str(directory / "yardstick.sock")
+    build = ["go", "build", "-o", str(program), "."]
+    built = subprocess.run(build, cwd=HERE / "yardstick", capture_output=True, text=True, check=False)
+    if built.returncode != 0:
+        raise BenchError(f"go build failed: {built.stderr.strip()}")
+    with _running([str(program), path], lambda: _answers(socket.AF_UNIX, path, "/")):
+        yield path
+
+
+def _installed(name: str) -> str:
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        raise BenchError(f"{path} is not installed; run `make venv`")
+    return str(path)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def _running(
+    command: list[str], ready: Callable[[], bool], environment: dict[str, str] | None = None
+) -> Iterator[None]:
+    """The process from its readiness on. It must still run at the end of the block, or what was measured was not it."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, env=kept | (environment or {}), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            end = time.monotonic() + READY_SECONDS_MAX
+            while not ready():
+                if process.poll() is not None or time.monotonic() > end:
+                    raise BenchError(f"{command[0]} did not get ready:\n{_tail(output)}")
+                time.sleep(0.05)
+            yield
+            if process.poll() is not None:
+                raise BenchError(f"{command[0]} ended while it was measured:\n{_tail(output)}")
+        finally:
+            _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS_MAX)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _answers(family: socket.AddressFamily, address: str | tuple[str, int], target: str) -> bool:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as connection:
+            connection.settimeout(2)
+            connection.connect(address)
+            connection.sendall(f"GET {target} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n".encode())
+            return connection.recv(12).startswith(b"HTTP/1.1")
+    except OSError:
+        return False
+
+
+def _tail(output: IO[bytes]) -> str:
+    output.seek(0)
+    return output.read().decode(errors="replace")[-2000:]

@@ -1,0 +1,111 @@
+"""Rows of figures, and the Markdown table made of them.
+
+Owns the form of docs/benchmarks.md between its two markers. Never rewrites what stands outside them.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+DOCUMENT = PROJECT / "docs" / "benchmarks.md"
+BEGIN = "<!-- bench: begin -->"
+END = "<!-- bench: end -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. `floor` and `goal` are in the unit of `value`; `less_is_better` turns the comparison round."""
+
+    what: str
+    value: float
+    unit: str
+    floor: float | None = None
+    goal: float | None = None
+    less_is_better: bool = False
+    note: str = ""
+
+    def verdict(self) -> str:
+        """`goal`, `floor` or `below the floor`; empty where there is nothing to compare with."""
+        if self.floor is None or self.goal is None:
+            return ""
+        sign = -1 if self.less_is_better else 1
+        if sign * self.value >= sign * self.goal:
+            return "goal met"
+        return "floor met" if sign * self.value >= sign * self.floor else "**below the floor**"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A bench that could not run here, and what it lacks."""
+
+    what: str
+    reason: str
+
+
+def figure(value: float) -> str:
+    """Three digits that count: 1.23, 45.6, 789, 12,345."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def table(results: list[Row | Missing]) -> str:
+    """The Markdown table."""
+    lines = ["| what | measured | floor | goal | | how |", "|---|---|---|---|---|---|"]
+    for result in results:
+        if isinstance(result, Missing):
+            lines.append(f"| {result.what} | not measured | | | | {result.reason} |")
+            continue
+        floor = "" if result.floor is None else figure(result.floor)
+        goal = "" if result.goal is None else figure(result.goal)
+        measured = f"{figure(result.value)} {result.unit}".rstrip()
+        lines.append(f"| {result.what} | {measured} | {floor} | {goal} | {result.verdict()} | {result.note} |")
+    return "\n".join(lines)
+
+
+def heading() -> str:
+    """Machine, commit and date: what a figure means nothing without."""
+    return (
+        f"Measured {time.strftime('%Y-%m-%d')} at commit `{_commit()}`: {_processor()}, {os.cpu_count()} cores, "
+        f"Linux {platform.release()}, Python {platform.python_version()}."
+    )
+
+
+def save(text: str, document: Path = DOCUMENT) -> None:
+    """Put `text` between the markers of the document. Raises ValueError when the markers are not there, once each."""
+    old = document.read_text(encoding="utf-8")
+    if old.count(BEGIN) != 1 or old.count(END) != 1:
+        raise ValueError(f"{document} needs the lines {BEGIN} and {END}, once each")
+    before, rest = old.split(BEGIN)
+    after = rest.split(END)[1]
+    document.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def say(text: str) -> None:
+    """Progress, apart from the table: to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "src", "bench")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + (" and changes not committed" if changed else "")
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
