@@ -14,5 +14,20 @@ from minikms.memory.arena import (
     read_key_fd_into,
     zero,
 )
+from minikms.memory.process import Measure, harden, interpreter_paths
+from minikms.memory.signals import SignalReader, unblock_signals
 
-__all__ = ["SLOT_BYTES", "SecretArena", "SecretSlot", "fill_random", "hex_decode_into", "read_key_fd_into", "zero"]
+__all__ = [
+    "SLOT_BYTES",
+    "Measure",
+    "SecretArena",
+    "SecretSlot",
+    "SignalReader",
+    "fill_random",
+    "harden",
+    "hex_decode_into",
+    "interpreter_paths",
+    "read_key_fd_into",
+    "unblock_signals",
+    "zero",
+]
