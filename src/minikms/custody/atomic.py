@@ -250,7 +250,8 @@ class GroupCommit:
             raise
         finally:
             self._running = None
-            self._schedule(loop)
+            if self._waiting:
+                self._schedule(loop)
         for (_, done), outcome in zip(group, outcomes, strict=True):
             if done.done():
                 continue
