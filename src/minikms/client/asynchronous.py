@@ -210,9 +210,9 @@ class AsyncClient:
         """What there is to know about one key."""
         return await self._perform(verbs.get_key(key_id))
 
-    async def retire_key(self, key_id: str) -> dict[str, object]:
+    async def retire_key(self, key_id: str, *, request_id: str | None = None) -> dict[str, object]:
         """From here on the key decrypts only."""
-        return await self._perform(verbs.retire_key(key_id))
+        return await self._perform(verbs.retire_key(key_id, request_id))
 
     async def destroy_key(self, key_id: str) -> dict[str, object]:
         """Destroys a retired key and whatever only it opens, for good. Returns the receipt."""

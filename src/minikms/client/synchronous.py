@@ -191,9 +191,9 @@ class Client:
         """What there is to know about one key."""
         return self._perform(verbs.get_key(key_id))
 
-    def retire_key(self, key_id: str) -> dict[str, object]:
+    def retire_key(self, key_id: str, *, request_id: str | None = None) -> dict[str, object]:
         """From here on the key decrypts only."""
-        return self._perform(verbs.retire_key(key_id))
+        return self._perform(verbs.retire_key(key_id, request_id))
 
     def destroy_key(self, key_id: str) -> dict[str, object]:
         """Destroys a retired key and whatever only it opens, for good. Returns the receipt."""

@@ -134,9 +134,10 @@ def _invalid(message: str) -> NoReturn:
 
 def chunks(items: Sequence[ItemT]) -> Iterator[Sequence[ItemT]]:
     """The items, in order, in runs that each fit one request. Raises as check_item."""
+    for item in items:  # all of them before the first leaves
+        check_item(item)
     start = size = 0
     for index, item in enumerate(items):
-        check_item(item)
         cost = cost_bytes(item)
         if index - start == api.BATCH_ITEMS_MAX or (size + cost > BATCH_BYTES_MAX and index > start):
             yield items[start:index]
@@ -360,8 +361,9 @@ def get_key(key_id: str) -> Call[KeyInfo]:
     return Call(b"/keys/" + _quoted(key_id), None, True, _decode_key)
 
 
-def retire_key(key_id: str) -> Call[dict[str, object]]:
-    return Call(b"/keys/" + _quoted(key_id) + b"/retire", b"{}", False, _decode_object)
+def retire_key(key_id: str, request_id: str | None) -> Call[dict[str, object]]:
+    request = {} if request_id is None else {"request_id": request_id}
+    return Call(b"/keys/" + _quoted(key_id) + b"/retire", _encode(request), False, _decode_object)
 
 
 def destroy_key(key_id: str) -> Call[dict[str, object]]:

@@ -1,0 +1,60 @@
+"""Real processes for the kms room: the fake daemon as a program, and directories that a daemon would accept."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from progressdb_server.kms.child import ChildOptions
+
+FAKE = Path(__file__).with_name("fake_minikms.py")
+
+
+@dataclass
+class Place:
+    """Where a test's daemon lives. Socket paths are short, so this is not under pytest's own directories."""
+
+    directory: Path
+    binary: str
+
+    @property
+    def socket(self) -> str:
+        return str(self.directory / "run" / "s")
+
+    @property
+    def data(self) -> Path:
+        return self.directory / "data"
+
+    def options(self, **more: object) -> ChildOptions:
+        given: dict[str, object] = {"socket_path": self.socket, "data_dir": str(self.data), "binary": self.binary}
+        return ChildOptions(**{**given, **more})  # type: ignore[arg-type]  # keyword arguments of several types
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    with tempfile.TemporaryDirectory(prefix="kms") as name:
+        directory = Path(name)
+        binary = directory / "minikms"
+        binary.write_text(f"#!{sys.executable}\nimport runpy\nrunpy.run_path({str(FAKE)!r}, run_name='__main__')\n")
+        binary.chmod(0o700)
+        (directory / "run").mkdir(mode=0o700)
+        (directory / "data").mkdir(mode=0o700)
+        yield Place(directory, str(binary))
+
+
+@pytest.fixture
+def alive() -> Callable[[int], bool]:
+    def check(pid: int) -> bool:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    return check

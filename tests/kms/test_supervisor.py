@@ -1,0 +1,279 @@
+"""The supervisor keeps one miniKMS at the socket. Every test starts and ends real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import uvloop
+from structlog.testing import capture_logs
+
+from minikms.client import AsyncClient
+from progressdb_server.kms import supervisor as supervisor_module
+from progressdb_server.kms.supervisor import Supervisor, SupervisorError
+
+WAIT_S = 10.0
+Alive = Callable[[int], bool]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < until_s, "it did not happen in time"
+        time.sleep(0.02)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def start_alone(place, **environment: str) -> subprocess.Popen[bytes]:
+    """A daemon that the supervisor finds."""
+    process = subprocess.Popen(
+        [place.binary, "--socket", place.socket, "--data-dir", str(place.data)],
+        stderr=subprocess.PIPE,
+        env={**os.environ, **environment},
+    )
+    assert process.stderr is not None
+    process.stderr.readline()
+    process.stderr.close()
+    return process
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_it_spawns_a_daemon_where_none_answers_and_ends_it_with_itself(place, alive: Alive, run) -> None:
+    async def main() -> int:
+        supervisor = Supervisor(place.options())
+        await supervisor.start()
+        pid = supervisor.child_pid
+        assert pid is not None
+        async with AsyncClient(place.socket) as kms:
+            assert (await kms.status())["pid"] == pid
+        await supervisor.stop()
+        await supervisor.stop()
+        return pid
+
+    with capture_logs() as logs:
+        pid = run(main())
+    assert not alive(pid)
+    lines = [entry["line"] for entry in logs if entry["event"] == "miniKMS"]
+    assert lines == ["fake daemon: serving", "fake daemon: stopped"]
+
+
+def test_the_child_gets_the_servers_uid_a_clean_environment_and_a_session_of_its_own(place, monkeypatch) -> None:
+    async def main() -> tuple[dict[str, object], int, int]:
+        supervisor = Supervisor(place.options(dev=True, master_key_file="key-file"))
+        await supervisor.start()
+        try:
+            pid = supervisor.child_pid
+            assert pid is not None
+            session = os.getsid(pid)
+            async with AsyncClient(place.socket) as kms:
+                return await kms.status(), pid, session
+        finally:
+            await supervisor.stop()
+
+    monkeypatch.setenv("PROGRESSDB_API_BACKEND_KEYS", "secret")
+    monkeypatch.setenv("PYTHONPATH", "/nowhere")
+    status, pid, session = asyncio.run(main())
+    environment = status["environment"]
+    assert isinstance(environment, dict)
+    assert environment["PROGRESSDB_MINIKMS_ALLOWED_UIDS"] == str(os.geteuid())
+    assert set(environment) <= {"PROGRESSDB_MINIKMS_ALLOWED_UIDS", "LANG", "LC_ALL", "LC_CTYPE", "PATH", "TZ"}
+    assert session == pid
+    arguments = status["arguments"]
+    assert isinstance(arguments, list)
+    assert arguments[arguments.index("--master-key-file") + 1] == str(Path.cwd() / "key-file")
+    assert "--dev" in arguments
+
+
+def test_it_uses_a_daemon_that_answers_and_leaves_it_alone_at_the_end(place) -> None:
+    found = start_alone(place)
+    try:
+
+        async def main() -> None:
+            supervisor = Supervisor(place.options())
+            await supervisor.start()
+            assert supervisor.child_pid is None
+            await supervisor.stop()
+
+        asyncio.run(main())
+        assert found.poll() is None
+    finally:
+        found.terminate()
+        found.wait()
+
+
+def test_it_spawns_one_when_the_daemon_that_it_used_dies(place) -> None:
+    found = start_alone(place)
+    try:
+
+        async def main() -> None:
+            supervisor = Supervisor(place.options())
+            await supervisor.start()
+            found.kill()
+            found.wait()
+            await until(lambda: supervisor.child_pid is not None)
+            async with AsyncClient(place.socket, wait_s=WAIT_S) as kms:
+                assert (await kms.status())["pid"] == supervisor.child_pid
+            await supervisor.stop()
+
+        asyncio.run(main())
+    finally:
+        found.kill()
+        found.wait()
+
+
+def test_a_daemon_that_is_killed_is_started_again_and_calls_go_on(place) -> None:
+    async def main() -> None:
+        supervisor = Supervisor(place.options())
+        await supervisor.start()
+        async with AsyncClient(place.socket, wait_s=WAIT_S) as kms:
+            key = await kms.create_dek_for_thread("thread-1")
+            sealed = await kms.encrypt(key.key_id, b"before")
+            for _ in range(2):
+                pid = supervisor.child_pid
+                assert pid is not None
+                os.kill(pid, signal.SIGKILL)
+                assert await kms.decrypt(key.key_id, sealed) == b"before"
+                assert (await kms.status())["pid"] != pid
+                await until(lambda pid=pid: supervisor.child_pid not in (None, pid))
+        await supervisor.stop()
+
+    with capture_logs() as logs:
+        asyncio.run(main())
+    assert [entry["status"] for entry in logs if entry["event"] == "miniKMS died"] == [-9, -9]
+
+
+def test_a_daemon_that_refuses_to_start_is_an_error_with_its_last_words(place, monkeypatch) -> None:
+    monkeypatch.setattr(supervisor_module, "FOUND_S_MAX", 0.2)
+    (place.data / "refuse-start").touch()
+
+    async def main() -> None:
+        with pytest.raises(SupervisorError, match=r"fake daemon: refused to start / because of its file"):
+            await Supervisor(place.options()).start()
+
+    asyncio.run(main())
+
+
+def test_a_program_that_is_not_there_is_an_error_that_says_so(place) -> None:
+    async def main() -> None:
+        with pytest.raises(SupervisorError, match="No such file"):
+            await Supervisor(place.options(binary=str(place.directory / "missing"))).start()
+
+    asyncio.run(main())
+
+
+def test_a_daemon_that_never_answers_is_ended_and_reported(place, monkeypatch, alive: Alive) -> None:
+    monkeypatch.setattr(supervisor_module, "READY_S_MAX", 0.5)
+    monkeypatch.setattr(supervisor_module, "FOUND_S_MAX", 0.1)
+    (place.data / "slow-start").write_text("60")
+
+    async def main() -> None:
+        with pytest.raises(SupervisorError, match="did not come up"):
+            await Supervisor(place.options()).start()
+
+    with capture_logs() as logs:
+        asyncio.run(main())
+    [pid] = [entry["pid"] for entry in logs if entry["event"] == "miniKMS spawned"]
+    assert not alive(pid)
+
+
+def test_without_spawn_nothing_is_started_and_the_error_says_what_to_do(place, monkeypatch) -> None:
+    monkeypatch.setattr(supervisor_module, "ABSENT_S_MAX", 0.1)
+
+    async def main() -> None:
+        with pytest.raises(SupervisorError, match="start it, or let this server spawn one"):
+            await Supervisor(place.options(), spawn=False).start()
+
+    with capture_logs() as logs:
+        asyncio.run(main())
+    assert not [entry for entry in logs if entry["event"] == "miniKMS spawned"]
+
+
+def test_a_socket_served_by_another_uid_is_refused_and_nothing_is_spawned_beside_it(place) -> None:
+    found = start_alone(place)
+    try:
+
+        async def main() -> None:
+            with pytest.raises(SupervisorError, match=f"served by uid {os.geteuid()}, expected was uid 54321"):
+                await Supervisor(place.options(), server_uids={54321}).start()
+
+        asyncio.run(main())
+    finally:
+        found.terminate()
+        found.wait()
+
+
+def test_two_servers_that_start_at_once_end_up_with_one_daemon(place) -> None:
+    async def main() -> None:
+        supervisors = [Supervisor(place.options()) for _ in range(3)]
+        await asyncio.gather(*(supervisor.start() for supervisor in supervisors))
+        await until(lambda: sum(supervisor.child_pid is not None for supervisor in supervisors) == 1)
+        async with AsyncClient(place.socket) as kms:
+            [pid] = [supervisor.child_pid for supervisor in supervisors if supervisor.child_pid is not None]
+            assert (await kms.status())["pid"] == pid
+        await asyncio.gather(*(supervisor.stop() for supervisor in supervisors))
+
+    asyncio.run(main())
+
+
+SERVER = """
+import asyncio, sys
+from progressdb_server.kms.child import ChildOptions
+from progressdb_server.kms.supervisor import Supervisor
+
+async def main():
+    supervisor = Supervisor(ChildOptions(socket_path=sys.argv[1], data_dir=sys.argv[2], binary=sys.argv[3]))
+    await supervisor.start()
+    print(supervisor.child_pid, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def test_a_server_killed_with_sigkill_takes_its_daemon_with_it(place, alive: Alive) -> None:
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, place.socket, str(place.data), place.binary],
+        stdout=subprocess.PIPE,
+    )
+    assert server.stdout is not None
+    lines = (line for line in server.stdout)
+    try:
+        pid = next(int(line) for line in lines if line.strip().isdigit())
+        assert alive(pid)
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+    wait_for(lambda: not alive(pid))
+
+
+def test_a_ctrl_c_in_the_servers_terminal_does_not_reach_the_daemon(place, alive: Alive) -> None:
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, place.socket, str(place.data), place.binary],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert server.stdout is not None
+    try:
+        pid = next(int(line) for line in server.stdout if line.strip().isdigit())
+        assert os.getpgid(pid) != os.getpgid(server.pid)
+        os.killpg(server.pid, signal.SIGINT)
+        server.wait(WAIT_S)
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+    wait_for(lambda: not alive(pid))
