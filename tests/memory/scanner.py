@@ -1,0 +1,315 @@
+"""What root sees: a search of another process's memory for keys, in every form that gives a key away.
+
+Owns: the forms of a key (`forms_of`) and the search for them in a live process or in a file. Invariants: every byte
+that the kernel lets root read is searched, and a region that it does not is reported, never passed over in silence;
+the search is exact. It must know nothing of the program that it searches.
+
+How 6,000 needles pass over some hundred megabytes in seconds: each needle is looked for by its rarest byte, so that
+the C library's memchr does the walking; a few classes of the bytes that follow, then a table, decide the rest.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+CHUNK_BYTES = 8 * 1024 * 1024
+HALF_BYTES = 16
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+SAMPLE_BYTES = 1024 * 1024
+KEYED_BYTES = 4
+"""How many bytes of a needle, from its anchor on, the table is keyed by."""
+
+
+class Needle(NamedTuple):
+    name: str
+    form: str
+    data: bytes
+
+
+class Hit(NamedTuple):
+    name: str
+    form: str
+    where: str
+
+
+class Report(NamedTuple):
+    hits: list[Hit]
+    bytes_read: int
+    unreadable: list[str]
+    """Regions, as in /proc/<pid>/maps, that the kernel does not let root read."""
+
+
+# --- the forms of a key -------------------------------------------------------------------------------------------
+def forms_of(name: str, key: bytes) -> list[Needle]:
+    """Every needle for a 32-byte key. A whole key is found by its halves."""
+    found = [Needle(name, "half", half) for half in _halves(key)]
+    for half in _halves(key):
+        found += [Needle(name, "hex", text) for text in {half.hex().encode(), half.hex().upper().encode()}]
+        found += [Needle(name, "base64", text) for text in _base64_texts(half)]
+    for round_key in aes256_round_keys(key)[2:]:  # the first two are the halves
+        found += [Needle(name, "round key", round_key), Needle(name, "round key", _swap_words(round_key))]
+    for pad in (0x36, 0x5C):
+        state = sha256_state_after(bytes(byte ^ pad for byte in key.ljust(64, b"\0")))
+        for order in ("<", ">"):
+            found += [Needle(name, "HMAC midstate", half) for half in _halves(struct.pack(f"{order}8I", *state))]
+    return found
+
+
+def _halves(value: bytes) -> tuple[bytes, bytes]:
+    return value[:HALF_BYTES], value[HALF_BYTES:]
+
+
+def _swap_words(value: bytes) -> bytes:
+    """As implementations that load big-endian words keep it on a little-endian machine."""
+    return b"".join(value[start : start + 4][::-1] for start in range(0, len(value), 4))
+
+
+def _base64_texts(value: bytes) -> set[bytes]:
+    """The characters that depend on nothing but `value`, wherever it begins in the encoded text, in both alphabets."""
+    texts = set()
+    for skipped in range(3):
+        whole = value[skipped : skipped + (len(value) - skipped) // 3 * 3]
+        texts |= {base64.b64encode(whole), base64.urlsafe_b64encode(whole)}
+    return texts
+
+
+def _sbox() -> bytes:
+    """FIPS 197, 5.1.1: the multiplicative inverse in GF(2^8), then the affine transformation."""
+    box = bytearray(256)
+    p = q = 1
+    while True:
+        p ^= (p << 1 & 0xFF) ^ (0x1B if p & 0x80 else 0)  # p * 3
+        q ^= q << 1  # q / 3
+        q ^= q << 2
+        q ^= q << 4
+        q &= 0xFF
+        if q & 0x80:
+            q ^= 0x09
+        spread = q ^ _rotate8(q, 1) ^ _rotate8(q, 2) ^ _rotate8(q, 3) ^ _rotate8(q, 4)
+        box[p] = spread ^ 0x63
+        if p == 1:
+            break
+    box[0] = 0x63
+    return bytes(box)
+
+
+def _rotate8(value: int, count: int) -> int:
+    return (value << count | value >> 8 - count) & 0xFF
+
+
+_SBOX = _sbox()
+
+
+def aes256_round_keys(key: bytes) -> list[bytes]:
+    """The 15 round keys of FIPS 197, 5.2."""
+    words = [key[start : start + 4] for start in range(0, 32, 4)]
+    constant = 1
+    for index in range(8, 60):
+        word = words[-1]
+        if index % 8 == 0:
+            word = bytes([_SBOX[word[1]] ^ constant, _SBOX[word[2]], _SBOX[word[3]], _SBOX[word[0]]])
+            constant <<= 1
+        elif index % 8 == 4:
+            word = bytes(_SBOX[byte] for byte in word)
+        words.append(bytes(a ^ b for a, b in zip(words[-8], word, strict=True)))
+    return [b"".join(words[start : start + 4]) for start in range(0, 60, 4)]
+
+
+def _primes(count: int) -> list[int]:
+    primes: list[int] = []
+    candidate = 2
+    while len(primes) < count:
+        if all(candidate % prime for prime in primes):
+            primes.append(candidate)
+        candidate += 1
+    return primes
+
+
+def _root_fraction(prime: int, degree: int) -> int:
+    """The first 32 bits of the fraction of a root (FIPS 180-4, 4.2.2 and 5.3.3)."""
+    scaled = prime << 32 * degree
+    low, high = 0, prime << 32
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if middle**degree <= scaled else (low, middle - 1)
+    return low & 0xFFFFFFFF
+
+
+_SHA256_K = [_root_fraction(prime, 3) for prime in _primes(64)]
+_SHA256_START = [_root_fraction(prime, 2) for prime in _primes(8)]
+
+
+def _rotate32(value: int, count: int) -> int:
+    return (value >> count | value << 32 - count) & 0xFFFFFFFF
+
+
+def sha256_state_after(block: bytes) -> list[int]:
+    """The eight words after one 64-byte block (FIPS 180-4, 6.2.2): what a kept hash object holds."""
+    w = list(struct.unpack(">16I", block))
+    for t in range(16, 64):
+        small0 = _rotate32(w[t - 15], 7) ^ _rotate32(w[t - 15], 18) ^ w[t - 15] >> 3
+        small1 = _rotate32(w[t - 2], 17) ^ _rotate32(w[t - 2], 19) ^ w[t - 2] >> 10
+        w.append((w[t - 16] + small0 + w[t - 7] + small1) & 0xFFFFFFFF)
+    a, b, c, d, e, f, g, h = _SHA256_START
+    for t in range(64):
+        big1 = _rotate32(e, 6) ^ _rotate32(e, 11) ^ _rotate32(e, 25)
+        first = h + big1 + (e & f ^ ~e & g) + _SHA256_K[t] + w[t]
+        big0 = _rotate32(a, 2) ^ _rotate32(a, 13) ^ _rotate32(a, 22)
+        second = big0 + (a & b ^ a & c ^ b & c)
+        a, b, c, d, e, f, g, h = (first + second) & 0xFFFFFFFF, a, b, c, (d + first) & 0xFFFFFFFF, e, f, g
+    return [(x + y) & 0xFFFFFFFF for x, y in zip(_SHA256_START, (a, b, c, d, e, f, g, h), strict=True)]
+
+
+# --- the search ---------------------------------------------------------------------------------------------------
+class Matcher:
+    """Finds all needles at once. `sample` is a piece of what will be searched; it only decides the speed."""
+
+    def __init__(self, needles: Iterable[Needle], sample: bytes) -> None:
+        needles = list(needles)
+        counts = collections.Counter(sample)
+        self.needle_bytes_max = max(len(needle.data) for needle in needles)
+        self._tables: dict[int, dict[bytes, list[tuple[int, Needle]]]] = {}
+        for needle in needles:
+            places = range(len(needle.data) - KEYED_BYTES + 1)
+            offset = min(places, key=lambda place: counts[needle.data[place]])
+            table = self._tables.setdefault(needle.data[offset], {})
+            table.setdefault(needle.data[offset : offset + KEYED_BYTES], []).append((offset, needle))
+        self._patterns = {anchor: _pattern(table) for anchor, table in self._tables.items()}
+
+    def search(self, data: bytes | bytearray) -> Iterator[tuple[int, Needle]]:
+        """Each needle that lies wholly in `data`, with its position."""
+        for anchor, pattern in self._patterns.items():
+            table = self._tables[anchor]
+            for match in pattern.finditer(data):
+                for offset, needle in table.get(bytes(data[match.start() : match.start() + KEYED_BYTES]), ()):
+                    start = match.start() - offset
+                    if start >= 0 and data[start : start + len(needle.data)] == needle.data:
+                        yield start, needle
+
+
+def _pattern(keys: Iterable[bytes]) -> re.Pattern[bytes]:
+    """The anchor byte, then of each following byte the class of its values, looked at and not consumed."""
+    columns = [sorted(set(column)) for column in zip(*keys, strict=True)]
+    classes = [b"[" + b"".join(b"\\x%02x" % value for value in column) + b"]" for column in columns[1:]]
+    return re.compile(b"\\x%02x(?=" % columns[0][0] + b"".join(classes) + b")", re.DOTALL)
+
+
+class _Region(NamedTuple):
+    start: int
+    end: int
+    line: str
+
+    @property
+    def mapped_readable(self) -> bool:
+        return self.line.split()[1].startswith("r")
+
+
+def _regions(pid: int) -> list[_Region]:
+    regions = []
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
+        for line in maps:
+            start, end = (int(part, 16) for part in line.split(maxsplit=1)[0].split("-"))
+            regions.append(_Region(start, end, line.strip()))
+    return regions
+
+
+def scan_process(pid: int, needles: Iterable[Needle]) -> Report:
+    """Search all memory of the process `pid`, readable to itself or not, through /proc/<pid>/mem."""
+    regions = _regions(pid)
+    needles = list(needles)
+    hits: list[Hit] = []
+    unreadable: list[str] = []
+    bytes_read = 0
+    memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        matcher = Matcher(needles, _sample(memory, regions))
+        for region in regions:
+            refused = 0
+            for start, end in _parts(pagemap, region):
+                for address, data, missing in _read(memory, start, end, matcher.needle_bytes_max - 1):
+                    refused += missing
+                    bytes_read += len(data)
+                    hits += [
+                        Hit(needle.name, needle.form, f"{address + position:#x} in {region.line}")
+                        for position, needle in matcher.search(data)
+                    ]
+            if refused:
+                unreadable.append(region.line)
+    finally:
+        os.close(memory)
+        os.close(pagemap)
+    return Report(hits, bytes_read, unreadable)
+
+
+def scan_file(path: str, needles: Iterable[Needle]) -> Report:
+    """Search a file: a core, an environment, a log."""
+    hits: list[Hit] = []
+    bytes_read = 0
+    with open(path, "rb") as file:
+        head = file.read(CHUNK_BYTES)
+        matcher = Matcher(needles, head[-SAMPLE_BYTES:])
+        tail, position = b"", 0
+        while head:
+            data = tail + head
+            hits += [
+                Hit(needle.name, needle.form, f"{path} at {position - len(tail) + place}")
+                for place, needle in matcher.search(data)
+            ]
+            bytes_read += len(head)
+            position += len(head)
+            tail = data[-(matcher.needle_bytes_max - 1) :]
+            head = file.read(CHUNK_BYTES)
+    return Report(hits, bytes_read, [])
+
+
+def _sample(memory: int, regions: list[_Region]) -> bytes:
+    """Some of the heap and the stacks, which are what matters."""
+    sample = bytearray()
+    for region in regions:
+        if region.line.split()[1].startswith("rw") and len(sample) < SAMPLE_BYTES:
+            for _, data, _ in _read(memory, region.start, min(region.end, region.start + SAMPLE_BYTES // 8), 0):
+                sample += data
+    return bytes(sample)
+
+
+def _parts(pagemap: int, region: _Region) -> Iterator[tuple[int, int]]:
+    """The whole region if the process may read it; of the others (reserved, mostly empty) the pages that exist."""
+    if region.mapped_readable:
+        yield region.start, region.end
+        return
+    present = 1 << 63 | 1 << 62  # in memory, or swapped out: pagemap of proc_pid_pagemap(5)
+    for first in range(region.start, region.end, CHUNK_BYTES):
+        last = min(region.end, first + CHUNK_BYTES)
+        entries = os.pread(pagemap, (last - first) // PAGE_BYTES * 8, first // PAGE_BYTES * 8)
+        for index, (entry,) in enumerate(struct.iter_unpack("=Q", entries)):
+            if entry & present:
+                yield first + index * PAGE_BYTES, first + (index + 1) * PAGE_BYTES
+
+
+def _read(memory: int, start: int, end: int, overlap: int) -> Iterator[tuple[int, bytes, int]]:
+    """Chunks of what can be read, each with its address and the count of refused pages before it.
+
+    Chunks that follow each other overlap, so that no needle falls between two.
+    """
+    address, refused, tail = start, 0, b""
+    while address < end:
+        try:
+            data = os.pread(memory, min(CHUNK_BYTES, end - address), address)
+        except OSError:
+            data = b""
+        if data:
+            yield address - len(tail), tail + data, refused
+            address += len(data)
+            refused, tail = 0, data[-overlap:] if overlap else b""
+        else:
+            refused, tail = refused + 1, b""
+            address += PAGE_BYTES
+    if refused:
+        yield end, b"", refused
