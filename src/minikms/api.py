@@ -149,3 +149,79 @@ class DecryptBatchAnswer(msgspec.Struct):
 class ErrorAnswer(msgspec.Struct):
     error: str
     code: str
+
+
+# --- the life of a key, and keys for the caller's own use -----------------------------------------------------------
+
+
+class ReencryptItem(Request):
+    ciphertext: str
+    aad: str | UnsetType = UNSET
+
+
+class ReencryptBatchRequest(Request):
+    """Answered by EncryptBatchAnswer. Both keys are of one thread."""
+
+    from_key_id: str
+    to_key_id: str
+    items: list[ReencryptItem]
+
+
+class KeyAnswer(msgspec.Struct, frozen=True):
+    """One key. `created_at` is RFC 3339 in UTC; `uses_max` an upper bound of its uses so far."""
+
+    key_id: str
+    thread_id: str
+    purpose: Purpose
+    state: State
+    kek_version: int
+    created_at: str
+    uses_max: int
+
+
+class KeyListAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One page; `next_cursor` is absent on the last."""
+
+    keys: list[KeyAnswer]
+    next_cursor: str | None = None
+
+
+class DestroyKeyRequest(Request):
+    """The id repeated, so that no slip of a path destroys a key."""
+
+    key_id: str
+
+
+class GenerateDataKeyRequest(Request):
+    """`key_id` names a key of purpose `data`; with `plaintext: false` the answer has only the sealed form."""
+
+    key_id: str
+    aad: str | UnsetType = UNSET
+    plaintext: bool | UnsetType = UNSET
+
+
+class DataKeyAnswer(msgspec.Struct, omit_defaults=True):
+    """`ciphertext` is `plaintext` (32 bytes) as /encrypt would answer it; /decrypt opens it."""
+
+    key_id: str
+    ciphertext: bytes
+    plaintext: bytes | UnsetType = UNSET
+
+    def __repr__(self) -> str:
+        return f"DataKeyAnswer(key_id={self.key_id!r})"
+
+
+class RandomRequest(Request):
+    count: int
+
+
+class RandomAnswer(msgspec.Struct):
+    random: bytes
+
+
+class RotateKekAnswer(msgspec.Struct, frozen=True):
+    """`rewrapped` counts the keys done so far; `status` is `running` when the rotation was not waited for."""
+
+    status: Literal["ok", "running"]
+    kek_version: int
+    rewrapped: int

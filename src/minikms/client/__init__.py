@@ -9,17 +9,13 @@ from minikms.client import errors
 from minikms.client.asynchronous import AsyncClient
 from minikms.client.errors import KmsError, KmsRefusedError
 from minikms.client.synchronous import Client
-from minikms.client.verbs import DataKey, DecryptItem, EncryptItem, KekRotation, KeyInfo, KeyPage, ReencryptItem
+from minikms.client.values import DecryptItem, EncryptItem, ReencryptItem
 
 __all__ = [
     "AsyncClient",
     "Client",
-    "DataKey",
     "DecryptItem",
     "EncryptItem",
-    "KekRotation",
-    "KeyInfo",
-    "KeyPage",
     "KmsError",
     "KmsRefusedError",
     "ReencryptItem",

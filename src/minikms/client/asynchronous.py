@@ -20,17 +20,8 @@ from minikms.client.batching import Lane
 from minikms.client.connection import Connection
 from minikms.client.errors import KmsClosedError, KmsError, KmsRefusedError, KmsTimeoutError
 from minikms.client.retry import Attempts
-from minikms.client.verbs import (
-    Call,
-    DataKey,
-    DecryptItem,
-    EncryptItem,
-    KekRotation,
-    KeyInfo,
-    KeyPage,
-    Outcome,
-    ReencryptItem,
-)
+from minikms.client.values import DecryptItem, EncryptItem, Outcome, ReencryptItem, chunks
+from minikms.client.verbs import Call
 
 T = TypeVar("T")
 
@@ -121,7 +112,7 @@ class AsyncClient:
         Repeated by itself only if the request was certainly not carried out. After KmsUnavailableError with `sent`, or
         KmsTimeoutError, there may be a key that nobody knows.
         """
-        return await self._perform(verbs.create_dek_for_thread(thread_id, replaces, purpose, request_id))
+        return await self._perform(verbs.create_dek_for_thread(thread_id, replaces, purpose).named(request_id))
 
     async def get_wrapped(self, key_id: str) -> bytes:
         """The key, sealed under the current KEK."""
@@ -155,31 +146,31 @@ class AsyncClient:
 
     async def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[Outcome]:
         """One ciphertext or KmsRefusedError for each item, in order. Any number of items: they are split as needed."""
-        return [outcome for chunk in verbs.chunks(items) for outcome in await self._perform(verbs.encrypt_batch(chunk))]
+        return [outcome for chunk in chunks(items) for outcome in await self._perform(verbs.encrypt_batch(chunk))]
 
     async def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[Outcome]:
         """One plaintext or KmsRefusedError for each item, in order. Any number of items: they are split as needed."""
-        return [outcome for chunk in verbs.chunks(items) for outcome in await self._perform(verbs.decrypt_batch(chunk))]
+        return [outcome for chunk in chunks(items) for outcome in await self._perform(verbs.decrypt_batch(chunk))]
 
     async def reencrypt_batch(
         self, from_key_id: str, to_key_id: str, items: Sequence[ReencryptItem], *, request_id: str | None = None
     ) -> list[Outcome]:
         """New ciphertexts under another key of the same thread, same aad. Plaintext never leaves the daemon."""
         outcomes: list[Outcome] = []
-        for chunk in verbs.chunks(items):
-            answered = await self._perform(verbs.reencrypt_batch(from_key_id, to_key_id, chunk, request_id))
+        for chunk in chunks(items):
+            answered = await self._perform(verbs.reencrypt_batch(from_key_id, to_key_id, chunk).named(request_id))
             outcomes += answered
         return outcomes
 
     async def generate_data_key(
         self, key_id: str, *, aad: bytes = b"", with_plaintext: bool = True, request_id: str | None = None
-    ) -> DataKey:
+    ) -> api.DataKeyAnswer:
         """A fresh 32-byte key sealed under `key_id`, whose purpose must be `data`; open it again with `decrypt`."""
-        return await self._perform(verbs.generate_data_key(key_id, aad, with_plaintext, request_id))
+        return await self._perform(verbs.generate_data_key(key_id, aad, with_plaintext).named(request_id))
 
-    async def random(self, count_bytes: int) -> bytes:
+    async def random(self, count: int) -> bytes:
         """Random bytes from the daemon, at most `api.RANDOM_BYTES_MAX`."""
-        return await self._perform(verbs.random(count_bytes))
+        return await self._perform(verbs.random(count))
 
     async def rotate_kek(
         self,
@@ -187,13 +178,14 @@ class AsyncClient:
         new_kek_hex: bytes | bytearray | str | None = None,
         wait: bool = True,
         verify: Sequence[DecryptItem] = (),
+        request_id: str | None = None,
         timeout_s: float = ROTATE_TIMEOUT_S,
-    ) -> KekRotation:
+    ) -> api.RotateKekAnswer:
         """Rotates the KEK; a key given becomes the new root key too. `verify` samples are decrypted before and after.
 
         A `bytearray` stays the caller's to zero; a `str` can't be.
         """
-        return await self._perform(verbs.rotate_kek(new_kek_hex, wait, verify), timeout_s)
+        return await self._perform(verbs.rotate_kek(new_kek_hex, wait, verify).named(request_id), timeout_s)
 
     async def list_keys(
         self,
@@ -202,21 +194,21 @@ class AsyncClient:
         state: api.State | None = None,
         cursor: str | None = None,
         limit: int | None = None,
-    ) -> KeyPage:
+    ) -> api.KeyListAnswer:
         """A page of keys; go on with `next_cursor` while there is one."""
         return await self._perform(verbs.list_keys(thread_id, state, cursor, limit))
 
-    async def get_key(self, key_id: str) -> KeyInfo:
+    async def get_key(self, key_id: str) -> api.KeyAnswer:
         """What there is to know about one key."""
         return await self._perform(verbs.get_key(key_id))
 
     async def retire_key(self, key_id: str, *, request_id: str | None = None) -> dict[str, object]:
         """From here on the key decrypts only."""
-        return await self._perform(verbs.retire_key(key_id, request_id))
+        return await self._perform(verbs.retire_key(key_id).named(request_id))
 
-    async def destroy_key(self, key_id: str) -> dict[str, object]:
+    async def destroy_key(self, key_id: str, *, request_id: str | None = None) -> dict[str, object]:
         """Destroys a retired key and whatever only it opens, for good. Returns the receipt."""
-        return await self._perform(verbs.destroy_key(key_id))
+        return await self._perform(verbs.destroy_key(key_id).named(request_id))
 
     # --- how calls travel ---
 
@@ -262,7 +254,7 @@ class AsyncClient:
 
     async def _attempt(self, call: Call[T], lane: bytes | None, timeout_s: float) -> T:
         connection = await self._connection(lane)
-        answer = await connection.exchange(call.target, call.body, timeout_s)
+        answer = await connection.exchange(call.target, call.body, call.request_id, timeout_s)
         if lane is None:
             self._release(connection)
         return verbs.read(call, answer)

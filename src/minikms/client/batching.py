@@ -20,9 +20,8 @@ from collections.abc import Awaitable, Callable
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from minikms import api
-from minikms.client import verbs
 from minikms.client.errors import KmsClosedError, KmsError, KmsTimeoutError, KmsUnavailableError
-from minikms.client.verbs import DecryptItem, EncryptItem, Outcome
+from minikms.client.values import BATCH_BYTES_MAX, DecryptItem, EncryptItem, Outcome, check_item, cost_bytes
 
 QUEUE_ITEMS_MAX: Final = 64 * api.BATCH_ITEMS_MAX
 QUEUE_BYTES_MAX: Final = 256 * 1024 * 1024
@@ -50,10 +49,10 @@ class Lane(Generic[ItemT]):
 
     async def submit(self, item: ItemT) -> bytes:
         """Queues the item and waits for its outcome. Raises KmsError."""
-        verbs.check_item(item)
+        check_item(item)
         if self._closed:
             raise KmsClosedError("the client is closed")
-        cost = verbs.cost_bytes(item)
+        cost = cost_bytes(item)
         if len(self._queue) >= QUEUE_ITEMS_MAX or self._queue_bytes + cost > QUEUE_BYTES_MAX:
             raise KmsUnavailableError("too many calls are waiting for the key service")
         loop = asyncio.get_running_loop()
@@ -91,7 +90,7 @@ class Lane(Generic[ItemT]):
         size = 0
         while self._queue and len(batch) < api.BATCH_ITEMS_MAX:
             waiting = self._queue[0]
-            if batch and size + waiting.cost_bytes > verbs.BATCH_BYTES_MAX:
+            if batch and size + waiting.cost_bytes > BATCH_BYTES_MAX:
                 break
             self._queue.popleft()
             self._queue_bytes -= waiting.cost_bytes

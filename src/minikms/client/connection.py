@@ -41,7 +41,9 @@ class Connection(asyncio.Protocol):
     def usable(self) -> bool:
         return self._reusable and self._transport is not None and not self._transport.is_closing()
 
-    async def exchange(self, target: bytes, body: bytes | bytearray | None, timeout_s: float) -> Answer:
+    async def exchange(
+        self, target: bytes, body: bytes | bytearray | None, request_id: str | None, timeout_s: float
+    ) -> Answer:
         """Sends a request and waits for its answer. Raises KmsUnavailableError, KmsTimeoutError and
         KmsProtocolError."""
         transport = self._transport
@@ -49,7 +51,7 @@ class Connection(asyncio.Protocol):
             raise KmsUnavailableError("the connection to the key service was lost")
         self._parser = AnswerParser()
         self._waiter = asyncio.get_running_loop().create_future()
-        head = request_head(target, None if body is None else len(body))
+        head = request_head(target, None if body is None else len(body), request_id)
         if isinstance(body, bytearray):  # holds a key: joining would leave a copy that nobody zeroes
             transport.write(head)
             transport.write(body)

@@ -20,17 +20,8 @@ from minikms import api
 from minikms.client import peer, verbs
 from minikms.client.errors import KmsClosedError, KmsError, KmsTimeoutError, KmsUnavailableError
 from minikms.client.retry import Attempts
-from minikms.client.verbs import (
-    Call,
-    DataKey,
-    DecryptItem,
-    EncryptItem,
-    KekRotation,
-    KeyInfo,
-    KeyPage,
-    Outcome,
-    ReencryptItem,
-)
+from minikms.client.values import DecryptItem, EncryptItem, Outcome, ReencryptItem, check_item, chunks
+from minikms.client.verbs import Call
 from minikms.client.wire import Answer, AnswerParser, request_head
 
 T = TypeVar("T")
@@ -103,7 +94,7 @@ class Client:
         request_id: str | None = None,
     ) -> api.CreateDekAnswer:
         """As AsyncClient.create_dek_for_thread."""
-        return self._perform(verbs.create_dek_for_thread(thread_id, replaces, purpose, request_id))
+        return self._perform(verbs.create_dek_for_thread(thread_id, replaces, purpose).named(request_id))
 
     def get_wrapped(self, key_id: str) -> bytes:
         """The key, sealed under the current KEK."""
@@ -120,7 +111,7 @@ class Client:
     ) -> bytes:
         """nonce(12) | ciphertext | tag(16)."""
         item = EncryptItem(key_id=key_id, plaintext=plaintext, aad=aad, thread_id=thread_id, request_id=request_id)
-        verbs.check_item(item)
+        check_item(item)
         return self._perform(verbs.encrypt(item))
 
     def decrypt(
@@ -134,36 +125,36 @@ class Client:
     ) -> bytes:
         """The plaintext."""
         item = DecryptItem(key_id=key_id, ciphertext=ciphertext, aad=aad, thread_id=thread_id, request_id=request_id)
-        verbs.check_item(item)
+        check_item(item)
         return self._perform(verbs.decrypt(item))
 
     def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[Outcome]:
         """One ciphertext or KmsRefusedError for each item, in order. Any number of items: they are split as needed."""
-        return [outcome for chunk in verbs.chunks(items) for outcome in self._perform(verbs.encrypt_batch(chunk))]
+        return [outcome for chunk in chunks(items) for outcome in self._perform(verbs.encrypt_batch(chunk))]
 
     def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[Outcome]:
         """One plaintext or KmsRefusedError for each item, in order. Any number of items: they are split as needed."""
-        return [outcome for chunk in verbs.chunks(items) for outcome in self._perform(verbs.decrypt_batch(chunk))]
+        return [outcome for chunk in chunks(items) for outcome in self._perform(verbs.decrypt_batch(chunk))]
 
     def reencrypt_batch(
         self, from_key_id: str, to_key_id: str, items: Sequence[ReencryptItem], *, request_id: str | None = None
     ) -> list[Outcome]:
         """New ciphertexts under another key of the same thread, same aad. Plaintext never leaves the daemon."""
         outcomes: list[Outcome] = []
-        for chunk in verbs.chunks(items):
-            answered = self._perform(verbs.reencrypt_batch(from_key_id, to_key_id, chunk, request_id))
+        for chunk in chunks(items):
+            answered = self._perform(verbs.reencrypt_batch(from_key_id, to_key_id, chunk).named(request_id))
             outcomes += answered
         return outcomes
 
     def generate_data_key(
         self, key_id: str, *, aad: bytes = b"", with_plaintext: bool = True, request_id: str | None = None
-    ) -> DataKey:
+    ) -> api.DataKeyAnswer:
         """As AsyncClient.generate_data_key."""
-        return self._perform(verbs.generate_data_key(key_id, aad, with_plaintext, request_id))
+        return self._perform(verbs.generate_data_key(key_id, aad, with_plaintext).named(request_id))
 
-    def random(self, count_bytes: int) -> bytes:
+    def random(self, count: int) -> bytes:
         """Random bytes from the daemon, at most `api.RANDOM_BYTES_MAX`."""
-        return self._perform(verbs.random(count_bytes))
+        return self._perform(verbs.random(count))
 
     def rotate_kek(
         self,
@@ -171,10 +162,11 @@ class Client:
         new_kek_hex: bytes | bytearray | str | None = None,
         wait: bool = True,
         verify: Sequence[DecryptItem] = (),
+        request_id: str | None = None,
         timeout_s: float = ROTATE_TIMEOUT_S,
-    ) -> KekRotation:
+    ) -> api.RotateKekAnswer:
         """As AsyncClient.rotate_kek."""
-        return self._perform(verbs.rotate_kek(new_kek_hex, wait, verify), timeout_s)
+        return self._perform(verbs.rotate_kek(new_kek_hex, wait, verify).named(request_id), timeout_s)
 
     def list_keys(
         self,
@@ -183,21 +175,21 @@ class Client:
         state: api.State | None = None,
         cursor: str | None = None,
         limit: int | None = None,
-    ) -> KeyPage:
+    ) -> api.KeyListAnswer:
         """A page of keys; go on with `next_cursor` while there is one."""
         return self._perform(verbs.list_keys(thread_id, state, cursor, limit))
 
-    def get_key(self, key_id: str) -> KeyInfo:
+    def get_key(self, key_id: str) -> api.KeyAnswer:
         """What there is to know about one key."""
         return self._perform(verbs.get_key(key_id))
 
     def retire_key(self, key_id: str, *, request_id: str | None = None) -> dict[str, object]:
         """From here on the key decrypts only."""
-        return self._perform(verbs.retire_key(key_id, request_id))
+        return self._perform(verbs.retire_key(key_id).named(request_id))
 
-    def destroy_key(self, key_id: str) -> dict[str, object]:
+    def destroy_key(self, key_id: str, *, request_id: str | None = None) -> dict[str, object]:
         """Destroys a retired key and whatever only it opens, for good. Returns the receipt."""
-        return self._perform(verbs.destroy_key(key_id))
+        return self._perform(verbs.destroy_key(key_id).named(request_id))
 
     # --- how calls travel ---
 
@@ -266,7 +258,7 @@ def _has_news(sock: socket.socket) -> bool:
 
 def _exchange(sock: socket.socket, call: Call[T], until_s: float) -> Answer:
     """Sends the request and reads its answer. Raises TimeoutError, OSError and KmsProtocolError."""
-    head = request_head(call.target, None if call.body is None else len(call.body))
+    head = request_head(call.target, None if call.body is None else len(call.body), call.request_id)
     _send(sock, head, until_s)
     if call.body:
         _send(sock, call.body, until_s)

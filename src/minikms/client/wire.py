@@ -30,8 +30,7 @@ ANSWER_BYTES_MAX: Final = 2 * api.BODY_BYTES_MAX
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.1 ([2-5][0-9]{2})(?: [\t\x20-\x7e]*)?")
 _HEADER: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
 _LENGTH: Final = re.compile(rb"[0-9]{1,9}")
-_GET_HEAD: Final = b"GET %b HTTP/1.1\r\nHost: minikms\r\n\r\n"
-_POST_HEAD: Final = b"POST %b HTTP/1.1\r\nHost: minikms\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+_HOST: Final = b" HTTP/1.1\r\nHost: minikms\r\n"
 
 
 class Answer(NamedTuple):
@@ -42,9 +41,16 @@ class Answer(NamedTuple):
     reusable: bool
 
 
-def request_head(target: bytes, body_bytes: int | None) -> bytes:
-    """The head of a request: a POST with a body of that length, or a GET when there is none."""
-    return _GET_HEAD % target if body_bytes is None else _POST_HEAD % (target, body_bytes)
+def request_head(target: bytes, body_bytes: int | None, request_id: str | None) -> bytes:
+    """The head of a request: a POST with a body of that length, or a GET when there is none.
+
+    `target` and `request_id` have been checked: neither holds a space or a line end.
+    """
+    named = b"" if request_id is None else b"%b: %b\r\n" % (api.REQUEST_ID_HEADER.encode(), request_id.encode())
+    if body_bytes is None:
+        return b"GET " + target + _HOST + named + b"\r\n"
+    kind = b"Content-Type: application/json\r\nContent-Length: %d\r\n" % body_bytes
+    return b"POST " + target + _HOST + kind + named + b"\r\n"
 
 
 class AnswerParser:
