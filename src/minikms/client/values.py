@@ -1,0 +1,126 @@
+"""What goes into a batch, and how much of it.
+
+Owns: the items of the batch verbs, the checks that come before encoding, and the cutting of many items into requests
+that the daemon takes. Invariants: a text is bounded and ASCII before it is encoded, so that one caller's item can't
+make a batch of many callers unreadable; whether an id is well-formed is the daemon's to say, item by item. No item
+shows its content in a repr.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final, NoReturn, TypeVar
+
+import msgspec
+
+from minikms import api
+from minikms.client.errors import InvalidRequestError, KmsRefusedError, TooLargeError
+
+_ITEM_TEXT_BYTES_MAX: Final = 128 + 3 * 6 * api.ID_CHARS_MAX
+"""Of an item's field names and ids in JSON, when every character of an id needs an escape of six."""
+_ENVELOPE_BYTES_MAX: Final = 1024
+BATCH_BYTES_MAX: Final = api.BODY_BYTES_MAX - _ENVELOPE_BYTES_MAX
+SEALED_OVERHEAD_BYTES: Final = 28
+"""nonce(12) and tag(16)."""
+
+
+class EncryptItem(msgspec.Struct, omit_defaults=True, frozen=True, gc=False, kw_only=True):
+    """One value to encrypt. `aad` and `thread_id` must be the same when it is decrypted.
+
+    The daemon refuses the item unless `thread_id`, when given, is the key's thread. `request_id` goes to the audit log.
+    """
+
+    key_id: str
+    plaintext: bytes
+    aad: bytes = b""
+    thread_id: str | None = None
+    request_id: str | None = None
+
+    def __repr__(self) -> str:
+        return f"EncryptItem(key_id={self.key_id!r}, {len(self.plaintext)} bytes)"
+
+
+class DecryptItem(msgspec.Struct, omit_defaults=True, frozen=True, gc=False, kw_only=True):
+    """One value to decrypt. `ciphertext` is what encrypt answered: nonce(12) | ciphertext | tag(16)."""
+
+    key_id: str
+    ciphertext: bytes
+    aad: bytes = b""
+    thread_id: str | None = None
+    request_id: str | None = None
+
+    def __repr__(self) -> str:
+        return f"DecryptItem(key_id={self.key_id!r}, {len(self.ciphertext)} bytes)"
+
+
+class ReencryptItem(msgspec.Struct, omit_defaults=True, frozen=True, gc=False, kw_only=True):
+    """One ciphertext to move from one key to another, under the same `aad`."""
+
+    ciphertext: bytes
+    aad: bytes = b""
+
+    def __repr__(self) -> str:
+        return f"ReencryptItem({len(self.ciphertext)} bytes)"
+
+
+Item = EncryptItem | DecryptItem | ReencryptItem
+ItemT = TypeVar("ItemT", EncryptItem, DecryptItem, ReencryptItem)
+Outcome = bytes | KmsRefusedError
+"""What a batch gives for one item: the value, or why that item was refused."""
+
+
+def payload_of(item: Item) -> bytes:
+    return item.plaintext if isinstance(item, EncryptItem) else item.ciphertext
+
+
+def cost_bytes(item: Item) -> int:
+    """At least as many bytes as the item takes in a body."""
+    return _ITEM_TEXT_BYTES_MAX + (len(payload_of(item)) + len(item.aad) + 4) * 4 // 3
+
+
+def check_item(item: Item) -> None:
+    """Raises InvalidRequestError, TooLargeError or TypeError for what could spoil the batch that the item travels
+    in."""
+    if not isinstance(item, ReencryptItem):
+        check_id("key_id", item.key_id)
+        if item.thread_id is not None:
+            check_id("thread_id", item.thread_id)
+        if item.request_id is not None:
+            check_id("request_id", item.request_id)
+    payload = payload_of(item)
+    if not isinstance(payload, bytes) or not isinstance(item.aad, bytes):
+        raise TypeError("plaintext, ciphertext and aad are bytes")
+    most = api.PLAINTEXT_BYTES_MAX + (0 if isinstance(item, EncryptItem) else SEALED_OVERHEAD_BYTES)
+    if len(payload) > most:
+        raise TooLargeError(413, api.CODE_TOO_LARGE, f"a value of {len(payload)} bytes; at most {most} are taken")
+    if len(item.aad) > api.AAD_BYTES_MAX:
+        raise TooLargeError(
+            413, api.CODE_TOO_LARGE, f"an aad of {len(item.aad)} bytes; at most {api.AAD_BYTES_MAX} are taken"
+        )
+
+
+def check_id(name: str, value: str) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is a str")
+    if len(value) > api.ID_CHARS_MAX or not value.isascii():
+        invalid(f"{name} has at most {api.ID_CHARS_MAX} ASCII characters")
+
+
+def invalid(message: str) -> NoReturn:
+    """Refuses before anything is sent, as the daemon would."""
+    raise InvalidRequestError(400, api.CODE_INVALID_REQUEST, message)
+
+
+def chunks(items: Sequence[ItemT]) -> Iterator[Sequence[ItemT]]:
+    """The items, in order, in runs that each fit one request. Raises as check_item, before the first run."""
+    for item in items:
+        check_item(item)
+    start = size = 0
+    for index, item in enumerate(items):
+        cost = cost_bytes(item)
+        if index - start == api.BATCH_ITEMS_MAX or (size + cost > BATCH_BYTES_MAX and index > start):
+            yield items[start:index]
+            start, size = index, 0
+        size += cost
+    if start < len(items):
+        yield items[start:]
