@@ -28,11 +28,11 @@ REFILL_USES: Final = LEASE_USES // 10
 
 
 class UseLease:
-    """The uses of one key that are reserved for this process. Made by `LeaseBook`."""
+    """The uses of one key that are reserved for this process. Made by `Leases`."""
 
     __slots__ = ("_book", "_refill_below", "key", "spent", "uses_left")
 
-    def __init__(self, book: LeaseBook, key: bytes, uses_left: int) -> None:
+    def __init__(self, book: Leases, key: bytes, uses_left: int) -> None:
         self._book = book
         self.key = key
         self.uses_left = uses_left
@@ -42,8 +42,12 @@ class UseLease:
     def __repr__(self) -> str:
         return f"<UseLease {self.uses_left} left>"
 
+    def covers(self, uses: int) -> bool:
+        """Whether `take` would not be helped by `Leases.extend`: enough is reserved, or nothing more can be."""
+        return self.uses_left >= uses or self.spent
+
     def take(self, uses: int = 1) -> bool:
-        """Take `uses` (at most a batch's) if they are covered; False if the caller must `extend` first.
+        """Take `uses` if they are covered; False if the caller must `extend` first.
 
         Raises KeyExhaustedError if they are not covered and never will be. On the path of every encryption.
         """
@@ -74,6 +78,12 @@ class UseLease:
         self._book._extend_later(self)
         return True
 
+    def _leases_short_of(self, uses: int) -> int:
+        """How many leases to add to cover `uses`, with some to spare for who takes before the waiters wake."""
+        if self.spent:
+            return 0
+        return max(0, -(-(uses + REFILL_USES - self.uses_left) // LEASE_USES))
+
     def _granted(self, total: int | None) -> None:
         if total is None:
             self.spent = True
@@ -84,11 +94,15 @@ class UseLease:
 
 
 class _Asked(NamedTuple):
-    leases: tuple[UseLease, ...]
+    wanted: tuple[tuple[UseLease, int], ...]
     done: asyncio.Future[None] | None
 
+    @property
+    def records_max(self) -> int:
+        return sum(2 + uses // LEASE_USES for _, uses in self.wanted)
 
-class LeaseBook:
+
+class Leases:
     """All leases of a run. `executor` runs one thing at a time; `store` is used in it, and closed by the caller."""
 
     def __init__(self, store: LeaseStore, executor: Executor) -> None:
@@ -114,18 +128,19 @@ class LeaseBook:
         """
         return self._remember(UseLease(self, key, LEASE_USES))
 
-    async def extend(self, leases: Iterable[UseLease]) -> None:
-        """Reserve a lease more for each that is low; durable when this returns. Then `take` again, in the same turn.
+    async def extend(self, wanted: Iterable[tuple[UseLease, int]]) -> None:
+        """Reserve so much that the uses that are wanted of each lease are covered; durable when this returns.
 
-        One that can't be extended is `spent`, and `take` tells. At most `GROUP_RECORDS_MAX` leases. Raises
-        StorageUnavailableError; nothing has changed then.
+        Then `take` them in the same turn. A lease that can't be extended so far is `spent`, and `take` tells. At most
+        some 2,000 leases and 2^27 uses, a multiple of a batch's (ValueError). Raises StorageUnavailableError; nothing
+        has changed then.
         """
-        asked = tuple(leases)
-        if len(asked) > GROUP_RECORDS_MAX:
-            raise ValueError("too many leases for one append")
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
-        self._asked.append(_Asked(asked, done))
+        asked = _Asked(tuple(wanted), done)
+        if asked.records_max > GROUP_RECORDS_MAX:
+            raise ValueError("too much for one append")
+        self._asked.append(asked)
         self._schedule(loop)
         await done
 
@@ -152,7 +167,7 @@ class LeaseBook:
         return lease
 
     def _extend_later(self, lease: UseLease) -> None:
-        self._asked.append(_Asked((lease,), None))
+        self._asked.append(_Asked(((lease, 0),), None))
         self._schedule(asyncio.get_running_loop())
 
     def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -162,23 +177,27 @@ class LeaseBook:
 
     def _start_group(self, loop: asyncio.AbstractEventLoop) -> None:
         self._scheduled = False
-        low: dict[UseLease, None] = {}
+        needed: dict[UseLease, int] = {}
         waiting: list[asyncio.Future[None]] = []
-        while self._asked and len(low) + len(self._asked[0].leases) <= GROUP_RECORDS_MAX:
-            leases, done = self._asked.popleft()
-            # One that an earlier group has filled meanwhile needs nothing.
-            low.update(dict.fromkeys(lease for lease in leases if lease.uses_left < REFILL_USES and not lease.spent))
-            if done is not None:
-                waiting.append(done)
-        self._running = loop.create_task(self._reserve(loop, list(low), waiting))
+        records = 0
+        while self._asked and records + self._asked[0].records_max <= GROUP_RECORDS_MAX:
+            asked = self._asked.popleft()
+            records += asked.records_max
+            for lease, uses in asked.wanted:
+                needed[lease] = needed.get(lease, 0) + uses
+            if asked.done is not None:
+                waiting.append(asked.done)
+        grants = [lease for lease, uses in needed.items() for _ in range(lease._leases_short_of(uses))]
+        self._running = loop.create_task(self._reserve(loop, grants, waiting))
 
     async def _reserve(
-        self, loop: asyncio.AbstractEventLoop, low: list[UseLease], waiting: list[asyncio.Future[None]]
+        self, loop: asyncio.AbstractEventLoop, grants: list[UseLease], waiting: list[asyncio.Future[None]]
     ) -> None:
         try:
-            if low:
-                totals = await loop.run_in_executor(self._executor, self._store.reserve, [lease.key for lease in low])
-                for lease, total in zip(low, totals, strict=True):
+            if grants:
+                keys = [lease.key for lease in grants]
+                totals = await loop.run_in_executor(self._executor, self._store.reserve, keys)
+                for lease, total in zip(grants, totals, strict=True):
                     lease._granted(total)
             for done in waiting:
                 if not done.done():
