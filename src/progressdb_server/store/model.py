@@ -1,7 +1,7 @@
 """What the routes ask of the store: models, errors and the store protocol.
 
-Invariants: authors, ids and timestamps are the only fields a store may keep in plaintext. Errors say what happened in a
-sentence for the client; the routes map each class to a status and add nothing.
+Invariants: authors, ids and timestamps are the only fields a store may keep in plaintext. Errors say what happened in
+a sentence for the client; the routes map each class to a status and add nothing.
 """
 
 from __future__ import annotations
@@ -61,6 +61,10 @@ class AuthorNotInThreadError(StoreError):
     """403 `author not found in any message in this thread`."""
 
 
+class InvalidThreadIdError(StoreError):
+    """400: a thread can't be made under the id that was asked for."""
+
+
 class IdempotencyConflictError(StoreError):
     """409: the idempotency key was used before with another request."""
 
@@ -74,11 +78,13 @@ class StoreUnavailableError(StoreError):
 
 
 class RecordUnreadableError(StoreError):
-    """500: a stored record does not open (altered, misplaced, or its key is gone); names the record, never its content."""
+    """500: a stored record does not open (altered, misplaced, or its key is gone); names the record, never its
+    content."""
 
 
 class Idempotency(msgspec.Struct, frozen=True):
-    """Scope and key of a create that may be retried. `scope` is a keyed digest made by the routes, never a raw API key."""
+    """Scope and key of a create that may be retried. `scope` is a keyed digest made by the routes, never a raw API
+    key."""
 
     scope: str
     key: str
@@ -102,19 +108,30 @@ class ConversationStore(Protocol):
     async def create_message(
         self, new: NewMessage, *, idempotency: Idempotency | None = None, request_id: str = ""
     ) -> Message:
-        """Durable when it returns. A thread is made when none is named (under a new id) or the named one is unknown (under
-        the name given). Raises ThreadDeletedError, IdempotencyConflictError."""
+        """Durable when it returns. A thread is made when none is named (under a new id) or the named one is unknown
+        (under the name given). Raises ThreadDeletedError, IdempotencyConflictError."""
         ...
 
     async def get_message(self, message_id: str, *, thread_id: str | None = None) -> Message:
-        """The latest version, also when deleted. Raises MessageNotFoundError (also when it is in another thread than the one named)."""
+        """The latest version, also when deleted. Raises MessageNotFoundError (also when it is in another thread than
+        the one named)."""
         ...
 
     async def update_message(
-        self, message_id: str, *, author: str | None, body: Any, role: str | None, reply_to: str | None, thread_id: str | None = None, request_id: str = ""
+        self,
+        message_id: str,
+        *,
+        author: str | None,
+        body: Any,
+        role: str | None,
+        reply_to: str | None,
+        thread_id: str | None = None,
+        request_id: str = "",
     ) -> Message: ...
 
-    async def delete_message(self, message_id: str, *, author: str | None, thread_id: str | None = None, request_id: str = "") -> None: ...
+    async def delete_message(
+        self, message_id: str, *, author: str | None, thread_id: str | None = None, request_id: str = ""
+    ) -> None: ...
 
     async def message_versions(self, message_id: str, *, thread_id: str | None = None) -> list[Message]:
         """Oldest first; empty for an unknown id."""
@@ -133,21 +150,25 @@ class ConversationStore(Protocol):
         after: str | None = None,
         include_deleted: bool = False,
     ) -> AsyncIterator[list[Message]]:
-        """Chunks, in order of creation, latest version of each. `limit` keeps the most recent; `before` and `after` are message ids,
-        exclusive. An unknown thread yields nothing."""
+        """Chunks, in order of creation, latest version of each. `limit` keeps the most recent; `before` and `after`
+        are message ids, exclusive. An unknown thread yields nothing."""
         ...
 
     async def may_read_thread(self, thread_id: str, author: str) -> bool:
         """Whether the author owns the thread or has written in it."""
         ...
 
-    async def create_thread(self, *, author: str, title: str, idempotency: Idempotency | None = None, request_id: str = "") -> Thread: ...
+    async def create_thread(
+        self, *, author: str, title: str, idempotency: Idempotency | None = None, request_id: str = ""
+    ) -> Thread: ...
 
     async def get_thread(self, thread_id: str) -> Thread:
         """Also when deleted. Raises ThreadNotFoundError."""
         ...
 
-    async def update_thread(self, thread_id: str, *, author: str | None, title: str, request_id: str = "") -> Thread: ...
+    async def update_thread(
+        self, thread_id: str, *, author: str | None, title: str, request_id: str = ""
+    ) -> Thread: ...
 
     async def delete_thread(self, thread_id: str, *, author: str | None, by: str, request_id: str = "") -> None: ...
 

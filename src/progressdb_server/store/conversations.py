@@ -1,0 +1,173 @@
+"""The store as the routes see it: `ConversationStore` over an engine and a provider.
+
+Owns: the composition (clock, writer, sealer, threads, messages), the format check at opening, and the hourly sweep.
+It decides nothing that the rooms below it own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final
+
+from progressdb_server.kms.provider import Provider
+from progressdb_server.store import form, idempotency, keyspace
+from progressdb_server.store.clock import Clock
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
+from progressdb_server.store.locks import NamedLocks
+from progressdb_server.store.messages import Messages, deletion_event
+from progressdb_server.store.metrics import StoreMetrics
+from progressdb_server.store.model import Idempotency, Message, NewMessage, StoreError, Thread
+from progressdb_server.store.sealer import Sealer
+from progressdb_server.store.threads import Threads
+from progressdb_server.store.writer import Writer
+
+SWEEP_S: Final = 3600
+
+
+class Conversations:
+    """See `store.model.ConversationStore`. Open it in the event loop that uses it."""
+
+    def __init__(self, engine: Engine, provider: Provider, *, now_ns: Callable[[], int] = time.time_ns) -> None:
+        """Raises FormatError when the directory was written by a newer version; StoreUnavailableError."""
+        form.claim(engine)
+        self.engine = engine
+        self.metrics = StoreMetrics()
+        self._clock = Clock(now_ns)
+        self.writer = Writer(engine, self._clock, self.metrics, self._reopened)
+        self.sealer = Sealer(engine, self.writer, provider, self._clock, self.metrics)
+        self._locks = NamedLocks()
+        self._threads = Threads(engine, self.writer, self.sealer, self._clock, self._locks)
+        self._messages = Messages(
+            engine, self.writer, self.sealer, self._clock, locks=self._locks, threads=self._threads
+        )
+        self._sweeper: asyncio.Task[None] | None = None
+        self.metrics.gauges["progressdb_store_queued_writes"] = (
+            "Writes that wait for the next group.",
+            lambda: self.writer.queued,
+        )
+        self.metrics.gauges["progressdb_store_available"] = (
+            "1 when the store takes writes.",
+            lambda: self.writer.available,
+        )
+
+    async def start(self) -> None:
+        """Begin the background work."""
+        self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
+
+    async def close(self) -> None:
+        """Commits what is queued, then closes the engine. The provider is the caller's."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._sweeper
+        await self.writer.close()
+        self.engine.close()
+
+    def _reopened(self) -> None:
+        self.sealer.forget()
+
+    async def _sweep(self) -> None:
+        while True:
+            with contextlib.suppress(StoreError):
+                await idempotency.sweep(self.engine, self.writer, self._clock.now_ns())
+            await asyncio.sleep(SWEEP_S)
+
+    # --- messages -------------------------------------------------------------------------------------------------
+    async def create_message(
+        self, new: NewMessage, *, idempotency: Idempotency | None = None, request_id: str = ""
+    ) -> Message:
+        return await self._messages.create(new, idempotency=idempotency, request_id=request_id)
+
+    async def get_message(self, message_id: str, *, thread_id: str | None = None) -> Message:
+        return await self._messages.get(message_id, thread_id)
+
+    async def update_message(
+        self,
+        message_id: str,
+        *,
+        author: str | None,
+        body: Any,
+        role: str | None,
+        reply_to: str | None,
+        thread_id: str | None = None,
+        request_id: str = "",
+    ) -> Message:
+        return await self._messages.update(
+            message_id,
+            author=author,
+            body=body,
+            role=role,
+            reply_to=reply_to,
+            thread=thread_id,
+            request_id=request_id,
+        )
+
+    async def delete_message(
+        self, message_id: str, *, author: str | None, thread_id: str | None = None, request_id: str = ""
+    ) -> None:
+        await self._messages.delete(message_id, author=author, thread=thread_id, request_id=request_id)
+
+    async def message_versions(self, message_id: str, *, thread_id: str | None = None) -> list[Message]:
+        return await self._messages.versions(message_id, thread_id)
+
+    async def set_reaction(self, message_id: str, identity: str, reaction: str, *, request_id: str = "") -> Message:
+        return await self._messages.react(message_id, identity, reaction, request_id=request_id)
+
+    async def remove_reaction(self, message_id: str, identity: str, *, request_id: str = "") -> None:
+        await self._messages.unreact(message_id, identity, request_id=request_id)
+
+    def list_messages(
+        self,
+        thread_id: str,
+        *,
+        limit: int | None = None,
+        before: str | None = None,
+        after: str | None = None,
+        include_deleted: bool = False,
+    ) -> AsyncIterator[list[Message]]:
+        return self._messages.list(thread_id, limit=limit, before=before, after=after, include_deleted=include_deleted)
+
+    # --- threads --------------------------------------------------------------------------------------------------
+    async def may_read_thread(self, thread_id: str, author: str) -> bool:
+        return self._threads.written_by(thread_id, author)
+
+    async def create_thread(
+        self, *, author: str, title: str, idempotency: Idempotency | None = None, request_id: str = ""
+    ) -> Thread:
+        return await self._threads.create(author=author, title=title, idempotency=idempotency, request_id=request_id)
+
+    async def get_thread(self, thread_id: str) -> Thread:
+        return await self._threads.get(thread_id)
+
+    async def update_thread(self, thread_id: str, *, author: str | None, title: str, request_id: str = "") -> Thread:
+        return await self._threads.update(thread_id, author=author, title=title, request_id=request_id)
+
+    async def delete_thread(self, thread_id: str, *, author: str | None, by: str, request_id: str = "") -> None:
+        await self._threads.delete(
+            thread_id,
+            author=author,
+            event=lambda stamp: deletion_event(thread_id, by, stamp),
+            request_id=request_id,
+        )
+
+    def list_threads(
+        self, *, author: str | None, title: str | None = None, slug: str | None = None, include_deleted: bool = False
+    ) -> AsyncIterator[list[Thread]]:
+        return self._threads.list(author=author, title=title, slug=slug, include_deleted=include_deleted)
+
+    # --- the whole ------------------------------------------------------------------------------------------------
+    async def stats(self) -> dict[str, int]:
+        return {"threads": self.writer.state.threads, "messages": self.writer.state.messages}
+
+    async def stored_keys(self, prefix: str) -> AsyncIterator[list[str]]:
+        lower = prefix.encode()
+        upper = keyspace.after(lower) if lower else b"\xff"
+        while entries := self.engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
+            lower = entries[-1][0] + b"\0"
+            yield [key.decode() for key, _ in entries]
+
+    async def raw_value(self, key: str) -> bytes | None:
+        return self.engine.get(key.encode())

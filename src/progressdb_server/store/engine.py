@@ -1,0 +1,68 @@
+"""The engine seam: what the store asks of a key-value engine, and nothing more.
+
+Owns: the protocol and its errors. Invariants:
+- An engine is an ordered map from bytes to bytes; keys sort as unsigned bytes. A value of None deletes.
+- `write` applies its puts atomically: all or none, also across power loss. They are visible at once, and durable
+  after the next `sync` that began after them.
+- `get`, `scan` and `write` are called from one thread, so that what a caller reads between two awaits is one
+  consistent view; `sync`, `checkpoint` and `reopen` block and may run in another thread meanwhile.
+- After a failed `write` or `sync` its puts may or may not be there, never a part of them; the engine refuses further
+  writes until `reopen` has made it certain. Reads go on. Compare-and-put is the writer's (store/writer.py), the only
+  one that writes.
+
+It must never interpret a key or a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, Protocol
+
+from progressdb_server.store.model import StoreUnavailableError
+
+SCAN_ENTRIES_MAX: Final = 4096
+"""Of one `scan`: about a millisecond, the longest that one call may keep the event loop from its other work."""
+
+
+class EngineUnavailableError(StoreUnavailableError):
+    """The disk refused, or the engine is closed or being reopened. The text is fit for clients, the cause is for the
+    log."""
+
+    def __init__(self, what: str = "the store's disk is not available now") -> None:
+        super().__init__(what)
+
+
+class EngineBusyError(EngineUnavailableError):
+    """Nothing was written, since the engine would have to stall (its compaction is behind); try again soon."""
+
+
+class EngineLockedError(EngineUnavailableError):
+    """Another process has the directory open."""
+
+
+class Reader(Protocol):
+    def get(self, key: bytes) -> bytes | None: ...
+
+    def scan(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
+        """Up to `limit` (at most SCAN_ENTRIES_MAX) entries with lower <= key < upper, one consistent view; from the
+        upper end downwards when `reverse`."""
+        ...
+
+
+class Engine(Reader, Protocol):
+    def write(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
+        """Raises EngineBusyError, EngineUnavailableError."""
+        ...
+
+    def sync(self) -> None: ...
+
+    def reopen(self) -> None:
+        """Recovers after a failure: what is readable afterwards is durable. Raises EngineUnavailableError; try again
+        later."""
+        ...
+
+    def checkpoint(self, path: str) -> None:
+        """A consistent copy in a directory that does not exist yet, made beside running writes."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,73 @@
+"""Creates that may be retried: the same key and request give the first answer again, and write nothing.
+
+Owns: the records `idem:<digest>`. Invariants: both digests are HMAC-SHA-256 under the caller's scope, which is itself
+keyed and never stored, so that neither the client's key nor its request can be guessed from the disk; the record is
+written in the same batch as what it speaks of; it counts for IDEMPOTENCY_AGE_S and is then swept.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import Final
+
+import msgspec
+
+from progressdb_server.store import keyspace
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
+from progressdb_server.store.model import Idempotency, IdempotencyConflictError
+from progressdb_server.store.writer import ConditionFailedError, Write, Writer
+
+IDEMPOTENCY_AGE_S: Final = 24 * 3600
+
+
+class Remembered(msgspec.Struct, array_like=True, frozen=True):
+    """`made`: the message's or the thread's id. `request`: keyed digest of what was asked."""
+
+    made: str
+    request: bytes
+    created_ns: int
+
+
+class Ticket:
+    """One retriable create, before it is known whether it was done before."""
+
+    def __init__(self, idempotency: Idempotency, request: object) -> None:
+        scope = idempotency.scope.encode()
+        self.key = (
+            keyspace.IDEMPOTENCY + hmac.digest(scope, b"key:" + idempotency.key.encode(), "sha256").hex().encode()
+        )
+        self._request = hmac.digest(scope, b"request:" + msgspec.json.encode(request, order="sorted"), "sha256")
+
+    def recall(self, engine: Engine, now_ns: int) -> str | None:
+        """The id that the first call made, None for a first call. Raises IdempotencyConflictError."""
+        raw = engine.get(self.key)
+        if raw is None:
+            return None
+        remembered = msgspec.msgpack.decode(raw, type=Remembered)
+        if _expired(remembered, now_ns):
+            return None
+        if not hmac.compare_digest(remembered.request, self._request):
+            raise IdempotencyConflictError("the idempotency key was used before with another request")
+        return remembered.made
+
+    def put(self, made: str, now_ns: int) -> tuple[bytes, bytes]:
+        return self.key, msgspec.msgpack.encode(Remembered(made, self._request, now_ns))
+
+
+def _expired(remembered: Remembered, now_ns: int) -> bool:
+    return now_ns - remembered.created_ns > IDEMPOTENCY_AGE_S * 1_000_000_000
+
+
+async def sweep(engine: Engine, writer: Writer, now_ns: int) -> int:
+    """Delete the expired records; returns how many."""
+    swept = 0
+    lower, upper = keyspace.IDEMPOTENCY, keyspace.after(keyspace.IDEMPOTENCY)
+    while entries := engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
+        lower = entries[-1][0] + b"\0"
+        old = [(key, raw) for key, raw in entries if _expired(msgspec.msgpack.decode(raw, type=Remembered), now_ns)]
+        try:
+            await writer.commit(Write([(key, None) for key, _ in old], old))
+            swept += len(old)
+        except ConditionFailedError:  # one was renewed just now: the next sweep meets the others again
+            continue
+    return swept

@@ -1,0 +1,402 @@
+"""Messages: appending, versions, reactions, tombstones, lists.
+
+Owns: the records `thread:<id>:msg:<stamp>` and the indexes `version:msg` and `order`. Invariants:
+- Every version is a record of its own at its own stamp and is never changed afterwards; a message's id is the stamp
+  of its first version.
+- `index:order` has one entry per message, at the stamp of its first version, which tells the latest one; it is
+  changed in the batch of the version it points to. So a list is in order of creation and costs as much as it has
+  messages, however often they were edited.
+- Changes of one message run one after another; each builds on the version before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Final, NamedTuple
+
+from progressdb_server.store import keyspace, record
+from progressdb_server.store.clock import Clock, Stamp
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
+from progressdb_server.store.idempotency import Ticket
+from progressdb_server.store.locks import NamedLocks
+from progressdb_server.store.model import (
+    Idempotency,
+    Message,
+    MessageNotFoundError,
+    NewMessage,
+    NotTheAuthorError,
+    RecordUnreadableError,
+)
+from progressdb_server.store.sealer import WRITERS_CACHED_MAX, Draft, Sealer, Stored, ThreadState, load_message
+from progressdb_server.store.threads import Threads
+from progressdb_server.store.writer import ConditionFailedError, Write, Writer
+
+LIST_MESSAGES_MAX: Final = 1000
+"""Of one chunk of a list, and LIST_BYTES_MAX of sealed bytes."""
+LIST_BYTES_MAX: Final = 4 * 1024 * 1024
+DELETED: Final = b"d"
+
+
+class Place(NamedTuple):
+    """An entry of the order index. Value on disk: the latest version's stamp, empty when it is the first one; `d`
+    follows when that is a tombstone."""
+
+    first: Stamp
+    latest: Stamp
+    deleted: bool
+
+    @classmethod
+    def parse(cls, key: bytes, value: bytes) -> Place:
+        """Raises ValueError."""
+        first = keyspace.stamp_of(key)
+        deleted = value.endswith(DELETED)
+        text = value.removesuffix(DELETED).decode()
+        return cls(first, Stamp.parse(text) if text else first, deleted)
+
+
+class Messages:
+    def __init__(
+        self, engine: Engine, writer: Writer, sealer: Sealer, clock: Clock, *, locks: NamedLocks, threads: Threads
+    ) -> None:
+        self._engine = engine
+        self._writer = writer
+        self._sealer = sealer
+        self._clock = clock
+        self._locks = locks
+        self._threads = threads
+
+    # --- creating -------------------------------------------------------------------------------------------------
+    async def create(self, new: NewMessage, *, idempotency: Idempotency | None, request_id: str) -> Message:
+        if idempotency is None:
+            return await self._create(new, None, request_id)
+        ticket = Ticket(idempotency, ["message", new])
+        async with self._locks.hold(ticket.key):
+            made = ticket.recall(self._engine, self._clock.now_ns())
+            if made is not None:
+                await self._writer.barrier()  # what is answered must be durable
+                return (await self.versions(made, None))[0]
+            return await self._create(new, ticket, request_id)
+
+    async def _create(self, new: NewMessage, ticket: Ticket | None, request_id: str) -> Message:
+        if not new.thread:
+            return await self._found(new, ticket, request_id)
+        state = self._sealer.thread(new.thread)
+        while state is None:
+            # Founders of one thread stand in line, so that a burst of first messages makes one key.
+            async with self._locks.hold(keyspace.meta(new.thread)):
+                state = self._sealer.thread(new.thread)
+                if state is None:
+                    try:
+                        return await self._found(new, ticket, request_id)
+                    except ConditionFailedError:
+                        state = self._sealer.thread(new.thread)
+        return await self._append(state, new, ticket, request_id)
+
+    async def _found(self, new: NewMessage, ticket: Ticket | None, request_id: str) -> Message:
+        founding = self._threads.plan(author=new.author, title=None, name=new.thread)
+        thread = founding.thread.id
+        stamp = self._clock.next()
+        message = _first_version(new, thread, stamp)
+        extra = [ticket.put(message.id, stamp.ns)] if ticket else []
+        await self._threads.found(founding, _draft(message, stamp, stamp), extra, request_id)
+        return message
+
+    async def _append(self, state: ThreadState, new: NewMessage, ticket: Ticket | None, request_id: str) -> Message:
+        made: list[Message] = []
+
+        def draft(stamp: Stamp) -> Draft:
+            message = _first_version(new, state.thread, stamp)
+            made[:] = (message,)
+            extra = [ticket.put(message.id, stamp.ns)] if ticket else []
+            if new.author not in state.writers:
+                key = keyspace.writer(state.thread, new.author)
+                if self._engine.get(key) is None:
+                    extra.append((key, b""))
+            return _draft(message, stamp, stamp, extra)
+
+        await self._sealer.append(state, draft, request_id)
+        if len(state.writers) >= WRITERS_CACHED_MAX:
+            state.writers.clear()
+        state.writers.add(new.author)
+        return made[0]
+
+    # --- reading --------------------------------------------------------------------------------------------------
+    def _locate(self, message: str, thread: str | None) -> tuple[str, Place]:
+        """The message's thread and its latest version. Raises MessageNotFoundError."""
+        first = keyspace.parse_message_id(message)
+        if first is not None:
+            found = self._engine.get(keyspace.versions(message) + first.text.encode())
+            if found is not None and (thread is None or keyspace.part(thread) == found):
+                owner = keyspace.unpart(found)
+                key = keyspace.order(owner) + first.text.encode()
+                value = self._engine.get(key)
+                if value is None:
+                    raise RecordUnreadableError(f"the order entry of message {message} is missing")
+                return owner, _place(key, value)
+        raise MessageNotFoundError("message not found")
+
+    async def _open(self, thread: str, wanted: Sequence[tuple[Stamp, Stamp]]) -> list[Message]:
+        """`wanted`: first stamp and stamp of each version."""
+        prefix = keyspace.messages(thread)
+        loaded = [load_message(self._engine, prefix + stamp.text.encode()) for _, stamp in wanted]
+        return await self._open_loaded(thread, wanted, loaded)
+
+    async def _open_loaded(
+        self,
+        thread: str,
+        wanted: Sequence[tuple[Stamp, Stamp]],
+        loaded: Sequence[tuple[record.MessageHeader, bytes]],
+    ) -> list[Message]:
+        prefix = keyspace.messages(thread)
+        plaintexts = await self._sealer.open(
+            [
+                Stored(prefix + stamp.text.encode(), thread, header.key_id, sealed)
+                for (_, stamp), (header, sealed) in zip(wanted, loaded, strict=True)
+            ]
+        )
+        messages: list[Message] = []
+        for (first, stamp), (header, _), plaintext in zip(wanted, loaded, plaintexts, strict=True):
+            try:
+                secret = record.open_message(header, first.text, plaintext)
+            except record.RecordFormatError as error:
+                where = keyspace.record(thread, stamp).decode()
+                raise RecordUnreadableError(f"the record {where}: {error}") from error
+            messages.append(
+                Message(
+                    id=keyspace.message_id(first),
+                    thread=thread,
+                    author=secret.author,
+                    role=secret.role,
+                    ts=stamp.ns,
+                    body=secret.body,
+                    reply_to=secret.reply_to,
+                    deleted=secret.deleted,
+                    reactions=secret.reactions,
+                )
+            )
+        return messages
+
+    async def get(self, message: str, thread: str | None) -> Message:
+        owner, place = self._locate(message, thread)
+        return (await self._open(owner, [(place.first, place.latest)]))[0]
+
+    async def versions(self, message: str, thread: str | None) -> list[Message]:
+        try:
+            owner, place = self._locate(message, thread)
+        except MessageNotFoundError:
+            return []
+        prefix = keyspace.versions(message)
+        lower, upper = prefix, keyspace.after(prefix)
+        found: list[Message] = []
+        while entries := self._engine.scan(lower, upper, limit=LIST_MESSAGES_MAX):
+            lower = entries[-1][0] + b"\0"
+            found += await self._open(owner, [(place.first, keyspace.stamp_of(key)) for key, _ in entries])
+        return found
+
+    async def list(
+        self, thread: str, *, limit: int | None, before: str | None, after: str | None, include_deleted: bool
+    ) -> AsyncIterator[list[Message]]:
+        prefix = keyspace.order(thread)
+        lower, upper = prefix, keyspace.after(prefix)
+        if after is not None:
+            lower = prefix + _cursor(after).text.encode() + b"\0"
+        if before is not None:
+            upper = prefix + _cursor(before).text.encode()
+        newest = self._engine.scan(lower, upper, limit=1, reverse=True)
+        if not newest or limit == 0:
+            return
+        upper = newest[0][0] + b"\0"  # what is created while this list is read is not of it
+        if limit is not None:
+            lower = await self._start_of_last(limit, lower, upper, include_deleted)
+        while entries := self._engine.scan(lower, upper, limit=LIST_MESSAGES_MAX):
+            wanted: list[tuple[Stamp, Stamp]] = []
+            loaded: list[tuple[record.MessageHeader, bytes]] = []
+            size = 0
+            records = keyspace.messages(thread)
+            for key, value in entries:
+                lower = key + b"\0"
+                place = _place(key, value)
+                if place.deleted and not include_deleted:
+                    continue
+                wanted.append((place.first, place.latest))
+                loaded.append(load_message(self._engine, records + place.latest.text.encode()))
+                size += len(loaded[-1][1])
+                if size > LIST_BYTES_MAX:
+                    break
+            if wanted:
+                yield await self._open_loaded(thread, wanted, loaded)
+
+    async def _start_of_last(self, limit: int, lower: bytes, upper: bytes, include_deleted: bool) -> bytes:
+        """The key of the first of the last `limit` messages."""
+        while entries := self._engine.scan(lower, upper, limit=min(limit + 64, SCAN_ENTRIES_MAX), reverse=True):
+            for key, value in entries:
+                upper = key
+                if include_deleted or not value.endswith(DELETED):
+                    limit -= 1
+                    if limit == 0:
+                        return key
+            await asyncio.sleep(0)
+        return lower
+
+    # --- changing -------------------------------------------------------------------------------------------------
+    async def _change(
+        self, message: str, thread: str | None, author: str | None, change: Any, request_id: str
+    ) -> Message | None:
+        """`change(current)` gives the fields to replace, None for no change (then None is returned).
+
+        Raises MessageNotFoundError (also for a deleted one, unless `change` says otherwise), NotTheAuthorError.
+        """
+        async with self._locks.hold(message.encode()):
+            owner, place = self._locate(message, thread)
+            state = self._sealer.thread(owner)
+            if state is None:
+                raise RecordUnreadableError(f"thread {owner} has no key")
+            (current,) = await self._open(owner, [(place.first, place.latest)])
+            if author is not None and author != current.author:
+                raise NotTheAuthorError("author does not match")
+            fields = change(current)
+            if fields is None:
+                return None
+            made: list[Message] = []
+
+            def draft(stamp: Stamp) -> Draft:
+                made[:] = (_next_version(current, stamp, fields),)
+                return _draft(made[0], place.first, stamp)
+
+            await self._sealer.append(state, draft, request_id)
+            return made[0]
+
+    async def update(
+        self,
+        message: str,
+        *,
+        author: str | None,
+        body: Any,
+        role: str | None,
+        reply_to: str | None,
+        thread: str | None,
+        request_id: str,
+    ) -> Message:
+        def change(current: Message) -> dict[str, Any]:
+            _refuse_deleted(current)
+            fields: dict[str, Any] = {"body": body}
+            if role is not None:
+                fields["role"] = role
+            if reply_to is not None:
+                fields["reply_to"] = reply_to
+            return fields
+
+        changed = await self._change(message, thread, author, change, request_id)
+        if changed is None:
+            raise MessageNotFoundError("message not found")
+        return changed
+
+    async def delete(self, message: str, *, author: str | None, thread: str | None, request_id: str) -> None:
+        """Deleting a deleted message again changes nothing."""
+
+        def change(current: Message) -> dict[str, Any] | None:
+            return None if current.deleted else {"deleted": True}
+
+        await self._change(message, thread, author, change, request_id)
+
+    async def react(self, message: str, identity: str, reaction: str, *, request_id: str) -> Message:
+        def change(current: Message) -> dict[str, Any]:
+            _refuse_deleted(current)
+            return {"reactions": {**current.reactions, identity: reaction}}
+
+        changed = await self._change(message, None, None, change, request_id)
+        if changed is None:
+            raise MessageNotFoundError("message not found")
+        return changed
+
+    async def unreact(self, message: str, identity: str, *, request_id: str) -> None:
+        def change(current: Message) -> dict[str, Any] | None:
+            _refuse_deleted(current)
+            if identity not in current.reactions:
+                return None
+            return {"reactions": {who: what for who, what in current.reactions.items() if who != identity}}
+
+        await self._change(message, None, None, change, request_id)
+
+
+def deletion_event(thread: str, by: str, stamp: Stamp) -> Draft:
+    """The message that a thread's deletion leaves in it."""
+    body = {"_event": "thread_deleted", "by": by}
+    message = Message(id=keyspace.message_id(stamp), thread=thread, author=by, ts=stamp.ns, body=body, deleted=True)
+    return _draft(message, stamp, stamp)
+
+
+def _first_version(new: NewMessage, thread: str, stamp: Stamp) -> Message:
+    return Message(
+        id=keyspace.message_id(stamp),
+        thread=thread,
+        author=new.author,
+        role=new.role,
+        ts=stamp.ns,
+        body=new.body,
+        reply_to=new.reply_to,
+        reactions=new.reactions,
+    )
+
+
+def _next_version(current: Message, stamp: Stamp, fields: dict[str, Any]) -> Message:
+    return Message(
+        **{
+            "id": current.id,
+            "thread": current.thread,
+            "author": current.author,
+            "role": current.role,
+            "ts": stamp.ns,
+            "body": current.body,
+            "reply_to": current.reply_to,
+            "deleted": current.deleted,
+            "reactions": current.reactions,
+            **fields,
+        }
+    )
+
+
+def _draft(message: Message, first: Stamp, stamp: Stamp, extra: Sequence[tuple[bytes, bytes | None]] = ()) -> Draft:
+    """The version `message` at `stamp`, with its index entries and `extra`."""
+    own, text = stamp.text, first.text
+    key = b"thread:%b:msg:%b" % (keyspace.part(message.thread), own.encode())
+    secret = record.MessageSecret(
+        text, message.author, message.deleted, message.role, message.body, message.reply_to, message.reactions
+    )
+    is_first = stamp == first
+    place = (b"" if is_first else own.encode()) + (DELETED if message.deleted else b"")
+
+    def finish(key_id: str, sealed: Sequence[bytes]) -> Write:
+        header = record.MessageHeader(key_id, "" if is_first else text, message.author, message.deleted)
+        thread = keyspace.part(message.thread)
+        return Write(
+            (
+                (key, record.pack(header, sealed[0])),
+                (keyspace.versions(message.id) + own.encode(), thread),
+                (keyspace.order(message.thread) + text.encode(), place),
+                *extra,
+            ),
+            messages=1,
+        )
+
+    return Draft(((key, record.encode_secret(secret)),), finish)
+
+
+def _place(key: bytes, value: bytes) -> Place:
+    try:
+        return Place.parse(key, value)
+    except ValueError as error:
+        raise RecordUnreadableError(f"the index entry {key.decode()} is malformed") from error
+
+
+def _cursor(message: str) -> Stamp:
+    first = keyspace.parse_message_id(message)
+    if first is None:
+        raise MessageNotFoundError("message not found")
+    return first
+
+
+def _refuse_deleted(current: Message) -> None:
+    if current.deleted:
+        raise MessageNotFoundError("message not found")

@@ -1,0 +1,149 @@
+"""The record format: a small plaintext header, then the part that only the key service can open (docs/spec/store.md).
+
+Layout: version byte 1, header length (2 bytes, big-endian), header (MessagePack array), then what encrypt answered:
+nonce(12) | ciphertext | tag(16). The additional data of the encryption is the record's storage key.
+
+Invariants:
+- A record is self-describing: its key id is the first element of every header, so reading never depends on a map.
+- Everything that a user typed is in the sealed part. The header's copies (author, deleted) are there to find and
+  rebuild; the sealed ones count, and a record whose two copies differ does not open.
+- Message records are never rewritten but by a key rotation; `rekeyed` is how.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+VERSION: Final = 1
+_PREFIX_BYTES: Final = 3
+
+
+class RecordFormatError(Exception):
+    """The bytes are no record that this version reads."""
+
+
+class MessageHeader(msgspec.Struct, array_like=True, frozen=True):
+    """`first` is the stamp of the message's first version, empty when this is it."""
+
+    key_id: str
+    first: str
+    author: str
+    deleted: bool
+
+
+class ThreadHeader(msgspec.Struct, array_like=True, frozen=True):
+    """`created` is a stamp. `updated_ns`: of the last change of the metadata; messages touch a thread by their own
+    stamps."""
+
+    key_id: str
+    author: str
+    created: str
+    updated_ns: int
+    deleted_ns: int
+
+
+class MessageSecret(msgspec.Struct, array_like=True, frozen=True):
+    """The sealed part, as a JSON array. `first` binds the record to its message."""
+
+    first: str
+    author: str
+    deleted: bool
+    role: str
+    body: Any
+    reply_to: str
+    reactions: dict[str, str]
+
+
+class ThreadSecret(msgspec.Struct, array_like=True, frozen=True):
+    author: str
+    deleted: bool
+    title: str
+    slug: str
+
+
+_to_header = msgspec.msgpack.Encoder().encode
+_message_header = msgspec.msgpack.Decoder(MessageHeader).decode
+_thread_header = msgspec.msgpack.Decoder(ThreadHeader).decode
+_any_header = msgspec.msgpack.Decoder(list[Any]).decode
+encode_secret = msgspec.json.Encoder().encode
+_message_secret = msgspec.json.Decoder(MessageSecret).decode
+_thread_secret = msgspec.json.Decoder(ThreadSecret).decode
+
+
+def pack(header: MessageHeader | ThreadHeader, sealed: bytes) -> bytes:
+    head = _to_header(header)
+    return b"\x01%b%b%b" % (len(head).to_bytes(2, "big"), head, sealed)
+
+
+def _split(raw: bytes) -> tuple[bytes, bytes]:
+    if len(raw) < _PREFIX_BYTES or raw[0] != VERSION:
+        raise RecordFormatError("unknown record version")
+    end = _PREFIX_BYTES + int.from_bytes(raw[1:_PREFIX_BYTES], "big")
+    if end > len(raw):
+        raise RecordFormatError("the record is cut short")
+    return raw[_PREFIX_BYTES:end], raw[end:]
+
+
+def unpack_message(raw: bytes) -> tuple[MessageHeader, bytes]:
+    """Header and sealed part. Raises RecordFormatError."""
+    head, sealed = _split(raw)
+    try:
+        return _message_header(head), sealed
+    except msgspec.DecodeError as error:
+        raise RecordFormatError("the header is not a message's") from error
+
+
+def unpack_thread(raw: bytes) -> tuple[ThreadHeader, bytes]:
+    """Header and sealed part. Raises RecordFormatError."""
+    head, sealed = _split(raw)
+    try:
+        return _thread_header(head), sealed
+    except msgspec.DecodeError as error:
+        raise RecordFormatError("the header is not a thread's") from error
+
+
+def unpack_sealed(raw: bytes) -> tuple[str, bytes]:
+    """Key id and sealed part of any record. Raises RecordFormatError."""
+    head, sealed = _split(raw)
+    try:
+        fields = _any_header(head)
+    except msgspec.DecodeError as error:
+        raise RecordFormatError("the header is malformed") from error
+    if not fields or not isinstance(fields[0], str):
+        raise RecordFormatError("the header names no key")
+    return fields[0], sealed
+
+
+def rekeyed(raw: bytes, key_id: str, sealed: bytes) -> bytes:
+    """The same record under another key. Raises RecordFormatError."""
+    head, _ = _split(raw)
+    try:
+        fields = _any_header(head)
+    except msgspec.DecodeError as error:
+        raise RecordFormatError("the header is malformed") from error
+    head = _to_header([key_id, *fields[1:]])
+    return b"\x01%b%b%b" % (len(head).to_bytes(2, "big"), head, sealed)
+
+
+def open_message(header: MessageHeader, first: str, plaintext: bytes) -> MessageSecret:
+    """`first`: of the message that the reader expects here. Raises RecordFormatError."""
+    try:
+        secret = _message_secret(plaintext)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RecordFormatError("the sealed part is not a message's") from error
+    if secret.first != first or secret.author != header.author or secret.deleted != header.deleted:
+        raise RecordFormatError("the header is not the one that was sealed")
+    return secret
+
+
+def open_thread(header: ThreadHeader, plaintext: bytes) -> ThreadSecret:
+    """Raises RecordFormatError."""
+    try:
+        secret = _thread_secret(plaintext)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RecordFormatError("the sealed part is not a thread's") from error
+    if secret.author != header.author or secret.deleted != bool(header.deleted_ns):
+        raise RecordFormatError("the header is not the one that was sealed")
+    return secret

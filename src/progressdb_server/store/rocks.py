@@ -1,0 +1,223 @@
+"""The RocksDB engine, through `rocksdict` in raw mode (bytes in, bytes out).
+
+Owns: the options, the one database handle, recovery by reopening. Invariants:
+- One process has the directory open for writing (RocksDB's own lock); `open_beside` reads beside it.
+- The write-ahead log is always on. `write` puts a group into it without waiting for the disk; `sync` waits, and gives
+  up the interpreter lock while it does, so it belongs in a worker thread (docs/decisions/0020-store-commit.md).
+- Writes that would have to wait for compaction fail at once (`no_slowdown`) instead of stopping the event loop.
+
+Known of rocksdict 0.3.29, each the reason for a line here: `set_iterate_lower_bound` sets the upper bound, so it is
+never used; a reverse iterator starts at its key inclusively; an iterator that is still alive keeps the lock after
+`close`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections.abc import Iterable
+from itertools import islice, takewhile
+from typing import Any, Final
+
+from rocksdict import (
+    AccessType,
+    BlockBasedOptions,
+    Cache,
+    Checkpoint,
+    DBCompressionType,
+    Options,
+    Rdict,
+    ReadOptions,
+    WriteBatch,
+    WriteOptions,
+)
+
+from progressdb_server.store.engine import (
+    SCAN_ENTRIES_MAX,
+    EngineBusyError,
+    EngineLockedError,
+    EngineUnavailableError,
+)
+
+BLOCK_CACHE_BYTES: Final = 64 * 1024 * 1024
+WRITE_BUFFER_BYTES: Final = 16 * 1024 * 1024
+WRITE_BUFFERS_MAX: Final = 4
+OPEN_FILES_MAX: Final = 512
+LOG_FILE_BYTES_MAX: Final = 4 * 1024 * 1024
+LOG_FILES_MAX: Final = 4
+BLOOM_BITS_PER_KEY: Final = 10
+PROBE_BYTES: Final = (WRITE_BUFFERS_MAX + 1) * WRITE_BUFFER_BYTES
+"""What reopening may have to write before it can succeed: the memtables that the log still holds."""
+
+
+def _options() -> Options:
+    table = BlockBasedOptions()
+    table.set_block_cache(Cache(BLOCK_CACHE_BYTES))
+    table.set_bloom_filter(BLOOM_BITS_PER_KEY, False)
+    table.set_cache_index_and_filter_blocks(True)
+    table.set_pin_l0_filter_and_index_blocks_in_cache(True)
+    options = Options(raw_mode=True)
+    options.create_if_missing(True)
+    options.set_block_based_table_factory(table)
+    options.set_write_buffer_size(WRITE_BUFFER_BYTES)
+    options.set_max_write_buffer_number(WRITE_BUFFERS_MAX)
+    options.set_max_open_files(OPEN_FILES_MAX)
+    options.set_max_background_jobs(2)
+    options.set_bytes_per_sync(1024 * 1024)  # spreads the write-back of big files, so that no commit waits behind one
+    options.set_level_compaction_dynamic_level_bytes(True)
+    options.set_compression_type(DBCompressionType.lz4())  # keys and indexes; ciphertext does not compress
+    options.set_max_log_file_size(LOG_FILE_BYTES_MAX)
+    options.set_keep_log_file_num(LOG_FILES_MAX)
+    options.set_stats_dump_period_sec(0)
+    options.set_paranoid_checks(True)
+    return options
+
+
+class RocksEngine:
+    """See `store.engine.Engine`."""
+
+    def __init__(self, path: str) -> None:
+        """Raises EngineLockedError, EngineUnavailableError."""
+        self._path = path
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        self._write_options = WriteOptions()
+        self._write_options.no_slowdown = True
+        self._failed = False
+        self._sync_lock = threading.Lock()  # nobody may take the handle from under a running `sync`
+        self._db: Any = self._open()
+
+    @property
+    def path(self) -> str:
+        return self._path
+
+    def _open(self) -> Any:
+        try:
+            return Rdict(self._path, _options())
+        except Exception as error:
+            if "lock" in str(error).lower():
+                raise EngineLockedError(f"{self._path} is in use by another process") from error
+            raise EngineUnavailableError(f"cannot open {self._path}: {error}") from error
+
+    def get(self, key: bytes) -> bytes | None:
+        try:
+            value: bytes | None = self._db.get(key)
+        except Exception as error:
+            raise EngineUnavailableError from error
+        return value
+
+    def scan(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
+        return _scan(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse)
+
+    def write(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
+        if self._failed:
+            raise EngineUnavailableError
+        batch = WriteBatch(raw_mode=True)
+        put = batch.put
+        for key, value in puts:
+            if value is None:
+                batch.delete(key)
+            else:
+                put(key, value)
+        try:
+            self._db.write(batch, self._write_options)
+        except Exception as error:
+            if "Write stall" in str(error):
+                raise EngineBusyError from error
+            self._failed = True
+            raise EngineUnavailableError from error
+
+    def sync(self) -> None:
+        with self._sync_lock:
+            try:
+                self._db.flush_wal(True)
+            except Exception as error:
+                self._failed = True
+                raise EngineUnavailableError from error
+
+    def reopen(self) -> None:
+        """Opening replays the log into new files and syncs them, so what is readable afterwards is durable. Before
+        the old handle is given up, the disk must show that it takes that much: until then reads go on from the old
+        one."""
+        with self._sync_lock:
+            self._failed = True
+            self._probe()
+            self._db.close()
+            self._db = self._open()
+            self._failed = False
+
+    def _probe(self) -> None:
+        try:
+            with tempfile.TemporaryFile(dir=self._path, prefix="probe-") as file:
+                os.posix_fallocate(file.fileno(), 0, PROBE_BYTES)
+                file.write(b"\0" * 4096)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise EngineUnavailableError from error
+
+    def checkpoint(self, path: str) -> None:
+        try:
+            Checkpoint(self._db).create_checkpoint(path)
+        except Exception as error:
+            raise EngineUnavailableError from error
+
+    def compact(self) -> None:
+        """Rewrites everything; blocks for as long as that takes."""
+        self._db.flush(True)
+        self._db.compact_range(None, None)
+
+    def close(self) -> None:
+        with self._sync_lock:
+            self._failed = True
+            self._db.close()
+
+
+class RocksReader:
+    """A second, reading view of a directory that a running server has open: `refresh` follows it."""
+
+    def __init__(self, path: str) -> None:
+        if not os.path.isfile(os.path.join(path, "CURRENT")):
+            raise EngineUnavailableError(f"{path} holds no store")
+        self._scratch = tempfile.TemporaryDirectory(prefix="progressdb-reader-")
+        try:
+            options = _options()
+            options.set_max_open_files(-1)  # files that the server deletes meanwhile stay readable
+            self._db: Any = Rdict(path, options, access_type=AccessType.secondary(self._scratch.name))
+        except Exception as error:
+            self._scratch.cleanup()
+            raise EngineUnavailableError(f"cannot read {path}: {error}") from error
+
+    def refresh(self) -> None:
+        self._db.try_catch_up_with_primary()
+
+    def get(self, key: bytes) -> bytes | None:
+        value: bytes | None = self._db.get(key)
+        return value
+
+    def scan(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
+        return _scan(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse)
+
+    def close(self) -> None:
+        self._db.close()
+        with contextlib.suppress(OSError):
+            self._scratch.cleanup()
+
+
+def _scan(db: Any, lower: bytes, upper: bytes, limit: int, reverse: bool) -> list[tuple[bytes, bytes]]:
+    if lower >= upper or limit <= 0:
+        return []
+    try:
+        if reverse:
+            entries = db.items(backwards=True, from_key=upper)
+            found = takewhile(lambda entry: entry[0] >= lower, entries)
+            taken = list(islice(found, limit + 1))
+            if taken and taken[0][0] == upper:
+                del taken[0]
+            return taken[:limit]
+        bounds = ReadOptions()
+        bounds.set_iterate_upper_bound(upper)
+        return list(islice(db.items(from_key=lower, read_opt=bounds), limit))
+    except Exception as error:
+        raise EngineUnavailableError from error

@@ -1,0 +1,303 @@
+"""The one writer: concurrent writes become one group, one atomic put, one wait for the disk.
+
+Owns: the queue, compare-and-put, the order of commits, the counters that are stored with every group, and recovery of
+a failed engine. Invariants:
+- A write is answered after the sync of the group that holds it, and is applied whole or not at all: only when every
+  stored value that it expects is what the writes before it left behind.
+- Writes of one lane (a thread) are applied in the order of their slots, so that nothing ever appears before what a
+  reader has already seen; a slot that fails is left out.
+- The queue is bounded in writes and in bytes; what does not fit is refused at once.
+- After a failed write or sync every waiter is told StoreUnavailableError (its write may or may not be there), and
+  nothing is written until the engine was reopened. All methods belong to the event loop's thread; only the engine's
+  `sync` and `reopen` run in another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import msgspec
+import structlog
+
+from progressdb_server.store import keyspace
+from progressdb_server.store.clock import Clock, Stamp
+from progressdb_server.store.engine import Engine, EngineBusyError
+from progressdb_server.store.metrics import StoreMetrics
+from progressdb_server.store.model import StoreUnavailableError
+
+GROUP_WRITES_MAX: Final = 512
+GROUP_BYTES_MAX: Final = 8 * 1024 * 1024
+"""A group is put in one call that holds the interpreter lock: some milliseconds at most."""
+QUEUE_WRITES_MAX: Final = 8192
+QUEUE_BYTES_MAX: Final = 64 * 1024 * 1024
+BUSY_RETRY_S: Final = 0.005
+BUSY_S_MAX: Final = 10.0
+REOPEN_RETRY_S_MIN: Final = 0.1
+REOPEN_RETRY_S_MAX: Final = 5.0
+
+_log = structlog.get_logger("progressdb.store")
+
+
+class ConditionFailedError(Exception):
+    """A stored value was not what the write expected; nothing was written. `key` names the first such value."""
+
+    def __init__(self, key: bytes) -> None:
+        super().__init__(key.decode(errors="replace"))
+        self.key = key
+
+
+class Write(msgspec.Struct, frozen=True):
+    """`puts`: a value of None deletes. `expect`: stored values that the write relies on, None for absent. `threads`
+    and `messages`: what it adds to the counters."""
+
+    puts: Sequence[tuple[bytes, bytes | None]]
+    expect: Sequence[tuple[bytes, bytes | None]] = ()
+    threads: int = 0
+    messages: int = 0
+
+
+class State(msgspec.Struct, array_like=True):
+    """Stored at `store:state` with every group: counters, and the highest stamp given out."""
+
+    threads: int = 0
+    messages: int = 0
+    last_ns: int = 0
+    last_seq: int = 0
+
+
+class Slot:
+    """A place in a lane."""
+
+    __slots__ = ("future", "lane", "size", "write")
+
+    def __init__(self, lane: bytes | None, future: asyncio.Future[None]) -> None:
+        self.lane = lane
+        self.future = future
+        self.write: Write | None = None
+        self.size = 0
+
+
+class Writer:
+    def __init__(self, engine: Engine, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> None:
+        """`on_reopen` is called after a recovery: whatever was cached may be out of date."""
+        self._engine = engine
+        self._clock = clock
+        self._metrics = metrics
+        self._on_reopen = on_reopen
+        self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store-disk")
+        self._lanes: dict[bytes, deque[Slot]] = {}
+        self._queue: deque[Slot] = deque()
+        self._queue_bytes = 0
+        self._drain: asyncio.Task[None] | None = None
+        self._recovery: asyncio.Task[None] | None = None
+        self._closed = False
+        self.state = State()
+        self.load_state()
+
+    # --- what callers use -----------------------------------------------------------------------------------------
+    @property
+    def available(self) -> bool:
+        return self._recovery is None and not self._closed
+
+    @property
+    def queued(self) -> int:
+        return len(self._queue)
+
+    def load_state(self) -> None:
+        raw = self._engine.get(keyspace.STATE)
+        self.state = msgspec.msgpack.decode(raw, type=State) if raw else State()
+        self._clock.recover(Stamp(self.state.last_ns, self.state.last_seq))
+
+    def reserve(self, lane: bytes) -> Slot:
+        """Take the next place in a lane. It must be given to `submit` or to `leave`, or the lane stands still."""
+        slot = Slot(lane, asyncio.get_running_loop().create_future())
+        slots = self._lanes.get(lane)
+        if slots is None:
+            self._lanes[lane] = deque((slot,))
+        else:
+            slots.append(slot)
+        return slot
+
+    def submit(self, slot: Slot, write: Write) -> asyncio.Future[None]:
+        """The future's result: None once durable, ConditionFailedError or StoreUnavailableError."""
+        slot.write = write
+        slot.size = sum(len(key) + len(value or b"") for key, value in write.puts)
+        self._advance(slot)
+        return slot.future
+
+    def leave(self, slot: Slot) -> None:
+        """Give a place up; nothing happens if it was submitted."""
+        if slot.write is None and slot.lane is not None:
+            slots = self._lanes[slot.lane]
+            slots.remove(slot)
+            if slots:
+                self._advance(slots[0])
+            else:
+                del self._lanes[slot.lane]
+            slot.lane = None
+
+    def commit(self, write: Write) -> asyncio.Future[None]:
+        """A write outside any lane."""
+        return self.submit(Slot(None, asyncio.get_running_loop().create_future()), write)
+
+    async def barrier(self) -> None:
+        """Returns when everything that is visible now is durable."""
+        await self.commit(Write(()))
+
+    async def close(self) -> None:
+        """Commits what is queued and refuses the rest."""
+        self._closed = True
+        if self._recovery is not None:
+            self._recovery.cancel()
+        while self._drain is not None:
+            await asyncio.wait((self._drain,))
+        self._refuse_queue("the server is shutting down")
+        await asyncio.to_thread(self._disk.shutdown)
+
+    # --- lanes and queue ------------------------------------------------------------------------------------------
+    def _advance(self, slot: Slot) -> None:
+        if slot.lane is None:
+            self._enqueue(slot)
+            return
+        slots = self._lanes[slot.lane]
+        while slots and slots[0].write is not None:
+            self._enqueue(slots.popleft())
+        if not slots:
+            del self._lanes[slot.lane]
+
+    def _enqueue(self, slot: Slot) -> None:
+        if not self.available:
+            self._refuse(slot, "the store's disk is not available now")
+        elif len(self._queue) >= QUEUE_WRITES_MAX or self._queue_bytes + slot.size > QUEUE_BYTES_MAX:
+            self._refuse(slot, "too many writes are waiting")
+        else:
+            self._queue.append(slot)
+            self._queue_bytes += slot.size
+            if self._drain is None:  # it starts in the loop's next turn, so that this turn's writes form one group
+                self._drain = asyncio.get_running_loop().create_task(self._run())
+
+    def _refuse(self, slot: Slot, why: str) -> None:
+        if not slot.future.done():
+            slot.future.set_exception(StoreUnavailableError(why))
+
+    def _refuse_queue(self, why: str) -> None:
+        while self._queue:
+            self._refuse(self._queue.popleft(), why)
+        self._queue_bytes = 0
+
+    # --- groups ---------------------------------------------------------------------------------------------------
+    async def _run(self) -> None:
+        try:
+            while self._queue:
+                await self._commit_group(self._take_group())
+        finally:
+            self._drain = None
+
+    def _take_group(self) -> list[Slot]:
+        group: list[Slot] = []
+        size = 0
+        while (
+            self._queue
+            and len(group) < GROUP_WRITES_MAX
+            and (not group or size + self._queue[0].size <= GROUP_BYTES_MAX)
+        ):
+            slot = self._queue.popleft()
+            size += slot.size
+            group.append(slot)
+        self._queue_bytes -= size
+        return group
+
+    async def _commit_group(self, group: list[Slot]) -> None:
+        started = time.perf_counter()
+        try:
+            failed = await self._put(group)
+            if len(failed) < len(group):
+                await asyncio.get_running_loop().run_in_executor(self._disk, self._engine.sync)
+        except EngineBusyError:
+            for slot in group:
+                self._refuse(slot, "the disk can't keep up with the writes")
+            return
+        except Exception as error:  # noqa: BLE001  whatever it was, the waiters must be told and the engine made sure
+            self._fail(group, error)
+            return
+        self._metrics.committed(len(group), time.perf_counter() - started)
+        for slot in group:
+            if not slot.future.done():  # its caller may have gone away
+                if slot in failed:
+                    slot.future.set_exception(ConditionFailedError(failed[slot]))
+                else:
+                    slot.future.set_result(None)
+
+    async def _put(self, group: list[Slot]) -> dict[Slot, bytes]:
+        """The slots whose conditions failed, with the key that did."""
+        deadline = time.monotonic() + BUSY_S_MAX
+        while True:
+            staged, failed, state = self._stage(group)
+            try:
+                if len(failed) < len(group):
+                    self._engine.write(staged.items())
+                    self.state = state
+                return failed
+            except EngineBusyError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(BUSY_RETRY_S)
+
+    def _stage(self, group: list[Slot]) -> tuple[dict[bytes, bytes | None], dict[Slot, bytes], State]:
+        """Judge every write against the store as the ones before it leave it; collect the puts of those that hold."""
+        staged: dict[bytes, bytes | None] = {}
+        read: dict[bytes, bytes | None] = {}
+        failed: dict[Slot, bytes] = {}
+        get = self._engine.get
+        threads, messages = self.state.threads, self.state.messages
+        for slot in group:
+            write = slot.write
+            if write is None:
+                raise RuntimeError("a slot was queued without a write")
+            for key, expected in write.expect:
+                if key in staged:
+                    found = staged[key]
+                elif key in read:
+                    found = read[key]
+                else:
+                    found = read[key] = get(key)
+                if found != expected:
+                    failed[slot] = key
+                    break
+            else:
+                staged.update(write.puts)
+                threads += write.threads
+                messages += write.messages
+        last = self._clock.last
+        state = State(threads, messages, last.ns, last.seq)
+        staged[keyspace.STATE] = msgspec.msgpack.encode(state)
+        return staged, failed, state
+
+    # --- failure --------------------------------------------------------------------------------------------------
+    def _fail(self, group: list[Slot], error: Exception) -> None:
+        _log.error("store_write_failed", error=repr(error.__cause__ or error), writes=len(group))
+        self._metrics.failures += 1
+        self._recovery = asyncio.get_running_loop().create_task(self._recover())
+        for slot in group:
+            self._refuse(slot, "the store's disk did not take the write")
+        self._refuse_queue("the store's disk is not available now")
+
+    async def _recover(self) -> None:
+        delay = REOPEN_RETRY_S_MIN
+        while True:
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._disk, self._engine.reopen)
+                self.load_state()
+                break
+            except Exception as error:  # noqa: BLE001  recovery goes on until it succeeds
+                _log.warning("store_reopen_failed", error=repr(error.__cause__ or error), retry_s=delay)
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, REOPEN_RETRY_S_MAX)
+        self._on_reopen()
+        self._recovery = None
+        _log.info("store_reopened")
