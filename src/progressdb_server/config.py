@@ -1,0 +1,404 @@
+"""The server's configuration: flags over environment over file over defaults.
+
+Owns: the shape of the configuration, the names of its environment variables, and the rules that a value must meet.
+Invariants: a file that is named but missing, malformed or has a key that is not known stops the start with the
+reason; an empty variable counts as unset; what `load` returns has been checked as a whole. API keys are in no repr
+and no error text. It must never hold the root key: only the path of its file.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+import yaml
+
+ENVIRONMENT_PREFIX: Final = "PROGRESSDB_"
+CONFIG_BYTES_MAX: Final = 1024 * 1024
+API_KEY_CHARS_MAX: Final = 256
+UNIX_PATH_BYTES_MAX: Final = 107
+"""Of a Unix socket's path: `sun_path` of unix(7) less its NUL."""
+
+
+class ConfigError(Exception):
+    """The configuration can't be used; the text says which value, why, and where it came from."""
+
+
+class ConfigMissingError(ConfigError):
+    """A file that the configuration names is not there."""
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class Tls(_Section):
+    cert_file: str = ""
+    key_file: str = ""
+
+
+class Server(_Section):
+    address: str = "127.0.0.1"
+    port: int = 8080
+    tls: Tls = Tls()
+    dev: bool = False
+    """Development: a miniKMS that is spawned makes its own root key file."""
+
+
+class Storage(_Section):
+    db_path: str = ""
+
+
+class Cors(_Section):
+    allowed_origins: tuple[str, ...] = ()
+
+
+class RateLimit(_Section):
+    rps: float = 100.0
+    """Requests a second for each key; 0 turns the limit off."""
+    burst: int = 200
+
+
+class ApiKeys(_Section):
+    backend: tuple[str, ...] = ()
+    frontend: tuple[str, ...] = ()
+    admin: tuple[str, ...] = ()
+    allow_unauth: bool = False
+
+    def __repr__(self) -> str:
+        counts = f"backend: {len(self.backend)}, frontend: {len(self.frontend)}, admin: {len(self.admin)}"
+        return f"ApiKeys({counts}, allow_unauth={self.allow_unauth})"
+
+    def __rich_repr__(self) -> Iterator[str]:
+        yield repr(self)
+
+
+class Security(_Section):
+    cors: Cors = Cors()
+    rate_limit: RateLimit = RateLimit()
+    ip_whitelist: tuple[str, ...] = ()
+    api_keys: ApiKeys = ApiKeys()
+
+
+class Kms(_Section):
+    socket: str = ""
+    data_dir: str = ""
+    binary: str = ""
+    spawn: bool = True
+    master_key_file: str = ""
+    server_uids: tuple[int, ...] = ()
+    """Who may serve the socket; empty: this process's own uid or root."""
+
+
+class Logging(_Section):
+    format: Literal["console", "json"] = "console"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Config(_Section):
+    server: Server = Server()
+    storage: Storage = Storage()
+    security: Security = Security()
+    kms: Kms = Kms()
+    logging: Logging = Logging()
+
+    @property
+    def store_dir(self) -> Path:
+        """Where the store's files are: inside the one directory that `--db` names."""
+        return Path(self.storage.db_path) / "store"
+
+    @property
+    def kms_data_dir(self) -> Path:
+        return Path(self.kms.data_dir) if self.kms.data_dir else Path(self.storage.db_path) / "kms"
+
+    @property
+    def kms_socket(self) -> Path:
+        return Path(self.kms.socket) if self.kms.socket else Path(self.storage.db_path) / "run" / "minikms.sock"
+
+
+# --- text to values ---------------------------------------------------------------------------------------------
+def _text(value: str) -> str:
+    return value
+
+
+def _words(value: str) -> list[str]:
+    return [word for word in (part.strip() for part in value.split(",")) if word]
+
+
+def _integers(value: str) -> list[int]:
+    return [_integer(word) for word in _words(value)]
+
+
+def _integer(value: str) -> int:
+    if not (value.isascii() and value.isdigit()):
+        raise ValueError("must be a whole number")
+    return int(value)
+
+
+def _number(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError("must be a number") from None
+
+
+def _switch(value: str) -> bool:
+    word = value.strip().lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("must be 1, true, yes, on, 0, false, no or off")
+
+
+class Variable(msgspec.Struct, frozen=True):
+    """An environment variable without its prefix, the setting that it sets, and how its text is read."""
+
+    name: str
+    path: str
+    read: Callable[[str], Any]
+
+
+VARIABLES: Final = (
+    Variable("ADDRESS", "server.address", _text),
+    Variable("PORT", "server.port", _integer),
+    Variable("DEV", "server.dev", _switch),
+    Variable("TLS_CERT", "server.tls.cert_file", _text),
+    Variable("TLS_KEY", "server.tls.key_file", _text),
+    Variable("DB_PATH", "storage.db_path", _text),
+    Variable("CORS_ORIGINS", "security.cors.allowed_origins", _words),
+    Variable("RATE_RPS", "security.rate_limit.rps", _number),
+    Variable("RATE_BURST", "security.rate_limit.burst", _integer),
+    Variable("IP_WHITELIST", "security.ip_whitelist", _words),
+    Variable("API_BACKEND_KEYS", "security.api_keys.backend", _words),
+    Variable("API_FRONTEND_KEYS", "security.api_keys.frontend", _words),
+    Variable("API_ADMIN_KEYS", "security.api_keys.admin", _words),
+    Variable("ALLOW_UNAUTH", "security.api_keys.allow_unauth", _switch),
+    Variable("KMS_SOCKET", "kms.socket", _text),
+    Variable("KMS_DATA_DIR", "kms.data_dir", _text),
+    Variable("KMS_BINARY", "kms.binary", _text),
+    Variable("KMS_SPAWN", "kms.spawn", _switch),
+    Variable("KMS_SERVER_UIDS", "kms.server_uids", _integers),
+    Variable("MINIKMS_MASTER_KEY_FILE", "kms.master_key_file", _text),
+    Variable("LOG_FORMAT", "logging.format", _text),
+    Variable("LOG_LEVEL", "logging.level", _text),
+)
+"""`ADDR` (host:port) and `CONFIG` stand beside these: the first sets two settings, the second names the file."""
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """`host:port`, `[v6]:port` or `:port` (every interface) to its parts. Raises ValueError with the reason."""
+    host, colon, port_text = text.rpartition(":")
+    if not colon:
+        raise ValueError("must be host:port")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError("an IPv6 address needs brackets: [::1]:8080")
+    port = _integer(port_text) if port_text else -1
+    if not 0 <= port <= 65535:
+        raise ValueError("the port must be a number from 0 to 65535")
+    return host or "0.0.0.0", port  # noqa: S104 - asked for by leaving the host out
+
+
+# --- layers -----------------------------------------------------------------------------------------------------
+Layer = dict[str, Any]
+
+
+def _put(layer: Layer, path: str, value: object) -> None:
+    *sections, name = path.split(".")
+    for section in sections:
+        layer = layer.setdefault(section, {})
+    layer[name] = value
+
+
+def _merge(below: Layer, above: Layer) -> Layer:
+    merged = dict(below)
+    for name, value in above.items():
+        lower = merged.get(name)
+        merged[name] = _merge(lower, value) if isinstance(lower, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _paths(layer: Layer, prefix: str = "") -> Iterator[str]:
+    for name, value in layer.items():
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def environment_layer(environment: Mapping[str, str]) -> Layer:
+    """What the environment sets. An empty variable counts as unset; `ADDR` wins over `ADDRESS` and `PORT`."""
+    layer: Layer = {}
+    for variable in VARIABLES:
+        full_name = ENVIRONMENT_PREFIX + variable.name
+        value = environment.get(full_name, "")
+        if not value:
+            continue
+        try:
+            _put(layer, variable.path, variable.read(value))
+        except ValueError as error:
+            raise ConfigError(f"{full_name} {error}") from None
+    address = environment.get(ENVIRONMENT_PREFIX + "ADDR", "")
+    if address:
+        _put_address(layer, address, ENVIRONMENT_PREFIX + "ADDR")
+    return layer
+
+
+def flags_layer(flags: Mapping[str, object]) -> Layer:
+    """What the command line sets: `addr` and settings by their path; None is a flag that was not given."""
+    layer: Layer = {}
+    for name, value in flags.items():
+        if value is None:
+            continue
+        if name == "addr":
+            _put_address(layer, str(value), "--addr")
+        else:
+            _put(layer, name, value)
+    return layer
+
+
+def _put_address(layer: Layer, text: str, name: str) -> None:
+    try:
+        host, port = split_address(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} {error}") from None
+    _put(layer, "server.address", host)
+    _put(layer, "server.port", port)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML lets a key be given twice and takes the last; a second list of API keys must not go unseen."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]  # the stubs leave it untyped
+            if not isinstance(key, str) or key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice or is not text", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def file_layer(path: str) -> Layer:
+    """A YAML file, or TOML where its name ends in `.toml`."""
+    try:
+        with Path(path).open("rb") as file:
+            raw = file.read(CONFIG_BYTES_MAX + 1)
+    except FileNotFoundError:
+        raise ConfigMissingError(f"the configuration file {path} does not exist") from None
+    except OSError as error:
+        raise ConfigError(f"the configuration file {path} can't be read: {error.strerror}") from None
+    if len(raw) > CONFIG_BYTES_MAX:
+        raise ConfigError(f"the configuration file {path} is larger than {CONFIG_BYTES_MAX} bytes")
+    try:
+        text = raw.decode("utf-8")
+        layer = tomllib.loads(text) if path.endswith(".toml") else yaml.load(text, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+    except UnicodeDecodeError:
+        raise ConfigError(f"the configuration file {path} is not UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"the configuration file {path} is malformed: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the configuration file {path} is malformed: {_yaml_reason(error)}") from None
+    if layer is None:
+        return {}
+    if not isinstance(layer, dict):
+        raise ConfigError(f"the configuration file {path} must hold sections such as `server:`")
+    _convert(layer, f"the configuration file {path}")
+    return layer
+
+
+def _yaml_reason(error: yaml.YAMLError) -> str:
+    """The problem and its line; never PyYAML's own text, which quotes the file (an API key, perhaps)."""
+    mark = getattr(error, "problem_mark", None)
+    where = f" in line {mark.line + 1}" if mark is not None else ""
+    return f"{getattr(error, 'problem', None) or 'not YAML'}{where}"
+
+
+def _convert(layer: Layer, source: str) -> Config:
+    try:
+        return msgspec.convert(layer, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {str(error).replace('`$.', '`').replace(' - at ', ', at ')}") from None
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    config: Config
+    sources: dict[str, str]
+    """Where each setting that is not a default came from: `flag`, `environment` or the file's path."""
+
+
+def load(flags: Mapping[str, object], environment: Mapping[str, str]) -> Loaded:
+    """Read every layer and check the whole. `flags` may hold `config`, the file's path.
+
+    Raises ConfigError, or ConfigMissingError where a file is not there.
+    """
+    named = flags.get("config") or environment.get(ENVIRONMENT_PREFIX + "CONFIG") or None
+    path = None if named is None else str(named)
+    from_file = file_layer(path) if path is not None else {}
+    from_environment = environment_layer(environment)
+    from_flags = flags_layer({name: value for name, value in flags.items() if name != "config"})
+    merged = _merge(_merge(from_file, from_environment), from_flags)
+    config = _convert(merged, "the configuration")
+    sources = {name: str(path) for name in _paths(from_file)}
+    sources.update(dict.fromkeys(_paths(from_environment), "environment"))
+    sources.update(dict.fromkeys(_paths(from_flags), "flag"))
+    check(config)
+    return Loaded(config=config, sources=sources)
+
+
+# --- rules ------------------------------------------------------------------------------------------------------
+def check(config: Config) -> None:
+    """Every rule that no type can say. Reads no file. Raises ConfigError at the first that is broken."""
+    if not 0 <= config.server.port <= 65535:
+        raise ConfigError("server.port must be from 0 to 65535")
+    if not config.storage.db_path:
+        raise ConfigError("the directory of the data is not given: use --db DIR, PROGRESSDB_DB_PATH or storage.db_path")
+    if bool(config.server.tls.cert_file) != bool(config.server.tls.key_file):
+        raise ConfigError("TLS needs both server.tls.cert_file and server.tls.key_file")
+    rate = config.security.rate_limit
+    if not 0 <= rate.rps < float("inf"):
+        raise ConfigError("security.rate_limit.rps must be 0 (off) or more")
+    if rate.rps > 0 and rate.burst < 1:
+        raise ConfigError("security.rate_limit.burst must be at least 1")
+    for network in config.security.ip_whitelist:
+        parse_network(network)
+    _check_api_keys(config.security.api_keys)
+    socket_bytes = len(str(config.kms_socket).encode())
+    if socket_bytes > UNIX_PATH_BYTES_MAX:
+        raise ConfigError(
+            f"the path of the key service's socket has {socket_bytes} bytes and may have {UNIX_PATH_BYTES_MAX}: "
+            "give a shorter one with PROGRESSDB_KMS_SOCKET or kms.socket"
+        )
+
+
+def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """One entry of the allow list: an address or a network in CIDR form."""
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ConfigError(f"security.ip_whitelist: {error}") from None
+
+
+def _check_api_keys(keys: ApiKeys) -> None:
+    """Names the place of a bad key, never its text."""
+    seen: dict[str, str] = {}
+    for role, of_role in (("backend", keys.backend), ("frontend", keys.frontend), ("admin", keys.admin)):
+        for number, key in enumerate(of_role, start=1):
+            where = f"security.api_keys.{role}, key {number},"
+            if not key:
+                raise ConfigError(f"{where} is empty")
+            if len(key) > API_KEY_CHARS_MAX or not all("!" <= char <= "~" for char in key):
+                raise ConfigError(
+                    f"{where} must be at most {API_KEY_CHARS_MAX} visible ASCII characters without spaces"
+                )
+            if key in seen:
+                raise ConfigError(f"{where} is also a {seen[key]} key: each key has one role")
+            seen[key] = role

@@ -1,0 +1,50 @@
+"""How the server writes its log: one event a line, to standard error.
+
+Owns: the set-up of structlog and of the standard loggers that libraries use. Invariants: a library's record goes
+through as its message only, without a traceback's text, which could quote what a user typed; nothing is logged to
+standard output.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, Final, Literal, TextIO
+
+import structlog
+
+_LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+class _ThroughStructlog(logging.Handler):
+    """A library's record becomes an event named by its message."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        structlog.get_logger(record.name).log(record.levelno, record.getMessage().strip())
+
+
+def configure(
+    log_format: Literal["console", "json"],
+    level: Literal["debug", "info", "warning", "error"],
+    *,
+    to: TextIO | None = None,
+) -> None:
+    """Set up logging for this process. `to` is standard error unless given."""
+    stream = sys.stderr if to is None else to
+    processors: list[Any] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if log_format == "json":
+        processors.append(structlog.processors.JSONRenderer())
+    else:
+        processors.append(structlog.dev.ConsoleRenderer(colors=stream.isatty()))
+    structlog.configure(
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        logger_factory=structlog.PrintLoggerFactory(file=stream),
+        cache_logger_on_first_use=True,
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [_ThroughStructlog()]
+    root.setLevel(logging.WARNING)
