@@ -1,0 +1,122 @@
+"""What leaves: a whole answer, or a JSON list streamed in bounded memory.
+
+Owns: encoding answers and sending them over ASGI. Invariants: a list is held only up to `LIST_BUFFER_BYTES_MAX`; an
+error before the first byte left is a proper answer, one after it ends the connection before the list's end, so that
+no client takes a part for the whole. A client that stops reading does not keep a store's iterator open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from progressdb_server.api import bounds
+from progressdb_server.api.call import Receive, Send
+from progressdb_server.api.errors import ApiError, Header
+
+_ENCODER: Final = msgspec.json.Encoder()
+_JSON: Final = (b"content-type", b"application/json")
+_OCTETS: Final = (b"content-type", b"application/octet-stream")
+
+
+class Answer(NamedTuple):
+    """A whole answer; `content_type` is None where there is no body."""
+
+    status: int
+    body: bytes = b""
+    content_type: Header | None = _JSON
+    headers: tuple[Header, ...] = ()
+
+
+class JsonList(NamedTuple):
+    """`prefix`, the items of all chunks with commas between, `suffix`."""
+
+    prefix: bytes
+    chunks: AsyncIterator[Sequence[Any]]
+    suffix: bytes = b"]}"
+
+
+NO_CONTENT: Final = Answer(204, content_type=None)
+
+
+def json(value: object) -> Answer:
+    return Answer(200, _ENCODER.encode(value))
+
+
+def octets(value: bytes) -> Answer:
+    return Answer(200, value, _OCTETS)
+
+
+def error(refusal: ApiError) -> Answer:
+    return Answer(refusal.status, _ENCODER.encode({"error": refusal.text}), _JSON, refusal.headers)
+
+
+def json_text(value: object) -> bytes:
+    return _ENCODER.encode(value)
+
+
+def _head(status: int, headers: list[Header]) -> dict[str, Any]:
+    return {"type": "http.response.start", "status": status, "headers": headers}
+
+
+async def send_answer(answer: Answer, send: Send) -> None:
+    headers = list(answer.headers)
+    if answer.content_type is not None:
+        headers.append(answer.content_type)
+        headers.append((b"content-length", b"%d" % len(answer.body)))
+    await send(_head(answer.status, headers))
+    await send({"type": "http.response.body", "body": answer.body})
+
+
+async def send_list(listed: JsonList, receive: Receive, send: Send) -> None:
+    """Whole with its length where it is short, streamed where it is not.
+
+    Raises what the chunks raise; the caller answers it if nothing has left yet. Raises TimeoutError when the client
+    leaves the stream unread for too long.
+    """
+    pending = bytearray(listed.prefix)
+    empty = True
+    started = False
+    gone: asyncio.Task[None] | None = None
+    try:
+        async for chunk in listed.chunks:
+            if not chunk:
+                continue
+            if not empty:
+                pending += b","
+            empty = False
+            pending += _ENCODER.encode(chunk)[1:-1]
+            if len(pending) < bounds.LIST_BUFFER_BYTES_MAX:
+                continue
+            if not started:
+                await send(_head(200, [_JSON]))
+                started = True
+                gone = asyncio.create_task(_disconnected(receive))
+            elif gone is not None and gone.done():
+                return  # the client has closed its connection
+            await _send_part(bytes(pending), send)
+            pending.clear()
+        pending += listed.suffix
+        if not started:
+            await send(_head(200, [_JSON, (b"content-length", b"%d" % len(pending))]))
+        await send({"type": "http.response.body", "body": bytes(pending)})
+    finally:
+        if gone is not None:
+            gone.cancel()
+        close = getattr(listed.chunks, "aclose", None)
+        if close is not None:
+            await close()
+
+
+async def _send_part(part: bytes, send: Send) -> None:
+    async with asyncio.timeout(bounds.STREAM_STALL_SECONDS_MAX):
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Returns when the client has closed its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

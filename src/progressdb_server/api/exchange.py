@@ -1,0 +1,42 @@
+"""One request and its answer on their way through the application.
+
+Owns: the headers that every answer carries and the record of what has left. Invariant: whoever answers, a handler or
+a mounted application, the CORS headers and the request id are in the answer, and its status is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any, Final
+
+from progressdb_server.api import answer
+from progressdb_server.api.answer import Answer, JsonList
+from progressdb_server.api.call import Call, Receive, Send
+from progressdb_server.api.errors import Header
+
+EXCHANGE: Final = "progressdb.exchange"
+"""Where Starlette's scope holds it."""
+
+
+class Exchange:
+    __slots__ = ("_headers", "_send", "call", "receive", "status")
+
+    def __init__(self, call: Call, headers: tuple[Header, ...], receive: Receive, send: Send) -> None:
+        self.call = call
+        self.receive = receive
+        self.status = 0
+        """Of the answer that has started to leave; 0 before that."""
+        self._headers = headers
+        self._send = send
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*self._headers, *message.get("headers", ())]
+        await self._send(message)
+
+    async def reply(self, outcome: Answer | JsonList) -> None:
+        if isinstance(outcome, Answer):
+            await answer.send_answer(outcome, self.send)
+        else:
+            await answer.send_list(outcome, self.receive, self.send)

@@ -1,0 +1,186 @@
+"""Messages: create, list, read, edit, delete, versions; on their own routes and within a thread.
+
+Owns: what a message may look like coming in, and who may change one. Invariants: ids and times are never taken from
+a client; within a thread's routes the path names the thread, whatever the body says; a deleted message's thread and
+author stay what they were.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from progressdb_server.api import answer, bounds, reading
+from progressdb_server.api.answer import Answer, JsonList
+from progressdb_server.api.call import Call, decode_json
+from progressdb_server.api.errors import bad_request, forbidden, not_found, too_large
+from progressdb_server.api.identity import Role, checked_author
+from progressdb_server.store.model import ConversationStore, NewMessage
+
+
+class _MessageBody(msgspec.Struct):
+    """What a client may send. `id`, `ts`, `deleted` and unknown fields are ignored; null counts as absent."""
+
+    thread: str | None = None
+    author: str | None = None
+    role: str | None = None
+    body: Any = None
+    reply_to: str | None = None
+    reactions: dict[str, str] | None = None
+
+
+_BODY: Final = msgspec.json.Decoder(_MessageBody)
+_UNCHECKED_BYTES_MAX: Final = bounds.MESSAGE_BYTES_MAX // 4
+"""JSON grows less than fourfold when it is written again (`1e15,` becomes `1000000000000000.0,`): below this no look
+is needed.
+"""
+_UNKNOWN: Final = "message not found"
+
+
+async def _received(call: Call) -> _MessageBody:
+    """The body within its bounds. Raises ApiError."""
+    raw = await call.body()
+    sent = decode_json(raw, _BODY)
+    if sent.role and len(sent.role.encode()) > bounds.ROLE_BYTES_MAX:
+        raise bad_request("role too long")
+    if sent.reply_to and not bounds.ID_PATTERN.fullmatch(sent.reply_to):
+        raise bad_request("reply_to is not a message id")
+    if len(raw) > _UNCHECKED_BYTES_MAX and len(answer.json_text(sent.body)) > bounds.REQUEST_BYTES_MAX:
+        raise too_large()
+    return sent
+
+
+def checked_identity(call: Call, identity: str) -> str:
+    """Whom a reaction is by. A signed user reacts only as itself."""
+    if call.user is not None and identity != call.user:
+        raise forbidden("author mismatch between signature and reaction id")
+    return checked_author(identity)
+
+
+def checked_reaction(reaction: str) -> str:
+    if len(reaction.encode()) > bounds.REACTION_BYTES_MAX:
+        raise bad_request("reaction too long")
+    return reaction
+
+
+def _reactions(call: Call, sent: _MessageBody) -> dict[str, str]:
+    if not sent.reactions:
+        return {}
+    if len(sent.reactions) > bounds.REACTIONS_COUNT_MAX:
+        raise bad_request("too many reactions")
+    return {checked_identity(call, by): checked_reaction(value) for by, value in sent.reactions.items() if by and value}
+
+
+class MessageRoutes:
+    """The handlers; each takes a call that the gate has admitted."""
+
+    def __init__(self, store: ConversationStore) -> None:
+        self._store = store
+
+    # --- collections --------------------------------------------------------------------------------------------
+    async def create(self, call: Call) -> Answer:
+        """Durable when answered."""
+        sent = await _received(call)
+        return await self._create(call, sent, sent.thread or "")
+
+    async def create_in_thread(self, call: Call) -> Answer:
+        sent = await _received(call)
+        return await self._create(call, sent, call.id_from_path("thread", "thread not found"))
+
+    async def _create(self, call: Call, sent: _MessageBody, thread_id: str) -> Answer:
+        author = call.required_author(sent.author)
+        if thread_id and not bounds.ID_PATTERN.fullmatch(thread_id):
+            raise bad_request("thread must be 1 to 128 letters, digits, dots, underscores or hyphens")
+        if sent.body is None:
+            raise bad_request("body is required")
+        new = NewMessage(
+            author=author,
+            thread=thread_id,
+            role=sent.role or "user",
+            body=sent.body,
+            reply_to=sent.reply_to or "",
+            reactions=_reactions(call, sent),
+        )
+        message = await self._store.create_message(
+            new, idempotency=call.idempotency(author), request_id=call.request_id
+        )
+        return answer.json(message)
+
+    async def list_by_query(self, call: Call) -> JsonList:
+        """`?thread=`; a signed user must take part in the thread."""
+        call.author()
+        thread_id = call.query.get("thread", "")
+        if not thread_id:
+            raise bad_request("missing thread query parameter")
+        if not bounds.ID_PATTERN.fullmatch(thread_id):
+            raise bad_request("thread must be 1 to 128 letters, digits, dots, underscores or hyphens")
+        page = reading.read_page(call.query)
+        await reading.check_reader(self._store, call, thread_id)
+        return reading.list_of_messages(self._store, thread_id, page)
+
+    async def list_in_thread(self, call: Call) -> JsonList:
+        """The author, signed or not, must take part in the thread."""
+        thread_id = call.id_from_path("thread", "thread not found")
+        author = call.required_author()
+        page = reading.read_page(call.query)
+        thread = await self._store.get_thread(thread_id)
+        if thread.deleted:
+            raise not_found("thread not found")
+        if thread.author != author:
+            await reading.check_takes_part(self._store, author, thread_id)
+        return reading.list_of_messages(self._store, thread_id, page)
+
+    # --- one message --------------------------------------------------------------------------------------------
+    async def read(self, call: Call) -> Answer:
+        """The latest version, also of a deleted message."""
+        thread_id, _ = self._place(call)
+        message = await self._store.get_message(call.id_from_path("message", _UNKNOWN), thread_id=thread_id)
+        await reading.check_message_reader(self._store, call, message)
+        return answer.json(message)
+
+    async def update(self, call: Call) -> Answer:
+        """Appends a version. The thread never changes."""
+        message_id = call.id_from_path("message", _UNKNOWN)
+        thread_id = self._thread(call)
+        sent = await _received(call)
+        author = call.required_author(sent.author)
+        if sent.body is None:
+            raise bad_request("body is required")
+        message = await self._store.update_message(
+            message_id,
+            author=author,
+            body=sent.body,
+            role=sent.role or None,
+            reply_to=sent.reply_to,
+            thread_id=thread_id,
+            request_id=call.request_id,
+        )
+        return answer.json(message)
+
+    async def delete(self, call: Call) -> Answer:
+        """Appends a tombstone. An admin may delete anybody's message."""
+        message_id = call.id_from_path("message", _UNKNOWN)
+        thread_id = self._thread(call)
+        author = call.required_author()
+        acts_as = None if call.principal.role is Role.ADMIN and call.user is None else author
+        await self._store.delete_message(message_id, author=acts_as, thread_id=thread_id, request_id=call.request_id)
+        return answer.NO_CONTENT
+
+    async def versions(self, call: Call) -> Answer:
+        """Oldest first; none for an unknown id."""
+        call.author()
+        message_id = call.parameters["message"]
+        found = await self._store.message_versions(message_id) if bounds.ID_PATTERN.fullmatch(message_id) else []
+        if found:
+            await reading.check_message_reader(self._store, call, found[-1])
+        return answer.json({"id": message_id, "versions": found})
+
+    def _thread(self, call: Call) -> str | None:
+        """The thread of the path, None on the routes that name none."""
+        return call.id_from_path("thread", _UNKNOWN) if "thread" in call.parameters else None
+
+    def _place(self, call: Call) -> tuple[str | None, str | None]:
+        """The thread of the path and the author, which a thread's routes require."""
+        thread_id = self._thread(call)
+        return thread_id, call.required_author() if thread_id is not None else call.author()

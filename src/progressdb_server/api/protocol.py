@@ -1,0 +1,132 @@
+"""HTTP/1.1 for the API: uvicorn's protocol with the bounds that it lacks.
+
+Owns: what a connection may cost before a request is whole. Rules, each answered 4xx or by closing:
+
+1. A head has at most `HEAD_BYTES_MAX` bytes and `HEADERS_COUNT_MAX` headers; exactly one Host (RFC 9112 section
+3.2). 2. Trailers are dropped: uvicorn would add them to the headers that the application is about to read, behind
+the back of whatever proxy set those. 3. A request is whole within `REQUEST_SECONDS_MAX` of its first byte; a new
+connection sends one within the same time. 4. At most `CONNECTIONS_COUNT_MAX` connections; a client that does not
+read its answer is cut off by the kernel.
+
+It must never look at a body, and knows no route.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import Any, Final
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from progressdb_server.api import bounds
+
+_SENTENCES: Final = {
+    400: "malformed HTTP request",
+    431: "request head too large",
+}
+
+
+class _RefusedError(Exception):
+    """Stops the parser; the status is in the protocol."""
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._refusal_status = 400
+        self._in_head = False
+        self._in_body = False
+        self._head_bytes = 0
+        self._incomplete: asyncio.TimerHandle | None = None
+
+    # --- the connection -----------------------------------------------------------------------------------------
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if len(self.connections) >= bounds.CONNECTIONS_COUNT_MAX and isinstance(transport, asyncio.Transport):
+            transport.abort()
+        super().connection_made(transport)  # type: ignore[arg-type]  # asyncio passes a Transport
+        peer = transport.get_extra_info("socket")
+        if peer is not None and peer.family in (socket.AF_INET, socket.AF_INET6):
+            with contextlib.suppress(OSError):  # a connection that is gone already
+                stall_ms = bounds.STREAM_STALL_SECONDS_MAX * 1000
+                peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall_ms)
+        self._expect_more()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._whole()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._in_head or self._in_body or self.cycle is None or self.cycle.response_complete:
+            self._expect_more()
+        elif self._incomplete is not None:
+            self._whole()
+
+    def _expect_more(self) -> None:
+        if self._incomplete is None:
+            self._incomplete = self.loop.call_later(bounds.REQUEST_SECONDS_MAX, self._too_slow)
+
+    def _whole(self) -> None:
+        if self._incomplete is not None:
+            self._incomplete.cancel()
+            self._incomplete = None
+
+    def _too_slow(self) -> None:
+        self._incomplete = None
+        answering = self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
+        if answering:
+            self._expect_more()  # an earlier request of this connection is still being answered
+        elif self.transport is not None and not self.transport.is_closing():
+            self.transport.abort()
+
+    # --- the parser's callbacks ---------------------------------------------------------------------------------
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+        self._in_body = False
+        self._head_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            return
+        self._count(len(name) + len(value) + 4)
+        if len(self.headers) >= bounds.HEADERS_COUNT_MAX:
+            self._refuse(431)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._in_body = True
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
+            self._refuse(400)
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        super().on_message_complete()
+
+    def _count(self, byte_count: int) -> None:
+        self._head_bytes += byte_count
+        if self._head_bytes > bounds.HEAD_BYTES_MAX:
+            self._refuse(431)
+
+    def _refuse(self, status: int) -> None:
+        self._refusal_status = status
+        raise _RefusedError
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's answer to what the parser refuses, here in JSON."""
+        body = b'{"error":"' + _SENTENCES[self._refusal_status].encode("ascii") + b'"}'
+        self.transport.write(
+            STATUS_LINE[self._refusal_status]
+            + b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+            + body
+        )
+        self.transport.close()

@@ -1,0 +1,255 @@
+"""A conversation store in memory, behind the production protocol: what the routes are tested against.
+
+It keeps versions, tombstones, writers and idempotency as the real one does; it keeps nothing on disk and encrypts nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+
+from progressdb_server.store.model import (
+    ConversationStore,
+    Idempotency,
+    IdempotencyConflictError,
+    Message,
+    MessageNotFoundError,
+    NewMessage,
+    NotTheAuthorError,
+    Thread,
+    ThreadDeletedError,
+    ThreadNotFoundError,
+)
+
+START_NS = 1_700_000_000_000_000_000
+CHUNK = 3  # small, so that every list of the tests comes in several chunks
+
+
+class MemoryStore(ConversationStore):
+    def __init__(self) -> None:
+        self.threads: dict[str, Thread] = {}
+        self.versions: dict[str, list[Message]] = {}
+        self.seen: dict[tuple[str, str], tuple[object, str]] = {}
+        self.request_ids: list[str] = []
+        self.fails_with: Exception | None = None
+        self._ns = START_NS
+        self._seq = 0
+
+    def _stamp(self) -> tuple[int, str]:
+        self._ns += 1
+        self._seq += 1
+        return self._ns, f"{self._ns}-{self._seq}"
+
+    def _check(self) -> None:
+        if self.fails_with is not None:
+            raise self.fails_with
+
+    @property
+    def empty(self) -> bool:
+        return not self.threads and not self.versions
+
+    # --- messages -----------------------------------------------------------------------------------------------
+    async def create_message(
+        self, new: NewMessage, *, idempotency: Idempotency | None = None, request_id: str = ""
+    ) -> Message:
+        self._check()
+        self.request_ids.append(request_id)
+        known = self._recalled(idempotency, new)
+        if known is not None:
+            return self.versions[known][0]
+        thread = self._thread_for(new)
+        ts, stamp = self._stamp()
+        message = Message(
+            id=f"msg-{stamp}",
+            thread=thread.id,
+            author=new.author,
+            role=new.role,
+            ts=ts,
+            body=new.body,
+            reply_to=new.reply_to,
+            reactions=new.reactions,
+        )
+        self.versions[message.id] = [message]
+        self._remember(idempotency, new, message.id)
+        return message
+
+    def _thread_for(self, new: NewMessage) -> Thread:
+        thread = self.threads.get(new.thread)
+        if thread is not None:
+            if thread.deleted:
+                raise ThreadDeletedError
+            thread.updated_ts = self._ns
+            return thread
+        return self._make_thread(new.author, f"New Thread #{len(self.threads) + 1}", new.thread)
+
+    def _make_thread(self, author: str, title: str, name: str = "") -> Thread:
+        ts, stamp = self._stamp()
+        thread_id = name or f"thread-{stamp}"
+        made = Thread(
+            id=thread_id, title=title, author=author, slug=_slug(title, thread_id), created_ts=ts, updated_ts=ts
+        )
+        self.threads[thread_id] = made
+        return made
+
+    def _recalled(self, idempotency: Idempotency | None, request: object) -> str | None:
+        if idempotency is None:
+            return None
+        known = self.seen.get((idempotency.scope, idempotency.key))
+        if known is None:
+            return None
+        if known[0] != request:
+            raise IdempotencyConflictError
+        return known[1]
+
+    def _remember(self, idempotency: Idempotency | None, request: object, made: str) -> None:
+        if idempotency is not None:
+            self.seen[(idempotency.scope, idempotency.key)] = (request, made)
+
+    def _found(self, message_id: str, thread_id: str | None = None) -> list[Message]:
+        self._check()
+        versions = self.versions.get(message_id)
+        if versions is None or (thread_id is not None and versions[-1].thread != thread_id):
+            raise MessageNotFoundError
+        return versions
+
+    async def get_message(self, message_id: str, *, thread_id: str | None = None) -> Message:
+        return self._found(message_id, thread_id)[-1]
+
+    def _append(self, versions: list[Message], author: str | None, **fields: Any) -> Message:
+        current = versions[-1]
+        if author is not None and author != current.author:
+            raise NotTheAuthorError
+        ts, _ = self._stamp()
+        versions.append(msgspec.structs.replace(current, ts=ts, **fields))
+        return versions[-1]
+
+    async def update_message(
+        self,
+        message_id: str,
+        *,
+        author: str | None,
+        body: Any,
+        role: str | None,
+        reply_to: str | None,
+        thread_id: str | None = None,
+        request_id: str = "",
+    ) -> Message:
+        versions = self._found(message_id, thread_id)
+        self.request_ids.append(request_id)
+        given = {"body": body, "role": role, "reply_to": reply_to}
+        return self._append(versions, author, **{name: value for name, value in given.items() if value is not None})
+
+    async def delete_message(
+        self, message_id: str, *, author: str | None, thread_id: str | None = None, request_id: str = ""
+    ) -> None:
+        self._append(self._found(message_id, thread_id), author, deleted=True)
+
+    async def message_versions(self, message_id: str, *, thread_id: str | None = None) -> list[Message]:
+        return list(self.versions.get(message_id, []))
+
+    async def set_reaction(self, message_id: str, identity: str, reaction: str, *, request_id: str = "") -> Message:
+        versions = self._found(message_id)
+        return self._append(versions, None, reactions={**versions[-1].reactions, identity: reaction})
+
+    async def remove_reaction(self, message_id: str, identity: str, *, request_id: str = "") -> None:
+        versions = self._found(message_id)
+        if identity in versions[-1].reactions:
+            kept = {by: value for by, value in versions[-1].reactions.items() if by != identity}
+            self._append(versions, None, reactions=kept)
+
+    async def list_messages(
+        self,
+        thread_id: str,
+        *,
+        limit: int | None = None,
+        before: str | None = None,
+        after: str | None = None,
+        include_deleted: bool = False,
+    ) -> AsyncIterator[list[Message]]:
+        self._check()
+        found = [
+            versions[-1]
+            for message_id, versions in self.versions.items()
+            if versions[-1].thread == thread_id
+            and (include_deleted or not versions[-1].deleted)
+            and (before is None or message_id < before)
+            and (after is None or message_id > after)
+        ]
+        if limit is not None:
+            found = found[len(found) - min(limit, len(found)) :]
+        for at in range(0, len(found), CHUNK):
+            yield found[at : at + CHUNK]
+
+    # --- threads ------------------------------------------------------------------------------------------------
+    async def may_read_thread(self, thread_id: str, author: str) -> bool:
+        thread = self.threads.get(thread_id)
+        if thread is not None and thread.author == author:
+            return True
+        return any(
+            versions[0].thread == thread_id and versions[0].author == author for versions in self.versions.values()
+        )
+
+    async def create_thread(
+        self, *, author: str, title: str, idempotency: Idempotency | None = None, request_id: str = ""
+    ) -> Thread:
+        self._check()
+        known = self._recalled(idempotency, (author, title))
+        if known is not None:
+            return self.threads[known]
+        thread = self._make_thread(author, title)
+        self._remember(idempotency, (author, title), thread.id)
+        return thread
+
+    async def get_thread(self, thread_id: str) -> Thread:
+        self._check()
+        if thread_id not in self.threads:
+            raise ThreadNotFoundError
+        return self.threads[thread_id]
+
+    def _own_thread(self, thread_id: str, author: str | None) -> Thread:
+        thread = self.threads.get(thread_id)
+        if thread is None or thread.deleted:
+            raise ThreadNotFoundError
+        if author is not None and author != thread.author:
+            raise NotTheAuthorError
+        return thread
+
+    async def update_thread(self, thread_id: str, *, author: str | None, title: str, request_id: str = "") -> Thread:
+        thread = self._own_thread(thread_id, author)
+        thread.title, thread.slug, thread.updated_ts = title, _slug(title, thread_id), self._stamp()[0]
+        return thread
+
+    async def delete_thread(self, thread_id: str, *, author: str | None, by: str, request_id: str = "") -> None:
+        thread = self._own_thread(thread_id, author)
+        thread.deleted, thread.deleted_ts = True, self._stamp()[0]
+
+    async def list_threads(
+        self, *, author: str | None, title: str | None = None, slug: str | None = None, include_deleted: bool = False
+    ) -> AsyncIterator[list[Thread]]:
+        for thread in self.threads.values():
+            wanted = (
+                (author is None or thread.author == author)
+                and (title is None or title.lower() in thread.title.lower())
+                and (slug is None or slug == thread.slug)
+                and (include_deleted or not thread.deleted)
+            )
+            if wanted:
+                yield [thread]
+
+    # --- the whole ----------------------------------------------------------------------------------------------
+    async def stats(self) -> dict[str, int]:
+        return {"threads": len(self.threads), "messages": sum(map(len, self.versions.values()))}
+
+    async def stored_keys(self, prefix: str) -> AsyncIterator[list[str]]:
+        yield [key for key in (f"thread:{thread_id}:meta" for thread_id in self.threads) if key.startswith(prefix)]
+
+    async def raw_value(self, key: str) -> bytes | None:
+        thread_id = key.removeprefix("thread:").removesuffix(":meta")
+        return b"\x01sealed" if thread_id in self.threads else None
+
+
+def _slug(title: str, thread_id: str) -> str:
+    return (re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "t") + "-" + thread_id
