@@ -1,0 +1,143 @@
+"""The composition of the message server: key service, store, application, HTTP.
+
+Owns: the order in which the parts start and stop, and the signals that stop them. Invariants: no request is taken
+before a key service answers and the store is open; what was started is stopped in the reverse order, whatever fails
+meanwhile, and requests in flight are finished first. It must never hold a key: it passes on a path or a descriptor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from contextlib import AsyncExitStack
+from typing import Final
+
+import structlog
+import uvloop
+from prometheus_client import CollectorRegistry
+
+from progressdb_server import logs
+from progressdb_server.api.application import Application
+from progressdb_server.api.gate import Gate
+from progressdb_server.api.listening import bind, check_tls, raise_descriptor_limit, serve_http
+from progressdb_server.api.metrics import ApiMetrics
+from progressdb_server.config import Config, ConfigError
+from progressdb_server.kms.child import ChildOptions
+from progressdb_server.kms.remote import RemoteProvider
+from progressdb_server.kms.supervisor import Supervisor, SupervisorError
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.engine import EngineLockedError, EngineUnavailableError
+from progressdb_server.store.form import FormatError
+from progressdb_server.store.rocks import RocksEngine
+
+_log: Final = structlog.get_logger("progressdb")
+_STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+class ServeError(Exception):
+    """The server can't start; the text says why and what to do."""
+
+
+def check_key_source(config: Config, *, has_master_key: bool) -> None:
+    """That a miniKMS which is spawned will have a root key. Raises ConfigError with the way out.
+
+    With a socket of its own in the configuration a daemon may answer there, so that none is needed.
+    """
+    kms = config.kms
+    if has_master_key and kms.master_key_file:
+        raise ConfigError("the root key is given twice: in PROGRESSDB_MINIKMS_MASTER_KEY and as a key file; use one")
+    if has_master_key or kms.master_key_file or config.server.dev or kms.socket or not kms.spawn:
+        return
+    made = f"{config.kms_data_dir}.master-key"
+    way_out = f"--master-key-file {made}" if os.path.exists(made) else "--dev, to have one made beside the data"
+    raise ConfigError(
+        "there is no root key for the key service: give --master-key-file FILE (64 hex characters, mode 0600), "
+        f"or set PROGRESSDB_MINIKMS_MASTER_KEY; on a development machine: {way_out}"
+    )
+
+
+def child_options(config: Config, master_key_fd: int | None) -> ChildOptions:
+    has_key = master_key_fd is not None or bool(config.kms.master_key_file)
+    return ChildOptions(
+        socket_path=str(config.kms_socket),
+        data_dir=str(config.kms_data_dir),
+        binary=config.kms.binary or None,
+        dev=config.server.dev and not has_key,
+        master_key_file=config.kms.master_key_file or None,
+        master_key_fd=master_key_fd,
+        log_format=config.logging.format,
+    )
+
+
+def run(config: Config, master_key_fd: int | None) -> None:
+    """Serve until SIGTERM or SIGINT. Raises ConfigError, ServeError when it can't start."""
+    logs.configure(config.logging.format, config.logging.level)
+    check_tls(config.server.tls)
+    check_key_source(config, has_master_key=master_key_fd is not None)
+    raise_descriptor_limit()
+    os.umask(0o077)
+    uvloop.run(_serve(config, master_key_fd))
+
+
+async def _serve(config: Config, master_key_fd: int | None) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in _STOPPING:
+        loop.add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as started:
+        listener = bind(config.server.address, config.server.port)
+        started.callback(listener.close)
+        store = await _open_store(config, master_key_fd, started)
+        registry = CollectorRegistry()
+        registry.register(store.metrics)
+        application = Application(store, Gate(config.security), ApiMetrics(registry))
+        host, port = listener.getsockname()[:2]
+        await serve_http(
+            application,
+            listener,
+            tls=config.server.tls,
+            stop=stop,
+            on_listening=lambda: _announce(config, str(host), int(port)),
+        )
+        _log.info("stopping")
+
+
+async def _open_store(config: Config, master_key_fd: int | None, started: AsyncExitStack) -> Conversations:
+    """The key service, then the store; each is closed by `started`. Raises ServeError."""
+    server_uids = config.kms.server_uids or None
+    supervisor = Supervisor(child_options(config, master_key_fd), spawn=config.kms.spawn, server_uids=server_uids)
+    try:
+        os.makedirs(config.storage.db_path, mode=0o700, exist_ok=True)
+        engine = RocksEngine(str(config.store_dir))
+    except OSError as error:
+        raise ServeError(f"can't make the data directory {config.storage.db_path}: {error.strerror}") from None
+    except (EngineLockedError, EngineUnavailableError) as error:
+        raise ServeError(str(error)) from None
+    opened = False
+    try:
+        await supervisor.start()
+        started.push_async_callback(supervisor.stop)
+        provider = RemoteProvider(config.kms_socket, server_uids=server_uids)
+        started.push_async_callback(provider.close)
+        store = Conversations(engine, provider)
+        opened = True
+    except SupervisorError as error:
+        raise ServeError(str(error)) from None
+    except FormatError as error:
+        raise ServeError(str(error)) from None
+    finally:
+        if not opened:
+            engine.close()
+    started.push_async_callback(store.close)
+    await store.start()
+    return store
+
+
+def _announce(config: Config, host: str, port: int) -> None:
+    scheme = "https" if config.server.tls.cert_file else "http"
+    shown = f"[{host}]" if ":" in host else host
+    _log.info("listening", url=f"{scheme}://{shown}:{port}", db=config.storage.db_path)
+    keys = config.security.api_keys
+    if not (keys.backend or keys.frontend or keys.admin or keys.allow_unauth):
+        _log.warning("no API key is configured: every request but /healthz is refused; set PROGRESSDB_API_BACKEND_KEYS")
