@@ -161,7 +161,7 @@ def test_a_forked_child_has_no_secret_pages() -> None:
 
 
 def test_the_pages_are_locked_and_stay_out_of_core_dumps() -> None:
-    """VmFlags of proc_pid_smaps(5): lo is locked, dd is "do not dump", dc is "do not copy on fork", wf "wipe on fork"."""
+    """VmFlags of proc_pid_smaps(5): lo locked, dd not dumped, dc not copied on fork, wf wiped on fork."""
     output = run_python("""
         import ctypes, re
         from minikms.memory import SecretArena
@@ -169,7 +169,8 @@ def test_the_pages_are_locked_and_stay_out_of_core_dumps() -> None:
             arena = SecretArena(1, force_fallback=fallback)
             address = ctypes.addressof(ctypes.c_char.from_buffer(arena._map))
             text = open("/proc/self/smaps").read()
-            region = next(part for part in re.split(r"\\n(?=[0-9a-f]+-[0-9a-f]+ )", text) if part.startswith(f"{address:x}-"))
+            regions = re.split(r"\\n(?=[0-9a-f]+-[0-9a-f]+ )", text)
+            region = next(part for part in regions if part.startswith(f"{address:x}-"))
             print(*sorted({"lo", "dd", "dc", "wf"} & set(region.split("VmFlags:")[1].split())))
     """)
     secret, fallback = (line.split() for line in output.splitlines())
@@ -195,7 +196,7 @@ def test_root_cannot_read_the_arena_through_proc_mem() -> None:
     assert output == "refused\n"
 
 
-def test_a_kernel_without_memfd_secret_gets_the_fallback_and_says_what_is_lacking(
+def test_without_memfd_secret_the_fallback_says_what_is_lacking(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(arena_module, "_SYS_MEMFD_SECRET", 0xFFFF)  # no such call: ENOSYS
@@ -242,7 +243,7 @@ def test_a_random_device_that_ends_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         fill_random(memoryview(bytearray(32)))
 
 
-def test_a_plain_file_in_place_of_the_random_device_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_plain_file_as_random_device_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "urandom"
     path.write_bytes(b"the same key everywhere" * 10)
     monkeypatch.setattr(arena_module, "RANDOM_DEVICE", str(path))

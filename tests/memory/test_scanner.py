@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import os
@@ -9,6 +10,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -99,16 +101,16 @@ def test_every_form_of_a_key_planted_in_a_process_is_found_and_no_other_key_is()
 
 
 @pytest.mark.parametrize("offset", range(3))
-@pytest.mark.parametrize("encode", [scanner.base64.b64encode, scanner.base64.urlsafe_b64encode])
-def test_base64_is_found_at_every_alignment(offset: int, encode: object) -> None:
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.urlsafe_b64encode])
+def test_base64_is_found_at_every_alignment(offset: int, encode: Callable[[bytes], bytes]) -> None:
     key = os.urandom(32)
-    text = encode(b"?" * offset + key + b"??")  # type: ignore[operator]  # one of the two encoders
+    text = encode(b"?" * offset + key + b"??")
     matcher = scanner.Matcher(scanner.forms_of("key", key), text)
     assert {needle.form for _, needle in matcher.search(text)} == {"base64"}
 
 
 def test_what_the_libraries_really_keep_is_found() -> None:
-    """A living cipher object holds round keys and a living HMAC object holds midstates, in forms that the scanner knows."""
+    """A living cipher object holds round keys, and a living HMAC object midstates, in forms that the scanner knows."""
     needs.root()
     key = os.urandom(32)
     code = (
@@ -122,7 +124,10 @@ def test_what_the_libraries_really_keep_is_found() -> None:
 
 def test_a_region_that_even_root_cannot_read_is_reported() -> None:
     needs.root()
-    code = "from minikms.memory import SecretArena; arena = SecretArena(1); slot = arena.allocate(); slot.view[:] = planted.pop()"
+    code = (
+        "from minikms.memory import SecretArena; "
+        "arena = SecretArena(1); slot = arena.allocate(); slot.view[:] = planted.pop()"
+    )
     key = os.urandom(32)
     with Planted([key], code) as process:
         report = scanner.scan_process(process.pid, scanner.forms_of("key", key))
@@ -147,9 +152,11 @@ def test_a_needle_is_found_wherever_it_lies_in_a_file(tmp_path: Path, place: str
 def test_a_needle_is_found_across_the_chunks_of_a_process() -> None:
     needs.root()
     key = os.urandom(32)
+    size = scanner.CHUNK_BYTES
     code = (
-        "import mmap; big = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS); value = planted.pop(); "
-        f"[big.__setitem__(slice(n * {scanner.CHUNK_BYTES} - 16, n * {scanner.CHUNK_BYTES} + 16), value) for n in range(1, 8)]"
+        "import mmap; value = planted.pop(); "
+        f"big = mmap.mmap(-1, {8 * size}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS); "
+        f"[big.__setitem__(slice(n * {size} - 16, n * {size} + 16), value) for n in range(1, 8)]"
     )
     with Planted([key], code) as process:
         hits = scanner.scan_process(process.pid, scanner.forms_of("key", key)).hits
