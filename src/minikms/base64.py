@@ -1,8 +1,8 @@
 """Canonical base64 (RFC 4648 section 4): one text for one value.
 
-Owns: the strict decoder of every binary value in a request. Invariant: `decode_canonical` accepts exactly the texts that
-an encoder makes; white space, other alphabets, missing or superfluous padding and set trailing bits are refused, so that
-two different texts never mean the same bytes.
+Owns: the strict decoder of every binary value in a request. Invariant: `decode_canonical` accepts exactly the texts
+that an encoder makes; white space, other alphabets, missing or superfluous padding and set trailing bits are refused,
+so that two different texts never mean the same bytes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Owns: the roles, the role of every verb, and the decision. Invariants: every verb has exactly one role, but
 `reencrypt_batch`, which asks `decrypt` for the source and `encrypt` for the target; a uid that isn't allowed has no
-principal at all; the kernel's overflow uid is never allowed. It must never read a request's body to decide who is asking.
+principal at all; the kernel's overflow uid is never allowed. It must never read a request's body to decide who is
+asking.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """One method per verb: authorise, act, audit.
 
-Owns: what each verb does and who may do it. Invariants: every verb that is reached leaves one audit event, refused ones
-too, queued before its answer is returned (the daemon writes the turn's events before the turn's answers leave); a change
-of keys is on disk, and its audit line too, before its answer. It must never put key bytes, plaintext or ciphertext into an
-event, and never answer after a failure.
+Owns: what each verb does and who may do it. Invariants: every verb that is reached leaves one audit event, refused
+ones too, queued before its answer is returned (the daemon writes the turn's events before the turn's answers leave);
+a change of keys is on disk, and its audit line too, before its answer. It must never put key bytes, plaintext or
+ciphertext into an event, and never answer after a failure.
 
-A hot verb (`encrypt`, `decrypt` and their batches) answers at once, as ready JSON bytes, or returns an awaitable where a
-key's use lease has to reach the disk first.
+A hot verb (`encrypt`, `decrypt` and their batches) answers at once, as ready JSON bytes, or returns an awaitable
+where a key's use lease has to reach the disk first.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from minikms import api
 from minikms.audit import Event
 from minikms.base64 import decode_canonical
 from minikms.crypto.aead import NONCE_BYTES, OVERHEAD_BYTES
+from minikms.custody.leases import UseLease
 from minikms.custody.vault import OpenDek, Vault
 from minikms.errors import (
     DecryptionError,
@@ -117,7 +118,7 @@ class KeyService:
     async def _encrypt_later(self, opened: OpenDek, plaintext: bytes, aad: bytes, event: Event) -> bytes:
         """The same once the key's lease is durable. The key is looked up again: it may have been retired meanwhile."""
         try:
-            await self._lease({opened.key_id: 1})
+            await self._vault.leases.extend([(opened.lease, 1)])
             opened = self._vault.opened(opened.key_id)
             opened.check_encrypts()
             if not opened.lease.take(1):
@@ -150,22 +151,24 @@ class KeyService:
     ) -> bytes | Awaitable[bytes]:
         """Encrypts each item; a refused item does not stop the others. Role: encrypt, per item."""
         event = self._batch_event("encrypt_batch", who, request.items, request_id)
-        need: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for item in request.items:
-            need[item.key_id] = need.get(item.key_id, 0) + 1
-        short = {key_id: count for key_id, count in need.items() if not self._covers(key_id, count)}
-        if short:
-            return self._encrypt_batch_later(who, request, event, short)
+            counts[item.key_id] = counts.get(item.key_id, 0) + 1
+        low = [
+            (lease, count) for key_id, count in counts.items() if (lease := self._low_lease(key_id, count)) is not None
+        ]
+        if low:
+            return self._encrypt_batch_later(who, request, event, low)
         answer = self._encrypt_all(who, request, event)
         self._audit.add(event)
         return answer
 
     async def _encrypt_batch_later(
-        self, who: Principal, request: api.EncryptBatchRequest, event: Event, short: dict[str, int]
+        self, who: Principal, request: api.EncryptBatchRequest, event: Event, low: list[tuple[UseLease, int]]
     ) -> bytes:
         try:
             who.require("encrypt")
-            await self._lease(short)
+            await self._vault.leases.extend(low)
         except MiniKmsError as error:
             await self._refused_later(event, error)
             raise
@@ -263,16 +266,13 @@ class KeyService:
             opened.check_thread(item.thread_id)
         return opened
 
-    def _covers(self, key_id: str, count: int) -> bool:
-        """Whether the key's lease covers `count` uses; a key that can't be opened has its error told per item."""
+    def _low_lease(self, key_id: str, count: int) -> UseLease | None:
+        """The key's lease if it does not cover `count` uses. A key that can't be opened has its error told per item."""
         try:
-            return self._vault.opened(check_key_id(key_id)).lease.covers(count)
+            lease = self._vault.opened(check_key_id(key_id)).lease
         except MiniKmsError:
-            return True
-
-    async def _lease(self, need: dict[str, int]) -> None:
-        leases = [(self._vault.opened(key_id).lease, count) for key_id, count in need.items()]
-        await self._vault.leases.extend(leases)
+            return None
+        return None if lease.covers(count) else lease
 
     def _event(self, verb: str, who: Principal, request_id: str) -> Event:
         return Event(type=verb, actor=who.actor, pid=who.pid, request_id=request_id)

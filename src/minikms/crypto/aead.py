@@ -1,10 +1,10 @@
 """AES-256-GCM (NIST SP 800-38D) with keys that stay in the secret arena.
 
 Owns: sealing, opening, and the tag over data that needs no secrecy. Sealed form: nonce(12) | ciphertext | tag(16).
-Invariants: a cipher object holds a key schedule on the heap, so it is made for one call and dropped (OpenSSL clears it);
-the schedule that the last call left on the stack is overwritten by `scrub_stack`. Nonces are given by the caller:
-random, never repeated under a key (at most 2^32 of them, SP 800-38D section 8.3). It must never return anything but an
-error when a tag does not match, nor tell why.
+Invariants: a cipher object holds a key schedule on the heap, so it is made for one call and dropped (OpenSSL clears
+it); the schedule that the last call left on the stack is overwritten by `scrub_stack`. Nonces are given by the
+caller: random, never repeated under a key (at most 2^32 of them, SP 800-38D section 8.3). It must never return
+anything but an error when a tag does not match, nor tell why.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Wrapped DEKs and records: what each is bound to.
 
 Owns: the associated data of a wrapped DEK and of a record. Invariants: a wrapped DEK is bound to key id, thread id,
-purpose, algorithm and KEK version; a record to format version, key id, the key's thread id and the caller's aad. A record
-copied to another place or planted under another key does not open. docs/spec/formats.md has the bytes.
+purpose, algorithm and KEK version; a record to format version, key id, the key's thread id and the caller's aad. A
+record copied to another place or planted under another key does not open. docs/spec/formats.md has the bytes.
 """
 
 from __future__ import annotations

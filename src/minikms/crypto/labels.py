@@ -1,8 +1,8 @@
 """Labels and the encoding of associated data.
 
-Owns: one label per use of a key, and `aad`, the only way to build associated data. Invariants: no label is a prefix of
-another (each ends in NUL, and none holds NUL elsewhere); every field is length-prefixed, so two different lists of fields
-never encode to the same bytes. A label must never be used for two purposes.
+Owns: one label per use of a key, and `aad`, the only way to build associated data. Invariants: no label is a prefix
+of another (each ends in NUL, and none holds NUL elsewhere); every field is length-prefixed, so two different lists of
+fields never encode to the same bytes. A label must never be used for two purposes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What may be known of a root key: its fingerprint and its commitment.
 
-Owns: both derivations. Invariants: the root key is a 32-byte uniformly random view of the arena; both outputs are public
-and reveal nothing of it (HMAC-SHA-256 is a PRF). MACs are one-shot with the view as key: a kept HMAC object holds
-midstates that forge.
+Owns: both derivations. Invariants: the root key is a 32-byte uniformly random view of the arena; both outputs are
+public and reveal nothing of it (HMAC-SHA-256 is a PRF). MACs are one-shot with the view as key: a kept HMAC object
+holds midstates that forge.
 """
 
 from __future__ import annotations

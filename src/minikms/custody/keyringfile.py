@@ -1,7 +1,7 @@
 """The keyring file.
 
-Owns: `keyring.json`: reading it bounded, replacing it durably. Invariants: the old content stays until the new one is on
-disk under its name; one write at a time. It must never parse what it carries.
+Owns: `keyring.json`: reading it bounded, replacing it durably. Invariants: the old content stays until the new one
+is on disk under its name; one write at a time. It must never parse what it carries.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class KeyringFile:
             raise StartError(f"keyring.json can't be read: {error}") from None
 
     def store_now(self, data: bytes) -> None:
-        """Replaces the file and waits for the disk: at start, before requests are served. Raises StorageUnavailableError."""
+        """Replaces the file and waits for the disk: at start, before requests are served. Raises
+        StorageUnavailableError.
+        """
         replace_file(self._directory_fd, NAME, data)
 
     async def store(self, data: bytes) -> None:

@@ -94,5 +94,7 @@ def _read(fd: int, arena: SecretArena, what: str) -> SecretSlot:
         read_key_fd_into(fd, slot)
     except KeyTextError:
         slot.release()
-        raise StartError(f"{what} must hold exactly 64 hexadecimal characters; make one with: openssl rand -hex 32") from None
+        raise StartError(
+            f"{what} must hold exactly 64 hexadecimal characters; make one with: openssl rand -hex 32"
+        ) from None
     return slot

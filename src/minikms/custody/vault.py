@@ -3,8 +3,8 @@
 Owns: the cache of opened DEKs, and every change of a DEK's file: create, retire, rewrap, destroy. Invariants:
 - A key id is answered only after its file and directory entry are durable.
 - One change of a file at a time (`KeyLocks`); a change re-reads the file inside the lock.
-- Creates take the wrapping KEK in the turn in which they seal; `creates_drained` lets a rotation wait for those that took
-  the older one.
+- Creates take the wrapping KEK in the turn in which they seal; `creates_drained` lets a rotation wait for those that
+  took the older one.
 - A bad file is an error of its own key, and of no other.
 All cryptography runs in the loop's thread; only waits for the disk run elsewhere. It must never decide who may do what.
 """
@@ -120,7 +120,8 @@ class Vault:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def opened(self, key_id: str) -> OpenDek:
-        """The opened key, from the cache or its file. Raises KeyNotFoundError, KeyDestroyedError, KeyUnreadableError."""
+        """The opened key, from the cache or its file. Raises KeyNotFoundError, KeyDestroyedError, KeyUnreadableError.
+        """
         found = self.cache.get(key_id)
         if found is not None:
             return found
@@ -170,9 +171,7 @@ class Vault:
             await self.retire(replaces, replaced_by=record.id, again=True)
         return record
 
-    def _seal_new(
-        self, thread_id: str, purpose: api.Purpose, replaces: str, version: int
-    ) -> tuple[DekRecord, OpenDek]:
+    def _seal_new(self, thread_id: str, purpose: api.Purpose, replaces: str, version: int) -> tuple[DekRecord, OpenDek]:
         now_ns = clock.now_ns()
         key_id = make_key_id(now_ns // 1_000_000, os.urandom(10))
         slot = self.arena.allocate()
@@ -225,7 +224,8 @@ class Vault:
         self.unlocked.body = body
 
     async def _take_wrap(self) -> int:
-        """The KEK version to wrap a new DEK under; counts the wrap and the create. The caller seals in the same turn."""
+        """The KEK version to wrap a new DEK under; counts the wrap and the create. The caller seals in the same turn.
+        """
         while True:
             version = self.unlocked.body.wrapping_kek.version
             if self._wraps_left.get(version, 0) > 0:

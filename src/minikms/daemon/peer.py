@@ -9,8 +9,10 @@ many users and must never be allowed. This module decides nothing else about who
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import os
+import signal
 import socket
 import struct
 from typing import Final, NamedTuple
@@ -19,6 +21,7 @@ from minikms.memory import libc
 
 _UCRED: Final = struct.Struct("iII")  # struct ucred of unix(7): pid, uid, gid
 _SO_PEERPIDFD: Final = 77  # asm-generic/socket.h, Linux 6.5
+_NO_UID: Final = 0xFFFFFFFF
 _OVERFLOW_UID_FILE: Final = "/proc/sys/kernel/overflowuid"
 _OVERFLOW_UID_DEFAULT: Final = 65534
 PID_UNKNOWN: Final = 0
@@ -27,8 +30,8 @@ PID_UNKNOWN: Final = 0
 class Peer(NamedTuple):
     """The connector. `pid` is 0 where the kernel does not tell it.
 
-    `pid_certain`: the kernel also gave a pidfd (SO_PEERPIDFD), which it does only while the connector has not been
-    reaped, so when this was read the pid was still its own and not that of a later process.
+    `pid_certain`: the kernel also gave a pidfd (SO_PEERPIDFD) of a connector that had not been reaped when this was
+    read, so the pid was still its own and not that of a later process.
     """
 
     uid: int
@@ -43,10 +46,12 @@ def read_peer(connection: socket.socket) -> Peer:
     Raises:
         OSError: not a connected Unix socket, or the kernel refuses; the connection must be closed then.
     """
-    if not hasattr(socket, "SO_PEERCRED"):
+    if not libc.LINUX:
         return _getpeereid(libc.library(), connection.fileno())
     pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return Peer(uid, gid, pid, _has_pidfd(connection))
+    if uid == _NO_UID:  # what the kernel answers for a socket that has no peer, or is of another family
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+    return Peer(uid, gid, pid, _not_reaped(connection))
 
 
 def is_overflow_uid(uid: int) -> bool:
@@ -64,12 +69,20 @@ def _overflow_uid() -> int:
         return _OVERFLOW_UID_DEFAULT
 
 
-def _has_pidfd(connection: socket.socket) -> bool:
+def _not_reaped(connection: socket.socket) -> bool:
+    """Whether the connector still has its pid, as far as the kernel can tell."""
     try:
         descriptor = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-    except OSError:  # ENOPROTOOPT before Linux 6.5; ESRCH or EINVAL: reaped already
+    except OSError:  # ENOPROTOOPT before Linux 6.5; some later ones refuse it for a process that was reaped
         return False
-    os.close(descriptor)
+    try:
+        signal.pidfd_send_signal(descriptor, 0)  # no signal: pidfd_send_signal(2) only looks whether it is there
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
     return True
 
 

@@ -1,9 +1,9 @@
 """A DEK as it lies on disk: its record, wrapped under one KEK version.
 
-Owns: the record's fields, its strict parsing, wrapping and unwrapping. Invariants: a record whose id, format or algorithm
-isn't what is expected does not parse; unwrapping binds it to its id, thread, purpose, algorithm and KEK version, so a
-swapped or foreign file does not open. `version` grows by one at each rewrap. It must never hold the unwrapped key.
-docs/spec/formats.md describes the file.
+Owns: the record's fields, its strict parsing, wrapping and unwrapping. Invariants: a record whose id, format or
+algorithm isn't what is expected does not parse; unwrapping binds it to its id, thread, purpose, algorithm and KEK
+version, so a swapped or foreign file does not open. `version` grows by one at each rewrap. It must never hold the
+unwrapped key. docs/spec/formats.md describes the file.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def encode(record: DekRecord) -> bytes:
 
 
 def parse(data: bytes, key_id: str) -> DekRecord:
-    """The record in `data`, which must be that of `key_id`. Raises KeyUnreadableError, saying what is wrong with the file."""
+    """The record in `data`, which must be that of `key_id`. Raises KeyUnreadableError, saying what is wrong with the
+    file.
+    """
     if len(data) > FILE_BYTES_MAX:
         raise KeyUnreadableError(f"the file of key {key_id} is larger than {FILE_BYTES_MAX} bytes")
     try:

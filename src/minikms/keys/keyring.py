@@ -1,10 +1,10 @@
 """The keyring: root slots, KEK versions, audit keys, epoch, tombstones.
 
-Owns: the keyring's contents and file format, and the changes that may be made to it; each change is a pure function from
-one body to the next. Hierarchy: each root key wraps the keyring key in a slot of its own; the keyring key wraps the KEK
-versions and the audit keys, and authenticates the body as a whole (GMAC over its exact bytes).
-Invariants: at most one KEK version is `active` and at most one `pending`; every written body has a higher epoch than the
-one before it; a KEK version's number is never used again. It must never hold unwrapped key material: that lives in
+Owns: the keyring's contents and file format, and the changes that may be made to it; each change is a pure function
+from one body to the next. Hierarchy: each root key wraps the keyring key in a slot of its own; the keyring key wraps
+the KEK versions and the audit keys, and authenticates the body as a whole (GMAC over its exact bytes). Invariants: at
+most one KEK version is `active` and at most one `pending`; every written body has a higher epoch than the one before
+it; a KEK version's number is never used again. It must never hold unwrapped key material: that lives in
 `minikms.keys.unlocked`. docs/spec/formats.md describes the file.
 """
 
@@ -35,7 +35,7 @@ class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     """Base of the parts: an unknown field is refused, since it may change what the others mean."""
 
 
-class Slot(_Part):
+class Slot(_Part, frozen=True):
     slot_id: str
     fingerprint: str
     provider: Provider
@@ -44,7 +44,7 @@ class Slot(_Part):
     wrapped: bytes
 
 
-class Kek(_Part):
+class Kek(_Part, frozen=True):
     version: int
     state: KekState
     created_at: str
@@ -54,7 +54,7 @@ class Kek(_Part):
     destroyed_at: str = ""
 
 
-class AuditKey(_Part):
+class AuditKey(_Part, frozen=True):
     version: int
     created_at: str
     public_key: bytes
@@ -62,7 +62,7 @@ class AuditKey(_Part):
     wrapped_seed: bytes
 
 
-class Rotation(_Part):
+class Rotation(_Part, frozen=True):
     """A rotation that has begun. `slot_id` names the new root's slot, or is empty when the root stays."""
 
     from_version: int
@@ -72,17 +72,17 @@ class Rotation(_Part):
     slot_id: str = ""
 
 
-class RetiredRoot(_Part):
+class RetiredRoot(_Part, frozen=True):
     fingerprint: str
     rotated_at: str
 
 
-class Tombstone(_Part):
+class Tombstone(_Part, frozen=True):
     key_id: str
     destroyed_at: str
 
 
-class Body(_Part):
+class Body(_Part, frozen=True):
     format: str
     version: int
     keyring_id: str
@@ -184,7 +184,9 @@ def next_epoch(body: Body, *, at: str, **changes: object) -> Body:
 
 def reserve_wraps(body: Body, version: int, count: int, *, at: str) -> Body:
     """Adds `count` to the wraps that may have been made under a KEK version."""
-    return next_epoch(body, at=at, keks=_with_kek(body, version, lambda kek: {"wraps_reserved": kek.wraps_reserved + count}))
+    return next_epoch(
+        body, at=at, keks=_with_kek(body, version, lambda kek: {"wraps_reserved": kek.wraps_reserved + count})
+    )
 
 
 def begin_rotation(body: Body, *, kek: Kek, slot: Slot | None, stamp: str, at: str) -> Body:
@@ -245,6 +247,4 @@ def bury(body: Body, key_id: str, *, at: str) -> Body:
 def _with_kek(body: Body, version: int, changes: object) -> tuple[Kek, ...]:
     if not callable(changes):
         raise TypeError("changes must be a function from a KEK to its changed fields")
-    return tuple(
-        msgspec.structs.replace(kek, **changes(kek)) if kek.version == version else kek for kek in body.keks
-    )
+    return tuple(msgspec.structs.replace(kek, **changes(kek)) if kek.version == version else kek for kek in body.keks)

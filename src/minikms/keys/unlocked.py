@@ -1,9 +1,9 @@
 """The unlocked keyring: its keys, in the arena, and what may be done with them.
 
-Owns: the arena slots of the keyring key, of every KEK version and of the audit keys. Invariants: key material is written
-straight into the arena (random bytes by `readv`, unwrapped keys by `decrypt_into`); the root key is needed only while a
-slot is opened or made, and released by the caller right after. A body is trusted only once its tag was checked. It must
-never do I/O of its own.
+Owns: the arena slots of the keyring key, of every KEK version and of the audit keys. Invariants: key material is
+written straight into the arena (random bytes by `readv`, unwrapped keys by `decrypt_into`); the root key is needed
+only while a slot is opened or made, and released by the caller right after. A body is trusted only once its tag was
+checked. It must never do I/O of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from minikms.crypto import aead, labels, roots
 from minikms.errors import DecryptionError, KeyUnreadableError, StartError
 from minikms.keys import keyring
+from minikms.keys.states import KekState
 from minikms.memory.arena import SecretArena, SecretSlot
 
 Nonces = Callable[[], bytes]
@@ -75,7 +76,9 @@ class UnlockedKeyring:
     def open(
         cls, arena: SecretArena, root: memoryview, data: bytes, *, nonces: Nonces
     ) -> tuple[UnlockedKeyring, keyring.Slot]:
-        """Opens the keyring file under `root`; also tells which slot opened. Raises StartError, naming both fingerprints."""
+        """Opens the keyring file under `root`; also tells which slot opened. Raises StartError, naming both
+        fingerprints.
+        """
         body, body_bytes, tag = keyring.parse_file(data)
         given = roots.fingerprint(root)
         slot = body.slot_for(given)
@@ -126,9 +129,7 @@ class UnlockedKeyring:
             wrapped=aead.seal(root, self._nonces(), self._keyring_key.view, aad),
         )
 
-    def make_kek(
-        self, fill_random: FillRandom, *, state: keyring.KekState, version: int, at: str
-    ) -> keyring.Kek:
+    def make_kek(self, fill_random: FillRandom, *, state: KekState, version: int, at: str) -> keyring.Kek:
         """A fresh random KEK version, kept in the arena under its number until `forget_kek` or `release`."""
         slot = self._keks[version] = self._arena.allocate()
         fill_random(slot.view)

@@ -1,0 +1,109 @@
+"""Opening a data directory: which root key, and the keyring under it.
+
+Owns: the decision between making a keyring and opening one, and the epoch of a start. Invariants: a missing root key
+never silently becomes an ephemeral one; a missing keyring beside existing keys is refused, never made anew; every
+start raises the epoch, durably, before a request is served. It must never keep the root key: its slot is released
+here.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from minikms.crypto.aead import NonceSource
+from minikms.custody import clock, dekstore
+from minikms.custody.keyringfile import KeyringFile
+from minikms.custody.roots import make_dev_key_file, read_key_descriptor, read_key_file
+from minikms.errors import StartError
+from minikms.keys import keyring
+from minikms.keys.unlocked import UnlockedKeyring
+from minikms.memory.arena import SecretArena, SecretSlot, fill_random
+
+BACKUP_DIRECTORY: Final = "kms-deks-backup"
+AUDIT_LOG_NAME: Final = "minikms-audit.log"
+
+NO_KEY_TEXT: Final = (
+    "no master key is configured. Make one with\n"
+    "  (umask 077; openssl rand -hex 32 > /path/to/master-key)\n"
+    "and give it with --master-key-file /path/to/master-key (keep a copy of it elsewhere: without it nothing can be "
+    "decrypted), or try things out with --dev, which makes a key file beside the data directory"
+)
+
+
+class RootSource(NamedTuple):
+    """Where the root key comes from. At most one of the three; none is refused."""
+
+    file: Path | None = None
+    descriptor: int | None = None
+    dev_file: Path | None = None
+
+
+class Opened(NamedTuple):
+    unlocked: UnlockedKeyring
+    slot: keyring.Slot
+    made: bool
+    provider: keyring.Provider
+
+
+def open_keyring(
+    *, data_dir: str, file: KeyringFile, source: RootSource, arena: SecretArena, nonces: NonceSource
+) -> Opened:
+    """Opens the keyring, or makes the first one. Raises StartError, saying what to do; nothing was changed then."""
+    data = file.load()
+    if data is None:
+        _check_is_new(data_dir)
+    root, provider = _root(source, arena, may_make=data is None)
+    try:
+        if data is None:
+            unlocked = UnlockedKeyring.create(
+                arena,
+                root.view,
+                keyring_id="kr_" + secrets.token_hex(8),
+                provider=provider,
+                nonces=nonces.next,
+                fill_random=fill_random,
+                at=clock.rfc3339(clock.now_ns()),
+            )
+            file.store_now(unlocked.encode(unlocked.body))
+            return Opened(unlocked, unlocked.body.slots[0], True, provider)
+        unlocked, slot = UnlockedKeyring.open(arena, root.view, data, nonces=nonces.next)
+        return Opened(unlocked, slot, False, provider)
+    finally:
+        root.release()
+
+
+def raise_epoch(unlocked: UnlockedKeyring, file: KeyringFile) -> None:
+    """The epoch of this start, durable. Called after the audit log was opened, which tells a first start by epoch 1."""
+    body = keyring.next_epoch(unlocked.body, at=clock.rfc3339(clock.now_ns()))
+    file.store_now(unlocked.encode(body))
+    unlocked.body = body
+
+
+def _check_is_new(data_dir: str) -> None:
+    deks = os.path.join(data_dir, dekstore.DIRECTORY)
+    has_keys = os.path.isdir(deks) and any(name.endswith(dekstore.SUFFIX) for name in os.listdir(deks))
+    if has_keys or os.path.lexists(os.path.join(data_dir, AUDIT_LOG_NAME)):
+        raise StartError(
+            "keyring.json is missing, but the data directory holds keys or an audit log. A new keyring could not open them: "
+            "restore keyring.json from a backup, or give an empty data directory"
+        )
+
+
+def _root(source: RootSource, arena: SecretArena, *, may_make: bool) -> tuple[SecretSlot, keyring.Provider]:
+    if source.file is not None:
+        return read_key_file(source.file, arena), "file"
+    if source.descriptor is not None:
+        return read_key_descriptor(source.descriptor, arena), "environment"
+    if source.dev_file is None:
+        raise StartError(NO_KEY_TEXT)
+    if not os.path.lexists(source.dev_file):
+        if not may_make:
+            raise StartError(
+                f"the development key file {source.dev_file} is missing, and a new one would not open this data directory: "
+                "put it back, or start over with an empty data directory"
+            )
+        make_dev_key_file(source.dev_file, arena)
+    return read_key_file(source.dev_file, arena), "dev"

@@ -1,0 +1,206 @@
+"""From an HTTP request to a verb.
+
+Owns: the routes, the session of a connection, and what a stranger is told. Invariants: who is asking is decided
+once, from the peer credentials, before a byte is parsed; a peer that isn't allowed gets 401 on every path but
+`/health`, and its connection is closed; a body is decoded strictly. It must never look at an `Authorization` header:
+a bearer token on the Unix socket never authenticates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+
+import msgspec
+
+from minikms import api
+from minikms.audit import RefusalAggregator
+from minikms.crypto.aead import scrub_stack
+from minikms.daemon import strictjson
+from minikms.daemon.auditing import TurnAudit
+from minikms.daemon.http import ParsedHead, Request, Response, error_response, parse_query
+from minikms.daemon.peer import Peer, is_overflow_uid, read_peer
+from minikms.errors import InvalidRequestError, MiniKmsError
+from minikms.policy import Policy, Principal
+from minikms.service import KeyService
+
+FOREIGN_CONNECTIONS_MAX: Final = 64
+"""Open connections of uids that aren't allowed, so that they can't use up the allowed ones' places."""
+
+T = TypeVar("T")
+Answer = bytes | Response | Awaitable[bytes | Response]
+Handler = Callable[[Principal, Request], Answer]
+
+_HEALTHY: Final = Response(200, b"ok", content_type="text/plain")
+
+
+class Session:
+    """A connection: its peer, and the principal it acts as, if any."""
+
+    __slots__ = ("peer", "principal")
+
+    def __init__(self, peer: Peer, principal: Principal | None) -> None:
+        self.peer = peer
+        self.principal = principal
+
+
+class Application:
+    """The engine's application: see `minikms.daemon.http`."""
+
+    def __init__(
+        self, service: KeyService, policy: Policy, audit: TurnAudit, *, on_turn_end: Callable[[], None] = scrub_stack
+    ) -> None:
+        self._service = service
+        self._policy = policy
+        self._audit = audit
+        self._on_turn_end = on_turn_end
+        self._refusals = RefusalAggregator()
+        self._foreign = 0
+        self.refused_count = 0
+        self._create = msgspec.json.Decoder(api.CreateDekRequest)
+        self._encrypt_item = msgspec.json.Decoder(api.EncryptItem)
+        self._decrypt_item = msgspec.json.Decoder(api.DecryptItem)
+        self._encrypt_batch = msgspec.json.Decoder(api.EncryptBatchRequest)
+        self._decrypt_batch = msgspec.json.Decoder(api.DecryptBatchRequest)
+        self._routes: dict[str, tuple[str, str, Handler]] = {
+            "/encrypt": ("POST", "encrypt", self._handle_encrypt),
+            "/decrypt": ("POST", "decrypt", self._handle_decrypt),
+            "/encrypt_batch": ("POST", "encrypt_batch", self._handle_encrypt_batch),
+            "/decrypt_batch": ("POST", "decrypt_batch", self._handle_decrypt_batch),
+            "/create_dek_for_thread": ("POST", "create_dek", self._handle_create),
+            "/get_wrapped": ("GET", "get_wrapped", self._handle_get_wrapped),
+            "/status": ("GET", "status", self._handle_status),
+        }
+
+    # --- the engine's side -------------------------------------------------------------------------------------------
+
+    def open_session(self, connection: socket.socket) -> Session | None:
+        """None closes the connection: its peer can't be told, or there are too many strangers already."""
+        try:
+            peer = read_peer(connection)
+        except OSError:
+            return None
+        principal = None if is_overflow_uid(peer.uid) else self._policy.principal(peer.uid, peer.pid)
+        if principal is None:
+            if self._foreign >= FOREIGN_CONNECTIONS_MAX:
+                self._refuse(peer)
+                return None
+            self._foreign += 1
+        return Session(peer, principal)
+
+    def close_session(self, session: Session) -> None:
+        if session.principal is None:
+            self._foreign -= 1
+
+    def admit(self, session: Session, head: ParsedHead) -> Response | None:
+        """A stranger's body is not waited for."""
+        if session.principal is not None or head.path == "/health":
+            return None
+        return self._turn_away(session)
+
+    def refused(self, session: Session | None, status: int, code: str) -> None:
+        """Input that is no request reaches no verb: counted, not audited."""
+        self.refused_count += 1
+
+    def handle(self, session: Session, request: Request) -> Answer:
+        principal = session.principal
+        if principal is None:
+            return self._handle_stranger(session, request)
+        route = self._routes.get(request.path)
+        if route is None:
+            return self._handle_rare(request)
+        method, verb, handler = route
+        if request.method != method:
+            return _method_not_allowed(method)
+        try:
+            return handler(principal, request)
+        except _MalformedError as error:
+            self._service.malformed(verb, principal, error.cause, request.request_id or "")
+            raise error.cause from None
+
+    def commit(self) -> bool:
+        """The turn ends: its audit lines are written, and the last key schedule on the stack is overwritten."""
+        self._on_turn_end()
+        return self._audit.commit_turn()
+
+    # --- strangers ---------------------------------------------------------------------------------------------------
+
+    def _handle_stranger(self, session: Session, request: Request) -> Answer:
+        if request.path == "/health" and request.method == "GET":
+            return _HEALTHY
+        return self._turn_away(session)
+
+    def _turn_away(self, session: Session) -> Response:
+        self._refuse(session.peer)
+        return error_response(401, api.CODE_UNAUTHORIZED, "this uid may not use the key service", close=True)
+
+    def _refuse(self, peer: Peer) -> None:
+        event = self._refusals.note(peer.uid, time.monotonic_ns())
+        if event is not None:
+            self._audit.add(event)
+
+    async def flush_refusals_every(self, seconds: float) -> None:
+        """Runs until cancelled: writes the lines that stand for refusals of the past second."""
+        while True:
+            await asyncio.sleep(seconds)
+            for event in self._refusals.due(time.monotonic_ns()):
+                self._audit.add(event)
+            self._audit.commit_turn()
+
+    # --- verbs -------------------------------------------------------------------------------------------------------
+
+    def _handle_rare(self, request: Request) -> Answer:
+        if request.path == "/health":
+            return _HEALTHY if request.method == "GET" else _method_not_allowed("GET")
+        return error_response(404, api.CODE_NOT_FOUND, "there is no such path; docs/spec/api.md lists them")
+
+    def _handle_encrypt(self, who: Principal, request: Request) -> Answer:
+        return self._service.encrypt(who, _decode(self._encrypt_item, request), request.request_id or "")
+
+    def _handle_decrypt(self, who: Principal, request: Request) -> Answer:
+        return self._service.decrypt(who, _decode(self._decrypt_item, request), request.request_id or "")
+
+    def _handle_encrypt_batch(self, who: Principal, request: Request) -> Answer:
+        return self._service.encrypt_batch(who, _decode(self._encrypt_batch, request), request.request_id or "")
+
+    def _handle_decrypt_batch(self, who: Principal, request: Request) -> Answer:
+        return self._service.decrypt_batch(who, _decode(self._decrypt_batch, request), request.request_id or "")
+
+    def _handle_create(self, who: Principal, request: Request) -> Answer:
+        return self._service.create_dek_for_thread(who, _decode(self._create, request), request.request_id or "")
+
+    def _handle_get_wrapped(self, who: Principal, request: Request) -> Answer:
+        try:
+            query = parse_query(request.query)
+        except MiniKmsError as error:
+            raise _MalformedError(error) from None
+        key_id = query.get("key_id", "")
+        if not key_id:
+            raise _MalformedError(InvalidRequestError("missing key_id"))
+        return self._service.get_wrapped(who, key_id, request.request_id or "")
+
+    def _handle_status(self, who: Principal, request: Request) -> Answer:
+        return self._service.status(who, request.request_id or "")
+
+
+class _MalformedError(Exception):
+    """A request that reached a verb but is not one; carries the error for the caller."""
+
+    def __init__(self, cause: MiniKmsError) -> None:
+        super().__init__()
+        self.cause = cause
+
+
+def _decode(decoder: msgspec.json.Decoder[T], request: Request) -> T:
+    try:
+        return strictjson.decode(decoder, request.body)
+    except MiniKmsError as error:
+        raise _MalformedError(error) from None
+
+
+def _method_not_allowed(allowed: str) -> Response:
+    body = msgspec.json.encode(api.ErrorAnswer(f"use {allowed} here", api.CODE_METHOD_NOT_ALLOWED))
+    return Response(405, body, headers=(("allow", allowed),))

@@ -1,0 +1,280 @@
+"""The daemon's composition: what is made in which order, what runs, and how it ends.
+
+Owns: start and stop. Order of the start, each step a precondition of the next: signals blocked, data directory
+locked, socket bound, arena made, files opened, process hardened (one thread until here), root key read and released,
+audit log, epoch, then requests. Stop: no new connections, what is in flight is finished, files closed, keys zeroed,
+lock given up last. It must never serve before the epoch of this start is durable, and never after the audit log is
+closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import structlog
+import uvloop
+
+from minikms.audit import AuditLog, Event
+from minikms.audit.opening import Known
+from minikms.crypto.aead import NonceSource, scrub_stack
+from minikms.custody import clock, dekstore, opening
+from minikms.custody.atomic import sweep_temps
+from minikms.custody.keyringfile import KeyringFile
+from minikms.custody.leases import Leases
+from minikms.custody.leasestore import LeaseStore
+from minikms.custody.lock import DataDirLock, make_private_directory
+from minikms.custody.vault import CACHE_KEYS_MAX, Vault
+from minikms.daemon.application import Application, Session
+from minikms.daemon.auditing import TurnAudit
+from minikms.daemon.http import HttpServer
+from minikms.daemon.notify import Notifier
+from minikms.daemon.settings import Settings
+from minikms.daemon.sockets import BACKLOG_COUNT, UnixListener, listen
+from minikms.daemon.statuspage import StatusPage
+from minikms.errors import MiniKmsError
+from minikms.memory.arena import SecretArena
+from minikms.memory.process import Measure, harden, interpreter_paths
+from minikms.memory.signals import SignalReader
+from minikms.policy import Policy
+from minikms.service import KeyService
+
+DRAIN_SECONDS_MAX: Final = 10.0
+AUDIT_SYNC_SECONDS: Final = 0.1
+HOUSEKEEPING_SECONDS: Final = 1.0
+KEYRING_SLOTS: Final = 256
+"""Arena slots beside the cached DEKs: keyring key, KEK versions, audit keys, keys being made or rewrapped."""
+GC_THRESHOLDS: Final = (100_000, 20, 50)
+"""Almost nothing here makes cycles; with the default, collections cost a tenth of the daemon's time under load."""
+
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
+
+def run(settings: Settings) -> None:
+    """Serves until SIGTERM, SIGINT, or the parent's end. Raises StartError, saying why it can't and what to do."""
+    log = _logger(settings)
+    notifier = Notifier(os.environ)
+    with SignalReader() as signals, DataDirLock(settings.data_dir) as lock:
+        for name in (dekstore.DIRECTORY, opening.BACKUP_DIRECTORY):
+            make_private_directory(os.path.join(settings.data_dir, name))
+        with (
+            listen(settings.socket, os.environ, mode=settings.socket_mode, group=settings.socket_group) as listener,
+            SecretArena((settings.cache_keys_max or CACHE_KEYS_MAX) + KEYRING_SLOTS) as arena,
+        ):
+            measures = _harden(settings, arena, listener)
+            uvloop.run(Daemon(settings, lock, listener, arena, measures, signals, notifier, log).serve())
+
+
+class Daemon:
+    """One run of the service. Made and used in the loop's thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        lock: DataDirLock,
+        listener: UnixListener,
+        arena: SecretArena,
+        measures: tuple[Measure, ...],
+        signals: SignalReader,
+        notifier: Notifier,
+        log: structlog.stdlib.BoundLogger,
+    ) -> None:
+        self._settings = settings
+        self._lock = lock
+        self._listener = listener
+        self._arena = arena
+        self._measures = measures
+        self._signals = signals
+        self._notifier = notifier
+        self._log = log
+        self._stopping = asyncio.Event()
+        self._why = ""
+
+    async def serve(self) -> None:
+        settings = self._settings
+        # One thread a kind of disk work: none waits behind another's fsync, and each does one thing at a time.
+        disk, journal, audit = (ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("disk", "journal", "audit"))
+        nonces = NonceSource()
+        keyring_file = KeyringFile(self._lock.directory_fd, disk)
+        opened = opening.open_keyring(
+            data_dir=settings.data_dir,
+            file=keyring_file,
+            source=self._root_source(),
+            arena=self._arena,
+            nonces=nonces,
+        )
+        unlocked = opened.unlocked
+        audit_key = unlocked.body.audit_key
+        mac_key, seed = unlocked.audit_key(audit_key.version)
+        log = AuditLog.open(
+            settings.data_dir,
+            audit_key=mac_key,
+            seed=seed,
+            now_ns=clock.now_ns,
+            fsync=settings.audit_fsync,
+            key_version=audit_key.version,
+            known=Known(begun=unlocked.body.epoch > 1),
+        )
+        opening.raise_epoch(unlocked, keyring_file)
+        store = dekstore.DekStore(settings.data_dir, disk)
+        lease_store = LeaseStore.open(self._lock.directory_fd, create=opened.made or unlocked.body.epoch <= 2)
+        leases = Leases(lease_store, journal)
+        vault = Vault(
+            arena=self._arena,
+            unlocked=unlocked,
+            keyring_file=keyring_file,
+            store=store,
+            leases=leases,
+            nonces=nonces,
+            cache_keys_max=settings.cache_keys_max or CACHE_KEYS_MAX,
+        )
+        turn_audit = TurnAudit(log, audit)
+        page = StatusPage(settings, opened, vault, log, self._measures)
+        service = KeyService(vault, turn_audit, page.build)
+        app = Application(service, Policy(settings.allowed_uids, settings.admin_uids), turn_audit)
+        server: HttpServer[Session] = HttpServer(
+            app, loop=asyncio.get_running_loop(), on_internal_error=self._internal_error
+        )
+        page.server = server
+        try:
+            await turn_audit.add_written(
+                Event(
+                    type="start",
+                    actor="minikms",
+                    pid=os.getpid(),
+                    facts={"epoch": unlocked.body.epoch, "kek_version": unlocked.body.wrapping_kek.version},
+                ),
+                durable=True,
+            )
+            await self._serve_until_stopped(server, app, turn_audit, vault)
+            await self._write_stop(turn_audit)
+        finally:
+            await store.drain()
+            await leases.drain()
+            log.close()
+            vault.close()
+            lease_store.close()
+            store.close()
+            scrub_stack()
+            for executor in (disk, journal, audit):
+                executor.shutdown()
+        self._log.info("stopped", why=self._why)
+
+    async def _serve_until_stopped(
+        self, server: HttpServer[Session], app: Application, audit: TurnAudit, vault: Vault
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._signals.fileno(), self._on_signal)
+        if self._settings.parent_fd is not None:
+            os.set_blocking(self._settings.parent_fd, False)
+            loop.add_reader(self._settings.parent_fd, self._on_parent)
+        listening = await loop.create_unix_server(
+            server.protocol_factory, sock=self._listener.socket, backlog=BACKLOG_COUNT
+        )
+        chores = [
+            asyncio.ensure_future(audit.sync_every(AUDIT_SYNC_SECONDS)),
+            asyncio.ensure_future(app.flush_refusals_every(HOUSEKEEPING_SECONDS)),
+            asyncio.ensure_future(_every(HOUSEKEEPING_SECONDS, vault.expire)),
+            asyncio.ensure_future(asyncio.to_thread(sweep_temps, vault.store.directory_fd)),
+        ]
+        if self._notifier.watchdog_interval_s is not None:
+            chores.append(asyncio.ensure_future(_every(self._notifier.watchdog_interval_s, self._notifier.watchdog)))
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+        self._log.info("serving", socket=self._settings.socket, data_dir=self._settings.data_dir)
+        self._notifier.ready(f"serving on {self._settings.socket}")
+        await self._stopping.wait()
+        self._notifier.stopping()
+        listening.close()
+        self._listener.close()
+        await server.drain(DRAIN_SECONDS_MAX)
+        for chore in chores:
+            chore.cancel()
+        await asyncio.wait(chores)
+
+    async def _write_stop(self, audit: TurnAudit) -> None:
+        try:
+            await audit.add_written(
+                Event(type="stop", actor="minikms", pid=os.getpid(), detail=self._why), durable=True
+            )
+        except MiniKmsError as error:
+            self._log.error("stop not audited", why=str(error))
+
+    def _root_source(self) -> opening.RootSource:
+        settings = self._settings
+        given = settings.master_key_file is not None or settings.master_key_fd is not None
+        return opening.RootSource(
+            file=settings.master_key_file,
+            descriptor=settings.master_key_fd,
+            dev_file=settings.dev_key_file if settings.dev and not given else None,
+        )
+
+    def _on_signal(self) -> None:
+        for number in self._signals.read():
+            if number in _STOP_SIGNALS:
+                self._stop(signal.Signals(number).name)
+
+    def _on_parent(self) -> None:
+        descriptor = self._settings.parent_fd
+        if descriptor is None:
+            return
+        try:
+            ended = os.read(descriptor, 4096) == b""
+        except BlockingIOError:
+            return
+        if ended:
+            asyncio.get_running_loop().remove_reader(descriptor)
+            self._stop("the parent has ended")
+
+    def _stop(self, why: str) -> None:
+        if not self._stopping.is_set():
+            self._why = why
+            self._stopping.set()
+
+    def _internal_error(self, what: str) -> None:
+        self._log.error("internal error", what=what)
+
+
+async def _every(seconds: float, chore: Callable[[], None]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        chore()
+
+
+def _harden(settings: Settings, arena: SecretArena, listener: UnixListener) -> tuple[Measure, ...]:
+    read = interpreter_paths()
+    write = [settings.data_dir, os.path.dirname(os.path.abspath(settings.socket))]
+    if settings.master_key_file is not None:
+        read.append(str(settings.master_key_file))
+    elif settings.dev:
+        write.append(str(settings.dev_key_file.parent))
+    if listener.activated:
+        write.pop(1)
+    return harden(arena, read=read, write=write, require=settings.require_hardening)
+
+
+def _logger(settings: Settings) -> structlog.stdlib.BoundLogger:
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if settings.log_format == "json"
+        else structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"])
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            renderer,
+        ],
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    logger: structlog.stdlib.BoundLogger = structlog.get_logger("minikms", started_at=time.time_ns() // 1_000_000_000)
+    return logger

@@ -1,0 +1,183 @@
+"""From received bytes to whole requests: the receive side of one connection, without the connection.
+
+Owns: the bytes of a connection that are not yet a whole request. Rules:
+- Bytes are received into the one buffer that all connections share and used there, in place. Only the rest that does
+  not make a whole request is carried over, in a block of this reader, which then receives the next bytes directly.
+- The body that `next` returns is a view of that memory: never a copy, except for a chunked body, which is decoded.
+- Every byte is zeroed once it has been used or refused, at the latest in `settle` or `discard`.
+- After a `RefusedError` only `discard` may be called: where the next request begins is no longer certain.
+Pure: no socket, no clock. It must never decide what a refusal leads to.
+
+Use: fill `room()`, `received(n)`, `next()` until None (or as long as the caller likes), then `settle()` or `discard()`
+before control goes back to the event loop, for the shared buffer belongs to the next connection then.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final
+
+from minikms.daemon.http.chunked import ChunkedDecoder
+from minikms.daemon.http.head import HeadMemo, ParsedHead, check_partial_head
+from minikms.daemon.http.limits import Limits
+from minikms.daemon.http.receive import Budget, ReceiveBuffer
+
+_CARRY_BYTES_MIN: Final = 4096
+_BODY_BYTES_STEP: Final = 64 * 1024
+
+
+class Phase(IntEnum):
+    """What a connection waits for from its peer; each has its limit in seconds."""
+
+    IDLE = 0
+    HEAD = 1
+    BODY = 2
+    LINGER = 3
+    """The last answer was sent; the peer is to close."""
+
+
+class Shared:
+    """What the readers of one server have in common. `view` is all zero between two callbacks of the event loop."""
+
+    __slots__ = ("budget", "data", "limits", "memo", "view", "zeros")
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.memo = HeadMemo(limits)
+        self.budget = Budget(limits.buffered_bytes_max)
+        self.data = bytearray(limits.receive_buffer_bytes)
+        self.view = memoryview(self.data)
+        self.zeros = memoryview(bytes(limits.receive_buffer_bytes))
+
+
+class RequestReader:
+    """Turns the bytes of one connection into whole requests."""
+
+    __slots__ = ("_carry", "_chunks", "_data", "_end", "_position", "_shared", "_view", "head")
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._carry: ReceiveBuffer | None = None
+        self._chunks: ChunkedDecoder | None = None
+        self._data = shared.data
+        self._view = shared.view
+        self._position = 0
+        self._end = 0
+        self.head: ParsedHead | None = None
+        """The head of the request whose body is being received."""
+
+    @property
+    def phase(self) -> Phase:
+        """What the next bytes belong to, after `next` has returned None."""
+        if self.head is not None:
+            return Phase.BODY
+        return Phase.HEAD if self._position < self._end else Phase.IDLE
+
+    @property
+    def holds_input(self) -> bool:
+        """Are bytes carried over, or is a request half received?"""
+        return self._carry is not None or self.head is not None
+
+    def room(self) -> memoryview:
+        """Where to receive the next bytes; never empty."""
+        carry = self._carry
+        return self._shared.view if carry is None else carry.room()
+
+    def received(self, count: int) -> None:
+        """The first `count` bytes of `room()` have been filled."""
+        carry = self._carry
+        if carry is None:
+            self._end = count
+        else:
+            carry.filled += count
+            self._end = carry.filled
+
+    def next(self) -> tuple[ParsedHead, memoryview] | None:
+        """The next whole request. None: more bytes are needed. Raises `RefusedError`.
+
+        The body is valid until the next call of any method.
+        """
+        head = self.head
+        position = self._position
+        if head is None:
+            if position == self._end:
+                return None
+            stop = self._data.find(b"\r\n\r\n", position, self._end) + 4
+            if stop < 4:
+                check_partial_head(bytes(self._view[position : self._end]), self._shared.limits)
+                return None
+            raw = bytes(self._view[position:stop])
+            head = self._shared.memo.get(raw) or self._shared.memo.parse(raw)
+            position = self._position = stop
+        if head.chunked:
+            return self._next_chunked(head)
+        stop = position + head.content_length
+        if stop > self._end:
+            self.head = head
+            return None
+        self.head = None
+        self._position = stop
+        return head, self._view[position:stop]
+
+    def settle(self) -> None:
+        """Zero what has been used and carry the rest over. Raises `RefusedError` when there is no memory for it."""
+        self._drop_chunks(if_complete=True)
+        carry = self._carry
+        rest = self._end - self._position
+        if carry is None:
+            try:
+                if rest:
+                    carry = ReceiveBuffer(self._capacity(rest), self._shared.budget)
+                    carry.append(self._view[self._position : self._end])
+            finally:
+                self._shared.view[: self._end] = self._shared.zeros[: self._end]
+        elif not rest:
+            carry.wipe()
+            carry = None
+        elif self._position or rest == carry.capacity:
+            carry = carry.moved(self._position, self._capacity(rest))
+        self._use(carry)
+
+    def discard(self) -> None:
+        """Forget and zero everything that was received."""
+        self.head = None
+        self._drop_chunks()
+        if self._carry is not None:
+            self._carry.wipe()
+        else:
+            self._shared.view[: self._end] = self._shared.zeros[: self._end]
+        self._use(None)
+
+    def _use(self, carry: ReceiveBuffer | None) -> None:
+        self._carry = carry
+        self._position = 0
+        if carry is None:
+            self._data, self._view, self._end = self._shared.data, self._shared.view, 0
+        else:
+            self._data, self._view, self._end = carry.data, carry.view, carry.filled
+
+    def _capacity(self, filled: int) -> int:
+        """For a block that holds `filled` bytes and takes more.
+
+        Never the announced length at once: announcing costs the peer nothing, sending does.
+        """
+        if self.head is not None and filled < self.head.content_length:
+            return min(max(2 * filled, _BODY_BYTES_STEP), self.head.content_length)
+        return max(2 * filled, _CARRY_BYTES_MIN)
+
+    def _next_chunked(self, head: ParsedHead) -> tuple[ParsedHead, memoryview] | None:
+        self._drop_chunks(if_complete=True)
+        if self._chunks is None:
+            self._chunks = ChunkedDecoder(self._shared.limits, self._shared.budget)
+        self._position += self._chunks.feed(self._view[self._position : self._end])
+        if not self._chunks.complete:
+            self.head = head
+            return None
+        self.head = None
+        return head, self._chunks.body()
+
+    def _drop_chunks(self, *, if_complete: bool = False) -> None:
+        """Zero the decoded body, or (`if_complete`) only one that the caller has used."""
+        if self._chunks is not None and (self._chunks.complete or not if_complete):
+            self._chunks.wipe()
+            self._chunks = None

@@ -1,0 +1,107 @@
+"""What `/status` says.
+
+Owns: the status object: what an operator needs to know at 3 a.m. Invariants: no secret, no path of a key file's
+content; every warning says what to do. It must never do more than a few microseconds of work: it runs in the loop's
+thread.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from minikms.custody.opening import Opened
+from minikms.keys.keyring import KEK_WRAPS_WARN
+
+if TYPE_CHECKING:
+    from minikms.audit import AuditLog
+    from minikms.custody.vault import Vault
+    from minikms.daemon.application import Session
+    from minikms.daemon.http import HttpServer
+    from minikms.daemon.settings import Settings
+    from minikms.memory.process import Measure
+
+
+class StatusPage:
+    def __init__(
+        self, settings: Settings, opened: Opened, vault: Vault, log: AuditLog, measures: tuple[Measure, ...]
+    ) -> None:
+        self._settings = settings
+        self._opened = opened
+        self._vault = vault
+        self._log = log
+        self._measures = measures
+        self._started_ns = time.time_ns()
+        self.server: HttpServer[Session] | None = None
+
+    def build(self) -> dict[str, object]:
+        body = self._vault.unlocked.body
+        arena = self._vault.arena
+        cache = self._vault.cache
+        server = self.server
+        return {
+            "status": "ok" if self._log.writable else "audit_unavailable",
+            "pid": os.getpid(),
+            "uid": os.geteuid(),
+            "uptime_seconds": (time.time_ns() - self._started_ns) // 1_000_000_000,
+            "epoch": body.epoch,
+            "keyring_id": body.keyring_id,
+            "root": {
+                "provider": self._opened.provider,
+                "fingerprint": self._opened.slot.fingerprint,
+                "slots": [slot.fingerprint for slot in body.slots],
+            },
+            "keks": [
+                {
+                    "version": kek.version,
+                    "state": kek.state,
+                    "created_at": kek.created_at,
+                    "wraps_reserved": kek.wraps_reserved,
+                }
+                for kek in body.keks
+            ],
+            "audit": {
+                "head": self._log.head,
+                "writable": self._log.writable,
+                "public_key": body.audit_key.public_key.hex(),
+            },
+            "memory": {
+                "arena": arena.backing,
+                "locked_bytes": arena.locked_bytes,
+                "keys_in_memory": len(cache),
+                "cache_hits": cache.hits,
+                "cache_misses": cache.misses,
+                "cache_evictions": cache.evictions,
+            },
+            "hardening": [measure.status() for measure in self._measures],
+            "http": {
+                "connections": server.connections_count if server else 0,
+                "requests": server.requests if server else 0,
+                "refused": server.refused if server else 0,
+            },
+            "warnings": self._warnings(),
+        }
+
+    def _warnings(self) -> list[str]:
+        body = self._vault.unlocked.body
+        found: list[str] = []
+        if self._opened.provider == "dev":
+            found.append(
+                f"development key: the root key lies in {self._settings.dev_key_file}, beside the data it protects; "
+                "for real data give --master-key-file"
+            )
+        if os.geteuid() in self._settings.allowed_uids:
+            found.append(
+                "the daemon's own uid may connect: this protects against leaks, not against a compromised server, which "
+                "can read the key file and the data directory; run the two under separate users (deploy/systemd)"
+            )
+        if len(body.slots) > 1:
+            found.append(
+                "more than one root key opens the keyring: start once with the newest root key to drop the older ones"
+            )
+        if body.wrapping_kek.wraps_reserved >= KEK_WRAPS_WARN:
+            found.append("the KEK has wrapped more than 2^31 keys; rotate it")
+        if not self._log.writable:
+            found.append("the audit log can't be written, so every verb answers 503; free space on its file system")
+        return found

@@ -1,0 +1,148 @@
+"""Strict JSON and strict base64: one reading of a body, or none.
+
+Owns: what stands between a request body and a `msgspec` struct. msgspec alone takes the last of two equal keys and any
+base64, and lets RecursionError and UnicodeDecodeError out; here each of these is an `InvalidRequestError`. Invariants:
+- A body is accepted only if every object in it has each key once and nothing that the struct does not know.
+- Base64 is accepted only if encoding the value again gives the same text (RFC 4648 section 3.5).
+- Error texts may name a field of the request; they never show a value and are cut short.
+It must never be given a body that bears a key: `decode` copies the body and its strings stay on the heap.
+"""
+
+from __future__ import annotations
+
+import binascii
+from collections.abc import Callable
+from functools import cache
+from operator import attrgetter
+from typing import Any, Final, NamedTuple, TypeVar
+
+import msgspec
+from msgspec import NODEFAULT, UNSET
+
+from minikms.errors import InvalidRequestError, TooLargeError
+
+T = TypeVar("T")
+
+_REASON_CHARS_MAX: Final = 160
+_LAST_WITH_ONE_PAD: Final = frozenset("AEIMQUYcgkosw048")
+"""Characters whose two low bits are zero (RFC 4648 section 4: the value ends 4 bits into the third character)."""
+_LAST_WITH_TWO_PADS: Final = frozenset("AQgw")
+
+
+def decode(decoder: msgspec.json.Decoder[T], body: memoryview | bytes) -> T:
+    """Decode `body` with `decoder`, whose structs have no defaults but UNSET. Raises `InvalidRequestError`."""
+    text = bytes(body)
+    try:
+        value = decoder.decode(text)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(_sentence("The body does not have the expected form", error)) from None
+    except msgspec.DecodeError as error:
+        raise InvalidRequestError(_sentence("The body is not valid JSON", error)) from None
+    except UnicodeDecodeError:
+        raise InvalidRequestError("The body is not valid UTF-8.") from None
+    except RecursionError:
+        raise InvalidRequestError("The body is nested too deeply.") from None
+    # In valid JSON every string has two quotes that are not escaped, and in `value` every key and string is counted
+    # once; a repeated key leaves strings over. This costs a search of the body instead of a second parser.
+    if _quotes(text) != 2 * _strings(value):
+        raise InvalidRequestError("An object of the body has the same key twice.")
+    return value
+
+
+def b64(text: str, bytes_max: int, what: str) -> bytes:
+    """Decode canonical, padded standard base64 of at most `bytes_max` bytes; `what` names the field in errors.
+
+    Raises `InvalidRequestError`, or `TooLargeError` before anything is decoded.
+    """
+    if len(text) > (bytes_max + 2) // 3 * 4:
+        raise TooLargeError(f"{what} is longer than {bytes_max} bytes.")
+    if text[-1:] == "=":
+        last, canonical = (text[-3:-2], _LAST_WITH_TWO_PADS) if text[-2:] == "==" else (text[-2:-1], _LAST_WITH_ONE_PAD)
+        if last not in canonical:
+            raise InvalidRequestError(f"{what} is not canonical base64.")
+    try:
+        value = binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:  # binascii.Error is one; so is what a2b_base64 raises for text that is not ASCII
+        raise InvalidRequestError(f"{what} is not base64.") from None
+    if len(value) > bytes_max:
+        raise TooLargeError(f"{what} is longer than {bytes_max} bytes.")
+    return value
+
+
+def _sentence(what: str, error: Exception) -> str:
+    """`what: reason.` with the library's reason, which may repeat a field name of the caller's: printable and short."""
+    reason = "".join(char if char.isprintable() else "?" for char in str(error)[:_REASON_CHARS_MAX])
+    return f"{what}: {reason}."
+
+
+def _quotes(text: bytes) -> int:
+    """How many quotes of valid JSON are not escaped."""
+    if b"\\" not in text:
+        return text.count(b'"')
+    # Backslashes occur only in strings, where each escapes what follows: take away the escaped backslashes first.
+    unescaped = text.replace(b"\\\\", b"")
+    return unescaped.count(b'"') - unescaped.count(b'\\"')
+
+
+def _strings(value: Any) -> int:
+    """How many strings, keys included, stand for `value` in JSON."""
+    if isinstance(value, msgspec.Struct):
+        shape = _shape(type(value))
+        present = shape.fields_count
+        for field in shape.optional:
+            if field(value) is UNSET:
+                present -= 1
+        return 2 * present if shape.flat else present + sum(_strings(field(value)) for field in shape.nested)
+    if isinstance(value, str):
+        return 1
+    if isinstance(value, list):
+        if value and isinstance(value[0], msgspec.Struct) and _shape(type(value[0])).flat:
+            return _column_strings(value)
+        return sum(_strings(item) for item in value)
+    if value is UNSET or value is None or isinstance(value, bool | int | float):
+        return 0
+    raise TypeError(f"strictjson does not count strings in {type(value).__name__}")
+
+
+def _column_strings(items: list[msgspec.Struct]) -> int:
+    """`_strings` of a list of flat structs of one type, field by field: for a batch, ten times as fast."""
+    shape = _shape(type(items[0]))
+    absent = sum(list(map(field, items)).count(UNSET) for field in shape.optional)
+    return 2 * (shape.fields_count * len(items) - absent)
+
+
+class _Shape(NamedTuple):
+    """What `_strings` needs to know of a struct: getters of its optional fields, and of all unless `flat`."""
+
+    fields_count: int
+    optional: tuple[Callable[[msgspec.Struct], object], ...]
+    flat: bool
+    """All fields are strings."""
+    nested: tuple[Callable[[msgspec.Struct], object], ...]
+
+
+@cache
+def _shape(struct: type[msgspec.Struct]) -> _Shape:
+    """Raises `TypeError` for a struct in which an absent field can't be told from a present one."""
+    fields = msgspec.structs.fields(struct)
+    for field in fields:
+        if not (field.default is NODEFAULT or field.default is UNSET) or field.default_factory is not NODEFAULT:
+            raise TypeError(f"{struct.__name__}.{field.name} has a default other than UNSET")
+    info = msgspec.inspect.type_info(struct)
+    if not isinstance(info, msgspec.inspect.StructType):
+        raise TypeError(f"{struct.__name__} is not decoded as an object")
+    return _Shape(
+        fields_count=len(fields),
+        optional=tuple(attrgetter(field.name) for field in fields if field.default is UNSET),
+        flat=all(_is_string(field.type) for field in info.fields),
+        nested=tuple(attrgetter(field.name) for field in fields),
+    )
+
+
+def _is_string(kind: msgspec.inspect.Type) -> bool:
+    if isinstance(kind, msgspec.inspect.UnionType):
+        # UNSET is a default here, not one of the union's types
+        return all(_is_string(part) for part in kind.types)
+    if isinstance(kind, msgspec.inspect.LiteralType):
+        return all(isinstance(value, str) for value in kind.values)
+    return isinstance(kind, msgspec.inspect.StrType)
