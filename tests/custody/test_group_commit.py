@@ -1,0 +1,194 @@
+"""Writes from the event loop form groups, and each caller learns the fate of its own file."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from minikms.custody import atomic
+from minikms.custody.atomic import FileWrite, GroupCommit, open_directory
+from minikms.errors import ConflictError, InvalidRequestError, MiniKmsError, StorageUnavailableError
+
+
+class Disk:
+    """Stands before the real `write_group`: records the groups, and can hold or fail one."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.groups: list[list[str]] = []
+        self.threads: set[int] = set()
+        self.go = threading.Event()
+        self.go.set()
+        self.failure: Exception | None = None
+        self._real = atomic.write_group
+        patch.setattr(atomic, "write_group", self.write_group)
+
+    def write_group(self, directory: int, writes: Sequence[FileWrite]) -> list[MiniKmsError | None]:
+        self.threads.add(threading.get_ident())
+        self.groups.append([write.name for write in writes])
+        assert self.go.wait(10)
+        if self.failure is not None:
+            raise self.failure
+        return self._real(directory, writes)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Callable[[Callable[[GroupCommit], Awaitable[None]]], None]]:
+    """Run a scenario against a group commit in `tmp_path`, and drain it at its end."""
+    directory = open_directory(tmp_path)
+
+    def run_scenario(scenario: Callable[[GroupCommit], Awaitable[None]]) -> None:
+        async def main() -> None:
+            with ThreadPoolExecutor(max_workers=1) as executor:
+                group = GroupCommit(directory, executor)
+                await scenario(group)
+                await group.drain()
+
+        asyncio.run(main())
+
+    yield run_scenario
+    os.close(directory)
+
+
+Run = Callable[[Callable[[GroupCommit], Awaitable[None]]], None]
+
+
+def test_the_writes_of_one_turn_are_one_group(run: Run, disk: Disk, tmp_path: Path) -> None:
+    async def scenario(group: GroupCommit) -> None:
+        await asyncio.gather(*(group.submit(f"f{number}", b"%d" % number) for number in range(10)))
+        assert all((tmp_path / f"f{number}").read_bytes() == b"%d" % number for number in range(10))
+
+    run(scenario)
+    assert disk.groups == [[f"f{number}" for number in range(10)]]
+    assert threading.get_ident() not in disk.threads
+
+
+def test_what_arrives_while_a_group_is_written_is_the_next_group(run: Run, disk: Disk) -> None:
+    async def scenario(group: GroupCommit) -> None:
+        disk.go.clear()
+        first = asyncio.create_task(group.submit("first", b""))
+        while not disk.groups:
+            await asyncio.sleep(0.001)
+        others = [asyncio.create_task(group.submit(name, b"")) for name in ("b", "c")]
+        await asyncio.sleep(0)
+        others.append(asyncio.create_task(group.submit("d", b"")))
+        await asyncio.sleep(0.01)
+        assert not any(task.done() for task in (first, *others))
+        disk.go.set()
+        await asyncio.gather(first, *others)
+
+    run(scenario)
+    assert disk.groups == [["first"], ["b", "c", "d"]]
+
+
+def test_groups_are_bounded_in_number_and_bytes(run: Run, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic, "GROUP_FILES_MAX", 3)
+    monkeypatch.setattr(atomic, "GROUP_BYTES_MAX", 10)
+
+    async def scenario(group: GroupCommit) -> None:
+        await asyncio.gather(*(group.submit(f"f{number}", b"") for number in range(7)))
+        await asyncio.gather(*(group.submit(f"g{number}", b"x" * 6) for number in range(3)))
+
+    run(scenario)
+    assert [len(group) for group in disk.groups] == [3, 3, 1, 2, 1]
+
+
+def test_a_conflict_is_told_to_its_caller_only(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_bytes(b"old")
+
+    async def scenario(group: GroupCommit) -> None:
+        results = await asyncio.gather(
+            *(group.submit(name, b"new", exclusive=True) for name in ("a", "taken", "b", "b")), return_exceptions=True
+        )
+        assert [type(result) for result in results] == [type(None), ConflictError, type(None), ConflictError]
+
+    run(scenario)
+    assert (tmp_path / "taken").read_bytes() == b"old"
+
+
+def test_a_failed_group_is_told_to_all_its_callers_and_the_next_one_is_tried(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(group: GroupCommit) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            results = await asyncio.gather(*(group.submit(f"f{n}", b"x") for n in range(3)), return_exceptions=True)
+        assert [type(result) for result in results] == [StorageUnavailableError] * 3
+        await group.submit("f0", b"again")
+
+    run(scenario)
+    assert [path.name for path in tmp_path.iterdir()] == ["f0"]
+
+
+def test_a_defect_cancels_its_callers_and_does_not_stop_the_next_group(run: Run, disk: Disk) -> None:
+    problems: list[object] = []
+
+    async def scenario(group: GroupCommit) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: problems.append(context["exception"]))
+        disk.failure = RuntimeError("a defect")
+        with pytest.raises(asyncio.CancelledError):
+            await group.submit("f", b"")
+        disk.failure = None
+        await group.submit("g", b"")
+
+    run(scenario)
+    assert [type(problem) for problem in problems] == [RuntimeError], "and it is reported"
+
+
+def test_a_caller_that_gave_up_before_its_group_began_writes_nothing(run: Run, disk: Disk, tmp_path: Path) -> None:
+    async def scenario(group: GroupCommit) -> None:
+        disk.go.clear()
+        first = asyncio.create_task(group.submit("first", b""))
+        while not disk.groups:
+            await asyncio.sleep(0.001)
+        second = asyncio.create_task(group.submit("second", b""))
+        third = asyncio.create_task(group.submit("third", b""))
+        await asyncio.sleep(0)
+        second.cancel()
+        first.cancel()  # too late: its file is being written
+        disk.go.set()
+        await third
+
+    run(scenario)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "third"]
+
+
+def test_no_more_than_a_bounded_number_of_writes_waits(run: Run, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic, "WRITES_WAITING_MAX", 2)
+
+    async def scenario(group: GroupCommit) -> None:
+        results = await asyncio.gather(*(group.submit(f"f{n}", b"") for n in range(4)), return_exceptions=True)
+        assert [type(result) for result in results] == [type(None)] * 2 + [StorageUnavailableError] * 2
+
+    run(scenario)
+
+
+def test_drain_returns_when_everything_is_written(run: Run, disk: Disk, tmp_path: Path) -> None:
+    async def scenario(group: GroupCommit) -> None:
+        tasks = [asyncio.create_task(group.submit(f"f{number}", b"")) for number in range(3)]
+        await asyncio.sleep(0)
+        await group.drain()
+        assert len(list(tmp_path.iterdir())) == 3
+        await asyncio.gather(*tasks)
+        await group.drain()
+
+    run(scenario)
+
+
+def test_a_bad_name_is_refused_before_it_joins_a_group(run: Run, disk: Disk) -> None:
+    async def scenario(group: GroupCommit) -> None:
+        with pytest.raises(InvalidRequestError):
+            await group.submit("../f", b"")
+
+    run(scenario)
+    assert disk.groups == []
