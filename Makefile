@@ -1,7 +1,7 @@
 # The project's everyday commands. `make` alone lists them.
 #
 # All they assume is `make` and a python3 of 3.11 or newer: `.venv` is made without ensurepip and without pip on the
-# machine (tools/bootstrap/venv.py). Nothing here prompts. Another interpreter or place:
+# machine (tools/bootstrap/make_venv.py). Nothing here prompts. Another interpreter or place:
 #   make test PYTHON=python3.13 VENV=.venv-3.13
 # More for pytest or the bench:
 #   make test ARGS='tests/tidy -x'        make bench ARGS='encrypt'
@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
-BOOTSTRAP := tools/bootstrap/venv.py $(wildcard tools/bootstrap/*.whl)
+BOOTSTRAP := tools/bootstrap/make_venv.py $(wildcard tools/bootstrap/*.whl)
 STAMP := $(VENV)/.installed
 
 .PHONY: help run test venv lint bench torture
@@ -34,7 +34,7 @@ venv: $(STAMP)
 
 # Made again when what is to be installed changed. The source is installed in editable mode, so its changes need nothing.
 $(STAMP): pyproject.toml $(BOOTSTRAP)
-	$(PYTHON) tools/bootstrap/venv.py $(VENV)
+	$(PYTHON) tools/bootstrap/make_venv.py $(VENV)
 
 lint: venv
 	$(VENV)/bin/ruff check

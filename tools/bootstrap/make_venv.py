@@ -1,4 +1,4 @@
-"""Make a virtual environment with the project in it: `python3 tools/bootstrap/venv.py DIRECTORY`.
+"""Make a virtual environment with the project in it: `python3 tools/bootstrap/make_venv.py DIRECTORY`.
 
 Owns the way from a bare `python3` to an installed project. It assumes the standard library less `ensurepip`, which
 Debian splits off: pip comes from the wheel beside this file, whose SHA-256 is checked before any of it runs. Where
@@ -75,7 +75,7 @@ def make_empty(directory: str, python: str) -> None:
 
 def main() -> None:
     if len(sys.argv) != 2:
-        sys.exit("usage: python3 tools/bootstrap/venv.py DIRECTORY")
+        sys.exit("usage: python3 tools/bootstrap/make_venv.py DIRECTORY")
     check_python()
     check_pip_wheel()
     directory = os.path.abspath(sys.argv[1])

@@ -1,0 +1,111 @@
+"""The bench counts only what was answered well, and its table says where a figure stands."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bench import load, report
+from bench.programs import BenchError, MissingProgramError, need
+from bench.report import Missing, Row
+
+
+@contextlib.contextmanager
+def server(directory: Path, *answers: bytes) -> Iterator[str]:
+    """Answers the requests of one connection with these bytes, in turn, then with the last one for ever."""
+    path = str(directory / "server.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                remaining = list(answers)
+                while connection.recv(65536):
+                    connection.sendall(remaining.pop(0) if len(remaining) > 1 else remaining[0])
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield path
+        thread.join(10)
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ndone"
+REQUEST = load.post("/encrypt", b"{}")
+
+
+def test_the_generator_counts_answers_and_their_time(tmp_path: Path) -> None:
+    with server(tmp_path, OK) as path:
+        done = load.generate(path, [REQUEST], 0.05)
+    assert done.answers[0] >= 1
+    assert len(done.latencies_ms) == done.answers[0]
+    assert done.seconds >= 0.05
+    assert done.per_second == done.answers[0] / done.seconds
+
+
+def test_a_refused_request_fails_the_run(tmp_path: Path) -> None:
+    refused = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
+    with server(tmp_path, OK, OK, refused) as path, pytest.raises(BenchError, match="503"):
+        load.generate(path, [REQUEST], 5)
+
+
+def test_an_answer_of_unknown_length_fails_the_run(tmp_path: Path) -> None:
+    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    with server(tmp_path, chunked) as path, pytest.raises(BenchError, match="Content-Length"):
+        load.generate(path, [REQUEST], 5)
+
+
+def test_a_request_says_its_length() -> None:
+    head, _, body = load.post("/x", b'{"a": 1}', {"X-API-Key": "k"}).partition(b"\r\n\r\n")
+    assert head.split(b"\r\n")[0] == b"POST /x HTTP/1.1"
+    assert b"Content-Length: 8" in head and b"X-API-Key: k" in head
+    assert body == b'{"a": 1}'
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"),
+    [
+        (1.5, "goal met"),
+        (1.2, "floor met"),
+        (1.19, "**below the floor**"),
+    ],
+)
+def test_a_figure_is_set_against_its_budget(value: float, verdict: str) -> None:
+    assert Row("a", value, "×", 1.2, 1.5).verdict() == verdict
+
+
+@pytest.mark.parametrize(("value", "verdict"), [(8, "goal met"), (8.1, "floor met"), (20.1, "**below the floor**")])
+def test_of_a_time_less_is_better(value: float, verdict: str) -> None:
+    assert Row("a", value, "ms", 20, 8, less_is_better=True).verdict() == verdict
+
+
+@pytest.mark.parametrize(("value", "text"), [(1.234, "1.23"), (45.67, "45.7"), (789.4, "789"), (12345.6, "12,346")])
+def test_a_figure_keeps_three_digits(value: float, text: str) -> None:
+    assert report.figure(value) == text
+
+
+def test_the_table_says_what_was_not_measured() -> None:
+    text = report.table([Row("speed", 2.0, "×", 1.2, 1.5, note="how"), Missing("other", "needs go")])
+    assert "| speed | 2.00 × | 1.20 | 1.50 | goal met | how |" in text
+    assert "| other | not measured | | | | needs go |" in text
+
+
+def test_saving_changes_only_what_is_between_the_markers(tmp_path: Path) -> None:
+    document = tmp_path / "benchmarks.md"
+    document.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    report.save("new", document)
+    assert document.read_text() == f"above\n{report.BEGIN}\nnew\n{report.END}\nbelow\n"
+    document.write_text("no markers")
+    with pytest.raises(ValueError, match="once each"):
+        report.save("new", document)
+    assert document.read_text() == "no markers"
+
+
+def test_a_missing_program_is_named_with_its_package() -> None:
+    with pytest.raises(MissingProgramError, match="no-such-program"):
+        need("sh", "no-such-program")

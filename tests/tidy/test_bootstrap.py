@@ -1,0 +1,69 @@
+"""`make venv` on a bare machine: what tools/bootstrap/make_venv.py refuses before it changes anything.
+
+That it installs is shown by every run of the tests: they run in what it made.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+BOOTSTRAP = PROJECT / "tools" / "bootstrap"
+
+
+def bootstrap(
+    directory: Path, script: Path = BOOTSTRAP / "make_venv.py", *before: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-I", *(before or (str(script),)), str(directory)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, stdin=subprocess.DEVNULL)
+
+
+def test_a_directory_that_is_no_virtual_environment_is_never_cleared(tmp_path: Path) -> None:
+    (tmp_path / "letters").write_text("precious")
+    done = bootstrap(tmp_path)
+    assert done.returncode == 1
+    assert "is no virtual environment" in done.stderr
+    assert (tmp_path / "letters").read_text() == "precious"
+
+
+def test_an_altered_pip_wheel_is_not_run(tmp_path: Path) -> None:
+    copied = shutil.copytree(BOOTSTRAP, tmp_path / "bootstrap")
+    (wheel,) = copied.glob("*.whl")
+    altered = bytearray(wheel.read_bytes())
+    altered[len(altered) // 2] ^= 1
+    wheel.write_bytes(altered)
+    done = bootstrap(tmp_path / "venv", copied / "make_venv.py")
+    assert done.returncode == 1
+    assert "was altered" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_the_wheel_is_the_one_that_the_script_names_and_expects() -> None:
+    named = runpy.run_path(str(BOOTSTRAP / "make_venv.py"))
+    digest = hashlib.sha256(Path(named["PIP_WHEEL"]).read_bytes()).hexdigest()
+    assert digest == named["PIP_WHEEL_SHA256"]
+
+
+@pytest.mark.parametrize("version", [(3, 6, 15), (3, 10, 13)])
+def test_an_old_python_is_told_what_to_do(tmp_path: Path, version: tuple[int, int, int]) -> None:
+    pretend = (
+        "import runpy, sys; sys.version_info = "
+        f"{version}; script = sys.argv.pop(1); sys.argv[0] = script; runpy.run_path(script, run_name='__main__')"
+    )
+    done = bootstrap(tmp_path / "venv", BOOTSTRAP / "make_venv.py", "-c", pretend, str(BOOTSTRAP / "make_venv.py"))
+    assert done.returncode == 1
+    assert f"is Python {'.'.join(map(str, version))}; this project needs 3.11 or newer" in done.stderr
+    assert "make PYTHON=" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_the_script_parses_on_the_oldest_python_that_it_speaks_to() -> None:
+    ast.parse((BOOTSTRAP / "make_venv.py").read_text("utf-8"), feature_version=(3, 7))

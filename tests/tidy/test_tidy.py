@@ -1,0 +1,191 @@
+"""The codebase keeps its own rules. Each test is one of them, and names the file and line that breaks it."""
+
+from __future__ import annotations
+
+import ast
+import collections
+import io
+import re
+import subprocess
+import tokenize
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+LINES_MAX = 450
+LONG_FOR_A_REASON: dict[str, str] = {}
+"""Path → why the file is one idea all the same."""
+GRAVITY_WELLS = {"utils", "util", "common", "helpers", "misc"}
+NOT_OF_THE_PROJECT = tuple(
+    # Written in two halves, so that this list does not break its own rule.
+    "".join(halves)
+    for halves in (
+        ("../", "shared"),
+        ("/wo", "rk/"),
+        ("/.lib", "rary"),
+        ("pypi", ".org"),
+        ("python", "hosted"),
+        ("npm", "js.org"),
+        ("deb.", "debian"),
+        ("proxy.", "golang"),
+    )
+)
+
+
+@cache
+def project_files() -> tuple[Path, ...]:
+    """What is committed, or would be. Falls back to the tree itself in an unpacked archive without git."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    try:
+        listed = subprocess.run(command, cwd=PROJECT, capture_output=True, check=True).stdout.decode().split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        listed = [str(path.relative_to(PROJECT)) for path in PROJECT.rglob("*") if "/.venv" not in str(path)]
+    return tuple(sorted(PROJECT / name for name in listed if name and (PROJECT / name).is_file()))
+
+
+def python_files(*roots: str) -> list[Path]:
+    return [path for path in project_files() if path.suffix == ".py" and (not roots or name(path).startswith(roots))]
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(PROJECT))
+
+
+def texts() -> Iterator[tuple[Path, str]]:
+    for path in project_files():
+        try:
+            yield path, path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+
+
+def comments(path: Path) -> Iterator[tuple[int, str]]:
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [name(path) for path in python_files() if not ast.get_docstring(ast.parse(path.read_text("utf-8")))]
+    assert silent == []
+
+
+def test_no_check_in_the_source_disappears_under_python_O() -> None:
+    asserting = [
+        f"{name(path)}:{node.lineno}"
+        for path in python_files("src/")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Assert)
+    ]
+    assert asserting == []
+
+
+def test_no_file_has_outgrown_one_idea() -> None:
+    lengths = {name(path): len(path.read_text("utf-8").splitlines()) for path in python_files()}
+    long = {file for file, lines in lengths.items() if lines > LINES_MAX}
+    assert {file: lengths[file] for file in long - LONG_FOR_A_REASON.keys()} == {}
+    assert LONG_FOR_A_REASON.keys() - long == set(), "no longer long: take it off the list"
+
+
+def test_no_module_is_a_gravity_well() -> None:
+    assert [
+        name(path) for path in python_files() if GRAVITY_WELLS & {part.lower() for part in path.with_suffix("").parts}
+    ] == []
+
+
+def test_every_lint_and_type_exception_names_its_rule_and_its_reason() -> None:
+    """`# noqa: CODE (reason)` or `# noqa: CODE - reason`; `# type: ignore[code]  # reason`."""
+    unexplained = []
+    for path in python_files():
+        for line, comment in comments(path):
+            noqa = re.search(r"#\s*noqa\b(?P<codes>:\s*[A-Z]+[0-9]+(?:\s*,\s*[A-Z]+[0-9]+)*)?(?P<reason>.*)", comment)
+            ignore = re.search(r"#\s*type:\s*ignore\b(?P<codes>\[[a-z, -]+\])?(?P<reason>.*)", comment)
+            for found in (noqa, ignore):
+                if found and (not found["codes"] or len(re.findall(r"[A-Za-z]", found["reason"])) < 8):
+                    unexplained.append(f"{name(path)}:{line}: {comment}")
+    assert unexplained == []
+
+
+def test_nothing_is_left_for_later() -> None:
+    marks = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X")) + r")\b")
+    left = [
+        f"{name(path)}:{line}: {text}" for path in python_files() for line, text in comments(path) if marks.search(text)
+    ]
+    assert left == []
+
+
+def test_the_project_stands_alone() -> None:
+    """No path of the machine it was written on, and no host of a package registry: pip's configuration names those."""
+    mentions = [
+        f"{name(path)}: {foreign}"
+        for path, text in texts()
+        for foreign in NOT_OF_THE_PROJECT
+        if foreign in text and path.name != "LICENSE"
+    ]
+    assert mentions == []
+
+
+def test_links_between_documents_resolve() -> None:
+    broken = []
+    for path, text in texts():
+        if path.suffix != ".md":
+            continue
+        for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+            file, _, anchor = target.partition("#")
+            if re.match(r"[a-z]+:", target):
+                continue
+            linked = (path.parent / file).resolve() if file else path
+            if not linked.exists():
+                broken.append(f"{name(path)} → {target}")
+            elif anchor and linked.suffix == ".md" and anchor not in anchors(linked.read_text("utf-8")):
+                broken.append(f"{name(path)} → {target}: no such heading")
+    assert broken == []
+
+
+def anchors(markdown: str) -> set[str]:
+    """The anchors of a page's headings, as the usual renderers make them."""
+    headings = re.findall(r"^#+\s+(.*)$", markdown, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+def test_paths_that_documents_name_exist() -> None:
+    """`src/…`, `tests/…`, `docs/…`, `bench/…` and `tools/…` in backquotes are paths of the project."""
+    gone = [
+        f"{name(path)}: {mentioned}"
+        for path, text in texts()
+        if path.suffix == ".md"
+        for mentioned in re.findall(r"`((?:src|tests|docs|bench|tools)/[\w./-]+)`", text)
+        if not (PROJECT / mentioned).exists()
+    ]
+    assert gone == []
+
+
+def test_every_make_command_in_the_documents_is_a_target() -> None:
+    makefile = (PROJECT / "Makefile").read_text("utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
+    named = {
+        (name(path), command)
+        for path, text in texts()
+        if path.suffix == ".md"
+        for command in re.findall(r"(?:`|^|\s&& )make ([a-z]+)", text, flags=re.MULTILINE)
+    }
+    assert {pair for pair in named if pair[1] not in targets} == set()
+    assert {command for file, command in named if file == "README.md"} >= {"run", "test"}
+
+
+def test_the_licence_is_there_and_is_the_one_that_the_package_names() -> None:
+    licence = (PROJECT / "LICENSE").read_text("utf-8")
+    assert "Apache License" in licence and "Version 2.0, January 2004" in licence
+    assert 'license = "Apache-2.0"' in (PROJECT / "pyproject.toml").read_text("utf-8")
+
+
+def test_decisions_are_numbered_once_each_without_gaps() -> None:
+    numbers = sorted(path.name[:4] for path in (PROJECT / "docs" / "decisions").glob("*.md"))
+    assert numbers == [f"{n:04}" for n in range(1, len(numbers) + 1)]
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports a test file by its name alone: tests/ has no packages."""
+    names = collections.Counter(path.name for path in python_files("tests/") if path.name != "conftest.py")
+    assert [file for file, count in names.items() if count > 1] == []
