@@ -225,7 +225,7 @@ def _passed_socket(environ: MutableMapping[str, str]) -> socket.socket | None:
     except OSError as error:
         raise StartError(f"the socket that the service manager passed: {error.strerror}") from None
     if passed.family != socket.AF_UNIX or passed.type != socket.SOCK_STREAM or not listening:
-        passed.detach()
+        passed.close()
         raise StartError(
             "the service manager passed something else than a listening Unix stream socket (ListenStream=)"
         )
