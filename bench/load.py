@@ -69,7 +69,6 @@ class _Client(asyncio.Protocol):
             self._send()
         elif not self.done.done():
             self.done.set_result(None)
-            self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._fail(f"closed the connection ({exc})")
@@ -95,16 +94,23 @@ async def _generate(address: str | tuple[str, int], requests: Sequence[bytes], s
     loop = asyncio.get_running_loop()
     start = time.perf_counter()
     clients = [_Client(request, start + seconds, loop.create_future()) for request in requests]
-    for client in clients:
-        if isinstance(address, str):
-            await loop.create_unix_connection(partial(_same, client), address)
-        else:
-            await loop.create_connection(partial(_same, client), *address)
+    transports: list[asyncio.BaseTransport] = []
     try:
+        for client in clients:
+            connecting = (
+                loop.create_unix_connection(partial(_same, client), address)
+                if isinstance(address, str)
+                else loop.create_connection(partial(_same, client), *address)
+            )
+            transports.append((await connecting)[0])
         async with asyncio.timeout(seconds + ANSWER_SECONDS_MAX):
             await asyncio.gather(*(client.done for client in clients))
     except TimeoutError:
         raise BenchError(f"no answer within {ANSWER_SECONDS_MAX:.0f} s") from None
+    finally:
+        for transport in transports:
+            transport.close()
+        await asyncio.sleep(0)  # the closing happens in the loop's next turn
     took = time.perf_counter() - start
     return Load([client.answers for client in clients], took, [ms for client in clients for ms in client.latencies_ms])
 
