@@ -57,7 +57,7 @@ def restrict_filesystem(*, read: Iterable[str], write: Iterable[str], execute: b
     Args:
         read: files and directories to be read, with all that is below them.
         write: the same, to be changed as well: files made, removed, and renamed among these directories (REFER).
-        execute: keep the right to start programs, wherever they are; otherwise none can be started.
+        execute: keep the right to start programs, of those that can be read; otherwise none can be started.
 
     Raises:
         OSError: ENOSYS or EOPNOTSUPP where the kernel has no Landlock, EPERM without `no_new_privs`.

@@ -78,7 +78,7 @@ def harden(
         arena: made already, for its pages may need a right that is given up here.
         read: files and directories that are still read later (Landlock), beside those of `write`.
         write: directories in which files are still made, changed, renamed and removed later (Landlock).
-        allow_exec: programs are still started later (a root provider's helper).
+        allow_exec: programs are still started later (a root provider's helper); their files must be among `read`.
         allow_network: sockets other than Unix ones are still opened later.
         keep_capabilities: keep root's capabilities, such as the one to read a key file of another user.
         require: refuse to go on when a measure is missing (`--require-hardening`).
