@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from disk_faults import failing
 
 from minikms.custody import atomic
 from minikms.custody.atomic import (
@@ -26,13 +27,6 @@ from minikms.custody.atomic import (
 from minikms.errors import ConflictError, InvalidRequestError, StorageUnavailableError
 
 
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[int]:
-    fd = open_directory(tmp_path)
-    yield fd
-    os.close(fd)
-
-
 @pytest.fixture(params=["syncfs", "fsync"])
 def sync_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to sync a group, on whatever file system the tests run."""
@@ -43,20 +37,6 @@ def sync_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def names(tmp_path: Path) -> list[str]:
     return sorted(path.name for path in tmp_path.iterdir())
-
-
-def failing(function: Callable[..., object], *, at: int, number: int = errno.EIO) -> Callable[..., object]:
-    """`function`, but its call number `at` (from 1) fails."""
-    calls = 0
-
-    def call(*args: object, **kwargs: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == at:
-            raise OSError(number, os.strerror(number), "/a/secret/path")
-        return function(*args, **kwargs)
-
-    return call
 
 
 def test_a_new_file_is_private_whole_and_alone(tmp_path: Path, directory: int) -> None:
@@ -227,7 +207,7 @@ def test_a_file_that_cannot_be_put_in_place_fails_alone(
 ) -> None:
     writes = [FileWrite(f"f{number}", b"new") for number in range(6)]
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", failing(os.rename, at=3))
+        patch.setattr(os, "rename", failing(os.rename, at=3, times=1))
         outcomes = write_group(directory, writes)
     assert [type(outcome) for outcome in outcomes] == [type(None)] * 2 + [StorageUnavailableError] + [type(None)] * 3
     assert names(tmp_path) == ["f0", "f1", "f3", "f4", "f5"]

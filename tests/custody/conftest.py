@@ -1,0 +1,36 @@
+"""Fixtures of this room: an open directory, and lease files in it that can be opened again and again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from minikms.custody.atomic import open_directory
+from minikms.custody.leasestore import LeaseStore
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[int]:
+    """A descriptor of `tmp_path`."""
+    fd = open_directory(tmp_path)
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture
+def opened(directory: int) -> Iterator[Callable[..., LeaseStore]]:
+    """Open the lease files (again): the one before is closed, as the lock would have it."""
+    stores: list[LeaseStore] = []
+
+    def reopen(*, create: bool = False) -> LeaseStore:
+        for store in stores:
+            store.close()
+        stores.append(LeaseStore.open(directory, create=create))
+        return stores[-1]
+
+    yield reopen
+    for store in stores:
+        store.close()
