@@ -8,6 +8,7 @@ width, so keys sort by time. It must never hold private text: parts are ids, aut
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final
 from urllib.parse import quote, unquote
 
@@ -27,9 +28,14 @@ CLOSED: Final = b"index:closed:"
 IDEMPOTENCY: Final = b"idem:"
 INDEX: Final = b"index:"
 
+PARTS_CACHED_MAX: Final = 16_384
+STAMP_BYTES: Final = 27
+"""Of a stamp's text."""
+
 _MESSAGE_ID: Final = re.compile(r"msg-([1-9][0-9]{0,19})-([0-9]{6})", re.ASCII)
 
 
+@lru_cache(maxsize=PARTS_CACHED_MAX)
 def part(text: str) -> bytes:
     """One part of a key."""
     return quote(text, safe="").encode()

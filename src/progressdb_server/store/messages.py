@@ -15,6 +15,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final, NamedTuple
 
+from progressdb_server.kms.provider import Open
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.clock import Clock, Stamp
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
@@ -28,31 +29,25 @@ from progressdb_server.store.model import (
     NotTheAuthorError,
     RecordUnreadableError,
 )
-from progressdb_server.store.sealer import WRITERS_CACHED_MAX, Draft, Sealer, Stored, ThreadState, load_message
+from progressdb_server.store.sealer import WRITERS_CACHED_MAX, Draft, Sealer, ThreadState
 from progressdb_server.store.threads import Threads
 from progressdb_server.store.writer import ConditionFailedError, Write, Writer
 
 LIST_MESSAGES_MAX: Final = 1000
 """Of one chunk of a list, and LIST_BYTES_MAX of sealed bytes."""
 LIST_BYTES_MAX: Final = 4 * 1024 * 1024
+VERSIONS_MAX: Final = 256
+"""Of one batch when a message's versions are read."""
 DELETED: Final = b"d"
 
 
 class Place(NamedTuple):
-    """An entry of the order index. Value on disk: the latest version's stamp, empty when it is the first one; `d`
-    follows when that is a tombstone."""
+    """An entry of the order index; stamps as in keys. Value on disk: the latest version's stamp, empty when it is the
+    first one; `d` follows when that is a tombstone."""
 
-    first: Stamp
-    latest: Stamp
+    first: bytes
+    latest: bytes
     deleted: bool
-
-    @classmethod
-    def parse(cls, key: bytes, value: bytes) -> Place:
-        """Raises ValueError."""
-        first = keyspace.stamp_of(key)
-        deleted = value.endswith(DELETED)
-        text = value.removesuffix(DELETED).decode()
-        return cls(first, Stamp.parse(text) if text else first, deleted)
 
 
 class Messages:
@@ -124,57 +119,46 @@ class Messages:
     # --- reading --------------------------------------------------------------------------------------------------
     def _locate(self, message: str, thread: str | None) -> tuple[str, Place]:
         """The message's thread and its latest version. Raises MessageNotFoundError."""
-        first = keyspace.parse_message_id(message)
-        if first is not None:
-            found = self._engine.get(keyspace.versions(message) + first.text.encode())
+        stamp = keyspace.parse_message_id(message)
+        if stamp is not None:
+            first = stamp.text.encode()
+            found = self._engine.get(keyspace.versions(message) + first)
             if found is not None and (thread is None or keyspace.part(thread) == found):
                 owner = keyspace.unpart(found)
-                key = keyspace.order(owner) + first.text.encode()
+                key = keyspace.order(owner) + first
                 value = self._engine.get(key)
                 if value is None:
                     raise RecordUnreadableError(f"the order entry of message {message} is missing")
                 return owner, _place(key, value)
         raise MessageNotFoundError("message not found")
 
-    async def _open(self, thread: str, wanted: Sequence[tuple[Stamp, Stamp]]) -> list[Message]:
+    async def _open(self, thread: str, wanted: Sequence[tuple[bytes, bytes]]) -> list[Message]:
         """`wanted`: first stamp and stamp of each version."""
         prefix = keyspace.messages(thread)
-        loaded = [load_message(self._engine, prefix + stamp.text.encode()) for _, stamp in wanted]
-        return await self._open_loaded(thread, wanted, loaded)
+        loaded = [_load(self._engine, prefix + stamp, thread, first) for first, stamp in wanted]
+        return await self._open_loaded(loaded)
 
-    async def _open_loaded(
-        self,
-        thread: str,
-        wanted: Sequence[tuple[Stamp, Stamp]],
-        loaded: Sequence[tuple[record.MessageHeader, bytes]],
-    ) -> list[Message]:
-        prefix = keyspace.messages(thread)
-        plaintexts = await self._sealer.open(
-            [
-                Stored(prefix + stamp.text.encode(), thread, header.key_id, sealed)
-                for (_, stamp), (header, sealed) in zip(wanted, loaded, strict=True)
-            ]
-        )
+    async def _open_loaded(self, loaded: Sequence[_Loaded]) -> list[Message]:
+        plaintexts = await self._sealer.open([item.sealed for item in loaded])
         messages: list[Message] = []
-        for (first, stamp), (header, _), plaintext in zip(wanted, loaded, plaintexts, strict=True):
+        for (sealed, header, first), plaintext in zip(loaded, plaintexts, strict=True):
             try:
-                secret = record.open_message(header, first.text, plaintext)
-            except record.RecordFormatError as error:
-                where = keyspace.record(thread, stamp).decode()
-                raise RecordUnreadableError(f"the record {where}: {error}") from error
-            messages.append(
-                Message(
-                    id=keyspace.message_id(first),
-                    thread=thread,
-                    author=secret.author,
-                    role=secret.role,
-                    ts=stamp.ns,
-                    body=secret.body,
-                    reply_to=secret.reply_to,
-                    deleted=secret.deleted,
-                    reactions=secret.reactions,
+                secret = record.open_message(header, first, plaintext)
+                messages.append(
+                    Message(
+                        id=f"msg-{int(first[:20])}-{first[21:]}",
+                        thread=sealed.thread_id,
+                        author=secret.author,
+                        role=secret.role,
+                        ts=int(sealed.aad[-keyspace.STAMP_BYTES : -7]),
+                        body=secret.body,
+                        reply_to=secret.reply_to,
+                        deleted=secret.deleted,
+                        reactions=secret.reactions,
+                    )
                 )
-            )
+            except (record.RecordFormatError, ValueError) as error:
+                raise RecordUnreadableError(f"the record {sealed.aad.decode()} is not what belongs there") from error
         return messages
 
     async def get(self, message: str, thread: str | None) -> Message:
@@ -189,9 +173,9 @@ class Messages:
         prefix = keyspace.versions(message)
         lower, upper = prefix, keyspace.after(prefix)
         found: list[Message] = []
-        while entries := self._engine.scan(lower, upper, limit=LIST_MESSAGES_MAX):
+        while entries := self._engine.scan(lower, upper, limit=VERSIONS_MAX):
             lower = entries[-1][0] + b"\0"
-            found += await self._open(owner, [(place.first, keyspace.stamp_of(key)) for key, _ in entries])
+            found += await self._open(owner, [(place.first, key[len(prefix) :]) for key, _ in entries])
         return found
 
     async def list(
@@ -200,32 +184,32 @@ class Messages:
         prefix = keyspace.order(thread)
         lower, upper = prefix, keyspace.after(prefix)
         if after is not None:
-            lower = prefix + _cursor(after).text.encode() + b"\0"
+            lower = prefix + _cursor(after) + b"\0"
         if before is not None:
-            upper = prefix + _cursor(before).text.encode()
+            upper = prefix + _cursor(before)
         newest = self._engine.scan(lower, upper, limit=1, reverse=True)
         if not newest or limit == 0:
             return
         upper = newest[0][0] + b"\0"  # what is created while this list is read is not of it
         if limit is not None:
             lower = await self._start_of_last(limit, lower, upper, include_deleted)
+        records = keyspace.messages(thread)
         while entries := self._engine.scan(lower, upper, limit=LIST_MESSAGES_MAX):
-            wanted: list[tuple[Stamp, Stamp]] = []
-            loaded: list[tuple[record.MessageHeader, bytes]] = []
+            loaded: list[_Loaded] = []
             size = 0
-            records = keyspace.messages(thread)
             for key, value in entries:
-                lower = key + b"\0"
+                lower = key
                 place = _place(key, value)
                 if place.deleted and not include_deleted:
                     continue
-                wanted.append((place.first, place.latest))
-                loaded.append(load_message(self._engine, records + place.latest.text.encode()))
-                size += len(loaded[-1][1])
+                item = _load(self._engine, records + place.latest, thread, place.first)
+                loaded.append(item)
+                size += len(item.sealed.ciphertext)
                 if size > LIST_BYTES_MAX:
                     break
-            if wanted:
-                yield await self._open_loaded(thread, wanted, loaded)
+            lower += b"\0"
+            if loaded:
+                yield await self._open_loaded(loaded)
 
     async def _start_of_last(self, limit: int, lower: bytes, upper: bytes, include_deleted: bool) -> bytes:
         """The key of the first of the last `limit` messages."""
@@ -252,6 +236,7 @@ class Messages:
             state = self._sealer.thread(owner)
             if state is None:
                 raise RecordUnreadableError(f"thread {owner} has no key")
+            first = Stamp.parse(place.first.decode())
             (current,) = await self._open(owner, [(place.first, place.latest)])
             if author is not None and author != current.author:
                 raise NotTheAuthorError("author does not match")
@@ -262,7 +247,7 @@ class Messages:
 
             def draft(stamp: Stamp) -> Draft:
                 made[:] = (_next_version(current, stamp, fields),)
-                return _draft(made[0], place.first, stamp)
+                return _draft(made[0], first, stamp)
 
             await self._sealer.append(state, draft, request_id)
             return made[0]
@@ -359,22 +344,24 @@ def _next_version(current: Message, stamp: Stamp, fields: dict[str, Any]) -> Mes
 
 def _draft(message: Message, first: Stamp, stamp: Stamp, extra: Sequence[tuple[bytes, bytes | None]] = ()) -> Draft:
     """The version `message` at `stamp`, with its index entries and `extra`."""
-    own, text = stamp.text, first.text
-    key = b"thread:%b:msg:%b" % (keyspace.part(message.thread), own.encode())
+    is_first = stamp == first
+    text = first.text
+    own = text if is_first else stamp.text
+    own_raw = own.encode()
+    thread = keyspace.part(message.thread)
+    key = b"thread:%b:msg:%b" % (thread, own_raw)
     secret = record.MessageSecret(
         text, message.author, message.deleted, message.role, message.body, message.reply_to, message.reactions
     )
-    is_first = stamp == first
-    place = (b"" if is_first else own.encode()) + (DELETED if message.deleted else b"")
+    place = (b"" if is_first else own_raw) + (DELETED if message.deleted else b"")
 
     def finish(key_id: str, sealed: Sequence[bytes]) -> Write:
         header = record.MessageHeader(key_id, "" if is_first else text, message.author, message.deleted)
-        thread = keyspace.part(message.thread)
         return Write(
             (
                 (key, record.pack(header, sealed[0])),
-                (keyspace.versions(message.id) + own.encode(), thread),
-                (keyspace.order(message.thread) + text.encode(), place),
+                (b"version:msg:%b:%b" % (message.id.encode(), own_raw), thread),
+                (b"index:order:%b:%b" % (thread, text.encode()), place),
                 *extra,
             ),
             messages=1,
@@ -383,18 +370,43 @@ def _draft(message: Message, first: Stamp, stamp: Stamp, extra: Sequence[tuple[b
     return Draft(((key, record.encode_secret(secret)),), finish)
 
 
-def _place(key: bytes, value: bytes) -> Place:
+class _Loaded(NamedTuple):
+    """A record that was read, not yet opened. `first`: stamp of the message it must belong to."""
+
+    sealed: Open
+    header: record.MessageHeader
+    first: str
+
+
+def _load(engine: Engine, key: bytes, thread: str, first: bytes) -> _Loaded:
+    """Raises RecordUnreadableError."""
+    raw = engine.get(key)
+    if raw is None:
+        raise RecordUnreadableError(f"the record {key.decode()} is missing")
     try:
-        return Place.parse(key, value)
-    except ValueError as error:
-        raise RecordUnreadableError(f"the index entry {key.decode()} is malformed") from error
+        header, sealed = record.unpack_message(raw)
+    except record.RecordFormatError as error:
+        raise RecordUnreadableError(f"the record {key.decode()} is malformed") from error
+    return _Loaded(Open(header.key_id, sealed, key, thread), header, first.decode())
 
 
-def _cursor(message: str) -> Stamp:
+def _place(key: bytes, value: bytes) -> Place:
+    """Raises RecordUnreadableError."""
+    first = key[-keyspace.STAMP_BYTES :]
+    if not value:
+        return Place(first, first, False)
+    deleted = value.endswith(DELETED)
+    latest = value[:-1] if deleted else value
+    if len(latest) not in (0, keyspace.STAMP_BYTES):
+        raise RecordUnreadableError(f"the index entry {key.decode()} is malformed")
+    return Place(first, latest or first, deleted)
+
+
+def _cursor(message: str) -> bytes:
     first = keyspace.parse_message_id(message)
     if first is None:
         raise MessageNotFoundError("message not found")
-    return first
+    return first.text.encode()
 
 
 def _refuse_deleted(current: Message) -> None:

@@ -48,8 +48,8 @@ OPEN_FILES_MAX: Final = 512
 LOG_FILE_BYTES_MAX: Final = 4 * 1024 * 1024
 LOG_FILES_MAX: Final = 4
 BLOOM_BITS_PER_KEY: Final = 10
-PROBE_BYTES: Final = (WRITE_BUFFERS_MAX + 1) * WRITE_BUFFER_BYTES
-"""What reopening may have to write before it can succeed: the memtables that the log still holds."""
+PROBE_BYTES: Final = 4 * 1024 * 1024
+"""What must be free beside the size of the log before a reopening is tried."""
 
 
 def _options() -> Options:
@@ -96,7 +96,7 @@ class RocksEngine:
         try:
             return Rdict(self._path, _options())
         except Exception as error:
-            if "lock" in str(error).lower():
+            if "LOCK:" in str(error):
                 raise EngineLockedError(f"{self._path} is in use by another process") from error
             raise EngineUnavailableError(f"cannot open {self._path}: {error}") from error
 
@@ -143,19 +143,24 @@ class RocksEngine:
         with self._sync_lock:
             self._failed = True
             self._probe()
-            self._db.close()
+            self._close()
             self._db = self._open()
             self._failed = False
 
     def _probe(self) -> None:
         try:
             with tempfile.TemporaryFile(dir=self._path, prefix="probe-") as file:
-                os.posix_fallocate(file.fileno(), 0, PROBE_BYTES)
+                os.posix_fallocate(file.fileno(), 0, PROBE_BYTES + self._log_bytes())
                 file.write(b"\0" * 4096)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise EngineUnavailableError from error
+
+    def _log_bytes(self) -> int:
+        """Of the write-ahead log, which opening writes out again."""
+        with os.scandir(self._path) as entries:
+            return sum(entry.stat().st_size for entry in entries if entry.name.endswith(".log"))
 
     def checkpoint(self, path: str) -> None:
         try:
@@ -171,6 +176,10 @@ class RocksEngine:
     def close(self) -> None:
         with self._sync_lock:
             self._failed = True
+            self._close()
+
+    def _close(self) -> None:
+        with contextlib.suppress(Exception):  # a failed log fails here again; handle and lock are released
             self._db.close()
 
 

@@ -25,7 +25,7 @@ from progressdb_server.kms.provider import (
     ProviderUnavailableError,
     Seal,
 )
-from progressdb_server.store import keyspace, record
+from progressdb_server.store import keyspace
 from progressdb_server.store.clock import Clock, Stamp
 from progressdb_server.store.engine import Engine
 from progressdb_server.store.metrics import StoreMetrics
@@ -75,15 +75,6 @@ class Draft(NamedTuple):
 
     secrets: Sequence[tuple[bytes, bytes]]
     finish: Callable[[str, Sequence[bytes]], Write]
-
-
-class Stored(NamedTuple):
-    """A record to open: where it is stored, its key id and its sealed part."""
-
-    key: bytes
-    thread: str
-    key_id: str
-    sealed: bytes
 
 
 class Sealer:
@@ -197,36 +188,23 @@ class Sealer:
         return sealed
 
     # --- reading --------------------------------------------------------------------------------------------------
-    async def open(self, records: Sequence[Stored]) -> list[bytes]:
+    async def open(self, records: Sequence[Open]) -> list[bytes]:
         """The plaintexts, in order. Raises StoreUnavailableError, RecordUnreadableError."""
         if not records:
             return []
         self._metrics.opened(len(records))
         try:
-            answers = await self._provider.decrypt_many(
-                [Open(stored.key_id, stored.sealed, stored.key, stored.thread) for stored in records]
-            )
+            answers = await self._provider.decrypt_many(records)
         except ProviderError as error:
             raise unavailable(error) from error
         opened: list[bytes] = []
-        for stored, answer in zip(records, answers, strict=True):
+        for item, answer in zip(records, answers, strict=True):
             if isinstance(answer, ProviderRefusedError):
                 if answer.code in _REFUSED_FOR_NOW:
                     raise unavailable(answer) from answer
-                raise RecordUnreadableError(f"the record {stored.key.decode()} does not open ({answer.code})")
+                raise RecordUnreadableError(f"the record {item.aad.decode()} does not open ({answer.code})")
             opened.append(answer)
         return opened
-
-
-def load_message(engine: Engine, key: bytes) -> tuple[record.MessageHeader, bytes]:
-    """Header and sealed part of the message record at `key`. Raises RecordUnreadableError."""
-    raw = engine.get(key)
-    if raw is None:
-        raise RecordUnreadableError(f"the record {key.decode()} is missing")
-    try:
-        return record.unpack_message(raw)
-    except record.RecordFormatError as error:
-        raise RecordUnreadableError(f"the record {key.decode()} is malformed") from error
 
 
 def unavailable(error: ProviderError) -> StoreUnavailableError:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from minikms import api
-from progressdb_server.kms.provider import ProviderError
+from progressdb_server.kms.provider import Open, ProviderError
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.clock import Clock, Stamp
 from progressdb_server.store.engine import Engine
@@ -28,7 +28,7 @@ from progressdb_server.store.model import (
     Thread,
     ThreadNotFoundError,
 )
-from progressdb_server.store.sealer import Draft, Sealer, Stored, ThreadState, unavailable
+from progressdb_server.store.sealer import Draft, Sealer, ThreadState, unavailable
 from progressdb_server.store.writer import ConditionFailedError, Write, Writer
 
 LIST_THREADS_MAX: Final = 512
@@ -155,7 +155,7 @@ class Threads:
 
     async def _open(self, loaded: Sequence[tuple[str, record.ThreadHeader, bytes]]) -> list[Thread]:
         plaintexts = await self._sealer.open(
-            [Stored(keyspace.meta(thread), thread, header.key_id, sealed) for thread, header, sealed in loaded]
+            [Open(header.key_id, sealed, keyspace.meta(thread), thread) for thread, header, sealed in loaded]
         )
         threads: list[Thread] = []
         for (thread, header, _), plaintext in zip(loaded, plaintexts, strict=True):
