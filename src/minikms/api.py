@@ -180,10 +180,13 @@ class KeyAnswer(msgspec.Struct, frozen=True):
 
 
 class KeyListAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One page; `next_cursor` is absent on the last."""
+    """One page; `next_cursor` is absent on the last. `indexing`: a start is still reading files, so keys may be
+    missing.
+    """
 
     keys: list[KeyAnswer]
     next_cursor: str | None = None
+    indexing: bool = False
 
 
 class DestroyKeyRequest(Request):
@@ -217,6 +220,49 @@ class RandomRequest(Request):
 
 class RandomAnswer(msgspec.Struct):
     random: bytes
+
+
+class VerifySample(Request):
+    """A record that the caller knows to be readable."""
+
+    key_id: str
+    ciphertext: str
+    aad: str | UnsetType = UNSET
+
+
+class RotateKekRequest(Request):
+    """`new_kek_hex` (64 hex characters) makes that key the root key; without it the root stays."""
+
+    new_kek_hex: str | UnsetType = UNSET
+    wait: bool | UnsetType = UNSET
+    verify: list[VerifySample] | UnsetType = UNSET
+
+
+class PruneKekRequest(Request):
+    """`backups`: also remove backups of DEK files, all of them or those from before a stamp (`YYYYMMDDTHHMMSS`)."""
+
+    backups: bool | UnsetType = UNSET
+    backups_before: str | UnsetType = UNSET
+
+
+class KeptKek(msgspec.Struct, frozen=True):
+    version: int
+    why: str
+
+
+class PruneKekAnswer(msgspec.Struct, frozen=True):
+    destroyed: list[int]
+    kept: list[KeptKek]
+    backups_removed: int
+
+
+class DestroyKeyAnswer(msgspec.Struct, frozen=True):
+    """The receipt. `archives` names what may still hold the key: backup archives made while it lived."""
+
+    key_id: str
+    state: State
+    backups_removed: int
+    archives: list[str]
 
 
 class RotateKekAnswer(msgspec.Struct, frozen=True):

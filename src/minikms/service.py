@@ -12,6 +12,7 @@ where a key's use lease has to reach the disk first.
 from __future__ import annotations
 
 import binascii
+import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final, Protocol
 
@@ -23,7 +24,7 @@ from msgspec import UNSET, UnsetType
 from minikms import api
 from minikms.audit import Event
 from minikms.base64 import decode_canonical
-from minikms.crypto.aead import NONCE_BYTES, OVERHEAD_BYTES
+from minikms.crypto.aead import NONCE_BYTES, OVERHEAD_BYTES, seal
 from minikms.custody.leases import UseLease
 from minikms.custody.vault import OpenDek, Vault
 from minikms.errors import (
@@ -32,8 +33,10 @@ from minikms.errors import (
     MiniKmsError,
     StorageUnavailableError,
     TooManyError,
+    WrongPurposeError,
 )
 from minikms.keys.ids import check_key_id
+from minikms.memory.arena import fill_random
 from minikms.policy import Principal
 
 CIPHERTEXT_BYTES_MAX: Final = api.PLAINTEXT_BYTES_MAX + OVERHEAD_BYTES
@@ -234,6 +237,111 @@ class KeyService:
         _count_refused(event, failed)
         self._audit.add(event)
         return b'{"items":[' + b",".join(parts) + b"]}"
+
+    def reencrypt_batch(
+        self, who: Principal, request: api.ReencryptBatchRequest, request_id: str
+    ) -> bytes | Awaitable[bytes]:
+        """Moves ciphertexts from one key of a thread to another; the plaintext never leaves. Roles: decrypt, encrypt.
+        """
+        event = self._event("reencrypt_batch", who, request_id)
+        event.count = len(request.items)
+        try:
+            who.require("decrypt")
+            who.require("encrypt")
+            if len(request.items) > api.BATCH_ITEMS_MAX:
+                raise TooManyError(f"a batch holds at most {api.BATCH_ITEMS_MAX} items; send several")
+            event.key_ids = [check_key_id(request.from_key_id), check_key_id(request.to_key_id)]
+            source = self._vault.opened(request.from_key_id)
+            target = self._vault.opened(request.to_key_id)
+            target.check_thread(source.thread_id)
+            target.check_encrypts()
+        except MiniKmsError as error:
+            self._refused(event, error)
+            raise
+        if not target.lease.covers(len(request.items)):
+            return self._reencrypt_later(request, event)
+        answer = self._reencrypt_all(source, target, request, event)
+        self._audit.add(event)
+        return answer
+
+    async def _reencrypt_later(self, request: api.ReencryptBatchRequest, event: Event) -> bytes:
+        try:
+            target = self._vault.opened(request.to_key_id)
+            await self._vault.leases.extend([(target.lease, len(request.items))])
+            source = self._vault.opened(request.from_key_id)
+            target = self._vault.opened(request.to_key_id)
+            target.check_encrypts()
+        except MiniKmsError as error:
+            await self._refused_later(event, error)
+            raise
+        answer = self._reencrypt_all(source, target, request, event)
+        await self._audit.add_written(event, durable=False)
+        return answer
+
+    def _reencrypt_all(
+        self, source: OpenDek, target: OpenDek, request: api.ReencryptBatchRequest, event: Event
+    ) -> bytes:
+        parts: list[bytes] = []
+        failed = 0
+        opening, sealing = AESGCM(source.view), AESGCM(target.view)
+        for item in request.items:
+            try:
+                plaintext = _decrypt(opening, _sealed(item.ciphertext), _record_aad(source, item.aad))
+                if not target.lease.take(1):
+                    raise StorageUnavailableError("the key's uses are being reserved; try again")
+                nonce = self._vault.nonces.next()
+                sealed = nonce + sealing.encrypt(nonce, plaintext, _record_aad(target, item.aad))
+                parts.append(b'{"ciphertext":"' + _b64(sealed, newline=False) + b'"}')
+            except MiniKmsError as error:
+                failed += 1
+                parts.append(_item_error(error))
+        _count_refused(event, failed)
+        return b'{"items":[' + b",".join(parts) + b"]}"
+
+    # --- keys for the caller's own use -------------------------------------------------------------------------------
+
+    async def generate_data_key(self, who: Principal, request: api.GenerateDataKeyRequest, request_id: str) -> bytes:
+        """32 random bytes sealed under a key of purpose `data`, and in the clear unless refused. Role: data_key."""
+        event = self._event("generate_data_key", who, request_id)
+        try:
+            who.require("data_key")
+            event.key_id = check_key_id(request.key_id)
+            opened = self._vault.opened(request.key_id)
+            if opened.purpose != "data":
+                raise WrongPurposeError("data keys are made under keys of purpose data; this key is a thread's")
+            opened.check_encrypts()
+            aad = _record_aad(opened, request.aad)
+            if not opened.lease.covers(1):
+                await self._vault.leases.extend([(opened.lease, 1)])
+                opened = self._vault.opened(request.key_id)
+                opened.check_encrypts()
+            if not opened.lease.take(1):
+                raise StorageUnavailableError("the key's uses are being reserved; try again")
+            with self._vault.arena.allocate() as made:
+                fill_random(made.view)
+                sealed = seal(opened.view, self._vault.nonces.next(), made.view, aad)
+                answer = api.DataKeyAnswer(request.key_id, sealed)
+                if request.plaintext is UNSET or request.plaintext:
+                    answer.plaintext = bytes(made.view)
+        except MiniKmsError as error:
+            await self._refused_later(event, error)
+            raise
+        await self._audit.add_written(event, durable=False)
+        return _encoder.encode(answer)
+
+    def random(self, who: Principal, request: api.RandomRequest, request_id: str) -> bytes:
+        """Bytes from the kernel's generator. Role: data_key."""
+        event = self._event("random", who, request_id)
+        try:
+            who.require("data_key")
+            if not 1 <= request.count <= api.RANDOM_BYTES_MAX:
+                raise InvalidRequestError(f"count must be from 1 to {api.RANDOM_BYTES_MAX}")
+        except MiniKmsError as error:
+            self._refused(event, error)
+            raise
+        event.count = request.count
+        self._audit.add(event)
+        return _encoder.encode(api.RandomAnswer(os.urandom(request.count)))
 
     # --- operating ---------------------------------------------------------------------------------------------------
 

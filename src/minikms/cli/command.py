@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Final
 
-from cyclopts import App, Parameter
+from cyclopts import App, Parameter, validators
 
 from minikms.errors import StartError
 
@@ -54,8 +54,15 @@ def serve(
     audit_fsync: Annotated[
         str, Parameter(help="When audit lines are synced: never, interval (100 ms), turn.")
     ] = "interval",
+    cache_keys: Annotated[
+        int | None,
+        Parameter(help="How many opened keys stay in locked memory.", validator=validators.Number(gte=1)),
+    ] = None,
     require_hardening: Annotated[
         bool, Parameter(help="Refuse to start when a hardening measure is missing.", negative=())
+    ] = False,
+    rewrite_master_key_file: Annotated[
+        bool, Parameter(help="A rotation to a new root key also writes it to the master key file.", negative=())
     ] = False,
     log_format: Annotated[str, Parameter(help="json or console.")] = "console",
     master_key_fd: Annotated[int | None, Parameter(show=False)] = None,
@@ -79,7 +86,9 @@ def serve(
             socket_group=socket_group,
             audit_fsync=settings.parse_choice(audit_fsync, ("never", "interval", "turn"), "--audit-fsync"),
             log_format=settings.parse_choice(log_format, ("json", "console"), "--log-format"),
+            cache_keys_max=cache_keys,
             require_hardening=require_hardening,
+            rewrite_master_key_file=rewrite_master_key_file,
         )
         compose.run(chosen)
     except StartError as error:

@@ -22,7 +22,6 @@ from minikms.keys import keyring
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random
 
-BACKUP_DIRECTORY: Final = "kms-deks-backup"
 AUDIT_LOG_NAME: Final = "minikms-audit.log"
 
 NO_KEY_TEXT: Final = (

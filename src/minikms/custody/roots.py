@@ -7,6 +7,7 @@ text never becomes a Python object. A missing root key must never silently becom
 
 from __future__ import annotations
 
+import hmac
 import os
 import stat
 from pathlib import Path
@@ -49,29 +50,60 @@ def read_key_descriptor(fd: int, arena: SecretArena) -> SecretSlot:
 
 
 def make_dev_key_file(path: Path, arena: SecretArena) -> None:
-    """Writes a fresh random key to `path`, mode 0600, durable, unless it exists.
-
-    The hex text is made in two arena slots, so that no copy of it is left in the process.
-    """
-    with arena.allocate() as key, arena.allocate() as first, arena.allocate() as second:
+    """Writes a fresh random key to `path`, mode 0600, durable, unless it exists."""
+    with arena.allocate() as key:
         fill_random(key.view)
-        for index, value in enumerate(key.view):
-            half = first.view if index < len(key.view) // 2 else second.view
-            position = (index * 2) % len(half)
-            half[position] = _HEX_DIGITS[value >> 4]
-            half[position + 1] = _HEX_DIGITS[value & 15]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
+        temporary = _write_key_text(path, key.view, arena)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return
+    finally:
+        os.unlink(temporary)
+        _sync_directory(path.parent)
+
+
+def rewrite_key_file(path: Path, root: SecretSlot, arena: SecretArena) -> None:
+    """Replaces the key in `path` with `root`, durably, and reads it back. The old file stays until the new one is
+    whole.
+
+    Raises StartError when what is read back is not `root`; the caller must then keep every slot.
+    """
+    temporary = _write_key_text(path, root.view, arena)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+    _sync_directory(path.parent)
+    with read_key_file(path, arena) as again:
+        if not hmac.compare_digest(again.view, root.view):
+            raise StartError(f"the master key file {path} does not hold the key that was written")
+
+
+def _write_key_text(path: Path, key: memoryview, arena: SecretArena) -> Path:
+    """A new file beside `path` with the hex text of `key`, on disk. The text is made in two arena slots."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        with arena.allocate() as first, arena.allocate() as second:
+            for index, value in enumerate(key):
+                half = first.view if index < len(key) // 2 else second.view
+                position = (index * 2) % len(half)
+                half[position] = _HEX_DIGITS[value >> 4]
+                half[position + 1] = _HEX_DIGITS[value & 15]
             os.writev(fd, [first.view, second.view, b"\n"])
-            os.fsync(fd)
-            os.link(temporary, path)
-        except FileExistsError:
-            return
-        finally:
-            os.close(fd)
-            os.unlink(temporary)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        os.fsync(fd)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    finally:
+        os.close(fd)
+    return temporary
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory)
     finally:

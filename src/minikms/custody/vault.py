@@ -15,6 +15,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -22,7 +23,9 @@ from minikms import api
 from minikms.crypto import envelope
 from minikms.crypto.aead import NonceSource
 from minikms.custody import clock
-from minikms.custody.dekstore import DekStore
+from minikms.custody.atomic import remove_file
+from minikms.custody.backups import BackupStore
+from minikms.custody.dekstore import DekStore, file_name
 from minikms.custody.keyringfile import KeyringFile
 from minikms.custody.leases import Leases, UseLease
 from minikms.errors import ConflictError, KeyDestroyedError, KeyExhaustedError, KeyRetiredError, WrongThreadError
@@ -30,7 +33,8 @@ from minikms.keys import dek, keyring
 from minikms.keys.cache import KeyCache
 from minikms.keys.dek import DekRecord
 from minikms.keys.ids import key_id_to_bytes, make_key_id
-from minikms.keys.states import DekState
+from minikms.keys.index import KeyIndex
+from minikms.keys.states import DekState, move_dek
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random
 
@@ -58,6 +62,10 @@ class OpenDek:
 
     def __repr__(self) -> str:
         return f"<OpenDek {self.key_id} {self.state}>"
+
+    def record_aad(self, caller_aad: bytes) -> bytes:
+        """The associated data of a record under this key."""
+        return envelope.record_aad(self.aad_prefix, caller_aad)
 
     def check_thread(self, thread_id: str) -> None:
         if thread_id != self.thread_id:
@@ -97,7 +105,9 @@ class Vault:
         unlocked: UnlockedKeyring,
         keyring_file: KeyringFile,
         store: DekStore,
+        backups: BackupStore,
         leases: Leases,
+        executor: Executor,
         nonces: NonceSource,
         cache_keys_max: int = CACHE_KEYS_MAX,
     ) -> None:
@@ -105,12 +115,15 @@ class Vault:
         self.unlocked = unlocked
         self.keyring_file = keyring_file
         self.store = store
+        self.backups = backups
+        self._executor = executor
         self.leases = leases
         self.nonces = nonces
         self.locks = KeyLocks()
         self.cache: KeyCache[OpenDek] = KeyCache(
             count_max=cache_keys_max, age_ns_max=CACHE_AGE_SECONDS_MAX * 1_000_000_000
         )
+        self.index = KeyIndex()
         self.destroyed = {stone.key_id for stone in unlocked.body.tombstones}
         self._keyring_lock = asyncio.Lock()
         self._wraps_left: dict[int, int] = {}
@@ -142,6 +155,14 @@ class Vault:
             raise KeyDestroyedError(f"key {key_id} was destroyed; what it encrypted can't be read again")
         return dek.parse(self.store.read(key_id), key_id)
 
+    def uses_max(self, key_id: str) -> int:
+        """An upper bound of the key's uses. May read the disk; for any thread."""
+        return self.leases.uses_max(key_id_to_bytes(key_id))
+
+    def now(self) -> str:
+        """The time as records carry it."""
+        return clock.rfc3339(clock.now_ns())
+
     # --- changing ----------------------------------------------------------------------------------------------------
 
     async def create(self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "") -> DekRecord:
@@ -167,6 +188,7 @@ class Vault:
         finally:
             await self._finish_create(version)
         self.cache.put(record.id, opened, time.monotonic_ns())
+        self.index.put(record)
         if replaces:
             await self.retire(replaces, replaced_by=record.id, again=True)
         return record
@@ -199,13 +221,38 @@ class Vault:
             record = self.record(key_id)
             if again and record.state == "retired":
                 return record
-            changed = dek.retired(record, at=clock.rfc3339(clock.now_ns()), replaced_by=replaced_by)
+            changed = dek.retired(record, at=self.now(), replaced_by=replaced_by)
             await self.store.replace(key_id, dek.encode(changed))
             self.reload(changed)
         return changed
 
+    async def destroy(self, key_id: str) -> int:
+        """Buries a retired key: tombstone first, then its file and its backups; how many backups there were.
+
+        A repeated request removes what an interrupted one left. Raises ConflictError for a key that is active.
+        """
+        async with self.locks.hold((key_id,)):
+            if key_id not in self.destroyed:
+                move_dek(self.record(key_id).state, "destroy")
+                async with self.keyring_change():
+                    at = self.now()
+                    await self.store_body(keyring.bury(self.unlocked.body, key_id, at=at))
+                self.destroyed.add(key_id)
+                self.cache.drop(key_id)
+                self.index.remove(key_id)
+            return await self.remove_files(key_id)
+
+    async def remove_files(self, key_id: str) -> int:
+        """Removes a destroyed key's file and backups, durably; how many backups there were."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._remove_files, key_id)
+
+    def _remove_files(self, key_id: str) -> int:
+        remove_file(self.store.directory_fd, file_name(key_id))
+        return self.backups.remove_of(key_id)
+
     def reload(self, record: DekRecord) -> None:
-        """Brings an opened key up to its changed record; the DEK itself never changes."""
+        """Brings index and opened key up to a changed record; the DEK itself never changes."""
+        self.index.put(record)
         opened = self.cache.get(record.id)
         if opened is not None:
             opened.state = record.state
@@ -222,6 +269,15 @@ class Vault:
         """Makes `body` durable, then current. Call inside `keyring_change`."""
         await self.keyring_file.store(self.unlocked.encode(body))
         self.unlocked.body = body
+
+    async def drop_older_slots(self, slot_id: str) -> list[str]:
+        """From here on only this root key opens the keyring; the fingerprints of those that no longer do."""
+        async with self.keyring_change():
+            body = self.unlocked.body
+            gone = [slot.fingerprint for slot in body.slots if slot.slot_id != slot_id]
+            if gone:
+                await self.store_body(keyring.drop_slots_except(body, slot_id, at=self.now()))
+            return gone
 
     async def _take_wrap(self) -> int:
         """The KEK version to wrap a new DEK under; counts the wrap and the create. The caller seals in the same turn.
@@ -248,9 +304,7 @@ class Vault:
             kek = self.unlocked.body.kek(version)
             if kek is None or kek.wraps_reserved > keyring.KEK_WRAPS_MAX:
                 raise KeyExhaustedError("the KEK has wrapped as many keys as it may; rotate the KEK")
-            body = keyring.reserve_wraps(
-                self.unlocked.body, version, keyring.KEK_WRAPS_LEASE, at=clock.rfc3339(clock.now_ns())
-            )
+            body = keyring.reserve_wraps(self.unlocked.body, version, keyring.KEK_WRAPS_LEASE, at=self.now())
             await self.store_body(body)
             self._wraps_left[version] = self._wraps_left.get(version, 0) + keyring.KEK_WRAPS_LEASE
 

@@ -22,17 +22,23 @@ from minikms.crypto.aead import scrub_stack
 from minikms.daemon import strictjson
 from minikms.daemon.auditing import TurnAudit
 from minikms.daemon.http import ParsedHead, Request, Response, error_response, parse_query
+from minikms.daemon.keybody import take_new_root
 from minikms.daemon.peer import Peer, is_overflow_uid, read_peer
 from minikms.errors import InvalidRequestError, MiniKmsError
+from minikms.lifecycle import KeyLifecycle
+from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.policy import Policy, Principal
 from minikms.service import KeyService
 
 FOREIGN_CONNECTIONS_MAX: Final = 64
 """Open connections of uids that aren't allowed, so that they can't use up the allowed ones' places."""
 
+LIST_LIMIT_DEFAULT: Final = 100
+
 T = TypeVar("T")
 Answer = bytes | Response | Awaitable[bytes | Response]
 Handler = Callable[[Principal, Request], Answer]
+KeyHandler = Callable[[Principal, str, Request], Answer]
 
 _HEALTHY: Final = Response(200, b"ok", content_type="text/plain")
 
@@ -51,12 +57,13 @@ class Application:
     """The engine's application: see `minikms.daemon.http`."""
 
     def __init__(
-        self, service: KeyService, policy: Policy, audit: TurnAudit, *, on_turn_end: Callable[[], None] = scrub_stack
+        self, service: KeyService, lifecycle: KeyLifecycle, policy: Policy, audit: TurnAudit, arena: SecretArena
     ) -> None:
         self._service = service
+        self._lifecycle = lifecycle
         self._policy = policy
         self._audit = audit
-        self._on_turn_end = on_turn_end
+        self._arena = arena
         self._refusals = RefusalAggregator()
         self._foreign = 0
         self.refused_count = 0
@@ -65,6 +72,12 @@ class Application:
         self._decrypt_item = msgspec.json.Decoder(api.DecryptItem)
         self._encrypt_batch = msgspec.json.Decoder(api.EncryptBatchRequest)
         self._decrypt_batch = msgspec.json.Decoder(api.DecryptBatchRequest)
+        self._reencrypt_batch = msgspec.json.Decoder(api.ReencryptBatchRequest)
+        self._data_key = msgspec.json.Decoder(api.GenerateDataKeyRequest)
+        self._random = msgspec.json.Decoder(api.RandomRequest)
+        self._rotate = msgspec.json.Decoder(api.RotateKekRequest)
+        self._prune = msgspec.json.Decoder(api.PruneKekRequest)
+        self._destroy = msgspec.json.Decoder(api.DestroyKeyRequest)
         self._routes: dict[str, tuple[str, str, Handler]] = {
             "/encrypt": ("POST", "encrypt", self._handle_encrypt),
             "/decrypt": ("POST", "decrypt", self._handle_decrypt),
@@ -73,6 +86,17 @@ class Application:
             "/create_dek_for_thread": ("POST", "create_dek", self._handle_create),
             "/get_wrapped": ("GET", "get_wrapped", self._handle_get_wrapped),
             "/status": ("GET", "status", self._handle_status),
+            "/reencrypt_batch": ("POST", "reencrypt_batch", self._handle_reencrypt_batch),
+            "/generate_data_key": ("POST", "generate_data_key", self._handle_data_key),
+            "/random": ("POST", "random", self._handle_random),
+            "/rotate_kek": ("POST", "rotate_kek", self._handle_rotate),
+            "/kek/prune": ("POST", "prune_kek", self._handle_prune),
+            "/keys": ("GET", "list_keys", self._handle_list),
+        }
+        self._key_routes: dict[str, tuple[str, str, KeyHandler]] = {
+            "": ("GET", "get_key", self._handle_get_key),
+            "retire": ("POST", "retire_key", self._handle_retire),
+            "destroy": ("POST", "destroy_key", self._handle_destroy),
         }
 
     # --- the engine's side -------------------------------------------------------------------------------------------
@@ -111,19 +135,23 @@ class Application:
             return self._handle_stranger(session, request)
         route = self._routes.get(request.path)
         if route is None:
-            return self._handle_rare(request)
+            return self._handle_rare(principal, request)
         method, verb, handler = route
         if request.method != method:
             return _method_not_allowed(method)
         try:
             return handler(principal, request)
         except _MalformedError as error:
-            self._service.malformed(verb, principal, error.cause, request.request_id or "")
-            raise error.cause from None
+            raise self._malformed(verb, principal, request, error) from None
+
+    def _malformed(self, verb: str, who: Principal, request: Request, error: _MalformedError) -> MiniKmsError:
+        """A body that is not one is audited under the verb's name."""
+        self._service.malformed(verb, who, error.cause, request.request_id or "")
+        return error.cause
 
     def commit(self) -> bool:
         """The turn ends: its audit lines are written, and the last key schedule on the stack is overwritten."""
-        self._on_turn_end()
+        scrub_stack()
         return self._audit.commit_turn()
 
     # --- strangers ---------------------------------------------------------------------------------------------------
@@ -152,10 +180,21 @@ class Application:
 
     # --- verbs -------------------------------------------------------------------------------------------------------
 
-    def _handle_rare(self, request: Request) -> Answer:
+    def _handle_rare(self, who: Principal, request: Request) -> Answer:
         if request.path == "/health":
             return _HEALTHY if request.method == "GET" else _method_not_allowed("GET")
-        return error_response(404, api.CODE_NOT_FOUND, "there is no such path; docs/spec/api.md lists them")
+        prefix, _, rest = request.path.removeprefix("/").partition("/")
+        key_id, _, action = rest.partition("/")
+        route = self._key_routes.get(action) if prefix == "keys" and key_id else None
+        if route is None:
+            return error_response(404, api.CODE_NOT_FOUND, "there is no such path; docs/spec/api.md lists them")
+        method, verb, handler = route
+        if request.method != method:
+            return _method_not_allowed(method)
+        try:
+            return handler(who, key_id, request)
+        except _MalformedError as error:
+            raise self._malformed(verb, who, request, error) from None
 
     def _handle_encrypt(self, who: Principal, request: Request) -> Answer:
         return self._service.encrypt(who, _decode(self._encrypt_item, request), request.request_id or "")
@@ -185,6 +224,71 @@ class Application:
     def _handle_status(self, who: Principal, request: Request) -> Answer:
         return self._service.status(who, request.request_id or "")
 
+    # --- the life of a key -------------------------------------------------------------------------------------------
+
+    def _handle_reencrypt_batch(self, who: Principal, request: Request) -> Answer:
+        return self._service.reencrypt_batch(who, _decode(self._reencrypt_batch, request), request.request_id or "")
+
+    def _handle_data_key(self, who: Principal, request: Request) -> Answer:
+        return self._service.generate_data_key(who, _decode(self._data_key, request), request.request_id or "")
+
+    def _handle_random(self, who: Principal, request: Request) -> Answer:
+        return self._service.random(who, _decode(self._random, request), request.request_id or "")
+
+    def _handle_rotate(self, who: Principal, request: Request) -> Answer:
+        try:
+            who.require("rotate")  # before the key is looked at
+            root = take_new_root(request.body, self._arena)
+        except MiniKmsError as error:
+            raise _MalformedError(error) from None
+        try:
+            asked = _decode(self._rotate, request)
+        except BaseException:
+            if root is not None:
+                root.release()
+            raise
+        return self._rotate_and_release(who, asked, root, request.request_id or "")
+
+    async def _rotate_and_release(
+        self, who: Principal, asked: api.RotateKekRequest, root: SecretSlot | None, request_id: str
+    ) -> Response:
+        try:
+            status, body = await self._lifecycle.rotate_kek(who, asked, root, request_id)
+        finally:
+            if root is not None:
+                root.release()
+        return Response(status, body)
+
+    def _handle_prune(self, who: Principal, request: Request) -> Answer:
+        return self._lifecycle.prune_keks(who, _decode(self._prune, request), request.request_id or "")
+
+    def _handle_list(self, who: Principal, request: Request) -> Answer:
+        try:
+            query = parse_query(request.query)
+            unknown = query.keys() - {"thread_id", "state", "cursor", "limit"}
+            if unknown:
+                raise InvalidRequestError("the query takes thread_id, state, cursor and limit only")
+            limit = _parse_limit(query.get("limit"))
+        except MiniKmsError as error:
+            raise _MalformedError(error) from None
+        return self._lifecycle.list_keys(
+            who,
+            thread_id=query.get("thread_id"),
+            state=query.get("state"),
+            cursor=query.get("cursor", ""),
+            limit=limit,
+            request_id=request.request_id or "",
+        )
+
+    def _handle_get_key(self, who: Principal, key_id: str, request: Request) -> Answer:
+        return self._lifecycle.get_key(who, key_id, request.request_id or "")
+
+    def _handle_retire(self, who: Principal, key_id: str, request: Request) -> Answer:
+        return self._lifecycle.retire(who, key_id, request.request_id or "")
+
+    def _handle_destroy(self, who: Principal, key_id: str, request: Request) -> Answer:
+        return self._lifecycle.destroy(who, key_id, _decode(self._destroy, request), request.request_id or "")
+
 
 class _MalformedError(Exception):
     """A request that reached a verb but is not one; carries the error for the caller."""
@@ -199,6 +303,14 @@ def _decode(decoder: msgspec.json.Decoder[T], request: Request) -> T:
         return strictjson.decode(decoder, request.body)
     except MiniKmsError as error:
         raise _MalformedError(error) from None
+
+
+def _parse_limit(text: str | None) -> int:
+    if text is None:
+        return LIST_LIMIT_DEFAULT
+    if not (text.isascii() and text.isdigit() and len(text) <= 6 and 1 <= int(text) <= api.LIST_KEYS_COUNT_MAX):
+        raise InvalidRequestError(f"limit must be a number from 1 to {api.LIST_KEYS_COUNT_MAX}")
+    return int(text)
 
 
 def _method_not_allowed(allowed: str) -> Response:

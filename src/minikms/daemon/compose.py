@@ -25,12 +25,16 @@ import uvloop
 from minikms.audit import AuditLog, Event
 from minikms.audit.opening import Known
 from minikms.crypto.aead import NonceSource, scrub_stack
-from minikms.custody import clock, dekstore, opening
+from minikms.custody import backups, clock, dekstore, opening
 from minikms.custody.atomic import sweep_temps
+from minikms.custody.backups import BackupStore
+from minikms.custody.indexing import Indexing
 from minikms.custody.keyringfile import KeyringFile
 from minikms.custody.leases import Leases
 from minikms.custody.leasestore import LeaseStore
 from minikms.custody.lock import DataDirLock, make_private_directory
+from minikms.custody.roots import rewrite_key_file
+from minikms.custody.rotation import KekRotation
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
 from minikms.daemon.application import Application, Session
 from minikms.daemon.auditing import TurnAudit
@@ -40,7 +44,8 @@ from minikms.daemon.settings import Settings
 from minikms.daemon.sockets import BACKLOG_COUNT, UnixListener, listen
 from minikms.daemon.statuspage import StatusPage
 from minikms.errors import MiniKmsError
-from minikms.memory.arena import SecretArena
+from minikms.lifecycle import KeyLifecycle
+from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.memory.process import Measure, harden, interpreter_paths
 from minikms.memory.signals import SignalReader
 from minikms.policy import Policy
@@ -62,7 +67,7 @@ def run(settings: Settings) -> None:
     log = _logger(settings)
     notifier = Notifier(os.environ)
     with SignalReader() as signals, DataDirLock(settings.data_dir) as lock:
-        for name in (dekstore.DIRECTORY, opening.BACKUP_DIRECTORY):
+        for name in (dekstore.DIRECTORY, backups.DIRECTORY):
             make_private_directory(os.path.join(settings.data_dir, name))
         with (
             listen(settings.socket, os.environ, mode=settings.socket_mode, group=settings.socket_group) as listener,
@@ -126,19 +131,34 @@ class Daemon:
         store = dekstore.DekStore(settings.data_dir, disk)
         lease_store = LeaseStore.open(self._lock.directory_fd, create=opened.made or unlocked.body.epoch <= 2)
         leases = Leases(lease_store, journal)
+        backup_store = BackupStore(settings.data_dir)
         vault = Vault(
             arena=self._arena,
             unlocked=unlocked,
             keyring_file=keyring_file,
             store=store,
+            backups=backup_store,
             leases=leases,
+            executor=disk,
             nonces=nonces,
             cache_keys_max=settings.cache_keys_max or CACHE_KEYS_MAX,
         )
         turn_audit = TurnAudit(log, audit)
-        page = StatusPage(settings, opened, vault, log, self._measures)
+        indexing = Indexing(vault, vault.index, disk)
+        rotation = KekRotation(vault, backup_store, indexing, disk)
+        lifecycle = KeyLifecycle(
+            vault=vault,
+            audit=turn_audit,
+            rotation=rotation,
+            indexing=indexing,
+            executor=disk,
+            opened_slot_id=opened.slot.slot_id,
+            rewrite_root=self._root_rewriter(),
+        )
+        page = StatusPage(settings, opened, vault, log, self._measures, rotation, indexing, lifecycle)
         service = KeyService(vault, turn_audit, page.build)
-        app = Application(service, Policy(settings.allowed_uids, settings.admin_uids), turn_audit)
+        policy = Policy(settings.allowed_uids, settings.admin_uids)
+        app = Application(service, lifecycle, policy, turn_audit, self._arena)
         server: HttpServer[Session] = HttpServer(
             app, loop=asyncio.get_running_loop(), on_internal_error=self._internal_error
         )
@@ -153,7 +173,10 @@ class Daemon:
                 ),
                 durable=True,
             )
-            await self._serve_until_stopped(server, app, turn_audit, vault)
+            await lifecycle.drop_proved_slots()
+            lifecycle.ensure_rotating()
+            await self._serve_until_stopped(server, app, turn_audit, vault, indexing)
+            await lifecycle.stop()
             await self._write_stop(turn_audit)
         finally:
             await store.drain()
@@ -162,13 +185,14 @@ class Daemon:
             vault.close()
             lease_store.close()
             store.close()
+            backup_store.close()
             scrub_stack()
             for executor in (disk, journal, audit):
                 executor.shutdown()
         self._log.info("stopped", why=self._why)
 
     async def _serve_until_stopped(
-        self, server: HttpServer[Session], app: Application, audit: TurnAudit, vault: Vault
+        self, server: HttpServer[Session], app: Application, audit: TurnAudit, vault: Vault, indexing: Indexing
     ) -> None:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._signals.fileno(), self._on_signal)
@@ -183,6 +207,7 @@ class Daemon:
             asyncio.ensure_future(app.flush_refusals_every(HOUSEKEEPING_SECONDS)),
             asyncio.ensure_future(_every(HOUSEKEEPING_SECONDS, vault.expire)),
             asyncio.ensure_future(asyncio.to_thread(sweep_temps, vault.store.directory_fd)),
+            asyncio.ensure_future(indexing.run()),
         ]
         if self._notifier.watchdog_interval_s is not None:
             chores.append(asyncio.ensure_future(_every(self._notifier.watchdog_interval_s, self._notifier.watchdog)))
@@ -216,6 +241,12 @@ class Daemon:
             descriptor=settings.master_key_fd,
             dev_file=settings.dev_key_file if settings.dev and not given else None,
         )
+
+    def _root_rewriter(self) -> Callable[[SecretSlot], None] | None:
+        path = self._settings.master_key_file
+        if not self._settings.rewrite_master_key_file or path is None:
+            return None
+        return lambda root: rewrite_key_file(path, root, self._arena)
 
     def _on_signal(self) -> None:
         for number in self._signals.read():
@@ -254,6 +285,8 @@ def _harden(settings: Settings, arena: SecretArena, listener: UnixListener) -> t
     write = [settings.data_dir, os.path.dirname(os.path.abspath(settings.socket))]
     if settings.master_key_file is not None:
         read.append(str(settings.master_key_file))
+        if settings.rewrite_master_key_file:
+            write.append(str(settings.master_key_file.parent))
     elif settings.dev:
         write.append(str(settings.dev_key_file.parent))
     if listener.activated:

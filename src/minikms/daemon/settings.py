@@ -42,6 +42,7 @@ class Settings:
     audit_fsync: AuditFsync = "interval"
     cache_keys_max: int | None = None
     require_hardening: bool = False
+    rewrite_master_key_file: bool = False
     log_format: LogFormat = "console"
 
     @property
@@ -60,6 +61,7 @@ def from_environment(
     admin_uids: str | None,
     master_key_file: Path | None,
     master_key_fd: int | None,
+    rewrite_master_key_file: bool,
     **others: object,
 ) -> Settings:
     """Settings from flags (None: not given) over the environment. Raises StartError, saying what to give."""
@@ -78,6 +80,8 @@ def from_environment(
             f"both a master key and a master key file are given; unset one of {MASTER_KEY_VARIABLE} and "
             f"{MASTER_KEY_FILE_VARIABLE} (or --master-key-file)"
         )
+    if rewrite_master_key_file and master_key_file is None:
+        raise StartError("--rewrite-master-key-file needs the key file that it is to rewrite: give --master-key-file")
     allowed = allowed_uids or environ.get(ALLOWED_UIDS_VARIABLE) or ""
     admins = admin_uids or environ.get(ADMIN_UIDS_VARIABLE) or ""
     return Settings(
@@ -87,6 +91,7 @@ def from_environment(
         admin_uids=parse_uids(admins, source=ADMIN_UIDS_VARIABLE) if admins else frozenset(),
         master_key_file=master_key_file,
         master_key_fd=master_key_fd,
+        rewrite_master_key_file=rewrite_master_key_file,
         **others,  # type: ignore[arg-type]  # passed through from the command, whose signature is typed
     )
 

@@ -16,22 +16,36 @@ from minikms.keys.keyring import KEK_WRAPS_WARN
 
 if TYPE_CHECKING:
     from minikms.audit import AuditLog
+    from minikms.custody.indexing import Indexing
+    from minikms.custody.rotation import KekRotation
     from minikms.custody.vault import Vault
     from minikms.daemon.application import Session
     from minikms.daemon.http import HttpServer
     from minikms.daemon.settings import Settings
+    from minikms.lifecycle import KeyLifecycle
     from minikms.memory.process import Measure
 
 
 class StatusPage:
     def __init__(
-        self, settings: Settings, opened: Opened, vault: Vault, log: AuditLog, measures: tuple[Measure, ...]
+        self,
+        settings: Settings,
+        opened: Opened,
+        vault: Vault,
+        log: AuditLog,
+        measures: tuple[Measure, ...],
+        rotation: KekRotation,
+        indexing: Indexing,
+        lifecycle: KeyLifecycle,
     ) -> None:
         self._settings = settings
         self._opened = opened
         self._vault = vault
         self._log = log
         self._measures = measures
+        self._rotation = rotation
+        self._indexing = indexing
+        self._lifecycle = lifecycle
         self._started_ns = time.time_ns()
         self.server: HttpServer[Session] | None = None
 
@@ -61,11 +75,16 @@ class StatusPage:
                 }
                 for kek in body.keks
             ],
-            "audit": {
-                "head": self._log.head,
-                "writable": self._log.writable,
-                "public_key": body.audit_key.public_key.hex(),
+            "rotation": self._rotation.status(),
+            "keys": {
+                "indexing": not self._indexing.complete,
+                "by_state": {state: count for state, count in self._vault.index.by_state.items() if count},
+                "by_kek_version": {str(kek): count for kek, count in self._vault.index.by_kek.items() if count},
+                "destroyed": len(self._vault.destroyed),
+                "unreadable": self._indexing.unreadable_count,
+                "unreadable_files": self._indexing.unreadable,
             },
+            "audit": {**self._log.status(), "public_key": body.audit_key.public_key.hex()},
             "memory": {
                 "arena": arena.backing,
                 "locked_bytes": arena.locked_bytes,
@@ -102,6 +121,13 @@ class StatusPage:
             )
         if body.wrapping_kek.wraps_reserved >= KEK_WRAPS_WARN:
             found.append("the KEK has wrapped more than 2^31 keys; rotate it")
+        if self._lifecycle.rewrite_failed:
+            found.append("the master key file could not be rewritten with the new root key; write it there by hand")
+        if self._indexing.unreadable_count:
+            found.append(
+                f"{self._indexing.unreadable_count} key files can't be read, see keys.unreadable_files; restore them from "
+                "a backup"
+            )
         if not self._log.writable:
             found.append("the audit log can't be written, so every verb answers 503; free space on its file system")
         return found

@@ -154,6 +154,10 @@ class UnlockedKeyring:
             ),
         )
 
+    def fingerprint(self, root: memoryview) -> str:
+        """The name of a root key, for comparison with the slots'."""
+        return roots.fingerprint(root)
+
     # --- using them --------------------------------------------------------------------------------------------------
 
     def encode(self, body: keyring.Body) -> bytes:

@@ -1,0 +1,122 @@
+"""The backups that a KEK rotation leaves: `kms-deks-backup/<key id>.json.<stamp>`.
+
+Owns: their names, making, finding and removal. Invariants: a backup is a hard link of the file that a rewrap is about
+to replace, made and durable before the replacement; a name is never used for two contents; a suffix seen once is
+remembered, so that a destroyed key's backups are found without reading the directory again. All of it blocks on the
+disk and runs in a worker thread. It must never touch the files of live keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from minikms import api
+from minikms.custody.atomic import open_directory, read_file_bounded
+from minikms.custody.dekstore import SUFFIX, DekStore, file_name
+from minikms.errors import MiniKmsError, StorageUnavailableError
+from minikms.keys import dek
+
+DIRECTORY: Final = "kms-deks-backup"
+SAME_NAME_MAX: Final = 100
+_SUFFIX: Final = re.compile(r"[0-9]{8}T[0-9]{6}(?:-[0-9]{1,3})?", re.ASCII)
+
+
+class Backup(NamedTuple):
+    name: str
+    key_id: str
+    suffix: str
+
+
+class BackupStore:
+    def __init__(self, data_dir: str) -> None:
+        self.directory = os.path.join(data_dir, DIRECTORY)
+        self.directory_fd = open_directory(self.directory)
+        self._suffixes: set[str] | None = None
+
+    def keep(self, store: DekStore, key_ids: list[str], stamp: str) -> None:
+        """Links each key's present file under `stamp`, durably. A key whose very file is kept already is passed over.
+
+        Raises StorageUnavailableError.
+        """
+        try:
+            for key_id in key_ids:
+                self._link(store, key_id, stamp)
+            os.fsync(self.directory_fd)
+        except OSError as error:
+            raise StorageUnavailableError("a key's file can't be kept as a backup") from error
+
+    def _link(self, store: DekStore, key_id: str, stamp: str) -> None:
+        live = file_name(key_id)
+        for number in range(SAME_NAME_MAX):
+            suffix = stamp if number == 0 else f"{stamp}-{number}"
+            name = f"{live}.{suffix}"
+            try:
+                os.link(live, name, src_dir_fd=store.directory_fd, dst_dir_fd=self.directory_fd, follow_symlinks=False)
+            except FileExistsError:
+                if self._same_content(store, live, name):
+                    return
+                continue
+            if self._suffixes is not None:
+                self._suffixes.add(suffix)
+            return
+        raise StorageUnavailableError("a key has too many backups of one second")
+
+    def _same_content(self, store: DekStore, live: str, name: str) -> bool:
+        kept = read_file_bounded(name, dek.FILE_BYTES_MAX, dir_fd=self.directory_fd)
+        return kept is not None and kept == read_file_bounded(live, dek.FILE_BYTES_MAX, dir_fd=store.directory_fd)
+
+    def listed(self) -> Iterator[Backup]:
+        """Every backup, in no order; other names are passed over."""
+        with os.scandir(self.directory) as entries:
+            for entry in entries:
+                key_id, found, suffix = entry.name.partition(SUFFIX + ".")
+                if found and api.KEY_ID_PATTERN.fullmatch(key_id) and _SUFFIX.fullmatch(suffix):
+                    yield Backup(entry.name, key_id, suffix)
+
+    def suffixes(self) -> set[str]:
+        """All suffixes in use. The first call reads the directory."""
+        if self._suffixes is None:
+            self._suffixes = {backup.suffix for backup in self.listed()}
+        return self._suffixes
+
+    def remove_of(self, key_id: str) -> int:
+        """Removes every backup of a key, durably; the number removed. Raises StorageUnavailableError."""
+        return self._remove(f"{file_name(key_id)}.{suffix}" for suffix in sorted(self.suffixes()))
+
+    def prune(self, *, before: str | None = None) -> int:
+        """Removes all backups, or those of stamps before `before` (`YYYYMMDDTHHMMSS`); the number removed."""
+        doomed = [backup.name for backup in self.listed() if before is None or backup.suffix < before]
+        self._suffixes = None
+        return self._remove(doomed)
+
+    def _remove(self, names: Iterator[str] | list[str]) -> int:
+        count = 0
+        try:
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=self.directory_fd)
+                    count += 1
+            os.fsync(self.directory_fd)
+        except OSError as error:
+            raise StorageUnavailableError("a backup can't be removed") from error
+        return count
+
+    def kek_versions(self) -> tuple[set[int], int]:
+        """The KEK versions that backups are wrapped under, and how many backups can't be read."""
+        versions: set[int] = set()
+        unreadable = 0
+        for backup in self.listed():
+            try:
+                data = read_file_bounded(backup.name, dek.FILE_BYTES_MAX, dir_fd=self.directory_fd)
+                if data is not None:
+                    versions.add(dek.parse(data, backup.key_id).kek_version)
+            except MiniKmsError:
+                unreadable += 1
+        return versions, unreadable
+
+    def close(self) -> None:
+        os.close(self.directory_fd)

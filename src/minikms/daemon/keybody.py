@@ -1,0 +1,51 @@
+"""The one body that bears a key: `new_kek_hex` of `/rotate_kek`.
+
+Owns: taking the key's text out of the engine's buffer, straight into the arena, before anything else reads the body.
+Invariants: the text never becomes a Python object (positions only, no groups); it is overwritten in the body before the
+rest is decoded, so that what goes wrong later has nothing to leak; a body with a backslash is refused, since an escape
+could hide the field's name.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from minikms.errors import InvalidRequestError, KeyTextError
+from minikms.memory.arena import SecretArena, SecretSlot, hex_decode_into
+
+_FIELD: Final = re.compile(rb'"new_kek_hex"\s*:\s*"[^"]*"')
+_VALUE: Final = re.compile(rb'"[^"]*"\Z')
+_BACKSLASH: Final = re.compile(rb"\\")
+_KEY_CHARS: Final = 64
+
+
+def take_new_root(body: memoryview, arena: SecretArena) -> SecretSlot | None:
+    """The new root key, or None when the body names none. The caller releases the slot. Raises InvalidRequestError."""
+    if _BACKSLASH.search(body) is not None:
+        raise InvalidRequestError("the body of this request must not use escapes (no backslash)")
+    found = [match.span() for match in _FIELD.finditer(body)]
+    spans = [_value_span(body, start, stop) for start, stop in found]
+    slot: SecretSlot | None = None
+    try:
+        if len(spans) == 1 and spans[0][1] - spans[0][0] == _KEY_CHARS:
+            slot = arena.allocate()
+            hex_decode_into(body[spans[0][0] : spans[0][1]], slot.view)
+        elif spans:
+            raise InvalidRequestError("invalid new_kek_hex")
+    except KeyTextError:
+        if slot is not None:
+            slot.release()
+        raise InvalidRequestError("invalid new_kek_hex") from None
+    finally:
+        for start, stop in spans:
+            body[start:stop] = b"0" * (stop - start)
+    return slot
+
+
+def _value_span(body: memoryview, start: int, stop: int) -> tuple[int, int]:
+    """Where the text between the value's quotes lies, for a field at [start, stop)."""
+    value = _VALUE.search(body[start:stop])
+    if value is None:
+        raise InvalidRequestError("invalid new_kek_hex")
+    return start + value.start() + 1, stop - 1
