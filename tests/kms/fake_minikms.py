@@ -1,7 +1,7 @@
 """A small stand-in for the daemon: real processes, real sockets, real AES-GCM, none of the guarantees.
 
 It takes the flags of the daemon and answers the verbs that the message server needs. Keys lie in the clear in the data
-directory. Files there change its behaviour: `refuse-start` (exit 1, saying why), `slow-start` (seconds before it binds).
+directory. Files there change its behaviour: `refuse-start` (says why), `slow-start` (seconds before it binds).
 """
 
 from __future__ import annotations

@@ -1,0 +1,111 @@
+"""A server on a Unix socket that says what the test tells it to, for the clients to survive.
+
+A script is one list of steps for each connection, in order of their coming: bytes are sent once a request was read,
+`CLOSE` ends the connection, `SILENT` reads on and says nothing. Without a script left, a connection is closed at
+once.
+"""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+CLOSE = "close"
+SILENT = "silent"
+Step = bytes | str
+
+
+def answer(body: bytes, status: int = 200, headers: bytes = b"") -> bytes:
+    return b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n%b\r\n" % (status, len(body), headers) + body
+
+
+def read_request(connection: socket.socket) -> bytes:
+    """One request, head and body; empty at the end of the stream."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        more = connection.recv(65536)
+        if not more:
+            return b""
+        data += more
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = next((int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0)
+    while len(body) < length:
+        body += connection.recv(1 << 20)
+    return head + b"\r\n\r\n" + body
+
+
+class HostileServer:
+    """Runs in threads of its own until it is left."""
+
+    def __init__(self, path: str, scripts: Sequence[Sequence[Step]]) -> None:
+        self.path = path
+        self.requests: list[bytes] = []
+        self.connections = 0
+        self._scripts = list(scripts)
+        self._open: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(path)
+        self._listener.listen(64)
+
+    def __enter__(self) -> Self:
+        self._start(self._accept)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for connection in self._open:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(5)
+        for connection in [self._listener, *self._open]:
+            connection.close()
+
+    def _start(self, target: object, *arguments: object) -> None:
+        thread = threading.Thread(target=target, args=arguments, daemon=True)  # type: ignore[arg-type]  # test code
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            self._open.append(connection)
+            self._start(self._serve, connection, self._scripts.pop(0) if self._scripts else [CLOSE])
+
+    def _serve(self, connection: socket.socket, steps: Sequence[Step]) -> None:
+        try:
+            for step in steps:
+                if step == CLOSE:
+                    break
+                request = read_request(connection)
+                if not request:
+                    break
+                self.requests.append(request)
+                if isinstance(step, bytes):
+                    connection.sendall(step)
+            else:
+                while connection.recv(65536):
+                    pass
+            connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+
+@contextmanager
+def hostile(*scripts: Sequence[Step]) -> Iterator[HostileServer]:
+    with tempfile.TemporaryDirectory(prefix="kms") as directory:
+        with HostileServer(str(Path(directory) / "s"), scripts) as server:
+            yield server

@@ -1,0 +1,186 @@
+"""Items, their bounds, and the cutting of many into requests that the daemon takes."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minikms import api
+from minikms.client import DecryptItem, EncryptItem, ReencryptItem, errors, verbs
+from minikms.client.values import BATCH_BYTES_MAX, check_item, chunks, cost_bytes
+from minikms.client.wire import Answer
+
+KEY = "k_" + "0" * 26
+
+
+@given(
+    key_id=st.text(max_size=128),
+    plaintext=st.binary(max_size=300),
+    aad=st.binary(max_size=50),
+    thread_id=st.none() | st.text(max_size=128),
+    request_id=st.none() | st.text(max_size=128),
+)
+def test_an_item_that_passes_the_check_can_be_encoded_within_its_cost(
+    key_id: str, plaintext: bytes, aad: bytes, thread_id: str | None, request_id: str | None
+) -> None:
+    item = EncryptItem(key_id=key_id, plaintext=plaintext, aad=aad, thread_id=thread_id, request_id=request_id)
+    try:
+        check_item(item)
+    except errors.InvalidRequestError:
+        return
+    assert len(msgspec.json.encode(item)) <= cost_bytes(item)
+
+
+def test_the_daemon_reads_an_item_as_it_was_given_and_absent_fields_are_absent() -> None:
+    body = verbs.encrypt_batch([EncryptItem(key_id=KEY, plaintext=b"\xff\xfe", aad=b"a", thread_id="t")]).body
+    assert body is not None
+    [item] = msgspec.json.decode(body, type=api.EncryptBatchRequest).items
+    assert item == api.EncryptItem(key_id=KEY, plaintext="//4=", aad="YQ==", thread_id="t")
+    assert msgspec.json.encode(EncryptItem(key_id="k", plaintext=b"")) == b'{"key_id":"k","plaintext":""}'
+
+
+def test_an_empty_thread_id_is_sent_not_dropped() -> None:
+    assert b'"thread_id":""' in msgspec.json.encode(EncryptItem(key_id="k", plaintext=b"", thread_id=""))
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        EncryptItem(key_id="k" * 129, plaintext=b""),
+        EncryptItem(key_id="k\ud800", plaintext=b""),
+        EncryptItem(key_id=KEY, plaintext=b"", thread_id="é"),
+        EncryptItem(key_id=KEY, plaintext=b"", request_id="r" * 129),
+        EncryptItem(key_id=KEY, plaintext=b"x" * (api.PLAINTEXT_BYTES_MAX + 1)),
+        EncryptItem(key_id=KEY, plaintext=b"", aad=b"x" * (api.AAD_BYTES_MAX + 1)),
+        DecryptItem(key_id=KEY, ciphertext=b"x" * (api.PLAINTEXT_BYTES_MAX + 29)),
+    ],
+)
+def test_an_item_that_could_spoil_a_batch_is_refused_before_it_is_sent(item: EncryptItem | DecryptItem) -> None:
+    with pytest.raises(errors.KmsRefusedError) as refused:
+        check_item(item)
+    assert refused.value.status in (400, 413)
+
+
+def test_texts_and_bytes_are_not_taken_for_each_other() -> None:
+    with pytest.raises(TypeError):
+        check_item(EncryptItem(key_id=KEY, plaintext="text"))  # type: ignore[arg-type]  # what is tested
+    with pytest.raises(TypeError):
+        check_item(EncryptItem(key_id=b"k", plaintext=b""))  # type: ignore[arg-type]  # what is tested
+
+
+@given(st.lists(st.sampled_from([0, 1, 1000, api.PLAINTEXT_BYTES_MAX // 3, api.PLAINTEXT_BYTES_MAX]), max_size=30))
+def test_chunks_keep_order_and_lose_nothing_and_fit_a_body(sizes: list[int]) -> None:
+    payloads = {size: bytes(size) for size in sizes}
+    items = [ReencryptItem(ciphertext=payloads[size], aad=b"%d" % index) for index, size in enumerate(sizes)]
+    cut = list(chunks(items))
+    assert [item.aad for chunk in cut for item in chunk] == [item.aad for item in items]
+    assert all(chunk and sum(map(cost_bytes, chunk)) <= BATCH_BYTES_MAX for chunk in cut)
+
+
+def test_a_chunk_has_at_most_as_many_items_as_a_batch() -> None:
+    cut = list(chunks([ReencryptItem(ciphertext=b"")] * (2 * api.BATCH_ITEMS_MAX + 1)))
+    assert [len(chunk) for chunk in cut] == [api.BATCH_ITEMS_MAX, api.BATCH_ITEMS_MAX, 1]
+
+
+def test_a_bad_item_is_refused_before_the_first_chunk() -> None:
+    items = [ReencryptItem(ciphertext=b"")] * api.BATCH_ITEMS_MAX * 2
+    with pytest.raises(errors.TooLargeError):
+        next(chunks([*items, ReencryptItem(ciphertext=b"", aad=bytes(5000))]))
+
+
+def test_no_repr_shows_a_content() -> None:
+    for value in (
+        EncryptItem(key_id=KEY, plaintext=b"PLANTED"),
+        DecryptItem(key_id=KEY, ciphertext=b"PLANTED"),
+        ReencryptItem(ciphertext=b"PLANTED"),
+        api.DataKeyAnswer(key_id=KEY, ciphertext=b"x", plaintext=b"PLANTED"),
+    ):
+        assert "PLANTED" not in repr(value)
+
+
+# --- answers ---
+
+
+def read_items(body: bytes, count: int) -> object:
+    return verbs.read(verbs.encrypt_batch([EncryptItem(key_id=KEY, plaintext=b"")] * count), Answer(200, body, True))
+
+
+def test_an_item_is_a_value_or_the_error_of_its_code() -> None:
+    body = b'{"items":[{"ciphertext":"eA=="},{"error":"no","code":"key_retired"},{"error":"hm","code":"new_one"}]}'
+    first, second, third = read_items(body, 3)  # type: ignore[misc]  # a list, as the next lines show
+    assert first == b"x"
+    assert isinstance(second, errors.KeyRetiredError)
+    assert (second.status, second.code, second.message) == (409, "key_retired", "no")
+    assert type(third) is errors.KmsRefusedError
+    assert third.code == "new_one"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b'{"items":[]}',
+        b'{"items":[{}]}',
+        b'{"items":[{"ciphertext":"eA==","code":"x","error":"y"}]}',
+        b'{"items":[{"ciphertext":"eA=="},{"ciphertext":"eA=="}]}',
+        b'{"items":[{"error":"y"}]}',
+        b'{"items":[{"ciphertext":5}]}',
+        b'{"items":[{"ciphertext":"\xff"}]}',
+        b'{"items":' + b"[" * 5000,
+    ],
+)
+def test_an_answer_of_another_shape_is_a_protocol_error(body: bytes) -> None:
+    with pytest.raises(errors.KmsProtocolError):
+        read_items(body, 1)
+
+
+def test_every_code_of_the_contract_has_its_error_with_the_daemons_status() -> None:
+    import minikms.errors
+
+    codes = {value for name, value in vars(api).items() if name.startswith("CODE_")}
+    assert set(errors.BY_CODE) == codes
+    daemons = {kind.code: kind.status for kind in minikms.errors.MiniKmsError.__subclasses__()}
+    for code, kind in errors.BY_CODE.items():
+        if code in daemons:
+            assert kind.default_status == daemons[code], code
+
+
+def test_what_a_daemon_says_is_cut_short_and_cleaned() -> None:
+    error = errors.refusal("Not a code\n", "line\n\x1b[31m" + "x" * 10000, 400)
+    assert error.code == "internal"
+    assert len(error.message) <= errors.MESSAGE_CHARS_MAX
+    assert error.message.isprintable()
+
+
+def test_a_new_root_key_is_joined_only_as_64_hex_characters() -> None:
+    digits = b"aB" * 32
+    assert verbs.rotate_kek(bytearray(digits), True, ()).body == b'{"new_kek_hex":"%b","wait":true}' % digits
+    assert verbs.rotate_kek(None, False, ()).body == b'{"wait":false}'
+    for bad in ("", "ab" * 31, "zz" * 32, "ab" * 32 + "\n", '"' + "a" * 63, "é" * 64):
+        with pytest.raises(errors.InvalidRequestError):
+            verbs.rotate_kek(bad, True, ())
+
+
+def test_a_request_id_that_could_break_the_head_is_refused() -> None:
+    for bad in ("", "a b", "a\r\nX: y", "é", "x" * 129):
+        with pytest.raises(errors.InvalidRequestError):
+            verbs.status().named(bad)
+
+
+def test_a_key_id_never_leaves_its_place_in_a_path() -> None:
+    assert verbs.get_key("../x?y#z").target == b"/keys/..%2Fx%3Fy%23z"
+    assert verbs.get_wrapped("a&b=c").target == b"/get_wrapped?key_id=a%26b%3Dc"
+
+
+def test_verbs_that_make_or_change_something_are_never_repeated_blindly() -> None:
+    once = [
+        verbs.create_dek_for_thread("t", None, None),
+        verbs.generate_data_key(KEY, b"", True),
+        verbs.rotate_kek(None, True, ()),
+        verbs.retire_key(KEY),
+        verbs.destroy_key(KEY),
+    ]
+    assert not any(call.retry for call in once)

@@ -1,0 +1,134 @@
+"""The child's command line, environment and log lines, without a process; and its descriptors, with one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from progressdb_server.kms.child import LAST_LINES_MAX, LINE_BYTES_MAX, Child, ChildOptions, Lines, environment
+
+
+def lines_of(*pieces: bytes) -> list[str]:
+    lines = Lines()
+    return [line for piece in [*pieces, b""] for line in lines.feed(piece)]
+
+
+@given(
+    st.lists(
+        st.text(st.characters(codec="ascii", exclude_categories=["C"]), min_size=1, max_size=30).filter(
+            lambda text: text == text.rstrip()
+        ),
+        max_size=10,
+    ),
+    st.lists(st.integers(0, 300), max_size=5),
+)
+def test_lines_come_out_as_they_were_written_however_they_are_cut(written: list[str], cuts: list[int]) -> None:
+    data = "".join(line + "\n" for line in written).encode()
+    ends = sorted({cut for cut in cuts if 0 < cut < len(data)} | {len(data)})
+    pieces = [data[start:end] for start, end in zip([0, *ends], ends, strict=False) if start < end]
+    assert lines_of(*pieces) == written
+
+
+def test_a_line_that_never_ends_is_cut_and_takes_no_more_memory() -> None:
+    lines = Lines()
+    for _ in range(100):
+        assert list(lines.feed(b"x" * LINE_BYTES_MAX)) == []
+        assert len(lines._kept) <= LINE_BYTES_MAX + 1
+    assert list(lines.feed(b"end\nnext\n")) == ["x" * LINE_BYTES_MAX + " … (cut)", "next"]
+
+
+def test_a_line_can_not_forge_another_or_move_the_cursor() -> None:
+    assert lines_of(b"a\rb\x1b[2J\x00c\xff\n") == ["a b [2J c\N{REPLACEMENT CHARACTER}"]
+
+
+def test_a_last_line_without_an_end_is_not_lost_and_empty_lines_are_none() -> None:
+    assert lines_of(b"\n\na\n\nb") == ["a", "b"]
+
+
+def test_the_command_is_the_miniKMS_of_this_installation_unless_a_program_is_named() -> None:
+    command = ChildOptions(socket_path="s", data_dir="d", dev=True).command(7)
+    here = os.getcwd()
+    assert command == [
+        *[sys.executable, "-P", "-m", "minikms"],
+        *["--socket", f"{here}/s", "--data-dir", f"{here}/d"],
+        *["--dev", "--parent-fd", "7", "--log-format", "json"],
+    ]
+    assert ChildOptions(socket_path="s", data_dir="d", binary="bin/minikms").command(7)[0] == f"{here}/bin/minikms"
+
+
+def test_a_key_goes_on_as_a_path_or_a_descriptor_never_as_text() -> None:
+    by_file = ChildOptions(socket_path="s", data_dir="d", master_key_file="/k").command(7)
+    assert by_file[by_file.index("--master-key-file") + 1] == "/k"
+    by_descriptor = ChildOptions(socket_path="s", data_dir="d", master_key_fd=5).command(7)
+    assert by_descriptor[by_descriptor.index("--master-key-fd") + 1] == "5"
+
+
+def test_the_environment_holds_nothing_of_the_servers_but_place_and_language() -> None:
+    own = {"PATH": "/bin", "LANG": "C", "PYTHONPATH": "/x", "LD_PRELOAD": "x.so", "PROGRESSDB_API_ADMIN_KEYS": "secret"}
+    assert environment(own, 1000) == {"PATH": "/bin", "LANG": "C", "PROGRESSDB_MINIKMS_ALLOWED_UIDS": "1000"}
+
+
+def test_each_child_gets_the_master_key_from_its_beginning(place) -> None:
+    descriptor = os.memfd_create("key")
+    os.write(descriptor, b"ab" * 32)
+
+    async def main() -> None:
+        for _ in range(2):
+            child = await Child.start(place.options(master_key_fd=descriptor), lambda line: None)
+            seen = place.data / "seen-master-key"
+            async with asyncio.timeout(10):
+                while not seen.exists():
+                    await asyncio.sleep(0.02)
+            await child.stop()
+            assert seen.read_bytes() == b"ab" * 32
+            seen.unlink()
+
+    try:
+        asyncio.run(main())
+    finally:
+        os.close(descriptor)
+
+
+def test_a_child_inherits_no_descriptor_but_those_it_is_given(place) -> None:
+    leak = os.open("/dev/null", os.O_RDONLY)
+    os.set_inheritable(leak, True)
+
+    async def main() -> list[str]:
+        child = await Child.start(place.options(), lambda line: None)
+        links = [os.readlink(f"/proc/{child.pid}/fd/{name}") for name in os.listdir(f"/proc/{child.pid}/fd")]
+        await child.stop()
+        return links
+
+    try:
+        assert "/dev/null" in (links := asyncio.run(main()))
+        assert links.count("/dev/null") <= 2  # standard input and output
+    finally:
+        os.close(leak)
+
+
+def test_a_child_that_does_not_stop_is_killed_and_its_last_words_are_kept(place, monkeypatch) -> None:
+    monkeypatch.setattr("progressdb_server.kms.child.STOP_S_MAX", 0.3)
+    stubborn = place.directory / "stubborn"
+    stubborn.write_text(
+        f"#!{sys.executable}\nimport signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "for n in range(9): print('line', n, file=sys.stderr, flush=True)\ntime.sleep(60)\n"
+    )
+    stubborn.chmod(0o700)
+    heard: list[str] = []
+
+    async def main() -> None:
+        child = await Child.start(place.options(binary=str(stubborn)), heard.append)
+        async with asyncio.timeout(10):
+            while len(heard) < 9:
+                await asyncio.sleep(0.02)
+        await child.stop()
+        with pytest.raises(ProcessLookupError):
+            os.kill(child.pid, 0)
+        assert child.last_lines == [f"line {number}" for number in range(9)][-LAST_LINES_MAX:]
+
+    asyncio.run(main())

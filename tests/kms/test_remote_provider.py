@@ -1,0 +1,182 @@
+"""The remote provider against a real (fake) daemon: what the server sees of it, and of its absence."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+
+from minikms import api
+from progressdb_server.kms import remote
+from progressdb_server.kms.provider import (
+    Open,
+    Provider,
+    ProviderRefusedError,
+    ProviderUnavailableError,
+    Seal,
+)
+from progressdb_server.kms.remote import RemoteProvider
+
+Test = Callable[[Provider], Awaitable[None]]
+
+
+@pytest.fixture
+def daemon(place) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [place.binary, "--socket", place.socket, "--data-dir", str(place.data)], stderr=subprocess.DEVNULL
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def run(place, test: Test) -> None:
+    async def main() -> None:
+        provider = RemoteProvider(place.socket)
+        try:
+            await test(provider)
+        finally:
+            await provider.close()
+
+    asyncio.run(main())
+
+
+def test_a_record_comes_back_only_under_its_key_its_place_and_its_thread(place, daemon) -> None:
+    daemon()
+
+    async def test(provider: Provider) -> None:
+        key = await provider.create_dek_for_thread("t-1")
+        other = await provider.create_dek_for_thread("t-2")
+        sealed = await provider.encrypt_with_key(key.key_id, b"text", aad=b"place", thread_id="t-1", request_id="r")
+        assert b"text" not in sealed
+        assert await provider.decrypt_with_key(key.key_id, sealed, aad=b"place", thread_id="t-1") == b"text"
+        for key_id, aad, thread, code in (
+            (key.key_id, b"elsewhere", "t-1", api.CODE_DECRYPTION_FAILED),
+            (other.key_id, b"place", "t-2", api.CODE_DECRYPTION_FAILED),
+            (key.key_id, b"place", "t-2", api.CODE_WRONG_THREAD),
+        ):
+            with pytest.raises(ProviderRefusedError) as refused:
+                await provider.decrypt_with_key(key_id, sealed, aad=aad, thread_id=thread)
+            assert refused.value.code == code
+
+    run(place, test)
+
+
+def test_many_items_come_back_in_order_and_one_refusal_stops_no_other(place, daemon) -> None:
+    daemon()
+
+    async def test(provider: Provider) -> None:
+        key = await provider.create_dek_for_thread("t")
+        count = api.BATCH_ITEMS_MAX + 10
+        sealed = await provider.encrypt_many([Seal(key.key_id, b"%d" % n, b"a", "t", "r") for n in range(count)])
+        opened = await provider.decrypt_many(
+            [
+                Open(key.key_id, entry, b"a" if n != 5 else b"b", "t")
+                for n, entry in enumerate(sealed)
+                if isinstance(entry, bytes)
+            ]
+        )
+        refused = opened.pop(5)
+        assert isinstance(refused, ProviderRefusedError)
+        assert refused.code == api.CODE_DECRYPTION_FAILED
+        assert opened == [b"%d" % n for n in range(count) if n != 5]
+
+    run(place, test)
+
+
+def test_a_replaced_key_only_decrypts_and_its_records_can_be_moved(place, daemon) -> None:
+    daemon()
+
+    async def test(provider: Provider) -> None:
+        old = await provider.create_dek_for_thread("t")
+        sealed = await provider.encrypt_with_key(old.key_id, b"text", aad=b"a", thread_id="t")
+        new = await provider.create_dek_for_thread("t", replaces=old.key_id)
+        with pytest.raises(ProviderRefusedError) as refused:
+            await provider.encrypt_with_key(old.key_id, b"text", aad=b"a", thread_id="t")
+        assert refused.value.code == api.CODE_KEY_RETIRED
+        [moved] = await provider.reencrypt_many(old.key_id, new.key_id, [(sealed, b"a")])
+        assert isinstance(moved, bytes)
+        assert await provider.decrypt_with_key(new.key_id, moved, aad=b"a", thread_id="t") == b"text"
+        await provider.retire(new.key_id)
+        await provider.retire(new.key_id)
+
+    run(place, test)
+
+
+def test_requests_that_arrive_while_the_daemon_is_down_wait_for_it(place, daemon) -> None:
+    async def test(provider: Provider) -> None:
+        waiting = asyncio.create_task(provider.create_dek_for_thread("t"))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        process = daemon()
+        key = await waiting
+        sealed = await provider.encrypt_with_key(key.key_id, b"text", aad=b"", thread_id="t")
+        process.kill()
+        process.wait()
+        opened = asyncio.create_task(provider.decrypt_with_key(key.key_id, sealed, aad=b"", thread_id="t"))
+        await asyncio.sleep(0.1)
+        daemon()
+        assert await opened == b"text"
+
+    run(place, test)
+
+
+def test_a_daemon_that_stays_away_is_unavailable_with_a_time_to_retry_and_no_path_in_the_text(
+    place, monkeypatch
+) -> None:
+    monkeypatch.setattr(remote, "WAIT_S", 0.2)
+
+    async def test(provider: Provider) -> None:
+        calls = [
+            provider.create_dek_for_thread("t"),
+            provider.encrypt_with_key("k", b"x", aad=b"", thread_id="t"),
+            provider.decrypt_with_key("k", b"x", aad=b"", thread_id="t"),
+            provider.encrypt_many([Seal("k", b"x", b"", "t")]),
+            provider.decrypt_many([Open("k", b"x", b"", "t")]),
+            provider.reencrypt_many("k", "l", [(b"x", b"")]),
+            provider.retire("k"),
+            provider.status(),
+        ]
+        for result in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(result, ProviderUnavailableError)
+            assert result.retry_after_s >= 1
+            assert place.socket not in str(result)
+
+    run(place, test)
+
+
+def test_a_daemon_that_hangs_is_unavailable_within_the_timeout(place, daemon, monkeypatch) -> None:
+    monkeypatch.setattr(remote, "TIMEOUT_S", 0.3)
+    process = daemon()
+
+    async def test(provider: Provider) -> None:
+        key = await provider.create_dek_for_thread("t")
+        os.kill(process.pid, signal.SIGSTOP)
+        with pytest.raises(ProviderUnavailableError):
+            await provider.encrypt_with_key(key.key_id, b"x", aad=b"", thread_id="t")
+        os.kill(process.pid, signal.SIGCONT)
+        assert await provider.encrypt_with_key(key.key_id, b"x", aad=b"", thread_id="t")
+
+    run(place, test)
+
+
+def test_a_refusal_that_is_the_key_services_trouble_is_unavailable_not_the_clients_fault() -> None:
+    from minikms.client.errors import refusal
+
+    for code in (api.CODE_AUDIT_UNAVAILABLE, api.CODE_STORAGE_UNAVAILABLE, api.CODE_UNAUTHORIZED, api.CODE_INTERNAL):
+        assert isinstance(remote._translated(refusal(code, "text")), ProviderUnavailableError)
+    for code in (api.CODE_KEY_RETIRED, api.CODE_WRONG_THREAD, api.CODE_KEY_UNREADABLE):
+        translated = remote._translated(refusal(code, "text"))
+        assert isinstance(translated, ProviderRefusedError)
+        assert translated.code == code
