@@ -100,8 +100,15 @@ def test_an_old_journal_over_a_new_snapshot_changes_no_count(tmp_path: Path, ope
     store.merge()
     (tmp_path / JOURNAL_NAME).write_bytes(old_journal)
     store = opened()
-    assert [store.total(key(number)) for number in (1, 2)] == [4 * LEASE_USES, 2 * LEASE_USES]
+    for _ in range(2):
+        assert [store.total(key(number)) for number in (1, 2)] == [4 * LEASE_USES, 2 * LEASE_USES]
+        store.merge()
     assert store.reserve([key(1)]) == [5 * LEASE_USES]
+
+
+def test_of_two_records_of_a_key_the_larger_holds(tmp_path: Path, opened: Callable[..., LeaseStore]) -> None:
+    journal(tmp_path, *(encode_record(key(1), count * LEASE_USES) for count in (5, 3, 4)))
+    assert opened().total(key(1)) == 5 * LEASE_USES
 
 
 def test_a_long_journal_is_due_for_a_merge(opened: Callable[..., LeaseStore], monkeypatch: pytest.MonkeyPatch) -> None:
