@@ -36,12 +36,12 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     pass
 
 
-class Tls(_Section):
+class Tls(_Section, frozen=True):
     cert_file: str = ""
     key_file: str = ""
 
 
-class Server(_Section):
+class Server(_Section, frozen=True):
     address: str = "127.0.0.1"
     port: int = 8080
     tls: Tls = Tls()
@@ -49,21 +49,21 @@ class Server(_Section):
     """Development: a miniKMS that is spawned makes its own root key file."""
 
 
-class Storage(_Section):
+class Storage(_Section, frozen=True):
     db_path: str = ""
 
 
-class Cors(_Section):
+class Cors(_Section, frozen=True):
     allowed_origins: tuple[str, ...] = ()
 
 
-class RateLimit(_Section):
+class RateLimit(_Section, frozen=True):
     rps: float = 100.0
     """Requests a second for each key; 0 turns the limit off."""
     burst: int = 200
 
 
-class ApiKeys(_Section):
+class ApiKeys(_Section, frozen=True):
     backend: tuple[str, ...] = ()
     frontend: tuple[str, ...] = ()
     admin: tuple[str, ...] = ()
@@ -73,18 +73,18 @@ class ApiKeys(_Section):
         counts = f"backend: {len(self.backend)}, frontend: {len(self.frontend)}, admin: {len(self.admin)}"
         return f"ApiKeys({counts}, allow_unauth={self.allow_unauth})"
 
-    def __rich_repr__(self) -> Iterator[str]:
-        yield repr(self)
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("allow_unauth", self.allow_unauth)]
 
 
-class Security(_Section):
+class Security(_Section, frozen=True):
     cors: Cors = Cors()
     rate_limit: RateLimit = RateLimit()
     ip_whitelist: tuple[str, ...] = ()
     api_keys: ApiKeys = ApiKeys()
 
 
-class Kms(_Section):
+class Kms(_Section, frozen=True):
     socket: str = ""
     data_dir: str = ""
     binary: str = ""
@@ -94,12 +94,12 @@ class Kms(_Section):
     """Who may serve the socket; empty: this process's own uid or root."""
 
 
-class Logging(_Section):
+class Logging(_Section, frozen=True):
     format: Literal["console", "json"] = "console"
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-class Config(_Section):
+class Config(_Section, frozen=True):
     server: Server = Server()
     storage: Storage = Storage()
     security: Security = Security()
@@ -278,7 +278,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]  # the stubs leave it untyped
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str) or key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is given twice or is not text", key_node.start_mark

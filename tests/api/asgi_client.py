@@ -107,7 +107,7 @@ class Api:
             "raw_path": path.encode(),
             "root_path": "",
             "query_string": query.encode(),
-            "headers": [(name.lower().encode(), value.encode()) for name, value in pairs],
+            "headers": [(name.lower().encode(), value.encode("utf-8", "surrogateescape")) for name, value in pairs],
             "client": (client, 4711),
         }
         waiting = list(chunks)

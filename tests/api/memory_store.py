@@ -1,6 +1,7 @@
 """A conversation store in memory, behind the production protocol: what the routes are tested against.
 
-It keeps versions, tombstones, writers and idempotency as the real one does; it keeps nothing on disk and encrypts nothing.
+It keeps versions, tombstones, writers and idempotency as the real one does; it keeps nothing on disk and encrypts
+nothing.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class Call:
         self.address: str = client[0] if client else ""
         self.headers, self.repeated_header = head.read_headers(scope["headers"])
         self.request_id = head.request_id(self.headers)
-        self.principal: identity.Principal = identity.ANONYMOUS
+        self.principal: identity.Principal = identity.NOBODY
         self.user: str | None = None
         """The user whose signature was verified."""
         self.parameters: dict[str, str] = {}

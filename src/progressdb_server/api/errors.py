@@ -28,12 +28,14 @@ class ClientGoneError(Exception):
     """The client closed its connection before its request was whole; nobody is left to answer."""
 
 
+THREAD_ID_REFUSAL: Final = "thread must be 1 to 128 letters, digits, dots, underscores or hyphens"
 _FIXED: Final[dict[type[model.StoreError], tuple[int, str]]] = {
     model.MessageNotFoundError: (404, "message not found"),
     model.ThreadNotFoundError: (404, "thread not found"),
     model.ThreadDeletedError: (403, "thread deleted"),
     model.NotTheAuthorError: (403, "author does not match"),
     model.AuthorNotInThreadError: (403, "author not found in any message in this thread"),
+    model.InvalidThreadIdError: (400, THREAD_ID_REFUSAL),
     model.IdempotencyConflictError: (409, "this Idempotency-Key was used before with another request"),
 }
 

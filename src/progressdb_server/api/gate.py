@@ -111,13 +111,13 @@ class Gate:
 
     def _principal(self, path: str, headers: head.Headers) -> Principal:
         if path in OPEN_PATHS:
-            return identity.ANONYMOUS
+            return self.keys.anonymous
         key = identity.presented_key(headers)
         principal = self.keys.find(key) if key else None
         if principal is not None:
             return principal
         if self._allow_unauthenticated:
-            return identity.ANONYMOUS
+            return self.keys.anonymous
         raise unauthorized("unauthorized")
 
     def _check_scope(self, principal: Principal, path: str) -> None:

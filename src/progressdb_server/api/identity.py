@@ -30,13 +30,14 @@ class Role(enum.StrEnum):
 class Principal:
     """One API key and its role, or the caller without one. The key leaves only as a signature or a keyed digest."""
 
-    __slots__ = ("_key", "number", "role")
+    __slots__ = ("_key", "_scope_key", "number", "role")
 
-    def __init__(self, role: Role, number: int = 0, key: bytes = b"") -> None:
+    def __init__(self, role: Role, number: int = 0, key: bytes = b"", sponsor: bytes = b"") -> None:
         self.role = role
         self.number = number
         """Position among all keys, from 1; 0 without a key. Names a key in logs and in the table of rates."""
         self._key = key
+        self._scope_key = hmac.digest(sponsor, b"progressdb scope key v1\0" + key, "sha256")
 
     def __repr__(self) -> str:
         return f"Principal({self.role.value}, number={self.number})"
@@ -47,21 +48,25 @@ class Principal:
 
     def scope(self, author: str) -> str:
         """A keyed digest that names (this key, this author) and gives away neither."""
-        return hmac.digest(self._key, b"progressdb idempotency scope v1\0" + author.encode(), "sha256").hex()
+        return hmac.digest(self._scope_key, b"progressdb idempotency scope v1\0" + author.encode(), "sha256").hex()
 
 
-ANONYMOUS: Final = Principal(Role.UNAUTHENTICATED)
+NOBODY: Final = Principal(Role.UNAUTHENTICATED)
+"""Before the gate has looked."""
 
 
 class KeyTable:
     """The configured keys. A presented key is compared by digest with all of them, so that time tells nothing."""
 
     def __init__(self, *, backend: Sequence[str] = (), frontend: Sequence[str] = (), admin: Sequence[str] = ()) -> None:
+        sponsor = backend[0].encode() if backend else b""
+        # A front-end key is known to many: what it scopes is keyed by the backend key that its users' signatures need.
+        self.anonymous = Principal(Role.UNAUTHENTICATED, sponsor=sponsor)
         self._entries: list[tuple[bytes, Principal]] = []
         for role, keys in ((Role.BACKEND, backend), (Role.FRONTEND, frontend), (Role.ADMIN, admin)):
             for key in keys:
                 raw = key.encode()
-                principal = Principal(role, len(self._entries) + 1, raw)
+                principal = Principal(role, len(self._entries) + 1, raw, sponsor if role is Role.FRONTEND else raw)
                 self._entries.append((hashlib.sha256(raw).digest(), principal))
         self._signers = [principal for _, principal in self._entries if principal.role is Role.BACKEND]
 

@@ -40,7 +40,7 @@ class _HttpServer(uvicorn.Server):
         self._on_listening()
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]  # a generator is an iterator
+    def capture_signals(self) -> Iterator[None]:
         yield
 
 
@@ -90,7 +90,7 @@ async def serve_http(
 ) -> None:
     """Serve until `stop` is set; returns when the last request has been answered or given up."""
     configuration = uvicorn.Config(
-        application,  # type: ignore[arg-type]  # uvicorn names the ASGI messages by its own types
+        application,
         http=BoundedProtocol,
         ws="none",
         lifespan="off",

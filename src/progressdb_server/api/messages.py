@@ -14,7 +14,7 @@ import msgspec
 from progressdb_server.api import answer, bounds, reading
 from progressdb_server.api.answer import Answer, JsonList
 from progressdb_server.api.call import Call, decode_json
-from progressdb_server.api.errors import bad_request, forbidden, not_found, too_large
+from progressdb_server.api.errors import THREAD_ID_REFUSAL, bad_request, forbidden, not_found, too_large
 from progressdb_server.api.identity import Role, checked_author
 from progressdb_server.store.model import ConversationStore, NewMessage
 
@@ -91,7 +91,7 @@ class MessageRoutes:
     async def _create(self, call: Call, sent: _MessageBody, thread_id: str) -> Answer:
         author = call.required_author(sent.author)
         if thread_id and not bounds.ID_PATTERN.fullmatch(thread_id):
-            raise bad_request("thread must be 1 to 128 letters, digits, dots, underscores or hyphens")
+            raise bad_request(THREAD_ID_REFUSAL)
         if sent.body is None:
             raise bad_request("body is required")
         new = NewMessage(
@@ -114,7 +114,7 @@ class MessageRoutes:
         if not thread_id:
             raise bad_request("missing thread query parameter")
         if not bounds.ID_PATTERN.fullmatch(thread_id):
-            raise bad_request("thread must be 1 to 128 letters, digits, dots, underscores or hyphens")
+            raise bad_request(THREAD_ID_REFUSAL)
         page = reading.read_page(call.query)
         await reading.check_reader(self._store, call, thread_id)
         return reading.list_of_messages(self._store, thread_id, page)

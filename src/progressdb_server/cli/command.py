@@ -98,6 +98,10 @@ def application(master_key_fd: int | None) -> App:
             return _refused(error)
         return 0
 
+    app.command(
+        "progressdb_server.cli.demo:demo", name="demo", help="A guided tour: store, read back, search the disk, verify."
+    )
+
     configuration = App(name="config", help="Check or show the configuration that the server would run with.")
     app.command(configuration)
 
@@ -137,8 +141,7 @@ def application(master_key_fd: int | None) -> App:
             loaded = _loaded(addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev)
         except ConfigError as error:
             return _refused(error)
-        for line in command.shown(loaded):
-            print(line)
+        print("\n".join(command.shown(loaded)))
         return 0
 
     return app

@@ -1,0 +1,378 @@
+"""`progressdb demo`: the guided tour.
+
+Owns: the order of the steps, and what each prints. Each runs against the real server, started as a process of its own
+with its own miniKMS, and is printed with the command that a user would type for it. Invariants: nothing is claimed that
+was not checked in this run, and one failed check makes the exit status 1; the search of the disk proves that it can
+find (the thread's id, which is not secret) before what it doesn't find counts; what was started is stopped. It must
+never use the configuration of the person who runs it, nor touch data outside its directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+
+from progressdb_server.cli.disksearch import Found, hexdump, search
+from progressdb_server.config import UNIX_PATH_BYTES_MAX
+from progressdb_server.store.record import unpack_sealed
+
+READY_S_MAX: Final = 20.0
+STOP_S_MAX: Final = 15.0
+CALL_TIMEOUT_S: Final = 10.0
+AUTHOR: Final = "ada"
+TITLE: Final = "The guided tour"
+KEY_CHARS_SHOWN: Final = 46
+DUMPED_BYTES_MAX: Final = 128
+
+
+class DemoError(Exception):
+    """The tour cannot go on; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where everything of the tour is. Relative paths stay relative: they are printed in commands."""
+
+    directory: Path
+    socket: Path
+
+    @property
+    def server_log(self) -> Path:
+        return self.directory / "server.log"
+
+    @property
+    def kms_data(self) -> Path:
+        return self.directory / "kms"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server, and the keys that it takes for this run."""
+
+    url: str
+    backend_key: str
+    admin_key: str
+
+    def call(self, method: str, target: str, body: object = None, *, admin: bool = False) -> bytes:
+        """The answer's bytes. Raises DemoError unless it is 2xx."""
+        headers = {"X-API-Key": self.admin_key if admin else self.backend_key, "X-User-ID": AUTHOR}
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + target, data, headers, method=method)  # noqa: S310 - http, loopback
+        # Without the proxies of the environment: the server is on this machine.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=CALL_TIMEOUT_S) as answer:
+                content: bytes = answer.read()
+                return content
+        except urllib.error.HTTPError as error:
+            raise DemoError(f"{method} {target} was answered {error.code}: {error.read().decode()}") from None
+        except OSError as error:
+            raise DemoError(f"{method} {target} was not answered: {error}") from None
+
+
+class Tour:
+    """Prints the steps and remembers whether every check held."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._steps = 0
+        self.failed = 0
+
+    def step(self, title: str, *commands: str) -> None:
+        self._steps += 1
+        self._console.print(f"\n[bold]{self._steps}. {escape(title)}[/bold]")
+        for command in commands:
+            self.line(f"$ {command}", style="cyan")
+
+    def line(self, text: str, style: str = "") -> None:
+        self._console.print(Text(f"   {text}", style=style), soft_wrap=True)
+
+    def check(self, holds: bool, claim: str) -> None:
+        """A claim with the outcome of its check before it."""
+        self.failed += not holds
+        self.line(f"{'ok    ' if holds else 'FAILED'} {claim}", style="green" if holds else "bold red")
+
+    def close(self, server_command: str, directory: Path) -> None:
+        if self.failed:
+            self._console.print(
+                f"\n[bold red]{self.failed} checks failed.[/bold red] The server's log is in {directory}."
+            )
+            return
+        self._console.print("\n[bold green]Every check held.[/bold green] Run it again: it finds its data and goes on.")
+        self._console.print("The same server, to try the commands above:")
+        self.line(f"$ {server_command}", style="cyan")
+
+
+def demo(
+    *, directory: Annotated[Path, Parameter(name="--dir", help="Where the tour keeps its data.")] = Path("demo-data")
+) -> int:
+    """Take a guided tour: store a conversation, read it back, look for it on the disk. Exit 0 when every check held."""
+    tour = Tour(Console(highlight=False))
+    signal.signal(signal.SIGTERM, _interrupt)  # or the server would be left behind
+    try:
+        with _socket_place(directory) as socket_path:
+            return _take(tour, Place(directory, socket_path))
+    except DemoError as error:
+        print(f"progressdb demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _take(tour: Tour, place: Place) -> int:
+    with _running(tour, place) as server:
+        thread, told_before = _conversation(tour, server)
+        planted = _write(tour, server, thread)
+        messages = _read_back(tour, server, thread, planted, told_before)
+        _show_record(tour, server, thread)
+        _show_status(tour, place)
+    _search_disk(tour, place, thread, planted, [message["body"]["text"] for message in messages])
+    _verify_audit(tour, place)
+    tour.close(_server_command(place, "127.0.0.1:8080", "my-backend-key", "my-admin-key"), place.directory)
+    return 1 if tour.failed else 0
+
+
+# --- the steps --------------------------------------------------------------------------------------------------
+def _conversation(tour: Tour, server: Server) -> tuple[str, list[dict[str, Any]]]:
+    """The tour's thread, and the messages that are in it from earlier runs."""
+    query = urllib.parse.urlencode({"author": AUTHOR, "title": TITLE})
+    threads = json.loads(server.call("GET", f"/v1/threads?{query}"))["threads"]
+    if threads:
+        thread: str = threads[0]["id"]
+        tour.step("A conversation from earlier runs is there", _curl(server, f"/v1/threads?{query}"))
+        messages = json.loads(server.call("GET", f"/v1/messages?thread={thread}"))["messages"]
+        tour.check(bool(messages), f"{len(messages)} messages of earlier runs in {thread}, readable again")
+        return thread, messages
+    tour.step("Make a conversation", _curl(server, "/v1/threads", {"title": TITLE, "author": AUTHOR}))
+    thread = json.loads(server.call("POST", "/v1/threads", {"title": TITLE, "author": AUTHOR}))["id"]
+    tour.check(True, f"{thread}, with an encryption key of its own that only miniKMS has")
+    return thread, []
+
+
+def _write(tour: Tour, server: Server, thread: str) -> list[str]:
+    """Appends this run's messages, each with a planted text that exists nowhere else; returns the planted texts."""
+    planted = [f"violet-heron-{secrets.token_hex(8)}", f"copper-otter-{secrets.token_hex(8)}"]
+    said = [(AUTHOR, "user", f"The door code is {planted[0]}."), ("assistant", "assistant", f"Noted: {planted[1]}.")]
+    bodies = [{"thread": thread, "author": author, "role": role, "body": {"text": text}} for author, role, text in said]
+    tour.step("Store two messages with planted texts", *(_curl(server, "/v1/messages", body) for body in bodies))
+    for body in bodies:
+        message = json.loads(server.call("POST", "/v1/messages", body))
+        tour.check(message["thread"] == thread, f"{message['id']} is encrypted and synced to disk")
+    return planted
+
+
+def _read_back(
+    tour: Tour, server: Server, thread: str, planted: list[str], told_before: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    target = f"/v1/messages?thread={thread}"
+    tour.step("Read the conversation back", _curl(server, target))
+    messages: list[dict[str, Any]] = json.loads(server.call("GET", target))["messages"]
+    for message in messages[-len(planted) :]:
+        tour.line(f"{message['author']}: {message['body']['text']}")
+    texts = " ".join(message["body"]["text"] for message in messages[len(told_before) :])
+    tour.check(
+        messages[: len(told_before)] == told_before and all(text in texts for text in planted),
+        f"{len(messages)} messages came back as they were written",
+    )
+    return messages
+
+
+def _show_record(tour: Tour, server: Server, thread: str) -> None:
+    prefix = f"thread:{thread}:msg:"
+    keys = json.loads(server.call("GET", f"/admin/keys?prefix={urllib.parse.quote(prefix)}", admin=True))["keys"]
+    key = next(key for key in keys if key.startswith(prefix))
+    target = f"/admin/keys/{urllib.parse.quote(key)}"
+    tour.step("Look at a message as the disk has it", f"{_curl(server, target, admin=True)} | xxd")
+    raw = server.call("GET", target, admin=True)
+    key_id, sealed = unpack_sealed(raw)
+    for line in hexdump(raw[:DUMPED_BYTES_MAX], plain_bytes=len(raw) - len(sealed)):
+        tour.line(line)
+    tour.line(
+        f"Readable: a version, the key's id ({key_id}), the author. Then nonce, ciphertext, tag: {len(sealed)} bytes."
+    )
+
+
+def _show_status(tour: Tour, place: Place) -> None:
+    tour.step(
+        "Ask the key service how it is", f"curl -s --unix-socket {shlex.quote(str(place.socket))} http://kms/status"
+    )
+    status = _kms_status(place.socket)
+    for name, value in status.items():
+        tour.line(f"{name}: {json.dumps(value)}")
+
+
+def _search_disk(tour: Tour, place: Place, thread: str, planted: list[str], texts: list[str]) -> None:
+    """After the stop, when the store has written out what it held in memory."""
+    tour.step(
+        "Stop the server, and search every byte on disk: store, keys, audit log and the server's log",
+        f"grep --recursive --text --count '{planted[0]}' {shlex.quote(str(place.directory))}",
+    )
+    known = search(place.directory, [thread])
+    tour.check(
+        bool(known.hits), f"the search can find: the thread's id, which is not secret, is in {len(known.hits)} files"
+    )
+    found: Found = search(place.directory, [*planted, *texts])
+    for path, text in found.hits[:3]:
+        tour.line(f"found in {path}: {text[:KEY_CHARS_SHOWN]}", style="red")
+    tour.check(
+        not found.hits,
+        f"{len(planted)} planted texts and {len(texts)} messages, as text, hex or base64: nowhere in "
+        f"{found.files} files, {found.size:,} bytes",
+    )
+
+
+def _verify_audit(tour: Tour, place: Place) -> None:
+    command = ["audit", "verify", "--data-dir", str(place.kms_data)]
+    tour.step("Verify the audit log: who did what with which key", shlex.join(["minikms", *command]))
+    done = subprocess.run(  # noqa: S603 - our own program, our own arguments
+        [sys.executable, "-P", "-m", "minikms", *command],
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=READY_S_MAX,
+        check=False,
+    )
+    for line in (done.stdout + done.stderr).splitlines():
+        tour.line(line)
+    tour.check(done.returncode == 0, "every line is there, unaltered and in order")
+
+
+# --- the server -------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _running(tour: Tour, place: Place) -> Iterator[Server]:
+    """The real server, as a process; stopped at the end. Raises DemoError when it does not come up or go down."""
+    address = f"127.0.0.1:{_free_port()}"
+    server = Server(f"http://{address}", secrets.token_urlsafe(12), secrets.token_urlsafe(12))
+    os.makedirs(place.directory, mode=0o700, exist_ok=True)
+    tour.step(
+        "Start the server, which starts miniKMS, the key service",
+        _server_command(place, address, server.backend_key, server.admin_key),
+    )
+    variables = _variables(place, server.backend_key, server.admin_key)
+    with place.server_log.open("ab") as log:
+        process = subprocess.Popen(  # noqa: S603 - our own program, our own arguments
+            [sys.executable, "-P", "-m", "progressdb_server", *_flags(place, address)],
+            env=_environment() | variables,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        _wait_until_ready(process, server, place)
+        tour.check(True, f"{server.url} answers; data in {place.directory}, log in {place.server_log}")
+        tour.line(f"--dev made the root key, {place.kms_data}.master-key. Elsewhere, keep it apart from the data.")
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            status = process.wait(STOP_S_MAX)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = process.wait()
+    if status != 0:
+        raise DemoError(f"the server ended with status {status}; its log: {place.server_log}")
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], server: Server, place: Place) -> None:
+    end = time.monotonic() + READY_S_MAX
+    while True:
+        try:
+            server.call("GET", "/healthz")
+        except DemoError:
+            if process.poll() is None and time.monotonic() < end:
+                time.sleep(0.05)
+                continue
+            last = place.server_log.read_text(errors="replace").splitlines()[-5:]
+            raise DemoError("the server did not come up. Its last words:\n" + "\n".join(last)) from None
+        return
+
+
+def _flags(place: Place, address: str) -> list[str]:
+    return ["--dev", "--addr", address, "--db", str(place.directory)]
+
+
+def _variables(place: Place, backend_key: str, admin_key: str) -> dict[str, str]:
+    variables = {"PROGRESSDB_API_BACKEND_KEYS": backend_key, "PROGRESSDB_API_ADMIN_KEYS": admin_key}
+    if not place.socket.is_relative_to(place.directory):
+        variables["PROGRESSDB_KMS_SOCKET"] = str(place.socket)
+    return variables
+
+
+def _server_command(place: Place, address: str, backend_key: str, admin_key: str) -> str:
+    variables = [f"{name}={shlex.quote(value)}" for name, value in _variables(place, backend_key, admin_key).items()]
+    return " ".join([*variables, shlex.join(["progressdb", *_flags(place, address)])])
+
+
+def _environment() -> dict[str, str]:
+    """The environment of what is started: nothing of the user's own configuration of these programs."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
+
+
+@contextlib.contextmanager
+def _socket_place(directory: Path) -> Iterator[Path]:
+    """In the server's default place; where that path is too long for a socket, in a short temporary directory."""
+    usual = directory / "run" / "minikms.sock"
+    if len(os.fsencode(usual.absolute())) <= UNIX_PATH_BYTES_MAX:
+        yield usual
+        return
+    short = tempfile.mkdtemp(prefix="progressdb-demo-")
+    try:
+        yield Path(short) / "minikms.sock"
+    finally:
+        shutil.rmtree(short, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _kms_status(path: Path) -> dict[str, Any]:
+    """miniKMS's own account of itself, over its socket. Raises DemoError."""
+    connection = http.client.HTTPConnection("kms", timeout=CALL_TIMEOUT_S)
+    try:
+        with socket.socket(socket.AF_UNIX) as connected:
+            connected.settimeout(CALL_TIMEOUT_S)
+            connected.connect(str(path))
+            connection.sock = connected
+            connection.request("GET", "/status")
+            status: dict[str, Any] = json.loads(connection.getresponse().read())
+            return status
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise DemoError(f"miniKMS did not say how it is: {error}") from None
+
+
+def _curl(server: Server, target: str, body: object = None, *, admin: bool = False) -> str:
+    words = ["curl", "-s", "-H", f"X-API-Key: {server.admin_key if admin else server.backend_key}"]
+    if body is not None:
+        words += ["-d", json.dumps(body)]
+    return shlex.join([*words, server.url + target])

@@ -1,0 +1,67 @@
+"""Token buckets, with the clock in the test's hand."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from progressdb_server.api.rate import AddressBuckets, TokenBucket, address_group
+
+STEPS = st.lists(st.floats(min_value=0, max_value=5), max_size=60)
+RATES = st.floats(min_value=0.1, max_value=50)
+BURSTS = st.integers(min_value=1, max_value=20)
+
+
+@given(STEPS, RATES, BURSTS)
+def test_no_bucket_ever_gives_more_than_its_burst_and_its_rate(steps: list[float], rps: float, burst: int) -> None:
+    bucket = TokenBucket(rps, burst)
+    now_s, taken = 100.0, 0
+    for step in steps:
+        now_s += step
+        taken += bucket.take(now_s) == 0
+    assert taken <= burst + (now_s - 100.0) * rps + 1e-6
+
+
+@given(STEPS, RATES, BURSTS)
+def test_the_wait_that_a_bucket_names_is_enough(steps: list[float], rps: float, burst: int) -> None:
+    bucket = TokenBucket(rps, burst)
+    now_s = 100.0
+    for step in steps:
+        now_s += step
+        wait_s = bucket.take(now_s)
+        if wait_s:
+            now_s += wait_s * (1 + 1e-9) + 1e-9
+            assert bucket.take(now_s) == 0
+
+
+def test_a_clock_that_stands_still_or_goes_back_gives_no_tokens() -> None:
+    bucket = TokenBucket(rps=10, burst=2)
+    assert [bucket.take(now_s) == 0 for now_s in (50.0, 50.0, 50.0, 10.0, 49.0)] == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("192.0.2.1", "192.0.2.1", True),
+        ("192.0.2.1", "192.0.2.2", False),
+        ("192.0.2.1", "::ffff:192.0.2.1", True),
+        ("2001:db8::1", "2001:db8:0:0:ffff::2", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("", "", True),
+        ("no address", "another", False),
+    ],
+)
+def test_one_ipv6_host_s_addresses_share_a_bucket(one: str, other: str, same: bool) -> None:
+    assert (address_group(one) == address_group(other)) is same
+
+
+def test_the_table_of_addresses_is_bounded_and_forgets_the_one_unused_for_longest() -> None:
+    buckets = AddressBuckets(rps=0.001, burst=1, count_max=3)
+    for address in ("a", "b", "c"):
+        assert buckets.take(address, 1.0) == 0
+    assert buckets.take("a", 1.0) > 0  # used again: now b is the oldest
+    assert buckets.take("d", 1.0) == 0
+    assert len(buckets) == 3
+    assert buckets.take("a", 1.0) > 0
+    assert buckets.take("b", 1.0) == 0  # it was forgotten
