@@ -37,7 +37,7 @@ from minikms.keys.dek import DekRecord
 from minikms.keys.ids import check_key_id
 from minikms.memory.arena import SecretSlot
 from minikms.policy import Principal
-from minikms.service import CIPHERTEXT_BYTES_MAX, Audit
+from minikms.service import CIPHERTEXT_BYTES_MAX, Audit, Verbs
 
 AUDIT_RETRY_SECONDS: Final = 1.0
 SCAN_CHUNK_KEYS: Final = 512
@@ -48,7 +48,7 @@ _STAMP: Final = re.compile(r"[0-9]{8}T[0-9]{6}", re.ASCII)
 _encoder = msgspec.json.Encoder()
 
 
-class KeyLifecycle:
+class KeyLifecycle(Verbs):
     """`rewrite_root` writes the new root into the key file (`--rewrite-master-key-file`); None: the operator does."""
 
     def __init__(
@@ -62,8 +62,7 @@ class KeyLifecycle:
         opened_slot_id: str,
         rewrite_root: Callable[[SecretSlot], None] | None,
     ) -> None:
-        self._vault = vault
-        self._audit = audit
+        super().__init__(vault, audit)
         self._rotation = rotation
         self._indexing = indexing
         self._executor = executor
@@ -79,7 +78,7 @@ class KeyLifecycle:
         self, who: Principal, *, thread_id: str | None, state: str | None, cursor: str, limit: int, request_id: str
     ) -> bytes:
         """One page of keys, oldest first. Role: monitor."""
-        event = Event(type="list_keys", actor=who.actor, pid=who.pid, request_id=request_id)
+        event = self._event("list_keys", who, request_id)
         try:
             who.require("monitor")
             if state not in (None, "active", "retired"):
@@ -89,7 +88,7 @@ class KeyLifecycle:
             page = self._vault.index.page(after=cursor, limit=limit, thread_id=thread_id, state=state)
             keys = await self._in_worker(self._describe_all, page.key_ids)
         except MiniKmsError as error:
-            await self._refused(event, error)
+            await self._refused_later(event, error)
             raise
         event.count = len(keys)
         await self._audit.add_written(event, durable=False)
@@ -99,13 +98,13 @@ class KeyLifecycle:
 
     async def get_key(self, who: Principal, key_id: str, request_id: str) -> bytes:
         """One key. Role: monitor."""
-        event = Event(type="get_key", actor=who.actor, pid=who.pid, request_id=request_id)
+        event = self._event("get_key", who, request_id)
         try:
             who.require("monitor")
             event.key_id = check_key_id(key_id)
             answer = self._describe(self._vault.record(key_id))
         except MiniKmsError as error:
-            await self._refused(event, error)
+            await self._refused_later(event, error)
             raise
         await self._audit.add_written(event, durable=False)
         return _encoder.encode(answer)
@@ -136,13 +135,13 @@ class KeyLifecycle:
 
     async def retire(self, who: Principal, key_id: str, request_id: str) -> bytes:
         """The key only decrypts from here on; one that is retired already stays so. Role: create."""
-        event = Event(type="retire_key", actor=who.actor, pid=who.pid, request_id=request_id)
+        event = self._event("retire_key", who, request_id)
         try:
             who.require("create")
             event.key_id = check_key_id(key_id)
             record = await self._vault.retire(key_id, again=True)
         except MiniKmsError as error:
-            await self._refused(event, error)
+            await self._refused_later(event, error)
             raise
         event.thread_id = record.thread_id
         await self._audit.add_written(event, durable=True)
@@ -150,7 +149,7 @@ class KeyLifecycle:
 
     async def destroy(self, who: Principal, key_id: str, request: api.DestroyKeyRequest, request_id: str) -> bytes:
         """The key is gone for good, with its backups; answers a receipt. Role: destroy."""
-        event = Event(type="destroy_key", actor=who.actor, pid=who.pid, request_id=request_id)
+        event = self._event("destroy_key", who, request_id)
         try:
             who.require("destroy")
             event.key_id = check_key_id(key_id)
@@ -158,7 +157,7 @@ class KeyLifecycle:
                 raise InvalidRequestError("the key id in the body must repeat the one in the path")
             backups_removed = await self._vault.destroy(key_id)
         except MiniKmsError as error:
-            await self._refused(event, error)
+            await self._refused_later(event, error)
             raise
         event.facts = {"backups_removed": backups_removed}
         await self._audit.add_written(event, durable=True)
@@ -170,7 +169,7 @@ class KeyLifecycle:
         self, who: Principal, request: api.RotateKekRequest, root: SecretSlot | None, request_id: str
     ) -> tuple[int, bytes]:
         """Rotates the KEK, and to a new root key where one is given; (HTTP status, answer). Role: rotate."""
-        event = Event(type="rotate_kek", actor=who.actor, pid=who.pid, request_id=request_id)
+        event = self._event("rotate_kek", who, request_id)
         samples = [] if request.verify is UNSET else request.verify
         try:
             who.require("rotate")
@@ -186,7 +185,7 @@ class KeyLifecycle:
             self.ensure_rotating()  # it has begun, and must end
             raise
         except MiniKmsError as error:
-            await self._refused(event, error)
+            await self._refused_later(event, error)
             raise
         runner = self.ensure_rotating()
         if request.wait is False:
@@ -270,7 +269,7 @@ class KeyLifecycle:
 
     async def prune_keks(self, who: Principal, request: api.PruneKekRequest, request_id: str) -> bytes:
         """Destroys retired KEK versions that no live or backup file names. Role: destroy."""
-        event = Event(type="prune_kek", actor=who.actor, pid=who.pid, request_id=request_id)
+        event = self._event("prune_kek", who, request_id)
         try:
             who.require("destroy")
             if self._rotation.running is not None:
@@ -281,7 +280,7 @@ class KeyLifecycle:
                 removed = await self._in_worker(lambda: self._vault.backups.prune(before=before))
             destroyed, kept = await self._destroy_unused_keks()
         except MiniKmsError as error:
-            await self._refused(event, error)
+            await self._refused_later(event, error)
             raise
         event.facts = {"backups_removed": removed, "destroyed": ",".join(map(str, destroyed))}
         await self._audit.add_written(event, durable=True)
@@ -330,10 +329,6 @@ class KeyLifecycle:
 
     async def _in_worker(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: work(*arguments))
-
-    async def _refused(self, event: Event, error: MiniKmsError) -> None:
-        event.outcome = error.code
-        await self._audit.add_written(event, durable=False)
 
 
 def _check_stamp(text: str) -> str:

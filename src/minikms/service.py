@@ -12,8 +12,7 @@ where a key's use lease has to reach the disk first.
 from __future__ import annotations
 
 import binascii
-import os
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -24,19 +23,16 @@ from msgspec import UNSET, UnsetType
 from minikms import api
 from minikms.audit import Event
 from minikms.base64 import decode_canonical
-from minikms.crypto.aead import NONCE_BYTES, OVERHEAD_BYTES, seal
+from minikms.crypto.aead import NONCE_BYTES, OVERHEAD_BYTES
 from minikms.custody.leases import UseLease
 from minikms.custody.vault import OpenDek, Vault
 from minikms.errors import (
     DecryptionError,
-    InvalidRequestError,
     MiniKmsError,
     StorageUnavailableError,
     TooManyError,
-    WrongPurposeError,
 )
 from minikms.keys.ids import check_key_id
-from minikms.memory.arena import fill_random
 from minikms.policy import Principal
 
 CIPHERTEXT_BYTES_MAX: Final = api.PLAINTEXT_BYTES_MAX + OVERHEAD_BYTES
@@ -58,56 +54,41 @@ class Audit(Protocol):
         """
 
 
-class KeyService:
-    def __init__(self, vault: Vault, audit: Audit, status: Callable[[], dict[str, object]]) -> None:
+class Verbs:
+    """What every set of verbs shares: the vault, the audit, and how a refusal is told."""
+
+    def __init__(self, vault: Vault, audit: Audit) -> None:
         self._vault = vault
         self._audit = audit
-        self._status = status
 
-    # --- keys --------------------------------------------------------------------------------------------------------
+    def _event(self, verb: str, who: Principal, request_id: str) -> Event:
+        return Event(type=verb, actor=who.actor, pid=who.pid, request_id=request_id)
 
-    async def create_dek_for_thread(self, who: Principal, request: api.CreateDekRequest, request_id: str) -> bytes:
-        """Always a new key, on disk before the answer leaves. Role: create."""
-        event = self._event("create_dek", who, _request_id(request.request_id, request_id))
-        try:
-            who.require("create")
-            event.thread_id = _check_thread_id(request.thread_id)
-            replaces = "" if request.replaces is UNSET else check_key_id(request.replaces)
-            purpose: api.Purpose = "thread" if request.purpose is UNSET else request.purpose
-            record = await self._vault.create(request.thread_id, purpose=purpose, replaces=replaces)
-        except MiniKmsError as error:
-            await self._refused_later(event, error)
-            raise
-        event.key_id = record.id
-        if replaces:
-            event.detail = f"replaces {replaces}"
-        await self._audit.add_written(event, durable=True)
-        return _encoder.encode(api.CreateDekAnswer(record.id, record.wrapped))
-
-    def get_wrapped(self, who: Principal, key_id: str, request_id: str) -> bytes:
-        """The wrapped DEK as it is on disk. Role: decrypt."""
-        event = self._event("get_wrapped", who, request_id)
-        try:
-            who.require("decrypt")
-            event.key_id = check_key_id(key_id)
-            record = self._vault.record(key_id)
-        except MiniKmsError as error:
-            self._refused(event, error)
-            raise
+    def _refused(self, event: Event, error: MiniKmsError) -> None:
+        """Audits a refusal that is answered in this turn."""
+        event.outcome = error.code
         self._audit.add(event)
-        return _encoder.encode(api.WrappedAnswer(record.wrapped))
+
+    async def _refused_later(self, event: Event, error: MiniKmsError) -> None:
+        """Audits a refusal that is answered in a later turn."""
+        event.outcome = error.code
+        await self._audit.add_written(event, durable=False)
+
+
+class KeyService(Verbs):
+    """The verbs of records: encrypt, decrypt, re-encrypt, one or many."""
 
     # --- encrypt and decrypt -----------------------------------------------------------------------------------------
 
     def encrypt(self, who: Principal, item: api.EncryptItem, request_id: str) -> bytes | Awaitable[bytes]:
         """nonce | ciphertext | tag of one plaintext. Role: encrypt."""
-        event = self._event("encrypt", who, _request_id(item.request_id, request_id))
+        event = self._event("encrypt", who, chosen_request_id(item.request_id, request_id))
         try:
             who.require("encrypt")
             opened = self._open_for(event, item)
             opened.check_encrypts()
             plaintext = decode_canonical(item.plaintext, api.PLAINTEXT_BYTES_MAX, "plaintext")
-            aad = _record_aad(opened, item.aad)
+            aad = record_aad(opened, item.aad)
             if not opened.lease.take(1):
                 return self._encrypt_later(opened, plaintext, aad, event)
             nonce = self._vault.nonces.next()
@@ -136,12 +117,12 @@ class KeyService:
 
     def decrypt(self, who: Principal, item: api.DecryptItem, request_id: str) -> bytes:
         """The plaintext of one ciphertext. Role: decrypt."""
-        event = self._event("decrypt", who, _request_id(item.request_id, request_id))
+        event = self._event("decrypt", who, chosen_request_id(item.request_id, request_id))
         try:
             who.require("decrypt")
             opened = self._open_for(event, item)
             sealed = _sealed(item.ciphertext)
-            aad = _record_aad(opened, item.aad)
+            aad = record_aad(opened, item.aad)
             plaintext = _decrypt(AESGCM(opened.view), sealed, aad)
         except MiniKmsError as error:
             self._refused(event, error)
@@ -198,7 +179,7 @@ class KeyService:
                     opened.check_thread(item.thread_id)
                 opened.check_encrypts()
                 plaintext = decode_canonical(item.plaintext, api.PLAINTEXT_BYTES_MAX, "plaintext")
-                aad = _record_aad(opened, item.aad)
+                aad = record_aad(opened, item.aad)
                 if not opened.lease.take(1):
                     raise StorageUnavailableError("the key's uses are being reserved; try again")
                 nonce = next_nonce()
@@ -229,7 +210,7 @@ class KeyService:
                 if item.thread_id is not UNSET:
                     opened.check_thread(item.thread_id)
                 sealed = _sealed(item.ciphertext)
-                plaintext = _decrypt(cipher, sealed, _record_aad(opened, item.aad))
+                plaintext = _decrypt(cipher, sealed, record_aad(opened, item.aad))
                 parts.append(b'{"plaintext":"' + _b64(plaintext, newline=False) + b'"}')
             except MiniKmsError as error:
                 failed += 1
@@ -241,8 +222,7 @@ class KeyService:
     def reencrypt_batch(
         self, who: Principal, request: api.ReencryptBatchRequest, request_id: str
     ) -> bytes | Awaitable[bytes]:
-        """Moves ciphertexts from one key of a thread to another; the plaintext never leaves. Roles: decrypt, encrypt.
-        """
+        """Moves ciphertexts between keys of one thread; the plaintext never leaves. Roles: decrypt, encrypt."""
         event = self._event("reencrypt_batch", who, request_id)
         event.count = len(request.items)
         try:
@@ -286,75 +266,17 @@ class KeyService:
         opening, sealing = AESGCM(source.view), AESGCM(target.view)
         for item in request.items:
             try:
-                plaintext = _decrypt(opening, _sealed(item.ciphertext), _record_aad(source, item.aad))
+                plaintext = _decrypt(opening, _sealed(item.ciphertext), record_aad(source, item.aad))
                 if not target.lease.take(1):
                     raise StorageUnavailableError("the key's uses are being reserved; try again")
                 nonce = self._vault.nonces.next()
-                sealed = nonce + sealing.encrypt(nonce, plaintext, _record_aad(target, item.aad))
+                sealed = nonce + sealing.encrypt(nonce, plaintext, record_aad(target, item.aad))
                 parts.append(b'{"ciphertext":"' + _b64(sealed, newline=False) + b'"}')
             except MiniKmsError as error:
                 failed += 1
                 parts.append(_item_error(error))
         _count_refused(event, failed)
         return b'{"items":[' + b",".join(parts) + b"]}"
-
-    # --- keys for the caller's own use -------------------------------------------------------------------------------
-
-    async def generate_data_key(self, who: Principal, request: api.GenerateDataKeyRequest, request_id: str) -> bytes:
-        """32 random bytes sealed under a key of purpose `data`, and in the clear unless refused. Role: data_key."""
-        event = self._event("generate_data_key", who, request_id)
-        try:
-            who.require("data_key")
-            event.key_id = check_key_id(request.key_id)
-            opened = self._vault.opened(request.key_id)
-            if opened.purpose != "data":
-                raise WrongPurposeError("data keys are made under keys of purpose data; this key is a thread's")
-            opened.check_encrypts()
-            aad = _record_aad(opened, request.aad)
-            if not opened.lease.covers(1):
-                await self._vault.leases.extend([(opened.lease, 1)])
-                opened = self._vault.opened(request.key_id)
-                opened.check_encrypts()
-            if not opened.lease.take(1):
-                raise StorageUnavailableError("the key's uses are being reserved; try again")
-            with self._vault.arena.allocate() as made:
-                fill_random(made.view)
-                sealed = seal(opened.view, self._vault.nonces.next(), made.view, aad)
-                answer = api.DataKeyAnswer(request.key_id, sealed)
-                if request.plaintext is UNSET or request.plaintext:
-                    answer.plaintext = bytes(made.view)
-        except MiniKmsError as error:
-            await self._refused_later(event, error)
-            raise
-        await self._audit.add_written(event, durable=False)
-        return _encoder.encode(answer)
-
-    def random(self, who: Principal, request: api.RandomRequest, request_id: str) -> bytes:
-        """Bytes from the kernel's generator. Role: data_key."""
-        event = self._event("random", who, request_id)
-        try:
-            who.require("data_key")
-            if not 1 <= request.count <= api.RANDOM_BYTES_MAX:
-                raise InvalidRequestError(f"count must be from 1 to {api.RANDOM_BYTES_MAX}")
-        except MiniKmsError as error:
-            self._refused(event, error)
-            raise
-        event.count = request.count
-        self._audit.add(event)
-        return _encoder.encode(api.RandomAnswer(os.urandom(request.count)))
-
-    # --- operating ---------------------------------------------------------------------------------------------------
-
-    def status(self, who: Principal, request_id: str) -> bytes:
-        """What an operator needs to know. Role: monitor."""
-        event = self._event("status", who, request_id)
-        try:
-            who.require("monitor")
-        except MiniKmsError as error:
-            self._refused(event, error)
-            raise
-        self._audit.add(event)
-        return _encoder.encode(self._status())
 
     def malformed(self, verb: str, who: Principal, error: MiniKmsError, request_id: str) -> None:
         """A request that reached a verb, but whose body is not one: it is audited like any other refusal."""
@@ -382,9 +304,6 @@ class KeyService:
             return None
         return None if lease.covers(count) else lease
 
-    def _event(self, verb: str, who: Principal, request_id: str) -> Event:
-        return Event(type=verb, actor=who.actor, pid=who.pid, request_id=request_id)
-
     def _batch_event(
         self, verb: str, who: Principal, items: Sequence[api.EncryptItem | api.DecryptItem], request_id: str
     ) -> Event:
@@ -398,22 +317,8 @@ class KeyService:
         event.request_ids = _distinct(_cut(item.request_id) for item in items if item.request_id is not UNSET)
         return event
 
-    def _refused(self, event: Event, error: MiniKmsError) -> None:
-        event.outcome = error.code
-        self._audit.add(event)
 
-    async def _refused_later(self, event: Event, error: MiniKmsError) -> None:
-        event.outcome = error.code
-        await self._audit.add_written(event, durable=False)
-
-
-def _check_thread_id(thread_id: str) -> str:
-    if api.THREAD_ID_PATTERN.fullmatch(thread_id) is None:
-        raise InvalidRequestError("thread_id must be 1 to 128 characters of A-Z, a-z, 0-9, '.', '_' and '-'")
-    return thread_id
-
-
-def _record_aad(opened: OpenDek, aad: str | UnsetType) -> bytes:
+def record_aad(opened: OpenDek, aad: str | UnsetType) -> bytes:
     """The record's associated data; an absent aad is an empty one."""
     if aad is UNSET:
         return opened.aad_prefix + b"\0\0\0\0"
@@ -445,7 +350,7 @@ def _count_refused(event: Event, failed: int) -> None:
         event.detail = f"{failed} refused"
 
 
-def _request_id(given: str | UnsetType, header: str) -> str:
+def chosen_request_id(given: str | UnsetType, header: str) -> str:
     """The request's own id where it names one, else that of the HTTP header."""
     return header if given is UNSET else _cut(given)
 

@@ -86,8 +86,8 @@ def _check_is_new(data_dir: str) -> None:
     has_keys = os.path.isdir(deks) and any(name.endswith(dekstore.SUFFIX) for name in os.listdir(deks))
     if has_keys or os.path.lexists(os.path.join(data_dir, AUDIT_LOG_NAME)):
         raise StartError(
-            "keyring.json is missing, but the data directory holds keys or an audit log. A new keyring could not open them: "
-            "restore keyring.json from a backup, or give an empty data directory"
+            "keyring.json is missing, but the data directory holds keys or an audit log. A new keyring could not open "
+            "them: restore keyring.json from a backup, or give an empty data directory"
         )
 
 
@@ -101,8 +101,8 @@ def _root(source: RootSource, arena: SecretArena, *, may_make: bool) -> tuple[Se
     if not os.path.lexists(source.dev_file):
         if not may_make:
             raise StartError(
-                f"the development key file {source.dev_file} is missing, and a new one would not open this data directory: "
-                "put it back, or start over with an empty data directory"
+                f"the development key file {source.dev_file} is missing, and a new one would not open this data "
+                "directory: put it back, or start over with an empty data directory"
             )
         make_dev_key_file(source.dev_file, arena)
     return read_key_file(source.dev_file, arena), "dev"

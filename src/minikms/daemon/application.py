@@ -25,6 +25,7 @@ from minikms.daemon.http import ParsedHead, Request, Response, error_response, p
 from minikms.daemon.keybody import take_new_root
 from minikms.daemon.peer import Peer, is_overflow_uid, read_peer
 from minikms.errors import InvalidRequestError, MiniKmsError
+from minikms.issuing import KeyIssuing
 from minikms.lifecycle import KeyLifecycle
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.policy import Policy, Principal
@@ -57,9 +58,17 @@ class Application:
     """The engine's application: see `minikms.daemon.http`."""
 
     def __init__(
-        self, service: KeyService, lifecycle: KeyLifecycle, policy: Policy, audit: TurnAudit, arena: SecretArena
+        self,
+        *,
+        service: KeyService,
+        issuing: KeyIssuing,
+        lifecycle: KeyLifecycle,
+        policy: Policy,
+        audit: TurnAudit,
+        arena: SecretArena,
     ) -> None:
         self._service = service
+        self._issuing = issuing
         self._lifecycle = lifecycle
         self._policy = policy
         self._audit = audit
@@ -209,7 +218,7 @@ class Application:
         return self._service.decrypt_batch(who, _decode(self._decrypt_batch, request), request.request_id or "")
 
     def _handle_create(self, who: Principal, request: Request) -> Answer:
-        return self._service.create_dek_for_thread(who, _decode(self._create, request), request.request_id or "")
+        return self._issuing.create_dek_for_thread(who, _decode(self._create, request), request.request_id or "")
 
     def _handle_get_wrapped(self, who: Principal, request: Request) -> Answer:
         try:
@@ -219,10 +228,10 @@ class Application:
         key_id = query.get("key_id", "")
         if not key_id:
             raise _MalformedError(InvalidRequestError("missing key_id"))
-        return self._service.get_wrapped(who, key_id, request.request_id or "")
+        return self._issuing.get_wrapped(who, key_id, request.request_id or "")
 
     def _handle_status(self, who: Principal, request: Request) -> Answer:
-        return self._service.status(who, request.request_id or "")
+        return self._issuing.status(who, request.request_id or "")
 
     # --- the life of a key -------------------------------------------------------------------------------------------
 
@@ -230,10 +239,10 @@ class Application:
         return self._service.reencrypt_batch(who, _decode(self._reencrypt_batch, request), request.request_id or "")
 
     def _handle_data_key(self, who: Principal, request: Request) -> Answer:
-        return self._service.generate_data_key(who, _decode(self._data_key, request), request.request_id or "")
+        return self._issuing.generate_data_key(who, _decode(self._data_key, request), request.request_id or "")
 
     def _handle_random(self, who: Principal, request: Request) -> Answer:
-        return self._service.random(who, _decode(self._random, request), request.request_id or "")
+        return self._issuing.random(who, _decode(self._random, request), request.request_id or "")
 
     def _handle_rotate(self, who: Principal, request: Request) -> Answer:
         try:

@@ -44,6 +44,7 @@ from minikms.daemon.settings import Settings
 from minikms.daemon.sockets import BACKLOG_COUNT, UnixListener, listen
 from minikms.daemon.statuspage import StatusPage
 from minikms.errors import MiniKmsError
+from minikms.issuing import KeyIssuing
 from minikms.lifecycle import KeyLifecycle
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.memory.process import Measure, harden, interpreter_paths
@@ -74,7 +75,17 @@ def run(settings: Settings) -> None:
             SecretArena((settings.cache_keys_max or CACHE_KEYS_MAX) + KEYRING_SLOTS) as arena,
         ):
             measures = _harden(settings, arena, listener)
-            uvloop.run(Daemon(settings, lock, listener, arena, measures, signals, notifier, log).serve())
+            daemon = Daemon(
+                settings=settings,
+                lock=lock,
+                listener=listener,
+                arena=arena,
+                measures=measures,
+                signals=signals,
+                notifier=notifier,
+                log=log,
+            )
+            uvloop.run(daemon.serve())
 
 
 class Daemon:
@@ -82,6 +93,7 @@ class Daemon:
 
     def __init__(
         self,
+        *,
         settings: Settings,
         lock: DataDirLock,
         listener: UnixListener,
@@ -155,10 +167,27 @@ class Daemon:
             opened_slot_id=opened.slot.slot_id,
             rewrite_root=self._root_rewriter(),
         )
-        page = StatusPage(settings, opened, vault, log, self._measures, rotation, indexing, lifecycle)
-        service = KeyService(vault, turn_audit, page.build)
+        page = StatusPage(
+            settings=settings,
+            opened=opened,
+            vault=vault,
+            log=log,
+            measures=self._measures,
+            rotation=rotation,
+            indexing=indexing,
+            lifecycle=lifecycle,
+        )
+        service = KeyService(vault, turn_audit)
+        issuing = KeyIssuing(vault, turn_audit, page.build)
         policy = Policy(settings.allowed_uids, settings.admin_uids)
-        app = Application(service, lifecycle, policy, turn_audit, self._arena)
+        app = Application(
+            service=service,
+            issuing=issuing,
+            lifecycle=lifecycle,
+            policy=policy,
+            audit=turn_audit,
+            arena=self._arena,
+        )
         server: HttpServer[Session] = HttpServer(
             app, loop=asyncio.get_running_loop(), on_internal_error=self._internal_error
         )

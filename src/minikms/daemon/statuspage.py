@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 class StatusPage:
     def __init__(
         self,
+        *,
         settings: Settings,
         opened: Opened,
         vault: Vault,
@@ -112,8 +113,8 @@ class StatusPage:
             )
         if os.geteuid() in self._settings.allowed_uids:
             found.append(
-                "the daemon's own uid may connect: this protects against leaks, not against a compromised server, which "
-                "can read the key file and the data directory; run the two under separate users (deploy/systemd)"
+                "the daemon's own uid may connect: this protects against leaks, not against a compromised server, "
+                "which can read the key file and the data directory; run the two under separate users (deploy/systemd)"
             )
         if len(body.slots) > 1:
             found.append(
@@ -125,8 +126,8 @@ class StatusPage:
             found.append("the master key file could not be rewritten with the new root key; write it there by hand")
         if self._indexing.unreadable_count:
             found.append(
-                f"{self._indexing.unreadable_count} key files can't be read, see keys.unreadable_files; restore them from "
-                "a backup"
+                f"{self._indexing.unreadable_count} key files can't be read, see keys.unreadable_files; restore them "
+                "from a backup"
             )
         if not self._log.writable:
             found.append("the audit log can't be written, so every verb answers 503; free space on its file system")
