@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from progressdb_server.cli.disksearch import Found, hexdump, search
+from progressdb_server.cli.disksearch import hexdump, search
 from progressdb_server.config import UNIX_PATH_BYTES_MAX
 from progressdb_server.store.record import unpack_sealed
 
@@ -103,7 +103,7 @@ class Tour:
 
     def step(self, title: str, *commands: str) -> None:
         self._steps += 1
-        self._console.print(f"\n[bold]{self._steps}. {escape(title)}[/bold]")
+        self._console.print(f"\n[bold]{self._steps}. {escape(title)}[/bold]", soft_wrap=True)
         for command in commands:
             self.line(f"$ {command}", style="cyan")
 
@@ -208,7 +208,7 @@ def _show_record(tour: Tour, server: Server, thread: str) -> None:
     prefix = f"thread:{thread}:msg:"
     keys = json.loads(server.call("GET", f"/admin/keys?prefix={urllib.parse.quote(prefix)}", admin=True))["keys"]
     key = next(key for key in keys if key.startswith(prefix))
-    target = f"/admin/keys/{urllib.parse.quote(key)}"
+    target = f"/admin/keys/{urllib.parse.quote(key, safe=':')}"
     tour.step("Look at a message as the disk has it", f"{_curl(server, target, admin=True)} | xxd")
     raw = server.call("GET", target, admin=True)
     key_id, sealed = unpack_sealed(raw)
@@ -224,8 +224,15 @@ def _show_status(tour: Tour, place: Place) -> None:
         "Ask the key service how it is", f"curl -s --unix-socket {shlex.quote(str(place.socket))} http://kms/status"
     )
     status = _kms_status(place.socket)
-    for name, value in status.items():
-        tour.line(f"{name}: {json.dumps(value)}")
+    measures = status["hardening"]
+    in_force = [measure["measure"] for measure in measures if measure["in_force"]]
+    tour.line(f"keys in memory: {status['memory']['arena']}; in force: {', '.join(in_force)}")
+    for measure in measures:
+        if not measure["in_force"]:
+            tour.line(f"not in force: {measure['measure']}, since {measure['why']}")
+    for warning in status["warnings"]:
+        tour.line(f"warning: {warning}", style="yellow")
+    tour.check(status["status"] == "ok", f"process {status['pid']}, audit log at line {status['audit']['head']['seq']}")
 
 
 def _search_disk(tour: Tour, place: Place, thread: str, planted: list[str], texts: list[str]) -> None:
@@ -234,16 +241,19 @@ def _search_disk(tour: Tour, place: Place, thread: str, planted: list[str], text
         "Stop the server, and search every byte on disk: store, keys, audit log and the server's log",
         f"grep --recursive --text --count '{planted[0]}' {shlex.quote(str(place.directory))}",
     )
-    known = search(place.directory, [thread])
+    try:
+        known = search(place.directory, [thread])
+        found = search(place.directory, [TITLE, *planted, *texts])
+    except OSError as error:
+        raise DemoError(f"the search cannot read every file: {error}") from None
     tour.check(
         bool(known.hits), f"the search can find: the thread's id, which is not secret, is in {len(known.hits)} files"
     )
-    found: Found = search(place.directory, [*planted, *texts])
     for path, text in found.hits[:3]:
         tour.line(f"found in {path}: {text[:KEY_CHARS_SHOWN]}", style="red")
     tour.check(
         not found.hits,
-        f"{len(planted)} planted texts and {len(texts)} messages, as text, hex or base64: nowhere in "
+        f"2 planted texts, {len(texts)} messages and the title, as text, hex or base64: nowhere in "
         f"{found.files} files, {found.size:,} bytes",
     )
 
