@@ -1,16 +1,14 @@
-"""Strict JSON and strict base64: one reading of a body, or none.
+"""Strict JSON: one reading of a body, or none.
 
-Owns: what stands between a request body and a `msgspec` struct. msgspec alone takes the last of two equal keys and any
-base64, and lets RecursionError and UnicodeDecodeError out; here each of these is an `InvalidRequestError`. Invariants:
+Owns: what stands between a request body and a `msgspec` struct. msgspec alone takes the last of two equal keys, and
+lets RecursionError and UnicodeDecodeError out; here each of these is an `InvalidRequestError`. Invariants:
 - A body is accepted only if every object in it has each key once and nothing that the struct does not know.
-- Base64 is accepted only if encoding the value again gives the same text (RFC 4648 section 3.5).
 - Error texts may name a field of the request; they never show a value and are cut short.
 It must never be given a body that bears a key: `decode` copies the body and its strings stay on the heap.
 """
 
 from __future__ import annotations
 
-import binascii
 from collections.abc import Callable
 from functools import cache
 from operator import attrgetter
@@ -19,14 +17,11 @@ from typing import Any, Final, NamedTuple, TypeVar
 import msgspec
 from msgspec import NODEFAULT, UNSET
 
-from minikms.errors import InvalidRequestError, TooLargeError
+from minikms.errors import InvalidRequestError
 
 T = TypeVar("T")
 
 _REASON_CHARS_MAX: Final = 160
-_LAST_WITH_ONE_PAD: Final = frozenset("AEIMQUYcgkosw048")
-"""Characters whose two low bits are zero (RFC 4648 section 4: the value ends 4 bits into the third character)."""
-_LAST_WITH_TWO_PADS: Final = frozenset("AQgw")
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: memoryview | bytes) -> T:
@@ -46,26 +41,6 @@ def decode(decoder: msgspec.json.Decoder[T], body: memoryview | bytes) -> T:
     # once; a repeated key leaves strings over. This costs a search of the body instead of a second parser.
     if _quotes(text) != 2 * _strings(value):
         raise InvalidRequestError("An object of the body has the same key twice.")
-    return value
-
-
-def b64(text: str, bytes_max: int, what: str) -> bytes:
-    """Decode canonical, padded standard base64 of at most `bytes_max` bytes; `what` names the field in errors.
-
-    Raises `InvalidRequestError`, or `TooLargeError` before anything is decoded.
-    """
-    if len(text) > (bytes_max + 2) // 3 * 4:
-        raise TooLargeError(f"{what} is longer than {bytes_max} bytes.")
-    if text[-1:] == "=":
-        last, canonical = (text[-3:-2], _LAST_WITH_TWO_PADS) if text[-2:] == "==" else (text[-2:-1], _LAST_WITH_ONE_PAD)
-        if last not in canonical:
-            raise InvalidRequestError(f"{what} is not canonical base64.")
-    try:
-        value = binascii.a2b_base64(text, strict_mode=True)
-    except ValueError:  # binascii.Error is one; so is what a2b_base64 raises for text that is not ASCII
-        raise InvalidRequestError(f"{what} is not base64.") from None
-    if len(value) > bytes_max:
-        raise TooLargeError(f"{what} is longer than {bytes_max} bytes.")
     return value
 
 

@@ -89,7 +89,8 @@ class _Fields:
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.fields.append((name.lower(), value))
+        # llhttp leaves the white space behind a value, which is not part of it (RFC 9110 section 5.5).
+        self.fields.append((name.lower(), value.strip(b" \t")))
 
 
 def parse_head(raw: bytes, limits: Limits) -> ParsedHead:

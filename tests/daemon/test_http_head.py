@@ -1,0 +1,152 @@
+"""Heads without a socket: what is understood, what is refused early, what is remembered."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import httptools
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from http_harness import get, request
+from http_inputs import ACCEPTED, REFUSED, raw
+from minikms.daemon.http import refusals
+from minikms.daemon.http.head import HeadMemo, check_partial_head, parse_head
+from minikms.daemon.http.limits import LIMITS, MEMO_HEADS_COUNT_MAX
+from minikms.daemon.http.refusals import RefusedError
+
+
+def test_a_head_is_understood_as_sent() -> None:
+    head = parse_head(
+        raw(
+            "POST /a%2Fb?x=1&y=%20?z HTTP/1.1",
+            "Host: x",
+            "Content-Length: 12",
+            "Content-Type: application/json; charset=utf-8",
+            "Expect: 100-continue",
+            "X-Request-ID: abc:1",
+        ),
+        LIMITS,
+    )
+    assert (head.method, head.path, head.query) == ("POST", "/a%2Fb", "x=1&y=%20?z")
+    assert (head.content_length, head.chunked, head.expect_continue) == (12, False, True)
+    assert (head.content_type, head.request_id) == ("application/json; charset=utf-8", "abc:1")
+    assert head.keep_alive
+
+
+@pytest.mark.parametrize(
+    ("version", "connection", "kept"),
+    [
+        ("1.1", None, True),
+        ("1.1", "keep-alive", True),
+        ("1.1", "close", False),
+        ("1.1", "x, CLOSE", False),
+        ("1.1", "keep-alive, close", False),
+        ("1.0", None, False),
+        ("1.0", "keep-alive", True),
+        ("1.0", "Keep-Alive, close", False),
+    ],
+)
+def test_the_connection_is_kept_as_rfc_9112_says(version: str, connection: str | None, kept: bool) -> None:
+    """RFC 9112 section 9.3."""
+    headers = [] if connection is None else [f"Connection: {connection}"]
+    assert parse_head(raw(f"GET / HTTP/{version}", "Host: x", *headers), LIMITS).keep_alive is kept
+
+
+def test_bounds_are_exact() -> None:
+    limits = dataclasses.replace(LIMITS, head_bytes_max=100, headers_count_max=3, target_bytes_max=20, body_bytes_max=9)
+
+    def refusal(head: bytes) -> refusals.Refusal | None:
+        try:
+            parse_head(head, limits)
+        except RefusedError as error:
+            return error.refusal
+        return None
+
+    padding = 100 - len(request("GET", "/", "A: "))
+    assert refusal(request("GET", "/", "A: " + "b" * padding)) is None
+    assert refusal(request("GET", "/", "A: " + "b" * (padding + 1))) is refusals.HEAD_TOO_LARGE
+    assert refusal(get("/", "A: 1", "B: 2")) is None
+    assert refusal(get("/", "A: 1", "B: 2", "C: 3")) is refusals.TOO_MANY_HEADERS
+    assert refusal(get("/" + "a" * 19)) is None
+    assert refusal(get("/" + "a" * 20)) is refusals.TARGET_TOO_LONG
+    assert refusal(request("POST", "/", "Content-Length: 9")) is None
+    assert refusal(request("POST", "/", "Content-Length: 10")) is refusals.BODY_TOO_LARGE
+
+
+@given(st.data())
+def test_no_beginning_of_an_acceptable_head_is_refused(data: st.DataObject) -> None:
+    sent = data.draw(st.sampled_from(sorted(ACCEPTED.values())))
+    head = sent[: sent.index(b"\r\n\r\n") + 4]
+    check_partial_head(head[: data.draw(st.integers(min_value=1, max_value=len(head) - 1))], LIMITS)
+
+
+@pytest.mark.parametrize(
+    "name", ["HTTP/0.9", "only LF", "TLS on a plain socket", "bare LF after a header", "HTTP/2 preface"]
+)
+def test_what_can_never_become_a_head_is_refused_without_waiting_for_its_end(name: str) -> None:
+    data, status = REFUSED[name]
+    with pytest.raises(RefusedError) as raised:
+        check_partial_head(data.partition(b"\r\n\r\n")[0] + b"\r\n" * (b"HTTP/2" in data), LIMITS)
+    assert raised.value.refusal.status == status
+
+
+@given(st.binary(max_size=60), st.binary(max_size=60))
+def test_any_bytes_are_understood_or_refused(first: bytes, second: bytes) -> None:
+    """No other exception comes out, whatever goes in."""
+    for data in (first, b"GET / HTTP/1.1\r\n" + first, b"POST / HTTP/1.1\r\nHost: x\r\n" + first + b"\r\n" + second):
+        for parse in (check_partial_head, parse_head):
+            try:
+                parse(data + b"\r\n\r\n", LIMITS)
+            except RefusedError as error:
+                assert 400 <= error.refusal.status < 500
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["A", "Accept", "X-y", "B_c"]), st.text("ab \t:;,=\"'", max_size=8)), max_size=5)
+)
+def test_our_grammar_accepts_nothing_that_httptools_refuses(fields: list[tuple[str, str]]) -> None:
+    """Two parsers agree on every accepted head."""
+    head = get("/", *(f"{name}:{value}" for name, value in fields))
+    assert parse_head(head, LIMITS).method == "GET"
+    httptools.HttpRequestParser(object()).feed_data(head)
+
+
+class TestMemo:
+    """Heads that are recognised by their bytes."""
+
+    def test_an_equal_head_is_not_parsed_again(self) -> None:
+        memo = HeadMemo(LIMITS)
+        head = memo.parse(get("/echo"))
+        assert memo.get(get("/echo")) is head
+        assert memo.get(get("/other")) is None
+
+    @pytest.mark.parametrize(
+        "head",
+        [
+            get("/", "Authorization: Bearer secret"),
+            get("/", "Proxy-Authorization: secret"),
+            get("/", "Cookie: secret"),
+            get("/", "X-Request-ID: 1"),
+            get("/?key_id=1"),
+            get("/", "A: " + "b" * 1024),
+        ],
+    )
+    def test_a_credential_or_what_will_not_come_again_is_not_remembered(self, head: bytes) -> None:
+        memo = HeadMemo(LIMITS)
+        memo.parse(head)
+        assert memo.get(head) is None
+
+    def test_a_refused_head_is_not_remembered(self) -> None:
+        memo = HeadMemo(LIMITS)
+        with pytest.raises(RefusedError):
+            memo.parse(b"GET / HTTP/2.0\r\n\r\n")
+        assert memo.get(b"GET / HTTP/2.0\r\n\r\n") is None
+
+    def test_it_is_bounded(self) -> None:
+        memo = HeadMemo(LIMITS)
+        for number in range(3 * MEMO_HEADS_COUNT_MAX):
+            memo.parse(get(f"/{number}"))
+        kept = sum(memo.get(get(f"/{number}")) is not None for number in range(3 * MEMO_HEADS_COUNT_MAX))
+        assert 0 < kept <= MEMO_HEADS_COUNT_MAX

@@ -1,0 +1,183 @@
+"""The receive side without a socket: bytes in, whole requests out, and nothing left behind in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from http_harness import chunked, get, post, request
+from http_inputs import ACCEPTED, REFUSED
+from minikms.daemon.http.limits import LIMITS
+from minikms.daemon.http.reader import Phase, RequestReader, Shared
+from minikms.daemon.http.refusals import OVERLOADED, RefusedError
+
+SMALL = dataclasses.replace(LIMITS, receive_buffer_bytes=64)
+"""A shared buffer of 64 bytes, so that nearly every request is carried over."""
+
+Outcome = list[tuple[str, str, bytes] | str]
+
+
+def read(shared: Shared, *parts: bytes) -> Outcome:
+    """What one connection's bytes mean, received in `parts` (each cut further where the buffer has no more room)."""
+    reader = RequestReader(shared)
+    outcome: Outcome = []
+    try:
+        for part in parts:
+            rest = memoryview(part)
+            while rest:
+                room = reader.room()
+                assert len(room) > 0
+                count = min(len(room), len(rest))
+                room[:count] = rest[:count]
+                rest = rest[count:]
+                reader.received(count)
+                while (parsed := reader.next()) is not None:
+                    head, body = parsed
+                    outcome.append((head.method, head.path, bytes(body)))
+                reader.settle()
+                assert not any(shared.view)
+        outcome.append("waits" if reader.holds_input else "done")
+    except RefusedError as error:
+        outcome.append(f"refused {error.refusal.status}")
+    reader.discard()
+    assert not any(shared.view)
+    assert shared.budget.bytes_held == 0
+    return outcome
+
+
+TABLE = {**ACCEPTED, **{name: data for name, (data, _) in REFUSED.items() if len(data) < 1000}}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_split_means_the_same(name: str) -> None:
+    """Accepted or refused, in two parts split anywhere, or byte by byte: the requests before the end are the same."""
+    data = get("/first") + TABLE[name]
+    shared = Shared(SMALL)
+    whole = read(Shared(LIMITS), data)
+    for offset in range(len(data)):
+        assert read(shared, data[:offset], data[offset:]) == whole
+    assert read(shared, *(bytes([byte]) for byte in data)) == whole
+
+
+@given(
+    bodies=st.lists(st.tuples(st.binary(max_size=300), st.booleans()), max_size=6),
+    cuts=st.lists(st.integers(min_value=1, max_value=200), max_size=40),
+)
+def test_any_sequence_of_requests_survives_any_cuts(bodies: list[tuple[bytes, bool]], cuts: list[int]) -> None:
+    data = b"".join(
+        chunked("/c", *(body[i : i + 7] for i in range(0, len(body), 7))) if is_chunked else post("/p", body)
+        for body, is_chunked in bodies
+    )
+    parts = []
+    rest = data
+    for cut in cuts:
+        parts.append(rest[:cut])
+        rest = rest[cut:]
+    expected: Outcome = [("POST", "/c" if is_chunked else "/p", body) for body, is_chunked in bodies]
+    assert read(Shared(SMALL), *parts, rest) == [*expected, "done"]
+
+
+def test_a_body_is_a_view_of_the_buffer_it_was_received_into() -> None:
+    """No copy: writing into the buffer changes the body."""
+    shared = Shared(LIMITS)
+    reader = RequestReader(shared)
+    data = post("/", b"secret")
+    reader.room()[: len(data)] = data
+    reader.received(len(data))
+    parsed = reader.next()
+    assert parsed is not None
+    assert parsed[1].obj is shared.data
+    shared.data[len(data) - 6] = ord("S")
+    assert bytes(parsed[1]) == b"Secret"
+    reader.discard()
+
+
+def test_a_carried_block_is_zeroed_when_it_grows_and_when_it_is_done() -> None:
+    """Every block that ever held a part of the body is zero at the end."""
+    shared = Shared(SMALL)
+    reader = RequestReader(shared)
+    blocks: list[bytearray] = []
+    data = memoryview(post("/", b"s" * 300_000))
+    while data:
+        room = reader.room()
+        count = min(len(room), len(data))
+        room[:count] = data[:count]
+        data = data[count:]
+        reader.received(count)
+        if isinstance(room.obj, bytearray) and not any(room.obj is block for block in blocks):
+            blocks.append(room.obj)
+        if (parsed := reader.next()) is not None:
+            assert bytes(parsed[1]) == b"s" * 300_000
+        reader.settle()
+    assert len(blocks) > 3
+    assert not any(any(block) for block in blocks)
+    assert not reader.holds_input
+
+
+def test_an_announced_length_alone_takes_no_memory() -> None:
+    """A peer that announces 16 MiB and sends ten bytes makes the engine hold 64 KiB, not 16 MiB."""
+    shared = Shared(LIMITS)
+    reader = RequestReader(shared)
+    data = request("POST", "/", f"Content-Length: {LIMITS.body_bytes_max}") + b"x" * 10
+    reader.room()[: len(data)] = data
+    reader.received(len(data))
+    assert reader.next() is None
+    reader.settle()
+    assert reader.phase is Phase.BODY
+    assert shared.budget.bytes_held <= 64 * 1024
+    reader.discard()
+
+
+def test_the_phase_says_what_is_awaited() -> None:
+    shared = Shared(LIMITS)
+    reader = RequestReader(shared)
+    phases = []
+    for part in (b"GET", b" / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n", b"x", b"x"):
+        reader.room()[: len(part)] = part
+        reader.received(len(part))
+        reader.next()
+        reader.settle()
+        phases.append(reader.phase)
+    assert phases == [Phase.HEAD, Phase.BODY, Phase.BODY, Phase.IDLE]
+
+
+def test_a_spent_budget_refuses_and_leaves_nothing_behind() -> None:
+    shared = Shared(dataclasses.replace(LIMITS, buffered_bytes_max=10_000))
+    reader = RequestReader(shared)
+    data = request("POST", "/", "Content-Length: 50000") + b"x" * 20_000
+    reader.room()[: len(data)] = data
+    reader.received(len(data))
+    assert reader.next() is None
+    with pytest.raises(RefusedError) as raised:
+        reader.settle()
+    assert raised.value.refusal is OVERLOADED
+    reader.discard()
+    assert not any(shared.view)
+    assert shared.budget.bytes_held == 0
+
+
+def test_input_that_waits_for_its_turn_is_kept_as_it_is() -> None:
+    """The caller may stop between two requests; the rest comes out later, unchanged and in order."""
+    shared = Shared(LIMITS)
+    reader = RequestReader(shared)
+    data = post("/1", b"a") + post("/2", b"b") + post("/3", b"c" * 100)[:-1]
+    reader.room()[: len(data)] = data
+    reader.received(len(data))
+    paths = []
+    for _ in range(2):
+        parsed = reader.next()
+        assert parsed is not None
+        paths.append(parsed[0].path)
+        reader.settle()
+    assert paths == ["/1", "/2"]
+    assert reader.next() is None
+    reader.settle()
+    reader.room()[:1] = b"c"
+    reader.received(1)
+    parsed = reader.next()
+    assert parsed is not None
+    assert (parsed[0].path, bytes(parsed[1])) == ("/3", b"c" * 100)
+    reader.discard()

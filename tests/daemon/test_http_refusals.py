@@ -1,0 +1,103 @@
+"""The table of refused input, over a real socket: each row gets its 4xx, ends the connection, and reaches nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+
+import pytest
+
+from http_harness import get, parse_answers, post, run, serving
+from http_inputs import ACCEPTED, REFUSED
+from minikms.daemon.http import refusals
+
+SPECIFICATION = Path(__file__).resolve().parents[2] / "docs" / "spec" / "http.md"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    """The status is as the table says, the connection ends, and the application never sees a request."""
+    data, status = REFUSED[name]
+    ends_early = name.startswith("end ")
+
+    async def check() -> None:
+        async with serving() as running:
+            peer = await running.peer()
+            peer.send(data)
+            if ends_early:
+                peer.writer.write_eof()
+            [answer] = parse_answers(await peer.rest())
+            await peer.close()
+            assert answer.status == status
+            assert answer.headers["connection"] == "close"
+            assert set(answer.json) == {"error", "code"}
+            assert running.app.seen == []
+            assert running.app.refusals == [(status, answer.json["code"])]
+            assert running.internal_errors == []
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in REFUSED if not name.startswith("end ") and "without end" not in name]
+)
+def test_what_follows_a_refusal_is_not_a_request(name: str) -> None:
+    """A request smuggled behind refused bytes is never started; one before them is answered first."""
+    data, status = REFUSED[name]
+
+    async def check() -> None:
+        async with serving() as running:
+            peer = await running.peer()
+            peer.send(post("/echo", b"first") + data + get("/smuggled"))
+            answers = parse_answers(await peer.rest())
+            await peer.close()
+            assert [answer.status for answer in answers] == [200, status]
+            assert [path for _, path, _ in running.app.seen] == ["/echo"]
+
+    run(check())
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_accepted(name: str) -> None:
+    """The narrow side of each rule."""
+
+    async def check() -> None:
+        async with serving() as running:
+            answers = await running.exchange(ACCEPTED[name])
+            assert answers
+            assert {answer.status for answer in answers} == {200}
+            assert running.app.refusals == []
+
+    run(check())
+
+
+def test_a_refusal_reaches_a_client_that_is_still_sending() -> None:
+    """The answer can be read although megabytes of the body are still on their way."""
+
+    async def check() -> None:
+        async with serving() as running:
+            peer = await running.peer()
+            peer.send(b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n")
+            for _ in range(50):
+                peer.send(b"x" * 100_000)
+                await asyncio.sleep(0)
+            answer = await peer.answer()
+            assert (answer.status, answer.json["code"]) == (413, "too_large")
+            await peer.close()
+
+    run(check())
+
+
+def test_the_specification_lists_every_refusal() -> None:
+    """docs/spec/http.md and the table of the engine are the same."""
+    rows = re.findall(r"^\| `([A-Z_0-9]+)` \| ([0-9]{3}) \| `([a-z_]+)` \| (.+) \|$", SPECIFICATION.read_text(), re.M)
+    assert {
+        name: refusals.Refusal(int(status), code, sentence) for name, status, code, sentence in rows
+    } == refusals.TABLE
+
+
+def test_only_the_state_of_the_service_is_a_5xx() -> None:
+    """Nothing that a peer sends is answered with a 5xx by the engine itself."""
+    service = {"OVERLOADED", "TOO_MANY_CONNECTIONS", "SHUTTING_DOWN", "AUDIT_UNAVAILABLE", "INTERNAL"}
+    assert {name for name, row in refusals.TABLE.items() if row.status >= 500} == service
