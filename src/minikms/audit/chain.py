@@ -21,11 +21,13 @@ import hmac
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from minikms.audit import record
 from minikms.audit.record import ACTOR_SELF, LINE_BYTES_MAX, Event, Facts, Head, encode_event
 
 if TYPE_CHECKING:
-    from minikms.audit.signer import Signer
+    from minikms.audit.signer import AuditKey
 
 SIGNED_LABEL: Final = b"minikms/audit/signed-line/v1\x00"
 LOG_ID_BYTES: Final = 16
@@ -101,39 +103,32 @@ class Coverage:
 def signed_message(event: Event) -> bytes:
     """What the signature of a signed line covers: the label, then the event without `facts.signature`."""
     facts = {name: value for name, value in event.facts.items() if name != "signature"}
-    return SIGNED_LABEL + encode_event(_with_facts(event, facts))
+    return SIGNED_LABEL + encode_event(msgspec.structs.replace(event, facts=facts))
 
 
-def _with_facts(event: Event, facts: Facts) -> Event:
-    return Event(seq=event.seq, ts=event.ts, type=event.type, actor=event.actor, facts=facts)
-
-
-def signed_line(  # one line is one call: everything that its signature binds is named here
+def signed_line(
     event_type: str,
     *,
     head: Head,
     ts: int,
     coverage: Coverage,
     log_id: bytes,
-    key_version: int,
-    audit_key: memoryview,
-    signer: Signer,
-    actor: str = ACTOR_SELF,
+    key: AuditKey,
     extra: Facts | None = None,
 ) -> tuple[bytes, Head]:
     """A line of one of `record.SIGNED_TYPES` after `head`, and the new head. `coverage` is that of the lines before."""
     facts: Facts = {
-        "key": key_version,
+        "key": key.version,
         "lines": coverage.lines_count,
         "lines_sha256": coverage.hex(),
         "log_id": log_id.hex(),
         "previous_sig": base64_text(head.sig),
         **(extra or {}),
     }
-    event = Event(seq=head.seq + 1, ts=ts, type=event_type, actor=actor, facts=facts)
-    facts["signature"] = base64_text(signer.sign(signed_message(event)))
+    event = Event(seq=head.seq + 1, ts=ts, type=event_type, actor=ACTOR_SELF, facts=facts)
+    event.facts["signature"] = base64_text(key.signer.sign(signed_message(event)))
     event_bytes = encode_event(event)
-    sig = mac(audit_key, head.sig, event_bytes)
+    sig = mac(key.mac_key, head.sig, event_bytes)
     return record.frame(event_bytes, sig), Head(head.seq + 1, sig)
 
 
@@ -153,7 +148,7 @@ def genesis_event(log_id: bytes, key_version: int, public_key: bytes, previous: 
     )
 
 
-def segment_open_event(log_id: bytes, key_version: int, public_key: bytes, segment: int, previous: Head) -> Event:
+def segment_open_event(log_id: bytes, key_version: int, public_key: bytes, *, segment: int, previous: Head) -> Event:
     """The first line of a later file: names the head that the file before ended with."""
     return Event(
         type=record.TYPE_SEGMENT_OPEN,

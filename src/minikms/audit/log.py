@@ -1,20 +1,19 @@
 """The audit log as the daemon writes it: queue events, write them with one call, or say that it can't.
 
-Owns: the file being written and the state of its chain. Invariants:
+Owns: the queue of a turn, what happens when the log can't be written, and the log's chores. Invariants:
 
-- One `write` per commit, whole lines only. When it fails or is short, the file is cut back to the last good line, the
-  chain stays where it was, the queued events are gone, and AuditUnavailableError is raised: their answers must not
-  leave. If even the cut fails, nothing is written before it has succeeded.
-- Every commit tries again by itself. The first that succeeds says first how many events were lost and since when.
-- `add`, `commit` and `close` belong to one thread. `fdatasync` may run beside them in another.
+- One write per commit, whole lines only. When it fails, the queued events are gone, the file is as it was, and
+  AuditUnavailableError is raised: their answers must not leave.
+- Every commit tries again by itself. The first that succeeds says first how many events were lost, since when and why.
+- `add`, `commit`, `tick`, `remove_segments` and `close` belong to one thread. `fdatasync` may run beside them in
+  another.
 
-It must never write a line that was not chained to the one before it in the file, buffer a line beyond its commit, or
-hold key bytes. It trusts that its caller holds the lock of the data directory.
+It must never answer for a line that was not written, keep an event beyond its commit, or hold key bytes. It trusts that
+its caller holds the lock of the data directory.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -22,26 +21,33 @@ from typing import Final, Literal, NoReturn
 
 import msgspec
 
-from minikms.audit import chain, record
-from minikms.audit.chain import Coverage, base64_text
-from minikms.audit.durability import Durability
-from minikms.audit.opening import Keys, Known, Opened, open_log, write_whole
-from minikms.audit.record import ACTOR_SELF, Event, Facts, Head
-from minikms.audit.reserve import Reserve
-from minikms.audit.segments import LOG_NAME
+from minikms.audit import record, retention
+from minikms.audit.chain import base64_text
+from minikms.audit.opening import Keys, Known, Opened, open_log
+from minikms.audit.record import ACTOR_SELF, Event, Facts
+from minikms.audit.reserve import RESERVE_BYTES, Reserve
 from minikms.audit.signer import AuditKey, LocalSigner, Signer
+from minikms.audit.writer import ChainWriter
 from minikms.errors import AuditUnavailableError
 
 FsyncPolicy = Literal["never", "interval", "turn"]
 
-CHECKPOINT_LINES: Final = 10_000
-CHECKPOINT_BYTES: Final = 8 * 1024 * 1024
-"""A checkpoint costs some 150 µs: at either bound less than 0.02 µs a line. A start reads at most what lies between
-two."""
+FSYNC_INTERVAL_MS: Final = 100
+"""How often the daemon calls `fdatasync` under the policy "interval"."""
 CHORES_NS: Final = 1_000_000_000
-"""Between attempts at what a commit can do without: refilling the reserve."""
+"""Between two rounds of chores."""
+CHECKPOINT_AGE_NS: Final = 60 * 1_000_000_000
+"""Lines older than this are signed, so that who has only the public key is at most so far behind."""
 
 _NO_SPACE: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """segment_bytes, segment_age_s: a file is closed when it reaches either. reserve_bytes: kept back on the disk."""
+
+    segment_bytes: int = 1024 * 1024 * 1024
+    segment_age_s: int = 30 * 24 * 3600
+    reserve_bytes: int = RESERVE_BYTES
 
 
 class _Failure(msgspec.Struct):
@@ -55,25 +61,23 @@ class _Failure(msgspec.Struct):
 class AuditLog:
     """An open log. Make one with `AuditLog.open`."""
 
-    def __init__(self, directory: str, opened: Opened, now_ns: Callable[[], int], fsync: FsyncPolicy) -> None:
+    def __init__(
+        self, directory: str, opened: Opened, *, now_ns: Callable[[], int], fsync: FsyncPolicy, limits: Limits
+    ) -> None:
         self._directory = directory
         self._now_ns = now_ns
         self._fsync: FsyncPolicy = fsync
-        self._queue: list[Event] = list(opened.pending)
-        self._fd = opened.fd
-        self._size = opened.size
-        self._head = opened.head
-        self._coverage = opened.coverage
-        self._log_id = opened.log_id
-        self._key = opened.key
+        self._limits = limits
         self._hash_thread_ids = False
+        self._queue: list[Event] = list(opened.pending)
+        self._writer = ChainWriter(directory, opened)
         self._failure: _Failure | None = None
         self._dropped_total = 0
-        self._cut_due = False
+        self._chore_fault = ""
         self._disk_full = False
-        self._reserve = Reserve(directory)
+        self._reserve = Reserve(directory, limits.reserve_bytes)
         self._chores_ns = 0
-        self._durability = Durability(os.path.join(directory, LOG_NAME), opened.fd, opened.size)
+        self._signed_ns = now_ns()
         self._closed = False
 
     @classmethod
@@ -91,6 +95,7 @@ class AuditLog:
         known: Known | None = None,
         accept_loss: bool = False,
         hash_thread_ids: bool = False,
+        limits: Limits | None = None,
     ) -> AuditLog:
         """Open the log in `directory`, or begin one.
 
@@ -98,29 +103,34 @@ class AuditLog:
         takes the seed's place where it lives elsewhere. now_ns: Unix time. former: the key before this one, while the
         log may still end under it: the change is then completed here. known: what is remembered of the log.
 
-        Raises StartError when the log found is altered, missing or shorter than known, and OSError when the disk fails.
+        Raises StartError when the log found is altered, missing or shorter than known, AuditUnavailableError or OSError
+        when the disk fails.
         """
         path = os.fspath(directory)
         key = AuditKey(key_version, audit_key, LocalSigner(seed) if signer is None else signer)
         opened = open_log(path, Keys(key, former), known or Known(), now_ns(), accept_loss=accept_loss)
-        log = cls(path, opened, now_ns, fsync)
+        log = cls(path, opened, now_ns=now_ns, fsync=fsync, limits=limits or Limits())
         log._hash_thread_ids = hash_thread_ids
         log._reserve.fill()
-        if opened.key.version != key.version:
-            log.change_key(key)
-        log.commit(durable=True)
+        try:
+            if opened.key.version != key.version:
+                log.change_key(key)
+            log.commit(durable=True)
+        except AuditUnavailableError:
+            log._writer.close()
+            raise
         return log
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def add(self, event: Event) -> None:
-        """Queue an event of this turn. It is written, or dropped, by the next `commit`; it must not be used again."""
+        """Queue an event of this turn. The next `commit` writes or drops it; it must not be used again."""
         self._queue.append(event)
 
     def commit(self, *, durable: bool = False) -> None:
         """Write all queued events. With `durable`, return only when they are on disk (this blocks on the disk).
 
-        Raises AuditUnavailableError: then none of them was written.
+        Raises AuditUnavailableError: then no answer to what they tell of may leave.
         """
         if self._queue or self._failure is not None:
             events, self._queue = self._queue, []
@@ -136,8 +146,11 @@ class AuditLog:
         if self._failure is not None:
             events.insert(0, _resumed_event(self._failure))
         try:
-            self._repair()
-            self._write(events, ts)
+            self._writer.repair()
+        except OSError as error:
+            self._fail(error, dropped, ts)
+        try:
+            self._writer.write(events, ts)
         except OSError as error:
             if error.errno not in _NO_SPACE or not self._write_on_reserve(events, ts):
                 self._fail(error, dropped, ts)
@@ -145,116 +158,17 @@ class AuditLog:
         if ts >= self._chores_ns:
             self._do_chores(ts)
 
-    def _write(self, events: list[Event], ts: int, *, escaped: bool = False) -> None:
-        """One write of `events`, with the checkpoint that falls due. Raises OSError, and nothing has changed."""
-        blob, head = chain.seal(events, self._head, self._key.mac_key, ts, escaped=escaped)
-        if len(blob) > CHECKPOINT_BYTES and len(events) > 1:
-            # A turn of giant batches: in two, so that no more than this lies between two checkpoints.
-            half = len(events) // 2
-            self._write(events[:half], ts, escaped=True)
-            self._write(events[half:], ts, escaped=True)
-            return
-        coverage = self._coverage
-        if (
-            coverage.lines_count + len(events) < CHECKPOINT_LINES
-            and coverage.bytes_count + len(blob) < CHECKPOINT_BYTES
-        ):
-            self._append(blob)
-            coverage.add(blob, len(events))
-            self._head = head
-            return
-        coverage = coverage.copy()
-        coverage.add(blob, len(events))
-        line, head = self._signed(record.TYPE_CHECKPOINT, head, coverage, ts)
-        self._append(blob + line)
-        self._follow(line, head)
-
-    def _signed(
-        self, event_type: str, head: Head, coverage: Coverage, ts: int, extra: Facts | None = None
-    ) -> tuple[bytes, Head]:
-        return chain.signed_line(
-            event_type,
-            head=head,
-            ts=ts,
-            coverage=coverage,
-            log_id=self._log_id,
-            key_version=self._key.version,
-            audit_key=self._key.mac_key,
-            signer=self._key.signer,
-            extra=extra,
-        )
-
-    def _append(self, blob: bytes) -> None:
-        """Write `blob` whole, or raise OSError with the file cut back to where it was."""
-        self._cut_due = True
-        try:
-            write_whole(self._fd, blob)
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._cut()
-            raise
-        self._cut_due = False
-        self._size += len(blob)
-        self._durability.wrote(len(blob))
-
-    def _follow(self, signed_line: bytes, head: Head) -> None:
-        """Go on after a signed line, with which a new coverage begins."""
-        self._head = head
-        self._coverage = Coverage()
-        self._coverage.add(signed_line, 1)
-
-    def checkpoint(self) -> None:
-        """Sign the end of the log, if there is anything new to sign for. Raises AuditUnavailableError."""
-        if self._coverage.lines_count > 1 or self._head.seq == 1:
-            self._sign(record.TYPE_CHECKPOINT, None)
-
-    def change_key(self, key: AuditKey) -> None:
-        """End the use of the current audit key with a line that names `key`, which holds from the next line on.
-
-        The keyring must hold both durably before. Returns when the line is on disk; raises AuditUnavailableError.
-        """
-        extra: Facts = {"next_key": key.version, "next_public_key": base64_text(key.signer.public_key())}
-        self._sign(record.TYPE_AUDIT_KEY, extra)
-        self._key = key
-        self.fdatasync()
-
-    def _sign(self, event_type: str, extra: Facts | None) -> None:
-        self.commit()
-        ts = self._now_ns()
-        try:
-            self._repair()
-            line, head = self._signed(event_type, self._head, self._coverage, ts, extra)
-            self._append(line)
-        except OSError as error:
-            self._fail(error, 0, ts)
-        self._follow(line, head)
-
-    # --- failing and mending -----------------------------------------------------------------------------------------
-
-    def _cut(self) -> None:
-        os.ftruncate(self._fd, self._size)
-        self._cut_due = False
-
-    def _repair(self) -> None:
-        """Undo what a failure left. Raises OSError when it still can't be undone, and then nothing may be written."""
-        if self._cut_due:
-            self._cut()
-        if self._durability.failed:
-            raise OSError(errno.EIO, "lines are not confirmed by the disk")
-
     def _write_on_reserve(self, events: list[Event], ts: int) -> bool:
         """Write on a full disk, on space kept back. Strangers don't get it: only a turn with another event does."""
         if all(event.type == record.TYPE_REFUSED for event in events):
             return False
         if not self._disk_full:
-            events = [
-                Event(type=record.TYPE_DISK_FULL, actor=ACTOR_SELF, facts={"reserve_bytes": self._reserve.left_bytes}),
-                *events,
-            ]
+            facts: Facts = {"reserve_bytes": self._reserve.left_bytes}
+            events.insert(0, Event(type=record.TYPE_DISK_FULL, actor=ACTOR_SELF, facts=facts))
         while self._reserve.release():
             try:
-                self._repair()
-                self._write(events, ts, escaped=True)
+                self._writer.repair()
+                self._writer.write(events, ts, escaped=True)
             except OSError as error:
                 if error.errno in _NO_SPACE:
                     continue
@@ -263,12 +177,93 @@ class AuditLog:
             return True
         return False
 
+    def change_key(self, key: AuditKey) -> None:
+        """End the use of the current audit key with a line that names `key`, which holds from the next line on.
+
+        The keyring must hold both durably before. Returns when the line is on disk; raises AuditUnavailableError.
+        """
+        self.commit()
+        ts = self._now_ns()
+        try:
+            self._writer.repair()
+            self._writer.change_key(key, ts)
+        except OSError as error:
+            self._fail(error, 0, ts)
+        self.fdatasync()
+
+    def remove_segments(self, keep: retention.Retention) -> list[str]:
+        """Delete the oldest closed files that `keep` does not hold on to, each after a durable line that names it.
+
+        Returns their names. Raises AuditUnavailableError, with nothing more deleted, and OSError.
+        """
+        names = []
+        for segment in retention.due(self._directory, keep, self._now_ns()):
+            self.add(segment.event())
+            self.commit(durable=True)
+            names += retention.delete(self._directory, segment)
+        return names
+
+    def close(self) -> None:
+        """Write what is queued, sign the end, wait for the disk, close. The keys may be released after it.
+
+        Raises AuditUnavailableError when the end could not be written; the log is closed all the same.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.commit()
+            ts = self._now_ns()
+            if self._writer.unsigned_lines:
+                try:
+                    self._writer.checkpoint(ts)
+                except OSError as error:
+                    self._fail(error, 0, ts)
+            self.fdatasync()
+        finally:
+            self._writer.close()
+
+    # --- chores and failures -----------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """To be called about once a second: does the chores when no commit does, and tries again after a failure.
+
+        Raises nothing; `status` says what does not work.
+        """
+        ts = self._now_ns()
+        if self._failure is not None and not self._queue:
+            try:
+                self.commit()
+            except AuditUnavailableError:
+                return
+        if ts >= self._chores_ns and self._failure is None:
+            self._do_chores(ts)
+
     def _do_chores(self, ts: int) -> None:
-        """What a commit can do without, after one that succeeded; again in a second."""
+        """What a commit can do without, after one that succeeded: the next round tries again what failed."""
         self._chores_ns = ts + CHORES_NS
         if not self._reserve.full and self._reserve.fill() and self._disk_full:
             self._disk_full = False
             self.add(Event(type=record.TYPE_DISK_OK, actor=ACTOR_SELF))
+        writer = self._writer
+        try:
+            if writer.size >= self._limits.segment_bytes or self._is_old(ts):
+                writer.repair()
+                writer.rotate(ts)
+                self._signed_ns = ts
+            elif not writer.unsigned_lines:
+                self._signed_ns = ts
+            elif ts - self._signed_ns >= CHECKPOINT_AGE_NS:
+                writer.repair()
+                writer.checkpoint(ts)
+                self._signed_ns = ts
+        except OSError as error:
+            self._chore_fault = _reason(error)
+        else:
+            self._chore_fault = ""
+
+    def _is_old(self, ts: int) -> bool:
+        return not self._writer.fresh and ts - self._writer.segment_ts >= self._limits.segment_age_s * 1_000_000_000
 
     def _fail(self, error: OSError, dropped: int, ts: int) -> NoReturn:
         if self._failure is None:
@@ -280,19 +275,20 @@ class AuditLog:
     def _hide_thread_ids(self, events: list[Event]) -> None:
         for event in events:
             if event.thread_id:
-                event.thread_id = record.hash_thread_id(event.thread_id, self._key.mac_key)
+                event.thread_id = record.hash_thread_id(event.thread_id, self._writer.key.mac_key)
 
     # --- waiting for the disk ----------------------------------------------------------------------------------------
 
     @property
     def dirty(self) -> bool:
         """Whether a committed line is not yet known to be on disk."""
-        return self._durability.dirty
+        return self._writer.durability.dirty
 
     @property
     def sync_needed(self) -> bool:
-        """Whether `fdatasync` should be called now, by the policy or since it failed the last time."""
-        return self._durability.failed or (self._fsync != "never" and self._durability.dirty)
+        """Whether `fdatasync` should be called now: by the policy, or since it failed the last time."""
+        durability = self._writer.durability
+        return durability.failed or (self._fsync != "never" and durability.dirty)
 
     @property
     def sync_each_turn(self) -> bool:
@@ -305,7 +301,7 @@ class AuditLog:
         Raises AuditUnavailableError: the log then takes no lines until a later call has succeeded.
         """
         try:
-            self._durability.sync()
+            self._writer.durability.sync()
         except OSError as error:
             raise AuditUnavailableError("the audit log is not confirmed by the disk") from error
 
@@ -313,48 +309,41 @@ class AuditLog:
 
     @property
     def head(self) -> dict[str, str | int]:
-        """{"seq": n, "sig": base64}: the last line, as `minikms audit verify --expect-head` takes it
-        (`<seq>:<sig>`)."""
-        return {"seq": self._head.seq, "sig": base64_text(self._head.sig)}
+        """{"seq": n, "sig": base64}: the last line; `<seq>:<sig>` is what `minikms audit verify --expect-head`
+        takes."""
+        head = self._writer.head
+        return {"seq": head.seq, "sig": base64_text(head.sig)}
 
     @property
     def writable(self) -> bool:
-        """Whether the last attempt to write succeeded."""
-        return self._failure is None and not self._durability.failed
+        """Whether the last attempt to write, and to have it confirmed by the disk, succeeded."""
+        return self._failure is None and not self._writer.durability.failed
 
     def status(self) -> dict[str, object]:
-        """For `/status`: the head, whether the log can be written and why not, and how much of it there is."""
-        failure = self._failure
+        """For `/status` and metrics: the head, whether the log can be written and why not, how much of it there is.
+
+        Times are Unix ns, sizes bytes.
+        """
+        writer, failure = self._writer, self._failure
+        unconfirmed = "lines are not confirmed by the disk" if writer.durability.failed else ""
         return {
             "head": self.head,
             "writable": self.writable,
-            "unavailable_reason": "" if failure is None else failure.reason,
+            "unavailable_reason": unconfirmed if failure is None else failure.reason,
             "unavailable_since": 0 if failure is None else failure.since,
             "events_dropped": self._dropped_total,
+            "chore_fault": self._chore_fault,
             "disk_full": self._disk_full,
             "reserve_bytes": self._reserve.left_bytes,
-            "log_id": self._log_id.hex(),
-            "audit_key_version": self._key.version,
-            "lines_since_checkpoint": self._coverage.lines_count,
-            "file_bytes": self._size,
+            "log_id": writer.log_id.hex(),
+            "audit_key_version": writer.key.version,
+            "public_key": base64_text(writer.key.signer.public_key()),
+            "lines_not_signed": writer.unsigned_lines,
+            "segment": writer.segment,
+            "segment_bytes": writer.size,
             "fsync": self._fsync,
-            "unsynced": self._durability.dirty,
+            "synced": not self.dirty,
         }
-
-    def close(self) -> None:
-        """Write what is queued, sign the end, wait for the disk, close. The keys may be released after it.
-
-        Raises AuditUnavailableError when the end could not be written; the log is closed all the same.
-        """
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            self.commit()
-            self.checkpoint()
-            self.fdatasync()
-        finally:
-            self._durability.close()
 
 
 def _resumed_event(failure: _Failure) -> Event:

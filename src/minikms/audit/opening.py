@@ -34,7 +34,7 @@ from minikms.audit.record import ACTOR_SELF, Event, Facts, Head
 from minikms.audit.segments import DIRECTORY_MODE, FILE_MODE, LOG_NAME, NEXT_NAME, segment_name
 from minikms.audit.signer import AuditKey
 from minikms.audit.tail import Tail, read_tail
-from minikms.audit.verify import Trust
+from minikms.audit.verdict import Trust
 from minikms.errors import StartError
 
 _TORN_PREFIX: Final = LOG_NAME + ".torn-"
@@ -81,6 +81,7 @@ class Opened(msgspec.Struct):
     log_id: bytes
     segment: int
     segment_ts: int
+    segment_seq: int
     pending: list[Event]
     key: AuditKey
 
@@ -150,6 +151,7 @@ def _go_on(directory: str, fd: int, tail: Tail, keys: Keys, known: Known) -> Ope
         log_id=bytes.fromhex(tail.log_id),
         segment=tail.segment,
         segment_ts=tail.first_ts,
+        segment_seq=tail.first_seq,
         pending=_recovery(directory, tail.head.seq + 1),
         key=keys.of(tail.key_version),
     )
@@ -182,7 +184,7 @@ def _begin_after(
         _move_torn_aside(directory, torn_fd, 0, seq=tail.head.seq + 2)
     key = keys.of(tail.key_version)
     event = chain.segment_open_event(
-        bytes.fromhex(tail.log_id), key.version, key.signer.public_key(), number + 1, tail.head
+        bytes.fromhex(tail.log_id), key.version, key.signer.public_key(), segment=number + 1, previous=tail.head
     )
     log_id = bytes.fromhex(tail.log_id)
     return _create(directory, event, tail.head, key=key, log_id=log_id, segment=number + 1, ts=ts)
@@ -205,6 +207,7 @@ def _create(
         log_id=log_id,
         segment=segment,
         segment_ts=ts,
+        segment_seq=head.seq,
         pending=_recovery(directory, head.seq + 1),
         key=key,
     )

@@ -14,7 +14,8 @@ import msgspec
 from minikms.audit import record
 from minikms.audit.chain import Coverage
 from minikms.audit.record import Head, MalformedLineError
-from minikms.audit.verify import Trust, Verifier
+from minikms.audit.verdict import Trust
+from minikms.audit.verify import Verifier
 
 _READ_BYTES: Final = 64 * 1024
 _FIRST_LINE_BYTES: Final = 4096
@@ -31,6 +32,7 @@ class Tail(msgspec.Struct):
     whole_bytes: int
     fault: str = ""
     first_ts: int = 0
+    first_seq: int = 0
     head: Head = Head(0, record.ZERO_MAC)
     coverage: Coverage = msgspec.field(default_factory=Coverage)
     log_id: str = ""
@@ -49,7 +51,7 @@ def read_tail(fd: int, trust: Trust) -> Tail:
     start, data = _from_last_signed_line(fd, whole_bytes)
     if data is None:
         return Tail(whole_bytes, fault=f"there is no checkpoint in its last {TAIL_BYTES_MAX} bytes")
-    verifier = Verifier(trust, from_checkpoint=start > 0)
+    verifier = Verifier(trust, from_signed_line=start > 0)
     for line in data.split(b"\n")[:-1]:
         verifier.feed(line)
     if verifier.findings:
@@ -65,6 +67,7 @@ def read_tail(fd: int, trust: Trust) -> Tail:
     return Tail(
         whole_bytes,
         first_ts=first.ts,
+        first_seq=first.seq,
         head=head,
         coverage=verifier.coverage,
         log_id=verifier.log_id,
