@@ -40,6 +40,12 @@ def failing_os(patch: pytest.MonkeyPatch, call: str, *, at: int = 1, number: int
         yield
 
 
+def quick_directory() -> str | None:
+    """Where to keep the many small directories of a property test: in memory if there is such a place, where syncs that
+    don't matter to the test cost nothing. For `tempfile.TemporaryDirectory(dir=…)`."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
+
+
 def flip(path: Path, offset: int, bit: int = 0) -> None:
     """Flip one bit of a file."""
     content = bytearray(path.read_bytes())

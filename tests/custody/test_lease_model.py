@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from disk_faults import failing_os, flip, key
+from disk_faults import failing_os, flip, key, quick_directory
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -31,7 +31,7 @@ class LeasesAgainstModel(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.place = tempfile.TemporaryDirectory()
+        self.place = tempfile.TemporaryDirectory(dir=quick_directory())
         self.path = Path(self.place.name)
         self.fd = open_directory(self.path)
         self.store = LeaseStore.open(self.fd, create=True)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from disk_faults import failing_os, key
+from disk_faults import failing_os, key, quick_directory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -383,6 +383,6 @@ def test_the_uses_taken_are_never_more_than_a_restart_would_count(moves: list[tu
             counted.close()
 
     moves = list(moves)
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(dir=quick_directory()) as place:
         while moves:
             run(Path(place), go)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from disk_faults import failing_os, key
+from disk_faults import failing_os, key, quick_directory
 from power_loss import Disk
 
 from minikms.custody import atomic
@@ -138,11 +139,16 @@ class LeaseRun:
             self.granted[one] = max(total, self.granted.get(one, 0))
 
 
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """Where the images of the model disk are opened."""
+    with tempfile.TemporaryDirectory(dir=quick_directory()) as place:
+        yield Path(place)
+
+
 @pytest.mark.parametrize("seed", range(2))
-def test_no_lease_that_was_granted_is_ever_forgotten(
-    directory: int, tmp_path_factory: pytest.TempPathFactory, seed: int
-) -> None:
-    run = LeaseRun(directory, tmp_path_factory.mktemp("images"), seed)
+def test_no_lease_that_was_granted_is_ever_forgotten(directory: int, scratch: Path, seed: int) -> None:
+    run = LeaseRun(directory, scratch, seed)
     with pytest.MonkeyPatch.context() as patch:
         run.disk.begin(patch)
         store = LeaseStore.open(directory, create=True)
@@ -164,11 +170,9 @@ def test_no_lease_that_was_granted_is_ever_forgotten(
     assert run.granted[key(4)] == 2 * LEASE_USES
 
 
-def test_the_repair_of_a_torn_journal_may_itself_be_interrupted(
-    directory: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_the_repair_of_a_torn_journal_may_itself_be_interrupted(directory: int, tmp_path: Path, scratch: Path) -> None:
     store = LeaseStore.open(directory, create=True)
-    run = LeaseRun(directory, tmp_path_factory.mktemp("images"), 7)
+    run = LeaseRun(directory, scratch, 7)
     run.reserve(store, 1, 2)
     store.close()
     with (tmp_path / "kms-leases").open("ab") as file:
