@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import hashlib
 import os
 import re
 import struct
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 CHUNK_BYTES = 8 * 1024 * 1024
+WINDOW_BYTES = 64 * 1024
 HALF_BYTES = 16
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 SAMPLE_BYTES = 1024 * 1024
@@ -59,6 +61,15 @@ def forms_of(name: str, key: bytes) -> list[Needle]:
         for order in ("<", ">"):
             found += [Needle(name, "HMAC midstate", half) for half in _halves(struct.pack(f"{order}8I", *state))]
     return found
+
+
+def ed25519_forms(name: str, seed: bytes) -> list[Needle]:
+    """What signing makes of a seed (RFC 8032, 5.1.5): the scalar, clamped and not, and the prefix."""
+    digest = hashlib.sha512(seed).digest()
+    clamped = bytes([digest[0] & 0xF8]) + digest[1:31] + bytes([digest[31] & 0x7F | 0x40])
+    return [
+        Needle(name, "expanded seed", half) for part in (digest[:32], clamped, digest[32:]) for half in _halves(part)
+    ]
 
 
 def _halves(value: bytes) -> tuple[bytes, bytes]:
@@ -182,13 +193,20 @@ class Matcher:
             table.setdefault(needle.data[offset : offset + KEYED_BYTES], []).append((offset, needle))
         self._patterns = {anchor: _pattern(table) for anchor, table in self._tables.items()}
 
-    def search(self, data: bytes | bytearray) -> Iterator[tuple[int, Needle]]:
+    def search(self, data: bytes) -> Iterator[tuple[int, Needle]]:
         """Each needle that lies wholly in `data`, with its position."""
+        for start in range(0, len(data), WINDOW_BYTES):
+            # Memory is mostly zeroes; no needle's anchor lies in a window of nothing else.
+            if 0 in self._patterns or data[start : start + WINDOW_BYTES].strip(b"\0"):
+                yield from self._search_anchors(data, start, start + WINDOW_BYTES)
+
+    def _search_anchors(self, data: bytes, first: int, end: int) -> Iterator[tuple[int, Needle]]:
         for anchor, pattern in self._patterns.items():
             table = self._tables[anchor]
-            for match in pattern.finditer(data):
-                for offset, needle in table.get(bytes(data[match.start() : match.start() + KEYED_BYTES]), ()):
-                    start = match.start() - offset
+            for match in pattern.finditer(data, first, end + KEYED_BYTES - 1):
+                place = match.start()
+                for offset, needle in table.get(data[place : place + KEYED_BYTES], ()) if place < end else ():
+                    start = place - offset
                     if start >= 0 and data[start : start + len(needle.data)] == needle.data:
                         yield start, needle
 

@@ -15,6 +15,7 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from minikms.memory import libc
@@ -175,7 +176,11 @@ def install_filter(*, allow_exec: bool, allow_network: bool) -> None:
             `no_new_privs`.
     """
     machine = os.uname().machine if ctypes.sizeof(ctypes.c_void_p) == 8 else f"32-bit {os.uname().machine}"
-    steps = filter_program(machine, allow_exec=allow_exec, allow_network=allow_network)
+    install_program(filter_program(machine, allow_exec=allow_exec, allow_network=allow_network))
+
+
+def install_program(steps: Sequence[Step]) -> None:
+    """Apply a program to this thread and those it starts, for good. Raises OSError, as `install_filter`."""
     code = b"".join(_INSTRUCTION.pack(step.code, step.then, step.otherwise, step.value) for step in steps)
     buffer = ctypes.create_string_buffer(code, len(code))
     program = _Program(len(steps), ctypes.addressof(buffer))

@@ -1,0 +1,131 @@
+"""A real `minikms` process for the proofs, and the keys that it must not show.
+
+Owns: starting the daemon in each way in which it gets its root key, and computing from its files and that root key
+every key it holds. Invariants: the daemon is the command that a user types, with nothing changed in it; the keys are
+computed in the test's own process and never sent to the daemon.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import minikms
+from minikms.client.errors import KmsError
+from minikms.crypto.aead import NonceSource
+from minikms.keys import dek
+from minikms.keys.unlocked import UnlockedKeyring
+from minikms.memory import SecretArena
+
+START_SECONDS_MAX = 20.0
+RootKind = Literal["file", "environment", "dev"]
+ROOT_KINDS: tuple[RootKind, ...] = ("file", "environment", "dev")
+
+
+class LiveDaemon:
+    """A daemon in a directory of its own, from construction to the end of the `with` block."""
+
+    def __init__(
+        self,
+        base: Path,
+        root_kind: RootKind = "file",
+        *flags: str,
+        launcher: tuple[str, ...] = (),
+        soft_memlock_bytes: int | None = None,
+    ) -> None:
+        """`launcher`: what the interpreter runs in place of the daemon, which is to replace itself by its arguments."""
+        base.chmod(0o755)
+        self.data_dir = base / "data"
+        self.socket = base / "s"
+        self.log = base / "log"
+        self.root_file = base / "data.master-key"
+        if root_kind != "dev":
+            self.root_file.touch(0o600)
+            self.root_file.write_text(os.urandom(32).hex() + "\n")
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
+        command = [
+            sys.executable,
+            *launcher,
+            "-m",
+            "minikms",
+            "--socket",
+            str(self.socket),
+            "--data-dir",
+            str(self.data_dir),
+        ]
+        if root_kind == "file":
+            command += ["--master-key-file", str(self.root_file)]
+        elif root_kind == "dev":
+            command += ["--dev"]
+        else:
+            environ["PROGRESSDB_MINIKMS_MASTER_KEY"] = self.root_file.read_text().strip()
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, *flags],
+                env=environ,
+                stdout=log,
+                stderr=log,
+                preexec_fn=None if soft_memlock_bytes is None else lambda: _limit_memlock(soft_memlock_bytes),
+            )
+        self.pid = self.process.pid
+        self._wait()
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + START_SECONDS_MAX
+        while True:
+            try:
+                with minikms.Client(self.socket, wait_s=0.1) as client:
+                    client.health()
+                return
+            except KmsError:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    self.kill()
+                    raise AssertionError(f"the daemon did not start: {self.log.read_text()}") from None
+                time.sleep(0.02)
+
+    def client(self) -> minikms.Client:
+        return minikms.Client(self.socket)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    def root(self) -> bytes:
+        return bytes.fromhex(self.root_file.read_text())
+
+    def keys(self, root: bytes | None = None) -> dict[str, bytes]:
+        """Every key by a name: the root key, the keyring key, each KEK version, the audit keys and seeds, each DEK."""
+        root = self.root() if root is None else root
+        found = {"root key": root}
+        with SecretArena(4096) as arena:
+            data = (self.data_dir / "keyring.json").read_bytes()
+            unlocked, _ = UnlockedKeyring.open(arena, memoryview(root), data, nonces=NonceSource().next)
+            found["keyring key"] = bytes(unlocked._keyring_key.view)
+            found |= {f"KEK {version}": bytes(slot.view) for version, slot in unlocked._keks.items()}
+            for version, (mac_key, seed) in unlocked._audit.items():
+                found |= {f"audit key {version}": bytes(mac_key.view), f"checkpoint seed {version}": bytes(seed.view)}
+            for file in sorted((self.data_dir / "kms-deks").glob("*.json")):
+                record = dek.parse(file.read_bytes(), file.stem)
+                with arena.allocate() as slot:
+                    dek.unwrap_into(record, unlocked.kek(record.kek_version), slot.view)
+                    found[f"DEK {record.id}"] = bytes(slot.view)
+            unlocked.release()
+        return found
+
+
+def _limit_memlock(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (size, size))

@@ -1,0 +1,268 @@
+"""No key in reach: root scans all memory of the real daemon after heavy use, and finds no key in any form.
+
+Each scan runs beside a scan that must find something (test_scanner.py plants every form; here a canary in the same
+process table): a scan that finds nothing proves nothing by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import scanner
+
+import live_daemon
+import needs
+from live_daemon import LiveDaemon
+from minikms.client import Client, DecryptItem, EncryptItem, KmsError
+
+THREADS_COUNT = 100
+OPERATIONS_COUNT = 10_000
+HARMLESS_SIGNALS = (
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGALRM,
+    signal.SIGVTALRM,
+    signal.SIGPROF,
+    signal.SIGCHLD,
+    signal.SIGWINCH,
+    signal.SIGIO,
+    signal.SIGRTMIN,
+    signal.SIGRTMAX,
+)
+
+
+@pytest.fixture(autouse=True)
+def _as_root() -> None:
+    needs.root()
+
+
+def needles_of(keys: dict[str, bytes]) -> list[scanner.Needle]:
+    found = [needle for name, key in keys.items() for needle in scanner.forms_of(name, key)]
+    for name, key in keys.items():
+        if name.startswith("checkpoint seed"):
+            found += scanner.ed25519_forms(name, key)
+    return found
+
+
+def assert_unreachable(daemon: LiveDaemon, keys: dict[str, bytes]) -> None:
+    """Nothing in memory, and the only region that root cannot read is the arena (and two of the kernel's own)."""
+    report = scanner.scan_process(daemon.pid, needles_of(keys))
+    assert report.hits == []
+    assert report.bytes_read > 20_000_000
+    unreadable = [region.split()[-1] if "secretmem" not in region else "secretmem" for region in report.unreadable]
+    assert set(unreadable) <= {"secretmem", "[vvar]", "[vvar_vclock]"}
+    assert "secretmem" in unreadable
+
+
+def make_keys(client: Client, count: int) -> list[str]:
+    return [client.create_dek_for_thread(f"thread-{number}").key_id for number in range(count)]
+
+
+def use_mixed(client: Client, key_ids: list[str], count: int, seed: int = 1) -> None:
+    """`count` operations of every kind that touches a key, in a random order; every answer is checked."""
+    pick = random.Random(seed)
+    done = 0
+    while done < count:
+        key_id = pick.choice(key_ids)
+        text = pick.randbytes(pick.choice((0, 16, 256, 5000)))
+        kind = pick.randrange(10)
+        if kind < 7:
+            sealed = client.encrypt(key_id, text, aad=b"place")
+            assert client.decrypt(key_id, sealed, aad=b"place") == text
+            done += 2
+        elif kind == 7:
+            client.get_wrapped(key_id)
+            done += 1
+        elif kind == 8 and done % 20 == 0:
+            client.create_dek_for_thread("another", replaces=client.create_dek_for_thread("another").key_id)
+            done += 2
+        else:
+            items = [EncryptItem(key_id=pick.choice(key_ids), plaintext=text) for _ in range(50)]
+            sealed_items = client.encrypt_batch(items)
+            opened = client.decrypt_batch(
+                [
+                    DecryptItem(key_id=item.key_id, ciphertext=sealed)
+                    for item, sealed in zip(items, sealed_items, strict=True)
+                    if isinstance(sealed, bytes)
+                ]
+            )
+            assert opened == [text] * len(items)
+            done += 2
+
+
+def storm_of_errors(client: Client, socket_path: Path, key_ids: list[str]) -> None:
+    """Every way to be refused that comes near a key, and input that is no request at all."""
+    sealed = client.encrypt(key_ids[0], b"text", aad=b"place")
+    attempts: tuple[Callable[[], object], ...] = (
+        lambda: client.decrypt(key_ids[0], sealed[:-1] + bytes([sealed[-1] ^ 1]), aad=b"place"),
+        lambda: client.decrypt(key_ids[1], sealed, aad=b"place"),
+        lambda: client.decrypt(key_ids[0], sealed, aad=b"elsewhere"),
+        lambda: client.decrypt(key_ids[0], sealed, thread_id="not-its-thread"),
+        lambda: client.encrypt("k_" + "0" * 26, b"text"),
+    )
+    for attempt in attempts * 30:
+        with pytest.raises(KmsError):
+            attempt()
+    head = b"POST /%b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+    for path in (b"encrypt", b"decrypt", b"encrypt_batch", b"create_dek_for_thread", b"rotate_kek", b"nowhere"):
+        for body in (b"{", b'{"key_id":1}', b'{"new_kek_hex":"' + b"0" * 63 + b'"}', b"\xff" * 100, b""):
+            with socket.socket(socket.AF_UNIX) as raw:
+                raw.connect(str(socket_path))
+                raw.sendall(head % (path, len(body)) + body)
+                assert raw.recv(4096).startswith(b"HTTP/1.1 4")
+
+
+@contextlib.contextmanager
+def storm_of_signals(pid: int) -> Iterator[None]:
+    """Signals of all harmless kinds, 2,000 times a second, for as long as the block runs."""
+    stop = threading.Event()
+
+    def send() -> None:
+        while not stop.wait(0.0005):
+            for number in HARMLESS_SIGNALS:
+                os.kill(pid, number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        sender.join()
+
+
+def test_after_heavy_use_root_finds_no_key_in_the_daemons_memory_nor_in_a_core(tmp_path: Path) -> None:
+    """10,000 operations over 100 keys, a storm of errors and one of signals; then memory, environment and a gcore."""
+    with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
+        key_ids = make_keys(client, THREADS_COUNT)
+        use_mixed(client, key_ids, OPERATIONS_COUNT)
+        storm_of_errors(client, daemon.socket, key_ids)
+        with storm_of_signals(daemon.pid):
+            use_mixed(client, key_ids, OPERATIONS_COUNT // 10, seed=2)
+        keys = daemon.keys()
+        assert len(keys) > THREADS_COUNT
+        assert_unreachable(daemon, keys)
+        client.health()
+        assert scanner.scan_file(f"/proc/{daemon.pid}/environ", needles_of(keys)).hits == []
+        core = core_of(daemon.pid, tmp_path)
+        report = scanner.scan_file(str(core), needles_of(keys))
+        assert report.bytes_read > 5_000_000
+        assert report.hits == []
+        client.health()
+
+
+def core_of(pid: int, directory: Path) -> Path:
+    """A core of the living process, made by a debugger of root's."""
+    gcore = needs.program("gcore")
+    done = subprocess.run(
+        [gcore, "-a", "-o", str(directory / "core"), str(pid)], capture_output=True, text=True, timeout=60, check=False
+    )
+    core = directory / f"core.{pid}"
+    assert core.exists(), done.stdout + done.stderr
+    return core
+
+
+@pytest.mark.parametrize("kind", ["environment", "dev"])
+def test_wherever_the_root_key_comes_from_it_is_not_found(tmp_path: Path, kind: live_daemon.RootKind) -> None:
+    with LiveDaemon(tmp_path, kind) as daemon, daemon.client() as client:
+        use_mixed(client, make_keys(client, 10), 500)
+        keys = daemon.keys()
+        assert_unreachable(daemon, keys)
+        assert scanner.scan_file(f"/proc/{daemon.pid}/environ", needles_of(keys)).hits == []
+        assert scanner.scan_file(f"/proc/{daemon.pid}/cmdline", needles_of(keys)).hits == []
+
+
+def test_evicted_keys_leave_nothing_behind(tmp_path: Path) -> None:
+    """Room for four keys and a hundred in use: nearly every operation opens one and evicts another."""
+    with LiveDaemon(tmp_path, "file", "--cache-keys", "4") as daemon, daemon.client() as client:
+        use_mixed(client, make_keys(client, THREADS_COUNT), 2_000)
+        memory = client.status()["memory"]
+        assert isinstance(memory, dict)
+        assert memory["keys_in_memory"] <= 4
+        assert memory["cache_evictions"] > 1_000
+        assert_unreachable(daemon, daemon.keys())
+
+
+WITHOUT_MEMFD_SECRET = """
+import ctypes, errno, os, sys
+from minikms.memory import libc, seccomp
+steps = [
+    seccomp.Step(0x20, 0),
+    seccomp.Step(0x15, 447, otherwise=1),
+    seccomp.Step(0x06, 0x50000 | errno.ENOSYS),
+    seccomp.Step(0x06, 0x7FFF0000),
+]
+libc.prctl("no_new_privs", 38, 1)
+seccomp.install_program(steps)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def test_without_memfd_secret_it_works_says_what_is_lacking_and_keeps_keys_in_the_arena_only(tmp_path: Path) -> None:
+    """A kernel without the call, for this process: a filter answers ENOSYS. Root can read the fallback, no more."""
+    wrapper = tmp_path / "without_memfd_secret.py"
+    wrapper.write_text(WITHOUT_MEMFD_SECRET)
+    with LiveDaemon(tmp_path, "file", launcher=(str(wrapper),)) as daemon, daemon.client() as client:
+        use_mixed(client, make_keys(client, 10), 500)
+        status = client.status()
+        keys = daemon.keys()
+        report = scanner.scan_process(daemon.pid, needles_of(keys))
+    assert isinstance(status["hardening"], list) and isinstance(status["memory"], dict)
+    (measure,) = [entry for entry in status["hardening"] if entry["measure"] == "keys_in_secret_memory"]
+    assert not measure["in_force"] and "memfd_secret" in measure["why"]
+    assert status["memory"]["arena"] == "anonymous"
+    assert {hit.form for hit in report.hits} == {"half"}
+    assert len({hit.where.split(" in ")[1] for hit in report.hits}) == 1, "the arena's region"
+    assert "root key" not in {hit.name for hit in report.hits}, "it is released after the start"
+    assert len({hit.name for hit in report.hits}) >= 10
+
+
+def test_required_hardening_refuses_a_machine_where_something_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"hardening is required.*memory_locked"):
+        LiveDaemon(tmp_path, "file", "--require-hardening", soft_memlock_bytes=1 << 20)
+    assert not (tmp_path / "s").exists()
+
+
+def test_status_tells_which_measures_are_in_force(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
+        told = client.status()["hardening"]
+        kernel = Path(f"/proc/{daemon.pid}/status").read_text()
+    assert isinstance(told, list)
+    missing = {entry["measure"]: entry["why"] for entry in told if not entry["in_force"]}
+    assert missing.keys() <= {"memory_locked"}
+    for line in ("NoNewPrivs:\t1", "Seccomp:\t2", "CapEff:\t0000000000000000", "CapBnd:\t0000000000000000"):
+        assert line in kernel
+
+
+def test_the_proof_would_fail_if_a_key_were_left(tmp_path: Path) -> None:
+    """The same scan, of a process that opens the keyring as the daemon does but copies one key out of the arena."""
+    with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
+        make_keys(client, 1)
+        keys = daemon.keys()
+        root = daemon.root_file
+        daemon.process.terminate()
+        daemon.process.wait()
+    leaky = (
+        "import sys\nfrom minikms.memory import SecretArena, read_key_fd_into\n"
+        "arena = SecretArena(4); slot = arena.allocate(); read_key_fd_into(0, slot); kept = bytes(slot.view)\n"
+        "print('ready', flush=True)\nimport time; time.sleep(60)\n"
+    )
+    with root.open("rb") as file:
+        process = subprocess.Popen([sys.executable, "-c", leaky], stdin=file, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    try:
+        hits = scanner.scan_process(process.pid, needles_of(keys)).hits
+    finally:
+        process.kill()
+        process.communicate()
+    assert {hit.name for hit in hits} == {"root key"}
