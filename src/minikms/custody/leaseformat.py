@@ -127,8 +127,9 @@ def encode_record(key: bytes, total: int) -> bytes:
 def parse_journal(content: bytes) -> Journal:
     """Read a journal. Raises LeaseFormatError for a foreign or damaged header.
 
-    Only one append can be unsynced, and it holds a key once. So bad records at the end, up to one append of them, are
-    torn: a crash before anyone was told, at most one lease of a key. Bad ones before a good one are damage.
+    Only one append can be unsynced, and nobody was told of it. So bad records at the end, up to one append of them, are
+    torn; as the last durable record gone bad looks the same, they count as one lost lease. Bad ones before a good one
+    are damage, and count one each.
     """
     if content[:HEADER_BYTES] != journal_header():
         raise LeaseFormatError(_why_not(content, JOURNAL_MAGIC))
