@@ -36,45 +36,55 @@ class LiveDaemon:
         base: Path,
         root_kind: RootKind = "file",
         *flags: str,
+        program: tuple[str, ...] = (),
         launcher: tuple[str, ...] = (),
-        soft_memlock_bytes: int | None = None,
+        socket: Path | None = None,
+        pass_fds: tuple[int, ...] = (),
+        memlock_bytes: int | None = None,
     ) -> None:
-        """`launcher`: what the interpreter runs in place of the daemon, which is to replace itself by its arguments."""
+        """Start it in `base`, which is opened to all users.
+
+        `program`: what runs the interpreter, such as `unshare --user`. `launcher`: what the interpreter runs first,
+        which is to replace itself by the interpreter with its arguments. `memlock_bytes`: its RLIMIT_MEMLOCK.
+        """
         base.chmod(0o755)
         self.data_dir = base / "data"
-        self.socket = base / "s"
+        self.socket = socket or base / "s"
         self.log = base / "log"
         self.root_file = base / "data.master-key"
-        if root_kind != "dev":
+        self._environ = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
+        self._command = [*program, sys.executable, *launcher, "-m", "minikms"]
+        self._command += ["--socket", str(self.socket), "--data-dir", str(self.data_dir), *flags]
+        self._pass_fds = pass_fds
+        self._memlock_bytes = memlock_bytes
+        if root_kind == "dev":
+            self._command += ["--dev"]
+        else:
             self.root_file.touch(0o600)
             self.root_file.write_text(os.urandom(32).hex() + "\n")
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
-        command = [
-            sys.executable,
-            *launcher,
-            "-m",
-            "minikms",
-            "--socket",
-            str(self.socket),
-            "--data-dir",
-            str(self.data_dir),
-        ]
         if root_kind == "file":
-            command += ["--master-key-file", str(self.root_file)]
-        elif root_kind == "dev":
-            command += ["--dev"]
-        else:
-            environ["PROGRESSDB_MINIKMS_MASTER_KEY"] = self.root_file.read_text().strip()
+            self._command += ["--master-key-file", str(self.root_file)]
+        elif root_kind == "environment":
+            self._environ["PROGRESSDB_MINIKMS_MASTER_KEY"] = self.root_file.read_text().strip()
+        self.start()
+
+    def start(self) -> None:
+        """Start it again, after it has ended; returns when it answers."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, *flags],
-                env=environ,
+                self._command,
+                env=self._environ,
                 stdout=log,
                 stderr=log,
-                preexec_fn=None if soft_memlock_bytes is None else lambda: _limit_memlock(soft_memlock_bytes),
+                pass_fds=self._pass_fds,
+                preexec_fn=None if self._memlock_bytes is None else self._limit_memlock,
             )
         self.pid = self.process.pid
         self._wait()
+
+    def _limit_memlock(self) -> None:
+        if self._memlock_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (self._memlock_bytes, self._memlock_bytes))
 
     def _wait(self) -> None:
         deadline = time.monotonic() + START_SECONDS_MAX
@@ -125,7 +135,3 @@ class LiveDaemon:
                     found[f"DEK {record.id}"] = bytes(slot.view)
             unlocked.release()
         return found
-
-
-def _limit_memlock(size: int) -> None:
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (size, size))
