@@ -42,10 +42,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._incomplete: asyncio.TimerHandle | None = None
 
     # --- the connection -----------------------------------------------------------------------------------------
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if len(self.connections) >= bounds.CONNECTIONS_COUNT_MAX and isinstance(transport, asyncio.Transport):
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+        if len(self.connections) >= bounds.CONNECTIONS_COUNT_MAX:
             transport.abort()
-        super().connection_made(transport)  # type: ignore[arg-type]  # asyncio passes a Transport
+        super().connection_made(transport)
         peer = transport.get_extra_info("socket")
         if peer is not None and peer.family in (socket.AF_INET, socket.AF_INET6):
             with contextlib.suppress(OSError):  # a connection that is gone already
@@ -64,6 +64,17 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._incomplete is not None:
             self._whole()
 
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio takes the transport's fate from it
+        """True keeps the connection, for the answer."""
+        if not self._answering():
+            return None
+        self.cycle.keep_alive = False
+        return True
+
+    def _answering(self) -> bool:
+        """Whether the newest request is whole and not answered yet."""
+        return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
+
     def _expect_more(self) -> None:
         if self._incomplete is None:
             self._incomplete = self.loop.call_later(bounds.REQUEST_SECONDS_MAX, self._too_slow)
@@ -75,8 +86,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _too_slow(self) -> None:
         self._incomplete = None
-        answering = self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
-        if answering:
+        if self._answering():
             self._expect_more()  # an earlier request of this connection is still being answered
         elif self.transport is not None and not self.transport.is_closing():
             self.transport.abort()
@@ -104,7 +114,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._in_body = True
         hosts = sum(name == b"host" for name, _ in self.headers)
-        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
+        version = self.parser.get_http_version()
+        if version not in ("1.1", "1.0") or hosts > 1 or (hosts == 0 and version == "1.1"):
             self._refuse(400)
         super().on_headers_complete()
 
