@@ -152,9 +152,9 @@ def _take(tour: Tour, place: Place) -> int:
         planted = _write(tour, server, thread)
         messages = _read_back(tour, server, thread, planted, told_before)
         _show_record(tour, server, thread)
-        _show_status(tour, place)
+        head = _show_status(tour, place)
     _search_disk(tour, place, thread, planted, [message["body"]["text"] for message in messages])
-    _verify_audit(tour, place)
+    _verify_audit(tour, place, head)
     tour.close(_server_command(place, "127.0.0.1:8080", "my-backend-key", "my-admin-key"), place.directory)
     return 1 if tour.failed else 0
 
@@ -219,7 +219,8 @@ def _show_record(tour: Tour, server: Server, thread: str) -> None:
     )
 
 
-def _show_status(tour: Tour, place: Place) -> None:
+def _show_status(tour: Tour, place: Place) -> str:
+    """Prints what matters of it; returns the head of the audit log at this moment, `seq:sig`."""
     tour.step(
         "Ask the key service how it is", f"curl -s --unix-socket {shlex.quote(str(place.socket))} http://kms/status"
     )
@@ -233,6 +234,7 @@ def _show_status(tour: Tour, place: Place) -> None:
     for warning in status["warnings"]:
         tour.line(f"warning: {warning}", style="yellow")
     tour.check(status["status"] == "ok", f"process {status['pid']}, audit log at line {status['audit']['head']['seq']}")
+    return f"{status['audit']['head']['seq']}:{status['audit']['head']['sig']}"
 
 
 def _search_disk(tour: Tour, place: Place, thread: str, planted: list[str], texts: list[str]) -> None:
@@ -258,9 +260,9 @@ def _search_disk(tour: Tour, place: Place, thread: str, planted: list[str], text
     )
 
 
-def _verify_audit(tour: Tour, place: Place) -> None:
-    command = ["audit", "verify", "--data-dir", str(place.kms_data)]
-    tour.step("Verify the audit log: who did what with which key", shlex.join(["minikms", *command]))
+def _verify_audit(tour: Tour, place: Place, head: str) -> None:
+    command = ["audit", "verify", "--data-dir", str(place.kms_data), "--expect-head", head]
+    tour.step("Verify the audit log: who did what with which key", shlex.join([_program("minikms"), *command]))
     done = subprocess.run(  # noqa: S603 - our own program, our own arguments
         [sys.executable, "-P", "-m", "minikms", *command],
         env=_environment(),
@@ -272,7 +274,10 @@ def _verify_audit(tour: Tour, place: Place) -> None:
     )
     for line in (done.stdout + done.stderr).splitlines():
         tour.line(line)
-    tour.check(done.returncode == 0, "every line is there, unaltered and in order")
+    tour.check(
+        done.returncode == 0,
+        "every line is there, unaltered and in order, the head that /status named too",
+    )
 
 
 # --- the server -------------------------------------------------------------------------------------------------
@@ -338,7 +343,15 @@ def _variables(place: Place, backend_key: str, admin_key: str) -> dict[str, str]
 
 def _server_command(place: Place, address: str, backend_key: str, admin_key: str) -> str:
     variables = [f"{name}={shlex.quote(value)}" for name, value in _variables(place, backend_key, admin_key).items()]
-    return " ".join([*variables, shlex.join(["progressdb", *_flags(place, address)])])
+    return " ".join([*variables, shlex.join([_program("progressdb"), *_flags(place, address)])])
+
+
+def _program(name: str) -> str:
+    """As the user would type it here: the bare name where PATH finds it, or the shortest path."""
+    path = Path(sys.executable).parent / name
+    if shutil.which(name) == str(path):
+        return name
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _environment() -> dict[str, str]:
