@@ -12,19 +12,33 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
-from progressdb_server.kms.provider import Provider
+import structlog
+
+from progressdb_server.kms.provider import Provider, ProviderError, ProviderRefusedError, ProviderUnavailableError
 from progressdb_server.store import form, idempotency, keyspace
 from progressdb_server.store.clock import Clock
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
+from progressdb_server.store.epoch import EpochMemory, RestoredError
 from progressdb_server.store.locks import NamedLocks
 from progressdb_server.store.messages import Messages, deletion_event
 from progressdb_server.store.metrics import StoreMetrics
-from progressdb_server.store.model import Idempotency, Message, NewMessage, StoreError, Thread
+from progressdb_server.store.model import (
+    Idempotency,
+    Message,
+    NewMessage,
+    StoreError,
+    StoreUnavailableError,
+    Thread,
+)
 from progressdb_server.store.sealer import Sealer
 from progressdb_server.store.threads import Threads
 from progressdb_server.store.writer import Writer
 
 SWEEP_S: Final = 3600
+EPOCH_S: Final = 10
+"""Between two looks at the key service's epoch and audit head."""
+
+_log = structlog.get_logger("progressdb.store")
 
 
 class Conversations:
@@ -43,7 +57,9 @@ class Conversations:
         self._messages = Messages(
             engine, self.writer, self.sealer, self._clock, locks=self._locks, threads=self._threads
         )
-        self._sweeper: asyncio.Task[None] | None = None
+        self._provider = provider
+        self.epoch = EpochMemory(engine, self.writer)
+        self._background: list[asyncio.Task[None]] = []
         self.metrics.gauges["progressdb_store_queued_writes"] = (
             "Writes that wait for the next group.",
             lambda: self.writer.queued,
@@ -53,16 +69,26 @@ class Conversations:
             lambda: self.writer.available,
         )
 
-    async def start(self) -> None:
-        """Begin the background work."""
-        self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
+    async def start(self, *, accept_restore: bool = False) -> None:
+        """Ask the key service for its epoch, and begin the background work.
+
+        Raises RestoredError when the key service's state is older than what this store has seen, unless
+        `accept_restore`; StoreUnavailableError when it does not answer.
+        """
+        try:
+            await self.epoch.observe(await self._provider.status(), accept_restore=accept_restore)
+        except ProviderUnavailableError as error:
+            raise StoreUnavailableError("the key service is not available now", error.retry_after_s) from error
+        except ProviderRefusedError as error:
+            _log.warning("kms_status_refused", code=error.code)  # a role without `monitor`: nothing to judge by
+        loop = asyncio.get_running_loop()
+        self._background = [loop.create_task(self._sweep()), loop.create_task(self._watch_epoch())]
 
     async def close(self) -> None:
         """Commits what is queued, then closes the engine. The provider is the caller's."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._sweeper
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
         await self.writer.close()
         self.engine.close()
 
@@ -74,6 +100,19 @@ class Conversations:
             with contextlib.suppress(StoreError):
                 await idempotency.sweep(self.engine, self.writer, self._clock.now_ns())
             await asyncio.sleep(SWEEP_S)
+
+    async def _watch_epoch(self) -> None:
+        """An older key service that takes the place of the right one while we run gets nothing to seal."""
+        while True:
+            await asyncio.sleep(EPOCH_S)
+            try:
+                await self.epoch.observe(await self._provider.status())
+                self.sealer.halted = None
+            except RestoredError as error:
+                _log.error("kms_restored", reason=str(error))
+                self.sealer.halted = "the key service is in an older state than this store"
+            except (ProviderError, StoreError) as error:
+                _log.warning("kms_epoch_unknown", reason=type(error).__name__)
 
     # --- messages -------------------------------------------------------------------------------------------------
     async def create_message(

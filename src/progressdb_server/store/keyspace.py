@@ -17,6 +17,7 @@ from progressdb_server.store.clock import Stamp
 FORMAT: Final = b"store:format"
 STATE: Final = b"store:state"
 EPOCH: Final = b"kms:epoch"
+BACKUPS: Final = b"store:backup:"
 THREAD: Final = b"thread:"
 MAP: Final = b"kms:map:thread:"
 VERSION: Final = b"version:msg:"

@@ -12,12 +12,15 @@ Invariants:
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 VERSION: Final = 1
 _PREFIX_BYTES: Final = 3
+
+T = TypeVar("T")
 
 
 class RecordFormatError(Exception):
@@ -86,53 +89,54 @@ def _split(raw: bytes) -> tuple[bytes, bytes]:
     return raw[_PREFIX_BYTES:end], raw[end:]
 
 
+def _decoded(decode: Callable[[bytes], T], raw: bytes, what: str) -> T:
+    try:
+        return decode(raw)
+    except (
+        msgspec.DecodeError,
+        UnicodeDecodeError,
+        RecursionError,
+    ) as error:  # msgspec raises the latter two unwrapped
+        raise RecordFormatError(what) from error
+
+
 def unpack_message(raw: bytes) -> tuple[MessageHeader, bytes]:
     """Header and sealed part. Raises RecordFormatError."""
     head, sealed = _split(raw)
-    try:
-        return _message_header(head), sealed
-    except msgspec.DecodeError as error:
-        raise RecordFormatError("the header is not a message's") from error
+    return _decoded(_message_header, head, "the header is not a message's"), sealed
 
 
 def unpack_thread(raw: bytes) -> tuple[ThreadHeader, bytes]:
     """Header and sealed part. Raises RecordFormatError."""
     head, sealed = _split(raw)
-    try:
-        return _thread_header(head), sealed
-    except msgspec.DecodeError as error:
-        raise RecordFormatError("the header is not a thread's") from error
+    return _decoded(_thread_header, head, "the header is not a thread's"), sealed
 
 
 def unpack_sealed(raw: bytes) -> tuple[str, bytes]:
     """Key id and sealed part of any record. Raises RecordFormatError."""
-    head, sealed = _split(raw)
-    try:
-        fields = _any_header(head)
-    except msgspec.DecodeError as error:
-        raise RecordFormatError("the header is malformed") from error
-    if not fields or not isinstance(fields[0], str):
-        raise RecordFormatError("the header names no key")
+    fields, sealed = _fields(raw)
     return fields[0], sealed
 
 
 def rekeyed(raw: bytes, key_id: str, sealed: bytes) -> bytes:
     """The same record under another key. Raises RecordFormatError."""
-    head, _ = _split(raw)
-    try:
-        fields = _any_header(head)
-    except msgspec.DecodeError as error:
-        raise RecordFormatError("the header is malformed") from error
+    fields, _ = _fields(raw)
     head = _to_header([key_id, *fields[1:]])
     return b"\x01%b%b%b" % (len(head).to_bytes(2, "big"), head, sealed)
 
 
+def _fields(raw: bytes) -> tuple[list[Any], bytes]:
+    """The header's fields, the first of which is the key id."""
+    head, sealed = _split(raw)
+    fields = _decoded(_any_header, head, "the header is malformed")
+    if not fields or not isinstance(fields[0], str):
+        raise RecordFormatError("the header names no key")
+    return fields, sealed
+
+
 def open_message(header: MessageHeader, first: str, plaintext: bytes) -> MessageSecret:
     """`first`: of the message that the reader expects here. Raises RecordFormatError."""
-    try:
-        secret = _message_secret(plaintext)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RecordFormatError("the sealed part is not a message's") from error
+    secret = _decoded(_message_secret, plaintext, "the sealed part is not a message's")
     if secret.first != first or secret.author != header.author or secret.deleted != header.deleted:
         raise RecordFormatError("the header is not the one that was sealed")
     return secret
@@ -140,10 +144,7 @@ def open_message(header: MessageHeader, first: str, plaintext: bytes) -> Message
 
 def open_thread(header: ThreadHeader, plaintext: bytes) -> ThreadSecret:
     """Raises RecordFormatError."""
-    try:
-        secret = _thread_secret(plaintext)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RecordFormatError("the sealed part is not a thread's") from error
+    secret = _decoded(_thread_secret, plaintext, "the sealed part is not a thread's")
     if secret.author != header.author or secret.deleted != bool(header.deleted_ns):
         raise RecordFormatError("the header is not the one that was sealed")
     return secret

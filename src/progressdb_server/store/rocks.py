@@ -101,11 +101,7 @@ class RocksEngine:
             raise EngineUnavailableError(f"cannot open {self._path}: {error}") from error
 
     def get(self, key: bytes) -> bytes | None:
-        try:
-            value: bytes | None = self._db.get(key)
-        except Exception as error:
-            raise EngineUnavailableError from error
-        return value
+        return _get(self._db, key)
 
     def scan(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
         return _scan(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse)
@@ -202,8 +198,7 @@ class RocksReader:
         self._db.try_catch_up_with_primary()
 
     def get(self, key: bytes) -> bytes | None:
-        value: bytes | None = self._db.get(key)
-        return value
+        return _get(self._db, key)
 
     def scan(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
         return _scan(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse)
@@ -212,6 +207,14 @@ class RocksReader:
         self._db.close()
         with contextlib.suppress(OSError):
             self._scratch.cleanup()
+
+
+def _get(db: Any, key: bytes) -> bytes | None:
+    try:
+        value: bytes | None = db.get(key)
+    except Exception as error:
+        raise EngineUnavailableError from error
+    return value
 
 
 def _scan(db: Any, lower: bytes, upper: bytes, limit: int, reverse: bool) -> list[tuple[bytes, bytes]]:

@@ -85,6 +85,8 @@ class Sealer:
         self._clock = clock
         self._metrics = metrics
         self._threads: dict[str, ThreadState] = {}
+        self.halted: str | None = None
+        """When set, nothing is sealed: the key service must not be written under (see store/epoch.py)."""
 
     # --- threads and their keys -----------------------------------------------------------------------------------
     def thread(self, thread: str) -> ThreadState | None:
@@ -111,6 +113,8 @@ class Sealer:
             self._threads.pop(thread, None)
 
     async def new_key(self, thread: str, request_id: str) -> str:
+        if self.halted is not None:
+            raise StoreUnavailableError(self.halted)
         try:
             return (await self._provider.create_dek_for_thread(thread, request_id=request_id)).key_id
         except ProviderError as error:
@@ -170,6 +174,8 @@ class Sealer:
         self, thread: str, key_id: str, secrets: Sequence[tuple[bytes, bytes]], request_id: str
     ) -> list[bytes]:
         """Raises ProviderError."""
+        if self.halted is not None:
+            raise StoreUnavailableError(self.halted)
         if len(secrets) == 1:
             key, plaintext = secrets[0]
             return [

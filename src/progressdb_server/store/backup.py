@@ -1,0 +1,202 @@
+"""Backups of the store: a checkpoint beside running writes, copied, hashed and read back; restored into an empty
+place.
+
+Owns: the layout of a backup directory (`manifest.json`, `store/`) and the register of backups
+(`store:backup:<name>`). Invariants:
+- A backup holds nothing that the store's directory does not: sealed records, ids and stamps. It is of use only
+  together with one of the key service that was made after it: the store first, the key service second.
+- A backup is registered before its checkpoint is taken, so that whoever destroys keys knows of it; complete is one
+  whose manifest exists, which is written last.
+- Files of an earlier backup with the same content are linked, not copied: RocksDB's tables never change.
+- Restoring verifies every file first and never writes into a directory that holds something.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from typing import Final
+
+import msgspec
+
+from progressdb_server.store import form, keyspace
+from progressdb_server.store.engine import Engine, EngineUnavailableError
+from progressdb_server.store.rocks import RocksReader
+
+MANIFEST: Final = "manifest.json"
+STORE: Final = "store"
+COPY_BYTES: Final = 1024 * 1024
+FORMAT: Final = 1
+
+
+class BackupError(Exception):
+    """The backup could not be made, or is not whole; the text says which file and what to do."""
+
+
+class File(msgspec.Struct):
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct):
+    """`created_ns`: before the checkpoint was taken. Every write acknowledged by then is in the backup."""
+
+    format: int
+    created_ns: int
+    files: list[File]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+
+class Registered(msgspec.Struct):
+    """The value of `store:backup:<name>`."""
+
+    path: str
+    created_ns: int
+
+
+def register_key(created_ns: int) -> bytes:
+    return keyspace.BACKUPS + f"{created_ns:020d}".encode()
+
+
+def registered(path: str, created_ns: int) -> tuple[bytes, bytes]:
+    """The put that registers a backup; commit it before `create`."""
+    return register_key(created_ns), msgspec.json.encode(Registered(os.path.abspath(path), created_ns))
+
+
+def create(engine: Engine, path: str, *, created_ns: int, previous: str | None = None) -> Manifest:
+    """Make the backup directory `path`, which must not exist; `previous` is an earlier one to share files with.
+
+    Blocks for as long as the copying takes: call it in a worker thread. Raises BackupError, EngineUnavailableError.
+    """
+    known: dict[str, File] = {}
+    if previous is not None:
+        known = {file.name: file for file in read_manifest(previous).files}
+    staging = os.path.join(path, "checkpoint")
+    try:
+        os.makedirs(path, mode=0o700)
+        engine.checkpoint(staging)
+        os.mkdir(os.path.join(path, STORE), mode=0o700)
+        files = [
+            _take(os.path.join(staging, name), os.path.join(path, STORE, name), known.get(name), previous)
+            for name in sorted(os.listdir(staging))
+        ]
+        shutil.rmtree(staging)
+        manifest = Manifest(FORMAT, created_ns, files)
+        _sync_directory(os.path.join(path, STORE))
+        _write(os.path.join(path, MANIFEST), msgspec.json.format(msgspec.json.encode(manifest)))
+        _sync_directory(path)
+    except OSError as error:
+        raise BackupError(f"the backup {path} failed: {error.strerror} ({error.filename})") from error
+    verify(path)
+    return manifest
+
+
+def read_manifest(path: str) -> Manifest:
+    """Raises BackupError."""
+    try:
+        with open(os.path.join(path, MANIFEST), "rb") as file:
+            manifest = msgspec.json.decode(file.read(), type=Manifest)
+    except OSError as error:
+        raise BackupError(f"{path} is no complete backup: {error.strerror} ({MANIFEST})") from error
+    except msgspec.DecodeError as error:
+        raise BackupError(f"{path}: the manifest is damaged") from error
+    if manifest.format != FORMAT:
+        raise BackupError(f"{path} has backup format {manifest.format}, this version reads {FORMAT}")
+    if any(os.path.basename(file.name) != file.name or file.name in ("", ".", "..") for file in manifest.files):
+        raise BackupError(f"{path}: the manifest names a file outside the backup")
+    return manifest
+
+
+def verify(path: str) -> Manifest:
+    """Every file against the manifest, then the store itself: it opens and has a format that this version reads.
+
+    Raises BackupError.
+    """
+    manifest = read_manifest(path)
+    store = os.path.join(path, STORE)
+    try:
+        extra = set(os.listdir(store)) - {file.name for file in manifest.files}
+        for file in manifest.files:
+            if _digest(os.path.join(store, file.name)) != (file.bytes, file.sha256):
+                raise BackupError(f"{path}: {file.name} is not what was backed up")
+    except OSError as error:
+        raise BackupError(f"{path} is not whole: {error.strerror} ({error.filename})") from error
+    if extra:
+        raise BackupError(f"{path} holds files that the manifest does not name: {', '.join(sorted(extra))}")
+    try:
+        reader = RocksReader(store)
+        try:
+            form.check(reader)
+        finally:
+            reader.close()
+    except (EngineUnavailableError, form.FormatError) as error:
+        raise BackupError(f"{path}: {error}") from error
+    return manifest
+
+
+def restore(path: str, target: str) -> Manifest:
+    """Put the backup's store into the directory `target`, which must be missing or empty. Raises BackupError."""
+    manifest = verify(path)
+    try:
+        os.makedirs(target, mode=0o700, exist_ok=True)
+        if os.listdir(target):
+            raise BackupError(f"{target} is not empty: move what is there away first")
+        for file in manifest.files:
+            if file.name != _CURRENT:
+                _copy(os.path.join(path, STORE, file.name), os.path.join(target, file.name))
+        # RocksDB looks for this one first: put last, so that a restore that was cut short is no store.
+        _copy(os.path.join(path, STORE, _CURRENT), os.path.join(target, _CURRENT))
+        _sync_directory(target)
+    except OSError as error:
+        raise BackupError(f"restoring to {target} failed: {error.strerror} ({error.filename})") from error
+    return manifest
+
+
+_CURRENT: Final = "CURRENT"
+
+
+def _take(source: str, target: str, known: File | None, previous: str | None) -> File:
+    name = os.path.basename(source)
+    size, digest = _digest(source)
+    if known is not None and previous is not None and (known.bytes, known.sha256) == (size, digest):
+        os.link(os.path.join(previous, STORE, name), target)
+    else:
+        _copy(source, target)
+    return File(name, size, digest)
+
+
+def _copy(source: str, target: str) -> None:
+    with open(source, "rb") as reading, open(target, "xb", opener=_private) as writing:
+        shutil.copyfileobj(reading, writing, COPY_BYTES)
+        writing.flush()
+        os.fsync(writing.fileno())
+
+
+def _write(path: str, content: bytes) -> None:
+    with open(path, "xb", opener=_private) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _digest(path: str) -> tuple[int, str]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), digest
+
+
+def _sync_directory(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,297 @@
+"""`progressdb check`: walks the whole store and names what is not as it should be; `repair` rebuilds what can be.
+
+The rules, each with the kind of its finding:
+- unknown: a key that belongs to no space of store/keyspace.py, or is malformed within its space;
+- damaged: a record or an index value that this version can't parse;
+- unreadable: a record that its key does not open, or whose sealed part says something else than its header or its
+  place: altered, moved, or its key is gone;
+- homeless: a record, map or index entry of a thread that has no metadata;
+- keyless: a thread without a key map, or whose mapped key the key service does not have;
+- unindexed: a record that no index entry leads to;
+- dangling: an index entry that leads to nothing, or to something else than the newest version;
+- miscounted: a counter that differs from what was counted.
+
+Invariants: records are the truth and are never changed here; a fix only puts or deletes index entries and counters,
+all of which follow from records. Memory is bounded: the walk goes by chunks. It reads any `Reader`: beside a running
+server that is the secondary view of `rocks.RocksReader`, which stands still while it is walked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Final, Literal, NamedTuple
+
+import msgspec
+
+from minikms import api
+from progressdb_server.kms.provider import Open, Provider, ProviderRefusedError
+from progressdb_server.store import keyspace, record
+from progressdb_server.store.clock import Stamp
+from progressdb_server.store.engine import Engine, Reader
+from progressdb_server.store.idempotency import Remembered
+from progressdb_server.store.messages import DELETED
+from progressdb_server.store.writer import State
+
+CHUNK_ENTRIES: Final = 500
+REPAIR_PASSES_MAX: Final = 4
+"""An index that is rebuilt from another one is right in the pass after that one is."""
+
+Kind = Literal["unknown", "damaged", "unreadable", "homeless", "keyless", "unindexed", "dangling", "miscounted"]
+
+_OTHER_SPACES: Final = (b"job:", b"backup:", keyspace.BACKUPS)
+"""Owned by other rooms; counted, not judged."""
+
+_THREAD_INDEXES: Final = {
+    keyspace.CREATED: (4, 3),
+    keyspace.AUTHOR: (5, 4),
+    keyspace.WRITER: (4, 2),
+    keyspace.CLOSED: (3, 2),
+}
+"""Of each index: how many parts its keys have, and which of them is the thread."""
+
+
+class Finding(NamedTuple):
+    """`fix`: the puts that repair it, empty when nothing can."""
+
+    kind: Kind
+    key: str
+    detail: str
+    fix: tuple[tuple[bytes, bytes | None], ...] = ()
+
+
+class Checker:
+    """One walk. `counts` says afterwards how many entries of each space were seen."""
+
+    def __init__(self, reader: Reader, provider: Provider | None) -> None:
+        """Without a provider nothing is decrypted, and the keys are not asked for."""
+        self._reader = reader
+        self._provider = provider
+        self.counts: Counter[str] = Counter()
+
+    async def run(self) -> AsyncIterator[Finding]:
+        lower = b""
+        while entries := self._reader.scan(lower, b"\xff", limit=CHUNK_ENTRIES):
+            lower = entries[-1][0] + b"\0"
+            sealed: list[tuple[bytes, bytes]] = []
+            for key, value in entries:
+                for finding in self._judge(key, value, sealed):
+                    yield finding
+            for finding in await self._open(sealed):
+                yield finding
+        for finding in self._judge_counters():
+            yield finding
+
+    def _judge(self, key: bytes, value: bytes, sealed: list[tuple[bytes, bytes]]) -> Iterator[Finding]:
+        try:
+            if key.startswith(keyspace.THREAD):
+                yield from self._judge_record(key, value, sealed)
+            elif key.startswith(keyspace.VERSION):
+                yield from self._judge_version(key, value)
+            elif key.startswith(keyspace.ORDER):
+                yield from self._judge_order(key, value)
+            elif key.startswith(keyspace.INDEX):
+                yield from self._judge_thread_index(key)
+            elif key.startswith(keyspace.MAP):
+                yield from self._judge_map(key)
+            elif key.startswith(keyspace.IDEMPOTENCY):
+                self.counts["idempotency"] += 1
+                msgspec.msgpack.decode(value, type=Remembered)
+            elif key.startswith(_OTHER_SPACES):
+                self.counts["other"] += 1
+            elif key not in (keyspace.FORMAT, keyspace.STATE, keyspace.EPOCH):
+                yield Finding("unknown", _shown(key), "the key belongs to no space of the store")
+        except (msgspec.DecodeError, record.RecordFormatError, ValueError) as error:
+            yield Finding("damaged", _shown(key), str(error))
+
+    # --- records --------------------------------------------------------------------------------------------------
+    def _judge_record(self, key: bytes, value: bytes, sealed: list[tuple[bytes, bytes]]) -> Iterator[Finding]:
+        parts = key.split(b":")
+        if len(parts) == 3 and parts[2] == b"meta":
+            self.counts["threads"] += 1
+            sealed.append((key, value))
+            yield from self._judge_meta(key, value, keyspace.unpart(parts[1]))
+        elif len(parts) == 4 and parts[2] == b"msg":
+            self.counts["messages"] += 1
+            sealed.append((key, value))
+            yield from self._judge_message(key, value, keyspace.unpart(parts[1]), Stamp.parse(parts[3].decode()))
+        else:
+            yield Finding("unknown", _shown(key), "the key is no record's")
+
+    def _judge_meta(self, key: bytes, value: bytes, thread: str) -> Iterator[Finding]:
+        header, _ = record.unpack_thread(value)
+        if self._reader.get(keyspace.key_map(thread)) is None:
+            yield Finding(
+                "keyless",
+                _shown(key),
+                "the thread has no key map",
+                ((keyspace.key_map(thread), header.key_id.encode()),),
+            )
+        entry = keyspace.created(Stamp.parse(header.created), thread)
+        wanted = [
+            keyspace.CREATED + entry,
+            keyspace.authored(header.author) + entry,
+            keyspace.writer(thread, header.author),
+        ]
+        if header.deleted_ns:
+            wanted.append(keyspace.closed(thread))
+        yield from self._wanted(key, [(index, b"") for index in wanted])
+
+    def _judge_message(self, key: bytes, value: bytes, thread: str, stamp: Stamp) -> Iterator[Finding]:
+        header, _ = record.unpack_message(value)
+        first = Stamp.parse(header.first) if header.first else stamp
+        own = stamp.text.encode()
+        if self._reader.get(keyspace.meta(thread)) is None:
+            yield Finding("homeless", _shown(key), "the record's thread has no metadata")
+        wanted = [
+            (keyspace.versions(keyspace.message_id(first)) + own, keyspace.part(thread)),
+            (keyspace.writer(thread, header.author), b""),
+        ]
+        if header.deleted and first == stamp:
+            wanted.pop()  # the event of a thread's deletion: its author needn't have written
+        yield from self._wanted(key, wanted)
+        place = keyspace.order(thread) + first.text.encode()
+        latest = self._reader.get(place)
+        if latest is None or (latest.removesuffix(DELETED) or first.text.encode()) < own:
+            fix = (b"" if first == stamp else own) + (DELETED if header.deleted else b"")
+            yield Finding("unindexed", _shown(key), "the order index does not lead to this version", ((place, fix),))
+
+    def _wanted(self, key: bytes, entries: list[tuple[bytes, bytes]]) -> Iterator[Finding]:
+        for index, expected in entries:
+            if self._reader.get(index) != expected:
+                yield Finding("unindexed", _shown(key), f"{_shown(index)} does not lead to it", ((index, expected),))
+
+    async def _open(self, sealed: list[tuple[bytes, bytes]]) -> list[Finding]:
+        """Decrypt what was collected; what no longer parses was reported before."""
+        if self._provider is None:
+            return []
+        wanted: list[Open] = []
+        raws: list[bytes] = []
+        for key, raw in sealed:
+            try:
+                key_id, ciphertext = record.unpack_sealed(raw)
+                thread = keyspace.unpart(key.split(b":")[1])
+            except (record.RecordFormatError, ValueError):
+                continue
+            wanted.append(Open(key_id, ciphertext, key, thread))
+            raws.append(raw)
+        wanted += self._key_probes(wanted)
+        answers = await self._provider.decrypt_many(wanted) if wanted else []
+        findings: list[Finding] = []
+        for item, raw, answer in zip(wanted, raws, answers, strict=False):
+            found = _judge_opened(item, raw, answer)
+            if found is not None:
+                findings.append(found)
+        for item, answer in zip(wanted[len(raws) :], answers[len(raws) :], strict=True):
+            if not isinstance(answer, ProviderRefusedError) or answer.code != api.CODE_DECRYPTION_FAILED:
+                code = answer.code if isinstance(answer, ProviderRefusedError) else "it opened"
+                findings.append(Finding("keyless", _shown(item.aad), f"the mapped key {item.key_id}: {code}"))
+        return findings
+
+    def _key_probes(self, records: list[Open]) -> list[Open]:
+        """For threads whose metadata is not under the mapped key: a ciphertext that no key opens, which tells by the
+        code of the refusal whether the mapped key is there."""
+        probes: list[Open] = []
+        for item in records:
+            if item.aad.endswith(b":meta"):
+                map_key = keyspace.key_map(item.thread_id)
+                mapped = self._reader.get(map_key)
+                if mapped is not None and mapped.decode() != item.key_id:
+                    probes.append(Open(mapped.decode(), bytes(28), map_key, item.thread_id))
+        return probes
+
+    # --- indexes --------------------------------------------------------------------------------------------------
+    def _judge_version(self, key: bytes, value: bytes) -> Iterator[Finding]:
+        self.counts["versions"] += 1
+        message, stamp = key[len(keyspace.VERSION) :].split(b":")
+        first = keyspace.parse_message_id(message.decode())
+        target = b"thread:%b:msg:%b" % (value, stamp)
+        raw = self._reader.get(target)
+        header = record.unpack_message(raw)[0] if raw is not None else None
+        if header is None or first is None or (header.first or stamp.decode()) != first.text:
+            yield Finding("dangling", _shown(key), f"{_shown(target)} is no version of it", ((key, None),))
+
+    def _judge_order(self, key: bytes, value: bytes) -> Iterator[Finding]:
+        self.counts["order"] += 1
+        thread, first = (part for part in key[len(keyspace.ORDER) :].split(b":"))
+        versions = keyspace.versions(keyspace.message_id(Stamp.parse(first.decode())))
+        newest = self._reader.scan(versions, keyspace.after(versions), limit=1, reverse=True)
+        if not newest:
+            if self._reader.get(b"thread:%b:msg:%b" % (thread, first)) is None:
+                yield Finding("dangling", _shown(key), "the message has no version", ((key, None),))
+            return  # else the record's own rule rebuilds its version entry first
+        stamp = newest[0][0][len(versions) :]
+        raw = self._reader.get(b"thread:%b:msg:%b" % (thread, stamp))
+        if raw is None:
+            return  # the version entry dangles, which is reported there; the next pass sees the one before it
+        deleted = record.unpack_message(raw)[0].deleted
+        expected = (b"" if stamp == first else stamp) + (DELETED if deleted else b"")
+        if value != expected:
+            yield Finding("dangling", _shown(key), "it does not lead to the newest version", ((key, expected),))
+
+    def _judge_thread_index(self, key: bytes) -> Iterator[Finding]:
+        self.counts["indexes"] += 1
+        parts = key.split(b":")
+        space = b":".join(parts[:2]) + b":"
+        length, at = _THREAD_INDEXES.get(space, (0, 0))
+        if len(parts) != length:
+            yield Finding("unknown", _shown(key), "the key is no index entry")
+            return
+        raw = self._reader.get(b"thread:%b:meta" % parts[at])
+        if raw is None:
+            yield Finding("dangling", _shown(key), "the thread has no metadata", ((key, None),))
+        elif space == keyspace.CLOSED and not record.unpack_thread(raw)[0].deleted_ns:
+            yield Finding("dangling", _shown(key), "the thread is not deleted", ((key, None),))
+
+    def _judge_map(self, key: bytes) -> Iterator[Finding]:
+        self.counts["maps"] += 1
+        if self._reader.get(b"thread:%b:meta" % key[len(keyspace.MAP) :]) is None:
+            yield Finding("homeless", _shown(key), "the mapped thread has no metadata")
+
+    def _judge_counters(self) -> Iterator[Finding]:
+        raw = self._reader.get(keyspace.STATE)
+        state = msgspec.msgpack.decode(raw, type=State) if raw else State()
+        threads, messages = self.counts["threads"], self.counts["messages"]
+        if (state.threads, state.messages) != (threads, messages):
+            fixed = msgspec.msgpack.encode(msgspec.structs.replace(state, threads=threads, messages=messages))
+            yield Finding(
+                "miscounted",
+                _shown(keyspace.STATE),
+                f"{state.threads} threads and {state.messages} messages stored, {threads} and {messages} counted",
+                ((keyspace.STATE, fixed),),
+            )
+
+
+async def repair(engine: Engine) -> tuple[list[Finding], list[Finding]]:
+    """Applies every fix; returns what was fixed and what is left. The engine is nobody else's meanwhile."""
+    fixed: list[Finding] = []
+    for _ in range(REPAIR_PASSES_MAX):
+        findings = [finding async for finding in Checker(engine, None).run()]
+        fixable = [finding for finding in findings if finding.fix]
+        if not fixable:
+            break
+        for start in range(0, len(fixable), CHUNK_ENTRIES):
+            engine.write([put for finding in fixable[start : start + CHUNK_ENTRIES] for put in finding.fix])
+        engine.sync()
+        fixed += fixable
+    return fixed, [finding async for finding in Checker(engine, None).run()]
+
+
+def _judge_opened(item: Open, raw: bytes, answer: bytes | ProviderRefusedError) -> Finding | None:
+    if isinstance(answer, ProviderRefusedError):
+        return Finding("unreadable", _shown(item.aad), f"its key does not open it ({answer.code})")
+    header: Any
+    try:
+        if item.aad.endswith(b":meta"):
+            header, _ = record.unpack_thread(raw)
+            record.open_thread(header, answer)
+        else:
+            header, _ = record.unpack_message(raw)
+            record.open_message(header, header.first or item.aad[-keyspace.STAMP_BYTES :].decode(), answer)
+    except record.RecordFormatError as error:
+        return Finding("unreadable", _shown(item.aad), str(error))
+    return None
+
+
+def _shown(key: bytes) -> str:
+    return key.decode("ascii", errors="backslashreplace")

@@ -1,0 +1,113 @@
+"""Whether the key service is the one that this store's records were sealed by, and not an older state of it.
+
+Owns: the record `kms:epoch`. Every start and every keyring write of the key service raises its epoch; each audit line
+raises its head's sequence. Invariants: the highest epoch seen is remembered; a lower one, another keyring, or an
+audit log that is shorter than one remembered is refused, unless the operator accepts a restore. A head is remembered
+only once it is AUDIT_SETTLED_S old: the key service may lose its newest lines, which it syncs every 100 ms, with the
+machine's power.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from progressdb_server.store import keyspace
+from progressdb_server.store.engine import Reader
+from progressdb_server.store.writer import Write, Writer
+
+AUDIT_SETTLED_S: Final = 5.0
+
+
+class RestoredError(Exception):
+    """The key service's state is older than what this store has seen, or another one's; the text says what to do."""
+
+
+class _Head(msgspec.Struct):
+    seq: int
+    sig: str
+
+
+class _Audit(msgspec.Struct):
+    head: _Head
+
+
+class _Status(msgspec.Struct):
+    epoch: int
+    keyring_id: str
+    audit: _Audit
+
+
+class Remembered(msgspec.Struct):
+    epoch: int
+    keyring_id: str
+    head_seq: int
+    head_sig: str
+
+
+class EpochMemory:
+    def __init__(self, reader: Reader, writer: Writer, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._monotonic = monotonic
+        self._candidate: tuple[float, _Head] | None = None
+
+    @property
+    def remembered(self) -> Remembered | None:
+        raw = self._reader.get(keyspace.EPOCH)
+        return msgspec.json.decode(raw, type=Remembered) if raw else None
+
+    async def observe(self, status: dict[str, object], *, accept_restore: bool = False) -> None:
+        """Judge an answer of the key service's `/status`, and remember what it shows.
+
+        A provider without epochs (development) is not judged. Raises RestoredError, StoreUnavailableError.
+        """
+        try:
+            seen = msgspec.convert(status, _Status)
+        except msgspec.ValidationError:
+            return
+        known = self.remembered
+        if accept_restore:
+            known = None
+        elif known is not None:
+            judge(known, seen.epoch, seen.keyring_id, seen.audit.head.seq, seen.audit.head.sig)
+        head = self._settled_head(seen.audit.head)
+        if head is None:
+            head = _Head(known.head_seq, known.head_sig) if known else _Head(0, "")
+        new = Remembered(seen.epoch, seen.keyring_id, head.seq, head.sig)
+        if new != known:
+            await self._writer.commit(Write(((keyspace.EPOCH, msgspec.json.encode(new)),)))
+
+    def _settled_head(self, head: _Head) -> _Head | None:
+        """The head that was seen long enough ago to be on the key service's disk, None while there is none new."""
+        now = self._monotonic()
+        if self._candidate is None:
+            self._candidate = (now, head)
+            return None
+        seen_at, settled = self._candidate
+        if now - seen_at < AUDIT_SETTLED_S:
+            return None
+        self._candidate = (now, head)
+        return settled
+
+
+def judge(known: Remembered, epoch: int, keyring_id: str, head_seq: int, head_sig: str) -> None:
+    """Raises RestoredError."""
+    way_out = "If this is a deliberate restore, start once with --accept-restore."
+    if keyring_id != known.keyring_id:
+        raise RestoredError(
+            f"the key service has another keyring than this store's records were sealed with. {way_out}"
+        )
+    if epoch < known.epoch:
+        raise RestoredError(
+            f"the key service is at epoch {epoch}, this store has seen {known.epoch}: its data directory is an older "
+            f"copy, and keys made since are missing. {way_out}"
+        )
+    if head_seq < known.head_seq or (head_seq == known.head_seq and head_sig != known.head_sig):
+        raise RestoredError(
+            f"the key service's audit log ends at line {head_seq}, this store has seen line {known.head_seq}: "
+            f"lines were removed or replaced. {way_out}"
+        )
