@@ -1,0 +1,154 @@
+"""Files and pipes of any size: the STREAM construction over AES-256-GCM.
+
+Owns: the format of an encrypted stream (docs/spec/stream.md) and nothing else: it neither asks for keys nor opens
+files. The construction is that of Hoang, Reyhanitabar, Rogaway and Vizár (https://eprint.iacr.org/2015/189), as `age`
+uses it: chunks of 64 KiB, each sealed under the nonce chunk number | final flag, so that a chunk that was altered,
+moved, dropped, repeated or cut off does not open.
+
+Invariants:
+- The nonces are fixed because each data key is used for one stream: the caller gets a fresh one from
+  `/generate_data_key` every time. A key must never be used for a second stream.
+- The header is associated data of every chunk, so a chunk does not open under another header.
+- What `open_stream` yields is authentic, but only a prefix until it ends without an error: a caller that must not act
+  on a prefix keeps what it got aside until then.
+- One stream, one spelling: only the stream of nothing has an empty chunk, and every chunk but the last is full.
+It must never read ahead more than one chunk, and never say why a chunk did not open.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Final, NamedTuple
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from minikms import api
+from minikms.crypto import labels
+from minikms.crypto.aead import TAG_BYTES
+from minikms.errors import DecryptionError, InvalidRequestError, TooLargeError
+
+CHUNK_BYTES: Final = 64 * 1024
+CHUNKS_COUNT_MAX: Final = 1 << 32
+"""256 TiB. NIST SP 800-38D allows no more invocations under one key either (section 8.3)."""
+WRAPPED_KEY_BYTES_MAX: Final = 1024
+WRAP_AAD: Final = b"minikms-stream v1"
+"""The `aad` with which a stream's data key is made and opened: a data key of any other use is not taken for one."""
+
+_MAGIC: Final = b"minikms-stream\0"
+_VERSION: Final = 1
+_KEY_ID_BYTES: Final = 28
+_HEAD: Final = struct.Struct(f">15sB{_KEY_ID_BYTES}sH")
+_SEALED_BYTES: Final = CHUNK_BYTES + TAG_BYTES
+
+
+class StreamHeader(NamedTuple):
+    """Which key opens the stream: `wrapped_key` is what `/generate_data_key` sealed under `key_id`."""
+
+    key_id: str
+    wrapped_key: bytes
+
+    def encode(self) -> bytes:
+        """Raises ValueError if it is no key id, or the wrapped key is empty or too long: a defect of the caller."""
+        if api.KEY_ID_PATTERN.fullmatch(self.key_id) is None:
+            raise ValueError("not a key id")
+        if not 1 <= len(self.wrapped_key) <= WRAPPED_KEY_BYTES_MAX:
+            raise ValueError("not a wrapped key")
+        return _HEAD.pack(_MAGIC, _VERSION, self.key_id.encode("ascii"), len(self.wrapped_key)) + self.wrapped_key
+
+
+def seal_stream(key: memoryview, header: StreamHeader, plaintext: Iterable[bytes]) -> Iterator[bytes]:
+    """The sealed stream, header first, of plaintext that comes in parts of any size.
+
+    `key` is a view of the 32 bytes that `header.wrapped_key` holds, made for this stream. Raises TooLargeError beyond
+    `CHUNKS_COUNT_MAX`; what was yielded until then does not open.
+    """
+    head = header.encode()
+    aad = labels.aad(labels.STREAM, head)
+    yield head
+    for number, (chunk, final) in enumerate(_blocks(plaintext, CHUNK_BYTES)):
+        # A cipher object for each chunk: it holds a key schedule (see `aead`).
+        yield AESGCM(key).encrypt(_nonce(number, final=final), chunk, aad)
+
+
+def split_header(sealed: Iterable[bytes]) -> tuple[StreamHeader, Iterator[bytes]]:
+    """The header of a sealed stream, and the rest of it for `open_stream`. Nothing of it is authentic yet.
+
+    Raises InvalidRequestError if it is no stream, or one of another version.
+    """
+    parts = iter(sealed)
+    head, left = _take(parts, _HEAD.size)
+    if len(head) < _HEAD.size or not head.startswith(_MAGIC):
+        raise InvalidRequestError("this is not a stream that miniKMS encrypted")
+    _, version, key_id, wrapped_bytes = _HEAD.unpack(head)
+    if version != _VERSION:
+        raise InvalidRequestError("this stream was encrypted by another version of miniKMS")
+    text = key_id.decode("ascii", "replace")
+    if api.KEY_ID_PATTERN.fullmatch(text) is None or not 1 <= wrapped_bytes <= WRAPPED_KEY_BYTES_MAX:
+        raise InvalidRequestError("the header of the stream is damaged")
+    # `chain`, unlike a generator that delegates, does not close `parts` when it is dropped.
+    wrapped, left = _take(chain((left,), parts), wrapped_bytes)
+    if len(wrapped) < wrapped_bytes:
+        raise InvalidRequestError("the stream ends within its header")
+    return StreamHeader(text, wrapped), chain((left,), parts)
+
+
+def open_stream(key: memoryview, header: StreamHeader, sealed: Iterable[bytes]) -> Iterator[bytes]:
+    """The plaintext, chunk by chunk, each authentic; complete only when the iterator ends without an error.
+
+    `sealed` comes from `split_header`. Raises DecryptionError if anything was altered, is missing or was added, or the
+    key is another; which of them is not told.
+    """
+    aad = labels.aad(labels.STREAM, header.encode())
+    for number, (chunk, final) in enumerate(_blocks(sealed, _SEALED_BYTES)):
+        if len(chunk) < TAG_BYTES or (len(chunk) == TAG_BYTES and number > 0):
+            raise _not_open()
+        try:
+            plaintext = AESGCM(key).decrypt(_nonce(number, final=final), chunk, aad)
+        except InvalidTag:
+            raise _not_open() from None
+        yield plaintext
+
+
+def _nonce(number: int, *, final: bool) -> bytes:
+    if number >= CHUNKS_COUNT_MAX:
+        raise TooLargeError("a stream has at most 2^32 chunks of 64 KiB")
+    return number.to_bytes(11, "big") + (b"\1" if final else b"\0")
+
+
+def _blocks(parts: Iterable[bytes], size: int) -> Iterator[tuple[bytearray | memoryview, bool]]:
+    """`parts` as blocks of `size`, and with each whether it is the last, which alone is shorter (or empty).
+
+    A block is good until the next one is asked for.
+    """
+    pending = bytearray()  # at most `size`: the block that may be the last one
+    for part in parts:
+        view = memoryview(part)
+        while len(pending) + len(view) > size:
+            missing = size - len(pending)
+            if pending:
+                pending += view[:missing]
+                yield pending, False
+                pending = bytearray()
+            else:
+                yield view[:missing], False
+            view = view[missing:]
+        pending += view
+    yield pending, True
+
+
+def _take(parts: Iterator[bytes], size: int) -> tuple[bytes, bytes]:
+    """The first `size` bytes, or all if there are fewer; and what came with them."""
+    taken = bytearray()
+    while len(taken) < size:
+        part = next(parts, None)
+        if part is None:
+            break
+        taken += part
+    return bytes(taken[:size]), bytes(taken[size:])
+
+
+def _not_open() -> DecryptionError:
+    return DecryptionError("the stream does not open: it was altered or cut short, or belongs to another key")
