@@ -156,7 +156,7 @@ def test_a_batch_has_at_most_1024_items_and_16_mib() -> None:
 
 def test_the_queue_is_bounded_in_items_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(daemon: Daemon, lane: Lane[EncryptItem]) -> None:
-        for name, most in (("QUEUE_ITEMS_MAX", 3), ("QUEUE_BYTES_MAX", 3 * batching.cost_bytes(item(b"x")))):
+        for name, most in (("QUEUE_ITEMS_MAX", 3), ("QUEUE_BYTES_MAX", 3 * batching.checked_cost_bytes(item(b"x")))):
             daemon.go.clear()
             with monkeypatch.context() as patch:
                 patch.setattr(batching, name, most)

@@ -40,6 +40,7 @@ def use_blocking(path: str, *calls: tuple[str, dict[str, Any]], **options: Any) 
                 results.append(getattr(client, name)(**arguments))
             except errors.KmsError as error:
                 results.append(error)
+            time.sleep(0.02)  # the far side does meanwhile what it has to do
         return results
 
 
@@ -52,7 +53,7 @@ def use_asyncio(path: str, *calls: tuple[str, dict[str, Any]], **options: Any) -
                     results.append(await getattr(client, name)(**arguments))
                 except errors.KmsError as error:
                     results.append(error)
-                await asyncio.sleep(0.02)  # the loop sees what the far side did meanwhile
+                await asyncio.sleep(0.02)  # as above
             return results
 
     return asyncio.run(main())
@@ -378,16 +379,26 @@ def test_every_verb_goes_to_its_place(use: Use) -> None:
     assert verbs == {name for name in vars(AsyncClient) if not name.startswith("_")} - {"close"}
 
 
-def test_a_batch_larger_than_a_request_is_split_and_comes_back_in_order(use: Use) -> None:
-    count = 1024 + 3
-    wires = [
-        answer(b'{"items":[%b]}' % b",".join(b'{"ciphertext":"eA=="}' for _ in range(1024))),
-        answer(b'{"items":[%b]}' % b",".join(b'{"error":"no","code":"wrong_thread"}' for _ in range(3))),
+def test_more_items_than_a_request_takes_are_split_and_come_back_in_order(use: Use, daemon_socket: str) -> None:
+    [made] = use(daemon_socket, CREATE_CALL)
+    count = 2 * 1024 + 3
+    items = [
+        EncryptItem(key_id=made.key_id if index != 1500 else KEY, plaintext=b"%d" % index) for index in range(count)
     ]
-    with hostile(wires) as server:
-        [outcomes] = use(server.path, ("encrypt_batch", {"items": [EncryptItem(key_id=KEY, plaintext=b"")] * count}))
-        assert outcomes[:1024] == [b"x"] * 1024
-        assert [outcome.code for outcome in outcomes[1024:]] == ["wrong_thread"] * 3
+    [sealed] = use(daemon_socket, ("encrypt_batch", {"items": items}))
+    assert isinstance(sealed.pop(1500), errors.KeyNotFoundError)
+    opened_items = [DecryptItem(key_id=made.key_id, ciphertext=ciphertext) for ciphertext in sealed]
+    [opened] = use(daemon_socket, ("decrypt_batch", {"items": opened_items}))
+    assert opened == [b"%d" % index for index in range(count) if index != 1500]
+
+
+def test_when_one_request_of_a_large_batch_fails_the_whole_call_does_and_nothing_is_left_under_way(use: Use) -> None:
+    refused = answer(b'{"error":"no","code":"audit_unavailable"}', 503)
+    with hostile(*[[refused] * 10] * 10) as server:
+        items = [EncryptItem(key_id=KEY, plaintext=b"")] * 5000
+        [result] = use(server.path, ("encrypt_batch", {"items": items}))
+        assert isinstance(result, errors.AuditUnavailableError)
+        assert len(server.requests) <= 4
 
 
 def test_no_items_are_no_request(use: Use) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Collection, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
@@ -29,6 +30,9 @@ POOL_CONNECTIONS_MAX: Final = 8
 POOL_IDLE_S_MAX: Final = 5.0
 """A pooled connection idle for longer is not used again: far below the daemon's own idle limit, so that a request
 that can't be repeated never meets a connection that the daemon is just closing."""
+CHUNK_ITEMS_MAX: Final = 256
+CHUNKS_AT_ONCE_MAX: Final = 2
+"""Of one call for many items: the daemon works on one request while this side encodes and decodes others."""
 TIMEOUT_S: Final = 10.0
 WAIT_S: Final = 2.0
 ROTATE_TIMEOUT_S: Final = 3600.0
@@ -146,21 +150,20 @@ class AsyncClient:
 
     async def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[Outcome]:
         """One ciphertext or KmsRefusedError for each item, in order. Any number of items: they are split as needed."""
-        return [outcome for chunk in chunks(items) for outcome in await self._perform(verbs.encrypt_batch(chunk))]
+        return await self._perform_all(verbs.encrypt_batch(chunk) for chunk in chunks(items, CHUNK_ITEMS_MAX))
 
     async def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[Outcome]:
         """One plaintext or KmsRefusedError for each item, in order. Any number of items: they are split as needed."""
-        return [outcome for chunk in chunks(items) for outcome in await self._perform(verbs.decrypt_batch(chunk))]
+        return await self._perform_all(verbs.decrypt_batch(chunk) for chunk in chunks(items, CHUNK_ITEMS_MAX))
 
     async def reencrypt_batch(
         self, from_key_id: str, to_key_id: str, items: Sequence[ReencryptItem], *, request_id: str | None = None
     ) -> list[Outcome]:
         """New ciphertexts under another key of the same thread, same aad. Plaintext never leaves the daemon."""
-        outcomes: list[Outcome] = []
-        for chunk in chunks(items):
-            answered = await self._perform(verbs.reencrypt_batch(from_key_id, to_key_id, chunk).named(request_id))
-            outcomes += answered
-        return outcomes
+        return await self._perform_all(
+            verbs.reencrypt_batch(from_key_id, to_key_id, chunk).named(request_id)
+            for chunk in chunks(items, CHUNK_ITEMS_MAX)
+        )
 
     async def generate_data_key(
         self, key_id: str, *, aad: bytes = b"", with_plaintext: bool = True, request_id: str | None = None
@@ -222,6 +225,25 @@ class AsyncClient:
             return await self._repeat(call, None, self._timeout_s if timeout_s is None else timeout_s)
         finally:
             self._slots.release()
+
+    async def _perform_all(self, calls: Iterator[Call[list[Outcome]]]) -> list[Outcome]:
+        """The outcomes of the calls in order, a few at once: the daemon works on one while this side reads another."""
+        outcomes: list[Outcome] = []
+        under_way: deque[asyncio.Task[list[Outcome]]] = deque()
+        try:
+            for call in calls:
+                if len(under_way) == CHUNKS_AT_ONCE_MAX:
+                    outcomes += await under_way[0]
+                    under_way.popleft()
+                under_way.append(asyncio.create_task(self._perform(call)))
+            while under_way:
+                outcomes += await under_way[0]
+                under_way.popleft()
+        finally:  # after a failure the rest is of no use
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
+        return outcomes
 
     async def _send_encrypts(self, items: list[EncryptItem]) -> list[Outcome]:
         if len(items) > 1:

@@ -21,7 +21,7 @@ from typing import Final, Generic, NamedTuple, TypeVar
 
 from minikms import api
 from minikms.client.errors import KmsClosedError, KmsError, KmsTimeoutError, KmsUnavailableError
-from minikms.client.values import BATCH_BYTES_MAX, DecryptItem, EncryptItem, Outcome, check_item, cost_bytes
+from minikms.client.values import BATCH_BYTES_MAX, DecryptItem, EncryptItem, Outcome, checked_cost_bytes
 
 QUEUE_ITEMS_MAX: Final = 64 * api.BATCH_ITEMS_MAX
 QUEUE_BYTES_MAX: Final = 256 * 1024 * 1024
@@ -49,10 +49,9 @@ class Lane(Generic[ItemT]):
 
     async def submit(self, item: ItemT) -> bytes:
         """Queues the item and waits for its outcome. Raises KmsError."""
-        check_item(item)
         if self._closed:
             raise KmsClosedError("the client is closed")
-        cost = cost_bytes(item)
+        cost = checked_cost_bytes(item)
         if len(self._queue) >= QUEUE_ITEMS_MAX or self._queue_bytes + cost > QUEUE_BYTES_MAX:
             raise KmsUnavailableError("too many calls are waiting for the key service")
         loop = asyncio.get_running_loop()

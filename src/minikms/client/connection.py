@@ -30,8 +30,9 @@ class Connection(asyncio.Protocol):
     async def open(cls, path: str, server_uids: Collection[int]) -> Connection:
         """Raises KmsUnavailableError and KmsUntrustedServerError; nothing has been sent then."""
         sock = connect(path, server_uids)
+        connection = cls()
         try:
-            _transport, connection = await asyncio.get_running_loop().create_unix_connection(cls, sock=sock)
+            await asyncio.get_running_loop().create_unix_connection(lambda: connection, sock=sock)
         except BaseException:
             sock.close()
             raise
@@ -60,12 +61,13 @@ class Connection(asyncio.Protocol):
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._waiter
-        except TimeoutError:
-            raise KmsTimeoutError(f"the key service did not answer within {timeout_s:g} s") from None
-        finally:
-            if self._waiter is not None:  # no answer came: a later one must find nobody
-                self._waiter = None
-                self.close()
+        except BaseException as error:
+            # also when the answer has come but its caller was cancelled: nobody would give the connection back
+            self._waiter = None
+            self.close()
+            if isinstance(error, TimeoutError):
+                raise KmsTimeoutError(f"the key service did not answer within {timeout_s:g} s") from None
+            raise
 
     def close(self) -> None:
         """Drops the connection and whatever is under way on it."""

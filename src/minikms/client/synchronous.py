@@ -20,7 +20,7 @@ from minikms import api
 from minikms.client import peer, verbs
 from minikms.client.errors import KmsClosedError, KmsError, KmsTimeoutError, KmsUnavailableError
 from minikms.client.retry import Attempts
-from minikms.client.values import DecryptItem, EncryptItem, Outcome, ReencryptItem, check_item, chunks
+from minikms.client.values import DecryptItem, EncryptItem, Outcome, ReencryptItem, checked_cost_bytes, chunks
 from minikms.client.verbs import Call
 from minikms.client.wire import Answer, AnswerParser, request_head
 
@@ -111,7 +111,7 @@ class Client:
     ) -> bytes:
         """nonce(12) | ciphertext | tag(16)."""
         item = EncryptItem(key_id=key_id, plaintext=plaintext, aad=aad, thread_id=thread_id, request_id=request_id)
-        check_item(item)
+        checked_cost_bytes(item)
         return self._perform(verbs.encrypt(item))
 
     def decrypt(
@@ -125,7 +125,7 @@ class Client:
     ) -> bytes:
         """The plaintext."""
         item = DecryptItem(key_id=key_id, ciphertext=ciphertext, aad=aad, thread_id=thread_id, request_id=request_id)
-        check_item(item)
+        checked_cost_bytes(item)
         return self._perform(verbs.decrypt(item))
 
     def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[Outcome]:

@@ -20,8 +20,8 @@ _ITEM_TEXT_BYTES_MAX: Final = 128 + 3 * 6 * api.ID_CHARS_MAX
 """Of an item's field names and ids in JSON, when every character of an id needs an escape of six."""
 _ENVELOPE_BYTES_MAX: Final = 1024
 BATCH_BYTES_MAX: Final = api.BODY_BYTES_MAX - _ENVELOPE_BYTES_MAX
-SEALED_OVERHEAD_BYTES: Final = 28
-"""nonce(12) and tag(16)."""
+SEALED_BYTES_MAX: Final = api.PLAINTEXT_BYTES_MAX + 28
+"""With nonce(12) and tag(16)."""
 
 
 class EncryptItem(msgspec.Struct, omit_defaults=True, frozen=True, gc=False, kw_only=True):
@@ -69,34 +69,29 @@ Outcome = bytes | KmsRefusedError
 """What a batch gives for one item: the value, or why that item was refused."""
 
 
-def payload_of(item: Item) -> bytes:
-    return item.plaintext if isinstance(item, EncryptItem) else item.ciphertext
+def checked_cost_bytes(item: Item) -> int:
+    """At least as many bytes as the item takes in a body.
 
-
-def cost_bytes(item: Item) -> int:
-    """At least as many bytes as the item takes in a body."""
-    return _ITEM_TEXT_BYTES_MAX + (len(payload_of(item)) + len(item.aad) + 4) * 4 // 3
-
-
-def check_item(item: Item) -> None:
-    """Raises InvalidRequestError, TooLargeError or TypeError for what could spoil the batch that the item travels
-    in."""
-    if not isinstance(item, ReencryptItem):
+    Raises InvalidRequestError, TooLargeError or TypeError for what could spoil the batch that the item travels in.
+    """
+    if isinstance(item, ReencryptItem):
+        payload, payload_bytes_max = item.ciphertext, SEALED_BYTES_MAX
+    else:
+        if isinstance(item, EncryptItem):
+            payload, payload_bytes_max = item.plaintext, api.PLAINTEXT_BYTES_MAX
+        else:
+            payload, payload_bytes_max = item.ciphertext, SEALED_BYTES_MAX
         check_id("key_id", item.key_id)
         if item.thread_id is not None:
             check_id("thread_id", item.thread_id)
         if item.request_id is not None:
             check_id("request_id", item.request_id)
-    payload = payload_of(item)
     if not isinstance(payload, bytes) or not isinstance(item.aad, bytes):
         raise TypeError("plaintext, ciphertext and aad are bytes")
-    most = api.PLAINTEXT_BYTES_MAX + (0 if isinstance(item, EncryptItem) else SEALED_OVERHEAD_BYTES)
-    if len(payload) > most:
-        raise TooLargeError(413, api.CODE_TOO_LARGE, f"a value of {len(payload)} bytes; at most {most} are taken")
-    if len(item.aad) > api.AAD_BYTES_MAX:
-        raise TooLargeError(
-            413, api.CODE_TOO_LARGE, f"an aad of {len(item.aad)} bytes; at most {api.AAD_BYTES_MAX} are taken"
-        )
+    if len(payload) > payload_bytes_max or len(item.aad) > api.AAD_BYTES_MAX:
+        message = f"a value has at most {payload_bytes_max} bytes, its aad {api.AAD_BYTES_MAX}"
+        raise TooLargeError(413, api.CODE_TOO_LARGE, message)
+    return _ITEM_TEXT_BYTES_MAX + (len(payload) + len(item.aad) + 4) * 4 // 3
 
 
 def check_id(name: str, value: str) -> None:
@@ -111,14 +106,12 @@ def invalid(message: str) -> NoReturn:
     raise InvalidRequestError(400, api.CODE_INVALID_REQUEST, message)
 
 
-def chunks(items: Sequence[ItemT]) -> Iterator[Sequence[ItemT]]:
-    """The items, in order, in runs that each fit one request. Raises as check_item, before the first run."""
-    for item in items:
-        check_item(item)
+def chunks(items: Sequence[ItemT], items_max: int = api.BATCH_ITEMS_MAX) -> Iterator[Sequence[ItemT]]:
+    """The items, in order, in runs that each fit one request. Raises as checked_cost_bytes, before the first run."""
+    costs = [checked_cost_bytes(item) for item in items]
     start = size = 0
-    for index, item in enumerate(items):
-        cost = cost_bytes(item)
-        if index - start == api.BATCH_ITEMS_MAX or (size + cost > BATCH_BYTES_MAX and index > start):
+    for index, cost in enumerate(costs):
+        if index - start == items_max or (size + cost > BATCH_BYTES_MAX and index > start):
             yield items[start:index]
             start, size = index, 0
         size += cost

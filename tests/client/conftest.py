@@ -1,0 +1,30 @@
+"""The real daemon for the client's tests: one process a module, with a root key and a directory of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+from minikms.client import Client
+
+
+@pytest.fixture(scope="module")
+def daemon_socket() -> Iterator[str]:
+    """The socket of a daemon that answers."""
+    with tempfile.TemporaryDirectory(prefix="kms") as directory:
+        path = directory + "/s"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "minikms", "--socket", path, "--data-dir", directory + "/data", "--dev"],
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            with Client(path, wait_s=15) as client:
+                client.health()
+            yield path
+        finally:
+            process.terminate()
+            process.wait(20)
