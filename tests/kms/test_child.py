@@ -82,7 +82,7 @@ def test_each_child_gets_the_master_key_from_its_beginning(place) -> None:
             child = await Child.start(place.options(master_key_fd=descriptor), lambda line: None)
             seen = place.data / "seen-master-key"
             async with asyncio.timeout(10):
-                while not seen.exists():
+                while not (seen.exists() and seen.stat().st_size):
                     await asyncio.sleep(0.02)
             await child.stop()
             assert seen.read_bytes() == b"ab" * 32

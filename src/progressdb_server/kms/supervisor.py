@@ -69,7 +69,7 @@ class Supervisor:
     async def start(self) -> None:
         """Returns once a miniKMS answers. Raises SupervisorError when none can be had; nothing is left running then."""
         try:
-            found = await self._have_one()
+            found = await self._have_one(FOUND_S_MAX)
         except BaseException:
             await self.stop()
             raise
@@ -90,7 +90,7 @@ class Supervisor:
             self._log.info("miniKMS stopped", pid=child.pid)
         await self._health.close()
 
-    async def _have_one(self) -> bool:
+    async def _have_one(self, found_s_max: float) -> bool:
         """One try: true once a daemon answers, spawned here or found; false with `_reason` set."""
         error = await self._ask()
         if error is None:
@@ -103,9 +103,9 @@ class Supervisor:
             self._log.info("waiting for miniKMS to answer")
             self._reason = f"{error}; start it, or let this server spawn one (unset PROGRESSDB_KMS_SPAWN)"
             return await self._await_answer(None, ABSENT_S_MAX)
-        return await self._spawn_one()
+        return await self._spawn_one(found_s_max)
 
-    async def _spawn_one(self) -> bool:
+    async def _spawn_one(self, found_s_max: float) -> bool:
         try:
             self._make_socket_directory()
             child = self._child = await Child.start(self._options, self._forward)
@@ -117,7 +117,7 @@ class Supervisor:
             return True
         await child.stop()
         self._child = None
-        if await self._await_answer(None, FOUND_S_MAX):
+        if await self._await_answer(None, found_s_max):
             self._log.info("using the miniKMS of another server")
             return True
         said = " / ".join(child.last_lines) or "nothing"
@@ -148,7 +148,7 @@ class Supervisor:
             await asyncio.sleep(self._pause_s())
         self._failures += 1
         try:
-            return await self._have_one()
+            return await self._have_one(0.0)  # one that is found late, the next try finds
         except Exception as error:  # noqa: BLE001 - a supervisor that ends takes the service with it; logged whole
             self._log.exception("the supervisor failed")  # and goes on: nobody else would restart miniKMS
             self._reason = type(error).__name__
