@@ -23,6 +23,7 @@ _DEBIAN_PACKAGES = {
     "make": "make",
     "setpriv": "util-linux",
     "strace": "strace",
+    "systemd-analyze": "systemd",
     "unshare": "util-linux",
 }
 """Where Debian keeps a program whose package has another name, or whose name is worth telling."""

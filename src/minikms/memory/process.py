@@ -34,6 +34,7 @@ _MCL_ONFAULT: Final = 4
 # linux/prctl.h
 _PR_GET_DUMPABLE: Final = 3
 _PR_SET_DUMPABLE: Final = 4
+_PR_SET_NAME: Final = 15
 _PR_CAPBSET_READ: Final = 23
 _PR_CAPBSET_DROP: Final = 24
 _PR_SET_NO_NEW_PRIVS: Final = 38
@@ -103,6 +104,12 @@ def harden(
     if require and missing:
         raise StartError(f"hardening is required, but these measures are not in force: {'; '.join(missing)}")
     return tuple(measures)
+
+
+def name_thread(name: str) -> None:
+    """Name the calling thread for `top -H` and the like: at most 15 bytes (PR_SET_NAME of prctl(2))."""
+    if libc.LINUX:
+        libc.library().prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()), 0, 0, 0)
 
 
 def interpreter_paths() -> list[str]:
@@ -188,14 +195,23 @@ def _drop_capabilities() -> None:
         except PermissionError:  # without CAP_SETPCAP; no_new_privs keeps the bounding set from mattering
             break
         capability += 1
-    header = ctypes.create_string_buffer(_CAPABILITY_HEADER.pack(_CAPABILITY_VERSION_3, 0), _CAPABILITY_HEADER.size)
-    data = ctypes.create_string_buffer(_CAPABILITY_DATA.size)
-    if libc.library().capset(header, data) != 0:
+    if not _has_capabilities():  # an ordinary user; the unit's filter then denies capset(2) altogether
+        return
+    if libc.library().capset(_capability_header(), ctypes.create_string_buffer(_CAPABILITY_DATA.size)) != 0:
         libc.raise_errno("capset")
-    if libc.library().capget(header, data) != 0:
-        libc.raise_errno("capget")
-    if any(_CAPABILITY_DATA.unpack(data.raw)):
+    if _has_capabilities():
         raise OSError(errno.EPERM, "the kernel left some capabilities")
+
+
+def _has_capabilities() -> bool:
+    data = ctypes.create_string_buffer(_CAPABILITY_DATA.size)
+    if libc.library().capget(_capability_header(), data) != 0:
+        libc.raise_errno("capget")
+    return any(_CAPABILITY_DATA.unpack(data.raw))
+
+
+def _capability_header() -> ctypes.Array[ctypes.c_char]:
+    return ctypes.create_string_buffer(_CAPABILITY_HEADER.pack(_CAPABILITY_VERSION_3, 0), _CAPABILITY_HEADER.size)
 
 
 def _bounded(capability: int) -> bool:

@@ -1,0 +1,124 @@
+"""The shipped systemd units: correct, tight, and not tighter than the programs can live with."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import restricted
+
+import needs
+from live_daemon import LiveDaemon
+
+UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
+EXPOSURE_MAX = {"minikms.service": 0.5, "progressdb.service": 1.5}
+
+
+def analyze(*arguments: str) -> str:
+    program = needs.program("systemd-analyze")
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_units_are_valid(tmp_path: Path) -> None:
+    """With executables in the place of /opt/progressdb/bin, which this machine need not have."""
+    for name in ("minikms", "progressdb"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    for unit in UNITS.glob("*.s*"):
+        if unit.suffix in (".service", ".socket"):
+            (tmp_path / unit.name).write_text(unit.read_text().replace("/opt/progressdb/bin/", f"{tmp_path}/"))
+    assert analyze("verify", *(str(path) for path in tmp_path.glob("*.s*"))) == ""
+
+
+@pytest.mark.parametrize("unit", EXPOSURE_MAX)
+def test_the_units_leave_little_exposed(unit: str) -> None:
+    told = analyze("security", "--offline=true", "--no-pager", str(UNITS / unit))
+    exposure = re.search(r"Overall exposure level for \S+: ([0-9.]+)", told)
+    assert exposure is not None and float(exposure[1]) <= EXPOSURE_MAX[unit], told
+
+
+@pytest.mark.parametrize("unit", EXPOSURE_MAX)
+def test_no_unit_makes_peers_appear_as_the_overflow_uid(unit: str) -> None:
+    assert "PrivateUsers" not in dict(restricted.directives(str(UNITS / unit)))
+
+
+def test_the_two_services_run_as_two_users_and_the_server_never_spawns_a_key_service() -> None:
+    key_service = dict(restricted.directives(str(UNITS / "minikms.service")))
+    server = restricted.directives(str(UNITS / "progressdb.service"))
+    assert key_service["User"] != dict(server)["User"]
+    assert ("Environment", "PROGRESSDB_KMS_SPAWN=0") in server
+    declared = (UNITS / "progressdb.sysusers").read_text()
+    for user in (key_service["User"], dict(server)["User"]):
+        assert re.search(rf"^u {user} ", declared, re.MULTILINE)
+
+
+def test_what_the_units_forbid_is_not_needed_by_the_key_service(tmp_path: Path) -> None:
+    """The daemon under its unit's restrictions, put on by restricted.py: it serves, and hardens itself further."""
+    needs.root()
+    needs.program("systemd-analyze")
+    unshare = needs.program("unshare")
+    launcher = Path(restricted.__file__)
+    wrapped = (unshare, "--mount", "--net", "--ipc", sys.executable, str(launcher), str(UNITS / "minikms.service"))
+    with LiveDaemon(tmp_path, "file", program=(*wrapped, str(tmp_path))) as daemon, daemon.client() as client:
+        key = client.create_dek_for_thread("thread")
+        sealed = client.encrypt(key.key_id, b"text")
+        assert client.decrypt(key.key_id, sealed) == b"text"
+        status = client.status()
+        kernel = Path(f"/proc/{daemon.pid}/status").read_text()
+        daemon.process.terminate()
+        assert daemon.process.wait(20) == 0
+    assert isinstance(status["hardening"], list) and isinstance(status["memory"], dict)
+    assert status["memory"]["arena"] == "memfd_secret"
+    missing = {measure["measure"]: measure["why"] for measure in status["hardening"] if not measure["in_force"]}
+    assert missing.keys() <= {"memory_locked"}, missing
+    assert int(re.search(r"Seccomp_filters:\t(\d+)", kernel)[1]) >= 2  # type: ignore[index]  # the line is always there
+
+
+def test_the_restrictions_of_that_test_do_restrict(tmp_path: Path) -> None:
+    """A program under them can neither write elsewhere nor open a network socket nor map code that it wrote."""
+    needs.root()
+    needs.program("systemd-analyze")
+    unshare = needs.program("unshare")
+    attempts = """
+import mmap, os, socket
+def attempt(action):
+    try:
+        action()
+    except OSError as error:
+        return type(error).__name__ + str(error.errno)
+    return "allowed"
+print(
+    attempt(lambda: open("/etc/new", "w")),
+    attempt(lambda: socket.socket(socket.AF_INET)),
+    attempt(lambda: mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)),
+    attempt(lambda: os.chown("/", 0, 0)),
+    attempt(lambda: open("/proc/sys/kernel/overflowuid")),
+    attempt(lambda: os.open("/dev/kmsg", os.O_RDONLY)),
+)
+"""
+    launcher = [unshare, "--mount", "--net", "--ipc", sys.executable, restricted.__file__]
+    done = subprocess.run(
+        [*launcher, str(UNITS / "minikms.service"), str(tmp_path), sys.executable, "-c", attempts],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    read_only, denied, missing = f"OSError{30}", "PermissionError1", "FileNotFoundError2"
+    assert done.stdout.split() == [read_only, denied, "PermissionError13", denied, missing, missing], done.stderr
+
+
+def test_the_commands_of_the_units_take_the_flags_that_they_are_given() -> None:
+    """Parsed by the real commands: they get as far as looking for the files that the unit names."""
+    for unit, program in (("minikms.service", "minikms"), ("progressdb.service", "progressdb_server")):
+        words = dict(restricted.directives(str(UNITS / unit)))["ExecStart"].split()[1:]
+        shown = subprocess.run(
+            [sys.executable, "-m", program, "--help"], capture_output=True, text=True, timeout=60, check=False
+        ).stdout
+        for flag in (word for word in words if word.startswith("--")):
+            assert flag in shown, f"{program} {flag}"
