@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
-BOOTSTRAP := tools/bootstrap/make_venv.py $(wildcard tools/bootstrap/*.whl)
+BOOTSTRAP := tools/bootstrap/make_venv.py tools/bootstrap/constraints.txt $(wildcard tools/bootstrap/*.whl)
 STAMP := $(VENV)/.installed
 
 .PHONY: help run test venv lint bench torture

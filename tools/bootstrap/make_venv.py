@@ -18,6 +18,7 @@ PYTHON_MIN = (3, 11)
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROJECT = os.path.dirname(os.path.dirname(HERE))
 PIP_WHEEL = os.path.join(HERE, "pip-26.3-py3-none-any.whl")
+CONSTRAINTS = os.path.join(HERE, "constraints.txt")
 PIP_WHEEL_SHA256 = "f3b60b20ffaadd4415ed7957212a38ac63fa4c5fa375bd0f4a797777940fad13"
 
 
@@ -87,7 +88,7 @@ def main() -> None:
         make_empty(directory, python)
     print(f"installing the project and its tools into {sys.argv[1]} ...", flush=True)
     pip_install = (python, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check")
-    run(*pip_install, "--editable", ".", "--group", "dev")
+    run(*pip_install, "--constraint", CONSTRAINTS, "--editable", ".", "--group", "dev")
     with open(stamp, "w") as file:
         file.write(described(directory))
 
