@@ -55,3 +55,8 @@ def library(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError:
         _missing(f"the Python library {name}")
+
+
+def packages(*requirements: str) -> NoReturn:
+    """Python packages for an environment of a test's own, which could not be installed."""
+    _missing(f"the Python packages {' '.join(requirements)}")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bench import load, report
+from bench import encrypt, load, messages, report
 from bench.programs import BenchError, MissingProgramError, need
 from bench.report import Missing, Row
 
@@ -109,3 +109,20 @@ def test_saving_changes_only_what_is_between_the_markers(tmp_path: Path) -> None
 def test_a_missing_program_is_named_with_its_package() -> None:
     with pytest.raises(MissingProgramError, match="no-such-program"):
         need("sh", "no-such-program")
+
+
+def test_the_benches_measure_the_programs_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short run of those that need nothing but Python: real processes, checked answers, no judgement of speed."""
+    for module, name, value in (
+        (encrypt, "BATCH_SECONDS", 0.05),
+        (encrypt, "BATCH_TURNS", 1),
+        (messages, "APPEND_SECONDS", 0.05),
+        (messages, "APPEND_TURNS", 1),
+        (messages, "WARM_UP_SECONDS", 0.05),
+        (messages, "LIST_MESSAGES", 30),
+        (messages, "LIST_TURNS", 2),
+    ):
+        monkeypatch.setattr(module, name, value)
+    rows = [*encrypt.encrypt_batch(), *messages.append(), *messages.listing()]
+    assert len(rows) == 3
+    assert all(row.value > 0 for row in rows)
