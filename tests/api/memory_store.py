@@ -63,6 +63,7 @@ class MemoryStore(ConversationStore):
             return self.versions[known][0]
         thread = self._thread_for(new)
         ts, stamp = self._stamp()
+        thread.updated_ts = ts
         message = Message(
             id=f"msg-{stamp}",
             thread=thread.id,
@@ -82,7 +83,6 @@ class MemoryStore(ConversationStore):
         if thread is not None:
             if thread.deleted:
                 raise ThreadDeletedError
-            thread.updated_ts = self._ns
             return thread
         return self._make_thread(new.author, f"New Thread #{len(self.threads) + 1}", new.thread)
 
@@ -225,7 +225,11 @@ class MemoryStore(ConversationStore):
 
     async def delete_thread(self, thread_id: str, *, author: str | None, by: str, request_id: str = "") -> None:
         thread = self._own_thread(thread_id, author)
-        thread.deleted, thread.deleted_ts = True, self._stamp()[0]
+        ts, stamp = self._stamp()
+        thread.deleted, thread.deleted_ts, thread.updated_ts = True, ts, ts
+        body = {"_event": "thread_deleted", "by": by}
+        event = Message(id=f"msg-{stamp}", thread=thread_id, author=by, ts=ts, body=body, deleted=True)
+        self.versions[event.id] = [event]
 
     async def list_threads(
         self, *, author: str | None, title: str | None = None, slug: str | None = None, include_deleted: bool = False

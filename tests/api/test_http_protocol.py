@@ -330,7 +330,7 @@ def test_a_stop_finishes_what_is_in_flight_and_takes_nothing_new() -> None:
         assert started.wait(10)
         server.ask_to_stop()
         assert closed_within(idle, 10)
-        with pytest.raises(OSError, match="refused|reset"):
+        with pytest.raises(OSError, match=r"refused|reset"):
             server.connect().recv(1)
         go_on.set()
         (response,) = read_responses(connection)

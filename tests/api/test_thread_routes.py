@@ -96,6 +96,14 @@ def test_a_deleted_thread_is_unknown_to_everybody_but_an_admin() -> None:
     assert seen["deleted_ts"] > 0
 
 
+def test_the_deletion_of_a_thread_is_a_message_in_it() -> None:
+    api = Api()
+    thread = api.thread("alice")
+    api("DELETE", f"/v1/threads/{thread}?author=alice")
+    (event,) = api("GET", f"/v1/messages?thread={thread}&include_deleted=true").json["messages"]
+    assert event["body"] == {"_event": "thread_deleted", "by": "alice"}
+
+
 def test_a_new_title_makes_a_new_slug_and_nothing_else_changes() -> None:
     api = Api()
     thread = api("POST", "/v1/threads", {"title": "Old", "author": "alice"}).json

@@ -14,7 +14,6 @@ from typing import Final
 
 from minikms import api
 from minikms.client import AsyncClient, DecryptItem, EncryptItem, KmsError, KmsRefusedError, ReencryptItem
-from minikms.client.errors import KeyRetiredError
 from progressdb_server.kms.provider import (
     KeyHandle,
     Open,
@@ -109,11 +108,8 @@ class RemoteProvider:
             raise _translated(error) from error
 
     async def retire(self, key_id: str, *, request_id: str = "") -> None:
-        """A key that is retired already is left as it is: the answer to an earlier attempt may have been lost."""
         try:
             await self._client.retire_key(key_id, request_id=request_id or None)
-        except KeyRetiredError:
-            return
         except KmsError as error:
             raise _translated(error) from error
 

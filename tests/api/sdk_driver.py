@@ -1,0 +1,24 @@
+"""Runs under the interpreter that has the unmodified SDK: a call per line of standard input, its outcome per line of
+standard output. It imports nothing of this project.
+"""
+
+import json
+import sys
+
+from progressdb import ProgressDBClient
+from progressdb.client import ApiError
+
+
+def main() -> None:
+    for line in sys.stdin:
+        asked = json.loads(line)
+        client = ProgressDBClient(base_url=asked["url"], api_key=asked["key"])
+        try:
+            outcome = {"result": getattr(client, asked["method"])(*asked["args"], **asked["named"])}
+        except ApiError as error:
+            outcome = {"status": error.status, "body": error.body}
+        print(json.dumps(outcome), flush=True)
+
+
+if __name__ == "__main__":
+    main()
