@@ -118,20 +118,24 @@ class LiveDaemon:
         return bytes.fromhex(self.root_file.read_text())
 
     def keys(self, root: bytes | None = None) -> dict[str, bytes]:
-        """Every key by a name: the root key, the keyring key, each KEK version, the audit keys and seeds, each DEK."""
-        root = self.root() if root is None else root
-        found = {"root key": root}
-        with SecretArena(4096) as arena:
-            data = (self.data_dir / "keyring.json").read_bytes()
-            unlocked, _ = UnlockedKeyring.open(arena, memoryview(root), data, nonces=NonceSource().next)
-            found["keyring key"] = bytes(unlocked._keyring_key.view)
-            found |= {f"KEK {version}": bytes(slot.view) for version, slot in unlocked._keks.items()}
-            for version, (mac_key, seed) in unlocked._audit.items():
-                found |= {f"audit key {version}": bytes(mac_key.view), f"checkpoint seed {version}": bytes(seed.view)}
-            for file in sorted((self.data_dir / "kms-deks").glob("*.json")):
-                record = dek.parse(file.read_bytes(), file.stem)
-                with arena.allocate() as slot:
-                    dek.unwrap_into(record, unlocked.kek(record.kek_version), slot.view)
-                    found[f"DEK {record.id}"] = bytes(slot.view)
-            unlocked.release()
-        return found
+        """Every key that the daemon has, by a name; see `keys_in`."""
+        return keys_in(self.data_dir, self.root() if root is None else root)
+
+
+def keys_in(data_dir: Path, root: bytes) -> dict[str, bytes]:
+    """Every key by a name: the root key, the keyring key, each KEK version, the audit keys and seeds, each DEK."""
+    found = {"root key": root}
+    with SecretArena(4096) as arena:
+        data = (data_dir / "keyring.json").read_bytes()
+        unlocked, _ = UnlockedKeyring.open(arena, memoryview(root), data, nonces=NonceSource().next)
+        found["keyring key"] = bytes(unlocked._keyring_key.view)
+        found |= {f"KEK {version}": bytes(slot.view) for version, slot in unlocked._keks.items()}
+        for version, (mac_key, seed) in unlocked._audit.items():
+            found |= {f"audit key {version}": bytes(mac_key.view), f"checkpoint seed {version}": bytes(seed.view)}
+        for file in sorted((data_dir / "kms-deks").glob("*.json")):
+            record = dek.parse(file.read_bytes(), file.stem)
+            with arena.allocate() as slot:
+                dek.unwrap_into(record, unlocked.kek(record.kek_version), slot.view)
+                found[f"DEK {record.id}"] = bytes(slot.view)
+        unlocked.release()
+    return found

@@ -224,8 +224,22 @@ class _Region(NamedTuple):
     line: str
 
     @property
+    def permissions(self) -> str:
+        return self.line.split()[1]
+
+    @property
     def mapped_readable(self) -> bool:
-        return self.line.split()[1].startswith("r")
+        return self.permissions.startswith("r")
+
+    @property
+    def offset(self) -> int:
+        return int(self.line.split()[2], 16)
+
+    @property
+    def path(self) -> str:
+        """Of the file that is mapped; empty for anonymous memory."""
+        words = self.line.split(maxsplit=5)
+        return words[5] if len(words) == 6 else ""
 
 
 def _regions(pid: int) -> list[_Region]:
@@ -237,6 +251,27 @@ def _regions(pid: int) -> list[_Region]:
     return regions
 
 
+class _Libraries:
+    """The files that the process runs code from. Their own bytes, read back unchanged, need no search: a key that is
+    made or given at run time is not in them. A data file, mapped or not, is none of them.
+    """
+
+    def __init__(self, regions: list[_Region]) -> None:
+        paths = {region.path for region in regions if "x" in region.permissions and region.path.startswith("/")}
+        self._files = {path: os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths if os.path.isfile(path)}
+
+    def hold(self, region: _Region, address: int, data: bytes) -> bool:
+        """Whether `data`, read at `address`, is what the file has at that place."""
+        descriptor = self._files.get(region.path)
+        return descriptor is not None and data == os.pread(
+            descriptor, len(data), region.offset + address - region.start
+        )
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+
 def scan_process(pid: int, needles: Iterable[Needle]) -> Report:
     """Search all memory of the process `pid`, readable to itself or not, through /proc/<pid>/mem."""
     regions = _regions(pid)
@@ -246,6 +281,7 @@ def scan_process(pid: int, needles: Iterable[Needle]) -> Report:
     bytes_read = 0
     memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    libraries = _Libraries(regions)
     try:
         matcher = Matcher(needles, _sample(memory, regions))
         for region in regions:
@@ -254,6 +290,8 @@ def scan_process(pid: int, needles: Iterable[Needle]) -> Report:
                 for address, data, missing in _read(memory, start, end, matcher.needle_bytes_max - 1):
                     refused += missing
                     bytes_read += len(data)
+                    if libraries.hold(region, address, data):
+                        continue
                     hits += [
                         Hit(needle.name, needle.form, f"{address + position:#x} in {region.line}")
                         for position, needle in matcher.search(data)
@@ -263,6 +301,7 @@ def scan_process(pid: int, needles: Iterable[Needle]) -> Report:
     finally:
         os.close(memory)
         os.close(pagemap)
+        libraries.close()
     return Report(hits, bytes_read, unreadable)
 
 
@@ -291,7 +330,7 @@ def _sample(memory: int, regions: list[_Region]) -> bytes:
     """Some of the heap and the stacks, which are what matters."""
     sample = bytearray()
     for region in regions:
-        if region.line.split()[1].startswith("rw") and len(sample) < SAMPLE_BYTES:
+        if region.permissions.startswith("rw") and len(sample) < SAMPLE_BYTES:
             for _, data, _ in _read(memory, region.start, min(region.end, region.start + SAMPLE_BYTES // 8), 0):
                 sample += data
     return bytes(sample)
