@@ -8,7 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-from typing import Any
+from typing import Any, Self
 
 from bench.programs import BACKEND_KEY, BenchError
 
@@ -16,7 +16,7 @@ TIMEOUT_SECONDS = 30.0
 
 
 class Connection(http.client.HTTPConnection):
-    """To a Unix socket's path or to (host, port)."""
+    """To a Unix socket's path or to (host, port). A context manager that closes it."""
 
     def __init__(self, address: str | tuple[str, int]) -> None:
         super().__init__("bench", timeout=TIMEOUT_SECONDS)
@@ -27,6 +27,12 @@ class Connection(http.client.HTTPConnection):
         self.sock = socket.socket(family, socket.SOCK_STREAM)
         self.sock.settimeout(TIMEOUT_SECONDS)
         self.sock.connect(self._address)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     def call(self, method: str, target: str, body: object = None) -> Any:
         """The decoded answer. Raises BenchError unless it is 2xx."""

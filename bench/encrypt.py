@@ -49,7 +49,8 @@ def encrypt_batch() -> list[Row]:
     with programs.workplace() as directory, programs.minikms(directory) as path:
         item = json.loads(_item(_new_key(path)))
         items = {"items": [item] * BATCH_ITEMS}
-        answer = Connection(path).call("POST", "/encrypt_batch", items)
+        with Connection(path) as connection:
+            answer = connection.call("POST", "/encrypt_batch", items)
         if sum("ciphertext" in one for one in answer["items"]) != BATCH_ITEMS:
             raise BenchError(f"/encrypt_batch refused items: {answer['items'][:2]}")
         request = load.post("/encrypt_batch", json.dumps(items).encode())
@@ -64,7 +65,8 @@ def encrypt_batch() -> list[Row]:
 
 
 def _new_key(path: str) -> str:
-    key_id: str = Connection(path).call("POST", "/create_dek_for_thread", {"thread_id": "bench"})["key_id"]
+    with Connection(path) as connection:
+        key_id: str = connection.call("POST", "/create_dek_for_thread", {"thread_id": "bench"})["key_id"]
     return key_id
 
 

@@ -28,8 +28,11 @@ SETUP_CONNECTIONS = 20
 
 def append() -> list[Row]:
     """Acknowledged appends per second, a thread for each connection; afterwards everything acknowledged is there."""
-    with programs.workplace() as directory, programs.progressdb(directory) as address:
-        connection = Connection(address)
+    with (
+        programs.workplace() as directory,
+        programs.progressdb(directory) as address,
+        Connection(address) as connection,
+    ):
         threads = [_new_thread(connection, n) for n in range(CONNECTIONS)]
         requests = [_append_request(thread) for thread in threads]
         runs = [load.generate(address, requests, WARM_UP_SECONDS)]
@@ -50,8 +53,11 @@ def append() -> list[Row]:
 
 def listing() -> list[Row]:
     """Milliseconds for one thread's messages, from request to the last byte."""
-    with programs.workplace() as directory, programs.progressdb(directory) as address:
-        connection = Connection(address)
+    with (
+        programs.workplace() as directory,
+        programs.progressdb(directory) as address,
+        Connection(address) as connection,
+    ):
         thread = _new_thread(connection, 0)
         request = _append_request(thread)
         stored = 0
