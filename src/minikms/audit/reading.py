@@ -119,7 +119,7 @@ def each_segment(directory: str, *, after: int = 0) -> Iterator[SegmentFile]:
     """
     last = after
     for _ in range(OPEN_ATTEMPTS):
-        while (file := _next_segment(directory, last)) is not None:
+        while (file := next_segment(directory, last)) is not None:
             with file:
                 yield file
             last = file.number or last + 1
@@ -129,7 +129,8 @@ def each_segment(directory: str, *, after: int = 0) -> Iterator[SegmentFile]:
         time.sleep(GROWTH_WAIT_S)
 
 
-def _next_segment(directory: str, last: int) -> SegmentFile | None:
+def next_segment(directory: str, last: int) -> SegmentFile | None:
+    """The first file after segment `last`, for the caller to close; None when there is none (yet)."""
     for _ in range(OPEN_ATTEMPTS):
         closed = [number for number in segments.list_segments(directory) if number > last]
         if closed:

@@ -61,6 +61,9 @@ TYPE_REFUSED: Final = "refused"
 SIGNED_TYPES: Final = frozenset({TYPE_CHECKPOINT, TYPE_SEGMENT_CLOSE, TYPE_AUDIT_KEY})
 """Lines that carry an Ed25519 signature over what stands before them."""
 
+_SEQ_PREFIX: Final = LINE_PREFIX + b'{"seq":'
+_SEQ_DIGITS_MAX: Final = 19
+
 _THREAD_LABEL: Final = b"minikms/audit/thread-id/v1\x00"
 _THREAD_PREFIX: Final = "hmac-sha256:"
 _THREAD_MAC_BYTES: Final = 16
@@ -209,6 +212,12 @@ def parse_line(line: bytes) -> tuple[Event, bytes, bytes]:
     """(event, exact event bytes, MAC) of a line without its newline. Raises MalformedLineError."""
     event_bytes, sig = split_line(line)
     return decode_event(event_bytes), event_bytes, sig
+
+
+def peek_seq(line: bytes) -> int:
+    """The `seq` that a line claims, without judging it; 0 when it is not where it belongs."""
+    digits, comma, _ = line[len(_SEQ_PREFIX) : len(_SEQ_PREFIX) + _SEQ_DIGITS_MAX + 1].partition(b",")
+    return int(digits) if comma and line.startswith(_SEQ_PREFIX) and digits.isdigit() else 0
 
 
 def hash_thread_id(thread_id: str, audit_key: memoryview) -> str:

@@ -1,0 +1,118 @@
+"""Finding and counting events.
+
+Owns: what a query matches, and the totals. It reads every file of the log once, in bounded memory, and judges nothing:
+whether what it finds is genuine is for `verify` to say. It must never write, nor show a line that is not one.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import msgspec
+
+from minikms.audit import record
+from minikms.audit.reading import each_segment
+from minikms.audit.record import Event, MalformedLineError
+
+NAMES_COUNT_MAX: Final = 1000
+"""Actors told apart by `totals`; the lines of all others are counted together."""
+OTHERS: Final = "(others)"
+
+
+class Query(msgspec.Struct, frozen=True, kw_only=True):
+    """What an event must have: every member that is given. threads: any of these forms of the one thread sought."""
+
+    threads: tuple[str, ...] = ()
+    key: str = ""
+    actor: str = ""
+    request: str = ""
+
+    def matches(self, event: Event) -> bool:
+        return (
+            (not self.threads or event.thread_id in self.threads)
+            and (not self.key or event.key_id == self.key or self.key in event.key_ids)
+            and (not self.actor or event.actor == self.actor)
+            and (not self.request or event.request_id == self.request or self.request in event.request_ids)
+        )
+
+    def needles(self) -> list[tuple[bytes, ...]]:
+        """For each member: bytes of which a matching line has at least one."""
+        members = (self.threads, (self.key,), (self.actor,), (self.request,))
+        return [tuple(text.encode() for text in texts) for texts in members if any(texts)]
+
+
+def query(
+    *, thread: str = "", key: str = "", actor: str = "", request: str = "", audit_keys: Sequence[memoryview] = ()
+) -> Query:
+    """A query for what a person typed. With `audit_keys` it finds a thread also where its id was recorded as an
+    HMAC."""
+    threads = [record.escape(thread), *(record.hash_thread_id(thread, each) for each in audit_keys)] if thread else []
+    return Query(
+        threads=tuple(threads), key=record.escape(key), actor=record.escape(actor), request=record.escape(request)
+    )
+
+
+def find(directory: str, sought: Query) -> Iterator[bytes]:
+    """The lines, without their newlines, whose events match, oldest first. Raises OSError, DamagedSegmentError."""
+    needles = sought.needles()
+    for file in each_segment(directory):
+        for line in file.lines():
+            # A look at the bytes first: decoding every line of a large log would take minutes.
+            if not all(any(needle in line for needle in some) for some in needles):
+                continue
+            try:
+                event = record.parse_line(line)[0]
+            except MalformedLineError:
+                continue
+            if sought.matches(event):
+                yield line
+
+
+class Totals(msgspec.Struct):
+    """Counts of a log: lines by type, outcome and actor; items are what batches and refusals stand for (else 1 a line).
+
+    Times are Unix ns, 0 for none.
+    """
+
+    files: int = 0
+    disk_bytes: int = 0
+    lines: int = 0
+    malformed: int = 0
+    items: int = 0
+    first_ts: int = 0
+    last_ts: int = 0
+    types: dict[str, int] = {}
+    outcomes: dict[str, int] = {}
+    actors: dict[str, int] = {}
+
+
+def totals(directory: str) -> Totals:
+    """Count the whole log. Raises OSError, DamagedSegmentError."""
+    sums = Totals()
+    types: collections.Counter[str] = collections.Counter()
+    outcomes: collections.Counter[str] = collections.Counter()
+    actors: collections.Counter[str] = collections.Counter()
+    for file in each_segment(directory):
+        sums.files += 1
+        for line in file.lines():
+            sums.lines += 1
+            try:
+                event = record.parse_line(line)[0]
+            except MalformedLineError:
+                sums.malformed += 1
+                continue
+            sums.first_ts = sums.first_ts or event.ts
+            sums.last_ts = event.ts
+            sums.items += event.count or 1
+            types[event.type] += 1
+            outcomes[event.outcome] += 1
+            actors[event.actor if event.actor in actors or len(actors) < NAMES_COUNT_MAX else OTHERS] += 1
+        sums.disk_bytes += file.position
+    sums.types, sums.outcomes, sums.actors = (
+        dict(types.most_common()),
+        dict(outcomes.most_common()),
+        dict(actors.most_common()),
+    )
+    return sums

@@ -1,0 +1,306 @@
+"""`minikms audit`: verify and read the audit log, change its key.
+
+Owns: flags, what is printed, and exit codes: 0 intact or done, 1 altered or malformed, 2 a key, a file or a line to
+begin with is missing. `verify`, `tail`, `find` and `stats` work beside a live daemon, without its lock. Every text of
+a line is printable ASCII without escapes (the format demands it), so that a log can't drive the terminal. It must
+never hold a key.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+from cyclopts import App, Parameter, validators
+
+from minikms.errors import MiniKmsError, StartError
+
+if TYPE_CHECKING:
+    from minikms.audit.record import Head
+    from minikms.audit.verdict import Report, Trust
+    from minikms.cli.auditkeys import RootKey
+
+EXIT_FOUND: Final = 1
+EXIT_MISSING: Final = 2
+TAIL_LINES_MAX: Final = 100_000
+FOLLOW_SECONDS: Final = 0.25
+PUBLIC_KEY_FILE_CHARS_MAX: Final = 200
+
+DATA_DIR_VARIABLE: Final = "PROGRESSDB_KMS_DATA_DIR"
+MASTER_KEY_FILE_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FILE"
+
+app = App(name="audit", help="Verify and read the audit log.")
+
+DataDir = Annotated[
+    str | None, Parameter(name="--data-dir", help=f"Directory of keys and audit log [{DATA_DIR_VARIABLE}].")
+]
+MasterKeyFile = Annotated[
+    Path | None, Parameter(name="--master-key-file", help=f"File with the root key [{MASTER_KEY_FILE_VARIABLE}].")
+]
+MasterKeyFd = Annotated[int | None, Parameter(name="--master-key-fd", show=False)]
+Json = Annotated[bool, Parameter(name="--json", help="One JSON object instead of text.", negative=())]
+JsonLines = Annotated[bool, Parameter(name="--json", help="The lines as they are in the log.", negative=())]
+
+
+@app.command
+def verify(
+    *,
+    data_dir: DataDir = None,
+    master_key_file: MasterKeyFile = None,
+    public_key: Annotated[
+        list[str] | None,
+        Parameter(
+            name="--public-key",
+            negative=(),
+            help="Judge by the signed lines alone, with this public key: base64, or a file of it. Repeatable.",
+        ),
+    ] = None,
+    expect_head: Annotated[
+        str | None, Parameter(name="--expect-head", help="A line known to have been written: SEQ:SIG.")
+    ] = None,
+    from_checkpoint: Annotated[
+        int,
+        Parameter(
+            name="--from-checkpoint",
+            help="Begin with this signed line, by its seq, instead of the first.",
+            validator=validators.Number(gte=0),
+        ),
+    ] = 0,
+    json: Json = False,
+    master_key_fd: MasterKeyFd = None,
+) -> int:
+    """Check every line of the log, also beside a live daemon.
+
+    With the root key every line is judged by itself. With only --public-key, lines are judged by the signed line
+    that follows them; those after the last one can't be. Exit status: 0 intact, 1 altered or malformed, 2 when the
+    key, the log or the line to begin with is missing.
+    """
+    from minikms.audit.check import verify_directory
+    from minikms.cli import auditview
+    from minikms.cli.auditkeys import open_audit_keys
+
+    def judge(trust: Trust) -> Report:
+        with auditview.progress_bar(not json) as tell:
+            return verify_directory(directory, trust, expect_head=head, from_checkpoint=from_checkpoint, progress=tell)
+
+    try:
+        directory = _directory(data_dir)
+        head = None if expect_head is None else _head(expect_head)
+        if public_key:
+            report = judge(_public_trust(public_key))
+        else:
+            with open_audit_keys(directory, _root_key(master_key_file, master_key_fd)) as keys:
+                report = judge(keys.trust())
+    except (MiniKmsError, OSError) as error:
+        return _missing(error)
+    print(auditview.report_json(report) if json else "\n".join(auditview.report_lines(report)))
+    return 0 if report.intact else EXIT_FOUND
+
+
+@app.command
+def tail(
+    *,
+    data_dir: DataDir = None,
+    lines: Annotated[int, Parameter(help="How many.", validator=validators.Number(gte=0, lte=TAIL_LINES_MAX))] = 10,
+    follow: Annotated[bool, Parameter(name=("--follow", "-f"), help="Go on with new lines.", negative=())] = False,
+    json: JsonLines = False,
+) -> int:
+    """Show the last lines of the log. It does not verify them."""
+    from minikms.audit.follow import Follower, last_lines
+    from minikms.audit.record import peek_seq
+
+    try:
+        directory = _log_directory(data_dir)
+        shown = last_lines(directory, lines) if lines else []
+        _print_lines(shown, json=json)
+        if follow:
+            newest = shown or last_lines(directory, 1)
+            follower = Follower(directory, after_seq=peek_seq(newest[-1]) if newest else 0)
+            while True:
+                _print_lines(follower.read(), json=json)
+                time.sleep(FOLLOW_SECONDS)
+    except BrokenPipeError:
+        return _reader_left()
+    except KeyboardInterrupt:
+        return 0
+    except (MiniKmsError, OSError) as error:
+        return _missing(error)
+    return 0
+
+
+@app.command
+def find(
+    *,
+    data_dir: DataDir = None,
+    thread: Annotated[str, Parameter(help="Thread id.")] = "",
+    key: Annotated[str, Parameter(help="Key id.")] = "",
+    actor: Annotated[str, Parameter(help="Who, as in the log: peer_uid:1000.")] = "",
+    request: Annotated[str, Parameter(help="Request id, of a request or of an item in a batch.")] = "",
+    master_key_file: MasterKeyFile = None,
+    json: JsonLines = False,
+    master_key_fd: MasterKeyFd = None,
+) -> int:
+    """Show the lines that tell of a thread, key, actor or request: of all that are given. It does not verify them.
+
+    A log that hides thread ids (--audit-hash-thread-ids) can be searched for a thread with the root key only. Exit
+    status: 0 found, 1 nothing found, 2 the log is missing.
+    """
+    from contextlib import ExitStack
+
+    from minikms.audit.search import find as find_lines
+    from minikms.audit.search import query
+    from minikms.cli.auditkeys import open_audit_keys
+
+    if not (thread or key or actor or request):
+        return _missing(StartError("say what to find: --thread, --key, --actor or --request"))
+    found = 0
+    try:
+        directory = _log_directory(data_dir)
+        with ExitStack() as stack:
+            audit_keys: tuple[memoryview, ...] = ()
+            root_key = _root_key(master_key_file, master_key_fd)
+            if thread and (root_key.file or root_key.descriptor is not None):
+                audit_keys = tuple(stack.enter_context(open_audit_keys(directory, root_key)).mac_keys.values())
+            sought = query(thread=thread, key=key, actor=actor, request=request, audit_keys=audit_keys)
+            for line in find_lines(directory, sought):
+                _print_lines([line], json=json)
+                found += 1
+    except BrokenPipeError:
+        return _reader_left()
+    except (MiniKmsError, OSError) as error:
+        return _missing(error)
+    return 0 if found else EXIT_FOUND
+
+
+@app.command
+def stats(*, data_dir: DataDir = None, json: Json = False) -> int:
+    """Count the log's lines by type, outcome and actor. It does not verify them."""
+    from minikms.audit.search import totals
+    from minikms.cli import auditview
+
+    try:
+        counted = totals(_log_directory(data_dir))
+    except (MiniKmsError, OSError) as error:
+        return _missing(error)
+    if json:
+        print(auditview.as_json(counted))
+    else:
+        auditview.print_totals(counted)
+    return 0
+
+
+@app.command(name="rotate-key")
+def rotate_key(
+    *,
+    data_dir: DataDir = None,
+    master_key_file: MasterKeyFile = None,
+    json: Json = False,
+    master_key_fd: MasterKeyFd = None,
+) -> int:
+    """Make a new audit key; the log names it in a line signed with the old one. The daemon must be stopped.
+
+    Keep the new public key where you keep the old one. Exit status: 0 done, 2 refused.
+    """
+    from minikms.audit.chain import base64_text
+    from minikms.cli import auditview
+    from minikms.cli.auditkeys import rotate_audit_key
+
+    try:
+        made = rotate_audit_key(_directory(data_dir), _root_key(master_key_file, master_key_fd))
+    except (MiniKmsError, OSError) as error:
+        return _missing(error)
+    public_key = base64_text(made.public_key)
+    if json:
+        print(auditview.as_json({"version": made.version, "public_key": public_key, "head": made.head}))
+    else:
+        print(f"The audit key is now version {made.version}.")
+        print(f"  public key  {public_key}   keep it outside the data directory")
+        print(f"  head        {made.head['seq']}:{made.head['sig']}")
+    return 0
+
+
+# --- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _directory(given: str | None) -> str:
+    directory = given or os.environ.get(DATA_DIR_VARIABLE) or ""
+    if not directory:
+        raise StartError(f"give the directory of the log: --data-dir DIR, or {DATA_DIR_VARIABLE}")
+    if not os.path.isdir(directory):
+        raise StartError(f"there is no directory {directory}")
+    return os.path.abspath(directory)
+
+
+def _log_directory(given: str | None) -> str:
+    """The same, of commands that read whatever of the log is there."""
+    from minikms.audit.segments import LOG_NAME, list_segments
+
+    directory = _directory(given)
+    if not os.path.lexists(os.path.join(directory, LOG_NAME)) and not list_segments(directory):
+        raise StartError(f"there is no audit log in {directory}")
+    return directory
+
+
+def _root_key(file: Path | None, descriptor: int | None) -> RootKey:
+    from minikms.cli.auditkeys import RootKey
+
+    if file is None and (named := os.environ.get(MASTER_KEY_FILE_VARIABLE)):
+        file = Path(named)
+    return RootKey(file, descriptor)
+
+
+def _public_trust(given: Sequence[str]) -> Trust:
+    """Public keys as base64 text, or in a file of that text. Raises StartError."""
+    from minikms.audit.chain import base64_bytes
+    from minikms.audit.signer import PUBLIC_KEY_BYTES
+    from minikms.audit.verdict import Trust
+
+    keys = set()
+    for text in given:
+        key = base64_bytes(text, PUBLIC_KEY_BYTES)
+        if key is None:
+            try:
+                with open(text, encoding="ascii") as file:
+                    key = base64_bytes(file.read(PUBLIC_KEY_FILE_CHARS_MAX).strip(), PUBLIC_KEY_BYTES)
+            except (OSError, UnicodeDecodeError):
+                raise StartError(f"{text} is neither a public key in base64 nor a file that can be read") from None
+        if key is None:
+            raise StartError(f"the file {text} does not hold a public key: 44 characters of base64")
+        keys.add(key)
+    return Trust(public_keys=frozenset(keys))
+
+
+def _head(text: str) -> Head:
+    from minikms.audit.chain import base64_bytes
+    from minikms.audit.record import MAC_BYTES, Head
+
+    seq, _, sig64 = text.partition(":")
+    sig = base64_bytes(sig64, MAC_BYTES)
+    if sig is None or not (seq.isascii() and seq.isdigit()) or not 0 < int(seq) < 2**63:
+        raise StartError("--expect-head is SEQ:SIG, as `head` in `minikms status` or in this command's output")
+    return Head(int(seq), sig)
+
+
+def _print_lines(lines: Sequence[bytes], *, json: bool) -> None:
+    from minikms.cli.auditview import event_line, raw_line
+
+    for line in lines:
+        print(raw_line(line) if json else event_line(line))
+    if lines:
+        sys.stdout.flush()
+
+
+def _reader_left() -> int:
+    """Who read our output has closed it: nothing more is wanted, and Python must not complain when it flushes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _missing(error: Exception) -> int:
+    text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+    print(f"minikms: {text}", file=sys.stderr)
+    return EXIT_MISSING
