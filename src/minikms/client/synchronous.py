@@ -183,13 +183,22 @@ class Client:
         """What there is to know about one key."""
         return self._perform(verbs.get_key(key_id))
 
-    def retire_key(self, key_id: str, *, request_id: str | None = None) -> dict[str, object]:
-        """From here on the key decrypts only."""
+    def retire_key(self, key_id: str, *, request_id: str | None = None) -> api.KeyAnswer:
+        """From here on the key decrypts only; one that is retired already stays so."""
         return self._perform(verbs.retire_key(key_id).named(request_id))
 
-    def destroy_key(self, key_id: str, *, request_id: str | None = None) -> dict[str, object]:
+    def destroy_key(self, key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
         """Destroys a retired key and whatever only it opens, for good. Returns the receipt."""
         return self._perform(verbs.destroy_key(key_id).named(request_id))
+
+    def prune_kek(
+        self, *, backups: bool = False, backups_before: str | None = None, request_id: str | None = None
+    ) -> api.PruneKekAnswer:
+        """Destroys retired KEK versions that no file names any more.
+
+        With `backups` all backups of DEK files are removed first, with `backups_before` (`YYYYMMDDTHHMMSS`) older ones.
+        """
+        return self._perform(verbs.prune_kek(backups, backups_before).named(request_id))
 
     # --- how calls travel ---
 

@@ -54,6 +54,8 @@ _decode_decrypted_items: Final = msgspec.json.Decoder(api.DecryptBatchAnswer).de
 _decode_object: Final = msgspec.json.Decoder(dict[str, object]).decode
 _decode_keys: Final = msgspec.json.Decoder(api.KeyListAnswer).decode
 _decode_key: Final = msgspec.json.Decoder(api.KeyAnswer).decode
+_decode_destroyed: Final = msgspec.json.Decoder(api.DestroyKeyAnswer).decode
+_decode_pruned: Final = msgspec.json.Decoder(api.PruneKekAnswer).decode
 _decode_data_key: Final = msgspec.json.Decoder(api.DataKeyAnswer).decode
 _decode_rotation: Final = msgspec.json.Decoder(api.RotateKekAnswer).decode
 _decode_random: Final = msgspec.json.Decoder(api.RandomAnswer).decode
@@ -203,12 +205,19 @@ def get_key(key_id: str) -> Call[api.KeyAnswer]:
     return Call(b"/keys/" + _quoted(key_id), None, True, _decode_key)
 
 
-def retire_key(key_id: str) -> Call[dict[str, object]]:
-    return Call(b"/keys/" + _quoted(key_id) + b"/retire", b"{}", False, _decode_object)
+def retire_key(key_id: str) -> Call[api.KeyAnswer]:
+    return Call(b"/keys/" + _quoted(key_id) + b"/retire", b"{}", True, _decode_key)  # a retired key stays retired
 
 
-def destroy_key(key_id: str) -> Call[dict[str, object]]:
-    return Call(b"/keys/" + _quoted(key_id) + b"/destroy", _encode({"key_id": key_id}), False, _decode_object)
+def destroy_key(key_id: str) -> Call[api.DestroyKeyAnswer]:
+    return Call(b"/keys/" + _quoted(key_id) + b"/destroy", _encode({"key_id": key_id}), False, _decode_destroyed)
+
+
+def prune_kek(backups: bool, backups_before: str | None) -> Call[api.PruneKekAnswer]:
+    request: dict[str, object] = {"backups": backups}
+    if backups_before is not None:
+        request["backups_before"] = backups_before
+    return Call(b"/kek/prune", _encode(request), False, _decode_pruned)
 
 
 def _quoted(key_id: str) -> bytes:

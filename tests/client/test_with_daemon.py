@@ -1,0 +1,228 @@
+"""Both clients with the real daemon: every verb does what its docstring says."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import pytest
+
+from minikms import api
+from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, ReencryptItem, errors
+
+
+class Both:
+    """Calls each verb of one client; the asyncio one runs in a loop of its own."""
+
+    def __init__(self, client: Client | AsyncClient, runner: asyncio.Runner) -> None:
+        self._client = client
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            async def main() -> Any:
+                return await method(*arguments, **named)
+
+            return method(*arguments, **named) if isinstance(self._client, Client) else self._runner.run(main())
+
+        return call
+
+
+@pytest.fixture(params=[Client, AsyncClient])
+def kms(request: pytest.FixtureRequest, daemon_socket: str):
+    with asyncio.Runner() as runner:
+        both = Both(request.param(daemon_socket), runner)
+        yield both
+        both.close()
+
+
+def test_a_value_opens_only_under_its_key_thread_and_aad(kms: Any) -> None:
+    key = kms.create_dek_for_thread("thread-1", request_id="req-1")
+    assert api.KEY_ID_PATTERN.fullmatch(key.key_id)
+    assert kms.get_wrapped(key.key_id) == key.wrapped
+    sealed = kms.encrypt(key.key_id, b"hello", aad=b"place", thread_id="thread-1", request_id="req-2")
+    assert len(sealed) == 12 + 5 + 16
+    assert kms.decrypt(key.key_id, sealed, aad=b"place", thread_id="thread-1") == b"hello"
+    with pytest.raises(errors.DecryptionError):
+        kms.decrypt(key.key_id, sealed, aad=b"other place")
+    with pytest.raises(errors.WrongThreadError):
+        kms.decrypt(key.key_id, sealed, aad=b"place", thread_id="thread-2")
+    with pytest.raises(errors.KeyNotFoundError):
+        kms.encrypt("k_" + "0" * 26, b"hello")
+
+
+def test_empty_and_largest_values_travel(kms: Any) -> None:
+    key_id = kms.create_dek_for_thread("thread-1").key_id
+    for plaintext in (b"", bytes(api.PLAINTEXT_BYTES_MAX)):
+        assert kms.decrypt(key_id, kms.encrypt(key_id, plaintext)) == plaintext
+
+
+def test_the_life_of_a_key(kms: Any) -> None:
+    old = kms.create_dek_for_thread("thread-2").key_id
+    sealed = kms.encrypt(old, b"text", aad=b"a")
+    new = kms.create_dek_for_thread("thread-2", replaces=old).key_id
+    assert kms.get_key(old).state == "retired"
+    with pytest.raises(errors.KeyRetiredError):
+        kms.encrypt(old, b"more")
+    [moved, refused] = kms.reencrypt_batch(
+        old, new, [ReencryptItem(ciphertext=sealed, aad=b"a"), ReencryptItem(ciphertext=sealed, aad=b"b")]
+    )
+    assert kms.decrypt(new, moved, aad=b"a") == b"text"
+    assert isinstance(refused, errors.DecryptionError)
+    assert kms.retire_key(new).state == "retired"
+    assert kms.retire_key(new).state == "retired"
+    receipt = kms.destroy_key(old, request_id="req-3")
+    assert (receipt.key_id, receipt.state) == (old, "destroyed")
+    with pytest.raises(errors.KeyDestroyedError):
+        kms.decrypt(old, sealed, aad=b"a")
+
+
+def test_keys_are_listed_page_by_page(kms: Any) -> None:
+    made = {kms.create_dek_for_thread("thread-3").key_id for _ in range(5)}
+    found: set[str] = set()
+    page = kms.list_keys(thread_id="thread-3", limit=2)
+    while True:
+        found |= {key.key_id for key in page.keys}
+        if page.next_cursor is None:
+            break
+        page = kms.list_keys(thread_id="thread-3", limit=2, cursor=page.next_cursor)
+    assert made <= found
+
+
+def test_a_data_key_is_given_sealed_and_on_request_in_the_clear(kms: Any) -> None:
+    key_id = kms.create_dek_for_thread("files", purpose="data").key_id
+    data_key = kms.generate_data_key(key_id, aad=b"file-1")
+    assert len(data_key.plaintext) == 32
+    assert kms.decrypt(key_id, data_key.ciphertext, aad=b"file-1") == data_key.plaintext
+    assert not isinstance(kms.generate_data_key(key_id, with_plaintext=False).plaintext, bytes)
+    with pytest.raises(errors.WrongPurposeError):
+        kms.generate_data_key(kms.create_dek_for_thread("thread-1").key_id)
+
+
+def test_random_bytes_are_as_many_as_asked(kms: Any) -> None:
+    assert len(kms.random(api.RANDOM_BYTES_MAX)) == api.RANDOM_BYTES_MAX
+    assert kms.random(16) != kms.random(16)
+    with pytest.raises(errors.KmsRefusedError):
+        kms.random(api.RANDOM_BYTES_MAX + 1)
+
+
+def test_the_kek_rotates_and_what_was_sealed_still_opens(kms: Any) -> None:
+    key_id = kms.create_dek_for_thread("thread-1").key_id
+    sealed = kms.encrypt(key_id, b"text", aad=b"a")
+    before = kms.get_key(key_id).kek_version
+    rotated = kms.rotate_kek(verify=[DecryptItem(key_id=key_id, ciphertext=sealed, aad=b"a")])
+    assert (rotated.status, rotated.kek_version) == ("ok", before + 1)
+    assert kms.get_key(key_id).kek_version == before + 1
+    assert kms.decrypt(key_id, sealed, aad=b"a") == b"text"
+    with pytest.raises(errors.KmsRefusedError):
+        kms.rotate_kek(verify=[DecryptItem(key_id=key_id, ciphertext=sealed, aad=b"b")])
+    assert before in kms.prune_kek(backups=True).destroyed
+
+
+def test_a_batch_tells_each_items_outcome(kms: Any) -> None:
+    key_id = kms.create_dek_for_thread("thread-1").key_id
+    good, bad = kms.encrypt_batch(
+        [
+            EncryptItem(key_id=key_id, plaintext=b"1", thread_id="thread-1"),
+            EncryptItem(key_id=key_id, plaintext=b"2", thread_id="thread-2"),
+        ]
+    )
+    assert isinstance(bad, errors.WrongThreadError)
+    assert kms.decrypt_batch([DecryptItem(key_id=key_id, ciphertext=good)]) == [b"1"]
+
+
+def test_a_malformed_id_in_a_batch_spoils_no_other_item(daemon_socket: str) -> None:
+    async def main() -> None:
+        async with AsyncClient(daemon_socket) as kms:
+            key_id = (await kms.create_dek_for_thread("thread-1")).key_id
+            odd = ["", "../x", 'k"\\', "k\x00", "k" * 128]
+            calls = [kms.encrypt(key_id, b"good"), *(kms.encrypt(name, b"x") for name in odd)]
+            calls += [kms.encrypt(key_id, b"x", request_id=name) for name in ("", "\x01", 'r"')]
+            good, *rest = await asyncio.gather(*calls, return_exceptions=True)
+            assert isinstance(good, bytes)
+            assert all(isinstance(entry, (bytes, errors.KmsRefusedError)) for entry in rest)
+            assert all(isinstance(entry, errors.KmsRefusedError) for entry in rest[: len(odd)])
+
+    asyncio.run(main())
+
+
+def test_hundreds_of_concurrent_calls_each_get_their_own_answer(daemon_socket: str) -> None:
+    async def main() -> None:
+        async with AsyncClient(daemon_socket) as kms:
+            key_id = (await kms.create_dek_for_thread("thread-1")).key_id
+
+            async def one(number: int) -> None:
+                aad = b"%d" % number
+                sealed = await kms.encrypt(key_id, b"value %d" % number, aad=aad, thread_id="thread-1")
+                assert await kms.decrypt(key_id, sealed, aad=aad, thread_id="thread-1") == b"value %d" % number
+
+            await asyncio.gather(*(one(number) for number in range(2000)))
+
+    asyncio.run(main())
+
+
+def test_calls_under_way_survive_restarts_of_the_daemon() -> None:
+    with tempfile.TemporaryDirectory(prefix="kms") as directory:
+        path = directory + "/s"
+
+        def start() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(
+                [sys.executable, "-m", "minikms", "--socket", path, "--data-dir", directory + "/data", "--dev"],
+                stderr=subprocess.DEVNULL,
+            )
+
+        async def main() -> None:
+            process = start()
+            try:
+                async with AsyncClient(path, wait_s=15) as kms:
+                    key_id = (await kms.create_dek_for_thread("thread-1")).key_id
+                    sealed = await kms.encrypt(key_id, b"text")
+                    stop = asyncio.Event()
+
+                    async def load() -> int:
+                        count = 0
+                        while not stop.is_set():
+                            assert await kms.decrypt(key_id, sealed) == b"text"
+                            await kms.encrypt(key_id, b"more")
+                            count += 1
+                        return count
+
+                    loads = [asyncio.create_task(load()) for _ in range(16)]
+                    for number in (signal.SIGKILL, signal.SIGTERM):
+                        await asyncio.sleep(0.2)
+                        process.send_signal(number)
+                        await asyncio.to_thread(process.wait)
+                        process = start()
+                    assert await kms.health()
+                    stop.set()
+                    assert all(await asyncio.gather(*loads))
+            finally:
+                process.kill()
+                process.wait()
+
+        asyncio.run(main())
+
+
+def test_a_uid_that_is_not_allowed_is_told_so() -> None:
+    with tempfile.TemporaryDirectory(prefix="kms") as directory:
+        path = directory + "/s"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "minikms", "--socket", path, "--data-dir", directory + "/data", "--dev"],
+            env={**os.environ, "PROGRESSDB_MINIKMS_ALLOWED_UIDS": "54321"},
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            with Client(path, wait_s=15) as kms:
+                assert kms.health()
+                with pytest.raises(errors.UnauthorizedError):
+                    kms.status()
+        finally:
+            process.terminate()
+            process.wait()
