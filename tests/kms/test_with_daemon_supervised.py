@@ -1,0 +1,164 @@
+"""The supervisor and the provider with the real miniKMS: its root keys, its end, its audit log."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from progressdb_server.kms.child import ChildOptions
+from progressdb_server.kms.provider import Seal
+from progressdb_server.kms.remote import RemoteProvider
+from progressdb_server.kms.supervisor import Supervisor, SupervisorError
+
+KEY = "ab" * 32
+WAIT_S = 15.0
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="kms") as name:
+        yield Path(name)
+
+
+def options(directory: Path, **more: object) -> ChildOptions:
+    given: dict[str, object] = {"socket_path": str(directory / "run" / "s"), "data_dir": str(directory / "kms")}
+    return ChildOptions(**{**given, **more})  # type: ignore[arg-type]  # keyword arguments of several types
+
+
+def key_file(directory: Path) -> str:
+    path = directory / "root-key"
+    path.write_text(KEY + "\n")
+    path.chmod(0o600)
+    return str(path)
+
+
+def one_round(directory: Path, **more: object) -> None:
+    """Start, write, read, be killed, read again, stop."""
+
+    async def main() -> None:
+        supervisor = Supervisor(options(directory, **more))
+        await supervisor.start()
+        provider = RemoteProvider(directory / "run" / "s")
+        try:
+            key = await provider.create_dek_for_thread("thread-1", request_id="req-1")
+            [sealed] = await provider.encrypt_many([Seal(key.key_id, b"text", b"place", "thread-1", "req-2")])
+            assert isinstance(sealed, bytes)
+            pid = supervisor.child_pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            opened = await provider.decrypt_with_key(key.key_id, sealed, aad=b"place", thread_id="thread-1")
+            assert opened == b"text"
+        finally:
+            await provider.close()
+            await supervisor.stop()
+
+    asyncio.run(main())
+
+
+def verify_audit(directory: Path, key_path: str) -> None:
+    command = [sys.executable, "-m", "minikms", "audit", "verify", "--data-dir", str(directory / "kms")]
+    verified = subprocess.run([*command, "--master-key-file", key_path], capture_output=True, text=True, timeout=30)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+def test_with_a_key_file_the_keys_survive_and_the_audit_log_is_intact(directory: Path) -> None:
+    path = key_file(directory)
+    one_round(directory, master_key_file=path)
+    verify_audit(directory, path)
+    log = (directory / "kms" / "minikms-audit.log").read_text()
+    assert f"peer_uid:{os.geteuid()}" in log
+    assert "req-2" in log
+
+
+def test_with_a_descriptor_each_child_reads_the_same_key(directory: Path) -> None:
+    descriptor = os.memfd_create("key")
+    os.write(descriptor, KEY.encode())
+    try:
+        one_round(directory, master_key_fd=descriptor)
+    finally:
+        os.close(descriptor)
+    verify_audit(directory, key_file(directory))
+
+
+def test_without_a_root_key_the_server_is_told_what_the_daemon_said(directory: Path) -> None:
+    async def main() -> None:
+        with pytest.raises(SupervisorError, match="master-key-file"):
+            await Supervisor(options(directory)).start()
+
+    asyncio.run(main())
+
+
+def test_its_log_goes_to_the_servers_and_its_end_is_its_own_doing(directory: Path) -> None:
+    async def main() -> None:
+        supervisor = Supervisor(options(directory, dev=True))
+        await supervisor.start()
+        await supervisor.stop()
+
+    with capture_logs() as logs:
+        asyncio.run(main())
+    lines = [str(entry["line"]) for entry in logs if entry["event"] == "miniKMS"]
+    assert any('"serving"' in line for line in lines)
+    assert '"stopped"' in lines[-1]
+    assert "SIGTERM" in lines[-1]
+
+
+def test_three_servers_that_start_at_once_use_one_daemon(directory: Path) -> None:
+    async def main() -> None:
+        supervisors = [Supervisor(options(directory, dev=True)) for _ in range(3)]
+        await asyncio.gather(*(supervisor.start() for supervisor in supervisors))
+        async with asyncio.timeout(WAIT_S):
+            while sum(supervisor.child_pid is not None for supervisor in supervisors) != 1:
+                await asyncio.sleep(0.05)
+        provider = RemoteProvider(directory / "run" / "s")
+        assert (await provider.create_dek_for_thread("t")).key_id
+        await provider.close()
+        await asyncio.gather(*(supervisor.stop() for supervisor in supervisors))
+
+    asyncio.run(main())
+
+
+SERVER = """
+import asyncio, sys
+from progressdb_server.kms.child import ChildOptions
+from progressdb_server.kms.supervisor import Supervisor
+
+async def main():
+    supervisor = Supervisor(ChildOptions(socket_path=sys.argv[1], data_dir=sys.argv[2], dev=True))
+    await supervisor.start()
+    print(supervisor.child_pid, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def test_a_killed_servers_daemon_ends_gracefully_by_itself(directory: Path, alive: Callable[[int], bool]) -> None:
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(directory / "run" / "s"), str(directory / "kms")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert server.stdout is not None
+    try:
+        pid = next(int(line) for line in server.stdout if line.strip().isdigit())
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+    until_s = time.monotonic() + WAIT_S
+    while alive(pid):
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
+    last = (directory / "kms" / "minikms-audit.log").read_text().splitlines()
+    assert any("the parent has ended" in line for line in last[-2:])
+    assert not (directory / "run" / "s").exists()
