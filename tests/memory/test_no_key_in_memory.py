@@ -122,6 +122,47 @@ def storm_of_errors(client: Client, socket_path: Path, key_ids: list[str]) -> No
                 assert raw.recv(4096).startswith(b"HTTP/1.1 4")
 
 
+ROTATE = b"POST /rotate_kek HTTP/1.1\r\nHost: x\r\n"
+REFUSED_ROOTS = (
+    # how a key's text may arrive in a request that is refused, or never becomes one; %b is the text
+    b'{"new_kek_hex":"%b"',
+    b'{"new_kek_hex":"%b","no_such_field":1}',
+    b'{"new_kek_hex":"%b","wait":"yes"}',
+    b'{"new_kek_hex":"%b0"}',
+    b'{"new_kek_hex":"x%b"}',
+    b'{"new_kek_hex":"%b","verify":[{}]}',
+    b'["new_kek_hex","%b"]',
+    b'{"wait":false,"new_kek_hex" : "%b" }}',
+    b'{"new_kek_hex":"%b\\u0030"}',
+    b'{"other":"%b"}',
+)
+
+
+def storm_of_refused_roots(socket_path: Path) -> dict[str, bytes]:
+    """Root keys that were sent and refused; they are secrets all the same."""
+    keys = {}
+    for number, template in enumerate(REFUSED_ROOTS):
+        for way in ("whole", "in pieces", "chunked", "cut off"):
+            key = os.urandom(32)
+            keys[f"refused root {number} {way}"] = key
+            body = template.replace(b"%b", key.hex().encode())
+            with socket.socket(socket.AF_UNIX) as raw:
+                raw.connect(str(socket_path))
+                if way == "chunked":
+                    chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:40], body[40:]))
+                    raw.sendall(ROTATE + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
+                elif way == "cut off":
+                    raw.sendall(ROTATE + b"Content-Length: %d\r\n\r\n" % (len(body) + 1) + body)
+                    continue
+                else:
+                    raw.sendall(ROTATE + b"Content-Length: %d\r\n\r\n" % len(body))
+                    step = len(body) if way == "whole" else 7
+                    for start in range(0, len(body), step):
+                        raw.sendall(body[start : start + step])
+                assert raw.recv(4096).startswith(b"HTTP/1.1 4")
+    return keys
+
+
 @contextlib.contextmanager
 def storm_of_signals(pid: int) -> Iterator[None]:
     """Signals of all harmless kinds, 2,000 times a second, for as long as the block runs."""
@@ -180,6 +221,22 @@ def test_wherever_the_root_key_comes_from_it_is_not_found(tmp_path: Path, kind: 
         assert_unreachable(daemon, keys)
         assert scanner.scan_file(f"/proc/{daemon.pid}/environ", needles_of(keys)).hits == []
         assert scanner.scan_file(f"/proc/{daemon.pid}/cmdline", needles_of(keys)).hits == []
+
+
+def test_rotations_of_both_forms_leave_no_old_and_no_new_key_in_memory(tmp_path: Path) -> None:
+    """The KEK alone, then the root key too, given as text in the request; and texts that were refused."""
+    with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
+        key_ids = make_keys(client, 20)
+        keys = {f"before: {name}": key for name, key in daemon.keys().items()}
+        assert client.rotate_kek().status == "ok"
+        use_mixed(client, key_ids, 200)
+        new_root = os.urandom(32)
+        assert client.rotate_kek(new_kek_hex=new_root.hex()).status == "ok"
+        use_mixed(client, key_ids, 200, seed=2)
+        keys |= storm_of_refused_roots(daemon.socket)
+        keys |= daemon.keys(new_root)
+        assert len({key for name, key in keys.items() if "KEK" in name}) == 3
+        assert_unreachable(daemon, keys)
 
 
 def test_evicted_keys_leave_nothing_behind(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 Owns: taking the key's text out of the engine's buffer, straight into the arena, before anything else reads the body.
 Invariants: the text never becomes a Python object (positions only, no groups); it is overwritten in the body before the
-rest is decoded, so that what goes wrong later has nothing to leak; a body with a backslash is refused, since an escape
-could hide the field's name.
+rest is decoded, so that what goes wrong later has nothing to leak, and so is what looks like a key under a mistyped
+name; a body with a backslash is refused, since an escape could hide the field's name.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from minikms.memory.arena import SecretArena, SecretSlot, hex_decode_into
 _FIELD: Final = re.compile(rb'"new_kek_hex"\s*:\s*"[^"]*"')
 _VALUE: Final = re.compile(rb'"[^"]*"\Z')
 _BACKSLASH: Final = re.compile(rb"\\")
+_KEY_LIKE: Final = re.compile(rb"[0-9A-Fa-f]{60,}")
+"""A key's text, a few characters more or less. Nothing else in this body has so many hexadecimal digits in a row."""
 _KEY_CHARS: Final = 64
 
 
@@ -38,7 +40,7 @@ def take_new_root(body: memoryview, arena: SecretArena) -> SecretSlot | None:
             slot.release()
         raise InvalidRequestError("invalid new_kek_hex") from None
     finally:
-        for start, stop in spans:
+        for start, stop in (*spans, *(match.span() for match in _KEY_LIKE.finditer(body))):
             body[start:stop] = b"0" * (stop - start)
     return slot
 
