@@ -23,6 +23,7 @@ import structlog
 import uvloop
 
 from minikms.audit import AuditLog, Event
+from minikms.audit.keyversions import keys_of
 from minikms.audit.opening import Known
 from minikms.crypto.aead import NonceSource, scrub_stack
 from minikms.custody import backups, clock, dekstore, opening
@@ -137,6 +138,7 @@ class Daemon:
             now_ns=clock.now_ns,
             fsync=settings.audit_fsync,
             key_version=audit_key.version,
+            former=keys_of(unlocked).former,
             known=Known(begun=unlocked.body.epoch > 1),
         )
         opening.raise_epoch(unlocked, keyring_file)
