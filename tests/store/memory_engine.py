@@ -1,7 +1,8 @@
 """A second engine, to hold the seam narrow: an ordered map in memory with faults on demand.
 
-`fail_write` and `fail_sync` make the next call fail; what was written since the last sync is then gone after `reopen`, as it
-may be after a power failure, unless `survives` is set. `busy` refuses that many writes as a stalled engine does.
+`fail_write` and `fail_sync` make the next call fail; what was written since the last sync is then gone after
+`reopen`, as it may be after a power failure, unless `survives` is set. `busy` refuses that many writes as a stalled
+engine does.
 """
 
 from __future__ import annotations

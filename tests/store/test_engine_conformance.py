@@ -151,7 +151,7 @@ _SHARED: Engine
 @pytest.fixture(autouse=True, scope="module")
 def shared_rocks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One database for all examples of a property: opening one takes longer than an example."""
-    global _SHARED  # noqa: PLW0603  Hypothesis examples can't take function fixtures
+    global _SHARED
     _SHARED = RocksEngine(str(tmp_path_factory.mktemp("shared") / "db"))
     yield
     _SHARED.close()

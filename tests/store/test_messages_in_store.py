@@ -129,7 +129,7 @@ def test_only_the_author_edits_or_deletes_and_the_admin_may() -> None:
 
 def test_a_deleted_message_leaves_the_list_keeps_its_body_and_is_deleted_once() -> None:
     async def run(store: Conversations) -> None:
-        one, two = await fill(store, 2)
+        one, _two = await fill(store, 2)
         await store.delete_message(one.id, author="ann")
         await store.delete_message(one.id, author="ann")
         tombstone = await store.get_message(one.id)

@@ -163,12 +163,12 @@ def test_counters_and_the_last_stamp_are_stored_with_each_group() -> None:
     engine = MemoryEngine()
 
     async def body(writer: Writer, _: MemoryEngine) -> None:
-        writer._clock.recover(Stamp(90, 5))  # noqa: SLF001  a stamp that was given out
+        writer._clock.recover(Stamp(90, 5))
         await asyncio.gather(writer.commit(Write([], threads=2)), writer.commit(Write([], messages=3)))
 
     async def again(writer: Writer, _: MemoryEngine) -> None:
         assert (writer.state.threads, writer.state.messages) == (2, 3)
-        assert writer._clock.next() == Stamp(90, 6)  # noqa: SLF001
+        assert writer._clock.next() == Stamp(90, 6)
 
     with_writer(body, engine)
     with_writer(again, engine)

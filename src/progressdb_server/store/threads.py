@@ -104,26 +104,21 @@ class Threads:
         """Make the thread, with the message `first` if one is given, in one write. Raises ConditionFailedError when
         somebody else made it first; the key made here is then retired."""
         thread = founding.thread.id
-        slot = self._writer.reserve(keyspace.key_map(thread))
+        key_id = await self._sealer.new_key(thread, request_id)
+        secrets = [founding.secret, *(first.secrets if first else ())]
         try:
-            key_id = await self._sealer.new_key(thread, request_id)
-            secrets = [founding.secret, *(first.secrets if first else ())]
-            try:
-                sealed = await self._sealer.seal(thread, key_id, secrets, request_id)
-            except ProviderError as error:
-                await self._sealer.retire(key_id, request_id)
-                raise unavailable(error) from error
-            puts = [*founding.puts(key_id, sealed[0]), *extra]
-            messages = 0
-            if first:
-                write = first.finish(key_id, sealed[1:])
-                puts += write.puts
-                messages = write.messages
-            done = self._writer.submit(slot, Write(puts, founding.expect, threads=1, messages=messages))
-        finally:
-            self._writer.leave(slot)
+            sealed = await self._sealer.seal(thread, key_id, secrets, request_id)
+        except ProviderError as error:
+            await self._sealer.retire(key_id, request_id)
+            raise unavailable(error) from error
+        puts = [*founding.puts(key_id, sealed[0]), *extra]
+        messages = 0
+        if first:
+            write = first.finish(key_id, sealed[1:])
+            puts += write.puts
+            messages = write.messages
         try:
-            await done
+            await self._writer.commit(Write(puts, founding.expect, threads=1, messages=messages))
         except ConditionFailedError:
             await self._sealer.retire(key_id, request_id)
             raise
