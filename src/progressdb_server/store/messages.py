@@ -29,7 +29,7 @@ from progressdb_server.store.model import (
     NotTheAuthorError,
     RecordUnreadableError,
 )
-from progressdb_server.store.sealer import WRITERS_CACHED_MAX, Draft, Sealer, ThreadState
+from progressdb_server.store.sealer import Draft, Sealer, ThreadState
 from progressdb_server.store.threads import Threads
 from progressdb_server.store.writer import ConditionFailedError, Write, Writer
 
@@ -111,9 +111,7 @@ class Messages:
             return _draft(message, stamp, stamp, extra)
 
         await self._sealer.append(state, draft, request_id)
-        if len(state.writers) >= WRITERS_CACHED_MAX:
-            state.writers.clear()
-        state.writers.add(new.author)
+        state.remember_writer(new.author)
         return made[0]
 
     # --- reading --------------------------------------------------------------------------------------------------

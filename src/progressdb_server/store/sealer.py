@@ -68,6 +68,11 @@ class ThreadState:
         self.order = keyspace.order(thread)
         self.writers: set[str] = set()
 
+    def remember_writer(self, author: str) -> None:
+        if len(self.writers) >= WRITERS_CACHED_MAX:
+            self.writers.clear()
+        self.writers.add(author)
+
 
 class Draft(NamedTuple):
     """A write of one thread before it is sealed. `secrets`: storage key and plaintext of each record; `finish` turns
