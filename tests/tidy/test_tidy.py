@@ -171,6 +171,19 @@ def test_paths_that_documents_and_docstrings_name_exist() -> None:
     none(f"{name(path)}: {mentioned}" for path, mentioned in named if not (PROJECT / mentioned).exists())
 
 
+def test_tests_that_documents_name_exist() -> None:
+    tests = {
+        test for path in python_files("tests/") for test in re.findall(r"def (test_\w+)\(", path.read_text("utf-8"))
+    }
+    none(
+        f"{name(path)}: {mentioned}"
+        for path, text in texts()
+        if path.suffix == ".md"
+        for mentioned in re.findall(r"`(test_\w+)`", text)
+        if mentioned not in tests
+    )
+
+
 def test_every_make_command_in_the_documents_is_a_target() -> None:
     makefile = (PROJECT / "Makefile").read_text("utf-8")
     targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
