@@ -48,3 +48,5 @@ def configure(
     root = logging.getLogger()
     root.handlers[:] = [_ThroughStructlog()]
     root.setLevel(logging.WARNING)
+    # uvicorn warns of every malformed request: whoever can connect could fill the log
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

@@ -135,9 +135,9 @@ async def _open_store(config: Config, master_key_fd: int | None, started: AsyncE
 
 
 def _announce(config: Config, host: str, port: int) -> None:
-    scheme = "https" if config.server.tls.cert_file else "http"
-    shown = f"[{host}]" if ":" in host else host
-    _log.info("listening", url=f"{scheme}://{shown}:{port}", db=config.storage.db_path)
     keys = config.security.api_keys
     if not (keys.backend or keys.frontend or keys.admin or keys.allow_unauth):
         _log.warning("no API key is configured: every request but /healthz is refused; set PROGRESSDB_API_BACKEND_KEYS")
+    scheme = "https" if config.server.tls.cert_file else "http"
+    shown = f"[{host}]" if ":" in host else host
+    _log.info("listening", url=f"{scheme}://{shown}:{port}", db=config.storage.db_path)

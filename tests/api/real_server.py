@@ -75,6 +75,11 @@ class RealServer:
                         self._listening.set()
         self._listening.set()
 
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """The events so far."""
+        return [json.loads(line) for line in self.log_path.read_text().splitlines()]
+
     def stop(self) -> int:
         """SIGTERM; returns the exit status."""
         if self._process.poll() is None:

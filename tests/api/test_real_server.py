@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,8 +156,7 @@ def test_a_request_id_goes_through_the_answer_both_logs_and_the_audit_log(tmp_pa
         reply = server("POST", "/v1/messages", {"author": "a", "body": 1}, headers={"X-Request-Id": "trace-a1b2"})
         assert reply.headers["x-request-id"] == "trace-a1b2"
     assert "trace-a1b2" in (tmp_path / "db" / "kms" / "minikms-audit.log").read_text()
-    lines = [json.loads(line) for line in server.log_path.read_text().splitlines()]
-    (line,) = [line for line in lines if line.get("request_id") == "trace-a1b2"]
+    (line,) = [line for line in server.log if line.get("request_id") == "trace-a1b2"]
     assert (line["route"], line["status"], line["role"]) == ("/v1/messages", 200, "backend")
 
 
@@ -193,6 +195,72 @@ def test_a_stop_by_signal_ends_the_server_and_its_key_service(tmp_path: Path) ->
     assert "Traceback" not in log
     with real_server(tmp_path) as server:
         assert server("GET", "/admin/stats").json == {"threads": 1, "messages": 1}
+
+
+def minikms_pid(server: RealServer) -> int:
+    return int([line["pid"] for line in server.log if line["event"] == "miniKMS spawned"][-1])
+
+
+def test_a_key_service_that_is_killed_costs_a_short_wait_and_no_message(tmp_path: Path) -> None:
+    with real_server(tmp_path) as server:
+        thread = server("POST", "/v1/messages", {"author": "a", "body": 0}).json["thread"]
+        acknowledged = 1
+        for _ in range(3):
+            os.kill(minikms_pid(server), signal.SIGKILL)
+            for _ in range(3):
+                reply = server("POST", "/v1/messages", {"thread": thread, "author": "a", "body": acknowledged})
+                assert reply.status in (200, 503), reply
+                acknowledged += reply.status == 200
+        listed = server("GET", f"/v1/messages?thread={thread}").json["messages"]
+        assert [message["body"] for message in listed][:acknowledged] == [*range(acknowledged)]
+        assert server.stop() == 0
+
+
+@pytest.mark.torture
+def test_while_the_key_service_hangs_requests_get_a_503_in_bounded_time(tmp_path: Path) -> None:
+    with real_server(tmp_path) as server:
+        thread = server("POST", "/v1/messages", {"author": "a", "body": "first"}).json["thread"]
+        os.kill(minikms_pid(server), signal.SIGSTOP)
+        for method, path, body in (
+            ("POST", "/v1/messages", {"thread": thread, "author": "a", "body": "x"}),
+            ("GET", f"/v1/messages?thread={thread}", None),
+        ):
+            reply = server(method, path, body)
+            assert reply.status == 503
+            assert int(reply.headers["retry-after"]) >= 1
+            assert "key service" in reply.json["error"]
+        assert server("GET", "/healthz").status == 200
+        os.kill(minikms_pid(server), signal.SIGCONT)
+        listed = server("GET", f"/v1/messages?thread={thread}").json["messages"]
+        assert listed[0]["body"] == "first"
+
+
+def failed_start(directory: Path, *words: str) -> str:
+    program = [sys.executable, "-m", "progressdb_server", "--db", str(directory / "db"), "--dev", *words]
+    started = subprocess.run(
+        program, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert started.returncode == 1
+    assert "Traceback" not in started.stderr
+    return started.stderr
+
+
+def test_a_start_that_can_not_be_says_why(server: RealServer, tmp_path: Path) -> None:
+    taken = failed_start(tmp_path, "--addr", f"127.0.0.1:{server.port}")
+    assert f"can't listen on 127.0.0.1:{server.port}: Address already in use" in taken
+    locked = failed_start(server.db.parent, "--addr", "127.0.0.1:0")
+    assert "is in use by another process" in locked
+    (tmp_path / "file").write_text("")
+    assert "can't make the data directory" in failed_start(tmp_path / "file", "--addr", "127.0.0.1:0")
+    assert server("GET", "/healthz").status == 200
+
+
+def test_without_an_api_key_the_server_says_so_and_refuses_everything_but_health(tmp_path: Path) -> None:
+    none = {f"PROGRESSDB_API_{role}_KEYS": "" for role in ("BACKEND", "FRONTEND", "ADMIN")}
+    with real_server(tmp_path, **none) as server:
+        assert any("no API key is configured" in line["event"] for line in server.log)
+        assert server("GET", "/v1/threads").status == 401
+        assert server("GET", "/healthz", key=None).status == 200
 
 
 # --- many at once -----------------------------------------------------------------------------------------------

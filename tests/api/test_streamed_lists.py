@@ -11,6 +11,7 @@ import pytest
 
 from progressdb_server.api import answer, bounds
 from progressdb_server.api.answer import JsonList, send_list
+from progressdb_server.api.errors import ClientGoneError
 from progressdb_server.store.model import Message, StoreUnavailableError
 
 
@@ -128,7 +129,7 @@ def test_a_client_that_hangs_up_ends_the_reading() -> None:
 def test_a_client_that_stops_reading_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer.bounds, "STREAM_STALL_SECONDS_MAX", 0.05)
     source, client = Source(chunks=1000, of=50), Client(stalls_after=4)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(ClientGoneError):
         run(source, client)
     assert source.handed_out < 40
     assert (client.finished, source.closed) == (False, True)

@@ -15,7 +15,7 @@ import msgspec
 
 from progressdb_server.api import bounds
 from progressdb_server.api.call import Receive, Send
-from progressdb_server.api.errors import ApiError, Header
+from progressdb_server.api.errors import ApiError, ClientGoneError, Header
 
 _ENCODER: Final = msgspec.json.Encoder()
 _JSON: Final = (b"content-type", b"application/json")
@@ -74,7 +74,7 @@ async def send_answer(answer: Answer, send: Send) -> None:
 async def send_list(listed: JsonList, receive: Receive, send: Send) -> None:
     """Whole with its length where it is short, streamed where it is not.
 
-    Raises what the chunks raise; the caller answers it if nothing has left yet. Raises TimeoutError when the client
+    Raises what the chunks raise; the caller answers it if nothing has left yet. Raises ClientGoneError when the client
     leaves the stream unread for too long.
     """
     pending = bytearray(listed.prefix)
@@ -112,8 +112,11 @@ async def send_list(listed: JsonList, receive: Receive, send: Send) -> None:
 
 
 async def _send_part(part: bytes, send: Send) -> None:
-    async with asyncio.timeout(bounds.STREAM_STALL_SECONDS_MAX):
-        await send({"type": "http.response.body", "body": part, "more_body": True})
+    try:
+        async with asyncio.timeout(bounds.STREAM_STALL_SECONDS_MAX):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+    except TimeoutError:
+        raise ClientGoneError from None
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -25,7 +25,7 @@ class ApiError(Exception):
 
 
 class ClientGoneError(Exception):
-    """The client closed its connection before its request was whole; nobody is left to answer."""
+    """The client closed its connection before its request was whole, or stopped reading: nobody is left to answer."""
 
 
 THREAD_ID_REFUSAL: Final = "thread must be 1 to 128 letters, digits, dots, underscores or hyphens"
