@@ -223,14 +223,15 @@ class KeyLifecycle(Verbs):
             await asyncio.wait([self._runner])
 
     async def _run_rotation(self) -> None:
-        await self._rotation.run()
-        facts: dict[str, str | int] = {
-            "kek_version": self._vault.unlocked.body.wrapping_kek.version,
-            "rewrapped": self._rotation.rewrapped,
-            "unreadable": self._indexing.unreadable_count,
-        }
-        await self._write_surely("rotate_kek_done", facts)
-        await self.drop_proved_slots()
+        while self._rotation.running is not None:  # again when another one began while the last line was being written
+            await self._rotation.run()
+            facts: dict[str, str | int] = {
+                "kek_version": self._vault.unlocked.body.wrapping_kek.version,
+                "rewrapped": self._rotation.rewrapped,
+                "unreadable": self._indexing.unreadable_count,
+            }
+            await self._write_surely("rotate_kek_done", facts)
+            await self.drop_proved_slots()
 
     async def drop_proved_slots(self) -> None:
         """Drops the slots of older root keys, once the newest was proved and no rotation runs."""

@@ -49,8 +49,6 @@ class KekRotation:
         self._indexing = indexing
         self._executor = executor
         self._starting = asyncio.Lock()
-        self._finished = asyncio.Event()
-        self._finished.set()
         self.rewrapped = 0
         """Keys rewrapped by the present rotation, or the last one, in this run."""
         self.last_error = ""
@@ -129,19 +127,11 @@ class KekRotation:
             raise
         self.rewrapped = 0
         self.last_error = ""
-        self._finished.clear()
 
     # --- the long part -----------------------------------------------------------------------------------------------
 
-    async def finished(self) -> None:
-        """Returns when no rotation runs."""
-        while self.running is not None:
-            self._finished.clear()
-            await self._finished.wait()
-
     async def run(self) -> None:
-        """Finishes a rotation that has begun, if there is one; a failing disk is tried again until it takes the writes.
-        """
+        """Finishes a rotation that has begun, if there is one; a failing disk is tried again until it takes the writes."""
         while (rotation := self.running) is not None:
             try:
                 await self._vault.creates_drained(rotation.from_version)
@@ -156,7 +146,6 @@ class KekRotation:
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             self.last_error = ""
-            self._finished.set()
 
     async def _pass(self, rotation: keyring.Rotation) -> int:
         """One pass over all files; how many were rewrapped."""
@@ -170,8 +159,7 @@ class KekRotation:
         return done
 
     def _stale(self, key_ids: list[str], to_version: int) -> list[str]:
-        """Those whose file isn't under the new version. A look at the bytes: a million files are parsed only when due.
-        """
+        """Those whose file isn't under the new version. A look at the bytes: a million files are parsed only when due."""
         marker = b'"kek_version":%d,' % to_version
         return [
             key_id
@@ -224,8 +212,7 @@ class KekRotation:
         return changed
 
     def _replace(self, records: list[DekRecord], stamp: str) -> None:
-        """Backups, then the new files. For a worker thread. Raises the first error; what was replaced stays replaced.
-        """
+        """Backups, then the new files. For a worker thread. Raises the first error; what was replaced stays replaced."""
         self._backups.keep(self._vault.store, [record.id for record in records], stamp)
         writes = [FileWrite(file_name(record.id), dek.encode(record)) for record in records]
         for outcome in write_group(self._vault.store.directory_fd, writes):

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Final
 
 import structlog
@@ -48,7 +48,7 @@ from minikms.errors import MiniKmsError
 from minikms.issuing import KeyIssuing
 from minikms.lifecycle import KeyLifecycle
 from minikms.memory.arena import SecretArena, SecretSlot
-from minikms.memory.process import Measure, harden, interpreter_paths
+from minikms.memory.process import Measure, harden, interpreter_paths, name_thread
 from minikms.memory.signals import SignalReader
 from minikms.policy import Policy
 from minikms.service import KeyService
@@ -118,7 +118,7 @@ class Daemon:
     async def serve(self) -> None:
         settings = self._settings
         # One thread a kind of disk work: none waits behind another's fsync, and each does one thing at a time.
-        disk, journal, audit = (ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("disk", "journal", "audit"))
+        disk, journal, audit = (_worker(name) for name in ("disk", "journal", "audit"))
         nonces = NonceSource()
         keyring_file = KeyringFile(self._lock.directory_fd, disk)
         opened = opening.open_keyring(
@@ -206,7 +206,7 @@ class Daemon:
             )
             await lifecycle.drop_proved_slots()
             lifecycle.ensure_rotating()
-            await self._serve_until_stopped(server, app, turn_audit, vault, indexing)
+            await self._serve_until_stopped(server, app, turn_audit, vault, indexing, disk)
             await lifecycle.stop()
             await self._write_stop(turn_audit)
         finally:
@@ -223,7 +223,13 @@ class Daemon:
         self._log.info("stopped", why=self._why)
 
     async def _serve_until_stopped(
-        self, server: HttpServer[Session], app: Application, audit: TurnAudit, vault: Vault, indexing: Indexing
+        self,
+        server: HttpServer[Session],
+        app: Application,
+        audit: TurnAudit,
+        vault: Vault,
+        indexing: Indexing,
+        disk: Executor,
     ) -> None:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._signals.fileno(), self._on_signal)
@@ -237,7 +243,7 @@ class Daemon:
             asyncio.ensure_future(audit.sync_every(AUDIT_SYNC_SECONDS)),
             asyncio.ensure_future(app.flush_refusals_every(HOUSEKEEPING_SECONDS)),
             asyncio.ensure_future(_every(HOUSEKEEPING_SECONDS, vault.expire)),
-            asyncio.ensure_future(asyncio.to_thread(sweep_temps, vault.store.directory_fd)),
+            asyncio.ensure_future(self._sweep_temps(vault, disk)),
             asyncio.ensure_future(indexing.run()),
         ]
         if self._notifier.watchdog_interval_s is not None:
@@ -255,6 +261,15 @@ class Daemon:
         for chore in chores:
             chore.cancel()
         await asyncio.wait(chores)
+
+    async def _sweep_temps(self, vault: Vault, disk: Executor) -> None:
+        """Removes what an earlier process left half-written; what can't be removed now stays for the next start."""
+        loop = asyncio.get_running_loop()
+        for directory_fd in (self._lock.directory_fd, vault.store.directory_fd, vault.backups.directory_fd):
+            try:
+                await loop.run_in_executor(disk, sweep_temps, directory_fd)
+            except MiniKmsError as error:
+                self._log.warning("temporary files stay", why=str(error))
 
     async def _write_stop(self, audit: TurnAudit) -> None:
         try:
@@ -303,6 +318,13 @@ class Daemon:
 
     def _internal_error(self, what: str) -> None:
         self._log.error("internal error", what=what)
+
+
+def _worker(name: str) -> ThreadPoolExecutor:
+    """One thread, there from now on: a process short of threads refuses to start and not to serve."""
+    executor = ThreadPoolExecutor(1, initializer=name_thread, initargs=(name,))
+    executor.submit(int).result()
+    return executor
 
 
 async def _every(seconds: float, chore: Callable[[], None]) -> None:

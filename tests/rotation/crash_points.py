@@ -1,0 +1,224 @@
+"""Stopping the real daemon at a chosen system call of a chosen thread, and judging what is left.
+
+Owns: a prepared data directory that each point starts from, the injection (strace attached to one thread, so that
+"the N-th write of the disk thread" is one certain point), and the judgement: under whichever root key still opens,
+the daemon starts, a begun rotation completes by itself, every key decrypts what it encrypted, and the audit log is
+whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import minikms
+from minikms.client.errors import KmsError
+
+STATE_CALLS = (
+    "openat",
+    "write",
+    "fsync",
+    "fdatasync",
+    "syncfs",
+    "rename,renameat,renameat2",
+    "link,linkat",
+    "unlink,unlinkat",
+    "ftruncate",
+)
+"""The system calls that change what is on disk (openat: with O_CREAT among others)."""
+THREADS = ("main", "disk", "audit", "journal")
+DEADLINE_SECONDS = 60.0
+_EVENTFD_WRITE = r'"\1\0\0\0\0\0\0\0", 8'
+"""How a worker thread wakes the event loop: no disk is involved, and the kernel never refuses it."""
+
+
+class Point(NamedTuple):
+    """The `number`-th call of `calls` by `thread` after the attack has begun."""
+
+    thread: str
+    calls: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.calls.split(',')[0]} no. {self.number} of the {self.thread} thread"
+
+
+class Daemon:
+    """A `minikms` process over `base`/data, with the root key in `base`/key."""
+
+    def __init__(self, base: Path, *flags: str) -> None:
+        self.base = base
+        self.key_file = base / "key"
+        self._command = [sys.executable, "-m", "minikms", "--socket", str(base / "s"), "--data-dir", str(base / "data")]
+        self._command += ["--master-key-file", str(self.key_file), *flags]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> bool:
+        """False when it refuses to start (as under a root key that is not the keyring's)."""
+        with (self.base / "log").open("ab") as log:
+            self.process = subprocess.Popen(self._command, stdout=log, stderr=log)
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                return False
+            try:
+                with self.client(wait_s=0.05) as client:
+                    client.health()
+                return True
+            except KmsError:
+                time.sleep(0.01)
+        raise AssertionError(f"the daemon neither serves nor ends: {self.log()}")
+
+    def client(self, wait_s: float = 0.0) -> minikms.Client:
+        return minikms.Client(self.base / "s", wait_s=wait_s)
+
+    def log(self) -> str:
+        return (self.base / "log").read_text()
+
+    def thread_ids(self) -> dict[str, int]:
+        assert self.process is not None
+        pid = self.process.pid
+        found = {"main": pid}
+        for tid in map(int, os.listdir(f"/proc/{pid}/task")):
+            if tid != pid:
+                found[Path(f"/proc/{pid}/task/{tid}/comm").read_text().strip()] = tid
+        return found
+
+    def has_died(self, within_s: float = 0.0) -> bool:
+        assert self.process is not None
+        try:
+            self.process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(DEADLINE_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+class Injection:
+    """strace on one thread: at the point, `action` (`signal=KILL`, `error=EIO`, …) happens."""
+
+    def __init__(self, daemon: Daemon, point: Point, action: str) -> None:
+        self._daemon = daemon
+        self._log = daemon.base / "strace"
+        tid = daemon.thread_ids()[point.thread]
+        self._process = subprocess.Popen(
+            [
+                *("strace", "-o", str(self._log), "-p", str(tid)),
+                *("-e", f"trace={point.calls}", "-e", f"inject={point.calls}:{action}:when={point.number}"),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        assert self._process.stderr is not None
+        line = self._process.stderr.readline()
+        assert b"attached" in line, line
+
+    def end(self) -> None:
+        if self._daemon.has_died(within_s=0.05):  # then strace ends too, once it has said so in its log
+            self._process.wait(DEADLINE_SECONDS)
+        else:
+            self._process.send_signal(signal.SIGINT)
+            self._process.wait()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+
+    def happened(self) -> bool:
+        """Whether the thread came to the point."""
+        text = self._log.read_text() if self._log.exists() else ""
+        return "killed by SIGKILL" in text or any(
+            "INJECTED" in line and _EVENTFD_WRITE not in line for line in text.splitlines()
+        )
+
+    def struck_elsewhere(self) -> bool:
+        """Whether the call that was struck has nothing to do with a disk; later numbers may."""
+        return "INJECTED" in (self._log.read_text() if self._log.exists() else "")
+
+
+class Prepared:
+    """A stopped data directory with a record under each of its keys."""
+
+    def __init__(self, base: Path, keys: int) -> None:
+        self.base = base
+        self.records: list[tuple[str, bytes, bytes]] = []
+        (base / "key").touch(0o600)
+        (base / "key").write_text(os.urandom(32).hex() + "\n")
+        daemon = Daemon(base)
+        assert daemon.start(), daemon.log()
+        with daemon.client() as client:
+            for number in range(keys):
+                key_id = client.create_dek_for_thread(f"t{number}").key_id
+                plaintext = b"record %d" % number
+                self.records.append((key_id, client.encrypt(key_id, plaintext), plaintext))
+        daemon.stop()
+
+    def copy_to(self, base: Path) -> Daemon:
+        base.mkdir()
+        shutil.copytree(self.base / "data", base / "data")
+        shutil.copy2(self.base / "key", base / "key")
+        return Daemon(base)
+
+    def judge(self, daemon: Daemon, first_key: str, other_key: str | None) -> None:
+        """Start under `first_key`, or, where that is refused, under `other_key`; then everything must be there."""
+        daemon.key_file.write_text(first_key + "\n")
+        if not daemon.start():
+            assert other_key is not None, daemon.log()
+            daemon.key_file.write_text(other_key + "\n")
+            assert daemon.start(), daemon.log()
+        with daemon.client(wait_s=5.0) as client:
+            wait_for_rotation(client)
+            self.check_records(client)
+            status = client.status()
+            assert status["status"] == "ok", status
+        daemon.stop()
+        check_audit(daemon.base / "data", daemon.key_file)
+
+    def check_records(self, client: minikms.Client) -> None:
+        for key_id, sealed, plaintext in self.records:
+            assert client.decrypt(key_id, sealed) == plaintext
+
+
+def wait_for_rotation(client: minikms.Client) -> None:
+    """Returns when none runs and the daemon answers; a 503 meanwhile is what a fault may leave for a moment."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    found: object = None
+    while time.monotonic() < deadline:
+        try:
+            found = client.status()["rotation"]
+            if found is None:
+                return
+        except KmsError as error:
+            found = error
+        time.sleep(0.02)
+    raise AssertionError(f"the rotation does not end: {found}")
+
+
+def check_audit(data_dir: Path, key_file: Path) -> None:
+    """`minikms audit verify` finds the log whole."""
+    verified = subprocess.run(
+        [
+            *(sys.executable, "-m", "minikms", "audit", "verify"),
+            *("--data-dir", str(data_dir), "--master-key-file", str(key_file)),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert verified.returncode == 0, verified.stdout + verified.stderr
