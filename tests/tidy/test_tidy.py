@@ -42,7 +42,9 @@ def project_files() -> tuple[Path, ...]:
     try:
         listed = subprocess.run(command, cwd=PROJECT, capture_output=True, check=True).stdout.decode().split("\0")
     except (OSError, subprocess.CalledProcessError):
-        listed = [str(path.relative_to(PROJECT)) for path in PROJECT.rglob("*") if "/.venv" not in str(path)]
+        kept_out = re.compile(r"(^|/)(\.(?!ci/|git(ignore|attributes)$)|__pycache__/|demo-data/)")
+        found = (str(path.relative_to(PROJECT)) for path in PROJECT.rglob("*"))
+        listed = [file for file in found if not kept_out.search(file)]
     return tuple(sorted(PROJECT / name for name in listed if name and (PROJECT / name).is_file()))
 
 
