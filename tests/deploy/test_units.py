@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import json
+import os
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import restricted
@@ -77,6 +84,59 @@ def test_what_the_units_forbid_is_not_needed_by_the_key_service(tmp_path: Path) 
     missing = {measure["measure"]: measure["why"] for measure in status["hardening"] if not measure["in_force"]}
     assert missing.keys() <= {"memory_locked"}, missing
     assert int(re.search(r"Seccomp_filters:\t(\d+)", kernel)[1]) >= 2  # type: ignore[index]  # the line is always there
+
+
+def test_what_the_units_forbid_is_not_needed_by_the_message_server(tmp_path: Path) -> None:
+    """The server under its unit's restrictions, with a key service that it did not start: it stores and reads back."""
+    needs.root()
+    needs.program("systemd-analyze")
+    unshare = needs.program("unshare")
+    database = tmp_path / "db"
+    database.mkdir(0o700)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with LiveDaemon(tmp_path, "file") as daemon, (tmp_path / "server-log").open("wb") as log:
+        environ = {
+            **os.environ,
+            "PROGRESSDB_KMS_SOCKET": str(daemon.socket),
+            "PROGRESSDB_KMS_SPAWN": "0",
+            "PROGRESSDB_API_BACKEND_KEYS": "key",
+        }
+        command = [unshare, "--mount", "--ipc", sys.executable, restricted.__file__, str(UNITS / "progressdb.service")]
+        command += [str(database), sys.executable, "-m", "progressdb_server", "--addr", f"127.0.0.1:{port}"]
+        process = subprocess.Popen([*command, "--db", str(database)], env=environ, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 20
+            while ask(port, "GET", "/healthz") is None:
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "server-log").read_text()
+                time.sleep(0.05)
+            answer = ask(port, "POST", "/v1/threads", {"title": "t", "author": "a"})
+            assert answer is not None
+            thread = answer["id"]
+            for number in range(50):
+                message = {"thread": thread, "author": "a", "role": "user", "body": {"text": str(number)}}
+                assert ask(port, "POST", "/v1/messages", message) is not None
+            listed = ask(port, "GET", f"/v1/messages?thread={thread}")
+        finally:
+            process.terminate()
+            status = process.wait(20)
+    assert listed is not None
+    assert [message["body"]["text"] for message in listed["messages"]] == [str(number) for number in range(50)]
+    assert status == 0, (tmp_path / "server-log").read_text()
+
+
+def ask(port: int, method: str, path: str, body: object = None) -> dict[str, Any] | None:
+    """The answer's object; None when there is no good one."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+        try:
+            headers = {"X-API-Key": "key", "X-User-ID": "a"}
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            answer = connection.getresponse()
+            content: dict[str, Any] = json.loads(answer.read())
+        except (OSError, ValueError):
+            return None
+    return content if answer.status < 300 else None
 
 
 def test_the_restrictions_of_that_test_do_restrict(tmp_path: Path) -> None:
