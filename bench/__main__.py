@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -30,6 +31,7 @@ def main() -> int:
     if asked.save and asked.names:
         parser.error("--save keeps whole tables only: name no bench")
 
+    load_before = os.getloadavg()[0]
     results: list[Row | Missing] = []
     failed = False
     for name in asked.names or BENCHES:
@@ -41,7 +43,7 @@ def main() -> int:
             failed = True
             report.say(f"{name} failed: {error}")
             results.append(Missing(name, "failed"))
-    text = f"{report.heading()}\n\n{report.table(results)}"
+    text = f"{report.heading(load_before)}\n\n{report.table(results)}"
     print(text)
     if failed:
         return 1
