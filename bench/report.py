@@ -74,7 +74,8 @@ def heading(load_before: float) -> str:
     """Machine, commit and date: what a figure means nothing without; and how busy others kept the machine."""
     return (
         f"Measured {time.strftime('%Y-%m-%d')} at commit `{_commit()}`: {_processor()}, {os.cpu_count()} cores, "
-        f"Linux {platform.release()}, Python {platform.python_version()}. Load average before the start: {load_before:.2f}."
+        f"Linux {platform.release()}, Python {platform.python_version()}. "
+        f"Load average before the start: {load_before:.2f}."
     )
 
 
