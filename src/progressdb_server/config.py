@@ -85,6 +85,8 @@ class Security(_Section, frozen=True):
 
 
 class Kms(_Section, frozen=True):
+    provider: Literal["minikms", "local"] = "minikms"
+    """`local`: the key service in this very process; refused without `server.dev`."""
     socket: str = ""
     data_dir: str = ""
     binary: str = ""
@@ -178,6 +180,7 @@ VARIABLES: Final = (
     Variable("API_FRONTEND_KEYS", "security.api_keys.frontend", _words),
     Variable("API_ADMIN_KEYS", "security.api_keys.admin", _words),
     Variable("ALLOW_UNAUTH", "security.api_keys.allow_unauth", _switch),
+    Variable("KMS_PROVIDER", "kms.provider", _text),
     Variable("KMS_SOCKET", "kms.socket", _text),
     Variable("KMS_DATA_DIR", "kms.data_dir", _text),
     Variable("KMS_BINARY", "kms.binary", _text),

@@ -24,6 +24,7 @@ from progressdb_server.api.listening import bind, check_tls, raise_descriptor_li
 from progressdb_server.api.metrics import ApiMetrics
 from progressdb_server.config import Config, ConfigError
 from progressdb_server.kms.child import ChildOptions
+from progressdb_server.kms.provider import Provider
 from progressdb_server.kms.remote import RemoteProvider
 from progressdb_server.kms.supervisor import Supervisor, SupervisorError
 from progressdb_server.store.conversations import Conversations
@@ -45,6 +46,12 @@ def check_key_source(config: Config, *, has_master_key: bool) -> None:
     With a socket of its own in the configuration a daemon may answer there, so that none is needed.
     """
     kms = config.kms
+    if kms.provider == "local":
+        if not config.server.dev:
+            raise ConfigError("kms.provider `local` keeps the keys in the server's own memory: it needs --dev")
+        if has_master_key:
+            raise ConfigError("kms.provider `local` takes the root key as a file only: use --master-key-file")
+        return
     if has_master_key and kms.master_key_file:
         raise ConfigError("the root key is given twice: in PROGRESSDB_MINIKMS_MASTER_KEY and as a key file; use one")
     if has_master_key or kms.master_key_file or config.server.dev or kms.socket or not kms.spawn:
@@ -105,8 +112,6 @@ async def _serve(config: Config, master_key_fd: int | None) -> None:
 
 async def _open_store(config: Config, master_key_fd: int | None, started: AsyncExitStack) -> Conversations:
     """The key service, then the store; each is closed by `started`. Raises ServeError."""
-    server_uids = config.kms.server_uids or None
-    supervisor = Supervisor(child_options(config, master_key_fd), spawn=config.kms.spawn, server_uids=server_uids)
     try:
         os.makedirs(config.storage.db_path, mode=0o700, exist_ok=True)
         engine = RocksEngine(str(config.store_dir))
@@ -116,10 +121,7 @@ async def _open_store(config: Config, master_key_fd: int | None, started: AsyncE
         raise ServeError(str(error)) from None
     opened = False
     try:
-        await supervisor.start()
-        started.push_async_callback(supervisor.stop)
-        provider = RemoteProvider(config.kms_socket, server_uids=server_uids)
-        started.push_async_callback(provider.close)
+        provider = await _open_provider(config, master_key_fd, started)
         store = Conversations(engine, provider)
         opened = True
     except SupervisorError as error:
@@ -132,6 +134,28 @@ async def _open_store(config: Config, master_key_fd: int | None, started: AsyncE
     started.push_async_callback(store.close)
     await store.start()
     return store
+
+
+async def _open_provider(config: Config, master_key_fd: int | None, started: AsyncExitStack) -> Provider:
+    """Raises SupervisorError and ServeError."""
+    provider: Provider
+    if config.kms.provider == "local":
+        from progressdb_server.kms import local  # the key service's own code is in no other server process
+
+        _log.warning("the keys are in this process: for development only")
+        key_file = config.kms.master_key_file or None
+        try:
+            provider = await local.LocalProvider.open(config.kms_data_dir, master_key_file=key_file)
+        except local.LocalProviderError as error:
+            raise ServeError(str(error)) from None
+    else:
+        server_uids = config.kms.server_uids or None
+        supervisor = Supervisor(child_options(config, master_key_fd), spawn=config.kms.spawn, server_uids=server_uids)
+        await supervisor.start()
+        started.push_async_callback(supervisor.stop)
+        provider = RemoteProvider(config.kms_socket, server_uids=server_uids)
+    started.push_async_callback(provider.close)
+    return provider
 
 
 def _announce(config: Config, host: str, port: int) -> None:

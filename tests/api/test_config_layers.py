@@ -133,6 +133,7 @@ ENVIRONMENT: list[tuple[str, str, str, object]] = [
     ("API_FRONTEND_KEYS", "k1", "security.api_keys.frontend", ("k1",)),
     ("API_ADMIN_KEYS", " k1 ", "security.api_keys.admin", ("k1",)),
     ("ALLOW_UNAUTH", "true", "security.api_keys.allow_unauth", True),
+    ("KMS_PROVIDER", "local", "kms.provider", "local"),
     ("KMS_SOCKET", "/s", "kms.socket", "/s"),
     ("KMS_DATA_DIR", "/k", "kms.data_dir", "/k"),
     ("KMS_BINARY", "/b", "kms.binary", "/b"),

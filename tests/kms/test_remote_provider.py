@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 
 from minikms import api
-from progressdb_server.kms import remote
+from progressdb_server.kms import bridge, remote
 from progressdb_server.kms.provider import (
     Open,
     Provider,
@@ -175,8 +175,8 @@ def test_a_refusal_that_is_the_key_services_trouble_is_unavailable_not_the_clien
     from minikms.client.errors import refusal
 
     for code in (api.CODE_AUDIT_UNAVAILABLE, api.CODE_STORAGE_UNAVAILABLE, api.CODE_UNAUTHORIZED, api.CODE_INTERNAL):
-        assert isinstance(remote._translated(refusal(code, "text")), ProviderUnavailableError)
+        assert isinstance(bridge._translated(refusal(code, "text")), ProviderUnavailableError)
     for code in (api.CODE_KEY_RETIRED, api.CODE_WRONG_THREAD, api.CODE_KEY_UNREADABLE):
-        translated = remote._translated(refusal(code, "text"))
+        translated = bridge._translated(refusal(code, "text"))
         assert isinstance(translated, ProviderRefusedError)
         assert translated.code == code

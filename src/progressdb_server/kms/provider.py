@@ -56,13 +56,19 @@ class Open(NamedTuple):
 
 
 class Provider(Protocol):
-    async def create_dek_for_thread(self, thread_id: str, *, replaces: str | None = None, request_id: str = "") -> KeyHandle:
+    async def create_dek_for_thread(
+        self, thread_id: str, *, replaces: str | None = None, request_id: str = ""
+    ) -> KeyHandle:
         """A new key for the thread, durable before this returns."""
         ...
 
-    async def encrypt_with_key(self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str, request_id: str = "") -> bytes: ...
+    async def encrypt_with_key(
+        self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str, request_id: str = ""
+    ) -> bytes: ...
 
-    async def decrypt_with_key(self, key_id: str, ciphertext: bytes, *, aad: bytes, thread_id: str, request_id: str = "") -> bytes: ...
+    async def decrypt_with_key(
+        self, key_id: str, ciphertext: bytes, *, aad: bytes, thread_id: str, request_id: str = ""
+    ) -> bytes: ...
 
     async def encrypt_many(self, items: Sequence[Seal]) -> list[bytes | ProviderRefusedError]:
         """In order; a refused item does not stop the others. Raises ProviderUnavailableError for the whole. Any number of items."""
