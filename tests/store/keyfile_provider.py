@@ -22,7 +22,9 @@ class KeyFileProvider(SealingProvider):
                         key_id, thread_id, raw = json.loads(line)
                         self.keys[key_id] = (thread_id, AESGCM(bytes.fromhex(raw)))
 
-    async def create_dek_for_thread(self, thread_id: str, *, replaces: str | None = None, request_id: str = "") -> KeyHandle:
+    async def create_dek_for_thread(
+        self, thread_id: str, *, replaces: str | None = None, request_id: str = ""
+    ) -> KeyHandle:
         await self._answer("create")
         key_id, raw = "k_" + os.urandom(13).hex(), AESGCM.generate_key(256)
         with open(self._path, "a", encoding="ascii") as file:

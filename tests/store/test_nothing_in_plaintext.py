@@ -1,4 +1,5 @@
-"""Nothing that a user typed is in the store's files, in whatever form, before or after compaction, nor in its log output."""
+"""Nothing that a user typed is in the store's files, in whatever form, before or after compaction, nor in its log
+output."""
 
 from __future__ import annotations
 
@@ -36,7 +37,14 @@ PLANTED = {
 def traces(secret: str) -> list[bytes]:
     """The text itself, the ways it is likely to be written, and its unkeyed digests."""
     raw = secret.encode()
-    found = [raw, raw[::-1], raw.hex().encode(), secret.encode("utf-16-le"), raw[4:], secret.replace("-", "%2D").encode()]
+    found = [
+        raw,
+        raw[::-1],
+        raw.hex().encode(),
+        secret.encode("utf-16-le"),
+        raw[4:],
+        secret.replace("-", "%2D").encode(),
+    ]
     found += [base64.b64encode(b"\0" * pad + raw)[4:-4] for pad in range(3)]
     for name in ("md5", "sha1", "sha256", "sha512", "blake2b", "sha3_256"):
         digest = hashlib.new(name, raw, usedforsecurity=False).digest()

@@ -24,7 +24,9 @@ async def write(store: Conversations, count: int) -> list[str]:
     return [message.id for message in await asyncio.gather(*made)]
 
 
-async def back_up(store: Conversations, path: Path, previous: Path | None = None, created_ns: int = 1) -> backup.Manifest:
+async def back_up(
+    store: Conversations, path: Path, previous: Path | None = None, created_ns: int = 1
+) -> backup.Manifest:
     await store.writer.commit(Write([backup.registered(str(path), created_ns)]))
     return await asyncio.to_thread(
         backup.create, store.engine, str(path), created_ns=created_ns, previous=str(previous) if previous else None

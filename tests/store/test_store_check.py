@@ -135,7 +135,7 @@ def test_damage_is_found_and_repaired_where_it_can_be(name: str) -> None:
 @settings(max_examples=30)
 @given(st.randoms(use_true_random=False))
 def test_every_index_is_rebuilt_from_the_records(random: object) -> None:
-    engine, provider = _POPULATED
+    engine, _ = _POPULATED
     sound = everything(engine)
     lost = [k for k in sound if k.startswith((b"index:", b"version:", b"kms:map:"))]
     dropped = random.sample(lost, random.randint(1, len(lost)))  # type: ignore[attr-defined]  # Hypothesis's Random

@@ -1,5 +1,5 @@
-"""Killed at random, disks that fail or fill up: what was acknowledged reads back, nothing half-written is visible, and the
-store recovers by itself."""
+"""Killed at random, disks that fail or fill up: what was acknowledged reads back, nothing half-written is visible,
+and the store recovers by itself."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-import needs
 import pytest
 from keyfile_provider import KeyFileProvider
 from opened_store import messages_of, opened, threads_of
 
+import needs
 from progressdb_server.store.check import Checker
 from progressdb_server.store.model import Message, NewMessage, StoreUnavailableError
 from progressdb_server.store.rocks import RocksEngine
@@ -43,7 +43,8 @@ def note(line: bytes, acknowledged: Acknowledged) -> None:
 
 
 async def verify(directory: Path, acknowledged: Acknowledged) -> None:
-    """Every version that was acknowledged is there, in order, and at most one more at the end, which was being written."""
+    """Every version that was acknowledged is there, in order, and at most one more at the end, which was being
+    written."""
     provider = KeyFileProvider(str(directory / "keys"))
     async with opened(RocksEngine(str(directory / "db")), provider) as store:
         findings = [finding async for finding in Checker(store.engine, provider).run()]
