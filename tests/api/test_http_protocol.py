@@ -278,7 +278,7 @@ def test_a_client_that_does_not_read_its_list_is_no_burden_for_others() -> None:
         lazy.close()
 
 
-def test_a_long_list_arrives_whole_and_a_broken_one_is_seen_to_be_broken() -> None:
+def test_a_long_list_arrives_whole_and_a_broken_one_is_seen_to_be_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     api = Api()
     thread = api.thread()
     for _ in range(30):
@@ -300,7 +300,7 @@ def test_a_long_list_arrives_whole_and_a_broken_one_is_seen_to_be_broken() -> No
                     raise RuntimeError("private text")
                 yield chunk
 
-        api.store.list_messages = breaking  # type: ignore[method-assign]
+        monkeypatch.setattr(api.store, "list_messages", breaking)
         with server.connect() as connection:
             connection.sendall(read)
             data = b""
@@ -313,7 +313,7 @@ def test_a_long_list_arrives_whole_and_a_broken_one_is_seen_to_be_broken() -> No
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------
-def test_a_stop_finishes_what_is_in_flight_and_takes_nothing_new() -> None:
+def test_a_stop_finishes_what_is_in_flight_and_takes_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
     api = Api()
     started, go_on = threading.Event(), threading.Event()
     real = api.store.create_message
@@ -323,7 +323,7 @@ def test_a_stop_finishes_what_is_in_flight_and_takes_nothing_new() -> None:
         await asyncio.get_running_loop().run_in_executor(None, go_on.wait)
         return await real(*given, **named)
 
-    api.store.create_message = slow  # type: ignore[method-assign]
+    monkeypatch.setattr(api.store, "create_message", slow)
     with running(api) as server:
         connection, idle = server.connect(), server.connect()
         connection.sendall(request())
