@@ -1,0 +1,33 @@
+"""The security documents claim nothing without a test, and name only tests that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+THREAT_MODEL = PROJECT / "docs" / "threat-model.md"
+NAMED = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")
+
+
+def test_each_test_that_a_claim_names_exists() -> None:
+    named = NAMED.findall(THREAT_MODEL.read_text("utf-8"))
+    assert len(named) > 30
+    missing = [
+        f"{file}::{test}"
+        for file, test in named
+        if not (PROJECT / file).exists()
+        or not re.search(rf"^(async )?def {test}\(", (PROJECT / file).read_text("utf-8"), re.MULTILINE)
+    ]
+    assert missing == []
+
+
+def test_each_row_of_claims_names_a_test() -> None:
+    """In every table that has a column `shown by`."""
+    rows, in_claims = [], False
+    for line in THREAT_MODEL.read_text("utf-8").splitlines():
+        in_claims = line.startswith("|") and (in_claims or "shown by" in line)
+        if in_claims and "shown by" not in line and not line.startswith("|---"):
+            rows.append(line)
+    assert len(rows) > 20
+    assert [row for row in rows if not NAMED.search(row)] == []
