@@ -1,4 +1,4 @@
-"""The real daemon for the client's tests: one process a module, with a root key and a directory of its own."""
+"""The real daemon for the client tests (one process a module, with a directory of its own), and the kinds of client."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+from using import Use, use_asyncio, use_blocking, use_uvloop
 
 from minikms.client import Client
 
@@ -28,3 +29,8 @@ def daemon_socket() -> Iterator[str]:
         finally:
             process.terminate()
             process.wait(20)
+
+
+@pytest.fixture(params=[use_blocking, use_asyncio, use_uvloop], ids=["blocking", "asyncio", "uvloop"])
+def use(request: pytest.FixtureRequest) -> Use:
+    return request.param  # type: ignore[no-any-return]  # pytest types it as Any

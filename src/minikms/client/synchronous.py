@@ -35,12 +35,14 @@ _RECEIVE_BYTES_MAX: Final = 256 * 1024
 
 
 class Client:
-    """A client of one miniKMS, safe to share between threads. Arguments and errors are those of AsyncClient.
+    """A client of one miniKMS, safe to share between threads.
 
-    with Client("/run/minikms/minikms.sock") as kms:
-        key = kms.create_dek_for_thread("thread-1")
-        sealed = kms.encrypt(key.key_id, b"hello", aad=b"message-1")
-        assert kms.decrypt(key.key_id, sealed, aad=b"message-1") == b"hello"
+        with Client("/run/minikms/minikms.sock") as kms:
+            key = kms.create_dek_for_thread("thread-1")
+            sealed = kms.encrypt(key.key_id, b"hello", aad=b"message-1")
+            assert kms.decrypt(key.key_id, sealed, aad=b"message-1") == b"hello"
+
+    Arguments and errors are those of AsyncClient.
     """
 
     def __init__(
