@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import structlog
 import uvloop
@@ -34,6 +35,8 @@ from progressdb_server.store.rocks import RocksEngine
 
 _log: Final = structlog.get_logger("progressdb")
 _STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
+
+Opened = TypeVar("Opened")
 
 
 class ServeError(Exception):
@@ -95,7 +98,9 @@ async def _serve(config: Config, master_key_fd: int | None) -> None:
     async with AsyncExitStack() as started:
         listener = bind(config.server.address, config.server.port)
         started.callback(listener.close)
-        store = await _open_store(config, master_key_fd, started)
+        store = await _unless_stopped(stop, _open_store(config, master_key_fd, started))
+        if store is None:
+            return
         registry = CollectorRegistry()
         registry.register(store.metrics)
         application = Application(store, Gate(config.security), ApiMetrics(registry))
@@ -108,6 +113,18 @@ async def _serve(config: Config, master_key_fd: int | None) -> None:
             on_listening=lambda: _announce(config, str(host), int(port)),
         )
         _log.info("stopping")
+
+
+async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, Opened]) -> Opened | None:
+    """What the work returns, or None when it was cancelled because the server is to stop."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if working.done():
+        return working.result()
+    working.cancel()
+    await asyncio.wait({working})
+    return None
 
 
 async def _open_store(config: Config, master_key_fd: int | None, started: AsyncExitStack) -> Conversations:

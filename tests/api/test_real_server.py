@@ -255,6 +255,19 @@ def test_a_start_that_can_not_be_says_why(server: RealServer, tmp_path: Path) ->
     assert server("GET", "/healthz").status == 200
 
 
+def test_a_stop_while_it_starts_ends_the_server_at_once(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "progressdb_server", "--addr", "127.0.0.1:0", "--db", str(tmp_path / "db")]
+    variables = {"PATH": os.environ["PATH"], "PROGRESSDB_KMS_SPAWN": "0"}  # so it waits for one that never comes
+    with subprocess.Popen(program, env=variables, stderr=subprocess.PIPE, text=True) as starting:
+        assert starting.stderr is not None
+        assert "waiting for miniKMS" in starting.stderr.readline()
+        starting.terminate()
+        _, said = starting.communicate(timeout=8)  # it would wait for ten seconds
+        assert starting.returncode == 0
+        assert "listening" not in said
+        assert "Traceback" not in said
+
+
 def test_without_an_api_key_the_server_says_so_and_refuses_everything_but_health(tmp_path: Path) -> None:
     none = {f"PROGRESSDB_API_{role}_KEYS": "" for role in ("BACKEND", "FRONTEND", "ADMIN")}
     with real_server(tmp_path, **none) as server:
