@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -50,11 +49,13 @@ def place() -> Iterator[Place]:
 
 @pytest.fixture
 def alive() -> Callable[[int], bool]:
+    """Whether a process runs; one that has ended and waits for its parent does not."""
+
     def check(pid: int) -> bool:
         try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
+            status = Path(f"/proc/{pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
             return False
-        return True
+        return status.rpartition(")")[2].split()[0] != "Z"
 
     return check

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from progressdb_server.kms import supervisor as supervisor_module
 from progressdb_server.kms.child import ChildOptions
 from progressdb_server.kms.provider import Seal
 from progressdb_server.kms.remote import RemoteProvider
@@ -90,7 +91,11 @@ def test_with_a_descriptor_each_child_reads_the_same_key(directory: Path) -> Non
     verify_audit(directory, key_file(directory))
 
 
-def test_without_a_root_key_the_server_is_told_what_the_daemon_said(directory: Path) -> None:
+def test_without_a_root_key_the_server_is_told_what_the_daemon_said(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "FOUND_S_MAX", 0.1)
+
     async def main() -> None:
         with pytest.raises(SupervisorError, match="master-key-file"):
             await Supervisor(options(directory)).start()
