@@ -25,6 +25,7 @@ OVERHEAD_BYTES: Final = NONCE_BYTES + TAG_BYTES
 _NONCE_POOL_BYTES: Final = NONCE_BYTES * 512
 _ZERO_KEY: Final = bytes(KEY_BYTES)
 _ZERO_NONCE: Final = bytes(NONCE_BYTES)
+_ZERO_TEXT: Final = bytes(4 * 16)
 
 
 class NonceSource:
@@ -94,5 +95,8 @@ def check_authentic(key: memoryview, tag: bytes, data: bytes) -> None:
 
 
 def scrub_stack() -> None:
-    """Overwrites the key schedule that the last cipher left on the stack with that of an all-zero key."""
-    AESGCM(_ZERO_KEY).encrypt(_ZERO_NONCE, b"", None)
+    """Overwrites what the last cipher left on the stack: its key schedule, and the text that it worked on, which was a
+    key if it wrapped or unwrapped one. Both directions, over a few blocks, so that each frame is met again.
+    """
+    cipher = AESGCM(_ZERO_KEY)
+    cipher.decrypt(_ZERO_NONCE, cipher.encrypt(_ZERO_NONCE, _ZERO_TEXT, None), None)
