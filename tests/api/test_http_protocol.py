@@ -182,6 +182,36 @@ def test_trailers_never_become_headers(server: HttpServer) -> None:
     assert response.status == 401
 
 
+@pytest.mark.parametrize("name", [*MALFORMED, "broken chunk"])
+def test_what_is_malformed_is_never_answered_in_the_place_of_an_earlier_request(name: str) -> None:
+    chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    malformed = {**MALFORMED, "broken chunk": chunked + b"5\r\nhelloXX"}[name]
+    api = Api()
+    real = api.store.create_message
+
+    async def slow(*given: Any, **named: Any) -> Any:
+        await asyncio.sleep(0.05)
+        return await real(*given, **named)
+
+    with pytest.MonkeyPatch.context() as patch, running(api) as server:
+        patch.setattr(api.store, "create_message", slow)
+        responses = server.exchange(request() + request() + malformed + request())
+        assert [response.status for response in responses] == [200, 200]
+        assert len(api.store.versions) == 2
+
+
+def test_head_is_refused_without_a_body(server: HttpServer) -> None:
+    with server.connect() as connection:
+        connection.sendall(request("HEAD", "/healthz", b"") + GET)
+        data = b""
+        while b'{"status":"ok"}' not in data:
+            data += connection.recv(1 << 16)
+    first, second, body = data.split(b"\r\n\r\n")
+    assert first.startswith(b"HTTP/1.1 405")
+    assert second.startswith(b"HTTP/1.1 200")
+    assert body == b'{"status":"ok"}'
+
+
 # --- time and connections ---------------------------------------------------------------------------------------
 def closed_within(connection: socket.socket, seconds: float) -> bool:
     connection.settimeout(seconds)

@@ -16,11 +16,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import urllib.parse
 from typing import Any, Final
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from progressdb_server.api import bounds
+from progressdb_server.api.cycle import Cycle
 
 _SENTENCES: Final = {
     400: "malformed HTTP request",
@@ -38,6 +41,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refusal_status = 400
         self._in_head = False
         self._in_body = False
+        self._broken = False
+        self._running: RequestResponseCycle | None = None
         self._head_bytes = 0
         self._incomplete: asyncio.TimerHandle | None = None
 
@@ -58,6 +63,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._broken:
+            return
         super().data_received(data)
         if self._in_head or self._in_body or self.cycle is None or self.cycle.response_complete:
             self._expect_more()
@@ -65,15 +72,24 @@ class BoundedProtocol(HttpToolsProtocol):
             self._whole()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio takes the transport's fate from it
-        """True keeps the connection, for the answer."""
-        if not self._answering():
+        """True keeps the connection, for the answer; TLS has no half-closed connections."""
+        if not self._answering() or self.scheme == "https":
             return None
-        self.cycle.keep_alive = False
+        self._end_after_answers()
         return True
 
     def _answering(self) -> bool:
-        """Whether the newest request is whole and not answered yet."""
-        return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
+        """Whether a whole request is not answered yet."""
+        running = self._running
+        return running is not None and not running.response_complete and not running.more_body
+
+    def _end_after_answers(self) -> None:
+        """The last whole request of the connection gets its answer; one that has not come to its end is not run."""
+        if self._in_body and self.pipeline and self.pipeline[0][0] is self.cycle:
+            self.pipeline.popleft()
+        last = self.pipeline[0][0] if self.pipeline else self._running
+        if last is not None:
+            last.keep_alive = False
 
     def _expect_more(self) -> None:
         if self._incomplete is None:
@@ -111,13 +127,46 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
-        self._in_body = True
         hosts = sum(name == b"host" for name, _ in self.headers)
         version = self.parser.get_http_version()
         if version not in ("1.1", "1.0") or hosts > 1 or (hosts == 0 and version == "1.1"):
             self._refuse(400)
-        super().on_headers_complete()
+        self._begin(version)
+        self._in_head = False
+        self._in_body = True
+
+    def _begin(self, version: str) -> None:
+        """Hand the request to the application, after those before it. As uvicorn does, less what is never used
+        here.
+        """
+        target = httptools.parse_url(self.url)
+        raw_path: bytes = target.path
+        path = raw_path.decode("ascii")
+        scope = self.scope
+        scope["method"] = self.parser.get_method().decode("ascii")
+        scope["http_version"] = version
+        scope["path"] = urllib.parse.unquote(path) if "%" in path else path
+        scope["raw_path"] = raw_path
+        scope["query_string"] = target.query or b""
+        earlier = self.cycle
+        self.cycle = Cycle(
+            scope=scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=version == "1.1" and self.parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        if earlier is None or earlier.response_complete:
+            self._start_asgi_task(self.cycle, self.app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, self.app))
 
     def on_message_complete(self) -> None:
         self._in_body = False
@@ -132,12 +181,24 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refusal_status = status
         raise _RefusedError
 
+    # --- what can't be parsed -----------------------------------------------------------------------------------
     def send_400_response(self, msg: str) -> None:
-        """uvicorn's answer to what the parser refuses, here in JSON."""
-        body = b'{"error":"' + _SENTENCES[self._refusal_status].encode("ascii") + b'"}'
-        self.transport.write(
-            STATUS_LINE[self._refusal_status]
-            + b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-            + body
-        )
+        """Called by uvicorn when the parser refuses; `msg` is its own text."""
+        self._broken = True
+        if self._answering():
+            self._end_after_answers()
+            return
+        answered = self._in_body and self.cycle.response_started  # before its body had come
+        if not answered:
+            self.transport.write(_refusal(self._refusal_status))
         self.transport.close()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+
+def _refusal(status: int) -> bytes:
+    body = b'{"error":"' + _SENTENCES[status].encode("ascii") + b'"}'
+    headers = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+    return STATUS_LINE[status] + headers + body
