@@ -56,7 +56,8 @@ def serve(
     ] = "interval",
     cache_keys: Annotated[
         int | None,
-        Parameter(help="How many opened keys stay in locked memory.", validator=validators.Number(gte=1)),
+        # Two at least: a re-encryption has the keys of both sides open.
+        Parameter(help="How many opened keys stay in locked memory.", validator=validators.Number(gte=2)),
     ] = None,
     require_hardening: Annotated[
         bool, Parameter(help="Refuse to start when a hardening measure is missing.", negative=())
