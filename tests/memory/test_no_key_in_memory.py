@@ -244,8 +244,10 @@ def test_wherever_the_root_key_comes_from_it_is_not_found(tmp_path: Path, kind: 
 
 
 def test_rotations_of_both_forms_leave_no_old_and_no_new_key_in_memory(tmp_path: Path) -> None:
-    """The KEK alone, then the root key too, given as text in the request; and texts that were refused."""
-    with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
+    """The KEK alone, then the root key too, given as text in the request and written to the key file as text; and
+    texts that were refused.
+    """
+    with LiveDaemon(tmp_path, "file", "--rewrite-master-key-file") as daemon, daemon.client() as client:
         key_ids = make_keys(client, 20)
         keys = {f"before: {name}": key for name, key in daemon.keys().items()}
         assert client.rotate_kek().status == "ok"
@@ -253,10 +255,52 @@ def test_rotations_of_both_forms_leave_no_old_and_no_new_key_in_memory(tmp_path:
         new_root = os.urandom(32)
         assert client.rotate_kek(new_kek_hex=new_root.hex()).status == "ok"
         use_mixed(client, key_ids, 200, seed=2)
+        assert daemon.root() == new_root
         keys |= storm_of_refused_roots(daemon.socket)
         keys |= daemon.keys(new_root)
         assert len({key for name, key in keys.items() if "KEK" in name}) == 3
         assert_unreachable(daemon, keys)
+
+
+@pytest.mark.torture
+def test_no_single_verb_leaves_a_key(tmp_path: Path) -> None:
+    """A scan after each: what one verb leaves, the next must not have the chance to overwrite."""
+    with LiveDaemon(tmp_path, "file", "--cache-keys", "2") as daemon, daemon.client() as client:
+        first, second, third = make_keys(client, 3)
+        data = client.create_dek_for_thread("data", purpose="data").key_id
+        sealed = {key_id: client.encrypt(key_id, b"text") for key_id in (first, second, third)}
+        encrypted = [EncryptItem(key_id=key_id, plaintext=b"text") for key_id in (second, third) * 20]
+        decrypted = [DecryptItem(key_id=key_id, ciphertext=sealed[key_id]) for key_id in (second, third) * 20]
+        roots = [daemon.root()]
+
+        def rotate_root() -> None:
+            roots.append(os.urandom(32))
+            client.rotate_kek(new_kek_hex=roots[-1].hex())
+
+        verbs: list[tuple[str, Callable[[], object]]] = [
+            ("create", lambda: client.create_dek_for_thread("other")),
+            ("replace", lambda: client.create_dek_for_thread("thread-0", replaces=first)),
+            ("encrypt", lambda: client.encrypt(second, b"text")),
+            ("decrypt", lambda: client.decrypt(second, sealed[second])),
+            ("get_wrapped", lambda: client.get_wrapped(second)),
+            ("encrypt_batch", lambda: client.encrypt_batch(encrypted)),
+            ("decrypt_batch", lambda: client.decrypt_batch(decrypted)),
+            ("generate_data_key", lambda: client.generate_data_key(data, with_plaintext=False)),
+            ("random", lambda: client.random(32)),
+            ("rotate", client.rotate_kek),
+            ("rotate, verified", lambda: client.rotate_kek(verify=decrypted[:2])),
+            ("rotate the root", rotate_root),
+            ("retire", lambda: client.retire_key(second)),
+            ("destroy", lambda: client.destroy_key(second)),
+            ("prune", lambda: client.prune_kek(backups=True)),
+            ("status", client.status),
+        ]
+        keys: dict[str, bytes] = {}
+        for name, verb in verbs:
+            keys |= {f"before {name}: {key_name}": key for key_name, key in daemon.keys(roots[-1]).items()}
+            verb()
+            keys |= {f"after {name}: {key_name}": key for key_name, key in daemon.keys(roots[-1]).items()}
+            assert_unreachable(daemon, keys)
 
 
 def test_evicted_keys_leave_nothing_behind(tmp_path: Path) -> None:
