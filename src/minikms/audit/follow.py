@@ -27,6 +27,7 @@ class Follower:
         self._file: SegmentFile | None = None
         self._offset = 0
         self._last_number = 0
+        self._seen: tuple[int, int] | None = None
         self._ended = False
 
     def read(self, count: int = LINES_AT_A_TIME) -> list[bytes]:
@@ -48,11 +49,12 @@ class Follower:
             self.close()
             self._ended = False
         if self._file is None:
-            self._file = next_segment(self._directory, self._last_number)
+            self._file = next_segment(self._directory, self._last_number, self._seen)
             self._offset = 0
             if self._file is None:
                 return False
             self._last_number = self._file.number or self._last_number + 1
+            self._seen = self._file.identity
         return True
 
     def _read_from_file(self, lines: list[bytes], count: int) -> bool:

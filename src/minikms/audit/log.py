@@ -125,6 +125,8 @@ class AuditLog:
 
     def add(self, event: Event) -> None:
         """Queue an event of this turn. The next `commit` writes or drops it; it must not be used again."""
+        if event.facts:
+            record.settle_facts(event)
         self._queue.append(event)
 
     def commit(self, *, durable: bool = False) -> None:

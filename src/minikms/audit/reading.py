@@ -45,7 +45,9 @@ class SegmentFile:
         self._file = file
         self.name = name
         self.number = number
-        self.size = os.fstat(file.fileno()).st_size
+        status = os.fstat(file.fileno())
+        self.size = status.st_size
+        self.identity = (status.st_dev, status.st_ino)
         self.rest = b""
         """After `lines` has ended: the bytes of an incomplete last line."""
 
@@ -117,20 +119,23 @@ def each_segment(directory: str, *, after: int = 0) -> Iterator[SegmentFile]:
 
     Nothing is yielded when there is no log. A file that a rotation renames meanwhile comes once.
     """
-    last = after
+    last, seen = after, None
     for _ in range(OPEN_ATTEMPTS):
-        while (file := next_segment(directory, last)) is not None:
+        while (file := next_segment(directory, last, seen)) is not None:
             with file:
                 yield file
-            last = file.number or last + 1
+            last, seen = file.number or last + 1, file.identity
         # Between the two renames of a rotation there is no file of the log's name.
         if not segments.list_segments(directory) or os.path.exists(os.path.join(directory, LOG_NAME)):
             return
         time.sleep(GROWTH_WAIT_S)
 
 
-def next_segment(directory: str, last: int) -> SegmentFile | None:
-    """The first file after segment `last`, for the caller to close; None when there is none (yet)."""
+def next_segment(directory: str, last: int, seen: tuple[int, int] | None = None) -> SegmentFile | None:
+    """The first file after segment `last`, for the caller to close; None when there is none (yet).
+
+    seen: identity of the file read before, which is not the next even where its first line does not tell its number.
+    """
     for _ in range(OPEN_ATTEMPTS):
         closed = [number for number in segments.list_segments(directory) if number > last]
         if closed:
@@ -145,7 +150,7 @@ def next_segment(directory: str, last: int) -> SegmentFile | None:
             file.close()
             continue  # rotated since the closed ones were listed
         file.number = _number_of(file.first_line())
-        if file.number and file.number <= last:
+        if file.identity == seen or 0 < file.number <= last:
             file.close()
             return None
         return file

@@ -68,8 +68,9 @@ _THREAD_LABEL: Final = b"minikms/audit/thread-id/v1\x00"
 _THREAD_PREFIX: Final = "hmac-sha256:"
 _THREAD_MAC_BYTES: Final = 16
 
-Facts = dict[str, str | int]
-NonNegative = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+INTEGER_MAX: Final = 2**63 - 1
+NonNegative = Annotated[int, msgspec.Meta(ge=0, le=INTEGER_MAX)]
+Facts = dict[str, str | NonNegative]
 
 
 class MalformedLineError(MiniKmsError):
@@ -147,6 +148,16 @@ def _percent(match: re.Match[str]) -> str:
 def shorten(text: str) -> str:
     """An id that a caller sent and that is not valid, as far as an audit line repeats it."""
     return escape(text, INVALID_ID_CHARS_MAX)
+
+
+def settle_facts(event: Event) -> None:
+    """Turn each fact that a line can't hold (a float, a negative number, …) into text, in place.
+
+    The verifier would refuse such a line, and with it the log: whoever made the event must not be able to do that.
+    """
+    for name, value in event.facts.items():
+        if type(value) is not str and not (type(value) is int and 0 <= value <= INTEGER_MAX):
+            event.facts[name] = str(value)
 
 
 def sanitise(event: Event) -> None:

@@ -59,12 +59,12 @@ class Sequence:
             return Head(odd.seq, odd.sig)
         return self.head
 
-    def begin(self, event: Event, event_bytes: bytes, sig: bytes, previous: bytes | None) -> None:
+    def begin(self, seq: int, event_bytes: bytes, sig: bytes, previous: bytes | None) -> None:
         """Take the first line; `previous` is the MAC that it follows, None where that is not known."""
         self.before = previous
         if previous is not None and not self._fits(previous, event_bytes, sig):
-            self._found("altered", event.seq, f"line {event.seq} was altered: its MAC does not fit its event")
-        self._enter(event.seq, sig)
+            self._found("altered", seq, f"line {seq} was altered: its MAC does not fit its event")
+        self._enter(seq, sig)
 
     def take(self, event: Event, event_bytes: bytes, sig: bytes) -> bool:
         """Whether the line takes its place as the next of the chain. If not, that is a finding."""
@@ -97,7 +97,7 @@ class Sequence:
         expected = self.expected
         if event.seq == expected:
             if odd.seq > expected:
-                odd.finding.kind = "moved"
+                odd.finding.kind, odd.finding.seq = "moved", odd.seq
                 odd.finding.text = f"line {odd.seq} is out of order: it stands before line {expected}"
         elif event.seq == expected + 1 and (odd.sig is None or self._fits(odd.sig, event_bytes, sig)):
             if odd.sig is not None:

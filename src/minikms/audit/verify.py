@@ -178,8 +178,9 @@ class Verifier:
     # --- the first line ----------------------------------------------------------------------------------------------
 
     def _first_line(self, event: Event, event_bytes: bytes, sig: bytes) -> None:
-        self._first_seq = event.seq
-        self._covered_seq = event.seq - 1
+        # A genesis line is line 1, whatever its seq reads after an alteration.
+        self._first_seq = 1 if event.type == record.TYPE_GENESIS else event.seq
+        self._covered_seq = self._first_seq - 1
         previous: bytes | None = None
         if self._from_signed_line:
             previous = base64_bytes(event.facts.get("previous_sig"), record.MAC_BYTES)
@@ -191,7 +192,7 @@ class Verifier:
             self._segments = 1
             self._first_segment(event)
             if (event.seq, self._segment) != (1, 1):
-                self._found("altered", event.seq, "the genesis line is not line 1 of segment 1")
+                self._found("altered", 1, "the genesis line does not say that it is line 1 of segment 1")
         elif event.type == record.TYPE_SEGMENT_OPEN:
             self._first_previous = self._previous_head(event)
             previous = self._first_previous.sig
@@ -199,7 +200,7 @@ class Verifier:
             self._first_segment(event)
         else:
             self._found("missing", event.seq, f"the log begins with line {event.seq}: what stood before it is missing")
-        self._sequence.begin(event, event_bytes, sig, previous)
+        self._sequence.begin(self._first_seq, event_bytes, sig, previous)
         if self._from_signed_line:
             self._segments = 1
             if event.type in record.SIGNED_TYPES:

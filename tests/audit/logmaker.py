@@ -1,0 +1,113 @@
+"""Logs made for tests: fixed keys, a clock that ticks, and both verifiers behind one call.
+
+The keys are for tests only: anyone can read them here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import independent_verifier
+
+from minikms.audit import AuditKey, AuditLog, Event
+from minikms.audit.check import verify_directory
+from minikms.audit.log import Limits
+from minikms.audit.record import Head
+from minikms.audit.signer import LocalSigner
+from minikms.audit.verdict import Report, Trust
+
+LOG = "minikms-audit.log"
+
+
+class Key:
+    """One version of an audit key."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.mac_key = memoryview(bytearray([version] * 32))
+        self.seed = memoryview(bytearray([100 + version] * 32))
+        self.public_key = LocalSigner(self.seed).public_key()
+
+    def audit_key(self) -> AuditKey:
+        return AuditKey(self.version, self.mac_key, LocalSigner(self.seed))
+
+
+KEY1, KEY2 = Key(1), Key(2)
+SECOND = 1_000_000_000
+SMALL = Limits(reserve_bytes=0)
+
+
+class Clock:
+    """Unix time in ns; each look at it is `step` later."""
+
+    def __init__(self, now: int = 1_700_000_000 * SECOND, step: int = 1000) -> None:
+        self.now = now
+        self.step = step
+
+    def __call__(self) -> int:
+        self.now += self.step
+        return self.now
+
+
+def open_log(
+    directory: Path, key: Key = KEY1, *, clock: Callable[[], int] | None = None, **options: object
+) -> AuditLog:
+    options.setdefault("limits", SMALL)
+    return AuditLog.open(
+        directory,
+        audit_key=key.mac_key,
+        seed=key.seed,
+        key_version=key.version,
+        now_ns=clock or Clock(),
+        **options,  # type: ignore[arg-type]  # tests pass on what `open` takes
+    )
+
+
+def encrypt_event(number: int = 0, **members: object) -> Event:
+    key_id = f"k_01jd{number % 1000:022}"
+    return Event(
+        type="encrypt", actor="peer_uid:1000", pid=77, key_id=key_id, request_id=f"r{number}",
+        **members,  # type: ignore[arg-type]  # tests pass on what `Event` takes
+    )  # fmt: skip
+
+
+def write_events(log: AuditLog, count: int, *, per_commit: int = 1, first: int = 0) -> None:
+    for number in range(first, first + count):
+        log.add(encrypt_event(number))
+        if (number - first + 1) % per_commit == 0:
+            log.commit()
+    log.commit()
+
+
+def make_log(directory: Path, count: int = 12, **options: object) -> AuditLog:
+    """A closed log of `count` events in `directory`, which is made."""
+    directory.mkdir(exist_ok=True)
+    log = open_log(directory, **options)  # type: ignore[arg-type]  # tests pass on what `open` takes
+    write_events(log, count)
+    log.close()
+    return log
+
+
+def lines_of(directory: Path) -> list[bytes]:
+    return (directory / LOG).read_bytes().split(b"\n")[:-1]
+
+
+def trust(*keys: Key, public_only: bool = False) -> Trust:
+    keys = keys or (KEY1,)
+    mac_keys = {} if public_only else {key.version: key.mac_key for key in keys}
+    return Trust(public_keys=frozenset(key.public_key for key in keys), mac_keys=mac_keys)
+
+
+def verify(directory: Path, *keys: Key, public_only: bool = False, expect_head: Head | None = None) -> Report:
+    """The report of the product's verifier, after the independent one was found to agree with it."""
+    keys = keys or (KEY1,)
+    report = verify_directory(str(directory), trust(*keys, public_only=public_only), expect_head=expect_head)
+    fault = independent_verifier.verify(
+        directory,
+        keys[0].public_key,
+        {} if public_only else {key.version: bytes(key.mac_key) for key in keys},
+        None if expect_head is None else (expect_head.seq, expect_head.sig),
+    )
+    assert report.intact == (fault == ""), f"two verdicts: {report.findings!r} and {fault!r}"
+    return report
