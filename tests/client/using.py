@@ -38,7 +38,12 @@ def use_blocking(path: str, *calls: tuple[str, dict[str, Any]], **options: Any) 
         return results
 
 
-def use_asyncio(path: str, *calls: tuple[str, dict[str, Any]], **options: Any) -> list[Any]:
+def use_asyncio(
+    path: str,
+    *calls: tuple[str, dict[str, Any]],
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+    **options: Any,
+) -> list[Any]:
     async def main() -> list[Any]:
         async with AsyncClient(path, **options) as client:
             results = []
@@ -50,13 +55,12 @@ def use_asyncio(path: str, *calls: tuple[str, dict[str, Any]], **options: Any) -
                 await asyncio.sleep(0.02)  # as above
             return results
 
-    return asyncio.run(main())
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(main())
 
 
 def use_uvloop(path: str, *calls: tuple[str, dict[str, Any]], **options: Any) -> list[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(asyncio, "run", uvloop.run)
-        return use_asyncio(path, *calls, **options)
+    return use_asyncio(path, *calls, loop_factory=uvloop.new_event_loop, **options)
 
 
 STATUS_CALL = ("status", {})

@@ -265,26 +265,31 @@ def test_of_two_that_start_together_on_one_path_exactly_one_serves(directory: Pa
             stale_socket(path)
         start_at = time.monotonic() + 0.005
         reader, writer = os.pipe()
+        held, release = os.pipe()  # the winner holds on until both have told
         children = []
         for _ in range(2):
             child = os.fork()
             if child == 0:
+                os.close(release)
                 while time.monotonic() < start_at:
                     pass
                 try:
                     listener = sockets.listen(str(path), {})
                     os.write(writer, b"s" if reach(path) else b"!")
-                    time.sleep(0.02)
+                    os.read(held, 1)
                     listener.close()
                 except StartError:
                     os.write(writer, b"r")
                 finally:
                     os._exit(0)
             children.append(child)
+        os.close(held)
+        os.close(writer)
+        told = os.read(reader, 1) + os.read(reader, 1)
+        os.close(release)
         for child in children:
             os.waitpid(child, 0)
-        os.close(writer)
-        assert sorted(os.read(reader, 10)) == sorted(b"sr"), f"round {round_number}"
+        assert sorted(told) == sorted(b"sr"), f"round {round_number}"
         os.close(reader)
 
 

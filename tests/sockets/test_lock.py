@@ -139,24 +139,29 @@ def test_of_two_that_start_together_sixty_times_exactly_one_owns_the_directory(t
         directory = str(tmp_path / str(round_number) / "d")
         start_at = time.monotonic() + 0.005
         reader, writer = os.pipe()
+        held, release = os.pipe()  # the winner holds on until both have told
         children = []
         for _ in range(2):
             child = os.fork()
             if child == 0:
+                os.close(release)
                 while time.monotonic() < start_at:
                     pass
                 try:
                     lock = DataDirLock(directory)
                     os.write(writer, b"o")
-                    time.sleep(0.02)
+                    os.read(held, 1)
                     lock.close()
                 except StartError:
                     os.write(writer, b"r")
                 finally:
                     os._exit(0)
             children.append(child)
+        os.close(held)
+        os.close(writer)
+        told = os.read(reader, 1) + os.read(reader, 1)
+        os.close(release)
         for child in children:
             os.waitpid(child, 0)
-        os.close(writer)
-        assert sorted(os.read(reader, 10)) == sorted(b"or"), f"round {round_number}"
+        assert sorted(told) == sorted(b"or"), f"round {round_number}"
         os.close(reader)
