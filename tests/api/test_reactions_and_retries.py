@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from asgi_client import ADMIN, BACKEND, FRONTEND, Api, signed
 
+from progressdb_server.api.identity import KeyTable
 from progressdb_server.store.model import (
     IdempotencyConflictError,
     InvalidThreadIdError,
@@ -134,6 +135,17 @@ def test_the_scope_that_the_store_sees_gives_away_neither_key_nor_author() -> No
     assert (len(scope), key) == (64, "k")
     assert BACKEND not in scope
     assert "alice" not in scope
+
+
+def test_who_knows_a_front_end_key_can_not_tell_its_scopes_nor_those_of_callers_without_a_key() -> None:
+    one = KeyTable(backend=("b1", "b2"), frontend=("f",))
+    other = KeyTable(backend=("b3", "b2"), frontend=("f",))
+    of_one, of_other = one.find(b"f"), other.find(b"f")
+    assert of_one is not None
+    assert of_other is not None
+    assert of_one.scope("alice") != of_other.scope("alice")
+    assert one.anonymous.scope("alice") != other.anonymous.scope("alice")
+    assert one.anonymous.scope("alice") != of_one.scope("alice")
 
 
 @pytest.mark.parametrize("key", ["", "a b", "x" * 256, "é", "a\x7f"])
