@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import re
 import textwrap
 from pathlib import Path
@@ -19,8 +20,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 def example_of(kind: type) -> str:
-    lines = (kind.__doc__ or "").splitlines()
-    indented = [line for line in lines if line.startswith(" " * 8)]
+    lines = inspect.cleandoc(kind.__doc__ or "").splitlines()
+    indented = [line for line in lines if line.startswith(" " * 4)]
     return textwrap.dedent("\n".join(indented))
 
 

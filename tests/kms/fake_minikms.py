@@ -189,7 +189,7 @@ def main() -> None:
     if (data_dir / "slow-start").exists():
         time.sleep(float((data_dir / "slow-start").read_text()))
     if options.master_key_fd is not None:
-        (data_dir / "seen-master-key").write_bytes(os.pread(options.master_key_fd, 100, 0))
+        (data_dir / "seen-master-key").write_bytes(os.read(options.master_key_fd, 100))
     lock = os.open(data_dir / "lock", os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

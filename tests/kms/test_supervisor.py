@@ -208,7 +208,9 @@ def test_a_socket_served_by_another_uid_is_refused_and_nothing_is_spawned_beside
             with pytest.raises(SupervisorError, match=f"served by uid {os.geteuid()}, expected was uid 54321"):
                 await Supervisor(place.options(), server_uids={54321}).start()
 
-        asyncio.run(main())
+        with capture_logs() as logs:
+            asyncio.run(main())
+        assert logs == []  # neither spawned nor waited for: it is refused at once
     finally:
         found.terminate()
         found.wait()
