@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from memory_engine import MemoryEngine
 from opened_store import TickingClock, keys_of, messages_of, with_store
 from sealing_provider import SealingProvider
 
+from progressdb_server.kms.provider import Open, ProviderRefusedError
 from progressdb_server.store import messages as messages_room
 from progressdb_server.store import threads as threads_room
 from progressdb_server.store.conversations import Conversations
@@ -413,3 +415,48 @@ def test_while_the_key_service_is_down_nothing_is_stored_and_callers_are_told_wh
 def test_the_bounds_of_the_two_lists_are_set() -> None:
     assert messages_room.LIST_MESSAGES_MAX <= 1024
     assert threads_room.LIST_THREADS_MAX <= 1024
+
+
+@pytest.mark.parametrize("answer", [b"", b"{plaintext}", b"{plaintext}" + bytes(27)])
+def test_an_answer_that_can_not_be_a_sealed_record_is_never_stored(answer: bytes) -> None:
+    class Echoing(SealingProvider):
+        async def encrypt_with_key(
+            self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str, request_id: str = ""
+        ) -> bytes:
+            return answer.replace(b"{plaintext}", plaintext)
+
+    async def run(store: Conversations) -> None:
+        await fill(store, 1)
+        before = await keys_of(store)
+        with pytest.raises(StoreUnavailableError, match="wrongly"):
+            await store.create_message(NewMessage(author="ann", thread="t", body=1))
+        assert await keys_of(store) == before
+
+    with_store(run, provider=Echoing())
+
+
+def test_a_key_service_that_opens_a_record_to_something_else_is_noticed() -> None:
+    class Wrong(SealingProvider):
+        async def decrypt_many(self, items: Sequence[Open]) -> list[bytes | ProviderRefusedError]:
+            return self.wrong(await super().decrypt_many(items))
+
+        def wrong(self, answers: list[bytes | ProviderRefusedError]) -> list[bytes | ProviderRefusedError]:
+            return answers
+
+    provider = Wrong()
+
+    async def run(store: Conversations) -> None:
+        one, two = await fill(store, 2)
+        provider.wrong = lambda answers: [b'["no record"]' for _ in answers]  # type: ignore[method-assign]  # what it does wrongly
+        with pytest.raises(RecordUnreadableError):
+            await store.get_message(one.id)
+        provider.wrong = lambda answers: answers[::-1]  # type: ignore[method-assign]  # what it does wrongly
+        with pytest.raises(RecordUnreadableError):
+            await messages_of(store, "t")
+        provider.wrong = lambda answers: answers[:-1]  # type: ignore[method-assign]  # what it does wrongly
+        with pytest.raises(StoreUnavailableError):
+            await messages_of(store, "t")
+        provider.wrong = lambda answers: answers  # type: ignore[method-assign]  # what it does wrongly
+        assert (await store.get_message(two.id)).body == 1
+
+    with_store(run, provider=provider)

@@ -2,7 +2,8 @@
 
 Owns: which key a thread has (the stored map `kms:map:thread:<id>` and a bounded cache of it), the writing of sealed
 records under that key, and the opening of stored ones. Invariants:
-- Nothing is put on the disk but what the provider answered; when it does not answer, the write fails.
+- Nothing is put on the disk but what the provider answered, and only if it has the length of a sealed record; when it
+  does not answer, the write fails.
 - A record is written only while the key that sealed it is still its thread's and the thread is not deleted: both are
   conditions of the write. A key that was switched meanwhile means sealing again under the new one.
 - The map is written once per thread, in the batch of the thread's metadata; the loser of a race retires its key.
@@ -38,6 +39,9 @@ WRITERS_CACHED_MAX: Final = 256
 KEY_SWITCH_S_MAX: Final = 2.0
 """How long a write waits for a thread whose old key is retired but whose map does not name the new one yet."""
 KEY_SWITCH_POLL_S: Final = 0.02
+SEAL_BYTES: Final = 28
+"""Nonce (12) and tag (16): by how much a sealed record is longer. An answer of another length, such as the plaintext
+itself, is never stored."""
 
 _REFUSED_FOR_NOW: Final = frozenset(
     {
@@ -181,20 +185,26 @@ class Sealer:
         """Raises ProviderError."""
         if self.halted is not None:
             raise StoreUnavailableError(self.halted)
+        answers: Sequence[bytes | ProviderRefusedError]
         if len(secrets) == 1:
             key, plaintext = secrets[0]
-            return [
+            answers = [
                 await self._provider.encrypt_with_key(
                     key_id, plaintext, aad=key, thread_id=thread, request_id=request_id
                 )
             ]
-        answers = await self._provider.encrypt_many(
-            [Seal(key_id, plaintext, key, thread, request_id) for key, plaintext in secrets]
-        )
+        else:
+            answers = await self._provider.encrypt_many(
+                [Seal(key_id, plaintext, key, thread, request_id) for key, plaintext in secrets]
+            )
+        if len(answers) != len(secrets):
+            raise StoreUnavailableError("the key service answered wrongly")
         sealed: list[bytes] = []
-        for answer in answers:
+        for (_, plaintext), answer in zip(secrets, answers, strict=True):
             if isinstance(answer, ProviderRefusedError):
                 raise answer
+            if len(answer) != len(plaintext) + SEAL_BYTES:
+                raise StoreUnavailableError("the key service answered wrongly")
             sealed.append(answer)
         return sealed
 
@@ -208,6 +218,8 @@ class Sealer:
             answers = await self._provider.decrypt_many(records)
         except ProviderError as error:
             raise unavailable(error) from error
+        if len(answers) != len(records):
+            raise StoreUnavailableError("the key service answered wrongly")
         opened: list[bytes] = []
         for item, answer in zip(records, answers, strict=True):
             if isinstance(answer, ProviderRefusedError):
