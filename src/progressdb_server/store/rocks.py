@@ -3,7 +3,7 @@
 Owns: the options, the one database handle, recovery by reopening. Invariants:
 - One process has the directory open for writing (RocksDB's own lock); `open_beside` reads beside it.
 - The write-ahead log is always on. `write` puts a group into it without waiting for the disk; `sync` waits, and gives
-  up the interpreter lock while it does, so it belongs in a worker thread (docs/decisions/0020-store-commit.md).
+  up the interpreter lock while it does, so it belongs in a worker thread (docs/decisions/0020-the-store.md).
 - Writes that would have to wait for compaction fail at once (`no_slowdown`) instead of stopping the event loop.
 
 Known of rocksdict 0.3.29, each the reason for a line here: `set_iterate_lower_bound` sets the upper bound, so it is
