@@ -84,7 +84,7 @@ def parse(line: bytes) -> tuple[dict[str, Any], bytes, bytes]:
         need(type(value) is MEMBERS.get(name), f"{name} does not belong there")
         need(type(value) is not int or integer(value), f"{name} is out of range")
         need(name in ALWAYS or bool(value), f"{name} is empty and yet there")
-    need(ALWAYS <= event.keys() and event["seq"] > 0 and event["ts"] > 0, "a member is missing")
+    need(event.keys() >= ALWAYS and event["seq"] > 0 and event["ts"] > 0, "a member is missing")
     need(all(type(item) is str for name in ("key_ids", "request_ids") for item in event.get(name, [])), "not strings")
     need(all(type(fact) is str or integer(fact) for fact in event.get("facts", {}).values()), "a fact of another type")
     ordered = {name: event[name] for name in MEMBERS if name in event}

@@ -262,10 +262,19 @@ def test_a_replayed_checkpoint_is_refused(altered: Path) -> None:
         lambda lines: [*lines[:4], b"x" * record.LINE_BYTES_MAX, *lines[5:]],
     ],
     ids=[
-        "blank line", "blank first line", "blank last line", "CRLF", "byte order mark", "leading space", "trailing
-        space", "two lines in one", "zeros", "another object", "longer than a line may be",
+        "blank line",
+        "blank first line",
+        "blank last line",
+        "CRLF",
+        "byte order mark",
+        "leading space",
+        "trailing space",
+        "two lines in one",
+        "zeros",
+        "another object",
+        "longer than a line may be",
     ],
-)  # fmt: skip
+)
 def test_what_is_not_a_line_is_malformed(altered: Path, change: Callable[[list[bytes]], list[bytes]]) -> None:
     put(altered, change(lines_of(altered)))
     report = verify(altered)

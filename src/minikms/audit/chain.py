@@ -16,6 +16,7 @@ It must never do I/O, read a clock or keep a key.
 from __future__ import annotations
 
 import binascii
+import contextlib
 import hashlib
 import hmac
 from collections.abc import Sequence
@@ -46,9 +47,10 @@ def seal(
     Text that does not belong in a line is escaped, and an event that is too long is cut: see `record.sanitise`.
     `escaped` says that `events` went through here before.
     """
-    blob, new_head = _seal(events, head, audit_key, ts)
-    if escaped or (record.is_clean(blob) and (len(blob) < LINE_BYTES_MAX or _longest_line(blob) < LINE_BYTES_MAX)):
-        return blob, new_head
+    with contextlib.suppress(UnicodeEncodeError):  # half a surrogate pair, from the name of a file say
+        blob, new_head = _seal(events, head, audit_key, ts)
+        if escaped or (record.is_clean(blob) and (len(blob) < LINE_BYTES_MAX or _longest_line(blob) < LINE_BYTES_MAX)):
+            return blob, new_head
     for event in events:
         record.sanitise(event)
     return _seal(events, head, audit_key, ts)
