@@ -69,7 +69,7 @@ def children_of(pid: int) -> list[int]:
     return [int(word) for word in text.split()]
 
 
-@pytest.mark.parametrize("given", ["environment", "file"])
+@pytest.mark.parametrize("given", ["environment", pytest.param("file", marks=pytest.mark.torture)])
 def test_root_finds_no_key_in_the_server_nor_in_the_key_service_that_it_spawned(tmp_path: Path, given: str) -> None:
     key_file = tmp_path / "key"
     key_file.touch(0o600)
