@@ -180,6 +180,36 @@ class EmbeddedClient:
         call = verbs.retire_key(key_id).named(request_id)
         return await self._perform(call, api.Request, lambda who, _, name: self._lifecycle.retire(who, key_id, name))
 
+    async def list_keys(
+        self,
+        *,
+        thread_id: str | None = None,
+        state: api.State | None = None,
+        cursor: str | None = None,
+        limit: int | None = None,
+    ) -> api.KeyListAnswer:
+        call = verbs.list_keys(thread_id, state, cursor, limit)._replace(body=b"{}")
+
+        def listed(who: Principal, _: api.Request, name: str) -> Awaitable[bytes]:
+            return self._lifecycle.list_keys(
+                who,
+                thread_id=thread_id,
+                state=state,
+                cursor=cursor or "",
+                limit=limit or api.LIST_KEYS_COUNT_MAX,
+                request_id=name,
+            )
+
+        return await self._perform(call, api.Request, listed)
+
+    async def destroy_key(self, key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
+        call = verbs.destroy_key(key_id).named(request_id)
+        return await self._perform(
+            call,
+            api.DestroyKeyRequest,
+            lambda who, request, name: self._lifecycle.destroy(who, key_id, request, name),
+        )
+
     async def status(self) -> dict[str, object]:
         call = verbs.status()._replace(body=b"{}")
         return await self._perform(call, api.Request, lambda who, _, name: self._issuing.status(who, name))

@@ -34,12 +34,19 @@ class MemoryEngine:
     def get(self, key: bytes) -> bytes | None:
         return self._map.get(key)
 
-    def scan(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
+    def scan(
+        self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False, bytes_max: int | None = None
+    ) -> list[tuple[bytes, bytes]]:
         low, high = bisect_left(self._keys, lower), bisect_left(self._keys, upper)
         count = max(0, min(limit, SCAN_ENTRIES_MAX))
         keys = self._keys[low:high]
         keys = keys[::-1][:count] if reverse else keys[:count]
-        return [(key, self._map[key]) for key in keys]
+        found: list[tuple[bytes, bytes]] = []
+        for key in keys:
+            found.append((key, self._map[key]))
+            if bytes_max is not None and sum(len(value) for _, value in found) >= bytes_max:
+                break
+        return found
 
     def _put(self, key: bytes, value: bytes | None) -> None:
         if value is None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from minikms import api
 from progressdb_server.kms.provider import KeyHandle, Open, ProviderRefusedError, ProviderUnavailableError, Seal
 
 
@@ -22,6 +23,9 @@ class SealingProvider:
         self.keys: dict[str, tuple[str, AESGCM]] = {}
         self.retired: set[str] = set()
         self.destroyed: set[str] = set()
+        self.created_at: dict[str, str] = {}
+        self.uses: dict[str, int] = {}
+        self.page = 2
         self.calls: Counter[str] = Counter()
         self.down = False
         self.delay_s = 0.0
@@ -119,6 +123,33 @@ class SealingProvider:
             except ProviderRefusedError as refused:
                 answers.append(refused)
         return answers
+
+    async def list_keys(
+        self, *, thread_id: str | None = None, state: api.State | None = None, cursor: str | None = None
+    ) -> api.KeyListAnswer:
+        await self._answer("list_keys")
+        found = [
+            api.KeyAnswer(
+                key_id=key_id,
+                thread_id=owner,
+                purpose="thread",
+                state="retired" if key_id in self.retired else "active",
+                kek_version=1,
+                created_at=self.created_at.get(key_id, "2026-01-01T00:00:00Z"),
+                uses_max=self.uses.get(key_id, 0),
+            )
+            for key_id, (owner, _) in sorted(self.keys.items())
+            if key_id not in self.destroyed and thread_id in (None, owner) and key_id > (cursor or "")
+        ]
+        found = [key for key in found if state in (None, key.state)]
+        more = found[self.page : self.page + 1]
+        return api.KeyListAnswer(found[: self.page], found[self.page - 1].key_id if more else None)
+
+    async def destroy(self, key_id: str, *, request_id: str = "") -> None:
+        await self._answer("destroy")
+        if key_id not in self.retired:
+            raise ProviderRefusedError("a key that is active can't be destroyed", "conflict")
+        self.destroyed.add(key_id)
 
     async def status(self) -> dict[str, object]:
         await self._answer("status")

@@ -22,6 +22,8 @@ from progressdb_server.kms.provider import (
 )
 
 RETRY_AFTER_S: Final = 2
+LISTED_KEYS_MAX: Final = 512
+"""Of a page: the key service reads a file for each key."""
 
 _NOT_THE_REQUESTS_FAULT: Final = frozenset(
     {
@@ -60,6 +62,12 @@ class KeyClient(Protocol):
     ) -> list[bytes | KmsRefusedError]: ...
 
     async def retire_key(self, key_id: str, *, request_id: str | None) -> api.KeyAnswer: ...
+
+    async def list_keys(
+        self, *, thread_id: str | None, state: api.State | None, cursor: str | None, limit: int | None
+    ) -> api.KeyListAnswer: ...
+
+    async def destroy_key(self, key_id: str, *, request_id: str | None) -> api.DestroyKeyAnswer: ...
 
     async def status(self) -> dict[str, object]: ...
 
@@ -136,6 +144,20 @@ class ClientProvider:
     async def retire(self, key_id: str, *, request_id: str = "") -> None:
         try:
             await self._client.retire_key(key_id, request_id=request_id or None)
+        except KmsError as error:
+            raise _translated(error) from error
+
+    async def list_keys(
+        self, *, thread_id: str | None = None, state: api.State | None = None, cursor: str | None = None
+    ) -> api.KeyListAnswer:
+        try:
+            return await self._client.list_keys(thread_id=thread_id, state=state, cursor=cursor, limit=LISTED_KEYS_MAX)
+        except KmsError as error:
+            raise _translated(error) from error
+
+    async def destroy(self, key_id: str, *, request_id: str = "") -> None:
+        try:
+            await self._client.destroy_key(key_id, request_id=request_id or None)
         except KmsError as error:
             raise _translated(error) from error
 

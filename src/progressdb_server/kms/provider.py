@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from minikms import api
+
 
 class ProviderError(Exception):
     """Base of the errors of this seam; never raised itself."""
@@ -82,6 +84,16 @@ class Provider(Protocol):
         self, from_key_id: str, to_key_id: str, items: Sequence[tuple[bytes, bytes]], *, request_id: str = ""
     ) -> list[bytes | ProviderRefusedError]:
         """Each item is (ciphertext, aad). Plaintext never leaves the key service."""
+        ...
+
+    async def list_keys(
+        self, *, thread_id: str | None = None, state: api.State | None = None, cursor: str | None = None
+    ) -> api.KeyListAnswer:
+        """A page of keys; go on with `next_cursor` while there is one."""
+        ...
+
+    async def destroy(self, key_id: str, *, request_id: str = "") -> None:
+        """Destroys a retired key for good; once more for one that is destroyed changes nothing."""
         ...
 
     async def status(self) -> dict[str, object]: ...

@@ -43,9 +43,11 @@ class EngineLockedError(EngineUnavailableError):
 class Reader(Protocol):
     def get(self, key: bytes) -> bytes | None: ...
 
-    def scan(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
+    def scan(
+        self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False, bytes_max: int | None = None
+    ) -> list[tuple[bytes, bytes]]:
         """Up to `limit` (at most SCAN_ENTRIES_MAX) entries with lower <= key < upper, one consistent view; from the
-        upper end downwards when `reverse`."""
+        upper end downwards when `reverse`. Forwards, no more entries after the values together have `bytes_max`."""
         ...
 
 

@@ -103,8 +103,10 @@ class RocksEngine:
     def get(self, key: bytes) -> bytes | None:
         return _get(self._db, key)
 
-    def scan(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
-        return _scan(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse)
+    def scan(
+        self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False, bytes_max: int | None = None
+    ) -> list[tuple[bytes, bytes]]:
+        return _scan(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse, bytes_max)
 
     def write(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
         if self._failed:
@@ -200,8 +202,10 @@ class RocksReader:
     def get(self, key: bytes) -> bytes | None:
         return _get(self._db, key)
 
-    def scan(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
-        return _scan(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse)
+    def scan(
+        self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False, bytes_max: int | None = None
+    ) -> list[tuple[bytes, bytes]]:
+        return _scan(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse, bytes_max)
 
     def close(self) -> None:
         self._db.close()
@@ -217,7 +221,9 @@ def _get(db: Any, key: bytes) -> bytes | None:
     return value
 
 
-def _scan(db: Any, lower: bytes, upper: bytes, limit: int, reverse: bool) -> list[tuple[bytes, bytes]]:
+def _scan(
+    db: Any, lower: bytes, upper: bytes, limit: int, reverse: bool, bytes_max: int | None
+) -> list[tuple[bytes, bytes]]:
     if lower >= upper or limit <= 0:
         return []
     try:
@@ -230,6 +236,17 @@ def _scan(db: Any, lower: bytes, upper: bytes, limit: int, reverse: bool) -> lis
             return taken[:limit]
         bounds = ReadOptions()
         bounds.set_iterate_upper_bound(upper)
-        return list(islice(db.items(from_key=lower, read_opt=bounds), limit))
+        found = islice(db.items(from_key=lower, read_opt=bounds), limit)
+        return list(found) if bytes_max is None else _until(found, bytes_max)
     except Exception as error:
         raise EngineUnavailableError from error
+
+
+def _until(entries: Iterable[tuple[bytes, bytes]], bytes_max: int) -> list[tuple[bytes, bytes]]:
+    taken: list[tuple[bytes, bytes]] = []
+    for entry in entries:
+        taken.append(entry)
+        bytes_max -= len(entry[1])
+        if bytes_max <= 0:
+            break
+    return taken
