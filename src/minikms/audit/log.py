@@ -176,6 +176,7 @@ class AuditLog:
                     continue
                 return False
             self._disk_full = True
+            self._chores_ns = ts + CHORES_NS  # what was given back is not to be taken again at once
             return True
         return False
 

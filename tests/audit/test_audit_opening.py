@@ -1,0 +1,237 @@
+"""What a start does with the log that it finds: each row of the decision table in `minikms.audit.opening`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from logmaker import KEY1, KEY2, LOG, Clock, Key, encrypt_event, lines_of, make_log, open_log, verify, write_events
+
+from minikms.audit import Known, record, tail, writer
+from minikms.audit.record import Event, Head
+from minikms.errors import StartError
+
+
+def events_of(directory: Path) -> list[Event]:
+    return [record.parse_line(line)[0] for line in lines_of(directory)]
+
+
+def types_of(directory: Path) -> list[str]:
+    return [event.type for event in events_of(directory)]
+
+
+def head_of(directory: Path, number: int) -> Head:
+    return Head(number, record.parse_line(lines_of(directory)[number - 1])[2])
+
+
+def kill(directory: Path, count: int = 5, key: Key = KEY1) -> None:
+    """A log whose writer ended without closing it."""
+    write_events(open_log(directory, key), count)
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}
+
+
+def test_a_first_start_begins_a_log_with_a_genesis_line(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    [genesis] = events_of(tmp_path)
+    assert (genesis.type, genesis.seq, genesis.actor) == ("genesis", 1, "minikms")
+    assert set(genesis.facts) == {"format", "key", "log_id", "public_key", "segment"}
+    assert (tmp_path / LOG).stat().st_mode & 0o777 == 0o600
+    log.close()
+    assert verify(tmp_path).intact
+
+
+def test_a_missing_log_that_is_remembered_is_not_begun_anew(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match=r"missing.*minikms audit verify.*--accept-audit-loss"):
+        open_log(tmp_path, known=Known(begun=True))
+    assert snapshot(tmp_path) == {}
+
+
+def test_an_empty_log_that_is_remembered_is_not_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / LOG).touch()
+    with pytest.raises(StartError, match="is empty, though there was one"):
+        open_log(tmp_path, known=Known(begun=True))
+
+
+def test_a_genesis_line_that_was_never_completed_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / LOG).write_bytes(b'{"event":{"seq":1,')
+    open_log(tmp_path).close()
+    assert types_of(tmp_path) == ["genesis", "recovery", "checkpoint"]
+    assert verify(tmp_path).intact
+
+
+def test_a_log_whose_writer_was_killed_goes_on(tmp_path: Path) -> None:
+    kill(tmp_path)
+    make_log(tmp_path, 2)
+    assert types_of(tmp_path) == ["genesis"] + ["encrypt"] * 7 + ["checkpoint"]
+    assert verify(tmp_path).intact
+
+
+def test_an_incomplete_last_line_is_moved_aside_and_told(tmp_path: Path) -> None:
+    kill(tmp_path)
+    content = (tmp_path / LOG).read_bytes()
+    torn = b'{"event":{"seq":7,"ts":170'
+    for _ in range(2):
+        (tmp_path / LOG).write_bytes(content + torn)
+        assert not verify(tmp_path).intact
+        log = open_log(tmp_path)
+        recovery = events_of(tmp_path)[-1]
+        assert recovery.type == "recovery"
+        assert recovery.facts == {
+            "bytes": len(torn),
+            "file": f"{LOG}.torn-7",
+            "sha256": hashlib.sha256(torn).hexdigest(),
+        }
+        assert (tmp_path / f"{LOG}.torn-7").read_bytes() == torn
+        log.close()
+        assert verify(tmp_path).intact
+        (tmp_path / f"{LOG}.torn-7").unlink()
+
+
+@pytest.mark.parametrize("zeros", [1, 5000, 200_000])
+def test_a_tail_of_zeros_after_a_power_failure_is_moved_aside(tmp_path: Path, zeros: int) -> None:
+    kill(tmp_path)
+    with open(tmp_path / LOG, "ab") as file:
+        file.write(b'{"event":' + bytes(zeros))
+    make_log(tmp_path, 1)
+    assert types_of(tmp_path)[6] == "recovery"
+    assert verify(tmp_path).intact
+
+
+def test_a_recovery_that_was_itself_interrupted_is_completed(tmp_path: Path) -> None:
+    """Killed after the torn bytes were saved (before or after they were cut off), and before the line was written."""
+    kill(tmp_path)
+    whole = (tmp_path / LOG).read_bytes()
+    aside = tmp_path / f"{LOG}.torn-7"
+    for left_in_log in (b"torn", b"", b"second"):
+        (tmp_path / LOG).write_bytes(whole + left_in_log)
+        aside.write_bytes(b"torn")
+        open_log(tmp_path).close()
+        saved = b"tornsecond" if left_in_log == b"second" else b"torn"
+        assert aside.read_bytes() == saved
+        assert events_of(tmp_path)[6].facts["sha256"] == hashlib.sha256(saved).hexdigest()
+        assert verify(tmp_path).intact
+
+
+@pytest.mark.parametrize("number", [4, 6])
+def test_an_altered_line_since_the_last_checkpoint_is_refused(tmp_path: Path, number: int) -> None:
+    kill(tmp_path)
+    lines = lines_of(tmp_path)
+    lines[number - 1] = lines[number - 1].replace(b'"ok"', b'"no"')
+    (tmp_path / LOG).write_bytes(b"\n".join(lines) + b"\n")
+    before = snapshot(tmp_path)
+    with pytest.raises(StartError, match=f"line {number} was altered.*minikms audit verify"):
+        open_log(tmp_path)
+    assert snapshot(tmp_path) == before, "a refused start changes nothing"
+
+
+def test_a_log_of_another_key_is_refused(tmp_path: Path) -> None:
+    make_log(tmp_path, 3, key=Key(1))
+    stranger = Key(1)
+    stranger.mac_key = memoryview(bytes(32))
+    with pytest.raises(StartError, match="can't be trusted"):
+        open_log(tmp_path, stranger)
+
+
+def test_a_log_shorter_than_remembered_is_refused(tmp_path: Path) -> None:
+    kill(tmp_path)
+    known = head_of(tmp_path, 6)
+    lines = lines_of(tmp_path)
+    (tmp_path / LOG).write_bytes(b"\n".join(lines[:4]) + b"\n")
+    with pytest.raises(StartError, match="ends at line 4, though line 6 was written"):
+        open_log(tmp_path, known=Known(begun=True, head=known))
+
+
+def test_a_log_whose_remembered_line_is_another_is_refused(tmp_path: Path) -> None:
+    kill(tmp_path)
+    with pytest.raises(StartError, match="line 6 of the audit log is not the one"):
+        open_log(tmp_path, known=Known(begun=True, head=Head(6, bytes(32))))
+
+
+def test_a_log_as_long_as_remembered_or_longer_goes_on(tmp_path: Path) -> None:
+    kill(tmp_path)
+    for number in (4, 6):
+        open_log(tmp_path, known=Known(begun=True, head=head_of(tmp_path, number))).close()
+
+
+def test_told_to_accept_the_loss_a_start_keeps_the_old_files_and_says_so(tmp_path: Path) -> None:
+    kill(tmp_path)
+    known = head_of(tmp_path, 6)
+    altered = (tmp_path / LOG).read_bytes().replace(b'"ok"', b'"no"')
+    (tmp_path / LOG).write_bytes(altered)
+    (tmp_path / f"{LOG}.1").write_bytes(b"an older segment")
+    open_log(tmp_path, known=Known(begun=True, head=known), accept_loss=True).close()
+    genesis = events_of(tmp_path)[0]
+    aside = genesis.facts["previous_files"]
+    assert isinstance(aside, str)
+    assert snapshot(tmp_path / aside) == {LOG: altered, f"{LOG}.1": b"an older segment"}
+    assert genesis.facts["previous_seq"] == 6
+    assert "was altered" in str(genesis.facts["previous"])
+    assert verify(tmp_path).intact
+
+
+def test_two_losses_in_one_second_are_kept_apart(tmp_path: Path) -> None:
+    for _ in range(2):
+        (tmp_path / LOG).write_bytes(b"nonsense\n")
+        open_log(tmp_path, clock=Clock(step=0), accept_loss=True).close()
+    assert len([path for path in tmp_path.iterdir() if path.name.startswith("minikms-audit.aside-")]) == 2
+
+
+def test_a_log_through_a_symbolic_link_is_refused(tmp_path: Path) -> None:
+    make_log(tmp_path, 1)
+    shutil.move(tmp_path / LOG, tmp_path / "elsewhere")
+    (tmp_path / LOG).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StartError, match="can't be opened"):
+        open_log(tmp_path)
+
+
+def test_a_log_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / LOG)
+    with pytest.raises(StartError, match="not a regular file"):
+        open_log(tmp_path)
+
+
+def test_a_change_of_key_that_reached_the_keyring_only_is_completed(tmp_path: Path) -> None:
+    kill(tmp_path)
+    open_log(tmp_path, KEY2, former=KEY1.audit_key()).close()
+    assert types_of(tmp_path)[6:] == ["audit_key"]
+    assert verify(tmp_path, KEY1, KEY2).intact
+
+
+def test_a_start_right_after_a_change_of_key_goes_on_under_the_new_one(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log.change_key(KEY2.audit_key())
+    make_log(tmp_path, 2, key=KEY2, former=KEY1.audit_key())
+    assert types_of(tmp_path) == ["genesis", "audit_key", "encrypt", "encrypt", "checkpoint"]
+    assert verify(tmp_path, KEY1, KEY2).intact
+
+
+def test_a_start_reads_no_further_back_than_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line altered before it is for `verify` to find."""
+    monkeypatch.setattr(tail, "_READ_BYTES", 500)
+    monkeypatch.setattr(writer, "CHECKPOINT_LINES", 50)
+    log = open_log(tmp_path)
+    write_events(log, 130, per_commit=10)
+    content = (tmp_path / LOG).read_bytes()
+    (tmp_path / LOG).write_bytes(content.replace(b'"outcome":"ok"', b'"outcome":"no"', 20))
+    log = open_log(tmp_path)
+    log.add(encrypt_event())
+    log.close()
+    assert not verify(tmp_path).intact
+
+
+def test_a_file_without_any_signed_line_in_a_long_stretch_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tail, "_READ_BYTES", 500)
+    monkeypatch.setattr(tail, "TAIL_BYTES_MAX", 4000)
+    kill(tmp_path, 50)
+    with pytest.raises(StartError, match="no checkpoint in its last 4000 bytes"):
+        open_log(tmp_path)
