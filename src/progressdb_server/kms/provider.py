@@ -73,7 +73,8 @@ class Provider(Protocol):
     ) -> bytes: ...
 
     async def encrypt_many(self, items: Sequence[Seal]) -> list[bytes | ProviderRefusedError]:
-        """In order; a refused item does not stop the others. Raises ProviderUnavailableError for the whole. Any number of items."""
+        """In order; a refused item does not stop the others. Raises ProviderUnavailableError for the whole. Any number
+        of items."""
         ...
 
     async def decrypt_many(self, items: Sequence[Open]) -> list[bytes | ProviderRefusedError]: ...

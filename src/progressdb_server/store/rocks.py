@@ -106,7 +106,7 @@ class RocksEngine:
     def scan(
         self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False, bytes_max: int | None = None
     ) -> list[tuple[bytes, bytes]]:
-        return _scan(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse, bytes_max)
+        return _scan(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse, bytes_max=bytes_max)
 
     def write(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
         if self._failed:
@@ -205,7 +205,7 @@ class RocksReader:
     def scan(
         self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False, bytes_max: int | None = None
     ) -> list[tuple[bytes, bytes]]:
-        return _scan(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse, bytes_max)
+        return _scan(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse, bytes_max=bytes_max)
 
     def close(self) -> None:
         self._db.close()
@@ -222,7 +222,7 @@ def _get(db: Any, key: bytes) -> bytes | None:
 
 
 def _scan(
-    db: Any, lower: bytes, upper: bytes, limit: int, reverse: bool, bytes_max: int | None
+    db: Any, lower: bytes, upper: bytes, limit: int, reverse: bool, *, bytes_max: int | None = None
 ) -> list[tuple[bytes, bytes]]:
     if lower >= upper or limit <= 0:
         return []
@@ -236,8 +236,8 @@ def _scan(
             return taken[:limit]
         bounds = ReadOptions()
         bounds.set_iterate_upper_bound(upper)
-        found = islice(db.items(from_key=lower, read_opt=bounds), limit)
-        return list(found) if bytes_max is None else _until(found, bytes_max)
+        forwards = islice(db.items(from_key=lower, read_opt=bounds), limit)
+        return list(forwards) if bytes_max is None else _until(forwards, bytes_max)
     except Exception as error:
         raise EngineUnavailableError from error
 
