@@ -12,7 +12,7 @@ from opened_store import TickingClock, keys_of, messages_of, with_store
 from sealing_provider import SealingProvider
 
 from progressdb_server.kms.provider import Open, ProviderRefusedError
-from progressdb_server.store import messages as messages_room
+from progressdb_server.store import reading as reading_room
 from progressdb_server.store import threads as threads_room
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
@@ -233,8 +233,8 @@ def test_before_and_after_are_exclusive() -> None:
 
 
 def test_a_list_comes_in_chunks_bounded_in_number_and_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(messages_room, "LIST_MESSAGES_MAX", 4)
-    monkeypatch.setattr(messages_room, "LIST_BYTES_MAX", 3000)
+    monkeypatch.setattr(reading_room, "LIST_MESSAGES_MAX", 4)
+    monkeypatch.setattr(reading_room, "LIST_BYTES_MAX", 3000)
 
     async def run(store: Conversations) -> None:
         await fill(store, 10)
@@ -250,7 +250,7 @@ def test_a_list_comes_in_chunks_bounded_in_number_and_in_bytes(monkeypatch: pyte
 def test_what_is_written_while_a_list_is_read_neither_repeats_nor_hides_a_message(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(messages_room, "LIST_MESSAGES_MAX", 3)
+    monkeypatch.setattr(reading_room, "LIST_MESSAGES_MAX", 3)
 
     async def run(store: Conversations) -> None:
         made = await fill(store, 9)
@@ -413,7 +413,7 @@ def test_while_the_key_service_is_down_nothing_is_stored_and_callers_are_told_wh
 
 
 def test_the_bounds_of_the_two_lists_are_set() -> None:
-    assert messages_room.LIST_MESSAGES_MAX <= 1024
+    assert reading_room.LIST_MESSAGES_MAX <= 1024
     assert threads_room.LIST_THREADS_MAX <= 1024
 
 

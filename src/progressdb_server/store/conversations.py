@@ -30,6 +30,7 @@ from progressdb_server.store.model import (
     StoreUnavailableError,
     Thread,
 )
+from progressdb_server.store.reading import MessageReader
 from progressdb_server.store.sealer import Sealer
 from progressdb_server.store.threads import Threads
 from progressdb_server.store.writer import Writer
@@ -54,8 +55,9 @@ class Conversations:
         self.sealer = Sealer(engine, self.writer, provider, self._clock, self.metrics)
         self._locks = NamedLocks()
         self._threads = Threads(engine, self.writer, self.sealer, self._clock, self._locks)
+        self._reader = MessageReader(engine, self.sealer)
         self._messages = Messages(
-            engine, self.writer, self.sealer, self._clock, locks=self._locks, threads=self._threads
+            engine, self.writer, self.sealer, self._clock, locks=self._locks, threads=self._threads, reader=self._reader
         )
         self._provider = provider
         self.epoch = EpochMemory(engine, self.writer)
@@ -121,7 +123,7 @@ class Conversations:
         return await self._messages.create(new, idempotency=idempotency, request_id=request_id)
 
     async def get_message(self, message_id: str, *, thread_id: str | None = None) -> Message:
-        return await self._messages.get(message_id, thread_id)
+        return await self._reader.get(message_id, thread_id)
 
     async def update_message(
         self,
@@ -150,7 +152,7 @@ class Conversations:
         await self._messages.delete(message_id, author=author, thread=thread_id, request_id=request_id)
 
     async def message_versions(self, message_id: str, *, thread_id: str | None = None) -> list[Message]:
-        return await self._messages.versions(message_id, thread_id)
+        return await self._reader.versions(message_id, thread_id)
 
     async def set_reaction(self, message_id: str, identity: str, reaction: str, *, request_id: str = "") -> Message:
         return await self._messages.react(message_id, identity, reaction, request_id=request_id)
@@ -167,7 +169,7 @@ class Conversations:
         after: str | None = None,
         include_deleted: bool = False,
     ) -> AsyncIterator[list[Message]]:
-        return self._messages.list(thread_id, limit=limit, before=before, after=after, include_deleted=include_deleted)
+        return self._reader.stream(thread_id, limit=limit, before=before, after=after, include_deleted=include_deleted)
 
     # --- threads --------------------------------------------------------------------------------------------------
     async def may_read_thread(self, thread_id: str, author: str) -> bool:

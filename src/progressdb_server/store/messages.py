@@ -1,24 +1,22 @@
-"""Messages: appending, versions, reactions, tombstones, lists.
+"""Messages: appending, versions, reactions, tombstones. Reading them is `store.reading`.
 
 Owns: the records `thread:<id>:msg:<stamp>` and the indexes `version:msg` and `order`. Invariants:
 - Every version is a record of its own at its own stamp and is never changed afterwards; a message's id is the stamp
   of its first version.
 - `index:order` has one entry per message, at the stamp of its first version, which tells the latest one; it is
-  changed in the batch of the version it points to. So a list is in order of creation and costs as much as it has
-  messages, however often they were edited.
+  changed in the batch of the version it points to. So a list costs as much as it has messages, however often they were
+  edited.
 - Changes of one message run one after another; each builds on the version before it.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-from progressdb_server.kms.provider import Open
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.clock import Clock, Stamp
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
+from progressdb_server.store.engine import Engine
 from progressdb_server.store.idempotency import Ticket
 from progressdb_server.store.locks import NamedLocks
 from progressdb_server.store.model import (
@@ -29,30 +27,23 @@ from progressdb_server.store.model import (
     NotTheAuthorError,
     RecordUnreadableError,
 )
+from progressdb_server.store.reading import DELETED, MessageReader
 from progressdb_server.store.sealer import Draft, Sealer, ThreadState
 from progressdb_server.store.threads import Threads
 from progressdb_server.store.writer import ConditionFailedError, Write, Writer
 
-LIST_MESSAGES_MAX: Final = 1000
-"""Of one chunk of a list, and LIST_BYTES_MAX of sealed bytes."""
-LIST_BYTES_MAX: Final = 4 * 1024 * 1024
-VERSIONS_MAX: Final = 256
-"""Of one batch when a message's versions are read."""
-DELETED: Final = b"d"
-
-
-class Place(NamedTuple):
-    """An entry of the order index; stamps as in keys. Value on disk: the latest version's stamp, empty when it is the
-    first one; `d` follows when that is a tombstone."""
-
-    first: bytes
-    latest: bytes
-    deleted: bool
-
 
 class Messages:
     def __init__(
-        self, engine: Engine, writer: Writer, sealer: Sealer, clock: Clock, *, locks: NamedLocks, threads: Threads
+        self,
+        engine: Engine,
+        writer: Writer,
+        sealer: Sealer,
+        clock: Clock,
+        *,
+        locks: NamedLocks,
+        threads: Threads,
+        reader: MessageReader,
     ) -> None:
         self._engine = engine
         self._writer = writer
@@ -60,6 +51,7 @@ class Messages:
         self._clock = clock
         self._locks = locks
         self._threads = threads
+        self._reader = reader
 
     # --- creating -------------------------------------------------------------------------------------------------
     async def create(self, new: NewMessage, *, idempotency: Idempotency | None, request_id: str) -> Message:
@@ -70,7 +62,7 @@ class Messages:
             made = ticket.recall(self._engine, self._clock.now_ns())
             if made is not None:
                 await self._writer.barrier()  # what is answered must be durable
-                return (await self.versions(made, None))[0]
+                return await self._reader.first_version(made)
             return await self._create(new, ticket, request_id)
 
     async def _create(self, new: NewMessage, ticket: Ticket | None, request_id: str) -> Message:
@@ -114,113 +106,6 @@ class Messages:
         state.remember_writer(new.author)
         return made[0]
 
-    # --- reading --------------------------------------------------------------------------------------------------
-    def _locate(self, message: str, thread: str | None) -> tuple[str, Place]:
-        """The message's thread and its latest version. Raises MessageNotFoundError."""
-        stamp = keyspace.parse_message_id(message)
-        if stamp is not None:
-            first = stamp.text.encode()
-            found = self._engine.get(keyspace.versions(message) + first)
-            if found is not None and (thread is None or keyspace.part(thread) == found):
-                owner = keyspace.unpart(found)
-                key = keyspace.order(owner) + first
-                value = self._engine.get(key)
-                if value is None:
-                    raise RecordUnreadableError(f"the order entry of message {message} is missing")
-                return owner, _place(key, value)
-        raise MessageNotFoundError("message not found")
-
-    async def _open(self, thread: str, wanted: Sequence[tuple[bytes, bytes]]) -> list[Message]:
-        """`wanted`: first stamp and stamp of each version."""
-        prefix = keyspace.messages(thread)
-        loaded = [_load(self._engine, prefix + stamp, thread, first) for first, stamp in wanted]
-        return await self._open_loaded(loaded)
-
-    async def _open_loaded(self, loaded: Sequence[_Loaded]) -> list[Message]:
-        plaintexts = await self._sealer.open([item.sealed for item in loaded])
-        messages: list[Message] = []
-        for (sealed, header, first), plaintext in zip(loaded, plaintexts, strict=True):
-            try:
-                secret = record.open_message(header, first, plaintext)
-                messages.append(
-                    Message(
-                        id=f"msg-{int(first[:20])}-{first[21:]}",
-                        thread=sealed.thread_id,
-                        author=secret.author,
-                        role=secret.role,
-                        ts=int(sealed.aad[-keyspace.STAMP_BYTES : -7]),
-                        body=secret.body,
-                        reply_to=secret.reply_to,
-                        deleted=secret.deleted,
-                        reactions=secret.reactions,
-                    )
-                )
-            except (record.RecordFormatError, ValueError) as error:
-                raise RecordUnreadableError(f"the record {sealed.aad.decode()} is not what belongs there") from error
-        return messages
-
-    async def get(self, message: str, thread: str | None) -> Message:
-        owner, place = self._locate(message, thread)
-        return (await self._open(owner, [(place.first, place.latest)]))[0]
-
-    async def versions(self, message: str, thread: str | None) -> list[Message]:
-        try:
-            owner, place = self._locate(message, thread)
-        except MessageNotFoundError:
-            return []
-        prefix = keyspace.versions(message)
-        lower, upper = prefix, keyspace.after(prefix)
-        found: list[Message] = []
-        while entries := self._engine.scan(lower, upper, limit=VERSIONS_MAX):
-            lower = entries[-1][0] + b"\0"
-            found += await self._open(owner, [(place.first, key[len(prefix) :]) for key, _ in entries])
-        return found
-
-    async def list(
-        self, thread: str, *, limit: int | None, before: str | None, after: str | None, include_deleted: bool
-    ) -> AsyncIterator[list[Message]]:
-        prefix = keyspace.order(thread)
-        lower, upper = prefix, keyspace.after(prefix)
-        if after is not None:
-            lower = prefix + _cursor(after) + b"\0"
-        if before is not None:
-            upper = prefix + _cursor(before)
-        newest = self._engine.scan(lower, upper, limit=1, reverse=True)
-        if not newest or limit == 0:
-            return
-        upper = newest[0][0] + b"\0"  # what is created while this list is read is not of it
-        if limit is not None:
-            lower = await self._start_of_last(limit, lower, upper, include_deleted)
-        records = keyspace.messages(thread)
-        while entries := self._engine.scan(lower, upper, limit=LIST_MESSAGES_MAX):
-            loaded: list[_Loaded] = []
-            size = 0
-            for key, value in entries:
-                lower = key
-                place = _place(key, value)
-                if place.deleted and not include_deleted:
-                    continue
-                item = _load(self._engine, records + place.latest, thread, place.first)
-                loaded.append(item)
-                size += len(item.sealed.ciphertext)
-                if size > LIST_BYTES_MAX:
-                    break
-            lower += b"\0"
-            if loaded:
-                yield await self._open_loaded(loaded)
-
-    async def _start_of_last(self, limit: int, lower: bytes, upper: bytes, include_deleted: bool) -> bytes:
-        """The key of the first of the last `limit` messages."""
-        while entries := self._engine.scan(lower, upper, limit=min(limit + 64, SCAN_ENTRIES_MAX), reverse=True):
-            for key, value in entries:
-                upper = key
-                if include_deleted or not value.endswith(DELETED):
-                    limit -= 1
-                    if limit == 0:
-                        return key
-            await asyncio.sleep(0)
-        return lower
-
     # --- changing -------------------------------------------------------------------------------------------------
     async def _change(
         self, message: str, thread: str | None, author: str | None, change: Any, request_id: str
@@ -230,12 +115,12 @@ class Messages:
         Raises MessageNotFoundError (also for a deleted one, unless `change` says otherwise), NotTheAuthorError.
         """
         async with self._locks.hold(message.encode()):
-            owner, place = self._locate(message, thread)
+            owner, place = self._reader.locate(message, thread)
             state = self._sealer.thread(owner)
             if state is None:
                 raise RecordUnreadableError(f"thread {owner} has no key")
             first = Stamp.parse(place.first.decode())
-            (current,) = await self._open(owner, [(place.first, place.latest)])
+            current = await self._reader.at(owner, place)
             if author is not None and author != current.author:
                 raise NotTheAuthorError("author does not match")
             fields = change(current)
@@ -366,45 +251,6 @@ def _draft(message: Message, first: Stamp, stamp: Stamp, extra: Sequence[tuple[b
         )
 
     return Draft(((key, record.encode_secret(secret)),), finish)
-
-
-class _Loaded(NamedTuple):
-    """A record that was read, not yet opened. `first`: stamp of the message it must belong to."""
-
-    sealed: Open
-    header: record.MessageHeader
-    first: str
-
-
-def _load(engine: Engine, key: bytes, thread: str, first: bytes) -> _Loaded:
-    """Raises RecordUnreadableError."""
-    raw = engine.get(key)
-    if raw is None:
-        raise RecordUnreadableError(f"the record {key.decode()} is missing")
-    try:
-        header, sealed = record.unpack_message(raw)
-    except record.RecordFormatError as error:
-        raise RecordUnreadableError(f"the record {key.decode()} is malformed") from error
-    return _Loaded(Open(header.key_id, sealed, key, thread), header, first.decode())
-
-
-def _place(key: bytes, value: bytes) -> Place:
-    """Raises RecordUnreadableError."""
-    first = key[-keyspace.STAMP_BYTES :]
-    if not value:
-        return Place(first, first, False)
-    deleted = value.endswith(DELETED)
-    latest = value[:-1] if deleted else value
-    if len(latest) not in (0, keyspace.STAMP_BYTES):
-        raise RecordUnreadableError(f"the index entry {key.decode()} is malformed")
-    return Place(first, latest or first, deleted)
-
-
-def _cursor(message: str) -> bytes:
-    first = keyspace.parse_message_id(message)
-    if first is None:
-        raise MessageNotFoundError("message not found")
-    return first.text.encode()
 
 
 def _refuse_deleted(current: Message) -> None:
