@@ -68,6 +68,7 @@ def test_what_the_units_forbid_is_not_needed_by_the_key_service(tmp_path: Path) 
     """The daemon under its unit's restrictions, put on by restricted.py: it serves, and hardens itself further."""
     needs.root()
     needs.program("systemd-analyze")
+    needs.program("mount")
     unshare = needs.program("unshare")
     launcher = Path(restricted.__file__)
     wrapped = (unshare, "--mount", "--net", "--ipc", sys.executable, str(launcher), str(UNITS / "minikms.service"))
@@ -90,6 +91,7 @@ def test_what_the_units_forbid_is_not_needed_by_the_message_server(tmp_path: Pat
     """The server under its unit's restrictions, with a key service that it did not start: it stores and reads back."""
     needs.root()
     needs.program("systemd-analyze")
+    needs.program("mount")
     unshare = needs.program("unshare")
     database = tmp_path / "db"
     database.mkdir(0o700)
@@ -143,6 +145,7 @@ def test_the_restrictions_of_that_test_do_restrict(tmp_path: Path) -> None:
     """A program under them can neither write elsewhere nor open a network socket nor map code that it wrote."""
     needs.root()
     needs.program("systemd-analyze")
+    needs.program("mount")
     unshare = needs.program("unshare")
     attempts = """
 import mmap, os, socket
