@@ -83,7 +83,7 @@ def pack(header: MessageHeader | ThreadHeader, sealed: bytes) -> bytes:
 def _split(raw: bytes) -> tuple[bytes, bytes]:
     if len(raw) < _PREFIX_BYTES or raw[0] != VERSION:
         raise RecordFormatError("unknown record version")
-    end = _PREFIX_BYTES + int.from_bytes(raw[1:_PREFIX_BYTES], "big")
+    end = _PREFIX_BYTES + (raw[1] << 8 | raw[2])
     if end > len(raw):
         raise RecordFormatError("the record is cut short")
     return raw[_PREFIX_BYTES:end], raw[end:]
