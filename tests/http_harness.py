@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import pickle
 import re
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Coroutine
@@ -19,6 +20,8 @@ from typing import Any, TypeVar
 import uvloop
 
 from minikms.daemon.http import LIMITS, HttpServer, Limits, ParsedHead, Request, Response, parse_query
+from minikms.daemon.http.reader import RequestReader, Shared
+from minikms.daemon.http.refusals import RefusedError
 from minikms.errors import ConflictError, UnauthorizedError
 
 T = TypeVar("T")
@@ -82,8 +85,7 @@ class EchoApp:
             case "/keep-view":
                 self.kept = request.body
             case "/keep-export":
-                self.kept = contextlib.ExitStack()
-                self.kept.enter_context(memoryview(request.body))
+                self.kept = pickle.PickleBuffer(request.body)
         return echo(request, body)
 
     async def _later(self, path: str, answer: bytes) -> bytes:
@@ -149,8 +151,10 @@ class Peer:
         self.writer.write(data)
 
     async def send_parts(self, *parts: bytes) -> None:
-        """Send each part so that the server receives it on its own."""
+        """Send each part so that the server receives it on its own, until the server has closed."""
         for part in parts:
+            if self.writer.is_closing():
+                return
             self.writer.write(part)
             await asyncio.sleep(0)
             await asyncio.sleep(0)
@@ -226,9 +230,9 @@ async def serving(limits: Limits = LIMITS) -> AsyncIterator[Running]:
     assert all(session.closed for session in app.sessions)
 
 
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a test's coroutine in a uvloop loop, at most 60 s."""
-    return uvloop.run(asyncio.wait_for(coroutine, 60))
+def run(coroutine: Coroutine[Any, Any, T], seconds_max: float = 60) -> T:
+    """Run a test's coroutine in a uvloop loop."""
+    return uvloop.run(asyncio.wait_for(coroutine, seconds_max))
 
 
 _DATE = re.compile(rb"date: [^\r]*\r\n")
@@ -269,3 +273,35 @@ def chunked(path: str, *chunks: bytes) -> bytes:
 
 def request(method: str, path: str, *headers: str) -> bytes:
     return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: x", *headers, "", ""]).encode()
+
+
+Outcome = list[tuple[str, str, bytes] | str]
+"""(method, path, body) of each request, and how it ended."""
+
+
+def read_requests(shared: Shared, *parts: bytes) -> Outcome:
+    """What one connection's bytes mean, received in `parts` (each cut further where the buffer has no more room)."""
+    reader = RequestReader(shared)
+    outcome: Outcome = []
+    try:
+        for part in parts:
+            rest = memoryview(part)
+            while rest:
+                room = reader.room()
+                assert len(room) > 0
+                count = min(len(room), len(rest))
+                room[:count] = rest[:count]
+                rest = rest[count:]
+                reader.received(count)
+                while (parsed := reader.next()) is not None:
+                    head, body = parsed
+                    outcome.append((head.method, head.path, bytes(body)))
+                reader.settle()
+                assert not any(shared.view)
+        outcome.append("waits" if reader.holds_input else "done")
+    except RefusedError as error:
+        outcome.append(f"refused {error.refusal.status}")
+    reader.discard()
+    assert not any(shared.view)
+    assert shared.budget.bytes_held == 0
+    return outcome

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from http_harness import LIMITS, get, post, request, run, serving
-from minikms.daemon.http.limits import WRITE_PROGRESS_BYTES_MIN
+from http_harness import get, post, request, run, serving
+from minikms.daemon.http.limits import LIMITS, WRITE_PROGRESS_BYTES_MIN, Limits
 
 QUICK = dataclasses.replace(
     LIMITS,
@@ -40,11 +40,11 @@ PATIENT = dataclasses.replace(
     ],
     ids=["head", "body", "chunks"],
 )
-def test_a_request_that_trickles_in_gets_408(limits: object, start: bytes) -> None:
+def test_a_request_that_trickles_in_gets_408(limits: Limits, start: bytes) -> None:
     """The time runs from the beginning of that part; a byte now and then does not prolong it."""
 
     async def check() -> None:
-        async with serving(limits) as running:  # type: ignore[arg-type]  # parametrize hides the type
+        async with serving(limits) as running:
             peer = await running.peer()
             peer.send(start)
 
@@ -109,12 +109,31 @@ def test_a_pending_answer_is_not_idleness() -> None:
     run(check())
 
 
+def test_the_time_for_a_body_ends_with_the_body() -> None:
+    """A request that came in two parts and was answered later leaves an idle connection, not a late one."""
+
+    async def check() -> None:
+        async with serving(dataclasses.replace(PATIENT, body_seconds_max=0.2)) as running:
+            peer = await running.peer()
+            data = post("/later", b"abc")
+            await peer.send_parts(data[:-1], data[-1:])
+            assert (await peer.answer()).status == 200
+            await asyncio.sleep(0.4)
+            peer.send(get("/echo"))
+            assert (await peer.answer()).status == 200
+            await peer.close()
+
+    run(check())
+
+
 def test_a_half_closed_client_gets_its_answers_and_then_the_end() -> None:
     async def check() -> None:
-        async with serving(PATIENT) as running:
+        async with serving(dataclasses.replace(PATIENT, half_closed_seconds_max=30.0)) as running:
             started = time.monotonic()
             answers = await running.exchange(get("/echo") + get("/later") + post("/echo", b"x"))
             assert [answer.status for answer in answers] == [200, 200, 200]
+            answers = await running.exchange(get("/echo") + get("/later"))
+            assert [answer.status for answer in answers] == [200, 200]
             idle = await running.peer()
             idle.writer.write_eof()
             assert await idle.rest() == b""
@@ -249,7 +268,7 @@ class TestDrain:
 
     def test_what_is_in_flight_is_finished_and_says_that_it_was_the_last(self) -> None:
         async def check() -> None:
-            async with serving() as running:
+            async with serving(PATIENT) as running:
                 idle, pending, receiving = [await running.peer() for _ in range(3)]
                 idle.send(get("/echo"))
                 await idle.answer()
@@ -279,7 +298,7 @@ class TestDrain:
         """It was sent before the stop began, so its sender gets an answer."""
 
         async def check() -> None:
-            async with serving() as running:
+            async with serving(PATIENT) as running:
                 peer = await running.peer()
                 await asyncio.sleep(0.01)
                 peer.send(get("/echo"))
@@ -292,7 +311,7 @@ class TestDrain:
 
     def test_at_its_deadline_the_rest_is_told_and_cut(self) -> None:
         async def check() -> None:
-            async with serving() as running:
+            async with serving(PATIENT) as running:
                 pending, receiving = await running.peer(), await running.peer()
                 pending.send(get("/hold"))
                 receiving.send(post("/echo", b"abcdef")[:-3])
@@ -310,7 +329,7 @@ class TestDrain:
 
     def test_who_comes_now_is_told_that_it_is_too_late(self) -> None:
         async def check() -> None:
-            async with serving() as running:
+            async with serving(PATIENT) as running:
                 first = await running.peer()
                 first.send(get("/hold"))
                 await asyncio.sleep(0.01)
@@ -333,12 +352,16 @@ def test_no_timer_runs_without_connections() -> None:
 
     async def check() -> None:
         async with serving(QUICK) as running:
+
+            def timers() -> int:
+                return int(running.http._sweeper is not None)
+
             peer = await running.peer()
             await asyncio.sleep(0.01)
-            assert running.http._sweeper is not None
+            assert timers() == 1
             await peer.close()
             await asyncio.sleep(0.15)
-            assert running.http._sweeper is None
+            assert timers() == 0
             await running.exchange(get("/echo"))
 
     run(check())

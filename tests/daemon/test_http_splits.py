@@ -6,7 +6,8 @@ import hashlib
 
 import pytest
 
-from http_harness import LIMITS, Running, chunked, get, post, request, run, serving, undated
+from http_harness import Running, chunked, get, post, request, run, serving, undated
+from minikms.daemon.http import LIMITS
 
 BODY = bytes(range(256))
 CLOSE = "Connection: close"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 
-from http_harness import LIMITS, get, request, run, serving
+from http_harness import get, request, run, serving
+from minikms.daemon.http import LIMITS
 
 
 def test_a_connection_gets_at_most_its_share_of_a_turn() -> None:
@@ -26,6 +27,24 @@ def test_a_connection_gets_at_most_its_share_of_a_turn() -> None:
             assert running.app.commits >= 1000 // 8
             await greedy.close()
             await modest.close()
+
+    run(check())
+
+
+def test_large_answers_do_not_pile_up_in_one_turn() -> None:
+    """Of many requests whose answers are large, one is started a turn, and none while the client has not read."""
+
+    async def check() -> None:
+        async with serving(dataclasses.replace(LIMITS, write_buffer_bytes_max=100_000)) as running:
+            peer = await running.peer()
+            peer.reader._transport.pause_reading()  # type: ignore[attr-defined]  # a client that does not read
+            peer.send(get("/large?bytes=1000000") * 50)
+            await asyncio.sleep(0.1)
+            assert len(running.app.seen) == 1
+            peer.reader._transport.resume_reading()  # type: ignore[attr-defined]  # and now it does
+            for _ in range(50):
+                assert len((await peer.answer()).body) == 1_000_000
+            await peer.close()
 
     run(check())
 

@@ -4,7 +4,7 @@ Owns: the state of a connection. Rules:
 - A request is started only when it has arrived whole, and only when nothing blocks the connection (`_BUSY`, `_WRITE`,
   `_TURN`, `_CLOSING`). So answers leave in the order of their requests, and who does not read is not read.
 - An answer is queued, and written at the end of the turn, after the application has committed.
-- After a refusal nothing more is started: input is thrown away until the peer closes or the linger limit ends it.
+- After the last answer nothing more is started: input is thrown away until the peer closes or the linger limit ends it.
 - No timer is kept: `_phase` and `_since` say what is being waited for, and `sweep` compares them with the limits.
 It must never look into a body, know a path or a verb, or keep a body beyond `handle`.
 """
@@ -36,6 +36,10 @@ _TURN: Final = 4
 _CLOSING: Final = 8
 """The last answer is queued or sent."""
 
+_LARGE_ANSWER_BYTES: Final = 64 * 1024
+"""An answer beyond this uses up the connection's share of the turn, so that many of them can't pile up before the first
+is written."""
+
 
 class Connection(asyncio.BufferedProtocol, Generic[S]):
     """The protocol object of one connection; made by `HttpServer.protocol_factory`."""
@@ -46,7 +50,6 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         "_app",
         "_blocked",
         "_eof_at",
-        "_linger",
         "_paused",
         "_phase",
         "_reader",
@@ -72,7 +75,6 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         self._admitted: ParsedHead | None = None
         self._answers: list[bytes] = []
         self._paused = False
-        self._linger = False
         self._eof_at: float | None = None
         self._written = 0
         self._stall_mark = 0
@@ -118,6 +120,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
 
     def resume_writing(self) -> None:
         self._blocked &= ~_WRITE
+        self._since = self._server.now  # what the client sends now was not read before, and is not late
         self._go_on()
 
     # --- requests -----------------------------------------------------------------------------------------------
@@ -163,7 +166,6 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         self._admitted = head
         refused = self._server.admit(self._session, head)
         if refused is not None:
-            self._linger = True
             self._answer(head, refused, close=True)
         elif head.expect_continue:
             self._queue(CONTINUE)
@@ -171,6 +173,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
     def _start(self, head: ParsedHead, body: memoryview) -> None:
         """Hand one whole request to the application."""
         server = self._server
+        self._admitted = None
         answer: bytes | Response | Awaitable[bytes | Response]
         try:
             answer = self._app.handle(self._session, Request(head, body))
@@ -183,6 +186,8 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         except BufferError as error:  # the application kept a view of memory that isn't its own
             answer = server.failed(error)
         if type(answer) is bytes and head.plain and not server.draining:
+            if len(answer) > _LARGE_ANSWER_BYTES:
+                self._blocked |= _TURN
             self._queue(server.encoder.ok(answer))
         elif isinstance(answer, bytes | Response):
             self._answer(head, answer)
@@ -217,7 +222,6 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
     def _refuse(self, refusal: Refusal) -> None:
         """Answer the peer's last bytes with a refusal; the connection ends after it."""
         self._blocked |= _CLOSING
-        self._linger = True
         self._server.refuse(self._session, refusal)
         self._queue(self._server.encoder.answer(refusal_response(refusal), close=True))
 
@@ -290,10 +294,13 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
             self._transport.resume_reading()
 
     def _close(self) -> None:
-        """The last answer was written. After a refusal, close only when the client has had time to read it."""
+        """The last answer was written: close in stages, as RFC 9112 section 9.6 describes.
+
+        Closing while bytes of the client lie unread resets the connection, and the client may lose the answer.
+        """
         self._reader.discard()
         transport = self._transport
-        if not self._linger or self._eof_at is not None or transport.is_closing() or not transport.can_write_eof():
+        if self._eof_at is not None or transport.is_closing() or not transport.can_write_eof():
             transport.close()
             return
         transport.write_eof()

@@ -37,7 +37,6 @@ _STRAY: Final = re.compile(rb"\r[^\n]|(?<!\r)\n|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]
 """Bytes that no acceptable head contains, however it goes on."""
 _HOST: Final = re.compile(rb"[A-Za-z0-9\-._~!$&'()*+,;=:\[\]%]*")
 _LENGTH: Final = re.compile(rb"[0-9]+")
-_LENGTH_DIGITS_MAX: Final = 15
 
 _REQUEST_ID: Final = api.REQUEST_ID_HEADER.encode()
 _NOT_MEMORABLE: Final = frozenset({b"authorization", b"cookie", b"proxy-authorization", _REQUEST_ID})
@@ -96,7 +95,7 @@ class _Fields:
 def parse_head(raw: bytes, limits: Limits) -> ParsedHead:
     """Parse one head, from the method to the empty line inclusive. Raises `RefusedError`."""
     if len(raw) > limits.head_bytes_max:
-        raise RefusedError(_too_large(raw, limits))
+        raise RefusedError(refusals.HEAD_TOO_LARGE)
     line = _REQUEST_LINE.match(raw)
     if line is None:
         raise RefusedError(refusals.BAD_REQUEST_LINE)
@@ -129,28 +128,26 @@ def parse_head(raw: bytes, limits: Limits) -> ParsedHead:
     )
 
 
-def check_partial_head(raw: bytes, limits: Limits) -> None:
+def check_partial_head(data: bytearray, start: int, end: int, limits: Limits) -> None:
     """Refuse early what can't become an acceptable head: raises `RefusedError`, otherwise more bytes are awaited.
 
-    Without this a peer that speaks HTTP/0.9, TLS or with bare LF would wait for the head's timeout.
+    Without this a peer that speaks HTTP/0.9, TLS or with bare LF would wait for the timeout. The bytes are looked
+    at where they are: what is no head may be a body that went astray, and must not be copied.
     """
-    if len(raw) > limits.head_bytes_max:
-        raise RefusedError(_too_large(raw, limits))
-    if not raw[:1].isalpha():
+    if end - start > limits.head_bytes_max:
+        in_request_line = data.find(b"\r\n", start, end) < 0
+        raise RefusedError(refusals.TARGET_TOO_LONG if in_request_line else refusals.HEAD_TOO_LARGE)
+    if not data[start : start + 1].isalpha():
         raise RefusedError(refusals.BAD_REQUEST_LINE)
-    if b"\n" in raw:
-        line = _REQUEST_LINE.match(raw)
+    in_request_line = data.find(b"\n", start, end) < 0
+    if not in_request_line:
+        line = _REQUEST_LINE.match(data, start, end)
         if line is None:
             raise RefusedError(refusals.BAD_REQUEST_LINE)
         method, target, version = line.groups()
         _check_request_line(method, target, version, limits)
-    if _STRAY.search(raw) is not None:
-        raise RefusedError(refusals.BAD_HEADER if b"\n" in raw else refusals.BAD_REQUEST_LINE)
-
-
-def _too_large(raw: bytes, limits: Limits) -> refusals.Refusal:
-    in_request_line = b"\r\n" not in raw[: limits.head_bytes_max]
-    return refusals.TARGET_TOO_LONG if in_request_line else refusals.HEAD_TOO_LARGE
+    if _STRAY.search(data, start, end) is not None:
+        raise RefusedError(refusals.BAD_REQUEST_LINE if in_request_line else refusals.BAD_HEADER)
 
 
 def _check_request_line(method: bytes, target: bytes, version: bytes, limits: Limits) -> None:
@@ -184,10 +181,6 @@ def _single_fields(fields: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     for name, value in fields:
         if name not in single:
             single[name] = value
-        elif name == b"host":
-            raise RefusedError(refusals.BAD_HOST)
-        elif name == b"content-length":
-            raise RefusedError(refusals.BAD_CONTENT_LENGTH)
         elif name in _ONCE:
             raise RefusedError(refusals.REPEATED_HEADER)
         else:
@@ -226,16 +219,14 @@ def _body_length(fields: dict[bytes, bytes], method: bytes, is_1_1: bool, limits
         return 0, False
     if _LENGTH.fullmatch(length) is None:
         raise RefusedError(refusals.BAD_CONTENT_LENGTH)
-    if len(length) > _LENGTH_DIGITS_MAX or int(length) > limits.body_bytes_max:
+    # llhttp has refused what does not fit into 64 bits.
+    if int(length) > limits.body_bytes_max:
         raise RefusedError(refusals.BODY_TOO_LARGE)
     return int(length), False
 
 
 def _keep_alive(fields: dict[bytes, bytes], is_1_1: bool) -> bool:
-    tokens = _tokens(fields.get(b"connection", b""))
-    if b"close" in tokens:
-        return False
-    return is_1_1 or b"keep-alive" in tokens
+    return is_1_1 and b"close" not in _tokens(fields.get(b"connection", b""))
 
 
 def _tokens(value: bytes) -> list[bytes]:

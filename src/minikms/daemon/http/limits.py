@@ -35,7 +35,7 @@ BODY_SECONDS_MAX: Final = 60.0
 IDLE_SECONDS_MAX: Final = 300.0
 HALF_CLOSED_SECONDS_MAX: Final = 5.0
 LINGER_SECONDS_MAX: Final = 2.0
-"""How long input is still read and thrown away after a refusal, so that the client gets to read the answer."""
+"""How long input is still read and thrown away after the last answer, so that the client gets to read that."""
 WRITE_STALL_SECONDS_MAX: Final = 30.0
 WRITE_PROGRESS_BYTES_MIN: Final = 64 * 1024
 """A client that takes less than this, and not all, in WRITE_STALL_SECONDS_MAX counts as not reading."""

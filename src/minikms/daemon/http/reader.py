@@ -23,7 +23,6 @@ from minikms.daemon.http.limits import Limits
 from minikms.daemon.http.receive import Budget, ReceiveBuffer
 
 _CARRY_BYTES_MIN: Final = 4096
-_BODY_BYTES_STEP: Final = 64 * 1024
 
 
 class Phase(IntEnum):
@@ -104,7 +103,7 @@ class RequestReader:
                 return None
             stop = self._data.find(b"\r\n\r\n", position, self._end) + 4
             if stop < 4:
-                check_partial_head(bytes(self._view[position : self._end]), self._shared.limits)
+                check_partial_head(self._data, position, self._end, self._shared.limits)
                 return None
             raw = bytes(self._view[position:stop])
             head = self._shared.memo.get(raw) or self._shared.memo.parse(raw)
@@ -161,9 +160,10 @@ class RequestReader:
 
         Never the announced length at once: announcing costs the peer nothing, sending does.
         """
+        capacity = max(2 * filled, _CARRY_BYTES_MIN)
         if self.head is not None and filled < self.head.content_length:
-            return min(max(2 * filled, _BODY_BYTES_STEP), self.head.content_length)
-        return max(2 * filled, _CARRY_BYTES_MIN)
+            return min(capacity, self.head.content_length)
+        return capacity
 
     def _next_chunked(self, head: ParsedHead) -> tuple[ParsedHead, memoryview] | None:
         self._drop_chunks(if_complete=True)
