@@ -182,10 +182,13 @@ class Verifier:
         self._first_seq = 1 if event.type == record.TYPE_GENESIS else event.seq
         self._covered_seq = self._first_seq - 1
         previous: bytes | None = None
-        if self._from_signed_line:
+        if self._from_signed_line and event.type not in record.SIGNED_TYPES:
+            self._found("anchor", event.seq, f"line {event.seq} is not a signed line: a check can't begin with it")
+        elif self._from_signed_line:
             previous = base64_bytes(event.facts.get("previous_sig"), record.MAC_BYTES)
             self._log_id = _text(event.facts, "log_id")
             self._use_key(event, _int(event.facts, "key"), None)
+            self._segments = 1
             self._coverage_sound = False  # what it covers was not fed
         elif event.type == record.TYPE_GENESIS:
             previous = record.ZERO_MAC
@@ -201,12 +204,8 @@ class Verifier:
         else:
             self._found("missing", event.seq, f"the log begins with line {event.seq}: what stood before it is missing")
         self._sequence.begin(self._first_seq, event_bytes, sig, previous)
-        if self._from_signed_line:
-            self._segments = 1
-            if event.type in record.SIGNED_TYPES:
-                self._signed_line(event)
-            else:
-                self._found("anchor", event.seq, f"line {event.seq} is not a signed line: a check can't begin with it")
+        if self._from_signed_line and event.type in record.SIGNED_TYPES:
+            self._signed_line(event)
 
     def _first_segment(self, event: Event) -> None:
         """Take over the log, the key and the segment that the first line names."""

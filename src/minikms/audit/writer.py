@@ -201,7 +201,11 @@ class ChainWriter:
         log_path = os.path.join(self._directory, LOG_NAME)
         if not following.old_renamed:
             self.durability.sync()
-            os.rename(log_path, os.path.join(self._directory, segment_name(self.segment)))
+            closed_path = os.path.join(self._directory, segment_name(self.segment))
+            try:
+                os.rename(log_path, closed_path)
+            except FileNotFoundError:  # done by an attempt before, which reported an error all the same
+                os.stat(closed_path)
             following.old_renamed = True
         with contextlib.suppress(FileNotFoundError):  # renamed by an attempt before, which failed after it
             os.rename(os.path.join(self._directory, NEXT_NAME), log_path)
