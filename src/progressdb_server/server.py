@@ -30,7 +30,9 @@ from progressdb_server.kms.remote import RemoteProvider
 from progressdb_server.kms.supervisor import Supervisor, SupervisorError
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineLockedError, EngineUnavailableError
+from progressdb_server.store.epoch import RestoredError
 from progressdb_server.store.form import FormatError
+from progressdb_server.store.model import StoreUnavailableError
 from progressdb_server.store.rocks import RocksEngine
 
 _log: Final = structlog.get_logger("progressdb")
@@ -80,17 +82,20 @@ def child_options(config: Config, master_key_fd: int | None) -> ChildOptions:
     )
 
 
-def run(config: Config, master_key_fd: int | None) -> None:
-    """Serve until SIGTERM or SIGINT. Raises ConfigError, ServeError when it can't start."""
+def run(config: Config, master_key_fd: int | None, *, accept_restore: bool = False) -> None:
+    """Serve until SIGTERM or SIGINT. `accept_restore`: also with an older state of the key service.
+
+    Raises ConfigError, ServeError when it can't start.
+    """
     logs.configure(config.logging.format, config.logging.level)
     check_tls(config.server.tls)
     check_key_source(config, has_master_key=master_key_fd is not None)
     raise_descriptor_limit()
     os.umask(0o077)
-    uvloop.run(_serve(config, master_key_fd))
+    uvloop.run(_serve(config, master_key_fd, accept_restore))
 
 
-async def _serve(config: Config, master_key_fd: int | None) -> None:
+async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in _STOPPING:
@@ -98,7 +103,7 @@ async def _serve(config: Config, master_key_fd: int | None) -> None:
     async with AsyncExitStack() as started:
         listener = bind(config.server.address, config.server.port)
         started.callback(listener.close)
-        store = await _unless_stopped(stop, _open_store(config, master_key_fd, started))
+        store = await _unless_stopped(stop, _open_store(config, master_key_fd, accept_restore, started))
         if store is None:
             return
         registry = CollectorRegistry()
@@ -127,7 +132,9 @@ async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, Opened]
     return None
 
 
-async def _open_store(config: Config, master_key_fd: int | None, started: AsyncExitStack) -> Conversations:
+async def _open_store(
+    config: Config, master_key_fd: int | None, accept_restore: bool, started: AsyncExitStack
+) -> Conversations:
     """The key service, then the store; each is closed by `started`. Raises ServeError."""
     try:
         os.makedirs(config.storage.db_path, mode=0o700, exist_ok=True)
@@ -149,7 +156,10 @@ async def _open_store(config: Config, master_key_fd: int | None, started: AsyncE
         if not opened:
             engine.close()
     started.push_async_callback(store.close)
-    await store.start()
+    try:
+        await store.start(accept_restore=accept_restore)
+    except (RestoredError, StoreUnavailableError) as error:
+        raise ServeError(str(error)) from None
     return store
 
 

@@ -10,13 +10,12 @@ import pytest
 from opened_store import messages_of, opened
 from sealing_provider import SealingProvider
 
-from progressdb_server.store import backup, keyspace
+from progressdb_server.store import backup
 from progressdb_server.store.backup import BackupError
 from progressdb_server.store.check import Checker
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import NewMessage
 from progressdb_server.store.rocks import RocksEngine
-from progressdb_server.store.writer import Write
 
 
 async def write(store: Conversations, count: int) -> list[str]:
@@ -24,13 +23,8 @@ async def write(store: Conversations, count: int) -> list[str]:
     return [message.id for message in await asyncio.gather(*made)]
 
 
-async def back_up(
-    store: Conversations, path: Path, previous: Path | None = None, created_ns: int = 1
-) -> backup.Manifest:
-    await store.writer.commit(Write([backup.registered(str(path), created_ns)]))
-    return await asyncio.to_thread(
-        backup.create, store.engine, str(path), created_ns=created_ns, previous=str(previous) if previous else None
-    )
+async def back_up(store: Conversations, path: Path, previous: Path | None = None) -> backup.Manifest:
+    return await store.back_up(str(path), previous=str(previous) if previous else None)
 
 
 def test_a_backup_made_under_load_holds_what_was_acknowledged_before_it(tmp_path: Path) -> None:
@@ -61,11 +55,14 @@ def test_the_next_backup_shares_the_files_that_did_not_change(tmp_path: Path) ->
     async def run() -> None:
         async with opened(RocksEngine(str(tmp_path / "db")), provider) as store:
             await write(store, 200)
-            first = await back_up(store, tmp_path / "one", created_ns=1)
+            first = await back_up(store, tmp_path / "one")
             await write(store, 10)
-            second = await back_up(store, tmp_path / "two", tmp_path / "one", created_ns=2)
-            registers = store.engine.scan(keyspace.BACKUPS, keyspace.after(keyspace.BACKUPS), limit=9)
-            assert len(registers) == 2
+            second = await back_up(store, tmp_path / "two", tmp_path / "one")
+            begun = await store.backups()
+            assert [one.path for one in begun] == [str(tmp_path / "one"), str(tmp_path / "two")]
+            assert begun[0].created_ns == first.created_ns
+            await store.forget_backup(begun[0].created_ns)
+            assert await store.backups() == begun[1:]
         shared = {f.name for f in first.files} & {f.name for f in second.files}
         linked = [n for n in shared if os.stat(tmp_path / "two" / "store" / n).st_nlink == 2]
         assert any(name.endswith(".sst") for name in linked)

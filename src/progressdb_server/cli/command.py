@@ -31,6 +31,10 @@ Dev = Annotated[
     bool | None,
     Parameter(help="Development: miniKMS makes its own root key file [PROGRESSDB_DEV].", negative=()),
 ]
+AcceptRestore = Annotated[
+    bool,
+    Parameter(help="Serve although the key service's data is older than what the store has seen.", negative=()),
+]
 LogFormat = Annotated[str | None, Parameter(help="console or json [PROGRESSDB_LOG_FORMAT].")]
 
 
@@ -78,6 +82,7 @@ def application(master_key_fd: int | None) -> App:
         master_key_file: MasterKeyFile = None,
         dev: Dev = None,
         log_format: LogFormat = None,
+        accept_restore: AcceptRestore = False,
     ) -> int:
         """Serve the HTTP API until SIGTERM."""
         from progressdb_server import server
@@ -93,6 +98,7 @@ def application(master_key_fd: int | None) -> App:
                     log_format=log_format,
                 ).config,
                 master_key_fd,
+                accept_restore=accept_restore,
             )
         except (ConfigError, server.ServeError) as error:
             return _refused(error)

@@ -12,10 +12,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
+import msgspec
 import structlog
 
 from progressdb_server.kms.provider import Provider, ProviderError, ProviderRefusedError, ProviderUnavailableError
-from progressdb_server.store import form, idempotency, keyspace
+from progressdb_server.store import backup, form, idempotency, keyspace
 from progressdb_server.store.clock import Clock
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
 from progressdb_server.store.epoch import EpochMemory, RestoredError
@@ -33,7 +34,7 @@ from progressdb_server.store.model import (
 from progressdb_server.store.reading import MessageReader
 from progressdb_server.store.sealer import Sealer
 from progressdb_server.store.threads import Threads
-from progressdb_server.store.writer import Writer
+from progressdb_server.store.writer import Write, Writer
 
 SWEEP_S: Final = 3600
 EPOCH_S: Final = 10
@@ -202,6 +203,28 @@ class Conversations:
     # --- the whole ------------------------------------------------------------------------------------------------
     async def stats(self) -> dict[str, int]:
         return {"threads": self.writer.state.threads, "messages": self.writer.state.messages}
+
+    async def back_up(self, path: str, *, previous: str | None = None) -> backup.Manifest:
+        """Make a verified backup in the new directory `path`, beside running writes; it shares files with `previous`.
+
+        The key service is backed up after this. Raises BackupError, StoreUnavailableError.
+        """
+        created_ns = self._clock.now_ns()
+        await self.writer.commit(Write((backup.registered(path, created_ns),)))
+        return await asyncio.to_thread(backup.create, self.engine, path, created_ns=created_ns, previous=previous)
+
+    async def backups(self) -> list[backup.Registered]:
+        """Those that were begun and not yet forgotten, oldest first."""
+        lower, upper = keyspace.BACKUPS, keyspace.after(keyspace.BACKUPS)
+        found: list[backup.Registered] = []
+        while entries := self.engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
+            lower = entries[-1][0] + b"\0"
+            found += [msgspec.json.decode(value, type=backup.Registered) for _, value in entries]
+        return found
+
+    async def forget_backup(self, created_ns: int) -> None:
+        """Of a backup that no longer exists: keys that it alone needed may be destroyed."""
+        await self.writer.commit(Write(((backup.register_key(created_ns), None),)))
 
     async def stored_keys(self, prefix: str) -> AsyncIterator[list[str]]:
         lower = prefix.encode()
