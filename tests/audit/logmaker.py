@@ -82,7 +82,7 @@ def write_events(log: AuditLog, count: int, *, per_commit: int = 1, first: int =
 
 def make_log(directory: Path, count: int = 12, **options: object) -> AuditLog:
     """A closed log of `count` events in `directory`, which is made."""
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(exist_ok=True, parents=True)
     log = open_log(directory, **options)  # type: ignore[arg-type]  # tests pass on what `open` takes
     write_events(log, count)
     log.close()

@@ -1,0 +1,44 @@
+"""A small real process that writes an audit log, for tests of what the kernel does to it.
+
+Usage: auditwriter.py DIRECTORY COMMITS [EVENTS_PER_COMMIT [FILE_BYTES_MAX]]. Prints a line per commit: the seq of the
+head when it was written, "unavailable" when not; between failures it waits a moment and goes on. It prints only after
+the commit, as a daemon answers only after it.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+from logmaker import KEY1, encrypt_event, open_log
+
+from minikms.audit.log import Limits
+from minikms.errors import AuditUnavailableError
+
+
+def main(directory: str, commits: str, events: str = "1", file_bytes_max: str = "0") -> None:
+    log = open_log(Path(directory), KEY1, clock=time.time_ns, limits=Limits(reserve_bytes=256 * 1024))
+    if int(file_bytes_max):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(file_bytes_max), resource.RLIM_INFINITY))
+    for number in range(int(commits)):
+        if number == int(commits) // 2 and int(file_bytes_max):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        for item in range(int(events)):
+            log.add(encrypt_event(number * int(events) + item))
+        try:
+            log.commit()
+            log.fdatasync()
+            print(log.head["seq"], flush=True)
+        except AuditUnavailableError:
+            print("unavailable", flush=True)
+            time.sleep(0.002)
+    try:
+        log.close()
+    except AuditUnavailableError:
+        print("unclosed", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
