@@ -12,7 +12,6 @@ import errno
 import fcntl
 import os
 import stat
-from types import TracebackType
 from typing import Final, Self
 
 from minikms.errors import StartError
@@ -56,9 +55,7 @@ class DataDirLock:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

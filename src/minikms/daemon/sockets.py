@@ -24,7 +24,6 @@ import socket
 import stat
 import sys
 from collections.abc import Iterator, MutableMapping
-from types import TracebackType
 from typing import Final, Self
 
 from minikms.custody.lock import lock_file
@@ -62,9 +61,7 @@ class UnixListener:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -23,7 +23,6 @@ import os
 import resource
 import stat
 import sys
-from types import TracebackType
 from typing import Final, Literal, Self
 
 from minikms.errors import ArenaFullError, KeyTextError, StartError
@@ -131,9 +130,7 @@ class SecretArena:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -236,9 +233,7 @@ class SecretSlot:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def __del__(self) -> None:

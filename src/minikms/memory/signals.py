@@ -14,7 +14,6 @@ import os
 import signal
 import struct
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Final, Self
 
 from minikms.errors import StartError
@@ -67,9 +66,7 @@ class SignalReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
