@@ -35,7 +35,7 @@ class Distribution:
         buckets: list[tuple[str, float]] = []
         for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
             total += count
-            buckets.append(("+Inf" if bound == float("inf") else str(bound), total))
+            buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), total))
         return HistogramMetricFamily(name, help_text, buckets=buckets, sum_value=self._sum)
 
 
