@@ -10,7 +10,8 @@ import pytest
 
 from http_harness import get, parse_answers, post, run, serving
 from http_inputs import ACCEPTED, REFUSED
-from minikms.daemon.http import refusals
+from minikms import api
+from minikms.daemon.http import limits, refusals
 
 SPECIFICATION = Path(__file__).resolve().parents[2] / "docs" / "spec" / "http.md"
 
@@ -95,6 +96,16 @@ def test_the_specification_lists_every_refusal() -> None:
     assert {
         name: refusals.Refusal(int(status), code, sentence) for name, status, code, sentence in rows
     } == refusals.TABLE
+
+
+def test_the_specification_states_the_bounds_as_they_are() -> None:
+    """Each row of its table of bounds names a constant and that constant's value."""
+    units = {"": 1, " KiB": 1024, " MiB": 1024 * 1024, " s": 1}
+    rows = re.findall(r"^\| .+ \| ([0-9,]+)( KiB| MiB| s|) \| `(api\.)?([A-Z_]+)` \|$", SPECIFICATION.read_text(), re.M)
+    assert len(rows) == 16
+    for number, unit, in_api, name in rows:
+        value = getattr(api if in_api else limits, name)
+        assert value == int(number.replace(",", "")) * units[unit], name
 
 
 def test_only_the_state_of_the_service_is_a_5xx() -> None:
