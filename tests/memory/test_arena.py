@@ -123,6 +123,17 @@ def test_closing_zeroes_all_slots_and_ends_their_views(fallback: bool) -> None:
     alias.release()
 
 
+def test_an_arena_that_is_left_by_an_exception_is_zeroed() -> None:
+    alias = memoryview(b"")
+    with pytest.raises(RuntimeError), SecretArena(1, force_fallback=True) as arena:
+        slot = arena.allocate()
+        fill_random(slot.view)
+        alias = slot.view[:]
+        raise RuntimeError
+    assert bytes(alias) == bytes(SLOT_BYTES)
+    alias.release()
+
+
 def test_neither_arena_nor_slot_shows_or_copies_a_key() -> None:
     with SecretArena(1) as arena, arena.allocate() as slot:
         slot.view[:] = b"K" * SLOT_BYTES

@@ -1,7 +1,7 @@
 """Two processes that try the same thing at the same moment.
 
-Owns: how a race is run. Invariants: both are forks that spin until one moment, so that they do meet; a winner holds what
-it won until both have told, however long the other takes; an error that is not a refusal is neither of the two words.
+Owns: how a race is run. Invariants: both are forks that spin until one moment, so that they do meet; a winner holds
+what it won until both have told, however long the other takes; an error that is not a refusal is neither of the two.
 """
 
 from __future__ import annotations
