@@ -85,7 +85,7 @@ def rotate_audit_key(data_dir: str, root_key: RootKey) -> NewAuditKey:
         _open_log(data_dir, unlocked).close()
         now = clock.rfc3339(clock.now_ns())
         made = unlocked.make_audit_key(fill_random, version=unlocked.body.audit_key.version + 1, at=now)
-        body = keyring.next_epoch(unlocked.body, at=now, audit_keys=(*unlocked.body.audit_keys, made))
+        body = keyring.add_audit_key(unlocked.body, made, at=now)
         file.store_now(unlocked.encode(body))
         unlocked.body = body
         log = _open_log(data_dir, unlocked)

@@ -12,6 +12,7 @@ from typing import Final
 ROOT_FINGERPRINT: Final = b"minikms/root-fingerprint/v1\0"
 ROOT_COMMITMENT: Final = b"minikms/root-commitment/v1\0"
 SLOT: Final = b"minikms/slot/v1\0"
+KEYRING_KEY: Final = b"minikms/keyring-key/v1\0"
 KEK: Final = b"minikms/kek/v1\0"
 AUDIT_KEY: Final = b"minikms/audit-key/v1\0"
 AUDIT_SEED: Final = b"minikms/audit-seed/v1\0"

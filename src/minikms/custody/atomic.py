@@ -139,13 +139,16 @@ def replace_many(directory: int, files: Sequence[tuple[str, bytes]]) -> None:
             raise outcome
 
 
-def write_group(directory: int, writes: Sequence[FileWrite]) -> list[MiniKmsError | None]:
+def write_group(
+    directory: int, writes: Sequence[FileWrite], *, durable_first: int | None = None
+) -> list[MiniKmsError | None]:
     """Commit a group; for each write None once it is durable, or its error. Blocks on the disk.
 
     A failure before the first rename fails all. After that each write stands alone: a taken name is a ConflictError of
-    that write only. An exclusive file whose last sync fails is removed again.
+    that write only. An exclusive file whose last sync fails is removed again. `durable_first` is another directory of
+    the same file system, whose entries are on the disk before the first file of the group is put in place.
     """
-    return _write_group(directory, writes, 0o600)
+    return _write_group(directory, writes, 0o600, durable_first)
 
 
 def remove_file(directory: int, name: str) -> bool:
@@ -261,7 +264,9 @@ class GroupCommit:
                 done.set_exception(outcome)
 
 
-def _write_group(directory: int, writes: Sequence[FileWrite], mode: int) -> list[MiniKmsError | None]:
+def _write_group(
+    directory: int, writes: Sequence[FileWrite], mode: int, durable_first: int | None = None
+) -> list[MiniKmsError | None]:
     for write in writes:
         _check_name(write.name)
     outcomes: list[MiniKmsError | None] = [None] * len(writes)
@@ -273,6 +278,8 @@ def _write_group(directory: int, writes: Sequence[FileWrite], mode: int) -> list
                 temps.append(_write_temp(directory, (write.data,), mode, sync=not by_syncfs))
             if by_syncfs:
                 _syncfs(directory)
+            elif durable_first is not None:
+                os.fsync(durable_first)
         for index, write in enumerate(writes):
             try:
                 _put_in_place(directory, temps[index], write)

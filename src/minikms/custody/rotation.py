@@ -102,29 +102,32 @@ class KekRotation:
                 raise ConflictError("this root key still opens the keyring but is not the newest; give a fresh one")
             if any(old.fingerprint == given for old in body.retired_roots):
                 raise ConflictError("this root key was rotated away before; give a fresh one")
-            if len(body.slots) >= keyring.SLOTS_MAX:
-                raise ConflictError("too many root keys open this keyring; start once with the newest one first")
             await self._begin(body, root)
             return True
 
     async def _begin(self, body: keyring.Body, root: SecretSlot | None) -> None:
+        keyring.check_has_room(body, new_root=root is not None)
         now_ns = clock.now_ns()
         at = clock.rfc3339(now_ns)
         unlocked = self._vault.unlocked
         version = max(kek.version for kek in body.keks) + 1
-        number = 1 + max((int(slot.slot_id[1:]) for slot in body.slots), default=0)
-        slot = None
-        if root is not None:
-            slot = unlocked.make_slot(root.view, "request", slot_id=f"s{max(number, body.epoch)}", at=at)
-        kek = unlocked.make_kek(fill_random, state="pending", version=version, at=at)
-        scrub_stack()
         try:
+            added = None
+            key_version = body.key_version
+            if root is not None:
+                # An epoch is written once, so no other slot has this id.
+                added = unlocked.make_root(root.view, "request", fill_random, slot_id=f"s{body.epoch}", at=at)
+                key_version = added.link.version
+            kek = unlocked.make_kek(fill_random, version=version, state="pending", at=at, key_version=key_version)
+            scrub_stack()
             await self._vault.store_body(
-                keyring.begin_rotation(body, kek=kek, slot=slot, stamp=clock.stamp(now_ns), at=at)
+                keyring.begin_rotation(body, kek=kek, root=added, stamp=clock.stamp(now_ns), at=at)
             )
-        except MiniKmsError:
+        except BaseException:
             unlocked.forget_kek(version)
             raise
+        finally:
+            unlocked.settle()
         self.rewrapped = 0
         self.last_error = ""
 

@@ -8,6 +8,7 @@ unwrapped key. docs/spec/formats.md describes the file.
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import msgspec
@@ -15,10 +16,15 @@ import msgspec
 from minikms import api
 from minikms.crypto import aead, envelope
 from minikms.errors import DecryptionError, KeyUnreadableError
+from minikms.keys.keyring import VERSION_MAX as KEK_VERSION_MAX
 from minikms.keys.states import DekState, move_dek
 
 FORMAT: Final = 1
 FILE_BYTES_MAX: Final = 16 * 1024
+REWRAPS_MAX: Final = 2**31
+"""Above every `version` of a record."""
+
+_TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
 
 
 class DekRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -68,11 +74,30 @@ def parse(data: bytes, key_id: str) -> DekRecord:
         raise KeyUnreadableError(f"the file of key {key_id} has format version {record.format}; this is {FORMAT}")
     if record.id != key_id:
         raise KeyUnreadableError(f"the file of key {key_id} holds another key's record")
-    if record.algorithm != envelope.ALGORITHM or record.version < 1 or record.state == "destroyed":
-        raise KeyUnreadableError(f"the file of key {key_id} names an algorithm, version or state that is not known")
+    if not _is_known(record):
+        raise KeyUnreadableError(
+            f"the file of key {key_id} names an algorithm, version, state or time that is not known"
+        )
+    if not all(_is_key_id_or_empty(other) for other in (record.replaces, record.replaced_by)):
+        raise KeyUnreadableError(f"the file of key {key_id} names an impossible key")
     if api.THREAD_ID_PATTERN.fullmatch(record.thread_id) is None:
         raise KeyUnreadableError(f"the file of key {key_id} names an impossible thread")
     return record
+
+
+def _is_known(record: DekRecord) -> bool:
+    times = [record.created_at] if record.state == "active" else [record.created_at, record.retired_at]
+    return (
+        record.algorithm == envelope.ALGORITHM
+        and 1 <= record.version < REWRAPS_MAX
+        and 1 <= record.kek_version < KEK_VERSION_MAX
+        and (record.state == "retired" or (record.state == "active" and not record.retired_at))
+        and all(_TIME.fullmatch(time) for time in times)
+    )
+
+
+def _is_key_id_or_empty(text: str) -> bool:
+    return not text or api.KEY_ID_PATTERN.fullmatch(text) is not None
 
 
 def new(

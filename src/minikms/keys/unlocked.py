@@ -3,13 +3,15 @@
 Owns: the arena slots of the keyring key, of every KEK version and of the audit keys. Invariants: key material is
 written straight into the arena (random bytes by `readv`, unwrapped keys by `decrypt_into`); the root key is needed
 only while a slot is opened or made, and released by the caller right after. A body is trusted only once its tag was
-checked. It must never do I/O of its own.
+checked. A new keyring key lies beside the present one until `settle`, for the body that brings it in may not reach the
+disk. It must never do I/O of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -27,10 +29,10 @@ FillRandom = Callable[[memoryview], None]
 class UnlockedKeyring:
     """The keyring's body beside its opened keys. `body` is replaced only after the new one is durable."""
 
-    def __init__(self, arena: SecretArena, nonces: Nonces, body: keyring.Body, keyring_key: SecretSlot) -> None:
+    def __init__(self, arena: SecretArena, nonces: Nonces, body: keyring.Body) -> None:
         self._arena = arena
         self._nonces = nonces
-        self._keyring_key = keyring_key
+        self._keyring_keys: dict[int, SecretSlot] = {}
         self._keks: dict[int, SecretSlot] = {}
         self._audit: dict[int, tuple[SecretSlot, SecretSlot]] = {}
         self.body = body
@@ -58,18 +60,19 @@ class UnlockedKeyring:
             epoch=1,
             created_at=at,
             updated_at=at,
+            key_version=1,
             slots=(),
             keks=(),
             audit_keys=(),
         )
-        key = arena.allocate()
-        fill_random(key.view)
-        unlocked = cls(arena, nonces, empty, key)
-        slot = unlocked.make_slot(root, provider, slot_id="s1", at=at)
-        kek = unlocked.make_kek(fill_random, state="active", version=1, at=at)
-        audit_key = unlocked.make_audit_key(fill_random, version=1, at=at)
-        unlocked.body = msgspec.structs.replace(empty, slots=(slot,), keks=(kek,), audit_keys=(audit_key,))
-        keyring.check(unlocked.body)
+        unlocked = cls(arena, nonces, empty)
+        with unlocked._released_on_failure():
+            fill_random(unlocked._new_keyring_key(1))
+            slot = unlocked._make_slot(root, provider, opens=1, slot_id="s1", at=at)
+            kek = unlocked.make_kek(fill_random, version=1, state="active", at=at)
+            audit_key = unlocked.make_audit_key(fill_random, version=1, at=at)
+            unlocked.body = msgspec.structs.replace(empty, slots=(slot,), keks=(kek,), audit_keys=(audit_key,))
+            keyring.check(unlocked.body)
         return unlocked
 
     @classmethod
@@ -86,54 +89,129 @@ class UnlockedKeyring:
             raise StartError(wrong_root_text(body, given))
         if not hmac.compare_digest(roots.commitment(root, slot.slot_id), slot.commitment):
             raise StartError("the keyring's slot does not belong to this root key; restore keyring.json from a backup")
-        key = arena.allocate()
-        try:
-            aead.open_into(root, slot.wrapped, _slot_aad(body.keyring_id, slot.slot_id, given), key.view)
-            aead.check_authentic(key.view, tag, labels.aad(labels.KEYRING, body_bytes))
-        except DecryptionError:
-            key.release()
-            raise StartError("the keyring was altered or is damaged; restore keyring.json from a backup") from None
-        unlocked = cls(arena, nonces, body, key)
-        try:
-            unlocked._open_keys()
-        except DecryptionError:
-            unlocked.release()
-            raise StartError("a key of the keyring does not open; restore keyring.json from a backup") from None
+        unlocked = cls(arena, nonces, body)
+        with unlocked._released_on_failure():
+            try:
+                unlocked._open_keyring_key(root, slot)
+                aead.check_authentic(unlocked._keyring_key.view, tag, labels.aad(labels.KEYRING, body_bytes))
+            except DecryptionError:
+                raise StartError("the keyring was altered or is damaged; restore keyring.json from a backup") from None
+            try:
+                unlocked._open_keys()
+            except DecryptionError:
+                raise StartError("a key of the keyring does not open; restore keyring.json from a backup") from None
         return unlocked, slot
+
+    @property
+    def _keyring_key(self) -> SecretSlot:
+        return self._keyring_keys[self.body.key_version]
+
+    @contextlib.contextmanager
+    def _released_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
+
+    def _open_keyring_key(self, root: memoryview, slot: keyring.Slot) -> None:
+        """Opens the slot's keyring key, then, link by link, the present one; keeps only that."""
+        body = self.body
+        aad = _slot_aad(body.keyring_id, slot.slot_id, slot.fingerprint, slot.opens)
+        aead.open_into(root, slot.wrapped, aad, self._new_keyring_key(slot.opens))
+        for link in body.links:
+            if link.version > slot.opens:
+                before = self._keyring_keys[link.version - 1].view
+                target = self._new_keyring_key(link.version)
+                aead.open_into(before, link.wrapped, self._versioned_aad(labels.KEYRING_KEY, link.version), target)
+        self.settle()
+
+    def _new_keyring_key(self, version: int) -> memoryview:
+        slot = self._keyring_keys[version] = self._arena.allocate()
+        return slot.view
 
     def _open_keys(self) -> None:
         for kek in self.body.keks:
             if kek.state != "destroyed":
                 target = self._keks[kek.version] = self._arena.allocate()
-                aead.open_into(self._keyring_key.view, kek.wrapped, self._kek_aad(kek.version), target.view)
-        for audit_key in self.body.audit_keys:
-            pair = self._audit[audit_key.version] = (self._arena.allocate(), self._arena.allocate())
-            for wrapped, label, target in (
-                (audit_key.wrapped_key, labels.AUDIT_KEY, pair[0]),
-                (audit_key.wrapped_seed, labels.AUDIT_SEED, pair[1]),
-            ):
-                aead.open_into(self._keyring_key.view, wrapped, self._audit_aad(label, audit_key.version), target.view)
+                self._open_under(kek.wrapped, labels.KEK, kek.version, target)
+        for key in self.body.audit_keys:
+            mac_key, seed = self._audit[key.version] = (self._arena.allocate(), self._arena.allocate())
+            self._open_under(key.wrapped_key, labels.AUDIT_KEY, key.version, mac_key)
+            self._open_under(key.wrapped_seed, labels.AUDIT_SEED, key.version, seed)
 
     # --- making keys -------------------------------------------------------------------------------------------------
 
-    def make_slot(self, root: memoryview, provider: keyring.Provider, *, slot_id: str, at: str) -> keyring.Slot:
-        """A slot that wraps the keyring key under `root`."""
+    def make_root(
+        self, root: memoryview, provider: keyring.Provider, fill_random: FillRandom, *, slot_id: str, at: str
+    ) -> keyring.NewRoot:
+        """What a new root key adds to the body: a slot, and a fresh keyring key with every key sealed anew under it.
+
+        The new keyring key takes effect with a body of its version; `settle` forgets whichever key is then not needed.
+        """
+        before = self._keyring_key.view
+        version = self.body.key_version + 1
+        fill_random(self._new_keyring_key(version))
+        link = self._seal_under(before, labels.KEYRING_KEY, version, self._keyring_keys[version])
+        sealing = self._keyring_keys[version].view
+        return keyring.NewRoot(
+            slot=self._make_slot(root, provider, opens=version, slot_id=slot_id, at=at),
+            link=keyring.Link(version, link),
+            keks=tuple(self._resealed_kek(sealing, kek) for kek in self.body.keks),
+            audit_keys=tuple(self._resealed_audit_key(sealing, key) for key in self.body.audit_keys),
+        )
+
+    def settle(self) -> None:
+        """Zeroes every keyring key but that of the present body."""
+        for version in [version for version in self._keyring_keys if version != self.body.key_version]:
+            self._keyring_keys.pop(version).release()
+
+    def _make_slot(
+        self, root: memoryview, provider: keyring.Provider, *, opens: int, slot_id: str, at: str
+    ) -> keyring.Slot:
         name = roots.fingerprint(root)
-        aad = _slot_aad(self.body.keyring_id, slot_id, name)
+        aad = _slot_aad(self.body.keyring_id, slot_id, name, opens)
         return keyring.Slot(
             slot_id=slot_id,
             fingerprint=name,
             provider=provider,
             created_at=at,
             commitment=roots.commitment(root, slot_id),
-            wrapped=aead.seal(root, self._nonces(), self._keyring_key.view, aad),
+            opens=opens,
+            wrapped=aead.seal(root, self._nonces(), self._keyring_keys[opens].view, aad),
         )
 
-    def make_kek(self, fill_random: FillRandom, *, state: KekState, version: int, at: str) -> keyring.Kek:
-        """A fresh random KEK version, kept in the arena under its number until `forget_kek` or `release`."""
+    def _resealed_kek(self, sealing: memoryview, kek: keyring.Kek) -> keyring.Kek:
+        if kek.state == "destroyed":
+            return kek
+        wrapped = self._seal_under(sealing, labels.KEK, kek.version, self._keks[kek.version])
+        return msgspec.structs.replace(kek, wrapped=wrapped)
+
+    def _resealed_audit_key(self, sealing: memoryview, key: keyring.AuditKey) -> keyring.AuditKey:
+        mac_key, seed = self._audit[key.version]
+        return msgspec.structs.replace(
+            key,
+            wrapped_key=self._seal_under(sealing, labels.AUDIT_KEY, key.version, mac_key),
+            wrapped_seed=self._seal_under(sealing, labels.AUDIT_SEED, key.version, seed),
+        )
+
+    def make_kek(
+        self,
+        fill_random: FillRandom,
+        *,
+        version: int,
+        state: KekState,
+        at: str,
+        key_version: int | None = None,
+    ) -> keyring.Kek:
+        """A fresh random KEK version, kept in the arena under its number until `forget_kek` or `release`.
+
+        It is sealed under the keyring key of `key_version`, without it under the present one.
+        """
         slot = self._keks[version] = self._arena.allocate()
         fill_random(slot.view)
-        wrapped = aead.seal(self._keyring_key.view, self._nonces(), slot.view, self._kek_aad(version))
+        sealing = self._keyring_keys[self.body.key_version if key_version is None else key_version].view
+        wrapped = self._seal_under(sealing, labels.KEK, version, slot)
         return keyring.Kek(version=version, state=state, created_at=at, wraps_reserved=0, wrapped=wrapped)
 
     def make_audit_key(self, fill_random: FillRandom, *, version: int, at: str) -> keyring.AuditKey:
@@ -142,16 +220,13 @@ class UnlockedKeyring:
         fill_random(key.view)
         fill_random(seed.view)
         public = Ed25519PrivateKey.from_private_bytes(seed.view).public_key().public_bytes_raw()
+        sealing = self._keyring_key.view
         return keyring.AuditKey(
             version=version,
             created_at=at,
             public_key=public,
-            wrapped_key=aead.seal(
-                self._keyring_key.view, self._nonces(), key.view, self._audit_aad(labels.AUDIT_KEY, version)
-            ),
-            wrapped_seed=aead.seal(
-                self._keyring_key.view, self._nonces(), seed.view, self._audit_aad(labels.AUDIT_SEED, version)
-            ),
+            wrapped_key=self._seal_under(sealing, labels.AUDIT_KEY, version, key),
+            wrapped_seed=self._seal_under(sealing, labels.AUDIT_SEED, version, seed),
         )
 
     def fingerprint(self, root: memoryview) -> str:
@@ -161,9 +236,10 @@ class UnlockedKeyring:
     # --- using them --------------------------------------------------------------------------------------------------
 
     def encode(self, body: keyring.Body) -> bytes:
-        """The file that holds `body`, authenticated under the keyring key."""
+        """The file that holds `body`, authenticated under the keyring key of the body's version."""
         body_bytes = keyring.encode_body(body)
-        tag = aead.authenticate(self._keyring_key.view, self._nonces(), labels.aad(labels.KEYRING, body_bytes))
+        key = self._keyring_keys[body.key_version].view
+        tag = aead.authenticate(key, self._nonces(), labels.aad(labels.KEYRING, body_bytes))
         return keyring.encode_file(body_bytes, tag)
 
     def kek(self, version: int) -> memoryview:
@@ -189,20 +265,25 @@ class UnlockedKeyring:
 
     def release(self) -> None:
         """Zeroes every key."""
-        for slot in (self._keyring_key, *self._keks.values(), *(s for pair in self._audit.values() for s in pair)):
+        pairs = (slot for pair in self._audit.values() for slot in pair)
+        for slot in (*self._keyring_keys.values(), *self._keks.values(), *pairs):
             slot.release()
+        self._keyring_keys.clear()
         self._keks.clear()
         self._audit.clear()
 
-    def _kek_aad(self, version: int) -> bytes:
-        return labels.aad(labels.KEK, self.body.keyring_id.encode(), labels.number(version))
+    def _seal_under(self, sealing: memoryview, label: bytes, version: int, key: SecretSlot) -> bytes:
+        return aead.seal(sealing, self._nonces(), key.view, self._versioned_aad(label, version))
 
-    def _audit_aad(self, label: bytes, version: int) -> bytes:
+    def _open_under(self, wrapped: bytes, label: bytes, version: int, target: SecretSlot) -> None:
+        aead.open_into(self._keyring_key.view, wrapped, self._versioned_aad(label, version), target.view)
+
+    def _versioned_aad(self, label: bytes, version: int) -> bytes:
         return labels.aad(label, self.body.keyring_id.encode(), labels.number(version))
 
 
-def _slot_aad(keyring_id: str, slot_id: str, fingerprint: str) -> bytes:
-    return labels.aad(labels.SLOT, keyring_id.encode(), slot_id.encode(), fingerprint.encode())
+def _slot_aad(keyring_id: str, slot_id: str, fingerprint: str, opens: int) -> bytes:
+    return labels.aad(labels.SLOT, keyring_id.encode(), slot_id.encode(), fingerprint.encode(), labels.number(opens))
 
 
 def wrong_root_text(body: keyring.Body, given: str) -> str:
