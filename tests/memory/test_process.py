@@ -190,6 +190,21 @@ def test_only_the_given_directories_can_be_read_or_written(tmp_path: Path) -> No
     assert answer[7] in ("PermissionError", "OSError")
 
 
+def test_the_working_directory_is_not_among_what_the_interpreter_may_read(tmp_path: Path) -> None:
+    """As `python -m` would have it, which puts it on the module path."""
+    (tmp_path / "file").write_text("text")
+    answer = in_a_process(
+        """
+        os.chdir(sys.argv[1])
+        sys.path[:0] = [sys.argv[1], "/"]
+        measures()
+        answer = [attempt(lambda: open("file").read()), attempt(lambda: os.listdir("/")), "/" in interpreter_paths()]
+        """,
+        str(tmp_path),
+    )
+    assert answer == ["PermissionError", "PermissionError", False]
+
+
 def test_what_a_key_store_does_works_in_the_written_directories(tmp_path: Path) -> None:
     """Files and directories made, renamed within and between them, removed; sockets made; directories synced."""
     for name in ("data", "run"):

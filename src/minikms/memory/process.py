@@ -114,11 +114,14 @@ def name_thread(name: str) -> None:
 
 def interpreter_paths() -> list[str]:
     """What the interpreter itself may still read after the start: modules and shared libraries, loaded on first use."""
+    # `python -m` puts the working directory on the module path, and that may be anywhere: a service's is the root.
+    searched = {os.path.abspath(path) for path in sys.path if path} - {os.getcwd(), "/"}
+    own = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     paths: Iterable[str] = (
-        *sys.path, sys.prefix, sys.base_prefix, sys.exec_prefix,
+        *searched, own, sys.prefix, sys.base_prefix, sys.exec_prefix,
         "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache",
     )  # fmt: skip
-    return sorted({os.path.abspath(path) for path in paths if path})
+    return sorted(set(paths))
 
 
 def _take(name: str, step: Callable[[], None]) -> Measure:
