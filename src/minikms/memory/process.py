@@ -115,7 +115,11 @@ def name_thread(name: str) -> None:
 def interpreter_paths() -> list[str]:
     """What the interpreter itself may still read after the start: modules and shared libraries, loaded on first use."""
     # `python -m` puts the working directory on the module path, and that may be anywhere: a service's is the root.
-    searched = {os.path.abspath(path) for path in sys.path if path} - {os.getcwd(), "/"}
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:  # removed under us: then nothing is there to be read
+        here = "/"
+    searched = {os.path.normpath(path) for path in sys.path if os.path.isabs(path)} - {here, "/"}
     own = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     paths: Iterable[str] = (
         *searched, own, sys.prefix, sys.base_prefix, sys.exec_prefix,
