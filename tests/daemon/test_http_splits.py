@@ -58,6 +58,29 @@ def test_the_answer_does_not_depend_on_where_the_bytes_are_split(name: str) -> N
     run(check())
 
 
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_a_body_is_a_body_even_if_it_is_a_request_seen_before(framing: str) -> None:
+    """The head alone, then a body whose bytes are a whole request under a known head: it is never started."""
+    smuggled = post("/smuggled", b"x")
+    whole = post("/echo", smuggled) if framing == "length" else chunked("/echo", smuggled)
+    head = whole.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+
+    async def check() -> None:
+        async with serving() as running:
+            peer = await running.peer()
+            peer.send(smuggled)
+            assert (await peer.answer()).status == 200
+            for cut in (len(head), whole.index(smuggled)):
+                running.app.seen.clear()
+                parts = (whole[:cut], whole[cut : cut + len(smuggled)], whole[cut + len(smuggled) :])
+                await peer.send_parts(*(part for part in parts if part))
+                assert (await peer.answer()).json["length"] == len(smuggled)
+                assert running.app.seen == [("POST", "/echo", smuggled)]
+            await peer.close()
+
+    run(check())
+
+
 @pytest.mark.parametrize("name", CORPUS)
 def test_bytes_that_come_one_at_a_time_get_the_same_answer(name: str) -> None:
     data = CORPUS[name]
