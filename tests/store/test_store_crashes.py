@@ -134,6 +134,36 @@ def test_a_disk_error_is_told_and_overcome(tmp_path: Path, call: str) -> None:
     asyncio.run(verify(tmp_path, acknowledged, refused))
 
 
+def test_no_acknowledgement_leaves_before_the_log_is_on_the_disk(tmp_path: Path) -> None:
+    """Told by the system calls of one writer: between two acknowledgements the log was synced."""
+    trace = tmp_path / "trace"
+    watch = ("-f", "-qq", "-o", str(trace), "-e", "trace=fdatasync,write", "-e", "signal=none", "-s", "8")
+    child = start(tmp_path, 1, needs.program("strace"), *watch)
+    acknowledged: Acknowledged = defaultdict(list)
+    try:
+        reading = lines(child)
+        writer = msgspec.json.decode(next(reading))["ready"]
+        for line in reading:
+            note(line, acknowledged)
+            if sum(len(versions) for versions in acknowledged.values()) >= 50:
+                break
+        os.kill(writer, signal.SIGKILL)
+        child.wait()
+    finally:
+        child.kill()
+        child.wait()
+        assert child.stdout is not None
+        child.stdout.close()
+    synced, told = False, 0
+    for line in trace.read_text().splitlines():
+        if "fdatasync" in line and "= 0" in line:
+            synced = True
+        elif 'write(1, "{\\"id' in line:
+            assert synced, line
+            synced, told = False, told + 1
+    assert told >= 50
+
+
 def test_a_full_disk_is_told_reads_go_on_and_space_brings_the_writes_back(tmp_path: Path) -> None:
     needs.root()
     mount, umount = needs.program("mount"), needs.program("umount")

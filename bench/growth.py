@@ -1,0 +1,150 @@
+"""How the store grows: `python -m bench.growth 10000 100000 …` prints one row for each number of messages.
+
+The store alone, in one process, over RocksDB on this disk, with AES-GCM in the same process in place of the key
+service: what changes from row to row is the store's doing. A tenth of the messages go into one long thread, the rest
+into threads of a hundred. Each size starts from an empty directory; 10,000,000 messages take some ten minutes and 8
+GB.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import uvloop
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from minikms import api
+from progressdb_server.kms.provider import KeyHandle, Open, ProviderRefusedError, Seal
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import NewMessage
+from progressdb_server.store.rocks import RocksEngine
+
+WRITERS = 64
+THREAD_MESSAGES = 100
+BODY_CHARS = 256
+TURNS = 30
+
+
+class OneKeyProvider:
+    """One key for all threads: the key service's own growth is measured elsewhere."""
+
+    def __init__(self) -> None:
+        self._cipher = AESGCM(AESGCM.generate_key(256))
+
+    async def create_dek_for_thread(
+        self, thread_id: str, *, replaces: str | None = None, request_id: str = ""
+    ) -> KeyHandle:
+        return KeyHandle("k_0" + "0" * 25, b"")
+
+    async def encrypt_with_key(
+        self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str, request_id: str = ""
+    ) -> bytes:
+        nonce = os.urandom(12)
+        return nonce + self._cipher.encrypt(nonce, plaintext, aad)
+
+    async def decrypt_with_key(
+        self, key_id: str, ciphertext: bytes, *, aad: bytes, thread_id: str, request_id: str = ""
+    ) -> bytes:
+        return self._cipher.decrypt(ciphertext[:12], ciphertext[12:], aad)
+
+    async def encrypt_many(self, items: Sequence[Seal]) -> list[bytes | ProviderRefusedError]:
+        return [await self.encrypt_with_key(i.key_id, i.plaintext, aad=i.aad, thread_id=i.thread_id) for i in items]
+
+    async def decrypt_many(self, items: Sequence[Open]) -> list[bytes | ProviderRefusedError]:
+        return [self._cipher.decrypt(i.ciphertext[:12], i.ciphertext[12:], i.aad) for i in items]
+
+    async def reencrypt_many(
+        self, from_key_id: str, to_key_id: str, items: Sequence[tuple[bytes, bytes]], *, request_id: str = ""
+    ) -> list[bytes | ProviderRefusedError]:
+        return [ciphertext for ciphertext, _ in items]
+
+    async def retire(self, key_id: str, *, request_id: str = "") -> None:
+        return None
+
+    async def destroy(self, key_id: str, *, request_id: str = "") -> None:
+        return None
+
+    async def list_keys(
+        self, *, thread_id: str | None = None, state: api.State | None = None, cursor: str | None = None
+    ) -> api.KeyListAnswer:
+        return api.KeyListAnswer([], None)
+
+    async def status(self) -> dict[str, object]:
+        return {}
+
+    async def close(self) -> None:
+        return None
+
+
+async def _median_ms(work: Callable[[], Coroutine[Any, Any, object]]) -> float:
+    taken: list[float] = []
+    for _ in range(TURNS):
+        started = time.perf_counter()
+        await work()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken) * 1000
+
+
+async def _measure(messages: int) -> str:
+    with tempfile.TemporaryDirectory(prefix="bench-growth-") as directory:
+        path = os.path.join(directory, "store")
+        store = Conversations(RocksEngine(path), OneKeyProvider())
+        body = "x" * BODY_CHARS
+        sample: list[str] = []
+
+        async def write(first: int) -> None:
+            for number in range(first, messages, WRITERS):
+                thread = "long" if number % 10 == 0 else f"t{number // THREAD_MESSAGES}"
+                made = await store.create_message(NewMessage(author=f"u{first}", thread=thread, body=body))
+                if number % (messages // TURNS) == 0:
+                    sample.append(made.id)
+
+        async def last(count: int) -> None:
+            async for _ in store.list_messages("long", limit=count):
+                pass
+
+        async def threads() -> None:
+            async for _ in store.list_threads(author=None):
+                return
+
+        async def one() -> None:
+            await store.get_message(sample[0])
+            sample.append(sample.pop(0))
+
+        started = time.perf_counter()
+        await asyncio.gather(*[write(first) for first in range(WRITERS)])
+        rate = messages / (time.perf_counter() - started)
+        last_50, last_1000 = await _median_ms(lambda: last(50)), await _median_ms(lambda: last(1000))
+        get, listed = await _median_ms(one), await _median_ms(threads)
+        made = (await store.stats())["threads"]
+        await store.close()
+        started = time.perf_counter()
+        RocksEngine(path).close()
+        opening = (time.perf_counter() - started) * 1000
+        size = sum(entry.stat().st_size for entry in os.scandir(path))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return (
+        f"| {messages:,} | {made:,} | {rate:,.0f} | {last_50:.2f} | {last_1000:.1f} | {get:.3f} | {listed:.1f} "
+        f"| {opening:.0f} | {size / messages:.0f} | {peak:.0f} |"
+    )
+
+
+def main() -> None:
+    sizes = [int(size) for size in sys.argv[1:]] or [10_000, 100_000]
+    columns = "messages, threads, appends/s, last 50 (ms), last 1000 (ms), get (ms), 512 threads (ms), open (ms)"
+    head = [*columns.split(", "), "bytes each", "peak MiB"]
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|", flush=True)
+    for size in sizes:
+        print(uvloop.run(_measure(size)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
