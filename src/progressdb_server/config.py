@@ -17,6 +17,8 @@ from typing import Any, Final, Literal
 import msgspec
 import yaml
 
+from progressdb_server.rotation_settings import Rotation
+
 ENVIRONMENT_PREFIX: Final = "PROGRESSDB_"
 CONFIG_BYTES_MAX: Final = 1024 * 1024
 API_KEY_CHARS_MAX: Final = 256
@@ -106,6 +108,7 @@ class Config(_Section, frozen=True):
     storage: Storage = Storage()
     security: Security = Security()
     kms: Kms = Kms()
+    rotation: Rotation = Rotation()
     logging: Logging = Logging()
 
     @property
@@ -187,6 +190,10 @@ VARIABLES: Final = (
     Variable("KMS_SPAWN", "kms.spawn", _switch),
     Variable("KMS_SERVER_UIDS", "kms.server_uids", _integers),
     Variable("MINIKMS_MASTER_KEY_FILE", "kms.master_key_file", _text),
+    Variable("ROTATION_MAX_AGE", "rotation.max_age", _text),
+    Variable("ROTATION_MAX_USES", "rotation.max_uses", _integer),
+    Variable("ROTATION_RATE", "rotation.records_per_second", _integer),
+    Variable("ROTATION_DESTROY_OLD_AFTER", "rotation.destroy_old_after", _text),
     Variable("LOG_FORMAT", "logging.format", _text),
     Variable("LOG_LEVEL", "logging.level", _text),
 )
@@ -374,6 +381,10 @@ def check(config: Config) -> None:
     for network in config.security.ip_whitelist:
         parse_network(network)
     _check_api_keys(config.security.api_keys)
+    try:
+        config.rotation.check()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     socket_bytes = len(str(config.kms_socket).encode())
     if socket_bytes > UNIX_PATH_BYTES_MAX:
         raise ConfigError(

@@ -125,6 +125,17 @@ def rekeyed(raw: bytes, key_id: str, sealed: bytes) -> bytes:
     return b"\x01%b%b%b" % (len(head).to_bytes(2, "big"), head, sealed)
 
 
+def same_version(raw: bytes, stored: bytes) -> bool:
+    """Whether both are one version of a record, under whichever keys; `stored` may be damaged, which is no version of
+    its own. Raises RecordFormatError for `raw`."""
+    fields, _ = _fields(raw)
+    try:
+        others, _ = _fields(stored)
+    except RecordFormatError:
+        return True
+    return fields[1:] == others[1:]
+
+
 def _fields(raw: bytes) -> tuple[list[Any], bytes]:
     """The header's fields, the first of which is the key id."""
     head, sealed = _split(raw)

@@ -1,0 +1,169 @@
+"""A job, and the one table of its states. No I/O, no clock.
+
+Rules: a job waits (`queued`), re-encrypts (`running`), reads everything back (`verifying`) and is `done`. While a
+verification finds records that are still under another key, the job goes back to `running`. `paused` and `failed` jobs
+can be resumed; `cancelled` and `done` are final. A start of the server takes `queued`, `running` and `verifying` jobs
+up where they were. An illegal move raises and changes nothing; nothing else in the code may assign a state.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final, Literal
+
+import msgspec
+
+State = Literal["queued", "running", "paused", "verifying", "done", "failed", "cancelled"]
+Move = Literal["start", "verify", "again", "finish", "fail", "pause", "resume", "cancel"]
+
+MOVES: Final[dict[tuple[State, Move], State]] = {
+    ("queued", "start"): "running",
+    ("running", "verify"): "verifying",
+    ("verifying", "again"): "running",
+    ("verifying", "finish"): "done",
+    ("queued", "fail"): "failed",
+    ("running", "fail"): "failed",
+    ("verifying", "fail"): "failed",
+    ("queued", "pause"): "paused",
+    ("running", "pause"): "paused",
+    ("verifying", "pause"): "paused",
+    ("paused", "resume"): "queued",
+    ("failed", "resume"): "queued",
+    ("queued", "cancel"): "cancelled",
+    ("running", "cancel"): "cancelled",
+    ("verifying", "cancel"): "cancelled",
+    ("paused", "cancel"): "cancelled",
+}
+UNFINISHED: Final[frozenset[State]] = frozenset({"queued", "running", "verifying", "paused"})
+AT_WORK: Final[frozenset[State]] = frozenset({"queued", "running", "verifying"})
+"""What a server works on by itself."""
+
+FAILURES_NAMED_MAX: Final = 100
+"""Records that a job names; it counts all."""
+SOURCES_MAX: Final = 32
+JOB_ID_PATTERN: Final = re.compile(r"job-[0-9]{20}-[0-9a-f]{8}", re.ASCII)
+
+
+class JobError(Exception):
+    """Base of the tree; never raised itself. Its texts may be shown to an operator."""
+
+
+class JobNotFoundError(JobError):
+    """No job has this id."""
+
+    def __init__(self) -> None:
+        super().__init__("job not found")
+
+
+class JobConflictError(JobError):
+    """The job, or another one on its thread, is in a state that forbids this."""
+
+
+class TooManyJobsError(JobError):
+    """As many jobs wait as may."""
+
+
+class Failure(msgspec.Struct, frozen=True, array_like=True):
+    """A record that could not be re-encrypted, or does not open any more: its storage key, and the reason in a word."""
+
+    key: str
+    code: str
+
+
+class Job(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One rotation of one thread's key; the value of `job:<id>`.
+
+    `keying`: the new key may have been made already and is not the thread's yet. `sources`: every key that records were
+    found under. `cursor`: the last storage key of the pass that is behind us; `moved` and `failed` count in that pass,
+    `done` in all, `backups` is how many are kept. `rate`: records a second; None is the server's own bound, 0 none.
+    Times are Unix nanoseconds, 0 for never.
+    """
+
+    id: str
+    thread: str
+    created_ns: int
+    updated_ns: int
+    trigger: str = "admin"
+    state: State = "queued"
+    old_key: str = ""
+    new_key: str = ""
+    keying: bool = False
+    sources: tuple[str, ...] = ()
+    cursor: str = ""
+    total: int = 0
+    done: int = 0
+    moved: int = 0
+    failed: int = 0
+    failures: tuple[Failure, ...] = ()
+    verified: int = 0
+    reason: str = ""
+    rate: int | None = None
+    backups: int = 0
+    restored_ns: int = 0
+    destroy_after_s: int = 0
+    destroy_at_ns: int = 0
+    census_ns: int = 0
+    destroyed_ns: int = 0
+    destroy_waits_for: str = ""
+
+    @property
+    def unfinished(self) -> bool:
+        return self.state in UNFINISHED
+
+
+def move(job: Job, event: Move, **changes: Any) -> Job:
+    """The job after the event, with further changes. Raises JobConflictError."""
+    state = MOVES.get((job.state, event))
+    if state is None:
+        raise JobConflictError(f"a job that is {job.state} can't be {_DONE[event]}")
+    return changed(job, state=state, **changes)
+
+
+_DONE: Final[dict[Move, str]] = {
+    "start": "started",
+    "verify": "verified",
+    "again": "run again",
+    "finish": "finished",
+    "fail": "failed",
+    "pause": "paused",
+    "resume": "resumed",
+    "cancel": "cancelled",
+}
+
+
+def changed(job: Job, **changes: Any) -> Job:
+    return msgspec.structs.replace(job, **changes)
+
+
+def named(failures: tuple[Failure, ...], more: list[Failure]) -> tuple[Failure, ...]:
+    """The list with as many more as are named."""
+    return (*failures, *more[: FAILURES_NAMED_MAX - len(failures)]) if more else failures
+
+
+def with_source(sources: tuple[str, ...], key_id: str) -> tuple[str, ...]:
+    return sources if key_id in sources or len(sources) >= SOURCES_MAX else (*sources, key_id)
+
+
+def view(job: Job) -> dict[str, object]:
+    """What an operator sees of a job."""
+    return {
+        "job_id": job.id,
+        "thread_id": job.thread,
+        "status": job.state,
+        "done": job.done,
+        "total": max(job.total, job.done + job.failed),
+        "failed": job.failed,
+        "old_key": job.old_key,
+        "new_key": job.new_key,
+        "verified": job.verified,
+        "backups": job.backups,
+        "reason": job.reason,
+        "failures": [{"key": failure.key, "code": failure.code} for failure in job.failures],
+        "trigger": job.trigger,
+        "created_ns": job.created_ns,
+        "updated_ns": job.updated_ns,
+        "restored_ns": job.restored_ns,
+        "destroy_at_ns": job.destroy_at_ns,
+        "destroy_waits_for": job.destroy_waits_for,
+        "destroyed_ns": job.destroyed_ns,
+    }

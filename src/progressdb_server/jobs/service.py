@@ -1,0 +1,393 @@
+"""The jobs as the API and the server see them: begin, watch, pause, resume, cancel; and what starts by itself.
+
+Owns: which jobs are at work, the queue of those that wait, and the thread that each has for itself. Invariants: never
+two jobs, or a job and a restore, on one thread; at most RUNNING_MAX jobs work at once, at most UNFINISHED_MAX wait; a
+start of the server goes on with whatever was unfinished, keys that were being switched first. The rows are the truth:
+a pause or a cancel is written to the row, and the job's worker finds it there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, Final
+
+import structlog
+
+from progressdb_server.jobs import backups, selection
+from progressdb_server.jobs.destruction import KeyDestruction
+from progressdb_server.jobs.model import (
+    AT_WORK,
+    Job,
+    JobConflictError,
+    JobError,
+    JobNotFoundError,
+    Move,
+    TooManyJobsError,
+    changed,
+    move,
+)
+from progressdb_server.jobs.pace import Pace
+from progressdb_server.jobs.rotation import KeyRotation
+from progressdb_server.jobs.selection import Due
+from progressdb_server.jobs.table import JobTable
+from progressdb_server.kms.provider import Provider, ProviderError
+from progressdb_server.rotation_settings import Rotation
+from progressdb_server.store import keyspace
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import StoreError, StoreUnavailableError, ThreadNotFoundError
+
+RUNNING_MAX: Final = 2
+UNFINISHED_MAX: Final = 65_536
+KEY_WAIT_S: Final = 5.0
+"""How long an answer waits for the new key; after that the job goes on without a listener."""
+TICK_S: Final = 60.0
+SELECTION_S: Final = 3600.0
+ROW_AGE_S: Final = 90 * 86_400
+"""After which the row of a finished job without backups is removed."""
+WATCH_S: Final = 0.25
+"""Between two reports to a watcher, at least."""
+READ_RETRY_S: Final = 0.5
+JOIN_POLL_S: Final = 0.01
+RESTORING: Final = "restoring"
+"""Stands for a job id where backups are being restored, removed or destroyed."""
+
+_log = structlog.get_logger("progressdb.jobs")
+
+
+class Jobs:
+    """Open it in the event loop that uses it. `stop`: set when the server stops; nobody waits or watches after that."""
+
+    def __init__(
+        self,
+        store: Conversations,
+        provider: Provider,
+        settings: Rotation,
+        *,
+        stop: asyncio.Event | None = None,
+        now_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._engine = store.engine
+        self._writer = store.writer
+        self._provider = provider
+        self._settings = settings
+        self._stop = stop or asyncio.Event()
+        self.table = JobTable(store.engine, store.writer, now_ns)
+        self._rotation = KeyRotation(store, provider, self.table)
+        self._destruction = KeyDestruction(store.engine, provider, self.table)
+        self._pace = Pace(settings.records_per_second)
+        self._queue: deque[str] = deque()
+        self._threads: dict[str, str] = {}
+        """Thread → the job, or the restore, that has it."""
+        self._workers: dict[str, asyncio.Task[None]] = {}
+        self._others: set[asyncio.Task[Any]] = set()
+        store.metrics.gauges["progressdb_jobs_running"] = ("Jobs at work.", lambda: len(self._workers))
+        store.metrics.gauges["progressdb_jobs_unfinished"] = ("Jobs not finished yet.", lambda: len(self._threads))
+
+    async def start(self) -> None:
+        """Go on with what was unfinished, and begin to look for keys that are due."""
+        keying: list[str] = []
+        for page in self.table.pages():
+            for job in page:
+                if job.unfinished:
+                    self._threads[job.thread] = job.id
+                    if job.state in AT_WORK:
+                        (keying if job.keying else self._queue).append(job.id)
+            await asyncio.sleep(0)
+        for job_id in keying:  # such a thread takes no writes before its map is switched
+            self._spawn(self._key_then_queue(job_id))
+        self._pump()
+        self._spawn(self._tick())
+
+    async def close(self) -> None:
+        """Interrupts the work; the next start goes on with it."""
+        self._stop.set()
+        self._queue.clear()
+        tasks = [*self._workers.values(), *self._others]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- beginning ------------------------------------------------------------------------------------------------
+    async def rotate(
+        self, thread: str, *, rate: int | None = None, destroy_after_s: int = 0, trigger: str = "admin"
+    ) -> Job:
+        """Begin a rotation, or join the one that is unfinished; its new key is the thread's when this returns, unless
+        the key service is away. Raises ThreadNotFoundError, TooManyJobsError, JobConflictError, StoreUnavailableError.
+        """
+        job, begun = await self._begin(thread, rate, destroy_after_s, trigger, keying=True)
+        if begun:
+            keying = self._spawn(self._key_then_queue(job.id))
+            await asyncio.wait({keying}, timeout=KEY_WAIT_S)
+        return self.table.get(job.id)
+
+    async def rotate_later(
+        self, thread: str, *, rate: int | None = None, destroy_after_s: int = 0, trigger: str = "admin"
+    ) -> Job:
+        """The same without a new key yet: the thread keeps its old one until the job's turn comes."""
+        job, begun = await self._begin(thread, rate, destroy_after_s, trigger, keying=False)
+        if begun:
+            self._queue.append(job.id)
+            self._pump()
+        return job
+
+    async def _begin(
+        self, thread: str, rate: int | None, destroy_after_s: int, trigger: str, *, keying: bool
+    ) -> tuple[Job, bool]:
+        mapped = self._engine.get(keyspace.key_map(thread))
+        if mapped is None:
+            raise ThreadNotFoundError("thread not found")
+        other = self._threads.get(thread)
+        if other is not None:
+            return await self._joined(thread, other), False
+        if len(self._threads) >= UNFINISHED_MAX:
+            raise TooManyJobsError(f"{UNFINISHED_MAX} jobs are unfinished: wait for some of them")
+        now_ns = self.table.now_ns()
+        job = Job(
+            id=self.table.new_id(),
+            thread=thread,
+            created_ns=now_ns,
+            updated_ns=now_ns,
+            trigger=trigger,
+            old_key=mapped.decode(),
+            sources=(mapped.decode(),),
+            keying=keying,
+            rate=rate,
+            destroy_after_s=destroy_after_s,
+        )
+        self._threads[thread] = job.id
+        try:
+            await self.table.add(job)
+        except BaseException:
+            del self._threads[thread]
+            raise
+        _log.info("job_begun", job=job.id, thread=thread, trigger=trigger)
+        return job, True
+
+    async def _joined(self, thread: str, job_id: str) -> Job:
+        while job_id != RESTORING and self._threads.get(thread) == job_id:
+            try:
+                return self.table.get(job_id)
+            except JobNotFoundError:  # its row is being written
+                await asyncio.sleep(JOIN_POLL_S)
+        raise JobConflictError("the thread is being worked on: try again in a moment")
+
+    async def select(self, due: Due | None, *, rate: int | None = None, destroy_after_s: int = 0) -> AsyncIterator[Job]:
+        """Rotate every thread whose key is due, or with None every thread; each job as it is queued."""
+        threads = selection.all_threads(self._engine) if due is None else self._due(due)
+        async for thread in threads:
+            yield await self.rotate_later(thread, rate=rate, destroy_after_s=destroy_after_s)
+
+    async def _due(self, due: Due) -> AsyncIterator[str]:
+        try:
+            async for thread, _ in selection.due_threads(self._engine, self._provider, due, self.table.now_ns()):
+                yield thread
+        except ProviderError as error:
+            raise StoreUnavailableError("the key service does not list its keys now") from error
+
+    # --- working --------------------------------------------------------------------------------------------------
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._others.add(task)
+        task.add_done_callback(self._others.discard)
+        return task
+
+    async def _key_then_queue(self, job_id: str) -> None:
+        await self._rotation.switch_key(job_id)
+        self._settle(job_id)
+        self._queue.append(job_id)
+        self._pump()
+
+    def _pump(self) -> None:
+        """Put jobs to work while there is room."""
+        while self._queue and len(self._workers) < RUNNING_MAX and not self._stop.is_set():
+            job = self.table.get(self._queue[0])
+            job_id = self._queue.popleft()
+            if job.state in AT_WORK and job_id not in self._workers:
+                worker = asyncio.get_running_loop().create_task(self._work(job))
+                self._workers[job_id] = worker
+                worker.add_done_callback(partial(self._worked, job_id))
+
+    async def _work(self, job: Job) -> None:
+        await self._rotation.run(job.id, self._pace if job.rate is None else Pace(job.rate))
+
+    def _worked(self, job_id: str, worker: asyncio.Task[None]) -> None:
+        del self._workers[job_id]
+        if not self._stop.is_set():
+            self._spawn(self._after(job_id))
+
+    async def _after(self, job_id: str) -> None:
+        """What follows the end of a worker; the store may be unreadable for the moment."""
+        while True:
+            try:
+                self._settle(job_id)
+                if self.table.get(job_id).state == "queued":  # resumed while its worker was stopping
+                    self._queue.append(job_id)
+                self._pump()
+                return
+            except StoreUnavailableError:
+                await asyncio.sleep(READ_RETRY_S)
+
+    def _settle(self, job_id: str) -> None:
+        """Give the thread back once its job is finished and nobody works on it."""
+        job = self.table.get(job_id)
+        if not job.unfinished and job_id not in self._workers and self._threads.get(job.thread) == job_id:
+            del self._threads[job.thread]
+
+    # --- changing -------------------------------------------------------------------------------------------------
+    async def pause(self, job_id: str) -> Job:
+        return await self._ordered(job_id, "pause")
+
+    async def cancel(self, job_id: str) -> Job:
+        """What was re-encrypted stays so, and the old key stays retired: both keys' records can be read."""
+        return await self._ordered(job_id, "cancel")
+
+    async def _ordered(self, job_id: str, event: Move) -> Job:
+        def how(job: Job) -> Job:
+            moved = move(job, event)
+            if job.keying:
+                raise JobConflictError("the thread's key is just being switched: try again in a moment")
+            return moved
+
+        job = await self.table.change(job_id, how)
+        _log.info("job_ordered", job=job_id, order=event)
+        worker = self._workers.get(job_id)
+        if worker is not None:  # it may be asleep; what it has queued for the disk no longer fits the row
+            worker.cancel()
+            await asyncio.wait({worker})
+        self._settle(job_id)
+        return job
+
+    async def resume(self, job_id: str) -> Job:
+        """A failed job tries again what failed. Raises JobConflictError also when another job has the thread, or a
+        later rotation has given it another key."""
+        job = self.table.get(job_id)
+        move(job, "resume")
+        if self._threads.get(job.thread, job_id) != job_id:
+            raise JobConflictError("another job works on this thread")
+        if job.restored_ns:
+            raise JobConflictError("the job's backups were restored: rotate the thread's key again")
+        if job.new_key and self._engine.get(keyspace.key_map(job.thread)) != job.new_key.encode():
+            raise JobConflictError("a later rotation has given the thread another key")
+        self._threads[job.thread] = job_id
+
+        def how(job: Job) -> Job:
+            if job.state == "failed":
+                return move(job, "resume", cursor="", moved=0, failed=0, failures=(), reason="")
+            return move(job, "resume")
+
+        try:
+            job = await self.table.change(job_id, how)
+        finally:
+            self._settle(job_id)
+        self._queue.append(job_id)
+        self._pump()
+        return job
+
+    # --- watching -------------------------------------------------------------------------------------------------
+    async def watch(self, job_id: str) -> AsyncIterator[Job]:
+        """The job now and after each change, until it is finished, failed or paused, or the server stops."""
+        told = self.table.get(job_id)
+        yield told
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            while told.state in AT_WORK and not self._stop.is_set():
+                pulse = asyncio.create_task(self.table.pulse())
+                await asyncio.wait({pulse, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                pulse.cancel()
+                job = self.table.get(job_id)
+                if job != told:
+                    told = job
+                    yield told
+                    await asyncio.wait({stopping}, timeout=WATCH_S)
+        finally:
+            stopping.cancel()
+
+    async def wait(self, job_id: str) -> Job:
+        """The job once nobody works on it any more. Raises StoreUnavailableError when the server stops before."""
+        async for job in self.watch(job_id):
+            if job.state not in AT_WORK:
+                return job
+        raise StoreUnavailableError("the server is shutting down; the job goes on after its next start")
+
+    # --- backups --------------------------------------------------------------------------------------------------
+    async def restore(self, job_id: str) -> backups.Restored:
+        """Put back what the job has re-encrypted, and keep the old keys. Raises JobConflictError."""
+        job = self.table.get(job_id)
+        async with self._alone(job):
+            if job.destroyed_ns:
+                raise JobConflictError("the key of these backups was destroyed")
+            keeps = {"destroy_at_ns": 0, "destroy_after_s": 0, "census_ns": 0, "destroy_waits_for": ""}
+            await self.table.change(job_id, lambda now: changed(now, restored_ns=self.table.now_ns(), **keeps))
+            restored = await backups.restore(self._engine, self._writer, job)
+        _log.info("backups_restored", job=job_id, restored=restored.restored, kept=restored.kept)
+        return restored
+
+    async def drop_backups(self, job_id: str) -> int:
+        """How many backups were removed. Raises JobConflictError."""
+        async with self._alone(self.table.get(job_id)):
+            dropped = await backups.drop(self._engine, self.table, job_id)
+        _log.info("backups_dropped", job=job_id, dropped=dropped)
+        return dropped
+
+    @asynccontextmanager
+    async def _alone(self, job: Job) -> AsyncIterator[None]:
+        """Nobody else works on the job's thread."""
+        if job.thread in self._threads:
+            raise JobConflictError("a job on this thread is unfinished")
+        self._threads[job.thread] = RESTORING
+        try:
+            yield
+        finally:
+            del self._threads[job.thread]
+
+    # --- by itself ------------------------------------------------------------------------------------------------
+    async def _tick(self) -> None:
+        selected_at = float("-inf")
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                await self.destroy_due()
+                if time.monotonic() - selected_at > SELECTION_S:
+                    selected_at = time.monotonic()
+                    await self.rotate_due()
+                    await self._sweep()
+            except (StoreError, ProviderError, JobError) as error:
+                _log.warning("jobs_tick_failed", reason=str(error))
+
+    async def rotate_due(self) -> None:
+        """Queue the threads whose keys are older, or more used, than configured, or than a key may be."""
+        settings = self._settings
+        due = Due(
+            age_s=settings.max_age_s or None, uses=min(settings.max_uses or selection.USES_MAX, selection.USES_MAX)
+        )
+        destroy_after_s = settings.destroy_old_after_s
+        async for thread, why in selection.due_threads(self._engine, self._provider, due, self.table.now_ns()):
+            await self.rotate_later(thread, destroy_after_s=destroy_after_s, trigger=f"max_{why}")
+
+    async def destroy_due(self) -> None:
+        """Destroy the old keys whose time has come."""
+        now_ns = self.table.now_ns()
+        due = [job for page in self.table.pages() for job in page if 0 < job.destroy_at_ns <= now_ns]
+        for job in due:
+            if job.thread not in self._threads:
+                async with self._alone(job):
+                    await self._destruction.attempt(job.id)
+
+    async def _sweep(self) -> None:
+        oldest_ns = self.table.now_ns() - ROW_AGE_S * 1_000_000_000
+        for page in self.table.pages():
+            old = [
+                job
+                for job in page
+                if job.state in ("done", "cancelled")
+                and job.updated_ns < oldest_ns
+                and not (job.backups or job.destroy_at_ns)
+            ]
+            if old:
+                await self.table.remove(old)
+            await asyncio.sleep(0)

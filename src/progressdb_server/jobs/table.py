@@ -1,0 +1,125 @@
+"""The job table: the rows `job:<id>`, read from the store and changed by compare-and-put.
+
+Owns: the rows and their order (ids sort by time), and the pulse by which watchers learn of a change. Invariants: a
+row is changed only when it is still what was read, so that a job's worker and an operator never overwrite each other;
+a row and the records of the same step are one write. What is read is what was written last, durable or not yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, NamedTuple
+
+import msgspec
+
+from progressdb_server.jobs.model import JOB_ID_PATTERN, Job, JobNotFoundError, changed
+from progressdb_server.store import keyspace
+from progressdb_server.store.engine import Engine
+from progressdb_server.store.writer import ConditionFailedError, Write, Writer
+
+JOBS: Final = b"job:"
+PAGE_JOBS: Final = 256
+
+Put = tuple[bytes, bytes | None]
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(Job).decode
+
+
+class StaleJobError(Exception):
+    """The row is no longer what was read; nothing was written."""
+
+
+class Row(NamedTuple):
+    """A job, and the bytes that it was read from."""
+
+    raw: bytes
+    job: Job
+
+
+def row_key(job_id: str) -> bytes:
+    return JOBS + job_id.encode()
+
+
+class JobTable:
+    def __init__(self, engine: Engine, writer: Writer, now_ns: Callable[[], int]) -> None:
+        self._engine = engine
+        self._writer = writer
+        self.now_ns = now_ns
+        self._pulse: asyncio.Future[None] | None = None
+
+    # --- reading --------------------------------------------------------------------------------------------------
+    def row(self, job_id: str) -> Row:
+        """Raises JobNotFoundError."""
+        raw = self._engine.get(row_key(job_id)) if JOB_ID_PATTERN.fullmatch(job_id) else None
+        if raw is None:
+            raise JobNotFoundError
+        return Row(raw, _decode(raw))
+
+    def get(self, job_id: str) -> Job:
+        """Raises JobNotFoundError."""
+        return self.row(job_id).job
+
+    def pages(self, *, newest_first: bool = False) -> Iterator[list[Job]]:
+        """All jobs; each page is read when it is asked for."""
+        lower, upper = JOBS, keyspace.after(JOBS)
+        while entries := self._engine.scan(lower, upper, limit=PAGE_JOBS, reverse=newest_first):
+            if newest_first:
+                upper = entries[-1][0]
+            else:
+                lower = entries[-1][0] + b"\0"
+            yield [_decode(raw) for _, raw in entries]
+
+    async def pulse(self) -> None:
+        """Returns at the next change of any job."""
+        if self._pulse is None:
+            self._pulse = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self._pulse)
+
+    # --- changing -------------------------------------------------------------------------------------------------
+    def new_id(self) -> str:
+        return f"job-{self.now_ns():020d}-{os.urandom(4).hex()}"
+
+    async def add(self, job: Job) -> None:
+        """Durable when it returns. Raises StoreUnavailableError."""
+        key = row_key(job.id)
+        await self._writer.commit(Write(((key, _encode(job)),), ((key, None),)))
+        self._beat()
+
+    async def store(self, row: Row, job: Job, puts: Sequence[Put] = (), expect: Sequence[Put] = ()) -> Row:
+        """`job` in the place of `row`, together with the puts; all or nothing. Durable when it returns.
+
+        Raises StaleJobError; ConditionFailedError for a value of `expect`; StoreUnavailableError, after which the write
+        may or may not be there.
+        """
+        key = row_key(job.id)
+        stored = changed(job, updated_ns=self.now_ns())
+        raw = _encode(stored)
+        try:
+            await self._writer.commit(Write(((key, raw), *puts), ((key, row.raw), *expect)))
+        except ConditionFailedError as error:
+            if error.key == key:
+                raise StaleJobError from None
+            raise
+        self._beat()
+        return Row(raw, stored)
+
+    async def change(self, job_id: str, how: Callable[[Job], Job]) -> Job:
+        """Apply `how` to whatever the job is by then. Raises what it raises, JobNotFoundError,
+        StoreUnavailableError."""
+        while True:
+            row = self.row(job_id)
+            try:
+                return (await self.store(row, how(row.job))).job
+            except StaleJobError:
+                continue
+
+    async def remove(self, jobs: Sequence[Job]) -> None:
+        await self._writer.commit(Write([(row_key(job.id), None) for job in jobs]))
+
+    def _beat(self) -> None:
+        if self._pulse is not None and not self._pulse.done():
+            self._pulse.set_result(None)
+        self._pulse = None
