@@ -198,7 +198,7 @@ def test_a_log_that_is_no_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_change_of_key_that_reached_the_keyring_only_is_completed(tmp_path: Path) -> None:
     kill(tmp_path)
-    open_log(tmp_path, KEY2, former=KEY1.audit_key()).close()
+    open_log(tmp_path, KEY2, former=(KEY1.audit_key(),)).close()
     assert types_of(tmp_path)[6:] == ["audit_key"]
     assert verify(tmp_path, KEY1, KEY2).intact
 
@@ -206,9 +206,19 @@ def test_a_change_of_key_that_reached_the_keyring_only_is_completed(tmp_path: Pa
 def test_a_start_right_after_a_change_of_key_goes_on_under_the_new_one(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     log.change_key(KEY2.audit_key())
-    make_log(tmp_path, 2, key=KEY2, former=KEY1.audit_key())
+    make_log(tmp_path, 2, key=KEY2, former=(KEY1.audit_key(),))
     assert types_of(tmp_path) == ["genesis", "audit_key", "encrypt", "encrypt", "checkpoint"]
     assert verify(tmp_path, KEY1, KEY2).intact
+
+
+def test_keys_that_changed_twice_with_nothing_between_are_followed(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log.change_key(KEY2.audit_key())
+    key3 = Key(3)
+    open_log(tmp_path, key3, former=(KEY1.audit_key(), KEY2.audit_key())).close()
+    make_log(tmp_path, 1, key=key3, former=(KEY1.audit_key(), KEY2.audit_key()))
+    assert types_of(tmp_path) == ["genesis", "audit_key", "audit_key", "encrypt", "checkpoint"]
+    assert verify(tmp_path, KEY1, KEY2, key3).intact
 
 
 def test_a_start_reads_no_further_back_than_the_last_checkpoint(

@@ -1,6 +1,6 @@
 """The audit key versions of an unlocked keyring, as the log takes them.
 
-Owns: which version is current and which the log may still end under. It must never copy a key: it hands out views.
+Owns: which version is current, and which the log may still end under. It must never copy a key: it hands out views.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from minikms.keys.unlocked import UnlockedKeyring
 
 
 def keys_of(unlocked: UnlockedKeyring) -> Keys:
-    """The newest version, and the one before it: a log ends under either, since a change of key reaches the keyring
-    first."""
+    """The newest version and those before it: a change of key reaches the keyring first, and the log's end later."""
     *earlier, current = (_audit_key(unlocked, key.version) for key in unlocked.body.audit_keys)
-    return Keys(current=current, former=earlier[-1] if earlier else None)
+    return Keys(current=current, former=tuple(earlier))
 
 
 def _audit_key(unlocked: UnlockedKeyring, version: int) -> AuditKey:

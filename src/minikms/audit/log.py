@@ -90,7 +90,7 @@ class AuditLog:
         now_ns: Callable[[], int],
         fsync: FsyncPolicy = "interval",
         key_version: int = 1,
-        former: AuditKey | None = None,
+        former: tuple[AuditKey, ...] = (),
         signer: Signer | None = None,
         known: Known | None = None,
         accept_loss: bool = False,
@@ -100,8 +100,8 @@ class AuditLog:
         """Open the log in `directory`, or begin one.
 
         audit_key: 32 bytes, seed: 32 bytes (Ed25519), both views into the arena that stay valid until `close`; `signer`
-        takes the seed's place where it lives elsewhere. now_ns: Unix time. former: the key before this one, while the
-        log may still end under it: the change is then completed here. known: what is remembered of the log.
+        takes the seed's place where it lives elsewhere. now_ns: Unix time. former: the earlier versions, in any order;
+        when the log still ends under one of them, the change of key is completed here. known: what is remembered of it.
 
         Raises StartError when the log found is altered, missing or shorter than known, AuditUnavailableError or OSError
         when the disk fails.

@@ -7,7 +7,7 @@ Owns: the decision table below, and the lines that a start writes before any oth
 - A log whose end follows from its last checkpoint: go on.
 - The same, then bytes without a newline: they are moved aside, and `recovery` names them with their SHA-256.
 - A closed last segment and no file after it, or an empty one: the rotation was interrupted, its successor is begun.
-- An end under the former audit key: the change of key was interrupted, the log says so in `Opened.key`.
+- An end under an earlier audit key: the change of key was interrupted, the log says so in `Opened.key`.
 - An end that does not follow, or is older than what is remembered: refuse. When told to accept the loss: all files are
   set aside, and a new log begins whose `genesis` says so.
 
@@ -53,13 +53,13 @@ class Known(msgspec.Struct, frozen=True):
 
 
 class Keys(NamedTuple):
-    """The audit key, and the one before it while the log may still end under that."""
+    """The audit key, and the earlier versions that the end of the log may still name."""
 
     current: AuditKey
-    former: AuditKey | None
+    former: tuple[AuditKey, ...] = ()
 
     def trust(self) -> Trust:
-        keys = [key for key in self if key is not None]
+        keys = (self.current, *self.former)
         return Trust(
             public_keys=frozenset(key.signer.public_key() for key in keys),
             mac_keys={key.version: key.mac_key for key in keys},
@@ -67,7 +67,7 @@ class Keys(NamedTuple):
 
     def of(self, version: int) -> AuditKey:
         """The key of a version that the tail was judged under."""
-        return self.former if self.former is not None and self.former.version == version else self.current
+        return next((key for key in self.former if key.version == version), self.current)
 
 
 class Opened(msgspec.Struct):

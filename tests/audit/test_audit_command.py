@@ -1,0 +1,294 @@
+"""`minikms audit …` as a person runs it: output, exit status, with and without the root key."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from minikms.audit import AuditLog, Event
+from minikms.audit.chain import base64_text
+from minikms.audit.keyversions import keys_of
+from minikms.cli import audit
+from minikms.cli.auditkeys import RootKey, open_audit_keys
+from minikms.crypto.aead import NonceSource
+from minikms.custody.keyringfile import KeyringFile
+from minikms.custody.lock import DataDirLock
+from minikms.custody.opening import RootSource, open_keyring
+from minikms.memory.arena import SecretArena
+
+LOG = "minikms-audit.log"
+START_NS = 1_764_000_000_123_456_789
+
+
+def make_data_dir(directory: Path, *, hash_thread_ids: bool = False) -> None:
+    """A data directory with a keyring, its key file beside it, and a closed log of a few lines."""
+    with DataDirLock(str(directory)) as lock, ThreadPoolExecutor(1) as executor:
+        arena = SecretArena(64)
+        opened = open_keyring(
+            data_dir=str(directory),
+            file=KeyringFile(lock.directory_fd, executor),
+            source=RootSource(dev_file=Path(f"{directory}.master-key")),
+            arena=arena,
+            nonces=NonceSource(),
+        )
+        key = keys_of(opened.unlocked).current
+        log = AuditLog.open(
+            directory,
+            audit_key=key.mac_key,
+            seed=opened.unlocked.audit_key(1)[1],
+            now_ns=lambda: START_NS,
+            hash_thread_ids=hash_thread_ids,
+        )
+        log.add(Event(type="create_dek", actor="peer_uid:1000", pid=9, key_id="k_a", thread_id="t1", request_id="r1"))
+        log.add(Event(type="encrypt_batch", actor="peer_uid:1000", count=2, key_ids=["k_a"], request_ids=["x", "y"]))
+        log.add(Event(type="rotate_kek", actor="peer_uid:1001", outcome="forbidden"))
+        log.close()
+        arena.close()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("command") / "data"
+    make_data_dir(directory)
+    return directory
+
+
+@pytest.fixture
+def data_dir(made: Path, tmp_path: Path) -> Path:
+    """A copy to alter, its key file too."""
+    shutil.copy(f"{made}.master-key", tmp_path / "data.master-key")
+    return Path(shutil.copytree(made, tmp_path / "data"))
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", "from minikms.cli import main; main()", "audit", *map(str, arguments)]
+
+
+def run(*arguments: object, **environment: str) -> tuple[int, str, str]:
+    """(exit status, standard output, standard error)"""
+    done = subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **environment}
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def public_key_of(directory: Path) -> str:
+    genesis = json.loads((directory / LOG).read_bytes().split(b"\n")[0])
+    return str(genesis["event"]["facts"]["public_key"])
+
+
+def test_an_intact_log_exits_0_and_says_what_was_judged(made: Path) -> None:
+    status, output, errors = run("verify", "--data-dir", made)
+    assert (status, errors) == (0, "")
+    head = json.loads((made / LOG).read_bytes().split(b"\n")[-2])["sig"]
+    assert output.splitlines()[0] == "The audit log is intact, judged every line by the audit key."
+    assert f"head        5:{head}" in output
+    assert "lines       1 to 5" in output and "anchor      none given" in output
+
+
+@pytest.mark.parametrize("how", ["argument", "file", "variable"])
+def test_the_root_key_comes_from_where_the_daemon_takes_it(data_dir: Path, tmp_path: Path, how: str) -> None:
+    key_file = tmp_path / "elsewhere"
+    os.rename(f"{data_dir}.master-key", key_file)
+    assert run("verify", "--data-dir", data_dir)[0] == 2
+    if how == "argument":
+        status = run("verify", "--data-dir", data_dir, "--master-key-file", key_file)[0]
+    elif how == "file":
+        named = {"PROGRESSDB_KMS_DATA_DIR": str(data_dir), "PROGRESSDB_MINIKMS_MASTER_KEY_FILE": str(key_file)}
+        status = run("verify", **named)[0]
+    else:
+        status = run("verify", "--data-dir", data_dir, PROGRESSDB_MINIKMS_MASTER_KEY=key_file.read_text().strip())[0]
+    assert status == 0
+
+
+def test_an_altered_log_exits_1_and_names_file_line_and_fault(data_dir: Path) -> None:
+    content = (data_dir / LOG).read_bytes()
+    (data_dir / LOG).write_bytes(content.replace(b'"forbidden"', b'"ok"'))
+    status, output, _ = run("verify", "--data-dir", data_dir)
+    assert status == 1
+    assert output.splitlines()[:2] == [
+        "The audit log is NOT intact: 1 finding.",
+        f"  {LOG}:4: line 4 was altered: its MAC does not fit its event and the line before (altered)",
+    ]
+    assert run("verify", "--data-dir", data_dir, "--public-key", public_key_of(data_dir))[0] == 1
+
+
+def test_the_verdict_is_there_as_json(data_dir: Path) -> None:
+    status, output, _ = run("verify", "--data-dir", data_dir, "--json")
+    report = json.loads(output)
+    assert (status, report["intact"], report["lines"], report["findings"]) == (0, True, 5, [])
+    (data_dir / LOG).write_bytes((data_dir / LOG).read_bytes() + b"x\n")
+    status, output, _ = run("verify", "--data-dir", data_dir, "--json")
+    report = json.loads(output)
+    assert (status, report["intact"], report["findings"][0]["kind"]) == (1, False, "malformed")
+
+
+def test_the_public_key_alone_judges_by_signed_lines(data_dir: Path, tmp_path: Path) -> None:
+    os.unlink(f"{data_dir}.master-key")
+    key = public_key_of(data_dir)
+    assert "judged by its signed lines" in run("verify", "--data-dir", data_dir, "--public-key", key)[1]
+    (tmp_path / "audit.pub").write_text(key + "\n")
+    assert run("verify", "--data-dir", data_dir, "--public-key", tmp_path / "audit.pub")[0] == 0
+    other = base64_text(bytes(32))
+    status, output, _ = run("verify", "--data-dir", data_dir, "--public-key", other)
+    assert status == 1 and "a public key that is not the trusted one" in output
+
+
+def test_a_log_cut_at_its_end_is_told_by_the_expected_head(data_dir: Path) -> None:
+    lines = (data_dir / LOG).read_bytes().split(b"\n")
+    head = f"5:{json.loads(lines[4])['sig']}"
+    assert "0 line(s) are newer" in run("verify", "--data-dir", data_dir, "--expect-head", head)[1]
+    (data_dir / LOG).write_bytes(b"\n".join(lines[:4]) + b"\n")
+    status, output, _ = run("verify", "--data-dir", data_dir, "--expect-head", head)
+    assert status == 1 and "ends at line 4; line 5 is known" in output
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "text"),
+    [
+        ("verify", {}, "give the directory of the log"),
+        ("verify", {"data_dir": "/nowhere"}, "there is no directory"),
+        ("verify", {"data_dir": "DATA", "from_checkpoint": 77}, "no line 77"),
+        ("verify", {"data_dir": "DATA", "expect_head": "5"}, "SEQ:SIG"),
+        ("verify", {"data_dir": "DATA", "public_key": ["nonsense"]}, "neither a public key"),
+        ("verify", {"data_dir": "DATA", "public_key": ["/dev/null"]}, "does not hold a public key"),
+        ("verify", {"data_dir": "DATA", "master_key_file": Path("/nowhere")}, "can't be read"),
+        ("verify", {"data_dir": "EMPTY", "public_key": [base64_text(bytes(32))]}, "there is no audit log"),
+        ("verify", {"data_dir": "EMPTY"}, "there is no keyring"),
+        ("find", {"data_dir": "DATA"}, "say what to find"),
+        ("find", {"data_dir": "EMPTY", "key": "k"}, "there is no audit log"),
+        ("tail", {"data_dir": "EMPTY"}, "there is no audit log"),
+        ("stats", {"data_dir": "EMPTY"}, "there is no audit log"),
+        ("rotate_key", {"data_dir": "EMPTY"}, "there is no keyring"),
+    ],
+)
+def test_what_is_missing_exits_2_in_one_sentence(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, flags: dict[str, object], text: str
+) -> None:
+    places = {"DATA": str(made), "EMPTY": str(tmp_path)}
+    given = {flag: places.get(value, value) if isinstance(value, str) else value for flag, value in flags.items()}
+    assert getattr(audit, name)(**given) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert text in errors and errors.startswith("minikms: ") and errors.count("\n") == 1
+
+
+def test_a_log_that_was_taken_away_exits_2(data_dir: Path) -> None:
+    (data_dir / LOG).unlink()
+    assert run("verify", "--data-dir", data_dir)[0] == 2
+
+
+def test_the_last_lines_are_shown_for_people_and_as_they_are(made: Path) -> None:
+    _, output, _ = run("tail", "--data-dir", made, "--lines", 3)
+    assert output.splitlines()[0] == (
+        "2025-11-24T16:00:00.123Z        3 encrypt_batch    peer_uid:1000 ok keys=k_a count=2 requests=x,y"
+    )
+    _, output, _ = run("tail", "--data-dir", made, "--json")
+    assert output.encode() == (made / LOG).read_bytes()
+
+
+def test_a_log_can_not_drive_the_terminal(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data_dir / LOG).write_bytes((data_dir / LOG).read_bytes() + b"\x1b]0;owned\x07\x1b[2J\n")
+    directory = str(data_dir)
+    audit.tail(data_dir=directory)
+    audit.tail(data_dir=directory, json=True)
+    audit.verify(data_dir=directory)
+    audit.stats(data_dir=directory)
+    output = capsys.readouterr().out
+    assert "byte 0x1b at offset 0" in output
+    assert "\x1b" not in output and "owned" not in output
+
+
+def test_new_lines_are_followed_until_interrupted(data_dir: Path) -> None:
+    with subprocess.Popen(
+        command("tail", "--data-dir", data_dir, "--lines", 1, "--follow"), stdout=subprocess.PIPE, text=True
+    ) as following:
+        assert following.stdout is not None
+        assert " 5 checkpoint" in following.stdout.readline()
+        make_more(data_dir)
+        assert " 6 decrypt" in following.stdout.readline()
+        following.send_signal(signal.SIGINT)
+        assert following.wait(20) == 0
+
+
+def make_more(directory: Path) -> None:
+    """One more line, as a daemon would write it."""
+    with open_audit_keys(str(directory), RootKey(None, None)) as keys:
+        log = AuditLog.open(directory, audit_key=keys.mac_keys[1], seed=memoryview(bytes(32)), now_ns=lambda: START_NS,
+                            signer=StillSigner(next(iter(keys.public_keys))))  # fmt: skip
+        log.add(Event(type="decrypt", actor="peer_uid:1000"))
+        log.commit()
+
+
+class StillSigner:
+    """Knows its public key and never has to sign."""
+
+    def __init__(self, public_key: bytes) -> None:
+        self._public_key = public_key
+
+    def public_key(self) -> bytes:
+        return self._public_key
+
+    def sign(self, message: bytes) -> bytes:
+        raise OSError("not to be called")
+
+
+def test_lines_are_found_by_thread_key_actor_and_request(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for sought, count in (
+        ({"thread": "t1"}, 1),
+        ({"key": "k_a"}, 2),
+        ({"actor": "peer_uid:1001"}, 1),
+        ({"request": "y"}, 1),
+        ({"key": "k_a", "request": "r1"}, 1),
+    ):
+        assert audit.find(data_dir=str(made), **sought) == 0
+        assert len(capsys.readouterr().out.splitlines()) == count, sought
+    assert run("find", "--data-dir", made, "--key", "k_a", "--request", "r1")[0] == 0
+    assert run("find", "--data-dir", made, "--thread", "t2")[:2] == (1, "")
+
+
+def test_hidden_threads_are_found_with_the_root_key(tmp_path: Path) -> None:
+    directory = tmp_path / "data"
+    make_data_dir(directory, hash_thread_ids=True)
+    assert run("find", "--data-dir", directory, "--thread", "t1")[0] == 1
+    key_file = f"{directory}.master-key"
+    status, output, _ = run("find", "--data-dir", directory, "--thread", "t1", "--master-key-file", key_file)
+    assert status == 0 and "thread=hmac-sha256:" in output
+
+
+def test_lines_are_counted(made: Path) -> None:
+    status, output, _ = run("stats", "--data-dir", made)
+    assert status == 0
+    assert output.startswith("5 lines in 1 file(s)")
+    _, output, _ = run("stats", "--data-dir", made, "--json")
+    assert json.loads(output)["outcomes"] == {"ok": 4, "forbidden": 1}
+
+
+def test_a_new_audit_key_is_named_by_the_log_and_both_verify(data_dir: Path) -> None:
+    old = public_key_of(data_dir)
+    status, output, _ = run("rotate-key", "--data-dir", data_dir, "--json")
+    made = json.loads(output)
+    assert (status, made["version"]) == (0, 2)
+    assert made["public_key"] != old
+    status, output, _ = run("verify", "--data-dir", data_dir, "--json")
+    assert (status, json.loads(output)["head"]) == (0, made["head"])
+    assert run("verify", "--data-dir", data_dir, "--public-key", old)[0] == 0
+    assert run("rotate-key", "--data-dir", data_dir)[1].startswith("The audit key is now version 3.")
+    assert run("verify", "--data-dir", data_dir)[0] == 0
+
+
+def test_the_audit_key_does_not_change_under_a_running_daemon(data_dir: Path) -> None:
+    before = (data_dir / "keyring.json").read_bytes(), (data_dir / LOG).read_bytes()
+    with DataDirLock(str(data_dir)):
+        status, _, errors = run("rotate-key", "--data-dir", data_dir)
+        assert status == 2 and "owns" in errors
+        assert run("verify", "--data-dir", data_dir)[0] == 0, "reading takes no lock"
+    assert ((data_dir / "keyring.json").read_bytes(), (data_dir / LOG).read_bytes()) == before
