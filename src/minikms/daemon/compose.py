@@ -140,6 +140,7 @@ class Daemon:
             key_version=audit_key.version,
             former=keys_of(unlocked).former,
             known=Known(begun=unlocked.body.epoch > 1),
+            accept_loss=settings.accept_audit_loss,
         )
         opening.raise_epoch(unlocked, keyring_file)
         store = dekstore.DekStore(settings.data_dir, disk)

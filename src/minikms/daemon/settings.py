@@ -43,6 +43,7 @@ class Settings:
     cache_keys_max: int | None = None
     require_hardening: bool = False
     rewrite_master_key_file: bool = False
+    accept_audit_loss: bool = False
     log_format: LogFormat = "console"
 
     @property
