@@ -80,9 +80,10 @@ def test_a_replayed_answer_is_durable_when_it_is_given() -> None:
         engine.survives = True
         with pytest.raises(StoreUnavailableError):
             await store.create_message(new(1, "t"), idempotency=RETRY)
-        engine.survives = False
         while not store.writer.available:
             await asyncio.sleep(0.01)
+        engine.survives = False
+        assert len(await messages_of(store, "t")) == 2  # it is there, and its author was told that it failed
         synced = engine.syncs
         await store.create_message(new(1, "t"), idempotency=RETRY)
         assert engine.syncs == synced + 1

@@ -11,7 +11,7 @@ from memory_engine import MemoryEngine
 from opened_store import TickingClock, keys_of, messages_of, with_store
 from sealing_provider import SealingProvider
 
-from progressdb_server.kms.provider import Open, ProviderRefusedError
+from progressdb_server.kms.provider import Open, ProviderRefusedError, Seal
 from progressdb_server.store import reading as reading_room
 from progressdb_server.store import threads as threads_room
 from progressdb_server.store.conversations import Conversations
@@ -323,6 +323,29 @@ def test_a_message_that_is_being_encrypted_when_its_thread_is_deleted_is_refused
         acknowledged = [outcome for outcome in outcomes[1:] if isinstance(outcome, Message)]
         assert [m.id for m in stored[1:-1]] == [m.id for m in acknowledged]
         assert all(isinstance(o, (Message, ThreadDeletedError)) for o in outcomes[1:])
+
+    with_store(run, provider=provider)
+
+
+def test_a_message_that_comes_while_its_threads_deletion_is_being_written_is_refused() -> None:
+    class SlowDeletion(SealingProvider):
+        async def encrypt_many(self, items: Sequence[Seal]) -> list[bytes | ProviderRefusedError]:
+            await asyncio.sleep(self.wait_s)
+            return await super().encrypt_many(items)
+
+        wait_s = 0.0
+
+    provider = SlowDeletion()
+
+    async def run(store: Conversations) -> None:
+        await fill(store, 1)
+        provider.wait_s = 0.05
+        deleting = asyncio.create_task(store.delete_thread("t", author=None, by="admin"))
+        await asyncio.sleep(0.02)
+        with pytest.raises(ThreadDeletedError):
+            await store.create_message(NewMessage(author="ann", thread="t", body="late"))
+        await deleting
+        assert bodies(await messages_of(store, "t")) == [0]
 
     with_store(run, provider=provider)
 
