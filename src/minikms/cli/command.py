@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "keys": ("keys:app", "List, show, retire and destroy keys."),
     "rotate-kek": ("kek:rotate_kek", "Make a new KEK and wrap every key under it, while the daemon serves."),
     "kek": ("kek:app", "List key-encryption keys (KEKs), and destroy those that nothing needs."),
+    "doctor": ("doctor:doctor", "Look for what is wrong or soon will be, each with what to do."),
     "audit": ("audit:app", "Verify and read the audit log."),
 }
 """Each command beside `serve`, where it is, and what it does in a line. The modules are imported when they are used."""

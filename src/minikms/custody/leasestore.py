@@ -46,7 +46,7 @@ JOURNAL_RECORDS_MERGE: Final = 32_768
 JOURNAL_RECORDS_MAX: Final = 4 * JOURNAL_RECORDS_MERGE
 """A journal this long, because merging fails, takes no more."""
 _MERGE_RETRY_RECORDS: Final = JOURNAL_RECORDS_MERGE // 8
-_JOURNAL_BYTES_MAX: Final = HEADER_BYTES + RECORD_BYTES * (JOURNAL_RECORDS_MAX + GROUP_RECORDS_MAX)
+JOURNAL_BYTES_MAX: Final = HEADER_BYTES + RECORD_BYTES * (JOURNAL_RECORDS_MAX + GROUP_RECORDS_MAX)
 
 
 class LeaseFilesStatus(NamedTuple):
@@ -258,7 +258,7 @@ def _write_durably(fd: int, records: bytearray, offset: int) -> None:
 
 
 def _open_journal(directory: int, *, create: bool) -> Journal:
-    content = read_file_bounded(JOURNAL_NAME, _JOURNAL_BYTES_MAX, dir_fd=directory)
+    content = read_file_bounded(JOURNAL_NAME, JOURNAL_BYTES_MAX, dir_fd=directory)
     if content is None:
         if not create:
             raise _start_error(JOURNAL_NAME, "is missing")
