@@ -19,11 +19,13 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from progressdb_server import logs
+from progressdb_server.api import jobs as job_routes
 from progressdb_server.api.application import Application
 from progressdb_server.api.gate import Gate
 from progressdb_server.api.listening import bind, check_tls, raise_descriptor_limit, serve_http
 from progressdb_server.api.metrics import ApiMetrics
 from progressdb_server.config import Config, ConfigError
+from progressdb_server.jobs.service import Jobs
 from progressdb_server.kms.child import ChildOptions
 from progressdb_server.kms.provider import Provider
 from progressdb_server.kms.remote import RemoteProvider
@@ -103,12 +105,16 @@ async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool
     async with AsyncExitStack() as started:
         listener = bind(config.server.address, config.server.port)
         started.callback(listener.close)
-        store = await _unless_stopped(stop, _open_store(config, master_key_fd, accept_restore, started))
-        if store is None:
+        opened = await _unless_stopped(stop, _open_store(config, master_key_fd, accept_restore, started))
+        if opened is None:
             return
+        store, provider = opened
+        jobs = Jobs(store, provider, config.rotation, stop=stop)
+        started.push_async_callback(jobs.close)
+        await jobs.start()
         registry = CollectorRegistry()
         registry.register(store.metrics)
-        application = Application(store, Gate(config.security), ApiMetrics(registry))
+        application = Application(store, Gate(config.security), ApiMetrics(registry), more=job_routes.resources(jobs))
         host, port = listener.getsockname()[:2]
         await serve_http(
             application,
@@ -134,7 +140,7 @@ async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, Opened]
 
 async def _open_store(
     config: Config, master_key_fd: int | None, accept_restore: bool, started: AsyncExitStack
-) -> Conversations:
+) -> tuple[Conversations, Provider]:
     """The key service, then the store; each is closed by `started`. Raises ServeError."""
     try:
         os.makedirs(config.storage.db_path, mode=0o700, exist_ok=True)
@@ -160,7 +166,7 @@ async def _open_store(
         await store.start(accept_restore=accept_restore)
     except (RestoredError, StoreUnavailableError) as error:
         raise ServeError(str(error)) from None
-    return store
+    return store, provider
 
 
 async def _open_provider(config: Config, master_key_fd: int | None, started: AsyncExitStack) -> Provider:

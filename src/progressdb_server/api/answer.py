@@ -20,6 +20,8 @@ from progressdb_server.api.errors import ApiError, ClientGoneError, Header
 _ENCODER: Final = msgspec.json.Encoder()
 _JSON: Final = (b"content-type", b"application/json")
 _OCTETS: Final = (b"content-type", b"application/octet-stream")
+_EVENTS: Final = (b"content-type", b"text/event-stream")
+EVENT_SILENCE_S: Final = 15.0
 
 
 class Answer(NamedTuple):
@@ -37,6 +39,12 @@ class JsonList(NamedTuple):
     prefix: bytes
     chunks: AsyncIterator[Sequence[Any]]
     suffix: bytes = b"]}"
+
+
+class EventStream(NamedTuple):
+    """Server-sent events, each encoded and ended by its empty line (WHATWG HTML, section 9.2)."""
+
+    events: AsyncIterator[bytes]
 
 
 NO_CONTENT: Final = Answer(204, content_type=None)
@@ -109,6 +117,40 @@ async def send_list(listed: JsonList, receive: Receive, send: Send) -> None:
         close = getattr(listed.chunks, "aclose", None)
         if close is not None:
             await close()
+
+
+async def send_events(stream: EventStream, receive: Receive, send: Send) -> None:
+    """Each event at once; a comment where none comes for a while, so that nothing between takes the connection for
+    dead. Ends with the stream, or when the client has gone. Raises ClientGoneError as `send_list`."""
+    await send(_head(200, [_EVENTS, (b"cache-control", b"no-store")]))
+    gone = asyncio.create_task(_disconnected(receive))
+    coming: asyncio.Task[bytes | None] | None = None
+    try:
+        while True:
+            coming = coming or asyncio.create_task(_next(stream.events))
+            await asyncio.wait({gone, coming}, timeout=EVENT_SILENCE_S, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                return
+            if not coming.done():
+                await _send_part(b": still here\n\n", send)
+                continue
+            event, coming = coming.result(), None
+            if event is None:
+                await send({"type": "http.response.body", "body": b""})
+                return
+            await _send_part(event, send)
+    finally:
+        gone.cancel()
+        if coming is not None:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
+        close = getattr(stream.events, "aclose", None)
+        if close is not None:
+            await close()
+
+
+async def _next(events: AsyncIterator[bytes]) -> bytes | None:
+    return await anext(events, None)
 
 
 async def _send_part(part: bytes, send: Send) -> None:

@@ -21,7 +21,7 @@ from progressdb_server.api.errors import ApiError, ClientGoneError
 from progressdb_server.api.exchange import Exchange
 from progressdb_server.api.gate import Gate
 from progressdb_server.api.metrics import ApiMetrics
-from progressdb_server.api.routes import Routing, table
+from progressdb_server.api.routes import Resource, Routing, table
 from progressdb_server.store.model import ConversationStore, RecordUnreadableError, StoreError
 
 _log: Final = structlog.get_logger("progressdb.api")
@@ -30,7 +30,7 @@ _GONE: Final = 499
 
 
 class Application:
-    """Serve one store behind one gate."""
+    """Serve one store behind one gate; `more` are routes beside those of the store."""
 
     def __init__(
         self,
@@ -38,11 +38,12 @@ class Application:
         gate: Gate,
         metrics: ApiMetrics,
         *,
+        more: tuple[Resource, ...] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._gate = gate
         self._metrics = metrics
-        self._routing = Routing(table(store, metrics))
+        self._routing = Routing((*table(store, metrics), *more))
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

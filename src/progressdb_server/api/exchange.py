@@ -10,7 +10,7 @@ from collections.abc import MutableMapping
 from typing import Any, Final
 
 from progressdb_server.api import answer
-from progressdb_server.api.answer import Answer, JsonList
+from progressdb_server.api.answer import Answer, EventStream, JsonList
 from progressdb_server.api.call import Call, Receive, Send
 from progressdb_server.api.errors import Header
 
@@ -35,8 +35,10 @@ class Exchange:
             message["headers"] = [*self._headers, *message.get("headers", ())]
         await self._send(message)
 
-    async def reply(self, outcome: Answer | JsonList) -> None:
+    async def reply(self, outcome: Answer | JsonList | EventStream) -> None:
         if isinstance(outcome, Answer):
             await answer.send_answer(outcome, self.send)
+        elif isinstance(outcome, EventStream):
+            await answer.send_events(outcome, self.receive, self.send)
         else:
             await answer.send_list(outcome, self.receive, self.send)

@@ -14,7 +14,7 @@ from starlette.routing import Route, Router
 
 from progressdb_server.api import admin
 from progressdb_server.api.admin import AdminRoutes
-from progressdb_server.api.answer import Answer, JsonList
+from progressdb_server.api.answer import Answer, EventStream, JsonList
 from progressdb_server.api.call import Call, Receive, Scope, Send
 from progressdb_server.api.errors import ApiError, forbidden, not_found
 from progressdb_server.api.exchange import EXCHANGE, Exchange
@@ -25,7 +25,7 @@ from progressdb_server.api.reactions import ReactionRoutes
 from progressdb_server.api.threads import ThreadRoutes
 from progressdb_server.store.model import ConversationStore
 
-Handler = Callable[[Call], Awaitable[Answer | JsonList]]
+Handler = Callable[[Call], Awaitable[Answer | JsonList | EventStream]]
 
 ANYONE: Final = frozenset(Role)
 """Whom the gate admits: front ends and callers without a key come only to the routes for users, and signed."""

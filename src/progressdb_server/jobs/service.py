@@ -9,6 +9,7 @@ a pause or a cancel is written to the row, and the job's worker finds it there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -25,7 +26,6 @@ from progressdb_server.jobs.model import (
     Job,
     JobConflictError,
     JobError,
-    JobNotFoundError,
     Move,
     TooManyJobsError,
     changed,
@@ -39,6 +39,7 @@ from progressdb_server.kms.provider import Provider, ProviderError
 from progressdb_server.rotation_settings import Rotation
 from progressdb_server.store import keyspace
 from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.locks import NamedLocks
 from progressdb_server.store.model import StoreError, StoreUnavailableError, ThreadNotFoundError
 
 RUNNING_MAX: Final = 2
@@ -52,7 +53,6 @@ ROW_AGE_S: Final = 90 * 86_400
 WATCH_S: Final = 0.25
 """Between two reports to a watcher, at least."""
 READ_RETRY_S: Final = 0.5
-JOIN_POLL_S: Final = 0.01
 RESTORING: Final = "restoring"
 """Stands for a job id where backups are being restored, removed or destroyed."""
 
@@ -80,6 +80,7 @@ class Jobs:
         self._rotation = KeyRotation(store, provider, self.table)
         self._destruction = KeyDestruction(store.engine, provider, self.table)
         self._pace = Pace(settings.records_per_second)
+        self._locks = NamedLocks()
         self._queue: deque[str] = deque()
         self._threads: dict[str, str] = {}
         """Thread → the job, or the restore, that has it."""
@@ -93,7 +94,11 @@ class Jobs:
         keying: list[str] = []
         for page in self.table.pages():
             for job in page:
-                if job.unfinished:
+                if job.unfinished and job.thread in self._threads:
+                    # The disk refused this row's write, and took it all the same: another job was begun then.
+                    twin = changed(job, keying=False, reason="begun twice")
+                    await self.table.store(self.table.row(job.id), move(twin, "cancel"))
+                elif job.unfinished:
                     self._threads[job.thread] = job.id
                     if job.state in AT_WORK:
                         (keying if job.keying else self._queue).append(job.id)
@@ -121,8 +126,12 @@ class Jobs:
         """
         job, begun = await self._begin(thread, rate, destroy_after_s, trigger, keying=True)
         if begun:
-            keying = self._spawn(self._key_then_queue(job.id))
-            await asyncio.wait({keying}, timeout=KEY_WAIT_S)
+            self._spawn(self._key_then_queue(job.id))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(KEY_WAIT_S):
+                async for now in self.watch(job.id, pause_s=0):
+                    if not now.keying:
+                        break
         return self.table.get(job.id)
 
     async def rotate_later(
@@ -138,12 +147,17 @@ class Jobs:
     async def _begin(
         self, thread: str, rate: int | None, destroy_after_s: int, trigger: str, *, keying: bool
     ) -> tuple[Job, bool]:
-        mapped = self._engine.get(keyspace.key_map(thread))
-        if mapped is None:
+        if self._engine.get(keyspace.key_map(thread)) is None:
             raise ThreadNotFoundError("thread not found")
-        other = self._threads.get(thread)
-        if other is not None:
-            return await self._joined(thread, other), False
+        async with self._locks.hold(thread.encode()):
+            other = self._threads.get(thread)
+            if other == RESTORING:
+                raise JobConflictError("the thread is being worked on: try again in a moment")
+            if other is not None:
+                return self.table.get(other), False
+            return await self._add(thread, rate, destroy_after_s, trigger, keying), True
+
+    async def _add(self, thread: str, rate: int | None, destroy_after_s: int, trigger: str, keying: bool) -> Job:
         if len(self._threads) >= UNFINISHED_MAX:
             raise TooManyJobsError(f"{UNFINISHED_MAX} jobs are unfinished: wait for some of them")
         now_ns = self.table.now_ns()
@@ -153,8 +167,6 @@ class Jobs:
             created_ns=now_ns,
             updated_ns=now_ns,
             trigger=trigger,
-            old_key=mapped.decode(),
-            sources=(mapped.decode(),),
             keying=keying,
             rate=rate,
             destroy_after_s=destroy_after_s,
@@ -166,15 +178,7 @@ class Jobs:
             del self._threads[thread]
             raise
         _log.info("job_begun", job=job.id, thread=thread, trigger=trigger)
-        return job, True
-
-    async def _joined(self, thread: str, job_id: str) -> Job:
-        while job_id != RESTORING and self._threads.get(thread) == job_id:
-            try:
-                return self.table.get(job_id)
-            except JobNotFoundError:  # its row is being written
-                await asyncio.sleep(JOIN_POLL_S)
-        raise JobConflictError("the thread is being worked on: try again in a moment")
+        return job
 
     async def select(self, due: Due | None, *, rate: int | None = None, destroy_after_s: int = 0) -> AsyncIterator[Job]:
         """Rotate every thread whose key is due, or with None every thread; each job as it is queued."""
@@ -289,27 +293,31 @@ class Jobs:
         return job
 
     # --- watching -------------------------------------------------------------------------------------------------
-    async def watch(self, job_id: str) -> AsyncIterator[Job]:
-        """The job now and after each change, until it is finished, failed or paused, or the server stops."""
+    async def watch(self, job_id: str, *, pause_s: float = WATCH_S) -> AsyncIterator[Job]:
+        """The job now and after each change, with a pause after each report, until nobody works on it or the server
+        stops."""
+        seen = self.table.changes
         told = self.table.get(job_id)
         yield told
         stopping = asyncio.create_task(self._stop.wait())
         try:
             while told.state in AT_WORK and not self._stop.is_set():
-                pulse = asyncio.create_task(self.table.pulse())
-                await asyncio.wait({pulse, stopping}, return_when=asyncio.FIRST_COMPLETED)
-                pulse.cancel()
+                change = asyncio.create_task(self.table.later_than(seen))
+                await asyncio.wait({change, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                change.cancel()
+                seen = self.table.changes
                 job = self.table.get(job_id)
                 if job != told:
                     told = job
                     yield told
-                    await asyncio.wait({stopping}, timeout=WATCH_S)
+                    if job.state in AT_WORK:
+                        await asyncio.wait({stopping}, timeout=pause_s)
         finally:
             stopping.cancel()
 
     async def wait(self, job_id: str) -> Job:
         """The job once nobody works on it any more. Raises StoreUnavailableError when the server stops before."""
-        async for job in self.watch(job_id):
+        async for job in self.watch(job_id, pause_s=0):
             if job.state not in AT_WORK:
                 return job
         raise StoreUnavailableError("the server is shutting down; the job goes on after its next start")

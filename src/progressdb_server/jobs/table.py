@@ -48,6 +48,8 @@ class JobTable:
         self._engine = engine
         self._writer = writer
         self.now_ns = now_ns
+        self.changes = 0
+        """How many changes of jobs this process has made."""
         self._pulse: asyncio.Future[None] | None = None
 
     # --- reading --------------------------------------------------------------------------------------------------
@@ -72,11 +74,12 @@ class JobTable:
                 lower = entries[-1][0] + b"\0"
             yield [_decode(raw) for _, raw in entries]
 
-    async def pulse(self) -> None:
-        """Returns at the next change of any job."""
-        if self._pulse is None:
-            self._pulse = asyncio.get_running_loop().create_future()
-        await asyncio.shield(self._pulse)
+    async def later_than(self, changes: int) -> None:
+        """Returns once `changes` is past this number: some job was changed."""
+        while self.changes == changes:
+            if self._pulse is None:
+                self._pulse = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._pulse)
 
     # --- changing -------------------------------------------------------------------------------------------------
     def new_id(self) -> str:
@@ -120,6 +123,7 @@ class JobTable:
         await self._writer.commit(Write([(row_key(job.id), None) for job in jobs]))
 
     def _beat(self) -> None:
+        self.changes += 1
         if self._pulse is not None and not self._pulse.done():
             self._pulse.set_result(None)
         self._pulse = None
