@@ -10,9 +10,9 @@ from pathlib import Path
 
 import independent_verifier
 
-from minikms.audit import AuditKey, AuditLog, Event
+from minikms.audit import AuditKey, AuditLog, Event, record
 from minikms.audit.check import verify_directory
-from minikms.audit.log import Limits
+from minikms.audit.log import CHORES_NS, Limits
 from minikms.audit.record import Head
 from minikms.audit.signer import LocalSigner
 from minikms.audit.verdict import Report, Trust
@@ -87,6 +87,15 @@ def make_log(directory: Path, count: int = 12, **options: object) -> AuditLog:
     write_events(log, count)
     log.close()
     return log
+
+
+def make_segments(directory: Path, count: int = 60) -> None:
+    """A closed log in several files: the clock makes every commit a round of chores."""
+    make_log(directory, count, clock=Clock(step=CHORES_NS), limits=Limits(segment_bytes=3000, reserve_bytes=0))
+
+
+def events_of(path: Path) -> list[Event]:
+    return [record.parse_line(line)[0] for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def lines_of(directory: Path) -> list[bytes]:

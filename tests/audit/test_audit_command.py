@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -135,7 +136,7 @@ def test_the_public_key_alone_judges_by_signed_lines(data_dir: Path, tmp_path: P
     os.unlink(f"{data_dir}.master-key")
     key = public_key_of(data_dir)
     assert "judged by its signed lines" in run("verify", "--data-dir", data_dir, "--public-key", key)[1]
-    (tmp_path / "audit.pub").write_text(key + "\n")
+    (tmp_path / "audit.pub").write_text(base64.b64decode(key).hex() + "\n")
     assert run("verify", "--data-dir", data_dir, "--public-key", tmp_path / "audit.pub")[0] == 0
     other = base64_text(bytes(32))
     status, output, _ = run("verify", "--data-dir", data_dir, "--public-key", other)

@@ -10,5 +10,6 @@ from minikms.audit.opening import Known
 from minikms.audit.record import Event
 from minikms.audit.refusals import RefusalAggregator
 from minikms.audit.signer import AuditKey
+from minikms.audit.upkeep import Upkeep
 
-__all__ = ["AuditKey", "AuditLog", "Event", "Known", "RefusalAggregator"]
+__all__ = ["AuditKey", "AuditLog", "Event", "Known", "RefusalAggregator", "Upkeep"]

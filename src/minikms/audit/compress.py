@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from typing import BinaryIO, Final
 
 import zstandard
@@ -27,13 +28,15 @@ class CompressionError(OSError):
     """What was compressed does not decompress to the same bytes. The plain file was kept."""
 
 
-def compress_closed(directory: str) -> list[str]:
-    """Compress every closed file that is still plain. Returns the new names. Raises OSError; what was done stays
-    done."""
+def compress_closed(directory: str, *, below: int = sys.maxsize) -> list[str]:
+    """Compress every closed file that is still plain. Returns the new names. Raises OSError; what was done stays done.
+
+    below: beside a writer, the number of the segment that it writes: one that it is just closing is left alone.
+    """
     done = []
     for number, names in segments.list_segments(directory).items():
         plain, compressed = segment_name(number), segment_name(number, compressed=True)
-        if plain not in names:
+        if plain not in names or number >= below:
             continue
         if compressed not in names:
             _compress(directory, plain, compressed)

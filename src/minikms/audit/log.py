@@ -64,7 +64,7 @@ class AuditLog:
     def __init__(
         self, directory: str, opened: Opened, *, now_ns: Callable[[], int], fsync: FsyncPolicy, limits: Limits
     ) -> None:
-        self._directory = directory
+        self.directory = directory
         self._now_ns = now_ns
         self._fsync: FsyncPolicy = fsync
         self._limits = limits
@@ -200,10 +200,10 @@ class AuditLog:
         Returns their names. Raises AuditUnavailableError, with nothing more deleted, and OSError.
         """
         names = []
-        for segment in retention.due(self._directory, keep, self._now_ns()):
+        for segment in retention.due(self.directory, keep, self._now_ns()):
             self.add(segment.event())
             self.commit(durable=True)
-            names += retention.delete(self._directory, segment)
+            names += retention.delete(self.directory, segment)
         return names
 
     def close(self) -> None:
@@ -313,9 +313,15 @@ class AuditLog:
     @property
     def head(self) -> dict[str, str | int]:
         """{"seq": n, "sig": base64}: the last line; `<seq>:<sig>` is what `minikms audit verify --expect-head`
-        takes."""
+        takes.
+        """
         head = self._writer.head
         return {"seq": head.seq, "sig": base64_text(head.sig)}
+
+    @property
+    def segment(self) -> int:
+        """Number of the segment being written. For any thread."""
+        return self._writer.segment
 
     @property
     def writable(self) -> bool:
@@ -340,7 +346,6 @@ class AuditLog:
             "reserve_bytes": self._reserve.left_bytes,
             "log_id": writer.log_id.hex(),
             "audit_key_version": writer.key.version,
-            "public_key": base64_text(writer.key.signer.public_key()),
             "lines_not_signed": writer.unsigned_lines,
             "segment": writer.segment,
             "segment_bytes": writer.size,

@@ -72,7 +72,8 @@ class Keys(NamedTuple):
 
 class Opened(msgspec.Struct):
     """A log ready for its next line. pending: events that the start owes the log, to be written first. key: the version
-    in force at its end, which is the former one when a change of key was interrupted."""
+    in force at its end, which is the former one when a change of key was interrupted.
+    """
 
     fd: int
     size: int

@@ -20,7 +20,8 @@ RELEASE_BYTES: Final = 64 * 1024
 
 class Reserve:
     """The reserve file of one directory. Every method answers whether it did what its name says; none raises
-    OSError."""
+    OSError.
+    """
 
     def __init__(self, directory: str, size: int = RESERVE_BYTES) -> None:
         self._path = os.path.join(directory, RESERVE_NAME)

@@ -47,7 +47,8 @@ def query(
     *, thread: str = "", key: str = "", actor: str = "", request: str = "", audit_keys: Sequence[memoryview] = ()
 ) -> Query:
     """A query for what a person typed. With `audit_keys` it finds a thread also where its id was recorded as an
-    HMAC."""
+    HMAC.
+    """
     threads = [record.escape(thread), *(record.hash_thread_id(thread, each) for each in audit_keys)] if thread else []
     return Query(
         threads=tuple(threads), key=record.escape(key), actor=record.escape(actor), request=record.escape(request)

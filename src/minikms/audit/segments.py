@@ -30,7 +30,8 @@ def segment_name(number: int, *, compressed: bool = False) -> str:
 
 def list_segments(directory: str) -> dict[int, list[str]]:
     """The closed segments by number, in order: for each the names of the files that hold it, plain before
-    compressed."""
+    compressed.
+    """
     found: dict[int, list[str]] = {}
     for name in sorted(os.listdir(directory)):
         if match := _SEGMENT_PATTERN.fullmatch(name):

@@ -9,6 +9,7 @@ never hold a key.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ def verify(
         Parameter(
             name="--public-key",
             negative=(),
-            help="Judge by the signed lines alone, with this public key: base64, or a file of it. Repeatable.",
+            help="Judge by the signed lines alone, with this public key (or a file of it). Repeatable.",
         ),
     ] = None,
     expect_head: Annotated[
@@ -254,24 +255,31 @@ def _root_key(file: Path | None, descriptor: int | None) -> RootKey:
 
 
 def _public_trust(given: Sequence[str]) -> Trust:
-    """Public keys as base64 text, or in a file of that text. Raises StartError."""
-    from minikms.audit.chain import base64_bytes
-    from minikms.audit.signer import PUBLIC_KEY_BYTES
+    """Public keys as text, or in files of such text. Raises StartError."""
     from minikms.audit.verdict import Trust
 
     keys = set()
     for text in given:
-        key = base64_bytes(text, PUBLIC_KEY_BYTES)
+        key = _public_key(text)
         if key is None:
             try:
                 with open(text, encoding="ascii") as file:
-                    key = base64_bytes(file.read(PUBLIC_KEY_FILE_CHARS_MAX).strip(), PUBLIC_KEY_BYTES)
+                    key = _public_key(file.read(PUBLIC_KEY_FILE_CHARS_MAX).strip())
             except (OSError, UnicodeDecodeError):
-                raise StartError(f"{text} is neither a public key in base64 nor a file that can be read") from None
+                raise StartError(f"{text} is neither a public key nor a file that can be read") from None
         if key is None:
-            raise StartError(f"the file {text} does not hold a public key: 44 characters of base64")
+            raise StartError(f"the file {text} does not hold a public key: 44 characters of base64, or 64 of hex")
         keys.add(key)
     return Trust(public_keys=frozenset(keys))
+
+
+def _public_key(text: str) -> bytes | None:
+    from minikms.audit.chain import base64_bytes
+    from minikms.audit.signer import PUBLIC_KEY_BYTES
+
+    if re.fullmatch(r"[0-9a-fA-F]{64}", text):
+        return bytes.fromhex(text)
+    return base64_bytes(text, PUBLIC_KEY_BYTES)
 
 
 def _head(text: str) -> Head:

@@ -1,0 +1,23 @@
+"""Logs in several files, to look at and to alter. A test of one file has fixtures of its own under the same names."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from logmaker import make_segments
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A closed log in several files, not to be altered."""
+    directory = tmp_path_factory.mktemp("segments") / "log"
+    make_segments(directory)
+    return directory
+
+
+@pytest.fixture
+def altered(original: Path, tmp_path: Path) -> Path:
+    """A copy to alter."""
+    return Path(shutil.copytree(original, tmp_path / "altered"))
