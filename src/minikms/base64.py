@@ -19,7 +19,7 @@ _LAST_OF_THREE: Final = frozenset("AEIMQUYcgkosw048")
 
 def decode_canonical(text: str, bytes_max: int, what: str) -> bytes:
     """The bytes of `text`. `what` names the field in the error. Raises InvalidRequestError, TooLargeError."""
-    if len(text) > (bytes_max + 2) // 3 * 4:
+    if len(text) > bytes_max and len(text) > (bytes_max + 2) // 3 * 4:
         raise TooLargeError(f"{what} is larger than {bytes_max} bytes")
     try:
         value = binascii.a2b_base64(text, strict_mode=True)

@@ -19,9 +19,11 @@ from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from typing import Final
 
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
 from minikms import api
 from minikms.crypto import envelope
-from minikms.crypto.aead import NonceSource
+from minikms.crypto.aead import NonceSource, scrub_stack
 from minikms.custody import clock
 from minikms.custody.atomic import remove_file
 from minikms.custody.backups import BackupStore
@@ -45,7 +47,7 @@ CACHE_AGE_SECONDS_MAX: Final = 3600
 class OpenDek:
     """A DEK in the arena, with what is needed to use it. `release` zeroes it."""
 
-    __slots__ = ("aad_prefix", "key_id", "lease", "purpose", "slot", "state", "thread_id", "view")
+    __slots__ = ("aad_prefix", "cipher", "key_id", "lease", "purpose", "slot", "state", "thread_id", "view")
 
     def __init__(self, record: DekRecord, slot: SecretSlot, lease: UseLease) -> None:
         self.key_id = record.id
@@ -56,8 +58,11 @@ class OpenDek:
         self.lease = lease
         self.slot = slot
         self.view = slot.view
+        self.cipher: AESGCM | None = None
+        """Of the present turn only: see `Vault.turn_cipher`."""
 
     def release(self) -> None:
+        self.cipher = None
         self.slot.release()
 
     def __repr__(self) -> str:
@@ -126,6 +131,7 @@ class Vault:
         self.index = KeyIndex()
         self.destroyed = {stone.key_id for stone in unlocked.body.tombstones}
         self._keyring_lock = asyncio.Lock()
+        self._turn_keys: list[OpenDek] = []
         self._wraps_left: dict[int, int] = {}
         self._creating: dict[int, int] = {}
         self._drained = asyncio.Condition()
@@ -162,6 +168,26 @@ class Vault:
     def now(self) -> str:
         """The time as records carry it."""
         return clock.rfc3339(clock.now_ns())
+
+    # --- ciphers of a turn -------------------------------------------------------------------------------------------
+
+    def turn_cipher(self, opened: OpenDek) -> AESGCM:
+        """The key's cipher, kept until `end_turn`: its schedule lies on the heap, so it must not outlive the turn.
+
+        Only for a verb that answers in this very turn. Making one costs twice as much as using it.
+        """
+        cipher = opened.cipher
+        if cipher is None:
+            cipher = opened.cipher = AESGCM(opened.view)
+            self._turn_keys.append(opened)
+        return cipher
+
+    def end_turn(self) -> None:
+        """Drops the turn's ciphers (OpenSSL clears what they hold) and overwrites what the last left on the stack."""
+        for opened in self._turn_keys:
+            opened.cipher = None
+        self._turn_keys.clear()
+        scrub_stack()
 
     # --- changing ----------------------------------------------------------------------------------------------------
 

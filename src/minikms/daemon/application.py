@@ -18,7 +18,7 @@ import msgspec
 
 from minikms import api
 from minikms.audit import RefusalAggregator
-from minikms.crypto.aead import scrub_stack
+from minikms.custody.vault import Vault
 from minikms.daemon import strictjson
 from minikms.daemon.auditing import TurnAudit
 from minikms.daemon.http import ParsedHead, Request, Response, error_response, parse_query
@@ -27,7 +27,7 @@ from minikms.daemon.peer import Peer, is_overflow_uid, read_peer
 from minikms.errors import InvalidRequestError, MiniKmsError
 from minikms.issuing import KeyIssuing
 from minikms.lifecycle import KeyLifecycle
-from minikms.memory.arena import SecretArena, SecretSlot
+from minikms.memory.arena import SecretSlot
 from minikms.policy import Policy, Principal
 from minikms.service import KeyService
 
@@ -65,14 +65,14 @@ class Application:
         lifecycle: KeyLifecycle,
         policy: Policy,
         audit: TurnAudit,
-        arena: SecretArena,
+        vault: Vault,
     ) -> None:
         self._service = service
         self._issuing = issuing
         self._lifecycle = lifecycle
         self._policy = policy
         self._audit = audit
-        self._arena = arena
+        self._vault = vault
         self._refusals = RefusalAggregator()
         self._foreign = 0
         self.refused_count = 0
@@ -142,11 +142,12 @@ class Application:
         principal = session.principal
         if principal is None:
             return self._handle_stranger(session, request)
-        route = self._routes.get(request.path)
+        head = request.head
+        route = self._routes.get(head.path)
         if route is None:
             return self._handle_rare(principal, request)
         method, verb, handler = route
-        if request.method != method:
+        if head.method != method:
             return _method_not_allowed(method)
         try:
             return handler(principal, request)
@@ -159,8 +160,8 @@ class Application:
         return error.cause
 
     def commit(self) -> bool:
-        """The turn ends: its audit lines are written, and the last key schedule on the stack is overwritten."""
-        scrub_stack()
+        """The turn ends: its ciphers are dropped, and its audit lines written."""
+        self._vault.end_turn()
         return self._audit.commit_turn()
 
     # --- strangers ---------------------------------------------------------------------------------------------------
@@ -206,7 +207,11 @@ class Application:
             raise self._malformed(verb, who, request, error) from None
 
     def _handle_encrypt(self, who: Principal, request: Request) -> Answer:
-        return self._service.encrypt(who, _decode(self._encrypt_item, request), request.request_id or "")
+        try:
+            item = strictjson.decode(self._encrypt_item, request.body)
+        except MiniKmsError as error:
+            raise _MalformedError(error) from None
+        return self._service.encrypt(who, item, request.head.request_id or "")
 
     def _handle_decrypt(self, who: Principal, request: Request) -> Answer:
         return self._service.decrypt(who, _decode(self._decrypt_item, request), request.request_id or "")
@@ -247,7 +252,7 @@ class Application:
     def _handle_rotate(self, who: Principal, request: Request) -> Answer:
         try:
             who.require("rotate")  # before the key is looked at
-            root = take_new_root(request.body, self._arena)
+            root = take_new_root(request.body, self._vault.arena)
         except MiniKmsError as error:
             raise _MalformedError(error) from None
         try:

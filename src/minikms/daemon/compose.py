@@ -189,7 +189,7 @@ class Daemon:
             lifecycle=lifecycle,
             policy=policy,
             audit=turn_audit,
-            arena=self._arena,
+            vault=vault,
         )
         server: HttpServer[Session] = HttpServer(
             app, loop=asyncio.get_running_loop(), on_internal_error=self._internal_error
@@ -207,7 +207,9 @@ class Daemon:
             )
             await lifecycle.drop_proved_slots()
             lifecycle.ensure_rotating()
-            await self._serve_until_stopped(server, app, turn_audit, vault, indexing, disk)
+            await self._serve_until_stopped(
+                server=server, app=app, audit=turn_audit, vault=vault, indexing=indexing, disk=disk
+            )
             await lifecycle.stop()
             await self._write_stop(turn_audit)
         finally:
@@ -225,6 +227,7 @@ class Daemon:
 
     async def _serve_until_stopped(
         self,
+        *,
         server: HttpServer[Session],
         app: Application,
         audit: TurnAudit,

@@ -105,8 +105,18 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         return self._reader.room()
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._reader.received(nbytes)
-        self._start_requests()
+        reader = self._reader
+        reader.received(nbytes)
+        only = None if self._blocked else reader.only_request()
+        if only is None:
+            self._start_requests()
+            return
+        # What nearly every call is: exactly one request, under a head that was seen before.
+        self._start(*only)
+        reader.used()
+        self._server.requests += 1
+        self._since = self._server.now
+        self._phase = Phase.IDLE
 
     def eof_received(self) -> bool:
         """The client will send no more. What it has sent is still answered, within the half-closed limit."""

@@ -91,6 +91,20 @@ class RequestReader:
             carry.filled += count
             self._end = carry.filled
 
+    def only_request(self) -> tuple[ParsedHead, memoryview] | None:
+        """The request that the received bytes are, to the last one, if its head is known; then only `used` may follow.
+
+        None says nothing, and has changed nothing: `next` tells.
+        """
+        if self._carry is not None or self.head is not None:
+            return None  # these bytes go on with a request that has begun, whatever they look like
+        end = self._end
+        stop = self._data.find(b"\r\n\r\n", 0, end) + 4
+        head = self._shared.memo.get(bytes(self._view[:stop]))
+        if head is None or head.chunked or stop + head.content_length != end:
+            return None
+        return head, self._view[stop:end]
+
     def next(self) -> tuple[ParsedHead, memoryview] | None:
         """The next whole request. None: more bytes are needed. Raises `RefusedError`.
 
@@ -117,6 +131,12 @@ class RequestReader:
         self.head = None
         self._position = stop
         return head, self._view[position:stop]
+
+    def used(self) -> None:
+        """Zero the request that `only_request` gave."""
+        end = self._end
+        self._view[:end] = self._shared.zeros[:end]
+        self._end = 0
 
     def settle(self) -> None:
         """Zero what has been used and carry the rest over. Raises `RefusedError` when there is no memory for it."""
