@@ -8,6 +8,7 @@ whom, and when it is done. It must never answer while a change is half on disk.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -20,6 +21,7 @@ from minikms import api
 from minikms.audit import Event
 from minikms.base64 import decode_canonical
 from minikms.crypto.aead import open_sealed
+from minikms.custody.archives import ArchiveRegister
 from minikms.custody.indexing import Indexing, read_files
 from minikms.custody.rotation import KekRotation
 from minikms.custody.vault import Vault
@@ -66,6 +68,7 @@ class KeyLifecycle(Verbs):
         self._rotation = rotation
         self._indexing = indexing
         self._executor = executor
+        self._archives = ArchiveRegister(os.path.dirname(vault.store.directory))
         self._proved_slot_id = opened_slot_id
         self._rewrite_root = rewrite_root
         self._runner: asyncio.Task[None] | None = None
@@ -156,12 +159,13 @@ class KeyLifecycle(Verbs):
             if request.key_id != key_id:
                 raise InvalidRequestError("the key id in the body must repeat the one in the path")
             backups_removed = await self._vault.destroy(key_id)
+            archives = await self._in_worker(self._archives.may_hold, key_id)
         except MiniKmsError as error:
             await self._refused_later(event, error)
             raise
         event.facts = {"backups_removed": backups_removed}
         await self._audit.add_written(event, durable=True)
-        return _encoder.encode(api.DestroyKeyAnswer(key_id, "destroyed", backups_removed, []))
+        return _encoder.encode(api.DestroyKeyAnswer(key_id, "destroyed", backups_removed, archives))
 
     # --- the KEK -----------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "keys": ("keys:app", "List, show, retire and destroy keys."),
     "rotate-kek": ("kek:rotate_kek", "Make a new KEK and wrap every key under it, while the daemon serves."),
     "kek": ("kek:app", "List key-encryption keys (KEKs), and destroy those that nothing needs."),
+    "backup": ("backup:app", "Create, verify, restore, list and prune backup archives."),
     "doctor": ("doctor:doctor", "Look for what is wrong or soon will be, each with what to do."),
     "audit": ("audit:app", "Verify and read the audit log."),
 }
@@ -83,6 +84,29 @@ def serve(
         bool,
         Parameter(help="Begin a new audit log where the old one is missing or altered; it is kept aside.", negative=()),
     ] = False,
+    audit_hash_thread_ids: Annotated[
+        bool, Parameter(help="Record thread ids in the audit log as keyed hashes only.", negative=())
+    ] = False,
+    audit_segment_mib: Annotated[
+        int, Parameter(help="Close a file of the audit log at this size.", validator=validators.Number(gte=1))
+    ] = 1024,
+    audit_segment_days: Annotated[
+        int, Parameter(help="Close a file of the audit log at this age.", validator=validators.Number(gte=1))
+    ] = 30,
+    audit_keep_mib: Annotated[
+        int,
+        Parameter(
+            help="Delete the oldest closed files while all of them hold more; 0 keeps them all.",
+            validator=validators.Number(gte=0),
+        ),
+    ] = 0,
+    audit_keep_days: Annotated[
+        int,
+        Parameter(help="Never delete a file closed less long ago than this.", validator=validators.Number(gte=0)),
+    ] = 90,
+    audit_copy: Annotated[
+        str | None, Parameter(help="Also append every audit line to this file, on another disk say.")
+    ] = None,
     master_key_fd: Annotated[int | None, Parameter(show=False)] = None,
     parent_fd: Annotated[int | None, Parameter(show=False)] = None,
 ) -> int:
@@ -107,6 +131,10 @@ def serve(
         require_hardening=require_hardening,
         rewrite_master_key_file=rewrite_master_key_file,
         accept_audit_loss=accept_audit_loss,
+        audit_hash_thread_ids=audit_hash_thread_ids,
+        audit_limits=settings.audit_limits(segment_mib=audit_segment_mib, segment_days=audit_segment_days),
+        audit_keep=settings.audit_keep(mib=audit_keep_mib, days=audit_keep_days),
+        audit_copy=None if audit_copy is None else os.path.abspath(audit_copy),
     )
     compose.run(chosen)
     return 0

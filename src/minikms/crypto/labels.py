@@ -20,6 +20,7 @@ KEYRING: Final = b"minikms/keyring/v1\0"
 DEK: Final = b"minikms/dek/v1\0"
 RECORD: Final = b"minikms/record/v1\0"
 STREAM: Final = b"minikms/stream/v1\0"
+ARCHIVE: Final = b"minikms/archive/v1\0"
 
 
 def field(value: bytes) -> bytes:

@@ -26,3 +26,13 @@ def commitment(root: memoryview, slot_id: str) -> bytes:
     the extract step may be skipped for a uniformly random key, section 3.3) with one output block.
     """
     return hmac.digest(root, labels.aad(labels.ROOT_COMMITMENT, slot_id.encode()) + b"\x01", "sha256")
+
+
+def archive_tag(root: memoryview, digest: bytes) -> bytes:
+    """32 bytes that authenticate a backup archive by its SHA-256: HMAC-SHA-256(root, label, digest)."""
+    return hmac.digest(root, labels.aad(labels.ARCHIVE, digest), "sha256")
+
+
+def same(given: bytes, expected: bytes) -> bool:
+    """Whether two tags are the same, in constant time."""
+    return hmac.compare_digest(given, expected)

@@ -1,0 +1,347 @@
+"""`minikms backup`: create, verify, restore, list and prune archives.
+
+Owns: flags, pages, and the audit log that a restored directory begins with. Invariants: `create` and `verify` take no
+lock and change nothing but the register of archives; a restore needs an empty place and its lock; every archive is read
+back, and every key in it opened, before it is called good. It must never show or keep a key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+from cyclopts import App, Parameter, validators
+
+from minikms.cli import show
+from minikms.cli.flags import DataDir, Json, MasterKeyFd, MasterKeyFile, Yes, chosen_data_dir
+from minikms.cli.outcome import EXIT_GOOD, EXIT_WANTING, CommandError, complain
+
+if TYPE_CHECKING:
+    from minikms.cli.rootopening import Source
+    from minikms.custody.archive import AuditHead, Manifest
+    from minikms.custody.archives import Registered
+    from minikms.custody.archiving import Progress, Task
+    from minikms.keys.keyring import Body
+    from minikms.keys.unlocked import UnlockedKeyring
+
+NAMED_COUNT_MAX: Final = 20
+
+app = App(name="backup", help="Create, verify, restore, list and prune backup archives.", version_flags=[])
+
+Archive = Annotated[Path, Parameter(help="The archive's file.")]
+
+
+@app.command
+def create(
+    archive: Archive,
+    *,
+    data_dir: DataDir = None,
+    master_key_file: MasterKeyFile = None,
+    json: Json = False,
+    master_key_fd: MasterKeyFd = None,
+) -> int:
+    """Make one archive of keyring, keys and use counts, also while the daemon serves.
+
+    It holds wrapped keys only: the root key is not in it, and opens it. The audit log is not in it either: copy that
+    by itself. Of a message server, back up the store first (progressdb backup create). Exit status: 0 made and read
+    back, 1 made, but some key files could not be read, 2 not made.
+    """
+    from minikms.cli.rootopening import needed_source
+    from minikms.custody import clock
+    from minikms.custody.archives import ArchiveRegister, Registered, new_archive_id
+    from minikms.custody.archiving import Making
+    from minikms.custody.archiving import create as create_archive
+
+    directory = chosen_data_dir(data_dir)
+    source = needed_source(master_key_file, master_key_fd, directory)
+    register = ArchiveRegister(directory)
+    entry = Registered(new_archive_id(), os.path.abspath(archive), time.time_ns() // 1_000_000)
+    with _task(source, "copying keys", bar=not json) as task:
+        register.put(entry)
+        try:
+            making = Making(entry.archive_id, clock.rfc3339(clock.now_ns()), lambda: _audit_head(directory))
+            good = create_archive(directory, str(archive), task, making)
+        except BaseException:
+            register.forget(entry.archive_id)
+            raise
+    size = os.path.getsize(archive)
+    ended_ms = time.time_ns() // 1_000_000
+    register.put(Registered(entry.archive_id, entry.path, entry.begun_ms, ended_ms, good.manifest.keys, size))
+    _print_manifest(good.manifest, archive, json=json, done="made, read back, every key opened")
+    if good.manifest.unreadable:
+        complain(f"not in it, for their files can't be read: {_named(good.manifest.unreadable)}; see `minikms doctor`")
+        return EXIT_WANTING
+    return EXIT_GOOD
+
+
+@app.command
+def verify(
+    archive: Archive, *, master_key_file: MasterKeyFile = None, json: Json = False, master_key_fd: MasterKeyFd = None
+) -> int:
+    """Read a whole archive and open every key in it. Nothing is written.
+
+    Exit status: 0 good, 1 altered, damaged, or of another root key, 2 the archive or the root key is missing.
+    """
+    from minikms.cli.rootopening import needed_source
+    from minikms.custody.archiving import judge
+
+    source = needed_source(master_key_file, master_key_fd, None)
+    with _task(source, "opening keys", bar=not json) as task:
+        good = judge(str(archive), task)
+    _print_manifest(good.manifest, archive, json=json, done="good: whole, authentic, every key opens")
+    return EXIT_GOOD
+
+
+@app.command
+def restore(
+    archive: Archive,
+    *,
+    data_dir: DataDir = None,
+    newer_keyring: Annotated[
+        Path | None,
+        Parameter(
+            name="--newer-keyring",
+            help="A keyring.json of later than the archive: keys destroyed by then are not brought back.",
+        ),
+    ] = None,
+    newer_master_key_file: Annotated[
+        Path | None,
+        Parameter(name="--newer-master-key-file", help="The root key of that keyring, if it is another by then."),
+    ] = None,
+    master_key_file: MasterKeyFile = None,
+    yes: Yes = False,
+    json: Json = False,
+    master_key_fd: MasterKeyFd = None,
+) -> int:
+    """Restore an archive into a data directory that is empty or not there. Nothing is ever overwritten.
+
+    The root key is the one of the archive's time. Every key counts as used 2^30 times more, since uses after the
+    archive are not in it. The audit log begins anew and says where the old one was. Exit status: 0 restored, 1
+    refused or the archive is not good, 2 something is missing.
+    """
+    from minikms.cli.rootopening import needed_source
+    from minikms.custody import clock, restoring
+    from minikms.custody.archiving import judge
+    from minikms.custody.lock import DataDirLock
+
+    directory = chosen_data_dir(data_dir, must_exist=False)
+    source = needed_source(master_key_file, master_key_fd, None)
+    if newer_keyring is None:
+        show.confirm(
+            "Restore without a newer keyring? Keys that were destroyed after the backup come back with it.", yes=yes
+        )
+    with _task(source, "restoring keys", bar=not json) as task:
+        newer = None if newer_keyring is None else _newer_body(newer_keyring, newer_master_key_file, task)
+        good = judge(str(archive), task)
+        with DataDirLock(directory) as lock, task.open_keyring(good.keyring) as unlocked:
+            restoring.check_empty(lock.directory_fd, directory)
+            tombstones = restoring.newer_tombstones(unlocked.body, newer)
+            target = restoring.Target(directory, lock.directory_fd, tombstones)
+            now = clock.rfc3339(clock.now_ns())
+            done = restoring.restore(str(archive), good, task, unlocked, target, at=now)
+            _begin_log(directory, unlocked, good.manifest)
+    if json:
+        show.print_json({"data_dir": directory, "archive_id": good.manifest.archive_id, **done._asdict()})
+        return EXIT_GOOD
+    print(f"Restored {done.keys:,} keys into {directory}, epoch {done.epoch}.")
+    if done.left_out:
+        print(f"Left out {done.left_out:,} keys that were destroyed.")
+    print("Next: start the daemon; minikms doctor; then the message server, once with --accept-restore, for it")
+    print("remembers a later state; progressdb check names what was made after the backup and can't be read.")
+    return EXIT_GOOD
+
+
+@app.command(name="list")
+def list_archives(*, data_dir: DataDir = None, json: Json = False) -> int:
+    """List the archives that were made of a data directory. Those that are gone are named as missing."""
+    from minikms.custody.archives import ArchiveRegister
+
+    found = ArchiveRegister(chosen_data_dir(data_dir)).listed()
+    if json:
+        show.print_json({"archives": found})
+        return EXIT_GOOD
+    show.print_table(
+        ("archive", "made", "keys", "bytes", "file"),
+        ((entry.archive_id, _when(entry), f"{entry.keys:,}", f"{entry.bytes:,}", _where(entry)) for entry in found),
+        right=("keys", "bytes"),
+    )
+    return EXIT_GOOD
+
+
+@app.command
+def prune(
+    *,
+    keep: Annotated[int, Parameter(help="How many of the newest archives stay.", validator=validators.Number(gte=1))],
+    forget_missing: Annotated[
+        bool,
+        Parameter(
+            name="--forget-missing",
+            help="Also forget the archives whose files are gone. Say so only if no copy of them exists.",
+            negative=(),
+            show_default=False,
+        ),
+    ] = False,
+    data_dir: DataDir = None,
+    yes: Yes = False,
+    json: Json = False,
+) -> int:
+    """Remove the oldest archives that were made of a data directory, and what interrupted ones left.
+
+    A moved archive stays listed as missing, for it may still hold keys that are destroyed later.
+    """
+    from minikms.custody.archives import ArchiveRegister
+
+    register = ArchiveRegister(chosen_data_dir(data_dir))
+    present = [entry for entry in register.listed() if os.path.isfile(entry.path)]
+    missing = [entry for entry in register.listed() if not os.path.isfile(entry.path)]
+    doomed = present[:-keep]
+    if doomed:
+        show.confirm(f"Remove {_named([entry.path for entry in doomed])}?", yes=yes)
+    for entry in doomed:
+        _remove_archive(entry)
+        register.forget(entry.archive_id)
+    forgotten = missing if forget_missing else [entry for entry in missing if not entry.ended_ms]
+    for entry in forgotten:
+        register.forget(entry.archive_id)
+    if json:
+        show.print_json({"removed": doomed, "forgotten": forgotten})
+        return EXIT_GOOD
+    for entry in doomed:
+        print(f"removed {show.clean(entry.path)}")
+    for entry in forgotten:
+        print(f"forgot {entry.archive_id}, whose file {show.clean(entry.path)} is gone")
+    print(f"{len(present) - len(doomed)} archive(s) stay")
+    return EXIT_GOOD
+
+
+# --- shared -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _task(source: Source, what: str, *, bar: bool) -> Iterator[Task]:
+    """The root key opened, and a progress bar on a terminal. Raises StartError."""
+    from minikms.cli.rootopening import opened_keyring, opened_root
+    from minikms.custody.archiving import Task
+
+    with opened_root(source) as (arena, root), _progress(what, bar=bar) as tell:
+        yield Task(arena, root, lambda data: opened_keyring(arena, root, data), tell)
+
+
+@contextmanager
+def _progress(what: str, *, bar: bool) -> Iterator[Progress]:
+    from rich.progress import Progress as Bar
+
+    console = show.console(errors=True)
+    with Bar(console=console, disable=not (bar and console.is_terminal), transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _audit_head(directory: str) -> AuditHead | None:
+    """The last whole line of the audit log; None when there is none that can be read."""
+    from minikms.audit.chain import base64_text
+    from minikms.audit.follow import last_lines
+    from minikms.audit.record import parse_line
+    from minikms.custody.archive import AuditHead
+    from minikms.errors import MiniKmsError
+
+    with contextlib.suppress(OSError, MiniKmsError, ValueError):
+        for line in last_lines(directory, 1):
+            event, _, sig = parse_line(line)
+            return AuditHead(event.seq, base64_text(sig))
+    return None
+
+
+def _begin_log(directory: str, unlocked: UnlockedKeyring, manifest: Manifest) -> None:
+    """A new audit log, whose first line says which head the old one had, and whose second what was restored."""
+    from minikms.audit import AuditLog, Event, Known
+    from minikms.audit.chain import base64_bytes
+    from minikms.audit.record import MAC_BYTES, Head
+    from minikms.custody import clock
+
+    audit_key = unlocked.body.audit_key
+    mac_key, seed = unlocked.audit_key(audit_key.version)
+    head = manifest.audit_head
+    sig = None if head is None else base64_bytes(head.sig, MAC_BYTES)
+    log = AuditLog.open(
+        directory,
+        audit_key=mac_key,
+        seed=seed,
+        now_ns=clock.now_ns,
+        key_version=audit_key.version,
+        known=Known(begun=True, head=None if head is None or sig is None else Head(head.seq, sig)),
+        accept_loss=True,
+    )
+    try:
+        facts: dict[str, str | int] = {"archive": manifest.archive_id, "epoch": unlocked.body.epoch}
+        log.add(Event(type="restore", actor="minikms", pid=os.getpid(), facts=facts))
+        log.commit(durable=True)
+    finally:
+        log.close()
+
+
+def _newer_body(path: Path, key_file: Path | None, task: Task) -> Body:
+    """The keyring at `path`, authenticated under its own root key or the archive's. Raises StartError."""
+    from minikms.cli.rootopening import Source, opened_keyring, opened_root
+    from minikms.keys.keyring import FILE_BYTES_MAX
+
+    with open(path, "rb") as file:
+        data = file.read(FILE_BYTES_MAX + 1)
+    if key_file is None:
+        with task.open_keyring(data) as unlocked:
+            return unlocked.body
+    with opened_root(Source(key_file, None)) as (arena, root), opened_keyring(arena, root, data) as unlocked:
+        return unlocked.body
+
+
+def _remove_archive(entry: Registered) -> None:
+    """Only what is an archive is removed. Raises CommandError."""
+    from minikms.custody.archive import MAGIC
+
+    with open(entry.path, "rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise CommandError(f"{entry.path} is no backup; nothing was removed", EXIT_WANTING)
+    os.unlink(entry.path)
+
+
+def _print_manifest(manifest: Manifest, archive: Path, *, json: bool, done: str) -> None:
+    if json:
+        show.print_json({"archive": str(archive), **_as_dict(manifest)})
+        return
+    print(f"{archive}: {done}")
+    head = manifest.audit_head
+    facts = [
+        ("archive", manifest.archive_id),
+        ("made", manifest.created_at),
+        ("keyring", f"{manifest.keyring_id}, epoch {manifest.epoch}"),
+        ("root key", manifest.root_fingerprint),
+        ("keys", f"{manifest.keys:,}"),
+        ("audit head", "none" if head is None else f"{head.seq}:{head.sig}"),
+    ]
+    show.print_facts(facts, indent=2)
+
+
+def _as_dict(manifest: Manifest) -> dict[str, object]:
+    import msgspec
+
+    return msgspec.structs.asdict(manifest)
+
+
+def _when(entry: Registered) -> str:
+    from minikms.custody import clock
+
+    return clock.rfc3339(entry.begun_ms * 1_000_000) if entry.ended_ms else "interrupted"
+
+
+def _where(entry: Registered) -> str:
+    return entry.path if os.path.isfile(entry.path) else f"{entry.path} (missing)"
+
+
+def _named(names: list[str] | tuple[str, ...]) -> str:
+    more = f" and {len(names) - NAMED_COUNT_MAX} more" if len(names) > NAMED_COUNT_MAX else ""
+    return ", ".join(show.clean(name) for name in names[:NAMED_COUNT_MAX]) + more

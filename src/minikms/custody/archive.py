@@ -1,0 +1,200 @@
+"""A backup archive: one authenticated file with all that a data directory needs to decrypt again.
+
+Owns: the format (docs/spec/backup.md), its writing and its reading, entry by entry. Invariants: an entry's name is one
+of a few, so that no archive can name another file; every size is bounded before it is read; nothing that was read is
+to be acted on before `check_tag` has judged the whole. It must never hold a key: wrapped keys and the keyring are in it
+as they are on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO, Final, NamedTuple
+
+import msgspec
+
+from minikms import api
+from minikms.crypto import roots
+from minikms.custody.dekstore import DIRECTORY as DEKS
+from minikms.custody.dekstore import SUFFIX
+from minikms.custody.keyringfile import NAME as KEYRING
+from minikms.custody.leasestore import JOURNAL_BYTES_MAX, JOURNAL_NAME, SNAPSHOT_NAME
+from minikms.errors import MiniKmsError
+from minikms.keys.dek import FILE_BYTES_MAX as DEK_BYTES_MAX
+from minikms.keys.keyring import FILE_BYTES_MAX as KEYRING_BYTES_MAX
+
+MAGIC: Final = b"minikms-backup\0\x01"
+"""The last byte is the version of the format."""
+MANIFEST: Final = "manifest.json"
+MANIFEST_BYTES_MAX: Final = 16 * 1024 * 1024
+SNAPSHOT_BYTES_MAX: Final = 1024 * 1024 * 1024
+"""Of some 40 million keys."""
+TAG_BYTES: Final = 32
+UNREADABLE_COUNT_MAX: Final = 100_000
+_NAME_LENGTH: Final = struct.Struct(">H")
+_SIZE: Final = struct.Struct(">Q")
+_SIZES: Final = {
+    JOURNAL_NAME: JOURNAL_BYTES_MAX,
+    SNAPSHOT_NAME: SNAPSHOT_BYTES_MAX,
+    KEYRING: KEYRING_BYTES_MAX,
+    MANIFEST: MANIFEST_BYTES_MAX,
+}
+
+
+class ArchiveError(MiniKmsError):
+    """The archive is not whole, was altered, or does not hold what it must; the text says which."""
+
+
+class AuditHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The last line of the audit log when the archive was made."""
+
+    seq: int
+    sig: str
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The last entry. `unreadable`: keys whose files could not be read, and which are therefore not in it."""
+
+    archive_id: str
+    created_at: str
+    keyring_id: str
+    epoch: int
+    root_fingerprint: str
+    keys: int
+    newest_key_id: str
+    audit_head: AuditHead | None
+    unreadable: tuple[str, ...] = ()
+
+
+class Entry(NamedTuple):
+    name: str
+    content: bytes
+
+    @property
+    def key_id(self) -> str:
+        """Of a DEK file; empty for any other entry."""
+        return self.name[len(DEKS) + 1 : -len(SUFFIX)] if self.name.startswith(DEKS + "/") else ""
+
+
+class ArchiveWriter:
+    """Writes entries to an open file, then the tag."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._write(MAGIC)
+
+    def add(self, name: str, content: bytes) -> None:
+        """Raises ArchiveError for what no reader would take."""
+        if len(content) > _bytes_max(name):
+            raise ArchiveError(f"{name} is too large for an archive")
+        encoded = name.encode("ascii")
+        self._write(_NAME_LENGTH.pack(len(encoded)) + encoded + _SIZE.pack(len(content)))
+        self._write(content)
+
+    def finish(self, manifest: Manifest, root: memoryview) -> None:
+        """The last entry, and the tag of everything."""
+        self.add(MANIFEST, msgspec.json.encode(manifest))
+        self._write(_NAME_LENGTH.pack(0))
+        self._file.write(roots.archive_tag(root, self._digest.digest()))
+
+    def _write(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+
+
+class ArchiveReader:
+    """Reads an archive once, from its start. `entries` to its end, then `check_tag`."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._tag = b""
+        self.manifest: Manifest | None = None
+
+    def entries(self) -> Iterator[Entry]:
+        """Every entry but the manifest. Nothing of them is authentic yet. Raises ArchiveError."""
+        magic = self._take(len(MAGIC))
+        if magic[:-1] != MAGIC[:-1]:
+            raise ArchiveError("this is no miniKMS backup")
+        if magic != MAGIC:
+            raise ArchiveError("the backup was made by another version of miniKMS")
+        seen: set[str] = set()
+        while length := _NAME_LENGTH.unpack(self._take(_NAME_LENGTH.size))[0]:
+            name = self._name(length)
+            (size,) = _SIZE.unpack(self._take(_SIZE.size))
+            if name in seen or self.manifest is not None or size > _bytes_max(name):
+                raise ArchiveError("the backup was altered: an entry is repeated, misplaced or too large")
+            seen.add(name)
+            content = self._take(size)
+            if name == MANIFEST:
+                self.manifest = _manifest(content)
+            else:
+                yield Entry(name, content)
+        self._tag = self._file.read(TAG_BYTES)
+        if len(self._tag) != TAG_BYTES or self._file.read(1):
+            raise ArchiveError("the backup is cut short, or something was added to it")
+
+    def check_tag(self, root: memoryview) -> Manifest:
+        """The manifest, once the whole archive has been found authentic. Raises ArchiveError."""
+        manifest = self.manifest
+        if manifest is None or not self._tag:
+            raise ArchiveError("the backup is cut short")
+        given = roots.fingerprint(root)
+        if not roots.same(self._tag, roots.archive_tag(root, self._digest.digest())):
+            if given != manifest.root_fingerprint:
+                raise ArchiveError(
+                    f"the backup was made under root key {manifest.root_fingerprint}, the given one is {given}: "
+                    "give the key file of that time"
+                )
+            raise ArchiveError("the backup was altered")
+        return manifest
+
+    @property
+    def sha256(self) -> bytes:
+        """Of all that the tag covers."""
+        return self._digest.digest()
+
+    def _name(self, length: int) -> str:
+        name = self._take(length).decode("ascii", "replace") if length <= _NAME_BYTES_MAX else ""
+        _bytes_max(name)
+        return name
+
+    def _take(self, size: int) -> bytes:
+        data = self._file.read(size)
+        if len(data) < size:
+            raise ArchiveError("the backup is cut short")
+        self._digest.update(data)
+        return data
+
+
+_NAME_BYTES_MAX: Final = 64
+
+
+def dek_entry_name(key_id: str) -> str:
+    return f"{DEKS}/{key_id}{SUFFIX}"
+
+
+def _bytes_max(name: str) -> int:
+    """Of an entry by its name. Raises ArchiveError for a name that no archive has."""
+    if name in _SIZES:
+        return _SIZES[name]
+    key_id = Entry(name, b"").key_id
+    if name != dek_entry_name(key_id) or api.KEY_ID_PATTERN.fullmatch(key_id) is None:
+        raise ArchiveError("the backup was altered: it names a file that no backup has")
+    return DEK_BYTES_MAX
+
+
+def _manifest(content: bytes) -> Manifest:
+    try:
+        return msgspec.json.decode(content, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise ArchiveError("the backup's manifest is damaged, or of another version of miniKMS") from None
+
+
+def open_archive(path: str | os.PathLike[str]) -> BinaryIO:
+    """The file, for ArchiveReader. Raises OSError."""
+    return open(path, "rb")

@@ -1,0 +1,111 @@
+"""The register of backup archives: `kms-archives/<archive id>.json` in the data directory.
+
+Owns: which archives were made of this data directory, so that the receipt of a destroyed key can name those that may
+still hold it. Invariants: an archive is registered before its first byte is copied, and stays registered until it is
+known to be gone; one file an archive, so that a backup beside a live daemon changes no file of the daemon's. Nothing in
+it is secret or believed to be authentic: it only names files. It must never remove an archive by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from typing import Final
+
+import msgspec
+
+from minikms.custody.atomic import open_directory, read_file_bounded, remove_file, replace_file
+from minikms.errors import StorageUnavailableError
+from minikms.keys.ids import key_id_unix_ms
+
+DIRECTORY: Final = "kms-archives"
+ENTRY_BYTES_MAX: Final = 16 * 1024
+_NAME: Final = re.compile(r"(a_[0-9a-f]{16})\.json", re.ASCII)
+
+
+class Registered(msgspec.Struct, frozen=True):
+    """`ended_ms` is 0 while the archive is being made, and when that was interrupted. Times are Unix milliseconds."""
+
+    archive_id: str
+    path: str
+    begun_ms: int
+    ended_ms: int = 0
+    keys: int = 0
+    bytes: int = 0
+
+
+def new_archive_id() -> str:
+    return "a_" + secrets.token_hex(8)
+
+
+class ArchiveRegister:
+    """Made for one operation; holds nothing open."""
+
+    def __init__(self, data_dir: str) -> None:
+        self._data_dir = data_dir
+        self._directory = os.path.join(data_dir, DIRECTORY)
+
+    def put(self, entry: Registered) -> None:
+        """Durable when this returns. Raises OSError, StorageUnavailableError."""
+        owner = os.stat(self._data_dir)
+        if not os.path.isdir(self._directory):
+            os.mkdir(self._directory, 0o700)
+            _give(self._directory, owner)
+        descriptor = open_directory(self._directory)
+        try:
+            name = f"{entry.archive_id}.json"
+            replace_file(descriptor, name, msgspec.json.encode(entry) + b"\n")
+            _give(os.path.join(self._directory, name), owner)
+        finally:
+            os.close(descriptor)
+
+    def listed(self) -> list[Registered]:
+        """Every archive, oldest first; what can't be read is passed over."""
+        try:
+            descriptor = open_directory(self._directory)
+        except FileNotFoundError:
+            return []
+        found = []
+        try:
+            for name in os.listdir(descriptor):
+                match = _NAME.fullmatch(name)
+                entry = _read(descriptor, name) if match else None
+                if entry is not None and match is not None and entry.archive_id == match[1]:
+                    found.append(entry)
+        finally:
+            os.close(descriptor)
+        return sorted(found, key=lambda entry: (entry.begun_ms, entry.archive_id))
+
+    def may_hold(self, key_id: str) -> list[str]:
+        """The paths of the archives that may hold a key: those that ended after its creation, or at a time unknown.
+
+        That the register can't be read is no error, for the key is destroyed by then, but is said in its place.
+        """
+        created_ms = key_id_unix_ms(key_id)
+        try:
+            return [entry.path for entry in self.listed() if not entry.ended_ms or entry.ended_ms >= created_ms]
+        except OSError:
+            return [f"unknown: {DIRECTORY} in the data directory can't be read"]
+
+    def forget(self, archive_id: str) -> None:
+        """The archive is gone. Raises StorageUnavailableError."""
+        descriptor = open_directory(self._directory)
+        try:
+            remove_file(descriptor, f"{archive_id}.json")
+        finally:
+            os.close(descriptor)
+
+
+def _read(descriptor: int, name: str) -> Registered | None:
+    try:
+        data = read_file_bounded(name, ENTRY_BYTES_MAX, dir_fd=descriptor)
+        return None if data is None else msgspec.json.decode(data, type=Registered)
+    except (StorageUnavailableError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+
+
+def _give(path: str, owner: os.stat_result) -> None:
+    """To the data directory's user, when root makes the backup: the daemon must be able to read it."""
+    if os.geteuid() == 0:
+        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)

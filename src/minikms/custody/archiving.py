@@ -1,0 +1,243 @@
+"""Making and judging a backup archive, also while the daemon serves.
+
+Owns: the order of copying, and what makes an archive good. Invariants:
+- The lease journal is copied before its snapshot (docs/spec/leases.md), the DEK files before the keyring, so that the
+  keyring knows every KEK that a copied DEK is wrapped under. A KEK that was destroyed meanwhile shows in the judgement,
+  and everything is copied again.
+- An archive gets its name only after it was read back and every key in it was opened.
+- The order across processes: whoever backs up the message server's store does so first; keys made later don't matter.
+It changes nothing in the data directory and takes no lock. It must never call an archive good that can't be restored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, Final, NamedTuple
+
+from minikms import api
+from minikms.custody import dekstore, keyringfile, leasestore
+from minikms.custody.archive import (
+    SNAPSHOT_BYTES_MAX,
+    UNREADABLE_COUNT_MAX,
+    ArchiveError,
+    ArchiveReader,
+    ArchiveWriter,
+    AuditHead,
+    Manifest,
+    dek_entry_name,
+    open_archive,
+)
+from minikms.custody.atomic import open_directory, read_file_bounded
+from minikms.custody.leaseformat import LeaseFormatError, parse_journal
+from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
+from minikms.keys import dek, keyring
+from minikms.keys.dek import DekRecord
+from minikms.keys.unlocked import UnlockedKeyring
+from minikms.memory.arena import SecretArena, SecretSlot
+
+COPY_ATTEMPTS_MAX: Final = 3
+Progress = Callable[[int, int], None]
+"""(done, total) key files."""
+OpenKeyring = Callable[[bytes], contextlib.AbstractContextManager[UnlockedKeyring]]
+
+
+class KeyDestroyedMeanwhileError(ArchiveError):
+    """A KEK that a copied key is under is no longer in the keyring; copying again helps."""
+
+
+class Contents(NamedTuple):
+    """An archive that was found good."""
+
+    manifest: Manifest
+    keyring: bytes
+    sha256: bytes
+    buried: int
+
+
+class Making(NamedTuple):
+    """What a new archive says of itself. `audit_head` is asked last."""
+
+    archive_id: str
+    created_at: str
+    audit_head: Callable[[], AuditHead | None]
+
+
+class Task(NamedTuple):
+    """What both directions need. `open_keyring` opens a keyring file's bytes under `root`."""
+
+    arena: SecretArena
+    root: SecretSlot
+    open_keyring: OpenKeyring
+    progress: Progress
+
+
+def create(data_dir: str, path: str, task: Task, making: Making) -> Contents:
+    """Makes the archive `path`, which must not exist. Raises ArchiveError, StartError, OSError; then there is none."""
+    if os.path.lexists(path):
+        raise StartError(f"{path} exists already; a backup never overwrites one")
+    staging = f"{path}.{os.getpid()}.new"
+    try:
+        for attempt in range(COPY_ATTEMPTS_MAX):
+            try:
+                with open(staging, "wb", opener=_private) as file:
+                    _write(file, data_dir, task, making)
+                    file.flush()
+                    os.fsync(file.fileno())
+                good = judge(staging, task)
+                break
+            except KeyDestroyedMeanwhileError:
+                if attempt == COPY_ATTEMPTS_MAX - 1:
+                    raise
+        os.link(staging, path)
+        _sync(os.path.dirname(os.path.abspath(path)))
+        return good
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(staging)
+
+
+def judge(path: str, task: Task) -> Contents:
+    """Reads a whole archive and opens every key in it. Raises ArchiveError when it is not good, OSError."""
+    unlocked: UnlockedKeyring | None = None
+    records: list[DekRecord] = []
+    content: dict[str, bytes] = {}
+    with contextlib.ExitStack() as stack:
+        reader = ArchiveReader(stack.enter_context(open_archive(path)))
+        for entry in reader.entries():
+            if entry.key_id:
+                records.append(_parsed(entry.content, entry.key_id))
+            else:
+                content[entry.name] = entry.content
+        manifest = reader.check_tag(task.root.view)
+        journal, data = content.get(leasestore.JOURNAL_NAME), content.get(keyringfile.NAME)
+        if journal is None or data is None or len(records) != manifest.keys:
+            raise ArchiveError("the backup lacks what it needs to be restored")
+        _check_journal(journal)
+        unlocked = stack.enter_context(task.open_keyring(data))
+        buried = _open_all(records, unlocked, task)
+    return Contents(manifest, data, reader.sha256, buried)
+
+
+def _open_all(records: list[DekRecord], unlocked: UnlockedKeyring, task: Task) -> int:
+    """Opens each key; the number of those that the archive's own keyring knows as destroyed."""
+    stones = {stone.key_id for stone in unlocked.body.tombstones}
+    buried = 0
+    with task.arena.allocate() as slot:
+        for number, record in enumerate(records, 1):
+            if record.id in stones:
+                buried += 1
+                continue
+            kek = unlocked.body.kek(record.kek_version)
+            if kek is None or kek.state == "destroyed":
+                raise KeyDestroyedMeanwhileError(
+                    f"key {record.id} is wrapped under KEK version {record.kek_version}, which the keyring in the "
+                    "backup does not have: rotations came between; make the backup again"
+                )
+            try:
+                dek.unwrap_into(record, unlocked.kek(record.kek_version), slot.view)
+            except MiniKmsError as error:
+                raise ArchiveError(str(error)) from None
+            task.progress(number, len(records))
+    return buried
+
+
+def _write(file: BinaryIO, data_dir: str, task: Task, making: Making) -> None:
+    writer = ArchiveWriter(file)
+    journal = _read(data_dir, leasestore.JOURNAL_NAME, leasestore.JOURNAL_BYTES_MAX)
+    if journal is None:
+        raise StartError("kms-leases is missing in the data directory; see `minikms doctor`")
+    writer.add(leasestore.JOURNAL_NAME, journal)
+    snapshot = _read(data_dir, leasestore.SNAPSHOT_NAME, SNAPSHOT_BYTES_MAX)
+    if snapshot is not None:
+        writer.add(leasestore.SNAPSHOT_NAME, snapshot)
+    keys, newest, unreadable = 0, "", []
+    key_ids = sorted(_key_ids(data_dir))
+    for number, key_id in enumerate(key_ids, 1):
+        try:
+            data = _read(os.path.join(data_dir, dekstore.DIRECTORY), dekstore.file_name(key_id), dek.FILE_BYTES_MAX)
+            if data is None:
+                continue  # destroyed since it was listed
+            dek.parse(data, key_id)
+        except MiniKmsError:
+            unreadable.append(key_id)
+            continue
+        writer.add(dek_entry_name(key_id), data)
+        keys, newest = keys + 1, key_id
+        task.progress(number, len(key_ids))
+    data = _read(data_dir, keyringfile.NAME, keyring.FILE_BYTES_MAX)
+    if data is None:
+        raise StartError(f"there is no keyring in {data_dir}")
+    writer.add(keyringfile.NAME, data)
+    with task.open_keyring(data) as unlocked:
+        manifest = Manifest(
+            archive_id=making.archive_id,
+            created_at=making.created_at,
+            keyring_id=unlocked.body.keyring_id,
+            epoch=unlocked.body.epoch,
+            root_fingerprint=unlocked.fingerprint(task.root.view),
+            keys=keys,
+            newest_key_id=newest,
+            audit_head=making.audit_head(),
+            unreadable=tuple(unreadable[:UNREADABLE_COUNT_MAX]),
+        )
+    writer.finish(manifest, task.root.view)
+
+
+def _key_ids(data_dir: str) -> set[str]:
+    """Read twice: a file that is replaced while a directory is being listed may be passed over once."""
+    found: set[str] = set()
+    for _ in range(2):
+        with os.scandir(os.path.join(data_dir, dekstore.DIRECTORY)) as entries:
+            for entry in entries:
+                key_id = entry.name.removesuffix(dekstore.SUFFIX)
+                if entry.name.endswith(dekstore.SUFFIX) and api.KEY_ID_PATTERN.fullmatch(key_id):
+                    found.add(key_id)
+    return found
+
+
+def _parsed(content: bytes, key_id: str) -> DekRecord:
+    try:
+        return dek.parse(content, key_id)
+    except MiniKmsError as error:
+        raise ArchiveError(str(error)) from None
+
+
+def _check_journal(journal: bytes) -> None:
+    try:
+        parse_journal(journal)
+    except LeaseFormatError as error:
+        raise ArchiveError(f"the lease journal in the backup {error}") from None
+
+
+def _read(directory: str, name: str, bytes_max: int) -> bytes | None:
+    descriptor = open_directory(directory)
+    try:
+        return read_file_bounded(name, bytes_max, dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _sync(directory: str) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise StorageUnavailableError("the backup's directory can't be synced") from error
+    finally:
+        os.close(descriptor)
+
+
+def entries_again(path: str, expected_sha256: bytes) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of an archive that was judged good. Raises ArchiveError at the end if it is another by now."""
+    with open_archive(path) as file:
+        reader = ArchiveReader(file)
+        for entry in reader.entries():
+            yield entry.name, entry.content
+        if reader.sha256 != expected_sha256:
+            raise ArchiveError("the backup changed while it was being restored; what was restored must not be used")
