@@ -50,6 +50,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     reserve_bytes: int = RESERVE_BYTES
 
 
+DEFAULT_LIMITS: Final = Limits()
+
+
 class _Failure(msgspec.Struct):
     """The log can't be written. since: Unix ns. reason: for an operator, without a path."""
 
@@ -95,7 +98,7 @@ class AuditLog:
         known: Known | None = None,
         accept_loss: bool = False,
         hash_thread_ids: bool = False,
-        limits: Limits | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> AuditLog:
         """Open the log in `directory`, or begin one.
 
@@ -109,7 +112,7 @@ class AuditLog:
         path = os.fspath(directory)
         key = AuditKey(key_version, audit_key, LocalSigner(seed) if signer is None else signer)
         opened = open_log(path, Keys(key, former), known or Known(), now_ns(), accept_loss=accept_loss)
-        log = cls(path, opened, now_ns=now_ns, fsync=fsync, limits=limits or Limits())
+        log = cls(path, opened, now_ns=now_ns, fsync=fsync, limits=limits)
         log._hash_thread_ids = hash_thread_ids
         log._reserve.fill()
         try:

@@ -29,6 +29,9 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True):
     days_min: int = 90
 
 
+KEEP_ALL: Final = Retention()
+
+
 class Removal(msgspec.Struct, frozen=True):
     """A closed file that may go: its number, its names, the head that it ended with."""
 

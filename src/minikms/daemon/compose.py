@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
 import signal
 import sys
@@ -22,7 +23,8 @@ from typing import Final
 import structlog
 import uvloop
 
-from minikms.audit import AuditLog, Event
+from minikms.audit import AuditLog, Event, Upkeep
+from minikms.audit.forward import FileForwarder
 from minikms.audit.keyversions import keys_of
 from minikms.audit.opening import Known
 from minikms.crypto.aead import NonceSource, scrub_stack
@@ -56,6 +58,7 @@ from minikms.service import KeyService
 DRAIN_SECONDS_MAX: Final = 10.0
 AUDIT_SYNC_SECONDS: Final = 0.1
 HOUSEKEEPING_SECONDS: Final = 1.0
+UPKEEP_SECONDS: Final = 2
 KEYRING_SLOTS: Final = 256
 """Arena slots beside the cached DEKs: keyring key, KEK versions, audit keys, keys being made or rewrapped."""
 GC_THRESHOLDS: Final = (100_000, 20, 50)
@@ -118,7 +121,7 @@ class Daemon:
     async def serve(self) -> None:
         settings = self._settings
         # One thread a kind of disk work: none waits behind another's fsync, and each does one thing at a time.
-        disk, journal, audit = (_worker(name) for name in ("disk", "journal", "audit"))
+        disk, journal, audit, keeper = (_worker(name) for name in ("disk", "journal", "audit", "upkeep"))
         nonces = NonceSource()
         keyring_file = KeyringFile(self._lock.directory_fd, disk)
         opened = opening.open_keyring(
@@ -141,6 +144,8 @@ class Daemon:
             former=keys_of(unlocked).former,
             known=Known(begun=unlocked.body.epoch > 1),
             accept_loss=settings.accept_audit_loss,
+            hash_thread_ids=settings.audit_hash_thread_ids,
+            limits=settings.audit_limits,
         )
         opening.raise_epoch(unlocked, keyring_file)
         store = dekstore.DekStore(settings.data_dir, disk)
@@ -159,6 +164,11 @@ class Daemon:
             cache_keys_max=settings.cache_keys_max or CACHE_KEYS_MAX,
         )
         turn_audit = TurnAudit(log, audit)
+        upkeep = Upkeep(
+            log,
+            keep=settings.audit_keep,
+            forwarder=None if settings.audit_copy is None else FileForwarder(settings.audit_copy),
+        )
         indexing = Indexing(vault, vault.index, disk)
         rotation = KekRotation(vault, backup_store, indexing, disk)
         lifecycle = KeyLifecycle(
@@ -175,6 +185,7 @@ class Daemon:
             opened=opened,
             vault=vault,
             log=log,
+            upkeep=upkeep,
             measures=self._measures,
             rotation=rotation,
             indexing=indexing,
@@ -195,6 +206,7 @@ class Daemon:
             app, loop=asyncio.get_running_loop(), on_internal_error=self._internal_error
         )
         page.server = server
+        keeping = asyncio.ensure_future(_keep_up(upkeep, keeper))
         try:
             await turn_audit.add_written(
                 Event(
@@ -213,6 +225,8 @@ class Daemon:
             await lifecycle.stop()
             await self._write_stop(turn_audit)
         finally:
+            keeping.cancel()
+            await asyncio.wait([keeping])
             await store.drain()
             await leases.drain()
             log.close()
@@ -221,8 +235,9 @@ class Daemon:
             store.close()
             backup_store.close()
             scrub_stack()
-            for executor in (disk, journal, audit):
+            for executor in (disk, journal, audit, keeper):
                 executor.shutdown()
+            upkeep.close()
         self._log.info("stopped", why=self._why)
 
     async def _serve_until_stopped(
@@ -337,6 +352,17 @@ async def _every(seconds: float, chore: Callable[[], None]) -> None:
         chore()
 
 
+async def _keep_up(upkeep: Upkeep, executor: Executor) -> None:
+    """The audit log's chores: the short ones here once a second, the long ones in a thread of their own."""
+    loop = asyncio.get_running_loop()
+    working = None
+    for second in itertools.count():
+        await asyncio.sleep(HOUSEKEEPING_SECONDS)
+        upkeep.tick()
+        if second % UPKEEP_SECONDS == 0 and (working is None or working.done()):
+            working = loop.run_in_executor(executor, upkeep.work)
+
+
 def _harden(settings: Settings, arena: SecretArena, listener: UnixListener) -> tuple[Measure, ...]:
     read = interpreter_paths()
     write = [settings.data_dir, os.path.dirname(os.path.abspath(settings.socket))]
@@ -348,6 +374,8 @@ def _harden(settings: Settings, arena: SecretArena, listener: UnixListener) -> t
         write.append(str(settings.dev_key_file.parent))
     if listener.activated:
         write.pop(1)
+    if settings.audit_copy is not None:
+        write.append(os.path.dirname(settings.audit_copy))
     return harden(arena, read=read, write=write, require=settings.require_hardening)
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from minikms.audit.log import DEFAULT_LIMITS, Limits
+from minikms.audit.retention import KEEP_ALL, Retention
 from minikms.errors import StartError
 from minikms.policy import parse_uids
 
@@ -44,6 +46,10 @@ class Settings:
     require_hardening: bool = False
     rewrite_master_key_file: bool = False
     accept_audit_loss: bool = False
+    audit_hash_thread_ids: bool = False
+    audit_limits: Limits = DEFAULT_LIMITS
+    audit_keep: Retention = KEEP_ALL
+    audit_copy: str | None = None
     log_format: LogFormat = "console"
 
     @property
@@ -95,6 +101,14 @@ def from_environment(
         rewrite_master_key_file=rewrite_master_key_file,
         **others,  # type: ignore[arg-type]  # passed through from the command, whose signature is typed
     )
+
+
+def audit_limits(*, segment_mib: int, segment_days: int) -> Limits:
+    return Limits(segment_bytes=segment_mib * 1024 * 1024, segment_age_s=segment_days * 24 * 3600)
+
+
+def audit_keep(*, mib: int, days: int) -> Retention:
+    return Retention(bytes_max=mib * 1024 * 1024, days_min=days)
 
 
 def parse_mode(text: str) -> int:

@@ -15,7 +15,7 @@ from minikms.custody.opening import Opened
 from minikms.keys.keyring import KEK_WRAPS_WARN
 
 if TYPE_CHECKING:
-    from minikms.audit import AuditLog
+    from minikms.audit import AuditLog, Upkeep
     from minikms.custody.indexing import Indexing
     from minikms.custody.rotation import KekRotation
     from minikms.custody.vault import Vault
@@ -34,6 +34,7 @@ class StatusPage:
         opened: Opened,
         vault: Vault,
         log: AuditLog,
+        upkeep: Upkeep,
         measures: tuple[Measure, ...],
         rotation: KekRotation,
         indexing: Indexing,
@@ -43,6 +44,7 @@ class StatusPage:
         self._opened = opened
         self._vault = vault
         self._log = log
+        self._upkeep = upkeep
         self._measures = measures
         self._rotation = rotation
         self._indexing = indexing
@@ -85,7 +87,11 @@ class StatusPage:
                 "unreadable": self._indexing.unreadable_count,
                 "unreadable_files": self._indexing.unreadable,
             },
-            "audit": {**self._log.status(), "public_key": body.audit_key.public_key.hex()},
+            "audit": {
+                **self._log.status(),
+                "upkeep": self._upkeep.status(),
+                "public_key": body.audit_key.public_key.hex(),
+            },
             "memory": {
                 "arena": arena.backing,
                 "locked_bytes": arena.locked_bytes,

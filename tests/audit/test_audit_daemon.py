@@ -1,0 +1,155 @@
+"""The log of a real daemon: its flags, its chores, and what it does when the log can't be written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import needs
+from minikms.audit import record
+
+LOG = "minikms-audit.log"
+PROGRAM = [sys.executable, "-c", "from minikms.cli import main; main()"]
+
+
+class Daemon:
+    def __init__(self, directory: Path) -> None:
+        self.data_dir = directory / "data"
+        self.socket = directory / "s"
+
+    def ask(self, method: str, path: str, body: object = None) -> tuple[int, dict[str, Any]]:
+        content = b"" if body is None else json.dumps(body).encode()
+        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(content)}\r\n"
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(20)
+            connection.connect(str(self.socket))
+            connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
+            answer = b""
+            while chunk := connection.recv(65536):
+                answer += chunk
+        head_bytes, _, answered = answer.partition(b"\r\n\r\n")
+        return int(head_bytes.split()[1]), json.loads(answered)
+
+    def verify(self) -> tuple[int, str]:
+        done = subprocess.run(
+            [*PROGRAM, "audit", "verify", "--data-dir", str(self.data_dir)], capture_output=True, text=True, timeout=60,
+            check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout + done.stderr
+
+
+@contextmanager
+def serving(directory: Path, *flags: object, under: Callable[[Daemon], list[str]] | None = None) -> Iterator[Daemon]:
+    daemon = Daemon(directory)
+    command = [*(under(daemon) if under else []), *PROGRAM, "--dev", "--socket", str(daemon.socket)]
+    process = subprocess.Popen([*command, "--data-dir", str(daemon.data_dir), *map(str, flags)], start_new_session=True)
+    try:
+        wait_for(daemon.socket.exists)
+        yield daemon
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            assert process.wait(20) == 0
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def events_of(directory: Path) -> list[record.Event]:
+    return [record.parse_line(line)[0] for line in (directory / LOG).read_bytes().split(b"\n")[:-1]]
+
+
+def test_a_day_in_the_life_of_a_log(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    with serving(tmp_path, "--audit-hash-thread-ids", "--audit-copy", copy) as daemon:
+        status, made = daemon.ask("POST", "/create_dek_for_thread", {"thread_id": "payroll"})
+        assert status == 200
+        daemon.ask("POST", "/encrypt", {"key_id": made["key_id"], "plaintext": "AAAA"})
+        status, told = daemon.ask("GET", "/status")
+        assert status == 200 and told["audit"]["writable"] is True
+        assert told["audit"]["upkeep"]["faults"] == {}
+        assert daemon.verify()[0] == 0, "beside the daemon"
+        wait_for(lambda: copy.exists() and made["key_id"].encode() in copy.read_bytes())
+    assert daemon.verify()[0] == 0
+    types = [event.type for event in events_of(daemon.data_dir)]
+    assert types == ["genesis", "start", "create_dek", "encrypt", "status", "stop", "checkpoint"]
+    content = (daemon.data_dir / LOG).read_bytes()
+    assert b"payroll" not in content
+    assert content.startswith(copy.read_bytes())
+
+
+def test_when_the_log_can_not_be_written_nothing_is_answered_until_it_can(tmp_path: Path) -> None:
+    """Writes to the log's file fail for a while, in the kernel."""
+    strace = needs.program("strace")
+
+    def failing(daemon: Daemon) -> list[str]:
+        path = str(daemon.data_dir / LOG)
+        return [strace, "-f", "-qq", "-o", "/dev/null", "-P", path, "-e", "inject=write:error=EIO:when=4..7"]
+
+    with serving(tmp_path, under=failing) as daemon:
+        _, made = daemon.ask("POST", "/create_dek_for_thread", {"thread_id": "t"})
+        answers = [daemon.ask("POST", "/encrypt", {"key_id": made["key_id"], "plaintext": "AAAA"}) for _ in range(12)]
+        codes = [answer.get("code", "ok") for _, answer in answers]
+        assert set(codes) == {"ok", "audit_unavailable"}
+        assert codes[-1] == "ok", "recovered by itself"
+        assert all((status == 503) == ("ciphertext" not in answer) for status, answer in answers)
+        dropped = daemon.ask("GET", "/status")[1]["audit"]["events_dropped"]
+        assert dropped >= codes.count("audit_unavailable")
+    assert daemon.verify()[0] == 0
+    told = [event for event in events_of(daemon.data_dir) if event.type == "resumed"]
+    assert sum(int(event.facts["dropped"]) for event in told) == dropped
+
+
+def test_files_are_closed_compressed_and_removed_while_serving(tmp_path: Path) -> None:
+    flags = ("--audit-segment-mib", 1, "--audit-keep-mib", 1, "--audit-keep-days", 0)
+    with serving(tmp_path, *flags) as daemon:
+        _, made = daemon.ask("POST", "/create_dek_for_thread", {"thread_id": "t"})
+        items = [{"key_id": made["key_id"], "plaintext": "", "request_id": f"{n:0128}"} for n in range(1024)]
+        for _ in range(12):
+            assert daemon.ask("POST", "/encrypt_batch", {"items": items})[0] == 200
+        wait_for(lambda: list(daemon.data_dir.glob(f"{LOG}.*.zst")))
+        assert daemon.verify()[0] == 0
+    assert daemon.verify()[0] == 0
+
+
+def test_an_altered_log_stops_the_start_until_its_loss_is_accepted(tmp_path: Path) -> None:
+    with serving(tmp_path) as daemon:
+        daemon.ask("POST", "/create_dek_for_thread", {"thread_id": "t"})
+    content = (daemon.data_dir / LOG).read_bytes()
+    (daemon.data_dir / LOG).write_bytes(content[:-3] + b"\n")
+    command = [*PROGRAM, "--dev", "--socket", str(daemon.socket), "--data-dir", str(daemon.data_dir)]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert refused.returncode != 0
+    assert "minikms audit verify" in refused.stderr and "--accept-audit-loss" in refused.stderr
+    with serving(tmp_path, "--accept-audit-loss") as daemon:
+        assert daemon.verify()[0] == 0
+    assert "previous" in events_of(daemon.data_dir)[0].facts
+
+
+@pytest.mark.torture
+def test_a_log_under_load_and_rotation_verifies_beside_the_daemon(tmp_path: Path) -> None:
+    with serving(tmp_path, "--audit-segment-mib", 1) as daemon:
+        _, made = daemon.ask("POST", "/create_dek_for_thread", {"thread_id": "t"})
+        items = [{"key_id": made["key_id"], "plaintext": "", "request_id": f"{n:0128}"} for n in range(1024)]
+        for _ in range(200):
+            assert daemon.ask("POST", "/encrypt_batch", {"items": items})[0] == 200
+            if _ % 20 == 0:
+                assert daemon.verify()[0] == 0
