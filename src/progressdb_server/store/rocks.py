@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from rocksdict import (
     AccessType,
+    BlockBasedIndexType,
     BlockBasedOptions,
     Cache,
     Checkpoint,
@@ -41,7 +42,7 @@ from progressdb_server.store.engine import (
     EngineUnavailableError,
 )
 
-BLOCK_CACHE_BYTES: Final = 64 * 1024 * 1024
+BLOCK_CACHE_BYTES: Final = 32 * 1024 * 1024
 WRITE_BUFFER_BYTES: Final = 16 * 1024 * 1024
 WRITE_BUFFERS_MAX: Final = 4
 OPEN_FILES_MAX: Final = 512
@@ -57,6 +58,11 @@ def _options() -> Options:
     table.set_block_cache(Cache(BLOCK_CACHE_BYTES))
     table.set_bloom_filter(BLOOM_BITS_PER_KEY, False)
     table.set_cache_index_and_filter_blocks(True)
+    # In parts of 4 KiB: whole filters, of some 100 KiB a file, push each other out of the cache once there are many.
+    table.set_index_type(BlockBasedIndexType.two_level_index_search())
+    table.set_partition_filters(True)
+    table.set_metadata_block_size(4096)
+    table.set_pin_top_level_index_and_filter(True)
     table.set_pin_l0_filter_and_index_blocks_in_cache(True)
     options = Options(raw_mode=True)
     options.create_if_missing(True)
