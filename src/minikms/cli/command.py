@@ -15,7 +15,7 @@ from typing import Annotated, Final
 
 from cyclopts import App, Parameter, validators
 
-from minikms.cli.outcome import EXIT_INTERRUPTED, EXIT_MISSING, complain, explained
+from minikms.cli.outcome import EXIT_INTERRUPTED, EXIT_MISSING, EXIT_READER_LEFT, complain, explained
 
 COMMANDS: Final = {
     "init": ("init:init", "Make a data directory, and a root key file if there is none."),
@@ -23,9 +23,13 @@ COMMANDS: Final = {
     "keys": ("keys:app", "List, show, retire and destroy keys."),
     "rotate-kek": ("kek:rotate_kek", "Make a new KEK and wrap every key under it, while the daemon serves."),
     "kek": ("kek:app", "List key-encryption keys (KEKs), and destroy those that nothing needs."),
+    "encrypt": ("files:encrypt", "Encrypt a file or a pipe of any size."),
+    "decrypt": ("files:decrypt", "Decrypt what `minikms encrypt` made."),
     "backup": ("backup:app", "Create, verify, restore, list and prune backup archives."),
     "doctor": ("doctor:doctor", "Look for what is wrong or soon will be, each with what to do."),
     "audit": ("audit:app", "Verify and read the audit log."),
+    "demo": ("demo:demo", "See the commands at work, in a temporary directory."),
+    "completion": ("completion:completion", "Print the completion script of a shell."),
 }
 """Each command beside `serve`, where it is, and what it does in a line. The modules are imported when they are used."""
 
@@ -152,7 +156,7 @@ def run() -> None:
     except BrokenPipeError:
         # Who read our output has closed it; Python must not complain when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(EXIT_READER_LEFT)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:  # noqa: BLE001  defects are raised again by `explained`

@@ -16,6 +16,8 @@ EXIT_WANTING: Final = 1
 EXIT_MISSING: Final = 2
 EXIT_INTERRUPTED: Final = 130
 """128 and SIGINT, as shells have it."""
+EXIT_READER_LEFT: Final = 141
+"""128 and SIGPIPE: who read the output closed it, and did not get all of it."""
 
 
 class CommandError(Exception):

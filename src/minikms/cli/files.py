@@ -1,0 +1,195 @@
+"""`minikms encrypt` and `minikms decrypt`: files and pipes of any size.
+
+Owns: where bytes come from and go to, and which key is used; the format is `minikms.crypto.stream`. Invariants: each
+stream has a data key of its own, made by the daemon, which is zeroed here at the end (the client's answer is an object
+of its own, see the threat model); a file gets its name only when the stream has ended well, and nothing is overwritten
+unless told to; a failure after bytes went to a pipe shows in the exit status.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Final
+
+from cyclopts import Parameter
+
+from minikms.cli import show
+from minikms.cli.flags import ServerUid, Socket
+from minikms.cli.outcome import EXIT_GOOD, EXIT_WANTING, CommandError
+
+if TYPE_CHECKING:
+    from minikms.client import Client
+
+DATA_KEY_OWNER: Final = "minikms.files"
+"""The name that keys of purpose `data` are made under when none is chosen."""
+READ_BYTES: Final = 64 * 1024
+SUFFIX: Final = ".kms"
+
+Source = Annotated[
+    str,
+    Parameter(help="A file, or - for standard input.", allow_leading_hyphen=True),  # for `-` itself; see `_reading`
+]
+Output = Annotated[
+    str | None,
+    Parameter(
+        name=("--output", "-o"),
+        help="Where to; - is standard output. Default: beside the file; from a pipe to a pipe.",
+        allow_leading_hyphen=True,  # for `-` itself
+    ),
+]
+Force = Annotated[bool, Parameter(name="--force", help="Replace a file that exists.", negative=(), show_default=False)]
+
+
+def encrypt(
+    source: Source = "-",
+    *,
+    output: Output = None,
+    key: Annotated[
+        str | None, Parameter(help="A key of purpose data; default: the newest one, made at first use.")
+    ] = None,
+    force: Force = False,
+    socket: Socket = None,
+    server_uid: ServerUid = None,
+) -> int:
+    """Encrypt a file to FILE.kms, or a pipe to a pipe.
+
+    The result names its key: `minikms decrypt` needs no more than the daemon. Exit status: 0 done, 1 refused, 2
+    something is missing.
+    """
+    from minikms.cli.reach import reach
+    from minikms.crypto.stream import WRAP_AAD, StreamHeader, seal_stream
+
+    place = output or ("-" if source == "-" else source + SUFFIX)
+    with reach(socket, server_uid) as kms, _reading(source) as reading, _writing(place, force=force) as writing:
+        key_id = key or _data_key_owner(kms)
+        made = kms.generate_data_key(key_id, aad=WRAP_AAD)
+        if not isinstance(made.plaintext, bytes):
+            raise CommandError("the daemon gave no data key", EXIT_WANTING)
+        with _zeroed(made.plaintext) as data_key:
+            header = StreamHeader(key_id, made.ciphertext)
+            _copy(seal_stream(data_key, header, _parts(reading, source)), writing)
+    return EXIT_GOOD
+
+
+def decrypt(
+    source: Source = "-",
+    *,
+    output: Output = None,
+    force: Force = False,
+    socket: Socket = None,
+    server_uid: ServerUid = None,
+) -> int:
+    """Decrypt what `minikms encrypt` made: FILE.kms to FILE, or a pipe to a pipe.
+
+    A file appears only when all of it was authentic. What went to a pipe is authentic too, but whole only if the exit
+    status is 0. Exit status: 0 done, 1 it was altered or cut short, or its key was refused, 2 something is missing.
+    """
+    from minikms.cli.reach import reach
+    from minikms.crypto.stream import WRAP_AAD, open_stream, split_header
+
+    place = output or ("-" if source == "-" else _without_suffix(source))
+    with reach(socket, server_uid) as kms, _reading(source) as reading:
+        header, rest = split_header(_parts(reading, source))
+        opened = kms.decrypt(header.key_id, header.wrapped_key, aad=WRAP_AAD)
+        with _zeroed(opened) as data_key, _writing(place, force=force) as writing:
+            _copy(open_stream(data_key, header, rest), writing)
+    return EXIT_GOOD
+
+
+def _without_suffix(source: str) -> str:
+    if not source.endswith(SUFFIX) or source == SUFFIX:
+        raise CommandError(f"{source} does not end in {SUFFIX}: say where to write with --output FILE, or --output -")
+    return source[: -len(SUFFIX)]
+
+
+def _data_key_owner(kms: Client) -> str:
+    """The newest active key of our own name; a new one at the first use."""
+    newest, cursor = "", None
+    while True:
+        answer = kms.list_keys(thread_id=DATA_KEY_OWNER, state="active", cursor=cursor)
+        newest = max([newest, *(key.key_id for key in answer.keys if key.purpose == "data")])
+        cursor = answer.next_cursor
+        if cursor is None:
+            return newest or kms.create_dek_for_thread(DATA_KEY_OWNER, purpose="data").key_id
+
+
+@contextmanager
+def _zeroed(key: bytes) -> Iterator[memoryview]:
+    """A view of our own copy, zeroed at the end."""
+    copy = bytearray(key)
+    view = memoryview(copy)
+    try:
+        yield view
+    finally:
+        view[:] = bytes(len(copy))
+
+
+@contextmanager
+def _reading(source: str) -> Iterator[BinaryIO]:
+    if source == "-":
+        if sys.stdin.isatty():
+            raise CommandError("name a file, or pipe something in")
+        yield sys.stdin.buffer
+        return
+    if source.startswith("-"):
+        raise CommandError(f"there is no option {source}; for a file of that name: ./{source}")
+    with open(source, "rb") as file:
+        if stat.S_ISDIR(os.fstat(file.fileno()).st_mode):
+            raise CommandError(f"{source} is a directory; pack it first: tar c {source} | minikms encrypt")
+        yield file
+
+
+@contextmanager
+def _writing(place: str, *, force: bool) -> Iterator[BinaryIO]:
+    """Standard output, or a file that gets its name at the end, readable by us only. Raises CommandError."""
+    if place == "-":
+        if sys.stdout.isatty():
+            raise CommandError("this would write raw bytes to the terminal: name a file with --output FILE")
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    if not force and os.path.lexists(place):
+        raise CommandError(f"{place} exists already; to replace it: --force", EXIT_WANTING)
+    staging = f"{place}.{os.getpid()}.new"
+    try:
+        with open(staging, "xb", opener=_private) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if force:
+            os.replace(staging, place)
+        else:
+            os.link(staging, place)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(staging)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def _parts(file: BinaryIO, source: str) -> Iterator[bytes]:
+    """The file, part by part, with a progress bar where it is a regular file and somebody looks."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    status = os.fstat(file.fileno())
+    console = show.console(errors=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    shown = console.is_terminal and stat.S_ISREG(status.st_mode)
+    with Progress(*columns, console=console, disable=not shown, transient=True) as progress:
+        task = progress.add_task(Path(source).name, total=status.st_size)
+        while part := file.read(READ_BYTES):
+            yield part
+            progress.advance(task, len(part))
+
+
+def _copy(parts: Iterable[bytes], writing: BinaryIO) -> None:
+    for part in parts:
+        writing.write(part)
