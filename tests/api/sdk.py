@@ -26,11 +26,12 @@ class ApiError(Exception):
         self.body = body
 
 
-def environment() -> Path:
-    """The interpreter of an environment with the SDK. Skips (fails under CI) where it can't be installed."""
+def environment(name: str = "sdk-0.1.5", requirements: tuple[str, ...] = REQUIREMENTS) -> Path:
+    """The interpreter of an environment with these packages, the SDK's unless told. Skips (fails under CI) where they
+    can't be installed."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "progressdb-tests"
     cache.mkdir(parents=True, exist_ok=True)
-    place = cache / f"sdk-0.1.5-{sys.implementation.cache_tag}"
+    place = cache / f"{name}-{sys.implementation.cache_tag}"
     python, stamp = place / "bin" / "python", place / "installed"
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -38,13 +39,13 @@ def environment() -> Path:
             (pip,) = (PROJECT / "tools" / "bootstrap").glob("pip-*.whl")
             made = [sys.executable, "-m", "venv", "--clear", "--without-pip", str(place)]
             quiet = ["install", "--quiet", "--no-input", "--disable-pip-version-check", "--retries", "1"]
-            for words in (made, [str(python), str(pip / "pip"), *quiet, *REQUIREMENTS]):
+            for words in (made, [str(python), str(pip / "pip"), *quiet, *requirements]):
                 try:
                     done = subprocess.run(words, stdin=subprocess.DEVNULL, timeout=INSTALL_S_MAX, check=False)
                 except subprocess.TimeoutExpired:
-                    needs.packages(*REQUIREMENTS)
+                    needs.packages(*requirements)
                 if done.returncode != 0:
-                    needs.packages(*REQUIREMENTS)
+                    needs.packages(*requirements)
             stamp.touch()
     return python
 

@@ -18,11 +18,11 @@ from progressdb_server.api.identity import checked_author
 from progressdb_server.store.model import ConversationStore
 
 
-class _SignBody(msgspec.Struct):
+class SignBody(msgspec.Struct):
     user_id: str = msgspec.field(name="userId")
 
 
-_SIGN: Final = msgspec.json.Decoder(_SignBody)
+_SIGN: Final = msgspec.json.Decoder(SignBody)
 
 
 async def health(call: Call) -> Answer:

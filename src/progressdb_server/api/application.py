@@ -17,6 +17,7 @@ import structlog
 
 from progressdb_server.api import answer, errors
 from progressdb_server.api.call import Call, Receive, Scope, Send
+from progressdb_server.api.documentation import with_documentation
 from progressdb_server.api.errors import ApiError, ClientGoneError
 from progressdb_server.api.exchange import Exchange
 from progressdb_server.api.gate import Gate
@@ -43,7 +44,8 @@ class Application:
     ) -> None:
         self._gate = gate
         self._metrics = metrics
-        self._routing = Routing((*table(store, metrics), *more))
+        self.resources = with_documentation((*table(store, metrics), *more))
+        self._routing = Routing(self.resources)
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

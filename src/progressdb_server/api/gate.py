@@ -20,8 +20,9 @@ from progressdb_server.api.identity import Principal, Role
 from progressdb_server.api.rate import AddressBuckets, TokenBucket
 from progressdb_server.config import Security, parse_network
 
-OPEN_PATHS: Final = frozenset({"/healthz"})
-"""Need no key."""
+OPEN_PATHS: Final = frozenset({"/healthz", "/openapi.yaml", "/docs", "/viewer"})
+_OPEN_PREFIXES: Final = ("/docs/", "/viewer/")
+"""Need no key: documentation, and pages that ask for one themselves."""
 _USER_PATHS: Final = ("/v1/messages", "/v1/threads")
 """What a front-end key may reach, with what is below."""
 
@@ -32,6 +33,11 @@ _CORS_HEADERS: Final[tuple[Header, ...]] = (
     (b"access-control-allow-headers", b"Authorization,Content-Type,X-API-Key,X-User-ID,X-User-Signature"),
     (b"access-control-expose-headers", b"X-Role-Name"),
 )
+
+
+def is_open(path: str) -> bool:
+    """Whether a path needs no key."""
+    return path in OPEN_PATHS or path.startswith(_OPEN_PREFIXES)
 
 
 def for_users(path: str) -> bool:
@@ -104,13 +110,13 @@ class Gate:
         self._check_scope(principal, path)
         if self._limited:
             self._check_rate(principal, address, now_s)
-        if path in OPEN_PATHS:
+        if is_open(path):
             return principal, None
         required = principal.role in (Role.FRONTEND, Role.UNAUTHENTICATED)
         return principal, identity.signed_user(headers, self.keys, required=required)
 
     def _principal(self, path: str, headers: head.Headers) -> Principal:
-        if path in OPEN_PATHS:
+        if is_open(path):
             return self.keys.anonymous
         key = identity.presented_key(headers)
         principal = self.keys.find(key) if key else None
@@ -121,7 +127,7 @@ class Gate:
         raise unauthorized("unauthorized")
 
     def _check_scope(self, principal: Principal, path: str) -> None:
-        if path in OPEN_PATHS or principal.role in (Role.ADMIN, Role.BACKEND):
+        if is_open(path) or principal.role in (Role.ADMIN, Role.BACKEND):
             return
         if not for_users(path):
             raise forbidden()

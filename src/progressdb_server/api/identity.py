@@ -143,11 +143,9 @@ def resolve_author(
             raise _mismatch("body author")
         return user
     in_header = headers.get(head.USER_ID)
-    if body_author:
-        return checked_author(body_author)
-    if in_header:
-        return checked_author(head.header_text(in_header, "X-User-ID"))
-    return checked_author(in_query) if in_query else None
+    given = (body_author, head.header_text(in_header, "X-User-ID") if in_header else None, in_query)
+    # each is checked, that the same value is not refused or taken by what stands beside it
+    return next(iter([checked_author(author) for author in given if author]), None)
 
 
 def _mismatch(where: str) -> ApiError:

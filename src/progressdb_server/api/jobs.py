@@ -26,7 +26,9 @@ JOBS_NAMED_MAX: Final = 1000
 """Of one answer; the rest is counted."""
 REFUSAL: Final = "invalid request"
 
-_Rate = Annotated[int, msgspec.Meta(ge=0, le=10_000_000)]
+# JSON knows one kind of number: 7.0 is as whole as 7
+_Rate = Annotated[float, msgspec.Meta(ge=0, le=10_000_000, multiple_of=1)]
+_Version = Annotated[float, msgspec.Meta(ge=0, le=2**31, multiple_of=1)]
 
 
 class _How(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -35,22 +37,26 @@ class _How(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     records_per_second: _Rate | None = None
     destroy_old_after: str = ""
 
+    @property
+    def rate(self) -> int | None:
+        return None if self.records_per_second is None else int(self.records_per_second)
 
-class _RotateOne(_How, kw_only=True, forbid_unknown_fields=True):
+
+class RotateOne(_How, kw_only=True, forbid_unknown_fields=True):
     thread_id: str = ""
 
 
-class _RotateMany(_How, kw_only=True, forbid_unknown_fields=True):
+class RotateMany(_How, kw_only=True, forbid_unknown_fields=True):
     """Exactly one of the first four."""
 
     all: bool = False
     thread_ids: list[str] = []
     older_than: str = ""
-    kek_version: int = 0
+    kek_version: _Version = 0
 
 
-_ONE: Final = msgspec.json.Decoder(_RotateOne)
-_MANY: Final = msgspec.json.Decoder(_RotateMany)
+_ONE: Final = msgspec.json.Decoder(RotateOne)
+_MANY: Final = msgspec.json.Decoder(RotateMany)
 
 
 def _seconds(text: str) -> int:
@@ -68,13 +74,13 @@ def _refusal(error: JobError) -> ApiError:
     return ApiError(409, str(error))
 
 
-def _selection(asked: _RotateMany) -> Due | None:
+def _selection(asked: RotateMany) -> Due | None:
     """What is due; None is everything. Raises ApiError unless exactly one selection is asked for."""
     if sum(map(bool, (asked.all, asked.thread_ids, asked.older_than, asked.kek_version))) != 1:
         raise bad_request(REFUSAL)
     if asked.older_than:
         return Due(age_s=_seconds(asked.older_than))
-    return Due(kek_version=asked.kek_version) if asked.kek_version else None
+    return Due(kek_version=int(asked.kek_version)) if asked.kek_version else None
 
 
 class JobRoutes:
@@ -91,7 +97,7 @@ class JobRoutes:
         if wait not in ("true", "false", "1", "0"):
             raise bad_request("wait must be true or false")
         after_s = _seconds(asked.destroy_old_after)
-        job = await self._jobs.rotate(asked.thread_id, rate=asked.records_per_second, destroy_after_s=after_s)
+        job = await self._jobs.rotate(asked.thread_id, rate=asked.rate, destroy_after_s=after_s)
         if wait in ("false", "0"):
             begun = {"job_id": job.id, "new_key": job.new_key, "status": job.state}
             return Answer(202, answer.json_text(begun))
@@ -110,9 +116,9 @@ class JobRoutes:
         ids: list[str] = []
         count = 0
         if asked.thread_ids:
-            jobs = self._listed(asked.thread_ids, asked.records_per_second, after_s)
+            jobs = self._listed(asked.thread_ids, asked.rate, after_s)
         else:
-            jobs = self._jobs.select(due, rate=asked.records_per_second, destroy_after_s=after_s)
+            jobs = self._jobs.select(due, rate=asked.rate, destroy_after_s=after_s)
         async for job in jobs:
             count += 1
             if len(ids) < JOBS_NAMED_MAX:

@@ -19,7 +19,7 @@ from progressdb_server.api.identity import Role, checked_author
 from progressdb_server.store.model import ConversationStore, NewMessage
 
 
-class _MessageBody(msgspec.Struct):
+class MessageBody(msgspec.Struct):
     """What a client may send. `id`, `ts`, `deleted` and unknown fields are ignored; null counts as absent."""
 
     thread: str | None = None
@@ -30,7 +30,7 @@ class _MessageBody(msgspec.Struct):
     reactions: dict[str, str] | None = None
 
 
-_BODY: Final = msgspec.json.Decoder(_MessageBody)
+_BODY: Final = msgspec.json.Decoder(MessageBody)
 _UNCHECKED_BYTES_MAX: Final = bounds.MESSAGE_BYTES_MAX // 4
 """JSON grows less than fourfold when it is written again (`1e15,` becomes `1000000000000000.0,`): below this no look
 is needed.
@@ -38,7 +38,7 @@ is needed.
 _UNKNOWN: Final = "message not found"
 
 
-async def _received(call: Call) -> _MessageBody:
+async def _received(call: Call) -> MessageBody:
     """The body within its bounds. Raises ApiError."""
     raw = await call.body()
     sent = decode_json(raw, _BODY)
@@ -64,7 +64,7 @@ def checked_reaction(reaction: str) -> str:
     return reaction
 
 
-def _reactions(call: Call, sent: _MessageBody) -> dict[str, str]:
+def _reactions(call: Call, sent: MessageBody) -> dict[str, str]:
     if not sent.reactions:
         return {}
     if len(sent.reactions) > bounds.REACTIONS_COUNT_MAX:
@@ -88,7 +88,7 @@ class MessageRoutes:
         sent = await _received(call)
         return await self._create(call, sent, call.id_from_path("thread", "thread not found"))
 
-    async def _create(self, call: Call, sent: _MessageBody, thread_id: str) -> Answer:
+    async def _create(self, call: Call, sent: MessageBody, thread_id: str) -> Answer:
         author = call.required_author(sent.author)
         if thread_id and not bounds.ID_PATTERN.fullmatch(thread_id):
             raise bad_request(THREAD_ID_REFUSAL)

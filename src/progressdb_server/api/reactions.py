@@ -18,12 +18,12 @@ from progressdb_server.api.messages import checked_identity, checked_reaction
 from progressdb_server.store.model import ConversationStore, Message
 
 
-class _ReactionBody(msgspec.Struct):
+class ReactionBody(msgspec.Struct):
     id: str | None = None
     reaction: str | None = None
 
 
-_BODY: Final = msgspec.json.Decoder(_ReactionBody)
+_BODY: Final = msgspec.json.Decoder(ReactionBody)
 _UNKNOWN: Final = "message not found"
 
 

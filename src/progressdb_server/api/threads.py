@@ -18,18 +18,18 @@ from progressdb_server.api.identity import Role
 from progressdb_server.store.model import ConversationStore
 
 
-class _ThreadBody(msgspec.Struct):
+class ThreadBody(msgspec.Struct):
     """`id`, `slug`, times and unknown fields are ignored; null counts as absent."""
 
     title: str | None = None
     author: str | None = None
 
 
-_BODY: Final = msgspec.json.Decoder(_ThreadBody)
+_BODY: Final = msgspec.json.Decoder(ThreadBody)
 _UNKNOWN: Final = "thread not found"
 
 
-async def _received(call: Call) -> _ThreadBody:
+async def _received(call: Call) -> ThreadBody:
     sent = await call.json(_BODY)
     if sent.title and len(sent.title.encode()) > bounds.TITLE_BYTES_MAX:
         raise bad_request("title too long")

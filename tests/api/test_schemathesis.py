@@ -1,0 +1,57 @@
+"""Schemathesis, a stranger's reader of OpenAPI, believes the document and asks the live server whether it is true."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from asgi_client import ADMIN, BACKEND, FRONTEND, signature
+from real_server import RealServer, real_server
+from sdk import environment
+
+REQUIREMENTS = ("schemathesis==4.32.5",)
+RUN_S_MAX = 60.0
+EXAMPLES = 6
+CONFIGURATION = """
+[checks.positive_data_acceptance]
+# what a stranger names is unknown, somebody else's, or in another state
+expected-statuses = ["2xx", "3xx", "401", "403", "404", "409"]
+"""
+CALLERS = {
+    "admin": {"X-API-Key": ADMIN, "X-User-ID": "alice"},
+    "backend": {"X-API-Key": BACKEND, "X-User-ID": "alice"},
+    "front end": {"X-API-Key": FRONTEND, "X-User-ID": "alice", "X-User-Signature": signature("alice")},
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    with real_server(Path(tmp_path_factory.mktemp("schemathesis"))) as started:
+        yield started
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+def test_the_document_is_true_of_the_live_server(server: RealServer, caller: str, tmp_path: Path) -> None:
+    """Valid requests are answered as described, invalid ones refused; no status, header, type or method is left out."""
+    configuration = tmp_path / "schemathesis.toml"
+    configuration.write_text(CONFIGURATION)
+    words = [str(environment("schemathesis-4.32.5", REQUIREMENTS).with_name("schemathesis"))]
+    words += ["--config-file", str(configuration), "run", f"http://127.0.0.1:{server.port}/openapi.yaml"]
+    # an author, and whom a reaction is by, may stand in several places, which no schema can say
+    for name, value in {**CALLERS[caller], "X-Identity": "alice"}.items():
+        words += ["--header", f"{name}: {value}"]
+    words += ["--phases", "examples,coverage,fuzzing,stateful", "--max-examples", str(EXAMPLES), "--checks", "all"]
+    # bounds are in bytes, schemas count characters; a NUL can't be sent in a header at all
+    words += ["--generation-codec", "ascii", "--generation-allow-x00", "false", "--generation-database", "none"]
+    words += ["--exclude-checks", "ignored_auth", "--no-color", "--no-shrink", "--warnings", "off"]
+    variables = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
+    done = subprocess.run(
+        words, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=RUN_S_MAX, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 selected" not in done.stdout
+    unexpected = [event for event in server.log if event["event"] in ("request failed", "store_write_failed")]
+    assert unexpected == []
