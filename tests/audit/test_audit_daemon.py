@@ -118,9 +118,8 @@ def test_when_the_log_can_not_be_written_nothing_is_answered_until_it_can(tmp_pa
     assert sum(int(event.facts["dropped"]) for event in told) == dropped
 
 
-def test_files_are_closed_compressed_and_removed_while_serving(tmp_path: Path) -> None:
-    flags = ("--audit-segment-mib", 1, "--audit-keep-mib", 1, "--audit-keep-days", 0)
-    with serving(tmp_path, *flags) as daemon:
+def test_files_are_closed_and_compressed_while_serving(tmp_path: Path) -> None:
+    with serving(tmp_path, "--audit-segment-mib", 1) as daemon:
         _, made = daemon.ask("POST", "/create_dek_for_thread", {"thread_id": "t"})
         items = [{"key_id": made["key_id"], "plaintext": "", "request_id": f"{n:0128}"} for n in range(1024)]
         for _ in range(12):
