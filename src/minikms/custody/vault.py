@@ -47,7 +47,18 @@ CACHE_AGE_SECONDS_MAX: Final = 3600
 class OpenDek:
     """A DEK in the arena, with what is needed to use it. `release` zeroes it."""
 
-    __slots__ = ("aad_prefix", "cipher", "key_id", "lease", "purpose", "slot", "state", "thread_id", "view")
+    __slots__ = (
+        "aad_if_none",
+        "aad_prefix",
+        "cipher",
+        "key_id",
+        "lease",
+        "purpose",
+        "slot",
+        "state",
+        "thread_id",
+        "view",
+    )
 
     def __init__(self, record: DekRecord, slot: SecretSlot, lease: UseLease) -> None:
         self.key_id = record.id
@@ -55,6 +66,7 @@ class OpenDek:
         self.purpose = record.purpose
         self.state: DekState = record.state
         self.aad_prefix = envelope.record_aad_prefix(key_id=record.id, thread_id=record.thread_id)
+        self.aad_if_none = envelope.record_aad(self.aad_prefix, b"")
         self.lease = lease
         self.slot = slot
         self.view = slot.view
@@ -139,8 +151,7 @@ class Vault:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def opened(self, key_id: str) -> OpenDek:
-        """The opened key, from the cache or its file. Raises KeyNotFoundError, KeyDestroyedError, KeyUnreadableError.
-        """
+        """The opened key, from the cache or its file. Raises KeyNotFoundError, KeyDestroyedError, KeyUnreadableError."""
         found = self.cache.get(key_id)
         if found is not None:
             return found
@@ -306,8 +317,7 @@ class Vault:
             return gone
 
     async def _take_wrap(self) -> int:
-        """The KEK version to wrap a new DEK under; counts the wrap and the create. The caller seals in the same turn.
-        """
+        """The KEK version to wrap a new DEK under; counts the wrap and the create. The caller seals in the same turn."""
         while True:
             version = self.unlocked.body.wrapping_kek.version
             if self._wraps_left.get(version, 0) > 0:

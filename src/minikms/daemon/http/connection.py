@@ -106,14 +106,14 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
 
     def buffer_updated(self, nbytes: int) -> None:
         reader = self._reader
-        reader.received(nbytes)
-        only = None if self._blocked else reader.only_request()
+        only = None if self._blocked else reader.only_request(nbytes)
         if only is None:
+            reader.received(nbytes)
             self._start_requests()
             return
         # What nearly every call is: exactly one request, under a head that was seen before.
         self._start(*only)
-        reader.used()
+        reader.used(nbytes)
         self._server.requests += 1
         self._since = self._server.now
         self._phase = Phase.IDLE

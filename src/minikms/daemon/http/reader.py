@@ -52,7 +52,7 @@ class Shared:
 class RequestReader:
     """Turns the bytes of one connection into whole requests."""
 
-    __slots__ = ("_carry", "_chunks", "_data", "_end", "_position", "_shared", "_view", "head")
+    __slots__ = ("_carry", "_chunks", "_data", "_end", "_memo_get", "_position", "_shared", "_view", "head")
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
@@ -60,6 +60,7 @@ class RequestReader:
         self._chunks: ChunkedDecoder | None = None
         self._data = shared.data
         self._view = shared.view
+        self._memo_get = shared.memo.get
         self._position = 0
         self._end = 0
         self.head: ParsedHead | None = None
@@ -91,19 +92,18 @@ class RequestReader:
             carry.filled += count
             self._end = carry.filled
 
-    def only_request(self) -> tuple[ParsedHead, memoryview] | None:
-        """The request that the received bytes are, to the last one, if its head is known; then only `used` may follow.
+    def only_request(self, count: int) -> tuple[ParsedHead, memoryview] | None:
+        """The request that the first `count` bytes of `room()` are, if they are just one and its head is known.
 
-        None says nothing, and has changed nothing: `next` tells.
+        Then only `used` may follow. None says nothing, and has changed nothing: `received` and `next` tell.
         """
         if self._carry is not None or self.head is not None:
             return None  # these bytes go on with a request that has begun, whatever they look like
-        end = self._end
-        stop = self._data.find(b"\r\n\r\n", 0, end) + 4
-        head = self._shared.memo.get(bytes(self._view[:stop]))
-        if head is None or head.chunked or stop + head.content_length != end:
+        stop = self._data.find(b"\r\n\r\n", 0, count) + 4
+        head = self._memo_get(bytes(self._view[:stop]))
+        if head is None or head.chunked or stop + head.content_length != count:
             return None
-        return head, self._view[stop:end]
+        return head, self._view[stop:count]
 
     def next(self) -> tuple[ParsedHead, memoryview] | None:
         """The next whole request. None: more bytes are needed. Raises `RefusedError`.
@@ -132,11 +132,9 @@ class RequestReader:
         self._position = stop
         return head, self._view[position:stop]
 
-    def used(self) -> None:
+    def used(self, count: int) -> None:
         """Zero the request that `only_request` gave."""
-        end = self._end
-        self._view[:end] = self._shared.zeros[:end]
-        self._end = 0
+        self._view[:count] = self._shared.zeros[:count]
 
     def settle(self) -> None:
         """Zero what has been used and carry the rest over. Raises `RefusedError` when there is no memory for it."""
