@@ -106,14 +106,21 @@ class KeyIssuing(Verbs):
 
     def status(self, who: Principal, request_id: str) -> bytes:
         """What an operator needs to know. Role: monitor."""
-        event = self._event("status", who, request_id)
+        return _encoder.encode(self._monitored("status", who, request_id))
+
+    def metrics(self, who: Principal, request_id: str) -> dict[str, object]:
+        """The status, for a page of metrics. Role: monitor."""
+        return self._monitored("metrics", who, request_id)
+
+    def _monitored(self, verb: str, who: Principal, request_id: str) -> dict[str, object]:
+        event = self._event(verb, who, request_id)
         try:
             who.require("monitor")
         except MiniKmsError as error:
             self._refused(event, error)
             raise
         self._audit.add(event)
-        return _encoder.encode(self._status())
+        return self._status()
 
 
 def _check_thread_id(thread_id: str) -> str:

@@ -114,6 +114,8 @@ async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool
         await jobs.start()
         registry = CollectorRegistry()
         registry.register(store.metrics)
+        if isinstance(provider, RemoteProvider):
+            registry.register(provider.metrics)
         application = Application(store, Gate(config.security), ApiMetrics(registry), more=job_routes.resources(jobs))
         host, port = listener.getsockname()[:2]
         await serve_http(

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
@@ -61,7 +62,10 @@ class AsyncClient:
         server_uids: Collection[int] | None = None,
         timeout_s: float = TIMEOUT_S,
         wait_s: float = WAIT_S,
+        on_exchange: Callable[[bytes, float, bool], None] | None = None,
     ) -> None:
+        """`on_exchange` is told of each exchange: its target, the seconds it took, whether the daemon answered."""
+        self._on_exchange = on_exchange
         self._path = peer.checked_path(socket_path)
         self._server_uids = peer.default_server_uids() if server_uids is None else frozenset(server_uids)
         self._timeout_s = timeout_s
@@ -284,8 +288,15 @@ class AsyncClient:
                 call.body[:] = bytes(len(call.body))
 
     async def _attempt(self, call: Call[T], lane: bytes | None, timeout_s: float) -> T:
-        connection = await self._connection(lane)
-        answer = await connection.exchange(call.target, call.body, call.request_id, timeout_s)
+        started_s = time.monotonic()
+        answered = False
+        try:
+            connection = await self._connection(lane)
+            answer = await connection.exchange(call.target, call.body, call.request_id, timeout_s)
+            answered = True
+        finally:
+            if self._on_exchange is not None:
+                self._on_exchange(call.target, time.monotonic() - started_s, answered)
         if lane is None:
             self._release(connection)
         return verbs.read(call, answer)

@@ -19,10 +19,11 @@ import msgspec
 from minikms import api
 from minikms.audit import RefusalAggregator
 from minikms.custody.vault import Vault
-from minikms.daemon import strictjson
+from minikms.daemon import metricspage, strictjson
 from minikms.daemon.auditing import TurnAudit
 from minikms.daemon.http import ParsedHead, Request, Response, error_response, parse_query
 from minikms.daemon.keybody import take_new_root
+from minikms.daemon.metricspage import BatchSizes
 from minikms.daemon.peer import Peer, is_overflow_uid, read_peer
 from minikms.errors import InvalidRequestError, MiniKmsError
 from minikms.issuing import KeyIssuing
@@ -95,6 +96,7 @@ class Application:
             "/create_dek_for_thread": ("POST", "create_dek", self._handle_create),
             "/get_wrapped": ("GET", "get_wrapped", self._handle_get_wrapped),
             "/status": ("GET", "status", self._handle_status),
+            "/metrics": ("GET", "metrics", self._handle_metrics),
             "/reencrypt_batch": ("POST", "reencrypt_batch", self._handle_reencrypt_batch),
             "/generate_data_key": ("POST", "generate_data_key", self._handle_data_key),
             "/random": ("POST", "random", self._handle_random),
@@ -107,6 +109,19 @@ class Application:
             "retire": ("POST", "retire_key", self._handle_retire),
             "destroy": ("POST", "destroy_key", self._handle_destroy),
         }
+        routes = (*self._routes.values(), *self._key_routes.values())
+        self.requests = {verb: 0 for _, verb, _ in routes}
+        """Requests that reached each verb."""
+        self._batches = {verb: BatchSizes() for verb in ("encrypt_batch", "decrypt_batch", "reencrypt_batch")}
+
+    def operations(self) -> list[tuple[str, str, str]]:
+        """(method, path, verb) of everything that is served to an allowed peer, beside `GET /health`."""
+        fixed = [(method, path, verb) for path, (method, verb, _) in self._routes.items()]
+        of_key = [
+            (method, f"/keys/{{key_id}}/{action}".rstrip("/"), verb)
+            for action, (method, verb, _) in self._key_routes.items()
+        ]
+        return fixed + of_key
 
     # --- the engine's side -------------------------------------------------------------------------------------------
 
@@ -149,6 +164,7 @@ class Application:
         method, verb, handler = route
         if head.method != method:
             return _method_not_allowed(method)
+        self.requests[verb] += 1
         try:
             return handler(principal, request)
         except _MalformedError as error:
@@ -201,6 +217,7 @@ class Application:
         method, verb, handler = route
         if request.method != method:
             return _method_not_allowed(method)
+        self.requests[verb] += 1
         try:
             return handler(who, key_id, request)
         except _MalformedError as error:
@@ -217,10 +234,14 @@ class Application:
         return self._service.decrypt(who, _decode(self._decrypt_item, request), request.request_id or "")
 
     def _handle_encrypt_batch(self, who: Principal, request: Request) -> Answer:
-        return self._service.encrypt_batch(who, _decode(self._encrypt_batch, request), request.request_id or "")
+        batch = _decode(self._encrypt_batch, request)
+        self._batches["encrypt_batch"].add(len(batch.items))
+        return self._service.encrypt_batch(who, batch, request.request_id or "")
 
     def _handle_decrypt_batch(self, who: Principal, request: Request) -> Answer:
-        return self._service.decrypt_batch(who, _decode(self._decrypt_batch, request), request.request_id or "")
+        batch = _decode(self._decrypt_batch, request)
+        self._batches["decrypt_batch"].add(len(batch.items))
+        return self._service.decrypt_batch(who, batch, request.request_id or "")
 
     def _handle_create(self, who: Principal, request: Request) -> Answer:
         return self._issuing.create_dek_for_thread(who, _decode(self._create, request), request.request_id or "")
@@ -238,10 +259,17 @@ class Application:
     def _handle_status(self, who: Principal, request: Request) -> Answer:
         return self._issuing.status(who, request.request_id or "")
 
+    def _handle_metrics(self, who: Principal, request: Request) -> Answer:
+        status = self._issuing.metrics(who, request.request_id or "")
+        body = metricspage.page(status, requests=self.requests, batches=self._batches)
+        return Response(200, body, content_type=metricspage.CONTENT_TYPE)
+
     # --- the life of a key -------------------------------------------------------------------------------------------
 
     def _handle_reencrypt_batch(self, who: Principal, request: Request) -> Answer:
-        return self._service.reencrypt_batch(who, _decode(self._reencrypt_batch, request), request.request_id or "")
+        batch = _decode(self._reencrypt_batch, request)
+        self._batches["reencrypt_batch"].add(len(batch.items))
+        return self._service.reencrypt_batch(who, batch, request.request_id or "")
 
     def _handle_data_key(self, who: Principal, request: Request) -> Answer:
         return self._issuing.generate_data_key(who, _decode(self._data_key, request), request.request_id or "")

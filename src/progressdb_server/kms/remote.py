@@ -12,6 +12,8 @@ from typing import Final
 
 from minikms.client import AsyncClient
 from progressdb_server.kms.bridge import ClientProvider
+from progressdb_server.kms.metrics import KmsMetrics
+from progressdb_server.kms.provider import ProviderError
 
 WAIT_S: Final = 5.0
 TIMEOUT_S: Final = 10.0
@@ -22,4 +24,22 @@ class RemoteProvider(ClientProvider):
     root)."""
 
     def __init__(self, socket_path: str | os.PathLike[str], *, server_uids: Collection[int] | None = None) -> None:
-        super().__init__(AsyncClient(socket_path, server_uids=server_uids, timeout_s=TIMEOUT_S, wait_s=WAIT_S))
+        self.metrics = KmsMetrics()
+        super().__init__(
+            AsyncClient(
+                socket_path,
+                server_uids=server_uids,
+                timeout_s=TIMEOUT_S,
+                wait_s=WAIT_S,
+                on_exchange=self.metrics.exchanged,
+            )
+        )
+
+    async def status(self) -> dict[str, object]:
+        try:
+            status = await super().status()
+        except ProviderError:
+            self.metrics.lost()
+            raise
+        self.metrics.seen(status)
+        return status

@@ -1,0 +1,35 @@
+"""One plain HTTP request over a Unix socket, for what the client library has no method for."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+from pathlib import Path
+from typing import NamedTuple
+
+
+class UnixReply(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=10)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+def unix_request(path: Path, target: str, method: str = "GET") -> UnixReply:
+    connection = _Connection(path)
+    try:
+        connection.request(method, target)
+        answered = connection.getresponse()
+        return UnixReply(answered.status, {k.lower(): v for k, v in answered.getheaders()}, answered.read())
+    finally:
+        connection.close()
