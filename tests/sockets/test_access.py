@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -267,3 +268,23 @@ def test_the_kernel_tells_a_client_who_listens_even_behind_a_passed_socket(publi
         assert libc.LINUX
         credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         assert int.from_bytes(credentials[:4], sys.byteorder) == daemon.pid
+
+
+def test_a_connection_whose_connector_has_ended_leaves_a_line_that_its_pid_is_not_certain(public: Path) -> None:
+    """The connector's child goes on with its descriptor, as after a descriptor was passed on."""
+    with LiveDaemon(public) as daemon:
+        daemon.process.send_signal(signal.SIGSTOP)  # so that the connection is taken after the connector has ended
+        with socket.socket(socket.AF_UNIX) as client:
+            child = os.fork()
+            if child == 0:
+                client.connect(str(daemon.socket))
+                os._exit(0)
+            os.waitpid(child, 0)
+            daemon.process.send_signal(signal.SIGCONT)
+            client.settimeout(10)
+            client.sendall(REQUEST % (b"GET /status", b""))
+            assert client.recv(65536).split()[1] == b"200"
+        assert [event["pid"] for event in events_of(daemon, "peer")] == [child]
+        with daemon.client() as certain:
+            certain.status()
+        assert len(events_of(daemon, "peer")) == 1

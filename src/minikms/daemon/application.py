@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from minikms import api
-from minikms.audit import RefusalAggregator
+from minikms.audit import Event, RefusalAggregator
 from minikms.custody.vault import Vault
 from minikms.daemon import metricspage, strictjson
 from minikms.daemon.auditing import TurnAudit
@@ -137,6 +137,9 @@ class Application:
                 self._refuse(peer)
                 return None
             self._foreign += 1
+        elif not peer.pid_certain:
+            detail = "the process that connected had ended: its pid may be another's by now"
+            self._audit.add(Event(type="peer", actor=principal.actor, pid=peer.pid, detail=detail))
         return Session(peer, principal)
 
     def close_session(self, session: Session) -> None:
