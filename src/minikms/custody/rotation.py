@@ -134,7 +134,7 @@ class KekRotation:
     # --- the long part -----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Finishes a rotation that has begun, if there is one; a failing disk is tried again until it takes the writes."""
+        """Finishes a rotation that has begun, if there is one; a failing disk is tried again until it takes writes."""
         while (rotation := self.running) is not None:
             try:
                 await self._vault.creates_drained(rotation.from_version)
@@ -162,7 +162,7 @@ class KekRotation:
         return done
 
     def _stale(self, key_ids: list[str], to_version: int) -> list[str]:
-        """Those whose file isn't under the new version. A look at the bytes: a million files are parsed only when due."""
+        """Those whose file isn't under the new version. A look at the bytes: of a million, only the due are parsed."""
         marker = b'"kek_version":%d,' % to_version
         return [
             key_id
@@ -215,7 +215,7 @@ class KekRotation:
         return changed
 
     def _replace(self, records: list[DekRecord], stamp: str) -> None:
-        """Backups, then the new files. For a worker thread. Raises the first error; what was replaced stays replaced."""
+        """Backups, then the new files. For a worker thread. Raises the first error; what was replaced stays so."""
         self._backups.keep(self._vault.store, [record.id for record in records], stamp)
         writes = [FileWrite(file_name(record.id), dek.encode(record)) for record in records]
         for outcome in write_group(self._vault.store.directory_fd, writes):

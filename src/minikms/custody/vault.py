@@ -151,7 +151,7 @@ class Vault:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def opened(self, key_id: str) -> OpenDek:
-        """The opened key, from the cache or its file. Raises KeyNotFoundError, KeyDestroyedError, KeyUnreadableError."""
+        """The opened key, from the cache or its file. Raises Key{NotFound,Destroyed,Unreadable}Error."""
         found = self.cache.get(key_id)
         if found is not None:
             return found
@@ -317,7 +317,7 @@ class Vault:
             return gone
 
     async def _take_wrap(self) -> int:
-        """The KEK version to wrap a new DEK under; counts the wrap and the create. The caller seals in the same turn."""
+        """The KEK version to wrap a new DEK under; counts the wrap and the create. The caller seals in this turn."""
         while True:
             version = self.unlocked.body.wrapping_kek.version
             if self._wraps_left.get(version, 0) > 0:

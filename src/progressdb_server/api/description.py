@@ -72,8 +72,8 @@ class Taken(msgspec.Struct, frozen=True):
 
 class Described(msgspec.Struct, frozen=True, kw_only=True):
     """`answer`: a schema of `content`; None: there is nothing to say. `answers`: other good ones, by status.
-    `refusals`: sentences by status, beside those that follow from the table of routes. `stores`: the disk and the key service take
-    part."""
+    `refusals`: sentences by status, beside those that follow from the table of routes. `stores`: the disk and the key
+    service take part."""
 
     tag: str
     summary: str
