@@ -67,7 +67,7 @@ def test_a_call_waits_for_a_daemon_that_comes_back(use: Use) -> None:
                     connection.sendall(CREATED)
                     connection.recv(1)
 
-        thread = threading.Thread(target=come)
+        thread = threading.Thread(target=come, daemon=True)
         thread.start()
         [made] = use(path, CREATE_CALL, wait_s=WAIT_S)
         thread.join()
@@ -99,7 +99,7 @@ def test_a_daemon_that_trickles_its_answer_is_a_timeout(use: Use) -> None:
                     except OSError:
                         pass
 
-            thread = threading.Thread(target=trickle)
+            thread = threading.Thread(target=trickle, daemon=True)
             thread.start()
             [result] = use(directory + "/s", STATUS_CALL, timeout_s=0.3)
             thread.join()
@@ -202,7 +202,7 @@ def test_bytes_planted_on_an_idle_connection_answer_no_later_call(use: Use) -> N
                         second.sendall(STATUS)
                         second.recv(1)
 
-            thread = threading.Thread(target=serve)
+            thread = threading.Thread(target=serve, daemon=True)
             thread.start()
             if use is use_blocking:
                 with Client(directory + "/s") as client:
@@ -264,7 +264,8 @@ def test_threads_share_a_blocking_client() -> None:
     with hostile(*[[STATUS] * 160] * 8) as server, Client(server.path) as client:
         results: list[object] = []
         threads = [
-            threading.Thread(target=lambda: results.extend(client.status() for _ in range(20))) for _ in range(8)
+            threading.Thread(target=lambda: results.extend(client.status() for _ in range(20)), daemon=True)
+            for _ in range(8)
         ]
         for thread in threads:
             thread.start()

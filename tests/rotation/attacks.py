@@ -88,7 +88,7 @@ class Attack:
         return made
 
     def _judge_alive(self, daemon: Daemon, point: Point) -> None:
-        """After a fault: the daemon serves on, a retry or its own next attempt completes, a restart finds everything."""
+        """After a fault: the daemon serves on, a retry or its next attempt completes, a restart finds everything."""
         assert not daemon.has_died(), "the daemon died of it"
         self._perform(daemon)
         with daemon.client(wait_s=5.0) as client:
