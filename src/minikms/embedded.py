@@ -35,16 +35,15 @@ from minikms.client.values import (
     chunks,
 )
 from minikms.client.verbs import Call
-from minikms.crypto.aead import NonceSource, scrub_stack
+from minikms.crypto.aead import NonceSource
 from minikms.custody import backups, clock, dekstore, opening
 from minikms.custody.indexing import Indexing
 from minikms.custody.keyringfile import KeyringFile
 from minikms.custody.leases import Leases
 from minikms.custody.leasestore import LeaseStore
 from minikms.custody.lock import DataDirLock, make_private_directory
-from minikms.custody.rotation import KekRotation
 from minikms.custody.vault import Vault
-from minikms.errors import MiniKmsError, StartError
+from minikms.errors import AuditUnavailableError, MiniKmsError, StartError
 from minikms.issuing import KeyIssuing
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.lifecycle import KeyLifecycle
@@ -73,6 +72,10 @@ class _DirectAudit:
         self._log.add(event)
         self._log.commit()
 
+    def require_writable(self) -> None:
+        if not self._log.writable:
+            raise AuditUnavailableError("the audit log can't be written, so no key is changed")
+
     async def add_written(self, event: Event, *, durable: bool) -> None:
         self._log.add(event)
         self._log.commit()
@@ -86,7 +89,10 @@ class EmbeddedClient:
     Refusals are those of `minikms.client.errors`; that a daemon is away can't happen.
     """
 
-    def __init__(self, service: KeyService, issuing: KeyIssuing, lifecycle: KeyLifecycle, who: Principal) -> None:
+    def __init__(
+        self, vault: Vault, service: KeyService, issuing: KeyIssuing, lifecycle: KeyLifecycle, who: Principal
+    ) -> None:
+        self._vault = vault
         self._service = service
         self._issuing = issuing
         self._lifecycle = lifecycle
@@ -223,7 +229,7 @@ class EmbeddedClient:
         except MiniKmsError as error:
             raise refusal(error.code, str(error), error.status) from None
         finally:
-            scrub_stack()
+            self._vault.end_turn()
         return call.decode(body)
 
 
@@ -244,11 +250,11 @@ async def _compose(
     sync.callback(unlocked.release)  # after the log is closed, which signs its last line
     log = _open_log(directory, unlocked)
     sync.callback(log.close)
+    lease_store = LeaseStore.open(lock.directory_fd, create=unlocked.body.epoch == 1)
+    sync.callback(lease_store.close)
     opening.raise_epoch(unlocked, keyring_file)
     store = dekstore.DekStore(directory, executor)
     sync.callback(store.close)
-    lease_store = LeaseStore.open(lock.directory_fd, create=opened.made or unlocked.body.epoch <= 2)
-    sync.callback(lease_store.close)
     leases = Leases(lease_store, executor)
     backup_store = backups.BackupStore(directory)
     sync.callback(backup_store.close)
@@ -267,22 +273,14 @@ async def _compose(
     cleaning.push_async_callback(leases.drain)
     cleaning.push_async_callback(store.drain)
     audit = _DirectAudit(log)
-    indexing = Indexing(vault, vault.index, executor)
-    lifecycle = KeyLifecycle(
-        vault=vault,
-        audit=audit,
-        rotation=KekRotation(vault, backup_store, indexing, executor),
-        indexing=indexing,
-        executor=executor,
-        opened_slot_id=opened.slot.slot_id,
-        rewrite_root=None,
-    )
+    indexing = Indexing(vault, executor)
+    lifecycle = KeyLifecycle(vault=vault, audit=audit, indexing=indexing, reader=executor)
     facts: dict[str, str | int] = {"epoch": unlocked.body.epoch}
     await audit.add_written(
         Event(type="start", actor="minikms", pid=os.getpid(), detail="embedded", facts=facts), durable=True
     )
     issuing = KeyIssuing(vault, audit, lambda: _status(unlocked, log))
-    return kind(KeyService(vault, audit), issuing, lifecycle, _ourselves())
+    return kind(vault, KeyService(vault, audit), issuing, lifecycle, _ourselves())
 
 
 def _place(

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET
 
 from minikms import api
-from minikms.crypto.aead import seal
+from minikms.crypto.aead import scrub_stack, seal
 from minikms.custody.vault import Vault
 from minikms.errors import InvalidRequestError, MiniKmsError, StorageUnavailableError, WrongPurposeError
 from minikms.keys.ids import check_key_id
@@ -38,6 +38,7 @@ class KeyIssuing(Verbs):
             event.thread_id = _check_thread_id(request.thread_id)
             replaces = "" if request.replaces is UNSET else check_key_id(request.replaces)
             purpose: api.Purpose = "thread" if request.purpose is UNSET else request.purpose
+            self._audit.require_writable()
             record = await self._vault.create(request.thread_id, purpose=purpose, replaces=replaces)
         except MiniKmsError as error:
             await self._refused_later(event, error)
@@ -81,6 +82,7 @@ class KeyIssuing(Verbs):
             with self._vault.arena.allocate() as made:
                 fill_random(made.view)
                 sealed = seal(opened.view, self._vault.nonces.next(), made.view, aad)
+                scrub_stack()
                 answer = api.DataKeyAnswer(request.key_id, sealed)
                 if request.plaintext is UNSET or request.plaintext:
                     answer.plaintext = bytes(made.view)

@@ -12,6 +12,7 @@ where a key's use lease has to reach the disk first.
 from __future__ import annotations
 
 import binascii
+import contextlib
 from collections.abc import Awaitable, Iterable, Sequence
 from typing import Final, Protocol
 
@@ -23,7 +24,7 @@ from msgspec import UNSET, UnsetType
 from minikms import api
 from minikms.audit import Event
 from minikms.base64 import decode_canonical
-from minikms.crypto.aead import NONCE_BYTES, OVERHEAD_BYTES
+from minikms.crypto.aead import NONCE_BYTES, OVERHEAD_BYTES, scrub_stack
 from minikms.custody.leases import UseLease
 from minikms.custody.vault import OpenDek, Vault
 from minikms.errors import (
@@ -31,6 +32,7 @@ from minikms.errors import (
     MiniKmsError,
     StorageUnavailableError,
     TooManyError,
+    WrongPurposeError,
 )
 from minikms.keys.ids import check_key_id
 from minikms.policy import Principal
@@ -52,6 +54,9 @@ class Audit(Protocol):
 
         Raises AuditUnavailableError.
         """
+
+    def require_writable(self) -> None:
+        """Before a change of keys: raises AuditUnavailableError when the last line could not be written."""
 
 
 class Verbs:
@@ -124,6 +129,7 @@ class KeyService(Verbs):
                 raise StorageUnavailableError("the key's uses are being reserved; try again")
             nonce = self._vault.nonces.next()
             sealed = nonce + AESGCM(opened.view).encrypt(nonce, plaintext, aad)
+            scrub_stack()  # here: the turn ends at another depth of the stack than a task runs at
         except MiniKmsError as error:
             await self._refused_later(event, error)
             raise
@@ -156,7 +162,7 @@ class KeyService(Verbs):
         low = [
             (lease, count) for key_id, count in counts.items() if (lease := self._low_lease(key_id, count)) is not None
         ]
-        if low:
+        if low and "encrypt" in who.roles:
             return self._encrypt_batch_later(who, request, event, low)
         answer = self._encrypt_all(who, request, event)
         self._audit.add(event)
@@ -165,13 +171,11 @@ class KeyService(Verbs):
     async def _encrypt_batch_later(
         self, who: Principal, request: api.EncryptBatchRequest, event: Event, low: list[tuple[UseLease, int]]
     ) -> bytes:
-        try:
-            who.require("encrypt")
+        # If the disk refuses the leases, the items that need them are refused one by one.
+        with contextlib.suppress(StorageUnavailableError):
             await self._vault.leases.extend(low)
-        except MiniKmsError as error:
-            await self._refused_later(event, error)
-            raise
         answer = self._encrypt_all(who, request, event)
+        scrub_stack()
         await self._audit.add_written(event, durable=False)
         return answer
 
@@ -246,39 +250,41 @@ class KeyService(Verbs):
             if len(request.items) > api.BATCH_ITEMS_MAX:
                 raise TooManyError(f"a batch holds at most {api.BATCH_ITEMS_MAX} items; send several")
             event.key_ids = [check_key_id(request.from_key_id), check_key_id(request.to_key_id)]
-            source = self._vault.opened(request.from_key_id)
+            source = self._vault.record(request.from_key_id)
             target = self._vault.opened(request.to_key_id)
             target.check_thread(source.thread_id)
+            if target.purpose != source.purpose:
+                raise WrongPurposeError("records move only between keys of one purpose")
             target.check_encrypts()
+            if not target.lease.covers(len(request.items)):
+                return self._reencrypt_later(target.lease, request, event)
+            answer = self._reencrypt_all(request, event)
         except MiniKmsError as error:
             self._refused(event, error)
             raise
-        if not target.lease.covers(len(request.items)):
-            return self._reencrypt_later(request, event)
-        answer = self._reencrypt_all(source, target, request, event)
         self._audit.add(event)
         return answer
 
-    async def _reencrypt_later(self, request: api.ReencryptBatchRequest, event: Event) -> bytes:
+    async def _reencrypt_later(self, lease: UseLease, request: api.ReencryptBatchRequest, event: Event) -> bytes:
         try:
-            target = self._vault.opened(request.to_key_id)
-            await self._vault.leases.extend([(target.lease, len(request.items))])
-            source = self._vault.opened(request.from_key_id)
-            target = self._vault.opened(request.to_key_id)
-            target.check_encrypts()
+            await self._vault.leases.extend([(lease, len(request.items))])
+            self._vault.opened(request.to_key_id).check_encrypts()  # it may have been retired meanwhile
+            answer = self._reencrypt_all(request, event)
+            scrub_stack()
         except MiniKmsError as error:
             await self._refused_later(event, error)
             raise
-        answer = self._reencrypt_all(source, target, request, event)
         await self._audit.add_written(event, durable=False)
         return answer
 
-    def _reencrypt_all(
-        self, source: OpenDek, target: OpenDek, request: api.ReencryptBatchRequest, event: Event
-    ) -> bytes:
+    def _reencrypt_all(self, request: api.ReencryptBatchRequest, event: Event) -> bytes:
         parts: list[bytes] = []
         failed = 0
-        opening, sealing = AESGCM(source.view), AESGCM(target.view)
+        # Opening the second key may put the first out of the cache and zero it, so each cipher is made at once.
+        source = self._vault.opened(request.from_key_id)
+        opening = AESGCM(source.view)
+        target = self._vault.opened(request.to_key_id)
+        sealing = AESGCM(target.view)
         for item in request.items:
             try:
                 plaintext = _decrypt(opening, _sealed(item.ciphertext), record_aad(source, item.aad))

@@ -88,6 +88,10 @@ def serve(
         bool,
         Parameter(help="Begin a new audit log where the old one is missing or altered; it is kept aside.", negative=()),
     ] = False,
+    accept_restore: Annotated[
+        bool,
+        Parameter(help="Go on with a keyring that is older than the audit log says, once.", negative=()),
+    ] = False,
     audit_hash_thread_ids: Annotated[
         bool, Parameter(help="Record thread ids in the audit log as keyed hashes only.", negative=())
     ] = False,
@@ -135,6 +139,7 @@ def serve(
         require_hardening=require_hardening,
         rewrite_master_key_file=rewrite_master_key_file,
         accept_audit_loss=accept_audit_loss,
+        accept_restore=accept_restore,
         audit_hash_thread_ids=audit_hash_thread_ids,
         audit_limits=settings.audit_limits(segment_mib=audit_segment_mib, segment_days=audit_segment_days),
         audit_keep=settings.audit_keep(mib=audit_keep_mib, days=audit_keep_days),

@@ -2,8 +2,9 @@
 
 Owns: their names, making, finding and removal. Invariants: a backup is a hard link of the file that a rewrap is about
 to replace, made and durable before the replacement; a name is never used for two contents; a suffix seen once is
-remembered, so that a destroyed key's backups are found without reading the directory again. All of it blocks on the
-disk and runs in a worker thread. It must never touch the files of live keys.
+remembered, so that a destroyed key's backups are found without reading the directory again; the last readable copy of a
+key is not pruned. All of it blocks on the disk and runs in one worker thread. It must never touch the files of live
+keys.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Final, NamedTuple
 
 from minikms import api
 from minikms.custody.atomic import open_directory, read_file_bounded
-from minikms.custody.dekstore import SUFFIX, DekStore, file_name
-from minikms.errors import MiniKmsError, StorageUnavailableError
+from minikms.custody.dekstore import SUFFIX, DekStore, file_name, list_names
+from minikms.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.keys import dek
 
 DIRECTORY: Final = "kms-deks-backup"
 SAME_NAME_MAX: Final = 100
+STAMP_CHARS: Final = 15
 _SUFFIX: Final = re.compile(r"[0-9]{8}T[0-9]{6}(?:-[0-9]{1,3})?", re.ASCII)
 
 
@@ -37,15 +39,14 @@ class BackupStore:
         self.directory_fd = open_directory(self.directory)
         self._suffixes: set[str] | None = None
 
-    def keep(self, store: DekStore, key_ids: list[str], stamp: str) -> None:
-        """Links each key's present file under `stamp`, durably. A key whose very file is kept already is passed over.
+    def keep(self, store: DekStore, key_ids: Iterable[str], stamp: str) -> None:
+        """Links each key's present file under `stamp`. A key whose very file is kept already is passed over.
 
-        Raises StorageUnavailableError.
+        The caller makes `directory_fd` durable before it replaces a file. Raises StorageUnavailableError.
         """
         try:
             for key_id in key_ids:
                 self._link(store, key_id, stamp)
-            os.fsync(self.directory_fd)
         except OSError as error:
             raise StorageUnavailableError("a key's file can't be kept as a backup") from error
 
@@ -70,12 +71,18 @@ class BackupStore:
         return kept is not None and kept == read_file_bounded(live, dek.FILE_BYTES_MAX, dir_fd=store.directory_fd)
 
     def listed(self) -> Iterator[Backup]:
-        """Every backup, in no order; other names are passed over."""
-        with os.scandir(self.directory) as entries:
-            for entry in entries:
-                key_id, found, suffix = entry.name.partition(SUFFIX + ".")
-                if found and api.KEY_ID_PATTERN.fullmatch(key_id) and _SUFFIX.fullmatch(suffix):
-                    yield Backup(entry.name, key_id, suffix)
+        """Every backup, in no order; other names are passed over. Raises StorageUnavailableError."""
+        for name in list_names(self.directory):
+            key_id, found, suffix = name.partition(SUFFIX + ".")
+            if found and api.KEY_ID_PATTERN.fullmatch(key_id) and _SUFFIX.fullmatch(suffix):
+                yield Backup(name, key_id, suffix)
+
+    def read(self, backup: Backup) -> bytes | None:
+        """The backup's content; None when it is gone since it was listed. Raises KeyUnreadableError."""
+        try:
+            return read_file_bounded(backup.name, dek.FILE_BYTES_MAX, dir_fd=self.directory_fd)
+        except StorageUnavailableError as error:
+            raise KeyUnreadableError(f"a backup of key {backup.key_id} can't be read: {error}") from None
 
     def suffixes(self) -> set[str]:
         """All suffixes in use. The first call reads the directory."""
@@ -87,13 +94,33 @@ class BackupStore:
         """Removes every backup of a key, durably; the number removed. Raises StorageUnavailableError."""
         return self._remove(f"{file_name(key_id)}.{suffix}" for suffix in sorted(self.suffixes()))
 
-    def prune(self, *, before: str | None = None) -> int:
-        """Removes all backups, or those of stamps before `before` (`YYYYMMDDTHHMMSS`); the number removed."""
-        doomed = [backup.name for backup in self.listed() if before is None or backup.suffix < before]
-        self._suffixes = None
-        return self._remove(doomed)
+    def remove_of_all(self, key_ids: Container[str]) -> int:
+        """Removes every backup of each of these keys, durably; the number removed. Raises StorageUnavailableError."""
+        return self._remove([backup.name for backup in self.listed() if backup.key_id in key_ids])
 
-    def _remove(self, names: Iterator[str] | list[str]) -> int:
+    def prune(self, store: DekStore, *, before: str | None, spare: Container[str], gone: Container[str]) -> int:
+        """Removes backups of stamps before `before` (`YYYYMMDDTHHMMSS`; None: all), durably; the number removed.
+
+        Kept: those of the keys in `spare`, and of a key whose file is missing though it is not in `gone`, the destroyed
+        ones. Raises StorageUnavailableError.
+        """
+        doomed = [
+            backup.name
+            for backup in self.listed()
+            if (before is None or backup.suffix < before)
+            and backup.key_id not in spare
+            and (store.has(backup.key_id) or backup.key_id in gone)
+        ]
+        count = self._remove(doomed)
+        self._suffixes = None
+        return count
+
+    def stamp_to_keep(self, rotations: int) -> str | None:
+        """The stamp of the oldest of the newest so many rotations; None when there are not more than that."""
+        stamps = sorted({suffix[:STAMP_CHARS] for suffix in self.suffixes()})
+        return stamps[-rotations] if len(stamps) > rotations else None
+
+    def _remove(self, names: Iterable[str]) -> int:
         count = 0
         try:
             for name in names:
@@ -104,19 +131,6 @@ class BackupStore:
         except OSError as error:
             raise StorageUnavailableError("a backup can't be removed") from error
         return count
-
-    def kek_versions(self) -> tuple[set[int], int]:
-        """The KEK versions that backups are wrapped under, and how many backups can't be read."""
-        versions: set[int] = set()
-        unreadable = 0
-        for backup in self.listed():
-            try:
-                data = read_file_bounded(backup.name, dek.FILE_BYTES_MAX, dir_fd=self.directory_fd)
-                if data is not None:
-                    versions.add(dek.parse(data, backup.key_id).kek_version)
-            except MiniKmsError:
-                unreadable += 1
-        return versions, unreadable
 
     def close(self) -> None:
         os.close(self.directory_fd)

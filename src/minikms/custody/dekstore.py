@@ -7,6 +7,7 @@ no memory. It must never look into a record.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from concurrent.futures import Executor
@@ -19,6 +20,8 @@ from minikms.keys.dek import FILE_BYTES_MAX
 
 DIRECTORY: Final = "kms-deks"
 SUFFIX: Final = ".json"
+_PASSING: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM))
+"""The process or the machine is short of something."""
 
 
 class DekStore:
@@ -28,10 +31,14 @@ class DekStore:
         self._group = GroupCommit(self.directory_fd, executor)
 
     def read(self, key_id: str) -> bytes:
-        """The key's file. Raises KeyNotFoundError, KeyUnreadableError."""
+        """The key's file. Raises KeyNotFoundError, KeyUnreadableError, and StorageUnavailableError for what is not the
+        file's fault.
+        """
         try:
             data = read_file_bounded(file_name(key_id), FILE_BYTES_MAX, dir_fd=self.directory_fd)
         except StorageUnavailableError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _PASSING:
+                raise
             raise KeyUnreadableError(f"the file of key {key_id} can't be read: {error}") from None
         if data is None:
             raise KeyNotFoundError("key not found")
@@ -45,13 +52,24 @@ class DekStore:
         """The new content of a key's file, durable when this returns. Raises StorageUnavailableError."""
         await self._group.submit(file_name(key_id), data)
 
+    def has(self, key_id: str) -> bool:
+        """Whether there is a file of this key. Raises StorageUnavailableError."""
+        try:
+            os.stat(file_name(key_id), dir_fd=self.directory_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise StorageUnavailableError("a key's file can't be looked for") from error
+        return True
+
     def list_ids(self) -> Iterator[str]:
-        """The ids of all key files, in no order; names that are no key's are passed over."""
-        with os.scandir(self.directory) as entries:
-            for entry in entries:
-                key_id = entry.name.removesuffix(SUFFIX)
-                if entry.name.endswith(SUFFIX) and api.KEY_ID_PATTERN.fullmatch(key_id):
-                    yield key_id
+        """The ids of all key files, in no order; names that are no key's are passed over. One may come twice when files
+        are replaced meanwhile. Raises StorageUnavailableError.
+        """
+        for name in list_names(self.directory):
+            key_id = name.removesuffix(SUFFIX)
+            if name.endswith(SUFFIX) and api.KEY_ID_PATTERN.fullmatch(key_id):
+                yield key_id
 
     async def drain(self) -> None:
         """Returns when nothing is on its way to disk."""
@@ -66,3 +84,13 @@ def file_name(key_id: str) -> str:
     if api.KEY_ID_PATTERN.fullmatch(key_id) is None:
         raise KeyNotFoundError("key not found")
     return key_id + SUFFIX
+
+
+def list_names(directory: str) -> Iterator[str]:
+    """The names in a directory, as they come. Raises StorageUnavailableError."""
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                yield entry.name
+    except OSError as error:
+        raise StorageUnavailableError("a directory can't be listed") from error

@@ -1,92 +1,94 @@
 """The scan of all DEK files after a start.
 
 Owns: filling the key index in the background, and what a start has to finish: a replaced key that a crash left active
-is retired, the file of a destroyed key is removed. Invariants: the daemon answers before and during the scan; files
-are read in a worker thread, a few at a time, so that requests don't wait; a bad file is listed with its reason and
-stops nothing. It must never change a key that the tombstones or a newer key do not speak of.
+is retired, files and backups of a destroyed key are removed. Invariants: the daemon answers before and during the scan;
+files are read in a worker thread, a few at a time, so that requests don't wait; a bad file is listed with its reason
+and stops nothing; a failing disk is tried again. It must never change a key that the tombstones or a newer key of the
+same thread do not speak of.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Iterator
 from concurrent.futures import Executor
 from typing import Final
 
 from minikms.custody.dekstore import DekStore
 from minikms.custody.vault import Vault
-from minikms.errors import KeyNotFoundError, MiniKmsError
+from minikms.errors import KeyNotFoundError, KeyUnreadableError, MiniKmsError
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord
-from minikms.keys.index import KeyIndex
 
 CHUNK_FILES: Final = 128
 PAUSE_SECONDS: Final = 0.001
-UNREADABLE_LISTED_MAX: Final = 100
+RETRY_SECONDS: Final = 5.0
 
 
 class Indexing:
     """One scan. `complete` tells whether listings have everything."""
 
-    def __init__(self, vault: Vault, index: KeyIndex, executor: Executor) -> None:
+    def __init__(self, vault: Vault, executor: Executor) -> None:
         self._vault = vault
-        self._index = index
         self._executor = executor
         self.complete = False
-        self.unreadable: dict[str, str] = {}
-        self.unreadable_count = 0
 
     async def run(self) -> None:
-        """Reads every file once, then finishes what a crash interrupted."""
+        """Reads every file once, then finishes what a crash interrupted. Returns when both are done."""
+        while not self.complete:
+            try:
+                await self._scan()
+            except MiniKmsError:
+                await asyncio.sleep(RETRY_SECONDS)
+            else:
+                self.complete = True
+
+    async def _scan(self) -> None:
         loop = asyncio.get_running_loop()
-        names = self._vault.store.list_ids()
+        # In order of id: then the index only ever grows at its end.
+        key_ids = await loop.run_in_executor(self._executor, _newest_first, self._vault.store)
         replacing: list[DekRecord] = []
-        while chunk := await loop.run_in_executor(self._executor, _next_chunk, names):
-            files = await loop.run_in_executor(self._executor, read_files, self._vault.store, chunk)
-            for key_id, data in files:
+        while key_ids:
+            chunk = [key_ids.pop() for _ in range(min(CHUNK_FILES, len(key_ids)))]
+            for key_id, data in await loop.run_in_executor(self._executor, read_files, self._vault.store, chunk):
                 record = await self._take(key_id, data)
                 if record is not None and record.replaces:
                     replacing.append(record)
             await asyncio.sleep(PAUSE_SECONDS)
         for record in replacing:
             await self._finish_replacing(record)
-        self.complete = True
+        if self._vault.destroyed:
+            await loop.run_in_executor(self._executor, self._vault.backups.remove_of_all, self._vault.destroyed)
 
     async def _take(self, key_id: str, data: bytes | MiniKmsError) -> DekRecord | None:
-        if key_id in self._vault.destroyed:
-            await self._vault.remove_files(key_id)
+        vault = self._vault
+        if key_id in vault.destroyed:
+            await vault.remove_files(key_id)
             return None
         try:
             if isinstance(data, MiniKmsError):
                 raise data
             record = dek.parse(data, key_id)
-            self._vault.unlocked.kek(record.kek_version)
+            vault.unlocked.kek(record.kek_version)
         except KeyNotFoundError:
             return None  # destroyed since it was listed
-        except MiniKmsError as error:
-            self.note_unreadable(key_id, str(error))
+        except KeyUnreadableError as error:
+            vault.damage.note(key_id, str(error))
             return None
-        self._index.put(record, only_new=True)
+        vault.index.put(record, only_new=True)
         return record
 
-    def note_unreadable(self, key_id: str, why: str) -> None:
-        """Lists a bad file; beyond a bound only their number."""
-        if key_id not in self.unreadable:
-            self.unreadable_count += 1
-            if len(self.unreadable) < UNREADABLE_LISTED_MAX:
-                self.unreadable[key_id] = why
-
-    async def _finish_replacing(self, record: DekRecord) -> None:
+    async def _finish_replacing(self, new: DekRecord) -> None:
         try:
-            if self._vault.record(record.replaces).state == "active":
-                await self._vault.retire(record.replaces, replaced_by=record.id, again=True)
+            old = self._vault.record(new.replaces)
+            if old.state == "active":
+                self._vault.check_replaces(old, new.thread_id, new.purpose)
+                await self._vault.retire(old.id, replaced_by=new.id, again=True)
         except MiniKmsError:
-            return  # destroyed since, or unreadable and listed as such
+            return  # destroyed since, or unreadable and listed as such, or of another thread
 
 
-def _next_chunk(names: Iterator[str]) -> list[str]:
-    return list(itertools.islice(names, CHUNK_FILES))
+def _newest_first(store: DekStore) -> list[str]:
+    return sorted(store.list_ids(), reverse=True)
 
 
 def read_files(store: DekStore, key_ids: list[str]) -> list[tuple[str, bytes | MiniKmsError]]:

@@ -74,9 +74,29 @@ def open_keyring(
         root.release()
 
 
-def raise_epoch(unlocked: UnlockedKeyring, file: KeyringFile) -> None:
-    """The epoch of this start, durable. Called after the audit log was opened, which tells a first start by epoch 1."""
-    body = keyring.next_epoch(unlocked.body, at=clock.rfc3339(clock.now_ns()))
+def check_newest(unlocked: UnlockedKeyring, seen_epoch: int) -> None:
+    """Raises StartError when something else in the directory tells of a later epoch than the keyring's."""
+    epoch = unlocked.body.epoch
+    if seen_epoch > epoch:
+        raise StartError(
+            f"keyring.json is older than the audit log: its epoch is {epoch}, the log tells of {seen_epoch}. It does "
+            "not know which keys and KEK versions were made or destroyed since. Put the newer keyring.json back, or, "
+            "if none is left, start once with --accept-restore"
+        )
+
+
+def raise_epoch(unlocked: UnlockedKeyring, file: KeyringFile, *, restored_below: int = 0) -> None:
+    """The epoch of this start, durable. Called after the audit log and the lease files were opened, which tell a first
+    start by epoch 1.
+
+    `restored_below`: an older keyring is accepted though this epoch was seen; its KEKs then count as used by what may
+    have happened since.
+    """
+    body = unlocked.body
+    at = clock.rfc3339(clock.now_ns())
+    if restored_below > body.epoch:
+        body = keyring.after_restore(body, seen_epoch=restored_below, at=at)
+    body = keyring.next_epoch(body, at=at)
     file.store_now(unlocked.encode(body))
     unlocked.body = body
 

@@ -2,21 +2,25 @@
 
 Owns: reading the root key from a key file or an inherited descriptor, straight into the arena, and making a development
 key file. Invariants: the key file is a regular file of ours or root's that nobody else can read, or it is refused; key
-text never becomes a Python object. A missing root key must never silently become an ephemeral one.
+text never becomes a Python object; a key file is replaced whole, and what a crash leaves beside it is removed by the
+next start. A missing root key must never silently become an ephemeral one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import os
 import stat
 from pathlib import Path
-from typing import Final
+from types import TracebackType
+from typing import Final, Self
 
 from minikms.errors import KeyTextError, StartError
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random, read_key_fd_into
 
 _OTHERS_MASK: Final = 0o077
+_KEY_FILE_MODE: Final = 0o600
 _HEX_DIGITS: Final = b"0123456789abcdef"
 
 
@@ -51,9 +55,10 @@ def read_key_descriptor(fd: int, arena: SecretArena) -> SecretSlot:
 
 def make_dev_key_file(path: Path, arena: SecretArena) -> None:
     """Writes a fresh random key to `path`, mode 0600, durable, unless it exists."""
-    with arena.allocate() as key:
+    with arena.allocate() as key, KeyText(key, arena) as text:
         fill_random(key.view)
-        temporary = _write_key_text(path, key.view, arena)
+        text.encode()
+        temporary = _write_key_text(path, text, _KEY_FILE_MODE)
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -63,36 +68,73 @@ def make_dev_key_file(path: Path, arena: SecretArena) -> None:
         _sync_directory(path.parent)
 
 
-def rewrite_key_file(path: Path, root: SecretSlot, arena: SecretArena) -> None:
-    """Replaces the key in `path` with `root`, durably, and reads it back. The old file stays until the new one is
-    whole.
+def rewrite_key_file(path: Path, text: KeyText) -> None:
+    """Replaces the key in `path`, durably. The old file stays until the new one is whole. Raises OSError.
 
-    Raises StartError when what is read back is not `root`; the caller must then keep every slot.
+    Blocks on the disk and takes no slot of the arena, so it may run in a worker thread; `holds_key` then looks at what
+    is there.
     """
-    temporary = _write_key_text(path, root.view, arena)
+    target = path.resolve()  # of a link, the file behind it is replaced
+    temporary = _write_key_text(target, text, stat.S_IMODE(os.stat(target).st_mode) & ~_OTHERS_MASK)
     try:
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError:
         os.unlink(temporary)
         raise
-    _sync_directory(path.parent)
-    with read_key_file(path, arena) as again:
-        if not hmac.compare_digest(again.view, root.view):
-            raise StartError(f"the master key file {path} does not hold the key that was written")
+    _sync_directory(target.parent)
 
 
-def _write_key_text(path: Path, key: memoryview, arena: SecretArena) -> Path:
-    """A new file beside `path` with the hex text of `key`, on disk. The text is made in two arena slots."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+def holds_key(path: Path, root: SecretSlot, arena: SecretArena) -> bool:
+    """Whether the key file holds this key. Raises StartError when it is not a key file."""
+    with read_key_file(path, arena) as found:
+        return hmac.compare_digest(found.view, root.view)
+
+
+def remove_leftover(path: Path) -> None:
+    """Removes what a crash in the middle of a writing left beside the key file: key text, if only for us to read."""
+    for place in {path, path.resolve()}:
+        with contextlib.suppress(OSError):
+            os.unlink(_temporary(place))
+
+
+class KeyText:
+    """The hexadecimal text of a key, in two slots of the arena, until the `with` block ends."""
+
+    def __init__(self, key: SecretSlot, arena: SecretArena) -> None:
+        self._key = key
+        self._halves = (arena.allocate(), arena.allocate())
+
+    def encode(self) -> None:
+        """Makes the text of what the key is now."""
+        first, second = self.views
+        for index, value in enumerate(self._key.view):
+            half = first if index < len(first) // 2 else second
+            position = (index * 2) % len(half)
+            half[position] = _HEX_DIGITS[value >> 4]
+            half[position + 1] = _HEX_DIGITS[value & 15]
+
+    @property
+    def views(self) -> tuple[memoryview, memoryview]:
+        return self._halves[0].view, self._halves[1].view
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for half in self._halves:
+            half.release()
+
+
+def _write_key_text(path: Path, text: KeyText, mode: int) -> Path:
+    """A new file beside `path` with the text, on disk."""
+    temporary = _temporary(path)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     try:
-        with arena.allocate() as first, arena.allocate() as second:
-            for index, value in enumerate(key):
-                half = first.view if index < len(key) // 2 else second.view
-                position = (index * 2) % len(half)
-                half[position] = _HEX_DIGITS[value >> 4]
-                half[position + 1] = _HEX_DIGITS[value & 15]
-            os.writev(fd, [first.view, second.view, b"\n"])
+        os.writev(fd, [*text.views, b"\n"])
         os.fsync(fd)
     except BaseException:
         os.unlink(temporary)
@@ -100,6 +142,10 @@ def _write_key_text(path: Path, key: memoryview, arena: SecretArena) -> Path:
     finally:
         os.close(fd)
     return temporary
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
 
 
 def _sync_directory(path: Path) -> None:

@@ -1,23 +1,24 @@
 """The vault: opened DEKs over the files that hold them.
 
-Owns: the cache of opened DEKs, and every change of a DEK's file: create, retire, rewrap, destroy. Invariants:
+Owns: the cache of opened DEKs, and every change of a DEK's file: create, retire, destroy. Invariants:
 - A key id is answered only after its file and directory entry are durable.
 - One change of a file at a time (`KeyLocks`); a change re-reads the file inside the lock.
-- Creates take the wrapping KEK in the turn in which they seal; `creates_drained` lets a rotation wait for those that
-  took the older one.
+- Creates take the wrapping KEK in the turn in which they seal; `wraps.drained` lets a rotation wait for those that took
+  the older one.
 - A bad file is an error of its own key, and of no other.
+- An opened key is good until the next key is opened, or until its user awaits: then it may have been zeroed.
 All cryptography runs in the loop's thread; only waits for the disk run elsewhere. It must never decide who may do what.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
-from typing import Final
+from typing import Final, TypeVar
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -27,10 +28,21 @@ from minikms.crypto.aead import NonceSource, scrub_stack
 from minikms.custody import clock
 from minikms.custody.atomic import remove_file
 from minikms.custody.backups import BackupStore
+from minikms.custody.damage import Damage
 from minikms.custody.dekstore import DekStore, file_name
+from minikms.custody.keylocks import KeyLocks
 from minikms.custody.keyringfile import KeyringFile
+from minikms.custody.keyringkeeper import KeyringKeeper
 from minikms.custody.leases import Leases, UseLease
-from minikms.errors import ConflictError, KeyDestroyedError, KeyExhaustedError, KeyRetiredError, WrongThreadError
+from minikms.custody.wraps import KekWraps
+from minikms.errors import (
+    ConflictError,
+    KeyDestroyedError,
+    KeyRetiredError,
+    KeyUnreadableError,
+    MiniKmsError,
+    WrongThreadError,
+)
 from minikms.keys import dek, keyring
 from minikms.keys.cache import KeyCache
 from minikms.keys.dek import DekRecord
@@ -39,6 +51,8 @@ from minikms.keys.index import KeyIndex
 from minikms.keys.states import DekState, move_dek
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random
+
+T = TypeVar("T")
 
 CACHE_KEYS_MAX: Final = 16_384
 CACHE_AGE_SECONDS_MAX: Final = 3600
@@ -93,27 +107,6 @@ class OpenDek:
             raise KeyRetiredError(f"key {self.key_id} is retired: it only decrypts; use the thread's current key")
 
 
-class KeyLocks:
-    """At most one change of a key's file at a time. Waiting is in no order; holders must not nest."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, asyncio.Future[None]] = {}
-
-    @asynccontextmanager
-    async def hold(self, key_ids: Iterable[str]) -> AsyncIterator[None]:
-        wanted = tuple(key_ids)
-        while blocking := next((self._held[key_id] for key_id in wanted if key_id in self._held), None):
-            await asyncio.shield(blocking)
-        freed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._held.update(dict.fromkeys(wanted, freed))
-        try:
-            yield
-        finally:
-            for key_id in wanted:
-                del self._held[key_id]
-            freed.set_result(None)
-
-
 class Vault:
     def __init__(
         self,
@@ -130,7 +123,8 @@ class Vault:
     ) -> None:
         self.arena = arena
         self.unlocked = unlocked
-        self.keyring_file = keyring_file
+        self.keyring = KeyringKeeper(unlocked, keyring_file)
+        self.wraps = KekWraps(self.keyring)
         self.store = store
         self.backups = backups
         self._executor = executor
@@ -141,17 +135,17 @@ class Vault:
             count_max=cache_keys_max, age_ns_max=CACHE_AGE_SECONDS_MAX * 1_000_000_000
         )
         self.index = KeyIndex()
+        self.damage = Damage()
         self.destroyed = {stone.key_id for stone in unlocked.body.tombstones}
-        self._keyring_lock = asyncio.Lock()
         self._turn_keys: list[OpenDek] = []
-        self._wraps_left: dict[int, int] = {}
-        self._creating: dict[int, int] = {}
-        self._drained = asyncio.Condition()
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def opened(self, key_id: str) -> OpenDek:
-        """The opened key, from the cache or its file. Raises Key{NotFound,Destroyed,Unreadable}Error."""
+        """The opened key, from the cache or its file.
+
+        Raises KeyNotFoundError, KeyDestroyedError, KeyUnreadableError, StorageUnavailableError, ArenaFullError.
+        """
         found = self.cache.get(key_id)
         if found is not None:
             return found
@@ -159,9 +153,14 @@ class Vault:
         slot = self.arena.allocate()
         try:
             dek.unwrap_into(record, self.unlocked.kek(record.kek_version), slot.view)
-        except BaseException:
+        except BaseException as error:
             slot.release()
+            if isinstance(error, KeyUnreadableError):
+                self.damage.note(key_id, str(error))
             raise
+        finally:
+            scrub_stack()  # here, where the KEK's schedule lies: the turn may end at another depth of the stack
+        self.damage.clear(key_id)
         opened = OpenDek(record, slot, self.leases.get(key_id_to_bytes(key_id)))
         self.cache.put(key_id, opened, time.monotonic_ns())
         return opened
@@ -170,7 +169,11 @@ class Vault:
         """The key's record as it is on disk now."""
         if key_id in self.destroyed:
             raise KeyDestroyedError(f"key {key_id} was destroyed; what it encrypted can't be read again")
-        return dek.parse(self.store.read(key_id), key_id)
+        try:
+            return dek.parse(self.store.read(key_id), key_id)
+        except KeyUnreadableError as error:
+            self.damage.note(key_id, str(error))
+            raise
 
     def uses_max(self, key_id: str) -> int:
         """An upper bound of the key's uses. May read the disk; for any thread."""
@@ -209,32 +212,34 @@ class Vault:
         next start retires the old one.
         """
         if replaces:
-            old = self.record(replaces)
-            if old.thread_id != thread_id:
-                raise WrongThreadError("the key to replace belongs to another thread")
-            if old.purpose != purpose:
-                raise ConflictError("the key to replace has another purpose")
-        version = await self._take_wrap()
+            self.check_replaces(self.record(replaces), thread_id, purpose)
+        version = await self.wraps.begin_create()
         try:
-            record, opened = self._seal_new(thread_id, purpose, replaces, version)
-            try:
-                await self.store.create(record.id, dek.encode(record))
-            except BaseException:
-                opened.release()
-                raise
+            record = self._seal_new(thread_id, purpose, replaces, version)
+            await self.store.create(record.id, dek.encode(record))
         finally:
-            await self._finish_create(version)
-        self.cache.put(record.id, opened, time.monotonic_ns())
+            self.wraps.end_create(version)
         self.index.put(record)
         if replaces:
-            await self.retire(replaces, replaced_by=record.id, again=True)
+            try:
+                await self.retire(replaces, replaced_by=record.id, again=True)
+            except MiniKmsError:
+                await self._withdraw(record.id)
+                raise
         return record
 
-    def _seal_new(self, thread_id: str, purpose: api.Purpose, replaces: str, version: int) -> tuple[DekRecord, OpenDek]:
+    def check_replaces(self, old: DekRecord, thread_id: str, purpose: api.Purpose) -> None:
+        """Raises unless a new key of `thread_id` may replace `old`."""
+        if old.thread_id != thread_id:
+            raise WrongThreadError("the key to replace belongs to another thread")
+        if old.purpose != purpose:
+            raise ConflictError("the key to replace has another purpose")
+
+    def _seal_new(self, thread_id: str, purpose: api.Purpose, replaces: str, version: int) -> DekRecord:
+        """A fresh key, which leaves the arena right here: waiting for the disk must not hold slots."""
         now_ns = clock.now_ns()
         key_id = make_key_id(now_ns // 1_000_000, os.urandom(10))
-        slot = self.arena.allocate()
-        try:
+        with self.arena.allocate() as slot:
             fill_random(slot.view)
             record = dek.new(
                 key_id=key_id,
@@ -247,10 +252,18 @@ class Vault:
                 nonce=self.nonces.next(),
                 replaces=replaces,
             )
-            return record, OpenDek(record, slot, self.leases.granted_at_creation(key_id_to_bytes(key_id)))
-        except BaseException:
-            slot.release()
-            raise
+        scrub_stack()
+        self.leases.granted_at_creation(key_id_to_bytes(key_id))
+        return record
+
+    async def _withdraw(self, key_id: str) -> None:
+        """Takes back a new key that nobody was told of. If the disk refuses this too, the next start finds the key and
+        finishes what it was made for.
+        """
+        with contextlib.suppress(MiniKmsError):
+            async with self.locks.hold((key_id,)):
+                await self._in_worker(remove_file, self.store.directory_fd, file_name(key_id))
+                self.index.remove(key_id)
 
     async def retire(self, key_id: str, *, replaced_by: str = "", again: bool = False) -> DekRecord:
         """Makes the key decrypt only. `again`: a key that is retired already is left as it is, without an error."""
@@ -260,99 +273,56 @@ class Vault:
                 return record
             changed = dek.retired(record, at=self.now(), replaced_by=replaced_by)
             await self.store.replace(key_id, dek.encode(changed))
-            self.reload(changed)
+            self.index.put(changed)
+            if (opened := self.cache.get(key_id)) is not None:
+                opened.state = changed.state
         return changed
 
+    def check_destroyable(self, key_id: str) -> None:
+        """Raises unless `destroy` would do something: ConflictError for a key that is active."""
+        if key_id not in self.destroyed:
+            move_dek(self.record(key_id).state, "destroy")
+
     async def destroy(self, key_id: str) -> int:
-        """Buries a retired key: tombstone first, then its file and its backups; how many backups there were.
+        """Buries a retired key: tombstone first, then its backups and its file; how many backups there were.
 
         A repeated request removes what an interrupted one left. Raises ConflictError for a key that is active.
         """
         async with self.locks.hold((key_id,)):
+            self.check_destroyable(key_id)
             if key_id not in self.destroyed:
-                move_dek(self.record(key_id).state, "destroy")
-                async with self.keyring_change():
-                    at = self.now()
-                    await self.store_body(keyring.bury(self.unlocked.body, key_id, at=at))
+                at = self.now()
+                await self.keyring.change(lambda body: keyring.bury(body, key_id, at=at))
                 self.destroyed.add(key_id)
                 self.cache.drop(key_id)
                 self.index.remove(key_id)
+                self.damage.clear(key_id)
             return await self.remove_files(key_id)
 
     async def remove_files(self, key_id: str) -> int:
-        """Removes a destroyed key's file and backups, durably; how many backups there were."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._remove_files, key_id)
+        """Removes a destroyed key's backups and file, durably; how many backups there were."""
+        return await self._in_worker(self._remove_files, key_id)
 
     def _remove_files(self, key_id: str) -> int:
+        # The file goes last: as long as it is there, the scan of the next start sees that something is left to do.
+        count = self.backups.remove_of(key_id)
         remove_file(self.store.directory_fd, file_name(key_id))
-        return self.backups.remove_of(key_id)
-
-    def reload(self, record: DekRecord) -> None:
-        """Brings index and opened key up to a changed record; the DEK itself never changes."""
-        self.index.put(record)
-        opened = self.cache.get(record.id)
-        if opened is not None:
-            opened.state = record.state
-
-    # --- the keyring -------------------------------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def keyring_change(self) -> AsyncIterator[None]:
-        """Held around reading the body, making the next one, and `store_body`."""
-        async with self._keyring_lock:
-            yield
-
-    async def store_body(self, body: keyring.Body) -> None:
-        """Makes `body` durable, then current. Call inside `keyring_change`."""
-        await self.keyring_file.store(self.unlocked.encode(body))
-        self.unlocked.body = body
+        return count
 
     async def drop_older_slots(self, slot_id: str) -> list[str]:
-        """From here on only this root key opens the keyring; the fingerprints of those that no longer do."""
-        async with self.keyring_change():
-            body = self.unlocked.body
-            gone = [slot.fingerprint for slot in body.slots if slot.slot_id != slot_id]
-            if gone:
-                await self.store_body(keyring.drop_slots_except(body, slot_id, at=self.now()))
-            return gone
+        """From here on only this root key, the newest, opens the keyring; the fingerprints of the others.
 
-    async def _take_wrap(self) -> int:
-        """The KEK version to wrap a new DEK under; counts the wrap and the create. The caller seals in this turn."""
-        while True:
-            version = self.unlocked.body.wrapping_kek.version
-            if self._wraps_left.get(version, 0) > 0:
-                self._wraps_left[version] -= 1
-                self._creating[version] = self._creating.get(version, 0) + 1
-                return version
-            await self.reserve_wraps(version)
+        Raises ConflictError when it is not the newest, StorageUnavailableError.
+        """
+        before = self.keyring.body.slots
+        at = self.now()
+        body = await self.keyring.change(
+            lambda body: keyring.drop_slots_except(body, slot_id, at=at) if len(body.slots) > 1 else body
+        )
+        return [slot.fingerprint for slot in before if slot not in body.slots]
 
-    async def take_wraps(self, version: int, count: int) -> None:
-        """Counts `count` wraps under a version, reserving more in the keyring first when needed."""
-        while self._wraps_left.get(version, 0) < count:
-            await self.reserve_wraps(version)
-        self._wraps_left[version] -= count
-
-    async def reserve_wraps(self, version: int) -> None:
-        """Extends the wraps that may be made under a KEK version, durably, before any of them is made."""
-        async with self.keyring_change():
-            if self._wraps_left.get(version, 0) > 0:
-                return
-            kek = self.unlocked.body.kek(version)
-            if kek is None or kek.wraps_reserved > keyring.KEK_WRAPS_MAX:
-                raise KeyExhaustedError("the KEK has wrapped as many keys as it may; rotate the KEK")
-            body = keyring.reserve_wraps(self.unlocked.body, version, keyring.KEK_WRAPS_LEASE, at=self.now())
-            await self.store_body(body)
-            self._wraps_left[version] = self._wraps_left.get(version, 0) + keyring.KEK_WRAPS_LEASE
-
-    async def _finish_create(self, version: int) -> None:
-        async with self._drained:
-            self._creating[version] -= 1
-            self._drained.notify_all()
-
-    async def creates_drained(self, version: int) -> None:
-        """Returns when no create that took KEK `version` is still on its way to disk."""
-        async with self._drained:
-            await self._drained.wait_for(lambda: self._creating.get(version, 0) == 0)
+    async def _in_worker(self, work: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: work(*arguments))
 
     def expire(self) -> None:
         """Zeroes opened keys that are older than CACHE_AGE_SECONDS_MAX."""

@@ -30,6 +30,7 @@ from minikms.issuing import KeyIssuing
 from minikms.lifecycle import KeyLifecycle
 from minikms.memory.arena import SecretSlot
 from minikms.policy import Policy, Principal
+from minikms.rotating import KekVerbs
 from minikms.service import KeyService
 
 FOREIGN_CONNECTIONS_MAX: Final = 64
@@ -64,6 +65,7 @@ class Application:
         service: KeyService,
         issuing: KeyIssuing,
         lifecycle: KeyLifecycle,
+        keks: KekVerbs,
         policy: Policy,
         audit: TurnAudit,
         vault: Vault,
@@ -71,6 +73,7 @@ class Application:
         self._service = service
         self._issuing = issuing
         self._lifecycle = lifecycle
+        self._keks = keks
         self._policy = policy
         self._audit = audit
         self._vault = vault
@@ -88,6 +91,7 @@ class Application:
         self._rotate = msgspec.json.Decoder(api.RotateKekRequest)
         self._prune = msgspec.json.Decoder(api.PruneKekRequest)
         self._destroy = msgspec.json.Decoder(api.DestroyKeyRequest)
+        self._nothing = msgspec.json.Decoder(api.Request)
         self._routes: dict[str, tuple[str, str, Handler]] = {
             "/encrypt": ("POST", "encrypt", self._handle_encrypt),
             "/decrypt": ("POST", "decrypt", self._handle_decrypt),
@@ -212,8 +216,7 @@ class Application:
     def _handle_rare(self, who: Principal, request: Request) -> Answer:
         if request.path == "/health":
             return _HEALTHY if request.method == "GET" else _method_not_allowed("GET")
-        prefix, _, rest = request.path.removeprefix("/").partition("/")
-        key_id, _, action = rest.partition("/")
+        prefix, key_id, action = _key_path(request.path)
         route = self._key_routes.get(action) if prefix == "keys" and key_id else None
         if route is None:
             return error_response(404, api.CODE_NOT_FOUND, "there is no such path; docs/spec/api.md lists them")
@@ -250,11 +253,7 @@ class Application:
         return self._issuing.create_dek_for_thread(who, _decode(self._create, request), request.request_id or "")
 
     def _handle_get_wrapped(self, who: Principal, request: Request) -> Answer:
-        try:
-            query = parse_query(request.query)
-        except MiniKmsError as error:
-            raise _MalformedError(error) from None
-        key_id = query.get("key_id", "")
+        key_id = _query(request, "key_id").get("key_id", "")
         if not key_id:
             raise _MalformedError(InvalidRequestError("missing key_id"))
         return self._issuing.get_wrapped(who, key_id, request.request_id or "")
@@ -298,21 +297,18 @@ class Application:
         self, who: Principal, asked: api.RotateKekRequest, root: SecretSlot | None, request_id: str
     ) -> Response:
         try:
-            status, body = await self._lifecycle.rotate_kek(who, asked, root, request_id)
+            status, body = await self._keks.rotate_kek(who, asked, root, request_id)
         finally:
             if root is not None:
                 root.release()
         return Response(status, body)
 
     def _handle_prune(self, who: Principal, request: Request) -> Answer:
-        return self._lifecycle.prune_keks(who, _decode(self._prune, request), request.request_id or "")
+        return self._keks.prune_keks(who, _decode(self._prune, request), request.request_id or "")
 
     def _handle_list(self, who: Principal, request: Request) -> Answer:
+        query = _query(request, "thread_id", "state", "cursor", "limit")
         try:
-            query = parse_query(request.query)
-            unknown = query.keys() - {"thread_id", "state", "cursor", "limit"}
-            if unknown:
-                raise InvalidRequestError("the query takes thread_id, state, cursor and limit only")
             limit = _parse_limit(query.get("limit"))
         except MiniKmsError as error:
             raise _MalformedError(error) from None
@@ -329,6 +325,8 @@ class Application:
         return self._lifecycle.get_key(who, key_id, request.request_id or "")
 
     def _handle_retire(self, who: Principal, key_id: str, request: Request) -> Answer:
+        if request.body:
+            _decode(self._nothing, request)
         return self._lifecycle.retire(who, key_id, request.request_id or "")
 
     def _handle_destroy(self, who: Principal, key_id: str, request: Request) -> Answer:
@@ -348,6 +346,25 @@ def _decode(decoder: msgspec.json.Decoder[T], request: Request) -> T:
         return strictjson.decode(decoder, request.body)
     except MiniKmsError as error:
         raise _MalformedError(error) from None
+
+
+def _key_path(path: str) -> tuple[str, str, str]:
+    """("keys", key id, action) of `/keys/<key id>` and `/keys/<key id>/<action>`; an action of "" is the key itself."""
+    parts = path.split("/")
+    if len(parts) not in (3, 4) or parts[0] or not all(parts[1:]):
+        return "", "", ""
+    return parts[1], parts[2], parts[3] if len(parts) == 4 else ""
+
+
+def _query(request: Request, *names: str) -> dict[str, str]:
+    """The parameters, none but these."""
+    try:
+        query = parse_query(request.query)
+        if query.keys() - set(names):
+            raise InvalidRequestError(f"the query takes {', '.join(names)} only")
+    except MiniKmsError as error:
+        raise _MalformedError(error) from None
+    return query
 
 
 def _parse_limit(text: str | None) -> int:

@@ -27,6 +27,11 @@ class TurnAudit:
         self._next_sync: asyncio.Task[None] | None = None
         self.add = log.add
 
+    def require_writable(self) -> None:
+        """Raises AuditUnavailableError when the last line could not be written, or is not confirmed by the disk."""
+        if not self._log.writable:
+            raise AuditUnavailableError("the audit log can't be written, so no key is changed")
+
     async def add_written(self, event: Event, *, durable: bool) -> None:
         """Writes the event now, with whatever the turn has queued so far. Raises AuditUnavailableError."""
         self._log.add(event)

@@ -17,8 +17,10 @@ from minikms.memory.arena import SecretArena, SecretSlot, hex_decode_into
 _FIELD: Final = re.compile(rb'"new_kek_hex"\s*:\s*"[^"]*"')
 _VALUE: Final = re.compile(rb'"[^"]*"\Z')
 _BACKSLASH: Final = re.compile(rb"\\")
-_KEY_LIKE: Final = re.compile(rb"[0-9A-Fa-f]{60,}")
-"""A key's text, a few characters more or less. Nothing else in this body has so many hexadecimal digits in a row."""
+_SAMPLE_OR_KEY: Final = re.compile(rb'"(?:ciphertext|aad)"\s*:\s*"[^"]*"|([0-9A-Fa-f]{60,})')
+"""A key's text, a few characters more or less, anywhere but in the values of a sample: 45 zero bytes of an aad are
+sixty `A` in base64.
+"""
 _KEY_CHARS: Final = 64
 
 
@@ -40,9 +42,14 @@ def take_new_root(body: memoryview, arena: SecretArena) -> SecretSlot | None:
             slot.release()
         raise InvalidRequestError("invalid new_kek_hex") from None
     finally:
-        for start, stop in (*spans, *(match.span() for match in _KEY_LIKE.finditer(body))):
+        for start, stop in (*spans, *_key_like(body)):
             body[start:stop] = b"0" * (stop - start)
     return slot
+
+
+def _key_like(body: memoryview) -> list[tuple[int, int]]:
+    """Where something lies that may be a key under another name."""
+    return [match.span(1) for match in _SAMPLE_OR_KEY.finditer(body) if match.start(1) >= 0]
 
 
 def _value_span(body: memoryview, start: int, stop: int) -> tuple[int, int]:

@@ -46,6 +46,7 @@ class Settings:
     require_hardening: bool = False
     rewrite_master_key_file: bool = False
     accept_audit_loss: bool = False
+    accept_restore: bool = False
     audit_hash_thread_ids: bool = False
     audit_limits: Limits = DEFAULT_LIMITS
     audit_keep: Retention = KEEP_ALL

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from minikms.daemon.application import Session
     from minikms.daemon.http import HttpServer
     from minikms.daemon.settings import Settings
-    from minikms.lifecycle import KeyLifecycle
     from minikms.memory.process import Measure
+    from minikms.rotating import KekVerbs
 
 
 class StatusPage:
@@ -38,7 +38,7 @@ class StatusPage:
         measures: tuple[Measure, ...],
         rotation: KekRotation,
         indexing: Indexing,
-        lifecycle: KeyLifecycle,
+        keks: KekVerbs,
     ) -> None:
         self._settings = settings
         self._opened = opened
@@ -48,7 +48,7 @@ class StatusPage:
         self._measures = measures
         self._rotation = rotation
         self._indexing = indexing
-        self._lifecycle = lifecycle
+        self._keks = keks
         self._started_ns = time.time_ns()
         self.server: HttpServer[Session] | None = None
 
@@ -64,11 +64,7 @@ class StatusPage:
             "uptime_seconds": (time.time_ns() - self._started_ns) // 1_000_000_000,
             "epoch": body.epoch,
             "keyring_id": body.keyring_id,
-            "root": {
-                "provider": self._opened.provider,
-                "fingerprint": self._opened.slot.fingerprint,
-                "slots": [slot.fingerprint for slot in body.slots],
-            },
+            "root": self._root(),
             "keks": [
                 {
                     "version": kek.version,
@@ -78,19 +74,20 @@ class StatusPage:
                 }
                 for kek in body.keks
             ],
-            "rotation": self._rotation.status(),
+            "rotation": self._rotation_progress(),
             "keys": {
                 "indexing": not self._indexing.complete,
                 "by_state": {state: count for state, count in self._vault.index.by_state.items() if count},
                 "by_kek_version": {str(kek): count for kek, count in self._vault.index.by_kek.items() if count},
                 "destroyed": len(self._vault.destroyed),
-                "unreadable": self._indexing.unreadable_count,
-                "unreadable_files": self._indexing.unreadable,
+                "unreadable": self._vault.damage.count,
+                "unreadable_files": self._vault.damage.listed(),
             },
+            "leases": self._vault.leases.status()._asdict(),
             "audit": {
                 **self._log.status(),
-                "upkeep": self._upkeep.status(),
                 "public_key": body.audit_key.public_key.hex(),
+                "upkeep": self._upkeep.status(),
             },
             "memory": {
                 "arena": arena.backing,
@@ -108,6 +105,26 @@ class StatusPage:
             },
             "warnings": self._warnings(),
         }
+
+    def _root(self) -> dict[str, object]:
+        """`fingerprint`: of the root key that this run was started under, or of the one that has taken its place."""
+        slots = [slot.fingerprint for slot in self._vault.keyring.body.slots]
+        started_under = self._opened.slot.fingerprint
+        return {
+            "provider": self._opened.provider,
+            "fingerprint": started_under if started_under in slots else slots[-1],
+            "slots": slots,
+        }
+
+    def _rotation_progress(self) -> dict[str, object] | None:
+        """`total`: how many keys there are to rewrap, done ones included; None as long as that isn't known."""
+        told = self._rotation.status()
+        rotation = self._rotation.running
+        if told is None or rotation is None:
+            return None
+        index = self._vault.index
+        left = len(index) - index.by_kek[rotation.to_version]
+        return {**told, "total": self._rotation.rewrapped + left if self._indexing.complete else None}
 
     def _warnings(self) -> list[str]:
         body = self._vault.unlocked.body
@@ -128,11 +145,11 @@ class StatusPage:
             )
         if body.wrapping_kek.wraps_reserved >= KEK_WRAPS_WARN:
             found.append("the KEK has wrapped more than 2^31 keys; rotate it")
-        if self._lifecycle.rewrite_failed:
+        if self._keks.rewrite_failed:
             found.append("the master key file could not be rewritten with the new root key; write it there by hand")
-        if self._indexing.unreadable_count:
+        if self._vault.damage.count:
             found.append(
-                f"{self._indexing.unreadable_count} key files can't be read, see keys.unreadable_files; restore them "
+                f"{self._vault.damage.count} key files can't be read, see keys.unreadable_files; restore them "
                 "from a backup"
             )
         if not self._log.writable:

@@ -34,6 +34,8 @@ TOMBSTONES_COUNT_MAX: Final = 1_000_000
 """Some 80 MiB of the file."""
 KEK_WRAPS_LEASE: Final = 2**16
 """Reserved at a time. What a run leaves of it is wasted, so 65,536 starts wear a KEK out, not fewer."""
+RESTORE_WRAPS: Final = 2**26
+"""More than any KEK wraps between two backups; a KEK bears 64 restores."""
 KEK_WRAPS_WARN: Final = 2**31
 KEK_WRAPS_MAX: Final = 2**32 - KEK_WRAPS_LEASE
 """NIST SP 800-38D section 8.3: fewer than 2^32 random nonces under one key."""
@@ -245,6 +247,17 @@ def next_epoch(body: Body, *, at: str, **changes: object) -> Body:
     changed = msgspec.structs.replace(body, epoch=body.epoch + 1, updated_at=at, **changes)
     check(changed)
     return changed
+
+
+def after_restore(body: Body, *, seen_epoch: int, at: str) -> Body:
+    """An older body that goes on after `seen_epoch`: each KEK may have wrapped RESTORE_WRAPS more than it says."""
+    keks = tuple(
+        kek
+        if kek.state == "destroyed"
+        else msgspec.structs.replace(kek, wraps_reserved=kek.wraps_reserved + RESTORE_WRAPS)
+        for kek in body.keks
+    )
+    return next_epoch(msgspec.structs.replace(body, epoch=max(body.epoch, seen_epoch)), at=at, keks=keks)
 
 
 def reserve_wraps(body: Body, version: int, count: int, *, at: str) -> Body:

@@ -1,0 +1,268 @@
+"""What a running daemon consists of.
+
+Owns: opening the files of a data directory, making each part and joining them. Order of the opening, each step a
+precondition of the next: keyring (then the root key is gone), its epoch against the audit log's, audit log, use leases,
+the epoch of this start. Invariants: one worker thread for each kind of disk work, so that none waits behind another's
+sync, and each does one thing at a time; `close` gives back in the opposite order, keys zeroed. It must never serve:
+that is `minikms.daemon.compose`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from minikms.audit import AuditLog, Event, Known, Upkeep
+from minikms.audit.forward import FileForwarder
+from minikms.audit.keyversions import keys_of
+from minikms.crypto.aead import NonceSource, scrub_stack
+from minikms.custody import clock, opening
+from minikms.custody.backups import BackupStore
+from minikms.custody.dekstore import DekStore
+from minikms.custody.indexing import Indexing
+from minikms.custody.keyringfile import KeyringFile
+from minikms.custody.leases import Leases
+from minikms.custody.leasestore import LeaseStore
+from minikms.custody.lock import DataDirLock
+from minikms.custody.opening import Opened
+from minikms.custody.pruning import Pruning
+from minikms.custody.rewrapping import Rewrapping
+from minikms.custody.roots import KeyText, holds_key, remove_leftover, rewrite_key_file
+from minikms.custody.rotation import KekRotation
+from minikms.custody.vault import CACHE_KEYS_MAX, Vault
+from minikms.daemon.application import Application, Session
+from minikms.daemon.auditing import TurnAudit
+from minikms.daemon.epochs import highest_epoch
+from minikms.daemon.http import HttpServer
+from minikms.daemon.settings import Settings
+from minikms.daemon.statuspage import StatusPage
+from minikms.errors import StartError
+from minikms.issuing import KeyIssuing
+from minikms.keys.ids import RANDOM_BYTES, key_id_to_bytes, make_key_id
+from minikms.lifecycle import KeyLifecycle
+from minikms.memory.arena import SecretArena, SecretSlot
+from minikms.memory.process import Measure, name_thread
+from minikms.policy import Policy
+from minikms.rotating import KekVerbs
+from minikms.service import KeyService
+
+
+class Workers(NamedTuple):
+    """`disk` changes key files and keyring, `reader` reads key files, the others are named after what they serve."""
+
+    disk: ThreadPoolExecutor
+    reader: ThreadPoolExecutor
+    journal: ThreadPoolExecutor
+    audit: ThreadPoolExecutor
+    upkeep: ThreadPoolExecutor
+
+    @classmethod
+    def start(cls) -> Workers:
+        return cls(*(_worker(name) for name in cls._fields))
+
+    def shutdown(self) -> None:
+        """Returns when what was begun is done."""
+        for worker in self:
+            worker.shutdown()
+
+
+class Files(NamedTuple):
+    """The opened files of a data directory. `seen_epoch`: the highest that the audit log told of before this start."""
+
+    opened: Opened
+    keyring: KeyringFile
+    log: AuditLog
+    leases: LeaseStore
+    nonces: NonceSource
+    seen_epoch: int
+    found_epoch: int
+
+
+def open_files(settings: Settings, lock: DataDirLock, arena: SecretArena, workers: Workers) -> Files:
+    """Opens them, and raises the epoch. Raises StartError, StorageUnavailableError, AuditUnavailableError, OSError."""
+    nonces = NonceSource()
+    keyring_file = KeyringFile(lock.directory_fd, workers.disk)
+    source = _root_source(settings)
+    for path in (source.file if settings.rewrite_master_key_file else None, source.dev_file):
+        if path is not None:
+            remove_leftover(path)
+    opened = opening.open_keyring(
+        data_dir=settings.data_dir, file=keyring_file, source=source, arena=arena, nonces=nonces
+    )
+    unlocked = opened.unlocked
+    found_epoch = unlocked.body.epoch
+    seen_epoch = highest_epoch(settings.data_dir)
+    if not settings.accept_restore:
+        opening.check_newest(unlocked, seen_epoch)
+    log = _open_log(settings, opened)
+    # Epoch 1 is the keyring's making: no start has come so far as to raise it.
+    leases = LeaseStore.open(lock.directory_fd, create=found_epoch == 1)
+    if seen_epoch > found_epoch:
+        newest = make_key_id(clock.now_ns() // 1_000_000, b"\xff" * RANDOM_BYTES)
+        leases.add_restore_penalty(key_id_to_bytes(newest))
+    opening.raise_epoch(unlocked, keyring_file, restored_below=seen_epoch)
+    return Files(opened, keyring_file, log, leases, nonces, seen_epoch, found_epoch)
+
+
+class Assembly:
+    """All parts of one run. Made and used in the loop's thread."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        policy: Policy,
+        files: Files,
+        workers: Workers,
+        arena: SecretArena,
+        measures: tuple[Measure, ...],
+        on_internal_error: Callable[[str], None],
+    ) -> None:
+        self._files = files
+        self._workers = workers
+        self.log = files.log
+        self.store = DekStore(settings.data_dir, workers.disk)
+        self.backups = BackupStore(settings.data_dir)
+        self.leases = Leases(files.leases, workers.journal)
+        self.vault = Vault(
+            arena=arena,
+            unlocked=files.opened.unlocked,
+            keyring_file=files.keyring,
+            store=self.store,
+            backups=self.backups,
+            leases=self.leases,
+            executor=workers.disk,
+            nonces=files.nonces,
+            cache_keys_max=settings.cache_keys_max or CACHE_KEYS_MAX,
+        )
+        self.audit = TurnAudit(files.log, workers.audit)
+        self.upkeep = Upkeep(
+            files.log,
+            keep=settings.audit_keep,
+            forwarder=None if settings.audit_copy is None else FileForwarder(settings.audit_copy),
+        )
+        self.indexing = Indexing(self.vault, workers.reader)
+        rotation = KekRotation(self.vault, Rewrapping(self.vault, reader=workers.reader, disk=workers.disk))
+        self.keks = KekVerbs(
+            vault=self.vault,
+            audit=self.audit,
+            rotation=rotation,
+            pruning=Pruning(self.vault, reader=workers.reader, disk=workers.disk),
+            opened_slot_id=files.opened.slot.slot_id,
+            rewrite_root=_root_rewriter(settings, arena, workers),
+        )
+        page = StatusPage(
+            settings=settings,
+            opened=files.opened,
+            vault=self.vault,
+            log=files.log,
+            upkeep=self.upkeep,
+            measures=measures,
+            rotation=rotation,
+            indexing=self.indexing,
+            keks=self.keks,
+        )
+        self.app = Application(
+            service=KeyService(self.vault, self.audit),
+            issuing=KeyIssuing(self.vault, self.audit, page.build),
+            lifecycle=KeyLifecycle(vault=self.vault, audit=self.audit, indexing=self.indexing, reader=workers.reader),
+            keks=self.keks,
+            policy=policy,
+            audit=self.audit,
+            vault=self.vault,
+        )
+        self.server: HttpServer[Session] = HttpServer(
+            self.app, loop=asyncio.get_running_loop(), on_internal_error=on_internal_error
+        )
+        page.server = self.server
+
+    async def begin(self) -> None:
+        """The first line of this run, and what an earlier one left to do. Raises AuditUnavailableError."""
+        body = self.vault.keyring.body
+        facts: dict[str, str | int] = {"epoch": body.epoch, "kek_version": body.wrapping_kek.version}
+        if self._files.seen_epoch > self._files.found_epoch:
+            facts |= {"restore_accepted": self._files.found_epoch, "epoch_before": self._files.seen_epoch}
+        await self.audit.add_written(Event(type="start", actor="minikms", pid=os.getpid(), facts=facts), durable=True)
+        await self.keks.drop_older_roots()
+        self.keks.ensure_running()
+
+    async def end(self, why: str) -> None:
+        """The last line of this run. Raises AuditUnavailableError."""
+        facts: dict[str, str | int] = {"epoch": self.vault.keyring.body.epoch}
+        await self.audit.add_written(
+            Event(type="stop", actor="minikms", pid=os.getpid(), detail=why, facts=facts), durable=True
+        )
+
+    async def close(self) -> None:
+        """Waits for what is on its way to disk, closes the files and zeroes the keys. Raises AuditUnavailableError."""
+        await self.store.drain()
+        await self.leases.drain()
+        await asyncio.get_running_loop().run_in_executor(self._workers.upkeep, self.upkeep.close)  # after its last work
+        try:
+            self.log.close()
+        finally:
+            self.vault.close()
+            self._files.leases.close()
+            self.store.close()
+            self.backups.close()
+            scrub_stack()
+
+
+def _open_log(settings: Settings, opened: Opened) -> AuditLog:
+    unlocked = opened.unlocked
+    audit_key = unlocked.body.audit_key
+    mac_key, seed = unlocked.audit_key(audit_key.version)
+    return AuditLog.open(
+        settings.data_dir,
+        audit_key=mac_key,
+        seed=seed,
+        now_ns=clock.now_ns,
+        fsync=settings.audit_fsync,
+        key_version=audit_key.version,
+        former=keys_of(unlocked).former,
+        known=Known(begun=unlocked.body.epoch > 1),
+        accept_loss=settings.accept_audit_loss,
+        hash_thread_ids=settings.audit_hash_thread_ids,
+        limits=settings.audit_limits,
+    )
+
+
+def _root_source(settings: Settings) -> opening.RootSource:
+    given = settings.master_key_file is not None or settings.master_key_fd is not None
+    return opening.RootSource(
+        file=settings.master_key_file,
+        descriptor=settings.master_key_fd,
+        dev_file=settings.dev_key_file if settings.dev and not given else None,
+    )
+
+
+def _root_rewriter(
+    settings: Settings, arena: SecretArena, workers: Workers
+) -> Callable[[SecretSlot], asyncio.Future[None]] | None:
+    path = settings.master_key_file
+    if not settings.rewrite_master_key_file or path is None:
+        return None
+    return lambda root: asyncio.ensure_future(_rewrite(path, root, arena, workers))
+
+
+async def _rewrite(path: Path, root: SecretSlot, arena: SecretArena, workers: Workers) -> None:
+    """The wait for the disk in a worker; all that touches the arena's book in the loop's thread.
+
+    Raises OSError, and StartError when what is read back is another key.
+    """
+    with KeyText(root, arena) as text:
+        text.encode()
+        await asyncio.get_running_loop().run_in_executor(workers.disk, rewrite_key_file, path, text)
+    if not holds_key(path, root, arena):
+        raise StartError(f"the master key file {path} does not hold the key that was written")
+
+
+def _worker(name: str) -> ThreadPoolExecutor:
+    """One thread, there from now on: a process short of threads refuses to start and not to serve."""
+    executor = ThreadPoolExecutor(1, initializer=name_thread, initargs=(name,))
+    executor.submit(int).result()
+    return executor
