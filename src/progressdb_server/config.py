@@ -117,6 +117,11 @@ class Config(_Section, frozen=True):
         return Path(self.storage.db_path) / "store"
 
     @property
+    def backups_dir(self) -> Path:
+        """Where backups are made."""
+        return Path(self.storage.db_path) / "backups"
+
+    @property
     def kms_data_dir(self) -> Path:
         return Path(self.kms.data_dir) if self.kms.data_dir else Path(self.storage.db_path) / "kms"
 

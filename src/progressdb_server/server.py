@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from progressdb_server import logs
 from progressdb_server.api import jobs as job_routes
+from progressdb_server.api import store_backup
 from progressdb_server.api.application import Application
 from progressdb_server.api.gate import Gate
 from progressdb_server.api.listening import bind, check_tls, raise_descriptor_limit, serve_http
@@ -116,7 +117,8 @@ async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool
         registry.register(store.metrics)
         if isinstance(provider, RemoteProvider):
             registry.register(provider.metrics)
-        application = Application(store, Gate(config.security), ApiMetrics(registry), more=job_routes.resources(jobs))
+        more = (*job_routes.resources(jobs), *store_backup.resources(store, config.backups_dir))
+        application = Application(store, Gate(config.security), ApiMetrics(registry), more=more)
         host, port = listener.getsockname()[:2]
         await serve_http(
             application,

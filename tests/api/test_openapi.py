@@ -13,6 +13,7 @@ from asgi_client import ADMIN, BACKEND, FRONTEND, Api, Reply, signed
 from prometheus_client import CollectorRegistry
 
 from progressdb_server.api import jobs as job_routes
+from progressdb_server.api import store_backup
 from progressdb_server.api.described import DESCRIBED
 from progressdb_server.api.documentation import ALL_DESCRIBED, with_documentation
 from progressdb_server.api.gate import for_users
@@ -39,7 +40,8 @@ BODIES: dict[str, Any] = {
 def whole_table() -> tuple[Resource, ...]:
     api = Api()
     jobs: Any = None  # no route is called
-    routes = (*table(api.store, ApiMetrics(CollectorRegistry())), *job_routes.resources(jobs))
+    backups = store_backup.resources(jobs, Path("/"))
+    routes = (*table(api.store, ApiMetrics(CollectorRegistry())), *job_routes.resources(jobs), *backups)
     return with_documentation(routes)
 
 

@@ -15,10 +15,11 @@ from progressdb_server.api import openapi, pages
 from progressdb_server.api.answer import Answer
 from progressdb_server.api.call import Call
 from progressdb_server.api.described import DESCRIBED
+from progressdb_server.api.described_backup import BACKUP_DESCRIBED
 from progressdb_server.api.described_jobs import JOBS_DESCRIBED
 from progressdb_server.api.routes import Operation, Resource
 
-ALL_DESCRIBED: Final = {**DESCRIBED, **JOBS_DESCRIBED}
+ALL_DESCRIBED: Final = {**DESCRIBED, **JOBS_DESCRIBED, **BACKUP_DESCRIBED}
 
 
 def with_documentation(resources: tuple[Resource, ...]) -> tuple[Resource, ...]:

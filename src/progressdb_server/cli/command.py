@@ -13,7 +13,7 @@ from typing import Annotated, Final
 
 from cyclopts import App, Parameter
 
-from progressdb_server.config import ConfigError, ConfigMissingError, Loaded, load
+from progressdb_server.config import Config, ConfigError, ConfigMissingError, Loaded, load
 
 EXIT_REFUSED: Final = 1
 EXIT_MISSING: Final = 2
@@ -56,6 +56,17 @@ def _loaded(
         "logging.format": log_format,
     }
     return load(flags, os.environ)
+
+
+def loaded_config(
+    *,
+    addr: str | None = None,
+    db: str | None = None,
+    config: str | None = None,
+    master_key_file: str | None = None,
+) -> Config:
+    """The configuration of a command that serves nothing. Raises ConfigError."""
+    return _loaded(addr=addr, db=db, config=config, master_key_file=master_key_file, dev=None).config
 
 
 def _refused(error: Exception) -> int:
@@ -108,6 +119,9 @@ def application(master_key_fd: int | None) -> App:
         "progressdb_server.cli.demo:demo", name="demo", help="A guided tour: store, read back, search the disk, verify."
     )
 
+    from progressdb_server.cli import upkeep  # which needs this module's flags
+
+    upkeep.add(app, master_key_fd)
     configuration = App(name="config", help="Check or show the configuration that the server would run with.")
     app.command(configuration)
 

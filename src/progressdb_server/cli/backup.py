@@ -1,0 +1,115 @@
+"""`progressdb backup`: the store first, the key service second, in one directory.
+
+Owns: the order of the two, and where a backup lies: `<db>/backups/<name>`, with `store/` and `manifest.json` of the
+store and `minikms.backup` of the key service. Invariants: a backup of the store is made by whoever has it open; the key
+service is backed up after it, so that every key that a record names is there; a restore goes into an empty place. The
+archive of the key service is made and restored by the `minikms` command, for no key is ever in this process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+from progressdb_server.api.store_backup import NAME, REFUSAL
+from progressdb_server.cli.reaching import Administrator
+from progressdb_server.config import Config
+from progressdb_server.store import backup
+from progressdb_server.store.engine import EngineLockedError
+from progressdb_server.store.rocks import RocksEngine
+
+KMS_ARCHIVE: Final = "minikms.backup"
+CREATE_S_MAX: Final = 3600.0
+
+
+class BackupCommandError(Exception):
+    """What was asked for can't be done; the text says why and what to do."""
+
+
+def create(config: Config, name: str, master_key_fd: int | None, *, store_only: bool) -> int:
+    """0: made and read back. Raises BackupCommandError, BackupError, EngineUnavailableError, ServerAwayError,
+    ServerRefusedError.
+    """
+    if NAME.fullmatch(name) is None:
+        raise BackupCommandError(REFUSAL)
+    path = config.backups_dir / name
+    if not os.path.isdir(config.store_dir):
+        raise BackupCommandError(f"{config.store_dir} holds no store")
+    try:
+        engine = RocksEngine(str(config.store_dir))
+    except EngineLockedError:
+        Administrator(config).call("POST", "/admin/store_backup", {"name": name}, timeout_s=CREATE_S_MAX)
+    else:
+        try:
+            _create_offline(engine, path)
+        finally:
+            engine.close()
+    print(f"{path}: the store is backed up and was read back")
+    if store_only or config.kms.provider == "local":
+        print("Now back up the key service, as its user: minikms backup create FILE")
+        return 0
+    words = ["create", str(path / KMS_ARCHIVE), "--data-dir", str(config.kms_data_dir)]
+    return _minikms(words, config, master_key_fd)
+
+
+def _create_offline(engine: RocksEngine, path: Path) -> None:
+    if os.path.lexists(path):
+        raise BackupCommandError(f"{path} exists already; a backup never overwrites one")
+    created_ns = time.time_ns()
+    engine.write([backup.registered(str(path), created_ns)])
+    engine.sync()
+    backup.create(engine, str(path), created_ns=created_ns)
+
+
+def verify(config: Config, path: Path, master_key_fd: int | None) -> int:
+    """0: good, 1: not. Raises BackupError."""
+    manifest = backup.verify(str(path))
+    print(f"{path}: the store is whole: {len(manifest.files)} files, {manifest.bytes:,} bytes")
+    if not (path / KMS_ARCHIVE).exists():
+        print(f"no {KMS_ARCHIVE} in it: verify the key service's archive by itself, with minikms backup verify")
+        return 0
+    return _minikms(["verify", str(path / KMS_ARCHIVE)], config, master_key_fd)
+
+
+def restore(config: Config, path: Path, master_key_fd: int | None, *, newer_keyring: Path | None) -> int:
+    """Into the configuration's places, which must be empty: the key service first, whose archive may be refused.
+
+    Raises BackupError, BackupCommandError.
+    """
+    backup.verify(str(path))
+    if os.path.isdir(config.store_dir) and os.listdir(config.store_dir):
+        raise BackupCommandError(f"{config.store_dir} is not empty: move what is there away first")
+    archive = path / KMS_ARCHIVE
+    if archive.exists():
+        words = ["restore", str(archive), "--data-dir", str(config.kms_data_dir), "--yes"]
+        if newer_keyring is not None:
+            words += ["--newer-keyring", str(newer_keyring)]
+        refused = _minikms(words, config, master_key_fd)
+        if refused:
+            return refused
+    backup.restore(str(path), str(config.store_dir))
+    print(f"Restored the store into {config.store_dir}. Start the server once with --accept-restore.")
+    return 0
+
+
+def _minikms(words: list[str], config: Config, master_key_fd: int | None) -> int:
+    """`minikms backup …`, which prints for itself. A root key of our environment is passed on as a descriptor."""
+    command = [sys.executable, "-P", "-m", "minikms", "backup", *words]
+    key_file = config.kms.master_key_file or _development_key(config)
+    if master_key_fd is not None:
+        os.lseek(master_key_fd, 0, os.SEEK_SET)  # an earlier child has read it to the end
+        command += ["--master-key-fd", str(master_key_fd)]
+    elif key_file:
+        command += ["--master-key-file", key_file]
+    sys.stdout.flush()
+    passed = () if master_key_fd is None else (master_key_fd,)
+    return subprocess.run(command, pass_fds=passed, check=False).returncode  # noqa: S603  our own program
+
+
+def _development_key(config: Config) -> str:
+    path = f"{os.path.abspath(config.kms_data_dir)}.master-key"
+    return path if os.path.exists(path) else ""
