@@ -4,7 +4,7 @@ Owns: the steps, and what is written in each. Invariants:
 - The row is stored, then the key is made, then map and row are switched in one write. Until that write no pause or
   cancel is taken (`Job.keying`): the old key may be retired already, and then the thread takes no writes.
 - One write holds the new ciphertexts of a chunk, the old ones as backups, and the cursor: a kill repeats and loses
-  nothing. A record that is no longer what was read is left to the next pass.
+  nothing. It is made only while every record is still what was read, or else the chunk is read again.
 - Plaintext does not leave the key service while records are re-encrypted.
 - A job ends as `done` only after a pass over the whole thread found every record under the new key and opened it, found
   as many backups as it has re-encrypted records, and left the thread one active key.
@@ -16,7 +16,8 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, Final, NamedTuple
 
 import structlog
@@ -25,14 +26,17 @@ from minikms import api
 from progressdb_server.jobs import backups, walk
 from progressdb_server.jobs.model import AT_WORK, Failure, Job, changed, move, named, with_source
 from progressdb_server.jobs.pace import Pace
-from progressdb_server.jobs.table import JobTable, Row, StaleJobError
+from progressdb_server.jobs.table import JobTable, Row, StaleJobError, Storing
 from progressdb_server.kms.provider import Open, Provider, ProviderRefusedError, ProviderUnavailableError
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import StoreUnavailableError
 from progressdb_server.store.writer import ConditionFailedError
 
-CHUNK_RECORDS_MAX: Final = 1024
+CHUNK_RECORDS_MAX: Final = 512
+CHUNKS_AHEAD: Final = 2
+WRITES_AHEAD: Final = 4
+"""Chunks that the key service has, and chunks on their way to the disk, where they share a sync."""
 PACED_CHUNK_RECORDS_MAX: Final = 128
 """Of a job with a bounded rate: what requests may have to wait for is a millisecond or two."""
 SCAN_COST: Final = 0.1
@@ -112,8 +116,8 @@ class KeyRotation:
                     lines = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
                     _log.error("job_broken", job=job_id, error=type(error).__qualname__, at=lines)
                     await self._fail(job_id, f"internal error ({type(error).__qualname__})")
-            except StaleJobError:
-                continue
+            except StaleJobError:  # an operator, or a disk that took more than it said: go by the row
+                await asyncio.sleep(0)
             except _FOR_NOW as error:
                 _log.warning("job_waits", job=job_id, reason=str(error), retry_s=delay_s)
                 await asyncio.sleep(delay_s)
@@ -173,7 +177,7 @@ class KeyRotation:
         while not (row := self._table.row(job_id)).job.new_key:
             switched = changed(row.job, new_key=made.key_id, keying=False)
             try:
-                await self._table.store(row, switched, switch, [(keyspace.key_map(job.thread), mapped)])
+                await self._table.store(row, switched, switch, expect=[(keyspace.key_map(job.thread), mapped)])
             except StaleJobError:
                 continue
             except StoreUnavailableError:  # it may be there all the same: look again
@@ -209,27 +213,36 @@ class KeyRotation:
 
     # --- re-encrypting --------------------------------------------------------------------------------------------
     async def _migrate(self, row: Row, pace: Pace) -> Row:
-        """One pass, from the cursor to what is the end now. The key service works on a chunk while the one before is
-        being written."""
+        """One pass, from the cursor to what is the end now. Some chunks are with the key service while others are on
+        their way to the disk; each is written after the one before it, or not at all. Whatever fails, the pass begins
+        again at the stored cursor."""
         job = row.job
         lower, _ = walk.bounds(job.thread)
         if job.cursor:
             lower = job.cursor.encode() + b"\0"
-        ahead: asyncio.Task[_Step] | None = None
+        ahead: deque[asyncio.Task[_Step]] = deque()
+        writing: deque[Storing] = deque()
         try:
             for chunk in walk.chunks(self._engine, lower, walk.end_of(self._engine, job.thread), _chunk_records(pace)):
                 left = [found for found in chunk.records if found.key_id != job.new_key]
                 await pace.take(len(left) + SCAN_COST * chunk.entries)
                 if not left and not chunk.malformed:
                     continue
-                before, ahead = ahead, asyncio.create_task(self._reencrypt(job, chunk, left))
-                if before is not None:
-                    row = await self._put(row, await before)
-            if ahead is not None:
-                row = await self._put(row, await ahead)
+                ahead.append(asyncio.create_task(self._reencrypt(job, chunk, left)))
+                if len(ahead) > CHUNKS_AHEAD:
+                    writing.append(self._write(row, await ahead.popleft()))
+                    row = writing[-1].row
+                if len(writing) > WRITES_AHEAD:
+                    await self._table.settle(writing.popleft())
+            while ahead:
+                writing.append(self._write(row, await ahead.popleft()))
+                row = writing[-1].row
+            while writing:
+                await self._table.settle(writing.popleft())
             return row
         finally:
             await _dropped(ahead)
+            await asyncio.gather(*(storing.done for storing in writing), return_exceptions=True)
 
     async def _reencrypt(self, job: Job, chunk: walk.Chunk, left: Sequence[walk.Record]) -> _Step:
         self._check_key_service()
@@ -246,6 +259,7 @@ class KeyRotation:
                     raise ProviderUnavailableError(f"the key service refused an item for now ({outcome.code})")
                 else:
                     failures.append(Failure(_shown(found.key), outcome.code))
+        moved.sort(key=lambda item: item[0].key)  # the keys of a write's run ascend
         return _Step(moved, failures, chunk.last)
 
     async def _reencrypt_from(
@@ -263,31 +277,26 @@ class KeyRotation:
             )
             return [error] * len(records)
 
-    async def _put(self, row: Row, step: _Step) -> Row:
-        moved = step.moved
-        while True:
-            job = row.job
-            puts: list[tuple[bytes, bytes | None]] = []
-            for found, sealed in moved:
-                puts.append((found.key, record.rekeyed(found.raw, job.new_key, sealed)))
-                puts.append((backups.key_of(job.id, found.key), found.raw))
-            sources = job.sources
-            for key_id in {found.key_id for found, _ in moved}:
-                sources = with_source(sources, key_id)
-            after = changed(
-                job,
-                cursor=step.last.decode(),
-                sources=sources,
-                done=job.done + len(moved),
-                moved=job.moved + len(moved),
-                backups=job.backups + len(moved),
-                failed=job.failed + len(step.failures),
-                failures=named(job.failures, step.failures),
-            )
-            try:
-                return await self._table.store(row, after, puts, [(found.key, found.raw) for found, _ in moved])
-            except ConditionFailedError as error:  # changed since it was read: left to the next pass
-                moved = [item for item in moved if item[0].key != error.key]
+    def _write(self, row: Row, step: _Step) -> Storing:
+        job = row.job
+        puts: list[tuple[bytes, bytes | None]] = []
+        for found, sealed in step.moved:
+            puts.append((found.key, record.rekeyed(found.raw, job.new_key, sealed)))
+            puts.append((backups.key_of(job.id, found.key), found.raw))
+        sources = job.sources
+        for key_id in {found.key_id for found, _ in step.moved}:
+            sources = with_source(sources, key_id)
+        after = changed(
+            job,
+            cursor=step.last.decode(),
+            sources=sources,
+            done=job.done + len(step.moved),
+            moved=job.moved + len(step.moved),
+            backups=job.backups + len(step.moved),
+            failed=job.failed + len(step.failures),
+            failures=named(job.failures, step.failures),
+        )
+        return self._table.submit(row, after, puts, run=[(found.key, found.raw) for found, _ in step.moved])
 
     # --- verifying ------------------------------------------------------------------------------------------------
     async def _verify(self, row: Row, pace: Pace) -> Row:
@@ -295,22 +304,22 @@ class KeyRotation:
         job = row.job
         left, verified, stored_at = 0, 0, time.monotonic()
         broken: list[Failure] = []
-        ahead: asyncio.Task[list[Failure]] | None = None
+        ahead: deque[asyncio.Task[list[Failure]]] = deque()
         lower, _ = walk.bounds(job.thread)
         try:
             for chunk in walk.chunks(self._engine, lower, walk.end_of(self._engine, job.thread), _chunk_records(pace)):
                 current = [found for found in chunk.records if found.key_id == job.new_key]
                 left += chunk.entries - len(current)
                 await pace.take(VERIFY_COST * chunk.entries)
-                before, ahead = ahead, asyncio.create_task(self._open(job, current))
-                if before is not None:
-                    broken += await before
+                ahead.append(asyncio.create_task(self._open(job, current)))
+                if len(ahead) > CHUNKS_AHEAD:
+                    broken += await ahead.popleft()
                 verified += len(current)
                 if time.monotonic() - stored_at > PROGRESS_S:
                     row = await self._table.store(row, changed(row.job, verified=verified))
                     stored_at = time.monotonic()
-            if ahead is not None:
-                broken += await ahead
+            while ahead:
+                broken += await ahead.popleft()
         finally:
             await _dropped(ahead)
         if broken:
@@ -354,11 +363,10 @@ def _chunk_records(pace: Pace) -> int:
     return PACED_CHUNK_RECORDS_MAX if pace.bounded else CHUNK_RECORDS_MAX
 
 
-async def _dropped(task: asyncio.Task[Any] | None) -> None:
-    if task is not None and not task.done():
+async def _dropped(tasks: Collection[asyncio.Task[Any]]) -> None:
+    for task in tasks:
         task.cancel()
-    if task is not None:
-        await asyncio.gather(task, return_exceptions=True)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _shown(key: bytes) -> str:

@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -150,6 +149,7 @@ class Jobs:
         if self._engine.get(keyspace.key_map(thread)) is None:
             raise ThreadNotFoundError("thread not found")
         async with self._locks.hold(thread.encode()):
+            await self._ended(self._threads.get(thread, ""))
             other = self._threads.get(thread)
             if other == RESTORING:
                 raise JobConflictError("the thread is being worked on: try again in a moment")
@@ -212,29 +212,31 @@ class Jobs:
             job = self.table.get(self._queue[0])
             job_id = self._queue.popleft()
             if job.state in AT_WORK and job_id not in self._workers:
-                worker = asyncio.get_running_loop().create_task(self._work(job))
-                self._workers[job_id] = worker
-                worker.add_done_callback(partial(self._worked, job_id))
+                self._workers[job_id] = asyncio.get_running_loop().create_task(self._work(job))
 
     async def _work(self, job: Job) -> None:
-        await self._rotation.run(job.id, self._pace if job.rate is None else Pace(job.rate))
+        try:
+            await self._rotation.run(job.id, self._pace if job.rate is None else Pace(job.rate))
+        finally:
+            # In the same turn as the job's last change: whoever waited for it finds its thread free.
+            del self._workers[job.id]
+            if not self._stop.is_set():
+                self._worked(job.id)
 
-    def _worked(self, job_id: str, worker: asyncio.Task[None]) -> None:
-        del self._workers[job_id]
-        if not self._stop.is_set():
-            self._spawn(self._after(job_id))
+    def _worked(self, job_id: str) -> None:
+        try:
+            self._settle(job_id)
+            if self.table.get(job_id).state == "queued":  # resumed while its worker was stopping
+                self._queue.append(job_id)
+            self._pump()
+        except StoreUnavailableError:  # unreadable for the moment
+            asyncio.get_running_loop().call_later(READ_RETRY_S, self._worked, job_id)
 
-    async def _after(self, job_id: str) -> None:
-        """What follows the end of a worker; the store may be unreadable for the moment."""
-        while True:
-            try:
-                self._settle(job_id)
-                if self.table.get(job_id).state == "queued":  # resumed while its worker was stopping
-                    self._queue.append(job_id)
-                self._pump()
-                return
-            except StoreUnavailableError:
-                await asyncio.sleep(READ_RETRY_S)
+    async def _ended(self, job_id: str) -> None:
+        """A job that is over can be read before that is durable; wait for this, and for its thread to be free."""
+        worker = self._workers.get(job_id)
+        if worker is not None and self.table.get(job_id).state not in AT_WORK:
+            await asyncio.wait({worker})
 
     def _settle(self, job_id: str) -> None:
         """Give the thread back once its job is finished and nobody works on it."""
@@ -263,6 +265,8 @@ class Jobs:
         if worker is not None:  # it may be asleep; what it has queued for the disk no longer fits the row
             worker.cancel()
             await asyncio.wait({worker})
+            self._workers.pop(job_id, None)  # one that never began has not done so itself
+            self._pump()
         self._settle(job_id)
         return job
 
@@ -297,6 +301,7 @@ class Jobs:
         """The job now and after each change, with a pause after each report, until nobody works on it or the server
         stops."""
         seen = self.table.changes
+        await self._ended(job_id)
         told = self.table.get(job_id)
         yield told
         stopping = asyncio.create_task(self._stop.wait())
@@ -306,6 +311,7 @@ class Jobs:
                 await asyncio.wait({change, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 change.cancel()
                 seen = self.table.changes
+                await self._ended(job_id)
                 job = self.table.get(job_id)
                 if job != told:
                     told = job
@@ -345,6 +351,7 @@ class Jobs:
     @asynccontextmanager
     async def _alone(self, job: Job) -> AsyncIterator[None]:
         """Nobody else works on the job's thread."""
+        await self._ended(self._threads.get(job.thread, ""))
         if job.thread in self._threads:
             raise JobConflictError("a job on this thread is unfinished")
         self._threads[job.thread] = RESTORING

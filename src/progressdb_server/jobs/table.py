@@ -39,6 +39,13 @@ class Row(NamedTuple):
     job: Job
 
 
+class Storing(NamedTuple):
+    """A row that is being written; `done` ends with the write."""
+
+    row: Row
+    done: asyncio.Future[None]
+
+
 def row_key(job_id: str) -> bytes:
     return JOBS + job_id.encode()
 
@@ -91,23 +98,32 @@ class JobTable:
         await self._writer.commit(Write(((key, _encode(job)),), ((key, None),)))
         self._beat()
 
-    async def store(self, row: Row, job: Job, puts: Sequence[Put] = (), expect: Sequence[Put] = ()) -> Row:
-        """`job` in the place of `row`, together with the puts; all or nothing. Durable when it returns.
-
-        Raises StaleJobError; ConditionFailedError for a value of `expect`; StoreUnavailableError, after which the write
-        may or may not be there.
-        """
+    def submit(
+        self, row: Row, job: Job, puts: Sequence[Put] = (), *, expect: Sequence[Put] = (), run: Sequence[Put] = ()
+    ) -> Storing:
+        """`job` in the place of `row`, together with the puts; all or nothing. It may be built upon at once: what is
+        submitted later is written later, and not at all if this is not."""
         key = row_key(job.id)
         stored = changed(job, updated_ns=self.now_ns())
         raw = _encode(stored)
+        done = self._writer.commit(Write(((key, raw), *puts), ((key, row.raw), *expect), run=run))
+        return Storing(Row(raw, stored), done)
+
+    async def settle(self, storing: Storing) -> Row:
+        """Durable when it returns. Raises StaleJobError; ConditionFailedError for a value of `expect` or `run` (see
+        `store.writer.Write`); StoreUnavailableError, after which the write may or may not be there."""
         try:
-            await self._writer.commit(Write(((key, raw), *puts), ((key, row.raw), *expect)))
+            await storing.done
         except ConditionFailedError as error:
-            if error.key == key:
+            if error.key == row_key(storing.row.job.id):
                 raise StaleJobError from None
             raise
         self._beat()
-        return Row(raw, stored)
+        return storing.row
+
+    async def store(self, row: Row, job: Job, puts: Sequence[Put] = (), *, expect: Sequence[Put] = ()) -> Row:
+        """Submit and settle."""
+        return await self.settle(self.submit(row, job, puts, expect=expect))
 
     async def change(self, job_id: str, how: Callable[[Job], Job]) -> Job:
         """Apply `how` to whatever the job is by then. Raises what it raises, JobNotFoundError,

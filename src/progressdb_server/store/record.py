@@ -19,6 +19,8 @@ import msgspec
 
 VERSION: Final = 1
 _PREFIX_BYTES: Final = 3
+_KEY_ID_AT: Final = 2
+"""Where the key id begins in a header: after the array's byte and its own, as MessagePack has them for such lengths."""
 
 T = TypeVar("T")
 
@@ -47,6 +49,12 @@ class ThreadHeader(msgspec.Struct, array_like=True, frozen=True):
     deleted_ns: int
 
 
+class _KeyOfHeader(msgspec.Struct, array_like=True, frozen=True):
+    """What every header begins with; the rest is passed over."""
+
+    key_id: str
+
+
 class MessageSecret(msgspec.Struct, array_like=True, frozen=True):
     """The sealed part, as a JSON array. `first` binds the record to its message."""
 
@@ -70,6 +78,7 @@ _to_header = msgspec.msgpack.Encoder().encode
 _message_header = msgspec.msgpack.Decoder(MessageHeader).decode
 _thread_header = msgspec.msgpack.Decoder(ThreadHeader).decode
 _any_header = msgspec.msgpack.Decoder(list[Any]).decode
+_key_of_header = msgspec.msgpack.Decoder(_KeyOfHeader).decode
 encode_secret = msgspec.json.Encoder().encode
 _message_secret = msgspec.json.Decoder(MessageSecret).decode
 _thread_secret = msgspec.json.Decoder(ThreadSecret).decode
@@ -114,12 +123,17 @@ def unpack_thread(raw: bytes) -> tuple[ThreadHeader, bytes]:
 
 def unpack_sealed(raw: bytes) -> tuple[str, bytes]:
     """Key id and sealed part of any record. Raises RecordFormatError."""
-    fields, sealed = _fields(raw)
-    return fields[0], sealed
+    head, sealed = _split(raw)
+    return _decoded(_key_of_header, head, "the header names no key").key_id, sealed
 
 
 def rekeyed(raw: bytes, key_id: str, sealed: bytes) -> bytes:
     """The same record under another key. Raises RecordFormatError."""
+    head, _ = _split(raw)
+    old_id, new_id = _decoded(_key_of_header, head, "the header names no key").key_id.encode(), key_id.encode()
+    if len(old_id) == len(new_id) and head.find(old_id) == _KEY_ID_AT:  # as every key service's ids
+        head = head.replace(old_id, new_id, 1)
+        return b"\x01%b%b%b" % (len(head).to_bytes(2, "big"), head, sealed)
     fields, _ = _fields(raw)
     head = _to_header([key_id, *fields[1:]])
     return b"\x01%b%b%b" % (len(head).to_bytes(2, "big"), head, sealed)

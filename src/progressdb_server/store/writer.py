@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Final
 
 import msgspec
@@ -26,7 +27,7 @@ import structlog
 
 from progressdb_server.store import keyspace
 from progressdb_server.store.clock import Clock, Stamp
-from progressdb_server.store.engine import Engine, EngineBusyError
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine, EngineBusyError
 from progressdb_server.store.metrics import StoreMetrics
 from progressdb_server.store.model import StoreUnavailableError
 
@@ -52,13 +53,15 @@ class ConditionFailedError(Exception):
 
 
 class Write(msgspec.Struct, frozen=True):
-    """`puts`: a value of None deletes. `expect`: stored values that the write relies on, None for absent. `threads`
-    and `messages`: what it adds to the counters."""
+    """`puts`: a value of None deletes. `expect`: stored values that the write relies on, None for absent; `run`: more
+    of these, of neighbouring keys in ascending order, which are read by a scan. `threads` and `messages`: what it adds
+    to the counters."""
 
     puts: Sequence[tuple[bytes, bytes | None]]
     expect: Sequence[tuple[bytes, bytes | None]] = ()
     threads: int = 0
     messages: int = 0
+    run: Sequence[tuple[bytes, bytes | None]] = ()
 
 
 class State(msgspec.Struct, array_like=True):
@@ -259,7 +262,9 @@ class Writer:
             write = slot.write
             if write is None:
                 raise RuntimeError("a slot was queued without a write")
-            for key, expected in write.expect:
+            if write.run:
+                self._read_run(write.run, read)
+            for key, expected in chain(write.expect, write.run):
                 if key in staged:
                     found = staged[key]
                 elif key in read:
@@ -277,6 +282,14 @@ class Writer:
         state = State(threads, messages, last.ns, last.seq)
         staged[keyspace.STATE] = msgspec.msgpack.encode(state)
         return staged, failed, state
+
+    def _read_run(self, run: Sequence[tuple[bytes, bytes | None]], read: dict[bytes, bytes | None]) -> None:
+        """Values of a run into `read`: one scan costs a fraction of as many gets."""
+        read.update((key, None) for key, _ in run)
+        lower, upper = run[0][0], run[-1][0] + b"\0"
+        while entries := self._engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX, bytes_max=GROUP_BYTES_MAX):
+            read.update(entries)
+            lower = entries[-1][0] + b"\0"
 
     # --- failure --------------------------------------------------------------------------------------------------
     def _fail(self, group: list[Slot], error: Exception) -> None:

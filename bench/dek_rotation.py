@@ -1,0 +1,122 @@
+"""The rotation of a long thread's key: records a second, memory, and what requests feel of it meanwhile.
+
+The thread is built through the store's own parts, since a million requests would take most of the time. Unbounded, the
+store and its jobs run in this process with the key service as another one; what is measured is a whole job: key,
+re-encryption with backups, census and reading back. With a bounded rate it is the server as it comes, under load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from pathlib import Path
+
+import uvloop
+
+from bench import programs
+from bench.programs import BenchError
+from bench.report import Row, figure, say
+from progressdb_server.jobs.service import Jobs
+from progressdb_server.kms.provider import ProviderRefusedError, Seal
+from progressdb_server.kms.remote import RemoteProvider
+from progressdb_server.rotation_settings import Rotation
+from progressdb_server.store import keyspace, record
+from progressdb_server.store.clock import Stamp
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.engine import EngineBusyError
+from progressdb_server.store.model import NewMessage
+from progressdb_server.store.rocks import RocksEngine
+
+RECORDS = 1_000_000
+RECORD_BYTES = 512
+THREAD = "long"
+BUILT_AT_ONCE = 1024
+
+
+def rotation() -> list[Row]:
+    """Records a second of one unbounded job, and how much this process grew."""
+    with programs.workplace() as directory, programs.minikms(directory) as socket:
+        seconds, grown_mib, built_s = uvloop.run(_rotate(directory, socket))
+    say(f"rotation: {figure(RECORDS / seconds)} records/s, {figure(grown_mib)} MiB; built in {figure(built_s)} s")
+    what = f"DEK rotation of a thread of {RECORDS:,} records of {RECORD_BYTES} B"
+    note = "one job: re-encryption with backups, census, reading back"
+    return [
+        Row(what, RECORDS / seconds, "records/s", 40_000, 100_000, note=note),
+        Row("resident memory growth of the server meanwhile", grown_mib, "MiB", 64, 32, less_is_better=True),
+    ]
+
+
+async def _rotate(directory: Path, socket: str) -> tuple[float, float, float]:
+    provider = RemoteProvider(socket)
+    store = Conversations(RocksEngine(str(directory / "store")), provider)
+    jobs = Jobs(store, provider, Rotation(records_per_second=0))
+    try:
+        begun = time.perf_counter()
+        await build(store, provider, RECORDS)
+        await jobs.start()
+        before, started = _resident_mib(), time.perf_counter()
+        watching = asyncio.create_task(_most_resident())
+        job = await jobs.wait((await jobs.rotate(THREAD)).id)
+        seconds = time.perf_counter() - started
+        watching.cancel()
+        (most,) = await asyncio.gather(watching, return_exceptions=False)
+        if job.state != "done" or job.done < RECORDS or job.verified < RECORDS:
+            raise BenchError(f"the job is {job.state} ({job.reason}) after {job.done} records")
+        return seconds, most - before, started - begun
+    finally:
+        await jobs.close()
+        await store.close()
+        await provider.close()
+
+
+async def build(store: Conversations, provider: RemoteProvider, records: int) -> None:
+    """The thread, with as many messages."""
+    first = await store.create_message(NewMessage(author="bench", thread=THREAD, body=""))
+    key_id = (store.engine.get(keyspace.key_map(THREAD)) or b"").decode()
+    stamp_ns = first.ts + 1
+    header = record.MessageHeader(key_id, "", "bench", False)
+    body = {"text": secrets.token_hex(RECORD_BYTES // 2)[: RECORD_BYTES - 60]}
+    for start in range(0, records, BUILT_AT_ONCE):
+        stamps = [Stamp(stamp_ns + n, 0).text for n in range(start, min(start + BUILT_AT_ONCE, records))]
+        items = []
+        for text in stamps:
+            secret = record.MessageSecret(text, "bench", False, "user", body, "", {})
+            key = keyspace.messages(THREAD) + text.encode()
+            items.append(Seal(key_id, record.encode_secret(secret), key, THREAD))
+        puts: list[tuple[bytes, bytes | None]] = []
+        for item, text, sealed in zip(items, stamps, await provider.encrypt_many(items), strict=True):
+            if isinstance(sealed, ProviderRefusedError):
+                raise sealed
+            message = f"msg-{int(text[:20])}-{text[21:]}"
+            puts += [
+                (item.aad, record.pack(header, sealed)),
+                (keyspace.versions(message) + text.encode(), THREAD.encode()),
+                (keyspace.order(THREAD) + text.encode(), b""),
+            ]
+        await _written(store, puts)
+
+
+async def _written(store: Conversations, puts: list[tuple[bytes, bytes | None]]) -> None:
+    while True:
+        try:
+            store.engine.write(puts)
+            return
+        except EngineBusyError:
+            await asyncio.sleep(0.01)
+
+
+async def _most_resident() -> float:
+    most = 0.0
+    try:
+        while True:
+            most = max(most, _resident_mib())
+            await asyncio.sleep(0.05)
+    except asyncio.CancelledError:
+        return most
+
+
+def _resident_mib() -> float:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
