@@ -22,18 +22,15 @@ S = TypeVar("S")
 JSON: Final = "application/json"
 
 
-class Request:
+class Request(msgspec.Struct, gc=False):
     """One request whose head and body have arrived whole.
 
     `body` is a view of the engine's own memory: it can be read until `handle` returns, then it is released (a later
     read raises `ValueError`) and the memory zeroed. A handler that goes on asynchronously decodes the body first.
     """
 
-    __slots__ = ("body", "head")
-
-    def __init__(self, head: ParsedHead, body: memoryview) -> None:
-        self.head = head
-        self.body = body
+    head: ParsedHead
+    body: memoryview
 
     @property
     def method(self) -> str:
