@@ -123,8 +123,8 @@ class KekRotation:
             at = clock.rfc3339(now_ns)
             added = None
             if root is not None:
-                # An epoch is written once, so no other slot has this id.
-                added = unlocked.make_root(root.view, "request", fill_random, slot_id=f"s{body.epoch}", at=at)
+                # Named after the epoch that it comes with, so no other slot has this id.
+                added = unlocked.make_root(root.view, "request", fill_random, slot_id=f"s{body.epoch + 1}", at=at)
             version = max(kek.version for kek in body.keks) + 1
             made.append(version)
             sealed_under = added.link.version if added else body.key_version

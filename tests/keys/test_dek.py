@@ -1,0 +1,172 @@
+"""A DEK's file: what parses, what it is bound to, and what a swapped or damaged file is worth."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minikms.errors import ConflictError, KeyUnreadableError
+from minikms.keys import dek
+from minikms.keys.dek import DekRecord
+
+KEY_ID = "k_01jd0000000000000000000000"
+OTHER_ID = "k_01jd0000000000000000000001"
+AT = "2026-11-24T15:00:00Z"
+KEK = memoryview(bytes(range(32)))
+OTHER_KEK = memoryview(bytes(range(1, 33)))
+DEK = memoryview(bytes(range(64, 96)))
+NONCE = bytes(12)
+
+
+def made(key_id: str = KEY_ID, thread_id: str = "t1", kek_version: int = 1) -> DekRecord:
+    return dek.new(
+        key_id=key_id,
+        thread_id=thread_id,
+        purpose="thread",
+        created_at=AT,
+        kek=KEK,
+        kek_version=kek_version,
+        dek=DEK,
+        nonce=NONCE,
+    )
+
+
+def unwrapped(record: DekRecord, kek: memoryview = KEK) -> bytes:
+    target = memoryview(bytearray(32))
+    dek.unwrap_into(record, kek, target)
+    return bytes(target)
+
+
+def test_a_key_that_was_wrapped_unwraps_from_its_file() -> None:
+    record = dek.parse(dek.encode(made()), KEY_ID)
+    assert record == made()
+    assert unwrapped(record) == bytes(DEK)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"thread_id": "t2"},
+        {"purpose": "data"},
+        {"kek_version": 2},
+        {"id": OTHER_ID},
+        {"wrapped": made().wrapped[:-1] + b"\0"},
+        {"wrapped": made().wrapped[:-1]},
+        {"wrapped": b""},
+    ],
+)
+def test_a_file_whose_fields_were_changed_or_swapped_does_not_unwrap(change: dict[str, Any]) -> None:
+    with pytest.raises(KeyUnreadableError, match="does not unwrap"):
+        unwrapped(msgspec.structs.replace(made(), **change))
+
+
+def test_a_key_of_another_installation_does_not_unwrap() -> None:
+    with pytest.raises(KeyUnreadableError, match="another installation"):
+        unwrapped(made(), OTHER_KEK)
+
+
+def test_a_rewrap_changes_the_version_by_one_the_kek_and_nothing_else() -> None:
+    before = dek.retired(made(), at=AT, replaced_by=OTHER_ID)
+    after = dek.rewrap(before, DEK, OTHER_KEK, 2, bytes(12))
+    assert unwrapped(after, OTHER_KEK) == bytes(DEK)
+    assert (after.version, after.kek_version) == (before.version + 1, 2)
+    assert msgspec.structs.replace(after, version=1, kek_version=1, wrapped=before.wrapped) == before
+
+
+def test_a_key_is_retired_once() -> None:
+    retired = dek.retired(made(), at=AT, replaced_by=OTHER_ID)
+    assert (retired.state, retired.retired_at, retired.replaced_by) == ("retired", AT, OTHER_ID)
+    assert unwrapped(retired) == bytes(DEK)
+    with pytest.raises(ConflictError):
+        dek.retired(retired, at=AT)
+
+
+def altered(**changes: Any) -> bytes:
+    return json.dumps(json.loads(dek.encode(made())) | changes).encode()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"format": 2}, "format version 2"),
+        ({"id": OTHER_ID}, "another key's record"),
+        ({"algorithm": "AES-128-CBC"}, "not known"),
+        ({"version": 0}, "not known"),
+        ({"version": 2**40}, "not known"),
+        ({"kek_version": 0}, "not known"),
+        ({"kek_version": -1}, "not known"),
+        ({"kek_version": 2**63}, "damaged|not known"),
+        ({"state": "destroyed"}, "not known"),
+        ({"state": "retired"}, "not known"),
+        ({"state": "active", "retired_at": AT}, "not known"),
+        ({"state": "retired", "retired_at": "yesterday"}, "not known"),
+        ({"created_at": "x" * 1000}, "not known"),
+        ({"replaces": "../../etc/passwd"}, "impossible key"),
+        ({"replaced_by": "k_"}, "impossible key"),
+        ({"thread_id": ""}, "impossible thread"),
+        ({"thread_id": "a/b"}, "impossible thread"),
+        ({"state": "sleeping"}, "damaged"),
+        ({"wrapped": "!"}, "damaged"),
+        ({"secret": 1}, "damaged or of an unknown format version"),
+    ],
+)
+def test_a_record_that_is_not_exactly_one_is_refused_and_says_why(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(KeyUnreadableError, match=why):
+        dek.parse(altered(**changes), KEY_ID)
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"null", b"\xff\xfe", b"[" * 20_000, b'{"id":'])
+def test_what_is_no_record_is_damaged(data: bytes) -> None:
+    with pytest.raises(KeyUnreadableError, match=f"{KEY_ID} (is damaged|is larger)"):
+        dek.parse(data, KEY_ID)
+
+
+def test_a_file_beyond_its_bound_is_not_even_parsed() -> None:
+    with pytest.raises(KeyUnreadableError, match="larger than"):
+        dek.parse(dek.encode(made()) + b" " * dek.FILE_BYTES_MAX, KEY_ID)
+
+
+RECORDS = st.builds(
+    DekRecord,
+    id=st.just(KEY_ID),
+    created_at=st.just(AT),
+    wrapped=st.binary(max_size=80),
+    thread_id=st.from_regex(r"[A-Za-z0-9._-]{1,128}", fullmatch=True),
+    format=st.just(1),
+    version=st.integers(1, dek.REWRAPS_MAX - 1),
+    kek_version=st.integers(1, 2**32 - 1),
+    purpose=st.sampled_from(["thread", "data"]),
+    algorithm=st.just("AES-256-GCM"),
+    state=st.just("active"),
+    replaces=st.sampled_from(["", OTHER_ID]),
+    replaced_by=st.sampled_from(["", OTHER_ID]),
+)
+
+
+@given(RECORDS, st.booleans())
+def test_every_record_comes_back_from_its_file(record: DekRecord, retire: bool) -> None:
+    if retire:
+        record = msgspec.structs.replace(record, state="retired", retired_at=AT)
+    assert dek.parse(dek.encode(record), KEY_ID) == record
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_a_damaged_file_never_unwraps_to_another_key(data: st.DataObject) -> None:
+    """It is refused, or what was damaged was not of the key: the time of its making, say."""
+    blob = bytearray(dek.encode(made()))
+    for _ in range(data.draw(st.integers(1, 3))):
+        blob[data.draw(st.integers(0, len(blob) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(blob)))
+    for candidate in (bytes(blob), bytes(blob[:cut])):
+        try:
+            key = unwrapped(dek.parse(candidate, KEY_ID))
+        except KeyUnreadableError as refused:
+            assert bytes(DEK).hex() not in str(refused)
+        else:
+            assert key == bytes(DEK)

@@ -1,0 +1,111 @@
+"""The index of all keys: pages and counts as a plain dict would give them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minikms.keys import index as index_module
+from minikms.keys.dek import DekRecord
+from minikms.keys.ids import bytes_to_key_id
+from minikms.keys.index import KeyIndex
+
+AT = "2026-11-24T15:00:00Z"
+
+
+def record(number: int, thread: int = 0, state: str = "active", kek_version: int = 1) -> DekRecord:
+    return DekRecord(
+        id=bytes_to_key_id(number.to_bytes(16, "big")),
+        created_at=AT,
+        wrapped=b"",
+        thread_id=f"t{thread}",
+        format=1,
+        version=1,
+        kek_version=kek_version,
+        purpose="thread",
+        algorithm="AES-256-GCM",
+        state="retired" if state == "retired" else "active",
+        retired_at=AT if state == "retired" else "",
+    )
+
+
+def all_pages(index: KeyIndex, limit: int, thread_id: str | None = None, state: str | None = None) -> list[str]:
+    found: list[str] = []
+    after = ""
+    for _ in range(1000):
+        page = index.page(after=after, limit=limit, thread_id=thread_id, state=state)
+        assert len(page.key_ids) <= limit
+        found += page.key_ids
+        after = page.next_after
+        if not after:
+            return found
+    raise AssertionError("the pages do not end")
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["put", "put new", "remove"]),
+        st.integers(0, 15),
+        st.sampled_from(["active", "retired"]),
+        st.integers(1, 3),
+    ),
+    max_size=40,
+)
+
+
+@given(STEPS, st.integers(1, 5))
+def test_it_says_what_a_dict_of_the_same_records_says(steps: list[tuple[str, int, str, int]], limit: int) -> None:
+    index, model = KeyIndex(), dict[str, DekRecord]()
+    for step, number, state, kek_version in steps:
+        one = record(number, thread=number % 3, state=state, kek_version=kek_version)
+        if step == "remove":
+            index.remove(one.id)
+            model.pop(one.id, None)
+        elif step == "put":
+            index.put(one)
+            model[one.id] = one
+        else:
+            index.put(one, only_new=True)
+            model.setdefault(one.id, one)
+    assert len(index) == len(model)
+    assert +index.by_state == Counter(one.state for one in model.values())
+    assert +index.by_kek == Counter(one.kek_version for one in model.values())
+    for thread_id in (None, "t0", "t1", "t9"):
+        for state_asked in (None, "active", "retired"):
+            expected = sorted(
+                one.id
+                for one in model.values()
+                if thread_id in (None, one.thread_id) and state_asked in (None, one.state)
+            )
+            assert all_pages(index, limit, thread_id, state_asked) == expected
+
+
+def test_a_filtered_page_looks_at_so_many_entries_at_most_and_says_where_to_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(index_module, "SCANNED_COUNT_MAX", 10)
+    index = KeyIndex()
+    for number in range(35):
+        index.put(record(number, thread=int(number == 34)))
+    page = index.page(after="", limit=5, thread_id="t1", state=None)
+    assert page.key_ids == []
+    assert page.next_after == record(9).id
+    assert all_pages(index, 5, "t1") == [record(34).id]
+
+
+def test_a_page_goes_on_after_a_key_that_is_gone_meanwhile() -> None:
+    index = KeyIndex()
+    for number in range(6):
+        index.put(record(number))
+    page = index.page(after="", limit=3, thread_id=None, state=None)
+    index.remove(page.next_after)
+    rest = index.page(after=page.next_after, limit=10, thread_id=None, state=None)
+    assert rest.key_ids == [record(number).id for number in (3, 4, 5)]
+    assert rest.next_after == ""
+
+
+def test_an_empty_index_has_one_empty_page() -> None:
+    assert KeyIndex().page(after="", limit=10, thread_id=None, state=None) == ([], "")
