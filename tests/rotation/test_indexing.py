@@ -1,0 +1,146 @@
+"""The scan after a start: complete whatever some files are, and it finishes what an earlier process left."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from vaults import opened_vault
+
+from minikms.custody import indexing as indexing_module
+from minikms.custody.dekstore import DekStore
+from minikms.errors import StorageUnavailableError
+from minikms.keys import dek
+
+
+def test_every_key_is_in_the_index_after_the_scan_in_order_of_creation(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(300)
+        async with opened_vault(tmp_path / "d") as again:
+            assert not again.indexing.complete
+            meanwhile = await again.make(3)
+            await again.indexing.run()
+            assert again.indexing.complete
+            page = again.vault.index.page(after="", limit=1000, thread_id=None, state=None)
+            assert page.key_ids == sorted(key_ids + meanwhile)
+            assert again.vault.index.by_kek == {1: 303}
+
+    asyncio.run(main())
+
+
+def test_what_changes_during_the_scan_is_in_the_index_as_it_is_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexing_module, "CHUNK_FILES", 5)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(100)
+            for key_id in key_ids[:20]:
+                await one.vault.retire(key_id)
+        async with opened_vault(tmp_path / "d") as again:
+            await asyncio.gather(
+                again.indexing.run(),
+                *(again.vault.destroy(key_id) for key_id in key_ids[:20]),
+                *(again.vault.retire(key_id) for key_id in key_ids[20:50]),
+            )
+            assert +again.vault.index.by_state == {"active": 50, "retired": 30}
+
+    asyncio.run(main())
+
+
+def test_a_bad_file_is_listed_with_its_reason_and_the_others_are_there(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(10)
+            bad = {
+                key_ids[0]: b"",
+                key_ids[1]: b"{}",
+                key_ids[2]: one.file(key_ids[3]).read_bytes(),
+                key_ids[4]: one.file(key_ids[4]).read_bytes().replace(b'"format":1', b'"format":9'),
+            }
+            for key_id, content in bad.items():
+                one.file(key_id).write_bytes(content)
+            one.file(key_ids[5]).unlink()
+            one.file(key_ids[5]).mkdir()
+            (one.directory / "kms-deks" / "notes.txt").write_text("not ours")
+        async with opened_vault(tmp_path / "d") as again:
+            await again.indexing.run()
+            assert set(again.vault.damage.listed()) == {*bad, key_ids[5]}
+            assert "format version 9" in again.vault.damage.listed()[key_ids[4]]
+            assert len(again.vault.index) == 5
+            again.file(key_ids[0]).write_bytes(b"")
+            assert again.vault.damage.count == 5
+
+    asyncio.run(main())
+
+
+def test_a_file_that_was_mended_leaves_the_list_when_it_is_next_opened(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            [key_id] = await one.make(1)
+            content = one.file(key_id).read_bytes()
+            one.file(key_id).write_bytes(content[:10])
+            await one.indexing.run()
+            assert one.vault.damage.count == 1
+            one.file(key_id).write_bytes(content)
+            one.vault.opened(key_id)
+            assert one.vault.damage.count == 0
+
+    asyncio.run(main())
+
+
+def test_a_replacement_that_a_crash_cut_in_two_is_finished(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            old = await one.vault.create("t")
+            new = await one.vault.create("t", replaces=old.id)
+            one.file(old.id).write_bytes(dek.encode(old))  # as it was before the second half
+        async with opened_vault(tmp_path / "d") as again:
+            await again.indexing.run()
+            assert again.on_disk(old.id).state == "retired"
+            assert again.on_disk(old.id).replaced_by == new.id
+            assert again.on_disk(new.id).state == "active"
+
+    asyncio.run(main())
+
+
+def test_a_file_that_claims_to_replace_a_key_of_another_thread_is_not_believed(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            victim = await one.vault.create("victim")
+            other = await one.vault.create("other")
+            content = one.file(other.id).read_bytes()
+            one.file(other.id).write_bytes(
+                content.replace(b'"state":"active"', b'"state":"active","replaces":"%b"' % victim.id.encode())
+            )
+        async with opened_vault(tmp_path / "d") as again:
+            await again.indexing.run()
+            assert again.on_disk(other.id).replaces == victim.id
+            assert again.on_disk(victim.id).state == "active"
+
+    asyncio.run(main())
+
+
+def test_a_failing_disk_delays_the_scan_and_does_not_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexing_module, "RETRY_SECONDS", 0.01)
+    failing = [3]
+    read = DekStore.read
+
+    def refusing(self: DekStore, key_id: str) -> bytes:
+        if failing[0]:
+            failing[0] -= 1
+            raise StorageUnavailableError("out of descriptors")
+        return read(self, key_id)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            await one.make(4)
+        async with opened_vault(tmp_path / "d") as again:
+            monkeypatch.setattr(DekStore, "read", refusing)
+            await again.indexing.run()
+            assert (len(again.vault.index), again.vault.damage.count) == (4, 0)
+
+    asyncio.run(main())

@@ -1,0 +1,156 @@
+"""Key files: which are read, how one is replaced, and what is never left beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from minikms.custody import roots
+from minikms.custody.roots import (
+    KeyText,
+    holds_key,
+    make_dev_key_file,
+    read_key_file,
+    remove_leftover,
+    rewrite_key_file,
+)
+from minikms.errors import StartError
+from minikms.memory.arena import SecretArena, SecretSlot
+
+KEY = bytes(range(32))
+NEW = bytes(range(200, 232))
+
+
+@pytest.fixture
+def arena() -> Iterator[SecretArena]:
+    with SecretArena(64, force_fallback=True) as made:
+        yield made
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    path = tmp_path / "key"
+    path.touch(0o600)
+    path.write_text(KEY.hex() + "\n")
+    return path
+
+
+def slot_of(arena: SecretArena, key: bytes) -> SecretSlot:
+    slot = arena.allocate()
+    slot.view[:] = key
+    return slot
+
+
+def rewrite(path: Path, key: SecretSlot, arena: SecretArena) -> None:
+    with KeyText(key, arena) as text:
+        text.encode()
+        rewrite_key_file(path, text)
+
+
+@pytest.mark.parametrize("text", [KEY.hex(), KEY.hex() + "\n", KEY.hex().upper() + "\n"])
+def test_a_key_is_64_hexadecimal_digits_with_or_without_a_newline(
+    key_file: Path, arena: SecretArena, text: str
+) -> None:
+    key_file.write_text(text)
+    with read_key_file(key_file, arena) as slot:
+        assert bytes(slot.view) == KEY
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\n", KEY.hex()[:-1], KEY.hex() + "0", KEY.hex() + "\n\n", KEY.hex() + " ", "x" * 64, KEY.hex() * 2]
+)
+def test_any_other_text_is_refused_without_being_repeated(key_file: Path, arena: SecretArena, text: str) -> None:
+    key_file.write_text(text)
+    with pytest.raises(StartError, match="exactly 64 hexadecimal characters") as refused:
+        read_key_file(key_file, arena)
+    assert len(text) < 10 or text[:10] not in str(refused.value)
+    assert arena.in_use == 0
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o601])
+def test_a_file_that_others_can_read_is_refused_with_the_way_out(key_file: Path, arena: SecretArena, mode: int) -> None:
+    key_file.chmod(mode)
+    with pytest.raises(StartError, match="chmod 600"):
+        read_key_file(key_file, arena)
+
+
+def test_what_is_no_regular_file_is_refused_and_a_pipe_does_not_block(tmp_path: Path, arena: SecretArena) -> None:
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    (tmp_path / "directory").mkdir(0o700)
+    for name in ("pipe", "directory"):
+        with pytest.raises(StartError, match="not a regular file"):
+            read_key_file(tmp_path / name, arena)
+    with pytest.raises(StartError, match="can't be read"):
+        read_key_file(tmp_path / "missing", arena)
+
+
+def test_a_rewritten_file_holds_the_new_key_keeps_its_mode_and_nothing_is_left_beside_it(
+    key_file: Path, arena: SecretArena
+) -> None:
+    key_file.chmod(0o400)
+    with slot_of(arena, NEW) as new, slot_of(arena, KEY) as old:
+        rewrite(key_file, new, arena)
+        assert holds_key(key_file, new, arena)
+        assert not holds_key(key_file, old, arena)
+    assert key_file.read_text() == NEW.hex() + "\n"
+    assert key_file.stat().st_mode & 0o777 == 0o400
+    assert os.listdir(key_file.parent) == ["key"]
+    assert arena.in_use == 0
+
+
+def test_behind_a_link_the_file_is_replaced_and_the_link_stays(key_file: Path, arena: SecretArena) -> None:
+    """Otherwise the old key would stay where the link pointed, and the link would be a file."""
+    link = key_file.with_name("link")
+    (key_file.parent / "deep").mkdir()
+    target = key_file.rename(key_file.parent / "deep" / "key")
+    link.symlink_to(target)
+    with slot_of(arena, NEW) as new:
+        rewrite(link, new, arena)
+        assert holds_key(link, new, arena)
+    assert link.is_symlink()
+    assert target.read_text() == NEW.hex() + "\n"
+
+
+@pytest.mark.parametrize("call", ["fsync", "writev", "replace"])
+def test_a_rewriting_that_fails_leaves_the_old_file_and_no_other(
+    key_file: Path, arena: SecretArena, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with slot_of(arena, NEW) as new, monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr(roots.os, call, refuse)
+        rewrite(key_file, new, arena)
+    assert key_file.read_text() == KEY.hex() + "\n"
+    assert os.listdir(key_file.parent) == ["key"]
+    assert arena.in_use == 0
+
+
+def test_what_a_crash_left_beside_the_file_is_removed_by_the_next_start_or_writing(
+    key_file: Path, arena: SecretArena
+) -> None:
+    leftover = key_file.with_name(".key.new")
+    leftover.write_text(NEW.hex())
+    remove_leftover(key_file)
+    assert os.listdir(key_file.parent) == ["key"]
+    remove_leftover(key_file)
+    leftover.write_text("half")
+    leftover.chmod(0o666)
+    with slot_of(arena, NEW) as new:
+        rewrite(key_file, new, arena)
+    assert os.listdir(key_file.parent) == ["key"]
+    assert key_file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_development_key_is_made_once_and_is_private(tmp_path: Path, arena: SecretArena) -> None:
+    path = tmp_path / "dev"
+    make_dev_key_file(path, arena)
+    text = path.read_text()
+    assert (len(text), path.stat().st_mode & 0o777) == (65, 0o600)
+    make_dev_key_file(path, arena)
+    assert path.read_text() == text
+    assert os.listdir(tmp_path) == ["dev"]
+    assert arena.in_use == 0

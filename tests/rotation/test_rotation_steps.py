@@ -1,0 +1,542 @@
+"""The steps of a KEK rotation, and what cuts each of them short: no key is lost, and the next attempt completes it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from vaults import OpenedVault, key_file, opened_vault
+
+from minikms.custody import rewrapping as rewrapping_module
+from minikms.custody import rotation as rotation_module
+from minikms.custody.atomic import FileWrite, write_group
+from minikms.custody.backups import BackupStore
+from minikms.custody.keyringfile import KeyringFile
+from minikms.errors import (
+    ArenaFullError,
+    ConflictError,
+    KeyUnreadableError,
+    MiniKmsError,
+    StartError,
+    StorageUnavailableError,
+)
+from minikms.keys import keyring
+from minikms.memory.arena import SecretArena, SecretSlot
+
+NEW_ROOT = bytes(range(100, 132))
+OTHER_ROOT = bytes(range(50, 82))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation_module, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(rewrapping_module, "BATCH_FILES", 7)
+
+
+def refuse(*_: object) -> None:
+    raise StorageUnavailableError("the disk refuses")
+
+
+def keks_on_disk(one: OpenedVault, key_ids: Sequence[str]) -> set[int]:
+    return {one.on_disk(key_id).kek_version for key_id in key_ids}
+
+
+# --- a rotation that nothing disturbs -----------------------------------------------------------------------------
+
+
+def test_every_key_is_rewrapped_keeps_its_value_and_leaves_a_backup(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(20)
+            before, files = one.keys(key_ids), {key_id: one.file(key_id).read_bytes() for key_id in key_ids}
+            await one.rotate()
+            assert keks_on_disk(one, key_ids) == {2}
+            assert {one.on_disk(key_id).version for key_id in key_ids} == {2}
+            assert one.keys(key_ids) == before
+            assert one.kek_states() == {1: "retired", 2: "active"}
+            assert one.rotation.rewrapped == 20
+            assert one.vault.index.by_kek[2] == 20
+            for key_id in key_ids:
+                [backup] = one.backups(key_id)
+                assert backup.read_bytes() == files[key_id]
+
+    asyncio.run(main())
+
+
+def test_two_rotations_in_one_second_leave_two_backups_of_each_key(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(3)
+            await one.rotate()
+            await one.rotate()
+            for key_id in key_ids:
+                contents = [backup.read_bytes() for backup in one.backups(key_id)]
+                assert len(contents) == len(set(contents)) == 2
+
+    asyncio.run(main())
+
+
+def test_keys_made_meanwhile_are_wrapped_under_the_new_version_at_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            old = await one.make(30)
+            creating = asyncio.create_task(one.make(30))
+            await asyncio.sleep(0)
+            await one.rotation.begin(None)
+            new = await one.make(10)
+            await one.rotation.run()
+            assert keks_on_disk(one, new) == {2}
+            assert keks_on_disk(one, [*old, *await creating]) == {2}
+
+    asyncio.run(main())
+
+
+def test_what_is_retired_or_destroyed_meanwhile_stays_so(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(40)
+            gone, retired = key_ids[:10], key_ids[10:20]
+            for key_id in gone:
+                await one.vault.retire(key_id)
+            await asyncio.gather(
+                one.rotate(),
+                *(one.vault.destroy(key_id) for key_id in gone),
+                *(one.vault.retire(key_id) for key_id in retired),
+            )
+            assert keks_on_disk(one, key_ids[10:]) == {2}
+            assert {one.on_disk(key_id).state for key_id in retired} == {"retired"}
+            assert {one.on_disk(key_id).state for key_id in key_ids[20:]} == {"active"}
+            assert not any(one.file(key_id).exists() or one.backups(key_id) for key_id in gone)
+
+    asyncio.run(main())
+
+
+# --- who may begin what -------------------------------------------------------------------------------------------
+
+
+def test_one_rotation_at_a_time_and_a_repetition_of_it_is_no_other(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            new, other = one.slot_of(NEW_ROOT), one.slot_of(OTHER_ROOT)
+            assert (await one.rotation.begin(None)).newly
+            assert not (await one.rotation.begin(None)).newly
+            with pytest.raises(ConflictError, match="another rotation is running"):
+                await one.rotation.begin(new)
+            await one.rotation.run()
+            begun = await one.rotation.begin(new)
+            assert begun.newly
+            assert await one.rotation.begin(new) == (False, begun.slot_id)
+            for root in (other, None):
+                with pytest.raises(ConflictError, match="is running"):
+                    await one.rotation.begin(root)
+            await one.rotation.run()
+            assert await one.rotation.begin(new) == (False, begun.slot_id)
+            assert one.rotation.running is None
+            assert one.kek_states() == {1: "retired", 2: "retired", 3: "active"}
+
+    asyncio.run(main())
+
+
+def test_a_root_key_is_never_taken_into_use_twice(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            first = one.slot_of(bytes.fromhex(key_file(tmp_path / "d").read_text()))
+            assert not (await one.rotation.begin(first)).newly  # it is the newest: nothing to do
+            new = one.slot_of(NEW_ROOT)
+            await one.rotate(new)
+            with pytest.raises(ConflictError, match="not the newest"):
+                await one.rotation.begin(first)
+            await one.vault.drop_older_slots(one.vault.keyring.body.slots[-1].slot_id)
+            with pytest.raises(ConflictError, match="was rotated away before"):
+                await one.rotation.begin(first)
+
+    asyncio.run(main())
+
+
+def test_a_keyring_without_room_refuses_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keyring, "KEKS_OPEN_COUNT_MAX", 2)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            await one.rotate()
+            used = one.arena.in_use
+            with pytest.raises(ConflictError, match="/kek/prune"):
+                await one.rotation.begin(None)
+            assert one.arena.in_use == used
+            assert (await one.pruning.prune(backups=True)).destroyed == [1]
+            await one.rotate()
+
+    asyncio.run(main())
+
+
+def test_no_rotation_begins_while_it_is_excluded(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            async with one.rotation.excluded():
+                beginning = asyncio.create_task(one.rotation.begin(None))
+                await asyncio.sleep(0.02)
+                assert one.rotation.running is None
+            assert (await beginning).newly
+            with pytest.raises(ConflictError, match="a rotation is running"):
+                async with one.rotation.excluded():
+                    pass
+
+    asyncio.run(main())
+
+
+# --- beginnings that fail -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("root", [None, NEW_ROOT])
+def test_a_beginning_that_the_disk_refuses_leaves_the_keyring_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: bytes | None
+) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(3)
+            given = None if root is None else one.slot_of(root)
+            used, body, keys = one.arena.in_use, one.vault.keyring.body, one.keys(key_ids)
+            used += len(key_ids)
+            with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
+                patched.setattr(KeyringFile, "store_now", refuse)
+                await one.rotation.begin(given)
+            assert one.vault.keyring.body is body
+            assert one.arena.in_use == used
+            await one.make(1)
+            await one.rotate(given)
+            assert one.keys(key_ids) == keys
+            assert one.kek_states() == {1: "retired", 2: "active"}
+
+    asyncio.run(main())
+
+
+def test_a_beginning_that_reached_the_disk_though_it_was_refused_is_overtaken_by_the_next_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If only the last sync fails the file may be the new one, or be so until a power loss: both must do."""
+    store_now = KeyringFile.store_now
+
+    def stored_but_refused(self: KeyringFile, data: bytes) -> None:
+        store_now(self, data)
+        refuse()
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(3)
+            keys = one.keys(key_ids)
+            with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
+                patched.setattr(KeyringFile, "store_now", stored_but_refused)
+                await one.rotation.begin(one.slot_of(NEW_ROOT))
+        async with opened_vault(tmp_path / "d") as again:  # under the old root; the file has both
+            assert again.rotation.running is not None
+            await again.rotation.run()
+            assert again.keys(key_ids) == keys
+        async with opened_vault(tmp_path / "d") as one:
+            with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
+                patched.setattr(KeyringFile, "store_now", stored_but_refused)
+                await one.rotation.begin(None)
+            later = await one.make(1)
+            one.vault.wraps._left.clear()
+            await one.make(1)  # writes the keyring
+        async with opened_vault(tmp_path / "d") as again:
+            assert again.rotation.running is None
+            assert len(again.keys([*key_ids, *later])) == 4
+
+    asyncio.run(main())
+
+
+def test_an_arena_without_room_for_the_new_keys_refuses_and_keeps_none_of_them(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d", slots=12) as one:
+            root = one.slot_of(NEW_ROOT)
+            taken = [one.arena.allocate() for _ in range(one.arena.slots - one.arena.in_use - 1)]
+            used = one.arena.in_use
+            with pytest.raises(ArenaFullError):
+                await one.rotation.begin(root)
+            assert one.arena.in_use == used
+            for slot in taken:
+                slot.release()
+            await one.rotate(root)
+
+    asyncio.run(main())
+
+
+# --- the long part, disturbed -------------------------------------------------------------------------------------
+
+
+def test_a_file_that_cannot_be_read_is_listed_and_left_and_stops_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(20)
+            damaged, truncated, swapped, missing_kek = key_ids[:4]
+            contents = {key_id: one.file(key_id).read_bytes() for key_id in key_ids}
+            one.file(damaged).write_bytes(contents[damaged].replace(b'"thread_id":"t"', b'"thread_id":"u"'))
+            one.file(truncated).write_bytes(contents[truncated][:50])
+            one.file(swapped).write_bytes(contents[key_ids[5]])
+            one.file(missing_kek).write_bytes(contents[missing_kek].replace(b'"kek_version":1', b'"kek_version":7'))
+            await one.rotate()
+            assert one.kek_states() == {1: "retired", 2: "active"}
+            assert keks_on_disk(one, key_ids[4:]) == {2}
+            listed = one.vault.damage.listed()
+            assert set(listed) == set(key_ids[:4])
+            assert "does not unwrap" in listed[damaged]
+            assert "damaged" in listed[truncated]
+            assert "another key's record" in listed[swapped]
+            assert "KEK version 7" in listed[missing_kek]
+            assert one.backups(damaged) == []
+            # What is mended is found by the next rotation.
+            one.file(damaged).write_bytes(contents[damaged])
+            await one.rotate()
+            assert keks_on_disk(one, [damaged]) == {3}
+            assert set(one.vault.damage.listed()) == {truncated, swapped, missing_kek}
+
+    asyncio.run(main())
+
+
+def test_what_the_disk_refuses_is_tried_again_until_it_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = 0
+    keep = BackupStore.keep
+
+    def failing(self: BackupStore, *arguments: object) -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts <= 3:
+            refuse()
+        keep(self, *arguments)  # type: ignore[arg-type]  # passed on as they came
+
+    monkeypatch.setattr(BackupStore, "keep", failing)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(20)
+            keys = one.keys(key_ids)
+            await one.rotation.begin(None)
+            running = asyncio.create_task(one.rotation.run())
+            while attempts < 2:
+                await asyncio.sleep(0.001)
+            told = one.rotation.status()
+            assert told is not None
+            assert told["last_error"] == "the disk refuses"
+            await running
+            assert attempts > 3
+            assert one.keys(key_ids) == keys
+            assert keks_on_disk(one, key_ids) == {2}
+            assert one.rotation.last_error == ""
+
+    asyncio.run(main())
+
+
+def test_a_file_whose_replacement_is_not_confirmed_is_written_again_as_a_fresh_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failed sync proves nothing about the file that is there: it may vanish with the power, and its KEK too."""
+    failing = [2]
+    written: list[str] = []
+
+    def unconfirmed(
+        directory: int, writes: Sequence[FileWrite], *, durable_first: int | None = None
+    ) -> list[MiniKmsError | None]:
+        outcomes = write_group(directory, writes, durable_first=durable_first)
+        written.extend(write.name for write in writes)
+        if failing[0]:
+            failing[0] -= 1
+            return [StorageUnavailableError("a directory cannot be synced") for _ in writes]
+        return outcomes
+
+    monkeypatch.setattr(rewrapping_module, "write_group", unconfirmed)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(5)
+            keys = one.keys(key_ids)
+            await one.rotate()
+            assert sorted(written) == sorted(f"{key_id}.json" for key_id in key_ids for _ in range(3))
+            assert one.rotation.rewrapped == 5
+            assert one.keys(key_ids) == keys
+            assert all(len(one.backups(key_id)) == 1 for key_id in key_ids)
+
+    asyncio.run(main())
+
+
+def test_what_the_machine_is_short_of_is_no_damage_of_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process out of descriptors, or an arena for a moment full, must not leave keys behind under the old KEK."""
+    failing = [10]
+    open_file = os.open
+
+    def short(path: object, flags: int, *arguments: object, **named: object) -> int:
+        if failing[0] and str(path).endswith(".json") and not flags & os.O_CREAT:
+            failing[0] -= 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return open_file(path, flags, *arguments, **named)  # type: ignore[arg-type]  # passed on as they came
+
+    full = [3]
+    allocate = SecretArena.allocate
+
+    def crowded(self: SecretArena) -> SecretSlot:
+        if full[0] and not failing[0]:
+            full[0] -= 1
+            raise ArenaFullError("all slots of the key arena are in use")
+        return allocate(self)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(20)
+            await one.rotation.begin(None)
+            monkeypatch.setattr(os, "open", short)
+            monkeypatch.setattr(SecretArena, "allocate", crowded)
+            await one.rotation.run()
+            monkeypatch.undo()
+            assert (failing, full) == ([0], [0])
+            assert one.vault.damage.count == 0
+            assert keks_on_disk(one, key_ids) == {2}
+
+    asyncio.run(main())
+
+
+def test_a_directory_that_cannot_be_listed_for_a_moment_does_not_end_the_rotation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = [2]
+    scandir = os.scandir
+
+    def refusing(path: object) -> object:
+        if failing[0]:
+            failing[0] -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return scandir(path)  # type: ignore[call-overload]  # passed on as it came
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(5)
+            monkeypatch.setattr(os, "scandir", refusing)
+            await one.rotate()
+            assert keks_on_disk(one, key_ids) == {2}
+
+    asyncio.run(main())
+
+
+def test_it_is_never_promoted_while_passes_still_find_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rotation_module, "PASSES_MAX", 2)
+    real = rewrapping_module.Rewrapping.run_pass
+    busy = [4]
+
+    async def always_something(self: rewrapping_module.Rewrapping, rotation: keyring.Rotation) -> int:
+        found = await real(self, rotation)
+        if busy[0]:
+            busy[0] -= 1
+            return found + 1
+        return found
+
+    monkeypatch.setattr(rewrapping_module.Rewrapping, "run_pass", always_something)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            await one.make(2)
+            await one.rotation.begin(None)
+            running = asyncio.create_task(one.rotation.run())
+            while busy[0]:
+                assert one.rotation.running is not None
+                await asyncio.sleep(0.001)
+            await running
+            assert one.kek_states() == {1: "retired", 2: "active"}
+
+    asyncio.run(main())
+
+
+def test_a_key_that_does_not_survive_its_rewrap_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = rewrapping_module.dek.rewrap
+
+    def spoilt(record: object, key: memoryview, *others: object) -> object:
+        wrong = memoryview(bytes(32))
+        return real(record, wrong, *others)  # type: ignore[arg-type]  # passed on as they came
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            [key_id] = await one.make(1)
+            before = one.file(key_id).read_bytes()
+            with monkeypatch.context() as patched:
+                patched.setattr(rewrapping_module.dek, "rewrap", spoilt)
+                await one.rotate()
+            assert one.file(key_id).read_bytes() == before
+            assert "did not survive" in one.vault.damage.listed()[key_id]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("after_ms", [0, 0.5, 1, 2, 3, 4, 6, 8, 11, 15, 20])
+def test_a_rotation_interrupted_anywhere_is_finished_by_the_next_start(tmp_path: Path, after_ms: float) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(40)
+            keys = one.keys(key_ids)
+            await one.rotation.begin(one.slot_of(NEW_ROOT))
+            running = asyncio.create_task(one.rotation.run())
+            await asyncio.sleep(after_ms / 1000)
+            running.cancel()
+            await asyncio.wait([running])
+        async with opened_vault(tmp_path / "d") as again:
+            await again.rotation.run()
+            assert again.kek_states() == {1: "retired", 2: "active"}
+            assert again.keys(key_ids) == keys
+            assert keks_on_disk(again, key_ids) == {2}
+
+    asyncio.run(main())
+
+
+# --- root keys ----------------------------------------------------------------------------------------------------
+
+
+def test_both_roots_open_until_the_older_slots_are_dropped(tmp_path: Path) -> None:
+    old, new = key_file(tmp_path / "d"), tmp_path / "new.key"
+    new.touch(0o600)
+    new.write_text(NEW_ROOT.hex())
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(3)
+            keys = one.keys(key_ids)
+            await one.rotate(one.slot_of(NEW_ROOT))
+        for key in (old, new):
+            async with opened_vault(tmp_path / "d", key=key) as one:
+                assert one.keys(key_ids) == keys
+        async with opened_vault(tmp_path / "d", key=new) as one:
+            older, newest = one.vault.keyring.body.slots
+            with pytest.raises(ConflictError):
+                await one.vault.drop_older_slots(older.slot_id)
+            assert await one.vault.drop_older_slots(newest.slot_id) == [older.fingerprint]
+            assert await one.vault.drop_older_slots(newest.slot_id) == []
+        with pytest.raises(StartError, match="rotated away on"):
+            async with opened_vault(tmp_path / "d", key=old):
+                pass
+        async with opened_vault(tmp_path / "d", key=new) as one:
+            assert one.keys(key_ids) == keys
+
+    asyncio.run(main())
+
+
+def test_a_key_under_a_kek_that_this_keyring_does_not_have_says_so(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            [key_id] = await one.make(1)
+            older = (one.directory / "keyring.json").read_bytes()
+            await one.rotate()
+        (tmp_path / "d" / "keyring.json").write_bytes(older)
+        async with opened_vault(tmp_path / "d") as again:
+            with pytest.raises(KeyUnreadableError, match="the keyring is older than the key"):
+                again.vault.opened(key_id)
+            await again.indexing.run()
+            assert set(again.vault.damage.listed()) == {key_id}
+
+    asyncio.run(main())

@@ -1,0 +1,139 @@
+"""A vault over real files, without a daemon: what the tests of custody's parts work on.
+
+Owns: opening a data directory in this process and joining the parts as the daemon does. Invariants: real threads, real
+files, a real keyring; only the arena is of plain memory. It asserts nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from minikms.crypto.aead import NonceSource
+from minikms.custody import opening
+from minikms.custody.atomic import open_directory
+from minikms.custody.backups import BackupStore
+from minikms.custody.dekstore import DekStore
+from minikms.custody.indexing import Indexing
+from minikms.custody.keyringfile import KeyringFile
+from minikms.custody.leases import Leases
+from minikms.custody.leasestore import LeaseStore
+from minikms.custody.pruning import Pruning
+from minikms.custody.rewrapping import Rewrapping
+from minikms.custody.rotation import KekRotation
+from minikms.custody.vault import Vault
+from minikms.keys import dek
+from minikms.keys.dek import DekRecord
+from minikms.memory.arena import SecretArena, SecretSlot
+
+ARENA_SLOTS = 96
+
+
+class OpenedVault:
+    """The parts, joined; made by `opened_vault`."""
+
+    def __init__(self, directory: Path, vault: Vault, *, reader: ThreadPoolExecutor, disk: ThreadPoolExecutor) -> None:
+        self.directory = directory
+        self.vault = vault
+        self.arena = vault.arena
+        self.rewrapping = Rewrapping(vault, reader=reader, disk=disk)
+        self.rotation = KekRotation(vault, self.rewrapping)
+        self.pruning = Pruning(vault, reader=reader, disk=disk)
+        self.indexing = Indexing(vault, reader)
+
+    # --- what is on disk ---
+
+    def file(self, key_id: str) -> Path:
+        return self.directory / "kms-deks" / f"{key_id}.json"
+
+    def on_disk(self, key_id: str) -> DekRecord:
+        return dek.parse(self.file(key_id).read_bytes(), key_id)
+
+    def backups(self, key_id: str = "") -> list[Path]:
+        return sorted((self.directory / "kms-deks-backup").glob(f"{key_id}*"))
+
+    def kek_states(self) -> dict[int, str]:
+        return {kek.version: kek.state for kek in self.vault.keyring.body.keks}
+
+    # --- doing ---
+
+    async def make(self, count: int, thread_id: str = "t") -> list[str]:
+        """Keys made at once, as many connections would."""
+        records = await asyncio.gather(*(self.vault.create(thread_id) for _ in range(count)))
+        return [record.id for record in records]
+
+    def keys(self, key_ids: Iterable[str]) -> dict[str, bytes]:
+        """The key of each, as it opens now."""
+        found = {}
+        for key_id in key_ids:
+            self.vault.cache.drop(key_id)
+            found[key_id] = bytes(self.vault.opened(key_id).view)
+        return found
+
+    async def rotate(self, root: SecretSlot | None = None) -> None:
+        await self.rotation.begin(root)
+        await self.rotation.run()
+
+    def slot_of(self, root: bytes) -> SecretSlot:
+        slot = self.arena.allocate()
+        slot.view[:] = root
+        return slot
+
+
+def key_file(directory: Path) -> Path:
+    """The root key of a data directory, beside it; made when it is not there."""
+    path = directory.with_name(directory.name + ".key")
+    if not path.exists():
+        path.touch(0o600)
+        path.write_text(os.urandom(32).hex() + "\n")
+    return path
+
+
+@asynccontextmanager
+async def opened_vault(
+    directory: Path, *, slots: int = ARENA_SLOTS, cache_keys_max: int = 16, key: Path | None = None
+) -> AsyncIterator[OpenedVault]:
+    """A start, and at the end of the block a stop. A directory that isn't there is made."""
+    for path in (directory, directory / "kms-deks", directory / "kms-deks-backup"):
+        path.mkdir(mode=0o700, exist_ok=True)
+    descriptor = open_directory(directory)
+    try:
+        with (
+            SecretArena(slots, force_fallback=True) as arena,
+            ThreadPoolExecutor(1) as disk,
+            ThreadPoolExecutor(1) as reader,
+            ThreadPoolExecutor(1) as journal,
+        ):
+            nonces = NonceSource()
+            file = KeyringFile(descriptor, disk)
+            source = opening.RootSource(file=key or key_file(directory))
+            found = opening.open_keyring(data_dir=str(directory), file=file, source=source, arena=arena, nonces=nonces)
+            lease_store = LeaseStore.open(descriptor, create=found.unlocked.body.epoch == 1)
+            opening.raise_epoch(found.unlocked, file)
+            leases = Leases(lease_store, journal)
+            vault = Vault(
+                arena=arena,
+                unlocked=found.unlocked,
+                keyring_file=file,
+                store=DekStore(str(directory), disk),
+                backups=BackupStore(str(directory)),
+                leases=leases,
+                executor=disk,
+                nonces=nonces,
+                cache_keys_max=cache_keys_max,
+            )
+            try:
+                yield OpenedVault(directory, vault, reader=reader, disk=disk)
+            finally:
+                await vault.store.drain()
+                await leases.drain()
+                vault.close()
+                lease_store.close()
+                vault.store.close()
+                vault.backups.close()
+    finally:
+        os.close(descriptor)
