@@ -76,6 +76,10 @@ class RealServer:
         self._listening.set()
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def log(self) -> list[dict[str, Any]]:
         """The events so far."""
         return [json.loads(line) for line in self.log_path.read_text().splitlines()]
