@@ -32,7 +32,7 @@ STATE_CALLS = (
     "ftruncate",
 )
 """The system calls that change what is on disk (openat: with O_CREAT among others)."""
-THREADS = ("main", "disk", "audit", "journal")
+THREADS = ("main", "disk", "reader", "audit", "journal")
 DEADLINE_SECONDS = 60.0
 _EVENTFD_WRITE = r'"\1\0\0\0\0\0\0\0", 8'
 """How a worker thread wakes the event loop: no disk is involved, and the kernel never refuses it."""
