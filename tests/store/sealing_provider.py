@@ -23,6 +23,7 @@ class SealingProvider:
         self.keys: dict[str, tuple[str, AESGCM]] = {}
         self.retired: set[str] = set()
         self.destroyed: set[str] = set()
+        self.born = "2026-01-01T00:00:00Z"
         self.created_at: dict[str, str] = {}
         self.uses: dict[str, int] = {}
         self.page = 2
@@ -135,7 +136,7 @@ class SealingProvider:
                 purpose="thread",
                 state="retired" if key_id in self.retired else "active",
                 kek_version=1,
-                created_at=self.created_at.get(key_id, "2026-01-01T00:00:00Z"),
+                created_at=self.created_at.get(key_id, self.born),
                 uses_max=self.uses.get(key_id, 0),
             )
             for key_id, (owner, _) in sorted(self.keys.items())

@@ -1,0 +1,256 @@
+"""What starts by itself, and the end of old keys: only when nothing needs them any more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from opened_store import TickingClock, messages_of
+from rotating import Place, backups_of, chunks_of, mapped, write
+
+from progressdb_server.jobs import selection
+from progressdb_server.jobs.model import Job
+from progressdb_server.jobs.selection import Due
+from progressdb_server.jobs.service import Jobs
+from progressdb_server.rotation_settings import Rotation
+from progressdb_server.store import backup, keyspace
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.writer import Write
+
+DAY_NS = 86_400 * 1_000_000_000
+
+
+async def rotated(jobs: Jobs, thread: str = "t", destroy_after_s: int = 0) -> Job:
+    job = await jobs.wait((await jobs.rotate(thread, destroy_after_s=destroy_after_s)).id)
+    assert job.state == "done"
+    return job
+
+
+def test_an_old_key_is_destroyed_with_its_backups_when_its_time_has_come_and_not_before() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 10)
+        job = await rotated(jobs, destroy_after_s=86_400)
+        await jobs.destroy_due()
+        assert place.keys.destroyed == set()
+        assert len(backups_of(store, job)) == 11
+        place.clock.now += DAY_NS
+        await jobs.destroy_due()
+        assert place.keys.destroyed == {job.old_key}
+        after = jobs.table.get(job.id)
+        assert (after.destroyed_ns > 0, after.destroy_at_ns, after.backups) == (True, 0, 0)
+        assert backups_of(store, job) == {}
+        assert await messages_of(store, "t") == messages
+
+    place.run(body)
+
+
+def test_after_a_cancelled_rotation_the_next_one_ends_both_older_keys() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 30)
+        place.keys.delay_s = 0.005
+        first = await jobs.rotate("t")
+        while not 0 < jobs.table.get(first.id).done < 31:
+            await asyncio.sleep(0.001)
+        await jobs.cancel(first.id)
+        place.keys.delay_s = 0
+        second = await rotated(jobs, destroy_after_s=60)
+        place.clock.now += DAY_NS
+        await jobs.destroy_due()
+        assert place.keys.destroyed == {first.old_key, second.old_key}
+        assert backups_of(store, first) == backups_of(store, second) == {}
+        assert await messages_of(store, "t") == messages
+
+    with chunks_of(2):
+        place.run(body)
+
+
+def test_a_restored_backup_keeps_the_old_key_for_good() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 5)
+        job = await rotated(jobs, destroy_after_s=60)
+        await jobs.restore(job.id)
+        place.clock.now += DAY_NS
+        await jobs.destroy_due()
+        assert place.keys.destroyed == set()
+        assert await messages_of(store, "t") == messages
+
+    place.run(body)
+
+
+def test_a_record_under_the_old_key_keeps_it_and_the_job_says_so() -> None:
+    """Put back by a hand that no job knows of: the second census finds it."""
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 5)
+        job = await rotated(jobs, destroy_after_s=60)
+        (key, raw), *_ = backups_of(store, job).items()
+        store.engine.write([(key.encode(), raw)])
+        place.clock.now += DAY_NS
+        await jobs.destroy_due()
+        assert place.keys.destroyed == set()
+        assert "1 records are under it" in jobs.table.get(job.id).destroy_waits_for
+        assert len(backups_of(store, job)) == 6, "nor were the backups touched"
+        assert await messages_of(store, "t") == messages
+
+    place.run(body)
+
+
+def test_a_backup_of_the_store_that_is_older_than_the_census_keeps_the_old_key_until_it_is_gone() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 5)
+        known = backup.registered("/backups/one", place.clock())
+        await store.writer.commit(Write([known]))
+        job = await rotated(jobs, destroy_after_s=60)
+        place.clock.now += DAY_NS
+        for _ in range(2):
+            await jobs.destroy_due()
+            assert place.keys.destroyed == set()
+        assert "/backups/one is older" in jobs.table.get(job.id).destroy_waits_for
+        newer = backup.registered("/backups/two", place.clock())  # after the census: it holds nothing under the key
+        await store.writer.commit(Write([(known[0], None), newer]))
+        await jobs.destroy_due()
+        assert place.keys.destroyed == {job.old_key}
+
+    place.run(body)
+
+
+def test_a_key_of_another_purpose_is_never_destroyed() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 5)
+        job = await rotated(jobs, destroy_after_s=60)
+        place.keys.retired.discard(job.old_key)  # somebody has use for it
+        place.clock.now += DAY_NS
+        await jobs.destroy_due()
+        assert place.keys.destroyed == set()
+        assert "is active" in jobs.table.get(job.id).destroy_waits_for
+
+    place.run(body)
+
+
+def test_backups_go_when_told_to_and_only_those_of_that_job() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 5)
+        first, second = await rotated(jobs), await rotated(jobs)
+        assert await jobs.drop_backups(first.id) == 6
+        assert await jobs.drop_backups(first.id) == 0
+        assert (jobs.table.get(first.id).backups, jobs.table.get(second.id).backups) == (0, 6)
+        assert len(backups_of(store, second)) == 6
+        assert await messages_of(store, "t") == messages
+
+    place.run(body)
+
+
+# --- by itself ----------------------------------------------------------------------------------------------------
+async def settled(jobs: Jobs) -> list[Job]:
+    found = [job for page in jobs.table.pages() for job in page]
+    return [await jobs.wait(job.id) for job in found]
+
+
+def test_keys_that_are_too_old_or_too_much_used_are_rotated_and_no_others() -> None:
+    place = Place(
+        settings=Rotation(max_age="90d", max_uses=1000, destroy_old_after="30d", records_per_second=0),
+        clock=TickingClock(now=1_790_000_000_000_000_000),
+    )
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        keys = {}
+        for thread in ("old", "used", "fresh", "spent"):
+            await write(store, 3, thread)
+            keys[thread] = mapped(store, thread)
+        place.keys.born = "2026-09-20T00:00:00Z"
+        place.keys.created_at = {keys["old"]: "2026-06-01T00:00:00.5Z"}
+        place.keys.uses = {keys["used"]: 1000, keys["spent"]: 1 << 31, keys["fresh"]: 999}
+        await jobs.rotate_due()
+        done = await settled(jobs)
+        assert {(job.thread, job.trigger, job.state) for job in done} == {
+            ("old", "max_age", "done"),
+            ("used", "max_uses", "done"),
+            ("spent", "max_uses", "done"),
+        }
+        assert mapped(store, "fresh") == keys["fresh"]
+        assert all(job.destroy_at_ns for job in done)
+        await jobs.rotate_due()
+        assert len(await settled(jobs)) == 3, "a rotated key is not due"
+
+    place.run(body)
+
+
+def test_a_key_at_half_of_its_uses_is_rotated_whatever_is_configured() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 1)
+        place.keys.uses = {mapped(store): (1 << 31) - 1}
+        await jobs.rotate_due()
+        assert await settled(jobs) == []
+        place.keys.uses = {mapped(store): 1 << 31}
+        await jobs.rotate_due()
+        assert [job.state for job in await settled(jobs)] == ["done"]
+
+    place.run(body)
+
+
+def test_many_threads_are_rotated_a_few_at_a_time() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        threads = [f"t{n}" for n in range(12)]
+        for thread in threads:
+            await write(store, 2, thread)
+        before = {thread: mapped(store, thread) for thread in threads}
+        at_work: list[int] = []
+        real = place.keys.reencrypt_many
+
+        async def counted(*given: object, **named: object) -> object:
+            at_work.append(len(jobs._workers))
+            return await real(*given, **named)  # type: ignore[arg-type]  # passed on
+
+        place.keys.reencrypt_many = counted  # type: ignore[method-assign,assignment]  # the hook
+        begun = [job async for job in jobs.select(None)]
+        assert {job.thread for job in begun} == set(threads)
+        assert {job.state for job in await settled(jobs)} == {"done"}
+        assert max(at_work) == 2
+        assert not any(mapped(store, thread) == before[thread] for thread in threads)
+
+    place.run(body)
+
+
+def test_only_a_threads_current_key_counts() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 1)
+        stray = (await place.keys.create_dek_for_thread("t")).key_id
+        place.keys.uses = {stray: 1 << 31}
+        due: AsyncIterator[tuple[str, str]] = selection.due_threads(store.engine, place.keys, Due(uses=1), 0)
+        assert [thread async for thread, _ in due] == []
+
+    place.run(body)
+
+
+def test_rows_of_long_ago_are_removed_and_those_with_backups_stay() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 2)
+        first, second = await rotated(jobs), await rotated(jobs)
+        await jobs.drop_backups(first.id)
+        place.clock.now += 100 * DAY_NS
+        await jobs._sweep()
+        assert [job.id for page in jobs.table.pages() for job in page] == [second.id]
+        assert store.engine.get(keyspace.key_map("t")) == second.new_key.encode()
+
+    place.run(body)
