@@ -33,7 +33,7 @@ OTHER_ROOT = bytes(range(50, 82))
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotation_module, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(rotation_module, "RETRY_SECONDS_MIN", 0.01)
     monkeypatch.setattr(rewrapping_module, "BATCH_FILES", 7)
 
 

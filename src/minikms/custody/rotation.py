@@ -26,7 +26,8 @@ from minikms.errors import ConflictError, MiniKmsError, StorageUnavailableError
 from minikms.keys import keyring
 from minikms.memory.arena import SecretSlot, fill_random
 
-RETRY_SECONDS: Final = 5.0
+RETRY_SECONDS_MIN: Final = 0.25
+RETRY_SECONDS_MAX: Final = 5.0
 PASSES_MAX: Final = 100
 
 
@@ -147,6 +148,7 @@ class KekRotation:
 
     async def run(self) -> None:
         """Finishes a rotation that has begun, if there is one; tries a failing disk again until it takes the writes."""
+        pause = RETRY_SECONDS_MIN
         while (rotation := self.running) is not None:
             try:
                 await self._vault.wraps.drained(rotation.from_version)
@@ -154,7 +156,8 @@ class KekRotation:
                 await self._vault.keyring.change(lambda body: keyring.promote(body, at=self._vault.now()))
             except MiniKmsError as error:
                 self.last_error = str(error)
-                await asyncio.sleep(RETRY_SECONDS)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, RETRY_SECONDS_MAX)
                 continue
             self.last_error = ""
 
