@@ -226,10 +226,10 @@ def test_while_one_rotation_runs_another_is_refused_and_a_repetition_joins_it(da
         assert post(daemon, "/kek/prune", {}).code == "conflict"
         assert rotate(daemon, NEW, wait=False).status == 202
         assert records.open()
+        assert status(daemon)["rotation"] is not None, "it was over before all of this was asked"
         meanwhile = new_key(daemon, "meanwhile")
         encrypted(daemon, meanwhile)
         assert ask(daemon, "GET", f"/keys/{meanwhile}").body["kek_version"] == 2
-        assert status(daemon)["rotation"] is not None, "it was over before all of this was asked"
     assert rotate(daemon, NEW).body == {"status": "ok", "kek_version": 2, "rewrapped": 30}
     wait_for_rotation(daemon)
     assert keks(daemon) == {1: "retired", 2: "active"}
