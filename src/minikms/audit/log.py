@@ -331,6 +331,11 @@ class AuditLog:
         """Whether the last attempt to write, and to have it confirmed by the disk, succeeded."""
         return self._failure is None and not self._writer.durability.failed
 
+    @property
+    def events_dropped(self) -> int:
+        """How many events were lost since the log was opened, because they could not be written."""
+        return self._dropped_total
+
     def status(self) -> dict[str, object]:
         """For `/status` and metrics: the head, whether the log can be written and why not, how much of it there is.
 

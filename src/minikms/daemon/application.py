@@ -209,7 +209,7 @@ class Application:
             await asyncio.sleep(seconds)
             for event in self._refusals.due(time.monotonic_ns()):
                 self._audit.add(event)
-            self._audit.commit_turn()
+            self._audit.write_queued()
 
     # --- verbs -------------------------------------------------------------------------------------------------------
 

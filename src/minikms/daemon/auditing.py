@@ -10,6 +10,7 @@ drop an event silently.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from concurrent.futures import Executor
 
 from minikms.audit import AuditLog, Event
@@ -22,7 +23,8 @@ class TurnAudit:
     def __init__(self, log: AuditLog, executor: Executor) -> None:
         self._log = log
         self._executor = executor
-        self._turn_failed = False
+        self._dropped_before = log.events_dropped
+        """By the end of the last turn: what was lost since was lost to answers of this one."""
         self._syncing: asyncio.Task[None] | None = None
         self._next_sync: asyncio.Task[None] | None = None
         self.add = log.add
@@ -35,23 +37,28 @@ class TurnAudit:
     async def add_written(self, event: Event, *, durable: bool) -> None:
         """Writes the event now, with whatever the turn has queued so far. Raises AuditUnavailableError."""
         self._log.add(event)
-        try:
-            self._log.commit()
-        except AuditUnavailableError:
-            # The lines of answers that wait for this turn's end are lost with it: `commit_turn` must fail too.
-            self._turn_failed = True
-            raise
+        self._log.commit()
         if durable:
             await self.sync()
 
+    def write_queued(self) -> None:
+        """Writes what is queued before the turn ends. If that fails, the turn's end tells."""
+        with contextlib.suppress(AuditUnavailableError):
+            self._log.commit()
+
     def commit_turn(self) -> bool:
-        """Writes what the turn has queued. False: none of the turn's answers may leave."""
-        failed, self._turn_failed = self._turn_failed, False
+        """Writes what the turn has queued. False: none of the turn's answers may leave.
+
+        Also where their lines were lost by another commit of this turn, and the log has recovered since.
+        """
+        before = self._dropped_before
         try:
             self._log.commit(durable=self._log.sync_each_turn)
         except AuditUnavailableError:
             return False
-        return not failed
+        finally:
+            self._dropped_before = self._log.events_dropped
+        return self._dropped_before == before
 
     async def sync(self) -> None:
         """Returns once everything written so far is on disk. Raises AuditUnavailableError."""
