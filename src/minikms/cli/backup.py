@@ -148,11 +148,11 @@ def restore(
     if json:
         show.print_json({"data_dir": directory, "archive_id": good.manifest.archive_id, **done._asdict()})
         return EXIT_GOOD
-    print(f"Restored {done.keys:,} keys into {directory}, epoch {done.epoch}.")
+    print(f"Restored {done.keys:,} key(s) into {directory}, epoch {done.epoch}.")
     if done.left_out:
-        print(f"Left out {done.left_out:,} keys that were destroyed.")
-    print("Next: start the daemon; minikms doctor; then the message server, once with --accept-restore, for it")
-    print("remembers a later state; progressdb check names what was made after the backup and can't be read.")
+        print(f"Left out {done.left_out:,} key(s) that were destroyed.")
+    print("Next: start the daemon; minikms doctor; then the message server: once with --accept-restore if it says that")
+    print("it remembers a later state. progressdb check names what was made after the backup and can't be read.")
     return EXIT_GOOD
 
 

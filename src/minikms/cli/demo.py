@@ -54,7 +54,7 @@ def demo() -> int:
             tour.run("minikms audit tail --lines 4")
             tour.run("minikms audit verify")
             tour.say("An altered file does not open")
-            tour.run("printf X | dd of=note.kms bs=1 seek=150 conv=notrunc status=none")
+            tour.run("printf alter | dd of=note.kms bs=1 seek=115 conv=notrunc status=none")
             tour.run("minikms decrypt note.kms --output -", status=EXIT_WANTING)
         return tour.close()
 

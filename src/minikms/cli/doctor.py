@@ -189,6 +189,6 @@ def _rebuild(directory: str | None, *, yes: bool) -> int:
             yes=yes,
         )
         LeaseStore.rebuild(lock.directory_fd, key_id_to_bytes(present[-1]))
-    print(f"The use counts were begun anew. The {len(present):,} keys of now only decrypt. Give each thread")
+    print(f"The use counts were begun anew. The {len(present):,} key(s) of now only decrypt. Give each thread")
     print("a new one: progressdb rotate-dek THREAD")
     return EXIT_GOOD

@@ -92,7 +92,8 @@ def restore(config: Config, path: Path, master_key_fd: int | None, *, newer_keyr
         if refused:
             return refused
     backup.restore(str(path), str(config.store_dir))
-    print(f"Restored the store into {config.store_dir}. Start the server once with --accept-restore.")
+    print(f"Restored the store into {config.store_dir}. Start the server; if it says that it remembers a")
+    print("later state of the key service, once with --accept-restore.")
     return 0
 
 

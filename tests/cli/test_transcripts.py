@@ -1,0 +1,18 @@
+"""The commands say, word for word, what their transcripts say, and end as they end there."""
+
+from __future__ import annotations
+
+import pytest
+from transcript import DIRECTORY, replayed
+
+NAMES = sorted(path.stem for path in DIRECTORY.glob("*.txt"))
+
+
+def test_there_are_transcripts() -> None:
+    assert "first-steps" in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_transcript_is_what_happens(name: str) -> None:
+    text = (DIRECTORY / f"{name}.txt").read_text("utf-8")
+    assert replayed(text) == text
