@@ -1,0 +1,303 @@
+"""`progressdb rotate-dek`, `jobs …` and `backups …`: a running server's jobs, steered from the command line.
+
+Owns: what these commands print, and their exit statuses: 0 done, 1 refused or a job that is not done in the end, 2 no
+such job, thread or file. Invariants: `--json` prints JSON alone, one object or list; a progress bar is drawn on a
+terminal only; what destroys nothing is not asked about, `prune` is.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Final
+from urllib.parse import quote
+
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from progressdb_server.cli.adminclient import AdminClient, AdminError
+from progressdb_server.rotation_settings import duration_s
+
+ROTATE_TIMEOUT_S: Final = 600.0
+"""Of a request that begins many jobs, or works on all backups of one."""
+_OVER: Final = frozenset({"done", "failed", "cancelled", "paused"})
+
+Url = Annotated[
+    str | None, Parameter(name="--url", help="The running server [PROGRESSDB_URL, or that of PROGRESSDB_ADDR].")
+]
+KeyFile = Annotated[
+    Path | None, Parameter(name="--api-key-file", help="File with an admin key [PROGRESSDB_API_ADMIN_KEYS].")
+]
+Json = Annotated[bool, Parameter(name="--json", help="Print JSON.", negative=())]
+JobId = Annotated[str, Parameter(help="A job's id.")]
+
+
+def _told(command: Callable[..., int]) -> Callable[..., int]:
+    """An AdminError becomes a sentence and an exit status."""
+
+    @functools.wraps(command)
+    def run(*given: Any, **named: Any) -> int:
+        try:
+            return command(*given, **named)
+        except AdminError as error:
+            print(f"progressdb: {error}", file=sys.stderr)
+            return 2 if error.missing else 1
+
+    return run
+
+
+def commands(app: App) -> None:
+    """Hang the commands into the tree."""
+    app.command(_told(rotate_dek), name="rotate-dek")
+    jobs = App(name="jobs", help="The background jobs of a running server.")
+    for command, name in (
+        (list_jobs, "list"),
+        (show, "show"),
+        (watch, "watch"),
+        (pause, "pause"),
+        (resume, "resume"),
+        (cancel, "cancel"),
+    ):
+        jobs.command(_told(command), name=name)
+    app.command(jobs)
+    backups = App(name="backups", help="What rotations left of the records that they re-encrypted.")
+    backups.command(_told(list_backups), name="list")
+    backups.command(_told(prune), name="prune")
+    backups.command(_told(restore), name="restore")
+    app.command(backups)
+
+
+# --- rotate-dek ---------------------------------------------------------------------------------------------------
+def rotate_dek(
+    *threads: str,
+    all_threads: Annotated[bool, Parameter(name="--all", help="Every thread.", negative=())] = False,
+    older_than: Annotated[str, Parameter(help="Threads whose key is at least this old, as in 90d.")] = "",
+    kek_version: Annotated[int, Parameter(help="Threads whose key is wrapped under this KEK version.")] = 0,
+    destroy_old_after: Annotated[
+        str, Parameter(help="Destroy the old key, and the backups under it, so long afterwards, as in 30d.")
+    ] = "",
+    rate: Annotated[int | None, Parameter(help="Records a second; the server's own bound without it.")] = None,
+    unthrottled: Annotated[bool, Parameter(help="As fast as it goes.", negative=())] = False,
+    wait: Annotated[bool, Parameter(help="Wait until it is done.", negative="--no-wait")] = True,
+    as_json: Json = False,
+    url: Url = None,
+    api_key_file: KeyFile = None,
+) -> int:
+    """Give threads new keys and re-encrypt their records, in the background, while the server serves."""
+    asked: dict[str, object] = {
+        "thread_ids": list(threads),
+        "all": all_threads,
+        "older_than": older_than,
+        "kek_version": kek_version,
+    }
+    chosen = {name: value for name, value in asked.items() if value}
+    if len(chosen) != 1:
+        raise AdminError("name threads, or give one of --all, --older-than and --kek-version")
+    client = AdminClient(url, api_key_file)
+    how: dict[str, object] = {}
+    if destroy_old_after:
+        how["destroy_old_after"] = destroy_old_after
+    if unthrottled or rate is not None:
+        how["records_per_second"] = 0 if unthrottled else rate
+    if len(threads) == 1:
+        begun = client.call("POST", "/admin/rotate_thread_dek", {"thread_id": threads[0], **how})
+        ids, count = [begun["job_id"]], 1
+    else:
+        begun = client.call("POST", "/admin/rotate_deks", {**chosen, **how}, timeout_s=ROTATE_TIMEOUT_S)
+        ids, count = begun["job_ids"], begun["count"]
+    if not wait:
+        _print(begun, as_json, f"{count} jobs begun: {' '.join(ids[:10])}{' …' if count > 10 else ''}")
+        return 0
+    ended = [_watched(client, job_id, as_json) for job_id in ids]
+    if as_json:
+        print(json.dumps(ended))
+    else:
+        for job in ended:
+            print(_sentence(job))
+        if count > len(ids):
+            print(f"{count - len(ids)} more jobs are in the queue: progressdb jobs list")
+        if not count:
+            print("no thread's key is due")
+    return 0 if all(job["status"] == "done" for job in ended) else 1
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------------
+def list_jobs(
+    *,
+    status: Annotated[str, Parameter(help="Only jobs in this state.")] = "",
+    as_json: Json = False,
+    url: Url = None,
+    api_key_file: KeyFile = None,
+) -> int:
+    """All jobs, newest first."""
+    jobs = AdminClient(url, api_key_file).call("GET", f"/admin/jobs?status={quote(status)}")["jobs"]
+    return _listed(jobs, as_json, "no jobs")
+
+
+def show(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
+    """One job, with the records that it could not re-encrypt."""
+    job = AdminClient(url, api_key_file).call("GET", _target(job_id))
+    if as_json:
+        print(json.dumps(job))
+        return 0
+    for name, value in job.items():
+        if name.endswith("_ns"):
+            print(f"{name[:-3]}: {_moment(value)}")
+        elif name != "failures":
+            print(f"{name}: {value}")
+    for failure in job["failures"]:
+        print(f"failed: {failure['key']} ({failure['code']})")
+    return 0
+
+
+def watch(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
+    """Follow a job until nobody works on it any more."""
+    job = _watched(AdminClient(url, api_key_file), job_id, as_json)
+    _print(job, as_json, _sentence(job))
+    return 0 if job["status"] == "done" else 1
+
+
+def pause(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
+    """Stop working on a job until it is resumed."""
+    return _ordered(job_id, "pause", as_json, AdminClient(url, api_key_file))
+
+
+def resume(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
+    """Go on with a paused job, or try again what failed."""
+    return _ordered(job_id, "resume", as_json, AdminClient(url, api_key_file))
+
+
+def cancel(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
+    """Give a job up; what it has re-encrypted stays, and so does the rest."""
+    return _ordered(job_id, "cancel", as_json, AdminClient(url, api_key_file))
+
+
+def _ordered(job_id: str, order: str, as_json: bool, client: AdminClient) -> int:
+    job = client.call("POST", f"{_target(job_id)}/{order}")
+    _print(job, as_json, _sentence(job))
+    return 0
+
+
+# --- backups ------------------------------------------------------------------------------------------------------
+def list_backups(*, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
+    """The jobs that have backups, newest first."""
+    jobs = AdminClient(url, api_key_file).call("GET", "/admin/backups")["jobs"]
+    return _listed(jobs, as_json, "no backups")
+
+
+def prune(
+    *job_ids: str,
+    older_than: Annotated[str, Parameter(help="Of jobs that ended at least so long ago, as in 30d.")] = "",
+    every: Annotated[bool, Parameter(name="--all", help="Of every finished job.", negative=())] = False,
+    yes: Annotated[bool, Parameter(name=["--yes", "-y"], help="Do not ask.", negative=())] = False,
+    as_json: Json = False,
+    url: Url = None,
+    api_key_file: KeyFile = None,
+) -> int:
+    """Remove backups for good. The records themselves are not touched."""
+    if sum(map(bool, (job_ids, older_than, every))) != 1:
+        raise AdminError("name jobs, or give one of --older-than and --all")
+    client = AdminClient(url, api_key_file)
+    chosen = list(job_ids)
+    if not chosen:
+        chosen = [job["job_id"] for job in client.call("GET", "/admin/backups")["jobs"] if _old(job, older_than)]
+    if chosen and not yes and not _confirmed(f"Remove the backups of {len(chosen)} jobs for good?"):
+        raise AdminError("nothing was removed (--yes does not ask)")
+    removed = [client.call("DELETE", f"{_target(job)}/backups", timeout_s=ROTATE_TIMEOUT_S) for job in chosen]
+    total = sum(one["removed"] for one in removed)
+    _print(removed, as_json, f"{total} backups of {len(removed)} jobs removed")
+    return 0
+
+
+def restore(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
+    """Put back what a job has re-encrypted; the old key is kept from then on."""
+    client = AdminClient(url, api_key_file)
+    outcome = client.call("POST", f"{_target(job_id)}/restore", timeout_s=ROTATE_TIMEOUT_S)
+    _print(outcome, as_json, f"{outcome['restored']} records restored, {outcome['kept']} left: they were changed since")
+    return 0
+
+
+def _old(job: dict[str, Any], older_than: str) -> bool:
+    if job["status"] not in ("done", "failed", "cancelled"):
+        return False
+    try:
+        limit_s = duration_s(older_than) if older_than else 0
+    except ValueError as error:
+        raise AdminError(f"--older-than {error}") from None
+    return bool(time.time() - job["updated_ns"] / 1e9 >= limit_s)
+
+
+def _confirmed(question: str) -> bool:
+    if not sys.stdin.isatty():
+        return False
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+
+# --- printing -----------------------------------------------------------------------------------------------------
+class _Rate(ProgressColumn):
+    def render(self, task: Any) -> Text:
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
+
+
+def _watched(client: AdminClient, job_id: str, as_json: bool) -> dict[str, Any]:
+    """The job in the end. With a progress bar on a terminal: re-encrypting first, reading back second."""
+    job: dict[str, Any] = client.call("GET", _target(job_id))
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=as_json or not console.is_terminal, transient=True) as progress:
+        moving = progress.add_task(f"{job['thread_id']}: re-encrypting", total=None)
+        reading = progress.add_task(f"{job['thread_id']}: reading back", total=None, visible=False)
+        while job["status"] not in _OVER:
+            for job in client.events(f"{_target(job_id)}/events"):
+                progress.update(moving, completed=job["done"] + job["failed"], total=job["total"] or None)
+                verifying = job["status"] == "verifying"
+                progress.update(reading, completed=job["verified"], total=job["total"] or None, visible=verifying)
+    return job
+
+
+def _target(job_id: str) -> str:
+    return f"/admin/jobs/{quote(job_id, safe='')}"
+
+
+def _sentence(job: dict[str, Any]) -> str:
+    text = f"{job['thread_id']}: {job['status']}, {job['done']} of {job['total']} records re-encrypted"
+    if job["failed"]:
+        text += f", {job['failed']} failed (progressdb jobs show {job['job_id']})"
+    if job["reason"]:
+        text += f": {job['reason']}"
+    return f"{text} [{job['job_id']}]"
+
+
+def _listed(jobs: list[dict[str, Any]], as_json: bool, none: str) -> int:
+    if as_json:
+        print(json.dumps(jobs))
+    elif not jobs:
+        print(none)
+    else:
+        table = Table(box=None, pad_edge=False)
+        for heading in ("job", "thread", "status", "done", "total", "failed", "backups", "changed", "note"):
+            table.add_column(heading, justify="right" if heading in ("done", "total", "failed", "backups") else "left")
+        for job in jobs:
+            counts = [str(job[name]) for name in ("done", "total", "failed", "backups")]
+            note = job["reason"] or (job["destroy_waits_for"] and f"old key kept: {job['destroy_waits_for']}")
+            words = [job["job_id"], job["thread_id"], job["status"], *counts, _moment(job["updated_ns"]), note]
+            table.add_row(*(Text(word) for word in words))
+        wide = None if sys.stdout.isatty() else 10_000  # a pipe gets whole lines
+        Console(width=wide, highlight=False).print(table)
+    return 0
+
+
+def _moment(ns: int) -> str:
+    return datetime.fromtimestamp(ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%SZ") if ns else "never"
+
+
+def _print(value: object, as_json: bool, sentence: str) -> None:
+    print(json.dumps(value) if as_json else sentence)
