@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from difflib import get_close_matches
 from importlib import metadata
 from typing import Annotated, Final
 
@@ -171,4 +172,18 @@ def application(master_key_fd: int | None) -> App:
 
 
 def run(master_key_fd: int | None) -> None:
-    sys.exit(application(master_key_fd)())
+    app = application(master_key_fd)
+    mistyped = _mistyped(sys.argv[1:], [name for name in app if not name.startswith("-")])
+    if mistyped:
+        print(f"progressdb: {mistyped}", file=sys.stderr)
+        sys.exit(EXIT_MISSING)
+    sys.exit(app())
+
+
+def _mistyped(words: list[str], commands: list[str]) -> str:
+    """What is wrong with a first word that is no command: `serve` takes flags only, so it can't be anything else."""
+    if not words or words[0].startswith("-") or words[0] in commands:
+        return ""
+    close = get_close_matches(words[0], commands, n=1)
+    meant = f"Did you mean `progressdb {close[0]}`?" if close else "`progressdb --help` lists what there is."
+    return f"there is no command {words[0]!r}. {meant}"
