@@ -16,7 +16,8 @@ from progressdb_server.kms.metrics import KmsMetrics
 from progressdb_server.kms.provider import ProviderError
 
 WAIT_S: Final = 5.0
-TIMEOUT_S: Final = 10.0
+TIMEOUT_S: Final = 8.0
+"""Below the 10 s after which many HTTP clients give up by themselves, so that they still read the 503."""
 
 
 class RemoteProvider(ClientProvider):
