@@ -37,6 +37,7 @@ def test_a_second_tour_finds_the_first_ones_data_and_a_leak_fails_it(tmp_path: P
     assert "Every check held" in first.stdout
     assert "FAILED" not in first.stdout
     assert "2 messages came back as they were written" in first.stdout
+    assert "all 2 messages read as before" in first.stdout, "after both rotations"
     assert "\x1b[" not in first.stdout, "plain where the output is no terminal"
 
     second = tour(tmp_path)

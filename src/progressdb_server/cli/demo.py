@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from minikms.client import Client, KmsError
 from progressdb_server.cli.disksearch import hexdump, search
 from progressdb_server.config import UNIX_PATH_BYTES_MAX
 from progressdb_server.store.record import unpack_sealed
@@ -46,6 +47,7 @@ AUTHOR: Final = "ada"
 TITLE: Final = "The guided tour"
 KEY_CHARS_SHOWN: Final = 46
 DUMPED_BYTES_MAX: Final = 128
+CIPHERTEXT_BYTES_SHOWN: Final = 20
 
 
 class DemoError(Exception):
@@ -151,7 +153,9 @@ def _take(tour: Tour, place: Place) -> int:
         thread, told_before = _conversation(tour, server)
         planted = _write(tour, server, thread)
         messages = _read_back(tour, server, thread, planted, told_before)
-        _show_record(tour, server, thread)
+        record = _show_record(tour, server, thread)
+        _rotate_kek(tour, place)
+        _rotate_dek(tour, server, thread, record, messages)
         head = _show_status(tour, place)
     _search_disk(tour, place, thread, planted, [message["body"]["text"] for message in messages])
     _verify_audit(tour, place, head)
@@ -204,7 +208,8 @@ def _read_back(
     return messages
 
 
-def _show_record(tour: Tour, server: Server, thread: str) -> None:
+def _show_record(tour: Tour, server: Server, thread: str) -> tuple[str, bytes]:
+    """The record's storage key and bytes."""
     prefix = f"thread:{thread}:msg:"
     keys = json.loads(server.call("GET", f"/admin/keys?prefix={urllib.parse.quote(prefix)}", admin=True))["keys"]
     key = next(key for key in keys if key.startswith(prefix))
@@ -217,6 +222,43 @@ def _show_record(tour: Tour, server: Server, thread: str) -> None:
     tour.line(
         f"Readable: a version, the key's id ({key_id}), the author. Then nonce, ciphertext, tag: {len(sealed)} bytes."
     )
+    return key, raw
+
+
+def _rotate_kek(tour: Tour, place: Place) -> None:
+    socket_path = shlex.quote(str(place.socket))
+    tour.step(
+        "Rotate the key-encryption key: every conversation's key is wrapped anew",
+        f"curl -s --unix-socket {socket_path} -d '{{}}' http://kms/rotate_kek",
+    )
+    try:
+        with Client(place.socket) as kms:
+            rotated = kms.rotate_kek()
+    except KmsError as error:
+        raise DemoError(f"miniKMS did not rotate its key: {error}") from None
+    tour.check(rotated.status == "ok", f"KEK version {rotated.kek_version}; {rotated.rewrapped} keys rewrapped")
+
+
+def _rotate_dek(
+    tour: Tour, server: Server, thread: str, record: tuple[str, bytes], messages: list[dict[str, Any]]
+) -> None:
+    """Gives the conversation a new key, and shows the same message under both."""
+    stored_key, before = record
+    target, body = "/admin/rotate_thread_dek?wait=true", {"thread_id": thread}
+    tour.step(
+        "Rotate the conversation's own key: its messages are encrypted anew", _curl(server, target, body, admin=True)
+    )
+    new_key = json.loads(server.call("POST", target, body, admin=True))["new_key"]
+    after = server.call("GET", f"/admin/keys/{urllib.parse.quote(stored_key, safe=':')}", admin=True)
+    for when, raw in (("before", before), ("now", after)):
+        key_id, sealed = unpack_sealed(raw)
+        tour.line(f"{when + ':':7} {key_id}  {sealed[:CIPHERTEXT_BYTES_SHOWN].hex()}…")
+    tour.check(
+        unpack_sealed(after)[0] == new_key and unpack_sealed(before)[1] != unpack_sealed(after)[1],
+        f"the message is under the new key, {new_key}; the old one only decrypts",
+    )
+    again = json.loads(server.call("GET", f"/v1/messages?thread={thread}"))["messages"]
+    tour.check(again == messages, f"all {len(again)} messages read as before")
 
 
 def _show_status(tour: Tour, place: Place) -> str:
