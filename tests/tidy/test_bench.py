@@ -116,6 +116,8 @@ def test_the_benches_measure_the_programs_as_they_are(monkeypatch: pytest.Monkey
     for module, name, value in (
         (encrypt, "BATCH_SECONDS", 0.05),
         (encrypt, "BATCH_TURNS", 1),
+        (messages, "APPEND_REQUESTS", 200),
+        (messages, "WARM_UP_REQUESTS", 100),
         (messages, "APPEND_SECONDS", 0.05),
         (messages, "APPEND_TURNS", 1),
         (messages, "WARM_UP_SECONDS", 0.05),
