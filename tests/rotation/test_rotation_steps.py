@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from vaults import OpenedVault, key_file, opened_vault
 
 from minikms.custody import rewrapping as rewrapping_module
 from minikms.custody import rotation as rotation_module
@@ -26,6 +25,7 @@ from minikms.errors import (
 )
 from minikms.keys import keyring
 from minikms.memory.arena import SecretArena, SecretSlot
+from vaults import OpenedVault, key_file, opened_vault
 
 NEW_ROOT = bytes(range(100, 132))
 OTHER_ROOT = bytes(range(50, 82))
