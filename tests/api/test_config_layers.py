@@ -140,6 +140,10 @@ ENVIRONMENT: list[tuple[str, str, str, object]] = [
     ("KMS_SPAWN", "0", "kms.spawn", False),
     ("KMS_SERVER_UIDS", "0,1000", "kms.server_uids", (0, 1000)),
     ("MINIKMS_MASTER_KEY_FILE", "/m", "kms.master_key_file", "/m"),
+    ("ROTATION_MAX_AGE", "90d", "rotation.max_age", "90d"),
+    ("ROTATION_MAX_USES", "1000", "rotation.max_uses", 1000),
+    ("ROTATION_RATE", "50", "rotation.records_per_second", 50),
+    ("ROTATION_DESTROY_OLD_AFTER", "7d", "rotation.destroy_old_after", "7d"),
     ("LOG_FORMAT", "json", "logging.format", "json"),
     ("LOG_LEVEL", "debug", "logging.level", "debug"),
 ]
