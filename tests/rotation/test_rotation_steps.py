@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,19 +10,15 @@ import pytest
 
 from minikms.custody import rewrapping as rewrapping_module
 from minikms.custody import rotation as rotation_module
-from minikms.custody.atomic import FileWrite, write_group
-from minikms.custody.backups import BackupStore
 from minikms.custody.keyringfile import KeyringFile
 from minikms.errors import (
     ArenaFullError,
     ConflictError,
     KeyUnreadableError,
-    MiniKmsError,
     StartError,
     StorageUnavailableError,
 )
 from minikms.keys import keyring
-from minikms.memory.arena import SecretArena, SecretSlot
 from vaults import OpenedVault, key_file, opened_vault
 
 NEW_ROOT = bytes(range(100, 132))
@@ -263,234 +257,6 @@ def test_an_arena_without_room_for_the_new_keys_refuses_and_keeps_none_of_them(t
             for slot in taken:
                 slot.release()
             await one.rotate(root)
-
-    asyncio.run(main())
-
-
-# --- the long part, disturbed -------------------------------------------------------------------------------------
-
-
-def test_a_file_that_cannot_be_read_is_listed_and_left_and_stops_nothing(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(20)
-            damaged, truncated, swapped, missing_kek = key_ids[:4]
-            contents = {key_id: one.file(key_id).read_bytes() for key_id in key_ids}
-            one.file(damaged).write_bytes(contents[damaged].replace(b'"thread_id":"t"', b'"thread_id":"u"'))
-            one.file(truncated).write_bytes(contents[truncated][:50])
-            one.file(swapped).write_bytes(contents[key_ids[5]])
-            one.file(missing_kek).write_bytes(contents[missing_kek].replace(b'"kek_version":1', b'"kek_version":7'))
-            await one.rotate()
-            assert one.kek_states() == {1: "retired", 2: "active"}
-            assert keks_on_disk(one, key_ids[4:]) == {2}
-            listed = one.vault.damage.listed()
-            assert set(listed) == set(key_ids[:4])
-            assert "does not unwrap" in listed[damaged]
-            assert "damaged" in listed[truncated]
-            assert "another key's record" in listed[swapped]
-            assert "KEK version 7" in listed[missing_kek]
-            assert one.backups(damaged) == []
-            # What is mended is found by the next rotation.
-            one.file(damaged).write_bytes(contents[damaged])
-            await one.rotate()
-            assert keks_on_disk(one, [damaged]) == {3}
-            assert set(one.vault.damage.listed()) == {truncated, swapped, missing_kek}
-
-    asyncio.run(main())
-
-
-def test_what_the_disk_refuses_is_tried_again_until_it_takes_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    attempts = 0
-    keep = BackupStore.keep
-
-    def failing(self: BackupStore, *arguments: object) -> None:
-        nonlocal attempts
-        attempts += 1
-        if attempts <= 3:
-            refuse()
-        keep(self, *arguments)  # type: ignore[arg-type]  # passed on as they came
-
-    monkeypatch.setattr(BackupStore, "keep", failing)
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(20)
-            keys = one.keys(key_ids)
-            await one.rotation.begin(None)
-            running = asyncio.create_task(one.rotation.run())
-            while attempts < 2:
-                await asyncio.sleep(0.001)
-            told = one.rotation.status()
-            assert told is not None
-            assert told["last_error"] == "the disk refuses"
-            await running
-            assert attempts > 3
-            assert one.keys(key_ids) == keys
-            assert keks_on_disk(one, key_ids) == {2}
-            assert one.rotation.last_error == ""
-
-    asyncio.run(main())
-
-
-def test_a_file_whose_replacement_is_not_confirmed_is_written_again_as_a_fresh_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The failed sync proves nothing about the file that is there: it may vanish with the power, and its KEK too."""
-    failing = [2]
-    written: list[str] = []
-
-    def unconfirmed(
-        directory: int, writes: Sequence[FileWrite], *, durable_first: int | None = None
-    ) -> list[MiniKmsError | None]:
-        outcomes = write_group(directory, writes, durable_first=durable_first)
-        written.extend(write.name for write in writes)
-        if failing[0]:
-            failing[0] -= 1
-            return [StorageUnavailableError("a directory cannot be synced") for _ in writes]
-        return outcomes
-
-    monkeypatch.setattr(rewrapping_module, "write_group", unconfirmed)
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(5)
-            keys = one.keys(key_ids)
-            await one.rotate()
-            assert sorted(written) == sorted(f"{key_id}.json" for key_id in key_ids for _ in range(3))
-            assert one.rotation.rewrapped == 5
-            assert one.keys(key_ids) == keys
-            assert all(len(one.backups(key_id)) == 1 for key_id in key_ids)
-
-    asyncio.run(main())
-
-
-def test_what_the_machine_is_short_of_is_no_damage_of_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process out of descriptors, or an arena for a moment full, must not leave keys behind under the old KEK."""
-    failing = [10]
-    open_file = os.open
-
-    def short(path: object, flags: int, *arguments: object, **named: object) -> int:
-        if failing[0] and str(path).endswith(".json") and not flags & os.O_CREAT:
-            failing[0] -= 1
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        return open_file(path, flags, *arguments, **named)  # type: ignore[arg-type]  # passed on as they came
-
-    full = [3]
-    allocate = SecretArena.allocate
-
-    def crowded(self: SecretArena) -> SecretSlot:
-        if full[0] and not failing[0]:
-            full[0] -= 1
-            raise ArenaFullError("all slots of the key arena are in use")
-        return allocate(self)
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(20)
-            await one.rotation.begin(None)
-            monkeypatch.setattr(os, "open", short)
-            monkeypatch.setattr(SecretArena, "allocate", crowded)
-            await one.rotation.run()
-            monkeypatch.undo()
-            assert (failing, full) == ([0], [0])
-            assert one.vault.damage.count == 0
-            assert keks_on_disk(one, key_ids) == {2}
-
-    asyncio.run(main())
-
-
-def test_a_directory_that_cannot_be_listed_for_a_moment_does_not_end_the_rotation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing = [2]
-    scandir = os.scandir
-
-    def refusing(path: object) -> object:
-        if failing[0]:
-            failing[0] -= 1
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return scandir(path)  # type: ignore[call-overload]  # passed on as it came
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(5)
-            monkeypatch.setattr(os, "scandir", refusing)
-            await one.rotate()
-            assert keks_on_disk(one, key_ids) == {2}
-
-    asyncio.run(main())
-
-
-def test_it_is_never_promoted_while_passes_still_find_something(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rotation_module, "PASSES_MAX", 2)
-    real = rewrapping_module.Rewrapping.run_pass
-    busy = [4]
-
-    async def always_something(self: rewrapping_module.Rewrapping, rotation: keyring.Rotation) -> int:
-        found = await real(self, rotation)
-        if busy[0]:
-            busy[0] -= 1
-            return found + 1
-        return found
-
-    monkeypatch.setattr(rewrapping_module.Rewrapping, "run_pass", always_something)
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            await one.make(2)
-            await one.rotation.begin(None)
-            running = asyncio.create_task(one.rotation.run())
-            while busy[0]:
-                assert one.rotation.running is not None
-                await asyncio.sleep(0.001)
-            await running
-            assert one.kek_states() == {1: "retired", 2: "active"}
-
-    asyncio.run(main())
-
-
-def test_a_key_that_does_not_survive_its_rewrap_is_not_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = rewrapping_module.dek.rewrap
-
-    def spoilt(record: object, key: memoryview, *others: object) -> object:
-        wrong = memoryview(bytes(32))
-        return real(record, wrong, *others)  # type: ignore[arg-type]  # passed on as they came
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            [key_id] = await one.make(1)
-            before = one.file(key_id).read_bytes()
-            with monkeypatch.context() as patched:
-                patched.setattr(rewrapping_module.dek, "rewrap", spoilt)
-                await one.rotate()
-            assert one.file(key_id).read_bytes() == before
-            assert "did not survive" in one.vault.damage.listed()[key_id]
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("after_ms", [0, 0.5, 1, 2, 3, 4, 6, 8, 11, 15, 20])
-def test_a_rotation_interrupted_anywhere_is_finished_by_the_next_start(tmp_path: Path, after_ms: float) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(40)
-            keys = one.keys(key_ids)
-            await one.rotation.begin(one.slot_of(NEW_ROOT))
-            running = asyncio.create_task(one.rotation.run())
-            await asyncio.sleep(after_ms / 1000)
-            running.cancel()
-            await asyncio.wait([running])
-        async with opened_vault(tmp_path / "d") as again:
-            await again.rotation.run()
-            assert again.kek_states() == {1: "retired", 2: "active"}
-            assert again.keys(key_ids) == keys
-            assert keks_on_disk(again, key_ids) == {2}
 
     asyncio.run(main())
 

@@ -1,4 +1,4 @@
-"""The store believes neither its own disk nor the key service: what was moved, changed or answered wrongly is noticed."""
+"""The store believes neither its disk nor the key service: what was moved, changed or answered wrongly is noticed."""
 
 from __future__ import annotations
 
