@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from bench import encrypt, messages, report
+from bench import dek_rotation, encrypt, kek_rotation, messages, report
 from bench.programs import BenchError, MissingProgramError
 from bench.report import Missing, Row
 
@@ -16,6 +16,9 @@ BENCHES: dict[str, Callable[[], list[Row]]] = {
     "encrypt_batch": encrypt.encrypt_batch,
     "append": messages.append,
     "list": messages.listing,
+    "kek_rotation": kek_rotation.rotation,
+    "dek_rotation": dek_rotation.rotation,
+    "dek_rotation_foreground": dek_rotation.foreground,
 }
 
 

@@ -8,15 +8,18 @@ re-encryption with backups, census and reading back. With a bounded rate it is t
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
 import os
 import secrets
 import time
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
-from bench import programs
-from bench.programs import BenchError
+from bench import load, programs
+from bench.programs import ADMIN_KEY, BACKEND_KEY, BenchError
 from bench.report import Row, figure, say
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.kms.provider import ProviderRefusedError, Seal
@@ -33,6 +36,10 @@ RECORDS = 1_000_000
 RECORD_BYTES = 512
 THREAD = "long"
 BUILT_AT_ONCE = 1024
+FOREGROUND_RECORDS = 200_000
+CLIENTS = 8
+LOAD_SECONDS = 5.0
+WARM_UP_SECONDS = 1.0
 
 
 def rotation() -> list[Row]:
@@ -46,6 +53,60 @@ def rotation() -> list[Row]:
         Row(what, RECORDS / seconds, "records/s", 40_000, 100_000, note=note),
         Row("resident memory growth of the server meanwhile", grown_mib, "MiB", 64, 32, less_is_better=True),
     ]
+
+
+def foreground() -> list[Row]:
+    """What appends and reads wait for while a job works at the default rate, against the same load without one."""
+    with programs.workplace() as directory, programs.minikms(directory) as socket:
+        uvloop.run(_build_alone(directory / "db" / "store", socket))
+        with programs.progressdb(directory) as address:  # which finds the key service there
+            requests = [_append(n) for n in range(CLIENTS // 2)] + [_read()] * (CLIENTS // 2)
+            load.generate(address, requests, WARM_UP_SECONDS)
+            without = _p99_ms(load.generate(address, requests, LOAD_SECONDS))
+            job = _call(address, "POST", "/admin/rotate_thread_dek", {"thread_id": THREAD})["job_id"]
+            started = time.perf_counter()
+            beside = _p99_ms(load.generate(address, requests, LOAD_SECONDS))
+            now = _call(address, "GET", f"/admin/jobs/{job}")
+            rate = now["done"] / (time.perf_counter() - started)
+            if now["status"] != "running":
+                raise BenchError(f"the job is {now['status']}: it has to work all the time that is measured")
+    say(f"foreground: p99 {figure(without)} ms, {figure(beside)} ms beside a job at {figure(rate)} records/s")
+    what = f"99th percentile of {CLIENTS} clients' appends and reads beside a job, against none"
+    note = f"{figure(beside)} ms against {figure(without)} ms; the job re-encrypted {figure(rate)} records/s"
+    return [Row(what, beside / without, "×", 4.0, 2.0, less_is_better=True, note=note)]
+
+
+async def _build_alone(path: Path, socket: str) -> None:
+    path.parent.mkdir(mode=0o700)
+    provider = RemoteProvider(socket)
+    store = Conversations(RocksEngine(str(path)), provider)
+    await build(store, provider, FOREGROUND_RECORDS)
+    await store.close()
+    await provider.close()
+
+
+def _append(number: int) -> bytes:
+    body = {"thread": f"foreground-{number}", "author": "bench", "body": {"text": "x" * 256}}
+    return load.post("/v1/messages", json.dumps(body).encode(), {"X-API-Key": BACKEND_KEY, "X-User-ID": "bench"})
+
+
+def _read() -> bytes:
+    head = f"GET /v1/messages?thread={THREAD}&limit=20 HTTP/1.1\r\nHost: bench\r\nX-API-Key: {BACKEND_KEY}\r\n\r\n"
+    return head.encode()
+
+
+def _p99_ms(run: load.Load) -> float:
+    latencies = sorted(run.latencies_ms)
+    return latencies[len(latencies) * 99 // 100]
+
+
+def _call(address: tuple[str, int], method: str, target: str, body: object = None) -> Any:
+    connection = http.client.HTTPConnection(*address, timeout=30)
+    try:
+        connection.request(method, target, json.dumps(body) if body else None, {"X-API-Key": ADMIN_KEY})
+        return json.loads(connection.getresponse().read())
+    finally:
+        connection.close()
 
 
 async def _rotate(directory: Path, socket: str) -> tuple[float, float, float]:

@@ -20,7 +20,9 @@ from typing import IO
 
 READY_SECONDS_MAX = 20.0
 STOP_SECONDS_MAX = 20.0
+POLL_SECONDS = 0.05
 BACKEND_KEY = "bench-backend-key"
+ADMIN_KEY = "bench-admin-key"
 HERE = Path(__file__).resolve().parent
 
 
@@ -53,12 +55,18 @@ def need(*names: str) -> None:
 
 
 @contextlib.contextmanager
-def minikms(directory: Path) -> Iterator[str]:
-    """The key service with audit on, as it comes. Yields its socket's path."""
+def minikms(
+    directory: Path, *, ready: Callable[[str], bool] | None = None, poll_seconds: float = POLL_SECONDS
+) -> Iterator[str]:
+    """The key service with audit on, as it comes. Yields its socket's path.
+
+    `ready` says of the path whether it is ready; without it, a healthy answer does.
+    """
     path = str(directory / "kms.sock")
     command = [_installed("minikms"), "--socket", path, "--data-dir", str(directory / "kms")]
     command += ["--master-key-file", str(directory / "root-key")]
-    with _running(command, lambda: _answers(socket.AF_UNIX, path, "/health")):
+    is_ready = ready or (lambda path: _answers(socket.AF_UNIX, path, "/health"))
+    with _running(command, lambda: is_ready(path), poll_seconds=poll_seconds):
         yield path
 
 
@@ -68,6 +76,7 @@ def progressdb(directory: Path) -> Iterator[tuple[str, int]]:
     address = ("127.0.0.1", _free_port())
     environment = {
         "PROGRESSDB_API_BACKEND_KEYS": BACKEND_KEY,
+        "PROGRESSDB_API_ADMIN_KEYS": ADMIN_KEY,
         "PROGRESSDB_RATE_RPS": "0",
         "PROGRESSDB_KMS_SOCKET": str(directory / "kms.sock"),
         "PROGRESSDB_KMS_DATA_DIR": str(directory / "kms"),
@@ -105,7 +114,10 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def _running(
-    command: list[str], ready: Callable[[], bool], environment: dict[str, str] | None = None
+    command: list[str],
+    ready: Callable[[], bool],
+    environment: dict[str, str] | None = None,
+    poll_seconds: float = POLL_SECONDS,
 ) -> Iterator[None]:
     """The process from its readiness on. It must still run at the end of the block, or what was measured was not it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
@@ -118,7 +130,7 @@ def _running(
             while not ready():
                 if process.poll() is not None or time.monotonic() > end:
                     raise BenchError(f"{command[0]} did not get ready:\n{_tail(output)}")
-                time.sleep(0.05)
+                time.sleep(poll_seconds)
             yield
             if process.poll() is not None:
                 raise BenchError(f"{command[0]} ended while it was measured:\n{_tail(output)}")
