@@ -26,6 +26,7 @@ from progressdb_server.api.application import Application
 from progressdb_server.api.gate import Gate
 from progressdb_server.api.listening import bind, check_tls, raise_descriptor_limit, serve_http
 from progressdb_server.api.metrics import ApiMetrics
+from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import Config, ConfigError
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.kms.child import ChildOptions
@@ -121,8 +122,11 @@ async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool
         registry.register(store.metrics)
         if isinstance(provider, RemoteProvider):
             registry.register(provider.metrics)
-        more = (*job_routes.resources(jobs), *store_backup.resources(store, config.backups_dir))
-        application = Application(store, Gate(config.security), ApiMetrics(registry), more=more)
+        gate = Gate(config.security)
+        viewer = Viewer(store, provider, jobs, gate.keys, secure=bool(config.server.tls.cert_file))
+        backup_routes = store_backup.resources(store, config.backups_dir)
+        more = (*job_routes.resources(jobs), *backup_routes, *viewer.resources())
+        application = Application(store, gate, ApiMetrics(registry), more=more)
         host, port = listener.getsockname()[:2]
         gc.freeze()  # what the start has made stays: no look for cycles goes through it again
         gc.set_threshold(_COLLECTED_OBJECTS_MIN)

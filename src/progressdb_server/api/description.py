@@ -80,8 +80,9 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
     answer: Schema | None = None
     content: str = "application/json"
     status: int = 200
-    answers: dict[int, Schema] = {}
+    answers: Mapping[int, Schema | None] = {}
     body: Taken | None = None
+    form: Schema | None = None
     parameters: tuple[Parameter, ...] = ()
     path_schemas: dict[str, Schema] = {}
     refusals: Mapping[int, tuple[str, ...]] = {}

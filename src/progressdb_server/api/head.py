@@ -27,6 +27,7 @@ IDENTITY: Final = b"x-identity"
 IDEMPOTENCY_KEY: Final = b"idempotency-key"
 CONTENT_LENGTH: Final = b"content-length"
 EXPECT: Final = b"expect"
+COOKIE: Final = b"cookie"
 
 _READ: Final = frozenset(
     {
@@ -40,9 +41,10 @@ _READ: Final = frozenset(
         IDEMPOTENCY_KEY,
         CONTENT_LENGTH,
         EXPECT,
+        COOKIE,
     }
 )
-_HARMLESS: Final = frozenset({ORIGIN, REQUEST_ID, EXPECT})
+_HARMLESS: Final = frozenset({ORIGIN, REQUEST_ID, EXPECT, COOKIE})
 """Sent twice they count as not sent; the others are refused."""
 
 Headers = dict[bytes, bytes]

@@ -166,6 +166,11 @@ def _operation(method: str, path: str, roles: frozenset[Role], said: Described) 
             "required": True,
             "content": {"application/json": {"schema": _body_schema(said.body)}},
         }
+    if said.form is not None:
+        made["requestBody"] = {
+            "required": True,
+            "content": {"application/x-www-form-urlencoded": {"schema": said.form}},
+        }
     made["responses"] = _responses(path, said)
     if is_open(path):
         made["security"] = [{"viewerSession": []}, {}] if said.tag == "viewer" else []
@@ -235,7 +240,9 @@ def _responses(path: str, said: Described) -> dict[str, Any]:
                     "examples": {
                         _example_name(sentence): {"value": {"error": sentence}} for sentence in dict.fromkeys(sentences)
                     },
-                }
+                },
+                # the gate's refusals are JSON everywhere, the viewer's own are pages
+                **({"text/html": {"schema": {"type": "string"}}} if said.tag == "viewer" else {}),
             },
         }
     return made
@@ -252,6 +259,8 @@ def refusals(path: str, said: Described) -> dict[int, tuple[str, ...]]:
     add(403, "forbidden")
     add(429, "rate limit exceeded")
     add(500, "internal error")
+    if path == "/viewer/login":
+        add(401, "This is not an admin key.")
     if not is_open(path):
         add(401, "unauthorized", *(_SIGNATURE_401 if for_users(path) else ()))
     if said.stores:

@@ -1,0 +1,84 @@
+"""What each operation of the viewer is: as `api.described`, of the routes in `api.viewer.routes`.
+
+Owns: their descriptions. The invariants are those of `api.described`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from progressdb_server.api import bounds
+from progressdb_server.api.description import AUTHOR, ID, Described, Parameter, Schema, text
+
+_PAGE: Final[Schema] = {"type": "string"}
+_CURSOR: Final[Schema] = {"type": "string", "maxLength": 1024}
+
+
+def _shown(
+    summary: str, *, parameters: tuple[Parameter, ...] = (), missing: str = "", paths: dict[str, Schema] | None = None
+) -> Described:
+    return Described(
+        tag="viewer",
+        summary=summary,
+        answer=_PAGE,
+        content="text/html",
+        parameters=parameters,
+        path_schemas=paths or {},
+        answers={303: None},
+        refusals={404: (missing,)} if missing else {},
+    )
+
+
+def _posted(summary: str, *fields: str) -> Described:
+    return Described(
+        tag="viewer",
+        summary=summary,
+        status=303,
+        form={
+            "type": "object",
+            "properties": {name: {"type": "string", "maxLength": 1000} for name in fields},
+            "required": list(fields),
+        },
+        refusals={413: ("request body too large",), 400: ("the query is not UTF-8",)},
+        stores=False,
+    )
+
+
+VIEWER_DESCRIBED: Final[dict[str, Described]] = {
+    "GET /viewer": Described(tag="viewer", summary="To /viewer/", status=308, stores=False),
+    "GET /viewer/": _shown(
+        "Threads, newest first, by id and author",
+        parameters=(
+            Parameter("q", text(bounds.STORED_KEY_BYTES_MAX), "The beginning of a thread's id, or a message's id."),
+            Parameter("author", AUTHOR, "The author of the threads."),
+            Parameter("cursor", _CURSOR, "From the page before."),
+        ),
+        missing="message not found",
+    ),
+    "GET /viewer/threads/{thread}": _shown(
+        "A conversation with the protection of each message",
+        parameters=(
+            Parameter("before", ID, "A message id: the page of messages before it."),
+            Parameter("after", ID, "A message id: the page of messages after it."),
+        ),
+        missing="thread not found",
+        paths={"thread": ID},
+    ),
+    "GET /viewer/messages/{message}": _shown(
+        "A message with its versions", missing="message not found", paths={"message": ID}
+    ),
+    "GET /viewer/jobs": _shown(
+        "Jobs and their progress",
+        parameters=(Parameter("part", {"type": "string"}, "`rows`: the table alone."),),
+    ),
+    "GET /viewer/status": _shown("What the key service says of itself"),
+    "GET /viewer/login": Described(tag="viewer", summary="The login", answer=_PAGE, content="text/html", stores=False),
+    "POST /viewer/login": _posted("Log in with an admin key; begins a session", "csrf", "key"),
+    "POST /viewer/logout": _posted("Log out; ends the session", "csrf"),
+    "GET /viewer/style.css": Described(
+        tag="viewer", summary="The pages' style", answer=_PAGE, content="text/css", stores=False
+    ),
+    "GET /viewer/viewer.js": Described(
+        tag="viewer", summary="The script of the page of jobs", answer=_PAGE, content="text/javascript", stores=False
+    ),
+}
