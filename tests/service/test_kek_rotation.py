@@ -215,7 +215,7 @@ def test_a_root_key_that_was_rotated_away_is_never_taken_again(daemon: LiveDaemo
 def test_while_one_rotation_runs_another_is_refused_and_a_repetition_joins_it(daemon: LiveDaemon) -> None:
     """Creating, encrypting and decrypting go on meanwhile, and /status tells how far it is."""
     records = Records(daemon, 30)
-    with at_each_backup(daemon, "delay_enter=50ms"):
+    with at_each_backup(daemon, "delay_enter=200ms"):  # 6 s, for what takes a tenth of one on an idle machine
         assert rotate(daemon, NEW, wait=False) == (202, {"status": "running", "kek_version": 2, "rewrapped": 0})
         told = status(daemon)["rotation"]
         assert (told["from_version"], told["to_version"], told["new_root"]) == (1, 2, True)
