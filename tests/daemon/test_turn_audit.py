@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from minikms.audit import AuditLog, Event
-from minikms.audit import writer as audit_writer
+from minikms.audit.opening import write_whole
 from minikms.daemon.auditing import TurnAudit
 from minikms.errors import AuditUnavailableError
 from minikms.memory.arena import SecretArena, fill_random
@@ -23,19 +23,18 @@ class Disk:
 
     def __init__(self) -> None:
         self.refusals = 0
-        self._write = audit_writer.write_whole
 
     def write(self, fd: int, blob: bytes) -> None:
         if self.refusals:
             self.refusals -= 1
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        self._write(fd, blob)
+        write_whole(fd, blob)
 
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     failing = Disk()
-    monkeypatch.setattr(audit_writer, "write_whole", failing.write)
+    monkeypatch.setattr("minikms.audit.writer.write_whole", failing.write)
     return failing
 
 

@@ -148,6 +148,20 @@ def test_strangers_cannot_use_up_the_connections_of_the_allowed(public: Path) ->
         assert ask(daemon.socket, b"GET /status")[0] == 200
 
 
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
+def test_the_body_of_a_stranger_is_not_held_not_even_for_health(public: Path, method: bytes) -> None:
+    with LiveDaemon(public, "file", *OPEN_TO_ALL) as daemon:
+
+        def announce() -> int:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(5)
+                client.connect(str(daemon.socket))
+                client.sendall(b"%b /health HTTP/1.1\r\nHost: x\r\nContent-Length: 16000000\r\n\r\nbegun" % method)
+                return int(client.recv(65536).split()[1])
+
+        assert foreign.run_as(foreign.UID, announce) == 401
+
+
 def test_a_client_sends_nothing_to_a_squatted_socket(public: Path) -> None:
     """Another user listens where the daemon should be: the client asks the kernel who serves before it says a word."""
     path = public / "s"

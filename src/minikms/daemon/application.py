@@ -151,10 +151,8 @@ class Application:
             self._foreign -= 1
 
     def admit(self, session: Session, head: ParsedHead) -> Response | None:
-        """A stranger's body is not waited for."""
-        if session.principal is not None or head.path == "/health":
-            return None
-        return self._turn_away(session)
+        """A stranger's body is not waited for, nor held, even with /health, which has none."""
+        return None if session.principal is not None else self._turn_away(session)
 
     def refused(self, session: Session | None, status: int, code: str) -> None:
         """Input that is no request reaches no verb: counted, not audited."""
