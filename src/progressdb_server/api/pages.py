@@ -18,8 +18,8 @@ from progressdb_server.api.answer import Answer
 from progressdb_server.api.errors import Header
 
 POLICY: Final = (
-    "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self' data:; form-action 'self'; "
-    "base-uri 'none'; frame-ancestors 'none'"
+    "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 HEADERS: Final[tuple[Header, ...]] = (
     (b"content-security-policy", POLICY.encode("ascii")),
