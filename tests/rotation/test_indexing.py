@@ -6,12 +6,12 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from vaults import opened_vault
 
 from minikms.custody import indexing as indexing_module
 from minikms.custody.dekstore import DekStore
 from minikms.errors import StorageUnavailableError
 from minikms.keys import dek
+from vaults import opened_vault
 
 
 def test_every_key_is_in_the_index_after_the_scan_in_order_of_creation(tmp_path: Path) -> None:

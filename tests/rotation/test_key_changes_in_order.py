@@ -7,7 +7,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from vaults import opened_vault
 
 from minikms.custody.keylocks import KeyLocks
 from minikms.custody.keyringfile import KeyringFile
@@ -15,6 +14,7 @@ from minikms.custody.wraps import KekWraps
 from minikms.errors import KeyExhaustedError, StorageUnavailableError
 from minikms.keys import keyring
 from minikms.keys.keyring import Body
+from vaults import opened_vault
 
 AT = "2026-11-24T15:00:00Z"
 

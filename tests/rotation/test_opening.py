@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from vaults import key_file, opened_vault
 
 from minikms.crypto.aead import NonceSource
 from minikms.custody import opening
@@ -18,6 +17,7 @@ from minikms.custody.opening import RootSource
 from minikms.daemon import epochs
 from minikms.errors import StartError
 from minikms.memory.arena import SecretArena
+from vaults import key_file, opened_vault
 
 
 def attempt(directory: Path, source: RootSource) -> opening.Opened:

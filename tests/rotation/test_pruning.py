@@ -6,9 +6,9 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from vaults import OpenedVault, opened_vault
 
 from minikms.errors import KeyUnreadableError
+from vaults import OpenedVault, opened_vault
 
 
 def damage(path: Path) -> None:

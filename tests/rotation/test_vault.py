@@ -6,7 +6,6 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from vaults import opened_vault
 
 from minikms.custody.backups import BackupStore
 from minikms.custody.dekstore import DekStore
@@ -19,6 +18,7 @@ from minikms.errors import (
     StorageUnavailableError,
     WrongThreadError,
 )
+from vaults import opened_vault
 
 
 def test_a_key_is_on_disk_before_its_id_is_answered_and_opens_from_there(tmp_path: Path) -> None:
