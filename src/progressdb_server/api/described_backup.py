@@ -19,9 +19,7 @@ BACKUP_DESCRIBED: Final[dict[str, Described]] = {
             "properties": {"name": {"type": "string"}, "files": {"type": "integer"}, "bytes": {"type": "integer"}},
             "required": ["name", "files", "bytes"],
         },
-        body=Taken(
-            BackupRequest, {"name": {"type": "string", "pattern": "^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$"}}, ("name",)
-        ),
+        body=Taken(BackupRequest, {"name": {"type": "string", "pattern": "^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$"}}),
         refusals={400: (REFUSAL, "invalid request"), 409: (TAKEN,)},
     ),
 }
