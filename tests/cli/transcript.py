@@ -77,7 +77,8 @@ class Session:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
         self._environ = kept | {"PATH": f"{programs}:{kept.get('PATH', os.defpath)}", "NO_COLOR": "1"}
         with socket.create_server(("127.0.0.1", 0)) as free:
-            self._environ["PORT"] = str(free.getsockname()[1])
+            self.port = int(free.getsockname()[1])
+        self._environ["PORT"] = str(self.port)
         self._started: list[subprocess.Popen[bytes]] = []
         self._seen: dict[str, dict[str, str]] = {kind: {} for kind in _NUMBERED}
 
@@ -148,7 +149,7 @@ class Session:
     def _answers(self, command: str) -> bool:
         if command.startswith("progressdb"):
             with socket.socket() as trial:
-                return trial.connect_ex(("127.0.0.1", int(self._environ["PORT"]))) == 0
+                return trial.connect_ex(("127.0.0.1", self.port)) == 0
         words = shlex.split(command)
         named = words[words.index("--socket") + 1] if "--socket" in words else self._environ["PROGRESSDB_KMS_SOCKET"]
         try:  # its socket is there before it knows whether it can serve
