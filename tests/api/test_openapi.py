@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,9 +18,11 @@ from progressdb_server.api import store_backup
 from progressdb_server.api.described import DESCRIBED
 from progressdb_server.api.documentation import ALL_DESCRIBED, with_documentation
 from progressdb_server.api.gate import for_users
+from progressdb_server.api.identity import KeyTable
 from progressdb_server.api.metrics import ApiMetrics
 from progressdb_server.api.openapi import UndescribedError, document, refusals
 from progressdb_server.api.routes import Operation, Resource, table
+from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import RateLimit
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import ConversationStore, MessageNotFoundError, StoreUnavailableError
@@ -41,7 +44,14 @@ def whole_table() -> tuple[Resource, ...]:
     api = Api()
     jobs: Any = None  # no route is called
     backups = store_backup.resources(jobs, Path("/"))
-    routes = (*table(api.store, ApiMetrics(CollectorRegistry())), *job_routes.resources(jobs), *backups)
+    store: Any = SimpleNamespace(engine=None)
+    viewer = Viewer(store, jobs, jobs, KeyTable(), secure=False)
+    routes = (
+        *table(api.store, ApiMetrics(CollectorRegistry())),
+        *job_routes.resources(jobs),
+        *backups,
+        *viewer.resources(),
+    )
     return with_documentation(routes)
 
 

@@ -17,9 +17,10 @@ from progressdb_server.api.call import Call
 from progressdb_server.api.described import DESCRIBED
 from progressdb_server.api.described_backup import BACKUP_DESCRIBED
 from progressdb_server.api.described_jobs import JOBS_DESCRIBED
+from progressdb_server.api.described_viewer import VIEWER_DESCRIBED
 from progressdb_server.api.routes import Operation, Resource
 
-ALL_DESCRIBED: Final = {**DESCRIBED, **JOBS_DESCRIBED, **BACKUP_DESCRIBED}
+ALL_DESCRIBED: Final = {**DESCRIBED, **JOBS_DESCRIBED, **BACKUP_DESCRIBED, **VIEWER_DESCRIBED}
 
 
 def with_documentation(resources: tuple[Resource, ...]) -> tuple[Resource, ...]:
