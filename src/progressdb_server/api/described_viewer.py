@@ -37,9 +37,10 @@ def _posted(summary: str, *fields: str) -> Described:
         form={
             "type": "object",
             "properties": {name: {"type": "string", "maxLength": 1000} for name in fields},
-            "required": list(fields),
+            "required": [name for name in fields if name != "username"],
+            "additionalProperties": False,
         },
-        refusals={413: ("request body too large",), 400: ("the query is not UTF-8",)},
+        refusals={413: ("request body too large",), 400: ("the form has a field that is not known",)},
         stores=False,
     )
 
@@ -73,7 +74,7 @@ VIEWER_DESCRIBED: Final[dict[str, Described]] = {
     ),
     "GET /viewer/status": _shown("What the key service says of itself"),
     "GET /viewer/login": Described(tag="viewer", summary="The login", answer=_PAGE, content="text/html", stores=False),
-    "POST /viewer/login": _posted("Log in with an admin key; begins a session", "csrf", "key"),
+    "POST /viewer/login": _posted("Log in with an admin key; begins a session", "csrf", "key", "username"),
     "POST /viewer/logout": _posted("Log out; ends the session", "csrf"),
     "GET /viewer/style.css": Described(
         tag="viewer", summary="The pages' style", answer=_PAGE, content="text/css", stores=False

@@ -36,6 +36,8 @@ LOGIN_RPS: Final = 0.2
 LOGIN_BURST: Final = 10
 """Of attempts from one address."""
 FORM_BYTES_MAX: Final = 4096
+_LOGIN_FIELDS: Final = frozenset({"csrf", "key", "username"})
+"""`username` is there for password managers."""
 JOBS_SHOWN_MAX: Final = 50
 TEXT_CHARS_MAX: Final = 2000
 """Of a message in a list; its own page shows all of it."""
@@ -107,7 +109,7 @@ class Viewer:
 
     async def _login(self, call: Call) -> Answer:
         """The form's token must be that of its cookie, so that nobody is logged in by another site's form."""
-        form = await _form(call)
+        form = await _form(call, _LOGIN_FIELDS)
         wait_s = self._attempts.take(call.address, self._clock())
         if wait_s > 0:
             after = (b"retry-after", str(math.ceil(wait_s)).encode("ascii"))
@@ -129,7 +131,7 @@ class Viewer:
         )
 
     async def _logout(self, call: Call, session: Session) -> Answer:
-        form = await _form(call)
+        form = await _form(call, frozenset({"csrf"}))
         if not session.check(form.get("csrf", "")):
             raise forbidden("this form was not made for this session")
         self.sessions.end(_cookie(call, SESSION_COOKIE))
@@ -245,9 +247,12 @@ def _cookie(call: Call, name: str) -> str:
     return found[0] if len(found) == 1 else ""
 
 
-async def _form(call: Call) -> dict[str, str]:
-    """`application/x-www-form-urlencoded`. Raises ApiError 400, 413."""
+async def _form(call: Call, fields: frozenset[str]) -> dict[str, str]:
+    """`application/x-www-form-urlencoded` with no other fields than these. Raises ApiError 400, 413."""
     raw = await call.body()
     if len(raw) > FORM_BYTES_MAX:
         raise errors.too_large()
-    return head.read_query(raw)
+    form = head.read_query(raw)
+    if not fields.issuperset(form):
+        raise bad_request("the form has a field that is not known")
+    return form
