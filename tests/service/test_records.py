@@ -14,14 +14,13 @@ from asking import NO_KEY, ask, b64, encrypted, events, new_key, post
 
 from live_daemon import LiveDaemon
 from minikms import api
-from minikms.audit import Event
 from minikms.custody.atomic import open_directory
 from minikms.custody.leasestore import LeaseStore
 from minikms.errors import StorageUnavailableError
 from minikms.keys.ids import key_id_to_bytes
 from minikms.policy import ROLES, Principal, Role
 from minikms.service import KeyService
-from vaults import opened_vault
+from vaults import SilentAudit, opened_vault
 
 TEXT = b64(b"text")
 
@@ -226,19 +225,6 @@ def test_a_disk_that_refuses_leases_refuses_the_items_that_need_them_and_no_othe
 
 
 ANYONE = Principal(0, 0, "peer_uid:0", ROLES)
-
-
-class SilentAudit:
-    """Takes every event and keeps none."""
-
-    def add(self, event: Event) -> None:
-        pass
-
-    async def add_written(self, event: Event, *, durable: bool) -> None:
-        pass
-
-    def require_writable(self) -> None:
-        pass
 
 
 async def items_of(answer: bytes | Awaitable[bytes]) -> list[dict[str, str]]:

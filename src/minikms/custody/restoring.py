@@ -24,7 +24,6 @@ from minikms.keys.keyring import Body, Tombstone
 from minikms.keys.unlocked import UnlockedKeyring
 
 GROUP_FILES: Final = 512
-RESTORE_WRAPS: Final = 2**26
 """More than any KEK wraps between two backups; a KEK bears 64 restores."""
 
 
@@ -90,7 +89,7 @@ def restore(
     body = keyring.next_epoch(unlocked.body, at=at, tombstones=target.tombstones)
     for kek in body.keks:
         if kek.state in ("active", "pending"):
-            body = keyring.reserve_wraps(body, kek.version, RESTORE_WRAPS, at=at)
+            body = keyring.reserve_wraps(body, kek.version, keyring.RESTORE_WRAPS, at=at)
     replace_file(target.directory_fd, keyringfile.NAME, unlocked.encode(body))
     unlocked.body = body
     return Restored(keys, good.manifest.keys - keys, body.epoch)
