@@ -1,0 +1,57 @@
+"""The command trees: documented whole, started fast, quiet in pipes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+RUN_SECONDS_MAX = 60
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=RUN_SECONDS_MAX, check=False)
+
+
+def test_the_page_of_commands_is_what_the_commands_say() -> None:
+    made = run(
+        sys.executable, "-c", "import sys; sys.path.insert(0, 'tools'); import commands; print(commands.page(), end='')"
+    )
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == (PROJECT / "docs" / "commands.md").read_text("utf-8"), "run: python tools/commands.py"
+
+
+def test_help_imports_no_cryptography_no_server_and_no_command() -> None:
+    """What makes a start slow is imported by the command that needs it."""
+    done = run(sys.executable, "-X", "importtime", "-m", "minikms", "--help")
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "minikms.cli.command" in imported
+    slow = {"cryptography", "uvloop", "asyncio", "httptools", "structlog", "minikms.daemon", "minikms.cli.status"}
+    assert not imported & slow
+
+
+@pytest.mark.parametrize("module", ["minikms", "progressdb_server"])
+def test_help_names_every_command_on_standard_output(module: str) -> None:
+    done = run(sys.executable, "-m", module, "--help")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert {"serve", "status", "backup", "demo"} <= set(done.stdout.split())
+
+
+def test_what_is_piped_has_no_colour() -> None:
+    assert "\x1b" not in run(sys.executable, "-m", "minikms", "--help").stdout
+
+
+def test_a_reader_that_leaves_early_is_told_by_the_exit_status_alone() -> None:
+    many = "from minikms.cli.command import run; import sys; sys.argv = ['minikms', 'completion', 'bash']; run()"
+    done = run("sh", "-c", f'{{ {sys.executable} -c "{many}"; echo "exit $?" >&2; }} | head -c 1 > /dev/null')
+    assert done.stderr in ("exit 0\n", "exit 141\n")
+
+
+def test_the_picture_is_made_of_a_tour_that_ended_well() -> None:
+    picture = (PROJECT / "docs" / "demo.svg").read_text("utf-8")
+    assert "All&#160;went&#160;as&#160;it&#160;should." in picture
+    assert "@font-face" not in picture

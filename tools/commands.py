@@ -1,0 +1,82 @@
+"""Writes docs/commands.md from the command trees themselves: `python tools/commands.py`.
+
+Owns: the page's form. A test compares the page with what this makes, so that no flag goes undocumented.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from cyclopts import App
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
+OPENING = """\
+# Commands
+
+Made by `tools/commands.py` from the commands themselves; `tests/cli` compares the two, and holds
+[transcripts](../tests/cli/transcripts) of all that matters here.
+
+Exit status, of every command: **0** done, or judged and found good; **1** judged and found wanting, or refused; **2**
+wrong usage, or something that is needed is missing. Interrupted: 130; the reader of a pipe left: 141. Results go to
+standard output, everything else to standard error. Colour, progress bars and questions only on a terminal; `NO_COLOR`
+is respected. `--json` gives whole values to programs. A flag goes over its environment variable, which stands in
+brackets; an empty one counts as unset. No command takes a key in its arguments: root keys come from files, API keys
+from the configuration or a file.
+"""
+
+
+def page() -> str:
+    from minikms.cli.command import app as minikms
+    from progressdb_server.cli.command import application
+
+    return OPENING + "".join(_section(minikms, "minikms")) + "".join(_section(application(None), "progressdb"))
+
+
+def _section(app: App, words: str) -> Iterator[str]:
+    yield f"\n## {words}\n\n{_escaped(_told(app))}\n"
+    yield from _flags(app)
+    for name in sorted(name for name in app if not name.startswith("-")):
+        yield from _command(app[name], f"{words} {name}")
+
+
+def _command(app: App, words: str) -> Iterator[str]:
+    yield f"\n### {words}\n\n{_escaped(_told(app))}\n"
+    inner = sorted(name for name in app if not name.startswith("-"))
+    if not inner:
+        yield from _flags(app)
+    for name in inner:
+        yield from _command(app[name], f"{words} {name}")
+
+
+def _told(app: App) -> str:
+    """The whole docstring of a command, or the help of a group of commands."""
+    text = inspect.getdoc(app.default_command) if app.default_command is not None else None
+    if text is None or app.default_command.__name__ == "serve":
+        text = app.help if app.name != ("serve",) else text
+    return text or app.help
+
+
+def _flags(app: App) -> Iterator[str]:
+    if app.default_command is None:
+        return
+    rows = []
+    for argument in app.assemble_argument_collection():
+        if not argument.show:
+            continue
+        names = ", ".join(f"`{name}`" for name in argument.names if not name.startswith("--no-"))
+        rows.append(f"| {names} | {_escaped(argument.parameter.help or '')} |\n")
+    if rows:
+        yield "\n| | |\n|---|---|\n"
+        yield from rows
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), "utf-8")
+    sys.stdout.write(f"wrote {PAGE}\n")
