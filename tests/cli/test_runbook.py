@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import needs
 import pytest
 from transcript import Session
 
@@ -130,6 +131,7 @@ def test_every_section_of_the_runbook_has_commands() -> None:
     "title", [title if title in ALWAYS else pytest.param(title, marks=pytest.mark.torture) for title in SECTIONS]
 )
 def test_the_commands_of_a_section_do_what_they_should(title: str, tmp_path: Path) -> None:
+    needs.program("openssl")
     server = any("progressdb " in line or " progressdb" in line for line in SECTIONS[title])
     with machine(tmp_path, server=server) as made:
         HAPPENED.get(title, as_it_is)(made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import needs
 import pytest
 from transcript import DIRECTORY, replayed
 
@@ -14,5 +15,6 @@ def test_there_are_transcripts() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_transcript_is_what_happens(name: str) -> None:
+    needs.program("openssl")
     text = (DIRECTORY / f"{name}.txt").read_text("utf-8")
     assert replayed(text) == text
