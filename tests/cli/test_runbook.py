@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import needs
 import pytest
 from transcript import Session
+
+import needs
 
 RUNBOOK = Path(__file__).resolve().parents[2] / "docs" / "runbook.md"
 PLACES = {

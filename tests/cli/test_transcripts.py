@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import needs
 import pytest
 from transcript import DIRECTORY, replayed
+
+import needs
 
 NAMES = sorted(path.stem for path in DIRECTORY.glob("*.txt"))
 
