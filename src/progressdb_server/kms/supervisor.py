@@ -18,11 +18,13 @@ It holds no key; it passes on the path of the key file or the descriptor of `mas
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 from collections.abc import Collection
-from typing import Final
+from typing import Any, Final
 
+import msgspec
 import structlog
 
 from minikms.client import AsyncClient, KmsError
@@ -195,4 +197,12 @@ class Supervisor:
         return False
 
     def _forward(self, line: str) -> None:
-        self._log.info("miniKMS", line=line)
+        """A line of miniKMS's log becomes a line of this one: its own event where it is one, else its text."""
+        try:
+            event = msgspec.json.decode(line, type=dict[str, Any])
+            name, level = str(event.pop("event")), logging.getLevelNamesMapping()[str(event.pop("level")).upper()]
+        except (msgspec.DecodeError, msgspec.ValidationError, KeyError):
+            self._log.info("miniKMS", line=line)
+            return
+        event.pop("timestamp", None)
+        self._log.log(level, name, program="minikms", **{f"minikms_{key}": value for key, value in event.items()})
