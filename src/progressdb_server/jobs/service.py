@@ -87,6 +87,10 @@ class Jobs:
         self._others: set[asyncio.Task[Any]] = set()
         store.metrics.gauges["progressdb_jobs_running"] = ("Jobs at work.", lambda: len(self._workers))
         store.metrics.gauges["progressdb_jobs_unfinished"] = ("Jobs not finished yet.", lambda: len(self._threads))
+        store.metrics.gauges["progressdb_jobs_records_left"] = (
+            "Records that the jobs at work have still to re-encrypt.",
+            lambda: sum(max(0, job.total - job.done - job.failed) for job in map(self.table.get, self._workers)),
+        )
 
     async def start(self) -> None:
         """Go on with what was unfinished, and begin to look for keys that are due."""
