@@ -134,6 +134,8 @@ def schemas() -> dict[str, Schema]:
     """Of every struct; what a request holds is bound as the daemon binds it."""
     _, made = msgspec.json.schema_components(structs(), ref_template="#/components/schemas/{name}")
     for name, schema in made.items():
+        if "description" in schema:  # a docstring: Python 3.13 takes the indentation away, older ones leave it
+            schema["description"] = " ".join(schema["description"].split())
         if name.endswith("Answer"):
             continue
         for field, bound in FIELDS.items():
