@@ -13,9 +13,9 @@ sync the directory. Invariants:
 - Temporary names carry a token of this process, so that `sweep_temps` can run while others are being written.
 It must never put a path or the kernel's text into an error, and never hold raw key material.
 
-A group of files costs two `syncfs(2)` instead of two syncs per file. That reports a failed write-back only on Linux
-since 5.8 (for any file since the directory was opened), a failure of the file system itself only since 5.17 (commit
-5679897eb104), and through overlayfs not at all; anywhere else each file is synced by itself.
+A group of files costs two `syncfs(2)` instead of two syncs per file; in a series of groups, one. That reports a failed
+write-back only on Linux since 5.8 (for any file since the directory was opened), a failure of the file system itself
+only since 5.17 (commit 5679897eb104), and through overlayfs not at all; anywhere else each file is synced by itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import re
 import secrets
 import stat
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Final, NamedTuple
 
@@ -139,16 +139,13 @@ def replace_many(directory: int, files: Sequence[tuple[str, bytes]]) -> None:
             raise outcome
 
 
-def write_group(
-    directory: int, writes: Sequence[FileWrite], *, durable_first: int | None = None
-) -> list[MiniKmsError | None]:
+def write_group(directory: int, writes: Sequence[FileWrite]) -> list[MiniKmsError | None]:
     """Commit a group; for each write None once it is durable, or its error. Blocks on the disk.
 
     A failure before the first rename fails all. After that each write stands alone: a taken name is a ConflictError of
-    that write only. An exclusive file whose last sync fails is removed again. `durable_first` is another directory of
-    the same file system, whose entries are on the disk before the first file of the group is put in place.
+    that write only. An exclusive file whose last sync fails is removed again.
     """
-    return _write_group(directory, writes, 0o600, durable_first)
+    return _write_group(directory, writes, 0o600)
 
 
 def remove_file(directory: int, name: str) -> bool:
@@ -183,6 +180,74 @@ def sweep_temps(directory: int) -> int:
         if names:
             os.fsync(directory)
     return len(names)
+
+
+class StagedReplacements:
+    """Replaces the files of a long series of groups: each is written in one step and put in place in the next, so that
+    one sync serves two groups.
+
+    `durable_first` is another directory of the same file system: what a step finds in it is on the disk before a file
+    that the step staged is put in place. Blocks on the disk; for one thread at a time.
+    """
+
+    def __init__(self, directory: int, *, durable_first: int) -> None:
+        self._directory = directory
+        self._durable_first = durable_first
+        self._by_syncfs = _syncfs_reports(directory)
+        self._staged: list[tuple[str, str]] = []  # name and temporary name
+
+    def step(self, writes: Sequence[FileWrite], *, skip: Container[str] = ()) -> dict[str, MiniKmsError | None]:
+        """Stages `writes`, and puts in place what the step before staged, but for the names in `skip`.
+
+        Answers each name that was put in place, with None once that is durable. Raises StorageUnavailableError; then no
+        name has changed and nothing is staged. Nothing is staged either when an answer is an error of the last sync.
+        """
+        for write in writes:
+            _check_name(write.name)
+        placing = list(self._staged)
+        try:
+            with _refusing("files cannot be written"):
+                for write in writes:
+                    temp = _write_temp(self._directory, (write.data,), 0o600, sync=not self._by_syncfs)
+                    self._staged.append((write.name, temp))
+        except BaseException:
+            self.discard()
+            raise
+        del self._staged[: len(placing)]
+        outcomes: dict[str, MiniKmsError | None] = {}
+        for name, temp in placing:
+            if name in skip:
+                _unlink_quietly(self._directory, temp)
+            else:
+                outcomes[name] = self._place(name, temp)
+        try:
+            self._sync()
+        except OSError as error:
+            self.discard()
+            text = "a directory cannot be synced"
+            return {name: outcome or _storage_error(text, error) for name, outcome in outcomes.items()}
+        return outcomes
+
+    def discard(self) -> None:
+        """Drops what is staged."""
+        staged, self._staged = self._staged, []
+        for _, temp in staged:
+            _unlink_quietly(self._directory, temp)
+
+    def _place(self, name: str, temp: str) -> MiniKmsError | None:
+        try:
+            os.rename(temp, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        except OSError as error:
+            _unlink_quietly(self._directory, temp)
+            return _storage_error("a file cannot be put in place", error)
+        return None
+
+    def _sync(self) -> None:
+        if self._by_syncfs:
+            _syncfs(self._directory)
+        else:
+            os.fsync(self._directory)
+            os.fsync(self._durable_first)
 
 
 class GroupCommit:
@@ -264,9 +329,7 @@ class GroupCommit:
                 done.set_exception(outcome)
 
 
-def _write_group(
-    directory: int, writes: Sequence[FileWrite], mode: int, durable_first: int | None = None
-) -> list[MiniKmsError | None]:
+def _write_group(directory: int, writes: Sequence[FileWrite], mode: int) -> list[MiniKmsError | None]:
     for write in writes:
         _check_name(write.name)
     outcomes: list[MiniKmsError | None] = [None] * len(writes)
@@ -278,8 +341,6 @@ def _write_group(
                 temps.append(_write_temp(directory, (write.data,), mode, sync=not by_syncfs))
             if by_syncfs:
                 _syncfs(directory)
-            elif durable_first is not None:
-                os.fsync(durable_first)
         for index, write in enumerate(writes):
             try:
                 _put_in_place(directory, temps[index], write)

@@ -42,7 +42,8 @@ class BackupStore:
     def keep(self, store: DekStore, key_ids: Iterable[str], stamp: str) -> None:
         """Links each key's present file under `stamp`. A key whose very file is kept already is passed over.
 
-        The caller makes `directory_fd` durable before it replaces a file. Raises StorageUnavailableError.
+        A key that is gone is passed over, too. The caller makes `directory_fd` durable before it replaces a file.
+        Raises StorageUnavailableError.
         """
         try:
             for key_id in key_ids:
@@ -61,6 +62,8 @@ class BackupStore:
                 if self._same_content(store, live, name):
                     return
                 continue
+            except FileNotFoundError:
+                return  # destroyed meanwhile
             if self._suffixes is not None:
                 self._suffixes.add(suffix)
             return

@@ -6,8 +6,9 @@ compared before it goes to the disk; a file that another hand changed meanwhile 
 replacement the disk did not confirm is written again, as a fresh file. It must never replace a file that it could not
 read and unwrap.
 
-While a batch is on its way to the disk, the next one is read by another thread, and rewrapped: one thread waits for
-syncs, one for small reads, and the loop's thread, the only one that works with keys, does so between requests.
+Three threads share the work. One reads the next batch; the loop's thread, the only one that works with keys, rewraps
+the one before it between requests; one writes that batch aside and, with the same sync, puts the batch before it in
+place.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from concurrent.futures import Executor
 from typing import Final
 
 from minikms.crypto.aead import scrub_stack
-from minikms.custody.atomic import FileWrite, write_group
+from minikms.custody.atomic import FileWrite, StagedReplacements
 from minikms.custody.dekstore import file_name
 from minikms.custody.indexing import read_files
 from minikms.custody.vault import Vault
@@ -43,6 +44,7 @@ class Rewrapping:
         self._reader = reader
         self._disk = disk
         self._unconfirmed: set[str] = set()
+        self._staged: list[DekRecord] = []
         self.rewrapped = 0
         """Keys done since `begin`."""
 
@@ -53,9 +55,12 @@ class Rewrapping:
 
     async def run_pass(self, rotation: keyring.Rotation) -> int:
         """Over all files; how many were due and can be read. Raises StorageUnavailableError, with a part of it done."""
-        key_ids = self._vault.store.list_ids()
+        vault = self._vault
+        key_ids = vault.store.list_ids()
+        groups = StagedReplacements(vault.store.directory_fd, durable_first=vault.backups.directory_fd)
         found = 0
-        with self._vault.locks.watch() as changed:
+        self._staged = []
+        with vault.locks.watch() as changed:
             reading = self._begin_reading(key_ids, rotation.to_version)
             writing: asyncio.Task[None] | None = None
             try:
@@ -65,12 +70,14 @@ class Rewrapping:
                     found += len(records)
                     if writing is not None:
                         await writing
-                    writing = asyncio.create_task(self._replace(records, changed, rotation.stamp))
+                    writing = asyncio.create_task(self._step(groups, records, changed, rotation.stamp))
                 if writing is not None:
                     await writing
+                    await self._step(groups, [], changed, rotation.stamp)
             finally:
-                # What has begun is waited for, also on the way out of a failure.
+                # What has begun is waited for, also on the way out of a failure; what is only staged is dropped.
                 await asyncio.gather(reading, *([writing] if writing else []), return_exceptions=True)
+                await asyncio.get_running_loop().run_in_executor(self._disk, groups.discard)
         return found
 
     # --- reading -----------------------------------------------------------------------------------------------------
@@ -144,28 +151,34 @@ class Rewrapping:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    async def _replace(self, records: list[DekRecord], changed: set[str], stamp: str) -> None:
-        """Puts the records in place. Raises the first error, once those that the disk did confirm are noted."""
-        async with self._vault.locks.hold([record.id for record in records], announced=False):
-            unchanged = [record for record in records if record.id not in changed]
-            if not unchanged:
-                return
+    async def _step(self, groups: StagedReplacements, records: list[DekRecord], changed: set[str], stamp: str) -> None:
+        """Writes these records aside and puts those of the step before in place. Raises the first error, once those
+        that the disk did confirm are noted.
+        """
+        placing, self._staged = self._staged, records
+        if not placing and not records:
+            return
+        async with self._vault.locks.hold([record.id for record in placing], announced=False):
+            unchanged = {file_name(record.id): record for record in placing if record.id not in changed}
+            skip = {file_name(record.id) for record in placing} - unchanged.keys()
             loop = asyncio.get_running_loop()
-            outcomes = await loop.run_in_executor(self._disk, self._write, unchanged, stamp)
-            for record, outcome in zip(unchanged, outcomes, strict=True):
+            outcomes = await loop.run_in_executor(self._disk, self._write, groups, records, skip, stamp)
+            for name, outcome in outcomes.items():
+                record = unchanged[name]
                 if outcome is None:
                     self._unconfirmed.discard(record.id)
                     self._vault.index.put(record)
                     self.rewrapped += 1
                 else:
                     self._unconfirmed.add(record.id)
-        for outcome in outcomes:
+        for outcome in outcomes.values():
             if outcome is not None:
                 raise outcome
 
-    def _write(self, records: list[DekRecord], stamp: str) -> list[MiniKmsError | None]:
-        """For the disk's thread: backups, then the new files."""
-        store, backups = self._vault.store, self._vault.backups
-        backups.keep(store, (record.id for record in records if record.id not in self._unconfirmed), stamp)
-        writes = [FileWrite(file_name(record.id), dek.encode(record)) for record in records]
-        return write_group(store.directory_fd, writes, durable_first=backups.directory_fd)
+    def _write(
+        self, groups: StagedReplacements, records: list[DekRecord], skip: set[str], stamp: str
+    ) -> dict[str, MiniKmsError | None]:
+        """For the disk's thread: backups of these records' files, then the step."""
+        replaced = (record.id for record in records if record.id not in self._unconfirmed)
+        self._vault.backups.keep(self._vault.store, replaced, stamp)
+        return groups.step([FileWrite(file_name(record.id), dek.encode(record)) for record in records], skip=skip)

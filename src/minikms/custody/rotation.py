@@ -154,8 +154,8 @@ class KekRotation:
                 await self._vault.wraps.drained(rotation.from_version)
                 await self._rewrap_all(rotation)
                 await self._vault.keyring.change(lambda body: keyring.promote(body, at=self._vault.now()))
-            except MiniKmsError as error:
-                self.last_error = str(error)
+            except Exception as error:  # noqa: BLE001  a rotation that has begun must end, whatever went wrong
+                self.last_error = str(error) if isinstance(error, MiniKmsError) else f"defect: {type(error).__name__}"
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, RETRY_SECONDS_MAX)
                 continue
