@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from disk_faults import failing
 
-from minikms.custody import atomic
+from minikms.custody import atomic, syncfs
 from minikms.custody.atomic import (
     FileWrite,
     create_file_exclusive,
@@ -251,18 +251,18 @@ def test_syncfs_is_not_trusted_on_old_kernels_or_foreign_file_systems(
     for release, trusted in (("5.4.0-generic", False), ("5.16.20", False), ("5.17.0", True), ("6.1.0-13", True)):
         fake = os.uname_result((real[0], real[1], release, real[3], real[4]))
         monkeypatch.setattr(os, "uname", lambda fake=fake: fake)
-        atomic._syncfs_is_strict.cache_clear()
-        assert atomic._syncfs_is_strict() is trusted
+        syncfs.is_strict.cache_clear()
+        assert syncfs.is_strict() is trusted
     monkeypatch.undo()
-    atomic._syncfs_is_strict.cache_clear()
+    syncfs.is_strict.cache_clear()
     proc = open_directory("/proc")
-    assert atomic._syncfs_reports(proc) is False
+    assert syncfs.reports(proc) is False
     os.close(proc)
 
 
 def test_a_failing_syncfs_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError) as refused:
-        atomic._syncfs(-1)
+        syncfs.syncfs(-1)
     assert refused.value.errno == errno.EBADF
 
 

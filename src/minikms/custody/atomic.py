@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import functools
 import itertools
 import os
 import re
@@ -34,6 +32,8 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Final, NamedTuple
 
+from minikms.custody.syncfs import reports as _syncfs_reports
+from minikms.custody.syncfs import syncfs as _syncfs
 from minikms.errors import ConflictError, InvalidRequestError, MiniKmsError, StorageUnavailableError
 
 TEMP_PREFIX: Final = ".tmp-"
@@ -46,10 +46,6 @@ WRITES_WAITING_MAX: Final = 16_384
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
 _PROCESS_TEMP_PREFIX: Final = f"{TEMP_PREFIX}{secrets.token_hex(8)}-"
 _temp_numbers: Final = itertools.count()
-
-_SYNCFS_LINUX_MIN: Final = (5, 17)
-# linux/magic.h: ext4, XFS, Btrfs, F2FS, tmpfs
-_SYNCFS_FILE_SYSTEMS: Final = frozenset({0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994})
 
 
 class FileWrite(NamedTuple):
@@ -431,31 +427,3 @@ def _refusing(text: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageUnavailableError(text) from error
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
-@functools.cache
-def _syncfs_is_strict() -> bool:
-    """Whether this kernel's `syncfs` exists and reports every failure."""
-    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    if os.uname().sysname != "Linux" or release is None:
-        return False
-    return (int(release[1]), int(release[2])) >= _SYNCFS_LINUX_MIN and hasattr(_libc(), "syncfs")
-
-
-def _syncfs_reports(directory: int) -> bool:
-    if not _syncfs_is_strict():
-        return False
-    # struct statfs begins with the file system's magic number, a long; 256 bytes hold it on every platform.
-    buffer = (ctypes.c_long * 32)()
-    return _libc().fstatfs(directory, buffer) == 0 and buffer[0] in _SYNCFS_FILE_SYSTEMS
-
-
-def _syncfs(directory: int) -> None:
-    if _libc().syncfs(directory) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
