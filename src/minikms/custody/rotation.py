@@ -14,8 +14,9 @@ been proved is `minikms.lifecycle`'s to say.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Final, NamedTuple
 
 from minikms.crypto.aead import scrub_stack
@@ -41,8 +42,16 @@ class Begun(NamedTuple):
 class KekRotation:
     """The rotation of this data directory, if one runs. Lives in the loop's thread."""
 
-    def __init__(self, vault: Vault, rewrapping: Rewrapping) -> None:
+    def __init__(
+        self,
+        vault: Vault,
+        rewrapping: Rewrapping,
+        *,
+        together: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        """`together` is held around the long part, in which the loop's thread and the workers take turns."""
         self._vault = vault
+        self._together = together
         self._rewrapping = rewrapping
         self._starting = asyncio.Lock()
         self.last_error = ""
@@ -152,7 +161,8 @@ class KekRotation:
         while (rotation := self.running) is not None:
             try:
                 await self._vault.wraps.drained(rotation.from_version)
-                await self._rewrap_all(rotation)
+                with self._together():
+                    await self._rewrap_all(rotation)
                 await self._vault.keyring.change(lambda body: keyring.promote(body, at=self._vault.now()))
             except Exception as error:  # noqa: BLE001  a rotation that has begun must end, whatever went wrong
                 self.last_error = str(error) if isinstance(error, MiniKmsError) else f"defect: {type(error).__name__}"

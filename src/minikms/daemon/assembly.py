@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +40,7 @@ from minikms.daemon.application import Application, Session
 from minikms.daemon.auditing import TurnAudit
 from minikms.daemon.epochs import highest_epoch
 from minikms.daemon.http import HttpServer
+from minikms.daemon.onecpu import on_one_cpu
 from minikms.daemon.settings import Settings
 from minikms.daemon.statuspage import StatusPage
 from minikms.errors import StartError
@@ -146,7 +149,11 @@ class Assembly:
             forwarder=None if settings.audit_copy is None else FileForwarder(settings.audit_copy),
         )
         self.indexing = Indexing(self.vault, workers.reader)
-        rotation = KekRotation(self.vault, Rewrapping(self.vault, reader=workers.reader, disk=workers.disk))
+        rotation = KekRotation(
+            self.vault,
+            Rewrapping(self.vault, reader=workers.reader, disk=workers.disk),
+            together=_one_cpu_for(workers.reader, workers.disk),
+        )
         self.keks = KekVerbs(
             vault=self.vault,
             audit=self.audit,
@@ -210,6 +217,12 @@ class Assembly:
             self.store.close()
             self.backups.close()
             scrub_stack()
+
+
+def _one_cpu_for(*workers: ThreadPoolExecutor) -> Callable[[], AbstractContextManager[None]]:
+    """For this thread and those of the workers."""
+    thread_ids = [threading.get_native_id(), *(worker.submit(threading.get_native_id).result() for worker in workers)]
+    return lambda: on_one_cpu(thread_ids)
 
 
 def _open_log(settings: Settings, opened: Opened) -> AuditLog:

@@ -45,7 +45,7 @@ KEYRING_SLOTS: Final = 256
 """Arena slots beside the cached DEKs: two keyring keys, 64 KEK versions, 64 pairs of audit keys, keys being made."""
 GC_THRESHOLDS: Final = (100_000, 20, 50)
 """Almost nothing here makes cycles; with the default, collections cost a tenth of the daemon's time under load."""
-SWITCH_SECONDS: Final = 0.0001
+SWITCH_SECONDS: Final = 0.001
 """How long a thread keeps the interpreter that another waits for; Python's default is 5 ms. Worker threads make many
 short calls: with the default each of them waits so long for its turn again under load.
 """
