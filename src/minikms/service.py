@@ -11,7 +11,6 @@ where a key's use lease has to reach the disk first.
 
 from __future__ import annotations
 
-import binascii
 import contextlib
 from collections.abc import Awaitable, Iterable, Sequence
 from typing import Final, Protocol
@@ -23,7 +22,7 @@ from msgspec import UNSET, UnsetType
 
 from minikms import api
 from minikms.audit import Event
-from minikms.base64 import decode_canonical
+from minikms.base64 import decode_canonical, encode
 from minikms.crypto.aead import NONCE_BYTES, OVERHEAD_BYTES, scrub_stack
 from minikms.custody.leases import UseLease
 from minikms.custody.vault import OpenDek, Vault
@@ -39,7 +38,6 @@ from minikms.policy import Principal
 
 CIPHERTEXT_BYTES_MAX: Final = api.PLAINTEXT_BYTES_MAX + OVERHEAD_BYTES
 
-_b64 = binascii.b2a_base64
 _encoder = msgspec.json.Encoder()
 
 
@@ -117,7 +115,7 @@ class KeyService(Verbs):
             self._refused(event, error)
             raise
         self._audit.add(event)
-        return b'{"ciphertext":"' + _b64(sealed, newline=False) + b'"}'
+        return b'{"ciphertext":"' + encode(sealed) + b'"}'
 
     async def _encrypt_later(self, opened: OpenDek, plaintext: bytes, aad: bytes, event: Event) -> bytes:
         """The same once the key's lease is durable. The key is looked up again: it may have been retired meanwhile."""
@@ -134,7 +132,7 @@ class KeyService(Verbs):
             await self._refused_later(event, error)
             raise
         await self._audit.add_written(event, durable=False)
-        return b'{"ciphertext":"' + _b64(sealed, newline=False) + b'"}'
+        return b'{"ciphertext":"' + encode(sealed) + b'"}'
 
     def decrypt(self, who: Principal, item: api.DecryptItem, request_id: str) -> bytes:
         """The plaintext of one ciphertext. Role: decrypt."""
@@ -149,7 +147,7 @@ class KeyService(Verbs):
             self._refused(event, error)
             raise
         self._audit.add(event)
-        return b'{"plaintext":"' + _b64(plaintext, newline=False) + b'"}'
+        return b'{"plaintext":"' + encode(plaintext) + b'"}'
 
     def encrypt_batch(
         self, who: Principal, request: api.EncryptBatchRequest, request_id: str
@@ -202,9 +200,7 @@ class KeyService(Verbs):
                 if not opened.lease.take(1):
                     raise StorageUnavailableError("the key's uses are being reserved; try again")
                 nonce = next_nonce()
-                parts.append(
-                    b'{"ciphertext":"' + _b64(nonce + cipher.encrypt(nonce, plaintext, aad), newline=False) + b'"}'
-                )
+                parts.append(b'{"ciphertext":"' + encode(nonce + cipher.encrypt(nonce, plaintext, aad)) + b'"}')
             except MiniKmsError as error:
                 failed += 1
                 parts.append(_item_error(error))
@@ -230,7 +226,7 @@ class KeyService(Verbs):
                     opened.check_thread(item.thread_id)
                 sealed = _sealed(item.ciphertext)
                 plaintext = _decrypt(cipher, sealed, record_aad(opened, item.aad))
-                parts.append(b'{"plaintext":"' + _b64(plaintext, newline=False) + b'"}')
+                parts.append(b'{"plaintext":"' + encode(plaintext) + b'"}')
             except MiniKmsError as error:
                 failed += 1
                 parts.append(_item_error(error))
@@ -292,7 +288,7 @@ class KeyService(Verbs):
                     raise StorageUnavailableError("the key's uses are being reserved; try again")
                 nonce = self._vault.nonces.next()
                 sealed = nonce + sealing.encrypt(nonce, plaintext, record_aad(target, item.aad))
-                parts.append(b'{"ciphertext":"' + _b64(sealed, newline=False) + b'"}')
+                parts.append(b'{"ciphertext":"' + encode(sealed) + b'"}')
             except MiniKmsError as error:
                 failed += 1
                 parts.append(_item_error(error))

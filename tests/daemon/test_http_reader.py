@@ -151,3 +151,70 @@ def test_input_that_waits_for_its_turn_is_kept_as_it_is() -> None:
     assert parsed is not None
     assert (parsed[0].path, bytes(parsed[1])) == ("/3", b"c" * 100)
     reader.discard()
+
+
+def shortcut(reader: RequestReader, data: bytes) -> tuple[str, str, bytes] | None:
+    """What `only_request` makes of `data`; with its bytes taken as used if it made anything of it."""
+    room = reader.room()
+    room[: len(data)] = data
+    only = reader.only_request(len(data))
+    if only is None:
+        return None
+    head, body = only
+    found = (head.method, head.path, bytes(body))
+    body.release()
+    reader.used(len(data))
+    return found
+
+
+def the_long_way(reader: RequestReader, data: bytes) -> None:
+    """One whole request by `next`, after which its head is known."""
+    reader.room()[: len(data)] = data
+    reader.received(len(data))
+    assert reader.next() is not None
+    reader.settle()
+
+
+ALIKE = (
+    post("/aa", b"12345"),
+    post("/aa", b"\r\n\r\n5"),
+    post("/ab", b"12345"),  # another head as long
+    post("/aa", b"1234567890"),  # another length
+    post("/aa", b"123456789"),
+    get("/aa"),
+    get("/ab"),
+)
+
+
+@given(order=st.lists(st.sampled_from(ALIKE), max_size=12))
+def test_the_shortcut_for_known_heads_means_the_same_in_any_order(order: list[bytes]) -> None:
+    shared = Shared(LIMITS)
+    reader = RequestReader(shared)
+    for data in ALIKE:
+        the_long_way(reader, data)
+    for data in order:
+        assert [shortcut(reader, data)] == read_requests(Shared(LIMITS), data)[:-1]
+    shared.wipe()
+    assert not any(shared.data)
+
+
+@pytest.mark.parametrize(
+    "data", [ALIKE[0] + b"x", ALIKE[0] + ALIKE[0], ALIKE[0][:-1], ALIKE[0][:-5], b"POST", b"\r\n\r\n"]
+)
+def test_the_shortcut_leaves_what_is_not_just_one_known_request_to_the_long_way(data: bytes) -> None:
+    reader = RequestReader(Shared(LIMITS))
+    the_long_way(reader, ALIKE[0])
+    assert shortcut(reader, ALIKE[0]) is not None
+    assert shortcut(reader, data) is None
+
+
+def test_a_turns_used_requests_are_zeroed_together_up_to_the_longest() -> None:
+    shared = Shared(LIMITS)
+    reader = RequestReader(shared)
+    long, short = ALIKE[3], ALIKE[0]
+    for data in (long, short):
+        the_long_way(reader, data)
+        assert shortcut(reader, data) is not None
+    assert any(shared.data)
+    shared.wipe()
+    assert not any(shared.data)

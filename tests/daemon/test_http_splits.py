@@ -93,8 +93,8 @@ def test_bytes_that_come_one_at_a_time_get_the_same_answer(name: str) -> None:
     run(check())
 
 
-def test_received_bytes_are_zeroed_after_every_callback() -> None:
-    """The shared buffer is zero at any time that is not inside a callback, whatever was sent."""
+def test_received_bytes_are_zeroed_when_the_turn_ends() -> None:
+    """The shared buffer is zero at any time that is not inside a turn, whatever was sent."""
 
     async def check() -> None:
         async with serving() as running:

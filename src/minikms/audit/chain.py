@@ -8,7 +8,8 @@ what their signatures cover. Rules:
    bytes without `facts.signature`. Its facts bind the log's id, the MAC of the line before, and the SHA-256 of all
    lines from the signed line before it (or the file's first line) up to the line before it: who has only the public
    key needs nothing else.
-3. The MAC is one-shot, its key a view into the arena: a kept HMAC object would hold midstates that forge.
+3. The MAC's key is a view into the arena. An HMAC object holds midstates that forge, so none outlives a call of `seal`
+   (OpenSSL clears it when it is dropped).
 
 It must never do I/O, read a clock or keep a key.
 """
@@ -23,15 +24,23 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.hmac import HMAC
 
 from minikms.audit import record
 from minikms.audit.record import ACTOR_SELF, LINE_BYTES_MAX, Event, Facts, Head, encode_event
+from minikms.base64 import encode as b64encode
 
 if TYPE_CHECKING:
     from minikms.audit.signer import AuditKey
 
 SIGNED_LABEL: Final = b"minikms/audit/signed-line/v1\x00"
 LOG_ID_BYTES: Final = 16
+
+_SHA256: Final = SHA256()
+_LINE_BEGIN: Final = record.LINE_PREFIX
+_LINE_SIG: Final = record.LINE_MIDDLE
+_LINE_END: Final = record.LINE_SUFFIX + b"\n"
 
 
 def mac(audit_key: memoryview, previous_sig: bytes, event_bytes: bytes) -> bytes:
@@ -61,18 +70,24 @@ def _longest_line(blob: bytes) -> int:
 
 
 def _seal(events: Sequence[Event], head: Head, audit_key: memoryview, ts: int) -> tuple[bytes, Head]:
-    """The hot path: one call per event-loop turn, about 2 µs per event, most of it the HMAC."""
-    encode, digest, base64 = encode_event, hmac.digest, binascii.b2a_base64
+    """The hot path: one call per event-loop turn, some 1.3 µs per event, half of it the HMAC.
+
+    A copy of an HMAC object and its use cost 0.7 µs, a one-shot MAC 1.6.
+    """
+    encode, base64 = encode_event, b64encode
+    keyed = HMAC(audit_key, _SHA256)
     seq, sig = head.seq, head.sig
-    lines = []
+    parts: list[bytes] = []
     for event in events:
         seq += 1
         event.seq = seq
         event.ts = ts
         event_bytes = encode(event)
-        sig = digest(audit_key, sig + event_bytes, "sha256")
-        lines.append(b'{"event":%b,"sig":"%b"}\n' % (event_bytes, base64(sig, newline=False)))
-    return b"".join(lines), Head(seq, sig)
+        mac_of_line = keyed.copy()
+        mac_of_line.update(sig + event_bytes)
+        sig = mac_of_line.finalize()
+        parts += (_LINE_BEGIN, event_bytes, _LINE_SIG, base64(sig), _LINE_END)
+    return b"".join(parts), Head(seq, sig)
 
 
 class Coverage:

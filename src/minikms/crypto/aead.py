@@ -22,7 +22,7 @@ NONCE_BYTES: Final = 12
 TAG_BYTES: Final = 16
 OVERHEAD_BYTES: Final = NONCE_BYTES + TAG_BYTES
 
-_NONCE_POOL_BYTES: Final = NONCE_BYTES * 512
+_NONCE_POOL_COUNT: Final = 512
 _ZERO_KEY: Final = bytes(KEY_BYTES)
 _ZERO_NONCE: Final = bytes(NONCE_BYTES)
 _ZERO_TEXT: Final = bytes(4 * 16)
@@ -35,19 +35,16 @@ class NonceSource:
     with a forked child, which would repeat it; the daemon never forks.
     """
 
-    __slots__ = ("_offset", "_pool")
+    __slots__ = ("_pool",)
 
     def __init__(self) -> None:
-        self._pool = b""
-        self._offset = 0
+        self._pool: list[bytes] = []
 
     def next(self) -> bytes:
-        offset = self._offset
-        if offset >= len(self._pool):
-            self._pool = os.urandom(_NONCE_POOL_BYTES)
-            offset = 0
-        self._offset = offset + NONCE_BYTES
-        return self._pool[offset : offset + NONCE_BYTES]
+        if not self._pool:
+            drawn = os.urandom(NONCE_BYTES * _NONCE_POOL_COUNT)
+            self._pool = [drawn[start : start + NONCE_BYTES] for start in range(0, len(drawn), NONCE_BYTES)]
+        return self._pool.pop()
 
 
 def seal(key: memoryview, nonce: bytes, plaintext: bytes | memoryview, aad: bytes) -> bytes:

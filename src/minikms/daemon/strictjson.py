@@ -37,9 +37,12 @@ def decode(decoder: msgspec.json.Decoder[T], body: memoryview | bytes) -> T:
         raise InvalidRequestError("The body is not valid UTF-8.") from None
     except RecursionError:
         raise InvalidRequestError("The body is nested too deeply.") from None
+    # As below, for the bodies of most requests: required strings only, or a few optional ones.
     flat = _flat_structs.get(type(value))
-    if flat is not None and text.count(b'"') == 4 * (flat.fields_count - flat.optional(value).count(UNSET)):
-        return value  # as below, for the bodies of most requests
+    if flat is not None:
+        quotes = text.count(b'"')
+        if quotes == flat.quotes_min or quotes == 4 * (flat.fields_count - flat.optional(value).count(UNSET)):
+            return value
     # In valid JSON every string has two quotes that are not escaped, and in `value` every key and string is counted
     # once; a repeated key leaves strings over. This costs a search of the body instead of a second parser.
     if _quotes(text) != 2 * _strings(value):
@@ -90,10 +93,11 @@ def _column_strings(items: list[msgspec.Struct]) -> int:
 
 
 class _Flat(NamedTuple):
-    """A struct of strings only: how many fields, and a getter of all optional ones at once."""
+    """A struct of strings only: how many fields, a getter of all optional ones at once, and the quotes without them."""
 
     fields_count: int
     optional: Callable[[object], tuple[object, ...]]
+    quotes_min: int
 
 
 _flat_structs: Final[dict[type, _Flat]] = {}
@@ -123,7 +127,7 @@ def _shape(struct: type[msgspec.Struct]) -> _Shape:
     optional = [field.name for field in fields if field.default is UNSET]
     flat = all(_is_string(field.type) for field in info.fields)
     if flat and len(optional) > 1:  # of one name, attrgetter makes no tuple
-        _flat_structs[struct] = _Flat(len(fields), attrgetter(*optional))
+        _flat_structs[struct] = _Flat(len(fields), attrgetter(*optional), 4 * (len(fields) - len(optional)))
     return _Shape(
         fields_count=len(fields),
         optional=tuple(attrgetter(name) for name in optional),

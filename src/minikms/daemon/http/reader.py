@@ -4,7 +4,8 @@ Owns: the bytes of a connection that are not yet a whole request. Rules:
 - Bytes are received into the one buffer that all connections share and used there, in place. Only the rest that does
   not make a whole request is carried over, in a block of this reader, which then receives the next bytes directly.
 - The body that `next` returns is a view of that memory: never a copy, except for a chunked body, which is decoded.
-- Every byte is zeroed once it has been used or refused, at the latest in `settle` or `discard`.
+- Every byte is zeroed once it has been used or refused: in `settle` or `discard`, or, for what `only_request` gave, at
+  the end of the turn in `Shared.wipe`.
 - After a `RefusedError` only `discard` may be called: where the next request begins is no longer certain.
 Pure: no socket, no clock. It must never decide what a refusal leads to.
 
@@ -36,9 +37,9 @@ class Phase(IntEnum):
 
 
 class Shared:
-    """What the readers of one server have in common. `view` is all zero between two callbacks of the event loop."""
+    """What the readers of one server have in common. `view` is all zero between two turns of the event loop."""
 
-    __slots__ = ("budget", "data", "limits", "memo", "view", "zeros")
+    __slots__ = ("budget", "data", "limits", "memo", "used_bytes", "view", "zeros")
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -47,12 +48,32 @@ class Shared:
         self.data = bytearray(limits.receive_buffer_bytes)
         self.view = memoryview(self.data)
         self.zeros = memoryview(bytes(limits.receive_buffer_bytes))
+        self.used_bytes = 0
+        """How far `view` holds requests that were used in this turn."""
+
+    def wipe(self) -> None:
+        """To be called at the end of every turn in which `RequestReader.used` was."""
+        self.view[: self.used_bytes] = self.zeros[: self.used_bytes]
+        self.used_bytes = 0
 
 
 class RequestReader:
     """Turns the bytes of one connection into whole requests."""
 
-    __slots__ = ("_carry", "_chunks", "_data", "_end", "_memo_get", "_position", "_shared", "_view", "head")
+    __slots__ = (
+        "_carry",
+        "_chunks",
+        "_data",
+        "_end",
+        "_last",
+        "_last_bytes",
+        "_last_raw",
+        "_memo_get",
+        "_position",
+        "_shared",
+        "_view",
+        "head",
+    )
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
@@ -63,6 +84,10 @@ class RequestReader:
         self._memo_get = shared.memo.get
         self._position = 0
         self._end = 0
+        # What `only_request` gave last: how many bytes it was, its head as it came, and parsed.
+        self._last_bytes = 0
+        self._last_raw = b""
+        self._last: ParsedHead | None = None
         self.head: ParsedHead | None = None
         """The head of the request whose body is being received."""
 
@@ -99,10 +124,15 @@ class RequestReader:
         """
         if self._carry is not None or self.head is not None:
             return None  # these bytes go on with a request that has begun, whatever they look like
+        head = self._last
+        if head is not None and count == self._last_bytes and self._data.startswith(self._last_raw):
+            return head, self._view[len(self._last_raw) : count]
         stop = self._data.find(b"\r\n\r\n", 0, count) + 4
-        head = self._memo_get(bytes(self._view[:stop]))
+        raw = bytes(self._view[:stop])
+        head = self._memo_get(raw)
         if head is None or head.chunked or stop + head.content_length != count:
             return None
+        self._last, self._last_raw, self._last_bytes = head, raw, count
         return head, self._view[stop:count]
 
     def next(self) -> tuple[ParsedHead, memoryview] | None:
@@ -133,8 +163,9 @@ class RequestReader:
         return head, self._view[position:stop]
 
     def used(self, count: int) -> None:
-        """Zero the request that `only_request` gave."""
-        self._view[:count] = self._shared.zeros[:count]
+        """The request that `only_request` gave was handed on: it is zeroed when the turn ends."""
+        shared = self._shared
+        shared.used_bytes = max(shared.used_bytes, count)
 
     def settle(self) -> None:
         """Zero what has been used and carry the rest over. Raises `RefusedError` when there is no memory for it."""

@@ -162,6 +162,7 @@ class HttpServer(Generic[S]):
 
     def watch(self, awaitable: Awaitable[bytes | Response], connection: Connection[S], head: ParsedHead) -> None:
         """Wait for an answer on behalf of a connection."""
+        self._schedule_turn()  # without its answer, this turn has its input to forget all the same
         task = asyncio.ensure_future(awaitable, loop=self.loop)
         self._tasks.add(task)
 
@@ -199,6 +200,7 @@ class HttpServer(Generic[S]):
         turn = self._turn
         self._turn = []
         self._turn_scheduled = False
+        self.shared.wipe()
         try:
             committed = self.app.commit()
         except Exception as error:  # noqa: BLE001 - an audit that raises is an audit that was not written
