@@ -36,6 +36,8 @@ TURNS = 30
 class OneKeyProvider:
     """One key for all threads: the key service's own growth is measured elsewhere."""
 
+    encrypts = True
+
     def __init__(self) -> None:
         self._cipher = AESGCM(AESGCM.generate_key(256))
 

@@ -33,10 +33,10 @@ from progressdb_server.kms.child import ChildOptions
 from progressdb_server.kms.provider import Provider
 from progressdb_server.kms.remote import RemoteProvider
 from progressdb_server.kms.supervisor import Supervisor, SupervisorError
+from progressdb_server.store import form
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineLockedError, EngineUnavailableError
 from progressdb_server.store.epoch import RestoredError
-from progressdb_server.store.form import FormatError
 from progressdb_server.store.model import StoreUnavailableError
 from progressdb_server.store.rocks import RocksEngine
 
@@ -90,20 +90,26 @@ def child_options(config: Config, master_key_fd: int | None) -> ChildOptions:
     )
 
 
-def run(config: Config, master_key_fd: int | None, *, accept_restore: bool = False) -> None:
-    """Serve until SIGTERM or SIGINT. `accept_restore`: also with an older state of the key service.
+def run(config: Config, master_key_fd: int | None, *, accept_restore: bool = False, encrypting: bool = True) -> None:
+    """Serve until SIGTERM or SIGINT. `accept_restore`: also with an older state of the key service. Not `encrypting`:
+    for a benchmark, and refused unless all says so (unencrypted.py).
 
     Raises ConfigError, ServeError when it can't start.
     """
     logs.configure(config.logging.format, config.logging.level)
     check_tls(config.server.tls)
-    check_key_source(config, has_master_key=master_key_fd is not None)
+    if encrypting:
+        check_key_source(config, has_master_key=master_key_fd is not None)
+    else:
+        from progressdb_server import unencrypted  # in no other server process
+
+        unencrypted.check_allowed(config, os.environ, has_master_key=master_key_fd is not None)
     raise_descriptor_limit()
     os.umask(0o077)
-    uvloop.run(_serve(config, master_key_fd, accept_restore))
+    uvloop.run(_serve(config, master_key_fd, accept_restore, encrypting))
 
 
-async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool) -> None:
+async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool, encrypting: bool) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in _STOPPING:
@@ -111,7 +117,8 @@ async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool
     async with AsyncExitStack() as started:
         listener = bind(config.server.address, config.server.port)
         started.callback(listener.close)
-        opened = await _unless_stopped(stop, _open_store(config, master_key_fd, accept_restore, started))
+        opening = _open_store(config, master_key_fd, accept_restore, encrypting, started)
+        opened = await _unless_stopped(stop, opening)
         if opened is None:
             return
         store, provider = opened
@@ -153,7 +160,7 @@ async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, Opened]
 
 
 async def _open_store(
-    config: Config, master_key_fd: int | None, accept_restore: bool, started: AsyncExitStack
+    config: Config, master_key_fd: int | None, accept_restore: bool, encrypting: bool, started: AsyncExitStack
 ) -> tuple[Conversations, Provider]:
     """The key service, then the store; each is closed by `started`. Raises ServeError."""
     try:
@@ -165,12 +172,13 @@ async def _open_store(
         raise ServeError(str(error)) from None
     opened = False
     try:
-        provider = await _open_provider(config, master_key_fd, started)
+        form.claim(engine, encrypted=encrypting)  # before a key service is started for a store that is refused
+        provider = await _open_provider(config, master_key_fd, encrypting, started)
         store = Conversations(engine, provider)
         opened = True
     except SupervisorError as error:
         raise ServeError(str(error)) from None
-    except FormatError as error:
+    except form.FormatError as error:
         raise ServeError(str(error)) from None
     finally:
         if not opened:
@@ -183,10 +191,17 @@ async def _open_store(
     return store, provider
 
 
-async def _open_provider(config: Config, master_key_fd: int | None, started: AsyncExitStack) -> Provider:
+async def _open_provider(
+    config: Config, master_key_fd: int | None, encrypting: bool, started: AsyncExitStack
+) -> Provider:
     """Raises SupervisorError and ServeError."""
     provider: Provider
-    if config.kms.provider == "local":
+    if not encrypting:
+        from progressdb_server import unencrypted
+
+        _log.warning("NOTHING IS ENCRYPTED: every message is stored in plaintext; for a benchmark only")
+        provider = unencrypted.UnencryptedProvider()
+    elif config.kms.provider == "local":
         from progressdb_server.kms import local  # the key service's own code is in no other server process
 
         _log.warning("the keys are in this process: for development only")

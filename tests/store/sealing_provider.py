@@ -19,6 +19,8 @@ from progressdb_server.kms.provider import KeyHandle, Open, ProviderRefusedError
 
 
 class SealingProvider:
+    encrypts = True
+
     def __init__(self) -> None:
         self.keys: dict[str, tuple[str, AESGCM]] = {}
         self.retired: set[str] = set()

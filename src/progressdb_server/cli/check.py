@@ -30,6 +30,8 @@ def check(config: Config, *, repairing: bool, as_json: bool) -> int:
     try:
         fixed = _repaired(config) if repairing else []
         reader = RocksReader(str(config.store_dir))
+    except form.FormatError as error:
+        raise CheckError(str(error)) from None
     except EngineLockedError:
         raise CheckError("the server has the store open: stop it for a repair, or check without --repair") from None
     except EngineUnavailableError as error:
@@ -57,6 +59,7 @@ def check(config: Config, *, repairing: bool, as_json: bool) -> int:
 def _repaired(config: Config) -> list[Finding]:
     engine = RocksEngine(str(config.store_dir))
     try:
+        form.check(engine)
         fixed, _ = asyncio.run(repair(engine))
         return fixed
     finally:

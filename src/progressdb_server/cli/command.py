@@ -10,7 +10,7 @@ import os
 import sys
 from difflib import get_close_matches
 from importlib import metadata
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from cyclopts import App, Parameter
 
@@ -35,6 +35,13 @@ Dev = Annotated[
 AcceptRestore = Annotated[
     bool,
     Parameter(help="Serve although the key service's data is older than what the store has seen.", negative=()),
+]
+NoKms = Annotated[
+    Literal["none"] | None,
+    Parameter(
+        name="--kms",
+        help="`none` stores everything in plaintext, to measure against; refused outside benchmarks.",
+    ),
 ]
 LogFormat = Annotated[str | None, Parameter(help="console or json [PROGRESSDB_LOG_FORMAT].")]
 
@@ -95,6 +102,7 @@ def application(master_key_fd: int | None) -> App:
         dev: Dev = None,
         log_format: LogFormat = None,
         accept_restore: AcceptRestore = False,
+        kms: NoKms = None,
     ) -> int:
         """Serve the HTTP API until SIGTERM."""
         from progressdb_server import server
@@ -111,6 +119,7 @@ def application(master_key_fd: int | None) -> App:
                 ).config,
                 master_key_fd,
                 accept_restore=accept_restore,
+                encrypting=kms is None,
             )
         except (ConfigError, server.ServeError) as error:
             return _refused(error)

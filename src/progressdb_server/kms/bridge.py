@@ -77,6 +77,8 @@ class KeyClient(Protocol):
 class ClientProvider:
     """Implements Provider on a KeyClient, which it closes. Used in one event loop."""
 
+    encrypts: Final = True
+
     def __init__(self, client: KeyClient) -> None:
         self._client = client
 

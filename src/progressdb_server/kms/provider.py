@@ -58,6 +58,11 @@ class Open(NamedTuple):
 
 
 class Provider(Protocol):
+    @property
+    def encrypts(self) -> bool:
+        """False only for the one that seals nothing, whose stores are marked (progressdb_server/unencrypted.py)."""
+        ...
+
     async def create_dek_for_thread(
         self, thread_id: str, *, replaces: str | None = None, request_id: str = ""
     ) -> KeyHandle:

@@ -74,6 +74,10 @@ def create(engine: Engine, path: str, *, created_ns: int, previous: str | None =
     Blocks for as long as the copying takes: call it in a worker thread. Raises BackupError, EngineUnavailableError.
     """
     known: dict[str, File] = {}
+    try:
+        form.check(engine)
+    except form.FormatError as error:
+        raise BackupError(str(error)) from error
     if previous is not None:
         known = {file.name: file for file in read_manifest(previous).files}
     staging = os.path.join(path, "checkpoint")

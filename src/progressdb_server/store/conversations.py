@@ -47,8 +47,9 @@ class Conversations:
     """See `store.model.ConversationStore`. Open it in the event loop that uses it."""
 
     def __init__(self, engine: Engine, provider: Provider, *, now_ns: Callable[[], int] = time.time_ns) -> None:
-        """Raises FormatError when the directory was written by a newer version; StoreUnavailableError."""
-        form.claim(engine)
+        """Raises FormatError when the directory was written by a newer version, or encrypted where the provider does
+        not encrypt, or the other way round; StoreUnavailableError."""
+        form.claim(engine, encrypted=provider.encrypts)
         self.engine = engine
         self.metrics = StoreMetrics()
         self._clock = Clock(now_ns)
