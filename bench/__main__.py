@@ -15,6 +15,7 @@ BENCHES: dict[str, Callable[[], list[Row]]] = {
     "encrypt": encrypt.encrypt,
     "encrypt_batch": encrypt.encrypt_batch,
     "append": messages.append,
+    "append_added": messages.append_added,
     "list": messages.listing,
     "kek_rotation": kek_rotation.rotation,
     "dek_rotation": dek_rotation.rotation,

@@ -1,4 +1,4 @@
-"""Messages through the server: durable encrypted appends, and reading a conversation back.
+"""Messages through the server: durable encrypted appends, what of their time is encryption, and reading back.
 
 The server, the key service that it spawns and the load generator share the machine's cores, as the budget says.
 """
@@ -25,6 +25,11 @@ APPEND_SECONDS = 5.0
 WARM_UP_SECONDS = 1.0
 """The seconds are for the generator in Python, the requests for h2load."""
 
+ADDED_TURNS = 7
+ADDED_REQUESTS = 12_000
+ADDED_SECONDS = 1.5
+"""Of each turn, with encryption and without."""
+
 LIST_MESSAGES = 1000
 LIST_TURNS = 50
 SETUP_CONNECTIONS = 20
@@ -41,9 +46,7 @@ def append() -> list[Row]:
         appends = _appends_of_h2load if h2load.installed() else _appends_of_python
         rates, latencies_ms, generator = appends(address, threads, directory)
         acknowledged = len(latencies_ms)
-        stored = sum(len(_messages(connection, thread)) for thread in threads)
-        if stored != acknowledged:
-            raise BenchError(f"{acknowledged} appends were acknowledged, {stored} messages are there")
+        _check_stored(connection, threads, acknowledged)
     measured_ms = sorted(latencies_ms)
     half, most = figure(statistics.median(measured_ms)), figure(measured_ms[len(measured_ms) * 99 // 100])
     note = f"median of {len(rates)} turns under {generator}; half answered in {half} ms, 99 % in {most} ms"
@@ -51,19 +54,70 @@ def append() -> list[Row]:
     return [Row(what, statistics.median(rates), "requests/s", 9_000, 16_000, note=note)]
 
 
+def append_added() -> list[Row]:
+    """Milliseconds that encryption adds to the median append: the same load against a server with and one without it.
+
+    They take turns, so that what else the machine does meets both; each turn is compared with the one beside it.
+    """
+    with (
+        programs.workplace() as directory,
+        programs.progressdb(directory) as encrypting,
+        programs.progressdb(directory, encrypting=False) as bare,
+        Connection(encrypting) as to_encrypting,
+        Connection(bare) as to_bare,
+    ):
+        connections = {encrypting: to_encrypting, bare: to_bare}
+        threads = {address: [_new_thread(each, n) for n in range(CONNECTIONS)] for address, each in connections.items()}
+        acknowledged = dict.fromkeys(connections, 0)
+        medians_ms: dict[tuple[str, int], list[float]] = {address: [] for address in connections}
+        for turn in range(ADDED_TURNS + 1):
+            for address in (encrypting, bare) if turn % 2 else (bare, encrypting):
+                latencies_ms = _one_turn(address, threads[address], directory)
+                acknowledged[address] += len(latencies_ms)
+                if turn:  # the one before the first warms up
+                    medians_ms[address].append(statistics.median(latencies_ms))
+        for address, connection in connections.items():
+            _check_stored(connection, threads[address], acknowledged[address])
+    added_ms = [with_it - without for with_it, without in zip(medians_ms[encrypting], medians_ms[bare], strict=True)]
+    with_it, without = (figure(statistics.median(medians_ms[address])) for address in (encrypting, bare))
+    say(f"append: half answered in {with_it} ms, {without} ms without encryption")
+    what = f"added to the median append at {CONNECTIONS} connections by encryption"
+    note = f"median of {ADDED_TURNS} pairs of turns under {_generator()}; {with_it} ms with it, {without} ms without"
+    return [Row(what, statistics.median(added_ms), "ms", 4, less_is_better=True, note=note)]
+
+
+def _generator() -> str:
+    return "h2load" if h2load.installed() else "Python, for want of h2load"
+
+
+def _one_turn(address: tuple[str, int], threads: list[str], directory: Path) -> list[float]:
+    """The milliseconds of each append."""
+    if h2load.installed():
+        return _under_h2load(address, threads, directory, ADDED_REQUESTS).latencies_ms
+    return load.generate(address, [_append_request(thread) for thread in threads], ADDED_SECONDS).latencies_ms
+
+
+def _under_h2load(address: tuple[str, int], threads: list[str], directory: Path, requests: int) -> h2load.Run:
+    uris = [f"http://{address[0]}:{address[1]}/v1/threads/{thread}/messages" for thread in threads]
+    headers = {"X-API-Key": BACKEND_KEY, "X-User-ID": "bench", "Content-Type": "application/json"}
+    return h2load.post(uris, _body(), headers, connections=CONNECTIONS, requests=requests, directory=directory)
+
+
+def _check_stored(connection: Connection, threads: list[str], acknowledged: int) -> None:
+    stored = sum(len(_messages(connection, thread)) for thread in threads)
+    if stored != acknowledged:
+        raise BenchError(f"{acknowledged} appends were acknowledged, {stored} messages are there")
+
+
 def _appends_of_h2load(
     address: tuple[str, int], threads: list[str], directory: Path
 ) -> tuple[list[float], list[float], str]:
     """The rates of the turns, and the milliseconds of every append, those of the warm-up too."""
-    uris = [f"http://{address[0]}:{address[1]}/v1/threads/{thread}/messages" for thread in threads]
     runs = []
     for turn, requests in enumerate([WARM_UP_REQUESTS, *[APPEND_REQUESTS] * APPEND_TURNS]):
-        headers = {"X-API-Key": BACKEND_KEY, "X-User-ID": "bench", "Content-Type": "application/json"}
-        runs.append(
-            h2load.post(uris, _body(), headers, connections=CONNECTIONS, requests=requests, directory=directory)
-        )
+        runs.append(_under_h2load(address, threads, directory, requests))
         say(f"append, {f'turn {turn}' if turn else 'warming up'}: {figure(runs[-1].per_second)} requests/s")
-    return [run.per_second for run in runs[1:]], [ms for run in runs for ms in run.latencies_ms], "h2load"
+    return [run.per_second for run in runs[1:]], [ms for run in runs for ms in run.latencies_ms], _generator()
 
 
 def _appends_of_python(
@@ -78,7 +132,7 @@ def _appends_of_python(
     return (
         [run.per_second for run in runs[1:]],
         [ms for run in runs for ms in run.latencies_ms],
-        "Python, for want of h2load",
+        _generator(),
     )
 
 

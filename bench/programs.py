@@ -71,18 +71,27 @@ def minikms(
 
 
 @contextlib.contextmanager
-def progressdb(directory: Path) -> Iterator[tuple[str, int]]:
-    """The message server with the key service that it spawns. Yields the address it listens on."""
+def progressdb(directory: Path, *, encrypting: bool = True) -> Iterator[tuple[str, int]]:
+    """The message server with the key service that it spawns, or not `encrypting` and alone. Yields the address it
+    listens on.
+    """
     address = ("127.0.0.1", _free_port())
     environment = {
         "PROGRESSDB_API_BACKEND_KEYS": BACKEND_KEY,
         "PROGRESSDB_API_ADMIN_KEYS": ADMIN_KEY,
         "PROGRESSDB_RATE_RPS": "0",
-        "PROGRESSDB_KMS_SOCKET": str(directory / "kms.sock"),
-        "PROGRESSDB_KMS_DATA_DIR": str(directory / "kms"),
-        "PROGRESSDB_MINIKMS_MASTER_KEY_FILE": str(directory / "root-key"),
     }
-    command = [_installed("progressdb"), "--addr", f"{address[0]}:{address[1]}", "--db", str(directory / "db")]
+    command = [_installed("progressdb"), "--addr", f"{address[0]}:{address[1]}"]
+    if encrypting:
+        command += ["--db", str(directory / "db")]
+        environment |= {
+            "PROGRESSDB_KMS_SOCKET": str(directory / "kms.sock"),
+            "PROGRESSDB_KMS_DATA_DIR": str(directory / "kms"),
+            "PROGRESSDB_MINIKMS_MASTER_KEY_FILE": str(directory / "root-key"),
+        }
+    else:
+        command += ["--db", str(directory / "unencrypted-db"), "--kms", "none"]
+        environment["PROGRESSDB_BENCHMARK"] = "store-everything-in-plaintext"
     with _running(command, lambda: _answers(socket.AF_INET, address, "/healthz"), environment):
         yield address
 

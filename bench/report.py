@@ -21,7 +21,9 @@ END = "<!-- bench: end -->"
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. `floor` and `goal` are in the unit of `value`; `less_is_better` turns the comparison round."""
+    """One figure. `floor` and `goal` are in the unit of `value`; `less_is_better` turns the comparison round, so that
+    the floor is what it may be at most. A budget without a goal is a floor alone.
+    """
 
     what: str
     value: float
@@ -33,10 +35,10 @@ class Row:
 
     def verdict(self) -> str:
         """`goal`, `floor` or `below the floor`; empty where there is nothing to compare with."""
-        if self.floor is None or self.goal is None:
+        if self.floor is None:
             return ""
         sign = -1 if self.less_is_better else 1
-        if sign * self.value >= sign * self.goal:
+        if self.goal is not None and sign * self.value >= sign * self.goal:
             return "goal met"
         return "floor met" if sign * self.value >= sign * self.floor else "**below the floor**"
 

@@ -34,7 +34,8 @@ class Reply(NamedTuple):
 class RealServer:
     """One start of the program on `directory`; made again for a restart."""
 
-    def __init__(self, directory: Path, **environment: str) -> None:
+    def __init__(self, directory: Path, *more: str, **environment: str) -> None:
+        """`more` words of the command line, and variables."""
         self.db = directory / "db"
         self.log_path = directory / "server.log"
         variables = {
@@ -46,7 +47,7 @@ class RealServer:
             "PROGRESSDB_LOG_LEVEL": "debug",
             **environment,
         }
-        words = ["--addr", "127.0.0.1:0", "--db", str(self.db), "--dev", "--log-format", "json"]
+        words = ["--addr", "127.0.0.1:0", "--db", str(self.db), "--dev", "--log-format", "json", *more]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "progressdb_server", *words],
             env=variables,
@@ -128,8 +129,8 @@ class RealServer:
 
 
 @contextlib.contextmanager
-def real_server(directory: Path, **environment: str) -> Iterator[RealServer]:
-    server = RealServer(directory, **environment)
+def real_server(directory: Path, *more: str, **environment: str) -> Iterator[RealServer]:
+    server = RealServer(directory, *more, **environment)
     try:
         yield server
     finally:

@@ -84,6 +84,12 @@ def test_of_a_time_less_is_better(value: float, verdict: str) -> None:
     assert Row("a", value, "ms", 20, 8, less_is_better=True).verdict() == verdict
 
 
+@pytest.mark.parametrize(("value", "verdict"), [(-0.1, "floor met"), (4, "floor met"), (4.1, "**below the floor**")])
+def test_a_budget_without_a_goal_is_met_or_not(value: float, verdict: str) -> None:
+    assert Row("a", value, "ms", 4, less_is_better=True).verdict() == verdict
+    assert Row("a", value, "ms").verdict() == ""
+
+
 @pytest.mark.parametrize(("value", "text"), [(1.234, "1.23"), (45.67, "45.7"), (789.4, "789"), (12345.6, "12,346")])
 def test_a_figure_keeps_three_digits(value: float, text: str) -> None:
     assert report.figure(value) == text
@@ -121,6 +127,9 @@ def test_the_benches_measure_the_programs_as_they_are(monkeypatch: pytest.Monkey
         (messages, "APPEND_SECONDS", 0.05),
         (messages, "APPEND_TURNS", 1),
         (messages, "WARM_UP_SECONDS", 0.05),
+        (messages, "ADDED_REQUESTS", 100),
+        (messages, "ADDED_SECONDS", 0.05),
+        (messages, "ADDED_TURNS", 1),
         (messages, "LIST_MESSAGES", 30),
         (messages, "LIST_TURNS", 2),
     ):
@@ -128,3 +137,5 @@ def test_the_benches_measure_the_programs_as_they_are(monkeypatch: pytest.Monkey
     rows = [*encrypt.encrypt_batch(), *messages.append(), *messages.listing()]
     assert len(rows) == 3
     assert all(row.value > 0 for row in rows)
+    [added] = messages.append_added()
+    assert added.unit == "ms" and added.less_is_better and added.floor == 4

@@ -1,8 +1,9 @@
-"""The real server of the API's tests serves here too."""
+"""The real server of the API's tests, and the store's provider with keys of its own, serve here too."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "api"))
+for room in ("api", "store"):
+    sys.path.append(str(Path(__file__).resolve().parents[1] / room))
