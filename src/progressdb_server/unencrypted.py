@@ -6,7 +6,8 @@ user typed is stored in plaintext". Invariants:
   anything alone, and no configuration file can say either.
 - It listens on a loopback address only, and never beside any setting of a key service.
 - It begins in an empty directory only. The store that it makes there is marked (store/form.py), and so is each record:
-  a server that encrypts refuses that store, no key service opens such a record, and this opens no other.
+  a server that encrypts refuses that store, no key service opens such a record, and this opens no other. It binds none
+  to its place.
 It must never be imported but by server.py, and there only once it was asked for.
 """
 

@@ -95,7 +95,7 @@ def test_on_a_loopback_address_in_a_new_directory_it_is_allowed(tmp_path: Path, 
 @pytest.mark.parametrize(
     "address", ["0.0.0.0", "::", "10.0.0.1", "192.0.2.7", "fe80::1", "localhost", "127.0.0.1.nip", ""]
 )
-def test_on_another_address_it_is_refused(tmp_path: Path, address: str) -> None:
+def test_on_another_address_than_loopback_it_is_refused(tmp_path: Path, address: str) -> None:
     assert "serves this machine only" in reason(config_of(tmp_path, address))
 
 
