@@ -283,11 +283,12 @@ class KeyService(Verbs):
         sealing = AESGCM(target.view)
         for item in request.items:
             try:
-                plaintext = _decrypt(opening, _sealed(item.ciphertext), record_aad(source, item.aad))
+                bound = _bound_aad(item.aad)
+                plaintext = _decrypt(opening, _sealed(item.ciphertext), source.aad_prefix + bound)
                 if not target.lease.take(1):
                     raise StorageUnavailableError("the key's uses are being reserved; try again")
                 nonce = self._vault.nonces.next()
-                sealed = nonce + sealing.encrypt(nonce, plaintext, record_aad(target, item.aad))
+                sealed = nonce + sealing.encrypt(nonce, plaintext, target.aad_prefix + bound)
                 parts.append(b'{"ciphertext":"' + encode(sealed) + b'"}')
             except MiniKmsError as error:
                 failed += 1
@@ -337,10 +338,13 @@ class KeyService(Verbs):
 
 def record_aad(opened: OpenDek, aad: str | UnsetType) -> bytes:
     """The record's associated data; an absent aad is an empty one."""
-    if aad is UNSET:
-        return opened.aad_if_none
-    caller = decode_canonical(aad, api.AAD_BYTES_MAX, "aad")
-    return opened.aad_prefix + len(caller).to_bytes(4, "big") + caller
+    return opened.aad_if_none if aad is UNSET else opened.aad_prefix + _bound_aad(aad)
+
+
+def _bound_aad(aad: str | UnsetType) -> bytes:
+    """What follows a key's prefix in a record's associated data: the caller's part and its length."""
+    caller = b"" if aad is UNSET else decode_canonical(aad, api.AAD_BYTES_MAX, "aad")
+    return len(caller).to_bytes(4, "big") + caller
 
 
 def _sealed(text: str) -> bytes:

@@ -48,6 +48,10 @@ class MemoryEngine:
                 break
         return found
 
+    def keys(self, lower: bytes, upper: bytes, *, limit: int) -> list[bytes]:
+        low, high = bisect_left(self._keys, lower), bisect_left(self._keys, upper)
+        return self._keys[low:high][: max(0, min(limit, SCAN_ENTRIES_MAX))]
+
     def _put(self, key: bytes, value: bytes | None) -> None:
         if value is None:
             if self._map.pop(key, None) is not None:

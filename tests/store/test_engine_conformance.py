@@ -87,6 +87,7 @@ def test_a_scan_is_cut_at_its_limit_and_at_the_bound_of_every_scan(engine: Engin
     engine.write([(b"%06d" % number, b"") for number in range(SCAN_ENTRIES_MAX + 10)])
     assert len(keys(engine, b"", b"\xff", limit=3)) == 3
     assert len(keys(engine, b"", b"\xff", limit=10**9)) == SCAN_ENTRIES_MAX
+    assert len(engine.keys(b"", b"\xff", limit=10**9)) == SCAN_ENTRIES_MAX
     assert keys(engine, b"", b"\xff", limit=0) == []
 
 
@@ -145,10 +146,12 @@ def test_both_engines_answer_every_scan_alike(
                 model[key] = value
     expected = sorted((key for key in model if lower <= key < upper), reverse=reverse)[:limit]
     assert keys(memory, lower, upper, limit=limit, reverse=reverse) == expected
+    assert reverse or memory.keys(lower, upper, limit=limit) == expected
     _SHARED.write([(key, None) for key, _ in _SHARED.scan(b"", b"\xff" * 9, limit=SCAN_ENTRIES_MAX)])
     for group in groups:
         _SHARED.write(group)
     assert keys(_SHARED, lower, upper, limit=limit, reverse=reverse) == expected
+    assert reverse or _SHARED.keys(lower, upper, limit=limit) == expected
 
 
 _SHARED: Engine

@@ -81,17 +81,26 @@ def checked_cost_bytes(item: Item) -> int:
             payload, payload_bytes_max = item.plaintext, api.PLAINTEXT_BYTES_MAX
         else:
             payload, payload_bytes_max = item.ciphertext, SEALED_BYTES_MAX
-        check_id("key_id", item.key_id)
-        if item.thread_id is not None:
-            check_id("thread_id", item.thread_id)
-        if item.request_id is not None:
-            check_id("request_id", item.request_id)
-    if not isinstance(payload, bytes) or not isinstance(item.aad, bytes):
+        _check_ids(item.key_id, item.thread_id, item.request_id)
+    aad = item.aad
+    if not isinstance(payload, bytes) or not isinstance(aad, bytes):
         raise TypeError("plaintext, ciphertext and aad are bytes")
-    if len(payload) > payload_bytes_max or len(item.aad) > api.AAD_BYTES_MAX:
+    if len(payload) > payload_bytes_max or len(aad) > api.AAD_BYTES_MAX:
         message = f"a value has at most {payload_bytes_max} bytes, its aad {api.AAD_BYTES_MAX}"
         raise TooLargeError(413, api.CODE_TOO_LARGE, message)
-    return _ITEM_TEXT_BYTES_MAX + (len(payload) + len(item.aad) + 4) * 4 // 3
+    return _ITEM_TEXT_BYTES_MAX + (len(payload) + len(aad) + 4) * 4 // 3
+
+
+def _check_ids(key_id: str, thread_id: str | None, request_id: str | None) -> None:
+    together = key_id  # nearly always short enough to be looked at as one
+    if thread_id is not None:
+        together += thread_id
+    if request_id is not None:
+        together += request_id
+    if not isinstance(together, str) or len(together) > api.ID_CHARS_MAX or not together.isascii():
+        check_id("key_id", key_id)
+        check_id("thread_id", thread_id or "")
+        check_id("request_id", request_id or "")
 
 
 def check_id(name: str, value: str) -> None:

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from minikms import api
-from minikms.client.errors import KmsProtocolError, refusal
+from minikms.client.errors import KmsProtocolError, KmsRefusedError, refusal
 from minikms.client.values import DecryptItem, EncryptItem, Outcome, ReencryptItem, check_id, invalid
 from minikms.client.wire import Answer
 
@@ -72,21 +72,28 @@ def read(call: Call[T], answer: Answer) -> T:
     raise refusal(refused.code, refused.error, answer.status)
 
 
-def _outcome(value: bytes | UnsetType, error: str | UnsetType, code: str | UnsetType) -> Outcome:
-    if isinstance(value, bytes):
-        if error is UNSET and code is UNSET:
-            return value
-    elif isinstance(error, str) and isinstance(code, str):
+def _refused(value: bytes | UnsetType, error: str | UnsetType, code: str | UnsetType) -> KmsRefusedError:
+    if value is UNSET and isinstance(error, str) and isinstance(code, str):
         return refusal(code, error)
     raise KmsProtocolError("an item of the key service's answer is neither a value nor an error")
 
 
 def _ciphertexts(body: bytes) -> list[Outcome]:
-    return [_outcome(item.ciphertext, item.error, item.code) for item in _decode_encrypted_items(body).items]
+    return [
+        item.ciphertext
+        if isinstance(item.ciphertext, bytes) and item.error is UNSET and item.code is UNSET
+        else _refused(item.ciphertext, item.error, item.code)
+        for item in _decode_encrypted_items(body).items
+    ]
 
 
 def _plaintexts(body: bytes) -> list[Outcome]:
-    return [_outcome(item.plaintext, item.error, item.code) for item in _decode_decrypted_items(body).items]
+    return [
+        item.plaintext
+        if isinstance(item.plaintext, bytes) and item.error is UNSET and item.code is UNSET
+        else _refused(item.plaintext, item.error, item.code)
+        for item in _decode_decrypted_items(body).items
+    ]
 
 
 def _counted(decode: Callable[[bytes], list[Outcome]], count: int) -> Callable[[bytes], list[Outcome]]:

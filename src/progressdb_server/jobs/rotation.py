@@ -259,7 +259,8 @@ class KeyRotation:
                     raise ProviderUnavailableError(f"the key service refused an item for now ({outcome.code})")
                 else:
                     failures.append(Failure(_shown(found.key), outcome.code))
-        moved.sort(key=lambda item: item[0].key)  # the keys of a write's run ascend
+        if len(by_key) > 1:
+            moved.sort(key=lambda item: item[0].key)  # the keys of a write's run ascend
         return _Step(moved, failures, chunk.last)
 
     async def _reencrypt_from(

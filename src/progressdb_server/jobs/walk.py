@@ -67,7 +67,7 @@ def chunks(reader: Reader, lower: bytes, upper: bytes, count_max: int) -> Iterat
 
 
 def count(reader: Reader, lower: bytes, upper: bytes, count_max: int) -> Iterator[int]:
-    """The numbers of entries of the chunks of a range."""
-    while entries := reader.scan(lower, upper, limit=count_max, bytes_max=CHUNK_BYTES_MAX):
-        lower = entries[-1][0] + b"\0"
-        yield len(entries)
+    """How many entries a range has, by parts of at most `count_max`."""
+    while keys := reader.keys(lower, upper, limit=count_max):
+        lower = keys[-1] + b"\0"
+        yield len(keys)

@@ -50,6 +50,10 @@ class Reader(Protocol):
         upper end downwards when `reverse`. Forwards, no more entries after the values together have `bytes_max`."""
         ...
 
+    def keys(self, lower: bytes, upper: bytes, *, limit: int) -> list[bytes]:
+        """The keys alone of such a scan forwards."""
+        ...
+
 
 class Engine(Reader, Protocol):
     def write(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:

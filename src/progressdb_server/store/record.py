@@ -19,8 +19,14 @@ import msgspec
 
 VERSION: Final = 1
 _PREFIX_BYTES: Final = 3
-_KEY_ID_AT: Final = 2
-"""Where the key id begins in a header: after the array's byte and its own, as MessagePack has them for such lengths."""
+_KEY_ID_AT: Final = _PREFIX_BYTES + 2
+"""Where the key id begins in a record: after the bytes of the header's array and of a text of up to 31 characters."""
+_SHORT_TEXT: Final = 0xA0
+_SHORT_TEXT_CHARS_MAX: Final = 31
+"""MessagePack's `fixstr`."""
+
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""msgspec raises the latter two unwrapped."""
 
 T = TypeVar("T")
 
@@ -101,11 +107,7 @@ def _split(raw: bytes) -> tuple[bytes, bytes]:
 def _decoded(decode: Callable[[bytes], T], raw: bytes, what: str) -> T:
     try:
         return decode(raw)
-    except (
-        msgspec.DecodeError,
-        UnicodeDecodeError,
-        RecursionError,
-    ) as error:  # msgspec raises the latter two unwrapped
+    except _UNREADABLE as error:
         raise RecordFormatError(what) from error
 
 
@@ -124,16 +126,20 @@ def unpack_thread(raw: bytes) -> tuple[ThreadHeader, bytes]:
 def unpack_sealed(raw: bytes) -> tuple[str, bytes]:
     """Key id and sealed part of any record. Raises RecordFormatError."""
     head, sealed = _split(raw)
-    return _decoded(_key_of_header, head, "the header names no key").key_id, sealed
+    try:
+        return _key_of_header(head).key_id, sealed
+    except _UNREADABLE as error:
+        raise RecordFormatError("the header names no key") from error
 
 
 def rekeyed(raw: bytes, key_id: str, sealed: bytes) -> bytes:
-    """The same record under another key. Raises RecordFormatError."""
-    head, _ = _split(raw)
-    old_id, new_id = _decoded(_key_of_header, head, "the header names no key").key_id.encode(), key_id.encode()
-    if len(old_id) == len(new_id) and head.find(old_id) == _KEY_ID_AT:  # as every key service's ids
-        head = head.replace(old_id, new_id, 1)
-        return b"\x01%b%b%b" % (len(head).to_bytes(2, "big"), head, sealed)
+    """The record `raw`, which `unpack_sealed` has read, under another key. Raises RecordFormatError."""
+    new_id = key_id.encode()
+    size = len(new_id)
+    if size <= _SHORT_TEXT_CHARS_MAX and len(raw) > _KEY_ID_AT and raw[_KEY_ID_AT - 1] == _SHORT_TEXT | size:
+        # Another id as long as the old one, as every key service's are: nothing else changes.
+        end = _PREFIX_BYTES + (raw[1] << 8 | raw[2])
+        return b"".join((raw[:_KEY_ID_AT], new_id, raw[_KEY_ID_AT + size : end], sealed))
     fields, _ = _fields(raw)
     head = _to_header([key_id, *fields[1:]])
     return b"\x01%b%b%b" % (len(head).to_bytes(2, "big"), head, sealed)

@@ -17,7 +17,7 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice, takewhile
 from typing import Any, Final
 
@@ -45,6 +45,8 @@ from progressdb_server.store.engine import (
 BLOCK_CACHE_BYTES: Final = 32 * 1024 * 1024
 WRITE_BUFFER_BYTES: Final = 16 * 1024 * 1024
 WRITE_BUFFERS_MAX: Final = 4
+LEVEL_ZERO_FILES: Final = 8
+"""Flushed files that are merged into the next level at a time. RocksDB's 4 costs a rotation a fifth more merging."""
 OPEN_FILES_MAX: Final = 512
 LOG_FILE_BYTES_MAX: Final = 4 * 1024 * 1024
 LOG_FILES_MAX: Final = 4
@@ -71,6 +73,7 @@ def _options() -> Options:
     options.set_max_write_buffer_number(WRITE_BUFFERS_MAX)
     options.set_max_open_files(OPEN_FILES_MAX)
     options.set_max_background_jobs(2)
+    options.set_level_zero_file_num_compaction_trigger(LEVEL_ZERO_FILES)
     options.set_bytes_per_sync(1024 * 1024)  # spreads the write-back of big files, so that no commit waits behind one
     options.set_level_compaction_dynamic_level_bytes(True)
     options.set_compression_type(DBCompressionType.lz4())  # keys and indexes; ciphertext does not compress
@@ -113,6 +116,9 @@ class RocksEngine:
         self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False, bytes_max: int | None = None
     ) -> list[tuple[bytes, bytes]]:
         return _scan(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse, bytes_max=bytes_max)
+
+    def keys(self, lower: bytes, upper: bytes, *, limit: int) -> list[bytes]:
+        return _keys(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX))
 
     def write(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
         if self._failed:
@@ -213,6 +219,9 @@ class RocksReader:
     ) -> list[tuple[bytes, bytes]]:
         return _scan(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse, bytes_max=bytes_max)
 
+    def keys(self, lower: bytes, upper: bytes, *, limit: int) -> list[bytes]:
+        return _keys(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX))
+
     def close(self) -> None:
         self._db.close()
         with contextlib.suppress(OSError):
@@ -240,15 +249,28 @@ def _scan(
             if taken and taken[0][0] == upper:
                 del taken[0]
             return taken[:limit]
-        bounds = ReadOptions()
-        bounds.set_iterate_upper_bound(upper)
-        forwards = islice(db.items(from_key=lower, read_opt=bounds), limit)
+        forwards = islice(db.items(from_key=lower, read_opt=_up_to(upper)), limit)
         return list(forwards) if bytes_max is None else _until(forwards, bytes_max)
     except Exception as error:
         raise EngineUnavailableError from error
 
 
-def _until(entries: Iterable[tuple[bytes, bytes]], bytes_max: int) -> list[tuple[bytes, bytes]]:
+def _keys(db: Any, lower: bytes, upper: bytes, limit: int) -> list[bytes]:
+    if lower >= upper or limit <= 0:
+        return []
+    try:
+        return list(islice(db.keys(from_key=lower, read_opt=_up_to(upper)), limit))
+    except Exception as error:
+        raise EngineUnavailableError from error
+
+
+def _up_to(upper: bytes) -> ReadOptions:
+    bounds = ReadOptions()
+    bounds.set_iterate_upper_bound(upper)
+    return bounds
+
+
+def _until(entries: Iterator[tuple[bytes, bytes]], bytes_max: int) -> list[tuple[bytes, bytes]]:
     taken: list[tuple[bytes, bytes]] = []
     for entry in entries:
         taken.append(entry)

@@ -129,7 +129,10 @@ class Writer:
     def submit(self, slot: Slot, write: Write) -> asyncio.Future[None]:
         """The future's result: None once durable, ConditionFailedError or StoreUnavailableError."""
         slot.write = write
-        slot.size = sum(len(key) + len(value or b"") for key, value in write.puts)
+        size = 0
+        for key, value in write.puts:
+            size += len(key) + len(value or b"")
+        slot.size = size
         self._advance(slot)
         return slot.future
 
