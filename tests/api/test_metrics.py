@@ -13,7 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from real_server import RealServer, real_server
 
 import needs
-from minikms.daemon.metricspage import BatchSizes, page
+from minikms.daemon.metricspage import BATCH_SIZES, page
+from minikms.daemon.verbtimes import Histogram, VerbTimes
 from unix_http import unix_request
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -79,6 +80,8 @@ def test_the_pages_count_what_happened(pages: dict[str, str]) -> None:
     sealed = value("minikms", "minikms_requests_total", verb="encrypt")
     sealed += value("minikms", "minikms_batch_items_sum", verb="encrypt_batch")
     assert sealed >= 4  # a thread's metadata and three messages
+    assert value("minikms", "minikms_request_seconds_count", verb="create_dek") == 1
+    assert 0 < value("minikms", "minikms_request_seconds_sum", verb="create_dek") < 10
     assert value("minikms", "minikms_keys", state="active") == 1
     assert value("minikms", "minikms_audit_writable") == 1
 
@@ -121,11 +124,14 @@ def test_a_label_value_can_not_add_a_line() -> None:
         "uptime_seconds": 1,
         "warnings": [],
     }  # fmt: skip
-    sizes = BatchSizes()
+    sizes, times = Histogram(BATCH_SIZES), VerbTimes(["encrypt", "decrypt"])
+    times.asked("encrypt")
+    times.end_turn()
     for items in (1, 3, 1024):
         sizes.add(items)
-    read = families(page(status, requests={"encrypt": 2}, batches={"encrypt_batch": sizes}).decode())
+    read = families(page(status, times=times, batches={"encrypt_batch": sizes}).decode())
     assert [sample.labels for sample in read["minikms_hardening"].samples] == [{"measure": 'a"\n\\'}]
     assert read["minikms_kek_rotation_failing"].samples[0].value == 1
     buckets = {sample.labels.get("le"): sample.value for sample in read["minikms_batch_items"].samples}
     assert (buckets["1"], buckets["2"], buckets["4"], buckets["+Inf"]) == (1, 1, 2, 3)
+    assert {sample.labels["verb"] for sample in read["minikms_request_seconds"].samples} == {"encrypt"}

@@ -23,8 +23,8 @@ from minikms.daemon import metricspage, strictjson
 from minikms.daemon.auditing import TurnAudit
 from minikms.daemon.http import ParsedHead, Request, Response, error_response, parse_query
 from minikms.daemon.keybody import take_new_root
-from minikms.daemon.metricspage import BatchSizes
 from minikms.daemon.peer import Peer, is_overflow_uid, read_peer
+from minikms.daemon.verbtimes import Histogram, VerbTimes
 from minikms.errors import InvalidRequestError, MiniKmsError
 from minikms.issuing import KeyIssuing
 from minikms.lifecycle import KeyLifecycle
@@ -114,9 +114,10 @@ class Application:
             "destroy": ("POST", "destroy_key", self._handle_destroy),
         }
         routes = (*self._routes.values(), *self._key_routes.values())
-        self.requests = {verb: 0 for _, verb, _ in routes}
-        """Requests that reached each verb."""
-        self._batches = {verb: BatchSizes() for verb in ("encrypt_batch", "decrypt_batch", "reencrypt_batch")}
+        self._times = VerbTimes(verb for _, verb, _ in routes)
+        self._asked = self._times.asked
+        batches = ("encrypt_batch", "decrypt_batch", "reencrypt_batch")
+        self._batches = {verb: Histogram(metricspage.BATCH_SIZES) for verb in batches}
 
     def operations(self) -> list[tuple[str, str, str]]:
         """(method, path, verb) of everything that is served to an allowed peer, beside `GET /health`."""
@@ -169,11 +170,14 @@ class Application:
         method, verb, handler = route
         if head.method != method:
             return _method_not_allowed(method)
-        self.requests[verb] += 1
+        self._asked(verb)
         try:
-            return handler(principal, request)
+            answer = handler(principal, request)
         except _MalformedError as error:
             raise self._malformed(verb, principal, request, error) from None
+        if isinstance(answer, bytes) or isinstance(answer, Response):
+            return answer
+        return self._times.later(answer)
 
     def _malformed(self, verb: str, who: Principal, request: Request, error: _MalformedError) -> MiniKmsError:
         """A body that is not one is audited under the verb's name."""
@@ -183,7 +187,9 @@ class Application:
     def commit(self) -> bool:
         """The turn ends: its ciphers are dropped, and its audit lines written."""
         self._vault.end_turn()
-        return self._audit.commit_turn()
+        committed = self._audit.commit_turn()
+        self._times.end_turn()
+        return committed
 
     # --- strangers ---------------------------------------------------------------------------------------------------
 
@@ -221,11 +227,14 @@ class Application:
         method, verb, handler = route
         if request.method != method:
             return _method_not_allowed(method)
-        self.requests[verb] += 1
+        self._asked(verb)
         try:
-            return handler(who, key_id, request)
+            answer = handler(who, key_id, request)
         except _MalformedError as error:
             raise self._malformed(verb, who, request, error) from None
+        if isinstance(answer, bytes) or isinstance(answer, Response):
+            return answer
+        return self._times.later(answer)
 
     def _handle_encrypt(self, who: Principal, request: Request) -> Answer:
         try:
@@ -261,7 +270,7 @@ class Application:
 
     def _handle_metrics(self, who: Principal, request: Request) -> Answer:
         status = self._issuing.metrics(who, request.request_id or "")
-        body = metricspage.page(status, requests=self.requests, batches=self._batches)
+        body = metricspage.page(status, times=self._times, batches=self._batches)
         return Response(200, body, content_type=metricspage.CONTENT_TYPE)
 
     # --- the life of a key -------------------------------------------------------------------------------------------

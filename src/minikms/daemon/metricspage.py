@@ -7,27 +7,16 @@ It must never hold a key id, a thread id, or a path.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
+
+from minikms.daemon.verbtimes import Histogram, VerbTimes
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 Samples = Iterable[tuple[Mapping[str, str], float]]
 _NONE: Final[dict[str, str]] = {}
-
-
-class BatchSizes:
-    """How many batches had how many items, as a histogram needs it."""
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BATCH_SIZES) + 1)
-        self.items = 0
-
-    def add(self, items: int) -> None:
-        self.counts[bisect_left(BATCH_SIZES, items)] += 1
-        self.items += items
 
 
 class _Page:
@@ -42,14 +31,14 @@ class _Page:
     def one(self, name: str, kind: str, help_text: str, value: float) -> None:
         self.add(name, kind, help_text, [(_NONE, value)])
 
-    def histograms(self, name: str, help_text: str, label: str, by_label: Mapping[str, BatchSizes]) -> None:
+    def histograms(self, name: str, help_text: str, label: str, by_label: Mapping[str, Histogram]) -> None:
         self._head(name, "histogram", help_text)
-        for value, sizes in by_label.items():
+        for value, histogram in by_label.items():
             total = 0
-            for bound, count in zip((*map(str, BATCH_SIZES), "+Inf"), sizes.counts, strict=True):
+            for bound, count in zip((*map(str, histogram.bounds), "+Inf"), histogram.counts, strict=True):
                 total += count
                 self._lines.append(f"{name}_bucket{_labels({label: value, 'le': bound})} {total}")
-            self._lines.append(f"{name}_sum{_labels({label: value})} {sizes.items}")
+            self._lines.append(f"{name}_sum{_labels({label: value})} {_number(histogram.sum)}")
             self._lines.append(f"{name}_count{_labels({label: value})} {total}")
 
     def _head(self, name: str, kind: str, help_text: str) -> None:
@@ -74,10 +63,10 @@ def _labelled(label: str, values: Mapping[str, int]) -> Samples:
     return [({label: name}, value) for name, value in values.items()]
 
 
-def page(status: Mapping[str, Any], *, requests: Mapping[str, int], batches: Mapping[str, BatchSizes]) -> bytes:
-    """`status` as `StatusPage.build` makes it; `requests` counts by verb."""
+def page(status: Mapping[str, Any], *, times: VerbTimes, batches: Mapping[str, Histogram]) -> bytes:
+    """`status` as `StatusPage.build` makes it; `batches`: items, by verb."""
     made = _Page()
-    _add_requests(made, status, requests, batches)
+    _add_requests(made, status, times, batches)
     _add_keys(made, status)
     _add_rotation(made, status["rotation"])
     _add_audit(made, status["audit"])
@@ -85,14 +74,14 @@ def page(status: Mapping[str, Any], *, requests: Mapping[str, int], batches: Map
     return made.encode()
 
 
-def _add_requests(
-    made: _Page, status: Mapping[str, Any], requests: Mapping[str, int], batches: Mapping[str, BatchSizes]
-) -> None:
+def _add_requests(made: _Page, status: Mapping[str, Any], times: VerbTimes, batches: Mapping[str, Histogram]) -> None:
     http = status["http"]
-    made.add("minikms_requests_total", "counter", "Requests that reached a verb.", _labelled("verb", requests))
+    made.add("minikms_requests_total", "counter", "Requests that reached a verb.", _labelled("verb", times.requests))
     made.one("minikms_http_requests_total", "counter", "Requests whose head was read.", http["requests"])
     made.one("minikms_http_refused_total", "counter", "Inputs that were no request.", http["refused"])
     made.one("minikms_http_connections", "gauge", "Open connections.", http["connections"])
+    used = {verb: histogram for verb, histogram in times.seconds.items() if any(histogram.counts)}
+    made.histograms("minikms_request_seconds", "From the request to the end of the audit write.", "verb", used)
     made.histograms("minikms_batch_items", "Items of a batch.", "verb", batches)
 
 
