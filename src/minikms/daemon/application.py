@@ -175,7 +175,7 @@ class Application:
             answer = handler(principal, request)
         except _MalformedError as error:
             raise self._malformed(verb, principal, request, error) from None
-        if isinstance(answer, bytes) or isinstance(answer, Response):
+        if isinstance(answer, (bytes, Response)):
             return answer
         return self._times.later(answer)
 
@@ -232,7 +232,7 @@ class Application:
             answer = handler(who, key_id, request)
         except _MalformedError as error:
             raise self._malformed(verb, who, request, error) from None
-        if isinstance(answer, bytes) or isinstance(answer, Response):
+        if isinstance(answer, (bytes, Response)):
             return answer
         return self._times.later(answer)
 
