@@ -22,7 +22,7 @@ import msgspec
 
 from minikms import api
 from minikms.audit import AuditLog, Event
-from minikms.audit.keyversions import keys_of
+from minikms.audit.keyversions import keys_of, since
 from minikms.audit.opening import Known
 from minikms.client import verbs
 from minikms.client.errors import refusal
@@ -293,15 +293,17 @@ def _place(
 
 
 def _open_log(directory: str, unlocked: UnlockedKeyring) -> AuditLog:
-    mac_key, seed = unlocked.audit_key(unlocked.body.audit_key.version)
+    audit_key = unlocked.body.audit_key
+    mac_key, seed = unlocked.audit_key(audit_key.version)
     return AuditLog.open(
         directory,
         audit_key=mac_key,
         seed=seed,
         now_ns=clock.now_ns,
         fsync="never",
-        key_version=unlocked.body.audit_key.version,
+        key_version=audit_key.version,
         former=keys_of(unlocked).former,
+        since=since(audit_key),
         known=Known(begun=unlocked.body.epoch > 1),
     )
 

@@ -17,7 +17,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,16 @@ FACTS = {
     "checkpoint": SIGNED,
     "segment_close": SIGNED | {"next_segment"},
     "audit_key": SIGNED | {"next_key", "next_public_key"},
-    "segment_open": {"format", "key", "log_id", "previous_seq", "previous_sig", "public_key", "segment"},
+    "segment_open": {
+        "format",
+        "key",
+        "log_id",
+        "previous_seq",
+        "previous_sha256",
+        "previous_sig",
+        "public_key",
+        "segment",
+    },
 }
 LABEL = b"minikms/audit/signed-line/v1\x00"
 
@@ -100,13 +109,22 @@ def parse(line: bytes) -> tuple[dict[str, Any], bytes, bytes]:
 class Log:
     """The rules of the page, in its order. `audit_keys` empty: only a public key is at hand."""
 
-    def __init__(self, public_key: bytes, audit_keys: Mapping[int, bytes]) -> None:
-        self.trusted, self.audit_keys = public_key, audit_keys
+    def __init__(
+        self,
+        public_key: bytes,
+        audit_keys: Mapping[int, bytes],
+        since: Mapping[int, tuple[int, bytes]],
+        public_keys: Collection[bytes],
+    ) -> None:
+        self.trusted, self.audit_keys, self.since, self.public_keys = public_key, audit_keys, since, public_keys
         self.seq, self.sig = 0, bytes(32)
         self.key, self.public_key, self.log_id, self.segment = 0, public_key, "", 0
         self.due = 1  # segment number that has to be opened now, 0 within a segment
         self.covered, self.covered_count = hashlib.sha256(), 0
         self.needs_retention: tuple[int, str] | None = None
+        self.retained = self.signed_to = 0
+        self.last = b""
+        self.file = 0  # number of the file that begins with the next line, -1 within one
         self.sigs: dict[int, bytes] = {}
 
     def line(self, line: bytes) -> None:
@@ -121,13 +139,17 @@ class Log:
         if kind in FACTS:
             need(set(facts) == FACTS[kind], f"the facts of line {seq}")
         opening = kind in ("genesis", "segment_open")
+        need(opening == (self.file >= 0), f"line {seq} at a place of its file not its own")
+        need(self.file <= 0 or facts.get("segment") == self.file, f"a file of another number than line {seq} says")
+        self.file = -1
         need(opening == (self.due > 0) and (kind == "genesis") <= (seq == 1), f"line {seq} at a place not its own")
         if opening:
             self.open(seq, facts, kind)
         if kind in ("checkpoint", "segment_close", "audit_key"):
             self.signed(event, facts)
         if kind == "retention" and (facts.get("last_seq"), facts.get("last_sig")) == self.needs_retention:
-            self.needs_retention = None
+            self.retained = seq
+        self.last = line + b"\n"
         self.covered.update(line + b"\n")
         self.covered_count += 1
         self.seq, self.sig = seq, sig
@@ -137,6 +159,7 @@ class Log:
         need(event["type"] in ("genesis", "segment_open"), "the log does not begin at its beginning")
         self.key, self.log_id = facts.get("key", 0), facts.get("log_id", "")
         need(integer(self.key) and self.key > 0, "no key version")
+        need(re.fullmatch(r"[0-9a-f]{32}", str(self.log_id)) is not None, "no log id")
         need(unbase64(facts.get("public_key"), 32) == self.trusted, "another public key")
         need(not self.audit_keys or self.key in self.audit_keys, "an unknown audit key")
         if event["type"] == "segment_open":
@@ -153,6 +176,8 @@ class Log:
         if kind == "segment_open":
             before = (facts["previous_seq"], unbase64(facts["previous_sig"], 32))
             need(before == (self.seq, self.sig), f"line {seq}: head before")
+            digest = hashlib.sha256(self.last).hexdigest()
+            need(not self.last or facts["previous_sha256"] == digest, f"line {seq}: line before")
         self.segment, self.due = facts["segment"], 0
         self.covered, self.covered_count = hashlib.sha256(), 0
 
@@ -171,29 +196,52 @@ class Log:
         except InvalidSignature:
             raise Fault(f"line {seq}: the signature") from None
         self.covered, self.covered_count = hashlib.sha256(), 0
+        self.signed_to = seq
         if event["type"] == "segment_close":
             need(facts["next_segment"] == self.segment + 1, f"line {seq}: next segment")
             self.due = facts["next_segment"]
         if event["type"] == "audit_key":
             need(integer(facts["next_key"]) and facts["next_key"] > self.key, f"line {seq}: next key")
             self.key, self.public_key = facts["next_key"], unbase64(facts["next_public_key"], 32)
+            since = self.since.get(self.key, (self.seq, self.sig))
+            need(since == (self.seq, self.sig), f"line {seq}: the key changed after another line")
             need(not self.audit_keys or self.key in self.audit_keys, "an unknown audit key")
+            need(not self.public_keys or self.public_key in self.public_keys, f"line {seq}: an unknown public key")
 
     def end(self) -> None:
         need(self.seq > 0 and self.key > 0, "the log is empty")
         need(self.due == 0, f"segment {self.due} is missing")
-        need(self.needs_retention is None, "what came before the first line is missing")
+        need(bool(self.audit_keys) or self.signed_to > 0, "no line is signed: nothing can be said")
+        excused = 0 < self.retained <= (self.seq if self.audit_keys else self.signed_to)
+        need(self.needs_retention is None or excused, "what came before the first line is missing")
+        need(self.key >= max(self.since, default=0), "the log ends under an earlier key")
+
+
+def one_frame(data: bytes) -> bool:
+    """Whether this is one whole zstd frame with a checksum, as far as its structure tells (RFC 8878, section 3.1.1)."""
+    if data[:4] != b"\x28\xb5\x2f\xfd" or len(data) < 6 or not data[4] & 4:
+        return False
+    single = data[4] >> 5 & 1
+    at = 5 + (1 - single) + (0, 1, 2, 4)[data[4] & 3] + (single, 2, 4, 8)[data[4] >> 6]
+    while at + 3 <= len(data):
+        block = int.from_bytes(data[at : at + 3], "little")
+        at += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)
+        if block & 1:
+            return at + 4 == len(data)
+    return False
 
 
 def segments(directory: Path) -> Iterator[tuple[int, bytes]]:
     """(number from the name or 0, content) of each segment, in order."""
     closed: dict[int, Path] = {}
+    names = re.compile(r"minikms-audit\.log\.([1-9][0-9]*)(\.zst)?")
     for path in sorted(directory.iterdir(), reverse=True):  # the plain form, which sorts before, wins
-        if match := re.fullmatch(r"minikms-audit\.log\.([1-9][0-9]*)(\.zst)?", path.name):
+        if match := names.fullmatch(path.name):
             closed[int(match[1])] = path
     for number, path in sorted(closed.items()):
         if path.suffix == ".zst":
-            unpacked = subprocess.run(["zstd", "-dcq", path], capture_output=True, check=False)
+            need(one_frame(path.read_bytes()), f"{path.name} is not one zstd frame")
+            unpacked = subprocess.run(["zstd", "-dcq", "-M8MB", path], capture_output=True, check=False)
             need(unpacked.returncode == 0, f"{path.name} does not decompress")
             yield number, unpacked.stdout
         else:
@@ -206,16 +254,22 @@ def verify(
     public_key: bytes,
     audit_keys: Mapping[int, bytes] | None = None,
     expect_head: tuple[int, bytes] | None = None,
+    since: Mapping[int, tuple[int, bytes]] | None = None,
+    public_keys: Collection[bytes] = (),
 ) -> str:
-    """What is wrong with the log, or an empty string."""
-    log = Log(public_key, audit_keys or {})
+    """What is wrong with the log, or an empty string. With the audit keys: since, of each but the first the last line
+    under the one before; public_keys, those that go with them.
+    """
+    log = Log(public_key, audit_keys or {}, since or {}, public_keys)
     try:
         need((directory / "minikms-audit.log").exists(), "the file being written is missing")
         for number, content in segments(directory):
             *lines, rest = content.split(b"\n")
+            log.file = number
             for line in lines:
                 log.line(line)
             need(rest == b"", f"an incomplete line after line {log.seq}")
+            need(log.file < 0, f"an empty file after line {log.seq}")
             need(number in (0, log.segment), f"segment {log.segment} in the file of segment {number}")
         log.end()
         if expect_head is not None:

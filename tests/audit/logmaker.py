@@ -5,10 +5,11 @@ The keys are for tests only: anyone can read them here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import independent_verifier
+import msgspec
 
 from minikms.audit import AuditKey, AuditLog, Event, record
 from minikms.audit.check import verify_directory
@@ -28,9 +29,10 @@ class Key:
         self.mac_key = memoryview(bytearray([version] * 32))
         self.seed = memoryview(bytearray([100 + version] * 32))
         self.public_key = LocalSigner(self.seed).public_key()
+        self.since: Head | None = None
 
     def audit_key(self) -> AuditKey:
-        return AuditKey(self.version, self.mac_key, LocalSigner(self.seed))
+        return AuditKey(self.version, self.mac_key, LocalSigner(self.seed), self.since)
 
 
 KEY1, KEY2 = Key(1), Key(2)
@@ -108,15 +110,25 @@ def trust(*keys: Key, public_only: bool = False) -> Trust:
     return Trust(public_keys=frozenset(key.public_key for key in keys), mac_keys=mac_keys)
 
 
-def verify(directory: Path, *keys: Key, public_only: bool = False, expect_head: Head | None = None) -> Report:
+def verify(
+    directory: Path,
+    *keys: Key,
+    public_only: bool = False,
+    expect_head: Head | None = None,
+    since: Mapping[int, Head] | None = None,
+) -> Report:
     """The report of the product's verifier, after the independent one was found to agree with it."""
     keys = keys or (KEY1,)
-    report = verify_directory(str(directory), trust(*keys, public_only=public_only), expect_head=expect_head)
+    since = {} if public_only else since or {}
+    believed = msgspec.structs.replace(trust(*keys, public_only=public_only), since=since)
+    report = verify_directory(str(directory), believed, expect_head=expect_head)
     fault = independent_verifier.verify(
         directory,
         keys[0].public_key,
         {} if public_only else {key.version: bytes(key.mac_key) for key in keys},
         None if expect_head is None else (expect_head.seq, expect_head.sig),
+        {version: (head.seq, head.sig) for version, head in since.items()},
+        () if public_only else {key.public_key for key in keys},
     )
     assert report.intact == (fault == ""), f"two verdicts: {report.findings!r} and {fault!r}"
     return report

@@ -69,6 +69,10 @@ class Maker:
         self.coverage = Coverage()
         self.add(event)
 
+    def opening(self) -> Event:
+        """The first line of segment 2, right after the close of the first."""
+        return chain.segment_open_event(LOG_ID, 1, KEY1.public_key, segment=2, previous=self.head, closed=self.coverage)
+
     def add(self, event: Event) -> None:
         self.ts += 1
         self.take(*chain.seal([event], self.head, self.key.mac_key, self.ts))
@@ -94,7 +98,7 @@ def make_log() -> dict[str, list[str]]:
     maker.add(encrypt_event(2, thread_id='not "valid"\n', outcome="invalid_request"))
     maker.add(encrypt_event(3, thread_id=record.hash_thread_id("t-1", KEY1.mac_key)))
     maker.sign("segment_close", {"next_segment": 2})
-    maker.begin(LOG, chain.segment_open_event(LOG_ID, 1, KEY1.public_key, segment=2, previous=maker.head))
+    maker.begin(LOG, maker.opening())
     maker.add(Event(type="refused", actor="peer_uid:99", count=17, outcome="unauthorized"))
     maker.sign("audit_key", {"next_key": 2, "next_public_key": chain.base64_text(KEY2.public_key)})
     maker.key = KEY2.audit_key()

@@ -18,7 +18,7 @@ from minikms.audit import AuditLog, Event
 from minikms.audit.chain import base64_text
 from minikms.audit.keyversions import keys_of
 from minikms.cli import audit
-from minikms.cli.auditkeys import RootKey, open_audit_keys
+from minikms.cli.auditkeys import RootKey, open_audit_keys, rotate_audit_key
 from minikms.crypto.aead import NonceSource
 from minikms.custody.keyringfile import KeyringFile
 from minikms.custody.lock import DataDirLock
@@ -152,6 +152,36 @@ def test_a_log_cut_at_its_end_is_told_by_the_expected_head(data_dir: Path) -> No
     assert status == 1 and "ends at line 4; line 5 is known" in output
 
 
+def test_a_check_of_a_part_says_of_which(data_dir: Path) -> None:
+    make_more(data_dir)
+    key = public_key_of(data_dir)
+    _, output, _ = run("verify", "--data-dir", data_dir, "--from-checkpoint", 5)
+    assert output.splitlines()[0] == "The audit log is intact from line 5, judged every line by the audit key."
+    assert "before      what stands before line 5 was not looked at" in output
+    _, output, _ = run("verify", "--data-dir", data_dir, "--public-key", key)
+    assert output.splitlines()[0] == "The audit log is intact up to line 5, judged by its signed lines."
+    assert "not signed  the last 1 line(s): the public key can't judge them" in output
+    assert f"key         version 1, public key {key}" in output
+    _, output, _ = run("verify", "--data-dir", data_dir, "--public-key", key, "--from-checkpoint", 5)
+    assert output.splitlines()[0] == "The audit log is intact from line 5 up to line 5, judged by its signed lines."
+    head = f"6:{json.loads((data_dir / LOG).read_bytes().splitlines()[-1])['sig']}"
+    _, output, _ = run("verify", "--data-dir", data_dir, "--public-key", key, "--expect-head", head)
+    assert "anchor      0 line(s) are newer than the expected head; that one is not signed yet" in output
+
+
+def test_what_can_not_be_judged_is_neither_intact_nor_altered(data_dir: Path) -> None:
+    lines = (data_dir / LOG).read_bytes().split(b"\n")
+    (data_dir / LOG).write_bytes(b"\n".join(lines[:3]) + b"\n")
+    given = ("--data-dir", data_dir, "--public-key", public_key_of(data_dir))
+    status, output, _ = run("verify", *given)
+    assert status == 2
+    assert output.startswith("The audit log can't be judged by the public key: no line of it is signed yet.\n")
+    status, output, _ = run("verify", *given, "--json")
+    report = json.loads(output)
+    assert (status, report["intact"], report["judged"], report["findings"]) == (2, False, False, [])
+    assert run("verify", "--data-dir", data_dir)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "text"),
     [
@@ -159,6 +189,11 @@ def test_a_log_cut_at_its_end_is_told_by_the_expected_head(data_dir: Path) -> No
         ("verify", {"data_dir": "/nowhere"}, "there is no directory"),
         ("verify", {"data_dir": "DATA", "from_checkpoint": 77}, "no line 77"),
         ("verify", {"data_dir": "DATA", "expect_head": "5"}, "SEQ:SIG"),
+        (
+            "verify",
+            {"data_dir": "DATA", "expect_head": f"4:{base64_text(bytes(32))}", "from_checkpoint": 5},
+            "--from-checkpoint 5 leaves out line 4, which is expected",
+        ),
         ("verify", {"data_dir": "DATA", "public_key": ["nonsense"]}, "neither a public key"),
         ("verify", {"data_dir": "DATA", "public_key": ["/dev/null"]}, "does not hold a public key"),
         ("verify", {"data_dir": "DATA", "master_key_file": Path("/nowhere")}, "can't be read"),
@@ -286,10 +321,38 @@ def test_a_new_audit_key_is_named_by_the_log_and_both_verify(data_dir: Path) -> 
     assert run("verify", "--data-dir", data_dir)[0] == 0
 
 
+def test_a_change_of_the_audit_key_that_was_interrupted_is_completed_by_the_next(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keyring remembers after which line the new key took over: a log that ends elsewhere is another one."""
+    head = json.loads(run("verify", "--data-dir", data_dir, "--json")[1])["head"]
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AuditLog, "change_key", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rotate_audit_key(str(data_dir), RootKey(None, None))
+    status, output, _ = run("verify", "--data-dir", data_dir)
+    assert status == 1
+    assert f"ends under audit key version 1, though version 2 took over after line {head['seq']}" in output
+    content = (data_dir / LOG).read_bytes()
+    (data_dir / LOG).write_bytes(b"\n".join(content.split(b"\n")[:-2]) + b"\n")
+    status, _, errors = run("rotate-key", "--data-dir", data_dir)
+    assert status == 2 and f"though version 2 took over after line {head['seq']}" in errors
+    (data_dir / LOG).write_bytes(content)
+    assert json.loads(run("rotate-key", "--data-dir", data_dir, "--json")[1])["version"] == 3
+    types = [json.loads(line)["event"]["type"] for line in (data_dir / LOG).read_bytes().split(b"\n")[:-1]]
+    assert types[-2:] == ["audit_key", "audit_key"]
+    assert run("verify", "--data-dir", data_dir)[0] == 0
+
+
 def test_the_audit_key_does_not_change_under_a_running_daemon(data_dir: Path) -> None:
     before = (data_dir / "keyring.json").read_bytes(), (data_dir / LOG).read_bytes()
     with DataDirLock(str(data_dir)):
         status, _, errors = run("rotate-key", "--data-dir", data_dir)
-        assert status == 2 and "owns" in errors
+        assert status == 2
+        assert f"(pid {os.getpid()}) owns {data_dir}; the audit key changes only while the daemon is stopped" in errors
         assert run("verify", "--data-dir", data_dir)[0] == 0, "reading takes no lock"
     assert ((data_dir / "keyring.json").read_bytes(), (data_dir / LOG).read_bytes()) == before

@@ -14,7 +14,7 @@ from logmaker import KEY1, KEY2, LOG, encrypt_event, verify
 from make_vectors import LOG_ID, Maker, put
 
 from minikms.audit import chain, record
-from minikms.audit.chain import base64_text
+from minikms.audit.chain import Coverage, base64_text
 from minikms.audit.record import Event, Facts, Head
 
 FIRST = f"{LOG}.1"
@@ -61,7 +61,7 @@ def two_files(close: Facts | None = None, **changes: str | int) -> Callable[[], 
     def make() -> Maker:
         maker = begun(FIRST)
         maker.sign("segment_close", close or {"next_segment": 2})
-        opening = chain.segment_open_event(LOG_ID, 1, KEY1.public_key, segment=2, previous=maker.head)
+        opening = maker.opening()
         opening.facts.update(changes)
         maker.begin(LOG, opening)
         maker.add(encrypt_event(2))
@@ -94,7 +94,9 @@ def going_on_after_the_close() -> Maker:
     return maker
 
 
-OPENING = chain.segment_open_event(LOG_ID, 1, KEY1.public_key, segment=2, previous=Head(2, bytes(32)))
+OPENING = chain.segment_open_event(
+    LOG_ID, 1, KEY1.public_key, segment=2, previous=Head(2, bytes(32)), closed=Coverage()
+)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +145,10 @@ def test_a_log_that_breaks_no_rule_is_intact(tmp_path: Path, make: Callable[[], 
         pytest.param(two_files(segment=3), "segment", id="a file of another number"),
         pytest.param(two_files(format=2), "foreign", id="a file of another format"),
         pytest.param(two_files(more=1), "altered", id="a file whose first line has a fact too many"),
+        pytest.param(two_files(previous_sha256="00" * 32), "altered", id="a file after another content"),
+        pytest.param(lambda: begun(key=0), "foreign", id="no key version"),
+        pytest.param(lambda: begun(key="1"), "foreign", id="a key version that is a text"),
+        pytest.param(lambda: begun(log_id="../.."), "altered", id="a log id of another form"),
     ],
 )
 def test_a_log_that_breaks_one_rule_is_not(tmp_path: Path, make: Callable[[], Maker], kind: str) -> None:
@@ -151,6 +157,14 @@ def test_a_log_that_breaks_one_rule_is_not(tmp_path: Path, make: Callable[[], Ma
     assert kind in {finding.kind for finding in report.findings}, report.findings
     public = verify(tmp_path, public_only=True)
     assert not public.intact or "version" in report.findings[0].text, "a key version means nothing to a public key"
+
+
+def test_a_log_without_a_key_version_is_refused_by_the_public_key_too(tmp_path: Path) -> None:
+    maker = begun(key=0)
+    maker.key = maker.key._replace(version=0)
+    maker.sign("checkpoint")
+    put(maker.files, tmp_path)
+    assert [finding.kind for finding in verify(tmp_path, public_only=True).findings] == ["foreign"]
 
 
 def test_an_unknown_key_version_after_a_change_is_named(tmp_path: Path) -> None:
@@ -167,7 +181,7 @@ def test_a_removal_of_another_line_excuses_nothing(tmp_path: Path) -> None:
         maker = begun(FIRST)
         maker.sign("segment_close", {"next_segment": 2})
         closed = maker.head
-        opening = chain.segment_open_event(LOG_ID, 1, KEY1.public_key, segment=2, previous=closed)
+        opening = maker.opening()
         maker.begin(LOG, opening)
         facts: Facts = {"last_seq": closed.seq, "last_sig": last_sig or base64_text(closed.sig), "removed_segment": 1}
         maker.add(Event(type="retention", actor="minikms", facts=facts))

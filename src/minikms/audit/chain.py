@@ -6,8 +6,9 @@ what their signatures cover. Rules:
 1. sig(n) = HMAC-SHA-256(audit key, sig(n-1) || exact event bytes of n); sig(0) is 32 zero bytes.
 2. A signed line (`checkpoint`, `segment_close`, `audit_key`) is signed with Ed25519 over SIGNED_LABEL and its event
    bytes without `facts.signature`. Its facts bind the log's id, the MAC of the line before, and the SHA-256 of all
-   lines from the signed line before it (or the file's first line) up to the line before it: who has only the public
-   key needs nothing else.
+   lines from the signed line before it (or the file's first line) up to the line before it; a file's first line, the
+   SHA-256 of the line before. So each signature answers for all lines before it, and who has only the public key
+   needs nothing else.
 3. The MAC's key is a view into the arena. An HMAC object holds midstates that forge, so none outlives a call of `seal`
    (OpenSSL clears it when it is dropped).
 
@@ -165,8 +166,12 @@ def genesis_event(log_id: bytes, key_version: int, public_key: bytes, previous: 
     )
 
 
-def segment_open_event(log_id: bytes, key_version: int, public_key: bytes, *, segment: int, previous: Head) -> Event:
-    """The first line of a later file: names the head that the file before ended with."""
+def segment_open_event(
+    log_id: bytes, key_version: int, public_key: bytes, *, segment: int, previous: Head, closed: Coverage
+) -> Event:
+    """The first line of a later file: names the head that the file before ended with, and the digest of that line,
+    which is all that `closed` covers.
+    """
     return Event(
         type=record.TYPE_SEGMENT_OPEN,
         actor=ACTOR_SELF,
@@ -175,6 +180,7 @@ def segment_open_event(log_id: bytes, key_version: int, public_key: bytes, *, se
             "key": key_version,
             "log_id": log_id.hex(),
             "previous_seq": previous.seq,
+            "previous_sha256": closed.hex(),
             "previous_sig": base64_text(previous.sig),
             "public_key": base64_text(public_key),
             "segment": segment,

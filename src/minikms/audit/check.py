@@ -54,6 +54,8 @@ def verify_directory(
     )
     for file in each_segment(directory, after=after):
         feeder.feed(file)
+        if feeder.verifier.exhausted:
+            break
     if feeder.files == 0:
         raise AuditLogMissingError(f"there is no audit log in {directory}")
     if feeder.skipping:
@@ -81,23 +83,26 @@ class _Feeder:
 
     def feed(self, file: SegmentFile) -> None:
         verifier = self.verifier
-        verifier.begin_file(file.name)
+        verifier.begin_file(file.name, file.number)
         self.files += 1
         try:
             for count, line in enumerate(file.lines(), 1):
                 if self._sought:
                     if not line.startswith(self._sought):
+                        verifier.skip()
                         continue
                     self._sought = b""
                 verifier.feed(line)
+                if verifier.exhausted:
+                    break
                 if count % _PROGRESS_LINES == 0:
                     self._tell(file)
         except DamagedSegmentError as error:
-            verifier.fault("segment", f"{file.name} does not decompress: {error}")
+            verifier.fault("segment", str(error))
         if file.rest and not self._sought:
             verifier.feed_incomplete(file.rest)
-        if file.number and verifier.segment not in (0, file.number):
-            verifier.fault("segment", f"{file.name} holds segment {verifier.segment}")
+        if not self._sought:
+            verifier.end_file()
         self._tell(file)
         self._before += file.position
 

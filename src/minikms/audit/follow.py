@@ -8,12 +8,15 @@ log.
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterable
 from typing import Final
 
 from minikms.audit import record, segments
 from minikms.audit.reading import SegmentFile, each_segment, next_segment
 
 LINES_AT_A_TIME: Final = 1000
+LAST_BYTES_MAX: Final = 64 * 1024 * 1024
+"""Of the lines that `last_lines` gives: a log may hold lines of 1 MiB."""
 _BACKWARDS_BYTES: Final = 64 * 1024
 _CLOSE_MARK: Final = b'"type":"' + record.TYPE_SEGMENT_CLOSE.encode() + b'"'
 
@@ -53,7 +56,7 @@ class Follower:
             self._offset = 0
             if self._file is None:
                 return False
-            self._last_number = self._file.number or self._last_number + 1
+            self._last_number = max(self._last_number, self._file.number or self._last_number + 1)
             self._seen = self._file.identity
         return True
 
@@ -79,12 +82,14 @@ class Follower:
 
 
 def last_lines(directory: str, count: int) -> list[bytes]:
-    """The last `count` lines of the log without their newlines, oldest first. Raises OSError."""
+    """The last `count` lines of the log without their newlines, oldest first: fewer where they hold more than
+    `LAST_BYTES_MAX`. Raises OSError, DamagedSegmentError.
+    """
     found: list[bytes] = []
     numbers = [0, *reversed(segments.list_segments(directory))]
     highest = numbers[1] if len(numbers) > 1 else 0
     for number in numbers:
-        if len(found) >= count:
+        if len(found) >= count or sum(map(len, found)) >= LAST_BYTES_MAX:
             break
         for file in each_segment(directory, after=(number - 1) if number else highest):
             found = _last_of_file(file, count - len(found)) + found
@@ -94,12 +99,24 @@ def last_lines(directory: str, count: int) -> list[bytes]:
 
 def _last_of_file(file: SegmentFile, count: int) -> list[bytes]:
     if file.compressed:
-        return list(collections.deque(file.lines(), maxlen=count))
+        return _last_of(file.lines(), count)
     span = _BACKWARDS_BYTES
     while True:
         begin = max(0, file.size - span)
         file.seek(begin)
-        lines = list(file.lines())
-        if begin == 0 or len(lines) > count:
-            return lines[-count:]
+        lines = _last_of(file.lines(), count + 1)
+        if begin == 0 or len(lines) > count or span >= LAST_BYTES_MAX:
+            # The first line begins before the span, unless that is the whole file.
+            return lines[-count:] if begin == 0 else lines[1:][-count:]
         span *= 4
+
+
+def _last_of(lines: Iterable[bytes], count: int) -> list[bytes]:
+    kept: collections.deque[bytes] = collections.deque(maxlen=count)
+    held_bytes = 0
+    for line in lines:
+        held_bytes += len(line) - (len(kept[0]) if len(kept) == count else 0)
+        kept.append(line)
+        while held_bytes > LAST_BYTES_MAX:
+            held_bytes -= len(kept.popleft())
+    return list(kept)

@@ -24,7 +24,7 @@ import msgspec
 from minikms.audit import record, retention
 from minikms.audit.chain import base64_text
 from minikms.audit.opening import Keys, Known, Opened, open_log
-from minikms.audit.record import ACTOR_SELF, Event, Facts
+from minikms.audit.record import ACTOR_SELF, Event, Facts, Head
 from minikms.audit.reserve import RESERVE_BYTES, Reserve
 from minikms.audit.signer import AuditKey, LocalSigner, Signer
 from minikms.audit.writer import ChainWriter
@@ -72,7 +72,7 @@ class AuditLog:
         self._fsync: FsyncPolicy = fsync
         self._limits = limits
         self._hash_thread_ids = False
-        self._queue: list[Event] = list(opened.pending)
+        self._queue: list[Event] = []
         self._writer = ChainWriter(directory, opened)
         self._failure: _Failure | None = None
         self._dropped_total = 0
@@ -94,6 +94,7 @@ class AuditLog:
         fsync: FsyncPolicy = "interval",
         key_version: int = 1,
         former: tuple[AuditKey, ...] = (),
+        since: Head | None = None,
         signer: Signer | None = None,
         known: Known | None = None,
         accept_loss: bool = False,
@@ -104,13 +105,14 @@ class AuditLog:
 
         audit_key: 32 bytes, seed: 32 bytes (Ed25519), both views into the arena that stay valid until `close`; `signer`
         takes the seed's place where it lives elsewhere. now_ns: Unix time. former: the earlier versions, in any order;
-        when the log still ends under one of them, the change of key is completed here. known: what is remembered of it.
+        when the log still ends under one of them, at the line `since` where that is given, the change of key is
+        completed here. known: what is remembered of it.
 
         Raises StartError when the log found is altered, missing or shorter than known, AuditUnavailableError or OSError
         when the disk fails.
         """
         path = os.fspath(directory)
-        key = AuditKey(key_version, audit_key, LocalSigner(seed) if signer is None else signer)
+        key = AuditKey(key_version, audit_key, LocalSigner(seed) if signer is None else signer, since)
         opened = open_log(path, Keys(key, former), known or Known(), now_ns(), accept_loss=accept_loss)
         log = cls(path, opened, now_ns=now_ns, fsync=fsync, limits=limits)
         log._hash_thread_ids = hash_thread_ids
@@ -118,6 +120,7 @@ class AuditLog:
         try:
             if opened.key.version != key.version:
                 log.change_key(key)
+            log._queue += opened.pending
             log.commit(durable=True)
         except AuditUnavailableError:
             log._writer.close()
@@ -183,6 +186,21 @@ class AuditLog:
             return True
         return False
 
+    def settle(self) -> Head:
+        """Sign the end, wait for the disk, and return the last line: it stays the last until more is added.
+
+        Raises AuditUnavailableError.
+        """
+        self.commit()
+        ts = self._now_ns()
+        try:
+            self._writer.repair()
+        except OSError as error:
+            self._fail(error, 0, ts)
+        self._sign()
+        self.fdatasync()
+        return self._writer.head
+
     def change_key(self, key: AuditKey) -> None:
         """End the use of the current audit key with a line that names `key`, which holds from the next line on.
 
@@ -198,16 +216,19 @@ class AuditLog:
         self.fdatasync()
 
     def remove_segments(self, keep: retention.Retention) -> list[str]:
-        """Delete the oldest closed files that `keep` does not hold on to, each after a durable line that names it.
+        """Delete the oldest closed files that `keep` lets go of, after durable and signed lines that name them.
 
-        Returns their names. Raises AuditUnavailableError, with nothing more deleted, and OSError.
+        Returns their names. Raises AuditUnavailableError, with nothing deleted, and OSError.
         """
-        names = []
-        for segment in retention.due(self.directory, keep, self._now_ns()):
+        segments = retention.due(self.directory, keep, self._now_ns())
+        if not segments:
+            return []
+        for segment in segments:
             self.add(segment.event())
-            self.commit(durable=True)
-            names += retention.delete(self.directory, segment)
-        return names
+        self.commit()
+        self._sign()
+        self.fdatasync()
+        return [name for segment in segments for name in retention.delete(self.directory, segment)]
 
     def close(self) -> None:
         """Write what is queued, sign the end, wait for the disk, close. The keys may be released after it.
@@ -219,15 +240,20 @@ class AuditLog:
         self._closed = True
         try:
             self.commit()
-            ts = self._now_ns()
-            if self._writer.unsigned_lines:
-                try:
-                    self._writer.checkpoint(ts)
-                except OSError as error:
-                    self._fail(error, 0, ts)
+            self._sign()
             self.fdatasync()
         finally:
             self._writer.close()
+
+    def _sign(self) -> None:
+        """Sign the lines that no signature covers yet, after a commit. Raises AuditUnavailableError."""
+        ts = self._now_ns()
+        if self._writer.unsigned_lines:
+            try:
+                self._writer.repair()
+                self._writer.checkpoint(ts)
+            except OSError as error:
+                self._fail(error, 0, ts)
 
     # --- chores and failures -----------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ Owns: the decision table below, and the lines that a start writes before any oth
 - A log whose end follows from its last checkpoint: go on.
 - The same, then bytes without a newline: they are moved aside, and `recovery` names them with their SHA-256.
 - A closed last segment and no file after it, or an empty one: the rotation was interrupted, its successor is begun.
-- An end under an earlier audit key: the change of key was interrupted, the log says so in `Opened.key`.
+- An end under an earlier audit key, at the line where the change of key was begun: it was interrupted, the log says so
+  in `Opened.key`. At another line: refuse, for who has got the earlier key can end a log of his own anywhere.
 - An end that does not follow, or is older than what is remembered: refuse. When told to accept the loss: all files are
   set aside, and a new log begins whose `genesis` says so.
 
@@ -63,6 +64,7 @@ class Keys(NamedTuple):
         return Trust(
             public_keys=frozenset(key.signer.public_key() for key in keys),
             mac_keys={key.version: key.mac_key for key in keys},
+            since={key.version: key.since for key in keys if key.since is not None},
         )
 
     def of(self, version: int) -> AuditKey:
@@ -142,8 +144,11 @@ def _open(directory: str, keys: Keys, known: Known, ts: int) -> Opened:
 
 def _go_on(directory: str, fd: int, tail: Tail, keys: Keys, known: Known) -> Opened:
     _check_known(tail, known)
+    _check_takeover(tail, keys)
+    # A change of key that is to be completed comes first.
+    next_seq = tail.head.seq + (1 if tail.key_version == keys.current.version else 2)
     if os.fstat(fd).st_size > tail.whole_bytes:
-        _move_torn_aside(directory, fd, tail.whole_bytes, seq=tail.head.seq + 1)
+        _move_torn_aside(directory, fd, tail.whole_bytes, seq=next_seq)
     return Opened(
         fd=os.dup(fd),
         size=tail.whole_bytes,
@@ -153,7 +158,7 @@ def _go_on(directory: str, fd: int, tail: Tail, keys: Keys, known: Known) -> Ope
         segment=tail.segment,
         segment_ts=tail.first_ts,
         segment_seq=tail.first_seq,
-        pending=_recovery(directory, tail.head.seq + 1),
+        pending=_recovery(directory, next_seq),
         key=keys.of(tail.key_version),
     )
 
@@ -181,11 +186,17 @@ def _begin_after(
     if tail.fault or tail.next_segment != number + 1:
         raise _LossError(f"the audit log {LOG_NAME} is missing: {tail.fault or name + ' is not the last of its files'}")
     _check_known(tail, known)
+    _check_takeover(tail, keys)
     if torn_fd is not None:
         _move_torn_aside(directory, torn_fd, 0, seq=tail.head.seq + 2)
     key = keys.of(tail.key_version)
     event = chain.segment_open_event(
-        bytes.fromhex(tail.log_id), key.version, key.signer.public_key(), segment=number + 1, previous=tail.head
+        bytes.fromhex(tail.log_id),
+        key.version,
+        key.signer.public_key(),
+        segment=number + 1,
+        previous=tail.head,
+        closed=tail.coverage,
     )
     log_id = bytes.fromhex(tail.log_id)
     return _create(directory, event, tail.head, key=key, log_id=log_id, segment=number + 1, ts=ts)
@@ -243,6 +254,15 @@ def _check_known(tail: Tail, known: Known) -> None:
         raise _LossError(f"the audit log ends at line {tail.head.seq}, though line {known.head.seq} was written")
     if tail.head.sig != known.head.sig:
         raise _LossError(f"line {known.head.seq} of the audit log is not the one that was written")
+
+
+def _check_takeover(tail: Tail, keys: Keys) -> None:
+    current = keys.current
+    if tail.key_version != current.version and current.since is not None and tail.head != current.since:
+        raise _LossError(
+            f"the audit log ends at line {tail.head.seq} under audit key version {tail.key_version}, though version "
+            f"{current.version} took over after line {current.since.seq}"
+        )
 
 
 def _open_file(path: str) -> int | None:

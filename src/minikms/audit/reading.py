@@ -1,33 +1,39 @@
 """Reading a log's files as one sequence of lines, also while a daemon writes them.
 
 Owns: opening a segment, whatever its form, and cutting it into lines. Invariants: memory is bounded by one chunk and
-one line; a file that is renamed or compressed meanwhile is read once and whole; nothing is judged here. It must never
-write, take the lock of the data directory, or follow a symbolic link.
+one line; a file that is renamed or compressed meanwhile is read once and whole; the file of the log's name is always
+read, and is the last one; nothing is judged here. It must never write, take the lock of the data directory, follow a
+symbolic link, or wait for what is not a regular file.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import time
 from collections.abc import Iterator
-from typing import BinaryIO, Final, Protocol
+from typing import BinaryIO, ClassVar, Final, Protocol
 
 import zstandard
 
-from minikms.audit import record, segments
+from minikms.audit import frame, record, segments
 from minikms.audit.record import MalformedLineError
 from minikms.audit.segments import COMPRESSED_SUFFIX, LOG_NAME
+from minikms.errors import MiniKmsError
 
 CHUNK_BYTES: Final = 1024 * 1024
 OPEN_ATTEMPTS: Final = 5
 GROWTH_WAIT_S: Final = 0.1
 """How long an incomplete last line is given to be completed by a daemon that is writing it."""
-_ZSTD_WINDOW_BYTES_MAX: Final = 8 * 1024 * 1024
-"""Of a compressed segment; a larger window would need more memory than one chunk and one line."""
+LINE_SKIPPED_BYTES_MAX: Final = 16 * 1024 * 1024
+"""Of a line that is too long: how much of it is skipped to find the next one. A small file may unpack to terabytes."""
 
 
-class DamagedSegmentError(Exception):
-    """A compressed segment does not decompress."""
+class DamagedSegmentError(MiniKmsError):
+    """A segment can't be read to its end: it does not decompress, or one line of it never ends."""
+
+    code: ClassVar[str] = "audit_damaged"
 
 
 class _Reader(Protocol):
@@ -38,13 +44,16 @@ class SegmentFile:
     """An open segment. number: from its name, or for the file being written from its first line (0 when that is
     damaged).
 
-    size: bytes on disk when it was opened.
+    size: bytes on disk when it was opened. closed: nothing more is written to it; of the file being written that is
+    known once `lines` has ended.
     """
 
-    def __init__(self, file: BinaryIO, name: str, number: int) -> None:
+    def __init__(self, file: BinaryIO, directory: str, name: str, number: int) -> None:
         self._file = file
+        self._directory = directory
         self.name = name
         self.number = number
+        self.closed = name != LOG_NAME
         status = os.fstat(file.fileno())
         self.size = status.st_size
         self.identity = (status.st_dev, status.st_ino)
@@ -61,38 +70,68 @@ class SegmentFile:
         return self._file.tell()
 
     def lines(self) -> Iterator[bytes]:
-        """Every whole line without its newline, at least up to where the file ended when it was opened.
+        """Every whole line without its newline, at least up to where the file ended when it was opened; to its end
+        where it is closed meanwhile.
 
         A line longer than `record.LINE_BYTES_MAX` comes cut to about that length. Raises DamagedSegmentError, and
         OSError.
         """
-        source: _Reader = self._file
-        if self.compressed:
-            decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES_MAX)
-            source = decompressor.stream_reader(self._file, read_across_frames=True, closefd=False)
+        source = self._source()
         rest = b""
-        cutting = waited = False
+        skipped = 0  # bytes of a line that was cut, while it goes on
+        waited = False
         while True:
-            chunk = _read(source)
+            chunk = self._read(source)
             if not chunk:
-                if not rest or waited or self.compressed:
+                if self.closed:
+                    break
+                if self._was_closed():
+                    continue  # what was written before it lost its name is there now
+                if not rest or waited:
                     break
                 waited = True
                 time.sleep(GROWTH_WAIT_S)
                 continue
             waited = False
             *whole, rest = (rest + chunk).split(b"\n")
-            if cutting and whole:
-                cutting = False
+            if skipped and whole:
+                skipped = 0
                 del whole[0]
             yield from whole
-            if len(rest) >= record.LINE_BYTES_MAX:
-                if not cutting:
+            if skipped or len(rest) >= record.LINE_BYTES_MAX:
+                if not skipped:
                     yield rest
-                rest, cutting = b"", True
-            if not rest and not self.compressed and self.position >= self.size:
+                skipped += len(rest)
+                rest = b""
+                if skipped > LINE_SKIPPED_BYTES_MAX:
+                    raise DamagedSegmentError(f"{self.name} holds a line of more than {LINE_SKIPPED_BYTES_MAX} bytes")
+            if not rest and not self.closed and self.position >= self.size and not self._was_closed():
                 break
         self.rest = rest
+
+    def _source(self) -> _Reader:
+        if not self.compressed:
+            return self._file
+        if fault := frame.fault_of(self._file.fileno()):
+            raise DamagedSegmentError(f"{self.name} does not decompress: {fault}")
+        decompressor = zstandard.ZstdDecompressor(max_window_size=frame.WINDOW_BYTES_MAX)
+        return decompressor.stream_reader(self._file, closefd=False)
+
+    def _read(self, source: _Reader) -> bytes:
+        try:
+            return source.read(CHUNK_BYTES)
+        except zstandard.ZstdError as error:
+            raise DamagedSegmentError(f"{self.name} does not decompress: {error}") from None
+
+    def _was_closed(self) -> bool:
+        """Whether the file being written has lost its name since it was opened: what it holds now is all of it."""
+        try:
+            status = os.stat(os.path.join(self._directory, LOG_NAME), follow_symlinks=False)
+        except FileNotFoundError:
+            self.closed = True
+        else:
+            self.closed = (status.st_dev, status.st_ino) != self.identity
+        return self.closed
 
     def first_line(self) -> bytes:
         """The first line, of a file that has not been read from; empty when there is none."""
@@ -117,16 +156,19 @@ class SegmentFile:
 def each_segment(directory: str, *, after: int = 0) -> Iterator[SegmentFile]:
     """The log's files in order, those numbered up to `after` left out; each is closed when the next is asked for.
 
-    Nothing is yielded when there is no log. A file that a rotation renames meanwhile comes once.
+    Nothing is yielded when there is no log. A file that a rotation renames meanwhile comes once. The last one is that
+    of the log's name, unless it is missing. Raises OSError, also for what is not a regular file.
     """
     last, seen = after, None
     for _ in range(OPEN_ATTEMPTS):
         while (file := next_segment(directory, last, seen)) is not None:
             with file:
                 yield file
-            last, seen = file.number or last + 1, file.identity
+            if not file.closed:
+                return
+            last, seen = max(last, file.number or last + 1), file.identity
         # Between the two renames of a rotation there is no file of the log's name.
-        if not segments.list_segments(directory) or os.path.exists(os.path.join(directory, LOG_NAME)):
+        if not segments.list_segments(directory):
             return
         time.sleep(GROWTH_WAIT_S)
 
@@ -134,7 +176,8 @@ def each_segment(directory: str, *, after: int = 0) -> Iterator[SegmentFile]:
 def next_segment(directory: str, last: int, seen: tuple[int, int] | None = None) -> SegmentFile | None:
     """The first file after segment `last`, for the caller to close; None when there is none (yet).
 
-    seen: identity of the file read before, which is not the next even where its first line does not tell its number.
+    seen: identity of the file read before, which is not the next under whatever name. The file of the log's name comes
+    after all others, also where its first line claims a number that was there already: that is for the caller to judge.
     """
     for _ in range(OPEN_ATTEMPTS):
         closed = [number for number in segments.list_segments(directory) if number > last]
@@ -149,10 +192,10 @@ def next_segment(directory: str, last: int, seen: tuple[int, int] | None = None)
         if any(number > last for number in segments.list_segments(directory)):
             file.close()
             continue  # rotated since the closed ones were listed
-        file.number = _number_of(file.first_line())
-        if file.identity == seen or 0 < file.number <= last:
+        if file.identity == seen:
             file.close()
             return None
+        file.number = _number_of(file)
         return file
     return None
 
@@ -166,23 +209,20 @@ def _open_closed(directory: str, number: int) -> SegmentFile | None:
 
 
 def _open(directory: str, name: str, number: int) -> SegmentFile | None:
+    path = os.path.join(directory, name)
     try:
-        fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
-    return SegmentFile(os.fdopen(fd, "rb"), name, number)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return SegmentFile(os.fdopen(fd, "rb"), directory, name, number)
 
 
-def _number_of(first_line: bytes) -> int:
+def _number_of(file: SegmentFile) -> int:
     try:
-        segment = record.parse_line(first_line)[0].facts.get("segment")
-    except MalformedLineError:
+        segment = record.parse_line(file.first_line())[0].facts.get("segment")
+    except (MalformedLineError, DamagedSegmentError):
         return 0
     return segment if isinstance(segment, int) else 0
-
-
-def _read(source: _Reader) -> bytes:
-    try:
-        return source.read(CHUNK_BYTES)
-    except zstandard.ZstdError as error:
-        raise DamagedSegmentError(str(error)) from None

@@ -2,8 +2,8 @@
 
 Owns: which of them may go, and deleting them. Rules: only the oldest go, one after the other, as long as all closed
 files together hold more than `bytes_max`; none goes that was closed less than `days_min` ago; each is named, with the
-head that it ended with, by a durable `retention` line before it is deleted, so that a verifier can tell it from one
-that was taken away. It must never touch the file being written, nor delete where it can't read what follows.
+head that it ended with, by a durable and signed `retention` line before any is deleted, so that a verifier can tell it
+from one that was taken away. It must never touch the file being written, nor delete where it can't read what follows.
 """
 
 from __future__ import annotations

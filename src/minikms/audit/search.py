@@ -17,7 +17,9 @@ from minikms.audit.reading import each_segment
 from minikms.audit.record import Event, MalformedLineError
 
 NAMES_COUNT_MAX: Final = 1000
-"""Actors told apart by `totals`; the lines of all others are counted together."""
+"""Types, outcomes and actors told apart by `totals`; the lines of all others are counted together."""
+NAME_CHARS_MAX: Final = record.TEXT_CHARS_MAX
+"""A writer makes none that is longer; of one that is, the beginning is counted."""
 OTHERS: Final = "(others)"
 
 
@@ -107,9 +109,9 @@ def totals(directory: str) -> Totals:
             sums.first_ts = sums.first_ts or event.ts
             sums.last_ts = event.ts
             sums.items += event.count or 1
-            types[event.type] += 1
-            outcomes[event.outcome] += 1
-            actors[event.actor if event.actor in actors or len(actors) < NAMES_COUNT_MAX else OTHERS] += 1
+            for counter, name in ((types, event.type), (outcomes, event.outcome), (actors, event.actor)):
+                short = name[:NAME_CHARS_MAX]
+                counter[short if short in counter or len(counter) < NAMES_COUNT_MAX else OTHERS] += 1
         sums.disk_bytes += file.position
     sums.types, sums.outcomes, sums.actors = (
         dict(types.most_common()),

@@ -2,9 +2,8 @@
 
 Owns: which files belong to a log and in which order. `minikms-audit.log` is being written; `minikms-audit.log.<n>` were
 written before it (n counts from 1), `minikms-audit.log.<n>.zst` likewise, compressed. Both forms of one segment may
-exist
-for a moment, with the same content. It must never open a file through a symbolic link, nor touch a file of another
-name.
+exist for a moment, with the same content: the plain one counts. It must never open a file through a symbolic link, nor
+touch a file of another name.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ NEXT_NAME: Final = LOG_NAME + ".next"
 FILE_MODE: Final = 0o600
 DIRECTORY_MODE: Final = 0o700
 
-_SEGMENT_PATTERN: Final = re.compile(r"minikms-audit\.log\.([1-9][0-9]{0,11})(\.zst)?", re.ASCII)
+_SEGMENT_PATTERN: Final = re.compile(r"minikms-audit\.log\.([1-9][0-9]*)(\.zst)?", re.ASCII)
 
 
 def segment_name(number: int, *, compressed: bool = False) -> str:

@@ -12,6 +12,8 @@ from typing import Final, NamedTuple, Protocol
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from minikms.audit.record import Head
+
 PUBLIC_KEY_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
 
@@ -51,8 +53,12 @@ def signature_is_valid(public_key: bytes, signature: bytes, message: bytes) -> b
 
 
 class AuditKey(NamedTuple):
-    """One version of the audit key: the 32-byte MAC key as a view into the arena, and the signer that goes with it."""
+    """One version of the audit key: the 32-byte MAC key as a view into the arena, and the signer that goes with it.
+
+    since: the last line under the version before, None where it is not remembered or there was none.
+    """
 
     version: int
     mac_key: memoryview
     signer: Signer
+    since: Head | None = None

@@ -5,40 +5,46 @@ Owns: what "intact" means. The rules, in the order in which each line meets them
  1. The line has the exact frame, at most `LINE_BYTES_MAX` bytes, printable ASCII only, and ends in one newline.
  2. The event is valid, in its one canonical form, with a `seq` and a `ts`.
  3. The first line is `genesis` with seq 1, or `segment_open` (rule 10), or the signed line that the caller starts from;
-    it names the format, the log's id, a known audit key version and a trusted public key.
+    it names the format, the log's id, a known audit key version and a trusted public key. It is also the first of
+    its file, as is every `segment_open`; nothing else is; and its segment is that of the file's name.
  4. `seq` is one more than that of the line before: nothing missing, repeated or moved.
  5. With the audit key: the MAC is that of the previous MAC and this event, under the key version in force.
  6. `genesis` stands first only. After `segment_close` comes `segment_open`, and nowhere else; it names the next
-    segment, the same log, key version and public key, and the head before it.
+    segment, the same log, key version and public key, the head before it, and the SHA-256 of that line.
  7. A signed line has exactly its facts: this log, the key version in force, the MAC before it, and the number and
     SHA-256 of the lines since the last signed line of its file (inclusive), or since the file's first line.
  8. Its Ed25519 signature is valid under the public key in force.
- 9. `audit_key` names a higher key version and its public key, which are in force from the next line on.
-10. A log whose first line is `segment_open` holds a later `retention` line that names the head before it.
+ 9. `audit_key` names a higher key version and its public key, which are in force from the next line on. With the
+    audit keys: that public key is a trusted one; a version that is known to have taken over after a certain line does
+    so there, and the log does not end under an earlier one.
+10. A log whose first line is `segment_open` holds a later `retention` line that names the head before it. With the
+    public key alone, one that a signature covers.
 11. The last line is not a `segment_close`: the file that it names is there.
 12. The expected head, where one is given, is a line of this log.
 
 Invariants: a line is judged only by those before it, in bounded memory; after a fault the checker picks up the chain
-again where it can, so that one altered line is one finding. It must never read a file, nor call a log intact that it
-could not judge to the end.
+again where it can, so that one altered line is one finding; after `FINDINGS_COUNTED_MAX` of them it gives up. It must
+never read a file, nor call a log intact that it could not judge to the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
 from typing import Final
 
-from minikms.audit import chain, record
+from minikms.audit import record
 from minikms.audit.chain import Coverage, base64_bytes, base64_text
+from minikms.audit.inforce import KeyInForce, whole_number
 from minikms.audit.record import Event, Facts, Head, MalformedLineError
 from minikms.audit.sequence import Sequence
-from minikms.audit.signer import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, signature_is_valid
-from minikms.audit.verdict import FINDINGS_COUNT_MAX, Finding, Kind, Report, Trust
+from minikms.audit.verdict import FINDINGS_COUNT_MAX, FINDINGS_COUNTED_MAX, Finding, Kind, Report, Trust
 
 _SEGMENT_OPEN_FACTS: Final = frozenset(
-    ("format", "key", "log_id", "previous_seq", "previous_sig", "public_key", "segment")
+    ("format", "key", "log_id", "previous_seq", "previous_sha256", "previous_sig", "public_key", "segment")
 )
+_OPENING_TYPES: Final = frozenset((record.TYPE_GENESIS, record.TYPE_SEGMENT_OPEN))
 _SIGNED_FACTS: Final = frozenset(("key", "lines", "lines_sha256", "log_id", "previous_sig", "signature"))
+_LOG_ID: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _EXTRA_FACTS: Final[dict[str, frozenset[str]]] = {
     record.TYPE_CHECKPOINT: frozenset(),
     record.TYPE_SEGMENT_CLOSE: frozenset(("next_segment",)),
@@ -59,15 +65,17 @@ class Verifier:
         self._from_signed_line = from_signed_line
         self._sequence = Sequence(trust.mac_keys, self._found)
         self._file = ""
+        self._file_number = 0
+        self._file_told = False
         self._line = 0
         self._lines = 0
         self._findings: list[Finding] = []
         self._findings_count = 0
         self._first_seq = 0
         self._first_previous: Head | None = None
-        self._retained: Head | None = None
+        self._retained_seq = 0
         self._log_id = ""
-        self._public_key: bytes | None = None
+        self._key = KeyInForce(trust, self._found)
         self._segment = 0
         self._segments = 0
         self._next_segment = 0
@@ -78,10 +86,22 @@ class Verifier:
 
     # --- feeding and asking ------------------------------------------------------------------------------------------
 
-    def begin_file(self, name: str) -> None:
-        """The next line is the first of the file `name`; findings name it from here on."""
-        self._file = name
+    def begin_file(self, name: str, number: int = 0) -> None:
+        """The next line is the first of the file `name`; findings name it from here on. number: of the segment that
+        the name stands for; 0 where it says none."""
+        self._file, self._file_number, self._file_told = name, number, False
         self._line = 0
+
+    def end_file(self) -> None:
+        """The file has no more lines."""
+        if self._line == 0:
+            self._found("missing", 0, f"{self._file} holds no line")
+        if self._file_number and self._segment not in (0, self._file_number) and not self._file_told:
+            self._found("segment", 0, f"{self._file} holds segment {self._segment}")
+
+    def skip(self) -> None:
+        """A line stands here that is not to be judged, since it comes before the one to begin with."""
+        self._line += 1
 
     def feed(self, line: bytes) -> None:
         """Judge the next line, given without its newline."""
@@ -98,6 +118,7 @@ class Verifier:
             self._judge(event)
         else:
             return
+        self._check_place(event)
         self._settle(event, line, sig)
 
     def feed_incomplete(self, rest: bytes) -> None:
@@ -113,24 +134,13 @@ class Verifier:
         """Judge what only the end can show, and sum up. Call it once."""
         head = self._sequence.last
         last_seq = 0 if head is None else head.seq
-        if head is None and not self._findings_count:
-            self._found("missing", 1, "the log holds no line")
-        if self._next_segment:
-            self._found(
-                "missing", last_seq + 1, f"segment {self._next_segment}, which line {last_seq} names, is missing"
-            )
-        before = self._first_previous
-        if before is not None and self._retained != before:
-            text = (
-                f"the log begins after line {before.seq}, and no retention line says that what came before was removed"
-            )
-            self._found("missing", before.seq, text)
-        after_expected = self._check_expected_head(last_seq)
+        after_expected = None if self.exhausted else self._judge_end(head, last_seq)
         return Report(
             findings=self._findings,
             findings_count=self._findings_count,
             lines=self._lines,
             first_seq=self._first_seq,
+            from_signed_line=self._from_signed_line,
             head=head,
             log_id=self._log_id,
             segments=self._segments,
@@ -138,8 +148,16 @@ class Verifier:
             covered_seq=self._covered_seq,
             lines_not_covered=min(self._lines, last_seq - self._covered_seq),
             lines_after_expected_head=after_expected,
+            key_version=self._key.version,
+            public_key=self._key.public_key,
             macs_checked=bool(self._trust.mac_keys),
+            given_up=self.exhausted,
         )
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether there were so many findings that no further line needs to be fed."""
+        return self._findings_count >= FINDINGS_COUNTED_MAX
 
     @property
     def findings(self) -> list[Finding]:
@@ -168,7 +186,7 @@ class Verifier:
     @property
     def key_version(self) -> int:
         """The audit key version in force after the last line."""
-        return self._sequence.key_version
+        return self._key.version
 
     @property
     def log_id(self) -> str:
@@ -187,7 +205,7 @@ class Verifier:
         elif self._from_signed_line:
             previous = base64_bytes(event.facts.get("previous_sig"), record.MAC_BYTES)
             self._log_id = _text(event.facts, "log_id")
-            self._use_key(event, _int(event.facts, "key"), None)
+            self._key.begin_within(event)
             self._segments = 1
             self._coverage_sound = False  # what it covers was not fed
         elif event.type == record.TYPE_GENESIS:
@@ -203,6 +221,7 @@ class Verifier:
             self._first_segment(event)
         else:
             self._found("missing", event.seq, f"the log begins with line {event.seq}: what stood before it is missing")
+        self._sequence.key_version = self._key.version
         self._sequence.begin(self._first_seq, event_bytes, sig, previous)
         if self._from_signed_line and event.type in record.SIGNED_TYPES:
             self._signed_line(event)
@@ -210,18 +229,16 @@ class Verifier:
     def _first_segment(self, event: Event) -> None:
         """Take over the log, the key and the segment that the first line names."""
         self._log_id = _text(event.facts, "log_id")
-        self._segment = _int(event.facts, "segment")
-        public_key = base64_bytes(event.facts.get("public_key"), PUBLIC_KEY_BYTES)
-        if public_key is None or public_key not in self._trust.public_keys:
-            self._found("foreign", event.seq, "the log names a public key that is not the trusted one")
-            public_key = None
-        self._use_key(event, _int(event.facts, "key"), public_key)
+        self._segment = whole_number(event.facts, "segment")
+        self._key.begin(event)
+        if not _LOG_ID.fullmatch(self._log_id):
+            self._found("altered", event.seq, f"line {event.seq} does not name the log's id")
         self._check_format(event)
 
     def _previous_head(self, event: Event) -> Head:
         """The head that a `segment_open` line names as the one before it."""
         sig = base64_bytes(event.facts.get("previous_sig"), record.MAC_BYTES)
-        seq = _int(event.facts, "previous_seq")
+        seq = whole_number(event.facts, "previous_seq")
         if event.facts.keys() != _SEGMENT_OPEN_FACTS or sig is None or seq != event.seq - 1:
             self._found("altered", event.seq, f"line {event.seq} does not have the facts of a segment_open line")
         return Head(seq, sig or record.ZERO_MAC)
@@ -240,21 +257,26 @@ class Verifier:
         elif event.type == record.TYPE_GENESIS:
             self._found("segment", event.seq, f"line {event.seq} is a genesis line, which stands first only")
         elif event.type == record.TYPE_RETENTION:
-            sig = base64_bytes(event.facts.get("last_sig"), record.MAC_BYTES)
-            if self._first_previous == Head(_int(event.facts, "last_seq"), sig or record.ZERO_MAC):
-                self._retained = self._first_previous
+            named = event.facts.get("last_seq"), event.facts.get("last_sig")
+            before = self._first_previous
+            if before is not None and named == (before.seq, base64_text(before.sig)):
+                self._retained_seq = event.seq
 
     def _open_segment(self, event: Event) -> None:
         facts = event.facts
-        named = _int(facts, "segment")
+        named = whole_number(facts, "segment")
         if named != self._next_segment:
             self._found("segment", event.seq, f"line {event.seq} opens segment {named} where none or another was due")
         before = self._previous_head(event)
         if self._sequence.before is not None and before.sig != self._sequence.before:
             self._found("segment", event.seq, f"line {event.seq} does not name the head of the segment before")
-        if (facts.get("log_id"), facts.get("key")) != (self._log_id, self._sequence.key_version):
+        # What is covered by now is the line before, the segment_close: its SIG is in no signature but by this.
+        if self._coverage_sound and facts.get("previous_sha256") != self._coverage.hex():
+            self._found("altered", event.seq - 1, f"line {event.seq - 1} is not the one that line {event.seq} follows")
+        if (facts.get("log_id"), facts.get("key")) != (self._log_id, self._key.version):
             self._found("foreign", event.seq, f"line {event.seq} opens a segment of another log or audit key")
-        if self._public_key is not None and facts.get("public_key") != base64_text(self._public_key):
+        in_force = self._key.public_key
+        if in_force is not None and facts.get("public_key") != base64_text(in_force):
             self._found("foreign", event.seq, f"line {event.seq} names a public key that is not the one in force")
         self._check_format(event)
         self._segment = named
@@ -263,7 +285,7 @@ class Verifier:
         self._begin_coverage()
 
     def _check_format(self, event: Event) -> None:
-        if _int(event.facts, "format") != record.FORMAT_VERSION:
+        if whole_number(event.facts, "format") != record.FORMAT_VERSION:
             self._found("foreign", event.seq, f"line {event.seq} names a format other than {record.FORMAT_VERSION}")
 
     def _signed_line(self, event: Event) -> None:
@@ -271,7 +293,7 @@ class Verifier:
         if facts.keys() != _SIGNED_FACTS | _EXTRA_FACTS[event.type]:
             self._found("altered", event.seq, f"line {event.seq} does not have the facts of a {event.type} line")
             return
-        if (facts["log_id"], facts["key"]) != (self._log_id, self._sequence.key_version):
+        if (facts["log_id"], facts["key"]) != (self._log_id, self._key.version):
             self._found("foreign", event.seq, f"line {event.seq} was signed for another log or audit key")
         before = self._sequence.before
         if before is not None and facts["previous_sig"] != base64_text(before):
@@ -281,41 +303,32 @@ class Verifier:
             first = event.seq - self._coverage.lines_count
             text = f"lines {first} to {event.seq - 1} are not those that line {event.seq} was signed for"
             self._found("altered", event.seq - 1, text)
-        if self._signature_fits(event):
+        if self._key.signed(event):
             self._covered_seq = event.seq
         self._checkpoints += 1
         if event.type == record.TYPE_SEGMENT_CLOSE:
-            self._next_segment = _int(facts, "next_segment")
+            self._next_segment = whole_number(facts, "next_segment")
             if self._next_segment < 2 or (self._segment and self._next_segment != self._segment + 1):
                 self._found("segment", event.seq, f"line {event.seq} does not name the next segment")
         elif event.type == record.TYPE_AUDIT_KEY:
-            self._next_key(event)
+            self._key.change(event)
+            self._sequence.key_version = self._key.version
 
-    def _signature_fits(self, event: Event) -> bool:
-        """Rule 8. Where no line has named the public key yet, any trusted one will do, and is in force from here on."""
-        signature = base64_bytes(event.facts["signature"], SIGNATURE_BYTES) or b""
-        message = chain.signed_message(event)
-        keys = self._trust.public_keys if self._public_key is None else (self._public_key,)
-        for key in keys:
-            if signature_is_valid(key, signature, message):
-                self._public_key = key
-                return True
-        self._found("signature", event.seq, f"line {event.seq} has a signature that the public key does not confirm")
-        return False
-
-    def _next_key(self, event: Event) -> None:
-        version = _int(event.facts, "next_key")
-        public_key = base64_bytes(event.facts["next_public_key"], PUBLIC_KEY_BYTES)
-        if version <= self._sequence.key_version or public_key is None:
-            self._found("altered", event.seq, f"line {event.seq} does not name a next audit key")
-            return
-        self._use_key(event, version, public_key)
-
-    def _use_key(self, event: Event, version: int, public_key: bytes | None) -> None:
-        self._sequence.key_version = version
-        self._public_key = public_key
-        if self._trust.mac_keys and version not in self._trust.mac_keys:
-            self._found("foreign", event.seq, f"line {event.seq} names audit key version {version}, which is not known")
+    def _check_place(self, event: Event) -> None:
+        """Rule 3: the first line of each file, and only that, opens the segment that the file is named for."""
+        if not self._file or (self._line == 1) == (event.type in _OPENING_TYPES):
+            wrong = self._line == 1 and self._file_number not in (0, whole_number(event.facts, "segment"))
+            text = f"{self._file} holds segment {whole_number(event.facts, 'segment')}"
+        else:
+            wrong = True
+            text = (
+                f"{self._file} does not begin with the first line of a segment"
+                if self._line == 1
+                else f"line {event.seq} opens a segment within a file"
+            )
+        if wrong:
+            self._file_told = True
+            self._found("segment", event.seq, text)
 
     # --- after each line ---------------------------------------------------------------------------------------------
 
@@ -331,6 +344,27 @@ class Verifier:
         self._coverage = Coverage()
         self._coverage_sound = True
 
+    def _judge_end(self, head: Head | None, last_seq: int) -> int | None:
+        """Rules 9 to 12 at the end. Returns how many lines are newer than the expected head."""
+        if head is None and not self._findings_count:
+            self._found("missing", 1, "the log holds no line")
+        if self._next_segment:
+            self._found(
+                "missing", last_seq + 1, f"segment {self._next_segment}, which line {last_seq} names, is missing"
+            )
+        before = self._first_previous
+        judged_seq = last_seq if self._trust.mac_keys else self._covered_seq
+        if before is not None and not 0 < self._retained_seq <= judged_seq:
+            judged = "" if self._trust.mac_keys else " that is signed"
+            text = (
+                f"the log begins after line {before.seq}, and no retention line{judged} says that what came before was "
+                "removed"
+            )
+            self._found("missing", before.seq, text)
+        if head is not None:
+            self._key.end(last_seq)
+        return self._check_expected_head(last_seq)
+
     def _check_expected_head(self, last_seq: int) -> int | None:
         expected = self._expect_head
         if expected is None:
@@ -340,7 +374,11 @@ class Verifier:
             self._found("truncated", last_seq, text)
             return None
         if not self._expected_seen:
-            self._found("anchor", expected.seq, f"line {expected.seq} is not the one that is known, or not there")
+            if expected.seq < self._first_seq:
+                text = f"line {expected.seq} is known; the log begins after it, so the two can't be compared"
+            else:
+                text = f"line {expected.seq} is not the one that is known, or not there"
+            self._found("anchor", expected.seq, text)
             return None
         return last_seq - expected.seq
 
@@ -351,19 +389,6 @@ class Verifier:
         if len(self._findings) < FINDINGS_COUNT_MAX:
             self._findings.append(finding)
         return finding
-
-
-def check(lines: Iterable[bytes], trust: Trust, *, expect_head: Head | None = None) -> Report:
-    """The report on a whole log, given as lines without their newlines."""
-    verifier = Verifier(trust, expect_head=expect_head)
-    for line in lines:
-        verifier.feed(line)
-    return verifier.report()
-
-
-def _int(facts: Facts, name: str) -> int:
-    value = facts.get(name)
-    return value if isinstance(value, int) else 0
 
 
 def _text(facts: Facts, name: str) -> str:

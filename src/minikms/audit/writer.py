@@ -182,7 +182,12 @@ class ChainWriter:
         """Close the file and go on in a new one. Waits for the disk."""
         close_line, closed = self._signed(record.TYPE_SEGMENT_CLOSE, ts, {"next_segment": self.segment + 1})
         event = chain.segment_open_event(
-            self.log_id, self.key.version, self.key.signer.public_key(), segment=self.segment + 1, previous=closed
+            self.log_id,
+            self.key.version,
+            self.key.signer.public_key(),
+            segment=self.segment + 1,
+            previous=closed,
+            closed=_coverage_of(close_line),
         )
         first_line, head = chain.seal([event], closed, self.key.mac_key, ts)
         fd = create_file(self._directory, first_line)

@@ -77,8 +77,9 @@ def verify(
     """Check every line of the log, also beside a live daemon.
 
     With the root key every line is judged by itself. With only --public-key, lines are judged by the signed line
-    that follows them; those after the last one can't be. Exit status: 0 intact, 1 altered or malformed, 2 when the
-    key, the log or the line to begin with is missing.
+    that follows them; those after the last one can't be. Give the key that the log begins with, and compare the one
+    that it ends with, which is shown, with the newest that you know. Exit status: 0 what could be judged is intact,
+    1 altered or malformed, 2 when the key, the log or the line to begin with is missing, or nothing could be judged.
     """
     from minikms.audit.check import verify_directory
     from minikms.cli import auditview
@@ -91,6 +92,8 @@ def verify(
     try:
         directory = _directory(data_dir)
         head = None if expect_head is None else _head(expect_head)
+        if head is not None and head.seq < from_checkpoint:
+            raise StartError(f"--from-checkpoint {from_checkpoint} leaves out line {head.seq}, which is expected")
         if public_key:
             report = judge(_public_trust(public_key))
         else:
@@ -99,7 +102,9 @@ def verify(
     except (MiniKmsError, OSError) as error:
         return _missing(error)
     print(auditview.report_json(report) if json else "\n".join(auditview.report_lines(report)))
-    return 0 if report.intact else EXIT_FOUND
+    if report.findings_count:
+        return EXIT_FOUND
+    return 0 if report.judged else EXIT_MISSING
 
 
 @app.command

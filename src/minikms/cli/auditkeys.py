@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from minikms.audit import AuditLog, Known
-from minikms.audit.keyversions import keys_of
+from minikms.audit.keyversions import keys_of, since
+from minikms.audit.record import Head
 from minikms.audit.verdict import Trust
 from minikms.crypto.aead import NonceSource
 from minikms.custody import clock, keyringfile
 from minikms.custody.atomic import open_directory, read_file_bounded
 from minikms.custody.keyringfile import KeyringFile
-from minikms.custody.lock import DataDirLock
+from minikms.custody.lock import DataDirLock, InUseError
 from minikms.custody.roots import read_key_descriptor, read_key_file
 from minikms.errors import StartError, StorageUnavailableError
 from minikms.keys import keyring
@@ -45,9 +46,10 @@ class OpenAuditKeys(NamedTuple):
 
     mac_keys: Mapping[int, memoryview]
     public_keys: frozenset[bytes]
+    since: Mapping[int, Head]
 
     def trust(self) -> Trust:
-        return Trust(public_keys=self.public_keys, mac_keys=self.mac_keys)
+        return Trust(public_keys=self.public_keys, mac_keys=self.mac_keys, since=self.since)
 
 
 @contextmanager
@@ -59,6 +61,7 @@ def open_audit_keys(data_dir: str, root_key: RootKey) -> Iterator[OpenAuditKeys]
         yield OpenAuditKeys(
             mac_keys={version: unlocked.audit_key(version)[0] for version in versions},
             public_keys=frozenset(key.public_key for key in unlocked.body.audit_keys),
+            since={key.version: head for key in unlocked.body.audit_keys if (head := since(key)) is not None},
         )
 
 
@@ -78,18 +81,33 @@ def rotate_audit_key(data_dir: str, root_key: RootKey) -> NewAuditKey:
     if not os.path.lexists(os.path.join(data_dir, keyringfile.NAME)):
         raise StartError(f"there is no keyring in {data_dir}")
     with ExitStack() as stack:
-        lock = stack.enter_context(DataDirLock(data_dir))
+        try:
+            lock = stack.enter_context(DataDirLock(data_dir))
+        except InUseError as error:
+            raise StartError(
+                f"{error}; the audit key changes only while the daemon is stopped: stop it, or the message server that "
+                "started it and would start it again, run this again, and start it"
+            ) from None
         file = KeyringFile(lock.directory_fd, stack.enter_context(ThreadPoolExecutor(1)))
         unlocked = _unlock(stack, data_dir, root_key, file.load())
         # First the log as it is: whatever an earlier crash left is completed under the keys that it knows.
-        _open_log(data_dir, unlocked).close()
-        now = clock.rfc3339(clock.now_ns())
-        made = unlocked.make_audit_key(fill_random, version=unlocked.body.audit_key.version + 1, at=now)
-        body = keyring.add_audit_key(unlocked.body, made, at=now)
-        file.store_now(unlocked.encode(body))
-        unlocked.body = body
         log = _open_log(data_dir, unlocked)
-        log.close()
+        try:
+            last = log.settle()
+            now = clock.rfc3339(clock.now_ns())
+            made = unlocked.make_audit_key(
+                fill_random,
+                version=unlocked.body.audit_key.version + 1,
+                at=now,
+                since_seq=last.seq,
+                since_sig=last.sig,
+            )
+            body = keyring.add_audit_key(unlocked.body, made, at=now)
+            file.store_now(unlocked.encode(body))
+            unlocked.body = body
+            log.change_key(keys_of(unlocked).current)
+        finally:
+            log.close()
         return NewAuditKey(made.version, made.public_key, log.head)
 
 
@@ -103,6 +121,7 @@ def _open_log(data_dir: str, unlocked: UnlockedKeyring) -> AuditLog:
         now_ns=clock.now_ns,
         key_version=current.version,
         former=former,
+        since=current.since,
         known=Known(begun=True),
     )
 

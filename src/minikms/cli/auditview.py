@@ -44,7 +44,9 @@ def report_json(report: Report) -> str:
     """One object. `head` is {"seq", "sig"} or null, as in `/status`."""
     built = {name: getattr(report, name) for name in report.__struct_fields__ if name not in ("head", "findings")}
     head = None if report.head is None else {"seq": report.head.seq, "sig": base64_text(report.head.sig)}
-    return as_json({"intact": report.intact, "head": head, **built, "findings": report.findings})
+    return as_json(
+        {"intact": report.intact, "judged": report.judged, "head": head, **built, "findings": report.findings}
+    )
 
 
 def as_json(value: object) -> str:
@@ -61,7 +63,7 @@ def raw_line(line: bytes) -> str:
 
 
 def report_lines(report: Report) -> Iterator[str]:
-    if not report.intact:
+    if report.findings_count:
         count = report.findings_count
         yield f"The audit log is NOT intact: {count} finding{'s' if count != 1 else ''}."
         for finding in report.findings:
@@ -69,21 +71,40 @@ def report_lines(report: Report) -> Iterator[str]:
             yield f"  {place}: {finding.text} ({finding.kind})"
         if count > FINDINGS_COUNT_MAX:
             yield f"  … and {count - FINDINGS_COUNT_MAX} more"
+        if report.given_up:
+            yield "  There the check was given up: what follows was not looked at."
+    elif not report.judged:
+        yield "The audit log can't be judged by the public key: no line of it is signed yet."
     else:
         how = "every line by the audit key" if report.macs_checked else "by its signed lines"
-        yield f"The audit log is intact, judged {how}."
+        yield f"The audit log is intact{_part(report)}, judged {how}."
     if report.head is None:
         return
     yield f"  lines       {report.first_seq} to {report.head.seq}, in {report.segments} file(s); log {report.log_id}"
+    if report.from_signed_line:
+        yield f"  before      what stands before line {report.first_seq} was not looked at"
+    elif report.first_seq > 1 and report.intact:
+        yield f"  removed     lines 1 to {report.first_seq - 1}, as the log says"
     yield f"  head        {report.head.seq}:{base64_text(report.head.sig)}"
     yield f"  signed      up to line {report.covered_seq}, {report.checkpoints} signed line(s)"
+    if report.public_key is not None:
+        yield f"  key         version {report.key_version}, public key {base64_text(report.public_key)}"
     if report.lines_not_covered:
         note = "" if report.macs_checked else ": the public key can't judge them"
         yield f"  not signed  the last {report.lines_not_covered} line(s){note}"
     if report.lines_after_expected_head is not None:
-        yield f"  anchor      {report.lines_after_expected_head} line(s) are newer than the expected head"
+        known_seq = report.head.seq - report.lines_after_expected_head
+        note = "" if report.macs_checked or known_seq < report.covered_seq else "; that one is not signed yet"
+        yield f"  anchor      {report.lines_after_expected_head} line(s) are newer than the expected head{note}"
     elif report.intact:
         yield "  anchor      none given: lines cut off cleanly at the end would not show (see --expect-head)"
+
+
+def _part(report: Report) -> str:
+    """Which part of the log was judged, where it was not all of it."""
+    begin = f"from line {report.first_seq}" if report.from_signed_line else ""
+    end = f"up to line {report.covered_seq}" if report.lines_not_covered and not report.macs_checked else ""
+    return f" {begin} {end}".rstrip().replace("  ", " ")
 
 
 def event_line(line: bytes) -> str:
@@ -124,7 +145,8 @@ def _time(ts: int) -> str:
 
 
 def print_totals(totals: Totals) -> None:
-    console = Console(highlight=False)
+    # An actor may be called [/bold], or what makes a link of it: shown, not obeyed.
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(f"{totals.lines} lines in {totals.files} file(s), {totals.disk_bytes} bytes on disk")
     if totals.lines:
         console.print(f"from {_time(totals.first_ts)} to {_time(totals.last_ts)}; {totals.items} items")

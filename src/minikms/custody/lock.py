@@ -22,13 +22,18 @@ FILE_MODE: Final = 0o600
 _PID_BYTES_MAX: Final = 20
 
 
+class InUseError(StartError):
+    """Another process holds the lock."""
+
+
 class DataDirLock:
     """The exclusive ownership of a data directory, from construction to `close`.
 
     A missing directory is made, 0700, its missing parents too, each durable in its own parent.
 
     Raises:
-        StartError: another process owns it (its pid is named), or the directory is not private to this user.
+        InUseError: another process owns it (its pid is named).
+        StartError: the directory is not private to this user.
     """
 
     def __init__(self, directory: str) -> None:
@@ -103,7 +108,7 @@ def lock_file(directory_fd: int, name: str, what: str) -> int:
         what: the thing that the lock stands for, for the error text.
 
     Raises:
-        StartError: another process holds it.
+        InUseError: another process holds it.
         OSError: the file cannot be made or opened; a symbolic link in its place is not followed.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -117,7 +122,7 @@ def lock_file(directory_fd: int, name: str, what: str) -> int:
         os.close(descriptor)
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             raise
-        raise StartError(f"another process{holder} owns {what}") from None
+        raise InUseError(f"another process{holder} owns {what}") from None
     return descriptor
 
 

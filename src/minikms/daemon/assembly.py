@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from minikms.audit import AuditLog, Event, Known, Upkeep
 from minikms.audit.forward import FileForwarder
-from minikms.audit.keyversions import keys_of
+from minikms.audit.keyversions import keys_of, since
 from minikms.crypto.aead import NonceSource, scrub_stack
 from minikms.custody import clock, opening
 from minikms.custody.backups import BackupStore
@@ -237,6 +237,7 @@ def _open_log(settings: Settings, opened: Opened) -> AuditLog:
         fsync=settings.audit_fsync,
         key_version=audit_key.version,
         former=keys_of(unlocked).former,
+        since=since(audit_key),
         known=Known(begun=unlocked.body.epoch > 1),
         accept_loss=settings.accept_audit_loss,
         hash_thread_ids=settings.audit_hash_thread_ids,

@@ -78,11 +78,16 @@ class Kek(_Part, frozen=True):
 
 
 class AuditKey(_Part, frozen=True):
+    """`since_seq` and `since_sig` are the audit log's last line under the version before, for all but the first: so
+    that who has got an earlier key can't write another log with it."""
+
     version: int
     created_at: str
     public_key: bytes
     wrapped_key: bytes
     wrapped_seed: bytes
+    since_seq: int = 0
+    since_sig: bytes = b""
 
 
 class Rotation(_Part, frozen=True):

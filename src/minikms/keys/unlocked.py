@@ -214,8 +214,13 @@ class UnlockedKeyring:
         wrapped = self._seal_under(sealing, labels.KEK, version, slot)
         return keyring.Kek(version=version, state=state, created_at=at, wraps_reserved=0, wrapped=wrapped)
 
-    def make_audit_key(self, fill_random: FillRandom, *, version: int, at: str) -> keyring.AuditKey:
-        """A fresh audit key and checkpoint seed (Ed25519, RFC 8032), wrapped; only the public key is in the clear."""
+    def make_audit_key(
+        self, fill_random: FillRandom, *, version: int, at: str, since_seq: int = 0, since_sig: bytes = b""
+    ) -> keyring.AuditKey:
+        """A fresh audit key and checkpoint seed (Ed25519, RFC 8032), wrapped; only the public key is in the clear.
+
+        since_seq, since_sig: the log's last line under the version before; none for the first version.
+        """
         key, seed = self._audit[version] = (self._arena.allocate(), self._arena.allocate())
         fill_random(key.view)
         fill_random(seed.view)
@@ -227,6 +232,8 @@ class UnlockedKeyring:
             public_key=public,
             wrapped_key=self._seal_under(sealing, labels.AUDIT_KEY, version, key),
             wrapped_seed=self._seal_under(sealing, labels.AUDIT_SEED, version, seed),
+            since_seq=since_seq,
+            since_sig=since_sig,
         )
 
     def fingerprint(self, root: memoryview) -> str:
