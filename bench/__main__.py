@@ -13,6 +13,7 @@ from bench.report import Missing, Row
 
 BENCHES: dict[str, Callable[[], list[Row]]] = {
     "encrypt": encrypt.encrypt,
+    "encrypt_fsync": encrypt.encrypt_fsync,
     "encrypt_batch": encrypt.encrypt_batch,
     "append": messages.append,
     "append_added": messages.append_added,

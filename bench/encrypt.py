@@ -7,6 +7,7 @@ would say more about the machine than about the daemon.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -25,6 +26,11 @@ TURNS = 5
 REQUESTS_PER_TURN = 120_000
 REQUESTS_TO_WARM_UP = 20_000
 
+FSYNC_POLICIES = ("never", "interval", "turn")
+FSYNC_CONNECTIONS = 64
+FSYNC_TURNS = 3
+FSYNC_REQUESTS = 60_000
+
 BATCH_ITEMS = 128
 BATCH_CONNECTIONS = 4
 BATCH_SECONDS = 3.0
@@ -42,6 +48,31 @@ def encrypt() -> list[Row]:
         body = directory / "body.json"
         body.write_bytes(_item(_new_key(ours)))
         return [_compared(ours, theirs, body, *row) for row in CONNECTIONS_AND_BUDGET]
+
+
+def encrypt_fsync() -> list[Row]:
+    """Requests per second under each policy of when audit lines are synced, the daemons in turns."""
+    programs.need("h2load")
+    with contextlib.ExitStack() as started:
+        bodies: dict[str, tuple[str, Path]] = {}
+        for policy in FSYNC_POLICIES:
+            own = started.enter_context(programs.workplace())
+            path = started.enter_context(programs.minikms(own, "--audit-fsync", policy))
+            body = own / "body.json"
+            body.write_bytes(_item(_new_key(path)))
+            _requests_per_second(path, body, FSYNC_CONNECTIONS, REQUESTS_TO_WARM_UP)
+            bodies[policy] = path, body
+        turns: dict[str, list[float]] = {policy: [] for policy in FSYNC_POLICIES}
+        for turn in range(FSYNC_TURNS):
+            for policy, (path, body) in bodies.items():
+                turns[policy].append(_requests_per_second(path, body, FSYNC_CONNECTIONS, FSYNC_REQUESTS))
+            rates = ", ".join(f"{policy} {figure(rates[-1])}/s" for policy, rates in turns.items())
+            say(f"encrypt by fsync policy, turn {turn + 1}: {rates}")
+    what = f"`/encrypt`, {PLAINTEXT_BYTES} B, {FSYNC_CONNECTIONS} connections, `--audit-fsync"
+    note = f"median of {FSYNC_TURNS} turns"
+    return [
+        Row(f"{what} {policy}`", statistics.median(rates), "requests/s", note=note) for policy, rates in turns.items()
+    ]
 
 
 def encrypt_batch() -> list[Row]:

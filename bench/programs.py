@@ -56,15 +56,18 @@ def need(*names: str) -> None:
 
 @contextlib.contextmanager
 def minikms(
-    directory: Path, *, ready: Callable[[str], bool] | None = None, poll_seconds: float = POLL_SECONDS
+    directory: Path,
+    *arguments: str,
+    ready: Callable[[str], bool] | None = None,
+    poll_seconds: float = POLL_SECONDS,
 ) -> Iterator[str]:
-    """The key service with audit on, as it comes. Yields its socket's path.
+    """The key service with audit on, as it comes but for more `arguments`. Yields its socket's path.
 
     `ready` says of the path whether it is ready; without it, a healthy answer does.
     """
     path = str(directory / "kms.sock")
     command = [_installed("minikms"), "--socket", path, "--data-dir", str(directory / "kms")]
-    command += ["--master-key-file", str(directory / "root-key")]
+    command += ["--master-key-file", str(directory / "root-key"), *arguments]
     is_ready = ready or (lambda path: _answers(socket.AF_UNIX, path, "/health"))
     with _running(command, lambda: is_ready(path), poll_seconds=poll_seconds):
         yield path
