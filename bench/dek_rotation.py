@@ -37,6 +37,8 @@ RECORD_BYTES = 512
 THREAD = "long"
 BUILT_AT_ONCE = 1024
 FOREGROUND_RECORDS = 200_000
+FOREGROUND_RATE = 12_000
+"""Above the default of 10,000, which the budget names."""
 CLIENTS = 8
 LOAD_SECONDS = 5.0
 WARM_UP_SECONDS = 1.0
@@ -56,14 +58,15 @@ def rotation() -> list[Row]:
 
 
 def foreground() -> list[Row]:
-    """What appends and reads wait for while a job works at the default rate, against the same load without one."""
+    """What appends and reads wait for while a job works at a bounded rate, against the same load without one."""
     with programs.workplace() as directory, programs.minikms(directory) as socket:
         uvloop.run(_build_alone(directory / "db" / "store", socket))
         with programs.progressdb(directory) as address:  # which finds the key service there
             requests = [_append(n) for n in range(CLIENTS // 2)] + [_read()] * (CLIENTS // 2)
             load.generate(address, requests, WARM_UP_SECONDS)
             without = _p99_ms(load.generate(address, requests, LOAD_SECONDS))
-            job = _call(address, "POST", "/admin/rotate_thread_dek", {"thread_id": THREAD})["job_id"]
+            asked = {"thread_id": THREAD, "records_per_second": FOREGROUND_RATE}
+            job = _call(address, "POST", "/admin/rotate_thread_dek", asked)["job_id"]
             started = time.perf_counter()
             beside = _p99_ms(load.generate(address, requests, LOAD_SECONDS))
             now = _call(address, "GET", f"/admin/jobs/{job}")

@@ -1,7 +1,7 @@
 """How fast a job may go, so that requests keep their latency.
 
 Owns: the moment at which the next chunk may begin. Invariant: over any longer time no more than the rate is let
-through; an idle time is not made up for afterwards.
+through; of an idle time, or of a chunk that took its time, no more than `BEHIND_S_MAX` is made up for afterwards.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Final
+
+BEHIND_S_MAX: Final = 0.1
+"""Beside requests every chunk begins a little late: without making up for that, a rate is never reached."""
 
 
 class Pace:
@@ -28,6 +32,6 @@ class Pace:
             await asyncio.sleep(0)
             return
         now = self._clock()
-        begins_at = max(now, self._free_at)
+        begins_at = max(now - BEHIND_S_MAX, self._free_at)
         self._free_at = begins_at + cost / self._per_second
-        await asyncio.sleep(begins_at - now)
+        await asyncio.sleep(max(0.0, begins_at - now))

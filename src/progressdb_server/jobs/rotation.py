@@ -41,7 +41,8 @@ PACED_CHUNK_RECORDS_MAX: Final = 128
 """Of a job with a bounded rate: what requests may have to wait for is a millisecond or two."""
 SCAN_COST: Final = 0.1
 VERIFY_COST: Final = 0.5
-"""What reading a record, and reading it back through the key service, counts against a rate of records."""
+"""What reading a record that needs no re-encryption, and reading one back through the key service, counts against a
+rate of records."""
 RETRY_S_MIN: Final = 0.1
 RETRY_S_MAX: Final = 5.0
 PROGRESS_S: Final = 1.0
@@ -225,7 +226,7 @@ class KeyRotation:
         try:
             for chunk in walk.chunks(self._engine, lower, walk.end_of(self._engine, job.thread), _chunk_records(pace)):
                 left = [found for found in chunk.records if found.key_id != job.new_key]
-                await pace.take(len(left) + SCAN_COST * chunk.entries)
+                await pace.take(len(left) + SCAN_COST * (chunk.entries - len(left)))
                 if not left and not chunk.malformed:
                     continue
                 ahead.append(asyncio.create_task(self._reencrypt(job, chunk, left)))
