@@ -11,8 +11,9 @@ import asyncio
 import gc
 import os
 import signal
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -33,7 +34,7 @@ from progressdb_server.kms.child import ChildOptions
 from progressdb_server.kms.provider import Provider
 from progressdb_server.kms.remote import RemoteProvider
 from progressdb_server.kms.supervisor import Supervisor, SupervisorError
-from progressdb_server.store import form
+from progressdb_server.store import epoch, form
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineLockedError, EngineUnavailableError
 from progressdb_server.store.epoch import RestoredError
@@ -173,7 +174,9 @@ async def _open_store(
     opened = False
     try:
         form.claim(engine, encrypted=encrypting)  # before a key service is started for a store that is refused
-        provider = await _open_provider(config, master_key_fd, encrypting, started)
+        # A restore that is accepted is one for this whole run: it may have put back another log.
+        audit_head = str if accept_restore else partial(epoch.audit_head, engine)
+        provider = await _open_provider(config, master_key_fd, encrypting, audit_head, started)
         store = Conversations(engine, provider)
         opened = True
     except SupervisorError as error:
@@ -192,7 +195,11 @@ async def _open_store(
 
 
 async def _open_provider(
-    config: Config, master_key_fd: int | None, encrypting: bool, started: AsyncExitStack
+    config: Config,
+    master_key_fd: int | None,
+    encrypting: bool,
+    audit_head: Callable[[], str],
+    started: AsyncExitStack,
 ) -> Provider:
     """Raises SupervisorError and ServeError."""
     provider: Provider
@@ -212,7 +219,12 @@ async def _open_provider(
             raise ServeError(str(error)) from None
     else:
         server_uids = config.kms.server_uids or None
-        supervisor = Supervisor(child_options(config, master_key_fd), spawn=config.kms.spawn, server_uids=server_uids)
+        supervisor = Supervisor(
+            child_options(config, master_key_fd),
+            spawn=config.kms.spawn,
+            server_uids=server_uids,
+            audit_head=audit_head,
+        )
         await supervisor.start()
         started.push_async_callback(supervisor.stop)
         provider = RemoteProvider(config.kms_socket, server_uids=server_uids)

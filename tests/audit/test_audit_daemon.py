@@ -18,6 +18,8 @@ import pytest
 
 import needs
 from minikms.audit import record
+from minikms.daemon import settings
+from minikms.errors import StartError
 
 LOG = "minikms-audit.log"
 PROGRAM = [sys.executable, "-c", "from minikms.cli import main; main()"]
@@ -141,6 +143,38 @@ def test_an_altered_log_stops_the_start_until_its_loss_is_accepted(tmp_path: Pat
     with serving(tmp_path, "--accept-audit-loss") as daemon:
         assert daemon.verify()[0] == 0
     assert "previous" in events_of(daemon.data_dir)[0].facts
+
+
+def test_a_log_that_was_cut_is_refused_for_the_line_that_is_expected(tmp_path: Path) -> None:
+    """Also once a start without the expectation has gone on with it, and its end is as far as it was."""
+    with serving(tmp_path) as daemon:
+        daemon.ask("POST", "/create_dek_for_thread", {"thread_id": "t"})
+        head = daemon.ask("GET", "/status")[1]["audit"]["head"]
+    expected = f"{head['seq']}:{head['sig']}"
+    with serving(tmp_path, "--expect-audit-head", expected) as daemon:
+        assert daemon.verify()[0] == 0
+    lines = (daemon.data_dir / LOG).read_bytes().split(b"\n")
+    (daemon.data_dir / LOG).write_bytes(b"\n".join(lines[: head["seq"] - 1]) + b"\n")
+    command = [*PROGRAM, "--dev", "--socket", str(daemon.socket), "--data-dir", str(daemon.data_dir)]
+    command += ["--expect-audit-head", expected]
+    # The epochs of the keyring show the cut too, unless those who cut put back an older keyring with it.
+    refused = subprocess.run([*command, "--accept-restore"], capture_output=True, text=True, timeout=30, check=False)
+    assert refused.returncode != 0
+    assert f"the audit log ends at line {head['seq'] - 1}, though line {head['seq']} was written" in refused.stderr
+    with serving(tmp_path, "--accept-restore") as daemon:
+        daemon.ask("GET", "/status")
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert refused.returncode != 0
+    assert f"line {head['seq']} of the audit log is not the one that was written" in refused.stderr
+
+
+SIG = "A" * 43 + "="
+
+
+@pytest.mark.parametrize("text", ["", "5", "5:", f"5:{SIG}=", f"0:{SIG}", f"-1:{SIG}", f"{'9' * 30}:{SIG}"])
+def test_an_expected_line_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(StartError, match="--expect-audit-head is SEQ:SIG"):
+        settings.parse_head(text)
 
 
 @pytest.mark.torture

@@ -8,9 +8,24 @@ import shutil
 from pathlib import Path
 
 import pytest
-from logmaker import KEY1, KEY2, LOG, Clock, Key, encrypt_event, lines_of, make_log, open_log, verify, write_events
+from logmaker import (
+    KEY1,
+    KEY2,
+    LOG,
+    Clock,
+    Key,
+    encrypt_event,
+    lines_of,
+    make_log,
+    make_segments,
+    open_log,
+    verify,
+    write_events,
+)
 
 from minikms.audit import Known, record, tail, writer
+from minikms.audit.compress import compress_closed
+from minikms.audit.reading import each_segment
 from minikms.audit.record import Event, Head
 from minikms.errors import StartError
 
@@ -157,6 +172,43 @@ def test_a_log_as_long_as_remembered_or_longer_goes_on(tmp_path: Path) -> None:
     kill(tmp_path)
     for number in (4, 6):
         open_log(tmp_path, known=Known(begun=True, head=head_of(tmp_path, number))).close()
+
+
+def many(directory: Path) -> list[Head]:
+    """A log in several files, some compressed, and the heads that it had."""
+    make_segments(directory)
+    compress_closed(str(directory), below=3)
+    lines = [line for file in each_segment(str(directory)) for line in file.lines()]
+    return [Head(record.peek_seq(line), record.split_line(line)[1]) for line in lines]
+
+
+def test_a_remembered_line_is_found_in_any_file(tmp_path: Path) -> None:
+    for head in many(tmp_path):
+        open_log(tmp_path, known=Known(begun=True, head=head)).close()
+        with pytest.raises(StartError, match=f"line {head.seq} of the audit log is not the one that was written"):
+            open_log(tmp_path, known=Known(begun=True, head=Head(head.seq, bytes(32))))
+
+
+def test_a_log_that_was_cut_and_went_on_is_refused_for_a_remembered_line(tmp_path: Path) -> None:
+    """A start without the memory, and its lines, hide the cut from who only looks where the log ends."""
+    kill(tmp_path)
+    known = head_of(tmp_path, 6)
+    (tmp_path / LOG).write_bytes(b"\n".join(lines_of(tmp_path)[:4]) + b"\n")
+    make_log(tmp_path, 20)
+    assert verify(tmp_path).intact
+    with pytest.raises(StartError, match=r"line 6 of the audit log is not the one.*--expect-audit-head"):
+        open_log(tmp_path, known=Known(begun=True, head=known))
+
+
+def test_a_log_that_lost_the_file_of_a_remembered_line_is_refused(tmp_path: Path) -> None:
+    heads = many(tmp_path)
+    os.unlink(tmp_path / f"{LOG}.1.zst")
+    with pytest.raises(StartError, match="line 3 of the audit log, which was written, is in none of its files"):
+        open_log(tmp_path, known=Known(begun=True, head=heads[2]))
+    damaged = tmp_path / f"{LOG}.2.zst"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(StartError, match=r"can't be read: minikms-audit\.log\.2\.zst does not decompress"):
+        open_log(tmp_path, known=Known(begun=True, head=heads[2]))
 
 
 def test_told_to_accept_the_loss_a_start_keeps_the_old_files_and_says_so(tmp_path: Path) -> None:

@@ -131,6 +131,37 @@ def test_three_servers_that_start_at_once_use_one_daemon(directory: Path) -> Non
     asyncio.run(main())
 
 
+def test_each_daemon_is_told_the_line_that_is_remembered_just_then(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "FOUND_S_MAX", 0.1)
+    told: list[str] = []
+
+    async def main() -> None:
+        supervisor = Supervisor(options(directory, dev=True), audit_head=lambda: told[-1] if told else "")
+        await supervisor.start()
+        provider = RemoteProvider(directory / "run" / "s")
+        try:
+            head = (await provider.status())["audit"]["head"]  # type: ignore[index]  # a JSON object
+            told.append(f"{head['seq']}:{head['sig']}")
+            pid = supervisor.child_pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            async with asyncio.timeout(WAIT_S):
+                while supervisor.child_pid in (None, pid):
+                    await asyncio.sleep(0.05)
+            assert (await provider.status())["pid"] == supervisor.child_pid
+            await supervisor.stop()
+            told.append(f"{head['seq']}:{'A' * 43}=")
+            with pytest.raises(SupervisorError, match=f"line {head['seq']} of the audit log is not the one"):
+                await Supervisor(options(directory, dev=True), audit_head=lambda: told[-1]).start()
+        finally:
+            await provider.close()
+            await supervisor.stop()
+
+    asyncio.run(main())
+
+
 SERVER = """
 import asyncio, sys
 from progressdb_server.kms.child import ChildOptions

@@ -13,7 +13,7 @@ from progressdb_server.kms.provider import KeyHandle, ProviderRefusedError, Seal
 from progressdb_server.store import keyspace, record
 from progressdb_server.store import sealer as sealing
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.epoch import EpochMemory, RestoredError
+from progressdb_server.store.epoch import EpochMemory, RestoredError, audit_head
 from progressdb_server.store.model import NewMessage, RecordUnreadableError, StoreUnavailableError
 from progressdb_server.store.writer import Write
 
@@ -223,6 +223,21 @@ def test_an_audit_head_counts_only_once_it_is_old_enough_to_be_on_the_disk() -> 
         now[0] = 1
         await memory.observe(status(5, 200))
         await memory.observe(status(6, 90))
+
+    with_store(run)
+
+
+def test_the_line_that_is_remembered_is_told_as_the_key_service_takes_it() -> None:
+    now = [0.0]
+
+    async def run(store: Conversations) -> None:
+        assert audit_head(store.engine) == ""
+        memory = EpochMemory(store.engine, store.writer, lambda: now[0])
+        await memory.observe(status(5, 100, "sig"))
+        assert audit_head(store.engine) == "", "it is not old enough yet"
+        now[0] = 10
+        await memory.observe(status(6, 200))
+        assert audit_head(store.engine) == "100:sig"
 
     with_store(run)
 

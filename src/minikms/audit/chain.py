@@ -188,6 +188,15 @@ def segment_open_event(
     )
 
 
+def head_of_text(text: str) -> Head | None:
+    """The line that `SEQ:SIG` names, or None when it is not of that form."""
+    seq, _, sig64 = text.partition(":")
+    sig = base64_bytes(sig64, record.MAC_BYTES)
+    if sig is None or not (seq.isascii() and seq.isdigit() and len(seq) <= record.SEQ_DIGITS_MAX):
+        return None
+    return Head(int(seq), sig) if 0 < int(seq) <= record.INTEGER_MAX else None
+
+
 def base64_text(data: bytes) -> str:
     return binascii.b2a_base64(data, newline=False).decode("ascii")
 

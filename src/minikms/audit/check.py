@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from minikms.audit import segments
 from minikms.audit.reading import DamagedSegmentError, SegmentFile, each_segment
-from minikms.audit.record import Head, MalformedLineError, parse_line
+from minikms.audit.record import Head, MalformedLineError, line_start, parse_line
 from minikms.audit.segments import LOG_NAME
 from minikms.audit.verdict import Report, Trust
 from minikms.audit.verify import Verifier
@@ -74,7 +74,7 @@ class _Feeder:
         self._total = total
         self._before = 0
         self._progress = progress
-        self._sought = b'{"event":{"seq":%d,' % skip_to if skip_to else b""
+        self._sought = line_start(skip_to) if skip_to else b""
 
     @property
     def skipping(self) -> bool:

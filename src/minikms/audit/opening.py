@@ -9,8 +9,8 @@ Owns: the decision table below, and the lines that a start writes before any oth
 - A closed last segment and no file after it, or an empty one: the rotation was interrupted, its successor is begun.
 - An end under an earlier audit key, at the line where the change of key was begun: it was interrupted, the log says so
   in `Opened.key`. At another line: refuse, for who has got the earlier key can end a log of his own anywhere.
-- An end that does not follow, or is older than what is remembered: refuse. When told to accept the loss: all files are
-  set aside, and a new log begins whose `genesis` says so.
+- An end that does not follow, or a log without the line that is remembered: refuse. When told to accept the loss: all
+  files are set aside, and a new log begins whose `genesis` says so.
 
 Invariants: a step that a crash interrupts is found and completed by the next start; nothing of an old log is ever
 deleted. It must run under the lock of the data directory, and must never go on from an end that it could not judge.
@@ -29,9 +29,10 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from minikms.audit import chain, record, segments
+from minikms.audit import chain, record, search, segments
 from minikms.audit.chain import Coverage
-from minikms.audit.record import ACTOR_SELF, Event, Facts, Head
+from minikms.audit.reading import DamagedSegmentError
+from minikms.audit.record import ACTOR_SELF, Event, Facts, Head, MalformedLineError
 from minikms.audit.segments import DIRECTORY_MODE, FILE_MODE, LOG_NAME, NEXT_NAME, segment_name
 from minikms.audit.signer import AuditKey
 from minikms.audit.tail import Tail, read_tail
@@ -43,6 +44,10 @@ _ASIDE_PREFIX: Final = "minikms-audit.aside-"
 _WAY_OUT: Final = (
     "Run `minikms audit verify` to see what happened to it. To go on without it, start once with "
     "--accept-audit-loss: the old files are kept aside and a new log begins"
+)
+_RESTORED: Final = (
+    "Where a copy was put back on purpose, start without --expect-audit-head; the message server, once with "
+    "--accept-restore."
 )
 
 
@@ -98,7 +103,7 @@ def open_log(directory: str, keys: Keys, known: Known, ts: int, *, accept_loss: 
         return _open(directory, keys, known, ts)
     except _LossError as error:
         if not accept_loss:
-            raise StartError(f"{error}. {_WAY_OUT}.") from None
+            raise StartError(f"{error}. {_WAY_OUT}. {_RESTORED if known.head else ''}".rstrip()) from None
         aside = _set_aside(directory, ts)
         reason: Facts = {"previous": str(error)}
         if aside:
@@ -143,7 +148,7 @@ def _open(directory: str, keys: Keys, known: Known, ts: int) -> Opened:
 
 
 def _go_on(directory: str, fd: int, tail: Tail, keys: Keys, known: Known) -> Opened:
-    _check_known(tail, known)
+    _check_known(directory, tail, known)
     _check_takeover(tail, keys)
     # A change of key that is to be completed comes first.
     next_seq = tail.head.seq + (1 if tail.key_version == keys.current.version else 2)
@@ -185,7 +190,7 @@ def _begin_after(
         os.close(fd)
     if tail.fault or tail.next_segment != number + 1:
         raise _LossError(f"the audit log {LOG_NAME} is missing: {tail.fault or name + ' is not the last of its files'}")
-    _check_known(tail, known)
+    _check_known(directory, tail, known)
     _check_takeover(tail, keys)
     if torn_fd is not None:
         _move_torn_aside(directory, torn_fd, 0, seq=tail.head.seq + 2)
@@ -247,13 +252,22 @@ def write_whole(fd: int, blob: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _check_known(tail: Tail, known: Known) -> None:
-    if known.head is None or tail.head.seq > known.head.seq:
+def _check_known(directory: str, tail: Tail, known: Known) -> None:
+    """The line that is remembered is there. What stands between it and the end is for `verify` to judge."""
+    head = known.head
+    if head is None:
         return
-    if tail.head.seq < known.head.seq:
-        raise _LossError(f"the audit log ends at line {tail.head.seq}, though line {known.head.seq} was written")
-    if tail.head.sig != known.head.sig:
-        raise _LossError(f"line {known.head.seq} of the audit log is not the one that was written")
+    if tail.head.seq < head.seq:
+        raise _LossError(f"the audit log ends at line {tail.head.seq}, though line {head.seq} was written")
+    try:
+        line = search.line_of(directory, head.seq)
+        sig = None if line is None else record.split_line(line)[1]
+    except (DamagedSegmentError, MalformedLineError) as error:
+        raise _LossError(f"line {head.seq} of the audit log can't be read: {error}") from None
+    if sig is None:
+        raise _LossError(f"line {head.seq} of the audit log, which was written, is in none of its files")
+    if sig != head.sig:
+        raise _LossError(f"line {head.seq} of the audit log is not the one that was written")
 
 
 def _check_takeover(tail: Tail, keys: Keys) -> None:

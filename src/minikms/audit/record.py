@@ -62,7 +62,7 @@ SIGNED_TYPES: Final = frozenset({TYPE_CHECKPOINT, TYPE_SEGMENT_CLOSE, TYPE_AUDIT
 """Lines that carry an Ed25519 signature over what stands before them."""
 
 _SEQ_PREFIX: Final = LINE_PREFIX + b'{"seq":'
-_SEQ_DIGITS_MAX: Final = 19
+SEQ_DIGITS_MAX: Final = 19
 
 _THREAD_LABEL: Final = b"minikms/audit/thread-id/v1\x00"
 _THREAD_PREFIX: Final = "hmac-sha256:"
@@ -225,9 +225,14 @@ def parse_line(line: bytes) -> tuple[Event, bytes, bytes]:
     return decode_event(event_bytes), event_bytes, sig
 
 
+def line_start(seq: int) -> bytes:
+    """What the line of that number begins with."""
+    return b"%b%d," % (_SEQ_PREFIX, seq)
+
+
 def peek_seq(line: bytes) -> int:
     """The `seq` that a line claims, without judging it; 0 when it is not where it belongs."""
-    digits, comma, _ = line[len(_SEQ_PREFIX) : len(_SEQ_PREFIX) + _SEQ_DIGITS_MAX + 1].partition(b",")
+    digits, comma, _ = line[len(_SEQ_PREFIX) : len(_SEQ_PREFIX) + SEQ_DIGITS_MAX + 1].partition(b",")
     return int(digits) if comma and line.startswith(_SEQ_PREFIX) and digits.isdigit() else 0
 
 

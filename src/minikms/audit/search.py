@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from minikms.audit import record
+from minikms.audit import record, segments
 from minikms.audit.reading import each_segment
 from minikms.audit.record import Event, MalformedLineError
 
@@ -71,6 +71,21 @@ def find(directory: str, sought: Query) -> Iterator[bytes]:
                 continue
             if sought.matches(event):
                 yield line
+
+
+def line_of(directory: str, seq: int) -> bytes | None:
+    """The line of that number, as the log has it, or None. It looks into one file: the newest that begins before it.
+
+    Raises OSError, DamagedSegmentError.
+    """
+    prefix = record.line_start(seq)
+    closed = list(segments.list_segments(directory))
+    for after in (max(closed, default=0), *(number - 1 for number in reversed(closed))):
+        for file in each_segment(directory, after=after):
+            if record.peek_seq(file.first_line()) <= seq:
+                return next((line for line in file.lines() if line.startswith(prefix)), None)
+            break
+    return None
 
 
 class Totals(msgspec.Struct):

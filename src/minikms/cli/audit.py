@@ -288,14 +288,12 @@ def _public_key(text: str) -> bytes | None:
 
 
 def _head(text: str) -> Head:
-    from minikms.audit.chain import base64_bytes
-    from minikms.audit.record import MAC_BYTES, Head
+    from minikms.audit.chain import head_of_text
 
-    seq, _, sig64 = text.partition(":")
-    sig = base64_bytes(sig64, MAC_BYTES)
-    if sig is None or not (seq.isascii() and seq.isdigit()) or not 0 < int(seq) < 2**63:
+    head = head_of_text(text)
+    if head is None:
         raise StartError("--expect-head is SEQ:SIG, as `head` in `minikms status` or in this command's output")
-    return Head(int(seq), sig)
+    return head
 
 
 def _print_lines(lines: Sequence[bytes], *, json: bool) -> None:

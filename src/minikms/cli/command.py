@@ -92,6 +92,10 @@ def serve(
         bool,
         Parameter(help="Go on with a keyring that is older than the audit log says, once.", negative=()),
     ] = False,
+    expect_audit_head: Annotated[
+        str | None,
+        Parameter(help="A line known to have been written, SEQ:SIG: refuse to start where the audit log lacks it."),
+    ] = None,
     audit_hash_thread_ids: Annotated[
         bool, Parameter(help="Record thread ids in the audit log as keyed hashes only.", negative=())
     ] = False,
@@ -140,6 +144,7 @@ def serve(
         rewrite_master_key_file=rewrite_master_key_file,
         accept_audit_loss=accept_audit_loss,
         accept_restore=accept_restore,
+        expect_audit_head=settings.parse_head(expect_audit_head),
         audit_hash_thread_ids=audit_hash_thread_ids,
         audit_limits=settings.audit_limits(segment_mib=audit_segment_mib, segment_days=audit_segment_days),
         audit_keep=settings.audit_keep(mib=audit_keep_mib, days=audit_keep_days),

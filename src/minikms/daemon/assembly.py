@@ -238,7 +238,7 @@ def _open_log(settings: Settings, opened: Opened) -> AuditLog:
         key_version=audit_key.version,
         former=keys_of(unlocked).former,
         since=since(audit_key),
-        known=Known(begun=unlocked.body.epoch > 1),
+        known=Known(begun=unlocked.body.epoch > 1, head=settings.expect_audit_head),
         accept_loss=settings.accept_audit_loss,
         hash_thread_ids=settings.audit_hash_thread_ids,
         limits=settings.audit_limits,

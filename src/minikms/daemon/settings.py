@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from minikms.audit.chain import head_of_text
 from minikms.audit.log import DEFAULT_LIMITS, Limits
+from minikms.audit.record import Head
 from minikms.audit.retention import KEEP_ALL, Retention
 from minikms.errors import StartError
 from minikms.policy import parse_uids
@@ -47,6 +49,7 @@ class Settings:
     rewrite_master_key_file: bool = False
     accept_audit_loss: bool = False
     accept_restore: bool = False
+    expect_audit_head: Head | None = None
     audit_hash_thread_ids: bool = False
     audit_limits: Limits = DEFAULT_LIMITS
     audit_keep: Retention = KEEP_ALL
@@ -110,6 +113,16 @@ def audit_limits(*, segment_mib: int, segment_days: int) -> Limits:
 
 def audit_keep(*, mib: int, days: int) -> Retention:
     return Retention(bytes_max=mib * 1024 * 1024, days_min=days)
+
+
+def parse_head(text: str | None) -> Head | None:
+    """A line of the audit log that was written. Raises StartError."""
+    if text is None:
+        return None
+    head = head_of_text(text)
+    if head is None:
+        raise StartError("--expect-audit-head is SEQ:SIG, as `head` in `minikms status` or `minikms audit verify`")
+    return head
 
 
 def parse_mode(text: str) -> int:

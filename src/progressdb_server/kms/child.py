@@ -42,7 +42,8 @@ class ChildOptions:
     master_key_fd: int | None = None
     log_format: str = "json"
 
-    def command(self, parent_fd: int) -> list[str]:
+    def command(self, parent_fd: int, audit_head: str = "") -> list[str]:
+        """`audit_head`: the line that its audit log must have (`SEQ:SIG`), empty where none is remembered."""
         # -P: or a file in the working directory could stand in for a module of the key service
         program = [os.path.abspath(self.binary)] if self.binary else [sys.executable, "-P", "-m", "minikms"]
         words = [*program, "--socket", os.path.abspath(self.socket_path), "--data-dir", os.path.abspath(self.data_dir)]
@@ -52,6 +53,8 @@ class ChildOptions:
             words += ["--master-key-fd", str(self.master_key_fd)]
         if self.dev:
             words.append("--dev")
+        if audit_head:
+            words += ["--expect-audit-head", audit_head]
         return [*words, "--parent-fd", str(parent_fd), "--log-format", self.log_format]
 
 
@@ -97,7 +100,7 @@ class Child:
         self._forwarding = asyncio.get_running_loop().create_task(self._forward(), name="minikms log")
 
     @classmethod
-    async def start(cls, options: ChildOptions, on_line: Callable[[str], None]) -> Child:
+    async def start(cls, options: ChildOptions, on_line: Callable[[str], None], *, audit_head: str = "") -> Child:
         """Raises OSError when the program can't be started."""
         for_child, ours = os.pipe2(os.O_CLOEXEC)
         try:
@@ -106,7 +109,7 @@ class Child:
                 os.lseek(options.master_key_fd, 0, os.SEEK_SET)  # the offset is shared with the child before
                 passed.append(options.master_key_fd)
             process = await asyncio.create_subprocess_exec(
-                *options.command(for_child),
+                *options.command(for_child, audit_head),
                 stdin=DEVNULL,
                 stdout=DEVNULL,
                 stderr=PIPE,

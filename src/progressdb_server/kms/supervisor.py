@@ -11,6 +11,7 @@ Owns: the decision between using the daemon that answers and spawning one, its r
    spread by chance; one that lived for `STABLE_S` starts the count anew. A first start that fails is the caller's to
    know: `start` raises.
 4. What was spawned here ends with this server. What was found is left alone.
+5. Each that is spawned is told which line its audit log must have, as this server remembers it just then.
 
 It holds no key; it passes on the path of the key file or the descriptor of `masterkey`.
 """
@@ -21,7 +22,7 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 import msgspec
@@ -52,10 +53,17 @@ class Supervisor:
     """Keeps a miniKMS at `options.socket_path` from `start` to `stop`. Belongs to one event loop."""
 
     def __init__(
-        self, options: ChildOptions, *, spawn: bool = True, server_uids: Collection[int] | None = None
+        self,
+        options: ChildOptions,
+        *,
+        spawn: bool = True,
+        server_uids: Collection[int] | None = None,
+        audit_head: Callable[[], str] = str,
     ) -> None:
+        """audit_head: asked before each start, in the event loop; see `ChildOptions.command`."""
         self._options = options
         self._spawn = spawn
+        self._audit_head = audit_head
         self._health = AsyncClient(options.socket_path, server_uids=server_uids, timeout_s=HEALTH_TIMEOUT_S, wait_s=0.0)
         self._log = structlog.get_logger("progressdb.kms").bind(socket=options.socket_path)
         self._task: asyncio.Task[None] | None = None
@@ -110,7 +118,7 @@ class Supervisor:
     async def _spawn_one(self, found_s_max: float) -> bool:
         try:
             self._make_socket_directory()
-            child = self._child = await Child.start(self._options, self._forward)
+            child = self._child = await Child.start(self._options, self._forward, audit_head=self._audit_head())
         except OSError as error:
             self._reason = f"miniKMS can't be started: {error.strerror}"
             return False

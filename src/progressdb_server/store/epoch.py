@@ -4,7 +4,8 @@ Owns: the record `kms:epoch`. Every start and every keyring write of the key ser
 raises its head's sequence. Invariants: the highest epoch seen is remembered; a lower one, another keyring, or an
 audit log that is shorter than one remembered is refused, unless the operator accepts a restore. A head is remembered
 only once it is AUDIT_SETTLED_S old: the key service may lose its newest lines, which it syncs every 100 ms, with the
-machine's power.
+machine's power. `judge` sees only where the log ends: a key service that was started with a shortened log has written
+lines of its own by then. So one that this server starts is told the remembered line (`audit_head`), and looks for it.
 """
 
 from __future__ import annotations
@@ -57,8 +58,7 @@ class EpochMemory:
 
     @property
     def remembered(self) -> Remembered | None:
-        raw = self._reader.get(keyspace.EPOCH)
-        return msgspec.json.decode(raw, type=Remembered) if raw else None
+        return remembered(self._reader)
 
     async def observe(self, status: dict[str, object], *, accept_restore: bool = False) -> None:
         """Judge an answer of the key service's `/status`, and remember what it shows.
@@ -92,6 +92,21 @@ class EpochMemory:
             return None
         self._candidate = (now, head)
         return settled
+
+
+def remembered(reader: Reader) -> Remembered | None:
+    """Raises StoreUnavailableError."""
+    raw = reader.get(keyspace.EPOCH)
+    return msgspec.json.decode(raw, type=Remembered) if raw else None
+
+
+def audit_head(reader: Reader) -> str:
+    """The line that the key service's audit log must have, as its flag takes it; empty where none is remembered.
+
+    Raises StoreUnavailableError.
+    """
+    known = remembered(reader)
+    return f"{known.head_seq}:{known.head_sig}" if known is not None and known.head_seq else ""
 
 
 def judge(known: Remembered, epoch: int, keyring_id: str, head_seq: int, head_sig: str) -> None:
