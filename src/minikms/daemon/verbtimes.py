@@ -46,9 +46,10 @@ class VerbTimes:
 
     def asked(self, verb: str) -> None:
         """A request has reached the verb."""
-        if not self._asked:
+        asked = self._asked
+        if not asked:
             self._began_s = self._clock()
-        self._asked.append(verb)
+        asked.append(verb)
 
     def later(self, answer: Awaitable[T]) -> Awaitable[T]:
         """The request that was asked last is answered by `answer`, in some later turn. To be awaited in its place."""
