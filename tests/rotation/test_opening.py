@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from minikms.audit.compress import compress_closed
 from minikms.crypto.aead import NonceSource
 from minikms.custody import opening
 from minikms.custody.atomic import open_directory
@@ -108,6 +109,24 @@ def test_the_highest_epoch_of_the_log_is_found_wherever_it_lies_in_the_tail(
     for padding in range(130):
         log.write_bytes(line(3, padding) + line(345678, padding) + line(7, padding))
         assert epochs.highest_epoch(str(tmp_path)) == 345678
+
+
+def test_a_log_that_was_begun_after_the_last_start_tells_through_the_file_before_it(tmp_path: Path) -> None:
+    (tmp_path / "minikms-audit.log").write_bytes(b"nothing of it\n")
+    (tmp_path / "minikms-audit.log.1").write_bytes(line(99))
+    (tmp_path / "minikms-audit.log.2").write_bytes(line(3) + line(7) + line(5))
+    assert epochs.highest_epoch(str(tmp_path)) == 7
+    compress_closed(str(tmp_path))
+    assert epochs.highest_epoch(str(tmp_path)) == 7
+    (tmp_path / "minikms-audit.log.2.zst").write_bytes(b"damaged")
+    assert epochs.highest_epoch(str(tmp_path)) == 0
+    (tmp_path / "minikms-audit.log").write_bytes(line(2))
+    assert epochs.highest_epoch(str(tmp_path)) == 2
+
+
+def test_a_fifo_in_the_place_of_the_log_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "minikms-audit.log")
+    assert epochs.highest_epoch(str(tmp_path)) == 0
 
 
 def test_only_so_much_of_a_long_log_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,7 +319,8 @@ def _recovery(directory: str, seq: int) -> list[Event]:
     """The `recovery` event that line `seq` owes to bytes moved aside for it, if there are any."""
     name = f"{_TORN_PREFIX}{seq}"
     try:
-        with open(os.path.join(directory, name), "rb") as file:
+        fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(fd, "rb") as file:
             torn_bytes = os.fstat(file.fileno()).st_size
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:

@@ -1,9 +1,9 @@
 """`minikms audit`: verify and read the audit log, change its key.
 
 Owns: flags, what is printed, and exit codes: 0 intact or done, 1 altered or malformed, 2 a key, a file or a line to
-begin with is missing. `verify`, `tail`, `find` and `stats` work beside a live daemon, without its lock. Every text of
-a line is printable ASCII without escapes (the format demands it), so that a log can't drive the terminal. It must
-never hold a key.
+begin with is missing, or nothing could be judged. `verify`, `tail`, `find` and `stats` work beside a live daemon,
+without its lock. Every text of a line is printable ASCII without escapes (the format demands it), so that a log can't
+drive the terminal. It must never hold a key.
 """
 
 from __future__ import annotations
