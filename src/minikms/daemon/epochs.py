@@ -1,7 +1,7 @@
 """What the audit log tells of the keyring's epochs.
 
 Owns: finding the highest epoch in the newest lines of the log, so that a keyring put back from an old copy is told at
-the next start. Invariants: it reads one file at most besides the end of the log and changes nothing; lines with an epoch
+the next start. Invariants: it reads the end of one file and at most one other, and changes nothing; lines with an epoch
 (`start`, `stop`, and each change of the keyring) are written after the keyring that has it. It must never be taken for
 proof that a keyring is the newest: who puts the log back too is not found here, but by the clients that remember.
 """
