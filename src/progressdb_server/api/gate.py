@@ -106,18 +106,18 @@ class Gate:
             raise forbidden()
         if repeated is not None:
             raise bad_request(f"the header {repeated.decode('ascii')} is sent twice")
-        principal = self._principal(path, headers)
-        self._check_scope(principal, path)
+        needs_key = not is_open(path)
+        principal = self._principal(headers) if needs_key else self.keys.anonymous
+        if needs_key and principal.role not in (Role.ADMIN, Role.BACKEND) and not for_users(path):
+            raise forbidden()
         if self._limited:
             self._check_rate(principal, address, now_s)
-        if is_open(path):
+        if not needs_key:
             return principal, None
         required = principal.role in (Role.FRONTEND, Role.UNAUTHENTICATED)
         return principal, identity.signed_user(headers, self.keys, required=required)
 
-    def _principal(self, path: str, headers: head.Headers) -> Principal:
-        if is_open(path):
-            return self.keys.anonymous
+    def _principal(self, headers: head.Headers) -> Principal:
         key = identity.presented_key(headers)
         principal = self.keys.find(key) if key else None
         if principal is not None:
@@ -125,12 +125,6 @@ class Gate:
         if self._allow_unauthenticated:
             return self.keys.anonymous
         raise unauthorized("unauthorized")
-
-    def _check_scope(self, principal: Principal, path: str) -> None:
-        if is_open(path) or principal.role in (Role.ADMIN, Role.BACKEND):
-            return
-        if not for_users(path):
-            raise forbidden()
 
     def _check_rate(self, principal: Principal, address: str, now_s: float) -> None:
         if principal.number:

@@ -44,6 +44,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._broken = False
         self._running: RequestResponseCycle | None = None
         self._head_bytes = 0
+        self._hosts = 0
         self._incomplete: asyncio.TimerHandle | None = None
 
     # --- the connection -----------------------------------------------------------------------------------------
@@ -113,21 +114,30 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._in_body = False
         self._head_bytes = 0
+        self._hosts = 0
 
     def on_url(self, url: bytes) -> None:
-        self._count(len(url))
+        self._head_bytes += len(url)
+        if self._head_bytes > bounds.HEAD_BYTES_MAX:
+            self._refuse(431)
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """As uvicorn's, within the bounds; spelled out, for it is called more often than anything else."""
         if not self._in_head:
             return
-        self._count(len(name) + len(value) + 4)
-        if len(self.headers) >= bounds.HEADERS_COUNT_MAX:
+        self._head_bytes += len(name) + len(value) + 4
+        if self._head_bytes > bounds.HEAD_BYTES_MAX or len(self.headers) >= bounds.HEADERS_COUNT_MAX:
             self._refuse(431)
-        super().on_header(name, value)
+        name = name.lower()
+        if name == b"host":
+            self._hosts += 1
+        elif name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        hosts = sum(name == b"host" for name, _ in self.headers)
+        hosts = self._hosts
         version = self.parser.get_http_version()
         if version not in ("1.1", "1.0") or hosts > 1 or (hosts == 0 and version == "1.1"):
             self._refuse(400)
@@ -171,11 +181,6 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._in_body = False
         super().on_message_complete()
-
-    def _count(self, byte_count: int) -> None:
-        self._head_bytes += byte_count
-        if self._head_bytes > bounds.HEAD_BYTES_MAX:
-            self._refuse(431)
 
     def _refuse(self, status: int) -> None:
         self._refusal_status = status
