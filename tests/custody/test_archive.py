@@ -21,7 +21,7 @@ from minikms.custody.archive import (
     dek_entry_name,
 )
 from minikms.custody.archives import ArchiveRegister, Registered
-from minikms.custody.leasestore import JOURNAL_NAME
+from minikms.custody.leasestore import JOURNAL_NAME, SNAPSHOT_NAME
 from minikms.custody.restoring import newer_tombstones
 from minikms.errors import ConflictError
 from minikms.keys.ids import make_key_id
@@ -107,14 +107,49 @@ def test_a_size_beyond_its_kind_is_refused_before_it_is_read() -> None:
         read(forged)
 
 
-def test_an_entry_twice_is_refused() -> None:
+OTHER_KEY_ID = make_key_id(1_000_001, bytes(10))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [JOURNAL_NAME, JOURNAL_NAME],
+        [dek_entry_name(KEY_ID), JOURNAL_NAME],
+        [SNAPSHOT_NAME, JOURNAL_NAME],
+        [dek_entry_name(OTHER_KEY_ID), dek_entry_name(KEY_ID)],
+        [dek_entry_name(KEY_ID), dek_entry_name(OTHER_KEY_ID), dek_entry_name(KEY_ID)],
+        ["keyring.json", dek_entry_name(KEY_ID)],
+        ["manifest.json"],
+    ],
+)
+def test_entries_in_another_order_or_twice_are_refused(names: list[str]) -> None:
     file = io.BytesIO()
     writer = ArchiveWriter(file)
-    writer.add(JOURNAL_NAME, b"1")
-    writer.add(JOURNAL_NAME, b"2")
+    for name in names:
+        writer.add(name, b"{}")
     writer.finish(MANIFEST, ROOT)
     with pytest.raises(ArchiveError, match="repeated"):
         read(file.getvalue())
+
+
+def test_what_is_passed_over_is_authenticated_all_the_same() -> None:
+    reader = ArchiveReader(io.BytesIO(ARCHIVE))
+    assert [entry.name for entry in reader.entries(only=(JOURNAL_NAME,))] == [JOURNAL_NAME]
+    assert reader.check_tag(ROOT) == MANIFEST
+    altered = ARCHIVE.replace(b"{}", b"[]")
+    reader = ArchiveReader(io.BytesIO(altered))
+    assert not list(reader.entries(only=()))
+    with pytest.raises(ArchiveError):
+        reader.check_tag(ROOT)
+
+
+def test_no_text_of_an_altered_archive_is_shown() -> None:
+    """It goes to a terminal."""
+    forged = ARCHIVE.replace(b'"%b"' % (b"0" * 16), b'"\\u001b[2JCall me"')
+    assert forged != ARCHIVE
+    with pytest.raises(ArchiveError) as refused:
+        read(forged)
+    assert str(refused.value) == "the backup was altered"
 
 
 # --- the register ---------------------------------------------------------------------------------------------------
@@ -143,6 +178,22 @@ def test_what_is_no_entry_of_the_register_is_passed_over(tmp_path: Path) -> None
     )
     (tmp_path / "kms-archives" / "notes").write_text("")
     assert register.listed() == [entry(1, 0)]
+
+
+def test_a_receipt_says_which_entries_of_the_register_cannot_be_read(tmp_path: Path) -> None:
+    register = ArchiveRegister(str(tmp_path))
+    register.put(entry(1, 0))
+    (tmp_path / "kms-archives" / "a_00000000000000ff.json").write_text("{")
+    assert register.may_hold(KEY_ID) == ["/backup/1", "unknown: kms-archives/a_00000000000000ff.json can't be read"]
+
+
+def test_a_register_that_cannot_be_opened_is_no_error_of_a_destruction(tmp_path: Path) -> None:
+    """The key is gone by then: what failed is only to say where else it may be."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "kms-archives").symlink_to(tmp_path / "elsewhere")
+    assert ArchiveRegister(str(tmp_path)).may_hold(KEY_ID) == [
+        "unknown: kms-archives in the data directory can't be read"
+    ]
 
 
 # --- destroyed keys -------------------------------------------------------------------------------------------------

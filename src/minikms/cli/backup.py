@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -141,7 +142,7 @@ def restore(
         with DataDirLock(directory) as lock, task.open_keyring(good.keyring) as unlocked:
             restoring.check_empty(lock.directory_fd, directory)
             tombstones = restoring.newer_tombstones(unlocked.body, newer)
-            target = restoring.Target(directory, lock.directory_fd, tombstones)
+            target = restoring.Target(directory, lock.directory_fd, tombstones, _registered(archive, good.manifest))
             now = clock.rfc3339(clock.now_ns())
             done = restoring.restore(str(archive), good, task, unlocked, target, at=now)
             _begin_log(directory, unlocked, good.manifest)
@@ -195,17 +196,23 @@ def prune(
     A moved archive stays listed as missing, for it may still hold keys that are destroyed later.
     """
     from minikms.custody.archives import ArchiveRegister
+    from minikms.custody.archiving import remove_leftover
 
     register = ArchiveRegister(chosen_data_dir(data_dir))
-    present = [entry for entry in register.listed() if os.path.isfile(entry.path)]
-    missing = [entry for entry in register.listed() if not os.path.isfile(entry.path)]
+    listed = register.listed()
+    present = [entry for entry in listed if os.path.isfile(entry.path)]
+    missing = [entry for entry in listed if not os.path.isfile(entry.path)]
     doomed = present[:-keep]
     if doomed:
         show.confirm(f"Remove {_named([entry.path for entry in doomed])}?", yes=yes)
     for entry in doomed:
         _remove_archive(entry)
         register.forget(entry.archive_id)
-    forgotten = missing if forget_missing else [entry for entry in missing if not entry.ended_ms]
+    forgotten = [
+        entry
+        for entry in missing
+        if (forget_missing or not entry.ended_ms) and remove_leftover(entry.path, entry.archive_id)
+    ]
     for entry in forgotten:
         register.forget(entry.archive_id)
     if json:
@@ -283,6 +290,16 @@ def _begin_log(directory: str, unlocked: UnlockedKeyring, manifest: Manifest) ->
         log.commit(durable=True)
     finally:
         log.close()
+
+
+def _registered(archive: Path, manifest: Manifest) -> Registered:
+    """How a restored directory names the archive it came from, which may hold each of its keys."""
+    from minikms.custody.archives import Registered
+
+    now_ms = time.time_ns() // 1_000_000
+    begun_ms = int(datetime.fromisoformat(manifest.created_at).timestamp() * 1000)
+    size = os.path.getsize(archive)
+    return Registered(manifest.archive_id, os.path.abspath(archive), begun_ms, now_ms, manifest.keys, size)
 
 
 def _newer_body(path: Path, key_file: Path | None, task: Task) -> Body:

@@ -1,17 +1,18 @@
 """A backup archive: one authenticated file with all that a data directory needs to decrypt again.
 
 Owns: the format (docs/spec/backup.md), its writing and its reading, entry by entry. Invariants: an entry's name is one
-of a few, so that no archive can name another file; every size is bounded before it is read; nothing that was read is
-to be acted on before `check_tag` has judged the whole. It must never hold a key: wrapped keys and the keyring are in it
-as they are on disk.
+of a few, so that no archive can name another file; entries come in one order, so none comes twice, and reading needs no
+memory of their names; every size is bounded before it is read; nothing that was read is to be acted on before
+`check_tag` has judged the whole. It must never hold a key: wrapped keys and the keyring are in it as they are on disk.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import BinaryIO, Final, NamedTuple
 
 import msgspec
@@ -42,6 +43,11 @@ _SIZES: Final = {
     KEYRING: KEYRING_BYTES_MAX,
     MANIFEST: MANIFEST_BYTES_MAX,
 }
+_PLACES: Final = {JOURNAL_NAME: 0, SNAPSHOT_NAME: 1, KEYRING: 3, MANIFEST: 4}
+"""The order of the entries; those of keys come third, in the order of their ids."""
+_KEYS_PLACE: Final = 2
+_PIECE_BYTES: Final = 1024 * 1024
+_FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}", re.ASCII)
 
 
 class ArchiveError(MiniKmsError):
@@ -113,45 +119,49 @@ class ArchiveReader:
         self._file = file
         self._digest = hashlib.sha256()
         self._tag = b""
-        self.manifest: Manifest | None = None
+        self._manifest = b""
 
-    def entries(self) -> Iterator[Entry]:
-        """Every entry but the manifest. Nothing of them is authentic yet. Raises ArchiveError."""
+    def entries(self, only: Container[str] | None = None) -> Iterator[Entry]:
+        """Every entry but the manifest, or those that are named in `only`; others are read and not kept. Nothing of
+        them is authentic yet. Raises ArchiveError.
+        """
         magic = self._take(len(MAGIC))
         if magic[:-1] != MAGIC[:-1]:
             raise ArchiveError("this is no miniKMS backup")
         if magic != MAGIC:
             raise ArchiveError("the backup was made by another version of miniKMS")
-        seen: set[str] = set()
+        last = (-1, "")
         while length := _NAME_LENGTH.unpack(self._take(_NAME_LENGTH.size))[0]:
             name = self._name(length)
             (size,) = _SIZE.unpack(self._take(_SIZE.size))
-            if name in seen or self.manifest is not None or size > _bytes_max(name):
+            place = (_PLACES.get(name, _KEYS_PLACE), name)
+            if place <= last or size > _bytes_max(name):
                 raise ArchiveError("the backup was altered: an entry is repeated, misplaced or too large")
-            seen.add(name)
-            content = self._take(size)
+            last = place
             if name == MANIFEST:
-                self.manifest = _manifest(content)
+                self._manifest = self._take(size)
+            elif only is None or name in only:
+                yield Entry(name, self._take(size))
             else:
-                yield Entry(name, content)
+                self._pass_over(size)
         self._tag = self._file.read(TAG_BYTES)
         if len(self._tag) != TAG_BYTES or self._file.read(1):
             raise ArchiveError("the backup is cut short, or something was added to it")
 
     def check_tag(self, root: memoryview) -> Manifest:
         """The manifest, once the whole archive has been found authentic. Raises ArchiveError."""
-        manifest = self.manifest
-        if manifest is None or not self._tag:
+        if not self._manifest or not self._tag:
             raise ArchiveError("the backup is cut short")
-        given = roots.fingerprint(root)
-        if not roots.same(self._tag, roots.archive_tag(root, self._digest.digest())):
-            if given != manifest.root_fingerprint:
-                raise ArchiveError(
-                    f"the backup was made under root key {manifest.root_fingerprint}, the given one is {given}: "
-                    "give the key file of that time"
-                )
-            raise ArchiveError("the backup was altered")
-        return manifest
+        if roots.same(self._tag, roots.archive_tag(root, self._digest.digest())):
+            return _manifest(self._manifest)
+        # Whatever is wrong, this much of the manifest is looked at: most often it is the key.
+        made_under, given = _manifest(self._manifest).root_fingerprint, roots.fingerprint(root)
+        if made_under != given and _FINGERPRINT.fullmatch(made_under):
+            raise ArchiveError(
+                f"the backup was made under root key {made_under}, the given one is {given}: give the key file of that "
+                "time"
+            )
+        raise ArchiveError("the backup was altered")
 
     @property
     def sha256(self) -> bytes:
@@ -169,6 +179,10 @@ class ArchiveReader:
             raise ArchiveError("the backup is cut short")
         self._digest.update(data)
         return data
+
+    def _pass_over(self, size: int) -> None:
+        while size:
+            size -= len(self._take(min(size, _PIECE_BYTES)))
 
 
 _NAME_BYTES_MAX: Final = 64

@@ -2,8 +2,10 @@
 
 Owns: which archives were made of this data directory, so that the receipt of a destroyed key can name those that may
 still hold it. Invariants: an archive is registered before its first byte is copied, and stays registered until it is
-known to be gone; one file an archive, so that a backup beside a live daemon changes no file of the daemon's. Nothing in
-it is secret or believed to be authentic: it only names files. It must never remove an archive by itself.
+known to be gone; the one that a directory was restored from is registered before anything else of it is there, so that
+what a restore left half-way is not taken for a new directory; one file an archive, so that a backup beside a live
+daemon changes no file of the daemon's. Nothing in it is secret or believed to be authentic: it only names files. It
+must never remove an archive by itself, nor keep silent about an entry that it can't read.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import stat
 from typing import Final
 
 import msgspec
 
 from minikms.custody.atomic import open_directory, read_file_bounded, remove_file, replace_file
+from minikms.custody.lock import make_private_directory
 from minikms.errors import StorageUnavailableError
 from minikms.keys.ids import key_id_unix_ms
 
@@ -49,44 +53,54 @@ class ArchiveRegister:
     def put(self, entry: Registered) -> None:
         """Durable when this returns. Raises OSError, StorageUnavailableError."""
         owner = os.stat(self._data_dir)
-        if not os.path.isdir(self._directory):
-            os.mkdir(self._directory, 0o700)
-            _give(self._directory, owner)
+        make_private_directory(self._directory)
         descriptor = open_directory(self._directory)
         try:
+            _give(descriptor, owner)
             name = f"{entry.archive_id}.json"
             replace_file(descriptor, name, msgspec.json.encode(entry) + b"\n")
-            _give(os.path.join(self._directory, name), owner)
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=descriptor)
+            try:
+                _give(file, owner)
+            finally:
+                os.close(file)
         finally:
             os.close(descriptor)
 
     def listed(self) -> list[Registered]:
-        """Every archive, oldest first; what can't be read is passed over."""
-        try:
-            descriptor = open_directory(self._directory)
-        except FileNotFoundError:
-            return []
-        found = []
-        try:
-            for name in os.listdir(descriptor):
-                match = _NAME.fullmatch(name)
-                entry = _read(descriptor, name) if match else None
-                if entry is not None and match is not None and entry.archive_id == match[1]:
-                    found.append(entry)
-        finally:
-            os.close(descriptor)
-        return sorted(found, key=lambda entry: (entry.begun_ms, entry.archive_id))
+        """Every archive, oldest first; what can't be read is passed over. Raises OSError, StorageUnavailableError."""
+        return _oldest_first(self._read_all())
 
     def may_hold(self, key_id: str) -> list[str]:
         """The paths of the archives that may hold a key: those that ended after its creation, or at a time unknown.
 
-        That the register can't be read is no error, for the key is destroyed by then, but is said in its place.
+        That something can't be read is no error, for the key is destroyed by then, but is said in its place.
         """
         created_ms = key_id_unix_ms(key_id)
         try:
-            return [entry.path for entry in self.listed() if not entry.ended_ms or entry.ended_ms >= created_ms]
-        except OSError:
+            found = self._read_all()
+        except (OSError, StorageUnavailableError):
             return [f"unknown: {DIRECTORY} in the data directory can't be read"]
+        unknown = [f"unknown: {DIRECTORY}/{name} can't be read" for name in sorted(found) if found[name] is None]
+        known = (entry for entry in _oldest_first(found) if not entry.ended_ms or entry.ended_ms >= created_ms)
+        return [*(entry.path for entry in known), *unknown]
+
+    def _read_all(self) -> dict[str, Registered | None]:
+        """By name of its file; None for one that can't be read."""
+        try:
+            descriptor = open_directory(self._directory)
+        except FileNotFoundError:
+            return {}
+        found: dict[str, Registered | None] = {}
+        try:
+            for name in os.listdir(descriptor):
+                match = _NAME.fullmatch(name)
+                if match is not None:
+                    entry = _read(descriptor, name)
+                    found[name] = entry if entry is not None and entry.archive_id == match[1] else None
+        finally:
+            os.close(descriptor)
+        return found
 
     def forget(self, archive_id: str) -> None:
         """The archive is gone. Raises StorageUnavailableError."""
@@ -105,7 +119,16 @@ def _read(descriptor: int, name: str) -> Registered | None:
         return None
 
 
-def _give(path: str, owner: os.stat_result) -> None:
-    """To the data directory's user, when root makes the backup: the daemon must be able to read it."""
-    if os.geteuid() == 0:
-        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+def _oldest_first(found: dict[str, Registered | None]) -> list[Registered]:
+    readable = (entry for entry in found.values() if entry is not None)
+    return sorted(readable, key=lambda entry: (entry.begun_ms, entry.archive_id))
+
+
+def _give(descriptor: int, owner: os.stat_result) -> None:
+    """To the data directory's user, when root makes the backup: the daemon must be able to read it.
+
+    By descriptor, and no file that has another name too: that user may change the directory meanwhile.
+    """
+    status = os.fstat(descriptor)
+    if os.geteuid() == 0 and (stat.S_ISDIR(status.st_mode) or status.st_nlink == 1):
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)

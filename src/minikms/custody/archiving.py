@@ -4,7 +4,9 @@ Owns: the order of copying, and what makes an archive good. Invariants:
 - The lease journal is copied before its snapshot (docs/spec/leases.md), the DEK files before the keyring, so that the
   keyring knows every KEK that a copied DEK is wrapped under. A KEK that was destroyed meanwhile shows in the judgement,
   and everything is copied again.
-- An archive gets its name only after it was read back and every key in it was opened.
+- An archive gets its name only after it was read back, every key in it was opened, and its lease files were found to be
+  such as a start takes.
+- What is read of an archive before its tag was checked is bounded and not looked into.
 - The order across processes: whoever backs up the message server's store does so first; keys made later don't matter.
 It changes nothing in the data directory and takes no lock. It must never call an archive good that can't be restored.
 """
@@ -12,6 +14,7 @@ It changes nothing in the data directory and takes no lock. It must never call a
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, Final, NamedTuple
@@ -25,12 +28,14 @@ from minikms.custody.archive import (
     ArchiveReader,
     ArchiveWriter,
     AuditHead,
+    Entry,
     Manifest,
     dek_entry_name,
     open_archive,
 )
 from minikms.custody.atomic import open_directory, read_file_bounded
-from minikms.custody.leaseformat import LeaseFormatError, parse_journal
+from minikms.custody.leaseformat import DAMAGED_RECORDS_MAX, LeaseFormatError, parse_journal
+from minikms.custody.leasesnapshot import check_snapshot
 from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys import dek, keyring
 from minikms.keys.dek import DekRecord
@@ -38,6 +43,7 @@ from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot
 
 COPY_ATTEMPTS_MAX: Final = 3
+_LACKING: Final = "the backup lacks what it needs to be restored"
 Progress = Callable[[int, int], None]
 """(done, total) key files."""
 OpenKeyring = Callable[[bytes], contextlib.AbstractContextManager[UnlockedKeyring]]
@@ -77,70 +83,116 @@ def create(data_dir: str, path: str, task: Task, making: Making) -> Contents:
     """Makes the archive `path`, which must not exist. Raises ArchiveError, StartError, OSError; then there is none."""
     if os.path.lexists(path):
         raise StartError(f"{path} exists already; a backup never overwrites one")
-    staging = f"{path}.{os.getpid()}.new"
-    try:
-        for attempt in range(COPY_ATTEMPTS_MAX):
+    staging = staging_path(path, making.archive_id)
+    with open(staging, "xb", opener=_private) as file:
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed: see `remove_leftover`
+            good = _make_good(file, staging, data_dir, task, making)
+            os.link(staging, path)
             try:
-                with open(staging, "wb", opener=_private) as file:
-                    _write(file, data_dir, task, making)
-                    file.flush()
-                    os.fsync(file.fileno())
-                good = judge(staging, task)
-                break
-            except KeyDestroyedMeanwhileError:
-                if attempt == COPY_ATTEMPTS_MAX - 1:
-                    raise
-        os.link(staging, path)
-        _sync(os.path.dirname(os.path.abspath(path)))
-        return good
-    finally:
-        with contextlib.suppress(FileNotFoundError):
+                _sync(os.path.dirname(os.path.abspath(path)))
+            except BaseException:
+                os.unlink(path)
+                raise
+            return good
+        finally:
             os.unlink(staging)
 
 
+def _make_good(file: BinaryIO, staging: str, data_dir: str, task: Task, making: Making) -> Contents:
+    attempt = 0
+    while True:
+        attempt += 1
+        file.seek(0)
+        file.truncate()
+        _write(file, data_dir, task, making)
+        file.flush()
+        os.fsync(file.fileno())
+        try:
+            return judge(staging, task)
+        except KeyDestroyedMeanwhileError:
+            if attempt == COPY_ATTEMPTS_MAX:
+                raise
+
+
+def staging_path(path: str, archive_id: str) -> str:
+    """Where an archive lies while it is being made."""
+    return f"{path}.{archive_id}.new"
+
+
+def remove_leftover(path: str, archive_id: str) -> bool:
+    """Removes what an interrupted `create` left beside `path`. False: it is being made just now. Raises OSError."""
+    staging = staging_path(path, archive_id)
+    try:
+        descriptor = os.open(staging, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(staging)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
 def judge(path: str, task: Task) -> Contents:
-    """Reads a whole archive and opens every key in it. Raises ArchiveError when it is not good, OSError."""
-    unlocked: UnlockedKeyring | None = None
-    records: list[DekRecord] = []
-    content: dict[str, bytes] = {}
-    with contextlib.ExitStack() as stack:
-        reader = ArchiveReader(stack.enter_context(open_archive(path)))
-        for entry in reader.entries():
-            if entry.key_id:
-                records.append(_parsed(entry.content, entry.key_id))
-            else:
-                content[entry.name] = entry.content
+    """Reads a whole archive and opens every key in it. Raises ArchiveError when it is not good, OSError.
+
+    Read twice: keys are opened only once the whole is known to be authentic, and that needs no memory of them.
+    """
+    with open_archive(path) as file:
+        reader = ArchiveReader(file)
+        kept = {entry.name: entry.content for entry in reader.entries(only=(keyringfile.NAME,))}
         manifest = reader.check_tag(task.root.view)
-        journal, data = content.get(leasestore.JOURNAL_NAME), content.get(keyringfile.NAME)
-        if journal is None or data is None or len(records) != manifest.keys:
-            raise ArchiveError("the backup lacks what it needs to be restored")
-        _check_journal(journal)
-        unlocked = stack.enter_context(task.open_keyring(data))
-        buried = _open_all(records, unlocked, task)
+    if keyringfile.NAME not in kept:
+        raise ArchiveError(_LACKING)
+    data = kept[keyringfile.NAME]
+    with task.open_keyring(data) as unlocked:
+        buried = _open_all(entries_again(path, reader.sha256), manifest, unlocked, task)
     return Contents(manifest, data, reader.sha256, buried)
 
 
-def _open_all(records: list[DekRecord], unlocked: UnlockedKeyring, task: Task) -> int:
-    """Opens each key; the number of those that the archive's own keyring knows as destroyed."""
+def _open_all(entries: Iterator[tuple[str, bytes]], manifest: Manifest, unlocked: UnlockedKeyring, task: Task) -> int:
+    """Opens each key, and looks whether a start would take the lease files; the number of keys that the archive's own
+    keyring knows as destroyed.
+    """
     stones = {stone.key_id for stone in unlocked.body.tombstones}
-    buried = 0
+    buried = keys = 0
+    counted = False
     with task.arena.allocate() as slot:
-        for number, record in enumerate(records, 1):
-            if record.id in stones:
-                buried += 1
-                continue
-            kek = unlocked.body.kek(record.kek_version)
-            if kek is None or kek.state == "destroyed":
-                raise KeyDestroyedMeanwhileError(
-                    f"key {record.id} is wrapped under KEK version {record.kek_version}, which the keyring in the "
-                    "backup does not have: rotations came between; make the backup again"
-                )
-            try:
-                dek.unwrap_into(record, unlocked.kek(record.kek_version), slot.view)
-            except MiniKmsError as error:
-                raise ArchiveError(str(error)) from None
-            task.progress(number, len(records))
+        for name, content in entries:
+            key_id = Entry(name, b"").key_id
+            if name == leasestore.JOURNAL_NAME:
+                _check_journal(content)
+                counted = True
+            elif name == leasestore.SNAPSHOT_NAME:
+                _check_snapshot(content)
+            elif key_id:
+                keys += 1
+                if key_id in stones:
+                    buried += 1
+                else:
+                    _open(_parsed(content, key_id), unlocked, slot)
+                task.progress(keys, manifest.keys)
+    if not counted or keys != manifest.keys:
+        raise ArchiveError(_LACKING)
     return buried
+
+
+def _open(record: DekRecord, unlocked: UnlockedKeyring, slot: SecretSlot) -> None:
+    kek = unlocked.body.kek(record.kek_version)
+    if kek is None or kek.state == "destroyed":
+        raise KeyDestroyedMeanwhileError(
+            f"key {record.id} is wrapped under KEK version {record.kek_version}, which the keyring in the "
+            "backup does not have: rotations came between; make the backup again"
+        )
+    try:
+        dek.unwrap_into(record, unlocked.kek(record.kek_version), slot.view)
+    except MiniKmsError as error:
+        raise ArchiveError(str(error)) from None
 
 
 def _write(file: BinaryIO, data_dir: str, task: Task, making: Making) -> None:
@@ -152,7 +204,7 @@ def _write(file: BinaryIO, data_dir: str, task: Task, making: Making) -> None:
     snapshot = _read(data_dir, leasestore.SNAPSHOT_NAME, SNAPSHOT_BYTES_MAX)
     if snapshot is not None:
         writer.add(leasestore.SNAPSHOT_NAME, snapshot)
-    keys, newest, unreadable = 0, "", []
+    keys, unreadable = 0, []
     key_ids = sorted(_key_ids(data_dir))
     for number, key_id in enumerate(key_ids, 1):
         try:
@@ -164,7 +216,7 @@ def _write(file: BinaryIO, data_dir: str, task: Task, making: Making) -> None:
             unreadable.append(key_id)
             continue
         writer.add(dek_entry_name(key_id), data)
-        keys, newest = keys + 1, key_id
+        keys += 1
         task.progress(number, len(key_ids))
     data = _read(data_dir, keyringfile.NAME, keyring.FILE_BYTES_MAX)
     if data is None:
@@ -178,7 +230,7 @@ def _write(file: BinaryIO, data_dir: str, task: Task, making: Making) -> None:
             epoch=unlocked.body.epoch,
             root_fingerprint=unlocked.fingerprint(task.root.view),
             keys=keys,
-            newest_key_id=newest,
+            newest_key_id=key_ids[-1] if key_ids else "",  # unreadable or not: their files may be found elsewhere
             audit_head=making.audit_head(),
             unreadable=tuple(unreadable[:UNREADABLE_COUNT_MAX]),
         )
@@ -206,9 +258,18 @@ def _parsed(content: bytes, key_id: str) -> DekRecord:
 
 def _check_journal(journal: bytes) -> None:
     try:
-        parse_journal(journal)
+        lost = parse_journal(journal).lost_leases
     except LeaseFormatError as error:
         raise ArchiveError(f"the lease journal in the backup {error}") from None
+    if lost > DAMAGED_RECORDS_MAX:
+        raise ArchiveError("the lease journal in the backup is damaged in many places; see `minikms doctor`")
+
+
+def _check_snapshot(snapshot: bytes) -> None:
+    try:
+        check_snapshot(snapshot)
+    except LeaseFormatError as error:
+        raise ArchiveError(f"the lease snapshot in the backup {error}") from None
 
 
 def _read(directory: str, name: str, bytes_max: int) -> bytes | None:
@@ -240,4 +301,4 @@ def entries_again(path: str, expected_sha256: bytes) -> Iterator[tuple[str, byte
         for entry in reader.entries():
             yield entry.name, entry.content
         if reader.sha256 != expected_sha256:
-            raise ArchiveError("the backup changed while it was being restored; what was restored must not be used")
+            raise ArchiveError("the backup changed while it was being read; what was restored of it must not be used")

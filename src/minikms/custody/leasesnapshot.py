@@ -12,7 +12,7 @@ import hashlib
 import os
 import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple
 
 from minikms.custody.leaseformat import (
@@ -54,16 +54,9 @@ class Snapshot:
 
     def __init__(self, fd: int) -> None:
         """Raises LeaseFormatError, or OSError if the disk does; the descriptor stays the caller's then."""
-        size = os.fstat(fd).st_size
-        footer = _decode_footer(_pread(fd, BLOCK_BYTES, max(0, size - BLOCK_BYTES)))
-        index_bytes = footer.blocks * KEY_BYTES
-        if size != footer.blocks * BLOCK_BYTES + index_bytes + BLOCK_BYTES:
-            raise LeaseFormatError("is cut short or has bytes added")
-        index = _pread(fd, index_bytes, footer.blocks * BLOCK_BYTES)
-        if hashlib.sha256(index).digest() != footer.index_sha256:
-            raise LeaseFormatError("has a damaged index")
+        footer, index = _read_end(os.fstat(fd).st_size, lambda size, offset: _pread(fd, size, offset))
         self._fd = fd
-        self._first_keys = [index[at : at + KEY_BYTES] for at in range(0, index_bytes, KEY_BYTES)]
+        self._first_keys = [index[at : at + KEY_BYTES] for at in range(0, len(index), KEY_BYTES)]
         self._recent: tuple[int, bytes] = (-1, b"")
         self.entries = footer.entries
         self.floors = footer.floors
@@ -110,6 +103,23 @@ class Snapshot:
         if number + 1 < len(self._first_keys):
             last = (int.from_bytes(self._first_keys[number + 1], "big") - 1).to_bytes(KEY_BYTES, "big")
         return SpentRange(self._first_keys[number], last)
+
+
+def check_snapshot(content: bytes) -> None:
+    """Raises LeaseFormatError for what `Snapshot` would not open."""
+    _read_end(len(content), lambda size, offset: content[offset : offset + size])
+
+
+def _read_end(file_size: int, read: Callable[[int, int], bytes]) -> tuple[_Footer, bytes]:
+    """The footer and the index. `read` gives so many bytes from an offset."""
+    footer = _decode_footer(read(BLOCK_BYTES, max(0, file_size - BLOCK_BYTES)))
+    index_bytes = footer.blocks * KEY_BYTES
+    if file_size != footer.blocks * BLOCK_BYTES + index_bytes + BLOCK_BYTES:
+        raise LeaseFormatError("is cut short or has bytes added")
+    index = read(index_bytes, footer.blocks * BLOCK_BYTES)
+    if hashlib.sha256(index).digest() != footer.index_sha256:
+        raise LeaseFormatError("has a damaged index")
+    return footer, index
 
 
 def snapshot_chunks(old: Snapshot | None, totals: Mapping[bytes, int], floors: Floors) -> Iterator[bytes]:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from minikms.crypto.aead import NonceSource
-from minikms.custody import clock, dekstore
+from minikms.custody import archives, clock, dekstore
 from minikms.custody.keyringfile import KeyringFile
+from minikms.custody.leasestore import JOURNAL_NAME, SNAPSHOT_NAME
 from minikms.custody.roots import make_dev_key_file, read_key_descriptor, read_key_file
 from minikms.errors import StartError
 from minikms.keys import keyring
@@ -102,12 +103,20 @@ def raise_epoch(unlocked: UnlockedKeyring, file: KeyringFile, *, restored_below:
 
 
 def _check_is_new(data_dir: str) -> None:
+    """Nothing but the keyring is there before the keyring is; a restore begins with the register of archives."""
     deks = os.path.join(data_dir, dekstore.DIRECTORY)
     has_keys = os.path.isdir(deks) and any(name.endswith(dekstore.SUFFIX) for name in os.listdir(deks))
     if has_keys or os.path.lexists(os.path.join(data_dir, AUDIT_LOG_NAME)):
         raise StartError(
             "keyring.json is missing, but the data directory holds keys or an audit log. A new keyring could not open "
             "them: restore keyring.json from a backup, or give an empty data directory"
+        )
+    register = os.path.join(data_dir, archives.DIRECTORY)
+    has_leases = any(os.path.lexists(os.path.join(data_dir, name)) for name in (JOURNAL_NAME, SNAPSHOT_NAME))
+    if has_leases or (os.path.isdir(register) and os.listdir(register)):
+        raise StartError(
+            "keyring.json is missing, but the data directory holds a part of a restored backup: the restore was cut "
+            "short. Move what is there away and restore again, or give an empty data directory"
         )
 
 

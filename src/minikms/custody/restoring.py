@@ -1,9 +1,10 @@
 """Restoring a backup archive into an empty place.
 
 Owns: the order of writing. Invariants: nothing is written before the whole archive was judged good; nothing is ever
-overwritten; the keyring is written last, so that a restore that was cut short does not start; keys that were destroyed
-since, as far as a newer keyring tells, are not brought back; every key counts 2^30 uses more, and every KEK 2^26 wraps,
-for those after the archive are not in it. The caller holds the lock of the target. It must never lower a count.
+overwritten; the archive is registered first and the keyring written last, so that a restore that was cut short does not
+start, and is not taken for a new directory either; keys that were destroyed since, as far as a newer keyring tells, are
+not brought back; every key counts 2^30 uses more, and every KEK 2^26 wraps, for those after the archive are not in it.
+The caller holds the lock of the target. It must never lower a count.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Final, NamedTuple
 
 from minikms.custody import backups, dekstore, keyringfile, leasestore
 from minikms.custody.archive import ArchiveError, Entry
+from minikms.custody.archives import ArchiveRegister, Registered
 from minikms.custody.archiving import Contents, Task, entries_again
 from minikms.custody.atomic import open_directory, replace_file, replace_many
 from minikms.custody.leasestore import LeaseStore
@@ -28,11 +30,12 @@ GROUP_FILES: Final = 512
 
 
 class Target(NamedTuple):
-    """An empty directory under its lock, and what to do differently from the archive."""
+    """An empty directory under its lock, what to do differently from the archive, and how the register names that."""
 
     directory: str
     directory_fd: int
     tombstones: tuple[Tombstone, ...]
+    source: Registered
 
 
 class Restored(NamedTuple):
@@ -77,6 +80,7 @@ def restore(
 
     Raises ArchiveError, StorageUnavailableError, StartError; the target then holds a part that does not start.
     """
+    ArchiveRegister(target.directory).put(target.source)
     for name in (dekstore.DIRECTORY, backups.DIRECTORY):
         make_private_directory(os.path.join(target.directory, name))
     keys = _write_files(path, good, task, target)

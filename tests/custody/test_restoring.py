@@ -1,0 +1,268 @@
+"""An archive that is called good restores, and a restore that was cut short anywhere is never taken for a whole one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from minikms.cli.rootopening import Source, opened_keyring, opened_root
+from minikms.crypto.aead import NonceSource
+from minikms.custody import archiving, opening, restoring
+from minikms.custody.archive import ArchiveError, ArchiveReader, Manifest
+from minikms.custody.archives import DIRECTORY as REGISTER
+from minikms.custody.archives import ArchiveRegister, Registered
+from minikms.custody.archiving import Making, Task, remove_leftover, staging_path
+from minikms.custody.keyringfile import KeyringFile
+from minikms.custody.leaseformat import Floors, journal_header
+from minikms.custody.leasesnapshot import snapshot_chunks
+from minikms.custody.lock import LOCK_NAME, DataDirLock
+from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
+from minikms.memory.arena import SecretArena
+from vaults import key_file, opened_vault
+
+ARCHIVE_ID = "a_0123456789abcdef"
+AT = "2026-11-24T15:00:00Z"
+MAKING = Making(ARCHIVE_ID, AT, lambda: None)
+KEYS = 3
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            await one.make(KEYS)
+
+    asyncio.run(main())
+    return tmp_path / "d"
+
+
+@contextmanager
+def task_for(data_dir: Path) -> Iterator[Task]:
+    with opened_root(Source(key_file(data_dir), None)) as (arena, root):
+        yield Task(arena, root, lambda data: opened_keyring(arena, root, data), lambda done, total: None)
+
+
+def made(data_dir: Path, path: Path) -> Manifest:
+    with task_for(data_dir) as task:
+        return archiving.create(str(data_dir), str(path), task, MAKING).manifest
+
+
+def restored(data_dir: Path, archive: Path, target: Path) -> None:
+    with task_for(data_dir) as task:
+        good = archiving.judge(str(archive), task)
+        with DataDirLock(str(target)) as lock, task.open_keyring(good.keyring) as unlocked:
+            restoring.check_empty(lock.directory_fd, str(target))
+            source = Registered(ARCHIVE_ID, str(archive), 1, 2, KEYS, 3)
+            place = restoring.Target(str(target), lock.directory_fd, (), source)
+            restoring.restore(str(archive), good, task, unlocked, place, at=AT)
+
+
+def start(data_dir: Path, target: Path) -> opening.Opened:
+    """What a start does with the keyring of `target`."""
+    with (
+        DataDirLock(str(target)) as lock,
+        SecretArena(32, force_fallback=True) as arena,
+        ThreadPoolExecutor(1) as executor,
+    ):
+        return opening.open_keyring(
+            data_dir=str(target),
+            file=KeyringFile(lock.directory_fd, executor),
+            source=opening.RootSource(file=key_file(data_dir)),
+            arena=arena,
+            nonces=NonceSource(),
+        )
+
+
+class Cut(Exception):
+    """The power fails."""
+
+
+@contextmanager
+def cut_before(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The call with this number, of those that change a name, does not happen, nor does anything after it."""
+    calls: list[str] = []
+
+    def counted(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(*arguments: object, **options: object) -> object:
+            if len(calls) >= number:
+                raise Cut
+            calls.append(name)
+            return real(*arguments, **options)
+
+        patch.setattr(os, name, call)
+
+    with monkeypatch.context() as patch:
+        for name in ("mkdir", "rename", "link", "unlink"):
+            counted(name)
+        yield calls
+
+
+def test_a_restore_that_was_cut_short_anywhere_is_refused_by_a_start(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "archive"
+    made(data_dir, archive)
+    refused = 0
+    for number in range(100):
+        target = tmp_path / f"restored-{number}"
+        target.mkdir(0o700)
+        with cut_before(number, monkeypatch), contextlib.suppress(Cut):
+            restored(data_dir, archive, target)
+            break
+        found = {path.name for path in target.rglob("*") if not path.name.startswith(".tmp-")}
+        if found <= {LOCK_NAME, REGISTER}:
+            continue  # nothing of the archive is there yet: this is as empty as it was
+        with pytest.raises(StartError, match=r"keyring\.json is missing"):
+            start(data_dir, target)
+        refused += 1
+    assert refused > 5
+    assert not start(data_dir, target).made
+
+
+def test_a_directory_with_nothing_but_lease_files_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir(mode=0o700)
+    (tmp_path / "d" / "kms-leases").write_bytes(journal_header())
+    with pytest.raises(StartError, match="the restore was cut short"):
+        start(tmp_path / "d", tmp_path / "d")
+
+
+def test_a_restored_directory_names_the_archive_that_still_holds_its_keys(data_dir: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "archive"
+    newest = made(data_dir, archive).newest_key_id
+    restored(data_dir, archive, tmp_path / "restored")
+    source = Registered(ARCHIVE_ID, str(archive), 1, 2**48, KEYS, 3)
+    register = ArchiveRegister(str(tmp_path / "restored"))
+    assert [entry.path for entry in register.listed()] == [str(archive)]
+    register.put(source)
+    assert register.may_hold(newest) == [str(archive)]
+
+
+# --- what is called good -------------------------------------------------------------------------------------------
+
+
+def test_an_archive_whose_lease_snapshot_no_start_would_take_is_not_good(data_dir: Path, tmp_path: Path) -> None:
+    snapshot = data_dir / "kms-leases.snapshot"
+    snapshot.write_bytes(b"".join(snapshot_chunks(None, {bytes(16): 1 << 17}, Floors())))
+    made(data_dir, tmp_path / "good")
+    whole = snapshot.read_bytes()
+    for damaged in (whole[:-1], whole + b"x", b"", whole[:-4096] + bytes(4096), b"x" + whole[1:-4112] + bytes(4112)):
+        snapshot.write_bytes(damaged)
+        with pytest.raises(ArchiveError, match="the lease snapshot in the backup"):
+            made(data_dir, tmp_path / "bad")
+        assert not (tmp_path / "bad").exists()
+
+
+def test_an_archive_whose_journal_no_start_would_take_is_not_good(data_dir: Path, tmp_path: Path) -> None:
+    journal = data_dir / "kms-leases"
+    journal.write_bytes(journal_header() + bytes(32 * 5000))
+    with pytest.raises(ArchiveError, match="damaged in many places"):
+        made(data_dir, tmp_path / "bad")
+
+
+def test_a_key_whose_file_cannot_be_read_counts_as_used_after_a_restore_as_well(data_dir: Path, tmp_path: Path) -> None:
+    """Its file may be found elsewhere, and put back."""
+    files = sorted((data_dir / "kms-deks").iterdir())
+    files[-1].write_text("damaged")
+    manifest = made(data_dir, tmp_path / "archive")
+    assert manifest.unreadable == (files[-1].stem,)
+    assert manifest.newest_key_id == files[-1].stem
+
+
+def test_keys_are_looked_at_only_once_the_whole_archive_is_authentic(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "archive"
+    made(data_dir, archive)
+    data = bytearray(archive.read_bytes())
+    data[-1] ^= 1
+    archive.write_bytes(data)
+
+    def looked_at(*_: object) -> None:
+        raise AssertionError("parsed before the tag was checked")
+
+    for name in ("_parsed", "_check_journal", "_check_snapshot"):
+        monkeypatch.setattr(archiving, name, looked_at)
+    with task_for(data_dir) as task, pytest.raises(ArchiveError, match="altered"):
+        archiving.judge(str(archive), task)
+
+
+def test_an_archive_that_is_exchanged_between_its_two_readings_is_not_good(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive, other = tmp_path / "archive", tmp_path / "other"
+    made(data_dir, archive)
+    (data_dir / "kms-leases").write_bytes(journal_header())
+    with task_for(data_dir) as task:
+        archiving.create(str(data_dir), str(other), task, Making("a_ffffffffffffffff", AT, lambda: None))
+    check_tag = ArchiveReader.check_tag
+
+    def exchanged(self: ArchiveReader, root: memoryview) -> Manifest:
+        other.replace(archive)
+        return check_tag(self, root)
+
+    monkeypatch.setattr(ArchiveReader, "check_tag", exchanged)
+    with task_for(data_dir) as task, pytest.raises(ArchiveError, match="changed while it was being read"):
+        archiving.judge(str(archive), task)
+
+
+# --- while it is being made ------------------------------------------------------------------------------------------
+
+
+def test_an_archive_is_never_written_into_a_file_that_somebody_put_there(data_dir: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    os.link(victim, staging_path(str(tmp_path / "archive"), ARCHIVE_ID))
+    with pytest.raises(FileExistsError):
+        made(data_dir, tmp_path / "archive")
+    assert victim.read_text() == "precious"
+
+
+def test_when_its_name_is_not_durable_there_is_no_archive(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(directory: str) -> None:
+        raise StorageUnavailableError("the backup's directory can't be synced")
+
+    monkeypatch.setattr(archiving, "_sync", fails)
+    with pytest.raises(StorageUnavailableError):
+        made(data_dir, tmp_path / "archive")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "d.key"]
+
+
+def test_what_an_interrupted_backup_left_is_removed_but_not_what_is_being_made(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "archive")
+    leftover = Path(staging_path(path, ARCHIVE_ID))
+    found: list[bool] = []
+    judge = archiving.judge
+
+    def judged(staging: str, task: Task) -> archiving.Contents:
+        found.append(remove_leftover(path, ARCHIVE_ID))
+        return judge(staging, task)
+
+    monkeypatch.setattr(archiving, "judge", judged)
+    made(data_dir, tmp_path / "archive")
+    assert found == [False]
+    leftover.write_bytes(b"minikms-backup")
+    assert remove_leftover(path, ARCHIVE_ID)
+    assert not leftover.exists()
+    assert remove_leftover(path, ARCHIVE_ID)
+
+
+def test_what_cannot_be_opened_says_why_without_a_trace_of_the_restore(data_dir: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "archive"
+    made(data_dir, archive)
+    archive.write_bytes(archive.read_bytes()[:-1])
+    with pytest.raises(MiniKmsError, match="cut short"):
+        restored(data_dir, archive, tmp_path / "restored")
+    assert not (tmp_path / "restored").exists()
