@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from minikms.custody import dekstore
+from minikms.custody.backups import BackupStore
 from minikms.errors import KeyUnreadableError
 from vaults import OpenedVault, opened_vault
 
@@ -149,3 +153,107 @@ def rename_newest(one: OpenedVault, stamp: str) -> None:
         if not path.name[-15:].startswith("202601"):
             path.rename(path.with_name(path.name.split(".json.")[0] + ".json." + stamp))
     one.vault.backups._suffixes = None
+
+
+# --- files that are replaced while the directory is listed ----------------------------------------------------------
+
+
+@contextmanager
+def passed_over(one: OpenedVault, key_id: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """While the directory is listed the key is retired, and the listing, as readdir(3p) allows, misses its file."""
+    loop = asyncio.get_running_loop()
+    real = dekstore.list_names
+
+    def list_names(directory: str) -> Iterator[str]:
+        names = list(real(directory))
+        if directory == one.vault.store.directory:
+            asyncio.run_coroutine_threadsafe(one.vault.retire(key_id, again=True), loop).result()
+            names.remove(dekstore.file_name(key_id))
+        yield from names
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dekstore, "list_names", list_names)
+        yield
+
+
+def test_a_key_that_is_retired_while_the_directory_is_listed_keeps_its_kek(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key whose file could not be read during the rotation, and was put back since, is under the older KEK."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_id, _ = await one.make(2)
+            keys = one.keys([key_id])
+            whole = one.file(key_id).read_bytes()
+            damage(one.file(key_id))
+            await one.rotate()
+            one.file(key_id).write_bytes(whole)
+            with passed_over(one, key_id, monkeypatch):
+                pruned = await one.pruning.prune(backups=True)
+            assert (pruned.destroyed, [why.version for why in pruned.kept]) == ([], [1])
+            assert "a key is wrapped under it" in pruned.kept[0].why
+            assert one.on_disk(key_id).state == "retired"
+            assert one.keys([key_id]) == keys
+
+    asyncio.run(main())
+
+
+def test_a_key_that_is_retired_while_the_directory_is_listed_is_rewrapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            [key_id] = await one.make(1)
+            await one.rotation.begin(None)
+            rotation = one.rotation.running
+            assert rotation is not None
+            with passed_over(one, key_id, monkeypatch):
+                assert await one.rewrapping.run_pass(rotation) == 1
+            await one.rotation.run()
+            assert (one.on_disk(key_id).state, one.on_disk(key_id).kek_version) == ("retired", 2)
+
+    asyncio.run(main())
+
+
+def test_backups_stay_when_more_files_are_damaged_than_can_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minikms.custody.damage.NOTED_COUNT_MAX", 1)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            damaged = await one.make(2)
+            await one.make(1)
+            keys = one.keys(damaged)
+            await one.rotate()
+            for path in one.backups():
+                path.rename(path.with_name(path.name[:-15] + "20250101T000000"))
+            for key_id in damaged:
+                damage(one.file(key_id))
+            one.vault.backups.close()
+            one.vault.backups = BackupStore(str(one.directory))
+            await one.rotate()
+            await one.pruning.keep_rotations(1)
+            for key_id in damaged:
+                [backup] = one.backups(key_id)
+                one.file(key_id).write_bytes(backup.read_bytes())
+            assert one.keys(damaged) == keys
+
+    asyncio.run(main())
+
+
+def test_a_backup_that_cannot_be_read_does_not_stop_a_rotation(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            [key_id] = await one.make(1)
+            await one.rotation.begin(None)
+            rotation = one.rotation.running
+            assert rotation is not None
+            damaged = one.directory / "kms-deks-backup" / f"{key_id}.json.{rotation.stamp}"
+            damaged.mkdir()
+            await asyncio.wait_for(one.rotation.run(), 20)
+            assert one.on_disk(key_id).kek_version == 2
+            assert [path.name for path in one.backups(key_id)] == [damaged.name, damaged.name + "-1"]
+
+    asyncio.run(main())

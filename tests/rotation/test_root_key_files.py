@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from minikms.custody.roots import (
     remove_leftover,
     rewrite_key_file,
 )
+from minikms.daemon.assembly import Workers, _rewrite
 from minikms.errors import StartError
 from minikms.memory.arena import SecretArena, SecretSlot
 
@@ -114,7 +118,7 @@ def test_behind_a_link_the_file_is_replaced_and_the_link_stays(key_file: Path, a
     assert target.read_text() == NEW.hex() + "\n"
 
 
-@pytest.mark.parametrize("call", ["fsync", "writev", "replace"])
+@pytest.mark.parametrize("call", ["fsync", "write", "replace"])
 def test_a_rewriting_that_fails_leaves_the_old_file_and_no_other(
     key_file: Path, arena: SecretArena, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -154,3 +158,52 @@ def test_a_development_key_is_made_once_and_is_private(tmp_path: Path, arena: Se
     assert path.read_text() == text
     assert os.listdir(tmp_path) == ["dev"]
     assert arena.in_use == 0
+
+
+def test_a_disk_that_takes_a_part_at_a_time_never_makes_a_shorter_key_file(
+    key_file: Path, arena: SecretArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, writev = os.write, os.writev
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:5]))
+    monkeypatch.setattr(os, "writev", lambda fd, buffers: writev(fd, [buffers[0][:5]]))
+    with slot_of(arena, NEW) as new:
+        rewrite(key_file, new, arena)
+        assert holds_key(key_file, new, arena)
+
+
+def test_a_key_file_that_fails_while_it_is_read_leaves_nothing_in_the_arena(
+    key_file: Path, arena: SecretArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fails)
+    with pytest.raises(StartError, match="can't be read: Input/output error") as refused:
+        read_key_file(key_file, arena)
+    assert refused.value.__cause__ is None
+    assert arena.in_use == 0
+
+
+def test_who_stops_waiting_for_a_rewritten_key_file_does_not_zero_the_text_under_the_writer(
+    key_file: Path, arena: SecretArena
+) -> None:
+    async def main() -> None:
+        workers = Workers.start()
+        blocked = threading.Event()
+        workers.disk.submit(blocked.wait)
+        try:
+            with slot_of(arena, NEW) as new:
+                task = asyncio.ensure_future(_rewrite(key_file, new, arena, workers))
+                await asyncio.sleep(0.02)
+                task.cancel()
+                await asyncio.sleep(0.02)
+                assert not task.done()
+                blocked.set()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert holds_key(key_file, new, arena)
+        finally:
+            blocked.set()
+            workers.shutdown()
+
+    asyncio.run(main())

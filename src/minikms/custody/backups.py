@@ -70,7 +70,10 @@ class BackupStore:
         raise StorageUnavailableError("a key has too many backups of one second")
 
     def _same_content(self, store: DekStore, live: str, name: str) -> bool:
-        kept = read_file_bounded(name, dek.FILE_BYTES_MAX, dir_fd=self.directory_fd)
+        try:
+            kept = read_file_bounded(name, dek.FILE_BYTES_MAX, dir_fd=self.directory_fd)
+        except StorageUnavailableError:
+            return False  # a damaged backup: the file is kept again, under another name
         return kept is not None and kept == read_file_bounded(live, dek.FILE_BYTES_MAX, dir_fd=store.directory_fd)
 
     def listed(self) -> Iterator[Backup]:

@@ -17,11 +17,15 @@ LISTED_COUNT_MAX: Final = 100
 class Damage:
     def __init__(self) -> None:
         self._noted: dict[str, str] = {}
+        self.complete = True
+        """False once there was no room for one: then it can't be known from here which keys are sound."""
 
     def note(self, key_id: str, why: str) -> None:
         """Its file can't be read, or does not open. `why` is for an operator."""
         if key_id in self._noted or len(self._noted) < NOTED_COUNT_MAX:
             self._noted[key_id] = why
+        else:
+            self.complete = False
 
     def clear(self, key_id: str) -> None:
         """Its file was read well, or is gone for good."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Executor
 from typing import Final
 
@@ -62,14 +62,18 @@ class DekStore:
             raise StorageUnavailableError("a key's file can't be looked for") from error
         return True
 
-    def list_ids(self) -> Iterator[str]:
+    def list_ids(self, *, changed: Collection[str] = ()) -> Iterator[str]:
         """The ids of all key files, in no order; names that are no key's are passed over. One may come twice when files
         are replaced meanwhile. Raises StorageUnavailableError.
+
+        On some file systems a listing may pass over a file that is replaced meanwhile (readdir(3p) leaves it open). So
+        the ids that are in `changed` once the listing has ended come as well (`KeyLocks.watch`).
         """
         for name in list_names(self.directory):
             key_id = name.removesuffix(SUFFIX)
             if name.endswith(SUFFIX) and api.KEY_ID_PATTERN.fullmatch(key_id):
                 yield key_id
+        yield from set(changed)
 
     async def drain(self) -> None:
         """Returns when nothing is on its way to disk."""

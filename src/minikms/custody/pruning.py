@@ -1,10 +1,10 @@
 """What may be destroyed for good: KEK versions that nothing needs, and backups that nobody needs.
 
 Owns: the census of what live files and backups are wrapped under, and the decision. Invariants: a KEK version is
-destroyed only when every live file and every backup was read, unwraps, and is under another version; a file that can't
-be read or does not unwrap keeps every version, for it may need any; the backups of a key whose file is missing or can't
-be read are kept, for they may be its last copy. It must never run beside a rotation, nor trust what a file says of
-itself: each is unwrapped.
+destroyed only when every live file and every backup was read, unwraps, and is under another version, also those files
+that were replaced while the directory was being listed; a file that can't be read or does not unwrap keeps every
+version, for it may need any; the backups of a key whose file is missing or can't be read are kept, for they may be its
+last copy. It must never run beside a rotation, nor trust what a file says of itself: each is unwrapped.
 """
 
 from __future__ import annotations
@@ -68,8 +68,10 @@ class Pruning:
     async def keep_rotations(self, count: int) -> int:
         """Right after a rotation: removes the backups of all but the newest `count`; the number of backups removed."""
         before = await _in(self._disk, lambda: self._vault.backups.stamp_to_keep(count))
-        # The rotation has just read every file, so the damaged ones are known.
-        return 0 if before is None else await self._remove_backups(before, self._vault.damage.key_ids())
+        # The rotation has just read every file, so the damaged ones are known, unless they are too many to be listed.
+        if before is None or not self._vault.damage.complete:
+            return 0
+        return await self._remove_backups(before, self._vault.damage.key_ids())
 
     async def _remove_backups(self, before: str | None, spare: Container[str]) -> int:
         vault = self._vault
@@ -86,8 +88,9 @@ class Pruning:
 
     async def _live_census(self) -> Census:
         store = self._vault.store
-        key_ids = store.list_ids()
-        return await self._census(lambda: read_files(store, list(itertools.islice(key_ids, CHUNK_FILES))))
+        with self._vault.locks.watch() as changed:
+            key_ids = store.list_ids(changed=changed)
+            return await self._census(lambda: read_files(store, list(itertools.islice(key_ids, CHUNK_FILES))))
 
     async def _backup_census(self) -> Census:
         store = self._vault.backups

@@ -56,11 +56,11 @@ class Rewrapping:
     async def run_pass(self, rotation: keyring.Rotation) -> int:
         """Over all files; how many were due and can be read. Raises StorageUnavailableError, with a part of it done."""
         vault = self._vault
-        key_ids = vault.store.list_ids()
         groups = StagedReplacements(vault.store.directory_fd, durable_first=vault.backups.directory_fd)
         found = 0
         self._staged = []
         with vault.locks.watch() as changed:
+            key_ids = vault.store.list_ids(changed=changed)
             reading = self._begin_reading(key_ids, rotation.to_version)
             writing: asyncio.Task[None] | None = None
             try:

@@ -36,6 +36,8 @@ def read_key_file(path: Path, arena: SecretArena) -> SecretSlot:
     try:
         _check_key_file(fd, path)
         return _read(fd, arena, f"the master key file {path}")
+    except OSError as error:
+        raise StartError(f"the master key file {path} can't be read: {os.strerror(error.errno or 0)}") from None
     finally:
         os.close(fd)
 
@@ -134,7 +136,7 @@ def _write_key_text(path: Path, text: KeyText, mode: int) -> Path:
         os.unlink(temporary)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     try:
-        os.writev(fd, [*text.views, b"\n"])
+        _write_all(fd, [*text.views, memoryview(b"\n")])
         os.fsync(fd)
     except BaseException:
         os.unlink(temporary)
@@ -142,6 +144,14 @@ def _write_key_text(path: Path, text: KeyText, mode: int) -> Path:
     finally:
         os.close(fd)
     return temporary
+
+
+def _write_all(fd: int, views: list[memoryview]) -> None:
+    """All of them: a disk that is nearly full takes a part, and that must never become a key file."""
+    for view in views:
+        left = view
+        while left:
+            left = left[os.write(fd, left) :]
 
 
 def _temporary(path: Path) -> Path:
@@ -170,9 +180,11 @@ def _read(fd: int, arena: SecretArena, what: str) -> SecretSlot:
     slot = arena.allocate()
     try:
         read_key_fd_into(fd, slot)
-    except KeyTextError:
+    except BaseException as error:
         slot.release()
-        raise StartError(
-            f"{what} must hold exactly 64 hexadecimal characters; make one with: openssl rand -hex 32"
-        ) from None
+        if isinstance(error, KeyTextError):
+            raise StartError(
+                f"{what} must hold exactly 64 hexadecimal characters; make one with: openssl rand -hex 32"
+            ) from None
+        raise
     return slot

@@ -270,7 +270,13 @@ async def _rewrite(path: Path, root: SecretSlot, arena: SecretArena, workers: Wo
     """
     with KeyText(root, arena) as text:
         text.encode()
-        await asyncio.get_running_loop().run_in_executor(workers.disk, rewrite_key_file, path, text)
+        writing = asyncio.get_running_loop().run_in_executor(workers.disk, rewrite_key_file, path, text)
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            # The worker goes on: zeroed under it, the text would put a key of zeros into the file.
+            await asyncio.wait([writing])
+            raise
     if not holds_key(path, root, arena):
         raise StartError(f"the master key file {path} does not hold the key that was written")
 
