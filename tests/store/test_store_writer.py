@@ -275,3 +275,41 @@ def test_closing_commits_what_is_queued_and_refuses_what_comes_after() -> None:
             await writer.commit(Write([(b"b", b"1")]))
 
     with_writer(body)
+
+
+SMALL_KEYS = st.sampled_from([b"a", b"b", b"ba", b"c", b"d"])
+SMALL_VALUES = st.none() | st.sampled_from([b"", b"1", b"2"])
+
+
+@given(
+    stored=st.dictionaries(SMALL_KEYS, SMALL_VALUES),
+    before=st.dictionaries(SMALL_KEYS, SMALL_VALUES, max_size=2),
+    run=st.dictionaries(SMALL_KEYS, SMALL_VALUES, min_size=1),
+    as_stored=st.booleans(),
+)
+def test_a_run_holds_exactly_when_every_key_of_it_is_as_the_writes_before_left_it(
+    stored: dict[bytes, bytes | None],
+    before: dict[bytes, bytes | None],
+    run: dict[bytes, bytes | None],
+    as_stored: bool,
+) -> None:
+    found = {**stored, **before}
+    if as_stored:  # two in three of the others fail at their first key
+        run = {key: found.get(key) for key in run}
+    expected = sorted(run.items())
+    different = [key for key, value in expected if found.get(key) != value]
+
+    async def body(writer: Writer, engine: MemoryEngine) -> None:
+        await writer.commit(Write(list(stored.items())))
+        outcomes = await asyncio.gather(
+            writer.commit(Write(list(before.items()))),
+            writer.commit(Write([(b"written", b"yes")], run=expected)),
+            return_exceptions=True,
+        )
+        assert (engine.writes, engine.syncs) == (2, 2)  # the last two are one group
+        assert engine.get(b"written") == (None if different else b"yes")
+        if different:
+            assert isinstance(outcomes[1], ConditionFailedError)
+            assert outcomes[1].key == different[0]
+
+    with_writer(body)

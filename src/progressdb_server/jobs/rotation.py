@@ -282,9 +282,10 @@ class KeyRotation:
     def _write(self, row: Row, step: _Step) -> Storing:
         job = row.job
         puts: list[tuple[bytes, bytes | None]] = []
+        kept = backups.key_of(job.id, b"")
         for found, sealed in step.moved:
             puts.append((found.key, record.rekeyed(found.raw, job.new_key, sealed)))
-            puts.append((backups.key_of(job.id, found.key), found.raw))
+            puts.append((kept + found.key, found.raw))
         sources = job.sources
         for key_id in {found.key_id for found, _ in step.moved}:
             sources = with_source(sources, key_id)

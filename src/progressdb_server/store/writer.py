@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from operator import itemgetter
 from typing import Final
 
 import msgspec
@@ -265,9 +266,8 @@ class Writer:
             write = slot.write
             if write is None:
                 raise RuntimeError("a slot was queued without a write")
-            if write.run:
-                self._read_run(write.run, read)
-            for key, expected in chain(write.expect, write.run):
+            run = () if self._stands(write.run, staged) else write.run
+            for key, expected in chain(write.expect, run):
                 if key in staged:
                     found = staged[key]
                 elif key in read:
@@ -286,13 +286,19 @@ class Writer:
         staged[keyspace.STATE] = msgspec.msgpack.encode(state)
         return staged, failed, state
 
-    def _read_run(self, run: Sequence[tuple[bytes, bytes | None]], read: dict[bytes, bytes | None]) -> None:
-        """Values of a run into `read`: one scan costs a fraction of as many gets."""
-        read.update((key, None) for key, _ in run)
+    def _stands(self, run: Sequence[tuple[bytes, bytes | None]], staged: dict[bytes, bytes | None]) -> bool:
+        """Whether the whole run is stored as expected; one scan costs a fraction of as many gets. False says nothing:
+        then each key tells, where other entries stand between, say, or an earlier write of the group has one."""
+        if not run or not staged.keys().isdisjoint(map(itemgetter(0), run)):
+            return not run
         lower, upper = run[0][0], run[-1][0] + b"\0"
+        compared = 0
         while entries := self._engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX, bytes_max=GROUP_BYTES_MAX):
-            read.update(entries)
+            if entries != list(run[compared : compared + len(entries)]):
+                return False
+            compared += len(entries)
             lower = entries[-1][0] + b"\0"
+        return compared == len(run)
 
     # --- failure --------------------------------------------------------------------------------------------------
     def _fail(self, group: list[Slot], error: Exception) -> None:
