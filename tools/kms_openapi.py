@@ -25,7 +25,7 @@ Kinds = tuple[type[errors.MiniKmsError], ...]
 KEY_ERRORS: Kinds = (errors.KeyNotFoundError, errors.KeyDestroyedError, errors.KeyUnreadableError)
 OPENING: Kinds = (*KEY_ERRORS, errors.WrongThreadError, errors.ArenaFullError)
 ENCRYPTING: Kinds = (*OPENING, errors.KeyRetiredError, errors.KeyExhaustedError, errors.StorageUnavailableError)
-WRITING: Kinds = (errors.StorageUnavailableError, errors.ShuttingDownError)
+WRITING: Kinds = (errors.StorageUnavailableError, errors.ShuttingDownError, errors.RequestInterruptedError)
 EVERYWHERE: Kinds = (
     errors.InvalidRequestError,
     errors.UnauthorizedError,

@@ -62,6 +62,7 @@ CODE_CONFLICT: Final = "conflict"
 CODE_AUDIT_UNAVAILABLE: Final = "audit_unavailable"
 CODE_STORAGE_UNAVAILABLE: Final = "storage_unavailable"
 CODE_SHUTTING_DOWN: Final = "shutting_down"
+CODE_INTERRUPTED: Final = "interrupted"
 CODE_INTERNAL: Final = "internal"
 
 Purpose = Literal["thread", "data"]

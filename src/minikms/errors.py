@@ -123,6 +123,13 @@ class ShuttingDownError(MiniKmsError):
     code = api.CODE_SHUTTING_DOWN
 
 
+class RequestInterruptedError(MiniKmsError):
+    """The daemon stopped while it worked on the request, which may have been carried out."""
+
+    status = 503
+    code = api.CODE_INTERRUPTED
+
+
 class ArenaFullError(MiniKmsError):
     """No slot is free for one more raw key; the request may be tried again when others have ended."""
 

@@ -164,6 +164,16 @@ def test_a_daemon_that_is_stopping_did_nothing_so_even_a_create_is_made_again(us
         assert server.connections == 3
 
 
+def test_what_a_stopping_daemon_had_begun_is_made_again_only_if_that_is_harmless(use: Use) -> None:
+    interrupted = answer(b'{"error":"stopped","code":"interrupted"}', 503, b"Connection: close\r\n")
+    with hostile([interrupted], [CREATED]) as server:
+        [result] = use(server.path, CREATE_CALL, wait_s=WAIT_S)
+        assert isinstance(result, errors.RequestInterruptedError)
+        assert server.connections == 1
+    with hostile([interrupted], [SEALED]) as server:
+        assert use(server.path, ENCRYPT_CALL, wait_s=WAIT_S) == [b"x"]
+
+
 def test_a_daemon_that_stays_stopping_is_an_error_of_that_name(use: Use) -> None:
     stopping = answer(b'{"error":"stopping","code":"shutting_down"}', 503)
     with hostile([stopping] * 100) as server:

@@ -320,7 +320,7 @@ class TestDrain:
                 assert running.http.connections_count == 0
                 assert running.app.running == 0
                 answer = await pending.answer()
-                assert (answer.status, answer.json["code"]) == (503, "shutting_down")
+                assert (answer.status, answer.json["code"]) == (503, "interrupted")
                 assert [path for _, path, _ in running.app.seen] == ["/hold"]
                 await pending.close()
                 await receiving.close()

@@ -110,5 +110,5 @@ def test_the_specification_states_the_bounds_as_they_are() -> None:
 
 def test_only_the_state_of_the_service_is_a_5xx() -> None:
     """Nothing that a peer sends is answered with a 5xx by the engine itself."""
-    service = {"OVERLOADED", "TOO_MANY_CONNECTIONS", "SHUTTING_DOWN", "AUDIT_UNAVAILABLE", "INTERNAL"}
+    service = {"OVERLOADED", "TOO_MANY_CONNECTIONS", "SHUTTING_DOWN", "INTERRUPTED", "AUDIT_UNAVAILABLE", "INTERNAL"}
     assert {name for name, row in refusals.TABLE.items() if row.status >= 500} == service

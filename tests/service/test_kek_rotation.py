@@ -248,7 +248,7 @@ def test_stopping_does_not_wait_for_a_rotation_and_the_next_start_finishes_it(tm
             daemon.process.terminate()
             waiting.join(20)
         assert daemon.process.wait(20) == 0
-        assert [(answer.status, answer.code) for answer in answers] == [(503, "shutting_down")]
+        assert [(answer.status, answer.code) for answer in answers] == [(503, "interrupted")]
         daemon.start()
         wait_for_rotation(daemon)
         assert keks(daemon) == {1: "retired", 2: "active"}

@@ -170,6 +170,12 @@ class ShuttingDownError(KmsRefusedError):
     default_status = 503
 
 
+class RequestInterruptedError(KmsRefusedError):
+    """The daemon stopped while it worked on the request, which may have been carried out."""
+
+    default_status = 503
+
+
 class InternalError(KmsRefusedError):
     default_status = 500
 
@@ -195,6 +201,7 @@ BY_CODE: Final[dict[str, type[KmsRefusedError]]] = {
     api.CODE_AUDIT_UNAVAILABLE: AuditUnavailableError,
     api.CODE_STORAGE_UNAVAILABLE: StorageUnavailableError,
     api.CODE_SHUTTING_DOWN: ShuttingDownError,
+    api.CODE_INTERRUPTED: RequestInterruptedError,
     api.CODE_INTERNAL: InternalError,
 }
 

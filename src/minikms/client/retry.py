@@ -3,7 +3,7 @@
 Owns: the rule, and the pauses between attempts. A call is repeated while the daemon is away (it restarts, its
 connection broke, it is stopping), for a bounded time, and only if repeating is harmless: the verb may be carried out
 twice, or the request certainly was not carried out. A timeout, a malformed answer and every refusal other than
-`shutting_down` end the call at once.
+`shutting_down` and `interrupted` end the call at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from typing import Final
 
-from minikms.client.errors import KmsError, KmsUnavailableError, ShuttingDownError
+from minikms.client.errors import KmsError, KmsUnavailableError, RequestInterruptedError, ShuttingDownError
 
 PAUSE_S_MIN: Final = 0.005
 PAUSE_S_MAX: Final = 0.25
@@ -31,6 +31,8 @@ class Attempts:
         """How long to wait before the next attempt. Raises `error` if there must not be one."""
         if isinstance(error, KmsUnavailableError):
             harmless = self._repeatable or not error.sent
+        elif isinstance(error, RequestInterruptedError):
+            harmless = self._repeatable
         else:
             harmless = isinstance(error, ShuttingDownError)
         left_s = self._until_s - now_s

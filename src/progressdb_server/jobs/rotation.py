@@ -53,6 +53,7 @@ _TRANSIENT: Final = frozenset(
         api.CODE_AUDIT_UNAVAILABLE,
         api.CODE_STORAGE_UNAVAILABLE,
         api.CODE_SHUTTING_DOWN,
+        api.CODE_INTERRUPTED,
         api.CODE_TIMEOUT,
         api.CODE_INTERNAL,
     }

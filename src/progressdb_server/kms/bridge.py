@@ -31,6 +31,7 @@ _NOT_THE_REQUESTS_FAULT: Final = frozenset(
         api.CODE_AUDIT_UNAVAILABLE,
         api.CODE_STORAGE_UNAVAILABLE,
         api.CODE_SHUTTING_DOWN,
+        api.CODE_INTERRUPTED,
         api.CODE_TIMEOUT,
         api.CODE_INTERNAL,
     }

@@ -49,6 +49,7 @@ _REFUSED_FOR_NOW: Final = frozenset(
         api.CODE_AUDIT_UNAVAILABLE,
         api.CODE_STORAGE_UNAVAILABLE,
         api.CODE_SHUTTING_DOWN,
+        api.CODE_INTERRUPTED,
         api.CODE_TIMEOUT,
     }
 )

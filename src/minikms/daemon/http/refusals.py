@@ -58,6 +58,9 @@ TOO_MANY_HEADERS: Final = Refusal(431, api.CODE_TOO_MANY, "The request has more 
 OVERLOADED: Final = Refusal(503, api.CODE_TOO_MANY, "Too much is being received at once; try again.")
 TOO_MANY_CONNECTIONS: Final = Refusal(503, api.CODE_TOO_MANY, "Too many connections; try again.")
 SHUTTING_DOWN: Final = Refusal(503, api.CODE_SHUTTING_DOWN, "The service is stopping.")
+INTERRUPTED: Final = Refusal(
+    503, api.CODE_INTERRUPTED, "The service stopped while it worked on this; it may have been carried out."
+)
 AUDIT_UNAVAILABLE: Final = Refusal(
     503, api.CODE_AUDIT_UNAVAILABLE, "The audit log can't be written, so nothing is answered."
 )

@@ -182,8 +182,8 @@ class HttpServer(Generic[S]):
     # --- inside -------------------------------------------------------------------------------------------------
 
     def _outcome(self, task: asyncio.Future[bytes | Response]) -> bytes | Response:
-        if task.cancelled():
-            return refusal_response(refusals.SHUTTING_DOWN)
+        if task.cancelled():  # it had begun, and what it began may be on disk
+            return refusal_response(refusals.INTERRUPTED)
         error = task.exception()
         if error is None:
             return task.result()
