@@ -1,7 +1,8 @@
 """The wire contract of miniKMS: request and answer shapes, error codes, bounds.
 
 Owns: every name, pattern and limit that both a client and the daemon must agree on. It is the only module that both
-import. Invariants: no I/O, no cryptography, no state; a bound is a named constant with its unit last.
+import. Invariants: no I/O, no cryptography, no state; a bound is a named constant with its unit last; no shape shows
+plaintext or a key in its repr.
 It must never hold a default that weakens a check (an absent field is `UNSET`, never `""`).
 
 All binary values travel as standard base64 with padding (RFC 4648 section 4), canonical: a value that would
@@ -98,6 +99,9 @@ class EncryptItem(Request):
     thread_id: str | UnsetType = UNSET
     request_id: str | UnsetType = UNSET
 
+    def __repr__(self) -> str:
+        return f"EncryptItem(key_id={self.key_id!r})"
+
 
 class DecryptItem(Request):
     key_id: str
@@ -122,6 +126,9 @@ class EncryptAnswer(msgspec.Struct):
 class DecryptAnswer(msgspec.Struct):
     plaintext: bytes
 
+    def __repr__(self) -> str:
+        return f"DecryptAnswer({len(self.plaintext)} bytes)"
+
 
 class EncryptBatchItemAnswer(msgspec.Struct, omit_defaults=True):
     """Exactly one of `ciphertext` and `error`+`code`."""
@@ -137,6 +144,9 @@ class DecryptBatchItemAnswer(msgspec.Struct, omit_defaults=True):
     plaintext: bytes | UnsetType = UNSET
     error: str | UnsetType = UNSET
     code: str | UnsetType = UNSET
+
+    def __repr__(self) -> str:
+        return f"DecryptBatchItemAnswer(code={self.code!r})"
 
 
 class EncryptBatchAnswer(msgspec.Struct):
@@ -222,6 +232,9 @@ class RandomRequest(Request):
 class RandomAnswer(msgspec.Struct):
     random: bytes
 
+    def __repr__(self) -> str:
+        return f"RandomAnswer({len(self.random)} bytes)"
+
 
 class VerifySample(Request):
     """A record that the caller knows to be readable."""
@@ -237,6 +250,9 @@ class RotateKekRequest(Request):
     new_kek_hex: str | UnsetType = UNSET
     wait: bool | UnsetType = UNSET
     verify: list[VerifySample] | UnsetType = UNSET
+
+    def __repr__(self) -> str:
+        return f"RotateKekRequest(wait={self.wait!r})"
 
 
 class PruneKekRequest(Request):

@@ -157,7 +157,7 @@ def test_what_a_daemon_says_is_cut_short_and_cleaned() -> None:
 
 def test_a_new_root_key_is_joined_only_as_64_hex_characters() -> None:
     digits = b"aB" * 32
-    assert verbs.rotate_kek(bytearray(digits), True, ()).body == b'{"new_kek_hex":"%b","wait":true}' % digits
+    assert verbs.rotate_kek(bytearray(digits), True, ()).body == b'{"wait":true,"new_kek_hex":"%b"}' % digits
     assert verbs.rotate_kek(None, False, ()).body == b'{"wait":false}'
     for bad in ("", "ab" * 31, "zz" * 32, "ab" * 32 + "\n", '"' + "a" * 63, "é" * 64):
         with pytest.raises(errors.InvalidRequestError):
@@ -184,3 +184,54 @@ def test_verbs_that_make_or_change_something_are_never_repeated_blindly() -> Non
         verbs.prune_kek(True, None),
     ]
     assert not any(call.retry for call in once)
+
+
+SECRET = b"sixteen secret b"
+
+
+def test_nothing_that_carries_a_secret_shows_it() -> None:
+    hexadecimal, base64_text = "ab" * 32, "c2l4dGVlbiBzZWNyZXQgYg=="
+    item = api.EncryptItem(key_id=KEY, plaintext=base64_text)
+    sample = DecryptItem(key_id=KEY, ciphertext=SECRET)
+    shown = repr(
+        [
+            EncryptItem(key_id=KEY, plaintext=SECRET),
+            item,
+            api.EncryptBatchRequest([item]),
+            api.DecryptAnswer(SECRET),
+            api.DecryptBatchAnswer([api.DecryptBatchItemAnswer(plaintext=SECRET)]),
+            api.DataKeyAnswer(KEY, b"", SECRET),
+            api.RandomAnswer(SECRET),
+            api.RotateKekRequest(new_kek_hex=hexadecimal),
+            verbs.encrypt(EncryptItem(key_id=KEY, plaintext=SECRET)),
+            verbs.rotate_kek(hexadecimal, True, [sample]),
+            Answer(200, b'{"plaintext":"%b"}' % base64_text.encode(), True),
+        ]
+    )
+    for secret in (SECRET.decode(), base64_text, hexadecimal):
+        assert secret not in shown
+
+
+def test_a_key_in_a_request_that_is_refused_before_it_is_sent_is_wiped() -> None:
+    call = verbs.rotate_kek("ab" * 32, True, ())
+    with pytest.raises(errors.InvalidRequestError):
+        call.named("not a request id")
+    assert isinstance(call.body, bytearray)
+    assert call.body == bytes(len(call.body))
+
+
+def test_the_key_comes_last_in_a_body_of_its_final_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body that grows is moved, and what lay there before is not wiped."""
+    sizes: list[int] = []
+
+    class Watched(bytearray):
+        def __setitem__(self, place: object, value: object) -> None:
+            super().__setitem__(place, value)  # type: ignore[call-overload, index]  # handed through
+            sizes.append(len(self))
+
+    monkeypatch.setattr(verbs, "bytearray", Watched, raising=False)
+    sample = DecryptItem(key_id=KEY, ciphertext=SECRET)
+    call = verbs.rotate_kek("ab" * 32, False, [sample])
+    assert call.body is not None
+    assert set(sizes) == {len(call.body)}
+    assert call.body.endswith(b'"new_kek_hex":"' + b"ab" * 32 + b'"}')

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import tempfile
 import threading
 import time
+import warnings
 from contextlib import suppress
 from typing import Any
 
@@ -16,7 +18,8 @@ from hostile import CLOSE, SILENT, answer, hostile, read_request
 from using import CREATE_CALL, CREATED, ENCRYPT_CALL, KEY, SEALED, STATUS, STATUS_CALL, WAIT_S, Use, use_blocking
 
 import minikms
-from minikms.client import AsyncClient, Client, errors, peer
+from minikms.client import AsyncClient, Client, errors, peer, verbs
+from minikms.client.asynchronous import POOL_CONNECTIONS_MAX
 
 
 def test_a_connection_is_kept_for_the_next_call(use: Use) -> None:
@@ -244,7 +247,7 @@ def test_a_new_root_key_does_not_stay_in_the_client(use: Use, monkeypatch: pytes
     with hostile([answer(b'{"status":"ok","kek_version":2,"rewrapped":3}')]) as server:
         [result] = use(server.path, ("rotate_kek", {"new_kek_hex": bytearray(b"ab" * 32)}))
         assert (result.status, result.kek_version, result.rewrapped) == ("ok", 2, 3)
-        assert b'{"new_kek_hex":"' + b"ab" * 32 + b'","wait":true}' in server.requests[0]
+        assert b'{"wait":true,"new_kek_hex":"' + b"ab" * 32 + b'"}' in server.requests[0]
     assert bodies == [bytearray(len(bodies[0]))]
 
 
@@ -283,3 +286,53 @@ def test_threads_share_a_blocking_client() -> None:
             thread.join()
         assert results == [{"a": 1}] * 160
         assert server.connections <= 8
+
+
+def test_a_forked_child_uses_no_connection_of_its_parent() -> None:
+    """On one that both use, each would read answers to the other."""
+    with hostile([STATUS, STATUS], [STATUS]) as server, Client(server.path) as client:
+        assert client.status() == {"a": 1}
+        client._lock.acquire()  # as another thread of the parent may have
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python warns of forks beside threads
+            pid = os.fork()
+        if pid == 0:
+            try:
+                signal.alarm(10)
+                os._exit(0 if client.status() == {"a": 1} else 1)
+            finally:
+                os._exit(2)
+        client._lock.release()
+        assert os.waitpid(pid, 0)[1] == 0
+        assert client.status() == {"a": 1}
+        assert server.connections == 2
+
+
+def test_closing_an_asynchronous_client_ends_what_is_under_way() -> None:
+    async def main(path: str) -> None:
+        client = AsyncClient(path, timeout_s=60, wait_s=0)
+        calls = [asyncio.ensure_future(client.status()), asyncio.ensure_future(client.create_dek_for_thread("t"))]
+        await asyncio.sleep(0.05)
+        await client.close()
+        async with asyncio.timeout(5):
+            repeatable, other = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(repeatable, errors.KmsError)
+        assert isinstance(other, errors.KmsUnavailableError)
+        assert other.sent
+
+    with hostile([SILENT], [SILENT]) as server:
+        asyncio.run(main(server.path))
+
+
+def test_a_key_is_wiped_also_when_the_call_never_gets_its_turn() -> None:
+    async def main() -> None:
+        client = AsyncClient("/nowhere", timeout_s=0.01, wait_s=0)
+        for _ in range(POOL_CONNECTIONS_MAX):
+            await client._slots.acquire()
+        call = verbs.rotate_kek("ab" * 32, True, ())
+        with pytest.raises(errors.KmsTimeoutError):
+            await client._perform(call)
+        assert isinstance(call.body, bytearray)
+        assert call.body == bytes(len(call.body))
+
+    asyncio.run(main())

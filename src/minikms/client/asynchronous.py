@@ -71,6 +71,7 @@ class AsyncClient:
         self._timeout_s = timeout_s
         self._wait_s = wait_s
         self._idle: list[Connection] = []
+        self._busy: set[Connection] = set()
         self._slots = asyncio.Semaphore(POOL_CONNECTIONS_MAX)
         self._lane_connections: dict[bytes, Connection] = {}
         self._closed = False
@@ -90,7 +91,7 @@ class AsyncClient:
         self._closed = True
         await self._encrypts.close()
         await self._decrypts.close()
-        for connection in [*self._idle, *self._lane_connections.values()]:
+        for connection in [*self._idle, *self._busy, *self._lane_connections.values()]:
             connection.close()
         self._idle.clear()
         self._lane_connections.clear()
@@ -230,14 +231,20 @@ class AsyncClient:
 
     async def _perform(self, call: Call[T], timeout_s: float | None = None) -> T:
         try:
+            await self._acquire_slot()
+            try:
+                return await self._repeat(call, None, self._timeout_s if timeout_s is None else timeout_s)
+            finally:
+                self._slots.release()
+        finally:
+            call.wipe()
+
+    async def _acquire_slot(self) -> None:
+        try:
             async with asyncio.timeout(self._timeout_s + self._wait_s):
                 await self._slots.acquire()
         except TimeoutError:
             raise KmsTimeoutError("too many calls are under way for the key service to take one more") from None
-        try:
-            return await self._repeat(call, None, self._timeout_s if timeout_s is None else timeout_s)
-        finally:
-            self._slots.release()
 
     async def _perform_all(self, calls: Iterator[Call[list[Outcome]]]) -> list[Outcome]:
         """The outcomes of the calls in order, a few at once: the daemon works on one while this side reads another."""
@@ -277,22 +284,22 @@ class AsyncClient:
     async def _repeat(self, call: Call[T], lane: bytes | None, timeout_s: float) -> T:
         loop = asyncio.get_running_loop()
         attempts = Attempts(repeatable=call.retry, until_s=loop.time() + self._wait_s)
-        try:
-            while True:
-                try:
-                    return await self._attempt(call, lane, timeout_s)
-                except KmsError as error:
-                    await asyncio.sleep(attempts.pause_s(error, loop.time()))
-        finally:
-            if isinstance(call.body, bytearray):
-                call.body[:] = bytes(len(call.body))
+        while True:
+            try:
+                return await self._attempt(call, lane, timeout_s)
+            except KmsError as error:
+                await asyncio.sleep(attempts.pause_s(error, loop.time()))
 
     async def _attempt(self, call: Call[T], lane: bytes | None, timeout_s: float) -> T:
         started_s = time.monotonic()
         answered = False
         try:
             connection = await self._connection(lane)
-            answer = await connection.exchange(call.target, call.body, call.request_id, timeout_s)
+            self._busy.add(connection)
+            try:
+                answer = await connection.exchange(call.target, call.body, call.request_id, timeout_s)
+            finally:
+                self._busy.discard(connection)
             answered = True
         finally:
             if self._on_exchange is not None:
@@ -307,8 +314,7 @@ class AsyncClient:
         if lane is not None:
             connection = self._lane_connections.get(lane)
             if connection is None or not connection.usable:
-                connection = await Connection.open(self._path, self._server_uids)
-                self._lane_connections[lane] = connection
+                connection = self._lane_connections[lane] = await self._open()
             return connection
         fresh_s = asyncio.get_running_loop().time() - POOL_IDLE_S_MAX
         while self._idle:
@@ -316,7 +322,14 @@ class AsyncClient:
             if connection.usable and connection.idle_since_s >= fresh_s:
                 return connection
             connection.close()
-        return await Connection.open(self._path, self._server_uids)
+        return await self._open()
+
+    async def _open(self) -> Connection:
+        connection = await Connection.open(self._path, self._server_uids)
+        if self._closed:
+            connection.close()
+            raise KmsClosedError("the client was closed")
+        return connection
 
     def _release(self, connection: Connection) -> None:
         if self._closed:

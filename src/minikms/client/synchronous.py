@@ -1,8 +1,8 @@
 """The blocking client, for scripts and threads.
 
-Owns: a few kept connections, shared by the threads of a process. Invariants: a connection is used by one thread at a
-time and carries one request; a connection in doubt is closed; every call has a deadline, however slowly bytes trickle
-in. It does not batch: `encrypt_batch` and `decrypt_batch` are for many values.
+Owns: a few kept connections, shared by the threads of a process, never with a forked child. Invariants: a connection is
+used by one thread at a time and carries one request; a connection in doubt is closed; every call has a deadline,
+however slowly bytes trickle in. It does not batch: `encrypt_batch` and `decrypt_batch` are for many values.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import select
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Final, Self, TypeVar
@@ -32,6 +33,8 @@ TIMEOUT_S: Final = 10.0
 WAIT_S: Final = 2.0
 ROTATE_TIMEOUT_S: Final = 3600.0
 _RECEIVE_BYTES_MAX: Final = 256 * 1024
+
+_clients: Final[weakref.WeakSet[Client]] = weakref.WeakSet()
 
 
 class Client:
@@ -60,6 +63,7 @@ class Client:
         self._lock = threading.Lock()
         self._idle: list[tuple[float, socket.socket]] = []
         self._closed = False
+        _clients.add(self)
 
     def __enter__(self) -> Self:
         return self
@@ -74,6 +78,15 @@ class Client:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
+        for _since_s, sock in idle:
+            sock.close()
+
+    def _begin_in_child(self) -> None:
+        """After a fork: the kept connections are the parent's; on one that both use, each would read what the other
+        asked for. Another thread may have held the lock.
+        """
+        self._lock = threading.Lock()
+        idle, self._idle = self._idle, []
         for _since_s, sock in idle:
             sock.close()
 
@@ -214,8 +227,7 @@ class Client:
                 except KmsError as error:
                     time.sleep(attempts.pause_s(error, time.monotonic()))
         finally:
-            if isinstance(call.body, bytearray):
-                call.body[:] = bytes(len(call.body))
+            call.wipe()
 
     def _exchange(self, call: Call[T], timeout_s: float) -> Answer:
         sock = self._connection()
@@ -295,3 +307,11 @@ def _left_s(until_s: float) -> float:
     if left_s <= 0:
         raise TimeoutError
     return left_s
+
+
+def _begin_in_child() -> None:
+    for client in list(_clients):
+        client._begin_in_child()
+
+
+os.register_at_fork(after_in_child=_begin_in_child)

@@ -26,7 +26,7 @@ _KEK_HEX: Final = re.compile(rb"[0-9a-fA-F]{64}")
 
 
 class Call(NamedTuple, Generic[T]):
-    """One request. `body` is None for a GET; a `bytearray` holds a key and is zeroed once it has been sent."""
+    """One request. `body` is None for a GET; a `bytearray` holds a key: wipe it once the call has ended."""
 
     target: bytes
     body: bytes | bytearray | None
@@ -34,11 +34,20 @@ class Call(NamedTuple, Generic[T]):
     decode: Callable[[bytes], T]
     request_id: str | None = None
 
+    def __repr__(self) -> str:
+        return f"Call({self.target!r})"
+
     def named(self, request_id: str | None) -> Call[T]:
         """The same under the caller's request id, which the audit log keeps."""
         if request_id is not None and api.REQUEST_ID_PATTERN.fullmatch(request_id) is None:
+            self.wipe()
             invalid(f"a request id is 1 to {api.REQUEST_ID_CHARS_MAX} characters of A-Z a-z 0-9 . _ : / + = -")
         return self._replace(request_id=request_id)
+
+    def wipe(self) -> None:
+        """Zeroes a body that holds a key."""
+        if isinstance(self.body, bytearray):
+            self.body[:] = bytes(len(self.body))
 
 
 # --- answers -----------------------------------------------------------------------------------------------------
@@ -184,19 +193,23 @@ def random(count: int) -> Call[bytes]:
 def rotate_kek(
     new_kek_hex: bytes | bytearray | str | None, wait: bool, verify: Sequence[DecryptItem]
 ) -> Call[api.RotateKekAnswer]:
-    """A new key is checked here, since it is joined into the body as it is."""
-    body = bytearray(b"{")
-    if new_kek_hex is not None:
-        digits = new_kek_hex.encode("ascii", "replace") if isinstance(new_kek_hex, str) else new_kek_hex
-        if _KEK_HEX.fullmatch(digits) is None:
-            invalid("new_kek_hex has 64 hexadecimal characters")
-        body += b'"new_kek_hex":"'
-        body += digits
-        body += b'",'
+    """A new key is checked here, since it is put into the body as it is: last, into a body of its final size, for one
+    that grows leaves copies.
+    """
+    before = b'{"wait":true' if wait else b'{"wait":false'
     if verify:
         samples = [{"key_id": item.key_id, "ciphertext": item.ciphertext, "aad": item.aad} for item in verify]
-        body += b'"verify":' + _encode(samples) + b","
-    body += b'"wait":true}' if wait else b'"wait":false}'
+        before += b',"verify":' + _encode(samples)
+    if new_kek_hex is None:
+        return Call(b"/rotate_kek", before + b"}", False, _decode_rotation)
+    digits = new_kek_hex.encode("ascii", "replace") if isinstance(new_kek_hex, str) else new_kek_hex
+    if _KEK_HEX.fullmatch(digits) is None:
+        invalid("new_kek_hex has 64 hexadecimal characters")
+    before += b',"new_kek_hex":"'
+    body = bytearray(len(before) + len(digits) + 2)
+    body[: len(before)] = before
+    body[len(before) : -2] = digits
+    body[-2:] = b'"}'
     return Call(b"/rotate_kek", body, False, _decode_rotation)
 
 

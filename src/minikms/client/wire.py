@@ -40,6 +40,9 @@ class Answer(NamedTuple):
     body: bytes
     reusable: bool
 
+    def __repr__(self) -> str:
+        return f"Answer({self.status}, {len(self.body)} bytes)"
+
 
 def request_head(target: bytes, body_bytes: int | None, request_id: str | None) -> bytes:
     """The head of a request: a POST with a body of that length, or a GET when there is none.
