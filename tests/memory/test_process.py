@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -289,8 +290,9 @@ def test_every_denied_call_fails_with_eperm_in_every_thread() -> None:
 def test_the_numbers_are_those_that_libseccomp_knows() -> None:
     needs.program("systemd-analyze")  # its Debian package brings the library
     library = ctypes.CDLL("libseccomp.so.2")
+    judged = {"socket": seccomp._SOCKET, "clone": seccomp._CLONE, "clone3": seccomp._CLONE3, "ioctl": seccomp._IOCTL}
     for column, architecture in enumerate(seccomp._AUDIT_ARCH.values()):
-        for name, numbers in (seccomp.DENIED | seccomp.DENIED_PROGRAMS | {"socket": seccomp._SOCKET}).items():
+        for name, numbers in (seccomp.DENIED | seccomp.DENIED_PROGRAMS | judged).items():
             known = library.seccomp_syscall_resolve_name_arch(ctypes.c_uint32(architecture), name.encode())
             assert known == numbers[column] if numbers[column] is not None else known < 0, name
 
@@ -310,20 +312,49 @@ def test_the_filter_decides_each_call_as_listed(machine: str, allow_exec: bool, 
     program = seccomp.filter_program(machine, allow_exec=allow_exec, allow_network=allow_network)
     listed = seccomp.DENIED if allow_exec else seccomp.DENIED | seccomp.DENIED_PROGRAMS
     denied = {numbers[column] for numbers in listed.values()}
-    deny, allow, kill = 0x50001, 0x7FFF0000, 0x80000000
+    deny, allow, kill, no_such_call = 0x50001, 0x7FFF0000, 0x80000000, 0x50000 | errno.ENOSYS
     for number in range(600):
         for family in (1, 2, 10, 16):
             expected = deny if number in denied else allow
             if number == seccomp._SOCKET[column] and family != 1 and not allow_network:
                 expected = deny
+            if number == seccomp._CLONE3[column]:
+                expected = no_such_call
             assert _decide(program, number, architecture, family) == expected, (number, family)
     assert _decide(program, 0, architecture ^ 1, 0) == kill
     assert _decide(program, 0x40000000 + 1, architecture, 0) == deny
+    for bit in range(32):
+        namespace = bit in (17, 25, 26, 27, 28, 29, 30)
+        assert _decide(program, seccomp._CLONE[column], architecture, 1 << bit) == (deny if namespace else allow), bit
+    for request, decision in ((0x5411, allow), (0x5412, deny), (0x5413, allow), (0x541C, deny), (0x5421, allow)):
+        assert _decide(program, seccomp._IOCTL[column], architecture, 0, request) == decision, hex(request)
 
 
-def _decide(program: list[seccomp.Step], number: int, architecture: int, argument: int) -> int:
+def test_no_namespace_is_made_and_nothing_is_typed_into_a_terminal_and_threads_still_start() -> None:
+    """What most escalations of an ordinary process begin with, and how a daemon in a terminal would leave it."""
+    answer = in_a_process("""
+        import ctypes, fcntl, termios, threading
+        libc = ctypes.CDLL(None, use_errno=True)
+        main, other = os.openpty()
+        measures()
+        answer = [attempt(lambda: fcntl.ioctl(other, termios.TIOCSTI, b"x"))]
+        pid = libc.syscall(56 if os.uname().machine == "x86_64" else 220, 0x10000000 | signal.SIGCHLD, 0, 0, 0, 0)
+        if pid == 0:
+            os._exit(0)
+        answer.append([pid, ctypes.get_errno()])
+        thread = threading.Thread(target=lambda: answer.append("a thread"))
+        thread.start(), thread.join()
+        child = os.fork()
+        if child == 0:
+            os._exit(7)
+        answer.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """)
+    assert answer == ["PermissionError", [-1, 1], "a thread", 7]
+
+
+def _decide(program: list[seccomp.Step], number: int, architecture: int, argument: int, second: int = 0) -> int:
     """A classic BPF machine, as far as these programs go (struct seccomp_data at its offsets)."""
-    data = {0: number, 4: architecture, 16: argument}
+    data = {0: number, 4: architecture, 16: argument, 24: second}
     position, accumulator = 0, 0
     while True:
         step = program[position]
@@ -334,6 +365,8 @@ def _decide(program: list[seccomp.Step], number: int, architecture: int, argumen
             position += step.then if accumulator == step.value else step.otherwise
         elif step.code == 0x35:
             position += step.then if accumulator >= step.value else step.otherwise
+        elif step.code == 0x45:
+            position += step.then if accumulator & step.value else step.otherwise
         else:
             return step.value
 

@@ -5,7 +5,8 @@ allowed: an interpreter and its C libraries call what they like, and a call that
 fault of its own; the unit file adds systemd's list of what is allowed. Invariants: a denied call fails with EPERM; a
 call by another architecture's table ends the process, for its numbers mean other calls; the filter is for good and is
 inherited by every thread started later, so it is installed while there is one. It must never depend on a pointer's
-target, which another thread could change after the check.
+target, which another thread could change after the check: so `clone3`, whose flags lie behind one, fails as on a kernel
+without it, and C libraries go on with `clone`, whose flags don't.
 """
 
 from __future__ import annotations
@@ -94,6 +95,11 @@ DENIED: Final = (
 DENIED_PROGRAMS: Final = _STARTS_PROGRAMS
 
 _SOCKET: Final = (41, 198)
+_CLONE: Final = (56, 220)
+_CLONE3: Final = (435, 435)
+_IOCTL: Final = (16, 29)
+_NEW_NAMESPACES: Final = 0x7E020000  # linux/sched.h: CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
+_TYPES_INTO_A_TERMINAL: Final = (0x5412, 0x541C)  # asm-generic/ioctls.h: TIOCSTI, TIOCLINUX
 _X32_BIT: Final = 0x40000000  # asm/unistd.h: calls of the x32 table arrive with the architecture of x86_64
 
 # linux/audit.h
@@ -110,10 +116,12 @@ _RET_ALLOW: Final = 0x7FFF0000
 _LOAD_WORD: Final = 0x20  # BPF_LD | BPF_W | BPF_ABS
 _JUMP_EQUAL: Final = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
 _JUMP_AT_LEAST: Final = 0x35  # BPF_JMP | BPF_JGE | BPF_K
+_JUMP_ANY_BIT: Final = 0x45  # BPF_JMP | BPF_JSET | BPF_K
 _RETURN: Final = 0x06  # BPF_RET | BPF_K
 _NUMBER_OFFSET: Final = 0  # struct seccomp_data
 _ARCHITECTURE_OFFSET: Final = 4
 _FIRST_ARGUMENT_OFFSET: Final = 16  # the low word: both architectures are little-endian
+_SECOND_ARGUMENT_OFFSET: Final = 24
 _INSTRUCTION: Final = struct.Struct("=HBBI")  # struct sock_filter: code, jt, jf, k
 
 
@@ -158,6 +166,7 @@ def filter_program(machine: str, *, allow_exec: bool, allow_network: bool) -> li
     ]
     for number in numbers:
         program += [Step(_JUMP_EQUAL, number or 0, otherwise=1), deny]
+    program += _by_flags(column)
     if not allow_network:
         program += [
             Step(_JUMP_EQUAL, _SOCKET[column], otherwise=3),
@@ -166,6 +175,27 @@ def filter_program(machine: str, *, allow_exec: bool, allow_network: bool) -> li
             deny,
         ]
     return [*program, Step(_RETURN, _RET_ALLOW)]
+
+
+def _by_flags(column: int) -> list[Step]:
+    """Threads and processes but no namespaces; no characters that a terminal takes for typed ones."""
+    deny, allow = Step(_RETURN, _RET_ERRNO | errno.EPERM), Step(_RETURN, _RET_ALLOW)
+    sends, links = _TYPES_INTO_A_TERMINAL
+    return [
+        Step(_JUMP_EQUAL, _CLONE3[column], otherwise=1),
+        Step(_RETURN, _RET_ERRNO | errno.ENOSYS),
+        Step(_JUMP_EQUAL, _CLONE[column], otherwise=4),
+        Step(_LOAD_WORD, _FIRST_ARGUMENT_OFFSET),
+        Step(_JUMP_ANY_BIT, _NEW_NAMESPACES, otherwise=1),
+        deny,
+        allow,
+        Step(_JUMP_EQUAL, _IOCTL[column], otherwise=5),
+        Step(_LOAD_WORD, _SECOND_ARGUMENT_OFFSET),
+        Step(_JUMP_EQUAL, sends, then=1),
+        Step(_JUMP_EQUAL, links, otherwise=1),
+        deny,
+        allow,
+    ]
 
 
 def install_filter(*, allow_exec: bool, allow_network: bool) -> None:
