@@ -43,6 +43,7 @@ from minikms.custody.leases import Leases
 from minikms.custody.leasestore import LeaseStore
 from minikms.custody.lock import DataDirLock, make_private_directory
 from minikms.custody.vault import Vault
+from minikms.daemon.epochs import highest_epoch
 from minikms.errors import AuditUnavailableError, MiniKmsError, StartError
 from minikms.issuing import KeyIssuing
 from minikms.keys.unlocked import UnlockedKeyring
@@ -248,6 +249,7 @@ async def _compose(
     opened = opening.open_keyring(data_dir=directory, file=keyring_file, source=key, arena=arena, nonces=nonces)
     unlocked = opened.unlocked
     sync.callback(unlocked.release)  # after the log is closed, which signs its last line
+    opening.check_newest(unlocked, highest_epoch(directory))
     log = _open_log(directory, unlocked)
     sync.callback(log.close)
     lease_store = LeaseStore.open(lock.directory_fd, create=unlocked.body.epoch == 1)

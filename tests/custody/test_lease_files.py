@@ -21,7 +21,7 @@ from minikms.custody.leaseformat import (
     encode_record,
     journal_header,
 )
-from minikms.custody.leasesnapshot import BLOCK_BYTES, BLOCK_ENTRIES
+from minikms.custody.leasesnapshot import BLOCK_BYTES, BLOCK_ENTRIES, Snapshot
 from minikms.custody.leasestore import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
 from minikms.errors import StartError, StorageUnavailableError
 
@@ -315,3 +315,39 @@ def test_the_constants_hold_together() -> None:
     assert USES_MAX + 16 * LEASE_USES == USES_LIMIT == 2**32
     assert DAMAGED_RECORDS_MAX * LEASE_USES <= 2**22
     assert leaseformat.GROUP_RECORDS_MAX >= 2 * 1024, "a batch of distinct keys is one append"
+
+
+# --- two threads ----------------------------------------------------------------------------------------------------
+
+
+class Disturbed(Snapshot):
+    """After each look at the block that was read last, another thread puts the block that it has read there."""
+
+    others: tuple[int, bytes] = (-1, b"")
+
+    @property
+    def _recent(self) -> tuple[int, bytes]:  # type: ignore[override]  # an attribute of the real one
+        found, self._kept = self._kept, self.others
+        return found
+
+    @_recent.setter
+    def _recent(self, value: tuple[int, bytes]) -> None:
+        self._kept = value
+
+
+def test_who_looks_up_a_count_while_another_thread_does_gets_no_count_of_its_block(
+    opened: Callable[..., LeaseStore], tmp_path: Path
+) -> None:
+    """A listing and a reservation do. A count that is not found is too low, and a lease would be forgotten."""
+    store = opened(create=True)
+    keys = [key(number) for number in range(2 * BLOCK_ENTRIES)]
+    store.reserve(keys)
+    store.merge()
+    snapshot = Disturbed(os.open(tmp_path / SNAPSHOT_NAME, os.O_RDONLY))
+    try:
+        assert len(snapshot) == 2
+        snapshot.others = (1, snapshot.block(1))
+        snapshot._recent = (0, snapshot.block(0))
+        assert snapshot.find(keys[0]) == 2 * LEASE_USES
+    finally:
+        snapshot.close()

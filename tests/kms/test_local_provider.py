@@ -134,3 +134,18 @@ def test_a_server_refuses_it_unless_it_is_told_that_this_is_development(director
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
     assert ran.returncode == 1
     assert "it needs --dev" in ran.stderr
+
+
+def test_an_older_keyring_is_refused_as_the_daemon_refuses_it(directory: Path) -> None:
+    """It would raise the old keyring's epoch past what the audit log tells, and nobody would see it again."""
+
+    async def test(provider: Provider) -> None:
+        await provider.create_dek_for_thread("t")
+
+    run(directory, test)
+    keyring = directory / "kms" / "keyring.json"
+    older = keyring.read_bytes()
+    run(directory, test)
+    keyring.write_bytes(older)
+    with pytest.raises(LocalProviderError, match="older than the audit log"):
+        run(directory, test)

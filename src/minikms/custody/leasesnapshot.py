@@ -50,7 +50,9 @@ class _Footer(NamedTuple):
 
 
 class Snapshot:
-    """An open snapshot. Takes the descriptor over; `close` closes it. Not for two threads at once."""
+    """An open snapshot. Takes the descriptor over; `close` closes it. Several threads may read it at once: a listing
+    looks up counts while the journal's worker reserves or merges.
+    """
 
     def __init__(self, fd: int) -> None:
         """Raises LeaseFormatError, or OSError if the disk does; the descriptor stays the caller's then."""
@@ -84,8 +86,9 @@ class Snapshot:
 
     def block(self, number: int) -> bytes:
         """The sorted entries of a block. Raises BlockDamagedError."""
-        if self._recent[0] == number:
-            return self._recent[1]
+        recent, data = self._recent  # in one look: another thread may put its own there at any moment
+        if recent == number:
+            return data
         try:
             raw = _pread(self._fd, BLOCK_BYTES, number * BLOCK_BYTES)
         except OSError as error:

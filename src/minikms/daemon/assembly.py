@@ -206,9 +206,13 @@ class Assembly:
 
     async def close(self) -> None:
         """Waits for what is on its way to disk, closes the files and zeroes the keys. Raises AuditUnavailableError."""
+        await self.keks.stop()
         await self.store.drain()
         await self.leases.drain()
-        await asyncio.get_running_loop().run_in_executor(self._workers.upkeep, self.upkeep.close)  # after its last work
+        loop = asyncio.get_running_loop()
+        for worker in (self._workers.disk, self._workers.reader):
+            await loop.run_in_executor(worker, int)  # after what was begun for somebody who stopped waiting
+        await loop.run_in_executor(self._workers.upkeep, self.upkeep.close)  # after its last work
         try:
             self.log.close()
         finally:
