@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from minikms.custody import dekstore
 from minikms.custody import indexing as indexing_module
 from minikms.custody.dekstore import DekStore
 from minikms.errors import StorageUnavailableError
@@ -142,5 +145,62 @@ def test_a_failing_disk_delays_the_scan_and_does_not_end_it(tmp_path: Path, monk
             monkeypatch.setattr(DekStore, "read", refusing)
             await again.indexing.run()
             assert (len(again.vault.index), again.vault.damage.count) == (4, 0)
+
+    asyncio.run(main())
+
+
+def test_the_file_of_a_destroyed_key_does_not_come_back_by_a_resumed_rotation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash left it; the rotation has read it, and the scan removes it before the rotation puts the new one there."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            gone, other = await one.make(2)
+            content = one.file(gone).read_bytes()
+            await one.vault.retire(gone)
+            await one.rotation.begin(None)
+            await one.vault.destroy(gone)
+            one.file(gone).write_bytes(content)
+        async with opened_vault(tmp_path / "d") as again:
+            step = again.rewrapping._step
+            steps = 0
+
+            async def after_the_scan(*arguments: Any) -> None:
+                nonlocal steps
+                steps += 1
+                if steps == 2:
+                    await again.indexing.run()
+                await step(*arguments)
+
+            monkeypatch.setattr(again.rewrapping, "_step", after_the_scan)
+            await again.rotation.run()
+            assert steps >= 2
+            assert again.on_disk(other).kek_version == 2
+            assert not again.file(gone).exists()
+            assert again.backups(gone) == []
+            assert len(again.vault.index) == 1
+
+    asyncio.run(main())
+
+
+def test_a_file_that_a_resumed_rotation_replaces_while_it_is_listed_is_in_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(2)
+            await one.rotation.begin(None)
+        async with opened_vault(tmp_path / "d") as again:
+            real = dekstore.list_names
+            missed = [dekstore.file_name(key_ids[0])]
+
+            def list_names(directory: str) -> Iterator[str]:
+                yield from (name for name in list(real(directory)) if name not in missed)
+                missed.clear()
+
+            monkeypatch.setattr(dekstore, "list_names", list_names)
+            await again.indexing.run()
+            assert len(again.vault.index) == 2
 
     asyncio.run(main())

@@ -45,7 +45,9 @@ class Indexing:
     async def _scan(self) -> None:
         loop = asyncio.get_running_loop()
         # In order of id: then the index only ever grows at its end.
-        key_ids = await loop.run_in_executor(self._executor, _newest_first, self._vault.store)
+        # A listing may pass over a file that a resumed rotation replaces meanwhile.
+        listings = 1 if self._vault.keyring.body.rotation is None else 2
+        key_ids = await loop.run_in_executor(self._executor, _newest_first, self._vault.store, listings)
         replacing: list[DekRecord] = []
         while key_ids:
             chunk = [key_ids.pop() for _ in range(min(CHUNK_FILES, len(key_ids)))]
@@ -62,7 +64,8 @@ class Indexing:
     async def _take(self, key_id: str, data: bytes | MiniKmsError) -> DekRecord | None:
         vault = self._vault
         if key_id in vault.destroyed:
-            await vault.remove_files(key_id)
+            async with vault.locks.hold((key_id,)):
+                await vault.remove_files(key_id)
             return None
         try:
             if isinstance(data, MiniKmsError):
@@ -87,8 +90,11 @@ class Indexing:
             return  # destroyed since, or unreadable and listed as such, or of another thread
 
 
-def _newest_first(store: DekStore) -> list[str]:
-    return sorted(store.list_ids(), reverse=True)
+def _newest_first(store: DekStore, listings: int) -> list[str]:
+    found: set[str] = set()
+    for _ in range(listings):
+        found.update(store.list_ids())
+    return sorted(found, reverse=True)
 
 
 def read_files(store: DekStore, key_ids: list[str]) -> list[tuple[str, bytes | MiniKmsError]]:

@@ -122,6 +122,8 @@ class Rewrapping:
     def _rewrapped(self, key_id: str, data: bytes | MiniKmsError, to_version: int) -> DekRecord | None:
         """The record under the new version; None for a key that is gone, or that can't be read, which is noted."""
         vault = self._vault
+        if key_id in vault.destroyed:
+            return None  # a crash left its file, which the scan of this start removes: it must not come back
         try:
             if isinstance(data, MiniKmsError):
                 raise data
