@@ -17,7 +17,7 @@ import pytest
 
 import needs
 from minikms.errors import StartError
-from minikms.memory import SecretArena, harden, seccomp
+from minikms.memory import SecretArena, harden, libc, seccomp
 from minikms.memory.process import Measure
 
 ALL = [
@@ -234,6 +234,25 @@ def test_what_a_key_store_does_works_in_the_written_directories(tmp_path: Path) 
         str(tmp_path),
     )
     assert answer == []
+
+
+def test_no_signal_reaches_a_process_that_it_did_not_start() -> None:
+    try:
+        abi = libc.syscall("landlock_create_ruleset", 444, None, 0, 1)
+    except OSError:
+        abi = 0
+    if abi < 6:
+        pytest.skip("needs Linux 6.12 or later")
+    answer = in_a_process("""
+        measures()
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+        answer = [attempt(lambda: os.kill(pid, 0)) for pid in (os.getpid(), child, os.getppid())]
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    """)
+    assert answer == ["None", "None", "PermissionError"]
 
 
 def test_modules_that_were_not_loaded_yet_still_load() -> None:

@@ -1,9 +1,11 @@
-"""The file system that is left to the process, by Landlock (landlock(7)).
+"""The file system that is left to the process, by Landlock (landlock(7)), and whom it may send signals to.
 
-Owns: the rights that are named and the one call that gives up all others, for good. Invariants: a right that the
-running kernel knows is either granted below a given path or given up; new rights of later kernels are untouched. It
-binds the calling thread and what it starts, so it is called while there is one thread. Files that are open already stay
-usable. It must never widen a path: a path that cannot be opened grants nothing.
+Owns: the rights that are named and the one call that gives up all others, for good. Where the kernel can (since 6.12),
+signals to processes other than its own and those that it starts are given up too: under a user that it shares with
+others, a daemon that was taken over could end them. Invariants: a right that the running kernel knows is either granted
+below a given path or given up; new rights of later kernels are untouched. It binds the calling thread and what it
+starts, so it is called while there is one thread. Files that are open already stay usable. It must never widen a path:
+a path that cannot be opened grants nothing.
 """
 
 from __future__ import annotations
@@ -46,6 +48,11 @@ _WRITE: Final = (
 _OF_FILES: Final = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE
 """The rights that a path which is no directory may be granted; the kernel refuses a rule with others."""
 
+_SCOPE_SIGNAL: Final = 1 << 1  # LANDLOCK_SCOPE_SIGNAL
+_SCOPES_ABI_MIN: Final = 6
+_RULESET: Final = struct.Struct(
+    "=QQQ"
+)  # struct landlock_ruleset_attr: files, network, scopes; older kernels take zeros
 _RULE_PATH_BENEATH: Final = 1
 _PATH_BENEATH: Final = struct.Struct("=Qi")  # struct landlock_path_beneath_attr, packed
 _CREATE_RULESET_VERSION: Final = 1
@@ -66,7 +73,8 @@ def restrict_filesystem(*, read: Iterable[str], write: Iterable[str], execute: b
     handled = (1 << _ACCESS_BITS_BY_ABI[min(abi, max(_ACCESS_BITS_BY_ABI))]) - 1
     if execute:
         handled &= ~_EXECUTE
-    attributes = ctypes.create_string_buffer(struct.pack("=Q", handled), 8)
+    scopes = _SCOPE_SIGNAL if abi >= _SCOPES_ABI_MIN else 0
+    attributes = ctypes.create_string_buffer(_RULESET.pack(handled, 0, scopes), _RULESET.size)
     ruleset = libc.syscall(
         "landlock_create_ruleset", _SYS_CREATE_RULESET, _address(attributes), ctypes.sizeof(attributes), 0
     )
