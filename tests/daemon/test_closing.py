@@ -47,7 +47,7 @@ def test_what_a_worker_has_begun_ends_before_its_directory_is_closed(worker: str
         for name, part in parts.items():
             setattr(assembly, name, part)
         assembly._files = Recorded("files", calls)  # type: ignore[assignment]  # only its lease store is closed
-        assembly._files.leases = Recorded("lease files", calls)  # type: ignore[misc, assignment]
+        assembly._files.leases = Recorded("lease files", calls)  # type: ignore[misc, assignment]  # the double, not a tuple
 
         def work() -> None:
             time.sleep(0.1)
