@@ -128,7 +128,7 @@ class KeyLifecycle(Verbs):
                 raise InvalidRequestError("the key id in the body must repeat the one in the path")
             self._vault.check_destroyable(key_id)
             await self._audit.add_written(self._begun(event), durable=True)
-            backups_removed = await self._vault.destroy(key_id)
+            backups_removed = await self._destroyed(key_id, event)
             archives = await self._in_reader(self._archives.may_hold, key_id)
         except MiniKmsError as error:
             await self._refused_later(event, error)
@@ -136,6 +136,14 @@ class KeyLifecycle(Verbs):
         event.facts = {"backups_removed": backups_removed, "epoch": self._vault.keyring.body.epoch}
         await self._audit.add_written(event, durable=True)
         return _encoder.encode(api.DestroyKeyAnswer(key_id, "destroyed", backups_removed, archives))
+
+    async def _destroyed(self, key_id: str, event: Event) -> int:
+        try:
+            return await self._vault.destroy(key_id)
+        except MiniKmsError:
+            # The tombstone may be on disk all the same: the log tells its epoch, so that no older keyring passes.
+            event.facts = {"epoch": self._vault.keyring.body.epoch}
+            raise
 
     async def _in_reader(self, work: Callable[[A], T], argument: A) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reader, work, argument)

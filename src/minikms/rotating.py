@@ -213,7 +213,7 @@ class KekVerbs(Verbs):
             begun.detail = "begun"
             async with self._rotation.excluded():
                 await self._audit.add_written(begun, durable=True)
-                answer = await self._pruning.prune(backups=backups, before=before)
+                answer = await self._pruned(backups, before, event)
         except MiniKmsError as error:
             await self._refused_later(event, error)
             raise
@@ -224,6 +224,14 @@ class KekVerbs(Verbs):
         }
         await self._audit.add_written(event, durable=True)
         return _encoder.encode(answer)
+
+    async def _pruned(self, backups: bool, before: str | None, event: Event) -> api.PruneKekAnswer:
+        try:
+            return await self._pruning.prune(backups=backups, before=before)
+        except MiniKmsError:
+            # Some may be destroyed all the same: the log tells the epoch, so that no older keyring passes.
+            event.facts = {"epoch": self._vault.keyring.body.epoch}
+            raise
 
 
 def _check_stamp(text: str) -> str:

@@ -15,7 +15,7 @@ import pytest
 from minikms.cli.rootopening import Source, opened_keyring, opened_root
 from minikms.crypto.aead import NonceSource
 from minikms.custody import archiving, opening, restoring
-from minikms.custody.archive import ArchiveError, ArchiveReader, Manifest
+from minikms.custody.archive import ArchiveError, ArchiveReader, ArchiveWriter, Manifest, dek_entry_name
 from minikms.custody.archives import DIRECTORY as REGISTER
 from minikms.custody.archives import ArchiveRegister, Registered
 from minikms.custody.archiving import Making, Task, remove_leftover, staging_path
@@ -266,3 +266,26 @@ def test_what_cannot_be_opened_says_why_without_a_trace_of_the_restore(data_dir:
     with pytest.raises(MiniKmsError, match="cut short"):
         restored(data_dir, archive, tmp_path / "restored")
     assert not (tmp_path / "restored").exists()
+
+
+def test_a_longer_archive_in_its_place_does_not_fill_the_disk(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive, longer = tmp_path / "archive", tmp_path / "longer"
+    made(data_dir, archive)
+    key_id = next(iter((data_dir / "kms-deks").iterdir())).stem
+    with longer.open("wb") as file:
+        writer = ArchiveWriter(file)
+        for number in range(KEYS + 1):
+            writer.add(dek_entry_name(f"{key_id[:-1]}{number}"), b"{}")
+    judge = archiving.judge
+
+    def exchanged(path: str, task: Task) -> archiving.Contents:
+        good = judge(path, task)
+        longer.replace(archive)
+        return good
+
+    monkeypatch.setattr(archiving, "judge", exchanged)
+    with pytest.raises(ArchiveError, match="changed while it was being read"):
+        restored(data_dir, archive, tmp_path / "restored")
+    assert not list((tmp_path / "restored" / "kms-deks").iterdir())

@@ -43,6 +43,7 @@ from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot
 
 COPY_ATTEMPTS_MAX: Final = 3
+CHANGED: Final = "the backup changed while it was being read; what was restored of it must not be used"
 _LACKING: Final = "the backup lacks what it needs to be restored"
 Progress = Callable[[int, int], None]
 """(done, total) key files."""
@@ -301,4 +302,4 @@ def entries_again(path: str, expected_sha256: bytes) -> Iterator[tuple[str, byte
         for entry in reader.entries():
             yield entry.name, entry.content
         if reader.sha256 != expected_sha256:
-            raise ArchiveError("the backup changed while it was being read; what was restored of it must not be used")
+            raise ArchiveError(CHANGED)

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 from minikms.custody import backups, dekstore, keyringfile, leasestore
 from minikms.custody.archive import ArchiveError, Entry
 from minikms.custody.archives import ArchiveRegister, Registered
-from minikms.custody.archiving import Contents, Task, entries_again
+from minikms.custody.archiving import CHANGED, Contents, Task, entries_again
 from minikms.custody.atomic import open_directory, replace_file, replace_many
 from minikms.custody.leasestore import LeaseStore
 from minikms.custody.lock import LOCK_NAME, make_private_directory
@@ -102,12 +102,15 @@ def restore(
 def _write_files(path: str, good: Contents, task: Task, target: Target) -> int:
     """All files but the keyring; the number of keys."""
     group: list[tuple[str, bytes]] = []
-    count = 0
+    count = read = 0
     buried = {stone.key_id for stone in target.tombstones}
     deks = open_directory(os.path.join(target.directory, dekstore.DIRECTORY))
     try:
         for name, content in entries_again(path, good.sha256):
             key_id = Entry(name, b"").key_id
+            read += 1 if key_id else 0
+            if read > good.manifest.keys:  # another archive by now, which may go on until the disk is full
+                raise ArchiveError(CHANGED)
             if not key_id and name != keyringfile.NAME:
                 replace_file(target.directory_fd, _lease_file(name), content)
             elif key_id and key_id not in buried:

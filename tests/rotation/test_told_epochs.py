@@ -1,0 +1,85 @@
+"""A destruction that failed half-way has changed the keyring: its line tells the epoch, as that of a whole one does."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from minikms import api
+from minikms.audit import Event
+from minikms.errors import StorageUnavailableError
+from minikms.lifecycle import KeyLifecycle
+from minikms.policy import Policy, Principal
+from minikms.rotating import KekVerbs
+from vaults import OpenedVault, SilentAudit, opened_vault
+
+
+class KeptAudit(SilentAudit):
+    """Keeps what was written."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    async def add_written(self, event: Event, *, durable: bool) -> None:
+        self.events.append(event)
+
+
+def anybody() -> Principal:
+    who = Policy({1}).principal(1, 1)
+    assert who is not None
+    return who
+
+
+async def refuse(*_: object) -> int:
+    raise StorageUnavailableError("the disk refuses")
+
+
+def test_a_tombstone_whose_files_could_not_be_removed_is_told_by_its_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            audit = KeptAudit()
+            lifecycle = KeyLifecycle(vault=one.vault, audit=audit, indexing=one.indexing, reader=one.reader)
+            [key_id] = await one.make(1)
+            await one.vault.retire(key_id)
+            before = one.vault.keyring.body.epoch
+            monkeypatch.setattr(one.vault, "remove_files", refuse)
+            with pytest.raises(StorageUnavailableError):
+                await lifecycle.destroy(anybody(), key_id, api.DestroyKeyRequest(key_id), "")
+            last = audit.events[-1]
+            assert (last.outcome, last.facts) == ("storage_unavailable", {"epoch": before + 1})
+
+    asyncio.run(main())
+
+
+def test_keks_that_were_destroyed_before_a_failure_are_told_by_the_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            audit = KeptAudit()
+            verbs = kek_verbs(one, audit)
+            await one.rotate()
+            await one.rotate()
+            before = one.vault.keyring.body.epoch
+            destroy = one.pruning._destroy
+
+            async def only_the_first(version: int) -> None:
+                if version > 1:
+                    await refuse()
+                await destroy(version)
+
+            monkeypatch.setattr(one.pruning, "_destroy", only_the_first)
+            with pytest.raises(StorageUnavailableError):
+                await verbs.prune_keks(anybody(), api.PruneKekRequest(), "")
+            last = audit.events[-1]
+            assert (last.outcome, last.facts) == ("storage_unavailable", {"epoch": before + 1})
+
+    asyncio.run(main())
+
+
+def kek_verbs(one: OpenedVault, audit: KeptAudit) -> KekVerbs:
+    return KekVerbs(vault=one.vault, audit=audit, rotation=one.rotation, pruning=one.pruning, opened_slot_id="")
