@@ -7,6 +7,7 @@ kept. It must never answer a key whose file is not on disk.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 
@@ -42,6 +43,9 @@ class KeyIssuing(Verbs):
             record = await self._vault.create(request.thread_id, purpose=purpose, replaces=replaces)
         except MiniKmsError as error:
             await self._refused_later(event, error)
+            raise
+        except asyncio.CancelledError:
+            self._cut_off(event)
             raise
         event.key_id = record.id
         if replaces:
@@ -88,6 +92,9 @@ class KeyIssuing(Verbs):
                     answer.plaintext = bytes(made.view)
         except MiniKmsError as error:
             await self._refused_later(event, error)
+            raise
+        except asyncio.CancelledError:
+            self._cut_off(event)
             raise
         await self._audit.add_written(event, durable=False)
         return _encoder.encode(answer)

@@ -60,6 +60,9 @@ class KeyLifecycle(Verbs):
         except MiniKmsError as error:
             await self._refused_later(event, error)
             raise
+        except asyncio.CancelledError:
+            self._cut_off(event)
+            raise
         event.count = len(keys)
         await self._audit.add_written(event, durable=False)
         found = [key for key in keys if thread_id is None or key.thread_id == thread_id]
@@ -75,6 +78,9 @@ class KeyLifecycle(Verbs):
             answer = self._describe(self._vault.record(key_id))
         except MiniKmsError as error:
             await self._refused_later(event, error)
+            raise
+        except asyncio.CancelledError:
+            self._cut_off(event)
             raise
         await self._audit.add_written(event, durable=False)
         return _encoder.encode(answer)
@@ -114,6 +120,9 @@ class KeyLifecycle(Verbs):
         except MiniKmsError as error:
             await self._refused_later(event, error)
             raise
+        except asyncio.CancelledError:
+            self._cut_off(event)
+            raise
         event.thread_id = record.thread_id
         await self._audit.add_written(event, durable=True)
         return _encoder.encode(self._describe(record))
@@ -132,6 +141,9 @@ class KeyLifecycle(Verbs):
             archives = await self._in_reader(self._archives.may_hold, key_id)
         except MiniKmsError as error:
             await self._refused_later(event, error)
+            raise
+        except asyncio.CancelledError:
+            self._cut_off(event)
             raise
         event.facts = {"backups_removed": backups_removed, "epoch": self._vault.keyring.body.epoch}
         await self._audit.add_written(event, durable=True)

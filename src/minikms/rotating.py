@@ -90,6 +90,9 @@ class KekVerbs(Verbs):
         except MiniKmsError as error:
             await self._refused_later(event, error)
             raise
+        except asyncio.CancelledError:
+            self._cut_off(event)
+            raise
         event.detail = "begun" if begun.newly else "running or done already"
         event.facts = self._facts(new_root=int(root is not None))
         await self._audit.add_written(event, durable=True)
@@ -216,6 +219,9 @@ class KekVerbs(Verbs):
                 answer = await self._pruned(backups, before, event)
         except MiniKmsError as error:
             await self._refused_later(event, error)
+            raise
+        except asyncio.CancelledError:
+            self._cut_off(event)
             raise
         event.facts = {
             "backups_removed": answer.backups_removed,

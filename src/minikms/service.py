@@ -1,9 +1,9 @@
 """One method per verb: authorise, act, audit.
 
-Owns: what each verb does and who may do it. Invariants: every verb that is reached leaves one audit event, refused
-ones too, queued before its answer is returned (the daemon writes the turn's events before the turn's answers leave);
-a change of keys is on disk, and its audit line too, before its answer. It must never put key bytes, plaintext or
-ciphertext into an event, and never answer after a failure.
+Owns: what each verb does and who may do it. Invariants: every verb that is reached leaves one audit event, refused and
+cut off ones too, queued before its answer is returned (the daemon writes the turn's events before the turn's answers
+leave); a change of keys is on disk, and its audit line too, before its answer. It must never put key bytes, plaintext
+or ciphertext into an event, and never answer after a failure.
 
 A hot verb (`encrypt`, `decrypt` and their batches) answers at once, as ready JSON bytes, or returns an awaitable
 where a key's use lease has to reach the disk first.
@@ -11,6 +11,7 @@ where a key's use lease has to reach the disk first.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Awaitable, Iterable, Sequence
 from typing import Final, Protocol
@@ -77,6 +78,11 @@ class Verbs:
         event.outcome = error.code
         await self._audit.add_written(event, durable=False)
 
+    def _cut_off(self, event: Event) -> None:
+        """Audits a request that the end of a stop cuts off: what it had begun may be done."""
+        event.outcome = api.CODE_INTERRUPTED
+        self._audit.add(event)
+
 
 class KeyService(Verbs):
     """The verbs of records: encrypt, decrypt, re-encrypt, one or many."""
@@ -131,6 +137,9 @@ class KeyService(Verbs):
         except MiniKmsError as error:
             await self._refused_later(event, error)
             raise
+        except asyncio.CancelledError:
+            self._cut_off(event)
+            raise
         await self._audit.add_written(event, durable=False)
         return b'{"ciphertext":"' + encode(sealed) + b'"}'
 
@@ -170,8 +179,12 @@ class KeyService(Verbs):
         self, who: Principal, request: api.EncryptBatchRequest, event: Event, low: list[tuple[UseLease, int]]
     ) -> bytes:
         # If the disk refuses the leases, the items that need them are refused one by one.
-        with contextlib.suppress(StorageUnavailableError):
-            await self._vault.leases.extend(low)
+        try:
+            with contextlib.suppress(StorageUnavailableError):
+                await self._vault.leases.extend(low)
+        except asyncio.CancelledError:
+            self._cut_off(event)
+            raise
         answer = self._encrypt_all(who, request, event)
         scrub_stack()
         await self._audit.add_written(event, durable=False)
@@ -269,6 +282,9 @@ class KeyService(Verbs):
             scrub_stack()
         except MiniKmsError as error:
             await self._refused_later(event, error)
+            raise
+        except asyncio.CancelledError:
+            self._cut_off(event)
             raise
         await self._audit.add_written(event, durable=False)
         return answer
