@@ -18,6 +18,7 @@ from progressdb_server.store import keyspace
 from progressdb_server.store.check import Checker, Finding, repair
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Reader
+from progressdb_server.store.form import FormatError
 from progressdb_server.store.model import Idempotency, NewMessage
 from progressdb_server.store.rocks import RocksEngine, RocksReader
 from progressdb_server.store.writer import State
@@ -89,7 +90,12 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     ),
     "a thread without metadata": ("homeless", lambda e: (b"thread:t0:meta", None)),
     "a thread without a key map": ("keyless", lambda e: (b"kms:map:thread:t0", None)),
-    "a map to a key that the key service does not have": ("keyless", lambda e: (b"kms:map:thread:t0", b"k_gone")),
+    "a map to a key that the key service does not have": (
+        "keyless",
+        lambda e: (b"kms:map:thread:t0", b"k_" + b"7" * 26),
+    ),
+    "a map that is no text": ("damaged", lambda e: (b"kms:map:thread:t0", b"\xff\xfe")),
+    "a map to no key's id": ("damaged", lambda e: (b"kms:map:thread:t0", b"k_gone")),
     "a version entry that is missing": ("unindexed", lambda e: (first(e, "version:msg:"), None)),
     "an order entry that is missing": ("unindexed", lambda e: (first(e, "index:order:t0:"), None)),
     "a writer entry that is missing": ("unindexed", lambda e: (first(e, "index:writer:t0:"), None)),
@@ -104,6 +110,7 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "an order entry without a message": ("dangling", lambda e: (b"index:order:t0:" + b"0" * 20 + b"-000001", b"")),
     "an index entry of an unknown thread": ("dangling", lambda e: (b"index:writer:gone:ann", b"")),
     "a living thread that is closed": ("dangling", lambda e: (b"index:closed:t0", b"")),
+    "counters that do not parse": ("miscounted", lambda e: (keyspace.STATE, b"\xff")),
     "a wrong count": ("miscounted", lambda e: (keyspace.STATE, msgspec.msgpack.encode(State(1, 1, 10**19, 0)))),
 }
 BEYOND_REPAIR = {"unknown", "damaged", "unreadable", "homeless"}
@@ -187,3 +194,20 @@ def test_it_walks_beside_a_running_server_and_sees_one_moment(tmp_path: Path) ->
                 reader.close()
 
     asyncio.run(run())
+
+
+def test_after_damaged_counters_were_rebuilt_no_stamp_is_given_out_twice() -> None:
+    engine, provider = populated()
+    engine.write([(keyspace.STATE, b"\xff")])
+    engine.sync()
+    with pytest.raises(FormatError, match="check --repair"):
+        with_store(populate, engine, provider)
+    asyncio.run(repair(engine))
+    newest = max(key[-27:] for key, _ in engine.scan(b"thread:", b"thread;", limit=4000) if b":msg:" in key)
+
+    async def body(store: Conversations) -> None:
+        made = await store.create_message(NewMessage(author="ann", thread="t0", body=1))
+        assert made.id > f"msg-{newest.decode().lstrip('0')[:19]}"
+        assert await findings(engine, provider) == []
+
+    with_store(body, engine, provider, now_ns=lambda: 7)  # a clock that is far behind

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from memory_engine import MemoryEngine
+from structlog.testing import capture_logs
 
 from progressdb_server.store import writer as writing
 from progressdb_server.store.clock import Clock, Stamp
+from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.metrics import StoreMetrics
 from progressdb_server.store.model import StoreUnavailableError
 from progressdb_server.store.writer import ConditionFailedError, Write, Writer
@@ -313,3 +315,29 @@ def test_a_run_holds_exactly_when_every_key_of_it_is_as_the_writes_before_left_i
             assert outcomes[1].key == different[0]
 
     with_writer(body)
+
+
+def test_the_log_tells_what_the_engine_said_and_of_a_defect_no_text() -> None:
+    """The text of an error that nobody has foreseen could hold a key or what a user typed."""
+
+    class Odd(MemoryEngine):
+        def write(self, puts: object) -> None:
+            raise ValueError("private text")
+
+    class Full(MemoryEngine):
+        def write(self, puts: object) -> None:
+            raise EngineUnavailableError from OSError("No space left on device: 000012.log" + "x" * 1000)
+
+    async def body(writer: Writer, engine: MemoryEngine) -> None:
+        with pytest.raises(StoreUnavailableError):
+            await writer.commit(Write([(b"a", b"1")]))
+
+    told = []
+    for engine in (Odd(), Full()):
+        with capture_logs() as logs:
+            with_writer(body, engine)
+        told.append(next(line for line in logs if line["event"] == "store_write_failed"))
+    assert told[0]["error"] == "ValueError"
+    assert "private" not in str(told[0])
+    assert told[1]["error"].startswith("OSError: No space left on device: 000012.log")
+    assert len(told[1]["error"]) == writing.REASON_CHARS_MAX

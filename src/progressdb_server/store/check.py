@@ -68,6 +68,8 @@ class Checker:
         self._reader = reader
         self._provider = provider
         self.counts: Counter[str] = Counter()
+        self._newest = Stamp(0, 0)
+        """Of the records: no later one may get a stamp below it."""
 
     async def run(self) -> AsyncIterator[Finding]:
         lower = b""
@@ -93,7 +95,7 @@ class Checker:
             elif key.startswith(keyspace.INDEX):
                 yield from self._judge_thread_index(key)
             elif key.startswith(keyspace.MAP):
-                yield from self._judge_map(key)
+                yield from self._judge_map(key, value)
             elif key.startswith(keyspace.IDEMPOTENCY):
                 self.counts["idempotency"] += 1
                 msgspec.msgpack.decode(value, type=Remembered)
@@ -120,6 +122,7 @@ class Checker:
 
     def _judge_meta(self, key: bytes, value: bytes, thread: str) -> Iterator[Finding]:
         header, _ = record.unpack_thread(value)
+        self._newest = max(self._newest, Stamp.parse(header.created))
         if self._reader.get(keyspace.key_map(thread)) is None:
             yield Finding(
                 "keyless",
@@ -139,6 +142,7 @@ class Checker:
 
     def _judge_message(self, key: bytes, value: bytes, thread: str, stamp: Stamp) -> Iterator[Finding]:
         header, _ = record.unpack_message(value)
+        self._newest = max(self._newest, stamp)
         first = Stamp.parse(header.first) if header.first else stamp
         own = stamp.text.encode()
         if self._reader.get(keyspace.meta(thread)) is None:
@@ -195,9 +199,9 @@ class Checker:
         for item in records:
             if item.aad.endswith(b":meta"):
                 map_key = keyspace.key_map(item.thread_id)
-                mapped = self._reader.get(map_key)
-                if mapped is not None and mapped.decode() != item.key_id:
-                    probes.append(Open(mapped.decode(), bytes(28), map_key, item.thread_id))
+                mapped = _key_id(self._reader.get(map_key) or b"")
+                if mapped is not None and mapped != item.key_id:
+                    probes.append(Open(mapped, bytes(28), map_key, item.thread_id))
         return probes
 
     # --- indexes --------------------------------------------------------------------------------------------------
@@ -243,15 +247,22 @@ class Checker:
         elif space == keyspace.CLOSED and not record.unpack_thread(raw)[0].deleted_ns:
             yield Finding("dangling", _shown(key), "the thread is not deleted", ((key, None),))
 
-    def _judge_map(self, key: bytes) -> Iterator[Finding]:
+    def _judge_map(self, key: bytes, value: bytes) -> Iterator[Finding]:
         self.counts["maps"] += 1
+        if _key_id(value) is None:
+            yield Finding("damaged", _shown(key), "the map does not hold the id of a key")
         if self._reader.get(b"thread:%b:meta" % key[len(keyspace.MAP) :]) is None:
             yield Finding("homeless", _shown(key), "the mapped thread has no metadata")
 
     def _judge_counters(self) -> Iterator[Finding]:
         raw = self._reader.get(keyspace.STATE)
-        state = msgspec.msgpack.decode(raw, type=State) if raw else State()
         threads, messages = self.counts["threads"], self.counts["messages"]
+        try:
+            state = msgspec.msgpack.decode(raw, type=State) if raw else State()
+        except msgspec.DecodeError as error:
+            fixed = msgspec.msgpack.encode(State(threads, messages, self._newest.ns, self._newest.seq))
+            yield Finding("miscounted", _shown(keyspace.STATE), f"damaged: {error}", ((keyspace.STATE, fixed),))
+            return
         if (state.threads, state.messages) != (threads, messages):
             fixed = msgspec.msgpack.encode(msgspec.structs.replace(state, threads=threads, messages=messages))
             yield Finding(
@@ -291,6 +302,11 @@ def _judge_opened(item: Open, raw: bytes, answer: bytes | ProviderRefusedError) 
     except record.RecordFormatError as error:
         return Finding("unreadable", _shown(item.aad), str(error))
     return None
+
+
+def _key_id(raw: bytes) -> str | None:
+    text = raw.decode("ascii", "replace")
+    return text if api.KEY_ID_PATTERN.fullmatch(text) else None
 
 
 def _shown(key: bytes) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,8 @@ import structlog
 
 from progressdb_server.store import keyspace
 from progressdb_server.store.clock import Clock, Stamp
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine, EngineBusyError
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine, EngineBusyError, EngineUnavailableError
+from progressdb_server.store.form import FormatError
 from progressdb_server.store.metrics import StoreMetrics
 from progressdb_server.store.model import StoreUnavailableError
 
@@ -41,6 +43,8 @@ BUSY_RETRY_S: Final = 0.005
 BUSY_S_MAX: Final = 10.0
 REOPEN_RETRY_S_MIN: Final = 0.1
 REOPEN_RETRY_S_MAX: Final = 5.0
+REASON_CHARS_MAX: Final = 300
+"""Of the engine's own words in the log."""
 
 _log = structlog.get_logger("progressdb.store")
 
@@ -113,8 +117,12 @@ class Writer:
         return len(self._queue)
 
     def load_state(self) -> None:
+        """Raises FormatError."""
         raw = self._engine.get(keyspace.STATE)
-        self.state = msgspec.msgpack.decode(raw, type=State) if raw else State()
+        try:
+            self.state = msgspec.msgpack.decode(raw, type=State) if raw else State()
+        except msgspec.DecodeError as error:
+            raise FormatError("the store's counters are damaged: run progressdb check --repair") from error
         self._clock.recover(Stamp(self.state.last_ns, self.state.last_seq))
 
     def reserve(self, lane: bytes) -> Slot:
@@ -302,7 +310,7 @@ class Writer:
 
     # --- failure --------------------------------------------------------------------------------------------------
     def _fail(self, group: list[Slot], error: Exception) -> None:
-        _log.error("store_write_failed", error=repr(error.__cause__ or error), writes=len(group))
+        _log.error("store_write_failed", **_reason(error), writes=len(group))
         self._metrics.failures += 1
         self._recovery = asyncio.get_running_loop().create_task(self._recover())
         for slot in group:
@@ -317,9 +325,18 @@ class Writer:
                 self.load_state()
                 break
             except Exception as error:  # noqa: BLE001  recovery goes on until it succeeds
-                _log.warning("store_reopen_failed", error=repr(error.__cause__ or error), retry_s=delay)
+                _log.warning("store_reopen_failed", **_reason(error), retry_s=delay)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, REOPEN_RETRY_S_MAX)
         self._on_reopen()
         self._recovery = None
         _log.info("store_reopened")
+
+
+def _reason(error: Exception) -> dict[str, object]:
+    """For the log. What the engine or the kernel says of its files is told; of any other error only its type and place,
+    for its text could hold a key or what a user typed."""
+    if isinstance(error, EngineUnavailableError) and error.__cause__ is not None:
+        return {"error": f"{type(error.__cause__).__name__}: {error.__cause__}"[:REASON_CHARS_MAX]}
+    lines = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    return {"error": type(error).__name__, "at": lines}
