@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,11 +60,9 @@ def test_the_next_backup_shares_the_files_that_did_not_change(tmp_path: Path) ->
             first = await back_up(store, tmp_path / "one")
             await write(store, 10)
             second = await back_up(store, tmp_path / "two", tmp_path / "one")
-            begun = await store.backups()
+            begun = [known async for page in store.backups() for known in page]
             assert [one.path for one in begun] == [str(tmp_path / "one"), str(tmp_path / "two")]
             assert begun[0].created_ns == first.created_ns
-            await store.forget_backup(begun[0].created_ns)
-            assert await store.backups() == begun[1:]
         shared = {f.name for f in first.files} & {f.name for f in second.files}
         linked = [n for n in shared if os.stat(tmp_path / "two" / "store" / n).st_nlink == 2]
         assert any(name.endswith(".sst") for name in linked)
@@ -145,3 +145,72 @@ def test_the_files_of_backup_and_restore_are_their_owners_alone(tmp_path: Path) 
         assert directory.stat().st_mode & 0o077 == 0
     for file in [*path.glob("store/*"), path / "manifest.json", *(tmp_path / "restored").glob("*")]:
         assert file.stat().st_mode & 0o077 == 0
+
+
+async def registered(store: Conversations) -> list[str]:
+    return [known.name async for page in store.backups() for known in page]
+
+
+def test_a_backup_that_fails_leaves_neither_files_nor_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a full disk would keep every old key for good, and the name taken."""
+
+    async def run() -> None:
+        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+            await write(store, 20)
+            with monkeypatch.context() as patch:
+                patch.setattr(backup, "_sync_directory", _no_space)
+                with pytest.raises(BackupError, match="No space left"):
+                    await back_up(store, tmp_path / "one")
+            assert not (tmp_path / "one").exists()
+            assert await registered(store) == []
+            await back_up(store, tmp_path / "one")
+            assert await registered(store) == ["one"]
+
+    asyncio.run(run())
+
+
+def _no_space(path: str) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+
+def test_one_backup_at_a_time_and_none_in_the_place_of_another(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+            await write(store, 20)
+            both = await asyncio.gather(
+                back_up(store, tmp_path / "one"), back_up(store, tmp_path / "one"), return_exceptions=True
+            )
+            assert [type(outcome) for outcome in both] == [backup.Manifest, backup.BackupBusyError]
+            with pytest.raises(backup.BackupExistsError):
+                await back_up(store, tmp_path / "one")
+            assert await registered(store) == ["one"]
+            backup.verify(str(tmp_path / "one"))
+
+    asyncio.run(run())
+
+
+def test_a_deleted_backup_is_registered_until_somebody_says_so_and_a_present_one_stays(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+            for name in ("one", "two"):
+                await back_up(store, tmp_path / name)
+            shutil.rmtree(tmp_path / "one")
+            assert await registered(store) == ["one", "two"]
+            with pytest.raises(backup.BackupThereError):
+                await store.forget_backup("two")
+            for unknown in ("three", "", "..", str(tmp_path / "one")):
+                with pytest.raises(backup.BackupNotFoundError):
+                    await store.forget_backup(unknown)
+            assert await store.forget_backup("one") == 1
+            assert await registered(store) == ["two"]
+
+    asyncio.run(run())
+
+
+def test_a_place_that_can_not_be_looked_at_counts_as_there(tmp_path: Path) -> None:
+    """Such as one whose file system does not answer: only what is surely not found can be forgotten."""
+    assert backup.Registered(str(tmp_path / "none"), 1).gone
+    assert backup.Registered(str(tmp_path / "none" / "deeper"), 1).gone
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert not backup.Registered(str(tmp_path / "loop" / "one"), 1).gone
+    assert not backup.Registered(str(tmp_path / "loop"), 1).gone

@@ -1,29 +1,44 @@
-"""A backup of the store by the running server: only it may take a checkpoint of what it has open. For admins only.
+"""The backups of the store by the running server: only it may take a checkpoint of what it has open. For admins only.
 
-Owns: the shape of the request and of its answer. Invariants: a backup lies in the server's own directory of backups,
-under a name and no path; none is overwritten; the answer comes once it was read back. What a backup is, is in the
-store's room.
+Owns: the shapes of the requests and of their answers. Invariants: a backup lies in the server's own directory of
+backups, under a name and no path; none is overwritten; the answer comes once it was read back. Nothing here deletes a
+backup: what is forgotten is the entry of one that an operator has deleted. What a backup is, is in the store's room.
 """
 
 from __future__ import annotations
 
-import os
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
+import structlog
 
 from progressdb_server.api import answer
-from progressdb_server.api.answer import Answer
+from progressdb_server.api.answer import Answer, JsonList
 from progressdb_server.api.call import Call
-from progressdb_server.api.errors import ApiError, bad_request
+from progressdb_server.api.errors import ApiError, bad_request, not_found
 from progressdb_server.api.routes import ADMINS, Operation, Resource
-from progressdb_server.store.backup import BackupError, Manifest
+from progressdb_server.store.backup import (
+    BackupBusyError,
+    BackupError,
+    BackupExistsError,
+    BackupNotFoundError,
+    BackupThereError,
+    Manifest,
+    Registered,
+)
 
 NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", re.ASCII)
 REFUSAL: Final = "name must be 1 to 128 letters, digits, dots, underscores or hyphens, no dot first"
 TAKEN: Final = "a backup of this name exists"
+BUSY: Final = "another backup is being made: wait for its end"
+FAILED: Final = "the backup failed and nothing of it is left; the log says why under the request's id"
+UNKNOWN: Final = "no backup of this name is registered"
+THERE: Final = "the backup is still there: delete it first, and every copy of it"
+
+_log: Final = structlog.get_logger("progressdb.api")
 
 
 class BackupRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -32,6 +47,10 @@ class BackupRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 class BacksUp(Protocol):
     async def back_up(self, path: str) -> Manifest: ...
+
+    def backups(self) -> AsyncIterator[list[Registered]]: ...
+
+    async def forget_backup(self, name: str) -> int: ...
 
 
 _REQUEST: Final = msgspec.json.Decoder(BackupRequest)
@@ -47,16 +66,44 @@ class BackupRoutes:
         name = (await call.json(_REQUEST, "invalid request")).name
         if NAME.fullmatch(name) is None:
             raise bad_request(REFUSAL)
-        path = (self._directory / name).absolute()
-        if os.path.lexists(path):  # noqa: ASYNC240  one lookup, as short as the engine's own reads
-            raise ApiError(409, TAKEN)
         try:
-            made = await self._store.back_up(str(path))
-        except BackupError as error:
-            raise ApiError(500, str(error)) from error
+            made = await self._store.back_up(str((self._directory / name).absolute()))
+        except BackupExistsError as error:
+            raise ApiError(409, TAKEN) from error
+        except BackupBusyError as error:
+            raise ApiError(409, BUSY) from error
+        except BackupError as error:  # its text names files of this machine
+            _log.error("backup_failed", request_id=call.request_id, reason=str(error))
+            raise ApiError(500, FAILED) from error
         return answer.json({"name": name, "files": len(made.files), "bytes": made.bytes})
+
+    async def listed(self, call: Call) -> JsonList:
+        """Those that count when a key is to be destroyed, oldest first."""
+        return JsonList(b'{"backups":[', self._pages())
+
+    async def _pages(self) -> AsyncIterator[list[dict[str, object]]]:
+        async for page in self._store.backups():
+            yield [
+                {"name": known.name, "path": known.path, "created_ns": known.created_ns, "gone": known.gone}
+                for known in page
+            ]
+
+    async def forget(self, call: Call) -> Answer:
+        """From here on it keeps no key from being destroyed."""
+        name = call.parameters["name"]
+        try:
+            return answer.json({"name": name, "forgotten": await self._store.forget_backup(name)})
+        except BackupNotFoundError as error:
+            raise not_found(UNKNOWN) from error
+        except BackupThereError as error:
+            raise ApiError(409, THERE) from error
 
 
 def resources(store: BacksUp, directory: Path) -> tuple[Resource, ...]:
-    """The route of backups, which are made in `directory`."""
-    return (Resource("/admin/store_backup", {"POST": Operation(BackupRoutes(store, directory).create, ADMINS)}),)
+    """The routes of backups, which are made in `directory`."""
+    routes = BackupRoutes(store, directory)
+    return (
+        Resource("/admin/store_backup", {"POST": Operation(routes.create, ADMINS)}),
+        Resource("/admin/store_backups", {"GET": Operation(routes.listed, ADMINS)}),
+        Resource("/admin/store_backups/{name}", {"DELETE": Operation(routes.forget, ADMINS)}),
+    )

@@ -3,17 +3,21 @@
 Owns: the order of the two, and where a backup lies: `<db>/backups/<name>`, with `store/` and `manifest.json` of the
 store and `minikms.backup` of the key service. Invariants: a backup of the store is made by whoever has it open; the key
 service is backed up after it, so that every key that a record names is there; a restore goes into an empty place. The
-archive of the key service is made and restored by the `minikms` command, for no key is ever in this process.
+archive of the key service is made and restored by the `minikms` command, for no key is ever in this process. Nothing
+here deletes a backup: what is forgotten is the register's entry of one that was deleted.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote
 
 from progressdb_server.api.store_backup import NAME, REFUSAL
 from progressdb_server.cli.reaching import Administrator
@@ -37,11 +41,8 @@ def create(config: Config, name: str, master_key_fd: int | None, *, store_only: 
     if NAME.fullmatch(name) is None:
         raise BackupCommandError(REFUSAL)
     path = config.backups_dir / name
-    if not os.path.isdir(config.store_dir):
-        raise BackupCommandError(f"{config.store_dir} holds no store")
-    try:
-        engine = RocksEngine(str(config.store_dir))
-    except EngineLockedError:
+    engine = _engine(config)
+    if engine is None:
         Administrator(config).call("POST", "/admin/store_backup", {"name": name}, timeout_s=CREATE_S_MAX)
     else:
         try:
@@ -62,7 +63,71 @@ def _create_offline(engine: RocksEngine, path: Path) -> None:
     created_ns = time.time_ns()
     engine.write([backup.registered(str(path), created_ns)])
     engine.sync()
-    backup.create(engine, str(path), created_ns=created_ns)
+    try:
+        backup.create(engine, str(path), created_ns=created_ns)
+    except backup.BackupError:
+        if backup.Registered(str(path), created_ns).gone:
+            _forget_offline(engine, [backup.Registered(str(path), created_ns)])
+        raise
+
+
+def _forget_offline(engine: RocksEngine, found: list[backup.Registered]) -> None:
+    engine.write([(backup.register_key(known.created_ns), None) for known in found])
+    engine.sync()
+
+
+def listed(config: Config, *, as_json: bool) -> int:
+    """The register. Raises BackupCommandError, EngineUnavailableError, ServerAwayError, ServerRefusedError."""
+    engine = _engine(config)
+    if engine is None:
+        found = Administrator(config).call("GET", "/admin/store_backups")["backups"]
+    else:
+        try:
+            found = [
+                {"name": known.name, "path": known.path, "created_ns": known.created_ns, "gone": known.gone}
+                for page in backup.registered_in(engine)
+                for known in page
+            ]
+        finally:
+            engine.close()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for known in found:
+        when = datetime.fromtimestamp(known["created_ns"] / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        print(f"{known['name']}  {when}  {known['path']}{'  not found there' if known['gone'] else ''}")
+    if not found:
+        print("no backup is registered")
+    return 0
+
+
+def forget(config: Config, name: str, *, agreed: bool) -> int:
+    """Strikes a deleted backup from the register. Raises what `listed` raises, and BackupError."""
+    if not agreed:
+        raise BackupCommandError(
+            "nothing was forgotten: keys that this backup needs may be destroyed then; when it was deleted, with every "
+            "copy of it, give --yes"
+        )
+    engine = _engine(config)
+    if engine is None:
+        Administrator(config).call("DELETE", f"/admin/store_backups/{quote(name, safe='')}")
+    else:
+        try:
+            _forget_offline(engine, backup.to_forget(engine, name))
+        finally:
+            engine.close()
+    print(f"{name} is forgotten: it keeps no old key any more")
+    return 0
+
+
+def _engine(config: Config) -> RocksEngine | None:
+    """The store, or None when the server has it open."""
+    if not os.path.isdir(config.store_dir):
+        raise BackupCommandError(f"{config.store_dir} holds no store")
+    try:
+        return RocksEngine(str(config.store_dir))
+    except EngineLockedError:
+        return None
 
 
 def verify(config: Config, path: Path, master_key_fd: int | None) -> int:

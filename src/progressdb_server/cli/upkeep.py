@@ -102,6 +102,38 @@ def add(app: App, master_key_fd: int | None) -> None:
 
         return _done(work)
 
+    @backups.command(name="list")
+    def listed(*, addr: Addr = None, db: Db = None, config: ConfigFile = None, json: Json = False) -> int:
+        """List the store's backups that count when an old key is to be destroyed, also those that are not found."""
+
+        def work() -> int:
+            from progressdb_server.cli import backup as command
+
+            return command.listed(loaded_config(addr=addr, db=db, config=config), as_json=json)
+
+        return _done(work)
+
+    @backups.command(name="forget")
+    def forget(
+        name: Annotated[str, Parameter(help="The backup's name, as in the list.")],
+        *,
+        yes: Annotated[
+            bool,
+            Parameter(help="It was deleted, and every copy of it.", negative=(), show_default=False),
+        ] = False,
+        addr: Addr = None,
+        db: Db = None,
+        config: ConfigFile = None,
+    ) -> int:
+        """Forget a deleted backup, so that keys which it needed may be destroyed. Refused while it is still there."""
+
+        def work() -> int:
+            from progressdb_server.cli import backup as command
+
+            return command.forget(loaded_config(addr=addr, db=db, config=config), name, agreed=yes)
+
+        return _done(work)
+
     @backups.command(name="verify")
     def verify(
         backup: Annotated[Path, Parameter(help="The backup's directory.")],

@@ -13,16 +13,15 @@ import asyncio
 from collections.abc import Collection
 from typing import Final
 
-import msgspec
 import structlog
 
 from progressdb_server.jobs import backups, walk
 from progressdb_server.jobs.model import Job, changed
 from progressdb_server.jobs.table import JobTable
-from progressdb_server.kms.provider import Provider
+from progressdb_server.kms.provider import Provider, ProviderRefusedError
 from progressdb_server.store import keyspace
-from progressdb_server.store.backup import Registered
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
+from progressdb_server.store.backup import registered_in
+from progressdb_server.store.engine import Engine
 
 CHUNK_RECORDS_MAX: Final = 256
 
@@ -38,29 +37,42 @@ class KeyDestruction:
     async def attempt(self, job_id: str) -> bool:
         """Destroy the old keys of a job that is due; whether that was done. The thread has no other job meanwhile.
 
-        Raises ProviderError, StoreUnavailableError.
+        Raises JobNotFoundError, ProviderUnavailableError, StoreUnavailableError.
         """
         job = self._table.get(job_id)
-        why = await self._obstacle(job)
-        if not why and not job.census_ns:
-            for of_thread in self._jobs_of(job.thread):
-                await backups.drop(self._engine, self._table, of_thread, under=job.sources)
-            why = await self._records_left(job)
+        if not 0 < job.destroy_at_ns <= self._table.now_ns():  # called off since it was found due
+            return False
+        try:
+            job, why = await self._judged(job)
             if not why:
-                job = await self._table.change(job_id, lambda now: changed(now, census_ns=self._table.now_ns()))
-        if not why:
-            why = self._older_store_backup(job.census_ns) or await self._records_left(job)
+                for key_id in job.sources:
+                    await self._provider.destroy(key_id, request_id=job_id)
+                    _log.info("old_key_destroyed", job=job_id, thread=job.thread, key=key_id)
+        except ProviderRefusedError as error:
+            why = f"the key service refused ({error.code})"
         if why:
             if why != job.destroy_waits_for:
                 _log.warning("old_key_kept", job=job_id, reason=why)
                 await self._table.change(job_id, lambda now: changed(now, destroy_waits_for=why))
             return False
-        for key_id in job.sources:
-            await self._provider.destroy(key_id, request_id=job_id)
-            _log.info("old_key_destroyed", job=job_id, thread=job.thread, key=key_id)
         ends = {"destroyed_ns": self._table.now_ns(), "destroy_at_ns": 0, "destroy_waits_for": ""}
         await self._table.change(job_id, lambda now: changed(now, **ends))
         return True
+
+    async def _judged(self, job: Job) -> tuple[Job, str]:
+        """The job, which may have got its census, and what stands in the way."""
+        why = self._older_store_backup(job.census_ns) or await self._obstacle(job)
+        if why:
+            return job, why
+        if not job.census_ns:
+            for of_thread in await self._jobs_with_backups(job.thread):
+                await backups.drop(self._engine, self._table, of_thread, under=job.sources)
+            why = await self._records_left(job)
+            if why:
+                return job, why
+            moment = self._after_every_backup()
+            job = await self._table.change(job.id, lambda now: changed(now, census_ns=moment))
+        return job, self._older_store_backup(job.census_ns) or await self._records_left(job)
 
     async def _obstacle(self, job: Job) -> str:
         mapped = self._engine.get(keyspace.key_map(job.thread))
@@ -81,7 +93,7 @@ class KeyDestruction:
     async def _records_left(self, job: Job) -> str:
         """The census: messages, metadata, backups of jobs."""
         left = await self._count_records(job.thread, job.sources)
-        for of_thread in self._jobs_of(job.thread):
+        for of_thread in await self._jobs_with_backups(job.thread):
             left += await backups.count_under(self._engine, of_thread, job.sources)
         return f"{left} records or backups are under it" if left else ""
 
@@ -93,13 +105,18 @@ class KeyDestruction:
             await asyncio.sleep(0)
         return left
 
-    def _jobs_of(self, thread: str) -> list[str]:
-        return [job.id for page in self._table.pages() for job in page if job.thread == thread and job.backups]
+    async def _jobs_with_backups(self, thread: str) -> list[str]:
+        return [job.id for job in await self._table.of_thread(thread) if job.backups]
+
+    def _after_every_backup(self) -> int:
+        """Now, and past every backup that is registered, also where the clock has been set back since."""
+        known = (known.created_ns for page in registered_in(self._engine) for known in page)
+        return max(self._table.now_ns(), *(created_ns + 1 for created_ns in known), 0)
 
     def _older_store_backup(self, census_ns: int) -> str:
-        lower, upper = keyspace.BACKUPS, keyspace.after(keyspace.BACKUPS)
-        for _, raw in self._engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
-            known = msgspec.json.decode(raw, type=Registered)
-            if known.created_ns < census_ns:
-                return f"the store's backup {known.path} is older than the census and needs the key"
+        for page in registered_in(self._engine):
+            for known in page:
+                if known.created_ns < census_ns:
+                    why = f"the store's backup {known.path} is older than the census and needs the key"
+                    return f"{why}; it is not found there: progressdb backup forget {known.name}" if known.gone else why
         return ""

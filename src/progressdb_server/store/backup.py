@@ -7,6 +7,8 @@ Owns: the layout of a backup directory (`manifest.json`, `store/`) and the regis
   together with one of the key service that was made after it: the store first, the key service second.
 - A backup is registered before its checkpoint is taken, so that whoever destroys keys knows of it; complete is one
   whose manifest exists, which is written last.
+- One that fails leaves nothing behind, and is then struck from the register. Otherwise an entry goes only when an
+  operator says so: a directory that is not found may lie on a disk that is not mounted, or have been moved.
 - Files of an earlier backup with the same content are linked, not copied: RocksDB's tables never change.
 - Restoring verifies every file first and never writes into a directory that holds something.
 """
@@ -16,12 +18,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from typing import Final
 
 import msgspec
 
 from progressdb_server.store import form, keyspace
-from progressdb_server.store.engine import Engine, EngineUnavailableError
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine, EngineUnavailableError, Reader
 from progressdb_server.store.rocks import RocksReader
 
 MANIFEST: Final = "manifest.json"
@@ -32,6 +35,22 @@ FORMAT: Final = 1
 
 class BackupError(Exception):
     """The backup could not be made, or is not whole; the text says which file and what to do."""
+
+
+class BackupExistsError(BackupError):
+    """Something of this name is there; nothing was begun."""
+
+
+class BackupBusyError(BackupError):
+    """Another backup is being made; nothing was begun."""
+
+
+class BackupThereError(BackupError):
+    """The register forgets no backup that is there."""
+
+
+class BackupNotFoundError(BackupError):
+    """No backup of this name is registered."""
 
 
 class File(msgspec.Struct):
@@ -58,6 +77,39 @@ class Registered(msgspec.Struct):
     path: str
     created_ns: int
 
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing is found at its path; what can't be looked at counts as there."""
+        try:
+            os.lstat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:
+            return False
+        return False
+
+
+def registered_in(reader: Reader) -> Iterator[list[Registered]]:
+    """The backups that were begun and not forgotten, oldest first; each page is read when it is asked for."""
+    lower, upper = keyspace.BACKUPS, keyspace.after(keyspace.BACKUPS)
+    while entries := reader.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
+        lower = entries[-1][0] + b"\0"
+        yield [msgspec.json.decode(value, type=Registered) for _, value in entries]
+
+
+def to_forget(reader: Reader, name: str) -> list[Registered]:
+    """The entries of this name, none of which is there any more. Raises BackupNotFoundError, BackupThereError."""
+    found = [known for page in registered_in(reader) for known in page if known.name == name]
+    if not found:
+        raise BackupNotFoundError(f"no backup {name} is registered")
+    if there := [known.path for known in found if not known.gone]:
+        raise BackupThereError(f"{there[0]} is still there: delete it first, and every copy of it")
+    return found
+
 
 def register_key(created_ns: int) -> bytes:
     return keyspace.BACKUPS + f"{created_ns:020d}".encode()
@@ -71,7 +123,8 @@ def registered(path: str, created_ns: int) -> tuple[bytes, bytes]:
 def create(engine: Engine, path: str, *, created_ns: int, previous: str | None = None) -> Manifest:
     """Make the backup directory `path`, which must not exist; `previous` is an earlier one to share files with.
 
-    Blocks for as long as the copying takes: call it in a worker thread. Raises BackupError, EngineUnavailableError.
+    Blocks for as long as the copying takes: call it in a worker thread. When it fails, the directory is removed again.
+    Raises BackupError, EngineUnavailableError.
     """
     known: dict[str, File] = {}
     try:
@@ -80,9 +133,20 @@ def create(engine: Engine, path: str, *, created_ns: int, previous: str | None =
         raise BackupError(str(error)) from error
     if previous is not None:
         known = {file.name: file for file in read_manifest(previous).files}
-    staging = os.path.join(path, "checkpoint")
     try:
         os.makedirs(path, mode=0o700)
+    except OSError as error:
+        raise BackupError(f"the backup {path} failed: {error.strerror} ({error.filename})") from error
+    try:
+        return _made(engine, path, known, created_ns=created_ns, previous=previous)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _made(engine: Engine, path: str, known: dict[str, File], *, created_ns: int, previous: str | None) -> Manifest:
+    staging = os.path.join(path, "checkpoint")
+    try:
         engine.checkpoint(staging)
         os.mkdir(os.path.join(path, STORE), mode=0o700)
         files = [

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final
 
-import msgspec
 import structlog
 
 from progressdb_server.kms.provider import Provider, ProviderError, ProviderRefusedError, ProviderUnavailableError
@@ -64,6 +64,7 @@ class Conversations:
         self._provider = provider
         self.epoch = EpochMemory(engine, self.writer)
         self._background: list[asyncio.Task[None]] = []
+        self._backing_up = False
         self.metrics.gauges["progressdb_store_queued_writes"] = (
             "Writes that wait for the next group.",
             lambda: self.writer.queued,
@@ -210,22 +211,43 @@ class Conversations:
 
         The key service is backed up after this. Raises BackupError, StoreUnavailableError.
         """
-        created_ns = self._clock.now_ns()
-        await self.writer.commit(Write((backup.registered(path, created_ns),)))
-        return await asyncio.to_thread(backup.create, self.engine, path, created_ns=created_ns, previous=previous)
+        if self._backing_up:
+            raise backup.BackupBusyError("another backup is being made: wait for its end")
+        if os.path.lexists(path):  # noqa: ASYNC240  one lookup, as short as the engine's own reads
+            raise backup.BackupExistsError("a backup of this name exists")
+        self._backing_up = True
+        try:
+            created_ns = self._clock.now_ns()
+            known = backup.Registered(os.path.abspath(path), created_ns)  # noqa: ASYNC240  no lookup
+            await self.writer.commit(Write((backup.registered(path, created_ns),)))
+            try:
+                return await asyncio.to_thread(
+                    backup.create, self.engine, path, created_ns=created_ns, previous=previous
+                )
+            except (backup.BackupError, StoreUnavailableError):
+                if known.gone:
+                    await self._forget([known])
+                raise
+        finally:
+            self._backing_up = False
 
-    async def backups(self) -> list[backup.Registered]:
+    async def backups(self) -> AsyncIterator[list[backup.Registered]]:
         """Those that were begun and not yet forgotten, oldest first."""
-        lower, upper = keyspace.BACKUPS, keyspace.after(keyspace.BACKUPS)
-        found: list[backup.Registered] = []
-        while entries := self.engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
-            lower = entries[-1][0] + b"\0"
-            found += [msgspec.json.decode(value, type=backup.Registered) for _, value in entries]
-        return found
+        for page in backup.registered_in(self.engine):
+            yield page
 
-    async def forget_backup(self, created_ns: int) -> None:
-        """Of a backup that no longer exists: keys that it alone needed may be destroyed."""
-        await self.writer.commit(Write(((backup.register_key(created_ns), None),)))
+    async def forget_backup(self, name: str) -> int:
+        """Strike the backup from the register: keys that it alone needed may be destroyed. How many entries it had.
+
+        Raises BackupNotFoundError, BackupThereError, StoreUnavailableError.
+        """
+        found = backup.to_forget(self.engine, name)
+        await self._forget(found)
+        _log.warning("backup_forgotten", paths=[known.path for known in found])
+        return len(found)
+
+    async def _forget(self, found: Sequence[backup.Registered]) -> None:
+        await self.writer.commit(Write([(backup.register_key(known.created_ns), None) for known in found]))
 
     async def stored_keys(self, prefix: str) -> AsyncIterator[list[str]]:
         lower = prefix.encode()

@@ -6,6 +6,7 @@ labels are fixed words.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -72,4 +73,11 @@ class StoreMetrics(Collector):
             "progressdb_store_key_waits", "Writes that waited for a thread's key to be switched.", value=self.key_waits
         )
         for name, (help_text, read) in self.gauges.items():
-            yield GaugeMetricFamily(name, help_text, value=read())
+            yield GaugeMetricFamily(name, help_text, value=_read(read))
+
+
+def _read(read: Callable[[], float]) -> float:
+    try:
+        return read()
+    except Exception:  # noqa: BLE001  one that asks a failing disk: the others, which tell of it, are needed just then
+        return math.nan
