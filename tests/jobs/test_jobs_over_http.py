@@ -244,6 +244,14 @@ def test_what_the_commands_refuse_they_say_in_a_sentence(
     assert not key or key not in done.stderr
 
 
+def test_threads_are_rotated_all_or_none(server: RealServer) -> None:
+    thread = new_thread(server, 2)
+    before = len(server("GET", "/admin/jobs", key=ADMIN).json["jobs"])
+    refused = server("POST", "/admin/rotate_deks", {"thread_ids": [thread, "nobody"]}, key=ADMIN)
+    assert (refused.status, refused.json) == (404, {"error": "thread not found"})
+    assert len(server("GET", "/admin/jobs", key=ADMIN).json["jobs"]) == before
+
+
 def test_all_threads_are_rotated_by_one_request(server: RealServer) -> None:
     threads = [new_thread(server, 2) for _ in range(3)]
     asked = server("POST", "/admin/rotate_deks", {"all": True}, key=ADMIN)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
+import pytest
 from opened_store import TickingClock, messages_of
 from rotating import Place, backups_of, chunks_of, mapped, write
+from structlog.testing import capture_logs
 
-from progressdb_server.jobs import selection
+from progressdb_server.jobs import selection, service
 from progressdb_server.jobs.model import Job
 from progressdb_server.jobs.selection import Due
 from progressdb_server.jobs.service import Jobs
+from progressdb_server.kms.provider import ProviderRefusedError
 from progressdb_server.rotation_settings import Rotation
 from progressdb_server.store import backup, keyspace
 from progressdb_server.store.conversations import Conversations
@@ -119,6 +123,123 @@ def test_a_backup_of_the_store_that_is_older_than_the_census_keeps_the_old_key_u
         await store.writer.commit(Write([(known[0], None), newer]))
         await jobs.destroy_due()
         assert place.keys.destroyed == {job.old_key}
+
+    place.run(body)
+
+
+def test_a_backup_that_is_not_found_still_counts_and_the_job_says_how_to_forget_it(tmp_path: Path) -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 5)
+        (tmp_path / "monday").mkdir()
+        known = backup.registered(str(tmp_path / "monday"), place.clock())
+        await store.writer.commit(Write([known]))
+        job = await rotated(jobs, destroy_after_s=60)
+        place.clock.now += DAY_NS
+        await jobs.destroy_due()
+        assert "monday is older" in (why := jobs.table.get(job.id).destroy_waits_for)
+        assert "forget" not in why
+        (tmp_path / "monday").rmdir()
+        await jobs.destroy_due()
+        assert place.keys.destroyed == set()
+        assert jobs.table.get(job.id).destroy_waits_for.endswith("progressdb backup forget monday")
+        await store.forget_backup("monday")
+        await jobs.destroy_due()
+        assert place.keys.destroyed == {job.old_key}
+
+    place.run(body)
+
+
+def test_a_clock_that_was_set_back_makes_no_older_backup_look_newer_than_the_census() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 5)
+        await store.writer.commit(Write([backup.registered("/backups/one", place.clock.now + 9 * DAY_NS)]))
+        job = await rotated(jobs, destroy_after_s=60)
+        place.clock.now += DAY_NS
+        for _ in range(2):
+            await jobs.destroy_due()
+        assert place.keys.destroyed == set()
+        assert "/backups/one is older" in jobs.table.get(job.id).destroy_waits_for
+
+    place.run(body)
+
+
+def test_a_key_that_the_key_service_does_not_let_go_holds_up_neither_the_others_nor_rotations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where the role `destroy` is kept from the server: keys that are worn are rotated all the same."""
+    place = Place()
+    monkeypatch.setattr(service, "TICK_S", 0.01)
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        for thread in ("a", "b", "worn"):
+            await write(store, 2, thread)
+        kept, gone = await rotated(jobs, "a", destroy_after_s=60), await rotated(jobs, "b", destroy_after_s=60)
+        real = place.keys.destroy
+
+        async def destroy(key_id: str, *, request_id: str = "") -> None:
+            if key_id == kept.old_key:
+                raise ProviderRefusedError("not you", "forbidden")
+            await real(key_id, request_id=request_id)
+
+        place.keys.destroy = destroy  # type: ignore[method-assign]  # the policy
+        worn = mapped(store, "worn")
+        place.keys.uses = {worn: 1 << 31}
+        place.clock.now += DAY_NS
+        async with asyncio.timeout(10):
+            while mapped(store, "worn") == worn or not place.keys.destroyed:
+                await asyncio.sleep(0.01)
+        assert place.keys.destroyed == {gone.old_key}
+        assert jobs.table.get(kept.id).destroy_waits_for == "the key service refused (forbidden)"
+
+    place.run(body)
+
+
+def test_a_defect_in_what_is_done_by_itself_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place()
+    monkeypatch.setattr(service, "TICK_S", 0.01)
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 1)
+        worn = mapped(store)
+        place.keys.uses = {worn: 1 << 31}
+
+        async def broken() -> None:
+            raise KeyError("private text")
+
+        monkeypatch.setattr(jobs, "destroy_due", broken)
+        with capture_logs() as logs:
+            async with asyncio.timeout(10):
+                while mapped(store) == worn:
+                    await asyncio.sleep(0.01)
+        assert [line["error"] for line in logs if line["event"] == "jobs_tick_broken"][:1] == ["KeyError"]
+        assert "private" not in str(logs)
+
+    place.run(body)
+
+
+def test_a_job_that_was_restored_after_it_was_found_due_keeps_its_key() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        for thread in ("a", "b"):
+            await write(store, 3, thread)
+        first, second = await rotated(jobs, "a", destroy_after_s=60), await rotated(jobs, "b", destroy_after_s=60)
+        place.clock.now += DAY_NS
+        real = place.keys.destroy
+
+        async def destroy(key_id: str, *, request_id: str = "") -> None:
+            await jobs.drop_backups(second.id)  # so that nothing is put back, and the census finds nothing
+            await jobs.restore(second.id)
+            await real(key_id, request_id=request_id)
+
+        place.keys.destroy = destroy  # type: ignore[method-assign]  # an operator is faster
+        await jobs.destroy_due()
+        assert place.keys.destroyed == {first.old_key}
+        assert jobs.table.get(second.id).destroy_at_ns == 0
 
     place.run(body)
 

@@ -104,7 +104,8 @@ class JobRoutes:
         job = await self._jobs.wait(job.id)
         if job.state == "done":
             return answer.json({"new_key": job.new_key, "status": "ok"})
-        raise ApiError(500 if job.state == "failed" else 409, f"the job {job.id} is {job.state} {job.reason}".rstrip())
+        why = f": {job.reason}" if job.reason else ""
+        raise ApiError(500 if job.state == "failed" else 409, f"the job {job.id} is {job.state}{why}")
 
     async def rotate_many(self, call: Call) -> Answer:
         """202 with how many jobs there are, and the ids of the first."""
@@ -116,6 +117,7 @@ class JobRoutes:
         ids: list[str] = []
         count = 0
         if asked.thread_ids:
+            self._jobs.require(asked.thread_ids)  # all or none is begun
             jobs = self._listed(asked.thread_ids, asked.rate, after_s)
         else:
             jobs = self._jobs.select(due, rate=asked.rate, destroy_after_s=after_s)

@@ -62,6 +62,9 @@ class JobConflictError(JobError):
 class TooManyJobsError(JobError):
     """As many jobs wait as may."""
 
+    def __init__(self) -> None:
+        super().__init__("too many jobs are unfinished: wait for some of them")
+
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
     """A record that could not be re-encrypted, or does not open any more: its storage key, and the reason in a word."""

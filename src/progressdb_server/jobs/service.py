@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -48,7 +49,7 @@ KEY_WAIT_S: Final = 5.0
 TICK_S: Final = 60.0
 SELECTION_S: Final = 3600.0
 ROW_AGE_S: Final = 90 * 86_400
-"""After which the row of a finished job without backups is removed."""
+"""After which the row of a job that is over and has left nothing, neither backups nor a key, is removed."""
 WATCH_S: Final = 0.25
 """Between two reports to a watcher, at least."""
 READ_RETRY_S: Final = 0.5
@@ -163,7 +164,7 @@ class Jobs:
 
     async def _add(self, thread: str, rate: int | None, destroy_after_s: int, trigger: str, keying: bool) -> Job:
         if len(self._threads) >= UNFINISHED_MAX:
-            raise TooManyJobsError(f"{UNFINISHED_MAX} jobs are unfinished: wait for some of them")
+            raise TooManyJobsError
         now_ns = self.table.now_ns()
         job = Job(
             id=self.table.new_id(),
@@ -196,6 +197,11 @@ class Jobs:
                 yield thread
         except ProviderError as error:
             raise StoreUnavailableError("the key service does not list its keys now") from error
+
+    def require(self, threads: Iterable[str]) -> None:
+        """Raises ThreadNotFoundError unless each can be rotated."""
+        if any(self._engine.get(keyspace.key_map(thread)) is None for thread in threads):
+            raise ThreadNotFoundError("thread not found")
 
     # --- working --------------------------------------------------------------------------------------------------
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -320,8 +326,8 @@ class Jobs:
                 if job != told:
                     told = job
                     yield told
-                    if job.state in AT_WORK:
-                        await asyncio.wait({stopping}, timeout=pause_s)
+                if told.state in AT_WORK and pause_s:  # other jobs' changes wake a watcher too
+                    await asyncio.wait({stopping}, timeout=pause_s)
         finally:
             stopping.cancel()
 
@@ -369,14 +375,11 @@ class Jobs:
         selected_at = float("-inf")
         while True:
             await asyncio.sleep(TICK_S)
-            try:
-                await self.destroy_due()
-                if time.monotonic() - selected_at > SELECTION_S:
-                    selected_at = time.monotonic()
-                    await self.rotate_due()
-                    await self._sweep()
-            except (StoreError, ProviderError, JobError) as error:
-                _log.warning("jobs_tick_failed", reason=str(error))
+            await _attempted(self.destroy_due)
+            if time.monotonic() - selected_at > SELECTION_S:
+                selected_at = time.monotonic()
+                await _attempted(self.rotate_due)
+                await _attempted(self._sweep)
 
     async def rotate_due(self) -> None:
         """Queue the threads whose keys are older, or more used, than configured, or than a key may be."""
@@ -386,16 +389,18 @@ class Jobs:
         )
         destroy_after_s = settings.destroy_old_after_s
         async for thread, why in selection.due_threads(self._engine, self._provider, due, self.table.now_ns()):
-            await self.rotate_later(thread, destroy_after_s=destroy_after_s, trigger=f"max_{why}")
+            with contextlib.suppress(JobConflictError, ThreadNotFoundError):  # its turn comes in an hour
+                await self.rotate_later(thread, destroy_after_s=destroy_after_s, trigger=f"max_{why}")
 
     async def destroy_due(self) -> None:
-        """Destroy the old keys whose time has come."""
-        now_ns = self.table.now_ns()
-        due = [job for page in self.table.pages() for job in page if 0 < job.destroy_at_ns <= now_ns]
-        for job in due:
-            if job.thread not in self._threads:
-                async with self._alone(job):
-                    await self._destruction.attempt(job.id)
+        """Destroy the old keys whose time has come. One that can't be does not hold up the others."""
+        for page in self.table.pages():
+            for job in page:
+                if 0 < job.destroy_at_ns <= self.table.now_ns() and job.thread not in self._threads:
+                    with contextlib.suppress(JobError):  # begun on, or gone, in this moment
+                        async with self._alone(job):
+                            await self._destruction.attempt(job.id)
+            await asyncio.sleep(0)
 
     async def _sweep(self) -> None:
         oldest_ns = self.table.now_ns() - ROW_AGE_S * 1_000_000_000
@@ -403,10 +408,21 @@ class Jobs:
             old = [
                 job
                 for job in page
-                if job.state in ("done", "cancelled")
+                if (job.state in ("done", "cancelled") or (job.state == "failed" and not job.new_key))
                 and job.updated_ns < oldest_ns
                 and not (job.backups or job.destroy_at_ns)
             ]
             if old:
                 await self.table.remove(old)
             await asyncio.sleep(0)
+
+
+async def _attempted(work: Callable[[], Awaitable[None]]) -> None:
+    """One part of what is done by itself: whatever it ends with, the others and the next time go on."""
+    try:
+        await work()
+    except (StoreError, ProviderError, JobError) as error:
+        _log.warning("jobs_tick_failed", reason=str(error))
+    except Exception as error:  # noqa: BLE001  a defect must not end what rotates worn keys; told without its text
+        lines = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+        _log.error("jobs_tick_broken", error=type(error).__qualname__, at=lines)

@@ -8,6 +8,7 @@ a row and the records of the same step are one write. What is read is what was w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
@@ -58,6 +59,9 @@ class JobTable:
         self.changes = 0
         """How many changes of jobs this process has made."""
         self._pulse: asyncio.Future[None] | None = None
+        self._by_thread: dict[str, set[str]] = {}
+        """Ids; of every job once `_all_known`."""
+        self._all_known = False
 
     # --- reading --------------------------------------------------------------------------------------------------
     def row(self, job_id: str) -> Row:
@@ -81,6 +85,20 @@ class JobTable:
                 lower = entries[-1][0] + b"\0"
             yield [_decode(raw) for _, raw in entries]
 
+    async def of_thread(self, thread: str) -> list[Job]:
+        """The thread's jobs, oldest first. The first call walks the table, so that no other has to."""
+        if not self._all_known:
+            for page in self.pages():
+                for job in page:
+                    self._by_thread.setdefault(job.thread, set()).add(job.id)
+                await asyncio.sleep(0)
+            self._all_known = True
+        found: list[Job] = []
+        for job_id in sorted(self._by_thread.get(thread, ())):
+            with contextlib.suppress(JobNotFoundError):  # its row was never written
+                found.append(self.get(job_id))
+        return found
+
     async def later_than(self, changes: int) -> None:
         """Returns once `changes` is past this number: some job was changed."""
         while self.changes == changes:
@@ -95,6 +113,7 @@ class JobTable:
     async def add(self, job: Job) -> None:
         """Durable when it returns. Raises StoreUnavailableError."""
         key = row_key(job.id)
+        self._by_thread.setdefault(job.thread, set()).add(job.id)
         await self._writer.commit(Write(((key, _encode(job)),), ((key, None),)))
         self._beat()
 
@@ -137,6 +156,11 @@ class JobTable:
 
     async def remove(self, jobs: Sequence[Job]) -> None:
         await self._writer.commit(Write([(row_key(job.id), None) for job in jobs]))
+        for job in jobs:
+            known = self._by_thread.get(job.thread, set())
+            known.discard(job.id)
+            if not known:
+                self._by_thread.pop(job.thread, None)
 
     def _beat(self) -> None:
         self.changes += 1
