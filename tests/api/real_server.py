@@ -34,8 +34,10 @@ class Reply(NamedTuple):
 class RealServer:
     """One start of the program on `directory`; made again for a restart."""
 
-    def __init__(self, directory: Path, *more: str, **environment: str) -> None:
-        """`more` words of the command line, and variables."""
+    def __init__(
+        self, directory: Path, *more: str, program: tuple[str, ...] = ("-m", "progressdb_server"), **environment: str
+    ) -> None:
+        """`more` words of the command line, and variables. `program` is what the interpreter runs."""
         self.db = directory / "db"
         self.log_path = directory / "server.log"
         variables = {
@@ -49,7 +51,7 @@ class RealServer:
         }
         words = ["--addr", "127.0.0.1:0", "--db", str(self.db), "--dev", "--log-format", "json", *more]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "progressdb_server", *words],
+            [sys.executable, *program, *words],
             env=variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -129,8 +131,10 @@ class RealServer:
 
 
 @contextlib.contextmanager
-def real_server(directory: Path, *more: str, **environment: str) -> Iterator[RealServer]:
-    server = RealServer(directory, *more, **environment)
+def real_server(
+    directory: Path, *more: str, program: tuple[str, ...] = ("-m", "progressdb_server"), **environment: str
+) -> Iterator[RealServer]:
+    server = RealServer(directory, *more, program=program, **environment)
     try:
         yield server
     finally:

@@ -15,7 +15,9 @@ from progressdb_server.api import bounds
 from progressdb_server.api.admin import SignBody
 from progressdb_server.api.description import (
     AUTHOR,
+    DISK,
     ID,
+    NOTHING,
     STORED_KEY,
     Described,
     Parameter,
@@ -144,7 +146,7 @@ def _delete_message(paths: dict[str, Schema]) -> Described:
 
 DESCRIBED: Final[dict[str, Described]] = {
     "GET /healthz": Described(
-        tag="operators", summary="That the server answers; needs no key", answer=texts("status"), stores=False
+        tag="operators", summary="That the server answers; needs no key", answer=texts("status"), needs=NOTHING
     ),
     "POST /v1/_sign": Described(
         tag="users",
@@ -152,7 +154,7 @@ DESCRIBED: Final[dict[str, Described]] = {
         answer=texts("userId", "signature"),
         body=Taken(SignBody, {"userId": {**AUTHOR, "minLength": 1}}),
         refusals={400: ("invalid payload",)},
-        stores=False,
+        needs=NOTHING,
     ),
     "POST /v1/messages": Described(
         tag="messages",
@@ -294,7 +296,7 @@ DESCRIBED: Final[dict[str, Described]] = {
     "PUT /v1/threads/{thread}/messages/{message}": _update_message(_BOTH_IDS),
     "DELETE /v1/threads/{thread}/messages/{message}": _delete_message(_BOTH_IDS),
     "GET /admin/health": Described(
-        tag="operators", summary="That the server answers", answer=texts("status", "service"), stores=False
+        tag="operators", summary="That the server answers", answer=texts("status", "service"), needs=NOTHING
     ),
     "GET /admin/stats": Described(
         tag="operators",
@@ -304,7 +306,7 @@ DESCRIBED: Final[dict[str, Described]] = {
             "properties": {"threads": {"type": "integer"}, "messages": {"type": "integer"}},
             "required": ["threads", "messages"],
         },
-        stores=False,
+        needs=NOTHING,
     ),
     "GET /admin/threads": Described(
         tag="operators", summary="Everybody's threads, deleted ones too", answer=_THREAD_LIST
@@ -315,6 +317,7 @@ DESCRIBED: Final[dict[str, Described]] = {
         answer=listed("keys", {"type": "string"}),
         parameters=(Parameter("prefix", STORED_KEY, "What the keys begin with."),),
         refusals={400: ("prefix too long",)},
+        needs=DISK,
     ),
     "GET /admin/keys/{key}": Described(
         tag="operators",
@@ -323,34 +326,35 @@ DESCRIBED: Final[dict[str, Described]] = {
         content="application/octet-stream",
         path_schemas={"key": {"type": "string", "minLength": 1}},
         refusals={404: ("key not found",)},
+        needs=DISK,
     ),
     "GET /metrics": Described(
         tag="operators",
         summary="Metrics in the text format of Prometheus (docs/metrics.md)",
         answer={"type": "string"},
         content="text/plain",
-        stores=False,
+        needs=NOTHING,
     ),
     "GET /openapi.yaml": Described(
         tag="documentation",
         summary="This document",
         answer={"type": "object"},
         content="application/yaml",
-        stores=False,
+        needs=NOTHING,
     ),
-    "GET /docs": Described(tag="documentation", summary="To /docs/", status=308, stores=False),
+    "GET /docs": Described(tag="documentation", summary="To /docs/", status=308, needs=NOTHING),
     "GET /docs/": Described(
         tag="documentation",
         summary="This document as a page",
         answer={"type": "string"},
         content="text/html",
-        stores=False,
+        needs=NOTHING,
     ),
     "GET /docs/style.css": Described(
         tag="documentation",
         summary="The page's style",
         answer={"type": "string"},
         content="text/css",
-        stores=False,
+        needs=NOTHING,
     ),
 }

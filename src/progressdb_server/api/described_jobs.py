@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from progressdb_server.api.description import Described, Parameter, Schema, Taken, listed
+from progressdb_server.api.description import DISK, Described, Parameter, Schema, Taken, listed
 from progressdb_server.api.jobs import JOBS_NAMED_MAX, REFUSAL, THREADS_NAMED_MAX, RotateMany, RotateOne
 
 _TEXT: Final[Schema] = {"type": "string"}
@@ -68,6 +68,11 @@ _CHOICES: Final[dict[str, Schema]] = {
     "kek_version": {"not": {"const": 0}},
 }
 _NO_JOB: Final = {404: ("job not found",)}
+_UNFINISHED: Final = "a job on this thread is unfinished"
+_SWITCHING: Final = "the thread's key is just being switched: try again in a moment"
+_RESTORING: Final = "the thread is being worked on: try again in a moment"
+_TOO_MANY: Final = "too many jobs are unfinished: wait for some of them"
+_AN_ID: Final = "job-01764000000000000000-0a1b2c3d"
 
 
 def _counted(*names: str) -> Schema:
@@ -78,13 +83,8 @@ def _counted(*names: str) -> Schema:
     }
 
 
-def _steered(what: str) -> Described:
-    return Described(
-        tag="operators",
-        summary=what,
-        answer=_JOB,
-        refusals={**_NO_JOB, 409: (f"a job that is done can't be {what.split(maxsplit=1)[0].lower()}d",)},
-    )
+def _steered(what: str, *conflicts: str) -> Described:
+    return Described(tag="operators", summary=what, answer=_JOB, refusals={**_NO_JOB, 409: conflicts}, needs=DISK)
 
 
 JOBS_DESCRIBED: Final[dict[str, Described]] = {
@@ -113,8 +113,11 @@ JOBS_DESCRIBED: Final[dict[str, Described]] = {
         refusals={
             400: (REFUSAL, "missing thread_id", "wait must be true or false"),
             404: ("thread not found",),
-            409: ("the thread is being worked on: try again in a moment",),
+            409: (_RESTORING, f"the job {_AN_ID} is cancelled"),
+            500: (f"the job {_AN_ID} is failed: 7 records could not be re-encrypted",),
+            503: (_TOO_MANY, "the server is shutting down; the job goes on after its next start"),
         },
+        needs=DISK,
     ),
     "POST /admin/rotate_deks": Described(
         tag="operators",
@@ -142,44 +145,56 @@ JOBS_DESCRIBED: Final[dict[str, Described]] = {
         refusals={
             400: (REFUSAL, f"thread_ids holds at most {THREADS_NAMED_MAX}"),
             404: ("thread not found",),
-            409: ("the thread is being worked on: try again in a moment",),
+            409: (_RESTORING,),
+            503: (_TOO_MANY, "the key service does not list its keys now"),
         },
+        needs=DISK,
     ),
     "GET /admin/jobs": Described(
         tag="operators",
         summary="All jobs, newest first",
         answer=listed("jobs", _JOB),
         parameters=(Parameter("status", _TEXT, "Only those in this state."),),
+        needs=DISK,
     ),
     "GET /admin/backups": Described(
-        tag="operators", summary="The jobs that have left backups, newest first", answer=listed("jobs", _JOB)
+        tag="operators",
+        summary="The jobs that have left backups, newest first",
+        answer=listed("jobs", _JOB),
+        needs=DISK,
     ),
-    "GET /admin/jobs/{job}": Described(tag="operators", summary="A job", answer=_JOB, refusals=_NO_JOB),
+    "GET /admin/jobs/{job}": Described(tag="operators", summary="A job", answer=_JOB, refusals=_NO_JOB, needs=DISK),
     "GET /admin/jobs/{job}/events": Described(
         tag="operators",
         summary="Server-sent events: `job` after each change, until nobody works on it any more",
         answer={"type": "string"},
         content="text/event-stream",
         refusals=_NO_JOB,
+        needs=DISK,
     ),
-    "POST /admin/jobs/{job}/pause": _steered("Pause a job"),
-    "POST /admin/jobs/{job}/resume": _steered("Resume a job that is paused or has failed"),
-    "POST /admin/jobs/{job}/cancel": Described(
-        tag="operators",
-        summary="End a job where it is; what is re-encrypted stays",
-        answer=_JOB,
-        refusals={**_NO_JOB, 409: ("a job that is done can't be cancelled",)},
+    "POST /admin/jobs/{job}/pause": _steered("Pause a job", "a job that is done can't be paused", _SWITCHING),
+    "POST /admin/jobs/{job}/resume": _steered(
+        "Resume a job that is paused or has failed",
+        "a job that is done can't be resumed",
+        "another job works on this thread",
+        "the job's backups were restored: rotate the thread's key again",
+        "a later rotation has given the thread another key",
+    ),
+    "POST /admin/jobs/{job}/cancel": _steered(
+        "End a job where it is; what is re-encrypted stays", "a job that is done can't be cancelled", _SWITCHING
     ),
     "POST /admin/jobs/{job}/restore": Described(
         tag="operators",
         summary="Put back the records that a job has re-encrypted",
         answer=_counted("restored", "kept"),
-        refusals={**_NO_JOB, 409: ("a job on this thread is unfinished",)},
+        refusals={**_NO_JOB, 409: (_UNFINISHED, "the key of these backups was destroyed")},
+        needs=DISK,
     ),
     "DELETE /admin/jobs/{job}/backups": Described(
         tag="operators",
         summary="Remove the backups that a job has left",
         answer=_counted("removed"),
-        refusals={**_NO_JOB, 409: ("a job on this thread is unfinished",)},
+        refusals={**_NO_JOB, 409: (_UNFINISHED,)},
+        needs=DISK,
     ),
 }

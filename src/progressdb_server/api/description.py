@@ -7,7 +7,7 @@ Owns: `Described` and its parts, and the schemas of what is checked alike everyw
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -50,6 +50,13 @@ def listed(name: str, of: Schema, **beside: Schema) -> Schema:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
+Part = Literal["disk", "key service"]
+NOTHING: Final[frozenset[Part]] = frozenset()
+DISK: Final[frozenset[Part]] = frozenset({"disk"})
+KEY_SERVICE: Final[frozenset[Part]] = frozenset({"key service"})
+BOTH: Final = DISK | KEY_SERVICE
+
+
 class Parameter(msgspec.Struct, frozen=True):
     """In a query or a header."""
 
@@ -72,8 +79,8 @@ class Taken(msgspec.Struct, frozen=True):
 
 class Described(msgspec.Struct, frozen=True, kw_only=True):
     """`answer`: a schema of `content`; None: there is nothing to say. `answers`: other good ones, by status.
-    `refusals`: sentences by status, beside those that follow from the table of routes. `stores`: the disk and the key
-    service take part."""
+    `refusals`: sentences by status, beside those that follow from the table of routes. `needs`: what it can't be
+    answered without."""
 
     tag: str
     summary: str
@@ -86,4 +93,4 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
     parameters: tuple[Parameter, ...] = ()
     path_schemas: dict[str, Schema] = {}
     refusals: Mapping[int, tuple[str, ...]] = {}
-    stores: bool = True
+    needs: frozenset[Part] = BOTH

@@ -259,19 +259,19 @@ def refusals(path: str, said: Described) -> dict[int, tuple[str, ...]]:
     add(403, "forbidden")
     add(429, "rate limit exceeded")
     add(500, "internal error")
-    if path == "/viewer/login":
-        add(401, "This is not an admin key.")
     if not is_open(path):
         add(401, "unauthorized", *(_SIGNATURE_401 if for_users(path) else ()))
-    if said.stores:
-        add(503, "the key service is not available now", "the store's disk is not available now")
+    if "disk" in said.needs:
+        add(503, "the store's disk is not available now")
+    if "key service" in said.needs:
+        add(503, "the key service is not available now")
     if said.body is not None:
         if not found.get(400) or not any(sentence.startswith("invalid ") for sentence in found[400]):
             add(400, "invalid json")
         add(413, "request body too large")
-    if any(parameter.place == "query" for parameter in said.parameters):
+    if said.form is not None or any(parameter.place == "query" for parameter in said.parameters):
         add(400, *_BAD_QUERY)
-    if any(parameter.name == "author" for parameter in said.parameters):
+    if for_users(path) and any(parameter.name == "author" for parameter in said.parameters):
         add(400, *_BAD_AUTHOR)
         add(403, _OTHER_AUTHOR)
     return {status: tuple(sentences) for status, sentences in found.items()}

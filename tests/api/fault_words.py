@@ -1,0 +1,13 @@
+"""The faults of `faulty_server`, each by the word that its file holds."""
+
+from __future__ import annotations
+
+from typing import Final
+
+FAULT_FILE: Final = "FAULT_FILE"
+"""The variable that names the file. It holds one of these words, or is not there."""
+DISK: Final = "the disk fails whatever is asked of it"
+STUCK: Final = "the disk does not come back from a sync"
+FULL: Final = "as many jobs wait as may"
+DEFECT: Final = "every handler has a defect"
+ROTTEN: Final = "what is copied reads back as something else"
