@@ -25,11 +25,12 @@ Kinds = tuple[type[errors.MiniKmsError], ...]
 KEY_ERRORS: Kinds = (errors.KeyNotFoundError, errors.KeyDestroyedError, errors.KeyUnreadableError)
 OPENING: Kinds = (*KEY_ERRORS, errors.WrongThreadError, errors.ArenaFullError)
 ENCRYPTING: Kinds = (*OPENING, errors.KeyRetiredError, errors.KeyExhaustedError, errors.StorageUnavailableError)
-WRITING: Kinds = (errors.StorageUnavailableError, errors.ShuttingDownError, errors.RequestInterruptedError)
+WRITING: Kinds = (errors.StorageUnavailableError, errors.RequestInterruptedError)
 EVERYWHERE: Kinds = (
     errors.InvalidRequestError,
     errors.UnauthorizedError,
     errors.ForbiddenError,
+    errors.MiniKmsError,
     errors.AuditUnavailableError,
 )
 BASE64 = "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
@@ -71,7 +72,7 @@ LISTING: dict[str, tuple[Schema, bool]] = {
 SAID: dict[str, Said] = {
     "create_dek": Said(
         "A new key for a thread, on disk before the answer", "create", api.CreateDekAnswer, api.CreateDekRequest,
-        (*KEY_ERRORS, *WRITING, errors.WrongThreadError, errors.KeyRetiredError, errors.KeyExhaustedError,
+        (*KEY_ERRORS, *WRITING, errors.WrongThreadError, errors.KeyExhaustedError,
          errors.ConflictError, errors.ArenaFullError),
     ),
     "encrypt": Said("Encrypt one text", "encrypt", api.EncryptAnswer, api.EncryptItem, ENCRYPTING),
@@ -88,7 +89,9 @@ SAID: dict[str, Said] = {
     ),
     "reencrypt_batch": Said(
         "Encrypt under another key of the same thread what is under one", "decrypt and encrypt",
-        api.EncryptBatchAnswer, api.ReencryptBatchRequest, (*ENCRYPTING, errors.TooManyError),
+        api.EncryptBatchAnswer, api.ReencryptBatchRequest,
+        (*OPENING, errors.KeyRetiredError, errors.StorageUnavailableError, errors.WrongPurposeError,
+         errors.TooManyError),
     ),
     "get_wrapped": Said(
         "A key as it is sealed under the current KEK", "decrypt", api.WrappedAnswer, None, KEY_ERRORS,
@@ -96,7 +99,8 @@ SAID: dict[str, Said] = {
     ),
     "generate_data_key": Said(
         "A fresh key of the caller's own, sealed under a key of purpose `data`", "data_key", api.DataKeyAnswer,
-        api.GenerateDataKeyRequest, (*ENCRYPTING, errors.WrongPurposeError),
+        api.GenerateDataKeyRequest,
+        (*(kind for kind in ENCRYPTING if kind is not errors.WrongThreadError), errors.WrongPurposeError),
     ),
     "random": Said("Random bytes", "data_key", api.RandomAnswer, api.RandomRequest),
     "status": Said("What an operator needs to know", "monitor", None),
@@ -105,20 +109,20 @@ SAID: dict[str, Said] = {
         "Rotate the KEK, and to a new root key where one is given", "rotate", api.RotateKekAnswer,
         api.RotateKekRequest,
         (errors.ConflictError, errors.TooManyError, errors.DecryptionError, *KEY_ERRORS, *WRITING,
-         errors.KeyExhaustedError, errors.ArenaFullError), also=202,
+         errors.ArenaFullError), also=202,
     ),
     "prune_kek": Said(
         "Destroy KEK versions that no file names any more", "destroy", api.PruneKekAnswer, api.PruneKekRequest,
         (errors.ConflictError, *WRITING),
     ),
-    "list_keys": Said("Keys, a page at a time", "monitor", api.KeyListAnswer, None, WRITING, LISTING),
+    "list_keys": Said("Keys, a page at a time", "monitor", api.KeyListAnswer, None, (), LISTING),
     "get_key": Said("One key", "monitor", api.KeyAnswer, None, KEY_ERRORS),
     "retire_key": Said(
         "From here on the key decrypts only", "create", api.KeyAnswer, None, (*KEY_ERRORS, *WRITING)
     ),
     "destroy_key": Said(
         "Destroy a retired key, and whatever only it opens", "destroy", api.DestroyKeyAnswer, api.DestroyKeyRequest,
-        (*KEY_ERRORS, *WRITING, errors.ConflictError),
+        (errors.KeyNotFoundError, errors.KeyUnreadableError, *WRITING, errors.ConflictError),
     ),
 }  # fmt: skip
 
@@ -193,9 +197,12 @@ def responses(said: Said) -> dict[str, Any]:
     if said.also:
         made[str(said.also)] = {"description": "Begun.", "content": content}
     codes: dict[int, set[str]] = {}
-    kinds = (*EVERYWHERE, *said.refusals, *((errors.TooLargeError,) if said.body else ()))
+    of_items = said.body in (api.EncryptBatchRequest, api.DecryptBatchRequest)
+    everywhere = (kind for kind in EVERYWHERE if not (of_items and kind is errors.ForbiddenError))
+    kinds = (*everywhere, *said.refusals, *((errors.TooLargeError,) if said.body else ()))
     for kind in kinds:
         codes.setdefault(kind.status, set()).add(kind.code)
+    codes[503] |= {api.CODE_TOO_MANY, api.CODE_SHUTTING_DOWN}  # told to a connection, whatever it asks
     for status in sorted(codes):
         made[str(status)] = {
             "description": ", ".join(f"`{code}`" for code in sorted(codes[status])),

@@ -12,17 +12,17 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import documented
 import fault_words
 import provoking
 import pytest
 import yaml
 from asgi_client import ADMIN, BACKEND
-from documented import Pair
 from provoking import LAUNCHER, NO_JOB, Ask, World
 from real_server import Reply, real_server
 from test_openapi import REFUSALS, whole_table
 
+import documented
+from documented import Pair
 from live_daemon import LiveDaemon
 from progressdb_server.api.documentation import ALL_DESCRIBED
 from progressdb_server.api.openapi import document, refusals

@@ -262,7 +262,9 @@ def test_it_makes_no_backup_and_rotates_nothing(unencrypted: RealServer) -> None
     body = {"author": "ann", "thread": "rotated", "body": TYPED}
     assert unencrypted("POST", "/v1/messages", body).status == 200
     backed_up = unencrypted("POST", "/admin/store_backup", {"name": "a"}, key=ADMIN)
-    assert backed_up.status == 500 and "nothing in this store is encrypted" in backed_up.json["error"]
+    assert backed_up.status == 500
+    [failed] = [event for event in unencrypted.log if event["event"] == "backup_failed"]
+    assert "nothing in this store is encrypted" in failed["reason"]
     assert not (unencrypted.db / "backups").exists()
     unencrypted("POST", "/admin/rotate_thread_dek?wait=true", {"thread_id": "rotated"}, key=ADMIN)
     assert {job["status"] for job in unencrypted("GET", "/admin/jobs", key=ADMIN).json["jobs"]} == {"failed"}

@@ -306,7 +306,7 @@ def _judge_opened(item: Open, raw: bytes, answer: bytes | ProviderRefusedError) 
 
 def _key_id(raw: bytes) -> str | None:
     text = raw.decode("ascii", "replace")
-    return text if api.KEY_ID_PATTERN.fullmatch(text) else None
+    return text if api.THREAD_ID_PATTERN.fullmatch(text) else None  # key ids have the same characters
 
 
 def _shown(key: bytes) -> str:

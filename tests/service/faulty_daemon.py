@@ -1,0 +1,104 @@
+"""The `minikms` command, with faults in it that no disk or machine gives on demand.
+
+Owns: which fault is in force, by the file that FAULT_FILE names, and where each one bites: below the verb whose answer
+is looked at. With ROLELESS in the environment, whoever is not an administrator has no role at all: a policy that no
+configuration makes yet. Invariant: without either this is the command as it is. Run as
+`python faulty_daemon.py -m minikms …`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from minikms import policy
+from minikms.custody import atomic, leasestore, rotation, wraps
+from minikms.daemon.application import Application
+from minikms.errors import ArenaFullError
+from minikms.keys import keyring
+from minikms.memory.arena import SecretArena
+
+FAULT_FILE: Final = "FAULT_FILE"
+ROLELESS: Final = "ROLELESS"
+DISK: Final = "nothing but the audit log can be written"
+HUNG: Final = "what is written but the audit log does not come to its end"
+ARENA: Final = "every slot of the arena is taken"
+WORN: Final = "no key may be used, and no KEK wrap, once more than was reserved"
+DEFECT: Final = "every verb has a defect"
+STUCK: Final = "a rotation of the KEK does not come forward"
+
+
+def fault() -> str:
+    try:
+        return Path(os.environ[FAULT_FILE]).read_text()
+    except FileNotFoundError:
+        return ""
+
+
+class Disk:
+    """`os`, as custody sees it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("fsync", "pwrite", "fdatasync", "write"):
+            while fault() == HUNG:
+                time.sleep(0.01)
+            if fault() == DISK:
+                raise OSError(5, "Input/output error")
+        return getattr(os, name)
+
+
+def install() -> None:
+    for module in (atomic, leasestore):
+        module.os = Disk()  # type: ignore[attr-defined]  # the seam of the fault
+    allocate, reserve, run, handle = (
+        SecretArena.allocate,
+        leasestore.LeaseStore.reserve,
+        rotation.KekRotation.run,
+        Application.handle,
+    )
+    begin_create = wraps.KekWraps.begin_create
+
+    def allocated(arena: SecretArena) -> Any:
+        if fault() == ARENA:
+            raise ArenaFullError("all slots of the key arena are in use")
+        return allocate(arena)
+
+    def reserved(store: Any, *given: Any) -> Any:
+        leasestore.USES_MAX = 0 if fault() == WORN else 1 << 31  # type: ignore[misc]  # final in production
+        return reserve(store, *given)
+
+    async def begun(budget: wraps.KekWraps) -> int:
+        keyring.KEK_WRAPS_MAX = -1 if fault() == WORN else 1 << 31  # type: ignore[misc]  # final in production
+        if fault() == WORN:
+            budget._left.clear()
+        return await begin_create(budget)
+
+    async def ran(of: rotation.KekRotation) -> None:
+        while fault() == STUCK:
+            await asyncio.sleep(0.01)
+        await run(of)
+
+    def handled(application: Application, *given: Any) -> Any:
+        if fault() == DEFECT:
+            raise RuntimeError("private text of a defect")
+        return handle(application, *given)
+
+    SecretArena.allocate = allocated  # type: ignore[method-assign]  # the seam of the fault, as the next ones
+    leasestore.LeaseStore.reserve = reserved  # type: ignore[method-assign]  # as above
+    wraps.KekWraps.begin_create = begun  # type: ignore[method-assign]  # as above
+    rotation.KekRotation.run = ran  # type: ignore[method-assign]  # as above
+    Application.handle = handled  # type: ignore[method-assign]  # as above
+    if ROLELESS in os.environ:
+        policy.ADMIN_ONLY = policy.ROLES  # type: ignore[misc]  # final in production
+
+
+if __name__ == "__main__":
+    from minikms.cli import main
+
+    install()
+    sys.argv = ["minikms", *sys.argv[3:]]  # -m minikms, for which this stands
+    main()
