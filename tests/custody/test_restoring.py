@@ -19,11 +19,14 @@ from minikms.custody.archive import ArchiveError, ArchiveReader, ArchiveWriter, 
 from minikms.custody.archives import DIRECTORY as REGISTER
 from minikms.custody.archives import ArchiveRegister, Registered
 from minikms.custody.archiving import Making, Task, remove_leftover, staging_path
+from minikms.custody.atomic import open_directory
 from minikms.custody.keyringfile import KeyringFile
-from minikms.custody.leaseformat import Floors, journal_header
+from minikms.custody.leaseformat import RESTORE_USES, Floors, journal_header
 from minikms.custody.leasesnapshot import snapshot_chunks
+from minikms.custody.leasestore import LeaseStore
 from minikms.custody.lock import LOCK_NAME, DataDirLock
 from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
+from minikms.keys.ids import key_id_to_bytes
 from minikms.memory.arena import SecretArena
 from vaults import key_file, opened_vault
 
@@ -137,7 +140,8 @@ def test_a_directory_with_nothing_but_lease_files_is_not_taken_for_a_new_one(tmp
 
 def test_a_restored_directory_names_the_archive_that_still_holds_its_keys(data_dir: Path, tmp_path: Path) -> None:
     archive = tmp_path / "archive"
-    newest = made(data_dir, archive).newest_key_id
+    made(data_dir, archive)
+    newest = max(path.stem for path in (data_dir / "kms-deks").iterdir())
     restored(data_dir, archive, tmp_path / "restored")
     source = Registered(ARCHIVE_ID, str(archive), 1, 2**48, KEYS, 3)
     register = ArchiveRegister(str(tmp_path / "restored"))
@@ -174,7 +178,22 @@ def test_a_key_whose_file_cannot_be_read_counts_as_used_after_a_restore_as_well(
     files[-1].write_text("damaged")
     manifest = made(data_dir, tmp_path / "archive")
     assert manifest.unreadable == (files[-1].stem,)
-    assert manifest.newest_key_id == files[-1].stem
+    assert manifest.newest_key_id >= files[-1].stem
+
+
+def test_every_key_that_was_made_until_then_counts_as_used_after_a_restore(data_dir: Path, tmp_path: Path) -> None:
+    """One whose file was missing, too: it may be put back from a backup of the old directory."""
+    missing = max((data_dir / "kms-deks").iterdir())
+    missing.rename(data_dir / "kms-deks-backup" / f"{missing.name}.20260101T000000")
+    made(data_dir, tmp_path / "archive")
+    restored(data_dir, tmp_path / "archive", tmp_path / "restored")
+    descriptor = open_directory(tmp_path / "restored")
+    store = LeaseStore.open(descriptor, create=False)
+    try:
+        assert store.total(key_id_to_bytes(missing.stem)) >= RESTORE_USES
+    finally:
+        store.close()
+        os.close(descriptor)
 
 
 def test_keys_are_looked_at_only_once_the_whole_archive_is_authentic(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from minikms.custody.keyringfile import KeyringFile
 from minikms.custody.opening import RootSource
 from minikms.daemon import epochs
 from minikms.errors import StartError
+from minikms.keys.ids import make_key_id
 from minikms.memory.arena import SecretArena
 from vaults import key_file, opened_vault
 
@@ -140,3 +142,17 @@ def test_a_keyring_older_than_the_log_is_refused_with_the_way_out(tmp_path: Path
     opening.check_newest(found.unlocked, 1)
     with pytest.raises(StartError, match=r"its epoch is 1, the log tells of 2.*--accept-restore"):
         opening.check_newest(found.unlocked, 2)
+
+
+def test_the_newest_key_is_of_now_or_of_a_file_or_backup_from_before_the_clock_went_back(tmp_path: Path) -> None:
+    """Up to it keys count as used, or as spent, when it is not known how often each was used."""
+    now_ms = time.time_ns() // 1_000_000
+    assert opening.newest_key_id(str(tmp_path)) >= make_key_id(now_ms, b"\xff" * 10)
+    for name in ("kms-deks", "kms-deks-backup"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "kms-deks" / "z.json").touch()
+    ahead = [make_key_id(now_ms + 10_000_000 + number, bytes(10)) for number in range(2)]
+    (tmp_path / "kms-deks" / f"{ahead[0]}.json").touch()
+    assert opening.newest_key_id(str(tmp_path)) == ahead[0]
+    (tmp_path / "kms-deks-backup" / f"{ahead[1]}.json.20260101T000000").touch()
+    assert opening.newest_key_id(str(tmp_path)) == ahead[1]

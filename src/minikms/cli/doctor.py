@@ -171,16 +171,17 @@ def _worn_keys(kms: Client) -> Iterator[Finding]:
 
 
 def _rebuild(directory: str | None, *, yes: bool) -> int:
-    """Both lease files anew; every present key counts as spent. Raises StartError while a daemon runs."""
+    """Both lease files anew; every key made until now counts as spent. Raises StartError while a daemon runs."""
     from minikms.cli.examine import key_ids
     from minikms.custody.leasestore import LeaseStore
     from minikms.custody.lock import DataDirLock
+    from minikms.custody.opening import newest_key_id
     from minikms.keys.ids import key_id_to_bytes
 
     if directory is None:
         raise CommandError(f"name the data directory: --data-dir DIR, or {DATA_DIR_VARIABLE}")
     with DataDirLock(directory) as lock:
-        present = sorted(key_ids(directory))
+        present = list(key_ids(directory))
         if not present:
             raise CommandError(f"there is no key in {directory}, so that there is nothing to count")
         show.confirm(
@@ -188,7 +189,7 @@ def _rebuild(directory: str | None, *, yes: bool) -> int:
             "thread gets a new key.",
             yes=yes,
         )
-        LeaseStore.rebuild(lock.directory_fd, key_id_to_bytes(present[-1]))
+        LeaseStore.rebuild(lock.directory_fd, key_id_to_bytes(newest_key_id(directory)))
     print(f"The use counts were begun anew. The {len(present):,} key(s) of now only decrypt. Give each thread")
     print("a new one: progressdb rotate-dek THREAD")
     return EXIT_GOOD

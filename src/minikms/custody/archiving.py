@@ -36,6 +36,7 @@ from minikms.custody.archive import (
 from minikms.custody.atomic import open_directory, read_file_bounded
 from minikms.custody.leaseformat import DAMAGED_RECORDS_MAX, LeaseFormatError, parse_journal
 from minikms.custody.leasesnapshot import check_snapshot
+from minikms.custody.opening import newest_key_id
 from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys import dek, keyring
 from minikms.keys.dek import DekRecord
@@ -231,7 +232,7 @@ def _write(file: BinaryIO, data_dir: str, task: Task, making: Making) -> None:
             epoch=unlocked.body.epoch,
             root_fingerprint=unlocked.fingerprint(task.root.view),
             keys=keys,
-            newest_key_id=key_ids[-1] if key_ids else "",  # unreadable or not: their files may be found elsewhere
+            newest_key_id=newest_key_id(data_dir),  # of those too whose files are not in it, but may be found elsewhere
             audit_head=making.audit_head(),
             unreadable=tuple(unreadable[:UNREADABLE_COUNT_MAX]),
         )

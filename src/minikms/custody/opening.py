@@ -13,13 +13,15 @@ import secrets
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from minikms import api
 from minikms.crypto.aead import NonceSource
-from minikms.custody import archives, clock, dekstore
+from minikms.custody import archives, backups, clock, dekstore
 from minikms.custody.keyringfile import KeyringFile
 from minikms.custody.leasestore import JOURNAL_NAME, SNAPSHOT_NAME
 from minikms.custody.roots import make_dev_key_file, read_key_descriptor, read_key_file
 from minikms.errors import StartError
 from minikms.keys import keyring
+from minikms.keys.ids import RANDOM_BYTES, make_key_id
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random
 
@@ -100,6 +102,20 @@ def raise_epoch(unlocked: UnlockedKeyring, file: KeyringFile, *, restored_below:
     body = keyring.next_epoch(body, at=at)
     file.store_now(unlocked.encode(body))
     unlocked.body = body
+
+
+def newest_key_id(data_dir: str) -> str:
+    """The largest id that a key made until now may have: of this moment, or of a file or a backup that is there, for
+    the clock may have gone back, and a missing file may be put back from its backup. Raises StorageUnavailableError.
+    """
+    newest = make_key_id(clock.now_ns() // 1_000_000, b"\xff" * RANDOM_BYTES)
+    for directory in (dekstore.DIRECTORY, backups.DIRECTORY):
+        path = os.path.join(data_dir, directory)
+        for name in dekstore.list_names(path) if os.path.isdir(path) else ():
+            key_id = name.partition(dekstore.SUFFIX)[0]
+            if key_id > newest and api.KEY_ID_PATTERN.fullmatch(key_id):
+                newest = key_id
+    return newest
 
 
 def _check_is_new(data_dir: str) -> None:

@@ -45,7 +45,7 @@ from minikms.daemon.settings import Settings
 from minikms.daemon.statuspage import StatusPage
 from minikms.errors import StartError
 from minikms.issuing import KeyIssuing
-from minikms.keys.ids import RANDOM_BYTES, key_id_to_bytes, make_key_id
+from minikms.keys.ids import key_id_to_bytes
 from minikms.lifecycle import KeyLifecycle
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.memory.process import Measure, name_thread
@@ -105,8 +105,7 @@ def open_files(settings: Settings, lock: DataDirLock, arena: SecretArena, worker
     # Epoch 1 is the keyring's making: no start has come so far as to raise it.
     leases = LeaseStore.open(lock.directory_fd, create=found_epoch == 1)
     if seen_epoch > found_epoch:
-        newest = make_key_id(clock.now_ns() // 1_000_000, b"\xff" * RANDOM_BYTES)
-        leases.add_restore_penalty(key_id_to_bytes(newest))
+        leases.add_restore_penalty(key_id_to_bytes(opening.newest_key_id(settings.data_dir)))
     opening.raise_epoch(unlocked, keyring_file, restored_below=seen_epoch)
     return Files(opened, keyring_file, log, leases, nonces, seen_epoch, found_epoch)
 
