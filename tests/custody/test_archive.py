@@ -169,6 +169,13 @@ def test_an_archive_may_hold_the_keys_that_were_made_before_it_ended(tmp_path: P
     assert register.may_hold(KEY_ID) == ["/backup/2", "/backup/4"]
 
 
+def test_an_archive_may_hold_a_key_that_was_made_before_the_clock_went_back(tmp_path: Path) -> None:
+    register = ArchiveRegister(str(tmp_path))
+    for number, newest in ((1, KEY_ID), (2, make_key_id(999_999, bytes(10))), (3, OTHER_KEY_ID)):
+        register.put(Registered(f"a_{number:016x}", f"/backup/{number}", number, 500_000 + number, 1, 1, newest))
+    assert register.may_hold(KEY_ID) == ["/backup/1", "/backup/3"]
+
+
 def test_what_is_no_entry_of_the_register_is_passed_over(tmp_path: Path) -> None:
     register = ArchiveRegister(str(tmp_path))
     register.put(entry(1, 0))

@@ -72,7 +72,10 @@ def create(
             raise
     size = os.path.getsize(archive)
     ended_ms = time.time_ns() // 1_000_000
-    register.put(Registered(entry.archive_id, entry.path, entry.begun_ms, ended_ms, good.manifest.keys, size))
+    made = good.manifest
+    register.put(
+        Registered(entry.archive_id, entry.path, entry.begun_ms, ended_ms, made.keys, size, made.newest_key_id)
+    )
     _print_manifest(good.manifest, archive, json=json, done="made, read back, every key opened")
     if good.manifest.unreadable:
         complain(f"not in it, for their files can't be read: {_named(good.manifest.unreadable)}; see `minikms doctor`")
@@ -299,7 +302,8 @@ def _registered(archive: Path, manifest: Manifest) -> Registered:
     now_ms = time.time_ns() // 1_000_000
     begun_ms = int(datetime.fromisoformat(manifest.created_at).timestamp() * 1000)
     size = os.path.getsize(archive)
-    return Registered(manifest.archive_id, os.path.abspath(archive), begun_ms, now_ms, manifest.keys, size)
+    path, newest = os.path.abspath(archive), manifest.newest_key_id
+    return Registered(manifest.archive_id, path, begun_ms, now_ms, manifest.keys, size, newest)
 
 
 def _newer_body(path: Path, key_file: Path | None, task: Task) -> Body:

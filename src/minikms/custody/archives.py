@@ -29,7 +29,9 @@ _NAME: Final = re.compile(r"(a_[0-9a-f]{16})\.json", re.ASCII)
 
 
 class Registered(msgspec.Struct, frozen=True):
-    """`ended_ms` is 0 while the archive is being made, and when that was interrupted. Times are Unix milliseconds."""
+    """`ended_ms` is 0 while the archive is being made, and when that was interrupted. Times are Unix ms. No key
+    in the archive has a larger id than `newest_key_id`.
+    """
 
     archive_id: str
     path: str
@@ -37,6 +39,13 @@ class Registered(msgspec.Struct, frozen=True):
     ended_ms: int = 0
     keys: int = 0
     bytes: int = 0
+    newest_key_id: str = ""
+
+    def may_hold(self, key_id: str) -> bool:
+        """Ids tell more than times: the clock may have gone back in between."""
+        if not self.ended_ms or key_id <= self.newest_key_id:
+            return True
+        return not self.newest_key_id and self.ended_ms >= key_id_unix_ms(key_id)
 
 
 def new_archive_id() -> str:
@@ -72,18 +81,16 @@ class ArchiveRegister:
         return _oldest_first(self._read_all())
 
     def may_hold(self, key_id: str) -> list[str]:
-        """The paths of the archives that may hold a key: those that ended after its creation, or at a time unknown.
+        """The paths of the archives that may hold a key: those that ended after its creation, or may not have ended.
 
         That something can't be read is no error, for the key is destroyed by then, but is said in its place.
         """
-        created_ms = key_id_unix_ms(key_id)
         try:
             found = self._read_all()
         except (OSError, StorageUnavailableError):
             return [f"unknown: {DIRECTORY} in the data directory can't be read"]
         unknown = [f"unknown: {DIRECTORY}/{name} can't be read" for name in sorted(found) if found[name] is None]
-        known = (entry for entry in _oldest_first(found) if not entry.ended_ms or entry.ended_ms >= created_ms)
-        return [*(entry.path for entry in known), *unknown]
+        return [*(entry.path for entry in _oldest_first(found) if entry.may_hold(key_id)), *unknown]
 
     def _read_all(self) -> dict[str, Registered | None]:
         """By name of its file; None for one that can't be read."""
