@@ -13,6 +13,7 @@ from asking import NO_KEY, ask, status
 from live_daemon import LiveDaemon
 from minikms import api, errors
 from minikms.daemon.application import Application
+from minikms.daemon.http.exchange import METHODS_SERVED
 from minikms.errors import MiniKmsError
 from minikms.issuing import KeyIssuing
 from minikms.lifecycle import KeyLifecycle
@@ -56,6 +57,10 @@ def operations() -> list[tuple[str, str, str]]:
 
 def test_every_call_is_on_the_page_and_no_other() -> None:
     assert {(method, path) for method, path, _ in operations()} | {("GET", "/health")} == calls().keys()
+
+
+def test_the_methods_that_the_engine_names_to_one_it_does_not_know_are_those_of_the_calls() -> None:
+    assert ", ".join(sorted({method for method, _ in calls()})) == METHODS_SERVED
 
 
 def test_every_code_is_on_the_page_with_its_status_and_no_other() -> None:

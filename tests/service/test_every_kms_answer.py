@@ -429,6 +429,16 @@ def test_every_refusal_appears(world: World, operation: str, status: int, code: 
     check(operation, reply)
 
 
+@pytest.mark.parametrize("path", DOCUMENT["paths"])
+def test_another_method_than_the_described_one_is_a_405_that_names_it(world: World, path: str) -> None:
+    described = {method.upper() for method in DOCUMENT["paths"][path]}
+    for method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"} - described:
+        reply = world(Ask(method, path.format(key_id=NO_KEY)))
+        known = method not in ("TRACE", "QUERY")
+        allowed = ", ".join(sorted(described)) if known else "GET, POST"
+        assert (reply.status, reply.headers["allow"]) == (405, allowed), (method, reply)
+
+
 def test_what_is_left_out_is_in_the_document_and_its_status_is_provoked_otherwise() -> None:
     assert set(LEFT_OUT) <= set(TOLD)
     for operation, status, _ in LEFT_OUT:

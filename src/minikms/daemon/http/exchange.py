@@ -52,6 +52,10 @@ class Request(msgspec.Struct, gc=False):
         return self.head.request_id
 
 
+METHODS_SERVED: Final = "GET, POST"
+"""By any path of the application; a test compares the two."""
+
+
 class Response:
     """An answer other than "200, JSON". `headers` are ready-made (name, value) pairs without line breaks."""
 
@@ -78,8 +82,12 @@ def error_response(status: int, code: str, sentence: str, *, close: bool = False
 
 
 def refusal_response(refusal: Refusal) -> Response:
-    """The answer to a refusal; the connection is closed after it."""
-    return error_response(*refusal, close=True)
+    """The answer to a refusal; the connection is closed after it. A 405 tells which methods there are at all, for RFC
+    9110 section 15.5.6 wants that said; which of them a path has is not known here."""
+    response = error_response(*refusal, close=True)
+    if refusal.status == 405:
+        response.headers = (("allow", METHODS_SERVED),)
+    return response
 
 
 def raised_response(error: MiniKmsError) -> Response:
