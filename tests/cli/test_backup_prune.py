@@ -1,0 +1,43 @@
+"""`minikms backup prune` removes what an interrupted backup left, and leaves one that is being made alone."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+
+import pytest
+
+from minikms.cli.backup import prune
+from minikms.custody.archives import ArchiveRegister, Registered
+from minikms.custody.archiving import staging_path
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> tuple[ArchiveRegister, Path]:
+    """The register of a data directory, and what an interrupted backup has left."""
+    data_dir = tmp_path / "d"
+    data_dir.mkdir(mode=0o700)
+    entry = Registered("a_0123456789abcdef", str(tmp_path / "archive"), begun_ms=1)
+    register = ArchiveRegister(str(data_dir))
+    register.put(entry)
+    leftover = Path(staging_path(entry.path, entry.archive_id))
+    leftover.write_bytes(b"minikms-backup\0\x01 and some keys")
+    return register, leftover
+
+
+def test_a_leftover_goes_with_its_entry(tmp_path: Path, interrupted: tuple[ArchiveRegister, Path]) -> None:
+    register, leftover = interrupted
+    assert prune(keep=1, data_dir=str(tmp_path / "d"), yes=True) == 0
+    assert not leftover.exists()
+    assert register.listed() == []
+
+
+def test_a_backup_that_is_being_made_is_neither_removed_nor_forgotten(
+    tmp_path: Path, interrupted: tuple[ArchiveRegister, Path]
+) -> None:
+    register, leftover = interrupted
+    with leftover.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert prune(keep=1, data_dir=str(tmp_path / "d"), yes=True) == 0
+    assert leftover.exists()
+    assert len(register.listed()) == 1
