@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -221,5 +222,30 @@ def test_changes_of_one_key_at_once_leave_it_as_one_of_them_would(tmp_path: Path
             await one.vault.destroy(key_id)
             assert not one.file(key_id).exists()
             assert one.backups(key_id) == []
+
+    asyncio.run(main())
+
+
+def test_a_retirement_that_the_disk_did_not_confirm_is_what_the_file_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new file is in place, only its directory could not be synced: from here on it would be retired after a start,
+    so it must not encrypt until then.
+    """
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            [key_id] = await one.make(1)
+            assert one.vault.opened(key_id).state == "active"
+            replace = one.vault.store.replace
+
+            async def unconfirmed(*arguments: Any) -> None:
+                await replace(*arguments)
+                raise StorageUnavailableError("a directory cannot be synced")
+
+            monkeypatch.setattr(one.vault.store, "replace", unconfirmed)
+            with pytest.raises(StorageUnavailableError):
+                await one.vault.retire(key_id)
+            assert one.vault.opened(key_id).state == "retired"
 
     asyncio.run(main())

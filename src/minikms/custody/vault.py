@@ -272,7 +272,12 @@ class Vault:
             if again and record.state == "retired":
                 return record
             changed = dek.retired(record, at=self.now(), replaced_by=replaced_by)
-            await self.store.replace(key_id, dek.encode(changed))
+            try:
+                await self.store.replace(key_id, dek.encode(changed))
+            except BaseException:
+                # It may be in place, if not for sure: whoever uses the key next looks at the file.
+                self.cache.drop(key_id)
+                raise
             self.index.put(changed)
             if (opened := self.cache.get(key_id)) is not None:
                 opened.state = changed.state
