@@ -181,7 +181,7 @@ async def _open_store(
         opened = True
     except SupervisorError as error:
         raise ServeError(str(error)) from None
-    except form.FormatError as error:
+    except (form.FormatError, RestoredError) as error:
         raise ServeError(str(error)) from None
     finally:
         if not opened:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from memory_engine import MemoryEngine
 from opened_store import TickingClock, messages_of
 from rotating import Place, backups_of, chunks_of, mapped, write
 from structlog.testing import capture_logs
@@ -19,6 +20,7 @@ from progressdb_server.kms.provider import ProviderRefusedError
 from progressdb_server.rotation_settings import Rotation
 from progressdb_server.store import backup, keyspace
 from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import StoreUnavailableError
 from progressdb_server.store.writer import Write
 
 DAY_NS = 86_400 * 1_000_000_000
@@ -272,6 +274,28 @@ def test_backups_go_when_told_to_and_only_those_of_that_job() -> None:
         assert await messages_of(store, "t") == messages
 
     place.run(body)
+
+
+def test_a_resumption_that_the_disk_refused_and_took_all_the_same_is_carried_out() -> None:
+    """Or the job would hold its thread, at work for nobody, until the next start."""
+    place = Place()
+    engine = place.engine
+    assert isinstance(engine, MemoryEngine)
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 10)
+        place.keys.delay_s = 0.01
+        job = await jobs.rotate("t")
+        await jobs.pause(job.id)
+        engine.fail_sync = engine.survives = True
+        with pytest.raises(StoreUnavailableError):
+            await jobs.resume(job.id)
+        async with asyncio.timeout(10):
+            while jobs.table.get(job.id).state != "done":
+                await asyncio.sleep(0.01)
+
+    with chunks_of(2):
+        place.run(body)
 
 
 # --- by itself ----------------------------------------------------------------------------------------------------

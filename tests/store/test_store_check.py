@@ -92,6 +92,7 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "a thread without a key map": ("keyless", lambda e: (b"kms:map:thread:t0", None)),
     "a map to a key that the key service does not have": ("keyless", lambda e: (b"kms:map:thread:t0", b"k_gone")),
     "a map that is no text": ("damaged", lambda e: (b"kms:map:thread:t0", b"\xff\xfe")),
+    "a memory of the key service that does not parse": ("damaged", lambda e: (keyspace.EPOCH, b"{")),
     "an empty map": ("damaged", lambda e: (b"kms:map:thread:t0", b"")),
     "a version entry that is missing": ("unindexed", lambda e: (first(e, "version:msg:"), None)),
     "an order entry that is missing": ("unindexed", lambda e: (first(e, "index:order:t0:"), None)),

@@ -242,6 +242,25 @@ def test_the_line_that_is_remembered_is_told_as_the_key_service_takes_it() -> No
     with_store(run)
 
 
+def test_what_is_remembered_but_can_not_be_read_or_compared_is_refused_too() -> None:
+    """A memory that is damaged, and a key service that no longer tells its epoch, pass nobody off as the right one."""
+
+    async def run(store: Conversations) -> None:
+        memory = EpochMemory(store.engine, store.writer)
+        await memory.observe({"status": "ok"})
+        await memory.observe(status(5, 100))
+        with pytest.raises(RestoredError, match="does not tell its epoch"):
+            await memory.observe({"status": "ok"})
+        store.engine.write([(keyspace.EPOCH, b"{")])
+        for ask in (lambda: memory.observe(status(5, 100)), lambda: asyncio.to_thread(audit_head, store.engine)):
+            with pytest.raises(RestoredError, match="damaged"):
+                await ask()
+        await memory.observe(status(5, 100), accept_restore=True)
+        assert memory.remembered is not None and memory.remembered.epoch == 5
+
+    with_store(run)
+
+
 def test_a_provider_without_epochs_is_not_judged_and_a_restored_one_stops_the_start() -> None:
     engine, provider = MemoryEngine(), SealingProvider()
     answer: dict[str, object] = {}

@@ -300,8 +300,12 @@ class Jobs:
 
         try:
             job = await self.table.change(job_id, how)
-        finally:
+        except StoreUnavailableError:  # it may be there all the same, and then its turn has to come
+            asyncio.get_running_loop().call_later(READ_RETRY_S, self._worked, job_id)
+            raise
+        except JobError:
             self._settle(job_id)
+            raise
         self._queue.append(job_id)
         self._pump()
         return job

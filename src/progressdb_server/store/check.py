@@ -29,6 +29,7 @@ from progressdb_server.kms.provider import Open, Provider, ProviderRefusedError
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.clock import Stamp
 from progressdb_server.store.engine import Engine, Reader
+from progressdb_server.store.epoch import Remembered as KeyService
 from progressdb_server.store.idempotency import Remembered
 from progressdb_server.store.reading import DELETED
 from progressdb_server.store.writer import State
@@ -101,7 +102,9 @@ class Checker:
                 msgspec.msgpack.decode(value, type=Remembered)
             elif key.startswith(_OTHER_SPACES):
                 self.counts["other"] += 1
-            elif key not in (keyspace.FORMAT, keyspace.STATE, keyspace.EPOCH):
+            elif key == keyspace.EPOCH:
+                msgspec.json.decode(value, type=KeyService)
+            elif key not in (keyspace.FORMAT, keyspace.STATE):
                 yield Finding("unknown", _shown(key), "the key belongs to no space of the store")
         except (msgspec.DecodeError, record.RecordFormatError, ValueError) as error:
             yield Finding("damaged", _shown(key), str(error))

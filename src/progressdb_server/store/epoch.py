@@ -21,6 +21,7 @@ from progressdb_server.store.engine import Reader
 from progressdb_server.store.writer import Write, Writer
 
 AUDIT_SETTLED_S: Final = 5.0
+WAY_OUT: Final = "If this is a deliberate restore, start once with --accept-restore."
 
 
 class RestoredError(Exception):
@@ -63,16 +64,19 @@ class EpochMemory:
     async def observe(self, status: dict[str, object], *, accept_restore: bool = False) -> None:
         """Judge an answer of the key service's `/status`, and remember what it shows.
 
-        A provider without epochs (development) is not judged. Raises RestoredError, StoreUnavailableError.
+        A provider without epochs (development) is not judged, unless the store has seen one. Raises RestoredError,
+        StoreUnavailableError.
         """
+        known = None if accept_restore else self.remembered
         try:
             seen = msgspec.convert(status, _Status)
         except msgspec.ValidationError:
+            if known is not None:
+                raise RestoredError(
+                    f"the key service does not tell its epoch, which it did before. {WAY_OUT}"
+                ) from None
             return
-        known = self.remembered
-        if accept_restore:
-            known = None
-        elif known is not None:
+        if known is not None:
             judge(known, seen.epoch, seen.keyring_id, seen.audit.head.seq, seen.audit.head.sig)
         head = self._settled_head(seen.audit.head)
         if head is None:
@@ -95,15 +99,18 @@ class EpochMemory:
 
 
 def remembered(reader: Reader) -> Remembered | None:
-    """Raises StoreUnavailableError."""
+    """Raises RestoredError when what is remembered can't be read; StoreUnavailableError."""
     raw = reader.get(keyspace.EPOCH)
-    return msgspec.json.decode(raw, type=Remembered) if raw else None
+    try:
+        return msgspec.json.decode(raw, type=Remembered) if raw else None
+    except msgspec.DecodeError:
+        raise RestoredError(f"what this store remembers of the key service is damaged. {WAY_OUT}") from None
 
 
 def audit_head(reader: Reader) -> str:
     """The line that the key service's audit log must have, as its flag takes it; empty where none is remembered.
 
-    Raises StoreUnavailableError.
+    Raises RestoredError, StoreUnavailableError.
     """
     known = remembered(reader)
     return f"{known.head_seq}:{known.head_sig}" if known is not None and known.head_seq else ""
@@ -111,18 +118,17 @@ def audit_head(reader: Reader) -> str:
 
 def judge(known: Remembered, epoch: int, keyring_id: str, head_seq: int, head_sig: str) -> None:
     """Raises RestoredError."""
-    way_out = "If this is a deliberate restore, start once with --accept-restore."
     if keyring_id != known.keyring_id:
         raise RestoredError(
-            f"the key service has another keyring than this store's records were sealed with. {way_out}"
+            f"the key service has another keyring than this store's records were sealed with. {WAY_OUT}"
         )
     if epoch < known.epoch:
         raise RestoredError(
             f"the key service is at epoch {epoch}, this store has seen {known.epoch}: its data directory is an older "
-            f"copy, and keys made since are missing. {way_out}"
+            f"copy, and keys made since are missing. {WAY_OUT}"
         )
     if head_seq < known.head_seq or (head_seq == known.head_seq and head_sig != known.head_sig):
         raise RestoredError(
             f"the key service's audit log ends at line {head_seq}, this store has seen line {known.head_seq}: "
-            f"lines were removed or replaced. {way_out}"
+            f"lines were removed or replaced. {WAY_OUT}"
         )
