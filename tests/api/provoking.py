@@ -342,7 +342,7 @@ def backup_meanwhile(world: World, operation: str) -> Reply:
     with ThreadPoolExecutor(1) as other:
         with world.fault(fault_words.STUCK):
             first = other.submit(world, one)
-            time.sleep(0.5)
+            world.until(lambda: one.body["name"] in str(world(Ask("GET", "/admin/store_backups")).body))
             reply = world(two)
         assert first.result().status == 200
     return reply
@@ -368,7 +368,7 @@ def while_restoring(world: World, operation: str) -> Reply:
     with ThreadPoolExecutor(1) as other:
         with world.fault(fault_words.STUCK):
             restoring = other.submit(world.order, job, "restore")
-            time.sleep(0.5)
+            world.until(lambda: bool(world.job(job)["restored_ns"]))
             reply = world(Ask("POST", operation.split(" ", 1)[1], {key: value}))
         assert restoring.result().status == 200
     return reply
@@ -378,7 +378,7 @@ def waited_for_cancelled(world: World, operation: str) -> Reply:
     with world.slow_job() as job, ThreadPoolExecutor(1) as other:
         thread = world.job(job)["thread_id"]
         waiting = other.submit(world, Ask("POST", "/admin/rotate_thread_dek?wait=true", {"thread_id": thread}))
-        time.sleep(0.3)
+        world.until(lambda: b"requests_in_flight 2.0" in world(Ask("GET", "/metrics")).body)
         world.order(job, "cancel")
         return waiting.result()
 

@@ -27,7 +27,7 @@ class Answer(NamedTuple):
         return str(self.body.get("code", "")) if isinstance(self.body, dict) else ""
 
 
-class _Connection(http.client.HTTPConnection):
+class Connection(http.client.HTTPConnection):
     def __init__(self, path: Path) -> None:
         super().__init__("kms", timeout=30)
         self._path = path
@@ -41,7 +41,7 @@ class _Connection(http.client.HTTPConnection):
 def ask(daemon: LiveDaemon, method: str, target: str, body: object = None) -> Answer:
     """`body`: bytes as they are, anything else as JSON, None for none."""
     sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    connection = _Connection(daemon.socket)
+    connection = Connection(daemon.socket)
     try:
         connection.request(method, target, sent)
         response = connection.getresponse()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import faulty_daemon
 import pytest
 import yaml
-from asking import NO_KEY, b64
+from asking import NO_KEY, Connection, b64
 
 import documented
 import needs
@@ -65,17 +65,6 @@ class Reply(NamedTuple):
         return str(json.loads(self.body).get("code", self.body))
 
 
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("kms", timeout=30)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(30)
-        self.sock.connect(str(self._path))
-
-
 class Ask(NamedTuple):
     method: str
     target: str
@@ -95,7 +84,7 @@ class World:
 
     def __call__(self, ask: Ask, daemon: LiveDaemon | None = None) -> Reply:
         sent = ask.body if isinstance(ask.body, bytes) or ask.body is None else json.dumps(ask.body).encode()
-        with contextlib.closing(_Connection((daemon or self.daemon).socket)) as connection:
+        with contextlib.closing(Connection((daemon or self.daemon).socket)) as connection:
             connection.request(ask.method, ask.target, sent)
             answered = connection.getresponse()
             return Reply(answered.status, {k.lower(): v for k, v in answered.getheaders()}, answered.read())
@@ -167,7 +156,11 @@ class World:
 
     def settle(self) -> None:
         """Wait for the end of a rotation."""
-        self.until(lambda: json.loads(self(Ask("GET", "/status")).body)["rotation"] is None)
+        self.until(lambda: self.rotation is None)
+
+    @property
+    def rotation(self) -> Any:
+        return json.loads(self(Ask("GET", "/status")).body)["rotation"]
 
     @contextlib.contextmanager
     def unreadable(self) -> Iterator[str]:
@@ -329,11 +322,10 @@ def unwritten(world: World, operation: str) -> Reply:
 
 def while_stopping(world: World, operation: str) -> Reply:
     ask = world.good(operation)
-    fault = faulty_daemon.STUCK if operation == "POST /rotate_kek" else faulty_daemon.HUNG
     try:
-        with ThreadPoolExecutor(1) as other, world.fault(fault):
+        with ThreadPoolExecutor(1) as other, world.fault(faulty_daemon.STUCK):
             waiting = other.submit(world, ask)
-            time.sleep(0.2)
+            world.until(lambda: world.rotation is not None)
             world.daemon.process.terminate()
             return waiting.result()
     finally:
