@@ -68,6 +68,13 @@ class OneKeyProvider:
     ) -> list[bytes | ProviderRefusedError]:
         return [ciphertext for ciphertext, _ in items]
 
+    async def check_many(
+        self, key_id: str, items: Sequence[tuple[bytes, bytes]], *, thread_id: str, request_id: str = ""
+    ) -> list[ProviderRefusedError | None]:
+        for ciphertext, aad in items:
+            self._cipher.decrypt(ciphertext[:12], ciphertext[12:], aad)
+        return [None] * len(items)
+
     async def retire(self, key_id: str, *, request_id: str = "") -> None:
         return None
 

@@ -93,6 +93,10 @@ SAID: dict[str, Said] = {
         (*OPENING, errors.KeyRetiredError, errors.StorageUnavailableError, errors.WrongPurposeError,
          errors.TooManyError),
     ),
+    "check_batch": Said(
+        "Whether many texts open under one key; none is answered", "decrypt", api.CheckBatchAnswer,
+        api.CheckBatchRequest, (*OPENING, errors.TooManyError),
+    ),
     "get_wrapped": Said(
         "A key as it is sealed under the current KEK", "decrypt", api.WrappedAnswer, None, KEY_ERRORS,
         {"key_id": (KEY_ID, True)},

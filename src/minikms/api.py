@@ -166,6 +166,8 @@ class ErrorAnswer(msgspec.Struct):
 
 
 class ReencryptItem(Request):
+    """Of /check_batch too."""
+
     ciphertext: str
     aad: str | UnsetType = UNSET
 
@@ -176,6 +178,29 @@ class ReencryptBatchRequest(Request):
     from_key_id: str
     to_key_id: str
     items: list[ReencryptItem]
+
+
+class CheckBatchRequest(Request):
+    """Answered by CheckBatchAnswer. Whether `items` open under the key; no plaintext is answered."""
+
+    key_id: str
+    items: list[ReencryptItem]
+    thread_id: str | UnsetType = UNSET
+
+
+class RefusedItemAnswer(msgspec.Struct, frozen=True):
+    """`item` is its index, from 0."""
+
+    item: int
+    error: str
+    code: str
+
+
+class CheckBatchAnswer(msgspec.Struct, frozen=True):
+    """Every item is counted in `opened` or named in `refused`, which is in the order of the items."""
+
+    opened: int
+    refused: list[RefusedItemAnswer]
 
 
 class KeyAnswer(msgspec.Struct, frozen=True):

@@ -31,6 +31,7 @@ from minikms.client.values import (
     EncryptItem,
     Outcome,
     ReencryptItem,
+    Verdict,
     checked_cost_bytes,
     chunks,
 )
@@ -181,6 +182,21 @@ class EmbeddedClient:
             outcome
             for call in calls
             for outcome in await self._perform(call, api.ReencryptBatchRequest, self._service.reencrypt_batch)
+        ]
+
+    async def check_batch(
+        self,
+        key_id: str,
+        items: Sequence[ReencryptItem],
+        *,
+        thread_id: str | None = None,
+        request_id: str | None = None,
+    ) -> list[Verdict]:
+        calls = [verbs.check_batch(key_id, chunk, thread_id).named(request_id) for chunk in chunks(items)]
+        return [
+            verdict
+            for call in calls
+            for verdict in await self._perform(call, api.CheckBatchRequest, self._service.check_batch)
         ]
 
     async def retire_key(self, key_id: str, *, request_id: str | None = None) -> api.KeyAnswer:

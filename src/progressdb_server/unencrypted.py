@@ -121,6 +121,12 @@ class UnencryptedProvider:
     ) -> list[bytes | ProviderRefusedError]:
         raise _no_keys()
 
+    async def check_many(
+        self, key_id: str, items: Sequence[tuple[bytes, bytes]], *, thread_id: str, request_id: str = ""
+    ) -> list[ProviderRefusedError | None]:
+        outcomes = [_opened(record) for record, _ in items]
+        return [outcome if isinstance(outcome, ProviderRefusedError) else None for outcome in outcomes]
+
     async def list_keys(
         self, *, thread_id: str | None = None, state: api.State | None = None, cursor: str | None = None
     ) -> api.KeyListAnswer:

@@ -12,7 +12,7 @@ from hostile import answer, hostile
 from using import CREATE_CALL, CREATED, ENCRYPT_CALL, KEY, SEALED, STATUS, STATUS_CALL, Use
 
 import minikms
-from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, errors, peer
+from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, ReencryptItem, errors, peer
 
 
 def test_health_is_ok_and_nothing_else(use: Use) -> None:
@@ -39,10 +39,18 @@ def test_every_verb_goes_to_its_place(use: Use) -> None:
         (
             (
                 "reencrypt_batch",
-                {"from_key_id": KEY, "to_key_id": KEY, "items": [minikms.client.ReencryptItem(ciphertext=b"")]},
+                {"from_key_id": KEY, "to_key_id": KEY, "items": [ReencryptItem(ciphertext=b"")]},
             ),
             batch,
             b"POST /reencrypt_batch",
+        ),
+        (
+            (
+                "check_batch",
+                {"key_id": KEY, "items": [ReencryptItem(ciphertext=b"")], "thread_id": "t"},
+            ),
+            answer(b'{"opened":1,"refused":[]}'),
+            b"POST /check_batch",
         ),
         (
             ("generate_data_key", {"key_id": KEY}),
@@ -94,6 +102,11 @@ def test_more_items_than_a_request_takes_are_split_and_come_back_in_order(use: U
     opened_items = [DecryptItem(key_id=made.key_id, ciphertext=ciphertext) for ciphertext in sealed]
     [opened] = use(daemon_socket, ("decrypt_batch", {"items": opened_items}))
     assert opened == [b"%d" % index for index in range(count) if index != 1500]
+    checked_items = [ReencryptItem(ciphertext=ciphertext) for ciphertext in sealed]
+    checked_items[1500] = ReencryptItem(ciphertext=sealed[1500], aad=b"elsewhere")
+    [verdicts] = use(daemon_socket, ("check_batch", {"key_id": made.key_id, "items": checked_items}))
+    assert isinstance(verdicts.pop(1500), errors.DecryptionError)
+    assert verdicts == [None] * (count - 2)
 
 
 def test_when_one_request_of_a_large_batch_fails_the_whole_call_does_and_nothing_is_left_under_way(use: Use) -> None:

@@ -137,6 +137,88 @@ def test_an_answer_of_another_shape_is_a_protocol_error(body: bytes) -> None:
         read_items(body, 1)
 
 
+def read_verdicts(body: bytes, count: int) -> list[errors.KmsRefusedError | None]:
+    call = verbs.check_batch(KEY, [ReencryptItem(ciphertext=b"")] * count, None)
+    return verbs.read(call, Answer(200, body, True))
+
+
+def test_the_daemon_reads_a_check_as_it_was_asked_and_an_absent_thread_is_absent() -> None:
+    items = [ReencryptItem(ciphertext=b"\xff\xfe", aad=b"a"), ReencryptItem(ciphertext=b"")]
+    asked = [api.ReencryptItem("//4=", "YQ=="), api.ReencryptItem("")]
+    for thread_id in ("t", ""):
+        body = verbs.check_batch(KEY, items, thread_id).body
+        assert body is not None
+        assert msgspec.json.decode(body, type=api.CheckBatchRequest) == api.CheckBatchRequest(KEY, asked, thread_id)
+    body = verbs.check_batch(KEY, items, None).body
+    assert body is not None and b"thread_id" not in body
+
+
+def test_a_check_gives_nothing_for_what_opened_and_the_error_of_its_code_for_what_did_not() -> None:
+    body = b'{"opened":1,"refused":[{"item":1,"error":"no","code":"decryption_failed"},'
+    body += b'{"item":2,"error":"hm","code":"new_one"}]}'
+    first, second, third = read_verdicts(body, 3)
+    assert first is None
+    assert isinstance(second, errors.DecryptionError)
+    assert (second.status, second.code, second.message) == (400, "decryption_failed", "no")
+    assert type(third) is errors.KmsRefusedError
+
+
+@given(
+    count=st.integers(0, 6),
+    opened=st.integers(-1, 7),
+    indices=st.lists(st.integers(-2, 7) | st.sampled_from([2**63, -(2**63), 2**70]), max_size=7),
+)
+def test_a_check_is_read_only_if_every_item_is_told_of_once_and_in_order(
+    count: int, opened: int, indices: list[int]
+) -> None:
+    refused = [{"item": index, "error": "no", "code": "decryption_failed"} for index in indices]
+    body = msgspec.json.encode({"opened": opened, "refused": refused})
+    sound = indices == sorted(set(indices) & set(range(count))) and opened + len(indices) == count
+    if sound:
+        verdicts = read_verdicts(body, count)
+        assert [index for index, verdict in enumerate(verdicts) if verdict is not None] == indices
+        assert len(verdicts) == count
+    else:
+        with pytest.raises(errors.KmsProtocolError):
+            read_verdicts(body, count)
+
+
+@given(count=st.integers(0, 8), picked=st.sets(st.integers(0, 7)))
+def test_every_check_that_a_daemon_may_answer_is_read(count: int, picked: set[int]) -> None:
+    indices = sorted(index for index in picked if index < count)
+    refused = [api.RefusedItemAnswer(index, "no", "too_large") for index in indices]
+    body = msgspec.json.encode(api.CheckBatchAnswer(count - len(indices), refused))
+    verdicts = read_verdicts(body, count)
+    assert [isinstance(verdict, errors.TooLargeError) for verdict in verdicts] == [n in indices for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"opened":1}',
+        b'{"refused":[]}',
+        b'{"opened":"1","refused":[]}',
+        b'{"opened":true,"refused":[]}',
+        b'{"opened":1.5,"refused":[]}',
+        b'{"opened":null,"refused":[]}',
+        b'{"opened":1,"refused":null}',
+        b'{"opened":0,"refused":[{}]}',
+        b'{"opened":0,"refused":[{"item":0,"code":"x"}]}',
+        b'{"opened":0,"refused":[{"item":0,"error":"y"}]}',
+        b'{"opened":0,"refused":[{"item":"0","error":"y","code":"x"}]}',
+        b'{"opened":0,"refused":[{"item":0,"error":"y","code":null}]}',
+        b'{"items":[{"plaintext":"eA=="}]}',
+        b'{"opened":1,"refused":' + b"[" * 5000,
+    ],
+)
+def test_an_answer_that_is_no_check_is_a_protocol_error(body: bytes) -> None:
+    with pytest.raises(errors.KmsProtocolError):
+        read_verdicts(body, 1)
+
+
 def test_every_code_of_the_contract_has_its_error_with_the_daemons_status() -> None:
     import minikms.errors
 

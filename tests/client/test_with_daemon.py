@@ -76,12 +76,21 @@ def test_the_life_of_a_key(kms: Any) -> None:
     )
     assert kms.decrypt(new, moved, aad=b"a") == b"text"
     assert isinstance(refused, errors.DecryptionError)
+    both = [ReencryptItem(ciphertext=sealed, aad=b"a"), ReencryptItem(ciphertext=moved, aad=b"a")]
+    first, second = kms.check_batch(old, both, thread_id="thread-2", request_id="req-2")
+    assert first is None
+    assert isinstance(second, errors.DecryptionError)
+    assert [type(verdict) for verdict in kms.check_batch(new, both)] == [errors.DecryptionError, type(None)]
+    with pytest.raises(errors.WrongThreadError):
+        kms.check_batch(old, both, thread_id="thread-3")
     assert kms.retire_key(new).state == "retired"
     assert kms.retire_key(new).state == "retired"
     receipt = kms.destroy_key(old, request_id="req-3")
     assert (receipt.key_id, receipt.state) == (old, "destroyed")
     with pytest.raises(errors.KeyDestroyedError):
         kms.decrypt(old, sealed, aad=b"a")
+    with pytest.raises(errors.KeyDestroyedError):
+        kms.check_batch(old, both)
 
 
 def test_keys_are_listed_page_by_page(kms: Any) -> None:

@@ -84,6 +84,16 @@ class Keys:
             raise Refused(400, "decryption_failed") from None
         return {"plaintext": base64.b64encode(opened).decode()}
 
+    def check(self, body: dict) -> dict:
+        refused = []
+        self.cipher(body, seal=False)
+        for index, item in enumerate(body["items"]):
+            try:
+                self.decrypt({**item, "key_id": body["key_id"]})
+            except Refused as error:
+                refused.append({"item": index, "error": f"refused: {error.code}", "code": error.code})
+        return {"opened": len(body["items"]) - len(refused), "refused": refused}
+
     def reencrypt(self, item: dict[str, str]) -> dict[str, str]:
         opened = self.decrypt({**item, "key_id": item["from"]})
         return self.encrypt({"key_id": item["to"], "plaintext": opened["plaintext"], "aad": item.get("aad", "")})
@@ -123,6 +133,8 @@ def answer(keys: Keys, target: str, body: dict) -> dict:
         case ["", "reencrypt_batch"]:
             ends = {"from": body["from_key_id"], "to": body["to_key_id"]}
             return each(keys.reencrypt, [{**item, **ends} for item in body["items"]])
+        case ["", "check_batch"]:
+            return keys.check(body)
         case ["", "keys", key_id, "retire"]:
             keys.retire(key_id)
             told = {"kek_version": 1, "created_at": "2026-01-01T00:00:00Z", "uses_max": 0, "purpose": "thread"}

@@ -57,6 +57,13 @@ def test_it_answers_as_the_remote_one_does(directory: Path) -> None:
         [moved] = await provider.reencrypt_many(old.key_id, new.key_id, [(sealed, b"a")])
         assert isinstance(moved, bytes)
         assert await provider.decrypt_with_key(new.key_id, moved, aad=b"a", thread_id="t") == b"text"
+        opens, stranger = await provider.check_many(old.key_id, [(sealed, b"a"), (moved, b"a")], thread_id="t")
+        assert opens is None
+        assert isinstance(stranger, ProviderRefusedError)
+        assert stranger.code == api.CODE_DECRYPTION_FAILED
+        with pytest.raises(ProviderRefusedError) as refused:
+            await provider.check_many(old.key_id, [(sealed, b"a")], thread_id="another", request_id="r-2")
+        assert refused.value.code == api.CODE_WRONG_THREAD
         await provider.retire(new.key_id)
         status = await provider.status()
         assert isinstance(status["epoch"], int)

@@ -91,6 +91,16 @@ def test_many_items_come_back_in_order_and_one_refusal_stops_no_other(place, dae
         assert isinstance(refused, ProviderRefusedError)
         assert refused.code == api.CODE_DECRYPTION_FAILED
         assert opened == [b"%d" % n for n in range(count) if n != 5]
+        verdicts = await provider.check_many(
+            key.key_id,
+            [(entry, b"a" if n != 300 else b"b") for n, entry in enumerate(sealed) if isinstance(entry, bytes)],
+            thread_id="t",
+            request_id="r",
+        )
+        refused = verdicts.pop(300)
+        assert isinstance(refused, ProviderRefusedError)
+        assert refused.code == api.CODE_DECRYPTION_FAILED
+        assert verdicts == [None] * (count - 1)
 
     run(place, test)
 
@@ -108,6 +118,14 @@ def test_a_replaced_key_only_decrypts_and_its_records_can_be_moved(place, daemon
         [moved] = await provider.reencrypt_many(old.key_id, new.key_id, [(sealed, b"a")])
         assert isinstance(moved, bytes)
         assert await provider.decrypt_with_key(new.key_id, moved, aad=b"a", thread_id="t") == b"text"
+        assert await provider.check_many(old.key_id, [(sealed, b"a")], thread_id="t") == [None]
+        for key_id, thread_id, code in (
+            (old.key_id, "another", api.CODE_WRONG_THREAD),
+            ("k_" + "0" * 26, "t", api.CODE_KEY_NOT_FOUND),
+        ):
+            with pytest.raises(ProviderRefusedError) as refused:
+                await provider.check_many(key_id, [(sealed, b"a")], thread_id=thread_id)
+            assert refused.value.code == code
         await provider.retire(new.key_id)
         await provider.retire(new.key_id)
 
@@ -145,6 +163,7 @@ def test_a_daemon_that_stays_away_is_unavailable_with_a_time_to_retry_and_no_pat
             provider.encrypt_many([Seal("k", b"x", b"", "t")]),
             provider.decrypt_many([Open("k", b"x", b"", "t")]),
             provider.reencrypt_many("k", "l", [(b"x", b"")]),
+            provider.check_many("k", [(b"x", b"")], thread_id="t"),
             provider.retire("k"),
             provider.status(),
         ]

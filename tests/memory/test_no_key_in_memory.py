@@ -98,6 +98,12 @@ def use_mixed(client: Client, key_ids: list[str], count: int, seed: int = 1) -> 
                 ]
             )
             assert opened == [text] * len(items)
+            checked = [
+                ReencryptItem(ciphertext=sealed)
+                for item, sealed in zip(items, sealed_items, strict=True)
+                if isinstance(sealed, bytes) and item.key_id == items[0].key_id
+            ]
+            assert client.check_batch(items[0].key_id, checked) == [None] * len(checked)
             done += 2
 
 
@@ -109,6 +115,7 @@ def live_a_keys_life(daemon: LiveDaemon, client: Client) -> dict[str, bytes]:
     new = client.create_dek_for_thread("life", replaces=old).key_id
     (resealed,) = client.reencrypt_batch(old, new, [ReencryptItem(ciphertext=sealed, aad=b"place")])
     assert isinstance(resealed, bytes) and client.decrypt(new, resealed, aad=b"place") == b"text"
+    assert client.check_batch(new, [ReencryptItem(ciphertext=resealed, aad=b"place")]) == [None]
     client.generate_data_key(data, with_plaintext=False)
     client.random(64)
     client.list_keys(thread_id="life")
@@ -128,6 +135,7 @@ def storm_of_errors(client: Client, socket_path: Path, key_ids: list[str]) -> No
         lambda: client.decrypt(key_ids[0], sealed, aad=b"elsewhere"),
         lambda: client.decrypt(key_ids[0], sealed, thread_id="not-its-thread"),
         lambda: client.encrypt("k_" + "0" * 26, b"text"),
+        lambda: client.check_batch(key_ids[0], [ReencryptItem(ciphertext=sealed)], thread_id="not-its-thread"),
     )
     for attempt in attempts * 30:
         with pytest.raises(KmsError):
@@ -271,6 +279,7 @@ def test_no_single_verb_leaves_a_key(tmp_path: Path) -> None:
         sealed = {key_id: client.encrypt(key_id, b"text") for key_id in (first, second, third)}
         encrypted = [EncryptItem(key_id=key_id, plaintext=b"text") for key_id in (second, third) * 20]
         decrypted = [DecryptItem(key_id=key_id, ciphertext=sealed[key_id]) for key_id in (second, third) * 20]
+        checked = [ReencryptItem(ciphertext=sealed[key_id]) for key_id in (second, third) * 20]
         roots = [daemon.root()]
 
         def rotate_root() -> None:
@@ -285,6 +294,7 @@ def test_no_single_verb_leaves_a_key(tmp_path: Path) -> None:
             ("get_wrapped", lambda: client.get_wrapped(second)),
             ("encrypt_batch", lambda: client.encrypt_batch(encrypted)),
             ("decrypt_batch", lambda: client.decrypt_batch(decrypted)),
+            ("check_batch", lambda: client.check_batch(second, checked)),
             ("generate_data_key", lambda: client.generate_data_key(data, with_plaintext=False)),
             ("random", lambda: client.random(32)),
             ("rotate", client.rotate_kek),

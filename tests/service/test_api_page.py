@@ -98,6 +98,7 @@ def verbs(one: OpenedVault, key_id: str) -> dict[tuple[str, str], Callable[[Prin
         ("POST", "/reencrypt_batch"): lambda who: records.reencrypt_batch(
             who, api.ReencryptBatchRequest(key_id, key_id, []), ""
         ),
+        ("POST", "/check_batch"): lambda who: records.check_batch(who, api.CheckBatchRequest(key_id, []), ""),
         ("POST", "/generate_data_key"): lambda who: issuing.generate_data_key(
             who, api.GenerateDataKeyRequest(key_id), ""
         ),

@@ -211,6 +211,7 @@ class World:
             "/encrypt_batch": {"items": [{"key_id": key_id, "plaintext": b64(b"text")}]},
             "/decrypt_batch": {"items": [{"key_id": key_id, "ciphertext": ""}]},
             "/reencrypt_batch": {"from_key_id": key_id, "to_key_id": key_id, "items": [{"ciphertext": ""}]},
+            "/check_batch": {"key_id": key_id, "items": [{"ciphertext": ""}]},
         }
         body: Any = bodies.get(path)
         if path in ("/decrypt", "/decrypt_batch"):
@@ -219,6 +220,8 @@ class World:
         elif path == "/reencrypt_batch" and not given:
             body["items"][0]["ciphertext"] = self.sealed(key_id)
             body["to_key_id"] = self.key()
+        elif path == "/check_batch" and not given:
+            body["items"].append({"ciphertext": self.sealed(key_id)})
         return Ask(method, path.format(key_id=key_id), body)
 
 

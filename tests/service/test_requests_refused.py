@@ -135,6 +135,9 @@ CASES: list[tuple[str, str, object, int, str]] = [
         "key_retired",
     ),
     ("POST", "/reencrypt_batch", {"from_key_id": NO_KEY, "to_key_id": "{active}", "items": []}, 404, "key_not_found"),
+    ("POST", "/check_batch", {"key_id": "{active}", "thread_id": "u", "items": []}, 403, "wrong_thread"),
+    ("POST", "/check_batch", {"key_id": NO_KEY, "items": []}, 404, "key_not_found"),
+    ("POST", "/check_batch", {"key_id": "{destroyed}", "items": [{"ciphertext": "{sealed}"}]}, 410, "key_destroyed"),
     ("POST", "/generate_data_key", {"key_id": "{active}"}, 409, "wrong_purpose"),
     ("POST", "/decrypt", {"key_id": "{data}", "ciphertext": "{sealed}"}, 400, "decryption_failed"),
     ("POST", "/decrypt", {"key_id": "{active}", "ciphertext": TEXT}, 400, "decryption_failed"),
@@ -149,6 +152,7 @@ CASES: list[tuple[str, str, object, int, str]] = [
         413,
         "too_many",
     ),
+    ("POST", "/check_batch", {"key_id": "{active}", "items": [{"ciphertext": ""}] * 1025}, 413, "too_many"),
     ("POST", "/encrypt", {"key_id": "{active}", "plaintext": b64(bytes(4 * 1024 * 1024 + 1))}, 413, "too_large"),
     ("POST", "/encrypt", {"key_id": "{active}", "plaintext": TEXT, "aad": b64(bytes(4097))}, 413, "too_large"),
 ]

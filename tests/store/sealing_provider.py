@@ -127,6 +127,20 @@ class SealingProvider:
                 answers.append(refused)
         return answers
 
+    async def check_many(
+        self, key_id: str, items: Sequence[tuple[bytes, bytes]], *, thread_id: str, request_id: str = ""
+    ) -> list[ProviderRefusedError | None]:
+        await self._answer("check_many")
+        self._key(key_id, thread_id)
+        verdicts: list[ProviderRefusedError | None] = []
+        for ciphertext, aad in items:
+            try:
+                self._open(Open(key_id, ciphertext, aad, thread_id))
+                verdicts.append(None)
+            except ProviderRefusedError as refused:
+                verdicts.append(refused)
+        return verdicts
+
     async def list_keys(
         self, *, thread_id: str | None = None, state: api.State | None = None, cursor: str | None = None
     ) -> api.KeyListAnswer:

@@ -221,6 +221,10 @@ def test_a_record_of_the_one_kind_does_not_open_in_the_other() -> None:
         for provider, record in ((sealing, plain), (bare, sealed)):
             [refused] = await provider.decrypt_many([Open(key, record, b"aad", "t")])
             assert isinstance(refused, ProviderRefusedError) and refused.code == api.CODE_DECRYPTION_FAILED
+            own = sealed if provider is sealing else plain
+            opens, refused_too = await provider.check_many(key, [(own, b"aad"), (record, b"aad")], thread_id="t")
+            assert opens is None
+            assert isinstance(refused_too, ProviderRefusedError) and refused_too.code == api.CODE_DECRYPTION_FAILED
         with pytest.raises(ProviderRefusedError):
             await bare.decrypt_with_key(key, sealed, aad=b"aad", thread_id="t")
 

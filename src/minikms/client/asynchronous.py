@@ -22,7 +22,7 @@ from minikms.client.batching import Lane
 from minikms.client.connection import Connection
 from minikms.client.errors import KmsClosedError, KmsError, KmsRefusedError, KmsTimeoutError
 from minikms.client.retry import Attempts
-from minikms.client.values import DecryptItem, EncryptItem, Outcome, ReencryptItem, chunks
+from minikms.client.values import DecryptItem, EncryptItem, Outcome, ReencryptItem, Verdict, chunks
 from minikms.client.verbs import Call
 
 T = TypeVar("T")
@@ -170,6 +170,22 @@ class AsyncClient:
             for chunk in chunks(items, CHUNK_ITEMS_MAX)
         )
 
+    async def check_batch(
+        self,
+        key_id: str,
+        items: Sequence[ReencryptItem],
+        *,
+        thread_id: str | None = None,
+        request_id: str | None = None,
+    ) -> list[Verdict]:
+        """For each item, in order, None if it opens under the key, or why not. Plaintext never leaves the daemon.
+
+        Any number of items: they are split as needed.
+        """
+        return await self._perform_all(
+            verbs.check_batch(key_id, chunk, thread_id).named(request_id) for chunk in chunks(items, CHUNK_ITEMS_MAX)
+        )
+
     async def generate_data_key(
         self, key_id: str, *, aad: bytes = b"", with_plaintext: bool = True, request_id: str | None = None
     ) -> api.DataKeyAnswer:
@@ -246,10 +262,10 @@ class AsyncClient:
         except TimeoutError:
             raise KmsTimeoutError("too many calls are under way for the key service to take one more") from None
 
-    async def _perform_all(self, calls: Iterator[Call[list[Outcome]]]) -> list[Outcome]:
+    async def _perform_all(self, calls: Iterator[Call[list[T]]]) -> list[T]:
         """The outcomes of the calls in order, a few at once: the daemon works on one while this side reads another."""
-        outcomes: list[Outcome] = []
-        under_way: deque[asyncio.Task[list[Outcome]]] = deque()
+        outcomes: list[T] = []
+        under_way: deque[asyncio.Task[list[T]]] = deque()
         try:
             for call in calls:
                 if len(under_way) == CHUNKS_AT_ONCE_MAX:

@@ -21,7 +21,7 @@ from minikms import api
 from minikms.client import peer, verbs
 from minikms.client.errors import KmsClosedError, KmsError, KmsTimeoutError, KmsUnavailableError
 from minikms.client.retry import Attempts
-from minikms.client.values import DecryptItem, EncryptItem, Outcome, ReencryptItem, checked_cost_bytes, chunks
+from minikms.client.values import DecryptItem, EncryptItem, Outcome, ReencryptItem, Verdict, checked_cost_bytes, chunks
 from minikms.client.verbs import Call
 from minikms.client.wire import Answer, AnswerParser, request_head
 
@@ -160,6 +160,21 @@ class Client:
             answered = self._perform(verbs.reencrypt_batch(from_key_id, to_key_id, chunk).named(request_id))
             outcomes += answered
         return outcomes
+
+    def check_batch(
+        self,
+        key_id: str,
+        items: Sequence[ReencryptItem],
+        *,
+        thread_id: str | None = None,
+        request_id: str | None = None,
+    ) -> list[Verdict]:
+        """As AsyncClient.check_batch."""
+        verdicts: list[Verdict] = []
+        for chunk in chunks(items):
+            answered = self._perform(verbs.check_batch(key_id, chunk, thread_id).named(request_id))
+            verdicts += answered
+        return verdicts
 
     def generate_data_key(
         self, key_id: str, *, aad: bytes = b"", with_plaintext: bool = True, request_id: str | None = None

@@ -54,7 +54,7 @@ class DecryptItem(msgspec.Struct, omit_defaults=True, frozen=True, gc=False, kw_
 
 
 class ReencryptItem(msgspec.Struct, omit_defaults=True, frozen=True, gc=False, kw_only=True):
-    """One ciphertext to move from one key to another, under the same `aad`."""
+    """One ciphertext to move from one key to another, under the same `aad`, or to check."""
 
     ciphertext: bytes
     aad: bytes = b""
@@ -67,6 +67,8 @@ Item = EncryptItem | DecryptItem | ReencryptItem
 ItemT = TypeVar("ItemT", EncryptItem, DecryptItem, ReencryptItem)
 Outcome = bytes | KmsRefusedError
 """What a batch gives for one item: the value, or why that item was refused."""
+Verdict = KmsRefusedError | None
+"""What a check gives for one item: None if it opens, or why it was refused."""
 
 
 def checked_cost_bytes(item: Item) -> int:

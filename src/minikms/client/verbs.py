@@ -17,7 +17,7 @@ from msgspec import UNSET, UnsetType
 
 from minikms import api
 from minikms.client.errors import KmsProtocolError, KmsRefusedError, refusal
-from minikms.client.values import DecryptItem, EncryptItem, Outcome, ReencryptItem, check_id, invalid
+from minikms.client.values import DecryptItem, EncryptItem, Outcome, ReencryptItem, Verdict, check_id, invalid
 from minikms.client.wire import Answer
 
 T = TypeVar("T")
@@ -60,6 +60,7 @@ _decode_encrypted: Final = msgspec.json.Decoder(api.EncryptAnswer).decode
 _decode_decrypted: Final = msgspec.json.Decoder(api.DecryptAnswer).decode
 _decode_encrypted_items: Final = msgspec.json.Decoder(api.EncryptBatchAnswer).decode
 _decode_decrypted_items: Final = msgspec.json.Decoder(api.DecryptBatchAnswer).decode
+_decode_checked: Final = msgspec.json.Decoder(api.CheckBatchAnswer).decode
 _decode_object: Final = msgspec.json.Decoder(dict[str, object]).decode
 _decode_keys: Final = msgspec.json.Decoder(api.KeyListAnswer).decode
 _decode_key: Final = msgspec.json.Decoder(api.KeyAnswer).decode
@@ -113,6 +114,23 @@ def _counted(decode: Callable[[bytes], list[Outcome]], count: int) -> Callable[[
         return outcomes
 
     return decode_counted
+
+
+def _verdicts(count: int) -> Callable[[bytes], list[Verdict]]:
+    def decode(body: bytes) -> list[Verdict]:
+        answer = _decode_checked(body)
+        verdicts: list[Verdict] = [None] * count
+        after = -1
+        for refused in answer.refused:
+            if not after < refused.item < count:
+                raise KmsProtocolError(f"the key service refused item {refused.item} of {count} after item {after}")
+            after = refused.item
+            verdicts[after] = refusal(refused.code, refused.error)
+        if answer.opened + len(answer.refused) != count:
+            raise KmsProtocolError(f"the key service answered other than {count} items")
+        return verdicts
+
+    return decode
 
 
 # --- verbs -------------------------------------------------------------------------------------------------------
@@ -169,6 +187,15 @@ def reencrypt_batch(from_key_id: str, to_key_id: str, items: Sequence[ReencryptI
     check_id("to_key_id", to_key_id)
     body = _encode({"from_key_id": from_key_id, "to_key_id": to_key_id, "items": items})
     return Call(b"/reencrypt_batch", body, True, _counted(_ciphertexts, len(items)))
+
+
+def check_batch(key_id: str, items: Sequence[ReencryptItem], thread_id: str | None) -> Call[list[Verdict]]:
+    check_id("key_id", key_id)
+    request: dict[str, object] = {"key_id": key_id, "items": items}
+    if thread_id is not None:
+        check_id("thread_id", thread_id)
+        request["thread_id"] = thread_id
+    return Call(b"/check_batch", _encode(request), True, _verdicts(len(items)))
 
 
 def generate_data_key(key_id: str, aad: bytes, with_plaintext: bool) -> Call[api.DataKeyAnswer]:

@@ -86,6 +86,7 @@ class Application:
         self._encrypt_batch = msgspec.json.Decoder(api.EncryptBatchRequest)
         self._decrypt_batch = msgspec.json.Decoder(api.DecryptBatchRequest)
         self._reencrypt_batch = msgspec.json.Decoder(api.ReencryptBatchRequest)
+        self._check_batch = msgspec.json.Decoder(api.CheckBatchRequest)
         self._data_key = msgspec.json.Decoder(api.GenerateDataKeyRequest)
         self._random = msgspec.json.Decoder(api.RandomRequest)
         self._rotate = msgspec.json.Decoder(api.RotateKekRequest)
@@ -102,6 +103,7 @@ class Application:
             "/status": ("GET", "status", self._handle_status),
             "/metrics": ("GET", "metrics", self._handle_metrics),
             "/reencrypt_batch": ("POST", "reencrypt_batch", self._handle_reencrypt_batch),
+            "/check_batch": ("POST", "check_batch", self._handle_check_batch),
             "/generate_data_key": ("POST", "generate_data_key", self._handle_data_key),
             "/random": ("POST", "random", self._handle_random),
             "/rotate_kek": ("POST", "rotate_kek", self._handle_rotate),
@@ -116,7 +118,7 @@ class Application:
         routes = (*self._routes.values(), *self._key_routes.values())
         self._times = VerbTimes(verb for _, verb, _ in routes)
         self._asked = self._times.asked
-        batches = ("encrypt_batch", "decrypt_batch", "reencrypt_batch")
+        batches = ("encrypt_batch", "decrypt_batch", "reencrypt_batch", "check_batch")
         self._batches = {verb: Histogram(metricspage.BATCH_SIZES) for verb in batches}
 
     def operations(self) -> list[tuple[str, str, str]]:
@@ -279,6 +281,11 @@ class Application:
         batch = _decode(self._reencrypt_batch, request)
         self._batches["reencrypt_batch"].add(len(batch.items))
         return self._service.reencrypt_batch(who, batch, request.request_id or "")
+
+    def _handle_check_batch(self, who: Principal, request: Request) -> Answer:
+        batch = _decode(self._check_batch, request)
+        self._batches["check_batch"].add(len(batch.items))
+        return self._service.check_batch(who, batch, request.request_id or "")
 
     def _handle_data_key(self, who: Principal, request: Request) -> Answer:
         return self._issuing.generate_data_key(who, _decode(self._data_key, request), request.request_id or "")

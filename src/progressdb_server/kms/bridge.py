@@ -62,6 +62,10 @@ class KeyClient(Protocol):
         self, from_key_id: str, to_key_id: str, items: Sequence[ReencryptItem], *, request_id: str | None
     ) -> list[bytes | KmsRefusedError]: ...
 
+    async def check_batch(
+        self, key_id: str, items: Sequence[ReencryptItem], *, thread_id: str | None, request_id: str | None
+    ) -> list[KmsRefusedError | None]: ...
+
     async def retire_key(self, key_id: str, *, request_id: str | None) -> api.KeyAnswer: ...
 
     async def list_keys(
@@ -174,6 +178,20 @@ class ClientProvider:
             )
         except KmsError as error:
             raise _translated(error) from error
+
+    async def check_many(
+        self, key_id: str, items: Sequence[tuple[bytes, bytes]], *, thread_id: str, request_id: str = ""
+    ) -> list[ProviderRefusedError | None]:
+        checked = [ReencryptItem(ciphertext=ciphertext, aad=aad) for ciphertext, aad in items]
+        try:
+            verdicts = await self._client.check_batch(
+                key_id, checked, thread_id=thread_id, request_id=request_id or None
+            )
+        except KmsError as error:
+            raise _translated(error) from error
+        return [
+            None if refused is None else ProviderRefusedError(refused.message, refused.code) for refused in verdicts
+        ]
 
     async def status(self) -> dict[str, object]:
         try:

@@ -92,6 +92,16 @@ class Provider(Protocol):
         """Each item is (ciphertext, aad). Plaintext never leaves the key service."""
         ...
 
+    async def check_many(
+        self, key_id: str, items: Sequence[tuple[bytes, bytes]], *, thread_id: str, request_id: str = ""
+    ) -> list[ProviderRefusedError | None]:
+        """Each item is (ciphertext, aad); in order, None if it opens under the key, or why not. Any number of items.
+
+        Plaintext never leaves the key service. Raises ProviderRefusedError for the key, ProviderUnavailableError for
+        the whole.
+        """
+        ...
+
     async def list_keys(
         self, *, thread_id: str | None = None, state: api.State | None = None, cursor: str | None = None
     ) -> api.KeyListAnswer:
