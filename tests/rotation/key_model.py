@@ -23,6 +23,7 @@ import minikms
 from minikms.client import DecryptItem, EncryptItem, ReencryptItem
 from minikms.client.errors import (
     ConflictError,
+    DecryptionError,
     KeyDestroyedError,
     KeyRetiredError,
     KmsError,
@@ -162,6 +163,21 @@ class Run:
         for record, outcome in zip(moved, self.client.reencrypt_batch(source, target, items), strict=True):
             assert isinstance(outcome, bytes), outcome
             self.records.append(Record(target, outcome, record.plaintext, record.aad))
+
+    def do_check_batch(self) -> None:
+        """Of one key: its own records open, another's do not."""
+        key_id = self._some("active", "retired", "destroyed")
+        if key_id is None:
+            return
+        asked = self.random.sample(self.records, min(20, len(self.records)))
+        asked += [record for record in self.records if record.key_id == key_id][:20]
+        items = [ReencryptItem(ciphertext=record.sealed, aad=record.aad) for record in asked]
+        if self.keys[key_id].state == "destroyed" and items:
+            self._expect(KeyDestroyedError, lambda: self.client.check_batch(key_id, items))
+            return
+        verdicts = self.client.check_batch(key_id, items, thread_id=self.keys[key_id].thread_id)
+        for record, verdict in zip(asked, verdicts, strict=True):
+            assert isinstance(verdict, type(None) if record.key_id == key_id else DecryptionError), verdict
 
     def do_check(self) -> None:
         self.check()
@@ -359,5 +375,6 @@ WEIGHTS = {
     "do_reencrypt": 3,
     "do_rotate": 3,
     "do_begin_rotation": 2,
+    "do_check_batch": 2,
     "do_check": 2,
 }
