@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -280,39 +281,66 @@ def test_closing_commits_what_is_queued_and_refuses_what_comes_after() -> None:
 
 
 SMALL_KEYS = st.sampled_from([b"a", b"b", b"ba", b"c", b"d"])
-SMALL_VALUES = st.none() | st.sampled_from([b"", b"1", b"2"])
+SMALL_PRESENT = st.sampled_from([b"", b"1", b"2"])
+SMALL_VALUES = st.none() | SMALL_PRESENT
 
 
 @given(
-    stored=st.dictionaries(SMALL_KEYS, SMALL_VALUES),
-    before=st.dictionaries(SMALL_KEYS, SMALL_VALUES, max_size=2),
-    run=st.dictionaries(SMALL_KEYS, SMALL_VALUES, min_size=1),
-    as_stored=st.booleans(),
+    stored=st.dictionaries(SMALL_KEYS, SMALL_PRESENT, min_size=1),
+    lost=st.none() | st.dictionaries(SMALL_KEYS, SMALL_PRESENT, min_size=1),
+    later=st.lists(st.dictionaries(SMALL_KEYS, SMALL_VALUES, max_size=2), max_size=3),
+    beside=st.dictionaries(SMALL_KEYS, SMALL_VALUES, max_size=2),
+    remembered=st.sampled_from([0, 3, 100]),
 )
-def test_a_run_holds_exactly_when_every_key_of_it_is_as_the_writes_before_left_it(
-    stored: dict[bytes, bytes | None],
-    before: dict[bytes, bytes | None],
-    run: dict[bytes, bytes | None],
-    as_stored: bool,
+def test_a_write_holds_exactly_when_what_it_has_read_still_stands(
+    stored: dict[bytes, bytes],
+    lost: dict[bytes, bytes] | None,
+    later: list[dict[bytes, bytes | None]],
+    beside: dict[bytes, bytes | None],
+    remembered: int,
 ) -> None:
-    found = {**stored, **before}
-    if as_stored:  # two in three of the others fail at their first key
-        run = {key: found.get(key) for key in run}
-    expected = sorted(run.items())
-    different = [key for key, value in expected if found.get(key) != value]
+    """Whether later groups, or an earlier write of its own group, have named its keys, and are remembered or not; and
+    where what it has read was lost with a failed sync."""
 
     async def body(writer: Writer, engine: MemoryEngine) -> None:
         await writer.commit(Write(list(stored.items())))
-        outcomes = await asyncio.gather(
-            writer.commit(Write(list(before.items()))),
-            writer.commit(Write([(b"written", b"yes")], run=expected)),
-            return_exceptions=True,
-        )
-        assert (engine.writes, engine.syncs) == (2, 2)  # the last two are one group
+        losing = None
+        if lost is not None:
+            engine.gate.clear()
+            engine.fail_sync = True
+            losing = writer.commit(Write(list(lost.items())))
+            await asyncio.sleep(0.001)
+        read_at, read = writer.group, engine.scan(b"a", b"e", limit=10)
+        assert read == sorted({**stored, **(lost or {})}.items())
+        if losing is not None:
+            engine.gate.set()
+            with pytest.raises(StoreUnavailableError):
+                await losing
+            while not writer.available:
+                await asyncio.sleep(0.001)
+        for puts in later:
+            await writer.commit(Write(list(puts.items())))
+        first = writer.commit(Write(list(beside.items())))
+        second = writer.commit(Write([(b"written", b"yes")], read=read, read_at=read_at))
+        outcomes = await asyncio.gather(first, second, return_exceptions=True)
+        different = [key for key, value in read if engine.get(key) != value]
         assert engine.get(b"written") == (None if different else b"yes")
         if different:
             assert isinstance(outcomes[1], ConditionFailedError)
             assert outcomes[1].key == different[0]
+
+    with mock.patch("progressdb_server.store.recent.KEYS_REMEMBERED_MAX", remembered):
+        with_writer(body)
+
+
+def test_what_was_not_written_since_it_was_read_is_not_read_again() -> None:
+    async def body(writer: Writer, engine: MemoryEngine) -> None:
+        await writer.commit(Write([(b"a", b"1"), (b"b", b"2")]))
+        read_at = writer.group
+        await writer.commit(Write([(b"c", b"3")]))
+        with mock.patch.object(engine, "get", side_effect=AssertionError):
+            await writer.commit(Write([(b"d", b"4")], read=[(b"a", b"1"), (b"b", b"2")], read_at=read_at))
+        assert engine.get(b"d") == b"4"
 
     with_writer(body)
 

@@ -74,16 +74,19 @@ _FOR_NOW: Final = (StaleJobError, ProviderUnavailableError, StoreUnavailableErro
 
 
 class _Step(NamedTuple):
-    """A chunk, re-encrypted: records with their new sealed parts, the failures, and the last storage key of it."""
+    """A chunk, re-encrypted: records with their new sealed parts, the failures, and the last storage key of it.
+    `read_at`: the writer's group when it was read."""
 
     moved: list[tuple[walk.Record, bytes]]
     failures: list[Failure]
     last: bytes
+    read_at: int
 
 
 class KeyRotation:
     def __init__(self, store: Conversations, provider: Provider, table: JobTable) -> None:
         self._engine = store.engine
+        self._writer = store.writer
         self._sealer = store.sealer
         self._provider = provider
         self._table = table
@@ -226,11 +229,12 @@ class KeyRotation:
         writing: deque[Storing] = deque()
         try:
             for chunk in walk.chunks(self._engine, lower, walk.end_of(self._engine, job.thread), _chunk_records(pace)):
+                read_at = self._writer.group
                 left = [found for found in chunk.records if found.key_id != job.new_key]
                 await pace.take(len(left) + SCAN_COST * (chunk.entries - len(left)))
                 if not left and not chunk.malformed:
                     continue
-                ahead.append(asyncio.create_task(self._reencrypt(job, chunk, left)))
+                ahead.append(asyncio.create_task(self._reencrypt(job, chunk, left, read_at)))
                 if len(ahead) > CHUNKS_AHEAD:
                     writing.append(self._write(row, await ahead.popleft()))
                     row = writing[-1].row
@@ -246,7 +250,7 @@ class KeyRotation:
             await _dropped(ahead)
             await asyncio.gather(*(storing.done for storing in writing), return_exceptions=True)
 
-    async def _reencrypt(self, job: Job, chunk: walk.Chunk, left: Sequence[walk.Record]) -> _Step:
+    async def _reencrypt(self, job: Job, chunk: walk.Chunk, left: Sequence[walk.Record], read_at: int) -> _Step:
         self._check_key_service()
         moved: list[tuple[walk.Record, bytes]] = []
         failures = [Failure(_shown(key), MALFORMED) for key in chunk.malformed]
@@ -261,9 +265,7 @@ class KeyRotation:
                     raise ProviderUnavailableError(f"the key service refused an item for now ({outcome.code})")
                 else:
                     failures.append(Failure(_shown(found.key), outcome.code))
-        if len(by_key) > 1:
-            moved.sort(key=lambda item: item[0].key)  # the keys of a write's run ascend
-        return _Step(moved, failures, chunk.last)
+        return _Step(moved, failures, chunk.last, read_at)
 
     async def _reencrypt_from(
         self, job: Job, key_id: str, records: Sequence[walk.Record]
@@ -300,7 +302,8 @@ class KeyRotation:
             failed=job.failed + len(step.failures),
             failures=named(job.failures, step.failures),
         )
-        return self._table.submit(row, after, puts, run=[(found.key, found.raw) for found, _ in step.moved])
+        read = [(found.key, found.raw) for found, _ in step.moved]
+        return self._table.submit(row, after, puts, read=read, read_at=step.read_at)
 
     # --- verifying ------------------------------------------------------------------------------------------------
     async def _verify(self, row: Row, pace: Pace) -> Row:

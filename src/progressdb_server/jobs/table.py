@@ -118,19 +118,27 @@ class JobTable:
         self._beat()
 
     def submit(
-        self, row: Row, job: Job, puts: Sequence[Put] = (), *, expect: Sequence[Put] = (), run: Sequence[Put] = ()
+        self,
+        row: Row,
+        job: Job,
+        puts: Sequence[Put] = (),
+        *,
+        expect: Sequence[Put] = (),
+        read: Sequence[tuple[bytes, bytes]] = (),
+        read_at: int = 0,
     ) -> Storing:
         """`job` in the place of `row`, together with the puts; all or nothing. It may be built upon at once: what is
-        submitted later is written later, and not at all if this is not."""
+        submitted later is written later, and not at all if this is not. `expect`, `read`, `read_at`: conditions, see
+        `store.writer.Write`."""
         key = row_key(job.id)
         stored = changed(job, updated_ns=self.now_ns())
         raw = _encode(stored)
-        done = self._writer.commit(Write(((key, raw), *puts), ((key, row.raw), *expect), run=run))
+        done = self._writer.commit(Write(((key, raw), *puts), ((key, row.raw), *expect), read=read, read_at=read_at))
         return Storing(Row(raw, stored), done)
 
     async def settle(self, storing: Storing) -> Row:
-        """Durable when it returns. Raises StaleJobError; ConditionFailedError for a value of `expect` or `run` (see
-        `store.writer.Write`); StoreUnavailableError, after which the write may or may not be there."""
+        """Durable when it returns. Raises StaleJobError; ConditionFailedError for a value of `expect` or `read`;
+        StoreUnavailableError, after which the write may or may not be there."""
         try:
             await storing.done
         except ConditionFailedError as error:

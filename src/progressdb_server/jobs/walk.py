@@ -54,9 +54,13 @@ def chunks(reader: Reader, lower: bytes, upper: bytes, count_max: int) -> Iterat
     while entries := reader.scan(lower, upper, limit=count_max, bytes_max=CHUNK_BYTES_MAX):
         records: list[Record] = []
         malformed: list[bytes] = []
+        key_id = ""
+        known: bytes | None = None
         for key, raw in entries:
             try:
-                key_id, sealed = record.unpack_sealed(raw)
+                head, sealed = record.split(raw)
+                if head != known:  # neighbours mostly have one header
+                    key_id, known = record.key_of(head), head
             except record.RecordFormatError:
                 malformed.append(key)
             else:

@@ -95,7 +95,8 @@ def pack(header: MessageHeader | ThreadHeader, sealed: bytes) -> bytes:
     return b"\x01%b%b%b" % (len(head).to_bytes(2, "big"), head, sealed)
 
 
-def _split(raw: bytes) -> tuple[bytes, bytes]:
+def split(raw: bytes) -> tuple[bytes, bytes]:
+    """Header and sealed part of any record. Raises RecordFormatError."""
     if len(raw) < _PREFIX_BYTES or raw[0] != VERSION:
         raise RecordFormatError("unknown record version")
     end = _PREFIX_BYTES + (raw[1] << 8 | raw[2])
@@ -113,23 +114,28 @@ def _decoded(decode: Callable[[bytes], T], raw: bytes, what: str) -> T:
 
 def unpack_message(raw: bytes) -> tuple[MessageHeader, bytes]:
     """Header and sealed part. Raises RecordFormatError."""
-    head, sealed = _split(raw)
+    head, sealed = split(raw)
     return _decoded(_message_header, head, "the header is not a message's"), sealed
 
 
 def unpack_thread(raw: bytes) -> tuple[ThreadHeader, bytes]:
     """Header and sealed part. Raises RecordFormatError."""
-    head, sealed = _split(raw)
+    head, sealed = split(raw)
     return _decoded(_thread_header, head, "the header is not a thread's"), sealed
+
+
+def key_of(head: bytes) -> str:
+    """The key id of a record's header. Raises RecordFormatError."""
+    try:
+        return _key_of_header(head).key_id
+    except _UNREADABLE as error:
+        raise RecordFormatError("the header names no key") from error
 
 
 def unpack_sealed(raw: bytes) -> tuple[str, bytes]:
     """Key id and sealed part of any record. Raises RecordFormatError."""
-    head, sealed = _split(raw)
-    try:
-        return _key_of_header(head).key_id, sealed
-    except _UNREADABLE as error:
-        raise RecordFormatError("the header names no key") from error
+    head, sealed = split(raw)
+    return key_of(head), sealed
 
 
 def rekeyed(raw: bytes, key_id: str, sealed: bytes) -> bytes:
@@ -158,7 +164,7 @@ def same_version(raw: bytes, stored: bytes) -> bool:
 
 def _fields(raw: bytes) -> tuple[list[Any], bytes]:
     """The header's fields, the first of which is the key id."""
-    head, sealed = _split(raw)
+    head, sealed = split(raw)
     fields = _decoded(_any_header, head, "the header is malformed")
     if not fields or not isinstance(fields[0], str):
         raise RecordFormatError("the header names no key")

@@ -21,7 +21,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from operator import itemgetter
 from typing import Final
 
 import msgspec
@@ -29,10 +28,11 @@ import structlog
 
 from progressdb_server.store import keyspace
 from progressdb_server.store.clock import Clock, Stamp
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine, EngineBusyError, EngineUnavailableError
+from progressdb_server.store.engine import Engine, EngineBusyError, EngineUnavailableError
 from progressdb_server.store.form import FormatError
 from progressdb_server.store.metrics import StoreMetrics
 from progressdb_server.store.model import StoreUnavailableError
+from progressdb_server.store.recent import RecentKeys
 
 GROUP_WRITES_MAX: Final = 512
 GROUP_BYTES_MAX: Final = 8 * 1024 * 1024
@@ -58,15 +58,16 @@ class ConditionFailedError(Exception):
 
 
 class Write(msgspec.Struct, frozen=True):
-    """`puts`: a value of None deletes. `expect`: stored values that the write relies on, None for absent; `run`: more
-    of these, of neighbouring keys in ascending order, which are read by a scan. `threads` and `messages`: what it adds
-    to the counters."""
+    """`puts`: a value of None deletes. `expect`: stored values that the write relies on, None for absent; `read`: more
+    of these, which were there when the writer's `group` was `read_at`. `threads` and `messages`: what it adds to the
+    counters."""
 
     puts: Sequence[tuple[bytes, bytes | None]]
     expect: Sequence[tuple[bytes, bytes | None]] = ()
     threads: int = 0
     messages: int = 0
-    run: Sequence[tuple[bytes, bytes | None]] = ()
+    read: Sequence[tuple[bytes, bytes]] = ()
+    read_at: int = 0
 
 
 class State(msgspec.Struct, array_like=True):
@@ -104,6 +105,7 @@ class Writer:
         self._drain: asyncio.Task[None] | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._closed = False
+        self._recent = RecentKeys()
         self.state = State()
         self.load_state()
 
@@ -111,6 +113,11 @@ class Writer:
     @property
     def available(self) -> bool:
         return self._recovery is None and not self._closed
+
+    @property
+    def group(self) -> int:
+        """The number of the latest group: see `Write.read_at`."""
+        return self._recent.group
 
     @property
     def queued(self) -> int:
@@ -256,6 +263,7 @@ class Writer:
             try:
                 if len(failed) < len(group):
                     self._engine.write(staged.items())
+                    self._recent.add(staged)
                     self.state = state
                 return failed
             except EngineBusyError:
@@ -274,8 +282,7 @@ class Writer:
             write = slot.write
             if write is None:
                 raise RuntimeError("a slot was queued without a write")
-            run = () if self._stands(write.run, staged) else write.run
-            for key, expected in chain(write.expect, run):
+            for key, expected in chain(write.expect, self._in_doubt(write, staged)):
                 if key in staged:
                     found = staged[key]
                 elif key in read:
@@ -294,19 +301,14 @@ class Writer:
         staged[keyspace.STATE] = msgspec.msgpack.encode(state)
         return staged, failed, state
 
-    def _stands(self, run: Sequence[tuple[bytes, bytes | None]], staged: dict[bytes, bytes | None]) -> bool:
-        """Whether the whole run is stored as expected; one scan costs a fraction of as many gets. False says nothing:
-        then each key tells, where other entries stand between, say, or an earlier write of the group has one."""
-        if not run or not staged.keys().isdisjoint(map(itemgetter(0), run)):
-            return not run
-        lower, upper = run[0][0], run[-1][0] + b"\0"
-        compared = 0
-        while entries := self._engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX, bytes_max=GROUP_BYTES_MAX):
-            if entries != list(run[compared : compared + len(entries)]):
-                return False
-            compared += len(entries)
-            lower = entries[-1][0] + b"\0"
-        return compared == len(run)
+    def _in_doubt(self, write: Write, staged: dict[bytes, bytes | None]) -> Sequence[tuple[bytes, bytes]]:
+        """What has to be compared of the values that a write has read: nothing where its keys were not written since.
+        To know that costs a fraction of reading them again."""
+        if not write.read:
+            return ()
+        keys = [key for key, _ in write.read]
+        untouched = staged.keys().isdisjoint(keys) and self._recent.untouched(keys, write.read_at)
+        return () if untouched else write.read
 
     # --- failure --------------------------------------------------------------------------------------------------
     def _fail(self, group: list[Slot], error: Exception) -> None:
@@ -322,6 +324,7 @@ class Writer:
         while True:
             try:
                 await asyncio.get_running_loop().run_in_executor(self._disk, self._engine.reopen)
+                self._recent.forget()
                 self.load_state()
                 break
             except Exception as error:  # noqa: BLE001  recovery goes on until it succeeds
