@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from opened_store import messages_of
@@ -12,7 +13,7 @@ from sealing_provider import SealingProvider
 from progressdb_server.jobs import rotation
 from progressdb_server.jobs.model import JobConflictError
 from progressdb_server.jobs.service import Jobs
-from progressdb_server.kms.provider import KeyHandle, ProviderUnavailableError
+from progressdb_server.kms.provider import KeyHandle, ProviderRefusedError, ProviderUnavailableError
 from progressdb_server.store import keyspace
 from progressdb_server.store.check import Checker
 from progressdb_server.store.conversations import Conversations
@@ -38,6 +39,47 @@ def test_a_rotation_moves_every_record_and_the_metadata_and_keeps_what_was() -> 
 
     with chunks_of(8):
         place.run(body)
+
+
+def test_a_rotation_never_asks_for_plaintext() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 50)
+        place.keys.calls.clear()
+        job = await jobs.wait((await jobs.rotate("t")).id)
+        assert (job.state, job.verified) == ("done", 51)
+        assert place.keys.calls.keys() <= {"create", "reencrypt_many", "check_many", "list_keys"}
+
+    place.run(body)
+
+
+def test_a_record_that_is_damaged_after_its_re_encryption_is_found_and_named() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 20)
+        stamp = keyspace.parse_message_id(messages[4].id)
+        assert stamp is not None
+        key = keyspace.record("t", stamp)
+        check_many = place.keys.check_many
+
+        async def damage_first(*args: Any, **named: Any) -> list[ProviderRefusedError | None]:
+            place.keys.check_many = check_many  # type: ignore[method-assign]  # once is enough
+            raise ProviderUnavailableError("for now")
+
+        place.keys.check_many = damage_first  # type: ignore[method-assign]  # the hook: the verification has begun
+        begun = await jobs.rotate("t")
+        while place.keys.check_many != check_many:
+            await asyncio.sleep(0)
+        raw = store.engine.get(key)
+        assert raw is not None
+        store.engine.write([(key, raw[:-1] + bytes([raw[-1] ^ 1]))])
+        job = await jobs.wait(begun.id)
+        assert (job.state, job.reason) == ("failed", "1 records do not open under the new key")
+        assert [(failure.key, failure.code) for failure in job.failures] == [(key.decode(), "decryption_failed")]
+
+    place.run(body)
 
 
 def test_a_thread_that_nobody_knows_is_refused() -> None:

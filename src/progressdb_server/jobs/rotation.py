@@ -5,7 +5,7 @@ Owns: the steps, and what is written in each. Invariants:
   cancel is taken (`Job.keying`): the old key may be retired already, and then the thread takes no writes.
 - One write holds the new ciphertexts of a chunk, the old ones as backups, and the cursor: a kill repeats and loses
   nothing. It is made only while every record is still what was read, or else the chunk is read again.
-- Plaintext does not leave the key service while records are re-encrypted.
+- Plaintext does not leave the key service, neither while records are re-encrypted nor when they are read back.
 - A job ends as `done` only after a pass over the whole thread found every record under the new key and opened it, found
   as many backups as it has re-encrypted records, and left the thread one active key.
 What the store and the key service can't do now is tried again; what they refuse ends the job as `failed`.
@@ -27,7 +27,7 @@ from progressdb_server.jobs import backups, walk
 from progressdb_server.jobs.model import AT_WORK, Failure, Job, changed, move, named, with_source
 from progressdb_server.jobs.pace import Pace
 from progressdb_server.jobs.table import JobTable, Row, StaleJobError, Storing
-from progressdb_server.kms.provider import Open, Provider, ProviderRefusedError, ProviderUnavailableError
+from progressdb_server.kms.provider import Provider, ProviderRefusedError, ProviderUnavailableError
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import StoreUnavailableError
@@ -318,7 +318,7 @@ class KeyRotation:
                 current = [found for found in chunk.records if found.key_id == job.new_key]
                 left += chunk.entries - len(current)
                 await pace.take(VERIFY_COST * chunk.entries)
-                ahead.append(asyncio.create_task(self._open(job, current)))
+                ahead.append(asyncio.create_task(self._check(job, current)))
                 if len(ahead) > CHUNKS_AHEAD:
                     broken += await ahead.popleft()
                 verified += len(current)
@@ -339,15 +339,17 @@ class KeyRotation:
             return await self._table.store(row, again)
         return await self._finish(row, verified, pace)
 
-    async def _open(self, job: Job, records: Sequence[walk.Record]) -> list[Failure]:
+    async def _check(self, job: Job, records: Sequence[walk.Record]) -> list[Failure]:
+        """Those that do not open under the new key."""
         self._check_key_service()
-        wanted = [Open(found.key_id, found.sealed, found.key, job.thread) for found in records]
+        items = [(found.sealed, found.key) for found in records]
+        outcomes = await self._provider.check_many(job.new_key, items, thread_id=job.thread, request_id=job.id)
         failures: list[Failure] = []
-        for found, outcome in zip(records, await self._provider.decrypt_many(wanted), strict=True):
-            if isinstance(outcome, ProviderRefusedError):
-                if outcome.code in _TRANSIENT:
-                    raise ProviderUnavailableError(f"the key service refused an item for now ({outcome.code})")
-                failures.append(Failure(_shown(found.key), outcome.code))
+        for found, refused in zip(records, outcomes, strict=True):
+            if refused is not None:
+                if refused.code in _TRANSIENT:
+                    raise ProviderUnavailableError(f"the key service refused an item for now ({refused.code})")
+                failures.append(Failure(_shown(found.key), refused.code))
         return failures
 
     async def _finish(self, row: Row, verified: int, pace: Pace) -> Row:
