@@ -95,11 +95,13 @@ def test_records_read_back_and_rekeying_changes_the_key_alone(
     raw = record.pack(header, sealed)
     assert record.unpack_message(raw) == (header, sealed)
     assert record.unpack_sealed(raw) == (key_id, sealed)
-    again = record.rekeyed(raw, new_key, b"other")
+    head, rest = record.split(raw)
+    assert (record.key_of(head), rest) == (key_id, sealed)
+    again = record.rekeyed(head, new_key) + b"other"
     assert record.unpack_message(again) == (record.MessageHeader(new_key, first, author, deleted), b"other")
     thread = record.ThreadHeader(key_id, author, first, 5, 6)
     assert record.unpack_thread(record.pack(thread, sealed)) == (thread, sealed)
-    again = record.rekeyed(record.pack(thread, sealed), new_key, b"other")
+    again = record.rekeyed(record.split(record.pack(thread, sealed))[0], new_key) + b"other"
     assert record.unpack_thread(again) == (record.ThreadHeader(new_key, author, first, 5, 6), b"other")
 
 

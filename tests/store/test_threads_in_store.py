@@ -182,7 +182,7 @@ def test_metadata_that_was_rewritten_by_a_key_rotation_meanwhile_is_read_again()
         key_id, sealed = record.unpack_sealed(raw)
         plaintext = await provider.decrypt_with_key(key_id, sealed, aad=key, thread_id=thread)
         again = await provider.encrypt_with_key(key_id, plaintext, aad=key, thread_id=thread)
-        engine.write([(key, record.rekeyed(raw, key_id, again))])
+        engine.write([(key, record.rekeyed(record.split(raw)[0], key_id) + again)])
         await renaming
         assert (await store.get_thread(thread)).title == "new"
 

@@ -286,8 +286,12 @@ class KeyRotation:
         job = row.job
         puts: list[tuple[bytes, bytes | None]] = []
         kept = backups.key_of(job.id, b"")
+        renewed: dict[bytes, bytes] = {}  # most records of a thread have one of a few headers
         for found, sealed in step.moved:
-            puts.append((found.key, record.rekeyed(found.raw, job.new_key, sealed)))
+            head = renewed.get(found.head)
+            if head is None:
+                head = renewed[found.head] = record.rekeyed(found.head, job.new_key)
+            puts.append((found.key, head + sealed))
             puts.append((kept + found.key, found.raw))
         sources = job.sources
         for key_id in {found.key_id for found, _ in step.moved}:

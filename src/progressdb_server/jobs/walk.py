@@ -16,10 +16,11 @@ CHUNK_BYTES_MAX: Final = 1024 * 1024
 
 
 class Record(NamedTuple):
-    """A stored record: where it is, its bytes, its key's id, and the part that only the key opens."""
+    """A stored record: where it is, its bytes, its header, its key's id, and the part that only the key opens."""
 
     key: bytes
     raw: bytes
+    head: bytes
     key_id: str
     sealed: bytes
 
@@ -64,7 +65,7 @@ def chunks(reader: Reader, lower: bytes, upper: bytes, count_max: int) -> Iterat
             except record.RecordFormatError:
                 malformed.append(key)
             else:
-                records.append(Record(key, raw, key_id, sealed))
+                records.append(Record(key, raw, head, key_id, sealed))
         last = entries[-1][0]
         lower = last + b"\0"
         yield Chunk(records, malformed, last)

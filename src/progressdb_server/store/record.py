@@ -19,11 +19,6 @@ import msgspec
 
 VERSION: Final = 1
 _PREFIX_BYTES: Final = 3
-_KEY_ID_AT: Final = _PREFIX_BYTES + 2
-"""Where the key id begins in a record: after the bytes of the header's array and of a text of up to 31 characters."""
-_SHORT_TEXT: Final = 0xA0
-_SHORT_TEXT_CHARS_MAX: Final = 31
-"""MessagePack's `fixstr`."""
 
 _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """msgspec raises the latter two unwrapped."""
@@ -55,12 +50,6 @@ class ThreadHeader(msgspec.Struct, array_like=True, frozen=True):
     deleted_ns: int
 
 
-class _KeyOfHeader(msgspec.Struct, array_like=True, frozen=True):
-    """What every header begins with; the rest is passed over."""
-
-    key_id: str
-
-
 class MessageSecret(msgspec.Struct, array_like=True, frozen=True):
     """The sealed part, as a JSON array. `first` binds the record to its message."""
 
@@ -84,7 +73,6 @@ _to_header = msgspec.msgpack.Encoder().encode
 _message_header = msgspec.msgpack.Decoder(MessageHeader).decode
 _thread_header = msgspec.msgpack.Decoder(ThreadHeader).decode
 _any_header = msgspec.msgpack.Decoder(list[Any]).decode
-_key_of_header = msgspec.msgpack.Decoder(_KeyOfHeader).decode
 encode_secret = msgspec.json.Encoder().encode
 _message_secret = msgspec.json.Decoder(MessageSecret).decode
 _thread_secret = msgspec.json.Decoder(ThreadSecret).decode
@@ -125,11 +113,9 @@ def unpack_thread(raw: bytes) -> tuple[ThreadHeader, bytes]:
 
 
 def key_of(head: bytes) -> str:
-    """The key id of a record's header. Raises RecordFormatError."""
-    try:
-        return _key_of_header(head).key_id
-    except _UNREADABLE as error:
-        raise RecordFormatError("the header names no key") from error
+    """The key id of any record's header. Raises RecordFormatError."""
+    key_id: str = _fields(head)[0]
+    return key_id
 
 
 def unpack_sealed(raw: bytes) -> tuple[str, bytes]:
@@ -138,37 +124,33 @@ def unpack_sealed(raw: bytes) -> tuple[str, bytes]:
     return key_of(head), sealed
 
 
-def rekeyed(raw: bytes, key_id: str, sealed: bytes) -> bytes:
-    """The record `raw`, which `unpack_sealed` has read, under another key. Raises RecordFormatError."""
-    new_id = key_id.encode()
-    size = len(new_id)
-    if size <= _SHORT_TEXT_CHARS_MAX and len(raw) > _KEY_ID_AT and raw[_KEY_ID_AT - 1] == _SHORT_TEXT | size:
-        # Another id as long as the old one, as every key service's are: nothing else changes.
-        end = _PREFIX_BYTES + (raw[1] << 8 | raw[2])
-        return b"".join((raw[:_KEY_ID_AT], new_id, raw[_KEY_ID_AT + size : end], sealed))
-    fields, _ = _fields(raw)
-    head = _to_header([key_id, *fields[1:]])
-    return b"\x01%b%b%b" % (len(head).to_bytes(2, "big"), head, sealed)
+def rekeyed(head: bytes, key_id: str) -> bytes:
+    """What comes before the sealed part of a record whose header was `head`, under another key.
+
+    Raises RecordFormatError.
+    """
+    fields = _fields(head)
+    renewed = _to_header([key_id, *fields[1:]])
+    return b"\x01%b%b" % (len(renewed).to_bytes(2, "big"), renewed)
 
 
 def same_version(raw: bytes, stored: bytes) -> bool:
     """Whether both are one version of a record, under whichever keys; `stored` may be damaged, which is no version of
     its own. Raises RecordFormatError for `raw`."""
-    fields, _ = _fields(raw)
+    fields = _fields(split(raw)[0])
     try:
-        others, _ = _fields(stored)
+        others = _fields(split(stored)[0])
     except RecordFormatError:
         return True
     return fields[1:] == others[1:]
 
 
-def _fields(raw: bytes) -> tuple[list[Any], bytes]:
+def _fields(head: bytes) -> list[Any]:
     """The header's fields, the first of which is the key id."""
-    head, sealed = split(raw)
     fields = _decoded(_any_header, head, "the header is malformed")
     if not fields or not isinstance(fields[0], str):
         raise RecordFormatError("the header names no key")
-    return fields, sealed
+    return fields
 
 
 def open_message(header: MessageHeader, first: str, plaintext: bytes) -> MessageSecret:
