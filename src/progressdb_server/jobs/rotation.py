@@ -34,8 +34,8 @@ from progressdb_server.store.model import StoreUnavailableError
 from progressdb_server.store.writer import ConditionFailedError
 
 CHUNK_RECORDS_MAX: Final = 512
-CHUNKS_AHEAD: Final = 2
-WRITES_AHEAD: Final = 4
+CHUNKS_AHEAD: Final = 4
+WRITES_AHEAD: Final = 8
 """Chunks that the key service has, and chunks on their way to the disk, where they share a sync."""
 PACED_CHUNK_RECORDS_MAX: Final = 128
 """Of a job with a bounded rate: what requests may have to wait for is a millisecond or two."""
