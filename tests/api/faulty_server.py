@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from fault_words import DEFECT, DISK, FAULT_FILE, FULL, ROTTEN, STUCK
 
-from progressdb_server.api.exchange import Exchange
-from progressdb_server.api.routes import Resource
+from progressdb_server.api.call import Call
+from progressdb_server.api.routes import Handler, Resource
 from progressdb_server.cli import main
 from progressdb_server.jobs import service
 from progressdb_server.store import backup
@@ -49,16 +49,12 @@ def sync(engine: RocksEngine, real: Callable[[RocksEngine], None] = RocksEngine.
     real(engine)
 
 
-async def serve(
-    resource: Resource,
-    exchange: Exchange,
-    real: Callable[[Resource, Exchange], Coroutine[Any, Any, None]] = Resource.serve,
-) -> None:
+def handler(resource: Resource, call: Call, real: Callable[[Resource, Call], Handler] = Resource.handler) -> Handler:
     now = fault()
     if now == DEFECT:
         raise RuntimeError("private text of a defect")
     service.UNFINISHED_MAX = 0 if now == FULL else 65_536  # type: ignore[misc]  # final in production
-    await real(resource, exchange)
+    return real(resource, call)
 
 
 def digest(path: str, real: Callable[[str], tuple[int, str]] = backup._digest) -> tuple[int, str]:
@@ -69,7 +65,7 @@ def digest(path: str, real: Callable[[str], tuple[int, str]] = backup._digest) -
 for name in ("get", "scan", "keys", "write", "checkpoint", "reopen"):
     setattr(RocksEngine, name, failing(getattr(RocksEngine, name)))
 RocksEngine.sync = sync  # type: ignore[method-assign]  # the seam of the fault
-Resource.serve = serve  # type: ignore[method-assign]  # as above
+Resource.handler = handler  # type: ignore[method-assign]  # as above
 backup._digest = digest
 service.TICK_S = TICK_S  # type: ignore[misc]  # final in production
 

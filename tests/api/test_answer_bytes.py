@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Any
 
 import pytest
@@ -27,24 +26,24 @@ class Transport:
         return self.closed
 
 
+def made(transport: Transport, method: str = "GET", keep_alive: bool = True, waits: bool = False) -> Cycle:
+    return Cycle(
+        scope={"method": method},  # all that is looked at
+        transport=transport,  # type: ignore[arg-type]  # all that is called
+        flow=FlowControl(transport),  # type: ignore[arg-type]  # all that is called
+        default_headers=[(b"date", b"today")],
+        expect_100_continue=waits,
+        keep_alive=keep_alive,
+        on_response=lambda: None,
+    )
+
+
 def answered(*messages: dict[str, Any], method: str = "GET", keep_alive: bool = True) -> Transport:
     """Sends the messages; what was written before one of them is refused is in the transport all the same."""
     transport = Transport()
 
     async def send() -> None:
-        cycle = Cycle(
-            scope={"method": method},  # type: ignore[typeddict-item]  # all that is looked at
-            transport=transport,  # type: ignore[arg-type]  # all that is called
-            flow=FlowControl(transport),  # type: ignore[arg-type]  # all that is called
-            logger=logging.getLogger("test"),
-            access_logger=logging.getLogger("test"),
-            access_log=False,
-            default_headers=[(b"date", b"today")],
-            message_event=asyncio.Event(),
-            expect_100_continue=False,
-            keep_alive=keep_alive,
-            on_response=lambda: None,
-        )
+        cycle = made(transport, method, keep_alive)
         for message in messages:
             await cycle.send(message)
 
@@ -118,3 +117,87 @@ def test_nothing_leaves_after_a_complete_answer() -> None:
     whole = [start(200, (b"content-length", b"0")), part(b"")]
     with pytest.raises(RuntimeError, match="complete already"):
         answered(*whole, part(b"more"))
+
+
+# --- without messages -------------------------------------------------------------------------------------------
+LENGTH_2 = (b"content-length", b"2")
+
+
+@pytest.mark.parametrize("status", [200, 404])
+@pytest.mark.parametrize("keep_alive", [True, False])
+@pytest.mark.parametrize("headers", [(), ((b"x-request-id", b"r"),), ((b"connection", b"close"), (b"a", b"b"))])
+def test_a_whole_answer_is_the_same_with_messages_and_without(status: int, keep_alive: bool, headers: Any) -> None:
+    transport = Transport()
+    assert made(transport, keep_alive=keep_alive).answer(status, headers, b"ok")
+    other = answered(start(status, *headers, LENGTH_2), part(b"ok"), keep_alive=keep_alive)
+    ((head, body), (other_head, other_body)) = (one.writes[0].split(b"\r\n\r\n") for one in (transport, other))
+    assert (sorted(head.split(b"\r\n")), body) == (sorted(other_head.split(b"\r\n")), other_body)
+    assert transport.closed is other.closed
+
+
+def test_what_can_not_leave_whole_at_once_is_left_to_the_messages() -> None:
+    transport = Transport()
+    cycle = made(transport)
+    assert not made(transport, "HEAD").answer(200, (), b"ok")
+    assert not cycle.answer(204, (), b"")
+    cycle.flow.pause_writing()
+    assert not cycle.answer(200, (), b"ok")
+    cycle.flow.resume_writing()
+    cycle.disconnected = True
+    assert not cycle.answer(200, (), b"ok")
+    assert transport.writes == []
+    cycle.disconnected = False
+    assert cycle.answer(200, (), b"ok")
+    assert not cycle.answer(200, (), b"ok")
+    assert len(transport.writes) == 1
+
+
+@pytest.mark.parametrize("header", [(b"x", b"a\r\nset-cookie: b"), (b"x", b"a\nb"), (b"x", b"a\rb"), (b"x\r\ny", b"a")])
+def test_no_header_of_a_whole_answer_smuggles_in_a_line(header: tuple[bytes, bytes]) -> None:
+    transport = Transport()
+    with pytest.raises(RuntimeError, match="line of its own"):
+        made(transport).answer(200, (header,), b"ok")
+    assert transport.writes == []
+
+
+def test_a_body_is_had_without_messages_once_it_is_whole_and_only_once() -> None:
+    cycle = made(Transport())
+    assert cycle.whole_body() is None
+    cycle.add(b"one,")
+    cycle.add(b"two,")
+    assert cycle.add(b"three") == 13
+    assert cycle.whole_body() is None
+    cycle.more_body = False
+    assert cycle.whole_body() == b"one,two,three"
+    assert cycle.whole_body() is None
+
+
+def test_a_body_that_was_read_in_part_is_read_to_its_end_by_messages() -> None:
+    async def read() -> list[dict[str, Any]]:
+        cycle = made(Transport())
+        cycle.add(b"one")
+        first = dict(await cycle.receive())
+        waiting = asyncio.ensure_future(cycle.receive())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        cycle.add(b"two")
+        cycle.more_body = False
+        return [first, dict(await waiting)]
+
+    assert [(message["body"], message["more_body"]) for message in asyncio.run(read())] == [
+        (b"one", True),
+        (b"two", False),
+    ]
+
+
+def test_a_body_that_waits_for_100_continue_is_asked_for_by_messages() -> None:
+    async def read() -> tuple[bytes | None, bytes]:
+        transport = Transport()
+        cycle = made(transport, waits=True)
+        cycle.add(b"one")
+        cycle.more_body = False
+        before = cycle.whole_body()
+        await cycle.receive()
+        return before, transport.writes[0]
+
+    assert asyncio.run(read()) == (None, b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -187,10 +187,10 @@ def _store_says(error: Exception) -> Callable[[Case], Reply]:
 
 
 def _failing(case: Case) -> Reply:
-    async def broken(*given: object) -> None:
+    def broken(*given: object) -> None:
         raise RuntimeError("private text")
 
-    case.api.application._routing.serve = broken  # type: ignore[method-assign]  # the defect that nobody has foreseen
+    case.api.application._routing.hot = broken  # type: ignore[method-assign]  # the defect that nobody has foreseen
     return case()
 
 

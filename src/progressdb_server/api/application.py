@@ -47,6 +47,7 @@ class Application:
         self.resources = with_documentation((*table(store, metrics), *more))
         self._routing = Routing(self.resources)
         self._clock = clock
+        self._debugging = _log.is_enabled_for(logging.DEBUG)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,15 +58,6 @@ class Application:
         common = ((b"x-request-id", call.request_id.encode("ascii")), *self._gate.cors_headers(call.headers))
         exchange = Exchange(call, common, receive, send)
         try:
-            await self._serve(exchange, scope, started_s)
-        finally:
-            seconds = self._clock() - started_s
-            self._metrics.finished(call, exchange.status or _GONE, seconds)
-            _log_answer(call, exchange.status, seconds)
-
-    async def _serve(self, exchange: Exchange, scope: Scope, now_s: float) -> None:
-        call = exchange.call
-        try:
             if call.method == "OPTIONS":
                 await exchange.reply(answer.NO_CONTENT)
                 return
@@ -74,9 +66,13 @@ class Application:
                 headers=call.headers,
                 repeated=call.repeated_header,
                 address=call.address,
-                now_s=now_s,
+                now_s=started_s,
             )
-            await self._routing.serve(exchange, scope)
+            resource = self._routing.hot(call)
+            if resource is None:
+                await self._routing.route(exchange, scope)
+            else:
+                await exchange.reply(await resource.handler(call)(call))
         except ClientGoneError:
             return
         except ApiError as refusal:
@@ -88,6 +84,11 @@ class Application:
         except Exception as error:  # noqa: BLE001 - the last line: whatever went wrong, the client gets an answer
             _log.error("request failed", request_id=call.request_id, route=call.route, **_whereabouts(error))
             await self._refuse(exchange, errors.internal())
+        finally:
+            seconds = self._clock() - started_s
+            self._metrics.finished(call, exchange.status or _GONE, seconds)
+            if exchange.status >= 400 or not exchange.status or self._debugging:
+                _log_answer(call, exchange.status, seconds)
 
     async def _refuse(self, exchange: Exchange, refusal: ApiError) -> None:
         """Nothing can be refused once an answer has started: then it is left unfinished, and the connection
@@ -117,10 +118,8 @@ def _log_answer(call: Call, status: int, seconds: float) -> None:
         level = _log.warning
     elif status in _LOGGED_STATUSES:
         level = _log.info
-    elif _log.is_enabled_for(logging.DEBUG):
-        level = _log.debug
     else:
-        return
+        level = _log.debug
     level(
         "request",
         request_id=call.request_id,

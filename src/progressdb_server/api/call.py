@@ -9,14 +9,22 @@ thousands of times a second.
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from itertools import accumulate
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
 from progressdb_server.api import bounds, head, identity
-from progressdb_server.api.errors import CLOSE_HEADERS, ApiError, ClientGoneError, bad_request, not_found, too_large
+from progressdb_server.api.errors import (
+    CLOSE_HEADERS,
+    ApiError,
+    ClientGoneError,
+    Header,
+    bad_request,
+    not_found,
+    too_large,
+)
 from progressdb_server.store.model import Idempotency
 
 Scope = MutableMapping[str, Any]
@@ -24,6 +32,24 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 Body = TypeVar("Body")
+
+DIRECT: Final = "progressdb.direct"
+"""Where ASGI's scope holds a `Direct`, if the server has one."""
+
+
+class Direct(Protocol):
+    """What a server offers beside ASGI's messages, which are a coroutine and a dictionary each: both do nothing where
+    they can't do it at once, and leave it to the messages.
+    """
+
+    def whole_body(self) -> bytes | None:
+        """The request's body, once it has come whole and if nobody has read of it."""
+        ...
+
+    def answer(self, status: int, headers: Sequence[Header], body: bytes) -> bool:
+        """The whole answer, with its length; False if it was not sent."""
+        ...
+
 
 _STRINGS: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NOT_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
@@ -58,6 +84,7 @@ class Call:
         "_query",
         "_receive",
         "address",
+        "direct",
         "headers",
         "method",
         "parameters",
@@ -84,6 +111,7 @@ class Call:
         self.parameters: dict[str, str] = {}
         self.route = ""
         """The path's template, for logs and metrics: it holds nothing that a client chose."""
+        self.direct: Direct | None = scope.pop(DIRECT, None)  # it holds the scope: what holds each other is freed late
         self._receive = receive
         self._query: dict[str, str] | None = None
 
@@ -125,6 +153,12 @@ class Call:
 
     async def body(self) -> bytes:
         """The whole body. Raises ApiError 413 past the bound, ClientGoneError where the rest never came."""
+        if self.direct is not None:
+            whole = self.direct.whole_body()
+            if whole is not None:
+                if len(whole) > bounds.REQUEST_BYTES_MAX:
+                    raise too_large()
+                return whole
         declared = self.headers.get(head.CONTENT_LENGTH)
         if declared is not None and declared.isdigit() and int(declared) > bounds.REQUEST_BYTES_MAX:
             await self._discard(int(declared))

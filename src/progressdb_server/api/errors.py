@@ -40,7 +40,8 @@ _FIXED: Final[dict[type[model.StoreError], tuple[int, str]]] = {
 }
 
 UNAUTHORIZED_HEADERS: Final[tuple[Header, ...]] = ((b"www-authenticate", b"Bearer"),)
-CLOSE_HEADERS: Final[tuple[Header, ...]] = ((b"connection", b"close"),)
+CLOSE: Final[Header] = (b"connection", b"close")
+CLOSE_HEADERS: Final[tuple[Header, ...]] = (CLOSE,)
 
 
 def bad_request(text: str) -> ApiError:

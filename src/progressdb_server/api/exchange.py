@@ -37,6 +37,12 @@ class Exchange:
 
     async def reply(self, outcome: Answer | JsonList | EventStream) -> None:
         if isinstance(outcome, Answer):
+            status, body, content_type, headers = outcome
+            direct = self.call.direct
+            if direct is not None and content_type is not None and not self.status:
+                self.status = status
+                if direct.answer(status, (*self._headers, *headers, content_type), body):
+                    return
             await answer.send_answer(outcome, self.send)
         elif isinstance(outcome, EventStream):
             await answer.send_events(outcome, self.receive, self.send)

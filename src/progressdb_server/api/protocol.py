@@ -15,14 +15,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import urllib.parse
+from collections import deque
 from typing import Any, Final
 
 import httptools
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from progressdb_server.api import bounds
+from progressdb_server.api.call import DIRECT
 from progressdb_server.api.cycle import Cycle
 
 _SENTENCES: Final = {
@@ -36,6 +40,26 @@ class _RefusedError(Exception):
 
 
 class BoundedProtocol(HttpToolsProtocol):
+    """What is done for every request is spelled out here instead of left to uvicorn: it is done thousands of times a
+    second.
+    """
+
+    __slots__ = (
+        "_asgi",
+        "_broken",
+        "_due_s",
+        "_expecting",
+        "_fed_bytes",
+        "_in_body",
+        "_in_head",
+        "_refusal_status",
+        "_running",
+        "_timer",
+        "_timer_s",
+    )
+    cycle: Cycle
+    pipeline: deque[tuple[Cycle, Any]]  # type: ignore[assignment]  # of no others
+
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         self._refusal_status = 400
@@ -43,9 +67,15 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_body = False
         self._broken = False
         self._running: RequestResponseCycle | None = None
-        self._head_bytes = 0
-        self._hosts = 0
-        self._incomplete: asyncio.TimerHandle | None = None
+        self._fed_bytes = 0
+        """At least as many as the head has that is being read."""
+        self._asgi = {"version": self.asgi_version, "spec_version": "2.3"}
+        self._expecting = False
+        """A request that is not whole."""
+        self._due_s = math.inf
+        """When the connection ends unless something happens, by the loop's clock."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_s = math.inf
 
     # --- the connection -----------------------------------------------------------------------------------------
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
@@ -60,17 +90,30 @@ class BoundedProtocol(HttpToolsProtocol):
         self._expect_more()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._whole()
+        self._due_s = math.inf
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._broken:
             return
-        super().data_received(data)
+        self._fed_bytes = self._fed_bytes + len(data) if self._in_head else len(data)
+        try:
+            self.parser.feed_data(data)
+            if self._in_head:
+                self._check_head()
+        except (httptools.HttpParserError, _RefusedError):
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("")
+        except httptools.HttpParserUpgrade:
+            self._unsupported_upgrade_warning()
         if self._in_head or self._in_body or self.cycle is None or self.cycle.response_complete:
             self._expect_more()
-        elif self._incomplete is not None:
-            self._whole()
+        else:
+            self._expecting = False
+            self._due_s = math.inf
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio takes the transport's fate from it
         """True keeps the connection, for the answer; TLS has no half-closed connections."""
@@ -92,55 +135,71 @@ class BoundedProtocol(HttpToolsProtocol):
         if last is not None:
             last.keep_alive = False
 
+    # --- time ---------------------------------------------------------------------------------------------------
     def _expect_more(self) -> None:
-        if self._incomplete is None:
-            self._incomplete = self.loop.call_later(bounds.REQUEST_SECONDS_MAX, self._too_slow)
+        if not self._expecting:
+            self._expecting = True
+            self._end_at(self.loop.time() + bounds.REQUEST_SECONDS_MAX)
 
-    def _whole(self) -> None:
-        if self._incomplete is not None:
-            self._incomplete.cancel()
-            self._incomplete = None
+    def _end_at(self, due_s: float) -> None:
+        """One timer goes on through many requests, and looks at what is due when it fires: to set and cancel one for
+        each of them costs several microseconds.
+        """
+        self._due_s = due_s
+        if self._timer is not None:
+            if self._timer_s <= due_s:
+                return
+            self._timer.cancel()
+        self._timer = self.loop.call_at(due_s, self._look)
+        self._timer_s = due_s
 
-    def _too_slow(self) -> None:
-        self._incomplete = None
-        if self._answering():
-            self._expect_more()  # an earlier request of this connection is still being answered
-        elif self.transport is not None and not self.transport.is_closing():
+    def _look(self) -> None:
+        self._timer = None
+        if self._due_s > self.loop.time():
+            if self._due_s < math.inf:
+                self._end_at(self._due_s)
+        elif not self._expecting:
+            self.transport.close()
+        elif self._answering():  # an earlier request of this connection
+            self._end_at(self.loop.time() + bounds.REQUEST_SECONDS_MAX)
+        elif not self.transport.is_closing():
             self.transport.abort()
 
     # --- the parser's callbacks ---------------------------------------------------------------------------------
     def on_message_begin(self) -> None:
-        super().on_message_begin()
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
         self._in_head = True
         self._in_body = False
-        self._head_bytes = 0
-        self._hosts = 0
 
     def on_url(self, url: bytes) -> None:
-        self._head_bytes += len(url)
-        if self._head_bytes > bounds.HEAD_BYTES_MAX:
-            self._refuse(431)
-        super().on_url(url)
+        self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """As uvicorn's, within the bounds; spelled out, for it is called more often than anything else."""
-        if not self._in_head:
-            return
-        self._head_bytes += len(name) + len(value) + 4
-        if self._head_bytes > bounds.HEAD_BYTES_MAX or len(self.headers) >= bounds.HEADERS_COUNT_MAX:
-            self._refuse(431)
-        name = name.lower()
-        if name == b"host":
-            self._hosts += 1
-        elif name == b"expect" and value.lower() == b"100-continue":
-            self.expect_100_continue = True
-        self.headers.append((name, value))
+        if self._in_head:
+            headers = self.headers
+            if len(headers) >= bounds.HEADERS_COUNT_MAX:
+                self._refuse(431)
+            headers.append((name.lower(), value))
+
+    def _check_head(self) -> None:
+        if self._fed_bytes > bounds.HEAD_BYTES_MAX:
+            head_bytes = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if head_bytes > bounds.HEAD_BYTES_MAX:
+                self._refuse(431)
 
     def on_headers_complete(self) -> None:
-        hosts = self._hosts
+        self._check_head()
+        names = [name for name, _ in self.headers]
+        hosts = names.count(b"host")
         version = self.parser.get_http_version()
         if version not in ("1.1", "1.0") or hosts > 1 or (hosts == 0 and version == "1.1"):
             self._refuse(400)
+        if b"expect" in names:
+            self.expect_100_continue = any(
+                name == b"expect" and value.lower() == b"100-continue" for name, value in self.headers
+            )
         self._begin(version)
         self._in_head = False
         self._in_body = True
@@ -152,35 +211,58 @@ class BoundedProtocol(HttpToolsProtocol):
         target = httptools.parse_url(self.url)
         raw_path: bytes = target.path
         path = raw_path.decode("ascii")
-        scope = self.scope
-        scope["method"] = self.parser.get_method().decode("ascii")
-        scope["http_version"] = version
-        scope["path"] = urllib.parse.unquote(path) if "%" in path else path
-        scope["raw_path"] = raw_path
-        scope["query_string"] = target.query or b""
+        scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": self._asgi,
+            "http_version": version,
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "root_path": "",
+            "method": self.parser.get_method().decode("ascii"),
+            "path": urllib.parse.unquote(path) if "%" in path else path,
+            "raw_path": raw_path,
+            "query_string": target.query or b"",
+            "headers": self.headers,
+            "state": self.app_state.copy(),
+        }
         earlier = self.cycle
         self.cycle = Cycle(
-            scope=scope,
-            transport=self.transport,
-            flow=self.flow,
-            logger=self.logger,
-            access_logger=self.access_logger,
-            access_log=False,
-            default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(),
+            scope,
+            self.transport,
+            self.flow,
+            self.server_state.default_headers,
             expect_100_continue=self.expect_100_continue,
             keep_alive=version == "1.1" and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
+        scope[DIRECT] = self.cycle
         if earlier is None or earlier.response_complete:
             self._start_asgi_task(self.cycle, self.app)
         else:
             self.flow.pause_reading()
             self.pipeline.appendleft((self.cycle, self.app))
 
+    def on_body(self, body: bytes) -> None:
+        if not self.cycle.response_complete and self.cycle.add(body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+
     def on_message_complete(self) -> None:
         self._in_body = False
-        super().on_message_complete()
+        cycle = self.cycle
+        if not cycle.response_complete:
+            cycle.more_body = False
+            cycle.message_event.set()
+
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif not self._expecting:
+            self._end_at(self.loop.time() + self.timeout_keep_alive)
 
     def _refuse(self, status: int) -> None:
         self._refusal_status = status
@@ -198,9 +280,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.write(_refusal(self._refusal_status))
         self.transport.close()
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+    # --- the application ----------------------------------------------------------------------------------------
+    def _start_asgi_task(self, cycle: Cycle, app: Any) -> None:  # type: ignore[override]  # there is no other
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        cycle.task = self.loop.create_task(cycle.run(app, self.tasks))
+        self.tasks.add(cycle.task)
 
 
 def _refusal(status: int) -> bytes:

@@ -54,7 +54,10 @@ class Resource:
 
     async def serve(self, exchange: Exchange) -> None:
         """Raises ApiError 405, 403, and what the handler raises."""
-        call = exchange.call
+        await exchange.reply(await self.handler(exchange.call)(exchange.call))
+
+    def handler(self, call: Call) -> Handler:
+        """Raises ApiError 405, 403."""
         call.route = self.path
         operation = self.operations.get(call.method)
         if operation is None:
@@ -62,7 +65,7 @@ class Resource:
             raise ApiError(405, "method not allowed", (self._allow,))
         if call.principal.role not in operation.roles:
             raise forbidden()
-        await exchange.reply(await operation.handler(call))
+        return operation.handler
 
 
 def table(store: ConversationStore, metrics: ApiMetrics) -> tuple[Resource, ...]:
@@ -128,19 +131,18 @@ class Routing:
             default=_unknown,
         )
 
-    async def serve(self, exchange: Exchange, scope: Scope) -> None:
-        """Raises ApiError, and what the handler raises."""
-        path = exchange.call.path
-        fixed = self._fixed.get(path)
-        if fixed is not None:
-            await fixed.serve(exchange)
-            return
+    def hot(self, call: Call) -> Resource | None:
+        """The resource of a path that is found without the router."""
+        path = call.path
         if path.startswith(_THREAD_PREFIX) and path.endswith(_MESSAGES_SUFFIX):
             thread_id = path[len(_THREAD_PREFIX) : -len(_MESSAGES_SUFFIX)]
             if thread_id and "/" not in thread_id:
-                exchange.call.parameters = {"thread": thread_id}
-                await self._in_thread.serve(exchange)
-                return
+                call.parameters = {"thread": thread_id}
+                return self._in_thread
+        return self._fixed.get(path)
+
+    async def route(self, exchange: Exchange, scope: Scope) -> None:
+        """By the router. Raises ApiError, and what the handler raises."""
         scope[EXCHANGE] = exchange
         await self._router(scope, exchange.receive, exchange.send)
 
