@@ -122,10 +122,12 @@ def test_a_pause_stops_the_work_and_a_resume_goes_on_where_it_was() -> None:
     place = Place()
 
     async def body(store: Conversations, jobs: Jobs) -> None:
-        messages = await write(store, 40)
+        messages = await write(store, 80)
         gate = Gate(place.keys, 2)
         begun = await jobs.rotate("t")
         await gate.reached.wait()
+        while jobs.table.get(begun.id).done < 16:
+            await asyncio.sleep(0.001)
         paused = await jobs.pause(begun.id)
         gate.open()
         assert (paused.state, paused.done) == ("paused", 16)
@@ -134,7 +136,7 @@ def test_a_pause_stops_the_work_and_a_resume_goes_on_where_it_was() -> None:
         assert jobs.table.get(begun.id) == paused
         await jobs.resume(begun.id)
         job = await jobs.wait(begun.id)
-        assert (job.state, job.done, len(backups_of(store, job))) == ("done", 41, 41)
+        assert (job.state, job.done, len(backups_of(store, job))) == ("done", 81, 81)
         await check(store, place.keys, messages)
 
     with chunks_of(8):
