@@ -12,9 +12,9 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from minikms import api
 from minikms.client import peer, verbs
@@ -127,7 +127,7 @@ class AsyncClient:
         """The key, sealed under the current KEK."""
         return await self._perform(verbs.get_wrapped(key_id))
 
-    async def encrypt(
+    def encrypt(
         self,
         key_id: str,
         plaintext: bytes,
@@ -135,12 +135,12 @@ class AsyncClient:
         aad: bytes = b"",
         thread_id: str | None = None,
         request_id: str | None = None,
-    ) -> bytes:
+    ) -> Coroutine[Any, Any, bytes]:
         """nonce(12) | ciphertext | tag(16). Concurrent calls travel in one batch."""
         item = EncryptItem(key_id=key_id, plaintext=plaintext, aad=aad, thread_id=thread_id, request_id=request_id)
-        return await self._encrypts.submit(item)
+        return self._encrypts.submit(item)
 
-    async def decrypt(
+    def decrypt(
         self,
         key_id: str,
         ciphertext: bytes,
@@ -148,10 +148,10 @@ class AsyncClient:
         aad: bytes = b"",
         thread_id: str | None = None,
         request_id: str | None = None,
-    ) -> bytes:
+    ) -> Coroutine[Any, Any, bytes]:
         """The plaintext. Concurrent calls travel in one batch."""
         item = DecryptItem(key_id=key_id, ciphertext=ciphertext, aad=aad, thread_id=thread_id, request_id=request_id)
-        return await self._decrypts.submit(item)
+        return self._decrypts.submit(item)
 
     async def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[Outcome]:
         """One ciphertext or KmsRefusedError for each item, in order. Any number of items: they are split as needed."""

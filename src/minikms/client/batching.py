@@ -17,7 +17,7 @@ import asyncio
 import copy
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import Final, Generic, TypeVar
 
 from minikms import api
 from minikms.client.errors import KmsClosedError, KmsError, KmsTimeoutError, KmsUnavailableError
@@ -29,11 +29,14 @@ QUEUE_BYTES_MAX: Final = 256 * 1024 * 1024
 ItemT = TypeVar("ItemT", EncryptItem, DecryptItem)
 
 
-class _Waiting(NamedTuple, Generic[ItemT]):
-    item: ItemT
-    cost_bytes: int
-    until_s: float
-    future: asyncio.Future[bytes]
+class _Waiting(Generic[ItemT]):
+    __slots__ = ("cost_bytes", "future", "item", "until_s")
+
+    def __init__(self, item: ItemT, cost_bytes: int, until_s: float, future: asyncio.Future[bytes]) -> None:
+        self.item: ItemT = item
+        self.cost_bytes = cost_bytes
+        self.until_s = until_s
+        self.future = future
 
 
 class Lane(Generic[ItemT]):
@@ -85,13 +88,14 @@ class Lane(Generic[ItemT]):
 
     def _take(self) -> list[_Waiting[ItemT]]:
         now_s = asyncio.get_running_loop().time()
+        queue = self._queue
         batch: list[_Waiting[ItemT]] = []
         size = 0
-        while self._queue and len(batch) < api.BATCH_ITEMS_MAX:
-            waiting = self._queue[0]
+        while queue and len(batch) < api.BATCH_ITEMS_MAX:
+            waiting = queue[0]
             if batch and size + waiting.cost_bytes > BATCH_BYTES_MAX:
                 break
-            self._queue.popleft()
+            queue.popleft()
             self._queue_bytes -= waiting.cost_bytes
             if waiting.future.done():
                 continue

@@ -76,13 +76,11 @@ def checked_cost_bytes(item: Item) -> int:
 
     Raises InvalidRequestError, TooLargeError or TypeError for what could spoil the batch that the item travels in.
     """
-    if isinstance(item, ReencryptItem):
-        payload, payload_bytes_max = item.ciphertext, SEALED_BYTES_MAX
+    if isinstance(item, EncryptItem):
+        payload, payload_bytes_max = item.plaintext, api.PLAINTEXT_BYTES_MAX
     else:
-        if isinstance(item, EncryptItem):
-            payload, payload_bytes_max = item.plaintext, api.PLAINTEXT_BYTES_MAX
-        else:
-            payload, payload_bytes_max = item.ciphertext, SEALED_BYTES_MAX
+        payload, payload_bytes_max = item.ciphertext, SEALED_BYTES_MAX
+    if not isinstance(item, ReencryptItem):
         _check_ids(item.key_id, item.thread_id, item.request_id)
     aad = item.aad
     if not isinstance(payload, bytes) or not isinstance(aad, bytes):
