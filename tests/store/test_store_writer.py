@@ -235,6 +235,47 @@ def test_after_a_failed_group_every_waiter_is_told_and_the_writer_recovers_by_it
     with_writer(body)
 
 
+def test_a_value_that_many_writes_expect_is_read_once_and_again_after_it_was_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(writing, "KNOWN_MAX", 3)
+
+    async def body(writer: Writer, engine: MemoryEngine) -> None:
+        long = b"x" * (writing.KNOWN_BYTES_MAX + 1)
+        await writer.commit(Write([(b"a", b"1"), (b"long", long)]))
+        with mock.patch.object(engine, "get", wraps=engine.get) as get:
+            for _ in range(5):
+                await writer.commit(Write([], [(b"a", b"1"), (b"none", None), (b"long", long)]))
+            asked = [call.args[0] for call in get.call_args_list]
+        assert {key: asked.count(key) for key in asked} == {b"a": 1, b"none": 1, b"long": 5}
+        await writer.commit(Write([(b"a", b"2"), (b"none", b"")], [(b"a", b"1")]))
+        for key, stale, value in ((b"a", b"1", b"2"), (b"none", None, b"")):
+            with pytest.raises(ConditionFailedError):
+                await writer.commit(Write([], [(key, stale)]))
+            await writer.commit(Write([], [(key, value)]))
+        for number in range(20):
+            await writer.commit(Write([], [(b"%d" % number, None), (b"a", b"2")]))
+        assert len(writer._known) <= 5
+
+    with_writer(body)
+
+
+def test_after_a_failed_write_values_are_read_anew() -> None:
+    async def body(writer: Writer, engine: MemoryEngine) -> None:
+        await writer.commit(Write([], [(b"a", None)]))
+        engine.fail_write = True
+        with pytest.raises(StoreUnavailableError):
+            await writer.commit(Write([(b"a", b"1")]))
+        engine._put(b"a", b"1")  # it was written in spite of the error
+        engine.survives = True
+        while not writer.available:
+            await asyncio.sleep(0.01)
+        with pytest.raises(ConditionFailedError):
+            await writer.commit(Write([], [(b"a", None)]))
+
+    with_writer(body)
+
+
 def test_a_stalled_engine_delays_writes_but_does_not_fail_them() -> None:
     async def body(writer: Writer, engine: MemoryEngine) -> None:
         engine.busy = 3

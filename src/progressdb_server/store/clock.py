@@ -20,8 +20,12 @@ class Stamp(NamedTuple):
     seq: int
 
     @property
+    def raw(self) -> bytes:
+        return b"%020d-%06d" % self
+
+    @property
     def text(self) -> str:
-        return f"{self.ns:020d}-{self.seq:06d}"
+        return self.raw.decode()
 
     @classmethod
     def parse(cls, text: str) -> Stamp:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Final
 
 import structlog
@@ -120,10 +120,10 @@ class Conversations:
                 _log.warning("kms_epoch_unknown", reason=type(error).__name__)
 
     # --- messages -------------------------------------------------------------------------------------------------
-    async def create_message(
+    def create_message(
         self, new: NewMessage, *, idempotency: Idempotency | None = None, request_id: str = ""
-    ) -> Message:
-        return await self._messages.create(new, idempotency=idempotency, request_id=request_id)
+    ) -> Coroutine[Any, Any, Message]:
+        return self._messages.create(new, idempotency=idempotency, request_id=request_id)
 
     async def get_message(self, message_id: str, *, thread_id: str | None = None) -> Message:
         return await self._reader.get(message_id, thread_id)

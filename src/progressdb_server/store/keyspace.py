@@ -52,7 +52,7 @@ def after(prefix: bytes) -> bytes:
 
 
 def message_id(first: Stamp) -> str:
-    return f"msg-{first.ns}-{first.seq:06d}"
+    return f"msg-{first.ns}-{first.seq:06d}" if first.seq else f"msg-{first.ns}-000000"
 
 
 def parse_message_id(text: str) -> Stamp | None:
@@ -75,7 +75,7 @@ def messages(thread: str) -> bytes:
 
 
 def record(thread: str, stamp: Stamp) -> bytes:
-    return messages(thread) + stamp.text.encode()
+    return messages(thread) + stamp.raw
 
 
 def key_map(thread: str) -> bytes:
@@ -108,7 +108,7 @@ def authored(author: str) -> bytes:
 
 def created(stamp: Stamp, thread: str) -> bytes:
     """What follows `CREATED` and `authored(...)`."""
-    return b"%b:%b" % (stamp.text.encode(), part(thread))
+    return b"%b:%b" % (stamp.raw, part(thread))
 
 
 def closed(thread: str) -> bytes:

@@ -11,7 +11,7 @@ Owns: the records `thread:<id>:msg:<stamp>` and the indexes `version:msg` and `o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from progressdb_server.store import keyspace, record
@@ -54,9 +54,14 @@ class Messages:
         self._reader = reader
 
     # --- creating -------------------------------------------------------------------------------------------------
-    async def create(self, new: NewMessage, *, idempotency: Idempotency | None, request_id: str) -> Message:
+    def create(
+        self, new: NewMessage, *, idempotency: Idempotency | None, request_id: str
+    ) -> Coroutine[Any, Any, Message]:
         if idempotency is None:
-            return await self._create(new, None, request_id)
+            return self._create(new, None, request_id)
+        return self._create_once(new, idempotency, request_id)
+
+    async def _create_once(self, new: NewMessage, idempotency: Idempotency, request_id: str) -> Message:
         ticket = Ticket(idempotency, ["message", new])
         async with self._locks.hold(ticket.key):
             made = ticket.recall(self._engine, self._clock.now_ns())
@@ -65,10 +70,16 @@ class Messages:
                 return await self._reader.first_version(made)
             return await self._create(new, ticket, request_id)
 
-    async def _create(self, new: NewMessage, ticket: Ticket | None, request_id: str) -> Message:
+    def _create(self, new: NewMessage, ticket: Ticket | None, request_id: str) -> Coroutine[Any, Any, Message]:
         if not new.thread:
-            return await self._found(new, ticket, request_id)
+            return self._found(new, ticket, request_id)
         state = self._sealer.thread(new.thread)
+        if state is None:
+            return self._found_or_append(new, ticket, request_id)
+        return self._append(state, new, ticket, request_id)
+
+    async def _found_or_append(self, new: NewMessage, ticket: Ticket | None, request_id: str) -> Message:
+        state = None
         while state is None:
             # Founders of one thread stand in line, so that a burst of first messages makes one key.
             async with self._locks.hold(keyspace.meta(new.thread)):
@@ -95,15 +106,17 @@ class Messages:
         def draft(stamp: Stamp) -> Draft:
             message = _first_version(new, state.thread, stamp)
             made[:] = (message,)
-            extra = [ticket.put(message.id, stamp.ns)] if ticket else []
-            if new.author not in state.writers:
-                key = keyspace.writer(state.thread, new.author)
-                if self._engine.get(key) is None:
-                    extra.append((key, b""))
+            if ticket is None and new.author in state.writers:
+                return _draft(message, stamp, stamp)
+            extra: list[tuple[bytes, bytes | None]] = [ticket.put(message.id, stamp.ns)] if ticket else []
+            key = keyspace.writer(state.thread, new.author)
+            if self._engine.get(key) is None:
+                extra.append((key, b""))
             return _draft(message, stamp, stamp, extra)
 
         await self._sealer.append(state, draft, request_id)
-        state.remember_writer(new.author)
+        if new.author not in state.writers:
+            state.remember_writer(new.author)
         return made[0]
 
     # --- changing -------------------------------------------------------------------------------------------------
@@ -228,23 +241,23 @@ def _next_version(current: Message, stamp: Stamp, fields: dict[str, Any]) -> Mes
 def _draft(message: Message, first: Stamp, stamp: Stamp, extra: Sequence[tuple[bytes, bytes | None]] = ()) -> Draft:
     """The version `message` at `stamp`, with its index entries and `extra`."""
     is_first = stamp == first
-    text = first.text
-    own = text if is_first else stamp.text
-    own_raw = own.encode()
+    own = stamp.raw
+    first_own = own if is_first else first.raw
+    text = first_own.decode()
     thread = keyspace.part(message.thread)
-    key = b"thread:%b:msg:%b" % (thread, own_raw)
+    key = b"thread:%b:msg:%b" % (thread, own)
     secret = record.MessageSecret(
         text, message.author, message.deleted, message.role, message.body, message.reply_to, message.reactions
     )
-    place = (b"" if is_first else own_raw) + (DELETED if message.deleted else b"")
 
     def finish(key_id: str, sealed: Sequence[bytes]) -> Write:
         header = record.MessageHeader(key_id, "" if is_first else text, message.author, message.deleted)
+        place = (b"" if is_first else own) + (DELETED if message.deleted else b"")
         return Write(
             (
                 (key, record.pack(header, sealed[0])),
-                (b"version:msg:%b:%b" % (message.id.encode(), own_raw), thread),
-                (b"index:order:%b:%b" % (thread, text.encode()), place),
+                (b"version:msg:%b:%b" % (message.id.encode(), own), thread),
+                (b"index:order:%b:%b" % (thread, first_own), place),
                 *extra,
             ),
             messages=1,

@@ -60,7 +60,7 @@ class ThreadState:
     """What a write needs to know of its thread. `deleted` is a hint that saves work; the write's condition
     decides."""
 
-    __slots__ = ("closed_key", "deleted", "key_id", "key_raw", "map_key", "messages", "order", "thread", "writers")
+    __slots__ = ("closed_key", "deleted", "key_id", "key_raw", "map_key", "stands", "thread", "writers")
 
     def __init__(self, thread: str, key_raw: bytes, deleted: bool) -> None:
         self.thread = thread
@@ -69,8 +69,8 @@ class ThreadState:
         self.deleted = deleted
         self.map_key = keyspace.key_map(thread)
         self.closed_key = keyspace.closed(thread)
-        self.messages = keyspace.messages(thread)
-        self.order = keyspace.order(thread)
+        self.stands = ((self.map_key, key_raw), (self.closed_key, None))
+        """What every write of the thread expects."""
         self.writers: set[str] = set()
 
     def remember_writer(self, author: str) -> None:
@@ -140,12 +140,18 @@ class Sealer:
         """Seal and commit under the thread's current key, at a new stamp. Raises ThreadDeletedError;
         ConditionFailedError for a condition of the draft's own."""
         deadline: float | None = None
-        loop = asyncio.get_running_loop()
         while True:
             if state.deleted:
                 raise ThreadDeletedError("thread deleted")
             try:
-                await self._append_once(state, draft, request_id)
+                slot = self._writer.reserve(state.map_key)
+                try:
+                    made = draft(self._clock.next())
+                    sealed = await self.seal(state.thread, state.key_id, made.secrets, request_id)
+                    done = self._writer.submit(slot, made.finish(state.key_id, sealed), state.stands)
+                finally:
+                    self._writer.leave(slot)
+                await done
                 return
             except ConditionFailedError as error:
                 if error.key not in (state.map_key, state.closed_key):
@@ -161,24 +167,13 @@ class Sealer:
             if renewed is None:
                 raise StoreUnavailableError("the thread is being changed")
             if renewed.key_raw == state.key_raw and not renewed.deleted:
-                deadline = deadline or loop.time() + KEY_SWITCH_S_MAX
-                if loop.time() > deadline:
+                now = asyncio.get_running_loop().time()
+                deadline = deadline or now + KEY_SWITCH_S_MAX
+                if now > deadline:
                     raise StoreUnavailableError("the thread's key is retired and no other is in its place yet")
                 self._metrics.key_waits += 1
                 await asyncio.sleep(KEY_SWITCH_POLL_S)
             state = renewed
-
-    async def _append_once(self, state: ThreadState, make: Callable[[Stamp], Draft], request_id: str) -> None:
-        slot = self._writer.reserve(state.map_key)
-        try:
-            draft = make(self._clock.next())
-            sealed = await self.seal(state.thread, state.key_id, draft.secrets, request_id)
-            write = draft.finish(state.key_id, sealed)
-            expect = ((state.map_key, state.key_raw), (state.closed_key, None), *write.expect)
-            done = self._writer.submit(slot, Write(write.puts, expect, write.threads, write.messages))
-        finally:
-            self._writer.leave(slot)
-        await done
 
     async def seal(
         self, thread: str, key_id: str, secrets: Sequence[tuple[bytes, bytes]], request_id: str
@@ -186,18 +181,17 @@ class Sealer:
         """Raises ProviderError."""
         if self.halted is not None:
             raise StoreUnavailableError(self.halted)
-        answers: Sequence[bytes | ProviderRefusedError]
         if len(secrets) == 1:
-            key, plaintext = secrets[0]
-            answers = [
-                await self._provider.encrypt_with_key(
-                    key_id, plaintext, aad=key, thread_id=thread, request_id=request_id
-                )
-            ]
-        else:
-            answers = await self._provider.encrypt_many(
-                [Seal(key_id, plaintext, key, thread, request_id) for key, plaintext in secrets]
+            ((key, plaintext),) = secrets
+            alone = await self._provider.encrypt_with_key(
+                key_id, plaintext, aad=key, thread_id=thread, request_id=request_id
             )
+            if len(alone) != len(plaintext) + SEAL_BYTES:
+                raise StoreUnavailableError("the key service answered wrongly")
+            return [alone]
+        answers = await self._provider.encrypt_many(
+            [Seal(key_id, plaintext, key, thread, request_id) for key, plaintext in secrets]
+        )
         if len(answers) != len(secrets):
             raise StoreUnavailableError("the key service answered wrongly")
         sealed: list[bytes] = []

@@ -18,7 +18,7 @@ import asyncio
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Final
@@ -37,6 +37,8 @@ from progressdb_server.store.recent import RecentKeys
 GROUP_WRITES_MAX: Final = 512
 GROUP_BYTES_MAX: Final = 8 * 1024 * 1024
 """A group is put in one call that holds the interpreter lock: some milliseconds at most."""
+KNOWN_MAX: Final = 32_768
+KNOWN_BYTES_MAX: Final = 64
 QUEUE_WRITES_MAX: Final = 8192
 QUEUE_BYTES_MAX: Final = 64 * 1024 * 1024
 BUSY_RETRY_S: Final = 0.005
@@ -82,12 +84,13 @@ class State(msgspec.Struct, array_like=True):
 class Slot:
     """A place in a lane."""
 
-    __slots__ = ("future", "lane", "size", "write")
+    __slots__ = ("expect", "future", "lane", "size", "write")
 
     def __init__(self, lane: bytes | None, future: asyncio.Future[None]) -> None:
         self.lane = lane
         self.future = future
         self.write: Write | None = None
+        self.expect: Sequence[tuple[bytes, bytes | None]] = ()
         self.size = 0
 
 
@@ -106,6 +109,8 @@ class Writer:
         self._recovery: asyncio.Task[None] | None = None
         self._closed = False
         self._recent = RecentKeys()
+        self._known: dict[bytes, bytes | None] = {}
+        """Small values that the engine holds: a thread's writes all rely on the same two."""
         self.state = State()
         self.load_state()
 
@@ -142,14 +147,23 @@ class Writer:
             slots.append(slot)
         return slot
 
-    def submit(self, slot: Slot, write: Write) -> asyncio.Future[None]:
-        """The future's result: None once durable, ConditionFailedError or StoreUnavailableError."""
+    def submit(
+        self, slot: Slot, write: Write, expect: Sequence[tuple[bytes, bytes | None]] = ()
+    ) -> asyncio.Future[None]:
+        """`expect` beside what the write itself does. The future's result: None once durable, ConditionFailedError or
+        StoreUnavailableError."""
         slot.write = write
+        slot.expect = expect
         size = 0
         for key, value in write.puts:
-            size += len(key) + len(value or b"")
+            size += len(key) + (len(value) if value else 0)
         slot.size = size
-        self._advance(slot)
+        lane = slot.lane
+        if lane is not None and len(self._lanes[lane]) == 1:  # as nearly always
+            del self._lanes[lane]
+            self._enqueue(slot)
+        else:
+            self._advance(slot)
         return slot.future
 
     def leave(self, slot: Slot) -> None:
@@ -193,7 +207,7 @@ class Writer:
             del self._lanes[slot.lane]
 
     def _enqueue(self, slot: Slot) -> None:
-        if not self.available:
+        if self._recovery is not None or self._closed:
             self._refuse(slot, "the store's disk is not available now")
         elif len(self._queue) >= QUEUE_WRITES_MAX or self._queue_bytes + slot.size > QUEUE_BYTES_MAX:
             self._refuse(slot, "too many writes are waiting")
@@ -221,14 +235,16 @@ class Writer:
             self._drain = None
 
     def _take_group(self) -> list[Slot]:
-        group: list[Slot] = []
+        queue = self._queue
+        if len(queue) <= GROUP_WRITES_MAX and self._queue_bytes <= GROUP_BYTES_MAX:
+            group = list(queue)
+            queue.clear()
+            self._queue_bytes = 0
+            return group
+        group = []
         size = 0
-        while (
-            self._queue
-            and len(group) < GROUP_WRITES_MAX
-            and (not group or size + self._queue[0].size <= GROUP_BYTES_MAX)
-        ):
-            slot = self._queue.popleft()
+        while queue and len(group) < GROUP_WRITES_MAX and (not group or size + queue[0].size <= GROUP_BYTES_MAX):
+            slot = queue.popleft()
             size += slot.size
             group.append(slot)
         self._queue_bytes -= size
@@ -249,11 +265,12 @@ class Writer:
             return
         self._metrics.committed(len(group), time.perf_counter() - started)
         for slot in group:
-            if not slot.future.done():  # its caller may have gone away
-                if slot in failed:
-                    slot.future.set_exception(ConditionFailedError(failed[slot]))
+            future = slot.future
+            if not future.done():  # its caller may have gone away
+                if failed and slot in failed:
+                    future.set_exception(ConditionFailedError(failed[slot]))
                 else:
-                    slot.future.set_result(None)
+                    future.set_result(None)
 
     async def _put(self, group: list[Slot]) -> dict[Slot, bytes]:
         """The slots whose conditions failed, with the key that did."""
@@ -264,6 +281,8 @@ class Writer:
                 if len(failed) < len(group):
                     self._engine.write(staged.items())
                     self._recent.add(staged)
+                    for key in self._known.keys() & staged.keys():
+                        del self._known[key]
                     self.state = state
                 return failed
             except EngineBusyError:
@@ -276,15 +295,20 @@ class Writer:
         staged: dict[bytes, bytes | None] = {}
         read: dict[bytes, bytes | None] = {}
         failed: dict[Slot, bytes] = {}
-        get = self._engine.get
+        get, known = self._engine.get, self._known
         threads, messages = self.state.threads, self.state.messages
         for slot in group:
             write = slot.write
             if write is None:
                 raise RuntimeError("a slot was queued without a write")
-            for key, expected in chain(write.expect, self._in_doubt(write, staged)):
+            conditions: Iterable[tuple[bytes, bytes | None]] = slot.expect
+            if write.expect or write.read:
+                conditions = chain(slot.expect, write.expect, self._in_doubt(write, staged))
+            for key, expected in conditions:
                 if key in staged:
                     found = staged[key]
+                elif key in known:
+                    found = known[key]
                 elif key in read:
                     found = read[key]
                 else:
@@ -296,6 +320,9 @@ class Writer:
                 staged.update(write.puts)
                 threads += write.threads
                 messages += write.messages
+        if len(known) > KNOWN_MAX:
+            known.clear()
+        known.update((key, value) for key, value in read.items() if value is None or len(value) <= KNOWN_BYTES_MAX)
         last = self._clock.last
         state = State(threads, messages, last.ns, last.seq)
         staged[keyspace.STATE] = msgspec.msgpack.encode(state)
@@ -325,6 +352,7 @@ class Writer:
             try:
                 await asyncio.get_running_loop().run_in_executor(self._disk, self._engine.reopen)
                 self._recent.forget()
+                self._known.clear()
                 self.load_state()
                 break
             except Exception as error:  # noqa: BLE001  recovery goes on until it succeeds
