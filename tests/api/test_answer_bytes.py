@@ -28,13 +28,13 @@ class Transport:
 
 def made(transport: Transport, method: str = "GET", keep_alive: bool = True, waits: bool = False) -> Cycle:
     return Cycle(
-        scope={"method": method},  # all that is looked at
-        transport=transport,  # type: ignore[arg-type]  # all that is called
-        flow=FlowControl(transport),  # type: ignore[arg-type]  # all that is called
-        default_headers=[(b"date", b"today")],
-        expect_100_continue=waits,
-        keep_alive=keep_alive,
-        on_response=lambda: None,
+        {"method": method},  # all that is looked at
+        transport,  # type: ignore[arg-type]  # all that is called
+        FlowControl(transport),  # type: ignore[arg-type]  # all that is called
+        [(b"date", b"today")],
+        waits,
+        keep_alive,
+        lambda: None,
     )
 
 

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httptools
 import pytest
 from asgi_client import BACKEND, Api
 from http_server import HttpServer, Response, read_response, read_responses, running
 
-from progressdb_server.api import bounds, listening
+from progressdb_server.api import bounds, listening, protocol
 from progressdb_server.config import Tls
 
 
@@ -445,3 +446,24 @@ def test_with_a_certificate_the_server_speaks_tls_only(certificate: Tls) -> None
         with server.connect() as plain:
             plain.sendall(GET)
             assert closed_within(plain, 10) or not plain.recv(65536).startswith(b"HTTP")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"/",
+        b"//",
+        b"//a@b:1/c?d",
+        b"/a?",
+        b"/a?b?c&d=%3F",
+        b"/a;b|c",
+        b"/%2f%zz",
+        b"/?",
+        b"/a#b",
+        b"/a?b#c?d",
+        b"http://x/a?b",
+    ],
+)
+def test_a_target_is_cut_as_the_parser_cuts_it(target: bytes) -> None:
+    parsed = httptools.parse_url(target)
+    assert protocol._target(target) == (parsed.path, parsed.query or b"")

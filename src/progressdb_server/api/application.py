@@ -15,10 +15,10 @@ from typing import Final
 
 import structlog
 
-from progressdb_server.api import answer, errors
+from progressdb_server.api import answer, errors, head
 from progressdb_server.api.call import Call, Receive, Scope, Send
 from progressdb_server.api.documentation import with_documentation
-from progressdb_server.api.errors import ApiError, ClientGoneError
+from progressdb_server.api.errors import ApiError, ClientGoneError, Header
 from progressdb_server.api.exchange import Exchange
 from progressdb_server.api.gate import Gate
 from progressdb_server.api.metrics import ApiMetrics
@@ -55,24 +55,24 @@ class Application:
         started_s = self._clock()
         self._metrics.started()
         call = Call(scope, receive)
-        common = ((b"x-request-id", call.request_id.encode("ascii")), *self._gate.cors_headers(call.headers))
+        common: tuple[Header, ...] = ((b"x-request-id", call.request_id.encode("ascii")),)
+        if head.ORIGIN in call.headers:
+            common += self._gate.cors_headers(call.headers)
         exchange = Exchange(call, common, receive, send)
         try:
             if call.method == "OPTIONS":
                 await exchange.reply(answer.NO_CONTENT)
                 return
             call.principal, call.user = self._gate.admit(
-                path=call.path,
-                headers=call.headers,
-                repeated=call.repeated_header,
-                address=call.address,
-                now_s=started_s,
+                call.path, call.headers, call.repeated_header, call.address, started_s
             )
             resource = self._routing.hot(call)
             if resource is None:
                 await self._routing.route(exchange, scope)
             else:
-                await exchange.reply(await resource.handler(call)(call))
+                outcome = await resource.handler(call)(call)
+                if not exchange.replied(outcome):
+                    await exchange.reply(outcome)
         except ClientGoneError:
             return
         except ApiError as refusal:

@@ -45,5 +45,7 @@ ID_PATTERN: Final = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 IDEMPOTENCY_KEY_PATTERN: Final = re.compile(rb"[\x21-\x7e]{1,255}")
 
 # --- memory of clients ------------------------------------------------------------------------------------------
+AUTHORS_COUNT_MAX: Final = 4096
+"""Authors that are known to be well-formed."""
 ADDRESSES_COUNT_MAX: Final = 16384
 """Client addresses whose rate or admission is remembered; the one unused for longest is forgotten first."""

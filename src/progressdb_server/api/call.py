@@ -124,7 +124,7 @@ class Call:
 
     # --- the caller ---------------------------------------------------------------------------------------------
     def author(self, body_author: str | None = None) -> str | None:
-        return identity.resolve_author(user=self.user, headers=self.headers, query=self.query, body_author=body_author)
+        return identity.resolve_author(self.user, self.headers, self.query, body_author)
 
     def required_author(self, body_author: str | None = None) -> str:
         author = self.author(body_author)
@@ -151,14 +151,18 @@ class Call:
     async def json(self, decoder: msgspec.json.Decoder[Body], refusal: str = "invalid json") -> Body:
         return decode_json(await self.body(), decoder, refusal)
 
+    def whole_body(self) -> bytes | None:
+        """The body, if it has come whole already; None where it has to be waited for. Raises ApiError 413."""
+        whole = self.direct.whole_body() if self.direct is not None else None
+        if whole is not None and len(whole) > bounds.REQUEST_BYTES_MAX:
+            raise too_large()
+        return whole
+
     async def body(self) -> bytes:
         """The whole body. Raises ApiError 413 past the bound, ClientGoneError where the rest never came."""
-        if self.direct is not None:
-            whole = self.direct.whole_body()
-            if whole is not None:
-                if len(whole) > bounds.REQUEST_BYTES_MAX:
-                    raise too_large()
-                return whole
+        whole = self.whole_body()
+        if whole is not None:
+            return whole
         declared = self.headers.get(head.CONTENT_LENGTH)
         if declared is not None and declared.isdigit() and int(declared) > bounds.REQUEST_BYTES_MAX:
             await self._discard(int(declared))

@@ -22,38 +22,13 @@ _WITHOUT_BODY: Final = frozenset({204, 304})
 _logger: Final = logging.getLogger("uvicorn.error")
 
 
-class News:
-    """As asyncio.Event, which most requests need none of: it is made when somebody waits."""
-
-    __slots__ = ("_event", "there")
-
-    def __init__(self) -> None:
-        self.there = False
-        self._event: asyncio.Event | None = None
-
-    def set(self) -> None:
-        self.there = True
-        if self._event is not None:
-            self._event.set()
-
-    async def wait(self) -> None:
-        if not self.there:
-            if self._event is None:
-                self._event = asyncio.Event()
-            self._event.clear()
-            await self._event.wait()
-
-
 class Cycle(RequestResponseCycle):
-    message_event: News  # type: ignore[assignment]  # uvicorn sets it, and does nothing else with it
-
-    def __init__(
+    def __init__(  # noqa: PLR0917  keywords cost more than the rest of it
         self,
         scope: MutableMapping[str, Any],
         transport: asyncio.Transport,
         flow: FlowControl,
         default_headers: list[Header],
-        *,
         expect_100_continue: bool,
         keep_alive: bool,
         on_response: Callable[[], None],
@@ -64,7 +39,6 @@ class Cycle(RequestResponseCycle):
         self.flow = flow
         self.logger = _logger
         self.default_headers = default_headers
-        self.message_event = News()
         self.on_response = on_response
         self.disconnected = False
         self.keep_alive = keep_alive
@@ -75,6 +49,8 @@ class Cycle(RequestResponseCycle):
         self.chunked_encoding = None
         self.expected_content_length = 0
         self._body: bytes | bytearray = b""
+        self._news = False
+        self._waited: asyncio.Event | None = None
         self._start: MutableMapping[str, Any] | None = None
         self.task: asyncio.Task[None] | None = None
 
@@ -87,6 +63,23 @@ class Cycle(RequestResponseCycle):
                 tasks.discard(self.task)
 
     # --- the request's body ---------------------------------------------------------------------------------------
+    @property
+    def message_event(self) -> Cycle:  # type: ignore[override]
+        """What uvicorn does `set` on. An event, which most requests need none of, is made when somebody waits."""
+        return self
+
+    def set(self) -> None:
+        """There is more of the body, or no more to come."""
+        self._news = True
+        if self._waited is not None:
+            self._waited.set()
+
+    async def _wait(self) -> None:
+        if self._waited is None:
+            self._waited = asyncio.Event()
+        self._waited.clear()
+        await self._waited.wait()
+
     def add(self, part: bytes) -> int:
         """The bytes that wait to be read."""
         if not self._body:
@@ -95,20 +88,21 @@ class Cycle(RequestResponseCycle):
             self._body += part
         else:
             self._body = bytearray(self._body + part)
-        self.message_event.set()
+        self.set()
         return len(self._body)
 
     def whole_body(self) -> bytes | None:
         """See `call.Direct`."""
-        if self.more_body or self.waiting_for_100_continue or self.disconnected or self.response_complete:
+        if not self._news or self.more_body or self.waiting_for_100_continue:
             return None
-        if not self.message_event.there:
-            return None  # it has been read
-        self.flow.resume_reading()
+        if self.disconnected or self.response_complete:
+            return None
+        if self.flow.read_paused:
+            self.flow.resume_reading()
         return self._take()
 
     def _take(self) -> bytes:
-        self.message_event.there = False
+        self._news = False
         body, self._body = bytes(self._body), b""
         return body
 
@@ -118,7 +112,8 @@ class Cycle(RequestResponseCycle):
             self.waiting_for_100_continue = False
         if not self.disconnected and not self.response_complete:
             self.flow.resume_reading()
-            await self.message_event.wait()
+            if not self._news:
+                await self._wait()
         if self.disconnected or self.response_complete:
             return {"type": "http.disconnect"}
         return {"type": "http.request", "body": self._take(), "more_body": self.more_body}
@@ -135,9 +130,9 @@ class Cycle(RequestResponseCycle):
         elif not self.keep_alive:
             headers = (*headers, CLOSE)
         lines = [b"%b: %b\r\n" % header for header in (*self.default_headers, *headers)]
-        head = b"%b%bcontent-length: %d\r\n" % (STATUS_LINE[status], b"".join(lines), len(body))
+        head = b"".join((STATUS_LINE[status], *lines, b"content-length: %d\r\n" % len(body)))
         _check_lines(head, len(lines) + 2)
-        self.transport.write(b"%b\r\n%b" % (head, body))
+        self.transport.write(head + b"\r\n" + body)
         self.response_started = True
         self._complete()
         return True
@@ -199,12 +194,12 @@ class Cycle(RequestResponseCycle):
 
     def _complete(self) -> None:
         self.response_complete = True
-        self.message_event.set()
+        self.set()
         if not self.keep_alive:
             self.transport.close()
         self.on_response()
 
 
 def _check_lines(head: bytes, count: int) -> None:
-    if head.count(b"\n") != count or head.count(b"\r") != count:
+    if len(head.splitlines()) != count:
         raise RuntimeError("a header of the answer holds a line of its own")

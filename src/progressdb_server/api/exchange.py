@@ -35,14 +35,19 @@ class Exchange:
             message["headers"] = [*self._headers, *message.get("headers", ())]
         await self._send(message)
 
+    def replied(self, outcome: Answer | JsonList | EventStream) -> bool:
+        """Whether it could leave at once and whole; `reply` is for what could not."""
+        direct = self.call.direct
+        if direct is None or not isinstance(outcome, Answer):
+            return False
+        status, body, content_type, headers = outcome
+        if content_type is None or self.status:
+            return False
+        self.status = status
+        return direct.answer(status, (*self._headers, *headers, content_type), body)
+
     async def reply(self, outcome: Answer | JsonList | EventStream) -> None:
         if isinstance(outcome, Answer):
-            status, body, content_type, headers = outcome
-            direct = self.call.direct
-            if direct is not None and content_type is not None and not self.status:
-                self.status = status
-                if direct.answer(status, (*self._headers, *headers, content_type), body):
-                    return
             await answer.send_answer(outcome, self.send)
         elif isinstance(outcome, EventStream):
             await answer.send_events(outcome, self.receive, self.send)

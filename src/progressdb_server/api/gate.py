@@ -99,7 +99,7 @@ class Gate:
         return ((b"access-control-allow-origin", origin), *_CORS_HEADERS)
 
     def admit(
-        self, *, path: str, headers: head.Headers, repeated: bytes | None, address: str, now_s: float
+        self, path: str, headers: head.Headers, repeated: bytes | None, address: str, now_s: float
     ) -> tuple[Principal, str | None]:
         """Checks 3 to 7: the caller and its verified user, if it has one. Raises ApiError."""
         if not self._allowed.admits(address):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
@@ -50,9 +50,13 @@ _HARMLESS: Final = frozenset({ORIGIN, REQUEST_ID, EXPECT, COOKIE})
 Headers = dict[bytes, bytes]
 
 
-def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[Headers, bytes | None]:
-    """The headers that the API acts on, and the name of one that was sent twice (None if none was)."""
-    found: Headers = {}
+def read_headers(raw: Sequence[tuple[bytes, bytes]]) -> tuple[Headers, bytes | None]:
+    """The headers, and the name of one that was sent twice (None if none was). Where any was, only those that the API
+    acts on."""
+    found: Headers = dict(raw)
+    if len(found) == len(raw):
+        return found, None
+    found.clear()
     repeated: set[bytes] | None = None
     for name, value in raw:
         if name not in _READ:

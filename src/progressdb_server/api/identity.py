@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 from progressdb_server.api import bounds, head
@@ -119,6 +120,7 @@ def signed_user(headers: head.Headers, keys: KeyTable, *, required: bool) -> str
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
+@lru_cache(maxsize=bounds.AUTHORS_COUNT_MAX)
 def checked_author(author: str) -> str:
     """An author that may be stored: at most 128 bytes, no control character. Raises ApiError 400."""
     if len(author.encode()) > bounds.AUTHOR_BYTES_MAX:
@@ -129,13 +131,13 @@ def checked_author(author: str) -> str:
 
 
 def resolve_author(
-    *, user: str | None, headers: head.Headers, query: dict[str, str], body_author: str | None = None
+    user: str | None, headers: head.Headers, query: dict[str, str], body_author: str | None = None
 ) -> str | None:
     """The author that a call acts for: the verified user; without one the body's, the header's, the query's; or None.
 
     Raises ApiError 403 where something contradicts a verified user, 400 for an author that can't be stored.
     """
-    in_query = query.get("author")
+    in_query = query.get("author") if query else None
     if user is not None:
         if in_query and in_query != user:
             raise _mismatch("query param")
@@ -145,7 +147,8 @@ def resolve_author(
     in_header = headers.get(head.USER_ID)
     given = (body_author, head.header_text(in_header, "X-User-ID") if in_header else None, in_query)
     # each is checked, that the same value is not refused or taken by what stands beside it
-    return next(iter([checked_author(author) for author in given if author]), None)
+    checked = [checked_author(author) for author in given if author]
+    return checked[0] if checked else None
 
 
 def _mismatch(where: str) -> ApiError:

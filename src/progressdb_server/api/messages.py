@@ -7,6 +7,7 @@ author stay what they were.
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from typing import Any, Final
 
 import msgspec
@@ -40,7 +41,9 @@ _UNKNOWN: Final = "message not found"
 
 async def _received(call: Call) -> MessageBody:
     """The body within its bounds. Raises ApiError."""
-    raw = await call.body()
+    raw = call.whole_body()
+    if raw is None:
+        raw = await call.body()
     sent = decode_json(raw, _BODY)
     if sent.role and len(sent.role.encode()) > bounds.ROLE_BYTES_MAX:
         raise bad_request("role too long")
@@ -81,16 +84,16 @@ class MessageRoutes:
     # --- collections --------------------------------------------------------------------------------------------
     async def create(self, call: Call) -> Answer:
         """Durable when answered."""
-        sent = await _received(call)
-        return await self._create(call, sent, sent.thread or "")
+        return await self._create(call, in_thread=False)
 
-    async def create_in_thread(self, call: Call) -> Answer:
-        sent = await _received(call)
-        return await self._create(call, sent, call.id_from_path("thread", "thread not found"))
+    def create_in_thread(self, call: Call) -> Coroutine[Any, Any, Answer]:
+        return self._create(call, in_thread=True)
 
-    async def _create(self, call: Call, sent: MessageBody, thread_id: str) -> Answer:
+    async def _create(self, call: Call, *, in_thread: bool) -> Answer:
+        sent = await _received(call)
+        thread_id = call.id_from_path("thread", "thread not found") if in_thread else sent.thread or ""
         author = call.required_author(sent.author)
-        if thread_id and not bounds.ID_PATTERN.fullmatch(thread_id):
+        if not in_thread and thread_id and not bounds.ID_PATTERN.fullmatch(thread_id):
             raise bad_request(THREAD_ID_REFUSAL)
         if sent.body is None:
             raise bad_request("body is required")

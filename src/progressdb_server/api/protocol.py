@@ -191,14 +191,19 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._check_head()
-        names = [name for name, _ in self.headers]
-        hosts = names.count(b"host")
+        headers = self.headers
+        last = dict(headers)
+        once = len(last) == len(headers) or [name for name, _ in headers].count(b"host") == 1
         version = self.parser.get_http_version()
-        if version not in ("1.1", "1.0") or hosts > 1 or (hosts == 0 and version == "1.1"):
+        if (
+            version not in ("1.1", "1.0")
+            or (b"host" in last and not once)
+            or (b"host" not in last and version == "1.1")
+        ):
             self._refuse(400)
-        if b"expect" in names:
+        if b"expect" in last:
             self.expect_100_continue = any(
-                name == b"expect" and value.lower() == b"100-continue" for name, value in self.headers
+                name == b"expect" and value.lower() == b"100-continue" for name, value in headers
             )
         self._begin(version)
         self._in_head = False
@@ -208,8 +213,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Hand the request to the application, after those before it. As uvicorn does, less what is never used
         here.
         """
-        target = httptools.parse_url(self.url)
-        raw_path: bytes = target.path
+        raw_path, query = _target(self.url)
         path = raw_path.decode("ascii")
         scope: dict[str, Any] = {
             "type": "http",
@@ -222,7 +226,7 @@ class BoundedProtocol(HttpToolsProtocol):
             "method": self.parser.get_method().decode("ascii"),
             "path": urllib.parse.unquote(path) if "%" in path else path,
             "raw_path": raw_path,
-            "query_string": target.query or b"",
+            "query_string": query,
             "headers": self.headers,
             "state": self.app_state.copy(),
         }
@@ -232,9 +236,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport,
             self.flow,
             self.server_state.default_headers,
-            expect_100_continue=self.expect_100_continue,
-            keep_alive=version == "1.1" and self.parser.should_keep_alive(),
-            on_response=self.on_response_complete,
+            self.expect_100_continue,
+            version == "1.1" and self.parser.should_keep_alive(),
+            self.on_response_complete,
         )
         scope[DIRECT] = self.cycle
         if earlier is None or earlier.response_complete:
@@ -252,13 +256,14 @@ class BoundedProtocol(HttpToolsProtocol):
         cycle = self.cycle
         if not cycle.response_complete:
             cycle.more_body = False
-            cycle.message_event.set()
+            cycle.set()
 
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        self.flow.resume_reading()
+        if self.flow.read_paused:
+            self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
         elif not self._expecting:
@@ -285,6 +290,15 @@ class BoundedProtocol(HttpToolsProtocol):
         self._running = cycle
         cycle.task = self.loop.create_task(cycle.run(app, self.tasks))
         self.tasks.add(cycle.task)
+
+
+def _target(url: bytes) -> tuple[bytes, bytes]:
+    """Path and query. The parser has let nothing through that the first way would see otherwise than the second."""
+    if url.startswith(b"/") and b"#" not in url:
+        path, _, query = url.partition(b"?")
+        return path, query
+    parsed = httptools.parse_url(url)
+    return parsed.path, parsed.query or b""
 
 
 def _refusal(status: int) -> bytes:
