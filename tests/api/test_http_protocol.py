@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import ipaddress
 import json
@@ -171,6 +172,32 @@ def test_a_head_that_never_ends_is_cut_off(server: HttpServer) -> None:
         b"GET /healthz HTTP/1.1\r\nHost: x\r\n", *(b"X: " + b"y" * 8000 + b"\r\n" for _ in range(50))
     )
     assert [response.status for response in responses] in ([431], [])  # the answer may be lost in the reset
+
+
+@pytest.mark.parametrize(
+    ("before", "part"),
+    [
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: ", b"y"),
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\nX", b"y"),
+        (b"GET /", b"y"),
+        (b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\nX: ", b"y"),
+        (b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1;", b"y"),
+    ],
+    ids=["value", "name", "target", "trailer", "chunk extension"],
+)
+def test_a_line_that_never_ends_is_cut_off_before_it_costs_memory(
+    server: HttpServer, before: bytes, part: bytes
+) -> None:
+    """The parser holds back what has not ended, and no callback tells of it."""
+    sent = 0
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.settimeout(10)
+        connection.sendall(before)
+        with contextlib.suppress(ConnectionError):
+            while sent < 64 * bounds.HELD_BYTES_MAX:
+                connection.sendall(part * 8192)
+                sent += 8192
+    assert sent < 32 * bounds.HELD_BYTES_MAX  # the kernel holds some megabytes of what is never read
 
 
 def test_trailers_never_become_headers(server: HttpServer) -> None:

@@ -2,11 +2,11 @@
 
 Owns: what a connection may cost before a request is whole. Rules, each answered 4xx or by closing:
 
-1. A head has at most `HEAD_BYTES_MAX` bytes and `HEADERS_COUNT_MAX` headers; exactly one Host (RFC 9112 section
-3.2). 2. Trailers are dropped: uvicorn would add them to the headers that the application is about to read, behind
-the back of whatever proxy set those. 3. A request is whole within `REQUEST_SECONDS_MAX` of its first byte; a new
-connection sends one within the same time. 4. At most `CONNECTIONS_COUNT_MAX` connections; a client that does not
-read its answer is cut off by the kernel.
+1. A head has at most `HEAD_BYTES_MAX` bytes and `HEADERS_COUNT_MAX` headers, and of a line that has not ended the
+parser holds at most `HELD_BYTES_MAX`; exactly one Host (RFC 9112 section 3.2). 2. Trailers are dropped: uvicorn would
+add them to the headers that the application is about to read, behind the back of whatever proxy set those. 3. A
+request is whole within `REQUEST_SECONDS_MAX` of its first byte; a new connection sends one within the same time. 4. At
+most `CONNECTIONS_COUNT_MAX` connections; a client that does not read its answer is cut off by the kernel.
 
 It must never look at a body, and knows no route.
 """
@@ -56,6 +56,7 @@ class BoundedProtocol(HttpToolsProtocol):
         "_running",
         "_timer",
         "_timer_s",
+        "_told",
     )
     cycle: Cycle
     pipeline: deque[tuple[Cycle, Any]]  # type: ignore[assignment]  # of no others
@@ -68,7 +69,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._broken = False
         self._running: RequestResponseCycle | None = None
         self._fed_bytes = 0
-        """At least as many as the head has that is being read."""
+        """Since the parser last told of something: at least as many as it holds back, and as the head has that is being
+        read."""
+        self._told = False
         self._asgi = {"version": self.asgi_version, "spec_version": "2.3"}
         self._expecting = False
         """A request that is not whole."""
@@ -99,11 +102,16 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._broken:
             return
-        self._fed_bytes = self._fed_bytes + len(data) if self._in_head else len(data)
+        self._fed_bytes += len(data)
+        self._told = False
         try:
             self.parser.feed_data(data)
             if self._in_head:
                 self._check_head()
+            if self._told:
+                self._fed_bytes = len(data)
+            elif self._fed_bytes > bounds.HELD_BYTES_MAX:  # one endless header or trailer
+                self._refuse(431)
         except (httptools.HttpParserError, _RefusedError):
             self.logger.warning("Invalid HTTP request received.")
             self.send_400_response("")
@@ -170,6 +178,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
+        self._told = True
         self._in_head = True
         self._in_body = False
 
@@ -248,10 +257,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self.pipeline.appendleft((self.cycle, self.app))
 
     def on_body(self, body: bytes) -> None:
+        self._told = True
         if not self.cycle.response_complete and self.cycle.add(body) > HIGH_WATER_LIMIT:
             self.flow.pause_reading()
 
     def on_message_complete(self) -> None:
+        self._told = True
         self._in_body = False
         cycle = self.cycle
         if not cycle.response_complete:
