@@ -93,6 +93,8 @@ class KeyTable:
 
 def presented_key(headers: head.Headers) -> bytes | None:
     """The key from `Authorization: Bearer` or `X-API-Key`; two that differ count as an unknown one."""
+    if head.AUTHORIZATION not in headers:
+        return headers.get(head.API_KEY)
     bearer = None
     scheme, _, credentials = headers.get(head.AUTHORIZATION, b"").partition(b" ")
     if scheme.lower() == b"bearer":

@@ -19,7 +19,6 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Final
 
@@ -28,6 +27,7 @@ import structlog
 
 from progressdb_server.store import keyspace
 from progressdb_server.store.clock import Clock, Stamp
+from progressdb_server.store.diskthread import DiskThread
 from progressdb_server.store.engine import Engine, EngineBusyError, EngineUnavailableError
 from progressdb_server.store.form import FormatError
 from progressdb_server.store.metrics import StoreMetrics
@@ -101,7 +101,7 @@ class Writer:
         self._clock = clock
         self._metrics = metrics
         self._on_reopen = on_reopen
-        self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store-disk")
+        self._disk = DiskThread()
         self._lanes: dict[bytes, deque[Slot]] = {}
         self._queue: deque[Slot] = deque()
         self._queue_bytes = 0
@@ -193,7 +193,7 @@ class Writer:
         while self._drain is not None:
             await asyncio.wait((self._drain,))
         self._refuse_queue("the server is shutting down")
-        await asyncio.to_thread(self._disk.shutdown)
+        await asyncio.to_thread(self._disk.close)
 
     # --- lanes and queue ------------------------------------------------------------------------------------------
     def _advance(self, slot: Slot) -> None:
@@ -255,7 +255,7 @@ class Writer:
         try:
             failed = await self._put(group)
             if len(failed) < len(group):
-                await asyncio.get_running_loop().run_in_executor(self._disk, self._engine.sync)
+                await self._disk.run(self._engine.sync)
         except EngineBusyError:
             for slot in group:
                 self._refuse(slot, "the disk can't keep up with the writes")
@@ -350,7 +350,7 @@ class Writer:
         delay = REOPEN_RETRY_S_MIN
         while True:
             try:
-                await asyncio.get_running_loop().run_in_executor(self._disk, self._engine.reopen)
+                await self._disk.run(self._engine.reopen)
                 self._recent.forget()
                 self._known.clear()
                 self.load_state()
