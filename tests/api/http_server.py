@@ -80,6 +80,16 @@ class Response(NamedTuple):
         return json.loads(self.body)
 
 
+def closed_within(connection: socket.socket, seconds: float) -> bool:
+    connection.settimeout(seconds)
+    try:
+        return connection.recv(1) == b""
+    except ConnectionError:
+        return True
+    except TimeoutError:
+        return False
+
+
 def read_responses(connection: socket.socket) -> list[Response]:
     """All responses until end of file."""
     data = b""

@@ -18,9 +18,9 @@ from typing import Any
 import httptools
 import pytest
 from asgi_client import BACKEND, Api
-from http_server import HttpServer, Response, read_response, read_responses, running
+from http_server import HttpServer, Response, closed_within, read_response, read_responses, running
 
-from progressdb_server.api import bounds, listening, protocol
+from progressdb_server.api import bounds, protocol
 from progressdb_server.config import Tls
 
 
@@ -241,16 +241,6 @@ def test_head_is_refused_without_a_body(server: HttpServer) -> None:
 
 
 # --- time and connections ---------------------------------------------------------------------------------------
-def closed_within(connection: socket.socket, seconds: float) -> bool:
-    connection.settimeout(seconds)
-    try:
-        return connection.recv(1) == b""
-    except ConnectionError:
-        return True
-    except TimeoutError:
-        return False
-
-
 @pytest.mark.parametrize(
     "sent",
     [
@@ -289,43 +279,6 @@ def test_a_client_that_sends_a_byte_now_and_then_is_given_up_too(monkeypatch: py
         else:
             pytest.fail("the request was taken")
         assert server.api.store.empty
-
-
-def test_a_connection_that_idles_is_closed_and_one_in_use_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listening, "IDLE_SECONDS_MAX", 0.4)
-    monkeypatch.setattr(bounds, "REQUEST_SECONDS_MAX", 0.4)
-    with running() as server, server.connect() as used:
-        for _ in range(6):
-            used.sendall(GET)
-            assert read_response(used).status == 200
-            time.sleep(0.2)
-        assert closed_within(used, 10)
-
-
-def test_a_second_request_that_does_not_come_to_its_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "REQUEST_SECONDS_MAX", 0.3)
-    with running() as server, server.connect() as slow:
-        slow.sendall(GET)
-        assert read_response(slow).status == 200
-        slow.sendall(GET[:9])
-        assert closed_within(slow, 10)
-
-
-def test_an_answer_may_take_longer_than_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listening, "IDLE_SECONDS_MAX", 0.2)
-    monkeypatch.setattr(bounds, "REQUEST_SECONDS_MAX", 0.2)
-    api = Api()
-    create = api.store.create_message
-
-    async def slow(*given: Any, **named: Any) -> Any:
-        await asyncio.sleep(0.8)
-        return await create(*given, **named)
-
-    monkeypatch.setattr(api.store, "create_message", slow)
-    with running(api) as server, server.connect() as connection:
-        connection.sendall(request())
-        assert read_response(connection).status == 200
-        assert closed_within(connection, 10)
 
 
 def test_a_body_that_breaks_off_stores_nothing(server: HttpServer) -> None:

@@ -64,7 +64,7 @@ class Cycle(RequestResponseCycle):
 
     # --- the request's body ---------------------------------------------------------------------------------------
     @property
-    def message_event(self) -> Cycle:  # type: ignore[override]
+    def message_event(self) -> Cycle:  # type: ignore[override]  # all that uvicorn calls is `set`
         """What uvicorn does `set` on. An event, which most requests need none of, is made when somebody waits."""
         return self
 
