@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -45,10 +47,31 @@ def test_what_is_piped_has_no_colour() -> None:
     assert "\x1b" not in run(sys.executable, "-m", "minikms", "--help").stdout
 
 
-def test_a_reader_that_leaves_early_is_told_by_the_exit_status_alone() -> None:
-    many = "from minikms.cli.command import run; import sys; sys.argv = ['minikms', 'completion', 'bash']; run()"
-    done = run("sh", "-c", f'{{ {sys.executable} -c "{many}"; echo "exit $?" >&2; }} | head -c 1 > /dev/null')
-    assert done.stderr in ("exit 0\n", "exit 141\n")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("minikms", "completion", "bash"),
+        ("progressdb_server", "config", "show", "--db", "somewhere"),
+    ],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_left_is_told_by_the_exit_status_alone(words: Sequence[str], unbuffered: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            (sys.executable, "-m", *words),
+            cwd=PROJECT,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=RUN_SECONDS_MAX,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_the_picture_is_made_of_a_tour_that_ended_well() -> None:

@@ -162,9 +162,12 @@ def run() -> None:
         if mistyped:
             complain(mistyped)
             sys.exit(EXIT_MISSING)
-        sys.exit(app())
+        try:
+            sys.exit(app())
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:
-        # Who read our output has closed it; Python must not complain when it flushes.
+        # Who read our output has closed it; Python must not complain when it flushes once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_READER_LEFT)
     except KeyboardInterrupt:

@@ -18,6 +18,9 @@ from progressdb_server.config import Config, ConfigError, ConfigMissingError, Lo
 
 EXIT_REFUSED: Final = 1
 EXIT_MISSING: Final = 2
+EXIT_INTERRUPTED: Final = 130
+EXIT_READER_LEFT: Final = 141
+"""128 and the signal, SIGINT and SIGPIPE, as shells have it."""
 
 Addr = Annotated[str | None, Parameter(help="Where to listen, host:port; default 127.0.0.1:8080 [PROGRESSDB_ADDR].")]
 Db = Annotated[str | None, Parameter(help="Directory of all data [PROGRESSDB_DB_PATH].")]
@@ -181,12 +184,23 @@ def application(master_key_fd: int | None) -> App:
 
 
 def run(master_key_fd: int | None) -> None:
+    """Carries out the command line and ends the process."""
     app = application(master_key_fd)
     mistyped = _mistyped(sys.argv[1:], [name for name in app if not name.startswith("-")])
     if mistyped:
         print(f"progressdb: {mistyped}", file=sys.stderr)
         sys.exit(EXIT_MISSING)
-    sys.exit(app())
+    try:
+        try:
+            sys.exit(app())
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read our output has closed it; Python must not complain when it flushes once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_READER_LEFT)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _mistyped(words: list[str], commands: list[str]) -> str:
