@@ -23,6 +23,8 @@ RUN_S_MAX = 60.0
 CONFIGURATION = """
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "400", "403", "404", "409", "410"]  # no random text is a key, or opens under one
+[checks.negative_data_rejection]
+expected-statuses = ["400", "401", "403", "404", "405", "409", "411", "413", "415"]  # 413: too much, or too many
 """
 
 RUNS = {
