@@ -47,6 +47,9 @@ WRITE_BUFFER_BYTES: Final = 16 * 1024 * 1024
 WRITE_BUFFERS_MAX: Final = 4
 LEVEL_ZERO_FILES: Final = 8
 """Flushed files that are merged into the next level at a time. RocksDB's 4 costs a rotation a fifth more merging."""
+BASE_LEVEL_BYTES: Final = 64 * 1024 * 1024
+"""Of the level that flushed files are merged into. Every group writes to all parts of the key space, so such a merge
+rewrites all of that level: with RocksDB's 256 MiB twice as much of a long rotation was merging."""
 OPEN_FILES_MAX: Final = 512
 LOG_FILE_BYTES_MAX: Final = 4 * 1024 * 1024
 LOG_FILES_MAX: Final = 4
@@ -77,6 +80,7 @@ def _options() -> Options:
     options.set_max_open_files(OPEN_FILES_MAX)
     options.set_max_background_jobs(2)
     options.set_level_zero_file_num_compaction_trigger(LEVEL_ZERO_FILES)
+    options.set_max_bytes_for_level_base(BASE_LEVEL_BYTES)
     options.set_bytes_per_sync(1024 * 1024)  # spreads the write-back of big files, so that no commit waits behind one
     options.set_level_compaction_dynamic_level_bytes(True)
     options.set_compression_type(DBCompressionType.lz4())  # keys and indexes; ciphertext does not compress
