@@ -47,9 +47,10 @@ WRITE_BUFFER_BYTES: Final = 16 * 1024 * 1024
 WRITE_BUFFERS_MAX: Final = 4
 LEVEL_ZERO_FILES: Final = 8
 """Flushed files that are merged into the next level at a time. RocksDB's 4 costs a rotation a fifth more merging."""
-BASE_LEVEL_BYTES: Final = 64 * 1024 * 1024
-"""Of the level that flushed files are merged into. Every group writes to all parts of the key space, so such a merge
-rewrites all of that level: with RocksDB's 256 MiB twice as much of a long rotation was merging."""
+BASE_LEVEL_BYTES: Final = LEVEL_ZERO_FILES * WRITE_BUFFER_BYTES
+"""Of the level that flushed files are merged into: as much as is merged into it at a time. Every group writes to all
+parts of the key space, so each merge rewrites all of that level; with 256 MiB a rotation of a million records merges a
+third more, with 64 MiB one of a few hundred thousand twice as much."""
 OPEN_FILES_MAX: Final = 512
 LOG_FILE_BYTES_MAX: Final = 4 * 1024 * 1024
 LOG_FILES_MAX: Final = 4
