@@ -4,6 +4,8 @@ Owns: the options, the one database handle, recovery by reopening. Invariants:
 - One process has the directory open for writing (RocksDB's own lock); `open_beside` reads beside it.
 - The write-ahead log is always on. `write` puts a group into it without waiting for the disk; `sync` waits, and gives
   up the interpreter lock while it does, so it belongs in a worker thread (docs/decisions/0020-the-store.md).
+- A pass over much, that is a scan with a bound of bytes or of keys alone, puts nothing into the cache, where it would
+  only take the place of what requests read.
 - Writes that would have to wait for compaction fail at once (`no_slowdown`) instead of stopping the event loop.
 
 Known of rocksdict 0.3.29, each the reason for a line here: `set_iterate_lower_bound` sets the upper bound, so it is
@@ -84,7 +86,9 @@ def _options() -> Options:
     options.set_max_bytes_for_level_base(BASE_LEVEL_BYTES)
     options.set_bytes_per_sync(1024 * 1024)  # spreads the write-back of big files, so that no commit waits behind one
     options.set_level_compaction_dynamic_level_bytes(True)
-    options.set_compression_type(DBCompressionType.lz4())  # keys and indexes; ciphertext does not compress
+    # Keys and indexes compress, ciphertext does not: worth the time where entries stay.
+    options.set_compression_type(DBCompressionType.none())
+    options.set_bottommost_compression_type(DBCompressionType.lz4())
     options.set_max_log_file_size(LOG_FILE_BYTES_MAX)
     options.set_keep_log_file_num(LOG_FILES_MAX)
     options.set_stats_dump_period_sec(0)
@@ -257,7 +261,7 @@ def _scan(
             if taken and taken[0][0] == upper:
                 del taken[0]
             return taken[:limit]
-        forwards = islice(db.items(from_key=lower, read_opt=_up_to(upper)), limit)
+        forwards = islice(db.items(from_key=lower, read_opt=_up_to(upper, cached=bytes_max is None)), limit)
         return list(forwards) if bytes_max is None else _until(forwards, bytes_max)
     except Exception as error:
         raise EngineUnavailableError from error
@@ -267,14 +271,15 @@ def _keys(db: Any, lower: bytes, upper: bytes, limit: int) -> list[bytes]:
     if lower >= upper or limit <= 0:
         return []
     try:
-        return list(islice(db.keys(from_key=lower, read_opt=_up_to(upper)), limit))
+        return list(islice(db.keys(from_key=lower, read_opt=_up_to(upper, cached=False)), limit))
     except Exception as error:
         raise EngineUnavailableError from error
 
 
-def _up_to(upper: bytes) -> ReadOptions:
+def _up_to(upper: bytes, *, cached: bool) -> ReadOptions:
     bounds = ReadOptions()
     bounds.set_iterate_upper_bound(upper)
+    bounds.fill_cache(cached)
     return bounds
 
 

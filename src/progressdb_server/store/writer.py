@@ -39,6 +39,7 @@ GROUP_BYTES_MAX: Final = 8 * 1024 * 1024
 """A group is put in one call that holds the interpreter lock: some milliseconds at most."""
 KNOWN_MAX: Final = 32_768
 KNOWN_BYTES_MAX: Final = 64
+"""How many stored values are remembered, and how long one may be."""
 QUEUE_WRITES_MAX: Final = 8192
 QUEUE_BYTES_MAX: Final = 64 * 1024 * 1024
 BUSY_RETRY_S: Final = 0.005
