@@ -279,7 +279,7 @@ def _keys(db: Any, lower: bytes, upper: bytes, limit: int) -> list[bytes]:
 def _up_to(upper: bytes, *, cached: bool) -> ReadOptions:
     bounds = ReadOptions()
     bounds.set_iterate_upper_bound(upper)
-    bounds.fill_cache(cached)
+    bounds.fill_cache(cached)  # type: ignore[call-arg]  # the stub has it without its argument
     return bounds
 
 
