@@ -404,16 +404,18 @@ def _refused_of(items: Sequence[api.ReencryptItem], opened: OpenDek) -> list[api
     decrypt_into = AESGCM(opened.view).decrypt_into
     longest = max((len(item.ciphertext) for item in items), default=0)
     scratch = memoryview(bytearray(min(longest, CIPHERTEXT_BYTES_MAX)))
-    for index, item in enumerate(items):
-        try:
-            sealed = _sealed(item.ciphertext)
-            aad = record_aad(opened, item.aad)
-            decrypt_into(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], aad, scratch[: len(sealed) - OVERHEAD_BYTES])
-        except InvalidTag:
-            refused.append(api.RefusedItemAnswer(index, _DOES_NOT_OPEN, DecryptionError.code))
-        except MiniKmsError as error:
-            refused.append(api.RefusedItemAnswer(index, str(error), error.code))
-    scratch[:] = bytes(len(scratch))
+    try:
+        for index, item in enumerate(items):
+            try:
+                sealed = _sealed(item.ciphertext)
+                aad = record_aad(opened, item.aad)
+                decrypt_into(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], aad, scratch[: len(sealed) - OVERHEAD_BYTES])
+            except InvalidTag:
+                refused.append(api.RefusedItemAnswer(index, _DOES_NOT_OPEN, DecryptionError.code))
+            except MiniKmsError as error:
+                refused.append(api.RefusedItemAnswer(index, str(error), error.code))
+    finally:
+        scratch[:] = bytes(len(scratch))
     return refused
 
 
