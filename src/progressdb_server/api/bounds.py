@@ -23,7 +23,7 @@ QUERY_FIELDS_COUNT_MAX: Final = 32
 # --- the connection ---------------------------------------------------------------------------------------------
 HEAD_BYTES_MAX: Final = 32 * 1024
 HELD_BYTES_MAX: Final = HEAD_BYTES_MAX + 256 * 1024
-"""Of a header or trailer that has not ended, which no callback tells of; the event loop reads up to 256 KiB at once."""
+"""Of a line that has not ended, which no callback tells of; the event loop reads up to 256 KiB at once."""
 HEADERS_COUNT_MAX: Final = 100
 REQUEST_SECONDS_MAX: Final = 30
 """From the first byte of a request to its last."""

@@ -110,7 +110,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._check_head()
             if self._told:
                 self._fed_bytes = len(data)
-            elif self._fed_bytes > bounds.HELD_BYTES_MAX:  # one endless header or trailer
+            elif self._fed_bytes > bounds.HELD_BYTES_MAX:  # one endless line
                 self._refuse(431)
         except (httptools.HttpParserError, _RefusedError):
             self.logger.warning("Invalid HTTP request received.")

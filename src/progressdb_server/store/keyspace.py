@@ -52,7 +52,7 @@ def after(prefix: bytes) -> bytes:
 
 
 def message_id(first: Stamp) -> str:
-    return f"msg-{first.ns}-{first.seq:06d}" if first.seq else f"msg-{first.ns}-000000"
+    return f"msg-{first.ns}-{first.seq:06d}"
 
 
 def parse_message_id(text: str) -> Stamp | None:

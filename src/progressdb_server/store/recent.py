@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable
 from typing import Final
 
 KEYS_REMEMBERED_MAX: Final = 32_768
+"""Some thirty chunks of a rotation: more than are ever on their way."""
 
 
 class RecentKeys:
