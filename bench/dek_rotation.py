@@ -21,10 +21,10 @@ import uvloop
 from bench import load, programs
 from bench.programs import ADMIN_KEY, BACKEND_KEY, BenchError
 from bench.report import Row, figure, say
+from progressdb_server.config import Rotation
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.kms.provider import ProviderRefusedError, Seal
 from progressdb_server.kms.remote import RemoteProvider
-from progressdb_server.rotation_settings import Rotation
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.clock import Stamp
 from progressdb_server.store.conversations import Conversations

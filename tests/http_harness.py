@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 
 import uvloop
 
-from minikms.daemon.http import LIMITS, HttpServer, Limits, ParsedHead, Request, Response, parse_query
-from minikms.daemon.http.reader import RequestReader, Shared
-from minikms.daemon.http.refusals import RefusedError
 from minikms.errors import ConflictError, UnauthorizedError
+from minikms.http import LIMITS, HttpServer, Limits, ParsedHead, Request, Response, parse_query
+from minikms.http.limits import RefusedError
+from minikms.http.reader import RequestReader, Shared
 
 T = TypeVar("T")
 

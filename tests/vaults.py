@@ -13,20 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from minikms import datadir
 from minikms.audit import Event
 from minikms.crypto.aead import NonceSource
-from minikms.custody import opening
-from minikms.custody.atomic import open_directory
-from minikms.custody.backups import BackupStore
-from minikms.custody.dekstore import DekStore
-from minikms.custody.indexing import Indexing
-from minikms.custody.keyringfile import KeyringFile
+from minikms.custody.deks import DekStore
+from minikms.custody.files import open_directory
+from minikms.custody.keyring_file import KeyringFile
+from minikms.custody.lease_store import LeaseStore
 from minikms.custody.leases import Leases
-from minikms.custody.leasestore import LeaseStore
-from minikms.custody.pruning import Pruning
-from minikms.custody.rewrapping import Rewrapping
-from minikms.custody.rotation import KekRotation
-from minikms.custody.vault import Vault
+from minikms.custody.rotation import KekRotation, Pruning, Rewrapping
+from minikms.custody.rotation_backups import BackupStore
+from minikms.custody.vault import Indexing, Vault
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord
 from minikms.memory.arena import SecretArena, SecretSlot
@@ -125,10 +122,10 @@ async def opened_vault(
         ):
             nonces = NonceSource()
             file = KeyringFile(descriptor, disk)
-            source = opening.RootSource(file=key or key_file(directory))
-            found = opening.open_keyring(data_dir=str(directory), file=file, source=source, arena=arena, nonces=nonces)
+            source = datadir.RootSource(file=key or key_file(directory))
+            found = datadir.open_keyring(data_dir=str(directory), file=file, source=source, arena=arena, nonces=nonces)
             lease_store = LeaseStore.open(descriptor, create=found.unlocked.body.epoch == 1)
-            opening.raise_epoch(found.unlocked, file)
+            datadir.raise_epoch(found.unlocked, file)
             leases = Leases(lease_store, journal)
             vault = Vault(
                 arena=arena,

@@ -15,7 +15,7 @@ import msgspec
 import yaml
 
 from minikms import api, errors
-from minikms.daemon import metricspage
+from minikms.daemon import metrics
 from minikms.daemon.application import Application
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "minikms-openapi.yaml"
@@ -196,7 +196,7 @@ def responses(said: Said) -> dict[str, Any]:
     answer = {"type": "object"} if said.answer is None else ref(said.answer)
     content: dict[str, Any] = {"application/json": {"schema": answer}}
     if said.summary.startswith("The same as numbers"):
-        content = {metricspage.CONTENT_TYPE.partition(";")[0]: {"schema": {"type": "string"}}}
+        content = {metrics.CONTENT_TYPE.partition(";")[0]: {"schema": {"type": "string"}}}
     made: dict[str, Any] = {"200": {"description": "Done.", "content": content}}
     if said.also:
         made[str(said.also)] = {"description": "Begun.", "content": content}

@@ -20,13 +20,13 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from minikms import api
+from minikms import api, datadir
 from minikms.audit import AuditLog, Event
-from minikms.audit.keyversions import keys_of, since
-from minikms.audit.opening import Known
+from minikms.audit.recovery import Known
 from minikms.client import verbs
 from minikms.client.errors import refusal
-from minikms.client.values import (
+from minikms.client.verbs import (
+    Call,
     DecryptItem,
     EncryptItem,
     Outcome,
@@ -35,23 +35,21 @@ from minikms.client.values import (
     checked_cost_bytes,
     chunks,
 )
-from minikms.client.verbs import Call
 from minikms.crypto.aead import NonceSource
-from minikms.custody import backups, clock, dekstore, opening
-from minikms.custody.indexing import Indexing
-from minikms.custody.keyringfile import KeyringFile
+from minikms.custody import deks, files, rotation_backups
+from minikms.custody.files import DataDirLock, make_private_directory
+from minikms.custody.keyring_file import KeyringFile
+from minikms.custody.lease_store import LeaseStore
 from minikms.custody.leases import Leases
-from minikms.custody.leasestore import LeaseStore
-from minikms.custody.lock import DataDirLock, make_private_directory
-from minikms.custody.vault import Vault
-from minikms.daemon.epochs import highest_epoch
+from minikms.custody.vault import Indexing, Vault
+from minikms.datadir import highest_epoch, keys_of, since
 from minikms.errors import AuditUnavailableError, MiniKmsError, StartError
-from minikms.issuing import KeyIssuing
 from minikms.keys.unlocked import UnlockedKeyring
-from minikms.lifecycle import KeyLifecycle
 from minikms.memory.arena import SecretArena
 from minikms.policy import Policy, Principal
-from minikms.service import KeyService
+from minikms.service.keys import KeyIssuing
+from minikms.service.lifecycle import KeyLifecycle
+from minikms.service.records import KeyService
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -251,30 +249,30 @@ class EmbeddedClient:
 
 
 async def _compose(
-    kind: type[EmbeddedClient], directory: str, key: opening.RootSource, cleaning: AsyncExitStack
+    kind: type[EmbeddedClient], directory: str, key: datadir.RootSource, cleaning: AsyncExitStack
 ) -> EmbeddedClient:
     """The daemon's order of a start: lock, arena, keyring, audit log, epoch, then the rest."""
     sync = cleaning.enter_context(ExitStack())
     lock = sync.enter_context(DataDirLock(directory))
-    for name in (dekstore.DIRECTORY, backups.DIRECTORY):
+    for name in (deks.DIRECTORY, rotation_backups.DIRECTORY):
         make_private_directory(os.path.join(directory, name))
     arena = sync.enter_context(SecretArena(ARENA_SLOTS))
     executor = sync.enter_context(ThreadPoolExecutor(1, thread_name_prefix="minikms"))
     nonces = NonceSource()
     keyring_file = KeyringFile(lock.directory_fd, executor)
-    opened = opening.open_keyring(data_dir=directory, file=keyring_file, source=key, arena=arena, nonces=nonces)
+    opened = datadir.open_keyring(data_dir=directory, file=keyring_file, source=key, arena=arena, nonces=nonces)
     unlocked = opened.unlocked
     sync.callback(unlocked.release)  # after the log is closed, which signs its last line
-    opening.check_newest(unlocked, highest_epoch(directory))
+    datadir.check_newest(unlocked, highest_epoch(directory))
     log = _open_log(directory, unlocked)
     sync.callback(log.close)
     lease_store = LeaseStore.open(lock.directory_fd, create=unlocked.body.epoch == 1)
     sync.callback(lease_store.close)
-    opening.raise_epoch(unlocked, keyring_file)
-    store = dekstore.DekStore(directory, executor)
+    datadir.raise_epoch(unlocked, keyring_file)
+    store = deks.DekStore(directory, executor)
     sync.callback(store.close)
     leases = Leases(lease_store, executor)
-    backup_store = backups.BackupStore(directory)
+    backup_store = rotation_backups.BackupStore(directory)
     sync.callback(backup_store.close)
     vault = Vault(
         arena=arena,
@@ -303,11 +301,11 @@ async def _compose(
 
 def _place(
     data_dir: str | os.PathLike[str], master_key_file: str | os.PathLike[str] | None
-) -> tuple[str, opening.RootSource]:
+) -> tuple[str, datadir.RootSource]:
     directory = os.path.abspath(os.fspath(data_dir))
     if master_key_file is not None:
-        return directory, opening.RootSource(file=Path(master_key_file))
-    return directory, opening.RootSource(dev_file=Path(directory + ".master-key"))
+        return directory, datadir.RootSource(file=Path(master_key_file))
+    return directory, datadir.RootSource(dev_file=Path(directory + ".master-key"))
 
 
 def _open_log(directory: str, unlocked: UnlockedKeyring) -> AuditLog:
@@ -317,7 +315,7 @@ def _open_log(directory: str, unlocked: UnlockedKeyring) -> AuditLog:
         directory,
         audit_key=mac_key,
         seed=seed,
-        now_ns=clock.now_ns,
+        now_ns=files.now_ns,
         fsync="never",
         key_version=audit_key.version,
         former=keys_of(unlocked).former,

@@ -21,19 +21,18 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from progressdb_server import logs
-from progressdb_server.api import jobs as job_routes
-from progressdb_server.api import store_backup
-from progressdb_server.api.application import Application
-from progressdb_server.api.gate import Gate
-from progressdb_server.api.listening import bind, check_tls, raise_descriptor_limit, serve_http
-from progressdb_server.api.metrics import ApiMetrics
+from progressdb_server.api.http.access import Gate
+from progressdb_server.api.http.application import Application
+from progressdb_server.api.http.listener import bind, check_tls, raise_descriptor_limit, serve_http
+from progressdb_server.api.routes import jobs as job_routes
+from progressdb_server.api.routes import store_backup
+from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import Config, ConfigError
 from progressdb_server.jobs.service import Jobs
-from progressdb_server.kms.child import ChildOptions
 from progressdb_server.kms.provider import Provider
 from progressdb_server.kms.remote import RemoteProvider
-from progressdb_server.kms.supervisor import Supervisor, SupervisorError
+from progressdb_server.kms.supervisor import ChildOptions, Supervisor, SupervisorError
 from progressdb_server.store import epoch, form
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineLockedError, EngineUnavailableError

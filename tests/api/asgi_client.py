@@ -17,9 +17,9 @@ import msgspec
 from memory_store import MemoryStore
 from prometheus_client import CollectorRegistry
 
-from progressdb_server.api.application import Application
-from progressdb_server.api.gate import Gate
-from progressdb_server.api.metrics import ApiMetrics
+from progressdb_server.api.http.access import Gate
+from progressdb_server.api.http.application import Application
+from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.config import ApiKeys, RateLimit, Security
 
 BACKEND, FRONTEND, ADMIN = "backend-key-1", "frontend-key-1", "admin-key-1"

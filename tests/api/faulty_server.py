@@ -15,8 +15,8 @@ from typing import Any, Final
 
 from fault_words import DEFECT, DISK, FAULT_FILE, FULL, ROTTEN, STUCK
 
-from progressdb_server.api.call import Call
-from progressdb_server.api.routes import Handler, Resource
+from progressdb_server.api.http.request import Call
+from progressdb_server.api.routes.table import Handler, Resource
 from progressdb_server.cli import main
 from progressdb_server.jobs import service
 from progressdb_server.store import backup

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import uvloop
 from asgi_client import Api
 
-from progressdb_server.api.listening import bind, serve_http
+from progressdb_server.api.http.listener import bind, serve_http
 from progressdb_server.config import Tls
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from uvicorn.protocols.http.flow_control import FlowControl
 
-from progressdb_server.api.cycle import Cycle
+from progressdb_server.api.http.protocol import Cycle
 
 
 class Transport:

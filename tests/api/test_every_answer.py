@@ -24,8 +24,8 @@ from test_openapi import REFUSALS, whole_table
 import documented
 from documented import Pair
 from live_daemon import LiveDaemon
-from progressdb_server.api.documentation import ALL_DESCRIBED
-from progressdb_server.api.openapi import document, refusals
+from progressdb_server.api.openapi.document import document, refusals
+from progressdb_server.api.openapi.documentation import ALL_DESCRIBED
 
 KEY_SERVICE = "the key service is not available now"
 DISK = "the store's disk is not available now"

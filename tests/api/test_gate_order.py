@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from asgi_client import ADMIN, BACKEND, FRONTEND, KEYS, OTHER_BACKEND, SECURITY, Api, signed
 
-from progressdb_server.api.gate import AllowList
-from progressdb_server.api.identity import KeyTable
+from progressdb_server.api.http.access import AllowList, KeyTable
 from progressdb_server.config import ApiKeys, Cors, RateLimit
 
 CORS_HEADERS = {

@@ -10,8 +10,8 @@ from asgi_client import ADMIN, BACKEND, FRONTEND, Api, Reply, signature, signed
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_server.api import bounds
-from progressdb_server.api.call import json_depth
+from progressdb_server.api.http import limits
+from progressdb_server.api.http.request import json_depth
 
 WITH_BODY = [
     ("POST", "/v1/_sign"),
@@ -70,7 +70,7 @@ def assert_refused(api: Prepared, reply: Reply, *statuses: int) -> None:
     assert api.state() == api.before
 
 
-DEEP = bounds.JSON_DEPTH_MAX + 1
+DEEP = limits.JSON_DEPTH_MAX + 1
 BODIES: dict[str, bytes] = {
     "empty": b"",
     "space": b"  ",
@@ -108,7 +108,7 @@ BODIES: dict[str, bytes] = {
     "very deep, unclosed": b"[" * 1_000_000,
     "very deep, unclosed objects": b'{"a":' * 200_000,
     "a number of 5,000 digits": b'{"author":"alice","title":7,"id":7,"userId":7,"body":' + b"9" * 5000 + b"}",
-    "too large": b'{"author":"alice","title":"x","body":"' + b"x" * bounds.REQUEST_BYTES_MAX + b'"}',
+    "too large": b'{"author":"alice","title":"x","body":"' + b"x" * limits.REQUEST_BYTES_MAX + b'"}',
     "ten megabytes": b'{"author":"alice","body":"' + b"x" * 10_000_000 + b'"}',
 }  # fmt: skip
 
@@ -118,7 +118,7 @@ BODIES: dict[str, bytes] = {
 def test_a_hostile_body_is_refused_and_nothing_is_stored(name: str, method: str, path: str) -> None:
     api = Prepared()
     reply = api.call(method, path, raw=BODIES[name], headers={"X-User-ID": "alice"})
-    too_large = len(BODIES[name]) > bounds.REQUEST_BYTES_MAX
+    too_large = len(BODIES[name]) > limits.REQUEST_BYTES_MAX
     assert_refused(api, reply, 413 if too_large else 400)
 
 
@@ -137,17 +137,17 @@ def test_a_declared_length_past_all_bounds_is_refused_before_the_body_comes() ->
 
 def test_a_client_that_waits_for_100_continue_is_refused_at_once() -> None:
     api = Prepared()
-    more = {"Content-Length": str(bounds.REQUEST_BYTES_MAX + 1), "Expect": "100-continue"}
+    more = {"Content-Length": str(limits.REQUEST_BYTES_MAX + 1), "Expect": "100-continue"}
     reply = api.call("POST", "/v1/messages", chunks=[b"x", b"y"], headers=more)
     assert_refused(api, reply, 413)
 
 
 def test_a_message_of_one_mebibyte_is_stored_and_one_beyond_its_bound_is_not() -> None:
     api = Api()
-    text = "x" * bounds.MESSAGE_BYTES_MAX
+    text = "x" * limits.MESSAGE_BYTES_MAX
     stored = api("POST", "/v1/messages", {"author": "alice", "body": text})
     assert (stored.status, stored.json["body"]) == (200, text)
-    assert api("POST", "/v1/messages", {"author": "a", "body": "x" * bounds.REQUEST_BYTES_MAX}).status == 413
+    assert api("POST", "/v1/messages", {"author": "a", "body": "x" * limits.REQUEST_BYTES_MAX}).status == 413
 
 
 def test_a_body_that_grows_when_it_is_written_again_is_measured_as_it_is_stored() -> None:
@@ -158,7 +158,7 @@ def test_a_body_that_grows_when_it_is_written_again_is_measured_as_it_is_stored(
 
 
 def test_json_of_the_greatest_depth_is_stored() -> None:
-    depth = bounds.JSON_DEPTH_MAX - 1  # the request itself is one level
+    depth = limits.JSON_DEPTH_MAX - 1  # the request itself is one level
     raw = b'{"author":"alice","body":' + b"[" * depth + b"]" * depth + b"}"
     assert Api()("POST", "/v1/messages", raw=raw).status == 200
 

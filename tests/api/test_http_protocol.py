@@ -20,7 +20,7 @@ import pytest
 from asgi_client import BACKEND, Api
 from http_server import HttpServer, Response, closed_within, read_response, read_responses, running
 
-from progressdb_server.api import bounds, protocol
+from progressdb_server.api.http import limits, protocol
 from progressdb_server.config import Tls
 
 
@@ -154,9 +154,9 @@ def test_malformed_http_is_a_400_in_json_and_the_end_of_the_connection(server: H
 @pytest.mark.parametrize(
     "head",
     [
-        b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * bounds.HEAD_BYTES_MAX + b"\r\n\r\n",
-        b"GET /" + b"x" * bounds.HEAD_BYTES_MAX + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * (bounds.HEADERS_COUNT_MAX + 1) + b"\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * limits.HEAD_BYTES_MAX + b"\r\n\r\n",
+        b"GET /" + b"x" * limits.HEAD_BYTES_MAX + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * (limits.HEADERS_COUNT_MAX + 1) + b"\r\n",
         b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
         + b"".join(b"A%d: %s\r\n" % (n, b"x" * 900) for n in range(60))
         + b"\r\n",
@@ -194,10 +194,10 @@ def test_a_line_that_never_ends_is_cut_off_before_it_costs_memory(
         connection.settimeout(10)
         connection.sendall(before)
         with contextlib.suppress(ConnectionError):
-            while sent < 64 * bounds.HELD_BYTES_MAX:
+            while sent < 64 * limits.HELD_BYTES_MAX:
                 connection.sendall(part * 8192)
                 sent += 8192
-    assert sent < 32 * bounds.HELD_BYTES_MAX  # the kernel holds some megabytes of what is never read
+    assert sent < 32 * limits.HELD_BYTES_MAX  # the kernel holds some megabytes of what is never read
 
 
 def test_trailers_never_become_headers(server: HttpServer) -> None:
@@ -253,7 +253,7 @@ def test_head_is_refused_without_a_body(server: HttpServer) -> None:
     ],
 )
 def test_a_request_that_does_not_come_to_its_end_is_given_up(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
-    monkeypatch.setattr(bounds, "REQUEST_SECONDS_MAX", 0.2)
+    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 0.2)
     with running() as server:
         with server.connect() as slow:
             slow.sendall(sent)
@@ -264,7 +264,7 @@ def test_a_request_that_does_not_come_to_its_end_is_given_up(monkeypatch: pytest
 
 
 def test_a_client_that_sends_a_byte_now_and_then_is_given_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "REQUEST_SECONDS_MAX", 0.3)
+    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 0.3)
     with running() as server, server.connect() as slow:
         slow.settimeout(0.05)
         for byte in request():
@@ -292,7 +292,7 @@ def test_a_body_that_breaks_off_stores_nothing(server: HttpServer) -> None:
 
 
 def test_more_connections_than_the_bound_are_closed_and_the_others_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "CONNECTIONS_COUNT_MAX", 5)
+    monkeypatch.setattr(limits, "CONNECTIONS_COUNT_MAX", 5)
     with running() as server:
         held = [server.connect() for _ in range(5)]
         for connection in held:

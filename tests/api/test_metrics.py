@@ -13,8 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from real_server import RealServer, real_server
 
 import needs
-from minikms.daemon.metricspage import BATCH_SIZES, page
-from minikms.daemon.verbtimes import Histogram, VerbTimes
+from minikms.daemon.metrics import BATCH_SIZES, Histogram, VerbTimes, page
 from unix_http import unix_request
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -13,15 +13,14 @@ import yaml
 from asgi_client import ADMIN, BACKEND, FRONTEND, Api, Reply, signed
 from prometheus_client import CollectorRegistry
 
-from progressdb_server.api import jobs as job_routes
-from progressdb_server.api import store_backup
-from progressdb_server.api.described import DESCRIBED
-from progressdb_server.api.documentation import ALL_DESCRIBED, with_documentation
-from progressdb_server.api.gate import for_users
-from progressdb_server.api.identity import KeyTable
-from progressdb_server.api.metrics import ApiMetrics
-from progressdb_server.api.openapi import UndescribedError, document, refusals
-from progressdb_server.api.routes import Operation, Resource, table
+from progressdb_server.api.http.access import KeyTable, for_users
+from progressdb_server.api.openapi.described import DESCRIBED
+from progressdb_server.api.openapi.document import UndescribedError, document, refusals
+from progressdb_server.api.openapi.documentation import ALL_DESCRIBED, with_documentation
+from progressdb_server.api.routes import jobs as job_routes
+from progressdb_server.api.routes import store_backup
+from progressdb_server.api.routes.metrics import ApiMetrics
+from progressdb_server.api.routes.table import Operation, Resource, table
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import RateLimit
 from progressdb_server.store.engine import EngineUnavailableError

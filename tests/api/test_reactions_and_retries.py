@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from asgi_client import ADMIN, BACKEND, FRONTEND, Api, signed
 
-from progressdb_server.api.identity import KeyTable
+from progressdb_server.api.http.access import KeyTable
 from progressdb_server.store.model import (
     IdempotencyConflictError,
     InvalidThreadIdError,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from asgi_client import ADMIN, BACKEND, FRONTEND, KEYS, Api, signed
 
-from progressdb_server.api.routes import table
+from progressdb_server.api.routes.table import table
 from progressdb_server.config import ApiKeys
 
 CALLERS: dict[str, tuple[str | None, dict[str, str]]] = {

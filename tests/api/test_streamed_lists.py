@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from progressdb_server.api import answer, bounds
-from progressdb_server.api.answer import JsonList, send_list
-from progressdb_server.api.errors import ClientGoneError
+from progressdb_server.api.http import limits, response
+from progressdb_server.api.http.errors import ClientGoneError
+from progressdb_server.api.http.response import JsonList, send_list
 from progressdb_server.store.model import Message, StoreUnavailableError
 
 
@@ -96,7 +96,7 @@ def test_a_long_list_is_streamed_in_parts_of_bounded_size() -> None:
     assert b"content-length" not in client.headers
     assert len(client.parts) > 5
     largest_chunk = 50 * 1200
-    assert max(map(len, client.parts)) < bounds.LIST_BUFFER_BYTES_MAX + largest_chunk
+    assert max(map(len, client.parts)) < limits.LIST_BUFFER_BYTES_MAX + largest_chunk
     read = json.loads(b"".join(client.parts))["messages"]
     assert [one["id"] for one in read] == [f"msg-{number}-1" for number in range(3000)]
     assert (client.finished, source.closed) == (True, True)
@@ -127,7 +127,7 @@ def test_a_client_that_hangs_up_ends_the_reading() -> None:
 
 
 def test_a_client_that_stops_reading_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answer.bounds, "STREAM_STALL_SECONDS_MAX", 0.05)
+    monkeypatch.setattr(response.bounds, "STREAM_STALL_SECONDS_MAX", 0.05)
     source, client = Source(chunks=1000, of=50), Client(stalls_after=4)
     with pytest.raises(ClientGoneError):
         run(source, client)

@@ -10,7 +10,7 @@ import pytest
 from asgi_client import BACKEND, Api
 from http_server import closed_within, read_response, running
 
-from progressdb_server.api import bounds, listening
+from progressdb_server.api.http import limits, listener
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 BODY = b'{"author":"alice","body":1}'
@@ -22,8 +22,8 @@ POST = b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nX-API-Key: %b\r\nContent-Lengt
 
 
 def test_a_connection_that_idles_is_closed_and_one_in_use_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listening, "IDLE_SECONDS_MAX", 0.4)
-    monkeypatch.setattr(bounds, "REQUEST_SECONDS_MAX", 0.4)
+    monkeypatch.setattr(listener, "IDLE_SECONDS_MAX", 0.4)
+    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 0.4)
     with running() as server, server.connect() as used:
         for _ in range(6):
             used.sendall(GET)
@@ -33,7 +33,7 @@ def test_a_connection_that_idles_is_closed_and_one_in_use_is_not(monkeypatch: py
 
 
 def test_a_second_request_that_does_not_come_to_its_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "REQUEST_SECONDS_MAX", 0.3)
+    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 0.3)
     with running() as server, server.connect() as slow:
         slow.sendall(GET)
         assert read_response(slow).status == 200
@@ -42,8 +42,8 @@ def test_a_second_request_that_does_not_come_to_its_end_is_given_up(monkeypatch:
 
 
 def test_an_answer_may_take_longer_than_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listening, "IDLE_SECONDS_MAX", 0.2)
-    monkeypatch.setattr(bounds, "REQUEST_SECONDS_MAX", 0.2)
+    monkeypatch.setattr(listener, "IDLE_SECONDS_MAX", 0.2)
+    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 0.2)
     api = Api()
     create = api.store.create_message
 

@@ -12,11 +12,11 @@ import independent_verifier
 import msgspec
 
 from minikms.audit import AuditKey, AuditLog, Event, record
-from minikms.audit.check import verify_directory
+from minikms.audit.chain import LocalSigner
 from minikms.audit.log import CHORES_NS, Limits
+from minikms.audit.queries import verify_directory
 from minikms.audit.record import Head
-from minikms.audit.signer import LocalSigner
-from minikms.audit.verdict import Report, Trust
+from minikms.audit.rules import Report, Trust
 
 LOG = "minikms-audit.log"
 

@@ -20,9 +20,8 @@ import independent_verifier
 from logmaker import KEY1, KEY2, LOG, encrypt_event
 
 from minikms.audit import chain, record
-from minikms.audit.chain import Coverage
+from minikms.audit.chain import AuditKey, Coverage
 from minikms.audit.record import Event, Facts, Head
-from minikms.audit.signer import AuditKey
 
 VECTORS = Path(__file__).resolve().parents[2] / "docs" / "spec" / "audit-vectors.json"
 LOG_ID = bytes(range(16))

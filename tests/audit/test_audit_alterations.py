@@ -13,7 +13,7 @@ from logmaker import KEY1, KEY2, LOG, Clock, Key, encrypt_event, lines_of, make_
 
 from minikms.audit import record
 from minikms.audit.record import Head
-from minikms.audit.verdict import FINDINGS_COUNT_MAX, Report
+from minikms.audit.rules import FINDINGS_COUNT_MAX, Report
 from minikms.audit.verify import Verifier
 
 EVENT_LINE = 5

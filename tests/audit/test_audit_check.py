@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from logmaker import LOG, Clock, events_of, open_log, trust, verify, write_events
 
-from minikms.audit import reading, record
-from minikms.audit.check import AuditLogMissingError, verify_directory
-from minikms.audit.compress import compress_closed
+from minikms.audit import reader, record
 from minikms.audit.log import CHORES_NS, Limits
+from minikms.audit.queries import AuditLogMissingError, verify_directory
+from minikms.audit.retention import compress_closed
 
 # --- where a check begins, and beside a writer -----------------------------------------------------------------------
 
@@ -49,7 +49,7 @@ def test_no_log_is_missing_and_not_intact(tmp_path: Path) -> None:
 
 
 def test_progress_goes_from_nothing_to_all(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minikms.audit.check._PROGRESS_LINES", 5)
+    monkeypatch.setattr("minikms.audit.queries._PROGRESS_LINES", 5)
     told: list[tuple[int, int]] = []
     verify_directory(str(original), trust(), progress=lambda done, total: told.append((done, total)))
     assert told == sorted(told)
@@ -62,9 +62,9 @@ def test_a_file_that_is_closed_while_it_is_read_is_read_once(tmp_path: Path, mon
     log = open_log(tmp_path, clock=Clock(step=CHORES_NS), limits=Limits(segment_bytes=2000, reserve_bytes=0))
     write_events(log, 10)
     rounds = 0
-    real_lines = reading.SegmentFile.lines
+    real_lines = reader.SegmentFile.lines
 
-    def lines(self: reading.SegmentFile) -> Any:
+    def lines(self: reader.SegmentFile) -> Any:
         nonlocal rounds
         for line in real_lines(self):
             yield line
@@ -73,7 +73,7 @@ def test_a_file_that_is_closed_while_it_is_read_is_read_once(tmp_path: Path, mon
                 write_events(log, 4)
                 compress_closed(str(tmp_path))
 
-    monkeypatch.setattr(reading.SegmentFile, "lines", lines)
+    monkeypatch.setattr(reader.SegmentFile, "lines", lines)
     report = verify_directory(str(tmp_path), trust())
     assert report.intact, report.findings
     log.close()
@@ -88,7 +88,7 @@ def test_a_last_line_that_is_completed_meanwhile_is_no_alteration(
     def complete(_: float) -> None:
         (altered / LOG).write_bytes(content)
 
-    monkeypatch.setattr(reading.time, "sleep", complete)
+    monkeypatch.setattr(reader.time, "sleep", complete)
     assert verify_directory(str(altered), trust()).intact
 
 

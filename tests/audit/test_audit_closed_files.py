@@ -13,12 +13,11 @@ import zstandard
 from logmaker import LOG, SECOND, Clock, encrypt_event, events_of, open_log, trust, verify, write_events
 
 from minikms.audit import Upkeep, record
-from minikms.audit.check import verify_directory
-from minikms.audit.compress import CompressionError, compress_closed
-from minikms.audit.forward import FileForwarder
 from minikms.audit.log import CHORES_NS, Limits
-from minikms.audit.retention import Retention
-from minikms.audit.segments import list_segments
+from minikms.audit.queries import verify_directory
+from minikms.audit.reader import list_segments
+from minikms.audit.retention import CompressionError, Retention, compress_closed
+from minikms.audit.shipping import FileForwarder
 
 DAY_NS = 24 * 3600 * SECOND
 LATER = 1_700_000_000 * SECOND + DAY_NS

@@ -16,13 +16,12 @@ import pytest
 
 from minikms.audit import AuditLog, Event
 from minikms.audit.chain import base64_text
-from minikms.audit.keyversions import keys_of
 from minikms.cli import audit
 from minikms.cli.auditkeys import RootKey, open_audit_keys, rotate_audit_key
 from minikms.crypto.aead import NonceSource
-from minikms.custody.keyringfile import KeyringFile
-from minikms.custody.lock import DataDirLock
-from minikms.custody.opening import RootSource, open_keyring
+from minikms.custody.files import DataDirLock
+from minikms.custody.keyring_file import KeyringFile
+from minikms.datadir import RootSource, keys_of, open_keyring
 from minikms.memory.arena import SecretArena
 
 LOG = "minikms-audit.log"

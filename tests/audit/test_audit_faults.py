@@ -14,7 +14,7 @@ from logmaker import LOG, make_log, verify
 
 import needs
 from minikms.audit import record
-from minikms.audit.verdict import Report
+from minikms.audit.rules import Report
 
 WRITER = Path(__file__).with_name("auditwriter.py")
 

@@ -30,8 +30,8 @@ from logmaker import (
 from minikms.audit import chain, record
 from minikms.audit.chain import Coverage
 from minikms.audit.log import Limits
+from minikms.audit.reader import list_segments
 from minikms.audit.record import Event, Head
-from minikms.audit.segments import list_segments
 from minikms.errors import StartError
 
 ALIEN_SIG = bytes(range(32))

@@ -18,13 +18,12 @@ import pytest
 import zstandard
 from logmaker import LOG, Clock, encrypt_event, lines_of, make_log, open_log, trust, verify, write_events
 
-from minikms.audit import Event, reading, record, search
-from minikms.audit.check import verify_directory
-from minikms.audit.compress import compress_closed
-from minikms.audit.follow import LAST_BYTES_MAX, Follower, last_lines
+from minikms.audit import Event, queries, reader, record
 from minikms.audit.log import Limits
-from minikms.audit.segments import list_segments
-from minikms.audit.verdict import FINDINGS_COUNT_MAX, FINDINGS_COUNTED_MAX
+from minikms.audit.queries import verify_directory
+from minikms.audit.reader import LAST_BYTES_MAX, Follower, last_lines, list_segments
+from minikms.audit.retention import compress_closed
+from minikms.audit.rules import FINDINGS_COUNT_MAX, FINDINGS_COUNTED_MAX
 from minikms.cli import audit
 
 SKIPPABLE = struct.pack("<II", 0x184D2A50, 5) + b"extra"
@@ -198,10 +197,10 @@ def test_a_file_that_is_closed_while_it_is_read_is_read_to_its_end(
 ) -> None:
     log = open_log(tmp_path)
     write_events(log, 10)
-    real = reading.SegmentFile.lines
+    real = reader.SegmentFile.lines
     turns = 0
 
-    def lines(self: reading.SegmentFile) -> Any:
+    def lines(self: reader.SegmentFile) -> Any:
         nonlocal turns
         for number, line in enumerate(real(self)):
             yield line
@@ -211,7 +210,7 @@ def test_a_file_that_is_closed_while_it_is_read_is_read_to_its_end(
                 log._writer.rotate(10**18)
                 write_events(log, 8)
 
-    monkeypatch.setattr(reading.SegmentFile, "lines", lines)
+    monkeypatch.setattr(reader.SegmentFile, "lines", lines)
     report = verify_directory(str(tmp_path), trust())
     assert report.intact, report.findings
     assert (report.segments, turns) == (4, 3)
@@ -224,15 +223,15 @@ def test_what_comes_after_the_log_was_read_to_its_end_is_not_read(
     """A file that is begun right then follows lines that were not read."""
     log = open_log(tmp_path)
     write_events(log, 10)
-    real = reading.SegmentFile.lines
+    real = reader.SegmentFile.lines
 
-    def lines(self: reading.SegmentFile) -> Any:
+    def lines(self: reader.SegmentFile) -> Any:
         yield from real(self)
         write_events(log, 4)
         log._writer.rotate(10**18)
         write_events(log, 8)
 
-    monkeypatch.setattr(reading.SegmentFile, "lines", lines)
+    monkeypatch.setattr(reader.SegmentFile, "lines", lines)
     report = verify_directory(str(tmp_path), trust())
     assert report.intact, report.findings
     assert report.lines == 11
@@ -261,16 +260,16 @@ def test_markup_in_a_log_is_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.
 
 
 def test_totals_stay_small_whatever_the_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "NAMES_COUNT_MAX", 3)
+    monkeypatch.setattr(queries, "NAMES_COUNT_MAX", 3)
     log = open_log(tmp_path)
     for number in range(10):
         log.add(Event(type=f"type{number}", actor=f"actor{number}", outcome=f"outcome{number}"))
     log.commit()
     long = record.frame(record.encode_event(Event(seq=9, ts=9, type="x" * 9999, actor="y", outcome="ok")), bytes(32))
     (tmp_path / LOG).write_bytes(long + (tmp_path / LOG).read_bytes())
-    totals = search.totals(str(tmp_path))
+    totals = queries.totals(str(tmp_path))
     for counts in (totals.types, totals.outcomes, totals.actors):
-        assert len(counts) == 4 and max(map(len, counts)) <= search.NAME_CHARS_MAX
+        assert len(counts) == 4 and max(map(len, counts)) <= queries.NAME_CHARS_MAX
         assert sum(counts.values()) == 12
     log.close()
 
@@ -280,8 +279,8 @@ def test_the_last_lines_are_bounded_by_their_bytes(tmp_path: Path, monkeypatch: 
     compress_closed(str(tmp_path))
     every = last_lines(str(tmp_path), 10_000)
     assert sum(map(len, every)) < LAST_BYTES_MAX and len(every) > 400
-    monkeypatch.setattr("minikms.audit.follow.LAST_BYTES_MAX", 20_000)
-    monkeypatch.setattr("minikms.audit.follow._BACKWARDS_BYTES", 1000)
+    monkeypatch.setattr("minikms.audit.reader.LAST_BYTES_MAX", 20_000)
+    monkeypatch.setattr("minikms.audit.reader._BACKWARDS_BYTES", 1000)
     some = last_lines(str(tmp_path), 10_000)
     assert some and sum(map(len, some)) < 70_000
     assert some == every[-len(some) :]

@@ -1,4 +1,4 @@
-"""What a start does with the log that it finds: each row of the decision table in `minikms.audit.opening`."""
+"""What a start does with the log that it finds: each row of the decision table in `minikms.audit.recovery`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from logmaker import (
     write_events,
 )
 
-from minikms.audit import Known, reading, record, search, tail, writer
-from minikms.audit.compress import compress_closed
-from minikms.audit.reading import each_segment
+from minikms.audit import Known, queries, reader, record, writer
+from minikms.audit import recovery as tail
+from minikms.audit.reader import each_segment
 from minikms.audit.record import Event, Head
+from minikms.audit.retention import compress_closed
 from minikms.errors import StartError
 
 
@@ -52,17 +53,17 @@ def snapshot(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}
 
 
-@pytest.mark.parametrize("near_bytes", [1, 300, 5000, search.NEAR_BYTES])
+@pytest.mark.parametrize("near_bytes", [1, 300, 5000, queries.NEAR_BYTES])
 def test_a_line_is_found_by_its_number_wherever_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, near_bytes: int
 ) -> None:
-    monkeypatch.setattr(search, "NEAR_BYTES", near_bytes)
+    monkeypatch.setattr(queries, "NEAR_BYTES", near_bytes)
     make_segments(tmp_path)
     compress_closed(tmp_path)
     lines = [line for file in each_segment(str(tmp_path)) for line in file.lines()]
     assert len(lines) > 60
-    assert [search.line_of(str(tmp_path), number + 1) for number in range(len(lines))] == lines
-    assert search.line_of(str(tmp_path), len(lines) + 1) is None
+    assert [queries.line_of(str(tmp_path), number + 1) for number in range(len(lines))] == lines
+    assert queries.line_of(str(tmp_path), len(lines) + 1) is None
 
 
 def test_a_line_near_the_end_of_a_long_file_is_found_without_reading_the_file(
@@ -71,18 +72,18 @@ def test_a_line_near_the_end_of_a_long_file_is_found_without_reading_the_file(
     """A start that is told a line it must find would otherwise take the longer the fuller the file is."""
     make_log(tmp_path, 2000)
     lines = lines_of(tmp_path)
-    monkeypatch.setattr(search, "NEAR_BYTES", 10_000)
-    monkeypatch.setattr(reading, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(queries, "NEAR_BYTES", 10_000)
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 1000)
     read = 0
 
-    def counted(self: reading.SegmentFile, source: Any) -> bytes:
+    def counted(self: reader.SegmentFile, source: Any) -> bytes:
         nonlocal read
         chunk: bytes = source.read(1000)
         read += len(chunk)
         return chunk
 
-    monkeypatch.setattr(reading.SegmentFile, "_read", counted)
-    assert search.line_of(str(tmp_path), len(lines) - 5) == lines[-6]
+    monkeypatch.setattr(reader.SegmentFile, "_read", counted)
+    assert queries.line_of(str(tmp_path), len(lines) - 5) == lines[-6]
     assert 0 < read < 50_000 < (tmp_path / LOG).stat().st_size
 
 

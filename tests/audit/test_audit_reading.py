@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 from logmaker import KEY1, LOG, Clock, encrypt_event, make_log, open_log, write_events
 
-from minikms.audit import Event, record, search
-from minikms.audit.compress import compress_closed
-from minikms.audit.follow import Follower, last_lines
-from minikms.audit.forward import FileForwarder, Forwarding
+from minikms.audit import Event, queries, record
 from minikms.audit.log import CHORES_NS, Limits
-from minikms.audit.segments import list_segments
+from minikms.audit.reader import Follower, last_lines, list_segments
+from minikms.audit.retention import compress_closed
+from minikms.audit.shipping import FileForwarder, Forwarding
 
 SMALL_SEGMENTS = Limits(segment_bytes=3000, reserve_bytes=0)
 
@@ -52,7 +51,7 @@ def searched(tmp_path: Path) -> str:
 
 
 def found(directory: str, **sought: str) -> list[int]:
-    return seqs(list(search.find(directory, search.query(**sought))))  # type: ignore[arg-type]  # all of them are text
+    return seqs(list(queries.find(directory, queries.query(**sought))))  # type: ignore[arg-type]  # all of them are text
 
 
 def test_lines_are_found_by_what_they_tell_of(searched: str) -> None:
@@ -75,21 +74,21 @@ def test_hidden_thread_ids_are_found_with_the_audit_key(tmp_path: Path) -> None:
     log.add(encrypt_event(1, thread_id="payroll"))
     log.close()
     assert found(str(tmp_path), thread="payroll") == []
-    sought = search.query(thread="payroll", audit_keys=[memoryview(bytes(32)), KEY1.mac_key])
-    assert seqs(list(search.find(str(tmp_path), sought))) == [2]
+    sought = queries.query(thread="payroll", audit_keys=[memoryview(bytes(32)), KEY1.mac_key])
+    assert seqs(list(queries.find(str(tmp_path), sought))) == [2]
 
 
 def test_lines_are_found_in_every_file(tmp_path: Path) -> None:
     last = make_segments(tmp_path)
     assert len(found(str(tmp_path), actor="peer_uid:1000")) == 60
-    totals = search.totals(str(tmp_path))
+    totals = queries.totals(str(tmp_path))
     assert (totals.lines, totals.types["encrypt"], totals.malformed) == (last, 60, 0)
     assert totals.files == len(list_segments(str(tmp_path))) + 1
     assert totals.types["segment_close"] == totals.types["segment_open"] == totals.files - 1
 
 
 def test_totals_tell_outcomes_actors_and_items(searched: str) -> None:
-    totals = search.totals(searched)
+    totals = queries.totals(searched)
     assert totals.malformed == 1
     assert totals.outcomes == {"ok": 5, "forbidden": 1, "invalid_request": 1}
     assert totals.actors == {"peer_uid:1000": 3, "minikms": 2, "peer_uid:7": 2}
@@ -99,12 +98,12 @@ def test_totals_tell_outcomes_actors_and_items(searched: str) -> None:
 
 
 def test_totals_stay_small_whatever_the_actors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "NAMES_COUNT_MAX", 3)
+    monkeypatch.setattr(queries, "NAMES_COUNT_MAX", 3)
     log = open_log(tmp_path)
     for number in range(10):
         log.add(Event(type="x", actor=f"peer_uid:{number}"))
     log.commit()
-    assert search.totals(str(tmp_path)).actors[search.OTHERS] == 8
+    assert queries.totals(str(tmp_path)).actors[queries.OTHERS] == 8
     log.close()
 
 
@@ -118,7 +117,7 @@ def test_the_last_lines_come_from_as_many_files_as_it_takes(tmp_path: Path, coun
 
 
 def test_the_last_lines_are_read_from_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minikms.audit.follow._BACKWARDS_BYTES", 1000)
+    monkeypatch.setattr("minikms.audit.reader._BACKWARDS_BYTES", 1000)
     make_log(tmp_path, 200)
     (tmp_path / LOG).write_bytes(b"damaged" + (tmp_path / LOG).read_bytes()[7:])
     assert seqs(last_lines(str(tmp_path), 20)) == list(range(183, 203))
@@ -150,7 +149,7 @@ def test_a_follower_begins_after_a_line(tmp_path: Path) -> None:
 
 
 def test_a_follower_waits_for_the_rest_of_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minikms.audit.reading.GROWTH_WAIT_S", 0)
+    monkeypatch.setattr("minikms.audit.reader.GROWTH_WAIT_S", 0)
     make_log(tmp_path, 3)
     content = (tmp_path / LOG).read_bytes()
     (tmp_path / LOG).write_bytes(content[:-50])

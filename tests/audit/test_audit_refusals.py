@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikms.audit.refusals import ACTOR_OTHERS, UIDS_COUNT_MAX, WINDOW_NS, RefusalAggregator
+from minikms.daemon.refusals import ACTOR_OTHERS, UIDS_COUNT_MAX, WINDOW_NS, RefusalAggregator
 
 SECOND = WINDOW_NS
 

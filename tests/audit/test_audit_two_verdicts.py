@@ -20,12 +20,10 @@ from logmaker import KEY1, KEY2, LOG, Clock, Key, encrypt_event, lines_of, open_
 
 from minikms.audit import chain, record
 from minikms.audit.chain import Coverage, base64_bytes
-from minikms.audit.compress import compress_closed
 from minikms.audit.log import Limits
-from minikms.audit.reading import DamagedSegmentError, each_segment
+from minikms.audit.reader import DamagedSegmentError, each_segment, list_segments
 from minikms.audit.record import Event, Head
-from minikms.audit.retention import Retention
-from minikms.audit.segments import list_segments
+from minikms.audit.retention import Retention, compress_closed
 
 EXAMPLES = int(os.environ.get("AUDIT_FUZZ_EXAMPLES", "120"))
 NOW = 1_700_000_000_000_000_000
@@ -86,7 +84,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Original]:
 def nobody_writes() -> Iterator[None]:
     """A reader need not wait for a line to be completed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minikms.audit.reading.GROWTH_WAIT_S", 0)
+        patch.setattr("minikms.audit.reader.GROWTH_WAIT_S", 0)
         yield
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from minikms.cli.backup import prune
-from minikms.custody.archives import ArchiveRegister, Registered
-from minikms.custody.archiving import staging_path
+from minikms.custody.backup.create import staging_path
+from minikms.custody.backup.register import ArchiveRegister, Registered
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 from minikms.cli.doctor import _rebuild
-from minikms.custody.atomic import open_directory
-from minikms.custody.leaseformat import USES_MAX
-from minikms.custody.leasestore import LeaseStore
+from minikms.custody.files import open_directory
+from minikms.custody.lease_format import USES_MAX
+from minikms.custody.lease_store import LeaseStore
 from minikms.keys.ids import key_id_to_bytes, make_key_id
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from minikms import api
 from minikms.client import AsyncClient, batching, errors
 from minikms.client.batching import Lane
-from minikms.client.values import EncryptItem, Outcome
+from minikms.client.verbs import EncryptItem, Outcome
 
 KEY = "k_" + "0" * 26
 

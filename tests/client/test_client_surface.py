@@ -12,7 +12,7 @@ from hostile import answer, hostile
 from using import CREATE_CALL, CREATED, ENCRYPT_CALL, KEY, SEALED, STATUS, STATUS_CALL, Use
 
 import minikms
-from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, ReencryptItem, errors, peer
+from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, ReencryptItem, connection, errors
 
 
 def test_health_is_ok_and_nothing_else(use: Use) -> None:
@@ -152,11 +152,11 @@ def test_on_bsd_and_macos_the_uid_comes_from_local_peercred(monkeypatch: pytest.
             assert (level, option) == (0, 1)
             return (self.version.to_bytes(4, "little") + (501).to_bytes(4, "little")).ljust(size, b"\0")
 
-    monkeypatch.setattr(peer.sys, "platform", "darwin")
-    assert peer.server_uid(Peer()) == 501  # type: ignore[arg-type]  # all of a socket that is asked
+    monkeypatch.setattr(connection.sys, "platform", "darwin")
+    assert connection.server_uid(Peer()) == 501  # type: ignore[arg-type]  # all of a socket that is asked
     Peer.version = 1
     with pytest.raises(errors.KmsUntrustedServerError):
-        peer.server_uid(Peer())  # type: ignore[arg-type]  # as above
+        connection.server_uid(Peer())  # type: ignore[arg-type]  # as above
 
 
 def test_path_objects_are_paths() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minikms import api
 from minikms.client import DecryptItem, EncryptItem, ReencryptItem, errors, verbs
-from minikms.client.values import BATCH_BYTES_MAX, checked_cost_bytes, chunks
+from minikms.client.verbs import BATCH_BYTES_MAX, checked_cost_bytes, chunks
 from minikms.client.wire import Answer
 
 KEY = "k_" + "0" * 26

@@ -18,7 +18,8 @@ from hostile import CLOSE, SILENT, answer, hostile, read_request
 from using import CREATE_CALL, CREATED, ENCRYPT_CALL, KEY, SEALED, STATUS, STATUS_CALL, WAIT_S, Use, use_blocking
 
 import minikms
-from minikms.client import AsyncClient, Client, errors, peer, verbs
+from minikms.client import AsyncClient, Client, errors, verbs
+from minikms.client import connection as peer
 from minikms.client.asynchronous import POOL_CONNECTIONS_MAX
 
 

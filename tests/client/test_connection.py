@@ -7,9 +7,8 @@ import asyncio
 import pytest
 from hostile import SILENT, answer, hostile
 
-from minikms.client.connection import Connection
+from minikms.client.connection import Connection, default_server_uids
 from minikms.client.errors import KmsTimeoutError, KmsUnavailableError
-from minikms.client.peer import default_server_uids
 
 
 def test_a_caller_cancelled_when_its_answer_had_just_come_leaves_no_open_connection() -> None:

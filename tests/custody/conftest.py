@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from minikms.custody.atomic import open_directory
-from minikms.custody.leasestore import LeaseStore
+from minikms.custody.files import open_directory
+from minikms.custody.lease_store import LeaseStore
 
 
 @pytest.fixture

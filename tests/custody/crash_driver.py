@@ -11,8 +11,8 @@ import os
 import sys
 from collections.abc import Callable
 
-from minikms.custody.atomic import create_file_exclusive, open_directory, remove_file, replace_file, replace_many
-from minikms.custody.leasestore import LeaseStore
+from minikms.custody.files import create_file_exclusive, open_directory, remove_file, replace_file, replace_many
+from minikms.custody.lease_store import LeaseStore
 from minikms.errors import StorageUnavailableError
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from minikms.custody import atomic
+from minikms.custody import files
 
 
 class Inode:
@@ -61,7 +61,7 @@ class Disk:
         self._durable_names = dict(self._names)
         for name in ("open", "close", "write", "pwrite", "fsync", "fdatasync", "rename", "link", "unlink"):
             patch.setattr(os, name, self._recorded(getattr(os, name), getattr(self, f"_{name}")))
-        patch.setattr(atomic, "_syncfs", self._recorded(atomic._syncfs, self._syncfs))
+        patch.setattr(files, "syncfs", self._recorded(files.syncfs, self._syncfs))
         self._watching = True
 
     def images(self, rng: random.Random, samples: int) -> Iterator[dict[str, bytes]]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikms.custody.archive import (
+from minikms.custody.backup.archive import (
     MAGIC,
     ArchiveError,
     ArchiveReader,
@@ -20,9 +20,9 @@ from minikms.custody.archive import (
     Manifest,
     dek_entry_name,
 )
-from minikms.custody.archives import ArchiveRegister, Registered
-from minikms.custody.leasestore import JOURNAL_NAME, SNAPSHOT_NAME
-from minikms.custody.restoring import newer_tombstones
+from minikms.custody.backup.register import ArchiveRegister, Registered
+from minikms.custody.backup.restore import newer_tombstones
+from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME
 from minikms.errors import ConflictError
 from minikms.keys.ids import make_key_id
 from minikms.keys.keyring import Body, Tombstone

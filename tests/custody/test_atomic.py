@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from disk_faults import failing
 
-from minikms.custody import atomic, syncfs
-from minikms.custody.atomic import (
+from minikms.custody import files as atomic
+from minikms.custody import files as syncfs
+from minikms.custody.files import (
     FileWrite,
     create_file_exclusive,
     open_directory,
@@ -31,7 +32,7 @@ from minikms.errors import ConflictError, InvalidRequestError, StorageUnavailabl
 def sync_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to sync a group, on whatever file system the tests run."""
     way: str = request.param
-    monkeypatch.setattr(atomic, "_syncfs_reports", lambda _directory: way == "syncfs")
+    monkeypatch.setattr(atomic, "syncfs_reports", lambda _directory: way == "syncfs")
     return way
 
 
@@ -177,9 +178,9 @@ def test_an_empty_group_is_nothing(tmp_path: Path, directory: int, sync_way: str
 
 def test_a_large_group_costs_two_syncs(directory: int, sync_way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     syncs: list[str] = []
-    real_fsync, real_syncfs = os.fsync, atomic._syncfs
+    real_fsync, real_syncfs = os.fsync, atomic.syncfs
     monkeypatch.setattr(os, "fsync", lambda fd: (syncs.append("fsync"), real_fsync(fd)))
-    monkeypatch.setattr(atomic, "_syncfs", lambda fd: (syncs.append("syncfs"), real_syncfs(fd)))
+    monkeypatch.setattr(atomic, "syncfs", lambda fd: (syncs.append("syncfs"), real_syncfs(fd)))
     replace_many(directory, [(f"f{number}", b"x") for number in range(10)])
     assert syncs == (["syncfs"] * 2 if sync_way == "syncfs" else ["fsync"] * 11)
 
@@ -192,7 +193,7 @@ def test_a_group_that_fails_before_the_renames_changes_nothing(
     replace_many(directory, [(name, b"old") for name, _ in files])
     with monkeypatch.context() as patch:
         if call == "first sync" and sync_way == "syncfs":
-            patch.setattr(atomic, "_syncfs", failing(atomic._syncfs, at=at))
+            patch.setattr(atomic, "syncfs", failing(atomic.syncfs, at=at))
         else:
             name = "fsync" if call == "first sync" else call
             patch.setattr(os, name, failing(getattr(os, name), at=at))
@@ -235,7 +236,7 @@ def test_when_the_last_sync_of_a_group_fails_all_are_told_and_new_names_are_with
     writes = [FileWrite("f0", b"new"), *(FileWrite(f"n{number}", b"new", exclusive=True) for number in range(5))]
     with monkeypatch.context() as patch:
         if sync_way == "syncfs":
-            patch.setattr(atomic, "_syncfs", failing(atomic._syncfs, at=2))
+            patch.setattr(atomic, "syncfs", failing(atomic.syncfs, at=2))
         else:
             patch.setattr(os, "fsync", failing(os.fsync, at=len(writes) + 1))
         outcomes = write_group(directory, writes)
@@ -251,12 +252,12 @@ def test_syncfs_is_not_trusted_on_old_kernels_or_foreign_file_systems(
     for release, trusted in (("5.4.0-generic", False), ("5.16.20", False), ("5.17.0", True), ("6.1.0-13", True)):
         fake = os.uname_result((real[0], real[1], release, real[3], real[4]))
         monkeypatch.setattr(os, "uname", lambda fake=fake: fake)
-        syncfs.is_strict.cache_clear()
-        assert syncfs.is_strict() is trusted
+        syncfs.syncfs_is_strict.cache_clear()
+        assert syncfs.syncfs_is_strict() is trusted
     monkeypatch.undo()
-    syncfs.is_strict.cache_clear()
+    syncfs.syncfs_is_strict.cache_clear()
     proc = open_directory("/proc")
-    assert syncfs.reports(proc) is False
+    assert syncfs.syncfs_reports(proc) is False
     os.close(proc)
 
 

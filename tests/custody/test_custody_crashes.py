@@ -21,8 +21,8 @@ from disk_faults import key
 
 import minikms
 import needs
-from minikms.custody.atomic import open_directory, sweep_temps
-from minikms.custody.leasestore import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
+from minikms.custody.files import open_directory, sweep_temps
+from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
 
 CALLS = ("openat", "write", "pwrite64", "fsync", "fdatasync", "syncfs", "renameat", "renameat2", "linkat", "unlinkat")
 TRACE = "trace=" + ",".join(f"?{call}" for call in CALLS)

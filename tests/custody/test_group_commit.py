@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from minikms.custody import atomic
-from minikms.custody.atomic import FileWrite, GroupCommit, open_directory
+from minikms.custody import files
+from minikms.custody.files import FileWrite, GroupCommit, open_directory
 from minikms.errors import ConflictError, InvalidRequestError, MiniKmsError, StorageUnavailableError
 
 
@@ -25,8 +25,8 @@ class Disk:
         self.go = threading.Event()
         self.go.set()
         self.failure: Exception | None = None
-        self._real = atomic.write_group
-        patch.setattr(atomic, "write_group", self.write_group)
+        self._real = files.write_group
+        patch.setattr(files, "write_group", self.write_group)
 
     def write_group(self, directory: int, writes: Sequence[FileWrite]) -> list[MiniKmsError | None]:
         self.threads.add(threading.get_ident())
@@ -92,8 +92,8 @@ def test_what_arrives_while_a_group_is_written_is_the_next_group(run: Run, disk:
 
 
 def test_groups_are_bounded_in_number_and_bytes(run: Run, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic, "GROUP_FILES_MAX", 3)
-    monkeypatch.setattr(atomic, "GROUP_BYTES_MAX", 10)
+    monkeypatch.setattr(files, "GROUP_FILES_MAX", 3)
+    monkeypatch.setattr(files, "GROUP_BYTES_MAX", 10)
 
     async def scenario(group: GroupCommit) -> None:
         await asyncio.gather(*(group.submit(f"f{number}", b"") for number in range(7)))
@@ -164,7 +164,7 @@ def test_a_caller_that_gave_up_before_its_group_began_writes_nothing(run: Run, d
 
 
 def test_no_more_than_a_bounded_number_of_writes_waits(run: Run, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic, "WRITES_WAITING_MAX", 2)
+    monkeypatch.setattr(files, "WRITES_WAITING_MAX", 2)
 
     async def scenario(group: GroupCommit) -> None:
         results = await asyncio.gather(*(group.submit(f"f{n}", b"") for n in range(4)), return_exceptions=True)

@@ -13,7 +13,7 @@ from disk_faults import flip, key
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minikms.custody.leaseformat import (
+from minikms.custody.lease_format import (
     DAMAGED_RECORDS_MAX,
     GROUP_RECORDS_MAX,
     HEADER_BYTES,
@@ -31,8 +31,7 @@ from minikms.custody.leaseformat import (
     journal_header,
     parse_journal,
 )
-from minikms.custody.leasesnapshot import BLOCK_BYTES, BLOCK_ENTRIES
-from minikms.custody.leasestore import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
+from minikms.custody.lease_store import BLOCK_BYTES, BLOCK_ENTRIES, JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
 from minikms.errors import StartError
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from disk_faults import failing_os, flip, key
 
-from minikms.custody import leaseformat, leasestore
-from minikms.custody.leaseformat import (
+from minikms.custody import lease_format, lease_store
+from minikms.custody.lease_format import (
     DAMAGED_RECORDS_MAX,
     GROUP_RECORDS_MAX,
     LEASE_USES,
@@ -21,8 +21,7 @@ from minikms.custody.leaseformat import (
     encode_record,
     journal_header,
 )
-from minikms.custody.leasesnapshot import BLOCK_BYTES, BLOCK_ENTRIES, Snapshot
-from minikms.custody.leasestore import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
+from minikms.custody.lease_store import BLOCK_BYTES, BLOCK_ENTRIES, JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore, Snapshot
 from minikms.errors import StartError, StorageUnavailableError
 
 
@@ -112,7 +111,7 @@ def test_of_two_records_of_a_key_the_larger_holds(tmp_path: Path, opened: Callab
 
 
 def test_a_long_journal_is_due_for_a_merge(opened: Callable[..., LeaseStore], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leasestore, "JOURNAL_RECORDS_MERGE", 10)
+    monkeypatch.setattr(lease_store, "JOURNAL_RECORDS_MERGE", 10)
     store = opened(create=True)
     store.reserve([key(number) for number in range(9)])
     assert not store.merge_due
@@ -125,7 +124,7 @@ def test_a_long_journal_is_due_for_a_merge(opened: Callable[..., LeaseStore], mo
 def test_a_journal_that_cannot_be_merged_takes_only_so_much(
     opened: Callable[..., LeaseStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leasestore, "JOURNAL_RECORDS_MAX", 10)
+    monkeypatch.setattr(lease_store, "JOURNAL_RECORDS_MAX", 10)
     store = opened(create=True)
     store.reserve([key(number) for number in range(10)])
     with pytest.raises(StorageUnavailableError, match="merged"):
@@ -292,8 +291,8 @@ def test_a_failed_merge_loses_nothing_and_is_not_tried_again_at_once(
     call: str,
     at: int,
 ) -> None:
-    monkeypatch.setattr(leasestore, "JOURNAL_RECORDS_MERGE", 10)
-    monkeypatch.setattr(leasestore, "_MERGE_RETRY_RECORDS", 2)
+    monkeypatch.setattr(lease_store, "JOURNAL_RECORDS_MERGE", 10)
+    monkeypatch.setattr(lease_store, "_MERGE_RETRY_RECORDS", 2)
     store = opened(create=True)
     keys = [key(number) for number in range(10)]
     store.reserve(keys)
@@ -314,7 +313,7 @@ def test_a_failed_merge_loses_nothing_and_is_not_tried_again_at_once(
 def test_the_constants_hold_together() -> None:
     assert USES_MAX + 16 * LEASE_USES == USES_LIMIT == 2**32
     assert DAMAGED_RECORDS_MAX * LEASE_USES <= 2**22
-    assert leaseformat.GROUP_RECORDS_MAX >= 2 * 1024, "a batch of distinct keys is one append"
+    assert lease_format.GROUP_RECORDS_MAX >= 2 * 1024, "a batch of distinct keys is one append"
 
 
 # --- two threads ----------------------------------------------------------------------------------------------------

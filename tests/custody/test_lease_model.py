@@ -13,10 +13,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from minikms.custody.atomic import open_directory
-from minikms.custody.leaseformat import HEADER_BYTES, LEASE_USES, encode_record
-from minikms.custody.leasesnapshot import BLOCK_BYTES
-from minikms.custody.leasestore import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
+from minikms.custody.files import open_directory
+from minikms.custody.lease_format import HEADER_BYTES, LEASE_USES, encode_record
+from minikms.custody.lease_store import BLOCK_BYTES, JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
 from minikms.errors import StorageUnavailableError
 
 KEYS = [key(number * 5) for number in range(12)]

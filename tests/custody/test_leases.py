@@ -15,12 +15,12 @@ from disk_faults import failing_os, key, quick_directory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minikms.custody import lease_store
 from minikms.custody import leases as leases_module
-from minikms.custody import leasestore
-from minikms.custody.atomic import open_directory
-from minikms.custody.leaseformat import LEASE_USES, USES_MAX, USES_WARN, encode_record, journal_header
+from minikms.custody.files import open_directory
+from minikms.custody.lease_format import LEASE_USES, USES_MAX, USES_WARN, encode_record, journal_header
+from minikms.custody.lease_store import JOURNAL_NAME, LeaseStore
 from minikms.custody.leases import REFILL_USES, Leases, UseLease
-from minikms.custody.leasestore import JOURNAL_NAME, LeaseStore
 from minikms.errors import KeyExhaustedError, StorageUnavailableError
 
 
@@ -265,7 +265,7 @@ def test_forgotten_leases_cost_a_lease_and_never_share_a_use(tmp_path: Path, mon
 def test_a_long_journal_is_merged_after_its_callers_were_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leasestore, "JOURNAL_RECORDS_MERGE", 10)
+    monkeypatch.setattr(lease_store, "JOURNAL_RECORDS_MERGE", 10)
     merging, go = threading.Event(), threading.Event()
     real = LeaseStore.merge
 
@@ -289,7 +289,7 @@ def test_a_long_journal_is_merged_after_its_callers_were_answered(
 
 
 def test_a_failed_merge_is_nobody_s_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leasestore, "JOURNAL_RECORDS_MERGE", 3)
+    monkeypatch.setattr(lease_store, "JOURNAL_RECORDS_MERGE", 3)
 
     def merge(store: LeaseStore) -> None:
         raise StorageUnavailableError("no space")

@@ -13,8 +13,8 @@ import pytest
 from disk_faults import failing_os, key, quick_directory
 from power_loss import Disk
 
-from minikms.custody import atomic
-from minikms.custody.atomic import (
+from minikms.custody import files as atomic
+from minikms.custody.files import (
     TEMP_PREFIX,
     create_file_exclusive,
     open_directory,
@@ -23,8 +23,8 @@ from minikms.custody.atomic import (
     replace_many,
     sweep_temps,
 )
-from minikms.custody.leaseformat import LEASE_USES
-from minikms.custody.leasestore import LeaseStore
+from minikms.custody.lease_format import LEASE_USES
+from minikms.custody.lease_store import LeaseStore
 from minikms.errors import StorageUnavailableError
 
 SAMPLES = 25
@@ -89,7 +89,7 @@ def test_an_exclusive_file_is_absent_or_whole(directory: int, seed: int) -> None
 def test_each_file_of_a_group_is_old_or_new_and_all_are_new_once_it_is_told(
     directory: int, monkeypatch: pytest.MonkeyPatch, way: str, seed: int
 ) -> None:
-    monkeypatch.setattr(atomic, "_syncfs_reports", lambda _directory: way == "syncfs")
+    monkeypatch.setattr(atomic, "syncfs_reports", lambda _directory: way == "syncfs")
     for number in range(3):
         replace_file(directory, f"f{number}", b"old")
     files = [(f"f{number}", b"new") for number in range(6)]

@@ -12,19 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from minikms import datadir
 from minikms.cli.rootopening import Source, opened_keyring, opened_root
 from minikms.crypto.aead import NonceSource
-from minikms.custody import archiving, opening, restoring
-from minikms.custody.archive import ArchiveError, ArchiveReader, ArchiveWriter, Manifest, dek_entry_name
-from minikms.custody.archives import DIRECTORY as REGISTER
-from minikms.custody.archives import ArchiveRegister, Registered
-from minikms.custody.archiving import Making, Task, remove_leftover, staging_path
-from minikms.custody.atomic import open_directory
-from minikms.custody.keyringfile import KeyringFile
-from minikms.custody.leaseformat import RESTORE_USES, Floors, journal_header
-from minikms.custody.leasesnapshot import snapshot_chunks
-from minikms.custody.leasestore import LeaseStore
-from minikms.custody.lock import LOCK_NAME, DataDirLock
+from minikms.custody.backup import create, restore
+from minikms.custody.backup.archive import ArchiveError, ArchiveReader, ArchiveWriter, Manifest, dek_entry_name
+from minikms.custody.backup.create import Making, Task, remove_leftover, staging_path
+from minikms.custody.backup.register import DIRECTORY as REGISTER
+from minikms.custody.backup.register import ArchiveRegister, Registered
+from minikms.custody.files import LOCK_NAME, DataDirLock, open_directory
+from minikms.custody.keyring_file import KeyringFile
+from minikms.custody.lease_format import RESTORE_USES, Floors, journal_header
+from minikms.custody.lease_store import LeaseStore, snapshot_chunks
 from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys.ids import key_id_to_bytes
 from minikms.memory.arena import SecretArena
@@ -54,30 +53,30 @@ def task_for(data_dir: Path) -> Iterator[Task]:
 
 def made(data_dir: Path, path: Path) -> Manifest:
     with task_for(data_dir) as task:
-        return archiving.create(str(data_dir), str(path), task, MAKING).manifest
+        return create.create(str(data_dir), str(path), task, MAKING).manifest
 
 
 def restored(data_dir: Path, archive: Path, target: Path) -> None:
     with task_for(data_dir) as task:
-        good = archiving.judge(str(archive), task)
+        good = create.judge(str(archive), task)
         with DataDirLock(str(target)) as lock, task.open_keyring(good.keyring) as unlocked:
-            restoring.check_empty(lock.directory_fd, str(target))
+            restore.check_empty(lock.directory_fd, str(target))
             source = Registered(ARCHIVE_ID, str(archive), 1, 2, KEYS, 3)
-            place = restoring.Target(str(target), lock.directory_fd, (), source)
-            restoring.restore(str(archive), good, task, unlocked, place, at=AT)
+            place = restore.Target(str(target), lock.directory_fd, (), source)
+            restore.restore(str(archive), good, task, unlocked, place, at=AT)
 
 
-def start(data_dir: Path, target: Path) -> opening.Opened:
+def start(data_dir: Path, target: Path) -> datadir.Opened:
     """What a start does with the keyring of `target`."""
     with (
         DataDirLock(str(target)) as lock,
         SecretArena(32, force_fallback=True) as arena,
         ThreadPoolExecutor(1) as executor,
     ):
-        return opening.open_keyring(
+        return datadir.open_keyring(
             data_dir=str(target),
             file=KeyringFile(lock.directory_fd, executor),
-            source=opening.RootSource(file=key_file(data_dir)),
+            source=datadir.RootSource(file=key_file(data_dir)),
             arena=arena,
             nonces=NonceSource(),
         )
@@ -209,9 +208,9 @@ def test_keys_are_looked_at_only_once_the_whole_archive_is_authentic(
         raise AssertionError("parsed before the tag was checked")
 
     for name in ("_parsed", "_check_journal", "_check_snapshot"):
-        monkeypatch.setattr(archiving, name, looked_at)
+        monkeypatch.setattr(create, name, looked_at)
     with task_for(data_dir) as task, pytest.raises(ArchiveError, match="altered"):
-        archiving.judge(str(archive), task)
+        create.judge(str(archive), task)
 
 
 def test_an_archive_that_is_exchanged_between_its_two_readings_is_not_good(
@@ -221,7 +220,7 @@ def test_an_archive_that_is_exchanged_between_its_two_readings_is_not_good(
     made(data_dir, archive)
     (data_dir / "kms-leases").write_bytes(journal_header())
     with task_for(data_dir) as task:
-        archiving.create(str(data_dir), str(other), task, Making("a_ffffffffffffffff", AT, lambda: None))
+        create.create(str(data_dir), str(other), task, Making("a_ffffffffffffffff", AT, lambda: None))
     check_tag = ArchiveReader.check_tag
 
     def exchanged(self: ArchiveReader, root: memoryview) -> Manifest:
@@ -230,7 +229,7 @@ def test_an_archive_that_is_exchanged_between_its_two_readings_is_not_good(
 
     monkeypatch.setattr(ArchiveReader, "check_tag", exchanged)
     with task_for(data_dir) as task, pytest.raises(ArchiveError, match="changed while it was being read"):
-        archiving.judge(str(archive), task)
+        create.judge(str(archive), task)
 
 
 # --- while it is being made ------------------------------------------------------------------------------------------
@@ -251,7 +250,7 @@ def test_when_its_name_is_not_durable_there_is_no_archive(
     def fails(directory: str) -> None:
         raise StorageUnavailableError("the backup's directory can't be synced")
 
-    monkeypatch.setattr(archiving, "_sync", fails)
+    monkeypatch.setattr(create, "_sync", fails)
     with pytest.raises(StorageUnavailableError):
         made(data_dir, tmp_path / "archive")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "d.key"]
@@ -263,13 +262,13 @@ def test_what_an_interrupted_backup_left_is_removed_but_not_what_is_being_made(
     path = str(tmp_path / "archive")
     leftover = Path(staging_path(path, ARCHIVE_ID))
     found: list[bool] = []
-    judge = archiving.judge
+    judge = create.judge
 
-    def judged(staging: str, task: Task) -> archiving.Contents:
+    def judged(staging: str, task: Task) -> create.Contents:
         found.append(remove_leftover(path, ARCHIVE_ID))
         return judge(staging, task)
 
-    monkeypatch.setattr(archiving, "judge", judged)
+    monkeypatch.setattr(create, "judge", judged)
     made(data_dir, tmp_path / "archive")
     assert found == [False]
     leftover.write_bytes(b"minikms-backup")
@@ -297,14 +296,14 @@ def test_a_longer_archive_in_its_place_does_not_fill_the_disk(
         writer = ArchiveWriter(file)
         for number in range(KEYS + 1):
             writer.add(dek_entry_name(f"{key_id[:-1]}{number}"), b"{}")
-    judge = archiving.judge
+    judge = create.judge
 
-    def exchanged(path: str, task: Task) -> archiving.Contents:
+    def exchanged(path: str, task: Task) -> create.Contents:
         good = judge(path, task)
         longer.replace(archive)
         return good
 
-    monkeypatch.setattr(archiving, "judge", exchanged)
+    monkeypatch.setattr(create, "judge", exchanged)
     with pytest.raises(ArchiveError, match="changed while it was being read"):
         restored(data_dir, archive, tmp_path / "restored")
     assert not list((tmp_path / "restored" / "kms-deks").iterdir())

@@ -10,8 +10,8 @@ import pytest
 from disk_faults import failing, failing_os
 from power_loss import Disk
 
-from minikms.custody import atomic
-from minikms.custody.atomic import TEMP_PREFIX, FileWrite, StagedReplacements, replace_file
+from minikms.custody import files
+from minikms.custody.files import TEMP_PREFIX, FileWrite, StagedReplacements, replace_file
 from minikms.errors import InvalidRequestError, MiniKmsError, StorageUnavailableError
 
 NAMES = ("a", "b", "c", "d")
@@ -19,7 +19,7 @@ NAMES = ("a", "b", "c", "d")
 
 @pytest.fixture(params=["syncfs", "fsync"], autouse=True)
 def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic, "_syncfs_reports", lambda _directory: request.param == "syncfs")
+    monkeypatch.setattr(files, "syncfs_reports", lambda _directory: request.param == "syncfs")
 
 
 @pytest.fixture

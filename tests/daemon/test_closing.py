@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from minikms.daemon.assembly import Assembly, Workers
+from minikms.daemon.parts import Assembly, Workers
 
 
 class Recorded:

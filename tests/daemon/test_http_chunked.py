@@ -8,10 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikms.daemon.http.chunked import ChunkedDecoder
-from minikms.daemon.http.limits import LIMITS
-from minikms.daemon.http.receive import Budget
-from minikms.daemon.http.refusals import BAD_CHUNK, BODY_TOO_LARGE, TOO_MANY_CHUNKS, Refusal, RefusedError
+from minikms.http.limits import BAD_CHUNK, BODY_TOO_LARGE, LIMITS, TOO_MANY_CHUNKS, Refusal, RefusedError
+from minikms.http.reader import Budget, ChunkedDecoder
 
 SMALL = dataclasses.replace(LIMITS, body_bytes_max=100, chunks_count_max=5)
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from http_harness import get, post, request, run, serving
-from minikms.daemon.http.limits import LIMITS, WRITE_PROGRESS_BYTES_MIN, Limits
+from minikms.http.limits import LIMITS, WRITE_PROGRESS_BYTES_MIN, Limits
 
 QUICK = dataclasses.replace(
     LIMITS,

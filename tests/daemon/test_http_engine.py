@@ -17,7 +17,7 @@ from http_harness import (
     run,
     serving,
 )
-from minikms.daemon.http import LIMITS
+from minikms.http import LIMITS
 
 
 def test_the_application_sees_what_was_sent() -> None:

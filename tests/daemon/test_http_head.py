@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from http_harness import get, request
 from http_inputs import ACCEPTED, REFUSED, raw
-from minikms.daemon.http import refusals
-from minikms.daemon.http.head import HeadMemo, check_partial_head, parse_head
-from minikms.daemon.http.limits import LIMITS, MEMO_HEADS_COUNT_MAX
-from minikms.daemon.http.refusals import RefusedError
+from minikms.http import limits as refusals
+from minikms.http.head import HeadMemo, check_partial_head, parse_head
+from minikms.http.limits import LIMITS, MEMO_HEADS_COUNT_MAX, RefusedError
 
 
 def check_partial(data: bytes) -> None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikms.daemon.http import parse_query
 from minikms.errors import InvalidRequestError
+from minikms.http import parse_query
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=10), st.text(max_size=20), max_size=8))

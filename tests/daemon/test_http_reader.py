@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from http_harness import Outcome, chunked, get, post, read_requests, request
 from http_inputs import ACCEPTED, REFUSED
-from minikms.daemon.http.limits import LIMITS
-from minikms.daemon.http.reader import Phase, RequestReader, Shared
-from minikms.daemon.http.refusals import OVERLOADED, RefusedError
+from minikms.http.limits import LIMITS, OVERLOADED, RefusedError
+from minikms.http.reader import Phase, RequestReader, Shared
 
 SMALL = dataclasses.replace(LIMITS, receive_buffer_bytes=64)
 """A shared buffer of 64 bytes, so that nearly every request is carried over."""

@@ -11,7 +11,7 @@ import pytest
 from http_harness import get, parse_answers, post, run, serving
 from http_inputs import ACCEPTED, REFUSED
 from minikms import api
-from minikms.daemon.http import limits, refusals
+from minikms.http import limits
 
 SPECIFICATION = Path(__file__).resolve().parents[2] / "docs" / "spec" / "http.md"
 
@@ -93,9 +93,7 @@ def test_a_refusal_reaches_a_client_that_is_still_sending() -> None:
 def test_the_specification_lists_every_refusal() -> None:
     """docs/spec/http.md and the table of the engine are the same."""
     rows = re.findall(r"^\| `([A-Z_0-9]+)` \| ([0-9]{3}) \| `([a-z_]+)` \| (.+) \|$", SPECIFICATION.read_text(), re.M)
-    assert {
-        name: refusals.Refusal(int(status), code, sentence) for name, status, code, sentence in rows
-    } == refusals.TABLE
+    assert {name: limits.Refusal(int(status), code, sentence) for name, status, code, sentence in rows} == limits.TABLE
 
 
 def test_the_specification_states_the_bounds_as_they_are() -> None:
@@ -111,4 +109,4 @@ def test_the_specification_states_the_bounds_as_they_are() -> None:
 def test_only_the_state_of_the_service_is_a_5xx() -> None:
     """Nothing that a peer sends is answered with a 5xx by the engine itself."""
     service = {"OVERLOADED", "TOO_MANY_CONNECTIONS", "SHUTTING_DOWN", "INTERRUPTED", "AUDIT_UNAVAILABLE", "INTERNAL"}
-    assert {name for name, row in refusals.TABLE.items() if row.status >= 500} == service
+    assert {name for name, row in limits.TABLE.items() if row.status >= 500} == service

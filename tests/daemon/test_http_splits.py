@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from http_harness import Running, chunked, get, post, request, run, serving, undated
-from minikms.daemon.http import LIMITS
+from minikms.http import LIMITS
 
 BODY = bytes(range(256))
 CLOSE = "Connection: close"

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 
 from http_harness import get, request, run, serving
-from minikms.daemon.http import LIMITS
+from minikms.http import LIMITS
 
 
 def test_a_connection_gets_at_most_its_share_of_a_turn() -> None:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from minikms.daemon.onecpu import on_one_cpu
+from minikms.daemon.parts import on_one_cpu
 from minikms.memory import libc
 
 

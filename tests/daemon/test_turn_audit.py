@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from minikms.audit import AuditLog, Event
-from minikms.audit.opening import write_whole
-from minikms.daemon.auditing import TurnAudit
+from minikms.audit.recovery import write_whole
+from minikms.audit.turns import TurnAudit
 from minikms.errors import AuditUnavailableError
 from minikms.memory.arena import SecretArena, fill_random
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from minikms.daemon.verbtimes import SECONDS, Histogram, VerbTimes
+from minikms.daemon.metrics import SECONDS, Histogram, VerbTimes
 
 
 class Clock:

@@ -11,7 +11,7 @@ from typing import Any
 
 import uvloop
 
-from minikms.daemon.http import HttpServer, ParsedHead, Request, Response
+from minikms.http import HttpServer, ParsedHead, Request, Response
 
 KEPT: list[bytes] = []
 

@@ -11,11 +11,11 @@ from memory_engine import MemoryEngine
 from opened_store import TickingClock, messages_of, opened
 from sealing_provider import SealingProvider
 
-from progressdb_server.jobs import backups, rotation, walk
+from progressdb_server.config import Rotation
+from progressdb_server.jobs import record_backups, rotation, walk
 from progressdb_server.jobs.model import Job
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.kms.provider import Provider, ProviderRefusedError
-from progressdb_server.rotation_settings import Rotation
 from progressdb_server.store import keyspace
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Engine
@@ -84,7 +84,7 @@ def mapped(store: Conversations, thread: str = "t") -> str:
 
 
 def backups_of(store: Conversations, job: Job) -> dict[str, bytes]:
-    return {key.decode(): raw for entries in backups.entries_of(store.engine, job.id) for key, raw in entries}
+    return {key.decode(): raw for entries in record_backups.entries_of(store.engine, job.id) for key, raw in entries}
 
 
 async def check(store: Conversations, provider: Provider, expected: Sequence[Message], thread: str = "t") -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from progressdb_server.config import Rotation, duration_s
 from progressdb_server.jobs.model import (
     FAILURES_NAMED_MAX,
     MOVES,
@@ -24,7 +25,6 @@ from progressdb_server.jobs.model import (
     view,
     with_source,
 )
-from progressdb_server.rotation_settings import Rotation, duration_s
 
 STATES: tuple[State, ...] = get_args(State)
 ALL_MOVES: tuple[Move, ...] = get_args(Move)

@@ -20,10 +20,10 @@ from opened_store import messages_of
 from rotating import backups_of, keys_of_records, mapped
 
 from live_daemon import LiveDaemon
+from progressdb_server.config import Rotation
 from progressdb_server.jobs import rotation, walk
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.kms.remote import RemoteProvider
-from progressdb_server.rotation_settings import Rotation
 from progressdb_server.store.check import Checker
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import Message, NewMessage, StoreUnavailableError

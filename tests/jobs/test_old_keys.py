@@ -12,12 +12,12 @@ from opened_store import TickingClock, messages_of
 from rotating import Place, backups_of, chunks_of, mapped, write
 from structlog.testing import capture_logs
 
+from progressdb_server.config import Rotation
 from progressdb_server.jobs import selection, service
 from progressdb_server.jobs.model import Job
 from progressdb_server.jobs.selection import Due
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.kms.provider import ProviderRefusedError
-from progressdb_server.rotation_settings import Rotation
 from progressdb_server.store import backup, keyspace
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import StoreUnavailableError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from progressdb_server.kms.child import ChildOptions
+from progressdb_server.kms.supervisor import ChildOptions
 
 FAKE = Path(__file__).with_name("fake_minikms.py")
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_server.kms.child import LAST_LINES_MAX, LINE_BYTES_MAX, Child, ChildOptions, Lines, environment
+from progressdb_server.kms.supervisor import LAST_LINES_MAX, LINE_BYTES_MAX, Child, ChildOptions, Lines, environment
 
 
 def lines_of(*pieces: bytes) -> list[str]:
@@ -117,7 +117,7 @@ def test_a_child_inherits_no_descriptor_but_those_it_is_given(place) -> None:
 
 
 def test_a_child_that_does_not_stop_is_killed_and_its_last_words_are_kept(place, monkeypatch) -> None:
-    monkeypatch.setattr("progressdb_server.kms.child.STOP_S_MAX", 0.3)
+    monkeypatch.setattr("progressdb_server.kms.supervisor.STOP_S_MAX", 0.3)
     stubborn = place.directory / "stubborn"
     stubborn.write_text(
         f"#!{sys.executable}\nimport signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"

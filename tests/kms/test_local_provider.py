@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 
 from minikms import api
-from progressdb_server.kms.child import ChildOptions
 from progressdb_server.kms.local import LocalProvider, LocalProviderError
 from progressdb_server.kms.provider import Open, Provider, ProviderRefusedError, Seal
 from progressdb_server.kms.remote import RemoteProvider
-from progressdb_server.kms.supervisor import Supervisor
+from progressdb_server.kms.supervisor import ChildOptions, Supervisor
 
 
 @pytest.fixture

@@ -231,7 +231,7 @@ def test_two_servers_that_start_at_once_end_up_with_one_daemon(place) -> None:
 
 SERVER = """
 import asyncio, sys
-from progressdb_server.kms.child import ChildOptions
+from progressdb_server.kms.supervisor import ChildOptions
 from progressdb_server.kms.supervisor import Supervisor
 
 async def main():

@@ -16,10 +16,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from progressdb_server.kms import supervisor as supervisor_module
-from progressdb_server.kms.child import ChildOptions
 from progressdb_server.kms.provider import Seal
 from progressdb_server.kms.remote import RemoteProvider
-from progressdb_server.kms.supervisor import Supervisor, SupervisorError
+from progressdb_server.kms.supervisor import ChildOptions, Supervisor, SupervisorError
 
 KEY = "ab" * 32
 WAIT_S = 15.0
@@ -164,7 +163,7 @@ def test_each_daemon_is_told_the_line_that_is_remembered_just_then(
 
 SERVER = """
 import asyncio, sys
-from progressdb_server.kms.child import ChildOptions
+from progressdb_server.kms.supervisor import ChildOptions
 from progressdb_server.kms.supervisor import Supervisor
 
 async def main():

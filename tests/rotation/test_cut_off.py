@@ -11,11 +11,11 @@ import pytest
 
 from minikms import api
 from minikms.audit import Event
-from minikms.issuing import KeyIssuing
-from minikms.lifecycle import KeyLifecycle
 from minikms.policy import Policy, Principal
-from minikms.rotating import KekVerbs
-from minikms.service import KeyService
+from minikms.service.keks import KekVerbs
+from minikms.service.keys import KeyIssuing
+from minikms.service.lifecycle import KeyLifecycle
+from minikms.service.records import KeyService
 from vaults import OpenedVault, SilentAudit, opened_vault
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from minikms.custody import dekstore
-from minikms.custody import indexing as indexing_module
-from minikms.custody.dekstore import DekStore
+from minikms.custody import deks
+from minikms.custody import vault as indexing_module
+from minikms.custody.deks import DekStore
 from minikms.errors import StorageUnavailableError
 from minikms.keys import dek
 from vaults import opened_vault
@@ -192,14 +192,14 @@ def test_a_file_that_a_resumed_rotation_replaces_while_it_is_listed_is_in_the_in
             key_ids = await one.make(2)
             await one.rotation.begin(None)
         async with opened_vault(tmp_path / "d") as again:
-            real = dekstore.list_names
-            missed = [dekstore.file_name(key_ids[0])]
+            real = deks.list_names
+            missed = [deks.file_name(key_ids[0])]
 
             def list_names(directory: str) -> Iterator[str]:
                 yield from (name for name in list(real(directory)) if name not in missed)
                 missed.clear()
 
-            monkeypatch.setattr(dekstore, "list_names", list_names)
+            monkeypatch.setattr(deks, "list_names", list_names)
             await again.indexing.run()
             assert len(again.vault.index) == 2
 

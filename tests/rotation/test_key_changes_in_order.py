@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from minikms.custody.keylocks import KeyLocks
-from minikms.custody.keyringfile import KeyringFile
-from minikms.custody.wraps import KekWraps
+from minikms.custody.deks import KeyLocks
+from minikms.custody.keyring_file import KekWraps, KeyringFile
 from minikms.errors import KeyExhaustedError, StorageUnavailableError
 from minikms.keys import keyring
 from minikms.keys.keyring import Body

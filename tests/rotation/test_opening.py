@@ -10,26 +10,25 @@ from pathlib import Path
 
 import pytest
 
-from minikms.audit.compress import compress_closed
+from minikms import datadir
+from minikms.audit.retention import compress_closed
 from minikms.crypto.aead import NonceSource
-from minikms.custody import opening
-from minikms.custody.atomic import open_directory
-from minikms.custody.keyringfile import KeyringFile
-from minikms.custody.opening import RootSource
-from minikms.daemon import epochs
+from minikms.custody.files import open_directory
+from minikms.custody.keyring_file import KeyringFile
+from minikms.datadir import RootSource
 from minikms.errors import StartError
 from minikms.keys.ids import make_key_id
 from minikms.memory.arena import SecretArena
 from vaults import key_file, opened_vault
 
 
-def attempt(directory: Path, source: RootSource) -> opening.Opened:
+def attempt(directory: Path, source: RootSource) -> datadir.Opened:
     """What a start does with the keyring; its keys are zeroed at once."""
     directory.mkdir(mode=0o700, exist_ok=True)
     descriptor = open_directory(directory)
     try:
         with SecretArena(32, force_fallback=True) as arena, ThreadPoolExecutor(1) as executor:
-            return opening.open_keyring(
+            return datadir.open_keyring(
                 data_dir=str(directory),
                 file=KeyringFile(descriptor, executor),
                 source=source,
@@ -102,57 +101,57 @@ def test_the_highest_epoch_of_the_log_is_found_wherever_it_lies_in_the_tail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = tmp_path / "minikms-audit.log"
-    assert epochs.highest_epoch(str(tmp_path)) == 0
+    assert datadir.highest_epoch(str(tmp_path)) == 0
     log.write_bytes(b"")
-    assert epochs.highest_epoch(str(tmp_path)) == 0
+    assert datadir.highest_epoch(str(tmp_path)) == 0
     log.write_bytes(line(3) + line(12) + line(7))
-    assert epochs.highest_epoch(str(tmp_path)) == 12
-    monkeypatch.setattr(epochs, "_READ_BYTES", 64)
+    assert datadir.highest_epoch(str(tmp_path)) == 12
+    monkeypatch.setattr(datadir, "_READ_BYTES", 64)
     for padding in range(130):
         log.write_bytes(line(3, padding) + line(345678, padding) + line(7, padding))
-        assert epochs.highest_epoch(str(tmp_path)) == 345678
+        assert datadir.highest_epoch(str(tmp_path)) == 345678
 
 
 def test_a_log_that_was_begun_after_the_last_start_tells_through_the_file_before_it(tmp_path: Path) -> None:
     (tmp_path / "minikms-audit.log").write_bytes(b"nothing of it\n")
     (tmp_path / "minikms-audit.log.1").write_bytes(line(99))
     (tmp_path / "minikms-audit.log.2").write_bytes(line(3) + line(7) + line(5))
-    assert epochs.highest_epoch(str(tmp_path)) == 7
+    assert datadir.highest_epoch(str(tmp_path)) == 7
     compress_closed(str(tmp_path))
-    assert epochs.highest_epoch(str(tmp_path)) == 7
+    assert datadir.highest_epoch(str(tmp_path)) == 7
     (tmp_path / "minikms-audit.log.2.zst").write_bytes(b"damaged")
-    assert epochs.highest_epoch(str(tmp_path)) == 0
+    assert datadir.highest_epoch(str(tmp_path)) == 0
     (tmp_path / "minikms-audit.log").write_bytes(line(2))
-    assert epochs.highest_epoch(str(tmp_path)) == 2
+    assert datadir.highest_epoch(str(tmp_path)) == 2
 
 
 def test_a_fifo_in_the_place_of_the_log_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "minikms-audit.log")
-    assert epochs.highest_epoch(str(tmp_path)) == 0
+    assert datadir.highest_epoch(str(tmp_path)) == 0
 
 
 def test_only_so_much_of_a_long_log_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(epochs, "TAIL_BYTES_MAX", 1000)
+    monkeypatch.setattr(datadir, "TAIL_BYTES_MAX", 1000)
     (tmp_path / "minikms-audit.log").write_bytes(line(99) + b"x" * 2000 + line(5))
-    assert epochs.highest_epoch(str(tmp_path)) == 5
+    assert datadir.highest_epoch(str(tmp_path)) == 5
 
 
 def test_a_keyring_older_than_the_log_is_refused_with_the_way_out(tmp_path: Path) -> None:
     found = attempt(tmp_path / "d", RootSource(file=key_file(tmp_path / "d")))
-    opening.check_newest(found.unlocked, 1)
+    datadir.check_newest(found.unlocked, 1)
     with pytest.raises(StartError, match=r"its epoch is 1, the log tells of 2.*--accept-restore"):
-        opening.check_newest(found.unlocked, 2)
+        datadir.check_newest(found.unlocked, 2)
 
 
 def test_the_newest_key_is_of_now_or_of_a_file_or_backup_from_before_the_clock_went_back(tmp_path: Path) -> None:
     """Up to it keys count as used, or as spent, when it is not known how often each was used."""
     now_ms = time.time_ns() // 1_000_000
-    assert opening.newest_key_id(str(tmp_path)) >= make_key_id(now_ms, b"\xff" * 10)
+    assert datadir.newest_key_id(str(tmp_path)) >= make_key_id(now_ms, b"\xff" * 10)
     for name in ("kms-deks", "kms-deks-backup"):
         (tmp_path / name).mkdir()
     (tmp_path / "kms-deks" / "z.json").touch()
     ahead = [make_key_id(now_ms + 10_000_000 + number, bytes(10)) for number in range(2)]
     (tmp_path / "kms-deks" / f"{ahead[0]}.json").touch()
-    assert opening.newest_key_id(str(tmp_path)) == ahead[0]
+    assert datadir.newest_key_id(str(tmp_path)) == ahead[0]
     (tmp_path / "kms-deks-backup" / f"{ahead[1]}.json.20260101T000000").touch()
-    assert opening.newest_key_id(str(tmp_path)) == ahead[1]
+    assert datadir.newest_key_id(str(tmp_path)) == ahead[1]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from minikms.custody import dekstore
-from minikms.custody.backups import BackupStore
+from minikms.custody import deks
+from minikms.custody.rotation_backups import BackupStore
 from minikms.errors import KeyUnreadableError
 from vaults import OpenedVault, opened_vault
 
@@ -162,17 +162,17 @@ def rename_newest(one: OpenedVault, stamp: str) -> None:
 def passed_over(one: OpenedVault, key_id: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """While the directory is listed the key is retired, and the listing, as readdir(3p) allows, misses its file."""
     loop = asyncio.get_running_loop()
-    real = dekstore.list_names
+    real = deks.list_names
 
     def list_names(directory: str) -> Iterator[str]:
         names = list(real(directory))
         if directory == one.vault.store.directory:
             asyncio.run_coroutine_threadsafe(one.vault.retire(key_id, again=True), loop).result()
-            names.remove(dekstore.file_name(key_id))
+            names.remove(deks.file_name(key_id))
         yield from names
 
     with monkeypatch.context() as patch:
-        patch.setattr(dekstore, "list_names", list_names)
+        patch.setattr(deks, "list_names", list_names)
         yield
 
 
@@ -219,7 +219,7 @@ def test_a_key_that_is_retired_while_the_directory_is_listed_is_rewrapped(
 def test_backups_stay_when_more_files_are_damaged_than_can_be_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minikms.custody.damage.NOTED_COUNT_MAX", 1)
+    monkeypatch.setattr("minikms.custody.deks.NOTED_COUNT_MAX", 1)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:

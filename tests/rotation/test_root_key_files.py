@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from minikms.custody import roots
-from minikms.custody.roots import (
+from minikms.daemon.parts import Workers, _rewrite
+from minikms.errors import StartError
+from minikms.memory.arena import SecretArena, SecretSlot
+from minikms.roots import key_file as roots
+from minikms.roots.key_file import (
     KeyText,
     holds_key,
     make_dev_key_file,
@@ -20,9 +23,6 @@ from minikms.custody.roots import (
     remove_leftover,
     rewrite_key_file,
 )
-from minikms.daemon.assembly import Workers, _rewrite
-from minikms.errors import StartError
-from minikms.memory.arena import SecretArena, SecretSlot
 
 KEY = bytes(range(32))
 NEW = bytes(range(200, 232))

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from minikms.custody import rewrapping as rewrapping_module
+from minikms.custody import rotation as rewrapping_module
 from minikms.custody import rotation as rotation_module
-from minikms.custody.atomic import StagedReplacements
-from minikms.custody.backups import BackupStore
+from minikms.custody.files import StagedReplacements
+from minikms.custody.rotation_backups import BackupStore
 from minikms.errors import (
     ArenaFullError,
     MiniKmsError,

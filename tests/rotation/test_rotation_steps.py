@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from minikms.custody import rewrapping as rewrapping_module
+from minikms.custody import rotation as rewrapping_module
 from minikms.custody import rotation as rotation_module
-from minikms.custody.keyringfile import KeyringFile
+from minikms.custody.keyring_file import KeyringFile
 from minikms.errors import (
     ArenaFullError,
     ConflictError,

@@ -10,9 +10,9 @@ import pytest
 from minikms import api
 from minikms.audit import Event
 from minikms.errors import StorageUnavailableError
-from minikms.lifecycle import KeyLifecycle
 from minikms.policy import Policy, Principal
-from minikms.rotating import KekVerbs
+from minikms.service.keks import KekVerbs
+from minikms.service.lifecycle import KeyLifecycle
 from vaults import OpenedVault, SilentAudit, opened_vault
 
 

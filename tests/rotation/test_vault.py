@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from minikms.custody.backups import BackupStore
-from minikms.custody.dekstore import DekStore
+from minikms.custody.deks import DekStore
+from minikms.custody.rotation_backups import BackupStore
 from minikms.errors import (
     ArenaFullError,
     ConflictError,

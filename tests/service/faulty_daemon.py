@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from minikms import policy
-from minikms.custody import atomic, leasestore, rotation, wraps
+from minikms.custody import files, keyring_file, lease_store, rotation
 from minikms.daemon.application import Application
 from minikms.errors import ArenaFullError
 from minikms.keys import keyring
@@ -47,15 +47,15 @@ class Disk:
 
 
 def install() -> None:
-    for module in (atomic, leasestore):
+    for module in (files, lease_store):
         module.os = Disk()  # type: ignore[attr-defined]  # the seam of the fault
     allocate, reserve, run, handle = (
         SecretArena.allocate,
-        leasestore.LeaseStore.reserve,
+        lease_store.LeaseStore.reserve,
         rotation.KekRotation.run,
         Application.handle,
     )
-    begin_create = wraps.KekWraps.begin_create
+    begin_create = keyring_file.KekWraps.begin_create
 
     def allocated(arena: SecretArena) -> Any:
         if fault() == ARENA:
@@ -63,10 +63,10 @@ def install() -> None:
         return allocate(arena)
 
     def reserved(store: Any, *given: Any) -> Any:
-        leasestore.USES_MAX = 0 if fault() == WORN else 1 << 31  # type: ignore[misc]  # final in production
+        lease_store.USES_MAX = 0 if fault() == WORN else 1 << 31  # type: ignore[misc]  # final in production
         return reserve(store, *given)
 
-    async def begun(budget: wraps.KekWraps) -> int:
+    async def begun(budget: keyring_file.KekWraps) -> int:
         keyring.KEK_WRAPS_MAX = -1 if fault() == WORN else 1 << 31  # type: ignore[misc]  # final in production
         if fault() == WORN:
             budget._left.clear()
@@ -83,8 +83,8 @@ def install() -> None:
         return handle(application, *given)
 
     SecretArena.allocate = allocated  # type: ignore[method-assign]  # the seam of the fault, as the next ones
-    leasestore.LeaseStore.reserve = reserved  # type: ignore[method-assign]  # as above
-    wraps.KekWraps.begin_create = begun  # type: ignore[method-assign]  # as above
+    lease_store.LeaseStore.reserve = reserved  # type: ignore[method-assign]  # as above
+    keyring_file.KekWraps.begin_create = begun  # type: ignore[method-assign]  # as above
     rotation.KekRotation.run = ran  # type: ignore[method-assign]  # as above
     Application.handle = handled  # type: ignore[method-assign]  # as above
     if ROLELESS in os.environ:

@@ -13,13 +13,13 @@ from asking import NO_KEY, ask, status
 from live_daemon import LiveDaemon
 from minikms import api, errors
 from minikms.daemon.application import Application
-from minikms.daemon.http.exchange import METHODS_SERVED
 from minikms.errors import MiniKmsError
-from minikms.issuing import KeyIssuing
-from minikms.lifecycle import KeyLifecycle
+from minikms.http.exchange import METHODS_SERVED
 from minikms.policy import ROLES, Policy, Principal, Role
-from minikms.rotating import KekVerbs
-from minikms.service import KeyService
+from minikms.service.keks import KekVerbs
+from minikms.service.keys import KeyIssuing
+from minikms.service.lifecycle import KeyLifecycle
+from minikms.service.records import KeyService
 from vaults import OpenedVault, SilentAudit, opened_vault
 
 PAGE = (Path(__file__).parents[2] / "docs" / "spec" / "api.md").read_text()

@@ -13,9 +13,10 @@ from asking import NO_KEY, ask, b64, encrypted, events, new_key, post
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from live_daemon import LiveDaemon
-from minikms import api, service
+from minikms import api
 from minikms.errors import ForbiddenError
 from minikms.policy import ROLES, Principal, Role
+from minikms.service import records as service
 from vaults import SilentAudit, opened_vault
 
 ANYONE = Principal(0, 0, "peer_uid:0", ROLES)

@@ -14,12 +14,12 @@ from asking import NO_KEY, ask, b64, encrypted, events, new_key, post
 
 from live_daemon import LiveDaemon
 from minikms import api
-from minikms.custody.atomic import open_directory
-from minikms.custody.leasestore import LeaseStore
+from minikms.custody.files import open_directory
+from minikms.custody.lease_store import LeaseStore
 from minikms.errors import StorageUnavailableError
 from minikms.keys.ids import key_id_to_bytes
 from minikms.policy import ROLES, Principal, Role
-from minikms.service import KeyService
+from minikms.service.records import KeyService
 from vaults import SilentAudit, opened_vault
 
 TEXT = b64(b"text")

@@ -14,7 +14,7 @@ import pytest
 from races import race
 
 import needs
-from minikms.custody.lock import DataDirLock, make_private_directory
+from minikms.custody.files import DataDirLock, make_private_directory
 from minikms.errors import StartError
 
 
@@ -105,7 +105,7 @@ def test_no_descriptor_is_left_by_a_refused_start_and_none_is_inherited(tmp_path
 
 OWNER = """
 import sys, time
-from minikms.custody.lock import DataDirLock
+from minikms.custody.files import DataDirLock
 from minikms.errors import StartError
 sys.stdin.readline()
 try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.daemon.notify import Notifier
+from minikms.notify import Notifier
 
 
 @pytest.fixture(params=["path", "abstract"])

@@ -12,7 +12,7 @@ from opened_store import TickingClock, messages_of, with_store
 from sealing_provider import SealingProvider
 
 from progressdb_server.kms.provider import ProviderRefusedError, Seal
-from progressdb_server.store import reading as reading_room
+from progressdb_server.store import messages as reading_room
 from progressdb_server.store import threads as threads_room
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (

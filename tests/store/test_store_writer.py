@@ -370,7 +370,7 @@ def test_a_write_holds_exactly_when_what_it_has_read_still_stands(
             assert isinstance(outcomes[1], ConditionFailedError)
             assert outcomes[1].key == different[0]
 
-    with mock.patch("progressdb_server.store.recent.KEYS_REMEMBERED_MAX", remembered):
+    with mock.patch("progressdb_server.store.writer.KEYS_REMEMBERED_MAX", remembered):
         with_writer(body)
 
 

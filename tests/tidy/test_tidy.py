@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
-LINES_MAX = 450
+LINES_MAX = 700
 LONG_FOR_A_REASON: dict[str, str] = {}
 """Path → why the file is one idea all the same."""
 GRAVITY_WELLS = {"utils", "util", "common", "helpers", "misc"}

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest does f
 
 from http_harness import Answer, Peer, Running, parse_answers, post, read_requests, run, serving
 from http_inputs import ACCEPTED, REFUSED
-from minikms.daemon.http import LIMITS
-from minikms.daemon.http.reader import Shared
+from minikms.http import LIMITS
+from minikms.http.reader import Shared
 
 SEEDS = [data for data in [*ACCEPTED.values(), *(data for data, _ in REFUSED.values())] if len(data) < 2000]
 TOKENS = [

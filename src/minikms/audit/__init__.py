@@ -5,11 +5,9 @@ only. docs/spec/audit.md is the format. The room must never see plaintext, ciphe
 view.
 """
 
-from minikms.audit.log import AuditLog
-from minikms.audit.opening import Known
+from minikms.audit.chain import AuditKey
+from minikms.audit.log import AuditLog, Upkeep
 from minikms.audit.record import Event
-from minikms.audit.refusals import RefusalAggregator
-from minikms.audit.signer import AuditKey
-from minikms.audit.upkeep import Upkeep
+from minikms.audit.recovery import Known
 
-__all__ = ["AuditKey", "AuditLog", "Event", "Known", "RefusalAggregator", "Upkeep"]
+__all__ = ["AuditKey", "AuditLog", "Event", "Known", "Upkeep"]

@@ -10,6 +10,13 @@ Owns: the queue of a turn, what happens when the log can't be written, and the l
 
 It must never answer for a line that was not written, keep an event beyond its commit, or hold key bytes. It trusts that
 its caller holds the lock of the data directory.
+
+What a log needs beside its lines: compression, retention, forwarding, and trying again.
+
+Owns: which of these is done when, and in which thread. `tick` belongs to the thread of the log and is called about once
+a second; `work` belongs to one worker thread of its own and is called every few seconds: it may take as long as a file
+takes to compress, or another machine to answer. Neither raises; `status` says what does not work. It must never hold up
+a commit, nor touch a file that the log has not closed.
 """
 
 from __future__ import annotations
@@ -22,12 +29,13 @@ from typing import Final, Literal, NoReturn
 import msgspec
 
 from minikms.audit import record, retention
-from minikms.audit.chain import base64_text
-from minikms.audit.opening import Keys, Known, Opened, open_log
+from minikms.audit.chain import AuditKey, LocalSigner, Signer, base64_text
+from minikms.audit.reader import DamagedSegmentError
 from minikms.audit.record import ACTOR_SELF, Event, Facts, Head
-from minikms.audit.reserve import RESERVE_BYTES, Reserve
-from minikms.audit.signer import AuditKey, LocalSigner, Signer
-from minikms.audit.writer import ChainWriter
+from minikms.audit.recovery import Keys, Known, Opened, open_log
+from minikms.audit.retention import Retention, compress_closed
+from minikms.audit.shipping import Forwarder, Forwarding
+from minikms.audit.writer import RESERVE_BYTES, ChainWriter, Reserve
 from minikms.errors import AuditUnavailableError
 
 FsyncPolicy = Literal["never", "interval", "turn"]
@@ -395,3 +403,76 @@ def _resumed_event(failure: _Failure) -> Event:
 
 def _reason(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else "the disk failed"
+
+
+RETENTION_TICKS: Final = 3600
+"""Retention looks once an hour, and soon after a start."""
+FORWARD_STEPS_MAX: Final = 100
+"""Of 1,000 lines, in one call of `work`."""
+
+
+class Upkeep:
+    """For one open log. `keep` None keeps every file; without a forwarder nothing is sent."""
+
+    def __init__(self, log: AuditLog, *, keep: Retention | None = None, forwarder: Forwarder | None = None) -> None:
+        self._log = log
+        self._keep = keep
+        self._forwarding = None if forwarder is None else Forwarding(log.directory, forwarder)
+        self._ticks = 0
+        self._forwarded = 0
+        self._faults: dict[str, str] = {}
+
+    def tick(self) -> None:
+        """The log's chores; now and then, what retention lets go of."""
+        self._log.tick()
+        due = self._ticks % RETENTION_TICKS == 0
+        self._ticks += 1
+        if self._keep is None or not due:
+            return
+        try:
+            self._log.remove_segments(self._keep)
+        except (AuditUnavailableError, DamagedSegmentError, OSError) as error:
+            self._faults["retention"] = _reason_upkeep(error)
+        else:
+            self._faults.pop("retention", None)
+
+    def work(self) -> None:
+        """Compress what was closed, send what was committed."""
+        try:
+            compress_closed(self._log.directory, below=self._log.segment)
+        except (DamagedSegmentError, OSError) as error:
+            self._faults["compression"] = _reason_upkeep(error)
+        else:
+            self._faults.pop("compression", None)
+        if self._forwarding is not None:
+            self._forward(self._forwarding)
+
+    def _forward(self, forwarding: Forwarding) -> None:
+        head = self._log.head["seq"]
+        try:
+            for _ in range(FORWARD_STEPS_MAX):
+                sent = forwarding.step(int(head))
+                self._forwarded += sent
+                if not sent:
+                    break
+        except (DamagedSegmentError, OSError) as error:
+            forwarding.close()
+            self._faults["forwarding"] = _reason_upkeep(error)
+        else:
+            self._faults.pop("forwarding", None)
+
+    def status(self) -> dict[str, object]:
+        """{"faults": {what: why}, "forwarded": lines since the start, or None without a forwarder}"""
+        return {
+            "faults": dict(self._faults),
+            "forwarded": None if self._forwarding is None else self._forwarded,
+        }
+
+    def close(self) -> None:
+        """After the last `work` has returned."""
+        if self._forwarding is not None:
+            self._forwarding.close()
+
+
+def _reason_upkeep(error: Exception) -> str:
+    return error.strerror or "failed" if isinstance(error, OSError) else str(error)

@@ -34,10 +34,18 @@ from typing import Final
 
 from minikms.audit import record
 from minikms.audit.chain import Coverage, base64_bytes, base64_text
-from minikms.audit.inforce import KeyInForce, whole_number
 from minikms.audit.record import Event, Facts, Head, MalformedLineError
-from minikms.audit.sequence import Sequence
-from minikms.audit.verdict import FINDINGS_COUNT_MAX, FINDINGS_COUNTED_MAX, Finding, Kind, Report, Trust
+from minikms.audit.rules import (
+    FINDINGS_COUNT_MAX,
+    FINDINGS_COUNTED_MAX,
+    Finding,
+    KeyInForce,
+    Kind,
+    Report,
+    Sequence,
+    Trust,
+    whole_number,
+)
 
 _SEGMENT_OPEN_FACTS: Final = frozenset(
     ("format", "key", "log_id", "previous_seq", "previous_sha256", "previous_sig", "public_key", "segment")

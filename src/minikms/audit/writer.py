@@ -1,4 +1,17 @@
-"""The file being written and the state of its chain.
+"""What of the log is on disk.
+
+Owns: the bytes written but not yet confirmed, and the wait for the disk. Invariants: `wrote` and `dirty` never wait;
+`sync` and `switch` exclude each other, so a descriptor is never closed under a running `fdatasync`. After a failed
+`fdatasync` the kernel may have marked the pages clean without having written them (man 2 fsync), so the next `sync`
+writes those bytes again, at the same place, before it asks once more; until that has succeeded, `failed` holds and
+the log takes no lines.
+
+Disk space kept back, so that a full disk leaves room to record that it is full.
+
+Owns: the reserve file. Invariants: its blocks are really allocated; it gives them back step by step, only as many as
+the log needs, since anyone on a full disk may take what it frees. It must never hold content, nor fail a start.
+
+The file being written and the state of its chain.
 
 Owns: the descriptor, the head, the coverage of the next signed line, and moving on to the next file. Invariants: a
 method that raises OSError has changed nothing, or has left a debt that `repair` settles before anything else is
@@ -16,18 +29,141 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Sequence
 from typing import Final
 
 import msgspec
 
-from minikms.audit import chain, record, segments
-from minikms.audit.chain import Coverage, base64_text
-from minikms.audit.durability import Durability
-from minikms.audit.opening import Opened, create_file, write_whole
+from minikms.audit import chain, reader, record
+from minikms.audit.chain import AuditKey, Coverage, base64_text
+from minikms.audit.reader import FILE_MODE, LOG_NAME, NEXT_NAME, segment_name
 from minikms.audit.record import Event, Facts, Head
-from minikms.audit.segments import LOG_NAME, NEXT_NAME, segment_name
-from minikms.audit.signer import AuditKey
+from minikms.audit.recovery import Opened, create_file, write_whole
+
+_COPY_BYTES: Final = 1024 * 1024
+
+
+class Durability:
+    """For one open file at a time; `switch` moves on to the next."""
+
+    def __init__(self, path: str, fd: int, size: int) -> None:
+        """`fd` appends to `path`, whose first `size` bytes are taken to be on disk."""
+        self._path = path
+        self._fd = fd
+        self._written = size
+        self._synced = size
+        self._lock = threading.Lock()
+        self.failed = False
+
+    @property
+    def dirty(self) -> bool:
+        """Whether anything is not known to be on disk."""
+        return self._synced < self._written
+
+    def wrote(self, count: int) -> None:
+        """`count` more bytes are in the file."""
+        self._written += count
+
+    def sync(self) -> None:
+        """Return when all that was written before the call is on disk. Raises OSError, and `failed` holds."""
+        with self._lock:
+            target = self._written
+            if target == self._synced:
+                return
+            try:
+                if self.failed:
+                    self._write_again(target)
+                os.fdatasync(self._fd)
+            except OSError:
+                self.failed = True
+                raise
+            self._synced = target
+            self.failed = False
+
+    def switch(self, fd: int, size: int) -> None:
+        """Go on with a file whose first `size` bytes are on disk; the one before must have been synced."""
+        with self._lock:
+            os.close(self._fd)
+            self._fd = fd
+            self._written = self._synced = size
+
+    def close(self) -> None:
+        with self._lock:
+            os.close(self._fd)
+
+    def _write_again(self, end: int) -> None:
+        """Make the pages of the unconfirmed bytes dirty again. Through a descriptor that does not append."""
+        fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            at = self._synced
+            while at < end:
+                data = os.pread(fd, min(_COPY_BYTES, end - at), at)
+                if not data:
+                    raise OSError("the log is shorter than what was written")
+                os.pwrite(fd, data, at)
+                at += len(data)
+        finally:
+            os.close(fd)
+
+
+RESERVE_NAME: Final = "minikms-audit.reserve"
+RESERVE_BYTES: Final = 4 * 1024 * 1024
+"""About 16,000 lines: minutes of a person's work, or long enough to see the alarm."""
+RELEASE_BYTES: Final = 64 * 1024
+
+
+class Reserve:
+    """The reserve file of one directory. Every method answers whether it did what its name says; none raises
+    OSError.
+    """
+
+    def __init__(self, directory: str, size: int = RESERVE_BYTES) -> None:
+        self._path = os.path.join(directory, RESERVE_NAME)
+        self._size = size
+        self.left_bytes = 0
+        with contextlib.suppress(OSError):
+            held = os.lstat(self._path)
+            self.left_bytes = min(held.st_size, held.st_blocks * 512)
+
+    @property
+    def full(self) -> bool:
+        return self.left_bytes >= self._size
+
+    def fill(self) -> bool:
+        """Take the space, again where some was given back. False when the disk does not have it."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            fd = os.open(self._path, flags, FILE_MODE)
+        except OSError:
+            return False
+        try:
+            if self._size:
+                os.posix_fallocate(fd, 0, self._size)
+            os.ftruncate(fd, self._size)
+        except OSError:
+            # What a failed allocation took goes back; what was held before stays held.
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, self.left_bytes)
+            return False
+        finally:
+            os.close(fd)
+        self.left_bytes = self._size
+        return True
+
+    def release(self) -> bool:
+        """Give back the next step of the space. False when nothing is left."""
+        left = max(0, self.left_bytes - RELEASE_BYTES)
+        if self.left_bytes == 0:
+            return False
+        try:
+            os.truncate(self._path, left)
+        except OSError:
+            self.left_bytes = 0
+            return False
+        self.left_bytes = left
+        return True
+
 
 CHECKPOINT_LINES: Final = 10_000
 CHECKPOINT_BYTES: Final = 8 * 1024 * 1024
@@ -214,7 +350,7 @@ class ChainWriter:
             following.old_renamed = True
         with contextlib.suppress(FileNotFoundError):  # renamed by an attempt before, which failed after it
             os.rename(os.path.join(self._directory, NEXT_NAME), log_path)
-        segments.fsync_directory(self._directory)
+        reader.fsync_directory(self._directory)
         self.durability.switch(following.fd, len(following.first_line))
         self._fd = following.fd
         self.size = len(following.first_line)

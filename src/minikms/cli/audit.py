@@ -1,4 +1,9 @@
-"""`minikms audit`: verify and read the audit log, change its key.
+"""How audit lines and reports look to a person, and as JSON.
+
+Owns: the text of `minikms audit`. Invariant: what a log holds is shown only as the parsed event or a line that obeys
+the format, so nothing in it reaches the terminal but printable ASCII. It must never judge.
+
+`minikms audit`: verify and read the audit log, change its key.
 
 Owns: flags, what is printed, and exit codes: 0 intact or done, 1 altered or malformed, 2 a key, a file or a line to
 begin with is missing, or nothing could be judged. `verify`, `tail`, `find` and `stats` work beside a live daemon,
@@ -12,18 +17,168 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
+import msgspec
 from cyclopts import App, Parameter, validators
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
 
+from minikms.audit import record
+from minikms.audit.chain import base64_text
+from minikms.audit.queries import Progress as Tell
+from minikms.audit.queries import Totals
+from minikms.audit.record import Event, MalformedLineError
+from minikms.audit.rules import FINDINGS_COUNT_MAX, Report
 from minikms.errors import MiniKmsError, StartError
 
 if TYPE_CHECKING:
     from minikms.audit.record import Head
-    from minikms.audit.verdict import Report, Trust
+    from minikms.audit.rules import Trust
     from minikms.cli.auditkeys import RootKey
+
+
+_SHOWN_COUNT_MAX = 20
+"""Rows of one table of `stats`; --json has them all."""
+
+
+@contextmanager
+def progress_bar(wanted: bool) -> Iterator[Tell | None]:
+    """Shows how far a check is, on standard error, where that is a terminal."""
+    if not (wanted and sys.stderr.isatty()):
+        yield None
+        return
+    columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("Verifying", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def report_json(report: Report) -> str:
+    """One object. `head` is {"seq", "sig"} or null, as in `/status`."""
+    built = {name: getattr(report, name) for name in report.__struct_fields__ if name not in ("head", "findings")}
+    head = None if report.head is None else {"seq": report.head.seq, "sig": base64_text(report.head.sig)}
+    return as_json(
+        {"intact": report.intact, "judged": report.judged, "head": head, **built, "findings": report.findings}
+    )
+
+
+def as_json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def raw_line(line: bytes) -> str:
+    """The line as it is, if it is an audit line: nothing else may reach a terminal."""
+    try:
+        record.split_line(line)
+    except MalformedLineError as error:
+        return as_json({"malformed": str(error)})
+    return line.decode("ascii")
+
+
+def report_lines(report: Report) -> Iterator[str]:
+    if report.findings_count:
+        count = report.findings_count
+        yield f"The audit log is NOT intact: {count} finding{'s' if count != 1 else ''}."
+        for finding in report.findings:
+            place = f"{finding.file}:{finding.line}" if finding.line else finding.file
+            yield f"  {place}: {finding.text} ({finding.kind})"
+        if count > FINDINGS_COUNT_MAX:
+            yield f"  … and {count - FINDINGS_COUNT_MAX} more"
+        if report.given_up:
+            yield "  There the check was given up: what follows was not looked at."
+    elif not report.judged:
+        yield "The audit log can't be judged by the public key: no line of it is signed yet."
+    else:
+        how = "every line by the audit key" if report.macs_checked else "by its signed lines"
+        yield f"The audit log is intact{_part(report)}, judged {how}."
+    if report.head is None:
+        return
+    yield f"  lines       {report.first_seq} to {report.head.seq}, in {report.segments} file(s); log {report.log_id}"
+    if report.from_signed_line:
+        yield f"  before      what stands before line {report.first_seq} was not looked at"
+    elif report.first_seq > 1 and report.intact:
+        yield f"  removed     lines 1 to {report.first_seq - 1}, as the log says"
+    yield f"  head        {report.head.seq}:{base64_text(report.head.sig)}"
+    yield f"  signed      up to line {report.covered_seq}, {report.checkpoints} signed line(s)"
+    if report.public_key is not None:
+        yield f"  key         version {report.key_version}, public key {base64_text(report.public_key)}"
+    if report.lines_not_covered:
+        note = "" if report.macs_checked else ": the public key can't judge them"
+        yield f"  not signed  the last {report.lines_not_covered} line(s){note}"
+    if report.lines_after_expected_head is not None:
+        known_seq = report.head.seq - report.lines_after_expected_head
+        note = "" if report.macs_checked or known_seq < report.covered_seq else "; that one is not signed yet"
+        yield f"  anchor      {report.lines_after_expected_head} line(s) are newer than the expected head{note}"
+    elif report.intact:
+        yield "  anchor      none given: lines cut off cleanly at the end would not show (see --expect-head)"
+
+
+def _part(report: Report) -> str:
+    """Which part of the log was judged, where it was not all of it."""
+    begin = f"from line {report.first_seq}" if report.from_signed_line else ""
+    end = f"up to line {report.covered_seq}" if report.lines_not_covered and not report.macs_checked else ""
+    return f" {begin} {end}".rstrip().replace("  ", " ")
+
+
+def event_line(line: bytes) -> str:
+    """One audit line for a person; a line that is none is said to be so, and not shown."""
+    try:
+        event = record.parse_line(line)[0]
+    except MalformedLineError as error:
+        return f"(not an audit line: {error})"
+    return " ".join(
+        [_time(event.ts), f"{event.seq:>8}", f"{event.type:<16}", event.actor, event.outcome, *_rest(event)]
+    )
+
+
+def _rest(event: Event) -> Iterator[str]:
+    if event.pid:
+        yield f"pid={event.pid}"
+    if event.key_id:
+        yield f"key={event.key_id}"
+    if event.key_ids:
+        yield f"keys={','.join(event.key_ids)}"
+    if event.thread_id:
+        yield f"thread={event.thread_id}"
+    if event.count:
+        yield f"count={event.count}"
+    if event.request_id:
+        yield f"request={event.request_id}"
+    if event.request_ids:
+        yield f"requests={','.join(event.request_ids)}"
+    if event.detail:
+        yield f"({event.detail})"
+    for name, value in event.facts.items():
+        yield f"{name}={value}"
+
+
+def _time(ts: int) -> str:
+    """RFC 3339 in UTC, to the millisecond."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ts // 10**9)) + f".{ts // 10**6 % 1000:03}Z"
+
+
+def print_totals(totals: Totals) -> None:
+    # An actor may be called [/bold], or what makes a link of it: shown, not obeyed.
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(f"{totals.lines} lines in {totals.files} file(s), {totals.disk_bytes} bytes on disk")
+    if totals.lines:
+        console.print(f"from {_time(totals.first_ts)} to {_time(totals.last_ts)}; {totals.items} items")
+    if totals.malformed:
+        console.print(f"{totals.malformed} lines are not audit lines: run `minikms audit verify`")
+    for title, counts in (("type", totals.types), ("outcome", totals.outcomes), ("actor", totals.actors)):
+        table = Table(title, "lines", box=None, pad_edge=False)
+        table.columns[1].justify = "right"
+        for name, count in list(counts.items())[:_SHOWN_COUNT_MAX]:
+            table.add_row(name, str(count))
+        console.print()
+        console.print(table)
+
 
 EXIT_FOUND: Final = 1
 EXIT_MISSING: Final = 2
@@ -81,12 +236,11 @@ def verify(
     that it ends with, which is shown, with the newest that you know. Exit status: 0 what could be judged is intact,
     1 altered or malformed, 2 when the key, the log or the line to begin with is missing, or nothing could be judged.
     """
-    from minikms.audit.check import verify_directory
-    from minikms.cli import auditview
+    from minikms.audit.queries import verify_directory
     from minikms.cli.auditkeys import open_audit_keys
 
     def judge(trust: Trust) -> Report:
-        with auditview.progress_bar(not json) as tell:
+        with progress_bar(not json) as tell:
             return verify_directory(directory, trust, expect_head=head, from_checkpoint=from_checkpoint, progress=tell)
 
     try:
@@ -101,7 +255,7 @@ def verify(
                 report = judge(keys.trust())
     except (MiniKmsError, OSError) as error:
         return _missing(error)
-    print(auditview.report_json(report) if json else "\n".join(auditview.report_lines(report)))
+    print(report_json(report) if json else "\n".join(report_lines(report)))
     if report.findings_count:
         return EXIT_FOUND
     return 0 if report.judged else EXIT_MISSING
@@ -116,7 +270,7 @@ def tail(
     json: JsonLines = False,
 ) -> int:
     """Show the last lines of the log. It does not verify them."""
-    from minikms.audit.follow import Follower, last_lines
+    from minikms.audit.reader import Follower, last_lines
     from minikms.audit.record import peek_seq
 
     try:
@@ -157,8 +311,8 @@ def find(
     """
     from contextlib import ExitStack
 
-    from minikms.audit.search import find as find_lines
-    from minikms.audit.search import query
+    from minikms.audit.queries import find as find_lines
+    from minikms.audit.queries import query
     from minikms.cli.auditkeys import open_audit_keys
 
     if not (thread or key or actor or request):
@@ -185,17 +339,16 @@ def find(
 @app.command
 def stats(*, data_dir: DataDir = None, json: Json = False) -> int:
     """Count the log's lines by type, outcome and actor. It does not verify them."""
-    from minikms.audit.search import totals
-    from minikms.cli import auditview
+    from minikms.audit.queries import totals
 
     try:
         counted = totals(_log_directory(data_dir))
     except (MiniKmsError, OSError) as error:
         return _missing(error)
     if json:
-        print(auditview.as_json(counted))
+        print(as_json(counted))
     else:
-        auditview.print_totals(counted)
+        print_totals(counted)
     return 0
 
 
@@ -212,7 +365,6 @@ def rotate_key(
     Keep the new public key where you keep the old one. Exit status: 0 done, 2 refused.
     """
     from minikms.audit.chain import base64_text
-    from minikms.cli import auditview
     from minikms.cli.auditkeys import rotate_audit_key
 
     try:
@@ -221,7 +373,7 @@ def rotate_key(
         return _missing(error)
     public_key = base64_text(made.public_key)
     if json:
-        print(auditview.as_json({"version": made.version, "public_key": public_key, "head": made.head}))
+        print(as_json({"version": made.version, "public_key": public_key, "head": made.head}))
     else:
         print(f"The audit key is now version {made.version}.")
         print(f"  public key  {public_key}   keep it outside the data directory")
@@ -243,7 +395,7 @@ def _directory(given: str | None) -> str:
 
 def _log_directory(given: str | None) -> str:
     """The same, of commands that read whatever of the log is there."""
-    from minikms.audit.segments import LOG_NAME, list_segments
+    from minikms.audit.reader import LOG_NAME, list_segments
 
     directory = _directory(given)
     if not os.path.lexists(os.path.join(directory, LOG_NAME)) and not list_segments(directory):
@@ -261,7 +413,7 @@ def _root_key(file: Path | None, descriptor: int | None) -> RootKey:
 
 def _public_trust(given: Sequence[str]) -> Trust:
     """Public keys as text, or in files of such text. Raises StartError."""
-    from minikms.audit.verdict import Trust
+    from minikms.audit.rules import Trust
 
     keys = set()
     for text in given:
@@ -279,8 +431,7 @@ def _public_trust(given: Sequence[str]) -> Trust:
 
 
 def _public_key(text: str) -> bytes | None:
-    from minikms.audit.chain import base64_bytes
-    from minikms.audit.signer import PUBLIC_KEY_BYTES
+    from minikms.audit.chain import PUBLIC_KEY_BYTES, base64_bytes
 
     if re.fullmatch(r"[0-9a-fA-F]{64}", text):
         return bytes.fromhex(text)
@@ -297,7 +448,6 @@ def _head(text: str) -> Head:
 
 
 def _print_lines(lines: Sequence[bytes], *, json: bool) -> None:
-    from minikms.cli.auditview import event_line, raw_line
 
     for line in lines:
         print(raw_line(line) if json else event_line(line))

@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from minikms.audit import AuditLog, Known
-from minikms.audit.keyversions import keys_of, since
 from minikms.audit.record import Head
-from minikms.audit.verdict import Trust
+from minikms.audit.rules import Trust
 from minikms.crypto.aead import NonceSource
-from minikms.custody import clock, keyringfile
-from minikms.custody.atomic import open_directory, read_file_bounded
-from minikms.custody.keyringfile import KeyringFile
-from minikms.custody.lock import DataDirLock, InUseError
-from minikms.custody.roots import read_key_descriptor, read_key_file
+from minikms.custody import files, keyring_file
+from minikms.custody.files import DataDirLock, InUseError, open_directory, read_file_bounded
+from minikms.custody.keyring_file import KeyringFile
+from minikms.datadir import keys_of, since
 from minikms.errors import StartError, StorageUnavailableError
 from minikms.keys import keyring
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random
+from minikms.roots.key_file import read_key_descriptor, read_key_file
 
 DEV_KEY_SUFFIX: Final = ".master-key"
 ARENA_SLOTS: Final = 512
@@ -78,7 +77,7 @@ def rotate_audit_key(data_dir: str, root_key: RootKey) -> NewAuditKey:
     start. Raises StartError when the directory is in use or its log can't be continued, StorageUnavailableError and
     AuditUnavailableError when the disk fails.
     """
-    if not os.path.lexists(os.path.join(data_dir, keyringfile.NAME)):
+    if not os.path.lexists(os.path.join(data_dir, keyring_file.NAME)):
         raise StartError(f"there is no keyring in {data_dir}")
     with ExitStack() as stack:
         try:
@@ -94,7 +93,7 @@ def rotate_audit_key(data_dir: str, root_key: RootKey) -> NewAuditKey:
         log = _open_log(data_dir, unlocked)
         try:
             last = log.settle()
-            now = clock.rfc3339(clock.now_ns())
+            now = files.rfc3339(files.now_ns())
             made = unlocked.make_audit_key(
                 fill_random,
                 version=unlocked.body.audit_key.version + 1,
@@ -118,7 +117,7 @@ def _open_log(data_dir: str, unlocked: UnlockedKeyring) -> AuditLog:
         data_dir,
         audit_key=current.mac_key,
         seed=seed,
-        now_ns=clock.now_ns,
+        now_ns=files.now_ns,
         key_version=current.version,
         former=former,
         since=current.since,
@@ -132,7 +131,7 @@ def _read_keyring(data_dir: str) -> bytes:
     except OSError as error:
         raise StartError(f"the data directory {data_dir} can't be opened: {error.strerror}") from None
     try:
-        data = read_file_bounded(keyringfile.NAME, keyring.FILE_BYTES_MAX, dir_fd=directory)
+        data = read_file_bounded(keyring_file.NAME, keyring.FILE_BYTES_MAX, dir_fd=directory)
     except StorageUnavailableError as error:
         raise StartError(f"keyring.json can't be read: {error}") from None
     finally:

@@ -18,15 +18,25 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import App, Parameter, validators
 
-from minikms.cli import show
-from minikms.cli.flags import DataDir, Json, MasterKeyFd, MasterKeyFile, Yes, chosen_data_dir
-from minikms.cli.outcome import EXIT_GOOD, EXIT_WANTING, CommandError, complain
+from minikms.cli import console as show
+from minikms.cli.console import (
+    EXIT_GOOD,
+    EXIT_WANTING,
+    CommandError,
+    DataDir,
+    Json,
+    MasterKeyFd,
+    MasterKeyFile,
+    Yes,
+    chosen_data_dir,
+    complain,
+)
 
 if TYPE_CHECKING:
     from minikms.cli.rootopening import Source
-    from minikms.custody.archive import AuditHead, Manifest
-    from minikms.custody.archives import Registered
-    from minikms.custody.archiving import Progress, Task
+    from minikms.custody.backup.archive import AuditHead, Manifest
+    from minikms.custody.backup.create import Progress, Task
+    from minikms.custody.backup.register import Registered
     from minikms.keys.keyring import Body
     from minikms.keys.unlocked import UnlockedKeyring
 
@@ -53,10 +63,10 @@ def create(
     back, 1 made, but some key files could not be read, 2 not made.
     """
     from minikms.cli.rootopening import needed_source
-    from minikms.custody import clock
-    from minikms.custody.archives import ArchiveRegister, Registered, new_archive_id
-    from minikms.custody.archiving import Making
-    from minikms.custody.archiving import create as create_archive
+    from minikms.custody import files
+    from minikms.custody.backup.create import Making
+    from minikms.custody.backup.create import create as create_archive
+    from minikms.custody.backup.register import ArchiveRegister, Registered, new_archive_id
 
     directory = chosen_data_dir(data_dir)
     source = needed_source(master_key_file, master_key_fd, directory)
@@ -65,7 +75,7 @@ def create(
     with _task(source, "copying keys", bar=not json) as task:
         register.put(entry)
         try:
-            making = Making(entry.archive_id, clock.rfc3339(clock.now_ns()), lambda: _audit_head(directory))
+            making = Making(entry.archive_id, files.rfc3339(files.now_ns()), lambda: _audit_head(directory))
             good = create_archive(directory, str(archive), task, making)
         except BaseException:
             register.forget(entry.archive_id)
@@ -92,7 +102,7 @@ def verify(
     Exit status: 0 good, 1 altered, damaged, or of another root key, 2 the archive or the root key is missing.
     """
     from minikms.cli.rootopening import needed_source
-    from minikms.custody.archiving import judge
+    from minikms.custody.backup.create import judge
 
     source = needed_source(master_key_file, master_key_fd, None)
     with _task(source, "opening keys", bar=not json) as task:
@@ -129,9 +139,10 @@ def restore(
     refused or the archive is not good, 2 something is missing.
     """
     from minikms.cli.rootopening import needed_source
-    from minikms.custody import clock, restoring
-    from minikms.custody.archiving import judge
-    from minikms.custody.lock import DataDirLock
+    from minikms.custody import files
+    from minikms.custody.backup import restore as restoring
+    from minikms.custody.backup.create import judge
+    from minikms.custody.files import DataDirLock
 
     directory = chosen_data_dir(data_dir, must_exist=False)
     source = needed_source(master_key_file, master_key_fd, None)
@@ -146,7 +157,7 @@ def restore(
             restoring.check_empty(lock.directory_fd, directory)
             tombstones = restoring.newer_tombstones(unlocked.body, newer)
             target = restoring.Target(directory, lock.directory_fd, tombstones, _registered(archive, good.manifest))
-            now = clock.rfc3339(clock.now_ns())
+            now = files.rfc3339(files.now_ns())
             done = restoring.restore(str(archive), good, task, unlocked, target, at=now)
             _begin_log(directory, unlocked, good.manifest)
     if json:
@@ -163,7 +174,7 @@ def restore(
 @app.command(name="list")
 def list_archives(*, data_dir: DataDir = None, json: Json = False) -> int:
     """List the archives that were made of a data directory. Those that are gone are named as missing."""
-    from minikms.custody.archives import ArchiveRegister
+    from minikms.custody.backup.register import ArchiveRegister
 
     found = ArchiveRegister(chosen_data_dir(data_dir)).listed()
     if json:
@@ -198,8 +209,8 @@ def prune(
 
     A moved archive stays listed as missing, for it may still hold keys that are destroyed later.
     """
-    from minikms.custody.archives import ArchiveRegister
-    from minikms.custody.archiving import remove_leftover
+    from minikms.custody.backup.create import remove_leftover
+    from minikms.custody.backup.register import ArchiveRegister
 
     register = ArchiveRegister(chosen_data_dir(data_dir))
     listed = register.listed()
@@ -236,7 +247,7 @@ def prune(
 def _task(source: Source, what: str, *, bar: bool) -> Iterator[Task]:
     """The root key opened, and a progress bar on a terminal. Raises StartError."""
     from minikms.cli.rootopening import opened_keyring, opened_root
-    from minikms.custody.archiving import Task
+    from minikms.custody.backup.create import Task
 
     with opened_root(source) as (arena, root), _progress(what, bar=bar) as tell:
         yield Task(arena, root, lambda data: opened_keyring(arena, root, data), tell)
@@ -255,9 +266,9 @@ def _progress(what: str, *, bar: bool) -> Iterator[Progress]:
 def _audit_head(directory: str) -> AuditHead | None:
     """The last whole line of the audit log; None when there is none that can be read."""
     from minikms.audit.chain import base64_text
-    from minikms.audit.follow import last_lines
+    from minikms.audit.reader import last_lines
     from minikms.audit.record import parse_line
-    from minikms.custody.archive import AuditHead
+    from minikms.custody.backup.archive import AuditHead
     from minikms.errors import MiniKmsError
 
     with contextlib.suppress(OSError, MiniKmsError, ValueError):
@@ -272,7 +283,7 @@ def _begin_log(directory: str, unlocked: UnlockedKeyring, manifest: Manifest) ->
     from minikms.audit import AuditLog, Event, Known
     from minikms.audit.chain import base64_bytes
     from minikms.audit.record import MAC_BYTES, Head
-    from minikms.custody import clock
+    from minikms.custody import files
 
     audit_key = unlocked.body.audit_key
     mac_key, seed = unlocked.audit_key(audit_key.version)
@@ -282,7 +293,7 @@ def _begin_log(directory: str, unlocked: UnlockedKeyring, manifest: Manifest) ->
         directory,
         audit_key=mac_key,
         seed=seed,
-        now_ns=clock.now_ns,
+        now_ns=files.now_ns,
         key_version=audit_key.version,
         known=Known(begun=True, head=None if head is None or sig is None else Head(head.seq, sig)),
         accept_loss=True,
@@ -297,7 +308,7 @@ def _begin_log(directory: str, unlocked: UnlockedKeyring, manifest: Manifest) ->
 
 def _registered(archive: Path, manifest: Manifest) -> Registered:
     """How a restored directory names the archive it came from, which may hold each of its keys."""
-    from minikms.custody.archives import Registered
+    from minikms.custody.backup.register import Registered
 
     now_ms = time.time_ns() // 1_000_000
     begun_ms = int(datetime.fromisoformat(manifest.created_at).timestamp() * 1000)
@@ -322,7 +333,7 @@ def _newer_body(path: Path, key_file: Path | None, task: Task) -> Body:
 
 def _remove_archive(entry: Registered) -> None:
     """Only what is an archive is removed. Raises CommandError."""
-    from minikms.custody.archive import MAGIC
+    from minikms.custody.backup.archive import MAGIC
 
     with open(entry.path, "rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
@@ -354,9 +365,9 @@ def _as_dict(manifest: Manifest) -> dict[str, object]:
 
 
 def _when(entry: Registered) -> str:
-    from minikms.custody import clock
+    from minikms.custody import files
 
-    return clock.rfc3339(entry.begun_ms * 1_000_000) if entry.ended_ms else "interrupted"
+    return files.rfc3339(entry.begun_ms * 1_000_000) if entry.ended_ms else "interrupted"
 
 
 def _where(entry: Registered) -> str:

@@ -1,7 +1,7 @@
 """The commands of `minikms` and their flags.
 
 Owns: the command tree, the flags of `serve`, and the one place in which an error becomes a sentence and an exit status
-(`minikms.cli.outcome`). Invariants: a command that writes the data directory takes its lock, one that only reads works
+(`minikms.cli.console`). Invariants: a command that writes the data directory takes its lock, one that only reads works
 beside a live daemon; a command's module is imported when it runs, so that a start takes a fifth of a second at most.
 """
 
@@ -15,7 +15,7 @@ from typing import Annotated, Final
 
 from cyclopts import App, Parameter, validators
 
-from minikms.cli.outcome import EXIT_INTERRUPTED, EXIT_MISSING, EXIT_READER_LEFT, complain, explained
+from minikms.cli.console import EXIT_INTERRUPTED, EXIT_MISSING, EXIT_READER_LEFT, complain, explained
 
 COMMANDS: Final = {
     "init": ("init:init", "Make a data directory, and a root key file if there is none."),
@@ -123,7 +123,7 @@ def serve(
     parent_fd: Annotated[int | None, Parameter(show=False)] = None,
 ) -> int:
     """Serve keys on a Unix socket until SIGTERM."""
-    from minikms.daemon import compose, settings
+    from minikms.daemon import process, settings
 
     chosen = settings.from_environment(
         os.environ,
@@ -150,7 +150,7 @@ def serve(
         audit_keep=settings.audit_keep(mib=audit_keep_mib, days=audit_keep_days),
         audit_copy=None if audit_copy is None else os.path.abspath(audit_copy),
     )
-    compose.run(chosen)
+    process.run(chosen)
     return 0
 
 

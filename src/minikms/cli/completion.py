@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from minikms.cli.outcome import EXIT_GOOD
+from minikms.cli.console import EXIT_GOOD
 
 
 def completion(shell: Literal["bash", "zsh", "fish"]) -> int:

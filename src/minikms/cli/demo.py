@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from minikms.cli import show
-from minikms.cli.outcome import EXIT_GOOD, EXIT_WANTING, CommandError
+from minikms.cli import console as show
+from minikms.cli.console import EXIT_GOOD, EXIT_WANTING, CommandError
 
 if TYPE_CHECKING:
     from rich.console import Console

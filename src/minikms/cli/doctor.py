@@ -1,4 +1,15 @@
-"""`minikms doctor`: examines a data directory, the machine and the running daemon, and says what to do.
+"""What `minikms doctor` finds.
+
+Owns: the shape of a finding. Invariant: each says what to do. A `problem` keeps something from working or being
+safe; an `advice` does not.
+
+The examination of a data directory, for `minikms doctor`: whether the daemon runs or not.
+
+Owns: the checks of files. Invariants: everything is opened for reading only, without the lock, so that it works beside
+a live daemon; a file that vanishes meanwhile is no finding; memory is bounded but for what is found. Without the root
+key the keyring and the keys are parsed but not judged for authenticity, and that is said.
+
+`minikms doctor`: examines a data directory, the machine and the running daemon, and says what to do.
 
 Owns: which examinations apply, the page, and the rebuilding of lost use counts. Invariants: it changes nothing unless
 told to rebuild, which needs the lock and a confirmation; exit status 0 no problem (advice at most), 1 a problem, 2
@@ -7,18 +18,25 @@ there was nothing to examine. It must never repair on its own judgement.
 
 from __future__ import annotations
 
+import calendar
 import os
+import stat
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
+import msgspec
 from cyclopts import Parameter
 
-from minikms.cli import show
-from minikms.cli.finding import Finding, advice, problem
-from minikms.cli.flags import (
+from minikms import api
+from minikms.audit.reader import LOG_NAME
+from minikms.cli import console as show
+from minikms.cli.console import (
     DATA_DIR_VARIABLE,
+    EXIT_GOOD,
+    EXIT_WANTING,
     SOCKET_VARIABLE,
+    CommandError,
     DataDir,
     Json,
     MasterKeyFd,
@@ -28,10 +46,315 @@ from minikms.cli.flags import (
     Yes,
     chosen_data_dir,
 )
-from minikms.cli.outcome import EXIT_GOOD, EXIT_WANTING, CommandError
+from minikms.cli.rootopening import Source, opened_keyring, opened_root
+from minikms.custody import deks, keyring_file, lease_store, rotation_backups
+from minikms.custody.files import is_stale_temp, open_directory, read_file_bounded
+from minikms.custody.lease_format import LeaseFormatError, parse_journal
+from minikms.custody.lease_store import Snapshot
+from minikms.errors import MiniKmsError, StartError
+from minikms.keys import dek, keyring
+from minikms.keys.dek import DekRecord
+from minikms.keys.keyring import Body
+from minikms.keys.unlocked import UnlockedKeyring
+from minikms.memory.arena import SecretArena
 
 if TYPE_CHECKING:
     from minikms.client import Client
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """`area` groups findings on the page; `what` is the fact, `do` the next step."""
+
+    level: Literal["problem", "advice"]
+    area: str
+    what: str
+    do: str
+
+
+def problem(area: str, what: str, do: str) -> Finding:
+    return Finding("problem", area, what, do)
+
+
+def advice(area: str, what: str, do: str) -> Finding:
+    return Finding("advice", area, what, do)
+
+
+FREE_BYTES_MIN: Final = 64 * 1024 * 1024
+FREE_BYTES_ADVISED: Final = 1024 * 1024 * 1024
+FREE_FILES_MIN: Final = 10_000
+KEY_AGE_DAYS_MAX: Final = 365
+CLOCK_SECONDS_MAX: Final = 60
+NAMED_COUNT_MAX: Final = 20
+_DAY_SECONDS: Final = 86_400
+_OTHERS_MASK: Final = 0o077
+
+
+def examine(directory: str, source: Source | None, *, now: float) -> Iterator[Finding]:
+    """Every finding in a data directory. Raises OSError when it can't be read at all."""
+    yield from _permissions(directory)
+    yield from _space(directory)
+    body: Body | None = None
+    try:
+        data = _read(directory, keyring_file.NAME, keyring.FILE_BYTES_MAX)
+        if data is None:
+            yield problem(
+                "keyring", "keyring.json is missing", "restore it: minikms backup restore; new here? minikms init"
+            )
+        else:
+            body = keyring.parse_file(data)[0]
+            yield from _keyring(body, now)
+    except MiniKmsError as error:
+        yield problem("keyring", str(error), "restore it from a backup: minikms backup restore")
+    yield from _leases(directory)
+    yield from _audit_log(directory)
+    if body is None or data is None:
+        return
+    if source is None:
+        yield advice(
+            "root key", "no root key was given, so that no key was opened", "to try every key: --master-key-file FILE"
+        )
+        yield from _keys(directory, body, now, None, None)
+        return
+    try:
+        with opened_root(source) as (arena, root), opened_keyring(arena, root, data) as unlocked:
+            yield from _keys(directory, body, now, arena, unlocked)
+    except StartError as error:
+        yield problem("root key", str(error), "give the key file that the daemon uses")
+
+
+# --- the directory ------------------------------------------------------------------------------------------------
+
+
+def _permissions(directory: str) -> Iterator[Finding]:
+    owner = os.stat(directory).st_uid
+    bad: list[str] = []
+    foreign: list[str] = []
+    temporary = 0
+    for path, entry in _walk(directory):
+        temporary += is_stale_temp(entry.name)
+        if entry.st_mode & _OTHERS_MASK or stat.S_ISLNK(entry.st_mode):
+            bad.append(path)
+        elif entry.st_uid != owner:
+            foreign.append(path)
+    if bad:
+        yield problem("permissions", f"others have access to {_named(bad)}", f"chmod -R go= {directory}")
+    if foreign:
+        yield problem(
+            "permissions",
+            f"not owned by the directory's user, uid {owner}: {_named(foreign)}",
+            f"chown -R {owner} {directory}",
+        )
+    if temporary > NAMED_COUNT_MAX:
+        yield advice(
+            "disk", f"{temporary} half-written files of interrupted writes", "the next start of the daemon removes them"
+        )
+
+
+class _Entry:
+    """A name with what `lstat` says of it."""
+
+    def __init__(self, name: str, status: os.stat_result) -> None:
+        self.name = name
+        self.st_mode = status.st_mode
+        self.st_uid = status.st_uid
+
+
+def _walk(directory: str) -> Iterator[tuple[str, _Entry]]:
+    yield directory, _Entry(os.path.basename(directory), os.lstat(directory))
+    for place in ("", deks.DIRECTORY, rotation_backups.DIRECTORY):
+        try:
+            with os.scandir(os.path.join(directory, place)) as entries:
+                for entry in entries:
+                    try:
+                        yield os.path.join(place, entry.name), _Entry(entry.name, entry.stat(follow_symlinks=False))
+                    except FileNotFoundError:
+                        continue  # replaced by the daemon meanwhile
+        except FileNotFoundError:
+            continue
+
+
+def _space(directory: str) -> Iterator[Finding]:
+    room = os.statvfs(directory)
+    free = room.f_bavail * room.f_frsize
+    if free < FREE_BYTES_MIN:
+        yield problem(
+            "disk",
+            f"{free // 1024:,} KiB are free for {directory}: soon no audit line fits, and every request is refused",
+            "make room on that file system, see docs/runbook.md",
+        )
+    elif free < FREE_BYTES_ADVISED:
+        yield advice("disk", f"{free // 2**20:,} MiB are free for {directory}", "make room before it is full")
+    if room.f_files and room.f_favail < FREE_FILES_MIN:
+        yield problem("disk", f"the file system takes only {room.f_favail:,} more files", "make room for more inodes")
+
+
+# --- the keyring --------------------------------------------------------------------------------------------------
+
+
+def _keyring(body: Body, now: float) -> Iterator[Finding]:
+    active = body.kek_in_state("active")
+    age = 0 if active is None else _age_days(active.created_at, now)
+    if age > KEY_AGE_DAYS_MAX:
+        yield advice("key ages", f"the KEK is {age} days old", "minikms rotate-kek")
+    if len(body.slots) > 1:
+        yield advice(
+            "root key",
+            f"{len(body.slots)} root keys open the keyring",
+            "start the daemon once with the newest; then only that one does",
+        )
+    if body.rotation is not None:
+        yield advice(
+            "keyring",
+            f"a KEK rotation that began at {body.rotation.started_at} has not ended",
+            "it goes on while the daemon runs: minikms status",
+        )
+    if body.slots[-1].provider == "dev":
+        yield advice("root key", "the root key is a development key, made by --dev", "for real data: --master-key-file")
+    ahead = _seconds(body.updated_at) - now
+    if ahead > CLOCK_SECONDS_MAX:
+        yield problem(
+            "clock",
+            f"the keyring was written {int(ahead)} s in the future of this machine's clock",
+            "set the clock: keys are ordered by time",
+        )
+
+
+# --- lease files and audit log ------------------------------------------------------------------------------------
+
+
+def _leases(directory: str) -> Iterator[Finding]:
+    rebuild = (
+        "put it back from a backup (minikms backup restore), or stop the daemon and: minikms doctor --rebuild-leases"
+    )
+    try:
+        journal = _read(directory, lease_store.JOURNAL_NAME, lease_store.JOURNAL_BYTES_MAX)
+        if journal is None:
+            yield problem("use counts", "kms-leases is missing: how often each key was used is not known", rebuild)
+        else:
+            parse_journal(journal)
+    except (LeaseFormatError, MiniKmsError) as error:
+        yield problem("use counts", f"kms-leases {error}", rebuild)
+    try:
+        descriptor = os.open(os.path.join(directory, lease_store.SNAPSHOT_NAME), os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        yield problem("use counts", f"kms-leases.snapshot can't be read: {error.strerror}", rebuild)
+        return
+    try:
+        snapshot = Snapshot(descriptor)
+    except LeaseFormatError as error:
+        os.close(descriptor)
+        yield problem("use counts", f"kms-leases.snapshot {error}", rebuild)
+    else:
+        snapshot.close()
+
+
+def _audit_log(directory: str) -> Iterator[Finding]:
+    if not os.path.lexists(os.path.join(directory, LOG_NAME)):
+        yield problem(
+            "audit log",
+            f"{LOG_NAME} is missing",
+            "put it back; to go on without it, start once with --accept-audit-loss",
+        )
+    with os.scandir(directory) as entries:
+        torn = sorted(entry.name for entry in entries if ".torn-" in entry.name or ".aside-" in entry.name)
+    if torn:
+        yield advice(
+            "audit log",
+            f"parts were set aside after a crash or a loss: {_named(torn)}",
+            "the log tells of each: minikms audit verify; then archive them",
+        )
+
+
+# --- the keys -----------------------------------------------------------------------------------------------------
+
+
+def _keys(
+    directory: str, body: Body, now: float, arena: SecretArena | None, unlocked: UnlockedKeyring | None
+) -> Iterator[Finding]:
+    buried = {stone.key_id for stone in body.tombstones}
+    active: dict[str, list[str]] = {}
+    bad: list[str] = []
+    oldest = now
+    for key_id in sorted(key_ids(directory)):
+        if key_id in buried:
+            continue  # its file is removed by the next start
+        try:
+            record = _record(directory, key_id)
+            if record is None:
+                continue
+            _judge(record, body, arena, unlocked)
+        except MiniKmsError as error:
+            bad.append(f"{key_id}: {error}")
+            continue
+        if record.state == "active":
+            oldest = min(oldest, _seconds(record.created_at))
+            if record.purpose == "thread":
+                active.setdefault(record.thread_id, []).append(key_id)
+    for text in bad[:NAMED_COUNT_MAX]:
+        yield problem("keys", text, "restore this file from a backup; until then its records can't be read")
+    if len(bad) > NAMED_COUNT_MAX:
+        yield problem("keys", f"{len(bad) - NAMED_COUNT_MAX} more keys can't be read", "restore them from a backup")
+    orphans = [key for keys in active.values() for key in keys[:-1]]
+    if orphans:
+        yield advice(
+            "orphaned keys",
+            f"more than one active key for the thread of {_named(orphans)}: a request was interrupted, and perhaps "
+            "nothing uses them",
+            "those that `progressdb check` does not name as mapped: minikms keys retire",
+        )
+    days = int((now - oldest) // _DAY_SECONDS)
+    if days > KEY_AGE_DAYS_MAX:
+        yield advice("key ages", f"the oldest active key is {days} days old", "progressdb rotate-dek THREAD")
+
+
+def _judge(record: DekRecord, body: Body, arena: SecretArena | None, unlocked: UnlockedKeyring | None) -> None:
+    kek = body.kek(record.kek_version)
+    if kek is None or kek.state == "destroyed":
+        raise StartError(f"it is wrapped under KEK version {record.kek_version}, which the keyring does not have")
+    if arena is not None and unlocked is not None:
+        with arena.allocate() as slot:
+            dek.unwrap_into(record, unlocked.kek(record.kek_version), slot.view)
+
+
+def key_ids(directory: str) -> Iterator[str]:
+    """The ids of the key files in a data directory, in no order."""
+    try:
+        with os.scandir(os.path.join(directory, deks.DIRECTORY)) as entries:
+            for entry in entries:
+                key_id = entry.name.removesuffix(deks.SUFFIX)
+                if entry.name.endswith(deks.SUFFIX) and api.KEY_ID_PATTERN.fullmatch(key_id):
+                    yield key_id
+    except FileNotFoundError:
+        return
+
+
+def _record(directory: str, key_id: str) -> DekRecord | None:
+    data = _read(os.path.join(directory, deks.DIRECTORY), deks.file_name(key_id), dek.FILE_BYTES_MAX)
+    return None if data is None else dek.parse(data, key_id)
+
+
+def _read(directory: str, name: str, bytes_max: int) -> bytes | None:
+    descriptor = open_directory(directory)
+    try:
+        return read_file_bounded(name, bytes_max, dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED_COUNT_MAX} more" if len(names) > NAMED_COUNT_MAX else ""
+    return ", ".join(names[:NAMED_COUNT_MAX]) + more
+
+
+def _seconds(text: str) -> float:
+    return float(calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
+
+
+def _age_days(text: str, now: float) -> int:
+    return int((now - _seconds(text)) // _DAY_SECONDS)
+
 
 USES_WARN: Final = 2**31
 
@@ -68,7 +391,6 @@ def doctor(
         raise CommandError("say what to examine: --data-dir DIR, --socket PATH, or both")
     found: list[Finding] = []
     if directory is not None:
-        from minikms.cli.examine import examine
         from minikms.cli.rootopening import chosen_source
 
         source = chosen_source(master_key_file, master_key_fd, directory)
@@ -172,10 +494,9 @@ def _worn_keys(kms: Client) -> Iterator[Finding]:
 
 def _rebuild(directory: str | None, *, yes: bool) -> int:
     """Both lease files anew; every key made until now counts as spent. Raises StartError while a daemon runs."""
-    from minikms.cli.examine import key_ids
-    from minikms.custody.leasestore import LeaseStore
-    from minikms.custody.lock import DataDirLock
-    from minikms.custody.opening import newest_key_id
+    from minikms.custody.files import DataDirLock
+    from minikms.custody.lease_store import LeaseStore
+    from minikms.custody.rotation_backups import newest_key_id
     from minikms.keys.ids import key_id_to_bytes
 
     if directory is None:

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, Final
 
 from cyclopts import Parameter
 
-from minikms.cli import show
-from minikms.cli.flags import ServerUid, Socket
-from minikms.cli.outcome import EXIT_GOOD, EXIT_WANTING, CommandError
+from minikms.cli import console as show
+from minikms.cli.console import EXIT_GOOD, EXIT_WANTING, CommandError, ServerUid, Socket
 
 if TYPE_CHECKING:
     from minikms.client import Client

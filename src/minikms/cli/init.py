@@ -11,9 +11,18 @@ import os
 from pathlib import Path
 from typing import Any
 
-from minikms.cli import show
-from minikms.cli.flags import DataDir, Json, MasterKeyFd, MasterKeyFile, chosen_data_dir, chosen_key_file
-from minikms.cli.outcome import EXIT_GOOD, EXIT_WANTING, CommandError
+from minikms.cli import console
+from minikms.cli.console import (
+    EXIT_GOOD,
+    EXIT_WANTING,
+    CommandError,
+    DataDir,
+    Json,
+    MasterKeyFd,
+    MasterKeyFile,
+    chosen_data_dir,
+    chosen_key_file,
+)
 
 
 def init(
@@ -41,13 +50,13 @@ def init(
     makes_key = key_file is not None and not os.path.lexists(key_file)
     made = _make(directory, key_file, master_key_fd)
     if json:
-        show.print_json({**made, "data_dir": directory, "master_key_made": makes_key})
+        console.print_json({**made, "data_dir": directory, "master_key_made": makes_key})
         return EXIT_GOOD
     if makes_key:
         print(f"Made a root key in {key_file}. Without it nothing can ever be decrypted: keep a copy elsewhere,")
         print("apart from every backup of the data directory.")
     print(f"Made {directory}.")
-    show.print_facts(
+    console.print_facts(
         [
             ("keyring", made["keyring_id"]),
             ("root key", f"{made['root_fingerprint']}   its fingerprint, no secret"),
@@ -64,35 +73,36 @@ def _make(directory: str, key_file: Path | None, descriptor: int | None) -> dict
     """What a first start makes: keyring, lease files, audit log. Raises StartError, StorageUnavailableError."""
     from concurrent.futures import ThreadPoolExecutor
 
+    from minikms import datadir
     from minikms.audit.chain import base64_text
     from minikms.cli.auditkeys import ARENA_SLOTS
     from minikms.crypto.aead import NonceSource
-    from minikms.custody import backups, dekstore, opening
-    from minikms.custody.keyringfile import KeyringFile
-    from minikms.custody.leasestore import LeaseStore
-    from minikms.custody.lock import DataDirLock, make_private_directory
-    from minikms.custody.roots import make_dev_key_file
+    from minikms.custody import deks, rotation_backups
+    from minikms.custody.files import DataDirLock, make_private_directory
+    from minikms.custody.keyring_file import KeyringFile
+    from minikms.custody.lease_store import LeaseStore
     from minikms.memory.arena import SecretArena
+    from minikms.roots.key_file import make_dev_key_file
 
     with DataDirLock(directory) as lock, SecretArena(ARENA_SLOTS) as arena, ThreadPoolExecutor(1) as executor:
-        for name in (dekstore.DIRECTORY, backups.DIRECTORY):
+        for name in (deks.DIRECTORY, rotation_backups.DIRECTORY):
             make_private_directory(os.path.join(directory, name))
         if key_file is not None and not os.path.lexists(key_file):
             make_dev_key_file(key_file, arena)
         file = KeyringFile(lock.directory_fd, executor)
         if file.load() is not None:
             raise CommandError(f"{directory} has a keyring already; nothing was changed", EXIT_WANTING)
-        opened = opening.open_keyring(
+        opened = datadir.open_keyring(
             data_dir=directory,
             file=file,
-            source=opening.RootSource(file=key_file, descriptor=descriptor),
+            source=datadir.RootSource(file=key_file, descriptor=descriptor),
             arena=arena,
             nonces=NonceSource(),
         )
         try:
             _begin_log(directory, opened)
             LeaseStore.open(lock.directory_fd, create=True).close()
-            opening.raise_epoch(opened.unlocked, file)
+            datadir.raise_epoch(opened.unlocked, file)
             body = opened.unlocked.body
             return {
                 "keyring_id": body.keyring_id,
@@ -106,9 +116,9 @@ def _make(directory: str, key_file: Path | None, descriptor: int | None) -> dict
 
 def _begin_log(directory: str, opened: Any) -> None:
     from minikms.audit import AuditLog
-    from minikms.custody import clock
+    from minikms.custody import files
 
     audit_key = opened.unlocked.body.audit_key
     mac_key, seed = opened.unlocked.audit_key(audit_key.version)
-    log = AuditLog.open(directory, audit_key=mac_key, seed=seed, now_ns=clock.now_ns, key_version=audit_key.version)
+    log = AuditLog.open(directory, audit_key=mac_key, seed=seed, now_ns=files.now_ns, key_version=audit_key.version)
     log.close()

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from cyclopts import App, Parameter
 
-from minikms.cli import show
-from minikms.cli.flags import Json, ServerUid, Socket, Yes
-from minikms.cli.outcome import EXIT_GOOD, EXIT_WANTING, CommandError, complain
+from minikms.cli import console as show
+from minikms.cli.console import EXIT_GOOD, EXIT_WANTING, CommandError, Json, ServerUid, Socket, Yes, complain
 
 if TYPE_CHECKING:
     from minikms.client import Client

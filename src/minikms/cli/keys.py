@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 from cyclopts import App, Parameter, validators
 
 from minikms import api
-from minikms.cli import show
-from minikms.cli.flags import Json, ServerUid, Socket, Yes
-from minikms.cli.outcome import EXIT_GOOD
+from minikms.cli import console
+from minikms.cli.console import EXIT_GOOD, Json, ServerUid, Socket, Yes
 
 if TYPE_CHECKING:
     from minikms.client import Client
@@ -52,10 +51,10 @@ def list_keys(
                 break
     shown = shown[:limit] if limit else shown
     if json:
-        show.print_json({"keys": shown, "complete": not (more or indexing)})
+        console.print_json({"keys": shown, "complete": not (more or indexing)})
         return EXIT_GOOD
     if shown:
-        show.print_table(
+        console.print_table(
             ("key", "thread", "purpose", "state", "KEK", "created", "uses"),
             (
                 (key.key_id, key.thread_id, key.purpose, key.state, key.kek_version, key.created_at, key.uses_max)
@@ -63,7 +62,7 @@ def list_keys(
             ),
             right=("KEK", "uses"),
         )
-    notes = show.console(errors=True)
+    notes = console.console(errors=True)
     if not shown:
         notes.print("no keys")
     if more:
@@ -104,7 +103,7 @@ def retire(
     with reach(socket, server_uid) as kms:
         before = kms.get_key(key_id)
         if before.state == "active":
-            show.confirm(f"Retire {key_id} of thread {before.thread_id}? It will never encrypt again.", yes=yes)
+            console.confirm(f"Retire {key_id} of thread {before.thread_id}? It will never encrypt again.", yes=yes)
         _print_key(kms.retire_key(key_id), json=json)
     return EXIT_GOOD
 
@@ -119,15 +118,15 @@ def destroy(
     with reach(socket, server_uid) as kms:
         if not yes:
             key = kms.get_key(key_id)
-            show.confirm(
+            console.confirm(
                 f"Destroy {key_id} ({key.state}, thread {key.thread_id})? What it encrypted can never be read again.",
                 yes=yes,
             )
         receipt = kms.destroy_key(key_id)
     if json:
-        show.print_json(receipt)
+        console.print_json(receipt)
         return EXIT_GOOD
-    show.print_facts(
+    console.print_facts(
         [
             ("key", receipt.key_id),
             ("state", receipt.state),
@@ -140,9 +139,9 @@ def destroy(
 
 def _print_key(key: api.KeyAnswer, *, json: bool) -> None:
     if json:
-        show.print_json(key)
+        console.print_json(key)
         return
-    show.print_facts(
+    console.print_facts(
         [
             ("key", key.key_id),
             ("thread", key.thread_id),

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from minikms.cli.flags import chosen_socket
-from minikms.cli.outcome import CommandError
+from minikms.cli.console import CommandError, chosen_socket
 
 if TYPE_CHECKING:
     from minikms.client import Client

@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from minikms.cli.flags import DEV_KEY_SUFFIX, chosen_key_file
-from minikms.cli.outcome import CommandError
+from minikms.cli.console import DEV_KEY_SUFFIX, CommandError, chosen_key_file
 from minikms.crypto.aead import NonceSource, scrub_stack
-from minikms.custody.roots import read_key_descriptor, read_key_file
 from minikms.errors import StartError
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot
+from minikms.roots.key_file import read_key_descriptor, read_key_file
 
 ARENA_SLOTS: Final = 512
 """Root and keyring key, KEK versions, two slots an audit key version, and one for the key at hand."""

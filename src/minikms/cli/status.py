@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from cyclopts import Parameter, validators
 
-from minikms.cli import show
-from minikms.cli.flags import Json, ServerUid, Socket
-from minikms.cli.outcome import EXIT_GOOD, EXIT_WANTING
+from minikms.cli import console
+from minikms.cli.console import EXIT_GOOD, EXIT_WANTING, Json, ServerUid, Socket
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -45,9 +44,9 @@ def status(
             return _watch(kms.status, told, interval)
         while True:
             if json:
-                show.print_json(told)
+                console.print_json(told)
             else:
-                show.console().print(page(told), soft_wrap=True)
+                console.console().print(page(told), soft_wrap=True)
             if not watch:
                 return EXIT_GOOD if told["status"] == "ok" else EXIT_WANTING
             sys.stdout.flush()
@@ -58,7 +57,7 @@ def status(
 def _watch(ask: Any, told: Status, interval: float) -> int:
     from rich.live import Live
 
-    with Live(page(told), console=show.console(), screen=True, auto_refresh=False) as live:
+    with Live(page(told), console=console.console(), screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(interval)
             live.update(page(ask()), refresh=True)
@@ -73,7 +72,7 @@ def page(told: Status) -> Group:
     lines = [
         Text(
             f"{'well' if well else told['status']}: process {told['pid']}, uid {told['uid']}, "
-            f"up {show.duration(told['uptime_seconds'])}, epoch {told['epoch']}",
+            f"up {console.duration(told['uptime_seconds'])}, epoch {told['epoch']}",
             style="green" if well else "bold red",
         )
     ]
@@ -88,7 +87,7 @@ def page(told: Status) -> Group:
         ("hardening", _hardening(told["hardening"])),
         ("requests", f"{told['http']['requests']:,}, {told['http']['connections']} connections"),
     ]
-    lines += [Text(f"  {name:<10} {show.clean(value)}") for name, value in facts if value]
+    lines += [Text(f"  {name:<10} {console.clean(value)}") for name, value in facts if value]
     lines += [_warning(f"not in force: {m['measure']}: {m['why']}") for m in told["hardening"] if not m["in_force"]]
     lines += [_warning(f"warning: {text}") for text in told["warnings"]]
     return Group(*lines)
@@ -97,7 +96,7 @@ def page(told: Status) -> Group:
 def _warning(text: str) -> Text:
     from rich.text import Text
 
-    return Text("  " + show.clean(text), style="yellow")
+    return Text("  " + console.clean(text), style="yellow")
 
 
 def _is_live(kek: Status) -> bool:
@@ -135,7 +134,7 @@ def _audit(audit: Status) -> str:
 
 
 def _memory(memory: Status) -> str:
-    locked = show.byte_count(memory["locked_bytes"])
+    locked = console.byte_count(memory["locked_bytes"])
     return f"{memory['keys_in_memory']:,} keys open, {locked} locked ({memory['arena']})"
 
 

@@ -9,7 +9,7 @@ from minikms.client import errors
 from minikms.client.asynchronous import AsyncClient
 from minikms.client.errors import KmsError, KmsRefusedError
 from minikms.client.synchronous import Client
-from minikms.client.values import DecryptItem, EncryptItem, ReencryptItem
+from minikms.client.verbs import DecryptItem, EncryptItem, ReencryptItem
 
 __all__ = [
     "AsyncClient",

@@ -17,13 +17,13 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 from minikms import api
-from minikms.client import peer, verbs
+from minikms.client import connection as peer
+from minikms.client import verbs
 from minikms.client.batching import Lane
 from minikms.client.connection import Connection
 from minikms.client.errors import KmsClosedError, KmsError, KmsRefusedError, KmsTimeoutError
-from minikms.client.retry import Attempts
-from minikms.client.values import DecryptItem, EncryptItem, Outcome, ReencryptItem, Verdict, chunks
-from minikms.client.verbs import Call
+from minikms.client.verbs import Call, DecryptItem, EncryptItem, Outcome, ReencryptItem, Verdict, chunks
+from minikms.client.wire import Attempts
 
 T = TypeVar("T")
 

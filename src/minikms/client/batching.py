@@ -21,7 +21,7 @@ from typing import Final, Generic, TypeVar
 
 from minikms import api
 from minikms.client.errors import KmsClosedError, KmsError, KmsTimeoutError, KmsUnavailableError
-from minikms.client.values import BATCH_BYTES_MAX, DecryptItem, EncryptItem, Outcome, checked_cost_bytes
+from minikms.client.verbs import BATCH_BYTES_MAX, DecryptItem, EncryptItem, Outcome, checked_cost_bytes
 
 QUEUE_ITEMS_MAX: Final = 64 * api.BATCH_ITEMS_MAX
 QUEUE_BYTES_MAX: Final = 256 * 1024 * 1024

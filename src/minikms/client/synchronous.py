@@ -18,12 +18,19 @@ from types import TracebackType
 from typing import Final, Self, TypeVar
 
 from minikms import api
-from minikms.client import peer, verbs
+from minikms.client import connection, verbs
 from minikms.client.errors import KmsClosedError, KmsError, KmsTimeoutError, KmsUnavailableError
-from minikms.client.retry import Attempts
-from minikms.client.values import DecryptItem, EncryptItem, Outcome, ReencryptItem, Verdict, checked_cost_bytes, chunks
-from minikms.client.verbs import Call
-from minikms.client.wire import Answer, AnswerParser, request_head
+from minikms.client.verbs import (
+    Call,
+    DecryptItem,
+    EncryptItem,
+    Outcome,
+    ReencryptItem,
+    Verdict,
+    checked_cost_bytes,
+    chunks,
+)
+from minikms.client.wire import Answer, AnswerParser, Attempts, request_head
 
 T = TypeVar("T")
 
@@ -56,8 +63,8 @@ class Client:
         timeout_s: float = TIMEOUT_S,
         wait_s: float = WAIT_S,
     ) -> None:
-        self._path = peer.checked_path(socket_path)
-        self._server_uids = peer.default_server_uids() if server_uids is None else frozenset(server_uids)
+        self._path = connection.checked_path(socket_path)
+        self._server_uids = connection.default_server_uids() if server_uids is None else frozenset(server_uids)
         self._timeout_s = timeout_s
         self._wait_s = wait_s
         self._lock = threading.Lock()
@@ -277,7 +284,7 @@ class Client:
             if since_s >= fresh_s and not _has_news(sock):
                 return sock
             sock.close()
-        return peer.connect(self._path, self._server_uids)
+        return connection.connect(self._path, self._server_uids)
 
     def _release(self, sock: socket.socket) -> None:
         with self._lock:

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from concurrent.futures import Executor
 from typing import Final, NamedTuple
 
-from minikms.custody.leaseformat import GROUP_RECORDS_MAX, LEASE_USES, USES_WARN
-from minikms.custody.leasestore import LeaseFilesStatus, LeaseStore
+from minikms.custody.lease_format import GROUP_RECORDS_MAX, LEASE_USES, USES_WARN
+from minikms.custody.lease_store import LeaseFilesStatus, LeaseStore
 from minikms.errors import KeyExhaustedError, MiniKmsError, StorageUnavailableError
 
 LEASES_COUNT_MAX: Final = 65_536

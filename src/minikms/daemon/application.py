@@ -17,21 +17,22 @@ from typing import Final, TypeVar
 import msgspec
 
 from minikms import api
-from minikms.audit import Event, RefusalAggregator
+from minikms.audit import Event
+from minikms.audit.turns import TurnAudit
 from minikms.custody.vault import Vault
-from minikms.daemon import metricspage, strictjson
-from minikms.daemon.auditing import TurnAudit
-from minikms.daemon.http import ParsedHead, Request, Response, error_response, parse_query
+from minikms.daemon import metrics, strictjson
 from minikms.daemon.keybody import take_new_root
+from minikms.daemon.metrics import Histogram, VerbTimes
 from minikms.daemon.peer import Peer, is_overflow_uid, read_peer
-from minikms.daemon.verbtimes import Histogram, VerbTimes
+from minikms.daemon.refusals import RefusalAggregator
 from minikms.errors import InvalidRequestError, MiniKmsError
-from minikms.issuing import KeyIssuing
-from minikms.lifecycle import KeyLifecycle
+from minikms.http import ParsedHead, Request, Response, error_response, parse_query
 from minikms.memory.arena import SecretSlot
 from minikms.policy import Policy, Principal
-from minikms.rotating import KekVerbs
-from minikms.service import KeyService
+from minikms.service.keks import KekVerbs
+from minikms.service.keys import KeyIssuing
+from minikms.service.lifecycle import KeyLifecycle
+from minikms.service.records import KeyService
 
 FOREIGN_CONNECTIONS_MAX: Final = 64
 """Open connections of uids that aren't allowed, so that they can't use up the allowed ones' places."""
@@ -57,7 +58,7 @@ class Session:
 
 
 class Application:
-    """The engine's application: see `minikms.daemon.http`."""
+    """The engine's application: see `minikms.http`."""
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class Application:
         self._times = VerbTimes(verb for _, verb, _ in routes)
         self._asked = self._times.asked
         batches = ("encrypt_batch", "decrypt_batch", "reencrypt_batch", "check_batch")
-        self._batches = {verb: Histogram(metricspage.BATCH_SIZES) for verb in batches}
+        self._batches = {verb: Histogram(metrics.BATCH_SIZES) for verb in batches}
 
     def operations(self) -> list[tuple[str, str, str]]:
         """(method, path, verb) of everything that is served to an allowed peer, beside `GET /health`."""
@@ -272,8 +273,8 @@ class Application:
 
     def _handle_metrics(self, who: Principal, request: Request) -> Answer:
         status = self._issuing.metrics(who, request.request_id or "")
-        body = metricspage.page(status, times=self._times, batches=self._batches)
-        return Response(200, body, content_type=metricspage.CONTENT_TYPE)
+        body = metrics.page(status, times=self._times, batches=self._batches)
+        return Response(200, body, content_type=metrics.CONTENT_TYPE)
 
     # --- the life of a key -------------------------------------------------------------------------------------------
 

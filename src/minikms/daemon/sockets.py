@@ -26,7 +26,7 @@ import sys
 from collections.abc import Iterator, MutableMapping
 from typing import Final, Self
 
-from minikms.custody.lock import lock_file
+from minikms.custody.files import lock_file
 from minikms.errors import StartError
 
 PATH_BYTES_MAX: Final = 107 if sys.platform == "linux" else 103  # sun_path of unix(7), less its NUL

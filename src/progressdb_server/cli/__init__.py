@@ -10,11 +10,11 @@ from __future__ import annotations
 
 def main() -> None:
     """The entry point."""
-    from progressdb_server.kms import masterkey
+    from progressdb_server.kms import supervisor
 
     try:
-        master_key_fd = masterkey.take()
-    except masterkey.MasterKeyError as error:
+        master_key_fd = supervisor.take()
+    except supervisor.MasterKeyError as error:
         raise SystemExit(f"progressdb: {error}") from None
     from progressdb_server.cli.command import run
 

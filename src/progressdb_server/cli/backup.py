@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from progressdb_server.api.store_backup import NAME, REFUSAL
-from progressdb_server.cli.reaching import Administrator
+from progressdb_server.api.routes.store_backup import NAME, REFUSAL
+from progressdb_server.cli.admin_client import Administrator
 from progressdb_server.config import Config
 from progressdb_server.store import backup
 from progressdb_server.store.engine import EngineLockedError

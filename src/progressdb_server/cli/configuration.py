@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from progressdb_server.api.listening import check_tls
+from progressdb_server.api.http.listener import check_tls
 from progressdb_server.config import Config, ConfigMissingError, Loaded
 from progressdb_server.server import check_key_source
 

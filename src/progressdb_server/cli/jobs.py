@@ -23,8 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from progressdb_server.cli.adminclient import AdminClient, AdminError
-from progressdb_server.rotation_settings import duration_s
+from progressdb_server.cli.admin_client import AdminClient, AdminError
+from progressdb_server.config import duration_s
 
 ROTATE_TIMEOUT_S: Final = 600.0
 """Of a request that begins many jobs, or works on all backups of one."""

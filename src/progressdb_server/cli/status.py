@@ -9,7 +9,7 @@ import json
 from typing import Any, Final
 
 from minikms.client import Client, KmsError
-from progressdb_server.cli.reaching import Administrator, ServerAwayError, ServerRefusedError
+from progressdb_server.cli.admin_client import Administrator, ServerAwayError, ServerRefusedError
 from progressdb_server.config import Config
 
 KMS_WAIT_S: Final = 0.5

@@ -181,9 +181,9 @@ def add(app: App, master_key_fd: int | None) -> None:
 
 def _done(work: Callable[[], int]) -> int:
     """The exit status of `work`, whose errors are said in a sentence."""
+    from progressdb_server.cli.admin_client import ServerAwayError, ServerRefusedError
     from progressdb_server.cli.backup import BackupCommandError
     from progressdb_server.cli.check import CheckError
-    from progressdb_server.cli.reaching import ServerAwayError, ServerRefusedError
     from progressdb_server.store.backup import BackupError
     from progressdb_server.store.engine import EngineUnavailableError
 

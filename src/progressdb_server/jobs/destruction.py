@@ -15,7 +15,7 @@ from typing import Final
 
 import structlog
 
-from progressdb_server.jobs import backups, walk
+from progressdb_server.jobs import record_backups, walk
 from progressdb_server.jobs.model import Job, changed
 from progressdb_server.jobs.table import JobTable
 from progressdb_server.kms.provider import Provider, ProviderRefusedError
@@ -66,7 +66,7 @@ class KeyDestruction:
             return job, why
         if not job.census_ns:
             for of_thread in await self._jobs_with_backups(job.thread):
-                await backups.drop(self._engine, self._table, of_thread, under=job.sources)
+                await record_backups.drop(self._engine, self._table, of_thread, under=job.sources)
             why = await self._records_left(job)
             if why:
                 return job, why
@@ -94,7 +94,7 @@ class KeyDestruction:
         """The census: messages, metadata, backups of jobs."""
         left = await self._count_records(job.thread, job.sources)
         for of_thread in await self._jobs_with_backups(job.thread):
-            left += await backups.count_under(self._engine, of_thread, job.sources)
+            left += await record_backups.count_under(self._engine, of_thread, job.sources)
         return f"{left} records or backups are under it" if left else ""
 
     async def _count_records(self, thread: str, under: Collection[str]) -> int:

@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 import structlog
 
 from minikms import api
-from progressdb_server.jobs import backups, walk
+from progressdb_server.jobs import record_backups, walk
 from progressdb_server.jobs.model import AT_WORK, Failure, Job, changed, move, named, with_source
 from progressdb_server.jobs.pace import Pace
 from progressdb_server.jobs.table import JobTable, Row, StaleJobError, Storing
@@ -285,7 +285,7 @@ class KeyRotation:
     def _write(self, row: Row, step: _Step) -> Storing:
         job = row.job
         puts: list[tuple[bytes, bytes | None]] = []
-        kept = backups.key_of(job.id, b"")
+        kept = record_backups.key_of(job.id, b"")
         renewed: dict[bytes, bytes] = {}  # most records of a thread have one of a few headers
         for found, sealed in step.moved:
             head = renewed.get(found.head)
@@ -358,7 +358,7 @@ class KeyRotation:
 
     async def _finish(self, row: Row, verified: int, pace: Pace) -> Row:
         kept = 0
-        for entries in walk.count(self._engine, *backups.bounds(row.job.id), _chunk_records(pace)):
+        for entries in walk.count(self._engine, *record_backups.bounds(row.job.id), _chunk_records(pace)):
             kept += entries
             await pace.take(SCAN_COST * entries)
         if kept != row.job.backups:

@@ -19,7 +19,8 @@ from typing import Any, Final
 
 import structlog
 
-from progressdb_server.jobs import backups, selection
+from progressdb_server.config import Rotation
+from progressdb_server.jobs import record_backups, selection
 from progressdb_server.jobs.destruction import KeyDestruction
 from progressdb_server.jobs.model import (
     AT_WORK,
@@ -36,11 +37,10 @@ from progressdb_server.jobs.rotation import KeyRotation
 from progressdb_server.jobs.selection import Due
 from progressdb_server.jobs.table import JobTable
 from progressdb_server.kms.provider import Provider, ProviderError
-from progressdb_server.rotation_settings import Rotation
 from progressdb_server.store import keyspace
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.locks import NamedLocks
 from progressdb_server.store.model import StoreError, StoreUnavailableError, ThreadNotFoundError
+from progressdb_server.store.writer import NamedLocks
 
 RUNNING_MAX: Final = 2
 UNFINISHED_MAX: Final = 65_536
@@ -343,7 +343,7 @@ class Jobs:
         raise StoreUnavailableError("the server is shutting down; the job goes on after its next start")
 
     # --- backups --------------------------------------------------------------------------------------------------
-    async def restore(self, job_id: str) -> backups.Restored:
+    async def restore(self, job_id: str) -> record_backups.Restored:
         """Put back what the job has re-encrypted, and keep the old keys. Raises JobConflictError."""
         job = self.table.get(job_id)
         async with self._alone(job):
@@ -351,14 +351,14 @@ class Jobs:
                 raise JobConflictError("the key of these backups was destroyed")
             keeps = {"destroy_at_ns": 0, "destroy_after_s": 0, "census_ns": 0, "destroy_waits_for": ""}
             await self.table.change(job_id, lambda now: changed(now, restored_ns=self.table.now_ns(), **keeps))
-            restored = await backups.restore(self._engine, self._writer, job)
+            restored = await record_backups.restore(self._engine, self._writer, job)
         _log.info("backups_restored", job=job_id, restored=restored.restored, kept=restored.kept)
         return restored
 
     async def drop_backups(self, job_id: str) -> int:
         """How many backups were removed. Raises JobConflictError."""
         async with self._alone(self.table.get(job_id)):
-            dropped = await backups.drop(self._engine, self.table, job_id)
+            dropped = await record_backups.drop(self._engine, self.table, job_id)
         _log.info("backups_dropped", job=job_id, dropped=dropped)
         return dropped
 

@@ -1,4 +1,20 @@
-"""The supervisor: there is a miniKMS at the socket, and if there isn't, it starts one.
+"""A master key in the server's own environment: out of it, before anything else happens.
+
+Owns: the move of `PROGRESSDB_MINIKMS_MASTER_KEY` into a sealed memfd that this process never maps, and the
+re-execution without the variable. Invariants: the process that goes on never had the key in its memory (execve(2)
+replaces the address space in which the variable was); its `/proc/<pid>/environ` has no key; the memfd's content can't
+be changed (F_SEAL_*), and is not inherited but by the child that it is passed to. The key is not checked here, so as
+not to look at it: miniKMS does. Call `take` first of all in `main`, before other modules are imported; this one
+imports only what the interpreter has loaded already.
+
+A miniKMS process that this server started.
+
+Owns: its command line, its environment, the pipe whose end of file tells it that the server is gone, and the lines it
+writes to stderr. Invariants: it inherits the descriptors named here and no others, and no variable but those of
+`environment`; it leads a session of its own, so that a Ctrl-C meant for the server does not take the keys away before
+the server is done; it never outlives the server, not even when that is killed (the kernel closes the pipe).
+
+The supervisor: there is a miniKMS at the socket, and if there isn't, it starts one.
 
 Owns: the decision between using the daemon that answers and spawning one, its restarts, and its end. Rules:
 
@@ -19,10 +35,14 @@ It holds no key; it passes on the path of the key file or the descriptor of `mas
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import random
-from collections.abc import Callable, Collection
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
@@ -30,7 +50,208 @@ import structlog
 
 from minikms.client import AsyncClient, KmsError
 from minikms.client.errors import KmsUnavailableError, KmsUntrustedServerError
-from progressdb_server.kms.child import Child, ChildOptions
+
+KEY_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY"
+KEY_FILE_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FILE"
+DESCRIPTOR_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FD"
+"""Between the process that found the key and its successor only; not for anyone's configuration."""
+_SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+class MasterKeyError(Exception):
+    """The master key's variables can't be used; the text says why, and has no key in it."""
+
+
+def take() -> int | None:
+    """The descriptor of the key that the environment held, for `ChildOptions.master_key_fd`; None without one.
+
+    Does not return when the key is still in the environment: the process starts over, as the same program with the same
+    arguments. Raises MasterKeyError when a key and a key file are both given.
+    """
+    if os.environb.get(KEY_VARIABLE.encode()):
+        if os.environ.get(KEY_FILE_VARIABLE):
+            raise MasterKeyError(f"{KEY_VARIABLE} and {KEY_FILE_VARIABLE} are both given: unset one of them")
+        _start_over()
+    return _received()
+
+
+def _start_over() -> None:
+    descriptor = os.memfd_create("progressdb-master-key", os.MFD_ALLOW_SEALING)  # inherited through exec, this once
+    os.write(descriptor, os.environb[KEY_VARIABLE.encode()])
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    successors = {name: value for name, value in os.environb.items() if name != KEY_VARIABLE.encode()}
+    successors[DESCRIPTOR_VARIABLE.encode()] = b"%d" % descriptor
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], successors)  # noqa: S606 - the same program again
+
+
+def _received() -> int | None:
+    text = os.environ.pop(DESCRIPTOR_VARIABLE, "")
+    if not text:
+        return None
+    try:
+        descriptor = int(text)
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    except (ValueError, OSError):
+        seals = 0
+    if seals != _SEALS:
+        raise MasterKeyError(
+            f"{DESCRIPTOR_VARIABLE} is set, but not by this program: unset it, and use {KEY_FILE_VARIABLE}"
+        )
+    os.set_inheritable(descriptor, False)
+    return descriptor
+
+
+LINE_BYTES_MAX: Final = 8192
+"""Of one line of the child's log; the rest of a longer one is dropped."""
+LAST_LINES_MAX: Final = 5
+STOP_S_MAX: Final = 10.0
+LAST_LINES_S_MAX: Final = 1.0
+"""After its end: a process of its own may still hold its stderr."""
+_READ_BYTES_MAX: Final = 64 * 1024
+_KEPT_VARIABLES: Final = ("LANG", "LC_ALL", "LC_CTYPE", "PATH", "TZ")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildOptions:
+    """What to start. Paths are taken as seen from the server's working directory.
+
+    `binary` is the program (PROGRESSDB_KMS_BINARY); None is the miniKMS installed beside this server. At most one of
+    `master_key_file` and `master_key_fd` is given; neither leaves it to `dev` or to a start that is refused.
+    """
+
+    socket_path: str
+    data_dir: str
+    binary: str | None = None
+    dev: bool = False
+    master_key_file: str | None = None
+    master_key_fd: int | None = None
+    log_format: str = "json"
+
+    def command(self, parent_fd: int, audit_head: str = "") -> list[str]:
+        """`audit_head`: the line that its audit log must have (`SEQ:SIG`), empty where none is remembered."""
+        # -P: or a file in the working directory could stand in for a module of the key service
+        program = [os.path.abspath(self.binary)] if self.binary else [sys.executable, "-P", "-m", "minikms"]
+        words = [*program, "--socket", os.path.abspath(self.socket_path), "--data-dir", os.path.abspath(self.data_dir)]
+        if self.master_key_file:
+            words += ["--master-key-file", os.path.abspath(self.master_key_file)]
+        if self.master_key_fd is not None:
+            words += ["--master-key-fd", str(self.master_key_fd)]
+        if self.dev:
+            words.append("--dev")
+        if audit_head:
+            words += ["--expect-audit-head", audit_head]
+        return [*words, "--parent-fd", str(parent_fd), "--log-format", self.log_format]
+
+
+def environment(own: Mapping[str, str], uid: int) -> dict[str, str]:
+    """The child's environment: the server's uid is the one that it serves, and nothing secret can be in it."""
+    kept = {name: own[name] for name in _KEPT_VARIABLES if name in own}
+    return {**kept, "PROGRESSDB_MINIKMS_ALLOWED_UIDS": str(uid)}
+
+
+class Lines:
+    """Cuts a stream into lines of bounded length, safe to log. Pure."""
+
+    def __init__(self) -> None:
+        self._kept = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[str]:
+        """The lines that `data` completes; without data (at the end) the rest."""
+        *whole, rest = data.split(b"\n") if data else [b"", b""]
+        for piece in whole:
+            self._keep(piece)
+            if self._kept:
+                yield self._text()
+            self._kept.clear()
+        self._keep(rest)
+
+    def _keep(self, piece: bytes) -> None:
+        self._kept += piece[: LINE_BYTES_MAX + 1 - len(self._kept)]
+
+    def _text(self) -> str:
+        text = self._kept[:LINE_BYTES_MAX].decode("utf-8", "replace")
+        cleaned = "".join(char if char.isprintable() else " " for char in text).rstrip()
+        return f"{cleaned} … (cut)" if len(self._kept) > LINE_BYTES_MAX else cleaned
+
+
+class Child:
+    """A started process; made by `Child.start`, ended by itself or by `stop`."""
+
+    def __init__(self, process: Process, parent_pipe: int, on_line: Callable[[str], None]) -> None:
+        self._process = process
+        self._parent_pipe: int | None = parent_pipe
+        self._on_line = on_line
+        self.last_lines: list[str] = []
+        self._forwarding = asyncio.get_running_loop().create_task(self._forward(), name="minikms log")
+
+    @classmethod
+    async def start(cls, options: ChildOptions, on_line: Callable[[str], None], *, audit_head: str = "") -> Child:
+        """Raises OSError when the program can't be started."""
+        for_child, ours = os.pipe2(os.O_CLOEXEC)
+        try:
+            passed = [for_child]
+            if options.master_key_fd is not None:
+                os.lseek(options.master_key_fd, 0, os.SEEK_SET)  # the offset is shared with the child before
+                passed.append(options.master_key_fd)
+            process = await asyncio.create_subprocess_exec(
+                *options.command(for_child, audit_head),
+                stdin=DEVNULL,
+                stdout=DEVNULL,
+                stderr=PIPE,
+                env=environment(os.environ, os.geteuid()),
+                pass_fds=passed,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(for_child)
+        return cls(process, ours, on_line)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def wait(self) -> int:
+        """Waits for its end and its last lines; the exit status, negative for a signal."""
+        status = await self._process.wait()
+        await asyncio.wait([self._forwarding], timeout=LAST_LINES_S_MAX)
+        self._close_pipe()
+        return status
+
+    async def stop(self) -> None:
+        """Asks it to end, and kills it after `STOP_S_MAX`."""
+        try:
+            if self._process.returncode is None:
+                self._process.terminate()
+            async with asyncio.timeout(STOP_S_MAX):
+                await self.wait()
+        except (TimeoutError, ProcessLookupError):
+            if self._process.returncode is None:
+                self._process.kill()
+            await self.wait()
+        finally:
+            self._close_pipe()
+            self._forwarding.cancel()
+
+    def _close_pipe(self) -> None:
+        if self._parent_pipe is not None:
+            os.close(self._parent_pipe)
+            self._parent_pipe = None
+
+    async def _forward(self) -> None:
+        stream = self._process.stderr
+        lines = Lines()
+        data = b"."
+        while stream is not None and data:
+            data = await stream.read(_READ_BYTES_MAX)
+            for line in lines.feed(data):
+                self.last_lines = [*self.last_lines[1 - LAST_LINES_MAX :], line]
+                self._on_line(line)
+
 
 READY_S_MAX: Final = 30.0
 FOUND_S_MAX: Final = 2.0

@@ -31,7 +31,7 @@ from progressdb_server.store.clock import Stamp
 from progressdb_server.store.engine import Engine, Reader
 from progressdb_server.store.epoch import Remembered as KeyService
 from progressdb_server.store.idempotency import Remembered
-from progressdb_server.store.reading import DELETED
+from progressdb_server.store.messages import DELETED
 from progressdb_server.store.writer import State
 
 CHUNK_ENTRIES: Final = 500

@@ -20,8 +20,7 @@ from progressdb_server.store import backup, form, idempotency, keyspace
 from progressdb_server.store.clock import Clock
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
 from progressdb_server.store.epoch import EpochMemory, RestoredError
-from progressdb_server.store.locks import NamedLocks
-from progressdb_server.store.messages import Messages, deletion_event
+from progressdb_server.store.messages import MessageReader, Messages, deletion_event
 from progressdb_server.store.metrics import StoreMetrics
 from progressdb_server.store.model import (
     Idempotency,
@@ -31,10 +30,9 @@ from progressdb_server.store.model import (
     StoreUnavailableError,
     Thread,
 )
-from progressdb_server.store.reading import MessageReader
 from progressdb_server.store.sealer import Sealer
 from progressdb_server.store.threads import Threads
-from progressdb_server.store.writer import Write, Writer
+from progressdb_server.store.writer import NamedLocks, Write, Writer
 
 SWEEP_S: Final = 3600
 EPOCH_S: Final = 10

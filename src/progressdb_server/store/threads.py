@@ -19,7 +19,6 @@ from progressdb_server.store import keyspace, record
 from progressdb_server.store.clock import Clock, Stamp
 from progressdb_server.store.engine import Engine
 from progressdb_server.store.idempotency import Ticket
-from progressdb_server.store.locks import NamedLocks
 from progressdb_server.store.model import (
     Idempotency,
     InvalidThreadIdError,
@@ -29,7 +28,7 @@ from progressdb_server.store.model import (
     ThreadNotFoundError,
 )
 from progressdb_server.store.sealer import Draft, Sealer, ThreadState, unavailable
-from progressdb_server.store.writer import ConditionFailedError, Write, Writer
+from progressdb_server.store.writer import ConditionFailedError, NamedLocks, Write, Writer
 
 LIST_THREADS_MAX: Final = 512
 """Of one chunk of a list."""

@@ -1,4 +1,20 @@
-"""The one writer: concurrent writes become one group, one atomic put, one wait for the disk.
+"""Locks by name, for read-modify-write operations.
+
+Owns: the locks that somebody holds or waits for, and no other. Invariant: holders of one name run one after another,
+in the order of their arrival.
+
+Which keys the latest groups of the writer have put or deleted.
+
+Owns: a bounded memory of them. Invariants: `untouched` is only said of keys that no group after the given one has
+named; whatever is no longer remembered counts as touched. Pure: it sees keys, and neither the engine nor values.
+
+One thread for what waits for the disk.
+
+Owns: the thread, and the way of an outcome back into the event loop. It does what ThreadPoolExecutor does with one
+worker, in a third less processor time: the writer asks it once for each group. Invariants: works run one after
+another, in the order in which they were asked for; a caller that went away does not stop one.
+
+The one writer: concurrent writes become one group, one atomic put, one wait for the disk.
 
 Owns: the queue, compare-and-put, the order of commits, the counters that are stored with every group, and recovery of
 a failed engine. Invariants:
@@ -15,11 +31,15 @@ a failed engine. Invariants:
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from contextlib import asynccontextmanager
 from itertools import chain
+from queue import SimpleQueue
 from typing import Final
 
 import msgspec
@@ -27,12 +47,106 @@ import structlog
 
 from progressdb_server.store import keyspace
 from progressdb_server.store.clock import Clock, Stamp
-from progressdb_server.store.diskthread import DiskThread
 from progressdb_server.store.engine import Engine, EngineBusyError, EngineUnavailableError
 from progressdb_server.store.form import FormatError
 from progressdb_server.store.metrics import StoreMetrics
 from progressdb_server.store.model import StoreUnavailableError
-from progressdb_server.store.recent import RecentKeys
+
+
+class NamedLocks:
+    def __init__(self) -> None:
+        self._locks: dict[bytes, asyncio.Lock] = {}
+        self._users: dict[bytes, int] = {}
+
+    @asynccontextmanager
+    async def hold(self, name: bytes) -> AsyncIterator[None]:
+        lock = self._locks.setdefault(name, asyncio.Lock())
+        self._users[name] = self._users.get(name, 0) + 1
+        try:
+            async with lock:
+                yield
+        finally:
+            self._users[name] -= 1
+            if not self._users[name]:
+                del self._users[name], self._locks[name]
+
+
+KEYS_REMEMBERED_MAX: Final = 32_768
+"""Some thirty chunks of a rotation: more than are ever on their way."""
+
+
+class RecentKeys:
+    def __init__(self) -> None:
+        self.group = 0
+        """How many groups there were: what is read now is as the group of this number has left it."""
+        self._groups: deque[frozenset[bytes]] = deque()
+        self._keys = 0
+
+    def add(self, keys: Iterable[bytes]) -> None:
+        """The next group."""
+        named = frozenset(keys)
+        self.group += 1
+        self._groups.append(named)
+        self._keys += len(named)
+        while self._keys > KEYS_REMEMBERED_MAX:
+            self._keys -= len(self._groups.popleft())
+
+    def forget(self) -> None:
+        """Values may be other than what the groups have left."""
+        self.group += 1
+        self._groups.clear()
+        self._keys = 0
+
+    def untouched(self, keys: Collection[bytes], since: int) -> bool:
+        """Whether no group after the one of this number has named any of the keys. False may also mean that it is not
+        known."""
+        later = self.group - since
+        if later > len(self._groups):
+            return False
+        return all(self._groups[-number].isdisjoint(keys) for number in range(1, later + 1))
+
+
+class DiskThread:
+    """Its thread begins with the first work."""
+
+    def __init__(self) -> None:
+        self._works: SimpleQueue[tuple[Callable[[], None], asyncio.Future[None]] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def run(self, work: Callable[[], None]) -> asyncio.Future[None]:
+        """Of the running loop; its outcome is the work's."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="store-disk", daemon=True)
+            self._thread.start()
+        future = asyncio.get_running_loop().create_future()
+        self._works.put((work, future))
+        return future
+
+    def close(self) -> None:
+        """Waits for what was asked for."""
+        if self._thread is not None:
+            self._works.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        for work, future in iter(self._works.get, None):
+            error: BaseException | None = None
+            try:
+                work()
+            except BaseException as raised:  # noqa: BLE001  whatever it is, the caller gets it
+                error = raised
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits
+                future.get_loop().call_soon_threadsafe(_settle, future, error)
+
+
+def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+
 
 GROUP_WRITES_MAX: Final = 512
 GROUP_BYTES_MAX: Final = 8 * 1024 * 1024

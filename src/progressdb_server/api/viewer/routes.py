@@ -15,13 +15,13 @@ from typing import Any, Final
 
 import structlog
 
-from progressdb_server.api import bounds, errors, head, pages
-from progressdb_server.api.answer import Answer
-from progressdb_server.api.call import Call
-from progressdb_server.api.errors import ApiError, Header, bad_request, forbidden
-from progressdb_server.api.identity import KeyTable, Role
-from progressdb_server.api.rate import AddressBuckets
-from progressdb_server.api.routes import Operation, Resource
+from progressdb_server.api.http import errors, head, limits
+from progressdb_server.api.http.access import AddressBuckets, KeyTable, Role
+from progressdb_server.api.http.errors import ApiError, Header, bad_request, forbidden
+from progressdb_server.api.http.request import Call
+from progressdb_server.api.http.response import Answer
+from progressdb_server.api.routes import pages
+from progressdb_server.api.routes.table import Operation, Resource
 from progressdb_server.api.viewer.browsing import Browser, shown_time
 from progressdb_server.api.viewer.sessions import Session, Sessions, new_token, same
 from progressdb_server.jobs.model import UNFINISHED, Job
@@ -67,7 +67,7 @@ class Viewer:
         self._secure = secure
         self._clock = clock
         self.sessions = Sessions()
-        self._attempts = AddressBuckets(LOGIN_RPS, LOGIN_BURST, count_max=bounds.ADDRESSES_COUNT_MAX)
+        self._attempts = AddressBuckets(LOGIN_RPS, LOGIN_BURST, count_max=limits.ADDRESSES_COUNT_MAX)
 
     def resources(self) -> tuple[Resource, ...]:
         inside = self._inside
@@ -147,10 +147,10 @@ class Viewer:
     # --- pages ------------------------------------------------------------------------------------------------------
     async def _threads(self, call: Call, session: Session) -> Answer:
         wanted, author = call.query.get("q", "").strip(), call.query.get("author", "").strip()
-        if len(wanted) > bounds.STORED_KEY_BYTES_MAX or len(author) > bounds.AUTHOR_BYTES_MAX:
+        if len(wanted) > limits.STORED_KEY_BYTES_MAX or len(author) > limits.AUTHOR_BYTES_MAX:
             raise bad_request("what you search for is too long")
         if wanted.startswith("msg-"):
-            return _see_other(f"/viewer/messages/{wanted}") if bounds.ID_PATTERN.fullmatch(wanted) else _nothing()
+            return _see_other(f"/viewer/messages/{wanted}") if limits.ID_PATTERN.fullmatch(wanted) else _nothing()
         found = await self._browser.threads(author=author, id_prefix=wanted, cursor=call.query.get("cursor", ""))
         return _page("threads", session, found=found, wanted=wanted, author=author, stats=await self._store.stats())
 

@@ -1,0 +1,283 @@
+"""Finding and counting events.
+
+Owns: what a query matches, the totals, and where a line stands. It reads every file of the log once at most, in
+bounded memory, and judges nothing: whether what it finds is genuine is for `verify` to say. It must never write, nor
+show a line that is not one.
+
+Verifying a log where it lies: the workflow around the checker.
+
+Owns: feeding the files of a directory to the `Verifier`, in order, and where to begin. It works beside a live daemon,
+without its lock; memory stays bounded whatever the size. It must never write, and judges nothing that `verify` judges:
+its own findings are of files that are missing, misnamed or damaged as a whole.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, Final
+
+import msgspec
+
+from minikms.audit import reader, record
+from minikms.audit.reader import LOG_NAME, DamagedSegmentError, SegmentFile, each_segment
+from minikms.audit.record import Event, Head, MalformedLineError, line_start, parse_line
+from minikms.audit.rules import Report, Trust
+from minikms.audit.verify import Verifier
+from minikms.errors import MiniKmsError
+
+NAMES_COUNT_MAX: Final = 1000
+"""Types, outcomes and actors told apart by `totals`; the lines of all others are counted together."""
+NAME_CHARS_MAX: Final = record.TEXT_CHARS_MAX
+"""A writer makes none that is longer; of one that is, the beginning is counted."""
+OTHERS: Final = "(others)"
+NEAR_BYTES: Final = 1024 * 1024
+"""From where a line is looked for one by one: some milliseconds."""
+
+
+class Query(msgspec.Struct, frozen=True, kw_only=True):
+    """What an event must have: every member that is given. threads: any of these forms of the one thread sought."""
+
+    threads: tuple[str, ...] = ()
+    key: str = ""
+    actor: str = ""
+    request: str = ""
+
+    def matches(self, event: Event) -> bool:
+        return (
+            (not self.threads or event.thread_id in self.threads)
+            and (not self.key or event.key_id == self.key or self.key in event.key_ids)
+            and (not self.actor or event.actor == self.actor)
+            and (not self.request or event.request_id == self.request or self.request in event.request_ids)
+        )
+
+    def needles(self) -> list[tuple[bytes, ...]]:
+        """For each member: bytes of which a matching line has at least one."""
+        members = (self.threads, (self.key,), (self.actor,), (self.request,))
+        return [tuple(text.encode() for text in texts) for texts in members if any(texts)]
+
+
+def query(
+    *, thread: str = "", key: str = "", actor: str = "", request: str = "", audit_keys: Sequence[memoryview] = ()
+) -> Query:
+    """A query for what a person typed. With `audit_keys` it finds a thread also where its id was recorded as an
+    HMAC.
+    """
+    threads = [record.escape(thread), *(record.hash_thread_id(thread, each) for each in audit_keys)] if thread else []
+    return Query(
+        threads=tuple(threads), key=record.escape(key), actor=record.escape(actor), request=record.escape(request)
+    )
+
+
+def find(directory: str, sought: Query) -> Iterator[bytes]:
+    """The lines, without their newlines, whose events match, oldest first. Raises OSError, DamagedSegmentError."""
+    needles = sought.needles()
+    for file in each_segment(directory):
+        for line in file.lines():
+            # A look at the bytes first: decoding every line of a large log would take minutes.
+            if not all(any(needle in line for needle in some) for some in needles):
+                continue
+            try:
+                event = record.parse_line(line)[0]
+            except MalformedLineError:
+                continue
+            if sought.matches(event):
+                yield line
+
+
+def line_of(directory: str, seq: int) -> bytes | None:
+    """The line of that number, as the log has it, or None. It looks into one file: the newest that begins before it.
+
+    Raises OSError, DamagedSegmentError.
+    """
+    prefix = record.line_start(seq)
+    closed = list(reader.list_segments(directory))
+    for after in (max(closed, default=0), *(number - 1 for number in reversed(closed))):
+        for file in each_segment(directory, after=after):
+            if record.peek_seq(file.first_line()) <= seq:
+                _go_near(file, seq)
+                return next((line for line in file.lines() if line.startswith(prefix)), None)
+            break
+    return None
+
+
+def _go_near(file: SegmentFile, seq: int) -> None:
+    """Go on at most some NEAR_BYTES before the line `seq`, if it is there; a start must not read a whole file."""
+    if file.compressed:
+        return
+    low, high = 0, file.size
+    while high - low > NEAR_BYTES:
+        middle = (low + high) // 2
+        file.seek(middle)
+        lines = file.lines()
+        next(lines, b"")  # the end of a line
+        if 0 < record.peek_seq(next(lines, b"")) <= seq:
+            low = middle
+        else:
+            high = middle
+    file.seek(low)
+
+
+class Totals(msgspec.Struct):
+    """Counts of a log: lines by type, outcome and actor; items are what batches and refusals stand for (else 1 a line).
+
+    Times are Unix ns, 0 for none.
+    """
+
+    files: int = 0
+    disk_bytes: int = 0
+    lines: int = 0
+    malformed: int = 0
+    items: int = 0
+    first_ts: int = 0
+    last_ts: int = 0
+    types: dict[str, int] = {}
+    outcomes: dict[str, int] = {}
+    actors: dict[str, int] = {}
+
+
+def totals(directory: str) -> Totals:
+    """Count the whole log. Raises OSError, DamagedSegmentError."""
+    sums = Totals()
+    types: collections.Counter[str] = collections.Counter()
+    outcomes: collections.Counter[str] = collections.Counter()
+    actors: collections.Counter[str] = collections.Counter()
+    for file in each_segment(directory):
+        sums.files += 1
+        for line in file.lines():
+            sums.lines += 1
+            try:
+                event = record.parse_line(line)[0]
+            except MalformedLineError:
+                sums.malformed += 1
+                continue
+            sums.first_ts = sums.first_ts or event.ts
+            sums.last_ts = event.ts
+            sums.items += event.count or 1
+            for counter, name in ((types, event.type), (outcomes, event.outcome), (actors, event.actor)):
+                short = name[:NAME_CHARS_MAX]
+                counter[short if short in counter or len(counter) < NAMES_COUNT_MAX else OTHERS] += 1
+        sums.disk_bytes += file.position
+    sums.types, sums.outcomes, sums.actors = (
+        dict(types.most_common()),
+        dict(outcomes.most_common()),
+        dict(actors.most_common()),
+    )
+    return sums
+
+
+Progress = Callable[[int, int], None]
+"""Called with bytes read and bytes in all, as they lie on the disk."""
+
+_PROGRESS_LINES = 10_000
+
+
+class AuditLogMissingError(MiniKmsError):
+    """There is no log, or not the line that a check should begin with."""
+
+    code: ClassVar[str] = "audit_missing"
+
+
+def verify_directory(
+    directory: str,
+    trust: Trust,
+    *,
+    expect_head: Head | None = None,
+    from_checkpoint: int = 0,
+    progress: Progress | None = None,
+) -> Report:
+    """The report on the log in `directory`.
+
+    from_checkpoint: seq of a signed line (`checkpoint`, `segment_close`, `audit_key`) to begin with; what stands
+    before it is then not read. Raises AuditLogMissingError when there is no log or no such line, and OSError.
+    """
+    after = _segment_before(directory, from_checkpoint) if from_checkpoint else 0
+    feeder = _Feeder(
+        Verifier(trust, expect_head=expect_head, from_signed_line=from_checkpoint > 0),
+        _bytes_on_disk(directory, after),
+        progress,
+        skip_to=from_checkpoint,
+    )
+    for file in each_segment(directory, after=after):
+        feeder.feed(file)
+        if feeder.verifier.exhausted:
+            break
+    if feeder.files == 0:
+        raise AuditLogMissingError(f"there is no audit log in {directory}")
+    if feeder.skipping:
+        raise AuditLogMissingError(f"the audit log in {directory} has no line {from_checkpoint} to begin with")
+    if not os.path.lexists(os.path.join(directory, LOG_NAME)):
+        feeder.verifier.fault("missing", f"the file {LOG_NAME} is missing")
+    return feeder.verifier.report()
+
+
+class _Feeder:
+    """Feeds files to a verifier, from the line `skip_to` on, and tells how far it is."""
+
+    def __init__(self, verifier: Verifier, total: int, progress: Progress | None, *, skip_to: int) -> None:
+        self.verifier = verifier
+        self.files = 0
+        self._total = total
+        self._before = 0
+        self._progress = progress
+        self._sought = line_start(skip_to) if skip_to else b""
+
+    @property
+    def skipping(self) -> bool:
+        """Whether the line to begin with has not been met."""
+        return bool(self._sought)
+
+    def feed(self, file: SegmentFile) -> None:
+        verifier = self.verifier
+        verifier.begin_file(file.name, file.number)
+        self.files += 1
+        try:
+            for count, line in enumerate(file.lines(), 1):
+                if self._sought:
+                    if not line.startswith(self._sought):
+                        verifier.skip()
+                        continue
+                    self._sought = b""
+                verifier.feed(line)
+                if verifier.exhausted:
+                    break
+                if count % _PROGRESS_LINES == 0:
+                    self._tell(file)
+        except DamagedSegmentError as error:
+            verifier.fault("segment", str(error))
+        if file.rest and not self._sought:
+            verifier.feed_incomplete(file.rest)
+        if not self._sought:
+            verifier.end_file()
+        self._tell(file)
+        self._before += file.position
+
+    def _tell(self, file: SegmentFile) -> None:
+        if self._progress is not None:
+            done = self._before + file.position
+            self._progress(done, max(done, self._total))
+
+
+def _segment_before(directory: str, seq: int) -> int:
+    """Number of the segment before the one that holds line `seq`, as far as the first lines tell."""
+    before = last = 0
+    for file in each_segment(directory):
+        try:
+            first = parse_line(file.first_line())[0]
+        except (MalformedLineError, DamagedSegmentError):
+            continue
+        if first.seq > seq:
+            break
+        before, last = last, file.number
+    return before
+
+
+def _bytes_on_disk(directory: str, after: int) -> int:
+    total = 0
+    closed = reader.list_segments(directory)
+    for name in [LOG_NAME, *(names[0] for number, names in closed.items() if number > after)]:
+        with contextlib.suppress(FileNotFoundError):
+            total += os.stat(os.path.join(directory, name), follow_symlinks=False).st_size
+    return total

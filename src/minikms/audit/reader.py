@@ -1,0 +1,428 @@
+"""What the bytes of a compressed segment must be: one zstd frame (RFC 8878) with a checksum, and nothing else.
+
+Owns: walking the frame's blocks without decompressing them. A decompressor that reads a stream stops at the end of its
+input, be it in the middle of a frame, before the checksum or after a part of another one: so whether a file was cut is
+asked here. It must never allocate by what a file says of itself.
+
+The names of a log's files.
+
+Owns: which files belong to a log and in which order. `minikms-audit.log` is being written; `minikms-audit.log.<n>` were
+written before it (n counts from 1), `minikms-audit.log.<n>.zst` likewise, compressed. Both forms of one segment may
+exist for a moment, with the same content: the plain one counts. It must never open a file through a symbolic link, nor
+touch a file of another name.
+
+Reading a log's files as one sequence of lines, also while a daemon writes them.
+
+Owns: opening a segment, whatever its form, and cutting it into lines. Invariants: memory is bounded by one chunk and
+one line; a file that is renamed or compressed meanwhile is read once and whole; the file of the log's name is always
+read, and is the last one; nothing is judged here. It must never write, take the lock of the data directory, follow a
+symbolic link, or wait for what is not a regular file.
+
+Lines as they are written, and the ones written last.
+
+Owns: keeping up with a log from outside, across rotation, compression and a restart of the reader; and reading from the
+end. Invariants: whole lines only, each once, in the order of the files. It must never write, judge, or wait for the
+log.
+"""
+
+from __future__ import annotations
+
+import collections
+import errno
+import os
+import re
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO, ClassVar, Final, Protocol
+
+import zstandard
+
+from minikms.audit import record
+from minikms.audit.record import MalformedLineError
+from minikms.errors import MiniKmsError
+
+WINDOW_BYTES_MAX: Final = 8 * 1024 * 1024
+"""For the decompressor: a larger window would need more memory than one chunk and one line."""
+_MAGIC: Final = b"\x28\xb5\x2f\xfd"
+_HEADER_BYTES_MAX: Final = 18
+_CHECKSUM_BYTES: Final = 4
+_BLOCK_HEADER_BYTES: Final = 3
+_BLOCK_RLE: Final = 1
+_BLOCK_RESERVED: Final = 3
+
+
+def fault_of(fd: int) -> str:
+    """Why the file `fd` is not one whole frame; empty when it is. Raises OSError."""
+    head = os.pread(fd, _HEADER_BYTES_MAX, 0)
+    if not head.startswith(_MAGIC):
+        return "it does not begin with a zstd frame"
+    try:
+        has_checksum = zstandard.get_frame_parameters(head).has_checksum
+        at = zstandard.frame_header_size(head)
+    except zstandard.ZstdError as error:
+        return str(error)
+    if not has_checksum:
+        return "its frame has no checksum"
+    size = os.fstat(fd).st_size
+    last = False
+    while not last:
+        header = int.from_bytes(os.pread(fd, _BLOCK_HEADER_BYTES, at), "little")
+        last, kind, length = bool(header & 1), header >> 1 & 3, header >> 3
+        if kind == _BLOCK_RESERVED:
+            return "its frame is damaged"
+        at += _BLOCK_HEADER_BYTES + (1 if kind == _BLOCK_RLE else length)
+        if at > size:
+            return "its frame is cut off"
+    at += _CHECKSUM_BYTES
+    if at != size:
+        return "its frame is cut off" if at > size else "something follows its frame"
+    return ""
+
+
+LOG_NAME: Final = "minikms-audit.log"
+COMPRESSED_SUFFIX: Final = ".zst"
+NEXT_NAME: Final = LOG_NAME + ".next"
+"""A new segment before it takes the log's name."""
+
+FILE_MODE: Final = 0o600
+DIRECTORY_MODE: Final = 0o700
+
+_SEGMENT_PATTERN: Final = re.compile(r"minikms-audit\.log\.([1-9][0-9]*)(\.zst)?", re.ASCII)
+
+
+def segment_name(number: int, *, compressed: bool = False) -> str:
+    return f"{LOG_NAME}.{number}{COMPRESSED_SUFFIX if compressed else ''}"
+
+
+def list_segments(directory: str) -> dict[int, list[str]]:
+    """The closed segments by number, in order: for each the names of the files that hold it, plain before
+    compressed.
+    """
+    found: dict[int, list[str]] = {}
+    for name in sorted(os.listdir(directory)):
+        if match := _SEGMENT_PATTERN.fullmatch(name):
+            found.setdefault(int(match[1]), []).append(name)
+    return dict(sorted(found.items()))
+
+
+def fsync_directory(directory: str) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+CHUNK_BYTES: Final = 1024 * 1024
+OPEN_ATTEMPTS: Final = 5
+GROWTH_WAIT_S: Final = 0.1
+"""How long an incomplete last line is given to be completed by a daemon that is writing it."""
+LINE_SKIPPED_BYTES_MAX: Final = 16 * 1024 * 1024
+"""Of a line that is too long: how much of it is skipped to find the next one. A small file may unpack to terabytes."""
+
+
+class DamagedSegmentError(MiniKmsError):
+    """A segment can't be read to its end: it does not decompress, or one line of it never ends."""
+
+    code: ClassVar[str] = "audit_damaged"
+
+
+class _Reader(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+class SegmentFile:
+    """An open segment. number: from its name, or for the file being written from its first line (0 when that is
+    damaged).
+
+    size: bytes on disk when it was opened. closed: nothing more is written to it; of the file being written that is
+    known once `lines` has ended.
+    """
+
+    def __init__(self, file: BinaryIO, directory: str, name: str, number: int) -> None:
+        self._file = file
+        self._directory = directory
+        self.name = name
+        self.number = number
+        self.closed = name != LOG_NAME
+        status = os.fstat(file.fileno())
+        self.size = status.st_size
+        self.identity = (status.st_dev, status.st_ino)
+        self.rest = b""
+        """After `lines` has ended: the bytes of an incomplete last line."""
+
+    @property
+    def compressed(self) -> bool:
+        return self.name.endswith(COMPRESSED_SUFFIX)
+
+    @property
+    def position(self) -> int:
+        """Bytes read from the disk so far."""
+        return self._file.tell()
+
+    def lines(self) -> Iterator[bytes]:
+        """Every whole line without its newline, at least up to where the file ended when it was opened; to its end
+        where it is closed meanwhile.
+
+        A line longer than `record.LINE_BYTES_MAX` comes cut to about that length. Raises DamagedSegmentError, and
+        OSError.
+        """
+        source = self._source()
+        rest = b""
+        skipped = 0  # bytes of a line that was cut, while it goes on
+        waited = False
+        while True:
+            chunk = self._read(source)
+            if not chunk:
+                if self.closed:
+                    break
+                if self._was_closed():
+                    continue  # what was written before it lost its name is there now
+                if not rest or waited:
+                    break
+                waited = True
+                time.sleep(GROWTH_WAIT_S)
+                continue
+            waited = False
+            *whole, rest = (rest + chunk).split(b"\n")
+            if skipped and whole:
+                skipped = 0
+                del whole[0]
+            yield from whole
+            if skipped or len(rest) >= record.LINE_BYTES_MAX:
+                if not skipped:
+                    yield rest
+                skipped += len(rest)
+                rest = b""
+                if skipped > LINE_SKIPPED_BYTES_MAX:
+                    raise DamagedSegmentError(f"{self.name} holds a line of more than {LINE_SKIPPED_BYTES_MAX} bytes")
+            if not rest and not self.closed and self.position >= self.size and not self._was_closed():
+                break
+        self.rest = rest
+
+    def _source(self) -> _Reader:
+        if not self.compressed:
+            return self._file
+        if fault := fault_of(self._file.fileno()):
+            raise DamagedSegmentError(f"{self.name} does not decompress: {fault}")
+        decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES_MAX)
+        return decompressor.stream_reader(self._file, closefd=False)
+
+    def _read(self, source: _Reader) -> bytes:
+        try:
+            return source.read(CHUNK_BYTES)
+        except zstandard.ZstdError as error:
+            raise DamagedSegmentError(f"{self.name} does not decompress: {error}") from None
+
+    def _was_closed(self) -> bool:
+        """Whether the file being written has lost its name since it was opened: what it holds now is all of it."""
+        try:
+            status = os.stat(os.path.join(self._directory, LOG_NAME), follow_symlinks=False)
+        except FileNotFoundError:
+            self.closed = True
+        else:
+            self.closed = (status.st_dev, status.st_ino) != self.identity
+        return self.closed
+
+    def first_line(self) -> bytes:
+        """The first line, of a file that has not been read from; empty when there is none."""
+        line = next(self.lines(), b"")
+        self._file.seek(0)
+        return line
+
+    def seek(self, offset: int) -> None:
+        """Go on reading at `offset`, of a file that is not compressed."""
+        self._file.seek(offset)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> SegmentFile:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def each_segment(directory: str, *, after: int = 0) -> Iterator[SegmentFile]:
+    """The log's files in order, those numbered up to `after` left out; each is closed when the next is asked for.
+
+    Nothing is yielded when there is no log. A file that a rotation renames meanwhile comes once. The last one is that
+    of the log's name, unless it is missing. Raises OSError, also for what is not a regular file.
+    """
+    last, seen = after, None
+    for _ in range(OPEN_ATTEMPTS):
+        while (file := next_segment(directory, last, seen)) is not None:
+            with file:
+                yield file
+            if not file.closed:
+                return
+            last, seen = max(last, file.number or last + 1), file.identity
+        # Between the two renames of a rotation there is no file of the log's name.
+        if not list_segments(directory):
+            return
+        time.sleep(GROWTH_WAIT_S)
+
+
+def next_segment(directory: str, last: int, seen: tuple[int, int] | None = None) -> SegmentFile | None:
+    """The first file after segment `last`, for the caller to close; None when there is none (yet).
+
+    seen: identity of the file read before, which is not the next under whatever name. The file of the log's name comes
+    after all others, also where its first line claims a number that was there already: that is for the caller to judge.
+    """
+    for _ in range(OPEN_ATTEMPTS):
+        closed = [number for number in list_segments(directory) if number > last]
+        if closed:
+            file = _open_closed(directory, closed[0])
+            if file is not None:
+                return file
+            continue  # compressed or removed since it was listed
+        file = _open(directory, LOG_NAME, 0)
+        if file is None:
+            return None
+        if any(number > last for number in list_segments(directory)):
+            file.close()
+            continue  # rotated since the closed ones were listed
+        if file.identity == seen:
+            file.close()
+            return None
+        file.number = _number_of(file)
+        return file
+    return None
+
+
+def _open_closed(directory: str, number: int) -> SegmentFile | None:
+    for compressed in (False, True):
+        name = segment_name(number, compressed=compressed)
+        if (file := _open(directory, name, number)) is not None:
+            return file
+    return None
+
+
+def _open(directory: str, name: str, number: int) -> SegmentFile | None:
+    path = os.path.join(directory, name)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return SegmentFile(os.fdopen(fd, "rb"), directory, name, number)
+
+
+def _number_of(file: SegmentFile) -> int:
+    try:
+        segment = record.parse_line(file.first_line())[0].facts.get("segment")
+    except (MalformedLineError, DamagedSegmentError):
+        return 0
+    return segment if isinstance(segment, int) else 0
+
+
+LINES_AT_A_TIME: Final = 1000
+LAST_BYTES_MAX: Final = 64 * 1024 * 1024
+"""Of the lines that `last_lines` gives: a log may hold lines of 1 MiB."""
+_BACKWARDS_BYTES: Final = 64 * 1024
+_CLOSE_MARK: Final = b'"type":"' + record.TYPE_SEGMENT_CLOSE.encode() + b'"'
+
+
+class Follower:
+    """Hands out the lines after `after_seq`, those that there are already first. Close it when done."""
+
+    def __init__(self, directory: str, *, after_seq: int = 0) -> None:
+        self._directory = directory
+        self._after_seq = after_seq
+        self._file: SegmentFile | None = None
+        self._offset = 0
+        self._last_number = 0
+        self._seen: tuple[int, int] | None = None
+        self._ended = False
+
+    def read(self, count: int = LINES_AT_A_TIME) -> list[bytes]:
+        """Up to `count` more lines without their newlines; none when there are none yet. Raises OSError."""
+        lines: list[bytes] = []
+        while len(lines) < count and self._open():
+            if not self._read_from_file(lines, count):
+                break
+        return lines
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> bool:
+        """Whether there is a file to read from."""
+        if self._ended:
+            self.close()
+            self._ended = False
+        if self._file is None:
+            self._file = next_segment(self._directory, self._last_number, self._seen)
+            self._offset = 0
+            if self._file is None:
+                return False
+            self._last_number = max(self._last_number, self._file.number or self._last_number + 1)
+            self._seen = self._file.identity
+        return True
+
+    def _read_from_file(self, lines: list[bytes], count: int) -> bool:
+        """Take what the file has. Whether to look further: it ended, or `lines` is full."""
+        file = self._file
+        if file is None:
+            return False
+        if not file.compressed:
+            file.seek(self._offset)
+        for line in file.lines():
+            self._offset += len(line) + 1
+            if _CLOSE_MARK in line:
+                self._ended = True
+            if (seq := record.peek_seq(line)) > self._after_seq:
+                self._after_seq = seq
+                lines.append(line)
+                if len(lines) >= count and not file.compressed:
+                    return True
+        if file.compressed:
+            self._ended = True
+        return self._ended
+
+
+def last_lines(directory: str, count: int) -> list[bytes]:
+    """The last `count` lines of the log without their newlines, oldest first: fewer where they hold more than
+    `LAST_BYTES_MAX`. Raises OSError, DamagedSegmentError.
+    """
+    found: list[bytes] = []
+    numbers = [0, *reversed(list_segments(directory))]
+    highest = numbers[1] if len(numbers) > 1 else 0
+    for number in numbers:
+        if len(found) >= count or sum(map(len, found)) >= LAST_BYTES_MAX:
+            break
+        for file in each_segment(directory, after=(number - 1) if number else highest):
+            found = _last_of_file(file, count - len(found)) + found
+            break
+    return found
+
+
+def _last_of_file(file: SegmentFile, count: int) -> list[bytes]:
+    if file.compressed:
+        return _last_of(file.lines(), count)
+    span = _BACKWARDS_BYTES
+    while True:
+        begin = max(0, file.size - span)
+        file.seek(begin)
+        lines = _last_of(file.lines(), count + 1)
+        if begin == 0 or len(lines) > count or span >= LAST_BYTES_MAX:
+            # The first line begins before the span, unless that is the whole file.
+            return lines[-count:] if begin == 0 else lines[1:][-count:]
+        span *= 4
+
+
+def _last_of(lines: Iterable[bytes], count: int) -> list[bytes]:
+    kept: collections.deque[bytes] = collections.deque(maxlen=count)
+    held_bytes = 0
+    for line in lines:
+        held_bytes += len(line) - (len(kept[0]) if len(kept) == count else 0)
+        kept.append(line)
+        while held_bytes > LAST_BYTES_MAX:
+            held_bytes -= len(kept.popleft())
+    return list(kept)

@@ -1,0 +1,215 @@
+"""How a command ends: exit statuses, and errors as sentences.
+
+Owns: the one rule from an error to its text and exit status. 0: done, or judged and found good. 1: judged and found
+wanting, or refused. 2: wrong usage, or something that is needed (a daemon, a file, a key) is not there. Invariants: a
+text says what happened, why, and what to do next; it goes to standard error and holds no key. It must never turn an
+error into a success.
+
+The flags that several commands share, each spelled once.
+
+Owns: their names, help and environment variables. Invariants: a flag wins over its variable, an empty variable counts
+as unset; no flag ever takes a key itself, only the path of its file. It must never import what makes a start slow.
+
+What people and programs see of a result.
+
+Owns: the console, tables, and JSON. Invariants: colour only on a terminal and never under NO_COLOR; nothing is wrapped
+or cut where the output is no terminal; text from elsewhere is shown without control characters and never taken for
+markup; questions are asked on a terminal only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import msgspec
+from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+EXIT_GOOD: Final = 0
+EXIT_WANTING: Final = 1
+EXIT_MISSING: Final = 2
+EXIT_INTERRUPTED: Final = 130
+"""128 and SIGINT, as shells have it."""
+EXIT_READER_LEFT: Final = 141
+"""128 and SIGPIPE: who read the output closed it, and did not get all of it."""
+
+
+class CommandError(Exception):
+    """A command that can't go on; the text is for the person who typed it."""
+
+    def __init__(self, text: str, exit_status: int = EXIT_MISSING) -> None:
+        super().__init__(text)
+        self.exit_status = exit_status
+
+
+def complain(text: str) -> None:
+    """One sentence on standard error."""
+    print(f"minikms: {text}", file=sys.stderr)
+
+
+def explained(error: Exception) -> tuple[str, int]:
+    """The text and the exit status of an error that ends a command. Errors that are defects are raised again."""
+    from minikms.client.errors import KmsError
+    from minikms.errors import InvalidRequestError, MiniKmsError, StartError, StorageUnavailableError
+
+    if isinstance(error, CommandError):
+        return str(error), error.exit_status
+    if isinstance(error, KmsError):
+        return _explained_client(error)
+    if isinstance(error, MiniKmsError):
+        missing = isinstance(error, StartError | StorageUnavailableError | InvalidRequestError)
+        return str(error), EXIT_MISSING if missing else EXIT_WANTING
+    if isinstance(error, OSError) and error.strerror:
+        place = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{place}", EXIT_MISSING
+    raise error
+
+
+def _explained_client(error: Exception) -> tuple[str, int]:
+    from minikms.client import errors
+
+    advice: dict[type[Exception], str] = {
+        errors.KmsUnavailableError: "Is the daemon running? Start it with `minikms --socket … --data-dir …`, or name "
+        "its socket with --socket or PROGRESSDB_KMS_SOCKET",
+        errors.KmsTimeoutError: "It may have been carried out: look with `minikms status`",
+        errors.KmsUntrustedServerError: "If that user is meant to serve it, say so with --server-uid",
+        errors.UnauthorizedError: "Run this as a user of the daemon's --allowed-uids",
+        errors.ForbiddenError: "Run this as a user of the daemon's --admin-uids",
+        errors.AuditUnavailableError: "Free space on the file system of the audit log; see docs/runbook.md",
+        errors.KeyNotFoundError: "List what there is with `minikms keys list`",
+    }
+    text = error.message if isinstance(error, errors.KmsRefusedError) else str(error)
+    way_out = next((advice[kind] for kind in type(error).__mro__ if kind in advice), "")
+    usage_or_missing = isinstance(error, errors.KeyNotFoundError | errors.InvalidRequestError)
+    judged = isinstance(error, errors.KmsRefusedError | errors.KmsUntrustedServerError) and not usage_or_missing
+    return f"{text}. {way_out}." if way_out else text, EXIT_WANTING if judged else EXIT_MISSING
+
+
+SOCKET_VARIABLE: Final = "PROGRESSDB_KMS_SOCKET"
+DATA_DIR_VARIABLE: Final = "PROGRESSDB_KMS_DATA_DIR"
+MASTER_KEY_FILE_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FILE"
+DEV_KEY_SUFFIX: Final = ".master-key"
+
+Socket = Annotated[str | None, Parameter(name="--socket", help=f"The daemon's Unix socket [{SOCKET_VARIABLE}].")]
+ServerUid = Annotated[
+    int | None, Parameter(name="--server-uid", help="The user that must serve the socket; default: this one or root.")
+]
+DataDir = Annotated[
+    str | None, Parameter(name="--data-dir", help=f"Directory of keys and audit log [{DATA_DIR_VARIABLE}].")
+]
+MasterKeyFile = Annotated[
+    Path | None, Parameter(name="--master-key-file", help=f"File with the root key [{MASTER_KEY_FILE_VARIABLE}].")
+]
+MasterKeyFd = Annotated[int | None, Parameter(name="--master-key-fd", show=False)]
+Json = Annotated[bool, Parameter(name="--json", help="JSON instead of text.", negative=(), show_default=False)]
+Yes = Annotated[bool, Parameter(name=("--yes", "-y"), help="Don't ask.", negative=(), show_default=False)]
+
+
+def chosen_socket(given: str | None) -> str:
+    """Raises CommandError when none is named."""
+    path = given or os.environ.get(SOCKET_VARIABLE) or ""
+    if not path:
+        raise CommandError(f"name the daemon's socket: --socket PATH, or {SOCKET_VARIABLE}")
+    return path
+
+
+def chosen_data_dir(given: str | None, *, must_exist: bool = True) -> str:
+    """The absolute path. Raises CommandError when none is named, or it isn't there."""
+    path = given or os.environ.get(DATA_DIR_VARIABLE) or ""
+    if not path:
+        raise CommandError(f"name the data directory: --data-dir DIR, or {DATA_DIR_VARIABLE}")
+    if must_exist and not os.path.isdir(path):
+        raise CommandError(f"there is no directory {path}")
+    return os.path.abspath(path)
+
+
+def chosen_key_file(given: Path | None) -> Path | None:
+    """The flag, else the variable, else None."""
+    named = os.environ.get(MASTER_KEY_FILE_VARIABLE)
+    return given if given is not None else Path(named) if named else None
+
+
+_PIPE_COLUMNS: Final = 4096
+"""Wider than any line: what reads a pipe wants whole lines."""
+
+
+def as_json(value: object) -> str:
+    """Indented; msgspec's structs as objects, bytes as base64."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+
+
+def print_json(value: object) -> None:
+    print(as_json(value))
+
+
+def console(*, errors: bool = False) -> Console:
+    from rich.console import Console
+
+    stream = sys.stderr if errors else sys.stdout
+    width = None if stream.isatty() else _PIPE_COLUMNS
+    return Console(stderr=errors, highlight=False, markup=False, emoji=False, width=width)
+
+
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*titles, box=None, pad_edge=False, header_style="bold")
+    for column, title in zip(table.columns, titles, strict=True):
+        column.overflow = "fold"  # an id that is cut short can't be used
+        if title in right:
+            column.justify = "right"
+    for row in rows:
+        table.add_row(*(Text(clean(str(cell))) for cell in row))
+    console().print(table)
+
+
+def print_facts(facts: Iterable[tuple[str, object]], *, indent: int = 0) -> None:
+    """Names and values, one a line, the values below each other."""
+    lines = [(name, clean(str(value))) for name, value in facts]
+    width = max((len(name) for name, _ in lines), default=0)
+    for name, value in lines:
+        console().print(" " * indent + f"{name.ljust(width)}  {value}", soft_wrap=True)
+
+
+def clean(text: str) -> str:
+    """Without what could drive a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def byte_count(size: int) -> str:
+    """`1,234 bytes`, `12.3 MiB`."""
+    amount = float(size)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if amount < 10_000:
+            return f"{size:,} bytes" if unit == "bytes" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:,.1f} TiB"
+
+
+def duration(seconds: int) -> str:
+    """`3 d 4 h`, `5 min`, `42 s`: the two largest parts."""
+    parts = []
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")):
+        count, seconds = divmod(seconds, size)
+        if count:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Returns when the answer is yes. Raises CommandError for a no, or where nobody can be asked."""
+    if yes:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise CommandError("this asks for a confirmation, and nobody is at a terminal; say yes with --yes")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise CommandError("nothing was done", EXIT_WANTING)

@@ -1,0 +1,214 @@
+"""A backup archive: one authenticated file with all that a data directory needs to decrypt again.
+
+Owns: the format (docs/spec/backup.md), its writing and its reading, entry by entry. Invariants: an entry's name is one
+of a few, so that no archive can name another file; entries come in one order, so none comes twice, and reading needs no
+memory of their names; every size is bounded before it is read; nothing that was read is to be acted on before
+`check_tag` has judged the whole. It must never hold a key: wrapped keys and the keyring are in it as they are on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import struct
+from collections.abc import Container, Iterator
+from typing import BinaryIO, Final, NamedTuple
+
+import msgspec
+
+from minikms import api
+from minikms.crypto import roots
+from minikms.custody.deks import DIRECTORY as DEKS
+from minikms.custody.deks import SUFFIX
+from minikms.custody.keyring_file import NAME as KEYRING
+from minikms.custody.lease_store import JOURNAL_BYTES_MAX, JOURNAL_NAME, SNAPSHOT_NAME
+from minikms.errors import MiniKmsError
+from minikms.keys.dek import FILE_BYTES_MAX as DEK_BYTES_MAX
+from minikms.keys.keyring import FILE_BYTES_MAX as KEYRING_BYTES_MAX
+
+MAGIC: Final = b"minikms-backup\0\x01"
+"""The last byte is the version of the format."""
+MANIFEST: Final = "manifest.json"
+MANIFEST_BYTES_MAX: Final = 16 * 1024 * 1024
+SNAPSHOT_BYTES_MAX: Final = 1024 * 1024 * 1024
+"""Of some 40 million keys."""
+TAG_BYTES: Final = 32
+UNREADABLE_COUNT_MAX: Final = 100_000
+_NAME_LENGTH: Final = struct.Struct(">H")
+_SIZE: Final = struct.Struct(">Q")
+_SIZES: Final = {
+    JOURNAL_NAME: JOURNAL_BYTES_MAX,
+    SNAPSHOT_NAME: SNAPSHOT_BYTES_MAX,
+    KEYRING: KEYRING_BYTES_MAX,
+    MANIFEST: MANIFEST_BYTES_MAX,
+}
+_PLACES: Final = {JOURNAL_NAME: 0, SNAPSHOT_NAME: 1, KEYRING: 3, MANIFEST: 4}
+"""The order of the entries; those of keys come third, in the order of their ids."""
+_KEYS_PLACE: Final = 2
+_PIECE_BYTES: Final = 1024 * 1024
+_FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}", re.ASCII)
+
+
+class ArchiveError(MiniKmsError):
+    """The archive is not whole, was altered, or does not hold what it must; the text says which."""
+
+
+class AuditHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The last line of the audit log when the archive was made."""
+
+    seq: int
+    sig: str
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The last entry. `unreadable`: keys whose files could not be read, and which are therefore not in it."""
+
+    archive_id: str
+    created_at: str
+    keyring_id: str
+    epoch: int
+    root_fingerprint: str
+    keys: int
+    newest_key_id: str
+    audit_head: AuditHead | None
+    unreadable: tuple[str, ...] = ()
+
+
+class Entry(NamedTuple):
+    name: str
+    content: bytes
+
+    @property
+    def key_id(self) -> str:
+        """Of a DEK file; empty for any other entry."""
+        return self.name[len(DEKS) + 1 : -len(SUFFIX)] if self.name.startswith(DEKS + "/") else ""
+
+
+class ArchiveWriter:
+    """Writes entries to an open file, then the tag."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._write(MAGIC)
+
+    def add(self, name: str, content: bytes) -> None:
+        """Raises ArchiveError for what no reader would take."""
+        if len(content) > _bytes_max(name):
+            raise ArchiveError(f"{name} is too large for an archive")
+        encoded = name.encode("ascii")
+        self._write(_NAME_LENGTH.pack(len(encoded)) + encoded + _SIZE.pack(len(content)))
+        self._write(content)
+
+    def finish(self, manifest: Manifest, root: memoryview) -> None:
+        """The last entry, and the tag of everything."""
+        self.add(MANIFEST, msgspec.json.encode(manifest))
+        self._write(_NAME_LENGTH.pack(0))
+        self._file.write(roots.archive_tag(root, self._digest.digest()))
+
+    def _write(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+
+
+class ArchiveReader:
+    """Reads an archive once, from its start. `entries` to its end, then `check_tag`."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._tag = b""
+        self._manifest = b""
+
+    def entries(self, only: Container[str] | None = None) -> Iterator[Entry]:
+        """Every entry but the manifest, or those that are named in `only`; others are read and not kept. Nothing of
+        them is authentic yet. Raises ArchiveError.
+        """
+        magic = self._take(len(MAGIC))
+        if magic[:-1] != MAGIC[:-1]:
+            raise ArchiveError("this is no miniKMS backup")
+        if magic != MAGIC:
+            raise ArchiveError("the backup was made by another version of miniKMS")
+        last = (-1, "")
+        while length := _NAME_LENGTH.unpack(self._take(_NAME_LENGTH.size))[0]:
+            name = self._name(length)
+            (size,) = _SIZE.unpack(self._take(_SIZE.size))
+            place = (_PLACES.get(name, _KEYS_PLACE), name)
+            if place <= last or size > _bytes_max(name):
+                raise ArchiveError("the backup was altered: an entry is repeated, misplaced or too large")
+            last = place
+            if name == MANIFEST:
+                self._manifest = self._take(size)
+            elif only is None or name in only:
+                yield Entry(name, self._take(size))
+            else:
+                self._pass_over(size)
+        self._tag = self._file.read(TAG_BYTES)
+        if len(self._tag) != TAG_BYTES or self._file.read(1):
+            raise ArchiveError("the backup is cut short, or something was added to it")
+
+    def check_tag(self, root: memoryview) -> Manifest:
+        """The manifest, once the whole archive has been found authentic. Raises ArchiveError."""
+        if not self._manifest or not self._tag:
+            raise ArchiveError("the backup is cut short")
+        if roots.same(self._tag, roots.archive_tag(root, self._digest.digest())):
+            return _manifest(self._manifest)
+        # Whatever is wrong, this much of the manifest is looked at: most often it is the key.
+        made_under, given = _manifest(self._manifest).root_fingerprint, roots.fingerprint(root)
+        if made_under != given and _FINGERPRINT.fullmatch(made_under):
+            raise ArchiveError(
+                f"the backup was made under root key {made_under}, the given one is {given}: give the key file of that "
+                "time"
+            )
+        raise ArchiveError("the backup was altered")
+
+    @property
+    def sha256(self) -> bytes:
+        """Of all that the tag covers."""
+        return self._digest.digest()
+
+    def _name(self, length: int) -> str:
+        name = self._take(length).decode("ascii", "replace") if length <= _NAME_BYTES_MAX else ""
+        _bytes_max(name)
+        return name
+
+    def _take(self, size: int) -> bytes:
+        data = self._file.read(size)
+        if len(data) < size:
+            raise ArchiveError("the backup is cut short")
+        self._digest.update(data)
+        return data
+
+    def _pass_over(self, size: int) -> None:
+        while size:
+            size -= len(self._take(min(size, _PIECE_BYTES)))
+
+
+_NAME_BYTES_MAX: Final = 64
+
+
+def dek_entry_name(key_id: str) -> str:
+    return f"{DEKS}/{key_id}{SUFFIX}"
+
+
+def _bytes_max(name: str) -> int:
+    """Of an entry by its name. Raises ArchiveError for a name that no archive has."""
+    if name in _SIZES:
+        return _SIZES[name]
+    key_id = Entry(name, b"").key_id
+    if name != dek_entry_name(key_id) or api.KEY_ID_PATTERN.fullmatch(key_id) is None:
+        raise ArchiveError("the backup was altered: it names a file that no backup has")
+    return DEK_BYTES_MAX
+
+
+def _manifest(content: bytes) -> Manifest:
+    try:
+        return msgspec.json.decode(content, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise ArchiveError("the backup's manifest is damaged, or of another version of miniKMS") from None
+
+
+def open_archive(path: str | os.PathLike[str]) -> BinaryIO:
+    """The file, for ArchiveReader. Raises OSError."""
+    return open(path, "rb")

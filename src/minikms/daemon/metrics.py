@@ -1,0 +1,199 @@
+"""How often each verb is asked, and how long its answers take.
+
+Owns: these counts, for `/metrics`. Invariants: every request that reaches a verb is counted once. An answer that is
+given in the turn of the event loop in which it was asked counts from the turn's first request to the end of the
+turn's audit write, so what is told is never less than the truth; one that is given later has its own time. It costs a
+clock reading a turn, not one a request. It must never keep what a request held.
+
+What `/metrics` says: the status as numbers, in the text format of Prometheus (version 0.0.4).
+
+Owns: the names of the key service's metrics (docs/metrics.md) and how they are written. Invariants: no label holds
+what a client sent; every metric has its help and type; a scrape reads counters that are kept anyway and does no I/O.
+It must never hold a key id, a thread id, or a path.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+SECONDS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+"""Upper bounds; what takes longer is a rotation, or in trouble."""
+
+T = TypeVar("T")
+
+
+class Histogram:
+    """How many values were at most how large. `bounds` ascend; one more count is for what is above all of them."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def add(self, value: float, count: int = 1) -> None:
+        """`count` times the same value."""
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.sum += value * count
+
+
+class VerbTimes:
+    """Lives in the loop's thread. `clock`: seconds, never backwards."""
+
+    def __init__(self, verbs: Iterable[str], clock: Callable[[], float] = time.perf_counter) -> None:
+        self.requests = dict.fromkeys(verbs, 0)
+        self.seconds = {verb: Histogram(SECONDS) for verb in self.requests}
+        self._clock = clock
+        self._asked: list[str] = []
+        self._began_s = 0.0
+
+    def asked(self, verb: str) -> None:
+        """A request has reached the verb."""
+        asked = self._asked
+        if not asked:
+            self._began_s = self._clock()
+        asked.append(verb)
+
+    def later(self, answer: Awaitable[T]) -> Awaitable[T]:
+        """The request that was asked last is answered by `answer`, in some later turn. To be awaited in its place."""
+        verb = self._asked.pop()
+        self.requests[verb] += 1
+        return self._timed(verb, self._clock(), answer)
+
+    async def _timed(self, verb: str, began_s: float, answer: Awaitable[T]) -> T:
+        try:
+            return await answer
+        finally:
+            self.seconds[verb].add(self._clock() - began_s)
+
+    def end_turn(self) -> None:
+        """What was asked in this turn, and not put off, is answered."""
+        if not self._asked:
+            return
+        seconds = self._clock() - self._began_s
+        for verb, count in Counter(self._asked).items():
+            self.requests[verb] += count
+            self.seconds[verb].add(seconds, count)
+        self._asked.clear()
+
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+Samples = Iterable[tuple[Mapping[str, str], float]]
+_NONE: Final[dict[str, str]] = {}
+
+
+class _Page:
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def add(self, name: str, kind: str, help_text: str, samples: Samples) -> None:
+        self._head(name, kind, help_text)
+        for labels, value in samples:
+            self._lines.append(f"{name}{_labels(labels)} {_number(value)}")
+
+    def one(self, name: str, kind: str, help_text: str, value: float) -> None:
+        self.add(name, kind, help_text, [(_NONE, value)])
+
+    def histograms(self, name: str, help_text: str, label: str, by_label: Mapping[str, Histogram]) -> None:
+        self._head(name, "histogram", help_text)
+        for value, histogram in by_label.items():
+            total = 0
+            for bound, count in zip((*map(str, histogram.bounds), "+Inf"), histogram.counts, strict=True):
+                total += count
+                self._lines.append(f"{name}_bucket{_labels({label: value, 'le': bound})} {total}")
+            self._lines.append(f"{name}_sum{_labels({label: value})} {_number(histogram.sum)}")
+            self._lines.append(f"{name}_count{_labels({label: value})} {total}")
+
+    def _head(self, name: str, kind: str, help_text: str) -> None:
+        self._lines += [f"# HELP {name} {help_text}", f"# TYPE {name} {kind}"]
+
+    def encode(self) -> bytes:
+        return ("\n".join(self._lines) + "\n").encode()
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    if not labels:
+        return ""
+    escaped = (value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"') for value in labels.values())
+    return "{" + ",".join(f'{name}="{value}"' for name, value in zip(labels, escaped, strict=True)) + "}"
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+def _labelled(label: str, values: Mapping[str, int]) -> Samples:
+    return [({label: name}, value) for name, value in values.items()]
+
+
+def page(status: Mapping[str, Any], *, times: VerbTimes, batches: Mapping[str, Histogram]) -> bytes:
+    """`status` as `StatusPage.build` makes it; `batches`: items, by verb."""
+    made = _Page()
+    _add_requests(made, status, times, batches)
+    _add_keys(made, status)
+    _add_rotation(made, status["rotation"])
+    _add_audit(made, status["audit"])
+    _add_process(made, status)
+    return made.encode()
+
+
+def _add_requests(made: _Page, status: Mapping[str, Any], times: VerbTimes, batches: Mapping[str, Histogram]) -> None:
+    http = status["http"]
+    made.add("minikms_requests_total", "counter", "Requests that reached a verb.", _labelled("verb", times.requests))
+    made.one("minikms_http_requests_total", "counter", "Requests whose head was read.", http["requests"])
+    made.one("minikms_http_refused_total", "counter", "Inputs that were no request.", http["refused"])
+    made.one("minikms_http_connections", "gauge", "Open connections.", http["connections"])
+    used = {verb: histogram for verb, histogram in times.seconds.items() if any(histogram.counts)}
+    made.histograms("minikms_request_seconds", "From the request to the end of the audit write.", "verb", used)
+    made.histograms("minikms_batch_items", "Items of a batch.", "verb", batches)
+
+
+def _add_keys(made: _Page, status: Mapping[str, Any]) -> None:
+    keys, memory = status["keys"], status["memory"]
+    by_state = {"active": 0, "retired": 0, **keys["by_state"], "destroyed": keys["destroyed"]}
+    made.add("minikms_keys", "gauge", "Keys by state.", _labelled("state", by_state))
+    by_kek = _labelled("kek_version", keys["by_kek_version"])
+    made.add("minikms_keys_by_kek", "gauge", "Keys by the KEK version that wraps them.", by_kek)
+    made.one("minikms_keys_unreadable", "gauge", "Key files that can't be read.", keys["unreadable"])
+    made.one("minikms_keys_indexing", "gauge", "1 while a start still reads key files.", keys["indexing"])
+    made.one("minikms_cache_keys", "gauge", "Opened keys in locked memory.", memory["keys_in_memory"])
+    made.one("minikms_cache_hits_total", "counter", "Keys found opened.", memory["cache_hits"])
+    made.one("minikms_cache_misses_total", "counter", "Keys that had to be opened.", memory["cache_misses"])
+    made.one("minikms_cache_evictions_total", "counter", "Keys dropped by number or age.", memory["cache_evictions"])
+    keks: Sequence[Mapping[str, Any]] = status["keks"]
+    wraps = [({"kek_version": str(kek["version"]), "state": kek["state"]}, kek["wraps_reserved"]) for kek in keks]
+    made.add("minikms_kek_wraps_reserved", "gauge", "Wraps that a KEK version may have made.", wraps)
+
+
+def _add_rotation(made: _Page, rotation: Mapping[str, Any] | None) -> None:
+    running = rotation or {"rewrapped": 0, "total": 0, "last_error": ""}
+    made.one("minikms_kek_rotation_running", "gauge", "1 while a KEK rotation runs.", rotation is not None)
+    made.one("minikms_kek_rotation_rewrapped", "gauge", "Keys rewrapped by the one that runs.", running["rewrapped"])
+    made.one("minikms_kek_rotation_keys", "gauge", "Keys there are, for the one that runs.", running["total"] or 0)
+    failing = bool(running["last_error"])
+    made.one("minikms_kek_rotation_failing", "gauge", "1 while the one that runs is held up by an error.", failing)
+
+
+def _add_audit(made: _Page, audit: Mapping[str, Any]) -> None:
+    made.one("minikms_audit_lines_total", "counter", "Lines of the audit log, ever.", audit["head"]["seq"])
+    made.one("minikms_audit_writable", "gauge", "1 while the audit log can be written.", audit["writable"])
+    made.one("minikms_audit_synced", "gauge", "1 when all of it is on the disk.", audit["synced"])
+    dropped = audit["events_dropped"]
+    made.one("minikms_audit_dropped_total", "counter", "Events of requests that were not answered for it.", dropped)
+    made.one("minikms_audit_segment_bytes", "gauge", "Size of the current segment.", audit["segment_bytes"])
+    made.one("minikms_audit_reserve_bytes", "gauge", "Disk space kept for the end.", audit["reserve_bytes"])
+
+
+def _add_process(made: _Page, status: Mapping[str, Any]) -> None:
+    hardening = [({"measure": str(measure["measure"])}, measure["in_force"]) for measure in status["hardening"]]
+    made.add("minikms_hardening", "gauge", "1 where a measure is in force.", hardening)
+    made.one("minikms_memory_locked_bytes", "gauge", "Memory for raw keys.", status["memory"]["locked_bytes"])
+    made.one("minikms_root_slots", "gauge", "Root keys that open the keyring.", len(status["root"]["slots"]))
+    made.one("minikms_epoch", "gauge", "Rises with every start and keyring write.", status["epoch"])
+    made.one("minikms_uptime_seconds", "gauge", "Since the start.", status["uptime_seconds"])
+    made.one("minikms_warnings", "gauge", "Warnings in /status.", len(status["warnings"]))

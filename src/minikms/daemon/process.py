@@ -1,0 +1,274 @@
+"""The daemon's composition: what is made in which order, what runs, and how it ends.
+
+Owns: start and stop. Order of the start, each step a precondition of the next: signals blocked, data directory
+locked, socket bound, arena made, process hardened (one thread until here), files opened (`daemon.assembly`), the line
+that says so, then requests. Stop: no new connections, a rotation interrupted, what is in flight finished, files closed,
+keys zeroed, lock given up last. It must never serve before the epoch of this start is durable, and never after the
+audit log is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from typing import Final
+
+import structlog
+import uvloop
+
+from minikms.custody import deks, rotation_backups
+from minikms.custody.files import DataDirLock, make_private_directory, sweep_temps
+from minikms.custody.vault import CACHE_KEYS_MAX
+from minikms.daemon.parts import Assembly, Workers, open_files
+from minikms.daemon.settings import Settings
+from minikms.daemon.sockets import BACKLOG_COUNT, UnixListener, listen
+from minikms.errors import MiniKmsError
+from minikms.memory.arena import SecretArena
+from minikms.memory.process import Measure, harden, interpreter_paths
+from minikms.memory.signals import SignalReader
+from minikms.notify import Notifier
+from minikms.policy import Policy
+
+DRAIN_SECONDS_MAX: Final = 10.0
+AUDIT_SYNC_SECONDS: Final = 0.1
+HOUSEKEEPING_SECONDS: Final = 1.0
+UPKEEP_SECONDS: Final = 2.0
+CHORE_RETRY_SECONDS: Final = 1.0
+KEYRING_SLOTS: Final = 256
+"""Arena slots beside the cached DEKs: two keyring keys, 64 KEK versions, 64 pairs of audit keys, keys being made."""
+GC_THRESHOLDS: Final = (100_000, 20, 50)
+"""Almost nothing here makes cycles; with the default, collections cost a tenth of the daemon's time under load."""
+SWITCH_SECONDS: Final = 0.001
+"""How long a thread keeps the interpreter that another waits for; Python's default is 5 ms. Worker threads make many
+short calls: with the default each of them waits so long for its turn again under load.
+"""
+
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
+
+def run(settings: Settings) -> None:
+    """Serves until SIGTERM, SIGINT, or the parent's end. Raises StartError, saying why it can't and what to do."""
+    log = _logger(settings)
+    notifier = Notifier(os.environ)
+    policy = Policy(settings.allowed_uids, settings.admin_uids)
+    with SignalReader() as signals, DataDirLock(settings.data_dir) as lock:
+        for name in (deks.DIRECTORY, rotation_backups.DIRECTORY):
+            make_private_directory(os.path.join(settings.data_dir, name))
+        with (
+            listen(settings.socket, os.environ, mode=settings.socket_mode, group=settings.socket_group) as listener,
+            SecretArena((settings.cache_keys_max or CACHE_KEYS_MAX) + KEYRING_SLOTS) as arena,
+        ):
+            measures = _harden(settings, arena, listener)
+            daemon = Daemon(
+                settings=settings,
+                policy=policy,
+                lock=lock,
+                listener=listener,
+                arena=arena,
+                measures=measures,
+                signals=signals,
+                notifier=notifier,
+                log=log,
+            )
+            sys.setswitchinterval(SWITCH_SECONDS)
+            uvloop.run(daemon.serve())
+
+
+class Daemon:
+    """One run of the service. Made and used in the loop's thread."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        policy: Policy,
+        lock: DataDirLock,
+        listener: UnixListener,
+        arena: SecretArena,
+        measures: tuple[Measure, ...],
+        signals: SignalReader,
+        notifier: Notifier,
+        log: structlog.stdlib.BoundLogger,
+    ) -> None:
+        self._settings = settings
+        self._policy = policy
+        self._lock = lock
+        self._listener = listener
+        self._arena = arena
+        self._measures = measures
+        self._signals = signals
+        self._notifier = notifier
+        self._log = log
+        self._stopping = asyncio.Event()
+        self._why = ""
+
+    async def serve(self) -> None:
+        workers = Workers.start()
+        try:
+            assembly = Assembly(
+                settings=self._settings,
+                policy=self._policy,
+                files=open_files(self._settings, self._lock, self._arena, workers),
+                workers=workers,
+                arena=self._arena,
+                measures=self._measures,
+                on_internal_error=self._internal_error,
+            )
+            try:
+                await assembly.begin()
+                await self._serve_until_stopped(assembly, workers)
+                await assembly.end(self._why)
+            except MiniKmsError as error:
+                if not self._why:  # it has not come so far as to serve
+                    raise
+                self._log.error("stop not audited", why=str(error))
+            finally:
+                await self._close(assembly)
+        finally:
+            workers.shutdown()
+        self._log.info("stopped", why=self._why)
+
+    async def _close(self, assembly: Assembly) -> None:
+        try:
+            await assembly.close()
+        except MiniKmsError as error:
+            self._log.error("audit log not signed at its end", why=str(error))
+
+    async def _serve_until_stopped(self, assembly: Assembly, workers: Workers) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._signals.fileno(), self._on_signal)
+        if self._settings.parent_fd is not None:
+            os.set_blocking(self._settings.parent_fd, False)
+            loop.add_reader(self._settings.parent_fd, self._on_parent)
+        listening = await loop.create_unix_server(
+            assembly.server.protocol_factory, sock=self._listener.socket, backlog=BACKLOG_COUNT
+        )
+        chores = [asyncio.ensure_future(self._keep(chore)) for chore in self._chores(assembly, workers)]
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+        self._log.info("serving", socket=self._settings.socket, data_dir=self._settings.data_dir)
+        self._notifier.ready(f"serving on {self._settings.socket}")
+        await self._stopping.wait()
+        self._notifier.stopping()
+        listening.close()
+        self._listener.close()
+        await assembly.keks.stop()
+        await assembly.server.drain(DRAIN_SECONDS_MAX)
+        for chore in chores:
+            chore.cancel()
+        await asyncio.wait(chores)
+
+    def _chores(self, assembly: Assembly, workers: Workers) -> list[Callable[[], Awaitable[None]]]:
+        """What runs beside the requests; each returns when it has nothing more to do."""
+        loop = asyncio.get_running_loop()
+
+        async def work() -> None:
+            while True:
+                await asyncio.sleep(UPKEEP_SECONDS)
+                await loop.run_in_executor(workers.upkeep, assembly.upkeep.work)
+
+        chores: list[Callable[[], Awaitable[None]]] = [
+            lambda: assembly.audit.sync_every(AUDIT_SYNC_SECONDS),
+            lambda: assembly.app.flush_refusals_every(HOUSEKEEPING_SECONDS),
+            lambda: _every(HOUSEKEEPING_SECONDS, assembly.vault.expire),
+            lambda: _every(HOUSEKEEPING_SECONDS, assembly.upkeep.tick),
+            lambda: self._sweep_temps(assembly, workers.reader),
+            assembly.indexing.run,
+            work,
+        ]
+        watchdog_seconds = self._notifier.watchdog_interval_s
+        if watchdog_seconds is not None:
+            chores.append(lambda: _every(watchdog_seconds, self._notifier.watchdog))
+        return chores
+
+    async def _keep(self, chore: Callable[[], Awaitable[None]]) -> None:
+        """Runs a chore to its end. One that fails is a defect, which is reported and must not end the chore."""
+        while True:
+            try:
+                await chore()
+                return
+            except Exception as error:  # noqa: BLE001  whatever it is, keys must still expire and lines be synced
+                self._internal_error(f"{type(error).__name__} in a chore")
+                await asyncio.sleep(CHORE_RETRY_SECONDS)
+
+    async def _sweep_temps(self, assembly: Assembly, reader: Executor) -> None:
+        """Removes what an earlier process left half-written; what can't be removed now stays for the next start."""
+        loop = asyncio.get_running_loop()
+        for directory_fd in (self._lock.directory_fd, assembly.store.directory_fd, assembly.backups.directory_fd):
+            try:
+                await loop.run_in_executor(reader, sweep_temps, directory_fd)
+            except MiniKmsError as error:
+                self._log.warning("temporary files stay", why=str(error))
+
+    def _on_signal(self) -> None:
+        for number in self._signals.read():
+            if number in _STOP_SIGNALS:
+                self._stop(signal.Signals(number).name)
+
+    def _on_parent(self) -> None:
+        descriptor = self._settings.parent_fd
+        if descriptor is None:
+            return
+        try:
+            ended = os.read(descriptor, 4096) == b""
+        except BlockingIOError:
+            return
+        if ended:
+            asyncio.get_running_loop().remove_reader(descriptor)
+            self._stop("the parent has ended")
+
+    def _stop(self, why: str) -> None:
+        if not self._stopping.is_set():
+            self._why = why
+            self._stopping.set()
+
+    def _internal_error(self, what: str) -> None:
+        self._log.error("internal error", what=what)
+
+
+async def _every(seconds: float, chore: Callable[[], None]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        chore()
+
+
+def _harden(settings: Settings, arena: SecretArena, listener: UnixListener) -> tuple[Measure, ...]:
+    read = interpreter_paths()
+    write = [settings.data_dir, os.path.dirname(os.path.abspath(settings.socket))]
+    if settings.master_key_file is not None:
+        read.append(str(settings.master_key_file))
+        if settings.rewrite_master_key_file:
+            write.append(str(settings.master_key_file.resolve().parent))
+    elif settings.dev:
+        write.append(str(settings.dev_key_file.parent))
+    if listener.activated:
+        write.pop(1)
+    if settings.audit_copy is not None:
+        write.append(os.path.dirname(settings.audit_copy))
+    return harden(arena, read=read, write=write, require=settings.require_hardening)
+
+
+def _logger(settings: Settings) -> structlog.stdlib.BoundLogger:
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if settings.log_format == "json"
+        else structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"])
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            renderer,
+        ],
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    logger: structlog.stdlib.BoundLogger = structlog.get_logger("minikms", started_at=time.time_ns() // 1_000_000_000)
+    return logger

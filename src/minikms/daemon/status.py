@@ -1,0 +1,156 @@
+"""What `/status` says.
+
+Owns: the status object: what an operator needs to know at 3 a.m. Invariants: no secret, no path of a key file's
+content; every warning says what to do. It must never do more than a few microseconds of work: it runs in the loop's
+thread.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from minikms.datadir import Opened
+from minikms.keys.keyring import KEK_WRAPS_WARN
+
+if TYPE_CHECKING:
+    from minikms.audit import AuditLog, Upkeep
+    from minikms.custody.rotation import KekRotation
+    from minikms.custody.vault import Indexing, Vault
+    from minikms.daemon.application import Session
+    from minikms.daemon.settings import Settings
+    from minikms.http import HttpServer
+    from minikms.memory.process import Measure
+    from minikms.service.keks import KekVerbs
+
+
+class StatusPage:
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        opened: Opened,
+        vault: Vault,
+        log: AuditLog,
+        upkeep: Upkeep,
+        measures: tuple[Measure, ...],
+        rotation: KekRotation,
+        indexing: Indexing,
+        keks: KekVerbs,
+    ) -> None:
+        self._settings = settings
+        self._opened = opened
+        self._vault = vault
+        self._log = log
+        self._upkeep = upkeep
+        self._measures = measures
+        self._rotation = rotation
+        self._indexing = indexing
+        self._keks = keks
+        self._started_ns = time.time_ns()
+        self.server: HttpServer[Session] | None = None
+
+    def build(self) -> dict[str, object]:
+        body = self._vault.unlocked.body
+        arena = self._vault.arena
+        cache = self._vault.cache
+        server = self.server
+        return {
+            "status": "ok" if self._log.writable else "audit_unavailable",
+            "pid": os.getpid(),
+            "uid": os.geteuid(),
+            "uptime_seconds": (time.time_ns() - self._started_ns) // 1_000_000_000,
+            "epoch": body.epoch,
+            "keyring_id": body.keyring_id,
+            "root": self._root(),
+            "keks": [
+                {
+                    "version": kek.version,
+                    "state": kek.state,
+                    "created_at": kek.created_at,
+                    "wraps_reserved": kek.wraps_reserved,
+                }
+                for kek in body.keks
+            ],
+            "rotation": self._rotation_progress(),
+            "keys": {
+                "indexing": not self._indexing.complete,
+                "by_state": {state: count for state, count in self._vault.index.by_state.items() if count},
+                "by_kek_version": {str(kek): count for kek, count in self._vault.index.by_kek.items() if count},
+                "destroyed": len(self._vault.destroyed),
+                "unreadable": self._vault.damage.count,
+                "unreadable_files": self._vault.damage.listed(),
+            },
+            "leases": self._vault.leases.status()._asdict(),
+            "audit": {
+                **self._log.status(),
+                "public_key": body.audit_key.public_key.hex(),
+                "upkeep": self._upkeep.status(),
+            },
+            "memory": {
+                "arena": arena.backing,
+                "locked_bytes": arena.locked_bytes,
+                "keys_in_memory": len(cache),
+                "cache_hits": cache.hits,
+                "cache_misses": cache.misses,
+                "cache_evictions": cache.evictions,
+            },
+            "hardening": [measure.status() for measure in self._measures],
+            "http": {
+                "connections": server.connections_count if server else 0,
+                "requests": server.requests if server else 0,
+                "refused": server.refused if server else 0,
+            },
+            "warnings": self._warnings(),
+        }
+
+    def _root(self) -> dict[str, object]:
+        """`fingerprint`: of the root key that this run was started under, or of the one that has taken its place."""
+        slots = [slot.fingerprint for slot in self._vault.keyring.body.slots]
+        started_under = self._opened.slot.fingerprint
+        return {
+            "provider": self._opened.provider,
+            "fingerprint": started_under if started_under in slots else slots[-1],
+            "slots": slots,
+        }
+
+    def _rotation_progress(self) -> dict[str, object] | None:
+        """`total`: how many keys there are to rewrap, done ones included; None as long as that isn't known."""
+        told = self._rotation.status()
+        rotation = self._rotation.running
+        if told is None or rotation is None:
+            return None
+        index = self._vault.index
+        left = len(index) - index.by_kek[rotation.to_version]
+        return {**told, "total": self._rotation.rewrapped + left if self._indexing.complete else None}
+
+    def _warnings(self) -> list[str]:
+        body = self._vault.unlocked.body
+        found: list[str] = []
+        if self._opened.provider == "dev":
+            found.append(
+                f"development key: the root key lies in {self._settings.dev_key_file}, beside the data it protects; "
+                "for real data give --master-key-file"
+            )
+        if os.geteuid() in self._settings.allowed_uids:
+            found.append(
+                "the daemon's own uid may connect: this protects against leaks, not against a compromised server, "
+                "which can read the key file and the data directory; run the two under separate users (deploy/systemd)"
+            )
+        if len(body.slots) > 1:
+            found.append(
+                "more than one root key opens the keyring: start once with the newest root key to drop the older ones"
+            )
+        if body.wrapping_kek.wraps_reserved >= KEK_WRAPS_WARN:
+            found.append("the KEK has wrapped more than 2^31 keys; rotate it")
+        if self._keks.rewrite_failed:
+            found.append("the master key file could not be rewritten with the new root key; write it there by hand")
+        if self._vault.damage.count:
+            found.append(
+                f"{self._vault.damage.count} key files can't be read, see keys.unreadable_files; restore them "
+                "from a backup"
+            )
+        if not self._log.writable:
+            found.append("the audit log can't be written, so every verb answers 503; free space on its file system")
+        return found

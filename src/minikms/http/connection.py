@@ -1,0 +1,363 @@
+"""One connection: requests to the application, answers out, in order and within bounds.
+
+Owns: the state of a connection. Rules:
+- A request is started only when it has arrived whole, and only when nothing blocks the connection (`_BUSY`, `_WRITE`,
+  `_TURN`, `_CLOSING`). So answers leave in the order of their requests, and who does not read is not read.
+- An answer is queued, and written at the end of the turn, after the application has committed.
+- After the last answer nothing more is started: input is thrown away until the peer closes or the linger limit ends it.
+- No timer is kept: `_phase` and `_since` say what is being waited for, and `sweep` compares them with the limits.
+It must never look into a body, know a path or a verb, or keep a body beyond `handle`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Final, Generic, cast
+
+from minikms.errors import MiniKmsError
+from minikms.http import limits as refusals
+from minikms.http.encode import CONTINUE
+from minikms.http.exchange import Request, Response, S, raised_response, refusal_response
+from minikms.http.head import ParsedHead
+from minikms.http.limits import WRITE_PROGRESS_BYTES_MIN, Refusal, RefusedError
+from minikms.http.reader import Phase, RequestReader
+
+if TYPE_CHECKING:
+    from minikms.http.server import HttpServer
+
+_BUSY: Final = 1
+"""An awaited answer is pending."""
+_WRITE: Final = 2
+"""The client has not read its answers."""
+_TURN: Final = 4
+"""This connection has had its share of the turn; it goes on when its answers were written."""
+_CLOSING: Final = 8
+"""The last answer is queued or sent."""
+
+_LARGE_ANSWER_BYTES: Final = 64 * 1024
+"""An answer beyond this uses up the connection's share of the turn, so that many of them can't pile up before the first
+is written."""
+
+
+class Connection(asyncio.BufferedProtocol, Generic[S]):
+    """The protocol object of one connection; made by `HttpServer.protocol_factory`."""
+
+    __slots__ = (
+        "_admitted",
+        "_answers",
+        "_app",
+        "_blocked",
+        "_eof_at",
+        "_paused",
+        "_phase",
+        "_reader",
+        "_server",
+        "_session",
+        "_since",
+        "_stall_mark",
+        "_stall_since",
+        "_transport",
+        "_written",
+    )
+
+    _transport: asyncio.Transport
+    _session: S
+
+    def __init__(self, server: HttpServer[S]) -> None:
+        self._server = server
+        self._app = server.app
+        self._reader = RequestReader(server.shared)
+        self._blocked = 0
+        self._phase = Phase.IDLE
+        self._since = server.now
+        self._admitted: ParsedHead | None = None
+        self._answers: list[bytes] = []
+        self._paused = False
+        self._eof_at: float | None = None
+        self._written = 0
+        self._stall_mark = 0
+        self._stall_since: float | None = None
+
+    # --- the transport's calls ----------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=self._server.limits.write_buffer_bytes_max)
+        opened = self._server.open(self._transport)
+        self._since = self._server.now
+        if opened is None:
+            self._blocked = _CLOSING
+        else:
+            (self._session,) = opened
+            self._server.connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._blocked |= _CLOSING
+        self._answers = []
+        self._reader.discard()
+        if self in self._server.connections:
+            self._server.connections.discard(self)
+            self._server.close(self._session)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._reader.room()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        reader = self._reader
+        only = None if self._blocked else reader.only_request(nbytes)
+        if only is None:
+            reader.received(nbytes)
+            self._start_requests()
+            return
+        # What nearly every call is: exactly one request, under a head that was seen before.
+        self._start(*only)
+        reader.used(nbytes)
+        self._server.requests += 1
+        self._since = self._server.now
+        self._phase = Phase.IDLE
+
+    def eof_received(self) -> bool:
+        """The client will send no more. What it has sent is still answered, within the half-closed limit."""
+        self._eof_at = self._server.loop.time()
+        self._end_of_input()
+        return not self._transport.is_closing()
+
+    def pause_writing(self) -> None:
+        self._blocked |= _WRITE
+        self._pause_reading()
+
+    def resume_writing(self) -> None:
+        self._blocked &= ~_WRITE
+        self._since = self._server.now  # what the client sends now was not read before, and is not late
+        self._go_on()
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    def _start_requests(self) -> None:
+        """Start every request that has arrived whole, as far as nothing blocks; keep the rest."""
+        reader = self._reader
+        started = 0
+        try:
+            while not self._blocked:
+                request = reader.next()
+                if request is None:
+                    self._await_more(started > 0)
+                    break
+                self._start(*request)
+                started += 1
+                if started == self._server.limits.pipelined_requests_max:
+                    self._blocked |= _TURN
+            if not self._blocked & _CLOSING:
+                reader.settle()
+        except RefusedError as error:
+            self._refuse(error.refusal)
+        if started:
+            self._server.requests += started
+            self._since = self._server.now
+        if self._blocked:
+            if self._blocked & _CLOSING:
+                reader.discard()
+                return
+            self._phase = Phase.IDLE
+            if reader.holds_input:
+                self._pause_reading()
+
+    def _await_more(self, started: bool) -> None:
+        """Note what is being waited for. If it is a body, ask the application whether it is worth receiving."""
+        phase = self._reader.phase
+        if phase is not self._phase or started:
+            self._phase = phase
+            self._since = self._server.now
+        head = self._reader.head
+        if head is None or head is self._admitted:
+            return
+        self._admitted = head
+        refused = self._server.admit(self._session, head)
+        if refused is not None:
+            self._answer(head, refused, close=True)
+        elif head.expect_continue:
+            self._queue(CONTINUE)
+
+    def _start(self, head: ParsedHead, body: memoryview) -> None:
+        """Hand one whole request to the application."""
+        server = self._server
+        self._admitted = None
+        answer: bytes | Response | Awaitable[bytes | Response]
+        try:
+            answer = self._app.handle(self._session, Request(head, body))
+        except MiniKmsError as error:
+            answer = raised_response(error)
+        except Exception as error:  # noqa: BLE001 - whatever a handler raises, the client gets a 500 and the loop goes on
+            answer = server.failed(error)
+        try:
+            body.release()
+        except BufferError as error:  # the application kept a view of memory that isn't its own
+            answer = server.failed(error)
+        if type(answer) is bytes and head.plain and not server.draining:
+            if len(answer) > _LARGE_ANSWER_BYTES:
+                self._blocked |= _TURN
+            self._queue(server.encoder.ok(answer))
+        elif isinstance(answer, bytes | Response):
+            self._answer(head, answer)
+        else:
+            self._blocked |= _BUSY
+            server.watch(answer, self, head)
+
+    def finished(self, head: ParsedHead, answer: bytes | Response) -> None:
+        """The awaited answer has come; what was received meanwhile is handled when it has been written."""
+        self._blocked &= ~_BUSY
+        self._since = self._server.now
+        if not self._blocked & _CLOSING:  # otherwise the connection was lost meanwhile
+            self._blocked |= _TURN
+            self._answer(head, answer)
+
+    # --- answers ------------------------------------------------------------------------------------------------
+
+    def _answer(self, head: ParsedHead, answer: bytes | Response, *, close: bool = False) -> None:
+        response = Response(200, answer) if isinstance(answer, bytes) else answer
+        close = close or response.close or not head.keep_alive or self._server.draining
+        try:
+            data = self._server.encoder.answer(
+                response, close=close, head_only=head.method == "HEAD", request_id=head.request_id
+            )
+        except ValueError as error:
+            close = True
+            data = self._server.encoder.answer(self._server.failed(error), close=True)
+        if close:
+            self._blocked |= _CLOSING
+        self._queue(data)
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Answer the peer's last bytes with a refusal; the connection ends after it."""
+        self._blocked |= _CLOSING
+        self._server.refuse(self._session, refusal)
+        self._queue(self._server.encoder.answer(refusal_response(refusal), close=True))
+
+    def _queue(self, data: bytes) -> None:
+        """To be written when the turn is committed."""
+        self._answers.append(data)
+        if len(self._answers) == 1:
+            self._server.queue(self)
+
+    def flush(self, committed: bool) -> None:
+        """Write the turn's answers; called by the server at the end of the turn."""
+        answers = self._answers
+        if not answers:  # the connection was lost meanwhile
+            return
+        self._answers = []
+        if not committed:
+            answers = self._unavailable(answers)
+        data = answers[0] if len(answers) == 1 else b"".join(answers)
+        self._written += len(data)
+        self._transport.write(data)
+        if self._blocked or self._eof_at is not None:
+            if self._blocked & _CLOSING:
+                self._close()
+            else:
+                self._blocked &= ~_TURN
+                self._go_on()
+
+    def _unavailable(self, answers: list[bytes]) -> list[bytes]:
+        """As many answers, each of which says that the audit log can't be written."""
+        response = refusal_response(refusals.AUDIT_UNAVAILABLE)
+        kept = self._server.encoder.answer(response, close=False)
+        replaced = [answer if answer is CONTINUE else kept for answer in answers]
+        if self._blocked & _CLOSING:
+            replaced[-1] = self._server.encoder.answer(response, close=True)
+        return replaced
+
+    # --- flow and end -------------------------------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        """Something that blocked is over: handle what has been received, then read again."""
+        if self._blocked:
+            return
+        if self._reader.holds_input:
+            self._start_requests()
+        if not self._blocked:
+            self._resume_reading()
+        if self._eof_at is not None:
+            self._end_of_input()
+
+    def _end_of_input(self) -> None:
+        """The client has closed its side: end as soon as nothing is owed to it."""
+        if self._phase is Phase.LINGER:
+            self._transport.close()
+        elif self._blocked or self._answers:
+            return
+        elif self._reader.holds_input:
+            self._reader.discard()
+            self._refuse(refusals.TRUNCATED)
+        else:
+            self._transport.close()
+
+    def _pause_reading(self) -> None:
+        if not self._paused and not self._transport.is_closing():
+            self._paused = True
+            self._transport.pause_reading()
+
+    def _resume_reading(self) -> None:
+        if self._paused and self._eof_at is None and not self._transport.is_closing():
+            self._paused = False
+            self._transport.resume_reading()
+
+    def _close(self) -> None:
+        """The last answer was written: close in stages, as RFC 9112 section 9.6 describes.
+
+        Closing while bytes of the client lie unread resets the connection, and the client may lose the answer.
+        """
+        self._reader.discard()
+        transport = self._transport
+        if self._eof_at is not None or transport.is_closing() or not transport.can_write_eof():
+            transport.close()
+            return
+        transport.write_eof()
+        self._phase = Phase.LINGER
+        self._since = self._server.now
+        self._resume_reading()
+
+    def abort(self) -> None:
+        """Close at once, whatever is pending."""
+        self._transport.abort()
+
+    def close_if_idle(self) -> None:
+        """Close unless a request is being received or answered."""
+        if not self._blocked and not self._answers and not self._reader.holds_input:
+            self._transport.close()
+
+    # --- deadlines ----------------------------------------------------------------------------------------------
+
+    def sweep(self, now: float) -> None:
+        """Compare what is waited for with the limits; `now` in the loop's seconds."""
+        if self._stalled(now) or self._half_closed_too_long(now):
+            self.abort()
+        elif now - self._since < self._server.phase_seconds[self._phase]:
+            return
+        elif self._phase is Phase.LINGER:
+            self._transport.close()
+        elif self._blocked or self._answers:
+            return
+        elif self._phase is Phase.IDLE:
+            self._transport.close()
+        else:
+            self._reader.discard()
+            self._refuse(refusals.HEAD_TIMEOUT if self._phase is Phase.HEAD else refusals.BODY_TIMEOUT)
+
+    def _half_closed_too_long(self, now: float) -> bool:
+        """One sweep early rather than late: the limit is what the client is promised."""
+        limits = self._server.limits
+        return self._eof_at is not None and now + limits.sweep_seconds >= self._eof_at + limits.half_closed_seconds_max
+
+    def _stalled(self, now: float) -> bool:
+        """Has the client taken next to nothing of its answers for too long?"""
+        unread = self._transport.get_write_buffer_size()
+        if unread == 0:
+            self._stall_since = None
+            return False
+        taken = self._written - unread
+        if self._stall_since is None or taken - self._stall_mark >= WRITE_PROGRESS_BYTES_MIN:
+            self._stall_since = now
+            self._stall_mark = taken
+            return False
+        return now - self._stall_since >= self._server.limits.write_stall_seconds_max

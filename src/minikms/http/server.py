@@ -1,0 +1,226 @@
+"""The HTTP server: what all connections share, the end of a turn, deadlines, graceful stop.
+
+Owns: the set of connections, the queue of the turn and the counters. Invariants:
+- Answers of one turn of the event loop are written together, after `Application.commit` returned True; otherwise each
+  is replaced by a 503. `commit` is called in every turn in which the application was told of anything to audit.
+- One receive buffer does for all connections, because asyncio and uvloop call `get_buffer`, receive, and call
+  `buffer_updated` without anything between.
+- There is one timer, and only while there are connections.
+It must never open a listening socket (its caller does, with `protocol_factory`) or write text of an exception anywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final, Generic
+
+from minikms.errors import MiniKmsError
+from minikms.http import limits as refusals
+from minikms.http.connection import Connection
+from minikms.http.encode import AnswerEncoder
+from minikms.http.exchange import Application, Response, S, raised_response, refusal_response
+from minikms.http.head import ParsedHead
+from minikms.http.limits import LIMITS, Limits, Refusal
+from minikms.http.reader import Phase, Shared
+
+_DRAIN_POLL_SECONDS: Final = 0.02
+_CANCEL_SECONDS_MAX: Final = 1.0
+
+
+class HttpServer(Generic[S]):
+    """Serves an `Application` on every connection made with `protocol_factory`."""
+
+    def __init__(
+        self,
+        app: Application[S],
+        *,
+        loop: asyncio.AbstractEventLoop,
+        on_internal_error: Callable[[str], None],
+        limits: Limits = LIMITS,
+    ) -> None:
+        """`on_internal_error` gets the type of an unexpected exception and where it was raised, never its text."""
+        self.app = app
+        self.loop = loop
+        self.limits = limits
+        self.shared = Shared(limits)
+        self.encoder = AnswerEncoder(time.time())
+        self.connections: set[Connection[S]] = set()
+        self.draining = False
+        self.requests = 0
+        """Whole requests handed to the application since the start."""
+        self.refused = 0
+        """Refusals by the engine itself since the start."""
+        self.now = loop.time()
+        """The loop's time, at most `sweep_seconds` old while there are connections."""
+        self.phase_seconds = {
+            Phase.IDLE: limits.idle_seconds_max,
+            Phase.HEAD: limits.head_seconds_max,
+            Phase.BODY: limits.body_seconds_max,
+            Phase.LINGER: limits.linger_seconds_max,
+        }
+        self._on_internal_error = on_internal_error
+        self._turn: list[Connection[S]] = []
+        self._turn_scheduled = False
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Future[bytes | Response]] = set()
+
+    def protocol_factory(self) -> Connection[S]:
+        """For `loop.create_unix_server`, `loop.create_server` and `loop.connect_accepted_socket`."""
+        return Connection(self)
+
+    @property
+    def connections_count(self) -> int:
+        return len(self.connections)
+
+    async def drain(self, seconds: float) -> None:
+        """Stop gracefully: close idle connections, finish what is in flight, at most `seconds` long; then cut the rest.
+
+        The caller has closed its listening sockets. Answers say `connection: close` from now on.
+        """
+        self.draining = True
+        deadline = self.loop.time() + seconds
+        while self.connections or self._tasks:
+            # First, so that requests which lie in a socket's queue are read before their connection counts as idle.
+            await asyncio.sleep(_DRAIN_POLL_SECONDS)
+            if self.loop.time() >= deadline:
+                break
+            for connection in list(self.connections):
+                connection.close_if_idle()
+        if self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks, timeout=_CANCEL_SECONDS_MAX)
+            await asyncio.sleep(_DRAIN_POLL_SECONDS)
+        for connection in list(self.connections):
+            connection.abort()
+        await asyncio.sleep(0)
+
+    # --- for connections ----------------------------------------------------------------------------------------
+
+    def open(self, transport: asyncio.Transport) -> tuple[S] | None:
+        """Ask the application for a session. None: the connection was refused and is being closed."""
+        self._wake()
+        refusal = None
+        if self.draining:
+            refusal = refusals.SHUTTING_DOWN
+        elif len(self.connections) >= self.limits.connections_max:
+            refusal = refusals.TOO_MANY_CONNECTIONS
+        if refusal is not None:
+            self.refuse(None, refusal)
+            transport.write(self.encoder.answer(refusal_response(refusal), close=True))
+            transport.close()
+            return None
+        try:
+            session = self.app.open_session(transport.get_extra_info("socket"))
+        except Exception as error:  # noqa: BLE001 - a connection without a session is closed, whatever the reason
+            self.failed(error)
+            session = None
+        if session is None:
+            self._schedule_turn()
+            transport.abort()
+            return None
+        return (session,)
+
+    def refuse(self, session: S | None, refusal: Refusal) -> None:
+        """Count and report a refusal."""
+        self.refused += 1
+        self._schedule_turn()
+        try:
+            self.app.refused(session, refusal.status, refusal.code)
+        except Exception as error:  # noqa: BLE001 - the peer is refused all the same
+            self.failed(error)
+
+    def admit(self, session: S, head: ParsedHead) -> Response | None:
+        """`Application.admit`; what it raises is an answer too."""
+        try:
+            return self.app.admit(session, head)
+        except MiniKmsError as error:
+            return raised_response(error)
+        except Exception as error:  # noqa: BLE001 - as for `handle`
+            return self.failed(error)
+
+    def close(self, session: S) -> None:
+        """`Application.close_session`."""
+        self._schedule_turn()
+        try:
+            self.app.close_session(session)
+        except Exception as error:  # noqa: BLE001 - the connection is gone, nobody is left to be told
+            self.failed(error)
+
+    def failed(self, error: BaseException) -> Response:
+        """Report an unexpected exception by type and place; the answer says no more than that it happened."""
+        place = "unknown"
+        trace = error.__traceback__
+        while trace is not None:
+            place = f"{trace.tb_frame.f_globals.get('__name__', '?')}:{trace.tb_lineno}"
+            trace = trace.tb_next
+        self._on_internal_error(f"{type(error).__name__} at {place}")
+        return refusal_response(refusals.INTERNAL)
+
+    def watch(self, awaitable: Awaitable[bytes | Response], connection: Connection[S], head: ParsedHead) -> None:
+        """Wait for an answer on behalf of a connection."""
+        self._schedule_turn()  # without its answer, this turn has its input to forget all the same
+        task = asyncio.ensure_future(awaitable, loop=self.loop)
+        self._tasks.add(task)
+
+        def done(task: asyncio.Future[bytes | Response]) -> None:
+            self._tasks.discard(task)
+            self._schedule_turn()
+            connection.finished(head, self._outcome(task))
+
+        task.add_done_callback(done)
+
+    def queue(self, connection: Connection[S]) -> None:
+        """This connection has answers to write at the end of the turn."""
+        self._turn.append(connection)
+        if not self._turn_scheduled:
+            self._schedule_turn()
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    def _outcome(self, task: asyncio.Future[bytes | Response]) -> bytes | Response:
+        if task.cancelled():  # it had begun, and what it began may be on disk
+            return refusal_response(refusals.INTERRUPTED)
+        error = task.exception()
+        if error is None:
+            return task.result()
+        if isinstance(error, MiniKmsError):
+            return raised_response(error)
+        return self.failed(error)
+
+    def _schedule_turn(self) -> None:
+        if not self._turn_scheduled:
+            self._turn_scheduled = True
+            self.loop.call_soon(self._end_turn)
+
+    def _end_turn(self) -> None:
+        turn = self._turn
+        self._turn = []
+        self._turn_scheduled = False
+        self.shared.wipe()
+        try:
+            committed = self.app.commit()
+        except Exception as error:  # noqa: BLE001 - an audit that raises is an audit that was not written
+            self.failed(error)
+            committed = False
+        for connection in turn:
+            connection.flush(committed)
+
+    def _wake(self) -> None:
+        if self._sweeper is None:
+            self._tick()
+
+    def _tick(self) -> None:
+        self.now = self.loop.time()
+        self.encoder.set_time(time.time())
+        self._sweeper = self.loop.call_later(self.limits.sweep_seconds, self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweeper = None
+        if not self.connections:
+            return
+        self._tick()
+        for connection in list(self.connections):
+            connection.sweep(self.now)

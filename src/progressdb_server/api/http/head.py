@@ -1,0 +1,136 @@
+"""What a request's head says, read strictly.
+
+Owns: the headers that the API acts on, the query, and the request id. Invariants: a header that decides anything is
+taken only if it was sent once; a query parameter likewise; text is UTF-8 or it is refused. Pure: no I/O, no clock.
+It must never choose between two contradicting values.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Sequence
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+from minikms import api as kms_api
+from progressdb_server.api.http import limits
+from progressdb_server.api.http.errors import bad_request
+
+ORIGIN: Final = b"origin"
+AUTHORIZATION: Final = b"authorization"
+API_KEY: Final = b"x-api-key"
+USER_ID: Final = b"x-user-id"
+USER_SIGNATURE: Final = b"x-user-signature"
+REQUEST_ID: Final = b"x-request-id"
+IDENTITY: Final = b"x-identity"
+IDEMPOTENCY_KEY: Final = b"idempotency-key"
+CONTENT_LENGTH: Final = b"content-length"
+EXPECT: Final = b"expect"
+COOKIE: Final = b"cookie"
+
+_READ: Final = frozenset(
+    {
+        ORIGIN,
+        AUTHORIZATION,
+        API_KEY,
+        USER_ID,
+        USER_SIGNATURE,
+        REQUEST_ID,
+        IDENTITY,
+        IDEMPOTENCY_KEY,
+        CONTENT_LENGTH,
+        EXPECT,
+        COOKIE,
+    }
+)
+_HARMLESS: Final = frozenset({ORIGIN, REQUEST_ID, EXPECT, COOKIE})
+"""Sent twice they count as not sent; the others are refused."""
+
+Headers = dict[bytes, bytes]
+
+
+def read_headers(raw: Sequence[tuple[bytes, bytes]]) -> tuple[Headers, bytes | None]:
+    """The headers, and the name of one that was sent twice (None if none was). Where any was, only those that the API
+    acts on."""
+    found: Headers = dict(raw)
+    if len(found) == len(raw):
+        return found, None
+    found.clear()
+    repeated: set[bytes] | None = None
+    for name, value in raw:
+        if name not in _READ:
+            continue
+        if name in found:
+            repeated = {name} if repeated is None else repeated | {name}
+        else:
+            found[name] = value
+    if repeated is None:
+        return found, None
+    for name in repeated & _HARMLESS:
+        del found[name]
+    refused = sorted(repeated - _HARMLESS)
+    return found, refused[0] if refused else None
+
+
+def header_text(value: bytes, name: str) -> str:
+    """A header's value as text. Raises ApiError 400 for what is not UTF-8."""
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        raise bad_request(f"the header {name} is not UTF-8") from None
+
+
+def _field_text(raw: bytes) -> str:
+    if b"%" in raw and not _percent_is_valid(raw):
+        raise bad_request("the query has a malformed percent-encoding")
+    try:
+        return unquote_to_bytes(raw.replace(b"+", b" ")).decode("utf-8")
+    except UnicodeDecodeError:
+        raise bad_request("the query is not UTF-8") from None
+
+
+_HEX: Final = frozenset(b"0123456789abcdefABCDEF")
+
+
+def _percent_is_valid(raw: bytes) -> bool:
+    at = raw.find(b"%")
+    while at != -1:
+        digits = raw[at + 1 : at + 3]
+        if len(digits) != 2 or not _HEX.issuperset(digits):
+            return False
+        at = raw.find(b"%", at + 3)
+    return True
+
+
+def read_query(raw: bytes) -> dict[str, str]:
+    """The query's fields. Raises ApiError 400 where a name is repeated, or anything is malformed."""
+    fields: dict[str, str] = {}
+    if not raw:
+        return fields
+    parts = raw.split(b"&", limits.QUERY_FIELDS_COUNT_MAX + 1)
+    if len(parts) > limits.QUERY_FIELDS_COUNT_MAX:
+        raise bad_request("the query has too many parameters")
+    for part in parts:
+        if not part:
+            continue
+        raw_name, _, raw_value = part.partition(b"=")
+        name = _field_text(raw_name)
+        if name in fields:
+            raise bad_request("a query parameter is given twice")
+        fields[name] = _field_text(raw_value)
+    return fields
+
+
+_run: Final = secrets.token_hex(6)
+_numbers: Final = itertools.count(1)
+
+
+def request_id(headers: Headers) -> str:
+    """The caller's own request id where it is valid, otherwise a new one, unique across restarts."""
+    given = headers.get(REQUEST_ID)
+    if given is not None and given.isascii():
+        text = given.decode("ascii")
+        if kms_api.REQUEST_ID_PATTERN.fullmatch(text):
+            return text
+    return f"r-{_run}-{next(_numbers)}"

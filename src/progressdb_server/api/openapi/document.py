@@ -1,0 +1,305 @@
+"""The OpenAPI document, generated from the table of routes.
+
+Owns: how the table, the descriptions and the structs become one document (OpenAPI 3.1). Invariants: whatever the
+table serves is in the document and nothing else is, or making it raises; the answers that follow from the checks that
+every request passes (docs/spec/server-http.md) are added here, once. Pure: the same table makes the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, Protocol
+
+import msgspec
+import yaml
+
+from progressdb_server.api.http import limits
+from progressdb_server.api.http.access import Role, for_users, is_open
+from progressdb_server.api.openapi.description import Described, Parameter, Schema, Taken, ref
+from progressdb_server.store.model import Message, Thread
+
+CONTENT_TYPE: Final = "application/yaml"
+
+_INFO: Final = """\
+Threads and messages, encrypted at rest under one key a thread.
+
+Every answer carries `X-Request-Id`: the caller's own, if it is 1 to 128 of `[A-Za-z0-9._:/+=-]`, otherwise a new one.
+It goes through the logs of both processes and into the audit log of the key service.
+
+Any path answers `OPTIONS` with 204 and without a key. Another method than those listed is 405 with `Allow`, another
+path 404. A request that is not HTTP is 400 `malformed HTTP request`, a head of more than {head} bytes or {headers}
+headers 431 `request head too large`; both close the connection.
+
+Lists of more than {list_} bytes are streamed; one that breaks off is never a complete JSON text.
+"""
+_TAGS: Final = {
+    "threads": "Conversations. Only the author of a thread sees or changes it.",
+    "messages": "What is said in a thread; every change is a new version.",
+    "reactions": "One reaction an identity to a message.",
+    "users": "Signatures by which front ends act for a user.",
+    "operators": "Health, counts, raw values, background work.",
+    "documentation": "This document. Needs no key.",
+    "viewer": "Pages for people: log in with an admin key.",
+}
+_BAD_QUERY: Final = ("a query parameter is given twice", "the query is not UTF-8")
+_SIGNATURE_401: Final = ("missing signature headers", "invalid signature")
+_BAD_AUTHOR: Final = ("author too long", "author holds a control character")
+_OTHER_AUTHOR: Final = "author mismatch between signature and query param"
+
+REQUEST_ID: Final = Parameter(
+    "X-Request-Id",
+    {"type": "string", "pattern": r"^[A-Za-z0-9._:/+=-]{1,128}$"},
+    "The id of the request, in every log.",
+    "header",
+    required=True,
+)
+_HEADERS: Final[dict[int, tuple[Parameter, ...]]] = {
+    401: (Parameter("WWW-Authenticate", {"type": "string"}, "How to authenticate.", "header", required=True),),
+    429: (Parameter("Retry-After", {"type": "integer", "minimum": 1}, "Seconds.", "header", required=True),),
+    503: (Parameter("Retry-After", {"type": "integer", "minimum": 1}, "Seconds.", "header", required=True),),
+    303: (Parameter("Location", {"type": "string"}, "Where to.", "header", required=True),),
+    308: (Parameter("Location", {"type": "string"}, "Where to.", "header", required=True),),
+}
+_WHAT: Final = {
+    200: "Done.",
+    202: "Begun.",
+    204: "Done; nothing to say.",
+    303: "See another page.",
+    308: "The page is there.",
+    400: "The request is malformed or out of bounds.",
+    401: "No key, an unknown key, or a user that is not signed rightly.",
+    403: "The caller may not do this.",
+    404: "There is no such thing.",
+    409: "It contradicts an earlier request, or the state of what it names.",
+    413: "The body is too large.",
+    429: "Too many requests from this key or address.",
+    500: "A stored record can't be read, or the server failed; the log says more under the request's id.",
+    503: "The disk or the key service can't take it now; the same request may be sent again.",
+}
+
+
+class UndescribedError(Exception):
+    """An operation is served that nobody has described."""
+
+
+class Served(Protocol):
+    """An entry of the table of routes."""
+
+    path: str
+
+    @property
+    def operations(self) -> Mapping[str, Any]:
+        """By method; each has `roles`."""
+
+
+def document(resources: Iterable[Served], described: Mapping[str, Described], version: str) -> dict[str, Any]:
+    """Raises UndescribedError for an operation that is served and not described."""
+    paths: dict[str, dict[str, Any]] = {}
+    for resource in resources:
+        path = resource.path.replace(":path}", "}")
+        for method, operation in sorted(resource.operations.items()):
+            said = described.get(f"{method} {path}")
+            if said is None:
+                raise UndescribedError(f"{method} {path} is served and not described")
+            paths.setdefault(path, {})[method.lower()] = _operation(method, path, operation.roles, said)
+    tags = {operation["tags"][0] for methods in paths.values() for operation in methods.values()}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "ProgressDB",
+            "version": version,
+            "description": _INFO.format(
+                head=limits.HEAD_BYTES_MAX, headers=limits.HEADERS_COUNT_MAX, list_=limits.LIST_BUFFER_BYTES_MAX
+            ),
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "tags": [{"name": name, "description": text} for name, text in _TAGS.items() if name in tags],
+        "security": _SIGNED_OR_NOT,
+        "paths": paths,
+        "components": {"schemas": _schemas(), "securitySchemes": _SECURITY},
+    }
+
+
+_SECURITY: Final[dict[str, Any]] = {
+    "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    "bearer": {"type": "http", "scheme": "bearer", "description": "The same key as a bearer token."},
+    "userSignature": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "X-User-Signature",
+        "description": "Lower-case hex HMAC-SHA-256(backend API key, user id) of the id in `X-User-ID`. Front-end keys "
+        "always need it.",
+    },
+    "viewerSession": {"type": "apiKey", "in": "cookie", "name": "progressdb_viewer"},
+}
+_KEYED: Final[list[dict[str, list[str]]]] = [{"apiKey": []}, {"bearer": []}]
+_SIGNED_OR_NOT: Final = [*_KEYED, {"apiKey": [], "userSignature": []}, {"bearer": [], "userSignature": []}]
+
+
+def _schemas() -> dict[str, Any]:
+    _, components = msgspec.json.schema_components([Message, Thread])
+    for name, what in (("Message", "One version of a message."), ("Thread", "A thread.")):
+        components[name]["description"] = f"{what} Times are Unix nanoseconds; a field that is empty is absent."
+    error = {
+        "type": "object",
+        "properties": {"error": {"type": "string", "description": "A sentence."}},
+        "required": ["error"],
+        "additionalProperties": False,
+    }
+    return {**components, "Error": error}
+
+
+def _operation(method: str, path: str, roles: frozenset[Role], said: Described) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "tags": [said.tag],
+        "summary": said.summary,
+        "operationId": _operation_id(method, path),
+        "description": f"Who may call it: {_who(path, roles)}.",
+    }
+    parameters = [_path_parameter(name, said) for name in _names_in(path)]
+    parameters += [_parameter(parameter) for parameter in said.parameters]
+    if parameters:
+        made["parameters"] = parameters
+    if said.body is not None:
+        made["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": _body_schema(said.body)}},
+        }
+    if said.form is not None:
+        made["requestBody"] = {
+            "required": True,
+            "content": {"application/x-www-form-urlencoded": {"schema": said.form}},
+        }
+    made["responses"] = _responses(path, said)
+    if is_open(path):
+        made["security"] = [{"viewerSession": []}, {}] if said.tag == "viewer" else []
+    elif not for_users(path):
+        made["security"] = _KEYED
+    return made
+
+
+def _who(path: str, roles: frozenset[Role]) -> str:
+    if is_open(path):
+        return "everybody, without a key"
+    named = [role.value for role in Role if role in roles and role is not Role.UNAUTHENTICATED]
+    if not for_users(path):
+        named = [name for name in named if name != Role.FRONTEND]
+        return f"keys of {' and '.join(named)}"
+    return "backend and admin keys; front-end keys for a signed user"
+
+
+def _operation_id(method: str, path: str) -> str:
+    words = [method.lower(), *(part.strip("{}").replace(".", "_") for part in path.split("/") if part)]
+    return "_".join(words) + ("_page" if path.endswith("/") else "")
+
+
+def _names_in(path: str) -> list[str]:
+    return [part.strip("{}") for part in path.split("/") if part.startswith("{")]
+
+
+def _path_parameter(name: str, said: Described) -> dict[str, Any]:
+    schema = said.path_schemas.get(name, {"type": "string", "minLength": 1})
+    return {"name": name, "in": "path", "required": True, "schema": schema}
+
+
+def _parameter(parameter: Parameter) -> dict[str, Any]:
+    return {
+        "name": parameter.name,
+        "in": parameter.place,
+        "required": parameter.required,
+        "description": parameter.what,
+        "schema": parameter.schema,
+    }
+
+
+def _body_schema(taken: Taken) -> Schema:
+    """The struct's own schema, with what the handler checks beside it."""
+    (_,), components = msgspec.json.schema_components([taken.struct])
+    schema: Schema = dict(components[taken.struct.__name__])
+    properties = {**schema["properties"], **taken.checks}
+    if not set(taken.checks) <= set(schema["properties"]):
+        raise UndescribedError(f"{taken.struct.__name__} has no field {sorted(taken.checks)}")
+    required = [*schema.get("required", ()), *taken.required]
+    made: Schema = {"type": "object", "properties": properties, **taken.beside}
+    if "additionalProperties" in schema:
+        made["additionalProperties"] = schema["additionalProperties"]
+    return {**made, "required": required} if required else made
+
+
+def _responses(path: str, said: Described) -> dict[str, Any]:
+    made = {str(said.status): _answer(said, said.status, said.answer)}
+    made |= {str(status): _answer(said, status, schema) for status, schema in said.answers.items()}
+    for status, sentences in sorted(refusals(path, said).items()):
+        made[str(status)] = {
+            "description": _WHAT[status],
+            "headers": _response_headers(status),
+            "content": {
+                "application/json": {
+                    "schema": ref("Error"),
+                    "examples": {
+                        _example_name(sentence): {"value": {"error": sentence}} for sentence in dict.fromkeys(sentences)
+                    },
+                },
+                # the gate's refusals are JSON everywhere, the viewer's own are pages
+                **({"text/html": {"schema": {"type": "string"}}} if said.tag == "viewer" else {}),
+            },
+        }
+    return made
+
+
+def refusals(path: str, said: Described) -> dict[int, tuple[str, ...]]:
+    """Every refusal of an operation by status: its own, and those that follow from the checks before it."""
+    found: dict[int, list[str]] = {status: list(sentences) for status, sentences in said.refusals.items() if sentences}
+
+    def add(status: int, *sentences: str) -> None:
+        found.setdefault(status, []).extend(sentences)
+
+    add(400, "the header x-api-key is sent twice")
+    add(403, "forbidden")
+    add(429, "rate limit exceeded")
+    add(500, "internal error")
+    if not is_open(path):
+        add(401, "unauthorized", *(_SIGNATURE_401 if for_users(path) else ()))
+    if "disk" in said.needs:
+        add(503, "the store's disk is not available now")
+    if "key service" in said.needs:
+        add(503, "the key service is not available now")
+    if said.body is not None:
+        if not found.get(400) or not any(sentence.startswith("invalid ") for sentence in found[400]):
+            add(400, "invalid json")
+        add(413, "request body too large")
+    if said.form is not None or any(parameter.place == "query" for parameter in said.parameters):
+        add(400, *_BAD_QUERY)
+    if for_users(path) and any(parameter.name == "author" for parameter in said.parameters):
+        add(400, *_BAD_AUTHOR)
+        add(403, _OTHER_AUTHOR)
+    return {status: tuple(sentences) for status, sentences in found.items()}
+
+
+def _answer(said: Described, status: int, schema: Schema | None) -> dict[str, Any]:
+    made: dict[str, Any] = {"description": _WHAT[status], "headers": _response_headers(status)}
+    if schema is not None:
+        made["content"] = {said.content: {"schema": schema}}
+    return made
+
+
+def _response_headers(status: int) -> dict[str, Any]:
+    return {
+        header.name: {"description": header.what, "required": header.required, "schema": header.schema}
+        for header in (REQUEST_ID, *_HEADERS.get(status, ()))
+    }
+
+
+def _example_name(sentence: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in sentence).strip("_")[:60]
+
+
+class _Dumper(yaml.SafeDumper):
+    """No anchors: a reader without YAML's finer points, human or not, sees each part where it belongs."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def as_yaml(document: dict[str, Any]) -> bytes:
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, encoding="utf-8")
