@@ -13,7 +13,7 @@ import pytest
 KEY = "0123456789abcdef" * 4
 PROGRAM = """
 import sys
-from progressdb_server.kms import masterkey
+from progressdb_server.kms import root_key as masterkey
 loaded = set(sys.modules)
 try:
     descriptor = masterkey.take()

@@ -16,6 +16,7 @@ from collections.abc import Container, Iterable, Iterator
 from typing import Final, NamedTuple
 
 from minikms import api
+from minikms.custody.deks import DIRECTORY as DEK_DIRECTORY
 from minikms.custody.deks import SUFFIX, DekStore, file_name, list_names
 from minikms.custody.files import now_ns, open_directory, read_file_bounded
 from minikms.errors import KeyUnreadableError, StorageUnavailableError

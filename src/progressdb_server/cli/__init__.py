@@ -10,11 +10,11 @@ from __future__ import annotations
 
 def main() -> None:
     """The entry point."""
-    from progressdb_server.kms import supervisor
+    from progressdb_server.kms import root_key
 
     try:
-        master_key_fd = supervisor.take()
-    except supervisor.MasterKeyError as error:
+        master_key_fd = root_key.take()
+    except root_key.MasterKeyError as error:
         raise SystemExit(f"progressdb: {error}") from None
     from progressdb_server.cli.command import run
 

@@ -1,0 +1,67 @@
+"""A master key in the server's own environment: out of it, before anything else happens.
+
+Owns: the move of `PROGRESSDB_MINIKMS_MASTER_KEY` into a sealed memfd that this process never maps, and the
+re-execution without the variable. Invariants: the process that goes on never had the key in its memory (execve(2)
+replaces the address space in which the variable was); its `/proc/<pid>/environ` has no key; the memfd's content can't
+be changed (F_SEAL_*), and is not inherited but by the child that it is passed to. The key is not checked here, so as
+not to look at it: miniKMS does. Call `take` first of all in `main`, before other modules are imported; this one
+imports only what the interpreter has loaded already.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from typing import Final
+
+KEY_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY"
+KEY_FILE_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FILE"
+DESCRIPTOR_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FD"
+"""Between the process that found the key and its successor only; not for anyone's configuration."""
+_SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+class MasterKeyError(Exception):
+    """The master key's variables can't be used; the text says why, and has no key in it."""
+
+
+def take() -> int | None:
+    """The descriptor of the key that the environment held, for `ChildOptions.master_key_fd`; None without one.
+
+    Does not return when the key is still in the environment: the process starts over, as the same program with the same
+    arguments. Raises MasterKeyError when a key and a key file are both given.
+    """
+    if os.environb.get(KEY_VARIABLE.encode()):
+        if os.environ.get(KEY_FILE_VARIABLE):
+            raise MasterKeyError(f"{KEY_VARIABLE} and {KEY_FILE_VARIABLE} are both given: unset one of them")
+        _start_over()
+    return _received()
+
+
+def _start_over() -> None:
+    descriptor = os.memfd_create("progressdb-master-key", os.MFD_ALLOW_SEALING)  # inherited through exec, this once
+    os.write(descriptor, os.environb[KEY_VARIABLE.encode()])
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    successors = {name: value for name, value in os.environb.items() if name != KEY_VARIABLE.encode()}
+    successors[DESCRIPTOR_VARIABLE.encode()] = b"%d" % descriptor
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], successors)  # noqa: S606 - the same program again
+
+
+def _received() -> int | None:
+    text = os.environ.pop(DESCRIPTOR_VARIABLE, "")
+    if not text:
+        return None
+    try:
+        descriptor = int(text)
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    except (ValueError, OSError):
+        seals = 0
+    if seals != _SEALS:
+        raise MasterKeyError(
+            f"{DESCRIPTOR_VARIABLE} is set, but not by this program: unset it, and use {KEY_FILE_VARIABLE}"
+        )
+    os.set_inheritable(descriptor, False)
+    return descriptor
