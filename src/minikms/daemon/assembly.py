@@ -39,7 +39,7 @@ from minikms.custody.vault import CACHE_KEYS_MAX, Vault
 from minikms.daemon.application import Application, Session
 from minikms.daemon.auditing import TurnAudit
 from minikms.daemon.epochs import highest_epoch
-from minikms.daemon.http import HttpServer
+from minikms.daemon.http import HttpServer, Limits
 from minikms.daemon.onecpu import on_one_cpu
 from minikms.daemon.settings import Settings
 from minikms.daemon.statuspage import StatusPage
@@ -122,6 +122,7 @@ class Assembly:
         workers: Workers,
         arena: SecretArena,
         measures: tuple[Measure, ...],
+        connections_max: int,
         on_internal_error: Callable[[str], None],
     ) -> None:
         self._files = files
@@ -180,9 +181,13 @@ class Assembly:
             policy=policy,
             audit=self.audit,
             vault=self.vault,
+            connections_max=connections_max,
         )
         self.server: HttpServer[Session] = HttpServer(
-            self.app, loop=asyncio.get_running_loop(), on_internal_error=on_internal_error
+            self.app,
+            loop=asyncio.get_running_loop(),
+            on_internal_error=on_internal_error,
+            limits=Limits(connections_max=connections_max),
         )
         page.server = self.server
 

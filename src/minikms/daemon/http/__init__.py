@@ -12,7 +12,7 @@ Modules, each importing only those before it: `limits`, `refusals`, `receive`, `
 `exchange`, `encode`, `connection`, `server`. Up to `reader` all is pure: bytes in, values out, no socket and no clock.
 """
 
-from minikms.daemon.http.exchange import Application, Request, Response, error_response, raised_response
+from minikms.daemon.http.exchange import Application, Request, Response, S, error_response, raised_response
 from minikms.daemon.http.head import ParsedHead
 from minikms.daemon.http.limits import LIMITS, Limits
 from minikms.daemon.http.query import parse_query
@@ -26,6 +26,7 @@ __all__ = [
     "ParsedHead",
     "Request",
     "Response",
+    "S",
     "error_response",
     "parse_query",
     "raised_response",
