@@ -124,7 +124,7 @@ def test_without_descriptors_the_open_connections_are_served(tmp_path: Path) -> 
         assert [answered(connection) for connection in served] == [200] * len(served)
         failures = http_status(client)["accept_failures"]
         assert failures > 1
-        assert daemon.log.read_text().count("connections wait") == 1
+        assert daemon.log.read_text().count("accept failed") == 1
         for connection in served:
             connection.close()
         assert answered(late[0]) == 200

@@ -1,4 +1,4 @@
-"""Accepting connections: how many there may be, and what happens when the kernel cannot give one more.
+"""Accepting connections within the limit of open files, and pausing when accept(2) fails.
 
 Owns: the limit of open files (RLIMIT_NOFILE), the bound on connections that follows from it, and the accept loop.
 Invariants: the soft limit is raised, never above the hard limit, before the process is hardened; a reserve of

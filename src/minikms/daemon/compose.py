@@ -244,7 +244,7 @@ class Daemon:
             self._stopping.set()
 
     def _accept_failed(self, why: str) -> None:
-        self._log.warning("connections wait: the kernel can't give one", why=why, pause_seconds=ACCEPT_PAUSE_SECONDS)
+        self._log.warning("accept failed", why=why, pause_seconds=ACCEPT_PAUSE_SECONDS)
 
     def _internal_error(self, what: str) -> None:
         self._log.error("internal error", what=what)

@@ -329,7 +329,7 @@ def _verify_audit(tour: Tour, place: Place, head: str) -> None:
 @contextlib.contextmanager
 def _running(tour: Tour, place: Place) -> Iterator[Server]:
     """The real server, as a process; stopped at the end. Raises DemoError when it does not come up or go down."""
-    _own(place.directory)
+    _make_own_directory(place.directory)
     server = Server(f"127.0.0.1:{_free_port()}", secrets.token_urlsafe(12), secrets.token_urlsafe(12))
     tour.step(
         "Start the server, which starts miniKMS, the key service",
@@ -359,8 +359,8 @@ def _running(tour: Tour, place: Place) -> Iterator[Server]:
         raise DemoError(f"the server ended with status {status}; its log: {place.server_log}")
 
 
-def _own(directory: Path) -> None:
-    """Make the directory, or check that this user owns all of it. Raises DemoError."""
+def _make_own_directory(directory: Path) -> None:
+    """Make it, or check that this user owns it and all that is in it. Raises DemoError."""
     try:
         os.makedirs(directory, mode=0o700, exist_ok=True)
         owners = {path: path.lstat().st_uid for path in (directory, *directory.rglob("*"))}
