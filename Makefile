@@ -4,8 +4,8 @@
 # machine (tools/bootstrap/make_venv.py). Nothing here prompts. python3.13 is taken where there is one: of the versions
 # that the tests run on it is the fastest. Another interpreter or place:
 #   make test PYTHON=python3.11 VENV=.venv-3.11
-# More for pytest or the bench:
-#   make test ARGS='tests/tidy -x'        make bench ARGS='encrypt'
+# More for pytest, the bench or the tour:
+#   make test ARGS='tests/tidy -x'        make bench ARGS='encrypt'        make run ARGS='--dir ../tour'
 
 PYTHON ?= $(shell python3.13 -c "" 2>/dev/null && echo python3.13 || echo python3)
 VENV ?= .venv
@@ -26,7 +26,7 @@ help:
 	@echo 'make torture  the tests that take longer than `make test` has time for'
 
 run: venv
-	$(VENV)/bin/progressdb demo
+	$(VENV)/bin/progressdb demo $(ARGS)
 
 test: venv
 	$(VENV)/bin/python -m pytest $(ARGS)

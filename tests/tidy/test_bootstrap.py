@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import runpy
 import shutil
 import subprocess
@@ -50,6 +51,20 @@ def test_the_wheel_is_the_one_that_the_script_names_and_expects() -> None:
     named = runpy.run_path(str(BOOTSTRAP / "make_venv.py"))
     digest = hashlib.sha256(Path(named["PIP_WHEEL"]).read_bytes()).hexdigest()
     assert digest == named["PIP_WHEEL_SHA256"]
+
+
+def test_a_finished_environment_is_left_as_it_is_without_network(tmp_path: Path) -> None:
+    """A checkout gives the files that say what to install a new date: nothing is installed again for that."""
+    named = runpy.run_path(str(BOOTSTRAP / "make_venv.py"))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    stamp = tmp_path / ".installed"
+    stamp.write_text(named["described"](str(tmp_path)) + named["requirements_digest"]())
+    os.utime(stamp, (1, 1))
+    done = bootstrap(tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert stamp.stat().st_mtime > PROJECT.joinpath("pyproject.toml").stat().st_mtime
+    assert (tmp_path / "bin" / "python").read_bytes() == b""
 
 
 @pytest.mark.parametrize("version", [(3, 6, 15), (3, 10, 13)])
