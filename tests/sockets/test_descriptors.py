@@ -20,7 +20,8 @@ from minikms.daemon.accepting import CONNECTIONS_COUNT_MIN, DESCRIPTORS_RESERVED
 
 BOUND = 40
 FEW = DESCRIPTORS_RESERVED_COUNT + BOUND
-SCARCE = 48  # fewer than the files of a daemon and the connections of a test, more than its files
+SPARE = 12  # descriptors that a lowered limit leaves for new connections
+CONNECTING = 96  # more than the spare descriptors and the gaps below them
 CPU_SHARE_MAX = 0.5  # of one processor; a loop that spins takes all of it
 WAIT_S_MAX = 10.0
 STATUS = b"GET /status HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -54,6 +55,13 @@ def cpu_seconds(pid: int) -> float:
     """User and system time of a process: fields 14 and 15 of proc_pid_stat(5)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def leave_few_descriptors(daemon: LiveDaemon) -> None:
+    """Lower the soft limit of the running daemon to a few descriptors more than it has open."""
+    highest = max(int(name) for name in os.listdir(f"/proc/{daemon.pid}/fd"))
+    hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (highest + 1 + SPARE, hard))
 
 
 def until(wanted: Callable[[], bool]) -> None:
@@ -110,8 +118,8 @@ def test_without_descriptors_the_open_connections_are_served(tmp_path: Path) -> 
         key = client.create_dek_for_thread("thread").key_id
         sealed = client.encrypt(key, b"text")  # opens the files that the key needs
         before = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (SCARCE, before[1]))
-        waiting = [connect(daemon, opened) for _ in range(2 * SCARCE)]
+        leave_few_descriptors(daemon)
+        waiting = [connect(daemon, opened) for _ in range(CONNECTING)]
         until(lambda: http_status(client)["accept_failures"] > 0)
         admitted = http_status(client)["connections"]
         assert 1 < admitted < len(waiting)
@@ -137,8 +145,8 @@ def test_a_stop_while_connections_wait_for_descriptors_is_clean(tmp_path: Path) 
     with LiveDaemon(tmp_path, "file") as daemon, contextlib.ExitStack() as opened, daemon.client() as client:
         client.status()
         hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)[1]
-        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (SCARCE, hard))
-        for _ in range(2 * SCARCE):
+        leave_few_descriptors(daemon)
+        for _ in range(CONNECTING):
             connect(daemon, opened)
         until(lambda: http_status(client)["accept_failures"] > 0)
         resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (hard, hard))
