@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from minikms.custody.files import create_file_exclusive, open_directory, remove_file, replace_file, replace_many
+from minikms.custody.files import FileWrite, open_directory, remove_file, replace_file, write_files
 from minikms.custody.lease_store import LeaseStore
 from minikms.errors import StorageUnavailableError
 
@@ -34,13 +34,13 @@ def replace(directory: int) -> None:
 
 
 def create(directory: int) -> None:
-    insist(lambda: create_file_exclusive(directory, "g0", b"new"))
+    insist(lambda: write_files(directory, [FileWrite("g0", b"new", exclusive=True)]))
     tell("told g0 new")
 
 
 def many(directory: int) -> None:
     names = [f"f{number}" for number in range(5)]
-    insist(lambda: replace_many(directory, [(name, b"new") for name in names]))
+    insist(lambda: write_files(directory, [FileWrite(name, b"new") for name in names]))
     for name in names:
         tell(f"told {name} new")
 

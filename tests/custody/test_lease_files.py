@@ -127,7 +127,7 @@ def test_a_journal_that_cannot_be_merged_takes_only_so_much(
     monkeypatch.setattr(lease_store, "JOURNAL_RECORDS_MAX", 10)
     store = opened(create=True)
     store.reserve([key(number) for number in range(10)])
-    with pytest.raises(StorageUnavailableError, match="merged"):
+    with pytest.raises(StorageUnavailableError, match="merges"):
         store.reserve([key(1)])
     assert store.total(key(1)) == 2 * LEASE_USES
     store.merge()

@@ -109,7 +109,7 @@ class LeasesAgainstModel(RuleBasedStateMachine):
     @rule(newest=st.sampled_from(KEYS), forgotten=st.integers(0, 3))
     def restore(self, newest: bytes, forgotten: int) -> None:
         """The archive lacks some leases of the keys it holds."""
-        self.store.add_restore_penalty(newest, 3 * LEASE_USES)
+        self.store.add_restore_uses(newest, 3 * LEASE_USES)
         for one in KEYS:
             if one <= newest:
                 self.granted[one] += forgotten * LEASE_USES

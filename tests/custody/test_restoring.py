@@ -17,7 +17,7 @@ from minikms.cli.rootopening import Source, opened_keyring, opened_root
 from minikms.crypto.aead import NonceSource
 from minikms.custody.backup import create, restore
 from minikms.custody.backup.archive import ArchiveError, ArchiveReader, ArchiveWriter, Manifest, dek_entry_name
-from minikms.custody.backup.create import Making, Task, remove_leftover, staging_path
+from minikms.custody.backup.create import NewArchive, Task, remove_leftover, staging_path
 from minikms.custody.backup.register import DIRECTORY as REGISTER
 from minikms.custody.backup.register import ArchiveRegister, Registered
 from minikms.custody.files import LOCK_NAME, DataDirLock, open_directory
@@ -25,13 +25,13 @@ from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.lease_format import RESTORE_USES, Floors, journal_header
 from minikms.custody.lease_store import LeaseStore, snapshot_chunks
 from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
-from minikms.keys.ids import key_id_to_bytes
+from minikms.keys.dek import key_id_to_bytes
 from minikms.memory.arena import SecretArena
 from vaults import key_file, opened_vault
 
 ARCHIVE_ID = "a_0123456789abcdef"
 AT = "2026-11-24T15:00:00Z"
-MAKING = Making(ARCHIVE_ID, AT, lambda: None)
+NEW = NewArchive(ARCHIVE_ID, AT, lambda: None)
 KEYS = 3
 
 
@@ -53,12 +53,12 @@ def task_for(data_dir: Path) -> Iterator[Task]:
 
 def made(data_dir: Path, path: Path) -> Manifest:
     with task_for(data_dir) as task:
-        return create.create(str(data_dir), str(path), task, MAKING).manifest
+        return create.create(str(data_dir), str(path), task, NEW).manifest
 
 
 def restored(data_dir: Path, archive: Path, target: Path) -> None:
     with task_for(data_dir) as task:
-        good = create.judge(str(archive), task)
+        good = create.verify(str(archive), task)
         with DataDirLock(str(target)) as lock, task.open_keyring(good.keyring) as unlocked:
             restore.check_empty(lock.directory_fd, str(target))
             source = Registered(ARCHIVE_ID, str(archive), 1, 2, KEYS, 3)
@@ -167,7 +167,7 @@ def test_an_archive_whose_lease_snapshot_no_start_would_take_is_not_good(data_di
 def test_an_archive_whose_journal_no_start_would_take_is_not_good(data_dir: Path, tmp_path: Path) -> None:
     journal = data_dir / "kms-leases"
     journal.write_bytes(journal_header() + bytes(32 * 5000))
-    with pytest.raises(ArchiveError, match="damaged in many places"):
+    with pytest.raises(ArchiveError, match="damaged records"):
         made(data_dir, tmp_path / "bad")
 
 
@@ -210,7 +210,7 @@ def test_keys_are_looked_at_only_once_the_whole_archive_is_authentic(
     for name in ("_parsed", "_check_journal", "_check_snapshot"):
         monkeypatch.setattr(create, name, looked_at)
     with task_for(data_dir) as task, pytest.raises(ArchiveError, match="altered"):
-        create.judge(str(archive), task)
+        create.verify(str(archive), task)
 
 
 def test_an_archive_that_is_exchanged_between_its_two_readings_is_not_good(
@@ -220,7 +220,7 @@ def test_an_archive_that_is_exchanged_between_its_two_readings_is_not_good(
     made(data_dir, archive)
     (data_dir / "kms-leases").write_bytes(journal_header())
     with task_for(data_dir) as task:
-        create.create(str(data_dir), str(other), task, Making("a_ffffffffffffffff", AT, lambda: None))
+        create.create(str(data_dir), str(other), task, NewArchive("a_ffffffffffffffff", AT, lambda: None))
     check_tag = ArchiveReader.check_tag
 
     def exchanged(self: ArchiveReader, root: memoryview) -> Manifest:
@@ -229,7 +229,7 @@ def test_an_archive_that_is_exchanged_between_its_two_readings_is_not_good(
 
     monkeypatch.setattr(ArchiveReader, "check_tag", exchanged)
     with task_for(data_dir) as task, pytest.raises(ArchiveError, match="changed while it was being read"):
-        create.judge(str(archive), task)
+        create.verify(str(archive), task)
 
 
 # --- while it is being made ------------------------------------------------------------------------------------------
@@ -262,13 +262,13 @@ def test_what_an_interrupted_backup_left_is_removed_but_not_what_is_being_made(
     path = str(tmp_path / "archive")
     leftover = Path(staging_path(path, ARCHIVE_ID))
     found: list[bool] = []
-    judge = create.judge
+    verify = create.verify
 
-    def judged(staging: str, task: Task) -> create.Contents:
+    def verified(staging: str, task: Task) -> create.VerifiedArchive:
         found.append(remove_leftover(path, ARCHIVE_ID))
-        return judge(staging, task)
+        return verify(staging, task)
 
-    monkeypatch.setattr(create, "judge", judged)
+    monkeypatch.setattr(create, "verify", verified)
     made(data_dir, tmp_path / "archive")
     assert found == [False]
     leftover.write_bytes(b"minikms-backup")
@@ -296,14 +296,14 @@ def test_a_longer_archive_in_its_place_does_not_fill_the_disk(
         writer = ArchiveWriter(file)
         for number in range(KEYS + 1):
             writer.add(dek_entry_name(f"{key_id[:-1]}{number}"), b"{}")
-    judge = create.judge
+    verify = create.verify
 
-    def exchanged(path: str, task: Task) -> create.Contents:
-        good = judge(path, task)
+    def exchanged(path: str, task: Task) -> create.VerifiedArchive:
+        good = verify(path, task)
         longer.replace(archive)
         return good
 
-    monkeypatch.setattr(create, "judge", exchanged)
+    monkeypatch.setattr(create, "verify", exchanged)
     with pytest.raises(ArchiveError, match="changed while it was being read"):
         restored(data_dir, archive, tmp_path / "restored")
     assert not list((tmp_path / "restored" / "kms-deks").iterdir())

@@ -8,9 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikms.keys import index as index_module
-from minikms.keys.dek import DekRecord
-from minikms.keys.ids import bytes_to_key_id
+from minikms.keys.dek import DekRecord, bytes_to_key_id
 from minikms.keys.index import KeyIndex
 
 AT = "2026-11-24T15:00:00Z"
@@ -86,7 +84,7 @@ def test_it_says_what_a_dict_of_the_same_records_says(steps: list[tuple[str, int
 def test_a_filtered_page_looks_at_so_many_entries_at_most_and_says_where_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(index_module, "SCANNED_COUNT_MAX", 10)
+    monkeypatch.setattr("minikms.keys.index.SCANNED_COUNT_MAX", 10)
     index = KeyIndex()
     for number in range(35):
         index.put(record(number, thread=int(number == 34)))

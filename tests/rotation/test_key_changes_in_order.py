@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minikms.custody.deks import KeyLocks
-from minikms.custody.keyring_file import KekWraps, KeyringFile
+from minikms.custody.keyring_file import KeyringFile, WrapReservation
 from minikms.errors import KeyExhaustedError, StorageUnavailableError
 from minikms.keys import keyring
 from minikms.keys.keyring import Body
@@ -31,7 +31,7 @@ def test_changes_of_the_keyring_are_made_one_from_the_other(tmp_path: Path) -> N
             keeper, before = one.vault.keyring, one.vault.keyring.body.epoch
             await asyncio.gather(
                 *(
-                    keeper.change(lambda body, number=number: keyring.bury(body, tombstone(number), at=AT))  # type: ignore[misc]  # a default binds the loop's value
+                    keeper.change(lambda body, number=number: keyring.add_tombstone(body, tombstone(number), at=AT))  # type: ignore[misc]  # a default binds the loop's value
                     for number in range(20)
                 )
             )
@@ -54,9 +54,9 @@ def test_a_change_that_the_disk_refuses_is_not_in_memory_either(
             keeper, before = one.vault.keyring, one.vault.keyring.body
             with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
                 patched.setattr(KeyringFile, "store_now", refuse)
-                await keeper.change(lambda body: keyring.bury(body, tombstone(1), at=AT))
+                await keeper.change(lambda body: keyring.add_tombstone(body, tombstone(1), at=AT))
             assert keeper.body is before
-            await keeper.change(lambda body: keyring.bury(body, tombstone(2), at=AT))
+            await keeper.change(lambda body: keyring.add_tombstone(body, tombstone(2), at=AT))
             assert [stone.key_id for stone in keeper.body.tombstones] == [tombstone(2)]
 
     asyncio.run(main())
@@ -79,10 +79,14 @@ def test_a_change_whose_caller_is_cancelled_is_not_forgotten_by_the_next(
             keeper = one.vault.keyring
             with monkeypatch.context() as patched:
                 patched.setattr(KeyringFile, "store_now", slow)
-                first = asyncio.create_task(keeper.change(lambda body: keyring.bury(body, tombstone(1), at=AT)))
+                first = asyncio.create_task(
+                    keeper.change(lambda body: keyring.add_tombstone(body, tombstone(1), at=AT))
+                )
                 await asyncio.to_thread(writing.wait)
                 first.cancel()
-                second = asyncio.create_task(keeper.change(lambda body: keyring.bury(body, tombstone(2), at=AT)))
+                second = asyncio.create_task(
+                    keeper.change(lambda body: keyring.add_tombstone(body, tombstone(2), at=AT))
+                )
                 await asyncio.sleep(0.01)
                 go_on.set()
                 with pytest.raises(asyncio.CancelledError):
@@ -195,7 +199,7 @@ def test_a_batch_larger_than_what_is_left_reserves_more_instead_of_waiting_for_e
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
-            wraps = one.vault.wraps
+            wraps = one.vault.wrap_reservation
             async with asyncio.timeout(10):
                 await wraps.take(1, 8)
                 await wraps.take(1, 8)  # two are left of the first lease
@@ -230,10 +234,10 @@ def test_a_kek_that_has_wrapped_as_many_keys_as_it_may_wraps_no_more_and_rotatio
 def test_who_waits_for_a_version_to_be_drained_sees_every_create_that_took_it(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
-            wraps: KekWraps = one.vault.wraps
+            wraps: WrapReservation = one.vault.wrap_reservation
             taken = [await wraps.begin_create() for _ in range(3)]
-            drained = asyncio.create_task(wraps.drained(1))
-            other = asyncio.create_task(wraps.drained(2))
+            drained = asyncio.create_task(wraps.creates_done(1))
+            other = asyncio.create_task(wraps.creates_done(2))
             await other
             for version in taken:
                 await asyncio.sleep(0)
@@ -241,6 +245,6 @@ def test_who_waits_for_a_version_to_be_drained_sees_every_create_that_took_it(tm
                 wraps.end_create(version)
             async with asyncio.timeout(10):
                 await drained
-                await wraps.drained(1)
+                await wraps.creates_done(1)
 
     asyncio.run(main())

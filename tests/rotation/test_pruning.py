@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minikms.custody import deks
-from minikms.custody.rotation_backups import BackupStore
+from minikms.custody.rotation_backups import RotationBackups
 from minikms.errors import KeyUnreadableError
 from vaults import OpenedVault, opened_vault
 
@@ -139,7 +139,7 @@ def test_the_newest_rotations_keep_their_backups_and_older_ones_do_not(tmp_path:
                 await one.rotate()
                 rename_newest(one, f"2026010{number + 1}T000000")
             damage(one.file(damaged))
-            one.vault.damage.note(damaged, "truncated")
+            one.vault.unreadable.add(damaged, "truncated")
             assert await one.pruning.keep_rotations(2) == 2
             assert sorted(path.name[-15:] for path in one.backups(key_id)) == ["20260103T000000", "20260104T000000"]
             assert len(one.backups(damaged)) == 4
@@ -152,7 +152,7 @@ def rename_newest(one: OpenedVault, stamp: str) -> None:
     for path in one.backups():
         if not path.name[-15:].startswith("202601"):
             path.rename(path.with_name(path.name.split(".json.")[0] + ".json." + stamp))
-    one.vault.backups._suffixes = None
+    one.vault.rotation_backups._suffixes = None
 
 
 # --- files that are replaced while the directory is listed ----------------------------------------------------------
@@ -209,7 +209,7 @@ def test_a_key_that_is_retired_while_the_directory_is_listed_is_rewrapped(
             rotation = one.rotation.running
             assert rotation is not None
             with passed_over(one, key_id, monkeypatch):
-                assert await one.rewrapping.run_pass(rotation) == 1
+                assert await one.rotation.run_pass(rotation) == 1
             await one.rotation.run()
             assert (one.on_disk(key_id).state, one.on_disk(key_id).kek_version) == ("retired", 2)
 
@@ -219,7 +219,7 @@ def test_a_key_that_is_retired_while_the_directory_is_listed_is_rewrapped(
 def test_backups_stay_when_more_files_are_damaged_than_can_be_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minikms.custody.deks.NOTED_COUNT_MAX", 1)
+    monkeypatch.setattr("minikms.custody.deks.UNREADABLE_COUNT_MAX", 1)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -231,8 +231,8 @@ def test_backups_stay_when_more_files_are_damaged_than_can_be_listed(
                 path.rename(path.with_name(path.name[:-15] + "20250101T000000"))
             for key_id in damaged:
                 damage(one.file(key_id))
-            one.vault.backups.close()
-            one.vault.backups = BackupStore(str(one.directory))
+            one.vault.rotation_backups.close()
+            one.vault.rotation_backups = RotationBackups(str(one.directory))
             await one.rotate()
             await one.pruning.keep_rotations(1)
             for key_id in damaged:

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from minikms.custody import rotation as rewrapping_module
-from minikms.custody import rotation as rotation_module
+from minikms.custody import rotation
 from minikms.custody.files import StagedReplacements
-from minikms.custody.rotation_backups import BackupStore
+from minikms.custody.rotation import KekRotation
+from minikms.custody.rotation_backups import RotationBackups
 from minikms.errors import (
     ArenaFullError,
     MiniKmsError,
     StorageUnavailableError,
 )
-from minikms.keys import keyring
+from minikms.keys import dek, keyring
 from minikms.memory.arena import SecretArena, SecretSlot
 from vaults import OpenedVault, opened_vault
 
@@ -29,8 +29,8 @@ OTHER_ROOT = bytes(range(50, 82))
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotation_module, "RETRY_SECONDS_MIN", 0.01)
-    monkeypatch.setattr(rewrapping_module, "BATCH_FILES", 7)
+    monkeypatch.setattr(rotation, "RETRY_SECONDS_MIN", 0.01)
+    monkeypatch.setattr(rotation, "BATCH_FILES", 7)
 
 
 def refuse(*_: object) -> None:
@@ -54,7 +54,7 @@ def test_a_file_that_cannot_be_read_is_listed_and_left_and_stops_nothing(tmp_pat
             await one.rotate()
             assert one.kek_states() == {1: "retired", 2: "active"}
             assert keks_on_disk(one, key_ids[4:]) == {2}
-            listed = one.vault.damage.listed()
+            listed = one.vault.unreadable.listed()
             assert set(listed) == set(key_ids[:4])
             assert "does not unwrap" in listed[damaged]
             assert "damaged" in listed[truncated]
@@ -65,7 +65,7 @@ def test_a_file_that_cannot_be_read_is_listed_and_left_and_stops_nothing(tmp_pat
             one.file(damaged).write_bytes(contents[damaged])
             await one.rotate()
             assert keks_on_disk(one, [damaged]) == {3}
-            assert set(one.vault.damage.listed()) == {truncated, swapped, missing_kek}
+            assert set(one.vault.unreadable.listed()) == {truncated, swapped, missing_kek}
 
     asyncio.run(main())
 
@@ -74,16 +74,16 @@ def test_what_the_disk_refuses_is_tried_again_until_it_takes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempts = 0
-    keep = BackupStore.keep
+    keep = RotationBackups.keep
 
-    def failing(self: BackupStore, *arguments: object) -> None:
+    def failing(self: RotationBackups, *arguments: object) -> None:
         nonlocal attempts
         attempts += 1
         if attempts <= 3:
             refuse()
         keep(self, *arguments)  # type: ignore[arg-type]  # passed on as they came
 
-    monkeypatch.setattr(BackupStore, "keep", failing)
+    monkeypatch.setattr(RotationBackups, "keep", failing)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -170,7 +170,7 @@ def test_what_the_machine_is_short_of_is_no_damage_of_a_key(tmp_path: Path, monk
             await one.rotation.run()
             monkeypatch.undo()
             assert (failing, full) == ([0], [0])
-            assert one.vault.damage.count == 0
+            assert one.vault.unreadable.count == 0
             assert keks_on_disk(one, key_ids) == {2}
 
     asyncio.run(main())
@@ -201,18 +201,18 @@ def test_a_directory_that_cannot_be_listed_for_a_moment_does_not_end_the_rotatio
 def test_it_is_never_promoted_while_passes_still_find_something(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rotation_module, "PASSES_MAX", 2)
-    real = rewrapping_module.Rewrapping.run_pass
+    monkeypatch.setattr(rotation, "PASSES_MAX", 2)
+    real = KekRotation.run_pass
     busy = [4]
 
-    async def always_something(self: rewrapping_module.Rewrapping, rotation: keyring.Rotation) -> int:
+    async def always_something(self: KekRotation, rotation: keyring.Rotation) -> int:
         found = await real(self, rotation)
         if busy[0]:
             busy[0] -= 1
             return found + 1
         return found
 
-    monkeypatch.setattr(rewrapping_module.Rewrapping, "run_pass", always_something)
+    monkeypatch.setattr(KekRotation, "run_pass", always_something)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -231,7 +231,7 @@ def test_it_is_never_promoted_while_passes_still_find_something(
 def test_a_key_that_does_not_survive_its_rewrap_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = rewrapping_module.dek.rewrap
+    real = dek.rewrap
 
     def spoilt(record: object, key: memoryview, *others: object) -> object:
         wrong = memoryview(bytes(32))
@@ -242,10 +242,10 @@ def test_a_key_that_does_not_survive_its_rewrap_is_not_replaced(
             [key_id] = await one.make(1)
             before = one.file(key_id).read_bytes()
             with monkeypatch.context() as patched:
-                patched.setattr(rewrapping_module.dek, "rewrap", spoilt)
+                patched.setattr(dek, "rewrap", spoilt)
                 await one.rotate()
             assert one.file(key_id).read_bytes() == before
-            assert "did not survive" in one.vault.damage.listed()[key_id]
+            assert "did not survive" in one.vault.unreadable.listed()[key_id]
 
     asyncio.run(main())
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.custody import rotation as rewrapping_module
-from minikms.custody import rotation as rotation_module
+from minikms.custody import rotation
 from minikms.custody.keyring_file import KeyringFile
 from minikms.errors import (
     ArenaFullError,
@@ -27,8 +26,8 @@ OTHER_ROOT = bytes(range(50, 82))
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotation_module, "RETRY_SECONDS_MIN", 0.01)
-    monkeypatch.setattr(rewrapping_module, "BATCH_FILES", 7)
+    monkeypatch.setattr(rotation, "RETRY_SECONDS_MIN", 0.01)
+    monkeypatch.setattr(rotation, "BATCH_FILES", 7)
 
 
 def refuse(*_: object) -> None:
@@ -144,7 +143,7 @@ def test_a_root_key_is_never_taken_into_use_twice(tmp_path: Path) -> None:
             await one.rotate(new)
             with pytest.raises(ConflictError, match="not the newest"):
                 await one.rotation.begin(first)
-            await one.vault.drop_older_slots(one.vault.keyring.body.slots[-1].slot_id)
+            await one.rotation.drop_older_slots(one.vault.keyring.body.slots[-1].slot_id)
             with pytest.raises(ConflictError, match="was rotated away before"):
                 await one.rotation.begin(first)
 
@@ -236,7 +235,7 @@ def test_a_beginning_that_reached_the_disk_though_it_was_refused_is_overtaken_by
                 patched.setattr(KeyringFile, "store_now", stored_but_refused)
                 await one.rotation.begin(None)
             later = await one.make(1)
-            one.vault.wraps._left.clear()
+            one.vault.wrap_reservation._left.clear()
             await one.make(1)  # writes the keyring
         async with opened_vault(tmp_path / "d") as again:
             assert again.rotation.running is None
@@ -280,9 +279,9 @@ def test_both_roots_open_until_the_older_slots_are_dropped(tmp_path: Path) -> No
         async with opened_vault(tmp_path / "d", key=new) as one:
             older, newest = one.vault.keyring.body.slots
             with pytest.raises(ConflictError):
-                await one.vault.drop_older_slots(older.slot_id)
-            assert await one.vault.drop_older_slots(newest.slot_id) == [older.fingerprint]
-            assert await one.vault.drop_older_slots(newest.slot_id) == []
+                await one.rotation.drop_older_slots(older.slot_id)
+            assert await one.rotation.drop_older_slots(newest.slot_id) == [older.fingerprint]
+            assert await one.rotation.drop_older_slots(newest.slot_id) == []
         with pytest.raises(StartError, match="rotated away on"):
             async with opened_vault(tmp_path / "d", key=old):
                 pass
@@ -303,6 +302,6 @@ def test_a_key_under_a_kek_that_this_keyring_does_not_have_says_so(tmp_path: Pat
             with pytest.raises(KeyUnreadableError, match="the keyring is older than the key"):
                 again.vault.opened(key_id)
             await again.indexing.run()
-            assert set(again.vault.damage.listed()) == {key_id}
+            assert set(again.vault.unreadable.listed()) == {key_id}
 
     asyncio.run(main())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minikms.custody.deks import DekStore
-from minikms.custody.rotation_backups import BackupStore
+from minikms.custody.rotation_backups import RotationBackups
 from minikms.errors import (
     ArenaFullError,
     ConflictError,
@@ -70,7 +70,7 @@ def test_an_exhausted_arena_is_a_passing_refusal_and_no_judgement_of_the_key(tmp
                     if isinstance(result, asyncio.Task):
                         await result
                 assert refused.value.status == 503
-            assert one.vault.damage.count == 0
+            assert one.vault.unreadable.count == 0
             for slot in slots:
                 slot.release()
             assert len(one.keys([key_id])[key_id]) == 32
@@ -164,7 +164,7 @@ def test_a_destruction_that_was_cut_short_is_finished_by_a_repetition(
             await one.rotate()
             await one.vault.retire(key_id)
             with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
-                patched.setattr(BackupStore, "_remove", _refuse)
+                patched.setattr(RotationBackups, "_remove", _refuse)
                 await one.vault.destroy(key_id)
             with pytest.raises(KeyDestroyedError):
                 one.vault.opened(key_id)
@@ -185,7 +185,7 @@ def test_a_destruction_that_was_cut_short_is_finished_by_the_next_start(
             await one.rotate()
             await one.vault.retire(key_id)
             with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
-                patched.setattr(BackupStore, "_remove", _refuse)
+                patched.setattr(RotationBackups, "_remove", _refuse)
                 await one.vault.destroy(key_id)
             assert one.file(key_id).exists()
             if left == "the backups only":
@@ -199,7 +199,7 @@ def test_a_destruction_that_was_cut_short_is_finished_by_the_next_start(
     asyncio.run(main())
 
 
-def _refuse(self: BackupStore, names: object) -> int:
+def _refuse(self: RotationBackups, names: object) -> int:
     raise StorageUnavailableError("the disk refuses")
 
 
