@@ -53,14 +53,12 @@ def test_replacing_makes_a_new_file_and_never_writes_into_the_old_one(tmp_path: 
     assert (tmp_path / "backup").read_bytes() == b"old"
 
 
-def test_content_may_come_in_parts_and_views(tmp_path: Path, directory: int) -> None:
+def test_content_may_come_in_parts(tmp_path: Path, directory: int) -> None:
     replace_file_from(directory, "f", (bytes([number]) * 3 for number in range(4)))
     assert (tmp_path / "f").read_bytes() == b"\0\0\0\1\1\1\2\2\2\3\3\3"
 
 
-def test_what_the_source_of_the_content_raises_passes_through_and_leaves_the_old_file(
-    tmp_path: Path, directory: int
-) -> None:
+def test_an_error_of_the_content_source_leaves_the_old_file(tmp_path: Path, directory: int) -> None:
     def chunks() -> Iterator[bytes]:
         yield b"half"
         raise KeyError("source")
@@ -99,7 +97,7 @@ def test_a_failure_before_the_rename_leaves_the_old_file_and_nothing_else(
     assert (tmp_path / "f").read_bytes() == b"retried"
 
 
-def test_a_failed_sync_of_the_directory_is_told_and_leaves_a_whole_file(
+def test_a_failed_sync_of_the_directory_raises_and_leaves_a_whole_file(
     tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_file(directory, "f", b"old")
@@ -220,14 +218,14 @@ def test_a_taken_name_in_a_group_fails_alone(tmp_path: Path, directory: int, syn
     assert names(tmp_path) == [f"f{number}" for number in range(5)]
 
 
-def test_the_later_of_two_writes_to_a_name_in_a_group_holds(tmp_path: Path, directory: int, sync_way: str) -> None:
+def test_of_two_writes_to_a_name_in_a_group_the_later_holds(tmp_path: Path, directory: int, sync_way: str) -> None:
     writes = [FileWrite("f", b"1"), FileWrite("f", b"2"), FileWrite("f", b"3", exclusive=True), FileWrite("g", b"4")]
     outcomes = write_group(directory, writes)
     assert [type(outcome) for outcome in outcomes] == [type(None), type(None), ConflictError, type(None)]
     assert (tmp_path / "f").read_bytes() == b"2"
 
 
-def test_when_the_last_sync_of_a_group_fails_all_are_told_and_new_names_are_withdrawn(
+def test_if_the_last_sync_of_a_group_fails_all_writes_fail(
     tmp_path: Path, directory: int, sync_way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_file(directory, "f0", b"old")
@@ -313,7 +311,7 @@ def test_an_absent_file_reads_as_none(directory: int) -> None:
     assert read_file_bounded("absent", 1, dir_fd=directory) is None
 
 
-def test_what_is_not_a_regular_file_is_refused_without_waiting(tmp_path: Path, directory: int) -> None:
+def test_only_a_regular_file_is_read_and_a_fifo_does_not_block(tmp_path: Path, directory: int) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "dir").mkdir()
     (tmp_path / "real").write_bytes(b"x")
@@ -324,14 +322,14 @@ def test_what_is_not_a_regular_file_is_refused_without_waiting(tmp_path: Path, d
         assert str(tmp_path) not in str(refused.value)
 
 
-def test_a_read_that_fails_is_a_refusal(tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_read_is_a_storage_error(tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "f").write_bytes(b"x")
     monkeypatch.setattr(os, "read", failing(os.read, at=1))
     with pytest.raises(StorageUnavailableError):
         read_file_bounded("f", 10, dir_fd=directory)
 
 
-def test_a_directory_is_opened_as_what_it_is(tmp_path: Path) -> None:
+def test_only_a_directory_is_opened_as_a_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(FileNotFoundError):

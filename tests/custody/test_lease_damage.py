@@ -142,9 +142,7 @@ def test_a_damaged_block_hides_only_its_own_keys_and_those_are_spent(
     check(store)
 
 
-def test_a_key_in_the_journal_is_known_even_when_its_block_is_damaged(
-    tmp_path: Path, opened: Callable[..., LeaseStore]
-) -> None:
+def test_a_key_in_the_journal_needs_no_readable_block(tmp_path: Path, opened: Callable[..., LeaseStore]) -> None:
     store = opened(create=True)
     store.reserve([key(number) for number in range(10)])
     store.merge()
@@ -180,7 +178,7 @@ small_keys = st.integers(0, 30).map(key)
 
 
 @given(st.lists(st.tuples(small_keys, st.integers(0, 100)), max_size=12))
-def test_penalties_add_up_for_each_key_they_cover(penalties: list[tuple[bytes, int]]) -> None:
+def test_steps_add_up_for_each_key_that_they_cover(penalties: list[tuple[bytes, int]]) -> None:
     floors = Floors()
     for last, uses in penalties:
         floors = floors.with_uses_added(last, uses)
@@ -190,7 +188,7 @@ def test_penalties_add_up_for_each_key_they_cover(penalties: list[tuple[bytes, i
 
 @given(st.lists(st.tuples(st.integers(0, 10**6).map(key), st.integers(0, 100)), min_size=60, max_size=90))
 @settings(max_examples=20)
-def test_too_many_penalties_are_never_counted_too_low(penalties: list[tuple[bytes, int]]) -> None:
+def test_too_many_steps_are_never_counted_too_low(penalties: list[tuple[bytes, int]]) -> None:
     floors = Floors()
     for last, uses in penalties:
         floors = floors.with_uses_added(last, uses)
@@ -208,7 +206,7 @@ def test_spent_ranges_stay_spent_and_bounded(ranges: list[SpentRange]) -> None:
             assert floors.is_spent(key(number))
 
 
-def test_a_restore_adds_to_the_keys_of_the_archive_and_not_to_later_ones(opened: Callable[..., LeaseStore]) -> None:
+def test_a_restore_adds_uses_to_keys_of_the_archive_and_not_to_later_ones(opened: Callable[..., LeaseStore]) -> None:
     store = opened(create=True)
     store.reserve([key(5)])
     for times in (1, 2):

@@ -105,7 +105,7 @@ def test_a_key_created_in_this_run_has_its_first_lease_from_its_file(tmp_path: P
     run(tmp_path, next_run)
 
 
-def test_all_that_is_asked_for_in_a_turn_is_one_append(tmp_path: Path) -> None:
+def test_all_requests_of_a_turn_are_one_append(tmp_path: Path) -> None:
     async def scenario(leases: Leases, store: RecordingStore) -> None:
         await asyncio.gather(*(leases.extend([(leases.get(key(number)), 1)]) for number in range(20)))
         await asyncio.gather(*(leases.extend([(leases.get(key(7)), 1)]) for _ in range(20)))
@@ -114,7 +114,7 @@ def test_all_that_is_asked_for_in_a_turn_is_one_append(tmp_path: Path) -> None:
     assert store.groups == [[key(number) for number in range(20)]]
 
 
-def test_what_is_asked_for_during_an_append_is_the_next_one_if_it_is_still_needed(tmp_path: Path) -> None:
+def test_requests_during_an_append_form_the_next_append_if_still_needed(tmp_path: Path) -> None:
     async def scenario(leases: Leases, store: RecordingStore) -> None:
         store.go.clear()
         tasks = [asyncio.create_task(leases.extend([(leases.get(key(1)), 1)]))]
@@ -156,7 +156,7 @@ def test_an_append_is_bounded_and_the_rest_is_the_next_one(tmp_path: Path, monke
     assert [len(group) for group in run(tmp_path, scenario).groups] == [4, 4, 2]
 
 
-def test_a_lease_nearly_spent_is_extended_before_anybody_waits(tmp_path: Path) -> None:
+def test_a_lease_is_extended_before_it_is_used_up(tmp_path: Path) -> None:
     async def scenario(leases: Leases, store: RecordingStore) -> None:
         lease = leases.granted_at_creation(key(1))
         assert lease.take(LEASE_USES - REFILL_USES)
@@ -172,7 +172,7 @@ def test_a_lease_nearly_spent_is_extended_before_anybody_waits(tmp_path: Path) -
     run(tmp_path, scenario)
 
 
-def test_a_background_extension_that_fails_is_asked_for_again_when_half_is_left(
+def test_a_failed_background_extension_is_requested_again_at_half(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(leases: Leases, store: RecordingStore) -> None:
@@ -196,7 +196,7 @@ def test_a_background_extension_that_fails_is_asked_for_again_when_half_is_left(
 
 
 @pytest.mark.parametrize("call", ["fsync", "pwrite", "fdatasync"])
-def test_a_failing_disk_grants_nothing_and_all_waiters_are_told(
+def test_a_failing_disk_grants_nothing_and_all_waiters_get_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     async def scenario(leases: Leases, store: RecordingStore) -> None:
@@ -213,7 +213,7 @@ def test_a_failing_disk_grants_nothing_and_all_waiters_are_told(
     run(tmp_path, scenario)
 
 
-def test_a_key_near_its_limit_warns_and_then_refuses(tmp_path: Path) -> None:
+def test_a_key_near_its_limit_encrypts_and_then_refuses(tmp_path: Path) -> None:
     journal(
         tmp_path,
         encode_record(key(1), USES_WARN - 2 * LEASE_USES),
@@ -244,7 +244,7 @@ def test_a_key_near_its_limit_warns_and_then_refuses(tmp_path: Path) -> None:
     run(tmp_path, scenario)
 
 
-def test_forgotten_leases_cost_a_lease_and_never_share_a_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropped_leases_cost_a_lease_and_never_share_a_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minikms.custody.leases.LEASES_COUNT_MAX", 2)
 
     async def scenario(leases: Leases, store: RecordingStore) -> None:
@@ -287,7 +287,7 @@ def test_a_long_journal_is_merged_after_its_callers_were_answered(
     run(tmp_path, scenario)
 
 
-def test_a_failed_merge_is_nobody_s_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_merge_is_no_error_of_a_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_store, "JOURNAL_RECORDS_MERGE", 3)
 
     def merge(store: LeaseStore) -> None:
@@ -320,7 +320,7 @@ def test_a_defect_cancels_its_waiters_and_does_not_stop_the_next(
     assert [type(problem) for problem in problems] == [ZeroDivisionError], "and it is reported"
 
 
-def test_a_waiter_that_gave_up_disturbs_nobody(tmp_path: Path) -> None:
+def test_a_cancelled_waiter_does_not_affect_others(tmp_path: Path) -> None:
     async def scenario(leases: Leases, store: RecordingStore) -> None:
         store.go.clear()
         first = asyncio.create_task(leases.extend([(leases.get(key(1)), 1)]))

@@ -55,7 +55,7 @@ def check_at_every_call(directory: int, allowed: Allowed, change: Callable[[], o
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_replaced_file_is_old_or_new_and_new_once_it_is_told(directory: int, seed: int) -> None:
+def test_a_replaced_file_is_old_or_new_and_new_on_return(directory: int, seed: int) -> None:
     replace_file(directory, "f", b"old")
     check_at_every_call(directory, {"f": {b"old", b"new"}}, lambda: replace_file(directory, "f", b"new"), seed=seed)
 
@@ -85,7 +85,7 @@ def test_an_exclusive_file_is_absent_or_whole(directory: int, seed: int) -> None
 
 @pytest.mark.parametrize("way", ["syncfs", "fsync"])
 @pytest.mark.parametrize("seed", range(3))
-def test_each_file_of_a_group_is_old_or_new_and_all_are_new_once_it_is_told(
+def test_files_of_a_group_are_old_or_new_and_new_on_return(
     directory: int, monkeypatch: pytest.MonkeyPatch, way: str, seed: int
 ) -> None:
     monkeypatch.setattr(files, "syncfs_reports", lambda _directory: way == "syncfs")
@@ -96,7 +96,7 @@ def test_each_file_of_a_group_is_old_or_new_and_all_are_new_once_it_is_told(
     check_at_every_call(directory, allowed, lambda: write_files(directory, writes), seed=seed)
 
 
-def test_a_removed_file_stays_removed_once_it_is_told(directory: int) -> None:
+def test_a_removed_file_stays_removed_after_the_return(directory: int) -> None:
     replace_file(directory, "f", b"content")
     disk = Disk(directory, lambda disk: None)
     with pytest.MonkeyPatch.context() as patch:

@@ -130,7 +130,7 @@ def test_a_restore_that_was_cut_short_anywhere_is_refused_by_a_start(
     assert not start(data_dir, target).made
 
 
-def test_a_directory_with_nothing_but_lease_files_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
+def test_a_directory_with_only_lease_files_is_not_a_new_one(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir(mode=0o700)
     (tmp_path / "d" / "kms-leases").write_bytes(journal_header())
     with pytest.raises(StartError, match="the restore was cut short"):
@@ -152,7 +152,7 @@ def test_a_restored_directory_names_the_archive_that_still_holds_its_keys(data_d
 # --- what is called good -------------------------------------------------------------------------------------------
 
 
-def test_an_archive_whose_lease_snapshot_no_start_would_take_is_not_good(data_dir: Path, tmp_path: Path) -> None:
+def test_an_archive_with_a_damaged_lease_snapshot_is_not_good(data_dir: Path, tmp_path: Path) -> None:
     snapshot = data_dir / "kms-leases.snapshot"
     snapshot.write_bytes(b"".join(snapshot_chunks(None, {bytes(16): 1 << 17}, Floors())))
     made(data_dir, tmp_path / "good")
@@ -164,14 +164,14 @@ def test_an_archive_whose_lease_snapshot_no_start_would_take_is_not_good(data_di
         assert not (tmp_path / "bad").exists()
 
 
-def test_an_archive_whose_journal_no_start_would_take_is_not_good(data_dir: Path, tmp_path: Path) -> None:
+def test_an_archive_with_a_damaged_lease_journal_is_not_good(data_dir: Path, tmp_path: Path) -> None:
     journal = data_dir / "kms-leases"
     journal.write_bytes(journal_header() + bytes(32 * 5000))
     with pytest.raises(ArchiveError, match="damaged records"):
         made(data_dir, tmp_path / "bad")
 
 
-def test_a_key_whose_file_cannot_be_read_counts_as_used_after_a_restore_as_well(data_dir: Path, tmp_path: Path) -> None:
+def test_a_restore_adds_uses_to_keys_with_unreadable_files_too(data_dir: Path, tmp_path: Path) -> None:
     """Its file may be found elsewhere, and put back."""
     files = sorted((data_dir / "kms-deks").iterdir())
     files[-1].write_text("damaged")
@@ -180,7 +180,7 @@ def test_a_key_whose_file_cannot_be_read_counts_as_used_after_a_restore_as_well(
     assert manifest.newest_key_id >= files[-1].stem
 
 
-def test_every_key_that_was_made_until_then_counts_as_used_after_a_restore(data_dir: Path, tmp_path: Path) -> None:
+def test_a_restore_adds_uses_to_every_key_made_before_the_backup(data_dir: Path, tmp_path: Path) -> None:
     """One whose file was missing, too: it may be put back from a backup of the old directory."""
     missing = max((data_dir / "kms-deks").iterdir())
     missing.rename(data_dir / "kms-deks-backup" / f"{missing.name}.20260101T000000")
@@ -195,7 +195,7 @@ def test_every_key_that_was_made_until_then_counts_as_used_after_a_restore(data_
         os.close(descriptor)
 
 
-def test_keys_are_looked_at_only_once_the_whole_archive_is_authentic(
+def test_keys_are_parsed_only_after_the_archive_is_authenticated(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = tmp_path / "archive"
@@ -213,7 +213,7 @@ def test_keys_are_looked_at_only_once_the_whole_archive_is_authentic(
         create.verify(str(archive), task)
 
 
-def test_an_archive_that_is_exchanged_between_its_two_readings_is_not_good(
+def test_an_archive_replaced_between_its_two_readings_is_not_good(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive, other = tmp_path / "archive", tmp_path / "other"
@@ -235,7 +235,7 @@ def test_an_archive_that_is_exchanged_between_its_two_readings_is_not_good(
 # --- while it is being made ------------------------------------------------------------------------------------------
 
 
-def test_an_archive_is_never_written_into_a_file_that_somebody_put_there(data_dir: Path, tmp_path: Path) -> None:
+def test_an_archive_is_never_written_into_an_existing_file(data_dir: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
     os.link(victim, staging_path(str(tmp_path / "archive"), ARCHIVE_ID))
@@ -244,7 +244,7 @@ def test_an_archive_is_never_written_into_a_file_that_somebody_put_there(data_di
     assert victim.read_text() == "precious"
 
 
-def test_when_its_name_is_not_durable_there_is_no_archive(
+def test_an_archive_without_a_durable_name_is_removed(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(directory: str) -> None:
@@ -256,7 +256,7 @@ def test_when_its_name_is_not_durable_there_is_no_archive(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "d.key"]
 
 
-def test_what_an_interrupted_backup_left_is_removed_but_not_what_is_being_made(
+def test_a_leftover_archive_is_removed_but_not_one_in_progress(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(tmp_path / "archive")
@@ -277,7 +277,7 @@ def test_what_an_interrupted_backup_left_is_removed_but_not_what_is_being_made(
     assert remove_leftover(path, ARCHIVE_ID)
 
 
-def test_what_cannot_be_opened_says_why_without_a_trace_of_the_restore(data_dir: Path, tmp_path: Path) -> None:
+def test_an_archive_that_does_not_verify_is_not_restored(data_dir: Path, tmp_path: Path) -> None:
     archive = tmp_path / "archive"
     made(data_dir, archive)
     archive.write_bytes(archive.read_bytes()[:-1])
@@ -286,7 +286,7 @@ def test_what_cannot_be_opened_says_why_without_a_trace_of_the_restore(data_dir:
     assert not (tmp_path / "restored").exists()
 
 
-def test_a_longer_archive_in_its_place_does_not_fill_the_disk(
+def test_a_longer_archive_in_the_same_place_does_not_fill_the_disk(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive, longer = tmp_path / "archive", tmp_path / "longer"

@@ -47,7 +47,7 @@ def test_a_value_that_was_used_gets_a_second_chance() -> None:
     assert released(values) == [1]
 
 
-def test_when_all_were_used_one_is_evicted_all_the_same() -> None:
+def test_if_all_values_were_used_one_is_still_evicted() -> None:
     cache, values = filled(4)
     for number in range(4):
         cache.get(f"key{number}")

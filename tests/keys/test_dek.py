@@ -115,13 +115,13 @@ def altered(**changes: Any) -> bytes:
         ({"secret": 1}, "damaged or of an unknown format version"),
     ],
 )
-def test_a_record_that_is_not_exactly_one_is_refused_and_says_why(changes: dict[str, Any], why: str) -> None:
+def test_an_invalid_record_is_refused_with_the_reason(changes: dict[str, Any], why: str) -> None:
     with pytest.raises(KeyUnreadableError, match=why):
         dek.parse(altered(**changes), KEY_ID)
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"null", b"\xff\xfe", b"[" * 20_000, b'{"id":'])
-def test_what_is_no_record_is_damaged(data: bytes) -> None:
+def test_bytes_that_are_not_a_record_are_damaged(data: bytes) -> None:
     with pytest.raises(KeyUnreadableError, match=f"{KEY_ID} (is damaged|is larger)"):
         dek.parse(data, KEY_ID)
 

@@ -33,7 +33,7 @@ def view(text: str) -> memoryview:
     return memoryview(bytes.fromhex(text))
 
 
-def test_the_script_that_made_them_makes_them_again() -> None:
+def test_the_script_reproduces_the_vectors() -> None:
     subprocess.run([sys.executable, str(VECTORS / "make_formats.py"), "--check"], check=True)
 
 
@@ -91,7 +91,7 @@ def test_records_open_and_are_sealed_in_the_same_bytes() -> None:
         assert aead.seal(key, sealed[: aead.NONCE_BYTES], plaintext, associated) == sealed
 
 
-def test_the_changes_that_follow_a_rotation_are_those_of_the_page(arena: SecretArena) -> None:
+def test_the_changes_after_a_rotation_match_the_specification(arena: SecretArena) -> None:
     """Promoted and with the older slot dropped, the same KEKs open under the new root alone."""
     old, new = KNOWN["keyrings"][1]["opens_under"]
     data = KNOWN["keyrings"][1]["file"].encode()

@@ -43,7 +43,7 @@ def test_bytes_and_text_map_one_to_one(raw: bytes) -> None:
 
 
 @given(st.from_regex(api.KEY_ID_PATTERN, fullmatch=True))
-def test_every_text_that_the_pattern_allows_is_some_id_s_only_spelling(text: str) -> None:
+def test_every_text_that_matches_the_pattern_is_one_id(text: str) -> None:
     assert bytes_to_key_id(key_id_to_bytes(text)) == text
 
 
@@ -72,7 +72,7 @@ def test_ids_sort_as_their_bytes_do(one: bytes, other: bytes) -> None:
         "k_000000000000000000000000_0",
     ],
 )
-def test_any_other_text_is_refused_without_being_repeated(text: str) -> None:
+def test_invalid_text_is_refused_without_being_repeated(text: str) -> None:
     for refuse in (check_key_id, key_id_to_bytes, key_id_unix_ms):
         with pytest.raises(InvalidRequestError) as refused:
             refuse(text)

@@ -48,7 +48,7 @@ def test_every_pair_of_a_kek_is_a_move_or_refused(state: KekState, move: KekMove
             move_kek(state, move)
 
 
-def test_who_wants_to_destroy_an_active_key_is_told_to_retire_it_first() -> None:
+def test_destroying_an_active_key_is_refused_with_a_hint_to_retire_it() -> None:
     with pytest.raises(ConflictError, match="retire it first"):
         move_dek("active", "destroy")
 

@@ -75,13 +75,13 @@ def strike(base: Path, calls: str, number: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_first_start_killed_as_it_puts_a_file_in_place_is_made_good(tmp_path: Path, number: int) -> None:
+def test_a_first_start_killed_while_it_places_a_file_is_completed(tmp_path: Path, number: int) -> None:
     needs.program("strace")
     assert strike(tmp_path / "d", CALLS[0], number), "it was not killed"
 
 
 @pytest.mark.torture
-def test_a_first_start_killed_at_any_call_is_made_good(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_first_start_killed_at_any_call_is_completed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     needs.program("strace")
     points = 0
     for calls in CALLS:

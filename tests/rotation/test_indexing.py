@@ -32,9 +32,7 @@ def test_every_key_is_in_the_index_after_the_scan_in_order_of_creation(tmp_path:
     asyncio.run(main())
 
 
-def test_what_changes_during_the_scan_is_in_the_index_as_it_is_afterwards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changes_during_the_scan_are_in_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vault, "SCAN_FILES", 5)
 
     async def main() -> None:
@@ -53,7 +51,7 @@ def test_what_changes_during_the_scan_is_in_the_index_as_it_is_afterwards(
     asyncio.run(main())
 
 
-def test_a_bad_file_is_listed_with_its_reason_and_the_others_are_there(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_listed_with_its_reason(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(10)
@@ -79,7 +77,7 @@ def test_a_bad_file_is_listed_with_its_reason_and_the_others_are_there(tmp_path:
     asyncio.run(main())
 
 
-def test_a_file_that_was_mended_leaves_the_list_when_it_is_next_opened(tmp_path: Path) -> None:
+def test_a_repaired_file_leaves_the_list_when_it_is_opened(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             [key_id] = await one.make(1)
@@ -109,7 +107,7 @@ def test_a_replacement_that_a_crash_cut_in_two_is_finished(tmp_path: Path) -> No
     asyncio.run(main())
 
 
-def test_a_file_that_claims_to_replace_a_key_of_another_thread_is_not_believed(tmp_path: Path) -> None:
+def test_a_record_cannot_replace_a_key_of_another_thread(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             victim = await one.vault.create("victim")
@@ -183,9 +181,7 @@ def test_the_file_of_a_destroyed_key_does_not_come_back_by_a_resumed_rotation(
     asyncio.run(main())
 
 
-def test_a_file_that_a_resumed_rotation_replaces_while_it_is_listed_is_in_the_index(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_replaced_during_the_listing_is_in_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(2)

@@ -25,7 +25,7 @@ def tombstone(number: int) -> str:
 # --- the keyring --------------------------------------------------------------------------------------------------
 
 
-def test_changes_of_the_keyring_are_made_one_from_the_other(tmp_path: Path) -> None:
+def test_each_change_of_the_keyring_is_made_from_the_one_before(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             keeper, before = one.vault.keyring, one.vault.keyring.body.epoch
@@ -43,9 +43,7 @@ def test_changes_of_the_keyring_are_made_one_from_the_other(tmp_path: Path) -> N
     asyncio.run(main())
 
 
-def test_a_change_that_the_disk_refuses_is_not_in_memory_either(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_that_the_disk_refuses_is_not_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: KeyringFile, data: bytes) -> None:
         raise StorageUnavailableError("no space")
 
@@ -62,7 +60,7 @@ def test_a_change_that_the_disk_refuses_is_not_in_memory_either(
     asyncio.run(main())
 
 
-def test_a_change_whose_caller_is_cancelled_is_not_forgotten_by_the_next(
+def test_a_change_with_a_cancelled_caller_is_kept_by_the_next_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The write goes on in its thread; a next body made from the older one would take it back."""
@@ -100,7 +98,7 @@ def test_a_change_whose_caller_is_cancelled_is_not_forgotten_by_the_next(
 # --- locks --------------------------------------------------------------------------------------------------------
 
 
-def test_of_two_holders_with_a_key_in_common_one_waits_and_neither_for_ever() -> None:
+def test_holders_with_a_common_key_wait_but_never_deadlock() -> None:
     async def main() -> None:
         locks, inside, most = KeyLocks(), [0], [0]
 
@@ -128,7 +126,7 @@ def test_holders_without_a_key_in_common_do_not_wait() -> None:
     asyncio.run(main())
 
 
-def test_a_holder_that_fails_or_is_cancelled_lets_go() -> None:
+def test_a_holder_that_fails_or_is_cancelled_releases_its_keys() -> None:
     async def main() -> None:
         locks = KeyLocks()
         with pytest.raises(ZeroDivisionError):
@@ -153,7 +151,7 @@ def test_a_holder_that_fails_or_is_cancelled_lets_go() -> None:
     asyncio.run(main())
 
 
-def test_a_watcher_learns_of_every_key_that_another_touches_but_not_of_its_own() -> None:
+def test_a_watcher_sees_the_keys_of_other_holders_only() -> None:
     async def main() -> None:
         locks = KeyLocks()
         async with locks.hold(["before"]):
@@ -192,9 +190,7 @@ def test_wraps_are_reserved_on_disk_before_the_first_is_made(tmp_path: Path) -> 
     asyncio.run(main())
 
 
-def test_a_batch_larger_than_what_is_left_reserves_more_instead_of_waiting_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_larger_than_the_rest_reserves_more_wraps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keyring, "KEK_WRAPS_LEASE", 10)
 
     async def main() -> None:
@@ -212,7 +208,7 @@ def test_a_batch_larger_than_what_is_left_reserves_more_instead_of_waiting_for_e
     asyncio.run(main())
 
 
-def test_a_kek_that_has_wrapped_as_many_keys_as_it_may_wraps_no_more_and_rotation_is_the_way_out(
+def test_a_kek_at_its_limit_of_wraps_wraps_no_more_until_a_rotation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keyring, "KEK_WRAPS_LEASE", 2)
@@ -231,7 +227,7 @@ def test_a_kek_that_has_wrapped_as_many_keys_as_it_may_wraps_no_more_and_rotatio
     asyncio.run(main())
 
 
-def test_who_waits_for_a_version_to_be_drained_sees_every_create_that_took_it(tmp_path: Path) -> None:
+def test_creates_done_waits_for_every_create_of_the_version(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             wraps: WrapReservation = one.vault.wrap_reservation

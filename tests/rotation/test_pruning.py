@@ -19,7 +19,7 @@ def damage(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:40])
 
 
-def test_a_retired_kek_goes_when_neither_a_key_nor_a_backup_is_under_it(tmp_path: Path) -> None:
+def test_a_retired_kek_is_destroyed_when_no_key_or_backup_needs_it(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(5)
@@ -57,7 +57,7 @@ def test_backups_are_removed_up_to_a_stamp(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_the_backups_of_a_key_whose_file_cannot_be_read_or_is_missing_are_kept_with_their_kek(tmp_path: Path) -> None:
+def test_backups_of_a_key_without_a_readable_file_stay_with_their_kek(tmp_path: Path) -> None:
     """They may be its last copy."""
 
     async def main() -> None:
@@ -78,7 +78,7 @@ def test_the_backups_of_a_key_whose_file_cannot_be_read_or_is_missing_are_kept_w
     asyncio.run(main())
 
 
-def test_the_backups_of_a_destroyed_key_are_no_reason_to_keep_anything(tmp_path: Path) -> None:
+def test_backups_of_a_destroyed_key_keep_no_kek(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_id, _ = await one.make(2)
@@ -113,7 +113,7 @@ def test_one_file_that_cannot_be_read_keeps_every_retired_kek(tmp_path: Path, wh
     asyncio.run(main())
 
 
-def test_a_file_that_lies_about_its_kek_keeps_the_true_one(tmp_path: Path) -> None:
+def test_a_false_kek_version_in_a_file_keeps_the_true_kek(tmp_path: Path) -> None:
     """It says version 2, but is wrapped under 1: destroying 1 would make a flipped digit the loss of a key."""
 
     async def main() -> None:

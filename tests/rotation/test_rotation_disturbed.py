@@ -41,7 +41,7 @@ def keks_on_disk(one: OpenedVault, key_ids: Sequence[str]) -> set[int]:
     return {one.on_disk(key_id).kek_version for key_id in key_ids}
 
 
-def test_a_file_that_cannot_be_read_is_listed_and_left_and_stops_nothing(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_listed_and_does_not_stop_the_rotation(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(20)
@@ -70,9 +70,7 @@ def test_a_file_that_cannot_be_read_is_listed_and_left_and_stops_nothing(tmp_pat
     asyncio.run(main())
 
 
-def test_what_the_disk_refuses_is_tried_again_until_it_takes_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_the_disk_refuses_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = 0
     keep = RotationBackups.keep
 
@@ -105,7 +103,7 @@ def test_what_the_disk_refuses_is_tried_again_until_it_takes_it(
     asyncio.run(main())
 
 
-def test_a_file_whose_replacement_is_not_confirmed_is_written_again_as_a_fresh_one(
+def test_an_unconfirmed_replacement_is_written_again_to_a_new_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The failed sync proves nothing about the file that is there: it may vanish with the power, and its KEK too."""
@@ -141,7 +139,9 @@ def test_a_file_whose_replacement_is_not_confirmed_is_written_again_as_a_fresh_o
     asyncio.run(main())
 
 
-def test_what_the_machine_is_short_of_is_no_damage_of_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shortage_of_descriptors_does_not_make_a_key_unreadable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A process out of descriptors, or an arena for a moment full, must not leave keys behind under the old KEK."""
     failing = [10]
     open_file = os.open
@@ -176,7 +176,7 @@ def test_what_the_machine_is_short_of_is_no_damage_of_a_key(tmp_path: Path, monk
     asyncio.run(main())
 
 
-def test_a_directory_that_cannot_be_listed_for_a_moment_does_not_end_the_rotation(
+def test_a_listing_that_fails_for_a_moment_does_not_end_the_rotation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing = [2]
@@ -198,9 +198,7 @@ def test_a_directory_that_cannot_be_listed_for_a_moment_does_not_end_the_rotatio
     asyncio.run(main())
 
 
-def test_it_is_never_promoted_while_passes_still_find_something(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rotation_is_not_promoted_while_passes_find_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rotation, "PASSES_MAX", 2)
     real = KekRotation.run_pass
     busy = [4]

@@ -88,7 +88,7 @@ def test_keys_made_meanwhile_are_wrapped_under_the_new_version_at_once(tmp_path:
     asyncio.run(main())
 
 
-def test_what_is_retired_or_destroyed_meanwhile_stays_so(tmp_path: Path) -> None:
+def test_keys_retired_or_destroyed_during_a_rotation_stay_so(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(40)
@@ -111,7 +111,7 @@ def test_what_is_retired_or_destroyed_meanwhile_stays_so(tmp_path: Path) -> None
 # --- who may begin what -------------------------------------------------------------------------------------------
 
 
-def test_one_rotation_at_a_time_and_a_repetition_of_it_is_no_other(tmp_path: Path) -> None:
+def test_a_repeated_request_joins_the_running_rotation(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             new, other = one.slot_of(NEW_ROOT), one.slot_of(OTHER_ROOT)
@@ -134,7 +134,7 @@ def test_one_rotation_at_a_time_and_a_repetition_of_it_is_no_other(tmp_path: Pat
     asyncio.run(main())
 
 
-def test_a_root_key_is_never_taken_into_use_twice(tmp_path: Path) -> None:
+def test_a_root_key_is_never_used_twice(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             first = one.slot_of(bytes.fromhex(key_file(tmp_path / "d").read_text()))
@@ -150,9 +150,7 @@ def test_a_root_key_is_never_taken_into_use_twice(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_keyring_without_room_refuses_before_anything_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_keyring_refuses_a_rotation_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keyring, "KEKS_OPEN_COUNT_MAX", 2)
 
     async def main() -> None:
@@ -187,7 +185,7 @@ def test_no_rotation_begins_while_it_is_excluded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("root", [None, NEW_ROOT])
-def test_a_beginning_that_the_disk_refuses_leaves_the_keyring_as_it_was(
+def test_a_begin_that_the_disk_refuses_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: bytes | None
 ) -> None:
     async def main() -> None:
@@ -209,7 +207,7 @@ def test_a_beginning_that_the_disk_refuses_leaves_the_keyring_as_it_was(
     asyncio.run(main())
 
 
-def test_a_beginning_that_reached_the_disk_though_it_was_refused_is_overtaken_by_the_next_change(
+def test_a_begin_that_failed_after_it_reached_the_disk_is_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If only the last sync fails the file may be the new one, or be so until a power loss: both must do."""
@@ -291,7 +289,7 @@ def test_both_roots_open_until_the_older_slots_are_dropped(tmp_path: Path) -> No
     asyncio.run(main())
 
 
-def test_a_key_under_a_kek_that_this_keyring_does_not_have_says_so(tmp_path: Path) -> None:
+def test_a_key_under_an_unknown_kek_version_is_refused(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             [key_id] = await one.make(1)

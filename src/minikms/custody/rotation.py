@@ -477,9 +477,7 @@ def _why_kept(version: int, live: Census, backups: Census) -> str:
     if version in backups.versions:
         return "a rotation backup of a key is wrapped under it; prune the rotation backups"
     if live.unreadable or backups.unreadable:
-        return (
-            "the file or a rotation backup of a key can't be read and may need it; see keys.unreadable_files in /status"
-        )
+        return "a key's file or rotation backup can't be read and may need it; see keys.unreadable_files in /status"
     return ""
 
 
