@@ -1,8 +1,8 @@
-"""A small process that changes files, to be killed or failed at one of its system calls.
+"""A process that changes files, to be killed or failed at one of its system calls.
 
-`crash_driver.py SCENARIO DIRECTORY`: writes "begin" to stderr when its preparations end, and to stdout what it was
-promised ("told", a name and its content; "granted", a key and its count), each line after the promise. A refusal is
-written as "refused" and tried once more.
+`crash_driver.py SCENARIO DIRECTORY` writes "begin" to stderr after its preparations. To stdout it writes each promise
+after the call returned: "told", a name and its content, or "granted", a key and its count. After an error it writes
+"refused" and tries once more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A backup archive that is not exactly what was made is not good, whatever of it was changed."""
+"""A backup archive with any change is refused; the register names the archives that may hold a key."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_skipped_entries_are_authenticated_too() -> None:
 
 
 def test_no_text_of_an_altered_archive_is_shown() -> None:
-    """It goes to a terminal."""
+    """The text goes to a terminal."""
     forged = ARCHIVE.replace(b'"%b"' % (b"0" * 16), b'"\\u001b[2JCall me"')
     assert forged != ARCHIVE
     with pytest.raises(ArchiveError) as refused:
@@ -195,7 +195,7 @@ def test_a_receipt_says_which_entries_of_the_register_cannot_be_read(tmp_path: P
 
 
 def test_an_unreadable_register_does_not_fail_a_destruction(tmp_path: Path) -> None:
-    """The key is gone by then: what failed is only to say where else it may be."""
+    """The key is destroyed already; only the list of archives is incomplete."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "kms-archives").symlink_to(tmp_path / "elsewhere")
     assert ArchiveRegister(str(tmp_path)).may_hold(KEY_ID) == [

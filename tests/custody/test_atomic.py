@@ -1,4 +1,4 @@
-"""Files are replaced whole or not at all, and a failure leaves what was there and nothing else."""
+"""A file is replaced whole or not at all, and a failure leaves the old content and no other file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from minikms.errors import ConflictError, InvalidRequestError, StorageUnavailabl
 
 @pytest.fixture(params=["syncfs", "fsync"])
 def sync_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to sync a group, on whatever file system the tests run."""
+    """Both ways to sync a group, whatever the file system of the tests is."""
     way: str = request.param
     monkeypatch.setattr(files, "syncfs_reports", lambda _directory: way == "syncfs")
     return way

@@ -1,4 +1,4 @@
-"""Writes from the event loop form groups, and each caller learns the fate of its own file."""
+"""Writes from the event loop form groups, and each caller gets the outcome of its own file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minikms.errors import ConflictError, InvalidRequestError, MiniKmsError, Sto
 
 
 class Disk:
-    """Stands before the real `write_group`: records the groups, and can hold or fail one."""
+    """Replaces `write_group`: records the groups, and can hold or fail one."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.groups: list[list[str]] = []

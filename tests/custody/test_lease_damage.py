@@ -1,4 +1,4 @@
-"""Torn, damaged and restored lease files: whatever can't be read, no key is counted too low."""
+"""Torn, damaged and restored lease files: no count is ever too low."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lease files: counts that only grow, are durable before they are told, and never pass the limit."""
+"""The lease files: counts only grow, are durable before they are returned, and stay within the limit."""
 
 from __future__ import annotations
 
@@ -322,7 +322,7 @@ def test_the_constants_hold_together() -> None:
 
 
 class Disturbed(Snapshot):
-    """After each look at the block that was read last, another thread puts the block that it has read there."""
+    """Each time the last block is read, another thread puts its own block there."""
 
     others: tuple[int, bytes] = (-1, b"")
 
@@ -337,7 +337,9 @@ class Disturbed(Snapshot):
 
 
 def test_parallel_lookups_of_counts_do_not_mix_their_blocks(opened: Callable[..., LeaseStore], tmp_path: Path) -> None:
-    """A listing and a reservation do. A count that is not found is too low, and a lease would be forgotten."""
+    """A listing and a reservation run in parallel. A count that is not found is too low, and a lease would be
+    forgotten.
+    """
     store = opened(create=True)
     keys = [key(number) for number in range(2 * BLOCK_ENTRIES)]
     store.reserve(keys)

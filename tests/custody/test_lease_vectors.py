@@ -1,4 +1,4 @@
-"""The lease files are those of docs/spec/leases.md, as a script that shares no code with the program makes them."""
+"""The lease files match docs/spec/leases.md, as a script makes them that shares no code with the program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Use leases in the event loop: a use is taken only below a reservation that is on disk."""
+"""Use leases in the event loop: a use is taken only if its reservation is on disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from minikms.errors import KeyExhaustedError, StorageUnavailableError
 
 
 class RecordingStore(LeaseStore):
-    """The real store; it records what is reserved and where, and can be held up."""
+    """The real store. It records what is reserved and in which thread, and can be blocked."""
 
     groups: list[list[bytes]]
     threads: set[int]

@@ -1,4 +1,4 @@
-"""A loss of power at any system call: what was promised is there, and what is there is whole."""
+"""After a power loss at any system call every promise holds, and every file is whole."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Allowed = dict[str, set[bytes | None]]
 
 
 def check_at_every_call(directory: int, allowed: Allowed, change: Callable[[], object], *, seed: int) -> int:
-    """Make a change under the model disk. `allowed` may be tightened when `change` has returned."""
+    """Makes a change on the model disk. After `change` has returned, the old contents are not allowed."""
     rng = random.Random(seed)
 
     def check(disk: Disk) -> None:
@@ -61,7 +61,7 @@ def test_a_replaced_file_is_old_or_new_and_new_on_return(directory: int, seed: i
 
 
 def test_the_model_disk_notices_a_missing_sync(directory: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check of the check: without its syncs, replacing a file would lose it."""
+    """Tests the model itself: without its syncs a replacement would lose the file."""
     replace_file(directory, "f", b"old")
     monkeypatch.setattr(os, "fsync", lambda _fd: None)
 

@@ -1,4 +1,4 @@
-"""An archive that is called good restores, and a restore that was cut short anywhere is never taken for a whole one."""
+"""A verified archive restores, and an interrupted restore is never taken for a complete one."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def restored(data_dir: Path, archive: Path, target: Path) -> None:
 
 
 def start(data_dir: Path, target: Path) -> datadir.Opened:
-    """What a start does with the keyring of `target`."""
+    """Opens the keyring of `target` as a start does."""
     with (
         DataDirLock(str(target)) as lock,
         SecretArena(32, force_fallback=True) as arena,
@@ -88,7 +88,7 @@ class Cut(Exception):
 
 @contextmanager
 def cut_before(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The call with this number, of those that change a name, does not happen, nor does anything after it."""
+    """Of the calls that change a name, those from this number on do not happen."""
     calls: list[str] = []
 
     def counted(name: str) -> None:
@@ -172,7 +172,7 @@ def test_an_archive_with_a_damaged_lease_journal_is_not_good(data_dir: Path, tmp
 
 
 def test_a_restore_adds_uses_to_keys_with_unreadable_files_too(data_dir: Path, tmp_path: Path) -> None:
-    """Its file may be found elsewhere, and put back."""
+    """The file may be found elsewhere and put back."""
     files = sorted((data_dir / "kms-deks").iterdir())
     files[-1].write_text("damaged")
     manifest = made(data_dir, tmp_path / "archive")
@@ -181,7 +181,7 @@ def test_a_restore_adds_uses_to_keys_with_unreadable_files_too(data_dir: Path, t
 
 
 def test_a_restore_adds_uses_to_every_key_made_before_the_backup(data_dir: Path, tmp_path: Path) -> None:
-    """One whose file was missing, too: it may be put back from a backup of the old directory."""
+    """Also to a key whose file was missing: it may be put back from a rotation backup."""
     missing = max((data_dir / "kms-deks").iterdir())
     missing.rename(data_dir / "kms-deks-backup" / f"{missing.name}.20260101T000000")
     made(data_dir, tmp_path / "archive")

@@ -1,4 +1,4 @@
-"""A series of groups in which one sync serves two: each file is whole at any time, and new once it is told."""
+"""A series of groups in which one sync serves two: each file is always whole, and new on return."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def writes(*names: str) -> list[FileWrite]:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """Of the names, and how many other files there are."""
+    """The content of every file that is not a temporary one."""
     return {entry.name: entry.read_bytes() for entry in path.iterdir() if not entry.name.startswith(TEMP_PREFIX)}
 
 

@@ -1,4 +1,4 @@
-"""The cache of opened keys: what it no longer holds has been released, and it never holds too much."""
+"""The cache of opened keys: it is bounded, and every value that leaves it was released."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minikms.keys.cache import KeyCache
 
 
 class Opened:
-    """Stands for an opened key: counts how often it was released."""
+    """Stands for an opened key and counts its releases."""
 
     def __init__(self) -> None:
         self.releases = 0

@@ -1,4 +1,4 @@
-"""A DEK's file: what parses, what it is bound to, and what a swapped or damaged file is worth."""
+"""A DEK's file: which files parse, what binds them to their key, and what damage does."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_every_record_comes_back_from_its_file(record: DekRecord, retire: bool) 
 @given(st.data())
 @settings(max_examples=300)
 def test_a_damaged_file_never_unwraps_to_another_key(data: st.DataObject) -> None:
-    """It is refused, or what was damaged was not of the key: the time of its making, say."""
+    """It is refused, or the damage is outside the key, for example in the time of creation."""
     blob = bytearray(dek.encode(made()))
     for _ in range(data.draw(st.integers(1, 3))):
         blob[data.draw(st.integers(0, len(blob) - 1))] = data.draw(st.integers(0, 255))

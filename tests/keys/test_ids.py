@@ -1,4 +1,4 @@
-"""Key ids: one strict spelling, which sorts as the keys were created."""
+"""Key ids have one spelling and sort by time of creation."""
 
 from __future__ import annotations
 

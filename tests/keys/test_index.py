@@ -1,4 +1,4 @@
-"""The index of all keys: pages and counts as a plain dict would give them."""
+"""The index of all keys has the same pages and counts as a plain dict."""
 
 from __future__ import annotations
 

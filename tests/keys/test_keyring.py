@@ -1,4 +1,4 @@
-"""The keyring's contents: each change gives the next body, an illegal one raises, a contradiction is refused."""
+"""The keyring's content: each change returns the next body, and illegal changes and inconsistent bodies are refused."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_only_a_retired_kek_is_destroyed_and_its_wrapped_key_goes(unlocked: Unlo
 
 
 def test_only_the_newest_slot_may_stay(unlocked: UnlockedKeyring) -> None:
-    """The links lead from the older keyring keys to the newest: without the newest slot nothing would open."""
+    """Without the newest slot, to which the links lead, no slot would open the newest keyring key."""
     done = keyrings.rotate(unlocked, NEW_ROOT)
     old, new = done.slots
     with pytest.raises(ConflictError, match="newest"):

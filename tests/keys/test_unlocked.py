@@ -1,4 +1,4 @@
-"""The unlocked keyring: which root opens what, what an alteration does, and what is left in the arena."""
+"""The unlocked keyring: which root key opens it, what an alteration does, and what stays in the arena."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_new_root_brings_a_new_keyring_key_and_a_kek_rotation_alone_does_not(a
 
 
 def test_an_old_root_and_an_old_keyring_open_nothing_of_a_later_keyring(arena: SecretArena) -> None:
-    """With the keyring key of then, neither a KEK nor the tag of a keyring after the root's rotation opens."""
+    """With the old keyring key, neither a KEK nor the tag of a keyring after the root's rotation opens."""
     unlocked = keyrings.fresh(arena)
     leaked, _ = keyrings.reopened(arena, unlocked)
     keyrings.rotate(unlocked, NEW_ROOT)

@@ -1,4 +1,4 @@
-"""A first start that is killed at any system call is made good by the next: it must never be neither begun nor new."""
+"""A first start that is killed at any system call is completed by the next start."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CALLS = (
 
 
 def first_start(base: Path) -> Daemon:
-    """Not yet started: an empty place with a root key."""
+    """An empty place and a root key, before the first start."""
     base.mkdir()
     (base / "key").touch(0o600)
     (base / "key").write_text(os.urandom(32).hex() + "\n")
@@ -34,7 +34,7 @@ def first_start(base: Path) -> Daemon:
 
 
 def killed_at(daemon: Daemon, calls: str, number: int) -> bool:
-    """Starts it and kills it at that call; False when it came up first."""
+    """Starts the daemon and kills it at that call; False if it came up first."""
     strace = ["strace", "-f", "-o", str(daemon.base / "strace"), "-e", f"trace={calls}"]
     strace += ["-e", f"inject={calls}:signal=KILL:when={number}"]
     plain = daemon._command

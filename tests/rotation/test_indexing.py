@@ -1,4 +1,4 @@
-"""The scan after a start: complete whatever some files are, and it finishes what an earlier process left."""
+"""The scan after a start: it finds every readable key, and completes what an earlier process left."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_failing_disk_delays_the_scan_and_does_not_end_it(tmp_path: Path, monk
 def test_the_file_of_a_destroyed_key_does_not_come_back_by_a_resumed_rotation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A crash left it; the rotation has read it, and the scan removes it before the rotation puts the new one there."""
+    """A crash left the file. The rotation has read it, and the scan removes it before the rotation replaces it."""
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:

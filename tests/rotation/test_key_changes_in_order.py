@@ -1,4 +1,4 @@
-"""What keeps changes apart: the keyring's keeper, the locks of keys, the wraps of a KEK."""
+"""Concurrent changes: of the keyring, of key files, and of the wraps of a KEK."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_change_that_the_disk_refuses_is_not_in_memory(tmp_path: Path, monkeyp
 def test_a_change_with_a_cancelled_caller_is_kept_by_the_next_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The write goes on in its thread; a next body made from the older one would take it back."""
+    """The write continues in its thread; a next body made from the older one would undo it."""
     writing, go_on = threading.Event(), threading.Event()
     store_now = KeyringFile.store_now
 

@@ -1,4 +1,4 @@
-"""Random sequences of everything, restarts and kills among them, against a model: no difference is found."""
+"""Random sequences of everything, with restarts and kills, match the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is destroyed for good, and what is kept: nothing that any file may still need, and no last copy of a key."""
+"""Pruning removes nothing that a file may still need, and no last copy of a key."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_one_file_that_cannot_be_read_keeps_every_retired_kek(tmp_path: Path, wh
 
 
 def test_a_false_kek_version_in_a_file_keeps_the_true_kek(tmp_path: Path) -> None:
-    """It says version 2, but is wrapped under 1: destroying 1 would make a flipped digit the loss of a key."""
+    """The file says version 2 but is wrapped under 1. Destroying 1 would turn a flipped digit into a lost key."""
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -160,7 +160,7 @@ def rename_newest(one: OpenedVault, stamp: str) -> None:
 
 @contextmanager
 def passed_over(one: OpenedVault, key_id: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """While the directory is listed the key is retired, and the listing, as readdir(3p) allows, misses its file."""
+    """During the listing the key is retired, and the listing omits its file, as readdir(3p) allows."""
     loop = asyncio.get_running_loop()
     real = deks.list_names
 
@@ -179,7 +179,7 @@ def passed_over(one: OpenedVault, key_id: str, monkeypatch: pytest.MonkeyPatch) 
 def test_a_key_that_is_retired_while_the_directory_is_listed_keeps_its_kek(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A key whose file could not be read during the rotation, and was put back since, is under the older KEK."""
+    """A key whose file was unreadable during the rotation and was repaired since is under the older KEK."""
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:

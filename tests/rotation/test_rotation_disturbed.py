@@ -1,4 +1,4 @@
-"""The long part of a KEK rotation, disturbed: no key is lost, and what failed is tried again or told."""
+"""Step 2 of a KEK rotation under faults: no key is lost, and a failed write is tried again or reported."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_write_that_the_disk_refuses_is_tried_again(tmp_path: Path, monkeypatc
 def test_an_unconfirmed_replacement_is_written_again_to_a_new_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The failed sync proves nothing about the file that is there: it may vanish with the power, and its KEK too."""
+    """A failed sync proves nothing about the file: it may vanish with the power, and its KEK too."""
     failing = [2]
     placed: list[str] = []
     place, sync = StagedReplacements._place, StagedReplacements._sync
@@ -142,7 +142,7 @@ def test_an_unconfirmed_replacement_is_written_again_to_a_new_file(
 def test_a_shortage_of_descriptors_does_not_make_a_key_unreadable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process out of descriptors, or an arena for a moment full, must not leave keys behind under the old KEK."""
+    """Without descriptors, or with a full arena for a moment, no key may stay under the old KEK."""
     failing = [10]
     open_file = os.open
 

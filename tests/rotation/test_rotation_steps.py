@@ -1,4 +1,4 @@
-"""The steps of a KEK rotation, and what cuts each of them short: no key is lost, and the next attempt completes it."""
+"""The steps of a KEK rotation, and their interruptions: no key is lost, and the next attempt completes it."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_a_begin_that_the_disk_refuses_changes_nothing(
 def test_a_begin_that_failed_after_it_reached_the_disk_is_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If only the last sync fails the file may be the new one, or be so until a power loss: both must do."""
+    """If only the last sync fails, the new file may be there until a power loss: both files must work."""
     store_now = KeyringFile.store_now
 
     def stored_but_refused(self: KeyringFile, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The vault: every change of a key is whole or undone, and no number of callers exhausts the arena."""
+"""The vault: every change of a key is complete or undone, and many callers do not exhaust the arena."""
 
 from __future__ import annotations
 
