@@ -1,7 +1,7 @@
-"""A vault over real files, without a daemon: what the tests of custody's parts work on.
+"""A vault over real files, without a daemon, for the tests of custody.
 
-Owns: opening a data directory in this process and joining the parts as the daemon does. Invariants: real threads, real
-files, a real keyring; only the arena is of plain memory. It asserts nothing.
+Owns: opening a data directory in this process, with its parts joined as in the daemon. Invariants: real threads, real
+files, a real keyring; only the arena is plain memory. It asserts nothing.
 """
 
 from __future__ import annotations
