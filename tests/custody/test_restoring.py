@@ -22,8 +22,8 @@ from minikms.custody.backup.register import DIRECTORY as REGISTER
 from minikms.custody.backup.register import ArchiveRegister, Registered
 from minikms.custody.files import LOCK_NAME, DataDirLock, open_directory
 from minikms.custody.keyring_file import KeyringFile
-from minikms.custody.lease_format import RESTORE_USES, Floors, journal_header
-from minikms.custody.lease_store import LeaseStore, snapshot_chunks
+from minikms.custody.lease_format import RESTORE_USES, Floors, journal_header, snapshot_chunks
+from minikms.custody.lease_store import LeaseStore
 from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys.dek import key_id_to_bytes
 from minikms.memory.arena import SecretArena

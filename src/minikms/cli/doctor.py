@@ -49,8 +49,7 @@ from minikms.cli.console import (
 from minikms.cli.rootopening import Source, opened_keyring, opened_root
 from minikms.custody import deks, keyring_file, lease_store, rotation_backups
 from minikms.custody.files import is_stale_temp, open_directory, read_file_bounded
-from minikms.custody.lease_format import USES_WARN, LeaseFormatError, parse_journal
-from minikms.custody.lease_store import Snapshot
+from minikms.custody.lease_format import USES_WARN, LeaseFormatError, Snapshot, parse_journal
 from minikms.errors import MiniKmsError, StartError
 from minikms.keys import dek, keyring
 from minikms.keys.dek import DekRecord
