@@ -29,14 +29,15 @@ def encode_text(data: bytes) -> str:
 
 def decode_exact(text: object, size: int) -> bytes | None:
     """The `size` bytes that `text` (str or bytes) encodes, or None if `text` is anything else."""
-    encoded = text.encode("utf-8", "replace") if isinstance(text, str) else text
-    if not isinstance(encoded, bytes):
+    if isinstance(text, str):
+        text = text.encode("utf-8", "replace")
+    if not isinstance(text, bytes):
         return None
     try:
-        data = a2b_base64(encoded, strict_mode=True)  # faster than pybase64 for a few bytes
+        data = a2b_base64(text, strict_mode=True)  # faster than pybase64 for a few bytes
     except ValueError:
         return None
-    return data if len(data) == size and b64encode(data) == encoded else None
+    return data if len(data) == size and b64encode(data) == text else None
 
 
 def decode_canonical(text: str, bytes_max: int, what: str) -> bytes:
