@@ -9,6 +9,7 @@ memory of their names; every size is bounded before it is read; nothing that was
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 import re
 import struct
@@ -152,7 +153,7 @@ class ArchiveReader:
         """The manifest, once the whole archive has been found authentic. Raises ArchiveError."""
         if not self._manifest or not self._tag:
             raise ArchiveError("the backup is cut short")
-        if roots.same(self._tag, roots.archive_tag(root, self._digest.digest())):
+        if hmac.compare_digest(self._tag, roots.archive_tag(root, self._digest.digest())):
             return _manifest(self._manifest)
         # Whatever is wrong, this much of the manifest is looked at: most often it is the key.
         made_under, given = _manifest(self._manifest).root_fingerprint, roots.fingerprint(root)
