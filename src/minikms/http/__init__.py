@@ -15,7 +15,7 @@ and `reader` are pure: no socket and no clock. The room must never import the da
 serve an application of its own with it.
 """
 
-from minikms.http.exchange import Application, Request, Response, error_response, raised_response
+from minikms.http.exchange import Application, Request, Response, S, error_response, raised_response
 from minikms.http.head import ParsedHead, parse_query
 from minikms.http.limits import LIMITS, Limits
 from minikms.http.server import HttpServer
@@ -28,6 +28,7 @@ __all__ = [
     "ParsedHead",
     "Request",
     "Response",
+    "S",
     "error_response",
     "parse_query",
     "raised_response",

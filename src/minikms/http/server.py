@@ -50,6 +50,8 @@ class HttpServer(Generic[S]):
         """Complete requests passed to the application since the start."""
         self.refused = 0
         """Refusals by the engine since the start."""
+        self.accept_failures = 0
+        """Failures of accept(2) since the start. The code that accepts connections counts them."""
         self.now = loop.time()
         """The loop's time, at most `sweep_seconds` old while there are connections."""
         self.phase_seconds = {
@@ -65,7 +67,7 @@ class HttpServer(Generic[S]):
         self._tasks: set[asyncio.Future[bytes | Response]] = set()
 
     def protocol_factory(self) -> Connection[S]:
-        """For `loop.create_unix_server`, `loop.create_server` and `loop.connect_accepted_socket`."""
+        """For `loop.connect_accepted_socket`, `loop.create_unix_server` and `loop.create_server`."""
         return Connection(self)
 
     @property
