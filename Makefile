@@ -4,12 +4,14 @@
 # machine (tools/bootstrap/make_venv.py). Nothing here prompts. python3.13 is taken where there is one: of the versions
 # that the tests run on it is the fastest. Another interpreter or place:
 #   make test PYTHON=python3.11 VENV=.venv-3.11
-# More for pytest or the bench:
-#   make test ARGS='tests/tidy -x'        make bench ARGS='encrypt'
+# More for pytest, the bench or the tour:
+#   make test ARGS='tests/tidy -x'        make bench ARGS='encrypt'        make run ARGS='--dir ../tour'
+# The tests run in two processes. In one, for a debugger: make test WORKERS=0 ARGS='tests/tidy --pdb'
 
 PYTHON ?= $(shell python3.13 -c "" 2>/dev/null && echo python3.13 || echo python3)
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 
 BOOTSTRAP := tools/bootstrap/make_venv.py tools/bootstrap/constraints.txt $(wildcard tools/bootstrap/*.whl)
 STAMP := $(VENV)/.installed
@@ -26,10 +28,10 @@ help:
 	@echo 'make torture  the tests that take longer than `make test` has time for'
 
 run: venv
-	$(VENV)/bin/progressdb demo
+	$(VENV)/bin/progressdb demo $(ARGS)
 
 test: venv
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 venv: $(STAMP)
 

@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
 
@@ -39,12 +40,13 @@ class LiveDaemon:
         launcher: tuple[str, ...] = (),
         socket: Path | None = None,
         pass_fds: tuple[int, ...] = (),
-        memlock_bytes: int | None = None,
+        limits: Mapping[int, tuple[int, int]] | None = None,
     ) -> None:
         """Start it in `base`, which is opened to all users.
 
         `program`: what runs the interpreter, such as `unshare --user`. `launcher`: what the interpreter runs first,
-        which is to replace itself by the interpreter with its arguments. `memlock_bytes`: its RLIMIT_MEMLOCK.
+        which is to replace itself by the interpreter with its arguments. `limits`: soft and hard, by the number of
+        the resource (setrlimit(2)).
         """
         base.chmod(0o755)
         self.data_dir = base / "data"
@@ -55,7 +57,7 @@ class LiveDaemon:
         self._command = [*program, sys.executable, *launcher, "-m", "minikms"]
         self._command += ["--socket", str(self.socket), "--data-dir", str(self.data_dir), *flags]
         self._pass_fds = pass_fds
-        self._memlock_bytes = memlock_bytes
+        self._limits = dict(limits or {})
         if root_kind == "dev":
             self._command += ["--dev"]
         else:
@@ -67,23 +69,23 @@ class LiveDaemon:
             self._environ["PROGRESSDB_MINIKMS_MASTER_KEY"] = self.root_file.read_text().strip()
         self.start()
 
-    def start(self) -> None:
-        """Start it again, after it has ended; returns when it answers."""
+    def start(self, *under: str) -> None:
+        """Start it again, after it has ended, `under` a program such as strace; returns when it answers."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self._command,
+                [*under, *self._command],
                 env=self._environ,
                 stdout=log,
                 stderr=log,
                 pass_fds=self._pass_fds,
-                preexec_fn=None if self._memlock_bytes is None else self._limit_memlock,
+                preexec_fn=self._set_limits if self._limits else None,
             )
         self.pid = self.process.pid
         self._wait()
 
-    def _limit_memlock(self) -> None:
-        if self._memlock_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_MEMLOCK, (self._memlock_bytes, self._memlock_bytes))
+    def _set_limits(self) -> None:
+        for number, limit in self._limits.items():
+            resource.setrlimit(number, limit)
 
     def _wait(self) -> None:
         deadline = time.monotonic() + START_SECONDS_MAX

@@ -218,7 +218,14 @@ def responses(said: Said) -> dict[str, Any]:
 def document() -> dict[str, Any]:
     nothing: Any = None  # no route is called
     application = Application(
-        service=nothing, issuing=nothing, lifecycle=nothing, keks=nothing, policy=nothing, audit=nothing, vault=nothing
+        service=nothing,
+        issuing=nothing,
+        lifecycle=nothing,
+        keks=nothing,
+        policy=nothing,
+        audit=nothing,
+        vault=nothing,
+        connections_max=api.CONNECTIONS_MAX,
     )
     paths: dict[str, dict[str, Any]] = {
         "/health": {

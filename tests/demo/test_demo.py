@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import needs
+
+OTHER_UID = 45_678
 TOUR_S_MAX = 60.0
 COMMAND = [sys.executable, "-P", "-m", "progressdb_server", "demo"]
 
@@ -38,6 +41,8 @@ def test_a_second_tour_finds_the_first_ones_data_and_a_leak_fails_it(tmp_path: P
     assert "FAILED" not in first.stdout
     assert "2 messages came back as they were written" in first.stdout
     assert "all 2 messages read as before" in first.stdout, "after both rotations"
+    (started, offered) = re.findall(r"^   \$ (PROGRESSDB_API_BACKEND_KEYS=.*)$", first.stdout, flags=re.MULTILINE)
+    assert offered == started, "the commands of the tour work against the server that the last line starts"
     assert "\x1b[" not in first.stdout, "plain where the output is no terminal"
 
     second = tour(tmp_path)
@@ -67,6 +72,38 @@ def test_a_server_that_cannot_start_ends_the_tour_with_its_last_words(tmp_path: 
     done = tour(tmp_path, "--dir", "taken")
     assert done.returncode == 1
     assert "the server did not come up" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_directory_of_another_user_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    """Refused before anything in it is changed."""
+    needs.root()
+    place = tmp_path / "demo-data"
+    place.mkdir()
+    os.chown(place, OTHER_UID, OTHER_UID)
+    done = tour(tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"demo-data belongs to uid {OTHER_UID}" in done.stderr
+    assert "--dir DIRECTORY" in done.stderr
+    assert list(place.iterdir()) == []
+
+
+def test_a_file_of_another_user_in_the_directory_is_named(tmp_path: Path) -> None:
+    """What a tour as root used to leave in the directory of an ordinary user."""
+    needs.root()
+    left = tmp_path / "demo-data" / "store"
+    left.mkdir(parents=True)
+    os.chown(left, OTHER_UID, OTHER_UID)
+    done = tour(tmp_path)
+    assert done.returncode == 1
+    assert f"demo-data/store belongs to uid {OTHER_UID}" in done.stderr
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "demo-data").touch()
+    done = tour(tmp_path)
+    assert done.returncode == 1
+    assert "cannot use demo-data" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -360,7 +361,7 @@ def test_without_memfd_secret_it_works_says_what_is_lacking_and_keeps_keys_in_th
 
 def test_required_hardening_refuses_a_machine_where_something_is_missing(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"hardening is required.*memory_locked"):
-        LiveDaemon(tmp_path, "file", "--require-hardening", memlock_bytes=1 << 20)
+        LiveDaemon(tmp_path, "file", "--require-hardening", limits={resource.RLIMIT_MEMLOCK: (1 << 20, 1 << 20)})
     assert not (tmp_path / "s").exists()
 
 

@@ -52,7 +52,7 @@ class Nothing:
 
 def operations() -> list[tuple[str, str, str]]:
     parts = {name: Nothing() for name in ("service", "issuing", "lifecycle", "keks", "audit", "vault")}
-    return Application(policy=Policy([0]), **parts).operations()  # type: ignore[arg-type]  # see Nothing
+    return Application(policy=Policy([0]), connections_max=1, **parts).operations()  # type: ignore[arg-type]  # see Nothing
 
 
 def test_every_call_is_on_the_page_and_no_other() -> None:

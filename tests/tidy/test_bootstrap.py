@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import runpy
 import shutil
 import subprocess
@@ -34,6 +35,16 @@ def test_a_directory_that_is_no_virtual_environment_is_never_cleared(tmp_path: P
     assert (tmp_path / "letters").read_text() == "precious"
 
 
+@pytest.mark.parametrize(("option", "status"), [("--help", 0), ("-h", 0), ("--upgrade", 1)])
+def test_an_option_prints_the_usage_and_makes_no_environment(tmp_path: Path, option: str, status: int) -> None:
+    script = BOOTSTRAP / "make_venv.py"
+    command = [sys.executable, "-I", str(script), option]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == status
+    assert "usage:" in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_altered_pip_wheel_is_not_run(tmp_path: Path) -> None:
     copied = shutil.copytree(BOOTSTRAP, tmp_path / "bootstrap")
     (wheel,) = copied.glob("*.whl")
@@ -50,6 +61,20 @@ def test_the_wheel_is_the_one_that_the_script_names_and_expects() -> None:
     named = runpy.run_path(str(BOOTSTRAP / "make_venv.py"))
     digest = hashlib.sha256(Path(named["PIP_WHEEL"]).read_bytes()).hexdigest()
     assert digest == named["PIP_WHEEL_SHA256"]
+
+
+def test_a_finished_environment_is_left_as_it_is_without_network(tmp_path: Path) -> None:
+    """A checkout gives the files that say what to install a new date: nothing is installed again for that."""
+    named = runpy.run_path(str(BOOTSTRAP / "make_venv.py"))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    stamp = tmp_path / ".installed"
+    stamp.write_text(named["described"](str(tmp_path)) + named["requirements_digest"]())
+    os.utime(stamp, (1, 1))
+    done = bootstrap(tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert stamp.stat().st_mtime > PROJECT.joinpath("pyproject.toml").stat().st_mtime
+    assert (tmp_path / "bin" / "python").read_bytes() == b""
 
 
 @pytest.mark.parametrize("version", [(3, 6, 15), (3, 10, 13)])

@@ -3,7 +3,8 @@
 Owns the way from a bare `python3` to an installed project. It assumes the standard library less `ensurepip`, which
 Debian splits off: pip comes from the wheel beside this file, whose SHA-256 is checked before any of it runs. Where
 packages come from is for pip's own configuration to say (`PIP_*`, pip.conf); no registry is named here. Never prompts.
-The stamp `DIRECTORY/.installed` is written last, so an interrupted run is done again.
+The stamp `DIRECTORY/.installed` is written last, so an interrupted run is done again. It states what was installed: a
+file with a new date and the old content needs no second installation, and no network.
 
 Written in the syntax of Python 3.6, so that an old interpreter gets the sentence below instead of a SyntaxError.
 """
@@ -51,18 +52,25 @@ def run(*command: str) -> None:
 
 
 def described(directory: str) -> str:
-    """What the stamp says: a finished environment of this place and this interpreter."""
+    """What the stamp says of a finished environment: its place, and the interpreter."""
     return f"{directory}\n{sys.version_info[0]}.{sys.version_info[1]} {os.path.realpath(sys.executable)}\n"
 
 
-def take_stamp(stamp: str) -> str:
-    """What the last finished run said, or nothing; from here on the environment counts as unfinished."""
+def requirements_digest() -> str:
+    """The last line of the stamp: SHA-256 of the files that say what to install."""
+    digest = hashlib.sha256()
+    for path in (os.path.join(PROJECT, "pyproject.toml"), CONSTRAINTS):
+        with open(path, "rb") as file:
+            digest.update(hashlib.sha256(file.read()).digest())
+    return digest.hexdigest() + "\n"
+
+
+def read_stamp(stamp: str) -> str:
+    """What the last finished run said, or nothing."""
     if not os.path.exists(stamp):
         return ""
     with open(stamp) as file:
-        said = file.read()
-    os.unlink(stamp)
-    return said
+        return file.read()
 
 
 def make_empty(directory: str, python: str) -> None:
@@ -75,22 +83,35 @@ def make_empty(directory: str, python: str) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python3 tools/bootstrap/make_venv.py DIRECTORY")
+    usage = "usage: python3 tools/bootstrap/make_venv.py DIRECTORY"
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(usage)
+        return
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(usage)
     check_python()
     check_pip_wheel()
     directory = os.path.abspath(sys.argv[1])
     python = os.path.join(directory, "bin", "python")
     stamp = os.path.join(directory, ".installed")
 
+    if os.path.exists(directory) and not os.access(directory, os.W_OK):
+        sys.exit(f"{directory} belongs to another user; name another: make VENV=DIRECTORY")
+    said, place, digest = read_stamp(stamp), described(directory), requirements_digest()
+    if said == place + digest and os.path.exists(python):
+        os.utime(stamp)
+        return
+    if said:
+        os.unlink(stamp)  # from here on the environment counts as unfinished
+
     # What an interrupted run, another interpreter or a moved checkout left behind is not worth mending.
-    if take_stamp(stamp) != described(directory) or not os.path.exists(python):
+    if not said.startswith(place) or not os.path.exists(python):
         make_empty(directory, python)
     print(f"installing the project and its tools into {sys.argv[1]} ...", flush=True)
     pip_install = (python, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check")
     run(*pip_install, "--constraint", CONSTRAINTS, "--editable", ".", "--group", "dev")
     with open(stamp, "w") as file:
-        file.write(described(directory))
+        file.write(place + digest)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ from minikms.service.records import KeyService
 
 FOREIGN_CONNECTIONS_MAX: Final = 64
 """Open connections of uids that aren't allowed, so that they can't use up the allowed ones' places."""
+FOREIGN_CONNECTIONS_SHARE: Final = 4
+"""Where few connections are admitted, at most one in this many is for uids that aren't allowed."""
 
 LIST_LIMIT_DEFAULT: Final = 100
 
@@ -70,6 +72,7 @@ class Application:
         policy: Policy,
         audit: TurnAudit,
         vault: Vault,
+        connections_max: int,
     ) -> None:
         self._service = service
         self._issuing = issuing
@@ -80,6 +83,7 @@ class Application:
         self._vault = vault
         self._refusals = RefusalAggregator()
         self._foreign = 0
+        self._foreign_max = min(FOREIGN_CONNECTIONS_MAX, connections_max // FOREIGN_CONNECTIONS_SHARE)
         self.refused_count = 0
         self._create = msgspec.json.Decoder(api.CreateDekRequest)
         self._encrypt_item = msgspec.json.Decoder(api.EncryptItem)
@@ -141,7 +145,7 @@ class Application:
             return None
         principal = None if is_overflow_uid(peer.uid) else self._policy.principal(peer.uid, peer.pid)
         if principal is None:
-            if self._foreign >= FOREIGN_CONNECTIONS_MAX:
+            if self._foreign >= self._foreign_max:
                 self._refuse(peer)
                 return None
             self._foreign += 1

@@ -148,6 +148,9 @@ def _add_requests(made: _Page, status: Mapping[str, Any], times: VerbTimes, batc
     made.one("minikms_http_requests_total", "counter", "Requests whose head was read.", http["requests"])
     made.one("minikms_http_refused_total", "counter", "Inputs that were no request.", http["refused"])
     made.one("minikms_http_connections", "gauge", "Open connections.", http["connections"])
+    made.one("minikms_http_connections_max", "gauge", "Connections admitted.", http["connections_max"])
+    failures = http["accept_failures"]
+    made.one("minikms_http_accept_failures_total", "counter", "Times that no connection could be accepted.", failures)
     used = {verb: histogram for verb, histogram in times.seconds.items() if any(histogram.counts)}
     made.histograms("minikms_request_seconds", "From the request to the end of the audit write.", "verb", used)
     made.histograms("minikms_batch_items", "Items of a batch.", "verb", batches)

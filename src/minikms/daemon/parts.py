@@ -46,7 +46,7 @@ from minikms.daemon.settings import Settings
 from minikms.daemon.status import StatusPage
 from minikms.datadir import Opened, highest_epoch, keys_of, since
 from minikms.errors import StartError
-from minikms.http import HttpServer
+from minikms.http import HttpServer, Limits
 from minikms.keys.ids import key_id_to_bytes
 from minikms.memory import libc
 from minikms.memory.arena import SecretArena, SecretSlot
@@ -144,6 +144,7 @@ class Assembly:
         workers: Workers,
         arena: SecretArena,
         measures: tuple[Measure, ...],
+        connections_max: int,
         on_internal_error: Callable[[str], None],
     ) -> None:
         self._files = files
@@ -202,9 +203,13 @@ class Assembly:
             policy=policy,
             audit=self.audit,
             vault=self.vault,
+            connections_max=connections_max,
         )
         self.server: HttpServer[Session] = HttpServer(
-            self.app, loop=asyncio.get_running_loop(), on_internal_error=on_internal_error
+            self.app,
+            loop=asyncio.get_running_loop(),
+            on_internal_error=on_internal_error,
+            limits=Limits(connections_max=connections_max),
         )
         page.server = self.server
 

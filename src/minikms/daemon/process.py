@@ -1,10 +1,10 @@
 """The daemon's composition: what is made in which order, what runs, and how it ends.
 
-Owns: start and stop. Order of the start, each step a precondition of the next: signals blocked, data directory
-locked, socket bound, arena made, process hardened (one thread until here), files opened (`daemon.assembly`), the line
-that says so, then requests. Stop: no new connections, a rotation interrupted, what is in flight finished, files closed,
-keys zeroed, lock given up last. It must never serve before the epoch of this start is durable, and never after the
-audit log is closed.
+Owns: start and stop. Order of the start, each step a precondition of the next: limit of open files raised, signals
+blocked, data directory locked, socket bound, arena made, process hardened (one thread until here), files opened
+(`daemon.assembly`), the line that says so, then requests. Stop: no new connections, a rotation interrupted, what is
+in flight finished, files closed, keys zeroed, lock given up last. It must never serve before the epoch of this start
+is durable, and never after the audit log is closed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,16 @@ import uvloop
 from minikms.custody import deks, rotation_backups
 from minikms.custody.files import DataDirLock, make_private_directory, sweep_temps
 from minikms.custody.vault import CACHE_KEYS_MAX
+from minikms.daemon.accepting import (
+    ACCEPT_PAUSE_SECONDS,
+    Acceptor,
+    bound_warning,
+    connections_bound,
+    raise_descriptor_limit,
+)
 from minikms.daemon.parts import Assembly, Workers, open_files
 from minikms.daemon.settings import Settings
-from minikms.daemon.sockets import BACKLOG_COUNT, UnixListener, listen
+from minikms.daemon.sockets import UnixListener, listen
 from minikms.errors import MiniKmsError
 from minikms.memory.arena import SecretArena
 from minikms.memory.process import Measure, harden, interpreter_paths
@@ -57,6 +64,10 @@ def run(settings: Settings) -> None:
     log = _logger(settings)
     notifier = Notifier(os.environ)
     policy = Policy(settings.allowed_uids, settings.admin_uids)
+    connections_max = connections_bound(raise_descriptor_limit())
+    too_few = bound_warning(connections_max)
+    if too_few is not None:
+        log.warning("fewer connections than promised", why=too_few)
     with SignalReader() as signals, DataDirLock(settings.data_dir) as lock:
         for name in (deks.DIRECTORY, rotation_backups.DIRECTORY):
             make_private_directory(os.path.join(settings.data_dir, name))
@@ -72,6 +83,7 @@ def run(settings: Settings) -> None:
                 listener=listener,
                 arena=arena,
                 measures=measures,
+                connections_max=connections_max,
                 signals=signals,
                 notifier=notifier,
                 log=log,
@@ -92,6 +104,7 @@ class Daemon:
         listener: UnixListener,
         arena: SecretArena,
         measures: tuple[Measure, ...],
+        connections_max: int,
         signals: SignalReader,
         notifier: Notifier,
         log: structlog.stdlib.BoundLogger,
@@ -102,6 +115,7 @@ class Daemon:
         self._listener = listener
         self._arena = arena
         self._measures = measures
+        self._connections_max = connections_max
         self._signals = signals
         self._notifier = notifier
         self._log = log
@@ -118,6 +132,7 @@ class Daemon:
                 workers=workers,
                 arena=self._arena,
                 measures=self._measures,
+                connections_max=self._connections_max,
                 on_internal_error=self._internal_error,
             )
             try:
@@ -146,9 +161,7 @@ class Daemon:
         if self._settings.parent_fd is not None:
             os.set_blocking(self._settings.parent_fd, False)
             loop.add_reader(self._settings.parent_fd, self._on_parent)
-        listening = await loop.create_unix_server(
-            assembly.server.protocol_factory, sock=self._listener.socket, backlog=BACKLOG_COUNT
-        )
+        acceptor = Acceptor(self._listener.socket, assembly.server, on_failure=self._accept_failed)
         chores = [asyncio.ensure_future(self._keep(chore)) for chore in self._chores(assembly, workers)]
         gc.collect()
         gc.freeze()
@@ -157,7 +170,7 @@ class Daemon:
         self._notifier.ready(f"serving on {self._settings.socket}")
         await self._stopping.wait()
         self._notifier.stopping()
-        listening.close()
+        acceptor.close()
         self._listener.close()
         await assembly.keks.stop()
         await assembly.server.drain(DRAIN_SECONDS_MAX)
@@ -228,6 +241,9 @@ class Daemon:
         if not self._stopping.is_set():
             self._why = why
             self._stopping.set()
+
+    def _accept_failed(self, why: str) -> None:
+        self._log.warning("accept failed", why=why, pause_seconds=ACCEPT_PAUSE_SECONDS)
 
     def _internal_error(self, what: str) -> None:
         self._log.error("internal error", what=what)

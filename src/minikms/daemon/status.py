@@ -11,6 +11,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+from minikms.daemon.accepting import bound_warning
 from minikms.datadir import Opened
 from minikms.keys.keyring import KEK_WRAPS_WARN
 
@@ -99,8 +100,10 @@ class StatusPage:
             "hardening": [measure.status() for measure in self._measures],
             "http": {
                 "connections": server.connections_count if server else 0,
+                "connections_max": server.limits.connections_max if server else 0,
                 "requests": server.requests if server else 0,
                 "refused": server.refused if server else 0,
+                "accept_failures": server.accept_failures if server else 0,
             },
             "warnings": self._warnings(),
         }
@@ -138,6 +141,9 @@ class StatusPage:
                 "the daemon's own uid may connect: this protects against leaks, not against a compromised server, "
                 "which can read the key file and the data directory; run the two under separate users (deploy/systemd)"
             )
+        too_few = None if self.server is None else bound_warning(self.server.limits.connections_max)
+        if too_few is not None:
+            found.append(too_few)
         if len(body.slots) > 1:
             found.append(
                 "more than one root key opens the keyring: start once with the newest root key to drop the older ones"

@@ -12,7 +12,7 @@ Modules, each importing only those before it: `limits`, `refusals`, `receive`, `
 `exchange`, `encode`, `connection`, `server`. Up to `reader` all is pure: bytes in, values out, no socket and no clock.
 """
 
-from minikms.http.exchange import Application, Request, Response, error_response, raised_response
+from minikms.http.exchange import Application, Request, Response, S, error_response, raised_response
 from minikms.http.head import ParsedHead, parse_query
 from minikms.http.limits import LIMITS, Limits
 from minikms.http.server import HttpServer
@@ -25,6 +25,7 @@ __all__ = [
     "ParsedHead",
     "Request",
     "Response",
+    "S",
     "error_response",
     "parse_query",
     "raised_response",

@@ -52,6 +52,8 @@ class HttpServer(Generic[S]):
         """Whole requests handed to the application since the start."""
         self.refused = 0
         """Refusals by the engine itself since the start."""
+        self.accept_failures = 0
+        """How often the kernel could not give a new connection since the start; counted by who accepts."""
         self.now = loop.time()
         """The loop's time, at most `sweep_seconds` old while there are connections."""
         self.phase_seconds = {
@@ -67,7 +69,7 @@ class HttpServer(Generic[S]):
         self._tasks: set[asyncio.Future[bytes | Response]] = set()
 
     def protocol_factory(self) -> Connection[S]:
-        """For `loop.create_unix_server`, `loop.create_server` and `loop.connect_accepted_socket`."""
+        """For `loop.connect_accepted_socket`, `loop.create_unix_server` and `loop.create_server`."""
         return Connection(self)
 
     @property

@@ -10,7 +10,6 @@ never use the configuration of the person who runs it, nor touch data outside it
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import secrets
@@ -48,6 +47,7 @@ TITLE: Final = "The guided tour"
 KEY_CHARS_SHOWN: Final = 46
 DUMPED_BYTES_MAX: Final = 128
 CIPHERTEXT_BYTES_SHOWN: Final = 20
+OTHER_DIRECTORY: Final = "name another directory: progressdb demo --dir DIRECTORY, or make run ARGS='--dir DIRECTORY'"
 
 
 class DemoError(Exception):
@@ -74,9 +74,13 @@ class Place:
 class Server:
     """A running server, and the keys that it takes for this run."""
 
-    url: str
+    address: str
     backend_key: str
     admin_key: str
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}"
 
     def call(self, method: str, target: str, body: object = None, *, admin: bool = False) -> bytes:
         """The answer's bytes. Raises DemoError unless it is 2xx."""
@@ -119,9 +123,8 @@ class Tour:
 
     def close(self, server_command: str, directory: Path) -> None:
         if self.failed:
-            self._console.print(
-                f"\n[bold red]{self.failed} checks failed.[/bold red] The server's log is in {directory}."
-            )
+            log = f"The server's log is in {directory}."
+            self._console.print(f"\n[bold red]{self.failed} checks failed.[/bold red] {log}")
             return
         self._console.print("\n[bold green]Every check held.[/bold green] Run it again: it finds its data and goes on.")
         self._console.print("The same server, to try the commands above:")
@@ -159,7 +162,7 @@ def _take(tour: Tour, place: Place) -> int:
         head = _show_status(tour, place)
     _search_disk(tour, place, thread, planted, [message["body"]["text"] for message in messages])
     _verify_audit(tour, place, head)
-    tour.close(_server_command(place, "127.0.0.1:8080", "my-backend-key", "my-admin-key"), place.directory)
+    tour.close(_server_command(place, server), place.directory)
     return 1 if tour.failed else 0
 
 
@@ -326,18 +329,16 @@ def _verify_audit(tour: Tour, place: Place, head: str) -> None:
 @contextlib.contextmanager
 def _running(tour: Tour, place: Place) -> Iterator[Server]:
     """The real server, as a process; stopped at the end. Raises DemoError when it does not come up or go down."""
-    address = f"127.0.0.1:{_free_port()}"
-    server = Server(f"http://{address}", secrets.token_urlsafe(12), secrets.token_urlsafe(12))
-    os.makedirs(place.directory, mode=0o700, exist_ok=True)
+    _make_own_directory(place.directory)
+    server = Server(f"127.0.0.1:{_free_port()}", secrets.token_urlsafe(12), secrets.token_urlsafe(12))
     tour.step(
         "Start the server, which starts miniKMS, the key service",
-        _server_command(place, address, server.backend_key, server.admin_key),
+        _server_command(place, server),
     )
-    variables = _variables(place, server.backend_key, server.admin_key)
     with place.server_log.open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 - our own program, our own arguments
-            [sys.executable, "-P", "-m", "progressdb_server", *_flags(place, address)],
-            env=_environment() | variables,
+            [sys.executable, "-P", "-m", "progressdb_server", *_flags(place, server)],
+            env=_environment() | _variables(place, server),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -358,6 +359,18 @@ def _running(tour: Tour, place: Place) -> Iterator[Server]:
         raise DemoError(f"the server ended with status {status}; its log: {place.server_log}")
 
 
+def _make_own_directory(directory: Path) -> None:
+    """Make it, or check that this user owns it and all that is in it. Raises DemoError."""
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        owners = {path: path.lstat().st_uid for path in (directory, *directory.rglob("*"))}
+    except OSError as error:
+        raise DemoError(f"cannot use {directory}: {error.strerror}; {OTHER_DIRECTORY}") from None
+    for path, owner in owners.items():
+        if owner != os.geteuid():
+            raise DemoError(f"{path} belongs to uid {owner}, and you are uid {os.geteuid()}; {OTHER_DIRECTORY}")
+
+
 def _wait_until_ready(process: subprocess.Popen[bytes], server: Server, place: Place) -> None:
     end = time.monotonic() + READY_S_MAX
     while True:
@@ -372,20 +385,20 @@ def _wait_until_ready(process: subprocess.Popen[bytes], server: Server, place: P
         return
 
 
-def _flags(place: Place, address: str) -> list[str]:
-    return ["--dev", "--addr", address, "--db", str(place.directory)]
+def _flags(place: Place, server: Server) -> list[str]:
+    return ["--dev", "--addr", server.address, "--db", str(place.directory)]
 
 
-def _variables(place: Place, backend_key: str, admin_key: str) -> dict[str, str]:
-    variables = {"PROGRESSDB_API_BACKEND_KEYS": backend_key, "PROGRESSDB_API_ADMIN_KEYS": admin_key}
+def _variables(place: Place, server: Server) -> dict[str, str]:
+    variables = {"PROGRESSDB_API_BACKEND_KEYS": server.backend_key, "PROGRESSDB_API_ADMIN_KEYS": server.admin_key}
     if not place.socket.is_relative_to(place.directory):
         variables["PROGRESSDB_KMS_SOCKET"] = str(place.socket)
     return variables
 
 
-def _server_command(place: Place, address: str, backend_key: str, admin_key: str) -> str:
-    variables = [f"{name}={shlex.quote(value)}" for name, value in _variables(place, backend_key, admin_key).items()]
-    return " ".join([*variables, shlex.join([_program("progressdb"), *_flags(place, address)])])
+def _server_command(place: Place, server: Server) -> str:
+    variables = [f"{name}={shlex.quote(value)}" for name, value in _variables(place, server).items()]
+    return " ".join([*variables, shlex.join([_program("progressdb"), *_flags(place, server)])])
 
 
 def _program(name: str) -> str:
@@ -423,16 +436,10 @@ def _free_port() -> int:
 
 def _kms_status(path: Path) -> dict[str, Any]:
     """miniKMS's own account of itself, over its socket. Raises DemoError."""
-    connection = http.client.HTTPConnection("kms", timeout=CALL_TIMEOUT_S)
     try:
-        with socket.socket(socket.AF_UNIX) as connected:
-            connected.settimeout(CALL_TIMEOUT_S)
-            connected.connect(str(path))
-            connection.sock = connected
-            connection.request("GET", "/status")
-            status: dict[str, Any] = json.loads(connection.getresponse().read())
-            return status
-    except (OSError, ValueError, http.client.HTTPException) as error:
+        with Client(path) as kms:
+            return dict(kms.status())
+    except KmsError as error:
         raise DemoError(f"miniKMS did not say how it is: {error}") from None
 
 
