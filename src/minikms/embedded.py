@@ -22,7 +22,7 @@ import msgspec
 
 from minikms import api, datadir
 from minikms.audit import AuditLog, Event
-from minikms.audit.recovery import Known
+from minikms.audit.recovery import ExpectedLog
 from minikms.client import verbs
 from minikms.client.errors import refusal
 from minikms.client.verbs import (
@@ -320,7 +320,7 @@ def _open_log(directory: str, unlocked: UnlockedKeyring) -> AuditLog:
         key_version=audit_key.version,
         former=keys_of(unlocked).former,
         since=since(audit_key),
-        known=Known(begun=unlocked.body.epoch > 1),
+        expected=ExpectedLog(exists=unlocked.body.epoch > 1),
     )
 
 

@@ -13,7 +13,7 @@ import keyrings
 import pytest
 from keyrings import AT
 
-from minikms.crypto import aead, envelope, roots
+from minikms.crypto import aead, labels, roots
 from minikms.crypto.aead import NonceSource
 from minikms.keys import dek, keyring
 from minikms.keys.unlocked import UnlockedKeyring
@@ -82,10 +82,10 @@ def test_a_rewrap_makes_the_second_file_of_the_first() -> None:
 def test_records_open_and_are_sealed_in_the_same_bytes() -> None:
     key = view(KNOWN["dek"]["key"])
     record = dek.parse(KNOWN["dek"]["files"][0].encode(), KNOWN["dek"]["key_id"])
-    prefix = envelope.record_aad_prefix(key_id=record.id, thread_id=record.thread_id)
+    prefix = labels.record_aad_prefix(key_id=record.id, thread_id=record.thread_id)
     for known in KNOWN["records"]:
         sealed, plaintext = bytes.fromhex(known["sealed"]), bytes.fromhex(known["plaintext"])
-        associated = envelope.record_aad(prefix, bytes.fromhex(known["aad"]))
+        associated = labels.record_aad(prefix, bytes.fromhex(known["aad"]))
         assert associated.hex() == known["associated_data"]
         assert aead.open_sealed(key, sealed, associated) == plaintext
         assert aead.seal(key, sealed[: aead.NONCE_BYTES], plaintext, associated) == sealed

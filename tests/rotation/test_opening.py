@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minikms import datadir
-from minikms.audit.retention import compress_closed
+from minikms.audit.maintenance import compress_closed
 from minikms.crypto.aead import NonceSource
 from minikms.custody.files import open_directory
 from minikms.custody.keyring_file import KeyringFile

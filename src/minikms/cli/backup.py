@@ -265,37 +265,37 @@ def _progress(what: str, *, bar: bool) -> Iterator[Progress]:
 
 def _audit_head(directory: str) -> AuditHead | None:
     """The last whole line of the audit log; None when there is none that can be read."""
-    from minikms.audit.chain import base64_text
     from minikms.audit.reader import last_lines
     from minikms.audit.record import parse_line
+    from minikms.base64 import encode_text
     from minikms.custody.backup.archive import AuditHead
     from minikms.errors import MiniKmsError
 
     with contextlib.suppress(OSError, MiniKmsError, ValueError):
         for line in last_lines(directory, 1):
             event, _, sig = parse_line(line)
-            return AuditHead(event.seq, base64_text(sig))
+            return AuditHead(event.seq, encode_text(sig))
     return None
 
 
 def _begin_log(directory: str, unlocked: UnlockedKeyring, manifest: Manifest) -> None:
     """A new audit log, whose first line says which head the old one had, and whose second what was restored."""
-    from minikms.audit import AuditLog, Event, Known
-    from minikms.audit.chain import base64_bytes
+    from minikms.audit import AuditLog, Event, ExpectedLog
     from minikms.audit.record import MAC_BYTES, Head
+    from minikms.base64 import decode_exact
     from minikms.custody import files
 
     audit_key = unlocked.body.audit_key
     mac_key, seed = unlocked.audit_key(audit_key.version)
     head = manifest.audit_head
-    sig = None if head is None else base64_bytes(head.sig, MAC_BYTES)
+    sig = None if head is None else decode_exact(head.sig, MAC_BYTES)
     log = AuditLog.open(
         directory,
         audit_key=mac_key,
         seed=seed,
         now_ns=files.now_ns,
         key_version=audit_key.version,
-        known=Known(begun=True, head=None if head is None or sig is None else Head(head.seq, sig)),
+        expected=ExpectedLog(exists=True, head=None if head is None or sig is None else Head(head.seq, sig)),
         accept_loss=True,
     )
     try:

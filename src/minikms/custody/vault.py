@@ -28,7 +28,7 @@ from typing import Final
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from minikms import api
-from minikms.crypto import envelope
+from minikms.crypto import labels
 from minikms.crypto.aead import NonceSource, scrub_stack
 from minikms.custody.deks import SCAN_FILES, DekStore, KeyLocks, UnreadableKeys
 from minikms.custody.files import now_ns, now_rfc3339, rfc3339
@@ -78,8 +78,8 @@ class OpenDek:
         self.thread_id = record.thread_id
         self.purpose = record.purpose
         self.state: DekState = record.state
-        self.aad_prefix = envelope.record_aad_prefix(key_id=record.id, thread_id=record.thread_id)
-        self.aad_if_none = envelope.record_aad(self.aad_prefix, b"")
+        self.aad_prefix = labels.record_aad_prefix(key_id=record.id, thread_id=record.thread_id)
+        self.aad_if_none = labels.record_aad(self.aad_prefix, b"")
         self.lease = lease
         self.slot = slot
         self.view = slot.view
@@ -96,7 +96,7 @@ class OpenDek:
 
     def record_aad(self, caller_aad: bytes) -> bytes:
         """The associated data of a record under this key."""
-        return envelope.record_aad(self.aad_prefix, caller_aad)
+        return labels.record_aad(self.aad_prefix, caller_aad)
 
     def check_thread(self, thread_id: str) -> None:
         """Raises WrongThreadError unless the key belongs to the thread."""

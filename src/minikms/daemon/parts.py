@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minikms import datadir
-from minikms.audit import AuditLog, Event, Known, Upkeep
+from minikms.audit import AuditLog, Event, ExpectedLog
+from minikms.audit.maintenance import Maintenance
 from minikms.audit.shipping import FileForwarder
 from minikms.audit.turns import TurnAudit
 from minikms.crypto.aead import NonceSource, scrub_stack
@@ -164,7 +165,7 @@ class Assembly:
             cache_keys_max=settings.cache_keys_max or CACHE_KEYS_MAX,
         )
         self.audit = TurnAudit(files.log, workers.audit)
-        self.upkeep = Upkeep(
+        self.upkeep = Maintenance(
             files.log,
             keep=settings.audit_keep,
             forwarder=None if settings.audit_copy is None else FileForwarder(settings.audit_copy),
@@ -268,7 +269,7 @@ def _open_log(settings: Settings, opened: Opened) -> AuditLog:
         key_version=audit_key.version,
         former=keys_of(unlocked).former,
         since=since(audit_key),
-        known=Known(begun=unlocked.body.epoch > 1, head=settings.expect_audit_head),
+        expected=ExpectedLog(exists=unlocked.body.epoch > 1, head=settings.expect_audit_head),
         accept_loss=settings.accept_audit_loss,
         hash_thread_ids=settings.audit_hash_thread_ids,
         limits=settings.audit_limits,

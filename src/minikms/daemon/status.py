@@ -16,7 +16,8 @@ from minikms.datadir import Opened
 from minikms.keys.keyring import KEK_WRAPS_WARN
 
 if TYPE_CHECKING:
-    from minikms.audit import AuditLog, Upkeep
+    from minikms.audit import AuditLog
+    from minikms.audit.maintenance import Maintenance
     from minikms.custody.rotation import KekRotation
     from minikms.custody.vault import Indexing, Vault
     from minikms.daemon.application import Session
@@ -34,7 +35,7 @@ class StatusPage:
         opened: Opened,
         vault: Vault,
         log: AuditLog,
-        upkeep: Upkeep,
+        upkeep: Maintenance,
         measures: tuple[Measure, ...],
         rotation: KekRotation,
         indexing: Indexing,

@@ -21,7 +21,7 @@ from typing import Final, Literal
 import msgspec
 
 from minikms import api
-from minikms.crypto import aead, envelope
+from minikms.crypto import aead, labels
 from minikms.errors import ConflictError, DecryptionError, InvalidRequestError, KeyUnreadableError
 from minikms.keys.keyring import VERSION_MAX as KEK_VERSION_MAX
 
@@ -129,7 +129,7 @@ class DekRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
     def aad(self, kek_version: int) -> bytes:
         """The associated data of this record's DEK when wrapped under `kek_version`."""
-        return envelope.dek_aad(
+        return labels.dek_aad(
             key_id=self.id,
             thread_id=self.thread_id,
             purpose=self.purpose,
@@ -173,7 +173,7 @@ def parse(data: bytes, key_id: str) -> DekRecord:
 def _is_known(record: DekRecord) -> bool:
     times = [record.created_at] if record.state == "active" else [record.created_at, record.retired_at]
     return (
-        record.algorithm == envelope.ALGORITHM
+        record.algorithm == labels.ALGORITHM
         and 1 <= record.version < VERSION_MAX
         and 1 <= record.kek_version < KEK_VERSION_MAX
         and (record.state == "retired" or (record.state == "active" and not record.retired_at))
@@ -207,7 +207,7 @@ def new(
         version=1,
         kek_version=kek_version,
         purpose=purpose,
-        algorithm=envelope.ALGORITHM,
+        algorithm=labels.ALGORITHM,
         state="active",
         replaces=replaces,
     )

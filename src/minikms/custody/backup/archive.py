@@ -10,6 +10,7 @@ keyring are copied as they are on disk.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 import re
 import struct
@@ -159,7 +160,7 @@ class ArchiveReader:
         """The manifest, after the tag over the whole archive was checked. Raises ArchiveError."""
         if not self._manifest or not self._tag:
             raise ArchiveError("the backup is cut short")
-        if roots.same(self._tag, roots.archive_tag(root, self._digest.digest())):
+        if hmac.compare_digest(self._tag, roots.archive_tag(root, self._digest.digest())):
             return _manifest(self._manifest)
         # Most often the root key is another one, so the manifest's fingerprint is read, though it is not authenticated.
         made_under, given = _manifest(self._manifest).root_fingerprint, roots.fingerprint(root)
