@@ -49,7 +49,7 @@ def opened(sealed: Iterable[bytes], key: memoryview = KEY) -> bytes:
 
 
 def refused(sealed: Iterable[bytes], key: memoryview = KEY) -> None:
-    with pytest.raises(DecryptionError, match="altered or cut short"):
+    with pytest.raises(DecryptionError, match="altered or truncated"):
         opened(sealed, key)
 
 
