@@ -272,14 +272,14 @@ async def _compose(
     store = deks.DekStore(directory, executor)
     sync.callback(store.close)
     leases = Leases(lease_store, executor)
-    backup_store = rotation_backups.BackupStore(directory)
-    sync.callback(backup_store.close)
+    backups = rotation_backups.RotationBackups(directory)
+    sync.callback(backups.close)
     vault = Vault(
         arena=arena,
         unlocked=unlocked,
         keyring_file=keyring_file,
         store=store,
-        backups=backup_store,
+        rotation_backups=backups,
         leases=leases,
         executor=executor,
         nonces=nonces,
