@@ -1,4 +1,4 @@
-"""`minikms audit …` as a person runs it: output, exit status, with and without the root key."""
+"""`minikms audit …` as an operator runs it: output and exit status, with and without the root key."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def public_key_of(directory: Path) -> str:
     return str(genesis["event"]["facts"]["public_key"])
 
 
-def test_an_intact_log_exits_0_and_says_what_was_judged(made: Path) -> None:
+def test_an_intact_log_exits_0_and_says_what_was_checked(made: Path) -> None:
     status, output, errors = run("verify", "--data-dir", made)
     assert (status, errors) == (0, "")
     head = json.loads((made / LOG).read_bytes().split(b"\n")[-2])["sig"]
@@ -95,7 +95,7 @@ def test_an_intact_log_exits_0_and_says_what_was_judged(made: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["argument", "file", "variable"])
-def test_the_root_key_comes_from_where_the_daemon_takes_it(data_dir: Path, tmp_path: Path, how: str) -> None:
+def test_the_root_key_is_read_from_the_sources_of_the_daemon(data_dir: Path, tmp_path: Path, how: str) -> None:
     key_file = tmp_path / "elsewhere"
     os.rename(f"{data_dir}.master-key", key_file)
     assert run("verify", "--data-dir", data_dir)[0] == 2
@@ -121,7 +121,7 @@ def test_an_altered_log_exits_1_and_names_file_line_and_fault(data_dir: Path) ->
     assert run("verify", "--data-dir", data_dir, "--public-key", public_key_of(data_dir))[0] == 1
 
 
-def test_the_verdict_is_there_as_json(data_dir: Path) -> None:
+def test_the_report_is_available_as_json(data_dir: Path) -> None:
     status, output, _ = run("verify", "--data-dir", data_dir, "--json")
     report = json.loads(output)
     assert (status, report["intact"], report["lines"], report["findings"]) == (0, True, 5, [])
@@ -131,7 +131,7 @@ def test_the_verdict_is_there_as_json(data_dir: Path) -> None:
     assert (status, report["intact"], report["findings"][0]["kind"]) == (1, False, "malformed")
 
 
-def test_the_public_key_alone_judges_by_signed_lines(data_dir: Path, tmp_path: Path) -> None:
+def test_the_public_key_alone_checks_signed_lines(data_dir: Path, tmp_path: Path) -> None:
     os.unlink(f"{data_dir}.master-key")
     key = public_key_of(data_dir)
     assert "judged by its signed lines" in run("verify", "--data-dir", data_dir, "--public-key", key)[1]
@@ -142,7 +142,7 @@ def test_the_public_key_alone_judges_by_signed_lines(data_dir: Path, tmp_path: P
     assert status == 1 and "a public key that is not trusted" in output
 
 
-def test_a_log_cut_at_its_end_is_told_by_the_expected_head(data_dir: Path) -> None:
+def test_the_expected_head_reveals_removed_last_lines(data_dir: Path) -> None:
     lines = (data_dir / LOG).read_bytes().split(b"\n")
     head = f"5:{json.loads(lines[4])['sig']}"
     assert "0 line(s) are newer" in run("verify", "--data-dir", data_dir, "--expect-head", head)[1]
@@ -151,7 +151,7 @@ def test_a_log_cut_at_its_end_is_told_by_the_expected_head(data_dir: Path) -> No
     assert status == 1 and "ends at line 4, but the expected line 5 was written" in output
 
 
-def test_a_check_of_a_part_says_of_which(data_dir: Path) -> None:
+def test_a_check_of_a_part_names_the_part(data_dir: Path) -> None:
     make_more(data_dir)
     key = public_key_of(data_dir)
     _, output, _ = run("verify", "--data-dir", data_dir, "--from-checkpoint", 5)
@@ -168,7 +168,7 @@ def test_a_check_of_a_part_says_of_which(data_dir: Path) -> None:
     assert "anchor      0 line(s) are newer than the expected head; that one is not signed yet" in output
 
 
-def test_what_can_not_be_judged_is_neither_intact_nor_altered(data_dir: Path) -> None:
+def test_a_log_that_can_not_be_checked_is_neither_intact_nor_altered(data_dir: Path) -> None:
     lines = (data_dir / LOG).read_bytes().split(b"\n")
     (data_dir / LOG).write_bytes(b"\n".join(lines[:3]) + b"\n")
     given = ("--data-dir", data_dir, "--public-key", public_key_of(data_dir))
@@ -205,7 +205,7 @@ def test_what_can_not_be_judged_is_neither_intact_nor_altered(data_dir: Path) ->
         ("rotate_key", {"data_dir": "EMPTY"}, "there is no keyring"),
     ],
 )
-def test_what_is_missing_exits_2_in_one_sentence(
+def test_missing_inputs_exit_2_with_one_sentence(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, flags: dict[str, object], text: str
 ) -> None:
     places = {"DATA": str(made), "EMPTY": str(tmp_path)}
@@ -216,12 +216,12 @@ def test_what_is_missing_exits_2_in_one_sentence(
     assert text in errors and errors.startswith("minikms: ") and errors.count("\n") == 1
 
 
-def test_a_log_that_was_taken_away_exits_2(data_dir: Path) -> None:
+def test_a_removed_log_exits_2(data_dir: Path) -> None:
     (data_dir / LOG).unlink()
     assert run("verify", "--data-dir", data_dir)[0] == 2
 
 
-def test_the_last_lines_are_shown_for_people_and_as_they_are(made: Path) -> None:
+def test_the_last_lines_are_shown_as_text_and_as_json(made: Path) -> None:
     _, output, _ = run("tail", "--data-dir", made, "--lines", 3)
     assert output.splitlines()[0] == (
         "2025-11-24T16:00:00.123Z        3 encrypt_batch    peer_uid:1000 ok keys=k_a count=2 requests=x,y"
@@ -230,7 +230,7 @@ def test_the_last_lines_are_shown_for_people_and_as_they_are(made: Path) -> None
     assert output.encode() == (made / LOG).read_bytes()
 
 
-def test_a_log_can_not_drive_the_terminal(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_can_not_send_commands_to_the_terminal(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data_dir / LOG).write_bytes((data_dir / LOG).read_bytes() + b"\x1b]0;owned\x07\x1b[2J\n")
     directory = str(data_dir)
     audit.tail(data_dir=directory)
@@ -307,7 +307,7 @@ def test_lines_are_counted(made: Path) -> None:
     assert json.loads(output)["outcomes"] == {"ok": 4, "forbidden": 1}
 
 
-def test_a_new_audit_key_is_named_by_the_log_and_both_verify(data_dir: Path) -> None:
+def test_the_log_names_a_new_audit_key_and_both_keys_verify(data_dir: Path) -> None:
     old = public_key_of(data_dir)
     status, output, _ = run("rotate-key", "--data-dir", data_dir, "--json")
     made = json.loads(output)
@@ -320,10 +320,10 @@ def test_a_new_audit_key_is_named_by_the_log_and_both_verify(data_dir: Path) -> 
     assert run("verify", "--data-dir", data_dir)[0] == 0
 
 
-def test_a_change_of_the_audit_key_that_was_interrupted_is_completed_by_the_next(
+def test_the_next_start_completes_an_interrupted_change_of_the_audit_key(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The keyring remembers after which line the new key took over: a log that ends elsewhere is another one."""
+    """The keyring records after which line the new key begins: a log that ends at another line is refused."""
     head = json.loads(run("verify", "--data-dir", data_dir, "--json")[1])["head"]
 
     def killed(*_: object) -> None:

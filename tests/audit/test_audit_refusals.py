@@ -1,4 +1,4 @@
-"""A flood of strangers costs few lines, and each refusal is counted once."""
+"""Many refused peers cause few lines, and each refusal is counted once."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def test_an_error_shows_no_value_and_stays_short() -> None:
 
 
 @given(st.binary(max_size=40))
-def test_any_bytes_are_understood_or_refused(body: bytes) -> None:
+def test_any_bytes_are_parsed_or_refused(body: bytes) -> None:
     for data in (body, b'{"key_id":"' + body + b'","plaintext":"p"}'):
         try:
             strictjson.decode(ITEM, data)
