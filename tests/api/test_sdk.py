@@ -10,6 +10,8 @@ from asgi_client import ADMIN, BACKEND, FRONTEND, signature
 from real_server import RealServer, real_server
 from sdk import ApiError, Sdk
 
+pytestmark = pytest.mark.xdist_group("sdk")  # one client, in one worker process
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
