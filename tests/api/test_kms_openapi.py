@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sdk import environment
+from sdk import TEST_S_MAX, environment
 
 from live_daemon import LiveDaemon
 
+pytestmark = pytest.mark.timeout(TEST_S_MAX)
 PROJECT = Path(__file__).resolve().parents[2]
 DOCUMENT = PROJECT / "docs" / "minikms-openapi.yaml"
 RUN_S_MAX = 60.0

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from asgi_client import ADMIN, BACKEND, FRONTEND, signature
 from real_server import RealServer, real_server
-from sdk import environment
+from sdk import TEST_S_MAX, environment
 from viewer_client import ViewerClient
 
+pytestmark = pytest.mark.timeout(TEST_S_MAX)
 REQUIREMENTS = ("schemathesis==4.32.5",)
 RUN_S_MAX = 60.0
 EXAMPLES = 4
