@@ -9,22 +9,21 @@ here deletes a backup: what is forgotten is the register's entry of one that was
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import quote
 
 from progressdb_server.api.routes.store_backup import NAME, REFUSAL
 from progressdb_server.cli.admin_client import Administrator
 from progressdb_server.config import Config
 from progressdb_server.store import backup
-from progressdb_server.store.engine import EngineLockedError
-from progressdb_server.store.rocks import RocksEngine
+from progressdb_server.store.model import StoreLockedError
 
 KMS_ARCHIVE: Final = "minikms.backup"
 CREATE_S_MAX: Final = 3600.0
@@ -35,20 +34,21 @@ class BackupCommandError(Exception):
 
 
 def create(config: Config, name: str, master_key_fd: int | None, *, store_only: bool) -> int:
-    """0: made and read back. Raises BackupCommandError, BackupError, EngineUnavailableError, ServerAwayError,
+    """0: made and read back. Raises BackupCommandError, BackupError, StoreUnavailableError, ServerAwayError,
     ServerRefusedError.
     """
     if NAME.fullmatch(name) is None:
         raise BackupCommandError(REFUSAL)
     path = config.backups_dir / name
-    engine = _engine(config)
-    if engine is None:
+
+    async def offline() -> None:
+        async with backup.register_offline(str(config.store_dir)) as register:
+            await register.back_up(str(path))
+
+    try:
+        asyncio.run(offline())
+    except StoreLockedError:
         Administrator(config).call("POST", "/admin/store_backup", {"name": name}, timeout_s=CREATE_S_MAX)
-    else:
-        try:
-            _create_offline(engine, path)
-        finally:
-            engine.close()
     print(f"{path}: the store is backed up and was read back")
     if store_only or config.kms.provider == "local":
         print("Now back up the key service, as its user: minikms backup create FILE")
@@ -57,39 +57,21 @@ def create(config: Config, name: str, master_key_fd: int | None, *, store_only: 
     return _minikms(words, config, master_key_fd)
 
 
-def _create_offline(engine: RocksEngine, path: Path) -> None:
-    if os.path.lexists(path):
-        raise BackupCommandError(f"{path} exists already; a backup never overwrites one")
-    created_ns = time.time_ns()
-    engine.write([backup.registered(str(path), created_ns)])
-    engine.sync()
-    try:
-        backup.create(engine, str(path), created_ns=created_ns)
-    except backup.BackupError:
-        if backup.Registered(str(path), created_ns).gone:
-            _forget_offline(engine, [backup.Registered(str(path), created_ns)])
-        raise
-
-
-def _forget_offline(engine: RocksEngine, found: list[backup.Registered]) -> None:
-    engine.write([(backup.register_key(known.created_ns), None) for known in found])
-    engine.sync()
-
-
 def listed(config: Config, *, as_json: bool) -> int:
-    """The register. Raises BackupCommandError, EngineUnavailableError, ServerAwayError, ServerRefusedError."""
-    engine = _engine(config)
-    if engine is None:
-        found = Administrator(config).call("GET", "/admin/store_backups")["backups"]
-    else:
-        try:
-            found = [
+    """The register. Raises StoreUnavailableError, ServerAwayError, ServerRefusedError."""
+
+    async def offline() -> list[dict[str, Any]]:
+        async with backup.register_offline(str(config.store_dir)) as register:
+            return [
                 {"name": known.name, "path": known.path, "created_ns": known.created_ns, "gone": known.gone}
-                for page in backup.registered_in(engine)
+                async for page in register.backups()
                 for known in page
             ]
-        finally:
-            engine.close()
+
+    try:
+        found = asyncio.run(offline())
+    except StoreLockedError:
+        found = Administrator(config).call("GET", "/admin/store_backups")["backups"]
     if as_json:
         print(json.dumps(found, indent=2))
         return 0
@@ -108,26 +90,17 @@ def forget(config: Config, name: str, *, agreed: bool) -> int:
             "nothing was forgotten: keys that this backup needs may be destroyed then; when it was deleted, with every "
             "copy of it, give --yes"
         )
-    engine = _engine(config)
-    if engine is None:
+
+    async def offline() -> None:
+        async with backup.register_offline(str(config.store_dir)) as register:
+            await register.forget_backup(name)
+
+    try:
+        asyncio.run(offline())
+    except StoreLockedError:
         Administrator(config).call("DELETE", f"/admin/store_backups/{quote(name, safe='')}")
-    else:
-        try:
-            _forget_offline(engine, backup.to_forget(engine, name))
-        finally:
-            engine.close()
     print(f"{name} is forgotten: it keeps no old key any more")
     return 0
-
-
-def _engine(config: Config) -> RocksEngine | None:
-    """The store, or None when the server has it open."""
-    if not os.path.isdir(config.store_dir):
-        raise BackupCommandError(f"{config.store_dir} holds no store")
-    try:
-        return RocksEngine(str(config.store_dir))
-    except EngineLockedError:
-        return None
 
 
 def verify(config: Config, path: Path, master_key_fd: int | None) -> int:

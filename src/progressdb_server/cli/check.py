@@ -1,7 +1,7 @@
-"""`progressdb check`: walks the store, also beside a running server, and repairs its indexes when told to.
+"""`progressdb check`: walks the store, also beside a running server, and repairs its indexes with `--repair`.
 
-Owns: which view of the store and which key service a check uses, and the page. Invariants: without `--repair` nothing
-is written; a repair needs the store to itself. What is right and wrong is in store/check.py.
+Owns: which store and which key service a check uses, and the page. Invariants: without `--repair` nothing is written;
+no server may have the store open during a repair. What is right and wrong is in store/check.py.
 """
 
 from __future__ import annotations
@@ -11,38 +11,27 @@ import json
 import os
 
 from progressdb_server.config import Config
-from progressdb_server.kms.provider import Provider, ProviderError
-from progressdb_server.kms.remote import RemoteProvider
-from progressdb_server.store import form
-from progressdb_server.store.check import Checker, Finding, repair
-from progressdb_server.store.engine import EngineLockedError, EngineUnavailableError
-from progressdb_server.store.rocks import RocksEngine, RocksReader
+from progressdb_server.kms.provider import RemoteProvider
+from progressdb_server.store.check import Finding, Report, repair_offline
+from progressdb_server.store.check import check as check_store
+from progressdb_server.store.model import FormatError, StoreLockedError, StoreUnavailableError
 
 
 class CheckError(Exception):
-    """There is nothing that could be checked; the text says why."""
+    """The store can't be checked; the text says why."""
 
 
 def check(config: Config, *, repairing: bool, as_json: bool) -> int:
     """Prints what was found. 0: all is right, or was repaired, 1: findings are left. Raises CheckError."""
-    if not os.path.isfile(config.store_dir / "CURRENT"):
-        raise CheckError(f"{config.store_dir} holds no store")
+    path = str(config.store_dir)
     try:
-        fixed = _repaired(config) if repairing else []
-        reader = RocksReader(str(config.store_dir))
-    except form.FormatError as error:
-        raise CheckError(str(error)) from None
-    except EngineLockedError:
+        fixed = asyncio.run(repair_offline(path)) if repairing else []
+        reachable = config.kms.provider != "local" and os.path.exists(config.kms_socket)
+        found, counts, opened = asyncio.run(_walked(config, path, with_key_service=reachable))
+    except StoreLockedError:
         raise CheckError("the server has the store open: stop it for a repair, or check without --repair") from None
-    except EngineUnavailableError as error:
+    except (FormatError, StoreUnavailableError) as error:
         raise CheckError(str(error)) from None
-    try:
-        form.check(reader)
-        found, counts, opened = asyncio.run(_walked(config, reader))
-    except form.FormatError as error:
-        raise CheckError(str(error)) from None
-    finally:
-        reader.close()
     if as_json:
         told = {
             "records_opened": opened,
@@ -56,43 +45,11 @@ def check(config: Config, *, repairing: bool, as_json: bool) -> int:
     return 1 if found else 0
 
 
-def _repaired(config: Config) -> list[Finding]:
-    engine = RocksEngine(str(config.store_dir))
-    try:
-        form.check(engine)
-        fixed, _ = asyncio.run(repair(engine))
-        return fixed
-    finally:
-        engine.close()
-
-
-async def _walked(config: Config, reader: RocksReader) -> tuple[list[Finding], dict[str, int], bool]:
-    """The findings, what was counted, and whether a key service was there to open the records."""
-    provider = await _answering(_provider(config))
-    try:
-        checker = Checker(reader, provider)
-        found = [finding async for finding in checker.run()]
-        return found, dict(checker.counts), provider is not None
-    finally:
-        if provider is not None:
-            await provider.close()
-
-
-def _provider(config: Config) -> Provider | None:
-    if config.kms.provider == "local" or not os.path.exists(config.kms_socket):
-        return None
-    return RemoteProvider(config.kms_socket, server_uids=config.kms.server_uids or None)
-
-
-async def _answering(provider: Provider | None) -> Provider | None:
-    if provider is None:
-        return None
-    try:
-        await provider.status()
-    except ProviderError:
-        await provider.close()
-        return None
-    return provider
+async def _walked(config: Config, path: str, *, with_key_service: bool) -> Report:
+    if not with_key_service:
+        return await check_store(path, None)
+    async with RemoteProvider(config.kms_socket, server_uids=config.kms.server_uids or None) as provider:
+        return await check_store(path, provider)
 
 
 def _shown(finding: Finding) -> dict[str, object]:

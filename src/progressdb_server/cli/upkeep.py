@@ -184,14 +184,13 @@ def _done(work: Callable[[], int]) -> int:
     from progressdb_server.cli.admin_client import ServerAwayError, ServerRefusedError
     from progressdb_server.cli.backup import BackupCommandError
     from progressdb_server.cli.check import CheckError
-    from progressdb_server.store.backup import BackupError
-    from progressdb_server.store.engine import EngineUnavailableError
+    from progressdb_server.store.model import BackupError, StoreUnavailableError
 
     try:
         return work()
     except (ConfigMissingError, CheckError, ServerAwayError) as error:
         print(f"progressdb: {error}", file=sys.stderr)
         return EXIT_MISSING
-    except (ConfigError, BackupError, BackupCommandError, EngineUnavailableError, ServerRefusedError) as error:
+    except (ConfigError, BackupError, BackupCommandError, StoreUnavailableError, ServerRefusedError) as error:
         print(f"progressdb: {error}", file=sys.stderr)
         return EXIT_REFUSED

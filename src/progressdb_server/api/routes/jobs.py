@@ -17,9 +17,8 @@ from progressdb_server.api.http.request import Call
 from progressdb_server.api.http.response import Answer, EventStream, JsonList
 from progressdb_server.api.routes.table import ADMINS, Handler, Operation, Resource
 from progressdb_server.config import duration_s
-from progressdb_server.jobs.model import Job, JobError, JobNotFoundError, TooManyJobsError, view
-from progressdb_server.jobs.selection import Due
-from progressdb_server.jobs.service import Jobs
+from progressdb_server.jobs.service import Due, Jobs
+from progressdb_server.jobs.states import Job, JobError, JobNotFoundError, TooManyJobsError, view
 
 THREADS_NAMED_MAX: Final = 1024
 JOBS_NAMED_MAX: Final = 1000

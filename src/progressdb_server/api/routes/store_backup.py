@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 import structlog
@@ -20,14 +20,13 @@ from progressdb_server.api.http.errors import ApiError, bad_request, not_found
 from progressdb_server.api.http.request import Call
 from progressdb_server.api.http.response import Answer, JsonList
 from progressdb_server.api.routes.table import ADMINS, Operation, Resource
-from progressdb_server.store.backup import (
+from progressdb_server.store.model import (
     BackupBusyError,
     BackupError,
     BackupExistsError,
     BackupNotFoundError,
+    BackupRegister,
     BackupThereError,
-    Manifest,
-    Registered,
 )
 
 NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", re.ASCII)
@@ -45,19 +44,11 @@ class BackupRequest(msgspec.Struct, forbid_unknown_fields=True):
     name: str
 
 
-class BacksUp(Protocol):
-    async def back_up(self, path: str) -> Manifest: ...
-
-    def backups(self) -> AsyncIterator[list[Registered]]: ...
-
-    async def forget_backup(self, name: str) -> int: ...
-
-
 _REQUEST: Final = msgspec.json.Decoder(BackupRequest)
 
 
 class BackupRoutes:
-    def __init__(self, store: BacksUp, directory: Path) -> None:
+    def __init__(self, store: BackupRegister, directory: Path) -> None:
         self._store = store
         self._directory = directory
 
@@ -99,7 +90,7 @@ class BackupRoutes:
             raise ApiError(409, THERE) from error
 
 
-def resources(store: BacksUp, directory: Path) -> tuple[Resource, ...]:
+def resources(store: BackupRegister, directory: Path) -> tuple[Resource, ...]:
     """The routes of backups, which are made in `directory`."""
     routes = BackupRoutes(store, directory)
     return (

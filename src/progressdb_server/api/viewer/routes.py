@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import structlog
 
+from minikms.client import KmsError
 from progressdb_server.api.http import errors, head, limits
 from progressdb_server.api.http.access import AddressBuckets, KeyTable, Role
 from progressdb_server.api.http.errors import ApiError, Header, bad_request, forbidden
@@ -24,11 +25,10 @@ from progressdb_server.api.routes import pages
 from progressdb_server.api.routes.table import Operation, Resource
 from progressdb_server.api.viewer.browsing import Browser, shown_time
 from progressdb_server.api.viewer.sessions import Session, Sessions, new_token, same
-from progressdb_server.jobs.model import UNFINISHED, Job
 from progressdb_server.jobs.service import Jobs
-from progressdb_server.kms.provider import Provider, ProviderError
-from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.model import MessageNotFoundError, StoreError
+from progressdb_server.jobs.states import UNFINISHED, Job
+from progressdb_server.kms.provider import Provider
+from progressdb_server.store.model import MessageNotFoundError, Store, StoreError
 
 SESSION_COOKIE: Final = "progressdb_viewer"
 LOGIN_COOKIE: Final = "progressdb_login"
@@ -50,7 +50,7 @@ _log: Final = structlog.get_logger("progressdb.viewer")
 class Viewer:
     def __init__(
         self,
-        store: Conversations,
+        store: Store,
         provider: Provider,
         jobs: Jobs,
         keys: KeyTable,
@@ -210,7 +210,7 @@ def _as_page(handler: Callable[[Call], Awaitable[Answer]]) -> Callable[[Call], A
             refusal = error
         except StoreError as error:
             refusal = errors.from_store(error)
-        except ProviderError:
+        except KmsError:
             refusal = ApiError(503, "the key service is not available now", ((b"retry-after", b"2"),))
         page = pages.rendered("viewer/problem.html", problem=refusal.text, request_id=call.request_id)
         return pages.answer(page, refusal.status, refusal.headers)
