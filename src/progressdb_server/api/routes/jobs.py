@@ -28,9 +28,8 @@ from progressdb_server.api.openapi.description import (
 from progressdb_server.api.routes.errors import THREAD_NOT_FOUND
 from progressdb_server.api.routes.table import ADMINS, Handler, Operation, Resource
 from progressdb_server.config import duration_s
-from progressdb_server.jobs.model import Job, view
-from progressdb_server.jobs.selection import Due
-from progressdb_server.jobs.service import Jobs
+from progressdb_server.jobs.service import Due, Jobs
+from progressdb_server.jobs.states import Job, view
 
 THREADS_NAMED_MAX: Final = 1024
 JOBS_NAMED_MAX: Final = 1000

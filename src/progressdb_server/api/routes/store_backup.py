@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 import structlog
@@ -36,7 +36,7 @@ from progressdb_server.api.routes.errors import (
     BACKUP_STILL_THERE,
 )
 from progressdb_server.api.routes.table import ADMINS, Operation, Resource
-from progressdb_server.store.backup import BackupBusyError, BackupError, BackupExistsError, Manifest, Registered
+from progressdb_server.store.model import BackupBusyError, BackupError, BackupExistsError, BackupRegister
 
 NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", re.ASCII)
 INVALID_NAME: Final = "name must be 1 to 128 letters, digits, dots, underscores or hyphens, no dot first"
@@ -49,21 +49,11 @@ class BackupBody(msgspec.Struct, forbid_unknown_fields=True):
     name: str
 
 
-class BackupStore(Protocol):
-    """What these operations need of the store."""
-
-    async def back_up(self, path: str) -> Manifest: ...
-
-    def backups(self) -> AsyncIterator[list[Registered]]: ...
-
-    async def forget_backup(self, name: str) -> int: ...
-
-
 _DECODER: Final = msgspec.json.Decoder(BackupBody)
 
 
 class BackupHandlers:
-    def __init__(self, store: BackupStore, directory: Path) -> None:
+    def __init__(self, store: BackupRegister, directory: Path) -> None:
         self._store = store
         self._directory = directory
 
@@ -99,7 +89,7 @@ class BackupHandlers:
 
 
 # --- operations -------------------------------------------------------------------------------------------------
-def resources(store: BackupStore, directory: Path) -> tuple[Resource, ...]:
+def resources(store: BackupRegister, directory: Path) -> tuple[Resource, ...]:
     """Backups are made in `directory`."""
     backups = BackupHandlers(store, directory)
     return (

@@ -48,10 +48,10 @@ from progressdb_server.api.routes.errors import MESSAGE_NOT_FOUND, THREAD_NOT_FO
 from progressdb_server.api.routes.table import Handler, Operation, Resource
 from progressdb_server.api.viewer.browsing import Browser, shown_time
 from progressdb_server.api.viewer.sessions import Session, Sessions, new_token, same
-from progressdb_server.jobs.model import UNFINISHED, Job
 from progressdb_server.jobs.service import Jobs
+from progressdb_server.jobs.states import UNFINISHED, Job
 from progressdb_server.kms.provider import Provider
-from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import Store
 
 SESSION_COOKIE: Final = "progressdb_viewer"
 LOGIN_COOKIE: Final = "progressdb_login"
@@ -80,7 +80,7 @@ _log: Final = structlog.get_logger("progressdb.viewer")
 class Viewer:
     def __init__(
         self,
-        store: Conversations,
+        store: Store,
         provider: Provider,
         jobs: Jobs,
         keys: KeyTable,
