@@ -128,8 +128,8 @@ async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool
             registry.register(provider.metrics)
         access = AccessControl(config.security)
         viewer = Viewer(store, provider, jobs, access.keys, secure=bool(config.server.tls.cert_file))
-        backup_routes = store_backup.resources(store, config.backups_dir)
-        more = (*job_routes.resources(jobs), *backup_routes, *viewer.resources())
+        backup_routes = store_backup.operations(store, config.backups_dir)
+        more = (*job_routes.operations(jobs), *backup_routes, *viewer.operations())
         application = Application(store, access, ApiMetrics(registry), more=more)
         host, port = listener.getsockname()[:2]
         gc.freeze()  # what the start has made stays: no look for cycles goes through it again
