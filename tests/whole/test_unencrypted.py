@@ -176,7 +176,7 @@ def test_a_server_that_encrypts_refuses_its_directory_and_starts_no_key_service(
         pass
     said = refusal(server.db, "--dev")
     assert (
-        "nothing in this store is encrypted, for it was made by `progressdb --kms none`: use another directory" in said
+        "nothing in this store is encrypted, since `progressdb --kms none` made it: use another directory" in said
     )
     assert [path.name for path in server.db.iterdir()] == ["store"]
     assert "in use by another process" in refusal(unencrypted.db, "--dev")
