@@ -145,7 +145,7 @@ def test_nothing_that_is_shipped_asks_for_it() -> None:
 
 
 def test_a_server_that_encrypts_does_not_even_load_it() -> None:
-    program = "import sys, progressdb_server.server, progressdb_server.cli.command as c; c.application(None); "
+    program = "import sys, progressdb_server.server, progressdb_server.cli.command as c; c.app.parse_args([]); "
     program += "print([name for name in sys.modules if name.endswith('unencrypted')])"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert ran.stdout == "[]\n"
@@ -175,9 +175,7 @@ def test_a_server_that_encrypts_refuses_its_directory_and_starts_no_key_service(
     with real_server(tmp_path, "--kms", "none", **ASKED) as server:
         pass
     said = refusal(server.db, "--dev")
-    assert (
-        "nothing in this store is encrypted, since `progressdb --kms none` made it: use another directory" in said
-    )
+    assert "nothing in this store is encrypted, since `progressdb --kms none` made it: use another directory" in said
     assert [path.name for path in server.db.iterdir()] == ["store"]
     assert "in use by another process" in refusal(unencrypted.db, "--dev")
 

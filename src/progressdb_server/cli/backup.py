@@ -1,26 +1,39 @@
 """`progressdb backup`: the store first, the key service second, in one directory.
 
-Owns: the order of the two, and where a backup lies: `<db>/backups/<name>`, with `store/` and `manifest.json` of the
-store and `minikms.backup` of the key service. Invariants: a backup of the store is made by whoever has it open; the key
-service is backed up after it, so that every key that a record names is there; a restore goes into an empty place. The
-archive of the key service is made and restored by the `minikms` command, for no key is ever in this process. Nothing
-here deletes a backup: what is forgotten is the register's entry of one that was deleted.
+Owns: the order of the two, and the place of a backup: `<db>/backups/<name>`, with `store/` and `manifest.json` of the
+store and `minikms.backup` of the key service. Invariants: the process that has the store open makes its backup; the key
+service is backed up after the store, so that its backup has every key that a record names; a restore writes only into
+empty directories. The `minikms` command makes and restores the archive of the key service, because no key ever enters
+this process. Nothing here deletes a backup: `forget` removes the entry of a deleted one from the register.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import json as encoder
 import os
 import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 from urllib.parse import quote
 
-from progressdb_server.api.routes.store_backup import NAME, REFUSAL
-from progressdb_server.cli.admin_client import Administrator
+from cyclopts import App, Parameter
+
+from progressdb_server.api.routes.store_backup import INVALID_NAME, NAME
+from progressdb_server.cli.admin_client import AdminClient
+from progressdb_server.cli.flags import (
+    Addr,
+    CommandError,
+    ConfigFile,
+    Db,
+    Json,
+    MasterKeyFd,
+    MasterKeyFile,
+    existing_directory,
+    load_config,
+)
 from progressdb_server.config import Config
 from progressdb_server.store import backup
 from progressdb_server.store.model import StoreLockedError
@@ -29,39 +42,59 @@ KMS_ARCHIVE: Final = "minikms.backup"
 CREATE_S_MAX: Final = 3600.0
 
 
-class BackupCommandError(Exception):
-    """What was asked for can't be done; the text says why and what to do."""
+BackupDirectory = Annotated[Path, Parameter(name="--backup", help="The backup's directory.")]
+
+app = App(name="backup", help="Back up store and key service, verify and restore backups.", version_flags=[])
 
 
-def create(config: Config, name: str, master_key_fd: int | None, *, store_only: bool) -> int:
-    """0: made and read back. Raises BackupCommandError, BackupError, StoreUnavailableError, ServerAwayError,
-    ServerRefusedError.
-    """
+@app.command(name="create")
+def create(
+    name: Annotated[str, Parameter(help="The backup's name: it is made in <db>/backups.")],
+    *,
+    store_only: Annotated[
+        bool,
+        Parameter(
+            name="--store-only",
+            help="Leave the key service out, where another user has it.",
+            negative=(),
+            show_default=False,
+        ),
+    ] = False,
+    addr: Addr = None,
+    db: Db = None,
+    config: ConfigFile = None,
+    master_key_file: MasterKeyFile = None,
+    master_key_fd: MasterKeyFd = None,
+) -> int:
+    """Back up the store, then the key service, also while they serve. Neither holds the root key."""
+    chosen = load_config(addr=addr, db=db, config=config, master_key_file=master_key_file).config
     if NAME.fullmatch(name) is None:
-        raise BackupCommandError(REFUSAL)
-    path = config.backups_dir / name
+        raise CommandError(INVALID_NAME)
+    path = chosen.backups_dir / name
 
     async def offline() -> None:
-        async with backup.register_offline(str(config.store_dir)) as register:
+        async with backup.register_offline(str(chosen.store_dir)) as register:
             await register.back_up(str(path))
 
     try:
         asyncio.run(offline())
     except StoreLockedError:
-        Administrator(config).call("POST", "/admin/store_backup", {"name": name}, timeout_s=CREATE_S_MAX)
+        client = AdminClient.from_config(chosen)
+        client.call("POST", "/admin/store_backup", {"name": name}, timeout_s=CREATE_S_MAX)
     print(f"{path}: the store is backed up and was read back")
-    if store_only or config.kms.provider == "local":
+    if store_only or chosen.kms.provider == "local":
         print("Now back up the key service, as its user: minikms backup create FILE")
         return 0
-    words = ["create", str(path / KMS_ARCHIVE), "--data-dir", str(config.kms_data_dir)]
-    return _minikms(words, config, master_key_fd)
+    return _minikms(["create", str(path / KMS_ARCHIVE), "--data-dir", str(chosen.kms_data_dir)], chosen, master_key_fd)
 
 
-def listed(config: Config, *, as_json: bool) -> int:
-    """The register. Raises StoreUnavailableError, ServerAwayError, ServerRefusedError."""
+@app.command(name="list")
+def list_registered(*, addr: Addr = None, db: Db = None, config: ConfigFile = None, json: Json = False) -> int:
+    """List the store's backups that count when an old key is to be destroyed, also those that are not found."""
+    chosen = load_config(addr=addr, db=db, config=config).config
 
     async def offline() -> list[dict[str, Any]]:
-        async with backup.register_offline(str(config.store_dir)) as register:
+        async with backup.register_offline(str(chosen.store_dir)) as register:
             return [
                 {"name": known.name, "path": known.path, "created_ns": known.created_ns, "gone": known.gone}
                 async for page in register.backups()
@@ -71,9 +104,9 @@ def listed(config: Config, *, as_json: bool) -> int:
     try:
         found = asyncio.run(offline())
     except StoreLockedError:
-        found = Administrator(config).call("GET", "/admin/store_backups")["backups"]
-    if as_json:
-        print(json.dumps(found, indent=2))
+        found = AdminClient.from_config(chosen).call("GET", "/admin/store_backups")["backups"]
+    if json:
+        print(encoder.dumps(found, indent=2))
         return 0
     for known in found:
         when = datetime.fromtimestamp(known["created_ns"] / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -83,60 +116,93 @@ def listed(config: Config, *, as_json: bool) -> int:
     return 0
 
 
-def forget(config: Config, name: str, *, agreed: bool) -> int:
-    """Strikes a deleted backup from the register. Raises what `listed` raises, and BackupError."""
-    if not agreed:
-        raise BackupCommandError(
-            "nothing was forgotten: keys that this backup needs may be destroyed then; when it was deleted, with every "
+@app.command(name="forget")
+def forget(
+    name: Annotated[str, Parameter(help="The backup's name, as in the list.")],
+    *,
+    yes: Annotated[
+        bool,
+        Parameter(help="It was deleted, and every copy of it.", negative=(), show_default=False),
+    ] = False,
+    addr: Addr = None,
+    db: Db = None,
+    config: ConfigFile = None,
+) -> int:
+    """Forget a deleted backup, so that keys which it needed may be destroyed. Refused while it is still there."""
+    chosen = load_config(addr=addr, db=db, config=config).config
+    if not yes:
+        raise CommandError(
+            "nothing was forgotten: keys that this backup needs may be destroyed then; if it was deleted, with every "
             "copy of it, give --yes"
         )
 
     async def offline() -> None:
-        async with backup.register_offline(str(config.store_dir)) as register:
+        async with backup.register_offline(str(chosen.store_dir)) as register:
             await register.forget_backup(name)
 
     try:
         asyncio.run(offline())
     except StoreLockedError:
-        Administrator(config).call("DELETE", f"/admin/store_backups/{quote(name, safe='')}")
+        AdminClient.from_config(chosen).call("DELETE", f"/admin/store_backups/{quote(name, safe='')}")
     print(f"{name} is forgotten: it keeps no old key any more")
     return 0
 
 
-def verify(config: Config, path: Path, master_key_fd: int | None) -> int:
-    """0: good, 1: not. Raises BackupError."""
+@app.command(name="verify")
+def verify(
+    backup_path: BackupDirectory,
+    *,
+    db: Db = None,
+    config: ConfigFile = None,
+    master_key_file: MasterKeyFile = None,
+    master_key_fd: MasterKeyFd = None,
+) -> int:
+    """Read a backup back: every file of the store, every key. Exit status: 0 good, 1 not, 2 it is not there."""
+    path = existing_directory(backup_path)
+    chosen = load_config(db=db or ".", config=config, master_key_file=master_key_file).config
     manifest = backup.verify(str(path))
     print(f"{path}: the store is whole: {len(manifest.files)} files, {manifest.bytes:,} bytes")
     if not (path / KMS_ARCHIVE).exists():
         print(f"no {KMS_ARCHIVE} in it: verify the key service's archive by itself, with minikms backup verify")
         return 0
-    return _minikms(["verify", str(path / KMS_ARCHIVE)], config, master_key_fd)
+    return _minikms(["verify", str(path / KMS_ARCHIVE)], chosen, master_key_fd)
 
 
-def restore(config: Config, path: Path, master_key_fd: int | None, *, newer_keyring: Path | None) -> int:
-    """Into the configuration's places, which must be empty: the key service first, whose archive may be refused.
-
-    Raises BackupError, BackupCommandError.
-    """
+@app.command(name="restore")
+def restore(
+    backup_path: BackupDirectory,
+    *,
+    newer_keyring: Annotated[
+        Path | None,
+        Parameter(help="A keyring.json of later than the backup: keys destroyed by then are not brought back."),
+    ] = None,
+    db: Db = None,
+    config: ConfigFile = None,
+    master_key_file: MasterKeyFile = None,
+    master_key_fd: MasterKeyFd = None,
+) -> int:
+    """Restore into the directories of the configuration, which must be empty. Nothing is ever overwritten."""
+    path = existing_directory(backup_path)
+    chosen = load_config(db=db, config=config, master_key_file=master_key_file).config
     backup.verify(str(path))
-    if os.path.isdir(config.store_dir) and os.listdir(config.store_dir):
-        raise BackupCommandError(f"{config.store_dir} is not empty: move what is there away first")
+    if os.path.isdir(chosen.store_dir) and os.listdir(chosen.store_dir):
+        raise CommandError(f"{chosen.store_dir} is not empty: move its files away first")
     archive = path / KMS_ARCHIVE
-    if archive.exists():
-        words = ["restore", str(archive), "--data-dir", str(config.kms_data_dir), "--yes"]
+    if archive.exists():  # the key service first: it may refuse its archive
+        words = ["restore", str(archive), "--data-dir", str(chosen.kms_data_dir), "--yes"]
         if newer_keyring is not None:
             words += ["--newer-keyring", str(newer_keyring)]
-        refused = _minikms(words, config, master_key_fd)
+        refused = _minikms(words, chosen, master_key_fd)
         if refused:
             return refused
-    backup.restore(str(path), str(config.store_dir))
-    print(f"Restored the store into {config.store_dir}. Start the server; if it says that it remembers a")
+    backup.restore(str(path), str(chosen.store_dir))
+    print(f"Restored the store into {chosen.store_dir}. Start the server; if it says that it remembers a")
     print("later state of the key service, once with --accept-restore.")
     return 0
 
 
 def _minikms(words: list[str], config: Config, master_key_fd: int | None) -> int:
-    """`minikms backup …`, which prints for itself. A root key of our environment is passed on as a descriptor."""
+    """Run `minikms backup …`, which prints its own output. A root key of our environment is passed as a descriptor."""
     command = [sys.executable, "-P", "-m", "minikms", "backup", *words]
     key_file = config.kms.master_key_file or _development_key(config)
     if master_key_fd is not None:

@@ -1,15 +1,19 @@
-"""`progressdb check`: walks the store, also beside a running server, and repairs its indexes with `--repair`.
+"""`progressdb check`: examines the store, also beside a running server, and repairs its indexes on request.
 
-Owns: which store and which key service a check uses, and the page. Invariants: without `--repair` nothing is written;
-no server may have the store open during a repair. What is right and wrong is in store/check.py.
+Owns: the choice of a view of the store and of a key service, and the page. Invariants: without `--repair` nothing is
+written; a repair needs exclusive use of the store. The rules of a sound store are in store/check.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import json as encoder
 import os
+from typing import Annotated
 
+from cyclopts import Parameter
+
+from progressdb_server.cli.flags import CommandError, ConfigFile, Db, Json, load_config
 from progressdb_server.config import Config
 from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.store.check import Finding, Report, repair_offline
@@ -17,42 +21,57 @@ from progressdb_server.store.check import check as check_store
 from progressdb_server.store.model import FormatError, StoreLockedError, StoreUnavailableError
 
 
-class CheckError(Exception):
-    """The store can't be checked; the text says why."""
+def check(
+    *,
+    repair: Annotated[
+        bool,
+        Parameter(
+            help="Rebuild indexes and counters from the records. The server must be stopped.",
+            negative=(),
+            show_default=False,
+        ),
+    ] = False,
+    db: Db = None,
+    config: ConfigFile = None,
+    json: Json = False,
+) -> int:
+    """Walk the whole store, also beside the running server, which is then asked to open every record.
 
-
-def check(config: Config, *, repairing: bool, as_json: bool) -> int:
-    """Prints what was found. 0: all is right, or was repaired, 1: findings are left. Raises CheckError."""
-    path = str(config.store_dir)
+    Exit status: 0 all is right, 1 something is not, 2 there is no store.
+    """
+    chosen = load_config(db=db, config=config).config
+    path = str(chosen.store_dir)
     try:
-        fixed = asyncio.run(repair_offline(path)) if repairing else []
-        reachable = config.kms.provider != "local" and os.path.exists(config.kms_socket)
-        found, counts, opened = asyncio.run(_walked(config, path, with_key_service=reachable))
+        fixed = asyncio.run(repair_offline(path)) if repair else []
+        reachable = chosen.kms.provider != "local" and os.path.exists(chosen.kms_socket)
+        found, counts, opened = asyncio.run(_examine(chosen, path, with_key_service=reachable))
     except StoreLockedError:
-        raise CheckError("the server has the store open: stop it for a repair, or check without --repair") from None
+        raise CommandError(
+            "the server has the store open: stop it for a repair, or check without --repair", missing=True
+        ) from None
     except (FormatError, StoreUnavailableError) as error:
-        raise CheckError(str(error)) from None
-    if as_json:
-        told = {
+        raise CommandError(str(error), missing=True) from None
+    if json:
+        page = {
             "records_opened": opened,
             "counts": counts,
-            "repaired": [_shown(finding) for finding in fixed],
-            "findings": [_shown(finding) for finding in found],
+            "repaired": [_as_json(finding) for finding in fixed],
+            "findings": [_as_json(finding) for finding in found],
         }
-        print(json.dumps(told, indent=2))
+        print(encoder.dumps(page, indent=2))
     else:
         _print(fixed, found, counts, opened=opened)
     return 1 if found else 0
 
 
-async def _walked(config: Config, path: str, *, with_key_service: bool) -> Report:
+async def _examine(config: Config, path: str, *, with_key_service: bool) -> Report:
     if not with_key_service:
         return await check_store(path, None)
     async with RemoteProvider(config.kms_socket, server_uids=config.kms.server_uids or None) as provider:
         return await check_store(path, provider)
 
 
-def _shown(finding: Finding) -> dict[str, object]:
+def _as_json(finding: Finding) -> dict[str, object]:
     return {"kind": finding.kind, "key": finding.key, "detail": finding.detail, "repairable": bool(finding.fix)}
 
 

@@ -1,8 +1,8 @@
 """What the viewer shows, read from the store and the key service.
 
-Owns: the pages of threads and messages, and which keys protect a record. Invariants: a page costs as much as it shows,
-whatever the size of its thread: at most `PAGE_THREADS`, `PAGE_MESSAGES` or `VERSIONS_MAX` records are opened; what is
-said of a record's key is read from the record itself, not from the thread's map. It must never write.
+Owns: the pages of threads and messages, and which keys protect a record. Invariants: the cost of a page depends on what
+it shows and not on the size of its thread: at most `PAGE_THREADS`, `PAGE_MESSAGES` or `VERSIONS_MAX` records are
+decrypted; the key of a record is read from the record itself and not from the thread's metadata. It must never write.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PAGE_THREADS: Final = 50
 PAGE_MESSAGES: Final = 50
 VERSIONS_MAX: Final = 200
 KEY_PAGES_MAX: Final = 4
-"""Of a thread's keys that are looked at; more than two thousand rotations of one thread are not explained here."""
+"""Pages of a thread's keys that are read. A record under a later key is shown without the details of its key."""
 
 
 class ThreadPage(NamedTuple):
@@ -30,7 +30,7 @@ class ThreadPage(NamedTuple):
 
 
 class Protection(NamedTuple):
-    """Of one record. Times are Unix nanoseconds, 0 where the key service does not tell."""
+    """The keys of one record. Times are Unix nanoseconds, 0 if the key service does not give one."""
 
     key_id: str
     state: str
@@ -56,7 +56,7 @@ class MessagePage(NamedTuple):
 class _Keys(NamedTuple):
     deks: dict[str, api.KeyAnswer]
     keks: dict[int, int]
-    """KEK version → when it was made."""
+    """KEK version → its creation time in Unix nanoseconds."""
 
 
 class Browser:
@@ -65,7 +65,7 @@ class Browser:
         self._provider = provider
 
     async def threads(self, *, author: str, id_prefix: str, cursor: str) -> ThreadPage:
-        """Newest first; by the beginning of an id they come in the order of ids."""
+        """Threads, newest first; with `id_prefix`, in the order of ids."""
         ids, older = self._store.thread_page(author=author, id_prefix=id_prefix, cursor=cursor, limit=PAGE_THREADS)
         threads = await asyncio.gather(*(self._store.get_thread(thread) for thread in ids))
         if id_prefix and author:
@@ -73,7 +73,7 @@ class Browser:
         return ThreadPage(list(threads), older)
 
     async def messages(self, thread: str, *, before: str = "", after: str = "") -> MessagePage:
-        """The most recent messages, or those next to a cursor. Raises MessageNotFoundError for a malformed one."""
+        """The most recent messages, or those next to a cursor. Raises MessageNotFoundError for a malformed cursor."""
         found, more = await self._store.message_page(
             thread, before=before, after=after, limit=PAGE_MESSAGES, versions_max=VERSIONS_MAX
         )
@@ -91,12 +91,10 @@ class Browser:
 
     # --- keys -----------------------------------------------------------------------------------------------------
     async def _keys(self, thread: str) -> _Keys:
-        """What the key service tells of them; nothing where it does not, since the messages can be shown all the
-        same.
-        """
+        """The keys as the key service lists them. Empty if it does not: the messages can be shown without."""
         deks: dict[str, api.KeyAnswer] = {}
-        pages = 0
         try:
+            pages = 0
             async for page in key_pages(self._provider, thread_id=thread):
                 deks.update((key.key_id, key) for key in page.keys)
                 pages += 1
@@ -117,14 +115,14 @@ def _protection(version: StoredVersion, keys: _Keys) -> Protection:
     return Protection(
         key_id=version.key_id,
         state=key.state,
-        dek_since_ns=max(made_ns, version.message.ts),  # later, where a rotation re-encrypted the record
+        dek_since_ns=max(made_ns, version.message.ts),  # a rotation re-encrypts records after it made the key
         kek_version=key.kek_version,
         kek_since_ns=max(made_ns, kek_ns) if kek_ns else 0,
     )
 
 
 def nanoseconds(rfc3339: str) -> int:
-    """Of a time in UTC as the key service writes it; 0 for what is none."""
+    """Unix nanoseconds of a time as the key service writes it; 0 if it is malformed."""
     try:
         return int(datetime.fromisoformat(rfc3339).timestamp()) * 1_000_000_000
     except ValueError:
