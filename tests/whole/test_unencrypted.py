@@ -175,9 +175,7 @@ def test_a_server_that_encrypts_refuses_its_directory_and_starts_no_key_service(
     with real_server(tmp_path, "--kms", "none", **ASKED) as server:
         pass
     said = refusal(server.db, "--dev")
-    assert (
-        "nothing in this store is encrypted, for it was made by `progressdb --kms none`: use another directory" in said
-    )
+    assert "nothing in this store is encrypted, since `progressdb --kms none` made it: use another directory" in said
     assert [path.name for path in server.db.iterdir()] == ["store"]
     assert "in use by another process" in refusal(unencrypted.db, "--dev")
 

@@ -102,15 +102,15 @@ class Backups(OpenStore):
 @asynccontextmanager
 async def register_offline(path: str) -> AsyncIterator[BackupRegister]:
     """The backups of a store that no server has open. Raises StoreLockedError, StoreUnavailableError, BackupError."""
-    with directory.offline(path) as engine:
-        try:
+    try:
+        with directory.offline(path) as engine:
             store = Backups(engine)
-        except FormatError as error:
-            raise BackupError(str(error)) from error
-        try:
-            yield store
-        finally:
-            await store.writer.close()
+            try:
+                yield store
+            finally:
+                await store.writer.close()
+    except FormatError as error:
+        raise BackupError(str(error)) from error
 
 
 def create(engine: Engine, path: str, *, created_ns: int, previous: str | None = None) -> Manifest:

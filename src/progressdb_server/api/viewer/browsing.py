@@ -93,8 +93,8 @@ class Browser:
     async def _keys(self, thread: str) -> _Keys:
         """The keys as the key service lists them. Empty if it does not: the messages can be shown without."""
         deks: dict[str, api.KeyAnswer] = {}
-        pages = 0
         try:
+            pages = 0
             async for page in key_pages(self._provider, thread_id=thread):
                 deks.update((key.key_id, key) for key in page.keys)
                 pages += 1
