@@ -21,14 +21,14 @@ import uvloop
 from bench import load, programs
 from bench.programs import ADMIN_KEY, BACKEND_KEY, BenchError
 from bench.report import Row, figure, say
+from minikms.client import EncryptItem, KmsRefusedError
 from progressdb_server.config import Rotation
 from progressdb_server.jobs.service import Jobs
-from progressdb_server.kms.provider import ProviderRefusedError, Seal
-from progressdb_server.kms.remote import RemoteProvider
-from progressdb_server.store import keyspace, record
-from progressdb_server.store.clock import Stamp
+from progressdb_server.kms.provider import RemoteProvider
+from progressdb_server.store import drafts, keyspace
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineBusyError
+from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import NewMessage
 from progressdb_server.store.rocks import RocksEngine
 
@@ -138,27 +138,24 @@ async def _rotate(directory: Path, socket: str) -> tuple[float, float, float]:
 async def build(store: Conversations, provider: RemoteProvider, records: int) -> None:
     """The thread, with as many messages."""
     first = await store.create_message(NewMessage(author="bench", thread=THREAD, body=""))
-    key_id = (store.engine.get(keyspace.key_map(THREAD)) or b"").decode()
-    stamp_ns = first.ts + 1
-    header = record.MessageHeader(key_id, "", "bench", False)
-    body = {"text": secrets.token_hex(RECORD_BYTES // 2)[: RECORD_BYTES - 60]}
-    for start in range(0, records, BUILT_AT_ONCE):
-        stamps = [Stamp(stamp_ns + n, 0).text for n in range(start, min(start + BUILT_AT_ONCE, records))]
-        items = []
-        for text in stamps:
-            secret = record.MessageSecret(text, "bench", False, "user", body, "", {})
-            key = keyspace.messages(THREAD) + text.encode()
-            items.append(Seal(key_id, record.encode_secret(secret), key, THREAD))
+    key_id = store.key_of_thread(THREAD) or ""
+    new = NewMessage(author="bench", thread=THREAD, body={"text": secrets.token_hex(RECORD_BYTES // 2)[:-60]})
+    for start in range(first.ts + 1, first.ts + 1 + records, BUILT_AT_ONCE):
+        versions: list[drafts.Draft] = []
+        for ns in range(start, min(start + BUILT_AT_ONCE, first.ts + 1 + records)):
+            stamp = Stamp(ns, 0)
+            message = new.first_version(keyspace.message_id(stamp), THREAD, ns)
+            versions.append(drafts.message_version(message, stamp, stamp))
+        items = [
+            EncryptItem(key_id=key_id, plaintext=plaintext, aad=key, thread_id=THREAD)
+            for version in versions
+            for key, plaintext in version.secrets
+        ]
         puts: list[tuple[bytes, bytes | None]] = []
-        for item, text, sealed in zip(items, stamps, await provider.encrypt_many(items), strict=True):
-            if isinstance(sealed, ProviderRefusedError):
+        for version, sealed in zip(versions, await provider.encrypt_batch(items), strict=True):
+            if isinstance(sealed, KmsRefusedError):
                 raise sealed
-            message = f"msg-{int(text[:20])}-{text[21:]}"
-            puts += [
-                (item.aad, record.pack(header, sealed)),
-                (keyspace.versions(message) + text.encode(), THREAD.encode()),
-                (keyspace.order(THREAD) + text.encode(), b""),
-            ]
+            puts += version.finish(key_id, [sealed]).puts
         await _written(store, puts)
 
 

@@ -22,7 +22,8 @@ import uvloop
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from minikms import api
-from progressdb_server.kms.provider import KeyHandle, Open, ProviderRefusedError, Seal
+from minikms.client import DecryptItem, EncryptItem, KmsRefusedError, ReencryptItem
+from minikms.client.errors import refusal
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import NewMessage
 from progressdb_server.store.rocks import RocksEngine
@@ -36,53 +37,46 @@ TURNS = 30
 class OneKeyProvider:
     """One key for all threads: the key service's own growth is measured elsewhere."""
 
-    encrypts = True
-
     def __init__(self) -> None:
         self._cipher = AESGCM(AESGCM.generate_key(256))
 
     async def create_dek_for_thread(
-        self, thread_id: str, *, replaces: str | None = None, request_id: str = ""
-    ) -> KeyHandle:
-        return KeyHandle("k_0" + "0" * 25, b"")
+        self, thread_id: str, *, replaces: str | None = None, request_id: str | None = None
+    ) -> api.CreateDekAnswer:
+        return api.CreateDekAnswer("k_0" + "0" * 25, b"")
 
-    async def encrypt_with_key(
-        self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str, request_id: str = ""
+    async def encrypt(
+        self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str | None, request_id: str | None
     ) -> bytes:
         nonce = os.urandom(12)
         return nonce + self._cipher.encrypt(nonce, plaintext, aad)
 
-    async def decrypt_with_key(
-        self, key_id: str, ciphertext: bytes, *, aad: bytes, thread_id: str, request_id: str = ""
-    ) -> bytes:
-        return self._cipher.decrypt(ciphertext[:12], ciphertext[12:], aad)
+    async def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[bytes | KmsRefusedError]:
+        return [
+            await self.encrypt(i.key_id, i.plaintext, aad=i.aad, thread_id=i.thread_id, request_id=None) for i in items
+        ]
 
-    async def encrypt_many(self, items: Sequence[Seal]) -> list[bytes | ProviderRefusedError]:
-        return [await self.encrypt_with_key(i.key_id, i.plaintext, aad=i.aad, thread_id=i.thread_id) for i in items]
-
-    async def decrypt_many(self, items: Sequence[Open]) -> list[bytes | ProviderRefusedError]:
+    async def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]:
         return [self._cipher.decrypt(i.ciphertext[:12], i.ciphertext[12:], i.aad) for i in items]
 
-    async def reencrypt_many(
-        self, from_key_id: str, to_key_id: str, items: Sequence[tuple[bytes, bytes]], *, request_id: str = ""
-    ) -> list[bytes | ProviderRefusedError]:
-        return [ciphertext for ciphertext, _ in items]
+    async def reencrypt_batch(
+        self, from_key_id: str, to_key_id: str, items: Sequence[ReencryptItem], *, request_id: str | None = None
+    ) -> list[bytes | KmsRefusedError]:
+        return [item.ciphertext for item in items]
 
-    async def check_many(
-        self, key_id: str, items: Sequence[tuple[bytes, bytes]], *, thread_id: str, request_id: str = ""
-    ) -> list[ProviderRefusedError | None]:
-        for ciphertext, aad in items:
-            self._cipher.decrypt(ciphertext[:12], ciphertext[12:], aad)
-        return [None] * len(items)
+    async def check_batch(
+        self, key_id: str, items: Sequence[ReencryptItem], *, thread_id: str | None, request_id: str | None = None
+    ) -> list[KmsRefusedError | None]:
+        return [None for _ in items]
 
-    async def retire(self, key_id: str, *, request_id: str = "") -> None:
-        return None
+    async def retire_key(self, key_id: str, *, request_id: str | None = None) -> api.KeyAnswer:
+        raise refusal(api.CODE_KEY_NOT_FOUND, "there is one key for all threads")
 
-    async def destroy(self, key_id: str, *, request_id: str = "") -> None:
-        return None
+    async def destroy_key(self, key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
+        raise refusal(api.CODE_KEY_NOT_FOUND, "there is one key for all threads")
 
     async def list_keys(
-        self, *, thread_id: str | None = None, state: api.State | None = None, cursor: str | None = None
+        self, *, thread_id: str | None, state: api.State | None, cursor: str | None, limit: int | None
     ) -> api.KeyListAnswer:
         return api.KeyListAnswer([], None)
 

@@ -30,15 +30,12 @@ from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import Config, ConfigError
 from progressdb_server.jobs.service import Jobs
-from progressdb_server.kms.provider import Provider
-from progressdb_server.kms.remote import RemoteProvider
+from progressdb_server.kms.provider import LocalProviderError, Provider, RemoteProvider, open_local
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor, SupervisorError
-from progressdb_server.store import epoch, form
+from progressdb_server.store import directory, epoch
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.engine import EngineLockedError, EngineUnavailableError
 from progressdb_server.store.epoch import RestoredError
-from progressdb_server.store.model import StoreUnavailableError
-from progressdb_server.store.rocks import RocksEngine
+from progressdb_server.store.model import FormatError, StoreUnavailableError
 
 _log: Final = structlog.get_logger("progressdb")
 _STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
@@ -101,7 +98,7 @@ def run(config: Config, master_key_fd: int | None, *, accept_restore: bool = Fal
     if encrypting:
         check_key_source(config, has_master_key=master_key_fd is not None)
     else:
-        from progressdb_server import unencrypted  # in no other server process
+        from progressdb_server import unencrypted  # loaded in no other server process
 
         unencrypted.check_allowed(config, os.environ, has_master_key=master_key_fd is not None)
     raise_descriptor_limit()
@@ -131,8 +128,8 @@ async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool
             registry.register(provider.metrics)
         access = AccessControl(config.security)
         viewer = Viewer(store, provider, jobs, access.keys, secure=bool(config.server.tls.cert_file))
-        backup_routes = store_backup.resources(store, config.backups_dir)
-        more = (*job_routes.resources(jobs), *backup_routes, *viewer.resources())
+        backup_routes = store_backup.operations(store, config.backups_dir)
+        more = (*job_routes.operations(jobs), *backup_routes, *viewer.operations())
         application = Application(store, access, ApiMetrics(registry), more=more)
         host, port = listener.getsockname()[:2]
         gc.freeze()  # what the start has made stays: no look for cycles goes through it again
@@ -165,22 +162,20 @@ async def _open_store(
     """The key service, then the store; each is closed by `started`. Raises ServeError."""
     try:
         os.makedirs(config.storage.db_path, mode=0o700, exist_ok=True)
-        engine = RocksEngine(str(config.store_dir))
+        # before a key service is started for a store that is refused
+        engine = directory.open_engine(str(config.store_dir), encrypted=encrypting)
     except OSError as error:
         raise ServeError(f"can't make the data directory {config.storage.db_path}: {error.strerror}") from None
-    except (EngineLockedError, EngineUnavailableError) as error:
+    except (StoreUnavailableError, FormatError) as error:
         raise ServeError(str(error)) from None
     opened = False
     try:
-        form.claim(engine, encrypted=encrypting)  # before a key service is started for a store that is refused
-        # A restore that is accepted is one for this whole run: it may have put back another log.
+        # A restore is accepted for the whole run: it may have put back another audit log.
         audit_head = str if accept_restore else partial(epoch.audit_head, engine)
         provider = await _open_provider(config, master_key_fd, encrypting, audit_head, started)
         store = Conversations(engine, provider)
         opened = True
-    except SupervisorError as error:
-        raise ServeError(str(error)) from None
-    except (form.FormatError, RestoredError) as error:
+    except (SupervisorError, FormatError, RestoredError) as error:
         raise ServeError(str(error)) from None
     finally:
         if not opened:
@@ -208,13 +203,11 @@ async def _open_provider(
         _log.warning("NOTHING IS ENCRYPTED: every message is stored in plaintext; for a benchmark only")
         provider = unencrypted.UnencryptedProvider()
     elif config.kms.provider == "local":
-        from progressdb_server.kms import local  # the key service's own code is in no other server process
-
         _log.warning("the keys are in this process: for development only")
         key_file = config.kms.master_key_file or None
         try:
-            provider = await local.LocalProvider.open(config.kms_data_dir, master_key_file=key_file)
-        except local.LocalProviderError as error:
+            provider = await open_local(config.kms_data_dir, master_key_file=key_file)
+        except LocalProviderError as error:
             raise ServeError(str(error)) from None
     else:
         server_uids = config.kms.server_uids or None

@@ -2,13 +2,13 @@
 
 Owns: the provider that seals nothing, and when a server may run with it. This is the one exception to "nothing that a
 user typed is stored in plaintext". Invariants:
-- It is asked for twice, in words: `--kms none` on the command line, and VARIABLE in the environment. Neither does
-  anything alone, and no configuration file can say either.
+- It is requested twice, in words: `--kms none` on the command line, and VARIABLE in the environment. Neither does
+  anything alone, and no configuration file can set either.
 - It listens on a loopback address only, and never beside any setting of a key service.
-- It begins in an empty directory only. The store that it makes there is marked (store/form.py), and so is each record:
-  a server that encrypts refuses that store, no key service opens such a record, and this opens no other. It binds none
-  to its place.
-It must never be imported but by server.py, and there only once it was asked for.
+- It begins only in an empty directory. The store that it makes there is marked (store/directory.py), and so is each
+  record: a server that encrypts refuses that store, no key service opens such a record, and this server opens no other.
+  Records are not bound to their places.
+Only server.py may import it, and only once it was requested.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from minikms import api
+from minikms.client import DecryptItem, EncryptItem, KmsRefusedError, ReencryptItem
+from minikms.client.errors import refusal
 from progressdb_server.config import Config, ConfigError, Kms
-from progressdb_server.kms.provider import KeyHandle, Open, ProviderRefusedError, Seal
-from progressdb_server.store import form
-from progressdb_server.store.engine import EngineUnavailableError
-from progressdb_server.store.rocks import RocksReader
+from progressdb_server.kms.provider import EncryptsNothing
+from progressdb_server.store import directory
+from progressdb_server.store.model import FormatError, StoreUnavailableError
 
 VARIABLE: Final = "PROGRESSDB_BENCHMARK"
 VALUE: Final = "store-everything-in-plaintext"
@@ -34,7 +35,7 @@ KEY_ID: Final = "k_none_nothing_is_encrypted"
 
 
 def check_allowed(config: Config, environment: Mapping[str, str], *, has_master_key: bool) -> None:
-    """Unless all says that this is a benchmark: raises ConfigError. Makes nothing."""
+    """Raises ConfigError unless everything says that this is a benchmark. Makes nothing."""
     if environment.get(VARIABLE) != VALUE:
         raise ConfigError(
             "`--kms none` stores everything in plaintext and is for benchmarks only: leave it out; for a benchmark "
@@ -54,7 +55,7 @@ def check_allowed(config: Config, environment: Mapping[str, str], *, has_master_
 
 
 def _is_loopback(address: str) -> bool:
-    """Of an address in digits: what a name stands for is decided elsewhere."""
+    """Only for an address in digits: what a name resolves to is decided elsewhere."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
@@ -62,77 +63,64 @@ def _is_loopback(address: str) -> bool:
 
 
 def _check_directory(config: Config) -> None:
-    directory = config.storage.db_path
+    path = config.storage.db_path
     try:
-        if not os.path.lexists(directory) or not os.listdir(directory):
+        if not os.path.lexists(path) or not os.listdir(path):
             return
-        reader = RocksReader(str(config.store_dir))
+        with directory.reading(str(config.store_dir), encrypted=False):
+            pass
     except OSError as error:
-        raise ConfigError(f"the directory {directory} can't be read: {error.strerror}") from None
-    except EngineUnavailableError:
+        raise ConfigError(f"the directory {path} can't be read: {error.strerror}") from None
+    except StoreUnavailableError:
         raise ConfigError(
-            f"`--kms none` stores everything in plaintext, and {directory} is neither empty nor of an earlier "
+            f"`--kms none` stores everything in plaintext, and {path} is neither empty nor of an earlier "
             "benchmark: give --db a new directory"
         ) from None
-    try:
-        form.check(reader, encrypted=False)
-    except form.FormatError as error:
+    except FormatError as error:
         raise ConfigError(str(error)) from None
-    finally:
-        reader.close()
 
 
-class UnencryptedProvider:
+class UnencryptedProvider(EncryptsNothing):
     """See `kms.provider.Provider`. A record is MARK and the plaintext."""
 
-    encrypts: Final = False
-
     async def create_dek_for_thread(
-        self, thread_id: str, *, replaces: str | None = None, request_id: str = ""
-    ) -> KeyHandle:
+        self, thread_id: str, *, replaces: str | None = None, request_id: str | None = None
+    ) -> api.CreateDekAnswer:
         if replaces is not None:
             raise _no_keys()
-        return KeyHandle(KEY_ID, b"")
+        return api.CreateDekAnswer(KEY_ID, b"")
 
-    async def encrypt_with_key(
-        self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str, request_id: str = ""
+    async def encrypt(
+        self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str | None, request_id: str | None
     ) -> bytes:
         return MARK + plaintext
 
-    async def decrypt_with_key(
-        self, key_id: str, ciphertext: bytes, *, aad: bytes, thread_id: str, request_id: str = ""
-    ) -> bytes:
-        outcome = _opened(ciphertext)
-        if isinstance(outcome, ProviderRefusedError):
-            raise outcome
-        return outcome
-
-    async def encrypt_many(self, items: Sequence[Seal]) -> list[bytes | ProviderRefusedError]:
+    async def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[bytes | KmsRefusedError]:
         return [MARK + item.plaintext for item in items]
 
-    async def decrypt_many(self, items: Sequence[Open]) -> list[bytes | ProviderRefusedError]:
+    async def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]:
         return [_opened(item.ciphertext) for item in items]
 
-    async def retire(self, key_id: str, *, request_id: str = "") -> None:
-        return None
-
-    async def reencrypt_many(
-        self, from_key_id: str, to_key_id: str, items: Sequence[tuple[bytes, bytes]], *, request_id: str = ""
-    ) -> list[bytes | ProviderRefusedError]:
+    async def reencrypt_batch(
+        self, from_key_id: str, to_key_id: str, items: Sequence[ReencryptItem], *, request_id: str | None = None
+    ) -> list[bytes | KmsRefusedError]:
         raise _no_keys()
 
-    async def check_many(
-        self, key_id: str, items: Sequence[tuple[bytes, bytes]], *, thread_id: str, request_id: str = ""
-    ) -> list[ProviderRefusedError | None]:
-        outcomes = [_opened(record) for record, _ in items]
-        return [outcome if isinstance(outcome, ProviderRefusedError) else None for outcome in outcomes]
+    async def check_batch(
+        self, key_id: str, items: Sequence[ReencryptItem], *, thread_id: str | None, request_id: str | None = None
+    ) -> list[KmsRefusedError | None]:
+        outcomes = [_opened(item.ciphertext) for item in items]
+        return [outcome if isinstance(outcome, KmsRefusedError) else None for outcome in outcomes]
+
+    async def retire_key(self, key_id: str, *, request_id: str | None = None) -> api.KeyAnswer:
+        raise _no_keys()
 
     async def list_keys(
-        self, *, thread_id: str | None = None, state: api.State | None = None, cursor: str | None = None
+        self, *, thread_id: str | None, state: api.State | None, cursor: str | None, limit: int | None
     ) -> api.KeyListAnswer:
         return api.KeyListAnswer([])
 
-    async def destroy(self, key_id: str, *, request_id: str = "") -> None:
+    async def destroy_key(self, key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
         raise _no_keys()
 
     async def status(self) -> dict[str, object]:
@@ -142,11 +130,11 @@ class UnencryptedProvider:
         return None
 
 
-def _opened(record: bytes) -> bytes | ProviderRefusedError:
+def _opened(record: bytes) -> bytes | KmsRefusedError:
     if not record.startswith(MARK):
-        return ProviderRefusedError("the record is not one of a server without encryption", api.CODE_DECRYPTION_FAILED)
+        return refusal(api.CODE_DECRYPTION_FAILED, "the record is not one of a server without encryption")
     return record[len(MARK) :]
 
 
-def _no_keys() -> ProviderRefusedError:
-    return ProviderRefusedError("this server encrypts nothing and has no keys", api.CODE_NOT_FOUND)
+def _no_keys() -> KmsRefusedError:
+    return refusal(api.CODE_NOT_FOUND, "this server encrypts nothing and has no keys")

@@ -54,7 +54,7 @@ class MemoryStore(ConversationStore):
 
     # --- messages -----------------------------------------------------------------------------------------------
     async def create_message(
-        self, new: NewMessage, *, idempotency: Idempotency | None = None, request_id: str = ""
+        self, new: NewMessage, *, idempotency: Idempotency | None = None, request_id: str | None = None
     ) -> Message:
         self._check()
         self.request_ids.append(request_id)
@@ -136,7 +136,7 @@ class MemoryStore(ConversationStore):
         role: str | None,
         reply_to: str | None,
         thread_id: str | None = None,
-        request_id: str = "",
+        request_id: str | None = None,
     ) -> Message:
         versions = self._found(message_id, thread_id)
         self.request_ids.append(request_id)
@@ -144,18 +144,20 @@ class MemoryStore(ConversationStore):
         return self._append(versions, author, **{name: value for name, value in given.items() if value is not None})
 
     async def delete_message(
-        self, message_id: str, *, author: str | None, thread_id: str | None = None, request_id: str = ""
+        self, message_id: str, *, author: str | None, thread_id: str | None = None, request_id: str | None = None
     ) -> None:
         self._append(self._found(message_id, thread_id), author, deleted=True)
 
     async def message_versions(self, message_id: str, *, thread_id: str | None = None) -> list[Message]:
         return list(self.versions.get(message_id, []))
 
-    async def set_reaction(self, message_id: str, identity: str, reaction: str, *, request_id: str = "") -> Message:
+    async def set_reaction(
+        self, message_id: str, identity: str, reaction: str, *, request_id: str | None = None
+    ) -> Message:
         versions = self._found(message_id)
         return self._append(versions, None, reactions={**versions[-1].reactions, identity: reaction})
 
-    async def remove_reaction(self, message_id: str, identity: str, *, request_id: str = "") -> None:
+    async def remove_reaction(self, message_id: str, identity: str, *, request_id: str | None = None) -> None:
         versions = self._found(message_id)
         if identity in versions[-1].reactions:
             kept = {by: value for by, value in versions[-1].reactions.items() if by != identity}
@@ -194,7 +196,7 @@ class MemoryStore(ConversationStore):
         )
 
     async def create_thread(
-        self, *, author: str, title: str, idempotency: Idempotency | None = None, request_id: str = ""
+        self, *, author: str, title: str, idempotency: Idempotency | None = None, request_id: str | None = None
     ) -> Thread:
         self._check()
         known = self._recalled(idempotency, (author, title))
@@ -218,12 +220,16 @@ class MemoryStore(ConversationStore):
             raise NotTheAuthorError
         return thread
 
-    async def update_thread(self, thread_id: str, *, author: str | None, title: str, request_id: str = "") -> Thread:
+    async def update_thread(
+        self, thread_id: str, *, author: str | None, title: str, request_id: str | None = None
+    ) -> Thread:
         thread = self._own_thread(thread_id, author)
         thread.title, thread.slug, thread.updated_ts = title, _slug(title, thread_id), self._stamp()[0]
         return thread
 
-    async def delete_thread(self, thread_id: str, *, author: str | None, by: str, request_id: str = "") -> None:
+    async def delete_thread(
+        self, thread_id: str, *, author: str | None, by: str, request_id: str | None = None
+    ) -> None:
         thread = self._own_thread(thread_id, author)
         ts, stamp = self._stamp()
         thread.deleted, thread.deleted_ts, thread.updated_ts = True, ts, ts

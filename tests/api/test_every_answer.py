@@ -19,7 +19,7 @@ import yaml
 from asgi_client import ADMIN, BACKEND
 from provoking import LAUNCHER, NO_JOB, Ask, World
 from real_server import Reply, real_server
-from test_openapi import ALL_DESCRIPTIONS, REFUSALS, whole_table
+from test_openapi import OPERATIONS, REFUSALS, whole_table
 
 import documented
 from documented import Pair
@@ -117,7 +117,7 @@ def shape(sentence: str) -> str:
 
 
 def said_of(operation: str) -> dict[int, tuple[str, ...]]:
-    return error_texts(operation.split(" ", 1)[1], ALL_DESCRIPTIONS[operation])
+    return error_texts(OPERATIONS[operation])
 
 
 DOCUMENT = document(whole_table(), "1")
@@ -125,7 +125,7 @@ PAIRS = sorted(documented.pairs(DOCUMENT))
 IN_PROCESS = {parameter.values for parameter in REFUSALS}
 TOLD = {
     (operation, status, sentence)
-    for operation in ALL_DESCRIPTIONS
+    for operation in OPERATIONS
     for status, sentences in said_of(operation).items()
     for sentence in sentences
 }
@@ -143,7 +143,7 @@ class Living:
     def take_the_key_service_away(self) -> None:
         """Every operation is asked meanwhile, at once, for each waits for some seconds."""
         world = self.world
-        asks = {operation: world.good(operation) for operation in ALL_DESCRIPTIONS}
+        asks = {operation: world.good(operation) for operation in OPERATIONS}
         asks["POST /admin/rotate_deks"] = Ask("POST", "/admin/rotate_deks", {"older_than": "1d"})
         thread = world.thread()
         world.kms.kill()
@@ -240,7 +240,7 @@ def test_every_refusal_appears(living: Living, operation: str, status: int, sent
     check(operation, reply)
 
 
-@pytest.mark.parametrize("operation", ALL_DESCRIPTIONS)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_who_needs_the_key_service_is_refused_without_it_and_nobody_else(living: Living, operation: str) -> None:
     reply = living.together[operation, KEY_SERVICE]
     check(operation, reply)
@@ -251,7 +251,7 @@ def test_who_needs_the_key_service_is_refused_without_it_and_nobody_else(living:
 
 
 @pytest.mark.parametrize(
-    "operation", [operation for operation in ALL_DESCRIPTIONS if DISK not in said_of(operation).get(503, ())]
+    "operation", [operation for operation in OPERATIONS if DISK not in said_of(operation).get(503, ())]
 )
 def test_who_is_not_said_to_need_the_disk_answers_without_it(living: Living, operation: str) -> None:
     reply = PROVOKED[DISK](living.world, operation)
@@ -280,7 +280,7 @@ def test_another_method_than_the_described_ones_is_a_405_that_names_these(living
 
 
 @pytest.mark.parametrize(
-    "operation", [operation for operation in ALL_DESCRIPTIONS if operation.split(" ", 1)[1].startswith("/admin/")]
+    "operation", [operation for operation in OPERATIONS if operation.split(" ", 1)[1].startswith("/admin/")]
 )
 def test_a_backend_key_comes_only_where_the_document_says_so(living: Living, operation: str) -> None:
     method, path = operation.split(" ", 1)

@@ -22,9 +22,9 @@ import structlog
 from progressdb_server.config import Rotation
 from progressdb_server.jobs import rotation
 from progressdb_server.jobs.service import Jobs
-from progressdb_server.jobs.table import JOBS
-from progressdb_server.kms.remote import RemoteProvider
+from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.keyspace import JOBS
 from progressdb_server.store.model import NewMessage, StoreUnavailableError
 from progressdb_server.store.rocks import RocksEngine
 

@@ -7,19 +7,22 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import msgspec
 from memory_engine import MemoryEngine
 from opened_store import TickingClock, messages_of, opened
 from sealing_provider import SealingProvider
 
+from minikms.client import KmsRefusedError, ReencryptItem
 from progressdb_server.config import Rotation
-from progressdb_server.jobs import record_backups, rotation, walk
-from progressdb_server.jobs.model import Job
+from progressdb_server.jobs import rotation
 from progressdb_server.jobs.service import Jobs
-from progressdb_server.kms.provider import Provider, ProviderRefusedError
+from progressdb_server.jobs.states import Job
+from progressdb_server.kms.provider import Provider
 from progressdb_server.store import keyspace
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Engine
-from progressdb_server.store.model import Message, NewMessage
+from progressdb_server.store.model import Message, NewMessage, Registered
+from progressdb_server.store.writer import Write
 
 UNBOUNDED = Rotation(records_per_second=0)
 
@@ -69,12 +72,14 @@ async def write(store: Conversations, count: int, thread: str = "t") -> list[Mes
 
 def keys_of_records(store: Conversations, thread: str = "t") -> dict[str, str]:
     """Storage key → key id, of every record of the thread."""
-    lower, upper = walk.bounds(thread)
-    return {
-        found.key.decode(): found.key_id
-        for chunk in walk.chunks(store.engine, lower, upper, 100)
-        for found in chunk.records
-    }
+    return {found.key.decode(): found.key_id for chunk in store.record_chunks(thread, 100) for found in chunk.records}
+
+
+def record_key(message: str, thread: str = "t") -> bytes:
+    """The storage key of the message's first version."""
+    stamp = keyspace.parse_message_id(message)
+    assert stamp is not None
+    return keyspace.messages(thread) + stamp.raw
 
 
 def mapped(store: Conversations, thread: str = "t") -> str:
@@ -84,14 +89,23 @@ def mapped(store: Conversations, thread: str = "t") -> str:
 
 
 def backups_of(store: Conversations, job: Job) -> dict[str, bytes]:
-    return {key.decode(): raw for entries in record_backups.entries_of(store.engine, job.id) for key, raw in entries}
+    prefix = keyspace.migrated(job.id)
+    entries = store.engine.scan(prefix, keyspace.after(prefix), limit=1000)
+    return {key[len(prefix) :].decode(): raw for key, raw in entries}
+
+
+async def register(store: Conversations, path: str, created_ns: int) -> bytes:
+    """A backup of the store that was begun at that time; the storage key of its entry."""
+    key = keyspace.backup(created_ns)
+    await store.writer.commit(Write([(key, msgspec.json.encode(Registered(path, created_ns)))]))
+    return key
 
 
 async def check(store: Conversations, provider: Provider, expected: Sequence[Message], thread: str = "t") -> None:
     """Everything reads back as it was, none twice; everything is under the thread's key, the only active one."""
     assert await messages_of(store, thread, include_deleted=True) == list(expected)
     assert set(keys_of_records(store, thread).values()) == {mapped(store, thread)}
-    page = await provider.list_keys(thread_id=thread, state="active")
+    page = await provider.list_keys(thread_id=thread, state="active", cursor=None, limit=None)
     assert [key.key_id for key in page.keys] == [mapped(store, thread)]
 
 
@@ -102,12 +116,12 @@ class Gate:
         self.reached = asyncio.Event()
         self._open = asyncio.Event()
         self._left = batches
-        self._real = provider.reencrypt_many
-        provider.reencrypt_many = self._reencrypt_many  # type: ignore[method-assign]  # the hook
+        self._real = provider.reencrypt_batch
+        provider.reencrypt_batch = self._reencrypt_batch  # type: ignore[method-assign]  # the hook
 
-    async def _reencrypt_many(
-        self, from_key_id: str, to_key_id: str, items: Sequence[tuple[bytes, bytes]], *, request_id: str = ""
-    ) -> list[bytes | ProviderRefusedError]:
+    async def _reencrypt_batch(
+        self, from_key_id: str, to_key_id: str, items: Sequence[ReencryptItem], *, request_id: str | None = None
+    ) -> list[bytes | KmsRefusedError]:
         if self._left <= 0:
             self.reached.set()
             await self._open.wait()

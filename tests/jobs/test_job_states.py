@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from progressdb_server.config import ConfigError, duration_s, load
-from progressdb_server.jobs.model import (
+from progressdb_server.jobs.states import (
     FAILURES_NAMED_MAX,
     MOVES,
     SOURCES_MAX,

@@ -21,9 +21,10 @@ from rotating import backups_of, keys_of_records, mapped
 
 from live_daemon import LiveDaemon
 from progressdb_server.config import Rotation
-from progressdb_server.jobs import rotation, walk
+from progressdb_server.jobs import rotation
 from progressdb_server.jobs.service import Jobs
-from progressdb_server.kms.remote import RemoteProvider
+from progressdb_server.kms.provider import RemoteProvider
+from progressdb_server.store import keyspace
 from progressdb_server.store.check import Checker
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import Message, NewMessage, StoreUnavailableError
@@ -77,7 +78,7 @@ async def verify(directory: Path, socket: Path, acknowledged: Acknowledged) -> N
         assert set(keys_of_records(store, THREAD).values()) == {mapped(store, THREAD)} == {job.new_key}
         kept = backups_of(store, job)
         assert len(kept) == job.backups == job.done
-        lower, upper = walk.bounds(THREAD)
+        lower, upper = keyspace.records(THREAD)
         assert all(lower <= key.encode() < upper for key in kept)
 
 

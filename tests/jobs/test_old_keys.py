@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from memory_engine import MemoryEngine
 from opened_store import TickingClock, messages_of
-from rotating import Place, backups_of, chunks_of, mapped, write
+from rotating import Place, backups_of, chunks_of, mapped, register, write
 from structlog.testing import capture_logs
 
+from minikms import api
+from minikms.client.errors import refusal
 from progressdb_server.config import Rotation
-from progressdb_server.jobs import selection, service
-from progressdb_server.jobs.model import Job
-from progressdb_server.jobs.selection import Due
-from progressdb_server.jobs.service import Jobs
-from progressdb_server.kms.provider import ProviderRefusedError
-from progressdb_server.store import backup, keyspace
+from progressdb_server.jobs import service
+from progressdb_server.jobs.service import Due, Jobs
+from progressdb_server.jobs.states import Job
+from progressdb_server.store import keyspace
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import StoreUnavailableError
 from progressdb_server.store.writer import Write
@@ -113,16 +112,15 @@ def test_a_backup_of_the_store_that_is_older_than_the_census_keeps_the_old_key_u
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         await write(store, 5)
-        known = backup.registered("/backups/one", place.clock())
-        await store.writer.commit(Write([known]))
+        known = await register(store, "/backups/one", place.clock())
         job = await rotated(jobs, destroy_after_s=60)
         place.clock.now += DAY_NS
         for _ in range(2):
             await jobs.destroy_due()
             assert place.keys.destroyed == set()
         assert "/backups/one is older" in jobs.table.get(job.id).destroy_waits_for
-        newer = backup.registered("/backups/two", place.clock())  # after the census: it holds nothing under the key
-        await store.writer.commit(Write([(known[0], None), newer]))
+        await register(store, "/backups/two", place.clock())  # after the census: it holds nothing under the key
+        await store.writer.commit(Write([(known, None)]))
         await jobs.destroy_due()
         assert place.keys.destroyed == {job.old_key}
 
@@ -135,8 +133,7 @@ def test_a_backup_that_is_not_found_still_counts_and_the_job_says_how_to_forget_
     async def body(store: Conversations, jobs: Jobs) -> None:
         await write(store, 5)
         (tmp_path / "monday").mkdir()
-        known = backup.registered(str(tmp_path / "monday"), place.clock())
-        await store.writer.commit(Write([known]))
+        await register(store, str(tmp_path / "monday"), place.clock())
         job = await rotated(jobs, destroy_after_s=60)
         place.clock.now += DAY_NS
         await jobs.destroy_due()
@@ -158,7 +155,7 @@ def test_a_clock_that_was_set_back_makes_no_older_backup_look_newer_than_the_cen
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         await write(store, 5)
-        await store.writer.commit(Write([backup.registered("/backups/one", place.clock.now + 9 * DAY_NS)]))
+        await register(store, "/backups/one", place.clock.now + 9 * DAY_NS)
         job = await rotated(jobs, destroy_after_s=60)
         place.clock.now += DAY_NS
         for _ in range(2):
@@ -180,14 +177,14 @@ def test_a_key_that_the_key_service_does_not_let_go_holds_up_neither_the_others_
         for thread in ("a", "b", "worn"):
             await write(store, 2, thread)
         kept, gone = await rotated(jobs, "a", destroy_after_s=60), await rotated(jobs, "b", destroy_after_s=60)
-        real = place.keys.destroy
+        real = place.keys.destroy_key
 
-        async def destroy(key_id: str, *, request_id: str = "") -> None:
+        async def destroy(key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
             if key_id == kept.old_key:
-                raise ProviderRefusedError("not you", "forbidden")
-            await real(key_id, request_id=request_id)
+                raise refusal("forbidden", "not you")
+            return await real(key_id, request_id=request_id)
 
-        place.keys.destroy = destroy  # type: ignore[method-assign]  # the policy
+        place.keys.destroy_key = destroy  # type: ignore[method-assign]  # the policy
         worn = mapped(store, "worn")
         place.keys.uses = {worn: 1 << 31}
         place.clock.now += DAY_NS
@@ -231,14 +228,14 @@ def test_a_job_that_was_restored_after_it_was_found_due_keeps_its_key() -> None:
             await write(store, 3, thread)
         first, second = await rotated(jobs, "a", destroy_after_s=60), await rotated(jobs, "b", destroy_after_s=60)
         place.clock.now += DAY_NS
-        real = place.keys.destroy
+        real = place.keys.destroy_key
 
-        async def destroy(key_id: str, *, request_id: str = "") -> None:
+        async def destroy(key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
             await jobs.drop_backups(second.id)  # so that nothing is put back, and the census finds nothing
             await jobs.restore(second.id)
-            await real(key_id, request_id=request_id)
+            return await real(key_id, request_id=request_id)
 
-        place.keys.destroy = destroy  # type: ignore[method-assign]  # an operator is faster
+        place.keys.destroy_key = destroy  # type: ignore[method-assign]  # an operator is faster
         await jobs.destroy_due()
         assert place.keys.destroyed == {first.old_key}
         assert jobs.table.get(second.id).destroy_at_ns == 0
@@ -357,13 +354,13 @@ def test_many_threads_are_rotated_a_few_at_a_time() -> None:
             await write(store, 2, thread)
         before = {thread: mapped(store, thread) for thread in threads}
         at_work: list[int] = []
-        real = place.keys.reencrypt_many
+        real = place.keys.reencrypt_batch
 
         async def counted(*given: object, **named: object) -> object:
             at_work.append(len(jobs._workers))
             return await real(*given, **named)  # type: ignore[arg-type]  # passed on
 
-        place.keys.reencrypt_many = counted  # type: ignore[method-assign,assignment]  # the hook
+        place.keys.reencrypt_batch = counted  # type: ignore[method-assign,assignment]  # the hook
         begun = [job async for job in jobs.select(None)]
         assert {job.thread for job in begun} == set(threads)
         assert {job.state for job in await settled(jobs)} == {"done"}
@@ -380,8 +377,7 @@ def test_only_a_threads_current_key_counts() -> None:
         await write(store, 1)
         stray = (await place.keys.create_dek_for_thread("t")).key_id
         place.keys.uses = {stray: 1 << 31}
-        due: AsyncIterator[tuple[str, str]] = selection.due_threads(store.engine, place.keys, Due(uses=1), 0)
-        assert [thread async for thread, _ in due] == []
+        assert [thread async for thread, _ in jobs.due_threads(Due(uses=1))] == []
 
     place.run(body)
 

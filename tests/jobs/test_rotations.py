@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 from opened_store import messages_of
-from rotating import Gate, Place, backups_of, check, chunks_of, keys_of_records, mapped, write
+from rotating import Gate, Place, backups_of, check, chunks_of, keys_of_records, mapped, record_key, write
 from sealing_provider import SealingProvider
 
+from minikms import api
+from minikms.client import KmsRefusedError
+from minikms.client.errors import KmsUnavailableError
 from progressdb_server.jobs import rotation
-from progressdb_server.jobs.model import JobConflictError
 from progressdb_server.jobs.service import Jobs
-from progressdb_server.kms.provider import KeyHandle, ProviderRefusedError, ProviderUnavailableError
-from progressdb_server.store import keyspace
+from progressdb_server.jobs.states import JobConflictError
 from progressdb_server.store.check import Checker
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import NewMessage, ThreadNotFoundError
@@ -49,7 +50,7 @@ def test_a_rotation_never_asks_for_plaintext() -> None:
         place.keys.calls.clear()
         job = await jobs.wait((await jobs.rotate("t")).id)
         assert (job.state, job.verified) == ("done", 51)
-        assert place.keys.calls.keys() <= {"create", "reencrypt_many", "check_many", "list_keys"}
+        assert place.keys.calls.keys() <= {"create", "reencrypt_batch", "check_batch", "list_keys"}
 
     place.run(body)
 
@@ -59,18 +60,16 @@ def test_a_record_that_is_damaged_after_its_re_encryption_is_found_and_named() -
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 20)
-        stamp = keyspace.parse_message_id(messages[4].id)
-        assert stamp is not None
-        key = keyspace.record("t", stamp)
-        check_many = place.keys.check_many
+        key = record_key(messages[4].id)
+        check_batch = place.keys.check_batch
 
-        async def damage_first(*args: Any, **named: Any) -> list[ProviderRefusedError | None]:
-            place.keys.check_many = check_many  # type: ignore[method-assign]  # once is enough
-            raise ProviderUnavailableError("for now")
+        async def damage_first(*args: Any, **named: Any) -> list[KmsRefusedError | None]:
+            place.keys.check_batch = check_batch  # type: ignore[method-assign]  # once is enough
+            raise KmsUnavailableError("for now")
 
-        place.keys.check_many = damage_first  # type: ignore[method-assign]  # the hook: the verification has begun
+        place.keys.check_batch = damage_first  # type: ignore[method-assign]  # the hook: the verification has begun
         begun = await jobs.rotate("t")
-        while place.keys.check_many != check_many:
+        while place.keys.check_batch != check_batch:
             await asyncio.sleep(0)
         raw = store.engine.get(key)
         assert raw is not None
@@ -165,7 +164,7 @@ def test_a_paused_job_stays_so_over_a_restart_and_another_one_goes_on_by_itself(
 
     with chunks_of(8):
         place.run(before)
-        del place.keys.reencrypt_many  # the gates
+        del place.keys.reencrypt_batch  # the gates
         place.run(after)
 
 
@@ -310,11 +309,11 @@ def test_a_key_service_that_is_away_only_delays_the_job() -> None:
 def test_a_key_whose_answer_was_lost_is_retired_in_the_end() -> None:
     class Lossy(SealingProvider):
         async def create_dek_for_thread(
-            self, thread_id: str, *, replaces: str | None = None, request_id: str = ""
-        ) -> KeyHandle:
+            self, thread_id: str, *, replaces: str | None = None, request_id: str | None = None
+        ) -> api.CreateDekAnswer:
             handle = await super().create_dek_for_thread(thread_id, replaces=replaces)
             if 1 < len(self.keys) < 4:
-                raise ProviderUnavailableError("the answer was lost")
+                raise KmsUnavailableError("the answer was lost")
             return handle
 
     place = Place(provider=Lossy())
@@ -362,7 +361,7 @@ def test_a_record_that_does_not_open_is_named_and_left_and_a_resume_tries_it_aga
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 20)
-        broken = [keyspace.record("t", keyspace.parse_message_id(messages[n].id)) for n in (4, 9)]  # type: ignore[arg-type]  # ids of the store parse
+        broken = [record_key(messages[n].id) for n in (4, 9)]
         whole = [store.engine.get(key) for key in broken]
         assert whole[0] is not None
         store.engine.write([(broken[0], whole[0][:-1] + bytes([whole[0][-1] ^ 1])), (broken[1], b"\x07nonsense")])
@@ -410,7 +409,7 @@ def test_a_failed_job_whose_key_was_replaced_since_is_not_resumed() -> None:
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 4)
-        key = keyspace.record("t", keyspace.parse_message_id(messages[0].id))  # type: ignore[arg-type]  # ids of the store parse
+        key = record_key(messages[0].id)
         raw = store.engine.get(key)
         store.engine.write([(key, b"\x07")])
         first = await jobs.wait((await jobs.rotate("t")).id)

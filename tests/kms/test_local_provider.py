@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from minikms import api
-from progressdb_server.kms.local import LocalProvider, LocalProviderError
-from progressdb_server.kms.provider import Open, Provider, ProviderRefusedError, Seal
-from progressdb_server.kms.remote import RemoteProvider
+from minikms.client import DecryptItem, EncryptItem, KmsRefusedError, ReencryptItem
+from progressdb_server.kms.provider import LocalProviderError, Provider, RemoteProvider, open_local
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor
 
 
@@ -27,7 +26,7 @@ def directory() -> Iterator[Path]:
 
 def run(directory: Path, test: Callable[[Provider], Awaitable[None]]) -> None:
     async def main() -> None:
-        provider = await LocalProvider.open(directory / "kms")
+        provider = await open_local(directory / "kms")
         try:
             await test(provider)
         finally:
@@ -37,33 +36,48 @@ def run(directory: Path, test: Callable[[Provider], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
+async def opened(provider: Provider, key_id: str, sealed: bytes) -> bytes | KmsRefusedError:
+    """A record that was sealed with the additional data `a`."""
+    [outcome] = await provider.decrypt_batch([DecryptItem(key_id=key_id, ciphertext=sealed, aad=b"a", thread_id="t")])
+    return outcome
+
+
 def test_it_answers_as_the_remote_one_does(directory: Path) -> None:
     async def test(provider: Provider) -> None:
         old = await provider.create_dek_for_thread("t")
-        sealed = await provider.encrypt_with_key(old.key_id, b"text", aad=b"a", thread_id="t", request_id="r")
-        assert await provider.decrypt_with_key(old.key_id, sealed, aad=b"a", thread_id="t") == b"text"
-        good, bad = await provider.encrypt_many(
-            [Seal(old.key_id, b"1", b"", "t", "r-1"), Seal(old.key_id, b"2", b"", "another")]
+        sealed = await provider.encrypt(old.key_id, b"text", aad=b"a", thread_id="t", request_id="r")
+        assert await opened(provider, old.key_id, sealed) == b"text"
+        good, bad = await provider.encrypt_batch(
+            [
+                EncryptItem(key_id=old.key_id, plaintext=b"1", thread_id="t", request_id="r-1"),
+                EncryptItem(key_id=old.key_id, plaintext=b"2", thread_id="another"),
+            ]
         )
         assert isinstance(good, bytes)
-        assert isinstance(bad, ProviderRefusedError)
+        assert isinstance(bad, KmsRefusedError)
         assert bad.code == api.CODE_WRONG_THREAD
-        assert await provider.decrypt_many([Open(old.key_id, good, b"", "t")]) == [b"1"]
+        assert await provider.decrypt_batch([DecryptItem(key_id=old.key_id, ciphertext=good, thread_id="t")]) == [b"1"]
         new = await provider.create_dek_for_thread("t", replaces=old.key_id)
-        with pytest.raises(ProviderRefusedError) as refused:
-            await provider.encrypt_with_key(old.key_id, b"x", aad=b"", thread_id="t")
+        with pytest.raises(KmsRefusedError) as refused:
+            await provider.encrypt(old.key_id, b"x", aad=b"", thread_id="t", request_id=None)
         assert refused.value.code == api.CODE_KEY_RETIRED
-        [moved] = await provider.reencrypt_many(old.key_id, new.key_id, [(sealed, b"a")])
+        [moved] = await provider.reencrypt_batch(old.key_id, new.key_id, [ReencryptItem(ciphertext=sealed, aad=b"a")])
         assert isinstance(moved, bytes)
-        assert await provider.decrypt_with_key(new.key_id, moved, aad=b"a", thread_id="t") == b"text"
-        opens, stranger = await provider.check_many(old.key_id, [(sealed, b"a"), (moved, b"a")], thread_id="t")
+        assert await opened(provider, new.key_id, moved) == b"text"
+        opens, stranger = await provider.check_batch(
+            old.key_id,
+            [ReencryptItem(ciphertext=sealed, aad=b"a"), ReencryptItem(ciphertext=moved, aad=b"a")],
+            thread_id="t",
+        )
         assert opens is None
-        assert isinstance(stranger, ProviderRefusedError)
+        assert isinstance(stranger, KmsRefusedError)
         assert stranger.code == api.CODE_DECRYPTION_FAILED
-        with pytest.raises(ProviderRefusedError) as refused:
-            await provider.check_many(old.key_id, [(sealed, b"a")], thread_id="another", request_id="r-2")
+        with pytest.raises(KmsRefusedError) as refused:
+            await provider.check_batch(
+                old.key_id, [ReencryptItem(ciphertext=sealed, aad=b"a")], thread_id="another", request_id="r-2"
+            )
         assert refused.value.code == api.CODE_WRONG_THREAD
-        await provider.retire(new.key_id)
+        await provider.retire_key(new.key_id)
         status = await provider.status()
         assert isinstance(status["epoch"], int)
         audit = status["audit"]
@@ -78,11 +92,11 @@ def test_its_data_opens_in_the_daemon_and_comes_back(directory: Path) -> None:
 
     async def write(provider: Provider) -> None:
         key = await provider.create_dek_for_thread("t")
-        kept[key.key_id] = await provider.encrypt_with_key(key.key_id, b"text", aad=b"a", thread_id="t")
+        kept[key.key_id] = await provider.encrypt(key.key_id, b"text", aad=b"a", thread_id="t", request_id=None)
 
     async def read(provider: Provider) -> None:
         for key_id, sealed in kept.items():
-            assert await provider.decrypt_with_key(key_id, sealed, aad=b"a", thread_id="t") == b"text"
+            assert await opened(provider, key_id, sealed) == b"text"
 
     async def with_daemon() -> None:
         options = ChildOptions(socket_path=str(directory / "s"), data_dir=str(directory / "kms"), dev=True)
@@ -105,7 +119,7 @@ def test_its_data_opens_in_the_daemon_and_comes_back(directory: Path) -> None:
 def test_a_directory_that_a_process_owns_is_refused(directory: Path) -> None:
     async def test(provider: Provider) -> None:
         with pytest.raises(LocalProviderError, match="another process"):
-            await LocalProvider.open(directory / "kms")
+            await open_local(directory / "kms")
 
     run(directory, test)
 
@@ -121,7 +135,7 @@ def test_a_wrong_root_key_is_refused_and_the_directory_given_up(directory: Path)
 
     async def refused() -> None:
         with pytest.raises(LocalProviderError):
-            await LocalProvider.open(directory / "kms", master_key_file=wrong)
+            await open_local(directory / "kms", master_key_file=wrong)
 
     asyncio.run(refused())
     run(directory, test)

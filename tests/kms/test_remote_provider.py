@@ -11,17 +11,12 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 
 from minikms import api
-from progressdb_server.kms import bridge, remote
-from progressdb_server.kms.provider import (
-    Open,
-    Provider,
-    ProviderRefusedError,
-    ProviderUnavailableError,
-    Seal,
-)
-from progressdb_server.kms.remote import RemoteProvider
+from minikms.client import DecryptItem, EncryptItem, KmsError, KmsRefusedError, ReencryptItem
+from minikms.client.errors import KmsProtocolError, KmsUnavailableError, refusal
+from progressdb_server.kms import provider as provider_module
+from progressdb_server.kms.provider import Fault, RemoteProvider, fault
 
-Test = Callable[[Provider], Awaitable[None]]
+Test = Callable[[RemoteProvider], Awaitable[None]]
 
 
 @pytest.fixture
@@ -55,19 +50,19 @@ def run(place, test: Test) -> None:
 def test_a_record_comes_back_only_under_its_key_its_place_and_its_thread(place, daemon) -> None:
     daemon()
 
-    async def test(provider: Provider) -> None:
+    async def test(provider: RemoteProvider) -> None:
         key = await provider.create_dek_for_thread("t-1")
         other = await provider.create_dek_for_thread("t-2")
-        sealed = await provider.encrypt_with_key(key.key_id, b"text", aad=b"place", thread_id="t-1", request_id="r")
+        sealed = await provider.encrypt(key.key_id, b"text", aad=b"place", thread_id="t-1", request_id="r")
         assert b"text" not in sealed
-        assert await provider.decrypt_with_key(key.key_id, sealed, aad=b"place", thread_id="t-1") == b"text"
+        assert await provider.decrypt(key.key_id, sealed, aad=b"place", thread_id="t-1") == b"text"
         for key_id, aad, thread, code in (
             (key.key_id, b"elsewhere", "t-1", api.CODE_DECRYPTION_FAILED),
             (other.key_id, b"place", "t-2", api.CODE_DECRYPTION_FAILED),
             (key.key_id, b"place", "t-2", api.CODE_WRONG_THREAD),
         ):
-            with pytest.raises(ProviderRefusedError) as refused:
-                await provider.decrypt_with_key(key_id, sealed, aad=aad, thread_id=thread)
+            with pytest.raises(KmsRefusedError) as refused:
+                await provider.decrypt(key_id, sealed, aad=aad, thread_id=thread)
             assert refused.value.code == code
 
     run(place, test)
@@ -76,29 +71,38 @@ def test_a_record_comes_back_only_under_its_key_its_place_and_its_thread(place, 
 def test_many_items_come_back_in_order_and_one_refusal_stops_no_other(place, daemon) -> None:
     daemon()
 
-    async def test(provider: Provider) -> None:
+    async def test(provider: RemoteProvider) -> None:
         key = await provider.create_dek_for_thread("t")
         count = api.BATCH_ITEMS_MAX + 10
-        sealed = await provider.encrypt_many([Seal(key.key_id, b"%d" % n, b"a", "t", "r") for n in range(count)])
-        opened = await provider.decrypt_many(
+        sealed = await provider.encrypt_batch(
             [
-                Open(key.key_id, entry, b"a" if n != 5 else b"b", "t")
+                EncryptItem(key_id=key.key_id, plaintext=b"%d" % n, aad=b"a", thread_id="t", request_id="r")
+                for n in range(count)
+            ]
+        )
+        opened = await provider.decrypt_batch(
+            [
+                DecryptItem(key_id=key.key_id, ciphertext=entry, aad=b"a" if n != 5 else b"b", thread_id="t")
                 for n, entry in enumerate(sealed)
                 if isinstance(entry, bytes)
             ]
         )
         refused = opened.pop(5)
-        assert isinstance(refused, ProviderRefusedError)
+        assert isinstance(refused, KmsRefusedError)
         assert refused.code == api.CODE_DECRYPTION_FAILED
         assert opened == [b"%d" % n for n in range(count) if n != 5]
-        verdicts = await provider.check_many(
+        verdicts = await provider.check_batch(
             key.key_id,
-            [(entry, b"a" if n != 300 else b"b") for n, entry in enumerate(sealed) if isinstance(entry, bytes)],
+            [
+                ReencryptItem(ciphertext=entry, aad=b"a" if n != 300 else b"b")
+                for n, entry in enumerate(sealed)
+                if isinstance(entry, bytes)
+            ],
             thread_id="t",
             request_id="r",
         )
         refused = verdicts.pop(300)
-        assert isinstance(refused, ProviderRefusedError)
+        assert isinstance(refused, KmsRefusedError)
         assert refused.code == api.CODE_DECRYPTION_FAILED
         assert verdicts == [None] * (count - 1)
 
@@ -108,41 +112,43 @@ def test_many_items_come_back_in_order_and_one_refusal_stops_no_other(place, dae
 def test_a_replaced_key_only_decrypts_and_its_records_can_be_moved(place, daemon) -> None:
     daemon()
 
-    async def test(provider: Provider) -> None:
+    async def test(provider: RemoteProvider) -> None:
         old = await provider.create_dek_for_thread("t")
-        sealed = await provider.encrypt_with_key(old.key_id, b"text", aad=b"a", thread_id="t")
+        sealed = await provider.encrypt(old.key_id, b"text", aad=b"a", thread_id="t")
         new = await provider.create_dek_for_thread("t", replaces=old.key_id)
-        with pytest.raises(ProviderRefusedError) as refused:
-            await provider.encrypt_with_key(old.key_id, b"text", aad=b"a", thread_id="t")
+        with pytest.raises(KmsRefusedError) as refused:
+            await provider.encrypt(old.key_id, b"text", aad=b"a", thread_id="t")
         assert refused.value.code == api.CODE_KEY_RETIRED
-        [moved] = await provider.reencrypt_many(old.key_id, new.key_id, [(sealed, b"a")])
+        [moved] = await provider.reencrypt_batch(old.key_id, new.key_id, [ReencryptItem(ciphertext=sealed, aad=b"a")])
         assert isinstance(moved, bytes)
-        assert await provider.decrypt_with_key(new.key_id, moved, aad=b"a", thread_id="t") == b"text"
-        assert await provider.check_many(old.key_id, [(sealed, b"a")], thread_id="t") == [None]
+        assert await provider.decrypt(new.key_id, moved, aad=b"a", thread_id="t") == b"text"
+        assert await provider.check_batch(old.key_id, [ReencryptItem(ciphertext=sealed, aad=b"a")], thread_id="t") == [
+            None
+        ]
         for key_id, thread_id, code in (
             (old.key_id, "another", api.CODE_WRONG_THREAD),
             ("k_" + "0" * 26, "t", api.CODE_KEY_NOT_FOUND),
         ):
-            with pytest.raises(ProviderRefusedError) as refused:
-                await provider.check_many(key_id, [(sealed, b"a")], thread_id=thread_id)
+            with pytest.raises(KmsRefusedError) as refused:
+                await provider.check_batch(key_id, [ReencryptItem(ciphertext=sealed, aad=b"a")], thread_id=thread_id)
             assert refused.value.code == code
-        await provider.retire(new.key_id)
-        await provider.retire(new.key_id)
+        await provider.retire_key(new.key_id)
+        await provider.retire_key(new.key_id)
 
     run(place, test)
 
 
 def test_requests_that_arrive_while_the_daemon_is_down_wait_for_it(place, daemon) -> None:
-    async def test(provider: Provider) -> None:
+    async def test(provider: RemoteProvider) -> None:
         waiting = asyncio.create_task(provider.create_dek_for_thread("t"))
         await asyncio.sleep(0.2)
         assert not waiting.done()
         process = daemon()
         key = await waiting
-        sealed = await provider.encrypt_with_key(key.key_id, b"text", aad=b"", thread_id="t")
+        sealed = await provider.encrypt(key.key_id, b"text", aad=b"", thread_id="t")
         process.kill()
         process.wait()
-        opened = asyncio.create_task(provider.decrypt_with_key(key.key_id, sealed, aad=b"", thread_id="t"))
+        opened = asyncio.create_task(provider.decrypt(key.key_id, sealed, aad=b"", thread_id="t"))
         await asyncio.sleep(0.1)
         daemon()
         assert await opened == b"text"
@@ -150,52 +156,62 @@ def test_requests_that_arrive_while_the_daemon_is_down_wait_for_it(place, daemon
     run(place, test)
 
 
-def test_a_daemon_that_stays_away_is_unavailable_with_a_time_to_retry_and_no_path_in_the_text(
-    place, monkeypatch
-) -> None:
-    monkeypatch.setattr(remote, "WAIT_S", 0.2)
+def test_every_call_to_a_daemon_that_stays_away_fails_after_the_wait(place, monkeypatch) -> None:
+    monkeypatch.setattr(provider_module, "WAIT_S", 0.2)
 
-    async def test(provider: Provider) -> None:
+    async def test(provider: RemoteProvider) -> None:
         calls = [
             provider.create_dek_for_thread("t"),
-            provider.encrypt_with_key("k", b"x", aad=b"", thread_id="t"),
-            provider.decrypt_with_key("k", b"x", aad=b"", thread_id="t"),
-            provider.encrypt_many([Seal("k", b"x", b"", "t")]),
-            provider.decrypt_many([Open("k", b"x", b"", "t")]),
-            provider.reencrypt_many("k", "l", [(b"x", b"")]),
-            provider.check_many("k", [(b"x", b"")], thread_id="t"),
-            provider.retire("k"),
+            provider.encrypt("k", b"x", aad=b"", thread_id="t"),
+            provider.decrypt("k", b"x", aad=b"", thread_id="t"),
+            provider.encrypt_batch([EncryptItem(key_id="k", plaintext=b"x")]),
+            provider.decrypt_batch([DecryptItem(key_id="k", ciphertext=b"x")]),
+            provider.reencrypt_batch("k", "l", [ReencryptItem(ciphertext=b"x")]),
+            provider.check_batch("k", [ReencryptItem(ciphertext=b"x")], thread_id="t"),
+            provider.retire_key("k"),
             provider.status(),
         ]
         for result in await asyncio.gather(*calls, return_exceptions=True):
-            assert isinstance(result, ProviderUnavailableError)
-            assert result.retry_after_s >= 1
-            assert place.socket not in str(result)
+            assert isinstance(result, KmsUnavailableError)
+            assert fault(result) is Fault.SERVICE
 
     run(place, test)
 
 
 def test_a_daemon_that_hangs_is_unavailable_within_the_timeout(place, daemon, monkeypatch) -> None:
-    monkeypatch.setattr(remote, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(provider_module, "TIMEOUT_S", 0.3)
     process = daemon()
 
-    async def test(provider: Provider) -> None:
+    async def test(provider: RemoteProvider) -> None:
         key = await provider.create_dek_for_thread("t")
         os.kill(process.pid, signal.SIGSTOP)
-        with pytest.raises(ProviderUnavailableError):
-            await provider.encrypt_with_key(key.key_id, b"x", aad=b"", thread_id="t")
+        with pytest.raises(KmsError) as failed:
+            await provider.encrypt(key.key_id, b"x", aad=b"", thread_id="t")
+        assert fault(failed.value) is Fault.SERVICE
         os.kill(process.pid, signal.SIGCONT)
-        assert await provider.encrypt_with_key(key.key_id, b"x", aad=b"", thread_id="t")
+        assert await provider.encrypt(key.key_id, b"x", aad=b"", thread_id="t")
 
     run(place, test)
 
 
-def test_a_refusal_that_is_the_key_services_trouble_is_unavailable_not_the_clients_fault() -> None:
-    from minikms.client.errors import refusal
-
-    for code in (api.CODE_AUDIT_UNAVAILABLE, api.CODE_STORAGE_UNAVAILABLE, api.CODE_UNAUTHORIZED, api.CODE_INTERNAL):
-        assert isinstance(bridge._translated(refusal(code, "text")), ProviderUnavailableError)
-    for code in (api.CODE_KEY_RETIRED, api.CODE_WRONG_THREAD, api.CODE_KEY_UNREADABLE):
-        translated = bridge._translated(refusal(code, "text"))
-        assert isinstance(translated, ProviderRefusedError)
-        assert translated.code == code
+def test_a_refusal_is_the_requests_fault_only_where_trying_again_would_not_help() -> None:
+    for error in (
+        KmsUnavailableError("away"),
+        KmsProtocolError("malformed"),
+        *(
+            refusal(code, "text")
+            for code in (
+                api.CODE_AUDIT_UNAVAILABLE,
+                api.CODE_STORAGE_UNAVAILABLE,
+                api.CODE_UNAUTHORIZED,
+                api.CODE_SHUTTING_DOWN,
+                api.CODE_INTERRUPTED,
+                api.CODE_TIMEOUT,
+                api.CODE_INTERNAL,
+            )
+        ),
+    ):
+        assert fault(error) is Fault.SERVICE
+    assert fault(refusal(api.CODE_KEY_UNREADABLE, "text")) is Fault.KEY
+    for code in (api.CODE_KEY_RETIRED, api.CODE_WRONG_THREAD, api.CODE_DECRYPTION_FAILED, api.CODE_FORBIDDEN):
+        assert fault(refusal(code, "text")) is Fault.REQUEST

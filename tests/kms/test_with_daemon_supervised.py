@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from minikms.client import EncryptItem
 from progressdb_server.kms import supervisor as supervisor_module
-from progressdb_server.kms.provider import Seal
-from progressdb_server.kms.remote import RemoteProvider
+from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor, SupervisorError
 
 KEY = "ab" * 32
@@ -51,12 +51,18 @@ def one_round(directory: Path, **more: object) -> None:
         provider = RemoteProvider(directory / "run" / "s")
         try:
             key = await provider.create_dek_for_thread("thread-1", request_id="req-1")
-            [sealed] = await provider.encrypt_many([Seal(key.key_id, b"text", b"place", "thread-1", "req-2")])
+            [sealed] = await provider.encrypt_batch(
+                [
+                    EncryptItem(
+                        key_id=key.key_id, plaintext=b"text", aad=b"place", thread_id="thread-1", request_id="req-2"
+                    )
+                ]
+            )
             assert isinstance(sealed, bytes)
             pid = supervisor.child_pid
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
-            opened = await provider.decrypt_with_key(key.key_id, sealed, aad=b"place", thread_id="thread-1")
+            opened = await provider.decrypt(key.key_id, sealed, aad=b"place", thread_id="thread-1")
             assert opened == b"text"
         finally:
             await provider.close()

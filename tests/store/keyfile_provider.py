@@ -8,7 +8,7 @@ import os
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sealing_provider import SealingProvider
 
-from progressdb_server.kms.provider import KeyHandle
+from minikms import api
 
 
 class KeyFileProvider(SealingProvider):
@@ -23,11 +23,11 @@ class KeyFileProvider(SealingProvider):
                         self.keys[key_id] = (thread_id, AESGCM(bytes.fromhex(raw)))
 
     async def create_dek_for_thread(
-        self, thread_id: str, *, replaces: str | None = None, request_id: str = ""
-    ) -> KeyHandle:
+        self, thread_id: str, *, replaces: str | None = None, request_id: str | None = None
+    ) -> api.CreateDekAnswer:
         await self._answer("create")
         key_id, raw = "k_" + os.urandom(13).hex(), AESGCM.generate_key(256)
         with open(self._path, "a", encoding="ascii") as file:
             file.write(json.dumps([key_id, thread_id, raw.hex()]) + "\n")
         self.keys[key_id] = (thread_id, AESGCM(raw))
-        return KeyHandle(key_id, b"wrapped")
+        return api.CreateDekAnswer(key_id, b"wrapped")

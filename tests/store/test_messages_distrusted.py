@@ -10,7 +10,7 @@ from memory_engine import MemoryEngine
 from opened_store import keys_of, messages_of, with_store
 from sealing_provider import SealingProvider
 
-from progressdb_server.kms.provider import Open, ProviderRefusedError
+from minikms.client import DecryptItem, KmsRefusedError
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     Message,
@@ -18,6 +18,7 @@ from progressdb_server.store.model import (
     RecordUnreadableError,
     StoreUnavailableError,
 )
+from progressdb_server.store.sealer import RETRY_AFTER_S
 
 
 async def fill(store: Conversations, count: int, thread: str = "t") -> list[Message]:
@@ -88,7 +89,7 @@ def test_while_the_key_service_is_down_nothing_is_stored_and_callers_are_told_wh
         ):
             with pytest.raises(StoreUnavailableError) as unavailable:
                 await attempt
-            assert unavailable.value.retry_after_s == 3
+            assert unavailable.value.retry_after_s == RETRY_AFTER_S
         assert await keys_of(store) == before
         provider.down = False
         assert bodies([await store.create_message(NewMessage(author="ann", thread="t", body=1))]) == [1]
@@ -99,8 +100,8 @@ def test_while_the_key_service_is_down_nothing_is_stored_and_callers_are_told_wh
 @pytest.mark.parametrize("answer", [b"", b"{plaintext}", b"{plaintext}" + bytes(27)])
 def test_an_answer_that_can_not_be_a_sealed_record_is_never_stored(answer: bytes) -> None:
     class Echoing(SealingProvider):
-        async def encrypt_with_key(
-            self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str, request_id: str = ""
+        async def encrypt(
+            self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str, request_id: str | None = None
         ) -> bytes:
             return answer.replace(b"{plaintext}", plaintext)
 
@@ -116,10 +117,10 @@ def test_an_answer_that_can_not_be_a_sealed_record_is_never_stored(answer: bytes
 
 def test_a_key_service_that_opens_a_record_to_something_else_is_noticed() -> None:
     class Wrong(SealingProvider):
-        async def decrypt_many(self, items: Sequence[Open]) -> list[bytes | ProviderRefusedError]:
-            return self.wrong(await super().decrypt_many(items))
+        async def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]:
+            return self.wrong(await super().decrypt_batch(items))
 
-        def wrong(self, answers: list[bytes | ProviderRefusedError]) -> list[bytes | ProviderRefusedError]:
+        def wrong(self, answers: list[bytes | KmsRefusedError]) -> list[bytes | KmsRefusedError]:
             return answers
 
     provider = Wrong()

@@ -11,7 +11,7 @@ from memory_engine import MemoryEngine
 from opened_store import TickingClock, messages_of, with_store
 from sealing_provider import SealingProvider
 
-from progressdb_server.kms.provider import ProviderRefusedError, Seal
+from minikms.client import EncryptItem, KmsRefusedError
 from progressdb_server.store import messages as reading_room
 from progressdb_server.store import threads as threads_room
 from progressdb_server.store.conversations import Conversations
@@ -266,12 +266,12 @@ def test_a_message_appears_only_after_all_that_come_before_it() -> None:
     """Ids are given when a message arrives; a slow encryption must not let a later one overtake it on the disk."""
 
     class Slow(SealingProvider):
-        async def encrypt_with_key(
-            self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str, request_id: str = ""
+        async def encrypt(
+            self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str | None, request_id: str | None = None
         ) -> bytes:
             if request_id == "slow":
                 await asyncio.sleep(0.05)
-            return await super().encrypt_with_key(key_id, plaintext, aad=aad, thread_id=thread_id)
+            return await super().encrypt(key_id, plaintext, aad=aad, thread_id=thread_id)
 
     async def run(store: Conversations) -> None:
         await fill(store, 1)
@@ -327,9 +327,9 @@ def test_a_message_that_is_being_encrypted_when_its_thread_is_deleted_is_refused
 
 def test_a_message_that_comes_while_its_threads_deletion_is_being_written_is_refused() -> None:
     class SlowDeletion(SealingProvider):
-        async def encrypt_many(self, items: Sequence[Seal]) -> list[bytes | ProviderRefusedError]:
+        async def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[bytes | KmsRefusedError]:
             await asyncio.sleep(self.wait_s)
-            return await super().encrypt_many(items)
+            return await super().encrypt_batch(items)
 
         wait_s = 0.0
 

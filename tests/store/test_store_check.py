@@ -18,8 +18,7 @@ from progressdb_server.store import keyspace
 from progressdb_server.store.check import Checker, Finding, repair
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Reader
-from progressdb_server.store.form import FormatError
-from progressdb_server.store.model import Idempotency, NewMessage
+from progressdb_server.store.model import FormatError, Idempotency, NewMessage
 from progressdb_server.store.rocks import RocksEngine, RocksReader
 from progressdb_server.store.writer import State
 

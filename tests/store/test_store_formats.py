@@ -7,8 +7,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from memory_engine import MemoryEngine
 
-from progressdb_server.store import form, keyspace, record
-from progressdb_server.store.clock import SEQUENCE_MAX, Clock, Stamp
+from progressdb_server.store import directory, keyspace, record
+from progressdb_server.store.keyspace import SEQUENCE_MAX, Clock, Stamp
+from progressdb_server.store.model import FormatError, Message
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 STAMPS = st.builds(Stamp, st.integers(1, 10**20 - 1), st.integers(0, SEQUENCE_MAX))
@@ -16,7 +17,7 @@ STAMPS = st.builds(Stamp, st.integers(1, 10**20 - 1), st.integers(0, SEQUENCE_MA
 
 def test_keys_are_those_of_the_specification() -> None:
     stamp = Stamp(1_700_000_000_000_000_123, 7)
-    assert keyspace.record("t1", stamp) == b"thread:t1:msg:01700000000000000123-000007"
+    assert keyspace.message_of(b"t1", stamp.raw) == b"thread:t1:msg:01700000000000000123-000007"
     assert keyspace.meta("t1") == b"thread:t1:meta"
     assert keyspace.key_map("t1") == b"kms:map:thread:t1"
     message = keyspace.message_id(stamp)
@@ -120,31 +121,33 @@ def test_other_bytes_are_refused_and_never_crash(raw: bytes) -> None:
 
 
 def test_a_header_that_is_not_the_one_that_was_sealed_is_refused() -> None:
-    secret = record.MessageSecret("f", "ann", False, "user", "hi", "", {})
-    plaintext = record.encode_secret(secret)
-    assert record.open_message(record.MessageHeader("k", "", "ann", False), "f", plaintext) == secret
-    for header, first in [
-        (record.MessageHeader("k", "", "bob", False), "f"),
-        (record.MessageHeader("k", "", "ann", True), "f"),
-        (record.MessageHeader("k", "", "ann", False), "g"),
+    first = Stamp(20, 1)
+    key = keyspace.messages("t") + first.raw
+    message = Message(keyspace.message_id(first), "t", "ann", "user", 20, "hi", "", False, {})
+    plaintext = record.message_secret(message, first.text)
+    assert record.open_message(record.MessageHeader("k", "", "ann", False), key, "t", first.text, plaintext) == message
+    for header, stamp in [
+        (record.MessageHeader("k", "", "bob", False), first),
+        (record.MessageHeader("k", "", "ann", True), first),
+        (record.MessageHeader("k", "", "ann", False), Stamp(20, 2)),
     ]:
         with pytest.raises(record.RecordFormatError):
-            record.open_message(header, first, plaintext)
+            record.open_message(header, key, "t", stamp.text, plaintext)
 
 
 def test_a_store_of_a_newer_format_is_refused_with_the_way_out() -> None:
     engine = MemoryEngine()
-    form.claim(engine)
-    form.claim(engine)
+    directory.claim(engine)
+    directory.claim(engine)
     engine.write([(keyspace.FORMAT, b'{"format":2}')])
-    with pytest.raises(form.FormatError, match="format 2, this version reads format 1"):
-        form.claim(engine)
+    with pytest.raises(FormatError, match="format 2, this version reads format 1"):
+        directory.claim(engine)
 
 
 def test_a_directory_that_holds_something_else_is_not_claimed() -> None:
     engine = MemoryEngine()
     engine.write([(b"foreign", b"1")])
-    with pytest.raises(form.FormatError, match="something else"):
-        form.claim(engine)
-    with pytest.raises(form.FormatError, match="no ProgressDB store"):
-        form.check(engine)
+    with pytest.raises(FormatError, match="something other"):
+        directory.claim(engine)
+    with pytest.raises(FormatError, match="no ProgressDB store"):
+        directory.check(engine)

@@ -7,8 +7,8 @@ import asyncio
 from opened_store import messages_of, with_store
 from prometheus_client import CollectorRegistry, generate_latest
 
+from progressdb_server.metrics import Histogram
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.metrics import Distribution
 from progressdb_server.store.model import NewMessage
 
 
@@ -37,8 +37,8 @@ def test_groups_batches_and_cache_are_counted() -> None:
 
 
 def test_a_value_on_a_bound_counts_below_it() -> None:
-    distribution = Distribution((1, 2))
+    histogram = Histogram((1, 2))
     for value in (0, 1, 1.5, 2, 3):
-        distribution.add(value)
-    (samples,) = [distribution.metric("x", "y").samples]
-    assert [sample.value for sample in samples] == [2, 4, 5, 5, 7.5]
+        histogram.add(value)
+    assert histogram.buckets() == [("1.0", 2), ("2.0", 4), ("+Inf", 5)]
+    assert histogram.sum == 7.5

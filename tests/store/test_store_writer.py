@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from memory_engine import MemoryEngine
 from structlog.testing import capture_logs
 
+from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import writer as writing
-from progressdb_server.store.clock import Clock, Stamp
 from progressdb_server.store.engine import EngineUnavailableError
-from progressdb_server.store.metrics import StoreMetrics
+from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import StoreUnavailableError
 from progressdb_server.store.writer import ConditionFailedError, Write, Writer
 

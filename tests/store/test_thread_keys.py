@@ -7,9 +7,11 @@ import asyncio
 import pytest
 from memory_engine import MemoryEngine
 from opened_store import keys_of, messages_of, with_store
-from sealing_provider import SealingProvider
+from sealing_provider import SealingProvider, to_seal
 
-from progressdb_server.kms.provider import KeyHandle, ProviderRefusedError, Seal
+from minikms import api
+from minikms.client import KmsRefusedError
+from minikms.client.errors import refusal
 from progressdb_server.store import keyspace, record
 from progressdb_server.store import sealer as sealing
 from progressdb_server.store.conversations import Conversations
@@ -51,8 +53,8 @@ def test_the_loser_of_a_race_retires_its_key_and_writes_under_the_winners() -> N
         """Somebody else founds the thread while our key is being made."""
 
         async def create_dek_for_thread(
-            self, thread_id: str, *, replaces: str | None = None, request_id: str = ""
-        ) -> KeyHandle:
+            self, thread_id: str, *, replaces: str | None = None, request_id: str | None = None
+        ) -> api.CreateDekAnswer:
             handle = await super().create_dek_for_thread(thread_id)
             if len(self.keys) == 1:
                 await rival.create_message(new("winner", thread_id))
@@ -76,10 +78,10 @@ def test_the_loser_of_a_race_retires_its_key_and_writes_under_the_winners() -> N
 class SlowAnswers(SealingProvider):
     """Seals at once and answers later: what changes in between is not the provider's to notice."""
 
-    async def encrypt_with_key(
-        self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str, request_id: str = ""
+    async def encrypt(
+        self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str | None, request_id: str | None = None
     ) -> bytes:
-        sealed = self._seal(Seal(key_id, plaintext, aad, thread_id))
+        sealed = self._seal(to_seal(key_id, plaintext, aad, thread_id or ""))
         await self._answer("encrypt")
         return sealed
 
@@ -152,8 +154,8 @@ def test_a_destroyed_key_makes_its_records_unreadable_and_no_others() -> None:
 
 def test_a_key_whose_sealing_fails_is_retired_and_leaves_nothing() -> None:
     class Refusing(SealingProvider):
-        async def encrypt_many(self, items: object) -> list[bytes | ProviderRefusedError]:
-            return [ProviderRefusedError("exhausted", "key_exhausted")] * 2
+        async def encrypt_batch(self, items: object) -> list[bytes | KmsRefusedError]:
+            return [refusal("key_exhausted", "exhausted")] * 2
 
     provider = Refusing()
 
@@ -249,7 +251,7 @@ def test_what_is_remembered_but_can_not_be_read_or_compared_is_refused_too() -> 
         memory = EpochMemory(store.engine, store.writer)
         await memory.observe({"status": "ok"})
         await memory.observe(status(5, 100))
-        with pytest.raises(RestoredError, match="does not tell its epoch"):
+        with pytest.raises(RestoredError, match="does not report its epoch"):
             await memory.observe({"status": "ok"})
         store.engine.write([(keyspace.EPOCH, b"{")])
         for ask in (lambda: memory.observe(status(5, 100)), lambda: asyncio.to_thread(audit_head, store.engine)):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_engine import MemoryEngine
 from opened_store import keys_of, messages_of, threads_of, with_store
-from sealing_provider import SealingProvider
+from sealing_provider import SealingProvider, to_open
 
 from progressdb_server.store import keyspace, record
 from progressdb_server.store import threads as threads_room
@@ -122,7 +122,7 @@ def test_many_threads_are_opened_in_one_batch_across_their_keys(monkeypatch: pyt
         await asyncio.gather(*[store.create_thread(author="ann", title=f"t{n}") for n in range(50)])
         provider.calls.clear()
         assert len(await threads_of(store, "ann")) == 50
-        assert provider.calls == {"decrypt_many": 1}
+        assert provider.calls == {"decrypt_batch": 1}
         monkeypatch.setattr(threads_room, "LIST_THREADS_MAX", 20)
         assert [len(c) async for c in store.list_threads(author="ann")] == [20, 20, 10]
         monkeypatch.setattr(threads_room, "LIST_BYTES_MAX", 100)
@@ -180,8 +180,9 @@ def test_metadata_that_was_rewritten_by_a_key_rotation_meanwhile_is_read_again()
         await asyncio.sleep(0.03)  # it has read the record and is sealing the new one
         provider.delay_s = 0.0
         key_id, sealed = record.unpack_sealed(raw)
-        plaintext = await provider.decrypt_with_key(key_id, sealed, aad=key, thread_id=thread)
-        again = await provider.encrypt_with_key(key_id, plaintext, aad=key, thread_id=thread)
+        [plaintext] = await provider.decrypt_batch([to_open(key_id, sealed, key, thread)])
+        assert isinstance(plaintext, bytes)
+        again = await provider.encrypt(key_id, plaintext, aad=key, thread_id=thread)
         engine.write([(key, record.rekeyed(record.split(raw)[0], key_id) + again)])
         await renaming
         assert (await store.get_thread(thread)).title == "new"

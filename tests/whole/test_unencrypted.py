@@ -14,13 +14,14 @@ from asgi_client import ADMIN
 from memory_engine import MemoryEngine
 from opened_store import with_store
 from real_server import RealServer, real_server
-from sealing_provider import SealingProvider
+from sealing_provider import SealingProvider, to_open, to_seal
 
 from minikms import api
+from minikms.client import KmsRefusedError, ReencryptItem
 from progressdb_server.config import Config, ConfigError, Kms, Server, Storage, load
-from progressdb_server.kms.provider import Open, ProviderRefusedError, Seal
-from progressdb_server.store import form, keyspace
+from progressdb_server.store import directory, keyspace
 from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import FormatError
 from progressdb_server.store.rocks import RocksReader
 from progressdb_server.store.sealer import SEAL_BYTES
 from progressdb_server.unencrypted import MARK, VALUE, VARIABLE, UnencryptedProvider, check_allowed
@@ -174,9 +175,7 @@ def test_a_server_that_encrypts_refuses_its_directory_and_starts_no_key_service(
     with real_server(tmp_path, "--kms", "none", **ASKED) as server:
         pass
     said = refusal(server.db, "--dev")
-    assert (
-        "nothing in this store is encrypted, for it was made by `progressdb --kms none`: use another directory" in said
-    )
+    assert "nothing in this store is encrypted, since `progressdb --kms none` made it: use another directory" in said
     assert [path.name for path in server.db.iterdir()] == ["store"]
     assert "in use by another process" in refusal(unencrypted.db, "--dev")
 
@@ -194,8 +193,8 @@ def test_the_commands_refuse_its_directory(tmp_path: Path, words: tuple[str, ...
 def test_provider_and_store_are_always_of_one_kind() -> None:
     """Also where somebody composes the two otherwise than the server does."""
     bare, sealed = MemoryEngine(), MemoryEngine()
-    form.claim(bare, encrypted=False)
-    form.claim(sealed)
+    directory.claim(bare, encrypted=False)
+    directory.claim(sealed)
     assert bare.get(keyspace.FORMAT) == b'{"format":"unencrypted-1"}'
 
     async def nothing(store: Conversations) -> None:
@@ -203,9 +202,9 @@ def test_provider_and_store_are_always_of_one_kind() -> None:
 
     with_store(nothing, bare, UnencryptedProvider())
     with_store(nothing, sealed, SealingProvider())
-    with pytest.raises(form.FormatError, match="nothing in this store is encrypted"):
+    with pytest.raises(FormatError, match="nothing in this store is encrypted"):
         with_store(nothing, bare, SealingProvider())
-    with pytest.raises(form.FormatError, match="would put plaintext into it"):
+    with pytest.raises(FormatError, match="would put plaintext into it"):
         with_store(nothing, sealed, UnencryptedProvider())
 
 
@@ -213,20 +212,22 @@ def test_a_record_of_the_one_kind_does_not_open_in_the_other() -> None:
     async def run() -> None:
         sealing, bare = SealingProvider(), UnencryptedProvider()
         key = (await sealing.create_dek_for_thread("t")).key_id
-        [sealed] = await sealing.encrypt_many([Seal(key, b"text", b"aad", "t")])
-        [plain] = await bare.encrypt_many([Seal(key, b"text", b"aad", "t")])
+        [sealed] = await sealing.encrypt_batch([to_seal(key, b"text", b"aad", "t")])
+        [plain] = await bare.encrypt_batch([to_seal(key, b"text", b"aad", "t")])
         assert isinstance(sealed, bytes) and isinstance(plain, bytes)
         assert len(sealed) == len(plain) == len(b"text") + SEAL_BYTES
-        assert await bare.decrypt_many([Open(key, plain, b"aad", "t")]) == [b"text"]
+        assert await bare.decrypt_batch([to_open(key, plain, b"aad", "t")]) == [b"text"]
         for provider, record in ((sealing, plain), (bare, sealed)):
-            [refused] = await provider.decrypt_many([Open(key, record, b"aad", "t")])
-            assert isinstance(refused, ProviderRefusedError) and refused.code == api.CODE_DECRYPTION_FAILED
+            [refused] = await provider.decrypt_batch([to_open(key, record, b"aad", "t")])
+            assert isinstance(refused, KmsRefusedError) and refused.code == api.CODE_DECRYPTION_FAILED
             own = sealed if provider is sealing else plain
-            opens, refused_too = await provider.check_many(key, [(own, b"aad"), (record, b"aad")], thread_id="t")
+            opens, refused_too = await provider.check_batch(
+                key,
+                [ReencryptItem(ciphertext=own, aad=b"aad"), ReencryptItem(ciphertext=record, aad=b"aad")],
+                thread_id="t",
+            )
             assert opens is None
-            assert isinstance(refused_too, ProviderRefusedError) and refused_too.code == api.CODE_DECRYPTION_FAILED
-        with pytest.raises(ProviderRefusedError):
-            await bare.decrypt_with_key(key, sealed, aad=b"aad", thread_id="t")
+            assert isinstance(refused_too, KmsRefusedError) and refused_too.code == api.CODE_DECRYPTION_FAILED
 
     asyncio.run(run())
 

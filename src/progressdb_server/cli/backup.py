@@ -9,14 +9,14 @@ this process. Nothing here deletes a backup: `forget` removes the entry of a del
 
 from __future__ import annotations
 
+import asyncio
 import json as encoder
 import os
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 from urllib.parse import quote
 
 from cyclopts import App, Parameter
@@ -36,8 +36,7 @@ from progressdb_server.cli.flags import (
 )
 from progressdb_server.config import Config
 from progressdb_server.store import backup
-from progressdb_server.store.engine import EngineLockedError
-from progressdb_server.store.rocks import RocksEngine
+from progressdb_server.store.model import StoreLockedError
 
 KMS_ARCHIVE: Final = "minikms.backup"
 CREATE_S_MAX: Final = 3600.0
@@ -72,15 +71,16 @@ def create(
     if NAME.fullmatch(name) is None:
         raise CommandError(INVALID_NAME)
     path = chosen.backups_dir / name
-    engine = _engine(chosen)
-    if engine is None:
+
+    async def offline() -> None:
+        async with backup.register_offline(str(chosen.store_dir)) as register:
+            await register.back_up(str(path))
+
+    try:
+        asyncio.run(offline())
+    except StoreLockedError:
         client = AdminClient.from_config(chosen)
         client.call("POST", "/admin/store_backup", {"name": name}, timeout_s=CREATE_S_MAX)
-    else:
-        try:
-            _create_offline(engine, path)
-        finally:
-            engine.close()
     print(f"{path}: the store is backed up and was read back")
     if store_only or chosen.kms.provider == "local":
         print("Now back up the key service, as its user: minikms backup create FILE")
@@ -88,41 +88,23 @@ def create(
     return _minikms(["create", str(path / KMS_ARCHIVE), "--data-dir", str(chosen.kms_data_dir)], chosen, master_key_fd)
 
 
-def _create_offline(engine: RocksEngine, path: Path) -> None:
-    if os.path.lexists(path):
-        raise CommandError(f"{path} exists already; a backup never overwrites one")
-    created_ns = time.time_ns()
-    engine.write([backup.registered(str(path), created_ns)])
-    engine.sync()
-    try:
-        backup.create(engine, str(path), created_ns=created_ns)
-    except backup.BackupError:
-        if backup.Registered(str(path), created_ns).gone:
-            _forget_offline(engine, [backup.Registered(str(path), created_ns)])
-        raise
-
-
-def _forget_offline(engine: RocksEngine, found: list[backup.Registered]) -> None:
-    engine.write([(backup.register_key(known.created_ns), None) for known in found])
-    engine.sync()
-
-
 @app.command(name="list")
 def list_registered(*, addr: Addr = None, db: Db = None, config: ConfigFile = None, json: Json = False) -> int:
     """List the store's backups that count when an old key is to be destroyed, also those that are not found."""
     chosen = load_config(addr=addr, db=db, config=config).config
-    engine = _engine(chosen)
-    if engine is None:
-        found = AdminClient.from_config(chosen).call("GET", "/admin/store_backups")["backups"]
-    else:
-        try:
-            found = [
+
+    async def offline() -> list[dict[str, Any]]:
+        async with backup.register_offline(str(chosen.store_dir)) as register:
+            return [
                 {"name": known.name, "path": known.path, "created_ns": known.created_ns, "gone": known.gone}
-                for page in backup.registered_in(engine)
+                async for page in register.backups()
                 for known in page
             ]
-        finally:
-            engine.close()
+
+    try:
+        found = asyncio.run(offline())
+    except StoreLockedError:
+        found = AdminClient.from_config(chosen).call("GET", "/admin/store_backups")["backups"]
     if json:
         print(encoder.dumps(found, indent=2))
         return 0
@@ -153,14 +135,15 @@ def forget(
             "nothing was forgotten: keys that this backup needs may be destroyed then; if it was deleted, with every "
             "copy of it, give --yes"
         )
-    engine = _engine(chosen)
-    if engine is None:
+
+    async def offline() -> None:
+        async with backup.register_offline(str(chosen.store_dir)) as register:
+            await register.forget_backup(name)
+
+    try:
+        asyncio.run(offline())
+    except StoreLockedError:
         AdminClient.from_config(chosen).call("DELETE", f"/admin/store_backups/{quote(name, safe='')}")
-    else:
-        try:
-            _forget_offline(engine, backup.to_forget(engine, name))
-        finally:
-            engine.close()
     print(f"{name} is forgotten: it keeps no old key any more")
     return 0
 
@@ -216,16 +199,6 @@ def restore(
     print(f"Restored the store into {chosen.store_dir}. Start the server; if it says that it remembers a")
     print("later state of the key service, once with --accept-restore.")
     return 0
-
-
-def _engine(config: Config) -> RocksEngine | None:
-    """The store; None if the server has it open. Raises CommandError, EngineUnavailableError."""
-    if not os.path.isdir(config.store_dir):
-        raise CommandError(f"{config.store_dir} holds no store")
-    try:
-        return RocksEngine(str(config.store_dir))
-    except EngineLockedError:
-        return None
 
 
 def _minikms(words: list[str], config: Config, master_key_fd: int | None) -> int:

@@ -15,13 +15,10 @@ from cyclopts import Parameter
 
 from progressdb_server.cli.flags import CommandError, ConfigFile, Db, Json, load_config
 from progressdb_server.config import Config
-from progressdb_server.kms.provider import Provider, ProviderError
-from progressdb_server.kms.remote import RemoteProvider
-from progressdb_server.store import form
-from progressdb_server.store.check import Checker, Finding
-from progressdb_server.store.check import repair as repair_store
-from progressdb_server.store.engine import EngineLockedError, EngineUnavailableError
-from progressdb_server.store.rocks import RocksEngine, RocksReader
+from progressdb_server.kms.provider import RemoteProvider
+from progressdb_server.store.check import Finding, Report, repair_offline
+from progressdb_server.store.check import check as check_store
+from progressdb_server.store.model import FormatError, StoreLockedError, StoreUnavailableError
 
 
 def check(
@@ -43,26 +40,17 @@ def check(
     Exit status: 0 all is right, 1 something is not, 2 there is no store.
     """
     chosen = load_config(db=db, config=config).config
-    if not os.path.isfile(chosen.store_dir / "CURRENT"):
-        raise CommandError(f"{chosen.store_dir} holds no store", missing=True)
+    path = str(chosen.store_dir)
     try:
-        fixed = _repair(chosen) if repair else []
-        reader = RocksReader(str(chosen.store_dir))
-    except form.FormatError as error:
-        raise CommandError(str(error), missing=True) from None
-    except EngineLockedError:
+        fixed = asyncio.run(repair_offline(path)) if repair else []
+        reachable = chosen.kms.provider != "local" and os.path.exists(chosen.kms_socket)
+        found, counts, opened = asyncio.run(_examine(chosen, path, with_key_service=reachable))
+    except StoreLockedError:
         raise CommandError(
             "the server has the store open: stop it for a repair, or check without --repair", missing=True
         ) from None
-    except EngineUnavailableError as error:
+    except (FormatError, StoreUnavailableError) as error:
         raise CommandError(str(error), missing=True) from None
-    try:
-        form.check(reader)
-        found, counts, opened = asyncio.run(_examine(chosen, reader))
-    except form.FormatError as error:
-        raise CommandError(str(error), missing=True) from None
-    finally:
-        reader.close()
     if json:
         page = {
             "records_opened": opened,
@@ -76,44 +64,11 @@ def check(
     return 1 if found else 0
 
 
-def _repair(config: Config) -> list[Finding]:
-    engine = RocksEngine(str(config.store_dir))
-    try:
-        form.check(engine)
-        fixed, _ = asyncio.run(repair_store(engine))
-        return fixed
-    finally:
-        engine.close()
-
-
-async def _examine(config: Config, reader: RocksReader) -> tuple[list[Finding], dict[str, int], bool]:
-    """The findings, the counts, and whether a key service was there to decrypt the records."""
-    provider = await _answering(_provider(config))
-    try:
-        checker = Checker(reader, provider)
-        found = [finding async for finding in checker.run()]
-        return found, dict(checker.counts), provider is not None
-    finally:
-        if provider is not None:
-            await provider.close()
-
-
-def _provider(config: Config) -> Provider | None:
-    if config.kms.provider == "local" or not os.path.exists(config.kms_socket):
-        return None
-    return RemoteProvider(config.kms_socket, server_uids=config.kms.server_uids or None)
-
-
-async def _answering(provider: Provider | None) -> Provider | None:
-    """The provider, if its key service answers."""
-    if provider is None:
-        return None
-    try:
-        await provider.status()
-    except ProviderError:
-        await provider.close()
-        return None
-    return provider
+async def _examine(config: Config, path: str, *, with_key_service: bool) -> Report:
+    if not with_key_service:
+        return await check_store(path, None)
+    async with RemoteProvider(config.kms_socket, server_uids=config.kms.server_uids or None) as provider:
+        return await check_store(path, provider)
 
 
 def _as_json(finding: Finding) -> dict[str, object]:

@@ -112,14 +112,13 @@ def run(master_key_fd: int | None) -> None:
 
 def _exit_status(error: Exception) -> int:
     """Of an error whose text is written for users. Raises any other: it is a defect."""
-    from progressdb_server.store.backup import BackupError
-    from progressdb_server.store.engine import EngineUnavailableError
+    from progressdb_server.store.model import BackupError, StoreUnavailableError
 
     if isinstance(error, CommandError):
         return EXIT_MISSING if error.missing else EXIT_REFUSED
     if isinstance(error, ConfigMissingError):
         return EXIT_MISSING
-    if isinstance(error, (ConfigError, BackupError, EngineUnavailableError)):
+    if isinstance(error, (ConfigError, BackupError, StoreUnavailableError)):
         return EXIT_REFUSED
     raise error
 

@@ -1,10 +1,10 @@
-"""The end of an old key: some time after a rotation it is destroyed, with the backups under it.
+"""Delayed destruction of old keys: some time after a rotation they are destroyed, with what jobs have kept under them.
 
-Owns: the conditions, and their order. Invariants: only keys of purpose `thread` that are retired; nothing is destroyed
-before a census, later than that of the rotation, found no record of the thread and no backup of any job under the key;
-nor while a registered backup of the store was made before that census, which holds such records; and the census is
-repeated at the very end, since destroying is for good. A condition that does not hold leaves the key, and the job says
-what it waits for. The receipt is the key service's audit line, whose request id is the job's id.
+Owns: the conditions and their order. Invariants: only retired keys of purpose `thread` are destroyed. Nothing is
+destroyed before a census, later than that of the rotation, found no record of the thread and no record that a job has
+kept under the key; nor while a registered backup of the store is older than that census, since it holds such records.
+The census is repeated at the very end, since destroying can't be undone. If a condition does not hold, the key stays
+and the job says what it waits for. The receipt is the key service's audit line, whose request id is the job's id.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from typing import Final
 
 import structlog
 
-from progressdb_server.jobs import record_backups, walk
-from progressdb_server.jobs.model import Job, changed
+from minikms.client import KmsRefusedError
+from progressdb_server.jobs.states import Job, changed
 from progressdb_server.jobs.table import JobTable
-from progressdb_server.kms.provider import Provider, ProviderRefusedError
-from progressdb_server.store import keyspace
-from progressdb_server.store.backup import registered_in
-from progressdb_server.store.engine import Engine
+from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
+from progressdb_server.store.model import Store
 
 CHUNK_RECORDS_MAX: Final = 256
 
@@ -29,15 +27,16 @@ _log = structlog.get_logger("progressdb.jobs")
 
 
 class KeyDestruction:
-    def __init__(self, engine: Engine, provider: Provider, table: JobTable) -> None:
-        self._engine = engine
+    def __init__(self, store: Store, provider: Provider, table: JobTable) -> None:
+        self._store = store
         self._provider = provider
         self._table = table
 
     async def attempt(self, job_id: str) -> bool:
-        """Destroy the old keys of a job that is due; whether that was done. The thread has no other job meanwhile.
+        """Destroy the old keys of a job that is due; returns whether that was done. The thread has no other job
+        meanwhile.
 
-        Raises JobNotFoundError, ProviderUnavailableError, StoreUnavailableError.
+        Raises JobNotFoundError, StoreUnavailableError; KmsError when the key service is not available.
         """
         job = self._table.get(job_id)
         if not 0 < job.destroy_at_ns <= self._table.now_ns():  # called off since it was found due
@@ -46,9 +45,11 @@ class KeyDestruction:
             job, why = await self._judged(job)
             if not why:
                 for key_id in job.sources:
-                    await self._provider.destroy(key_id, request_id=job_id)
+                    await self._provider.destroy_key(key_id, request_id=job_id)
                     _log.info("old_key_destroyed", job=job_id, thread=job.thread, key=key_id)
-        except ProviderRefusedError as error:
+        except KmsRefusedError as error:
+            if fault(error) is Fault.SERVICE:
+                raise
             why = f"the key service refused ({error.code})"
         if why:
             if why != job.destroy_waits_for:
@@ -61,46 +62,45 @@ class KeyDestruction:
 
     async def _judged(self, job: Job) -> tuple[Job, str]:
         """The job, which may have got its census, and what stands in the way."""
-        why = self._older_store_backup(job.census_ns) or await self._obstacle(job)
+        why = await self._older_store_backup(job.census_ns) or await self._obstacle(job)
         if why:
             return job, why
         if not job.census_ns:
             for of_thread in await self._jobs_with_backups(job.thread):
-                await record_backups.drop(self._engine, self._table, of_thread, under=job.sources)
+                await self._table.drop_kept(of_thread, under=job.sources)
             why = await self._records_left(job)
             if why:
                 return job, why
-            moment = self._after_every_backup()
+            moment = await self._after_every_backup()
             job = await self._table.change(job.id, lambda now: changed(now, census_ns=moment))
-        return job, self._older_store_backup(job.census_ns) or await self._records_left(job)
+        return job, await self._older_store_backup(job.census_ns) or await self._records_left(job)
 
     async def _obstacle(self, job: Job) -> str:
-        mapped = self._engine.get(keyspace.key_map(job.thread))
-        if mapped is None or mapped.decode() in job.sources:
+        current = self._store.key_of_thread(job.thread)
+        if current is None or current in job.sources:
             return "the key is the thread's current one"
         if left := await self._count_records(job.thread, job.sources):
             return f"{left} records are under it: rotate the thread's key again"
-        wanted, cursor = set(job.sources), None
-        while True:
-            page = await self._provider.list_keys(thread_id=job.thread, cursor=cursor)
+        wanted = set(job.sources)
+        async for page in key_pages(self._provider, thread_id=job.thread):
             for key in page.keys:
                 if key.key_id in wanted and (key.purpose != "thread" or key.state != "retired"):
                     return f"the key {key.key_id} has purpose {key.purpose} and is {key.state}"
-            cursor = page.next_cursor
-            if cursor is None:
-                return ""
+        return ""
 
     async def _records_left(self, job: Job) -> str:
-        """The census: messages, metadata, backups of jobs."""
+        """The census: messages, metadata, and what jobs have kept."""
         left = await self._count_records(job.thread, job.sources)
         for of_thread in await self._jobs_with_backups(job.thread):
-            left += await record_backups.count_under(self._engine, of_thread, job.sources)
+            for chunk in self._store.kept_records(of_thread):
+                left += sum(kept.key_id in job.sources for kept in chunk)
+                await asyncio.sleep(0)
         return f"{left} records or backups are under it" if left else ""
 
     async def _count_records(self, thread: str, under: Collection[str]) -> int:
-        """Malformed ones count: nobody knows what they are under."""
+        """Malformed ones count, since it is unknown what they are under."""
         left = 0
-        for chunk in walk.chunks(self._engine, *walk.bounds(thread), CHUNK_RECORDS_MAX):
+        for chunk in self._store.record_chunks(thread, CHUNK_RECORDS_MAX):
             left += len(chunk.malformed) + sum(found.key_id in under for found in chunk.records)
             await asyncio.sleep(0)
         return left
@@ -108,13 +108,13 @@ class KeyDestruction:
     async def _jobs_with_backups(self, thread: str) -> list[str]:
         return [job.id for job in await self._table.of_thread(thread) if job.backups]
 
-    def _after_every_backup(self) -> int:
-        """Now, and past every backup that is registered, also where the clock has been set back since."""
-        known = (known.created_ns for page in registered_in(self._engine) for known in page)
-        return max(self._table.now_ns(), *(created_ns + 1 for created_ns in known), 0)
+    async def _after_every_backup(self) -> int:
+        """Now, and later than every registered backup, also if the clock has been set back since."""
+        known = [known.created_ns + 1 async for page in self._store.backups() for known in page]
+        return max(self._table.now_ns(), *known, 0)
 
-    def _older_store_backup(self, census_ns: int) -> str:
-        for page in registered_in(self._engine):
+    async def _older_store_backup(self, census_ns: int) -> str:
+        async for page in self._store.backups():
             for known in page:
                 if known.created_ns < census_ns:
                     why = f"the store's backup {known.path} is older than the census and needs the key"

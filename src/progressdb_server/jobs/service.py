@@ -1,9 +1,10 @@
-"""The jobs as the API and the server see them: begin, watch, pause, resume, cancel; and what starts by itself.
+"""The jobs as the API and the server use them: begin, watch, pause, resume, cancel; and what starts by itself.
 
-Owns: which jobs are at work, the queue of those that wait, and the thread that each has for itself. Invariants: never
-two jobs, or a job and a restore, on one thread; at most RUNNING_MAX jobs work at once, at most UNFINISHED_MAX wait; a
-start of the server goes on with whatever was unfinished, keys that were being switched first. The rows are the truth:
-a pause or a cancel is written to the row, and the job's worker finds it there.
+Owns: which jobs are at work, the queue of those that wait, which job has a thread, and which threads' keys are due
+(`Due`). Invariants: never two jobs, or a job and a restore, on one thread; at most RUNNING_MAX jobs work at once, at
+most UNFINISHED_MAX are unfinished; a start of the server continues what was unfinished, keys that were being switched
+first. Only a thread's current key of purpose `thread` is ever due. The rows decide: a pause or a cancel is written to
+the row, and the job's worker finds it there.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any, Final
 
+import msgspec
 import structlog
 
+from minikms.api import KeyAnswer
+from minikms.client import KmsError
 from progressdb_server.config import Rotation
-from progressdb_server.jobs import record_backups, selection
 from progressdb_server.jobs.destruction import KeyDestruction
-from progressdb_server.jobs.model import (
+from progressdb_server.jobs.rotation import KeyRotation, Pace
+from progressdb_server.jobs.states import (
     AT_WORK,
     Job,
     JobConflictError,
@@ -32,20 +37,18 @@ from progressdb_server.jobs.model import (
     changed,
     move,
 )
-from progressdb_server.jobs.pace import Pace
-from progressdb_server.jobs.rotation import KeyRotation
-from progressdb_server.jobs.selection import Due
 from progressdb_server.jobs.table import JobTable
-from progressdb_server.kms.provider import Provider, ProviderError
-from progressdb_server.store import keyspace
-from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.model import StoreError, StoreUnavailableError, ThreadNotFoundError
-from progressdb_server.store.writer import NamedLocks
+from progressdb_server.kms.provider import Provider, key_pages
+from progressdb_server.store.model import Restored, Store, StoreError, StoreUnavailableError, ThreadNotFoundError
 
+USES_MAX: Final = 1 << 31
+"""Half of what a key may seal under random nonces (2^32): such a key is rotated, whatever is configured."""
+PAGE_PAUSE_S: Final = 0.02
+"""Between two pages of keys, each of which the key service reads from files."""
 RUNNING_MAX: Final = 2
 UNFINISHED_MAX: Final = 65_536
 KEY_WAIT_S: Final = 5.0
-"""How long an answer waits for the new key; after that the job goes on without a listener."""
+"""How long an answer waits for the new key; after that the job goes on while nobody waits."""
 TICK_S: Final = 60.0
 SELECTION_S: Final = 3600.0
 ROW_AGE_S: Final = 90 * 86_400
@@ -54,9 +57,26 @@ WATCH_S: Final = 0.25
 """Between two reports to a watcher, at least."""
 READ_RETRY_S: Final = 0.5
 RESTORING: Final = "restoring"
-"""Stands for a job id where backups are being restored, removed or destroyed."""
+"""In the place of a job's id while a thread's backups are restored or removed, or its old keys destroyed."""
 
 _log = structlog.get_logger("progressdb.jobs")
+
+
+class Due(msgspec.Struct, frozen=True):
+    """A key is due when it is at least this old, has at least so many uses, or is under this KEK version; None: never
+    for that reason."""
+
+    age_s: int | None = None
+    uses: int | None = None
+    kek_version: int | None = None
+
+    def why(self, key: KeyAnswer, now_ns: int) -> str:
+        """The reason in a word, empty when the key is not due."""
+        if self.uses is not None and key.uses_max >= self.uses:
+            return "uses"
+        if self.age_s is not None and now_ns - _nanoseconds(key.created_at) >= self.age_s * 1_000_000_000:
+            return "age"
+        return "kek_version" if self.kek_version is not None and key.kek_version == self.kek_version else ""
 
 
 class Jobs:
@@ -64,26 +84,25 @@ class Jobs:
 
     def __init__(
         self,
-        store: Conversations,
+        store: Store,
         provider: Provider,
         settings: Rotation,
         *,
         stop: asyncio.Event | None = None,
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        self._engine = store.engine
-        self._writer = store.writer
+        self._store = store
         self._provider = provider
         self._settings = settings
         self._stop = stop or asyncio.Event()
-        self.table = JobTable(store.engine, store.writer, now_ns)
+        self.table = JobTable(store, now_ns)
         self._rotation = KeyRotation(store, provider, self.table)
-        self._destruction = KeyDestruction(store.engine, provider, self.table)
+        self._destruction = KeyDestruction(store, provider, self.table)
         self._pace = Pace(settings.records_per_second)
-        self._locks = NamedLocks()
+        self._beginning = asyncio.Lock()
         self._queue: deque[str] = deque()
         self._threads: dict[str, str] = {}
-        """Thread → the job, or the restore, that has it."""
+        """Thread → id of the job that has it, or RESTORING."""
         self._workers: dict[str, asyncio.Task[None]] = {}
         self._others: set[asyncio.Task[Any]] = set()
         store.metrics.gauges["progressdb_jobs_running"] = ("Jobs at work.", lambda: len(self._workers))
@@ -99,7 +118,8 @@ class Jobs:
         for page in self.table.pages():
             for job in page:
                 if job.unfinished and job.thread in self._threads:
-                    # The disk refused this row's write, and took it all the same: another job was begun then.
+                    # The disk reported an error for this row's write and took it all the same; then another job was
+                    # begun.
                     twin = changed(job, keying=False, reason="begun twice")
                     await self.table.store(self.table.row(job.id), move(twin, "cancel"))
                 elif job.unfinished:
@@ -151,9 +171,8 @@ class Jobs:
     async def _begin(
         self, thread: str, rate: int | None, destroy_after_s: int, trigger: str, *, keying: bool
     ) -> tuple[Job, bool]:
-        if self._engine.get(keyspace.key_map(thread)) is None:
-            raise ThreadNotFoundError("thread not found")
-        async with self._locks.hold(thread.encode()):
+        self.require([thread])
+        async with self._beginning:  # whoever joins a job finds its row
             await self._ended(self._threads.get(thread, ""))
             other = self._threads.get(thread)
             if other == RESTORING:
@@ -167,7 +186,7 @@ class Jobs:
             raise TooManyJobsError
         now_ns = self.table.now_ns()
         job = Job(
-            id=self.table.new_id(),
+            id=self._store.new_job_id(now_ns),
             thread=thread,
             created_ns=now_ns,
             updated_ns=now_ns,
@@ -187,20 +206,31 @@ class Jobs:
 
     async def select(self, due: Due | None, *, rate: int | None = None, destroy_after_s: int = 0) -> AsyncIterator[Job]:
         """Rotate every thread whose key is due, or with None every thread; each job as it is queued."""
-        threads = selection.all_threads(self._engine) if due is None else self._due(due)
+        threads = self._store.threads_with_keys() if due is None else self._due(due)
         async for thread in threads:
             yield await self.rotate_later(thread, rate=rate, destroy_after_s=destroy_after_s)
 
     async def _due(self, due: Due) -> AsyncIterator[str]:
         try:
-            async for thread, _ in selection.due_threads(self._engine, self._provider, due, self.table.now_ns()):
+            async for thread, _ in self.due_threads(due):
                 yield thread
-        except ProviderError as error:
+        except KmsError as error:
             raise StoreUnavailableError("the key service does not list its keys now") from error
+
+    async def due_threads(self, due: Due) -> AsyncIterator[tuple[str, str]]:
+        """Each thread whose current key is due, with the reason. Raises KmsError."""
+        now_ns = self.table.now_ns()
+        async for page in key_pages(self._provider, state="active"):
+            for key in page.keys:
+                why = due.why(key, now_ns) if key.purpose == "thread" else ""
+                if why and self._store.key_of_thread(key.thread_id) == key.key_id:
+                    yield key.thread_id, why
+            if page.next_cursor is not None:
+                await asyncio.sleep(PAGE_PAUSE_S)
 
     def require(self, threads: Iterable[str]) -> None:
         """Raises ThreadNotFoundError unless each can be rotated."""
-        if any(self._engine.get(keyspace.key_map(thread)) is None for thread in threads):
+        if any(self._store.key_of_thread(thread) is None for thread in threads):
             raise ThreadNotFoundError("thread not found")
 
     # --- working --------------------------------------------------------------------------------------------------
@@ -289,7 +319,7 @@ class Jobs:
             raise JobConflictError("another job works on this thread")
         if job.restored_ns:
             raise JobConflictError("the job's backups were restored: rotate the thread's key again")
-        if job.new_key and self._engine.get(keyspace.key_map(job.thread)) != job.new_key.encode():
+        if job.new_key and self._store.key_of_thread(job.thread) != job.new_key:
             raise JobConflictError("a later rotation has given the thread another key")
         self._threads[job.thread] = job_id
 
@@ -316,21 +346,21 @@ class Jobs:
         stops."""
         seen = self.table.changes
         await self._ended(job_id)
-        told = self.table.get(job_id)
-        yield told
+        last = self.table.get(job_id)
+        yield last
         stopping = asyncio.create_task(self._stop.wait())
         try:
-            while told.state in AT_WORK and not self._stop.is_set():
+            while last.state in AT_WORK and not self._stop.is_set():
                 change = asyncio.create_task(self.table.later_than(seen))
                 await asyncio.wait({change, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 change.cancel()
                 seen = self.table.changes
                 await self._ended(job_id)
                 job = self.table.get(job_id)
-                if job != told:
-                    told = job
-                    yield told
-                if told.state in AT_WORK and pause_s:  # other jobs' changes wake a watcher too
+                if job != last:
+                    last = job
+                    yield last
+                if last.state in AT_WORK and pause_s:  # other jobs' changes wake a watcher too
                     await asyncio.wait({stopping}, timeout=pause_s)
         finally:
             stopping.cancel()
@@ -343,7 +373,7 @@ class Jobs:
         raise StoreUnavailableError("the server is shutting down; the job goes on after its next start")
 
     # --- backups --------------------------------------------------------------------------------------------------
-    async def restore(self, job_id: str) -> record_backups.Restored:
+    async def restore(self, job_id: str) -> Restored:
         """Put back what the job has re-encrypted, and keep the old keys. Raises JobConflictError."""
         job = self.table.get(job_id)
         async with self._alone(job):
@@ -351,14 +381,14 @@ class Jobs:
                 raise JobConflictError("the key of these backups was destroyed")
             keeps = {"destroy_at_ns": 0, "destroy_after_s": 0, "census_ns": 0, "destroy_waits_for": ""}
             await self.table.change(job_id, lambda now: changed(now, restored_ns=self.table.now_ns(), **keeps))
-            restored = await record_backups.restore(self._engine, self._writer, job)
+            restored = await self._store.restore_kept(job_id)
         _log.info("backups_restored", job=job_id, restored=restored.restored, kept=restored.kept)
         return restored
 
     async def drop_backups(self, job_id: str) -> int:
         """How many backups were removed. Raises JobConflictError."""
         async with self._alone(self.table.get(job_id)):
-            dropped = await record_backups.drop(self._engine, self.table, job_id)
+            dropped = await self.table.drop_kept(job_id)
         _log.info("backups_dropped", job=job_id, dropped=dropped)
         return dropped
 
@@ -388,11 +418,9 @@ class Jobs:
     async def rotate_due(self) -> None:
         """Queue the threads whose keys are older, or more used, than configured, or than a key may be."""
         settings = self._settings
-        due = Due(
-            age_s=settings.max_age_s or None, uses=min(settings.max_uses or selection.USES_MAX, selection.USES_MAX)
-        )
+        due = Due(age_s=settings.max_age_s or None, uses=min(settings.max_uses or USES_MAX, USES_MAX))
         destroy_after_s = settings.destroy_old_after_s
-        async for thread, why in selection.due_threads(self._engine, self._provider, due, self.table.now_ns()):
+        async for thread, why in self.due_threads(due):
             with contextlib.suppress(JobConflictError, ThreadNotFoundError):  # its turn comes in an hour
                 await self.rotate_later(thread, destroy_after_s=destroy_after_s, trigger=f"max_{why}")
 
@@ -422,11 +450,17 @@ class Jobs:
 
 
 async def _attempted(work: Callable[[], Awaitable[None]]) -> None:
-    """One part of what is done by itself: whatever it ends with, the others and the next time go on."""
+    """One part of what starts by itself: whatever it ends with, the other parts and the next time go on."""
     try:
         await work()
-    except (StoreError, ProviderError, JobError) as error:
+    except (StoreError, KmsError, JobError) as error:
         _log.warning("jobs_tick_failed", reason=str(error))
-    except Exception as error:  # noqa: BLE001  a defect must not end what rotates worn keys; told without its text
+    except Exception as error:  # noqa: BLE001  a defect must not stop the rotation of worn keys; logged without its text
         lines = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
         _log.error("jobs_tick_broken", error=type(error).__qualname__, at=lines)
+
+
+def _nanoseconds(rfc3339: str) -> int:
+    moment = datetime.fromisoformat(rfc3339)
+    since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
+    return (since.days * 86_400 + since.seconds) * 1_000_000_000 + since.microseconds * 1000

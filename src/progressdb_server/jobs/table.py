@@ -1,36 +1,25 @@
-"""The job table: the rows `job:<id>`, read from the store and changed by compare-and-put.
+"""The job table: the rows of jobs, changed by compare-and-put together with the records of the same step.
 
-Owns: the rows and their order (ids sort by time), and the pulse by which watchers learn of a change. Invariants: a
-row is changed only when it is still what was read, so that a job's worker and an operator never overwrite each other;
-a row and the records of the same step are one write. What is read is what was written last, durable or not yet.
+Owns: how a row is read and written, and the signal by which watchers learn of a change. Invariants: a row is changed
+only if it is still what was read, so that a job's worker and an operator never overwrite each other's change. A read
+returns what was written last, durable or not yet.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
 
-from progressdb_server.jobs.model import JOB_ID_PATTERN, Job, JobNotFoundError, changed
-from progressdb_server.store import keyspace
-from progressdb_server.store.engine import Engine
-from progressdb_server.store.writer import ConditionFailedError, Write, Writer
+from progressdb_server.jobs.states import Job, JobNotFoundError, changed
+from progressdb_server.store.model import RowWrite, StaleRowError, Step, Store
 
-JOBS: Final = b"job:"
-PAGE_JOBS: Final = 256
-
-Put = tuple[bytes, bytes | None]
-
+_NOTHING: Final = Step()
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Job).decode
-
-
-class StaleJobError(Exception):
-    """The row is no longer what was read; nothing was written."""
 
 
 class Row(NamedTuple):
@@ -41,32 +30,27 @@ class Row(NamedTuple):
 
 
 class Storing(NamedTuple):
-    """A row that is being written; `done` ends with the write."""
+    """A row that is being written."""
 
     row: Row
-    done: asyncio.Future[None]
-
-
-def row_key(job_id: str) -> bytes:
-    return JOBS + job_id.encode()
+    write: RowWrite
 
 
 class JobTable:
-    def __init__(self, engine: Engine, writer: Writer, now_ns: Callable[[], int]) -> None:
-        self._engine = engine
-        self._writer = writer
+    def __init__(self, store: Store, now_ns: Callable[[], int]) -> None:
+        self._store = store
         self.now_ns = now_ns
         self.changes = 0
-        """How many changes of jobs this process has made."""
+        """Number of changes of jobs that this process has made."""
         self._pulse: asyncio.Future[None] | None = None
         self._by_thread: dict[str, set[str]] = {}
-        """Ids; of every job once `_all_known`."""
+        """Thread → ids of its jobs; complete once `_all_known`."""
         self._all_known = False
 
     # --- reading --------------------------------------------------------------------------------------------------
     def row(self, job_id: str) -> Row:
         """Raises JobNotFoundError."""
-        raw = self._engine.get(row_key(job_id)) if JOB_ID_PATTERN.fullmatch(job_id) else None
+        raw = self._store.job_row(job_id)
         if raw is None:
             raise JobNotFoundError
         return Row(raw, _decode(raw))
@@ -76,17 +60,12 @@ class JobTable:
         return self.row(job_id).job
 
     def pages(self, *, newest_first: bool = False) -> Iterator[list[Job]]:
-        """All jobs; each page is read when it is asked for."""
-        lower, upper = JOBS, keyspace.after(JOBS)
-        while entries := self._engine.scan(lower, upper, limit=PAGE_JOBS, reverse=newest_first):
-            if newest_first:
-                upper = entries[-1][0]
-            else:
-                lower = entries[-1][0] + b"\0"
-            yield [_decode(raw) for _, raw in entries]
+        """All jobs, in order of time; each page is read when it is asked for."""
+        for rows in self._store.job_rows(newest_first=newest_first):
+            yield [_decode(raw) for raw in rows]
 
     async def of_thread(self, thread: str) -> list[Job]:
-        """The thread's jobs, oldest first. The first call walks the table, so that no other has to."""
+        """The thread's jobs, oldest first. The first call walks the whole table, later ones do not."""
         if not self._all_known:
             for page in self.pages():
                 for job in page:
@@ -107,50 +86,28 @@ class JobTable:
             await asyncio.shield(self._pulse)
 
     # --- changing -------------------------------------------------------------------------------------------------
-    def new_id(self) -> str:
-        return f"job-{self.now_ns():020d}-{os.urandom(4).hex()}"
-
     async def add(self, job: Job) -> None:
         """Durable when it returns. Raises StoreUnavailableError."""
-        key = row_key(job.id)
         self._by_thread.setdefault(job.thread, set()).add(job.id)
-        await self._writer.commit(Write(((key, _encode(job)),), ((key, None),)))
+        await self._store.settle_row(self._store.write_row(job.id, None, _encode(job)))
         self._beat()
 
-    def submit(
-        self,
-        row: Row,
-        job: Job,
-        puts: Sequence[Put] = (),
-        *,
-        expect: Sequence[Put] = (),
-        read: Sequence[tuple[bytes, bytes]] = (),
-        read_at: int = 0,
-    ) -> Storing:
-        """`job` in the place of `row`, together with the puts; all or nothing. It may be built upon at once: what is
-        submitted later is written later, and not at all if this is not. `expect`, `read`, `read_at`: conditions, see
-        `store.writer.Write`."""
-        key = row_key(job.id)
+    def submit(self, row: Row, job: Job, step: Step = _NOTHING) -> Storing:
+        """`job` in the place of `row`, together with the step; all or nothing. The next submission may build on it at
+        once: it is written later, and not at all if this one is not."""
         stored = changed(job, updated_ns=self.now_ns())
         raw = _encode(stored)
-        done = self._writer.commit(Write(((key, raw), *puts), ((key, row.raw), *expect), read=read, read_at=read_at))
-        return Storing(Row(raw, stored), done)
+        return Storing(Row(raw, stored), self._store.write_row(job.id, row.raw, raw, step))
 
     async def settle(self, storing: Storing) -> Row:
-        """Durable when it returns. Raises StaleJobError; ConditionFailedError for a value of `expect` or `read`;
-        StoreUnavailableError, after which the write may or may not be there."""
-        try:
-            await storing.done
-        except ConditionFailedError as error:
-            if error.key == row_key(storing.row.job.id):
-                raise StaleJobError from None
-            raise
+        """Durable when it returns. Raises what `Store.settle_row` raises."""
+        await self._store.settle_row(storing.write)
         self._beat()
         return storing.row
 
-    async def store(self, row: Row, job: Job, puts: Sequence[Put] = (), *, expect: Sequence[Put] = ()) -> Row:
+    async def store(self, row: Row, job: Job, step: Step = _NOTHING) -> Row:
         """Submit and settle."""
-        return await self.settle(self.submit(row, job, puts, expect=expect))
+        return await self.settle(self.submit(row, job, step))
 
     async def change(self, job_id: str, how: Callable[[Job], Job]) -> Job:
         """Apply `how` to whatever the job is by then. Raises what it raises, JobNotFoundError,
@@ -159,11 +116,25 @@ class JobTable:
             row = self.row(job_id)
             try:
                 return (await self.store(row, how(row.job))).job
-            except StaleJobError:
+            except StaleRowError:
                 continue
 
+    async def drop_kept(self, job_id: str, under: Collection[str] | None = None) -> int:
+        """Remove the records that the job has kept, or only those under these keys, and change its count with them.
+        Returns how many there were. Raises StoreUnavailableError."""
+        dropped = 0
+        for chunk in self._store.kept_records(job_id):
+            gone = [kept for kept in chunk if under is None or kept.key_id in under]
+            if gone:
+                row = self.row(job_id)
+                left = changed(row.job, backups=max(0, row.job.backups - len(gone)))
+                await self.store(row, left, self._store.kept_dropped(job_id, gone))
+                dropped += len(gone)
+            await asyncio.sleep(0)
+        return dropped
+
     async def remove(self, jobs: Sequence[Job]) -> None:
-        await self._writer.commit(Write([(row_key(job.id), None) for job in jobs]))
+        await self._store.remove_rows([job.id for job in jobs])
         for job in jobs:
             known = self._by_thread.get(job.thread, set())
             known.discard(job.id)

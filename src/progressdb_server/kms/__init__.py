@@ -1,6 +1,6 @@
-"""What the message server may ask of a key service: the security bridge.
+"""The message server's side of the key service.
 
-Owns: the provider protocol, its two implementations (remote: miniKMS over its socket; local: in this process, for
-development only) and the supervisor of a spawned miniKMS. Invariant: no raw key ever enters this process with the
-remote provider. It must never fall back to storing plaintext.
+Owns: what the server calls of it (`provider`), the supervisor of a spawned miniKMS, and the move of a root key out of
+the environment. Invariant: with the remote provider no raw key ever enters this process. It must never fall back to
+storing plaintext.
 """

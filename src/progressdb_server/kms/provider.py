@@ -1,117 +1,156 @@
-"""The provider protocol: the seam between the message server and whoever holds the keys.
+"""The key service as the message server uses it: the part of the client's interface that it calls, and whose fault an
+error is.
 
-Invariants: ids are checked by the provider's far side; a failure is one of the errors below, and its text may be shown
-to a client. Every item is bound to its `aad` (the storage key of the record) and its thread.
+Owns: `Provider`, the provider that a server uses (`RemoteProvider`) and the one for development (`open_local`).
+Invariants: items and errors are those of `minikms.client`; a failure is raised and never answered by a default; with
+`RemoteProvider` no raw key is in this process. It must never fall back to storing plaintext.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+import enum
+import os
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
+from typing import Any, Final, Protocol
 
 from minikms import api
+from minikms.client import AsyncClient, DecryptItem, EncryptItem, KmsError, KmsRefusedError, ReencryptItem
+from progressdb_server.metrics import KmsMetrics
+
+WAIT_S: Final = 5.0
+"""How long a call waits for a key service that is away."""
+TIMEOUT_S: Final = 8.0
+"""How long a call waits for its answer. Below the 10 s after which many HTTP clients give up, so that they still read
+the 503."""
+LISTED_KEYS_MAX: Final = 512
+"""Keys of a page: the key service reads a file for each."""
 
 
-class ProviderError(Exception):
-    """Base of the errors of this seam; never raised itself."""
+class Fault(enum.Enum):
+    """Whose fault a failure is: of the key service (the same call may succeed later), of a key that the key service
+    can't read until an operator repairs it, or of what was asked."""
+
+    SERVICE = enum.auto()
+    KEY = enum.auto()
+    REQUEST = enum.auto()
 
 
-class ProviderUnavailableError(ProviderError):
-    """The key service did not answer in time or is down. `retry_after_s` is what to tell the client."""
-
-    def __init__(self, message: str, retry_after_s: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-class ProviderRefusedError(ProviderError):
-    """The key service refused. `code` is one of the stable words of `minikms.api`."""
-
-    def __init__(self, message: str, code: str) -> None:
-        super().__init__(message)
-        self.code = code
+_CODES_OF_THE_SERVICE: Final = frozenset(
+    {
+        api.CODE_UNAUTHORIZED,
+        api.CODE_AUDIT_UNAVAILABLE,
+        api.CODE_STORAGE_UNAVAILABLE,
+        api.CODE_SHUTTING_DOWN,
+        api.CODE_INTERRUPTED,
+        api.CODE_TIMEOUT,
+        api.CODE_INTERNAL,
+    }
+)
 
 
-class KeyHandle(NamedTuple):
-    key_id: str
-    wrapped: bytes
-
-
-class Seal(NamedTuple):
-    """One record to encrypt."""
-
-    key_id: str
-    plaintext: bytes
-    aad: bytes
-    thread_id: str
-    request_id: str = ""
-
-
-class Open(NamedTuple):
-    """One record to decrypt. `ciphertext` is nonce(12) | ciphertext | tag(16)."""
-
-    key_id: str
-    ciphertext: bytes
-    aad: bytes
-    thread_id: str
-    request_id: str = ""
+def fault(error: KmsError) -> Fault:
+    """Whose fault a failure of a call, or of one item of a batch, is. Everything that depends on this asks here."""
+    if not isinstance(error, KmsRefusedError) or error.code in _CODES_OF_THE_SERVICE:
+        return Fault.SERVICE
+    return Fault.KEY if error.code == api.CODE_KEY_UNREADABLE else Fault.REQUEST
 
 
 class Provider(Protocol):
-    @property
-    def encrypts(self) -> bool:
-        """False only for the one that seals nothing, whose stores are marked (progressdb_server/unencrypted.py)."""
-        ...
+    """The methods of `minikms.client.AsyncClient` that the message server calls, as they are documented there.
+
+    Each raises KmsError. A batch takes any number of items and gives one outcome for each, in order: the value, or the
+    KmsRefusedError of that item alone.
+    """
 
     async def create_dek_for_thread(
-        self, thread_id: str, *, replaces: str | None = None, request_id: str = ""
-    ) -> KeyHandle:
-        """A new key for the thread, durable before this returns."""
-        ...
+        self, thread_id: str, *, replaces: str | None = None, request_id: str | None = None
+    ) -> api.CreateDekAnswer: ...
 
-    async def encrypt_with_key(
-        self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str, request_id: str = ""
-    ) -> bytes: ...
+    def encrypt(
+        self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str | None, request_id: str | None
+    ) -> Coroutine[Any, Any, bytes]: ...
 
-    async def decrypt_with_key(
-        self, key_id: str, ciphertext: bytes, *, aad: bytes, thread_id: str, request_id: str = ""
-    ) -> bytes: ...
+    async def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[bytes | KmsRefusedError]: ...
 
-    async def encrypt_many(self, items: Sequence[Seal]) -> list[bytes | ProviderRefusedError]:
-        """In order; a refused item does not stop the others. Raises ProviderUnavailableError for the whole. Any number
-        of items."""
-        ...
+    async def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]: ...
 
-    async def decrypt_many(self, items: Sequence[Open]) -> list[bytes | ProviderRefusedError]: ...
+    async def reencrypt_batch(
+        self, from_key_id: str, to_key_id: str, items: Sequence[ReencryptItem], *, request_id: str | None = None
+    ) -> list[bytes | KmsRefusedError]: ...
 
-    async def retire(self, key_id: str, *, request_id: str = "") -> None: ...
+    async def check_batch(
+        self, key_id: str, items: Sequence[ReencryptItem], *, thread_id: str | None, request_id: str | None = None
+    ) -> list[KmsRefusedError | None]: ...
 
-    async def reencrypt_many(
-        self, from_key_id: str, to_key_id: str, items: Sequence[tuple[bytes, bytes]], *, request_id: str = ""
-    ) -> list[bytes | ProviderRefusedError]:
-        """Each item is (ciphertext, aad). Plaintext never leaves the key service."""
-        ...
-
-    async def check_many(
-        self, key_id: str, items: Sequence[tuple[bytes, bytes]], *, thread_id: str, request_id: str = ""
-    ) -> list[ProviderRefusedError | None]:
-        """Each item is (ciphertext, aad); in order, None if it opens under the key, or why not. Any number of items.
-
-        Plaintext never leaves the key service. Raises ProviderRefusedError for the key, ProviderUnavailableError for
-        the whole.
-        """
-        ...
+    async def retire_key(self, key_id: str, *, request_id: str | None = None) -> api.KeyAnswer: ...
 
     async def list_keys(
-        self, *, thread_id: str | None = None, state: api.State | None = None, cursor: str | None = None
-    ) -> api.KeyListAnswer:
-        """A page of keys; go on with `next_cursor` while there is one."""
-        ...
+        self, *, thread_id: str | None, state: api.State | None, cursor: str | None, limit: int | None
+    ) -> api.KeyListAnswer: ...
 
-    async def destroy(self, key_id: str, *, request_id: str = "") -> None:
-        """Destroys a retired key for good; once more for one that is destroyed changes nothing."""
-        ...
+    async def destroy_key(self, key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer: ...
 
     async def status(self) -> dict[str, object]: ...
 
     async def close(self) -> None: ...
+
+
+class EncryptsNothing:
+    """Base of the one provider that encrypts nothing (progressdb_server/unencrypted.py): the store marks what it writes
+    by it."""
+
+
+async def key_pages(
+    provider: Provider, *, thread_id: str | None = None, state: api.State | None = None
+) -> AsyncIterator[api.KeyListAnswer]:
+    """The keys, page by page; each page is asked for when it is taken. Raises KmsError."""
+    cursor: str | None = None
+    while True:
+        page = await provider.list_keys(thread_id=thread_id, state=state, cursor=cursor, limit=LISTED_KEYS_MAX)
+        yield page
+        cursor = page.next_cursor
+        if cursor is None:
+            return
+
+
+class RemoteProvider(AsyncClient):
+    """miniKMS at `socket_path`; `server_uids` may serve it (default: this process's own and root)."""
+
+    def __init__(self, socket_path: str | os.PathLike[str], *, server_uids: Collection[int] | None = None) -> None:
+        self.metrics = KmsMetrics()
+        super().__init__(
+            socket_path,
+            server_uids=server_uids,
+            timeout_s=TIMEOUT_S,
+            wait_s=WAIT_S,
+            on_exchange=self.metrics.exchanged,
+        )
+
+    async def status(self) -> dict[str, object]:
+        try:
+            status = await super().status()
+        except KmsError:
+            self.metrics.lost()
+            raise
+        self.metrics.seen(status)
+        return status
+
+
+class LocalProviderError(Exception):
+    """The key service can't be opened in this process; the text says why and what to do."""
+
+
+async def open_local(
+    data_dir: str | os.PathLike[str], *, master_key_file: str | os.PathLike[str] | None = None
+) -> Provider:
+    """For development only: the key service in this process. Opens or makes the data directory, which a daemon can open
+    later; without a key file, makes one beside it. Raises LocalProviderError.
+
+    The server's memory then holds the keys, and the server may do everything that miniKMS may.
+    """
+    from minikms.embedded import EmbeddedClient, EmbeddedError  # loaded in no other server process
+
+    try:
+        return await EmbeddedClient.open(data_dir, master_key_file=master_key_file)
+    except EmbeddedError as error:
+        raise LocalProviderError(str(error)) from None

@@ -1,135 +1,128 @@
-"""Backups of the store: a checkpoint beside running writes, copied, hashed and read back; restored into an empty
-place.
+"""Backups of the store: a checkpoint beside running writes, copied, hashed and read back; restored into an empty place.
 
-Owns: the layout of a backup directory (`manifest.json`, `store/`) and the register of backups
-(`store:backup:<name>`). Invariants:
+Owns: the layout of a backup directory (`manifest.json`, `store/`) and the register of backups (`keyspace.BACKUPS`).
+Invariants:
 - A backup holds nothing that the store's directory does not: sealed records, ids and stamps. It is of use only
   together with one of the key service that was made after it: the store first, the key service second.
-- A backup is registered before its checkpoint is taken, so that whoever destroys keys knows of it; complete is one
-  whose manifest exists, which is written last.
-- One that fails leaves nothing behind, and is then struck from the register. Otherwise an entry goes only when an
-  operator says so: a directory that is not found may lie on a disk that is not mounted, or have been moved.
+- A backup is registered before its checkpoint is taken, so that whoever destroys keys knows of it; a backup is complete
+  when its manifest exists, which is written last.
+- A backup that fails leaves nothing behind and is then removed from the register. Otherwise an entry is removed only
+  when an operator says so: a directory that is not found may be on a disk that is not mounted, or may have been moved.
 - Files of an earlier backup with the same content are linked, not copied: RocksDB's tables never change.
 - Restoring verifies every file first and never writes into a directory that holds something.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Final
 
 import msgspec
+import structlog
 
-from progressdb_server.store import form, keyspace
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine, EngineUnavailableError, Reader
-from progressdb_server.store.rocks import RocksReader
+from progressdb_server.store import directory, keyspace
+from progressdb_server.store.directory import OpenStore
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
+from progressdb_server.store.model import (
+    BackupBusyError,
+    BackupError,
+    BackupExistsError,
+    BackupNotFoundError,
+    BackupRegister,
+    BackupThereError,
+    File,
+    FormatError,
+    Manifest,
+    Registered,
+    StoreUnavailableError,
+)
+from progressdb_server.store.writer import Write
 
 MANIFEST: Final = "manifest.json"
 STORE: Final = "store"
 COPY_BYTES: Final = 1024 * 1024
 FORMAT: Final = 1
+_CURRENT: Final = "CURRENT"
+"""RocksDB looks for this file first."""
+
+_log = structlog.get_logger("progressdb.store")
 
 
-class BackupError(Exception):
-    """The backup could not be made, or is not whole; the text says which file and what to do."""
+class Backups(OpenStore):
+    """See `store.model.BackupRegister`."""
 
+    _backing_up = False
 
-class BackupExistsError(BackupError):
-    """Something of this name is there; nothing was begun."""
-
-
-class BackupBusyError(BackupError):
-    """Another backup is being made; nothing was begun."""
-
-
-class BackupThereError(BackupError):
-    """The register forgets no backup that is there."""
-
-
-class BackupNotFoundError(BackupError):
-    """No backup of this name is registered."""
-
-
-class File(msgspec.Struct):
-    name: str
-    bytes: int
-    sha256: str
-
-
-class Manifest(msgspec.Struct):
-    """`created_ns`: before the checkpoint was taken. Every write acknowledged by then is in the backup."""
-
-    format: int
-    created_ns: int
-    files: list[File]
-
-    @property
-    def bytes(self) -> int:
-        return sum(file.bytes for file in self.files)
-
-
-class Registered(msgspec.Struct):
-    """The value of `store:backup:<name>`."""
-
-    path: str
-    created_ns: int
-
-    @property
-    def name(self) -> str:
-        return os.path.basename(self.path)
-
-    @property
-    def gone(self) -> bool:
-        """Whether nothing is found at its path; what can't be looked at counts as there."""
+    async def back_up(self, path: str, *, previous: str | None = None) -> Manifest:
+        path = os.path.abspath(path)  # noqa: ASYNC240  no lookup
+        if self._backing_up:
+            raise BackupBusyError("another backup is being made: wait for its end")
+        if os.path.lexists(path):  # noqa: ASYNC240  one lookup, as short as the engine's own reads
+            raise BackupExistsError(f"{path} exists already; a backup never overwrites one")
+        self._backing_up = True
         try:
-            os.lstat(self.path)
-        except (FileNotFoundError, NotADirectoryError):
-            return True
-        except OSError:
-            return False
-        return False
+            known = Registered(path, self.clock.now_ns())
+            await self.writer.commit(Write(((keyspace.backup(known.created_ns), msgspec.json.encode(known)),)))
+            try:
+                return await asyncio.to_thread(
+                    create, self.engine, path, created_ns=known.created_ns, previous=previous
+                )
+            except (BackupError, StoreUnavailableError):
+                if known.gone:
+                    await self._forget([known])
+                raise
+        finally:
+            self._backing_up = False
+
+    async def backups(self) -> AsyncIterator[list[Registered]]:
+        lower, upper = keyspace.BACKUPS, keyspace.after(keyspace.BACKUPS)
+        while entries := self.engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
+            lower = keyspace.next_key(entries[-1][0])
+            yield [msgspec.json.decode(value, type=Registered) for _, value in entries]
+
+    async def forget_backup(self, name: str) -> int:
+        found = [known async for page in self.backups() for known in page if known.name == name]
+        if not found:
+            raise BackupNotFoundError(f"no backup {name} is registered")
+        if there := [known.path for known in found if not known.gone]:
+            raise BackupThereError(f"{there[0]} is still there: delete it first, and every copy of it")
+        await self._forget(found)
+        _log.warning("backup_forgotten", paths=[known.path for known in found])
+        return len(found)
+
+    async def _forget(self, found: Sequence[Registered]) -> None:
+        await self.writer.commit(Write([(keyspace.backup(known.created_ns), None) for known in found]))
 
 
-def registered_in(reader: Reader) -> Iterator[list[Registered]]:
-    """The backups that were begun and not forgotten, oldest first; each page is read when it is asked for."""
-    lower, upper = keyspace.BACKUPS, keyspace.after(keyspace.BACKUPS)
-    while entries := reader.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
-        lower = entries[-1][0] + b"\0"
-        yield [msgspec.json.decode(value, type=Registered) for _, value in entries]
-
-
-def to_forget(reader: Reader, name: str) -> list[Registered]:
-    """The entries of this name, none of which is there any more. Raises BackupNotFoundError, BackupThereError."""
-    found = [known for page in registered_in(reader) for known in page if known.name == name]
-    if not found:
-        raise BackupNotFoundError(f"no backup {name} is registered")
-    if there := [known.path for known in found if not known.gone]:
-        raise BackupThereError(f"{there[0]} is still there: delete it first, and every copy of it")
-    return found
-
-
-def register_key(created_ns: int) -> bytes:
-    return keyspace.BACKUPS + f"{created_ns:020d}".encode()
-
-
-def registered(path: str, created_ns: int) -> tuple[bytes, bytes]:
-    """The put that registers a backup; commit it before `create`."""
-    return register_key(created_ns), msgspec.json.encode(Registered(os.path.abspath(path), created_ns))
+@asynccontextmanager
+async def register_offline(path: str) -> AsyncIterator[BackupRegister]:
+    """The backups of a store that no server has open. Raises StoreLockedError, StoreUnavailableError, BackupError."""
+    try:
+        with directory.offline(path) as engine:
+            store = Backups(engine)
+            try:
+                yield store
+            finally:
+                await store.writer.close()
+    except FormatError as error:
+        raise BackupError(str(error)) from error
 
 
 def create(engine: Engine, path: str, *, created_ns: int, previous: str | None = None) -> Manifest:
     """Make the backup directory `path`, which must not exist; `previous` is an earlier one to share files with.
 
     Blocks for as long as the copying takes: call it in a worker thread. When it fails, the directory is removed again.
-    Raises BackupError, EngineUnavailableError.
+    Raises BackupError, StoreUnavailableError.
     """
     known: dict[str, File] = {}
     try:
-        form.check(engine)
-    except form.FormatError as error:
+        directory.check(engine)
+    except FormatError as error:
         raise BackupError(str(error)) from error
     if previous is not None:
         known = {file.name: file for file in read_manifest(previous).files}
@@ -197,12 +190,9 @@ def verify(path: str) -> Manifest:
     if extra:
         raise BackupError(f"{path} holds files that the manifest does not name: {', '.join(sorted(extra))}")
     try:
-        reader = RocksReader(store)
-        try:
-            form.check(reader)
-        finally:
-            reader.close()
-    except (EngineUnavailableError, form.FormatError) as error:
+        with directory.reading(store):
+            pass
+    except (StoreUnavailableError, FormatError) as error:
         raise BackupError(f"{path}: {error}") from error
     return manifest
 
@@ -217,15 +207,12 @@ def restore(path: str, target: str) -> Manifest:
         for file in manifest.files:
             if file.name != _CURRENT:
                 _copy(os.path.join(path, STORE, file.name), os.path.join(target, file.name))
-        # RocksDB looks for this one first: put last, so that a restore that was cut short is no store.
+        # last, so that a restore that was interrupted is no store
         _copy(os.path.join(path, STORE, _CURRENT), os.path.join(target, _CURRENT))
         _sync_directory(target)
     except OSError as error:
         raise BackupError(f"restoring to {target} failed: {error.strerror} ({error.filename})") from error
     return manifest
-
-
-_CURRENT: Final = "CURRENT"
 
 
 def _take(source: str, target: str, known: File | None, previous: str | None) -> File:

@@ -1,37 +1,36 @@
-"""`progressdb check`: walks the whole store and names what is not as it should be; `repair` rebuilds what can be.
+"""`progressdb check`: walks the whole store and names what is wrong; `repair` rebuilds what can be rebuilt.
 
 The rules, each with the kind of its finding:
 - unknown: a key that belongs to no space of store/keyspace.py, or is malformed within its space;
 - damaged: a record or an index value that this version can't parse;
-- unreadable: a record that its key does not open, or whose sealed part says something else than its header or its
-  place: altered, moved, or its key is gone;
+- unreadable: a record that its key does not open, or whose sealed part contradicts its header or its place: it was
+  altered or moved, or its key is gone;
 - homeless: a record, map or index entry of a thread that has no metadata;
 - keyless: a thread without a key map, or whose mapped key the key service does not have;
 - unindexed: a record that no index entry leads to;
-- dangling: an index entry that leads to nothing, or to something else than the newest version;
+- dangling: an index entry that leads to nothing, or not to the newest version;
 - miscounted: a counter that differs from what was counted.
 
 Invariants: records are the truth and are never changed here; a fix only puts or deletes index entries and counters,
-all of which follow from records. Memory is bounded: the walk goes by chunks. It reads any `Reader`: beside a running
-server that is the secondary view of `rocks.RocksReader`, which stands still while it is walked.
+all of which follow from records. Memory is bounded: the walk reads chunks.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 
 from minikms import api
-from progressdb_server.kms.provider import Open, Provider, ProviderRefusedError
-from progressdb_server.store import keyspace, record
-from progressdb_server.store.clock import Stamp
+from minikms.client import DecryptItem, KmsError, KmsRefusedError
+from progressdb_server.kms.provider import Provider
+from progressdb_server.store import directory, keyspace, record
 from progressdb_server.store.engine import Engine, Reader
 from progressdb_server.store.epoch import Remembered as KeyService
 from progressdb_server.store.idempotency import Remembered
-from progressdb_server.store.messages import DELETED
+from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.writer import State
 
 CHUNK_ENTRIES: Final = 500
@@ -40,8 +39,8 @@ REPAIR_PASSES_MAX: Final = 4
 
 Kind = Literal["unknown", "damaged", "unreadable", "homeless", "keyless", "unindexed", "dangling", "miscounted"]
 
-_OTHER_SPACES: Final = (b"job:", b"backup:", keyspace.BACKUPS)
-"""Owned by other rooms; counted, not judged."""
+_OTHER_SPACES: Final = (keyspace.JOBS, keyspace.MIGRATED, keyspace.BACKUPS)
+"""Counted, not judged."""
 
 _THREAD_INDEXES: Final = {
     keyspace.CREATED: (4, 3),
@@ -74,8 +73,8 @@ class Checker:
 
     async def run(self) -> AsyncIterator[Finding]:
         lower = b""
-        while entries := self._reader.scan(lower, b"\xff", limit=CHUNK_ENTRIES):
-            lower = entries[-1][0] + b"\0"
+        while entries := self._reader.scan(lower, keyspace.END, limit=CHUNK_ENTRIES):
+            lower = keyspace.next_key(entries[-1][0])
             sealed: list[tuple[bytes, bytes]] = []
             for key, value in entries:
                 for finding in self._judge(key, value, sealed):
@@ -158,9 +157,9 @@ class Checker:
             wanted.pop()  # the event of a thread's deletion: its author needn't have written
         yield from self._wanted(key, wanted)
         place = keyspace.order(thread) + first.text.encode()
-        latest = self._reader.get(place)
-        if latest is None or (latest.removesuffix(DELETED) or first.text.encode()) < own:
-            fix = (b"" if first == stamp else own) + (DELETED if header.deleted else b"")
+        entry = self._reader.get(place)
+        if entry is None or keyspace.latest(first.raw, entry) < own:
+            fix = keyspace.place(own, is_first=first == stamp, deleted=header.deleted)
             yield Finding("unindexed", _shown(key), "the order index does not lead to this version", ((place, fix),))
 
     def _wanted(self, key: bytes, entries: list[tuple[bytes, bytes]]) -> Iterator[Finding]:
@@ -172,7 +171,7 @@ class Checker:
         """Decrypt what was collected; what no longer parses was reported before."""
         if self._provider is None:
             return []
-        wanted: list[Open] = []
+        wanted: list[DecryptItem] = []
         raws: list[bytes] = []
         for key, raw in sealed:
             try:
@@ -180,31 +179,32 @@ class Checker:
                 thread = keyspace.unpart(key.split(b":")[1])
             except (record.RecordFormatError, ValueError):
                 continue
-            wanted.append(Open(key_id, ciphertext, key, thread))
+            wanted.append(DecryptItem(key_id=key_id, ciphertext=ciphertext, aad=key, thread_id=thread))
             raws.append(raw)
         wanted += self._key_probes(wanted)
-        answers = await self._provider.decrypt_many(wanted) if wanted else []
+        answers = await self._provider.decrypt_batch(wanted) if wanted else []
         findings: list[Finding] = []
         for item, raw, answer in zip(wanted, raws, answers, strict=False):
             found = _judge_opened(item, raw, answer)
             if found is not None:
                 findings.append(found)
         for item, answer in zip(wanted[len(raws) :], answers[len(raws) :], strict=True):
-            if not isinstance(answer, ProviderRefusedError) or answer.code != api.CODE_DECRYPTION_FAILED:
-                code = answer.code if isinstance(answer, ProviderRefusedError) else "it opened"
+            if not isinstance(answer, KmsRefusedError) or answer.code != api.CODE_DECRYPTION_FAILED:
+                code = answer.code if isinstance(answer, KmsRefusedError) else "it opened"
                 findings.append(Finding("keyless", _shown(item.aad), f"the mapped key {item.key_id}: {code}"))
         return findings
 
-    def _key_probes(self, records: list[Open]) -> list[Open]:
-        """For threads whose metadata is not under the mapped key: a ciphertext that no key opens, which tells by the
-        code of the refusal whether the mapped key is there."""
-        probes: list[Open] = []
+    def _key_probes(self, records: list[DecryptItem]) -> list[DecryptItem]:
+        """For threads whose metadata is not under the mapped key: a ciphertext that no key opens. The code of its
+        refusal shows whether the mapped key exists."""
+        probes: list[DecryptItem] = []
         for item in records:
             if item.aad.endswith(b":meta"):
-                map_key = keyspace.key_map(item.thread_id)
+                map_key = keyspace.key_map(item.thread_id or "")
                 mapped = _key_id(self._reader.get(map_key) or b"")
                 if mapped is not None and mapped != item.key_id:
-                    probes.append(Open(mapped, bytes(28), map_key, item.thread_id))
+                    probe = DecryptItem(key_id=mapped, ciphertext=bytes(28), aad=map_key, thread_id=item.thread_id)
+                    probes.append(probe)
         return probes
 
     # --- indexes --------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ class Checker:
         self.counts["versions"] += 1
         message, stamp = key[len(keyspace.VERSION) :].split(b":")
         first = keyspace.parse_message_id(message.decode())
-        target = b"thread:%b:msg:%b" % (value, stamp)
+        target = keyspace.message_of(value, stamp)
         raw = self._reader.get(target)
         header = record.unpack_message(raw)[0] if raw is not None else None
         if header is None or first is None or (header.first or stamp.decode()) != first.text:
@@ -224,15 +224,15 @@ class Checker:
         versions = keyspace.versions(keyspace.message_id(Stamp.parse(first.decode())))
         newest = self._reader.scan(versions, keyspace.after(versions), limit=1, reverse=True)
         if not newest:
-            if self._reader.get(b"thread:%b:msg:%b" % (thread, first)) is None:
+            if self._reader.get(keyspace.message_of(thread, first)) is None:
                 yield Finding("dangling", _shown(key), "the message has no version", ((key, None),))
             return  # else the record's own rule rebuilds its version entry first
         stamp = newest[0][0][len(versions) :]
-        raw = self._reader.get(b"thread:%b:msg:%b" % (thread, stamp))
+        raw = self._reader.get(keyspace.message_of(thread, stamp))
         if raw is None:
             return  # the version entry dangles, which is reported there; the next pass sees the one before it
         deleted = record.unpack_message(raw)[0].deleted
-        expected = (b"" if stamp == first else stamp) + (DELETED if deleted else b"")
+        expected = keyspace.place(stamp, is_first=stamp == first, deleted=deleted)
         if value != expected:
             yield Finding("dangling", _shown(key), "it does not lead to the newest version", ((key, expected),))
 
@@ -244,7 +244,7 @@ class Checker:
         if len(parts) != length:
             yield Finding("unknown", _shown(key), "the key is no index entry")
             return
-        raw = self._reader.get(b"thread:%b:meta" % parts[at])
+        raw = self._reader.get(keyspace.meta_of(parts[at]))
         if raw is None:
             yield Finding("dangling", _shown(key), "the thread has no metadata", ((key, None),))
         elif space == keyspace.CLOSED and not record.unpack_thread(raw)[0].deleted_ns:
@@ -254,7 +254,7 @@ class Checker:
         self.counts["maps"] += 1
         if _key_id(value) is None:
             yield Finding("damaged", _shown(key), "the map does not hold the id of a key")
-        if self._reader.get(b"thread:%b:meta" % key[len(keyspace.MAP) :]) is None:
+        if self._reader.get(keyspace.meta_of(key[len(keyspace.MAP) :])) is None:
             yield Finding("homeless", _shown(key), "the mapped thread has no metadata")
 
     def _judge_counters(self) -> Iterator[Finding]:
@@ -276,8 +276,37 @@ class Checker:
             )
 
 
+class Report(NamedTuple):
+    """`counts`: entries of each space. `opened`: whether a key service was there to decrypt the records."""
+
+    findings: list[Finding]
+    counts: dict[str, int]
+    opened: bool
+
+
+async def check(path: str, provider: Provider | None) -> Report:
+    """Walk the store at `path`, also beside the server that has it open; its records are decrypted if the key service
+    answers. Raises FormatError, StoreUnavailableError, KmsError."""
+    with directory.reading(path) as reader:
+        if provider is not None:
+            try:
+                await provider.status()
+            except KmsError:
+                provider = None
+        checker = Checker(reader, provider)
+        findings = [finding async for finding in checker.run()]
+        return Report(findings, dict(checker.counts), provider is not None)
+
+
+async def repair_offline(path: str) -> list[Finding]:
+    """Repair the store at `path`, which no server has open; returns what was fixed. Raises StoreLockedError,
+    StoreUnavailableError, FormatError."""
+    with directory.offline(path) as engine:
+        return (await repair(engine))[0]
+
+
 async def repair(engine: Engine) -> tuple[list[Finding], list[Finding]]:
-    """Applies every fix; returns what was fixed and what is left. The engine is nobody else's meanwhile."""
+    """Applies every fix; returns what was fixed and what is left. Nobody else uses the engine meanwhile."""
     fixed: list[Finding] = []
     for _ in range(REPAIR_PASSES_MAX):
         findings = [finding async for finding in Checker(engine, None).run()]
@@ -291,17 +320,18 @@ async def repair(engine: Engine) -> tuple[list[Finding], list[Finding]]:
     return fixed, [finding async for finding in Checker(engine, None).run()]
 
 
-def _judge_opened(item: Open, raw: bytes, answer: bytes | ProviderRefusedError) -> Finding | None:
-    if isinstance(answer, ProviderRefusedError):
+def _judge_opened(item: DecryptItem, raw: bytes, answer: bytes | KmsRefusedError) -> Finding | None:
+    if isinstance(answer, KmsRefusedError):
         return Finding("unreadable", _shown(item.aad), f"its key does not open it ({answer.code})")
-    header: Any
+    thread = item.thread_id or ""
     try:
         if item.aad.endswith(b":meta"):
             header, _ = record.unpack_thread(raw)
-            record.open_thread(header, answer)
+            record.open_thread(header, thread, answer)
         else:
-            header, _ = record.unpack_message(raw)
-            record.open_message(header, header.first or item.aad[-keyspace.STAMP_BYTES :].decode(), answer)
+            version, _ = record.unpack_message(raw)
+            first = version.first or item.aad[-keyspace.STAMP_BYTES :].decode()
+            record.open_message(version, item.aad, thread, first, answer)
     except record.RecordFormatError as error:
         return Finding("unreadable", _shown(item.aad), str(error))
     return None

@@ -1,4 +1,4 @@
-"""The engine seam: what the store asks of a key-value engine, and nothing more.
+"""The engine seam: all that the store asks of a key-value engine.
 
 Owns: the protocol and its errors. Invariants:
 - An engine is an ordered map from bytes to bytes; keys sort as unsigned bytes. A value of None deletes.
@@ -7,8 +7,8 @@ Owns: the protocol and its errors. Invariants:
 - `get`, `scan` and `write` are called from one thread, so that what a caller reads between two awaits is one
   consistent view; `sync`, `checkpoint` and `reopen` block and may run in another thread meanwhile.
 - After a failed `write` or `sync` its puts may or may not be there, never a part of them; the engine refuses further
-  writes until `reopen` has made it certain. Reads go on. Compare-and-put is the writer's (store/writer.py), the only
-  one that writes.
+  writes until `reopen` has succeeded. Reads go on. Only the writer (store/writer.py) writes to an open store; it also
+  does compare-and-put.
 
 It must never interpret a key or a value.
 """
@@ -33,11 +33,7 @@ class EngineUnavailableError(StoreUnavailableError):
 
 
 class EngineBusyError(EngineUnavailableError):
-    """Nothing was written, since the engine would have to stall (its compaction is behind); try again soon."""
-
-
-class EngineLockedError(EngineUnavailableError):
-    """Another process has the directory open."""
+    """Nothing was written, because the engine would have to stall (its compaction is behind); try again soon."""
 
 
 class Reader(Protocol):

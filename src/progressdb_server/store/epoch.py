@@ -1,11 +1,12 @@
-"""Whether the key service is the one that this store's records were sealed by, and not an older state of it.
+"""Whether the key service is the one that sealed this store's records, and not an older state of it.
 
-Owns: the record `kms:epoch`. Every start and every keyring write of the key service raises its epoch; each audit line
-raises its head's sequence. Invariants: the highest epoch seen is remembered; a lower one, another keyring, or an
+Owns: the entry `keyspace.EPOCH`. Every start and every keyring write of the key service raises its epoch; each audit
+line raises its head's sequence. Invariants: the highest epoch seen is remembered; a lower one, another keyring, or an
 audit log that is shorter than one remembered is refused, unless the operator accepts a restore. A head is remembered
 only once it is AUDIT_SETTLED_S old: the key service may lose its newest lines, which it syncs every 100 ms, with the
-machine's power. `judge` sees only where the log ends: a key service that was started with a shortened log has written
-lines of its own by then. So one that this server starts is told the remembered line (`audit_head`), and looks for it.
+machine's power. `judge` sees only where the log ends; a key service that was started with a shortened log has written
+lines of its own by then. So the server passes the remembered line (`audit_head`) to a key service that it starts, which
+looks for it in its log.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ WAY_OUT: Final = "If this is a deliberate restore, start once with --accept-rest
 
 
 class RestoredError(Exception):
-    """The key service's state is older than what this store has seen, or another one's; the text says what to do."""
+    """The key service's state is older than what this store has seen, or belongs to another one; the text says what to
+    do."""
 
 
 class _Head(msgspec.Struct):
@@ -62,7 +64,7 @@ class EpochMemory:
         return remembered(self._reader)
 
     async def observe(self, status: dict[str, object], *, accept_restore: bool = False) -> None:
-        """Judge an answer of the key service's `/status`, and remember what it shows.
+        """Judge an answer to the key service's `/status`, and remember what it shows.
 
         A provider without epochs (development) is not judged, unless the store has seen one. Raises RestoredError,
         StoreUnavailableError.
@@ -73,7 +75,7 @@ class EpochMemory:
         except msgspec.ValidationError:
             if known is not None:
                 raise RestoredError(
-                    f"the key service does not tell its epoch, which it did before. {WAY_OUT}"
+                    f"the key service does not report its epoch, which it did before. {WAY_OUT}"
                 ) from None
             return
         if known is not None:
@@ -108,7 +110,7 @@ def remembered(reader: Reader) -> Remembered | None:
 
 
 def audit_head(reader: Reader) -> str:
-    """The line that the key service's audit log must have, as its flag takes it; empty where none is remembered.
+    """The line that the key service's audit log must have (`SEQ:SIG`), empty if none is remembered.
 
     Raises RestoredError, StoreUnavailableError.
     """

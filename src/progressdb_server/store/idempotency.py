@@ -1,8 +1,8 @@
-"""Creates that may be retried: the same key and request give the first answer again, and write nothing.
+"""Creates that may be retried: the same key and request give the first answer again and write nothing.
 
-Owns: the records `idem:<digest>`. Invariants: both digests are HMAC-SHA-256 under the caller's scope, which is itself
-keyed and never stored, so that neither the client's key nor its request can be guessed from the disk; the record is
-written in the same batch as what it speaks of; it counts for IDEMPOTENCY_AGE_S and is then swept.
+Owns: the entries of `keyspace.idempotency`. Invariants: both digests are HMAC-SHA-256 under the caller's scope, which
+is itself keyed and never stored, so that neither the client's key nor its request can be guessed from the disk; the
+entry is written in the batch of what it refers to; it counts for IDEMPOTENCY_AGE_S and is then deleted.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import msgspec
 
 from progressdb_server.store import keyspace
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
-from progressdb_server.store.model import Idempotency, IdempotencyConflictError
-from progressdb_server.store.writer import ConditionFailedError, Write, Writer
+from progressdb_server.store.model import ConditionFailedError, Idempotency, IdempotencyConflictError
+from progressdb_server.store.writer import Write, Writer
 
 IDEMPOTENCY_AGE_S: Final = 24 * 3600
 
@@ -29,13 +29,11 @@ class Remembered(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Ticket:
-    """One retriable create, before it is known whether it was done before."""
+    """One create that may be a retry."""
 
     def __init__(self, idempotency: Idempotency, request: object) -> None:
         scope = idempotency.scope.encode()
-        self.key = (
-            keyspace.IDEMPOTENCY + hmac.digest(scope, b"key:" + idempotency.key.encode(), "sha256").hex().encode()
-        )
+        self.key = keyspace.idempotency(hmac.digest(scope, b"key:" + idempotency.key.encode(), "sha256"))
         self._request = hmac.digest(scope, b"request:" + msgspec.json.encode(request, order="sorted"), "sha256")
 
     def recall(self, engine: Engine, now_ns: int) -> str | None:
@@ -63,11 +61,11 @@ async def sweep(engine: Engine, writer: Writer, now_ns: int) -> int:
     swept = 0
     lower, upper = keyspace.IDEMPOTENCY, keyspace.after(keyspace.IDEMPOTENCY)
     while entries := engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
-        lower = entries[-1][0] + b"\0"
+        lower = keyspace.next_key(entries[-1][0])
         old = [(key, raw) for key, raw in entries if _expired(msgspec.msgpack.decode(raw, type=Remembered), now_ns)]
         try:
             await writer.commit(Write([(key, None) for key, _ in old], old))
             swept += len(old)
-        except ConditionFailedError:  # one was renewed just now: the next sweep meets the others again
+        except ConditionFailedError:  # one was renewed meanwhile: the next sweep deletes the others
             continue
     return swept

@@ -1,18 +1,21 @@
-"""The key space: every key that the store writes, built and parsed in one place (docs/spec/store.md).
+"""The key space: stamps, ids, and every key that the store writes, built and parsed in one place (docs/spec/store.md).
 
-Invariants: keys are ASCII; `:` separates parts and appears in none, since every part is percent-encoded (RFC 3986,
-unreserved characters stay); so no id or author, whatever its characters, reaches another key. Stamps are fixed in
-width, so keys sort by time. It must never hold private text: parts are ids, authors and stamps.
+Owns: the last stamp given out (`Clock`), and the form of keys, ids and of the entries of the order index. Invariants:
+- Keys are ASCII; `:` separates parts and appears in none, since every part is percent-encoded (RFC 3986, unreserved
+  characters stay). So no id or author reaches the key of another one.
+- Stamps have one width, so keys sort by time. They strictly increase, within a process and across restarts
+  (`Clock.recover`), also when the system clock steps back: then the nanoseconds stay and the sequence counts on.
+It must never hold private text: parts are ids, authors and stamps.
 """
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import quote, unquote
-
-from progressdb_server.store.clock import Stamp
 
 FORMAT: Final = b"store:format"
 STATE: Final = b"store:state"
@@ -28,14 +31,77 @@ CREATED: Final = b"index:created:"
 CLOSED: Final = b"index:closed:"
 IDEMPOTENCY: Final = b"idem:"
 INDEX: Final = b"index:"
+JOBS: Final = b"job:"
+MIGRATED: Final = b"backup:migrate:"
 
+END: Final = b"\xff"
+"""Above every key."""
 PARTS_CACHED_MAX: Final = 16_384
 STAMP_BYTES: Final = 27
 """Of a stamp's text."""
+SEQUENCE_MAX: Final = 999_999
+"""Six digits in a key."""
 
 _MESSAGE_ID: Final = re.compile(r"msg-([1-9][0-9]{0,19})-([0-9]{6})", re.ASCII)
+JOB_ID: Final = re.compile(r"job-[0-9]{20}-[0-9a-f]{8}", re.ASCII)
+_DELETED: Final = b"d"
 
 
+# --- stamps -----------------------------------------------------------------------------------------------------------
+class Stamp(NamedTuple):
+    """Moment and order of a stored version: Unix nanoseconds, and a sequence that distinguishes stamps of one
+    nanosecond. Its text sorts as it does."""
+
+    ns: int
+    seq: int
+
+    @property
+    def raw(self) -> bytes:
+        return b"%020d-%06d" % self
+
+    @property
+    def text(self) -> str:
+        return self.raw.decode()
+
+    @classmethod
+    def parse(cls, text: str) -> Stamp:
+        """Raises ValueError for anything but the text of a stamp."""
+        if (
+            len(text) != STAMP_BYTES
+            or text[20] != "-"
+            or not (text[:20].isdecimal() and text[21:].isdecimal() and text.isascii())
+        ):
+            raise ValueError("not a stamp")
+        return cls(int(text[:20]), int(text[21:]))
+
+
+class Clock:
+    def __init__(self, now_ns: Callable[[], int]) -> None:
+        self.now_ns = now_ns
+        self._ns = 0
+        self._seq = 0
+
+    @property
+    def last(self) -> Stamp:
+        return Stamp(self._ns, self._seq)
+
+    def recover(self, last: Stamp) -> None:
+        """Continue after `last`, the highest stamp in the store."""
+        if last > self.last:
+            self._ns, self._seq = last
+
+    def next(self) -> Stamp:
+        now = self.now_ns()
+        if now > self._ns:
+            self._ns, self._seq = now, 0
+        elif self._seq < SEQUENCE_MAX:
+            self._seq += 1
+        else:
+            self._ns, self._seq = self._ns + 1, 0
+        return Stamp(self._ns, self._seq)
+
+
+# --- parts and ranges -------------------------------------------------------------------------------------------------
 @lru_cache(maxsize=PARTS_CACHED_MAX)
 def part(text: str) -> bytes:
     """One part of a key."""
@@ -51,8 +117,19 @@ def after(prefix: bytes) -> bytes:
     return prefix[:-1] + bytes((prefix[-1] + 1,))
 
 
+def next_key(key: bytes) -> bytes:
+    """The least key above `key`: where a walk continues."""
+    return key + b"\0"
+
+
+# --- ids --------------------------------------------------------------------------------------------------------------
 def message_id(first: Stamp) -> str:
     return f"msg-{first.ns}-{first.seq:06d}"
+
+
+def message_id_of(first: str) -> str:
+    """Of the text of a message's first stamp. Raises ValueError."""
+    return f"msg-{int(first[:20])}-{first[21:]}"
 
 
 def parse_message_id(text: str) -> Stamp | None:
@@ -65,44 +142,35 @@ def thread_id(created: Stamp) -> str:
     return f"thread-{created.ns}-{created.seq:06d}"
 
 
+def new_job_id(now_ns: int) -> str:
+    return f"job-{now_ns:020d}-{os.urandom(4).hex()}"
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
 def meta(thread: str) -> bytes:
-    return b"thread:%b:meta" % part(thread)
+    return meta_of(part(thread))
 
 
-def messages(thread: str) -> bytes:
-    """Prefix of the thread's records; the stamp follows."""
-    return b"thread:%b:msg:" % part(thread)
-
-
-def record(thread: str, stamp: Stamp) -> bytes:
-    return messages(thread) + stamp.raw
+def meta_of(thread_part: bytes) -> bytes:
+    return b"thread:%b:meta" % thread_part
 
 
 def key_map(thread: str) -> bytes:
     return MAP + part(thread)
 
 
-def versions(message: str) -> bytes:
-    """Prefix of the message's versions; the stamp follows. The value is the thread's id."""
-    return b"version:msg:%b:" % part(message)
-
-
-def order(thread: str) -> bytes:
-    """Prefix of the thread's messages in order of creation; the first version's stamp follows. Value: see
-    `messages.Place`."""
-    return b"index:order:%b:" % part(thread)
-
-
-def writers(thread: str) -> bytes:
-    return b"index:writer:%b:" % part(thread)
+def closed(thread: str) -> bytes:
+    """Present when the thread is deleted."""
+    return CLOSED + part(thread)
 
 
 def writer(thread: str, author: str) -> bytes:
-    return writers(thread) + part(author)
+    """Present when the author owns the thread or has written in it."""
+    return b"index:writer:%b:%b" % (part(thread), part(author))
 
 
 def authored(author: str) -> bytes:
-    """Prefix of the author's threads; `<created stamp>:<thread>` follows."""
+    """Prefix of the author's threads; `created(...)` follows."""
     return b"index:author:%b:" % part(author)
 
 
@@ -111,11 +179,110 @@ def created(stamp: Stamp, thread: str) -> bytes:
     return b"%b:%b" % (stamp.raw, part(thread))
 
 
-def closed(thread: str) -> bytes:
-    """Present when the thread is deleted."""
-    return CLOSED + part(thread)
+def last_part(key: bytes) -> str:
+    """The thread of an entry of `CREATED`, `authored(...)` or `MAP`."""
+    return unpart(key[key.rindex(b":") + 1 :])
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+def records(thread: str) -> tuple[bytes, bytes]:
+    """The range of the thread's records: its metadata, then its messages in order of their stamps."""
+    prefix = b"thread:%b:" % part(thread)
+    return prefix, after(prefix)
+
+
+def messages(thread: str) -> bytes:
+    """Prefix of the thread's message records; the stamp follows."""
+    return b"thread:%b:msg:" % part(thread)
+
+
+def message_of(thread_part: bytes, stamp: bytes) -> bytes:
+    """The record of one version."""
+    return b"thread:%b:msg:%b" % (thread_part, stamp)
+
+
+def versions(message: str) -> bytes:
+    """Prefix of the message's versions; the stamp follows. The value is the encoded part of the thread."""
+    return b"version:msg:%b:" % part(message)
+
+
+def order(thread: str) -> bytes:
+    """Prefix of the thread's messages in order of creation; the first version's stamp follows. The value is a
+    `Place`."""
+    return b"index:order:%b:" % part(thread)
+
+
+def version_keys(thread_part: bytes, message: str, first: bytes, own: bytes) -> tuple[bytes, bytes, bytes]:
+    """Of one version: its record, its version entry, and the order entry of its message. `message` is an id of this
+    server, `first` and `own` are stamps."""
+    return (
+        b"thread:%b:msg:%b" % (thread_part, own),
+        b"version:msg:%b:%b" % (message.encode(), own),
+        b"index:order:%b:%b" % (thread_part, first),
+    )
 
 
 def stamp_of(key: bytes) -> Stamp:
     """Of a key that ends in a stamp. Raises ValueError."""
     return Stamp.parse(key[key.rindex(b":") + 1 :].decode())
+
+
+def ns_of(key: bytes) -> int:
+    """The nanoseconds of a key that ends in a stamp. Raises ValueError."""
+    return int(key[-STAMP_BYTES:-7])
+
+
+class Place(NamedTuple):
+    """An entry of the order index: stamps of the message's first and latest version, and whether it is deleted.
+
+    On disk: the latest stamp, empty when it is the first one; then `d` if the latest version is a tombstone.
+    """
+
+    first: bytes
+    latest: bytes
+    deleted: bool
+
+    @classmethod
+    def parse(cls, key: bytes, value: bytes) -> Place:
+        """Raises ValueError."""
+        first = key[-STAMP_BYTES:]
+        if not value:
+            return cls(first, first, False)
+        found = latest(first, value)
+        if len(found) != STAMP_BYTES:
+            raise ValueError("the index entry is malformed")
+        return cls(first, found, is_deleted(value))
+
+
+def is_deleted(value: bytes) -> bool:
+    """Of the value of a `Place`."""
+    return value.endswith(_DELETED)
+
+
+def latest(first: bytes, value: bytes) -> bytes:
+    """The stamp of the latest version, as the value of a `Place` has it, well-formed or not."""
+    return value.removesuffix(_DELETED) or first
+
+
+def place(latest: bytes, *, is_first: bool, deleted: bool) -> bytes:
+    """The value of a `Place`."""
+    return (b"" if is_first else latest) + (_DELETED if deleted else b"")
+
+
+# --- jobs and backups -------------------------------------------------------------------------------------------------
+def job(job_id: str) -> bytes:
+    return JOBS + job_id.encode()
+
+
+def migrated(job_id: str) -> bytes:
+    """Prefix of the records that the job has replaced; the record's whole key follows."""
+    return b"%b%b:" % (MIGRATED, job_id.encode())
+
+
+def backup(created_ns: int) -> bytes:
+    """The entry of a backup of the store in the register."""
+    return b"%b%020d" % (BACKUPS, created_ns)
+
+
+def idempotency(digest: bytes) -> bytes:
+    return IDEMPOTENCY + digest.hex().encode()

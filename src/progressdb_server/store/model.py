@@ -1,15 +1,21 @@
-"""What the routes ask of the store: models, errors and the store protocol.
+"""What the rest of the server knows of the store: data, errors, and the protocols by which it is used.
 
-Invariants: authors, ids and timestamps are the only fields a store may keep in plaintext. Errors say what happened in
-a sentence for the client; the routes map each class to a status and add nothing.
+Owns: `ConversationStore`, which the routes of the API use, and `Store`, which adds what jobs, the viewer and commands
+use. Invariants: nothing here shows an engine, a storage key or a write; authors, ids and timestamps are the only fields
+that a store may keep in plaintext. The text of a `StoreError` is a sentence for the client; the routes map each class
+to a status.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Any, Protocol
+import asyncio
+import os
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
+
+from progressdb_server.metrics import StoreMetrics
 
 
 class Message(msgspec.Struct, omit_defaults=True):
@@ -27,6 +33,9 @@ class Message(msgspec.Struct, omit_defaults=True):
 
 
 class Thread(msgspec.Struct, omit_defaults=True):
+    """`slug` is made from the title. `updated_ts`: of the last change of the thread or of its newest message. Times are
+    Unix nanoseconds."""
+
     id: str
     title: str = ""
     author: str = ""
@@ -37,8 +46,24 @@ class Thread(msgspec.Struct, omit_defaults=True):
     deleted_ts: int = 0
 
 
+class FormatError(Exception):
+    """The directory is no store, one of a newer version, or one of the other kind; the text says what to do."""
+
+
+class ConditionFailedError(Exception):
+    """A stored value was not what the write expected; nothing was written. `key` names the first such value."""
+
+    def __init__(self, key: bytes) -> None:
+        super().__init__(key.decode(errors="replace"))
+        self.key = key
+
+
+class StaleRowError(Exception):
+    """The row of a job is no longer what was read; nothing was written."""
+
+
 class StoreError(Exception):
-    """Base of the tree; never raised itself."""
+    """Base of the errors that a client may be told; never raised itself."""
 
 
 class MessageNotFoundError(StoreError):
@@ -77,6 +102,10 @@ class StoreUnavailableError(StoreError):
         self.retry_after_s = retry_after_s
 
 
+class StoreLockedError(StoreUnavailableError):
+    """Another process has the store open."""
+
+
 class RecordUnreadableError(StoreError):
     """500: a stored record does not open (altered, misplaced, or its key is gone); names the record, never its
     content."""
@@ -91,12 +120,156 @@ class Idempotency(msgspec.Struct, frozen=True):
 
 
 class NewMessage(msgspec.Struct):
+    """What a client may set of a message. An empty `thread` asks for a new one."""
+
     author: str
     thread: str = ""
     role: str = "user"
     body: Any = None
     reply_to: str = ""
     reactions: dict[str, str] = {}
+
+    def first_version(self, message_id: str, thread: str, ts: int) -> Message:
+        return Message(
+            id=message_id,
+            thread=thread,
+            author=self.author,
+            role=self.role,
+            ts=ts,
+            body=self.body,
+            reply_to=self.reply_to,
+            reactions=self.reactions,
+        )
+
+
+class Record(NamedTuple):
+    """A stored record: its storage key, its bytes, its header, its key's id, and the part that only the key opens."""
+
+    key: bytes
+    raw: bytes
+    head: bytes
+    key_id: str
+    sealed: bytes
+
+
+class Chunk(NamedTuple):
+    """Consecutive entries of a thread. `malformed` are keys of entries that are no records, `last` is the storage key
+    of the last entry; `read_at` says when it was read, for `Store.rekeyed`."""
+
+    records: list[Record]
+    malformed: list[bytes]
+    last: str
+    read_at: int
+
+    @property
+    def entries(self) -> int:
+        return len(self.records) + len(self.malformed)
+
+
+class KeptRecord(NamedTuple):
+    """What a job has kept of a record that it re-encrypted: the record's storage key, and the id of the key that the
+    kept bytes are under (empty when they are malformed)."""
+
+    key: bytes
+    key_id: str
+
+
+class Restored(NamedTuple):
+    """`restored` records are back; of `kept` ones another version has been stored since, which stays."""
+
+    restored: int
+    kept: int
+
+
+class Step(msgspec.Struct, frozen=True):
+    """What is written together with the row of a job. Made by the store, opaque to everybody else.
+
+    `puts`: storage key and value, None deletes. `expect`: stored values that the write relies on, None for absent;
+    `read`: more of these, which were read at `read_at`.
+    """
+
+    puts: Sequence[tuple[bytes, bytes | None]] = ()
+    expect: Sequence[tuple[bytes, bytes | None]] = ()
+    read: Sequence[tuple[bytes, bytes]] = ()
+    read_at: int = 0
+
+
+class RowWrite(NamedTuple):
+    """A row that is being written: its storage key, and the end of the write."""
+
+    key: bytes
+    done: asyncio.Future[None]
+
+
+class StoredVersion(NamedTuple):
+    """The latest version of a message, or one version of it, with the id of the key that its record is under.
+    `versions` is how many the message has, counted up to a bound."""
+
+    message: Message
+    key_id: str
+    versions: int
+
+
+class File(msgspec.Struct):
+    """Of a backup."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct):
+    """Of a backup. Every write that was acknowledged by `created_ns` is in it."""
+
+    format: int
+    created_ns: int
+    files: list[File]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+
+class Registered(msgspec.Struct):
+    """A backup that was begun and is not forgotten."""
+
+    path: str
+    created_ns: int
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing is found at its path; a path that can't be looked at counts as there."""
+        try:
+            os.lstat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:
+            return False
+        return False
+
+
+class BackupError(Exception):
+    """The backup could not be made, or is not whole; the text says which file and what to do."""
+
+
+class BackupExistsError(BackupError):
+    """Something of this name is there; nothing was begun."""
+
+
+class BackupBusyError(BackupError):
+    """Another backup is being made; nothing was begun."""
+
+
+class BackupThereError(BackupError):
+    """The register forgets no backup that is there."""
+
+
+class BackupNotFoundError(BackupError):
+    """No backup of this name is registered."""
 
 
 class ConversationStore(Protocol):
@@ -105,9 +278,9 @@ class ConversationStore(Protocol):
     Every method may raise StoreUnavailableError; every reader may raise RecordUnreadableError.
     """
 
-    async def create_message(
-        self, new: NewMessage, *, idempotency: Idempotency | None = None, request_id: str = ""
-    ) -> Message:
+    def create_message(
+        self, new: NewMessage, *, idempotency: Idempotency | None = None, request_id: str | None = None
+    ) -> Coroutine[Any, Any, Message]:
         """Durable when it returns. A thread is made when none is named (under a new id) or the named one is unknown
         (under the name given). Raises ThreadDeletedError, IdempotencyConflictError."""
         ...
@@ -126,20 +299,22 @@ class ConversationStore(Protocol):
         role: str | None,
         reply_to: str | None,
         thread_id: str | None = None,
-        request_id: str = "",
+        request_id: str | None = None,
     ) -> Message: ...
 
     async def delete_message(
-        self, message_id: str, *, author: str | None, thread_id: str | None = None, request_id: str = ""
+        self, message_id: str, *, author: str | None, thread_id: str | None = None, request_id: str | None = None
     ) -> None: ...
 
     async def message_versions(self, message_id: str, *, thread_id: str | None = None) -> list[Message]:
         """Oldest first; empty for an unknown id."""
         ...
 
-    async def set_reaction(self, message_id: str, identity: str, reaction: str, *, request_id: str = "") -> Message: ...
+    async def set_reaction(
+        self, message_id: str, identity: str, reaction: str, *, request_id: str | None = None
+    ) -> Message: ...
 
-    async def remove_reaction(self, message_id: str, identity: str, *, request_id: str = "") -> None: ...
+    async def remove_reaction(self, message_id: str, identity: str, *, request_id: str | None = None) -> None: ...
 
     def list_messages(
         self,
@@ -159,7 +334,7 @@ class ConversationStore(Protocol):
         ...
 
     async def create_thread(
-        self, *, author: str, title: str, idempotency: Idempotency | None = None, request_id: str = ""
+        self, *, author: str, title: str, idempotency: Idempotency | None = None, request_id: str | None = None
     ) -> Thread: ...
 
     async def get_thread(self, thread_id: str) -> Thread:
@@ -167,10 +342,12 @@ class ConversationStore(Protocol):
         ...
 
     async def update_thread(
-        self, thread_id: str, *, author: str | None, title: str, request_id: str = ""
+        self, thread_id: str, *, author: str | None, title: str, request_id: str | None = None
     ) -> Thread: ...
 
-    async def delete_thread(self, thread_id: str, *, author: str | None, by: str, request_id: str = "") -> None: ...
+    async def delete_thread(
+        self, thread_id: str, *, author: str | None, by: str, request_id: str | None = None
+    ) -> None: ...
 
     def list_threads(
         self, *, author: str | None, title: str | None = None, slug: str | None = None, include_deleted: bool = False
@@ -182,6 +359,128 @@ class ConversationStore(Protocol):
         """`threads` and `messages` (stored versions)."""
         ...
 
-    def stored_keys(self, prefix: str) -> AsyncIterator[list[str]]: ...
+    def stored_keys(self, prefix: str) -> AsyncIterator[list[str]]:
+        """Storage keys in order, for an operator."""
+        ...
 
-    async def raw_value(self, key: str) -> bytes | None: ...
+    async def raw_value(self, key: str) -> bytes | None:
+        """What is stored at a storage key, as it is stored."""
+        ...
+
+
+class BackupRegister(Protocol):
+    """Backups of the store. Every method may raise StoreUnavailableError."""
+
+    async def back_up(self, path: str, *, previous: str | None = None) -> Manifest:
+        """Make a verified backup in the new directory `path`, beside running writes; it shares files with the backup
+        `previous`. The key service is backed up after this. Raises BackupError."""
+        ...
+
+    def backups(self) -> AsyncIterator[list[Registered]]:
+        """Those that were begun and are not forgotten, oldest first."""
+        ...
+
+    async def forget_backup(self, name: str) -> int:
+        """Remove the backup from the register: keys that only it needed may be destroyed. Returns how many entries it
+        had. Raises BackupNotFoundError, BackupThereError."""
+        ...
+
+
+class Store(ConversationStore, BackupRegister, Protocol):
+    """The whole store, as jobs and the viewer use it. Jobs own what is in their rows; the store owns where it is.
+
+    Walks are in chunks of at most `count_max` entries, each read when it is asked for.
+    """
+
+    metrics: StoreMetrics
+
+    # --- keys of threads ---
+    @property
+    def halted(self) -> str | None:
+        """Why nothing may be encrypted now (see store/epoch.py), None if it may."""
+        ...
+
+    def key_of_thread(self, thread_id: str) -> str | None:
+        """Id of the key that the thread is written under, None for an unknown thread."""
+        ...
+
+    def threads_with_keys(self) -> AsyncIterator[str]:
+        """Every thread."""
+        ...
+
+    def key_switched(self, thread_id: str, old: str, new: str) -> Step:
+        """The thread is written under `new` from here on. The condition fails unless it is under `old`."""
+        ...
+
+    def forget_key(self, thread_id: str) -> None:
+        """Read the thread's key again at its next use: it was switched."""
+        ...
+
+    # --- records ---
+    def record_chunks(
+        self, thread_id: str, count_max: int, *, behind: str = "", to_now: bool = False
+    ) -> Iterator[Chunk]:
+        """The thread's records, metadata included, in order of their storage keys, from the one behind the storage key
+        `behind`. `to_now`: without those that are created during the walk."""
+        ...
+
+    def count_records(self, thread_id: str, count_max: int) -> Iterator[int]: ...
+
+    def rekeyed(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> Step:
+        """Records with their new sealed parts, which are under `key_id`; the old bytes are kept for the job. The
+        condition fails if a record was changed since it was read at `read_at`."""
+        ...
+
+    # --- what jobs have kept of records ---
+    def kept_records(self, job_id: str) -> Iterator[list[KeptRecord]]: ...
+
+    def count_kept(self, job_id: str, count_max: int) -> Iterator[int]: ...
+
+    def kept_dropped(self, job_id: str, dropped: Collection[KeptRecord]) -> Step:
+        """The kept records are removed."""
+        ...
+
+    async def restore_kept(self, job_id: str) -> Restored:
+        """Put the kept records back, each only where the same version of its record is stored, or none, or a damaged
+        one. What was put back until an error stays."""
+        ...
+
+    # --- rows of jobs ---
+    def new_job_id(self, now_ns: int) -> str:
+        """Ids sort by time."""
+        ...
+
+    def job_row(self, job_id: str) -> bytes | None:
+        """None also for a malformed id."""
+        ...
+
+    def job_rows(self, *, newest_first: bool = False) -> Iterator[list[bytes]]: ...
+
+    def write_row(self, job_id: str, old: bytes | None, new: bytes, step: Step = ...) -> RowWrite:
+        """Replace the row `old` (None: there is none) and carry out the step, all or nothing. What is written later may
+        rely on it: it is written later, and not at all if this is not."""
+        ...
+
+    async def settle_row(self, write: RowWrite) -> None:
+        """Durable when it returns. Raises StaleRowError; ConditionFailedError for a condition of the step;
+        StoreUnavailableError, after which the write may or may not be there."""
+        ...
+
+    async def remove_rows(self, job_ids: Collection[str]) -> None: ...
+
+    # --- pages of the viewer ---
+    def thread_page(self, *, author: str, id_prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
+        """Ids of threads, newest first (by the beginning of an id: in the order of ids), and the cursor of the next
+        page, empty on the last."""
+        ...
+
+    async def message_page(
+        self, thread_id: str, *, before: str, after: str, limit: int, versions_max: int
+    ) -> tuple[list[StoredVersion], bool]:
+        """The most recent messages, or those next to a message id, in order of creation; and whether there are more in
+        that direction. Raises MessageNotFoundError for a malformed id."""
+        ...
+
+    async def version_page(self, message_id: str, limit: int) -> list[StoredVersion]:
+        """The oldest versions, oldest first. Raises MessageNotFoundError."""
+        ...

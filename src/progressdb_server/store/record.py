@@ -17,6 +17,10 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from progressdb_server.store import keyspace
+from progressdb_server.store.keyspace import Stamp
+from progressdb_server.store.model import Message, Thread
+
 VERSION: Final = 1
 _PREFIX_BYTES: Final = 3
 
@@ -73,7 +77,7 @@ _to_header = msgspec.msgpack.Encoder().encode
 _message_header = msgspec.msgpack.Decoder(MessageHeader).decode
 _thread_header = msgspec.msgpack.Decoder(ThreadHeader).decode
 _any_header = msgspec.msgpack.Decoder(list[Any]).decode
-encode_secret = msgspec.json.Encoder().encode
+_to_secret = msgspec.json.Encoder().encode
 _message_secret = msgspec.json.Decoder(MessageSecret).decode
 _thread_secret = msgspec.json.Decoder(ThreadSecret).decode
 
@@ -153,17 +157,57 @@ def _fields(head: bytes) -> list[Any]:
     return fields
 
 
-def open_message(header: MessageHeader, first: str, plaintext: bytes) -> MessageSecret:
-    """`first`: of the message that the reader expects here. Raises RecordFormatError."""
+def message_secret(message: Message, first: str) -> bytes:
+    """The plaintext of the sealed part; `first` is the text of the stamp of the message's first version."""
+    return _to_secret(
+        MessageSecret(
+            first, message.author, message.deleted, message.role, message.body, message.reply_to, message.reactions
+        )
+    )
+
+
+def thread_secret(thread: Thread) -> bytes:
+    return _to_secret(ThreadSecret(thread.author, thread.deleted, thread.title, thread.slug))
+
+
+def open_message(header: MessageHeader, key: bytes, thread: str, first: str, plaintext: bytes) -> Message:
+    """The version that is stored at `key`; `first` is the stamp of the message that the reader expects there. Raises
+    RecordFormatError."""
     secret = _decoded(_message_secret, plaintext, "the sealed part is not a message's")
     if secret.first != first or secret.author != header.author or secret.deleted != header.deleted:
         raise RecordFormatError("the header is not the one that was sealed")
-    return secret
+    try:
+        return Message(
+            id=keyspace.message_id_of(first),
+            thread=thread,
+            author=secret.author,
+            role=secret.role,
+            ts=keyspace.ns_of(key),
+            body=secret.body,
+            reply_to=secret.reply_to,
+            deleted=secret.deleted,
+            reactions=secret.reactions,
+        )
+    except ValueError as error:
+        raise RecordFormatError("the record's place names no stamp") from error
 
 
-def open_thread(header: ThreadHeader, plaintext: bytes) -> ThreadSecret:
-    """Raises RecordFormatError."""
+def open_thread(header: ThreadHeader, thread: str, plaintext: bytes) -> Thread:
+    """The thread's metadata; `updated_ts` is that of the metadata alone. Raises RecordFormatError."""
     secret = _decoded(_thread_secret, plaintext, "the sealed part is not a thread's")
     if secret.author != header.author or secret.deleted != bool(header.deleted_ns):
         raise RecordFormatError("the header is not the one that was sealed")
-    return secret
+    try:
+        created = Stamp.parse(header.created)
+    except ValueError as error:
+        raise RecordFormatError("the header names no time of creation") from error
+    return Thread(
+        id=thread,
+        title=secret.title,
+        author=secret.author,
+        slug=secret.slug,
+        created_ts=created.ns,
+        updated_ts=header.updated_ns,
+        deleted=secret.deleted,
+        deleted_ts=header.deleted_ns,
+    )

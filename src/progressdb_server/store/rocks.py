@@ -1,7 +1,7 @@
 """The RocksDB engine, through `rocksdict` in raw mode (bytes in, bytes out).
 
 Owns: the options, the one database handle, recovery by reopening. Invariants:
-- One process has the directory open for writing (RocksDB's own lock); `open_beside` reads beside it.
+- One process has the directory open for writing (RocksDB's own lock); `RocksReader` reads beside it.
 - The write-ahead log is always on. `write` puts a group into it without waiting for the disk; `sync` waits, and gives
   up the interpreter lock while it does, so it belongs in a worker thread (docs/decisions/0020-the-store.md).
 - A pass over much, that is a scan with a bound of bytes or of keys alone, puts nothing into the cache, where it would
@@ -37,12 +37,8 @@ from rocksdict import (
     WriteOptions,
 )
 
-from progressdb_server.store.engine import (
-    SCAN_ENTRIES_MAX,
-    EngineBusyError,
-    EngineLockedError,
-    EngineUnavailableError,
-)
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineBusyError, EngineUnavailableError
+from progressdb_server.store.model import StoreLockedError
 
 BLOCK_CACHE_BYTES: Final = 32 * 1024 * 1024
 WRITE_BUFFER_BYTES: Final = 16 * 1024 * 1024
@@ -96,17 +92,23 @@ def _options() -> Options:
     return options
 
 
+def check_exists(path: str) -> None:
+    """Raises EngineUnavailableError unless the directory holds a database."""
+    if not os.path.isfile(os.path.join(path, "CURRENT")):
+        raise EngineUnavailableError(f"{path} holds no store")
+
+
 class RocksEngine:
     """See `store.engine.Engine`."""
 
     def __init__(self, path: str) -> None:
-        """Raises EngineLockedError, EngineUnavailableError."""
+        """Raises StoreLockedError, EngineUnavailableError."""
         self._path = path
         os.makedirs(path, mode=0o700, exist_ok=True)
         self._write_options = WriteOptions()
         self._write_options.no_slowdown = True
         self._failed = False
-        self._sync_lock = threading.Lock()  # nobody may take the handle from under a running `sync`
+        self._sync_lock = threading.Lock()  # the handle must not be closed while `sync` uses it
         self._db: Any = self._open()
 
     @property
@@ -118,7 +120,7 @@ class RocksEngine:
             return Rdict(self._path, _options())
         except Exception as error:
             if "LOCK:" in str(error):
-                raise EngineLockedError(f"{self._path} is in use by another process") from error
+                raise StoreLockedError(f"{self._path} is in use by another process") from error
             raise EngineUnavailableError(f"cannot open {self._path}: {error}") from error
 
     def get(self, key: bytes) -> bytes | None:
@@ -206,11 +208,11 @@ class RocksEngine:
 
 
 class RocksReader:
-    """A second, reading view of a directory that a running server has open: `refresh` follows it."""
+    """A read-only view of a directory that a server may have open; it does not change until `refresh`. See
+    `store.engine.Reader`."""
 
     def __init__(self, path: str) -> None:
-        if not os.path.isfile(os.path.join(path, "CURRENT")):
-            raise EngineUnavailableError(f"{path} holds no store")
+        check_exists(path)
         self._scratch = tempfile.TemporaryDirectory(prefix="progressdb-reader-")
         try:
             options = _options()

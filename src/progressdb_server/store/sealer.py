@@ -1,13 +1,14 @@
 """Sealing and opening: the only place where records meet the key service.
 
-Owns: which key a thread has (the stored map `kms:map:thread:<id>` and a bounded cache of it), the writing of sealed
-records under that key, and the opening of stored ones. Invariants:
+Owns: which key a thread has (a bounded cache of the stored map), the writing of sealed records under that key, the
+making of a new thread's key, the opening of stored records, and which error of the store a failure of the key service
+is. Invariants:
 - Nothing is put on the disk but what the provider answered, and only if it has the length of a sealed record; when it
   does not answer, the write fails.
 - A record is written only while the key that sealed it is still its thread's and the thread is not deleted: both are
-  conditions of the write. A key that was switched meanwhile means sealing again under the new one.
-- The map is written once per thread, in the batch of the thread's metadata; the loser of a race retires its key.
-- Opening goes by the record's own key id, in one batch, whatever the number of keys.
+  conditions of the write. If the key was switched meanwhile, the record is sealed again under the new one.
+- The map is written once per thread, in the batch of the thread's metadata; whoever loses a race retires its key.
+- Opening uses the record's own key id, in one batch, whatever the number of keys.
 """
 
 from __future__ import annotations
@@ -15,23 +16,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from minikms import api
-from progressdb_server.kms.provider import (
-    Open,
-    Provider,
-    ProviderError,
-    ProviderRefusedError,
-    ProviderUnavailableError,
-    Seal,
-)
+from minikms.client import DecryptItem, EncryptItem, KmsError, KmsRefusedError
+from progressdb_server.kms.provider import Fault, Provider, fault
+from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
-from progressdb_server.store.clock import Clock, Stamp
+from progressdb_server.store.drafts import Draft
 from progressdb_server.store.engine import Engine
-from progressdb_server.store.metrics import StoreMetrics
-from progressdb_server.store.model import RecordUnreadableError, StoreUnavailableError, ThreadDeletedError
-from progressdb_server.store.writer import ConditionFailedError, Write, Writer
+from progressdb_server.store.keyspace import Clock, Stamp
+from progressdb_server.store.model import (
+    ConditionFailedError,
+    RecordUnreadableError,
+    StoreError,
+    StoreUnavailableError,
+    ThreadDeletedError,
+)
+from progressdb_server.store.writer import Writer
 
 THREADS_CACHED_MAX: Final = 16_384
 WRITERS_CACHED_MAX: Final = 256
@@ -43,22 +45,23 @@ SEAL_BYTES: Final = 28
 """Nonce (12) and tag (16): by how much a sealed record is longer. An answer of another length, such as the plaintext
 itself, is never stored."""
 
-_REFUSED_FOR_NOW: Final = frozenset(
-    {
-        api.CODE_KEY_UNREADABLE,
-        api.CODE_AUDIT_UNAVAILABLE,
-        api.CODE_STORAGE_UNAVAILABLE,
-        api.CODE_SHUTTING_DOWN,
-        api.CODE_INTERRUPTED,
-        api.CODE_TIMEOUT,
-    }
-)
-"""Answers that say nothing about the record: the same call may succeed later."""
+RETRY_AFTER_S: Final = 2
+"""What a client is told to wait while the key service is away."""
+
+
+def store_error(error: KmsError, record_key: bytes | None = None) -> StoreError:
+    """What a failure of the key service is to the caller of the store. `record_key`: the storage key of the record that
+    it refused to open."""
+    if not isinstance(error, KmsRefusedError) or fault(error) is Fault.SERVICE:
+        return StoreUnavailableError("the key service is not available now", RETRY_AFTER_S)
+    if record_key is not None and fault(error) is Fault.REQUEST:
+        return RecordUnreadableError(f"the record {record_key.decode()} does not open ({error.code})")
+    return StoreUnavailableError(f"the key service refused ({error.code})")
 
 
 class ThreadState:
-    """What a write needs to know of its thread. `deleted` is a hint that saves work; the write's condition
-    decides."""
+    """What a write needs to know of its thread. `deleted` may be out of date and only saves work; the condition of the
+    write decides."""
 
     __slots__ = ("closed_key", "deleted", "key_id", "key_raw", "map_key", "stands", "thread", "writers")
 
@@ -70,21 +73,13 @@ class ThreadState:
         self.map_key = keyspace.key_map(thread)
         self.closed_key = keyspace.closed(thread)
         self.stands = ((self.map_key, key_raw), (self.closed_key, None))
-        """What every write of the thread expects."""
+        """The conditions of every write of the thread."""
         self.writers: set[str] = set()
 
     def remember_writer(self, author: str) -> None:
         if len(self.writers) >= WRITERS_CACHED_MAX:
             self.writers.clear()
         self.writers.add(author)
-
-
-class Draft(NamedTuple):
-    """A write of one thread before it is sealed. `secrets`: storage key and plaintext of each record; `finish` turns
-    key id and sealed parts into the puts."""
-
-    secrets: Sequence[tuple[bytes, bytes]]
-    finish: Callable[[str, Sequence[bytes]], Write]
 
 
 class Sealer:
@@ -96,7 +91,7 @@ class Sealer:
         self._metrics = metrics
         self._threads: dict[str, ThreadState] = {}
         self.halted: str | None = None
-        """When set, nothing is sealed: the key service must not be written under (see store/epoch.py)."""
+        """Why nothing may be sealed, None if it may (see store/epoch.py)."""
 
     # --- threads and their keys -----------------------------------------------------------------------------------
     def thread(self, thread: str) -> ThreadState | None:
@@ -116,29 +111,16 @@ class Sealer:
         return state
 
     def forget(self, thread: str | None = None) -> None:
-        """Read the thread's map (None: every thread's) anew at the next use."""
+        """Read the thread's map (None: every thread's) again at its next use."""
         if thread is None:
             self._threads.clear()
         else:
             self._threads.pop(thread, None)
 
-    async def new_key(self, thread: str, request_id: str) -> str:
-        if self.halted is not None:
-            raise StoreUnavailableError(self.halted)
-        try:
-            return (await self._provider.create_dek_for_thread(thread, request_id=request_id)).key_id
-        except ProviderError as error:
-            raise unavailable(error) from error
-
-    async def retire(self, key_id: str, request_id: str) -> None:
-        """Of a key that nothing was stored under. A failure leaves an orphan that the key service lists."""
-        with contextlib.suppress(ProviderError):
-            await self._provider.retire(key_id, request_id=request_id)
-
     # --- writing --------------------------------------------------------------------------------------------------
-    async def append(self, state: ThreadState, draft: Callable[[Stamp], Draft], request_id: str) -> None:
-        """Seal and commit under the thread's current key, at a new stamp. Raises ThreadDeletedError;
-        ConditionFailedError for a condition of the draft's own."""
+    async def append(self, state: ThreadState, draft: Callable[[Stamp], Draft], request_id: str | None) -> None:
+        """Seal and commit under the thread's current key, at a new stamp. Raises ThreadDeletedError,
+        StoreUnavailableError; ConditionFailedError for a condition of the draft's own."""
         deadline: float | None = None
         while True:
             if state.deleted:
@@ -147,7 +129,7 @@ class Sealer:
                 slot = self._writer.reserve(state.map_key)
                 try:
                     made = draft(self._clock.next())
-                    sealed = await self.seal(state.thread, state.key_id, made.secrets, request_id)
+                    sealed = await self._seal(state.thread, state.key_id, made.secrets, request_id)
                     done = self._writer.submit(slot, made.finish(state.key_id, sealed), state.stands)
                 finally:
                     self._writer.leave(slot)
@@ -156,12 +138,10 @@ class Sealer:
             except ConditionFailedError as error:
                 if error.key not in (state.map_key, state.closed_key):
                     raise
-            except ProviderRefusedError as error:
-                if error.code != api.CODE_KEY_RETIRED:
-                    raise unavailable(error) from error
-            except ProviderError as error:
-                raise unavailable(error) from error
-            # The key was switched, or is just being switched: go by the stored map.
+            except KmsError as error:
+                if not isinstance(error, KmsRefusedError) or error.code != api.CODE_KEY_RETIRED:
+                    raise store_error(error) from error
+            # The key was switched, or is being switched: the stored map decides.
             self.forget(state.thread)
             renewed = self.thread(state.thread)
             if renewed is None:
@@ -175,58 +155,73 @@ class Sealer:
                 await asyncio.sleep(KEY_SWITCH_POLL_S)
             state = renewed
 
-    async def seal(
-        self, thread: str, key_id: str, secrets: Sequence[tuple[bytes, bytes]], request_id: str
+    async def found(self, thread: str, draft: Draft, request_id: str | None) -> None:
+        """Make the key of a new thread, then seal and commit under it. Raises StoreUnavailableError;
+        ConditionFailedError when somebody else made the thread first. The key is retired then; if that fails, the key
+        service lists it as one that no record uses."""
+        self._check_halted()
+        try:
+            key_id = (await self._provider.create_dek_for_thread(thread, request_id=request_id)).key_id
+        except KmsError as error:
+            raise store_error(error) from error
+        try:
+            sealed = await self._seal(thread, key_id, draft.secrets, request_id)
+            await self._writer.commit(draft.finish(key_id, sealed))
+        except (KmsError, ConditionFailedError) as error:
+            with contextlib.suppress(KmsError):
+                await self._provider.retire_key(key_id, request_id=request_id)
+            if isinstance(error, KmsError):
+                raise store_error(error) from error
+            raise
+
+    async def _seal(
+        self, thread: str, key_id: str, secrets: Sequence[tuple[bytes, bytes]], request_id: str | None
     ) -> list[bytes]:
-        """Raises ProviderError."""
-        if self.halted is not None:
-            raise StoreUnavailableError(self.halted)
+        """Raises KmsError, StoreUnavailableError."""
+        self._check_halted()
         if len(secrets) == 1:
             ((key, plaintext),) = secrets
-            alone = await self._provider.encrypt_with_key(
-                key_id, plaintext, aad=key, thread_id=thread, request_id=request_id
-            )
+            alone = await self._provider.encrypt(key_id, plaintext, aad=key, thread_id=thread, request_id=request_id)
             if len(alone) != len(plaintext) + SEAL_BYTES:
                 raise StoreUnavailableError("the key service answered wrongly")
             return [alone]
-        answers = await self._provider.encrypt_many(
-            [Seal(key_id, plaintext, key, thread, request_id) for key, plaintext in secrets]
+        answers = await self._provider.encrypt_batch(
+            [
+                EncryptItem(key_id=key_id, plaintext=plaintext, aad=key, thread_id=thread, request_id=request_id)
+                for key, plaintext in secrets
+            ]
         )
         if len(answers) != len(secrets):
             raise StoreUnavailableError("the key service answered wrongly")
         sealed: list[bytes] = []
         for (_, plaintext), answer in zip(secrets, answers, strict=True):
-            if isinstance(answer, ProviderRefusedError):
+            if isinstance(answer, KmsRefusedError):
                 raise answer
             if len(answer) != len(plaintext) + SEAL_BYTES:
                 raise StoreUnavailableError("the key service answered wrongly")
             sealed.append(answer)
         return sealed
 
+    def _check_halted(self) -> None:
+        if self.halted is not None:
+            raise StoreUnavailableError(self.halted)
+
     # --- reading --------------------------------------------------------------------------------------------------
-    async def open(self, records: Sequence[Open]) -> list[bytes]:
-        """The plaintexts, in order. Raises StoreUnavailableError, RecordUnreadableError."""
+    async def open(self, records: Sequence[DecryptItem]) -> list[bytes]:
+        """The plaintexts, in order; the `aad` of each is its storage key. Raises StoreUnavailableError,
+        RecordUnreadableError."""
         if not records:
             return []
         self._metrics.opened(len(records))
         try:
-            answers = await self._provider.decrypt_many(records)
-        except ProviderError as error:
-            raise unavailable(error) from error
+            answers = await self._provider.decrypt_batch(records)
+        except KmsError as error:
+            raise store_error(error) from error
         if len(answers) != len(records):
             raise StoreUnavailableError("the key service answered wrongly")
         opened: list[bytes] = []
         for item, answer in zip(records, answers, strict=True):
-            if isinstance(answer, ProviderRefusedError):
-                if answer.code in _REFUSED_FOR_NOW:
-                    raise unavailable(answer) from answer
-                raise RecordUnreadableError(f"the record {item.aad.decode()} does not open ({answer.code})")
+            if isinstance(answer, KmsRefusedError):
+                raise store_error(answer, item.aad) from answer
             opened.append(answer)
         return opened
-
-
-def unavailable(error: ProviderError) -> StoreUnavailableError:
-    if isinstance(error, ProviderUnavailableError):
-        return StoreUnavailableError("the key service is not available now", error.retry_after_s)
-    code = error.code if isinstance(error, ProviderRefusedError) else api.CODE_INTERNAL
-    return StoreUnavailableError(f"the key service refused ({code})")

@@ -1,25 +1,27 @@
-"""Threads: metadata, the indexes that find them, founding and deleting.
+"""Threads: creating, finding, renaming and deleting them.
 
-Owns: `thread:<id>:meta` and the indexes `created`, `author`, `writer` (the founder's entry) and `closed`. Invariants:
-a thread's key map, metadata and index entries come into being in one batch; its last change is the later one of its
-metadata and its newest record, so appending a message rewrites nothing; a deleted thread takes no further write.
+Owns: what a thread's metadata becomes, and the lists of threads. Invariants: a thread's key map, metadata and index
+entries are written in one batch; its last change is the later of its metadata and its newest record, so appending a
+message rewrites nothing; a deleted thread takes no further write.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from minikms import api
-from progressdb_server.kms.provider import Open, ProviderError
-from progressdb_server.store import keyspace, record
-from progressdb_server.store.clock import Clock, Stamp
-from progressdb_server.store.engine import Engine
+from minikms.client import DecryptItem
+from progressdb_server.store import drafts, keyspace, record
+from progressdb_server.store.directory import OpenStore
+from progressdb_server.store.drafts import Draft
 from progressdb_server.store.idempotency import Ticket
+from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import (
+    ConditionFailedError,
     Idempotency,
     InvalidThreadIdError,
     NotTheAuthorError,
@@ -27,12 +29,12 @@ from progressdb_server.store.model import (
     Thread,
     ThreadNotFoundError,
 )
-from progressdb_server.store.sealer import Draft, Sealer, ThreadState, unavailable
-from progressdb_server.store.writer import ConditionFailedError, NamedLocks, Write, Writer
+from progressdb_server.store.sealer import Sealer, ThreadState
 
 LIST_THREADS_MAX: Final = 512
 """Of one chunk of a list."""
 LIST_BYTES_MAX: Final = 4 * 1024 * 1024
+"""Of sealed parts in one chunk, exceeded by one record at most."""
 SLUG_SEPARATORS: Final = re.compile(r"[^a-z0-9]+")
 
 
@@ -40,106 +42,45 @@ def slug_of(title: str, thread: str) -> str:
     return f"{SLUG_SEPARATORS.sub('-', title.lower()).strip('-') or 't'}-{thread}"
 
 
-class Founding(msgspec.Struct, frozen=True):
-    """A thread about to be: its metadata, and the plaintext of its record."""
+class Threads(OpenStore):
+    """See `store.model.ConversationStore`."""
 
-    thread: Thread
-    created: Stamp
+    sealer: Sealer
 
-    @property
-    def secret(self) -> tuple[bytes, bytes]:
-        thread = self.thread
-        secret = record.ThreadSecret(thread.author, False, thread.title, thread.slug)
-        return keyspace.meta(thread.id), record.encode_secret(secret)
-
-    def puts(self, key_id: str, sealed: bytes) -> list[tuple[bytes, bytes | None]]:
-        thread = self.thread
-        header = record.ThreadHeader(key_id, thread.author, self.created.text, self.created.ns, 0)
-        entry = keyspace.created(self.created, thread.id)
-        return [
-            (keyspace.key_map(thread.id), key_id.encode()),
-            (keyspace.meta(thread.id), record.pack(header, sealed)),
-            (keyspace.CREATED + entry, b""),
-            (keyspace.authored(thread.author) + entry, b""),
-            (keyspace.writer(thread.id, thread.author), b""),
-        ]
-
-    @property
-    def expect(self) -> list[tuple[bytes, bytes | None]]:
-        """Nobody else founded the thread meanwhile."""
-        return [(keyspace.key_map(self.thread.id), None), (keyspace.meta(self.thread.id), None)]
-
-
-class Threads:
-    def __init__(self, engine: Engine, writer: Writer, sealer: Sealer, clock: Clock, locks: NamedLocks) -> None:
-        self._engine = engine
-        self._writer = writer
-        self._sealer = sealer
-        self._clock = clock
-        self._locks = locks
-
-    # --- founding -------------------------------------------------------------------------------------------------
-    def plan(self, *, author: str, title: str | None, name: str = "") -> Founding:
-        """`name`: the id asked for. Raises InvalidThreadIdError."""
+    # --- creating -------------------------------------------------------------------------------------------------
+    def new_thread(self, *, author: str, title: str | None, name: str = "") -> tuple[Thread, Stamp]:
+        """A thread that is not stored yet; `name` is the id asked for. Raises InvalidThreadIdError."""
         if name and not api.THREAD_ID_PATTERN.fullmatch(name):
             raise InvalidThreadIdError("a thread id is 1 to 128 of A-Z, a-z, 0-9, '.', '_', '-'")
-        created = self._clock.next()
+        created = self.clock.next()
         thread = name or keyspace.thread_id(created)
         if title is None:
-            title = f"New Thread #{self._writer.state.threads + 1}"
-        meta = Thread(
-            id=thread,
-            title=title,
-            author=author,
-            slug=slug_of(title, thread),
-            created_ts=created.ns,
-            updated_ts=created.ns,
-        )
-        return Founding(meta, created)
+            title = f"New Thread #{self.writer.state.threads + 1}"
+        slug = slug_of(title, thread)
+        made = Thread(id=thread, title=title, author=author, slug=slug, created_ts=created.ns, updated_ts=created.ns)
+        return made, created
 
-    async def found(
-        self, founding: Founding, first: Draft | None, extra: Sequence[tuple[bytes, bytes | None]], request_id: str
-    ) -> None:
-        """Make the thread, with the message `first` if one is given, in one write. Raises ConditionFailedError when
-        somebody else made it first; the key made here is then retired."""
-        thread = founding.thread.id
-        key_id = await self._sealer.new_key(thread, request_id)
-        secrets = [founding.secret, *(first.secrets if first else ())]
-        try:
-            sealed = await self._sealer.seal(thread, key_id, secrets, request_id)
-        except ProviderError as error:
-            await self._sealer.retire(key_id, request_id)
-            raise unavailable(error) from error
-        puts = [*founding.puts(key_id, sealed[0]), *extra]
-        messages = 0
-        if first:
-            write = first.finish(key_id, sealed[1:])
-            puts += write.puts
-            messages = write.messages
-        try:
-            await self._writer.commit(Write(puts, founding.expect, threads=1, messages=messages))
-        except ConditionFailedError:
-            await self._sealer.retire(key_id, request_id)
-            raise
-
-    async def create(self, *, author: str, title: str, idempotency: Idempotency | None, request_id: str) -> Thread:
+    async def create_thread(
+        self, *, author: str, title: str, idempotency: Idempotency | None = None, request_id: str | None = None
+    ) -> Thread:
         if idempotency is None:
-            founding = self.plan(author=author, title=title)
-            await self.found(founding, None, (), request_id)
-            return founding.thread
+            thread, created = self.new_thread(author=author, title=title)
+            await self.sealer.found(thread.id, drafts.new_thread(thread, created), request_id)
+            return thread
         ticket = Ticket(idempotency, ["thread", author, title])
-        async with self._locks.hold(ticket.key):
-            made = ticket.recall(self._engine, self._clock.now_ns())
+        async with self.locks.hold(ticket.key):
+            made = ticket.recall(self.engine, self.clock.now_ns())
             if made is not None:
-                await self._writer.barrier()
-                return await self.get(made)
-            founding = self.plan(author=author, title=title)
-            await self.found(founding, None, (ticket.put(founding.thread.id, founding.created.ns),), request_id)
-            return founding.thread
+                await self.writer.barrier()
+                return await self.get_thread(made)
+            thread, created = self.new_thread(author=author, title=title)
+            draft = drafts.new_thread(thread, created, (ticket.put(thread.id, created.ns),))
+            await self.sealer.found(thread.id, draft, request_id)
+            return thread
 
     # --- reading --------------------------------------------------------------------------------------------------
-    def _load(self, thread: str) -> tuple[record.ThreadHeader, bytes] | None:
-        raw = self._engine.get(keyspace.meta(thread))
+    def _load_thread(self, thread: str) -> tuple[record.ThreadHeader, bytes] | None:
+        raw = self.engine.get(keyspace.meta(thread))
         if raw is None:
             return None
         try:
@@ -147,55 +88,47 @@ class Threads:
         except record.RecordFormatError as error:
             raise RecordUnreadableError(f"the metadata of thread {thread} is malformed") from error
 
-    async def _open(self, loaded: Sequence[tuple[str, record.ThreadHeader, bytes]]) -> list[Thread]:
-        plaintexts = await self._sealer.open(
-            [Open(header.key_id, sealed, keyspace.meta(thread), thread) for thread, header, sealed in loaded]
+    async def _open_threads(self, loaded: Sequence[tuple[str, record.ThreadHeader, bytes]]) -> list[Thread]:
+        plaintexts = await self.sealer.open(
+            [
+                DecryptItem(key_id=header.key_id, ciphertext=sealed, aad=keyspace.meta(thread), thread_id=thread)
+                for thread, header, sealed in loaded
+            ]
         )
         threads: list[Thread] = []
-        for (thread, header, _), plaintext in zip(loaded, plaintexts, strict=True):
+        for (name, header, _), plaintext in zip(loaded, plaintexts, strict=True):
             try:
-                secret = record.open_thread(header, plaintext)
-                created = Stamp.parse(header.created).ns
-            except (record.RecordFormatError, ValueError) as error:
-                raise RecordUnreadableError(f"the metadata of thread {thread} is malformed") from error
-            threads.append(
-                Thread(
-                    id=thread,
-                    title=secret.title,
-                    author=secret.author,
-                    slug=secret.slug,
-                    created_ts=created,
-                    updated_ts=max(header.updated_ns, self._last_touch(thread)),
-                    deleted=secret.deleted,
-                    deleted_ts=header.deleted_ns,
-                )
-            )
+                thread = record.open_thread(header, name, plaintext)
+            except record.RecordFormatError as error:
+                raise RecordUnreadableError(f"the metadata of thread {name} is malformed") from error
+            thread.updated_ts = max(thread.updated_ts, self._last_touch(name))
+            threads.append(thread)
         return threads
 
     def _last_touch(self, thread: str) -> int:
         prefix = keyspace.messages(thread)
-        newest = self._engine.scan(prefix, keyspace.after(prefix), limit=1, reverse=True)
+        newest = self.engine.scan(prefix, keyspace.after(prefix), limit=1, reverse=True)
         return keyspace.stamp_of(newest[0][0]).ns if newest else 0
 
-    async def get(self, thread: str) -> Thread:
-        loaded = self._load(thread)
+    async def get_thread(self, thread_id: str) -> Thread:
+        loaded = self._load_thread(thread_id)
         if loaded is None:
             raise ThreadNotFoundError("thread not found")
-        return (await self._open([(thread, *loaded)]))[0]
+        return (await self._open_threads([(thread_id, *loaded)]))[0]
 
-    async def list(
-        self, *, author: str | None, title: str | None, slug: str | None, include_deleted: bool
+    async def list_threads(
+        self, *, author: str | None, title: str | None = None, slug: str | None = None, include_deleted: bool = False
     ) -> AsyncIterator[list[Thread]]:
         prefix = keyspace.CREATED if author is None else keyspace.authored(author)
         lower, upper = prefix, keyspace.after(prefix)
         needle = title.casefold() if title else ""
-        while entries := self._engine.scan(lower, upper, limit=LIST_THREADS_MAX):
+        while entries := self.engine.scan(lower, upper, limit=LIST_THREADS_MAX):
             loaded: list[tuple[str, record.ThreadHeader, bytes]] = []
             size = 0
             for key, _ in entries:
-                lower = key + b"\0"
-                thread = keyspace.unpart(key[key.rindex(b":") + 1 :])
-                found = self._load(thread)
+                lower = keyspace.next_key(key)
+                thread = keyspace.last_part(key)
+                found = self._load_thread(thread)
                 if found is None:
                     raise RecordUnreadableError(f"the metadata of thread {thread} is missing")
                 header, sealed = found
@@ -207,82 +140,87 @@ class Threads:
                     break
             chunk = [
                 thread
-                for thread in await self._open(loaded)
+                for thread in await self._open_threads(loaded)
                 if needle in thread.title.casefold() and (not slug or thread.slug == slug)
             ]
             if chunk:
                 yield chunk
 
-    def written_by(self, thread: str, author: str) -> bool:
-        return self._engine.get(keyspace.writer(thread, author)) is not None
+    async def may_read_thread(self, thread_id: str, author: str) -> bool:
+        return self.engine.get(keyspace.writer(thread_id, author)) is not None
+
+    def thread_page(self, *, author: str, id_prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
+        if id_prefix:
+            prefix = keyspace.MAP + keyspace.part(id_prefix)
+            lower, upper = prefix, prefix + keyspace.END
+            if cursor:
+                lower = keyspace.next_key(keyspace.key_map(cursor))
+            keys = self.engine.keys(lower, upper, limit=limit + 1)
+        else:
+            prefix = keyspace.authored(author) if author else keyspace.CREATED
+            lower, upper = prefix, keyspace.after(prefix)
+            if cursor:
+                upper = prefix + cursor.encode()
+            keys = [key for key, _ in self.engine.scan(lower, upper, limit=limit + 1, reverse=True)]
+        ids = [keyspace.last_part(key) for key in keys[:limit]]
+        if len(keys) <= limit:
+            return ids, ""
+        return ids, ids[-1] if id_prefix else keys[limit - 1][len(prefix) :].decode()
 
     # --- changing -------------------------------------------------------------------------------------------------
     async def _for_change(
         self, thread: str, author: str | None
     ) -> tuple[ThreadState, bytes, record.ThreadHeader, Thread]:
-        """Raises ThreadNotFoundError (also when deleted), NotTheAuthorError."""
-        state = self._sealer.thread(thread)
-        raw = self._engine.get(keyspace.meta(thread))
+        """What a change is based on. Raises ThreadNotFoundError (also when deleted), NotTheAuthorError."""
+        state = self.sealer.thread(thread)
+        raw = self.engine.get(keyspace.meta(thread))
         if state is None or raw is None or state.deleted:
             raise ThreadNotFoundError("thread not found")
         header, sealed = record.unpack_thread(raw)
-        (current,) = await self._open([(thread, header, sealed)])
+        (current,) = await self._open_threads([(thread, header, sealed)])
         if author is not None and author != current.author:
             raise NotTheAuthorError("author does not match")
         return state, raw, header, current
 
-    async def update(self, thread: str, *, author: str | None, title: str, request_id: str) -> Thread:
-        async with self._locks.hold(keyspace.meta(thread)):
+    async def update_thread(
+        self, thread_id: str, *, author: str | None, title: str, request_id: str | None = None
+    ) -> Thread:
+        slug = slug_of(title, thread_id)
+        return await self._change_thread(thread_id, author, {"title": title, "slug": slug}, request_id)
+
+    async def delete_thread(
+        self, thread_id: str, *, author: str | None, by: str, request_id: str | None = None
+    ) -> None:
+        await self._change_thread(thread_id, author, {"deleted": True}, request_id, deleted_by=by)
+
+    async def _change_thread(
+        self,
+        thread_id: str,
+        author: str | None,
+        fields: dict[str, object],
+        request_id: str | None,
+        *,
+        deleted_by: str | None = None,
+    ) -> Thread:
+        async with self.locks.hold(keyspace.meta(thread_id)):
             while True:
-                state, raw, header, current = await self._for_change(thread, author)
-                changed = msgspec.structs.replace(current, title=title, slug=slug_of(title, thread))
+                state, raw, header, current = await self._for_change(thread_id, author)
+                changed = msgspec.structs.replace(current, **fields)
 
                 def draft(
                     stamp: Stamp, raw: bytes = raw, header: record.ThreadHeader = header, changed: Thread = changed
                 ) -> Draft:
                     changed.updated_ts = stamp.ns
-                    return self._rewrite(raw, header, changed)
+                    if deleted_by is None:
+                        return drafts.changed_thread(changed, raw, header)
+                    changed.deleted_ts = stamp.ns
+                    event = drafts.deletion_event(thread_id, deleted_by, stamp)
+                    return drafts.joined(drafts.changed_thread(changed, raw, header), event)
 
                 try:
-                    await self._sealer.append(state, draft, request_id)
+                    await self.sealer.append(state, draft, request_id)
+                    if changed.deleted:
+                        self.sealer.forget(thread_id)
                     return changed
                 except ConditionFailedError:  # a key rotation rewrote the record meanwhile
                     continue
-
-    async def delete(self, thread: str, *, author: str | None, event: Any, request_id: str) -> None:
-        """`event(stamp)` is the draft of the message that says so."""
-        async with self._locks.hold(keyspace.meta(thread)):
-            while True:
-                state, raw, header, current = await self._for_change(thread, author)
-
-                def draft(
-                    stamp: Stamp, raw: bytes = raw, header: record.ThreadHeader = header, current: Thread = current
-                ) -> Draft:
-                    deleted = msgspec.structs.replace(current, deleted=True, deleted_ts=stamp.ns, updated_ts=stamp.ns)
-                    meta = self._rewrite(raw, header, deleted)
-                    message = event(stamp)
-
-                    def finish(key_id: str, sealed: Sequence[bytes]) -> Write:
-                        one, two = meta.finish(key_id, sealed[:1]), message.finish(key_id, sealed[1:])
-                        closed = (keyspace.closed(thread), b"")
-                        return Write([*one.puts, *two.puts, closed], one.expect, messages=two.messages)
-
-                    return Draft([*meta.secrets, *message.secrets], finish)
-
-                try:
-                    await self._sealer.append(state, draft, request_id)
-                    self._sealer.forget(thread)
-                    return
-                except ConditionFailedError:  # a key rotation rewrote the record meanwhile
-                    continue
-
-    @staticmethod
-    def _rewrite(raw: bytes, old: record.ThreadHeader, thread: Thread) -> Draft:
-        key = keyspace.meta(thread.id)
-        secret = record.ThreadSecret(thread.author, thread.deleted, thread.title, thread.slug)
-
-        def finish(key_id: str, sealed: Sequence[bytes]) -> Write:
-            header = record.ThreadHeader(key_id, old.author, old.created, thread.updated_ts, thread.deleted_ts)
-            return Write(((key, record.pack(header, sealed[0])),), ((key, raw),))
-
-        return Draft(((key, record.encode_secret(secret)),), finish)

@@ -1,31 +1,16 @@
-"""Locks by name, for read-modify-write operations.
+"""The one writer: concurrent writes become one group, one atomic put, one wait for the disk.
 
-Owns: the locks that somebody holds or waits for, and no other. Invariant: holders of one name run one after another,
-in the order of their arrival.
-
-Which keys the latest groups of the writer have put or deleted.
-
-Owns: a bounded memory of them. Invariants: `untouched` is only said of keys that no group after the given one has
-named; whatever is no longer remembered counts as touched. Pure: it sees keys, and neither the engine nor values.
-
-One thread for what waits for the disk.
-
-Owns: the thread, and the way of an outcome back into the event loop. It does what ThreadPoolExecutor does with one
-worker, in a third less processor time: the writer asks it once for each group. Invariants: works run one after
-another, in the order in which they were asked for; a caller that went away does not stop one.
-
-The one writer: concurrent writes become one group, one atomic put, one wait for the disk.
-
-Owns: the queue, compare-and-put, the order of commits, the counters that are stored with every group, and recovery of
-a failed engine. Invariants:
+Owns: the queue, compare-and-put, the order of commits, the counters that are stored with every group, recovery of a
+failed engine; and what these need: locks by name, the memory of recently written keys, the thread that waits for the
+disk. Invariants:
 - A write is answered after the sync of the group that holds it, and is applied whole or not at all: only when every
-  stored value that it expects is what the writes before it left behind.
-- Writes of one lane (a thread) are applied in the order of their slots, so that nothing ever appears before what a
-  reader has already seen; a slot that fails is left out.
+  stored value that it expects is what the writes before it left.
+- Writes of one lane (a thread) are applied in the order of their slots, so that nothing appears before what a reader
+  has already seen; a slot that fails is left out.
 - The queue is bounded in writes and in bytes; what does not fit is refused at once.
-- After a failed write or sync every waiter is told StoreUnavailableError (its write may or may not be there), and
-  nothing is written until the engine was reopened. All methods belong to the event loop's thread; only the engine's
-  `sync` and `reopen` run in another.
+- After a failed write or sync every waiter gets StoreUnavailableError (its write may or may not be there), and nothing
+  is written until the engine was reopened. All methods belong to the event loop's thread; only the engine's `sync` and
+  `reopen` run in another.
 """
 
 from __future__ import annotations
@@ -45,15 +30,36 @@ from typing import Final
 import msgspec
 import structlog
 
+from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
-from progressdb_server.store.clock import Clock, Stamp
 from progressdb_server.store.engine import Engine, EngineBusyError, EngineUnavailableError
-from progressdb_server.store.form import FormatError
-from progressdb_server.store.metrics import StoreMetrics
-from progressdb_server.store.model import StoreUnavailableError
+from progressdb_server.store.keyspace import Clock, Stamp
+from progressdb_server.store.model import ConditionFailedError, FormatError, Step, StoreUnavailableError
+
+GROUP_WRITES_MAX: Final = 512
+GROUP_BYTES_MAX: Final = 8 * 1024 * 1024
+"""A group is put in one call that holds the interpreter lock: some milliseconds at most."""
+KNOWN_MAX: Final = 32_768
+KNOWN_BYTES_MAX: Final = 64
+"""How many stored values are remembered, and how long one may be."""
+QUEUE_WRITES_MAX: Final = 8192
+QUEUE_BYTES_MAX: Final = 64 * 1024 * 1024
+BUSY_RETRY_S: Final = 0.005
+BUSY_S_MAX: Final = 10.0
+REOPEN_RETRY_S_MIN: Final = 0.1
+REOPEN_RETRY_S_MAX: Final = 5.0
+REASON_CHARS_MAX: Final = 300
+"""Of the engine's own words in the log."""
+KEYS_REMEMBERED_MAX: Final = 32_768
+"""Some thirty chunks of a rotation: more than are ever on their way."""
+
+_log = structlog.get_logger("progressdb.store")
 
 
 class NamedLocks:
+    """Locks by name, for read-modify-write operations: holders of one name run one after another, in the order of their
+    arrival. Only locks that somebody holds or waits for exist."""
+
     def __init__(self) -> None:
         self._locks: dict[bytes, asyncio.Lock] = {}
         self._users: dict[bytes, int] = {}
@@ -71,11 +77,10 @@ class NamedLocks:
                 del self._users[name], self._locks[name]
 
 
-KEYS_REMEMBERED_MAX: Final = 32_768
-"""Some thirty chunks of a rotation: more than are ever on their way."""
-
-
 class RecentKeys:
+    """Which keys the latest groups have put or deleted: a bounded memory, in which a key that is no longer remembered
+    counts as touched."""
+
     def __init__(self) -> None:
         self.group = 0
         """How many groups there were: what is read now is as the group of this number has left it."""
@@ -92,7 +97,7 @@ class RecentKeys:
             self._keys -= len(self._groups.popleft())
 
     def forget(self) -> None:
-        """Values may be other than what the groups have left."""
+        """Values may no longer be what the groups have left."""
         self.group += 1
         self._groups.clear()
         self._keys = 0
@@ -107,7 +112,9 @@ class RecentKeys:
 
 
 class DiskThread:
-    """Its thread begins with the first work."""
+    """One thread for what waits for the disk, begun with the first work. It does what ThreadPoolExecutor does with one
+    worker, in a third less processor time: the writer uses it once for each group. Works run one after another, in the
+    order in which they were asked for; a caller that went away does not stop one."""
 
     def __init__(self) -> None:
         self._works: SimpleQueue[tuple[Callable[[], None], asyncio.Future[None]] | None] = SimpleQueue()
@@ -148,43 +155,12 @@ def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
         future.set_exception(error)
 
 
-GROUP_WRITES_MAX: Final = 512
-GROUP_BYTES_MAX: Final = 8 * 1024 * 1024
-"""A group is put in one call that holds the interpreter lock: some milliseconds at most."""
-KNOWN_MAX: Final = 32_768
-KNOWN_BYTES_MAX: Final = 64
-"""How many stored values are remembered, and how long one may be."""
-QUEUE_WRITES_MAX: Final = 8192
-QUEUE_BYTES_MAX: Final = 64 * 1024 * 1024
-BUSY_RETRY_S: Final = 0.005
-BUSY_S_MAX: Final = 10.0
-REOPEN_RETRY_S_MIN: Final = 0.1
-REOPEN_RETRY_S_MAX: Final = 5.0
-REASON_CHARS_MAX: Final = 300
-"""Of the engine's own words in the log."""
+class Write(Step, frozen=True):
+    """All that is written at once. `read_at` is the writer's `group` when `read` was read. `threads` and `messages`:
+    what it adds to the counters."""
 
-_log = structlog.get_logger("progressdb.store")
-
-
-class ConditionFailedError(Exception):
-    """A stored value was not what the write expected; nothing was written. `key` names the first such value."""
-
-    def __init__(self, key: bytes) -> None:
-        super().__init__(key.decode(errors="replace"))
-        self.key = key
-
-
-class Write(msgspec.Struct, frozen=True):
-    """`puts`: a value of None deletes. `expect`: stored values that the write relies on, None for absent; `read`: more
-    of these, which were there when the writer's `group` was `read_at`. `threads` and `messages`: what it adds to the
-    counters."""
-
-    puts: Sequence[tuple[bytes, bytes | None]]
-    expect: Sequence[tuple[bytes, bytes | None]] = ()
     threads: int = 0
     messages: int = 0
-    read: Sequence[tuple[bytes, bytes]] = ()
-    read_at: int = 0
 
 
 class State(msgspec.Struct, array_like=True):
@@ -282,7 +258,7 @@ class Writer:
         return slot.future
 
     def leave(self, slot: Slot) -> None:
-        """Give a place up; nothing happens if it was submitted."""
+        """Give a place up; does nothing if it was submitted."""
         if slot.write is None and slot.lane is not None:
             slots = self._lanes[slot.lane]
             slots.remove(slot)
@@ -375,7 +351,7 @@ class Writer:
             for slot in group:
                 self._refuse(slot, "the disk can't keep up with the writes")
             return
-        except Exception as error:  # noqa: BLE001  whatever it was, the waiters must be told and the engine made sure
+        except Exception as error:  # noqa: BLE001  whatever it was, the waiters must get an answer and the engine must recover
             self._fail(group, error)
             return
         self._metrics.committed(len(group), time.perf_counter() - started)
@@ -444,8 +420,8 @@ class Writer:
         return staged, failed, state
 
     def _in_doubt(self, write: Write, staged: dict[bytes, bytes | None]) -> Sequence[tuple[bytes, bytes]]:
-        """What has to be compared of the values that a write has read: nothing where its keys were not written since.
-        To know that costs a fraction of reading them again."""
+        """What must be compared of the values that a write has read: nothing if its keys were not written since. This
+        costs a fraction of reading them again."""
         if not write.read:
             return ()
         keys = [key for key, _ in write.read]
@@ -480,8 +456,8 @@ class Writer:
 
 
 def _reason(error: Exception) -> dict[str, object]:
-    """For the log. What the engine or the kernel says of its files is told; of any other error only its type and place,
-    for its text could hold a key or what a user typed."""
+    """For the log: the engine's or the kernel's own words about its files; of any other error only the type and place,
+    since its text could hold a key or what a user typed."""
     if isinstance(error, EngineUnavailableError) and error.__cause__ is not None:
         return {"error": f"{type(error.__cause__).__name__}: {error.__cause__}"[:REASON_CHARS_MAX]}
     lines = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from minikms.client import KmsError
 from progressdb_server.api.http.errors import ApiError, Header, retry_after
-from progressdb_server.jobs.model import JobError, JobNotFoundError, TooManyJobsError
-from progressdb_server.kms.provider import ProviderError
-from progressdb_server.store import backup, model
+from progressdb_server.jobs.states import JobError, JobNotFoundError, TooManyJobsError
+from progressdb_server.store import model
 
 INVALID_THREAD_ID: Final = "thread must be 1 to 128 letters, digits, dots, underscores or hyphens"
 MESSAGE_NOT_FOUND: Final = "message not found"
@@ -52,12 +52,12 @@ _RESPONSES: Final[dict[type[BaseException], _ErrorResponse]] = {
     JobNotFoundError: _ErrorResponse(404),
     TooManyJobsError: _ErrorResponse(503, retry_after_s=_RETRY_LATER_S),
     JobError: _ErrorResponse(409),
-    backup.BackupExistsError: _ErrorResponse(409, BACKUP_EXISTS),
-    backup.BackupBusyError: _ErrorResponse(409, BACKUP_BUSY),
-    backup.BackupThereError: _ErrorResponse(409, BACKUP_STILL_THERE),
-    backup.BackupNotFoundError: _ErrorResponse(404, BACKUP_NOT_FOUND),
-    backup.BackupError: _ErrorResponse(500, BACKUP_FAILED),
-    ProviderError: _ErrorResponse(503, KEY_SERVICE_UNAVAILABLE, _RETRY_SOON_S),
+    model.BackupExistsError: _ErrorResponse(409, BACKUP_EXISTS),
+    model.BackupBusyError: _ErrorResponse(409, BACKUP_BUSY),
+    model.BackupThereError: _ErrorResponse(409, BACKUP_STILL_THERE),
+    model.BackupNotFoundError: _ErrorResponse(404, BACKUP_NOT_FOUND),
+    model.BackupError: _ErrorResponse(500, BACKUP_FAILED),
+    KmsError: _ErrorResponse(503, KEY_SERVICE_UNAVAILABLE, _RETRY_SOON_S),
 }
 
 

@@ -9,7 +9,6 @@ changes and a scrape reads: the library's own metrics take a lock for each chang
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Final
 
@@ -18,10 +17,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from progressdb_server.api.http.access import OPERATORS
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import Response
-from progressdb_server.api.openapi.description import NOTHING, TEXT, Description
-from progressdb_server.api.routes.table import OPERATORS, Operation, Resource
+from progressdb_server.api.openapi.description import NOTHING, TEXT
+from progressdb_server.api.routes.table import Operation
+from progressdb_server.metrics import Histogram
 
 _LATENCY_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _DURATION: Final = "progressdb_http_request_duration_seconds"
@@ -42,11 +43,10 @@ class _Responses:
 class _Times:
     """The durations of one route and method."""
 
-    __slots__ = ("counts", "created", "seconds")
+    __slots__ = ("created", "seconds")
 
     def __init__(self) -> None:
-        self.counts = [0] * (len(_LATENCY_BUCKETS_S) + 1)
-        self.seconds = 0.0
+        self.seconds = Histogram(_LATENCY_BUCKETS_S)
         self.created = time.time()
 
 
@@ -71,9 +71,7 @@ class ApiMetrics(Collector):
             times = self._times.setdefault(key[:2], _Times())
             responses = self._responses[key] = _Responses(times)
         responses.count += 1
-        times = responses.times
-        times.counts[bisect_left(_LATENCY_BUCKETS_S, seconds)] += 1
-        times.seconds += seconds
+        responses.times.seconds.add(seconds)
 
     def collect(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(
@@ -88,12 +86,7 @@ class ApiMetrics(Collector):
             _DURATION, "Time from a request's head to the end of its answer.", labels=("route", "method")
         )
         for labels, times in self._times.items():
-            total = 0
-            buckets: list[tuple[str, float]] = []
-            for bound, count in zip((*map(str, _LATENCY_BUCKETS_S), "+Inf"), times.counts, strict=True):
-                total += count
-                buckets.append((bound, total))
-            latency.add_metric(labels, buckets=buckets, sum_value=times.seconds)
+            latency.add_metric(labels, buckets=times.seconds.buckets(), sum_value=times.seconds.sum)
             latency.add_sample(f"{_DURATION}_created", {"route": labels[0], "method": labels[1]}, times.created)
         yield latency
         yield GaugeMetricFamily(
@@ -104,22 +97,17 @@ class ApiMetrics(Collector):
         """All metrics of the registry, in the text format of Prometheus."""
         return Response(200, generate_latest(self.registry), (b"content-type", CONTENT_TYPE_LATEST.encode("ascii")))
 
-    def resources(self) -> tuple[Resource, ...]:
+    def operations(self) -> tuple[Operation, ...]:
         return (
-            Resource(
+            Operation(
+                "GET",
                 "/metrics",
-                {
-                    "GET": Operation(
-                        self.page,
-                        Description(
-                            tag="operators",
-                            summary="Metrics in the text format of Prometheus (docs/metrics.md)",
-                            response=TEXT,
-                            content_type="text/plain",
-                            needs=NOTHING,
-                        ),
-                        OPERATORS,
-                    )
-                },
+                self.page,
+                roles=OPERATORS,
+                tag="operators",
+                summary="Metrics in the text format of Prometheus (docs/metrics.md)",
+                response=TEXT,
+                content_type="text/plain",
+                needs=NOTHING,
             ),
         )

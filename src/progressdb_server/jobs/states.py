@@ -2,13 +2,12 @@
 
 Rules: a job waits (`queued`), re-encrypts (`running`), reads everything back (`verifying`) and is `done`. While a
 verification finds records that are still under another key, the job goes back to `running`. `paused` and `failed` jobs
-can be resumed; `cancelled` and `done` are final. A start of the server takes `queued`, `running` and `verifying` jobs
-up where they were. An illegal move raises and changes nothing; nothing else in the code may assign a state.
+can be resumed; `cancelled` and `done` are final. A start of the server continues `queued`, `running` and `verifying`
+jobs where they were. An illegal move raises and changes nothing; nothing else in the code may assign a state.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any, Final, Literal
 
 import msgspec
@@ -36,12 +35,12 @@ MOVES: Final[dict[tuple[State, Move], State]] = {
 }
 UNFINISHED: Final[frozenset[State]] = frozenset({"queued", "running", "verifying", "paused"})
 AT_WORK: Final[frozenset[State]] = frozenset({"queued", "running", "verifying"})
-"""What a server works on by itself."""
+"""States in which the server works on a job."""
 
 FAILURES_NAMED_MAX: Final = 100
 """Records that a job names; it counts all."""
 SOURCES_MAX: Final = 32
-JOB_ID_PATTERN: Final = re.compile(r"job-[0-9]{20}-[0-9a-f]{8}", re.ASCII)
+"""Keys that a job remembers to have found records under."""
 
 
 class JobError(Exception):
@@ -60,7 +59,7 @@ class JobConflictError(JobError):
 
 
 class TooManyJobsError(JobError):
-    """As many jobs wait as may."""
+    """The bound of unfinished jobs is reached."""
 
     def __init__(self) -> None:
         super().__init__("too many jobs are unfinished: wait for some of them")
@@ -74,12 +73,12 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Job(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One rotation of one thread's key; the value of `job:<id>`.
+    """One rotation of one thread's key; the row of a job (docs/spec/jobs.md).
 
     `keying`: the new key may have been made already and is not the thread's yet. `sources`: every key that records were
-    found under. `cursor`: the last storage key of the pass that is behind us; `moved` and `failed` count in that pass,
-    `done` in all, `backups` is how many are kept. `rate`: records a second; None is the server's own bound, 0 none.
-    Times are Unix nanoseconds, 0 for never.
+    found under. `cursor`: the last storage key that this pass has finished; `moved` and `failed` count in this pass,
+    `done` in all passes; `backups`: how many records are kept. `rate`: records a second; None is the server's own
+    bound, 0 none. Times are Unix nanoseconds, 0 for never.
     """
 
     id: str
@@ -139,7 +138,7 @@ def changed(job: Job, **changes: Any) -> Job:
 
 
 def named(failures: tuple[Failure, ...], more: list[Failure]) -> tuple[Failure, ...]:
-    """The list with as many more as are named."""
+    """The list with more failures, up to the bound."""
     return (*failures, *more[: FAILURES_NAMED_MAX - len(failures)]) if more else failures
 
 

@@ -1,0 +1,155 @@
+"""The numbers that this process counts, as collectors for a Prometheus registry.
+
+Owns: the histogram of this process, and what the store and the key service are counted by. Invariants: numbers are
+plain ones, changed in the event loop's thread and read at a scrape, since the library's own take a lock for each
+change; labels are fixed words (verbs, states, results), never an id or content. It must never ask the store or the key
+service anything but the gauges that were registered here.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+COUNT_BOUNDS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+"""Bucket bounds of a histogram of counts."""
+COMMIT_BOUNDS_S: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+EXCHANGE_BOUNDS_S: Final = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+
+
+class Histogram:
+    """Counts of values by bucket, and their sum. `bounds` are inclusive upper bounds, ascending."""
+
+    __slots__ = ("_bounds", "_counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def add(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self.sum += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """(bound as text, how many values are at most that), as `HistogramMetricFamily.add_metric` takes them."""
+        total = 0
+        buckets: list[tuple[str, float]] = []
+        for bound, count in zip((*(str(float(bound)) for bound in self._bounds), "+Inf"), self._counts, strict=True):
+            total += count
+            buckets.append((bound, total))
+        return buckets
+
+
+class StoreMetrics(Collector):
+    """What the store counts. `gauges`: name → (help, function that is called at each scrape)."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.cache_hits = 0
+        self.cache_misses = 0
+        self.key_waits = 0
+        self.gauges: dict[str, tuple[str, Callable[[], float]]] = {}
+        self._group_writes = Histogram(COUNT_BOUNDS)
+        self._commit_seconds = Histogram(COMMIT_BOUNDS_S)
+        self._opened = Histogram(COUNT_BOUNDS)
+
+    def committed(self, writes: int, seconds: float) -> None:
+        self._group_writes.add(writes)
+        self._commit_seconds.add(seconds)
+
+    def opened(self, records: int) -> None:
+        self._opened.add(records)
+
+    def collect(self) -> Iterator[Metric]:
+        for name, help_text, histogram in (
+            ("progressdb_store_group_writes", "Writes committed as one group.", self._group_writes),
+            ("progressdb_store_commit_seconds", "Time to put and sync a group.", self._commit_seconds),
+            ("progressdb_store_decrypt_records", "Records decrypted in one batch.", self._opened),
+        ):
+            yield HistogramMetricFamily(name, help_text, buckets=histogram.buckets(), sum_value=histogram.sum)
+        cache = CounterMetricFamily("progressdb_store_thread_cache", "Look-ups of a thread's key.", labels=["result"])
+        cache.add_metric(["hit"], self.cache_hits)
+        cache.add_metric(["miss"], self.cache_misses)
+        yield cache
+        yield CounterMetricFamily("progressdb_store_failures", "Groups that the disk refused.", value=self.failures)
+        yield CounterMetricFamily(
+            "progressdb_store_key_waits", "Writes that waited for a thread's key to be switched.", value=self.key_waits
+        )
+        for name, (help_text, read) in self.gauges.items():
+            yield GaugeMetricFamily(name, help_text, value=_read(read))
+
+
+def _read(read: Callable[[], float]) -> float:
+    try:
+        return read()
+    except Exception:  # noqa: BLE001  a gauge that reads a failing disk must not hide the metrics that report the failure
+        return math.nan
+
+
+class _Exchanges:
+    """Of one verb."""
+
+    __slots__ = ("failures", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = Histogram(EXCHANGE_BOUNDS_S)
+        self.failures = 0
+
+
+class KmsMetrics(Collector):
+    """Exchanges with the key service, and what it last reported of itself (its status, asked every few seconds)."""
+
+    def __init__(self) -> None:
+        self._verbs: dict[str, _Exchanges] = {}
+        self._up = False
+        self._status: Mapping[str, Any] = {}
+
+    def exchanged(self, target: bytes, seconds: float, answered: bool) -> None:
+        """`target` is the request's; its first part is the verb and holds no id."""
+        name = target.partition(b"?")[0].split(b"/", 2)[1].decode("ascii")
+        verb = self._verbs.get(name)
+        if verb is None:
+            verb = self._verbs[name] = _Exchanges()
+        if answered:
+            verb.seconds.add(seconds)
+        else:
+            verb.failures += 1
+
+    def seen(self, status: Mapping[str, Any]) -> None:
+        self._status = status
+        self._up = status.get("status") == "ok"
+
+    def lost(self) -> None:
+        self._up = False
+
+    def collect(self) -> Iterator[Metric]:
+        latency = HistogramMetricFamily(
+            "progressdb_kms_request_seconds", "Time of one exchange with the key service.", labels=["verb"]
+        )
+        failures = CounterMetricFamily(
+            "progressdb_kms_failures", "Exchanges that the key service did not answer.", labels=["verb"]
+        )
+        for name, verb in self._verbs.items():
+            latency.add_metric([name], buckets=verb.seconds.buckets(), sum_value=verb.seconds.sum)
+            failures.add_metric([name], verb.failures)
+        yield latency
+        yield failures
+        yield GaugeMetricFamily(
+            "progressdb_kms_up",
+            "1 when the key service answered the last time that it was asked for its status.",
+            value=self._up,
+        )
+        keys = self._status.get("keys")
+        if isinstance(keys, Mapping):
+            by_state = GaugeMetricFamily("progressdb_kms_keys", "Keys by state, as last seen.", labels=["state"])
+            states = {"active": 0, "retired": 0, **keys.get("by_state", {}), "destroyed": keys.get("destroyed", 0)}
+            for state, count in states.items():
+                by_state.add_metric([state], count)
+            yield by_state

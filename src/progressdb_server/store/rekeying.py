@@ -1,0 +1,196 @@
+"""What the jobs of a rotation read and write: threads' keys, records in chunks, what a job keeps of a record, rows of
+jobs.
+
+Owns: the entries `keyspace.JOBS` and `keyspace.MIGRATED`, whose meaning the jobs own. Invariants:
+- A chunk is one consistent view; it ends with the entry that brings it to CHUNK_BYTES_MAX. Nothing is opened.
+- A record's new bytes and what is kept of it are one write, which fails if the record was changed since it was read.
+- A kept record comes back only in the place of the same version of its record, so that no later change is lost.
+- A row is changed only if it is still what was read; a row and the step that belongs to it are one write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from typing import Final
+
+from progressdb_server.store import keyspace, record
+from progressdb_server.store.directory import OpenStore
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX
+from progressdb_server.store.model import (
+    Chunk,
+    ConditionFailedError,
+    KeptRecord,
+    Record,
+    Restored,
+    RowWrite,
+    StaleRowError,
+    Step,
+)
+from progressdb_server.store.sealer import Sealer
+from progressdb_server.store.writer import Write
+
+CHUNK_BYTES_MAX: Final = 1024 * 1024
+KEPT_CHUNK_MAX: Final = 256
+PAGE_ROWS: Final = 256
+_NOTHING: Final = Step()
+
+
+class Rekeying(OpenStore):
+    """See `store.model.Store`."""
+
+    sealer: Sealer
+
+    # --- keys of threads ------------------------------------------------------------------------------------------
+    @property
+    def halted(self) -> str | None:
+        return self.sealer.halted
+
+    def key_of_thread(self, thread_id: str) -> str | None:
+        raw = self.engine.get(keyspace.key_map(thread_id))
+        return None if raw is None else raw.decode()
+
+    async def threads_with_keys(self) -> AsyncIterator[str]:
+        lower, upper = keyspace.MAP, keyspace.after(keyspace.MAP)
+        while entries := self.engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
+            lower = keyspace.next_key(entries[-1][0])
+            for key, _ in entries:
+                yield keyspace.last_part(key)
+            await asyncio.sleep(0)
+
+    def key_switched(self, thread_id: str, old: str, new: str) -> Step:
+        key = keyspace.key_map(thread_id)
+        return Step(((key, new.encode()),), ((key, old.encode()),))
+
+    def forget_key(self, thread_id: str) -> None:
+        self.sealer.forget(thread_id)
+
+    # --- records --------------------------------------------------------------------------------------------------
+    def record_chunks(
+        self, thread_id: str, count_max: int, *, behind: str = "", to_now: bool = False
+    ) -> Iterator[Chunk]:
+        lower, upper = keyspace.records(thread_id)
+        if to_now:  # records that are written later come after the newest one
+            newest = self.engine.scan(lower, upper, limit=1, reverse=True)
+            upper = keyspace.next_key(newest[0][0]) if newest else lower
+        if behind:
+            lower = keyspace.next_key(behind.encode())
+        while entries := self.engine.scan(lower, upper, limit=count_max, bytes_max=CHUNK_BYTES_MAX):
+            read_at = self.writer.group
+            records: list[Record] = []
+            malformed: list[bytes] = []
+            key_id = ""
+            known: bytes | None = None
+            for key, raw in entries:
+                try:
+                    head, sealed = record.split(raw)
+                    if head != known:  # neighbours mostly have the same header
+                        key_id, known = record.key_of(head), head
+                except record.RecordFormatError:
+                    malformed.append(key)
+                else:
+                    records.append(Record(key, raw, head, key_id, sealed))
+            last = entries[-1][0]
+            lower = keyspace.next_key(last)
+            yield Chunk(records, malformed, last.decode(), read_at)
+
+    def count_records(self, thread_id: str, count_max: int) -> Iterator[int]:
+        return self._count(*keyspace.records(thread_id), count_max)
+
+    def rekeyed(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> Step:
+        puts: list[tuple[bytes, bytes | None]] = []
+        kept = keyspace.migrated(job_id)
+        renewed: dict[bytes, bytes] = {}  # most records of a thread have one of a few headers
+        for found, sealed in moved:
+            head = renewed.get(found.head)
+            if head is None:
+                head = renewed[found.head] = record.rekeyed(found.head, key_id)
+            puts.append((found.key, head + sealed))
+            puts.append((kept + found.key, found.raw))
+        return Step(puts, read=[(found.key, found.raw) for found, _ in moved], read_at=read_at)
+
+    def _count(self, lower: bytes, upper: bytes, count_max: int) -> Iterator[int]:
+        while keys := self.engine.keys(lower, upper, limit=count_max):
+            lower = keyspace.next_key(keys[-1])
+            yield len(keys)
+
+    # --- what jobs have kept --------------------------------------------------------------------------------------
+    def kept_records(self, job_id: str) -> Iterator[list[KeptRecord]]:
+        for entries in self._kept(job_id):
+            yield [KeptRecord(key, _key_of(raw)) for key, raw in entries]
+
+    def count_kept(self, job_id: str, count_max: int) -> Iterator[int]:
+        prefix = keyspace.migrated(job_id)
+        return self._count(prefix, keyspace.after(prefix), count_max)
+
+    def kept_dropped(self, job_id: str, dropped: Collection[KeptRecord]) -> Step:
+        prefix = keyspace.migrated(job_id)
+        return Step([(prefix + kept.key, None) for kept in dropped])
+
+    async def restore_kept(self, job_id: str) -> Restored:
+        restored = kept = 0
+        for entries in self._kept(job_id):
+            while True:
+                wanted: list[tuple[bytes, bytes]] = []
+                found: list[tuple[bytes, bytes | None]] = []
+                for key, raw in entries:
+                    current = self.engine.get(key)
+                    if current is None or record.same_version(raw, current):
+                        wanted.append((key, raw))
+                        found.append((key, current))
+                try:
+                    await self.writer.commit(Write(wanted, found))
+                except ConditionFailedError:  # changed since it was read
+                    continue
+                restored += len(wanted)
+                kept += len(entries) - len(wanted)
+                break
+        return Restored(restored, kept)
+
+    def _kept(self, job_id: str) -> Iterator[list[tuple[bytes, bytes]]]:
+        """Storage keys of records, with their kept bytes; each chunk is read when it is asked for."""
+        prefix = keyspace.migrated(job_id)
+        lower, upper = prefix, keyspace.after(prefix)
+        while entries := self.engine.scan(lower, upper, limit=KEPT_CHUNK_MAX, bytes_max=CHUNK_BYTES_MAX):
+            lower = keyspace.next_key(entries[-1][0])
+            yield [(key[len(prefix) :], raw) for key, raw in entries]
+
+    # --- rows of jobs ---------------------------------------------------------------------------------------------
+    def new_job_id(self, now_ns: int) -> str:
+        return keyspace.new_job_id(now_ns)
+
+    def job_row(self, job_id: str) -> bytes | None:
+        return self.engine.get(keyspace.job(job_id)) if keyspace.JOB_ID.fullmatch(job_id) else None
+
+    def job_rows(self, *, newest_first: bool = False) -> Iterator[list[bytes]]:
+        lower, upper = keyspace.JOBS, keyspace.after(keyspace.JOBS)
+        while entries := self.engine.scan(lower, upper, limit=PAGE_ROWS, reverse=newest_first):
+            if newest_first:
+                upper = entries[-1][0]
+            else:
+                lower = keyspace.next_key(entries[-1][0])
+            yield [raw for _, raw in entries]
+
+    def write_row(self, job_id: str, old: bytes | None, new: bytes, step: Step = _NOTHING) -> RowWrite:
+        key = keyspace.job(job_id)
+        puts, expect = ((key, new), *step.puts), ((key, old), *step.expect)
+        return RowWrite(key, self.writer.commit(Write(puts, expect, step.read, step.read_at)))
+
+    async def settle_row(self, write: RowWrite) -> None:
+        try:
+            await write.done
+        except ConditionFailedError as error:
+            if error.key == write.key:
+                raise StaleRowError from None
+            raise
+
+    async def remove_rows(self, job_ids: Collection[str]) -> None:
+        await self.writer.commit(Write([(keyspace.job(job_id), None) for job_id in job_ids]))
+
+
+def _key_of(raw: bytes) -> str:
+    """Empty for bytes that are no record."""
+    try:
+        return record.unpack_sealed(raw)[0]
+    except record.RecordFormatError:
+        return ""
