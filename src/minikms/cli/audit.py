@@ -1,14 +1,9 @@
-"""How audit lines and reports look to a person, and as JSON.
+"""`minikms audit`: verify and read the audit log, change its key.
 
-Owns: the text of `minikms audit`. Invariant: what a log holds is shown only as the parsed event or a line that obeys
-the format, so nothing in it reaches the terminal but printable ASCII. It must never judge.
-
-`minikms audit`: verify and read the audit log, change its key.
-
-Owns: flags, what is printed, and exit codes: 0 intact or done, 1 altered or malformed, 2 a key, a file or a line to
-begin with is missing, or nothing could be judged. `verify`, `tail`, `find` and `stats` work beside a live daemon,
-without its lock. Every text of a line is printable ASCII without escapes (the format demands it), so that a log can't
-drive the terminal. It must never hold a key.
+Owns: the flags, how lines and reports are shown, and the exit statuses: 0 intact or done, 1 altered or malformed, 2 a
+key, a file or a line to begin with is missing, or nothing could be judged. Invariants: `verify`, `tail`, `find` and
+`stats` work beside a running daemon, without its lock; of a log, only parsed events and lines that obey the format are
+shown, which are printable ASCII without escapes, so a log can't drive the terminal. It must never hold a key.
 """
 
 from __future__ import annotations
@@ -19,27 +14,37 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 from cyclopts import App, Parameter, validators
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 from minikms.audit import record
 from minikms.audit.chain import base64_text
-from minikms.audit.queries import Progress as Tell
-from minikms.audit.queries import Totals
+from minikms.audit.queries import Progress, Totals
 from minikms.audit.record import Event, MalformedLineError
 from minikms.audit.rules import FINDINGS_COUNT_MAX, Report
+from minikms.cli.console import (
+    EXIT_GOOD,
+    EXIT_MISSING,
+    EXIT_WANTING,
+    DataDir,
+    MasterKeyFd,
+    MasterKeyFile,
+    chosen_data_dir,
+    chosen_root,
+    complain,
+    needed_root,
+)
 from minikms.errors import MiniKmsError, StartError
 
 if TYPE_CHECKING:
     from minikms.audit.record import Head
     from minikms.audit.rules import Trust
-    from minikms.cli.auditkeys import RootKey
 
 
 _SHOWN_COUNT_MAX = 20
@@ -47,14 +52,14 @@ _SHOWN_COUNT_MAX = 20
 
 
 @contextmanager
-def progress_bar(wanted: bool) -> Iterator[Tell | None]:
-    """Shows how far a check is, on standard error, where that is a terminal."""
+def progress_bar(wanted: bool) -> Iterator[Progress | None]:
+    """A progress bar on standard error, if that is a terminal."""
     if not (wanted and sys.stderr.isatty()):
         yield None
         return
     columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn())
     console = Console(stderr=True)
-    with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
+    with Bar(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task("Verifying", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -180,24 +185,12 @@ def print_totals(totals: Totals) -> None:
         console.print(table)
 
 
-EXIT_FOUND: Final = 1
-EXIT_MISSING: Final = 2
 TAIL_LINES_MAX: Final = 100_000
 FOLLOW_SECONDS: Final = 0.25
 PUBLIC_KEY_FILE_CHARS_MAX: Final = 200
 
-DATA_DIR_VARIABLE: Final = "PROGRESSDB_KMS_DATA_DIR"
-MASTER_KEY_FILE_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FILE"
-
 app = App(name="audit", help="Verify and read the audit log.")
 
-DataDir = Annotated[
-    str | None, Parameter(name="--data-dir", help=f"Directory of keys and audit log [{DATA_DIR_VARIABLE}].")
-]
-MasterKeyFile = Annotated[
-    Path | None, Parameter(name="--master-key-file", help=f"File with the root key [{MASTER_KEY_FILE_VARIABLE}].")
-]
-MasterKeyFd = Annotated[int | None, Parameter(name="--master-key-fd", show=False)]
 Json = Annotated[bool, Parameter(name="--json", help="One JSON object instead of text.", negative=())]
 JsonLines = Annotated[bool, Parameter(name="--json", help="The lines as they are in the log.", negative=())]
 
@@ -237,28 +230,36 @@ def verify(
     1 altered or malformed, 2 when the key, the log or the line to begin with is missing, or nothing could be judged.
     """
     from minikms.audit.queries import verify_directory
-    from minikms.cli.auditkeys import open_audit_keys
+    from minikms.datadir import audit_keys, open_for_reading
 
     def judge(trust: Trust) -> Report:
-        with progress_bar(not json) as tell:
-            return verify_directory(directory, trust, expect_head=head, from_checkpoint=from_checkpoint, progress=tell)
+        with progress_bar(not json) as progress:
+            return verify_directory(
+                directory, trust, expect_head=head, from_checkpoint=from_checkpoint, progress=progress
+            )
 
+    directory = chosen_data_dir(data_dir)
     try:
-        directory = _directory(data_dir)
         head = None if expect_head is None else _head(expect_head)
         if head is not None and head.seq < from_checkpoint:
             raise StartError(f"--from-checkpoint {from_checkpoint} leaves out line {head.seq}, which is expected")
         if public_key:
             report = judge(_public_trust(public_key))
         else:
-            with open_audit_keys(directory, _root_key(master_key_file, master_key_fd)) as keys:
-                report = judge(keys.trust())
+            root = chosen_root(master_key_file, master_key_fd, data_dir=directory)
+            if root is None:
+                raise StartError(
+                    "give the master key with --master-key-file, or only the log's public key with --public-key: "
+                    "the one that was shown when the data directory was made"
+                )
+            with open_for_reading(directory, root) as unlocked:
+                report = judge(audit_keys(unlocked).trust())
     except (MiniKmsError, OSError) as error:
         return _missing(error)
     print(report_json(report) if json else "\n".join(report_lines(report)))
     if report.findings_count:
-        return EXIT_FOUND
-    return 0 if report.judged else EXIT_MISSING
+        return EXIT_WANTING
+    return EXIT_GOOD if report.judged else EXIT_MISSING
 
 
 @app.command
@@ -286,10 +287,10 @@ def tail(
     except BrokenPipeError:
         return _reader_left()
     except KeyboardInterrupt:
-        return 0
+        return EXIT_GOOD
     except (MiniKmsError, OSError) as error:
         return _missing(error)
-    return 0
+    return EXIT_GOOD
 
 
 @app.command
@@ -313,7 +314,7 @@ def find(
 
     from minikms.audit.queries import find as find_lines
     from minikms.audit.queries import query
-    from minikms.cli.auditkeys import open_audit_keys
+    from minikms.datadir import audit_keys, open_for_reading
 
     if not (thread or key or actor or request):
         return _missing(StartError("say what to find: --thread, --key, --actor or --request"))
@@ -321,11 +322,12 @@ def find(
     try:
         directory = _log_directory(data_dir)
         with ExitStack() as stack:
-            audit_keys: tuple[memoryview, ...] = ()
-            root_key = _root_key(master_key_file, master_key_fd)
-            if thread and (root_key.file or root_key.descriptor is not None):
-                audit_keys = tuple(stack.enter_context(open_audit_keys(directory, root_key)).mac_keys.values())
-            sought = query(thread=thread, key=key, actor=actor, request=request, audit_keys=audit_keys)
+            mac_keys: tuple[memoryview, ...] = ()
+            root = chosen_root(master_key_file, master_key_fd)
+            if thread and root is not None:
+                unlocked = stack.enter_context(open_for_reading(directory, root))
+                mac_keys = tuple(audit_keys(unlocked).trust().mac_keys.values())
+            sought = query(thread=thread, key=key, actor=actor, request=request, audit_keys=mac_keys)
             for line in find_lines(directory, sought):
                 _print_lines([line], json=json)
                 found += 1
@@ -333,7 +335,7 @@ def find(
         return _reader_left()
     except (MiniKmsError, OSError) as error:
         return _missing(error)
-    return 0 if found else EXIT_FOUND
+    return EXIT_GOOD if found else EXIT_WANTING
 
 
 @app.command
@@ -349,7 +351,7 @@ def stats(*, data_dir: DataDir = None, json: Json = False) -> int:
         print(as_json(counted))
     else:
         print_totals(counted)
-    return 0
+    return EXIT_GOOD
 
 
 @app.command(name="rotate-key")
@@ -364,11 +366,11 @@ def rotate_key(
 
     Keep the new public key where you keep the old one. Exit status: 0 done, 2 refused.
     """
-    from minikms.audit.chain import base64_text
-    from minikms.cli.auditkeys import rotate_audit_key
+    from minikms.datadir import rotate_audit_key
 
+    directory = chosen_data_dir(data_dir)
     try:
-        made = rotate_audit_key(_directory(data_dir), _root_key(master_key_file, master_key_fd))
+        made = rotate_audit_key(directory, needed_root(master_key_file, master_key_fd, data_dir=directory))
     except (MiniKmsError, OSError) as error:
         return _missing(error)
     public_key = base64_text(made.public_key)
@@ -378,37 +380,20 @@ def rotate_key(
         print(f"The audit key is now version {made.version}.")
         print(f"  public key  {public_key}   keep it outside the data directory")
         print(f"  head        {made.head['seq']}:{made.head['sig']}")
-    return 0
+    return EXIT_GOOD
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
 
 
-def _directory(given: str | None) -> str:
-    directory = given or os.environ.get(DATA_DIR_VARIABLE) or ""
-    if not directory:
-        raise StartError(f"give the directory of the log: --data-dir DIR, or {DATA_DIR_VARIABLE}")
-    if not os.path.isdir(directory):
-        raise StartError(f"there is no directory {directory}")
-    return os.path.abspath(directory)
-
-
 def _log_directory(given: str | None) -> str:
-    """The same, of commands that read whatever of the log is there."""
+    """The data directory. Raises StartError when no part of an audit log is in it."""
     from minikms.audit.reader import LOG_NAME, list_segments
 
-    directory = _directory(given)
+    directory = chosen_data_dir(given)
     if not os.path.lexists(os.path.join(directory, LOG_NAME)) and not list_segments(directory):
         raise StartError(f"there is no audit log in {directory}")
     return directory
-
-
-def _root_key(file: Path | None, descriptor: int | None) -> RootKey:
-    from minikms.cli.auditkeys import RootKey
-
-    if file is None and (named := os.environ.get(MASTER_KEY_FILE_VARIABLE)):
-        file = Path(named)
-    return RootKey(file, descriptor)
 
 
 def _public_trust(given: Sequence[str]) -> Trust:
@@ -448,7 +433,6 @@ def _head(text: str) -> Head:
 
 
 def _print_lines(lines: Sequence[bytes], *, json: bool) -> None:
-
     for line in lines:
         print(raw_line(line) if json else event_line(line))
     if lines:
@@ -456,12 +440,12 @@ def _print_lines(lines: Sequence[bytes], *, json: bool) -> None:
 
 
 def _reader_left() -> int:
-    """Who read our output has closed it: nothing more is wanted, and Python must not complain when it flushes."""
+    """The reader closed the pipe because it has enough. Python flushes once more at exit, and must not report that."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return EXIT_GOOD
 
 
 def _missing(error: Exception) -> int:
     text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
-    print(f"minikms: {text}", file=sys.stderr)
+    complain(text)
     return EXIT_MISSING

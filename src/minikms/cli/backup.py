@@ -30,15 +30,16 @@ from minikms.cli.console import (
     Yes,
     chosen_data_dir,
     complain,
+    needed_root,
 )
 
 if TYPE_CHECKING:
-    from minikms.cli.rootopening import Source
     from minikms.custody.backup.archive import AuditHead, Manifest
     from minikms.custody.backup.create import Progress, Task
     from minikms.custody.backup.register import Registered
     from minikms.keys.keyring import Body
     from minikms.keys.unlocked import UnlockedKeyring
+    from minikms.roots.providers import RootProvider
 
 NAMED_COUNT_MAX: Final = 20
 
@@ -62,17 +63,16 @@ def create(
     by itself. Of a message server, back up the store first (progressdb backup create). Exit status: 0 made and read
     back, 1 made, but some key files could not be read, 2 not made.
     """
-    from minikms.cli.rootopening import needed_source
     from minikms.custody import files
     from minikms.custody.backup.create import Making
     from minikms.custody.backup.create import create as create_archive
     from minikms.custody.backup.register import ArchiveRegister, Registered, new_archive_id
 
     directory = chosen_data_dir(data_dir)
-    source = needed_source(master_key_file, master_key_fd, directory)
+    root = needed_root(master_key_file, master_key_fd, data_dir=directory)
     register = ArchiveRegister(directory)
     entry = Registered(new_archive_id(), os.path.abspath(archive), time.time_ns() // 1_000_000)
-    with _task(source, "copying keys", bar=not json) as task:
+    with _task(root, "copying keys", bar=not json) as task:
         register.put(entry)
         try:
             making = Making(entry.archive_id, files.rfc3339(files.now_ns()), lambda: _audit_head(directory))
@@ -101,11 +101,10 @@ def verify(
 
     Exit status: 0 good, 1 altered, damaged, or of another root key, 2 the archive or the root key is missing.
     """
-    from minikms.cli.rootopening import needed_source
     from minikms.custody.backup.create import judge
 
-    source = needed_source(master_key_file, master_key_fd, None)
-    with _task(source, "opening keys", bar=not json) as task:
+    root = needed_root(master_key_file, master_key_fd)
+    with _task(root, "opening keys", bar=not json) as task:
         good = judge(str(archive), task)
     _print_manifest(good.manifest, archive, json=json, done="good: whole, authentic, every key opens")
     return EXIT_GOOD
@@ -138,19 +137,18 @@ def restore(
     archive are not in it. The audit log begins anew and says where the old one was. Exit status: 0 restored, 1
     refused or the archive is not good, 2 something is missing.
     """
-    from minikms.cli.rootopening import needed_source
     from minikms.custody import files
     from minikms.custody.backup import restore as restoring
     from minikms.custody.backup.create import judge
     from minikms.custody.files import DataDirLock
 
     directory = chosen_data_dir(data_dir, must_exist=False)
-    source = needed_source(master_key_file, master_key_fd, None)
+    root = needed_root(master_key_file, master_key_fd)
     if newer_keyring is None:
         show.confirm(
             "Restore without a newer keyring? Keys that were destroyed after the backup come back with it.", yes=yes
         )
-    with _task(source, "restoring keys", bar=not json) as task:
+    with _task(root, "restoring keys", bar=not json) as task:
         newer = None if newer_keyring is None else _newer_body(newer_keyring, newer_master_key_file, task)
         good = judge(str(archive), task)
         with DataDirLock(directory) as lock, task.open_keyring(good.keyring) as unlocked:
@@ -244,13 +242,13 @@ def prune(
 
 
 @contextmanager
-def _task(source: Source, what: str, *, bar: bool) -> Iterator[Task]:
+def _task(root: RootProvider, what: str, *, bar: bool) -> Iterator[Task]:
     """The root key opened, and a progress bar on a terminal. Raises StartError."""
-    from minikms.cli.rootopening import opened_keyring, opened_root
     from minikms.custody.backup.create import Task
+    from minikms.datadir import opened_keyring, opened_root
 
-    with opened_root(source) as (arena, root), _progress(what, bar=bar) as tell:
-        yield Task(arena, root, lambda data: opened_keyring(arena, root, data), tell)
+    with opened_root(root) as (arena, key), _progress(what, bar=bar) as progress:
+        yield Task(arena, key, lambda data: opened_keyring(arena, key, data), progress)
 
 
 @contextmanager
@@ -279,25 +277,16 @@ def _audit_head(directory: str) -> AuditHead | None:
 
 
 def _begin_log(directory: str, unlocked: UnlockedKeyring, manifest: Manifest) -> None:
-    """A new audit log, whose first line says which head the old one had, and whose second what was restored."""
-    from minikms.audit import AuditLog, Event, Known
+    """A new audit log. Its first line names the head of the old one, its second what was restored."""
+    from minikms.audit import Event, Known
     from minikms.audit.chain import base64_bytes
     from minikms.audit.record import MAC_BYTES, Head
-    from minikms.custody import files
+    from minikms.datadir import open_audit_log
 
-    audit_key = unlocked.body.audit_key
-    mac_key, seed = unlocked.audit_key(audit_key.version)
     head = manifest.audit_head
     sig = None if head is None else base64_bytes(head.sig, MAC_BYTES)
-    log = AuditLog.open(
-        directory,
-        audit_key=mac_key,
-        seed=seed,
-        now_ns=files.now_ns,
-        key_version=audit_key.version,
-        known=Known(begun=True, head=None if head is None or sig is None else Head(head.seq, sig)),
-        accept_loss=True,
-    )
+    known = Known(begun=True, head=None if head is None or sig is None else Head(head.seq, sig))
+    log = open_audit_log(directory, unlocked, known=known, accept_loss=True)
     try:
         facts: dict[str, str | int] = {"archive": manifest.archive_id, "epoch": unlocked.body.epoch}
         log.add(Event(type="restore", actor="minikms", pid=os.getpid(), facts=facts))
@@ -319,15 +308,16 @@ def _registered(archive: Path, manifest: Manifest) -> Registered:
 
 def _newer_body(path: Path, key_file: Path | None, task: Task) -> Body:
     """The keyring at `path`, authenticated under its own root key or the archive's. Raises StartError."""
-    from minikms.cli.rootopening import Source, opened_keyring, opened_root
+    from minikms.datadir import opened_keyring, opened_root
     from minikms.keys.keyring import FILE_BYTES_MAX
+    from minikms.roots.providers import KeyFile
 
     with open(path, "rb") as file:
         data = file.read(FILE_BYTES_MAX + 1)
     if key_file is None:
         with task.open_keyring(data) as unlocked:
             return unlocked.body
-    with opened_root(Source(key_file, None)) as (arena, root), opened_keyring(arena, root, data) as unlocked:
+    with opened_root(KeyFile(key_file)) as (arena, root), opened_keyring(arena, root, data) as unlocked:
         return unlocked.body
 
 

@@ -1,19 +1,11 @@
-"""What `minikms doctor` finds.
+"""`minikms doctor`: examines a data directory, the machine and the running daemon, and says what to do.
 
-Owns: the shape of a finding. Invariant: each says what to do. A `problem` keeps something from working or being
-safe; an `advice` does not.
-
-The examination of a data directory, for `minikms doctor`: whether the daemon runs or not.
-
-Owns: the checks of files. Invariants: everything is opened for reading only, without the lock, so that it works beside
-a live daemon; a file that vanishes meanwhile is no finding; memory is bounded but for what is found. Without the root
-key the keyring and the keys are parsed but not judged for authenticity, and that is said.
-
-`minikms doctor`: examines a data directory, the machine and the running daemon, and says what to do.
-
-Owns: which examinations apply, the page, and the rebuilding of lost use counts. Invariants: it changes nothing unless
-told to rebuild, which needs the lock and a confirmation; exit status 0 no problem (advice at most), 1 a problem, 2
-there was nothing to examine. It must never repair on its own judgement.
+Owns: the checks, the shape of a finding, and the rebuilding of lost use counts. Invariants: each finding says what to
+do; files are opened for reading only, without the lock, so that it works beside a running daemon, and a file that
+vanishes meanwhile is no finding; memory is bounded but for the findings; without the root key, keyring and keys are
+parsed but not authenticated, and the report says so. Exit status: 0 no problem (advice at most), 1 a problem, 2 there
+was nothing to examine. It changes nothing, except that it rebuilds use counts on demand, under the lock and after a
+confirmation; it must never repair by itself.
 """
 
 from __future__ import annotations
@@ -45,12 +37,14 @@ from minikms.cli.console import (
     Socket,
     Yes,
     chosen_data_dir,
+    chosen_root,
+    daemon_client,
 )
-from minikms.cli.rootopening import Source, opened_keyring, opened_root
 from minikms.custody import deks, keyring_file, lease_store, rotation_backups
 from minikms.custody.files import is_stale_temp, open_directory, read_file_bounded
 from minikms.custody.lease_format import LeaseFormatError, parse_journal
 from minikms.custody.lease_store import Snapshot
+from minikms.datadir import opened_keyring, opened_root
 from minikms.errors import MiniKmsError, StartError
 from minikms.keys import dek, keyring
 from minikms.keys.dek import DekRecord
@@ -60,6 +54,7 @@ from minikms.memory.arena import SecretArena
 
 if TYPE_CHECKING:
     from minikms.client import Client
+    from minikms.roots.providers import RootProvider
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -89,7 +84,7 @@ _DAY_SECONDS: Final = 86_400
 _OTHERS_MASK: Final = 0o077
 
 
-def examine(directory: str, source: Source | None, *, now: float) -> Iterator[Finding]:
+def examine(directory: str, root: RootProvider | None, *, now: float) -> Iterator[Finding]:
     """Every finding in a data directory. Raises OSError when it can't be read at all."""
     yield from _permissions(directory)
     yield from _space(directory)
@@ -109,14 +104,14 @@ def examine(directory: str, source: Source | None, *, now: float) -> Iterator[Fi
     yield from _audit_log(directory)
     if body is None or data is None:
         return
-    if source is None:
+    if root is None:
         yield advice(
             "root key", "no root key was given, so that no key was opened", "to try every key: --master-key-file FILE"
         )
         yield from _keys(directory, body, now, None, None)
         return
     try:
-        with opened_root(source) as (arena, root), opened_keyring(arena, root, data) as unlocked:
+        with opened_root(root) as (arena, key), opened_keyring(arena, key, data) as unlocked:
             yield from _keys(directory, body, now, arena, unlocked)
     except StartError as error:
         yield problem("root key", str(error), "give the key file that the daemon uses")
@@ -391,10 +386,8 @@ def doctor(
         raise CommandError("say what to examine: --data-dir DIR, --socket PATH, or both")
     found: list[Finding] = []
     if directory is not None:
-        from minikms.cli.rootopening import chosen_source
-
-        source = chosen_source(master_key_file, master_key_fd, directory)
-        found += examine(directory, source, now=time.time())
+        root = chosen_root(master_key_file, master_key_fd, data_dir=directory)
+        found += examine(directory, root, now=time.time())
     found += machine()
     if path:
         found += _daemon(path, server_uid, alone=directory is None)
@@ -435,10 +428,9 @@ def machine() -> Iterator[Finding]:
 
 def _daemon(path: str, server_uid: int | None, *, alone: bool) -> Iterator[Finding]:
     """Raises KmsUnavailableError when the daemon is all there is to examine."""
-    from minikms.cli.reach import reach
     from minikms.client.errors import KmsUnavailableError
 
-    with reach(path, server_uid) as kms:
+    with daemon_client(path, server_uid) as kms:
         try:
             told: dict[str, Any] = kms.status()
         except KmsUnavailableError as error:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, Final
 from cyclopts import Parameter
 
 from minikms.cli import console as show
-from minikms.cli.console import EXIT_GOOD, EXIT_WANTING, CommandError, ServerUid, Socket
+from minikms.cli.console import EXIT_GOOD, EXIT_WANTING, CommandError, ServerUid, Socket, daemon_client
 
 if TYPE_CHECKING:
     from minikms.client import Client
@@ -61,11 +61,10 @@ def encrypt(
     The result names its key: `minikms decrypt` needs no more than the daemon. Exit status: 0 done, 1 refused, 2
     something is missing.
     """
-    from minikms.cli.reach import reach
     from minikms.crypto.stream import WRAP_AAD, StreamHeader, seal_stream
 
     place = output or ("-" if source == "-" else source + SUFFIX)
-    with reach(socket, server_uid) as kms, _reading(source) as reading, _writing(place, force=force) as writing:
+    with daemon_client(socket, server_uid) as kms, _reading(source) as reading, _writing(place, force=force) as writing:
         key_id = key or _data_key_owner(kms)
         made = kms.generate_data_key(key_id, aad=WRAP_AAD)
         if not isinstance(made.plaintext, bytes):
@@ -89,11 +88,10 @@ def decrypt(
     A file appears only when all of it was authentic. What went to a pipe is authentic too, but whole only if the exit
     status is 0. Exit status: 0 done, 1 it was altered or cut short, or its key was refused, 2 something is missing.
     """
-    from minikms.cli.reach import reach
     from minikms.crypto.stream import WRAP_AAD, open_stream, split_header
 
     place = output or ("-" if source == "-" else _without_suffix(source))
-    with reach(socket, server_uid) as kms, _reading(source) as reading:
+    with daemon_client(socket, server_uid) as kms, _reading(source) as reading:
         header, rest = split_header(_parts(reading, source))
         opened = kms.decrypt(header.key_id, header.wrapped_key, aad=WRAP_AAD)
         with _zeroed(opened) as data_key, _writing(place, force=force) as writing:

@@ -19,7 +19,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from cyclopts import App, Parameter
 
 from minikms.cli import console as show
-from minikms.cli.console import EXIT_GOOD, EXIT_WANTING, CommandError, Json, ServerUid, Socket, Yes, complain
+from minikms.cli.console import (
+    EXIT_GOOD,
+    EXIT_WANTING,
+    CommandError,
+    Json,
+    ServerUid,
+    Socket,
+    Yes,
+    complain,
+    daemon_client,
+)
 
 if TYPE_CHECKING:
     from minikms.client import Client
@@ -51,9 +61,7 @@ def rotate_kek(
     interrupt the rotation. Run it again to watch one that is running, with the same file if it changes the root.
     Exit status: 0 done, 1 refused or keys are left that can't be read, 2 the daemon or the file is missing.
     """
-    from minikms.cli.reach import reach
-
-    with reach(socket, server_uid) as kms, _key_text(new_master_key_file) as text:
+    with daemon_client(socket, server_uid) as kms, _key_text(new_master_key_file) as text:
         before: dict[str, Any] = kms.status()
         count = sum(before["keys"]["by_state"].values())
         what = "Change the root key, rotate the KEK" if text else "Rotate the KEK"
@@ -162,9 +170,7 @@ def _read_private(path: Path, view: memoryview) -> int:
 @app.command(name="list")
 def list_keks(*, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
     """List the KEK versions and how many keys each wraps."""
-    from minikms.cli.reach import reach
-
-    with reach(socket, server_uid) as kms:
+    with daemon_client(socket, server_uid) as kms:
         told: dict[str, Any] = kms.status()
     wrapped = told["keys"]["by_kek_version"]
     keks = [{**kek, "keys": wrapped.get(str(kek["version"]), 0)} for kek in told["keks"]]
@@ -204,9 +210,7 @@ def prune(
 
     Exit status: 0 none is left, 1 some had to be kept, with the reason of each.
     """
-    from minikms.cli.reach import reach
-
-    with reach(socket, server_uid) as kms:
+    with daemon_client(socket, server_uid) as kms:
         show.confirm("Destroy the retired KEKs that nothing in the data directory needs?", yes=yes)
         done = kms.prune_kek(backups=backups, backups_before=backups_before)
     if json:

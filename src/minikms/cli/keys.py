@@ -13,7 +13,7 @@ from cyclopts import App, Parameter, validators
 
 from minikms import api
 from minikms.cli import console
-from minikms.cli.console import EXIT_GOOD, Json, ServerUid, Socket, Yes
+from minikms.cli.console import EXIT_GOOD, Json, ServerUid, Socket, Yes, daemon_client
 
 if TYPE_CHECKING:
     from minikms.client import Client
@@ -38,11 +38,9 @@ def list_keys(
     json: Json = False,
 ) -> int:
     """List keys, oldest first."""
-    from minikms.cli.reach import reach
-
     shown: list[api.KeyAnswer] = []
     more = indexing = False
-    with reach(socket, server_uid) as kms:
+    with daemon_client(socket, server_uid) as kms:
         for answer in _pages(kms, thread, state, limit):
             indexing = indexing or answer.indexing
             shown += answer.keys
@@ -86,9 +84,7 @@ def _pages(kms: Client, thread: str | None, state: api.State | None, limit: int)
 @app.command(name="show")
 def show_key(key_id: KeyId, *, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
     """Show what there is to know about one key."""
-    from minikms.cli.reach import reach
-
-    with reach(socket, server_uid) as kms:
+    with daemon_client(socket, server_uid) as kms:
         _print_key(kms.get_key(key_id), json=json)
     return EXIT_GOOD
 
@@ -98,9 +94,7 @@ def retire(
     key_id: KeyId, *, socket: Socket = None, server_uid: ServerUid = None, yes: Yes = False, json: Json = False
 ) -> int:
     """Make a key decrypt only. It can't encrypt again; what it encrypted stays readable."""
-    from minikms.cli.reach import reach
-
-    with reach(socket, server_uid) as kms:
+    with daemon_client(socket, server_uid) as kms:
         before = kms.get_key(key_id)
         if before.state == "active":
             console.confirm(f"Retire {key_id} of thread {before.thread_id}? It will never encrypt again.", yes=yes)
@@ -113,9 +107,7 @@ def destroy(
     key_id: KeyId, *, socket: Socket = None, server_uid: ServerUid = None, yes: Yes = False, json: Json = False
 ) -> int:
     """Destroy a retired key, and with it whatever only it opens, for good. Keep the receipt."""
-    from minikms.cli.reach import reach
-
-    with reach(socket, server_uid) as kms:
+    with daemon_client(socket, server_uid) as kms:
         if not yes:
             key = kms.get_key(key_id)
             console.confirm(

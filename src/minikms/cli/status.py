@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from cyclopts import Parameter, validators
 
 from minikms.cli import console
-from minikms.cli.console import EXIT_GOOD, EXIT_WANTING, Json, ServerUid, Socket
+from minikms.cli.console import EXIT_GOOD, EXIT_WANTING, Json, ServerUid, Socket, daemon_client
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -36,9 +36,7 @@ def status(
     json: Json = False,
 ) -> int:
     """Show what the running daemon says of itself. Exit status: 0 well, 1 it can't work, 2 it does not answer."""
-    from minikms.cli.reach import reach
-
-    with reach(socket, server_uid) as kms:
+    with daemon_client(socket, server_uid) as kms:
         told: Status = kms.status()
         if watch and not json and sys.stdout.isatty():
             return _watch(kms.status, told, interval)

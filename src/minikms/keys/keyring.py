@@ -13,8 +13,9 @@ docs/spec/formats.md describes the file.
 from __future__ import annotations
 
 import binascii
+import re
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -41,7 +42,7 @@ KEK_WRAPS_MAX: Final = 2**32 - KEK_WRAPS_LEASE
 """NIST SP 800-38D section 8.3: fewer than 2^32 random nonces under one key."""
 RETIRED_ROOTS_MAX: Final = 64
 
-Provider = Literal["file", "environment", "dev", "request"]
+_PROVIDER: Final = re.compile(r"[a-z0-9-]{1,32}")
 
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -49,11 +50,15 @@ class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
 
 class Slot(_Part, frozen=True):
-    """`wrapped` is the keyring key of version `opens`, sealed under this slot's root key."""
+    """`wrapped` is the keyring key of version `opens`, sealed under this slot's root key.
+
+    `provider` is for people: the name of the root key provider that the slot was made with, or `request` for a root key
+    that came with `POST /rotate_kek`.
+    """
 
     slot_id: str
     fingerprint: str
-    provider: Provider
+    provider: str
     created_at: str
     commitment: bytes
     opens: int
@@ -216,6 +221,8 @@ def _slots_agree(body: Body) -> bool:
     ids = {slot.slot_id for slot in body.slots}
     names = {slot.fingerprint for slot in body.slots}
     if not 1 <= len(body.slots) <= SLOTS_MAX or len(ids) != len(body.slots) or len(names) != len(body.slots):
+        return False
+    if not all(_PROVIDER.fullmatch(slot.provider) for slot in body.slots):
         return False
     if body.rotation is not None and body.rotation.slot_id not in ids | {""}:
         return False
