@@ -32,6 +32,7 @@ from minikms.cli.console import (
     EXIT_GOOD,
     EXIT_MISSING,
     EXIT_WANTING,
+    CommandError,
     DataDir,
     MasterKeyFd,
     MasterKeyFile,
@@ -238,8 +239,8 @@ def verify(
                 directory, trust, expect_head=head, from_checkpoint=from_checkpoint, progress=progress
             )
 
-    directory = chosen_data_dir(data_dir)
     try:
+        directory = chosen_data_dir(data_dir)
         head = None if expect_head is None else _head(expect_head)
         if head is not None and head.seq < from_checkpoint:
             raise StartError(f"--from-checkpoint {from_checkpoint} leaves out line {head.seq}, which is expected")
@@ -254,7 +255,7 @@ def verify(
                 )
             with open_for_reading(directory, root) as unlocked:
                 report = judge(audit_keys(unlocked).trust())
-    except (MiniKmsError, OSError) as error:
+    except (CommandError, MiniKmsError, OSError) as error:
         return _missing(error)
     print(report_json(report) if json else "\n".join(report_lines(report)))
     if report.findings_count:
@@ -288,7 +289,7 @@ def tail(
         return _reader_left()
     except KeyboardInterrupt:
         return EXIT_GOOD
-    except (MiniKmsError, OSError) as error:
+    except (CommandError, MiniKmsError, OSError) as error:
         return _missing(error)
     return EXIT_GOOD
 
@@ -333,7 +334,7 @@ def find(
                 found += 1
     except BrokenPipeError:
         return _reader_left()
-    except (MiniKmsError, OSError) as error:
+    except (CommandError, MiniKmsError, OSError) as error:
         return _missing(error)
     return EXIT_GOOD if found else EXIT_WANTING
 
@@ -345,7 +346,7 @@ def stats(*, data_dir: DataDir = None, json: Json = False) -> int:
 
     try:
         counted = totals(_log_directory(data_dir))
-    except (MiniKmsError, OSError) as error:
+    except (CommandError, MiniKmsError, OSError) as error:
         return _missing(error)
     if json:
         print(as_json(counted))
@@ -368,10 +369,10 @@ def rotate_key(
     """
     from minikms.datadir import rotate_audit_key
 
-    directory = chosen_data_dir(data_dir)
     try:
+        directory = chosen_data_dir(data_dir)
         made = rotate_audit_key(directory, needed_root(master_key_file, master_key_fd, data_dir=directory))
-    except (MiniKmsError, OSError) as error:
+    except (CommandError, MiniKmsError, OSError) as error:
         return _missing(error)
     public_key = base64_text(made.public_key)
     if json:
