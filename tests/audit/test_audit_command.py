@@ -147,7 +147,7 @@ def test_a_check_of_a_part_says_of_which(data_dir: Path) -> None:
     key = public_key_of(data_dir)
     _, output, _ = run("verify", "--data-dir", data_dir, "--from-checkpoint", 5)
     assert output.splitlines()[0] == "The audit log is intact from line 5, judged every line by the audit key."
-    assert "before      what stands before line 5 was not looked at" in output
+    assert "before      the lines before line 5 were not checked" in output
     _, output, _ = run("verify", "--data-dir", data_dir, "--public-key", key)
     assert output.splitlines()[0] == "The audit log is intact up to line 5, judged by its signed lines."
     assert "not signed  the last 1 line(s): the public key can't judge them" in output
@@ -190,7 +190,7 @@ def test_what_can_not_be_judged_is_neither_intact_nor_altered(data_dir: Path) ->
         ("verify", {"data_dir": "EMPTY", "public_key": [base64_text(bytes(32))]}, "there is no audit log"),
         ("verify", {"data_dir": "EMPTY", "master_key_file": Path("/nowhere")}, "there is no keyring"),
         ("verify", {"data_dir": "EMPTY"}, "or only the log's public key with --public-key"),
-        ("find", {"data_dir": "DATA"}, "say what to find"),
+        ("find", {"data_dir": "DATA"}, "give something to find"),
         ("find", {"data_dir": "EMPTY", "key": "k"}, "there is no audit log"),
         ("tail", {"data_dir": "EMPTY"}, "there is no audit log"),
         ("stats", {"data_dir": "EMPTY"}, "there is no audit log"),

@@ -29,9 +29,9 @@ from minikms.audit.queries import Progress, Totals
 from minikms.audit.record import Event, MalformedLineError
 from minikms.audit.rules import FINDINGS_COUNT_MAX, Report
 from minikms.cli.console import (
+    EXIT_FAILED,
     EXIT_GOOD,
     EXIT_MISSING,
-    EXIT_WANTING,
     CommandError,
     DataDir,
     MasterKeyFd,
@@ -79,7 +79,7 @@ def as_json(value: object) -> str:
 
 
 def raw_line(line: bytes) -> str:
-    """The line as it is, if it is an audit line: nothing else may reach a terminal."""
+    """The line itself, if it is an audit line: nothing else may reach a terminal."""
     try:
         record.split_line(line)
     except MalformedLineError as error:
@@ -97,7 +97,7 @@ def report_lines(report: Report) -> Iterator[str]:
         if count > FINDINGS_COUNT_MAX:
             yield f"  … and {count - FINDINGS_COUNT_MAX} more"
         if report.given_up:
-            yield "  There the check was given up: what follows was not looked at."
+            yield "  The check stopped there: the lines after it were not checked."
     elif not report.judged:
         yield "The audit log can't be judged by the public key: no line of it is signed yet."
     else:
@@ -107,9 +107,9 @@ def report_lines(report: Report) -> Iterator[str]:
         return
     yield f"  lines       {report.first_seq} to {report.head.seq}, in {report.segments} file(s); log {report.log_id}"
     if report.from_signed_line:
-        yield f"  before      what stands before line {report.first_seq} was not looked at"
+        yield f"  before      the lines before line {report.first_seq} were not checked"
     elif report.first_seq > 1 and report.intact:
-        yield f"  removed     lines 1 to {report.first_seq - 1}, as the log says"
+        yield f"  removed     lines 1 to {report.first_seq - 1}, as the log itself records"
     yield f"  head        {report.head.seq}:{base64_text(report.head.sig)}"
     yield f"  signed      up to line {report.covered_seq}, {report.checkpoints} signed line(s)"
     if report.public_key is not None:
@@ -122,18 +122,18 @@ def report_lines(report: Report) -> Iterator[str]:
         note = "" if report.macs_checked or known_seq < report.covered_seq else "; that one is not signed yet"
         yield f"  anchor      {report.lines_after_expected_head} line(s) are newer than the expected head{note}"
     elif report.intact:
-        yield "  anchor      none given: lines cut off cleanly at the end would not show (see --expect-head)"
+        yield "  anchor      none given: lines missing at the end would not be noticed (see --expect-head)"
 
 
 def _part(report: Report) -> str:
-    """Which part of the log was judged, where it was not all of it."""
+    """Which part of the log was judged, if not all of it."""
     begin = f"from line {report.first_seq}" if report.from_signed_line else ""
     end = f"up to line {report.covered_seq}" if report.lines_not_covered and not report.macs_checked else ""
     return f" {begin} {end}".rstrip().replace("  ", " ")
 
 
 def event_line(line: bytes) -> str:
-    """One audit line for a person; a line that is none is said to be so, and not shown."""
+    """One audit line for a person. Of a malformed line, only the fault is shown."""
     try:
         event = record.parse_line(line)[0]
     except MalformedLineError as error:
@@ -170,7 +170,7 @@ def _time(ts: int) -> str:
 
 
 def print_totals(totals: Totals) -> None:
-    # An actor may be called [/bold], or what makes a link of it: shown, not obeyed.
+    # Without markup: an actor's name such as [/bold] must be shown, not interpreted.
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(f"{totals.lines} lines in {totals.files} file(s), {totals.disk_bytes} bytes on disk")
     if totals.lines:
@@ -206,11 +206,11 @@ def verify(
         Parameter(
             name="--public-key",
             negative=(),
-            help="Judge by the signed lines alone, with this public key (or a file of it). Repeatable.",
+            help="Judge by the signed lines alone, with this public key (or a file that holds it). Repeatable.",
         ),
     ] = None,
     expect_head: Annotated[
-        str | None, Parameter(name="--expect-head", help="A line known to have been written: SEQ:SIG.")
+        str | None, Parameter(name="--expect-head", help="A line that was written, as SEQ:SIG.")
     ] = None,
     from_checkpoint: Annotated[
         int,
@@ -223,12 +223,12 @@ def verify(
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Check every line of the log, also beside a live daemon.
+    """Check every line of the log, also beside a running daemon.
 
-    With the root key every line is judged by itself. With only --public-key, lines are judged by the signed line
-    that follows them; those after the last one can't be. Give the key that the log begins with, and compare the one
-    that it ends with, which is shown, with the newest that you know. Exit status: 0 what could be judged is intact,
-    1 altered or malformed, 2 when the key, the log or the line to begin with is missing, or nothing could be judged.
+    With the root key every line is judged by itself. With only --public-key, lines are judged by the signed line that
+    follows them; those after the last signed line can't be judged. Give the key that the log begins with, and compare
+    the key that it ends with, which is shown, with the newest that you know. Exit status: 0 what could be judged is
+    intact, 1 altered or malformed, 2 the key, the log or the line to begin with is missing, or nothing could be judged.
     """
     from minikms.audit.queries import verify_directory
     from minikms.datadir import audit_keys, open_for_reading
@@ -259,7 +259,7 @@ def verify(
         return _missing(error)
     print(report_json(report) if json else "\n".join(report_lines(report)))
     if report.findings_count:
-        return EXIT_WANTING
+        return EXIT_FAILED
     return EXIT_GOOD if report.judged else EXIT_MISSING
 
 
@@ -306,10 +306,10 @@ def find(
     json: JsonLines = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Show the lines that tell of a thread, key, actor or request: of all that are given. It does not verify them.
+    """Show the lines about a thread, key, actor or request, or about all that are given. It does not verify them.
 
-    A log that hides thread ids (--audit-hash-thread-ids) can be searched for a thread with the root key only. Exit
-    status: 0 found, 1 nothing found, 2 the log is missing.
+    To search a log with hashed thread ids (--audit-hash-thread-ids) for a thread, give the root key. Exit status: 0
+    found, 1 nothing found, 2 the log is missing.
     """
     from contextlib import ExitStack
 
@@ -318,7 +318,7 @@ def find(
     from minikms.datadir import audit_keys, open_for_reading
 
     if not (thread or key or actor or request):
-        return _missing(StartError("say what to find: --thread, --key, --actor or --request"))
+        return _missing(StartError("give something to find: --thread, --key, --actor or --request"))
     found = 0
     try:
         directory = _log_directory(data_dir)
@@ -336,7 +336,7 @@ def find(
         return _reader_left()
     except (CommandError, MiniKmsError, OSError) as error:
         return _missing(error)
-    return EXIT_GOOD if found else EXIT_WANTING
+    return EXIT_GOOD if found else EXIT_FAILED
 
 
 @app.command

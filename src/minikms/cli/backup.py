@@ -1,8 +1,10 @@
 """`minikms backup`: create, verify, restore, list and prune archives.
 
-Owns: flags, pages, and the audit log that a restored directory begins with. Invariants: `create` and `verify` take no
-lock and change nothing but the register of archives; a restore needs an empty place and its lock; every archive is read
-back, and every key in it opened, before it is called good. It must never show or keep a key.
+Owns: flags, output, and the first lines of the audit log of a restored directory. A backup is an archive of the data
+directory; what a KEK rotation keeps of key files are rotation backups (`minikms.custody.rotation_backups`). Invariants:
+`create` and `verify` take no lock and change nothing but the register of archives; a restore needs an empty directory
+and its lock; every archive is read back, and every key in it opened, before it is reported as good. It must never show
+or keep a key.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from cyclopts import App, Parameter, validators
 
 from minikms.cli import console as show
 from minikms.cli.console import (
+    EXIT_FAILED,
     EXIT_GOOD,
-    EXIT_WANTING,
     CommandError,
     DataDir,
     Json,
@@ -59,8 +61,8 @@ def create(
 ) -> int:
     """Make one archive of keyring, keys and use counts, also while the daemon serves.
 
-    It holds wrapped keys only: the root key is not in it, and opens it. The audit log is not in it either: copy that
-    by itself. Of a message server, back up the store first (progressdb backup create). Exit status: 0 made and read
+    It holds wrapped keys only. The root key, which opens it, is not in it. Nor is the audit log: copy that separately.
+    Of a message server, back up the store first (progressdb backup create). Exit status: 0 made and read
     back, 1 made, but some key files could not be read, 2 not made.
     """
     from minikms.custody import files
@@ -88,8 +90,9 @@ def create(
     )
     _print_manifest(good.manifest, archive, json=json, done="made, read back, every key opened")
     if good.manifest.unreadable:
-        complain(f"not in it, for their files can't be read: {_named(good.manifest.unreadable)}; see `minikms doctor`")
-        return EXIT_WANTING
+        unreadable = _named(good.manifest.unreadable)
+        complain(f"the archive lacks these keys, whose files can't be read: {unreadable}; see `minikms doctor`")
+        return EXIT_FAILED
     return EXIT_GOOD
 
 
@@ -119,12 +122,12 @@ def restore(
         Path | None,
         Parameter(
             name="--newer-keyring",
-            help="A keyring.json of later than the archive: keys destroyed by then are not brought back.",
+            help="A keyring.json that is newer than the archive: keys destroyed by then are not restored.",
         ),
     ] = None,
     newer_master_key_file: Annotated[
         Path | None,
-        Parameter(name="--newer-master-key-file", help="The root key of that keyring, if it is another by then."),
+        Parameter(name="--newer-master-key-file", help="The root key of that keyring, if it is another one."),
     ] = None,
     master_key_file: MasterKeyFile = None,
     yes: Yes = False,
@@ -133,8 +136,8 @@ def restore(
 ) -> int:
     """Restore an archive into a data directory that is empty or not there. Nothing is ever overwritten.
 
-    The root key is the one of the archive's time. Every key counts as used 2^30 times more, since uses after the
-    archive are not in it. The audit log begins anew and says where the old one was. Exit status: 0 restored, 1
+    It needs the root key of the time of the archive. Every key counts as used 2^30 times more, because uses after the
+    archive are not in it. A new audit log begins, which names the last line of the old one. Exit status: 0 restored, 1
     refused or the archive is not good, 2 something is missing.
     """
     from minikms.custody import files
@@ -171,7 +174,7 @@ def restore(
 
 @app.command(name="list")
 def list_archives(*, data_dir: DataDir = None, json: Json = False) -> int:
-    """List the archives that were made of a data directory. Those that are gone are named as missing."""
+    """List the archives of a data directory. Those whose files are gone are marked as missing."""
     from minikms.custody.backup.register import ArchiveRegister
 
     found = ArchiveRegister(chosen_data_dir(data_dir)).listed()
@@ -194,7 +197,7 @@ def prune(
         bool,
         Parameter(
             name="--forget-missing",
-            help="Also forget the archives whose files are gone. Say so only if no copy of them exists.",
+            help="Also forget the archives whose files are gone. Use it only if no copy of them exists.",
             negative=(),
             show_default=False,
         ),
@@ -203,9 +206,9 @@ def prune(
     yes: Yes = False,
     json: Json = False,
 ) -> int:
-    """Remove the oldest archives that were made of a data directory, and what interrupted ones left.
+    """Remove the oldest archives of a data directory, and the leftovers of interrupted ones.
 
-    A moved archive stays listed as missing, for it may still hold keys that are destroyed later.
+    A moved archive stays listed as missing, because it may still hold keys that are destroyed later.
     """
     from minikms.custody.backup.create import remove_leftover
     from minikms.custody.backup.register import ArchiveRegister
@@ -214,10 +217,10 @@ def prune(
     listed = register.listed()
     present = [entry for entry in listed if os.path.isfile(entry.path)]
     missing = [entry for entry in listed if not os.path.isfile(entry.path)]
-    doomed = present[:-keep]
-    if doomed:
-        show.confirm(f"Remove {_named([entry.path for entry in doomed])}?", yes=yes)
-    for entry in doomed:
+    removed = present[:-keep]
+    if removed:
+        show.confirm(f"Remove {_named([entry.path for entry in removed])}?", yes=yes)
+    for entry in removed:
         _remove_archive(entry)
         register.forget(entry.archive_id)
     forgotten = [
@@ -228,13 +231,13 @@ def prune(
     for entry in forgotten:
         register.forget(entry.archive_id)
     if json:
-        show.print_json({"removed": doomed, "forgotten": forgotten})
+        show.print_json({"removed": removed, "forgotten": forgotten})
         return EXIT_GOOD
-    for entry in doomed:
+    for entry in removed:
         print(f"removed {show.clean(entry.path)}")
     for entry in forgotten:
         print(f"forgot {entry.archive_id}, whose file {show.clean(entry.path)} is gone")
-    print(f"{len(present) - len(doomed)} archive(s) stay")
+    print(f"{len(present) - len(removed)} archive(s) stay")
     return EXIT_GOOD
 
 
@@ -243,7 +246,7 @@ def prune(
 
 @contextmanager
 def _task(root: RootProvider, what: str, *, bar: bool) -> Iterator[Task]:
-    """The root key opened, and a progress bar on a terminal. Raises StartError."""
+    """The opened root key, and a progress bar on a terminal. Raises StartError."""
     from minikms.custody.backup.create import Task
     from minikms.datadir import opened_keyring, opened_root
 
@@ -296,7 +299,7 @@ def _begin_log(directory: str, unlocked: UnlockedKeyring, manifest: Manifest) ->
 
 
 def _registered(archive: Path, manifest: Manifest) -> Registered:
-    """How a restored directory names the archive it came from, which may hold each of its keys."""
+    """The entry for the archive in the register of the restored directory: it may hold each of its keys."""
     from minikms.custody.backup.register import Registered
 
     now_ms = time.time_ns() // 1_000_000
@@ -322,12 +325,12 @@ def _newer_body(path: Path, key_file: Path | None, task: Task) -> Body:
 
 
 def _remove_archive(entry: Registered) -> None:
-    """Only what is an archive is removed. Raises CommandError."""
+    """Removes the file if it is an archive. Raises CommandError otherwise."""
     from minikms.custody.backup.archive import MAGIC
 
     with open(entry.path, "rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
-            raise CommandError(f"{entry.path} is no backup; nothing was removed", EXIT_WANTING)
+            raise CommandError(f"{entry.path} is not a backup archive; it was not removed", EXIT_FAILED)
     os.unlink(entry.path)
 
 

@@ -20,14 +20,14 @@ from minikms.cli.serve import serve
 
 COMMANDS: Final = {
     "init": ("init:init", "Make a data directory, and a root key file if there is none."),
-    "status": ("status:status", "Show what the running daemon says of itself."),
+    "status": ("status:status", "Show the state of the running daemon."),
     "keys": ("keys:app", "List, show, retire and destroy keys."),
     "rotate-kek": ("kek:rotate_kek", "Make a new KEK and wrap every key under it, while the daemon serves."),
     "kek": ("kek:app", "List key-encryption keys (KEKs), and destroy those that nothing needs."),
     "encrypt": ("files:encrypt", "Encrypt a file or a pipe of any size."),
     "decrypt": ("files:decrypt", "Decrypt what `minikms encrypt` made."),
     "backup": ("backup:app", "Create, verify, restore, list and prune backup archives."),
-    "doctor": ("doctor:doctor", "Look for what is wrong or soon will be, each with what to do."),
+    "doctor": ("doctor:doctor", "Look for problems, and say what to do about each."),
     "audit": ("audit:app", "Verify and read the audit log."),
     "demo": ("demo:demo", "See the commands at work, in a temporary directory."),
     "completion": ("command:completion", "Print the completion script of a shell."),
@@ -38,7 +38,7 @@ app = App(
     name="minikms",
     help="A local, hardened key service. With flags only, it serves.",
     help_format="plaintext",  # what Markdown needs takes long to import
-    help_epilogue="Exit status: 0 done, 1 judged and found wanting, or refused, 2 wrong usage or something is missing.",
+    help_epilogue="Exit status: 0 done, 1 a check failed or a refusal, 2 wrong usage or something is missing.",
     version_flags=["--version"],
     version="0.1.0",
 )

@@ -1,8 +1,8 @@
 """What the commands share: exit statuses, flags, the daemon's client, and how results are shown.
 
 Owns:
-- the exit statuses, and the rule from an error to its text and exit status. 0: done, or judged and found good. 1:
-  judged and found wanting, or refused. 2: wrong usage, or something needed (a daemon, a file, a key) is missing.
+- the exit statuses, and the rule from an error to its text and exit status. 0: done, or a check passed. 1: a check
+  failed, or the request was refused. 2: wrong usage, or something needed (a daemon, a file, a key) is missing.
 - the flags of several commands: names, help, environment variables.
 - the console, tables, and JSON.
 
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 
 
 EXIT_GOOD: Final = 0
-EXIT_WANTING: Final = 1
+EXIT_FAILED: Final = 1
 EXIT_MISSING: Final = 2
 EXIT_INTERRUPTED: Final = 130
-"""128 and SIGINT, as shells have it."""
+"""128 + SIGINT, as in shells."""
 EXIT_READER_LEFT: Final = 141
-"""128 and SIGPIPE: the reader closed the pipe before it had all of the output."""
+"""128 + SIGPIPE: the reader closed the pipe before it had all of the output."""
 
 
 class CommandError(Exception):
-    """A command that can't go on; the text is for the person who typed it."""
+    """Ends the command; the text is for the person who ran it."""
 
     def __init__(self, text: str, exit_status: int = EXIT_MISSING) -> None:
         super().__init__(text)
@@ -58,7 +58,7 @@ def complain(text: str) -> None:
 
 
 def explained(error: Exception) -> tuple[str, int]:
-    """The text and the exit status of an error that ends a command. Errors that are defects are raised again."""
+    """The text and the exit status of an error that ends a command. An error that is a defect is raised again."""
     from minikms.client.errors import KmsError
     from minikms.errors import InvalidRequestError, MiniKmsError, StartError, StorageUnavailableError
 
@@ -68,7 +68,7 @@ def explained(error: Exception) -> tuple[str, int]:
         return _explained_client(error)
     if isinstance(error, MiniKmsError):
         missing = isinstance(error, StartError | StorageUnavailableError | InvalidRequestError)
-        return str(error), EXIT_MISSING if missing else EXIT_WANTING
+        return str(error), EXIT_MISSING if missing else EXIT_FAILED
     if isinstance(error, OSError) and error.strerror:
         place = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{place}", EXIT_MISSING
@@ -81,18 +81,18 @@ def _explained_client(error: Exception) -> tuple[str, int]:
     advice: dict[type[Exception], str] = {
         errors.KmsUnavailableError: "Is the daemon running? Start it with `minikms --socket … --data-dir …`, or name "
         "its socket with --socket or PROGRESSDB_KMS_SOCKET",
-        errors.KmsTimeoutError: "It may have been carried out: look with `minikms status`",
-        errors.KmsUntrustedServerError: "If that user is meant to serve it, say so with --server-uid",
+        errors.KmsTimeoutError: "The request may have been carried out: check with `minikms status`",
+        errors.KmsUntrustedServerError: "If that user is meant to serve it, give --server-uid",
         errors.UnauthorizedError: "Run this as a user of the daemon's --allowed-uids",
         errors.ForbiddenError: "Run this as a user of the daemon's --admin-uids",
         errors.AuditUnavailableError: "Free space on the file system of the audit log; see docs/runbook.md",
-        errors.KeyNotFoundError: "List what there is with `minikms keys list`",
+        errors.KeyNotFoundError: "List the keys with `minikms keys list`",
     }
     text = error.message if isinstance(error, errors.KmsRefusedError) else str(error)
     next_step = next((advice[kind] for kind in type(error).__mro__ if kind in advice), "")
     usage_or_missing = isinstance(error, errors.KeyNotFoundError | errors.InvalidRequestError)
     judged = isinstance(error, errors.KmsRefusedError | errors.KmsUntrustedServerError) and not usage_or_missing
-    return f"{text}. {next_step}." if next_step else text, EXIT_WANTING if judged else EXIT_MISSING
+    return f"{text}. {next_step}." if next_step else text, EXIT_FAILED if judged else EXIT_MISSING
 
 
 SOCKET_VARIABLE: Final = "PROGRESSDB_KMS_SOCKET"
@@ -125,7 +125,7 @@ def chosen_socket(given: str | None) -> str:
 
 
 def chosen_data_dir(given: str | None, *, must_exist: bool = True) -> str:
-    """The absolute path. Raises CommandError when none is named, or it isn't there."""
+    """The absolute path. Raises CommandError when none is named, or the directory is missing."""
     path = given or os.environ.get(DATA_DIR_VARIABLE) or ""
     if not path:
         raise CommandError(f"name the data directory: --data-dir DIR, or {DATA_DIR_VARIABLE}")
@@ -218,7 +218,7 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, righ
 
     table = Table(*titles, box=None, pad_edge=False, header_style="bold")
     for column, title in zip(table.columns, titles, strict=True):
-        column.overflow = "fold"  # an id that is cut short can't be used
+        column.overflow = "fold"  # a truncated id can't be used
         if title in right:
             column.justify = "right"
     for row in rows:
@@ -227,7 +227,7 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, righ
 
 
 def print_facts(facts: Iterable[tuple[str, object]], *, indent: int = 0) -> None:
-    """Names and values, one a line, the values below each other."""
+    """Names and values, one pair a line, the values aligned."""
     lines = [(name, clean(str(value))) for name, value in facts]
     width = max((len(name) for name, _ in lines), default=0)
     for name, value in lines:
@@ -260,11 +260,11 @@ def duration(seconds: int) -> str:
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Returns when the answer is yes. Raises CommandError for a no, or where nobody can be asked."""
+    """Returns when the answer is yes. Raises CommandError when it is no, or when standard input is no terminal."""
     if yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise CommandError("this asks for a confirmation, and nobody is at a terminal; say yes with --yes")
+        raise CommandError("this needs a confirmation, and there is no terminal to ask on: confirm with --yes")
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise CommandError("nothing was done", EXIT_WANTING)
+        raise CommandError("nothing was done", EXIT_FAILED)

@@ -25,8 +25,8 @@ from minikms.audit.reader import LOG_NAME
 from minikms.cli import console as show
 from minikms.cli.console import (
     DATA_DIR_VARIABLE,
+    EXIT_FAILED,
     EXIT_GOOD,
-    EXIT_WANTING,
     SOCKET_VARIABLE,
     CommandError,
     DataDir,
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """`area` groups findings on the page; `what` is the fact, `do` the next step."""
+    """A `problem` stops something from working or being safe; an `advice` does not. `do` is the next step."""
 
     level: Literal["problem", "advice"]
     area: str
@@ -85,7 +85,7 @@ _OTHERS_MASK: Final = 0o077
 
 
 def examine(directory: str, root: RootProvider | None, *, now: float) -> Iterator[Finding]:
-    """Every finding in a data directory. Raises OSError when it can't be read at all."""
+    """Every finding in a data directory. Raises OSError when the directory can't be read."""
     yield from _permissions(directory)
     yield from _space(directory)
     body: Body | None = None
@@ -106,7 +106,7 @@ def examine(directory: str, root: RootProvider | None, *, now: float) -> Iterato
         return
     if root is None:
         yield advice(
-            "root key", "no root key was given, so that no key was opened", "to try every key: --master-key-file FILE"
+            "root key", "no root key was given, so no key was opened", "to try every key: --master-key-file FILE"
         )
         yield from _keys(directory, body, now, None, None)
         return
@@ -146,7 +146,7 @@ def _permissions(directory: str) -> Iterator[Finding]:
 
 
 class _Entry:
-    """A name with what `lstat` says of it."""
+    """A name and its `lstat`."""
 
     def __init__(self, name: str, status: os.stat_result) -> None:
         self.name = name
@@ -180,7 +180,7 @@ def _space(directory: str) -> Iterator[Finding]:
     elif free < FREE_BYTES_ADVISED:
         yield advice("disk", f"{free // 2**20:,} MiB are free for {directory}", "make room before it is full")
     if room.f_files and room.f_favail < FREE_FILES_MIN:
-        yield problem("disk", f"the file system takes only {room.f_favail:,} more files", "make room for more inodes")
+        yield problem("disk", f"the file system has only {room.f_favail:,} free inodes", "remove files on it")
 
 
 # --- the keyring --------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def _audit_log(directory: str) -> Iterator[Finding]:
         yield advice(
             "audit log",
             f"parts were set aside after a crash or a loss: {_named(torn)}",
-            "the log tells of each: minikms audit verify; then archive them",
+            "the log has a line about each: minikms audit verify; then archive them",
         )
 
 
@@ -268,13 +268,13 @@ def _audit_log(directory: str) -> Iterator[Finding]:
 def _keys(
     directory: str, body: Body, now: float, arena: SecretArena | None, unlocked: UnlockedKeyring | None
 ) -> Iterator[Finding]:
-    buried = {stone.key_id for stone in body.tombstones}
+    destroyed = {stone.key_id for stone in body.tombstones}
     active: dict[str, list[str]] = {}
     bad: list[str] = []
     oldest = now
     for key_id in sorted(key_ids(directory)):
-        if key_id in buried:
-            continue  # its file is removed by the next start
+        if key_id in destroyed:
+            continue  # the next start removes its file
         try:
             record = _record(directory, key_id)
             if record is None:
@@ -297,7 +297,7 @@ def _keys(
             "orphaned keys",
             f"more than one active key for the thread of {_named(orphans)}: a request was interrupted, and perhaps "
             "nothing uses them",
-            "those that `progressdb check` does not name as mapped: minikms keys retire",
+            "retire those that `progressdb check` does not list as mapped: minikms keys retire",
         )
     days = int((now - oldest) // _DAY_SECONDS)
     if days > KEY_AGE_DAYS_MAX:
@@ -314,7 +314,7 @@ def _judge(record: DekRecord, body: Body, arena: SecretArena | None, unlocked: U
 
 
 def key_ids(directory: str) -> Iterator[str]:
-    """The ids of the key files in a data directory, in no order."""
+    """The ids of the key files in a data directory, in any order."""
     try:
         with os.scandir(os.path.join(directory, deks.DIRECTORY)) as entries:
             for entry in entries:
@@ -364,7 +364,7 @@ def doctor(
         bool,
         Parameter(
             name="--rebuild-leases",
-            help="Begin the use counts anew: keys of now only decrypt from then on. The daemon must be stopped.",
+            help="Reset lost use counts: all present keys only decrypt from then on. The daemon must be stopped.",
             negative=(),
             show_default=False,
         ),
@@ -373,10 +373,10 @@ def doctor(
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Look for what is wrong or soon will be, each with what to do: files and machine with --data-dir, also beside a
-    live daemon; the daemon itself with --socket.
+    """Look for problems, and say what to do about each: in files and machine with --data-dir, also beside a running
+    daemon; in the daemon itself with --socket.
 
-    With the root key every key is opened, too. Exit status: 0 no problem, 1 a problem, 2 there is nothing to look at.
+    With the root key it also opens every key. Exit status: 0 no problem, 1 a problem, 2 there is nothing to examine.
     """
     directory = chosen_data_dir(data_dir) if data_dir or os.environ.get(DATA_DIR_VARIABLE) else None
     if rebuild_leases:
@@ -396,7 +396,7 @@ def doctor(
         show.print_json({"problems": problems, "findings": found})
     else:
         _print(found, problems)
-    return EXIT_WANTING if problems else EXIT_GOOD
+    return EXIT_FAILED if problems else EXIT_GOOD
 
 
 def _print(found: list[Finding], problems: int) -> None:
@@ -410,7 +410,7 @@ def _print(found: list[Finding], problems: int) -> None:
 
 
 def machine() -> Iterator[Finding]:
-    """What this machine lacks for keeping keys in memory."""
+    """What the kernel lacks for protecting keys in memory."""
     from minikms.memory.arena import SecretArena
 
     with SecretArena(1) as arena:
@@ -427,40 +427,40 @@ def machine() -> Iterator[Finding]:
 
 
 def _daemon(path: str, server_uid: int | None, *, alone: bool) -> Iterator[Finding]:
-    """Raises KmsUnavailableError when the daemon is all there is to examine."""
+    """`alone`: nothing else is examined. Raises KmsUnavailableError then, if the daemon does not answer."""
     from minikms.client.errors import KmsUnavailableError
 
     with daemon_client(path, server_uid) as kms:
         try:
-            told: dict[str, Any] = kms.status()
+            status: dict[str, Any] = kms.status()
         except KmsUnavailableError as error:
             if alone:
                 raise
             yield problem("daemon", str(error), "start it: minikms --socket … --data-dir …; its log says why it ended")
             return
-        yield from judged(told)
+        yield from status_findings(status)
         yield from _worn_keys(kms)
 
 
-def judged(told: dict[str, Any]) -> Iterator[Finding]:
-    """What a status says that needs somebody."""
-    for measure in told["hardening"]:
+def status_findings(status: dict[str, Any]) -> Iterator[Finding]:
+    """The findings in the answer of `GET /status`."""
+    for measure in status["hardening"]:
         if not measure["in_force"]:
             yield advice("hardening", f"not in force: {measure['measure']}", measure["why"])
-    if not told["audit"]["writable"]:
+    if not status["audit"]["writable"]:
         yield problem(
             "audit log",
-            f"it can't be written, so every request is refused: {told['audit']['unavailable_reason']}",
+            f"it can't be written, so every request is refused: {status['audit']['unavailable_reason']}",
             "free space on its file system, see docs/runbook.md",
         )
-    rotation = told["rotation"]
+    rotation = status["rotation"]
     if rotation is not None and rotation["last_error"]:
         yield problem(
-            "rotation", f"it can't go on: {rotation['last_error']}", "mend the cause; the daemon tries again by itself"
+            "rotation", f"it fails: {rotation['last_error']}", "remove the cause; the daemon tries again by itself"
         )
-    for key_id, why in told["keys"]["unreadable_files"].items():
+    for key_id, why in status["keys"]["unreadable_files"].items():
         yield problem("keys", f"{key_id}: {why}", "restore this file from a backup")
-    for text in told["warnings"]:
+    for text in status["warnings"]:
         what, _, do = text.partition("; " if "; " in text else ": ")
         yield advice("daemon", what, do or "minikms status")
 
@@ -485,7 +485,7 @@ def _worn_keys(kms: Client) -> Iterator[Finding]:
 
 
 def _rebuild(directory: str | None, *, yes: bool) -> int:
-    """Both lease files anew; every key made until now counts as spent. Raises StartError while a daemon runs."""
+    """Replaces both lease files; every present key counts as spent. Raises StartError while a daemon runs."""
     from minikms.custody.files import DataDirLock
     from minikms.custody.lease_store import LeaseStore
     from minikms.custody.rotation_backups import newest_key_id
@@ -496,13 +496,13 @@ def _rebuild(directory: str | None, *, yes: bool) -> int:
     with DataDirLock(directory) as lock:
         present = list(key_ids(directory))
         if not present:
-            raise CommandError(f"there is no key in {directory}, so that there is nothing to count")
+            raise CommandError(f"there is no key in {directory}, so there are no use counts to reset")
         show.confirm(
-            f"Begin the use counts of {len(present):,} keys anew? Each of them only decrypts from then on, until its "
-            "thread gets a new key.",
+            f"Reset the use counts of {len(present):,} keys? Each of them only decrypts from then on. Their threads "
+            "need new keys.",
             yes=yes,
         )
         LeaseStore.rebuild(lock.directory_fd, key_id_to_bytes(newest_key_id(directory)))
-    print(f"The use counts were begun anew. The {len(present):,} key(s) of now only decrypt. Give each thread")
+    print(f"The use counts were reset. The {len(present):,} present key(s) only decrypt. Give each thread")
     print("a new one: progressdb rotate-dek THREAD")
     return EXIT_GOOD

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from minikms.cli import console
 from minikms.cli.console import (
+    EXIT_FAILED,
     EXIT_GOOD,
-    EXIT_WANTING,
     CommandError,
     DataDir,
     Json,
@@ -38,8 +38,8 @@ def init(
 ) -> int:
     """Make a data directory. A master key file that does not exist is made too, with a fresh key.
 
-    It shows the public key of the audit log: keep that outside this machine, it is what `minikms audit verify` needs
-    to judge the log without trusting the machine. Exit status: 0 made, 1 there is one already, 2 something is missing.
+    It shows the public key of the audit log. Keep it outside this machine: with it, `minikms audit verify` judges the
+    log without trusting the machine. Exit status: 0 made, 1 there is one already, 2 something is missing.
     """
     directory = chosen_data_dir(data_dir, must_exist=False)
     key_file = chosen_key_file(master_key_file, master_key_fd)
@@ -49,7 +49,7 @@ def init(
             "say where the root key is, or is to be made: --master-key-file FILE, better not beside the data directory"
         )
     if os.path.lexists(os.path.join(directory, "keyring.json")):
-        raise CommandError(f"{directory} has a keyring already; nothing was changed", EXIT_WANTING)
+        raise CommandError(f"{directory} has a keyring already; nothing was changed", EXIT_FAILED)
     makes_key = key_file is not None and not os.path.lexists(key_file)
     made = _make(directory, root, key_file if makes_key else None)
     if json:
@@ -84,7 +84,7 @@ def _make(directory: str, root: RootProvider, new_key_file: Path | None) -> dict
 
     with lock_data_dir(directory) as lock, SecretArena(KEYRING_SLOTS) as arena, ThreadPoolExecutor(1) as executor:
         if os.path.lexists(os.path.join(directory, keyring_file.NAME)):
-            raise CommandError(f"{directory} has a keyring already; nothing was changed", EXIT_WANTING)
+            raise CommandError(f"{directory} has a keyring already; nothing was changed", EXIT_FAILED)
         if new_key_file is not None:
             make_key_file(new_key_file, arena)
         data = open_for_service(lock, root, arena=arena, disk=executor, journal=executor)

@@ -1,7 +1,7 @@
 """`minikms keys`: list, show, retire and destroy data-encryption keys, through the running daemon.
 
-Owns: flags and pages. Invariants: whatever can't be undone is confirmed, or `--yes` was given; the receipt of a
-destruction is shown whole. It must never touch a key's file.
+Owns: flags and output. Invariants: an action that can't be undone is confirmed, or `--yes` was given; the receipt of a
+destruction is shown whole. It must never touch the file of a key.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _pages(kms: Client, thread: str | None, state: api.State | None, limit: int)
 
 @app.command(name="show")
 def show_key(key_id: KeyId, *, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
-    """Show what there is to know about one key."""
+    """Show the thread, state, KEK version and uses of one key."""
     with daemon_client(socket, server_uid) as kms:
         _print_key(kms.get_key(key_id), json=json)
     return EXIT_GOOD
@@ -93,7 +93,7 @@ def show_key(key_id: KeyId, *, socket: Socket = None, server_uid: ServerUid = No
 def retire(
     key_id: KeyId, *, socket: Socket = None, server_uid: ServerUid = None, yes: Yes = False, json: Json = False
 ) -> int:
-    """Make a key decrypt only. It can't encrypt again; what it encrypted stays readable."""
+    """Retire a key: it only decrypts from then on. What it encrypted stays readable."""
     with daemon_client(socket, server_uid) as kms:
         before = kms.get_key(key_id)
         if before.state == "active":
@@ -106,7 +106,7 @@ def retire(
 def destroy(
     key_id: KeyId, *, socket: Socket = None, server_uid: ServerUid = None, yes: Yes = False, json: Json = False
 ) -> int:
-    """Destroy a retired key, and with it whatever only it opens, for good. Keep the receipt."""
+    """Destroy a retired key for good, and with it all that only it opens. Keep the receipt."""
     with daemon_client(socket, server_uid) as kms:
         if not yes:
             key = kms.get_key(key_id)

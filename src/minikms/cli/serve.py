@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from cyclopts import Parameter, validators
 
-from minikms.cli.console import chosen_data_dir, chosen_root, chosen_socket
+from minikms.cli.console import DataDir, MasterKeyFd, chosen_data_dir, chosen_root, chosen_socket
 
 if TYPE_CHECKING:
     from minikms.audit.record import Head
@@ -34,9 +34,7 @@ NO_KEY_TEXT: Final = (
 def serve(
     *,
     socket: Annotated[str | None, Parameter(help="Unix socket to serve on [PROGRESSDB_KMS_SOCKET].")] = None,
-    data_dir: Annotated[
-        str | None, Parameter(help="Directory of keys and audit log [PROGRESSDB_KMS_DATA_DIR].")
-    ] = None,
+    data_dir: DataDir = None,
     master_key_file: Annotated[
         Path | None,
         Parameter(help="File with the root key: 64 hex characters, mode 0600 [PROGRESSDB_MINIKMS_MASTER_KEY_FILE]."),
@@ -49,7 +47,7 @@ def serve(
         Parameter(help="Users that may connect, comma-separated; default: this one [PROGRESSDB_MINIKMS_ALLOWED_UIDS]."),
     ] = None,
     admin_uids: Annotated[
-        str | None, Parameter(help="Keep rotate, destroy and audit to these users [PROGRESSDB_MINIKMS_ADMIN_UIDS].")
+        str | None, Parameter(help="Only these users may rotate, destroy and audit [PROGRESSDB_MINIKMS_ADMIN_UIDS].")
     ] = None,
     socket_mode: Annotated[str, Parameter(help="Permission bits of the socket, octal.")] = "0600",
     socket_group: Annotated[str | None, Parameter(help="Group that the socket is given to.")] = None,
@@ -59,7 +57,7 @@ def serve(
     ] = "interval",
     cache_keys: Annotated[
         int | None,
-        # Two at least: a re-encryption has the keys of both sides open.
+        # At least two: a re-encryption opens the old and the new key.
         Parameter(help="How many opened keys stay in locked memory.", validator=validators.Number(gte=2)),
     ] = None,
     require_hardening: Annotated[
@@ -73,15 +71,17 @@ def serve(
     ] = "console",
     accept_audit_loss: Annotated[
         bool,
-        Parameter(help="Begin a new audit log where the old one is missing or altered; it is kept aside.", negative=()),
+        Parameter(
+            help="Begin a new audit log if the old one is missing or altered; the old one is kept aside.", negative=()
+        ),
     ] = False,
     accept_restore: Annotated[
         bool,
-        Parameter(help="Go on with a keyring that is older than the audit log says, once.", negative=()),
+        Parameter(help="Start with a keyring that is older than the audit log, this once.", negative=()),
     ] = False,
     expect_audit_head: Annotated[
         str | None,
-        Parameter(help="A line known to have been written, SEQ:SIG: refuse to start where the audit log lacks it."),
+        Parameter(help="A line that was written, SEQ:SIG: refuse to start if the audit log lacks it."),
     ] = None,
     audit_hash_thread_ids: Annotated[
         bool, Parameter(help="Record thread ids in the audit log as keyed hashes only.", negative=())
@@ -104,9 +104,9 @@ def serve(
         Parameter(help="Never delete a file closed less long ago than this.", validator=validators.Number(gte=0)),
     ] = 90,
     audit_copy: Annotated[
-        str | None, Parameter(help="Also append every audit line to this file, on another disk say.")
+        str | None, Parameter(help="Also append every audit line to this file, for example on another disk.")
     ] = None,
-    master_key_fd: Annotated[int | None, Parameter(show=False)] = None,
+    master_key_fd: MasterKeyFd = None,
     parent_fd: Annotated[int | None, Parameter(show=False)] = None,
 ) -> int:
     """Serve keys on a Unix socket until SIGTERM."""

@@ -1,10 +1,10 @@
-"""The daemon's composition: what is made in which order, what runs, and how it ends.
+"""The process of the daemon: start, background work, and stop.
 
-Owns: start and stop. Order of the start, each step a precondition of the next: limit of open files raised, signals
-blocked, data directory locked, socket bound, arena made, process hardened (one thread until here), files opened
-(`daemon.parts`), the line that says so, then requests. Stop: no new connections, a rotation interrupted, what is
-in flight finished, files closed, keys zeroed, lock given up last. It must never serve before the epoch of this start
-is durable, and never after the audit log is closed.
+Owns the order of the start, in which each step is a precondition of the next: raise the limit of open files, block
+signals, lock the data directory, bind the socket, make the arena, harden the process (it has one thread until here),
+open the data directory (`minikms.datadir`), write the `start` line of the audit log, serve. And the order of the stop:
+accept no more connections, interrupt a rotation, finish the requests in flight, close the files, zero the keys, release
+the lock. It must never serve before the epoch of this start is durable, or after the audit log is closed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Final
 import structlog
 import uvloop
 
+from minikms.audit.log import FSYNC_INTERVAL_MS
 from minikms.custody.files import DataDirLock, sweep_temps
 from minikms.daemon.accepting import (
     ACCEPT_PAUSE_SECONDS,
@@ -42,22 +43,24 @@ from minikms.notify import Notifier
 from minikms.policy import Policy
 
 DRAIN_SECONDS_MAX: Final = 10.0
-AUDIT_SYNC_SECONDS: Final = 0.1
 HOUSEKEEPING_SECONDS: Final = 1.0
 UPKEEP_SECONDS: Final = 2.0
 CHORE_RETRY_SECONDS: Final = 1.0
 GC_THRESHOLDS: Final = (100_000, 20, 50)
-"""Almost nothing here makes cycles; with the default, collections cost a tenth of the daemon's time under load."""
+"""The daemon makes almost no reference cycles; with Python's default, collections take a tenth of its time under load.
+"""
 SWITCH_SECONDS: Final = 0.001
-"""How long a thread keeps the interpreter that another waits for; Python's default is 5 ms. Worker threads make many
-short calls: with the default each of them waits so long for its turn again under load.
+"""How long a thread keeps the interpreter while another thread waits for it. Worker threads make many short calls, and
+under load wait so long after each of them; Python's default is 5 ms.
 """
 
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
 def run(settings: Settings) -> None:
-    """Serves until SIGTERM, SIGINT, or the parent's end. Raises StartError, saying why it can't and what to do."""
+    """Serves until SIGTERM, SIGINT, SIGQUIT, or the end of the parent. Raises StartError, saying why it can't start and
+    what to do.
+    """
     log = _logger(settings)
     notifier = Notifier(os.environ)
     policy = Policy(settings.allowed_uids, settings.admin_uids)
@@ -143,7 +146,7 @@ class Daemon:
                 await self._serve_until_stopped(parts, workers)
                 await parts.end(self._why)
             except MiniKmsError as error:
-                if not self._why:  # it has not come so far as to serve
+                if not self._why:  # the start has failed
                     raise
                 self._log.error("stop not audited", why=str(error))
             finally:
@@ -182,7 +185,7 @@ class Daemon:
         await asyncio.wait(chores)
 
     def _chores(self, parts: Parts, workers: Workers) -> list[Callable[[], Awaitable[None]]]:
-        """What runs beside the requests; each returns when it has nothing more to do."""
+        """The background work; each coroutine returns when it has nothing more to do."""
         loop = asyncio.get_running_loop()
 
         async def work() -> None:
@@ -191,7 +194,7 @@ class Daemon:
                 await loop.run_in_executor(workers.upkeep, parts.upkeep.work)
 
         chores: list[Callable[[], Awaitable[None]]] = [
-            lambda: parts.audit.sync_every(AUDIT_SYNC_SECONDS),
+            lambda: parts.audit.sync_every(FSYNC_INTERVAL_MS / 1000),
             lambda: parts.app.flush_refusals_every(HOUSEKEEPING_SECONDS),
             lambda: _every(HOUSEKEEPING_SECONDS, parts.vault.expire),
             lambda: _every(HOUSEKEEPING_SECONDS, parts.upkeep.tick),
@@ -205,17 +208,17 @@ class Daemon:
         return chores
 
     async def _keep(self, chore: Callable[[], Awaitable[None]]) -> None:
-        """Runs a chore to its end. One that fails is a defect, which is reported and must not end the chore."""
+        """Runs a chore to its end. A failure is a defect: it is reported, and the chore begins again."""
         while True:
             try:
                 await chore()
                 return
-            except Exception as error:  # noqa: BLE001  whatever it is, keys must still expire and lines be synced
+            except Exception as error:  # noqa: BLE001  after any defect keys must still expire and lines be synced
                 self._internal_error(f"{type(error).__name__} in a chore")
                 await asyncio.sleep(CHORE_RETRY_SECONDS)
 
     async def _sweep_temps(self, parts: Parts, reader: Executor) -> None:
-        """Removes what an earlier process left half-written; what can't be removed now stays for the next start."""
+        """Removes the temporary files of earlier processes; those that can't be removed stay for the next start."""
         loop = asyncio.get_running_loop()
         for directory_fd in (self._lock.directory_fd, parts.vault.store.directory_fd, parts.vault.backups.directory_fd):
             try:
