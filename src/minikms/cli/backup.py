@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import App, Parameter, validators
 
-from minikms.cli import console as show
 from minikms.cli.console import (
     EXIT_FAILED,
     EXIT_GOOD,
@@ -31,8 +30,14 @@ from minikms.cli.console import (
     MasterKeyFile,
     Yes,
     chosen_data_dir,
+    clean,
     complain,
+    confirm,
     needed_root,
+    print_facts,
+    print_json,
+    print_table,
+    terminal,
 )
 
 if TYPE_CHECKING:
@@ -148,7 +153,7 @@ def restore(
     directory = chosen_data_dir(data_dir, must_exist=False)
     root = needed_root(master_key_file, master_key_fd)
     if newer_keyring is None:
-        show.confirm(
+        confirm(
             "Restore without a newer keyring? Keys that were destroyed after the backup come back with it.", yes=yes
         )
     with _task(root, "restoring keys", bar=not json) as task:
@@ -162,7 +167,7 @@ def restore(
             done = restoring.restore(str(archive), good, task, unlocked, target, at=now)
             _begin_log(directory, unlocked, good.manifest)
     if json:
-        show.print_json({"data_dir": directory, "archive_id": good.manifest.archive_id, **done._asdict()})
+        print_json({"data_dir": directory, "archive_id": good.manifest.archive_id, **done._asdict()})
         return EXIT_GOOD
     print(f"Restored {done.keys:,} key(s) into {directory}, epoch {done.epoch}.")
     if done.left_out:
@@ -179,9 +184,9 @@ def list_archives(*, data_dir: DataDir = None, json: Json = False) -> int:
 
     found = ArchiveRegister(chosen_data_dir(data_dir)).listed()
     if json:
-        show.print_json({"archives": found})
+        print_json({"archives": found})
         return EXIT_GOOD
-    show.print_table(
+    print_table(
         ("archive", "made", "keys", "bytes", "file"),
         ((entry.archive_id, _when(entry), f"{entry.keys:,}", f"{entry.bytes:,}", _where(entry)) for entry in found),
         right=("keys", "bytes"),
@@ -219,7 +224,7 @@ def prune(
     missing = [entry for entry in listed if not os.path.isfile(entry.path)]
     removed = present[:-keep]
     if removed:
-        show.confirm(f"Remove {_named([entry.path for entry in removed])}?", yes=yes)
+        confirm(f"Remove {_named([entry.path for entry in removed])}?", yes=yes)
     for entry in removed:
         _remove_archive(entry)
         register.forget(entry.archive_id)
@@ -231,12 +236,12 @@ def prune(
     for entry in forgotten:
         register.forget(entry.archive_id)
     if json:
-        show.print_json({"removed": removed, "forgotten": forgotten})
+        print_json({"removed": removed, "forgotten": forgotten})
         return EXIT_GOOD
     for entry in removed:
-        print(f"removed {show.clean(entry.path)}")
+        print(f"removed {clean(entry.path)}")
     for entry in forgotten:
-        print(f"forgot {entry.archive_id}, whose file {show.clean(entry.path)} is gone")
+        print(f"forgot {entry.archive_id}, whose file {clean(entry.path)} is gone")
     print(f"{len(present) - len(removed)} archive(s) stay")
     return EXIT_GOOD
 
@@ -258,7 +263,7 @@ def _task(root: RootProvider, what: str, *, bar: bool) -> Iterator[Task]:
 def _progress(what: str, *, bar: bool) -> Iterator[Progress]:
     from rich.progress import Progress as Bar
 
-    console = show.console(errors=True)
+    console = terminal(errors=True)
     with Bar(console=console, disable=not (bar and console.is_terminal), transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
@@ -336,7 +341,7 @@ def _remove_archive(entry: Registered) -> None:
 
 def _print_manifest(manifest: Manifest, archive: Path, *, json: bool, done: str) -> None:
     if json:
-        show.print_json({"archive": str(archive), **_as_dict(manifest)})
+        print_json({"archive": str(archive), **_as_dict(manifest)})
         return
     print(f"{archive}: {done}")
     head = manifest.audit_head
@@ -348,7 +353,7 @@ def _print_manifest(manifest: Manifest, archive: Path, *, json: bool, done: str)
         ("keys", f"{manifest.keys:,}"),
         ("audit head", "none" if head is None else f"{head.seq}:{head.sig}"),
     ]
-    show.print_facts(facts, indent=2)
+    print_facts(facts, indent=2)
 
 
 def _as_dict(manifest: Manifest) -> dict[str, object]:
@@ -369,4 +374,4 @@ def _where(entry: Registered) -> str:
 
 def _named(names: list[str] | tuple[str, ...]) -> str:
     more = f" and {len(names) - NAMED_COUNT_MAX} more" if len(names) > NAMED_COUNT_MAX else ""
-    return ", ".join(show.clean(name) for name in names[:NAMED_COUNT_MAX]) + more
+    return ", ".join(clean(name) for name in names[:NAMED_COUNT_MAX]) + more

@@ -204,7 +204,7 @@ def print_json(value: object) -> None:
     print(as_json(value))
 
 
-def console(*, errors: bool = False) -> Console:
+def terminal(*, errors: bool = False) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if errors else sys.stdout
@@ -223,7 +223,7 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, righ
             column.justify = "right"
     for row in rows:
         table.add_row(*(Text(clean(str(cell))) for cell in row))
-    console().print(table)
+    terminal().print(table)
 
 
 def print_facts(facts: Iterable[tuple[str, object]], *, indent: int = 0) -> None:
@@ -231,7 +231,7 @@ def print_facts(facts: Iterable[tuple[str, object]], *, indent: int = 0) -> None
     lines = [(name, clean(str(value))) for name, value in facts]
     width = max((len(name) for name, _ in lines), default=0)
     for name, value in lines:
-        console().print(" " * indent + f"{name.ljust(width)}  {value}", soft_wrap=True)
+        terminal().print(" " * indent + f"{name.ljust(width)}  {value}", soft_wrap=True)
 
 
 def clean(text: str) -> str:

@@ -19,8 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from minikms.cli import console as show
-from minikms.cli.console import EXIT_FAILED, EXIT_GOOD, CommandError
+from minikms.cli.console import EXIT_FAILED, EXIT_GOOD, CommandError, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +34,7 @@ def demo() -> int:
     """See the commands at work, in a temporary directory that is removed at the end. Exit 0 when all went well."""
     signal.signal(signal.SIGTERM, _interrupt)  # so that the daemon is stopped too
     with tempfile.TemporaryDirectory(prefix="minikms-demo-") as place:
-        tour = Tour(show.console(), Path(place))
+        tour = Tour(terminal(), Path(place))
         tour.say("Make a data directory, and a root key to lock it with")
         tour.run("minikms init --data-dir keys --master-key-file root.key")
         tour.say("Serve it on a Unix socket, to this user only")

@@ -22,7 +22,6 @@ from cyclopts import Parameter
 
 from minikms import api
 from minikms.audit.reader import LOG_NAME
-from minikms.cli import console as show
 from minikms.cli.console import (
     DATA_DIR_VARIABLE,
     EXIT_FAILED,
@@ -38,7 +37,11 @@ from minikms.cli.console import (
     Yes,
     chosen_data_dir,
     chosen_root,
+    clean,
+    confirm,
     daemon_client,
+    print_json,
+    terminal,
 )
 from minikms.custody import deks, keyring_file, lease_store, rotation_backups
 from minikms.custody.files import is_stale_temp, open_directory, read_file_bounded
@@ -393,18 +396,18 @@ def doctor(
         found += _daemon(path, server_uid, alone=directory is None)
     problems = sum(finding.level == "problem" for finding in found)
     if json:
-        show.print_json({"problems": problems, "findings": found})
+        print_json({"problems": problems, "findings": found})
     else:
         _print(found, problems)
     return EXIT_FAILED if problems else EXIT_GOOD
 
 
 def _print(found: list[Finding], problems: int) -> None:
-    console = show.console()
+    console = terminal()
     for finding in sorted(found, key=lambda finding: finding.level != "problem"):
         style = "bold red" if finding.level == "problem" else "yellow"
-        console.print(f"{finding.level}: {finding.area}: {show.clean(finding.what)}", style=style, soft_wrap=True)
-        console.print(f"  do: {show.clean(finding.do)}", soft_wrap=True)
+        console.print(f"{finding.level}: {finding.area}: {clean(finding.what)}", style=style, soft_wrap=True)
+        console.print(f"  do: {clean(finding.do)}", soft_wrap=True)
     kinds = f"{problems} problem(s), {len(found) - problems} piece(s) of advice"
     console.print(kinds if found else "nothing found", style="bold" if problems else "green")
 
@@ -497,7 +500,7 @@ def _rebuild(directory: str | None, *, yes: bool) -> int:
         present = list(key_ids(directory))
         if not present:
             raise CommandError(f"there is no key in {directory}, so there are no use counts to reset")
-        show.confirm(
+        confirm(
             f"Reset the use counts of {len(present):,} keys? Each of them only decrypts from then on. Their threads "
             "need new keys.",
             yes=yes,

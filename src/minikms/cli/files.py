@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, Final
 
 from cyclopts import Parameter
 
-from minikms.cli import console as show
-from minikms.cli.console import EXIT_FAILED, EXIT_GOOD, CommandError, ServerUid, Socket, daemon_client
+from minikms.cli.console import EXIT_FAILED, EXIT_GOOD, CommandError, ServerUid, Socket, daemon_client, terminal
 
 if TYPE_CHECKING:
     from minikms.client import Client
@@ -177,7 +176,7 @@ def _parts(file: BinaryIO, source: str) -> Iterator[bytes]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     status = os.fstat(file.fileno())
-    console = show.console(errors=True)
+    console = terminal(errors=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     shown = console.is_terminal and stat.S_ISREG(status.st_mode)
     with Progress(*columns, console=console, disable=not shown, transient=True) as progress:

@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minikms.cli import console
 from minikms.cli.console import (
     EXIT_FAILED,
     EXIT_GOOD,
@@ -23,6 +22,8 @@ from minikms.cli.console import (
     chosen_data_dir,
     chosen_key_file,
     chosen_root,
+    print_facts,
+    print_json,
 )
 
 if TYPE_CHECKING:
@@ -53,13 +54,13 @@ def init(
     makes_key = key_file is not None and not os.path.lexists(key_file)
     made = _make(directory, root, key_file if makes_key else None)
     if json:
-        console.print_json({**made, "data_dir": directory, "master_key_made": makes_key})
+        print_json({**made, "data_dir": directory, "master_key_made": makes_key})
         return EXIT_GOOD
     if makes_key:
         print(f"Made a root key in {key_file}. Without it nothing can ever be decrypted: keep a copy elsewhere,")
         print("apart from every backup of the data directory.")
     print(f"Made {directory}.")
-    console.print_facts(
+    print_facts(
         [
             ("keyring", made["keyring_id"]),
             ("root key", f"{made['root_fingerprint']}   its fingerprint, no secret"),

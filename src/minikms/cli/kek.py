@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from cyclopts import App, Parameter
 
-from minikms.cli import console as show
 from minikms.cli.console import (
     EXIT_FAILED,
     EXIT_GOOD,
@@ -27,7 +26,11 @@ from minikms.cli.console import (
     Socket,
     Yes,
     complain,
+    confirm,
     daemon_client,
+    print_json,
+    print_table,
+    terminal,
 )
 
 if TYPE_CHECKING:
@@ -63,15 +66,13 @@ def rotate_kek(
         before: dict[str, Any] = kms.status()
         count = sum(before["keys"]["by_state"].values())
         what = "Change the root key, rotate the KEK" if text else "Rotate the KEK"
-        show.confirm(f"{what} and rewrap {count:,} keys? The daemon goes on serving.", yes=yes)
+        confirm(f"{what} and rewrap {count:,} keys? The daemon goes on serving.", yes=yes)
         begun = kms.rotate_kek(new_kek_hex=text, wait=False)
         after = _wait(kms, begun.kek_version, bar=not json)
     unreadable = after["keys"]["unreadable"]
     rewrapped = begun.rewrapped if begun.status == "ok" else sum(after["keys"]["by_state"].values())
     if json:
-        show.print_json(
-            {"status": "ok", "kek_version": begun.kek_version, "rewrapped": rewrapped, "unreadable": unreadable}
-        )
+        print_json({"status": "ok", "kek_version": begun.kek_version, "rewrapped": rewrapped, "unreadable": unreadable})
     else:
         _print_done(begun.kek_version, after, new_file=new_master_key_file)
     if unreadable:
@@ -99,7 +100,7 @@ def _wait(kms: Client, version: int, *, bar: bool) -> dict[str, Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("rewrapping"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = show.console(errors=True)
+    console = terminal(errors=True)
     with Progress(*columns, console=console, disable=not (bar and console.is_terminal), transient=True) as progress:
         task = progress.add_task("", total=None)
         while True:
@@ -172,9 +173,9 @@ def list_keks(*, socket: Socket = None, server_uid: ServerUid = None, json: Json
     wrapped = status["keys"]["by_kek_version"]
     keks = [{**kek, "keys": wrapped.get(str(kek["version"]), 0)} for kek in status["keks"]]
     if json:
-        show.print_json({"keks": keks, "complete": not status["keys"]["indexing"]})
+        print_json({"keks": keks, "complete": not status["keys"]["indexing"]})
         return EXIT_GOOD
-    show.print_table(
+    print_table(
         ("version", "state", "created", "keys"),
         ((kek["version"], kek["state"], kek["created_at"], f"{kek['keys']:,}") for kek in keks),
         right=("version", "keys"),
@@ -208,10 +209,10 @@ def prune(
     Exit status: 0 none is left, 1 some are kept, with the reason of each.
     """
     with daemon_client(socket, server_uid) as kms:
-        show.confirm("Destroy the retired KEKs that nothing in the data directory needs?", yes=yes)
+        confirm("Destroy the retired KEKs that nothing in the data directory needs?", yes=yes)
         done = kms.prune_kek(backups=backups, backups_before=backups_before)
     if json:
-        show.print_json(done)
+        print_json(done)
     else:
         print(f"destroyed: {', '.join(f'version {number}' for number in done.destroyed) or 'none'}")
         print(f"backups of key files removed: {done.backups_removed:,}")

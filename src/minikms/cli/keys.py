@@ -12,8 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Final
 from cyclopts import App, Parameter, validators
 
 from minikms import api
-from minikms.cli import console
-from minikms.cli.console import EXIT_GOOD, Json, ServerUid, Socket, Yes, daemon_client
+from minikms.cli.console import (
+    EXIT_GOOD,
+    Json,
+    ServerUid,
+    Socket,
+    Yes,
+    confirm,
+    daemon_client,
+    print_facts,
+    print_json,
+    print_table,
+    terminal,
+)
 
 if TYPE_CHECKING:
     from minikms.client import Client
@@ -49,10 +60,10 @@ def list_keys(
                 break
     shown = shown[:limit] if limit else shown
     if json:
-        console.print_json({"keys": shown, "complete": not (more or indexing)})
+        print_json({"keys": shown, "complete": not (more or indexing)})
         return EXIT_GOOD
     if shown:
-        console.print_table(
+        print_table(
             ("key", "thread", "purpose", "state", "KEK", "created", "uses"),
             (
                 (key.key_id, key.thread_id, key.purpose, key.state, key.kek_version, key.created_at, key.uses_max)
@@ -60,7 +71,7 @@ def list_keys(
             ),
             right=("KEK", "uses"),
         )
-    notes = console.console(errors=True)
+    notes = terminal(errors=True)
     if not shown:
         notes.print("no keys")
     if more:
@@ -97,7 +108,7 @@ def retire(
     with daemon_client(socket, server_uid) as kms:
         before = kms.get_key(key_id)
         if before.state == "active":
-            console.confirm(f"Retire {key_id} of thread {before.thread_id}? It will never encrypt again.", yes=yes)
+            confirm(f"Retire {key_id} of thread {before.thread_id}? It will never encrypt again.", yes=yes)
         _print_key(kms.retire_key(key_id), json=json)
     return EXIT_GOOD
 
@@ -110,15 +121,15 @@ def destroy(
     with daemon_client(socket, server_uid) as kms:
         if not yes:
             key = kms.get_key(key_id)
-            console.confirm(
+            confirm(
                 f"Destroy {key_id} ({key.state}, thread {key.thread_id})? What it encrypted can never be read again.",
                 yes=yes,
             )
         receipt = kms.destroy_key(key_id)
     if json:
-        console.print_json(receipt)
+        print_json(receipt)
         return EXIT_GOOD
-    console.print_facts(
+    print_facts(
         [
             ("key", receipt.key_id),
             ("state", receipt.state),
@@ -131,9 +142,9 @@ def destroy(
 
 def _print_key(key: api.KeyAnswer, *, json: bool) -> None:
     if json:
-        console.print_json(key)
+        print_json(key)
         return
-    console.print_facts(
+    print_facts(
         [
             ("key", key.key_id),
             ("thread", key.thread_id),

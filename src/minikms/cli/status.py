@@ -12,8 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from cyclopts import Parameter, validators
 
-from minikms.cli import console
-from minikms.cli.console import EXIT_FAILED, EXIT_GOOD, Json, ServerUid, Socket, daemon_client
+from minikms.cli.console import (
+    EXIT_FAILED,
+    EXIT_GOOD,
+    Json,
+    ServerUid,
+    Socket,
+    byte_count,
+    clean,
+    daemon_client,
+    duration,
+    print_json,
+    terminal,
+)
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -42,9 +53,9 @@ def status(
             return _watch(kms.status, answer, interval)
         while True:
             if json:
-                console.print_json(answer)
+                print_json(answer)
             else:
-                console.console().print(page(answer), soft_wrap=True)
+                terminal().print(page(answer), soft_wrap=True)
             if not watch:
                 return EXIT_GOOD if answer["status"] == "ok" else EXIT_FAILED
             sys.stdout.flush()
@@ -55,7 +66,7 @@ def status(
 def _watch(ask: Any, answer: Status, interval: float) -> int:
     from rich.live import Live
 
-    with Live(page(answer), console=console.console(), screen=True, auto_refresh=False) as live:
+    with Live(page(answer), console=terminal(), screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(interval)
             live.update(page(ask()), refresh=True)
@@ -70,7 +81,7 @@ def page(answer: Status) -> Group:
     lines = [
         Text(
             f"{'well' if well else answer['status']}: process {answer['pid']}, uid {answer['uid']}, "
-            f"up {console.duration(answer['uptime_seconds'])}, epoch {answer['epoch']}",
+            f"up {duration(answer['uptime_seconds'])}, epoch {answer['epoch']}",
             style="green" if well else "bold red",
         )
     ]
@@ -85,7 +96,7 @@ def page(answer: Status) -> Group:
         ("hardening", _hardening(answer["hardening"])),
         ("requests", f"{answer['http']['requests']:,}, {answer['http']['connections']} connections"),
     ]
-    lines += [Text(f"  {name:<10} {console.clean(value)}") for name, value in facts if value]
+    lines += [Text(f"  {name:<10} {clean(value)}") for name, value in facts if value]
     lines += [_warning(f"not in force: {m['measure']}: {m['why']}") for m in answer["hardening"] if not m["in_force"]]
     lines += [_warning(f"warning: {text}") for text in answer["warnings"]]
     return Group(*lines)
@@ -94,7 +105,7 @@ def page(answer: Status) -> Group:
 def _warning(text: str) -> Text:
     from rich.text import Text
 
-    return Text("  " + console.clean(text), style="yellow")
+    return Text("  " + clean(text), style="yellow")
 
 
 def _is_live(kek: Status) -> bool:
@@ -132,7 +143,7 @@ def _audit(audit: Status) -> str:
 
 
 def _memory(memory: Status) -> str:
-    locked = console.byte_count(memory["locked_bytes"])
+    locked = byte_count(memory["locked_bytes"])
     return f"{memory['keys_in_memory']:,} keys open, {locked} locked ({memory['arena']})"
 
 
