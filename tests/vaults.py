@@ -1,7 +1,7 @@
-"""A vault over real files, without a daemon: what the tests of custody's parts work on.
+"""A vault over real files, without a daemon, for the tests of custody.
 
-Owns: opening a data directory in this process and joining the parts as the daemon does. Invariants: real threads, real
-files, a real keyring; only the arena is of plain memory. It asserts nothing.
+Owns: opening a data directory in this process, with its parts joined as in the daemon. Invariants: real threads, real
+files, a real keyring; only the arena is plain memory. It asserts nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from minikms import datadir
 from minikms.audit import Event
-from minikms.custody.rotation import KekRotation, Pruning, Rewrapping
+from minikms.custody.rotation import KekRotation, Pruning
 from minikms.custody.vault import Indexing, Vault
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord
@@ -33,8 +33,7 @@ class OpenedVault:
         self.vault = vault
         self.arena = vault.arena
         self.reader = reader
-        self.rewrapping = Rewrapping(vault, reader=reader, disk=disk)
-        self.rotation = KekRotation(vault, self.rewrapping)
+        self.rotation = KekRotation(vault, reader=reader, disk=disk)
         self.pruning = Pruning(vault, reader=reader, disk=disk)
         self.indexing = Indexing(vault, reader)
 

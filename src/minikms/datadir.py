@@ -27,12 +27,12 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Final, NamedTuple
 
-from minikms.audit import AuditKey, AuditLog, Known
+from minikms.audit import AuditKey, AuditLog, ExpectedLog
 from minikms.audit.chain import LocalSigner
 from minikms.audit.log import DEFAULT_LIMITS, FsyncPolicy, Limits
 from minikms.audit.reader import LOG_NAME, DamagedSegmentError, each_segment, list_segments
 from minikms.audit.record import Head
-from minikms.audit.recovery import Keys
+from minikms.audit.recovery import AuditKeys
 from minikms.crypto.aead import NonceSource, scrub_stack
 from minikms.custody import deks, files, keyring_file, rotation_backups
 from minikms.custody.backup import register
@@ -43,7 +43,7 @@ from minikms.custody.leases import Leases
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
 from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys import keyring
-from minikms.keys.ids import key_id_to_bytes
+from minikms.keys.dek import key_id_to_bytes
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random
 from minikms.roots.providers import RootProvider
@@ -112,7 +112,7 @@ class DataDir:
             self.vault.close()
             self._lease_store.close()
             self.vault.store.close()
-            self.vault.backups.close()
+            self.vault.rotation_backups.close()
             scrub_stack()
 
 
@@ -167,7 +167,7 @@ def open_for_service(
             directory,
             unlocked,
             # Epoch 1: the keyring was made, and no start has come so far as to raise it.
-            known=Known(begun=epoch > 1, head=options.expect_audit_head),
+            expected=ExpectedLog(exists=epoch > 1, head=options.expect_audit_head),
             accept_loss=options.accept_audit_loss,
             fsync=options.audit_fsync,
             hash_thread_ids=options.audit_hash_thread_ids,
@@ -177,18 +177,18 @@ def open_for_service(
         lease_store = LeaseStore.open(lock.directory_fd, create=epoch == 1)
         undo.callback(lease_store.close)
         if seen > epoch:
-            lease_store.add_restore_penalty(key_id_to_bytes(rotation_backups.newest_key_id(directory)))
+            lease_store.add_restore_uses(key_id_to_bytes(rotation_backups.newest_key_id(directory)))
         _raise_epoch(unlocked, file, seen_epoch=seen)
         store = deks.DekStore(directory, disk)
         undo.callback(store.close)
-        backups = rotation_backups.BackupStore(directory)
+        backups = rotation_backups.RotationBackups(directory)
         undo.callback(backups.close)
         vault = Vault(
             arena=arena,
             unlocked=unlocked,
             keyring_file=file,
             store=store,
-            backups=backups,
+            rotation_backups=backups,
             leases=Leases(lease_store, journal),
             executor=disk,
             nonces=nonces,
@@ -271,7 +271,7 @@ def open_audit_log(
     directory: str,
     unlocked: UnlockedKeyring,
     *,
-    known: Known,
+    expected: ExpectedLog,
     accept_loss: bool = False,
     fsync: FsyncPolicy = "interval",
     hash_thread_ids: bool = False,
@@ -293,19 +293,19 @@ def open_audit_log(
         key_version=current.version,
         former=former,
         since=current.since,
-        known=known,
+        expected=expected,
         accept_loss=accept_loss,
         hash_thread_ids=hash_thread_ids,
         limits=limits,
     )
 
 
-def audit_keys(unlocked: UnlockedKeyring) -> Keys:
+def audit_keys(unlocked: UnlockedKeyring) -> AuditKeys:
     """Views of all audit key versions. The log may still end under an earlier one: a change of key reaches the keyring
     first.
     """
     *former, current = (_audit_key(unlocked, key) for key in unlocked.body.audit_keys)
-    return Keys(current=current, former=tuple(former))
+    return AuditKeys(current=current, former=tuple(former))
 
 
 def _audit_key(unlocked: UnlockedKeyring, key: keyring.AuditKey) -> AuditKey:
@@ -436,7 +436,7 @@ def rotate_audit_key(directory: str, root: RootProvider) -> NewAuditKey:
         file = KeyringFile(lock.directory_fd, stack.enter_context(ThreadPoolExecutor(1)))
         unlocked = stack.enter_context(open_for_reading(directory, root))
         # First the log as it is: an interrupted step is completed under the keys that the log knows.
-        log = open_audit_log(directory, unlocked, known=Known(begun=True))
+        log = open_audit_log(directory, unlocked, expected=ExpectedLog(exists=True))
         try:
             last = log.settle()
             made = unlocked.make_audit_key(

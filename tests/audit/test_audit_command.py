@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from minikms.audit import AuditLog, Event, Known
-from minikms.audit.chain import base64_text
+from minikms.audit import AuditLog, Event, ExpectedLog
+from minikms.base64 import encode_text
 from minikms.cli import audit
 from minikms.crypto.aead import NonceSource
 from minikms.custody.files import DataDirLock
@@ -36,7 +36,7 @@ def make_data_dir(directory: Path, *, hash_thread_ids: bool = False) -> None:
         root = DevelopmentKey(str(directory))
         unlocked, *_ = open_keyring(str(directory), file, root, arena=arena, nonces=NonceSource())
         log = open_audit_log(
-            str(directory), unlocked, known=Known(), hash_thread_ids=hash_thread_ids, now_ns=lambda: START_NS
+            str(directory), unlocked, expected=ExpectedLog(), hash_thread_ids=hash_thread_ids, now_ns=lambda: START_NS
         )
         log.add(Event(type="create_dek", actor="peer_uid:1000", pid=9, key_id="k_a", thread_id="t1", request_id="r1"))
         log.add(Event(type="encrypt_batch", actor="peer_uid:1000", count=2, key_ids=["k_a"], request_ids=["x", "y"]))
@@ -128,9 +128,9 @@ def test_the_public_key_alone_judges_by_signed_lines(data_dir: Path, tmp_path: P
     assert "judged by its signed lines" in run("verify", "--data-dir", data_dir, "--public-key", key)[1]
     (tmp_path / "audit.pub").write_text(base64.b64decode(key).hex() + "\n")
     assert run("verify", "--data-dir", data_dir, "--public-key", tmp_path / "audit.pub")[0] == 0
-    other = base64_text(bytes(32))
+    other = encode_text(bytes(32))
     status, output, _ = run("verify", "--data-dir", data_dir, "--public-key", other)
-    assert status == 1 and "a public key that is not the trusted one" in output
+    assert status == 1 and "a public key that is not trusted" in output
 
 
 def test_a_log_cut_at_its_end_is_told_by_the_expected_head(data_dir: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_log_cut_at_its_end_is_told_by_the_expected_head(data_dir: Path) -> No
     assert "0 line(s) are newer" in run("verify", "--data-dir", data_dir, "--expect-head", head)[1]
     (data_dir / LOG).write_bytes(b"\n".join(lines[:4]) + b"\n")
     status, output, _ = run("verify", "--data-dir", data_dir, "--expect-head", head)
-    assert status == 1 and "ends at line 4; line 5 is known" in output
+    assert status == 1 and "ends at line 4, but the expected line 5 was written" in output
 
 
 def test_a_check_of_a_part_says_of_which(data_dir: Path) -> None:
@@ -181,13 +181,13 @@ def test_what_can_not_be_judged_is_neither_intact_nor_altered(data_dir: Path) ->
         ("verify", {"data_dir": "DATA", "expect_head": "5"}, "SEQ:SIG"),
         (
             "verify",
-            {"data_dir": "DATA", "expect_head": f"4:{base64_text(bytes(32))}", "from_checkpoint": 5},
+            {"data_dir": "DATA", "expect_head": f"4:{encode_text(bytes(32))}", "from_checkpoint": 5},
             "--from-checkpoint 5 leaves out line 4, which is expected",
         ),
         ("verify", {"data_dir": "DATA", "public_key": ["nonsense"]}, "neither a public key"),
         ("verify", {"data_dir": "DATA", "public_key": ["/dev/null"]}, "does not hold a public key"),
         ("verify", {"data_dir": "DATA", "master_key_file": Path("/nowhere")}, "can't be read"),
-        ("verify", {"data_dir": "EMPTY", "public_key": [base64_text(bytes(32))]}, "there is no audit log"),
+        ("verify", {"data_dir": "EMPTY", "public_key": [encode_text(bytes(32))]}, "there is no audit log"),
         ("verify", {"data_dir": "EMPTY", "master_key_file": Path("/nowhere")}, "there is no keyring"),
         ("verify", {"data_dir": "EMPTY"}, "or only the log's public key with --public-key"),
         ("find", {"data_dir": "DATA"}, "give something to find"),
@@ -329,11 +329,11 @@ def test_a_change_of_the_audit_key_that_was_interrupted_is_completed_by_the_next
             rotate_audit_key(str(data_dir), DevelopmentKey(str(data_dir)))
     status, output, _ = run("verify", "--data-dir", data_dir)
     assert status == 1
-    assert f"ends under audit key version 1, though version 2 took over after line {head['seq']}" in output
+    assert f"ends under audit key version 1, but version 2 was introduced after line {head['seq']}" in output
     content = (data_dir / LOG).read_bytes()
     (data_dir / LOG).write_bytes(b"\n".join(content.split(b"\n")[:-2]) + b"\n")
     status, _, errors = run("rotate-key", "--data-dir", data_dir)
-    assert status == 2 and f"though version 2 took over after line {head['seq']}" in errors
+    assert status == 2 and f"but version 2 was introduced after line {head['seq']}" in errors
     (data_dir / LOG).write_bytes(content)
     assert json.loads(run("rotate-key", "--data-dir", data_dir, "--json")[1])["version"] == 3
     types = [json.loads(line)["event"]["type"] for line in (data_dir / LOG).read_bytes().split(b"\n")[:-1]]

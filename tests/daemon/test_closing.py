@@ -45,7 +45,7 @@ def test_a_job_of_a_worker_ends_before_its_directory_is_closed(tmp_path: Path, w
                 on_internal_error=pytest.fail,
             )
             vault = parts.vault
-            used = vault.store.directory_fd, vault.backups.directory_fd
+            used = vault.store.directory_fd, vault.rotation_backups.directory_fd
 
             def job() -> None:
                 time.sleep(0.1)

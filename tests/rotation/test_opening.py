@@ -14,12 +14,12 @@ import pytest
 
 from minikms import datadir
 from minikms.audit import Event
-from minikms.audit.retention import compress_closed
+from minikms.audit.maintenance import compress_closed
 from minikms.cli.serve import serve
 from minikms.custody.rotation_backups import newest_key_id
 from minikms.datadir import DataDir, Options
 from minikms.errors import StartError
-from minikms.keys.ids import make_key_id
+from minikms.keys.dek import make_key_id
 from minikms.memory.arena import SecretArena
 from minikms.roots.providers import DevelopmentKey, KeyFile, RootProvider
 from vaults import key_file

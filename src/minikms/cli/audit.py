@@ -24,10 +24,10 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from minikms.audit import record
-from minikms.audit.chain import base64_text
 from minikms.audit.queries import Progress, Totals
 from minikms.audit.record import Event, MalformedLineError
 from minikms.audit.rules import FINDINGS_COUNT_MAX, Report
+from minikms.base64 import encode_text
 from minikms.cli.console import (
     EXIT_FAILED,
     EXIT_GOOD,
@@ -68,7 +68,7 @@ def progress_bar(wanted: bool) -> Iterator[Progress | None]:
 def report_json(report: Report) -> str:
     """One object. `head` is {"seq", "sig"} or null, as in `/status`."""
     built = {name: getattr(report, name) for name in report.__struct_fields__ if name not in ("head", "findings")}
-    head = None if report.head is None else {"seq": report.head.seq, "sig": base64_text(report.head.sig)}
+    head = None if report.head is None else {"seq": report.head.seq, "sig": encode_text(report.head.sig)}
     return as_json(
         {"intact": report.intact, "judged": report.judged, "head": head, **built, "findings": report.findings}
     )
@@ -110,10 +110,10 @@ def report_lines(report: Report) -> Iterator[str]:
         yield f"  before      the lines before line {report.first_seq} were not checked"
     elif report.first_seq > 1 and report.intact:
         yield f"  removed     lines 1 to {report.first_seq - 1}, as the log itself records"
-    yield f"  head        {report.head.seq}:{base64_text(report.head.sig)}"
+    yield f"  head        {report.head.seq}:{encode_text(report.head.sig)}"
     yield f"  signed      up to line {report.covered_seq}, {report.checkpoints} signed line(s)"
     if report.public_key is not None:
-        yield f"  key         version {report.key_version}, public key {base64_text(report.public_key)}"
+        yield f"  key         version {report.key_version}, public key {encode_text(report.public_key)}"
     if report.lines_not_covered:
         note = "" if report.macs_checked else ": the public key can't judge them"
         yield f"  not signed  the last {report.lines_not_covered} line(s){note}"
@@ -374,7 +374,7 @@ def rotate_key(
         made = rotate_audit_key(directory, needed_root(master_key_file, master_key_fd, data_dir=directory))
     except (CommandError, MiniKmsError, OSError) as error:
         return _missing(error)
-    public_key = base64_text(made.public_key)
+    public_key = encode_text(made.public_key)
     if json:
         print(as_json({"version": made.version, "public_key": public_key, "head": made.head}))
     else:
@@ -417,11 +417,12 @@ def _public_trust(given: Sequence[str]) -> Trust:
 
 
 def _public_key(text: str) -> bytes | None:
-    from minikms.audit.chain import PUBLIC_KEY_BYTES, base64_bytes
+    from minikms.audit.chain import PUBLIC_KEY_BYTES
+    from minikms.base64 import decode_exact
 
     if re.fullmatch(r"[0-9a-fA-F]{64}", text):
         return bytes.fromhex(text)
-    return base64_bytes(text, PUBLIC_KEY_BYTES)
+    return decode_exact(text, PUBLIC_KEY_BYTES)
 
 
 def _head(text: str) -> Head:

@@ -77,7 +77,7 @@ def _make(directory: str, root: RootProvider, new_key_file: Path | None) -> dict
     """Opens the directory as a first start does, and closes it. Raises StartError, StorageUnavailableError."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from minikms.audit.chain import base64_text
+    from minikms.base64 import encode_text
     from minikms.custody import keyring_file
     from minikms.datadir import KEYRING_SLOTS, lock_data_dir, open_for_service
     from minikms.memory.arena import SecretArena
@@ -94,7 +94,7 @@ def _make(directory: str, root: RootProvider, new_key_file: Path | None) -> dict
             "keyring_id": body.keyring_id,
             "epoch": body.epoch,
             "root_fingerprint": data.slot.fingerprint,
-            "audit_public_key": base64_text(body.audit_key.public_key),
+            "audit_public_key": encode_text(body.audit_key.public_key),
         }
         data.close()
         return made

@@ -111,7 +111,7 @@ def serve(
 ) -> int:
     """Serve keys on a Unix socket until SIGTERM."""
     from minikms.audit.log import Limits
-    from minikms.audit.retention import Retention
+    from minikms.audit.maintenance import Retention
     from minikms.custody.vault import CACHE_KEYS_MAX
     from minikms.daemon import process
     from minikms.daemon.settings import Settings

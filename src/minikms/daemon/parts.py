@@ -17,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-from minikms.audit import Event, Upkeep
+from minikms.audit import Event
+from minikms.audit.maintenance import Maintenance
 from minikms.audit.shipping import FileForwarder
 from minikms.audit.turns import TurnAudit
-from minikms.custody.rotation import KekRotation, Pruning, Rewrapping
+from minikms.custody.rotation import KekRotation, Pruning
 from minikms.custody.vault import Indexing
 from minikms.daemon.application import Application, Session
 from minikms.daemon.settings import Settings
@@ -76,7 +77,7 @@ class Parts:
         self._workers = workers
         self.vault = data.vault
         self.audit = TurnAudit(data.log, workers.audit)
-        self.upkeep = Upkeep(
+        self.upkeep = Maintenance(
             data.log,
             keep=settings.audit_keep,
             forwarder=None if settings.audit_copy is None else FileForwarder(settings.audit_copy),
@@ -84,8 +85,9 @@ class Parts:
         self.indexing = Indexing(self.vault, workers.reader)
         rotation = KekRotation(
             self.vault,
-            Rewrapping(self.vault, reader=workers.reader, disk=workers.disk),
-            together=_one_cpu_for(workers.reader, workers.disk),
+            reader=workers.reader,
+            disk=workers.disk,
+            around_passes=_one_cpu_for(workers.reader, workers.disk),
         )
         self.keks = KekVerbs(
             vault=self.vault,

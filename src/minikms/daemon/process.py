@@ -220,7 +220,11 @@ class Daemon:
     async def _sweep_temps(self, parts: Parts, reader: Executor) -> None:
         """Removes the temporary files of earlier processes; those that can't be removed stay for the next start."""
         loop = asyncio.get_running_loop()
-        for directory_fd in (self._lock.directory_fd, parts.vault.store.directory_fd, parts.vault.backups.directory_fd):
+        for directory_fd in (
+            self._lock.directory_fd,
+            parts.vault.store.directory_fd,
+            parts.vault.rotation_backups.directory_fd,
+        ):
             try:
                 await loop.run_in_executor(reader, sweep_temps, directory_fd)
             except MiniKmsError as error:

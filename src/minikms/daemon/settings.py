@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from minikms.audit.retention import KEEP_ALL, Retention
+from minikms.audit.maintenance import KEEP_ALL, Retention
 from minikms.datadir import DEFAULT_OPTIONS, Options
 from minikms.roots.providers import RootProvider
 
