@@ -20,9 +20,8 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from minikms import api, datadir
+from minikms import api
 from minikms.audit import AuditLog, Event
-from minikms.audit.recovery import ExpectedLog
 from minikms.client import verbs
 from minikms.client.errors import refusal
 from minikms.client.verbs import (
@@ -35,18 +34,13 @@ from minikms.client.verbs import (
     checked_cost_bytes,
     chunks,
 )
-from minikms.crypto.aead import NonceSource
-from minikms.custody import deks, files, rotation_backups
-from minikms.custody.files import DataDirLock, make_private_directory
-from minikms.custody.keyring_file import KeyringFile
-from minikms.custody.lease_store import LeaseStore
-from minikms.custody.leases import Leases
 from minikms.custody.vault import Indexing, Vault
-from minikms.datadir import highest_epoch, keys_of, since
+from minikms.datadir import KEYRING_SLOTS, Options, lock_data_dir, open_for_service
 from minikms.errors import AuditUnavailableError, MiniKmsError, StartError
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
 from minikms.policy import Policy, Principal
+from minikms.roots.providers import DevelopmentKey, KeyFile, RootProvider, development_key_path
 from minikms.service.keys import KeyIssuing
 from minikms.service.lifecycle import KeyLifecycle
 from minikms.service.records import KeyService
@@ -54,8 +48,9 @@ from minikms.service.records import KeyService
 T = TypeVar("T")
 R = TypeVar("R")
 
+__all__ = ["EmbeddedClient", "EmbeddedError", "development_key_path"]
+
 CACHE_KEYS_MAX: Final = 256
-ARENA_SLOTS: Final = 512
 
 
 class EmbeddedError(Exception):
@@ -109,7 +104,7 @@ class EmbeddedClient:
         """
         async with AsyncExitStack() as cleaning:
             try:
-                client = await _compose(cls, *_place(data_dir, master_key_file), cleaning)
+                client = await _compose(cls, os.fspath(data_dir), _root(data_dir, master_key_file), cleaning)
             except StartError as error:
                 raise EmbeddedError(str(error)) from None
             client._open = cleaning.pop_all()
@@ -249,83 +244,33 @@ class EmbeddedClient:
 
 
 async def _compose(
-    kind: type[EmbeddedClient], directory: str, key: datadir.RootSource, cleaning: AsyncExitStack
+    kind: type[EmbeddedClient], directory: str, root: RootProvider, cleaning: AsyncExitStack
 ) -> EmbeddedClient:
-    """The daemon's order of a start: lock, arena, keyring, audit log, epoch, then the rest."""
     sync = cleaning.enter_context(ExitStack())
-    lock = sync.enter_context(DataDirLock(directory))
-    for name in (deks.DIRECTORY, rotation_backups.DIRECTORY):
-        make_private_directory(os.path.join(directory, name))
-    arena = sync.enter_context(SecretArena(ARENA_SLOTS))
+    lock = sync.enter_context(lock_data_dir(directory))
+    arena = sync.enter_context(SecretArena(CACHE_KEYS_MAX + KEYRING_SLOTS))
     executor = sync.enter_context(ThreadPoolExecutor(1, thread_name_prefix="minikms"))
-    nonces = NonceSource()
-    keyring_file = KeyringFile(lock.directory_fd, executor)
-    opened = datadir.open_keyring(data_dir=directory, file=keyring_file, source=key, arena=arena, nonces=nonces)
-    unlocked = opened.unlocked
-    sync.callback(unlocked.release)  # after the log is closed, which signs its last line
-    datadir.check_newest(unlocked, highest_epoch(directory))
-    log = _open_log(directory, unlocked)
-    sync.callback(log.close)
-    lease_store = LeaseStore.open(lock.directory_fd, create=unlocked.body.epoch == 1)
-    sync.callback(lease_store.close)
-    datadir.raise_epoch(unlocked, keyring_file)
-    store = deks.DekStore(directory, executor)
-    sync.callback(store.close)
-    leases = Leases(lease_store, executor)
-    backups = rotation_backups.RotationBackups(directory)
-    sync.callback(backups.close)
-    vault = Vault(
-        arena=arena,
-        unlocked=unlocked,
-        keyring_file=keyring_file,
-        store=store,
-        rotation_backups=backups,
-        leases=leases,
-        executor=executor,
-        nonces=nonces,
-        cache_keys_max=CACHE_KEYS_MAX,
-    )
-    sync.callback(vault.cache.clear)
-    cleaning.push_async_callback(leases.drain)
-    cleaning.push_async_callback(store.drain)
+    options = Options(audit_fsync="never", cache_keys_max=CACHE_KEYS_MAX)
+    data = open_for_service(lock, root, arena=arena, disk=executor, journal=executor, options=options)
+    sync.callback(data.close)
+    cleaning.push_async_callback(data.drain)
+    vault, log = data.vault, data.log
     audit = _DirectAudit(log)
-    indexing = Indexing(vault, executor)
-    lifecycle = KeyLifecycle(vault=vault, audit=audit, indexing=indexing, reader=executor)
-    facts: dict[str, str | int] = {"epoch": unlocked.body.epoch}
+    lifecycle = KeyLifecycle(vault=vault, audit=audit, indexing=Indexing(vault, executor), reader=executor)
+    facts: dict[str, str | int] = {"epoch": vault.keyring.body.epoch}
     await audit.add_written(
         Event(type="start", actor="minikms", pid=os.getpid(), detail="embedded", facts=facts), durable=True
     )
-    issuing = KeyIssuing(vault, audit, lambda: _status(unlocked, log))
+    issuing = KeyIssuing(vault, audit, lambda: _status(vault.unlocked, log))
     return kind(vault, KeyService(vault, audit), issuing, lifecycle, _ourselves())
 
 
-def _place(
-    data_dir: str | os.PathLike[str], master_key_file: str | os.PathLike[str] | None
-) -> tuple[str, datadir.RootSource]:
-    directory = os.path.abspath(os.fspath(data_dir))
-    if master_key_file is not None:
-        return directory, datadir.RootSource(file=Path(master_key_file))
-    return directory, datadir.RootSource(dev_file=Path(directory + ".master-key"))
-
-
-def _open_log(directory: str, unlocked: UnlockedKeyring) -> AuditLog:
-    audit_key = unlocked.body.audit_key
-    mac_key, seed = unlocked.audit_key(audit_key.version)
-    return AuditLog.open(
-        directory,
-        audit_key=mac_key,
-        seed=seed,
-        now_ns=files.now_ns,
-        fsync="never",
-        key_version=audit_key.version,
-        former=keys_of(unlocked).former,
-        since=since(audit_key),
-        expected=ExpectedLog(exists=unlocked.body.epoch > 1),
-    )
+def _root(data_dir: str | os.PathLike[str], master_key_file: str | os.PathLike[str] | None) -> RootProvider:
+    return DevelopmentKey(os.fspath(data_dir)) if master_key_file is None else KeyFile(Path(master_key_file))
 
 
 def _status(unlocked: UnlockedKeyring, log: AuditLog) -> dict[str, object]:
-    """What the daemon's status says too, as far as a message server reads it."""
+    """The members of the daemon's status that a message server reads."""
     body = unlocked.body
     return {
         "status": "ok",

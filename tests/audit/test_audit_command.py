@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from minikms.audit import AuditLog, Event
+from minikms.audit import AuditLog, Event, ExpectedLog
 from minikms.base64 import encode_text
 from minikms.cli import audit
-from minikms.cli.auditkeys import RootKey, open_audit_keys, rotate_audit_key
 from minikms.crypto.aead import NonceSource
 from minikms.custody.files import DataDirLock
 from minikms.custody.keyring_file import KeyringFile
-from minikms.datadir import RootSource, keys_of, open_keyring
+from minikms.datadir import audit_keys, open_audit_log, open_for_reading, open_keyring, rotate_audit_key
 from minikms.memory.arena import SecretArena
+from minikms.roots.providers import DevelopmentKey
 
 LOG = "minikms-audit.log"
 START_NS = 1_764_000_000_123_456_789
@@ -32,20 +32,11 @@ def make_data_dir(directory: Path, *, hash_thread_ids: bool = False) -> None:
     """A data directory with a keyring, its key file beside it, and a closed log of a few lines."""
     with DataDirLock(str(directory)) as lock, ThreadPoolExecutor(1) as executor:
         arena = SecretArena(64)
-        opened = open_keyring(
-            data_dir=str(directory),
-            file=KeyringFile(lock.directory_fd, executor),
-            source=RootSource(dev_file=Path(f"{directory}.master-key")),
-            arena=arena,
-            nonces=NonceSource(),
-        )
-        key = keys_of(opened.unlocked).current
-        log = AuditLog.open(
-            directory,
-            audit_key=key.mac_key,
-            seed=opened.unlocked.audit_key(1)[1],
-            now_ns=lambda: START_NS,
-            hash_thread_ids=hash_thread_ids,
+        file = KeyringFile(lock.directory_fd, executor)
+        root = DevelopmentKey(str(directory))
+        unlocked, *_ = open_keyring(str(directory), file, root, arena=arena, nonces=NonceSource())
+        log = open_audit_log(
+            str(directory), unlocked, expected=ExpectedLog(), hash_thread_ids=hash_thread_ids, now_ns=lambda: START_NS
         )
         log.add(Event(type="create_dek", actor="peer_uid:1000", pid=9, key_id="k_a", thread_id="t1", request_id="r1"))
         log.add(Event(type="encrypt_batch", actor="peer_uid:1000", count=2, key_ids=["k_a"], request_ids=["x", "y"]))
@@ -156,7 +147,7 @@ def test_a_check_of_a_part_names_the_part(data_dir: Path) -> None:
     key = public_key_of(data_dir)
     _, output, _ = run("verify", "--data-dir", data_dir, "--from-checkpoint", 5)
     assert output.splitlines()[0] == "The audit log is intact from line 5, judged every line by the audit key."
-    assert "before      lines before line 5 were not checked" in output
+    assert "before      the lines before line 5 were not checked" in output
     _, output, _ = run("verify", "--data-dir", data_dir, "--public-key", key)
     assert output.splitlines()[0] == "The audit log is intact up to line 5, judged by its signed lines."
     assert "not signed  the last 1 line(s): the public key can't judge them" in output
@@ -184,7 +175,7 @@ def test_a_log_that_can_not_be_checked_is_neither_intact_nor_altered(data_dir: P
 @pytest.mark.parametrize(
     ("name", "flags", "text"),
     [
-        ("verify", {}, "give the directory of the log"),
+        ("verify", {}, "name the data directory"),
         ("verify", {"data_dir": "/nowhere"}, "there is no directory"),
         ("verify", {"data_dir": "DATA", "from_checkpoint": 77}, "no line 77"),
         ("verify", {"data_dir": "DATA", "expect_head": "5"}, "SEQ:SIG"),
@@ -197,12 +188,14 @@ def test_a_log_that_can_not_be_checked_is_neither_intact_nor_altered(data_dir: P
         ("verify", {"data_dir": "DATA", "public_key": ["/dev/null"]}, "does not hold a public key"),
         ("verify", {"data_dir": "DATA", "master_key_file": Path("/nowhere")}, "can't be read"),
         ("verify", {"data_dir": "EMPTY", "public_key": [encode_text(bytes(32))]}, "there is no audit log"),
-        ("verify", {"data_dir": "EMPTY"}, "there is no keyring"),
-        ("find", {"data_dir": "DATA"}, "say what to find"),
+        ("verify", {"data_dir": "EMPTY", "master_key_file": Path("/nowhere")}, "there is no keyring"),
+        ("verify", {"data_dir": "EMPTY"}, "or only the log's public key with --public-key"),
+        ("find", {"data_dir": "DATA"}, "give something to find"),
         ("find", {"data_dir": "EMPTY", "key": "k"}, "there is no audit log"),
         ("tail", {"data_dir": "EMPTY"}, "there is no audit log"),
         ("stats", {"data_dir": "EMPTY"}, "there is no audit log"),
-        ("rotate_key", {"data_dir": "EMPTY"}, "there is no keyring"),
+        ("rotate_key", {"data_dir": "EMPTY", "master_key_file": Path("/nowhere")}, "there is no keyring"),
+        ("rotate_key", {"data_dir": "EMPTY"}, "give the root key"),
     ],
 )
 def test_missing_inputs_exit_2_with_one_sentence(
@@ -256,7 +249,8 @@ def test_new_lines_are_followed_until_interrupted(data_dir: Path) -> None:
 
 def make_more(directory: Path) -> None:
     """One more line, as a daemon would write it."""
-    with open_audit_keys(str(directory), RootKey(None, None)) as keys:
+    with open_for_reading(str(directory), DevelopmentKey(str(directory))) as unlocked:
+        keys = audit_keys(unlocked).trust()
         log = AuditLog.open(directory, audit_key=keys.mac_keys[1], seed=memoryview(bytes(32)), now_ns=lambda: START_NS,
                             signer=StillSigner(next(iter(keys.public_keys))))  # fmt: skip
         log.add(Event(type="decrypt", actor="peer_uid:1000"))
@@ -332,7 +326,7 @@ def test_the_next_start_completes_an_interrupted_change_of_the_audit_key(
     with monkeypatch.context() as patch:
         patch.setattr(AuditLog, "change_key", killed)
         with pytest.raises(KeyboardInterrupt):
-            rotate_audit_key(str(data_dir), RootKey(None, None))
+            rotate_audit_key(str(data_dir), DevelopmentKey(str(data_dir)))
     status, output, _ = run("verify", "--data-dir", data_dir)
     assert status == 1
     assert f"ends under audit key version 1, but version 2 was introduced after line {head['seq']}" in output

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from minikms.audit import record
-from minikms.daemon import settings
+from minikms.cli.serve import parse_head
 from minikms.errors import StartError
 
 LOG = "minikms-audit.log"
@@ -176,7 +176,7 @@ SIG = "A" * 43 + "="
 @pytest.mark.parametrize("text", ["", "5", "5:", f"5:{SIG}=", f"0:{SIG}", f"-1:{SIG}", f"{'9' * 30}:{SIG}"])
 def test_a_malformed_expected_line_is_refused(text: str) -> None:
     with pytest.raises(StartError, match="--expect-audit-head is SEQ:SIG"):
-        settings.parse_head(text)
+        parse_head(text)
 
 
 @pytest.mark.torture

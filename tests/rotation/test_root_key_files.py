@@ -7,20 +7,21 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from minikms.daemon.parts import Workers, _rewrite
 from minikms.errors import StartError
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.roots import key_file as roots
 from minikms.roots.key_file import (
-    KeyText,
     holds_key,
-    make_dev_key_file,
+    key_text,
+    make_key_file,
     read_key_file,
     remove_leftover,
+    replace_key,
     rewrite_key_file,
 )
 
@@ -49,8 +50,7 @@ def slot_of(arena: SecretArena, key: bytes) -> SecretSlot:
 
 
 def rewrite(path: Path, key: SecretSlot, arena: SecretArena) -> None:
-    with KeyText(key, arena) as text:
-        text.encode()
+    with key_text(key, arena) as text:
         rewrite_key_file(path, text)
 
 
@@ -151,10 +151,10 @@ def test_what_a_crash_left_beside_the_file_is_removed_by_the_next_start_or_writi
 
 def test_a_development_key_is_made_once_and_is_private(tmp_path: Path, arena: SecretArena) -> None:
     path = tmp_path / "dev"
-    make_dev_key_file(path, arena)
+    make_key_file(path, arena)
     text = path.read_text()
     assert (len(text), path.stat().st_mode & 0o777) == (65, 0o600)
-    make_dev_key_file(path, arena)
+    make_key_file(path, arena)
     assert path.read_text() == text
     assert os.listdir(tmp_path) == ["dev"]
     assert arena.in_use == 0
@@ -188,12 +188,12 @@ def test_who_stops_waiting_for_a_rewritten_key_file_does_not_zero_the_text_under
     key_file: Path, arena: SecretArena
 ) -> None:
     async def main() -> None:
-        workers = Workers.start()
+        disk = ThreadPoolExecutor(1)
         blocked = threading.Event()
-        workers.disk.submit(blocked.wait)
+        disk.submit(blocked.wait)
         try:
             with slot_of(arena, NEW) as new:
-                task = asyncio.ensure_future(_rewrite(key_file, new, arena, workers))
+                task = asyncio.ensure_future(replace_key(key_file, new, arena, disk))
                 await asyncio.sleep(0.02)
                 task.cancel()
                 await asyncio.sleep(0.02)
@@ -204,6 +204,6 @@ def test_who_stops_waiting_for_a_rewritten_key_file_does_not_zero_the_text_under
                 assert holds_key(key_file, new, arena)
         finally:
             blocked.set()
-            workers.shutdown()
+            disk.shutdown()
 
     asyncio.run(main())

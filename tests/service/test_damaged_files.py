@@ -169,7 +169,7 @@ def test_a_keyring_older_than_the_audit_log_tells_is_refused_until_it_is_accepte
         daemon.kill()  # also without a last line
         (daemon.data_dir / "keyring.json").write_bytes(older)
         text = refused_start(daemon)
-        assert f"the log tells of {newest}" in text
+        assert f"the log has {newest}" in text
         assert "--accept-restore" in text
         assert (daemon.data_dir / "keyring.json").read_bytes() == older
 

@@ -216,5 +216,7 @@ def _minikms(words: list[str], config: Config, master_key_fd: int | None) -> int
 
 
 def _development_key(config: Config) -> str:
-    path = f"{os.path.abspath(config.kms_data_dir)}.master-key"
-    return path if os.path.exists(path) else ""
+    from minikms.embedded import development_key_path
+
+    path = development_key_path(config.kms_data_dir)
+    return str(path) if path.exists() else ""
