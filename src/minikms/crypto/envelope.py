@@ -31,5 +31,10 @@ def record_aad_prefix(*, key_id: str, thread_id: str) -> bytes:
     return labels.aad(labels.RECORD, labels.number(RECORD_FORMAT), key_id.encode(), thread_id.encode())
 
 
+def caller_part(caller_aad: bytes) -> bytes:
+    """What follows the prefix in a record's associated data."""
+    return len(caller_aad).to_bytes(4, "big") + caller_aad
+
+
 def record_aad(prefix: bytes, caller_aad: bytes) -> bytes:
-    return prefix + len(caller_aad).to_bytes(4, "big") + caller_aad
+    return prefix + caller_part(caller_aad)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -58,16 +57,15 @@ class Audit(Protocol):
 
 
 class Later(NamedTuple):
-    """Returned by a `now` method that has to await something this time: the rest of its work."""
+    """Returned by a `now` method that has to await something: the rest of its work."""
 
     act: Callable[[], Awaitable[bytes]]
 
 
-@dataclass(frozen=True, slots=True)
-class AfterLine(Generic[A]):
-    """Returned by a `later` method that waits for more once its audit line was written: the rest of its work.
+class AfterLine(NamedTuple, Generic[A]):
+    """Returned by a `later` method that waits for more after its audit line was written: the rest of its work.
 
-    A failure or a cancellation of that leaves no further line by itself.
+    A failure or a cancellation of the rest writes no further line.
     """
 
     act: Callable[[], Awaitable[A | Reply]]
@@ -93,6 +91,7 @@ class VerbTable:
     def now(self, verb: Verb[R, A], act: Callable[[R, Event], A | Reply | Later]) -> None:
         """Adds a method that answers in the same turn."""
         frame = _Frame(verb)
+        add = self.audit.add
 
         def perform(who: Principal, request: R, request_id: str) -> Reply | Awaitable[Reply]:
             event = frame.event(who, request, request_id)
@@ -102,9 +101,12 @@ class VerbTable:
             except MiniKmsError as error:
                 self.refused(event, error)
                 raise
+            if type(answer) is bytes:  # of most requests
+                add(event)
+                return answer
             if isinstance(answer, Later):
                 return self.put_off(event, answer.act)
-            self.audit.add(event)
+            add(event)
             return _reply(answer)
 
         self._performs[verb] = perform
@@ -121,7 +123,9 @@ class VerbTable:
             event = frame.event(who, request, request_id)
 
             async def authorised() -> A | Reply | AfterLine[A]:
-                frame.authorise(who, request, event)
+                forbidden = frame.authorise(who, request, event)
+                if forbidden is not None:
+                    raise forbidden
                 if durable:
                     self.audit.require_writable()
                 return await act(request, event)
@@ -161,11 +165,12 @@ class VerbTable:
 class _Frame:
     """What is done before a method acts, prepared for one verb."""
 
-    __slots__ = ("_is_batch", "_name", "_names_itself", "_roles", "_roles_by_item")
+    __slots__ = ("_is_batch", "_name", "_names_itself", "_needed", "_roles", "_roles_by_item")
 
     def __init__(self, verb: Verb[Any, Any]) -> None:
         self._name = verb.name
         self._roles = verb.roles
+        self._needed = frozenset(verb.roles)
         self._roles_by_item = verb.roles_by_item
         self._is_batch = verb.is_batch
         self._names_itself = "request_id" in verb.request.__struct_fields__
@@ -182,14 +187,17 @@ class _Frame:
     def authorise(self, who: Principal, request: Any, event: Event) -> ForbiddenError | None:
         """Raises ForbiddenError, or returns it where each item is refused by itself. Raises TooManyError."""
         forbidden: ForbiddenError | None = None
-        for role in self._roles:
+        if not self._needed <= who.roles:
             try:
-                who.require(role)
+                for role in self._roles:
+                    who.require(role)
             except ForbiddenError as error:
                 if not self._roles_by_item:
                     raise
                 forbidden = error
-        if self._is_batch and len(request.items) > api.BATCH_ITEMS_MAX:
+        if not self._is_batch:
+            return forbidden
+        if len(request.items) > api.BATCH_ITEMS_MAX:
             raise TooManyError(f"a batch holds at most {api.BATCH_ITEMS_MAX} items; send several batches")
         if self._roles_by_item:
             event.key_ids = _distinct(item.key_id for item in request.items)
@@ -210,7 +218,7 @@ def another_line(event: Event, detail: str) -> Event:
 
 
 def _reply(answer: object) -> Reply:
-    return answer if isinstance(answer, bytes | Response) else json_answer(answer)
+    return answer if isinstance(answer, (bytes, Response)) else json_answer(answer)
 
 
 def _refuse_items(request: Any, event: Event, error: MiniKmsError) -> bytes:

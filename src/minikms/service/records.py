@@ -22,7 +22,7 @@ from minikms import api
 from minikms.audit import Event
 from minikms.base64 import decode_canonical, encode
 from minikms.crypto.aead import NONCE_BYTES, OVERHEAD_BYTES, scrub_stack
-from minikms.crypto.envelope import record_aad
+from minikms.crypto.envelope import caller_part
 from minikms.custody.leases import UseLease
 from minikms.custody.vault import OpenDek, Vault
 from minikms.errors import DecryptionError, MiniKmsError, StorageUnavailableError, WrongPurposeError
@@ -226,12 +226,12 @@ class RecordVerbs:
         sealing = AESGCM(target.view)
         for item in request.items:
             try:
-                caller = decode_aad(item.aad)
-                plaintext = _decrypt(opening, _sealed(item.ciphertext), record_aad(source.aad_prefix, caller))
+                bound = caller_part(decode_aad(item.aad))
+                plaintext = _decrypt(opening, _sealed(item.ciphertext), source.aad_prefix + bound)
                 if not target.lease.take(1):
                     raise StorageUnavailableError(_NO_USE_LEFT)
                 nonce = self._next_nonce()
-                sealed = nonce + sealing.encrypt(nonce, plaintext, record_aad(target.aad_prefix, caller))
+                sealed = nonce + sealing.encrypt(nonce, plaintext, target.aad_prefix + bound)
                 parts.append(b'{"ciphertext":"' + encode(sealed) + b'"}')
             except MiniKmsError as error:
                 failed += 1
@@ -259,7 +259,7 @@ def _aad(opened: OpenDek, aad: str | UnsetType) -> bytes:
     """The record's associated data."""
     if aad is UNSET:
         return opened.aad_if_none
-    return record_aad(opened.aad_prefix, decode_canonical(aad, api.AAD_BYTES_MAX, "aad"))
+    return opened.aad_prefix + caller_part(decode_canonical(aad, api.AAD_BYTES_MAX, "aad"))
 
 
 def _sealed(text: str) -> bytes:
