@@ -8,6 +8,8 @@ a single call leaves in the next turn of the event loop, and batches grow with t
 - Each caller gets the outcome of its own item, or the error of the whole batch, each its own exception object.
 - The queue is bounded in items and bytes, and an item that has waited longer than its time is not sent any more.
 - A caller that was cancelled is dropped; the others in its batch are not affected.
+
+It must never leave a caller waiting after it was closed.
 """
 
 from __future__ import annotations

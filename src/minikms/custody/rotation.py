@@ -28,7 +28,7 @@ Owns: the steps below, their order, and resuming. Each step is durable before th
 3. `promote`: the new version is active, the old one retired.
 A restart finds `rotation` in the keyring and goes on with step 2. A file that can't be read is listed and left; it does
 not stop the rotation, and keeps its KEK from being destroyed. It must never remove a slot: whether the new root key has
-been proved is `minikms.service.lifecycle`'s to say.
+been proved is `minikms.service.keks`'s to say.
 """
 
 from __future__ import annotations
