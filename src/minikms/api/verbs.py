@@ -407,14 +407,7 @@ class RandomAnswer(msgspec.Struct):
 
 
 RANDOM: Final = Verb(
-    "random",
-    "POST",
-    "/random",
-    ("data_key",),
-    RandomRequest,
-    RandomAnswer,
-    "Random bytes",
-    repeatable=True,
+    "random", "POST", "/random", ("data_key",), RandomRequest, RandomAnswer, "Random bytes", repeatable=True
 )
 
 # --- the KEK ---------------------------------------------------------------------------------------------------------
@@ -524,25 +517,10 @@ class KeyListAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 LIST_KEYS: Final = Verb(
-    "list_keys",
-    "GET",
-    "/keys",
-    ("monitor",),
-    ListKeysRequest,
-    KeyListAnswer,
-    "Keys, a page at a time",
-    repeatable=True,
+    "list_keys", "GET", "/keys", ("monitor",), ListKeysRequest, KeyListAnswer, "Keys, a page at a time", repeatable=True
 )
 GET_KEY: Final = Verb(
-    "get_key",
-    "GET",
-    "/keys/{key_id}",
-    ("monitor",),
-    KeyRequest,
-    KeyAnswer,
-    "One key",
-    _KEY,
-    repeatable=True,
+    "get_key", "GET", "/keys/{key_id}", ("monitor",), KeyRequest, KeyAnswer, "One key", _KEY, repeatable=True
 )
 RETIRE_KEY: Final = Verb(
     "retire_key",

@@ -91,12 +91,12 @@ class VerbTable:
     def now(self, verb: Verb[R, A], act: Callable[[R, Event], A | Reply | Later]) -> None:
         """Adds a method that answers in the same turn."""
         frame = _Frame(verb)
-        add = self.audit.add
+        begin, authorise, add = frame.event, frame.authorise, self.audit.add
 
         def perform(who: Principal, request: R, request_id: str) -> Reply | Awaitable[Reply]:
-            event = frame.event(who, request, request_id)
+            event = begin(who, request, request_id)
             try:
-                forbidden = frame.authorise(who, request, event)
+                forbidden = authorise(who, request, event)
                 answer = act(request, event) if forbidden is None else _refuse_items(request, event, forbidden)
             except MiniKmsError as error:
                 self.refused(event, error)
