@@ -26,7 +26,7 @@ from minikms.custody.rotation import KekRotation, Pruning
 from minikms.custody.vault import Vault
 from minikms.errors import AuditUnavailableError, InvalidRequestError, MiniKmsError, TooManyError
 from minikms.http import Response
-from minikms.keys.ids import check_key_id
+from minikms.keys.dek import check_key_id
 from minikms.memory.arena import SecretSlot
 from minikms.service.base import AfterLine, VerbTable, another_line, json_answer
 from minikms.service.records import CIPHERTEXT_BYTES_MAX, decode_aad
@@ -137,7 +137,7 @@ class KekVerbs:
     async def _run(self) -> None:
         while (rotation := self._rotation.running) is not None:
             await self._rotation.run()
-            facts = self._facts(rewrapped=self._rotation.rewrapped, unreadable=self._vault.damage.count)
+            facts = self._facts(rewrapped=self._rotation.rewrapped, unreadable=self._vault.unreadable.count)
             await self._write_until_done("rotate_kek_done", facts, end=self._ends.pop(rotation.to_version, None))
             with contextlib.suppress(MiniKmsError):  # the next rotation tries again
                 await self._pruning.keep_rotations(self._rotations_kept)
@@ -149,7 +149,7 @@ class KekVerbs:
         if self._rotation.running is not None or len(slots) < 2 or slots[-1].slot_id != self._proved_slot_id:
             return
         try:
-            dropped = await self._vault.drop_older_slots(self._proved_slot_id)
+            dropped = await self._rotation.drop_older_slots(self._proved_slot_id)
         except MiniKmsError:
             return  # status warns of them; the next start tries again
         await self._write_until_done("root_keys_dropped", self._facts(fingerprints=",".join(dropped)))

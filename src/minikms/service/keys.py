@@ -16,7 +16,7 @@ from minikms.audit import Event
 from minikms.crypto.aead import scrub_stack, seal
 from minikms.custody.vault import Vault
 from minikms.errors import InvalidRequestError, StorageUnavailableError, WrongPurposeError
-from minikms.keys.ids import check_key_id
+from minikms.keys.dek import check_key_id
 from minikms.memory.arena import fill_random
 from minikms.service.base import VerbTable
 from minikms.service.records import decode_aad

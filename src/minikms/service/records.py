@@ -22,11 +22,11 @@ from minikms import api
 from minikms.audit import Event
 from minikms.base64 import decode_canonical, encode
 from minikms.crypto.aead import NONCE_BYTES, OVERHEAD_BYTES, scrub_stack
-from minikms.crypto.envelope import caller_part
+from minikms.crypto.labels import caller_field
 from minikms.custody.leases import UseLease
 from minikms.custody.vault import OpenDek, Vault
 from minikms.errors import DecryptionError, MiniKmsError, StorageUnavailableError, WrongPurposeError
-from minikms.keys.ids import check_key_id
+from minikms.keys.dek import check_key_id
 from minikms.policy import Principal
 from minikms.service.base import Later, Reply, VerbTable, count_refused, cut, item_error, items_answer
 
@@ -226,7 +226,7 @@ class RecordVerbs:
         sealing = AESGCM(target.view)
         for item in request.items:
             try:
-                bound = caller_part(decode_aad(item.aad))
+                bound = caller_field(decode_aad(item.aad))
                 plaintext = _decrypt(opening, _sealed(item.ciphertext), source.aad_prefix + bound)
                 if not target.lease.take(1):
                     raise StorageUnavailableError(_NO_USE_LEFT)
@@ -259,7 +259,7 @@ def _aad(opened: OpenDek, aad: str | UnsetType) -> bytes:
     """The record's associated data."""
     if aad is UNSET:
         return opened.aad_if_none
-    return opened.aad_prefix + caller_part(decode_canonical(aad, api.AAD_BYTES_MAX, "aad"))
+    return opened.aad_prefix + caller_field(decode_canonical(aad, api.AAD_BYTES_MAX, "aad"))
 
 
 def _sealed(text: str) -> bytes:
