@@ -168,7 +168,7 @@ def document() -> dict[str, Any]:
         "info": {
             "title": "miniKMS",
             "version": "1",
-            "description": "The key service, over a Unix socket. Who asks is told by the peer's uid; no header "
+            "description": "The key service, over a Unix socket. The peer's uid identifies the caller; no header "
             "authenticates. docs/spec/http.md says what a request may look like, docs/spec/api.md what each verb does. "
             "All binary values are canonical base64. Made by tools/kms_openapi.py.",
         },

@@ -298,7 +298,7 @@ HEALTH: Final = Verb(
 
 
 class ReencryptItem(Request):
-    """Of /check_batch too."""
+    """One ciphertext of /reencrypt_batch or /check_batch."""
 
     ciphertext: str
     aad: str | UnsetType = UNSET
@@ -326,7 +326,7 @@ REENCRYPT_BATCH: Final = Verb(
 
 
 class CheckBatchRequest(Request):
-    """Answered by CheckBatchAnswer. Whether `items` open under the key; no plaintext is answered."""
+    """Asks which `items` open under the key. Answered by CheckBatchAnswer, which holds no plaintext."""
 
     key_id: str
     items: list[ReencryptItem]
@@ -495,7 +495,7 @@ class ListKeysRequest(Request):
 
 
 class KeyAnswer(msgspec.Struct, frozen=True):
-    """One key. `created_at` is RFC 3339 in UTC; `uses_max` an upper bound of its uses so far."""
+    """One key. `created_at` is RFC 3339 in UTC; `uses_max` is an upper bound of its uses so far."""
 
     key_id: str
     thread_id: str
@@ -536,11 +536,11 @@ RETIRE_KEY: Final = Verb(
 
 
 class DestroyKeyRequest(KeyRequest):
-    """The id repeated, so that no slip of a path destroys a key."""
+    """`key_id` repeats the one in the path, so that a mistyped path destroys no key."""
 
 
 class DestroyKeyAnswer(msgspec.Struct, frozen=True):
-    """The receipt. `archives` names what may still hold the key: backup archives made while it lived."""
+    """The receipt. `archives` names the backup archives that may still hold the key, made while it existed."""
 
     key_id: str
     state: State
