@@ -2,9 +2,9 @@
 
 Owns: a data directory opened without a daemon, and a client with the methods of `AsyncClient` on it. Invariants: the
 files, the audit log, the use leases and the epoch are the daemon's own, under the same lock, so that a directory may
-pass from one to the other; every audit line is written before its answer is given. It has none of what a process of
-its own gives: no hardening, no peer credentials, no batching, and the host's memory holds the arena. It must never be
-used where the data is real.
+pass from one to the other; every audit line is written before its answer is given. It lacks the protection of a
+separate process: no hardening, no peer credentials, and the arena is in the memory of the host process. It does not
+batch, rotate or prune. It must never be used where the data is real.
 """
 
 from __future__ import annotations
@@ -12,41 +12,36 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 from minikms import api
+from minikms.api import Verb
 from minikms.audit import AuditLog, Event
-from minikms.client import verbs
+from minikms.client.asynchronous import AsyncVerbs
+from minikms.client.calls import Call, make_call
 from minikms.client.errors import refusal
-from minikms.client.verbs import (
-    Call,
-    DecryptItem,
-    EncryptItem,
-    Outcome,
-    ReencryptItem,
-    Verdict,
-    checked_cost_bytes,
-    chunks,
-)
+from minikms.client.items import Sent
+from minikms.client.wire import Answer
 from minikms.custody.vault import Indexing, Vault
 from minikms.datadir import KEYRING_SLOTS, Options, lock_data_dir, open_for_service
-from minikms.errors import AuditUnavailableError, MiniKmsError, StartError
+from minikms.errors import AuditUnavailableError, MiniKmsError, NotFoundError, StartError
+from minikms.http import Response
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
 from minikms.policy import Policy, Principal
 from minikms.roots.providers import DevelopmentKey, KeyFile, RootProvider, development_key_path
-from minikms.service.keys import KeyIssuing
-from minikms.service.lifecycle import KeyLifecycle
-from minikms.service.records import KeyService
+from minikms.service.base import VerbTable
+from minikms.service.keys import KeyVerbs
+from minikms.service.lifecycle import LifecycleVerbs
+from minikms.service.records import RecordVerbs
 
-T = TypeVar("T")
-R = TypeVar("R")
+R = TypeVar("R", bound=api.Request)
+A = TypeVar("A")
 
 __all__ = ["EmbeddedClient", "EmbeddedError", "development_key_path"]
 
@@ -78,19 +73,15 @@ class _DirectAudit:
             await asyncio.to_thread(self._log.fdatasync)
 
 
-class EmbeddedClient:
-    """The methods of AsyncClient that a message server needs, without a socket. Belongs to one event loop.
+class EmbeddedClient(AsyncVerbs):
+    """The methods of AsyncClient without a socket. Belongs to one event loop.
 
-    Refusals are those of `minikms.client.errors`; that a daemon is away can't happen.
+    Refusals are those of `minikms.client.errors`; no call fails because a daemon is away.
     """
 
-    def __init__(
-        self, vault: Vault, service: KeyService, issuing: KeyIssuing, lifecycle: KeyLifecycle, who: Principal
-    ) -> None:
+    def __init__(self, vault: Vault, table: VerbTable, who: Principal) -> None:
         self._vault = vault
-        self._service = service
-        self._issuing = issuing
-        self._lifecycle = lifecycle
+        self._table = table
         self._who = who
         self._open = AsyncExitStack()
 
@@ -111,136 +102,38 @@ class EmbeddedClient:
             return client
 
     async def close(self) -> None:
-        """Zeroes the keys and gives the directory up. May be repeated."""
+        """Zeroes the keys and closes the directory. May be repeated."""
         await self._open.aclose()
 
-    async def create_dek_for_thread(
+    async def _call(
         self,
-        thread_id: str,
-        *,
-        replaces: str | None = None,
-        purpose: api.Purpose | None = None,
+        verb: Verb[R, A],
+        request: R | Sent | bytearray,
         request_id: str | None = None,
-    ) -> api.CreateDekAnswer:
-        call = verbs.create_dek_for_thread(thread_id, replaces, purpose).named(request_id)
-        return await self._perform(call, api.CreateDekRequest, self._issuing.create_dek_for_thread)
-
-    async def encrypt(
-        self,
-        key_id: str,
-        plaintext: bytes,
         *,
-        aad: bytes = b"",
-        thread_id: str | None = None,
-        request_id: str | None = None,
-    ) -> bytes:
-        item = EncryptItem(key_id=key_id, plaintext=plaintext, aad=aad, thread_id=thread_id, request_id=request_id)
-        checked_cost_bytes(item)
-        return await self._perform(verbs.encrypt(item), api.EncryptItem, self._service.encrypt)
-
-    async def decrypt(
-        self,
-        key_id: str,
-        ciphertext: bytes,
-        *,
-        aad: bytes = b"",
-        thread_id: str | None = None,
-        request_id: str | None = None,
-    ) -> bytes:
-        item = DecryptItem(key_id=key_id, ciphertext=ciphertext, aad=aad, thread_id=thread_id, request_id=request_id)
-        checked_cost_bytes(item)
-        return await self._perform(verbs.decrypt(item), api.DecryptItem, self._service.decrypt)
-
-    async def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[Outcome]:
-        calls = [verbs.encrypt_batch(chunk) for chunk in chunks(items)]
-        return [
-            outcome
-            for call in calls
-            for outcome in await self._perform(call, api.EncryptBatchRequest, self._service.encrypt_batch)
-        ]
-
-    async def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[Outcome]:
-        calls = [verbs.decrypt_batch(chunk) for chunk in chunks(items)]
-        return [
-            outcome
-            for call in calls
-            for outcome in await self._perform(call, api.DecryptBatchRequest, self._service.decrypt_batch)
-        ]
-
-    async def reencrypt_batch(
-        self, from_key_id: str, to_key_id: str, items: Sequence[ReencryptItem], *, request_id: str | None = None
-    ) -> list[Outcome]:
-        calls = [verbs.reencrypt_batch(from_key_id, to_key_id, chunk).named(request_id) for chunk in chunks(items)]
-        return [
-            outcome
-            for call in calls
-            for outcome in await self._perform(call, api.ReencryptBatchRequest, self._service.reencrypt_batch)
-        ]
-
-    async def check_batch(
-        self,
-        key_id: str,
-        items: Sequence[ReencryptItem],
-        *,
-        thread_id: str | None = None,
-        request_id: str | None = None,
-    ) -> list[Verdict]:
-        calls = [verbs.check_batch(key_id, chunk, thread_id).named(request_id) for chunk in chunks(items)]
-        return [
-            verdict
-            for call in calls
-            for verdict in await self._perform(call, api.CheckBatchRequest, self._service.check_batch)
-        ]
-
-    async def retire_key(self, key_id: str, *, request_id: str | None = None) -> api.KeyAnswer:
-        call = verbs.retire_key(key_id).named(request_id)
-        return await self._perform(call, api.Request, lambda who, _, name: self._lifecycle.retire(who, key_id, name))
-
-    async def list_keys(
-        self,
-        *,
-        thread_id: str | None = None,
-        state: api.State | None = None,
-        cursor: str | None = None,
-        limit: int | None = None,
-    ) -> api.KeyListAnswer:
-        call = verbs.list_keys(thread_id, state, cursor, limit)._replace(body=b"{}")
-
-        def listed(who: Principal, _: api.Request, name: str) -> Awaitable[bytes]:
-            return self._lifecycle.list_keys(
-                who,
-                thread_id=thread_id,
-                state=state,
-                cursor=cursor or "",
-                limit=limit or api.LIST_KEYS_COUNT_MAX,
-                request_id=name,
-            )
-
-        return await self._perform(call, api.Request, listed)
-
-    async def destroy_key(self, key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
-        call = verbs.destroy_key(key_id).named(request_id)
-        return await self._perform(
-            call,
-            api.DestroyKeyRequest,
-            lambda who, request, name: self._lifecycle.destroy(who, key_id, request, name),
-        )
-
-    async def status(self) -> dict[str, object]:
-        call = verbs.status()._replace(body=b"{}")
-        return await self._perform(call, api.Request, lambda who, _, name: self._issuing.status(who, name))
-
-    async def _perform(
-        self, call: Call[T], request_type: type[R], verb: Callable[[Principal, R, str], bytes | Awaitable[bytes]]
-    ) -> T:
+        timeout_s: float | None = None,
+    ) -> A:
+        call = make_call(verb, request, request_id)
         try:
-            answer = verb(self._who, msgspec.json.decode(call.body or b"", type=request_type), call.request_id or "")
-            body = await answer if inspect.isawaitable(answer) else answer
+            body = await self._perform(call, request)
         except MiniKmsError as error:
             raise refusal(error.code, str(error), error.status) from None
         finally:
             self._vault.end_turn()
-        return call.decode(body)
+            call.wipe()
+        return call.read(Answer(200, body, reusable=True))
+
+    async def _perform(self, call: Call[Any], request: object) -> bytes:
+        verb = call.verb
+        if verb is api.HEALTH:
+            return b"ok"
+        if verb not in self._table:
+            raise NotFoundError(f"the embedded key service has no {verb.name}; use the daemon")
+        if not isinstance(request, verb.request):  # it holds bytes: decoded from JSON, as in the daemon
+            request = msgspec.json.decode(call.body or b"", type=verb.request)
+        answer = self._table[verb](self._who, request, call.request_id or "")
+        reply = await answer if inspect.isawaitable(answer) else answer
+        return reply.body if isinstance(reply, Response) else reply
 
 
 async def _compose(
@@ -256,13 +149,16 @@ async def _compose(
     cleaning.push_async_callback(data.drain)
     vault, log = data.vault, data.log
     audit = _DirectAudit(log)
-    lifecycle = KeyLifecycle(vault=vault, audit=audit, indexing=Indexing(vault, executor), reader=executor)
+    table = VerbTable(audit)
+    RecordVerbs(vault, table)
+    KeyVerbs(vault, table)
+    LifecycleVerbs(vault=vault, table=table, indexing=Indexing(vault, executor), reader=executor)
+    table.now(api.STATUS, lambda request, event: _status(vault.unlocked, log))
     facts: dict[str, str | int] = {"epoch": vault.keyring.body.epoch}
     await audit.add_written(
         Event(type="start", actor="minikms", pid=os.getpid(), detail="embedded", facts=facts), durable=True
     )
-    issuing = KeyIssuing(vault, audit, lambda: _status(vault.unlocked, log))
-    return kind(vault, KeyService(vault, audit), issuing, lifecycle, _ourselves())
+    return kind(vault, table, _ourselves())
 
 
 def _root(data_dir: str | os.PathLike[str], master_key_file: str | os.PathLike[str] | None) -> RootProvider:

@@ -20,7 +20,7 @@ import minikms
 import needs
 from live_daemon import LiveDaemon
 from minikms.client.errors import KmsUntrustedServerError
-from minikms.daemon.application import FOREIGN_CONNECTIONS_MAX
+from minikms.daemon.application import UNAUTHORISED_CONNECTIONS_MAX
 from minikms.errors import StartError
 from minikms.memory import libc
 from minikms.policy import Policy
@@ -129,7 +129,7 @@ def test_strangers_cannot_use_up_the_connections_of_the_allowed(public: Path) ->
 
         def occupy() -> list[int]:
             held = []
-            for _ in range(FOREIGN_CONNECTIONS_MAX + 50):
+            for _ in range(UNAUTHORISED_CONNECTIONS_MAX + 50):
                 client = socket.socket(socket.AF_UNIX)
                 client.settimeout(5)
                 client.connect(str(daemon.socket))

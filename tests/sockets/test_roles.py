@@ -12,9 +12,10 @@ import pytest
 import needs
 from live_daemon import LiveDaemon
 from minikms import Client
+from minikms.api import Role
 from minikms.client import KmsError
 from minikms.errors import ForbiddenError, StartError
-from minikms.policy import ADMIN_ONLY, ROLES, UIDS_COUNT_MAX, Policy, Role, parse_uids
+from minikms.policy import ADMIN_ONLY, ROLES, UIDS_COUNT_MAX, Policy, parse_uids
 
 
 def test_without_admins_each_allowed_uid_has_every_role() -> None:

@@ -33,10 +33,11 @@ from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.memory.process import Measure, name_thread
 from minikms.policy import Policy
 from minikms.roots.providers import KeyFile
+from minikms.service.base import VerbTable
 from minikms.service.keks import KekVerbs
-from minikms.service.keys import KeyIssuing
-from minikms.service.lifecycle import KeyLifecycle
-from minikms.service.records import KeyService
+from minikms.service.keys import KeyVerbs
+from minikms.service.lifecycle import LifecycleVerbs
+from minikms.service.records import RecordVerbs
 
 
 class Workers(NamedTuple):
@@ -89,9 +90,13 @@ class Parts:
             disk=workers.disk,
             around_passes=_one_cpu_for(workers.reader, workers.disk),
         )
+        table = VerbTable(self.audit)
+        RecordVerbs(self.vault, table)
+        KeyVerbs(self.vault, table)
+        LifecycleVerbs(vault=self.vault, table=table, indexing=self.indexing, reader=workers.reader)
         self.keks = KekVerbs(
             vault=self.vault,
-            audit=self.audit,
+            table=table,
             rotation=rotation,
             pruning=Pruning(self.vault, reader=workers.reader, disk=workers.disk),
             opened_slot_id=data.slot.slot_id,
@@ -107,10 +112,8 @@ class Parts:
             keks=self.keks,
         )
         self.app = Application(
-            service=KeyService(self.vault, self.audit),
-            issuing=KeyIssuing(self.vault, self.audit, page.build),
-            lifecycle=KeyLifecycle(vault=self.vault, audit=self.audit, indexing=self.indexing, reader=workers.reader),
-            keks=self.keks,
+            table=table,
+            status=page.build,
             policy=policy,
             audit=self.audit,
             vault=self.vault,
