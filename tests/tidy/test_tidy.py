@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import ast
 import collections
-import io
 import re
-import subprocess
-import tokenize
-from collections.abc import Iterable, Iterator
-from functools import cache
 from pathlib import Path
 
-import pytest
+from project_tree import PROJECT, comments, name, none, python_files, texts
 
-PROJECT = Path(__file__).resolve().parents[2]
 LINES_MAX = 700
 LONG_FOR_A_REASON: dict[str, str] = {}
 """Path → why the file is one idea all the same."""
@@ -33,47 +27,6 @@ NOT_OF_THE_PROJECT = tuple(
         ("proxy.", "golang"),
     )
 )
-
-
-@cache
-def project_files() -> tuple[Path, ...]:
-    """What is committed, or would be. Falls back to the tree itself in an unpacked archive without git."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    try:
-        listed = subprocess.run(command, cwd=PROJECT, capture_output=True, check=True).stdout.decode().split("\0")
-    except (OSError, subprocess.CalledProcessError):
-        kept_out = re.compile(r"(^|/)(\.(?!ci/|git(ignore|attributes)$)|__pycache__/|demo-data/)")
-        found = (str(path.relative_to(PROJECT)) for path in PROJECT.rglob("*"))
-        listed = [file for file in found if not kept_out.search(file)]
-    return tuple(sorted(PROJECT / name for name in listed if name and (PROJECT / name).is_file()))
-
-
-def none(found: Iterable[str]) -> None:
-    """Fails with every place found, a line each."""
-    if places := sorted(found):
-        pytest.fail("\n".join(places), pytrace=False)
-
-
-def python_files(*roots: str) -> list[Path]:
-    return [path for path in project_files() if path.suffix == ".py" and (not roots or name(path).startswith(roots))]
-
-
-def name(path: Path) -> str:
-    return str(path.relative_to(PROJECT))
-
-
-def texts() -> Iterator[tuple[Path, str]]:
-    for path in project_files():
-        try:
-            yield path, path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
-
-
-def comments(path: Path) -> Iterator[tuple[int, str]]:
-    for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
-        if token.type == tokenize.COMMENT:
-            yield token.start[0], token.string
 
 
 def test_every_module_says_what_it_is() -> None:
@@ -116,6 +69,21 @@ def test_every_lint_and_type_exception_names_its_rule_and_its_reason() -> None:
                 if found and (not found["codes"] or len(re.findall(r"[A-Za-z]", found["reason"])) < 6):
                     unexplained.append(f"{name(path)}:{line}: {comment}")
     none(unexplained)
+
+
+def test_plain_words_are_used() -> None:
+    """No words that have to be decoded: write who does what to whom. Identifiers count too."""
+    dialect = re.compile(
+        r"\b(told of|is told|are told|strangers?|homeless|buri(?:ed|es|al)|bury|thereof|what is (?:told|due|left|there) is)\b",
+        re.IGNORECASE,
+    )
+    none(
+        f"{name(path)}:{number}: {found[0]}"
+        for path, text in texts()
+        if name(path).startswith(("src/", "tests/", "docs/")) and path != Path(__file__)
+        for number, line in enumerate(text.splitlines(), start=1)
+        if (found := dialect.search(line.replace("_", " ")))
+    )
 
 
 def test_nothing_is_left_for_later() -> None:
