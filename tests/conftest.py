@@ -1,20 +1,50 @@
-"""What every test shares: the Hypothesis profile, a clean environment, `tests/` on the import path (`import needs`).
+"""What every test shares: Hypothesis profiles, a clean environment and signals, time limits, the report of skips.
 
-Owns no fixture of a room; each room keeps its own beside its tests. Never start a process or touch the network here.
+Owns no fixture of a room; each room keeps its own beside its tests. `tests/` is on the import path (`import needs`).
+Never start a process or touch the network here.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 
+import pytest
 from hypothesis import HealthCheck, settings
 
-# The machine is shared and slow at times: a deadline per example would fail tests for the load of others. Under CI the
-# examples are derived from the test itself, so that a run that failed can be had again.
-settings.register_profile("shared", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", settings.get_profile("shared"), derandomize=True, print_blob=True)
-settings.load_profile("ci" if os.environ.get("CI") == "true" else "shared")
+import needs
+
+TORTURE_S_MAX = 3600
+"""The longest that one torture test may take; the limit of every other test is `timeout` in pyproject.toml."""
+
+# The machine is shared and slow at times: a deadline per example would fail tests for the load of others. Examples are
+# derived from the test itself, so that two runs give the same result; `make torture` draws new ones each time.
+settings.register_profile("random", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repeatable", settings.get_profile("random"), derandomize=True, print_blob=True)
 
 # No test sees what the person who runs it has configured for the two programs.
 for _name in [name for name in os.environ if name.startswith(("PROGRESSDB_", "MINIKMS_"))]:
     del os.environ[_name]
+
+# A shell that starts the tests in the background ignores these two, and every child would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("random" if config.getoption("markexpr") == "torture" else "repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each torture test the long limit, unless it has its own."""
+    for item in items:
+        if item.get_closest_marker("torture") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(TORTURE_S_MAX))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Close the run with what was skipped, why, and the command that installs what is missing."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    for line in needs.report(report.longrepr[2] for report in skipped):
+        terminalreporter.write_line(line)

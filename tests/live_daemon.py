@@ -69,11 +69,11 @@ class LiveDaemon:
             self._environ["PROGRESSDB_MINIKMS_MASTER_KEY"] = self.root_file.read_text().strip()
         self.start()
 
-    def start(self) -> None:
-        """Start it again, after it has ended; returns when it answers."""
+    def start(self, *under: str) -> None:
+        """Start it again, after it has ended, `under` a program such as strace; returns when it answers."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self._command,
+                [*under, *self._command],
                 env=self._environ,
                 stdout=log,
                 stderr=log,

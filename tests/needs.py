@@ -1,54 +1,113 @@
-"""What a test needs of the machine: a program, root, a Python library.
+"""What a test needs of the machine: a program, root, namespaces, descriptors, a Python library.
 
-Owns the one rule for a missing need: on a developer's machine the test skips and names what is missing; under `CI=true`
-it fails, for `.ci/run` installs every need, and a test that silently never runs there protects nothing.
+Owns the one rule for a missing need, and the report of what was skipped. On a developer's machine the test is skipped.
+Under `CI=true` it fails, because `.ci/run` installs every need and runs the tests as root too. One exception: a need
+that only root's rights can meet skips under CI for an ordinary user, because the run as root covers that test.
 Call these first in a test or a fixture; never decide on a need anywhere else.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import functools
 import importlib
 import os
+import re
+import resource
 import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import NoReturn
 
 import pytest
 
 _DEBIAN_PACKAGES = {
+    "bash": "bash",
+    "chromium": "chromium",
     "gcore": "gdb",
     "gdb": "gdb",
+    "git": "git",
     "go": "golang-go",
     "h2load": "nghttp2-client",
-    "chromium": "chromium",
     "make": "make",
+    "mount": "mount",
+    "openssl": "openssl",
     "promtool": "prometheus",
-    "setpriv": "util-linux",
     "strace": "strace",
     "systemd-analyze": "systemd",
+    "umount": "mount",
     "unshare": "util-linux",
 }
-"""Where Debian keeps a program whose package has another name, or whose name is worth telling."""
+"""The Debian package of each program that a test may need."""
+_PROGRAM = "the program "
+PROBE_S_MAX = 20.0
 
 
-def _missing(what: str) -> NoReturn:
-    if os.environ.get("CI") == "true":
+def _missing(what: str, *, only_root_can: bool = False) -> NoReturn:
+    if os.environ.get("CI") == "true" and (os.geteuid() == 0 or not only_root_can):
         pytest.fail(f"needs {what}, which .ci/run must provide", pytrace=False)
     pytest.skip(f"needs {what}")
 
 
 def program(name: str) -> str:
-    """The full path of the program `name` found on PATH."""
-    path = shutil.which(name)
+    """The full path of the program `name` found on PATH or among the system's own programs."""
+    path = shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin")))
     if path is None:
-        _missing(f"the program {name} (Debian package {_DEBIAN_PACKAGES.get(name, name)})")
+        _missing(f"{_PROGRAM}{name}")
     return path
 
 
 def root() -> None:
-    """Go on only as root (effective uid 0)."""
+    """Continue only as root (effective uid 0)."""
     if os.geteuid() != 0:
-        _missing("root")
+        _missing("root", only_root_can=True)
+
+
+def namespaces(*kinds: str) -> str:
+    """The full path of `unshare`, where it can make namespaces of these kinds (`mount`, `user`, …).
+
+    A chroot has no user namespaces, and its root directory can't be made private; many containers forbid both.
+    """
+    unshare = program("unshare")
+    if not _unshares(unshare, kinds):
+        _missing(f"namespaces ({', '.join(kinds)}), which this user or container may not make", only_root_can=True)
+    return unshare
+
+
+@functools.cache
+def _unshares(unshare: str, kinds: tuple[str, ...]) -> bool:
+    command = [unshare, *(f"--{kind}" for kind in kinds), "true"]
+    return subprocess.run(command, capture_output=True, timeout=PROBE_S_MAX, check=False).returncode == 0
+
+
+@contextlib.contextmanager
+def descriptors(count: int) -> Iterator[None]:
+    """Let this process and the children that it starts meanwhile have `count` open descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted_soft = soft if soft == resource.RLIM_INFINITY else max(soft, count)
+    wanted_hard = hard if hard == resource.RLIM_INFINITY else max(hard, count)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted_soft, wanted_hard))
+    except (OSError, ValueError):
+        _missing(f"{count} open descriptors (`ulimit -Hn` says {hard})", only_root_can=True)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, wanted_hard))
+
+
+def linux(version: str, available: bool) -> None:
+    """Continue only where the kernel has what came with Linux `version`. No package can provide a newer kernel."""
+    if not available:
+        pytest.skip(f"needs Linux {version} or newer")
+
+
+def machine(*supported: str) -> None:
+    """Continue only on a processor of one of these kinds, as `uname -m` names them."""
+    if os.uname().machine not in supported:
+        pytest.skip(f"needs {' or '.join(supported)}")
 
 
 def library(name: str) -> ModuleType:
@@ -62,3 +121,14 @@ def library(name: str) -> ModuleType:
 def packages(*requirements: str) -> NoReturn:
     """Python packages for an environment of a test's own, which could not be installed."""
     _missing(f"the Python packages {' '.join(requirements)}")
+
+
+def report(reasons: Iterable[str]) -> list[str]:
+    """Lines that tell how many tests each reason skipped, and the command that installs what is missing."""
+    counts = collections.Counter(reason.removeprefix("Skipped: ") for reason in reasons)
+    lines = [f"skipped {count:4}: {reason}" for reason, count in sorted(counts.items(), key=lambda pair: -pair[1])]
+    missing = {found[1] for reason in counts if (found := re.fullmatch(f"needs {_PROGRAM}(\\S+)", reason))}
+    if missing:
+        install = sorted({_DEBIAN_PACKAGES.get(name, name) for name in missing})
+        lines.append(f"to run them too: apt-get install {' '.join(install)}")
+    return lines

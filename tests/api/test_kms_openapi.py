@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import selectors
 import socket
 import subprocess
@@ -20,6 +21,8 @@ from live_daemon import LiveDaemon
 PROJECT = Path(__file__).resolve().parents[2]
 DOCUMENT = PROJECT / "docs" / "minikms-openapi.yaml"
 RUN_S_MAX = 60.0
+SEED = 1
+"""Of the requests in the normal suite; Schemathesis prints the seed of a run that failed."""
 CONFIGURATION = """
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "400", "403", "404", "409", "410"]  # no random text is a key, or opens under one
@@ -83,6 +86,16 @@ def test_the_document_is_what_the_code_says() -> None:
 
 @pytest.mark.parametrize("run", RUNS)
 def test_the_document_is_true_of_a_live_daemon(tmp_path: Path, run: str) -> None:
+    check(tmp_path, run, SEED)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("run", RUNS)
+def test_the_document_is_true_of_a_live_daemon_for_new_requests(tmp_path: Path, run: str) -> None:
+    check(tmp_path, run, random.getrandbits(32))
+
+
+def check(tmp_path: Path, run: str, seed: int) -> None:
     configuration = tmp_path / "schemathesis.toml"
     configuration.write_text(CONFIGURATION)
     program = environment("schemathesis-4.32.5", ("schemathesis==4.32.5",)).with_name("schemathesis")
@@ -100,7 +113,16 @@ def test_the_document_is_true_of_a_live_daemon(tmp_path: Path, run: str) -> None
             "all",
         ]
         words += RUNS[run]
-        words += ["--generation-database", "none", "--no-color", "--no-shrink", "--warnings", "off"]
+        words += [
+            "--seed",
+            str(seed),
+            "--generation-database",
+            "none",
+            "--no-color",
+            "--no-shrink",
+            "--warnings",
+            "off",
+        ]
         variables = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
         done = subprocess.run(
             words, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=RUN_S_MAX, check=False

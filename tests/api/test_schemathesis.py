@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from viewer_client import ViewerClient
 REQUIREMENTS = ("schemathesis==4.32.5",)
 RUN_S_MAX = 60.0
 EXAMPLES = 4
+SEED = 1
+"""Of the requests in the normal suite; Schemathesis prints the seed of a run that failed."""
 CONFIGURATION = """
 [checks.positive_data_acceptance]
 # what a stranger names is unknown, somebody else's, or in another state; logins are few
@@ -43,6 +46,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
 @pytest.mark.parametrize("run", RUNS)
 def test_the_document_is_true_of_the_live_server(server: RealServer, run: str, tmp_path: Path) -> None:
     """Valid requests are answered as described, invalid ones refused; no status, header, type or method is left out."""
+    check(server, run, tmp_path, SEED)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("run", RUNS)
+def test_the_document_is_true_of_the_live_server_for_new_requests(server: RealServer, run: str, tmp_path: Path) -> None:
+    check(server, run, tmp_path, random.getrandbits(32))
+
+
+def check(server: RealServer, run: str, tmp_path: Path, seed: int) -> None:
     configuration = tmp_path / "schemathesis.toml"
     configuration.write_text(CONFIGURATION)
     caller, chosen = RUNS[run]
@@ -59,7 +72,7 @@ def test_the_document_is_true_of_the_live_server(server: RealServer, run: str, t
     words += ["--phases", "examples,coverage,fuzzing,stateful", "--max-examples", str(EXAMPLES), "--checks", "all"]
     # bounds are in bytes, schemas count characters; a NUL can't be sent in a header at all
     words += ["--generation-codec", "ascii", "--generation-allow-x00", "false", "--generation-database", "none"]
-    words += ["--no-color", "--no-shrink", "--warnings", "off"]
+    words += ["--seed", str(seed), "--no-color", "--no-shrink", "--warnings", "off"]
     variables = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
     done = subprocess.run(
         words, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=RUN_S_MAX, check=False

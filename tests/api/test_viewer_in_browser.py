@@ -56,6 +56,7 @@ def test_a_person_logs_in_with_the_keyboard_and_finds_a_message(server: RealServ
         browser.type("wrong")
         browser.follow("document.forms[0].submit()")
         assert browser.evaluate("document.querySelector('[role=alert]').textContent") == "This is not an admin key."
+        browser.until("document.activeElement.id === 'key'")
         browser.type(ADMIN)
         browser.press("Enter", ENTER)
         browser.until("location.pathname === '/viewer/' && document.title.startsWith('Threads')")

@@ -103,6 +103,8 @@ def test_a_file_size_limit_cuts_a_write_short_and_the_log_stays_whole(tmp_path: 
 def test_a_full_file_system_is_recorded_on_the_reserve_and_then_nothing_is_answered(tmp_path: Path) -> None:
     """A file system of 1 MiB in a mount namespace of its own, which ends with the process."""
     needs.root()
+    unshare = needs.namespaces("mount")
+    needs.program("mount")
     directory = tmp_path / "log"
     directory.mkdir()
     copy = tmp_path / "copy"
@@ -110,7 +112,7 @@ def test_a_full_file_system_is_recorded_on_the_reserve_and_then_nothing_is_answe
         f"mount -t tmpfs -o size=1m none {directory}"
         f" && {sys.executable} {WRITER} {directory} 400 20; cp -r {directory} {copy}"
     )
-    command = [needs.program("unshare"), "--mount", "sh", "-c", script]
+    command = [unshare, "--mount", "sh", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     printed = done.stdout.split()

@@ -85,7 +85,7 @@ def test_what_the_units_forbid_is_not_needed_by_the_key_service(tmp_path: Path) 
     needs.root()
     needs.program("systemd-analyze")
     needs.program("mount")
-    unshare = needs.program("unshare")
+    unshare = needs.namespaces("mount", "net", "ipc")
     launcher = Path(restricted.__file__)
     wrapped = (unshare, "--mount", "--net", "--ipc", sys.executable, str(launcher), str(UNITS / "minikms.service"))
     with LiveDaemon(tmp_path, "file", program=(*wrapped, str(tmp_path))) as daemon, daemon.client() as client:
@@ -110,7 +110,7 @@ def test_what_the_units_forbid_is_not_needed_by_the_message_server(tmp_path: Pat
     needs.root()
     needs.program("systemd-analyze")
     needs.program("mount")
-    unshare = needs.program("unshare")
+    unshare = needs.namespaces("mount", "net", "ipc")
     database = tmp_path / "db"
     database.mkdir(0o700)
     with socket.socket() as probe:
@@ -164,7 +164,7 @@ def test_the_restrictions_of_that_test_do_restrict(tmp_path: Path) -> None:
     needs.root()
     needs.program("systemd-analyze")
     needs.program("mount")
-    unshare = needs.program("unshare")
+    unshare = needs.namespaces("mount", "net", "ipc")
     attempts = """
 import mmap, os, socket
 def attempt(action):

@@ -241,8 +241,7 @@ def test_no_signal_reaches_a_process_that_it_did_not_start() -> None:
         abi = libc.syscall("landlock_create_ruleset", 444, None, 0, 1)
     except OSError:
         abi = 0
-    if abi < 6:
-        pytest.skip("needs Linux 6.12 or later")
+    needs.linux("6.12", abi >= 6)
     answer = in_a_process("""
         measures()
         child = os.fork()
@@ -281,10 +280,8 @@ def test_network_sockets_can_be_opened_only_if_configured(allowed: bool) -> None
 
 def test_every_denied_call_fails_with_eperm_in_every_thread() -> None:
     """Called with arguments that are wrong in every way, so that a call which was let through would fail otherwise."""
-    machine = os.uname().machine
-    if machine not in ("x86_64", "aarch64"):
-        pytest.skip("needs the system call numbers of this machine")
-    column = 0 if machine == "x86_64" else 1
+    needs.machine("x86_64", "aarch64")
+    column = 0 if os.uname().machine == "x86_64" else 1
     calls = {name: numbers[column] for name, numbers in (seccomp.DENIED | seccomp.DENIED_PROGRAMS).items()}
     calls = {name: number for name, number in calls.items() if number is not None}
     answer = in_a_process(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -45,7 +44,8 @@ def killed_at(daemon: Daemon, calls: str, number: int) -> bool:
         daemon._command = plain
     if up:
         assert daemon.process is not None
-        child = int(subprocess.check_output(["ps", "--ppid", str(daemon.process.pid), "-o", "pid="]))
+        strace_pid = daemon.process.pid
+        child = int(Path(f"/proc/{strace_pid}/task/{strace_pid}/children").read_text())
         os.kill(child, 9)
         daemon.process.wait(DEADLINE_SECONDS)
     return not up

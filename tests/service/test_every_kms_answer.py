@@ -125,12 +125,7 @@ class World:
 
     def crowded(self) -> Reply:
         """What a connection is told, before it asks, when as many as may be are open and say nothing."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = api.CONNECTIONS_MAX + 256
-        if hard < wanted:
-            needs.root()
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), max(hard, wanted)))
-        with contextlib.ExitStack() as opened:
+        with needs.descriptors(api.CONNECTIONS_MAX + 256), contextlib.ExitStack() as opened:
             for _ in range(api.CONNECTIONS_MAX):
                 one = opened.enter_context(socket.socket(socket.AF_UNIX))
                 one.connect(str(self.daemon.socket))

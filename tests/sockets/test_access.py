@@ -95,7 +95,8 @@ def test_a_connection_carries_the_authority_of_who_made_it_wherever_it_is_passed
 
 def test_the_overflow_uid_is_never_allowed_even_if_it_is_named(public: Path) -> None:
     """The daemon in a user namespace that knows only its own user: all others look alike, and none gets in."""
-    unshare = needs.program("unshare")
+    needs.root()
+    unshare = needs.namespaces("user")
     with LiveDaemon(
         public, "file", *OPEN_TO_ALL, "--allowed-uids", "0,65534", program=(unshare, "--user", "--map-root-user")
     ) as daemon:

@@ -69,8 +69,7 @@ def test_a_passed_descriptor_carries_the_authority_of_who_connected(
 
 def test_the_pid_is_certain_only_while_the_connector_has_not_been_reaped(listener: socket.socket) -> None:
     with connect(listener.getsockname()), listener.accept()[0] as accepted:
-        if not read_peer(accepted).pid_certain:
-            pytest.skip("needs SO_PEERPIDFD (Linux 6.5)")
+        needs.linux("6.5", read_peer(accepted).pid_certain)  # SO_PEERPIDFD
     path = listener.getsockname()
     child = os.fork()
     if child == 0:
@@ -108,7 +107,7 @@ def test_a_socket_without_a_peer_raises() -> None:
 def test_a_uid_that_has_no_number_in_this_user_namespace_is_the_overflow_uid() -> None:
     """A reader in a user namespace that maps only its own user sees all others as one uid, and must allow none."""
     needs.root()
-    unshare = needs.program("unshare")
+    unshare = needs.namespaces("user")
     code = textwrap.dedent("""
         import os, socket, sys
         from minikms.daemon.peer import is_overflow_uid, read_peer

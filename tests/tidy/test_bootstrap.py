@@ -35,6 +35,16 @@ def test_a_directory_that_is_no_virtual_environment_is_never_cleared(tmp_path: P
     assert (tmp_path / "letters").read_text() == "precious"
 
 
+@pytest.mark.parametrize(("option", "status"), [("--help", 0), ("-h", 0), ("--upgrade", 1)])
+def test_an_option_prints_the_usage_and_makes_no_environment(tmp_path: Path, option: str, status: int) -> None:
+    script = BOOTSTRAP / "make_venv.py"
+    command = [sys.executable, "-I", str(script), option]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == status
+    assert "usage:" in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_altered_pip_wheel_is_not_run(tmp_path: Path) -> None:
     copied = shutil.copytree(BOOTSTRAP, tmp_path / "bootstrap")
     (wheel,) = copied.glob("*.whl")

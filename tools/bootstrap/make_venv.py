@@ -83,8 +83,12 @@ def make_empty(directory: str, python: str) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python3 tools/bootstrap/make_venv.py DIRECTORY")
+    usage = "usage: python3 tools/bootstrap/make_venv.py DIRECTORY"
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(usage)
+        return
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(usage)
     check_python()
     check_pip_wheel()
     directory = os.path.abspath(sys.argv[1])
