@@ -11,6 +11,7 @@ import fnmatch
 import io
 import pkgutil
 import re
+import sys
 import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
@@ -185,9 +186,11 @@ def exists(dotted: str) -> bool:
 
 
 def spellings(quoted: str) -> set[str]:
-    """A parameter is in capitals in a usage line; a counter is exported with `_total`; a variable has a prefix."""
+    """A parameter is in capitals in a usage line; a counter is exported with `_total`; a variable has a prefix; a
+    constant of the system may have an underscore in front.
+    """
     prefix = "PROGRESSDB_"
-    return {quoted, quoted.lower(), quoted.removesuffix("_total"), quoted.removeprefix(prefix), prefix + quoted}
+    return {quoted, quoted.lower(), quoted.removesuffix("_total"), quoted.removeprefix(prefix), prefix + quoted, f"_{quoted}"}
 
 
 def backquoted(text: str) -> Iterator[tuple[int, str]]:
@@ -222,7 +225,7 @@ def test_each_single_name_is_one_of_the_code() -> None:
         for path, line, text in prose()
         for above, quoted in backquoted(text)
         if re.fullmatch(rf"{IDENTIFIER}(\(\))?", quoted)
-        and not spellings(quoted.removesuffix("()")) & (OF_OTHERS | words_of_code())
+        and not spellings(quoted.removesuffix("()")) & (OF_OTHERS | sys.stdlib_module_names | words_of_code())
     ]
     none(missing)
 
