@@ -190,7 +190,14 @@ def spellings(quoted: str) -> set[str]:
     constant of the system may have an underscore in front.
     """
     prefix = "PROGRESSDB_"
-    return {quoted, quoted.lower(), quoted.removesuffix("_total"), quoted.removeprefix(prefix), prefix + quoted, f"_{quoted}"}
+    return {
+        quoted,
+        quoted.lower(),
+        quoted.removesuffix("_total"),
+        quoted.removeprefix(prefix),
+        prefix + quoted,
+        f"_{quoted}",
+    }
 
 
 def backquoted(text: str) -> Iterator[tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""The codebase keeps its own rules. Each test is one of them, and names the file and line that breaks it."""
+"""Rules for the repository itself. Each test is one rule, and a failure names the file and the line that breaks it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from project_tree import PROJECT, comments, name, none, python_files, texts
 
 LINES_MAX = 700
-LONG_FOR_A_REASON: dict[str, str] = {}
-"""Path → why the file is one idea all the same."""
-GRAVITY_WELLS = {"utils", "util", "common", "helpers", "misc"}
-NOT_OF_THE_PROJECT = tuple(
-    # Written in two halves, so that this list does not break its own rule.
+LONG_WITH_A_REASON: dict[str, str] = {}
+"""Path → why the file still is one idea."""
+VAGUE_NAMES = {"utils", "util", "common", "helpers", "misc"}
+FOREIGN = tuple(
+    # In two halves, so that this list does not break the rule.
     "".join(halves)
     for halves in (
         ("../", "shared"),
@@ -29,12 +29,12 @@ NOT_OF_THE_PROJECT = tuple(
 )
 
 
-def test_every_module_says_what_it_is() -> None:
-    silent = [name(path) for path in python_files() if not ast.get_docstring(ast.parse(path.read_text("utf-8")))]
-    none(silent)
+def test_every_module_has_a_docstring() -> None:
+    without = [name(path) for path in python_files() if not ast.get_docstring(ast.parse(path.read_text("utf-8")))]
+    none(without)
 
 
-def test_no_check_in_the_source_disappears_under_python_O() -> None:
+def test_no_check_in_the_source_is_an_assert_statement() -> None:
     asserting = [
         f"{name(path)}:{node.lineno}"
         for path in python_files("src/")
@@ -44,18 +44,18 @@ def test_no_check_in_the_source_disappears_under_python_O() -> None:
     none(asserting)
 
 
-def test_no_file_has_outgrown_one_idea() -> None:
+def test_no_python_file_is_too_long() -> None:
     lengths = {name(path): len(path.read_text("utf-8").splitlines()) for path in python_files()}
     long = {file for file, lines in lengths.items() if lines > LINES_MAX}
-    none(f"{file}: {lengths[file]} lines" for file in long - LONG_FOR_A_REASON.keys())
-    assert LONG_FOR_A_REASON.keys() - long == set(), "no longer long: take it off the list"
+    none(f"{file}: {lengths[file]} lines" for file in long - LONG_WITH_A_REASON.keys())
+    assert LONG_WITH_A_REASON.keys() - long == set(), "short enough now: remove it from the list"
 
 
-def test_no_module_is_a_gravity_well() -> None:
+def test_no_module_has_a_vague_name() -> None:
     parts = {
         path: {part.lower() for part in path.relative_to(PROJECT).with_suffix("").parts} for path in python_files()
     }
-    none(name(path) for path in parts if GRAVITY_WELLS & parts[path])
+    none(name(path) for path in parts if VAGUE_NAMES & parts[path])
 
 
 def test_every_lint_and_type_exception_names_its_rule_and_its_reason() -> None:
@@ -87,7 +87,7 @@ def test_plain_words_are_used() -> None:
     )
 
 
-def test_nothing_is_left_for_later() -> None:
+def test_no_comment_postpones_work() -> None:
     marks = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X")) + r")\b")
     left = [
         f"{name(path)}:{line}: {text}" for path in python_files() for line, text in comments(path) if marks.search(text)
@@ -95,12 +95,12 @@ def test_nothing_is_left_for_later() -> None:
     none(left)
 
 
-def test_the_project_stands_alone() -> None:
-    """No path of the machine it was written on, and no host of a package registry: pip's configuration names those."""
+def test_no_file_names_this_machine_or_a_package_registry() -> None:
+    """pip's own configuration names the registry."""
     mentions = [
         f"{name(path)}: {foreign}"
         for path, text in texts()
-        for foreign in NOT_OF_THE_PROJECT
+        for foreign in FOREIGN
         if foreign in text and path.name != "LICENSE"
     ]
     none(mentions)
