@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -181,8 +182,6 @@ def _mistyped(words: list[str]) -> str:
     """What is wrong with a first word that is no command: `serve` takes flags only, so it can't be anything else."""
     if not words or words[0].startswith("-") or words[0] in ("serve", *COMMANDS):
         return ""
-    from difflib import get_close_matches
-
     close = get_close_matches(words[0], ["serve", *COMMANDS], n=1)
     meant = f"Did you mean `minikms {close[0]}`?" if close else "`minikms --help` lists what there is."
     return f"there is no command {words[0]!r}. {meant}"

@@ -8,28 +8,19 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from difflib import get_close_matches
+from importlib import metadata
+from typing import Annotated, Final, Literal
 
 from cyclopts import App, Parameter
 
-if TYPE_CHECKING:
-    from progressdb_server.config import Config, Loaded
+from progressdb_server.config import Config, ConfigError, ConfigMissingError, Loaded, load
 
 EXIT_REFUSED: Final = 1
 EXIT_MISSING: Final = 2
 EXIT_INTERRUPTED: Final = 130
 EXIT_READER_LEFT: Final = 141
 """128 and the signal, SIGINT and SIGPIPE, as shells have it."""
-
-JOB_COMMANDS: Final = {
-    "rotate-dek": (
-        "rotate_dek",
-        "Give threads new keys and re-encrypt their records, in the background, while the server serves.",
-    ),
-    "jobs": ("jobs_app", "The background jobs of a running server."),
-    "backups": ("backups_app", "What rotations left of the records that they re-encrypted."),
-}
-"""Each command of `progressdb_server.cli.jobs`: its object there, and its help. One that runs imports that module."""
 
 Addr = Annotated[str | None, Parameter(help="Where to listen, host:port; default 127.0.0.1:8080 [PROGRESSDB_ADDR].")]
 Db = Annotated[str | None, Parameter(help="Directory of all data [PROGRESSDB_DB_PATH].")]
@@ -67,8 +58,6 @@ def _loaded(
     dev: bool | None,
     log_format: str | None = None,
 ) -> Loaded:
-    from progressdb_server.config import load
-
     flags = {
         "addr": addr,
         "storage.db_path": db,
@@ -92,16 +81,8 @@ def loaded_config(
 
 
 def _refused(error: Exception) -> int:
-    from progressdb_server.config import ConfigMissingError
-
     print(f"progressdb: {error}", file=sys.stderr)
     return EXIT_MISSING if isinstance(error, ConfigMissingError) else EXIT_REFUSED
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    return metadata.version("progressdb-minikms")
 
 
 def application(master_key_fd: int | None) -> App:
@@ -109,8 +90,7 @@ def application(master_key_fd: int | None) -> App:
     app = App(
         name="progressdb",
         help="The ProgressDB message server. With flags only, it serves.",
-        help_format="plaintext",  # a Markdown renderer takes long to import
-        version=_version,
+        version=metadata.version("progressdb-minikms"),
         version_flags=["--version"],
     )
 
@@ -129,7 +109,6 @@ def application(master_key_fd: int | None) -> App:
     ) -> int:
         """Serve the HTTP API until SIGTERM."""
         from progressdb_server import server
-        from progressdb_server.config import ConfigError
 
         try:
             server.run(
@@ -170,7 +149,6 @@ def application(master_key_fd: int | None) -> App:
     ) -> int:
         """Exit 0 when the server could start with it, 1 with the reason when not, 2 when a named file is missing."""
         from progressdb_server.cli import configuration as command
-        from progressdb_server.config import ConfigError
 
         try:
             loaded = _loaded(addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev)
@@ -191,7 +169,6 @@ def application(master_key_fd: int | None) -> App:
     ) -> int:
         """Print every setting, its value and where that came from; API keys are only counted."""
         from progressdb_server.cli import configuration as command
-        from progressdb_server.config import ConfigError
 
         try:
             loaded = _loaded(addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev)
@@ -200,8 +177,9 @@ def application(master_key_fd: int | None) -> App:
         print("\n".join(command.shown(loaded)))
         return 0
 
-    for name, (place, help_line) in JOB_COMMANDS.items():
-        app.command(f"progressdb_server.cli.jobs:{place}", name=name, help=help_line)
+    from progressdb_server.cli import jobs
+
+    jobs.commands(app)
     return app
 
 
@@ -229,8 +207,6 @@ def _mistyped(words: list[str], commands: list[str]) -> str:
     """What is wrong with a first word that is no command: `serve` takes flags only, so it can't be anything else."""
     if not words or words[0].startswith("-") or words[0] in commands:
         return ""
-    from difflib import get_close_matches
-
     close = get_close_matches(words[0], commands, n=1)
     meant = f"Did you mean `progressdb {close[0]}`?" if close else "`progressdb --help` lists what there is."
     return f"there is no command {words[0]!r}. {meant}"

@@ -54,14 +54,28 @@ def _told(command: Callable[..., int]) -> Callable[..., int]:
     return run
 
 
-jobs_app = App(name="jobs", help="The background jobs of a running server.", help_format="plaintext")
-backups_app = App(
-    name="backups", help="What rotations left of the records that they re-encrypted.", help_format="plaintext"
-)
+def commands(app: App) -> None:
+    """Hang the commands into the tree."""
+    app.command(_told(rotate_dek), name="rotate-dek")
+    jobs = App(name="jobs", help="The background jobs of a running server.")
+    for command, name in (
+        (list_jobs, "list"),
+        (show, "show"),
+        (watch, "watch"),
+        (pause, "pause"),
+        (resume, "resume"),
+        (cancel, "cancel"),
+    ):
+        jobs.command(_told(command), name=name)
+    app.command(jobs)
+    backups = App(name="backups", help="What rotations left of the records that they re-encrypted.")
+    backups.command(_told(list_backups), name="list")
+    backups.command(_told(prune), name="prune")
+    backups.command(_told(restore), name="restore")
+    app.command(backups)
 
 
 # --- rotate-dek ---------------------------------------------------------------------------------------------------
-@_told
 def rotate_dek(
     *threads: str,
     all_threads: Annotated[bool, Parameter(name="--all", help="Every thread.", negative=())] = False,
@@ -116,8 +130,6 @@ def rotate_dek(
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------
-@jobs_app.command(name="list")
-@_told
 def list_jobs(
     *,
     status: Annotated[str, Parameter(help="Only jobs in this state.")] = "",
@@ -130,8 +142,6 @@ def list_jobs(
     return _listed(jobs, as_json, "no jobs")
 
 
-@jobs_app.command(name="show")
-@_told
 def show(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """One job, with the records that it could not re-encrypt."""
     job = AdminClient(url, api_key_file).call("GET", _target(job_id))
@@ -148,8 +158,6 @@ def show(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file:
     return 0
 
 
-@jobs_app.command(name="watch")
-@_told
 def watch(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """Follow a job until nobody works on it any more."""
     job = _watched(AdminClient(url, api_key_file), job_id, as_json)
@@ -157,22 +165,16 @@ def watch(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file
     return 0 if job["status"] == "done" else 1
 
 
-@jobs_app.command(name="pause")
-@_told
 def pause(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """Stop working on a job until it is resumed."""
     return _ordered(job_id, "pause", as_json, AdminClient(url, api_key_file))
 
 
-@jobs_app.command(name="resume")
-@_told
 def resume(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """Go on with a paused job, or try again what failed."""
     return _ordered(job_id, "resume", as_json, AdminClient(url, api_key_file))
 
 
-@jobs_app.command(name="cancel")
-@_told
 def cancel(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """Give a job up; what it has re-encrypted stays, and so does the rest."""
     return _ordered(job_id, "cancel", as_json, AdminClient(url, api_key_file))
@@ -185,16 +187,12 @@ def _ordered(job_id: str, order: str, as_json: bool, client: AdminClient) -> int
 
 
 # --- backups ------------------------------------------------------------------------------------------------------
-@backups_app.command(name="list")
-@_told
 def list_backups(*, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """The jobs that have backups, newest first."""
     jobs = AdminClient(url, api_key_file).call("GET", "/admin/backups")["jobs"]
     return _listed(jobs, as_json, "no backups")
 
 
-@backups_app.command(name="prune")
-@_told
 def prune(
     *job_ids: str,
     older_than: Annotated[str, Parameter(help="Of jobs that ended at least so long ago, as in 30d.")] = "",
@@ -219,8 +217,6 @@ def prune(
     return 0
 
 
-@backups_app.command(name="restore")
-@_told
 def restore(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """Put back what a job has re-encrypted; the old key is kept from then on."""
     client = AdminClient(url, api_key_file)

@@ -22,6 +22,7 @@ from progressdb_server.cli.command import (
     MasterKeyFile,
     loaded_config,
 )
+from progressdb_server.config import ConfigError, ConfigMissingError
 
 Json = Annotated[bool, Parameter(name="--json", help="JSON instead of text.", negative=(), show_default=False)]
 
@@ -145,7 +146,6 @@ def add(app: App, master_key_fd: int | None) -> None:
 
         def work() -> int:
             from progressdb_server.cli import backup as command
-            from progressdb_server.config import ConfigMissingError
 
             if not backup.is_dir():
                 raise ConfigMissingError(f"there is no directory {backup}")
@@ -170,7 +170,6 @@ def add(app: App, master_key_fd: int | None) -> None:
 
         def work() -> int:
             from progressdb_server.cli import backup as command
-            from progressdb_server.config import ConfigMissingError
 
             if not backup.is_dir():
                 raise ConfigMissingError(f"there is no directory {backup}")
@@ -185,7 +184,6 @@ def _done(work: Callable[[], int]) -> int:
     from progressdb_server.cli.admin_client import ServerAwayError, ServerRefusedError
     from progressdb_server.cli.backup import BackupCommandError
     from progressdb_server.cli.check import CheckError
-    from progressdb_server.config import ConfigError, ConfigMissingError
     from progressdb_server.store.backup import BackupError
     from progressdb_server.store.engine import EngineUnavailableError
 
