@@ -291,7 +291,7 @@ def test_a_full_disk_is_recorded_on_the_space_kept_back(tmp_path: Path, faults: 
     assert verify(tmp_path).intact
 
 
-def test_the_space_kept_back_is_not_for_strangers(tmp_path: Path, faults: Faults) -> None:
+def test_refusals_of_foreign_uids_do_not_use_the_reserve(tmp_path: Path, faults: Faults) -> None:
     log = open_log(tmp_path, limits=Limits(reserve_bytes=256 * 1024))
     faults.write = [errno.ENOSPC]
     log.add(Event(type="refused", actor="peer_uid:99", outcome="unauthorized"))

@@ -309,7 +309,7 @@ class TestDrain:
 
         run(check())
 
-    def test_at_its_deadline_the_rest_is_told_and_cut(self) -> None:
+    def test_at_the_deadline_the_rest_get_an_answer_and_are_closed(self) -> None:
         async def check() -> None:
             async with serving(PATIENT) as running:
                 pending, receiving = await running.peer(), await running.peer()
@@ -327,7 +327,7 @@ class TestDrain:
 
         run(check())
 
-    def test_who_comes_now_is_told_that_it_is_too_late(self) -> None:
+    def test_a_connection_during_the_stop_gets_a_refusal(self) -> None:
         async def check() -> None:
             async with serving(PATIENT) as running:
                 first = await running.peer()

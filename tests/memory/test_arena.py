@@ -217,7 +217,7 @@ def test_without_memfd_secret_the_fallback_says_what_is_lacking(
 
 
 @both_backings
-def test_too_small_a_lock_limit_is_told_by_the_name_of_its_setting(fallback: bool) -> None:
+def test_the_error_for_a_small_lock_limit_names_the_setting(fallback: bool) -> None:
     """Without CAP_IPC_LOCK: the limit does not bind root's process, so the child gives its capabilities up first."""
     output = run_python(f"""
         import resource
