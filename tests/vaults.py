@@ -1,7 +1,7 @@
-"""A vault over real files, without a daemon: what the tests of custody's parts work on.
+"""A vault over real files, without a daemon, for the tests of custody.
 
-Owns: opening a data directory in this process and joining the parts as the daemon does. Invariants: real threads, real
-files, a real keyring; only the arena is of plain memory. It asserts nothing.
+Owns: opening a data directory in this process, with its parts joined as in the daemon. Invariants: real threads, real
+files, a real keyring; only the arena is plain memory. It asserts nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from minikms.custody.files import open_directory
 from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.lease_store import LeaseStore
 from minikms.custody.leases import Leases
-from minikms.custody.rotation import KekRotation, Pruning, Rewrapping
-from minikms.custody.rotation_backups import BackupStore
+from minikms.custody.rotation import KekRotation, Pruning
+from minikms.custody.rotation_backups import RotationBackups
 from minikms.custody.vault import Indexing, Vault
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord
@@ -39,8 +39,7 @@ class OpenedVault:
         self.vault = vault
         self.arena = vault.arena
         self.reader = reader
-        self.rewrapping = Rewrapping(vault, reader=reader, disk=disk)
-        self.rotation = KekRotation(vault, self.rewrapping)
+        self.rotation = KekRotation(vault, reader=reader, disk=disk)
         self.pruning = Pruning(vault, reader=reader, disk=disk)
         self.indexing = Indexing(vault, reader)
 
@@ -132,7 +131,7 @@ async def opened_vault(
                 unlocked=found.unlocked,
                 keyring_file=file,
                 store=DekStore(str(directory), disk),
-                backups=BackupStore(str(directory)),
+                rotation_backups=RotationBackups(str(directory)),
                 leases=leases,
                 executor=disk,
                 nonces=nonces,
@@ -146,6 +145,6 @@ async def opened_vault(
                 vault.close()
                 lease_store.close()
                 vault.store.close()
-                vault.backups.close()
+                vault.rotation_backups.close()
     finally:
         os.close(descriptor)

@@ -30,9 +30,9 @@ from the configuration or a file.
 
 def page() -> str:
     from minikms.cli.command import app as minikms
-    from progressdb_server.cli.command import application
+    from progressdb_server.cli.command import app as progressdb
 
-    return OPENING + "".join(_section(minikms, "minikms")) + "".join(_section(application(None), "progressdb"))
+    return OPENING + "".join(_section(minikms, "minikms")) + "".join(_section(progressdb, "progressdb"))
 
 
 def _section(app: App, words: str) -> Iterator[str]:

@@ -1,13 +1,13 @@
-"""Canonical base64 (RFC 4648 section 4): one text for one value.
+"""Canonical base64 (RFC 4648 section 4): each value has exactly one text.
 
-Owns: the encoder of every binary value in an answer, and the strict decoder of every one in a request. Invariant:
-`decode_canonical` accepts exactly the texts that `encode` makes; white space, other alphabets, missing or superfluous
-padding and set trailing bits are refused, so that two different texts never mean the same bytes. Key text never comes
-here: it is decoded in the arena (`minikms.memory`).
+Owns: encoding, and the two strict decoders: `decode_canonical` for fields of a request, `decode_exact` for values of a
+known size. Invariant: a decoder accepts only what `encode` produces. It rejects white space, other alphabets, missing
+or extra padding, and non-zero unused bits. It must never decode a key: `minikms.memory` decodes key text in the arena.
 """
 
 from __future__ import annotations
 
+from binascii import a2b_base64
 from typing import Final
 
 from pybase64 import b64decode, b64encode
@@ -19,7 +19,25 @@ _LAST_OF_TWO: Final = frozenset("AQgw")
 _LAST_OF_THREE: Final = frozenset("AEIMQUYcgkosw048")
 
 encode = b64encode
-"""The text of some bytes, as ASCII bytes without a line break."""
+"""The base64 of some bytes, as ASCII bytes without a line break."""
+
+
+def encode_text(data: bytes) -> str:
+    """The base64 of `data` as text."""
+    return b64encode(data).decode("ascii")
+
+
+def decode_exact(text: object, size: int) -> bytes | None:
+    """The `size` bytes that `text` (str or bytes) encodes, or None if `text` is anything else."""
+    if isinstance(text, str):
+        text = text.encode("utf-8", "replace")
+    if not isinstance(text, bytes):
+        return None
+    try:
+        data = a2b_base64(text, strict_mode=True)  # faster than pybase64 for a few bytes
+    except ValueError:
+        return None
+    return data if len(data) == size and b64encode(data) == text else None
 
 
 def decode_canonical(text: str, bytes_max: int, what: str) -> bytes:
@@ -30,7 +48,7 @@ def decode_canonical(text: str, bytes_max: int, what: str) -> bytes:
         raise InvalidRequestError(f"{what} is not standard base64 with padding")
     try:
         value: bytes = b64decode(text, None, True)
-    except ValueError:  # of which binascii.Error is one
+    except ValueError:  # includes binascii.Error
         raise InvalidRequestError(f"{what} is not standard base64 with padding") from None
     if text[-1:] == "=":
         canonical = text[-3] in _LAST_OF_TWO if text[-2] == "=" else text[-2] in _LAST_OF_THREE

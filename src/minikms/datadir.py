@@ -30,7 +30,7 @@ from typing import Final, NamedTuple
 from minikms.audit.chain import AuditKey, LocalSigner
 from minikms.audit.reader import LOG_NAME, DamagedSegmentError, each_segment, list_segments
 from minikms.audit.record import Head
-from minikms.audit.recovery import Keys
+from minikms.audit.recovery import AuditKeys
 from minikms.crypto.aead import NonceSource
 from minikms.custody import deks as dekstore
 from minikms.custody import files
@@ -44,10 +44,10 @@ from minikms.memory.arena import SecretArena, SecretSlot, fill_random
 from minikms.roots.key_file import make_dev_key_file, read_key_descriptor, read_key_file
 
 
-def keys_of(unlocked: UnlockedKeyring) -> Keys:
+def keys_of(unlocked: UnlockedKeyring) -> AuditKeys:
     """The newest version and those before it: a change of key reaches the keyring first, and the log's end later."""
     *earlier, current = (_audit_key(unlocked, key) for key in unlocked.body.audit_keys)
-    return Keys(current=current, former=tuple(earlier))
+    return AuditKeys(current=current, former=tuple(earlier))
 
 
 def since(key: keyring.AuditKey) -> Head | None:

@@ -22,7 +22,7 @@ import msgspec
 
 from minikms import api, datadir
 from minikms.audit import AuditLog, Event
-from minikms.audit.recovery import Known
+from minikms.audit.recovery import ExpectedLog
 from minikms.client import verbs
 from minikms.client.errors import refusal
 from minikms.client.verbs import (
@@ -272,14 +272,14 @@ async def _compose(
     store = deks.DekStore(directory, executor)
     sync.callback(store.close)
     leases = Leases(lease_store, executor)
-    backup_store = rotation_backups.BackupStore(directory)
-    sync.callback(backup_store.close)
+    backups = rotation_backups.RotationBackups(directory)
+    sync.callback(backups.close)
     vault = Vault(
         arena=arena,
         unlocked=unlocked,
         keyring_file=keyring_file,
         store=store,
-        backups=backup_store,
+        rotation_backups=backups,
         leases=leases,
         executor=executor,
         nonces=nonces,
@@ -320,7 +320,7 @@ def _open_log(directory: str, unlocked: UnlockedKeyring) -> AuditLog:
         key_version=audit_key.version,
         former=keys_of(unlocked).former,
         since=since(audit_key),
-        known=Known(begun=unlocked.body.epoch > 1),
+        expected=ExpectedLog(exists=unlocked.body.epoch > 1),
     )
 
 

@@ -1,13 +1,9 @@
-"""The section `rotation` of the configuration, and how a duration is written.
+"""The server's configuration: flags over environment over file over defaults.
 
-Owns: their shape and rules. Pure: no I/O, no clock.
-
-The server's configuration: flags over environment over file over defaults.
-
-Owns: the shape of the configuration, the names of its environment variables, and the rules that a value must meet.
-Invariants: a file that is named but missing, malformed or has a key that is not known stops the start with the
-reason; an empty variable counts as unset; what `load` returns has been checked as a whole. API keys are in no repr
-and no error text. It must never hold the root key: only the path of its file.
+Owns: the settings, the names of their environment variables, how a duration is written, and the rules for every value.
+Invariants: a file that is named but missing, malformed or with an unknown key stops the start, with the reason; an
+empty variable counts as unset; `load` returns only a configuration that passed every check. API keys are in no repr and
+no error text. It must never hold the root key, only the path of its file.
 """
 
 from __future__ import annotations
@@ -22,61 +18,30 @@ from typing import Any, Final, Literal
 import msgspec
 import yaml
 
+ENVIRONMENT_PREFIX: Final = "PROGRESSDB_"
+CONFIG_BYTES_MAX: Final = 1024 * 1024
+API_KEY_CHARS_MAX: Final = 256
+UNIX_PATH_BYTES_MAX: Final = 107
+"""The longest path of a Unix socket: `sun_path` of unix(7) without its NUL."""
+
 _DURATION: Final = re.compile(r"([1-9][0-9]{0,8})([smhd])", re.ASCII)
 _UNIT_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def duration_s(text: str) -> int:
-    """Seconds of `90d`, `12h`, `30m` or `45s`. Raises ValueError with the reason."""
+    """The seconds of `90d`, `12h`, `30m` or `45s`. Raises ValueError with the reason."""
     match = _DURATION.fullmatch(text)
     if match is None:
         raise ValueError("must be a number and one of s, m, h, d, as in 90d")
     return int(match[1]) * _UNIT_S[match[2]]
 
 
-class Rotation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Of threads' keys. An empty duration is never."""
-
-    max_age: str = ""
-    max_uses: int = 0
-    """0: only what a key may be used for at all."""
-    records_per_second: int = 10_000
-    """Re-encrypted by background jobs; 0 is as fast as it goes."""
-    destroy_old_after: str = ""
-    """Of the old keys of rotations that start by themselves."""
-
-    @property
-    def max_age_s(self) -> int:
-        return duration_s(self.max_age) if self.max_age else 0
-
-    @property
-    def destroy_old_after_s(self) -> int:
-        return duration_s(self.destroy_old_after) if self.destroy_old_after else 0
-
-    def check(self) -> None:
-        """Raises ValueError with the setting and the reason."""
-        for name, text in (("max_age", self.max_age), ("destroy_old_after", self.destroy_old_after)):
-            try:
-                duration_s(text or "1s")
-            except ValueError as error:
-                raise ValueError(f"rotation.{name} {error}") from None
-        if self.max_uses < 0 or self.records_per_second < 0:
-            raise ValueError("rotation.max_uses and rotation.records_per_second must be 0 (off) or more")
-
-
-ENVIRONMENT_PREFIX: Final = "PROGRESSDB_"
-CONFIG_BYTES_MAX: Final = 1024 * 1024
-API_KEY_CHARS_MAX: Final = 256
-UNIX_PATH_BYTES_MAX: Final = 107
-"""Of a Unix socket's path: `sun_path` of unix(7) less its NUL."""
-
-
 class ConfigError(Exception):
-    """The configuration can't be used; the text says which value, why, and where it came from."""
+    """The configuration cannot be used; the text says which value, why, and where it came from."""
 
 
 class ConfigMissingError(ConfigError):
-    """A file that the configuration names is not there."""
+    """A file that the configuration names does not exist."""
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -93,7 +58,7 @@ class Server(_Section, frozen=True):
     port: int = 8080
     tls: Tls = Tls()
     dev: bool = False
-    """Development: a miniKMS that is spawned makes its own root key file."""
+    """For development: a spawned miniKMS makes its own root key file."""
 
 
 class Storage(_Section, frozen=True):
@@ -106,7 +71,7 @@ class Cors(_Section, frozen=True):
 
 class RateLimit(_Section, frozen=True):
     rps: float = 100.0
-    """Requests a second for each key; 0 turns the limit off."""
+    """Requests per second of each key; 0 is no limit."""
     burst: int = 200
 
 
@@ -133,14 +98,34 @@ class Security(_Section, frozen=True):
 
 class Kms(_Section, frozen=True):
     provider: Literal["minikms", "local"] = "minikms"
-    """`local`: the key service in this very process; refused without `server.dev`."""
+    """`local`: the key service runs in this process; refused without `server.dev`."""
     socket: str = ""
     data_dir: str = ""
     binary: str = ""
     spawn: bool = True
     master_key_file: str = ""
     server_uids: tuple[int, ...] = ()
-    """Who may serve the socket; empty: this process's own uid or root."""
+    """User ids that may serve the socket. Empty: the one of this process, and root."""
+
+
+class Rotation(_Section, frozen=True):
+    """When the keys of threads are rotated. A duration is such as `90d`; an empty one is never."""
+
+    max_age: str = ""
+    max_uses: int = 0
+    """0: as many as the key service allows for a key."""
+    records_per_second: int = 10_000
+    """Records that background jobs re-encrypt in a second; 0 is without a bound."""
+    destroy_old_after: str = ""
+    """When the old keys of automatic rotations are destroyed."""
+
+    @property
+    def max_age_s(self) -> int:
+        return duration_s(self.max_age) if self.max_age else 0
+
+    @property
+    def destroy_old_after_s(self) -> int:
+        return duration_s(self.destroy_old_after) if self.destroy_old_after else 0
 
 
 class Logging(_Section, frozen=True):
@@ -158,12 +143,12 @@ class Config(_Section, frozen=True):
 
     @property
     def store_dir(self) -> Path:
-        """Where the store's files are: inside the one directory that `--db` names."""
+        """The directory of the store's files, within the directory that `--db` names."""
         return Path(self.storage.db_path) / "store"
 
     @property
     def backups_dir(self) -> Path:
-        """Where backups are made."""
+        """The directory in which backups are made."""
         return Path(self.storage.db_path) / "backups"
 
     @property
@@ -180,12 +165,12 @@ def _text(value: str) -> str:
     return value
 
 
-def _words(value: str) -> list[str]:
+def _comma_separated(value: str) -> list[str]:
     return [word for word in (part.strip() for part in value.split(",")) if word]
 
 
 def _integers(value: str) -> list[int]:
-    return [_integer(word) for word in _words(value)]
+    return [_integer(word) for word in _comma_separated(value)]
 
 
 def _integer(value: str) -> int:
@@ -201,7 +186,7 @@ def _number(value: str) -> float:
         raise ValueError("must be a number") from None
 
 
-def _switch(value: str) -> bool:
+def _boolean(value: str) -> bool:
     word = value.strip().lower()
     if word in ("1", "true", "yes", "on"):
         return True
@@ -211,7 +196,7 @@ def _switch(value: str) -> bool:
 
 
 class Variable(msgspec.Struct, frozen=True):
-    """An environment variable without its prefix, the setting that it sets, and how its text is read."""
+    """An environment variable: its name without the prefix, the path of its setting, and the parser of its text."""
 
     name: str
     path: str
@@ -221,23 +206,23 @@ class Variable(msgspec.Struct, frozen=True):
 VARIABLES: Final = (
     Variable("ADDRESS", "server.address", _text),
     Variable("PORT", "server.port", _integer),
-    Variable("DEV", "server.dev", _switch),
+    Variable("DEV", "server.dev", _boolean),
     Variable("TLS_CERT", "server.tls.cert_file", _text),
     Variable("TLS_KEY", "server.tls.key_file", _text),
     Variable("DB_PATH", "storage.db_path", _text),
-    Variable("CORS_ORIGINS", "security.cors.allowed_origins", _words),
+    Variable("CORS_ORIGINS", "security.cors.allowed_origins", _comma_separated),
     Variable("RATE_RPS", "security.rate_limit.rps", _number),
     Variable("RATE_BURST", "security.rate_limit.burst", _integer),
-    Variable("IP_WHITELIST", "security.ip_whitelist", _words),
-    Variable("API_BACKEND_KEYS", "security.api_keys.backend", _words),
-    Variable("API_FRONTEND_KEYS", "security.api_keys.frontend", _words),
-    Variable("API_ADMIN_KEYS", "security.api_keys.admin", _words),
-    Variable("ALLOW_UNAUTH", "security.api_keys.allow_unauth", _switch),
+    Variable("IP_WHITELIST", "security.ip_whitelist", _comma_separated),
+    Variable("API_BACKEND_KEYS", "security.api_keys.backend", _comma_separated),
+    Variable("API_FRONTEND_KEYS", "security.api_keys.frontend", _comma_separated),
+    Variable("API_ADMIN_KEYS", "security.api_keys.admin", _comma_separated),
+    Variable("ALLOW_UNAUTH", "security.api_keys.allow_unauth", _boolean),
     Variable("KMS_PROVIDER", "kms.provider", _text),
     Variable("KMS_SOCKET", "kms.socket", _text),
     Variable("KMS_DATA_DIR", "kms.data_dir", _text),
     Variable("KMS_BINARY", "kms.binary", _text),
-    Variable("KMS_SPAWN", "kms.spawn", _switch),
+    Variable("KMS_SPAWN", "kms.spawn", _boolean),
     Variable("KMS_SERVER_UIDS", "kms.server_uids", _integers),
     Variable("MINIKMS_MASTER_KEY_FILE", "kms.master_key_file", _text),
     Variable("ROTATION_MAX_AGE", "rotation.max_age", _text),
@@ -247,11 +232,11 @@ VARIABLES: Final = (
     Variable("LOG_FORMAT", "logging.format", _text),
     Variable("LOG_LEVEL", "logging.level", _text),
 )
-"""`ADDR` (host:port) and `CONFIG` stand beside these: the first sets two settings, the second names the file."""
+"""Two more variables are read: `ADDR` (host:port) sets two settings, and `CONFIG` names the file."""
 
 
 def split_address(text: str) -> tuple[str, int]:
-    """`host:port`, `[v6]:port` or `:port` (every interface) to its parts. Raises ValueError with the reason."""
+    """Host and port of `host:port`, `[v6]:port` or `:port` (every interface). Raises ValueError with the reason."""
     host, colon, port_text = text.rpartition(":")
     if not colon:
         raise ValueError("must be host:port")
@@ -262,7 +247,7 @@ def split_address(text: str) -> tuple[str, int]:
     port = _integer(port_text) if port_text else -1
     if not 0 <= port <= 65535:
         raise ValueError("the port must be a number from 0 to 65535")
-    return host or "0.0.0.0", port  # noqa: S104 - asked for by leaving the host out
+    return host or "0.0.0.0", port  # noqa: S104 - an address without a host means every interface
 
 
 # --- layers -----------------------------------------------------------------------------------------------------
@@ -293,7 +278,7 @@ def _paths(layer: Layer, prefix: str = "") -> Iterator[str]:
 
 
 def environment_layer(environment: Mapping[str, str]) -> Layer:
-    """What the environment sets. An empty variable counts as unset; `ADDR` wins over `ADDRESS` and `PORT`."""
+    """The settings of the environment. An empty variable counts as unset; `ADDR` wins over `ADDRESS` and `PORT`."""
     layer: Layer = {}
     for variable in VARIABLES:
         full_name = ENVIRONMENT_PREFIX + variable.name
@@ -311,7 +296,7 @@ def environment_layer(environment: Mapping[str, str]) -> Layer:
 
 
 def flags_layer(flags: Mapping[str, object]) -> Layer:
-    """What the command line sets: `addr` and settings by their path; None is a flag that was not given."""
+    """The settings of the command line: `addr`, and others by path. None is a flag that was not given."""
     layer: Layer = {}
     for name, value in flags.items():
         if value is None:
@@ -333,7 +318,7 @@ def _put_address(layer: Layer, text: str, name: str) -> None:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML lets a key be given twice and takes the last; a second list of API keys must not go unseen."""
+    """Refuses a repeated key. YAML takes the last one, which could silently replace a list of API keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
@@ -348,14 +333,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def file_layer(path: str) -> Layer:
-    """A YAML file, or TOML where its name ends in `.toml`."""
+    """The settings of a YAML file, or of a TOML file if its name ends in `.toml`. Raises ConfigError."""
     try:
         with Path(path).open("rb") as file:
             raw = file.read(CONFIG_BYTES_MAX + 1)
     except FileNotFoundError:
         raise ConfigMissingError(f"the configuration file {path} does not exist") from None
     except OSError as error:
-        raise ConfigError(f"the configuration file {path} can't be read: {error.strerror}") from None
+        raise ConfigError(f"the configuration file {path} cannot be read: {error.strerror}") from None
     if len(raw) > CONFIG_BYTES_MAX:
         raise ConfigError(f"the configuration file {path} is larger than {CONFIG_BYTES_MAX} bytes")
     try:
@@ -370,13 +355,13 @@ def file_layer(path: str) -> Layer:
     if layer is None:
         return {}
     if not isinstance(layer, dict):
-        raise ConfigError(f"the configuration file {path} must hold sections such as `server:`")
+        raise ConfigError(f"the configuration file {path} must contain sections such as `server:`")
     _convert(layer, f"the configuration file {path}")
     return layer
 
 
 def _yaml_reason(error: yaml.YAMLError) -> str:
-    """The problem and its line; never PyYAML's own text, which quotes the file (an API key, perhaps)."""
+    """The problem and its line. PyYAML's own text quotes the file, which may contain API keys."""
     mark = getattr(error, "problem_mark", None)
     where = f" in line {mark.line + 1}" if mark is not None else ""
     return f"{getattr(error, 'problem', None) or 'not YAML'}{where}"
@@ -392,13 +377,13 @@ def _convert(layer: Layer, source: str) -> Config:
 class Loaded(msgspec.Struct, frozen=True):
     config: Config
     sources: dict[str, str]
-    """Where each setting that is not a default came from: `flag`, `environment` or the file's path."""
+    """By path of each setting that is not a default: `flag`, `environment` or the file's path."""
 
 
 def load(flags: Mapping[str, object], environment: Mapping[str, str]) -> Loaded:
-    """Read every layer and check the whole. `flags` may hold `config`, the file's path.
+    """Read all layers and check the result. `flags` may contain `config`, the path of the file.
 
-    Raises ConfigError, or ConfigMissingError where a file is not there.
+    Raises ConfigError, or ConfigMissingError if a file does not exist.
     """
     named = flags.get("config") or environment.get(ENVIRONMENT_PREFIX + "CONFIG") or None
     path = None if named is None else str(named)
@@ -416,11 +401,11 @@ def load(flags: Mapping[str, object], environment: Mapping[str, str]) -> Loaded:
 
 # --- rules ------------------------------------------------------------------------------------------------------
 def check(config: Config) -> None:
-    """Every rule that no type can say. Reads no file. Raises ConfigError at the first that is broken."""
+    """Check every rule that a type cannot express. Reads no file. Raises ConfigError for the first broken rule."""
     if not 0 <= config.server.port <= 65535:
         raise ConfigError("server.port must be from 0 to 65535")
     if not config.storage.db_path:
-        raise ConfigError("the directory of the data is not given: use --db DIR, PROGRESSDB_DB_PATH or storage.db_path")
+        raise ConfigError("no data directory is given: use --db DIR, PROGRESSDB_DB_PATH or storage.db_path")
     if bool(config.server.tls.cert_file) != bool(config.server.tls.key_file):
         raise ConfigError("TLS needs both server.tls.cert_file and server.tls.key_file")
     rate = config.security.rate_limit
@@ -431,20 +416,27 @@ def check(config: Config) -> None:
     for network in config.security.ip_whitelist:
         parse_network(network)
     _check_api_keys(config.security.api_keys)
-    try:
-        config.rotation.check()
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    _check_rotation(config.rotation)
     socket_bytes = len(str(config.kms_socket).encode())
     if socket_bytes > UNIX_PATH_BYTES_MAX:
         raise ConfigError(
-            f"the path of the key service's socket has {socket_bytes} bytes and may have {UNIX_PATH_BYTES_MAX}: "
+            f"the path of the key service's socket has {socket_bytes} bytes, and the limit is {UNIX_PATH_BYTES_MAX}: "
             "give a shorter one with PROGRESSDB_KMS_SOCKET or kms.socket"
         )
 
 
+def _check_rotation(rotation: Rotation) -> None:
+    for name, text in (("max_age", rotation.max_age), ("destroy_old_after", rotation.destroy_old_after)):
+        try:
+            duration_s(text or "1s")
+        except ValueError as error:
+            raise ConfigError(f"rotation.{name} {error}") from None
+    if rotation.max_uses < 0 or rotation.records_per_second < 0:
+        raise ConfigError("rotation.max_uses and rotation.records_per_second must be 0 (off) or more")
+
+
 def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    """One entry of the allow list: an address or a network in CIDR form."""
+    """An entry of the allow list: an address, or a network in CIDR form. Raises ConfigError."""
     try:
         return ipaddress.ip_network(text)
     except ValueError as error:
@@ -452,7 +444,7 @@ def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
 
 
 def _check_api_keys(keys: ApiKeys) -> None:
-    """Names the place of a bad key, never its text."""
+    """The error names the position of a bad key, never its text."""
     seen: dict[str, str] = {}
     for role, of_role in (("backend", keys.backend), ("frontend", keys.frontend), ("admin", keys.admin)):
         for number, key in enumerate(of_role, start=1):

@@ -1,8 +1,8 @@
-"""How the server writes its log: one event a line, to standard error.
+"""The server's log: one event a line, on standard error.
 
-Owns: the set-up of structlog and of the standard loggers that libraries use. Invariants: a library's record goes
-through as its message only, without a traceback's text, which could quote what a user typed; nothing is logged to
-standard output.
+Owns: the configuration of structlog, and of the standard library's logging that libraries use. Invariants: of a
+library's record only its message is logged, without a traceback, which could quote what a user typed; nothing is logged
+to standard output.
 """
 
 from __future__ import annotations
@@ -48,5 +48,5 @@ def configure(
     root = logging.getLogger()
     root.handlers[:] = [_ThroughStructlog()]
     root.setLevel(logging.WARNING)
-    # uvicorn warns of every malformed request: whoever can connect could fill the log
+    # uvicorn warns about every malformed request, so that any client could fill the log.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

@@ -21,8 +21,8 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from progressdb_server import logs
-from progressdb_server.api.http.access import Gate
-from progressdb_server.api.http.application import Application
+from progressdb_server.api.application import Application
+from progressdb_server.api.http.access import AccessControl
 from progressdb_server.api.http.listener import bind, check_tls, raise_descriptor_limit, serve_http
 from progressdb_server.api.routes import jobs as job_routes
 from progressdb_server.api.routes import store_backup
@@ -129,11 +129,11 @@ async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool
         registry.register(store.metrics)
         if isinstance(provider, RemoteProvider):
             registry.register(provider.metrics)
-        gate = Gate(config.security)
-        viewer = Viewer(store, provider, jobs, gate.keys, secure=bool(config.server.tls.cert_file))
+        access = AccessControl(config.security)
+        viewer = Viewer(store, provider, jobs, access.keys, secure=bool(config.server.tls.cert_file))
         backup_routes = store_backup.resources(store, config.backups_dir)
         more = (*job_routes.resources(jobs), *backup_routes, *viewer.resources())
-        application = Application(store, gate, ApiMetrics(registry), more=more)
+        application = Application(store, access, ApiMetrics(registry), more=more)
         host, port = listener.getsockname()[:2]
         gc.freeze()  # what the start has made stays: no look for cycles goes through it again
         gc.set_threshold(_COLLECTED_OBJECTS_MIN)

@@ -17,8 +17,8 @@ import msgspec
 from memory_store import MemoryStore
 from prometheus_client import CollectorRegistry
 
-from progressdb_server.api.http.access import Gate
-from progressdb_server.api.http.application import Application
+from progressdb_server.api.application import Application
+from progressdb_server.api.http.access import AccessControl
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.config import ApiKeys, RateLimit, Security
 
@@ -60,7 +60,7 @@ class Api:
         self.now_s = 1000.0
         self.security = msgspec.structs.replace(security, **replaced)
         self.metrics = ApiMetrics(CollectorRegistry())
-        self.application = Application(self.store, Gate(self.security), self.metrics, clock=lambda: self.now_s)
+        self.application = Application(self.store, AccessControl(self.security), self.metrics, clock=lambda: self.now_s)
 
     def __call__(
         self,

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from fault_words import DEFECT, DISK, FAULT_FILE, FULL, ROTTEN, STUCK
 
-from progressdb_server.api.http.request import Call
+from progressdb_server.api.http.request import Request
 from progressdb_server.api.routes.table import Handler, Resource
 from progressdb_server.cli import main
 from progressdb_server.jobs import service
@@ -49,12 +49,14 @@ def sync(engine: RocksEngine, real: Callable[[RocksEngine], None] = RocksEngine.
     real(engine)
 
 
-def handler(resource: Resource, call: Call, real: Callable[[Resource, Call], Handler] = Resource.handler) -> Handler:
+def handler(
+    resource: Resource, request: Request, real: Callable[[Resource, Request], Handler] = Resource.handler
+) -> Handler:
     now = fault()
     if now == DEFECT:
         raise RuntimeError("private text of a defect")
     service.UNFINISHED_MAX = 0 if now == FULL else 65_536  # type: ignore[misc]  # final in production
-    return real(resource, call)
+    return real(resource, request)
 
 
 def digest(path: str, real: Callable[[str], tuple[int, str]] = backup._digest) -> tuple[int, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from uvicorn.protocols.http.flow_control import FlowControl
 
-from progressdb_server.api.http.protocol import Cycle
+from progressdb_server.api.http.protocol import DirectCycle
 
 
 class Transport:
@@ -26,8 +26,8 @@ class Transport:
         return self.closed
 
 
-def made(transport: Transport, method: str = "GET", keep_alive: bool = True, waits: bool = False) -> Cycle:
-    return Cycle(
+def made(transport: Transport, method: str = "GET", keep_alive: bool = True, waits: bool = False) -> DirectCycle:
+    return DirectCycle(
         {"method": method},  # all that is looked at
         transport,  # type: ignore[arg-type]  # all that is called
         FlowControl(transport),  # type: ignore[arg-type]  # all that is called
@@ -108,14 +108,14 @@ REFUSED: list[list[dict[str, Any]]] = [
 @pytest.mark.parametrize("messages", REFUSED)
 def test_what_is_no_answer_is_refused_before_anything_leaves(messages: list[dict[str, Any]]) -> None:
     transport = Transport()
-    with pytest.raises(RuntimeError, match="answer"):
+    with pytest.raises(RuntimeError, match="response"):
         transport = answered(*messages)
     assert transport.writes == []
 
 
 def test_nothing_leaves_after_a_complete_answer() -> None:
     whole = [start(200, (b"content-length", b"0")), part(b"")]
-    with pytest.raises(RuntimeError, match="complete already"):
+    with pytest.raises(RuntimeError, match="already complete"):
         answered(*whole, part(b"more"))
 
 
@@ -128,7 +128,7 @@ LENGTH_2 = (b"content-length", b"2")
 @pytest.mark.parametrize("headers", [(), ((b"x-request-id", b"r"),), ((b"connection", b"close"), (b"a", b"b"))])
 def test_a_whole_answer_is_the_same_with_messages_and_without(status: int, keep_alive: bool, headers: Any) -> None:
     transport = Transport()
-    assert made(transport, keep_alive=keep_alive).answer(status, headers, b"ok")
+    assert made(transport, keep_alive=keep_alive).send_response(status, headers, b"ok")
     other = answered(start(status, *headers, LENGTH_2), part(b"ok"), keep_alive=keep_alive)
     ((head, body), (other_head, other_body)) = (one.writes[0].split(b"\r\n\r\n") for one in (transport, other))
     assert (sorted(head.split(b"\r\n")), body) == (sorted(other_head.split(b"\r\n")), other_body)
@@ -138,38 +138,38 @@ def test_a_whole_answer_is_the_same_with_messages_and_without(status: int, keep_
 def test_what_can_not_leave_whole_at_once_is_left_to_the_messages() -> None:
     transport = Transport()
     cycle = made(transport)
-    assert not made(transport, "HEAD").answer(200, (), b"ok")
-    assert not cycle.answer(204, (), b"")
+    assert not made(transport, "HEAD").send_response(200, (), b"ok")
+    assert not cycle.send_response(204, (), b"")
     cycle.flow.pause_writing()
-    assert not cycle.answer(200, (), b"ok")
+    assert not cycle.send_response(200, (), b"ok")
     cycle.flow.resume_writing()
     cycle.disconnected = True
-    assert not cycle.answer(200, (), b"ok")
+    assert not cycle.send_response(200, (), b"ok")
     assert transport.writes == []
     cycle.disconnected = False
-    assert cycle.answer(200, (), b"ok")
-    assert not cycle.answer(200, (), b"ok")
+    assert cycle.send_response(200, (), b"ok")
+    assert not cycle.send_response(200, (), b"ok")
     assert len(transport.writes) == 1
 
 
 @pytest.mark.parametrize("header", [(b"x", b"a\r\nset-cookie: b"), (b"x", b"a\nb"), (b"x", b"a\rb"), (b"x\r\ny", b"a")])
 def test_no_header_of_a_whole_answer_smuggles_in_a_line(header: tuple[bytes, bytes]) -> None:
     transport = Transport()
-    with pytest.raises(RuntimeError, match="line of its own"):
-        made(transport).answer(200, (header,), b"ok")
+    with pytest.raises(RuntimeError, match="line break"):
+        made(transport).send_response(200, (header,), b"ok")
     assert transport.writes == []
 
 
 def test_a_body_is_had_without_messages_once_it_is_whole_and_only_once() -> None:
     cycle = made(Transport())
-    assert cycle.whole_body() is None
+    assert cycle.received_body() is None
     cycle.add(b"one,")
     cycle.add(b"two,")
     assert cycle.add(b"three") == 13
-    assert cycle.whole_body() is None
+    assert cycle.received_body() is None
     cycle.more_body = False
-    assert cycle.whole_body() == b"one,two,three"
-    assert cycle.whole_body() is None
+    assert cycle.received_body() == b"one,two,three"
+    assert cycle.received_body() is None
 
 
 def test_a_body_that_was_read_in_part_is_read_to_its_end_by_messages() -> None:
@@ -196,7 +196,7 @@ def test_a_body_that_waits_for_100_continue_is_asked_for_by_messages() -> None:
         cycle = made(transport, waits=True)
         cycle.add(b"one")
         cycle.more_body = False
-        before = cycle.whole_body()
+        before = cycle.received_body()
         await cycle.receive()
         return before, transport.writes[0]
 

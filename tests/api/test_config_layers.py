@@ -201,7 +201,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "yes for a key": ("security: {api_keys: {admin: [yes]}}", "Expected `str`, got `bool`"),
     "given twice": ("server: {port: 1, port: 2}", "given twice"),
     "section given twice": ("server: {}\nserver: {}\n", "given twice"),
-    "no mapping": ("- a\n- b\n", "must hold sections"),
+    "no mapping": ("- a\n- b\n", "must contain sections"),
     "malformed": ("server: {port: ", "malformed"),
     "a tag": ("server: !!python/object/apply:os.system [id]", "malformed"),
     "not UTF-8": (b"server: {address: \xff}", "not UTF-8"),
@@ -262,7 +262,7 @@ def test_what_is_wrong_in_a_file_is_told_without_quoting_it(tmp_path: Path) -> N
         ("API_ADMIN_KEYS", "ok,ok", "security.api_keys.admin, key 2, is also a admin key"),
         ("API_ADMIN_KEYS", "x" * 257, "security.api_keys.admin, key 1,"),
         ("LOG_LEVEL", "loud", "logging.level"),
-        ("KMS_SOCKET", "/" + "x" * 107, "has 108 bytes and may have 107"),
+        ("KMS_SOCKET", "/" + "x" * 107, "has 108 bytes, and the limit is 107"),
     ],
 )
 def test_a_value_that_breaks_a_rule_stops_the_start_with_the_reason(name: str, text: str, reason: str) -> None:

@@ -19,13 +19,12 @@ import yaml
 from asgi_client import ADMIN, BACKEND
 from provoking import LAUNCHER, NO_JOB, Ask, World
 from real_server import Reply, real_server
-from test_openapi import REFUSALS, whole_table
+from test_openapi import ALL_DESCRIPTIONS, REFUSALS, whole_table
 
 import documented
 from documented import Pair
 from live_daemon import LiveDaemon
-from progressdb_server.api.openapi.document import document, refusals
-from progressdb_server.api.openapi.documentation import ALL_DESCRIBED
+from progressdb_server.api.openapi.document import document, error_texts
 
 KEY_SERVICE = "the key service is not available now"
 DISK = "the store's disk is not available now"
@@ -117,15 +116,15 @@ def shape(sentence: str) -> str:
 
 
 def said_of(operation: str) -> dict[int, tuple[str, ...]]:
-    return refusals(operation.split(" ", 1)[1], ALL_DESCRIBED[operation])
+    return error_texts(operation.split(" ", 1)[1], ALL_DESCRIPTIONS[operation])
 
 
-DOCUMENT = document(whole_table(), ALL_DESCRIBED, "1")
+DOCUMENT = document(whole_table(), "1")
 PAIRS = sorted(documented.pairs(DOCUMENT))
 IN_PROCESS = {parameter.values for parameter in REFUSALS}
 TOLD = {
     (operation, status, sentence)
-    for operation in ALL_DESCRIBED
+    for operation in ALL_DESCRIPTIONS
     for status, sentences in said_of(operation).items()
     for sentence in sentences
 }
@@ -143,7 +142,7 @@ class Living:
     def take_the_key_service_away(self) -> None:
         """Every operation is asked meanwhile, at once, for each waits for some seconds."""
         world = self.world
-        asks = {operation: world.good(operation) for operation in ALL_DESCRIBED}
+        asks = {operation: world.good(operation) for operation in ALL_DESCRIPTIONS}
         asks["POST /admin/rotate_deks"] = Ask("POST", "/admin/rotate_deks", {"older_than": "1d"})
         thread = world.thread()
         world.kms.kill()
@@ -240,7 +239,7 @@ def test_every_refusal_appears(living: Living, operation: str, status: int, sent
     check(operation, reply)
 
 
-@pytest.mark.parametrize("operation", ALL_DESCRIBED)
+@pytest.mark.parametrize("operation", ALL_DESCRIPTIONS)
 def test_who_needs_the_key_service_is_refused_without_it_and_nobody_else(living: Living, operation: str) -> None:
     reply = living.together[operation, KEY_SERVICE]
     check(operation, reply)
@@ -251,7 +250,7 @@ def test_who_needs_the_key_service_is_refused_without_it_and_nobody_else(living:
 
 
 @pytest.mark.parametrize(
-    "operation", [operation for operation in ALL_DESCRIBED if DISK not in said_of(operation).get(503, ())]
+    "operation", [operation for operation in ALL_DESCRIPTIONS if DISK not in said_of(operation).get(503, ())]
 )
 def test_who_is_not_said_to_need_the_disk_answers_without_it(living: Living, operation: str) -> None:
     reply = PROVOKED[DISK](living.world, operation)
@@ -280,7 +279,7 @@ def test_another_method_than_the_described_ones_is_a_405_that_names_these(living
 
 
 @pytest.mark.parametrize(
-    "operation", [operation for operation in ALL_DESCRIBED if operation.split(" ", 1)[1].startswith("/admin/")]
+    "operation", [operation for operation in ALL_DESCRIPTIONS if operation.split(" ", 1)[1].startswith("/admin/")]
 )
 def test_a_backend_key_comes_only_where_the_document_says_so(living: Living, operation: str) -> None:
     method, path = operation.split(" ", 1)

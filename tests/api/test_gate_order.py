@@ -98,7 +98,7 @@ def test_the_allow_list_takes_addresses_and_networks(entries: tuple[str, ...], a
 def test_the_allow_list_remembers_a_bounded_number_of_addresses() -> None:
     allowed = AllowList(("10.0.0.0/8",), count_max=4)
     assert all(allowed.admits(f"10.0.0.{number}") for number in range(20))
-    assert len(allowed._known) == 4
+    assert len(allowed) == 4
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/v1/messages", "/nowhere"])

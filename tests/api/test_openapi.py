@@ -13,14 +13,15 @@ import yaml
 from asgi_client import ADMIN, BACKEND, FRONTEND, Api, Reply, signed
 from prometheus_client import CollectorRegistry
 
+from progressdb_server.api.application import resources
 from progressdb_server.api.http.access import KeyTable, for_users
-from progressdb_server.api.openapi.described import DESCRIBED
-from progressdb_server.api.openapi.document import UndescribedError, document, refusals
-from progressdb_server.api.openapi.documentation import ALL_DESCRIBED, with_documentation
+from progressdb_server.api.openapi.description import Description, JsonBody
+from progressdb_server.api.openapi.document import DescriptionError, document, documented, error_texts
 from progressdb_server.api.routes import jobs as job_routes
 from progressdb_server.api.routes import store_backup
+from progressdb_server.api.routes.admin import SignBody
 from progressdb_server.api.routes.metrics import ApiMetrics
-from progressdb_server.api.routes.table import Operation, Resource, table
+from progressdb_server.api.routes.table import Operation, Resource
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import RateLimit
 from progressdb_server.store.engine import EngineUnavailableError
@@ -45,28 +46,28 @@ def whole_table() -> tuple[Resource, ...]:
     backups = store_backup.resources(jobs, Path("/"))
     store: Any = SimpleNamespace(engine=None)
     viewer = Viewer(store, jobs, jobs, KeyTable(), secure=False)
-    routes = (
-        *table(api.store, ApiMetrics(CollectorRegistry())),
-        *job_routes.resources(jobs),
-        *backups,
-        *viewer.resources(),
-    )
-    return with_documentation(routes)
+    more = (*job_routes.resources(jobs), *backups, *viewer.resources())
+    return resources(api.store, ApiMetrics(CollectorRegistry()), more)
+
+
+def descriptions(table: tuple[Resource, ...]) -> dict[str, Description]:
+    """By method and path."""
+    return {f"{method} {path}": operation.description for method, path, operation in documented(table)}
+
+
+ALL_DESCRIPTIONS = descriptions(whole_table())
 
 
 @pytest.fixture(scope="module")
 def described() -> dict[str, Any]:
-    return document(whole_table(), ALL_DESCRIBED, "1")
+    return document(whole_table(), "1")
 
 
-def test_every_description_is_of_an_operation_that_is_served(described: dict[str, Any]) -> None:
-    served = {f"{method.upper()} {path}" for path, methods in described["paths"].items() for method in methods}
-    assert served == set(ALL_DESCRIBED)
-
-
-def test_an_operation_without_its_description_is_an_error() -> None:
-    with pytest.raises(UndescribedError, match="GET /secret"):
-        document((Resource("/secret", {"GET": Operation(lambda call: None)}),), ALL_DESCRIBED, "1")  # type: ignore[arg-type, return-value]  # never called
+def test_a_description_of_a_property_that_the_handler_does_not_read_is_an_error() -> None:
+    wrong = Description(tag="users", summary="Sign", body=JsonBody(SignBody, {"user": {}}))
+    resource = Resource("/sign", {"POST": Operation(lambda request: None, wrong)})  # type: ignore[arg-type, return-value]  # never called
+    with pytest.raises(DescriptionError, match="SignBody"):
+        document((resource,), "1")
 
 
 def test_every_operation_has_a_name_of_its_own(described: dict[str, Any]) -> None:
@@ -80,8 +81,8 @@ def test_every_refusal_that_the_specification_names_is_in_the_document() -> None
     wanted = {(int(status), text) for status, texts in named for text in re.findall(r"`([^`]+)`", texts)}
     told = {
         (status, sentence)
-        for key, said in ALL_DESCRIBED.items()
-        for status, sentences in refusals(key.split(" ", 1)[1], said).items()
+        for key, description in ALL_DESCRIPTIONS.items()
+        for status, sentences in error_texts(key.split(" ", 1)[1], description).items()
         for sentence in sentences
     }
     unrouted = {(404, "not found")}  # of a path that is not there
@@ -285,8 +286,8 @@ PROVOKED: dict[str, Callable[[Case], Reply]] = {
 }
 REFUSALS = [
     pytest.param(key, status, sentence, id=f"{key} {status} {sentence}")
-    for key, said in DESCRIBED.items()
-    for status, sentences in refusals(key.split(" ", 1)[1], said).items()
+    for key, description in descriptions(Api().application.resources).items()
+    for status, sentences in error_texts(key.split(" ", 1)[1], description).items()
     for sentence in dict.fromkeys(sentences)
     if key.split(" ", 1)[1] not in ("/docs", "/docs/", "/docs/style.css", "/openapi.yaml")
 ]
@@ -305,7 +306,7 @@ def test_every_refusal_that_is_documented_can_be_provoked_and_no_other_is_kept_h
 def test_nothing_undocumented_answers(described: dict[str, Any]) -> None:
     """Every other method on every path is a 405 that names the documented ones; every other path a 404."""
     api = Api()
-    served = document(api.application.resources, ALL_DESCRIBED, "1")["paths"]
+    served = document(api.application.resources, "1")["paths"]
     for template, methods in served.items():
         target = template.format(thread="t", message="m", identity="i", key="k")
         for method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE"} - {name.upper() for name in methods}:

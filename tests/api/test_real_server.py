@@ -247,7 +247,7 @@ def failed_start(directory: Path, *words: str) -> str:
 
 def test_a_start_that_can_not_be_says_why(server: RealServer, tmp_path: Path) -> None:
     taken = failed_start(tmp_path, "--addr", f"127.0.0.1:{server.port}")
-    assert f"can't listen on 127.0.0.1:{server.port}: Address already in use" in taken
+    assert f"cannot listen on 127.0.0.1:{server.port}: Address already in use" in taken
     locked = failed_start(server.db.parent, "--addr", "127.0.0.1:0")
     assert "is in use by another process" in locked
     (tmp_path / "file").write_text("")

@@ -22,6 +22,7 @@ from logmaker import KEY1, KEY2, LOG, encrypt_event
 from minikms.audit import chain, record
 from minikms.audit.chain import AuditKey, Coverage
 from minikms.audit.record import Event, Facts, Head
+from minikms.base64 import encode_text
 
 VECTORS = Path(__file__).resolve().parents[2] / "docs" / "spec" / "audit-vectors.json"
 LOG_ID = bytes(range(16))
@@ -99,7 +100,7 @@ def make_log() -> dict[str, list[str]]:
     maker.sign("segment_close", {"next_segment": 2})
     maker.begin(LOG, maker.opening())
     maker.add(Event(type="refused", actor="peer_uid:99", count=17, outcome="unauthorized"))
-    maker.sign("audit_key", {"next_key": 2, "next_public_key": chain.base64_text(KEY2.public_key)})
+    maker.sign("audit_key", {"next_key": 2, "next_public_key": encode_text(KEY2.public_key)})
     maker.key = KEY2.audit_key()
     maker.add(Event(type="stop", actor="minikms", detail="SIGTERM"))
     maker.sign("checkpoint")
@@ -122,7 +123,7 @@ def make() -> dict[str, Any]:
                 "version": key.version,
                 "audit_key": key.mac_key.hex(),
                 "seed": key.seed.hex(),
-                "public_key": chain.base64_text(key.public_key),
+                "public_key": encode_text(key.public_key),
             }
             for key in (KEY1, KEY2)
         ],

@@ -115,7 +115,7 @@ def test_a_dropped_line_is_missing(altered: Path, number: int) -> None:
     assert report.findings[0].kind == "missing"
     if number > 1:
         assert kinds(report) == [("missing", number)]
-        assert report.findings[0].text == f"line {number} is missing: line {number + 1} stands there"
+        assert report.findings[0].text == f"line {number} is missing: line {number + 1} is in that place"
 
 
 def test_several_dropped_lines_are_one_gap(altered: Path) -> None:
@@ -124,7 +124,7 @@ def test_several_dropped_lines_are_one_gap(altered: Path) -> None:
     put(altered, lines)
     report = verify(altered)
     assert kinds(report) == [("missing", 5)]
-    assert report.findings[0].text == "lines 5 to 8 are missing: line 9 stands there"
+    assert report.findings[0].text == "lines 5 to 8 are missing: line 9 is in that place"
 
 
 def test_a_duplicated_line_is_repeated(altered: Path) -> None:
@@ -147,7 +147,7 @@ def test_two_swapped_lines_are_out_of_order(altered: Path) -> None:
     put(altered, lines)
     report = verify(altered)
     assert kinds(report) == [("moved", 6)]
-    assert report.findings[0].text == "line 6 is out of order: it stands before line 5"
+    assert report.findings[0].text == "line 6 is out of order: it comes before line 5"
 
 
 def test_a_line_moved_back_is_out_of_order(altered: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_line_moved_back_is_out_of_order(altered: Path) -> None:
     put(altered, lines)
     report = verify(altered)
     assert kinds(report) == [("moved", 5)]
-    assert report.findings[0].text == "line 5 is out of order: it stands after line 11"
+    assert report.findings[0].text == "line 5 is out of order: it comes after line 11"
 
 
 def test_a_line_moved_forward_is_out_of_order(altered: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_line_moved_forward_is_out_of_order(altered: Path) -> None:
     put(altered, lines)
     report = verify(altered)
     assert kinds(report) == [("moved", 10)]
-    assert report.findings[0].text == "line 10 is out of order: it stands before line 5"
+    assert report.findings[0].text == "line 10 is out of order: it comes before line 5"
 
 
 def test_an_altered_seq_is_named_as_such(altered: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_tail_cut_at_a_line_shows_against_a_known_head_only(altered: Path) -> 
     known = Head(11, record.parse_line(lines[10])[2])
     report = verify(altered, expect_head=known)
     assert kinds(report) == [("truncated", 9)]
-    assert "ends at line 9; line 11 is known" in report.findings[0].text
+    assert "ends at line 9, but the expected line 11 was written" in report.findings[0].text
 
 
 def test_lines_newer_than_the_known_head_are_counted(original: Path) -> None:
@@ -325,7 +325,8 @@ def test_with_the_public_key_alone_an_edited_line_shows_at_the_next_checkpoint(a
     put(altered, lines)
     report = verify(altered, public_only=True)
     assert kinds(report) == [("altered", COUNT + 1)]
-    assert f"lines 1 to {COUNT + 1} are not those that line {COUNT + 2} was signed for" in report.findings[0].text
+    text = report.findings[0].text
+    assert f"lines 1 to {COUNT + 1} are not those that the signature of line {COUNT + 2} covers" in text
 
 
 def test_the_report_says_how_many_lines_the_public_key_can_not_judge(altered: Path) -> None:

@@ -10,8 +10,8 @@ from logmaker import LOG, Clock, events_of, open_log, trust, verify, write_event
 
 from minikms.audit import reader, record
 from minikms.audit.log import CHORES_NS, Limits
+from minikms.audit.maintenance import compress_closed
 from minikms.audit.queries import AuditLogMissingError, verify_directory
-from minikms.audit.retention import compress_closed
 
 # --- where a check begins, and beside a writer -----------------------------------------------------------------------
 

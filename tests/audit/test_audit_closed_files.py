@@ -12,11 +12,11 @@ import pytest
 import zstandard
 from logmaker import LOG, SECOND, Clock, encrypt_event, events_of, open_log, trust, verify, write_events
 
-from minikms.audit import Upkeep, record
+from minikms.audit import record
 from minikms.audit.log import CHORES_NS, Limits
+from minikms.audit.maintenance import CompressionError, Maintenance, Retention, compress_closed, remove_segments
 from minikms.audit.queries import verify_directory
 from minikms.audit.reader import list_segments
-from minikms.audit.retention import CompressionError, Retention, compress_closed
 from minikms.audit.shipping import FileForwarder
 
 DAY_NS = 24 * 3600 * SECOND
@@ -88,8 +88,8 @@ def test_a_damaged_compressed_file_is_seen(altered: Path) -> None:
 def test_what_is_removed_on_purpose_is_told_before_and_the_rest_is_intact(altered: Path) -> None:
     compress_closed(str(altered))
     log = open_log(altered, clock=Clock(now=LATER, step=CHORES_NS))
-    assert log.remove_segments(Retention(bytes_max=1, days_min=90)) == [], "the floor wins"
-    removed = log.remove_segments(Retention(bytes_max=1, days_min=0))
+    assert remove_segments(log, Retention(bytes_max=1, days_min=90)) == [], "the floor wins"
+    removed = remove_segments(log, Retention(bytes_max=1, days_min=0))
     assert removed == [f"{LOG}.{number}.zst" for number in range(1, len(removed) + 1)]
     assert list_segments(str(altered)) == {}
     log.close()
@@ -101,9 +101,9 @@ def test_what_is_removed_on_purpose_is_told_before_and_the_rest_is_intact(altere
 def test_retention_stops_when_little_enough_is_left(altered: Path) -> None:
     sizes = [(altered / names[0]).stat().st_size for names in list_segments(str(altered)).values()]
     log = open_log(altered, clock=Clock(now=LATER))
-    removed = log.remove_segments(Retention(bytes_max=sum(sizes[2:]), days_min=0))
+    removed = remove_segments(log, Retention(bytes_max=sum(sizes[2:]), days_min=0))
     assert removed == [f"{LOG}.1", f"{LOG}.2"]
-    assert log.remove_segments(Retention(days_min=0)) == [], "without a bound everything is kept"
+    assert remove_segments(log, Retention(days_min=0)) == [], "without a bound everything is kept"
     log.close()
     assert verify(altered).intact
 
@@ -111,7 +111,7 @@ def test_retention_stops_when_little_enough_is_left(altered: Path) -> None:
 def test_the_floor_counts_from_when_a_file_was_closed(altered: Path) -> None:
     closed_at = [events_of(altered / f"{LOG}.{number}")[0].ts for number in (2, 3)]
     log = open_log(altered, clock=Clock(now=closed_at[0] + DAY_NS, step=0))
-    assert log.remove_segments(Retention(bytes_max=1, days_min=1)) == [f"{LOG}.1"]
+    assert remove_segments(log, Retention(bytes_max=1, days_min=1)) == [f"{LOG}.1"]
     log.close()
 
 
@@ -120,7 +120,7 @@ def test_a_file_whose_removal_was_told_but_not_done_does_no_harm(altered: Path) 
     kept = (altered / f"{LOG}.1").read_bytes()
     sizes = sum((altered / names[0]).stat().st_size for names in list_segments(str(altered)).values())
     log = open_log(altered, clock=Clock(now=LATER))
-    assert log.remove_segments(Retention(bytes_max=sizes - 1, days_min=0)) == [f"{LOG}.1"]
+    assert remove_segments(log, Retention(bytes_max=sizes - 1, days_min=0)) == [f"{LOG}.1"]
     log.close()
     (altered / f"{LOG}.1").write_bytes(kept)
     assert verify(altered).intact
@@ -129,7 +129,7 @@ def test_a_file_whose_removal_was_told_but_not_done_does_no_harm(altered: Path) 
 def test_more_taken_away_than_was_told_is_missing(altered: Path) -> None:
     log = open_log(altered, clock=Clock(now=LATER))
     sizes = sum((altered / names[0]).stat().st_size for names in list_segments(str(altered)).values())
-    log.remove_segments(Retention(bytes_max=sizes - 1, days_min=0))
+    remove_segments(log, Retention(bytes_max=sizes - 1, days_min=0))
     log.close()
     assert verify(altered).intact
     (altered / f"{LOG}.2").unlink()
@@ -143,7 +143,7 @@ def test_the_upkeep_compresses_forwards_and_removes(tmp_path: Path) -> None:
     clock = Clock(now=LATER, step=CHORES_NS)
     log = open_log(tmp_path, clock=clock, limits=Limits(segment_bytes=3000, reserve_bytes=0))
     copy = tmp_path / "copy"
-    upkeep = Upkeep(log, keep=Retention(bytes_max=2500, days_min=0), forwarder=FileForwarder(str(copy)))
+    upkeep = Maintenance(log, keep=Retention(bytes_max=2500, days_min=0), forwarder=FileForwarder(str(copy)))
     write_events(log, 60)
     upkeep.work()
     assert {name for names in list_segments(str(tmp_path)).values() for name in names} == {
@@ -165,7 +165,7 @@ def test_what_the_upkeep_can_not_do_is_in_its_status_and_tried_again(
 ) -> None:
     log = open_log(tmp_path, clock=Clock(now=LATER, step=CHORES_NS), limits=Limits(segment_bytes=3000, reserve_bytes=0))
     write_events(log, 30)
-    upkeep = Upkeep(
+    upkeep = Maintenance(
         log, keep=Retention(bytes_max=1, days_min=0), forwarder=FileForwarder(str(tmp_path / "missing" / "copy"))
     )
     with monkeypatch.context() as patch:

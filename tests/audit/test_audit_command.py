@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from minikms.audit import AuditLog, Event
-from minikms.audit.chain import base64_text
+from minikms.base64 import encode_text
 from minikms.cli import audit
 from minikms.cli.auditkeys import RootKey, open_audit_keys, rotate_audit_key
 from minikms.crypto.aead import NonceSource
@@ -137,9 +137,9 @@ def test_the_public_key_alone_judges_by_signed_lines(data_dir: Path, tmp_path: P
     assert "judged by its signed lines" in run("verify", "--data-dir", data_dir, "--public-key", key)[1]
     (tmp_path / "audit.pub").write_text(base64.b64decode(key).hex() + "\n")
     assert run("verify", "--data-dir", data_dir, "--public-key", tmp_path / "audit.pub")[0] == 0
-    other = base64_text(bytes(32))
+    other = encode_text(bytes(32))
     status, output, _ = run("verify", "--data-dir", data_dir, "--public-key", other)
-    assert status == 1 and "a public key that is not the trusted one" in output
+    assert status == 1 and "a public key that is not trusted" in output
 
 
 def test_a_log_cut_at_its_end_is_told_by_the_expected_head(data_dir: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_log_cut_at_its_end_is_told_by_the_expected_head(data_dir: Path) -> No
     assert "0 line(s) are newer" in run("verify", "--data-dir", data_dir, "--expect-head", head)[1]
     (data_dir / LOG).write_bytes(b"\n".join(lines[:4]) + b"\n")
     status, output, _ = run("verify", "--data-dir", data_dir, "--expect-head", head)
-    assert status == 1 and "ends at line 4; line 5 is known" in output
+    assert status == 1 and "ends at line 4, but the expected line 5 was written" in output
 
 
 def test_a_check_of_a_part_says_of_which(data_dir: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_check_of_a_part_says_of_which(data_dir: Path) -> None:
     key = public_key_of(data_dir)
     _, output, _ = run("verify", "--data-dir", data_dir, "--from-checkpoint", 5)
     assert output.splitlines()[0] == "The audit log is intact from line 5, judged every line by the audit key."
-    assert "before      what stands before line 5 was not looked at" in output
+    assert "before      lines before line 5 were not checked" in output
     _, output, _ = run("verify", "--data-dir", data_dir, "--public-key", key)
     assert output.splitlines()[0] == "The audit log is intact up to line 5, judged by its signed lines."
     assert "not signed  the last 1 line(s): the public key can't judge them" in output
@@ -190,13 +190,13 @@ def test_what_can_not_be_judged_is_neither_intact_nor_altered(data_dir: Path) ->
         ("verify", {"data_dir": "DATA", "expect_head": "5"}, "SEQ:SIG"),
         (
             "verify",
-            {"data_dir": "DATA", "expect_head": f"4:{base64_text(bytes(32))}", "from_checkpoint": 5},
+            {"data_dir": "DATA", "expect_head": f"4:{encode_text(bytes(32))}", "from_checkpoint": 5},
             "--from-checkpoint 5 leaves out line 4, which is expected",
         ),
         ("verify", {"data_dir": "DATA", "public_key": ["nonsense"]}, "neither a public key"),
         ("verify", {"data_dir": "DATA", "public_key": ["/dev/null"]}, "does not hold a public key"),
         ("verify", {"data_dir": "DATA", "master_key_file": Path("/nowhere")}, "can't be read"),
-        ("verify", {"data_dir": "EMPTY", "public_key": [base64_text(bytes(32))]}, "there is no audit log"),
+        ("verify", {"data_dir": "EMPTY", "public_key": [encode_text(bytes(32))]}, "there is no audit log"),
         ("verify", {"data_dir": "EMPTY"}, "there is no keyring"),
         ("find", {"data_dir": "DATA"}, "say what to find"),
         ("find", {"data_dir": "EMPTY", "key": "k"}, "there is no audit log"),
@@ -335,11 +335,11 @@ def test_a_change_of_the_audit_key_that_was_interrupted_is_completed_by_the_next
             rotate_audit_key(str(data_dir), RootKey(None, None))
     status, output, _ = run("verify", "--data-dir", data_dir)
     assert status == 1
-    assert f"ends under audit key version 1, though version 2 took over after line {head['seq']}" in output
+    assert f"ends under audit key version 1, but version 2 was introduced after line {head['seq']}" in output
     content = (data_dir / LOG).read_bytes()
     (data_dir / LOG).write_bytes(b"\n".join(content.split(b"\n")[:-2]) + b"\n")
     status, _, errors = run("rotate-key", "--data-dir", data_dir)
-    assert status == 2 and f"though version 2 took over after line {head['seq']}" in errors
+    assert status == 2 and f"but version 2 was introduced after line {head['seq']}" in errors
     (data_dir / LOG).write_bytes(content)
     assert json.loads(run("rotate-key", "--data-dir", data_dir, "--json")[1])["version"] == 3
     types = [json.loads(line)["event"]["type"] for line in (data_dir / LOG).read_bytes().split(b"\n")[:-1]]

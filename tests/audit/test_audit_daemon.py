@@ -162,7 +162,7 @@ def test_a_log_that_was_cut_is_refused_for_the_line_that_is_expected(tmp_path: P
     # The epochs of the keyring show the cut too, unless those who cut put back an older keyring with it.
     refused = subprocess.run([*command, "--accept-restore"], capture_output=True, text=True, timeout=30, check=False)
     assert refused.returncode != 0
-    assert f"the audit log ends at line {head['seq'] - 1}, though line {head['seq']} was written" in refused.stderr
+    assert f"the audit log ends at line {head['seq'] - 1}, but line {head['seq']} was written" in refused.stderr
     with serving(tmp_path, "--accept-restore") as daemon:
         daemon.ask("GET", "/status")
     refused = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)

@@ -20,9 +20,9 @@ from logmaker import LOG, Clock, encrypt_event, lines_of, make_log, open_log, tr
 
 from minikms.audit import Event, queries, reader, record
 from minikms.audit.log import Limits
+from minikms.audit.maintenance import compress_closed
 from minikms.audit.queries import verify_directory
 from minikms.audit.reader import LAST_BYTES_MAX, Follower, last_lines, list_segments
-from minikms.audit.retention import compress_closed
 from minikms.audit.rules import FINDINGS_COUNT_MAX, FINDINGS_COUNTED_MAX
 from minikms.cli import audit
 
@@ -265,7 +265,9 @@ def test_totals_stay_small_whatever_the_names(tmp_path: Path, monkeypatch: pytes
     for number in range(10):
         log.add(Event(type=f"type{number}", actor=f"actor{number}", outcome=f"outcome{number}"))
     log.commit()
-    long = record.frame(record.encode_event(Event(seq=9, ts=9, type="x" * 9999, actor="y", outcome="ok")), bytes(32))
+    long = record.encode_line(
+        record.encode_event(Event(seq=9, ts=9, type="x" * 9999, actor="y", outcome="ok")), bytes(32)
+    )
     (tmp_path / LOG).write_bytes(long + (tmp_path / LOG).read_bytes())
     totals = queries.totals(str(tmp_path))
     for counts in (totals.types, totals.outcomes, totals.actors):

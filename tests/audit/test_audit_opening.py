@@ -24,11 +24,10 @@ from logmaker import (
     write_events,
 )
 
-from minikms.audit import Known, queries, reader, record, writer
-from minikms.audit import recovery as tail
+from minikms.audit import ExpectedLog, queries, reader, record, recovery, writer
+from minikms.audit.maintenance import compress_closed
 from minikms.audit.reader import each_segment
 from minikms.audit.record import Event, Head
-from minikms.audit.retention import compress_closed
 from minikms.errors import StartError
 
 
@@ -99,14 +98,14 @@ def test_a_first_start_begins_a_log_with_a_genesis_line(tmp_path: Path) -> None:
 
 def test_a_missing_log_that_is_remembered_is_not_begun_anew(tmp_path: Path) -> None:
     with pytest.raises(StartError, match=r"missing.*minikms audit verify.*--accept-audit-loss"):
-        open_log(tmp_path, known=Known(begun=True))
+        open_log(tmp_path, expected=ExpectedLog(exists=True))
     assert snapshot(tmp_path) == {}
 
 
 def test_an_empty_log_that_is_remembered_is_not_begun_anew(tmp_path: Path) -> None:
     (tmp_path / LOG).touch()
-    with pytest.raises(StartError, match="is empty, though there was one"):
-        open_log(tmp_path, known=Known(begun=True))
+    with pytest.raises(StartError, match="is empty, but there was one"):
+        open_log(tmp_path, expected=ExpectedLog(exists=True))
 
 
 def test_a_genesis_line_that_was_never_completed_is_begun_anew(tmp_path: Path) -> None:
@@ -194,20 +193,20 @@ def test_a_log_shorter_than_remembered_is_refused(tmp_path: Path) -> None:
     known = head_of(tmp_path, 6)
     lines = lines_of(tmp_path)
     (tmp_path / LOG).write_bytes(b"\n".join(lines[:4]) + b"\n")
-    with pytest.raises(StartError, match="ends at line 4, though line 6 was written"):
-        open_log(tmp_path, known=Known(begun=True, head=known))
+    with pytest.raises(StartError, match="ends at line 4, but line 6 was written"):
+        open_log(tmp_path, expected=ExpectedLog(exists=True, head=known))
 
 
 def test_a_log_whose_remembered_line_is_another_is_refused(tmp_path: Path) -> None:
     kill(tmp_path)
     with pytest.raises(StartError, match="line 6 of the audit log is not the one"):
-        open_log(tmp_path, known=Known(begun=True, head=Head(6, bytes(32))))
+        open_log(tmp_path, expected=ExpectedLog(exists=True, head=Head(6, bytes(32))))
 
 
 def test_a_log_as_long_as_remembered_or_longer_goes_on(tmp_path: Path) -> None:
     kill(tmp_path)
     for number in (4, 6):
-        open_log(tmp_path, known=Known(begun=True, head=head_of(tmp_path, number))).close()
+        open_log(tmp_path, expected=ExpectedLog(exists=True, head=head_of(tmp_path, number))).close()
 
 
 def many(directory: Path) -> list[Head]:
@@ -220,9 +219,9 @@ def many(directory: Path) -> list[Head]:
 
 def test_a_remembered_line_is_found_in_any_file(tmp_path: Path) -> None:
     for head in many(tmp_path):
-        open_log(tmp_path, known=Known(begun=True, head=head)).close()
+        open_log(tmp_path, expected=ExpectedLog(exists=True, head=head)).close()
         with pytest.raises(StartError, match=f"line {head.seq} of the audit log is not the one that was written"):
-            open_log(tmp_path, known=Known(begun=True, head=Head(head.seq, bytes(32))))
+            open_log(tmp_path, expected=ExpectedLog(exists=True, head=Head(head.seq, bytes(32))))
 
 
 def test_a_log_that_was_cut_and_went_on_is_refused_for_a_remembered_line(tmp_path: Path) -> None:
@@ -233,18 +232,18 @@ def test_a_log_that_was_cut_and_went_on_is_refused_for_a_remembered_line(tmp_pat
     make_log(tmp_path, 20)
     assert verify(tmp_path).intact
     with pytest.raises(StartError, match=r"line 6 of the audit log is not the one.*--expect-audit-head"):
-        open_log(tmp_path, known=Known(begun=True, head=known))
+        open_log(tmp_path, expected=ExpectedLog(exists=True, head=known))
 
 
 def test_a_log_that_lost_the_file_of_a_remembered_line_is_refused(tmp_path: Path) -> None:
     heads = many(tmp_path)
     os.unlink(tmp_path / f"{LOG}.1.zst")
-    with pytest.raises(StartError, match="line 3 of the audit log, which was written, is in none of its files"):
-        open_log(tmp_path, known=Known(begun=True, head=heads[2]))
+    with pytest.raises(StartError, match="line 3 of the audit log was written, but none of the files has it"):
+        open_log(tmp_path, expected=ExpectedLog(exists=True, head=heads[2]))
     damaged = tmp_path / f"{LOG}.2.zst"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(StartError, match=r"can't be read: minikms-audit\.log\.2\.zst does not decompress"):
-        open_log(tmp_path, known=Known(begun=True, head=heads[2]))
+        open_log(tmp_path, expected=ExpectedLog(exists=True, head=heads[2]))
 
 
 def test_told_to_accept_the_loss_a_start_keeps_the_old_files_and_says_so(tmp_path: Path) -> None:
@@ -253,7 +252,7 @@ def test_told_to_accept_the_loss_a_start_keeps_the_old_files_and_says_so(tmp_pat
     altered = (tmp_path / LOG).read_bytes().replace(b'"ok"', b'"no"')
     (tmp_path / LOG).write_bytes(altered)
     (tmp_path / f"{LOG}.1").write_bytes(b"an older segment")
-    open_log(tmp_path, known=Known(begun=True, head=known), accept_loss=True).close()
+    open_log(tmp_path, expected=ExpectedLog(exists=True, head=known), accept_loss=True).close()
     genesis = events_of(tmp_path)[0]
     aside = genesis.facts["previous_files"]
     assert isinstance(aside, str)
@@ -313,7 +312,7 @@ def test_a_start_reads_no_further_back_than_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A line altered before it is for `verify` to find."""
-    monkeypatch.setattr(tail, "_READ_BYTES", 500)
+    monkeypatch.setattr(recovery, "_READ_BYTES", 500)
     monkeypatch.setattr(writer, "CHECKPOINT_LINES", 50)
     log = open_log(tmp_path)
     write_events(log, 130, per_commit=10)
@@ -328,8 +327,8 @@ def test_a_start_reads_no_further_back_than_the_last_checkpoint(
 def test_a_file_without_any_signed_line_in_a_long_stretch_is_not_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tail, "_READ_BYTES", 500)
-    monkeypatch.setattr(tail, "TAIL_BYTES_MAX", 4000)
+    monkeypatch.setattr(recovery, "_READ_BYTES", 500)
+    monkeypatch.setattr(recovery, "LOG_END_BYTES_MAX", 4000)
     kill(tmp_path, 50)
     with pytest.raises(StartError, match="no checkpoint in its last 4000 bytes"):
         open_log(tmp_path)

@@ -13,8 +13,8 @@ from logmaker import KEY1, LOG, Clock, encrypt_event, make_log, open_log, write_
 
 from minikms.audit import Event, queries, record
 from minikms.audit.log import CHORES_NS, Limits
+from minikms.audit.maintenance import compress_closed
 from minikms.audit.reader import Follower, last_lines, list_segments
-from minikms.audit.retention import compress_closed
 from minikms.audit.shipping import FileForwarder, Forwarding
 
 SMALL_SEGMENTS = Limits(segment_bytes=3000, reserve_bytes=0)

@@ -73,7 +73,7 @@ def test_sealing_many_at_once_gives_the_bytes_of_sealing_one_by_one(many: list[E
         seq += 1
         event_bytes = record.encode_event(msgspec.structs.replace(event, seq=seq, ts=ts))
         sig = chain.mac(KEY1.mac_key, sig, event_bytes)
-        expected += record.frame(event_bytes, sig)
+        expected += record.encode_line(event_bytes, sig)
     assert (blob, head) == (expected, Head(seq, sig))
 
 

@@ -14,11 +14,12 @@ from logmaker import KEY1, KEY2, LOG, encrypt_event, verify
 from make_vectors import LOG_ID, Maker, put
 
 from minikms.audit import chain, record
-from minikms.audit.chain import Coverage, base64_text
+from minikms.audit.chain import Coverage
 from minikms.audit.record import Event, Facts, Head
+from minikms.base64 import encode_text
 
 FIRST = f"{LOG}.1"
-OTHER_SIG = base64_text(bytes(range(32)))
+OTHER_SIG = encode_text(bytes(range(32)))
 
 
 def begun(file: str = LOG, **changes: str | int) -> Maker:
@@ -41,15 +42,15 @@ def signed(event_type: str = "checkpoint", *, extra: Facts | None = None, **chan
             "lines": 2,
             "lines_sha256": maker.coverage.hex(),
             "log_id": LOG_ID.hex(),
-            "previous_sig": base64_text(maker.head.sig),
+            "previous_sig": encode_text(maker.head.sig),
             **(extra or {}),
             **changes,
         }
         event = Event(seq=3, ts=maker.ts + 1, type=event_type, actor=record.ACTOR_SELF, facts=facts)
-        event.facts["signature"] = base64_text(maker.key.signer.sign(chain.signed_message(event)))
+        event.facts["signature"] = encode_text(maker.key.signer.sign(chain.signed_message(event)))
         event_bytes = record.encode_event(event)
         sig = chain.mac(maker.key.mac_key, maker.head.sig, event_bytes)
-        maker.take(record.frame(event_bytes, sig), Head(3, sig))
+        maker.take(record.encode_line(event_bytes, sig), Head(3, sig))
         return maker
 
     return make
@@ -113,7 +114,7 @@ def test_a_log_that_breaks_no_rule_is_intact(tmp_path: Path, make: Callable[[], 
     [
         pytest.param(lambda: begun(format=2), "foreign", id="another format"),
         pytest.param(lambda: begun(key=9), "foreign", id="an unknown key version"),
-        pytest.param(lambda: begun(public_key=base64_text(KEY2.public_key)), "foreign", id="another public key"),
+        pytest.param(lambda: begun(public_key=encode_text(KEY2.public_key)), "foreign", id="another public key"),
         pytest.param(lambda: begun(segment=2), "altered", id="a genesis line of segment 2"),
         pytest.param(signed(log_id="ff" * 16), "foreign", id="signed for another log"),
         pytest.param(signed(key=2), "foreign", id="signed for another key version"),
@@ -126,7 +127,7 @@ def test_a_log_that_breaks_no_rule_is_intact(tmp_path: Path, make: Callable[[], 
             signed("segment_close", next_segment=3), "segment", id="a close that names the file after the next"
         ),
         pytest.param(
-            signed("audit_key", next_key=1, next_public_key=base64_text(KEY2.public_key)), "altered", id="no later key"
+            signed("audit_key", next_key=1, next_public_key=encode_text(KEY2.public_key)), "altered", id="no later key"
         ),
         pytest.param(
             signed("audit_key", next_key=2, next_public_key="AAAA"), "altered", id="a public key of another size"
@@ -140,7 +141,7 @@ def test_a_log_that_breaks_no_rule_is_intact(tmp_path: Path, make: Callable[[], 
         pytest.param(two_files(log_id="ff" * 16), "foreign", id="a file of another log"),
         pytest.param(two_files(key=2), "foreign", id="a file under another key version"),
         pytest.param(
-            two_files(public_key=base64_text(KEY2.public_key)), "foreign", id="a file under another public key"
+            two_files(public_key=encode_text(KEY2.public_key)), "foreign", id="a file under another public key"
         ),
         pytest.param(two_files(segment=3), "segment", id="a file of another number"),
         pytest.param(two_files(format=2), "foreign", id="a file of another format"),
@@ -169,7 +170,7 @@ def test_a_log_without_a_key_version_is_refused_by_the_public_key_too(tmp_path: 
 
 def test_an_unknown_key_version_after_a_change_is_named(tmp_path: Path) -> None:
     maker = begun()
-    maker.sign("audit_key", {"next_key": 5, "next_public_key": base64_text(KEY2.public_key)})
+    maker.sign("audit_key", {"next_key": 5, "next_public_key": encode_text(KEY2.public_key)})
     put(maker.files, tmp_path)
     assert [finding.kind for finding in verify(tmp_path).findings] == ["foreign"]
     assert verify(tmp_path, public_only=True).intact
@@ -183,7 +184,7 @@ def test_a_removal_of_another_line_excuses_nothing(tmp_path: Path) -> None:
         closed = maker.head
         opening = maker.opening()
         maker.begin(LOG, opening)
-        facts: Facts = {"last_seq": closed.seq, "last_sig": last_sig or base64_text(closed.sig), "removed_segment": 1}
+        facts: Facts = {"last_seq": closed.seq, "last_sig": last_sig or encode_text(closed.sig), "removed_segment": 1}
         maker.add(Event(type="retention", actor="minikms", facts=facts))
         put({LOG: maker.files[LOG]}, tmp_path)
         assert verify(tmp_path).intact is intact

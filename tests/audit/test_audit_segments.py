@@ -27,8 +27,8 @@ from logmaker import (
 
 from minikms.audit import AuditLog
 from minikms.audit.log import CHORES_NS, Limits
+from minikms.audit.maintenance import compress_closed
 from minikms.audit.reader import list_segments
-from minikms.audit.retention import compress_closed
 from minikms.errors import AuditUnavailableError, StartError
 
 SMALL_SEGMENTS = Limits(segment_bytes=3000, reserve_bytes=0)

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from logmaker import KEY1, KEY2, LOG, Clock, Key, encrypt_event, lines_of, open_log, verify, write_events
 
 from minikms.audit import chain, record
-from minikms.audit.chain import Coverage, base64_bytes
+from minikms.audit.chain import Coverage
 from minikms.audit.log import Limits
+from minikms.audit.maintenance import Retention, compress_closed, remove_segments
 from minikms.audit.reader import DamagedSegmentError, each_segment, list_segments
 from minikms.audit.record import Event, Head
-from minikms.audit.retention import Retention, compress_closed
+from minikms.base64 import decode_exact, encode_text
 
 EXAMPLES = int(os.environ.get("AUDIT_FUZZ_EXAMPLES", "120"))
 NOW = 1_700_000_000_000_000_000
@@ -60,7 +61,7 @@ class Original:
             write_events(log, 2)
             log._writer.rotate(ts)
             if not begun:
-                log.remove_segments(Retention(bytes_max=1, days_min=0))
+                remove_segments(log, Retention(bytes_max=1, days_min=0))
             log.add(encrypt_event(7, thread_id="t", key_ids=["k"], detail="a word"))
             log.close()
         if compressed:
@@ -224,7 +225,7 @@ def alter_event(draw: Draw, events: list[tuple[Path, Event]]) -> None:
 def write_again(events: list[tuple[Path, Event]], *, renumber: bool) -> None:
     content: dict[Path, bytes] = {path: b"" for path, _ in events}
     first = events[0][1]
-    sig = base64_bytes(first.facts.get("previous_sig"), 32) or record.ZERO_MAC
+    sig = decode_exact(first.facts.get("previous_sig"), 32) or record.ZERO_MAC
     seq = first.seq - 1
     key: Key = KEY2 if first.facts.get("key") == 2 else KEY1
     coverage, last, last_seq = Coverage(), b"", 0
@@ -234,18 +235,18 @@ def write_again(events: list[tuple[Path, Event]], *, renumber: bool) -> None:
         facts = event.facts
         if event.type in ("genesis", "segment_open"):
             if "previous_sig" in facts and last and renumber:
-                facts |= {"previous_sig": chain.base64_text(sig), "previous_seq": last_seq}
+                facts |= {"previous_sig": encode_text(sig), "previous_seq": last_seq}
                 facts["previous_sha256"] = coverage.hex()
             coverage = Coverage()
         if event.type in record.SIGNED_TYPES and "signature" in facts:
             if renumber:
                 facts |= {"lines": coverage.lines_count, "lines_sha256": coverage.hex()}
-                facts["previous_sig"] = chain.base64_text(sig)
-            facts["signature"] = chain.base64_text(key.audit_key().signer.sign(chain.signed_message(event)))
+                facts["previous_sig"] = encode_text(sig)
+            facts["signature"] = encode_text(key.audit_key().signer.sign(chain.signed_message(event)))
             coverage = Coverage()
         event_bytes = record.encode_event(event)
         sig = chain.mac(key.mac_key, sig, event_bytes)
-        last, last_seq = record.frame(event_bytes, sig), seq
+        last, last_seq = record.encode_line(event_bytes, sig), seq
         coverage.add(last, 1)
         content[path] = content[path] + last
         if event.type == "audit_key" and facts.get("next_key") == 2:

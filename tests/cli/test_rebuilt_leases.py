@@ -10,7 +10,7 @@ from minikms.cli.doctor import _rebuild
 from minikms.custody.files import open_directory
 from minikms.custody.lease_format import USES_MAX
 from minikms.custody.lease_store import LeaseStore
-from minikms.keys.ids import key_id_to_bytes, make_key_id
+from minikms.keys.dek import key_id_to_bytes, make_key_id
 
 
 def test_a_key_that_is_there_as_a_backup_only_is_spent_too(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Fixtures of this room: an open directory, and lease files in it that can be opened again and again."""
+"""Fixtures: an open directory, and lease files in it that can be opened repeatedly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def directory(tmp_path: Path) -> Iterator[int]:
 
 @pytest.fixture
 def opened(directory: int) -> Iterator[Callable[..., LeaseStore]]:
-    """Open the lease files (again): the one before is closed, as the lock would have it."""
+    """Opens the lease files again, and closes those that were open before."""
     stores: list[LeaseStore] = []
 
     def reopen(*, create: bool = False) -> LeaseStore:

@@ -1,8 +1,8 @@
-"""A small process that changes files, to be killed or failed at one of its system calls.
+"""A process that changes files, to be killed or failed at one of its system calls.
 
-`crash_driver.py SCENARIO DIRECTORY`: writes "begin" to stderr when its preparations end, and to stdout what it was
-promised ("told", a name and its content; "granted", a key and its count), each line after the promise. A refusal is
-written as "refused" and tried once more.
+`crash_driver.py SCENARIO DIRECTORY` writes "begin" to stderr after its preparations. To stdout it writes each promise
+after the call returned: "told", a name and its content, or "granted", a key and its count. After an error it writes
+"refused" and tries once more.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from minikms.custody.files import create_file_exclusive, open_directory, remove_file, replace_file, replace_many
+from minikms.custody.files import FileWrite, open_directory, remove_file, replace_file, write_files
 from minikms.custody.lease_store import LeaseStore
 from minikms.errors import StorageUnavailableError
 
@@ -34,13 +34,13 @@ def replace(directory: int) -> None:
 
 
 def create(directory: int) -> None:
-    insist(lambda: create_file_exclusive(directory, "g0", b"new"))
+    insist(lambda: write_files(directory, [FileWrite("g0", b"new", exclusive=True)]))
     tell("told g0 new")
 
 
 def many(directory: int) -> None:
     names = [f"f{number}" for number in range(5)]
-    insist(lambda: replace_many(directory, [(name, b"new") for name in names]))
+    insist(lambda: write_files(directory, [FileWrite(name, b"new") for name in names]))
     for name in names:
         tell(f"told {name} new")
 

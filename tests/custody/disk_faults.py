@@ -1,4 +1,4 @@
-"""Failing disks for the tests of this room: a system call that raises, a bit that flips, a key by number."""
+"""Disk faults: a system call that fails, a bit that flips; and keys by number."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 
 
 def key(number: int) -> bytes:
-    """A key's 16 bytes; they sort as the numbers."""
+    """The 16 bytes of a key. They sort as the numbers."""
     return number.to_bytes(16, "big")
 
 
 def failing(
     function: Callable[..., object], *, at: int, number: int = errno.EIO, times: int = 1_000_000
 ) -> Callable[..., object]:
-    """`function`, but its call number `at` (from 1) fails, and so do the `times - 1` after it."""
+    """`function`, except that call number `at` (from 1) and the `times - 1` calls after it fail."""
     calls = 0
 
     def call(*args: object, **kwargs: object) -> object:
@@ -34,7 +34,7 @@ def failing(
 
 @contextlib.contextmanager
 def failing_os(patch: pytest.MonkeyPatch, call: str, *, at: int = 1, number: int = errno.ENOSPC) -> Iterator[None]:
-    """Within, `os.<call>` fails from its call number `at` on."""
+    """Inside the block `os.<call>` fails from call number `at` on."""
     with patch.context() as context:
         context.setattr(os, call, failing(getattr(os, call), at=at, number=number))
         yield

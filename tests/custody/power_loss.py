@@ -1,9 +1,10 @@
-"""A disk that loses power: what the kernel may leave of a directory when only what was synced is sure.
+"""A model of a disk that loses power: what may be left of a directory when only synced data is certain.
 
-Owns: a model beside the real directory. The code under test makes real system calls; each is also recorded here, and
+Owns: a model beside the real directory. The code under test makes real system calls. Each call is recorded here, and
 after each one `on_event` may ask for the images that a power loss at this point could leave:
-- A file's content is what was last synced, or what was written since in whole, in part, or as zeros of that length.
-- Creations, renames, links and removals since the last sync of the directory have happened or not, each for itself.
+- The content of a file is the content of its last sync, or what was written since: all, a part, or zeros of that
+  length.
+- Each creation, rename, link and removal since the last sync of the directory has happened or not, independently.
 It must not be kinder than a disk: a sync of a file does not make its name durable here, though it does on ext4.
 """
 
@@ -39,7 +40,7 @@ Names = dict[str, Inode]
 
 
 class Disk:
-    """Records what happens in one directory from `begin` on. What is there at `begin` is durable."""
+    """Records what happens in one directory after `begin`. What is there at `begin` is durable."""
 
     def __init__(self, directory: int, on_event: Callable[[Disk], None]) -> None:
         self._directory = directory
@@ -65,7 +66,7 @@ class Disk:
         self._watching = True
 
     def images(self, rng: random.Random, samples: int) -> Iterator[dict[str, bytes]]:
-        """What a loss of power right now may leave, some of it drawn at random."""
+        """Images that a power loss now may leave, some of them drawn at random."""
         for _ in range(samples):
             names = dict(self._durable_names)
             for change in self._pending:

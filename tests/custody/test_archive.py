@@ -1,4 +1,4 @@
-"""A backup archive that is not exactly what was made is not good, whatever of it was changed."""
+"""A backup archive with any change is refused; the register names the archives that may hold a key."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from minikms.custody.backup.register import ArchiveRegister, Registered
 from minikms.custody.backup.restore import newer_tombstones
 from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME
 from minikms.errors import ConflictError
-from minikms.keys.ids import make_key_id
+from minikms.keys.dek import make_key_id
 from minikms.keys.keyring import Body, Tombstone
 
 ROOT = memoryview(bytes(range(32)))
@@ -59,12 +59,12 @@ def read(data: bytes, root: memoryview = ROOT) -> tuple[Manifest, dict[str, byte
     return reader.check_tag(root), content
 
 
-def test_what_was_written_is_read() -> None:
+def test_an_archive_reads_back_as_written() -> None:
     assert read(ARCHIVE) == (MANIFEST, {JOURNAL_NAME: b"journal", dek_entry_name(KEY_ID): b"{}"})
 
 
 @given(st.integers(0, len(ARCHIVE) - 1), st.integers(1, 255))
-def test_a_changed_byte_anywhere_is_found(place: int, change: int) -> None:
+def test_a_changed_byte_anywhere_is_refused(place: int, change: int) -> None:
     changed = bytearray(ARCHIVE)
     changed[place] ^= change
     with pytest.raises(ArchiveError):
@@ -72,18 +72,18 @@ def test_a_changed_byte_anywhere_is_found(place: int, change: int) -> None:
 
 
 @given(st.integers(0, len(ARCHIVE) - 1))
-def test_an_archive_that_is_cut_short_anywhere_is_found(length: int) -> None:
+def test_an_archive_that_is_cut_short_anywhere_is_refused(length: int) -> None:
     with pytest.raises(ArchiveError):
         read(ARCHIVE[:length])
 
 
 @given(st.binary(min_size=1, max_size=100))
-def test_nothing_may_follow(more: bytes) -> None:
+def test_bytes_after_the_tag_are_refused(more: bytes) -> None:
     with pytest.raises(ArchiveError):
         read(ARCHIVE + more)
 
 
-def test_another_root_key_is_named_as_such() -> None:
+def test_another_root_key_is_named() -> None:
     with pytest.raises(ArchiveError, match=r"was made under root key 0{16}, the given one is "):
         read(ARCHIVE, memoryview(bytes(32)))
 
@@ -132,7 +132,7 @@ def test_entries_in_another_order_or_twice_are_refused(names: list[str]) -> None
         read(file.getvalue())
 
 
-def test_what_is_passed_over_is_authenticated_all_the_same() -> None:
+def test_skipped_entries_are_authenticated_too() -> None:
     reader = ArchiveReader(io.BytesIO(ARCHIVE))
     assert [entry.name for entry in reader.entries(only=(JOURNAL_NAME,))] == [JOURNAL_NAME]
     assert reader.check_tag(ROOT) == MANIFEST
@@ -144,7 +144,7 @@ def test_what_is_passed_over_is_authenticated_all_the_same() -> None:
 
 
 def test_no_text_of_an_altered_archive_is_shown() -> None:
-    """It goes to a terminal."""
+    """The text goes to a terminal."""
     forged = ARCHIVE.replace(b'"%b"' % (b"0" * 16), b'"\\u001b[2JCall me"')
     assert forged != ARCHIVE
     with pytest.raises(ArchiveError) as refused:
@@ -169,14 +169,14 @@ def test_an_archive_may_hold_the_keys_that_were_made_before_it_ended(tmp_path: P
     assert register.may_hold(KEY_ID) == ["/backup/2", "/backup/4"]
 
 
-def test_an_archive_may_hold_a_key_that_was_made_before_the_clock_went_back(tmp_path: Path) -> None:
+def test_an_archive_may_hold_a_key_made_before_a_clock_step_back(tmp_path: Path) -> None:
     register = ArchiveRegister(str(tmp_path))
     for number, newest in ((1, KEY_ID), (2, make_key_id(999_999, bytes(10))), (3, OTHER_KEY_ID)):
         register.put(Registered(f"a_{number:016x}", f"/backup/{number}", number, 500_000 + number, 1, 1, newest))
     assert register.may_hold(KEY_ID) == ["/backup/1", "/backup/3"]
 
 
-def test_what_is_no_entry_of_the_register_is_passed_over(tmp_path: Path) -> None:
+def test_invalid_register_entries_are_not_listed(tmp_path: Path) -> None:
     register = ArchiveRegister(str(tmp_path))
     register.put(entry(1, 0))
     (tmp_path / "kms-archives" / "a_00000000000000ff.json").write_text("{")
@@ -194,8 +194,8 @@ def test_a_receipt_says_which_entries_of_the_register_cannot_be_read(tmp_path: P
     assert register.may_hold(KEY_ID) == ["/backup/1", "unknown: kms-archives/a_00000000000000ff.json can't be read"]
 
 
-def test_a_register_that_cannot_be_opened_is_no_error_of_a_destruction(tmp_path: Path) -> None:
-    """The key is gone by then: what failed is only to say where else it may be."""
+def test_an_unreadable_register_does_not_fail_a_destruction(tmp_path: Path) -> None:
+    """The key is destroyed already; only the list of archives is incomplete."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "kms-archives").symlink_to(tmp_path / "elsewhere")
     assert ArchiveRegister(str(tmp_path)).may_hold(KEY_ID) == [
@@ -229,5 +229,5 @@ def test_a_later_keyring_adds_its_tombstones(bodies: tuple[Body, Body]) -> None:
 def test_a_keyring_of_another_installation_is_refused(bodies: tuple[Body, Body]) -> None:
     archived, later = bodies
     other = Body(**{name: getattr(later, name) for name in later.__struct_fields__} | {"keyring_id": "kr_2"})
-    with pytest.raises(ConflictError, match="not a later one"):
+    with pytest.raises(ConflictError, match="not a later version"):
         newer_tombstones(archived, other)

@@ -1,4 +1,4 @@
-"""Files are replaced whole or not at all, and a failure leaves what was there and nothing else."""
+"""A file is replaced whole or not at all, and a failure leaves the old content and no other file."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from pathlib import Path
 import pytest
 from disk_faults import failing
 
-from minikms.custody import files as atomic
-from minikms.custody import files as syncfs
+from minikms.custody import files
 from minikms.custody.files import (
     FileWrite,
-    create_file_exclusive,
     open_directory,
     read_file_bounded,
     remove_file,
     replace_file,
     replace_file_from,
-    replace_many,
     sweep_temps,
+    write_files,
     write_group,
 )
 from minikms.errors import ConflictError, InvalidRequestError, StorageUnavailableError
@@ -30,9 +28,9 @@ from minikms.errors import ConflictError, InvalidRequestError, StorageUnavailabl
 
 @pytest.fixture(params=["syncfs", "fsync"])
 def sync_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to sync a group, on whatever file system the tests run."""
+    """Both ways to sync a group, whatever the file system of the tests is."""
     way: str = request.param
-    monkeypatch.setattr(atomic, "syncfs_reports", lambda _directory: way == "syncfs")
+    monkeypatch.setattr(files, "syncfs_reports", lambda _directory: way == "syncfs")
     return way
 
 
@@ -55,14 +53,12 @@ def test_replacing_makes_a_new_file_and_never_writes_into_the_old_one(tmp_path: 
     assert (tmp_path / "backup").read_bytes() == b"old"
 
 
-def test_content_may_come_in_parts_and_views(tmp_path: Path, directory: int) -> None:
+def test_content_may_come_in_parts(tmp_path: Path, directory: int) -> None:
     replace_file_from(directory, "f", (bytes([number]) * 3 for number in range(4)))
     assert (tmp_path / "f").read_bytes() == b"\0\0\0\1\1\1\2\2\2\3\3\3"
 
 
-def test_what_the_source_of_the_content_raises_passes_through_and_leaves_the_old_file(
-    tmp_path: Path, directory: int
-) -> None:
+def test_an_error_of_the_content_source_leaves_the_old_file(tmp_path: Path, directory: int) -> None:
     def chunks() -> Iterator[bytes]:
         yield b"half"
         raise KeyError("source")
@@ -101,7 +97,7 @@ def test_a_failure_before_the_rename_leaves_the_old_file_and_nothing_else(
     assert (tmp_path / "f").read_bytes() == b"retried"
 
 
-def test_a_failed_sync_of_the_directory_is_told_and_leaves_a_whole_file(
+def test_a_failed_sync_of_the_directory_raises_and_leaves_a_whole_file(
     tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_file(directory, "f", b"old")
@@ -138,9 +134,9 @@ def test_after_a_failed_sync_the_retry_syncs_another_file(
 
 
 def test_an_exclusive_file_is_made_once(tmp_path: Path, directory: int) -> None:
-    create_file_exclusive(directory, "f", b"first")
+    write_files(directory, [FileWrite("f", b"first", exclusive=True)])
     with pytest.raises(ConflictError):
-        create_file_exclusive(directory, "f", b"second")
+        write_files(directory, [FileWrite("f", b"second", exclusive=True)])
     assert (tmp_path / "f").read_bytes() == b"first"
     assert names(tmp_path) == ["f"]
 
@@ -148,7 +144,7 @@ def test_an_exclusive_file_is_made_once(tmp_path: Path, directory: int) -> None:
 def test_an_exclusive_name_taken_by_a_dangling_symlink_is_taken(tmp_path: Path, directory: int) -> None:
     (tmp_path / "f").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConflictError):
-        create_file_exclusive(directory, "f", b"content")
+        write_files(directory, [FileWrite("f", b"content", exclusive=True)])
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -159,16 +155,16 @@ def test_an_exclusive_file_that_is_not_durable_is_not_there(
     with monkeypatch.context() as patch:
         patch.setattr(os, call, failing(getattr(os, call), at=at))
         with pytest.raises(StorageUnavailableError):
-            create_file_exclusive(directory, "f", b"content")
+            write_files(directory, [FileWrite("f", b"content", exclusive=True)])
     assert names(tmp_path) == []
 
 
 def test_a_group_replaces_all_its_files(tmp_path: Path, directory: int, sync_way: str) -> None:
-    files = [(f"f{number}", b"%d" % number) for number in range(20)]
-    replace_many(directory, [(name, b"old") for name, _ in files])
-    replace_many(directory, files)
-    assert names(tmp_path) == sorted(name for name, _ in files)
-    assert all((tmp_path / name).read_bytes() == data for name, data in files)
+    writes = [FileWrite(f"f{number}", b"%d" % number) for number in range(20)]
+    write_files(directory, [write._replace(data=b"old") for write in writes])
+    write_files(directory, writes)
+    assert names(tmp_path) == sorted(write.name for write in writes)
+    assert all((tmp_path / write.name).read_bytes() == write.data for write in writes)
 
 
 def test_an_empty_group_is_nothing(tmp_path: Path, directory: int, sync_way: str) -> None:
@@ -178,10 +174,10 @@ def test_an_empty_group_is_nothing(tmp_path: Path, directory: int, sync_way: str
 
 def test_a_large_group_costs_two_syncs(directory: int, sync_way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     syncs: list[str] = []
-    real_fsync, real_syncfs = os.fsync, atomic.syncfs
+    real_fsync, real_syncfs = os.fsync, files.syncfs
     monkeypatch.setattr(os, "fsync", lambda fd: (syncs.append("fsync"), real_fsync(fd)))
-    monkeypatch.setattr(atomic, "syncfs", lambda fd: (syncs.append("syncfs"), real_syncfs(fd)))
-    replace_many(directory, [(f"f{number}", b"x") for number in range(10)])
+    monkeypatch.setattr(files, "syncfs", lambda fd: (syncs.append("syncfs"), real_syncfs(fd)))
+    write_files(directory, [FileWrite(f"f{number}", b"x") for number in range(10)])
     assert syncs == (["syncfs"] * 2 if sync_way == "syncfs" else ["fsync"] * 11)
 
 
@@ -189,18 +185,18 @@ def test_a_large_group_costs_two_syncs(directory: int, sync_way: str, monkeypatc
 def test_a_group_that_fails_before_the_renames_changes_nothing(
     tmp_path: Path, directory: int, sync_way: str, monkeypatch: pytest.MonkeyPatch, call: str, at: int
 ) -> None:
-    files = [(f"f{number}", b"new") for number in range(8)]
-    replace_many(directory, [(name, b"old") for name, _ in files])
+    writes = [FileWrite(f"f{number}", b"new") for number in range(8)]
+    write_files(directory, [write._replace(data=b"old") for write in writes])
     with monkeypatch.context() as patch:
         if call == "first sync" and sync_way == "syncfs":
-            patch.setattr(atomic, "syncfs", failing(atomic.syncfs, at=at))
+            patch.setattr(files, "syncfs", failing(files.syncfs, at=at))
         else:
             name = "fsync" if call == "first sync" else call
             patch.setattr(os, name, failing(getattr(os, name), at=at))
         with pytest.raises(StorageUnavailableError):
-            replace_many(directory, files)
-    assert names(tmp_path) == sorted(name for name, _ in files)
-    assert all((tmp_path / name).read_bytes() == b"old" for name, _ in files)
+            write_files(directory, writes)
+    assert names(tmp_path) == sorted(write.name for write in writes)
+    assert all((tmp_path / write.name).read_bytes() == b"old" for write in writes)
 
 
 def test_a_file_that_cannot_be_put_in_place_fails_alone(
@@ -222,21 +218,21 @@ def test_a_taken_name_in_a_group_fails_alone(tmp_path: Path, directory: int, syn
     assert names(tmp_path) == [f"f{number}" for number in range(5)]
 
 
-def test_the_later_of_two_writes_to_a_name_in_a_group_holds(tmp_path: Path, directory: int, sync_way: str) -> None:
+def test_of_two_writes_to_a_name_in_a_group_the_later_holds(tmp_path: Path, directory: int, sync_way: str) -> None:
     writes = [FileWrite("f", b"1"), FileWrite("f", b"2"), FileWrite("f", b"3", exclusive=True), FileWrite("g", b"4")]
     outcomes = write_group(directory, writes)
     assert [type(outcome) for outcome in outcomes] == [type(None), type(None), ConflictError, type(None)]
     assert (tmp_path / "f").read_bytes() == b"2"
 
 
-def test_when_the_last_sync_of_a_group_fails_all_are_told_and_new_names_are_withdrawn(
+def test_if_the_last_sync_of_a_group_fails_all_writes_fail(
     tmp_path: Path, directory: int, sync_way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_file(directory, "f0", b"old")
     writes = [FileWrite("f0", b"new"), *(FileWrite(f"n{number}", b"new", exclusive=True) for number in range(5))]
     with monkeypatch.context() as patch:
         if sync_way == "syncfs":
-            patch.setattr(atomic, "syncfs", failing(atomic.syncfs, at=2))
+            patch.setattr(files, "syncfs", failing(files.syncfs, at=2))
         else:
             patch.setattr(os, "fsync", failing(os.fsync, at=len(writes) + 1))
         outcomes = write_group(directory, writes)
@@ -252,18 +248,18 @@ def test_syncfs_is_not_trusted_on_old_kernels_or_foreign_file_systems(
     for release, trusted in (("5.4.0-generic", False), ("5.16.20", False), ("5.17.0", True), ("6.1.0-13", True)):
         fake = os.uname_result((real[0], real[1], release, real[3], real[4]))
         monkeypatch.setattr(os, "uname", lambda fake=fake: fake)
-        syncfs.syncfs_is_strict.cache_clear()
-        assert syncfs.syncfs_is_strict() is trusted
+        files.syncfs_is_strict.cache_clear()
+        assert files.syncfs_is_strict() is trusted
     monkeypatch.undo()
-    syncfs.syncfs_is_strict.cache_clear()
+    files.syncfs_is_strict.cache_clear()
     proc = open_directory("/proc")
-    assert syncfs.syncfs_reports(proc) is False
+    assert files.syncfs_reports(proc) is False
     os.close(proc)
 
 
 def test_a_failing_syncfs_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError) as refused:
-        syncfs.syncfs(-1)
+        files.syncfs(-1)
     assert refused.value.errno == errno.EBADF
 
 
@@ -285,7 +281,7 @@ def test_removing_is_durable_and_repeatable(tmp_path: Path, directory: int, monk
 def test_only_temporary_files_of_earlier_processes_are_swept(tmp_path: Path, directory: int) -> None:
     for name in (".tmp-0123456789abcdef-7", ".tmp-x", "kept", ".hidden"):
         (tmp_path / name).write_bytes(b"")
-    mine = atomic._write_temp(directory, (b"",), 0o600, sync=False)
+    mine = files._write_temp(directory, (b"",), sync=False)
     assert sweep_temps(directory) == 2
     assert names(tmp_path) == sorted([".hidden", "kept", mine])
 
@@ -294,8 +290,8 @@ def test_only_temporary_files_of_earlier_processes_are_swept(tmp_path: Path, dir
 def test_a_name_that_is_not_a_plain_file_name_touches_nothing(tmp_path: Path, directory: int, name: str) -> None:
     for call in (
         lambda: replace_file(directory, name, b""),
-        lambda: create_file_exclusive(directory, name, b""),
-        lambda: replace_many(directory, [("good", b""), (name, b"")]),
+        lambda: write_files(directory, [FileWrite(name, b"", exclusive=True)]),
+        lambda: write_files(directory, [FileWrite("good", b""), FileWrite(name, b"")]),
         lambda: remove_file(directory, name),
     ):
         with pytest.raises(InvalidRequestError):
@@ -315,7 +311,7 @@ def test_an_absent_file_reads_as_none(directory: int) -> None:
     assert read_file_bounded("absent", 1, dir_fd=directory) is None
 
 
-def test_what_is_not_a_regular_file_is_refused_without_waiting(tmp_path: Path, directory: int) -> None:
+def test_only_a_regular_file_is_read_and_a_fifo_does_not_block(tmp_path: Path, directory: int) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "dir").mkdir()
     (tmp_path / "real").write_bytes(b"x")
@@ -326,14 +322,14 @@ def test_what_is_not_a_regular_file_is_refused_without_waiting(tmp_path: Path, d
         assert str(tmp_path) not in str(refused.value)
 
 
-def test_a_read_that_fails_is_a_refusal(tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_read_is_a_storage_error(tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "f").write_bytes(b"x")
     monkeypatch.setattr(os, "read", failing(os.read, at=1))
     with pytest.raises(StorageUnavailableError):
         read_file_bounded("f", 10, dir_fd=directory)
 
 
-def test_a_directory_is_opened_as_what_it_is(tmp_path: Path) -> None:
+def test_only_a_directory_is_opened_as_a_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(FileNotFoundError):

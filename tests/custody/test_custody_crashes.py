@@ -1,6 +1,6 @@
-"""Real processes, killed or refused by the disk at one system call after the other (strace injects both).
+"""Real processes, killed or failed at one system call after the other (strace injects both).
 
-A part of the points is in the normal suite; `-m torture` takes all of them and prints their number.
+The normal suite takes a part of the points; `-m torture` takes all of them and prints their number.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def check_files(place: Path, told: dict[str, str]) -> None:
 
 
 def check(place: Path, scenario: str, stdout: bytes, *, temps: bool) -> None:
-    """What was told holds. `temps`: whether temporary files may have been left behind."""
+    """Every promise holds. `temps`: whether temporary files may be left."""
     lines = [line.split() for line in stdout.decode().splitlines()]
     directory = open_directory(place)
     # In this process they look like those of an earlier one, as they do to a daemon that starts again.

@@ -1,4 +1,4 @@
-"""Writes from the event loop form groups, and each caller learns the fate of its own file."""
+"""Writes from the event loop form groups, and each caller gets the outcome of its own file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minikms.errors import ConflictError, InvalidRequestError, MiniKmsError, Sto
 
 
 class Disk:
-    """Stands before the real `write_group`: records the groups, and can hold or fail one."""
+    """Replaces `write_group`: records the groups, and can hold or fail one."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.groups: list[list[str]] = []
@@ -103,7 +103,7 @@ def test_groups_are_bounded_in_number_and_bytes(run: Run, disk: Disk, monkeypatc
     assert [len(group) for group in disk.groups] == [3, 3, 1, 2, 1]
 
 
-def test_a_conflict_is_told_to_its_caller_only(run: Run, tmp_path: Path) -> None:
+def test_only_the_caller_of_a_taken_name_gets_the_conflict(run: Run, tmp_path: Path) -> None:
     (tmp_path / "taken").write_bytes(b"old")
 
     async def scenario(group: GroupCommit) -> None:
@@ -116,9 +116,7 @@ def test_a_conflict_is_told_to_its_caller_only(run: Run, tmp_path: Path) -> None
     assert (tmp_path / "taken").read_bytes() == b"old"
 
 
-def test_a_failed_group_is_told_to_all_its_callers_and_the_next_one_is_tried(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_callers_of_a_failed_group_get_its_error(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(group: GroupCommit) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -145,7 +143,7 @@ def test_a_defect_cancels_its_callers_and_does_not_stop_the_next_group(run: Run,
     assert [type(problem) for problem in problems] == [RuntimeError], "and it is reported"
 
 
-def test_a_caller_that_gave_up_before_its_group_began_writes_nothing(run: Run, disk: Disk, tmp_path: Path) -> None:
+def test_a_caller_cancelled_before_its_group_begins_writes_nothing(run: Run, disk: Disk, tmp_path: Path) -> None:
     async def scenario(group: GroupCommit) -> None:
         disk.go.clear()
         first = asyncio.create_task(group.submit("first", b""))

@@ -1,4 +1,4 @@
-"""Torn, damaged and restored lease files: whatever can't be read, no key is counted too low."""
+"""Torn, damaged and restored lease files: no count is ever too low."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_each_damaged_record_adds_a_lease_to_every_key(tmp_path: Path, opened: C
 def test_a_journal_damaged_in_many_places_is_refused(tmp_path: Path, opened: Callable[..., LeaseStore]) -> None:
     good = encode_record(key(1), 2 * LEASE_USES)
     journal(tmp_path, *[bytes(RECORD_BYTES), good] * (DAMAGED_RECORDS_MAX + 1))
-    with pytest.raises(StartError, match="many places"):
+    with pytest.raises(StartError, match="damaged records"):
         opened()
 
 
@@ -132,7 +132,7 @@ def test_a_damaged_block_hides_only_its_own_keys_and_those_are_spent(
 
     check(store)
     assert store.reserve([keys[BLOCK_ENTRIES], keys[0]]) == [None, 3 * LEASE_USES]
-    store.add_restore_penalty(bytes(16), 0)  # merges
+    store.merge()
     assert store.total(keys[0]) == 3 * LEASE_USES
     keys.remove(keys[0])
     check(store)
@@ -142,9 +142,7 @@ def test_a_damaged_block_hides_only_its_own_keys_and_those_are_spent(
     check(store)
 
 
-def test_a_key_in_the_journal_is_known_even_when_its_block_is_damaged(
-    tmp_path: Path, opened: Callable[..., LeaseStore]
-) -> None:
+def test_a_key_in_the_journal_needs_no_readable_block(tmp_path: Path, opened: Callable[..., LeaseStore]) -> None:
     store = opened(create=True)
     store.reserve([key(number) for number in range(10)])
     store.merge()
@@ -180,20 +178,20 @@ small_keys = st.integers(0, 30).map(key)
 
 
 @given(st.lists(st.tuples(small_keys, st.integers(0, 100)), max_size=12))
-def test_penalties_add_up_for_each_key_they_cover(penalties: list[tuple[bytes, int]]) -> None:
+def test_steps_add_up_for_each_key_that_they_cover(penalties: list[tuple[bytes, int]]) -> None:
     floors = Floors()
     for last, uses in penalties:
-        floors = floors.penalised(last, uses)
+        floors = floors.with_uses_added(last, uses)
     for number in range(32):
         assert floors.added_uses(key(number)) == sum(uses for last, uses in penalties if key(number) <= last)
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**6).map(key), st.integers(0, 100)), min_size=60, max_size=90))
 @settings(max_examples=20)
-def test_too_many_penalties_are_never_counted_too_low(penalties: list[tuple[bytes, int]]) -> None:
+def test_too_many_steps_are_never_counted_too_low(penalties: list[tuple[bytes, int]]) -> None:
     floors = Floors()
     for last, uses in penalties:
-        floors = floors.penalised(last, uses)
+        floors = floors.with_uses_added(last, uses)
     assert len(floors.steps) <= STEPS_COUNT_MAX
     for probe in {last for last, _ in penalties}:
         assert floors.added_uses(probe) >= sum(uses for last, uses in penalties if probe <= last)
@@ -208,22 +206,22 @@ def test_spent_ranges_stay_spent_and_bounded(ranges: list[SpentRange]) -> None:
             assert floors.is_spent(key(number))
 
 
-def test_a_restore_adds_to_the_keys_of_the_archive_and_not_to_later_ones(opened: Callable[..., LeaseStore]) -> None:
+def test_a_restore_adds_uses_to_keys_of_the_archive_and_not_to_later_ones(opened: Callable[..., LeaseStore]) -> None:
     store = opened(create=True)
     store.reserve([key(5)])
     for times in (1, 2):
-        store.add_restore_penalty(key(10))
+        store.add_restore_uses(key(10))
         store = opened()
         assert store.total(key(5)) == 2 * LEASE_USES + times * RESTORE_USES
         assert store.total(key(10)) == LEASE_USES + times * RESTORE_USES
         assert store.total(key(11)) == LEASE_USES
-    store.add_restore_penalty(key(20))
-    store.add_restore_penalty(key(20))
+    store.add_restore_uses(key(20))
+    store.add_restore_uses(key(20))
     assert opened().reserve([key(5), key(15)]) == [None, 2 * LEASE_USES + 2 * RESTORE_USES]
 
 
 def test_uses_added_never_pass_what_the_file_can_hold() -> None:
     floors = Floors()
     for _ in range(10):
-        floors = floors.penalised(KEY_LAST, RESTORE_USES)
+        floors = floors.with_uses_added(KEY_LAST, RESTORE_USES)
     assert floors.added_uses(key(1)) == USES_LIMIT

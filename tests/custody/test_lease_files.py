@@ -1,4 +1,4 @@
-"""The lease files: counts that only grow, are durable before they are told, and never pass the limit."""
+"""The lease files: counts only grow, are durable before they are returned, and stay within the limit."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def test_each_reservation_adds_a_lease_and_is_there_after_a_restart(opened: Call
     assert [store.total(key(number)) for number in (1, 2, 3)] == [3 * LEASE_USES, 2 * LEASE_USES, LEASE_USES]
 
 
-def test_a_key_may_come_twice_in_one_reservation(opened: Callable[..., LeaseStore]) -> None:
+def test_a_key_may_occur_twice_in_one_reservation(opened: Callable[..., LeaseStore]) -> None:
     assert opened(create=True).reserve([key(1), key(1)]) == [2 * LEASE_USES, 3 * LEASE_USES]
     assert opened().total(key(1)) == 3 * LEASE_USES
 
 
-def test_no_reservation_passes_the_limit_and_the_others_are_granted(
+def test_a_reservation_beyond_the_limit_is_refused_for_its_key_only(
     tmp_path: Path, opened: Callable[..., LeaseStore]
 ) -> None:
     journal(tmp_path, encode_record(key(1), USES_MAX - LEASE_USES), encode_record(key(2), USES_MAX))
@@ -121,13 +121,13 @@ def test_a_long_journal_is_due_for_a_merge(opened: Callable[..., LeaseStore], mo
     assert not store.merge_due
 
 
-def test_a_journal_that_cannot_be_merged_takes_only_so_much(
+def test_a_journal_that_cannot_be_merged_is_bounded(
     opened: Callable[..., LeaseStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_store, "JOURNAL_RECORDS_MAX", 10)
     store = opened(create=True)
     store.reserve([key(number) for number in range(10)])
-    with pytest.raises(StorageUnavailableError, match="merged"):
+    with pytest.raises(StorageUnavailableError, match="merges"):
         store.reserve([key(1)])
     assert store.total(key(1)) == 2 * LEASE_USES
     store.merge()
@@ -137,7 +137,9 @@ def test_a_journal_that_cannot_be_merged_takes_only_so_much(
 # --- first start, loss, foreign files ---------------------------------------------------------------------------------
 
 
-def test_a_missing_journal_is_made_on_the_first_start_only(tmp_path: Path, opened: Callable[..., LeaseStore]) -> None:
+def test_a_missing_journal_is_created_on_the_first_start_only(
+    tmp_path: Path, opened: Callable[..., LeaseStore]
+) -> None:
     with pytest.raises(StartError, match="kms-leases in the data directory is missing"):
         opened()
     opened(create=True)
@@ -205,7 +207,7 @@ def test_a_damaged_footer_or_index_is_refused(tmp_path: Path, opened: Callable[.
         opened()
 
 
-def test_rebuilt_after_a_loss_every_existing_key_is_spent_and_newer_ones_are_not(
+def test_after_a_rebuild_existing_keys_are_spent_and_newer_ones_are_not(
     tmp_path: Path, directory: int, opened: Callable[..., LeaseStore]
 ) -> None:
     (tmp_path / JOURNAL_NAME).write_bytes(b"garbage")
@@ -320,7 +322,7 @@ def test_the_constants_hold_together() -> None:
 
 
 class Disturbed(Snapshot):
-    """After each look at the block that was read last, another thread puts the block that it has read there."""
+    """Each time the last block is read, another thread puts its own block there."""
 
     others: tuple[int, bytes] = (-1, b"")
 
@@ -334,10 +336,10 @@ class Disturbed(Snapshot):
         self._kept = value
 
 
-def test_who_looks_up_a_count_while_another_thread_does_gets_no_count_of_its_block(
-    opened: Callable[..., LeaseStore], tmp_path: Path
-) -> None:
-    """A listing and a reservation do. A count that is not found is too low, and a lease would be forgotten."""
+def test_parallel_lookups_of_counts_do_not_mix_their_blocks(opened: Callable[..., LeaseStore], tmp_path: Path) -> None:
+    """A listing and a reservation run in parallel. A count that is not found is too low, and a lease would be
+    forgotten.
+    """
     store = opened(create=True)
     keys = [key(number) for number in range(2 * BLOCK_ENTRIES)]
     store.reserve(keys)

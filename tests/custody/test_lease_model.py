@@ -1,4 +1,4 @@
-"""The lease files against a model: after anything that can happen to them, no count is below what was granted."""
+"""The lease files against a model: after any event no count is below the uses that were granted."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class LeasesAgainstModel(RuleBasedStateMachine):
 
     @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=6, unique=True), kept=st.floats(0, 1))
     def crash_during_an_append(self, keys: list[bytes], kept: float) -> None:
-        """The append reached the disk in part; nobody was told."""
+        """The append reached the disk in part, and granted nothing."""
         records = b"".join(encode_record(one, self.granted[one] + LEASE_USES) for one in keys)
         self.store.close()
         with (self.path / JOURNAL_NAME).open("ab") as file:
@@ -87,7 +87,7 @@ class LeasesAgainstModel(RuleBasedStateMachine):
 
     @rule(place=st.integers(0, 10**6), bit=st.integers(0, 7))
     def rot_in_the_journal(self, place: int, bit: int) -> None:
-        """One bit of a record that was durable. As the last record it looks torn; either way a lease covers it."""
+        """One bit of a durable record flips. The last record looks torn then; a lease covers both cases."""
         self.store.close()
         path = self.path / JOURNAL_NAME
         size = path.stat().st_size - HEADER_BYTES
@@ -109,7 +109,7 @@ class LeasesAgainstModel(RuleBasedStateMachine):
     @rule(newest=st.sampled_from(KEYS), forgotten=st.integers(0, 3))
     def restore(self, newest: bytes, forgotten: int) -> None:
         """The archive lacks some leases of the keys it holds."""
-        self.store.add_restore_penalty(newest, 3 * LEASE_USES)
+        self.store.add_restore_uses(newest, 3 * LEASE_USES)
         for one in KEYS:
             if one <= newest:
                 self.granted[one] += forgotten * LEASE_USES

@@ -1,4 +1,4 @@
-"""The lease files are those of docs/spec/leases.md, as a script that shares no code with the program makes them."""
+"""The lease files match docs/spec/leases.md, as a script makes them that shares no code with the program."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def test_the_script_makes_these_vectors() -> None:
 
 
 @pytest.mark.parametrize("vector", named("journals"))
-def test_a_journal_reads_as_the_page_says(vector: dict[str, Any]) -> None:
+def test_a_journal_is_read_as_specified(vector: dict[str, Any]) -> None:
     read = parse_journal(bytes.fromhex(vector["content"]))
     assert {one.hex(): count for one, count in read.totals.items()} == vector["counts"]
     assert read.lost_leases == vector["lost_leases"]
 
 
-def test_a_journal_is_written_as_the_page_says() -> None:
+def test_a_journal_is_written_as_specified() -> None:
     one, other = (hashlib.sha256(b"lease vector key %d" % number).digest()[:16] for number in (1, 2))
     records = [encode_record(one, 2 << 16), encode_record(other, 2 << 16), encode_record(one, 3 << 16)]
     assert (journal_header() + b"".join(records)).hex() == VECTORS["journals"][1]["content"]
 
 
 @pytest.mark.parametrize("vector", named("snapshots"))
-def test_a_snapshot_is_written_and_read_as_the_page_says(vector: dict[str, Any], tmp_path: Path) -> None:
+def test_a_snapshot_is_written_and_read_as_specified(vector: dict[str, Any], tmp_path: Path) -> None:
     counts = {
         hashlib.sha256(b"lease vector key %d" % number).digest()[:16]: (number + 2) << 16
         for number in range(vector["keys"])

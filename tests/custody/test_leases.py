@@ -1,4 +1,4 @@
-"""Use leases in the event loop: a use is taken only below a reservation that is on disk."""
+"""Use leases in the event loop: a use is taken only if its reservation is on disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minikms.custody import lease_store
-from minikms.custody import leases as leases_module
 from minikms.custody.files import open_directory
 from minikms.custody.lease_format import LEASE_USES, USES_MAX, USES_WARN, encode_record, journal_header
 from minikms.custody.lease_store import JOURNAL_NAME, LeaseStore
@@ -25,7 +24,7 @@ from minikms.errors import KeyExhaustedError, StorageUnavailableError
 
 
 class RecordingStore(LeaseStore):
-    """The real store; it records what is reserved and where, and can be held up."""
+    """The real store. It records what is reserved and in which thread, and can be blocked."""
 
     groups: list[list[bytes]]
     threads: set[int]
@@ -81,7 +80,7 @@ def test_a_key_s_first_use_in_a_run_waits_for_a_lease_and_the_next_ones_do_not(t
         assert lease.covers(LEASE_USES)
         assert all(lease.take() for _ in range(1000))
         assert lease.uses_left == LEASE_USES - 1000
-        assert lease.total == leases.uses_max(key(1)) == 2 * LEASE_USES
+        assert leases.uses_max(key(1)) == 2 * LEASE_USES
         assert leases.get(key(1)) is lease
 
     store = run(tmp_path, scenario)
@@ -94,19 +93,19 @@ def test_a_key_created_in_this_run_has_its_first_lease_from_its_file(tmp_path: P
         lease = leases.granted_at_creation(key(1))
         assert leases.get(key(1)) is lease
         assert lease.take(LEASE_USES // 2)
-        assert lease.total == LEASE_USES
+        assert leases.uses_max(lease.key) == LEASE_USES
 
     async def next_run(leases: Leases, store: RecordingStore) -> None:
         lease = leases.get(key(1))
         assert not lease.take()
         await leases.extend([(lease, 1)])
-        assert lease.total == 2 * LEASE_USES
+        assert leases.uses_max(lease.key) == 2 * LEASE_USES
 
     assert run(tmp_path, scenario).groups == []
     run(tmp_path, next_run)
 
 
-def test_all_that_is_asked_for_in_a_turn_is_one_append(tmp_path: Path) -> None:
+def test_all_requests_of_a_turn_are_one_append(tmp_path: Path) -> None:
     async def scenario(leases: Leases, store: RecordingStore) -> None:
         await asyncio.gather(*(leases.extend([(leases.get(key(number)), 1)]) for number in range(20)))
         await asyncio.gather(*(leases.extend([(leases.get(key(7)), 1)]) for _ in range(20)))
@@ -115,7 +114,7 @@ def test_all_that_is_asked_for_in_a_turn_is_one_append(tmp_path: Path) -> None:
     assert store.groups == [[key(number) for number in range(20)]]
 
 
-def test_what_is_asked_for_during_an_append_is_the_next_one_if_it_is_still_needed(tmp_path: Path) -> None:
+def test_requests_during_an_append_form_the_next_append_if_still_needed(tmp_path: Path) -> None:
     async def scenario(leases: Leases, store: RecordingStore) -> None:
         store.go.clear()
         tasks = [asyncio.create_task(leases.extend([(leases.get(key(1)), 1)]))]
@@ -147,7 +146,7 @@ def test_every_waiter_of_a_turn_finds_its_uses_covered(tmp_path: Path) -> None:
 
 
 def test_an_append_is_bounded_and_the_rest_is_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases_module, "GROUP_RECORDS_MAX", 8)
+    monkeypatch.setattr("minikms.custody.leases.GROUP_RECORDS_MAX", 8)
 
     async def scenario(leases: Leases, store: RecordingStore) -> None:
         await asyncio.gather(*(leases.extend([(leases.get(key(number)), 1)]) for number in range(10)))
@@ -157,7 +156,7 @@ def test_an_append_is_bounded_and_the_rest_is_the_next_one(tmp_path: Path, monke
     assert [len(group) for group in run(tmp_path, scenario).groups] == [4, 4, 2]
 
 
-def test_a_lease_nearly_spent_is_extended_before_anybody_waits(tmp_path: Path) -> None:
+def test_a_lease_is_extended_before_it_is_used_up(tmp_path: Path) -> None:
     async def scenario(leases: Leases, store: RecordingStore) -> None:
         lease = leases.granted_at_creation(key(1))
         assert lease.take(LEASE_USES - REFILL_USES)
@@ -173,7 +172,7 @@ def test_a_lease_nearly_spent_is_extended_before_anybody_waits(tmp_path: Path) -
     run(tmp_path, scenario)
 
 
-def test_a_background_extension_that_fails_is_asked_for_again_when_half_is_left(
+def test_a_failed_background_extension_is_requested_again_at_half(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(leases: Leases, store: RecordingStore) -> None:
@@ -188,7 +187,7 @@ def test_a_background_extension_that_fails_is_asked_for_again_when_half_is_left(
             lease.take(REFILL_USES // 2)
             await leases.drain()
             assert len(store.groups) == 2
-        assert lease.total == LEASE_USES
+        assert leases.uses_max(lease.key) == LEASE_USES
         lease.take(lease.uses_left * 3 // 4)
         await leases.drain()
         assert lease.uses_left > LEASE_USES
@@ -197,7 +196,7 @@ def test_a_background_extension_that_fails_is_asked_for_again_when_half_is_left(
 
 
 @pytest.mark.parametrize("call", ["fsync", "pwrite", "fdatasync"])
-def test_a_failing_disk_grants_nothing_and_all_waiters_are_told(
+def test_a_failing_disk_grants_nothing_and_all_waiters_get_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     async def scenario(leases: Leases, store: RecordingStore) -> None:
@@ -206,7 +205,7 @@ def test_a_failing_disk_grants_nothing_and_all_waiters_are_told(
             results = await asyncio.gather(*(leases.extend([(lease, 1)]) for _ in range(3)), return_exceptions=True)
         assert [type(result) for result in results] == [StorageUnavailableError] * 3
         assert not lease.take()
-        assert lease.total == LEASE_USES
+        assert leases.uses_max(lease.key) == LEASE_USES
         await leases.extend([(lease, 1)])
         assert lease.take()
         assert leases.status().write_failures == 1
@@ -214,7 +213,7 @@ def test_a_failing_disk_grants_nothing_and_all_waiters_are_told(
     run(tmp_path, scenario)
 
 
-def test_a_key_near_its_limit_warns_and_then_refuses(tmp_path: Path) -> None:
+def test_a_key_near_its_limit_encrypts_and_then_refuses(tmp_path: Path) -> None:
     journal(
         tmp_path,
         encode_record(key(1), USES_WARN - 2 * LEASE_USES),
@@ -225,16 +224,16 @@ def test_a_key_near_its_limit_warns_and_then_refuses(tmp_path: Path) -> None:
     async def scenario(leases: Leases, store: RecordingStore) -> None:
         one, two, three, four = (leases.get(key(number)) for number in (1, 2, 3, 4))
         await leases.extend([(one, 1), (two, 1), (three, 1), (four, 1)])
-        assert not one.warn
+        assert leases.uses_max(one.key) < USES_WARN
         assert one.take()
         await leases.extend([(one, LEASE_USES)])
-        assert one.warn
+        assert leases.uses_max(one.key) >= USES_WARN
         assert one.take()
         assert three.covers(5), "waiting would not help"
         for _ in range(2):
             with pytest.raises(KeyExhaustedError):
                 three.take()
-        assert three.total == USES_MAX
+        assert leases.uses_max(three.key) == USES_MAX
         assert two.take(LEASE_USES - 1)
         await leases.drain()
         assert two.take(), "its last reserved use"
@@ -245,8 +244,8 @@ def test_a_key_near_its_limit_warns_and_then_refuses(tmp_path: Path) -> None:
     run(tmp_path, scenario)
 
 
-def test_forgotten_leases_cost_a_lease_and_never_share_a_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases_module, "LEASES_COUNT_MAX", 2)
+def test_dropped_leases_cost_a_lease_and_never_share_a_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minikms.custody.leases.LEASES_COUNT_MAX", 2)
 
     async def scenario(leases: Leases, store: RecordingStore) -> None:
         old = leases.get(key(1))
@@ -257,7 +256,7 @@ def test_forgotten_leases_cost_a_lease_and_never_share_a_use(tmp_path: Path, mon
         assert new is not old
         await leases.extend([(new, 1)])
         assert old.uses_left + new.uses_left == 2 * LEASE_USES
-        assert new.total == 3 * LEASE_USES
+        assert leases.uses_max(new.key) == 3 * LEASE_USES
 
     run(tmp_path, scenario)
 
@@ -288,7 +287,7 @@ def test_a_long_journal_is_merged_after_its_callers_were_answered(
     run(tmp_path, scenario)
 
 
-def test_a_failed_merge_is_nobody_s_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_merge_is_no_error_of_a_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_store, "JOURNAL_RECORDS_MERGE", 3)
 
     def merge(store: LeaseStore) -> None:
@@ -321,7 +320,7 @@ def test_a_defect_cancels_its_waiters_and_does_not_stop_the_next(
     assert [type(problem) for problem in problems] == [ZeroDivisionError], "and it is reported"
 
 
-def test_a_waiter_that_gave_up_disturbs_nobody(tmp_path: Path) -> None:
+def test_a_cancelled_waiter_does_not_affect_others(tmp_path: Path) -> None:
     async def scenario(leases: Leases, store: RecordingStore) -> None:
         store.go.clear()
         first = asyncio.create_task(leases.extend([(leases.get(key(1)), 1)]))

@@ -1,4 +1,4 @@
-"""A loss of power at any system call: what was promised is there, and what is there is whole."""
+"""After a power loss at any system call every promise holds, and every file is whole."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import pytest
 from disk_faults import failing_os, key, quick_directory
 from power_loss import Disk
 
-from minikms.custody import files as atomic
+from minikms.custody import files
 from minikms.custody.files import (
     TEMP_PREFIX,
-    create_file_exclusive,
+    FileWrite,
     open_directory,
     remove_file,
     replace_file,
-    replace_many,
     sweep_temps,
+    write_files,
 )
 from minikms.custody.lease_format import LEASE_USES
 from minikms.custody.lease_store import LeaseStore
@@ -34,7 +34,7 @@ Allowed = dict[str, set[bytes | None]]
 
 
 def check_at_every_call(directory: int, allowed: Allowed, change: Callable[[], object], *, seed: int) -> int:
-    """Make a change under the model disk. `allowed` may be tightened when `change` has returned."""
+    """Makes a change on the model disk. After `change` has returned, the old contents are not allowed."""
     rng = random.Random(seed)
 
     def check(disk: Disk) -> None:
@@ -55,13 +55,13 @@ def check_at_every_call(directory: int, allowed: Allowed, change: Callable[[], o
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_replaced_file_is_old_or_new_and_new_once_it_is_told(directory: int, seed: int) -> None:
+def test_a_replaced_file_is_old_or_new_and_new_on_return(directory: int, seed: int) -> None:
     replace_file(directory, "f", b"old")
     check_at_every_call(directory, {"f": {b"old", b"new"}}, lambda: replace_file(directory, "f", b"new"), seed=seed)
 
 
 def test_the_model_disk_notices_a_missing_sync(directory: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check of the check: without its syncs, replacing a file would lose it."""
+    """Tests the model itself: without its syncs a replacement would lose the file."""
     replace_file(directory, "f", b"old")
     monkeypatch.setattr(os, "fsync", lambda _fd: None)
 
@@ -79,25 +79,24 @@ def test_the_model_disk_notices_a_missing_sync(directory: int, monkeypatch: pyte
 
 @pytest.mark.parametrize("seed", range(3))
 def test_an_exclusive_file_is_absent_or_whole(directory: int, seed: int) -> None:
-    check_at_every_call(
-        directory, {"f": {None, b"new"}}, lambda: create_file_exclusive(directory, "f", b"new"), seed=seed
-    )
+    writes = [FileWrite("f", b"new", exclusive=True)]
+    check_at_every_call(directory, {"f": {None, b"new"}}, lambda: write_files(directory, writes), seed=seed)
 
 
 @pytest.mark.parametrize("way", ["syncfs", "fsync"])
 @pytest.mark.parametrize("seed", range(3))
-def test_each_file_of_a_group_is_old_or_new_and_all_are_new_once_it_is_told(
+def test_files_of_a_group_are_old_or_new_and_new_on_return(
     directory: int, monkeypatch: pytest.MonkeyPatch, way: str, seed: int
 ) -> None:
-    monkeypatch.setattr(atomic, "syncfs_reports", lambda _directory: way == "syncfs")
+    monkeypatch.setattr(files, "syncfs_reports", lambda _directory: way == "syncfs")
     for number in range(3):
         replace_file(directory, f"f{number}", b"old")
-    files = [(f"f{number}", b"new") for number in range(6)]
-    allowed: Allowed = {name: {b"old" if number < 3 else None, b"new"} for number, (name, _) in enumerate(files)}
-    check_at_every_call(directory, allowed, lambda: replace_many(directory, files), seed=seed)
+    writes = [FileWrite(f"f{number}", b"new") for number in range(6)]
+    allowed: Allowed = {write.name: {b"old" if at < 3 else None, b"new"} for at, write in enumerate(writes)}
+    check_at_every_call(directory, allowed, lambda: write_files(directory, writes), seed=seed)
 
 
-def test_a_removed_file_stays_removed_once_it_is_told(directory: int) -> None:
+def test_a_removed_file_stays_removed_after_the_return(directory: int) -> None:
     replace_file(directory, "f", b"content")
     disk = Disk(directory, lambda disk: None)
     with pytest.MonkeyPatch.context() as patch:
@@ -163,7 +162,7 @@ def test_no_lease_that_was_granted_is_ever_forgotten(directory: int, scratch: Pa
         store.close()
         store = LeaseStore.open(directory, create=False)
         run.reserve(store, 1, 6)
-        store.add_restore_penalty(key(3))
+        store.add_restore_uses(key(3))
         run.reserve(store, 1)
         store.close()
     run.check(run.disk, 20)

@@ -1,4 +1,4 @@
-"""An archive that is called good restores, and a restore that was cut short anywhere is never taken for a whole one."""
+"""A verified archive restores, and an interrupted restore is never taken for a complete one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minikms.cli.rootopening import Source, opened_keyring, opened_root
 from minikms.crypto.aead import NonceSource
 from minikms.custody.backup import create, restore
 from minikms.custody.backup.archive import ArchiveError, ArchiveReader, ArchiveWriter, Manifest, dek_entry_name
-from minikms.custody.backup.create import Making, Task, remove_leftover, staging_path
+from minikms.custody.backup.create import NewArchive, Task, remove_leftover, staging_path
 from minikms.custody.backup.register import DIRECTORY as REGISTER
 from minikms.custody.backup.register import ArchiveRegister, Registered
 from minikms.custody.files import LOCK_NAME, DataDirLock, open_directory
@@ -25,13 +25,13 @@ from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.lease_format import RESTORE_USES, Floors, journal_header
 from minikms.custody.lease_store import LeaseStore, snapshot_chunks
 from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
-from minikms.keys.ids import key_id_to_bytes
+from minikms.keys.dek import key_id_to_bytes
 from minikms.memory.arena import SecretArena
 from vaults import key_file, opened_vault
 
 ARCHIVE_ID = "a_0123456789abcdef"
 AT = "2026-11-24T15:00:00Z"
-MAKING = Making(ARCHIVE_ID, AT, lambda: None)
+NEW = NewArchive(ARCHIVE_ID, AT, lambda: None)
 KEYS = 3
 
 
@@ -53,12 +53,12 @@ def task_for(data_dir: Path) -> Iterator[Task]:
 
 def made(data_dir: Path, path: Path) -> Manifest:
     with task_for(data_dir) as task:
-        return create.create(str(data_dir), str(path), task, MAKING).manifest
+        return create.create(str(data_dir), str(path), task, NEW).manifest
 
 
 def restored(data_dir: Path, archive: Path, target: Path) -> None:
     with task_for(data_dir) as task:
-        good = create.judge(str(archive), task)
+        good = create.verify(str(archive), task)
         with DataDirLock(str(target)) as lock, task.open_keyring(good.keyring) as unlocked:
             restore.check_empty(lock.directory_fd, str(target))
             source = Registered(ARCHIVE_ID, str(archive), 1, 2, KEYS, 3)
@@ -67,7 +67,7 @@ def restored(data_dir: Path, archive: Path, target: Path) -> None:
 
 
 def start(data_dir: Path, target: Path) -> datadir.Opened:
-    """What a start does with the keyring of `target`."""
+    """Opens the keyring of `target` as a start does."""
     with (
         DataDirLock(str(target)) as lock,
         SecretArena(32, force_fallback=True) as arena,
@@ -88,7 +88,7 @@ class Cut(Exception):
 
 @contextmanager
 def cut_before(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The call with this number, of those that change a name, does not happen, nor does anything after it."""
+    """Of the calls that change a name, those from this number on do not happen."""
     calls: list[str] = []
 
     def counted(name: str) -> None:
@@ -130,7 +130,7 @@ def test_a_restore_that_was_cut_short_anywhere_is_refused_by_a_start(
     assert not start(data_dir, target).made
 
 
-def test_a_directory_with_nothing_but_lease_files_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
+def test_a_directory_with_only_lease_files_is_not_a_new_one(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir(mode=0o700)
     (tmp_path / "d" / "kms-leases").write_bytes(journal_header())
     with pytest.raises(StartError, match="the restore was cut short"):
@@ -152,7 +152,7 @@ def test_a_restored_directory_names_the_archive_that_still_holds_its_keys(data_d
 # --- what is called good -------------------------------------------------------------------------------------------
 
 
-def test_an_archive_whose_lease_snapshot_no_start_would_take_is_not_good(data_dir: Path, tmp_path: Path) -> None:
+def test_an_archive_with_a_damaged_lease_snapshot_is_not_good(data_dir: Path, tmp_path: Path) -> None:
     snapshot = data_dir / "kms-leases.snapshot"
     snapshot.write_bytes(b"".join(snapshot_chunks(None, {bytes(16): 1 << 17}, Floors())))
     made(data_dir, tmp_path / "good")
@@ -164,15 +164,15 @@ def test_an_archive_whose_lease_snapshot_no_start_would_take_is_not_good(data_di
         assert not (tmp_path / "bad").exists()
 
 
-def test_an_archive_whose_journal_no_start_would_take_is_not_good(data_dir: Path, tmp_path: Path) -> None:
+def test_an_archive_with_a_damaged_lease_journal_is_not_good(data_dir: Path, tmp_path: Path) -> None:
     journal = data_dir / "kms-leases"
     journal.write_bytes(journal_header() + bytes(32 * 5000))
-    with pytest.raises(ArchiveError, match="damaged in many places"):
+    with pytest.raises(ArchiveError, match="damaged records"):
         made(data_dir, tmp_path / "bad")
 
 
-def test_a_key_whose_file_cannot_be_read_counts_as_used_after_a_restore_as_well(data_dir: Path, tmp_path: Path) -> None:
-    """Its file may be found elsewhere, and put back."""
+def test_a_restore_adds_uses_to_keys_with_unreadable_files_too(data_dir: Path, tmp_path: Path) -> None:
+    """The file may be found elsewhere and put back."""
     files = sorted((data_dir / "kms-deks").iterdir())
     files[-1].write_text("damaged")
     manifest = made(data_dir, tmp_path / "archive")
@@ -180,8 +180,8 @@ def test_a_key_whose_file_cannot_be_read_counts_as_used_after_a_restore_as_well(
     assert manifest.newest_key_id >= files[-1].stem
 
 
-def test_every_key_that_was_made_until_then_counts_as_used_after_a_restore(data_dir: Path, tmp_path: Path) -> None:
-    """One whose file was missing, too: it may be put back from a backup of the old directory."""
+def test_a_restore_adds_uses_to_every_key_made_before_the_backup(data_dir: Path, tmp_path: Path) -> None:
+    """Also to a key whose file was missing: it may be put back from a rotation backup."""
     missing = max((data_dir / "kms-deks").iterdir())
     missing.rename(data_dir / "kms-deks-backup" / f"{missing.name}.20260101T000000")
     made(data_dir, tmp_path / "archive")
@@ -195,7 +195,7 @@ def test_every_key_that_was_made_until_then_counts_as_used_after_a_restore(data_
         os.close(descriptor)
 
 
-def test_keys_are_looked_at_only_once_the_whole_archive_is_authentic(
+def test_keys_are_parsed_only_after_the_archive_is_authenticated(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = tmp_path / "archive"
@@ -210,17 +210,17 @@ def test_keys_are_looked_at_only_once_the_whole_archive_is_authentic(
     for name in ("_parsed", "_check_journal", "_check_snapshot"):
         monkeypatch.setattr(create, name, looked_at)
     with task_for(data_dir) as task, pytest.raises(ArchiveError, match="altered"):
-        create.judge(str(archive), task)
+        create.verify(str(archive), task)
 
 
-def test_an_archive_that_is_exchanged_between_its_two_readings_is_not_good(
+def test_an_archive_replaced_between_its_two_readings_is_not_good(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive, other = tmp_path / "archive", tmp_path / "other"
     made(data_dir, archive)
     (data_dir / "kms-leases").write_bytes(journal_header())
     with task_for(data_dir) as task:
-        create.create(str(data_dir), str(other), task, Making("a_ffffffffffffffff", AT, lambda: None))
+        create.create(str(data_dir), str(other), task, NewArchive("a_ffffffffffffffff", AT, lambda: None))
     check_tag = ArchiveReader.check_tag
 
     def exchanged(self: ArchiveReader, root: memoryview) -> Manifest:
@@ -229,13 +229,13 @@ def test_an_archive_that_is_exchanged_between_its_two_readings_is_not_good(
 
     monkeypatch.setattr(ArchiveReader, "check_tag", exchanged)
     with task_for(data_dir) as task, pytest.raises(ArchiveError, match="changed while it was being read"):
-        create.judge(str(archive), task)
+        create.verify(str(archive), task)
 
 
 # --- while it is being made ------------------------------------------------------------------------------------------
 
 
-def test_an_archive_is_never_written_into_a_file_that_somebody_put_there(data_dir: Path, tmp_path: Path) -> None:
+def test_an_archive_is_never_written_into_an_existing_file(data_dir: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
     os.link(victim, staging_path(str(tmp_path / "archive"), ARCHIVE_ID))
@@ -244,7 +244,7 @@ def test_an_archive_is_never_written_into_a_file_that_somebody_put_there(data_di
     assert victim.read_text() == "precious"
 
 
-def test_when_its_name_is_not_durable_there_is_no_archive(
+def test_an_archive_without_a_durable_name_is_removed(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(directory: str) -> None:
@@ -256,19 +256,19 @@ def test_when_its_name_is_not_durable_there_is_no_archive(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "d.key"]
 
 
-def test_what_an_interrupted_backup_left_is_removed_but_not_what_is_being_made(
+def test_a_leftover_archive_is_removed_but_not_one_in_progress(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(tmp_path / "archive")
     leftover = Path(staging_path(path, ARCHIVE_ID))
     found: list[bool] = []
-    judge = create.judge
+    verify = create.verify
 
-    def judged(staging: str, task: Task) -> create.Contents:
+    def verified(staging: str, task: Task) -> create.VerifiedArchive:
         found.append(remove_leftover(path, ARCHIVE_ID))
-        return judge(staging, task)
+        return verify(staging, task)
 
-    monkeypatch.setattr(create, "judge", judged)
+    monkeypatch.setattr(create, "verify", verified)
     made(data_dir, tmp_path / "archive")
     assert found == [False]
     leftover.write_bytes(b"minikms-backup")
@@ -277,7 +277,7 @@ def test_what_an_interrupted_backup_left_is_removed_but_not_what_is_being_made(
     assert remove_leftover(path, ARCHIVE_ID)
 
 
-def test_what_cannot_be_opened_says_why_without_a_trace_of_the_restore(data_dir: Path, tmp_path: Path) -> None:
+def test_an_archive_that_does_not_verify_is_not_restored(data_dir: Path, tmp_path: Path) -> None:
     archive = tmp_path / "archive"
     made(data_dir, archive)
     archive.write_bytes(archive.read_bytes()[:-1])
@@ -286,7 +286,7 @@ def test_what_cannot_be_opened_says_why_without_a_trace_of_the_restore(data_dir:
     assert not (tmp_path / "restored").exists()
 
 
-def test_a_longer_archive_in_its_place_does_not_fill_the_disk(
+def test_a_longer_archive_in_the_same_place_does_not_fill_the_disk(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive, longer = tmp_path / "archive", tmp_path / "longer"
@@ -296,14 +296,14 @@ def test_a_longer_archive_in_its_place_does_not_fill_the_disk(
         writer = ArchiveWriter(file)
         for number in range(KEYS + 1):
             writer.add(dek_entry_name(f"{key_id[:-1]}{number}"), b"{}")
-    judge = create.judge
+    verify = create.verify
 
-    def exchanged(path: str, task: Task) -> create.Contents:
-        good = judge(path, task)
+    def exchanged(path: str, task: Task) -> create.VerifiedArchive:
+        good = verify(path, task)
         longer.replace(archive)
         return good
 
-    monkeypatch.setattr(create, "judge", exchanged)
+    monkeypatch.setattr(create, "verify", exchanged)
     with pytest.raises(ArchiveError, match="changed while it was being read"):
         restored(data_dir, archive, tmp_path / "restored")
     assert not list((tmp_path / "restored" / "kms-deks").iterdir())

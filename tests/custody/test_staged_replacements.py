@@ -1,4 +1,4 @@
-"""A series of groups in which one sync serves two: each file is whole at any time, and new once it is told."""
+"""A series of groups in which one sync serves two: each file is always whole, and new on return."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def writes(*names: str) -> list[FileWrite]:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """Of the names, and how many other files there are."""
+    """The content of every file that is not a temporary one."""
     return {entry.name: entry.read_bytes() for entry in path.iterdir() if not entry.name.startswith(TEMP_PREFIX)}
 
 
@@ -42,9 +42,7 @@ def temps(path: Path) -> int:
     return sum(entry.name.startswith(TEMP_PREFIX) for entry in path.iterdir())
 
 
-def test_a_group_is_put_in_place_by_the_step_after_the_one_that_wrote_it(
-    groups: StagedReplacements, tmp_path: Path
-) -> None:
+def test_a_group_is_put_in_place_by_the_next_step(groups: StagedReplacements, tmp_path: Path) -> None:
     assert groups.step(writes("a", "b")) == {}
     assert contents(tmp_path) == dict.fromkeys(NAMES, b"old")
     assert groups.step(writes("c")) == {"a": None, "b": None}
@@ -55,9 +53,7 @@ def test_a_group_is_put_in_place_by_the_step_after_the_one_that_wrote_it(
     assert temps(tmp_path) == 0
 
 
-def test_what_is_skipped_or_dropped_stays_as_it_was_and_leaves_nothing(
-    groups: StagedReplacements, tmp_path: Path
-) -> None:
+def test_skipped_and_discarded_files_are_unchanged(groups: StagedReplacements, tmp_path: Path) -> None:
     groups.step(writes("a", "b"))
     assert groups.step(writes("c"), skip={"a"}) == {"b": None}
     groups.discard()
@@ -67,7 +63,7 @@ def test_what_is_skipped_or_dropped_stays_as_it_was_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("call", ["open", "write"])
-def test_a_group_that_cannot_be_written_takes_nothing_with_it(
+def test_a_group_that_cannot_be_written_changes_nothing(
     groups: StagedReplacements, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     groups.step(writes("a", "b"))
@@ -97,7 +93,7 @@ def test_a_file_that_cannot_be_put_in_place_is_an_error_of_its_own(
     assert temps(tmp_path) == 0
 
 
-def test_after_a_failed_sync_nothing_is_confirmed_and_nothing_of_the_next_group_is_kept(
+def test_after_a_failed_sync_nothing_is_confirmed_and_nothing_is_staged(
     groups: StagedReplacements, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: StagedReplacements) -> None:
@@ -115,7 +111,7 @@ def test_after_a_failed_sync_nothing_is_confirmed_and_nothing_of_the_next_group_
 
 
 @pytest.mark.parametrize("name", ["../a", "", ".", f"{TEMP_PREFIX}a"])
-def test_a_name_that_is_none_is_refused_before_anything_is_written(
+def test_an_invalid_name_is_refused_before_anything_is_written(
     groups: StagedReplacements, tmp_path: Path, name: str
 ) -> None:
     with pytest.raises(InvalidRequestError):
@@ -124,9 +120,7 @@ def test_a_name_that_is_none_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_at_a_loss_of_power_each_file_is_old_or_new_and_new_once_it_is_told(
-    groups: StagedReplacements, directory: int, seed: int
-) -> None:
+def test_after_a_power_loss_staged_files_are_old_or_new(groups: StagedReplacements, directory: int, seed: int) -> None:
     allowed: dict[str, set[bytes]] = {name: {b"old"} for name in NAMES}
     rng = random.Random(seed)
 

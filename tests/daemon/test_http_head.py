@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from http_harness import get, request
 from http_inputs import ACCEPTED, REFUSED, raw
-from minikms.http import limits as refusals
-from minikms.http.head import HeadMemo, check_partial_head, parse_head
-from minikms.http.limits import LIMITS, MEMO_HEADS_COUNT_MAX, RefusedError
+from minikms.http import limits
+from minikms.http.head import HeadCache, check_partial_head, parse_head
+from minikms.http.limits import CACHED_HEADS_COUNT_MAX, LIMITS, RefusedError
 
 
 def check_partial(data: bytes) -> None:
@@ -59,24 +59,24 @@ def test_the_connection_is_kept_as_rfc_9112_says(version: str, connection: str |
 
 
 def test_bounds_are_exact() -> None:
-    limits = dataclasses.replace(LIMITS, head_bytes_max=100, headers_count_max=3, target_bytes_max=20, body_bytes_max=9)
+    small = dataclasses.replace(LIMITS, head_bytes_max=100, headers_count_max=3, target_bytes_max=20, body_bytes_max=9)
 
-    def refusal(head: bytes) -> refusals.Refusal | None:
+    def refusal(head: bytes) -> limits.Refusal | None:
         try:
-            parse_head(head, limits)
+            parse_head(head, small)
         except RefusedError as error:
             return error.refusal
         return None
 
     padding = 100 - len(request("GET", "/", "A: "))
     assert refusal(request("GET", "/", "A: " + "b" * padding)) is None
-    assert refusal(request("GET", "/", "A: " + "b" * (padding + 1))) is refusals.HEAD_TOO_LARGE
+    assert refusal(request("GET", "/", "A: " + "b" * (padding + 1))) is limits.HEAD_TOO_LARGE
     assert refusal(get("/", "A: 1", "B: 2")) is None
-    assert refusal(get("/", "A: 1", "B: 2", "C: 3")) is refusals.TOO_MANY_HEADERS
+    assert refusal(get("/", "A: 1", "B: 2", "C: 3")) is limits.TOO_MANY_HEADERS
     assert refusal(get("/" + "a" * 19)) is None
-    assert refusal(get("/" + "a" * 20)) is refusals.TARGET_TOO_LONG
+    assert refusal(get("/" + "a" * 20)) is limits.TARGET_TOO_LONG
     assert refusal(request("POST", "/", "Content-Length: 9")) is None
-    assert refusal(request("POST", "/", "Content-Length: 10")) is refusals.BODY_TOO_LARGE
+    assert refusal(request("POST", "/", "Content-Length: 10")) is limits.BODY_TOO_LARGE
 
 
 @given(st.data())
@@ -141,17 +141,17 @@ def test_a_head_that_httptools_reads_otherwise_is_refused(monkeypatch: pytest.Mo
     for head in (get("/", "A: b"), get("/other")):
         with pytest.raises(RefusedError) as raised:
             parse_head(head, LIMITS)
-        assert raised.value.refusal is refusals.BAD_HEADER
+        assert raised.value.refusal is limits.BAD_HEADER
 
 
 class TestMemo:
     """Heads that are recognised by their bytes."""
 
     def test_an_equal_head_is_not_parsed_again(self) -> None:
-        memo = HeadMemo(LIMITS)
-        head = memo.parse(get("/echo"))
-        assert memo.get(get("/echo")) is head
-        assert memo.get(get("/other")) is None
+        head_cache = HeadCache(LIMITS)
+        head = head_cache.parse(get("/echo"))
+        assert head_cache.get(get("/echo")) is head
+        assert head_cache.get(get("/other")) is None
 
     @pytest.mark.parametrize(
         "head",
@@ -165,19 +165,19 @@ class TestMemo:
         ],
     )
     def test_a_credential_or_what_will_not_come_again_is_not_remembered(self, head: bytes) -> None:
-        memo = HeadMemo(LIMITS)
-        memo.parse(head)
-        assert memo.get(head) is None
+        head_cache = HeadCache(LIMITS)
+        head_cache.parse(head)
+        assert head_cache.get(head) is None
 
     def test_a_refused_head_is_not_remembered(self) -> None:
-        memo = HeadMemo(LIMITS)
+        head_cache = HeadCache(LIMITS)
         with pytest.raises(RefusedError):
-            memo.parse(b"GET / HTTP/2.0\r\n\r\n")
-        assert memo.get(b"GET / HTTP/2.0\r\n\r\n") is None
+            head_cache.parse(b"GET / HTTP/2.0\r\n\r\n")
+        assert head_cache.get(b"GET / HTTP/2.0\r\n\r\n") is None
 
     def test_it_is_bounded(self) -> None:
-        memo = HeadMemo(LIMITS)
-        for number in range(3 * MEMO_HEADS_COUNT_MAX):
-            memo.parse(get(f"/{number}"))
-        kept = sum(memo.get(get(f"/{number}")) is not None for number in range(3 * MEMO_HEADS_COUNT_MAX))
-        assert 0 < kept <= MEMO_HEADS_COUNT_MAX
+        head_cache = HeadCache(LIMITS)
+        for number in range(3 * CACHED_HEADS_COUNT_MAX):
+            head_cache.parse(get(f"/{number}"))
+        kept = sum(head_cache.get(get(f"/{number}")) is not None for number in range(3 * CACHED_HEADS_COUNT_MAX))
+        assert 0 < kept <= CACHED_HEADS_COUNT_MAX

@@ -1,6 +1,6 @@
 """Keyrings for tests: unlocked ones in an arena of plain memory, and the changes that a daemon makes to them.
 
-Owns no assertion. Times, nonces and ids are fixed or counted, so that two runs make the same bodies.
+It asserts nothing. Times, nonces and ids are fixed or counted, so two runs make the same bodies.
 """
 
 from __future__ import annotations

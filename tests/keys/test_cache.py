@@ -1,4 +1,4 @@
-"""The cache of opened keys: what it no longer holds has been released, and it never holds too much."""
+"""The cache of opened keys: it is bounded, and every value that leaves it was released."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minikms.keys.cache import KeyCache
 
 
 class Opened:
-    """Stands for an opened key: counts how often it was released."""
+    """Stands for an opened key and counts its releases."""
 
     def __init__(self) -> None:
         self.releases = 0
@@ -47,7 +47,7 @@ def test_a_value_that_was_used_gets_a_second_chance() -> None:
     assert released(values) == [1]
 
 
-def test_when_all_were_used_one_is_evicted_all_the_same() -> None:
+def test_if_all_values_were_used_one_is_still_evicted() -> None:
     cache, values = filled(4)
     for number in range(4):
         cache.get(f"key{number}")

@@ -1,4 +1,4 @@
-"""A DEK's file: what parses, what it is bound to, and what a swapped or damaged file is worth."""
+"""A DEK's file: which files parse, what binds them to their key, and what damage does."""
 
 from __future__ import annotations
 
@@ -95,33 +95,33 @@ def altered(**changes: Any) -> bytes:
     [
         ({"format": 2}, "format version 2"),
         ({"id": OTHER_ID}, "another key's record"),
-        ({"algorithm": "AES-128-CBC"}, "not known"),
-        ({"version": 0}, "not known"),
-        ({"version": 2**40}, "not known"),
-        ({"kek_version": 0}, "not known"),
-        ({"kek_version": -1}, "not known"),
-        ({"kek_version": 2**63}, "damaged|not known"),
-        ({"state": "destroyed"}, "not known"),
-        ({"state": "retired"}, "not known"),
-        ({"state": "active", "retired_at": AT}, "not known"),
-        ({"state": "retired", "retired_at": "yesterday"}, "not known"),
-        ({"created_at": "x" * 1000}, "not known"),
-        ({"replaces": "../../etc/passwd"}, "impossible key"),
-        ({"replaced_by": "k_"}, "impossible key"),
-        ({"thread_id": ""}, "impossible thread"),
-        ({"thread_id": "a/b"}, "impossible thread"),
+        ({"algorithm": "AES-128-CBC"}, "has an invalid"),
+        ({"version": 0}, "has an invalid"),
+        ({"version": 2**40}, "has an invalid"),
+        ({"kek_version": 0}, "has an invalid"),
+        ({"kek_version": -1}, "has an invalid"),
+        ({"kek_version": 2**63}, "damaged|has an invalid"),
+        ({"state": "destroyed"}, "has an invalid"),
+        ({"state": "retired"}, "has an invalid"),
+        ({"state": "active", "retired_at": AT}, "has an invalid"),
+        ({"state": "retired", "retired_at": "yesterday"}, "has an invalid"),
+        ({"created_at": "x" * 1000}, "has an invalid"),
+        ({"replaces": "../../etc/passwd"}, "invalid key id"),
+        ({"replaced_by": "k_"}, "invalid key id"),
+        ({"thread_id": ""}, "invalid thread id"),
+        ({"thread_id": "a/b"}, "invalid thread id"),
         ({"state": "sleeping"}, "damaged"),
         ({"wrapped": "!"}, "damaged"),
         ({"secret": 1}, "damaged or of an unknown format version"),
     ],
 )
-def test_a_record_that_is_not_exactly_one_is_refused_and_says_why(changes: dict[str, Any], why: str) -> None:
+def test_an_invalid_record_is_refused_with_the_reason(changes: dict[str, Any], why: str) -> None:
     with pytest.raises(KeyUnreadableError, match=why):
         dek.parse(altered(**changes), KEY_ID)
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"null", b"\xff\xfe", b"[" * 20_000, b'{"id":'])
-def test_what_is_no_record_is_damaged(data: bytes) -> None:
+def test_bytes_that_are_not_a_record_are_damaged(data: bytes) -> None:
     with pytest.raises(KeyUnreadableError, match=f"{KEY_ID} (is damaged|is larger)"):
         dek.parse(data, KEY_ID)
 
@@ -138,7 +138,7 @@ RECORDS = st.builds(
     wrapped=st.binary(max_size=80),
     thread_id=st.from_regex(r"[A-Za-z0-9._-]{1,128}", fullmatch=True),
     format=st.just(1),
-    version=st.integers(1, dek.REWRAPS_MAX - 1),
+    version=st.integers(1, dek.VERSION_MAX - 1),
     kek_version=st.integers(1, 2**32 - 1),
     purpose=st.sampled_from(["thread", "data"]),
     algorithm=st.just("AES-256-GCM"),
@@ -158,7 +158,7 @@ def test_every_record_comes_back_from_its_file(record: DekRecord, retire: bool) 
 @given(st.data())
 @settings(max_examples=300)
 def test_a_damaged_file_never_unwraps_to_another_key(data: st.DataObject) -> None:
-    """It is refused, or what was damaged was not of the key: the time of its making, say."""
+    """It is refused, or the damage is outside the key, for example in the time of creation."""
     blob = bytearray(dek.encode(made()))
     for _ in range(data.draw(st.integers(1, 3))):
         blob[data.draw(st.integers(0, len(blob) - 1))] = data.draw(st.integers(0, 255))

@@ -1,4 +1,4 @@
-"""The known answers of docs/spec/formats.md: the program reads and writes what the page says, byte for byte."""
+"""Known answers of docs/spec/formats.md: the program reads and writes the same bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import keyrings
 import pytest
 from keyrings import AT
 
-from minikms.crypto import aead, envelope, roots
+from minikms.crypto import aead, labels, roots
 from minikms.crypto.aead import NonceSource
 from minikms.keys import dek, keyring
 from minikms.keys.unlocked import UnlockedKeyring
@@ -33,7 +33,7 @@ def view(text: str) -> memoryview:
     return memoryview(bytes.fromhex(text))
 
 
-def test_the_script_that_made_them_makes_them_again() -> None:
+def test_the_script_reproduces_the_vectors() -> None:
     subprocess.run([sys.executable, str(VECTORS / "make_formats.py"), "--check"], check=True)
 
 
@@ -55,7 +55,7 @@ def test_each_keyring_opens_under_each_of_its_roots_and_gives_every_key(arena: S
 
 
 def test_a_keyring_that_was_read_is_written_in_the_same_bytes() -> None:
-    """All but the tag, whose nonce is a new one each time."""
+    """Everything but the tag, which has a new nonce each time."""
     for known in KNOWN["keyrings"]:
         body, body_bytes, tag = keyring.parse_file(known["file"].encode())
         assert keyring.encode_body(body) == body_bytes
@@ -82,17 +82,17 @@ def test_a_rewrap_makes_the_second_file_of_the_first() -> None:
 def test_records_open_and_are_sealed_in_the_same_bytes() -> None:
     key = view(KNOWN["dek"]["key"])
     record = dek.parse(KNOWN["dek"]["files"][0].encode(), KNOWN["dek"]["key_id"])
-    prefix = envelope.record_aad_prefix(key_id=record.id, thread_id=record.thread_id)
+    prefix = labels.record_aad_prefix(key_id=record.id, thread_id=record.thread_id)
     for known in KNOWN["records"]:
         sealed, plaintext = bytes.fromhex(known["sealed"]), bytes.fromhex(known["plaintext"])
-        associated = envelope.record_aad(prefix, bytes.fromhex(known["aad"]))
+        associated = labels.record_aad(prefix, bytes.fromhex(known["aad"]))
         assert associated.hex() == known["associated_data"]
         assert aead.open_sealed(key, sealed, associated) == plaintext
         assert aead.seal(key, sealed[: aead.NONCE_BYTES], plaintext, associated) == sealed
 
 
-def test_the_changes_that_follow_a_rotation_are_those_of_the_page(arena: SecretArena) -> None:
-    """Promoted and with the older slot dropped, the same KEKs open under the new root alone."""
+def test_the_changes_after_a_rotation_match_the_specification(arena: SecretArena) -> None:
+    """After promotion and without the older slot, the same KEKs open under the new root alone."""
     old, new = KNOWN["keyrings"][1]["opens_under"]
     data = KNOWN["keyrings"][1]["file"].encode()
     unlocked, _ = UnlockedKeyring.open(arena, view(old), data, nonces=NonceSource().next)

@@ -1,4 +1,4 @@
-"""Key ids: one strict spelling, which sorts as the keys were created."""
+"""Key ids have one spelling and sort by time of creation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from minikms import api
 from minikms.errors import InvalidRequestError
-from minikms.keys.ids import bytes_to_key_id, check_key_id, key_id_to_bytes, key_id_unix_ms, make_key_id
+from minikms.keys.dek import bytes_to_key_id, check_key_id, key_id_to_bytes, key_id_unix_ms, make_key_id
 
 times = st.integers(0, 2**48 - 1)
 randoms = st.binary(min_size=10, max_size=10)
@@ -43,7 +43,7 @@ def test_bytes_and_text_map_one_to_one(raw: bytes) -> None:
 
 
 @given(st.from_regex(api.KEY_ID_PATTERN, fullmatch=True))
-def test_every_text_that_the_pattern_allows_is_some_id_s_only_spelling(text: str) -> None:
+def test_every_text_that_matches_the_pattern_is_one_id(text: str) -> None:
     assert bytes_to_key_id(key_id_to_bytes(text)) == text
 
 
@@ -72,7 +72,7 @@ def test_ids_sort_as_their_bytes_do(one: bytes, other: bytes) -> None:
         "k_000000000000000000000000_0",
     ],
 )
-def test_any_other_text_is_refused_without_being_repeated(text: str) -> None:
+def test_invalid_text_is_refused_without_being_repeated(text: str) -> None:
     for refuse in (check_key_id, key_id_to_bytes, key_id_unix_ms):
         with pytest.raises(InvalidRequestError) as refused:
             refuse(text)

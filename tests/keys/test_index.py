@@ -1,4 +1,4 @@
-"""The index of all keys: pages and counts as a plain dict would give them."""
+"""The index of all keys has the same pages and counts as a plain dict."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikms.keys import index as index_module
-from minikms.keys.dek import DekRecord
-from minikms.keys.ids import bytes_to_key_id
+from minikms.keys.dek import DekRecord, bytes_to_key_id
 from minikms.keys.index import KeyIndex
 
 AT = "2026-11-24T15:00:00Z"
@@ -57,7 +55,7 @@ STEPS = st.lists(
 
 
 @given(STEPS, st.integers(1, 5))
-def test_it_says_what_a_dict_of_the_same_records_says(steps: list[tuple[str, int, str, int]], limit: int) -> None:
+def test_the_index_matches_a_dict_of_the_same_records(steps: list[tuple[str, int, str, int]], limit: int) -> None:
     index, model = KeyIndex(), dict[str, DekRecord]()
     for step, number, state, kek_version in steps:
         one = record(number, thread=number % 3, state=state, kek_version=kek_version)
@@ -83,10 +81,10 @@ def test_it_says_what_a_dict_of_the_same_records_says(steps: list[tuple[str, int
             assert all_pages(index, limit, thread_id, state_asked) == expected
 
 
-def test_a_filtered_page_looks_at_so_many_entries_at_most_and_says_where_to_go_on(
+def test_a_filtered_page_is_bounded_and_has_a_next_page(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(index_module, "SCANNED_COUNT_MAX", 10)
+    monkeypatch.setattr("minikms.keys.index.SCANNED_COUNT_MAX", 10)
     index = KeyIndex()
     for number in range(35):
         index.put(record(number, thread=int(number == 34)))
@@ -96,7 +94,7 @@ def test_a_filtered_page_looks_at_so_many_entries_at_most_and_says_where_to_go_o
     assert all_pages(index, 5, "t1") == [record(34).id]
 
 
-def test_a_page_goes_on_after_a_key_that_is_gone_meanwhile() -> None:
+def test_a_page_continues_after_a_key_that_was_removed() -> None:
     index = KeyIndex()
     for number in range(6):
         index.put(record(number))

@@ -1,4 +1,4 @@
-"""The tables of states: every legal move is in them, and any other raises and changes nothing."""
+"""The tables of legal moves: every other move raises and changes nothing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minikms.errors import ConflictError
-from minikms.keys import states
-from minikms.keys.states import DEK_MOVES, KEK_MOVES, DekMove, DekState, KekMove, KekState, move_dek, move_kek
+from minikms.keys.dek import DEK_MOVES, DekMove, DekState, move_dek
+from minikms.keys.keyring import KEK_MOVES, KekMove, KekState, move_kek
 
 DEK_STATES: tuple[DekState, ...] = get_args(DekState)
 KEK_STATES: tuple[KekState, ...] = get_args(KekState)
@@ -48,7 +48,7 @@ def test_every_pair_of_a_kek_is_a_move_or_refused(state: KekState, move: KekMove
             move_kek(state, move)
 
 
-def test_who_wants_to_destroy_an_active_key_is_told_to_retire_it_first() -> None:
+def test_destroying_an_active_key_is_refused_with_a_hint_to_retire_it() -> None:
     with pytest.raises(ConflictError, match="retire it first"):
         move_dek("active", "destroy")
 
@@ -73,5 +73,5 @@ def test_nothing_else_in_the_table_can_be_changed_by_a_caller() -> None:
         state for table in (DEK_MOVES, KEK_MOVES) for (before, _), after in table.items() for state in (before, after)
     }
     assert reachable == {*DEK_STATES, *KEK_STATES}
-    assert {*get_args(states.DekMove)} == {move for _, move in DEK_MOVES}
-    assert {*get_args(states.KekMove)} == {move for _, move in KEK_MOVES}
+    assert {*get_args(DekMove)} == {move for _, move in DEK_MOVES}
+    assert {*get_args(KekMove)} == {move for _, move in KEK_MOVES}

@@ -1,4 +1,4 @@
-"""The unlocked keyring: which root opens what, what an alteration does, and what is left in the arena."""
+"""The unlocked keyring: which root key opens it, what an alteration does, and what stays in the arena."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import keyrings
 import pytest
 from keyrings import AT, NEW_ROOT, ROOT
 
-from minikms.crypto import aead, labels
+from minikms.crypto import aead, labels, roots
 from minikms.crypto.aead import NonceSource
 from minikms.errors import ArenaFullError, DecryptionError, KeyUnreadableError, StartError
 from minikms.keys import keyring
@@ -36,15 +36,15 @@ def test_the_same_keys_come_out_of_the_file_that_went_in(arena: SecretArena) -> 
     assert [bytes(part) for part in again.audit_key(1)] == [bytes(part) for part in unlocked.audit_key(1)]
 
 
-def test_a_wrong_root_is_told_by_its_fingerprint_and_the_expected_one(arena: SecretArena) -> None:
+def test_a_wrong_root_is_refused_with_both_fingerprints(arena: SecretArena) -> None:
     unlocked = keyrings.fresh(arena)
     with pytest.raises(StartError, match="wrong root key") as refused:
         keyrings.reopened(arena, unlocked, NEW_ROOT)
-    assert unlocked.fingerprint(memoryview(NEW_ROOT)) in str(refused.value)
-    assert unlocked.fingerprint(memoryview(ROOT)) in str(refused.value)
+    assert roots.fingerprint(memoryview(NEW_ROOT)) in str(refused.value)
+    assert roots.fingerprint(memoryview(ROOT)) in str(refused.value)
 
 
-def test_a_root_that_was_rotated_away_is_told_when_that_was(arena: SecretArena) -> None:
+def test_a_root_that_was_rotated_away_is_refused_with_the_date(arena: SecretArena) -> None:
     unlocked = keyrings.fresh(arena)
     keyrings.rotate(unlocked, NEW_ROOT)
     body = unlocked.body
@@ -52,10 +52,10 @@ def test_a_root_that_was_rotated_away_is_told_when_that_was(arena: SecretArena) 
     keyrings.reopened(arena, unlocked, NEW_ROOT)
     with pytest.raises(StartError, match="rotated away on 2026-12-01T08:30:00Z") as refused:
         keyrings.reopened(arena, unlocked, ROOT)
-    assert unlocked.fingerprint(memoryview(NEW_ROOT)) in str(refused.value)
+    assert roots.fingerprint(memoryview(NEW_ROOT)) in str(refused.value)
 
 
-def test_from_the_beginning_of_a_root_rotation_both_roots_open_and_know_both_keks(arena: SecretArena) -> None:
+def test_during_a_root_rotation_both_roots_open_both_keks(arena: SecretArena) -> None:
     unlocked = keyrings.fresh(arena)
     keyrings.begin(unlocked, NEW_ROOT)
     for root in (ROOT, NEW_ROOT):
@@ -73,8 +73,8 @@ def test_a_new_root_brings_a_new_keyring_key_and_a_kek_rotation_alone_does_not(a
     assert bytes(unlocked._keyring_key.view) != first
 
 
-def test_who_kept_an_old_root_and_an_old_keyring_opens_nothing_of_a_later_one(arena: SecretArena) -> None:
-    """With the keyring key of then, neither a KEK nor the tag of a keyring after the root's rotation opens."""
+def test_an_old_root_and_an_old_keyring_open_nothing_of_a_later_keyring(arena: SecretArena) -> None:
+    """With the old keyring key, neither a KEK nor the tag of a keyring after the root's rotation opens."""
     unlocked = keyrings.fresh(arena)
     leaked, _ = keyrings.reopened(arena, unlocked)
     keyrings.rotate(unlocked, NEW_ROOT)
@@ -132,7 +132,7 @@ ALTERATIONS: dict[str, Callable[[Any], None]] = {
 def test_an_altered_body_does_not_open_under_the_right_root(arena: SecretArena, what: str) -> None:
     unlocked = keyrings.fresh(arena)
     keyrings.rotate(unlocked)
-    keyrings.adopt(unlocked, keyring.bury(unlocked.body, "k_" + "0" * 26, at=AT))
+    keyrings.adopt(unlocked, keyring.add_tombstone(unlocked.body, "k_" + "0" * 26, at=AT))
     file = json.loads(unlocked.encode(unlocked.body))
     ALTERATIONS[what](file["body"])
     used = arena.in_use
@@ -151,7 +151,7 @@ def test_a_slot_that_commits_to_another_root_is_refused_before_it_is_opened(aren
         open_bytes(arena, ROOT, json.dumps(file).encode())
 
 
-def test_the_tag_of_an_older_keyring_does_not_fit_a_newer_body(arena: SecretArena) -> None:
+def test_the_tag_of_an_older_keyring_does_not_match_a_newer_body(arena: SecretArena) -> None:
     unlocked = keyrings.fresh(arena)
     old = json.loads(unlocked.encode(unlocked.body))
     keyrings.adopt(unlocked, keyring.next_epoch(unlocked.body, at=AT))
@@ -182,7 +182,7 @@ def test_a_destroyed_kek_is_neither_opened_nor_found(arena: SecretArena) -> None
             one.kek(1)
 
 
-def test_a_new_keyring_key_whose_body_never_reached_the_disk_is_forgotten(arena: SecretArena) -> None:
+def test_a_new_keyring_key_without_a_durable_body_is_zeroed(arena: SecretArena) -> None:
     unlocked = keyrings.fresh(arena)
     before, used = unlocked.encode(unlocked.body), arena.in_use
     unlocked.make_root(memoryview(NEW_ROOT), "request", fill_random, slot_id="s2", at=AT)

@@ -1,7 +1,7 @@
-"""What is under way when a point strikes: each changes keys, and says how the result must look.
+"""Changes of keys that a fault interrupts, and the expected result of each.
 
-Owns: the four changes (rotation in both forms, destroy, create) as attacks on one prepared directory, the enumeration
-of their points, and one point's whole story: start, strike, judge. A point that is not reached ends its enumeration.
+Owns: the four changes (both forms of rotation, destroy, create) as attacks on a prepared directory; the enumeration of
+their points; and one run for each point: start, strike, check. The enumeration ends at a point that is not reached.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHANGES: tuple[Change, ...] = ("rotate the KEK", "rotate to a new root key", "de
 
 
 class Attack:
-    """One change, struck at one point after another."""
+    """Makes one change, interrupted at one point after another."""
 
     def __init__(self, prepared: Prepared, base: Path, change: Change) -> None:
         self._prepared = prepared
@@ -41,7 +41,7 @@ class Attack:
                 return
 
     def strike(self, point: Point, action: str) -> bool:
-        """One point's story; False when the change was over before the point came."""
+        """One run; False if the change was complete before the point was reached."""
         self._count += 1
         base = self._base / f"v{self._count}"
         daemon = self._prepared.copy_to(base)
@@ -88,7 +88,7 @@ class Attack:
         return made
 
     def _judge_alive(self, daemon: Daemon, point: Point) -> None:
-        """After a fault: the daemon serves on, a retry or its next attempt completes, a restart finds everything."""
+        """After a fault the daemon still serves, a retry completes, and a restart finds every key."""
         assert not daemon.has_died(), "the daemon died of it"
         self._perform(daemon)
         with daemon.client(wait_s=5.0) as client:

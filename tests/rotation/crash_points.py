@@ -1,9 +1,8 @@
-"""Stopping the real daemon at a chosen system call of a chosen thread, and judging what is left.
+"""Stops the real daemon at a chosen system call of a chosen thread, and checks what is left.
 
-Owns: a prepared data directory that each point starts from, the injection (strace attached to one thread, so that
-"the N-th write of the disk thread" is one certain point), and the judgement: under whichever root key still opens,
-the daemon starts, a begun rotation completes by itself, every key decrypts what it encrypted, and the audit log is
-whole.
+Owns: a prepared data directory from which each run starts; the injection (strace attached to one thread, so "the N-th
+write of the disk thread" is one point); and the check: under the root key that still opens the keyring, the daemon
+starts, a running rotation completes, every key decrypts what it encrypted, and the audit log is whole.
 """
 
 from __future__ import annotations
@@ -142,7 +141,7 @@ class Injection:
         self._process.stderr.close()
 
     def happened(self) -> bool:
-        """Whether the thread came to the point."""
+        """Whether the thread reached the point."""
         text = self._log.read_text() if self._log.exists() else ""
         return "killed by SIGKILL" in text or any(
             "INJECTED" in line and _EVENTFD_WRITE not in line for line in text.splitlines()
@@ -177,7 +176,7 @@ class Prepared:
         return Daemon(base)
 
     def judge(self, daemon: Daemon, first_key: str, other_key: str | None) -> None:
-        """Start under `first_key`, or, where that is refused, under `other_key`; then everything must be there."""
+        """Starts under `first_key` or, if that is refused, under `other_key`, and checks that nothing is lost."""
         daemon.key_file.write_text(first_key + "\n")
         if not daemon.start():
             assert other_key is not None, daemon.log()
@@ -197,7 +196,7 @@ class Prepared:
 
 
 def wait_for_rotation(client: minikms.Client) -> None:
-    """Returns when none runs and the daemon answers; a 503 meanwhile is what a fault may leave for a moment."""
+    """Returns when no rotation runs and the daemon answers. After a fault it may answer 503 for a moment."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     found: object = None
     while time.monotonic() < deadline:

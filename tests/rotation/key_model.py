@@ -1,9 +1,9 @@
-"""A model of the key service, and an operator who does everything to a real one in random order.
+"""A model of the key service, and an operator who uses a real one in random order.
 
-Owns: what a client may expect after any sequence of creates, records, replacements, retirements, destructions,
-rotations of both forms, prunings, restarts and kills, also in the middle of each. Invariants: the model is a dict of
-keys and a list of records; what was acknowledged must be so for ever; what was under way at a kill may have happened or
-not, and is looked up once after the restart; everything else the daemon says must be what the model says.
+Owns: what a client may expect after any sequence of creates, records, replacements, retirements, destructions, both
+forms of rotation, prunings, restarts and kills, also in the middle of each. Invariants: the model is a dict of keys and
+a list of records. An acknowledged change holds for ever. A change that a kill interrupted may have happened or not; it
+is looked up once after the restart. Every other answer of the daemon must match the model.
 """
 
 from __future__ import annotations
@@ -337,7 +337,7 @@ class Run:
         return answers[0] if answers else None
 
     def _look_up(self, key_id: str, acknowledged: bool) -> None:
-        """After a kill: takes over what has become of a key, which must be what was acknowledged if anything was."""
+        """After a kill: takes the state of the key into the model, and checks it against what was acknowledged."""
         self._listed()  # what the scan of a start finishes is finished then
         try:
             state: str = self.client.get_key(key_id).state

@@ -1,4 +1,4 @@
-"""A first start that is killed at any system call is made good by the next: it must never be neither begun nor new."""
+"""A first start that is killed at any system call is completed by the next start."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CALLS = (
 
 
 def first_start(base: Path) -> Daemon:
-    """Not yet started: an empty place with a root key."""
+    """An empty place and a root key, before the first start."""
     base.mkdir()
     (base / "key").touch(0o600)
     (base / "key").write_text(os.urandom(32).hex() + "\n")
@@ -33,7 +33,7 @@ def first_start(base: Path) -> Daemon:
 
 
 def killed_at(daemon: Daemon, calls: str, number: int) -> bool:
-    """Starts it and kills it at that call; False when it came up first."""
+    """Starts the daemon and kills it at that call; False if it came up first."""
     strace = ["strace", "-f", "-o", str(daemon.base / "strace"), "-e", f"trace={calls}"]
     strace += ["-e", f"inject={calls}:signal=KILL:when={number}"]
     plain = daemon._command
@@ -75,13 +75,13 @@ def strike(base: Path, calls: str, number: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_first_start_killed_as_it_puts_a_file_in_place_is_made_good(tmp_path: Path, number: int) -> None:
+def test_a_first_start_killed_while_it_places_a_file_is_completed(tmp_path: Path, number: int) -> None:
     needs.program("strace")
     assert strike(tmp_path / "d", CALLS[0], number), "it was not killed"
 
 
 @pytest.mark.torture
-def test_a_first_start_killed_at_any_call_is_made_good(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_first_start_killed_at_any_call_is_completed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     needs.program("strace")
     points = 0
     for calls in CALLS:

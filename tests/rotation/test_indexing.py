@@ -1,4 +1,4 @@
-"""The scan after a start: complete whatever some files are, and it finishes what an earlier process left."""
+"""The scan after a start: it finds every readable key, and completes what an earlier process left."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from minikms.custody import deks
-from minikms.custody import vault as indexing_module
+from minikms.custody import deks, vault
 from minikms.custody.deks import DekStore
 from minikms.errors import StorageUnavailableError
 from minikms.keys import dek
@@ -33,10 +32,8 @@ def test_every_key_is_in_the_index_after_the_scan_in_order_of_creation(tmp_path:
     asyncio.run(main())
 
 
-def test_what_changes_during_the_scan_is_in_the_index_as_it_is_afterwards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(indexing_module, "CHUNK_FILES", 5)
+def test_changes_during_the_scan_are_in_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vault, "SCAN_FILES", 5)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -54,7 +51,7 @@ def test_what_changes_during_the_scan_is_in_the_index_as_it_is_afterwards(
     asyncio.run(main())
 
 
-def test_a_bad_file_is_listed_with_its_reason_and_the_others_are_there(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_listed_with_its_reason(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(10)
@@ -71,26 +68,26 @@ def test_a_bad_file_is_listed_with_its_reason_and_the_others_are_there(tmp_path:
             (one.directory / "kms-deks" / "notes.txt").write_text("not ours")
         async with opened_vault(tmp_path / "d") as again:
             await again.indexing.run()
-            assert set(again.vault.damage.listed()) == {*bad, key_ids[5]}
-            assert "format version 9" in again.vault.damage.listed()[key_ids[4]]
+            assert set(again.vault.unreadable.listed()) == {*bad, key_ids[5]}
+            assert "format version 9" in again.vault.unreadable.listed()[key_ids[4]]
             assert len(again.vault.index) == 5
             again.file(key_ids[0]).write_bytes(b"")
-            assert again.vault.damage.count == 5
+            assert again.vault.unreadable.count == 5
 
     asyncio.run(main())
 
 
-def test_a_file_that_was_mended_leaves_the_list_when_it_is_next_opened(tmp_path: Path) -> None:
+def test_a_repaired_file_leaves_the_list_when_it_is_opened(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             [key_id] = await one.make(1)
             content = one.file(key_id).read_bytes()
             one.file(key_id).write_bytes(content[:10])
             await one.indexing.run()
-            assert one.vault.damage.count == 1
+            assert one.vault.unreadable.count == 1
             one.file(key_id).write_bytes(content)
             one.vault.opened(key_id)
-            assert one.vault.damage.count == 0
+            assert one.vault.unreadable.count == 0
 
     asyncio.run(main())
 
@@ -110,7 +107,7 @@ def test_a_replacement_that_a_crash_cut_in_two_is_finished(tmp_path: Path) -> No
     asyncio.run(main())
 
 
-def test_a_file_that_claims_to_replace_a_key_of_another_thread_is_not_believed(tmp_path: Path) -> None:
+def test_a_record_cannot_replace_a_key_of_another_thread(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             victim = await one.vault.create("victim")
@@ -128,7 +125,7 @@ def test_a_file_that_claims_to_replace_a_key_of_another_thread_is_not_believed(t
 
 
 def test_a_failing_disk_delays_the_scan_and_does_not_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexing_module, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(vault, "SCAN_RETRY_SECONDS", 0.01)
     failing = [3]
     read = DekStore.read
 
@@ -144,7 +141,7 @@ def test_a_failing_disk_delays_the_scan_and_does_not_end_it(tmp_path: Path, monk
         async with opened_vault(tmp_path / "d") as again:
             monkeypatch.setattr(DekStore, "read", refusing)
             await again.indexing.run()
-            assert (len(again.vault.index), again.vault.damage.count) == (4, 0)
+            assert (len(again.vault.index), again.vault.unreadable.count) == (4, 0)
 
     asyncio.run(main())
 
@@ -152,7 +149,7 @@ def test_a_failing_disk_delays_the_scan_and_does_not_end_it(tmp_path: Path, monk
 def test_the_file_of_a_destroyed_key_does_not_come_back_by_a_resumed_rotation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A crash left it; the rotation has read it, and the scan removes it before the rotation puts the new one there."""
+    """A crash left the file. The rotation has read it, and the scan removes it before the rotation replaces it."""
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -163,7 +160,7 @@ def test_the_file_of_a_destroyed_key_does_not_come_back_by_a_resumed_rotation(
             await one.vault.destroy(gone)
             one.file(gone).write_bytes(content)
         async with opened_vault(tmp_path / "d") as again:
-            step = again.rewrapping._step
+            step = again.rotation._step
             steps = 0
 
             async def after_the_scan(*arguments: Any) -> None:
@@ -173,7 +170,7 @@ def test_the_file_of_a_destroyed_key_does_not_come_back_by_a_resumed_rotation(
                     await again.indexing.run()
                 await step(*arguments)
 
-            monkeypatch.setattr(again.rewrapping, "_step", after_the_scan)
+            monkeypatch.setattr(again.rotation, "_step", after_the_scan)
             await again.rotation.run()
             assert steps >= 2
             assert again.on_disk(other).kek_version == 2
@@ -184,9 +181,7 @@ def test_the_file_of_a_destroyed_key_does_not_come_back_by_a_resumed_rotation(
     asyncio.run(main())
 
 
-def test_a_file_that_a_resumed_rotation_replaces_while_it_is_listed_is_in_the_index(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_replaced_during_the_listing_is_in_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(2)

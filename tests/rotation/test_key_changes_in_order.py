@@ -1,4 +1,4 @@
-"""What keeps changes apart: the keyring's keeper, the locks of keys, the wraps of a KEK."""
+"""Concurrent changes: of the keyring, of key files, and of the wraps of a KEK."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minikms.custody.deks import KeyLocks
-from minikms.custody.keyring_file import KekWraps, KeyringFile
+from minikms.custody.keyring_file import KeyringFile, WrapReservation
 from minikms.errors import KeyExhaustedError, StorageUnavailableError
 from minikms.keys import keyring
 from minikms.keys.keyring import Body
@@ -25,13 +25,13 @@ def tombstone(number: int) -> str:
 # --- the keyring --------------------------------------------------------------------------------------------------
 
 
-def test_changes_of_the_keyring_are_made_one_from_the_other(tmp_path: Path) -> None:
+def test_each_change_of_the_keyring_is_made_from_the_one_before(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             keeper, before = one.vault.keyring, one.vault.keyring.body.epoch
             await asyncio.gather(
                 *(
-                    keeper.change(lambda body, number=number: keyring.bury(body, tombstone(number), at=AT))  # type: ignore[misc]  # a default binds the loop's value
+                    keeper.change(lambda body, number=number: keyring.add_tombstone(body, tombstone(number), at=AT))  # type: ignore[misc]  # a default binds the loop's value
                     for number in range(20)
                 )
             )
@@ -43,9 +43,7 @@ def test_changes_of_the_keyring_are_made_one_from_the_other(tmp_path: Path) -> N
     asyncio.run(main())
 
 
-def test_a_change_that_the_disk_refuses_is_not_in_memory_either(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_that_the_disk_refuses_is_not_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: KeyringFile, data: bytes) -> None:
         raise StorageUnavailableError("no space")
 
@@ -54,18 +52,18 @@ def test_a_change_that_the_disk_refuses_is_not_in_memory_either(
             keeper, before = one.vault.keyring, one.vault.keyring.body
             with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
                 patched.setattr(KeyringFile, "store_now", refuse)
-                await keeper.change(lambda body: keyring.bury(body, tombstone(1), at=AT))
+                await keeper.change(lambda body: keyring.add_tombstone(body, tombstone(1), at=AT))
             assert keeper.body is before
-            await keeper.change(lambda body: keyring.bury(body, tombstone(2), at=AT))
+            await keeper.change(lambda body: keyring.add_tombstone(body, tombstone(2), at=AT))
             assert [stone.key_id for stone in keeper.body.tombstones] == [tombstone(2)]
 
     asyncio.run(main())
 
 
-def test_a_change_whose_caller_is_cancelled_is_not_forgotten_by_the_next(
+def test_a_change_with_a_cancelled_caller_is_kept_by_the_next_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The write goes on in its thread; a next body made from the older one would take it back."""
+    """The write continues in its thread; a next body made from the older one would undo it."""
     writing, go_on = threading.Event(), threading.Event()
     store_now = KeyringFile.store_now
 
@@ -79,10 +77,14 @@ def test_a_change_whose_caller_is_cancelled_is_not_forgotten_by_the_next(
             keeper = one.vault.keyring
             with monkeypatch.context() as patched:
                 patched.setattr(KeyringFile, "store_now", slow)
-                first = asyncio.create_task(keeper.change(lambda body: keyring.bury(body, tombstone(1), at=AT)))
+                first = asyncio.create_task(
+                    keeper.change(lambda body: keyring.add_tombstone(body, tombstone(1), at=AT))
+                )
                 await asyncio.to_thread(writing.wait)
                 first.cancel()
-                second = asyncio.create_task(keeper.change(lambda body: keyring.bury(body, tombstone(2), at=AT)))
+                second = asyncio.create_task(
+                    keeper.change(lambda body: keyring.add_tombstone(body, tombstone(2), at=AT))
+                )
                 await asyncio.sleep(0.01)
                 go_on.set()
                 with pytest.raises(asyncio.CancelledError):
@@ -96,7 +98,7 @@ def test_a_change_whose_caller_is_cancelled_is_not_forgotten_by_the_next(
 # --- locks --------------------------------------------------------------------------------------------------------
 
 
-def test_of_two_holders_with_a_key_in_common_one_waits_and_neither_for_ever() -> None:
+def test_holders_with_a_common_key_wait_but_never_deadlock() -> None:
     async def main() -> None:
         locks, inside, most = KeyLocks(), [0], [0]
 
@@ -124,7 +126,7 @@ def test_holders_without_a_key_in_common_do_not_wait() -> None:
     asyncio.run(main())
 
 
-def test_a_holder_that_fails_or_is_cancelled_lets_go() -> None:
+def test_a_holder_that_fails_or_is_cancelled_releases_its_keys() -> None:
     async def main() -> None:
         locks = KeyLocks()
         with pytest.raises(ZeroDivisionError):
@@ -149,7 +151,7 @@ def test_a_holder_that_fails_or_is_cancelled_lets_go() -> None:
     asyncio.run(main())
 
 
-def test_a_watcher_learns_of_every_key_that_another_touches_but_not_of_its_own() -> None:
+def test_a_watcher_sees_the_keys_of_other_holders_only() -> None:
     async def main() -> None:
         locks = KeyLocks()
         async with locks.hold(["before"]):
@@ -188,14 +190,12 @@ def test_wraps_are_reserved_on_disk_before_the_first_is_made(tmp_path: Path) -> 
     asyncio.run(main())
 
 
-def test_a_batch_larger_than_what_is_left_reserves_more_instead_of_waiting_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_larger_than_the_rest_reserves_more_wraps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keyring, "KEK_WRAPS_LEASE", 10)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
-            wraps = one.vault.wraps
+            wraps = one.vault.wrap_reservation
             async with asyncio.timeout(10):
                 await wraps.take(1, 8)
                 await wraps.take(1, 8)  # two are left of the first lease
@@ -208,7 +208,7 @@ def test_a_batch_larger_than_what_is_left_reserves_more_instead_of_waiting_for_e
     asyncio.run(main())
 
 
-def test_a_kek_that_has_wrapped_as_many_keys_as_it_may_wraps_no_more_and_rotation_is_the_way_out(
+def test_a_kek_at_its_limit_of_wraps_wraps_no_more_until_a_rotation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keyring, "KEK_WRAPS_LEASE", 2)
@@ -227,13 +227,13 @@ def test_a_kek_that_has_wrapped_as_many_keys_as_it_may_wraps_no_more_and_rotatio
     asyncio.run(main())
 
 
-def test_who_waits_for_a_version_to_be_drained_sees_every_create_that_took_it(tmp_path: Path) -> None:
+def test_creates_done_waits_for_every_create_of_the_version(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
-            wraps: KekWraps = one.vault.wraps
+            wraps: WrapReservation = one.vault.wrap_reservation
             taken = [await wraps.begin_create() for _ in range(3)]
-            drained = asyncio.create_task(wraps.drained(1))
-            other = asyncio.create_task(wraps.drained(2))
+            drained = asyncio.create_task(wraps.creates_done(1))
+            other = asyncio.create_task(wraps.creates_done(2))
             await other
             for version in taken:
                 await asyncio.sleep(0)
@@ -241,6 +241,6 @@ def test_who_waits_for_a_version_to_be_drained_sees_every_create_that_took_it(tm
                 wraps.end_create(version)
             async with asyncio.timeout(10):
                 await drained
-                await wraps.drained(1)
+                await wraps.creates_done(1)
 
     asyncio.run(main())

@@ -1,4 +1,4 @@
-"""Random sequences of everything, restarts and kills among them, against a model: no difference is found."""
+"""Random sequences of everything, with restarts and kills, match the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from key_model import Run
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_short_random_life_of_keys_is_what_the_model_says(tmp_path: Path, seed: int) -> None:
+def test_a_short_random_history_of_keys_matches_the_model(tmp_path: Path, seed: int) -> None:
     Run(tmp_path, seed).go(40)
 
 
@@ -20,5 +20,5 @@ SEED = int(os.environ.get("MODEL_SEED", "0")) or int.from_bytes(os.urandom(4), "
 
 @pytest.mark.torture
 @pytest.mark.parametrize("seed", range(SEED, SEED + int(os.environ.get("MODEL_RUNS", "20"))))
-def test_a_long_random_life_of_keys_is_what_the_model_says(tmp_path: Path, seed: int) -> None:
+def test_a_long_random_history_of_keys_matches_the_model(tmp_path: Path, seed: int) -> None:
     Run(tmp_path, seed).go(150)

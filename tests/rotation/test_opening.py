@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from minikms import datadir
-from minikms.audit.retention import compress_closed
+from minikms.audit.maintenance import compress_closed
 from minikms.crypto.aead import NonceSource
 from minikms.custody.files import open_directory
 from minikms.custody.keyring_file import KeyringFile
+from minikms.custody.rotation_backups import newest_key_id
 from minikms.datadir import RootSource
 from minikms.errors import StartError
-from minikms.keys.ids import make_key_id
+from minikms.keys.dek import make_key_id
 from minikms.memory.arena import SecretArena
 from vaults import key_file, opened_vault
 
@@ -146,12 +147,12 @@ def test_a_keyring_older_than_the_log_is_refused_with_the_way_out(tmp_path: Path
 def test_the_newest_key_is_of_now_or_of_a_file_or_backup_from_before_the_clock_went_back(tmp_path: Path) -> None:
     """Up to it keys count as used, or as spent, when it is not known how often each was used."""
     now_ms = time.time_ns() // 1_000_000
-    assert datadir.newest_key_id(str(tmp_path)) >= make_key_id(now_ms, b"\xff" * 10)
+    assert newest_key_id(str(tmp_path)) >= make_key_id(now_ms, b"\xff" * 10)
     for name in ("kms-deks", "kms-deks-backup"):
         (tmp_path / name).mkdir()
     (tmp_path / "kms-deks" / "z.json").touch()
     ahead = [make_key_id(now_ms + 10_000_000 + number, bytes(10)) for number in range(2)]
     (tmp_path / "kms-deks" / f"{ahead[0]}.json").touch()
-    assert datadir.newest_key_id(str(tmp_path)) == ahead[0]
+    assert newest_key_id(str(tmp_path)) == ahead[0]
     (tmp_path / "kms-deks-backup" / f"{ahead[1]}.json.20260101T000000").touch()
-    assert datadir.newest_key_id(str(tmp_path)) == ahead[1]
+    assert newest_key_id(str(tmp_path)) == ahead[1]

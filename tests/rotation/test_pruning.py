@@ -1,4 +1,4 @@
-"""What is destroyed for good, and what is kept: nothing that any file may still need, and no last copy of a key."""
+"""Pruning removes nothing that a file may still need, and no last copy of a key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minikms.custody import deks
-from minikms.custody.rotation_backups import BackupStore
+from minikms.custody.rotation_backups import RotationBackups
 from minikms.errors import KeyUnreadableError
 from vaults import OpenedVault, opened_vault
 
@@ -19,7 +19,7 @@ def damage(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:40])
 
 
-def test_a_retired_kek_goes_when_neither_a_key_nor_a_backup_is_under_it(tmp_path: Path) -> None:
+def test_a_retired_kek_is_destroyed_when_no_key_or_backup_needs_it(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(5)
@@ -57,7 +57,7 @@ def test_backups_are_removed_up_to_a_stamp(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_the_backups_of_a_key_whose_file_cannot_be_read_or_is_missing_are_kept_with_their_kek(tmp_path: Path) -> None:
+def test_backups_of_a_key_without_a_readable_file_stay_with_their_kek(tmp_path: Path) -> None:
     """They may be its last copy."""
 
     async def main() -> None:
@@ -78,7 +78,7 @@ def test_the_backups_of_a_key_whose_file_cannot_be_read_or_is_missing_are_kept_w
     asyncio.run(main())
 
 
-def test_the_backups_of_a_destroyed_key_are_no_reason_to_keep_anything(tmp_path: Path) -> None:
+def test_backups_of_a_destroyed_key_keep_no_kek(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_id, _ = await one.make(2)
@@ -113,8 +113,8 @@ def test_one_file_that_cannot_be_read_keeps_every_retired_kek(tmp_path: Path, wh
     asyncio.run(main())
 
 
-def test_a_file_that_lies_about_its_kek_keeps_the_true_one(tmp_path: Path) -> None:
-    """It says version 2, but is wrapped under 1: destroying 1 would make a flipped digit the loss of a key."""
+def test_a_false_kek_version_in_a_file_keeps_the_true_kek(tmp_path: Path) -> None:
+    """The file says version 2 but is wrapped under 1. Destroying 1 would turn a flipped digit into a lost key."""
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -139,7 +139,7 @@ def test_the_newest_rotations_keep_their_backups_and_older_ones_do_not(tmp_path:
                 await one.rotate()
                 rename_newest(one, f"2026010{number + 1}T000000")
             damage(one.file(damaged))
-            one.vault.damage.note(damaged, "truncated")
+            one.vault.unreadable.add(damaged, "truncated")
             assert await one.pruning.keep_rotations(2) == 2
             assert sorted(path.name[-15:] for path in one.backups(key_id)) == ["20260103T000000", "20260104T000000"]
             assert len(one.backups(damaged)) == 4
@@ -152,7 +152,7 @@ def rename_newest(one: OpenedVault, stamp: str) -> None:
     for path in one.backups():
         if not path.name[-15:].startswith("202601"):
             path.rename(path.with_name(path.name.split(".json.")[0] + ".json." + stamp))
-    one.vault.backups._suffixes = None
+    one.vault.rotation_backups._suffixes = None
 
 
 # --- files that are replaced while the directory is listed ----------------------------------------------------------
@@ -160,7 +160,7 @@ def rename_newest(one: OpenedVault, stamp: str) -> None:
 
 @contextmanager
 def passed_over(one: OpenedVault, key_id: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """While the directory is listed the key is retired, and the listing, as readdir(3p) allows, misses its file."""
+    """During the listing the key is retired, and the listing omits its file, as readdir(3p) allows."""
     loop = asyncio.get_running_loop()
     real = deks.list_names
 
@@ -179,7 +179,7 @@ def passed_over(one: OpenedVault, key_id: str, monkeypatch: pytest.MonkeyPatch) 
 def test_a_key_that_is_retired_while_the_directory_is_listed_keeps_its_kek(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A key whose file could not be read during the rotation, and was put back since, is under the older KEK."""
+    """A key whose file was unreadable during the rotation and was repaired since is under the older KEK."""
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -209,7 +209,7 @@ def test_a_key_that_is_retired_while_the_directory_is_listed_is_rewrapped(
             rotation = one.rotation.running
             assert rotation is not None
             with passed_over(one, key_id, monkeypatch):
-                assert await one.rewrapping.run_pass(rotation) == 1
+                assert await one.rotation.run_pass(rotation) == 1
             await one.rotation.run()
             assert (one.on_disk(key_id).state, one.on_disk(key_id).kek_version) == ("retired", 2)
 
@@ -219,7 +219,7 @@ def test_a_key_that_is_retired_while_the_directory_is_listed_is_rewrapped(
 def test_backups_stay_when_more_files_are_damaged_than_can_be_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minikms.custody.deks.NOTED_COUNT_MAX", 1)
+    monkeypatch.setattr("minikms.custody.deks.UNREADABLE_COUNT_MAX", 1)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -231,8 +231,8 @@ def test_backups_stay_when_more_files_are_damaged_than_can_be_listed(
                 path.rename(path.with_name(path.name[:-15] + "20250101T000000"))
             for key_id in damaged:
                 damage(one.file(key_id))
-            one.vault.backups.close()
-            one.vault.backups = BackupStore(str(one.directory))
+            one.vault.rotation_backups.close()
+            one.vault.rotation_backups = RotationBackups(str(one.directory))
             await one.rotate()
             await one.pruning.keep_rotations(1)
             for key_id in damaged:

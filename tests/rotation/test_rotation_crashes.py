@@ -1,6 +1,6 @@
-"""A kill or a refusing disk at any system call of a change of keys loses no key.
+"""A kill or a failing disk at any system call of a key change loses no key.
 
-A slice of the points in every run; all of them, with their number printed, under `make torture`.
+Every run takes a part of the points; `make torture` takes all of them and prints their number.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def prepared(tmp_path: Path) -> Prepared:
 def test_a_rotation_killed_at_a_system_call_completes_after_a_restart(
     prepared: Prepared, tmp_path: Path, change: Change
 ) -> None:
-    """Every DEK decrypts what it encrypted, under whichever root key the operator still has."""
+    """Every DEK decrypts what it encrypted, under the root key that the operator still has."""
     attack = Attack(prepared, tmp_path, change)
     for point in SLICE[:: 1 if change == "rotate to a new root key" else 2]:
         assert attack.strike(point, "signal=KILL"), f"{point} was not reached"
 
 
 def test_a_rotation_on_a_failing_disk_loses_no_key_and_completes(prepared: Prepared, tmp_path: Path) -> None:
-    """The daemon serves on under what is durable; its own next attempt or a retry completes."""
+    """The daemon continues with what is durable, and its next attempt or a retry completes."""
     attack = Attack(prepared, tmp_path, "rotate to a new root key")
     for point, action in FAULTS:
         assert attack.strike(point, action), f"{point} was not reached"

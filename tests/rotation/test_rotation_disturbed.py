@@ -1,4 +1,4 @@
-"""The long part of a KEK rotation, disturbed: no key is lost, and what failed is tried again or told."""
+"""Step 2 of a KEK rotation under faults: no key is lost, and a failed write is tried again or reported."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from minikms.custody import rotation as rewrapping_module
-from minikms.custody import rotation as rotation_module
+from minikms.custody import rotation
 from minikms.custody.files import StagedReplacements
-from minikms.custody.rotation_backups import BackupStore
+from minikms.custody.rotation import KekRotation
+from minikms.custody.rotation_backups import RotationBackups
 from minikms.errors import (
     ArenaFullError,
     MiniKmsError,
     StorageUnavailableError,
 )
-from minikms.keys import keyring
+from minikms.keys import dek, keyring
 from minikms.memory.arena import SecretArena, SecretSlot
 from vaults import OpenedVault, opened_vault
 
@@ -29,8 +29,8 @@ OTHER_ROOT = bytes(range(50, 82))
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotation_module, "RETRY_SECONDS_MIN", 0.01)
-    monkeypatch.setattr(rewrapping_module, "BATCH_FILES", 7)
+    monkeypatch.setattr(rotation, "RETRY_SECONDS_MIN", 0.01)
+    monkeypatch.setattr(rotation, "BATCH_FILES", 7)
 
 
 def refuse(*_: object) -> None:
@@ -41,7 +41,7 @@ def keks_on_disk(one: OpenedVault, key_ids: Sequence[str]) -> set[int]:
     return {one.on_disk(key_id).kek_version for key_id in key_ids}
 
 
-def test_a_file_that_cannot_be_read_is_listed_and_left_and_stops_nothing(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_listed_and_does_not_stop_the_rotation(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(20)
@@ -54,7 +54,7 @@ def test_a_file_that_cannot_be_read_is_listed_and_left_and_stops_nothing(tmp_pat
             await one.rotate()
             assert one.kek_states() == {1: "retired", 2: "active"}
             assert keks_on_disk(one, key_ids[4:]) == {2}
-            listed = one.vault.damage.listed()
+            listed = one.vault.unreadable.listed()
             assert set(listed) == set(key_ids[:4])
             assert "does not unwrap" in listed[damaged]
             assert "damaged" in listed[truncated]
@@ -65,25 +65,23 @@ def test_a_file_that_cannot_be_read_is_listed_and_left_and_stops_nothing(tmp_pat
             one.file(damaged).write_bytes(contents[damaged])
             await one.rotate()
             assert keks_on_disk(one, [damaged]) == {3}
-            assert set(one.vault.damage.listed()) == {truncated, swapped, missing_kek}
+            assert set(one.vault.unreadable.listed()) == {truncated, swapped, missing_kek}
 
     asyncio.run(main())
 
 
-def test_what_the_disk_refuses_is_tried_again_until_it_takes_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_the_disk_refuses_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = 0
-    keep = BackupStore.keep
+    keep = RotationBackups.keep
 
-    def failing(self: BackupStore, *arguments: object) -> None:
+    def failing(self: RotationBackups, *arguments: object) -> None:
         nonlocal attempts
         attempts += 1
         if attempts <= 3:
             refuse()
         keep(self, *arguments)  # type: ignore[arg-type]  # passed on as they came
 
-    monkeypatch.setattr(BackupStore, "keep", failing)
+    monkeypatch.setattr(RotationBackups, "keep", failing)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -105,10 +103,10 @@ def test_what_the_disk_refuses_is_tried_again_until_it_takes_it(
     asyncio.run(main())
 
 
-def test_a_file_whose_replacement_is_not_confirmed_is_written_again_as_a_fresh_one(
+def test_an_unconfirmed_replacement_is_written_again_to_a_new_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The failed sync proves nothing about the file that is there: it may vanish with the power, and its KEK too."""
+    """A failed sync proves nothing about the file: it may vanish with the power, and its KEK too."""
     failing = [2]
     placed: list[str] = []
     place, sync = StagedReplacements._place, StagedReplacements._sync
@@ -141,8 +139,10 @@ def test_a_file_whose_replacement_is_not_confirmed_is_written_again_as_a_fresh_o
     asyncio.run(main())
 
 
-def test_what_the_machine_is_short_of_is_no_damage_of_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process out of descriptors, or an arena for a moment full, must not leave keys behind under the old KEK."""
+def test_a_shortage_of_descriptors_does_not_make_a_key_unreadable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without descriptors, or with a full arena for a moment, no key may stay under the old KEK."""
     failing = [10]
     open_file = os.open
 
@@ -170,13 +170,13 @@ def test_what_the_machine_is_short_of_is_no_damage_of_a_key(tmp_path: Path, monk
             await one.rotation.run()
             monkeypatch.undo()
             assert (failing, full) == ([0], [0])
-            assert one.vault.damage.count == 0
+            assert one.vault.unreadable.count == 0
             assert keks_on_disk(one, key_ids) == {2}
 
     asyncio.run(main())
 
 
-def test_a_directory_that_cannot_be_listed_for_a_moment_does_not_end_the_rotation(
+def test_a_listing_that_fails_for_a_moment_does_not_end_the_rotation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing = [2]
@@ -198,21 +198,19 @@ def test_a_directory_that_cannot_be_listed_for_a_moment_does_not_end_the_rotatio
     asyncio.run(main())
 
 
-def test_it_is_never_promoted_while_passes_still_find_something(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rotation_module, "PASSES_MAX", 2)
-    real = rewrapping_module.Rewrapping.run_pass
+def test_a_rotation_is_not_promoted_while_passes_find_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation, "PASSES_MAX", 2)
+    real = KekRotation.run_pass
     busy = [4]
 
-    async def always_something(self: rewrapping_module.Rewrapping, rotation: keyring.Rotation) -> int:
+    async def always_something(self: KekRotation, rotation: keyring.Rotation) -> int:
         found = await real(self, rotation)
         if busy[0]:
             busy[0] -= 1
             return found + 1
         return found
 
-    monkeypatch.setattr(rewrapping_module.Rewrapping, "run_pass", always_something)
+    monkeypatch.setattr(KekRotation, "run_pass", always_something)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -231,7 +229,7 @@ def test_it_is_never_promoted_while_passes_still_find_something(
 def test_a_key_that_does_not_survive_its_rewrap_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = rewrapping_module.dek.rewrap
+    real = dek.rewrap
 
     def spoilt(record: object, key: memoryview, *others: object) -> object:
         wrong = memoryview(bytes(32))
@@ -242,10 +240,10 @@ def test_a_key_that_does_not_survive_its_rewrap_is_not_replaced(
             [key_id] = await one.make(1)
             before = one.file(key_id).read_bytes()
             with monkeypatch.context() as patched:
-                patched.setattr(rewrapping_module.dek, "rewrap", spoilt)
+                patched.setattr(dek, "rewrap", spoilt)
                 await one.rotate()
             assert one.file(key_id).read_bytes() == before
-            assert "did not survive" in one.vault.damage.listed()[key_id]
+            assert "did not survive" in one.vault.unreadable.listed()[key_id]
 
     asyncio.run(main())
 

@@ -1,4 +1,4 @@
-"""The steps of a KEK rotation, and what cuts each of them short: no key is lost, and the next attempt completes it."""
+"""The steps of a KEK rotation, and their interruptions: no key is lost, and the next attempt completes it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.custody import rotation as rewrapping_module
-from minikms.custody import rotation as rotation_module
+from minikms.custody import rotation
 from minikms.custody.keyring_file import KeyringFile
 from minikms.errors import (
     ArenaFullError,
@@ -27,8 +26,8 @@ OTHER_ROOT = bytes(range(50, 82))
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotation_module, "RETRY_SECONDS_MIN", 0.01)
-    monkeypatch.setattr(rewrapping_module, "BATCH_FILES", 7)
+    monkeypatch.setattr(rotation, "RETRY_SECONDS_MIN", 0.01)
+    monkeypatch.setattr(rotation, "BATCH_FILES", 7)
 
 
 def refuse(*_: object) -> None:
@@ -89,7 +88,7 @@ def test_keys_made_meanwhile_are_wrapped_under_the_new_version_at_once(tmp_path:
     asyncio.run(main())
 
 
-def test_what_is_retired_or_destroyed_meanwhile_stays_so(tmp_path: Path) -> None:
+def test_keys_retired_or_destroyed_during_a_rotation_stay_so(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(40)
@@ -112,7 +111,7 @@ def test_what_is_retired_or_destroyed_meanwhile_stays_so(tmp_path: Path) -> None
 # --- who may begin what -------------------------------------------------------------------------------------------
 
 
-def test_one_rotation_at_a_time_and_a_repetition_of_it_is_no_other(tmp_path: Path) -> None:
+def test_a_repeated_request_joins_the_running_rotation(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             new, other = one.slot_of(NEW_ROOT), one.slot_of(OTHER_ROOT)
@@ -135,7 +134,7 @@ def test_one_rotation_at_a_time_and_a_repetition_of_it_is_no_other(tmp_path: Pat
     asyncio.run(main())
 
 
-def test_a_root_key_is_never_taken_into_use_twice(tmp_path: Path) -> None:
+def test_a_root_key_is_never_used_twice(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             first = one.slot_of(bytes.fromhex(key_file(tmp_path / "d").read_text()))
@@ -144,16 +143,14 @@ def test_a_root_key_is_never_taken_into_use_twice(tmp_path: Path) -> None:
             await one.rotate(new)
             with pytest.raises(ConflictError, match="not the newest"):
                 await one.rotation.begin(first)
-            await one.vault.drop_older_slots(one.vault.keyring.body.slots[-1].slot_id)
+            await one.rotation.drop_older_slots(one.vault.keyring.body.slots[-1].slot_id)
             with pytest.raises(ConflictError, match="was rotated away before"):
                 await one.rotation.begin(first)
 
     asyncio.run(main())
 
 
-def test_a_keyring_without_room_refuses_before_anything_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_keyring_refuses_a_rotation_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keyring, "KEKS_OPEN_COUNT_MAX", 2)
 
     async def main() -> None:
@@ -188,7 +185,7 @@ def test_no_rotation_begins_while_it_is_excluded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("root", [None, NEW_ROOT])
-def test_a_beginning_that_the_disk_refuses_leaves_the_keyring_as_it_was(
+def test_a_begin_that_the_disk_refuses_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: bytes | None
 ) -> None:
     async def main() -> None:
@@ -210,10 +207,10 @@ def test_a_beginning_that_the_disk_refuses_leaves_the_keyring_as_it_was(
     asyncio.run(main())
 
 
-def test_a_beginning_that_reached_the_disk_though_it_was_refused_is_overtaken_by_the_next_change(
+def test_a_begin_that_failed_after_it_reached_the_disk_is_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If only the last sync fails the file may be the new one, or be so until a power loss: both must do."""
+    """If only the last sync fails, the new file may be there until a power loss: both files must work."""
     store_now = KeyringFile.store_now
 
     def stored_but_refused(self: KeyringFile, data: bytes) -> None:
@@ -236,7 +233,7 @@ def test_a_beginning_that_reached_the_disk_though_it_was_refused_is_overtaken_by
                 patched.setattr(KeyringFile, "store_now", stored_but_refused)
                 await one.rotation.begin(None)
             later = await one.make(1)
-            one.vault.wraps._left.clear()
+            one.vault.wrap_reservation._left.clear()
             await one.make(1)  # writes the keyring
         async with opened_vault(tmp_path / "d") as again:
             assert again.rotation.running is None
@@ -280,9 +277,9 @@ def test_both_roots_open_until_the_older_slots_are_dropped(tmp_path: Path) -> No
         async with opened_vault(tmp_path / "d", key=new) as one:
             older, newest = one.vault.keyring.body.slots
             with pytest.raises(ConflictError):
-                await one.vault.drop_older_slots(older.slot_id)
-            assert await one.vault.drop_older_slots(newest.slot_id) == [older.fingerprint]
-            assert await one.vault.drop_older_slots(newest.slot_id) == []
+                await one.rotation.drop_older_slots(older.slot_id)
+            assert await one.rotation.drop_older_slots(newest.slot_id) == [older.fingerprint]
+            assert await one.rotation.drop_older_slots(newest.slot_id) == []
         with pytest.raises(StartError, match="rotated away on"):
             async with opened_vault(tmp_path / "d", key=old):
                 pass
@@ -292,7 +289,7 @@ def test_both_roots_open_until_the_older_slots_are_dropped(tmp_path: Path) -> No
     asyncio.run(main())
 
 
-def test_a_key_under_a_kek_that_this_keyring_does_not_have_says_so(tmp_path: Path) -> None:
+def test_a_key_under_an_unknown_kek_version_is_refused(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             [key_id] = await one.make(1)
@@ -303,6 +300,6 @@ def test_a_key_under_a_kek_that_this_keyring_does_not_have_says_so(tmp_path: Pat
             with pytest.raises(KeyUnreadableError, match="the keyring is older than the key"):
                 again.vault.opened(key_id)
             await again.indexing.run()
-            assert set(again.vault.damage.listed()) == {key_id}
+            assert set(again.vault.unreadable.listed()) == {key_id}
 
     asyncio.run(main())

@@ -1,4 +1,4 @@
-"""The vault: every change of a key is whole or undone, and no number of callers exhausts the arena."""
+"""The vault: every change of a key is complete or undone, and many callers do not exhaust the arena."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minikms.custody.deks import DekStore
-from minikms.custody.rotation_backups import BackupStore
+from minikms.custody.rotation_backups import RotationBackups
 from minikms.errors import (
     ArenaFullError,
     ConflictError,
@@ -22,7 +22,7 @@ from minikms.errors import (
 from vaults import opened_vault
 
 
-def test_a_key_is_on_disk_before_its_id_is_answered_and_opens_from_there(tmp_path: Path) -> None:
+def test_a_key_is_on_disk_before_its_id_is_answered(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             record = await one.vault.create("thread")
@@ -59,7 +59,7 @@ def test_making_many_keys_leaves_the_opened_ones_in_the_cache(tmp_path: Path) ->
     asyncio.run(main())
 
 
-def test_an_exhausted_arena_is_a_passing_refusal_and_no_judgement_of_the_key(tmp_path: Path) -> None:
+def test_a_full_arena_does_not_make_a_key_unreadable(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d", slots=12) as one:
             [key_id] = await one.make(1)
@@ -70,7 +70,7 @@ def test_an_exhausted_arena_is_a_passing_refusal_and_no_judgement_of_the_key(tmp
                     if isinstance(result, asyncio.Task):
                         await result
                 assert refused.value.status == 503
-            assert one.vault.damage.count == 0
+            assert one.vault.unreadable.count == 0
             for slot in slots:
                 slot.release()
             assert len(one.keys([key_id])[key_id]) == 32
@@ -109,7 +109,7 @@ def test_a_key_replaces_none_of_another_thread_or_purpose(tmp_path: Path) -> Non
     asyncio.run(main())
 
 
-def test_when_the_old_key_cannot_be_retired_the_new_one_is_taken_back(
+def test_if_the_old_key_cannot_be_retired_the_new_one_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The caller was told that nothing happened, so no start may retire the old key on the new one's word later."""
@@ -131,7 +131,7 @@ def test_when_the_old_key_cannot_be_retired_the_new_one_is_taken_back(
     asyncio.run(main())
 
 
-def test_a_key_is_destroyed_only_when_it_is_retired_and_is_gone_for_good(tmp_path: Path) -> None:
+def test_only_a_retired_key_is_destroyed_and_it_stays_destroyed(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_id, other = await one.make(2)
@@ -164,7 +164,7 @@ def test_a_destruction_that_was_cut_short_is_finished_by_a_repetition(
             await one.rotate()
             await one.vault.retire(key_id)
             with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
-                patched.setattr(BackupStore, "_remove", _refuse)
+                patched.setattr(RotationBackups, "_remove", _refuse)
                 await one.vault.destroy(key_id)
             with pytest.raises(KeyDestroyedError):
                 one.vault.opened(key_id)
@@ -185,7 +185,7 @@ def test_a_destruction_that_was_cut_short_is_finished_by_the_next_start(
             await one.rotate()
             await one.vault.retire(key_id)
             with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
-                patched.setattr(BackupStore, "_remove", _refuse)
+                patched.setattr(RotationBackups, "_remove", _refuse)
                 await one.vault.destroy(key_id)
             assert one.file(key_id).exists()
             if left == "the backups only":
@@ -199,7 +199,7 @@ def test_a_destruction_that_was_cut_short_is_finished_by_the_next_start(
     asyncio.run(main())
 
 
-def _refuse(self: BackupStore, names: object) -> int:
+def _refuse(self: RotationBackups, names: object) -> int:
     raise StorageUnavailableError("the disk refuses")
 
 
@@ -226,9 +226,7 @@ def test_changes_of_one_key_at_once_leave_it_as_one_of_them_would(tmp_path: Path
     asyncio.run(main())
 
 
-def test_a_retirement_that_the_disk_did_not_confirm_is_what_the_file_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_an_unconfirmed_retirement_the_file_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The new file is in place, only its directory could not be synced: from here on it would be retired after a start,
     so it must not encrypt until then.
     """

@@ -55,7 +55,7 @@ def install() -> None:
         rotation.KekRotation.run,
         Application.handle,
     )
-    begin_create = keyring_file.KekWraps.begin_create
+    begin_create = keyring_file.WrapReservation.begin_create
 
     def allocated(arena: SecretArena) -> Any:
         if fault() == ARENA:
@@ -66,7 +66,7 @@ def install() -> None:
         lease_store.USES_MAX = 0 if fault() == WORN else 1 << 31  # type: ignore[misc]  # final in production
         return reserve(store, *given)
 
-    async def begun(budget: keyring_file.KekWraps) -> int:
+    async def begun(budget: keyring_file.WrapReservation) -> int:
         keyring.KEK_WRAPS_MAX = -1 if fault() == WORN else 1 << 31  # type: ignore[misc]  # final in production
         if fault() == WORN:
             budget._left.clear()
@@ -84,7 +84,7 @@ def install() -> None:
 
     SecretArena.allocate = allocated  # type: ignore[method-assign]  # the seam of the fault, as the next ones
     lease_store.LeaseStore.reserve = reserved  # type: ignore[method-assign]  # as above
-    keyring_file.KekWraps.begin_create = begun  # type: ignore[method-assign]  # as above
+    keyring_file.WrapReservation.begin_create = begun  # type: ignore[method-assign]  # as above
     rotation.KekRotation.run = ran  # type: ignore[method-assign]  # as above
     Application.handle = handled  # type: ignore[method-assign]  # as above
     if ROLELESS in os.environ:

@@ -17,7 +17,7 @@ from minikms import api
 from minikms.custody.files import open_directory
 from minikms.custody.lease_store import LeaseStore
 from minikms.errors import StorageUnavailableError
-from minikms.keys.ids import key_id_to_bytes
+from minikms.keys.dek import key_id_to_bytes
 from minikms.policy import ROLES, Principal, Role
 from minikms.service.records import KeyService
 from vaults import SilentAudit, opened_vault

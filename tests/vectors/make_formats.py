@@ -1,7 +1,7 @@
-"""Makes the known answers of docs/spec/formats.md, from that page alone: it imports nothing of the program.
+"""Makes the known answers of docs/spec/formats.md from that page alone: it imports nothing of the program.
 
 `make_formats.py` writes formats.json beside itself; `make_formats.py --check` exits 1 if the file there differs. Before
-it writes, it reads its own answers back as a reader of that page would, and fails when they do not open.
+it writes, it reads its own answers back as a reader of that page would, and fails if they do not open.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def vectors() -> str:
 
 
 def check(made: dict[str, object]) -> None:
-    """Reads the answers back. Raises when one does not open: the script contradicts itself then."""
+    """Reads the answers back. Raises if one does not open, which is a defect of the script."""
     for keyring in made["keyrings"]:  # type: ignore[attr-defined]  # the shape is that of `vectors`
         file = json.loads(keyring["file"])
         body, tag = file["body"], base64.b64decode(file["tag"])

@@ -1,4 +1,4 @@
-"""Makes the known answers of docs/spec/leases.md, from that page alone: it imports nothing of the program.
+"""Makes the known answers of docs/spec/leases.md from that page alone: it imports nothing of the program.
 
 `make_leases.py` writes leases.json beside itself; `make_leases.py --check` exits 1 if the file there differs.
 """

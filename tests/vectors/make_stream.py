@@ -1,4 +1,4 @@
-"""Makes the known answers of docs/spec/stream.md, from that page alone: it imports nothing of the program.
+"""Makes the known answers of docs/spec/stream.md from that page alone: it imports nothing of the program.
 
 `make_stream.py` writes stream.json beside itself; `make_stream.py --check` exits 1 if the file there differs.
 """

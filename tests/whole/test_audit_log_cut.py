@@ -9,7 +9,7 @@ import pytest
 from real_server import real_server
 
 from minikms.audit import record
-from minikms.audit.chain import base64_text
+from minikms.base64 import encode_text
 from progressdb_server.store import keyspace
 from progressdb_server.store.epoch import Remembered
 from progressdb_server.store.rocks import RocksEngine
@@ -33,11 +33,11 @@ def test_a_key_service_whose_audit_log_lost_a_remembered_line_is_not_started(tmp
         store, log = next(server.db.rglob("CURRENT")).parent, next(server.db.rglob("minikms-audit.log"))
     lines = log.read_bytes().splitlines(keepends=True)
     seq = len(lines) - 2
-    remember(store, seq, base64_text(record.split_line(lines[seq - 1][:-1])[1]))
+    remember(store, seq, encode_text(record.split_line(lines[seq - 1][:-1])[1]))
     with real_server(tmp_path):
         pass
     log.write_bytes(b"".join(lines[: seq - 1]))
-    with pytest.raises(AssertionError, match=f"ends at line {seq - 1}, though line {seq} was written"):
+    with pytest.raises(AssertionError, match=f"ends at line {seq - 1}, but line {seq} was written"):
         real_server(tmp_path).__enter__()
     with real_server(tmp_path, "--accept-restore"):
         pass

@@ -1,13 +1,13 @@
-"""The audit log: what every verb did, in lines that can't be altered unseen.
+"""The audit log: one line for each operation, which can't be altered without a trace.
 
-Owns: the log's format, writing, checking, files, and reading. The rest of the service needs `AuditLog` and `Event`
-only. docs/spec/audit.md is the format. The room must never see plaintext, ciphertext or any key but the audit key's
-view.
+Owns: the log's format, writing, verification, files, and reading; docs/spec/audit.md specifies the format. The rest of
+the service needs only the names exported here, and `turns`. The room must never see plaintext, ciphertext, or any key
+but the audit key.
 """
 
 from minikms.audit.chain import AuditKey
-from minikms.audit.log import AuditLog, Upkeep
+from minikms.audit.log import AuditLog
 from minikms.audit.record import Event
-from minikms.audit.recovery import Known
+from minikms.audit.recovery import ExpectedLog
 
-__all__ = ["AuditKey", "AuditLog", "Event", "Known", "Upkeep"]
+__all__ = ["AuditKey", "AuditLog", "Event", "ExpectedLog"]

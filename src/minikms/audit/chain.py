@@ -1,29 +1,23 @@
-"""Who signs checkpoints: the seam, and the signer whose seed lies in this process's secret arena.
+"""The chain: MACs and signatures that reveal an edited, missing, repeated or reordered line.
 
-Owns: the signer protocol and Ed25519 (RFC 8032) for it. Invariants: a key object lives for one call; the seed is read
-through its memoryview each time. It must never copy the seed into an object of its own, nor keep a key object.
-A signer elsewhere (HSM, cloud) implements the same three members and lets the caller's thread wait for it.
-
-The chain: how events become lines that nobody can edit, drop, repeat or reorder unseen.
-
-Owns: the MAC of a line, the events that the log writes about itself (genesis, checkpoint, segment, key change), and
-what their signatures cover. Rules:
+Owns: the MAC of a line, the events that the log writes about itself (genesis, checkpoint, segment, key change), what
+their signatures cover, and the signer that makes those signatures. Rules:
 
 1. sig(n) = HMAC-SHA-256(audit key, sig(n-1) || exact event bytes of n); sig(0) is 32 zero bytes.
-2. A signed line (`checkpoint`, `segment_close`, `audit_key`) is signed with Ed25519 over SIGNED_LABEL and its event
-   bytes without `facts.signature`. Its facts bind the log's id, the MAC of the line before, and the SHA-256 of all
-   lines from the signed line before it (or the file's first line) up to the line before it; a file's first line, the
-   SHA-256 of the line before. So each signature answers for all lines before it, and who has only the public key
-   needs nothing else.
-3. The MAC's key is a view into the arena. An HMAC object holds midstates that forge, so none outlives a call of `seal`
-   (OpenSSL clears it when it is dropped).
+2. A signed line (`checkpoint`, `segment_close`, `audit_key`) has an Ed25519 signature (RFC 8032) over SIGNED_LABEL and
+   its event bytes without `facts.signature`. Its facts contain the log's id, the MAC of the previous line, and the
+   SHA-256 of the lines from the previous signed line of the file (or the file's first line) to the previous line. The
+   first line of a later file contains the SHA-256 of the previous line. So each signature covers all earlier lines, and
+   the public key alone is enough to check them.
+3. The MAC key and the signing seed are views of the arena, read anew by each call. An HMAC object holds midstates that
+   are enough to forge MACs, so none outlives a call of `seal`; a private key object lives for one call of
+   `LocalSigner`. OpenSSL clears both when they are freed.
 
-It must never do I/O, read a clock or keep a key.
+It must never do I/O, read a clock, copy a key or keep a key object.
 """
 
 from __future__ import annotations
 
-import binascii
 import contextlib
 import hashlib
 import hmac
@@ -38,14 +32,24 @@ from cryptography.hazmat.primitives.hmac import HMAC
 
 from minikms.audit import record
 from minikms.audit.record import ACTOR_SELF, LINE_BYTES_MAX, Event, Facts, Head, encode_event
-from minikms.base64 import encode as b64encode
+from minikms.base64 import decode_exact, encode, encode_text
 
 PUBLIC_KEY_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
+SIGNED_LABEL: Final = b"minikms/audit/signed-line/v1\x00"
+LOG_ID_BYTES: Final = 16
+
+_SHA256: Final = SHA256()
+_LINE_BEGIN: Final = record.LINE_PREFIX
+_LINE_SIG: Final = record.LINE_MIDDLE
+_LINE_END: Final = record.LINE_SUFFIX + b"\n"
 
 
 class Signer(Protocol):
-    """Signs with Ed25519. `sign` may raise OSError when the signer can't be reached: the caller then fails closed."""
+    """Signs with Ed25519. A signer outside this process (an HSM, a cloud key) implements the same two methods.
+
+    Both may block. `sign` raises OSError when it can't reach the key; the log then writes no line.
+    """
 
     def public_key(self) -> bytes:
         """The 32 raw bytes of the public key."""
@@ -57,7 +61,7 @@ class Signer(Protocol):
 
 
 class LocalSigner:
-    """Signs with a 32-byte seed that stays where it is, in the arena of the caller."""
+    """Signs with a 32-byte Ed25519 seed in the caller's arena."""
 
     def __init__(self, seed: memoryview) -> None:
         self._seed = seed
@@ -70,7 +74,7 @@ class LocalSigner:
 
 
 def signature_is_valid(public_key: bytes, signature: bytes, message: bytes) -> bool:
-    """Whether `signature` is that of `message` under the raw `public_key`; False for malformed ones too."""
+    """Whether `signature` is valid for `message` under the raw `public_key`. False if either is malformed."""
     try:
         Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
     except (InvalidSignature, ValueError):
@@ -79,9 +83,9 @@ def signature_is_valid(public_key: bytes, signature: bytes, message: bytes) -> b
 
 
 class AuditKey(NamedTuple):
-    """One version of the audit key: the 32-byte MAC key as a view into the arena, and the signer that goes with it.
+    """One version of the audit key: the 32-byte MAC key as a view of the arena, and its signer.
 
-    since: the last line under the version before, None where it is not remembered or there was none.
+    since: the last line under the previous version. None if there was no previous version, or it is not recorded.
     """
 
     version: int
@@ -90,17 +94,8 @@ class AuditKey(NamedTuple):
     since: Head | None = None
 
 
-SIGNED_LABEL: Final = b"minikms/audit/signed-line/v1\x00"
-LOG_ID_BYTES: Final = 16
-
-_SHA256: Final = SHA256()
-_LINE_BEGIN: Final = record.LINE_PREFIX
-_LINE_SIG: Final = record.LINE_MIDDLE
-_LINE_END: Final = record.LINE_SUFFIX + b"\n"
-
-
 def mac(audit_key: memoryview, previous_sig: bytes, event_bytes: bytes) -> bytes:
-    """The 32-byte MAC that chains `event_bytes` to the line before."""
+    """The 32-byte MAC that chains `event_bytes` to the previous line."""
     return hmac.digest(audit_key, previous_sig + event_bytes, "sha256")
 
 
@@ -109,10 +104,10 @@ def seal(
 ) -> tuple[bytes, Head]:
     """The lines of `events`, chained to `head`, and the new head. Sets `seq` and `ts` of each event.
 
-    Text that does not belong in a line is escaped, and an event that is too long is cut: see `record.sanitise`.
-    `escaped` says that `events` went through here before.
+    `record.sanitise` escapes text that a line can't hold and truncates an event that is too long. `escaped`: this
+    function has processed `events` before.
     """
-    with contextlib.suppress(UnicodeEncodeError):  # half a surrogate pair, from the name of a file say
+    with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate, for example from a file name
         blob, new_head = _seal(events, head, audit_key, ts)
         if escaped or (record.is_clean(blob) and (len(blob) < LINE_BYTES_MAX or _longest_line(blob) < LINE_BYTES_MAX)):
             return blob, new_head
@@ -126,11 +121,11 @@ def _longest_line(blob: bytes) -> int:
 
 
 def _seal(events: Sequence[Event], head: Head, audit_key: memoryview, ts: int) -> tuple[bytes, Head]:
-    """The hot path: one call per event-loop turn, some 1.3 µs per event, half of it the HMAC.
+    """The hot path: one call per event-loop turn, about 1.3 µs per event, half of it for the HMAC.
 
-    A copy of an HMAC object and its use cost 0.7 µs, a one-shot MAC 1.6.
+    Copying and using an HMAC object takes 0.7 µs, a one-shot MAC 1.6 µs.
     """
-    encode, base64 = encode_event, b64encode
+    to_bytes, to_base64 = encode_event, encode
     keyed = HMAC(audit_key, _SHA256)
     seq, sig = head.seq, head.sig
     parts: list[bytes] = []
@@ -138,16 +133,16 @@ def _seal(events: Sequence[Event], head: Head, audit_key: memoryview, ts: int) -
         seq += 1
         event.seq = seq
         event.ts = ts
-        event_bytes = encode(event)
+        event_bytes = to_bytes(event)
         mac_of_line = keyed.copy()
         mac_of_line.update(sig + event_bytes)
         sig = mac_of_line.finalize()
-        parts += (_LINE_BEGIN, event_bytes, _LINE_SIG, base64(sig), _LINE_END)
+        parts += (_LINE_BEGIN, event_bytes, _LINE_SIG, to_base64(sig), _LINE_END)
     return b"".join(parts), Head(seq, sig)
 
 
 class Coverage:
-    """What the next signed line signs for: SHA-256 and count of the lines since the last one, in one file."""
+    """The lines of one file that the next signed line will cover: their SHA-256, number and bytes."""
 
     __slots__ = ("_digest", "bytes_count", "lines_count")
 
@@ -156,8 +151,15 @@ class Coverage:
         self.lines_count = 0
         self.bytes_count = 0
 
+    @classmethod
+    def of_line(cls, line: bytes) -> Coverage:
+        """The coverage of one line, given with its newline."""
+        coverage = cls()
+        coverage.add(line, 1)
+        return coverage
+
     def add(self, blob: bytes, lines_count: int) -> None:
-        """Take in whole lines with their newlines."""
+        """Add whole lines, with their newlines."""
         self._digest.update(blob)
         self.lines_count += lines_count
         self.bytes_count += len(blob)
@@ -174,7 +176,7 @@ class Coverage:
 
 
 def signed_message(event: Event) -> bytes:
-    """What the signature of a signed line covers: the label, then the event without `facts.signature`."""
+    """The bytes that the signature of a signed line covers: the label, then the event without `facts.signature`."""
     facts = {name: value for name, value in event.facts.items() if name != "signature"}
     return SIGNED_LABEL + encode_event(msgspec.structs.replace(event, facts=facts))
 
@@ -189,24 +191,27 @@ def signed_line(
     key: AuditKey,
     extra: Facts | None = None,
 ) -> tuple[bytes, Head]:
-    """A line of one of `record.SIGNED_TYPES` after `head`, and the new head. `coverage` is that of the lines before."""
+    """A line after `head` of a type in `record.SIGNED_TYPES`, and the new head. `coverage`: the lines that it covers.
+
+    Raises OSError when the signer can't be reached.
+    """
     facts: Facts = {
         "key": key.version,
         "lines": coverage.lines_count,
         "lines_sha256": coverage.hex(),
         "log_id": log_id.hex(),
-        "previous_sig": base64_text(head.sig),
+        "previous_sig": encode_text(head.sig),
         **(extra or {}),
     }
     event = Event(seq=head.seq + 1, ts=ts, type=event_type, actor=ACTOR_SELF, facts=facts)
-    event.facts["signature"] = base64_text(key.signer.sign(signed_message(event)))
+    event.facts["signature"] = encode_text(key.signer.sign(signed_message(event)))
     event_bytes = encode_event(event)
     sig = mac(key.mac_key, head.sig, event_bytes)
-    return record.frame(event_bytes, sig), Head(head.seq + 1, sig)
+    return record.encode_line(event_bytes, sig), Head(head.seq + 1, sig)
 
 
 def genesis_event(log_id: bytes, key_version: int, public_key: bytes, previous: Facts) -> Event:
-    """The first line of a log. `previous` says what came before, where anything did: see `docs/spec/audit.md`."""
+    """The event of a log's first line. `previous`: facts about an abandoned log, see docs/spec/audit.md."""
     return Event(
         type=record.TYPE_GENESIS,
         actor=ACTOR_SELF,
@@ -214,7 +219,7 @@ def genesis_event(log_id: bytes, key_version: int, public_key: bytes, previous: 
             "format": record.FORMAT_VERSION,
             "key": key_version,
             "log_id": log_id.hex(),
-            "public_key": base64_text(public_key),
+            "public_key": encode_text(public_key),
             "segment": 1,
             **previous,
         },
@@ -224,9 +229,7 @@ def genesis_event(log_id: bytes, key_version: int, public_key: bytes, previous: 
 def segment_open_event(
     log_id: bytes, key_version: int, public_key: bytes, *, segment: int, previous: Head, closed: Coverage
 ) -> Event:
-    """The first line of a later file: names the head that the file before ended with, and the digest of that line,
-    which is all that `closed` covers.
-    """
+    """The event of a later file's first line. `previous`: head of the previous file; `closed` covers its last line."""
     return Event(
         type=record.TYPE_SEGMENT_OPEN,
         actor=ACTOR_SELF,
@@ -236,32 +239,17 @@ def segment_open_event(
             "log_id": log_id.hex(),
             "previous_seq": previous.seq,
             "previous_sha256": closed.hex(),
-            "previous_sig": base64_text(previous.sig),
-            "public_key": base64_text(public_key),
+            "previous_sig": encode_text(previous.sig),
+            "public_key": encode_text(public_key),
             "segment": segment,
         },
     )
 
 
 def head_of_text(text: str) -> Head | None:
-    """The line that `SEQ:SIG` names, or None when it is not of that form."""
+    """The head that the text `SEQ:SIG` names, or None if it does not have that form."""
     seq, _, sig64 = text.partition(":")
-    sig = base64_bytes(sig64, record.MAC_BYTES)
+    sig = decode_exact(sig64, record.MAC_BYTES)
     if sig is None or not (seq.isascii() and seq.isdigit() and len(seq) <= record.SEQ_DIGITS_MAX):
         return None
     return Head(int(seq), sig) if 0 < int(seq) <= record.INTEGER_MAX else None
-
-
-def base64_text(data: bytes) -> str:
-    return binascii.b2a_base64(data, newline=False).decode("ascii")
-
-
-def base64_bytes(text: object, size: int) -> bytes | None:
-    """The `size` bytes of canonical base64 `text`, or None when it is anything else."""
-    if not isinstance(text, str):
-        return None
-    try:
-        data = binascii.a2b_base64(text, strict_mode=True)
-    except (binascii.Error, ValueError):
-        return None
-    return data if len(data) == size and base64_text(data) == text else None

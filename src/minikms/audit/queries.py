@@ -1,14 +1,9 @@
-"""Finding and counting events.
+"""Reading a whole log: find events, count them, find one line, verify everything.
 
-Owns: what a query matches, the totals, and where a line stands. It reads every file of the log once at most, in
-bounded memory, and judges nothing: whether what it finds is genuine is for `verify` to say. It must never write, nor
-show a line that is not one.
-
-Verifying a log where it lies: the workflow around the checker.
-
-Owns: feeding the files of a directory to the `Verifier`, in order, and where to begin. It works beside a live daemon,
-without its lock; memory stays bounded whatever the size. It must never write, and judges nothing that `verify` judges:
-its own findings are of files that are missing, misnamed or damaged as a whole.
+Owns: what a query matches, the totals, the search for a line by its number, and feeding the files of a directory to the
+`Verifier`. Invariants: each file is read at most once, in bounded memory, beside a running daemon and without its lock;
+`find` and `totals` do not verify what they read; the findings that `verify_directory` adds are about whole files that
+are missing or damaged. It must never write, nor return a line that is malformed.
 """
 
 from __future__ import annotations
@@ -21,24 +16,26 @@ from typing import ClassVar, Final
 
 import msgspec
 
-from minikms.audit import reader, record
-from minikms.audit.reader import LOG_NAME, DamagedSegmentError, SegmentFile, each_segment
+from minikms.audit import record
+from minikms.audit.reader import LOG_NAME, DamagedSegmentError, SegmentFile, each_segment, list_segments
 from minikms.audit.record import Event, Head, MalformedLineError, line_start, parse_line
 from minikms.audit.rules import Report, Trust
 from minikms.audit.verify import Verifier
 from minikms.errors import MiniKmsError
 
 NAMES_COUNT_MAX: Final = 1000
-"""Types, outcomes and actors told apart by `totals`; the lines of all others are counted together."""
+"""Types, outcomes and actors that `totals` counts separately; it counts the lines of all others together."""
 NAME_CHARS_MAX: Final = record.TEXT_CHARS_MAX
-"""A writer makes none that is longer; of one that is, the beginning is counted."""
+"""A writer makes no longer name; a longer one is counted by its beginning."""
 OTHERS: Final = "(others)"
 NEAR_BYTES: Final = 1024 * 1024
-"""From where a line is looked for one by one: some milliseconds."""
+"""A search for a line reads at most about this many bytes line by line: some milliseconds."""
+
+_PROGRESS_LINES = 10_000
 
 
 class Query(msgspec.Struct, frozen=True, kw_only=True):
-    """What an event must have: every member that is given. threads: any of these forms of the one thread sought."""
+    """What an event must match: every field that is not empty. threads: the recorded forms of one thread id."""
 
     threads: tuple[str, ...] = ()
     key: str = ""
@@ -54,17 +51,15 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def needles(self) -> list[tuple[bytes, ...]]:
-        """For each member: bytes of which a matching line has at least one."""
-        members = (self.threads, (self.key,), (self.actor,), (self.request,))
-        return [tuple(text.encode() for text in texts) for texts in members if any(texts)]
+        """For each field: byte strings, at least one of which occurs in a matching line."""
+        fields = (self.threads, (self.key,), (self.actor,), (self.request,))
+        return [tuple(text.encode() for text in texts) for texts in fields if any(texts)]
 
 
 def query(
     *, thread: str = "", key: str = "", actor: str = "", request: str = "", audit_keys: Sequence[memoryview] = ()
 ) -> Query:
-    """A query for what a person typed. With `audit_keys` it finds a thread also where its id was recorded as an
-    HMAC.
-    """
+    """A query for texts as a person types them. With `audit_keys` it also finds a thread id recorded as an HMAC."""
     threads = [record.escape(thread), *(record.hash_thread_id(thread, each) for each in audit_keys)] if thread else []
     return Query(
         threads=tuple(threads), key=record.escape(key), actor=record.escape(actor), request=record.escape(request)
@@ -76,7 +71,7 @@ def find(directory: str, sought: Query) -> Iterator[bytes]:
     needles = sought.needles()
     for file in each_segment(directory):
         for line in file.lines():
-            # A look at the bytes first: decoding every line of a large log would take minutes.
+            # Search the bytes first: decoding every line of a large log would take minutes.
             if not all(any(needle in line for needle in some) for some in needles):
                 continue
             try:
@@ -88,23 +83,23 @@ def find(directory: str, sought: Query) -> Iterator[bytes]:
 
 
 def line_of(directory: str, seq: int) -> bytes | None:
-    """The line of that number, as the log has it, or None. It looks into one file: the newest that begins before it.
+    """The line with that number, not verified, or None. It reads one file: the newest that does not begin after it.
 
-    Raises OSError, DamagedSegmentError.
+    Raises OSError and DamagedSegmentError.
     """
     prefix = record.line_start(seq)
-    closed = list(reader.list_segments(directory))
+    closed = list(list_segments(directory))
     for after in (max(closed, default=0), *(number - 1 for number in reversed(closed))):
         for file in each_segment(directory, after=after):
             if record.peek_seq(file.first_line()) <= seq:
-                _go_near(file, seq)
+                _seek_before(file, seq)
                 return next((line for line in file.lines() if line.startswith(prefix)), None)
             break
     return None
 
 
-def _go_near(file: SegmentFile, seq: int) -> None:
-    """Go on at most some NEAR_BYTES before the line `seq`, if it is there; a start must not read a whole file."""
+def _seek_before(file: SegmentFile, seq: int) -> None:
+    """Seek to at most about `NEAR_BYTES` before the line `seq`, if the file has it: a start must not read it all."""
     if file.compressed:
         return
     low, high = 0, file.size
@@ -121,9 +116,9 @@ def _go_near(file: SegmentFile, seq: int) -> None:
 
 
 class Totals(msgspec.Struct):
-    """Counts of a log: lines by type, outcome and actor; items are what batches and refusals stand for (else 1 a line).
+    """Counts of a log. types, outcomes, actors: lines by name. items: the sum of `Event.count`, with 1 for 0.
 
-    Times are Unix ns, 0 for none.
+    first_ts, last_ts: Unix ns, 0 for none.
     """
 
     files: int = 0
@@ -169,13 +164,11 @@ def totals(directory: str) -> Totals:
 
 
 Progress = Callable[[int, int], None]
-"""Called with bytes read and bytes in all, as they lie on the disk."""
-
-_PROGRESS_LINES = 10_000
+"""Called with the bytes read so far and the total, both as sizes on disk."""
 
 
 class AuditLogMissingError(MiniKmsError):
-    """There is no log, or not the line that a check should begin with."""
+    """There is no log, or it does not have the line that a verification should begin with."""
 
     code: ClassVar[str] = "audit_missing"
 
@@ -188,10 +181,10 @@ def verify_directory(
     from_checkpoint: int = 0,
     progress: Progress | None = None,
 ) -> Report:
-    """The report on the log in `directory`.
+    """Verify the log in `directory`.
 
-    from_checkpoint: seq of a signed line (`checkpoint`, `segment_close`, `audit_key`) to begin with; what stands
-    before it is then not read. Raises AuditLogMissingError when there is no log or no such line, and OSError.
+    from_checkpoint: seq of a signed line (`checkpoint`, `segment_close`, `audit_key`) to begin with; earlier lines are
+    not verified. Raises AuditLogMissingError if there is no log or no such line, and OSError.
     """
     after = _segment_before(directory, from_checkpoint) if from_checkpoint else 0
     feeder = _Feeder(
@@ -214,7 +207,7 @@ def verify_directory(
 
 
 class _Feeder:
-    """Feeds files to a verifier, from the line `skip_to` on, and tells how far it is."""
+    """Feeds files to a verifier, from the line `skip_to` on, and reports progress."""
 
     def __init__(self, verifier: Verifier, total: int, progress: Progress | None, *, skip_to: int) -> None:
         self.verifier = verifier
@@ -226,7 +219,7 @@ class _Feeder:
 
     @property
     def skipping(self) -> bool:
-        """Whether the line to begin with has not been met."""
+        """Whether the line to begin with was not found so far."""
         return bool(self._sought)
 
     def feed(self, file: SegmentFile) -> None:
@@ -244,24 +237,24 @@ class _Feeder:
                 if verifier.exhausted:
                     break
                 if count % _PROGRESS_LINES == 0:
-                    self._tell(file)
+                    self._report_progress(file)
         except DamagedSegmentError as error:
             verifier.fault("segment", str(error))
         if file.rest and not self._sought:
             verifier.feed_incomplete(file.rest)
         if not self._sought:
             verifier.end_file()
-        self._tell(file)
+        self._report_progress(file)
         self._before += file.position
 
-    def _tell(self, file: SegmentFile) -> None:
+    def _report_progress(self, file: SegmentFile) -> None:
         if self._progress is not None:
             done = self._before + file.position
             self._progress(done, max(done, self._total))
 
 
 def _segment_before(directory: str, seq: int) -> int:
-    """Number of the segment before the one that holds line `seq`, as far as the first lines tell."""
+    """Number of the segment before the one that holds line `seq`, according to the first lines of the files."""
     before = last = 0
     for file in each_segment(directory):
         try:
@@ -276,7 +269,7 @@ def _segment_before(directory: str, seq: int) -> int:
 
 def _bytes_on_disk(directory: str, after: int) -> int:
     total = 0
-    closed = reader.list_segments(directory)
+    closed = list_segments(directory)
     for name in [LOG_NAME, *(names[0] for number, names in closed.items() if number > after)]:
         with contextlib.suppress(FileNotFoundError):
             total += os.stat(os.path.join(directory, name), follow_symlinks=False).st_size

@@ -1,28 +1,19 @@
-"""What the bytes of a compressed segment must be: one zstd frame (RFC 8878) with a checksum, and nothing else.
+"""The files of a log, and reading them as one sequence of lines while a daemon may write.
 
-Owns: walking the frame's blocks without decompressing them. A decompressor that reads a stream stops at the end of its
-input, be it in the middle of a frame, before the checksum or after a part of another one: so whether a file was cut is
-asked here. It must never allocate by what a file says of itself.
+Owns: the names of the files and their order, opening a file whatever its form, splitting it into lines, following the
+log, and reading its last lines. `minikms-audit.log` is the file being written. `minikms-audit.log.<n>` are the closed
+files (n counts from 1), `minikms-audit.log.<n>.zst` the same compressed. Both forms of one segment may exist for a
+moment, with the same content; the plain one counts. Invariants:
 
-The names of a log's files.
+- Memory is bounded by one chunk and one line, whatever a file says about itself.
+- A file that is renamed or compressed meanwhile is read once and completely. The file being written is always read,
+  and is the last one.
+- A compressed file is exactly one zstd frame (RFC 8878) with a checksum. `frame_fault` checks that before reading,
+  because a decompressor that reads a stream ends without an error where the file ends, also within a frame.
+- `Follower` returns whole lines only, each once, in the order of the files.
 
-Owns: which files belong to a log and in which order. `minikms-audit.log` is being written; `minikms-audit.log.<n>` were
-written before it (n counts from 1), `minikms-audit.log.<n>.zst` likewise, compressed. Both forms of one segment may
-exist for a moment, with the same content: the plain one counts. It must never open a file through a symbolic link, nor
-touch a file of another name.
-
-Reading a log's files as one sequence of lines, also while a daemon writes them.
-
-Owns: opening a segment, whatever its form, and cutting it into lines. Invariants: memory is bounded by one chunk and
-one line; a file that is renamed or compressed meanwhile is read once and whole; the file of the log's name is always
-read, and is the last one; nothing is judged here. It must never write, take the lock of the data directory, follow a
-symbolic link, or wait for what is not a regular file.
-
-Lines as they are written, and the ones written last.
-
-Owns: keeping up with a log from outside, across rotation, compression and a restart of the reader; and reading from the
-end. Invariants: whole lines only, each once, in the order of the files. It must never write, judge, or wait for the
-log.
+It must never write, judge a line, take the lock of the data directory, wait for the log, follow a symbolic link, open
+what is not a regular file, or touch a file of another name.
 """
 
 from __future__ import annotations
@@ -42,8 +33,30 @@ from minikms.audit import record
 from minikms.audit.record import MalformedLineError
 from minikms.errors import MiniKmsError
 
+LOG_NAME: Final = "minikms-audit.log"
+COMPRESSED_SUFFIX: Final = ".zst"
+NEXT_NAME: Final = LOG_NAME + ".next"
+"""The name of a new segment until it gets the log's name."""
+
+FILE_MODE: Final = 0o600
+DIRECTORY_MODE: Final = 0o700
+
+CHUNK_BYTES: Final = 1024 * 1024
+OPEN_ATTEMPTS: Final = 5
+GROWTH_WAIT_S: Final = 0.1
+"""How long a reader waits for a daemon to complete an incomplete last line."""
+LINE_SKIPPED_BYTES_MAX: Final = 16 * 1024 * 1024
+"""How much of a line that is too long is skipped to find the next line. A small file may unpack to terabytes."""
+LINES_AT_A_TIME: Final = 1000
+LAST_BYTES_MAX: Final = 64 * 1024 * 1024
+"""Bound of what `last_lines` returns: a log may hold lines of 1 MiB."""
+
+_SEGMENT_PATTERN: Final = re.compile(r"minikms-audit\.log\.([1-9][0-9]*)(\.zst)?", re.ASCII)
+_BACKWARDS_BYTES: Final = 64 * 1024
+_CLOSE_MARK: Final = b'"type":"' + record.TYPE_SEGMENT_CLOSE.encode() + b'"'
+
 WINDOW_BYTES_MAX: Final = 8 * 1024 * 1024
-"""For the decompressor: a larger window would need more memory than one chunk and one line."""
+"""Bound of the decompressor's window. A larger one would need more memory than one chunk and one line."""
 _MAGIC: Final = b"\x28\xb5\x2f\xfd"
 _HEADER_BYTES_MAX: Final = 18
 _CHECKSUM_BYTES: Final = 4
@@ -52,8 +65,8 @@ _BLOCK_RLE: Final = 1
 _BLOCK_RESERVED: Final = 3
 
 
-def fault_of(fd: int) -> str:
-    """Why the file `fd` is not one whole frame; empty when it is. Raises OSError."""
+def frame_fault(fd: int) -> str:
+    """Why the file `fd` is not exactly one complete frame; empty if it is. Raises OSError."""
     head = os.pread(fd, _HEADER_BYTES_MAX, 0)
     if not head.startswith(_MAGIC):
         return "it does not begin with a zstd frame"
@@ -80,25 +93,12 @@ def fault_of(fd: int) -> str:
     return ""
 
 
-LOG_NAME: Final = "minikms-audit.log"
-COMPRESSED_SUFFIX: Final = ".zst"
-NEXT_NAME: Final = LOG_NAME + ".next"
-"""A new segment before it takes the log's name."""
-
-FILE_MODE: Final = 0o600
-DIRECTORY_MODE: Final = 0o700
-
-_SEGMENT_PATTERN: Final = re.compile(r"minikms-audit\.log\.([1-9][0-9]*)(\.zst)?", re.ASCII)
-
-
 def segment_name(number: int, *, compressed: bool = False) -> str:
     return f"{LOG_NAME}.{number}{COMPRESSED_SUFFIX if compressed else ''}"
 
 
 def list_segments(directory: str) -> dict[int, list[str]]:
-    """The closed segments by number, in order: for each the names of the files that hold it, plain before
-    compressed.
-    """
+    """The closed segments by number, in order: for each, the names of its files, plain before compressed."""
     found: dict[int, list[str]] = {}
     for name in sorted(os.listdir(directory)):
         if match := _SEGMENT_PATTERN.fullmatch(name):
@@ -114,16 +114,8 @@ def fsync_directory(directory: str) -> None:
         os.close(fd)
 
 
-CHUNK_BYTES: Final = 1024 * 1024
-OPEN_ATTEMPTS: Final = 5
-GROWTH_WAIT_S: Final = 0.1
-"""How long an incomplete last line is given to be completed by a daemon that is writing it."""
-LINE_SKIPPED_BYTES_MAX: Final = 16 * 1024 * 1024
-"""Of a line that is too long: how much of it is skipped to find the next one. A small file may unpack to terabytes."""
-
-
 class DamagedSegmentError(MiniKmsError):
-    """A segment can't be read to its end: it does not decompress, or one line of it never ends."""
+    """A segment can't be read to its end: it does not decompress, or has a line without an end."""
 
     code: ClassVar[str] = "audit_damaged"
 
@@ -133,11 +125,11 @@ class _Reader(Protocol):
 
 
 class SegmentFile:
-    """An open segment. number: from its name, or for the file being written from its first line (0 when that is
-    damaged).
+    """An open file of the log.
 
-    size: bytes on disk when it was opened. closed: nothing more is written to it; of the file being written that is
-    known once `lines` has ended.
+    number: of its segment, from its name; for the file being written from its first line, 0 if that is damaged. size:
+    bytes on disk when it was opened. closed: nothing more is written to it; for the file being written this is known
+    when `lines` has ended.
     """
 
     def __init__(self, file: BinaryIO, directory: str, name: str, number: int) -> None:
@@ -150,7 +142,7 @@ class SegmentFile:
         self.size = status.st_size
         self.identity = (status.st_dev, status.st_ino)
         self.rest = b""
-        """After `lines` has ended: the bytes of an incomplete last line."""
+        """The bytes of an incomplete last line, after `lines` has ended."""
 
     @property
     def compressed(self) -> bool:
@@ -162,15 +154,15 @@ class SegmentFile:
         return self._file.tell()
 
     def lines(self) -> Iterator[bytes]:
-        """Every whole line without its newline, at least up to where the file ended when it was opened; to its end
-        where it is closed meanwhile.
+        """Every whole line without its newline, at least those that were there when the file was opened. If the file is
+        closed meanwhile, all its lines.
 
-        A line longer than `record.LINE_BYTES_MAX` comes cut to about that length. Raises DamagedSegmentError, and
+        A line longer than `record.LINE_BYTES_MAX` is truncated to about that length. Raises DamagedSegmentError and
         OSError.
         """
         source = self._source()
         rest = b""
-        skipped = 0  # bytes of a line that was cut, while it goes on
+        skipped = 0  # bytes of a truncated line so far
         waited = False
         while True:
             chunk = self._read(source)
@@ -178,7 +170,7 @@ class SegmentFile:
                 if self.closed:
                     break
                 if self._was_closed():
-                    continue  # what was written before it lost its name is there now
+                    continue  # the rest of the file is complete now
                 if not rest or waited:
                     break
                 waited = True
@@ -204,7 +196,7 @@ class SegmentFile:
     def _source(self) -> _Reader:
         if not self.compressed:
             return self._file
-        if fault := fault_of(self._file.fileno()):
+        if fault := frame_fault(self._file.fileno()):
             raise DamagedSegmentError(f"{self.name} does not decompress: {fault}")
         decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES_MAX)
         return decompressor.stream_reader(self._file, closefd=False)
@@ -216,7 +208,7 @@ class SegmentFile:
             raise DamagedSegmentError(f"{self.name} does not decompress: {error}") from None
 
     def _was_closed(self) -> bool:
-        """Whether the file being written has lost its name since it was opened: what it holds now is all of it."""
+        """Whether the file being written was renamed since it was opened, so that its content is complete."""
         try:
             status = os.stat(os.path.join(self._directory, LOG_NAME), follow_symlinks=False)
         except FileNotFoundError:
@@ -226,13 +218,13 @@ class SegmentFile:
         return self.closed
 
     def first_line(self) -> bytes:
-        """The first line, of a file that has not been read from; empty when there is none."""
+        """The first line, empty if there is none. Call it before anything else is read from the file."""
         line = next(self.lines(), b"")
         self._file.seek(0)
         return line
 
     def seek(self, offset: int) -> None:
-        """Go on reading at `offset`, of a file that is not compressed."""
+        """Continue reading at `offset` of a file that is not compressed."""
         self._file.seek(offset)
 
     def close(self) -> None:
@@ -246,10 +238,10 @@ class SegmentFile:
 
 
 def each_segment(directory: str, *, after: int = 0) -> Iterator[SegmentFile]:
-    """The log's files in order, those numbered up to `after` left out; each is closed when the next is asked for.
+    """The log's files in order, without segments up to number `after`. Each is closed when the next one is requested.
 
-    Nothing is yielded when there is no log. A file that a rotation renames meanwhile comes once. The last one is that
-    of the log's name, unless it is missing. Raises OSError, also for what is not a regular file.
+    Yields nothing if there is no log. A file that a rotation renames meanwhile comes once. The last file is the one
+    being written, unless it is missing. Raises OSError, also if a file is not a regular one.
     """
     last, seen = after, None
     for _ in range(OPEN_ATTEMPTS):
@@ -259,17 +251,17 @@ def each_segment(directory: str, *, after: int = 0) -> Iterator[SegmentFile]:
             if not file.closed:
                 return
             last, seen = max(last, file.number or last + 1), file.identity
-        # Between the two renames of a rotation there is no file of the log's name.
+        # Between the two renames of a rotation no file has the log's name.
         if not list_segments(directory):
             return
         time.sleep(GROWTH_WAIT_S)
 
 
 def next_segment(directory: str, last: int, seen: tuple[int, int] | None = None) -> SegmentFile | None:
-    """The first file after segment `last`, for the caller to close; None when there is none (yet).
+    """The first file after segment `last`, or None. The caller closes it.
 
-    seen: identity of the file read before, which is not the next under whatever name. The file of the log's name comes
-    after all others, also where its first line claims a number that was there already: that is for the caller to judge.
+    seen: identity of the previous file, which is never the next one, whatever its name. The file being written comes
+    after all others, even if its first line names a smaller number: the verifier reports that.
     """
     for _ in range(OPEN_ATTEMPTS):
         closed = [number for number in list_segments(directory) if number > last]
@@ -277,13 +269,13 @@ def next_segment(directory: str, last: int, seen: tuple[int, int] | None = None)
             file = _open_closed(directory, closed[0])
             if file is not None:
                 return file
-            continue  # compressed or removed since it was listed
+            continue  # compressed or removed after it was listed
         file = _open(directory, LOG_NAME, 0)
         if file is None:
             return None
         if any(number > last for number in list_segments(directory)):
             file.close()
-            continue  # rotated since the closed ones were listed
+            continue  # a rotation came after the closed files were listed
         if file.identity == seen:
             file.close()
             return None
@@ -320,15 +312,8 @@ def _number_of(file: SegmentFile) -> int:
     return segment if isinstance(segment, int) else 0
 
 
-LINES_AT_A_TIME: Final = 1000
-LAST_BYTES_MAX: Final = 64 * 1024 * 1024
-"""Of the lines that `last_lines` gives: a log may hold lines of 1 MiB."""
-_BACKWARDS_BYTES: Final = 64 * 1024
-_CLOSE_MARK: Final = b'"type":"' + record.TYPE_SEGMENT_CLOSE.encode() + b'"'
-
-
 class Follower:
-    """Hands out the lines after `after_seq`, those that there are already first. Close it when done."""
+    """Follows the log from the line after `after_seq` on. `close` it when done."""
 
     def __init__(self, directory: str, *, after_seq: int = 0) -> None:
         self._directory = directory
@@ -340,7 +325,10 @@ class Follower:
         self._ended = False
 
     def read(self, count: int = LINES_AT_A_TIME) -> list[bytes]:
-        """Up to `count` more lines without their newlines; none when there are none yet. Raises OSError."""
+        """Up to `count` more lines without their newlines, none if there are none yet.
+
+        Raises OSError and DamagedSegmentError.
+        """
         lines: list[bytes] = []
         while len(lines) < count and self._open():
             if not self._read_from_file(lines, count):
@@ -367,7 +355,7 @@ class Follower:
         return True
 
     def _read_from_file(self, lines: list[bytes], count: int) -> bool:
-        """Take what the file has. Whether to look further: it ended, or `lines` is full."""
+        """Append lines of the current file to `lines`. Returns whether the file has ended or `lines` is full."""
         file = self._file
         if file is None:
             return False
@@ -388,8 +376,9 @@ class Follower:
 
 
 def last_lines(directory: str, count: int) -> list[bytes]:
-    """The last `count` lines of the log without their newlines, oldest first: fewer where they hold more than
-    `LAST_BYTES_MAX`. Raises OSError, DamagedSegmentError.
+    """The last `count` lines of the log without their newlines, oldest first; fewer if they exceed `LAST_BYTES_MAX`.
+
+    Raises OSError and DamagedSegmentError.
     """
     found: list[bytes] = []
     numbers = [0, *reversed(list_segments(directory))]
@@ -412,7 +401,7 @@ def _last_of_file(file: SegmentFile, count: int) -> list[bytes]:
         file.seek(begin)
         lines = _last_of(file.lines(), count + 1)
         if begin == 0 or len(lines) > count or span >= LAST_BYTES_MAX:
-            # The first line begins before the span, unless that is the whole file.
+            # Unless the span is the whole file, the first line of it is incomplete.
             return lines[-count:] if begin == 0 else lines[1:][-count:]
         span *= 4
 

@@ -1,24 +1,21 @@
-"""What a start finds at the end of a log: where the last whole line ends, and whether the end can be trusted.
+"""Opening a log at start: continue it, begin one, repair its end, or refuse.
 
-Owns: reading a file backwards to its last signed line and judging the lines from there. Invariants: it reads at most
-the span between two checkpoints and changes nothing. It must never accept an end that `verify` would not.
+Owns: verifying the end of a log file, the decision table below, and the events that a start writes before all others.
 
-What a start does with the log it finds: go on, begin, mend, or refuse.
+- No log, and none is expected: begin a new log with `genesis`.
+- No log, but one is expected: refuse.
+- The end follows from the last signed line: continue.
+- The same, then bytes without a newline: move these bytes aside; a `recovery` event names them with their SHA-256.
+- A closed last segment, and no file or an empty one after it: a rotation was interrupted; begin the next file.
+- An end under an earlier audit key, at the line where the change of key began: the change was interrupted;
+  `OpenedLog.key` is that earlier key. At another line: refuse, because the holder of an earlier key can write a log
+  that ends anywhere.
+- An end that does not follow, or a log without the expected line: refuse. If the caller accepts the loss, move all
+  files aside and begin a new log whose `genesis` says so.
 
-Owns: the decision table below, and the lines that a start writes before any other.
-
-- Nothing, and nothing is remembered: a new log begins with `genesis`.
-- Nothing, but a log is remembered: refuse.
-- A log whose end follows from its last checkpoint: go on.
-- The same, then bytes without a newline: they are moved aside, and `recovery` names them with their SHA-256.
-- A closed last segment and no file after it, or an empty one: the rotation was interrupted, its successor is begun.
-- An end under an earlier audit key, at the line where the change of key was begun: it was interrupted, the log says so
-  in `Opened.key`. At another line: refuse, for who has got the earlier key can end a log of his own anywhere.
-- An end that does not follow, or a log without the line that is remembered: refuse. When told to accept the loss: all
-  files are set aside, and a new log begins whose `genesis` says so.
-
-Invariants: a step that a crash interrupts is found and completed by the next start; nothing of an old log is ever
-deleted. It must run under the lock of the data directory, and must never go on from an end that it could not judge.
+Invariants: the next start completes every step that a crash interrupted; nothing of an old log is deleted; verifying
+the end reads at most the lines between two checkpoints, and changes nothing. It must run under the lock of the data
+directory, and must never continue from an end that `minikms.audit.verify` would reject.
 """
 
 from __future__ import annotations
@@ -34,24 +31,46 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from minikms.audit import chain, queries, reader, record
+from minikms.audit import chain, record
 from minikms.audit.chain import AuditKey, Coverage
-from minikms.audit.reader import DIRECTORY_MODE, FILE_MODE, LOG_NAME, NEXT_NAME, DamagedSegmentError, segment_name
+from minikms.audit.queries import line_of
+from minikms.audit.reader import (
+    DIRECTORY_MODE,
+    FILE_MODE,
+    LOG_NAME,
+    NEXT_NAME,
+    DamagedSegmentError,
+    fsync_directory,
+    list_segments,
+    segment_name,
+)
 from minikms.audit.record import ACTOR_SELF, Event, Facts, Head, MalformedLineError
 from minikms.audit.rules import Trust
 from minikms.audit.verify import Verifier
+from minikms.base64 import encode_text
 from minikms.errors import StartError
 
 _READ_BYTES: Final = 64 * 1024
 _FIRST_LINE_BYTES: Final = 4096
-TAIL_BYTES_MAX: Final = 32 * 1024 * 1024
-"""A writer signs every 8 MiB and a turn's lines are far fewer than that: more without a signed line is not our file."""
+LOG_END_BYTES_MAX: Final = 32 * 1024 * 1024
+"""No writer leaves more without a signature: it signs after 8 MiB, and the lines of a turn are far fewer bytes."""
+
+_TORN_PREFIX: Final = LOG_NAME + ".torn-"
+_ASIDE_PREFIX: Final = "minikms-audit.aside-"
+_ADVICE: Final = (
+    "Run `minikms audit verify` to see what happened to it. To continue without it, start once with "
+    "--accept-audit-loss: the old files are moved aside and a new log begins"
+)
+_ADVICE_RESTORED: Final = (
+    "If you restored a copy on purpose, start without --expect-audit-head; start the message server once with "
+    "--accept-restore."
+)
 
 
-class Tail(msgspec.Struct):
-    """The end of a log file. whole_bytes: up to the end of the last whole line; what follows was never completed.
+class LogEnd(msgspec.Struct):
+    """The end of a log file. whole_bytes: size up to the end of the last whole line; the rest is an incomplete line.
 
-    fault: empty, or why the end can't be trusted; then the other fields hold nothing.
+    fault: empty, or why the end can't be trusted; then the later fields have no meaning.
     """
 
     whole_bytes: int
@@ -64,32 +83,32 @@ class Tail(msgspec.Struct):
     key_version: int = 0
     segment: int = 0
     next_segment: int = 0
-    """The number that the last line, a `segment_close`, names as the next; 0 when the file is still open."""
+    """Number of the next segment, if the last line is a `segment_close`; 0 if the file is not closed."""
 
 
-def read_tail(fd: int, trust: Trust) -> Tail:
-    """Judge the end of the file `fd`. Raises OSError when it can't be read."""
+def read_log_end(fd: int, trust: Trust) -> LogEnd:
+    """Verify the end of the file `fd`. Raises OSError when it can't be read."""
     size = os.fstat(fd).st_size
     whole_bytes = _whole_bytes(fd, size)
     if whole_bytes == 0:
-        return Tail(0)
+        return LogEnd(0)
     start, data = _from_last_signed_line(fd, whole_bytes)
     if data is None:
-        return Tail(whole_bytes, fault=f"there is no checkpoint in its last {TAIL_BYTES_MAX} bytes")
+        return LogEnd(whole_bytes, fault=f"there is no checkpoint in its last {LOG_END_BYTES_MAX} bytes")
     verifier = Verifier(trust, from_signed_line=start > 0)
     for line in data.split(b"\n")[:-1]:
         verifier.feed(line)
     if verifier.findings:
-        return Tail(whole_bytes, fault=verifier.findings[0].text)
+        return LogEnd(whole_bytes, fault=verifier.findings[0].text)
     try:
         first = record.parse_line(_first_line(fd))[0]
     except MalformedLineError as error:
-        return Tail(whole_bytes, fault=f"its first line is {error}")
+        return LogEnd(whole_bytes, fault=f"its first line is {error}")
     head = verifier.head
     if head is None or first.facts.get("log_id") != verifier.log_id:
-        return Tail(whole_bytes, fault="its first line belongs to another log")
+        return LogEnd(whole_bytes, fault="its first line belongs to another log")
     segment = first.facts.get("segment")
-    return Tail(
+    return LogEnd(
         whole_bytes,
         first_ts=first.ts,
         first_seq=first.seq,
@@ -114,7 +133,10 @@ def _whole_bytes(fd: int, size: int) -> int:
 
 
 def _from_last_signed_line(fd: int, end: int) -> tuple[int, bytes | None]:
-    """(offset, the bytes from there to `end`): from the last signed line, or from the beginning where there is none."""
+    """(offset, the bytes from there to `end`): from the last signed line, or from the beginning if there is none.
+
+    The bytes are None if there is no signed line in the last `LOG_END_BYTES_MAX`.
+    """
     span = _READ_BYTES
     while True:
         begin = max(0, end - span)
@@ -124,7 +146,7 @@ def _from_last_signed_line(fd: int, end: int) -> tuple[int, bytes | None]:
             return begin + at, data[at:]
         if begin == 0:
             return 0, data
-        if span >= TAIL_BYTES_MAX:
+        if span >= LOG_END_BYTES_MAX:
             return begin, None
         span *= 4
 
@@ -143,7 +165,7 @@ def _last_signed_line(data: bytes, *, whole: bool) -> int:
 
 
 def _looks_signed(line: bytes) -> bool:
-    """A cheap look before the line is parsed; the verifier judges it afterwards."""
+    """Whether the line has a signature. Searches the bytes before it parses the line; the verifier checks it later."""
     if b'"signature":"' not in line:
         return False
     try:
@@ -164,27 +186,15 @@ def _read_exactly(fd: int, begin: int, end: int) -> bytes:
     return b"".join(parts)
 
 
-_TORN_PREFIX: Final = LOG_NAME + ".torn-"
-_ASIDE_PREFIX: Final = "minikms-audit.aside-"
-_WAY_OUT: Final = (
-    "Run `minikms audit verify` to see what happened to it. To go on without it, start once with "
-    "--accept-audit-loss: the old files are kept aside and a new log begins"
-)
-_RESTORED: Final = (
-    "Where a copy was put back on purpose, start without --expect-audit-head; the message server, once with "
-    "--accept-restore."
-)
+class ExpectedLog(msgspec.Struct, frozen=True):
+    """What other files say about the log. exists: there was one. head: a line of it that was on disk."""
 
-
-class Known(msgspec.Struct, frozen=True):
-    """What is remembered of the log outside of it. begun: whether there was one. head: a line that was on disk."""
-
-    begun: bool = False
+    exists: bool = False
     head: Head | None = None
 
 
-class Keys(NamedTuple):
-    """The audit key, and the earlier versions that the end of the log may still name."""
+class AuditKeys(NamedTuple):
+    """The audit key, and the earlier versions that the end of the log may still be under."""
 
     current: AuditKey
     former: tuple[AuditKey, ...] = ()
@@ -198,13 +208,13 @@ class Keys(NamedTuple):
         )
 
     def of(self, version: int) -> AuditKey:
-        """The key of a version that the tail was judged under."""
+        """The key of the version `version`, which is the one at the end of the log."""
         return next((key for key in self.former if key.version == version), self.current)
 
 
-class Opened(msgspec.Struct):
-    """A log ready for its next line. pending: events that the start owes the log, to be written first. key: the version
-    in force at its end, which is the former one when a change of key was interrupted.
+class OpenedLog(msgspec.Struct):
+    """A log ready for its next line. pending: events of the start, to be written first. key: the version that is active
+    at the end of the log, which is an earlier one if a change of key was interrupted.
     """
 
     fd: int
@@ -219,133 +229,129 @@ class Opened(msgspec.Struct):
     key: AuditKey
 
 
-def open_log(directory: str, keys: Keys, known: Known, ts: int, *, accept_loss: bool) -> Opened:
-    """Open or begin the log of `directory` for appending. `ts` is now, Unix ns.
+def open_log(directory: str, keys: AuditKeys, expected: ExpectedLog, ts: int, *, accept_loss: bool) -> OpenedLog:
+    """Open the log of `directory` for appending, or begin one. `ts`: the time, Unix ns.
 
-    Raises StartError when the log is missing, altered or shorter than remembered, naming the way out.
+    Raises StartError if the log is missing, altered or shorter than expected; the text says what to do. Raises OSError.
     """
     try:
-        return _open(directory, keys, known, ts)
+        return _open(directory, keys, expected, ts)
     except _LossError as error:
         if not accept_loss:
-            raise StartError(f"{error}. {_WAY_OUT}. {_RESTORED if known.head else ''}".rstrip()) from None
+            raise StartError(f"{error}. {_ADVICE}. {_ADVICE_RESTORED if expected.head else ''}".rstrip()) from None
         aside = _set_aside(directory, ts)
         reason: Facts = {"previous": str(error)}
         if aside:
             reason["previous_files"] = aside
-        if known.head is not None:
-            reason["previous_seq"] = known.head.seq
-            reason["previous_sig"] = chain.base64_text(known.head.sig)
+        if expected.head is not None:
+            reason["previous_seq"] = expected.head.seq
+            reason["previous_sig"] = encode_text(expected.head.sig)
         return _begin(directory, keys.current, ts, reason)
 
 
 class _LossError(Exception):
-    """Something of the log is missing or altered; the text is a sentence without its full stop."""
+    """A part of the log is missing or altered. The text is a sentence without a full stop."""
 
 
-def _open(directory: str, keys: Keys, known: Known, ts: int) -> Opened:
-    closed = reader.list_segments(directory)
+def _open(directory: str, keys: AuditKeys, expected: ExpectedLog, ts: int) -> OpenedLog:
+    closed = list_segments(directory)
     fd = _open_file(os.path.join(directory, LOG_NAME))
     if fd is None:
         if closed:
-            return _begin_after(directory, max(closed), keys, known, ts=ts)
-        if known.begun:
-            raise _LossError(f"the audit log {LOG_NAME} is missing, though there was one")
+            return _begin_after(directory, max(closed), keys, expected, ts=ts)
+        if expected.exists:
+            raise _LossError(f"the audit log {LOG_NAME} is missing, but there was one")
         return _begin(directory, keys.current, ts, {})
     try:
-        tail = read_tail(fd, keys.trust())
-        if tail.fault:
-            raise _LossError(f"the end of the audit log can't be trusted: {tail.fault}")
-        if tail.whole_bytes and not tail.next_segment:
-            return _go_on(directory, fd, tail, keys, known)
-        if tail.whole_bytes:
-            os.rename(os.path.join(directory, LOG_NAME), os.path.join(directory, segment_name(tail.segment)))
-            reader.fsync_directory(directory)
-            return _begin_after(directory, tail.segment, keys, known, ts=ts)
+        end = read_log_end(fd, keys.trust())
+        if end.fault:
+            raise _LossError(f"the end of the audit log can't be trusted: {end.fault}")
+        if end.whole_bytes and not end.next_segment:
+            return _continue(directory, fd, end, keys, expected)
+        if end.whole_bytes:
+            os.rename(os.path.join(directory, LOG_NAME), os.path.join(directory, segment_name(end.segment)))
+            fsync_directory(directory)
+            return _begin_after(directory, end.segment, keys, expected, ts=ts)
         if closed:
-            return _begin_after(directory, max(closed), keys, known, ts=ts, torn_fd=fd)
-        if known.begun:
-            raise _LossError(f"the audit log {LOG_NAME} is empty, though there was one")
+            return _begin_after(directory, max(closed), keys, expected, ts=ts, torn_fd=fd)
+        if expected.exists:
+            raise _LossError(f"the audit log {LOG_NAME} is empty, but there was one")
         _move_torn_aside(directory, fd, 0, seq=2)
         return _begin(directory, keys.current, ts, {})
     finally:
         os.close(fd)
 
 
-def _go_on(directory: str, fd: int, tail: Tail, keys: Keys, known: Known) -> Opened:
-    _check_known(directory, tail, known)
-    _check_takeover(tail, keys)
-    # A change of key that is to be completed comes first.
-    next_seq = tail.head.seq + (1 if tail.key_version == keys.current.version else 2)
-    if os.fstat(fd).st_size > tail.whole_bytes:
-        _move_torn_aside(directory, fd, tail.whole_bytes, seq=next_seq)
-    return Opened(
+def _continue(directory: str, fd: int, end: LogEnd, keys: AuditKeys, expected: ExpectedLog) -> OpenedLog:
+    _check_expected_line(directory, end, expected)
+    _check_key_change(end, keys)
+    # If an interrupted change of key has to be completed, its line comes first.
+    next_seq = end.head.seq + (1 if end.key_version == keys.current.version else 2)
+    if os.fstat(fd).st_size > end.whole_bytes:
+        _move_torn_aside(directory, fd, end.whole_bytes, seq=next_seq)
+    return OpenedLog(
         fd=os.dup(fd),
-        size=tail.whole_bytes,
-        head=tail.head,
-        coverage=tail.coverage,
-        log_id=bytes.fromhex(tail.log_id),
-        segment=tail.segment,
-        segment_ts=tail.first_ts,
-        segment_seq=tail.first_seq,
+        size=end.whole_bytes,
+        head=end.head,
+        coverage=end.coverage,
+        log_id=bytes.fromhex(end.log_id),
+        segment=end.segment,
+        segment_ts=end.first_ts,
+        segment_seq=end.first_seq,
         pending=_recovery(directory, next_seq),
-        key=keys.of(tail.key_version),
+        key=keys.of(end.key_version),
     )
 
 
-def _begin(directory: str, key: AuditKey, ts: int, previous: Facts) -> Opened:
+def _begin(directory: str, key: AuditKey, ts: int, previous: Facts) -> OpenedLog:
     log_id = os.urandom(chain.LOG_ID_BYTES)
     event = chain.genesis_event(log_id, key.version, key.signer.public_key(), previous)
     return _create(directory, event, Head(0, record.ZERO_MAC), key=key, log_id=log_id, segment=1, ts=ts)
 
 
 def _begin_after(
-    directory: str, number: int, keys: Keys, known: Known, *, ts: int, torn_fd: int | None = None
-) -> Opened:
-    """Begin the file after segment `number`, which must be there, uncompressed and closed."""
+    directory: str, number: int, keys: AuditKeys, expected: ExpectedLog, *, ts: int, torn_fd: int | None = None
+) -> OpenedLog:
+    """Begin the file after segment `number`, which must be closed and not compressed."""
     name = segment_name(number)
     fd = _open_file(os.path.join(directory, name))
     if fd is None:
-        raise _LossError(
-            f"the audit log {LOG_NAME} is missing, though {reader.list_segments(directory)[number][0]} is there"
-        )
+        raise _LossError(f"the audit log {LOG_NAME} is missing, but {list_segments(directory)[number][0]} exists")
     try:
-        tail = read_tail(fd, keys.trust())
+        end = read_log_end(fd, keys.trust())
     finally:
         os.close(fd)
-    if tail.fault or tail.next_segment != number + 1:
-        raise _LossError(f"the audit log {LOG_NAME} is missing: {tail.fault or name + ' is not the last of its files'}")
-    _check_known(directory, tail, known)
-    _check_takeover(tail, keys)
+    if end.fault or end.next_segment != number + 1:
+        raise _LossError(f"the audit log {LOG_NAME} is missing: {end.fault or name + ' is not the last of its files'}")
+    _check_expected_line(directory, end, expected)
+    _check_key_change(end, keys)
     if torn_fd is not None:
-        _move_torn_aside(directory, torn_fd, 0, seq=tail.head.seq + 2)
-    key = keys.of(tail.key_version)
+        _move_torn_aside(directory, torn_fd, 0, seq=end.head.seq + 2)
+    key = keys.of(end.key_version)
     event = chain.segment_open_event(
-        bytes.fromhex(tail.log_id),
+        bytes.fromhex(end.log_id),
         key.version,
         key.signer.public_key(),
         segment=number + 1,
-        previous=tail.head,
-        closed=tail.coverage,
+        previous=end.head,
+        closed=end.coverage,
     )
-    log_id = bytes.fromhex(tail.log_id)
-    return _create(directory, event, tail.head, key=key, log_id=log_id, segment=number + 1, ts=ts)
+    log_id = bytes.fromhex(end.log_id)
+    return _create(directory, event, end.head, key=key, log_id=log_id, segment=number + 1, ts=ts)
 
 
 def _create(
     directory: str, event: Event, before: Head, *, key: AuditKey, log_id: bytes, segment: int, ts: int
-) -> Opened:
+) -> OpenedLog:
     blob, head = chain.seal([event], before, key.mac_key, ts)
     fd = create_file(directory, blob)
-    coverage = Coverage()
-    coverage.add(blob, 1)
     os.rename(os.path.join(directory, NEXT_NAME), os.path.join(directory, LOG_NAME))
-    reader.fsync_directory(directory)
-    return Opened(
+    fsync_directory(directory)
+    return OpenedLog(
         fd=fd,
         size=len(blob),
         head=head,
-        coverage=coverage,
+        coverage=Coverage.of_line(blob),
         log_id=log_id,
         segment=segment,
         segment_ts=ts,
@@ -356,7 +362,7 @@ def _create(
 
 
 def create_file(directory: str, blob: bytes) -> int:
-    """A durable file `NEXT_NAME` that holds `blob`, open for appending. Raises OSError, and then there is none."""
+    """Create the file `NEXT_NAME` durably with `blob` in it, open for appending. After an OSError there is no file."""
     path = os.path.join(directory, NEXT_NAME)
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(path, flags, FILE_MODE)
@@ -372,40 +378,41 @@ def create_file(directory: str, blob: bytes) -> int:
 
 
 def write_whole(fd: int, blob: bytes) -> None:
-    """One write of all of `blob`. Raises OSError when it fails or is short; the file may then hold a part of it."""
+    """Write `blob` with one call. Raises OSError when it fails or is short; the file may then hold a part of it."""
     if os.write(fd, blob) != len(blob):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _check_known(directory: str, tail: Tail, known: Known) -> None:
-    """The line that is remembered is there. What stands between it and the end is for `verify` to judge."""
-    head = known.head
+def _check_expected_line(directory: str, end: LogEnd, expected: ExpectedLog) -> None:
+    """Raise _LossError unless the log has the expected line. `minikms audit verify` checks the lines after it."""
+    head = expected.head
     if head is None:
         return
-    if tail.head.seq < head.seq:
-        raise _LossError(f"the audit log ends at line {tail.head.seq}, though line {head.seq} was written")
+    if end.head.seq < head.seq:
+        raise _LossError(f"the audit log ends at line {end.head.seq}, but line {head.seq} was written")
     try:
-        line = queries.line_of(directory, head.seq)
+        line = line_of(directory, head.seq)
         sig = None if line is None else record.split_line(line)[1]
     except (DamagedSegmentError, MalformedLineError) as error:
         raise _LossError(f"line {head.seq} of the audit log can't be read: {error}") from None
     if sig is None:
-        raise _LossError(f"line {head.seq} of the audit log, which was written, is in none of its files")
+        raise _LossError(f"line {head.seq} of the audit log was written, but none of the files has it")
     if sig != head.sig:
         raise _LossError(f"line {head.seq} of the audit log is not the one that was written")
 
 
-def _check_takeover(tail: Tail, keys: Keys) -> None:
+def _check_key_change(end: LogEnd, keys: AuditKeys) -> None:
+    """Raise _LossError if the log ends under an earlier key at another line than the change of key began after."""
     current = keys.current
-    if tail.key_version != current.version and current.since is not None and tail.head != current.since:
+    if end.key_version != current.version and current.since is not None and end.head != current.since:
         raise _LossError(
-            f"the audit log ends at line {tail.head.seq} under audit key version {tail.key_version}, though version "
-            f"{current.version} took over after line {current.since.seq}"
+            f"the audit log ends at line {end.head.seq} under audit key version {end.key_version}, but version "
+            f"{current.version} was introduced after line {current.since.seq}"
         )
 
 
 def _open_file(path: str) -> int | None:
-    """The log file for reading and appending, or None when there is none. Never through a symbolic link."""
+    """Open a log file for reading and appending; None if there is none. Does not follow a symbolic link."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -414,7 +421,7 @@ def _open_file(path: str) -> int | None:
         raise StartError(f"the audit log can't be opened: {os.strerror(error.errno or 0)}") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise StartError(f"{os.path.basename(path)} is not a regular file; move it away")
+        raise StartError(f"{os.path.basename(path)} is not a regular file; move it to another directory")
     return fd
 
 
@@ -422,9 +429,9 @@ def _open_file(path: str) -> int | None:
 
 
 def _move_torn_aside(directory: str, fd: int, whole_bytes: int, *, seq: int) -> None:
-    """Move what follows `whole_bytes` into a file named for the line `seq` that will tell of it.
+    """Move the bytes after `whole_bytes` into a file named after `seq`, the line that will report them.
 
-    A crash between the two leaves the bytes in both places: the next start sees that and doesn't add them again.
+    After a crash between copying and truncating, the next start finds the same bytes there and does not add them again.
     """
     torn = os.pread(fd, os.fstat(fd).st_size - whole_bytes, whole_bytes)
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -435,13 +442,13 @@ def _move_torn_aside(directory: str, fd: int, whole_bytes: int, *, seq: int) -> 
             os.fsync(aside)
     finally:
         os.close(aside)
-    reader.fsync_directory(directory)
+    fsync_directory(directory)
     os.ftruncate(fd, whole_bytes)
     os.fdatasync(fd)
 
 
 def _recovery(directory: str, seq: int) -> list[Event]:
-    """The `recovery` event that line `seq` owes to bytes moved aside for it, if there are any."""
+    """The `recovery` event for line `seq`, if bytes were moved aside for it."""
     name = f"{_TORN_PREFIX}{seq}"
     try:
         fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -459,7 +466,7 @@ def _recovery(directory: str, seq: int) -> list[Event]:
 
 
 def _set_aside(directory: str, ts: int) -> str:
-    """Move every file of the log into a new directory, and return its name; empty when there is none to move."""
+    """Move every file of the log into a new directory. Returns its name, empty if there is no file to move."""
     names = [name for name in sorted(os.listdir(directory)) if name == LOG_NAME or name.startswith(LOG_NAME + ".")]
     if not names:
         return ""
@@ -471,6 +478,6 @@ def _set_aside(directory: str, ts: int) -> str:
             break
     for name in names:
         os.rename(os.path.join(directory, name), os.path.join(directory, aside, name))
-    reader.fsync_directory(os.path.join(directory, aside))
-    reader.fsync_directory(directory)
+    fsync_directory(os.path.join(directory, aside))
+    fsync_directory(directory)
     return aside

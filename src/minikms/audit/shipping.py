@@ -1,9 +1,9 @@
-"""Sending lines elsewhere, so that who owns this machine can't take them back.
+"""Forwarding of log lines to another place, which an intruder on this machine can't alter afterwards.
 
-Owns: the forwarder protocol, the loop's one step, and the forwarder to a file. Invariants: lines arrive in order,
-each at least once; the receiver's position is asked, never assumed, so that a crash on either side repeats at most
-the last step; only lines that the log has committed are sent. For a worker thread: the log never waits for it. It
-must never change a line, nor drop one silently.
+Owns: the `Forwarder` protocol, which each transport implements, the loop that feeds a forwarder, and the forwarder to a
+file. Invariants: lines arrive in order, each at least once; a step asks the receiver for its position, so that a crash
+on either side repeats at most the last step; only committed lines are sent. It runs in a worker thread, and the log
+never waits for it. It must never change a line, nor drop one silently.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _TAIL_BYTES: Final = 2 * record.LINE_BYTES_MAX
 
 
 class Forwarder(Protocol):
-    """Where lines go. Both methods raise OSError when the other side can't be reached: the step is then tried again."""
+    """A transport for lines. Its methods raise OSError if they can't reach the receiver; the step is then repeated."""
 
     def position(self) -> int:
-        """seq of the last line that arrived, 0 for none."""
+        """`seq` of the last line that the receiver has, 0 for none."""
         ...
 
     def deliver(self, lines: Sequence[bytes]) -> None:
-        """Take lines (without newlines, in order); return when they are safe there."""
+        """Send lines, in order and without newlines. Return when the receiver has stored them durably."""
         ...
 
 
 class Forwarding:
-    """Keeps a forwarder up with the log in `directory`."""
+    """Sends the lines of the log in `directory` to a forwarder."""
 
     def __init__(self, directory: str, forwarder: Forwarder) -> None:
         self._directory = directory
@@ -42,9 +42,10 @@ class Forwarding:
         self._held: list[bytes] = []
 
     def step(self, head_seq: int) -> int:
-        """Send up to 1,000 lines that are not after `head_seq`, the log's committed head; how many were sent.
+        """Send up to `LINES_AT_A_TIME` lines up to `head_seq`, the log's committed head. Returns how many were sent.
 
-        To be called again at once while it answers more than 0. Raises OSError; the next call begins anew.
+        Call it again at once while it returns more than 0. Raises OSError and DamagedSegmentError; after an OSError the
+        next call asks the forwarder for its position again.
         """
         if self._follower is None:
             self._follower = Follower(self._directory, after_seq=self._forwarder.position())
@@ -67,7 +68,7 @@ class Forwarding:
 
 
 class FileForwarder:
-    """Appends to a file, on another disk say. One process at a time; an incomplete last line of its own is cut off."""
+    """Appends to a file, for example on another disk, after removing an incomplete last line. For one process only."""
 
     def __init__(self, path: str) -> None:
         self._path = path

@@ -1,27 +1,25 @@
-"""What of the log is on disk.
+"""The file being written: its chain, its durability, and the disk space reserved for it.
 
-Owns: the bytes written but not yet confirmed, and the wait for the disk. Invariants: `wrote` and `dirty` never wait;
-`sync` and `switch` exclude each other, so a descriptor is never closed under a running `fdatasync`. After a failed
-`fdatasync` the kernel may have marked the pages clean without having written them (man 2 fsync), so the next `sync`
-writes those bytes again, at the same place, before it asks once more; until that has succeeded, `failed` holds and
-the log takes no lines.
+Owns: the descriptor, the head, the coverage of the next signed line, `fdatasync`, the reserve file, and the rotation to
+the next file. Invariants:
 
-Disk space kept back, so that a full disk leaves room to record that it is full.
+- A method of `ChainWriter` that raises OSError has changed nothing, or `repair` completes or undoes its change before
+  anything else is written: the rest of a failed write that could not be truncated, or a rotation that can't be undone.
+- The file holds only whole lines, each chained to the previous one.
+- After a failed `fdatasync` the kernel may have marked pages clean that it did not write (fsync(2)). So the next
+  `Durability.sync` writes the unconfirmed bytes again, at the same offsets, before it calls `fdatasync`. Until that
+  succeeds, `failed` is True and the log accepts no lines.
+- `Durability.sync` and `switch` exclude each other, so a descriptor is never closed during its `fdatasync`; `wrote`
+  and `dirty` never wait.
+- The blocks of the reserve file are allocated. It frees only as many as the log needs, step by step, because any
+  process may take free space on a full disk. It holds no content, and without it a start succeeds too.
 
-Owns: the reserve file. Invariants: its blocks are really allocated; it gives them back step by step, only as many as
-the log needs, since anyone on a full disk may take what it frees. It must never hold content, nor fail a start.
+`ChainWriter` and `Reserve` belong to one thread at a time; another thread may use `ChainWriter.durability`. It must
+never hold key bytes.
 
-The file being written and the state of its chain.
-
-Owns: the descriptor, the head, the coverage of the next signed line, and moving on to the next file. Invariants: a
-method that raises OSError has changed nothing, or has left a debt that `repair` settles before anything else is
-written (a tail that could not be cut off, a rotation past its point of no return). Only whole lines stay in the file,
-each chained to the one before it. One thread at a time; `durability` alone may be used from a second. It must never
-hold key bytes.
-
-Rotation, so that a crash at any point leaves what `opening` completes: the next file is written and synced under
-another name; `segment_close` ends the old one (from here only forward); the old one is synced and renamed to its
-number, and the next one takes the log's name.
+A rotation writes and syncs the next file under another name; then it ends the old file with `segment_close`, after
+which it can't be undone; then it syncs the old file and renames it to its number; then it renames the next file to the
+log's name. `minikms.audit.recovery` completes a rotation after a crash between any two of these steps.
 """
 
 from __future__ import annotations
@@ -35,20 +33,32 @@ from typing import Final
 
 import msgspec
 
-from minikms.audit import chain, reader, record
-from minikms.audit.chain import AuditKey, Coverage, base64_text
-from minikms.audit.reader import FILE_MODE, LOG_NAME, NEXT_NAME, segment_name
+from minikms.audit import chain, record
+from minikms.audit.chain import AuditKey, Coverage
+from minikms.audit.reader import FILE_MODE, LOG_NAME, NEXT_NAME, fsync_directory, segment_name
 from minikms.audit.record import Event, Facts, Head
-from minikms.audit.recovery import Opened, create_file, write_whole
+from minikms.audit.recovery import OpenedLog, create_file, write_whole
+from minikms.base64 import encode_text
+
+CHECKPOINT_LINES: Final = 10_000
+CHECKPOINT_BYTES: Final = 8 * 1024 * 1024
+"""A checkpoint costs about 150 µs: at either bound less than 0.02 µs a line. A start reads the lines between two."""
+_EVENTS_AT_A_TIME: Final = 8
+"""Eight of the longest lines are as many bytes as there may be between two checkpoints."""
+
+RESERVE_NAME: Final = "minikms-audit.reserve"
+RESERVE_BYTES: Final = 4 * 1024 * 1024
+"""About 16,000 lines: enough for an operator to notice the alarm and react."""
+RELEASE_BYTES: Final = 64 * 1024
 
 _COPY_BYTES: Final = 1024 * 1024
 
 
 class Durability:
-    """For one open file at a time; `switch` moves on to the next."""
+    """How much of the open file is on disk."""
 
     def __init__(self, path: str, fd: int, size: int) -> None:
-        """`fd` appends to `path`, whose first `size` bytes are taken to be on disk."""
+        """`fd` appends to `path`, whose first `size` bytes are on disk."""
         self._path = path
         self._fd = fd
         self._written = size
@@ -58,15 +68,15 @@ class Durability:
 
     @property
     def dirty(self) -> bool:
-        """Whether anything is not known to be on disk."""
+        """Whether written bytes are not confirmed to be on disk."""
         return self._synced < self._written
 
     def wrote(self, count: int) -> None:
-        """`count` more bytes are in the file."""
+        """Note that `count` bytes were appended."""
         self._written += count
 
     def sync(self) -> None:
-        """Return when all that was written before the call is on disk. Raises OSError, and `failed` holds."""
+        """Return when everything written before the call is on disk. When it raises OSError, `failed` is True."""
         with self._lock:
             target = self._written
             if target == self._synced:
@@ -82,7 +92,7 @@ class Durability:
             self.failed = False
 
     def switch(self, fd: int, size: int) -> None:
-        """Go on with a file whose first `size` bytes are on disk; the one before must have been synced."""
+        """Continue with a file whose first `size` bytes are on disk. The previous file must have been synced."""
         with self._lock:
             os.close(self._fd)
             self._fd = fd
@@ -93,7 +103,7 @@ class Durability:
             os.close(self._fd)
 
     def _write_again(self, end: int) -> None:
-        """Make the pages of the unconfirmed bytes dirty again. Through a descriptor that does not append."""
+        """Write the unconfirmed bytes again, so that their pages are dirty. `self._fd` can't: it only appends."""
         fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             at = self._synced
@@ -107,16 +117,8 @@ class Durability:
             os.close(fd)
 
 
-RESERVE_NAME: Final = "minikms-audit.reserve"
-RESERVE_BYTES: Final = 4 * 1024 * 1024
-"""About 16,000 lines: minutes of a person's work, or long enough to see the alarm."""
-RELEASE_BYTES: Final = 64 * 1024
-
-
 class Reserve:
-    """The reserve file of one directory. Every method answers whether it did what its name says; none raises
-    OSError.
-    """
+    """Disk space reserved for lines on a full disk. The methods return whether they succeeded; none raises OSError."""
 
     def __init__(self, directory: str, size: int = RESERVE_BYTES) -> None:
         self._path = os.path.join(directory, RESERVE_NAME)
@@ -131,7 +133,7 @@ class Reserve:
         return self.left_bytes >= self._size
 
     def fill(self) -> bool:
-        """Take the space, again where some was given back. False when the disk does not have it."""
+        """Allocate the whole reserve. False if the disk does not have the space."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             fd = os.open(self._path, flags, FILE_MODE)
@@ -142,7 +144,7 @@ class Reserve:
                 os.posix_fallocate(fd, 0, self._size)
             os.ftruncate(fd, self._size)
         except OSError:
-            # What a failed allocation took goes back; what was held before stays held.
+            # Free what the failed allocation took; keep what was allocated before.
             with contextlib.suppress(OSError):
                 os.ftruncate(fd, self.left_bytes)
             return False
@@ -152,7 +154,7 @@ class Reserve:
         return True
 
     def release(self) -> bool:
-        """Give back the next step of the space. False when nothing is left."""
+        """Free the next `RELEASE_BYTES`. False if nothing is left."""
         left = max(0, self.left_bytes - RELEASE_BYTES)
         if self.left_bytes == 0:
             return False
@@ -165,15 +167,8 @@ class Reserve:
         return True
 
 
-CHECKPOINT_LINES: Final = 10_000
-CHECKPOINT_BYTES: Final = 8 * 1024 * 1024
-"""A checkpoint costs some 150 µs: at either bound under 0.02 µs a line. A start reads at most what lies between two."""
-_EVENTS_AT_A_TIME: Final = 8
-"""Eight of the longest lines are as much as may lie between two checkpoints."""
-
-
-class _Next(msgspec.Struct):
-    """The file after this one, synced, waiting for its name."""
+class _NextFile(msgspec.Struct):
+    """The next file of a rotation that is not complete: written and synced, but without the log's name."""
 
     fd: int
     first_line: bytes
@@ -183,38 +178,38 @@ class _Next(msgspec.Struct):
 
 
 class ChainWriter:
-    """Continues an opened log."""
+    """Writes chained lines to an opened log, with the checkpoints that are due."""
 
-    def __init__(self, directory: str, opened: Opened) -> None:
+    def __init__(self, directory: str, opened: OpenedLog) -> None:
         self._directory = directory
         self._fd = opened.fd
         self._coverage = opened.coverage
-        self._cut_due = False
-        self._next: _Next | None = None
+        self._truncate_due = False
+        self._next: _NextFile | None = None
         self.log_id = opened.log_id
         self.key = opened.key
         self.head = opened.head
         self.size = opened.size
         self.segment = opened.segment
         self.segment_ts = opened.segment_ts
-        """When the file was begun, Unix ns."""
+        """Time of the file's first line, Unix ns."""
         self._segment_seq = opened.segment_seq
         self.durability = Durability(os.path.join(directory, LOG_NAME), opened.fd, opened.size)
 
     @property
     def unsigned_lines(self) -> int:
-        """Lines since the last signed one, or since the file's first where none is."""
+        """Number of lines after the last signed line, or after the file's first line if no line is signed."""
         return self._coverage.lines_count if self.fresh else self._coverage.lines_count - 1
 
     @property
     def fresh(self) -> bool:
-        """Whether the file holds nothing but its first line."""
+        """Whether the file holds only its first line."""
         return self.head.seq == self._segment_seq
 
     # --- lines -------------------------------------------------------------------------------------------------------
 
     def write(self, events: Sequence[Event], ts: int, *, escaped: bool = False) -> None:
-        """One write of `events`, with the checkpoint that falls due. `escaped`: they went through here before."""
+        """Write `events` with one call, and a checkpoint if one is due. `escaped`: see `chain.seal`. Raises OSError."""
         blob, head = chain.seal(events, self.head, self.key.mac_key, ts, escaped=escaped)
         coverage = self._coverage
         if (
@@ -228,7 +223,7 @@ class ChainWriter:
             self._write_with_checkpoints(events, ts)
 
     def _write_with_checkpoints(self, events: Sequence[Event], ts: int) -> None:
-        """The same where a checkpoint falls due: once in 10,000 lines, or several in a turn of giant batches."""
+        """Write `events` with the checkpoints that are due between them, with one call."""
         head, coverage = self.head, self._coverage.copy()
         parts = []
         for begin in range(0, len(events), _EVENTS_AT_A_TIME):
@@ -239,22 +234,22 @@ class ChainWriter:
             if coverage.lines_count >= CHECKPOINT_LINES or coverage.bytes_count >= CHECKPOINT_BYTES:
                 line, head = self._signed(record.TYPE_CHECKPOINT, ts, head=head, coverage=coverage)
                 parts.append(line)
-                coverage = _coverage_of(line)
+                coverage = Coverage.of_line(line)
         self._append(b"".join(parts))
         self.head, self._coverage = head, coverage
 
     def checkpoint(self, ts: int) -> None:
-        """Sign the lines since the last signed one."""
+        """Sign the lines since the last signed line. Raises OSError."""
         line, head = self._signed(record.TYPE_CHECKPOINT, ts)
         self._append(line)
-        self._follow(line, head)
+        self._after_signed(line, head)
 
     def change_key(self, key: AuditKey, ts: int) -> None:
-        """Name `key` in a line under the one in force, and use it from the next line on."""
-        facts: Facts = {"next_key": key.version, "next_public_key": base64_text(key.signer.public_key())}
+        """Announce `key` in a line under the active key, and use it from the next line on. Raises OSError."""
+        facts: Facts = {"next_key": key.version, "next_public_key": encode_text(key.signer.public_key())}
         line, head = self._signed(record.TYPE_AUDIT_KEY, ts, facts)
         self._append(line)
-        self._follow(line, head)
+        self._after_signed(line, head)
         self.key = key
 
     def _signed(
@@ -276,36 +271,36 @@ class ChainWriter:
             extra=facts,
         )
 
-    def _follow(self, signed_line: bytes, head: Head) -> None:
-        """Go on after a signed line, with which a new coverage begins."""
+    def _after_signed(self, signed_line: bytes, head: Head) -> None:
+        """Continue after a signed line, which begins a new coverage."""
         self.head = head
-        self._coverage = _coverage_of(signed_line)
+        self._coverage = Coverage.of_line(signed_line)
 
     def _append(self, blob: bytes) -> None:
-        """Write `blob` whole, or raise OSError with the file cut back to where it was."""
-        self._cut_due = True
+        """Write all of `blob`, or truncate the file to its earlier size and raise OSError."""
+        self._truncate_due = True
         try:
             write_whole(self._fd, blob)
         except OSError:
             with contextlib.suppress(OSError):
-                self._cut()
+                self._truncate()
             raise
-        self._cut_due = False
+        self._truncate_due = False
         self.size += len(blob)
         self.durability.wrote(len(blob))
 
-    def _cut(self) -> None:
+    def _truncate(self) -> None:
         os.ftruncate(self._fd, self.size)
-        self._cut_due = False
+        self._truncate_due = False
 
     def repair(self) -> None:
-        """Settle what a failure left. Raises OSError when that is still not possible: nothing may be written then."""
-        if self._cut_due:
-            self._cut()
+        """Complete or undo what an earlier failure left. While it raises OSError, nothing may be written."""
+        if self._truncate_due:
+            self._truncate()
         if self._next is not None:
             self._finish_rotation(self._next)
         if self.durability.failed:
-            raise OSError(errno.EIO, "lines are not confirmed by the disk")
+            raise OSError(errno.EIO, "the disk has not confirmed all lines")
 
     def close(self) -> None:
         if self._next is not None:
@@ -315,7 +310,7 @@ class ChainWriter:
     # --- files -------------------------------------------------------------------------------------------------------
 
     def rotate(self, ts: int) -> None:
-        """Close the file and go on in a new one. Waits for the disk."""
+        """End this file and continue in a new one. Waits for the disk. Raises OSError."""
         close_line, closed = self._signed(record.TYPE_SEGMENT_CLOSE, ts, {"next_segment": self.segment + 1})
         event = chain.segment_open_event(
             self.log_id,
@@ -323,7 +318,7 @@ class ChainWriter:
             self.key.signer.public_key(),
             segment=self.segment + 1,
             previous=closed,
-            closed=_coverage_of(close_line),
+            closed=Coverage.of_line(close_line),
         )
         first_line, head = chain.seal([event], closed, self.key.mac_key, ts)
         fd = create_file(self._directory, first_line)
@@ -334,23 +329,23 @@ class ChainWriter:
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self._directory, NEXT_NAME))
             raise
-        self._follow(close_line, closed)
-        self._next = _Next(fd, first_line, head, ts)
+        self._after_signed(close_line, closed)
+        self._next = _NextFile(fd, first_line, head, ts)
         self._finish_rotation(self._next)
 
-    def _finish_rotation(self, following: _Next) -> None:
+    def _finish_rotation(self, following: _NextFile) -> None:
         log_path = os.path.join(self._directory, LOG_NAME)
         if not following.old_renamed:
             self.durability.sync()
             closed_path = os.path.join(self._directory, segment_name(self.segment))
             try:
                 os.rename(log_path, closed_path)
-            except FileNotFoundError:  # done by an attempt before, which reported an error all the same
+            except FileNotFoundError:  # an earlier attempt renamed it and reported an error nevertheless
                 os.stat(closed_path)
             following.old_renamed = True
-        with contextlib.suppress(FileNotFoundError):  # renamed by an attempt before, which failed after it
+        with contextlib.suppress(FileNotFoundError):  # an earlier attempt renamed it and failed later
             os.rename(os.path.join(self._directory, NEXT_NAME), log_path)
-        reader.fsync_directory(self._directory)
+        fsync_directory(self._directory)
         self.durability.switch(following.fd, len(following.first_line))
         self._fd = following.fd
         self.size = len(following.first_line)
@@ -358,11 +353,5 @@ class ChainWriter:
         self.segment += 1
         self.segment_ts = following.ts
         self._segment_seq = following.head.seq
-        self._coverage = _coverage_of(following.first_line)
+        self._coverage = Coverage.of_line(following.first_line)
         self._next = None
-
-
-def _coverage_of(line: bytes) -> Coverage:
-    coverage = Coverage()
-    coverage.add(line, 1)
-    return coverage

@@ -29,11 +29,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from rich.table import Table
 
 from minikms.audit import record
-from minikms.audit.chain import base64_text
 from minikms.audit.queries import Progress as Tell
 from minikms.audit.queries import Totals
 from minikms.audit.record import Event, MalformedLineError
 from minikms.audit.rules import FINDINGS_COUNT_MAX, Report
+from minikms.base64 import encode_text
 from minikms.errors import MiniKmsError, StartError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def progress_bar(wanted: bool) -> Iterator[Tell | None]:
 def report_json(report: Report) -> str:
     """One object. `head` is {"seq", "sig"} or null, as in `/status`."""
     built = {name: getattr(report, name) for name in report.__struct_fields__ if name not in ("head", "findings")}
-    head = None if report.head is None else {"seq": report.head.seq, "sig": base64_text(report.head.sig)}
+    head = None if report.head is None else {"seq": report.head.seq, "sig": encode_text(report.head.sig)}
     return as_json(
         {"intact": report.intact, "judged": report.judged, "head": head, **built, "findings": report.findings}
     )
@@ -101,13 +101,13 @@ def report_lines(report: Report) -> Iterator[str]:
         return
     yield f"  lines       {report.first_seq} to {report.head.seq}, in {report.segments} file(s); log {report.log_id}"
     if report.from_signed_line:
-        yield f"  before      what stands before line {report.first_seq} was not looked at"
+        yield f"  before      lines before line {report.first_seq} were not checked"
     elif report.first_seq > 1 and report.intact:
         yield f"  removed     lines 1 to {report.first_seq - 1}, as the log says"
-    yield f"  head        {report.head.seq}:{base64_text(report.head.sig)}"
+    yield f"  head        {report.head.seq}:{encode_text(report.head.sig)}"
     yield f"  signed      up to line {report.covered_seq}, {report.checkpoints} signed line(s)"
     if report.public_key is not None:
-        yield f"  key         version {report.key_version}, public key {base64_text(report.public_key)}"
+        yield f"  key         version {report.key_version}, public key {encode_text(report.public_key)}"
     if report.lines_not_covered:
         note = "" if report.macs_checked else ": the public key can't judge them"
         yield f"  not signed  the last {report.lines_not_covered} line(s){note}"
@@ -364,14 +364,14 @@ def rotate_key(
 
     Keep the new public key where you keep the old one. Exit status: 0 done, 2 refused.
     """
-    from minikms.audit.chain import base64_text
+    from minikms.base64 import encode_text
     from minikms.cli.auditkeys import rotate_audit_key
 
     try:
         made = rotate_audit_key(_directory(data_dir), _root_key(master_key_file, master_key_fd))
     except (MiniKmsError, OSError) as error:
         return _missing(error)
-    public_key = base64_text(made.public_key)
+    public_key = encode_text(made.public_key)
     if json:
         print(as_json({"version": made.version, "public_key": public_key, "head": made.head}))
     else:
@@ -431,11 +431,12 @@ def _public_trust(given: Sequence[str]) -> Trust:
 
 
 def _public_key(text: str) -> bytes | None:
-    from minikms.audit.chain import PUBLIC_KEY_BYTES, base64_bytes
+    from minikms.audit.chain import PUBLIC_KEY_BYTES
+    from minikms.base64 import decode_exact
 
     if re.fullmatch(r"[0-9a-fA-F]{64}", text):
         return bytes.fromhex(text)
-    return base64_bytes(text, PUBLIC_KEY_BYTES)
+    return decode_exact(text, PUBLIC_KEY_BYTES)
 
 
 def _head(text: str) -> Head:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from minikms.audit import AuditLog, Known
+from minikms.audit import AuditLog, ExpectedLog
 from minikms.audit.record import Head
 from minikms.audit.rules import Trust
 from minikms.crypto.aead import NonceSource
@@ -121,7 +121,7 @@ def _open_log(data_dir: str, unlocked: UnlockedKeyring) -> AuditLog:
         key_version=current.version,
         former=former,
         since=current.since,
-        known=Known(begun=True),
+        expected=ExpectedLog(exists=True),
     )
 
 

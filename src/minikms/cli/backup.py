@@ -64,7 +64,7 @@ def create(
     """
     from minikms.cli.rootopening import needed_source
     from minikms.custody import files
-    from minikms.custody.backup.create import Making
+    from minikms.custody.backup.create import NewArchive
     from minikms.custody.backup.create import create as create_archive
     from minikms.custody.backup.register import ArchiveRegister, Registered, new_archive_id
 
@@ -75,8 +75,8 @@ def create(
     with _task(source, "copying keys", bar=not json) as task:
         register.put(entry)
         try:
-            making = Making(entry.archive_id, files.rfc3339(files.now_ns()), lambda: _audit_head(directory))
-            good = create_archive(directory, str(archive), task, making)
+            new = NewArchive(entry.archive_id, files.rfc3339(files.now_ns()), lambda: _audit_head(directory))
+            good = create_archive(directory, str(archive), task, new)
         except BaseException:
             register.forget(entry.archive_id)
             raise
@@ -102,11 +102,11 @@ def verify(
     Exit status: 0 good, 1 altered, damaged, or of another root key, 2 the archive or the root key is missing.
     """
     from minikms.cli.rootopening import needed_source
-    from minikms.custody.backup.create import judge
+    from minikms.custody.backup.create import verify as verify_archive
 
     source = needed_source(master_key_file, master_key_fd, None)
     with _task(source, "opening keys", bar=not json) as task:
-        good = judge(str(archive), task)
+        good = verify_archive(str(archive), task)
     _print_manifest(good.manifest, archive, json=json, done="good: whole, authentic, every key opens")
     return EXIT_GOOD
 
@@ -141,7 +141,7 @@ def restore(
     from minikms.cli.rootopening import needed_source
     from minikms.custody import files
     from minikms.custody.backup import restore as restoring
-    from minikms.custody.backup.create import judge
+    from minikms.custody.backup.create import verify as verify_archive
     from minikms.custody.files import DataDirLock
 
     directory = chosen_data_dir(data_dir, must_exist=False)
@@ -152,7 +152,7 @@ def restore(
         )
     with _task(source, "restoring keys", bar=not json) as task:
         newer = None if newer_keyring is None else _newer_body(newer_keyring, newer_master_key_file, task)
-        good = judge(str(archive), task)
+        good = verify_archive(str(archive), task)
         with DataDirLock(directory) as lock, task.open_keyring(good.keyring) as unlocked:
             restoring.check_empty(lock.directory_fd, directory)
             tombstones = restoring.newer_tombstones(unlocked.body, newer)
@@ -265,37 +265,37 @@ def _progress(what: str, *, bar: bool) -> Iterator[Progress]:
 
 def _audit_head(directory: str) -> AuditHead | None:
     """The last whole line of the audit log; None when there is none that can be read."""
-    from minikms.audit.chain import base64_text
     from minikms.audit.reader import last_lines
     from minikms.audit.record import parse_line
+    from minikms.base64 import encode_text
     from minikms.custody.backup.archive import AuditHead
     from minikms.errors import MiniKmsError
 
     with contextlib.suppress(OSError, MiniKmsError, ValueError):
         for line in last_lines(directory, 1):
             event, _, sig = parse_line(line)
-            return AuditHead(event.seq, base64_text(sig))
+            return AuditHead(event.seq, encode_text(sig))
     return None
 
 
 def _begin_log(directory: str, unlocked: UnlockedKeyring, manifest: Manifest) -> None:
     """A new audit log, whose first line says which head the old one had, and whose second what was restored."""
-    from minikms.audit import AuditLog, Event, Known
-    from minikms.audit.chain import base64_bytes
+    from minikms.audit import AuditLog, Event, ExpectedLog
     from minikms.audit.record import MAC_BYTES, Head
+    from minikms.base64 import decode_exact
     from minikms.custody import files
 
     audit_key = unlocked.body.audit_key
     mac_key, seed = unlocked.audit_key(audit_key.version)
     head = manifest.audit_head
-    sig = None if head is None else base64_bytes(head.sig, MAC_BYTES)
+    sig = None if head is None else decode_exact(head.sig, MAC_BYTES)
     log = AuditLog.open(
         directory,
         audit_key=mac_key,
         seed=seed,
         now_ns=files.now_ns,
         key_version=audit_key.version,
-        known=Known(begun=True, head=None if head is None or sig is None else Head(head.seq, sig)),
+        expected=ExpectedLog(exists=True, head=None if head is None or sig is None else Head(head.seq, sig)),
         accept_loss=True,
     )
     try:

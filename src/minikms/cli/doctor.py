@@ -49,7 +49,7 @@ from minikms.cli.console import (
 from minikms.cli.rootopening import Source, opened_keyring, opened_root
 from minikms.custody import deks, keyring_file, lease_store, rotation_backups
 from minikms.custody.files import is_stale_temp, open_directory, read_file_bounded
-from minikms.custody.lease_format import LeaseFormatError, parse_journal
+from minikms.custody.lease_format import USES_WARN, LeaseFormatError, parse_journal
 from minikms.custody.lease_store import Snapshot
 from minikms.errors import MiniKmsError, StartError
 from minikms.keys import dek, keyring
@@ -356,9 +356,6 @@ def _age_days(text: str, now: float) -> int:
     return int((now - _seconds(text)) // _DAY_SECONDS)
 
 
-USES_WARN: Final = 2**31
-
-
 def doctor(
     *,
     data_dir: DataDir = None,
@@ -497,7 +494,7 @@ def _rebuild(directory: str | None, *, yes: bool) -> int:
     from minikms.custody.files import DataDirLock
     from minikms.custody.lease_store import LeaseStore
     from minikms.custody.rotation_backups import newest_key_id
-    from minikms.keys.ids import key_id_to_bytes
+    from minikms.keys.dek import key_id_to_bytes
 
     if directory is None:
         raise CommandError(f"name the data directory: --data-dir DIR, or {DATA_DIR_VARIABLE}")

@@ -74,7 +74,7 @@ def _make(directory: str, key_file: Path | None, descriptor: int | None) -> dict
     from concurrent.futures import ThreadPoolExecutor
 
     from minikms import datadir
-    from minikms.audit.chain import base64_text
+    from minikms.base64 import encode_text
     from minikms.cli.auditkeys import ARENA_SLOTS
     from minikms.crypto.aead import NonceSource
     from minikms.custody import deks, rotation_backups
@@ -108,7 +108,7 @@ def _make(directory: str, key_file: Path | None, descriptor: int | None) -> dict
                 "keyring_id": body.keyring_id,
                 "epoch": body.epoch,
                 "root_fingerprint": opened.slot.fingerprint,
-                "audit_public_key": base64_text(body.audit_key.public_key),
+                "audit_public_key": encode_text(body.audit_key.public_key),
             }
         finally:
             opened.unlocked.release()

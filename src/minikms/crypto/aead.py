@@ -1,10 +1,11 @@
 """AES-256-GCM (NIST SP 800-38D) with keys that stay in the secret arena.
 
-Owns: sealing, opening, and the tag over data that needs no secrecy. Sealed form: nonce(12) | ciphertext | tag(16).
-Invariants: a cipher object holds a key schedule on the heap, so it is made for one call and dropped (OpenSSL clears
-it); the schedule that the last call left on the stack is overwritten by `scrub_stack`. Nonces are given by the
-caller: random, never repeated under a key (at most 2^32 of them, SP 800-38D section 8.3). It must never return
-anything but an error when a tag does not match, nor tell why.
+Owns: sealing, opening, and authentication tags over public data. Sealed form: nonce(12) | ciphertext | tag(16).
+Invariants: a cipher object holds a key schedule on the heap, so each function here makes one for its call and drops it
+(OpenSSL clears it). Only `Vault.turn_cipher` of `minikms.custody.vault` keeps one, until the turn ends. `scrub_stack`
+overwrites the key schedule that the last call left on the stack. The caller passes the nonce: random, never repeated
+under a key (at most 2^32 of them, SP 800-38D section 8.3). If a tag does not match, it must never return anything but
+an error, nor say why.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ _ZERO_TEXT: Final = bytes(4 * 16)
 
 
 class NonceSource:
-    """Random nonces, drawn from the kernel a few hundred at a time.
+    """Random nonces, read from the kernel a few hundred at a time. Each is returned once.
 
-    Each nonce is handed out once. The pool is not secret: a nonce is sent with its ciphertext. It must not be shared
-    with a forked child, which would repeat it; the daemon never forks.
+    The pool is not secret, because a nonce is sent with its ciphertext. A forked child must not use it, because it
+    would repeat nonces; the daemon never forks.
     """
 
     __slots__ = ("_pool",)
@@ -48,12 +49,12 @@ class NonceSource:
 
 
 def seal(key: memoryview, nonce: bytes, plaintext: bytes | memoryview, aad: bytes) -> bytes:
-    """nonce | ciphertext | tag. `plaintext` may be a view of the arena: no copy of it is made."""
+    """nonce | ciphertext | tag. `plaintext` may be a view of the arena; it is not copied."""
     return nonce + AESGCM(key).encrypt(nonce, plaintext, aad)
 
 
 def open_sealed(key: memoryview, sealed: bytes, aad: bytes) -> bytes:
-    """The plaintext of `sealed`, for what isn't a key. Raises DecryptionError."""
+    """The plaintext of `sealed`, which must not be a key. Raises DecryptionError."""
     if len(sealed) < OVERHEAD_BYTES:
         raise DecryptionError("the ciphertext is too short to hold a nonce and a tag")
     try:
@@ -63,9 +64,9 @@ def open_sealed(key: memoryview, sealed: bytes, aad: bytes) -> bytes:
 
 
 def open_into(key: memoryview, sealed: bytes, aad: bytes, target: memoryview) -> None:
-    """Opens a wrapped key straight into the arena. `sealed` must hold exactly `len(target)` bytes of plaintext.
+    """Opens a wrapped key into `target`, a view of the arena. The plaintext must have exactly `len(target)` bytes.
 
-    Raises DecryptionError and leaves `target` zeroed.
+    Raises DecryptionError and zeroes `target`.
     """
     if len(sealed) != len(target) + OVERHEAD_BYTES:
         raise DecryptionError("the wrapped key has the wrong length")
@@ -82,7 +83,7 @@ def authenticate(key: memoryview, nonce: bytes, data: bytes) -> bytes:
 
 
 def check_authentic(key: memoryview, tag: bytes, data: bytes) -> None:
-    """Raises DecryptionError unless `tag` is that of `data`."""
+    """Raises DecryptionError unless `tag` is the tag of `data`, as `authenticate` makes it."""
     if len(tag) != OVERHEAD_BYTES:
         raise DecryptionError("the tag has the wrong length")
     try:
@@ -92,8 +93,9 @@ def check_authentic(key: memoryview, tag: bytes, data: bytes) -> None:
 
 
 def scrub_stack() -> None:
-    """Overwrites what the last cipher left on the stack: its key schedule, and the text that it worked on, which was a
-    key if it wrapped or unwrapped one. Both directions, over a few blocks, so that each frame is met again.
+    """Overwrites what the last cipher left on the stack: its key schedule and its text, which may have been a key.
+
+    It encrypts and decrypts a few blocks under a zero key, so that its stack frames cover the earlier ones.
     """
     cipher = AESGCM(_ZERO_KEY)
     cipher.decrypt(_ZERO_NONCE, cipher.encrypt(_ZERO_NONCE, _ZERO_TEXT, None), None)

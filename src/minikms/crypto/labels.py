@@ -1,13 +1,19 @@
-"""Labels and the encoding of associated data.
+"""Labels, and the associated data that binds a wrapped DEK or a record to its place.
 
-Owns: one label per use of a key, and `aad`, the only way to build associated data. Invariants: no label is a prefix
-of another (each ends in NUL, and none holds NUL elsewhere); every field is length-prefixed, so two different lists of
-fields never encode to the same bytes. A label must never be used for two purposes.
+Owns: one label per use of a key, `aad`, which is the only encoding of associated data, and the fields that wrapped DEKs
+and records are bound to. Invariants: no label is a prefix of another (each ends in its only NUL); every
+field is length-prefixed, so two different lists of fields never have the same encoding; a wrapped DEK is bound to key
+id, thread id, purpose, algorithm and KEK version; a record is bound to its format version, key id, the key's thread id
+and the caller's aad, so it does not open at another place or under another key. docs/spec/formats.md has the bytes. A
+label must never be used for two purposes.
 """
 
 from __future__ import annotations
 
 from typing import Final
+
+ALGORITHM: Final = "AES-256-GCM"
+RECORD_FORMAT: Final = 1
 
 ROOT_FINGERPRINT: Final = b"minikms/root-fingerprint/v1\0"
 ROOT_COMMITMENT: Final = b"minikms/root-commitment/v1\0"
@@ -23,16 +29,33 @@ STREAM: Final = b"minikms/stream/v1\0"
 ARCHIVE: Final = b"minikms/archive/v1\0"
 
 
-def field(value: bytes) -> bytes:
-    """`value` behind its length: 4 bytes, big-endian."""
-    return len(value).to_bytes(4, "big") + value
-
-
 def aad(label: bytes, *fields: bytes) -> bytes:
-    """Associated data: the label, then every field behind its length."""
+    """Associated data: the label, then each field after its length (4 bytes, big-endian)."""
     return label + b"".join([len(value).to_bytes(4, "big") + value for value in fields])
 
 
 def number(value: int) -> bytes:
     """A counter or version as a field: 8 bytes, big-endian."""
     return value.to_bytes(8, "big")
+
+
+def dek_aad(*, key_id: str, thread_id: str, purpose: str, algorithm: str, kek_version: int) -> bytes:
+    """The associated data of a wrapped DEK."""
+    return aad(
+        DEK,
+        key_id.encode(),
+        thread_id.encode(),
+        purpose.encode(),
+        algorithm.encode(),
+        number(kek_version),
+    )
+
+
+def record_aad_prefix(*, key_id: str, thread_id: str) -> bytes:
+    """A record's associated data without the caller's. It is constant for a key, so it is made once."""
+    return aad(RECORD, number(RECORD_FORMAT), key_id.encode(), thread_id.encode())
+
+
+def record_aad(prefix: bytes, caller_aad: bytes) -> bytes:
+    """The associated data of a record: the prefix, then the caller's aad as the last field."""
+    return prefix + len(caller_aad).to_bytes(4, "big") + caller_aad

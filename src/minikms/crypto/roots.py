@@ -1,8 +1,8 @@
-"""What may be known of a root key: its fingerprint and its commitment.
+"""Derivations from a root key: its fingerprint, its commitment to a slot, and the tag of a backup archive.
 
-Owns: both derivations. Invariants: the root key is a 32-byte uniformly random view of the arena; both outputs are
-public and reveal nothing of it (HMAC-SHA-256 is a PRF). MACs are one-shot with the view as key: a kept HMAC object
-holds midstates that forge.
+Invariants: the root key is a view of the arena, 32 uniformly random bytes; the results are public and reveal nothing
+about it (HMAC-SHA-256 is a PRF). Each MAC is one-shot with the view as its key, because an HMAC object holds midstates
+that are enough to forge MACs. It must never keep or copy the root key.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ FINGERPRINT_HEX_CHARS = 16
 
 
 def fingerprint(root: memoryview) -> str:
-    """16 hex characters that name a root key to a person: HMAC-SHA-256(root, label), cut to 8 bytes."""
+    """16 hex characters that identify a root key to people: the first 8 bytes of HMAC-SHA-256(root, label)."""
     return hmac.digest(root, labels.ROOT_FINGERPRINT, "sha256").hex()[:FINGERPRINT_HEX_CHARS]
 
 
 def commitment(root: memoryview, slot_id: str) -> bytes:
-    """32 bytes that commit a slot to its root key.
+    """32 bytes that commit a slot to its root key, because GCM does not commit: one ciphertext can open under two keys.
 
-    GCM does not commit to its key: one ciphertext can be made to open under two. HKDF-Expand (RFC 5869 section 2.3;
-    the extract step may be skipped for a uniformly random key, section 3.3) with one output block.
+    One output block of HKDF-Expand (RFC 5869 section 2.3). A uniformly random key needs no extract step (section 3.3).
     """
     return hmac.digest(root, labels.aad(labels.ROOT_COMMITMENT, slot_id.encode()) + b"\x01", "sha256")
 
@@ -31,8 +30,3 @@ def commitment(root: memoryview, slot_id: str) -> bytes:
 def archive_tag(root: memoryview, digest: bytes) -> bytes:
     """32 bytes that authenticate a backup archive by its SHA-256: HMAC-SHA-256(root, label, digest)."""
     return hmac.digest(root, labels.aad(labels.ARCHIVE, digest), "sha256")
-
-
-def same(given: bytes, expected: bytes) -> bool:
-    """Whether two tags are the same, in constant time."""
-    return hmac.compare_digest(given, expected)

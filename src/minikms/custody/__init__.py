@@ -1,6 +1,7 @@
-"""What touches disk: atomic files, the DEK store, the keyring file, use leases, root providers, rotation.
+"""The data directory: atomic files, DEK files, the keyring file, use leases, rotation, backups.
 
-Owns: the data directory's contents. Invariants: a file is replaced whole or not at all, and is durable before anybody
-is told; every change of several files can be interrupted at any system call and resumes by itself; one bad file never
-stops the others. It must never write key material unwrapped, nor name a path in an error that reaches a client.
+Owns: the content of the data directory, except the audit log. Invariants: a file is replaced whole or not at all, and
+is durable before a caller is told so; every change of several files can be interrupted at any system call, and the next
+start completes it; a damaged file never affects other keys. It must never write key material unwrapped, nor put a path
+into an error that reaches a client.
 """

@@ -1,20 +1,16 @@
-"""The directory of DEK files.
+"""The DEK files: their directory, the list of those that can't be read, and the locks on them.
 
-Owns: `kms-deks/`: names, bounded reads, durable writes, listing. Invariants: a name is built only from a key id that
-matched `api.KEY_ID_PATTERN`; a file is replaced whole (`custody.atomic`); listing streams, so that a million files take
-no memory. It must never look into a record.
+Owns: `kms-deks/`: names, bounded reads, durable writes, listing; which key files are known to be unreadable, with the
+reasons that `/status` shows; who may change which key's file now. Invariants:
+- A file name is built only from a key id that matched `api.KEY_ID_PATTERN`. A file is replaced whole. A listing
+  streams, so a million files take no memory.
+- A key is in `UnreadableKeys` from the first failure to read its file until the file was read well or the key was
+  destroyed. The list is bounded.
+- A holder of several key locks gets all of them at once or waits holding none, so holders can't deadlock. They must not
+  nest. A reader without a lock can learn whether a file it read was changed meanwhile (`KeyLocks.watch`).
 
-The key files that can't be read, with the reason of each.
-
-Owns: the list that `/status` shows. Invariants: a key is on it from the first failure to read its file until the file
-was read well again, or the key destroyed; it is bounded. Lives in the loop's thread. It must never be the reason to
-refuse another key.
-
-At most one change of a key's file at a time.
-
-Owns: who may change which key's file now, and telling a reader that read without a lock whether what it read still
-holds. Invariants: a holder of several keys gets all of them or waits holding none, so holders can't block each other in
-a circle; holders must not nest. Lives in the loop's thread. It must never do I/O.
+`UnreadableKeys` and `KeyLocks` are used in the event loop's thread only. This module must never look into a record, and
+an unreadable file must never be the reason to refuse another key.
 """
 
 from __future__ import annotations
@@ -29,84 +25,30 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
 from minikms import api
-from minikms.custody.files import GroupCommit, open_directory, read_file_bounded
-from minikms.errors import KeyNotFoundError, KeyUnreadableError, StorageUnavailableError
+from minikms.custody.files import GroupCommit, open_directory, read_file_bounded, remove_file
+from minikms.errors import KeyNotFoundError, KeyUnreadableError, MiniKmsError, StorageUnavailableError
 from minikms.keys.dek import FILE_BYTES_MAX
 
 DIRECTORY: Final = "kms-deks"
 SUFFIX: Final = ".json"
-_PASSING: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM))
-"""The process or the machine is short of something."""
+SCAN_FILES: Final = 128
+"""Files that a scan of all keys reads at a time, in a worker thread beside requests."""
+UNREADABLE_COUNT_MAX: Final = 10_000
+LISTED_COUNT_MAX: Final = 100
 
-
-class DekStore:
-    def __init__(self, data_dir: str, executor: Executor) -> None:
-        self.directory = os.path.join(data_dir, DIRECTORY)
-        self.directory_fd = open_directory(self.directory)
-        self._group = GroupCommit(self.directory_fd, executor)
-
-    def read(self, key_id: str) -> bytes:
-        """The key's file. Raises KeyNotFoundError, KeyUnreadableError, and StorageUnavailableError for what is not the
-        file's fault.
-        """
-        try:
-            data = read_file_bounded(file_name(key_id), FILE_BYTES_MAX, dir_fd=self.directory_fd)
-        except StorageUnavailableError as error:
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _PASSING:
-                raise
-            raise KeyUnreadableError(f"the file of key {key_id} can't be read: {error}") from None
-        if data is None:
-            raise KeyNotFoundError("key not found")
-        return data
-
-    async def create(self, key_id: str, data: bytes) -> None:
-        """A new file, durable when this returns. Raises StorageUnavailableError; then there is none."""
-        await self._group.submit(file_name(key_id), data, exclusive=True)
-
-    async def replace(self, key_id: str, data: bytes) -> None:
-        """The new content of a key's file, durable when this returns. Raises StorageUnavailableError."""
-        await self._group.submit(file_name(key_id), data)
-
-    def has(self, key_id: str) -> bool:
-        """Whether there is a file of this key. Raises StorageUnavailableError."""
-        try:
-            os.stat(file_name(key_id), dir_fd=self.directory_fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise StorageUnavailableError("a key's file can't be looked for") from error
-        return True
-
-    def list_ids(self, *, changed: Collection[str] = ()) -> Iterator[str]:
-        """The ids of all key files, in no order; names that are no key's are passed over. One may come twice when files
-        are replaced meanwhile. Raises StorageUnavailableError.
-
-        On some file systems a listing may pass over a file that is replaced meanwhile (readdir(3p) leaves it open). So
-        the ids that are in `changed` once the listing has ended come as well (`KeyLocks.watch`).
-        """
-        for name in list_names(self.directory):
-            key_id = name.removesuffix(SUFFIX)
-            if name.endswith(SUFFIX) and api.KEY_ID_PATTERN.fullmatch(key_id):
-                yield key_id
-        yield from set(changed)
-
-    async def drain(self) -> None:
-        """Returns when nothing is on its way to disk."""
-        await self._group.drain()
-
-    def close(self) -> None:
-        os.close(self.directory_fd)
+_OUT_OF_RESOURCES: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM))
+"""The process or the machine is short of descriptors or memory; the file itself may be good."""
 
 
 def file_name(key_id: str) -> str:
-    """Raises KeyNotFoundError for what can't be a key's id, so that no other name is ever opened."""
+    """The name of a key's file. Raises KeyNotFoundError for any other text, so no other name is ever opened."""
     if api.KEY_ID_PATTERN.fullmatch(key_id) is None:
         raise KeyNotFoundError("key not found")
     return key_id + SUFFIX
 
 
 def list_names(directory: str) -> Iterator[str]:
-    """The names in a directory, as they come. Raises StorageUnavailableError."""
+    """The names in a directory, in no order. Raises StorageUnavailableError."""
     try:
         with os.scandir(directory) as entries:
             for entry in entries:
@@ -115,42 +57,126 @@ def list_names(directory: str) -> Iterator[str]:
         raise StorageUnavailableError("a directory can't be listed") from error
 
 
-NOTED_COUNT_MAX: Final = 10_000
-LISTED_COUNT_MAX: Final = 100
+def list_key_ids(directory: str) -> Iterator[str]:
+    """The ids of all key files in a directory, in no order; other names are skipped. Raises StorageUnavailableError.
+
+    On some file systems a listing may omit a file that is replaced meanwhile, or list it twice (readdir(3p) leaves it
+    open).
+    """
+    for name in list_names(directory):
+        key_id = name.removesuffix(SUFFIX)
+        if name.endswith(SUFFIX) and api.KEY_ID_PATTERN.fullmatch(key_id):
+            yield key_id
 
 
-class Damage:
+class DekStore:
+    """The directory of DEK files, open until `close`. `executor` runs the writes."""
+
+    def __init__(self, data_dir: str, executor: Executor) -> None:
+        self.directory = os.path.join(data_dir, DIRECTORY)
+        self.directory_fd = open_directory(self.directory)
+        self._group = GroupCommit(self.directory_fd, executor)
+
+    def read(self, key_id: str) -> bytes:
+        """The content of the key's file. Blocks on the disk.
+
+        Raises KeyNotFoundError if there is none, KeyUnreadableError if it can't be read, and StorageUnavailableError if
+        the cause is not the file.
+        """
+        try:
+            data = read_file_bounded(file_name(key_id), FILE_BYTES_MAX, dir_fd=self.directory_fd)
+        except StorageUnavailableError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _OUT_OF_RESOURCES:
+                raise
+            raise KeyUnreadableError(f"the file of key {key_id} can't be read: {error}") from None
+        if data is None:
+            raise KeyNotFoundError("key not found")
+        return data
+
+    def read_many(self, key_ids: Iterable[str]) -> list[tuple[str, bytes | MiniKmsError]]:
+        """The content of each key's file, or the error of `read`. For a worker thread."""
+        found: list[tuple[str, bytes | MiniKmsError]] = []
+        for key_id in key_ids:
+            try:
+                found.append((key_id, self.read(key_id)))
+            except MiniKmsError as error:
+                found.append((key_id, error))
+        return found
+
+    async def create(self, key_id: str, data: bytes) -> None:
+        """Writes a new file, durable on return. Raises StorageUnavailableError; then there is no file."""
+        await self._group.submit(file_name(key_id), data, exclusive=True)
+
+    async def replace(self, key_id: str, data: bytes) -> None:
+        """Replaces a key's file, durable on return. Raises StorageUnavailableError."""
+        await self._group.submit(file_name(key_id), data)
+
+    def remove(self, key_id: str) -> None:
+        """Removes a key's file durably, if it is there. Blocks on the disk. Raises StorageUnavailableError."""
+        remove_file(self.directory_fd, file_name(key_id))
+
+    def has(self, key_id: str) -> bool:
+        """Whether there is a file of this key. Raises StorageUnavailableError."""
+        try:
+            os.stat(file_name(key_id), dir_fd=self.directory_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise StorageUnavailableError("a key's file can't be looked up") from error
+        return True
+
+    def list_ids(self, *, changed: Collection[str] = ()) -> Iterator[str]:
+        """`list_key_ids` of this directory, then the ids that are in `changed` when the listing has ended.
+
+        With the set of `KeyLocks.watch` as `changed` no file is missed that is replaced during the listing.
+        """
+        yield from list_key_ids(self.directory)
+        yield from set(changed)
+
+    async def drain(self) -> None:
+        """Returns when no write is waiting or under way."""
+        await self._group.drain()
+
+    def close(self) -> None:
+        """Closes the directory, after `drain`."""
+        os.close(self.directory_fd)
+
+
+class UnreadableKeys:
+    """The keys whose files can't be read or do not unwrap, each with the reason, at most UNREADABLE_COUNT_MAX."""
+
     def __init__(self) -> None:
-        self._noted: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
         self.complete = True
-        """False once there was no room for one: then it can't be known from here which keys are sound."""
+        """False once a key did not fit: then a key that is not in the list may be unreadable too."""
 
-    def note(self, key_id: str, why: str) -> None:
-        """Its file can't be read, or does not open. `why` is for an operator."""
-        if key_id in self._noted or len(self._noted) < NOTED_COUNT_MAX:
-            self._noted[key_id] = why
+    def add(self, key_id: str, reason: str) -> None:
+        """Adds a key; `reason` is for an operator."""
+        if key_id in self._reasons or len(self._reasons) < UNREADABLE_COUNT_MAX:
+            self._reasons[key_id] = reason
         else:
             self.complete = False
 
-    def clear(self, key_id: str) -> None:
-        """Its file was read well, or is gone for good."""
-        self._noted.pop(key_id, None)
+    def remove(self, key_id: str) -> None:
+        """Removes a key: its file was read well, or the key was destroyed."""
+        self._reasons.pop(key_id, None)
 
     @property
     def count(self) -> int:
-        """At most NOTED_COUNT_MAX."""
-        return len(self._noted)
+        """At most UNREADABLE_COUNT_MAX."""
+        return len(self._reasons)
 
     def key_ids(self) -> frozenset[str]:
-        return frozenset(self._noted)
+        """All keys of the list."""
+        return frozenset(self._reasons)
 
     def listed(self) -> dict[str, str]:
-        """Some of them, by key id, each with its reason."""
-        return dict(itertools.islice(self._noted.items(), LISTED_COUNT_MAX))
+        """At most LISTED_COUNT_MAX of the keys, each with its reason."""
+        return dict(itertools.islice(self._reasons.items(), LISTED_COUNT_MAX))
 
 
 class KeyLocks:
-    """Waiting is in no order."""
+    """At most one change of a key's file at a time. Waiters are served in no particular order."""
 
     def __init__(self) -> None:
         self._held: dict[str, asyncio.Future[None]] = {}
@@ -158,7 +184,7 @@ class KeyLocks:
 
     @asynccontextmanager
     async def hold(self, key_ids: Iterable[str], *, announced: bool = True) -> AsyncIterator[None]:
-        """Returns once no other holder has any of these keys. Watchers hear of it, unless it is the watcher itself."""
+        """Holds the locks of these keys inside the block. With `announced` the keys are added to every `watch` set."""
         wanted = tuple(dict.fromkeys(key_ids))
         while blocking := next((self._held[key_id] for key_id in wanted if key_id in self._held), None):
             await asyncio.shield(blocking)
@@ -176,7 +202,7 @@ class KeyLocks:
 
     @contextmanager
     def watch(self) -> Iterator[set[str]]:
-        """A set of the keys that are held now, and of those that are announced until the block ends."""
+        """The set of the keys that are held now or are announced before the block ends."""
         changed = set(self._held)
         self._watchers.append(changed)
         try:

@@ -1,37 +1,27 @@
-"""The wall clock of the data directory's files.
+"""Files of the data directory: durable, atomic writes, bounded reads, and the lock on the directory.
 
-Owns: the two ways in which a time is written. Invariant: both are UTC and sort as text.
+Owns: every write below the data directory except the appends to the lease journal and to the audit log; the wall clock
+and the two ways to write a time (both in UTC, both sort as text); the creation of private directories; the lock.
+Callers pass the descriptor of an open directory (`open_directory`) and plain file names.
 
-`syncfs(2)`: one call that waits for all of a file system, where it can be believed.
+A file is replaced in four steps, always in this order: write a temporary file in the same directory (O_EXCL,
+O_NOFOLLOW), sync it, rename it, sync the directory. Invariants:
+- Before the rename the old content stands. A failure up to there removes the temporary file and changes nothing.
+- If only the last sync fails, the new content is in place but may not survive a power loss. The caller gets the same
+  error, and a retry writes the file again.
+- After a failed sync the same file is never synced again: the kernel has marked the failed pages clean, so a second
+  sync would succeed without them (https://wiki.postgresql.org/wiki/Fsync_Errors). A retry writes a new temporary file.
+- Temporary names contain a token of this process, so `sweep_temps` can run while other files are being written.
+- One process owns a data directory. Daemon and offline writers take the lock before they touch the keyring or the
+  socket, and keep it until they end. `flock(2)` ends with the descriptor, which no child inherits through exec. The
+  lock file is never removed, so there is one file to lock.
 
-Owns: the call, and the judgement whether it reports every failure. Invariant: where that is not known, `reports` says
-no, and each file is synced by itself. It must never say yes for a file system that is not on the list.
+A group of files takes two `syncfs(2)` calls instead of two syncs for each file; in a series of groups
+(`StagedReplacements`) it takes one. `syncfs` reports a failed write-back only since Linux 5.8 (for any file since the
+directory was opened), and a failure of the file system itself only since 5.17 (commit 5679897eb104); through overlayfs
+it reports nothing. Where it is not known to report every failure, each file is synced by itself.
 
-Files that are replaced whole or not at all, and are on the disk before anybody is told.
-
-Owns: every write below the data directory but the appends of the lease journal and the audit log. Callers pass an open
-directory (`open_directory`) and plain names in it.
-
-The steps, always in this order: write a temporary file of the same directory (O_EXCL, O_NOFOLLOW), sync it, rename it,
-sync the directory. Invariants:
-- Until the rename the old content stands; a failure before it unlinks the temporary file and changes nothing.
-- If only the last sync fails, the new content is in place but may not survive a power loss. The error is the same; a
-  retry writes it again.
-- After a failed sync the same file is never synced again: the kernel marks the failed pages clean, so that the second
-  sync would succeed without them (https://wiki.postgresql.org/wiki/Fsync_Errors). A retry is a new temporary file.
-- Temporary names carry a token of this process, so that `sweep_temps` can run while others are being written.
-It must never put a path or the kernel's text into an error, and never hold raw key material.
-
-A group of files costs two `syncfs(2)` instead of two syncs per file; in a series of groups, one. That reports a failed
-write-back only on Linux since 5.8 (for any file since the directory was opened), a failure of the file system itself
-only since 5.17 (commit 5679897eb104), and through overlayfs not at all; anywhere else each file is synced by itself.
-
-One process owns a data directory.
-
-Owns: the directory's making and the judgement whether it is private, and the lock on it. Invariants: the lock is taken
-before the keyring or the socket is touched, by the daemon and by offline writers alike, and held until the owner ends,
-however it ends (`flock(2)` goes with the descriptor, which no child inherits through exec). The lock file is never
-removed, so that there is one file to lock. This module never looks at what is in the directory.
+It must never put a path or a text of the kernel into an error that can reach a client, and never hold a raw key.
 """
 
 from __future__ import annotations
@@ -55,8 +45,28 @@ from typing import Final, NamedTuple, Self
 
 from minikms.errors import ConflictError, InvalidRequestError, MiniKmsError, StartError, StorageUnavailableError
 
+DIRECTORY_MODE: Final = 0o700
+FILE_MODE: Final = 0o600
+TEMP_PREFIX: Final = ".tmp-"
+SYNCFS_FILES_MIN: Final = 4
+"""A group of at least this many files uses `syncfs`, which also waits for the writes of other programs."""
+GROUP_FILES_MAX: Final = 512
+GROUP_BYTES_MAX: Final = 8 * 1024 * 1024
+WRITES_WAITING_MAX: Final = 16_384
+LOCK_NAME: Final = "lock"
+
+_FILE_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
+_READ_BYTES: Final = 1024 * 1024
+_PROCESS_TEMP_PREFIX: Final = f"{TEMP_PREFIX}{secrets.token_hex(8)}-"
+_PID_BYTES_MAX: Final = 20
+_temp_numbers: Final = itertools.count()
+
+
+# --- the clock --------------------------------------------------------------------------------------------------------
+
 
 def now_ns() -> int:
+    """The wall clock, in Unix nanoseconds."""
     return time.time_ns()
 
 
@@ -66,69 +76,22 @@ def rfc3339(ns: int) -> str:
 
 
 def stamp(ns: int) -> str:
-    """`20261124T150000`, the suffix of a backup, from Unix nanoseconds."""
+    """`20261124T150000`, the suffix of a rotation backup, from Unix nanoseconds."""
     return time.strftime("%Y%m%dT%H%M%S", time.gmtime(ns // 1_000_000_000))
 
 
-_LINUX_MIN: Final = (5, 17)
-# linux/magic.h: ext4, XFS, Btrfs, F2FS, tmpfs
-_FILE_SYSTEMS: Final = frozenset({0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994})
+def now_rfc3339() -> str:
+    """The wall clock as records carry it."""
+    return rfc3339(now_ns())
 
 
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
-@functools.cache
-def syncfs_is_strict() -> bool:
-    """Whether this kernel's `syncfs` exists and reports every failure."""
-    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    if os.uname().sysname != "Linux" or release is None:
-        return False
-    return (int(release[1]), int(release[2])) >= _LINUX_MIN and hasattr(_libc(), "syncfs")
-
-
-def syncfs_reports(directory: int) -> bool:
-    """Whether `syncfs` on this open directory's file system reports every failure."""
-    if not syncfs_is_strict():
-        return False
-    # struct statfs begins with the file system's magic number, a long; 256 bytes hold it on every platform.
-    buffer = (ctypes.c_long * 32)()
-    return _libc().fstatfs(directory, buffer) == 0 and buffer[0] in _FILE_SYSTEMS
-
-
-def syncfs(directory: int) -> None:
-    """Waits until all that was written to the file system is on disk. Raises OSError."""
-    if _libc().syncfs(directory) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
-
-TEMP_PREFIX: Final = ".tmp-"
-SYNCFS_FILES_MIN: Final = 4
-"""From here on a group is synced by `syncfs`, which also waits for what other programs wrote to the file system."""
-GROUP_FILES_MAX: Final = 512
-GROUP_BYTES_MAX: Final = 8 * 1024 * 1024
-WRITES_WAITING_MAX: Final = 16_384
-
-_FILE_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
-_PROCESS_TEMP_PREFIX: Final = f"{TEMP_PREFIX}{secrets.token_hex(8)}-"
-_temp_numbers: Final = itertools.count()
-
-
-class FileWrite(NamedTuple):
-    """One file of a group. With `exclusive` it must not exist yet."""
-
-    name: str
-    data: bytes
-    exclusive: bool = False
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def open_directory(path: str | os.PathLike[str]) -> int:
-    """A descriptor of the directory, which the caller closes. A symlink as last component is refused.
+    """A descriptor of the directory, which the caller closes. A symbolic link as last component is refused.
 
-    Raises FileNotFoundError if it is absent, StorageUnavailableError for anything else.
+    Raises FileNotFoundError if the directory is absent, StorageUnavailableError for any other failure.
     """
     try:
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -141,8 +104,8 @@ def open_directory(path: str | os.PathLike[str]) -> int:
 def read_file_bounded(path: str | os.PathLike[str], bytes_max: int, *, dir_fd: int | None = None) -> bytes | None:
     """The content of a regular file of at most `bytes_max` bytes; None if there is no such file.
 
-    Not for raw keys: the bytes can't be wiped. Symlinks are not followed and FIFOs don't block. Raises
-    StorageUnavailableError if the file is longer, is not a regular file, or can't be read.
+    Not for raw keys, since the bytes can't be zeroed. Symbolic links are not followed, and a FIFO does not block.
+    Raises StorageUnavailableError if the file is longer, is not a regular file, or can't be read.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
@@ -156,7 +119,7 @@ def read_file_bounded(path: str | os.PathLike[str], bytes_max: int, *, dir_fd: i
             raise StorageUnavailableError("a file is not a regular file")
         parts = []
         left = bytes_max + 1
-        while left > 0 and (part := os.read(fd, min(left, 1 << 20))):
+        while left > 0 and (part := os.read(fd, min(left, _READ_BYTES))):
             parts.append(part)
             left -= len(part)
     except OSError as error:
@@ -164,20 +127,23 @@ def read_file_bounded(path: str | os.PathLike[str], bytes_max: int, *, dir_fd: i
     finally:
         os.close(fd)
     if left <= 0:
-        raise StorageUnavailableError("a file is longer than its kind may be")
+        raise StorageUnavailableError("a file is longer than the limit for its kind")
     return b"".join(parts)
 
 
-def replace_file(directory: int, name: str, data: bytes, mode: int = 0o600) -> None:
-    """Make `data` the content of `name`, durably. Raises StorageUnavailableError."""
-    replace_file_from(directory, name, (data,), mode)
+# --- writing one file -------------------------------------------------------------------------------------------------
 
 
-def replace_file_from(directory: int, name: str, chunks: Iterable[bytes], mode: int = 0o600) -> None:
-    """`replace_file` for content that comes in parts. What `chunks` raises passes through; nothing has changed then."""
+def replace_file(directory: int, name: str, data: bytes) -> None:
+    """Makes `data` the content of `name`, durably. Raises StorageUnavailableError."""
+    replace_file_from(directory, name, (data,))
+
+
+def replace_file_from(directory: int, name: str, chunks: Iterable[bytes]) -> None:
+    """As `replace_file`, with the content in parts. An error of `chunks` passes through; then nothing has changed."""
     _check_name(name)
-    with _refusing("a file cannot be written"):
-        temp = _write_temp(directory, chunks, mode, sync=True)
+    with _storage_errors("a file cannot be written"):
+        temp = _write_temp(directory, chunks, sync=True)
         try:
             os.rename(temp, name, src_dir_fd=directory, dst_dir_fd=directory)
         except BaseException:
@@ -186,58 +152,31 @@ def replace_file_from(directory: int, name: str, chunks: Iterable[bytes], mode: 
         os.fsync(directory)
 
 
-def create_file_exclusive(directory: int, name: str, data: bytes, mode: int = 0o600) -> None:
-    """As `replace_file`, for a name that must be free: ConflictError otherwise, and what is there stays."""
-    outcome = _write_group(directory, (FileWrite(name, data, exclusive=True),), mode)[0]
-    if outcome is not None:
-        raise outcome
-
-
-def replace_many(directory: int, files: Sequence[tuple[str, bytes]]) -> None:
-    """Replace several files as one group: all temporary files, one sync, all renames, one sync.
-
-    Not atomic over the group: a failure or a crash during the renames leaves some files new and the others old, each
-    whole. Raises StorageUnavailableError if any file isn't durably the new one.
-    """
-    for outcome in write_group(directory, [FileWrite(name, data) for name, data in files]):
-        if outcome is not None:
-            raise outcome
-
-
-def write_group(directory: int, writes: Sequence[FileWrite]) -> list[MiniKmsError | None]:
-    """Commit a group; for each write None once it is durable, or its error. Blocks on the disk.
-
-    A failure before the first rename fails all. After that each write stands alone: a taken name is a ConflictError of
-    that write only. An exclusive file whose last sync fails is removed again.
-    """
-    return _write_group(directory, writes, 0o600)
-
-
 def remove_file(directory: int, name: str) -> bool:
-    """Remove `name` durably; False if it was absent already. Raises StorageUnavailableError."""
+    """Removes `name` durably; False if it was absent. Raises StorageUnavailableError."""
     _check_name(name)
-    with _refusing("a file cannot be removed"):
+    with _storage_errors("a file cannot be removed"):
         try:
             os.unlink(name, dir_fd=directory)
             found = True
         except FileNotFoundError:
             found = False
-        # Also when absent: an earlier removal may have failed at just this step.
+        # Also if it is absent: an earlier removal may have failed at this sync.
         os.fsync(directory)
     return found
 
 
 def is_stale_temp(name: str) -> bool:
-    """Whether `name` is a temporary file that an earlier process left behind."""
+    """Whether `name` is a temporary file of an earlier process."""
     return name.startswith(TEMP_PREFIX) and not name.startswith(_PROCESS_TEMP_PREFIX)
 
 
 def sweep_temps(directory: int) -> int:
-    """Remove what earlier processes left behind; the number of files.
+    """Removes the temporary files of earlier processes; the number of them.
 
-    Only for the owner of the directory's lock. Reads the whole directory: with many files, call it in a worker thread.
+    Only for the owner of the directory's lock. It reads the whole directory, so the daemon calls it in a worker thread.
     """
-    with _refusing("left-over temporary files cannot be removed"):
+    with _storage_errors("left-over temporary files cannot be removed"):
         with os.scandir(directory) as entries:
             names = [entry.name for entry in entries if is_stale_temp(entry.name)]
         for name in names:
@@ -247,12 +186,175 @@ def sweep_temps(directory: int) -> int:
     return len(names)
 
 
-class StagedReplacements:
-    """Replaces the files of a long series of groups: each is written in one step and put in place in the next, so that
-    one sync serves two groups.
+def _write_all(fd: int, data: bytes) -> None:
+    """Writes all of `data` at the descriptor's position. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
 
-    `durable_first` is another directory of the same file system: what a step finds in it is on the disk before a file
-    that the step staged is put in place. Blocks on the disk; for one thread at a time.
+
+def _write_temp(directory: int, chunks: Iterable[bytes], *, sync: bool) -> str:
+    name = f"{_PROCESS_TEMP_PREFIX}{next(_temp_numbers)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(name, flags, FILE_MODE, dir_fd=directory)
+    try:
+        try:
+            for chunk in chunks:
+                _write_all(fd, chunk)
+            if sync:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+    except BaseException:
+        _unlink_quietly(directory, name)
+        raise
+    return name
+
+
+def _check_name(name: str) -> None:
+    if _FILE_NAME.fullmatch(name) is None or name in {".", ".."} or name.startswith(TEMP_PREFIX):
+        raise InvalidRequestError("not a plain file name")
+
+
+def _unlink_quietly(directory: int, name: str) -> None:
+    # Best effort after a failure; the next start sweeps what is left.
+    with contextlib.suppress(OSError):
+        os.unlink(name, dir_fd=directory)
+
+
+def _storage_error(text: str, cause: BaseException | None) -> StorageUnavailableError:
+    error = StorageUnavailableError(text)
+    error.__cause__ = cause
+    return error
+
+
+@contextlib.contextmanager
+def _storage_errors(text: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageUnavailableError(text) from error
+
+
+# --- writing groups of files ------------------------------------------------------------------------------------------
+
+_SYNCFS_LINUX_MIN: Final = (5, 17)
+# linux/magic.h: ext4, XFS, Btrfs, F2FS, tmpfs
+_SYNCFS_FILE_SYSTEMS: Final = frozenset({0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994})
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+@functools.cache
+def syncfs_is_strict() -> bool:
+    """Whether this kernel has a `syncfs` that reports every failure."""
+    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    if os.uname().sysname != "Linux" or release is None:
+        return False
+    return (int(release[1]), int(release[2])) >= _SYNCFS_LINUX_MIN and hasattr(_libc(), "syncfs")
+
+
+def syncfs_reports(directory: int) -> bool:
+    """Whether `syncfs` on the file system of this open directory is known to report every failure."""
+    if not syncfs_is_strict():
+        return False
+    # struct statfs begins with the magic number of the file system, a long; 256 bytes hold it on every platform.
+    buffer = (ctypes.c_long * 32)()
+    return _libc().fstatfs(directory, buffer) == 0 and buffer[0] in _SYNCFS_FILE_SYSTEMS
+
+
+def syncfs(directory: int) -> None:
+    """Returns when everything that was written to the file system is on disk. Raises OSError."""
+    if _libc().syncfs(directory) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+class FileWrite(NamedTuple):
+    """One file of a group. With `exclusive` the name must not be taken."""
+
+    name: str
+    data: bytes
+    exclusive: bool = False
+
+
+def write_files(directory: int, writes: Sequence[FileWrite]) -> None:
+    """`write_group`, which raises the first error instead. The other files of the group may have been written."""
+    for outcome in write_group(directory, writes):
+        if outcome is not None:
+            raise outcome
+
+
+def write_group(directory: int, writes: Sequence[FileWrite]) -> list[MiniKmsError | None]:
+    """Writes a group: all temporary files, one sync, all renames, one sync. Blocks on the disk.
+
+    Returns for each write None if it is durable, or its error. A failure before the first rename fails all writes.
+    After that each write stands alone, so a crash leaves some files new and others old, each of them whole. A taken
+    name is a ConflictError of its own write. An exclusive file whose last sync fails is removed again.
+    """
+    for write in writes:
+        _check_name(write.name)
+    outcomes: list[MiniKmsError | None] = [None] * len(writes)
+    temps: list[str] = []
+    try:
+        by_syncfs = len(writes) >= SYNCFS_FILES_MIN and syncfs_reports(directory)
+        with _storage_errors("files cannot be written"):
+            for write in writes:
+                temps.append(_write_temp(directory, (write.data,), sync=not by_syncfs))
+            if by_syncfs:
+                syncfs(directory)
+        for index, write in enumerate(writes):
+            try:
+                _put_in_place(directory, temps[index], write)
+            except FileExistsError:
+                outcomes[index] = ConflictError("there is a file of this name already")
+            except OSError as error:
+                outcomes[index] = _storage_error("a file cannot be put in place", error)
+            else:
+                if not write.exclusive:
+                    temps[index] = ""
+    except StorageUnavailableError as error:
+        # A separate error object for each write: every waiter raises its own.
+        return [_storage_error(str(error), error.__cause__) for _ in writes]
+    finally:
+        for temp in temps:
+            if temp:
+                _unlink_quietly(directory, temp)
+    try:
+        if by_syncfs:
+            syncfs(directory)
+        else:
+            os.fsync(directory)
+    except OSError as error:
+        return [_unsynced_outcome(directory, *pair, error) for pair in zip(writes, outcomes, strict=True)]
+    return outcomes
+
+
+def _put_in_place(directory: int, temp: str, write: FileWrite) -> None:
+    if write.exclusive:
+        os.link(temp, write.name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
+    else:
+        os.rename(temp, write.name, src_dir_fd=directory, dst_dir_fd=directory)
+
+
+def _unsynced_outcome(directory: int, write: FileWrite, outcome: MiniKmsError | None, error: OSError) -> MiniKmsError:
+    """The outcome of a write whose last sync failed."""
+    if outcome is not None:
+        return outcome
+    if write.exclusive:
+        _unlink_quietly(directory, write.name)
+    return _storage_error("a directory cannot be synced", error)
+
+
+class StagedReplacements:
+    """Replaces files in a long series of groups. Each group is written in one step and put in place in the next step,
+    so one sync serves two groups.
+
+    `durable_first` is another directory of the same file system. What a step finds in it is durable before any file
+    that the step wrote is put in place. Blocks on the disk; for one thread at a time.
     """
 
     def __init__(self, directory: int, *, durable_first: int) -> None:
@@ -262,18 +364,19 @@ class StagedReplacements:
         self._staged: list[tuple[str, str]] = []  # name and temporary name
 
     def step(self, writes: Sequence[FileWrite], *, skip: Container[str] = ()) -> dict[str, MiniKmsError | None]:
-        """Stages `writes`, and puts in place what the step before staged, but for the names in `skip`.
+        """Writes the temporary files of `writes`, and puts the files of the previous step in place except the names in
+        `skip`.
 
-        Answers each name that was put in place, with None once that is durable. Raises StorageUnavailableError; then no
-        name has changed and nothing is staged. Nothing is staged either when an answer is an error of the last sync.
+        Returns for each name that was put in place None if it is durable, or its error. Raises StorageUnavailableError;
+        then no name has changed and nothing is staged. After a failed last sync nothing is staged either.
         """
         for write in writes:
             _check_name(write.name)
         placing = list(self._staged)
         try:
-            with _refusing("files cannot be written"):
+            with _storage_errors("files cannot be written"):
                 for write in writes:
-                    temp = _write_temp(self._directory, (write.data,), 0o600, sync=not self._by_syncfs)
+                    temp = _write_temp(self._directory, (write.data,), sync=not self._by_syncfs)
                     self._staged.append((write.name, temp))
         except BaseException:
             self.discard()
@@ -294,7 +397,7 @@ class StagedReplacements:
         return outcomes
 
     def discard(self) -> None:
-        """Drops what is staged."""
+        """Removes the temporary files that are not in place yet."""
         staged, self._staged = self._staged, []
         for _, temp in staged:
             _unlink_quietly(self._directory, temp)
@@ -316,10 +419,10 @@ class StagedReplacements:
 
 
 class GroupCommit:
-    """Writes to one directory from the event loop: those that arrive while a group is being synced form the next.
+    """Group commit for one directory: writes that arrive while a group is being synced form the next group.
 
-    Lives in the loop's thread; `write_group` runs in `executor`. The directory's descriptor stays the caller's, open
-    until `drain` has returned.
+    Used in the event loop's thread; `write_group` runs in `executor`. The directory's descriptor belongs to the caller,
+    who keeps it open until `drain` has returned.
     """
 
     def __init__(self, directory: int, executor: Executor) -> None:
@@ -330,14 +433,14 @@ class GroupCommit:
         self._scheduled = False
 
     async def submit(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
-        """Return once the file is durable.
+        """Returns once the file is durable.
 
-        Raises StorageUnavailableError, or ConflictError for an exclusive name that is taken. Cancelled while it waits
-        for its group it writes nothing; later the file is written all the same.
+        Raises StorageUnavailableError, or ConflictError if an exclusive name is taken. If the caller is cancelled
+        before the group begins, the file is not written; after that it is written all the same.
         """
         _check_name(name)
         if len(self._waiting) >= WRITES_WAITING_MAX:
-            raise StorageUnavailableError("too many writes are waiting for the disk")
+            raise StorageUnavailableError("too many writes are waiting for the disk; try again later")
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         self._waiting.append((FileWrite(name, data, exclusive), done))
@@ -345,7 +448,7 @@ class GroupCommit:
         await done
 
     async def drain(self) -> None:
-        """Wait until nothing is waiting or being written."""
+        """Returns when no write is waiting or under way."""
         while self._waiting or self._running is not None:
             if self._running is None:
                 await asyncio.sleep(0)
@@ -377,7 +480,7 @@ class GroupCommit:
                 self._executor, write_group, self._directory, [write for write, _ in group]
             )
         except BaseException:
-            # A defect here or a loop that is being torn down; nobody may wait for ever or be told "durable".
+            # A defect here, or the loop is closing. No caller may wait for ever or believe that its file is durable.
             for _, done in group:
                 done.cancel()
             raise
@@ -394,114 +497,7 @@ class GroupCommit:
                 done.set_exception(outcome)
 
 
-def _write_group(directory: int, writes: Sequence[FileWrite], mode: int) -> list[MiniKmsError | None]:
-    for write in writes:
-        _check_name(write.name)
-    outcomes: list[MiniKmsError | None] = [None] * len(writes)
-    temps: list[str] = []
-    try:
-        by_syncfs = len(writes) >= SYNCFS_FILES_MIN and syncfs_reports(directory)
-        with _refusing("files cannot be written"):
-            for write in writes:
-                temps.append(_write_temp(directory, (write.data,), mode, sync=not by_syncfs))
-            if by_syncfs:
-                syncfs(directory)
-        for index, write in enumerate(writes):
-            try:
-                _put_in_place(directory, temps[index], write)
-            except FileExistsError:
-                outcomes[index] = ConflictError("there is one of this name already")
-            except OSError as error:
-                outcomes[index] = _storage_error("a file cannot be put in place", error)
-            else:
-                if not write.exclusive:
-                    temps[index] = ""
-    except StorageUnavailableError as error:
-        # One error object each: every waiter raises its own.
-        return [_storage_error(str(error), error.__cause__) for _ in writes]
-    finally:
-        for temp in temps:
-            if temp:
-                _unlink_quietly(directory, temp)
-    try:
-        if by_syncfs:
-            syncfs(directory)
-        else:
-            os.fsync(directory)
-    except OSError as error:
-        return [_withdraw(directory, *pair, error) for pair in zip(writes, outcomes, strict=True)]
-    return outcomes
-
-
-def _put_in_place(directory: int, temp: str, write: FileWrite) -> None:
-    if write.exclusive:
-        os.link(temp, write.name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
-    else:
-        os.rename(temp, write.name, src_dir_fd=directory, dst_dir_fd=directory)
-
-
-def _withdraw(directory: int, write: FileWrite, outcome: MiniKmsError | None, error: OSError) -> MiniKmsError:
-    """The outcome of a write whose last sync failed."""
-    if outcome is not None:
-        return outcome
-    if write.exclusive:
-        _unlink_quietly(directory, write.name)
-    return _storage_error("a directory cannot be synced", error)
-
-
-def _write_temp(directory: int, chunks: Iterable[bytes], mode: int, *, sync: bool) -> str:
-    name = f"{_PROCESS_TEMP_PREFIX}{next(_temp_numbers)}"
-    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=directory)
-    try:
-        try:
-            for chunk in chunks:
-                write_all(fd, chunk)
-            if sync:
-                os.fsync(fd)
-        finally:
-            os.close(fd)
-    except BaseException:
-        _unlink_quietly(directory, name)
-        raise
-    return name
-
-
-def write_all(fd: int, data: bytes) -> None:
-    """Write all of `data` at the descriptor's position. Raises OSError."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def _check_name(name: str) -> None:
-    if _FILE_NAME.fullmatch(name) is None or name in {".", ".."} or name.startswith(TEMP_PREFIX):
-        raise InvalidRequestError("not a plain file name")
-
-
-def _unlink_quietly(directory: int, name: str) -> None:
-    # Best effort on the way out of a failure; what stays is swept at the next start.
-    with contextlib.suppress(OSError):
-        os.unlink(name, dir_fd=directory)
-
-
-def _storage_error(text: str, cause: BaseException | None) -> StorageUnavailableError:
-    error = StorageUnavailableError(text)
-    error.__cause__ = cause
-    return error
-
-
-@contextlib.contextmanager
-def _refusing(text: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageUnavailableError(text) from error
-
-
-LOCK_NAME: Final = "lock"
-DIRECTORY_MODE: Final = 0o700
-FILE_MODE: Final = 0o600
-_PID_BYTES_MAX: Final = 20
+# --- the data directory and its lock ----------------------------------------------------------------------------------
 
 
 class InUseError(StartError):
@@ -511,18 +507,18 @@ class InUseError(StartError):
 class DataDirLock:
     """The exclusive ownership of a data directory, from construction to `close`.
 
-    A missing directory is made, 0700, its missing parents too, each durable in its own parent.
+    A missing directory is created, 0700, with its missing parents; each is durable in its parent.
 
     Raises:
-        InUseError: another process owns it (its pid is named).
-        StartError: the directory is not private to this user.
+        InUseError: another process owns the directory; the text has its pid.
+        StartError: the directory is not private to this user, or can't be opened.
     """
 
     def __init__(self, directory: str) -> None:
         self.directory = os.path.abspath(directory)
         try:
             make_private_directory(self.directory)
-            self.directory_fd = open_private_directory(self.directory)
+            self.directory_fd = _open_private_directory(self.directory)
             try:
                 self._descriptor = lock_file(self.directory_fd, LOCK_NAME, self.directory)
             except BaseException:
@@ -533,7 +529,7 @@ class DataDirLock:
         self._open = True
 
     def close(self) -> None:
-        """Give the directory up. Idempotent."""
+        """Releases the directory. Idempotent."""
         if self._open:
             self._open = False
             os.close(self._descriptor)
@@ -547,14 +543,14 @@ class DataDirLock:
 
 
 def make_private_directory(path: str) -> None:
-    """Make `path` (absolute) and its missing parents, 0700; fsync each directory that got an entry."""
+    """Creates `path` (absolute) and its missing parents, 0700, and syncs each directory that got an entry."""
     if os.path.isdir(path):
         return
     parent = os.path.dirname(path)
     make_private_directory(parent)
     try:
         os.mkdir(path, DIRECTORY_MODE)
-    except FileExistsError:  # made by another starter meanwhile, or not a directory: opening it tells
+    except FileExistsError:  # another process created it, or it is not a directory: then opening it fails
         return
     descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -563,13 +559,8 @@ def make_private_directory(path: str) -> None:
         os.close(descriptor)
 
 
-def open_private_directory(path: str) -> int:
-    """A descriptor of the directory.
-
-    Raises:
-        StartError: it belongs to another user, or its group or others have any access.
-        OSError: it cannot be opened.
-    """
+def _open_private_directory(path: str) -> int:
+    """A descriptor of the directory. Raises OSError, and StartError if another user has any access to it."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     status = os.fstat(descriptor)
     if status.st_uid != os.geteuid():
@@ -583,15 +574,15 @@ def open_private_directory(path: str) -> int:
 
 
 def lock_file(directory_fd: int, name: str, what: str) -> int:
-    """Lock the file `name`, made 0600 if missing, and write our pid into it; the descriptor that holds the lock.
+    """Locks the file `name`, created 0600 if missing, and writes our pid into it; the descriptor that holds the lock.
 
     Args:
-        directory_fd: of the directory that holds it, writable by no other user.
-        what: the thing that the lock stands for, for the error text.
+        directory_fd: the directory of the file. No other user may be able to write in it.
+        what: what the lock protects, for the error text.
 
     Raises:
-        InUseError: another process holds it.
-        OSError: the file cannot be made or opened; a symbolic link in its place is not followed.
+        InUseError: another process holds the lock.
+        OSError: the file cannot be created or opened. A symbolic link is not followed.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(name, flags, FILE_MODE, dir_fd=directory_fd)
@@ -609,6 +600,6 @@ def lock_file(directory_fd: int, name: str, what: str) -> int:
 
 
 def _holder(descriptor: int) -> str:
-    """` (pid N)`, or nothing when the holder has not written it yet."""
+    """` (pid N)`, or nothing if the holder has not written it yet."""
     text = os.pread(descriptor, _PID_BYTES_MAX, 0).strip()
     return f" (pid {int(text)})" if text.isdigit() else ""

@@ -1,21 +1,16 @@
-"""The keyring file.
+"""The keyring file, its changes while the daemon runs, and the reservation of wraps in it.
 
-Owns: `keyring.json`: reading it bounded, replacing it durably. Invariants: the old content stays until the new one
-is on disk under its name; one write at a time. It must never parse what it carries.
+Owns: `keyring.json`: the bounded read and the durable replacement; the order of the keyring's changes; the number of
+wraps of each KEK version that are reserved in the keyring, and the count of creates that took a version and are not on
+disk yet. Invariants:
+- The old file stays until the new one is on disk. One change at a time, each made from the newest body. The body in
+  memory is the newest durable one: a change takes effect in both or in neither, even if its caller is cancelled.
+- No wrap is made without a durable reservation. So a crash may waste wraps, but never forgets one. KEK nonces are
+  random, so the number of wraps is bounded (NIST SP 800-38D, section 8.3).
+- New DEKs are wrapped under the version that the keyring names, never under an older one.
 
-The keyring in memory and its file, changed together.
-
-Owns: the order of the keyring's changes. Invariants: one change at a time; the body in memory is the newest that is
-durable, and a change that was begun ends in both or in neither, also when its caller is cancelled. Lives in the loop's
-thread; only the wait for the disk runs elsewhere. It must never write a body that was made from an older one.
-
-How many keys each KEK version has wrapped, and which creates are under way under it.
-
-Owns: the reservation of wraps in the keyring (a KEK's nonces are random, so their number is bounded: NIST SP 800-38D
-section 8.3), and the count of creates that have taken a version but not reached the disk. Invariants: no wrap is made
-that a durable reservation does not cover, so a crash may waste wraps but never forget one; whoever waits in `drained`
-sees every create that took the version before. Lives in the loop's thread. It must never choose an older version than
-the one that the keyring says to wrap under.
+`StoredKeyring` and `WrapReservation` are used in the event loop's thread; only the wait for the disk runs elsewhere.
+`KeyringFile` must never parse the bytes.
 """
 
 from __future__ import annotations
@@ -25,8 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Final
 
-from minikms.custody import files
-from minikms.custody.files import read_file_bounded, replace_file
+from minikms.custody.files import now_rfc3339, read_file_bounded, replace_file
 from minikms.errors import KeyExhaustedError, StartError, StorageUnavailableError
 from minikms.keys import keyring
 from minikms.keys.keyring import FILE_BYTES_MAX, Body
@@ -36,45 +30,46 @@ NAME: Final = "keyring.json"
 
 
 class KeyringFile:
-    """`directory_fd` is the data directory's; it stays the caller's."""
+    """`directory_fd` is the data directory; it belongs to the caller."""
 
     def __init__(self, directory_fd: int, executor: Executor) -> None:
         self._directory_fd = directory_fd
         self._executor = executor
 
     def load(self) -> bytes | None:
-        """The file's bytes, None when there is none. Raises StartError when it can't be read."""
+        """The bytes of the file; None if there is none. Raises StartError if it can't be read."""
         try:
             return read_file_bounded(NAME, FILE_BYTES_MAX, dir_fd=self._directory_fd)
         except StorageUnavailableError as error:
             raise StartError(f"keyring.json can't be read: {error}") from None
 
     def store_now(self, data: bytes) -> None:
-        """Replaces the file and waits for the disk: at start, before requests are served. Raises
-        StorageUnavailableError.
-        """
+        """Replaces the file, durable on return. Blocks on the disk. Raises StorageUnavailableError."""
         replace_file(self._directory_fd, NAME, data)
 
     async def store(self, data: bytes) -> None:
-        """Replaces the file; durable when this returns. Raises StorageUnavailableError."""
+        """`store_now` in the executor."""
         await asyncio.get_running_loop().run_in_executor(self._executor, self.store_now, data)
 
 
-class KeyringKeeper:
+class StoredKeyring:
+    """The unlocked keyring and its file, which change together."""
+
     def __init__(self, unlocked: UnlockedKeyring, file: KeyringFile) -> None:
-        self.unlocked = unlocked
+        self._unlocked = unlocked
         self._file = file
         self._lock = asyncio.Lock()
 
     @property
     def body(self) -> Body:
-        return self.unlocked.body
+        """The newest durable body."""
+        return self._unlocked.body
 
     async def change(self, make: Callable[[Body], Body]) -> Body:
-        """Makes the next body from the present one, in one step of the loop, and returns it once it is durable.
+        """Replaces the body by `make(body)`; returns the new body once it is durable.
 
-        `make` may return the body it was given: then there is nothing to do. What it raises passes through, and nothing
-        has changed then. Raises StorageUnavailableError.
+        `make` runs in one step of the event loop. It may return the body it was given, which means no change. Its
+        errors pass through, and then nothing has changed. Raises StorageUnavailableError.
         """
         async with self._lock:
             body = make(self.body)
@@ -83,32 +78,34 @@ class KeyringKeeper:
             return body
 
     async def _store(self, body: Body) -> None:
-        writing = asyncio.ensure_future(self._file.store(self.unlocked.encode(body)))
+        writing = asyncio.ensure_future(self._file.store(self._unlocked.encode(body)))
         try:
             await asyncio.shield(writing)
         except asyncio.CancelledError:
-            # The write goes on in its thread; the next change must not begin before it is known how it ended.
+            # The write goes on in its thread. The next change must not begin before its outcome is known.
             await asyncio.wait([writing])
             if not writing.cancelled() and writing.exception() is None:
-                self.unlocked.body = body
+                self._unlocked.body = body
             raise
-        self.unlocked.body = body
+        self._unlocked.body = body
 
 
-class KekWraps:
-    def __init__(self, keeper: KeyringKeeper) -> None:
-        self._keeper = keeper
+class WrapReservation:
+    """The wraps of each KEK version that are reserved and not used yet."""
+
+    def __init__(self, stored: StoredKeyring) -> None:
+        self._stored = stored
         self._left: dict[int, int] = {}
         self._creating: dict[int, int] = {}
-        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
+        self._idle: dict[int, asyncio.Future[None]] = {}  # by version: resolved when no create has it
 
     async def begin_create(self) -> int:
-        """The KEK version to wrap a new DEK under, with one wrap of it. Followed by `end_create`, whatever happens.
+        """Takes one wrap for a new DEK; returns the KEK version. The caller then always calls `end_create`.
 
-        The caller seals before it awaits anything. Raises KeyExhaustedError, StorageUnavailableError.
+        The caller wraps the DEK before it awaits anything. Raises KeyExhaustedError, StorageUnavailableError.
         """
         while True:
-            version = self._keeper.body.wrapping_kek.version
+            version = self._stored.body.wrapping_kek.version
             if self._left.get(version, 0) > 0:
                 self._left[version] -= 1
                 self._creating[version] = self._creating.get(version, 0) + 1
@@ -116,21 +113,18 @@ class KekWraps:
             await self._reserve(version, 1)
 
     def end_create(self, version: int) -> None:
-        """The create that took `version` is on disk, or has failed."""
+        """The create that took `version` is on disk or has failed."""
         self._creating[version] -= 1
         if not self._creating[version]:
             del self._creating[version]
-            for waiting_for, done in self._waiting:
-                if waiting_for == version and not done.done():
-                    done.set_result(None)
-            self._waiting = [entry for entry in self._waiting if not entry[1].done()]
+            if (idle := self._idle.pop(version, None)) is not None:
+                idle.set_result(None)
 
-    async def drained(self, version: int) -> None:
-        """Returns when no create that took `version` is still on its way to disk."""
+    async def creates_done(self, version: int) -> None:
+        """Returns when no create that took `version` is under way."""
         while self._creating.get(version, 0):
-            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append((version, done))
-            await done
+            idle = self._idle.setdefault(version, asyncio.get_running_loop().create_future())
+            await asyncio.shield(idle)
 
     async def take(self, version: int, count: int) -> None:
         """Takes `count` wraps of a version, at most KEK_WRAPS_LEASE. Raises as `begin_create`."""
@@ -141,10 +135,10 @@ class KekWraps:
         self._left[version] = self._left.get(version, 0) - count
 
     async def _reserve(self, version: int, count: int) -> None:
-        """Extends the wraps that may be made under a version, durably, unless another caller just has."""
+        """Reserves KEK_WRAPS_LEASE more wraps, durably, unless another caller has just done so."""
         reserved = 0
 
-        def reserve(body: keyring.Body) -> keyring.Body:
+        def reserve(body: Body) -> Body:
             nonlocal reserved
             if self._left.get(version, 0) >= count:
                 return body
@@ -152,7 +146,7 @@ class KekWraps:
             if kek is None or kek.wraps_reserved > keyring.KEK_WRAPS_MAX:
                 raise KeyExhaustedError("the KEK has wrapped as many keys as it may; rotate the KEK")
             reserved = keyring.KEK_WRAPS_LEASE
-            return keyring.reserve_wraps(body, version, reserved, at=files.rfc3339(files.now_ns()))
+            return keyring.reserve_wraps(body, version, reserved, at=now_rfc3339())
 
-        await self._keeper.change(reserve)
+        await self._stored.change(reserve)
         self._left[version] = self._left.get(version, 0) + reserved

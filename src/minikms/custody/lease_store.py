@@ -1,19 +1,18 @@
-"""The lease snapshot: the counts of all keys, sorted, in blocks that are checked when they are read.
+"""The lease files of a data directory: the number of uses of each key that are reserved, durably.
 
-Owns: the format and the reading of `kms-leases.snapshot`; docs/spec/leases.md has the layout. Invariants: opening reads
-only the footer and the index (16 bytes for 170 keys), so it costs nothing with a million keys; every block is checked
-each time it is read; a damaged block hides only the keys of its own range. The file is never changed in place. Blocks
-are read with `pread`, not mapped: a failing disk is then an error and not a SIGBUS.
-
-The lease files of a data directory: how many uses of each key are reserved, durably.
-
-Owns: `kms-leases` (the journal) and `kms-leases.snapshot`. Blocks on the disk, so the daemon calls all but `total` and
-`status` in its one worker thread; `LeaseBook` is the event loop's side. Invariants:
+Owns: the files `kms-leases` (the journal) and `kms-leases.snapshot`, and the format of the snapshot: the counts of all
+keys, sorted, in blocks with checksums. docs/spec/leases.md has the layout. The caller holds the lock of the data
+directory. Calls block on the disk, so the daemon makes all but `LeaseStore.total` and `LeaseStore.status` in one worker
+thread; `minikms.custody.leases` is the event loop's side. Invariants:
 - `reserve` returns only after the records are synced. If it raises, no count has changed, and the next call begins a
-  fresh journal file: a failed sync proves nothing about the file (see `atomic`).
-- A count read here is never below the uses that were ever granted, whatever was interrupted, torn or damaged.
-- Merging writes the new snapshot first, then an empty journal; an old journal over a new snapshot changes nothing.
-Needs the lock of the data directory. It must never guess that a missing or foreign file means "no uses".
+  fresh journal file, since a failed sync proves nothing about the file (`minikms.custody.files`).
+- A count is never below the uses that were granted, whatever was interrupted, torn or damaged.
+- A merge writes the new snapshot first and an empty journal second. An old journal over a new snapshot changes nothing.
+- A snapshot is never changed in place. Opening it reads only the footer and the index (16 bytes for 170 keys), so a
+  million keys do not slow down a start. A block is checked each time it is read, and a damaged block hides only the
+  keys of its own range. Blocks are read with `pread` and not mapped, so a failing disk is an error and not a SIGBUS.
+
+It must never take a missing or foreign file as "no uses".
 """
 
 from __future__ import annotations
@@ -49,14 +48,27 @@ from minikms.custody.lease_format import (
     encode_record,
     journal_header,
     parse_journal,
+    why_unknown,
 )
 from minikms.errors import StartError, StorageUnavailableError
+
+JOURNAL_NAME: Final = "kms-leases"
+SNAPSHOT_NAME: Final = "kms-leases.snapshot"
+JOURNAL_RECORDS_MERGE: Final = 32_768
+"""A journal with so many records is merged into the snapshot (1 MiB; about 30 ms to read at start)."""
+JOURNAL_RECORDS_MAX: Final = 4 * JOURNAL_RECORDS_MERGE
+"""A journal with so many records, since merges fail, takes no more."""
+JOURNAL_BYTES_MAX: Final = HEADER_BYTES + RECORD_BYTES * (JOURNAL_RECORDS_MAX + GROUP_RECORDS_MAX)
+_MERGE_RETRY_RECORDS: Final = JOURNAL_RECORDS_MERGE // 8
+
+# --- the snapshot -----------------------------------------------------------------------------------------------------
 
 SNAPSHOT_MAGIC: Final = b"minikms-leases\0s"
 ENTRY_BYTES: Final = 24
 BLOCK_BYTES: Final = 4096
 BLOCK_ENTRIES: Final = 170
-_BLOCK_DATA_BYTES: Final = BLOCK_ENTRIES * ENTRY_BYTES  # and 16 bytes of checksum
+_BLOCK_DATA_BYTES: Final = BLOCK_ENTRIES * ENTRY_BYTES
+_CHECKSUM_BYTES: Final = 16
 _BLOCK_LABEL: Final = b"minikms lease block v1\0"
 _FOOTER_LABEL: Final = b"minikms lease footer v1\0"
 _FOOTER: Final = struct.Struct(">16sIIQII32s")
@@ -64,7 +76,7 @@ _STEP: Final = struct.Struct(">16sQ")
 
 
 class BlockDamagedError(Exception):
-    """The block that would hold the key can't be read: its count is unknown. Inside the room."""
+    """The block that would hold the key can't be read, so its count is unknown. Only used inside this module."""
 
 
 class _Footer(NamedTuple):
@@ -75,12 +87,12 @@ class _Footer(NamedTuple):
 
 
 class Snapshot:
-    """An open snapshot. Takes the descriptor over; `close` closes it. Several threads may read it at once: a listing
-    looks up counts while the journal's worker reserves or merges.
+    """An open snapshot. It owns the descriptor until `close`. Several threads may read it at once: a listing looks up
+    counts while the worker thread reserves or merges.
     """
 
     def __init__(self, fd: int) -> None:
-        """Raises LeaseFormatError, or OSError if the disk does; the descriptor stays the caller's then."""
+        """Raises LeaseFormatError, or OSError from the disk; then the descriptor still belongs to the caller."""
         footer, index = _read_end(os.fstat(fd).st_size, lambda size, offset: _pread(fd, size, offset))
         self._fd = fd
         self._first_keys = [index[at : at + KEY_BYTES] for at in range(0, len(index), KEY_BYTES)]
@@ -111,7 +123,7 @@ class Snapshot:
 
     def block(self, number: int) -> bytes:
         """The sorted entries of a block. Raises BlockDamagedError."""
-        recent, data = self._recent  # in one look: another thread may put its own there at any moment
+        recent, data = self._recent  # one read of the attribute: another thread may replace it at any moment
         if recent == number:
             return data
         try:
@@ -126,7 +138,7 @@ class Snapshot:
         return data
 
     def block_range(self, number: int) -> SpentRange:
-        """The keys that a block is responsible for, present or not."""
+        """The range of keys whose entries are in this block, if they have one."""
         last = KEY_LAST
         if number + 1 < len(self._first_keys):
             last = (int.from_bytes(self._first_keys[number + 1], "big") - 1).to_bytes(KEY_BYTES, "big")
@@ -134,12 +146,12 @@ class Snapshot:
 
 
 def check_snapshot(content: bytes) -> None:
-    """Raises LeaseFormatError for what `Snapshot` would not open."""
+    """Raises LeaseFormatError for bytes that `Snapshot` would not open."""
     _read_end(len(content), lambda size, offset: content[offset : offset + size])
 
 
 def _read_end(file_size: int, read: Callable[[int, int], bytes]) -> tuple[_Footer, bytes]:
-    """The footer and the index. `read` gives so many bytes from an offset."""
+    """The footer and the index. `read(size, offset)` returns bytes of the file."""
     footer = _decode_footer(read(BLOCK_BYTES, max(0, file_size - BLOCK_BYTES)))
     index_bytes = footer.blocks * KEY_BYTES
     if file_size != footer.blocks * BLOCK_BYTES + index_bytes + BLOCK_BYTES:
@@ -151,9 +163,9 @@ def _read_end(file_size: int, read: Callable[[int, int], bytes]) -> tuple[_Foote
 
 
 def snapshot_chunks(old: Snapshot | None, totals: Mapping[bytes, int], floors: Floors) -> Iterator[bytes]:
-    """A new snapshot's file, part by part: the old one's entries and `totals` merged; the larger count of a key holds.
+    """The bytes of a new snapshot, in parts: the entries of the old one merged with `totals`. The larger count holds.
 
-    Memory is bounded by `totals`. Damaged blocks of the old one become spent ranges of the new one.
+    Memory is bounded by `totals`. A damaged block of the old snapshot becomes a spent range of the new one.
     """
     damaged: list[SpentRange] = []
     pending = bytearray()
@@ -173,9 +185,8 @@ def snapshot_chunks(old: Snapshot | None, totals: Mapping[bytes, int], floors: F
 
 def _merged_runs(old: Snapshot | None, totals: Mapping[bytes, int], damaged: list[SpentRange]) -> Iterator[bytes]:
     keys = sorted(totals)
-    taken = (
-        0  # of `keys`; the last block's range is open-ended, so what is left after the loop is for an empty snapshot
-    )
+    # The range of the last block has no end, so keys are left after the loop only if there is no block.
+    taken = 0
     if old is not None:
         for number in range(len(old)):
             span = old.block_range(number)
@@ -210,7 +221,7 @@ def _encode_block(number: int, pending: bytearray, first_keys: list[bytes]) -> b
 
 
 def _block_checksum(number: int, data: bytes) -> bytes:
-    return hashlib.sha256(_BLOCK_LABEL + number.to_bytes(4, "big") + data).digest()[:16]
+    return hashlib.sha256(_BLOCK_LABEL + number.to_bytes(4, "big") + data).digest()[:_CHECKSUM_BYTES]
 
 
 def _encode_footer(footer: _Footer) -> bytes:
@@ -219,19 +230,18 @@ def _encode_footer(footer: _Footer) -> bytes:
         SNAPSHOT_MAGIC, FORMAT_VERSION, footer.blocks, footer.entries, len(steps), len(spent), footer.index_sha256
     )
     body += b"".join([_STEP.pack(*step) for step in steps]) + b"".join([first + last for first, last in spent])
-    body = body.ljust(BLOCK_BYTES - 16, b"\0")
-    return body + hashlib.sha256(_FOOTER_LABEL + body).digest()[:16]
+    body = body.ljust(BLOCK_BYTES - _CHECKSUM_BYTES, b"\0")
+    return body + hashlib.sha256(_FOOTER_LABEL + body).digest()[:_CHECKSUM_BYTES]
 
 
 def _decode_footer(raw: bytes) -> _Footer:
-    body, checksum = raw[:-16], raw[-16:]
-    if raw[:16] == SNAPSHOT_MAGIC and raw[16:20] != FORMAT_VERSION.to_bytes(4, "big"):
-        raise LeaseFormatError("was written by another version of this program")
-    if len(raw) != BLOCK_BYTES or checksum != hashlib.sha256(_FOOTER_LABEL + body).digest()[:16]:
-        raise LeaseFormatError("is damaged or is not one of this program's files")
+    body, checksum = raw[:-_CHECKSUM_BYTES], raw[-_CHECKSUM_BYTES:]
+    intact = len(raw) == BLOCK_BYTES and checksum == hashlib.sha256(_FOOTER_LABEL + body).digest()[:_CHECKSUM_BYTES]
+    if not intact or raw[:20] != SNAPSHOT_MAGIC + FORMAT_VERSION.to_bytes(4, "big"):
+        raise LeaseFormatError(why_unknown(raw, SNAPSHOT_MAGIC))
     _, _, blocks, entries, step_count, spent_count, index_sha256 = _FOOTER.unpack_from(body)
     if step_count > STEPS_COUNT_MAX or spent_count > SPENT_COUNT_MAX or blocks != -(-entries // BLOCK_ENTRIES):
-        raise LeaseFormatError("contradicts itself")
+        raise LeaseFormatError("is inconsistent")
     at = _FOOTER.size
     steps = [Step(*_STEP.unpack_from(body, at + _STEP.size * number)) for number in range(step_count)]
     at += _STEP.size * step_count
@@ -249,18 +259,11 @@ def _pread(fd: int, size: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
-JOURNAL_NAME: Final = "kms-leases"
-SNAPSHOT_NAME: Final = "kms-leases.snapshot"
-JOURNAL_RECORDS_MERGE: Final = 32_768
-"""A journal this long is merged into the snapshot (1 MiB; some 30 ms to read at start)."""
-JOURNAL_RECORDS_MAX: Final = 4 * JOURNAL_RECORDS_MERGE
-"""A journal this long, because merging fails, takes no more."""
-_MERGE_RETRY_RECORDS: Final = JOURNAL_RECORDS_MERGE // 8
-JOURNAL_BYTES_MAX: Final = HEADER_BYTES + RECORD_BYTES * (JOURNAL_RECORDS_MAX + GROUP_RECORDS_MAX)
+# --- the store --------------------------------------------------------------------------------------------------------
 
 
 class LeaseFilesStatus(NamedTuple):
-    """For `/status` and `doctor`. `lost_leases`: found at this start and added to every key's count."""
+    """For `/status` and `minikms doctor`. `lost_leases`: found at this start and added to the count of every key."""
 
     journal_records: int
     snapshot_entries: int
@@ -277,10 +280,10 @@ class LeaseStore:
         self._directory = directory
         self._snapshot = snapshot
         self._floors = snapshot.floors if snapshot is not None else Floors()
-        self._totals = journal.totals  # by key, what the journal says
-        self._image = journal.image  # the journal's good content, to begin a fresh file with
+        self._totals = journal.totals
+        self._image = journal.image  # the header and all good records: the content of a fresh journal file
         self._fd: int | None = None  # None: the next write begins with a fresh journal file
-        self._lock = threading.Lock()  # the snapshot's and the totals', against `total` from another thread
+        self._lock = threading.Lock()  # protects snapshot and totals: other threads call `total`
         self._merge_at = JOURNAL_RECORDS_MERGE
         self._lost_leases = journal.lost_leases
         self._write_failures = 0
@@ -288,11 +291,11 @@ class LeaseStore:
 
     @classmethod
     def open(cls, directory: int, *, create: bool) -> LeaseStore:
-        """Open the lease files of an open directory, which stays the caller's. Writes only to create or to repair.
+        """Opens the lease files of an open directory, which belongs to the caller. Writes only to create or to repair.
 
-        `create` is for the first start of a data directory, before it has a keyring: an absent journal is made. Later
-        an absent one is a StartError, as are foreign or badly damaged files. Raises StorageUnavailableError if the disk
-        fails.
+        With `create`, which is for the first start of a data directory, an absent journal is created. Otherwise an
+        absent journal is a StartError, and so are foreign or badly damaged files. Raises StorageUnavailableError if the
+        disk fails.
         """
         snapshot = _open_snapshot(directory)
         try:
@@ -303,7 +306,7 @@ class LeaseStore:
             raise
         try:
             if store._lost_leases:
-                store._merge(store._floors.penalised(KEY_LAST, store._lost_leases * LEASE_USES))
+                store._merge(store._floors.with_uses_added(KEY_LAST, store._lost_leases * LEASE_USES))
         except BaseException:
             store.close()
             raise
@@ -311,7 +314,7 @@ class LeaseStore:
 
     @staticmethod
     def rebuild(directory: int, newest: bytes) -> None:
-        """Begin anew after a loss: every key up to `newest` counts as spent, and only decrypts until it is replaced.
+        """Writes both files anew after a loss: every key up to `newest` counts as spent and only decrypts from then on.
 
         `newest` is the largest key id (16 bytes) of the data directory. Raises StorageUnavailableError.
         """
@@ -320,7 +323,7 @@ class LeaseStore:
         replace_file(directory, JOURNAL_NAME, journal_header())
 
     def total(self, key: bytes) -> int:
-        """An upper bound of the uses of `key` (16 bytes), at most `USES_MAX`: what is reserved. May read one block."""
+        """The count of `key` (16 bytes): the uses that are reserved, at most USES_MAX. May read one block."""
         with self._lock:
             recorded = self._recorded(key)
         if recorded is None:
@@ -328,9 +331,10 @@ class LeaseStore:
         return min(recorded + self._floors.added_uses(key), USES_MAX)
 
     def reserve(self, keys: Sequence[bytes]) -> list[int | None]:
-        """Reserve one more lease for each key; for each the new `total`, or None where that would pass `USES_MAX`.
+        """Reserves one more lease for each key (16 bytes); for each its new count, or None if that would pass USES_MAX.
 
-        At most `GROUP_RECORDS_MAX` keys; one may come twice. Raises StorageUnavailableError; nothing is reserved then.
+        At most GROUP_RECORDS_MAX keys (ValueError); a key may occur twice. Raises StorageUnavailableError; then nothing
+        is reserved.
         """
         if len(keys) > GROUP_RECORDS_MAX:
             raise ValueError("too many keys for one append")
@@ -356,22 +360,24 @@ class LeaseStore:
 
     @property
     def merge_due(self) -> bool:
+        """Whether the journal is long enough for `merge`."""
         return self._journal_records >= self._merge_at
 
     def merge(self) -> None:
-        """Move the journal's counts into a new snapshot.
+        """Moves the counts of the journal into a new snapshot.
 
-        Raises StorageUnavailableError; nothing is lost then, and it is due again only after some more records.
+        Raises StorageUnavailableError; then nothing is lost, and the merge is due again after some more records.
         """
         self._merge(self._floors)
 
-    def add_restore_penalty(self, newest: bytes, uses: int = RESTORE_USES) -> None:
-        """After a restore: every key up to `newest` (the largest id of the archive, 16 bytes) may have had `uses` more
-        uses than the archive knows. Durable when it returns; repeated, it adds again. Raises StorageUnavailableError.
+    def add_restore_uses(self, newest: bytes, uses: int = RESTORE_USES) -> None:
+        """After a restore: adds `uses` to every key up to `newest` (16 bytes), the largest key id that may have been
+        used since the backup. Durable on return. A repetition adds again. Raises StorageUnavailableError.
         """
-        self._merge(self._floors.penalised(newest, uses))
+        self._merge(self._floors.with_uses_added(newest, uses))
 
     def status(self) -> LeaseFilesStatus:
+        """The sizes of the files, and the failures of this run."""
         snapshot = self._snapshot
         return LeaseFilesStatus(
             self._journal_records,
@@ -382,7 +388,7 @@ class LeaseStore:
         )
 
     def close(self) -> None:
-        """Close the files. Nothing is pending: what `reserve` answered is on disk."""
+        """Closes the files. Everything that `reserve` returned is on disk already."""
         self._drop_fd()
         with self._lock:
             snapshot, self._snapshot = self._snapshot, None
@@ -394,7 +400,7 @@ class LeaseStore:
         return (len(self._image) - HEADER_BYTES) // RECORD_BYTES
 
     def _recorded(self, key: bytes) -> int | None:
-        """The count of a key without the floors; None if it can't be known."""
+        """The count of a key without the steps of the floors; None if it is unknown, which means spent."""
         journaled = self._totals.get(key, 0)
         kept: int | None = None
         if self._snapshot is not None:
@@ -408,12 +414,12 @@ class LeaseStore:
 
     def _append(self, records: bytearray) -> None:
         if self._journal_records + len(records) // RECORD_BYTES > JOURNAL_RECORDS_MAX:
-            raise StorageUnavailableError("the lease journal is full, because it cannot be merged")
+            raise StorageUnavailableError("the lease journal is full, since merges into the snapshot fail")
         try:
             fd = self._fd if self._fd is not None else self._begin_file()
             _write_durably(fd, records, len(self._image))
         except BaseException:
-            # Whatever is in the file now, the next write begins with a fresh one.
+            # The content of the file is unknown now, so the next write begins with a fresh file.
             self._drop_fd()
             self._write_failures += 1
             raise
@@ -442,7 +448,7 @@ class LeaseStore:
                 self._floors = merged.floors
             if old is not None:
                 old.close()
-            # From here on the journal says nothing that the snapshot doesn't.
+            # The snapshot now has everything that is in the journal.
             self._drop_fd()
             replace_file(self._directory, JOURNAL_NAME, journal_header())
         except BaseException:
@@ -479,7 +485,7 @@ def _open_journal(directory: int, *, create: bool) -> Journal:
     except LeaseFormatError as error:
         raise _start_error(JOURNAL_NAME, str(error)) from error
     if journal.lost_leases > DAMAGED_RECORDS_MAX:
-        raise _start_error(JOURNAL_NAME, "is damaged in many places")
+        raise _start_error(JOURNAL_NAME, f"has more than {DAMAGED_RECORDS_MAX} damaged records")
     return journal
 
 
@@ -504,7 +510,7 @@ def _reopen_snapshot(directory: int) -> Snapshot:
     try:
         snapshot = _open_snapshot(directory)
     except StartError as error:
-        raise StorageUnavailableError("the new lease snapshot does not read back") from error
+        raise StorageUnavailableError("the new lease snapshot can't be read back") from error
     if snapshot is None:
         raise StorageUnavailableError("the new lease snapshot has vanished")
     return snapshot
@@ -512,7 +518,7 @@ def _reopen_snapshot(directory: int) -> Snapshot:
 
 def _start_error(name: str, what: str) -> StartError:
     return StartError(
-        f"the file {name} in the data directory {what}, so it is not known how often each key was used; "
-        "put the file back from a backup (as a restore, which counts uses since then), or rebuild the lease files: "
-        "every key that exists then only decrypts until its thread gets a new one"
+        f"the file {name} in the data directory {what}, so the number of uses of each key is unknown; restore a backup "
+        "of the whole data directory, which allows for the uses since then, or rebuild the lease files with `minikms "
+        "doctor --rebuild-leases`: then all existing keys only decrypt until their threads get new keys"
     )

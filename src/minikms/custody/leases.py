@@ -1,12 +1,14 @@
-"""Use leases: no key encrypts more often than its nonces allow, and no request waits for a disk to know that.
+"""Use leases: durable limits on the uses of each key, reserved in blocks.
 
-Owns: the event loop's side of the count of uses. A key's uses are reserved durably in leases of 2^16 (`LeaseStore`, in
-a worker thread); then `UseLease.take` is a subtraction. Invariants:
-- `take` is true only for uses below a reservation that is on disk, so a crash may waste a lease but never forget a use.
-- All leases asked for in one turn of the loop are one append and one sync; while it runs the next group gathers.
-- Each grant raises the key's one count, so any number of `UseLease` objects of a key, in any order, share no use.
-- A failed write grants nothing, and later calls try again by themselves.
-All of it runs in the loop's thread. It must never grant a use in memory first and write it afterwards.
+Owns: the use leases in memory. The uses of a key are reserved durably in leases of 2^16 (`LeaseStore`, in a worker
+thread); after that `UseLease.take` is a subtraction. Invariants:
+- `take` returns true only for uses that are reserved on disk. So a crash may waste a lease, but never forgets a use.
+- All leases that are requested in one turn of the event loop take one append and one sync. Requests that arrive during
+  the sync form the next group.
+- Every grant raises the one count of its key, so several `UseLease` objects of a key never share a use.
+- A failed write grants nothing, and the next request writes again.
+
+Everything here runs in the event loop's thread. It must never grant a use in memory before it is on disk.
 """
 
 from __future__ import annotations
@@ -17,39 +19,39 @@ from collections.abc import Iterable
 from concurrent.futures import Executor
 from typing import Final, NamedTuple
 
-from minikms.custody.lease_format import GROUP_RECORDS_MAX, LEASE_USES, USES_WARN
+from minikms.custody.lease_format import GROUP_RECORDS_MAX, LEASE_USES
 from minikms.custody.lease_store import LeaseFilesStatus, LeaseStore
 from minikms.errors import KeyExhaustedError, MiniKmsError, StorageUnavailableError
 
 LEASES_COUNT_MAX: Final = 65_536
-"""Leases remembered in a run; the least recently got one is forgotten, and what is left of it wasted."""
+"""Leases kept in memory. Beyond that the least recently used one is dropped, and its remaining uses are wasted."""
 REFILL_USES: Final = LEASE_USES // 10
-"""With fewer uses left a lease is extended in the background."""
+"""A lease with fewer uses left is extended in the background."""
 
 
 class UseLease:
-    """The uses of one key that are reserved for this process. Made by `Leases`."""
+    """The uses of one key (`key`: 16 bytes) that are reserved for this process. Made by `Leases`."""
 
-    __slots__ = ("_book", "_refill_below", "key", "spent", "uses_left")
+    __slots__ = ("_leases", "_refill_below", "key", "spent", "uses_left")
 
-    def __init__(self, book: Leases, key: bytes, uses_left: int) -> None:
-        self._book = book
+    def __init__(self, leases: Leases, key: bytes, uses_left: int) -> None:
+        self._leases = leases
         self.key = key
         self.uses_left = uses_left
-        self.spent = False  # no further lease fits
-        self._refill_below = REFILL_USES if uses_left else 0  # 0: whoever needs uses waits in `extend` anyway
+        self.spent = False  # the limit leaves no room for another lease
+        self._refill_below = REFILL_USES if uses_left else 0  # 0: the next user waits in `extend` anyway
 
     def __repr__(self) -> str:
         return f"<UseLease {self.uses_left} left>"
 
     def covers(self, uses: int) -> bool:
-        """Whether `take` would not be helped by `Leases.extend`: enough is reserved, or nothing more can be."""
+        """False if `Leases.extend` must come before `take`; true if enough is reserved or no more can be."""
         return self.uses_left >= uses or self.spent
 
     def take(self, uses: int = 1) -> bool:
-        """Take `uses` if they are covered; False if the caller must `extend` first.
+        """Takes `uses` if they are reserved; False if the caller must call `Leases.extend` first.
 
-        Raises KeyExhaustedError if they are not covered and never will be. On the path of every encryption.
+        Raises KeyExhaustedError if no more can be reserved. Every encryption calls this.
         """
         left = self.uses_left - uses
         if left < self._refill_below:
@@ -57,29 +59,21 @@ class UseLease:
         self.uses_left = left
         return True
 
-    @property
-    def total(self) -> int:
-        """An upper bound of the key's uses ever made. May read the disk."""
-        return self._book.uses_max(self.key)
-
-    @property
-    def warn(self) -> bool:
-        """Whether the key has had so many uses that it should be replaced. May read the disk."""
-        return self.total >= USES_WARN
-
     def _take_low(self, left: int) -> bool:
         if left < 0:
             if self.spent:
-                raise KeyExhaustedError("this key has encrypted as often as it may; it only decrypts")
+                raise KeyExhaustedError(
+                    "this key has reached its limit of encryptions and only decrypts; give its thread a new key"
+                )
             return False
         self.uses_left = left
-        # If the extension fails, the next one is asked for when half of this is left.
+        # If this extension fails, the next one is requested when half of the rest is left.
         self._refill_below = left // 2
-        self._book._extend_later(self)
+        self._leases._extend_later(self)
         return True
 
     def _leases_short_of(self, uses: int) -> int:
-        """How many leases to add to cover `uses`, with some to spare for who takes before the waiters wake."""
+        """The number of leases to add for `uses`, and REFILL_USES for requests that run before the waiters do."""
         if self.spent:
             return 0
         return max(0, -(-(uses + REFILL_USES - self.uses_left) // LEASE_USES))
@@ -93,28 +87,31 @@ class UseLease:
             self._refill_below = REFILL_USES
 
 
-class _Asked(NamedTuple):
+class _Request(NamedTuple):
+    """`wanted`: leases with the uses that each must cover. `done`: None for a request in the background."""
+
     wanted: tuple[tuple[UseLease, int], ...]
     done: asyncio.Future[None] | None
 
     @property
     def records_max(self) -> int:
+        """An upper bound of the journal records that the request takes."""
         return sum(2 + uses // LEASE_USES for _, uses in self.wanted)
 
 
 class Leases:
-    """All leases of a run. `executor` runs one thing at a time; `store` is used in it, and closed by the caller."""
+    """All leases of a run. `executor` has one thread, in which `store` is used. The caller closes `store`."""
 
     def __init__(self, store: LeaseStore, executor: Executor) -> None:
         self._store = store
         self._executor = executor
         self._leases: OrderedDict[bytes, UseLease] = OrderedDict()
-        self._asked: deque[_Asked] = deque()
+        self._requests: deque[_Request] = deque()
         self._running: asyncio.Task[None] | None = None
         self._scheduled = False
 
     def get(self, key: bytes) -> UseLease:
-        """The lease of a key (16 bytes). A key's first one in a run covers nothing yet. No I/O."""
+        """The lease of a key (16 bytes). The first one of a key in a run covers no use yet. No I/O."""
         lease = self._leases.get(key)
         if lease is None:
             return self._remember(UseLease(self, key, 0))
@@ -122,38 +119,39 @@ class Leases:
         return lease
 
     def granted_at_creation(self, key: bytes) -> UseLease:
-        """The lease of a key that was created just now: its file, durable already, grants the first one. No I/O.
+        """The first lease of a new key, which the creation of its file grants. No I/O.
 
-        Only once for a key, in the run that created it.
+        Called once for a key, in the run that creates it.
         """
         return self._remember(UseLease(self, key, LEASE_USES))
 
     async def extend(self, wanted: Iterable[tuple[UseLease, int]]) -> None:
-        """Reserve so much that the uses that are wanted of each lease are covered; durable when this returns.
+        """Reserves uses until each lease covers the wanted number; durable on return.
 
-        Then `take` them in the same turn. A lease that can't be extended so far is `spent`, and `take` tells. At most
-        some 2,000 leases and 2^27 uses, a multiple of a batch's (ValueError). Raises StorageUnavailableError; nothing
-        has changed then.
+        The caller then calls `take` in the same turn of the event loop. A lease that can't be extended so far is
+        `spent`, and `take` raises. Raises ValueError for more than about 2,000 leases or 2^27 uses, which is far more
+        than a batch has, and StorageUnavailableError; then nothing has changed.
         """
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
-        asked = _Asked(tuple(wanted), done)
-        if asked.records_max > GROUP_RECORDS_MAX:
-            raise ValueError("too much for one append")
-        self._asked.append(asked)
+        request = _Request(tuple(wanted), done)
+        if request.records_max > GROUP_RECORDS_MAX:
+            raise ValueError("too many leases for one append")
+        self._requests.append(request)
         self._schedule(loop)
         await done
 
     def uses_max(self, key: bytes) -> int:
-        """An upper bound of the uses of a key, for listings. May read one block from the disk."""
+        """An upper bound of the uses of a key (16 bytes). May read one block from the disk; for any thread."""
         return self._store.total(key)
 
     def status(self) -> LeaseFilesStatus:
+        """For `/status`."""
         return self._store.status()
 
     async def drain(self) -> None:
-        """Wait until nothing is being written: before the store is closed."""
-        while self._asked or self._running is not None:
+        """Returns when no request is waiting or under way."""
+        while self._requests or self._running is not None:
             if self._running is None:
                 await asyncio.sleep(0)
             else:
@@ -167,7 +165,7 @@ class Leases:
         return lease
 
     def _extend_later(self, lease: UseLease) -> None:
-        self._asked.append(_Asked(((lease, 0),), None))
+        self._requests.append(_Request(((lease, 0),), None))
         self._schedule(asyncio.get_running_loop())
 
     def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -180,13 +178,13 @@ class Leases:
         needed: dict[UseLease, int] = {}
         waiting: list[asyncio.Future[None]] = []
         records = 0
-        while self._asked and records + self._asked[0].records_max <= GROUP_RECORDS_MAX:
-            asked = self._asked.popleft()
-            records += asked.records_max
-            for lease, uses in asked.wanted:
+        while self._requests and records + self._requests[0].records_max <= GROUP_RECORDS_MAX:
+            request = self._requests.popleft()
+            records += request.records_max
+            for lease, uses in request.wanted:
                 needed[lease] = needed.get(lease, 0) + uses
-            if asked.done is not None:
-                waiting.append(asked.done)
+            if request.done is not None:
+                waiting.append(request.done)
         grants = [lease for lease, uses in needed.items() for _ in range(lease._leases_short_of(uses))]
         self._running = loop.create_task(self._reserve(loop, grants, waiting))
 
@@ -205,16 +203,17 @@ class Leases:
             if self._store.merge_due:
                 await loop.run_in_executor(self._executor, self._store.merge)
         except MiniKmsError as error:
-            # Of `reserve`; a failed merge comes after the answers, is counted by the store, and is due again later.
+            # An error of `reserve`. A failed merge comes after all waiters are answered: the store counts it, and the
+            # merge is due again later.
             for done in waiting:
                 if not done.done():
                     done.set_exception(StorageUnavailableError(str(error)))
         except BaseException:
-            # A defect here or a loop that is being torn down; nobody may wait for ever or be told "durable".
+            # A defect here, or the loop is closing. No caller may wait for ever or believe that its lease is durable.
             for done in waiting:
                 done.cancel()
             raise
         finally:
             self._running = None
-            if self._asked:
+            if self._requests:
                 self._schedule(loop)

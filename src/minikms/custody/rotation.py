@@ -1,34 +1,35 @@
-"""One pass of a KEK rotation over all key files.
+"""KEK rotation, and the pruning of KEK versions and rotation backups.
 
-Owns: reading every file, rewrapping those under another KEK version, keeping the old file as a backup, and putting the
-new one in place. Invariants: a backup is durable before its file is replaced; a rewrapped key is unwrapped again and
-compared before it goes to the disk; a file that another hand changed meanwhile is left for the next pass; a file whose
-replacement the disk did not confirm is written again, as a fresh file. It must never replace a file that it could not
-read and unwrap.
+Owns: the steps of a rotation, their order, and their resumption; the rewrap of every key file; the decision which KEK
+versions and rotation backups may be removed.
 
-Three threads share the work. One reads the next batch; the loop's thread, the only one that works with keys, rewraps
-the one before it between requests; one writes that batch aside and, with the same sync, puts the batch before it in
-place.
+A rotation has three steps. Each is durable before the next begins.
+1. `begin`: the keyring gets the new KEK version as `pending`, and the slot of the new root key if there is one. From
+   here on either root key opens a keyring with both KEK versions, and creates use the new version.
+2. When the creates that took the old version are on disk, every key file under another version is rewrapped. Passes
+   over the whole directory are repeated until one finds nothing to do.
+3. The new version becomes active, and the old one retired.
+After a restart a rotation that the keyring names continues with step 2. The owner of the root keys calls
+`drop_older_slots` once it has proved that the new root key is stored.
 
-What may be destroyed for good: KEK versions that nothing needs, and backups that nobody needs.
+A pass reads every file, rewraps those under another KEK version, keeps the old file as a rotation backup, and replaces
+it. Three threads share the work: the reader reads the next batch; the event loop's thread, the only one that uses keys,
+rewraps the batch before it, between requests; the disk thread writes that batch to temporary files and, with the same
+sync, puts the batch before that in place.
 
-Owns: the census of what live files and backups are wrapped under, and the decision. Invariants: a KEK version is
-destroyed only when every live file and every backup was read, unwraps, and is under another version, also those files
-that were replaced while the directory was being listed; a file that can't be read or does not unwrap keeps every
-version, for it may need any; the backups of a key whose file is missing or can't be read are kept, for they may be its
-last copy. It must never run beside a rotation, nor trust what a file says of itself: each is unwrapped.
+Invariants:
+- At any moment a crash leaves every key readable.
+- A rotation backup is durable before its file is replaced. A rewrapped key is unwrapped again and compared before it is
+  written. A file that another request changes meanwhile is left for the next pass. A file whose replacement the disk
+  did not confirm is written again, to a new temporary file.
+- A file that can't be read is listed and left as it is. It does not stop a rotation, but no KEK version is destroyed
+  while there is one.
+- A KEK version is destroyed only after every key file and every rotation backup was read and unwrapped under another
+  version, including the files that were replaced during the listing.
+- The rotation backups of a key whose file is missing or unreadable stay, since they may be its last copy.
 
-KEK rotation: never a moment in which a crash loses a key.
-
-Owns: the steps below, their order, and resuming. Each step is durable before the next begins.
-1. `begin`: the new KEK version is in the keyring as `pending`, and the new root's slot if one is given. From here on
-   either root opens a keyring that knows both versions, and creates use the new one.
-2. Creates that took the old version have reached the disk; then every file under another version than the new one is
-   rewrapped (`custody.rewrapping`), over the whole listing again until one pass finds nothing to do.
-3. `promote`: the new version is active, the old one retired.
-A restart finds `rotation` in the keyring and goes on with step 2. A file that can't be read is listed and left; it does
-not stop the rotation, and keeps its KEK from being destroyed. It must never remove a slot: whether the new root key has
-been proved is `minikms.service.lifecycle`'s to say.
+It must never replace a file that it could not unwrap, prune while a rotation runs, or trust the KEK version that a file
+claims when it decides what to destroy.
 """
 
 from __future__ import annotations
@@ -43,44 +44,200 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Final, NamedTuple, TypeVar
 
 from minikms import api
+from minikms.crypto import roots
 from minikms.crypto.aead import scrub_stack
-from minikms.custody import files
-from minikms.custody.deks import file_name
-from minikms.custody.files import FileWrite, StagedReplacements
-from minikms.custody.vault import Vault, read_files
+from minikms.custody.deks import SCAN_FILES, file_name
+from minikms.custody.files import FileWrite, StagedReplacements, now_ns, now_rfc3339, rfc3339, stamp
+from minikms.custody.vault import Vault
 from minikms.errors import ConflictError, KeyNotFoundError, KeyUnreadableError, MiniKmsError, StorageUnavailableError
 from minikms.keys import dek, keyring
 from minikms.keys.dek import DekRecord
 from minikms.memory.arena import SecretSlot, fill_random
 
 BATCH_FILES: Final = 512
-CRYPTO_SLICE: Final = 16
-"""Rewraps between two looks at other requests: some 0.3 ms."""
+REWRAPS_SLICE: Final = 16
+"""Rewraps before other requests get a turn of the event loop: about 0.3 ms."""
+UNWRAPS_SLICE: Final = 32
+"""Unwraps before other requests get a turn of the event loop."""
+PASSES_MAX: Final = 100
+RETRY_SECONDS_MIN: Final = 0.25
+RETRY_SECONDS_MAX: Final = 5.0
 
-Read = tuple[str, bytes | MiniKmsError]
+T = TypeVar("T")
+ReadFile = tuple[str, bytes | MiniKmsError]
+"""(key id, the content of its file or why it can't be read)."""
 
 
-class Rewrapping:
-    """Lives in the loop's thread. `reader` reads files, `disk` changes them."""
+class Begun(NamedTuple):
+    """`newly`: false if the requested rotation runs or was done already. `slot_id`: of the given root key, or empty."""
 
-    def __init__(self, vault: Vault, *, reader: Executor, disk: Executor) -> None:
+    newly: bool
+    slot_id: str
+
+
+class KekRotation:
+    """The rotation of a data directory. Used in the event loop's thread; `reader` reads files, `disk` changes them."""
+
+    def __init__(
+        self,
+        vault: Vault,
+        *,
+        reader: Executor,
+        disk: Executor,
+        around_passes: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        """`around_passes` gives the context in which step 2 runs."""
         self._vault = vault
         self._reader = reader
         self._disk = disk
+        self._around_passes = around_passes
+        self._starting = asyncio.Lock()
         self._unconfirmed: set[str] = set()
         self._staged: list[DekRecord] = []
         self.rewrapped = 0
-        """Keys done since `begin`."""
+        """Keys that were rewrapped in this run by the current rotation, or by the last one."""
+        self.last_error = ""
 
-    def begin(self) -> None:
-        """Another rotation has begun."""
+    @property
+    def running(self) -> keyring.Rotation | None:
+        """The rotation that the keyring names; None if there is none."""
+        return self._vault.keyring.body.rotation
+
+    def status(self) -> dict[str, object] | None:
+        """Progress for `/status`; None if no rotation runs."""
+        rotation = self.running
+        if rotation is None:
+            return None
+        return {
+            "from_version": rotation.from_version,
+            "to_version": rotation.to_version,
+            "started_at": rotation.started_at,
+            "new_root": bool(rotation.slot_id),
+            "rewrapped": self.rewrapped,
+            "last_error": self.last_error,
+        }
+
+    # --- step 1 ------------------------------------------------------------------------------------------------------
+
+    async def begin(self, root: SecretSlot | None) -> Begun:
+        """Step 1, unless the requested rotation runs or was done already; then nothing changes.
+
+        root: the new root key; None if the root key stays.
+
+        Raises ConflictError if another rotation runs or the root key was used before, and StorageUnavailableError.
+        """
+        async with self._starting:
+            slot_id = self._begun_before(root)
+            if slot_id is not None:
+                return Begun(False, slot_id)
+            body = await self._begin(root)
+            return Begun(True, body.slots[-1].slot_id if root is not None else "")
+
+    def _begun_before(self, root: SecretSlot | None) -> str | None:
+        """The slot id of `root`, or empty without one, if this rotation has begun or is done; None if it has not."""
+        body = self._vault.keyring.body
+        rotation = body.rotation
+        if root is None:
+            if rotation is not None and rotation.slot_id:
+                raise ConflictError("a rotation to a new root key is running; wait for it, see /status")
+            return None if rotation is None else ""
+        given = roots.fingerprint(root.view)
+        slot = body.slot_for(given)
+        if rotation is not None:
+            if slot is None or slot.slot_id != rotation.slot_id:
+                raise ConflictError("another rotation is running; wait for it, see /status")
+            return slot.slot_id
+        if slot is not None:
+            if slot is not body.slots[-1]:
+                raise ConflictError("this root key still opens the keyring but is not the newest; give a fresh one")
+            return slot.slot_id
+        if any(old.fingerprint == given for old in body.retired_roots):
+            raise ConflictError("this root key was rotated away before; give a fresh one")
+        return None
+
+    async def _begin(self, root: SecretSlot | None) -> keyring.Body:
+        unlocked = self._vault.unlocked
+        made: list[int] = []
+
+        def next_body(body: keyring.Body) -> keyring.Body:
+            keyring.check_has_room(body, new_root=root is not None)
+            begun_ns = now_ns()
+            at = rfc3339(begun_ns)
+            added = None
+            if root is not None:
+                # Named after the epoch that it comes with, so no other slot has this id.
+                added = unlocked.make_root(root.view, "request", fill_random, slot_id=f"s{body.epoch + 1}", at=at)
+            version = max(kek.version for kek in body.keks) + 1
+            made.append(version)
+            sealed_under = added.link.version if added else body.key_version
+            kek = unlocked.make_kek(fill_random, version=version, state="pending", at=at, key_version=sealed_under)
+            scrub_stack()
+            return keyring.begin_rotation(body, kek=kek, root=added, stamp=stamp(begun_ns), at=at)
+
+        try:
+            body = await self._vault.keyring.change(next_body)
+        finally:
+            # Also after a failure: keys that the body in memory does not name are zeroed.
+            unlocked.settle()
+            for version in made:
+                if self._vault.keyring.body.kek(version) is None:
+                    unlocked.forget_kek(version)
         self.rewrapped = 0
         self._unconfirmed.clear()
+        self.last_error = ""
+        return body
+
+    @asynccontextmanager
+    async def excluded(self) -> AsyncIterator[None]:
+        """No rotation runs or begins inside the block. Raises ConflictError if one runs."""
+        async with self._starting:
+            if self.running is not None:
+                raise ConflictError("a rotation is running; wait for it, see /status")
+            yield
+
+    async def drop_older_slots(self, slot_id: str) -> list[str]:
+        """Removes every slot but `slot_id`, the newest; the fingerprints of their root keys, which open nothing now.
+
+        Raises ConflictError for a slot that is not the newest, StorageUnavailableError.
+        """
+        before = self._vault.keyring.body.slots
+        at = now_rfc3339()
+        body = await self._vault.keyring.change(
+            lambda body: keyring.drop_slots_except(body, slot_id, at=at) if len(body.slots) > 1 else body
+        )
+        return [slot.fingerprint for slot in before if slot not in body.slots]
+
+    # --- steps 2 and 3 -----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Completes the running rotation, if there is one. Tries a failing disk again until it accepts the writes."""
+        pause = RETRY_SECONDS_MIN
+        while (rotation := self.running) is not None:
+            try:
+                await self._vault.wrap_reservation.creates_done(rotation.from_version)
+                with self._around_passes():
+                    await self._rewrap_all(rotation)
+                await self._vault.keyring.change(lambda body: keyring.promote(body, at=now_rfc3339()))
+            except Exception as error:  # noqa: BLE001  a rotation that has begun must be completed after any failure
+                self.last_error = str(error) if isinstance(error, MiniKmsError) else f"defect: {type(error).__name__}"
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, RETRY_SECONDS_MAX)
+                continue
+            self.last_error = ""
+
+    async def _rewrap_all(self, rotation: keyring.Rotation) -> None:
+        for _ in range(PASSES_MAX):
+            if await self.run_pass(rotation) == 0:
+                return
+        raise StorageUnavailableError("key files under the former KEK version keep appearing")
 
     async def run_pass(self, rotation: keyring.Rotation) -> int:
-        """Over all files; how many were due and can be read. Raises StorageUnavailableError, with a part of it done."""
+        """One pass over all files; the number of those that were due and readable.
+
+        Raises StorageUnavailableError; then a part of the files was rewrapped.
+        """
         vault = self._vault
-        groups = StagedReplacements(vault.store.directory_fd, durable_first=vault.backups.directory_fd)
+        staging = StagedReplacements(vault.store.directory_fd, durable_first=vault.rotation_backups.directory_fd)
         found = 0
         self._staged = []
         with vault.locks.watch() as changed:
@@ -94,26 +251,23 @@ class Rewrapping:
                     found += len(records)
                     if writing is not None:
                         await writing
-                    writing = asyncio.create_task(self._step(groups, records, changed, rotation.stamp))
+                    writing = asyncio.create_task(self._step(staging, records, changed, rotation.stamp))
                 if writing is not None:
                     await writing
-                    await self._step(groups, [], changed, rotation.stamp)
+                    await self._step(staging, [], changed, rotation.stamp)
             finally:
-                # What has begun is waited for, also on the way out of a failure; what is only staged is dropped.
+                # After a failure too: wait for what has begun, and discard what is only staged.
                 await asyncio.gather(reading, *([writing] if writing else []), return_exceptions=True)
-                await asyncio.get_running_loop().run_in_executor(self._disk, groups.discard)
+                await _run_in(self._disk, staging.discard)
         return found
 
-    # --- reading -----------------------------------------------------------------------------------------------------
+    def _begin_reading(self, key_ids: Iterator[str], to_version: int) -> asyncio.Future[list[ReadFile] | None]:
+        return asyncio.get_running_loop().run_in_executor(self._reader, self._read_due, key_ids, to_version)
 
-    def _begin_reading(self, key_ids: Iterator[str], to_version: int) -> asyncio.Future[list[Read] | None]:
-        loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self._reader, self._read_due, key_ids, to_version)
+    def _read_due(self, key_ids: Iterator[str], to_version: int) -> list[ReadFile] | None:
+        """In the reader: of the next BATCH_FILES files those not under the new version; None after the last file.
 
-    def _read_due(self, key_ids: Iterator[str], to_version: int) -> list[Read] | None:
-        """For the reading thread: of the next files those that aren't under the new version; None after the last.
-
-        A look at the bytes is enough: files are parsed only when they are due.
+        It only searches the bytes for the version; a file is parsed if it is due.
         """
         chunk = list(dict.fromkeys(itertools.islice(key_ids, BATCH_FILES)))
         if not chunk:
@@ -121,33 +275,31 @@ class Rewrapping:
         marker = b'"kek_version":%d,' % to_version
         return [
             (key_id, data)
-            for key_id, data in read_files(self._vault.store, chunk)
+            for key_id, data in self._vault.store.read_many(chunk)
             if isinstance(data, MiniKmsError) or marker not in data or key_id in self._unconfirmed
         ]
 
-    # --- rewrapping --------------------------------------------------------------------------------------------------
-
-    async def _rewrap(self, due: list[Read], to_version: int) -> list[DekRecord]:
-        """The records as they are to be written."""
+    async def _rewrap(self, due: list[ReadFile], to_version: int) -> list[DekRecord]:
+        """The records to write."""
         if not due:
             return []
-        await self._vault.wraps.take(to_version, len(due))
+        await self._vault.wrap_reservation.take(to_version, len(due))
         records: list[DekRecord] = []
         for number, (key_id, data) in enumerate(due):
             record = self._rewrapped(key_id, data, to_version)
             if record is not None:
                 records.append(record)
-            if number % CRYPTO_SLICE == CRYPTO_SLICE - 1:
+            if number % REWRAPS_SLICE == REWRAPS_SLICE - 1:
                 scrub_stack()
                 await asyncio.sleep(0)
         scrub_stack()
         return records
 
     def _rewrapped(self, key_id: str, data: bytes | MiniKmsError, to_version: int) -> DekRecord | None:
-        """The record under the new version; None for a key that is gone, or that can't be read, which is noted."""
+        """The record under the new version; None if the key was destroyed, or can't be read (then it is listed)."""
         vault = self._vault
         if key_id in vault.destroyed:
-            return None  # a crash left its file, which the scan of this start removes: it must not come back
+            return None  # a crash left the file, and the scan of this start removes it: it must not be written again
         try:
             if isinstance(data, MiniKmsError):
                 raise data
@@ -158,13 +310,13 @@ class Rewrapping:
         except KeyNotFoundError:
             return None  # destroyed since it was listed
         except KeyUnreadableError as error:
-            vault.damage.note(key_id, str(error))
+            vault.unreadable.add(key_id, str(error))
             return None
-        vault.damage.clear(key_id)
+        vault.unreadable.remove(key_id)
         return changed
 
     def _checked_rewrap(self, record: DekRecord, to_version: int) -> DekRecord:
-        """Unwraps, wraps anew, unwraps that and compares. Raises KeyUnreadableError."""
+        """Unwraps the key, wraps it anew, unwraps the result and compares. Raises KeyUnreadableError."""
         vault = self._vault
         with vault.arena.allocate() as key, vault.arena.allocate() as again:
             dek.unwrap_into(record, vault.unlocked.kek(record.kek_version), key.view)
@@ -172,14 +324,13 @@ class Rewrapping:
             changed = dek.rewrap(record, key.view, kek, to_version, vault.nonces.next())
             dek.unwrap_into(changed, kek, again.view)
             if not hmac.compare_digest(key.view, again.view):
-                raise KeyUnreadableError(f"key {record.id} did not survive its rewrap")
+                raise KeyUnreadableError(f"key {record.id} did not survive its rewrap; its file was not changed")
         return changed
 
-    # --- writing -----------------------------------------------------------------------------------------------------
+    async def _step(self, staging: StagedReplacements, records: list[DekRecord], changed: set[str], stamp: str) -> None:
+        """Writes these records to temporary files and puts those of the previous step in place.
 
-    async def _step(self, groups: StagedReplacements, records: list[DekRecord], changed: set[str], stamp: str) -> None:
-        """Writes these records aside and puts those of the step before in place. Raises the first error, once those
-        that the disk did confirm are noted.
+        Raises the first error, after the files that the disk did confirm were counted.
         """
         placing, self._staged = self._staged, records
         if not placing and not records:
@@ -187,8 +338,7 @@ class Rewrapping:
         async with self._vault.locks.hold([record.id for record in placing], announced=False):
             unchanged = {file_name(record.id): record for record in placing if record.id not in changed}
             skip = {file_name(record.id) for record in placing} - unchanged.keys()
-            loop = asyncio.get_running_loop()
-            outcomes = await loop.run_in_executor(self._disk, self._write, groups, records, skip, stamp)
+            outcomes = await _run_in(self._disk, lambda: self._write(staging, records, skip, stamp))
             for name, outcome in outcomes.items():
                 record = unchanged[name]
                 if outcome is None:
@@ -202,30 +352,23 @@ class Rewrapping:
                 raise outcome
 
     def _write(
-        self, groups: StagedReplacements, records: list[DekRecord], skip: set[str], stamp: str
+        self, staging: StagedReplacements, records: list[DekRecord], skip: set[str], stamp: str
     ) -> dict[str, MiniKmsError | None]:
-        """For the disk's thread: backups of these records' files, then the step."""
+        """In the disk thread: the rotation backups of these records' files, then the step of `staging`."""
         replaced = (record.id for record in records if record.id not in self._unconfirmed)
-        self._vault.backups.keep(self._vault.store, replaced, stamp)
-        return groups.step([FileWrite(file_name(record.id), dek.encode(record)) for record in records], skip=skip)
-
-
-CHUNK_FILES: Final = 128
-UNWRAPS_SLICE: Final = 32
-"""Unwraps between two looks at other requests."""
-
-T = TypeVar("T")
+        self._vault.rotation_backups.keep(self._vault.store, replaced, stamp)
+        return staging.step([FileWrite(file_name(record.id), dek.encode(record)) for record in records], skip=skip)
 
 
 class Census(NamedTuple):
-    """The KEK versions that files are wrapped under, and the keys of those that can't be read."""
+    """The KEK versions that files unwrap under, and the keys whose files can't be read or do not unwrap."""
 
     versions: set[int]
     unreadable: set[str]
 
 
 class Pruning:
-    """`reader` reads files, `disk` changes them."""
+    """Removes rotation backups and destroys KEK versions. `reader` reads files, `disk` changes them."""
 
     def __init__(self, vault: Vault, *, reader: Executor, disk: Executor) -> None:
         self._vault = vault
@@ -233,8 +376,10 @@ class Pruning:
         self._disk = disk
 
     async def prune(self, *, backups: bool, before: str | None = None) -> api.PruneKekAnswer:
-        """With `backups`, first removes those of stamps before `before` (None: all); then destroys each retired KEK
-        version that nothing needs. Raises StorageUnavailableError, with a part of it done.
+        """Destroys each retired KEK version that no file needs. Call it inside `KekRotation.excluded`.
+
+        With `backups` it first removes the rotation backups with stamps before `before` (None: all). Raises
+        StorageUnavailableError; then a part was done.
         """
         live = await self._live_census()
         removed = await self._remove_backups(before, live.unreadable) if backups else 0
@@ -253,39 +398,41 @@ class Pruning:
         return api.PruneKekAnswer(destroyed, kept, removed)
 
     async def keep_rotations(self, count: int) -> int:
-        """Right after a rotation: removes the backups of all but the newest `count`; the number of backups removed."""
-        before = await _in(self._disk, lambda: self._vault.backups.stamp_to_keep(count))
-        # The rotation has just read every file, so the damaged ones are known, unless they are too many to be listed.
-        if before is None or not self._vault.damage.complete:
+        """Removes the backups of all but the newest `count` rotations; the number of backups removed.
+
+        Call it right after a rotation, which has read every file: then all unreadable keys are known, unless there are
+        too many for the list.
+        """
+        before = await _run_in(self._disk, lambda: self._vault.rotation_backups.oldest_stamp_of(count))
+        if before is None or not self._vault.unreadable.complete:
             return 0
-        return await self._remove_backups(before, self._vault.damage.key_ids())
+        return await self._remove_backups(before, self._vault.unreadable.key_ids())
 
     async def _remove_backups(self, before: str | None, spare: Container[str]) -> int:
         vault = self._vault
-        return await _in(
-            self._disk, lambda: vault.backups.prune(vault.store, before=before, spare=spare, gone=vault.destroyed)
+        prune = vault.rotation_backups.prune
+        return await _run_in(
+            self._disk, lambda: prune(vault.store, before=before, spare=spare, destroyed=vault.destroyed)
         )
 
     async def _destroy(self, version: int) -> None:
-        at = self._vault.now()
+        at = now_rfc3339()
         await self._vault.keyring.change(lambda body: keyring.destroy_kek(body, version, at=at))
         self._vault.unlocked.forget_kek(version)
-
-    # --- the census --------------------------------------------------------------------------------------------------
 
     async def _live_census(self) -> Census:
         store = self._vault.store
         with self._vault.locks.watch() as changed:
             key_ids = store.list_ids(changed=changed)
-            return await self._census(lambda: read_files(store, list(itertools.islice(key_ids, CHUNK_FILES))))
+            return await self._census(lambda: store.read_many(itertools.islice(key_ids, SCAN_FILES)))
 
     async def _backup_census(self) -> Census:
-        store = self._vault.backups
+        store = self._vault.rotation_backups
         backups = store.listed()
 
-        def read() -> list[Read]:
-            found: list[Read] = []
-            for backup in itertools.islice(backups, CHUNK_FILES):
+        def read() -> list[ReadFile]:
+            found: list[ReadFile] = []
+            for backup in itertools.islice(backups, SCAN_FILES):
                 try:
                     data = store.read(backup)
                 except KeyUnreadableError as error:
@@ -296,10 +443,10 @@ class Pruning:
 
         return await self._census(read)
 
-    async def _census(self, read: Callable[[], list[Read]]) -> Census:
-        """Unwraps all that `read`, in the reading thread, gives until it gives nothing more."""
+    async def _census(self, read: Callable[[], list[ReadFile]]) -> Census:
+        """Unwraps the files that `read` returns; it is called in the reader until it returns none."""
         census = Census(set(), set())
-        while chunk := await _in(self._reader, read):
+        while chunk := await _run_in(self._reader, read):
             for number, (key_id, data) in enumerate(chunk):
                 self._count(census, key_id, data)
                 if number % UNWRAPS_SLICE == UNWRAPS_SLICE - 1:
@@ -324,166 +471,15 @@ class Pruning:
 
 
 def _why_kept(version: int, live: Census, backups: Census) -> str:
-    """Why a KEK version must stay; empty when nothing needs it."""
+    """Why a KEK version must stay; empty if no file needs it."""
     if version in live.versions:
         return "a key is wrapped under it; rotate the KEK"
     if version in backups.versions:
-        return "a backup of a key is wrapped under it; prune the backups"
+        return "a rotation backup of a key is wrapped under it; prune the rotation backups"
     if live.unreadable or backups.unreadable:
-        return "the file or backup of a key can't be read and may need it, see keys.unreadable_files in /status"
+        return "a key's file or rotation backup can't be read and may need it; see keys.unreadable_files in /status"
     return ""
 
 
-async def _in(executor: Executor, work: Callable[[], T]) -> T:
+async def _run_in(executor: Executor, work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(executor, work)
-
-
-RETRY_SECONDS_MIN: Final = 0.25
-RETRY_SECONDS_MAX: Final = 5.0
-PASSES_MAX: Final = 100
-
-
-class Begun(NamedTuple):
-    """`newly`: false when this very rotation runs or was done already. `slot_id`: of the root key given, or empty."""
-
-    newly: bool
-    slot_id: str
-
-
-class KekRotation:
-    """The rotation of this data directory, if one runs. Lives in the loop's thread."""
-
-    def __init__(
-        self,
-        vault: Vault,
-        rewrapping: Rewrapping,
-        *,
-        together: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
-    ) -> None:
-        """`together` is held around the long part, in which the loop's thread and the workers take turns."""
-        self._vault = vault
-        self._together = together
-        self._rewrapping = rewrapping
-        self._starting = asyncio.Lock()
-        self.last_error = ""
-
-    @property
-    def running(self) -> keyring.Rotation | None:
-        return self._vault.keyring.body.rotation
-
-    @property
-    def rewrapped(self) -> int:
-        """Keys rewrapped by the present rotation, or the last one, in this run."""
-        return self._rewrapping.rewrapped
-
-    def status(self) -> dict[str, object] | None:
-        """Progress for `/status`; None when no rotation runs."""
-        rotation = self.running
-        if rotation is None:
-            return None
-        return {
-            "from_version": rotation.from_version,
-            "to_version": rotation.to_version,
-            "started_at": rotation.started_at,
-            "new_root": bool(rotation.slot_id),
-            "rewrapped": self.rewrapped,
-            "last_error": self.last_error,
-        }
-
-    # --- beginning ---------------------------------------------------------------------------------------------------
-
-    async def begin(self, root: SecretSlot | None) -> Begun:
-        """Step 1, unless this very rotation runs or was done already; then nothing is changed.
-
-        Raises ConflictError for another rotation meanwhile, or a root key that was rotated away;
-        StorageUnavailableError.
-        """
-        async with self._starting:
-            if root is None:
-                return await self._begin_without_root()
-            body = self._vault.keyring.body
-            given = self._vault.unlocked.fingerprint(root.view)
-            present = body.slot_for(given)
-            if body.rotation is not None:
-                if present is not None and present.slot_id == body.rotation.slot_id:
-                    return Begun(False, present.slot_id)
-                raise ConflictError("another rotation is running; wait for it, see /status")
-            if present is not None:
-                if present.slot_id == body.slots[-1].slot_id:
-                    return Begun(False, present.slot_id)
-                raise ConflictError("this root key still opens the keyring but is not the newest; give a fresh one")
-            if any(old.fingerprint == given for old in body.retired_roots):
-                raise ConflictError("this root key was rotated away before; give a fresh one")
-            await self._begin(root)
-            return Begun(True, self._vault.keyring.body.slots[-1].slot_id)
-
-    @asynccontextmanager
-    async def excluded(self) -> AsyncIterator[None]:
-        """No rotation runs or begins inside the block. Raises ConflictError when one runs."""
-        async with self._starting:
-            if self.running is not None:
-                raise ConflictError("a rotation is running; wait for it, see /status")
-            yield
-
-    async def _begin_without_root(self) -> Begun:
-        rotation = self.running
-        if rotation is None:
-            await self._begin(None)
-            return Begun(True, "")
-        if rotation.slot_id:
-            raise ConflictError("a rotation to a new root key is running; wait for it, see /status")
-        return Begun(False, "")
-
-    async def _begin(self, root: SecretSlot | None) -> None:
-        unlocked = self._vault.unlocked
-        made: list[int] = []
-
-        def next_body(body: keyring.Body) -> keyring.Body:
-            keyring.check_has_room(body, new_root=root is not None)
-            now_ns = files.now_ns()
-            at = files.rfc3339(now_ns)
-            added = None
-            if root is not None:
-                # Named after the epoch that it comes with, so no other slot has this id.
-                added = unlocked.make_root(root.view, "request", fill_random, slot_id=f"s{body.epoch + 1}", at=at)
-            version = max(kek.version for kek in body.keks) + 1
-            made.append(version)
-            sealed_under = added.link.version if added else body.key_version
-            kek = unlocked.make_kek(fill_random, version=version, state="pending", at=at, key_version=sealed_under)
-            scrub_stack()
-            return keyring.begin_rotation(body, kek=kek, root=added, stamp=files.stamp(now_ns), at=at)
-
-        try:
-            await self._vault.keyring.change(next_body)
-        finally:
-            # Whatever became of it: what the body in memory does not know is not kept.
-            unlocked.settle()
-            for version in made:
-                if self._vault.keyring.body.kek(version) is None:
-                    unlocked.forget_kek(version)
-        self._rewrapping.begin()
-        self.last_error = ""
-
-    # --- the long part -----------------------------------------------------------------------------------------------
-
-    async def run(self) -> None:
-        """Finishes a rotation that has begun, if there is one; tries a failing disk again until it takes the writes."""
-        pause = RETRY_SECONDS_MIN
-        while (rotation := self.running) is not None:
-            try:
-                await self._vault.wraps.drained(rotation.from_version)
-                with self._together():
-                    await self._rewrap_all(rotation)
-                await self._vault.keyring.change(lambda body: keyring.promote(body, at=self._vault.now()))
-            except Exception as error:  # noqa: BLE001  a rotation that has begun must end, whatever went wrong
-                self.last_error = str(error) if isinstance(error, MiniKmsError) else f"defect: {type(error).__name__}"
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, RETRY_SECONDS_MAX)
-                continue
-            self.last_error = ""
-
-    async def _rewrap_all(self, rotation: keyring.Rotation) -> None:
-        for _ in range(PASSES_MAX):
-            if await self._rewrapping.run_pass(rotation) == 0:
-                return
-        raise StorageUnavailableError("key files under the former KEK version keep appearing")

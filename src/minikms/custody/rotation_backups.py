@@ -1,10 +1,10 @@
-"""The backups that a KEK rotation leaves: `kms-deks-backup/<key id>.json.<stamp>`.
+"""Rotation backups: the DEK files that a KEK rotation replaced, as `kms-deks-backup/<key id>.json.<stamp>`.
 
-Owns: their names, making, finding and removal. Invariants: a backup is a hard link of the file that a rewrap is about
-to replace, made and durable before the replacement; a name is never used for two contents; a suffix seen once is
-remembered, so that a destroyed key's backups are found without reading the directory again; the last readable copy of a
-key is not pruned. All of it blocks on the disk and runs in one worker thread. It must never touch the files of live
-keys.
+Owns: their names, creation, listing and removal. Invariants: a rotation backup is a hard link of the file that a rewrap
+is about to replace; it is made and durable before the replacement. A name is never used for two contents. All suffixes
+in use are remembered, so the backups of a destroyed key are found without another listing. The last readable copy of a
+key is not pruned. Everything here blocks on the disk and runs in one worker thread. It must never change the files of
+live keys.
 """
 
 from __future__ import annotations
@@ -20,38 +20,42 @@ from minikms.custody.deks import DIRECTORY as DEK_DIRECTORY
 from minikms.custody.deks import SUFFIX, DekStore, file_name, list_names
 from minikms.custody.files import now_ns, open_directory, read_file_bounded
 from minikms.errors import KeyUnreadableError, StorageUnavailableError
-from minikms.keys import dek
-from minikms.keys.ids import RANDOM_BYTES, make_key_id
+from minikms.keys.dek import FILE_BYTES_MAX, KEY_ID_RANDOM_BYTES, make_key_id
 
 DIRECTORY: Final = "kms-deks-backup"
 SAME_NAME_MAX: Final = 100
+"""Backups of one key with the same stamp."""
 STAMP_CHARS: Final = 15
 _SUFFIX: Final = re.compile(r"[0-9]{8}T[0-9]{6}(?:-[0-9]{1,3})?", re.ASCII)
 
 
-class Backup(NamedTuple):
+class RotationBackup(NamedTuple):
+    """A file in the directory. `suffix` is the stamp of the rotation, with `-1`, `-2`, … where it was taken."""
+
     name: str
     key_id: str
     suffix: str
 
 
-class BackupStore:
+class RotationBackups:
+    """The directory of rotation backups, open until `close`."""
+
     def __init__(self, data_dir: str) -> None:
         self.directory = os.path.join(data_dir, DIRECTORY)
         self.directory_fd = open_directory(self.directory)
         self._suffixes: set[str] | None = None
 
     def keep(self, store: DekStore, key_ids: Iterable[str], stamp: str) -> None:
-        """Links each key's present file under `stamp`. A key whose very file is kept already is passed over.
+        """Links each key's current file under `stamp`, unless the same content is kept under it already.
 
-        A key that is gone is passed over, too. The caller makes `directory_fd` durable before it replaces a file.
-        Raises StorageUnavailableError.
+        A key without a file is skipped. The caller makes `directory_fd` durable before it replaces a file. Raises
+        StorageUnavailableError.
         """
         try:
             for key_id in key_ids:
                 self._link(store, key_id, stamp)
         except OSError as error:
-            raise StorageUnavailableError("a key's file can't be kept as a backup") from error
+            raise StorageUnavailableError("a rotation backup can't be created") from error
 
     def _link(self, store: DekStore, key_id: str, stamp: str) -> None:
         live = file_name(key_id)
@@ -69,28 +73,28 @@ class BackupStore:
             if self._suffixes is not None:
                 self._suffixes.add(suffix)
             return
-        raise StorageUnavailableError("a key has too many backups of one second")
+        raise StorageUnavailableError(f"a key has {SAME_NAME_MAX} rotation backups with the same stamp")
 
     def _same_content(self, store: DekStore, live: str, name: str) -> bool:
         try:
-            kept = read_file_bounded(name, dek.FILE_BYTES_MAX, dir_fd=self.directory_fd)
+            kept = read_file_bounded(name, FILE_BYTES_MAX, dir_fd=self.directory_fd)
         except StorageUnavailableError:
-            return False  # a damaged backup: the file is kept again, under another name
-        return kept is not None and kept == read_file_bounded(live, dek.FILE_BYTES_MAX, dir_fd=store.directory_fd)
+            return False  # a damaged backup: the file is linked under another name
+        return kept is not None and kept == read_file_bounded(live, FILE_BYTES_MAX, dir_fd=store.directory_fd)
 
-    def listed(self) -> Iterator[Backup]:
-        """Every backup, in no order; other names are passed over. Raises StorageUnavailableError."""
+    def listed(self) -> Iterator[RotationBackup]:
+        """All rotation backups, in no order; other names are skipped. Raises StorageUnavailableError."""
         for name in list_names(self.directory):
             key_id, found, suffix = name.partition(SUFFIX + ".")
             if found and api.KEY_ID_PATTERN.fullmatch(key_id) and _SUFFIX.fullmatch(suffix):
-                yield Backup(name, key_id, suffix)
+                yield RotationBackup(name, key_id, suffix)
 
-    def read(self, backup: Backup) -> bytes | None:
-        """The backup's content; None when it is gone since it was listed. Raises KeyUnreadableError."""
+    def read(self, backup: RotationBackup) -> bytes | None:
+        """The content of the file; None if it was removed since it was listed. Raises KeyUnreadableError."""
         try:
-            return read_file_bounded(backup.name, dek.FILE_BYTES_MAX, dir_fd=self.directory_fd)
+            return read_file_bounded(backup.name, FILE_BYTES_MAX, dir_fd=self.directory_fd)
         except StorageUnavailableError as error:
-            raise KeyUnreadableError(f"a backup of key {backup.key_id} can't be read: {error}") from None
+            raise KeyUnreadableError(f"a rotation backup of key {backup.key_id} can't be read: {error}") from None
 
     def suffixes(self) -> set[str]:
         """All suffixes in use. The first call reads the directory."""
@@ -99,32 +103,32 @@ class BackupStore:
         return self._suffixes
 
     def remove_of(self, key_id: str) -> int:
-        """Removes every backup of a key, durably; the number removed. Raises StorageUnavailableError."""
+        """Removes the backups of a key, durably; the number removed. Raises StorageUnavailableError."""
         return self._remove(f"{file_name(key_id)}.{suffix}" for suffix in sorted(self.suffixes()))
 
     def remove_of_all(self, key_ids: Container[str]) -> int:
-        """Removes every backup of each of these keys, durably; the number removed. Raises StorageUnavailableError."""
+        """Removes the backups of these keys, durably; the number removed. Raises StorageUnavailableError."""
         return self._remove([backup.name for backup in self.listed() if backup.key_id in key_ids])
 
-    def prune(self, store: DekStore, *, before: str | None, spare: Container[str], gone: Container[str]) -> int:
-        """Removes backups of stamps before `before` (`YYYYMMDDTHHMMSS`; None: all), durably; the number removed.
+    def prune(self, store: DekStore, *, before: str | None, spare: Container[str], destroyed: Container[str]) -> int:
+        """Removes the backups with a stamp before `before` (`YYYYMMDDTHHMMSS`; None: all), durably; the number removed.
 
-        Kept: those of the keys in `spare`, and of a key whose file is missing though it is not in `gone`, the destroyed
-        ones. Raises StorageUnavailableError.
+        It keeps the backups of the keys in `spare`, and of keys without a file that are not in `destroyed`. Raises
+        StorageUnavailableError.
         """
-        doomed = [
+        names = [
             backup.name
             for backup in self.listed()
             if (before is None or backup.suffix < before)
             and backup.key_id not in spare
-            and (store.has(backup.key_id) or backup.key_id in gone)
+            and (store.has(backup.key_id) or backup.key_id in destroyed)
         ]
-        count = self._remove(doomed)
+        count = self._remove(names)
         self._suffixes = None
         return count
 
-    def stamp_to_keep(self, rotations: int) -> str | None:
-        """The stamp of the oldest of the newest so many rotations; None when there are not more than that."""
+    def oldest_stamp_of(self, rotations: int) -> str | None:
+        """The oldest stamp of the newest `rotations` rotations; None if there are not more rotations than that."""
         stamps = sorted({suffix[:STAMP_CHARS] for suffix in self.suffixes()})
         return stamps[-rotations] if len(stamps) > rotations else None
 
@@ -137,18 +141,21 @@ class BackupStore:
                     count += 1
             os.fsync(self.directory_fd)
         except OSError as error:
-            raise StorageUnavailableError("a backup can't be removed") from error
+            raise StorageUnavailableError("a rotation backup can't be removed") from error
         return count
 
     def close(self) -> None:
+        """Closes the directory."""
         os.close(self.directory_fd)
 
 
 def newest_key_id(data_dir: str) -> str:
-    """The largest id that a key made until now may have: of this moment, or of a file or a backup that is there, for
-    the clock may have gone back, and a missing file may be put back from its backup. Raises StorageUnavailableError.
+    """An id that no key created until now exceeds. Raises StorageUnavailableError.
+
+    It is the largest of the ids of this moment, of the key files, and of the rotation backups: the clock may have been
+    set back, and a missing file may be restored from its rotation backup.
     """
-    newest = make_key_id(now_ns() // 1_000_000, b"\xff" * RANDOM_BYTES)
+    newest = make_key_id(now_ns() // 1_000_000, b"\xff" * KEY_ID_RANDOM_BYTES)
     for directory in (DEK_DIRECTORY, DIRECTORY):
         path = os.path.join(data_dir, directory)
         for name in list_names(path) if os.path.isdir(path) else ():

@@ -28,18 +28,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minikms import datadir
-from minikms.audit import AuditLog, Event, Known, Upkeep
+from minikms.audit import AuditLog, Event, ExpectedLog
+from minikms.audit.maintenance import Maintenance
 from minikms.audit.shipping import FileForwarder
 from minikms.audit.turns import TurnAudit
 from minikms.crypto.aead import NonceSource, scrub_stack
-from minikms.custody import files as clock
 from minikms.custody.deks import DekStore
-from minikms.custody.files import DataDirLock
+from minikms.custody.files import DataDirLock, now_ns
 from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.lease_store import LeaseStore
 from minikms.custody.leases import Leases
-from minikms.custody.rotation import KekRotation, Pruning, Rewrapping
-from minikms.custody.rotation_backups import BackupStore, newest_key_id
+from minikms.custody.rotation import KekRotation, Pruning
+from minikms.custody.rotation_backups import RotationBackups, newest_key_id
 from minikms.custody.vault import CACHE_KEYS_MAX, Indexing, Vault
 from minikms.daemon.application import Application, Session
 from minikms.daemon.settings import Settings
@@ -47,7 +47,7 @@ from minikms.daemon.status import StatusPage
 from minikms.datadir import Opened, highest_epoch, keys_of, since
 from minikms.errors import StartError
 from minikms.http import HttpServer, Limits
-from minikms.keys.ids import key_id_to_bytes
+from minikms.keys.dek import key_id_to_bytes
 from minikms.memory import libc
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.memory.process import Measure, name_thread
@@ -127,7 +127,7 @@ def open_files(settings: Settings, lock: DataDirLock, arena: SecretArena, worker
     # Epoch 1 is the keyring's making: no start has come so far as to raise it.
     leases = LeaseStore.open(lock.directory_fd, create=found_epoch == 1)
     if seen_epoch > found_epoch:
-        leases.add_restore_penalty(key_id_to_bytes(newest_key_id(settings.data_dir)))
+        leases.add_restore_uses(key_id_to_bytes(newest_key_id(settings.data_dir)))
     datadir.raise_epoch(unlocked, keyring_file, restored_below=seen_epoch)
     return Files(opened, keyring_file, log, leases, nonces, seen_epoch, found_epoch)
 
@@ -151,21 +151,21 @@ class Assembly:
         self._workers = workers
         self.log = files.log
         self.store = DekStore(settings.data_dir, workers.disk)
-        self.backups = BackupStore(settings.data_dir)
+        self.rotation_backups = RotationBackups(settings.data_dir)
         self.leases = Leases(files.leases, workers.journal)
         self.vault = Vault(
             arena=arena,
             unlocked=files.opened.unlocked,
             keyring_file=files.keyring,
             store=self.store,
-            backups=self.backups,
+            rotation_backups=self.rotation_backups,
             leases=self.leases,
             executor=workers.disk,
             nonces=files.nonces,
             cache_keys_max=settings.cache_keys_max or CACHE_KEYS_MAX,
         )
         self.audit = TurnAudit(files.log, workers.audit)
-        self.upkeep = Upkeep(
+        self.upkeep = Maintenance(
             files.log,
             keep=settings.audit_keep,
             forwarder=None if settings.audit_copy is None else FileForwarder(settings.audit_copy),
@@ -173,8 +173,9 @@ class Assembly:
         self.indexing = Indexing(self.vault, workers.reader)
         rotation = KekRotation(
             self.vault,
-            Rewrapping(self.vault, reader=workers.reader, disk=workers.disk),
-            together=_one_cpu_for(workers.reader, workers.disk),
+            reader=workers.reader,
+            disk=workers.disk,
+            around_passes=_one_cpu_for(workers.reader, workers.disk),
         )
         self.keks = KekVerbs(
             vault=self.vault,
@@ -245,7 +246,7 @@ class Assembly:
             self.vault.close()
             self._files.leases.close()
             self.store.close()
-            self.backups.close()
+            self.rotation_backups.close()
             scrub_stack()
 
 
@@ -263,12 +264,12 @@ def _open_log(settings: Settings, opened: Opened) -> AuditLog:
         settings.data_dir,
         audit_key=mac_key,
         seed=seed,
-        now_ns=clock.now_ns,
+        now_ns=now_ns,
         fsync=settings.audit_fsync,
         key_version=audit_key.version,
         former=keys_of(unlocked).former,
         since=since(audit_key),
-        known=Known(begun=unlocked.body.epoch > 1, head=settings.expect_audit_head),
+        expected=ExpectedLog(exists=unlocked.body.epoch > 1, head=settings.expect_audit_head),
         accept_loss=settings.accept_audit_loss,
         hash_thread_ids=settings.audit_hash_thread_ids,
         limits=settings.audit_limits,

@@ -214,7 +214,11 @@ class Daemon:
     async def _sweep_temps(self, assembly: Assembly, reader: Executor) -> None:
         """Removes what an earlier process left half-written; what can't be removed now stays for the next start."""
         loop = asyncio.get_running_loop()
-        for directory_fd in (self._lock.directory_fd, assembly.store.directory_fd, assembly.backups.directory_fd):
+        for directory_fd in (
+            self._lock.directory_fd,
+            assembly.store.directory_fd,
+            assembly.rotation_backups.directory_fd,
+        ):
             try:
                 await loop.run_in_executor(reader, sweep_temps, directory_fd)
             except MiniKmsError as error:

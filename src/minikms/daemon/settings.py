@@ -14,8 +14,8 @@ from typing import Final, Literal
 
 from minikms.audit.chain import head_of_text
 from minikms.audit.log import DEFAULT_LIMITS, Limits
+from minikms.audit.maintenance import KEEP_ALL, Retention
 from minikms.audit.record import Head
-from minikms.audit.retention import KEEP_ALL, Retention
 from minikms.errors import StartError
 from minikms.policy import parse_uids
 

@@ -16,7 +16,8 @@ from minikms.datadir import Opened
 from minikms.keys.keyring import KEK_WRAPS_WARN
 
 if TYPE_CHECKING:
-    from minikms.audit import AuditLog, Upkeep
+    from minikms.audit import AuditLog
+    from minikms.audit.maintenance import Maintenance
     from minikms.custody.rotation import KekRotation
     from minikms.custody.vault import Indexing, Vault
     from minikms.daemon.application import Session
@@ -34,7 +35,7 @@ class StatusPage:
         opened: Opened,
         vault: Vault,
         log: AuditLog,
-        upkeep: Upkeep,
+        upkeep: Maintenance,
         measures: tuple[Measure, ...],
         rotation: KekRotation,
         indexing: Indexing,
@@ -80,8 +81,8 @@ class StatusPage:
                 "by_state": {state: count for state, count in self._vault.index.by_state.items() if count},
                 "by_kek_version": {str(kek): count for kek, count in self._vault.index.by_kek.items() if count},
                 "destroyed": len(self._vault.destroyed),
-                "unreadable": self._vault.damage.count,
-                "unreadable_files": self._vault.damage.listed(),
+                "unreadable": self._vault.unreadable.count,
+                "unreadable_files": self._vault.unreadable.listed(),
             },
             "leases": self._vault.leases.status()._asdict(),
             "audit": {
@@ -152,9 +153,9 @@ class StatusPage:
             found.append("the KEK has wrapped more than 2^31 keys; rotate it")
         if self._keks.rewrite_failed:
             found.append("the master key file could not be rewritten with the new root key; write it there by hand")
-        if self._vault.damage.count:
+        if self._vault.unreadable.count:
             found.append(
-                f"{self._vault.damage.count} key files can't be read, see keys.unreadable_files; restore them "
+                f"{self._vault.unreadable.count} key files can't be read, see keys.unreadable_files; restore them "
                 "from a backup"
             )
         if not self._log.writable:

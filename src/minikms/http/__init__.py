@@ -1,15 +1,18 @@
-"""The HTTP/1.1 engine of the daemon: the trust boundary of the key service.
+"""The HTTP/1.1 engine: bounded, zeroing, one reading of every request. The trust boundary of the key service.
 
-Rules of the whole package; each module states its own part, docs/spec/http.md is the specification:
-1. Nothing reaches the application but whole requests with exactly one possible reading. What is malformed, ambiguous or
-   beyond a bound gets 4xx, and the connection ends, because its framing is no longer certain.
-2. Everything a peer can make grow or wait is bounded by a named constant (`limits`).
-3. Received bytes are handled in the engine's own memory and zeroed; an identity body is never copied.
-4. Answers leave in the order of the requests, at the end of the event-loop turn, after the application has committed.
-5. The engine knows bytes and HTTP; who may do what is the application's (`exchange.Application`).
+Rules of the room; docs/spec/http.md is the specification:
+1. The application gets only complete requests that have exactly one possible reading. The engine refuses everything
+   that is malformed, ambiguous or beyond a bound with a 4xx, and ends the connection, because its framing is no longer
+   certain.
+2. A named constant in `limits` bounds everything that a peer can make grow or wait.
+3. Received bytes stay in the engine's memory, which it zeroes; it never copies a body with Content-Length.
+4. Answers leave in the order of the requests, at the end of the event-loop turn, after `Application.commit`.
+5. The engine knows bytes and HTTP. Who may do what is decided by the application (`exchange.Application`).
 
-Modules, each importing only those before it: `limits`, `refusals`, `receive`, `chunked`, `head`, `query`, `reader`,
-`exchange`, `encode`, `connection`, `server`. Up to `reader` all is pure: bytes in, values out, no socket and no clock.
+Modules, each importing only earlier ones: `limits` (bounds and refusals), `head` (heads and query strings), `reader`
+(receiving, chunked bodies, complete requests), `exchange` (requests, answers), `connection`, `server`. `limits`, `head`
+and `reader` are pure: no socket and no clock. The room must never import the daemon or the service: any process can
+serve an application of its own with it.
 """
 
 from minikms.http.exchange import Application, Request, Response, S, error_response, raised_response

@@ -1,43 +1,79 @@
-"""One connection: requests to the application, answers out, in order and within bounds.
+"""One connection: passes requests to the application and writes the answers, in order and within bounds.
 
 Owns: the state of a connection. Rules:
-- A request is started only when it has arrived whole, and only when nothing blocks the connection (`_BUSY`, `_WRITE`,
-  `_TURN`, `_CLOSING`). So answers leave in the order of their requests, and who does not read is not read.
-- An answer is queued, and written at the end of the turn, after the application has committed.
-- After the last answer nothing more is started: input is thrown away until the peer closes or the linger limit ends it.
-- No timer is kept: `_phase` and `_since` say what is being waited for, and `sweep` compares them with the limits.
-It must never look into a body, know a path or a verb, or keep a body beyond `handle`.
+- A request is started only when it is complete and nothing blocks the connection (`_BUSY`, `_WRITE`, `_TURN`,
+  `_CLOSING`). So answers leave in the order of their requests, and the engine reads nothing from a client that does not
+  read its answers.
+- An answer is queued, and written at the end of the turn, after `Application.commit`.
+- After the last answer no request is started: input is discarded until the peer closes or the linger limit is reached.
+- There is no timer per connection: `_phase` and `_since` say what it waits for, and `sweep` compares them with the
+  limits.
+It must never look into a body, know a path or a verb, or keep a body after `Application.handle` has returned.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Final, Generic, cast
+from typing import Final, Generic, Protocol, cast
 
 from minikms.errors import MiniKmsError
-from minikms.http import limits as refusals
-from minikms.http.encode import CONTINUE
-from minikms.http.exchange import Request, Response, S, raised_response, refusal_response
+from minikms.http.exchange import (
+    CONTINUE,
+    AnswerEncoder,
+    Application,
+    Request,
+    Response,
+    S,
+    raised_response,
+    refusal_response,
+)
 from minikms.http.head import ParsedHead
-from minikms.http.limits import WRITE_PROGRESS_BYTES_MIN, Refusal, RefusedError
-from minikms.http.reader import Phase, RequestReader
-
-if TYPE_CHECKING:
-    from minikms.http.server import HttpServer
+from minikms.http.limits import (
+    AUDIT_UNAVAILABLE,
+    BODY_TIMEOUT,
+    HEAD_TIMEOUT,
+    TRUNCATED,
+    WRITE_PROGRESS_BYTES_MIN,
+    Limits,
+    Refusal,
+    RefusedError,
+)
+from minikms.http.reader import Phase, RequestReader, Shared
 
 _BUSY: Final = 1
-"""An awaited answer is pending."""
+"""The application has not finished an awaited answer."""
 _WRITE: Final = 2
 """The client has not read its answers."""
 _TURN: Final = 4
-"""This connection has had its share of the turn; it goes on when its answers were written."""
+"""This connection has used its share of the turn; it continues when its answers are written."""
 _CLOSING: Final = 8
 """The last answer is queued or sent."""
 
 _LARGE_ANSWER_BYTES: Final = 64 * 1024
-"""An answer beyond this uses up the connection's share of the turn, so that many of them can't pile up before the first
-is written."""
+"""A larger answer uses up the connection's share of the turn, so that many of them can't accumulate in one turn."""
+
+
+class Server(Protocol[S]):
+    """What a connection needs from its server; `HttpServer` implements it and documents each member."""
+
+    app: Application[S]
+    loop: asyncio.AbstractEventLoop
+    limits: Limits
+    shared: Shared
+    encoder: AnswerEncoder
+    draining: bool
+    requests: int
+    now: float
+    phase_seconds: dict[Phase, float]
+
+    def open(self, connection: Connection[S], transport: asyncio.Transport) -> tuple[S] | None: ...
+    def admit(self, session: S, head: ParsedHead) -> Response | None: ...
+    def refuse(self, session: S | None, refusal: Refusal) -> None: ...
+    def failed(self, error: BaseException) -> Response: ...
+    def watch(self, awaitable: Awaitable[bytes | Response], connection: Connection[S], head: ParsedHead) -> None: ...
+    def queue(self, connection: Connection[S]) -> None: ...
+    def close(self, connection: Connection[S], session: S) -> None: ...
 
 
 class Connection(asyncio.BufferedProtocol, Generic[S]):
@@ -49,6 +85,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         "_app",
         "_blocked",
         "_eof_at",
+        "_opened",
         "_paused",
         "_phase",
         "_reader",
@@ -64,7 +101,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
     _transport: asyncio.Transport
     _session: S
 
-    def __init__(self, server: HttpServer[S]) -> None:
+    def __init__(self, server: Server[S]) -> None:
         self._server = server
         self._app = server.app
         self._reader = RequestReader(server.shared)
@@ -75,6 +112,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         self._answers: list[bytes] = []
         self._paused = False
         self._eof_at: float | None = None
+        self._opened = False
         self._written = 0
         self._stall_mark = 0
         self._stall_since: float | None = None
@@ -84,21 +122,20 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=self._server.limits.write_buffer_bytes_max)
-        opened = self._server.open(self._transport)
+        opened = self._server.open(self, self._transport)
         self._since = self._server.now
         if opened is None:
             self._blocked = _CLOSING
         else:
             (self._session,) = opened
-            self._server.connections.add(self)
+            self._opened = True
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._blocked |= _CLOSING
         self._answers = []
         self._reader.discard()
-        if self in self._server.connections:
-            self._server.connections.discard(self)
-            self._server.close(self._session)
+        if self._opened:
+            self._server.close(self, self._session)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._reader.room()
@@ -110,7 +147,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
             reader.received(nbytes)
             self._start_requests()
             return
-        # What nearly every call is: exactly one request, under a head that was seen before.
+        # The common case: exactly one request, with a cached head.
         self._start(*only)
         reader.used(nbytes)
         self._server.requests += 1
@@ -118,7 +155,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         self._phase = Phase.IDLE
 
     def eof_received(self) -> bool:
-        """The client will send no more. What it has sent is still answered, within the half-closed limit."""
+        """The client sends nothing more. Its requests are still answered, within the half-closed limit."""
         self._eof_at = self._server.loop.time()
         self._end_of_input()
         return not self._transport.is_closing()
@@ -129,13 +166,13 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
 
     def resume_writing(self) -> None:
         self._blocked &= ~_WRITE
-        self._since = self._server.now  # what the client sends now was not read before, and is not late
-        self._go_on()
+        self._since = self._server.now  # input was not read meanwhile, so it is not late
+        self._continue()
 
     # --- requests -----------------------------------------------------------------------------------------------
 
     def _start_requests(self) -> None:
-        """Start every request that has arrived whole, as far as nothing blocks; keep the rest."""
+        """Start every complete request until something blocks; keep the rest."""
         reader = self._reader
         started = 0
         try:
@@ -164,7 +201,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
                 self._pause_reading()
 
     def _await_more(self, started: bool) -> None:
-        """Note what is being waited for. If it is a body, ask the application whether it is worth receiving."""
+        """Record what the connection waits for. If it is a body, ask the application whether to receive it."""
         phase = self._reader.phase
         if phase is not self._phase or started:
             self._phase = phase
@@ -180,7 +217,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
             self._queue(CONTINUE)
 
     def _start(self, head: ParsedHead, body: memoryview) -> None:
-        """Hand one whole request to the application."""
+        """Pass one complete request to the application."""
         server = self._server
         self._admitted = None
         answer: bytes | Response | Awaitable[bytes | Response]
@@ -188,11 +225,11 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
             answer = self._app.handle(self._session, Request(head, body))
         except MiniKmsError as error:
             answer = raised_response(error)
-        except Exception as error:  # noqa: BLE001 - whatever a handler raises, the client gets a 500 and the loop goes on
+        except Exception as error:  # noqa: BLE001 - whatever a handler raises, the client gets a 500 and the loop continues
             answer = server.failed(error)
         try:
             body.release()
-        except BufferError as error:  # the application kept a view of memory that isn't its own
+        except BufferError as error:  # the application has kept a view of the engine's memory
             answer = server.failed(error)
         if type(answer) is bytes and head.plain and not server.draining:
             if len(answer) > _LARGE_ANSWER_BYTES:
@@ -205,10 +242,10 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
             server.watch(answer, self, head)
 
     def finished(self, head: ParsedHead, answer: bytes | Response) -> None:
-        """The awaited answer has come; what was received meanwhile is handled when it has been written."""
+        """The awaited answer is there. Requests that were received meanwhile start after it has been written."""
         self._blocked &= ~_BUSY
         self._since = self._server.now
-        if not self._blocked & _CLOSING:  # otherwise the connection was lost meanwhile
+        if not self._blocked & _CLOSING:  # otherwise the connection has ended meanwhile
             self._blocked |= _TURN
             self._answer(head, answer)
 
@@ -229,21 +266,21 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         self._queue(data)
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Answer the peer's last bytes with a refusal; the connection ends after it."""
+        """Answer with a refusal; the connection ends after it."""
         self._blocked |= _CLOSING
         self._server.refuse(self._session, refusal)
         self._queue(self._server.encoder.answer(refusal_response(refusal), close=True))
 
     def _queue(self, data: bytes) -> None:
-        """To be written when the turn is committed."""
+        """Queue bytes that are written after the turn's commit."""
         self._answers.append(data)
         if len(self._answers) == 1:
             self._server.queue(self)
 
     def flush(self, committed: bool) -> None:
-        """Write the turn's answers; called by the server at the end of the turn."""
+        """Write the turn's answers. The server calls this at the end of the turn."""
         answers = self._answers
-        if not answers:  # the connection was lost meanwhile
+        if not answers:  # the connection has ended meanwhile
             return
         self._answers = []
         if not committed:
@@ -256,11 +293,11 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
                 self._close()
             else:
                 self._blocked &= ~_TURN
-                self._go_on()
+                self._continue()
 
     def _unavailable(self, answers: list[bytes]) -> list[bytes]:
-        """As many answers, each of which says that the audit log can't be written."""
-        response = refusal_response(refusals.AUDIT_UNAVAILABLE)
+        """The same number of answers, each saying that the audit log can't be written."""
+        response = refusal_response(AUDIT_UNAVAILABLE)
         kept = self._server.encoder.answer(response, close=False)
         replaced = [answer if answer is CONTINUE else kept for answer in answers]
         if self._blocked & _CLOSING:
@@ -269,8 +306,8 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
 
     # --- flow and end -------------------------------------------------------------------------------------------
 
-    def _go_on(self) -> None:
-        """Something that blocked is over: handle what has been received, then read again."""
+    def _continue(self) -> None:
+        """After something that blocked has ended: start the received requests, then read again."""
         if self._blocked:
             return
         if self._reader.holds_input:
@@ -281,14 +318,14 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
             self._end_of_input()
 
     def _end_of_input(self) -> None:
-        """The client has closed its side: end as soon as nothing is owed to it."""
+        """The client has closed its side: close the connection as soon as every request is answered."""
         if self._phase is Phase.LINGER:
             self._transport.close()
         elif self._blocked or self._answers:
             return
         elif self._reader.holds_input:
             self._reader.discard()
-            self._refuse(refusals.TRUNCATED)
+            self._refuse(TRUNCATED)
         else:
             self._transport.close()
 
@@ -303,9 +340,9 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
             self._transport.resume_reading()
 
     def _close(self) -> None:
-        """The last answer was written: close in stages, as RFC 9112 section 9.6 describes.
+        """Close in stages after the last answer, as RFC 9112 section 9.6 describes.
 
-        Closing while bytes of the client lie unread resets the connection, and the client may lose the answer.
+        Closing a socket with unread input resets the connection, and the client may lose the answer.
         """
         self._reader.discard()
         transport = self._transport
@@ -318,7 +355,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         self._resume_reading()
 
     def abort(self) -> None:
-        """Close at once, whatever is pending."""
+        """Close at once and drop everything that is pending."""
         self._transport.abort()
 
     def close_if_idle(self) -> None:
@@ -329,7 +366,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
     # --- deadlines ----------------------------------------------------------------------------------------------
 
     def sweep(self, now: float) -> None:
-        """Compare what is waited for with the limits; `now` in the loop's seconds."""
+        """End the connection if it has waited too long. `now`: the loop's time in seconds."""
         if self._stalled(now) or self._half_closed_too_long(now):
             self.abort()
         elif now - self._since < self._server.phase_seconds[self._phase]:
@@ -342,15 +379,15 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
             self._transport.close()
         else:
             self._reader.discard()
-            self._refuse(refusals.HEAD_TIMEOUT if self._phase is Phase.HEAD else refusals.BODY_TIMEOUT)
+            self._refuse(HEAD_TIMEOUT if self._phase is Phase.HEAD else BODY_TIMEOUT)
 
     def _half_closed_too_long(self, now: float) -> bool:
-        """One sweep early rather than late: the limit is what the client is promised."""
+        """Whether the half-closed limit ends before the next sweep: never later than documented."""
         limits = self._server.limits
         return self._eof_at is not None and now + limits.sweep_seconds >= self._eof_at + limits.half_closed_seconds_max
 
     def _stalled(self, now: float) -> bool:
-        """Has the client taken next to nothing of its answers for too long?"""
+        """Whether the client has read almost nothing of its answers for too long."""
         unread = self._transport.get_write_buffer_size()
         if unread == 0:
             self._stall_since = None

@@ -1,13 +1,18 @@
-"""The seam between the HTTP engine and the application: request, response, and what an application must offer.
+"""Requests and answers: what the engine hands to an application, what it gets back, and the bytes of an answer.
 
-Owns: the shapes that cross the seam, and nothing that runs. Invariants: a `Request` never holds a copy of the body; the
-body is a view that the engine takes back when `handle` returns. The engine knows no path, no verb and no role.
+Owns: the `Application` protocol, `Request` and `Response`, and the only code that writes a status line or a header of
+an answer. Invariants: a `Request` holds no copy of the body; the body is a view that the engine takes back when
+`Application.handle` returns. Every answer has exactly one Content-Length and no transfer coding. A header name or value
+with a line break raises. It must never do I/O, or know a path, a verb or a role.
 """
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Awaitable
+from email.utils import formatdate
+from http import HTTPStatus
 from typing import Final, Protocol, TypeVar
 
 import msgspec
@@ -20,13 +25,21 @@ from minikms.http.limits import Refusal
 S = TypeVar("S")
 
 JSON: Final = "application/json"
+METHODS_SERVED: Final = "GET, POST"
+"""The methods that any path of the application accepts; a test compares the two."""
+
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_LENGTH_LINES_COUNT: Final = 4096
+_LENGTH_LINES: Final = [b"%d\r\n\r\n" % length for length in range(_LENGTH_LINES_COUNT)]
+_FIELD: Final = re.compile(r"[A-Za-z0-9-]+: [\t -~]*")
+_PHRASES: Final = {status.value: status.phrase for status in HTTPStatus}
 
 
 class Request(msgspec.Struct, gc=False):
-    """One request whose head and body have arrived whole.
+    """One request whose head and body have arrived completely.
 
-    `body` is a view of the engine's own memory: it can be read until `handle` returns, then it is released (a later
-    read raises `ValueError`) and the memory zeroed. A handler that goes on asynchronously decodes the body first.
+    `body` is a view of the engine's memory. When `handle` returns, the engine releases it (a later read raises
+    `ValueError`) and zeroes the memory. A handler that continues asynchronously must decode the body first.
     """
 
     head: ParsedHead
@@ -43,21 +56,17 @@ class Request(msgspec.Struct, gc=False):
 
     @property
     def query(self) -> str:
-        """As sent, without the `?`; `""` if there is none."""
+        """As sent, without the `?`; empty if there is none."""
         return self.head.query
 
     @property
     def request_id(self) -> str | None:
-        """The `x-request-id` header if it matches `api.REQUEST_ID_PATTERN`."""
+        """The `x-request-id` header, or None if there is none or it does not match `api.REQUEST_ID_PATTERN`."""
         return self.head.request_id
 
 
-METHODS_SERVED: Final = "GET, POST"
-"""By any path of the application; a test compares the two."""
-
-
 class Response:
-    """An answer other than "200, JSON". `headers` are ready-made (name, value) pairs without line breaks."""
+    """An answer. `close`: the connection ends after it. `headers`: further (name, value) pairs without line breaks."""
 
     __slots__ = ("body", "close", "content_type", "headers", "status")
 
@@ -82,8 +91,11 @@ def error_response(status: int, code: str, sentence: str, *, close: bool = False
 
 
 def refusal_response(refusal: Refusal) -> Response:
-    """The answer to a refusal; the connection is closed after it. A 405 tells which methods there are at all, for RFC
-    9110 section 15.5.6 wants that said; which of them a path has is not known here."""
+    """The answer to a refusal; the connection is closed after it.
+
+    A 405 needs an `Allow` header (RFC 9110 section 15.5.6). It lists the methods of all paths, because the engine does
+    not know the methods of one path.
+    """
     response = error_response(*refusal, close=True)
     if refusal.status == 405:
         response.headers = (("allow", METHODS_SERVED),)
@@ -91,34 +103,80 @@ def refusal_response(refusal: Refusal) -> Response:
 
 
 def raised_response(error: MiniKmsError) -> Response:
-    """The answer to an error that a handler raised. A 401 ends the connection: it will not become another peer's."""
+    """The answer to an error that a handler raised. A 401 ends the connection, because its peer can't change."""
     return error_response(error.status, error.code, str(error), close=error.status == 401)
 
 
 class Application(Protocol[S]):
-    """What the engine asks of the application. All methods are called in the loop's thread and must not block."""
+    """What an application implements. The engine calls all methods in the loop's thread; they must not block."""
 
     def open_session(self, sock: socket.socket) -> S | None:
-        """A new connection, before a byte of it is read. `None`: it is closed at once."""
+        """Accept a new connection, before a byte of it is read. `None`: the engine closes it at once."""
 
     def admit(self, session: S, head: ParsedHead) -> Response | None:
-        """The head of a request has arrived, its body not yet whole: is it worth receiving?
+        """Decide whether to receive the body of a request whose head has arrived.
 
-        `None` goes on. A response is sent instead of `100 Continue`, and the connection closed: a peer who would be
-        refused anyway can't make the service hold 16 MiB for it. `handle` checks all the same.
+        `None`: receive it. A response is sent instead of `100 Continue`, and the connection is closed, so that a peer
+        whose request will be refused can't make the service hold its body. `handle` checks the request again.
         """
 
     def handle(self, session: S, request: Request) -> bytes | Response | Awaitable[bytes | Response]:
-        """Answer one request. `bytes` means 200 and JSON. `MiniKmsError` becomes its status and code.
+        """Answer one request. `bytes` means 200 with JSON. A `MiniKmsError` becomes an answer with its status and code.
 
-        An awaitable goes on after `handle` has returned, without the body. It is not cancelled when the client leaves.
+        An awaitable continues after `handle` has returned, without the body. It is not cancelled when the client closes
+        the connection.
         """
 
     def refused(self, session: S | None, status: int, code: str) -> None:
-        """The engine has refused input of this session, or (None) a connection over the bound."""
+        """The engine has refused input of this session, or (None) a connection beyond the bound."""
 
     def commit(self) -> bool:
-        """The turn ends: make its audit lines durable. False: every answer of the turn is replaced by a 503."""
+        """Write the turn's audit lines, at the end of the turn. False: a 503 replaces every answer of the turn."""
 
     def close_session(self, session: S) -> None:
-        """The connection is gone. A handler of it may still be running."""
+        """The connection has ended. Handlers of its requests may still be running."""
+
+
+class AnswerEncoder:
+    """Encodes answers, with the date of the last `set_time` (RFC 9110 section 6.6.1)."""
+
+    __slots__ = ("_date", "_ok_prefix")
+
+    def __init__(self, unix_seconds: float) -> None:
+        self.set_time(unix_seconds)
+
+    def set_time(self, unix_seconds: float) -> None:
+        self._date = f"date: {formatdate(unix_seconds, usegmt=True)}\r\n".encode("ascii")
+        self._ok_prefix = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n%bcontent-length: " % self._date
+
+    def ok(self, body: bytes) -> bytes:
+        """A 200 with JSON on a connection that stays open: the hot path."""
+        length = len(body)
+        line = _LENGTH_LINES[length] if length < _LENGTH_LINES_COUNT else b"%d\r\n\r\n" % length
+        return b"".join((self._ok_prefix, line, body))
+
+    def answer(
+        self, response: Response, *, close: bool, head_only: bool = False, request_id: str | None = None
+    ) -> bytes:
+        """Any answer. close: it says that the connection ends. head_only: without the body, for a HEAD request.
+
+        Raises ValueError for a header that would break the answer's framing.
+        """
+        lines = [f"content-type: {response.content_type}"]
+        lines += [f"{name}: {value}" for name, value in response.headers]
+        if request_id is not None:
+            lines.append(f"{api.REQUEST_ID_HEADER}: {request_id}")
+        if close:
+            lines.append("connection: close")
+        if not all(_FIELD.fullmatch(line) for line in lines):
+            raise ValueError("a header of the answer contains a character that is not allowed in headers")
+        status_line = f"HTTP/1.1 {response.status} {_PHRASES.get(response.status, 'Unknown')}\r\n"
+        fields = "\r\n".join(lines)
+        return b"".join(
+            (
+                status_line.encode("ascii"),
+                self._date,
+                f"{fields}\r\ncontent-length: {len(response.body)}\r\n\r\n".encode("ascii"),
+                b"" if head_only else response.body,
+            )
+        )

@@ -1,21 +1,19 @@
-"""Heads of requests: everything between the first byte of a request and the empty line.
+"""Heads of requests, from the first byte to the empty line, and their query strings.
 
-Owns: which heads are accepted (RFC 9112 and RFC 9110, narrowed) and what the rest of the engine learns of them. Rules,
-in the order in which they are checked:
+Owns: which heads are accepted (RFC 9112 and RFC 9110, narrowed), what the engine learns from them, and the decoding of
+a query. Rules, in the order in which they are checked:
 1. The head and its target are bounded.
-2. The whole head matches one grammar, ours, in which lines end in CR LF, no line is folded, and no control character,
-   bare CR or LF, or NUL occurs. Only then httptools (llhttp) parses it, and both must see the same number of headers.
-3. The version is 1.1 or 1.0, the method one of RFC 9110 (without CONNECT and TRACE), the target a path.
-4. Host exactly once (1.0: at most once), other single-valued headers at most once.
-5. The length of the body has exactly one reading: one Content-Length, or `Transfer-Encoding: chunked` in 1.1; a method
-   that carries a body states its length. Both together, or anything else, is refused: two parsers could disagree.
-6. Nothing that the engine does not do is silently ignored: Upgrade, Trailer, other expectations, compressed bodies.
-Pure: bytes in, a value or `RefusedError` out. It must never see a body.
-
-Query strings: `name=value` pairs joined by `&`, percent-encoded UTF-8.
-
-Owns: decoding them so that a parameter has exactly one reading. Invariants: a repeated name, a malformed percent
-escape or invalid UTF-8 is refused, never guessed at. Pure.
+2. The whole head matches the grammar in this module: lines end in CR LF, no line is folded, and there is no control
+   character, bare CR or LF, or NUL. Only then httptools (llhttp) parses it, and both must find the same headers.
+3. The version is 1.1 or 1.0, the method is one of RFC 9110 (without CONNECT and TRACE), the target is a path.
+4. Host occurs exactly once (1.0: at most once), other single-valued headers at most once.
+5. The body has exactly one possible length: from one Content-Length, or from `Transfer-Encoding: chunked` in 1.1. A
+   method with a body needs one of the two. Both together, or anything else, are refused: two parsers could disagree.
+6. The engine refuses what it does not support, and never ignores it: Upgrade, Trailer, other expectations, compressed
+   bodies.
+7. A query is `name=value` pairs joined by `&`, percent-encoded UTF-8. A repeated name, a malformed escape or invalid
+   UTF-8 is refused.
+Pure: bytes in, a value or an error out. It must never see a body.
 """
 
 from __future__ import annotations
@@ -29,12 +27,29 @@ import msgspec
 
 from minikms import api
 from minikms.errors import InvalidRequestError
-from minikms.http import limits as refusals
 from minikms.http.limits import (
-    MEMO_HEAD_BYTES_MAX,
-    MEMO_HEADS_COUNT_MAX,
+    BAD_CONTENT_ENCODING,
+    BAD_CONTENT_LENGTH,
+    BAD_EXPECT,
+    BAD_HEADER,
+    BAD_HOST,
+    BAD_METHOD,
+    BAD_REQUEST_LINE,
+    BAD_TARGET,
+    BAD_TRANSFER_ENCODING,
+    BAD_VERSION,
+    BODY_TOO_LARGE,
+    CACHED_HEAD_BYTES_MAX,
+    CACHED_HEADS_COUNT_MAX,
+    HEAD_TOO_LARGE,
+    LENGTH_REQUIRED,
     METHOD_BYTES_MAX,
     QUERY_PARAMETERS_COUNT_MAX,
+    REPEATED_HEADER,
+    TARGET_TOO_LONG,
+    TOO_MANY_HEADERS,
+    TRAILER,
+    UPGRADE,
     Limits,
     RefusedError,
 )
@@ -47,12 +62,12 @@ _REQUEST_LINE: Final = re.compile(rb"(%b{1,%d}) ([!-~]+) HTTP/([0-9]\.[0-9])\r\n
 _TARGET: Final = re.compile(rb"/[A-Za-z0-9\-._~!$&'()*+,;=:@%/?]*")
 _FIELDS: Final = re.compile(rb"(?:%b+:[\t -~\x80-\xff]*\r\n)*\r\n" % _TOKEN)
 _STRAY: Final = re.compile(rb"\r[^\n]|(?<!\r)\n|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-"""Bytes that no acceptable head contains, however it goes on."""
+"""Bytes that no accepted head contains, whatever follows them."""
 _HOST: Final = re.compile(rb"[A-Za-z0-9\-._~!$&'()*+,;=:\[\]%]*")
 _LENGTH: Final = re.compile(rb"[0-9]+")
 
 _REQUEST_ID: Final = api.REQUEST_ID_HEADER.encode()
-_NOT_MEMORABLE: Final = frozenset({b"authorization", b"cookie", b"proxy-authorization", _REQUEST_ID})
+_NOT_CACHED: Final = frozenset({b"authorization", b"cookie", b"proxy-authorization", _REQUEST_ID})
 _ONCE: Final = frozenset(
     {
         b"authorization",
@@ -68,11 +83,11 @@ _ONCE: Final = frozenset(
 
 
 class ParsedHead(msgspec.Struct, frozen=True, gc=False):
-    """What the engine and the application need to know of a head.
+    """What the engine and the application need from a head.
 
-    `path` and `query` are as sent, not percent-decoded. `content_length` is 0 for a chunked or absent body.
-    `plain`: its answer, if 200 and JSON, has the common form (kept-alive, with a body, no request id to echo).
-    `memorable`: an equal head may be recognised by its bytes alone: it holds no credential, and is likely to recur.
+    `path` and `query` are as sent, not percent-decoded. `content_length` is 0 for a chunked or absent body. `plain`: a
+    200 with JSON needs no special header (the connection stays open, the method is not HEAD, no request id to repeat).
+    `cacheable`: `HeadCache` may keep it, because it contains no credential and is likely to recur.
     """
 
     method: str
@@ -85,7 +100,7 @@ class ParsedHead(msgspec.Struct, frozen=True, gc=False):
     content_type: str
     request_id: str | None
     plain: bool
-    memorable: bool
+    cacheable: bool
 
 
 class _Fields:
@@ -101,23 +116,23 @@ class _Fields:
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        # llhttp leaves the white space behind a value, which is not part of it (RFC 9110 section 5.5).
+        # llhttp keeps the white space after a value, which is not a part of it (RFC 9110 section 5.5).
         self.fields.append((name.lower(), value.strip(b" \t")))
 
 
 def parse_head(raw: bytes, limits: Limits) -> ParsedHead:
-    """Parse one head, from the method to the empty line inclusive. Raises `RefusedError`."""
+    """Parse one head, from the method to the empty line inclusive. Raises RefusedError."""
     if len(raw) > limits.head_bytes_max:
-        raise RefusedError(refusals.HEAD_TOO_LARGE)
+        raise RefusedError(HEAD_TOO_LARGE)
     line = _REQUEST_LINE.match(raw)
     if line is None:
-        raise RefusedError(refusals.BAD_REQUEST_LINE)
+        raise RefusedError(BAD_REQUEST_LINE)
     method, target, version = line.groups()
     _check_request_line(method, target, version, limits)
     if _FIELDS.fullmatch(raw, line.end()) is None:
-        raise RefusedError(refusals.BAD_HEADER)
+        raise RefusedError(BAD_HEADER)
     if raw.count(b"\r\n") - 2 > limits.headers_count_max:
-        raise RefusedError(refusals.TOO_MANY_HEADERS)
+        raise RefusedError(TOO_MANY_HEADERS)
     fields = _single_fields(_parse_fields(raw, target))
     is_1_1 = version == b"1.1"
     _check_host(fields, is_1_1)
@@ -137,65 +152,65 @@ def parse_head(raw: bytes, limits: Limits) -> ParsedHead:
         content_type=fields.get(b"content-type", b"").decode("latin-1"),
         request_id=request_id,
         plain=keep_alive and method != b"HEAD" and request_id is None,
-        memorable=not query and fields.keys().isdisjoint(_NOT_MEMORABLE),
+        cacheable=not query and fields.keys().isdisjoint(_NOT_CACHED),
     )
 
 
 def check_partial_head(data: bytearray, start: int, end: int, limits: Limits) -> None:
-    """Refuse early what can't become an acceptable head: raises `RefusedError`, otherwise more bytes are awaited.
+    """Raise RefusedError if an incomplete head can't become an acceptable one; otherwise the engine waits for more.
 
-    Without this a peer that speaks HTTP/0.9, TLS or with bare LF would wait for the timeout. The bytes are looked
-    at where they are: what is no head may be a body that went astray, and must not be copied.
+    Without this check, a peer that sends HTTP/0.9, TLS or bare LF would wait for the timeout. The bytes are not copied:
+    if they are not a head, they may be a misplaced body that holds a key.
     """
     if end - start > limits.head_bytes_max:
         in_request_line = data.find(b"\r\n", start, end) < 0
-        raise RefusedError(refusals.TARGET_TOO_LONG if in_request_line else refusals.HEAD_TOO_LARGE)
+        raise RefusedError(TARGET_TOO_LONG if in_request_line else HEAD_TOO_LARGE)
     if not data[start : start + 1].isalpha():
-        raise RefusedError(refusals.BAD_REQUEST_LINE)
+        raise RefusedError(BAD_REQUEST_LINE)
     in_request_line = data.find(b"\n", start, end) < 0
     if not in_request_line:
         line = _REQUEST_LINE.match(data, start, end)
         if line is None:
-            raise RefusedError(refusals.BAD_REQUEST_LINE)
+            raise RefusedError(BAD_REQUEST_LINE)
         method, target, version = line.groups()
         _check_request_line(method, target, version, limits)
     if _STRAY.search(data, start, end) is not None:
-        raise RefusedError(refusals.BAD_REQUEST_LINE if in_request_line else refusals.BAD_HEADER)
+        raise RefusedError(BAD_REQUEST_LINE if in_request_line else BAD_HEADER)
 
 
 def _check_request_line(method: bytes, target: bytes, version: bytes, limits: Limits) -> None:
     if version not in (b"1.1", b"1.0"):
-        raise RefusedError(refusals.BAD_VERSION)
+        raise RefusedError(BAD_VERSION)
     if method not in METHODS:
-        raise RefusedError(refusals.BAD_METHOD)
+        raise RefusedError(BAD_METHOD)
     if len(target) > limits.target_bytes_max:
-        raise RefusedError(refusals.TARGET_TOO_LONG)
+        raise RefusedError(TARGET_TOO_LONG)
     if _TARGET.fullmatch(target) is None:
-        raise RefusedError(refusals.BAD_TARGET)
+        raise RefusedError(BAD_TARGET)
 
 
 def _parse_fields(raw: bytes, target: bytes) -> list[tuple[bytes, bytes]]:
-    """Header names in lower case and values, as httptools reads them."""
+    """Header names in lower case, and values, as httptools parses them."""
     sink = _Fields()
     try:
         httptools.HttpRequestParser(sink).feed_data(raw)
     except httptools.HttpParserUpgrade:
-        raise RefusedError(refusals.UPGRADE) from None
+        raise RefusedError(UPGRADE) from None
     except httptools.HttpParserError:
-        raise RefusedError(refusals.BAD_HEADER) from None
+        raise RefusedError(BAD_HEADER) from None
     if sink.url != target or len(sink.fields) != raw.count(b"\r\n") - 2:
-        raise RefusedError(refusals.BAD_HEADER)
+        raise RefusedError(BAD_HEADER)
     return sink.fields
 
 
 def _single_fields(fields: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-    """By name; a list-valued header that comes more than once is joined by commas (RFC 9110 section 5.3)."""
+    """Values by name; those of a repeated list-valued header are joined by commas (RFC 9110 section 5.3)."""
     single: dict[bytes, bytes] = {}
     for name, value in fields:
         if name not in single:
             single[name] = value
         elif name in _ONCE:
-            raise RefusedError(refusals.REPEATED_HEADER)
+            raise RefusedError(REPEATED_HEADER)
         else:
             single[name] += b", " + value
     return single
@@ -204,18 +219,18 @@ def _single_fields(fields: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
 def _check_host(fields: dict[bytes, bytes], is_1_1: bool) -> None:
     host = fields.get(b"host")
     if (host is None and is_1_1) or (host is not None and _HOST.fullmatch(host) is None):
-        raise RefusedError(refusals.BAD_HOST)
+        raise RefusedError(BAD_HOST)
 
 
 def _check_unsupported(fields: dict[bytes, bytes]) -> None:
     if b"upgrade" in fields or b"upgrade" in _tokens(fields.get(b"connection", b"")):
-        raise RefusedError(refusals.UPGRADE)
+        raise RefusedError(UPGRADE)
     if b"trailer" in fields:
-        raise RefusedError(refusals.TRAILER)
+        raise RefusedError(TRAILER)
     if fields.get(b"expect", b"100-continue").lower() != b"100-continue":
-        raise RefusedError(refusals.BAD_EXPECT)
+        raise RefusedError(BAD_EXPECT)
     if fields.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise RefusedError(refusals.BAD_CONTENT_ENCODING)
+        raise RefusedError(BAD_CONTENT_ENCODING)
 
 
 def _body_length(fields: dict[bytes, bytes], method: bytes, is_1_1: bool, limits: Limits) -> tuple[int, bool]:
@@ -224,17 +239,17 @@ def _body_length(fields: dict[bytes, bytes], method: bytes, is_1_1: bool, limits
     coding = fields.get(b"transfer-encoding")
     if coding is not None:
         if length is not None or not is_1_1 or coding.lower() != b"chunked":
-            raise RefusedError(refusals.BAD_TRANSFER_ENCODING)
+            raise RefusedError(BAD_TRANSFER_ENCODING)
         return 0, True
     if length is None:
         if method in _METHODS_WITH_BODY:
-            raise RefusedError(refusals.LENGTH_REQUIRED)
+            raise RefusedError(LENGTH_REQUIRED)
         return 0, False
     if _LENGTH.fullmatch(length) is None:
-        raise RefusedError(refusals.BAD_CONTENT_LENGTH)
-    # llhttp has refused what does not fit into 64 bits.
+        raise RefusedError(BAD_CONTENT_LENGTH)
+    # llhttp has refused a number that needs more than 64 bits.
     if int(length) > limits.body_bytes_max:
-        raise RefusedError(refusals.BODY_TOO_LARGE)
+        raise RefusedError(BODY_TOO_LARGE)
     return int(length), False
 
 
@@ -254,11 +269,10 @@ def _request_id(fields: dict[bytes, bytes]) -> str | None:
     return text if api.REQUEST_ID_PATTERN.fullmatch(text) else None
 
 
-class HeadMemo:
-    """Remembers heads by their exact bytes, so that a client that repeats itself is parsed once.
+class HeadCache:
+    """Caches parsed heads by their exact bytes, so that a repeated head is parsed once.
 
-    Bounded in number and size; forgets everything when full, which costs one parse per distinct head. A head with a
-    credential is never kept.
+    Bounded in number and size; it drops all entries when it is full. It never keeps a head with a credential.
     """
 
     __slots__ = ("_heads", "_limits", "get")
@@ -267,13 +281,13 @@ class HeadMemo:
         self._limits = limits
         self._heads: dict[bytes, ParsedHead] = {}
         self.get = self._heads.get
-        """`get(raw)`: the remembered head or None."""
+        """`get(raw)`: the cached head, or None."""
 
     def parse(self, raw: bytes) -> ParsedHead:
-        """Parse a head that `get` does not know, and keep it if it may be kept. Raises `RefusedError`."""
+        """Parse a head that `get` does not have, and cache it if it is cacheable. Raises RefusedError."""
         head = parse_head(raw, self._limits)
-        if head.memorable and len(raw) < MEMO_HEAD_BYTES_MAX:
-            if len(self._heads) >= MEMO_HEADS_COUNT_MAX:
+        if head.cacheable and len(raw) < CACHED_HEAD_BYTES_MAX:
+            if len(self._heads) >= CACHED_HEADS_COUNT_MAX:
                 self._heads.clear()
             self._heads[raw] = head
         return head
@@ -283,7 +297,7 @@ _BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
 def parse_query(query: str) -> dict[str, str]:
-    """Parameters by name, decoded; `+` is a space, as HTML forms write it. Raises `InvalidRequestError`."""
+    """The parameters by name, decoded; `+` is a space, as in HTML forms. Raises InvalidRequestError."""
     parameters: dict[str, str] = {}
     if not query:
         return parameters

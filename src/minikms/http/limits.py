@@ -1,15 +1,13 @@
-"""The bounds of the HTTP engine.
+"""The bounds of the HTTP engine, and its refusals: what it answers before the application sees a request.
 
-Owns: every number that keeps a peer from taking more than its share of memory, descriptors or time. Invariants: each
-bound is a named constant with its unit last, and what a client must know too comes from `minikms.api`. Nothing here
-may mean "unlimited". `Limits` exists so that tests can wait a tenth of a second instead of a minute; the daemon uses
-the defaults.
+Owns: every number that keeps a peer from taking more than its share of memory, descriptors or time, and the status,
+code and sentence of each refusal. Invariants:
 
-What the engine itself refuses, before the application sees anything: one table.
-
-Owns: the status, the stable code and the sentence of each refusal. Invariants: every refusal of a peer's input is 4xx,
-never 5xx, because a 5xx tells an operator that the service has failed; the only 5xx here say that the service is full
-or stopping. A sentence never repeats what the peer sent. docs/spec/http.md has the same table; a test compares the two.
+- Each bound is a named constant with its unit; bounds that clients need come from `minikms.api`; no value means
+  "unlimited". `Limits` lets tests use smaller bounds; the daemon uses the defaults.
+- A refusal of a peer's input is 4xx, because a 5xx tells an operator that the service has failed. The 5xx here say that
+  the service is full, stopping, or has failed itself.
+- A sentence never repeats what the peer sent. docs/spec/http.md has the same table; a test compares the two.
 """
 
 from __future__ import annotations
@@ -20,38 +18,38 @@ from typing import Final, NamedTuple
 from minikms import api
 
 TARGET_BYTES_MAX: Final = 4096
-"""Of a request target; `/keys` with every parameter at its longest stays below 1 KiB."""
+"""Bound of a request target; `/keys` with every parameter at its longest is shorter than 1 KiB."""
 METHOD_BYTES_MAX: Final = 32
 CHUNKS_COUNT_MAX: Final = 16_384
-"""Of one chunked body: 16 MiB in pieces of 1 KiB. A body of one-byte chunks would cost seconds of the loop's time."""
+"""Bound of one chunked body: 16 MiB in chunks of 1 KiB. A body of one-byte chunks would block the loop for seconds."""
 CHUNK_SIZE_DIGITS_MAX: Final = 8
-MEMO_HEADS_COUNT_MAX: Final = 256
-MEMO_HEAD_BYTES_MAX: Final = 1024
+CACHED_HEADS_COUNT_MAX: Final = 256
+CACHED_HEAD_BYTES_MAX: Final = 1024
 QUERY_PARAMETERS_COUNT_MAX: Final = 32
 
 RECEIVE_BUFFER_BYTES: Final = 256 * 1024
-"""The one buffer that every connection receives into. More than a Unix socket's default queue (208 KiB)."""
+"""Size of the buffer that all connections share. More than a Unix socket's default queue (208 KiB)."""
 BUFFERED_BYTES_MAX: Final = 256 * 1024 * 1024
-"""Of incomplete requests, all connections together: otherwise 2,048 of them could hold 32 GiB."""
+"""Bound of the incomplete requests of all connections: without it, 2,048 connections could hold 32 GiB."""
 WRITE_BUFFER_BYTES_MAX: Final = 1024 * 1024
-"""Of answers that a client has not read; beyond it nothing more is read from that client."""
+"""Bound of the answers that a client has not read; beyond it, the engine reads nothing more from that client."""
 
 HEAD_SECONDS_MAX: Final = 10.0
 BODY_SECONDS_MAX: Final = 60.0
 IDLE_SECONDS_MAX: Final = 300.0
 HALF_CLOSED_SECONDS_MAX: Final = 5.0
 LINGER_SECONDS_MAX: Final = 2.0
-"""How long input is still read and thrown away after the last answer, so that the client gets to read that."""
+"""How long the engine reads and discards input after the last answer, so that the client can read the answer."""
 WRITE_STALL_SECONDS_MAX: Final = 30.0
 WRITE_PROGRESS_BYTES_MIN: Final = 64 * 1024
-"""A client that takes less than this, and not all, in WRITE_STALL_SECONDS_MAX counts as not reading."""
+"""A client that reads less than this, and not everything, in WRITE_STALL_SECONDS_MAX counts as not reading."""
 SWEEP_SECONDS: Final = 0.5
-"""How often deadlines are looked at: one pass over all connections, instead of a timer for each request."""
+"""Interval between two checks of the deadlines: one pass over all connections, instead of a timer per request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The bounds that a test may tighten. Bytes, counts and seconds, as the names say."""
+    """The bounds of one server, in bytes, counts and seconds, as the names say."""
 
     head_bytes_max: int = api.HEAD_BYTES_MAX
     headers_count_max: int = api.HEADERS_COUNT_MAX
@@ -76,7 +74,7 @@ LIMITS: Final = Limits()
 
 
 class Refusal(NamedTuple):
-    """One row: HTTP status, code of `minikms.api`, a sentence for the caller."""
+    """One refusal: HTTP status, code of `minikms.api`, a sentence for the caller."""
 
     status: int
     code: str
@@ -84,7 +82,7 @@ class Refusal(NamedTuple):
 
 
 class RefusedError(Exception):
-    """The peer's bytes are refused; the engine answers with `refusal` and closes the connection."""
+    """The engine refuses the peer's bytes: it answers with `refusal` and closes the connection."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal.sentence)
@@ -96,7 +94,7 @@ def _bad(sentence: str) -> Refusal:
 
 
 BAD_REQUEST_LINE: Final = _bad("The request line is not 'METHOD /path HTTP/1.1' followed by CR LF.")
-BAD_VERSION: Final = _bad("Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+BAD_VERSION: Final = _bad("Only HTTP/1.1 and HTTP/1.0 are supported.")
 BAD_TARGET: Final = _bad("The request target must be a path that begins with '/', with RFC 3986 characters only.")
 BAD_HEADER: Final = _bad("The headers are malformed or contradict each other.")
 BAD_HOST: Final = _bad("A valid Host header is required.")
@@ -107,7 +105,7 @@ BAD_CHUNK: Final = _bad("The chunked body is malformed, or has a chunk extension
 TRAILER: Final = _bad("Trailers are not accepted.")
 UPGRADE: Final = _bad("The connection can't be upgraded to another protocol.")
 TRUNCATED: Final = _bad("The connection was closed in the middle of a request.")
-BAD_METHOD: Final = Refusal(405, api.CODE_METHOD_NOT_ALLOWED, "The method is not known here.")
+BAD_METHOD: Final = Refusal(405, api.CODE_METHOD_NOT_ALLOWED, "The method is not supported.")
 HEAD_TIMEOUT: Final = Refusal(408, api.CODE_TIMEOUT, "The head of the request took too long to arrive.")
 BODY_TIMEOUT: Final = Refusal(408, api.CODE_TIMEOUT, "The body of the request took too long to arrive.")
 LENGTH_REQUIRED: Final = Refusal(411, api.CODE_INVALID_REQUEST, "A Content-Length is required, 0 for an empty body.")
@@ -115,19 +113,19 @@ BODY_TOO_LARGE: Final = Refusal(413, api.CODE_TOO_LARGE, "The body is larger tha
 TOO_MANY_CHUNKS: Final = Refusal(413, api.CODE_TOO_MANY, "The body comes in too many chunks.")
 TARGET_TOO_LONG: Final = Refusal(414, api.CODE_TOO_LARGE, "The request target is longer than is accepted.")
 BAD_CONTENT_ENCODING: Final = Refusal(415, api.CODE_INVALID_REQUEST, "The body must not be compressed.")
-BAD_EXPECT: Final = Refusal(417, api.CODE_INVALID_REQUEST, "Only the expectation '100-continue' is known here.")
+BAD_EXPECT: Final = Refusal(417, api.CODE_INVALID_REQUEST, "Only the expectation '100-continue' is supported.")
 HEAD_TOO_LARGE: Final = Refusal(431, api.CODE_TOO_LARGE, "The head of the request is larger than is accepted.")
 TOO_MANY_HEADERS: Final = Refusal(431, api.CODE_TOO_MANY, "The request has more headers than are accepted.")
 OVERLOADED: Final = Refusal(503, api.CODE_TOO_MANY, "Too much is being received at once; try again.")
 TOO_MANY_CONNECTIONS: Final = Refusal(503, api.CODE_TOO_MANY, "Too many connections; try again.")
 SHUTTING_DOWN: Final = Refusal(503, api.CODE_SHUTTING_DOWN, "The service is stopping.")
 INTERRUPTED: Final = Refusal(
-    503, api.CODE_INTERRUPTED, "The service stopped while it worked on this; it may have been carried out."
+    503, api.CODE_INTERRUPTED, "The service stopped during this request, which may have taken effect."
 )
 AUDIT_UNAVAILABLE: Final = Refusal(
-    503, api.CODE_AUDIT_UNAVAILABLE, "The audit log can't be written, so nothing is answered."
+    503, api.CODE_AUDIT_UNAVAILABLE, "The audit log can't be written, so requests are refused."
 )
-INTERNAL: Final = Refusal(500, api.CODE_INTERNAL, "The service failed; its log says more.")
+INTERNAL: Final = Refusal(500, api.CODE_INTERNAL, "The service failed; its log has the details.")
 
 TABLE: Final = {name: row for name, row in globals().items() if isinstance(row, Refusal)}
-"""All rows by name, for the specification and the tests."""
+"""All refusals by name, for the specification and the tests."""

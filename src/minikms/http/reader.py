@@ -1,31 +1,23 @@
-"""Memory that requests are received into, and zeroed afterwards.
+"""From received bytes to complete requests: the receive side of one connection, without its socket.
 
-Owns: the allocation, growth and wiping of receive buffers, and the sum of what they hold. Invariants: a buffer grows by
-allocate, copy, zero, never by `bytearray` resizing (which leaves the old block on the heap as it was); every byte that
-was received is zeroed before its memory is given back. No parsing here.
+Owns: the receive buffers, their total size and their zeroing, the decoding of chunked bodies (RFC 9112 section 7.1),
+and the bytes that are not yet a complete request. Rules:
 
-The chunked transfer coding of RFC 9112 section 7.1, the strict subset that the service accepts.
+- Bytes are received into the buffer that all connections share, and used there. Only the rest that is not a complete
+  request is carried over, into a buffer of this reader, which then receives the following bytes directly.
+- The body that `next` returns is a view of that memory, never a copy. Only a chunked body is decoded into a buffer.
+- A chunk is 1 to 8 hexadecimal digits, CR LF, that many bytes, CR LF. The last chunk has size 0, and CR LF follows.
+  A chunk extension, a trailer, white space, or a bare CR or LF is refused at its first byte. The size of the body and
+  the number of chunks are bounded.
+- A buffer grows by allocating, copying and zeroing, because resizing a `bytearray` leaves the old block on the heap.
+- Every byte is zeroed after it has been used or refused: by `RequestReader.settle` or `RequestReader.discard`, or, for
+  the result of `RequestReader.only_request`, by `Shared.wipe` at the end of the turn.
+- After a RefusedError only `discard` may be called, because the start of the next request is no longer certain.
 
-Owns: decoding a chunked body into one contiguous, wipeable buffer. Rules:
-- chunk = 1 to 8 hexadecimal digits, CR LF, that many bytes, CR LF; the last chunk has size 0 and is followed by CR LF.
-- No chunk extension, no trailer, no white space, no bare CR or LF: else refused, at the first byte that
-  shows it.
-- The body and the number of chunks are bounded.
-Pure: bytes in, bytes out, no socket and no clock. It must never hold a copy of the body that it does not wipe.
+Usage: receive into `room()`, call `received(n)`, then `next()` until it returns None, then `settle()` or `discard()`
+before control returns to the event loop, because the next connection uses the shared buffer.
 
-From received bytes to whole requests: the receive side of one connection, without the connection.
-
-Owns: the bytes of a connection that are not yet a whole request. Rules:
-- Bytes are received into the one buffer that all connections share and used there, in place. Only the rest that does
-  not make a whole request is carried over, in a block of this reader, which then receives the next bytes directly.
-- The body that `next` returns is a view of that memory: never a copy, except for a chunked body, which is decoded.
-- Every byte is zeroed once it has been used or refused: in `settle` or `discard`, or, for what `only_request` gave, at
-  the end of the turn in `Shared.wipe`.
-- After a `RefusedError` only `discard` may be called: where the next request begins is no longer certain.
-Pure: no socket, no clock. It must never decide what a refusal leads to.
-
-Use: fill `room()`, `received(n)`, `next()` until None (or as long as the caller likes), then `settle()` or `discard()`
-before control goes back to the event loop, for the shared buffer belongs to the next connection then.
+Pure: no socket, no clock. It must never keep a copy of a body that it does not zero, nor answer a refusal.
 """
 
 from __future__ import annotations
@@ -33,7 +25,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Final
 
-from minikms.http.head import HeadMemo, ParsedHead, check_partial_head
+from minikms.http.head import HeadCache, ParsedHead, check_partial_head
 from minikms.http.limits import (
     BAD_CHUNK,
     BODY_TOO_LARGE,
@@ -43,20 +35,16 @@ from minikms.http.limits import (
     Limits,
     RefusedError,
 )
+from minikms.memory.arena import zero
 
-_ZEROS: Final = memoryview(bytes(64 * 1024))
-
-
-def wipe(view: memoryview) -> None:
-    """Zero all bytes of a writable view, without a temporary of its size."""
-    step = len(_ZEROS)
-    for start in range(0, len(view), step):
-        part = view[start : start + step]
-        part[:] = _ZEROS[: len(part)]
+_CR: Final = 0x0D
+_LF: Final = 0x0A
+_HEX: Final = {ord(digit): int(digit, 16) for digit in "0123456789abcdefABCDEF"}
+_CAPACITY_BYTES_MIN: Final = 4096
 
 
 class Budget:
-    """How many bytes all buffers of a server hold together, and may."""
+    """The number of bytes that all buffers of a server hold, and its bound."""
 
     __slots__ = ("bytes_held", "bytes_max")
 
@@ -65,7 +53,7 @@ class Budget:
         self.bytes_held = 0
 
     def take(self, count: int) -> None:
-        """Raises `RefusedError` (503) when the sum would pass the bound."""
+        """Raises RefusedError (503) if the sum would exceed the bound."""
         if self.bytes_held + count > self.bytes_max:
             raise RefusedError(OVERLOADED)
         self.bytes_held += count
@@ -75,12 +63,12 @@ class Budget:
 
 
 class ReceiveBuffer:
-    """A fixed block of `capacity` bytes of which the first `filled` hold received data."""
+    """A block of `capacity` bytes, the first `filled` of which are received data."""
 
     __slots__ = ("_budget", "capacity", "data", "filled", "view")
 
     def __init__(self, capacity: int, budget: Budget) -> None:
-        """Raises `RefusedError` when the budget is spent."""
+        """Raises RefusedError if the budget does not allow it."""
         budget.take(capacity)
         self._budget = budget
         self.capacity = capacity
@@ -89,17 +77,17 @@ class ReceiveBuffer:
         self.filled = 0
 
     def append(self, part: memoryview) -> None:
-        """Copy `part` behind what is there; the caller has made room."""
+        """Append a copy of `part`. The caller has made room."""
         end = self.filled + len(part)
         self.view[self.filled : end] = part
         self.filled = end
 
     def room(self) -> memoryview:
-        """The unfilled rest, to receive into."""
+        """The unused part, to receive into."""
         return self.view[self.filled :]
 
     def moved(self, start: int, capacity: int) -> ReceiveBuffer:
-        """A new buffer that begins with this one's bytes from `start` on. This one is wiped, also on failure."""
+        """A new buffer with this one's bytes from `start` on. This one is zeroed, also if that fails."""
         try:
             new = ReceiveBuffer(capacity, self._budget)
             new.append(self.view[start : self.filled])
@@ -108,21 +96,15 @@ class ReceiveBuffer:
         return new
 
     def wipe(self) -> None:
-        """Zero what was received and give the bytes back to the budget. The buffer is not used again."""
-        wipe(self.view[: self.filled])
+        """Zero the received bytes and return the capacity to the budget. The buffer must not be used again."""
+        zero(self.view[: self.filled])
         self.filled = 0
         self._budget.give(self.capacity)
         self.capacity = 0
 
 
-_CR: Final = 0x0D
-_LF: Final = 0x0A
-_HEX: Final = {ord(digit): int(digit, 16) for digit in "0123456789abcdefABCDEF"}
-_CAPACITY_BYTES_MIN: Final = 4096
-
-
 class _At(IntEnum):
-    """What the next byte must be."""
+    """The state of a `ChunkedDecoder`: what the next byte must be."""
 
     SIZE = 0
     SIZE_LF = 1
@@ -141,11 +123,11 @@ _NEXT: Final = {
     _At.LAST_CR: (_CR, _At.LAST_LF),
     _At.LAST_LF: (_LF, _At.DONE),
 }
-"""The states with exactly one acceptable byte, and where it leads (SIZE_LF of a zero-size chunk leads to LAST_CR)."""
+"""For a state with one acceptable byte: that byte and the next state. After a chunk size of 0 the next is LAST_CR."""
 
 
 class ChunkedDecoder:
-    """Decodes one body. After `RefusedError` only `wipe` may be called."""
+    """Decodes one chunked body. After a RefusedError only `wipe` may be called."""
 
     __slots__ = ("_at", "_body_bytes_max", "_buffer", "_chunks", "_chunks_count_max", "_digits", "_size")
 
@@ -163,9 +145,9 @@ class ChunkedDecoder:
         return self._at is _At.DONE
 
     def feed(self, data: memoryview) -> int:
-        """Decode from `data`; returns how many bytes of it belong to this body (all of them until `complete`).
+        """Decode `data`. Returns how many of its bytes belong to this body: all of them unless it is now `complete`.
 
-        Raises `RefusedError` for malformed framing (400), too large a body or too many chunks (413).
+        Raises RefusedError for malformed framing (400), too large a body or too many chunks (413).
         """
         position = 0
         end = len(data)
@@ -195,7 +177,7 @@ class ChunkedDecoder:
         return self._buffer.view[: self._buffer.filled]
 
     def wipe(self) -> None:
-        """Zero the body and give its memory back."""
+        """Zero the body and return its capacity to the budget."""
         self._buffer.wipe()
 
     def _size_byte(self, byte: int) -> None:
@@ -224,44 +206,42 @@ class ChunkedDecoder:
             self._at = _At.DATA_CR
 
 
-_CARRY_BYTES_MIN: Final = 4096
-
-
 class Phase(IntEnum):
-    """What a connection waits for from its peer; each has its limit in seconds."""
+    """What a connection waits for from its peer. Each phase has a limit in seconds."""
 
     IDLE = 0
     HEAD = 1
     BODY = 2
     LINGER = 3
-    """The last answer was sent; the peer is to close."""
+    """The last answer was sent; the connection waits for the peer to close."""
 
 
 class Shared:
-    """What the readers of one server have in common. `view` is all zero between two turns of the event loop."""
+    """What the readers of one server share. `view` is all zeros between two turns of the event loop."""
 
-    __slots__ = ("budget", "data", "limits", "memo", "used_bytes", "view", "zeros")
+    __slots__ = ("budget", "data", "head_cache", "limits", "used_bytes", "view", "zeros")
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.memo = HeadMemo(limits)
+        self.head_cache = HeadCache(limits)
         self.budget = Budget(limits.buffered_bytes_max)
         self.data = bytearray(limits.receive_buffer_bytes)
         self.view = memoryview(self.data)
         self.zeros = memoryview(bytes(limits.receive_buffer_bytes))
         self.used_bytes = 0
-        """How far `view` holds requests that were used in this turn."""
+        """Length of the part of `view` that holds requests of this turn."""
 
     def wipe(self) -> None:
-        """To be called at the end of every turn in which `RequestReader.used` was."""
+        """Zero the used part. Call this at the end of every turn in which `RequestReader.used` was called."""
         self.view[: self.used_bytes] = self.zeros[: self.used_bytes]
         self.used_bytes = 0
 
 
 class RequestReader:
-    """Turns the bytes of one connection into whole requests."""
+    """Turns the bytes of one connection into complete requests."""
 
     __slots__ = (
+        "_cached_head",
         "_carry",
         "_chunks",
         "_data",
@@ -269,7 +249,6 @@ class RequestReader:
         "_last",
         "_last_bytes",
         "_last_raw",
-        "_memo_get",
         "_position",
         "_shared",
         "_view",
@@ -282,10 +261,10 @@ class RequestReader:
         self._chunks: ChunkedDecoder | None = None
         self._data = shared.data
         self._view = shared.view
-        self._memo_get = shared.memo.get
+        self._cached_head = shared.head_cache.get
         self._position = 0
         self._end = 0
-        # What `only_request` gave last: how many bytes it was, its head as it came, and parsed.
+        # The last result of `only_request`: its size, its head as received, and its parsed head.
         self._last_bytes = 0
         self._last_raw = b""
         self._last: ParsedHead | None = None
@@ -294,14 +273,14 @@ class RequestReader:
 
     @property
     def phase(self) -> Phase:
-        """What the next bytes belong to, after `next` has returned None."""
+        """What the next bytes belong to. Valid after `next` has returned None."""
         if self.head is not None:
             return Phase.BODY
         return Phase.HEAD if self._position < self._end else Phase.IDLE
 
     @property
     def holds_input(self) -> bool:
-        """Are bytes carried over, or is a request half received?"""
+        """Whether bytes are carried over, or a request has been received in part."""
         return self._carry is not None or self.head is not None
 
     def room(self) -> memoryview:
@@ -319,25 +298,25 @@ class RequestReader:
             self._end = carry.filled
 
     def only_request(self, count: int) -> tuple[ParsedHead, memoryview] | None:
-        """The request that the first `count` bytes of `room()` are, if they are just one and its head is known.
+        """A shortcut: the request in the first `count` bytes of `room()`, if they are one request with a cached head.
 
-        Then only `used` may follow. None says nothing, and has changed nothing: `received` and `next` tell.
+        The caller calls `used` next. None changes nothing; the caller calls `received` and `next` instead.
         """
         if self._carry is not None or self.head is not None:
-            return None  # these bytes go on with a request that has begun, whatever they look like
+            return None  # these bytes continue an incomplete request
         head = self._last
         if head is not None and count == self._last_bytes and self._data.startswith(self._last_raw):
             return head, self._view[len(self._last_raw) : count]
         stop = self._data.find(b"\r\n\r\n", 0, count) + 4
         raw = bytes(self._view[:stop])
-        head = self._memo_get(raw)
+        head = self._cached_head(raw)
         if head is None or head.chunked or stop + head.content_length != count:
             return None
         self._last, self._last_raw, self._last_bytes = head, raw, count
         return head, self._view[stop:count]
 
     def next(self) -> tuple[ParsedHead, memoryview] | None:
-        """The next whole request. None: more bytes are needed. Raises `RefusedError`.
+        """The next complete request. None: more bytes are needed. Raises RefusedError.
 
         The body is valid until the next call of any method.
         """
@@ -351,7 +330,7 @@ class RequestReader:
                 check_partial_head(self._data, position, self._end, self._shared.limits)
                 return None
             raw = bytes(self._view[position:stop])
-            head = self._shared.memo.get(raw) or self._shared.memo.parse(raw)
+            head = self._shared.head_cache.get(raw) or self._shared.head_cache.parse(raw)
             position = self._position = stop
         if head.chunked:
             return self._next_chunked(head)
@@ -364,12 +343,12 @@ class RequestReader:
         return head, self._view[position:stop]
 
     def used(self, count: int) -> None:
-        """The request that `only_request` gave was handed on: it is zeroed when the turn ends."""
+        """The application has got the request of `only_request`: zero its `count` bytes when the turn ends."""
         shared = self._shared
         shared.used_bytes = max(shared.used_bytes, count)
 
     def settle(self) -> None:
-        """Zero what has been used and carry the rest over. Raises `RefusedError` when there is no memory for it."""
+        """Zero what has been used and carry the rest over. Raises RefusedError if the budget does not allow it."""
         self._drop_chunks(if_complete=True)
         carry = self._carry
         rest = self._end - self._position
@@ -406,11 +385,11 @@ class RequestReader:
             self._data, self._view, self._end = carry.data, carry.view, carry.filled
 
     def _capacity(self, filled: int) -> int:
-        """For a block that holds `filled` bytes and takes more.
+        """The capacity of a buffer with `filled` bytes that will receive more.
 
-        Never the announced length at once: announcing costs the peer nothing, sending does.
+        It is not the announced length at once, because announcing a length costs the peer nothing.
         """
-        capacity = max(2 * filled, _CARRY_BYTES_MIN)
+        capacity = max(2 * filled, _CAPACITY_BYTES_MIN)
         if self.head is not None and filled < self.head.content_length:
             return min(capacity, self.head.content_length)
         return capacity
@@ -427,7 +406,7 @@ class RequestReader:
         return head, self._chunks.body()
 
     def _drop_chunks(self, *, if_complete: bool = False) -> None:
-        """Zero the decoded body, or (`if_complete`) only one that the caller has used."""
+        """Zero the decoded body. if_complete: only if the body is complete, so that the caller has used it."""
         if self._chunks is not None and (self._chunks.complete or not if_complete):
             self._chunks.wipe()
             self._chunks = None

@@ -1,12 +1,12 @@
-"""The HTTP server: what all connections share, the end of a turn, deadlines, graceful stop.
+"""The HTTP server: the state that connections share, the end of a turn, deadlines, graceful stop.
 
 Owns: the set of connections, the queue of the turn and the counters. Invariants:
-- Answers of one turn of the event loop are written together, after `Application.commit` returned True; otherwise each
-  is replaced by a 503. `commit` is called in every turn in which the application was told of anything to audit.
-- One receive buffer does for all connections, because asyncio and uvloop call `get_buffer`, receive, and call
-  `buffer_updated` without anything between.
+- The answers of one turn of the event loop are written together, after `Application.commit` has returned True.
+  Otherwise a 503 replaces each of them. `commit` is called in every turn in which the engine called the application.
+- All connections share one receive buffer. That works because asyncio and uvloop call `get_buffer`, receive, and call
+  `buffer_updated` with nothing in between.
 - There is one timer, and only while there are connections.
-It must never open a listening socket (its caller does, with `protocol_factory`) or write text of an exception anywhere.
+It must never open a listening socket (the caller does, with `protocol_factory`), nor output the text of an exception.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from collections.abc import Awaitable, Callable
 from typing import Final, Generic
 
 from minikms.errors import MiniKmsError
-from minikms.http import limits as refusals
 from minikms.http.connection import Connection
-from minikms.http.encode import AnswerEncoder
-from minikms.http.exchange import Application, Response, S, raised_response, refusal_response
+from minikms.http.exchange import AnswerEncoder, Application, Response, S, raised_response, refusal_response
 from minikms.http.head import ParsedHead
-from minikms.http.limits import LIMITS, Limits, Refusal
+from minikms.http.limits import INTERNAL, INTERRUPTED, LIMITS, SHUTTING_DOWN, TOO_MANY_CONNECTIONS, Limits, Refusal
 from minikms.http.reader import Phase, Shared
 
 _DRAIN_POLL_SECONDS: Final = 0.02
@@ -49,11 +47,11 @@ class HttpServer(Generic[S]):
         self.connections: set[Connection[S]] = set()
         self.draining = False
         self.requests = 0
-        """Whole requests handed to the application since the start."""
+        """Complete requests passed to the application since the start."""
         self.refused = 0
-        """Refusals by the engine itself since the start."""
+        """Refusals by the engine since the start."""
         self.accept_failures = 0
-        """How often the kernel could not give a new connection since the start; counted by who accepts."""
+        """Failures of accept(2) since the start. The code that accepts connections counts them."""
         self.now = loop.time()
         """The loop's time, at most `sweep_seconds` old while there are connections."""
         self.phase_seconds = {
@@ -77,14 +75,14 @@ class HttpServer(Generic[S]):
         return len(self.connections)
 
     async def drain(self, seconds: float) -> None:
-        """Stop gracefully: close idle connections, finish what is in flight, at most `seconds` long; then cut the rest.
+        """Stop gracefully: close idle connections, finish pending requests for at most `seconds`, then abort the rest.
 
-        The caller has closed its listening sockets. Answers say `connection: close` from now on.
+        The caller has closed its listening sockets. From now on every answer says `connection: close`.
         """
         self.draining = True
         deadline = self.loop.time() + seconds
         while self.connections or self._tasks:
-            # First, so that requests which lie in a socket's queue are read before their connection counts as idle.
+            # Sleep first, so that requests in a socket's queue are read before their connection counts as idle.
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
             if self.loop.time() >= deadline:
                 break
@@ -101,14 +99,15 @@ class HttpServer(Generic[S]):
 
     # --- for connections ----------------------------------------------------------------------------------------
 
-    def open(self, transport: asyncio.Transport) -> tuple[S] | None:
+    def open(self, connection: Connection[S], transport: asyncio.Transport) -> tuple[S] | None:
         """Ask the application for a session. None: the connection was refused and is being closed."""
-        self._wake()
+        if self._sweeper is None:
+            self._tick()
         refusal = None
         if self.draining:
-            refusal = refusals.SHUTTING_DOWN
+            refusal = SHUTTING_DOWN
         elif len(self.connections) >= self.limits.connections_max:
-            refusal = refusals.TOO_MANY_CONNECTIONS
+            refusal = TOO_MANY_CONNECTIONS
         if refusal is not None:
             self.refuse(None, refusal)
             transport.write(self.encoder.answer(refusal_response(refusal), close=True))
@@ -123,6 +122,7 @@ class HttpServer(Generic[S]):
             self._schedule_turn()
             transport.abort()
             return None
+        self.connections.add(connection)
         return (session,)
 
     def refuse(self, session: S | None, refusal: Refusal) -> None:
@@ -131,11 +131,11 @@ class HttpServer(Generic[S]):
         self._schedule_turn()
         try:
             self.app.refused(session, refusal.status, refusal.code)
-        except Exception as error:  # noqa: BLE001 - the peer is refused all the same
+        except Exception as error:  # noqa: BLE001 - the peer is refused in any case
             self.failed(error)
 
     def admit(self, session: S, head: ParsedHead) -> Response | None:
-        """`Application.admit`; what it raises is an answer too."""
+        """Call `Application.admit`. If it raises, the result is the answer to that error."""
         try:
             return self.app.admit(session, head)
         except MiniKmsError as error:
@@ -143,27 +143,28 @@ class HttpServer(Generic[S]):
         except Exception as error:  # noqa: BLE001 - as for `handle`
             return self.failed(error)
 
-    def close(self, session: S) -> None:
-        """`Application.close_session`."""
+    def close(self, connection: Connection[S], session: S) -> None:
+        """Forget a connection that has ended, and close its session."""
+        self.connections.discard(connection)
         self._schedule_turn()
         try:
             self.app.close_session(session)
-        except Exception as error:  # noqa: BLE001 - the connection is gone, nobody is left to be told
+        except Exception as error:  # noqa: BLE001 - the connection has ended, so there is no answer
             self.failed(error)
 
     def failed(self, error: BaseException) -> Response:
-        """Report an unexpected exception by type and place; the answer says no more than that it happened."""
+        """Report an unexpected exception by type and place. Returns a 500 without details."""
         place = "unknown"
         trace = error.__traceback__
         while trace is not None:
             place = f"{trace.tb_frame.f_globals.get('__name__', '?')}:{trace.tb_lineno}"
             trace = trace.tb_next
         self._on_internal_error(f"{type(error).__name__} at {place}")
-        return refusal_response(refusals.INTERNAL)
+        return refusal_response(INTERNAL)
 
     def watch(self, awaitable: Awaitable[bytes | Response], connection: Connection[S], head: ParsedHead) -> None:
-        """Wait for an answer on behalf of a connection."""
-        self._schedule_turn()  # without its answer, this turn has its input to forget all the same
+        """Wait for an awaited answer and pass it to its connection."""
+        self._schedule_turn()  # so that the end of the turn zeroes this request
         task = asyncio.ensure_future(awaitable, loop=self.loop)
         self._tasks.add(task)
 
@@ -175,7 +176,7 @@ class HttpServer(Generic[S]):
         task.add_done_callback(done)
 
     def queue(self, connection: Connection[S]) -> None:
-        """This connection has answers to write at the end of the turn."""
+        """Write the answers of this connection at the end of the turn."""
         self._turn.append(connection)
         if not self._turn_scheduled:
             self._schedule_turn()
@@ -183,8 +184,8 @@ class HttpServer(Generic[S]):
     # --- inside -------------------------------------------------------------------------------------------------
 
     def _outcome(self, task: asyncio.Future[bytes | Response]) -> bytes | Response:
-        if task.cancelled():  # it had begun, and what it began may be on disk
-            return refusal_response(refusals.INTERRUPTED)
+        if task.cancelled():  # it may have changed something on disk already
+            return refusal_response(INTERRUPTED)
         error = task.exception()
         if error is None:
             return task.result()
@@ -204,15 +205,11 @@ class HttpServer(Generic[S]):
         self.shared.wipe()
         try:
             committed = self.app.commit()
-        except Exception as error:  # noqa: BLE001 - an audit that raises is an audit that was not written
+        except Exception as error:  # noqa: BLE001 - if commit raises, the audit lines were not written
             self.failed(error)
             committed = False
         for connection in turn:
             connection.flush(committed)
-
-    def _wake(self) -> None:
-        if self._sweeper is None:
-            self._tick()
 
     def _tick(self) -> None:
         self.now = self.loop.time()

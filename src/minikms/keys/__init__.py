@@ -1,5 +1,5 @@
-"""Keys as ideas: ids, states, the keyring, DEK records, the cache of opened keys.
+"""Keys and their rules: ids, states, DEK records, the keyring, and the tables of opened and of known keys.
 
-Owns: what a key is and which moves it may make. Invariants: no I/O, no clock and no randomness of its own (bytes, times
-and nonces are passed in); state lives in one transition table. It must never hold key material outside the arena.
+Owns: what a key is, and which state changes are legal. Invariants: no I/O, no clock and no randomness of its own:
+bytes, times and nonces are passed in. It must never hold key material outside the arena.
 """

@@ -1,12 +1,12 @@
-"""The cache of opened keys: bounded in number and in age, and what leaves it is released.
+"""The cache of opened keys, bounded in number and in age.
 
-Owns: the values given to it, each until it is evicted, dropped, replaced or too old; then it calls `release()`, which
-zeroes the key. Invariants: never more than `count_max` values; after `expire(now_ns)` none is older than `age_ns_max`,
-however often it was used. Single-threaded. A value got from here is good until the next `put`, `drop`, `expire` or
-`clear`, so a caller uses it before it awaits anything or opens another key. It must never read a clock.
+Owns: each value from `put` until it is evicted, dropped, replaced or expired; then it calls `release()`, which zeroes
+the key. Invariants: never more than `count_max` values. After `expire(now_ns)` no value is older than `age_ns_max`,
+however often it was used. A value from `get` is valid until the next `put`, `drop`, `expire` or `clear`, so a caller
+uses it before it awaits anything or opens another key. For one thread. It must never read a clock.
 
-Eviction is second chance (the CLOCK algorithm; Corbato 1968): a hit only sets a bit, and the hand gives a value whose
-bit is set one more round. That keeps the order up to date without touching it on every hit.
+Eviction uses the CLOCK algorithm (second chance; Corbato 1968): a hit only sets a bit, and a value with its bit set is
+passed over once. So a hit does not reorder anything.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Releasable(Protocol):
-    """What the cache holds: something that can wipe itself."""
+    """A value of the cache. `release` zeroes its key."""
 
     def release(self) -> None: ...
 
@@ -34,7 +34,7 @@ class _Entry(Generic[V]):
 
 
 class KeyCache(Generic[V]):
-    """Values by key id. `hits`, `misses` and `evictions` (by number or age; not `drop`) count since the start."""
+    """Values by key id. `hits`, `misses` and `evictions` (by number or age, not by `drop`) count since the start."""
 
     def __init__(self, *, count_max: int, age_ns_max: int) -> None:
         """Raises ValueError if a bound is below one."""
@@ -52,7 +52,7 @@ class KeyCache(Generic[V]):
         return len(self._entries)
 
     def get(self, key_id: str) -> V | None:
-        """The opened key, or None. This is on the path of every request."""
+        """The opened key, or None. Every request calls this."""
         entry = self._entries.get(key_id)
         if entry is None:
             self.misses += 1
@@ -62,7 +62,7 @@ class KeyCache(Generic[V]):
         return entry.value
 
     def put(self, key_id: str, value: V, now_ns: int) -> None:
-        """Take `value` over. One already there under this id is released; a full cache evicts one first."""
+        """Adds `value`. An earlier value of this id is released; a full cache evicts one first."""
         self.drop(key_id)
         if len(self._entries) >= self._count_max:
             self._evict_one()
@@ -71,7 +71,7 @@ class KeyCache(Generic[V]):
         self._ring[key_id] = entry
 
     def drop(self, key_id: str) -> bool:
-        """Release the value of `key_id`; False if there was none."""
+        """Releases the value of `key_id`; False if there was none."""
         entry = self._entries.pop(key_id, None)
         if entry is None:
             return False
@@ -80,9 +80,9 @@ class KeyCache(Generic[V]):
         return True
 
     def expire(self, now_ns: int) -> int:
-        """Release every value put `age_ns_max` or longer before `now_ns`; the number of them.
+        """Releases every value that was put `age_ns_max` or longer before `now_ns`; the number of them.
 
-        `now_ns` is of the same monotonic clock as that given to `put`.
+        `now_ns` is from the same monotonic clock as in `put`.
         """
         gone = 0
         while self._entries:
@@ -95,7 +95,7 @@ class KeyCache(Generic[V]):
         return gone
 
     def clear(self) -> None:
-        """Release every value: at close, and when the keys above them change."""
+        """Releases every value."""
         while self._entries:
             self.drop(next(iter(self._entries)))
 

@@ -1,33 +1,118 @@
-"""A DEK as it lies on disk: its record, wrapped under one KEK version.
+"""A DEK: its id, its states, and its record on disk, wrapped under one KEK version.
 
-Owns: the record's fields, its strict parsing, wrapping and unwrapping. Invariants: a record whose id, format or
-algorithm isn't what is expected does not parse; unwrapping binds it to its id, thread, purpose, algorithm and KEK
-version, so a swapped or foreign file does not open. `version` grows by one at each rewrap. It must never hold the
-unwrapped key. docs/spec/formats.md describes the file.
+Owns: the one strict form of a key id; the table of legal moves of a DEK; the record's fields, its strict parsing, and
+its wrapping and unwrapping. docs/spec/formats.md describes the file.
+
+An id is `k_` and a ULID in lower case (https://github.com/ulid/spec): 48 bits of Unix milliseconds, then 80 random
+bits, in Crockford base 32. So ids sort by time of creation.
+
+Invariants: every id has one spelling, so text and bytes map one to one. An id from outside passes `check_key_id` before
+it is used. A record whose id, format or algorithm is not the expected one does not parse. Unwrapping authenticates the
+record's id, thread, purpose, algorithm and KEK version, so a swapped or foreign file does not open. An illegal move
+raises and changes nothing. It must never hold an unwrapped key or build a path from an unchecked id.
 """
 
 from __future__ import annotations
 
+import base64
 import re
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
 from minikms import api
-from minikms.crypto import aead, envelope
-from minikms.errors import DecryptionError, KeyUnreadableError
+from minikms.crypto import aead, labels
+from minikms.errors import ConflictError, DecryptionError, InvalidRequestError, KeyUnreadableError
 from minikms.keys.keyring import VERSION_MAX as KEK_VERSION_MAX
-from minikms.keys.states import DekState, move_dek
+
+# --- ids --------------------------------------------------------------------------------------------------------------
+
+KEY_ID_BYTES: Final = 16
+KEY_ID_RANDOM_BYTES: Final = 10
+UNIX_MS_MAX: Final = (1 << 48) - 1
+
+_RFC4648: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
+_CROCKFORD: Final = "0123456789abcdefghjkmnpqrstvwxyz"
+_TO_CROCKFORD: Final = str.maketrans(_RFC4648, _CROCKFORD)
+_TO_RFC4648: Final = str.maketrans(_CROCKFORD, _RFC4648)
+# Base 32 encodes 5 bytes as 8 characters. Four zero bytes in front make 20 bytes of the 16, which are 32 characters;
+# the first 6 of them are always the same and are left out.
+_PAD_BYTES: Final = bytes(4)
+_PAD_CHARS: Final = "A" * 6
+
+
+def make_key_id(unix_ms: int, random: bytes) -> str:
+    """The id of a key created at `unix_ms` (0 to 2^48 - 1), with 10 random bytes.
+
+    Raises ValueError for a time or a length out of range, which is a defect of the caller.
+    """
+    if not 0 <= unix_ms <= UNIX_MS_MAX:
+        raise ValueError("the time of a key id is 48 bits of Unix milliseconds")
+    if len(random) != KEY_ID_RANDOM_BYTES:
+        raise ValueError("a key id takes ten random bytes")
+    return bytes_to_key_id(unix_ms.to_bytes(6, "big") + random)
+
+
+def check_key_id(text: str) -> str:
+    """`text` itself if it is a key id. Raises InvalidRequestError, which does not repeat the text."""
+    if api.KEY_ID_PATTERN.fullmatch(text) is None:
+        raise InvalidRequestError("a key id is k_ and 26 characters of lower-case Crockford base 32")
+    return text
+
+
+def key_id_to_bytes(key_id: str) -> bytes:
+    """The 16 bytes of a key id, which sort as the ids do. Raises InvalidRequestError."""
+    digits = check_key_id(key_id)[2:].translate(_TO_RFC4648)
+    return base64.b32decode(_PAD_CHARS + digits)[4:]
+
+
+def bytes_to_key_id(raw: bytes) -> str:
+    """The key id of 16 bytes. Raises ValueError for any other length."""
+    if len(raw) != KEY_ID_BYTES:
+        raise ValueError("a key id is sixteen bytes")
+    return "k_" + base64.b32encode(_PAD_BYTES + raw).decode("ascii")[6:].translate(_TO_CROCKFORD)
+
+
+def key_id_unix_ms(key_id: str) -> int:
+    """The time of creation that the id contains, in Unix milliseconds. Raises InvalidRequestError."""
+    return int.from_bytes(key_id_to_bytes(key_id)[:6], "big")
+
+
+# --- states -----------------------------------------------------------------------------------------------------------
+
+DekState = Literal["active", "retired", "destroyed"]
+"""`active` encrypts and decrypts; `retired` only decrypts; a `destroyed` key has no file."""
+DekMove = Literal["retire", "destroy"]
+
+DEK_MOVES: Final[dict[tuple[DekState, DekMove], DekState]] = {
+    ("active", "retire"): "retired",
+    ("retired", "destroy"): "destroyed",
+}
+
+
+def move_dek(state: DekState, move: DekMove) -> DekState:
+    """The state after a move. Raises ConflictError for a move that DEK_MOVES does not have."""
+    try:
+        return DEK_MOVES[state, move]
+    except KeyError:
+        done = {"retire": "retired", "destroy": "destroyed"}[move]
+        hint = "; retire it first" if (state, move) == ("active", "destroy") else ""
+        raise ConflictError(f"a key that is {state} can't be {done}{hint}") from None
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
 
 FORMAT: Final = 1
 FILE_BYTES_MAX: Final = 16 * 1024
-REWRAPS_MAX: Final = 2**31
-"""Above every `version` of a record."""
+VERSION_MAX: Final = 2**31
+"""Exclusive bound of a record's `version`, which each rewrap raises by one."""
 
 _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
 
 
 class DekRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The content of a DEK file. `wrapped` is the DEK, sealed under the KEK version `kek_version`."""
+
     id: str
     created_at: str
     wrapped: bytes
@@ -43,7 +128,8 @@ class DekRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     replaced_by: str = ""
 
     def aad(self, kek_version: int) -> bytes:
-        return envelope.dek_aad(
+        """The associated data of this record's DEK when wrapped under `kek_version`."""
+        return labels.dek_aad(
             key_id=self.id,
             thread_id=self.thread_id,
             purpose=self.purpose,
@@ -57,13 +143,12 @@ _encoder = msgspec.json.Encoder()
 
 
 def encode(record: DekRecord) -> bytes:
+    """The bytes of the record's file."""
     return _encoder.encode(record) + b"\n"
 
 
 def parse(data: bytes, key_id: str) -> DekRecord:
-    """The record in `data`, which must be that of `key_id`. Raises KeyUnreadableError, saying what is wrong with the
-    file.
-    """
+    """The record in the file of `key_id`. Raises KeyUnreadableError, which says what is wrong with the file."""
     if len(data) > FILE_BYTES_MAX:
         raise KeyUnreadableError(f"the file of key {key_id} is larger than {FILE_BYTES_MAX} bytes")
     try:
@@ -71,25 +156,25 @@ def parse(data: bytes, key_id: str) -> DekRecord:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise KeyUnreadableError(f"the file of key {key_id} is damaged or of an unknown format version") from None
     if record.format != FORMAT:
-        raise KeyUnreadableError(f"the file of key {key_id} has format version {record.format}; this is {FORMAT}")
+        raise KeyUnreadableError(
+            f"the file of key {key_id} has format version {record.format}; this program reads {FORMAT}"
+        )
     if record.id != key_id:
         raise KeyUnreadableError(f"the file of key {key_id} holds another key's record")
     if not _is_known(record):
-        raise KeyUnreadableError(
-            f"the file of key {key_id} names an algorithm, version, state or time that is not known"
-        )
+        raise KeyUnreadableError(f"the file of key {key_id} has an invalid algorithm, version, state or time")
     if not all(_is_key_id_or_empty(other) for other in (record.replaces, record.replaced_by)):
-        raise KeyUnreadableError(f"the file of key {key_id} names an impossible key")
+        raise KeyUnreadableError(f"the file of key {key_id} refers to an invalid key id")
     if api.THREAD_ID_PATTERN.fullmatch(record.thread_id) is None:
-        raise KeyUnreadableError(f"the file of key {key_id} names an impossible thread")
+        raise KeyUnreadableError(f"the file of key {key_id} has an invalid thread id")
     return record
 
 
 def _is_known(record: DekRecord) -> bool:
     times = [record.created_at] if record.state == "active" else [record.created_at, record.retired_at]
     return (
-        record.algorithm == envelope.ALGORITHM
-        and 1 <= record.version < REWRAPS_MAX
+        record.algorithm == labels.ALGORITHM
+        and 1 <= record.version < VERSION_MAX
         and 1 <= record.kek_version < KEK_VERSION_MAX
         and (record.state == "retired" or (record.state == "active" and not record.retired_at))
         and all(_TIME.fullmatch(time) for time in times)
@@ -122,7 +207,7 @@ def new(
         version=1,
         kek_version=kek_version,
         purpose=purpose,
-        algorithm=envelope.ALGORITHM,
+        algorithm=labels.ALGORITHM,
         state="active",
         replaces=replaces,
     )
@@ -140,7 +225,7 @@ def unwrap_into(record: DekRecord, kek: memoryview, target: memoryview) -> None:
 
 
 def rewrap(record: DekRecord, dek: memoryview, kek: memoryview, kek_version: int, nonce: bytes) -> DekRecord:
-    """The record wrapped under another KEK version; state and everything else stay as they are."""
+    """The record wrapped under another KEK version; its `version` rises by one and nothing else changes."""
     return msgspec.structs.replace(
         record,
         wrapped=aead.seal(kek, nonce, dek, record.aad(kek_version)),
@@ -150,7 +235,7 @@ def rewrap(record: DekRecord, dek: memoryview, kek: memoryview, kek_version: int
 
 
 def retired(record: DekRecord, *, at: str, replaced_by: str = "") -> DekRecord:
-    """Raises ConflictError unless the key is active."""
+    """The record of the key in the state `retired`. Raises ConflictError unless the key is active."""
     return msgspec.structs.replace(
         record, state=move_dek(record.state, "retire"), retired_at=at, replaced_by=replaced_by
     )

@@ -1,8 +1,8 @@
-"""What is known of every key without opening its file: for listings and counts.
+"""The index of all keys in memory, for listings and counts.
 
-Owns: a sorted table of key ids with thread, state and KEK version of each, and the counts over it. Invariants: ids
-are sorted, so that a page is a slice; a thread is kept as a 64-bit hash (a page is checked against the files); some
-90 bytes a key. It must never be the authority: files are.
+Owns: a table of key ids, sorted, with the thread, state and KEK version of each key, and the counts by state and by KEK
+version. Invariants: a page of a listing is a slice of the table; a thread is kept as a 64-bit hash, so the caller
+checks a page against the files; a key takes about 90 bytes. It must never be the authority: the key files are.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from bisect import bisect_left
 from collections import Counter
 from typing import Final, NamedTuple
 
-from minikms.keys.dek import DekRecord
-from minikms.keys.ids import bytes_to_key_id, key_id_to_bytes
+from minikms.keys.dek import DekRecord, bytes_to_key_id, key_id_to_bytes
 
 STATES: Final = ("active", "retired")
 SCANNED_COUNT_MAX: Final = 20_000
-"""Entries that one page looks at: some 2 ms of the loop's time. A filtered page may be short and still have a next."""
+"""Entries that one page looks at: about 2 ms of the event loop. So a filtered page may be short and have a next one."""
 
 
 class Page(NamedTuple):
-    """Key ids of a page; `next_after` is the id to go on after, or empty on the last page."""
+    """The key ids of a page. The next page begins after the id `next_after`, which is empty on the last page."""
 
     key_ids: list[str]
     next_after: str
@@ -40,9 +39,7 @@ class KeyIndex:
         return len(self._ids)
 
     def put(self, record: DekRecord, *, only_new: bool = False) -> None:
-        """Takes a record over. `only_new`: a key that is here already is left as it is (a scan reads what may be
-        older).
-        """
+        """Adds or updates a key. With `only_new` a known key is not changed: a scan may have read an older record."""
         raw = key_id_to_bytes(record.id)
         at = bisect_left(self._ids, raw)
         state = STATES.index(record.state)
@@ -72,7 +69,7 @@ class KeyIndex:
         self.by_kek[self._keks[at]] -= 1
 
     def page(self, *, after: str, limit: int, thread_id: str | None, state: str | None) -> Page:
-        """Up to `limit` keys after the id `after` ("" for the start), in order of id, which is order of creation."""
+        """Up to `limit` keys after the id `after` (empty: from the first one), in order of creation."""
         start = bisect_left(self._ids, key_id_to_bytes(after) + b"\0") if after else 0
         stop = min(len(self._ids), start + SCANNED_COUNT_MAX)
         thread = None if thread_id is None else hash(thread_id)

@@ -1,13 +1,16 @@
 """The keyring: root slots, KEK versions, audit keys, epoch, tombstones.
 
-Owns: the keyring's contents and file format, and the changes that may be made to it; each change is a pure function
-from one body to the next. Hierarchy: each root key wraps a keyring key in a slot of its own; the newest keyring key
-wraps the KEK versions and the audit keys, and authenticates the body as a whole (GMAC over its exact bytes). A new root
-key comes with a new keyring key, so that who kept an old root key and an old keyring can't open a later one; until the
-older slots are dropped, links lead from their keyring key to the newest. Invariants: at most one KEK version is
-`active` and at most one `pending`; every written body has a higher epoch than the one before it; a KEK version's
-number is never used again. It must never hold unwrapped key material: that lives in `minikms.keys.unlocked`.
-docs/spec/formats.md describes the file.
+Owns: the keyring's content and file format (docs/spec/formats.md), the table of legal moves of a KEK version, and every
+change of the keyring. Each change is a pure function from one body to the next.
+
+Hierarchy: each root key wraps a keyring key in its own slot. The newest keyring key wraps the KEK versions and the
+audit keys, and authenticates the body (GMAC over its exact bytes). A new root key comes with a new keyring key, so an
+old root key and an old keyring do not open a later keyring. Until the older slots are dropped, links lead from their
+keyring key to the newest one.
+
+Invariants: exactly one KEK version is `active`, and at most one is `pending`. Every written body has a higher epoch
+than the one before it. The number of a KEK version is never used again. An illegal move raises and changes nothing. It
+must never hold unwrapped key material: that is in `minikms.keys.unlocked`.
 """
 
 from __future__ import annotations
@@ -19,37 +22,61 @@ from typing import Any, Final, Literal, NamedTuple
 import msgspec
 
 from minikms.errors import ConflictError, StartError
-from minikms.keys.states import KekState, move_kek
 
 FORMAT: Final = "minikms-keyring"
 VERSION: Final = 1
 FILE_BYTES_MAX: Final = 256 * 1024 * 1024
 VERSION_MAX: Final = 2**32
-"""Above every number of a KEK, an audit key or a keyring key."""
+"""Exclusive bound of the numbers of KEKs, audit keys and keyring keys."""
 SLOTS_MAX: Final = 16
 KEKS_OPEN_COUNT_MAX: Final = 64
-"""KEK versions that are not destroyed: each takes a slot of the arena."""
+"""KEK versions that are not destroyed. Each takes a slot of the arena."""
 AUDIT_KEYS_COUNT_MAX: Final = 64
 TOMBSTONES_COUNT_MAX: Final = 1_000_000
-"""Some 80 MiB of the file."""
+"""About 80 MiB of the file."""
 KEK_WRAPS_LEASE: Final = 2**16
-"""Reserved at a time. What a run leaves of it is wasted, so 65,536 starts wear a KEK out, not fewer."""
+"""Wraps reserved at a time. A run wastes what it leaves of a reservation, so a KEK lasts for 65,536 starts at least."""
 RESTORE_WRAPS: Final = 2**26
-"""More than any KEK wraps between two backups; a KEK bears 64 restores."""
+"""Added to every KEK by a restore: more wraps than a KEK makes between two backups. A KEK lasts for 64 restores."""
 KEK_WRAPS_WARN: Final = 2**31
 KEK_WRAPS_MAX: Final = 2**32 - KEK_WRAPS_LEASE
-"""NIST SP 800-38D section 8.3: fewer than 2^32 random nonces under one key."""
+"""NIST SP 800-38D, section 8.3: at most 2^32 random nonces under one key."""
 RETIRED_ROOTS_MAX: Final = 64
 
 Provider = Literal["file", "environment", "dev", "request"]
 
 
+# --- KEK states -------------------------------------------------------------------------------------------------------
+
+KekState = Literal["pending", "active", "retired", "destroyed"]
+"""`pending`: a rotation to it is running and new DEKs are wrapped under it; `retired`: it only unwraps."""
+KekMove = Literal["promote", "retire", "destroy"]
+
+KEK_MOVES: Final[dict[tuple[KekState, KekMove], KekState]] = {
+    ("pending", "promote"): "active",
+    ("active", "retire"): "retired",
+    ("retired", "destroy"): "destroyed",
+}
+
+
+def move_kek(state: KekState, move: KekMove) -> KekState:
+    """The state after a move. Raises ConflictError for a move that KEK_MOVES does not have."""
+    try:
+        return KEK_MOVES[state, move]
+    except KeyError:
+        done = {"promote": "promoted", "retire": "retired", "destroy": "destroyed"}[move]
+        raise ConflictError(f"a KEK version that is {state} can't be {done}") from None
+
+
+# --- the body and its file --------------------------------------------------------------------------------------------
+
+
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Base of the parts: an unknown field is refused, since it may change what the others mean."""
+    """Base of all parts. An unknown field is refused: it might change the meaning of the known ones."""
 
 
 class Slot(_Part, frozen=True):
-    """`wrapped` is the keyring key of version `opens`, sealed under this slot's root key."""
+    """`wrapped` is the keyring key of version `opens`, sealed under the root key of this slot."""
 
     slot_id: str
     fingerprint: str
@@ -61,7 +88,7 @@ class Slot(_Part, frozen=True):
 
 
 class Link(_Part, frozen=True):
-    """The keyring key of `version`, sealed under the version before it."""
+    """`wrapped` is the keyring key of `version`, sealed under the version before it."""
 
     version: int
     wrapped: bytes
@@ -78,8 +105,10 @@ class Kek(_Part, frozen=True):
 
 
 class AuditKey(_Part, frozen=True):
-    """`since_seq` and `since_sig` are the audit log's last line under the version before, for all but the first: so
-    that who has got an earlier key can't write another log with it."""
+    """`since_seq` and `since_sig` name the last line of the audit log under the version before; empty for the first.
+
+    They limit an earlier key to the lines up to there: it can't be used to write a different log.
+    """
 
     version: int
     created_at: str
@@ -91,7 +120,7 @@ class AuditKey(_Part, frozen=True):
 
 
 class Rotation(_Part, frozen=True):
-    """A rotation that has begun. `slot_id` names the new root's slot, or is empty when the root stays."""
+    """A running rotation. `slot_id` names the slot of the new root key; empty if the root key stays."""
 
     from_version: int
     to_version: int
@@ -127,6 +156,7 @@ class Body(_Part, frozen=True):
     tombstones: tuple[Tombstone, ...] = ()
 
     def kek(self, version: int) -> Kek | None:
+        """The KEK version, also a destroyed one; None if there was never one of this number."""
         return next((kek for kek in self.keks if kek.version == version), None)
 
     def kek_in_state(self, state: KekState) -> Kek | None:
@@ -134,7 +164,7 @@ class Body(_Part, frozen=True):
 
     @property
     def wrapping_kek(self) -> Kek:
-        """The version that new DEKs are wrapped under: the pending one while a rotation runs, else the active one."""
+        """The KEK version that wraps new DEKs: the pending one during a rotation, otherwise the active one."""
         kek = self.kek_in_state("pending") or self.kek_in_state("active")
         if kek is None:
             raise StartError("the keyring has no active KEK version")
@@ -142,17 +172,15 @@ class Body(_Part, frozen=True):
 
     @property
     def audit_key(self) -> AuditKey:
+        """The audit key in use."""
         return self.audit_keys[-1]
 
     def slot_for(self, fingerprint: str) -> Slot | None:
         return next((slot for slot in self.slots if slot.fingerprint == fingerprint), None)
 
-    def tombstone_of(self, key_id: str) -> Tombstone | None:
-        return next((stone for stone in self.tombstones if stone.key_id == key_id), None)
-
 
 class File(msgspec.Struct, forbid_unknown_fields=True):
-    """The file's two members. `body` keeps its exact bytes: they are what the tag authenticates."""
+    """The members of the file. `body` keeps its exact bytes, which the tag authenticates."""
 
     body: msgspec.Raw
     tag: bytes
@@ -172,7 +200,7 @@ def encode_file(body_bytes: bytes, tag: bytes) -> bytes:
 
 
 def parse_file(data: bytes) -> tuple[Body, bytes, bytes]:
-    """(body, the body's exact bytes, tag), not yet authenticated. Raises StartError."""
+    """(body, its exact bytes, tag). Not authenticated yet: the caller checks the tag. Raises StartError."""
     try:
         file = _file_decoder.decode(data)
         body_bytes = bytes(file.body)
@@ -188,9 +216,9 @@ def parse_file(data: bytes) -> tuple[Body, bytes, bytes]:
 
 
 def check(body: Body) -> None:
-    """Raises StartError when the body breaks an invariant of this module."""
+    """Raises StartError if the body breaks an invariant of this module."""
     if not (_keks_agree(body) and _slots_agree(body) and _audit_keys_agree(body) and body.epoch >= 1):
-        raise StartError("the keyring contradicts itself; restore keyring.json from a backup")
+        raise StartError("the keyring is inconsistent; restore keyring.json from a backup")
 
 
 def _keks_agree(body: Body) -> bool:
@@ -219,7 +247,7 @@ def _slots_agree(body: Body) -> bool:
         return False
     if body.rotation is not None and body.rotation.slot_id not in ids | {""}:
         return False
-    # From each slot's keyring key, the links lead on step by step to the present one.
+    # The links lead from the keyring key of each slot, step by step, to the newest one.
     opens = [slot.opens for slot in body.slots]
     links = [link.version for link in body.links]
     return (
@@ -235,7 +263,7 @@ def _audit_keys_agree(body: Body) -> bool:
 
 
 def _rises(versions: Iterable[int]) -> bool:
-    """Whether these are positive, and each is larger than the one before."""
+    """Whether the numbers are positive and strictly increasing."""
     before = 0
     for version in versions:
         if version <= before:
@@ -244,7 +272,7 @@ def _rises(versions: Iterable[int]) -> bool:
     return True
 
 
-# --- changes: each gives the next body, with its epoch raised ---------------------------------------------------------
+# --- changes: each returns the next body, with a higher epoch ---------------------------------------------------------
 
 
 def next_epoch(body: Body, *, at: str, **changes: object) -> Body:
@@ -255,7 +283,9 @@ def next_epoch(body: Body, *, at: str, **changes: object) -> Body:
 
 
 def after_restore(body: Body, *, seen_epoch: int, at: str) -> Body:
-    """An older body that goes on after `seen_epoch`: each KEK may have wrapped RESTORE_WRAPS more than it says."""
+    """The body after an older one was put back: its epoch is above `seen_epoch`, and every KEK that is not destroyed
+    counts RESTORE_WRAPS more wraps, since the wraps made after that body was written are unknown.
+    """
     keks = tuple(
         kek
         if kek.state == "destroyed"
@@ -266,19 +296,21 @@ def after_restore(body: Body, *, seen_epoch: int, at: str) -> Body:
 
 
 def reserve_wraps(body: Body, version: int, count: int, *, at: str) -> Body:
-    """Adds `count` to the wraps that may have been made under a KEK version."""
+    """Adds `count` to the number of wraps that a KEK version may have made."""
     return _with_kek(body, version, at=at, change=lambda kek: {"wraps_reserved": kek.wraps_reserved + count})
 
 
 def add_audit_key(body: Body, key: AuditKey, *, at: str) -> Body:
-    """Adds the audit key that lines are chained with from here on. Raises ConflictError when there are too many."""
+    """Adds the audit key for all further lines of the log. Raises ConflictError if there are too many."""
     if len(body.audit_keys) >= AUDIT_KEYS_COUNT_MAX:
         raise ConflictError(f"the keyring holds {AUDIT_KEYS_COUNT_MAX} audit keys already; begin a new audit log")
     return next_epoch(body, at=at, audit_keys=(*body.audit_keys, key))
 
 
 class NewRoot(NamedTuple):
-    """What a rotation to a new root key adds: its slot, and the new keyring key with all that is sealed under it."""
+    """What a rotation to a new root key adds: its slot, the link to the new keyring key, and every key sealed under
+    that.
+    """
 
     slot: Slot
     link: Link
@@ -287,9 +319,9 @@ class NewRoot(NamedTuple):
 
 
 def begin_rotation(body: Body, *, kek: Kek, root: NewRoot | None, stamp: str, at: str) -> Body:
-    """Adds the pending version, and what a new root key brings, if there is one: step 1 of a rotation.
+    """Step 1 of a rotation: adds the pending KEK version and, if there is a new root key, its parts.
 
-    Raises ConflictError when the keyring has no room for one more.
+    Raises ConflictError if a bound of this module would be exceeded.
     """
     active = body.kek_in_state("active")
     if active is None:
@@ -317,17 +349,17 @@ def begin_rotation(body: Body, *, kek: Kek, root: NewRoot | None, stamp: str, at
 
 
 def check_has_room(body: Body, *, new_root: bool) -> None:
-    """Raises ConflictError, saying what to do, when a rotation would exceed a bound of this module."""
+    """Raises ConflictError, which says what to do, if a rotation would exceed a bound of this module."""
     if sum(kek.state != "destroyed" for kek in body.keks) >= KEKS_OPEN_COUNT_MAX:
         raise ConflictError(
-            f"the keyring holds {KEKS_OPEN_COUNT_MAX} KEK versions; destroy those that nothing needs: POST /kek/prune"
+            f"the keyring holds {KEKS_OPEN_COUNT_MAX} KEK versions; destroy the unused ones with POST /kek/prune"
         )
     if new_root and len(body.slots) >= SLOTS_MAX:
         raise ConflictError("too many root keys open this keyring; start once with the newest one first")
 
 
 def promote(body: Body, *, at: str) -> Body:
-    """The pending version becomes active, the active one retired: step 3 of a rotation."""
+    """Step 3 of a rotation: the pending KEK version becomes active, and the active one retired."""
     keks: list[Kek] = []
     for kek in body.keks:
         if kek.state == "active":
@@ -340,7 +372,7 @@ def promote(body: Body, *, at: str) -> Body:
 
 
 def destroy_kek(body: Body, version: int, *, at: str) -> Body:
-    """Drops the wrapped key of a retired version; its number stays. Raises ConflictError for any other state."""
+    """Removes the wrapped key of a retired version; its number stays. Raises ConflictError in any other state."""
     return _with_kek(
         body,
         version,
@@ -350,22 +382,22 @@ def destroy_kek(body: Body, version: int, *, at: str) -> Body:
 
 
 def drop_slots_except(body: Body, slot_id: str, *, at: str) -> Body:
-    """Only the newest root, proved by now, opens the keyring from here on; the others are remembered by fingerprint.
+    """Removes all slots but `slot_id`, which must be the newest; the fingerprints of the others are kept.
 
-    Raises ConflictError for any slot but the newest: the links to the present keyring key begin at the older ones.
+    Raises ConflictError for an older slot: only the newest one opens the newest keyring key without links.
     """
     newest = body.slots[-1]
     if newest.slot_id != slot_id:
-        raise ConflictError("only the newest root key may be the one that stays")
+        raise ConflictError("only the slot of the newest root key can stay")
     gone = tuple(RetiredRoot(slot.fingerprint, at) for slot in body.slots[:-1])
     retired_roots = (*body.retired_roots, *gone)[-RETIRED_ROOTS_MAX:]
     return next_epoch(body, at=at, slots=(newest,), links=(), retired_roots=retired_roots)
 
 
-def bury(body: Body, key_id: str, *, at: str) -> Body:
-    """Adds the tombstone of a destroyed DEK. Raises ConflictError when there are too many."""
+def add_tombstone(body: Body, key_id: str, *, at: str) -> Body:
+    """Adds the tombstone of a destroyed DEK. Raises ConflictError if there are too many."""
     if len(body.tombstones) >= TOMBSTONES_COUNT_MAX:
-        raise ConflictError(f"the keyring holds {TOMBSTONES_COUNT_MAX} destroyed keys, as many as it can")
+        raise ConflictError(f"the keyring holds {TOMBSTONES_COUNT_MAX} destroyed keys, which is its limit")
     return next_epoch(body, at=at, tombstones=(*body.tombstones, Tombstone(key_id, at)))
 
 

@@ -1,10 +1,9 @@
-"""The unlocked keyring: its keys, in the arena, and what may be done with them.
+"""The unlocked keyring: its body, and its keys in the arena.
 
 Owns: the arena slots of the keyring key, of every KEK version and of the audit keys. Invariants: key material is
-written straight into the arena (random bytes by `readv`, unwrapped keys by `decrypt_into`); the root key is needed
-only while a slot is opened or made, and released by the caller right after. A body is trusted only once its tag was
-checked. A new keyring key lies beside the present one until `settle`, for the body that brings it in may not reach the
-disk. It must never do I/O of its own.
+written straight into the arena, both random bytes and unwrapped keys. The root key is used only to open or to make a
+slot; the caller releases it right after. A body is trusted only after its tag was checked. A new keyring key is kept
+beside the current one until `settle`, since the body that contains it may fail to reach the disk. It must never do I/O.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from minikms.crypto import aead, labels, roots
 from minikms.errors import DecryptionError, KeyUnreadableError, StartError
 from minikms.keys import keyring
-from minikms.keys.states import KekState
+from minikms.keys.keyring import KekState
 from minikms.memory.arena import SecretArena, SecretSlot
 
 Nonces = Callable[[], bytes]
@@ -27,7 +26,7 @@ FillRandom = Callable[[memoryview], None]
 
 
 class UnlockedKeyring:
-    """The keyring's body beside its opened keys. `body` is replaced only after the new one is durable."""
+    """The keyring's body and its opened keys. The owner replaces `body` only after the new one is durable."""
 
     def __init__(self, arena: SecretArena, nonces: Nonces, body: keyring.Body) -> None:
         self._arena = arena
@@ -52,7 +51,7 @@ class UnlockedKeyring:
         fill_random: FillRandom,
         at: str,
     ) -> UnlockedKeyring:
-        """A new keyring with one slot, KEK version 1 and a first pair of audit keys."""
+        """A new keyring with one slot, KEK version 1 and the first audit key."""
         empty = keyring.Body(
             format=keyring.FORMAT,
             version=keyring.VERSION,
@@ -79,8 +78,9 @@ class UnlockedKeyring:
     def open(
         cls, arena: SecretArena, root: memoryview, data: bytes, *, nonces: Nonces
     ) -> tuple[UnlockedKeyring, keyring.Slot]:
-        """Opens the keyring file under `root`; also tells which slot opened. Raises StartError, naming both
-        fingerprints.
+        """The keyring in the bytes of its file, and the slot that `root` opened.
+
+        Raises StartError: for another root key (it names both fingerprints), or for an altered or damaged file.
         """
         body, body_bytes, tag = keyring.parse_file(data)
         given = roots.fingerprint(root)
@@ -115,7 +115,7 @@ class UnlockedKeyring:
             raise
 
     def _open_keyring_key(self, root: memoryview, slot: keyring.Slot) -> None:
-        """Opens the slot's keyring key, then, link by link, the present one; keeps only that."""
+        """Opens the keyring key of the slot, then link by link the newest one, and keeps only that one."""
         body = self.body
         aad = _slot_aad(body.keyring_id, slot.slot_id, slot.fingerprint, slot.opens)
         aead.open_into(root, slot.wrapped, aad, self._new_keyring_key(slot.opens))
@@ -145,9 +145,9 @@ class UnlockedKeyring:
     def make_root(
         self, root: memoryview, provider: keyring.Provider, fill_random: FillRandom, *, slot_id: str, at: str
     ) -> keyring.NewRoot:
-        """What a new root key adds to the body: a slot, and a fresh keyring key with every key sealed anew under it.
+        """The parts that a new root key adds to the body: a slot, and every key sealed under a fresh keyring key.
 
-        The new keyring key takes effect with a body of its version; `settle` forgets whichever key is then not needed.
+        The new keyring key is used as soon as `body` has its version. Call `settle` once it is known which body stays.
         """
         before = self._keyring_key.view
         version = self.body.key_version + 1
@@ -162,7 +162,7 @@ class UnlockedKeyring:
         )
 
     def settle(self) -> None:
-        """Zeroes every keyring key but that of the present body."""
+        """Zeroes every keyring key but the one of the current body."""
         for version in [version for version in self._keyring_keys if version != self.body.key_version]:
             self._keyring_keys.pop(version).release()
 
@@ -206,7 +206,7 @@ class UnlockedKeyring:
     ) -> keyring.Kek:
         """A fresh random KEK version, kept in the arena under its number until `forget_kek` or `release`.
 
-        It is sealed under the keyring key of `key_version`, without it under the present one.
+        It is sealed under the keyring key of version `key_version`; None means the current one.
         """
         slot = self._keks[version] = self._arena.allocate()
         fill_random(slot.view)
@@ -217,9 +217,9 @@ class UnlockedKeyring:
     def make_audit_key(
         self, fill_random: FillRandom, *, version: int, at: str, since_seq: int = 0, since_sig: bytes = b""
     ) -> keyring.AuditKey:
-        """A fresh audit key and checkpoint seed (Ed25519, RFC 8032), wrapped; only the public key is in the clear.
+        """A fresh audit key and a checkpoint seed (Ed25519, RFC 8032), both wrapped, with the public key in the clear.
 
-        since_seq, since_sig: the log's last line under the version before; none for the first version.
+        since_seq, since_sig: the last line of the audit log under the version before; empty for the first version.
         """
         key, seed = self._audit[version] = (self._arena.allocate(), self._arena.allocate())
         fill_random(key.view)
@@ -236,10 +236,6 @@ class UnlockedKeyring:
             since_sig=since_sig,
         )
 
-    def fingerprint(self, root: memoryview) -> str:
-        """The name of a root key, for comparison with the slots'."""
-        return roots.fingerprint(root)
-
     # --- using them --------------------------------------------------------------------------------------------------
 
     def encode(self, body: keyring.Body) -> bytes:
@@ -250,7 +246,7 @@ class UnlockedKeyring:
         return keyring.encode_file(body_bytes, tag)
 
     def kek(self, version: int) -> memoryview:
-        """The view of a KEK version. Raises KeyUnreadableError for one that this keyring does not have."""
+        """The KEK of a version, 32 bytes. Raises KeyUnreadableError if this keyring does not have it."""
         slot = self._keks.get(version)
         if slot is None:
             raise KeyUnreadableError(
@@ -265,7 +261,7 @@ class UnlockedKeyring:
         return key.view, seed.view
 
     def forget_kek(self, version: int) -> None:
-        """Zeroes a KEK version: one that was destroyed, or made for a rotation that could not begin."""
+        """Zeroes a KEK version that was destroyed, or that was made for a rotation that could not begin."""
         slot = self._keks.pop(version, None)
         if slot is not None:
             slot.release()
@@ -294,7 +290,7 @@ def _slot_aad(keyring_id: str, slot_id: str, fingerprint: str, opens: int) -> by
 
 
 def wrong_root_text(body: keyring.Body, given: str) -> str:
-    """Why a root key does not open this keyring, and what to do."""
+    """The error text for a root key that does not open this keyring: the reason, and what to do."""
     expected = " or ".join(slot.fingerprint for slot in body.slots)
     for old in body.retired_roots:
         if old.fingerprint == given:

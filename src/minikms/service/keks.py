@@ -25,7 +25,7 @@ from minikms.crypto.aead import open_sealed, scrub_stack
 from minikms.custody.rotation import KekRotation, Pruning
 from minikms.custody.vault import Vault
 from minikms.errors import AuditUnavailableError, InvalidRequestError, MiniKmsError, TooManyError
-from minikms.keys.ids import check_key_id
+from minikms.keys.dek import check_key_id
 from minikms.memory.arena import SecretSlot
 from minikms.policy import Principal
 from minikms.service.base import Audit, Verbs
@@ -136,7 +136,7 @@ class KekVerbs(Verbs):
     async def _run(self) -> None:
         while (rotation := self._rotation.running) is not None:
             await self._rotation.run()
-            facts = self._facts(rewrapped=self._rotation.rewrapped, unreadable=self._vault.damage.count)
+            facts = self._facts(rewrapped=self._rotation.rewrapped, unreadable=self._vault.unreadable.count)
             await self._write_surely("rotate_kek_done", facts, end=self._ends.pop(rotation.to_version, None))
             with contextlib.suppress(MiniKmsError):  # the next rotation tries again
                 await self._pruning.keep_rotations(self._rotations_kept)
@@ -148,7 +148,7 @@ class KekVerbs(Verbs):
         if self._rotation.running is not None or len(slots) < 2 or slots[-1].slot_id != self._proved_slot_id:
             return
         try:
-            gone = await self._vault.drop_older_slots(self._proved_slot_id)
+            gone = await self._rotation.drop_older_slots(self._proved_slot_id)
         except MiniKmsError:
             return  # status warns that they are there; the next start tries again
         await self._write_surely("root_keys_dropped", self._facts(fingerprints=",".join(gone)))

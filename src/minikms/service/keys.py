@@ -18,7 +18,7 @@ from minikms import api
 from minikms.crypto.aead import scrub_stack, seal
 from minikms.custody.vault import Vault
 from minikms.errors import InvalidRequestError, MiniKmsError, StorageUnavailableError, WrongPurposeError
-from minikms.keys.ids import check_key_id
+from minikms.keys.dek import check_key_id
 from minikms.memory.arena import fill_random
 from minikms.policy import Principal
 from minikms.service.base import Audit, Verbs

@@ -18,11 +18,10 @@ import msgspec
 from minikms import api
 from minikms.audit import Event
 from minikms.custody.backup.register import ArchiveRegister
-from minikms.custody.vault import Indexing, Vault, read_files
+from minikms.custody.vault import Indexing, Vault
 from minikms.errors import InvalidRequestError, MiniKmsError
 from minikms.keys import dek
-from minikms.keys.dek import DekRecord
-from minikms.keys.ids import check_key_id
+from minikms.keys.dek import DekRecord, check_key_id, key_id_to_bytes
 from minikms.policy import Principal
 from minikms.service.base import Audit, Verbs
 
@@ -87,7 +86,7 @@ class KeyLifecycle(Verbs):
     def _describe_all(self, key_ids: list[str]) -> list[api.KeyAnswer]:
         """For a worker thread; a key that is unreadable or gone since is passed over."""
         found: list[api.KeyAnswer] = []
-        for key_id, data in read_files(self._vault.store, key_ids):
+        for key_id, data in self._vault.store.read_many(key_ids):
             try:
                 if isinstance(data, bytes):
                     found.append(self._describe(dek.parse(data, key_id)))
@@ -103,7 +102,7 @@ class KeyLifecycle(Verbs):
             state=record.state,
             kek_version=record.kek_version,
             created_at=record.created_at,
-            uses_max=self._vault.uses_max(record.id),
+            uses_max=self._vault.leases.uses_max(key_id_to_bytes(record.id)),
         )
 
     # --- retiring and destroying -------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from minikms.errors import (
     TooManyError,
     WrongPurposeError,
 )
-from minikms.keys.ids import check_key_id
+from minikms.keys.dek import check_key_id
 from minikms.policy import Principal
 from minikms.service.base import Audit, Verbs
 

@@ -1,8 +1,8 @@
 """The `progressdb` command: with flags only it serves; subcommands do the rest.
 
-Owns: the words of the command line and the exit statuses: 0 done or intact, 1 refused or wrong, 2 something that was
-named is not there. Invariant: a master key in the environment is taken out of it before anything else is imported. A
-thin shell: what a command does is in the room that owns it.
+`command.py` has the tree of commands, `flags.py` what they share, and each other module a command or a group of them.
+Invariant: a master key in the environment is removed from it before anything else is imported. The room must never hold
+the work of a command that another room could do.
 """
 
 from __future__ import annotations

@@ -1,26 +1,39 @@
 """`progressdb backup`: the store first, the key service second, in one directory.
 
-Owns: the order of the two, and where a backup lies: `<db>/backups/<name>`, with `store/` and `manifest.json` of the
-store and `minikms.backup` of the key service. Invariants: a backup of the store is made by whoever has it open; the key
-service is backed up after it, so that every key that a record names is there; a restore goes into an empty place. The
-archive of the key service is made and restored by the `minikms` command, for no key is ever in this process. Nothing
-here deletes a backup: what is forgotten is the register's entry of one that was deleted.
+Owns: the order of the two, and the place of a backup: `<db>/backups/<name>`, with `store/` and `manifest.json` of the
+store and `minikms.backup` of the key service. Invariants: the process that has the store open makes its backup; the key
+service is backed up after the store, so that its backup has every key that a record names; a restore writes only into
+empty directories. The `minikms` command makes and restores the archive of the key service, because no key ever enters
+this process. Nothing here deletes a backup: `forget` removes the entry of a deleted one from the register.
 """
 
 from __future__ import annotations
 
-import json
+import json as encoder
 import os
 import subprocess
 import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 from urllib.parse import quote
 
-from progressdb_server.api.routes.store_backup import NAME, REFUSAL
-from progressdb_server.cli.admin_client import Administrator
+from cyclopts import App, Parameter
+
+from progressdb_server.api.routes.store_backup import INVALID_NAME, NAME
+from progressdb_server.cli.admin_client import AdminClient
+from progressdb_server.cli.flags import (
+    Addr,
+    CommandError,
+    ConfigFile,
+    Db,
+    Json,
+    MasterKeyFd,
+    MasterKeyFile,
+    existing_directory,
+    load_config,
+)
 from progressdb_server.config import Config
 from progressdb_server.store import backup
 from progressdb_server.store.engine import EngineLockedError
@@ -30,36 +43,54 @@ KMS_ARCHIVE: Final = "minikms.backup"
 CREATE_S_MAX: Final = 3600.0
 
 
-class BackupCommandError(Exception):
-    """What was asked for can't be done; the text says why and what to do."""
+BackupDirectory = Annotated[Path, Parameter(name="--backup", help="The backup's directory.")]
+
+app = App(name="backup", help="Back up store and key service, verify and restore backups.", version_flags=[])
 
 
-def create(config: Config, name: str, master_key_fd: int | None, *, store_only: bool) -> int:
-    """0: made and read back. Raises BackupCommandError, BackupError, EngineUnavailableError, ServerAwayError,
-    ServerRefusedError.
-    """
+@app.command(name="create")
+def create(
+    name: Annotated[str, Parameter(help="The backup's name: it is made in <db>/backups.")],
+    *,
+    store_only: Annotated[
+        bool,
+        Parameter(
+            name="--store-only",
+            help="Leave the key service out, where another user has it.",
+            negative=(),
+            show_default=False,
+        ),
+    ] = False,
+    addr: Addr = None,
+    db: Db = None,
+    config: ConfigFile = None,
+    master_key_file: MasterKeyFile = None,
+    master_key_fd: MasterKeyFd = None,
+) -> int:
+    """Back up the store, then the key service, also while they serve. Neither holds the root key."""
+    chosen = load_config(addr=addr, db=db, config=config, master_key_file=master_key_file).config
     if NAME.fullmatch(name) is None:
-        raise BackupCommandError(REFUSAL)
-    path = config.backups_dir / name
-    engine = _engine(config)
+        raise CommandError(INVALID_NAME)
+    path = chosen.backups_dir / name
+    engine = _engine(chosen)
     if engine is None:
-        Administrator(config).call("POST", "/admin/store_backup", {"name": name}, timeout_s=CREATE_S_MAX)
+        client = AdminClient.from_config(chosen)
+        client.call("POST", "/admin/store_backup", {"name": name}, timeout_s=CREATE_S_MAX)
     else:
         try:
             _create_offline(engine, path)
         finally:
             engine.close()
     print(f"{path}: the store is backed up and was read back")
-    if store_only or config.kms.provider == "local":
+    if store_only or chosen.kms.provider == "local":
         print("Now back up the key service, as its user: minikms backup create FILE")
         return 0
-    words = ["create", str(path / KMS_ARCHIVE), "--data-dir", str(config.kms_data_dir)]
-    return _minikms(words, config, master_key_fd)
+    return _minikms(["create", str(path / KMS_ARCHIVE), "--data-dir", str(chosen.kms_data_dir)], chosen, master_key_fd)
 
 
 def _create_offline(engine: RocksEngine, path: Path) -> None:
     if os.path.lexists(path):
-        raise BackupCommandError(f"{path} exists already; a backup never overwrites one")
+        raise CommandError(f"{path} exists already; a backup never overwrites one")
     created_ns = time.time_ns()
     engine.write([backup.registered(str(path), created_ns)])
     engine.sync()
@@ -76,11 +107,13 @@ def _forget_offline(engine: RocksEngine, found: list[backup.Registered]) -> None
     engine.sync()
 
 
-def listed(config: Config, *, as_json: bool) -> int:
-    """The register. Raises BackupCommandError, EngineUnavailableError, ServerAwayError, ServerRefusedError."""
-    engine = _engine(config)
+@app.command(name="list")
+def list_registered(*, addr: Addr = None, db: Db = None, config: ConfigFile = None, json: Json = False) -> int:
+    """List the store's backups that count when an old key is to be destroyed, also those that are not found."""
+    chosen = load_config(addr=addr, db=db, config=config).config
+    engine = _engine(chosen)
     if engine is None:
-        found = Administrator(config).call("GET", "/admin/store_backups")["backups"]
+        found = AdminClient.from_config(chosen).call("GET", "/admin/store_backups")["backups"]
     else:
         try:
             found = [
@@ -90,8 +123,8 @@ def listed(config: Config, *, as_json: bool) -> int:
             ]
         finally:
             engine.close()
-    if as_json:
-        print(json.dumps(found, indent=2))
+    if json:
+        print(encoder.dumps(found, indent=2))
         return 0
     for known in found:
         when = datetime.fromtimestamp(known["created_ns"] / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -101,16 +134,28 @@ def listed(config: Config, *, as_json: bool) -> int:
     return 0
 
 
-def forget(config: Config, name: str, *, agreed: bool) -> int:
-    """Strikes a deleted backup from the register. Raises what `listed` raises, and BackupError."""
-    if not agreed:
-        raise BackupCommandError(
-            "nothing was forgotten: keys that this backup needs may be destroyed then; when it was deleted, with every "
+@app.command(name="forget")
+def forget(
+    name: Annotated[str, Parameter(help="The backup's name, as in the list.")],
+    *,
+    yes: Annotated[
+        bool,
+        Parameter(help="It was deleted, and every copy of it.", negative=(), show_default=False),
+    ] = False,
+    addr: Addr = None,
+    db: Db = None,
+    config: ConfigFile = None,
+) -> int:
+    """Forget a deleted backup, so that keys which it needed may be destroyed. Refused while it is still there."""
+    chosen = load_config(addr=addr, db=db, config=config).config
+    if not yes:
+        raise CommandError(
+            "nothing was forgotten: keys that this backup needs may be destroyed then; if it was deleted, with every "
             "copy of it, give --yes"
         )
-    engine = _engine(config)
+    engine = _engine(chosen)
     if engine is None:
-        Administrator(config).call("DELETE", f"/admin/store_backups/{quote(name, safe='')}")
+        AdminClient.from_config(chosen).call("DELETE", f"/admin/store_backups/{quote(name, safe='')}")
     else:
         try:
             _forget_offline(engine, backup.to_forget(engine, name))
@@ -120,50 +165,71 @@ def forget(config: Config, name: str, *, agreed: bool) -> int:
     return 0
 
 
+@app.command(name="verify")
+def verify(
+    backup_path: BackupDirectory,
+    *,
+    db: Db = None,
+    config: ConfigFile = None,
+    master_key_file: MasterKeyFile = None,
+    master_key_fd: MasterKeyFd = None,
+) -> int:
+    """Read a backup back: every file of the store, every key. Exit status: 0 good, 1 not, 2 it is not there."""
+    path = existing_directory(backup_path)
+    chosen = load_config(db=db or ".", config=config, master_key_file=master_key_file).config
+    manifest = backup.verify(str(path))
+    print(f"{path}: the store is whole: {len(manifest.files)} files, {manifest.bytes:,} bytes")
+    if not (path / KMS_ARCHIVE).exists():
+        print(f"no {KMS_ARCHIVE} in it: verify the key service's archive by itself, with minikms backup verify")
+        return 0
+    return _minikms(["verify", str(path / KMS_ARCHIVE)], chosen, master_key_fd)
+
+
+@app.command(name="restore")
+def restore(
+    backup_path: BackupDirectory,
+    *,
+    newer_keyring: Annotated[
+        Path | None,
+        Parameter(help="A keyring.json of later than the backup: keys destroyed by then are not brought back."),
+    ] = None,
+    db: Db = None,
+    config: ConfigFile = None,
+    master_key_file: MasterKeyFile = None,
+    master_key_fd: MasterKeyFd = None,
+) -> int:
+    """Restore into the directories of the configuration, which must be empty. Nothing is ever overwritten."""
+    path = existing_directory(backup_path)
+    chosen = load_config(db=db, config=config, master_key_file=master_key_file).config
+    backup.verify(str(path))
+    if os.path.isdir(chosen.store_dir) and os.listdir(chosen.store_dir):
+        raise CommandError(f"{chosen.store_dir} is not empty: move its files away first")
+    archive = path / KMS_ARCHIVE
+    if archive.exists():  # the key service first: it may refuse its archive
+        words = ["restore", str(archive), "--data-dir", str(chosen.kms_data_dir), "--yes"]
+        if newer_keyring is not None:
+            words += ["--newer-keyring", str(newer_keyring)]
+        refused = _minikms(words, chosen, master_key_fd)
+        if refused:
+            return refused
+    backup.restore(str(path), str(chosen.store_dir))
+    print(f"Restored the store into {chosen.store_dir}. Start the server; if it says that it remembers a")
+    print("later state of the key service, once with --accept-restore.")
+    return 0
+
+
 def _engine(config: Config) -> RocksEngine | None:
-    """The store, or None when the server has it open."""
+    """The store; None if the server has it open. Raises CommandError, EngineUnavailableError."""
     if not os.path.isdir(config.store_dir):
-        raise BackupCommandError(f"{config.store_dir} holds no store")
+        raise CommandError(f"{config.store_dir} holds no store")
     try:
         return RocksEngine(str(config.store_dir))
     except EngineLockedError:
         return None
 
 
-def verify(config: Config, path: Path, master_key_fd: int | None) -> int:
-    """0: good, 1: not. Raises BackupError."""
-    manifest = backup.verify(str(path))
-    print(f"{path}: the store is whole: {len(manifest.files)} files, {manifest.bytes:,} bytes")
-    if not (path / KMS_ARCHIVE).exists():
-        print(f"no {KMS_ARCHIVE} in it: verify the key service's archive by itself, with minikms backup verify")
-        return 0
-    return _minikms(["verify", str(path / KMS_ARCHIVE)], config, master_key_fd)
-
-
-def restore(config: Config, path: Path, master_key_fd: int | None, *, newer_keyring: Path | None) -> int:
-    """Into the configuration's places, which must be empty: the key service first, whose archive may be refused.
-
-    Raises BackupError, BackupCommandError.
-    """
-    backup.verify(str(path))
-    if os.path.isdir(config.store_dir) and os.listdir(config.store_dir):
-        raise BackupCommandError(f"{config.store_dir} is not empty: move what is there away first")
-    archive = path / KMS_ARCHIVE
-    if archive.exists():
-        words = ["restore", str(archive), "--data-dir", str(config.kms_data_dir), "--yes"]
-        if newer_keyring is not None:
-            words += ["--newer-keyring", str(newer_keyring)]
-        refused = _minikms(words, config, master_key_fd)
-        if refused:
-            return refused
-    backup.restore(str(path), str(config.store_dir))
-    print(f"Restored the store into {config.store_dir}. Start the server; if it says that it remembers a")
-    print("later state of the key service, once with --accept-restore.")
-    return 0
-
-
 def _minikms(words: list[str], config: Config, master_key_fd: int | None) -> int:
-    """`minikms backup …`, which prints for itself. A root key of our environment is passed on as a descriptor."""
+    """Run `minikms backup …`, which prints its own output. A root key of our environment is passed as a descriptor."""
     command = [sys.executable, "-P", "-m", "minikms", "backup", *words]
     key_file = config.kms.master_key_file or _development_key(config)
     if master_key_fd is not None:

@@ -1,73 +1,93 @@
-"""`progressdb check`: walks the store, also beside a running server, and repairs its indexes when told to.
+"""`progressdb check`: examines the store, also beside a running server, and repairs its indexes on request.
 
-Owns: which view of the store and which key service a check uses, and the page. Invariants: without `--repair` nothing
-is written; a repair needs the store to itself. What is right and wrong is in store/check.py.
+Owns: the choice of a view of the store and of a key service, and the page. Invariants: without `--repair` nothing is
+written; a repair needs exclusive use of the store. The rules of a sound store are in store/check.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import json as encoder
 import os
+from typing import Annotated
 
+from cyclopts import Parameter
+
+from progressdb_server.cli.flags import CommandError, ConfigFile, Db, Json, load_config
 from progressdb_server.config import Config
 from progressdb_server.kms.provider import Provider, ProviderError
 from progressdb_server.kms.remote import RemoteProvider
 from progressdb_server.store import form
-from progressdb_server.store.check import Checker, Finding, repair
+from progressdb_server.store.check import Checker, Finding
+from progressdb_server.store.check import repair as repair_store
 from progressdb_server.store.engine import EngineLockedError, EngineUnavailableError
 from progressdb_server.store.rocks import RocksEngine, RocksReader
 
 
-class CheckError(Exception):
-    """There is nothing that could be checked; the text says why."""
+def check(
+    *,
+    repair: Annotated[
+        bool,
+        Parameter(
+            help="Rebuild indexes and counters from the records. The server must be stopped.",
+            negative=(),
+            show_default=False,
+        ),
+    ] = False,
+    db: Db = None,
+    config: ConfigFile = None,
+    json: Json = False,
+) -> int:
+    """Walk the whole store, also beside the running server, which is then asked to open every record.
 
-
-def check(config: Config, *, repairing: bool, as_json: bool) -> int:
-    """Prints what was found. 0: all is right, or was repaired, 1: findings are left. Raises CheckError."""
-    if not os.path.isfile(config.store_dir / "CURRENT"):
-        raise CheckError(f"{config.store_dir} holds no store")
+    Exit status: 0 all is right, 1 something is not, 2 there is no store.
+    """
+    chosen = load_config(db=db, config=config).config
+    if not os.path.isfile(chosen.store_dir / "CURRENT"):
+        raise CommandError(f"{chosen.store_dir} holds no store", missing=True)
     try:
-        fixed = _repaired(config) if repairing else []
-        reader = RocksReader(str(config.store_dir))
+        fixed = _repair(chosen) if repair else []
+        reader = RocksReader(str(chosen.store_dir))
     except form.FormatError as error:
-        raise CheckError(str(error)) from None
+        raise CommandError(str(error), missing=True) from None
     except EngineLockedError:
-        raise CheckError("the server has the store open: stop it for a repair, or check without --repair") from None
+        raise CommandError(
+            "the server has the store open: stop it for a repair, or check without --repair", missing=True
+        ) from None
     except EngineUnavailableError as error:
-        raise CheckError(str(error)) from None
+        raise CommandError(str(error), missing=True) from None
     try:
         form.check(reader)
-        found, counts, opened = asyncio.run(_walked(config, reader))
+        found, counts, opened = asyncio.run(_examine(chosen, reader))
     except form.FormatError as error:
-        raise CheckError(str(error)) from None
+        raise CommandError(str(error), missing=True) from None
     finally:
         reader.close()
-    if as_json:
-        told = {
+    if json:
+        page = {
             "records_opened": opened,
             "counts": counts,
-            "repaired": [_shown(finding) for finding in fixed],
-            "findings": [_shown(finding) for finding in found],
+            "repaired": [_as_json(finding) for finding in fixed],
+            "findings": [_as_json(finding) for finding in found],
         }
-        print(json.dumps(told, indent=2))
+        print(encoder.dumps(page, indent=2))
     else:
         _print(fixed, found, counts, opened=opened)
     return 1 if found else 0
 
 
-def _repaired(config: Config) -> list[Finding]:
+def _repair(config: Config) -> list[Finding]:
     engine = RocksEngine(str(config.store_dir))
     try:
         form.check(engine)
-        fixed, _ = asyncio.run(repair(engine))
+        fixed, _ = asyncio.run(repair_store(engine))
         return fixed
     finally:
         engine.close()
 
 
-async def _walked(config: Config, reader: RocksReader) -> tuple[list[Finding], dict[str, int], bool]:
-    """The findings, what was counted, and whether a key service was there to open the records."""
+async def _examine(config: Config, reader: RocksReader) -> tuple[list[Finding], dict[str, int], bool]:
+    """The findings, the counts, and whether a key service was there to decrypt the records."""
     provider = await _answering(_provider(config))
     try:
         checker = Checker(reader, provider)
@@ -85,6 +105,7 @@ def _provider(config: Config) -> Provider | None:
 
 
 async def _answering(provider: Provider | None) -> Provider | None:
+    """The provider, if its key service answers."""
     if provider is None:
         return None
     try:
@@ -95,7 +116,7 @@ async def _answering(provider: Provider | None) -> Provider | None:
     return provider
 
 
-def _shown(finding: Finding) -> dict[str, object]:
+def _as_json(finding: Finding) -> dict[str, object]:
     return {"kind": finding.kind, "key": finding.key, "detail": finding.detail, "repairable": bool(finding.fix)}
 
 

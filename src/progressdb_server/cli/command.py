@@ -1,7 +1,8 @@
-"""The commands of `progressdb` and their flags.
+"""The commands of `progressdb`.
 
-Owns: the command tree, and how an error becomes a sentence and an exit status: 0 done, 1 refused or found wrong, 2
-something that was named is not there. It must never hold what a command does.
+Owns: the command tree, the flags of `serve`, and the one place in which an error becomes a sentence and an exit status.
+Invariant: the module of a command is imported when the command runs, so that the start stays fast. A thin shell: the
+work of a command is in its module, or in the room that owns it.
 """
 
 from __future__ import annotations
@@ -14,199 +15,120 @@ from typing import Annotated, Final, Literal
 
 from cyclopts import App, Parameter
 
-from progressdb_server.config import Config, ConfigError, ConfigMissingError, Loaded, load
+from progressdb_server.cli.flags import (
+    EXIT_INTERRUPTED,
+    EXIT_MISSING,
+    EXIT_READER_LEFT,
+    EXIT_REFUSED,
+    Addr,
+    CommandError,
+    ConfigFile,
+    Db,
+    Dev,
+    MasterKeyFd,
+    MasterKeyFile,
+    load_config,
+)
+from progressdb_server.config import ConfigError, ConfigMissingError
 
-EXIT_REFUSED: Final = 1
-EXIT_MISSING: Final = 2
-EXIT_INTERRUPTED: Final = 130
-EXIT_READER_LEFT: Final = 141
-"""128 and the signal, SIGINT and SIGPIPE, as shells have it."""
+COMMANDS: Final = {
+    "demo": ("demo:demo", "A guided tour: store, read back, search the disk, verify."),
+    "status": ("status:status", "Show the server and its key service on one page."),
+    "check": ("check:check", "Walk the whole store, also beside the running server."),
+    "backup": ("backup:app", "Back up store and key service, verify and restore backups."),
+    "config": ("configuration:app", "Check or show the configuration that the server would run with."),
+    "rotate-dek": ("jobs:rotate_dek", "Give threads new keys and re-encrypt their records."),
+    "jobs": ("jobs:app", "The background jobs of a running server."),
+    "backups": ("jobs:backups", "What rotations left of the records that they re-encrypted."),
+}
+"""Each command except `serve`: its function or group, and its help in one line. To add a command, add its module and an
+entry here.
+"""
 
-Addr = Annotated[str | None, Parameter(help="Where to listen, host:port; default 127.0.0.1:8080 [PROGRESSDB_ADDR].")]
-Db = Annotated[str | None, Parameter(help="Directory of all data [PROGRESSDB_DB_PATH].")]
-ConfigFile = Annotated[
-    str | None, Parameter(name="--config", help="Configuration file, YAML or .toml [PROGRESSDB_CONFIG].")
-]
-MasterKeyFile = Annotated[
-    str | None,
-    Parameter(help="File with the root key for miniKMS: 64 hex characters [PROGRESSDB_MINIKMS_MASTER_KEY_FILE]."),
-]
-Dev = Annotated[
-    bool | None,
-    Parameter(help="Development: miniKMS makes its own root key file [PROGRESSDB_DEV].", negative=()),
-]
-AcceptRestore = Annotated[
-    bool,
-    Parameter(help="Serve although the key service's data is older than what the store has seen.", negative=()),
-]
-NoKms = Annotated[
-    Literal["none"] | None,
-    Parameter(
-        name="--kms",
-        help="`none` stores everything in plaintext, to measure against; refused outside benchmarks.",
-    ),
-]
-LogFormat = Annotated[str | None, Parameter(help="console or json [PROGRESSDB_LOG_FORMAT].")]
+app = App(
+    name="progressdb",
+    help="The ProgressDB message server. With flags only, it serves.",
+    version=lambda: metadata.version("progressdb-minikms"),
+    version_flags=["--version"],
+)
+for _name, (_place, _help) in COMMANDS.items():
+    app.command(f"progressdb_server.cli.{_place}", name=_name, help=_help)
 
 
-def _loaded(
+@app.default
+@app.command(name="serve")
+def serve(
     *,
-    addr: str | None,
-    db: str | None,
-    config: str | None,
-    master_key_file: str | None,
-    dev: bool | None,
-    log_format: str | None = None,
-) -> Loaded:
-    flags = {
-        "addr": addr,
-        "storage.db_path": db,
-        "config": config,
-        "kms.master_key_file": master_key_file,
-        "server.dev": dev,
-        "logging.format": log_format,
-    }
-    return load(flags, os.environ)
+    addr: Addr = None,
+    db: Db = None,
+    config: ConfigFile = None,
+    master_key_file: MasterKeyFile = None,
+    dev: Dev = None,
+    log_format: Annotated[str | None, Parameter(help="console or json [PROGRESSDB_LOG_FORMAT].")] = None,
+    accept_restore: Annotated[
+        bool,
+        Parameter(help="Serve although the key service's data is older than what the store has seen.", negative=()),
+    ] = False,
+    kms: Annotated[
+        Literal["none"] | None,
+        Parameter(help="`none` stores everything in plaintext, to measure against; refused outside benchmarks."),
+    ] = None,
+    master_key_fd: MasterKeyFd = None,
+) -> int:
+    """Serve the HTTP API until SIGTERM."""
+    from progressdb_server import server
 
-
-def loaded_config(
-    *,
-    addr: str | None = None,
-    db: str | None = None,
-    config: str | None = None,
-    master_key_file: str | None = None,
-) -> Config:
-    """The configuration of a command that serves nothing. Raises ConfigError."""
-    return _loaded(addr=addr, db=db, config=config, master_key_file=master_key_file, dev=None).config
-
-
-def _refused(error: Exception) -> int:
-    print(f"progressdb: {error}", file=sys.stderr)
-    return EXIT_MISSING if isinstance(error, ConfigMissingError) else EXIT_REFUSED
-
-
-def application(master_key_fd: int | None) -> App:
-    """The command tree. `master_key_fd` holds the root key that was in the environment."""
-    app = App(
-        name="progressdb",
-        help="The ProgressDB message server. With flags only, it serves.",
-        version=metadata.version("progressdb-minikms"),
-        version_flags=["--version"],
+    loaded = load_config(
+        addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev, log_format=log_format
     )
-
-    @app.default
-    @app.command(name="serve")
-    def serve(
-        *,
-        addr: Addr = None,
-        db: Db = None,
-        config: ConfigFile = None,
-        master_key_file: MasterKeyFile = None,
-        dev: Dev = None,
-        log_format: LogFormat = None,
-        accept_restore: AcceptRestore = False,
-        kms: NoKms = None,
-    ) -> int:
-        """Serve the HTTP API until SIGTERM."""
-        from progressdb_server import server
-
-        try:
-            server.run(
-                _loaded(
-                    addr=addr,
-                    db=db,
-                    config=config,
-                    master_key_file=master_key_file,
-                    dev=dev,
-                    log_format=log_format,
-                ).config,
-                master_key_fd,
-                accept_restore=accept_restore,
-                encrypting=kms is None,
-            )
-        except (ConfigError, server.ServeError) as error:
-            return _refused(error)
-        return 0
-
-    app.command(
-        "progressdb_server.cli.demo:demo", name="demo", help="A guided tour: store, read back, search the disk, verify."
-    )
-
-    from progressdb_server.cli import upkeep  # which needs this module's flags
-
-    upkeep.add(app, master_key_fd)
-    configuration = App(name="config", help="Check or show the configuration that the server would run with.")
-    app.command(configuration)
-
-    @configuration.command(name="check")
-    def check_configuration(
-        *,
-        addr: Addr = None,
-        db: Db = None,
-        config: ConfigFile = None,
-        master_key_file: MasterKeyFile = None,
-        dev: Dev = None,
-    ) -> int:
-        """Exit 0 when the server could start with it, 1 with the reason when not, 2 when a named file is missing."""
-        from progressdb_server.cli import configuration as command
-
-        try:
-            loaded = _loaded(addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev)
-            command.check(loaded.config, has_master_key=master_key_fd is not None)
-        except ConfigError as error:
-            return _refused(error)
-        print("the configuration is good")
-        return 0
-
-    @configuration.command(name="show")
-    def show_configuration(
-        *,
-        addr: Addr = None,
-        db: Db = None,
-        config: ConfigFile = None,
-        master_key_file: MasterKeyFile = None,
-        dev: Dev = None,
-    ) -> int:
-        """Print every setting, its value and where that came from; API keys are only counted."""
-        from progressdb_server.cli import configuration as command
-
-        try:
-            loaded = _loaded(addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev)
-        except ConfigError as error:
-            return _refused(error)
-        print("\n".join(command.shown(loaded)))
-        return 0
-
-    from progressdb_server.cli import jobs
-
-    jobs.commands(app)
-    return app
+    try:
+        server.run(loaded.config, master_key_fd, accept_restore=accept_restore, encrypting=kms is None)
+    except server.ServeError as error:
+        raise CommandError(str(error)) from None
+    return 0
 
 
 def run(master_key_fd: int | None) -> None:
-    """Carries out the command line and ends the process."""
-    app = application(master_key_fd)
-    mistyped = _mistyped(sys.argv[1:], [name for name in app if not name.startswith("-")])
-    if mistyped:
-        print(f"progressdb: {mistyped}", file=sys.stderr)
-        sys.exit(EXIT_MISSING)
+    """Run the command line and end the process. `master_key_fd` holds the root key that was in the environment."""
     try:
+        _check_first_word(sys.argv[1:])
         try:
-            sys.exit(app())
+            command, bound, unparsed = app.parse_args()
+            given = {"master_key_fd": master_key_fd} if "master_key_fd" in unparsed else {}
+            sys.exit(command(*bound.args, **bound.kwargs, **given))
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Who read our output has closed it; Python must not complain when it flushes once more.
+        # The reader of our output has closed it. Python must not report that when it flushes once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_READER_LEFT)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:  # noqa: BLE001 - `_exit_status` raises a defect again
+        exit_status = _exit_status(error)
+        print(f"progressdb: {error}", file=sys.stderr)
+        sys.exit(exit_status)
 
 
-def _mistyped(words: list[str], commands: list[str]) -> str:
-    """What is wrong with a first word that is no command: `serve` takes flags only, so it can't be anything else."""
+def _exit_status(error: Exception) -> int:
+    """Of an error whose text is written for users. Raises any other: it is a defect."""
+    from progressdb_server.store.backup import BackupError
+    from progressdb_server.store.engine import EngineUnavailableError
+
+    if isinstance(error, CommandError):
+        return EXIT_MISSING if error.missing else EXIT_REFUSED
+    if isinstance(error, ConfigMissingError):
+        return EXIT_MISSING
+    if isinstance(error, (ConfigError, BackupError, EngineUnavailableError)):
+        return EXIT_REFUSED
+    raise error
+
+
+def _check_first_word(words: list[str]) -> None:
+    """Raises CommandError for a first word that is no command: `serve` takes only flags, so it is no argument."""
+    commands = ["serve", *COMMANDS]
     if not words or words[0].startswith("-") or words[0] in commands:
-        return ""
+        return
     close = get_close_matches(words[0], commands, n=1)
-    meant = f"Did you mean `progressdb {close[0]}`?" if close else "`progressdb --help` lists what there is."
-    return f"there is no command {words[0]!r}. {meant}"
+    hint = f"Did you mean `progressdb {close[0]}`?" if close else "`progressdb --help` lists the commands."
+    raise CommandError(f"there is no command {words[0]!r}. {hint}", missing=True)

@@ -1,10 +1,10 @@
 """`progressdb demo`: the guided tour.
 
-Owns: the order of the steps, and what each prints. Each runs against the real server, started as a process of its own
-with its own miniKMS, and is printed with the command that a user would type for it. Invariants: nothing is claimed that
-was not checked in this run, and one failed check makes the exit status 1; the search of the disk proves that it can
-find (the thread's id, which is not secret) before what it doesn't find counts; what was started is stopped. It must
-never use the configuration of the person who runs it, nor touch data outside its directory.
+Owns: the order of the steps, and what each prints. Each step runs against the real server, started as a process of its
+own with its own miniKMS, and is printed with the command that a user would type for it. Invariants: every printed claim
+was checked in this run, and one failed check makes the exit status 1; the search of the disk first proves that it finds
+a text that is there (the thread's id, which is not secret); the processes that it starts are stopped. It must never use
+the configuration of the user, nor touch data outside its directory.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ OTHER_DIRECTORY: Final = "name another directory: progressdb demo --dir DIRECTOR
 
 
 class DemoError(Exception):
-    """The tour cannot go on; the text says why and what to do."""
+    """The tour cannot continue; the text says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where everything of the tour is. Relative paths stay relative: they are printed in commands."""
+    """The paths of the tour. Relative paths stay relative: they are printed in commands."""
 
     directory: Path
     socket: Path
@@ -72,7 +72,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server, and the keys that it takes for this run."""
+    """A running server, and its API keys for this run."""
 
     address: str
     backend_key: str
@@ -83,11 +83,11 @@ class Server:
         return f"http://{self.address}"
 
     def call(self, method: str, target: str, body: object = None, *, admin: bool = False) -> bytes:
-        """The answer's bytes. Raises DemoError unless it is 2xx."""
+        """The body of the response. Raises DemoError unless its status is 2xx."""
         headers = {"X-API-Key": self.admin_key if admin else self.backend_key, "X-User-ID": AUTHOR}
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + target, data, headers, method=method)  # noqa: S310 - http, loopback
-        # Without the proxies of the environment: the server is on this machine.
+        # The server is on this machine: the proxies of the environment are not used.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with opener.open(request, timeout=CALL_TIMEOUT_S) as answer:
@@ -100,7 +100,7 @@ class Server:
 
 
 class Tour:
-    """Prints the steps and remembers whether every check held."""
+    """Prints the steps, and counts the checks that failed."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -117,7 +117,7 @@ class Tour:
         self._console.print(Text(f"   {text}", style=style), soft_wrap=True)
 
     def check(self, holds: bool, claim: str) -> None:
-        """A claim with the outcome of its check before it."""
+        """Print a claim with the result of its check."""
         self.failed += not holds
         self.line(f"{'ok    ' if holds else 'FAILED'} {claim}", style="green" if holds else "bold red")
 
@@ -136,7 +136,7 @@ def demo(
 ) -> int:
     """Take a guided tour: store a conversation, read it back, look for it on the disk. Exit 0 when every check held."""
     tour = Tour(Console(highlight=False))
-    signal.signal(signal.SIGTERM, _interrupt)  # or the server would be left behind
+    signal.signal(signal.SIGTERM, _interrupt)  # otherwise the server would outlive the tour
     try:
         with _socket_place(directory) as socket_path:
             return _take(tour, Place(directory, socket_path))
@@ -153,9 +153,9 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _take(tour: Tour, place: Place) -> int:
     with _running(tour, place) as server:
-        thread, told_before = _conversation(tour, server)
+        thread, earlier = _conversation(tour, server)
         planted = _write(tour, server, thread)
-        messages = _read_back(tour, server, thread, planted, told_before)
+        messages = _read_back(tour, server, thread, planted, earlier)
         record = _show_record(tour, server, thread)
         _rotate_kek(tour, place)
         _rotate_dek(tour, server, thread, record, messages)
@@ -168,7 +168,7 @@ def _take(tour: Tour, place: Place) -> int:
 
 # --- the steps --------------------------------------------------------------------------------------------------
 def _conversation(tour: Tour, server: Server) -> tuple[str, list[dict[str, Any]]]:
-    """The tour's thread, and the messages that are in it from earlier runs."""
+    """The tour's thread, and its messages of earlier runs."""
     query = urllib.parse.urlencode({"author": AUTHOR, "title": TITLE})
     threads = json.loads(server.call("GET", f"/v1/threads?{query}"))["threads"]
     if threads:
@@ -184,7 +184,7 @@ def _conversation(tour: Tour, server: Server) -> tuple[str, list[dict[str, Any]]
 
 
 def _write(tour: Tour, server: Server, thread: str) -> list[str]:
-    """Appends this run's messages, each with a planted text that exists nowhere else; returns the planted texts."""
+    """Append this run's messages, each with a planted text that exists nowhere else. Returns the planted texts."""
     planted = [f"violet-heron-{secrets.token_hex(8)}", f"copper-otter-{secrets.token_hex(8)}"]
     said = [(AUTHOR, "user", f"The door code is {planted[0]}."), ("assistant", "assistant", f"Noted: {planted[1]}.")]
     bodies = [{"thread": thread, "author": author, "role": role, "body": {"text": text}} for author, role, text in said]
@@ -196,16 +196,16 @@ def _write(tour: Tour, server: Server, thread: str) -> list[str]:
 
 
 def _read_back(
-    tour: Tour, server: Server, thread: str, planted: list[str], told_before: list[dict[str, Any]]
+    tour: Tour, server: Server, thread: str, planted: list[str], earlier: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     target = f"/v1/messages?thread={thread}"
     tour.step("Read the conversation back", _curl(server, target))
     messages: list[dict[str, Any]] = json.loads(server.call("GET", target))["messages"]
     for message in messages[-len(planted) :]:
         tour.line(f"{message['author']}: {message['body']['text']}")
-    texts = " ".join(message["body"]["text"] for message in messages[len(told_before) :])
+    texts = " ".join(message["body"]["text"] for message in messages[len(earlier) :])
     tour.check(
-        messages[: len(told_before)] == told_before and all(text in texts for text in planted),
+        messages[: len(earlier)] == earlier and all(text in texts for text in planted),
         f"{len(messages)} messages came back as they were written",
     )
     return messages
@@ -245,7 +245,7 @@ def _rotate_kek(tour: Tour, place: Place) -> None:
 def _rotate_dek(
     tour: Tour, server: Server, thread: str, record: tuple[str, bytes], messages: list[dict[str, Any]]
 ) -> None:
-    """Gives the conversation a new key, and shows the same message under both."""
+    """Give the conversation a new key, and show the same message under both."""
     stored_key, before = record
     target, body = "/admin/rotate_thread_dek?wait=true", {"thread_id": thread}
     tour.step(
@@ -265,7 +265,7 @@ def _rotate_dek(
 
 
 def _show_status(tour: Tour, place: Place) -> str:
-    """Prints what matters of it; returns the head of the audit log at this moment, `seq:sig`."""
+    """Print the main figures. Returns the current head of the audit log, `seq:sig`."""
     tour.step(
         "Ask the key service how it is", f"curl -s --unix-socket {shlex.quote(str(place.socket))} http://kms/status"
     )
@@ -283,7 +283,7 @@ def _show_status(tour: Tour, place: Place) -> str:
 
 
 def _search_disk(tour: Tour, place: Place, thread: str, planted: list[str], texts: list[str]) -> None:
-    """After the stop, when the store has written out what it held in memory."""
+    """Search after the stop, when the store has written its memory to disk."""
     tour.step(
         "Stop the server, and search every byte on disk: store, keys, audit log and the server's log",
         f"grep --recursive --text --count '{planted[0]}' {shlex.quote(str(place.directory))}",
@@ -328,7 +328,7 @@ def _verify_audit(tour: Tour, place: Place, head: str) -> None:
 # --- the server -------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def _running(tour: Tour, place: Place) -> Iterator[Server]:
-    """The real server, as a process; stopped at the end. Raises DemoError when it does not come up or go down."""
+    """The real server, as a process that is stopped at the end. Raises DemoError if it does not start or stop."""
     _make_own_directory(place.directory)
     server = Server(f"127.0.0.1:{_free_port()}", secrets.token_urlsafe(12), secrets.token_urlsafe(12))
     tour.step(
@@ -402,7 +402,7 @@ def _server_command(place: Place, server: Server) -> str:
 
 
 def _program(name: str) -> str:
-    """As the user would type it here: the bare name where PATH finds it, or the shortest path."""
+    """As the user would type it: the bare name if PATH finds it, otherwise the shortest path."""
     path = Path(sys.executable).parent / name
     if shutil.which(name) == str(path):
         return name
@@ -410,13 +410,13 @@ def _program(name: str) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """The environment of what is started: nothing of the user's own configuration of these programs."""
+    """The environment of the started processes, without the user's configuration of these programs."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
 
 
 @contextlib.contextmanager
 def _socket_place(directory: Path) -> Iterator[Path]:
-    """In the server's default place; where that path is too long for a socket, in a short temporary directory."""
+    """The server's default path, or one in a short temporary directory if the default is too long for a socket."""
     usual = directory / "run" / "minikms.sock"
     if len(os.fsencode(usual.absolute())) <= UNIX_PATH_BYTES_MAX:
         yield usual
@@ -435,7 +435,7 @@ def _free_port() -> int:
 
 
 def _kms_status(path: Path) -> dict[str, Any]:
-    """miniKMS's own account of itself, over its socket. Raises DemoError."""
+    """The status that miniKMS reports over its socket. Raises DemoError."""
     try:
         with Client(path) as kms:
             return dict(kms.status())

@@ -1,7 +1,8 @@
-"""Whether a text is in the bytes of a directory's files, in any of the forms it could have been written in.
+"""Search of the files of a directory for a text, in every encoding in which it could have been written.
 
-Owns: the forms (UTF-8, hex, base64 at each of its three alignments), and the walk over files of any size. Invariant: a
-file that cannot be read raises; what was not read is never reported as clean. For files that nobody writes meanwhile.
+Owns: the encodings (UTF-8, hex, base64 at each of its three alignments), and reading files of any size. Invariant: a
+file that cannot be read raises; a file that was not read is never reported as clean. The files must not change
+meanwhile.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import Final
 
 CHUNK_BYTES: Final = 1024 * 1024
 TEXT_CHARS_MIN: Final = 8
-"""A shorter text has too few certain base64 characters to look for, and turns up by chance."""
+"""A shorter text gives too few base64 characters that do not depend on its neighbours, and is found by chance."""
 LINE_BYTES: Final = 16
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search went through, and each (file, text) that it came upon."""
+    """The files and bytes that were searched, and each (file, text) that was found."""
 
     files: int
     size: int
@@ -29,20 +30,20 @@ class Found:
 
 
 def forms(text: str) -> list[bytes]:
-    """The byte strings that a stored `text` would contain. Raises ValueError for a text under TEXT_CHARS_MIN."""
+    """Byte strings of which stored data with `text` contains one. Raises ValueError below TEXT_CHARS_MIN characters."""
     if len(text) < TEXT_CHARS_MIN:
         raise ValueError(f"a text of at least {TEXT_CHARS_MIN} characters is needed")
     raw = text.encode()
     found = [raw, raw.hex().encode(), raw.hex().upper().encode()]
     for before in range(3):
-        # The text after `before` unknown bytes: characters that the neighbours share in are left out.
+        # The text after `before` unknown bytes, without the characters that depend on neighbouring bytes.
         encoded = base64.b64encode(b"\0" * before + raw)
         found.append(encoded[-(-before * 8 // 6) : (before + len(raw)) * 8 // 6])
     return found
 
 
 def search(directory: Path, texts: list[str]) -> Found:
-    """Every regular file under `directory`. Raises OSError for one that cannot be read."""
+    """Search every regular file under `directory`. Raises OSError if one cannot be read."""
     needles = [(form, text) for text in dict.fromkeys(texts) for form in forms(text)]
     overlap = max(len(form) for form, _ in needles) - 1
     files, size = 0, 0
@@ -68,7 +69,7 @@ def _raise(error: OSError) -> None:
 
 
 def _chunks(path: Path, overlap: int) -> Iterator[tuple[bytes, int]]:
-    """Pieces that overlap, so that a match across a boundary is in one of them, and how many bytes of each are new."""
+    """Pieces that overlap, so that a match across a boundary is within one, and how many bytes of each are new."""
     kept = b""
     with path.open("rb") as file:
         while piece := file.read(CHUNK_BYTES):
@@ -77,7 +78,7 @@ def _chunks(path: Path, overlap: int) -> Iterator[tuple[bytes, int]]:
 
 
 def hexdump(raw: bytes, *, plain_bytes: int) -> Iterator[str]:
-    """Lines of offset, hex and ASCII, of which the first `plain_bytes` bytes are marked as such by a ruler line."""
+    """Lines of offset, hex and ASCII. A mark shows where the sealed part begins, after `plain_bytes` bytes."""
     for start in range(0, len(raw), LINE_BYTES):
         line = raw[start : start + LINE_BYTES]
         text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in line)

@@ -1,19 +1,16 @@
-"""`progressdb rotate-dek`, `jobs …` and `backups …`: a running server's jobs, steered from the command line.
+"""`progressdb rotate-dek`, `jobs …` and `backups …`: control of the jobs of a running server.
 
-Owns: what these commands print, and their exit statuses: 0 done, 1 refused or a job that is not done in the end, 2 no
-such job, thread or file. Invariants: `--json` prints JSON alone, one object or list; a progress bar is drawn on a
-terminal only; what destroys nothing is not asked about, `prune` is.
+Owns: what these commands print. Exit status: 0 done, 1 refused or the job did not succeed, 2 no such job, thread or
+file. Invariants: `--json` prints only JSON, one object or list; progress bars are drawn only on a terminal; only
+`prune`, which destroys something, asks for confirmation.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Any, Final
 from urllib.parse import quote
 
@@ -23,56 +20,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from progressdb_server.cli.admin_client import AdminClient, AdminError
+from progressdb_server.cli.admin_client import AdminClient
+from progressdb_server.cli.flags import CommandError, Json, KeyFile, Url
 from progressdb_server.config import duration_s
 
 ROTATE_TIMEOUT_S: Final = 600.0
-"""Of a request that begins many jobs, or works on all backups of one."""
+"""For a request that starts many jobs, or that restores or removes all backups of a job."""
 _OVER: Final = frozenset({"done", "failed", "cancelled", "paused"})
 
-Url = Annotated[
-    str | None, Parameter(name="--url", help="The running server [PROGRESSDB_URL, or that of PROGRESSDB_ADDR].")
-]
-KeyFile = Annotated[
-    Path | None, Parameter(name="--api-key-file", help="File with an admin key [PROGRESSDB_API_ADMIN_KEYS].")
-]
-Json = Annotated[bool, Parameter(name="--json", help="Print JSON.", negative=())]
 JobId = Annotated[str, Parameter(help="A job's id.")]
 
-
-def _told(command: Callable[..., int]) -> Callable[..., int]:
-    """An AdminError becomes a sentence and an exit status."""
-
-    @functools.wraps(command)
-    def run(*given: Any, **named: Any) -> int:
-        try:
-            return command(*given, **named)
-        except AdminError as error:
-            print(f"progressdb: {error}", file=sys.stderr)
-            return 2 if error.missing else 1
-
-    return run
-
-
-def commands(app: App) -> None:
-    """Hang the commands into the tree."""
-    app.command(_told(rotate_dek), name="rotate-dek")
-    jobs = App(name="jobs", help="The background jobs of a running server.")
-    for command, name in (
-        (list_jobs, "list"),
-        (show, "show"),
-        (watch, "watch"),
-        (pause, "pause"),
-        (resume, "resume"),
-        (cancel, "cancel"),
-    ):
-        jobs.command(_told(command), name=name)
-    app.command(jobs)
-    backups = App(name="backups", help="What rotations left of the records that they re-encrypted.")
-    backups.command(_told(list_backups), name="list")
-    backups.command(_told(prune), name="prune")
-    backups.command(_told(restore), name="restore")
-    app.command(backups)
+app = App(name="jobs", help="The background jobs of a running server.")
+backups = App(name="backups", help="What rotations left of the records that they re-encrypted.")
 
 
 # --- rotate-dek ---------------------------------------------------------------------------------------------------
@@ -100,8 +59,8 @@ def rotate_dek(
     }
     chosen = {name: value for name, value in asked.items() if value}
     if len(chosen) != 1:
-        raise AdminError("name threads, or give one of --all, --older-than and --kek-version")
-    client = AdminClient(url, api_key_file)
+        raise CommandError("name threads, or give one of --all, --older-than and --kek-version")
+    client = AdminClient.from_flags(url, api_key_file)
     how: dict[str, object] = {}
     if destroy_old_after:
         how["destroy_old_after"] = destroy_old_after
@@ -114,7 +73,7 @@ def rotate_dek(
         begun = client.call("POST", "/admin/rotate_deks", {**chosen, **how}, timeout_s=ROTATE_TIMEOUT_S)
         ids, count = begun["job_ids"], begun["count"]
     if not wait:
-        _print(begun, as_json, f"{count} jobs begun: {' '.join(ids[:10])}{' …' if count > 10 else ''}")
+        _print(begun, as_json, f"{count} jobs started: {' '.join(ids[:10])}{' …' if count > 10 else ''}")
         return 0
     ended = [_watched(client, job_id, as_json) for job_id in ids]
     if as_json:
@@ -130,6 +89,7 @@ def rotate_dek(
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------
+@app.command(name="list")
 def list_jobs(
     *,
     status: Annotated[str, Parameter(help="Only jobs in this state.")] = "",
@@ -138,13 +98,14 @@ def list_jobs(
     api_key_file: KeyFile = None,
 ) -> int:
     """All jobs, newest first."""
-    jobs = AdminClient(url, api_key_file).call("GET", f"/admin/jobs?status={quote(status)}")["jobs"]
+    jobs = AdminClient.from_flags(url, api_key_file).call("GET", f"/admin/jobs?status={quote(status)}")["jobs"]
     return _listed(jobs, as_json, "no jobs")
 
 
+@app.command(name="show")
 def show(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """One job, with the records that it could not re-encrypt."""
-    job = AdminClient(url, api_key_file).call("GET", _target(job_id))
+    job = AdminClient.from_flags(url, api_key_file).call("GET", _target(job_id))
     if as_json:
         print(json.dumps(job))
         return 0
@@ -158,41 +119,47 @@ def show(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file:
     return 0
 
 
+@app.command(name="watch")
 def watch(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """Follow a job until nobody works on it any more."""
-    job = _watched(AdminClient(url, api_key_file), job_id, as_json)
+    job = _watched(AdminClient.from_flags(url, api_key_file), job_id, as_json)
     _print(job, as_json, _sentence(job))
     return 0 if job["status"] == "done" else 1
 
 
+@app.command(name="pause")
 def pause(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """Stop working on a job until it is resumed."""
-    return _ordered(job_id, "pause", as_json, AdminClient(url, api_key_file))
+    return _control(job_id, "pause", as_json, AdminClient.from_flags(url, api_key_file))
 
 
+@app.command(name="resume")
 def resume(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """Go on with a paused job, or try again what failed."""
-    return _ordered(job_id, "resume", as_json, AdminClient(url, api_key_file))
+    return _control(job_id, "resume", as_json, AdminClient.from_flags(url, api_key_file))
 
 
+@app.command(name="cancel")
 def cancel(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """Give a job up; what it has re-encrypted stays, and so does the rest."""
-    return _ordered(job_id, "cancel", as_json, AdminClient(url, api_key_file))
+    return _control(job_id, "cancel", as_json, AdminClient.from_flags(url, api_key_file))
 
 
-def _ordered(job_id: str, order: str, as_json: bool, client: AdminClient) -> int:
-    job = client.call("POST", f"{_target(job_id)}/{order}")
+def _control(job_id: str, action: str, as_json: bool, client: AdminClient) -> int:
+    job = client.call("POST", f"{_target(job_id)}/{action}")
     _print(job, as_json, _sentence(job))
     return 0
 
 
 # --- backups ------------------------------------------------------------------------------------------------------
+@backups.command(name="list")
 def list_backups(*, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """The jobs that have backups, newest first."""
-    jobs = AdminClient(url, api_key_file).call("GET", "/admin/backups")["jobs"]
+    jobs = AdminClient.from_flags(url, api_key_file).call("GET", "/admin/backups")["jobs"]
     return _listed(jobs, as_json, "no backups")
 
 
+@backups.command(name="prune")
 def prune(
     *job_ids: str,
     older_than: Annotated[str, Parameter(help="Of jobs that ended at least so long ago, as in 30d.")] = "",
@@ -204,22 +171,23 @@ def prune(
 ) -> int:
     """Remove backups for good. The records themselves are not touched."""
     if sum(map(bool, (job_ids, older_than, every))) != 1:
-        raise AdminError("name jobs, or give one of --older-than and --all")
-    client = AdminClient(url, api_key_file)
+        raise CommandError("name jobs, or give one of --older-than and --all")
+    client = AdminClient.from_flags(url, api_key_file)
     chosen = list(job_ids)
     if not chosen:
         chosen = [job["job_id"] for job in client.call("GET", "/admin/backups")["jobs"] if _old(job, older_than)]
     if chosen and not yes and not _confirmed(f"Remove the backups of {len(chosen)} jobs for good?"):
-        raise AdminError("nothing was removed (--yes does not ask)")
+        raise CommandError("nothing was removed (--yes does not ask)")
     removed = [client.call("DELETE", f"{_target(job)}/backups", timeout_s=ROTATE_TIMEOUT_S) for job in chosen]
     total = sum(one["removed"] for one in removed)
     _print(removed, as_json, f"{total} backups of {len(removed)} jobs removed")
     return 0
 
 
+@backups.command(name="restore")
 def restore(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """Put back what a job has re-encrypted; the old key is kept from then on."""
-    client = AdminClient(url, api_key_file)
+    client = AdminClient.from_flags(url, api_key_file)
     outcome = client.call("POST", f"{_target(job_id)}/restore", timeout_s=ROTATE_TIMEOUT_S)
     _print(outcome, as_json, f"{outcome['restored']} records restored, {outcome['kept']} left: they were changed since")
     return 0
@@ -231,7 +199,7 @@ def _old(job: dict[str, Any], older_than: str) -> bool:
     try:
         limit_s = duration_s(older_than) if older_than else 0
     except ValueError as error:
-        raise AdminError(f"--older-than {error}") from None
+        raise CommandError(f"--older-than {error}") from None
     return bool(time.time() - job["updated_ns"] / 1e9 >= limit_s)
 
 

@@ -1,5 +1,5 @@
-"""Backup archives of a data directory: format, register, creation, restore.
+"""Backups of the whole data directory, each in one archive file: format, register, creation, restore.
 
-Owns: everything about an archive that `minikms backup` makes. Invariants: an archive is verified before it is called
-complete; a restore never overwrites a data directory that holds keys. The room must never write a key unwrapped.
+Owns: the archives that `minikms backup` makes and reads. Invariants: an archive is complete only after it was read back
+and verified; a restore never overwrites anything. It must never write an unwrapped key.
 """

@@ -1,14 +1,16 @@
-"""A backup archive: one authenticated file with all that a data directory needs to decrypt again.
+"""The format of a backup archive: one authenticated file with all that a data directory needs to decrypt again.
 
-Owns: the format (docs/spec/backup.md), its writing and its reading, entry by entry. Invariants: an entry's name is one
-of a few, so that no archive can name another file; entries come in one order, so none comes twice, and reading needs no
-memory of their names; every size is bounded before it is read; nothing that was read is to be acted on before
-`check_tag` has judged the whole. It must never hold a key: wrapped keys and the keyring are in it as they are on disk.
+Owns: the format (docs/spec/backup.md), and writing and reading it entry by entry. Invariants: only a fixed set of entry
+names is valid, so an archive can't name another file. Entries have one fixed order, so none occurs twice, and a reader
+keeps no list of names. Every size is checked before the content is read. Callers must not act on what they read before
+`ArchiveReader.check_tag` has authenticated the whole file. It must never hold an unwrapped key: wrapped keys and the
+keyring are copied as they are on disk.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 import re
 import struct
@@ -32,9 +34,10 @@ MAGIC: Final = b"minikms-backup\0\x01"
 MANIFEST: Final = "manifest.json"
 MANIFEST_BYTES_MAX: Final = 16 * 1024 * 1024
 SNAPSHOT_BYTES_MAX: Final = 1024 * 1024 * 1024
-"""Of some 40 million keys."""
+"""Enough for about 40 million keys."""
 TAG_BYTES: Final = 32
 UNREADABLE_COUNT_MAX: Final = 100_000
+_NAME_BYTES_MAX: Final = 64
 _NAME_LENGTH: Final = struct.Struct(">H")
 _SIZE: Final = struct.Struct(">Q")
 _SIZES: Final = {
@@ -44,14 +47,14 @@ _SIZES: Final = {
     MANIFEST: MANIFEST_BYTES_MAX,
 }
 _PLACES: Final = {JOURNAL_NAME: 0, SNAPSHOT_NAME: 1, KEYRING: 3, MANIFEST: 4}
-"""The order of the entries; those of keys come third, in the order of their ids."""
+"""The order of the entries. Those of keys are third, sorted by key id."""
 _KEYS_PLACE: Final = 2
-_PIECE_BYTES: Final = 1024 * 1024
+_CHUNK_BYTES: Final = 1024 * 1024
 _FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}", re.ASCII)
 
 
 class ArchiveError(MiniKmsError):
-    """The archive is not whole, was altered, or does not hold what it must; the text says which."""
+    """The archive is cut short, altered, or incomplete; the text says which."""
 
 
 class AuditHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -62,7 +65,10 @@ class AuditHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The last entry. `unreadable`: keys whose files could not be read, and which are therefore not in it."""
+    """The last entry. `unreadable`: keys that are not in the archive, since their files could not be read.
+
+    No key that existed when the archive was made has a larger id than `newest_key_id`.
+    """
 
     archive_id: str
     created_at: str
@@ -76,13 +82,15 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Entry(NamedTuple):
+    """An entry of an archive."""
+
     name: str
     content: bytes
 
     @property
     def key_id(self) -> str:
-        """Of a DEK file; empty for any other entry."""
-        return self.name[len(DEKS) + 1 : -len(SUFFIX)] if self.name.startswith(DEKS + "/") else ""
+        """The key of a DEK file's entry; empty for any other entry."""
+        return _key_id(self.name)
 
 
 class ArchiveWriter:
@@ -94,7 +102,7 @@ class ArchiveWriter:
         self._write(MAGIC)
 
     def add(self, name: str, content: bytes) -> None:
-        """Raises ArchiveError for what no reader would take."""
+        """Writes an entry. Raises ArchiveError for a name or a size that no reader accepts."""
         if len(content) > _bytes_max(name):
             raise ArchiveError(f"{name} is too large for an archive")
         encoded = name.encode("ascii")
@@ -102,7 +110,7 @@ class ArchiveWriter:
         self._write(content)
 
     def finish(self, manifest: Manifest, root: memoryview) -> None:
-        """The last entry, and the tag of everything."""
+        """Writes the manifest, which is the last entry, and the tag over everything before it."""
         self.add(MANIFEST, msgspec.json.encode(manifest))
         self._write(_NAME_LENGTH.pack(0))
         self._file.write(roots.archive_tag(root, self._digest.digest()))
@@ -113,7 +121,7 @@ class ArchiveWriter:
 
 
 class ArchiveReader:
-    """Reads an archive once, from its start. `entries` to its end, then `check_tag`."""
+    """Reads an archive once, from its start: `entries` to the end, then `check_tag`."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -122,12 +130,12 @@ class ArchiveReader:
         self._manifest = b""
 
     def entries(self, only: Container[str] | None = None) -> Iterator[Entry]:
-        """Every entry but the manifest, or those that are named in `only`; others are read and not kept. Nothing of
-        them is authentic yet. Raises ArchiveError.
+        """Every entry except the manifest, or those named in `only`. Their content is not authenticated yet. Raises
+        ArchiveError.
         """
         magic = self._take(len(MAGIC))
         if magic[:-1] != MAGIC[:-1]:
-            raise ArchiveError("this is no miniKMS backup")
+            raise ArchiveError("the file is not a miniKMS backup")
         if magic != MAGIC:
             raise ArchiveError("the backup was made by another version of miniKMS")
         last = (-1, "")
@@ -143,29 +151,29 @@ class ArchiveReader:
             elif only is None or name in only:
                 yield Entry(name, self._take(size))
             else:
-                self._pass_over(size)
+                self._skip(size)
         self._tag = self._file.read(TAG_BYTES)
         if len(self._tag) != TAG_BYTES or self._file.read(1):
             raise ArchiveError("the backup is cut short, or something was added to it")
 
     def check_tag(self, root: memoryview) -> Manifest:
-        """The manifest, once the whole archive has been found authentic. Raises ArchiveError."""
+        """The manifest, after the tag over the whole archive was checked. Raises ArchiveError."""
         if not self._manifest or not self._tag:
             raise ArchiveError("the backup is cut short")
-        if roots.same(self._tag, roots.archive_tag(root, self._digest.digest())):
+        if hmac.compare_digest(self._tag, roots.archive_tag(root, self._digest.digest())):
             return _manifest(self._manifest)
-        # Whatever is wrong, this much of the manifest is looked at: most often it is the key.
+        # Most often the root key is another one, so the manifest's fingerprint is read, though it is not authenticated.
         made_under, given = _manifest(self._manifest).root_fingerprint, roots.fingerprint(root)
         if made_under != given and _FINGERPRINT.fullmatch(made_under):
             raise ArchiveError(
-                f"the backup was made under root key {made_under}, the given one is {given}: give the key file of that "
-                "time"
+                f"the backup was made under root key {made_under}, the given one is {given}; give the key file of the "
+                "time of the backup"
             )
         raise ArchiveError("the backup was altered")
 
     @property
     def sha256(self) -> bytes:
-        """Of all that the tag covers."""
+        """SHA-256 of everything that the tag covers."""
         return self._digest.digest()
 
     def _name(self, length: int) -> str:
@@ -180,23 +188,25 @@ class ArchiveReader:
         self._digest.update(data)
         return data
 
-    def _pass_over(self, size: int) -> None:
+    def _skip(self, size: int) -> None:
         while size:
-            size -= len(self._take(min(size, _PIECE_BYTES)))
-
-
-_NAME_BYTES_MAX: Final = 64
+            size -= len(self._take(min(size, _CHUNK_BYTES)))
 
 
 def dek_entry_name(key_id: str) -> str:
+    """The name of the entry of a key's file."""
     return f"{DEKS}/{key_id}{SUFFIX}"
 
 
+def _key_id(name: str) -> str:
+    return name[len(DEKS) + 1 : -len(SUFFIX)] if name.startswith(DEKS + "/") else ""
+
+
 def _bytes_max(name: str) -> int:
-    """Of an entry by its name. Raises ArchiveError for a name that no archive has."""
+    """The size limit of the entry with this name. Raises ArchiveError for a name that no archive has."""
     if name in _SIZES:
         return _SIZES[name]
-    key_id = Entry(name, b"").key_id
+    key_id = _key_id(name)
     if name != dek_entry_name(key_id) or api.KEY_ID_PATTERN.fullmatch(key_id) is None:
         raise ArchiveError("the backup was altered: it names a file that no backup has")
     return DEK_BYTES_MAX
@@ -210,5 +220,5 @@ def _manifest(content: bytes) -> Manifest:
 
 
 def open_archive(path: str | os.PathLike[str]) -> BinaryIO:
-    """The file, for ArchiveReader. Raises OSError."""
+    """The open file, for `ArchiveReader`. Raises OSError."""
     return open(path, "rb")

@@ -1,14 +1,16 @@
-"""Making and judging a backup archive, also while the daemon serves.
+"""Creation and verification of a backup archive, also while the daemon serves.
 
-Owns: the order of copying, and what makes an archive good. Invariants:
-- The lease journal is copied before its snapshot (docs/spec/leases.md), the DEK files before the keyring, so that the
-  keyring knows every KEK that a copied DEK is wrapped under. A KEK that was destroyed meanwhile shows in the judgement,
-  and everything is copied again.
-- An archive gets its name only after it was read back, every key in it was opened, and its lease files were found to be
-  such as a start takes.
-- What is read of an archive before its tag was checked is bounded and not looked into.
-- The order across processes: whoever backs up the message server's store does so first; keys made later don't matter.
-It changes nothing in the data directory and takes no lock. It must never call an archive good that can't be restored.
+Owns: the order of copying, and the conditions under which an archive is good. Invariants:
+- The lease journal is copied before the lease snapshot (docs/spec/leases.md). The DEK files are copied before the
+  keyring, so the keyring has every KEK that a copied DEK is wrapped under. If a KEK was destroyed meanwhile, the
+  verification fails and everything is copied again.
+- An archive gets its name only after it was read back, every key in it was unwrapped, and its lease files were found to
+  be acceptable to a start.
+- Before the tag of an archive was checked, its content is read with bounds and not parsed.
+- The message server's store is backed up before the key service, so every key that the store needs is in the archive.
+
+It changes nothing in the data directory and takes no lock. It must never report an archive as good that can't be
+restored.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, Final, NamedTuple
 
-from minikms import api
+from minikms.crypto import roots
 from minikms.custody import deks, keyring_file, lease_store
 from minikms.custody.backup.archive import (
     SNAPSHOT_BYTES_MAX,
@@ -44,28 +46,27 @@ from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot
 
 COPY_ATTEMPTS_MAX: Final = 3
-CHANGED: Final = "the backup changed while it was being read; what was restored of it must not be used"
-_LACKING: Final = "the backup lacks what it needs to be restored"
+CHANGED: Final = "the backup changed while it was being read; do not use a data directory that was restored from it"
+_INCOMPLETE: Final = "the backup is incomplete: its keyring, lease journal or a key is missing"
 Progress = Callable[[int, int], None]
-"""(done, total) key files."""
+"""Called with the number of key files that are done, and of all."""
 OpenKeyring = Callable[[bytes], contextlib.AbstractContextManager[UnlockedKeyring]]
 
 
-class KeyDestroyedMeanwhileError(ArchiveError):
-    """A KEK that a copied key is under is no longer in the keyring; copying again helps."""
+class KekDestroyedMeanwhileError(ArchiveError):
+    """A copied key is wrapped under a KEK that the copied keyring no longer has. Another copy succeeds."""
 
 
-class Contents(NamedTuple):
-    """An archive that was found good."""
+class VerifiedArchive(NamedTuple):
+    """A good archive. `keyring`: the bytes of its keyring file. `sha256`: of everything that its tag covers."""
 
     manifest: Manifest
     keyring: bytes
     sha256: bytes
-    buried: int
 
 
-class Making(NamedTuple):
-    """What a new archive says of itself. `audit_head` is asked last."""
+class NewArchive(NamedTuple):
+    """The identity of an archive to create. `audit_head` is called after everything was copied."""
 
     archive_id: str
     created_at: str
@@ -73,7 +74,7 @@ class Making(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What both directions need. `open_keyring` opens a keyring file's bytes under `root`."""
+    """What creation, verification and restore need. `open_keyring` opens the bytes of a keyring file under `root`."""
 
     arena: SecretArena
     root: SecretSlot
@@ -81,16 +82,16 @@ class Task(NamedTuple):
     progress: Progress
 
 
-def create(data_dir: str, path: str, task: Task, making: Making) -> Contents:
-    """Makes the archive `path`, which must not exist. Raises ArchiveError, StartError, OSError; then there is none."""
+def create(data_dir: str, path: str, task: Task, new: NewArchive) -> VerifiedArchive:
+    """Creates the archive `path`, which must not exist. Raises ArchiveError, StartError, OSError; then it is absent."""
     if os.path.lexists(path):
         raise StartError(f"{path} exists already; a backup never overwrites one")
-    staging = staging_path(path, making.archive_id)
+    staging = staging_path(path, new.archive_id)
     with open(staging, "xb", opener=_private) as file:
         try:
             with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed: see `remove_leftover`
-            good = _make_good(file, staging, data_dir, task, making)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed: see `remove_leftover`
+            good = _write_verified(file, staging, data_dir, task, new)
             os.link(staging, path)
             try:
                 _sync(os.path.dirname(os.path.abspath(path)))
@@ -102,29 +103,29 @@ def create(data_dir: str, path: str, task: Task, making: Making) -> Contents:
             os.unlink(staging)
 
 
-def _make_good(file: BinaryIO, staging: str, data_dir: str, task: Task, making: Making) -> Contents:
+def _write_verified(file: BinaryIO, staging: str, data_dir: str, task: Task, new: NewArchive) -> VerifiedArchive:
     attempt = 0
     while True:
         attempt += 1
         file.seek(0)
         file.truncate()
-        _write(file, data_dir, task, making)
+        _write(file, data_dir, task, new)
         file.flush()
         os.fsync(file.fileno())
         try:
-            return judge(staging, task)
-        except KeyDestroyedMeanwhileError:
+            return verify(staging, task)
+        except KekDestroyedMeanwhileError:
             if attempt == COPY_ATTEMPTS_MAX:
                 raise
 
 
 def staging_path(path: str, archive_id: str) -> str:
-    """Where an archive lies while it is being made."""
+    """The path of an archive while it is being created."""
     return f"{path}.{archive_id}.new"
 
 
 def remove_leftover(path: str, archive_id: str) -> bool:
-    """Removes what an interrupted `create` left beside `path`. False: it is being made just now. Raises OSError."""
+    """Removes the file that an interrupted `create` left; False if `create` is still running. Raises OSError."""
     staging = staging_path(path, archive_id)
     try:
         descriptor = os.open(staging, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -140,56 +141,52 @@ def remove_leftover(path: str, archive_id: str) -> bool:
     return True
 
 
-def judge(path: str, task: Task) -> Contents:
-    """Reads a whole archive and opens every key in it. Raises ArchiveError when it is not good, OSError.
+def verify(path: str, task: Task) -> VerifiedArchive:
+    """Reads a whole archive and unwraps every key in it. Raises ArchiveError if it is not good, OSError.
 
-    Read twice: keys are opened only once the whole is known to be authentic, and that needs no memory of them.
+    It reads the file twice: first to authenticate the whole, then to unwrap the keys. So the keys need not be kept in
+    memory.
     """
     with open_archive(path) as file:
         reader = ArchiveReader(file)
         kept = {entry.name: entry.content for entry in reader.entries(only=(keyring_file.NAME,))}
         manifest = reader.check_tag(task.root.view)
     if keyring_file.NAME not in kept:
-        raise ArchiveError(_LACKING)
+        raise ArchiveError(_INCOMPLETE)
     data = kept[keyring_file.NAME]
     with task.open_keyring(data) as unlocked:
-        buried = _open_all(entries_again(path, reader.sha256), manifest, unlocked, task)
-    return Contents(manifest, data, reader.sha256, buried)
+        _check_entries(reread_entries(path, reader.sha256), manifest, unlocked, task)
+    return VerifiedArchive(manifest, data, reader.sha256)
 
 
-def _open_all(entries: Iterator[tuple[str, bytes]], manifest: Manifest, unlocked: UnlockedKeyring, task: Task) -> int:
-    """Opens each key, and looks whether a start would take the lease files; the number of keys that the archive's own
-    keyring knows as destroyed.
-    """
-    stones = {stone.key_id for stone in unlocked.body.tombstones}
-    buried = keys = 0
-    counted = False
+def _check_entries(entries: Iterator[Entry], manifest: Manifest, unlocked: UnlockedKeyring, task: Task) -> None:
+    """Checks that a start would accept the lease files, and that each key unwraps unless it was destroyed."""
+    destroyed = {tombstone.key_id for tombstone in unlocked.body.tombstones}
+    keys = 0
+    has_journal = False
     with task.arena.allocate() as slot:
-        for name, content in entries:
-            key_id = Entry(name, b"").key_id
-            if name == lease_store.JOURNAL_NAME:
-                _check_journal(content)
-                counted = True
-            elif name == lease_store.SNAPSHOT_NAME:
-                _check_snapshot(content)
+        for entry in entries:
+            key_id = entry.key_id
+            if entry.name == lease_store.JOURNAL_NAME:
+                _check_journal(entry.content)
+                has_journal = True
+            elif entry.name == lease_store.SNAPSHOT_NAME:
+                _check_snapshot(entry.content)
             elif key_id:
                 keys += 1
-                if key_id in stones:
-                    buried += 1
-                else:
-                    _open(_parsed(content, key_id), unlocked, slot)
+                if key_id not in destroyed:
+                    _unwrap(_parsed(entry.content, key_id), unlocked, slot)
                 task.progress(keys, manifest.keys)
-    if not counted or keys != manifest.keys:
-        raise ArchiveError(_LACKING)
-    return buried
+    if not has_journal or keys != manifest.keys:
+        raise ArchiveError(_INCOMPLETE)
 
 
-def _open(record: DekRecord, unlocked: UnlockedKeyring, slot: SecretSlot) -> None:
+def _unwrap(record: DekRecord, unlocked: UnlockedKeyring, slot: SecretSlot) -> None:
     kek = unlocked.body.kek(record.kek_version)
     if kek is None or kek.state == "destroyed":
-        raise KeyDestroyedMeanwhileError(
-            f"key {record.id} is wrapped under KEK version {record.kek_version}, which the keyring in the "
-            "backup does not have: rotations came between; make the backup again"
+        raise KekDestroyedMeanwhileError(
+            f"key {record.id} is wrapped under KEK version {record.kek_version}, which the keyring in the backup does "
+            "not have, since KEKs were rotated and destroyed meanwhile; make the backup again"
         )
     try:
         dek.unwrap_into(record, unlocked.kek(record.kek_version), slot.view)
@@ -197,7 +194,7 @@ def _open(record: DekRecord, unlocked: UnlockedKeyring, slot: SecretSlot) -> Non
         raise ArchiveError(str(error)) from None
 
 
-def _write(file: BinaryIO, data_dir: str, task: Task, making: Making) -> None:
+def _write(file: BinaryIO, data_dir: str, task: Task, new: NewArchive) -> None:
     writer = ArchiveWriter(file)
     journal = _read(data_dir, lease_store.JOURNAL_NAME, lease_store.JOURNAL_BYTES_MAX)
     if journal is None:
@@ -207,10 +204,12 @@ def _write(file: BinaryIO, data_dir: str, task: Task, making: Making) -> None:
     if snapshot is not None:
         writer.add(lease_store.SNAPSHOT_NAME, snapshot)
     keys, unreadable = 0, []
-    key_ids = sorted(_key_ids(data_dir))
+    directory = os.path.join(data_dir, deks.DIRECTORY)
+    # Listed twice: a listing may omit a file that is being replaced.
+    key_ids = sorted({key_id for _ in range(2) for key_id in deks.list_key_ids(directory)})
     for number, key_id in enumerate(key_ids, 1):
         try:
-            data = _read(os.path.join(data_dir, deks.DIRECTORY), deks.file_name(key_id), dek.FILE_BYTES_MAX)
+            data = _read(directory, deks.file_name(key_id), dek.FILE_BYTES_MAX)
             if data is None:
                 continue  # destroyed since it was listed
             dek.parse(data, key_id)
@@ -226,29 +225,17 @@ def _write(file: BinaryIO, data_dir: str, task: Task, making: Making) -> None:
     writer.add(keyring_file.NAME, data)
     with task.open_keyring(data) as unlocked:
         manifest = Manifest(
-            archive_id=making.archive_id,
-            created_at=making.created_at,
+            archive_id=new.archive_id,
+            created_at=new.created_at,
             keyring_id=unlocked.body.keyring_id,
             epoch=unlocked.body.epoch,
-            root_fingerprint=unlocked.fingerprint(task.root.view),
+            root_fingerprint=roots.fingerprint(task.root.view),
             keys=keys,
-            newest_key_id=newest_key_id(data_dir),  # of those too whose files are not in it, but may be found elsewhere
-            audit_head=making.audit_head(),
+            newest_key_id=newest_key_id(data_dir),  # also of keys whose files could not be read
+            audit_head=new.audit_head(),
             unreadable=tuple(unreadable[:UNREADABLE_COUNT_MAX]),
         )
     writer.finish(manifest, task.root.view)
-
-
-def _key_ids(data_dir: str) -> set[str]:
-    """Read twice: a file that is replaced while a directory is being listed may be passed over once."""
-    found: set[str] = set()
-    for _ in range(2):
-        with os.scandir(os.path.join(data_dir, deks.DIRECTORY)) as entries:
-            for entry in entries:
-                key_id = entry.name.removesuffix(deks.SUFFIX)
-                if entry.name.endswith(deks.SUFFIX) and api.KEY_ID_PATTERN.fullmatch(key_id):
-                    found.add(key_id)
-    return found
 
 
 def _parsed(content: bytes, key_id: str) -> DekRecord:
@@ -264,7 +251,9 @@ def _check_journal(journal: bytes) -> None:
     except LeaseFormatError as error:
         raise ArchiveError(f"the lease journal in the backup {error}") from None
     if lost > DAMAGED_RECORDS_MAX:
-        raise ArchiveError("the lease journal in the backup is damaged in many places; see `minikms doctor`")
+        raise ArchiveError(
+            f"the lease journal in the backup has more than {DAMAGED_RECORDS_MAX} damaged records; see `minikms doctor`"
+        )
 
 
 def _check_snapshot(snapshot: bytes) -> None:
@@ -296,11 +285,10 @@ def _sync(directory: str) -> None:
         os.close(descriptor)
 
 
-def entries_again(path: str, expected_sha256: bytes) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of an archive that was judged good. Raises ArchiveError at the end if it is another by now."""
+def reread_entries(path: str, expected_sha256: bytes) -> Iterator[Entry]:
+    """The entries of an authenticated archive, read again. Raises ArchiveError at the end if the file has changed."""
     with open_archive(path) as file:
         reader = ArchiveReader(file)
-        for entry in reader.entries():
-            yield entry.name, entry.content
+        yield from reader.entries()
         if reader.sha256 != expected_sha256:
             raise ArchiveError(CHANGED)

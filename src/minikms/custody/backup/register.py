@@ -1,11 +1,11 @@
 """The register of backup archives: `kms-archives/<archive id>.json` in the data directory.
 
-Owns: which archives were made of this data directory, so that the receipt of a destroyed key can name those that may
-still hold it. Invariants: an archive is registered before its first byte is copied, and stays registered until it is
-known to be gone; the one that a directory was restored from is registered before anything else of it is there, so that
-what a restore left half-way is not taken for a new directory; one file an archive, so that a backup beside a live
-daemon changes no file of the daemon's. Nothing in it is secret or believed to be authentic: it only names files. It
-must never remove an archive by itself, nor keep silent about an entry that it can't read.
+Owns: the list of the archives that were made of this data directory. The receipt of a destroyed key names those that
+may still contain it. Invariants: an archive is registered before its first byte is copied, and stays registered until
+it is known to be removed. A restore registers its archive before it writes anything else, so an interrupted restore is
+not taken for a new data directory. Each archive has a file of its own, so a backup beside a live daemon changes no file
+of the daemon. The entries are neither secret nor authenticated: they only name files. It must never remove an archive,
+and never pass silently over an entry that it can't read when a receipt is written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import msgspec
 
 from minikms.custody.files import make_private_directory, open_directory, read_file_bounded, remove_file, replace_file
 from minikms.errors import StorageUnavailableError
-from minikms.keys.ids import key_id_unix_ms
+from minikms.keys.dek import key_id_unix_ms
 
 DIRECTORY: Final = "kms-archives"
 ENTRY_BYTES_MAX: Final = 16 * 1024
@@ -28,8 +28,8 @@ _NAME: Final = re.compile(r"(a_[0-9a-f]{16})\.json", re.ASCII)
 
 
 class Registered(msgspec.Struct, frozen=True):
-    """`ended_ms` is 0 while the archive is being made, and when that was interrupted. Times are Unix ms. No key
-    in the archive has a larger id than `newest_key_id`.
+    """An archive of the register. Times are in Unix ms; `ended_ms` is 0 while the archive is being made and after an
+    interruption. No key in the archive has a larger id than `newest_key_id`.
     """
 
     archive_id: str
@@ -41,25 +41,26 @@ class Registered(msgspec.Struct, frozen=True):
     newest_key_id: str = ""
 
     def may_hold(self, key_id: str) -> bool:
-        """Ids tell more than times: the clock may have gone back in between."""
+        """Whether the archive may contain the key. It compares ids first, since the clock may have been set back."""
         if not self.ended_ms or key_id <= self.newest_key_id:
             return True
         return not self.newest_key_id and self.ended_ms >= key_id_unix_ms(key_id)
 
 
 def new_archive_id() -> str:
+    """`a_` and 16 random hex characters."""
     return "a_" + secrets.token_hex(8)
 
 
 class ArchiveRegister:
-    """Made for one operation; holds nothing open."""
+    """The register of a data directory. It keeps no file open."""
 
     def __init__(self, data_dir: str) -> None:
         self._data_dir = data_dir
         self._directory = os.path.join(data_dir, DIRECTORY)
 
     def put(self, entry: Registered) -> None:
-        """Durable when this returns. Raises OSError, StorageUnavailableError."""
+        """Adds or replaces an entry, durably. Raises OSError, StorageUnavailableError."""
         owner = os.stat(self._data_dir)
         make_private_directory(self._directory)
         descriptor = open_directory(self._directory)
@@ -76,13 +77,13 @@ class ArchiveRegister:
             os.close(descriptor)
 
     def listed(self) -> list[Registered]:
-        """Every archive, oldest first; what can't be read is passed over. Raises OSError, StorageUnavailableError."""
+        """The entries, oldest first, without unreadable ones. Raises OSError, StorageUnavailableError."""
         return _oldest_first(self._read_all())
 
     def may_hold(self, key_id: str) -> list[str]:
-        """The paths of the archives that may hold a key: those that ended after its creation, or may not have ended.
+        """The paths of the archives that may contain the key.
 
-        That something can't be read is no error, for the key is destroyed by then, but is said in its place.
+        An unreadable register or entry is not an error, since the key is destroyed already; a text takes its place.
         """
         try:
             found = self._read_all()
@@ -92,7 +93,7 @@ class ArchiveRegister:
         return [*(entry.path for entry in _oldest_first(found) if entry.may_hold(key_id)), *unknown]
 
     def _read_all(self) -> dict[str, Registered | None]:
-        """By name of its file; None for one that can't be read."""
+        """The entries by file name; None for an unreadable one."""
         try:
             descriptor = open_directory(self._directory)
         except FileNotFoundError:
@@ -109,7 +110,7 @@ class ArchiveRegister:
         return found
 
     def forget(self, archive_id: str) -> None:
-        """The archive is gone. Raises StorageUnavailableError."""
+        """Removes the entry of an archive that no longer exists. Raises StorageUnavailableError."""
         descriptor = open_directory(self._directory)
         try:
             remove_file(descriptor, f"{archive_id}.json")
@@ -131,9 +132,10 @@ def _oldest_first(found: dict[str, Registered | None]) -> list[Registered]:
 
 
 def _give(descriptor: int, owner: os.stat_result) -> None:
-    """To the data directory's user, when root makes the backup: the daemon must be able to read it.
+    """If root makes the backup, gives the file to the owner of the data directory, so that the daemon can read it.
 
-    By descriptor, and no file that has another name too: that user may change the directory meanwhile.
+    It works on a descriptor and leaves a file with several links alone, since that owner may change the directory
+    meanwhile.
     """
     status = os.fstat(descriptor)
     if os.geteuid() == 0 and (stat.S_ISDIR(status.st_mode) or status.st_nlink == 1):

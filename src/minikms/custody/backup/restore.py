@@ -1,36 +1,40 @@
-"""Restoring a backup archive into an empty place.
+"""Restore of a backup archive into an empty data directory.
 
-Owns: the order of writing. Invariants: nothing is written before the whole archive was judged good; nothing is ever
-overwritten; the archive is registered first and the keyring written last, so that a restore that was cut short does not
-start, and is not taken for a new directory either; keys that were destroyed since, as far as a newer keyring tells, are
-not brought back; every key counts 2^30 uses more, and every KEK 2^26 wraps, for those after the archive are not in it.
-The caller holds the lock of the target. It must never lower a count.
+Owns: the order of the writes. The caller holds the lock of the target directory. Invariants: nothing is written before
+the whole archive was verified. Nothing is overwritten. The archive is registered first and the keyring is written last,
+so after an interrupted restore the daemon neither starts nor creates a new keyring. Keys that were destroyed, by the
+tombstones of the archive or of a newer keyring, are not restored. Every key counts 2^30 more uses, and every KEK in use
+2^26 more wraps, since the archive does not know those made after it. It must never lower a count.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from minikms.custody import deks as dekstore
-from minikms.custody import keyring_file, lease_store, rotation_backups
-from minikms.custody.backup.archive import ArchiveError, Entry
-from minikms.custody.backup.create import CHANGED, Contents, Task, entries_again
+from minikms.custody import deks, keyring_file, lease_store, rotation_backups
+from minikms.custody.backup.archive import ArchiveError
+from minikms.custody.backup.create import CHANGED, Task, VerifiedArchive, reread_entries
 from minikms.custody.backup.register import ArchiveRegister, Registered
-from minikms.custody.files import LOCK_NAME, make_private_directory, open_directory, replace_file, replace_many
+from minikms.custody.files import (
+    GROUP_FILES_MAX,
+    LOCK_NAME,
+    FileWrite,
+    make_private_directory,
+    open_directory,
+    replace_file,
+    write_files,
+)
 from minikms.custody.lease_store import LeaseStore
 from minikms.errors import ConflictError
 from minikms.keys import keyring
-from minikms.keys.ids import key_id_to_bytes
+from minikms.keys.dek import key_id_to_bytes
 from minikms.keys.keyring import Body, Tombstone
 from minikms.keys.unlocked import UnlockedKeyring
 
-GROUP_FILES: Final = 512
-"""More than any KEK wraps between two backups; a KEK bears 64 restores."""
-
 
 class Target(NamedTuple):
-    """An empty directory under its lock, what to do differently from the archive, and how the register names that."""
+    """An empty, locked directory, the tombstones that it gets, and the entry for the archive in its register."""
 
     directory: str
     directory_fd: int
@@ -39,7 +43,7 @@ class Target(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """`left_out`: keys of the archive that were destroyed before or after it was made."""
+    """`keys`: restored ones. `left_out`: keys of the archive that have a tombstone. `epoch`: of the new keyring."""
 
     keys: int
     left_out: int
@@ -47,47 +51,49 @@ class Restored(NamedTuple):
 
 
 def check_empty(directory_fd: int, directory: str) -> None:
-    """Raises ConflictError when the target holds anything but the lock that is held on it."""
+    """Raises ConflictError if the directory holds anything except the lock file."""
     if set(os.listdir(directory_fd)) - {LOCK_NAME}:
         raise ConflictError(
-            f"{directory} is not empty, and a restore overwrites nothing: move what is there away first"
+            f"{directory} is not empty, and a restore never overwrites anything; move its content away first"
         )
 
 
 def newer_tombstones(archived: Body, newer: Body | None) -> tuple[Tombstone, ...]:
-    """The tombstones to restore with: the archive's, and those that a later keyring has beside them.
+    """The tombstones of the archive and of a newer keyring, if one is given.
 
-    Raises ConflictError when that keyring is another one's.
+    Raises ConflictError if that keyring does not have the same keyring id.
     """
     if newer is None:
         return archived.tombstones
     if newer.keyring_id != archived.keyring_id:
-        raise ConflictError(f"the keyring {newer.keyring_id} is not a later one of the backup's {archived.keyring_id}")
-    known = {stone.key_id for stone in archived.tombstones}
-    return (*archived.tombstones, *(stone for stone in newer.tombstones if stone.key_id not in known))
+        raise ConflictError(
+            f"the keyring {newer.keyring_id} is not a later version of the backup's keyring {archived.keyring_id}"
+        )
+    known = {tombstone.key_id for tombstone in archived.tombstones}
+    return (*archived.tombstones, *(tombstone for tombstone in newer.tombstones if tombstone.key_id not in known))
 
 
 def restore(
     path: str,
-    good: Contents,
+    good: VerifiedArchive,
     task: Task,
     unlocked: UnlockedKeyring,
     target: Target,
     *,
     at: str,
 ) -> Restored:
-    """Writes the archive into `directory`, empty and locked. `unlocked` is the archive's keyring.
+    """Writes the archive at `path` into `target`. `unlocked` is the keyring of the archive.
 
-    Raises ArchiveError, StorageUnavailableError, StartError; the target then holds a part that does not start.
+    Raises ArchiveError, StorageUnavailableError, StartError; then the target is incomplete, and the daemon refuses it.
     """
     ArchiveRegister(target.directory).put(target.source)
-    for name in (dekstore.DIRECTORY, rotation_backups.DIRECTORY):
+    for name in (deks.DIRECTORY, rotation_backups.DIRECTORY):
         make_private_directory(os.path.join(target.directory, name))
     keys = _write_files(path, good, task, target)
     if good.manifest.newest_key_id:
         store = LeaseStore.open(target.directory_fd, create=False)
         try:
-            store.add_restore_penalty(key_id_to_bytes(good.manifest.newest_key_id))
+            store.add_restore_uses(key_id_to_bytes(good.manifest.newest_key_id))
         finally:
             store.close()
     body = keyring.next_epoch(unlocked.body, at=at, tombstones=target.tombstones)
@@ -99,35 +105,34 @@ def restore(
     return Restored(keys, good.manifest.keys - keys, body.epoch)
 
 
-def _write_files(path: str, good: Contents, task: Task, target: Target) -> int:
-    """All files but the keyring; the number of keys."""
-    group: list[tuple[str, bytes]] = []
+def _write_files(path: str, good: VerifiedArchive, task: Task, target: Target) -> int:
+    """Writes all files except the keyring; the number of keys."""
+    group: list[FileWrite] = []
     count = read = 0
-    buried = {stone.key_id for stone in target.tombstones}
-    deks = open_directory(os.path.join(target.directory, dekstore.DIRECTORY))
+    destroyed = {tombstone.key_id for tombstone in target.tombstones}
+    directory_fd = open_directory(os.path.join(target.directory, deks.DIRECTORY))
     try:
-        for name, content in entries_again(path, good.sha256):
-            key_id = Entry(name, b"").key_id
-            read += 1 if key_id else 0
-            if read > good.manifest.keys:  # another archive by now, which may go on until the disk is full
+        for entry in reread_entries(path, good.sha256):
+            read += 1 if entry.key_id else 0
+            if read > good.manifest.keys:  # the file was replaced, perhaps by one that would fill the disk
                 raise ArchiveError(CHANGED)
-            if not key_id and name != keyring_file.NAME:
-                replace_file(target.directory_fd, _lease_file(name), content)
-            elif key_id and key_id not in buried:
-                group.append((dekstore.file_name(key_id), content))
+            if not entry.key_id and entry.name != keyring_file.NAME:
+                replace_file(target.directory_fd, _lease_file(entry.name), entry.content)
+            elif entry.key_id and entry.key_id not in destroyed:
+                group.append(FileWrite(deks.file_name(entry.key_id), entry.content))
                 count += 1
-            if len(group) == GROUP_FILES:
-                replace_many(deks, group)
+            if len(group) == GROUP_FILES_MAX:
+                write_files(directory_fd, group)
                 group.clear()
                 task.progress(count, good.manifest.keys)
         if group:
-            replace_many(deks, group)
+            write_files(directory_fd, group)
     finally:
-        os.close(deks)
+        os.close(directory_fd)
     return count
 
 
 def _lease_file(name: str) -> str:
     if name not in (lease_store.JOURNAL_NAME, lease_store.SNAPSHOT_NAME):
-        raise ArchiveError("the backup names a file that no backup has")
+        raise ArchiveError("the backup was altered: it names a file that no backup has")
     return name

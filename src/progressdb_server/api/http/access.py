@@ -1,22 +1,17 @@
-"""Who calls: API keys and their roles, signed users, and the author that a call acts for.
+"""Access control: who may call what, and how often.
 
-Owns: the comparison of keys, the signature of a user id, and the rules by which an author is resolved. Invariants:
-every configured key is compared, in constant time, whichever of them matches; a signature that is present is
-verified whatever the role; a verified user is never overruled by what a query or a body says. Keys are in no repr
-and in no error text. Pure: no I/O, no clock.
+Owns: API keys and their roles, signed users, the author that a request acts for, the rate of each caller, and the
+order of the checks that come before routing (docs/spec/server-http.md).
 
-Token buckets: how often a key, or an address without one, may call.
+Invariants:
+- A check runs only after all earlier ones have passed. A refused request has reached no route.
+- A presented key is compared with every configured key in constant time, whichever of them matches.
+- A signature that is present is verified, whatever the role. No query or body overrides a verified user.
+- A key is in no repr, no error text and no log.
+- A token bucket holds at most `burst` tokens, and every table of clients has a bound.
 
-Owns: the arithmetic of one bucket and a bounded table of buckets by address. Invariants: time is passed in (seconds
-of a monotonic clock); a bucket holds at most `burst` tokens; the table never grows past its bound. No I/O, no clock.
-
-The checks that every request passes, in the order of the contract.
-
-1. CORS headers for an allowed origin, 2. OPTIONS is answered, 3. client address, 4. API key, 5. what a front-end key
-may reach, 6. rate, 7. the signed user. Invariants: a later check never runs before an earlier one has passed; every
-check but the rate is a pure function of the request's head, the client's address and the configuration; time is
-passed in. A refused request has reached no route. Nothing here knows a route's parameters, so that any handler can
-stand behind it.
+No I/O, no clock: callers pass the time in, as seconds of a monotonic clock. The module must never know the parameters
+of a route, so that any handler can be served behind it.
 """
 
 from __future__ import annotations
@@ -33,29 +28,45 @@ from functools import lru_cache
 from typing import Final
 
 from progressdb_server.api.http import head, limits
-from progressdb_server.api.http.errors import ApiError, Header, bad_request, forbidden, unauthorized
+from progressdb_server.api.http.errors import (
+    AUTHOR_CONTROL_CHARACTER,
+    AUTHOR_TOO_LONG,
+    INVALID_SIGNATURE,
+    MISSING_SIGNATURE,
+    OTHER_AUTHOR_IN_BODY,
+    OTHER_AUTHOR_IN_QUERY,
+    Header,
+    bad_request,
+    forbidden,
+    too_many_requests,
+    unauthorized,
+)
 from progressdb_server.config import Security, parse_network
 
 
+# --- API keys ---------------------------------------------------------------------------------------------------
 class Role(enum.StrEnum):
     ADMIN = "admin"
     BACKEND = "backend"
     FRONTEND = "frontend"
     UNAUTHENTICATED = "unauthenticated"
-    """Without a key, where the operator allows that."""
+    """A caller without a key, if the configuration allows that."""
 
 
 class Principal:
-    """One API key and its role, or the caller without one. The key leaves only as a signature or a keyed digest."""
+    """One API key and its role, or a caller without a key.
+
+    The key leaves this object only as a signature or a digest.
+    """
 
     __slots__ = ("_key", "_scope_key", "number", "role")
 
-    def __init__(self, role: Role, number: int = 0, key: bytes = b"", sponsor: bytes = b"") -> None:
+    def __init__(self, role: Role, number: int = 0, key: bytes = b"", scope_secret: bytes = b"") -> None:
         self.role = role
         self.number = number
-        """Position among all keys, from 1; 0 without a key. Names a key in logs and in the table of rates."""
+        """Position among all configured keys, from 1; 0 without a key. Identifies the key in logs."""
         self._key = key
-        self._scope_key = hmac.digest(sponsor, b"progressdb scope key v1\0" + key, "sha256")
+        self._scope_key = hmac.digest(scope_secret, b"progressdb scope key v1\0" + key, "sha256")
 
     def __repr__(self) -> str:
         return f"Principal({self.role.value}, number={self.number})"
@@ -65,26 +76,27 @@ class Principal:
         return hmac.digest(self._key, user_id.encode(), "sha256").hex()
 
     def scope(self, author: str) -> str:
-        """A keyed digest that names (this key, this author) and gives away neither."""
+        """A keyed digest that identifies (this key, this author) and reveals neither."""
         return hmac.digest(self._scope_key, b"progressdb idempotency scope v1\0" + author.encode(), "sha256").hex()
 
 
-NOBODY: Final = Principal(Role.UNAUTHENTICATED)
-"""Before the gate has looked."""
+NOT_AUTHENTICATED: Final = Principal(Role.UNAUTHENTICATED)
+"""The principal of a request before its key was checked."""
 
 
 class KeyTable:
-    """The configured keys. A presented key is compared by digest with all of them, so that time tells nothing."""
+    """The configured keys. A presented key is compared by digest with all of them, so that timing reveals nothing."""
 
     def __init__(self, *, backend: Sequence[str] = (), frontend: Sequence[str] = (), admin: Sequence[str] = ()) -> None:
-        sponsor = backend[0].encode() if backend else b""
-        # A front-end key is known to many: what it scopes is keyed by the backend key that its users' signatures need.
-        self.anonymous = Principal(Role.UNAUTHENTICATED, sponsor=sponsor)
+        # Every browser knows a front-end key. Scopes under it are keyed by a backend key instead, which is secret.
+        shared_secret = backend[0].encode() if backend else b""
+        self.anonymous = Principal(Role.UNAUTHENTICATED, scope_secret=shared_secret)
         self._entries: list[tuple[bytes, Principal]] = []
         for role, keys in ((Role.BACKEND, backend), (Role.FRONTEND, frontend), (Role.ADMIN, admin)):
             for key in keys:
                 raw = key.encode()
-                principal = Principal(role, len(self._entries) + 1, raw, sponsor if role is Role.FRONTEND else raw)
+                scope_secret = shared_secret if role is Role.FRONTEND else raw
+                principal = Principal(role, len(self._entries) + 1, raw, scope_secret)
                 self._entries.append((hashlib.sha256(raw).digest(), principal))
         self._signers = [principal for _, principal in self._entries if principal.role is Role.BACKEND]
 
@@ -100,7 +112,7 @@ class KeyTable:
         return found
 
     def verifies(self, user_id: str, signature: bytes) -> bool:
-        """Whether any configured backend key made this signature."""
+        """Whether one of the backend keys made this signature."""
         valid = False
         for signer in self._signers:
             if hmac.compare_digest(signer.sign(user_id).encode("ascii"), signature):
@@ -109,7 +121,10 @@ class KeyTable:
 
 
 def presented_key(headers: head.Headers) -> bytes | None:
-    """The key from `Authorization: Bearer` or `X-API-Key`; two that differ count as an unknown one."""
+    """The key from `Authorization: Bearer` or `X-API-Key`.
+
+    Two that differ give an empty key, which is always unknown.
+    """
     if head.AUTHORIZATION not in headers:
         return headers.get(head.API_KEY)
     bearer = None
@@ -122,17 +137,21 @@ def presented_key(headers: head.Headers) -> bytes | None:
     return bearer if hmac.compare_digest(bearer, plain) else b""
 
 
-def signed_user(headers: head.Headers, keys: KeyTable, *, required: bool) -> str | None:
-    """The verified user of a call; None where no signature was sent and none is required. Raises ApiError 401."""
+# --- users and authors ------------------------------------------------------------------------------------------
+def verified_user(headers: head.Headers, keys: KeyTable, *, required: bool) -> str | None:
+    """The user whose signature was verified; None if no signature was sent and none is required.
+
+    Raises ApiError 401 for a missing or wrong signature, 400 for a user id that cannot be stored.
+    """
     user_id = headers.get(head.USER_ID)
     signature = headers.get(head.USER_SIGNATURE)
     if signature is None and not required:
         return None
     if not user_id or not signature:
-        raise unauthorized("missing signature headers")
+        raise unauthorized(MISSING_SIGNATURE)
     user = head.header_text(user_id, "X-User-ID")
     if not keys.verifies(user, signature):
-        raise unauthorized("invalid signature")
+        raise unauthorized(INVALID_SIGNATURE)
     return checked_author(user)
 
 
@@ -141,41 +160,38 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 @lru_cache(maxsize=limits.AUTHORS_COUNT_MAX)
 def checked_author(author: str) -> str:
-    """An author that may be stored: at most 128 bytes, no control character. Raises ApiError 400."""
+    """The author, if it can be stored: at most 128 bytes, no control character. Raises ApiError 400."""
     if len(author.encode()) > limits.AUTHOR_BYTES_MAX:
-        raise bad_request("author too long")
+        raise bad_request(AUTHOR_TOO_LONG)
     if _CONTROL.search(author):
-        raise bad_request("author holds a control character")
+        raise bad_request(AUTHOR_CONTROL_CHARACTER)
     return author
 
 
 def resolve_author(
     user: str | None, headers: head.Headers, query: dict[str, str], body_author: str | None = None
 ) -> str | None:
-    """The author that a call acts for: the verified user; without one the body's, the header's, the query's; or None.
+    """The author that a request acts for: the verified user, or else the first of body, header and query; or None.
 
-    Raises ApiError 403 where something contradicts a verified user, 400 for an author that can't be stored.
+    Raises ApiError 403 if the query or the body contradicts a verified user, 400 for an author that cannot be stored.
     """
     in_query = query.get("author") if query else None
     if user is not None:
         if in_query and in_query != user:
-            raise _mismatch("query param")
+            raise forbidden(OTHER_AUTHOR_IN_QUERY)
         if body_author and body_author != user:
-            raise _mismatch("body author")
+            raise forbidden(OTHER_AUTHOR_IN_BODY)
         return user
     in_header = headers.get(head.USER_ID)
     given = (body_author, head.header_text(in_header, "X-User-ID") if in_header else None, in_query)
-    # each is checked, that the same value is not refused or taken by what stands beside it
+    # All are checked, also those that are not used: whether a value is refused must not depend on the other two.
     checked = [checked_author(author) for author in given if author]
     return checked[0] if checked else None
 
 
-def _mismatch(where: str) -> ApiError:
-    return forbidden(f"author mismatch between signature and {where}")
-
-
+# --- rates ------------------------------------------------------------------------------------------------------
 class TokenBucket:
-    """`rps` tokens a second up to `burst`; each call takes one."""
+    """Gains `rps` tokens a second, holds at most `burst`; each request takes one."""
 
     __slots__ = ("_at_s", "_burst", "_rps", "_tokens")
 
@@ -186,7 +202,7 @@ class TokenBucket:
         self._at_s = -math.inf
 
     def take(self, now_s: float) -> float:
-        """Take one token. Returns 0.0, or the seconds until one is there (and takes none)."""
+        """Take one token and return 0.0, or take none and return the seconds until there is one."""
         if now_s > self._at_s:
             if self._at_s > -math.inf:
                 self._tokens = min(self._burst, self._tokens + (now_s - self._at_s) * self._rps)
@@ -198,9 +214,7 @@ class TokenBucket:
 
 
 def address_group(address: str) -> str:
-    """The unit that shares one bucket: an IPv4 address, or the /64 that one IPv6 host can choose its addresses
-    from.
-    """
+    """What shares one bucket: an IPv4 address, or the /64 from which one IPv6 host can choose its addresses."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -213,7 +227,7 @@ def address_group(address: str) -> str:
 
 
 class AddressBuckets:
-    """Buckets of callers without a key. Forgets the address that was unused for longest when it is full."""
+    """The buckets of callers without a key. A full table forgets the least recently used address."""
 
     def __init__(self, rps: float, burst: int, *, count_max: int) -> None:
         self._rps = rps
@@ -236,11 +250,12 @@ class AddressBuckets:
         return bucket.take(now_s)
 
 
+# --- paths and networks -----------------------------------------------------------------------------------------
 OPEN_PATHS: Final = frozenset({"/healthz", "/openapi.yaml", "/docs", "/viewer"})
 _OPEN_PREFIXES: Final = ("/docs/", "/viewer/")
-"""Need no key: documentation, and pages that ask for one themselves."""
+"""Paths that need no key: documentation, and the viewer, which has its own login."""
 _USER_PATHS: Final = ("/v1/messages", "/v1/threads")
-"""What a front-end key may reach, with what is below."""
+"""Paths that a front-end key may call, and everything below them."""
 
 _CORS_HEADERS: Final[tuple[Header, ...]] = (
     (b"vary", b"Origin"),
@@ -257,32 +272,34 @@ def is_open(path: str) -> bool:
 
 
 def for_users(path: str) -> bool:
-    """Whether a path belongs to the routes that front ends call."""
+    """Whether a front-end key may call the path."""
     return any(path == prefix or path.startswith(prefix + "/") for prefix in _USER_PATHS)
 
 
 class AllowList:
-    """Networks that may call. An empty list admits everybody. Remembers its answer for a bounded number of
-    addresses.
-    """
+    """Networks that may call; an empty list admits every address. Caches its decisions, up to a bound."""
 
     def __init__(self, entries: tuple[str, ...], *, count_max: int = limits.ADDRESSES_COUNT_MAX) -> None:
         self._networks = tuple(parse_network(entry) for entry in entries)
-        self._known: OrderedDict[str, bool] = OrderedDict()
+        self._cache: OrderedDict[str, bool] = OrderedDict()
         self._count_max = count_max
+
+    def __len__(self) -> int:
+        """How many decisions are cached."""
+        return len(self._cache)
 
     def admits(self, address: str) -> bool:
         if not self._networks:
             return True
-        known = self._known.get(address)
-        if known is None:
-            known = self._look_up(address)
-            while len(self._known) >= self._count_max:
-                self._known.popitem(last=False)
-            self._known[address] = known
-        return known
+        admitted = self._cache.get(address)
+        if admitted is None:
+            admitted = self._is_listed(address)
+            while len(self._cache) >= self._count_max:
+                self._cache.popitem(last=False)
+            self._cache[address] = admitted
+        return admitted
 
-    def _look_up(self, address: str) -> bool:
+    def _is_listed(self, address: str) -> bool:
         try:
             parsed = ipaddress.ip_address(address)
         except ValueError:
@@ -292,8 +309,9 @@ class AllowList:
         return any(parsed in network for network in self._networks)
 
 
-class Gate:
-    """All checks over one configuration. One instance for each server."""
+# --- the checks in order ----------------------------------------------------------------------------------------
+class AccessControl:
+    """All checks under one configuration. A server has one instance."""
 
     def __init__(self, security: Security) -> None:
         self._origins = frozenset(origin.lower().encode() for origin in security.cors.allowed_origins)
@@ -308,16 +326,19 @@ class Gate:
         self._addresses = AddressBuckets(rate.rps, rate.burst, count_max=limits.ADDRESSES_COUNT_MAX)
 
     def cors_headers(self, headers: head.Headers) -> tuple[Header, ...]:
-        """For an origin that is allowed; nothing for any other, or for none."""
+        """The CORS headers of a response; none unless the request names an allowed origin."""
         origin = headers.get(head.ORIGIN)
         if not origin or not (self._any_origin or origin.lower() in self._origins):
             return ()
         return ((b"access-control-allow-origin", origin), *_CORS_HEADERS)
 
-    def admit(
+    def authorize(
         self, path: str, headers: head.Headers, repeated: bytes | None, address: str, now_s: float
     ) -> tuple[Principal, str | None]:
-        """Checks 3 to 7: the caller and its verified user, if it has one. Raises ApiError."""
+        """Checks 3 to 7 of the contract. Returns the caller and its verified user, if any.
+
+        `repeated` is a decisive header that was sent twice. Raises ApiError 400, 401, 403, 429.
+        """
         if not self._allowed.admits(address):
             raise forbidden()
         if repeated is not None:
@@ -331,7 +352,7 @@ class Gate:
         if not needs_key:
             return principal, None
         required = principal.role in (Role.FRONTEND, Role.UNAUTHENTICATED)
-        return principal, signed_user(headers, self.keys, required=required)
+        return principal, verified_user(headers, self.keys, required=required)
 
     def _principal(self, headers: head.Headers) -> Principal:
         key = presented_key(headers)
@@ -340,7 +361,7 @@ class Gate:
             return principal
         if self._allow_unauthenticated:
             return self.keys.anonymous
-        raise unauthorized("unauthorized")
+        raise unauthorized()
 
     def _check_rate(self, principal: Principal, address: str, now_s: float) -> None:
         if principal.number:
@@ -348,5 +369,4 @@ class Gate:
         else:
             wait_s = self._addresses.take(address, now_s)
         if wait_s > 0:
-            retry_after = str(max(1, math.ceil(wait_s))).encode("ascii")
-            raise ApiError(429, "rate limit exceeded", ((b"retry-after", retry_after),))
+            raise too_many_requests(math.ceil(wait_s))

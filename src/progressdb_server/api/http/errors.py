@@ -1,21 +1,40 @@
-"""What the API answers when it refuses, and how the store's errors become answers.
+"""Error responses, and the sentences that more than one module sends or documents.
 
-Owns: `ApiError` and the table from the store's error tree to statuses. Invariants: a text here is a sentence for the
-client, stable, and holds nothing of what was stored; an error that is not in the table becomes a 500 with one fixed
-text. It must never put an exception's own text in an answer unless the table says that it was written for clients.
+Owns: `ApiError` and its constructors. Invariants: a sentence is stable, written for the client, and holds nothing that
+was stored. The status of an error from another room is decided in `api.routes.errors`, not here.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from progressdb_server.store import model
-
 Header = tuple[bytes, bytes]
+
+FORBIDDEN: Final = "forbidden"
+UNAUTHORIZED: Final = "unauthorized"
+NOT_FOUND: Final = "not found"
+INTERNAL: Final = "internal error"
+TOO_LARGE: Final = "request body too large"
+RATE_LIMITED: Final = "rate limit exceeded"
+INVALID_JSON: Final = "invalid json"
+INVALID_ENCODING: Final = "the query is not UTF-8"
+REPEATED_PARAMETER: Final = "a query parameter is given twice"
+MISSING_SIGNATURE: Final = "missing signature headers"
+INVALID_SIGNATURE: Final = "invalid signature"
+AUTHOR_REQUIRED: Final = "author required for backend requests"
+AUTHOR_TOO_LONG: Final = "author too long"
+AUTHOR_CONTROL_CHARACTER: Final = "author holds a control character"
+OTHER_AUTHOR_IN_QUERY: Final = "author mismatch between signature and query param"
+OTHER_AUTHOR_IN_BODY: Final = "author mismatch between signature and body author"
+INVALID_IDEMPOTENCY_KEY: Final = "the Idempotency-Key must be 1 to 255 visible ASCII characters"
+
+UNAUTHORIZED_HEADERS: Final[tuple[Header, ...]] = ((b"www-authenticate", b"Bearer"),)
+CLOSE: Final[Header] = (b"connection", b"close")
+CLOSE_HEADERS: Final[tuple[Header, ...]] = (CLOSE,)
 
 
 class ApiError(Exception):
-    """A refusal. `text` is the sentence that the client sees in `{"error": text}`."""
+    """An error response: `{"error": text}` with this status and these headers."""
 
     def __init__(self, status: int, text: str, headers: tuple[Header, ...] = ()) -> None:
         super().__init__(text)
@@ -25,57 +44,37 @@ class ApiError(Exception):
 
 
 class ClientGoneError(Exception):
-    """The client closed its connection before its request was whole, or stopped reading: nobody is left to answer."""
-
-
-THREAD_ID_REFUSAL: Final = "thread must be 1 to 128 letters, digits, dots, underscores or hyphens"
-_FIXED: Final[dict[type[model.StoreError], tuple[int, str]]] = {
-    model.MessageNotFoundError: (404, "message not found"),
-    model.ThreadNotFoundError: (404, "thread not found"),
-    model.ThreadDeletedError: (403, "thread deleted"),
-    model.NotTheAuthorError: (403, "author does not match"),
-    model.AuthorNotInThreadError: (403, "author not found in any message in this thread"),
-    model.InvalidThreadIdError: (400, THREAD_ID_REFUSAL),
-    model.IdempotencyConflictError: (409, "this Idempotency-Key was used before with another request"),
-}
-
-UNAUTHORIZED_HEADERS: Final[tuple[Header, ...]] = ((b"www-authenticate", b"Bearer"),)
-CLOSE: Final[Header] = (b"connection", b"close")
-CLOSE_HEADERS: Final[tuple[Header, ...]] = (CLOSE,)
+    """The client closed its connection before its request was whole, or stopped reading. No response can reach it."""
 
 
 def bad_request(text: str) -> ApiError:
     return ApiError(400, text)
 
 
-def unauthorized(text: str) -> ApiError:
+def unauthorized(text: str = UNAUTHORIZED) -> ApiError:
     return ApiError(401, text, UNAUTHORIZED_HEADERS)
 
 
-def forbidden(text: str = "forbidden") -> ApiError:
+def forbidden(text: str = FORBIDDEN) -> ApiError:
     return ApiError(403, text)
 
 
-def not_found(text: str = "not found") -> ApiError:
+def not_found(text: str = NOT_FOUND) -> ApiError:
     return ApiError(404, text)
 
 
-def too_large() -> ApiError:
-    return ApiError(413, "request body too large")
+def too_large(headers: tuple[Header, ...] = ()) -> ApiError:
+    return ApiError(413, TOO_LARGE, headers)
 
 
-def from_store(error: model.StoreError) -> ApiError:
-    """The answer for a store's error. Total: an unknown member of the tree is a 500."""
-    if isinstance(error, model.StoreUnavailableError):
-        retry_after = str(max(1, error.retry_after_s)).encode("ascii")
-        return ApiError(503, str(error), ((b"retry-after", retry_after),))
-    if isinstance(error, model.RecordUnreadableError):
-        return ApiError(500, str(error))
-    for known, (status, text) in _FIXED.items():
-        if isinstance(error, known):
-            return ApiError(status, text)
-    return internal()
+def too_many_requests(retry_after_s: int) -> ApiError:
+    return ApiError(429, RATE_LIMITED, (retry_after(retry_after_s),))
 
 
 def internal() -> ApiError:
-    return ApiError(500, "internal error")
+    return ApiError(500, INTERNAL)
+
+
+def retry_after(seconds: int) -> Header:
+    """At least one second: a client that does not wait would only be refused again."""
+    return b"retry-after", str(max(1, seconds)).encode("ascii")

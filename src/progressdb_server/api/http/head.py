@@ -1,8 +1,8 @@
-"""What a request's head says, read strictly.
+"""Strict parsing of a request's head: headers, query, request id.
 
-Owns: the headers that the API acts on, the query, and the request id. Invariants: a header that decides anything is
-taken only if it was sent once; a query parameter likewise; text is UTF-8 or it is refused. Pure: no I/O, no clock.
-It must never choose between two contradicting values.
+Owns: the names of the headers that the API acts on. Invariants: such a header counts only if it was sent once, and so
+does a query parameter; text that is not UTF-8 is refused. No I/O, no clock. It must never choose between two values
+that contradict each other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from urllib.parse import unquote_to_bytes
 
 from minikms import api as kms_api
 from progressdb_server.api.http import limits
-from progressdb_server.api.http.errors import bad_request
+from progressdb_server.api.http.errors import INVALID_ENCODING, REPEATED_PARAMETER, bad_request
 
 ORIGIN: Final = b"origin"
 AUTHORIZATION: Final = b"authorization"
@@ -45,14 +45,16 @@ _READ: Final = frozenset(
     }
 )
 _HARMLESS: Final = frozenset({ORIGIN, REQUEST_ID, EXPECT, COOKIE})
-"""Sent twice they count as not sent; the others are refused."""
+"""Sent twice, these count as not sent. Any other of the headers above sent twice is refused."""
 
 Headers = dict[bytes, bytes]
 
 
 def read_headers(raw: Sequence[tuple[bytes, bytes]]) -> tuple[Headers, bytes | None]:
-    """The headers, and the name of one that was sent twice (None if none was). Where any was, only those that the API
-    acts on."""
+    """The headers by lower-case name, and the name of a decisive header that was sent twice (None if there is none).
+
+    If any name is repeated, the headers that the API does not act on are left out.
+    """
     found: Headers = dict(raw)
     if len(found) == len(raw):
         return found, None
@@ -74,7 +76,7 @@ def read_headers(raw: Sequence[tuple[bytes, bytes]]) -> tuple[Headers, bytes | N
 
 
 def header_text(value: bytes, name: str) -> str:
-    """A header's value as text. Raises ApiError 400 for what is not UTF-8."""
+    """A header's value as text. Raises ApiError 400 unless it is UTF-8."""
     try:
         return value.decode("utf-8")
     except UnicodeDecodeError:
@@ -87,7 +89,7 @@ def _field_text(raw: bytes) -> str:
     try:
         return unquote_to_bytes(raw.replace(b"+", b" ")).decode("utf-8")
     except UnicodeDecodeError:
-        raise bad_request("the query is not UTF-8") from None
+        raise bad_request(INVALID_ENCODING) from None
 
 
 _HEX: Final = frozenset(b"0123456789abcdefABCDEF")
@@ -104,7 +106,7 @@ def _percent_is_valid(raw: bytes) -> bool:
 
 
 def read_query(raw: bytes) -> dict[str, str]:
-    """The query's fields. Raises ApiError 400 where a name is repeated, or anything is malformed."""
+    """The query's fields, or those of a form. Raises ApiError 400 if a name is repeated or anything is malformed."""
     fields: dict[str, str] = {}
     if not raw:
         return fields
@@ -117,20 +119,20 @@ def read_query(raw: bytes) -> dict[str, str]:
         raw_name, _, raw_value = part.partition(b"=")
         name = _field_text(raw_name)
         if name in fields:
-            raise bad_request("a query parameter is given twice")
+            raise bad_request(REPEATED_PARAMETER)
         fields[name] = _field_text(raw_value)
     return fields
 
 
-_run: Final = secrets.token_hex(6)
+_process_id: Final = secrets.token_hex(6)
 _numbers: Final = itertools.count(1)
 
 
 def request_id(headers: Headers) -> str:
-    """The caller's own request id where it is valid, otherwise a new one, unique across restarts."""
+    """The caller's own request id if it is valid, otherwise a new one that is unique across restarts."""
     given = headers.get(REQUEST_ID)
     if given is not None and given.isascii():
         text = given.decode("ascii")
         if kms_api.REQUEST_ID_PATTERN.fullmatch(text):
             return text
-    return f"r-{_run}-{next(_numbers)}"
+    return f"r-{_process_id}-{next(_numbers)}"

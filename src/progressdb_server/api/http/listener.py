@@ -1,8 +1,8 @@
 """HTTP on a socket: uvicorn with the bounded protocol, from listening to a graceful stop.
 
-Owns: the listening socket, TLS, and the end of a server. Invariants: no signal is handled here, the caller says when
-to stop; after that no new request is taken, and those in flight have `STOP_SECONDS_MAX` to finish. Forwarded-for
-headers are never believed: the client's address is the peer's.
+Owns: the listening socket, TLS, and the stop. Invariants: no signal is handled here; the caller says when to stop.
+After that no request is accepted, and requests in flight have `STOP_SECONDS_MAX` to finish. The client's address is the
+peer's: `X-Forwarded-For` is never believed.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Final
 
 import uvicorn
 
-from progressdb_server.api.http.application import Application
 from progressdb_server.api.http.limits import CONNECTIONS_COUNT_MAX, IDLE_SECONDS_MAX
 from progressdb_server.api.http.protocol import BoundedProtocol
+from progressdb_server.api.http.request import ASGIApp
 from progressdb_server.config import ConfigError, ConfigMissingError, Tls
 
 STOP_SECONDS_MAX: Final = 10
 BACKLOG_COUNT: Final = 2048
 _SPARE_DESCRIPTORS_COUNT: Final = 1024
-"""For the store's files and the key service, beside one for each connection."""
+"""Descriptors for the store's files and the key service, beyond one for each connection."""
 
 
 class _HttpServer(uvicorn.Server):
-    """Tells when it listens, and leaves signals alone."""
+    """Calls `on_listening` when it listens, and leaves signals alone."""
 
     def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
         super().__init__(config)
@@ -45,7 +45,7 @@ class _HttpServer(uvicorn.Server):
 
 
 def bind(address: str, port: int) -> socket.socket:
-    """A listening TCP socket. Raises ConfigError when the address can't be had."""
+    """A listening TCP socket. Raises ConfigError if the address cannot be used."""
     try:
         resolved = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, name = resolved[0]
@@ -53,25 +53,27 @@ def bind(address: str, port: int) -> socket.socket:
             (str(name[0]), int(name[1])), family=socket.AddressFamily(family), backlog=BACKLOG_COUNT
         )
     except OSError as error:
-        raise ConfigError(f"can't listen on {address}:{port}: {error.strerror or error}") from None
+        raise ConfigError(
+            f"cannot listen on {address}:{port}: {error.strerror or error}; choose another address with --addr"
+        ) from None
 
 
 def check_tls(tls: Tls) -> None:
-    """That certificate and key can be read and belong together. Raises ConfigError, ConfigMissingError."""
+    """Raises ConfigError unless certificate and key match, ConfigMissingError if a file does not exist."""
     if not tls.cert_file:
         return
     try:
-        # an empty password: an encrypted key is refused here, and never asked for on a terminal
+        # With an empty password, OpenSSL refuses an encrypted key and does not ask for its password on a terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert_file, tls.key_file, password="")
     except FileNotFoundError:
         raise ConfigMissingError(f"a TLS file does not exist: {tls.cert_file} or {tls.key_file}") from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a PEM certificate and its unencrypted key"
-        raise ConfigError(f"TLS can't use {tls.cert_file} with {tls.key_file}: {reason}") from None
+        reason = getattr(error, "strerror", None) or "they are not a PEM certificate and its unencrypted key"
+        raise ConfigError(f"TLS cannot use {tls.cert_file} with {tls.key_file}: {reason}") from None
 
 
 def raise_descriptor_limit() -> None:
-    """One descriptor for each connection that the bounds admit, as far as the hard limit goes."""
+    """Allow a descriptor for each of `CONNECTIONS_COUNT_MAX` connections, as far as the hard limit permits."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = CONNECTIONS_COUNT_MAX + _SPARE_DESCRIPTORS_COUNT
     if soft == resource.RLIM_INFINITY or soft >= wanted:
@@ -81,14 +83,14 @@ def raise_descriptor_limit() -> None:
 
 
 async def serve_http(
-    application: Application,
+    application: ASGIApp,
     listener: socket.socket,
     *,
     tls: Tls,
     stop: asyncio.Event,
     on_listening: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until `stop` is set; returns when the last request has been answered or given up."""
+    """Serve until `stop` is set. Returns when the last request has its response or its time is over."""
     configuration = uvicorn.Config(
         application,
         http=BoundedProtocol,

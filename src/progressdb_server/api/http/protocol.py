@@ -1,21 +1,18 @@
-"""One request and its answer on a connection: uvicorn's cycle, with an answer that leaves in one piece.
+"""HTTP/1.1 on one connection: uvicorn's protocol and cycle, with bounds and with fewer steps.
 
-Owns: the bytes of an answer. Invariants: head and body of a whole answer are one write, since each write is a system
-call; no header can smuggle in a line of its own; an answer is as long as it said, or the connection ends. A whole
-body and a whole answer go without ASGI's messages (`call.Direct`). It takes from uvicorn how an application is run, and
-how a client's going is noticed.
+Owns: what a connection may cost before a request is whole, and the bytes of a response. uvicorn runs the application
+and notices that a client has closed its connection. Rules, each enforced by a 4xx response or by closing:
+1. A head has at most `HEAD_BYTES_MAX` bytes and `HEADERS_COUNT_MAX` headers, and the parser buffers at most
+   `HELD_BYTES_MAX` of a line that has not ended. There is exactly one Host (RFC 9112, section 3.2).
+2. Trailers are dropped. uvicorn would append them to the headers of a request that is already running, past a proxy
+   that sets or removes those headers.
+3. A request is whole within `REQUEST_SECONDS_MAX` of its first byte. A new connection sends one within the same time.
+4. There are at most `CONNECTIONS_COUNT_MAX` connections. The kernel closes one whose client does not read.
+5. No header of a response can contain a line break. A response is as long as its content-length, or the connection
+   is closed.
 
-HTTP/1.1 for the API: uvicorn's protocol with the bounds that it lacks.
-
-Owns: what a connection may cost before a request is whole. Rules, each answered 4xx or by closing:
-
-1. A head has at most `HEAD_BYTES_MAX` bytes and `HEADERS_COUNT_MAX` headers, and of a line that has not ended the
-parser holds at most `HELD_BYTES_MAX`; exactly one Host (RFC 9112 section 3.2). 2. Trailers are dropped: uvicorn would
-add them to the headers that the application is about to read, behind the back of whatever proxy set those. 3. A
-request is whole within `REQUEST_SECONDS_MAX` of its first byte; a new connection sends one within the same time. 4. At
-most `CONNECTIONS_COUNT_MAX` connections; a client that does not read its answer is cut off by the kernel.
-
-It must never look at a body, and knows no route.
+A response that is complete is one write, because each write is a system call. Complete bodies and responses bypass
+ASGI's messages (`request.DirectChannel`). The module must never look into a body, and knows no route.
 """
 
 from __future__ import annotations
@@ -42,8 +39,10 @@ _WITHOUT_BODY: Final = frozenset({204, 304})
 _logger: Final = logging.getLogger("uvicorn.error")
 
 
-class Cycle(RequestResponseCycle):
-    def __init__(  # noqa: PLR0917  keywords cost more than the rest of it
+class DirectCycle(RequestResponseCycle):
+    """uvicorn's cycle of one request and its response, as a `request.DirectChannel` too."""
+
+    def __init__(  # noqa: PLR0917  keyword arguments would cost more than the rest of this method
         self,
         scope: MutableMapping[str, Any],
         transport: asyncio.Transport,
@@ -53,8 +52,8 @@ class Cycle(RequestResponseCycle):
         keep_alive: bool,
         on_response: Callable[[], None],
     ) -> None:
-        """All that uvicorn's own sets and uses, but for its log of accesses."""
-        self.scope = scope  # type: ignore[assignment]  # uvicorn names each key
+        """Sets what uvicorn's own cycle sets, except what its access log needs."""
+        self.scope = scope  # type: ignore[assignment]  # uvicorn's type names each key
         self.transport = transport
         self.flow = flow
         self.logger = _logger
@@ -69,13 +68,13 @@ class Cycle(RequestResponseCycle):
         self.chunked_encoding = None
         self.expected_content_length = 0
         self._body: bytes | bytearray = b""
-        self._news = False
-        self._waited: asyncio.Event | None = None
-        self._start: MutableMapping[str, Any] | None = None
+        self._has_news = False
+        self._event: asyncio.Event | None = None
+        self._response_start: MutableMapping[str, Any] | None = None
         self.task: asyncio.Task[None] | None = None
 
     async def run(self, app: Any, tasks: set[asyncio.Task[None]]) -> None:
-        """`tasks` holds `self.task` for as long as it runs."""
+        """Run the application. `tasks` contains `self.task` until this returns."""
         try:
             await self.run_asgi(app)
         finally:
@@ -84,24 +83,24 @@ class Cycle(RequestResponseCycle):
 
     # --- the request's body ---------------------------------------------------------------------------------------
     @property
-    def message_event(self) -> Cycle:  # type: ignore[override]  # all that uvicorn calls is `set`
-        """What uvicorn does `set` on. An event, which most requests need none of, is made when somebody waits."""
+    def message_event(self) -> DirectCycle:  # type: ignore[override]  # uvicorn calls only `set`
+        """uvicorn calls `set` on it. The event itself is made only if something waits for it: most requests do not."""
         return self
 
     def set(self) -> None:
-        """There is more of the body, or no more to come."""
-        self._news = True
-        if self._waited is not None:
-            self._waited.set()
+        """More of the body was received, or the request or the connection has ended."""
+        self._has_news = True
+        if self._event is not None:
+            self._event.set()
 
     async def _wait(self) -> None:
-        if self._waited is None:
-            self._waited = asyncio.Event()
-        self._waited.clear()
-        await self._waited.wait()
+        if self._event is None:
+            self._event = asyncio.Event()
+        self._event.clear()
+        await self._event.wait()
 
     def add(self, part: bytes) -> int:
-        """The bytes that wait to be read."""
+        """Append a part of the body. Returns how many bytes wait to be read."""
         if not self._body:
             self._body = part
         elif isinstance(self._body, bytearray):
@@ -111,9 +110,9 @@ class Cycle(RequestResponseCycle):
         self.set()
         return len(self._body)
 
-    def whole_body(self) -> bytes | None:
-        """See `call.Direct`."""
-        if not self._news or self.more_body or self.waiting_for_100_continue:
+    def received_body(self) -> bytes | None:
+        """See `request.DirectChannel`."""
+        if not self._has_news or self.more_body or self.waiting_for_100_continue:
             return None
         if self.disconnected or self.response_complete:
             return None
@@ -122,26 +121,26 @@ class Cycle(RequestResponseCycle):
         return self._take()
 
     def _take(self) -> bytes:
-        self._news = False
+        self._has_news = False
         body, self._body = bytes(self._body), b""
         return body
 
-    async def receive(self) -> MutableMapping[str, Any]:  # type: ignore[override]  # uvicorn names each shape
+    async def receive(self) -> MutableMapping[str, Any]:  # type: ignore[override]  # uvicorn's type names each shape
         if self.waiting_for_100_continue and not self.transport.is_closing():
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.waiting_for_100_continue = False
         if not self.disconnected and not self.response_complete:
             self.flow.resume_reading()
-            if not self._news:
+            if not self._has_news:
                 await self._wait()
         if self.disconnected or self.response_complete:
             return {"type": "http.disconnect"}
         return {"type": "http.request", "body": self._take(), "more_body": self.more_body}
 
-    # --- the answer -----------------------------------------------------------------------------------------------
-    def answer(self, status: int, headers: Sequence[Header], body: bytes) -> bool:
-        """See `call.Direct`."""
-        if self.flow.write_paused or self._start is not None or self.response_complete or self.disconnected:
+    # --- the response ---------------------------------------------------------------------------------------------
+    def send_response(self, status: int, headers: Sequence[Header], body: bytes) -> bool:
+        """See `request.DirectChannel`."""
+        if self.flow.write_paused or self._response_start is not None or self.response_complete or self.disconnected:
             return False
         if self.scope["method"] == "HEAD" or status in _WITHOUT_BODY:
             return False
@@ -157,24 +156,28 @@ class Cycle(RequestResponseCycle):
         self._complete()
         return True
 
-    async def send(self, message: MutableMapping[str, Any]) -> None:  # type: ignore[override]  # uvicorn names each shape
-        """Raises RuntimeError for what is no answer; nothing of it has left then, or the connection ends."""
+    async def send(self, message: MutableMapping[str, Any]) -> None:  # type: ignore[override]  # as receive
+        """Raises RuntimeError for an invalid message; uvicorn then closes the connection if the response was begun."""
         if self.response_complete:
-            raise RuntimeError("the answer is complete already")
+            raise RuntimeError("the response is already complete")
         if message["type"] == "http.response.start":
-            if self._start is not None:
-                raise RuntimeError("the answer has started already")
-            self._start = message
+            if self._response_start is not None:
+                raise RuntimeError("the response has already started")
+            self._response_start = message
             return
-        if self._start is None:
-            raise RuntimeError("the answer has not started")
+        if self._response_start is None:
+            raise RuntimeError("the response has not started")
         if self.flow.write_paused and not self.disconnected:
             await self.flow.drain()
         if self.disconnected:
             return
         part: bytes = message.get("body", b"")
         more: bool = message.get("more_body", False)
-        head = b"" if self.response_started else self._head(self._start["status"], self._start.get("headers", ()))
+        head = (
+            b""
+            if self.response_started
+            else self._head(self._response_start["status"], self._response_start.get("headers", ()))
+        )
         self.transport.write(head + self._framed(part, more))
         self.response_started = True
         if not more:
@@ -209,7 +212,7 @@ class Cycle(RequestResponseCycle):
             return framed if more else framed + b"0\r\n\r\n"
         self.expected_content_length -= len(part)
         if self.expected_content_length < 0 or (not more and self.expected_content_length):
-            raise RuntimeError("the answer is not as long as it said")
+            raise RuntimeError("the response does not have the length that its head gives")
         return part
 
     def _complete(self) -> None:
@@ -222,59 +225,62 @@ class Cycle(RequestResponseCycle):
 
 def _check_lines(head: bytes, count: int) -> None:
     if len(head.splitlines()) != count:
-        raise RuntimeError("a header of the answer holds a line of its own")
+        raise RuntimeError("a header of the response contains a line break")
 
 
-_SENTENCES: Final = {
+_ERROR_TEXTS: Final = {
     400: "malformed HTTP request",
     431: "request head too large",
 }
 
 
-class _RefusedError(Exception):
-    """Stops the parser; the status is in the protocol."""
+class _HeadRefusedError(Exception):
+    """Stops the parser. The protocol holds the status of the error response."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """What is done for every request is spelled out here instead of left to uvicorn: it is done thousands of times a
+    """uvicorn's protocol under the rules above.
+
+    What runs for every request is written out here rather than inherited, with less work: it runs thousands of times a
     second.
     """
 
     __slots__ = (
         "_asgi",
         "_broken",
-        "_due_s",
+        "_deadline_s",
+        "_error_status",
         "_expecting",
         "_fed_bytes",
         "_in_body",
         "_in_head",
-        "_refusal_status",
+        "_progressed",
         "_running",
         "_timer",
-        "_timer_s",
-        "_told",
+        "_timer_at_s",
     )
-    cycle: Cycle
-    pipeline: deque[tuple[Cycle, Any]]  # type: ignore[assignment]  # of no others
+    cycle: DirectCycle
+    pipeline: deque[tuple[DirectCycle, Any]]  # type: ignore[assignment]  # it holds no other cycles
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        self._refusal_status = 400
+        self._error_status = 400
         self._in_head = False
         self._in_body = False
         self._broken = False
         self._running: RequestResponseCycle | None = None
         self._fed_bytes = 0
-        """Since the parser last told of something: at least as many as it holds back, and as the head has that is being
-        read."""
-        self._told = False
+        """Bytes fed since the parser's last callback that shows progress. At least what the parser buffers, and at
+        least the head that is being read.
+        """
+        self._progressed = False
         self._asgi = {"version": self.asgi_version, "spec_version": "2.3"}
         self._expecting = False
-        """A request that is not whole."""
-        self._due_s = math.inf
-        """When the connection ends unless something happens, by the loop's clock."""
+        """Whether a request has begun, or the connection is new, and the request is not whole."""
+        self._deadline_s = math.inf
+        """When the connection is closed unless something happens, on the loop's clock."""
         self._timer: asyncio.TimerHandle | None = None
-        self._timer_s = math.inf
+        self._timer_at_s = math.inf
 
     # --- the connection -----------------------------------------------------------------------------------------
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
@@ -283,13 +289,13 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         peer = transport.get_extra_info("socket")
         if peer is not None and peer.family in (socket.AF_INET, socket.AF_INET6):
-            with contextlib.suppress(OSError):  # a connection that is gone already
+            with contextlib.suppress(OSError):  # the connection is already closed
                 stall_ms = limits.STREAM_STALL_SECONDS_MAX * 1000
                 peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall_ms)
-        self._expect_more()
+        self._await_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._due_s = math.inf
+        self._deadline_s = math.inf
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -299,40 +305,40 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._broken:
             return
         self._fed_bytes += len(data)
-        self._told = False
+        self._progressed = False
         try:
             self.parser.feed_data(data)
             if self._in_head:
                 self._check_head()
-            if self._told:
+            if self._progressed:
                 self._fed_bytes = len(data)
-            elif self._fed_bytes > limits.HELD_BYTES_MAX:  # one endless line
+            elif self._fed_bytes > limits.HELD_BYTES_MAX:  # a line without end
                 self._refuse(431)
-        except (httptools.HttpParserError, _RefusedError):
+        except (httptools.HttpParserError, _HeadRefusedError):
             self.logger.warning("Invalid HTTP request received.")
             self.send_400_response("")
         except httptools.HttpParserUpgrade:
             self._unsupported_upgrade_warning()
         if self._in_head or self._in_body or self.cycle is None or self.cycle.response_complete:
-            self._expect_more()
+            self._await_request()
         else:
             self._expecting = False
-            self._due_s = math.inf
+            self._deadline_s = math.inf
 
-    def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio takes the transport's fate from it
-        """True keeps the connection, for the answer; TLS has no half-closed connections."""
-        if not self._answering() or self.scheme == "https":
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio closes the transport unless it is True
+        """True keeps the connection open for responses that are due. TLS has no half-closed connections."""
+        if not self._has_response_due() or self.scheme == "https":
             return None
-        self._end_after_answers()
+        self._close_after_responses()
         return True
 
-    def _answering(self) -> bool:
-        """Whether a whole request is not answered yet."""
+    def _has_response_due(self) -> bool:
+        """Whether a whole request has no complete response yet."""
         running = self._running
         return running is not None and not running.response_complete and not running.more_body
 
-    def _end_after_answers(self) -> None:
-        """The last whole request of the connection gets its answer; one that has not come to its end is not run."""
+    def _close_after_responses(self) -> None:
+        """Respond to the last whole request of the connection, then close. A request that is not whole is not run."""
         if self._in_body and self.pipeline and self.pipeline[0][0] is self.cycle:
             self.pipeline.popleft()
         last = self.pipeline[0][0] if self.pipeline else self._running
@@ -340,32 +346,32 @@ class BoundedProtocol(HttpToolsProtocol):
             last.keep_alive = False
 
     # --- time ---------------------------------------------------------------------------------------------------
-    def _expect_more(self) -> None:
+    def _await_request(self) -> None:
         if not self._expecting:
             self._expecting = True
-            self._end_at(self.loop.time() + limits.REQUEST_SECONDS_MAX)
+            self._close_at(self.loop.time() + limits.REQUEST_SECONDS_MAX)
 
-    def _end_at(self, due_s: float) -> None:
-        """One timer goes on through many requests, and looks at what is due when it fires: to set and cancel one for
-        each of them costs several microseconds.
+    def _close_at(self, deadline_s: float) -> None:
+        """Set the deadline. One timer serves many requests and compares with the deadline when it fires: to set and
+        cancel a timer for each request costs several microseconds.
         """
-        self._due_s = due_s
+        self._deadline_s = deadline_s
         if self._timer is not None:
-            if self._timer_s <= due_s:
+            if self._timer_at_s <= deadline_s:
                 return
             self._timer.cancel()
-        self._timer = self.loop.call_at(due_s, self._look)
-        self._timer_s = due_s
+        self._timer = self.loop.call_at(deadline_s, self._check_deadline)
+        self._timer_at_s = deadline_s
 
-    def _look(self) -> None:
+    def _check_deadline(self) -> None:
         self._timer = None
-        if self._due_s > self.loop.time():
-            if self._due_s < math.inf:
-                self._end_at(self._due_s)
+        if self._deadline_s > self.loop.time():
+            if self._deadline_s < math.inf:
+                self._close_at(self._deadline_s)
         elif not self._expecting:
             self.transport.close()
-        elif self._answering():  # an earlier request of this connection
-            self._end_at(self.loop.time() + limits.REQUEST_SECONDS_MAX)
+        elif self._has_response_due():  # to an earlier request of this connection
+            self._close_at(self.loop.time() + limits.REQUEST_SECONDS_MAX)
         elif not self.transport.is_closing():
             self.transport.abort()
 
@@ -374,7 +380,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
-        self._told = True
+        self._progressed = True
         self._in_head = True
         self._in_body = False
 
@@ -415,9 +421,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_body = True
 
     def _begin(self, version: str) -> None:
-        """Hand the request to the application, after those before it. As uvicorn does, less what is never used
-        here.
-        """
+        """Give the request to the application, after the requests before it. As in uvicorn, without unused features."""
         raw_path, query = _target(self.url)
         path = raw_path.decode("ascii")
         scope: dict[str, Any] = {
@@ -436,7 +440,7 @@ class BoundedProtocol(HttpToolsProtocol):
             "state": self.app_state.copy(),
         }
         earlier = self.cycle
-        self.cycle = Cycle(
+        self.cycle = DirectCycle(
             scope,
             self.transport,
             self.flow,
@@ -453,12 +457,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self.pipeline.appendleft((self.cycle, self.app))
 
     def on_body(self, body: bytes) -> None:
-        self._told = True
+        self._progressed = True
         if not self.cycle.response_complete and self.cycle.add(body) > HIGH_WATER_LIMIT:
             self.flow.pause_reading()
 
     def on_message_complete(self) -> None:
-        self._told = True
+        self._progressed = True
         self._in_body = False
         cycle = self.cycle
         if not cycle.response_complete:
@@ -474,33 +478,33 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
         elif not self._expecting:
-            self._end_at(self.loop.time() + self.timeout_keep_alive)
+            self._close_at(self.loop.time() + self.timeout_keep_alive)
 
     def _refuse(self, status: int) -> None:
-        self._refusal_status = status
-        raise _RefusedError
+        self._error_status = status
+        raise _HeadRefusedError
 
-    # --- what can't be parsed -----------------------------------------------------------------------------------
+    # --- malformed requests -------------------------------------------------------------------------------------
     def send_400_response(self, msg: str) -> None:
-        """Called by uvicorn when the parser refuses; `msg` is its own text."""
+        """Refuse malformed bytes. The name and `msg`, which is not used, are uvicorn's."""
         self._broken = True
-        if self._answering():
-            self._end_after_answers()
+        if self._has_response_due():
+            self._close_after_responses()
             return
-        answered = self._in_body and self.cycle.response_started  # before its body had come
-        if not answered:
-            self.transport.write(_refusal(self._refusal_status))
+        responded = self._in_body and self.cycle.response_started  # before the body was whole
+        if not responded:
+            self.transport.write(_error_response(self._error_status))
         self.transport.close()
 
     # --- the application ----------------------------------------------------------------------------------------
-    def _start_asgi_task(self, cycle: Cycle, app: Any) -> None:  # type: ignore[override]  # there is no other
+    def _start_asgi_task(self, cycle: DirectCycle, app: Any) -> None:  # type: ignore[override]  # the only cycles
         self._running = cycle
         cycle.task = self.loop.create_task(cycle.run(app, self.tasks))
         self.tasks.add(cycle.task)
 
 
 def _target(url: bytes) -> tuple[bytes, bytes]:
-    """Path and query. The parser has let nothing through that the first way would see otherwise than the second."""
+    """Path and query. For every URL that the parser accepts, the short way gives what `httptools.parse_url` gives."""
     if url.startswith(b"/") and b"#" not in url:
         path, _, query = url.partition(b"?")
         return path, query
@@ -508,7 +512,7 @@ def _target(url: bytes) -> tuple[bytes, bytes]:
     return parsed.path, parsed.query or b""
 
 
-def _refusal(status: int) -> bytes:
-    body = b'{"error":"' + _SENTENCES[status].encode("ascii") + b'"}'
+def _error_response(status: int) -> bytes:
+    body = b'{"error":"' + _ERROR_TEXTS[status].encode("ascii") + b'"}'
     headers = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
     return STATUS_LINE[status] + headers + body

@@ -1,8 +1,10 @@
 """One request, from its head to its decoded body.
 
-Owns: reading a body within its bound, decoding JSON strictly, and the caller's facts that the gate has found.
-Invariants: a body is whole or not used; JSON that is too deep, not UTF-8 or of the wrong shape is a 400 and never
-another error. It sits below Starlette's request objects, since the routes that append and list messages are called
+Owns: reading a body within its bound, strict decoding of JSON, and what access control found out about the caller.
+Invariants: a body is used only when it is whole; JSON that is too deep, not UTF-8 or of the wrong shape is a 400 and
+never another error.
+
+`Request` does the work of Starlette's class of that name with less: the routes that append and list messages are called
 thousands of times a second.
 """
 
@@ -17,8 +19,10 @@ import msgspec
 
 from progressdb_server.api.http import access, head, limits
 from progressdb_server.api.http.errors import (
+    AUTHOR_REQUIRED,
     CLOSE_HEADERS,
-    ApiError,
+    INVALID_IDEMPOTENCY_KEY,
+    INVALID_JSON,
     ClientGoneError,
     Header,
     bad_request,
@@ -33,21 +37,24 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 Body = TypeVar("Body")
 
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
 DIRECT: Final = "progressdb.direct"
-"""Where ASGI's scope holds a `Direct`, if the server has one."""
+"""Key of a `DirectChannel` in the ASGI scope. Other servers than this one do not set it."""
 
 
-class Direct(Protocol):
-    """What a server offers beside ASGI's messages, which are a coroutine and a dictionary each: both do nothing where
-    they can't do it at once, and leave it to the messages.
+class DirectChannel(Protocol):
+    """A shortcut past ASGI's messages, each of which costs a coroutine and a dictionary.
+
+    Neither method waits. If it cannot do its work at once, it does nothing and the caller uses the messages.
     """
 
-    def whole_body(self) -> bytes | None:
-        """The request's body, once it has come whole and if nobody has read of it."""
+    def received_body(self) -> bytes | None:
+        """The request's body, if it was received whole and no part of it was read yet."""
         ...
 
-    def answer(self, status: int, headers: Sequence[Header], body: bytes) -> bool:
-        """The whole answer, with its length; False if it was not sent."""
+    def send_response(self, status: int, headers: Sequence[Header], body: bytes) -> bool:
+        """Send a complete response and its length. Returns False if nothing was sent."""
         ...
 
 
@@ -57,38 +64,39 @@ _STEPS: Final = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
 def json_depth(raw: bytes) -> int:
-    """How deep the arrays and objects of a JSON text are nested; of one that is malformed, at least as deep as a
-    parser goes.
-    """
+    """The nesting depth of the arrays and objects of a JSON text. For malformed text, at least a parser's depth."""
     brackets = _STRINGS.sub(b"", raw).translate(None, _NOT_BRACKETS)
     return max(accumulate(map(_STEPS.__getitem__, brackets)), default=0)
 
 
-def decode_json(raw: bytes, decoder: msgspec.json.Decoder[Body], refusal: str = "invalid json") -> Body:
-    """Decode a body. Raises ApiError 400 with `refusal` for anything but UTF-8 JSON of the right shape and depth."""
+def decode_json(raw: bytes, decoder: msgspec.json.Decoder[Body], refusal: str = INVALID_JSON) -> Body:
+    """Decode a body.
+
+    Raises ApiError 400 with the text `refusal` unless it is UTF-8 JSON of the right shape and depth.
+    """
     if raw.count(b"[") + raw.count(b"{") > limits.JSON_DEPTH_MAX and json_depth(raw) > limits.JSON_DEPTH_MAX:
         raise bad_request(refusal)
     try:
         if not raw.isascii():
-            raw.decode("utf-8")  # the decoder skips fields that it does not know without looking at their text
+            raw.decode("utf-8")  # the decoder does not look at the text of fields that it skips
         return decoder.decode(raw)
     except (msgspec.DecodeError, ValueError, RecursionError):
-        # ValueError: a UnicodeDecodeError, or a number of more digits than Python converts
+        # ValueError: text that is not UTF-8, or a number with more digits than Python converts
         raise bad_request(refusal) from None
 
 
-class Call:
-    """One request. The gate sets `principal` and `user`, the routing `parameters` and `route`."""
+class Request:
+    """One request. Access control sets `principal` and `user`, routing sets `path_params` and `route`."""
 
     __slots__ = (
-        "_query",
+        "_query_params",
         "_receive",
         "address",
         "direct",
         "headers",
         "method",
-        "parameters",
         "path",
+        "path_params",
         "principal",
         "query_string",
         "repeated_header",
@@ -105,64 +113,68 @@ class Call:
         self.address: str = client[0] if client else ""
         self.headers, self.repeated_header = head.read_headers(scope["headers"])
         self.request_id = head.request_id(self.headers)
-        self.principal: access.Principal = access.NOBODY
+        self.principal: access.Principal = access.NOT_AUTHENTICATED
         self.user: str | None = None
         """The user whose signature was verified."""
-        self.parameters: dict[str, str] = {}
+        self.path_params: dict[str, str] = {}
         self.route = ""
-        """The path's template, for logs and metrics: it holds nothing that a client chose."""
-        self.direct: Direct | None = scope.pop(DIRECT, None)  # it holds the scope: what holds each other is freed late
+        """The template of the path, for logs and metrics: it holds no text of a client."""
+        self.direct: DirectChannel | None = scope.pop(DIRECT, None)  # it refers to the scope: a cycle is freed late
         self._receive = receive
-        self._query: dict[str, str] | None = None
+        self._query_params: dict[str, str] | None = None
 
     @property
-    def query(self) -> dict[str, str]:
-        """Raises ApiError 400 where the query is malformed or repeats a parameter."""
-        if self._query is None:
-            self._query = head.read_query(self.query_string)
-        return self._query
+    def query_params(self) -> dict[str, str]:
+        """Raises ApiError 400 if the query is malformed or repeats a parameter."""
+        if self._query_params is None:
+            self._query_params = head.read_query(self.query_string)
+        return self._query_params
 
     # --- the caller ---------------------------------------------------------------------------------------------
     def author(self, body_author: str | None = None) -> str | None:
-        return access.resolve_author(self.user, self.headers, self.query, body_author)
+        """The author that the request acts for, or None. Raises ApiError 400, 403."""
+        return access.resolve_author(self.user, self.headers, self.query_params, body_author)
 
     def required_author(self, body_author: str | None = None) -> str:
+        """As `author`; raises ApiError 400 also if there is none."""
         author = self.author(body_author)
         if author is None:
-            raise bad_request("author required for backend requests")
+            raise bad_request(AUTHOR_REQUIRED)
         return author
 
     def idempotency(self, author: str) -> Idempotency | None:
+        """From the header `Idempotency-Key`, if there is one. Raises ApiError 400 if it is malformed."""
         key = self.headers.get(head.IDEMPOTENCY_KEY)
         if key is None:
             return None
         if not limits.IDEMPOTENCY_KEY_PATTERN.fullmatch(key):
-            raise bad_request("the Idempotency-Key must be 1 to 255 visible ASCII characters")
+            raise bad_request(INVALID_IDEMPOTENCY_KEY)
         return Idempotency(scope=self.principal.scope(author), key=key.decode("ascii"))
 
     def id_from_path(self, name: str, missing: str) -> str:
-        """An id in the path; one that no record can have is as unknown as any other."""
-        value = self.parameters[name]
+        """An id in the path. Raises ApiError 404 with the text `missing` for one that no record can have."""
+        value = self.path_params[name]
         if not limits.ID_PATTERN.fullmatch(value):
             raise not_found(missing)
         return value
 
     # --- the body -----------------------------------------------------------------------------------------------
-    async def json(self, decoder: msgspec.json.Decoder[Body], refusal: str = "invalid json") -> Body:
+    async def json(self, decoder: msgspec.json.Decoder[Body], refusal: str = INVALID_JSON) -> Body:
+        """The decoded body; see `body` and `decode_json`."""
         return decode_json(await self.body(), decoder, refusal)
 
-    def whole_body(self) -> bytes | None:
-        """The body, if it has come whole already; None where it has to be waited for. Raises ApiError 413."""
-        whole = self.direct.whole_body() if self.direct is not None else None
-        if whole is not None and len(whole) > limits.REQUEST_BYTES_MAX:
+    def received_body(self) -> bytes | None:
+        """The whole body if it was already received; None if it has to be waited for. Raises ApiError 413."""
+        received = self.direct.received_body() if self.direct is not None else None
+        if received is not None and len(received) > limits.REQUEST_BYTES_MAX:
             raise too_large()
-        return whole
+        return received
 
     async def body(self) -> bytes:
-        """The whole body. Raises ApiError 413 past the bound, ClientGoneError where the rest never came."""
-        whole = self.whole_body()
-        if whole is not None:
-            return whole
+        """The whole body. Raises ApiError 413 past the bound, ClientGoneError if the client closed before its end."""
+        received = self.received_body()
+        if received is not None:
+            return received
         declared = self.headers.get(head.CONTENT_LENGTH)
         if declared is not None and declared.isdigit() and int(declared) > limits.REQUEST_BYTES_MAX:
             await self._discard(int(declared))
@@ -195,10 +207,10 @@ class Call:
                 return b"".join(parts)
 
     async def _discard(self, expected: int) -> None:
-        """Read what is too large to its end, up to a bound, so that the client reads its answer; then raise 413."""
+        """Read a body that is too large, up to a bound, so that the client reads the response. Raises ApiError 413."""
         waits_for_continue = head.EXPECT in self.headers
         if waits_for_continue or expected > limits.DISCARDED_BYTES_MAX:
-            raise ApiError(413, too_large().text, CLOSE_HEADERS)
+            raise too_large(CLOSE_HEADERS)
         discarded = 0
         while discarded <= limits.DISCARDED_BYTES_MAX:
             message = await self._receive()
@@ -207,4 +219,4 @@ class Call:
             discarded += len(message.get("body", b""))
             if not message.get("more_body", False):
                 raise too_large()
-        raise ApiError(413, too_large().text, CLOSE_HEADERS)
+        raise too_large(CLOSE_HEADERS)

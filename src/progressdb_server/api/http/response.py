@@ -1,31 +1,36 @@
-"""What leaves: a whole answer, or a JSON list streamed in bounded memory.
+"""Responses, and sending them over ASGI.
 
-Owns: encoding answers and sending them over ASGI. Invariants: a list is held only up to `LIST_BUFFER_BYTES_MAX`; an
-error before the first byte left is a proper answer, one after it ends the connection before the list's end, so that
-no client takes a part for the whole. A client that stops reading does not keep a store's iterator open.
+Owns: the encoding of a response as JSON, a streamed list of bounded memory, a stream of events, and `Exchange`, which
+adds the headers that every response carries. Invariants:
+- A list occupies at most `LIST_BUFFER_BYTES_MAX` and one chunk of its source.
+- An error before the first byte was sent becomes an error response. A later one ends the connection before the list's
+  end, so that no client takes a part for the whole.
+- A client that stops reading does not keep an iterator of the store open.
+- Every response has its CORS headers and request id, and its status is recorded, whoever sends it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, MutableMapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from progressdb_server.api.http import limits
 from progressdb_server.api.http.errors import ApiError, ClientGoneError, Header
-from progressdb_server.api.http.request import Receive, Send
+from progressdb_server.api.http.request import Receive, Request, Send
 
 _ENCODER: Final = msgspec.json.Encoder()
 _JSON: Final = (b"content-type", b"application/json")
 _OCTETS: Final = (b"content-type", b"application/octet-stream")
 _EVENTS: Final = (b"content-type", b"text/event-stream")
 EVENT_SILENCE_S: Final = 15.0
+"""After this long without an event a comment is sent, so that no proxy closes the connection as unused."""
 
 
-class Answer(NamedTuple):
-    """A whole answer; `content_type` is None where there is no body."""
+class Response(NamedTuple):
+    """A complete response; `content_type` is None if it has no body."""
 
     status: int
     body: bytes = b""
@@ -34,7 +39,7 @@ class Answer(NamedTuple):
 
 
 class JsonList(NamedTuple):
-    """`prefix`, the items of all chunks with commas between, `suffix`."""
+    """A streamed response: `prefix`, the items of all chunks separated by commas, `suffix`."""
 
     prefix: bytes
     chunks: AsyncIterator[Sequence[Any]]
@@ -42,48 +47,99 @@ class JsonList(NamedTuple):
 
 
 class EventStream(NamedTuple):
-    """Server-sent events, each encoded and ended by its empty line (WHATWG HTML, section 9.2)."""
+    """Server-sent events (WHATWG HTML, section 9.2), each encoded and with its final empty line."""
 
     events: AsyncIterator[bytes]
 
 
-NO_CONTENT: Final = Answer(204, content_type=None)
+AnyResponse = Response | JsonList | EventStream
+NO_CONTENT: Final = Response(204, content_type=None)
+
+encode_json: Final = _ENCODER.encode
 
 
-def json(value: object) -> Answer:
-    return Answer(200, _ENCODER.encode(value))
+def json_response(value: object, status: int = 200) -> Response:
+    return Response(status, _ENCODER.encode(value))
 
 
-def octets(value: bytes) -> Answer:
-    return Answer(200, value, _OCTETS)
+def octets_response(value: bytes) -> Response:
+    return Response(200, value, _OCTETS)
 
 
-def error(refusal: ApiError) -> Answer:
-    return Answer(refusal.status, _ENCODER.encode({"error": refusal.text}), _JSON, refusal.headers)
+def error_response(error: ApiError) -> Response:
+    return Response(error.status, _ENCODER.encode({"error": error.text}), _JSON, error.headers)
 
 
-def json_text(value: object) -> bytes:
-    return _ENCODER.encode(value)
+def redirect(status: int, location: str, headers: tuple[Header, ...] = ()) -> Response:
+    """303 or 308 to a path of this server."""
+    place = (b"location", location.encode("ascii"))
+    return Response(status, content_type=None, headers=(place, (b"content-length", b"0"), *headers))
 
 
-def _head(status: int, headers: list[Header]) -> dict[str, Any]:
+EXCHANGE: Final = "progressdb.exchange"
+"""Key of the `Exchange` in the scope that Starlette's router passes on."""
+
+
+class Exchange:
+    """A request, and the way for its response."""
+
+    __slots__ = ("_headers", "_send", "receive", "request", "status")
+
+    def __init__(self, request: Request, headers: tuple[Header, ...], receive: Receive, send: Send) -> None:
+        """`headers` are added to the response."""
+        self.request = request
+        self.receive = receive
+        self.status = 0
+        """Of the response that has begun to be sent; 0 before that."""
+        self._headers = headers
+        self._send = send
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        """ASGI's `send`, with the headers of every response."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*self._headers, *message.get("headers", ())]
+        await self._send(message)
+
+    def send_at_once(self, response: AnyResponse) -> bool:
+        """Send a complete response without a wait. Returns False if that is not possible; `respond` is then."""
+        direct = self.request.direct
+        if direct is None or not isinstance(response, Response):
+            return False
+        status, body, content_type, headers = response
+        if content_type is None or self.status:
+            return False
+        self.status = status
+        return direct.send_response(status, (*self._headers, *headers, content_type), body)
+
+    async def respond(self, response: AnyResponse) -> None:
+        """Raises what the source of a stream raises, and ClientGoneError if the client leaves a stream unread."""
+        if isinstance(response, Response):
+            await send_complete(response, self.send)
+        elif isinstance(response, EventStream):
+            await send_events(response, self.receive, self.send)
+        else:
+            await send_list(response, self.receive, self.send)
+
+
+def _start(status: int, headers: list[Header]) -> dict[str, Any]:
     return {"type": "http.response.start", "status": status, "headers": headers}
 
 
-async def send_answer(answer: Answer, send: Send) -> None:
-    headers = list(answer.headers)
-    if answer.content_type is not None:
-        headers.append(answer.content_type)
-        headers.append((b"content-length", b"%d" % len(answer.body)))
-    await send(_head(answer.status, headers))
-    await send({"type": "http.response.body", "body": answer.body})
+async def send_complete(response: Response, send: Send) -> None:
+    headers = list(response.headers)
+    if response.content_type is not None:
+        headers.append(response.content_type)
+        headers.append((b"content-length", b"%d" % len(response.body)))
+    await send(_start(response.status, headers))
+    await send({"type": "http.response.body", "body": response.body})
 
 
 async def send_list(listed: JsonList, receive: Receive, send: Send) -> None:
-    """Whole with its length where it is short, streamed where it is not.
+    """Send a short list whole, with its length, and stream a longer one.
 
-    Raises what the chunks raise; the caller answers it if nothing has left yet. Raises ClientGoneError when the client
-    leaves the stream unread for too long.
+    Raises what the chunks raise; if nothing was sent yet, the caller can still send an error response. Raises
+    ClientGoneError if the client leaves the stream unread for too long.
     """
     pending = bytearray(listed.prefix)
     empty = True
@@ -100,7 +156,7 @@ async def send_list(listed: JsonList, receive: Receive, send: Send) -> None:
             if len(pending) < limits.LIST_BUFFER_BYTES_MAX:
                 continue
             if not started:
-                await send(_head(200, [_JSON]))
+                await send(_start(200, [_JSON]))
                 started = True
                 gone = asyncio.create_task(_disconnected(receive))
             elif gone is not None and gone.done():
@@ -109,7 +165,7 @@ async def send_list(listed: JsonList, receive: Receive, send: Send) -> None:
             pending.clear()
         pending += listed.suffix
         if not started:
-            await send(_head(200, [_JSON, (b"content-length", b"%d" % len(pending))]))
+            await send(_start(200, [_JSON, (b"content-length", b"%d" % len(pending))]))
         await send({"type": "http.response.body", "body": bytes(pending)})
     finally:
         if gone is not None:
@@ -120,30 +176,33 @@ async def send_list(listed: JsonList, receive: Receive, send: Send) -> None:
 
 
 async def send_events(stream: EventStream, receive: Receive, send: Send) -> None:
-    """Each event at once; a comment where none comes for a while, so that nothing between takes the connection for
-    dead. Ends with the stream, or when the client has gone. Raises ClientGoneError as `send_list`."""
-    await send(_head(200, [_EVENTS, (b"cache-control", b"no-store")]))
+    """Send each event at once, and a comment after `EVENT_SILENCE_S` without one.
+
+    Returns at the end of the stream or when the client has closed its connection. Raises ClientGoneError as
+    `send_list`.
+    """
+    await send(_start(200, [_EVENTS, (b"cache-control", b"no-store")]))
     gone = asyncio.create_task(_disconnected(receive))
-    coming: asyncio.Task[bytes | None] | None = None
+    upcoming: asyncio.Task[bytes | None] | None = None
     try:
         while True:
-            coming = coming or asyncio.create_task(_next(stream.events))
-            await asyncio.wait({gone, coming}, timeout=EVENT_SILENCE_S, return_when=asyncio.FIRST_COMPLETED)
+            upcoming = upcoming or asyncio.create_task(_next(stream.events))
+            await asyncio.wait({gone, upcoming}, timeout=EVENT_SILENCE_S, return_when=asyncio.FIRST_COMPLETED)
             if gone.done():
                 return
-            if not coming.done():
+            if not upcoming.done():
                 await _send_part(b": still here\n\n", send)
                 continue
-            event, coming = coming.result(), None
+            event, upcoming = upcoming.result(), None
             if event is None:
                 await send({"type": "http.response.body", "body": b""})
                 return
             await _send_part(event, send)
     finally:
         gone.cancel()
-        if coming is not None:
-            coming.cancel()
-            await asyncio.gather(coming, return_exceptions=True)
+        if upcoming is not None:
+            upcoming.cancel()
+            await asyncio.gather(upcoming, return_exceptions=True)
         close = getattr(stream.events, "aclose", None)
         if close is not None:
             await close()

@@ -1,5 +1,5 @@
-"""The OpenAPI document of the message server, and the pages that show it.
+"""OpenAPI: the types that describe an operation, and the document made of the table of operations.
 
-Owns: how the document is assembled from the operations. Invariants: the document is built from the table that also
-routes requests. The room must never describe an operation that the table does not have.
+Owns: `description.py`, which each route module uses beside its handlers, and `document.py`, the generator. Invariant:
+the document contains exactly the operations of the table that it is given. The room must never name an operation.
 """

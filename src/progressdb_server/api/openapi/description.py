@@ -1,7 +1,8 @@
-"""The form of a description: what is said of an operation beside what its code says.
+"""The types in which a route describes its operations, and the schemas that several routes use.
 
-Owns: `Described` and its parts, and the schemas of what is checked alike everywhere. Invariant: bounds come from
-`api.bounds`. It must never know an operation.
+Owns: `Description` and its parts. A description holds what no code says; what follows from the table of operations
+(roles, errors of the checks before routing) is added by `api.openapi.document`. Invariant: bounds come from
+`api.http.limits`. The module must never name an operation.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from progressdb_server.api.http import limits
 Schema = dict[str, Any]
 
 _NO_CONTROL: Final = r"^[^\u0000-\u001f\u007f-\u009f\u2028\u2029]*$"
+TEXT: Final[Schema] = {"type": "string"}
+INTEGER: Final[Schema] = {"type": "integer"}
+SWITCH: Final[Schema] = {"type": "string", "enum": ["true", "false", "1", "0"]}
 ID: Final[Schema] = {"type": "string", "pattern": f"^{limits.ID_PATTERN.pattern}$"}
 AUTHOR: Final[Schema] = {
     "type": "string",
@@ -31,66 +35,89 @@ def text(bytes_max: int) -> Schema:
 
 
 def nullable(schema: Schema) -> Schema:
-    """Null counts as absent."""
+    """The schema, or null, which counts as absent."""
     return {**schema, "type": [schema["type"], "null"]}
 
 
+def object_of(**properties: Schema) -> Schema:
+    """An object in which all these properties are required."""
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
 def texts(*names: str) -> Schema:
-    """An object with these fields, all of them text."""
-    return {"type": "object", "properties": {name: {"type": "string"} for name in names}, "required": list(names)}
+    """An object with these properties, all of them text."""
+    return object_of(**dict.fromkeys(names, TEXT))
+
+
+def list_of(name: str, items: Schema, **other: Schema) -> Schema:
+    """An object with the `other` properties and a list."""
+    return object_of(**other, **{name: {"type": "array", "items": items}})
 
 
 def ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def listed(name: str, of: Schema, **beside: Schema) -> Schema:
-    """An object with a list, and what stands beside it."""
-    properties = {**beside, name: {"type": "array", "items": of}}
-    return {"type": "object", "properties": properties, "required": list(properties)}
-
-
-Part = Literal["disk", "key service"]
-NOTHING: Final[frozenset[Part]] = frozenset()
-DISK: Final[frozenset[Part]] = frozenset({"disk"})
-KEY_SERVICE: Final[frozenset[Part]] = frozenset({"key service"})
+Dependency = Literal["disk", "key service"]
+NOTHING: Final[frozenset[Dependency]] = frozenset()
+DISK: Final[frozenset[Dependency]] = frozenset({"disk"})
+KEY_SERVICE: Final[frozenset[Dependency]] = frozenset({"key service"})
 BOTH: Final = DISK | KEY_SERVICE
 
 
 class Parameter(msgspec.Struct, frozen=True):
-    """In a query or a header."""
+    """A parameter in the query or a header."""
 
     name: str
     schema: Schema
-    what: str
-    place: str = "query"
+    description: str
+    location: Literal["query", "header"] = "query"
     required: bool = False
 
 
-class Taken(msgspec.Struct, frozen=True):
-    """A JSON body: the struct that the handler decodes, with what the handler checks beside its types; `beside`: of the
-    object as a whole."""
+class JsonBody(msgspec.Struct, frozen=True):
+    """A JSON body."""
 
     struct: type[msgspec.Struct]
+    """What the handler decodes."""
     checks: dict[str, Schema] = {}
+    """By property: a schema with what the handler checks beyond the type. It replaces that of the struct."""
     required: tuple[str, ...] = ()
-    beside: Schema = {}
+    """Properties that the struct does not require and the handler does."""
+    extra: Schema = {}
+    """Keywords for the object as a whole."""
 
 
-class Described(msgspec.Struct, frozen=True, kw_only=True):
-    """`answer`: a schema of `content`; None: there is nothing to say. `answers`: other good ones, by status.
-    `refusals`: sentences by status, beside those that follow from the table of routes. `needs`: what it can't be
-    answered without."""
+class Description(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operation does, takes and returns."""
 
     tag: str
     summary: str
-    answer: Schema | None = None
-    content: str = "application/json"
+    response: Schema | None = None
+    """Schema of the successful response; None if it has no body."""
+    content_type: str = "application/json"
     status: int = 200
-    answers: Mapping[int, Schema | None] = {}
-    body: Taken | None = None
+    other_responses: Mapping[int, Schema | None] = {}
+    """By status: the other responses that are not errors."""
+    body: JsonBody | None = None
     form: Schema | None = None
     parameters: tuple[Parameter, ...] = ()
     path_schemas: dict[str, Schema] = {}
-    refusals: Mapping[int, tuple[str, ...]] = {}
-    needs: frozenset[Part] = BOTH
+    """By name of a path parameter. One that is not here may be any text but the empty one."""
+    errors: Mapping[int, tuple[str, ...]] = {}
+    """By status: the sentences that the operation itself sends. Each is one that the code sends; tests provoke it."""
+    needs: frozenset[Dependency] = BOTH
+    """What the operation cannot respond without."""
+
+
+# --- what several route modules take ----------------------------------------------------------------------------
+CALLER: Final = (
+    Parameter("X-User-ID", AUTHOR, "The user that the call acts for.", "header"),
+    Parameter("author", AUTHOR, "The author that the call acts for."),
+)
+IDEMPOTENCY: Final = Parameter(
+    "Idempotency-Key",
+    {"type": "string", "pattern": "^[!-~]{1,255}$"},
+    "The same key gives the first answer again, for 24 hours; of one API key and author.",
+    "header",
+)

@@ -1,13 +1,13 @@
-"""The OpenAPI document, generated from the table of routes.
+"""The OpenAPI 3.1 document, generated from the table of operations.
 
-Owns: how the table, the descriptions and the structs become one document (OpenAPI 3.1). Invariants: whatever the
-table serves is in the document and nothing else is, or making it raises; the answers that follow from the checks that
-every request passes (docs/spec/server-http.md) are added here, once. Pure: the same table makes the same bytes.
+Owns: how paths, roles, descriptions and structs become one document. Invariants: the document contains exactly the
+operations of the table; the errors of the checks that every request passes (docs/spec/server-http.md) are added here,
+and nowhere else. Pure: the same table gives the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -15,7 +15,22 @@ import yaml
 
 from progressdb_server.api.http import limits
 from progressdb_server.api.http.access import Role, for_users, is_open
-from progressdb_server.api.openapi.description import Described, Parameter, Schema, Taken, ref
+from progressdb_server.api.http.errors import (
+    AUTHOR_CONTROL_CHARACTER,
+    AUTHOR_TOO_LONG,
+    FORBIDDEN,
+    INTERNAL,
+    INVALID_ENCODING,
+    INVALID_JSON,
+    INVALID_SIGNATURE,
+    MISSING_SIGNATURE,
+    OTHER_AUTHOR_IN_QUERY,
+    RATE_LIMITED,
+    REPEATED_PARAMETER,
+    TOO_LARGE,
+    UNAUTHORIZED,
+)
+from progressdb_server.api.openapi.description import Description, JsonBody, Parameter, Schema, ref
 from progressdb_server.store.model import Message, Thread
 
 CONTENT_TYPE: Final = "application/yaml"
@@ -41,11 +56,6 @@ _TAGS: Final = {
     "documentation": "This document. Needs no key.",
     "viewer": "Pages for people: log in with an admin key.",
 }
-_BAD_QUERY: Final = ("a query parameter is given twice", "the query is not UTF-8")
-_SIGNATURE_401: Final = ("missing signature headers", "invalid signature")
-_BAD_AUTHOR: Final = ("author too long", "author holds a control character")
-_OTHER_AUTHOR: Final = "author mismatch between signature and query param"
-
 REQUEST_ID: Final = Parameter(
     "X-Request-Id",
     {"type": "string", "pattern": r"^[A-Za-z0-9._:/+=-]{1,128}$"},
@@ -53,14 +63,16 @@ REQUEST_ID: Final = Parameter(
     "header",
     required=True,
 )
-_HEADERS: Final[dict[int, tuple[Parameter, ...]]] = {
-    401: (Parameter("WWW-Authenticate", {"type": "string"}, "How to authenticate.", "header", required=True),),
-    429: (Parameter("Retry-After", {"type": "integer", "minimum": 1}, "Seconds.", "header", required=True),),
-    503: (Parameter("Retry-After", {"type": "integer", "minimum": 1}, "Seconds.", "header", required=True),),
-    303: (Parameter("Location", {"type": "string"}, "Where to.", "header", required=True),),
-    308: (Parameter("Location", {"type": "string"}, "Where to.", "header", required=True),),
+_RETRY_AFTER: Final = Parameter("Retry-After", {"type": "integer", "minimum": 1}, "Seconds.", "header", required=True)
+_LOCATION: Final = Parameter("Location", {"type": "string"}, "Where to.", "header", required=True)
+_HEADERS: Final = {
+    303: _LOCATION,
+    308: _LOCATION,
+    401: Parameter("WWW-Authenticate", {"type": "string"}, "How to authenticate.", "header", required=True),
+    429: _RETRY_AFTER,
+    503: _RETRY_AFTER,
 }
-_WHAT: Final = {
+_STATUS_TEXTS: Final = {
     200: "Done.",
     202: "Begun.",
     204: "Done; nothing to say.",
@@ -78,30 +90,41 @@ _WHAT: Final = {
 }
 
 
-class UndescribedError(Exception):
-    """An operation is served that nobody has described."""
+class DescriptionError(Exception):
+    """A description contradicts the code that it describes."""
 
 
-class Served(Protocol):
-    """An entry of the table of routes."""
+class DocumentedOperation(Protocol):
+    @property
+    def description(self) -> Description: ...
+
+    @property
+    def roles(self) -> frozenset[Role]: ...
+
+
+class DocumentedResource(Protocol):
+    """An entry of the table of operations."""
 
     path: str
 
     @property
-    def operations(self) -> Mapping[str, Any]:
-        """By method; each has `roles`."""
+    def operations(self) -> Mapping[str, DocumentedOperation]:
+        """By method."""
 
 
-def document(resources: Iterable[Served], described: Mapping[str, Described], version: str) -> dict[str, Any]:
-    """Raises UndescribedError for an operation that is served and not described."""
-    paths: dict[str, dict[str, Any]] = {}
+def documented(resources: Iterable[DocumentedResource]) -> Iterator[tuple[str, str, DocumentedOperation]]:
+    """Method, path as OpenAPI writes it, and operation."""
     for resource in resources:
         path = resource.path.replace(":path}", "}")
         for method, operation in sorted(resource.operations.items()):
-            said = described.get(f"{method} {path}")
-            if said is None:
-                raise UndescribedError(f"{method} {path} is served and not described")
-            paths.setdefault(path, {})[method.lower()] = _operation(method, path, operation.roles, said)
+            yield method, path, operation
+
+
+def document(resources: Iterable[DocumentedResource], version: str) -> dict[str, Any]:
+    """Raises DescriptionError if a description names a property that its struct does not have."""
+    paths: dict[str, dict[str, Any]] = {}
+    for method, path, operation in documented(resources):
+        paths.setdefault(path, {})[method.lower()] = _operation(method, path, operation.roles, operation.description)
     tags = {operation["tags"][0] for methods in paths.values() for operation in methods.values()}
     return {
         "openapi": "3.1.0",
@@ -149,30 +172,30 @@ def _schemas() -> dict[str, Any]:
     return {**components, "Error": error}
 
 
-def _operation(method: str, path: str, roles: frozenset[Role], said: Described) -> dict[str, Any]:
+def _operation(method: str, path: str, roles: frozenset[Role], description: Description) -> dict[str, Any]:
     made: dict[str, Any] = {
-        "tags": [said.tag],
-        "summary": said.summary,
+        "tags": [description.tag],
+        "summary": description.summary,
         "operationId": _operation_id(method, path),
         "description": f"Who may call it: {_who(path, roles)}.",
     }
-    parameters = [_path_parameter(name, said) for name in _names_in(path)]
-    parameters += [_parameter(parameter) for parameter in said.parameters]
+    parameters = [_path_parameter(name, description) for name in _names_in(path)]
+    parameters += [_parameter(parameter) for parameter in description.parameters]
     if parameters:
         made["parameters"] = parameters
-    if said.body is not None:
+    if description.body is not None:
         made["requestBody"] = {
             "required": True,
-            "content": {"application/json": {"schema": _body_schema(said.body)}},
+            "content": {"application/json": {"schema": _body_schema(description.body)}},
         }
-    if said.form is not None:
+    if description.form is not None:
         made["requestBody"] = {
             "required": True,
-            "content": {"application/x-www-form-urlencoded": {"schema": said.form}},
+            "content": {"application/x-www-form-urlencoded": {"schema": description.form}},
         }
-    made["responses"] = _responses(path, said)
+    made["responses"] = _responses(path, description)
     if is_open(path):
-        made["security"] = [{"viewerSession": []}, {}] if said.tag == "viewer" else []
+        made["security"] = [{"viewerSession": []}, {}] if description.tag == "viewer" else []
     elif not for_users(path):
         made["security"] = _KEYED
     return made
@@ -197,41 +220,42 @@ def _names_in(path: str) -> list[str]:
     return [part.strip("{}") for part in path.split("/") if part.startswith("{")]
 
 
-def _path_parameter(name: str, said: Described) -> dict[str, Any]:
-    schema = said.path_schemas.get(name, {"type": "string", "minLength": 1})
+def _path_parameter(name: str, description: Description) -> dict[str, Any]:
+    schema = description.path_schemas.get(name, {"type": "string", "minLength": 1})
     return {"name": name, "in": "path", "required": True, "schema": schema}
 
 
 def _parameter(parameter: Parameter) -> dict[str, Any]:
     return {
         "name": parameter.name,
-        "in": parameter.place,
+        "in": parameter.location,
         "required": parameter.required,
-        "description": parameter.what,
+        "description": parameter.description,
         "schema": parameter.schema,
     }
 
 
-def _body_schema(taken: Taken) -> Schema:
-    """The struct's own schema, with what the handler checks beside it."""
-    (_,), components = msgspec.json.schema_components([taken.struct])
-    schema: Schema = dict(components[taken.struct.__name__])
-    properties = {**schema["properties"], **taken.checks}
-    if not set(taken.checks) <= set(schema["properties"]):
-        raise UndescribedError(f"{taken.struct.__name__} has no field {sorted(taken.checks)}")
-    required = [*schema.get("required", ()), *taken.required]
-    made: Schema = {"type": "object", "properties": properties, **taken.beside}
+def _body_schema(body: JsonBody) -> Schema:
+    """The schema of the struct, with what the handler checks beyond it."""
+    (_,), components = msgspec.json.schema_components([body.struct])
+    schema: Schema = dict(components[body.struct.__name__])
+    properties = {**schema["properties"], **body.checks}
+    if not set(body.checks) <= set(schema["properties"]):
+        raise DescriptionError(f"{body.struct.__name__} has no field {sorted(body.checks)}")
+    required = [*schema.get("required", ()), *body.required]
+    made: Schema = {"type": "object", "properties": properties, **body.extra}
     if "additionalProperties" in schema:
         made["additionalProperties"] = schema["additionalProperties"]
     return {**made, "required": required} if required else made
 
 
-def _responses(path: str, said: Described) -> dict[str, Any]:
-    made = {str(said.status): _answer(said, said.status, said.answer)}
-    made |= {str(status): _answer(said, status, schema) for status, schema in said.answers.items()}
-    for status, sentences in sorted(refusals(path, said).items()):
+def _responses(path: str, description: Description) -> dict[str, Any]:
+    made = {str(description.status): _response(description, description.status, description.response)}
+    for status, schema in description.other_responses.items():
+        made[str(status)] = _response(description, status, schema)
+    for status, sentences in sorted(error_texts(path, description).items()):
         made[str(status)] = {
-            "description": _WHAT[status],
+            "description": _STATUS_TEXTS[status],
             "headers": _response_headers(status),
             "content": {
                 "application/json": {
@@ -240,53 +264,56 @@ def _responses(path: str, said: Described) -> dict[str, Any]:
                         _example_name(sentence): {"value": {"error": sentence}} for sentence in dict.fromkeys(sentences)
                     },
                 },
-                # the gate's refusals are JSON everywhere, the viewer's own are pages
-                **({"text/html": {"schema": {"type": "string"}}} if said.tag == "viewer" else {}),
+                # Errors of the checks before routing are JSON everywhere. The viewer's own errors are pages.
+                **({"text/html": {"schema": {"type": "string"}}} if description.tag == "viewer" else {}),
             },
         }
     return made
 
 
-def refusals(path: str, said: Described) -> dict[int, tuple[str, ...]]:
-    """Every refusal of an operation by status: its own, and those that follow from the checks before it."""
-    found: dict[int, list[str]] = {status: list(sentences) for status, sentences in said.refusals.items() if sentences}
+def error_texts(path: str, description: Description) -> dict[int, tuple[str, ...]]:
+    """The sentences of all errors by status: those of the operation, and those of the checks before it."""
+    found: dict[int, list[str]] = {
+        status: list(sentences) for status, sentences in description.errors.items() if sentences
+    }
 
     def add(status: int, *sentences: str) -> None:
         found.setdefault(status, []).extend(sentences)
 
     add(400, "the header x-api-key is sent twice")
-    add(403, "forbidden")
-    add(429, "rate limit exceeded")
-    add(500, "internal error")
+    add(403, FORBIDDEN)
+    add(429, RATE_LIMITED)
+    add(500, INTERNAL)
     if not is_open(path):
-        add(401, "unauthorized", *(_SIGNATURE_401 if for_users(path) else ()))
-    if "disk" in said.needs:
+        add(401, UNAUTHORIZED, *((MISSING_SIGNATURE, INVALID_SIGNATURE) if for_users(path) else ()))
+    if "disk" in description.needs:
         add(503, "the store's disk is not available now")
-    if "key service" in said.needs:
+    if "key service" in description.needs:
         add(503, "the key service is not available now")
-    if said.body is not None:
-        if not found.get(400) or not any(sentence.startswith("invalid ") for sentence in found[400]):
-            add(400, "invalid json")
-        add(413, "request body too large")
-    if said.form is not None or any(parameter.place == "query" for parameter in said.parameters):
-        add(400, *_BAD_QUERY)
-    if for_users(path) and any(parameter.name == "author" for parameter in said.parameters):
-        add(400, *_BAD_AUTHOR)
-        add(403, _OTHER_AUTHOR)
+    if description.body is not None:
+        if not any(sentence.startswith("invalid ") for sentence in found[400]):
+            add(400, INVALID_JSON)
+        add(413, TOO_LARGE)
+    if description.form is not None or any(parameter.location == "query" for parameter in description.parameters):
+        add(400, REPEATED_PARAMETER, INVALID_ENCODING)
+    if for_users(path) and any(parameter.name == "author" for parameter in description.parameters):
+        add(400, AUTHOR_TOO_LONG, AUTHOR_CONTROL_CHARACTER)
+        add(403, OTHER_AUTHOR_IN_QUERY)
     return {status: tuple(sentences) for status, sentences in found.items()}
 
 
-def _answer(said: Described, status: int, schema: Schema | None) -> dict[str, Any]:
-    made: dict[str, Any] = {"description": _WHAT[status], "headers": _response_headers(status)}
+def _response(description: Description, status: int, schema: Schema | None) -> dict[str, Any]:
+    made: dict[str, Any] = {"description": _STATUS_TEXTS[status], "headers": _response_headers(status)}
     if schema is not None:
-        made["content"] = {said.content: {"schema": schema}}
+        made["content"] = {description.content_type: {"schema": schema}}
     return made
 
 
 def _response_headers(status: int) -> dict[str, Any]:
+    headers = (REQUEST_ID, _HEADERS[status]) if status in _HEADERS else (REQUEST_ID,)
     return {
-        header.name: {"description": header.what, "required": header.required, "schema": header.schema}
-        for header in (REQUEST_ID, *_HEADERS.get(status, ()))
+        header.name: {"description": header.description, "required": header.required, "schema": header.schema}
+        for header in headers
     }
 
 
@@ -295,7 +322,7 @@ def _example_name(sentence: str) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """No anchors: a reader without YAML's finer points, human or not, sees each part where it belongs."""
+    """Writes no anchors: every part stands where it belongs, for readers and for simple parsers."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True

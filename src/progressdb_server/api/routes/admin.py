@@ -1,7 +1,7 @@
-"""What operators read: health, counts, all threads, stored keys and raw values; and signatures for backends.
+"""Operators' reads: health, counts, all threads, stored keys and raw values; and signatures for backends.
 
-Owns: the answers of /healthz, /v1/_sign and /admin. Invariant: a raw value leaves as it is stored, encrypted;
-nothing here asks the key service to open one. Which role may call a route is in the table of routes.
+Owns: /healthz, /v1/_sign and /admin. Invariant: a raw value is sent as it is stored, encrypted; nothing here asks the
+key service to decrypt one.
 """
 
 from __future__ import annotations
@@ -10,12 +10,32 @@ from typing import Final
 
 import msgspec
 
-from progressdb_server.api.http import limits, response
+from progressdb_server.api.http import limits
 from progressdb_server.api.http.access import checked_author
 from progressdb_server.api.http.errors import ApiError, bad_request, not_found
-from progressdb_server.api.http.request import Call
-from progressdb_server.api.http.response import Answer, JsonList
+from progressdb_server.api.http.request import Request
+from progressdb_server.api.http.response import JsonList, Response, json_response, octets_response
+from progressdb_server.api.openapi.description import (
+    AUTHOR,
+    DISK,
+    INTEGER,
+    NOTHING,
+    STORED_KEY,
+    TEXT,
+    Description,
+    JsonBody,
+    Parameter,
+    list_of,
+    object_of,
+    texts,
+)
+from progressdb_server.api.routes.table import ADMINS, BACKENDS, OPERATORS, Operation, Resource
+from progressdb_server.api.routes.threads import THREAD_LIST
 from progressdb_server.store.model import ConversationStore
+
+INVALID_PAYLOAD: Final = "invalid payload"
+PREFIX_TOO_LONG: Final = "prefix too long"
+KEY_NOT_FOUND: Final = "key not found"
 
 
 class SignBody(msgspec.Struct):
@@ -25,53 +45,168 @@ class SignBody(msgspec.Struct):
 _SIGN: Final = msgspec.json.Decoder(SignBody)
 
 
-async def health(call: Call) -> Answer:
-    """That the server answers; without a key."""
-    return response.json({"status": "ok"})
+async def health(request: Request) -> Response:
+    """The server responds; needs no key."""
+    return json_response({"status": "ok"})
 
 
-async def sign(call: Call) -> Answer:
-    """A signature of a user id under the caller's own key."""
-    refusal = "invalid payload"
-    sent = await call.json(_SIGN, refusal)
+async def sign(request: Request) -> Response:
+    """Sign a user id under the caller's own key."""
+    sent = await request.json(_SIGN, INVALID_PAYLOAD)
     if not sent.user_id:
-        raise bad_request(refusal)
+        raise bad_request(INVALID_PAYLOAD)
     try:
         checked_author(sent.user_id)
     except ApiError:
-        raise bad_request(refusal) from None
-    return response.json({"userId": sent.user_id, "signature": call.principal.sign(sent.user_id)})
+        raise bad_request(INVALID_PAYLOAD) from None
+    return json_response({"userId": sent.user_id, "signature": request.principal.sign(sent.user_id)})
 
 
-class AdminRoutes:
+class AdminHandlers:
     def __init__(self, store: ConversationStore) -> None:
         self._store = store
 
-    async def health(self, call: Call) -> Answer:
-        return response.json({"status": "ok", "service": "progressdb"})
+    async def health(self, request: Request) -> Response:
+        return json_response({"status": "ok", "service": "progressdb"})
 
-    async def stats(self, call: Call) -> Answer:
-        """Threads, and messages with each stored version counted."""
+    async def stats(self, request: Request) -> Response:
+        """The number of threads, and of messages with every stored version."""
         counts = await self._store.stats()
-        return response.json({"threads": counts["threads"], "messages": counts["messages"]})
+        return json_response({"threads": counts["threads"], "messages": counts["messages"]})
 
-    async def threads(self, call: Call) -> JsonList:
-        """Everybody's, deleted ones too."""
+    async def threads(self, request: Request) -> JsonList:
+        """The threads of all authors, including deleted ones."""
         return JsonList(b'{"threads":[', self._store.list_threads(author=None, include_deleted=True))
 
-    async def keys(self, call: Call) -> JsonList:
-        return JsonList(b'{"keys":[', self._store.stored_keys(_stored_key(call.query.get("prefix", ""))))
+    async def keys(self, request: Request) -> JsonList:
+        prefix = request.query_params.get("prefix", "")
+        if len(prefix.encode()) > limits.STORED_KEY_BYTES_MAX:
+            raise bad_request(PREFIX_TOO_LONG)
+        return JsonList(b'{"keys":[', self._store.stored_keys(prefix))
 
-    async def value(self, call: Call) -> Answer:
-        """One raw value, as stored."""
-        key = call.parameters["key"]
+    async def value(self, request: Request) -> Response:
+        """One raw value, as it is stored."""
+        key = request.path_params["key"]
         value = await self._store.raw_value(key) if len(key.encode()) <= limits.STORED_KEY_BYTES_MAX else None
         if value is None:
-            raise not_found("key not found")
-        return response.octets(value)
+            raise not_found(KEY_NOT_FOUND)
+        return octets_response(value)
 
 
-def _stored_key(text: str) -> str:
-    if len(text.encode()) > limits.STORED_KEY_BYTES_MAX:
-        raise bad_request("prefix too long")
-    return text
+# --- operations -------------------------------------------------------------------------------------------------
+def open_resources() -> tuple[Resource, ...]:
+    """The operations that need no store."""
+    return (
+        Resource(
+            "/healthz",
+            {
+                "GET": Operation(
+                    health,
+                    Description(
+                        tag="operators",
+                        summary="That the server answers; needs no key",
+                        response=texts("status"),
+                        needs=NOTHING,
+                    ),
+                )
+            },
+        ),
+        Resource(
+            "/v1/_sign",
+            {
+                "POST": Operation(
+                    sign,
+                    Description(
+                        tag="users",
+                        summary="A signature of a user id under the caller's own backend key",
+                        response=texts("userId", "signature"),
+                        body=JsonBody(SignBody, {"userId": {**AUTHOR, "minLength": 1}}),
+                        errors={400: (INVALID_PAYLOAD,)},
+                        needs=NOTHING,
+                    ),
+                    BACKENDS,
+                )
+            },
+        ),
+    )
+
+
+def resources(store: ConversationStore) -> tuple[Resource, ...]:
+    operators = AdminHandlers(store)
+    return (
+        Resource(
+            "/admin/health",
+            {
+                "GET": Operation(
+                    operators.health,
+                    Description(
+                        tag="operators",
+                        summary="That the server answers",
+                        response=texts("status", "service"),
+                        needs=NOTHING,
+                    ),
+                    OPERATORS,
+                )
+            },
+        ),
+        Resource(
+            "/admin/stats",
+            {
+                "GET": Operation(
+                    operators.stats,
+                    Description(
+                        tag="operators",
+                        summary="How many threads there are, and messages with each stored version counted",
+                        response=object_of(threads=INTEGER, messages=INTEGER),
+                        needs=NOTHING,
+                    ),
+                    OPERATORS,
+                )
+            },
+        ),
+        Resource(
+            "/admin/threads",
+            {
+                "GET": Operation(
+                    operators.threads,
+                    Description(tag="operators", summary="Everybody's threads, deleted ones too", response=THREAD_LIST),
+                    ADMINS,
+                )
+            },
+        ),
+        Resource(
+            "/admin/keys",
+            {
+                "GET": Operation(
+                    operators.keys,
+                    Description(
+                        tag="operators",
+                        summary="Stored keys",
+                        response=list_of("keys", TEXT),
+                        parameters=(Parameter("prefix", STORED_KEY, "What the keys begin with."),),
+                        errors={400: (PREFIX_TOO_LONG,)},
+                        needs=DISK,
+                    ),
+                    ADMINS,
+                )
+            },
+        ),
+        Resource(
+            "/admin/keys/{key:path}",
+            {
+                "GET": Operation(
+                    operators.value,
+                    Description(
+                        tag="operators",
+                        summary="One raw value as it is stored, encrypted",
+                        response={"type": "string", "format": "binary"},
+                        content_type="application/octet-stream",
+                        path_schemas={"key": {"type": "string", "minLength": 1}},
+                        errors={404: (KEY_NOT_FOUND,)},
+                        needs=DISK,
+                    ),
+                    ADMINS,
+                )
+            },
+        ),
+    )

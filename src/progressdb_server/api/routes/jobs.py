@@ -1,7 +1,6 @@
-"""Rotating threads' keys, watching and steering the jobs that do it, and the backups that they leave. For admins only.
+"""Key rotations of threads: starting, watching and controlling their jobs, and the backups that jobs leave.
 
-Owns: the shapes of these requests and answers, and how the errors of jobs become statuses. What a job is and does is in
-the jobs room.
+Owns: the JSON of these requests and responses, for admins only. The jobs room defines what a job is and does.
 """
 
 from __future__ import annotations
@@ -11,43 +10,60 @@ from typing import Annotated, Final
 
 import msgspec
 
-from progressdb_server.api.http import response
-from progressdb_server.api.http.errors import ApiError, bad_request, not_found
-from progressdb_server.api.http.request import Call
-from progressdb_server.api.http.response import Answer, EventStream, JsonList
+from progressdb_server.api.http.errors import ApiError, bad_request
+from progressdb_server.api.http.request import Request
+from progressdb_server.api.http.response import EventStream, JsonList, Response, encode_json, json_response
+from progressdb_server.api.openapi.description import (
+    DISK,
+    INTEGER,
+    SWITCH,
+    TEXT,
+    Description,
+    JsonBody,
+    Parameter,
+    Schema,
+    list_of,
+    object_of,
+)
+from progressdb_server.api.routes.errors import THREAD_NOT_FOUND
 from progressdb_server.api.routes.table import ADMINS, Handler, Operation, Resource
 from progressdb_server.config import duration_s
-from progressdb_server.jobs.model import Job, JobError, JobNotFoundError, TooManyJobsError, view
+from progressdb_server.jobs.model import Job, view
 from progressdb_server.jobs.selection import Due
 from progressdb_server.jobs.service import Jobs
 
 THREADS_NAMED_MAX: Final = 1024
 JOBS_NAMED_MAX: Final = 1000
-"""Of one answer; the rest is counted."""
-REFUSAL: Final = "invalid request"
+"""Job ids in one response; the others are only counted."""
+RECORDS_PER_SECOND_MAX: Final = 10_000_000
+KEK_VERSION_MAX: Final = 2**31
+INVALID_REQUEST: Final = "invalid request"
+THREAD_ID_MISSING: Final = "missing thread_id"
+INVALID_WAIT: Final = "wait must be true or false"
+TOO_MANY_THREADS: Final = f"thread_ids holds at most {THREADS_NAMED_MAX}"
 
-# JSON knows one kind of number: 7.0 is as whole as 7
-_Rate = Annotated[float, msgspec.Meta(ge=0, le=10_000_000, multiple_of=1)]
-_Version = Annotated[float, msgspec.Meta(ge=0, le=2**31, multiple_of=1)]
+# JSON has one type of number: 7.0 is as whole as 7.
+_Rate = Annotated[float, msgspec.Meta(ge=0, le=RECORDS_PER_SECOND_MAX, multiple_of=1)]
+_Version = Annotated[float, msgspec.Meta(ge=0, le=KEK_VERSION_MAX, multiple_of=1)]
 
 
-class _How(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """`records_per_second`: 0 is as fast as it goes; the server's own bound without it."""
-
+class _RotationOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     records_per_second: _Rate | None = None
+    """0 is without a bound; null is the bound of the server's configuration."""
     destroy_old_after: str = ""
+    """A duration such as `30d`; empty is never."""
 
     @property
     def rate(self) -> int | None:
         return None if self.records_per_second is None else int(self.records_per_second)
 
 
-class RotateOne(_How, kw_only=True, forbid_unknown_fields=True):
+class RotateThread(_RotationOptions, kw_only=True, forbid_unknown_fields=True):
     thread_id: str = ""
 
 
-class RotateMany(_How, kw_only=True, forbid_unknown_fields=True):
-    """Exactly one of the first four."""
+class RotateThreads(_RotationOptions, kw_only=True, forbid_unknown_fields=True):
+    """Exactly one of the four selections is given."""
 
     all: bool = False
     thread_ids: list[str] = []
@@ -55,88 +71,79 @@ class RotateMany(_How, kw_only=True, forbid_unknown_fields=True):
     kek_version: _Version = 0
 
 
-_ONE: Final = msgspec.json.Decoder(RotateOne)
-_MANY: Final = msgspec.json.Decoder(RotateMany)
+_ONE: Final = msgspec.json.Decoder(RotateThread)
+_MANY: Final = msgspec.json.Decoder(RotateThreads)
 
 
 def _seconds(text: str) -> int:
+    """Of a duration; 0 for an empty one. Raises ApiError 400."""
     try:
         return duration_s(text) if text else 0
     except ValueError:
-        raise bad_request(REFUSAL) from None
+        raise bad_request(INVALID_REQUEST) from None
 
 
-def _refusal(error: JobError) -> ApiError:
-    if isinstance(error, JobNotFoundError):
-        return not_found(str(error))
-    if isinstance(error, TooManyJobsError):
-        return ApiError(503, str(error), ((b"retry-after", b"60"),))
-    return ApiError(409, str(error))
+def _selection(body: RotateThreads) -> Due | None:
+    """Which threads are due; None is all. Raises ApiError 400 unless exactly one selection is given."""
+    if sum(map(bool, (body.all, body.thread_ids, body.older_than, body.kek_version))) != 1:
+        raise bad_request(INVALID_REQUEST)
+    if body.older_than:
+        return Due(age_s=_seconds(body.older_than))
+    return Due(kek_version=int(body.kek_version)) if body.kek_version else None
 
 
-def _selection(asked: RotateMany) -> Due | None:
-    """What is due; None is everything. Raises ApiError unless exactly one selection is asked for."""
-    if sum(map(bool, (asked.all, asked.thread_ids, asked.older_than, asked.kek_version))) != 1:
-        raise bad_request(REFUSAL)
-    if asked.older_than:
-        return Due(age_s=_seconds(asked.older_than))
-    return Due(kek_version=int(asked.kek_version)) if asked.kek_version else None
-
-
-class JobRoutes:
+# --- handlers ---------------------------------------------------------------------------------------------------
+class JobHandlers:
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
 
-    # --- beginning ----------------------------------------------------------------------------------------------
-    async def rotate_one(self, call: Call) -> Answer:
-        """202 with the job, or with `wait=true` an answer when it is over."""
-        asked = await call.json(_ONE, REFUSAL)
-        if not asked.thread_id:
-            raise bad_request("missing thread_id")
-        wait = call.query.get("wait", "false")
+    async def rotate_one(self, request: Request) -> Response:
+        """202 with the job, or with `wait=true` a response after its end."""
+        body = await request.json(_ONE, INVALID_REQUEST)
+        if not body.thread_id:
+            raise bad_request(THREAD_ID_MISSING)
+        wait = request.query_params.get("wait", "false")
         if wait not in ("true", "false", "1", "0"):
-            raise bad_request("wait must be true or false")
-        after_s = _seconds(asked.destroy_old_after)
-        job = await self._jobs.rotate(asked.thread_id, rate=asked.rate, destroy_after_s=after_s)
+            raise bad_request(INVALID_WAIT)
+        after_s = _seconds(body.destroy_old_after)
+        job = await self._jobs.rotate(body.thread_id, rate=body.rate, destroy_after_s=after_s)
         if wait in ("false", "0"):
-            begun = {"job_id": job.id, "new_key": job.new_key, "status": job.state}
-            return Answer(202, response.json_text(begun))
+            return json_response({"job_id": job.id, "new_key": job.new_key, "status": job.state}, 202)
         job = await self._jobs.wait(job.id)
         if job.state == "done":
-            return response.json({"new_key": job.new_key, "status": "ok"})
-        why = f": {job.reason}" if job.reason else ""
-        raise ApiError(500 if job.state == "failed" else 409, f"the job {job.id} is {job.state}{why}")
+            return json_response({"new_key": job.new_key, "status": "ok"})
+        reason = f": {job.reason}" if job.reason else ""
+        raise ApiError(500 if job.state == "failed" else 409, f"the job {job.id} is {job.state}{reason}")
 
-    async def rotate_many(self, call: Call) -> Answer:
-        """202 with how many jobs there are, and the ids of the first."""
-        asked = await call.json(_MANY, REFUSAL)
-        due = _selection(asked)
-        after_s = _seconds(asked.destroy_old_after)
-        if len(asked.thread_ids) > THREADS_NAMED_MAX:
-            raise bad_request(f"thread_ids holds at most {THREADS_NAMED_MAX}")
+    async def rotate_many(self, request: Request) -> Response:
+        """202 with the number of jobs, and the ids of the first `JOBS_NAMED_MAX`."""
+        body = await request.json(_MANY, INVALID_REQUEST)
+        due = _selection(body)
+        after_s = _seconds(body.destroy_old_after)
+        if len(body.thread_ids) > THREADS_NAMED_MAX:
+            raise bad_request(TOO_MANY_THREADS)
         ids: list[str] = []
         count = 0
-        if asked.thread_ids:
-            self._jobs.require(asked.thread_ids)  # all or none is begun
-            jobs = self._listed(asked.thread_ids, asked.rate, after_s)
+        if body.thread_ids:
+            self._jobs.require(body.thread_ids)  # either all jobs are started or none
+            jobs = self._rotate_each(body.thread_ids, body.rate, after_s)
         else:
-            jobs = self._jobs.select(due, rate=asked.rate, destroy_after_s=after_s)
+            jobs = self._jobs.select(due, rate=body.rate, destroy_after_s=after_s)
         async for job in jobs:
             count += 1
             if len(ids) < JOBS_NAMED_MAX:
                 ids.append(job.id)
-        return Answer(202, response.json_text({"count": count, "job_ids": ids}))
+        return json_response({"count": count, "job_ids": ids}, 202)
 
-    async def _listed(self, threads: list[str], rate: int | None, after_s: int) -> AsyncIterator[Job]:
+    async def _rotate_each(self, threads: list[str], rate: int | None, after_s: int) -> AsyncIterator[Job]:
         for thread in threads:
             yield await self._jobs.rotate_later(thread, rate=rate, destroy_after_s=after_s)
 
-    # --- watching -----------------------------------------------------------------------------------------------
-    async def jobs(self, call: Call) -> JsonList:
-        """Newest first; `status` names one state."""
-        return JsonList(b'{"jobs":[', self._pages(call.query.get("status", ""), with_backups=False))
+    async def jobs(self, request: Request) -> JsonList:
+        """Newest first. The parameter `status` selects one state."""
+        return JsonList(b'{"jobs":[', self._pages(request.query_params.get("status", ""), with_backups=False))
 
-    async def with_backups(self, call: Call) -> JsonList:
+    async def with_backups(self, request: Request) -> JsonList:
         """The jobs that have backups, newest first."""
         return JsonList(b'{"jobs":[', self._pages("", with_backups=True))
 
@@ -144,65 +151,296 @@ class JobRoutes:
         for page in self._jobs.table.pages(newest_first=True):
             yield [view(job) for job in page if status in ("", job.state) and (job.backups or not with_backups)]
 
-    async def read(self, call: Call) -> Answer:
-        return response.json(view(self._job(call)))
+    async def read(self, request: Request) -> Response:
+        return json_response(view(self._job(request)))
 
-    async def events(self, call: Call) -> EventStream:
-        """Server-sent events: `job` after each change, until nobody works on it any more."""
-        return EventStream(self._events(self._job(call).id))
+    async def events(self, request: Request) -> EventStream:
+        """An event `job` after each change, until the job no longer runs."""
+        return EventStream(self._events(self._job(request).id))
 
     async def _events(self, job_id: str) -> AsyncIterator[bytes]:
         async for job in self._jobs.watch(job_id):
-            yield b"event: job\ndata: %b\n\n" % response.json_text(view(job))
+            yield b"event: job\ndata: %b\n\n" % encode_json(view(job))
 
-    def _job(self, call: Call) -> Job:
-        return self._jobs.table.get(call.parameters["job"])
+    def _job(self, request: Request) -> Job:
+        return self._jobs.table.get(request.path_params["job"])
 
-    # --- steering -----------------------------------------------------------------------------------------------
-    async def pause(self, call: Call) -> Answer:
-        return response.json(view(await self._jobs.pause(call.parameters["job"])))
+    async def pause(self, request: Request) -> Response:
+        return json_response(view(await self._jobs.pause(request.path_params["job"])))
 
-    async def resume(self, call: Call) -> Answer:
-        return response.json(view(await self._jobs.resume(call.parameters["job"])))
+    async def resume(self, request: Request) -> Response:
+        return json_response(view(await self._jobs.resume(request.path_params["job"])))
 
-    async def cancel(self, call: Call) -> Answer:
-        return response.json(view(await self._jobs.cancel(call.parameters["job"])))
+    async def cancel(self, request: Request) -> Response:
+        return json_response(view(await self._jobs.cancel(request.path_params["job"])))
 
-    # --- backups ------------------------------------------------------------------------------------------------
-    async def restore(self, call: Call) -> Answer:
-        """Puts back what the job has re-encrypted."""
-        job_id = call.parameters["job"]
+    async def restore(self, request: Request) -> Response:
+        """Restore the records that the job has re-encrypted."""
+        job_id = request.path_params["job"]
         outcome = await self._jobs.restore(job_id)
-        return response.json({"job_id": job_id, "restored": outcome.restored, "kept": outcome.kept})
+        return json_response({"job_id": job_id, "restored": outcome.restored, "kept": outcome.kept})
 
-    async def drop_backups(self, call: Call) -> Answer:
-        job_id = call.parameters["job"]
-        return response.json({"job_id": job_id, "removed": await self._jobs.drop_backups(job_id)})
-
-
-def _for_admins(handler: Handler) -> Operation:
-    async def told(call: Call) -> Answer | JsonList | EventStream:
-        try:
-            return await handler(call)
-        except JobError as error:
-            raise _refusal(error) from error
-
-    return Operation(told, ADMINS)
+    async def drop_backups(self, request: Request) -> Response:
+        job_id = request.path_params["job"]
+        return json_response({"job_id": job_id, "removed": await self._jobs.drop_backups(job_id)})
 
 
-def resources(jobs: Jobs) -> tuple[Resource, ...]:
-    """The routes of jobs, each for admins only."""
-    routes = JobRoutes(jobs)
+# --- operations -------------------------------------------------------------------------------------------------
+_DURATION: Final[Schema] = {
+    "type": "string",
+    "pattern": "^([1-9][0-9]{0,8}[smhd])?$",
+    "description": "Such as `90d`, `12h`, `30m`, `45s`; empty: never.",
+}
+_RATE: Final[Schema] = {
+    "type": ["integer", "null"],
+    "minimum": 0,
+    "maximum": RECORDS_PER_SECOND_MAX,
+    "description": "0 is as fast as it goes; without it, the server's own bound.",
+}
+_JOB: Final[Schema] = {
+    "type": "object",
+    "properties": {
+        "job_id": TEXT,
+        "thread_id": TEXT,
+        "status": {"enum": ["queued", "running", "paused", "verifying", "done", "failed", "cancelled"]},
+        "done": INTEGER,
+        "total": INTEGER,
+        "failed": INTEGER,
+        "old_key": TEXT,
+        "new_key": TEXT,
+        "verified": INTEGER,
+        "backups": INTEGER,
+        "reason": TEXT,
+        "failures": {"type": "array", "items": object_of(key=TEXT, code=TEXT)},
+        "trigger": TEXT,
+        "created_ns": INTEGER,
+        "updated_ns": INTEGER,
+        "restored_ns": INTEGER,
+        "destroy_at_ns": INTEGER,
+        "destroy_waits_for": TEXT,
+        "destroyed_ns": INTEGER,
+    },
+    "required": ["job_id", "thread_id", "status", "done", "total", "failed", "old_key", "new_key"],
+}
+_SELECTIONS: Final[dict[str, Schema]] = {
+    "all": {"const": True},
+    "thread_ids": {"minItems": 1},
+    "older_than": {"minLength": 1},
+    "kek_version": {"not": {"const": 0}},
+}
+_JOB_NOT_FOUND: Final = {404: ("job not found",)}
+_UNFINISHED: Final = "a job on this thread is unfinished"
+_SWITCHING: Final = "the thread's key is just being switched: try again in a moment"
+_RESTORING: Final = "the thread is being worked on: try again in a moment"
+_TOO_MANY_JOBS: Final = "too many jobs are unfinished: wait for some of them"
+_JOB_ID: Final = "job-01764000000000000000-0a1b2c3d"
+
+
+def _control(handler: Handler, summary: str, *conflicts: str) -> Operation:
+    """An operation that changes the state of a job."""
+    errors = {**_JOB_NOT_FOUND, 409: conflicts}
+    return Operation(
+        handler, Description(tag="operators", summary=summary, response=_JOB, errors=errors, needs=DISK), ADMINS
+    )
+
+
+def resources(service: Jobs) -> tuple[Resource, ...]:
+    jobs = JobHandlers(service)
     return (
-        Resource("/admin/rotate_thread_dek", {"POST": _for_admins(routes.rotate_one)}),
-        Resource("/admin/rotate_deks", {"POST": _for_admins(routes.rotate_many)}),
-        Resource("/admin/jobs", {"GET": _for_admins(routes.jobs)}),
-        Resource("/admin/backups", {"GET": _for_admins(routes.with_backups)}),
-        Resource("/admin/jobs/{job}", {"GET": _for_admins(routes.read)}),
-        Resource("/admin/jobs/{job}/events", {"GET": _for_admins(routes.events)}),
-        Resource("/admin/jobs/{job}/pause", {"POST": _for_admins(routes.pause)}),
-        Resource("/admin/jobs/{job}/resume", {"POST": _for_admins(routes.resume)}),
-        Resource("/admin/jobs/{job}/cancel", {"POST": _for_admins(routes.cancel)}),
-        Resource("/admin/jobs/{job}/restore", {"POST": _for_admins(routes.restore)}),
-        Resource("/admin/jobs/{job}/backups", {"DELETE": _for_admins(routes.drop_backups)}),
+        Resource(
+            "/admin/rotate_thread_dek",
+            {
+                "POST": Operation(
+                    jobs.rotate_one,
+                    Description(
+                        tag="operators",
+                        summary="Give a thread a new key and re-encrypt its records in a background job",
+                        response=object_of(job_id=TEXT, new_key=TEXT, status=TEXT),
+                        status=202,
+                        other_responses={200: object_of(new_key=TEXT, status={"const": "ok"})},
+                        body=JsonBody(
+                            RotateThread,
+                            {
+                                "thread_id": {"type": "string", "minLength": 1},
+                                "records_per_second": _RATE,
+                                "destroy_old_after": _DURATION,
+                            },
+                            ("thread_id",),
+                        ),
+                        parameters=(
+                            Parameter(
+                                "wait", SWITCH, "Answer 200 when the job is over, instead of 202 when it has begun."
+                            ),
+                        ),
+                        errors={
+                            400: (INVALID_REQUEST, THREAD_ID_MISSING, INVALID_WAIT),
+                            404: (THREAD_NOT_FOUND,),
+                            409: (_RESTORING, f"the job {_JOB_ID} is cancelled"),
+                            500: (f"the job {_JOB_ID} is failed: 7 records could not be re-encrypted",),
+                            503: (_TOO_MANY_JOBS, "the server is shutting down; the job goes on after its next start"),
+                        },
+                        needs=DISK,
+                    ),
+                    ADMINS,
+                )
+            },
+        ),
+        Resource(
+            "/admin/rotate_deks",
+            {
+                "POST": Operation(
+                    jobs.rotate_many,
+                    Description(
+                        tag="operators",
+                        summary="Queue the rotation of many threads' keys",
+                        response=object_of(
+                            count=INTEGER, job_ids={"type": "array", "items": TEXT, "maxItems": JOBS_NAMED_MAX}
+                        ),
+                        status=202,
+                        body=JsonBody(
+                            RotateThreads,
+                            {
+                                "records_per_second": _RATE,
+                                "destroy_old_after": _DURATION,
+                                "older_than": _DURATION,
+                                "kek_version": {"type": "integer", "minimum": 0, "maximum": KEK_VERSION_MAX},
+                                "thread_ids": {"type": "array", "items": TEXT, "maxItems": THREADS_NAMED_MAX},
+                            },
+                            extra={
+                                "oneOf": [
+                                    {"properties": {name: given}, "required": [name]}
+                                    for name, given in _SELECTIONS.items()
+                                ]
+                            },
+                        ),
+                        errors={
+                            400: (INVALID_REQUEST, TOO_MANY_THREADS),
+                            404: (THREAD_NOT_FOUND,),
+                            409: (_RESTORING,),
+                            503: (_TOO_MANY_JOBS, "the key service does not list its keys now"),
+                        },
+                        needs=DISK,
+                    ),
+                    ADMINS,
+                )
+            },
+        ),
+        Resource(
+            "/admin/jobs",
+            {
+                "GET": Operation(
+                    jobs.jobs,
+                    Description(
+                        tag="operators",
+                        summary="All jobs, newest first",
+                        response=list_of("jobs", _JOB),
+                        parameters=(Parameter("status", TEXT, "Only those in this state."),),
+                        needs=DISK,
+                    ),
+                    ADMINS,
+                )
+            },
+        ),
+        Resource(
+            "/admin/backups",
+            {
+                "GET": Operation(
+                    jobs.with_backups,
+                    Description(
+                        tag="operators",
+                        summary="The jobs that have left backups, newest first",
+                        response=list_of("jobs", _JOB),
+                        needs=DISK,
+                    ),
+                    ADMINS,
+                )
+            },
+        ),
+        Resource(
+            "/admin/jobs/{job}",
+            {
+                "GET": Operation(
+                    jobs.read,
+                    Description(tag="operators", summary="A job", response=_JOB, errors=_JOB_NOT_FOUND, needs=DISK),
+                    ADMINS,
+                )
+            },
+        ),
+        Resource(
+            "/admin/jobs/{job}/events",
+            {
+                "GET": Operation(
+                    jobs.events,
+                    Description(
+                        tag="operators",
+                        summary="Server-sent events: `job` after each change, until nobody works on it any more",
+                        response=TEXT,
+                        content_type="text/event-stream",
+                        errors=_JOB_NOT_FOUND,
+                        needs=DISK,
+                    ),
+                    ADMINS,
+                )
+            },
+        ),
+        Resource(
+            "/admin/jobs/{job}/pause",
+            {"POST": _control(jobs.pause, "Pause a job", "a job that is done can't be paused", _SWITCHING)},
+        ),
+        Resource(
+            "/admin/jobs/{job}/resume",
+            {
+                "POST": _control(
+                    jobs.resume,
+                    "Resume a job that is paused or has failed",
+                    "a job that is done can't be resumed",
+                    "another job works on this thread",
+                    "the job's backups were restored: rotate the thread's key again",
+                    "a later rotation has given the thread another key",
+                )
+            },
+        ),
+        Resource(
+            "/admin/jobs/{job}/cancel",
+            {
+                "POST": _control(
+                    jobs.cancel,
+                    "End a job where it is; what is re-encrypted stays",
+                    "a job that is done can't be cancelled",
+                    _SWITCHING,
+                )
+            },
+        ),
+        Resource(
+            "/admin/jobs/{job}/restore",
+            {
+                "POST": Operation(
+                    jobs.restore,
+                    Description(
+                        tag="operators",
+                        summary="Put back the records that a job has re-encrypted",
+                        response=object_of(job_id=TEXT, restored=INTEGER, kept=INTEGER),
+                        errors={**_JOB_NOT_FOUND, 409: (_UNFINISHED, "the key of these backups was destroyed")},
+                        needs=DISK,
+                    ),
+                    ADMINS,
+                )
+            },
+        ),
+        Resource(
+            "/admin/jobs/{job}/backups",
+            {
+                "DELETE": Operation(
+                    jobs.drop_backups,
+                    Description(
+                        tag="operators",
+                        summary="Remove the backups that a job has left",
+                        response=object_of(job_id=TEXT, removed=INTEGER),
+                        errors={**_JOB_NOT_FOUND, 409: (_UNFINISHED,)},
+                        needs=DISK,
+                    ),
+                    ADMINS,
+                )
+            },
+        ),
     )

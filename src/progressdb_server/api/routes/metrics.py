@@ -1,9 +1,9 @@
-"""What the API counts, for Prometheus.
+"""Metrics of the API, and the page `/metrics`.
 
-Owns: the API's metrics and the answer of /metrics. Invariants: label values come from the table of routes, from the
-methods it knows and from statuses, never from what a client sent, so that their number is bounded; one registry for
-each server, none at import. The numbers are plain ones, raised in the event loop's thread and read at a scrape: those
-of the library take a lock for each change.
+Owns: the counts of requests and their durations, and the response with all metrics of the registry. Invariants: label
+values come from the table of operations and from statuses, never from a client, so that their number is bounded; each
+server has its own registry, and none is made at import. The counts are plain numbers that the event loop's thread
+changes and a scrape reads: the library's own metrics take a lock for each change.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from progressdb_server.api.http.request import Call
-from progressdb_server.api.http.response import Answer
+from progressdb_server.api.http.request import Request
+from progressdb_server.api.http.response import Response
+from progressdb_server.api.openapi.description import NOTHING, TEXT, Description
+from progressdb_server.api.routes.table import OPERATORS, Operation, Resource
 
 _LATENCY_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _DURATION: Final = "progressdb_http_request_duration_seconds"
 _UNROUTED: Final = "other"
 
 
-class _Answers:
-    """Of one route, method and status."""
+class _Responses:
+    """The responses of one route, method and status."""
 
     __slots__ = ("count", "created", "times")
 
@@ -38,7 +40,7 @@ class _Answers:
 
 
 class _Times:
-    """Of one route and method."""
+    """The durations of one route and method."""
 
     __slots__ = ("counts", "created", "seconds")
 
@@ -52,24 +54,24 @@ class ApiMetrics(Collector):
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self._in_flight = 0
-        self._answers: dict[tuple[str, str, int], _Answers] = {}
+        self._responses: dict[tuple[str, str, int], _Responses] = {}
         self._times: dict[tuple[str, str], _Times] = {}
         registry.register(self)
 
     def started(self) -> None:
         self._in_flight += 1
 
-    def finished(self, call: Call, status: int, seconds: float) -> None:
-        """A call without a route was refused before routing, or has none."""
+    def finished(self, request: Request, status: int, seconds: float) -> None:
+        """Count a request. One without a route was refused before routing, or its path is unknown."""
         self._in_flight -= 1
-        route = call.route
-        key = (route, call.method, status) if route else (_UNROUTED, _UNROUTED, status)
-        answers = self._answers.get(key)
-        if answers is None:
+        route = request.route
+        key = (route, request.method, status) if route else (_UNROUTED, _UNROUTED, status)
+        responses = self._responses.get(key)
+        if responses is None:
             times = self._times.setdefault(key[:2], _Times())
-            answers = self._answers[key] = _Answers(times)
-        answers.count += 1
-        times = answers.times
+            responses = self._responses[key] = _Responses(times)
+        responses.count += 1
+        times = responses.times
         times.counts[bisect_left(_LATENCY_BUCKETS_S, seconds)] += 1
         times.seconds += seconds
 
@@ -79,8 +81,8 @@ class ApiMetrics(Collector):
             "Requests answered, by route, method and status.",
             labels=("route", "method", "status"),
         )
-        for (route, method, status), answers in self._answers.items():
-            requests.add_metric((route, method, str(status)), answers.count, created=answers.created)
+        for (route, method, status), responses in self._responses.items():
+            requests.add_metric((route, method, str(status)), responses.count, created=responses.created)
         yield requests
         latency = HistogramMetricFamily(
             _DURATION, "Time from a request's head to the end of its answer.", labels=("route", "method")
@@ -98,6 +100,26 @@ class ApiMetrics(Collector):
             "progressdb_http_requests_in_flight", "Requests that are being served.", value=self._in_flight
         )
 
-    async def answer(self, call: Call) -> Answer:
-        """The text format of Prometheus."""
-        return Answer(200, generate_latest(self.registry), (b"content-type", CONTENT_TYPE_LATEST.encode("ascii")))
+    async def page(self, request: Request) -> Response:
+        """All metrics of the registry, in the text format of Prometheus."""
+        return Response(200, generate_latest(self.registry), (b"content-type", CONTENT_TYPE_LATEST.encode("ascii")))
+
+    def resources(self) -> tuple[Resource, ...]:
+        return (
+            Resource(
+                "/metrics",
+                {
+                    "GET": Operation(
+                        self.page,
+                        Description(
+                            tag="operators",
+                            summary="Metrics in the text format of Prometheus (docs/metrics.md)",
+                            response=TEXT,
+                            content_type="text/plain",
+                            needs=NOTHING,
+                        ),
+                        OPERATORS,
+                    )
+                },
+            ),
+        )

@@ -1,9 +1,8 @@
-"""Pages for people: made on the server, escaped by default, and allowed to do next to nothing in a browser.
+"""HTML pages: rendered on the server, escaped by default, with almost no rights in a browser.
 
-Owns: the templates' environment, the files that pages load, and the headers that every page carries. Invariants: what
-a template inserts is escaped, always; a page may load styles, scripts and pictures from this server only, runs no
-inline script, is in no frame and sends forms nowhere else; no page is kept by a cache.
-It must never mark a text as safe.
+Owns: the template environment, the files that pages load, and the headers of every page. Invariants: every value that a
+template inserts is escaped; a page loads styles, scripts and pictures only from this server, runs no inline script, is
+in no frame and submits forms only to this server; no cache keeps a page. It must never mark a text as safe.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, Final
 import jinja2
 
 from progressdb_server.api.http.errors import Header
-from progressdb_server.api.http.response import Answer
+from progressdb_server.api.http.response import Response
 
 POLICY: Final = (
     "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -25,7 +24,7 @@ HEADERS: Final[tuple[Header, ...]] = (
     (b"content-security-policy", POLICY.encode("ascii")),
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
-    # with no referrer at all, browsers say `Origin: null` when they send a form
+    # With `no-referrer`, browsers would send `Origin: null` with a form.
     (b"referrer-policy", b"same-origin"),
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
@@ -46,16 +45,16 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def rendered(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(values)
 
 
-def answer(page: str, status: int = 200, headers: tuple[Header, ...] = ()) -> Answer:
-    return Answer(status, page.encode(), (b"content-type", b"text/html; charset=utf-8"), (*HEADERS, *headers))
+def page_response(page: str, status: int = 200, headers: tuple[Header, ...] = ()) -> Response:
+    return Response(status, page.encode(), (b"content-type", b"text/html; charset=utf-8"), (*HEADERS, *headers))
 
 
 @cache
-def asset(name: str) -> Answer:
-    """A file that pages load. `name` is this code's own, never a client's."""
+def asset_response(name: str) -> Response:
+    """A file that pages load. `name` comes from this code, never from a client."""
     content = resources.files(_PACKAGE).joinpath("templates", name).read_bytes()
-    return Answer(200, content, (b"content-type", _TYPES[name.rpartition(".")[2]]), HEADERS)
+    return Response(200, content, (b"content-type", _TYPES[name.rpartition(".")[2]]), HEADERS)

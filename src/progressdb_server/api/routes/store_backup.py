@@ -1,8 +1,9 @@
-"""The backups of the store by the running server: only it may take a checkpoint of what it has open. For admins only.
+"""Backups of the store, made by the running server: only it can take a checkpoint of the store it has open.
 
-Owns: the shapes of the requests and of their answers. Invariants: a backup lies in the server's own directory of
-backups, under a name and no path; none is overwritten; the answer comes once it was read back. Nothing here deletes a
-backup: what is forgotten is the entry of one that an operator has deleted. What a backup is, is in the store's room.
+Owns: the JSON of the requests and responses, for admins only. Invariants: a backup lies in the server's own directory
+of backups, and a request gives its name and no path; no backup is overwritten; the response is sent after the backup
+was read back. Nothing here deletes a backup: an operator does, and then has its entry in the register removed. The
+backup itself is made by `store.backup`.
 """
 
 from __future__ import annotations
@@ -15,37 +16,42 @@ from typing import Final, Protocol
 import msgspec
 import structlog
 
-from progressdb_server.api.http import response
-from progressdb_server.api.http.errors import ApiError, bad_request, not_found
-from progressdb_server.api.http.request import Call
-from progressdb_server.api.http.response import Answer, JsonList
-from progressdb_server.api.routes.table import ADMINS, Operation, Resource
-from progressdb_server.store.backup import (
-    BackupBusyError,
-    BackupError,
-    BackupExistsError,
-    BackupNotFoundError,
-    BackupThereError,
-    Manifest,
-    Registered,
+from progressdb_server.api.http.errors import bad_request
+from progressdb_server.api.http.request import Request
+from progressdb_server.api.http.response import JsonList, Response, json_response
+from progressdb_server.api.openapi.description import (
+    DISK,
+    INTEGER,
+    TEXT,
+    Description,
+    JsonBody,
+    list_of,
+    object_of,
 )
+from progressdb_server.api.routes.errors import (
+    BACKUP_BUSY,
+    BACKUP_EXISTS,
+    BACKUP_FAILED,
+    BACKUP_NOT_FOUND,
+    BACKUP_STILL_THERE,
+)
+from progressdb_server.api.routes.table import ADMINS, Operation, Resource
+from progressdb_server.store.backup import BackupBusyError, BackupError, BackupExistsError, Manifest, Registered
 
 NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", re.ASCII)
-REFUSAL: Final = "name must be 1 to 128 letters, digits, dots, underscores or hyphens, no dot first"
-TAKEN: Final = "a backup of this name exists"
-BUSY: Final = "another backup is being made: wait for its end"
-FAILED: Final = "the backup failed and nothing of it is left; the log says why under the request's id"
-UNKNOWN: Final = "no backup of this name is registered"
-THERE: Final = "the backup is still there: delete it first, and every copy of it"
+INVALID_NAME: Final = "name must be 1 to 128 letters, digits, dots, underscores or hyphens, no dot first"
+INVALID_REQUEST: Final = "invalid request"
 
 _log: Final = structlog.get_logger("progressdb.api")
 
 
-class BackupRequest(msgspec.Struct, forbid_unknown_fields=True):
+class BackupBody(msgspec.Struct, forbid_unknown_fields=True):
     name: str
 
 
-class BacksUp(Protocol):
+class BackupStore(Protocol):
+    """What these operations need of the store."""
+
     async def back_up(self, path: str) -> Manifest: ...
 
     def backups(self) -> AsyncIterator[list[Registered]]: ...
@@ -53,32 +59,30 @@ class BacksUp(Protocol):
     async def forget_backup(self, name: str) -> int: ...
 
 
-_REQUEST: Final = msgspec.json.Decoder(BackupRequest)
+_DECODER: Final = msgspec.json.Decoder(BackupBody)
 
 
-class BackupRoutes:
-    def __init__(self, store: BacksUp, directory: Path) -> None:
+class BackupHandlers:
+    def __init__(self, store: BackupStore, directory: Path) -> None:
         self._store = store
         self._directory = directory
 
-    async def create(self, call: Call) -> Answer:
-        """A new directory of that name; answers once it was read back."""
-        name = (await call.json(_REQUEST, "invalid request")).name
+    async def create(self, request: Request) -> Response:
+        """Back up into a new directory of that name; responds after reading it back."""
+        name = (await request.json(_DECODER, INVALID_REQUEST)).name
         if NAME.fullmatch(name) is None:
-            raise bad_request(REFUSAL)
+            raise bad_request(INVALID_NAME)
         try:
             made = await self._store.back_up(str((self._directory / name).absolute()))
-        except BackupExistsError as error:
-            raise ApiError(409, TAKEN) from error
-        except BackupBusyError as error:
-            raise ApiError(409, BUSY) from error
-        except BackupError as error:  # its text names files of this machine
-            _log.error("backup_failed", request_id=call.request_id, reason=str(error))
-            raise ApiError(500, FAILED) from error
-        return response.json({"name": name, "files": len(made.files), "bytes": made.bytes})
+        except (BackupExistsError, BackupBusyError):
+            raise
+        except BackupError as error:  # its text names files of this machine: it is logged and not sent
+            _log.error("backup_failed", request_id=request.request_id, reason=str(error))
+            raise
+        return json_response({"name": name, "files": len(made.files), "bytes": made.bytes})
 
-    async def listed(self, call: Call) -> JsonList:
-        """Those that count when a key is to be destroyed, oldest first."""
+    async def list_registered(self, request: Request) -> JsonList:
+        """The registered backups, oldest first. Their keys are not destroyed."""
         return JsonList(b'{"backups":[', self._pages())
 
     async def _pages(self) -> AsyncIterator[list[dict[str, object]]]:
@@ -88,22 +92,75 @@ class BackupRoutes:
                 for known in page
             ]
 
-    async def forget(self, call: Call) -> Answer:
-        """From here on it keeps no key from being destroyed."""
-        name = call.parameters["name"]
-        try:
-            return response.json({"name": name, "forgotten": await self._store.forget_backup(name)})
-        except BackupNotFoundError as error:
-            raise not_found(UNKNOWN) from error
-        except BackupThereError as error:
-            raise ApiError(409, THERE) from error
+    async def forget(self, request: Request) -> Response:
+        """Remove a deleted backup from the register. Keys that only it needed can be destroyed from then on."""
+        name = request.path_params["name"]
+        return json_response({"name": name, "forgotten": await self._store.forget_backup(name)})
 
 
-def resources(store: BacksUp, directory: Path) -> tuple[Resource, ...]:
-    """The routes of backups, which are made in `directory`."""
-    routes = BackupRoutes(store, directory)
+# --- operations -------------------------------------------------------------------------------------------------
+def resources(store: BackupStore, directory: Path) -> tuple[Resource, ...]:
+    """Backups are made in `directory`."""
+    backups = BackupHandlers(store, directory)
     return (
-        Resource("/admin/store_backup", {"POST": Operation(routes.create, ADMINS)}),
-        Resource("/admin/store_backups", {"GET": Operation(routes.listed, ADMINS)}),
-        Resource("/admin/store_backups/{name}", {"DELETE": Operation(routes.forget, ADMINS)}),
+        Resource(
+            "/admin/store_backup",
+            {
+                "POST": Operation(
+                    backups.create,
+                    Description(
+                        tag="operators",
+                        summary="Back up the store beside running writes; back up the key service after it",
+                        response=object_of(name=TEXT, files=INTEGER, bytes=INTEGER),
+                        body=JsonBody(BackupBody, {"name": {"type": "string", "pattern": f"^{NAME.pattern}$"}}),
+                        errors={
+                            400: (INVALID_NAME, INVALID_REQUEST),
+                            409: (BACKUP_EXISTS, BACKUP_BUSY),
+                            500: (BACKUP_FAILED,),
+                        },
+                        needs=DISK,
+                    ),
+                    ADMINS,
+                )
+            },
+        ),
+        Resource(
+            "/admin/store_backups",
+            {
+                "GET": Operation(
+                    backups.list_registered,
+                    Description(
+                        tag="operators",
+                        summary="The store's backups that count when an old key is to be destroyed, oldest first",
+                        response=list_of(
+                            "backups",
+                            object_of(
+                                name=TEXT,
+                                path=TEXT,
+                                created_ns=INTEGER,
+                                gone={"type": "boolean", "description": "Nothing is found at its path."},
+                            ),
+                        ),
+                        needs=DISK,
+                    ),
+                    ADMINS,
+                )
+            },
+        ),
+        Resource(
+            "/admin/store_backups/{name}",
+            {
+                "DELETE": Operation(
+                    backups.forget,
+                    Description(
+                        tag="operators",
+                        summary="Forget a backup that was deleted, with every copy of it: it keeps no old key any more",
+                        response=object_of(name=TEXT, forgotten=INTEGER),
+                        errors={404: (BACKUP_NOT_FOUND,), 409: (BACKUP_STILL_THERE,)},
+                        needs=DISK,
+                    ),
+                    ADMINS,
+                )
+            },
+        ),
     )

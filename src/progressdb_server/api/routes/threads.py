@@ -1,7 +1,7 @@
-"""Threads: create, list, read, rename, delete. Every route here acts for an author.
+"""Threads: create, list, read, rename, delete. Every operation here acts for an author.
 
-Owns: what a thread may look like coming in, and who may see and change one. Invariants: only a thread's author reads,
-renames or deletes it; a deleted thread is unknown to everybody but an admin.
+Owns: the JSON of a thread as clients send it, and who may see and change a thread. Invariants: only the author of a
+thread reads, renames or deletes it; a deleted thread does not exist for anyone but an admin.
 """
 
 from __future__ import annotations
@@ -10,79 +10,197 @@ from typing import Final
 
 import msgspec
 
-from progressdb_server.api.http import limits, response
+from progressdb_server.api.http import limits
 from progressdb_server.api.http.access import Role
-from progressdb_server.api.http.errors import bad_request, forbidden, not_found
-from progressdb_server.api.http.request import Call
-from progressdb_server.api.http.response import Answer, JsonList
+from progressdb_server.api.http.errors import (
+    AUTHOR_REQUIRED,
+    INVALID_IDEMPOTENCY_KEY,
+    OTHER_AUTHOR_IN_BODY,
+    bad_request,
+    forbidden,
+    not_found,
+)
+from progressdb_server.api.http.request import Request
+from progressdb_server.api.http.response import NO_CONTENT, JsonList, Response, json_response
+from progressdb_server.api.openapi.description import (
+    AUTHOR,
+    CALLER,
+    ID,
+    IDEMPOTENCY,
+    Description,
+    JsonBody,
+    Parameter,
+    Schema,
+    list_of,
+    nullable,
+    ref,
+    text,
+)
+from progressdb_server.api.routes.errors import IDEMPOTENCY_CONFLICT, NOT_THE_AUTHOR, THREAD_NOT_FOUND
+from progressdb_server.api.routes.table import Operation, Resource
 from progressdb_server.store.model import ConversationStore
+
+TITLE_TOO_LONG: Final = "title too long"
+TITLE_REQUIRED: Final = "title is required"
+SLUG_TOO_LONG: Final = "slug too long"
 
 
 class ThreadBody(msgspec.Struct):
-    """`id`, `slug`, times and unknown fields are ignored; null counts as absent."""
+    """A thread from a client. `id`, `slug`, times and unknown fields are ignored; null counts as absent."""
 
     title: str | None = None
     author: str | None = None
 
 
-_BODY: Final = msgspec.json.Decoder(ThreadBody)
-_UNKNOWN: Final = "thread not found"
+_DECODER: Final = msgspec.json.Decoder(ThreadBody)
 
 
-async def _received(call: Call) -> ThreadBody:
-    sent = await call.json(_BODY)
+async def _received(request: Request) -> ThreadBody:
+    """The thread within its bounds. Raises ApiError 400, 413."""
+    sent = await request.json(_DECODER)
     if sent.title and len(sent.title.encode()) > limits.TITLE_BYTES_MAX:
-        raise bad_request("title too long")
+        raise bad_request(TITLE_TOO_LONG)
     return sent
 
 
-class ThreadRoutes:
+class ThreadHandlers:
     def __init__(self, store: ConversationStore) -> None:
         self._store = store
 
-    async def create(self, call: Call) -> Answer:
-        sent = await _received(call)
-        author = call.required_author(sent.author)
+    async def create(self, request: Request) -> Response:
+        sent = await _received(request)
+        author = request.required_author(sent.author)
         thread = await self._store.create_thread(
             author=author,
             title=sent.title or "",
-            idempotency=call.idempotency(author),
-            request_id=call.request_id,
+            idempotency=request.idempotency(author),
+            request_id=request.request_id,
         )
-        return response.json(thread)
+        return json_response(thread)
 
-    async def list(self, call: Call) -> JsonList:
-        """The author's own; `title` is part of a title in any case, `slug` the whole of one."""
-        author = call.required_author()
-        title, slug = call.query.get("title") or None, call.query.get("slug") or None
+    async def list(self, request: Request) -> JsonList:
+        """The threads of the author. `title` is part of a title, in any case; `slug` is a whole slug."""
+        author = request.required_author()
+        title, slug = request.query_params.get("title") or None, request.query_params.get("slug") or None
         if title is not None and len(title.encode()) > limits.TITLE_BYTES_MAX:
-            raise bad_request("title too long")
+            raise bad_request(TITLE_TOO_LONG)
         if slug is not None and len(slug.encode()) > limits.SLUG_BYTES_MAX:
-            raise bad_request("slug too long")
+            raise bad_request(SLUG_TOO_LONG)
         return JsonList(b'{"threads":[', self._store.list_threads(author=author, title=title, slug=slug))
 
-    async def read(self, call: Call) -> Answer:
-        thread_id = call.id_from_path("thread", _UNKNOWN)
-        author = call.required_author()
+    async def read(self, request: Request) -> Response:
+        thread_id = request.id_from_path("thread", THREAD_NOT_FOUND)
+        author = request.required_author()
         thread = await self._store.get_thread(thread_id)
-        if thread.deleted and call.principal.role is not Role.ADMIN:
-            raise not_found(_UNKNOWN)
+        if thread.deleted and request.principal.role is not Role.ADMIN:
+            raise not_found(THREAD_NOT_FOUND)
         if thread.author != author:
-            raise forbidden("author does not match")
-        return response.json(thread)
+            raise forbidden(NOT_THE_AUTHOR)
+        return json_response(thread)
 
-    async def update(self, call: Call) -> Answer:
-        """The title only, which makes a new slug."""
-        thread_id = call.id_from_path("thread", _UNKNOWN)
-        sent = await _received(call)
-        author = call.required_author(sent.author)
+    async def update(self, request: Request) -> Response:
+        """Change the title, which makes a new slug."""
+        thread_id = request.id_from_path("thread", THREAD_NOT_FOUND)
+        sent = await _received(request)
+        author = request.required_author(sent.author)
         if sent.title is None:
-            raise bad_request("title is required")
-        thread = await self._store.update_thread(thread_id, author=author, title=sent.title, request_id=call.request_id)
-        return response.json(thread)
+            raise bad_request(TITLE_REQUIRED)
+        thread = await self._store.update_thread(
+            thread_id, author=author, title=sent.title, request_id=request.request_id
+        )
+        return json_response(thread)
 
-    async def delete(self, call: Call) -> Answer:
-        thread_id = call.id_from_path("thread", _UNKNOWN)
-        author = call.required_author()
-        await self._store.delete_thread(thread_id, author=author, by=author, request_id=call.request_id)
-        return response.NO_CONTENT
+    async def delete(self, request: Request) -> Response:
+        thread_id = request.id_from_path("thread", THREAD_NOT_FOUND)
+        author = request.required_author()
+        await self._store.delete_thread(thread_id, author=author, by=author, request_id=request.request_id)
+        return NO_CONTENT
+
+
+# --- operations -------------------------------------------------------------------------------------------------
+_FIELDS: Final[dict[str, Schema]] = {"title": nullable(text(limits.TITLE_BYTES_MAX)), "author": nullable(AUTHOR)}
+_THREAD_ID: Final[dict[str, Schema]] = {"thread": ID}
+THREAD_LIST: Final = list_of("threads", ref("Thread"))
+
+
+def resources(store: ConversationStore) -> tuple[Resource, ...]:
+    threads = ThreadHandlers(store)
+    return (
+        Resource(
+            "/v1/threads",
+            {
+                "GET": Operation(
+                    threads.list,
+                    Description(
+                        tag="threads",
+                        summary="The author's own threads",
+                        response=THREAD_LIST,
+                        parameters=(
+                            *CALLER,
+                            Parameter("title", text(limits.TITLE_BYTES_MAX), "Part of the title, in any case."),
+                            Parameter("slug", text(limits.SLUG_BYTES_MAX), "The whole slug."),
+                        ),
+                        errors={400: (AUTHOR_REQUIRED, TITLE_TOO_LONG, SLUG_TOO_LONG)},
+                    ),
+                ),
+                "POST": Operation(
+                    threads.create,
+                    Description(
+                        tag="threads",
+                        summary="Make a thread",
+                        response=ref("Thread"),
+                        body=JsonBody(ThreadBody, _FIELDS),
+                        parameters=(*CALLER, IDEMPOTENCY),
+                        errors={
+                            400: (AUTHOR_REQUIRED, TITLE_TOO_LONG, INVALID_IDEMPOTENCY_KEY),
+                            403: (OTHER_AUTHOR_IN_BODY,),
+                            409: (IDEMPOTENCY_CONFLICT,),
+                        },
+                    ),
+                ),
+            },
+        ),
+        Resource(
+            "/v1/threads/{thread}",
+            {
+                "GET": Operation(
+                    threads.read,
+                    Description(
+                        tag="threads",
+                        summary="A thread of the author; a deleted one for admins only",
+                        response=ref("Thread"),
+                        parameters=CALLER,
+                        path_schemas=_THREAD_ID,
+                        errors={400: (AUTHOR_REQUIRED,), 403: (NOT_THE_AUTHOR,), 404: (THREAD_NOT_FOUND,)},
+                    ),
+                ),
+                "PUT": Operation(
+                    threads.update,
+                    Description(
+                        tag="threads",
+                        summary="Rename a thread, which makes a new slug",
+                        response=ref("Thread"),
+                        body=JsonBody(ThreadBody, {**_FIELDS, "title": text(limits.TITLE_BYTES_MAX)}, ("title",)),
+                        parameters=CALLER,
+                        path_schemas=_THREAD_ID,
+                        errors={
+                            400: (AUTHOR_REQUIRED, TITLE_REQUIRED, TITLE_TOO_LONG),
+                            403: (OTHER_AUTHOR_IN_BODY, NOT_THE_AUTHOR),
+                            404: (THREAD_NOT_FOUND,),
+                        },
+                    ),
+                ),
+                "DELETE": Operation(
+                    threads.delete,
+                    Description(
+                        tag="threads",
+                        summary="Mark a thread as deleted",
+                        status=204,
+                        parameters=CALLER,
+                        path_schemas=_THREAD_ID,
+                        errors={400: (AUTHOR_REQUIRED,), 403: (NOT_THE_AUTHOR,), 404: (THREAD_NOT_FOUND,)},
+                    ),
+                ),
+            },
+        ),
+    )

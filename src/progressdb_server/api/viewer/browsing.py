@@ -1,8 +1,8 @@
 """What the viewer shows, read from the store and the key service.
 
-Owns: the pages of threads and messages, and which keys protect a record. Invariants: a page costs as much as it shows,
-whatever the size of its thread: at most `PAGE_THREADS`, `PAGE_MESSAGES` or `VERSIONS_MAX` records are opened; what is
-said of a record's key is read from the record itself, not from the thread's map. It must never write.
+Owns: the pages of threads and messages, and which keys protect a record. Invariants: the cost of a page depends on what
+it shows and not on the size of its thread: at most `PAGE_THREADS`, `PAGE_MESSAGES` or `VERSIONS_MAX` records are
+decrypted; the key of a record is read from the record itself and not from the thread's metadata. It must never write.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PAGE_THREADS: Final = 50
 PAGE_MESSAGES: Final = 50
 VERSIONS_MAX: Final = 200
 KEY_PAGES_MAX: Final = 4
-"""Of a thread's keys that are looked at; more than two thousand rotations of one thread are not explained here."""
+"""Pages of a thread's keys that are read. A record under a later key is shown without the details of its key."""
 
 
 class ThreadPage(NamedTuple):
@@ -31,7 +31,7 @@ class ThreadPage(NamedTuple):
 
 
 class Protection(NamedTuple):
-    """Of one record. Times are Unix nanoseconds, 0 where the key service does not tell."""
+    """The keys of one record. Times are Unix nanoseconds, 0 if the key service does not give one."""
 
     key_id: str
     state: str
@@ -57,7 +57,7 @@ class MessagePage(NamedTuple):
 class _Keys(NamedTuple):
     deks: dict[str, api.KeyAnswer]
     keks: dict[int, int]
-    """KEK version → when it was made."""
+    """KEK version → its creation time in Unix nanoseconds."""
 
 
 class Browser:
@@ -68,7 +68,7 @@ class Browser:
 
     # --- threads --------------------------------------------------------------------------------------------------
     async def threads(self, *, author: str, id_prefix: str, cursor: str) -> ThreadPage:
-        """Newest first; by the beginning of an id they come in the order of ids."""
+        """Threads, newest first; with `id_prefix`, in the order of ids."""
         if id_prefix:
             prefix = keyspace.MAP + keyspace.part(id_prefix)
             lower, upper = prefix, prefix + b"\xff"
@@ -93,7 +93,7 @@ class Browser:
 
     # --- messages -------------------------------------------------------------------------------------------------
     async def messages(self, thread: str, *, before: str = "", after: str = "") -> MessagePage:
-        """The most recent messages, or those next to a cursor. Raises MessageNotFoundError for a malformed one."""
+        """The most recent messages, or those next to a cursor. Raises MessageNotFoundError for a malformed cursor."""
         prefix = keyspace.order(thread)
         lower, upper = prefix, keyspace.after(prefix)
         if before:
@@ -116,7 +116,7 @@ class Browser:
         return MessagePage(shown, older=bool(after) or more, newer=bool(before) or (bool(after) and more))
 
     async def _between(self, thread: str, first: bytes, last: bytes) -> list[Message]:
-        """The messages of the order entries from `first` to `last`."""
+        """The messages whose entries in the order index are `first` to `last`."""
         prefix = keyspace.order(thread)
         after = self._engine.scan(prefix, first, limit=1, reverse=True)
         before = self._engine.scan(last + b"\0", keyspace.after(prefix), limit=1)
@@ -133,7 +133,7 @@ class Browser:
         return len(self._engine.scan(prefix, keyspace.after(prefix), limit=VERSIONS_MAX))
 
     async def message(self, message: str) -> list[tuple[Message, Protection]]:
-        """Its versions, oldest first. Raises MessageNotFoundError."""
+        """The versions of a message, oldest first. Raises MessageNotFoundError."""
         prefix = keyspace.versions(message)
         entries = self._engine.scan(prefix, keyspace.after(prefix), limit=VERSIONS_MAX)
         versions = await self._store.message_versions(message)
@@ -143,14 +143,12 @@ class Browser:
         keys = await self._keys(thread)
         return [
             (version, self._protection(thread, key[len(prefix) :], keys))
-            for version, (key, _) in zip(versions, entries, strict=False)  # one more may be there by now
+            for version, (key, _) in zip(versions, entries, strict=False)  # a version may have been added meanwhile
         ]
 
     # --- keys -----------------------------------------------------------------------------------------------------
     async def _keys(self, thread: str) -> _Keys:
-        """What the key service tells of them; nothing where it does not, since the messages can be shown all the
-        same.
-        """
+        """The keys as the key service lists them. Empty if it does not: the messages can be shown without."""
         deks: dict[str, api.KeyAnswer] = {}
         try:
             cursor: str | None = None
@@ -179,14 +177,14 @@ class Browser:
         return Protection(
             key_id=key_id,
             state=key.state,
-            dek_since_ns=max(made_ns, int(stamp[:20])),  # later, where a rotation re-encrypted the record
+            dek_since_ns=max(made_ns, int(stamp[:20])),  # a rotation re-encrypts records after it made the key
             kek_version=key.kek_version,
             kek_since_ns=max(made_ns, kek_ns) if kek_ns else 0,
         )
 
 
 def _latest(key: bytes, value: bytes) -> bytes:
-    """The stamp of the latest version, from an entry of the order index."""
+    """The stamp of the latest version, from an entry in the order index."""
     return value.rstrip(b"d") or key[-keyspace.STAMP_BYTES :]
 
 
@@ -202,7 +200,7 @@ def _message_id(key: bytes) -> str:
 
 
 def nanoseconds(rfc3339: str) -> int:
-    """Of a time in UTC as the key service writes it; 0 for what is none."""
+    """Unix nanoseconds of a time as the key service writes it; 0 if it is malformed."""
     try:
         return int(datetime.fromisoformat(rfc3339).timestamp()) * 1_000_000_000
     except ValueError:

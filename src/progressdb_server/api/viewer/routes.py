@@ -1,7 +1,7 @@
-"""The viewer's routes: from a request to a page.
+"""The operations of the viewer: login, logout and the pages.
 
-Owns: login and logout, who gets in, and which template shows what. Invariants: as the package says. A page that can't
-be made is a page too, with the right status and a sentence.
+Owns: which callers are let in, and the template of each page. The invariants are those of the package. An error becomes
+a page too, with its status and a sentence.
 """
 
 from __future__ import annotations
@@ -15,34 +15,64 @@ from typing import Any, Final
 
 import structlog
 
-from progressdb_server.api.http import errors, head, limits
+from progressdb_server.api.http import head, limits
 from progressdb_server.api.http.access import AddressBuckets, KeyTable, Role
-from progressdb_server.api.http.errors import ApiError, Header, bad_request, forbidden
-from progressdb_server.api.http.request import Call
-from progressdb_server.api.http.response import Answer
+from progressdb_server.api.http.errors import (
+    TOO_LARGE,
+    UNAUTHORIZED_HEADERS,
+    Header,
+    bad_request,
+    forbidden,
+    not_found,
+    retry_after,
+    too_large,
+)
+from progressdb_server.api.http.request import Request
+from progressdb_server.api.http.response import Response, redirect
+from progressdb_server.api.openapi.description import (
+    AUTHOR,
+    BOTH,
+    DISK,
+    ID,
+    KEY_SERVICE,
+    NOTHING,
+    TEXT,
+    Dependency,
+    Description,
+    Parameter,
+    Schema,
+    text,
+)
 from progressdb_server.api.routes import pages
-from progressdb_server.api.routes.table import Operation, Resource
+from progressdb_server.api.routes.errors import MESSAGE_NOT_FOUND, THREAD_NOT_FOUND, api_error
+from progressdb_server.api.routes.table import Handler, Operation, Resource
 from progressdb_server.api.viewer.browsing import Browser, shown_time
 from progressdb_server.api.viewer.sessions import Session, Sessions, new_token, same
 from progressdb_server.jobs.model import UNFINISHED, Job
 from progressdb_server.jobs.service import Jobs
-from progressdb_server.kms.provider import Provider, ProviderError
+from progressdb_server.kms.provider import Provider
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.model import MessageNotFoundError, StoreError
 
 SESSION_COOKIE: Final = "progressdb_viewer"
 LOGIN_COOKIE: Final = "progressdb_login"
 LOGIN_RPS: Final = 0.2
 LOGIN_BURST: Final = 10
-"""Of attempts from one address."""
+"""Login attempts from one address."""
 FORM_BYTES_MAX: Final = 4096
 _LOGIN_FIELDS: Final = frozenset({"csrf", "key", "username"})
-"""`username` is there for password managers."""
+"""`username` is for password managers."""
 JOBS_SHOWN_MAX: Final = 50
 TEXT_CHARS_MAX: Final = 2000
-"""Of a message in a list; its own page shows all of it."""
+"""Characters of a message in a list. Its own page shows all of it."""
+INVALID_LOGIN: Final = "This is not an admin key."
+OLD_FORM: Final = "This form was too old; please log in again."
+TOO_MANY_ATTEMPTS: Final = "Too many attempts from this address; wait a little."
+OTHER_SESSION: Final = "this form was not made for this session"
+SEARCH_TOO_LONG: Final = "what you search for is too long"
+TWO_CURSORS: Final = "before and after exclude each other"
+UNKNOWN_FIELD: Final = "the form has a field that is not known"
 
-Page = Callable[[Call, Session], Awaitable[Answer]]
+PageHandler = Callable[[Request, Session], Awaitable[Response]]
 
 _log: Final = structlog.get_logger("progressdb.viewer")
 
@@ -58,7 +88,7 @@ class Viewer:
         secure: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`secure`: browsers come by TLS, and are told to send the cookie by nothing else."""
+        """`secure`: the server speaks TLS, and browsers may send the cookie only over TLS."""
         self._store = store
         self._browser = Browser(store, provider)
         self._provider = provider
@@ -69,60 +99,42 @@ class Viewer:
         self.sessions = Sessions()
         self._attempts = AddressBuckets(LOGIN_RPS, LOGIN_BURST, count_max=limits.ADDRESSES_COUNT_MAX)
 
-    def resources(self) -> tuple[Resource, ...]:
-        inside = self._inside
-        return (
-            Resource("/viewer", {"GET": Operation(_to_viewer)}),
-            Resource("/viewer/", {"GET": inside(self._threads)}),
-            Resource("/viewer/threads/{thread}", {"GET": inside(self._thread)}),
-            Resource("/viewer/messages/{message}", {"GET": inside(self._message)}),
-            Resource("/viewer/jobs", {"GET": inside(self._jobs_page)}),
-            Resource("/viewer/status", {"GET": inside(self._status)}),
-            Resource(
-                "/viewer/login",
-                {"GET": Operation(_as_page(self._login_form)), "POST": Operation(_as_page(self._login))},
-            ),
-            Resource("/viewer/logout", {"POST": inside(self._logout)}),
-            Resource("/viewer/style.css", {"GET": Operation(_style)}),
-            Resource("/viewer/viewer.js", {"GET": Operation(_script)}),
-        )
+    # --- login and logout -------------------------------------------------------------------------------------------
+    def _inside(self, page: PageHandler) -> Handler:
+        """A page within a session. Without a session, the response redirects to the login."""
 
-    # --- who gets in ------------------------------------------------------------------------------------------------
-    def _inside(self, page: Page) -> Operation:
-        """A page for a session; without one, the login."""
-
-        async def guarded(call: Call) -> Answer:
-            session = self.sessions.find(_cookie(call, SESSION_COOKIE), self._clock())
+        async def guarded(request: Request) -> Response:
+            session = self.sessions.find(_cookie(request, SESSION_COOKIE), self._clock())
             if session is None:
-                return _see_other("/viewer/login")
-            return await page(call, session)
+                return redirect(303, "/viewer/login")
+            return await page(request, session)
 
-        return Operation(_as_page(guarded))
+        return _with_error_page(guarded)
 
-    async def _login_form(self, call: Call) -> Answer:
+    async def _login_form(self, request: Request) -> Response:
         return self._login_page(200, "")
 
-    def _login_page(self, status: int, problem: str, headers: tuple[Header, ...] = ()) -> Answer:
+    def _login_page(self, status: int, problem: str, headers: tuple[Header, ...] = ()) -> Response:
         token = new_token()
-        page = pages.rendered("viewer/login.html", csrf=token, problem=problem)
-        return pages.answer(page, status, (self._set_cookie(LOGIN_COOKIE, token, "/viewer/login"), *headers))
+        page = pages.render("viewer/login.html", csrf=token, problem=problem)
+        return pages.page_response(page, status, (self._set_cookie(LOGIN_COOKIE, token, "/viewer/login"), *headers))
 
-    async def _login(self, call: Call) -> Answer:
-        """The form's token must be that of its cookie, so that nobody is logged in by another site's form."""
-        form = await _form(call, _LOGIN_FIELDS)
-        wait_s = self._attempts.take(call.address, self._clock())
+    async def _login(self, request: Request) -> Response:
+        """The form's token must match its cookie, so that no form of another site can log a user in."""
+        form = await _form(request, _LOGIN_FIELDS)
+        wait_s = self._attempts.take(request.address, self._clock())
         if wait_s > 0:
-            after = (b"retry-after", str(math.ceil(wait_s)).encode("ascii"))
-            return self._login_page(429, "Too many attempts from this address; wait a little.", (after,))
-        if not same(_cookie(call, LOGIN_COOKIE), form.get("csrf", "")):
-            return self._login_page(403, "This form was too old; please log in again.")
+            return self._login_page(429, TOO_MANY_ATTEMPTS, (retry_after(math.ceil(wait_s)),))
+        if not same(_cookie(request, LOGIN_COOKIE), form.get("csrf", "")):
+            return self._login_page(403, OLD_FORM)
         principal = self._keys.find(form.get("key", "").encode("utf-8", "surrogatepass"))
         if principal is None or principal.role is not Role.ADMIN:
-            _log.warning("viewer_login_refused", request_id=call.request_id)
-            return self._login_page(401, "This is not an admin key.", errors.UNAUTHORIZED_HEADERS)
+            _log.warning("viewer_login_refused", request_id=request.request_id)
+            return self._login_page(401, INVALID_LOGIN, UNAUTHORIZED_HEADERS)
         token = self.sessions.begin(principal.number, self._clock())
-        _log.info("viewer_login", request_id=call.request_id, key=principal.number)
-        return _see_other(
+        _log.info("viewer_login", request_id=request.request_id, key=principal.number)
+        return redirect(
+            303,
             "/viewer/",
             (
                 self._set_cookie(SESSION_COOKIE, token, "/viewer"),
@@ -130,13 +142,13 @@ class Viewer:
             ),
         )
 
-    async def _logout(self, call: Call, session: Session) -> Answer:
-        form = await _form(call, frozenset({"csrf"}))
+    async def _logout(self, request: Request, session: Session) -> Response:
+        form = await _form(request, frozenset({"csrf"}))
         if not session.check(form.get("csrf", "")):
-            raise forbidden("this form was not made for this session")
-        self.sessions.end(_cookie(call, SESSION_COOKIE))
-        _log.info("viewer_logout", request_id=call.request_id, key=session.key_number)
-        return _see_other("/viewer/login", (self._set_cookie(SESSION_COOKIE, "", "/viewer", ended=True),))
+            raise forbidden(OTHER_SESSION)
+        self.sessions.end(_cookie(request, SESSION_COOKIE))
+        _log.info("viewer_logout", request_id=request.request_id, key=session.key_number)
+        return redirect(303, "/viewer/login", (self._set_cookie(SESSION_COOKIE, "", "/viewer", ended=True),))
 
     def _set_cookie(self, name: str, value: str, path: str, *, ended: bool = False) -> Header:
         words = [f"{name}={value}", f"Path={path}", "HttpOnly", "SameSite=Strict"]
@@ -145,50 +157,153 @@ class Viewer:
         return b"set-cookie", "; ".join(words).encode("ascii")
 
     # --- pages ------------------------------------------------------------------------------------------------------
-    async def _threads(self, call: Call, session: Session) -> Answer:
-        wanted, author = call.query.get("q", "").strip(), call.query.get("author", "").strip()
+    async def _threads(self, request: Request, session: Session) -> Response:
+        wanted, author = request.query_params.get("q", "").strip(), request.query_params.get("author", "").strip()
         if len(wanted) > limits.STORED_KEY_BYTES_MAX or len(author) > limits.AUTHOR_BYTES_MAX:
-            raise bad_request("what you search for is too long")
+            raise bad_request(SEARCH_TOO_LONG)
         if wanted.startswith("msg-"):
-            return _see_other(f"/viewer/messages/{wanted}") if limits.ID_PATTERN.fullmatch(wanted) else _nothing()
-        found = await self._browser.threads(author=author, id_prefix=wanted, cursor=call.query.get("cursor", ""))
+            if not limits.ID_PATTERN.fullmatch(wanted):
+                raise not_found(MESSAGE_NOT_FOUND)
+            return redirect(303, f"/viewer/messages/{wanted}")
+        found = await self._browser.threads(
+            author=author, id_prefix=wanted, cursor=request.query_params.get("cursor", "")
+        )
         return _page("threads", session, found=found, wanted=wanted, author=author, stats=await self._store.stats())
 
-    async def _thread(self, call: Call, session: Session) -> Answer:
-        thread = await self._store.get_thread(call.id_from_path("thread", "thread not found"))
-        before, after = call.query.get("before", ""), call.query.get("after", "")
+    async def _thread(self, request: Request, session: Session) -> Response:
+        thread = await self._store.get_thread(request.id_from_path("thread", THREAD_NOT_FOUND))
+        before, after = request.query_params.get("before", ""), request.query_params.get("after", "")
         if before and after:
-            raise bad_request("before and after exclude each other")
+            raise bad_request(TWO_CURSORS)
         shown = await self._browser.messages(thread.id, before=before, after=after)
         return _page("thread", session, thread=thread, shown=shown)
 
-    async def _message(self, call: Call, session: Session) -> Answer:
-        versions = await self._browser.message(call.id_from_path("message", "message not found"))
+    async def _message(self, request: Request, session: Session) -> Response:
+        versions = await self._browser.message(request.id_from_path("message", MESSAGE_NOT_FOUND))
         return _page("message", session, versions=versions, latest=versions[-1][0])
 
-    async def _jobs_page(self, call: Call, session: Session) -> Answer:
-        """The table alone with `part=rows`, for the page's script."""
+    async def _jobs_page(self, request: Request, session: Session) -> Response:
+        """With `part=rows` only the table, for the page's script."""
         listed = (job for page in self._jobs.table.pages(newest_first=True) for job in page)
         jobs = list(islice(listed, JOBS_SHOWN_MAX))
-        if call.query.get("part") == "rows":
-            return pages.answer(pages.rendered("viewer/jobs_rows.html", jobs=jobs, percent=_percent, **_HELPERS))
+        if request.query_params.get("part") == "rows":
+            return pages.page_response(pages.render("viewer/jobs_rows.html", jobs=jobs, percent=_percent, **_HELPERS))
         live = any(job.state in UNFINISHED for job in jobs)
         return _page("jobs", session, jobs=jobs, percent=_percent, live=live)
 
-    async def _status(self, call: Call, session: Session) -> Answer:
+    async def _status(self, request: Request, session: Session) -> Response:
         status: dict[str, Any] = await self._provider.status()
         return _page("status", session, status=status)
+
+    # --- operations -------------------------------------------------------------------------------------------------
+    def resources(self) -> tuple[Resource, ...]:
+        inside = self._inside
+        return (
+            Resource(
+                "/viewer",
+                {
+                    "GET": Operation(
+                        _to_viewer, Description(tag="viewer", summary="To /viewer/", status=308, needs=NOTHING)
+                    )
+                },
+            ),
+            Resource(
+                "/viewer/",
+                {
+                    "GET": _shown(
+                        inside(self._threads),
+                        "Threads, newest first, by id and author",
+                        parameters=(
+                            Parameter(
+                                "q",
+                                text(limits.STORED_KEY_BYTES_MAX),
+                                "The beginning of a thread's id, or a message's id.",
+                            ),
+                            Parameter("author", AUTHOR, "The author of the threads."),
+                            Parameter("cursor", {"type": "string", "maxLength": 1024}, "From the page before."),
+                        ),
+                        not_found=(MESSAGE_NOT_FOUND,),
+                        bad_request=(SEARCH_TOO_LONG,),
+                    )
+                },
+            ),
+            Resource(
+                "/viewer/threads/{thread}",
+                {
+                    "GET": _shown(
+                        inside(self._thread),
+                        "A conversation with the protection of each message",
+                        parameters=(
+                            Parameter("before", ID, "A message id: the page of messages before it."),
+                            Parameter("after", ID, "A message id: the page of messages after it."),
+                        ),
+                        path_schemas={"thread": ID},
+                        not_found=(THREAD_NOT_FOUND, MESSAGE_NOT_FOUND),
+                        bad_request=(TWO_CURSORS,),
+                    )
+                },
+            ),
+            Resource(
+                "/viewer/messages/{message}",
+                {
+                    "GET": _shown(
+                        inside(self._message),
+                        "A message with its versions",
+                        path_schemas={"message": ID},
+                        not_found=(MESSAGE_NOT_FOUND,),
+                    )
+                },
+            ),
+            Resource(
+                "/viewer/jobs",
+                {
+                    "GET": _shown(
+                        inside(self._jobs_page),
+                        "Jobs and their progress",
+                        parameters=(Parameter("part", TEXT, "`rows`: the table alone."),),
+                        needs=DISK,
+                    )
+                },
+            ),
+            Resource(
+                "/viewer/status",
+                {"GET": _shown(inside(self._status), "What the key service says of itself", needs=KEY_SERVICE)},
+            ),
+            Resource(
+                "/viewer/login",
+                {
+                    "GET": _without_session(_with_error_page(self._login_form), "The login", "text/html"),
+                    "POST": _posted(
+                        _with_error_page(self._login),
+                        "Log in with an admin key; begins a session",
+                        {401: (INVALID_LOGIN,), 403: (OLD_FORM,), 429: (TOO_MANY_ATTEMPTS,)},
+                        "csrf",
+                        "key",
+                        "username",
+                    ),
+                },
+            ),
+            Resource(
+                "/viewer/logout",
+                {"POST": _posted(inside(self._logout), "Log out; ends the session", {403: (OTHER_SESSION,)}, "csrf")},
+            ),
+            Resource("/viewer/style.css", {"GET": _without_session(_style, "The pages' style", "text/css")}),
+            Resource(
+                "/viewer/viewer.js",
+                {"GET": _without_session(_script, "The script of the page of jobs", "text/javascript")},
+            ),
+        )
 
 
 # --- helpers of the pages --------------------------------------------------------------------------------------
 def _percent(job: Job) -> int:
-    """How much of it is behind us, 100 where there is nothing to do."""
+    """Progress in percent; 100 for a finished job without records."""
     total = max(job.total, job.done + job.failed)
     return 100 * (job.done + job.failed) // total if total else 100 * (job.state == "done")
 
 
 def _text(body: object, chars_max: int | None = TEXT_CHARS_MAX) -> str:
-    """A message's body as text: itself where it is one, otherwise JSON."""
+    """A message's body: itself if it is text, otherwise JSON. At most `chars_max` characters."""
     text = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, indent=1)
     return text if chars_max is None or len(text) <= chars_max else text[:chars_max] + " …"
 
@@ -196,63 +311,105 @@ def _text(body: object, chars_max: int | None = TEXT_CHARS_MAX) -> str:
 _HELPERS: Final[dict[str, Any]] = {"shown_time": shown_time, "text": _text}
 
 
-def _page(name: str, session: Session, **values: Any) -> Answer:
-    return pages.answer(pages.rendered(f"viewer/{name}.html", session=session, active=name, **_HELPERS, **values))
+def _page(name: str, session: Session, **values: Any) -> Response:
+    return pages.page_response(pages.render(f"viewer/{name}.html", session=session, active=name, **_HELPERS, **values))
 
 
-def _as_page(handler: Callable[[Call], Awaitable[Answer]]) -> Callable[[Call], Awaitable[Answer]]:
-    """What a handler refuses becomes a page."""
+def _with_error_page(handler: Callable[[Request], Awaitable[Response]]) -> Handler:
+    """The handler, with its errors as pages. A defect is left to the application."""
 
-    async def shown(call: Call) -> Answer:
+    async def run(request: Request) -> Response:
         try:
-            return await handler(call)
-        except ApiError as error:
-            refusal = error
-        except StoreError as error:
-            refusal = errors.from_store(error)
-        except ProviderError:
-            refusal = ApiError(503, "the key service is not available now", ((b"retry-after", b"2"),))
-        page = pages.rendered("viewer/problem.html", problem=refusal.text, request_id=call.request_id)
-        return pages.answer(page, refusal.status, refusal.headers)
+            return await handler(request)
+        except Exception as error:
+            refusal = api_error(error)
+            if refusal is None:
+                raise
+        page = pages.render("viewer/problem.html", problem=refusal.text, request_id=request.request_id)
+        return pages.page_response(page, refusal.status, refusal.headers)
 
-    return shown
+    return run
 
 
-def _nothing() -> Answer:
-    raise MessageNotFoundError("message not found")
+async def _to_viewer(request: Request) -> Response:
+    return redirect(308, "/viewer/")
 
 
-def _see_other(place: str, headers: tuple[Header, ...] = ()) -> Answer:
-    return Answer(
-        303, content_type=None, headers=((b"location", place.encode("ascii")), (b"content-length", b"0"), *headers)
-    )
+async def _style(request: Request) -> Response:
+    return pages.asset_response("style.css")
 
 
-async def _to_viewer(call: Call) -> Answer:
-    return Answer(308, content_type=None, headers=((b"location", b"/viewer/"), (b"content-length", b"0")))
+async def _script(request: Request) -> Response:
+    return pages.asset_response("viewer.js")
 
 
-async def _style(call: Call) -> Answer:
-    return pages.asset("style.css")
-
-
-async def _script(call: Call) -> Answer:
-    return pages.asset("viewer.js")
-
-
-def _cookie(call: Call, name: str) -> str:
-    """The value of one cookie; empty where there is none, or two of the name."""
-    given = call.headers.get(head.COOKIE, b"").decode("latin-1")
+def _cookie(request: Request, name: str) -> str:
+    """The value of a cookie; empty if there is none, or more than one of this name."""
+    given = request.headers.get(head.COOKIE, b"").decode("latin-1")
     found = [value for key, _, value in (part.strip().partition("=") for part in given.split(";")) if key == name]
     return found[0] if len(found) == 1 else ""
 
 
-async def _form(call: Call, fields: frozenset[str]) -> dict[str, str]:
-    """`application/x-www-form-urlencoded` with no other fields than these. Raises ApiError 400, 413."""
-    raw = await call.body()
+async def _form(request: Request, fields: frozenset[str]) -> dict[str, str]:
+    """The fields of an `application/x-www-form-urlencoded` body. Raises ApiError 400 for any other field, 413."""
+    raw = await request.body()
     if len(raw) > FORM_BYTES_MAX:
-        raise errors.too_large()
+        raise too_large()
     form = head.read_query(raw)
     if not fields.issuperset(form):
-        raise bad_request("the form has a field that is not known")
+        raise bad_request(UNKNOWN_FIELD)
     return form
+
+
+# --- operations -------------------------------------------------------------------------------------------------
+def _shown(
+    handler: Handler,
+    summary: str,
+    *,
+    parameters: tuple[Parameter, ...] = (),
+    path_schemas: dict[str, Schema] | None = None,
+    not_found: tuple[str, ...] = (),
+    bad_request: tuple[str, ...] = (),
+    needs: frozenset[Dependency] = BOTH,
+) -> Operation:
+    """An operation that shows a page, or redirects to the login."""
+    return Operation(
+        handler,
+        Description(
+            tag="viewer",
+            summary=summary,
+            response=TEXT,
+            content_type="text/html",
+            parameters=parameters,
+            path_schemas=path_schemas or {},
+            other_responses={303: None},
+            errors={404: not_found, 400: bad_request},
+            needs=needs,
+        ),
+    )
+
+
+def _posted(handler: Handler, summary: str, errors: dict[int, tuple[str, ...]], *fields: str) -> Operation:
+    """An operation that takes a form and redirects."""
+    return Operation(
+        handler,
+        Description(
+            tag="viewer",
+            summary=summary,
+            status=303,
+            form={
+                "type": "object",
+                "properties": {name: {"type": "string", "maxLength": 1000} for name in fields},
+                "required": [name for name in fields if name != "username"],
+                "additionalProperties": False,
+            },
+            errors={413: (TOO_LARGE,), 400: (UNKNOWN_FIELD,), **errors},
+            needs=NOTHING,
+        ),
+    )
+
+
+def _without_session(handler: Handler, summary: str, content_type: str) -> Operation:
+    """An operation that needs no session."""
+    description = Description(tag="viewer", summary=summary, response=TEXT, content_type=content_type, needs=NOTHING)
+    return Operation(handler, description)

@@ -1,8 +1,9 @@
-"""Sessions of the viewer: what stands behind a cookie.
+"""Sessions of the viewer: the state behind a cookie.
 
-Owns: the table of sessions and its bounds. Invariants: a cookie holds a random token and nothing else, the table only
-its digest; a session ends `SESSION_SECONDS_MAX` after its login and `IDLE_SECONDS_MAX` after its last use, whichever is
-first; there are at most `SESSIONS_COUNT_MAX`, and a new one then ends the one unused for longest. Time is passed in.
+Owns: the table of sessions and its bounds. Invariants: a cookie contains a random token and nothing else, and the table
+contains only the token's digest; a session ends `SESSION_SECONDS_MAX` after its login or `IDLE_SECONDS_MAX` after its
+last use, whichever is first; there are at most `SESSIONS_COUNT_MAX`, and a new one beyond that ends the least recently
+used. Callers pass the time in.
 """
 
 from __future__ import annotations
@@ -24,26 +25,29 @@ class Session:
 
     def __init__(self, key_number: int, now_s: float) -> None:
         self.key_number = key_number
-        """Of the admin key that began it, as in the log."""
+        """Position of the admin key that began the session, as in the log."""
         self.csrf = new_token()
         self.started_s = now_s
         self.used_s = now_s
 
     def check(self, token: str) -> bool:
-        """Whether a form was made for this session."""
+        """Whether the token of a form belongs to this session."""
         return same(self.csrf, token)
+
+    def has_ended(self, now_s: float) -> bool:
+        return now_s - self.started_s >= SESSION_SECONDS_MAX or now_s - self.used_s >= IDLE_SECONDS_MAX
 
 
 class Sessions:
     def __init__(self) -> None:
-        self._sessions: OrderedDict[bytes, Session] = OrderedDict()  # unused for longest first
+        self._sessions: OrderedDict[bytes, Session] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:
         return len(self._sessions)
 
     def begin(self, key_number: int, now_s: float) -> str:
-        """The token for the cookie."""
-        self._drop_old(now_s)
+        """Begin a session. Returns the token for the cookie."""
+        self._drop_ended(now_s)
         while len(self._sessions) >= SESSIONS_COUNT_MAX:
             self._sessions.popitem(last=False)
         token = new_token()
@@ -51,11 +55,12 @@ class Sessions:
         return token
 
     def find(self, token: str, now_s: float) -> Session | None:
+        """The session of a cookie, if it has not ended. Counts as a use."""
         digest = _digest(token)
         session = self._sessions.get(digest)
         if session is None:
             return None
-        if now_s - session.started_s >= SESSION_SECONDS_MAX or now_s - session.used_s >= IDLE_SECONDS_MAX:
+        if session.has_ended(now_s):
             del self._sessions[digest]
             return None
         session.used_s = now_s
@@ -65,13 +70,8 @@ class Sessions:
     def end(self, token: str) -> None:
         self._sessions.pop(_digest(token), None)
 
-    def _drop_old(self, now_s: float) -> None:
-        over = [
-            digest
-            for digest, session in self._sessions.items()
-            if now_s - session.started_s >= SESSION_SECONDS_MAX or now_s - session.used_s >= IDLE_SECONDS_MAX
-        ]
-        for digest in over:
+    def _drop_ended(self, now_s: float) -> None:
+        for digest in [digest for digest, session in self._sessions.items() if session.has_ended(now_s)]:
             del self._sessions[digest]
 
 
@@ -80,9 +80,10 @@ def new_token() -> str:
 
 
 def same(expected: str, given: str) -> bool:
+    """Whether two tokens are equal and not empty. Takes the same time for any `given` of one length."""
     return bool(expected) and hmac.compare_digest(expected.encode(), given.encode("utf-8", "surrogatepass"))
 
 
 def _digest(token: str) -> bytes:
-    """The token is random enough that its digest needs no key; looking it up leaks nothing of it through time."""
+    """A token has 256 random bits, so its digest needs no key, and the time of a look-up reveals nothing about it."""
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()

@@ -1,0 +1,291 @@
+"""Maintenance of closed log files: retention, compression and forwarding, beside the daemon's other work.
+
+Owns: which closed files may be removed, turning `minikms-audit.log.<n>` into `minikms-audit.log.<n>.zst`, and when and
+in which thread each of these jobs runs. Invariants:
+
+- Retention removes only the oldest files, one after the other, while all closed files together exceed `bytes_max`, and
+  no file that was closed less than `days_min` ago. A durable and signed `retention` line names each file, with its last
+  line, before it is deleted, so that a verifier can distinguish a removed file from a missing one.
+- Compression deletes the plain file only after it has read back the compressed one and found it equal. That also holds
+  for a compressed file that it did not write. So a complete copy of each segment is on disk at every moment.
+- `Maintenance.tick` belongs to the thread of the log, `Maintenance.work` to a worker thread of its own. Neither raises;
+  `Maintenance.status` reports failures.
+
+It must never touch the file being written, delay a commit, or delete a file if it can't read the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import BinaryIO, Final
+
+import msgspec
+import zstandard
+
+from minikms.audit import record
+from minikms.audit.log import AuditLog
+from minikms.audit.reader import (
+    CHUNK_BYTES,
+    FILE_MODE,
+    WINDOW_BYTES_MAX,
+    DamagedSegmentError,
+    each_segment,
+    frame_fault,
+    fsync_directory,
+    list_segments,
+    segment_name,
+)
+from minikms.audit.record import ACTOR_SELF, Event, Facts, Head, MalformedLineError
+from minikms.audit.shipping import Forwarder, Forwarding
+from minikms.base64 import decode_exact, encode_text
+from minikms.errors import AuditUnavailableError
+
+RETENTION_TICKS: Final = 3600
+"""Retention runs after a start, and then once an hour: `Maintenance.tick` is called about once a second."""
+FORWARD_STEPS_MAX: Final = 100
+"""Steps of 1,000 lines in one call of `Maintenance.work`."""
+
+COMPRESSION_LEVEL: Final = 3
+"""zstd's default: about 300 MB/s on one core."""
+
+_DAY_NS: Final = 24 * 3600 * 1_000_000_000
+_TEMPORARY_SUFFIX: Final = ".tmp"
+
+
+# --- retention -------------------------------------------------------------------------------------------------------
+
+
+class Retention(msgspec.Struct, frozen=True, kw_only=True):
+    """bytes_max: of all closed files together, 0 for no bound. days_min: takes precedence over `bytes_max`."""
+
+    bytes_max: int = 0
+    days_min: int = 90
+
+
+KEEP_ALL: Final = Retention()
+
+
+class RemovableSegment(msgspec.Struct, frozen=True):
+    """A closed segment that may be removed: its number, the names of its files, and its last line."""
+
+    number: int
+    names: tuple[str, ...]
+    last: Head
+
+    def event(self) -> Event:
+        """The `retention` event that must be durable and signed before the files are deleted."""
+        facts: Facts = {
+            "last_seq": self.last.seq,
+            "last_sig": encode_text(self.last.sig),
+            "removed_segment": self.number,
+        }
+        return Event(type=record.TYPE_RETENTION, actor=ACTOR_SELF, facts=facts)
+
+
+def removable_segments(directory: str, keep: Retention, now_ns: int) -> list[RemovableSegment]:
+    """The segments that `keep` no longer retains, oldest first. Raises OSError and DamagedSegmentError."""
+    closed = list_segments(directory)
+    total = sum(_size(directory, name) for names in closed.values() for name in names)
+    removable = []
+    for number, names in closed.items():
+        if not keep.bytes_max or total <= keep.bytes_max:
+            break
+        following = _first_event(directory, number + 1)
+        if following is None or now_ns - following.ts < keep.days_min * _DAY_NS:
+            break
+        sig = decode_exact(following.facts.get("previous_sig"), record.MAC_BYTES)
+        seq = following.facts.get("previous_seq")
+        if sig is None or not isinstance(seq, int):
+            break
+        removable.append(RemovableSegment(number, tuple(names), Head(seq, sig)))
+        total -= sum(_size(directory, name) for name in names)
+    return removable
+
+
+def remove_segments(log: AuditLog, keep: Retention) -> list[str]:
+    """Remove the segments that `keep` no longer retains, after durable and signed lines that name them.
+
+    Returns the names of the deleted files. Raises AuditUnavailableError, before anything is deleted, OSError and
+    DamagedSegmentError.
+    """
+    segments = removable_segments(log.directory, keep, log.now_ns())
+    if not segments:
+        return []
+    for segment in segments:
+        log.add(segment.event())
+    log.settle()
+    for segment in segments:
+        for name in segment.names:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(log.directory, name))
+        fsync_directory(log.directory)
+    return [name for segment in segments for name in segment.names]
+
+
+def _first_event(directory: str, number: int) -> Event | None:
+    """The first event of segment `number`; None if that is not the next file or its first line is malformed."""
+    for file in each_segment(directory, after=number - 1):
+        if file.number != number:
+            return None
+        try:
+            return record.parse_line(file.first_line())[0]
+        except MalformedLineError:
+            return None
+    return None
+
+
+def _size(directory: str, name: str) -> int:
+    try:
+        return os.stat(os.path.join(directory, name), follow_symlinks=False).st_size
+    except FileNotFoundError:
+        return 0
+
+
+# --- compression -----------------------------------------------------------------------------------------------------
+
+
+class CompressionError(OSError):
+    """The compressed file does not decompress to the bytes of the plain file, which was kept."""
+
+
+def compress_closed(directory: str, *, below: int = sys.maxsize) -> list[str]:
+    """Compress every closed file that is still plain, and return the new names.
+
+    below: number of the segment that a writer beside this call is writing; that segment and later ones are skipped.
+    Raises OSError and CompressionError; files compressed until then stay compressed.
+    """
+    done = []
+    for number, names in list_segments(directory).items():
+        plain, compressed = segment_name(number), segment_name(number, compressed=True)
+        if plain not in names or number >= below:
+            continue
+        if compressed not in names or not _holds_the_same(directory, plain, compressed):
+            _compress(directory, plain, compressed)
+            done.append(compressed)
+        os.unlink(os.path.join(directory, plain))
+        fsync_directory(directory)
+    return done
+
+
+def _compress(directory: str, plain: str, compressed: str) -> None:
+    target = os.path.join(directory, compressed)
+    temporary = target + _TEMPORARY_SUFFIX
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        with _open(directory, plain) as source, open(os.open(temporary, flags, FILE_MODE), "r+b") as file:
+            zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True).copy_stream(source, file)
+            file.flush()
+            _compare(source, file)
+            os.fsync(file.fileno())
+        os.rename(temporary, target)
+        fsync_directory(directory)
+    except BaseException:
+        if os.path.lexists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+def _holds_the_same(directory: str, plain: str, compressed: str) -> bool:
+    try:
+        with _open(directory, plain) as source, _open(directory, compressed) as file:
+            _compare(source, file)
+    except (CompressionError, FileNotFoundError):
+        return False
+    return True
+
+
+def _open(directory: str, name: str) -> BinaryIO:
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    return open(os.open(os.path.join(directory, name), flags), "rb")
+
+
+def _compare(plain: BinaryIO, compressed: BinaryIO) -> None:
+    """Raises CompressionError unless `compressed` decompresses to the bytes of `plain`."""
+    if fault := frame_fault(compressed.fileno()):
+        raise CompressionError(f"a compressed segment can't be read back: {fault}")
+    plain.seek(0)
+    compressed.seek(0)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES_MAX)
+    unpacked = decompressor.stream_reader(compressed, closefd=False)
+    while True:
+        expected = plain.read(CHUNK_BYTES)
+        try:
+            chunk = unpacked.read(CHUNK_BYTES)
+        except zstandard.ZstdError as error:
+            raise CompressionError(f"a compressed segment can't be read back: {error}") from None
+        if chunk != expected:
+            raise CompressionError("a compressed segment does not hold the same bytes as the plain one")
+        if not chunk:
+            return
+
+
+# --- when and where --------------------------------------------------------------------------------------------------
+
+
+class Maintenance:
+    """The maintenance of one open log. Without `keep` every file is kept; without a forwarder nothing is sent."""
+
+    def __init__(self, log: AuditLog, *, keep: Retention | None = None, forwarder: Forwarder | None = None) -> None:
+        self._log = log
+        self._keep = keep
+        self._forwarding = None if forwarder is None else Forwarding(log.directory, forwarder)
+        self._ticks = 0
+        self._forwarded = 0
+        self._faults: dict[str, str] = {}
+
+    def tick(self) -> None:
+        """Call this about once a second in the thread of the log: the log's own chores, and once an hour retention."""
+        self._log.tick()
+        due = self._ticks % RETENTION_TICKS == 0
+        self._ticks += 1
+        if self._keep is None or not due:
+            return
+        try:
+            remove_segments(self._log, self._keep)
+        except (AuditUnavailableError, DamagedSegmentError, OSError) as error:
+            self._faults["retention"] = _reason(error)
+        else:
+            self._faults.pop("retention", None)
+
+    def work(self) -> None:
+        """Compress closed files and forward committed lines. Call this every few seconds in a worker thread."""
+        try:
+            compress_closed(self._log.directory, below=self._log.segment)
+        except (DamagedSegmentError, OSError) as error:
+            self._faults["compression"] = _reason(error)
+        else:
+            self._faults.pop("compression", None)
+        if self._forwarding is not None:
+            self._forward(self._forwarding)
+
+    def _forward(self, forwarding: Forwarding) -> None:
+        head = self._log.head["seq"]
+        try:
+            for _ in range(FORWARD_STEPS_MAX):
+                sent = forwarding.step(int(head))
+                self._forwarded += sent
+                if not sent:
+                    break
+        except (DamagedSegmentError, OSError) as error:
+            forwarding.close()
+            self._faults["forwarding"] = _reason(error)
+        else:
+            self._faults.pop("forwarding", None)
+
+    def status(self) -> dict[str, object]:
+        """{"faults": {job: reason}, "forwarded": lines since the start, or None without a forwarder}"""
+        return {
+            "faults": dict(self._faults),
+            "forwarded": None if self._forwarding is None else self._forwarded,
+        }
+
+    def close(self) -> None:
+        """Call this after the last `work` has returned."""
+        if self._forwarding is not None:
+            self._forwarding.close()
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or "failed" if isinstance(error, OSError) else str(error)

@@ -1,0 +1,84 @@
+"""Flags that several commands have, the configuration that they give, and the exit statuses.
+
+Owns: the text of each shared flag, and `CommandError`. A command raises it, or an error of another room; `command.run`
+prints the text and ends with the status. Invariant: no flag takes a key.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Final
+
+from cyclopts import Parameter
+
+from progressdb_server.config import Loaded, load
+
+EXIT_GOOD: Final = 0
+EXIT_REFUSED: Final = 1
+"""Refused, or examined and found wrong."""
+EXIT_MISSING: Final = 2
+"""Wrong usage, or something that is needed is missing."""
+EXIT_INTERRUPTED: Final = 130
+EXIT_READER_LEFT: Final = 141
+"""128 and the number of the signal, SIGINT and SIGPIPE, as shells report it."""
+
+
+class CommandError(Exception):
+    """A command cannot do its work; the text says why and what to do. `missing`: something that it needs is missing."""
+
+    def __init__(self, message: str, *, missing: bool = False) -> None:
+        super().__init__(message)
+        self.missing = missing
+
+
+Addr = Annotated[str | None, Parameter(help="Where to listen, host:port; default 127.0.0.1:8080 [PROGRESSDB_ADDR].")]
+Db = Annotated[str | None, Parameter(help="Directory of all data [PROGRESSDB_DB_PATH].")]
+ConfigFile = Annotated[
+    str | None, Parameter(name="--config", help="Configuration file, YAML or .toml [PROGRESSDB_CONFIG].")
+]
+MasterKeyFile = Annotated[
+    str | None,
+    Parameter(help="File with the root key for miniKMS: 64 hex characters [PROGRESSDB_MINIKMS_MASTER_KEY_FILE]."),
+]
+Dev = Annotated[
+    bool | None,
+    Parameter(help="Development: miniKMS makes its own root key file [PROGRESSDB_DEV].", negative=()),
+]
+Json = Annotated[bool, Parameter(name="--json", help="JSON instead of text.", negative=(), show_default=False)]
+Url = Annotated[
+    str | None, Parameter(name="--url", help="The running server [PROGRESSDB_URL, or that of PROGRESSDB_ADDR].")
+]
+KeyFile = Annotated[
+    Path | None, Parameter(name="--api-key-file", help="File with an admin key [PROGRESSDB_API_ADMIN_KEYS].")
+]
+MasterKeyFd = Annotated[int | None, Parameter(parse=False)]
+"""Not a flag: the descriptor of a root key that was in the environment. `command.run` passes it."""
+
+
+def load_config(
+    *,
+    addr: str | None = None,
+    db: str | None = None,
+    config: str | None = None,
+    master_key_file: str | None = None,
+    dev: bool | None = None,
+    log_format: str | None = None,
+) -> Loaded:
+    """The configuration of these flags, the environment and the file. Raises ConfigError."""
+    flags = {
+        "addr": addr,
+        "storage.db_path": db,
+        "config": config,
+        "kms.master_key_file": master_key_file,
+        "server.dev": dev,
+        "logging.format": log_format,
+    }
+    return load(flags, os.environ)
+
+
+def existing_directory(path: Path) -> Path:
+    """The path. Raises CommandError unless it is a directory."""
+    if not path.is_dir():
+        raise CommandError(f"there is no directory {path}", missing=True)
+    return path
