@@ -85,7 +85,7 @@ def test_a_damaged_compressed_file_is_seen(altered: Path) -> None:
 # --- removed on purpose ----------------------------------------------------------------------------------------------
 
 
-def test_what_is_removed_on_purpose_is_told_before_and_the_rest_is_intact(altered: Path) -> None:
+def test_a_removal_on_purpose_is_recorded_first_and_the_rest_is_intact(altered: Path) -> None:
     compress_closed(str(altered))
     log = open_log(altered, clock=Clock(now=LATER, step=CHORES_NS))
     assert remove_segments(log, Retention(bytes_max=1, days_min=90)) == [], "the floor wins"

@@ -142,7 +142,7 @@ def test_the_public_key_alone_judges_by_signed_lines(data_dir: Path, tmp_path: P
     assert status == 1 and "a public key that is not trusted" in output
 
 
-def test_a_log_cut_at_its_end_is_told_by_the_expected_head(data_dir: Path) -> None:
+def test_the_expected_head_shows_a_log_cut_at_its_end(data_dir: Path) -> None:
     lines = (data_dir / LOG).read_bytes().split(b"\n")
     head = f"5:{json.loads(lines[4])['sig']}"
     assert "0 line(s) are newer" in run("verify", "--data-dir", data_dir, "--expect-head", head)[1]

@@ -272,7 +272,7 @@ def test_an_earlier_key_does_not_bring_in_a_key_of_the_forger(tmp_path: Path) ->
     assert kinds(tmp_path, KEY1, KEY2) == {"foreign"}
 
 
-def test_the_public_key_in_force_at_the_end_is_told(changed: tuple[Path, Head]) -> None:
+def test_the_report_has_the_public_key_in_force_at_the_end(changed: tuple[Path, Head]) -> None:
     """Who has only a public key compares it with the newest that he knows: a log may end before the change."""
     directory, since = changed
     report = verify(directory, KEY1, public_only=True)

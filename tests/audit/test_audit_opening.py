@@ -68,7 +68,7 @@ def test_a_line_is_found_by_its_number_wherever_it_stands(
 def test_a_line_near_the_end_of_a_long_file_is_found_without_reading_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A start that is told a line it must find would otherwise take the longer the fuller the file is."""
+    """Otherwise a start with an expected line would take longer the fuller the file is."""
     make_log(tmp_path, 2000)
     lines = lines_of(tmp_path)
     monkeypatch.setattr(queries, "NEAR_BYTES", 10_000)
@@ -182,10 +182,10 @@ def test_an_altered_line_since_the_last_checkpoint_is_refused(tmp_path: Path, nu
 
 def test_a_log_of_another_key_is_refused(tmp_path: Path) -> None:
     make_log(tmp_path, 3, key=Key(1))
-    stranger = Key(1)
-    stranger.mac_key = memoryview(bytes(32))
+    foreign = Key(1)
+    foreign.mac_key = memoryview(bytes(32))
     with pytest.raises(StartError, match="can't be trusted"):
-        open_log(tmp_path, stranger)
+        open_log(tmp_path, foreign)
 
 
 def test_a_log_shorter_than_remembered_is_refused(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_what_can_never_become_a_head_is_refused_without_waiting_for_its_end(nam
 @pytest.mark.parametrize(
     "data", [b"{", b" ", b"\x16", b"0", b"\xe9", b"\n", b"GET /\0", b"GET / HTTP/2.0\r\n", b"GET /#a HTTP/1.1\r\n"]
 )
-def test_a_peer_that_speaks_something_else_is_told_at_once(data: bytes) -> None:
+def test_a_peer_that_speaks_another_protocol_gets_an_answer_at_once(data: bytes) -> None:
     with pytest.raises(RefusedError):
         check_partial(data)
 

@@ -365,7 +365,7 @@ def test_required_hardening_refuses_a_machine_where_something_is_missing(tmp_pat
     assert not (tmp_path / "s").exists()
 
 
-def test_status_tells_which_measures_are_in_force(tmp_path: Path) -> None:
+def test_status_lists_the_measures_in_force(tmp_path: Path) -> None:
     with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
         told = client.status()["hardening"]
         kernel = Path(f"/proc/{daemon.pid}/status").read_text()

@@ -63,7 +63,7 @@ def status_of(pid: int | str) -> dict[str, str]:
         return {name: value.strip() for name, _, value in (line.partition(":") for line in file)}
 
 
-def test_every_measure_is_told_and_those_in_force_need_no_reason() -> None:
+def test_every_measure_is_reported_and_each_missing_one_has_a_reason() -> None:
     told = in_a_process("answer = measures()")
     assert list(told) == ALL
     for measure in told.values():
@@ -313,7 +313,7 @@ def test_the_numbers_are_those_that_libseccomp_knows() -> None:
             assert known == numbers[column] if numbers[column] is not None else known < 0, name
 
 
-def test_an_unknown_machine_is_told_and_filters_nothing() -> None:
+def test_an_unknown_machine_is_reported_and_filters_nothing() -> None:
     with pytest.raises(OSError, match="riscv64"):
         seccomp.filter_program("riscv64", allow_exec=False, allow_network=False)
 
