@@ -1,7 +1,7 @@
 """Every answer that /openapi.yaml describes is got from a live server, and none is got that it does not describe.
 
-A refusal is told by its sentence. Those that only the in-process application of `test_openapi` provokes are of the
-conversations' own routes; each of their statuses is provoked here too, and every sentence of the routes of jobs,
+The sentence of a refusal identifies it. Those that only the in-process application of `test_openapi` provokes belong to
+the routes of conversations; each of their statuses is provoked here too, and every sentence of the routes of jobs,
 backups and the viewer.
 """
 
@@ -298,7 +298,7 @@ def test_the_other_refusals_without_the_key_service(living: Living) -> None:
             check(operation, reply)
 
 
-def test_who_waits_for_a_job_is_told_when_the_server_stops(living: Living) -> None:
+def test_a_client_that_waits_for_a_job_learns_that_the_server_stops(living: Living) -> None:
     """The last one: it stops the server."""
     living.stop()
     reply = living.together["POST /admin/rotate_thread_dek", STOPPING]

@@ -33,7 +33,7 @@ expected-statuses = ["400", "401", "403", "404", "405", "409", "411", "413", "41
 
 RUNS = {
     "calls": ["--exclude-operation-id-regex", "_batch$"],  # a root key that nobody has kept
-    # an item that is refused is told so within a good answer
+    # the error of a refused item is in a successful answer
     "batches": ["--include-operation-id-regex", "_batch$", "--mode", "positive"],
 }
 

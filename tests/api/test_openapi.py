@@ -194,7 +194,7 @@ def _failing(case: Case) -> Reply:
     return case()
 
 
-def _stranger(case: Case) -> Reply:
+def _other_user(case: Case) -> Reply:
     if "reactions" in case.template:
         return _reacts_as_itself(case)
     return case(headers=signed("mallory"), key=BACKEND)
@@ -268,7 +268,7 @@ PROVOKED: dict[str, Callable[[Case], Reply]] = {
     "limit must be a whole number that is not negative": lambda case: case(query="limit=-1"),
     "before must be a message id": lambda case: case(query="before=%20"),
     "include_deleted must be true or false": lambda case: case(query="include_deleted=maybe"),
-    "author not found in any message in this thread": _stranger,
+    "author not found in any message in this thread": _other_user,
     "author does not match": lambda case: case(headers=signed("mallory"), key=ADMIN),
     "message not found": _unknown,
     "thread not found": lambda case: case(

@@ -372,9 +372,9 @@ def test_a_change_of_key_that_the_old_key_did_not_sign_is_refused(altered: Path)
     lines = lines_of(altered)
     at = next(index for index, line in enumerate(lines) if b'"type":"audit_key"' in line)
     old = record.parse_line(lines[at])[0].facts["next_public_key"]
-    stranger = Key(9).public_key.hex()[:2].encode()
+    foreign = Key(9).public_key.hex()[:2].encode()
     assert isinstance(old, str)
-    lines[at] = lines[at].replace(old[:2].encode(), stranger[:2], 1)
+    lines[at] = lines[at].replace(old[:2].encode(), foreign[:2], 1)
     put(altered, lines)
     assert not verify(altered, KEY1, KEY2).intact
     assert not verify(altered, KEY1, public_only=True).intact

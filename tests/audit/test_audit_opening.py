@@ -182,10 +182,10 @@ def test_an_altered_line_since_the_last_checkpoint_is_refused(tmp_path: Path, nu
 
 def test_a_log_of_another_key_is_refused(tmp_path: Path) -> None:
     make_log(tmp_path, 3, key=Key(1))
-    stranger = Key(1)
-    stranger.mac_key = memoryview(bytes(32))
+    foreign = Key(1)
+    foreign.mac_key = memoryview(bytes(32))
     with pytest.raises(StartError, match="can't be trusted"):
-        open_log(tmp_path, stranger)
+        open_log(tmp_path, foreign)
 
 
 def test_a_log_shorter_than_expected_is_refused(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_what_is_piped_has_no_colour() -> None:
     ],
 )
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_has_left_is_told_by_the_exit_status_alone(words: Sequence[str], unbuffered: str) -> None:
+def test_a_closed_pipe_shows_in_the_exit_status_alone(words: Sequence[str], unbuffered: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:

@@ -171,7 +171,7 @@ def test_a_check_gives_nothing_for_what_opened_and_the_error_of_its_code_for_wha
     opened=st.integers(-1, 7),
     indices=st.lists(st.integers(-2, 7) | st.sampled_from([2**63, -(2**63), 2**70]), max_size=7),
 )
-def test_a_check_is_read_only_if_every_item_is_told_of_once_and_in_order(
+def test_a_check_is_read_only_if_every_item_occurs_once_and_in_order(
     count: int, opened: int, indices: list[int]
 ) -> None:
     refused = [{"item": index, "error": "no", "code": "decryption_failed"} for index in indices]

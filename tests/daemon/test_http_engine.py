@@ -141,7 +141,7 @@ def test_a_refused_peer_can_not_send_its_body(framing: str) -> None:
     async def check() -> None:
         async with serving() as running:
             peer = await running.peer()
-            peer.send(request("POST", "/stranger", framing, "Expect: 100-continue"))
+            peer.send(request("POST", "/refused", framing, "Expect: 100-continue"))
             answer = await peer.answer()
             assert (answer.status, answer.headers["connection"]) == (401, "close")
             peer.send(b"x" * 1000)

@@ -148,7 +148,7 @@ def test_a_server_that_uses_miniKMS_does_not_even_load_the_key_services_code() -
     assert ran.stdout == "[]\n"
 
 
-def test_a_server_refuses_it_unless_it_is_told_that_this_is_development(directory: Path) -> None:
+def test_a_server_refuses_it_without_the_flag_for_development(directory: Path) -> None:
     environment = {**os.environ, "PROGRESSDB_KMS_PROVIDER": "local"}
     command = [sys.executable, "-m", "progressdb_server", "--db", str(directory), "--addr", "127.0.0.1:0"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)

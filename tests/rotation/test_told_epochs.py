@@ -40,7 +40,7 @@ async def refuse(*_: object) -> int:
     raise StorageUnavailableError("the disk refuses")
 
 
-def test_a_tombstone_whose_files_could_not_be_removed_is_told_by_its_epoch(
+def test_a_new_epoch_shows_a_tombstone_whose_files_were_not_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
@@ -60,7 +60,7 @@ def test_a_tombstone_whose_files_could_not_be_removed_is_told_by_its_epoch(
     asyncio.run(main())
 
 
-def test_keks_that_were_destroyed_before_a_failure_are_told_by_the_epoch(
+def test_a_new_epoch_shows_keks_that_were_destroyed_before_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:

@@ -124,7 +124,7 @@ def test_a_flood_of_refusals_is_a_few_lines_with_their_count(public: Path) -> No
     assert {event["actor"] for event in refused} == {f"peer_uid:{foreign.UID}"}
 
 
-def test_strangers_cannot_use_up_the_connections_of_the_allowed(public: Path) -> None:
+def test_refused_uids_cannot_use_up_the_connections_of_the_allowed(public: Path) -> None:
     with LiveDaemon(public, "file", *OPEN_TO_ALL) as daemon:
 
         def occupy() -> list[int]:
@@ -150,7 +150,7 @@ def test_strangers_cannot_use_up_the_connections_of_the_allowed(public: Path) ->
 
 
 @pytest.mark.parametrize("method", [b"GET", b"POST"])
-def test_the_body_of_a_stranger_is_not_held_not_even_for_health(public: Path, method: bytes) -> None:
+def test_the_body_of_a_refused_uid_is_not_held_not_even_for_health(public: Path, method: bytes) -> None:
     with LiveDaemon(public, "file", *OPEN_TO_ALL) as daemon:
 
         def announce() -> int:

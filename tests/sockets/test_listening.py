@@ -212,7 +212,7 @@ def test_a_stale_socket_is_replaced(directory: Path) -> None:
         assert reach(directory / "s")
 
 
-def test_a_live_socket_of_a_stranger_is_never_replaced(directory: Path) -> None:
+def test_a_live_socket_of_another_process_is_never_replaced(directory: Path) -> None:
     with socket.socket(socket.AF_UNIX) as squatter:
         squatter.bind(str(directory / "s"))
         squatter.listen()

@@ -48,7 +48,7 @@ def test_the_peer_is_the_process_that_connected(listener: socket.socket) -> None
     assert (peer.uid, peer.gid, peer.pid) == (os.geteuid(), os.getegid(), os.getpid())
 
 
-def test_a_foreign_uid_is_told_as_it_is(listener: socket.socket) -> None:
+def test_the_uid_of_another_user_is_reported_unchanged(listener: socket.socket) -> None:
     path = listener.getsockname()
     foreign.run_as(foreign.UID, lambda: connect(path).close())
     with listener.accept()[0] as accepted:

@@ -102,7 +102,7 @@ def test_a_hundred_kills_under_mixed_load_lose_nothing(tmp_path: Path, round_num
 
 
 @pytest.mark.parametrize("call", ["fdatasync", "write"])
-def test_a_disk_error_is_told_and_overcome(tmp_path: Path, call: str) -> None:
+def test_a_disk_error_is_reported_and_the_store_recovers(tmp_path: Path, call: str) -> None:
     """The 40th such call on the write-ahead log fails under the real engine; later acknowledgements show that the store
     came back by itself."""
     log = tmp_path / "db" / "000004.log"  # RocksDB's first
@@ -164,7 +164,7 @@ def test_no_acknowledgement_leaves_before_the_log_is_on_the_disk(tmp_path: Path)
     assert told >= 50
 
 
-def test_a_full_disk_is_told_reads_go_on_and_space_brings_the_writes_back(tmp_path: Path) -> None:
+def test_on_a_full_disk_reads_work_and_freed_space_restores_writes(tmp_path: Path) -> None:
     needs.root()
     mount, umount = needs.program("mount"), needs.program("umount")
     small = tmp_path / "small"

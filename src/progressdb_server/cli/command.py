@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-from difflib import get_close_matches
-from importlib import metadata
 from typing import Annotated, Final, Literal
 
 from cyclopts import App, Parameter
@@ -29,7 +27,6 @@ from progressdb_server.cli.flags import (
     MasterKeyFile,
     load_config,
 )
-from progressdb_server.config import ConfigError, ConfigMissingError
 
 COMMANDS: Final = {
     "demo": ("demo:demo", "A guided tour: store, read back, search the disk, verify."),
@@ -45,10 +42,18 @@ COMMANDS: Final = {
 entry here.
 """
 
+
+def _version() -> str:
+    from importlib import metadata
+
+    return metadata.version("progressdb-minikms")
+
+
 app = App(
     name="progressdb",
     help="The ProgressDB message server. With flags only, it serves.",
-    version=lambda: metadata.version("progressdb-minikms"),
+    help_format="plaintext",  # a Markdown renderer takes long to import
+    version=_version,
     version_flags=["--version"],
 )
 for _name, (_place, _help) in COMMANDS.items():
@@ -112,6 +117,7 @@ def run(master_key_fd: int | None) -> None:
 
 def _exit_status(error: Exception) -> int:
     """Of an error whose text is written for users. Raises any other: it is a defect."""
+    from progressdb_server.config import ConfigError, ConfigMissingError
     from progressdb_server.store.model import BackupError, StoreUnavailableError
 
     if isinstance(error, CommandError):
@@ -128,6 +134,8 @@ def _check_first_word(words: list[str]) -> None:
     commands = ["serve", *COMMANDS]
     if not words or words[0].startswith("-") or words[0] in commands:
         return
+    from difflib import get_close_matches
+
     close = get_close_matches(words[0], commands, n=1)
     hint = f"Did you mean `progressdb {close[0]}`?" if close else "`progressdb --help` lists the commands."
     raise CommandError(f"there is no command {words[0]!r}. {hint}", missing=True)

@@ -18,7 +18,7 @@ Owns: the decision between using the daemon that answers and spawning one, its r
    spread by chance; one that lived for `STABLE_S` starts the count anew. A first start that fails is the caller's to
    know: `start` raises.
 4. What was spawned here ends with this server. What was found is left alone.
-5. Each that is spawned is told which line its audit log must have, as this server remembers it just then.
+5. Each one that is spawned gets the audit line that this server remembers at that time; its audit log must have it.
 
 It holds no key; it passes on the path of the key file or the descriptor of `root_key`.
 """
