@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 from cyclopts import App, Parameter
 
+from minikms import api
 from progressdb_server.api.routes.store_backup import INVALID_NAME, NAME
 from progressdb_server.cli.admin_client import AdminClient
 from progressdb_server.cli.flags import (
@@ -216,7 +217,5 @@ def _minikms(words: list[str], config: Config, master_key_fd: int | None) -> int
 
 
 def _development_key(config: Config) -> str:
-    from minikms.embedded import development_key_path
-
-    path = development_key_path(config.kms_data_dir)
+    path = api.development_key_path(config.kms_data_dir)
     return str(path) if path.exists() else ""
