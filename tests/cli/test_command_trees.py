@@ -43,7 +43,7 @@ def test_help_names_every_command_on_standard_output(module: str) -> None:
     assert {"serve", "status", "backup", "demo"} <= set(done.stdout.split())
 
 
-def test_what_is_piped_has_no_colour() -> None:
+def test_piped_output_has_no_colour() -> None:
     assert "\x1b" not in run(sys.executable, "-m", "minikms", "--help").stdout
 
 
@@ -55,7 +55,7 @@ def test_what_is_piped_has_no_colour() -> None:
     ],
 )
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_has_left_is_told_by_the_exit_status_alone(words: Sequence[str], unbuffered: str) -> None:
+def test_a_closed_pipe_shows_in_the_exit_status_alone(words: Sequence[str], unbuffered: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:
