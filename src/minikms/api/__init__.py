@@ -8,7 +8,7 @@ It must never hold a default that weakens a check (an absent field is `UNSET`, n
 All binary values travel as standard base64 with padding (RFC 4648 section 4), canonical: a value that would
 encode to other characters than those sent is refused.
 
-Used as `from minikms import api`, then `api.NAME`: the names of both modules.
+The package has the names of both modules: `from minikms import api`, then for example `api.GET_KEY`.
 """
 
 from minikms.api.contract import *  # noqa: F403 (a new name is written in one module)
