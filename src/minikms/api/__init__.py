@@ -8,7 +8,7 @@ It must never hold a default that weakens a check (an absent field is `UNSET`, n
 All binary values travel as standard base64 with padding (RFC 4648 section 4), canonical: a value that would
 encode to other characters than those sent is refused.
 
-Used as `from minikms import api`, then `api.NAME`: the names of all three modules.
+Import it with `from minikms import api`; the package has the names of all three modules.
 """
 
 from minikms.api.codes import *  # noqa: F403 (a new code is written in one module)
