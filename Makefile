@@ -6,7 +6,8 @@
 #   make test PYTHON=python3.11 VENV=.venv-3.11
 # More for pytest, the bench or the tour:
 #   make test ARGS='tests/tidy -x'        make bench ARGS='encrypt'        make run ARGS='--dir ../tour'
-# The tests run in two processes. In one, for a debugger: make test WORKERS=0 ARGS='tests/tidy --pdb'
+# The tests run in two processes. In one, for a debugger:
+#   make test WORKERS=0 ARGS='tests/tidy --pdb'
 
 PYTHON ?= $(shell python3.13 -c "" 2>/dev/null && echo python3.13 || echo python3)
 VENV ?= .venv
@@ -31,7 +32,7 @@ run: venv
 	$(VENV)/bin/progressdb demo $(ARGS)
 
 test: venv
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 venv: $(STAMP)
 

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,33 +50,30 @@ class RealServer:
             **environment,
         }
         words = ["--addr", "127.0.0.1:0", "--db", str(self.db), "--dev", "--log-format", "json", *more]
-        self._process = subprocess.Popen(
-            [sys.executable, *program, *words],
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        self.port = 0
-        self._listening = threading.Event()
-        self._reader = threading.Thread(target=self._read_log, name="server log")
-        self._reader.start()
-        if not self._listening.wait(START_S_MAX) or not self.port:
-            self.kill()
-            raise AssertionError(f"the server did not start:\n{self.log_path.read_text()}")
+        # The server writes to the file itself, so that a line is there once its request is answered.
+        with self.log_path.open("ab") as log:
+            start = log.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, *program, *words],
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+            )
+        self.port = self._port(start)
 
-    def _read_log(self) -> None:
-        assert self._process.stderr is not None
-        with self.log_path.open("ab") as log, self._process.stderr as lines:
-            for line in lines:
-                log.write(line)
-                log.flush()
+    def _port(self, start: int) -> int:
+        """The port that the server says it listens on, in its log from the byte `start` on."""
+        deadline = time.monotonic() + START_S_MAX
+        while self._process.poll() is None and time.monotonic() < deadline:
+            for line in self.log_path.read_bytes()[start:].split(b"\n")[:-1]:
                 with contextlib.suppress(ValueError):
                     event = json.loads(line)
                     if event.get("event") == "listening":
-                        self.port = int(event["url"].rpartition(":")[2])
-                        self._listening.set()
-        self._listening.set()
+                        return int(event["url"].rpartition(":")[2])
+            time.sleep(0.02)
+        self.kill()
+        raise AssertionError(f"the server did not start:\n{self.log_path.read_text()}")
 
     @property
     def pid(self) -> int:
@@ -85,7 +82,7 @@ class RealServer:
     @property
     def log(self) -> list[dict[str, Any]]:
         """The events so far."""
-        return [json.loads(line) for line in self.log_path.read_text().splitlines()]
+        return [json.loads(line) for line in self.log_path.read_text().split("\n")[:-1]]
 
     def stop(self) -> int:
         """SIGTERM; returns the exit status."""
@@ -105,7 +102,6 @@ class RealServer:
             if self._process.poll() is None:
                 self._process.kill()
                 self._process.wait()
-            self._reader.join()
 
     def __call__(
         self,

@@ -26,7 +26,6 @@ from documented import Pair
 from live_daemon import LiveDaemon
 from progressdb_server.api.openapi.document import document, error_texts
 
-pytestmark = pytest.mark.xdist_group("every answer")  # `living` takes long: in one worker process
 KEY_SERVICE = "the key service is not available now"
 DISK = "the store's disk is not available now"
 NOT_TAKEN = "the store's disk did not take the write"

@@ -16,7 +16,7 @@ from viewer_client import ViewerClient
 
 pytestmark = pytest.mark.timeout(TEST_S_MAX)
 REQUIREMENTS = ("schemathesis==4.32.5",)
-RUN_S_MAX = 60.0
+RUN_S_MAX = 240.0
 EXAMPLES = 4
 SEED = 1
 """Of the requests in the normal suite; Schemathesis prints the seed of a run that failed."""

@@ -172,6 +172,7 @@ def test_a_key_that_the_key_service_does_not_let_go_holds_up_neither_the_others_
     """As where the role `destroy` is kept from the server: keys that are worn are rotated all the same."""
     place = Place()
     monkeypatch.setattr(service, "TICK_S", 0.01)
+    monkeypatch.setattr(service, "SELECTION_S", 0.0)
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         for thread in ("a", "b", "worn"):
@@ -200,6 +201,7 @@ def test_a_key_that_the_key_service_does_not_let_go_holds_up_neither_the_others_
 def test_a_defect_in_what_is_done_by_itself_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place()
     monkeypatch.setattr(service, "TICK_S", 0.01)
+    monkeypatch.setattr(service, "SELECTION_S", 0.0)
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         await write(store, 1)

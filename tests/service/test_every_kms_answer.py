@@ -26,7 +26,6 @@ from documented import Pair
 from live_daemon import LiveDaemon
 from minikms import api
 
-pytestmark = pytest.mark.xdist_group("every answer of miniKMS")  # `world` takes long: in one worker process
 DOCUMENT = yaml.safe_load((Path(__file__).parents[2] / "docs" / "minikms-openapi.yaml").read_text())
 LAUNCHER = (str(Path(__file__).with_name("faulty_daemon.py")),)
 REFUSED_UID = "45678"
