@@ -30,7 +30,7 @@ from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import Config, ConfigError
 from progressdb_server.jobs.service import Jobs
-from progressdb_server.kms.provider import LocalProviderError, Provider, RemoteProvider, open_local
+from progressdb_server.kms.provider import LocalProviderError, Provider, RemoteProvider, development_key, open_local
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor, SupervisorError
 from progressdb_server.store import directory, epoch
 from progressdb_server.store.conversations import Conversations
@@ -66,10 +66,8 @@ def check_key_source(config: Config, *, has_master_key: bool) -> None:
         raise ConfigError("the root key is given twice: in PROGRESSDB_MINIKMS_MASTER_KEY and as a key file; use one")
     if has_master_key or kms.master_key_file or config.server.dev or kms.socket or not kms.spawn:
         return
-    from minikms.embedded import development_key_path  # loads the key service's cryptography: for the error only
-
-    made = development_key_path(config.kms_data_dir)
-    way_out = f"--master-key-file {made}" if made.exists() else "--dev, to have one made beside the data"
+    made = development_key(config.kms_data_dir)
+    way_out = f"--master-key-file {made}" if made else "--dev, to have one made beside the data"
     raise ConfigError(
         "there is no root key for the key service: give --master-key-file FILE (64 hex characters, mode 0600), "
         f"or set PROGRESSDB_MINIKMS_MASTER_KEY; on a development machine: {way_out}"

@@ -38,6 +38,7 @@ from progressdb_server.cli.flags import (
     load_config,
 )
 from progressdb_server.config import Config
+from progressdb_server.kms.provider import development_key
 from progressdb_server.store import backup
 from progressdb_server.store.model import BackupRegister, StoreLockedError
 
@@ -215,7 +216,7 @@ async def _register(config: Config) -> AsyncIterator[BackupRegister]:
 def _minikms(words: list[str], config: Config, master_key_fd: int | None) -> int:
     """Run `minikms backup …`, which prints its own output. A root key of our environment is passed as a descriptor."""
     command = [sys.executable, "-P", "-m", "minikms", "backup", *words]
-    key_file = config.kms.master_key_file or _development_key(config)
+    key_file = config.kms.master_key_file or development_key(config.kms_data_dir)
     if master_key_fd is not None:
         os.lseek(master_key_fd, 0, os.SEEK_SET)  # an earlier child has read it to the end
         command += ["--master-key-fd", str(master_key_fd)]
@@ -224,10 +225,3 @@ def _minikms(words: list[str], config: Config, master_key_fd: int | None) -> int
     sys.stdout.flush()
     passed = () if master_key_fd is None else (master_key_fd,)
     return subprocess.run(command, pass_fds=passed, check=False).returncode  # noqa: S603  our own program
-
-
-def _development_key(config: Config) -> str:
-    from minikms.embedded import development_key_path
-
-    path = development_key_path(config.kms_data_dir)
-    return str(path) if path.exists() else ""
