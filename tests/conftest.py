@@ -1,4 +1,4 @@
-"""What every test shares: Hypothesis profiles, a clean environment and signals, time limits, the report of skips.
+"""What every test shares: Hypothesis profiles, a clean environment and process state, time limits, the report of skips.
 
 Owns no fixture of a room; each room keeps its own beside its tests. `tests/` is on the import path (`import needs`).
 Never start a process or touch the network here.
@@ -25,6 +25,9 @@ settings.register_profile("repeatable", settings.get_profile("random"), derandom
 # No test sees what the person who runs it has configured for the two programs.
 for _name in [name for name in os.environ if name.startswith(("PROGRESSDB_", "MINIKMS_"))]:
     del os.environ[_name]
+
+# Some programs complain about files that others can write, others about files that nobody else can read.
+os.umask(0o022)
 
 # A shell that starts the tests in the background ignores these two, and every child would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

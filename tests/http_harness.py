@@ -58,7 +58,7 @@ class EchoApp:
 
     def admit(self, session: Session, head: ParsedHead) -> Response | None:
         self.admitted.append(head.path)
-        if head.path == "/stranger":
+        if head.path == "/refused":
             return Response(401, b'{"error":"no","code":"unauthorized"}')
         return None
 

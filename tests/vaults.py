@@ -15,18 +15,12 @@ from pathlib import Path
 
 from minikms import datadir
 from minikms.audit import Event
-from minikms.crypto.aead import NonceSource
-from minikms.custody.deks import DekStore
-from minikms.custody.files import open_directory
-from minikms.custody.keyring_file import KeyringFile
-from minikms.custody.lease_store import LeaseStore
-from minikms.custody.leases import Leases
 from minikms.custody.rotation import KekRotation, Pruning
-from minikms.custody.rotation_backups import RotationBackups
 from minikms.custody.vault import Indexing, Vault
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord
 from minikms.memory.arena import SecretArena, SecretSlot
+from minikms.roots.providers import KeyFile
 
 ARENA_SLOTS = 96
 
@@ -109,42 +103,23 @@ async def opened_vault(
     directory: Path, *, slots: int = ARENA_SLOTS, cache_keys_max: int = 16, key: Path | None = None
 ) -> AsyncIterator[OpenedVault]:
     """A start, and at the end of the block a stop. A directory that isn't there is made."""
-    for path in (directory, directory / "kms-deks", directory / "kms-deks-backup"):
-        path.mkdir(mode=0o700, exist_ok=True)
-    descriptor = open_directory(directory)
-    try:
-        with (
-            SecretArena(slots, force_fallback=True) as arena,
-            ThreadPoolExecutor(1) as disk,
-            ThreadPoolExecutor(1) as reader,
-            ThreadPoolExecutor(1) as journal,
-        ):
-            nonces = NonceSource()
-            file = KeyringFile(descriptor, disk)
-            source = datadir.RootSource(file=key or key_file(directory))
-            found = datadir.open_keyring(data_dir=str(directory), file=file, source=source, arena=arena, nonces=nonces)
-            lease_store = LeaseStore.open(descriptor, create=found.unlocked.body.epoch == 1)
-            datadir.raise_epoch(found.unlocked, file)
-            leases = Leases(lease_store, journal)
-            vault = Vault(
-                arena=arena,
-                unlocked=found.unlocked,
-                keyring_file=file,
-                store=DekStore(str(directory), disk),
-                rotation_backups=RotationBackups(str(directory)),
-                leases=leases,
-                executor=disk,
-                nonces=nonces,
-                cache_keys_max=cache_keys_max,
-            )
-            try:
-                yield OpenedVault(directory, vault, reader=reader, disk=disk)
-            finally:
-                await vault.store.drain()
-                await leases.drain()
-                vault.close()
-                lease_store.close()
-                vault.store.close()
-                vault.rotation_backups.close()
-    finally:
-        os.close(descriptor)
+    with (
+        datadir.lock_data_dir(str(directory)) as lock,
+        SecretArena(slots, force_fallback=True) as arena,
+        ThreadPoolExecutor(1) as disk,
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(1) as journal,
+    ):
+        data = datadir.open_for_service(
+            lock,
+            KeyFile(key or key_file(directory)),
+            arena=arena,
+            disk=disk,
+            journal=journal,
+            options=datadir.Options(audit_fsync="never", cache_keys_max=cache_keys_max),
+        )
+        try:
+            yield OpenedVault(directory, data.vault, reader=reader, disk=disk)
+        finally:
+            await data.drain()
+            data.close()

@@ -19,12 +19,12 @@ OPENING = """\
 Made by `tools/commands.py` from the commands themselves; `tests/cli` compares the two, and holds
 [transcripts](../tests/cli/transcripts) of all that matters here.
 
-Exit status, of every command: **0** done, or judged and found good; **1** judged and found wanting, or refused; **2**
-wrong usage, or something that is needed is missing. Interrupted: 130; the reader of a pipe left: 141. Results go to
-standard output, everything else to standard error. Colour, progress bars and questions only on a terminal; `NO_COLOR`
-is respected. `--json` gives whole values to programs. A flag goes over its environment variable, which stands in
-brackets; an empty one counts as unset. No command takes a key in its arguments: root keys come from files, API keys
-from the configuration or a file.
+Exit status, of every command: **0** done, or a check passed; **1** a check failed, or the request was refused; **2**
+wrong usage, or something that is needed is missing; **130** interrupted; **141** the reader of a pipe closed it.
+Results go to standard output, everything else to standard error. Colour, progress bars and questions only on a
+terminal; `NO_COLOR` is respected. `--json` gives whole values to programs. A flag goes over its environment variable,
+which stands in brackets; an empty one counts as unset. No command takes a key in its arguments: root keys come from
+files, API keys from the configuration or a file.
 """
 
 

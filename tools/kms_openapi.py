@@ -1,8 +1,8 @@
 """Write docs/minikms-openapi.yaml, the key service's API: `python tools/kms_openapi.py`; `--check` compares only.
 
-The paths and verbs come from the daemon's own table of routes, the shapes and bounds from `minikms.api`, statuses and
-codes from `minikms.errors`; here is only what no code says. Served by nobody: the daemon's trusted base stays small.
-An operation without an entry in `SAID`, or an entry without its operation, is an error.
+Paths, roles, shapes, bounds and refusals come from the verb table of `minikms.api`, the status of a code from
+`minikms.errors`; this file adds how the fields of a request are written. The daemon does not serve the document: its
+trusted code stays small.
 """
 
 from __future__ import annotations
@@ -15,24 +15,22 @@ import msgspec
 import yaml
 
 from minikms import api, errors
+from minikms.api import Verb
 from minikms.daemon import metrics
-from minikms.daemon.application import Application
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "minikms-openapi.yaml"
 Schema = dict[str, Any]
-Kinds = tuple[type[errors.MiniKmsError], ...]
 
-KEY_ERRORS: Kinds = (errors.KeyNotFoundError, errors.KeyDestroyedError, errors.KeyUnreadableError)
-OPENING: Kinds = (*KEY_ERRORS, errors.WrongThreadError, errors.ArenaFullError)
-ENCRYPTING: Kinds = (*OPENING, errors.KeyRetiredError, errors.KeyExhaustedError, errors.StorageUnavailableError)
-WRITING: Kinds = (errors.StorageUnavailableError, errors.RequestInterruptedError)
-EVERYWHERE: Kinds = (
-    errors.InvalidRequestError,
-    errors.UnauthorizedError,
-    errors.ForbiddenError,
-    errors.MiniKmsError,
-    errors.AuditUnavailableError,
-)
+EVERYWHERE = {
+    (400, api.CODE_INVALID_REQUEST),
+    (401, api.CODE_UNAUTHORIZED),
+    (403, api.CODE_FORBIDDEN),
+    (500, api.CODE_INTERNAL),
+    (503, api.CODE_AUDIT_UNAVAILABLE),
+    (503, api.CODE_TOO_MANY),
+    (503, api.CODE_SHUTTING_DOWN),
+}
+"""What every verb may answer. `too_many` and `shutting_down` with 503 concern the connection, whatever it asks."""
 BASE64 = "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 ID: Schema = {"type": "string", "pattern": f"^{api.THREAD_ID_PATTERN.pattern}$"}
 KEY_ID: Schema = {"type": "string", "pattern": f"^{api.KEY_ID_PATTERN.pattern}$"}
@@ -52,95 +50,28 @@ FIELDS: dict[str, Schema] = {
 }
 
 
-class Said(msgspec.Struct, frozen=True):
-    summary: str
-    role: str
-    answer: type[msgspec.Struct] | None
-    body: type[msgspec.Struct] | None = None
-    refusals: Kinds = ()
-    query: dict[str, tuple[Schema, bool]] = {}
-    also: int = 0
-    """Another good status with the same shape."""
-
-
-LISTING: dict[str, tuple[Schema, bool]] = {
-    "thread_id": ({"type": "string"}, False),
-    "state": ({"type": "string", "enum": ["active", "retired"]}, False),
-    "cursor": ({"type": "string"}, False),
-    "limit": ({"type": "integer", "minimum": 1, "maximum": api.LIST_KEYS_COUNT_MAX}, False),
+QUERY: dict[str, Schema] = {
+    "key_id": KEY_ID,
+    "thread_id": {"type": "string"},
+    "state": {"type": "string", "enum": ["active", "retired"]},
+    "cursor": {"type": "string"},
+    "limit": {"type": "integer", "minimum": 1, "maximum": api.LIST_KEYS_COUNT_MAX},
 }
-SAID: dict[str, Said] = {
-    "create_dek": Said(
-        "A new key for a thread, on disk before the answer", "create", api.CreateDekAnswer, api.CreateDekRequest,
-        (*KEY_ERRORS, *WRITING, errors.WrongThreadError, errors.KeyExhaustedError,
-         errors.ConflictError, errors.ArenaFullError),
-    ),
-    "encrypt": Said("Encrypt one text", "encrypt", api.EncryptAnswer, api.EncryptItem, ENCRYPTING),
-    "decrypt": Said(
-        "Decrypt one text", "decrypt", api.DecryptAnswer, api.DecryptItem, (*OPENING, errors.DecryptionError)
-    ),
-    "encrypt_batch": Said(
-        "Encrypt many; each item has its own outcome", "encrypt", api.EncryptBatchAnswer, api.EncryptBatchRequest,
-        (errors.TooManyError,),
-    ),
-    "decrypt_batch": Said(
-        "Decrypt many; each item has its own outcome", "decrypt", api.DecryptBatchAnswer, api.DecryptBatchRequest,
-        (errors.TooManyError,),
-    ),
-    "reencrypt_batch": Said(
-        "Encrypt under another key of the same thread what is under one", "decrypt and encrypt",
-        api.EncryptBatchAnswer, api.ReencryptBatchRequest,
-        (*OPENING, errors.KeyRetiredError, errors.StorageUnavailableError, errors.WrongPurposeError,
-         errors.TooManyError),
-    ),
-    "check_batch": Said(
-        "Whether many texts open under one key; none is answered", "decrypt", api.CheckBatchAnswer,
-        api.CheckBatchRequest, (*OPENING, errors.TooManyError),
-    ),
-    "get_wrapped": Said(
-        "A key as it is sealed under the current KEK", "decrypt", api.WrappedAnswer, None, KEY_ERRORS,
-        {"key_id": (KEY_ID, True)},
-    ),
-    "generate_data_key": Said(
-        "A fresh key of the caller's own, sealed under a key of purpose `data`", "data_key", api.DataKeyAnswer,
-        api.GenerateDataKeyRequest,
-        (*(kind for kind in ENCRYPTING if kind is not errors.WrongThreadError), errors.WrongPurposeError),
-    ),
-    "random": Said("Random bytes", "data_key", api.RandomAnswer, api.RandomRequest),
-    "status": Said("What an operator needs to know", "monitor", None),
-    "metrics": Said("The same as numbers, for Prometheus (docs/metrics.md)", "monitor", None),
-    "rotate_kek": Said(
-        "Rotate the KEK, and to a new root key where one is given", "rotate", api.RotateKekAnswer,
-        api.RotateKekRequest,
-        (errors.ConflictError, errors.TooManyError, errors.DecryptionError, *KEY_ERRORS, *WRITING,
-         errors.ArenaFullError), also=202,
-    ),
-    "prune_kek": Said(
-        "Destroy KEK versions that no file names any more", "destroy", api.PruneKekAnswer, api.PruneKekRequest,
-        (errors.ConflictError, *WRITING),
-    ),
-    "list_keys": Said("Keys, a page at a time", "monitor", api.KeyListAnswer, None, (), LISTING),
-    "get_key": Said("One key", "monitor", api.KeyAnswer, None, KEY_ERRORS),
-    "retire_key": Said(
-        "From here on the key decrypts only", "create", api.KeyAnswer, None, (*KEY_ERRORS, *WRITING)
-    ),
-    "destroy_key": Said(
-        "Destroy a retired key, and whatever only it opens", "destroy", api.DestroyKeyAnswer, api.DestroyKeyRequest,
-        (errors.KeyNotFoundError, errors.KeyUnreadableError, *WRITING, errors.ConflictError),
-    ),
-}  # fmt: skip
+
+
+def is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 
 
 def structs() -> tuple[type[msgspec.Struct], ...]:
-    found: dict[type[msgspec.Struct], None] = {api.ErrorAnswer: None}
-    for said in SAID.values():
-        found |= {struct: None for struct in (said.answer, said.body) if struct is not None}
-    return tuple(found)
+    answers = [verb.answer for verb in api.VERBS if is_struct(verb.answer)]
+    return (api.ErrorAnswer, *answers, *(verb.request for verb in api.VERBS if verb.has_body))
 
 
 def schemas() -> dict[str, Schema]:
     """Of every struct; what a request holds is bound as the daemon binds it."""
-    _, made = msgspec.json.schema_components(structs(), ref_template="#/components/schemas/{name}")
+    _, found = msgspec.json.schema_components(structs(), ref_template="#/components/schemas/{name}")
+    made = dict(sorted(found.items()))
     for name, schema in made.items():
         if "description" in schema:  # a docstring: Python 3.13 takes the indentation away, older ones leave it
             schema["description"] = " ".join(schema["description"].split())
@@ -159,54 +90,48 @@ def schemas() -> dict[str, Schema]:
     return made
 
 
-def every_error() -> set[type[errors.MiniKmsError]]:
-    found: set[type[errors.MiniKmsError]] = set()
-    waiting: list[type[errors.MiniKmsError]] = [errors.MiniKmsError]
-    while waiting:
-        kind = waiting.pop()
-        found.add(kind)
-        waiting += kind.__subclasses__()
-    return found
+def every_error() -> list[type[errors.MiniKmsError]]:
+    return [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.MiniKmsError)]
 
 
 def ref(struct: type[msgspec.Struct]) -> Schema:
     return {"$ref": f"#/components/schemas/{struct.__name__}"}
 
 
-def operation(path: str, said: Said) -> dict[str, Any]:
+def operation(verb: Verb[Any, Any]) -> dict[str, Any]:
     made: dict[str, Any] = {
-        "summary": said.summary,
-        "description": f"Role: {said.role}.",
+        "operationId": verb.name,
+        "summary": verb.summary,
+        "description": f"Role: {' and '.join(verb.roles)}.",
     }
-    parameters = [
-        {"name": name, "in": "query", "required": required, "schema": schema}
-        for name, (schema, required) in said.query.items()
-    ]
-    if "{key_id}" in path:
+    parameters = []
+    if "{key_id}" in verb.path:
         parameters.append({"name": "key_id", "in": "path", "required": True, "schema": KEY_ID})
+    elif verb.method == "GET":
+        parameters += [
+            {"name": field.name, "in": "query", "required": field.required, "schema": QUERY[field.name]}
+            for field in msgspec.structs.fields(verb.request)
+        ]
     if parameters:
         made["parameters"] = parameters
-    if said.body is not None:
-        made["requestBody"] = {"required": True, "content": {"application/json": {"schema": ref(said.body)}}}
-    made["responses"] = responses(said)
+    if verb.has_body:
+        made["requestBody"] = {"required": True, "content": {"application/json": {"schema": ref(verb.request)}}}
+    made["responses"] = responses(verb)
     return made
 
 
-def responses(said: Said) -> dict[str, Any]:
-    answer = {"type": "object"} if said.answer is None else ref(said.answer)
-    content: dict[str, Any] = {"application/json": {"schema": answer}}
-    if said.summary.startswith("The same as numbers"):
+def responses(verb: Verb[Any, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "application/json": {"schema": ref(verb.answer) if is_struct(verb.answer) else {"type": "object"}}
+    }
+    if verb.answer is str:
         content = {metrics.CONTENT_TYPE.partition(";")[0]: {"schema": {"type": "string"}}}
     made: dict[str, Any] = {"200": {"description": "Done.", "content": content}}
-    if said.also:
-        made[str(said.also)] = {"description": "Begun.", "content": content}
+    if verb.may_answer_202:
+        made["202"] = {"description": "Begun.", "content": content}
     codes: dict[int, set[str]] = {}
-    of_items = said.body in (api.EncryptBatchRequest, api.DecryptBatchRequest)
-    everywhere = (kind for kind in EVERYWHERE if not (of_items and kind is errors.ForbiddenError))
-    kinds = (*everywhere, *said.refusals, *((errors.TooLargeError,) if said.body else ()))
-    for kind in kinds:
-        codes.setdefault(kind.status, set()).add(kind.code)
-    codes[503] |= {api.CODE_TOO_MANY, api.CODE_SHUTTING_DOWN}  # told to a connection, whatever it asks
+    for status, code in refusals(verb):
+        codes.setdefault(status, set()).add(code)
     for status in sorted(codes):
         made[str(status)] = {
             "description": ", ".join(f"`{code}`" for code in sorted(codes[status])),
@@ -215,38 +140,35 @@ def responses(said: Said) -> dict[str, Any]:
     return made
 
 
+def refusals(verb: Verb[Any, Any]) -> set[tuple[int, str]]:
+    """Status and code of each."""
+    found = EVERYWHERE | {(kind.status, kind.code) for kind in every_error() if kind.code in verb.refusals}
+    if verb.has_body:
+        found.add((errors.TooLargeError.status, errors.TooLargeError.code))
+    if verb.roles_by_item:
+        found.remove((errors.ForbiddenError.status, errors.ForbiddenError.code))
+    return found
+
+
 def document() -> dict[str, Any]:
-    nothing: Any = None  # no route is called
-    application = Application(
-        service=nothing,
-        issuing=nothing,
-        lifecycle=nothing,
-        keks=nothing,
-        policy=nothing,
-        audit=nothing,
-        vault=nothing,
-        connections_max=api.CONNECTIONS_MAX,
-    )
+    health = api.HEALTH
     paths: dict[str, dict[str, Any]] = {
-        "/health": {
-            "get": {
-                "summary": "That the daemon answers; to everybody who can connect",
-                "operationId": "health",
+        health.path: {
+            health.method.lower(): {
+                "summary": health.summary,
+                "operationId": health.name,
                 "responses": {"200": {"description": "Done.", "content": {"text/plain": {"schema": {"const": "ok"}}}}},
             }
         }
     }
-    operations = application.operations()
-    if {verb for _, _, verb in operations} != SAID.keys():
-        raise SystemExit(f"described and served differ: {SAID.keys() ^ {verb for _, _, verb in operations}}")
-    for method, path, verb in operations:
-        paths.setdefault(path, {})[method.lower()] = {"operationId": verb, **operation(path, SAID[verb])}
+    for verb in api.VERBS:
+        paths.setdefault(verb.path, {})[verb.method.lower()] = operation(verb)
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "miniKMS",
             "version": "1",
-            "description": "The key service, over a Unix socket. Who asks is told by the peer's uid; no header "
+            "description": "The key service, over a Unix socket. The peer's uid identifies the caller; no header "
             "authenticates. docs/spec/http.md says what a request may look like, docs/spec/api.md what each verb does. "
             "All binary values are canonical base64. Made by tools/kms_openapi.py.",
         },

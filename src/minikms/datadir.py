@@ -1,20 +1,18 @@
-"""The audit key versions of an unlocked keyring, as the log takes them.
+"""The one way to open a data directory.
 
-Owns: which version is current, and which the log may still end under. It must never copy a key: it hands out views.
+Owns the order in which its parts are opened, for each mode:
+- `open_for_service`, under the lock: root key, keyring, its epoch against the audit log's, audit log, use leases, the
+  epoch of this start, then the vault. The daemon, `minikms.embedded` and `minikms init` open so. It may be called again
+  in the same process: a failure or `DataDir.close` gives everything back but the lock and the arena, which are the
+  caller's.
+- `open_for_reading`, without the lock, beside a running daemon: the keyring only, and nothing changes.
+- `rotate_audit_key`, under the lock while no daemon runs: keyring and audit log, changed together.
 
-What the audit log tells of the keyring's epochs.
-
-Owns: finding the highest epoch in the newest lines of the log, so that a keyring put back from an old copy is told at
-the next start. Invariants: it reads the end of one file and at most one other, and changes nothing; lines with an epoch
-(`start`, `stop`, and each change of the keyring) are written after the keyring that has it. It must never be taken for
-proof that a keyring is the newest: who puts the log back too is not found here, but by the clients that remember.
-
-Opening a data directory: which root key, and the keyring under it.
-
-Owns: the decision between making a keyring and opening one, and the epoch of a start. Invariants: a missing root key
-never silently becomes an ephemeral one; a missing keyring beside existing keys is refused, never made anew; every
-start raises the epoch, durably, before a request is served. It must never keep the root key: its slot is released
-here.
+Invariants: each step is a precondition of the next; the root key is released as soon as the keyring is open; a missing
+keyring beside existing keys is refused, never made anew; every start raises the epoch, durably, before a request is
+served; a keyring older than the audit log is refused unless the restore is accepted. That check is no proof that a
+keyring is the newest: whoever puts back an old log too passes it, and is found only by clients that remember the epoch.
+It must never keep or copy a root key.
 """
 
 from __future__ import annotations
@@ -24,76 +22,328 @@ import itertools
 import os
 import re
 import secrets
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Final, NamedTuple
 
-from minikms.audit.chain import AuditKey, LocalSigner
+from minikms.audit import AuditKey, AuditLog, ExpectedLog
+from minikms.audit.chain import LocalSigner
+from minikms.audit.log import DEFAULT_LIMITS, FsyncPolicy, Limits
 from minikms.audit.reader import LOG_NAME, DamagedSegmentError, each_segment, list_segments
 from minikms.audit.record import Head
 from minikms.audit.recovery import AuditKeys
-from minikms.crypto.aead import NonceSource
-from minikms.custody import deks as dekstore
-from minikms.custody import files
-from minikms.custody.backup import register as archives
+from minikms.crypto.aead import NonceSource, scrub_stack
+from minikms.custody import deks, files, keyring_file, rotation_backups
+from minikms.custody.backup import register
+from minikms.custody.files import DataDirLock, InUseError, make_private_directory, read_file_bounded
 from minikms.custody.keyring_file import KeyringFile
-from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME
-from minikms.errors import StartError
+from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
+from minikms.custody.leases import Leases
+from minikms.custody.vault import CACHE_KEYS_MAX, Vault
+from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys import keyring
+from minikms.keys.dek import key_id_to_bytes
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random
-from minikms.roots.key_file import make_dev_key_file, read_key_descriptor, read_key_file
+from minikms.roots.providers import RootProvider
+
+KEYRING_SLOTS: Final = 256
+"""Arena slots beside the cached DEKs: root and keyring keys, 64 KEK versions, 64 pairs of audit keys, keys in the
+making.
+"""
+EPOCH_TAIL_BYTES_MAX: Final = 32 * 1024 * 1024
+"""How much of the end of the audit log is searched for epochs."""
+
+_EPOCH_READ_BYTES: Final = 1024 * 1024
+_EPOCH_OVERLAP_BYTES: Final = 64
+_EPOCH: Final = re.compile(rb'"epoch":([0-9]{1,18})[,}]')
 
 
-def keys_of(unlocked: UnlockedKeyring) -> AuditKeys:
-    """The newest version and those before it: a change of key reaches the keyring first, and the log's end later."""
-    *earlier, current = (_audit_key(unlocked, key) for key in unlocked.body.audit_keys)
-    return AuditKeys(current=current, former=tuple(earlier))
+class Options(NamedTuple):
+    """How a start opens a data directory; see the flags of `minikms serve`."""
+
+    accept_restore: bool = False
+    accept_audit_loss: bool = False
+    expect_audit_head: Head | None = None
+    audit_fsync: FsyncPolicy = "interval"
+    audit_hash_thread_ids: bool = False
+    audit_limits: Limits = DEFAULT_LIMITS
+    cache_keys_max: int = CACHE_KEYS_MAX
 
 
-def since(key: keyring.AuditKey) -> Head | None:
-    """The log's last line under the version before `key`, as the keyring remembers it; None of the first version."""
-    return Head(key.since_seq, key.since_sig) if key.since_seq else None
+DEFAULT_OPTIONS: Final = Options()
+
+
+class OpenedKeyring(NamedTuple):
+    """`slot` is the one that the root key opened. `made`: there was no keyring before."""
+
+    unlocked: UnlockedKeyring
+    slot: keyring.Slot
+    made: bool
+
+
+class DataDir:
+    """A data directory opened for service. Made by `open_for_service`."""
+
+    def __init__(
+        self, *, vault: Vault, log: AuditLog, lease_store: LeaseStore, slot: keyring.Slot, epochs: tuple[int, int]
+    ) -> None:
+        self.vault = vault
+        self.log = log
+        self.slot = slot
+        """The slot of the keyring that the root key opened."""
+        self.found_epoch, self.seen_epoch = epochs
+        """Before this start: the epoch of the keyring, and the highest one in the audit log."""
+        self._lease_store = lease_store
+
+    async def drain(self) -> None:
+        """Waits for the writes that have begun. No new ones may begin."""
+        await self.vault.store.drain()
+        await self.vault.leases.drain()
+
+    def close(self) -> None:
+        """Closes the files and zeroes the keys, after `drain`. Raises AuditUnavailableError when the end of the audit
+        log could not be written; everything is closed all the same.
+        """
+        try:
+            self.log.close()
+        finally:
+            self.vault.close()
+            self._lease_store.close()
+            self.vault.store.close()
+            self.vault.rotation_backups.close()
+            scrub_stack()
+
+
+# --- for service --------------------------------------------------------------------------------------------------
+
+
+def lock_data_dir(directory: str) -> DataDirLock:
+    """Takes the lock, and makes the directory and its subdirectories where they are missing.
+
+    Raises InUseError, StartError, OSError.
+    """
+    lock = DataDirLock(directory)
+    try:
+        for name in (deks.DIRECTORY, rotation_backups.DIRECTORY):
+            make_private_directory(os.path.join(lock.directory, name))
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def open_for_service(
+    lock: DataDirLock,
+    root: RootProvider,
+    *,
+    arena: SecretArena,
+    disk: Executor,
+    journal: Executor,
+    options: Options = DEFAULT_OPTIONS,
+) -> DataDir:
+    """Opens the directory of `lock_data_dir`, or makes its first keyring, and raises the epoch.
+
+    `disk` and `journal` wait for the disk, one job at a time: key files and keyring, and the use leases.
+
+    Raises StartError, StorageUnavailableError, AuditUnavailableError, OSError; nothing stays open then.
+    """
+    directory = lock.directory
+    nonces = NonceSource()
+    file = KeyringFile(lock.directory_fd, disk)
+    with ExitStack() as undo:
+        unlocked, slot, _ = open_keyring(directory, file, root, arena=arena, nonces=nonces)
+        undo.callback(unlocked.release)
+        epoch = unlocked.body.epoch
+        seen = highest_epoch(directory)
+        if seen > epoch and not options.accept_restore:
+            raise StartError(
+                f"keyring.json is older than the audit log: its epoch is {epoch}, the log has {seen}. It does not know "
+                "which keys and KEK versions were made or destroyed since. Put the newer keyring.json back, or, if "
+                "none is left, start once with --accept-restore"
+            )
+        log = open_audit_log(
+            directory,
+            unlocked,
+            # Epoch 1: the keyring was made, and no start has come so far as to raise it.
+            expected=ExpectedLog(exists=epoch > 1, head=options.expect_audit_head),
+            accept_loss=options.accept_audit_loss,
+            fsync=options.audit_fsync,
+            hash_thread_ids=options.audit_hash_thread_ids,
+            limits=options.audit_limits,
+        )
+        undo.callback(_close_unused, log)
+        lease_store = LeaseStore.open(lock.directory_fd, create=epoch == 1)
+        undo.callback(lease_store.close)
+        if seen > epoch:
+            lease_store.add_restore_uses(key_id_to_bytes(rotation_backups.newest_key_id(directory)))
+        _raise_epoch(unlocked, file, seen_epoch=seen)
+        store = deks.DekStore(directory, disk)
+        undo.callback(store.close)
+        backups = rotation_backups.RotationBackups(directory)
+        undo.callback(backups.close)
+        vault = Vault(
+            arena=arena,
+            unlocked=unlocked,
+            keyring_file=file,
+            store=store,
+            rotation_backups=backups,
+            leases=Leases(lease_store, journal),
+            executor=disk,
+            nonces=nonces,
+            cache_keys_max=options.cache_keys_max,
+        )
+        undo.pop_all()
+    return DataDir(vault=vault, log=log, lease_store=lease_store, slot=slot, epochs=(epoch, seen))
+
+
+def open_keyring(
+    directory: str, file: KeyringFile, root: RootProvider, *, arena: SecretArena, nonces: NonceSource
+) -> OpenedKeyring:
+    """The first step: opens the keyring, or makes the first one. Raises StartError; nothing was changed then."""
+    data = file.load()
+    if data is None:
+        _check_is_new(directory)
+    root.prepare(arena, new_keyring=data is None)
+    with root.read(arena) as key:
+        if data is not None:
+            unlocked, slot = UnlockedKeyring.open(arena, key.view, data, nonces=nonces.next)
+            return OpenedKeyring(unlocked, slot, made=False)
+        unlocked = UnlockedKeyring.create(
+            arena,
+            key.view,
+            keyring_id="kr_" + secrets.token_hex(8),
+            provider=root.name,
+            nonces=nonces.next,
+            fill_random=fill_random,
+            at=_now(),
+        )
+    try:
+        file.store_now(unlocked.encode(unlocked.body))
+    except BaseException:
+        unlocked.release()
+        raise
+    return OpenedKeyring(unlocked, unlocked.body.slots[0], made=True)
+
+
+def _check_is_new(directory: str) -> None:
+    """The keyring is made before everything else, and restored after everything else but the audit log."""
+    key_files = os.path.join(directory, deks.DIRECTORY)
+    has_keys = os.path.isdir(key_files) and any(name.endswith(deks.SUFFIX) for name in os.listdir(key_files))
+    if has_keys or os.path.lexists(os.path.join(directory, LOG_NAME)):
+        raise StartError(
+            "keyring.json is missing, but the data directory holds keys or an audit log. A new keyring could not open "
+            "them: restore keyring.json from a backup, or give an empty data directory"
+        )
+    archives = os.path.join(directory, register.DIRECTORY)
+    has_leases = any(os.path.lexists(os.path.join(directory, name)) for name in (JOURNAL_NAME, SNAPSHOT_NAME))
+    if has_leases or (os.path.isdir(archives) and os.listdir(archives)):
+        raise StartError(
+            "keyring.json is missing, but the data directory holds a part of a restored backup: the restore was "
+            "interrupted. Move what is there away and restore again, or give an empty data directory"
+        )
+
+
+def _raise_epoch(unlocked: UnlockedKeyring, file: KeyringFile, *, seen_epoch: int) -> None:
+    """Makes the epoch of this start durable. The steps before need the old one: they recognise a first start by it.
+
+    After a higher epoch was seen, the KEKs count as used by whatever may have happened since.
+    """
+    body = unlocked.body
+    if seen_epoch > body.epoch:
+        body = keyring.after_restore(body, seen_epoch=seen_epoch, at=_now())
+    body = keyring.next_epoch(body, at=_now())
+    file.store_now(unlocked.encode(body))
+    unlocked.body = body
+
+
+def _close_unused(log: AuditLog) -> None:
+    """Closes the log of a start that failed; the error of the start is the one to report."""
+    with contextlib.suppress(MiniKmsError):
+        log.close()
+
+
+# --- the audit log ------------------------------------------------------------------------------------------------
+
+
+def open_audit_log(
+    directory: str,
+    unlocked: UnlockedKeyring,
+    *,
+    expected: ExpectedLog,
+    accept_loss: bool = False,
+    fsync: FsyncPolicy = "interval",
+    hash_thread_ids: bool = False,
+    limits: Limits = DEFAULT_LIMITS,
+    now_ns: Callable[[], int] = files.now_ns,
+) -> AuditLog:
+    """The audit log under the audit keys of the keyring, which must stay unlocked until the log is closed.
+
+    Raises as `AuditLog.open`.
+    """
+    current, former = audit_keys(unlocked)
+    _, seed = unlocked.audit_key(current.version)
+    return AuditLog.open(
+        directory,
+        audit_key=current.mac_key,
+        seed=seed,
+        now_ns=now_ns,
+        fsync=fsync,
+        key_version=current.version,
+        former=former,
+        since=current.since,
+        expected=expected,
+        accept_loss=accept_loss,
+        hash_thread_ids=hash_thread_ids,
+        limits=limits,
+    )
+
+
+def audit_keys(unlocked: UnlockedKeyring) -> AuditKeys:
+    """Views of all audit key versions. The log may still end under an earlier one: a change of key reaches the keyring
+    first.
+    """
+    *former, current = (_audit_key(unlocked, key) for key in unlocked.body.audit_keys)
+    return AuditKeys(current=current, former=tuple(former))
 
 
 def _audit_key(unlocked: UnlockedKeyring, key: keyring.AuditKey) -> AuditKey:
     mac_key, seed = unlocked.audit_key(key.version)
-    return AuditKey(key.version, mac_key, LocalSigner(seed), since(key))
-
-
-TAIL_BYTES_MAX: Final = 32 * 1024 * 1024
-_READ_BYTES: Final = 1024 * 1024
-_OVERLAP_BYTES: Final = 64
-_EPOCH: Final = re.compile(rb'"epoch":([0-9]{1,18})[,}]')
+    since = Head(key.since_seq, key.since_sig) if key.since_seq else None
+    return AuditKey(key.version, mac_key, LocalSigner(seed), since)
 
 
 def highest_epoch(directory: str) -> int:
-    """The highest epoch in the last TAIL_BYTES_MAX of the file being written; where it tells of none, since it was
-    begun after the last start, in the file before it. 0 when there is none, or no log. Raises OSError.
+    """The highest epoch in the last EPOCH_TAIL_BYTES_MAX of the open file of the audit log; if it has none, because it
+    was begun after the last start, in the file before it. 0 when there is none, or no log. Raises OSError.
+
+    Lines with an epoch (`start`, `stop`, each change of the keyring) are written after the keyring that has it.
     """
     return _in_open_file(directory) or _in_newest_closed_file(directory)
 
 
 def _in_open_file(directory: str) -> int:
     try:
-        # O_NONBLOCK: a FIFO in the log's place would keep the start waiting.
+        # O_NONBLOCK: opening a FIFO in the log's place would wait for a writer.
         fd = os.open(os.path.join(directory, LOG_NAME), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return 0
     try:
         end = os.fstat(fd).st_size
-        begin = max(0, end - TAIL_BYTES_MAX)
+        begin = max(0, end - EPOCH_TAIL_BYTES_MAX)
         highest = 0
         while begin < end:
-            data = os.pread(fd, _READ_BYTES + _OVERLAP_BYTES, begin)
+            data = os.pread(fd, _EPOCH_READ_BYTES + _EPOCH_OVERLAP_BYTES, begin)
             highest = max(highest, _highest_in(data))
-            begin += _READ_BYTES
+            begin += _EPOCH_READ_BYTES
         return highest
     finally:
         os.close(fd)
 
 
 def _in_newest_closed_file(directory: str) -> int:
-    """The whole file, for it may be compressed. One that is damaged is for `minikms audit verify` to name."""
+    """Reads the whole file, which may be compressed. A damaged one has none: `minikms audit verify` reports it."""
     highest = 0
     with contextlib.suppress(FileNotFoundError, DamagedSegmentError):
         newest = max(list_segments(directory), default=0)
@@ -108,113 +358,102 @@ def _highest_in(data: bytes) -> int:
     return max(map(int, _EPOCH.findall(data)), default=0)
 
 
-NO_KEY_TEXT: Final = (
-    "no master key is configured. Make one with\n"
-    "  (umask 077; openssl rand -hex 32 > /path/to/master-key)\n"
-    "and give it with --master-key-file /path/to/master-key (keep a copy of it elsewhere: without it nothing can be "
-    "decrypted), or try things out with --dev, which makes a key file beside the data directory"
-)
+# --- for reading, and for a change while no daemon runs -----------------------------------------------------------
 
 
-class RootSource(NamedTuple):
-    """Where the root key comes from. At most one of the three; none is refused."""
-
-    file: Path | None = None
-    descriptor: int | None = None
-    dev_file: Path | None = None
-
-
-class Opened(NamedTuple):
-    unlocked: UnlockedKeyring
-    slot: keyring.Slot
-    made: bool
-    provider: keyring.Provider
-
-
-def open_keyring(
-    *, data_dir: str, file: KeyringFile, source: RootSource, arena: SecretArena, nonces: NonceSource
-) -> Opened:
-    """Opens the keyring, or makes the first one. Raises StartError, saying what to do; nothing was changed then."""
-    data = file.load()
-    if data is None:
-        _check_is_new(data_dir)
-    root, provider = _root(source, arena, may_make=data is None)
-    try:
-        if data is None:
-            unlocked = UnlockedKeyring.create(
-                arena,
-                root.view,
-                keyring_id="kr_" + secrets.token_hex(8),
-                provider=provider,
-                nonces=nonces.next,
-                fill_random=fill_random,
-                at=files.rfc3339(files.now_ns()),
-            )
-            file.store_now(unlocked.encode(unlocked.body))
-            return Opened(unlocked, unlocked.body.slots[0], True, provider)
-        unlocked, slot = UnlockedKeyring.open(arena, root.view, data, nonces=nonces.next)
-        return Opened(unlocked, slot, False, provider)
-    finally:
-        root.release()
+@contextmanager
+def open_for_reading(directory: str, root: RootProvider) -> Iterator[UnlockedKeyring]:
+    """The keyring as it is on disk now, in an arena of its own. Takes no lock, changes nothing. Raises StartError."""
+    data = read_keyring(directory)
+    with SecretArena(KEYRING_SLOTS) as arena:
+        with root.read(arena) as key:
+            unlocked, _ = UnlockedKeyring.open(arena, key.view, data, nonces=NonceSource().next)
+        try:
+            yield unlocked
+        finally:
+            unlocked.release()
+            scrub_stack()
 
 
-def check_newest(unlocked: UnlockedKeyring, seen_epoch: int) -> None:
-    """Raises StartError when something else in the directory tells of a later epoch than the keyring's."""
-    epoch = unlocked.body.epoch
-    if seen_epoch > epoch:
-        raise StartError(
-            f"keyring.json is older than the audit log: its epoch is {epoch}, the log tells of {seen_epoch}. It does "
-            "not know which keys and KEK versions were made or destroyed since. Put the newer keyring.json back, or, "
-            "if none is left, start once with --accept-restore"
-        )
+@contextmanager
+def opened_root(root: RootProvider) -> Iterator[tuple[SecretArena, SecretSlot]]:
+    """The root key in an arena of its own, for `opened_keyring` and for an archive's tag. Raises StartError."""
+    with SecretArena(KEYRING_SLOTS) as arena:
+        try:
+            with root.read(arena) as key:
+                yield arena, key
+        finally:
+            scrub_stack()
 
 
-def raise_epoch(unlocked: UnlockedKeyring, file: KeyringFile, *, restored_below: int = 0) -> None:
-    """The epoch of this start, durable. Called after the audit log and the lease files were opened, which tell a first
-    start by epoch 1.
-
-    `restored_below`: an older keyring is accepted though this epoch was seen; its KEKs then count as used by what may
-    have happened since.
+@contextmanager
+def opened_keyring(arena: SecretArena, root: SecretSlot, data: bytes) -> Iterator[UnlockedKeyring]:
+    """The content of a keyring file, from anywhere, authenticated and opened. Raises StartError, naming both
+    fingerprints.
     """
-    body = unlocked.body
-    at = files.rfc3339(files.now_ns())
-    if restored_below > body.epoch:
-        body = keyring.after_restore(body, seen_epoch=restored_below, at=at)
-    body = keyring.next_epoch(body, at=at)
-    file.store_now(unlocked.encode(body))
-    unlocked.body = body
+    unlocked, _ = UnlockedKeyring.open(arena, root.view, data, nonces=NonceSource().next)
+    try:
+        yield unlocked
+    finally:
+        unlocked.release()
 
 
-def _check_is_new(data_dir: str) -> None:
-    """Nothing but the keyring is there before the keyring is; a restore begins with the register of archives."""
-    deks = os.path.join(data_dir, dekstore.DIRECTORY)
-    has_keys = os.path.isdir(deks) and any(name.endswith(dekstore.SUFFIX) for name in os.listdir(deks))
-    if has_keys or os.path.lexists(os.path.join(data_dir, LOG_NAME)):
-        raise StartError(
-            "keyring.json is missing, but the data directory holds keys or an audit log. A new keyring could not open "
-            "them: restore keyring.json from a backup, or give an empty data directory"
-        )
-    register = os.path.join(data_dir, archives.DIRECTORY)
-    has_leases = any(os.path.lexists(os.path.join(data_dir, name)) for name in (JOURNAL_NAME, SNAPSHOT_NAME))
-    if has_leases or (os.path.isdir(register) and os.listdir(register)):
-        raise StartError(
-            "keyring.json is missing, but the data directory holds a part of a restored backup: the restore was cut "
-            "short. Move what is there away and restore again, or give an empty data directory"
-        )
+def read_keyring(directory: str) -> bytes:
+    """The content of the keyring file, not yet authenticated. Raises StartError when it is missing or unreadable."""
+    try:
+        data = read_file_bounded(os.path.join(directory, keyring_file.NAME), keyring.FILE_BYTES_MAX)
+    except StorageUnavailableError as error:
+        raise StartError(f"keyring.json can't be read: {error}") from None
+    if data is None:
+        raise StartError(f"there is no keyring in {directory}")
+    return data
 
 
-def _root(source: RootSource, arena: SecretArena, *, may_make: bool) -> tuple[SecretSlot, keyring.Provider]:
-    if source.file is not None:
-        return read_key_file(source.file, arena), "file"
-    if source.descriptor is not None:
-        return read_key_descriptor(source.descriptor, arena), "environment"
-    if source.dev_file is None:
-        raise StartError(NO_KEY_TEXT)
-    if not os.path.lexists(source.dev_file):
-        if not may_make:
+class NewAuditKey(NamedTuple):
+    """`head` is the last line of the log: the one that names the new key."""
+
+    version: int
+    public_key: bytes
+    head: dict[str, str | int]
+
+
+def rotate_audit_key(directory: str, root: RootProvider) -> NewAuditKey:
+    """Makes a new audit key and uses it from the next line on. The daemon must not be running.
+
+    The keyring holds the new key durably before the log names it; the next start completes what a crash between the two
+    leaves. Raises StartError when the directory is in use or its log can't be continued, StorageUnavailableError and
+    AuditUnavailableError when the disk fails.
+    """
+    read_keyring(directory)  # before the lock, which would make a missing directory
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context(DataDirLock(directory))
+        except InUseError as error:
             raise StartError(
-                f"the development key file {source.dev_file} is missing, and a new one would not open this data "
-                "directory: put it back, or start over with an empty data directory"
+                f"{error}; the audit key changes only while the daemon is stopped: stop it, or the message server that "
+                "started it and would start it again, run this again, and start it"
+            ) from None
+        file = KeyringFile(lock.directory_fd, stack.enter_context(ThreadPoolExecutor(1)))
+        unlocked = stack.enter_context(open_for_reading(directory, root))
+        # First the log as it is: an interrupted step is completed under the keys that the log knows.
+        log = open_audit_log(directory, unlocked, expected=ExpectedLog(exists=True))
+        try:
+            last = log.settle()
+            made = unlocked.make_audit_key(
+                fill_random,
+                version=unlocked.body.audit_key.version + 1,
+                at=_now(),
+                since_seq=last.seq,
+                since_sig=last.sig,
             )
-        make_dev_key_file(source.dev_file, arena)
-    return read_key_file(source.dev_file, arena), "dev"
+            body = keyring.add_audit_key(unlocked.body, made, at=_now())
+            file.store_now(unlocked.encode(body))
+            unlocked.body = body
+            log.change_key(audit_keys(unlocked).current)
+        finally:
+            log.close()
+        return NewAuditKey(made.version, made.public_key, log.head)
+
+
+def _now() -> str:
+    return files.rfc3339(files.now_ns())

@@ -1,8 +1,8 @@
 """The error tree of the key service.
 
-Owns: every way in which a verb can fail, with the HTTP status and the stable code it maps to. Invariants: the text of
-an error is written for the caller and holds no key, no plaintext, no path and no internal text; `MiniKmsError` itself
-is never raised. After a failure there is no default: what raises one of these has changed nothing, unless it says so.
+Owns: every way in which a verb can fail, with its HTTP status and stable code. Invariants: the text of an error is
+written for the caller and contains no key, no plaintext, no path and no internal text; `MiniKmsError` itself is never
+raised; a verb that raises one of these errors has changed nothing, unless the error says so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from minikms import api
 
 
 class MiniKmsError(Exception):
-    """Base of the tree. `status` is the HTTP status, `code` the stable word of `api`."""
+    """The base of the tree. status: the HTTP status. code: one of the CODE_ constants of `api`."""
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = api.CODE_INTERNAL
@@ -57,7 +57,7 @@ class KeyNotFoundError(MiniKmsError):
 
 
 class KeyRetiredError(MiniKmsError):
-    """The key decrypts only."""
+    """The key can only decrypt."""
 
     status = 409
     code = api.CODE_KEY_RETIRED
@@ -69,14 +69,14 @@ class KeyDestroyedError(MiniKmsError):
 
 
 class KeyExhaustedError(MiniKmsError):
-    """The key's uses are spent (NIST SP 800-38D section 8.3: at most 2^32 random nonces under one key)."""
+    """The key has no uses left (NIST SP 800-38D section 8.3: at most 2^32 random nonces under one key)."""
 
     status = 409
     code = api.CODE_KEY_EXHAUSTED
 
 
 class KeyUnreadableError(MiniKmsError):
-    """The key's file is damaged, foreign or of an unknown version; other keys are not affected."""
+    """The key's file is damaged, of another installation or of an unknown version. Other keys are not affected."""
 
     status = 503
     code = api.CODE_KEY_UNREADABLE
@@ -93,7 +93,7 @@ class WrongPurposeError(MiniKmsError):
 
 
 class DecryptionError(MiniKmsError):
-    """The ciphertext does not open; the reason is never told apart (altered, other key, other aad)."""
+    """The ciphertext does not open. The error does not say why: it was altered, or key or aad is another one."""
 
     status = 400
     code = api.CODE_DECRYPTION_FAILED
@@ -105,14 +105,14 @@ class ConflictError(MiniKmsError):
 
 
 class AuditUnavailableError(MiniKmsError):
-    """The audit log can't be written, so nothing is done or answered."""
+    """The audit log can't be written, so requests are refused."""
 
     status = 503
     code = api.CODE_AUDIT_UNAVAILABLE
 
 
 class StorageUnavailableError(MiniKmsError):
-    """The disk refused a write; what was durable before still is."""
+    """The disk failed to write. What was durable before still is."""
 
     status = 503
     code = api.CODE_STORAGE_UNAVAILABLE
@@ -124,22 +124,22 @@ class ShuttingDownError(MiniKmsError):
 
 
 class RequestInterruptedError(MiniKmsError):
-    """The daemon stopped while it worked on the request, which may have been carried out."""
+    """The daemon stopped during the request, which may have taken effect."""
 
     status = 503
     code = api.CODE_INTERRUPTED
 
 
 class ArenaFullError(MiniKmsError):
-    """No slot is free for one more raw key; the request may be tried again when others have ended."""
+    """The arena has no free slot for another raw key. The request can be repeated when others have ended."""
 
     status = 503
     code = api.CODE_INTERNAL
 
 
 class KeyTextError(InvalidRequestError):
-    """A key given as text is not 64 hexadecimal characters. The text is never quoted."""
+    """A key given as text is not 64 hexadecimal characters. The error never quotes the text."""
 
 
 class StartError(MiniKmsError):
-    """The daemon refuses to start; the text says why and what to do. Never sent to a client."""
+    """The daemon refuses to start. The text says why and what to do. It is never sent to a client."""

@@ -1,7 +1,7 @@
-"""What the service manager is told, in the protocol of sd_notify(3).
+"""Notifies the service manager, in the protocol of sd_notify(3).
 
 Owns: one datagram per state change. Invariants: without `NOTIFY_SOCKET` every call does nothing; a service manager that
-does not listen is never a reason to fail. It must never send anything about keys or callers.
+does not listen is no error. It must never send anything about keys or callers.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ _MICROSECONDS: Final = 1_000_000
 
 
 class Notifier:
-    """Takes its variables out of `environ`, so that no child speaks for the daemon.
+    """Removes its variables from `environ`, so that no child can notify in the daemon's name.
 
-    `watchdog_interval_s` is how often `watchdog` must be called: half of the manager's time-out, as
-    sd_watchdog_enabled(3) advises; None when no watchdog was asked of this process.
+    `watchdog_interval_s`: `watchdog` must be called this often, half of the manager's time-out, as
+    sd_watchdog_enabled(3) advises; None when the manager set no watchdog for this process.
     """
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
         address = environ.pop("NOTIFY_SOCKET", "")
-        # "@name" is an abstract socket, a NUL on the wire (unix(7)); other relative names are not of the protocol.
+        # "@name" is an abstract socket, with a NUL in the place of "@" (unix(7)); other relative names are not allowed.
         self._address = "\0" + address[1:] if address.startswith("@") else address
         if not address.startswith(("/", "@")):
             self._address = ""
         self.watchdog_interval_s = _watchdog_interval_s(environ)
 
     def ready(self, status: str) -> None:
-        """The daemon answers now."""
+        """The daemon serves."""
         self._send(f"READY=1\nSTATUS={status}")
 
     def stopping(self) -> None:
         self._send("STOPPING=1")
 
     def watchdog(self) -> None:
-        """Still alive. To be called from the event loop itself, so that a stuck loop is noticed."""
+        """The daemon is alive. Called in the event loop, so that the manager notices when the loop is blocked."""
         self._send("WATCHDOG=1")
 
     def _send(self, state: str) -> None:
@@ -46,7 +46,7 @@ class Notifier:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as sender:
             try:
                 sender.sendto(state.encode(), self._address)
-            except OSError:  # the manager is away or its queue is full: its time-out decides, not this process
+            except OSError:  # the manager does not run or its queue is full: its time-out decides, not this process
                 return
 
 

@@ -1,31 +1,27 @@
 """Who may do what: from a peer's uid to a principal and its roles.
 
-Owns: the roles, the role of every verb, and the decision. Invariants: every verb has exactly one role, but
-`reencrypt_batch`, which asks `decrypt` for the source and `encrypt` for the target; a uid that isn't allowed has no
-principal at all; the kernel's overflow uid is never allowed. It must never read a request's body to decide who is
-asking.
+Owns: which roles an allowed uid has, and the check of a role. `minikms.api` says which roles a verb needs. Invariants:
+a uid that is not allowed has no principal; the kernel's overflow uid is never allowed. The policy must never read a
+request to decide who is asking.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple, get_args
 
+from minikms.api import Role
 from minikms.errors import ForbiddenError, StartError
 
-Role = Literal["create", "encrypt", "decrypt", "rotate", "destroy", "data_key", "audit", "monitor"]
-
-ROLES: Final[frozenset[Role]] = frozenset(
-    ("create", "encrypt", "decrypt", "rotate", "destroy", "data_key", "audit", "monitor")
-)
+ROLES: Final[frozenset[Role]] = frozenset(get_args(Role))
 ADMIN_ONLY: Final[frozenset[Role]] = frozenset(("rotate", "destroy", "audit"))
-"""What `--admin-uids` keeps from the other allowed uids."""
+"""With `--admin-uids`, only those uids have these roles."""
 
 UIDS_COUNT_MAX: Final = 64
 
 
 class Principal(NamedTuple):
-    """Who is asking. `actor` is how the audit log names it."""
+    """An authenticated caller. `actor` is its name in the audit log."""
 
     uid: int
     pid: int
@@ -48,24 +44,25 @@ class Policy:
         self.allowed = frozenset(allowed_uids) | admins
         if overflow_uid is not None and overflow_uid in self.allowed:
             raise StartError(
-                f"uid {overflow_uid} is the kernel's overflow uid: any user of another user namespace appears as it, "
-                "so it can't be allowed"
+                f"uid {overflow_uid} is the kernel's overflow uid and can't be allowed: every user of another user "
+                "namespace appears under it"
             )
         others = ROLES - ADMIN_ONLY if admins else ROLES
         self._roles: dict[int, frozenset[Role]] = {uid: ROLES if uid in admins else others for uid in self.allowed}
 
     def principal(self, uid: int, pid: int) -> Principal | None:
-        """None for a uid that isn't allowed."""
+        """None for a uid that is not allowed."""
         roles = self._roles.get(uid)
         return None if roles is None else Principal(uid, pid, actor(uid), roles)
 
 
 def actor(uid: int) -> str:
+    """The name of a uid in the audit log."""
     return f"peer_uid:{uid}"
 
 
 def parse_uids(text: str, *, source: str) -> frozenset[int]:
-    """Comma-separated uids. Raises StartError naming `source` for anything else."""
+    """Comma-separated uids. Raises StartError for anything else; its text names `source`."""
     uids: set[int] = set()
     for part in text.split(","):
         digits = part.strip()
@@ -73,5 +70,5 @@ def parse_uids(text: str, *, source: str) -> frozenset[int]:
             raise StartError(f"{source} must be user ids separated by commas, such as 1000,1001")
         uids.add(int(digits))
     if len(uids) > UIDS_COUNT_MAX:
-        raise StartError(f"{source} names more than {UIDS_COUNT_MAX} users")
+        raise StartError(f"{source} names more than {UIDS_COUNT_MAX} users; name fewer")
     return frozenset(uids)

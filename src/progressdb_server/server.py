@@ -20,6 +20,7 @@ import structlog
 import uvloop
 from prometheus_client import CollectorRegistry
 
+from minikms import api
 from progressdb_server import logs
 from progressdb_server.api.application import Application
 from progressdb_server.api.http.access import AccessControl
@@ -66,8 +67,8 @@ def check_key_source(config: Config, *, has_master_key: bool) -> None:
         raise ConfigError("the root key is given twice: in PROGRESSDB_MINIKMS_MASTER_KEY and as a key file; use one")
     if has_master_key or kms.master_key_file or config.server.dev or kms.socket or not kms.spawn:
         return
-    made = f"{config.kms_data_dir}.master-key"
-    way_out = f"--master-key-file {made}" if os.path.exists(made) else "--dev, to have one made beside the data"
+    made = api.development_key_path(config.kms_data_dir)
+    way_out = f"--master-key-file {made}" if made.exists() else "--dev, to have one made beside the data"
     raise ConfigError(
         "there is no root key for the key service: give --master-key-file FILE (64 hex characters, mode 0600), "
         f"or set PROGRESSDB_MINIKMS_MASTER_KEY; on a development machine: {way_out}"
@@ -128,8 +129,8 @@ async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool
             registry.register(provider.metrics)
         access = AccessControl(config.security)
         viewer = Viewer(store, provider, jobs, access.keys, secure=bool(config.server.tls.cert_file))
-        backup_routes = store_backup.resources(store, config.backups_dir)
-        more = (*job_routes.resources(jobs), *backup_routes, *viewer.resources())
+        backup_routes = store_backup.operations(store, config.backups_dir)
+        more = (*job_routes.operations(jobs), *backup_routes, *viewer.operations())
         application = Application(store, access, ApiMetrics(registry), more=more)
         host, port = listener.getsockname()[:2]
         gc.freeze()  # the objects of the start live as long as the process: the collector need not visit them

@@ -236,7 +236,7 @@ def test_an_empty_file_is_a_file_without_settings(tmp_path: Path) -> None:
     assert load({**DB, "config": written(tmp_path, "")}, {}).config == config_of()
 
 
-def test_what_is_wrong_in_a_file_is_told_without_quoting_it(tmp_path: Path) -> None:
+def test_an_error_in_a_file_is_explained_without_quoting_it(tmp_path: Path) -> None:
     for text in ("security: {api_keys: {admin: [s3cret\n", "security:\n  api_keys: s3cret\n  x: {", "a: 's3cret"):
         assert "s3cret" not in refusal_of({**DB, "config": written(tmp_path, text)}, {})
 

@@ -1,7 +1,7 @@
 """Every answer that /openapi.yaml describes is got from a live server, and none is got that it does not describe.
 
-A refusal is told by its sentence. Those that only the in-process application of `test_openapi` provokes are of the
-conversations' own routes; each of their statuses is provoked here too, and every sentence of the routes of jobs,
+The sentence of a refusal identifies it. Those that only the in-process application of `test_openapi` provokes belong to
+the routes of conversations; each of their statuses is provoked here too, and every sentence of the routes of jobs,
 backups and the viewer.
 """
 
@@ -19,13 +19,14 @@ import yaml
 from asgi_client import ADMIN, BACKEND
 from provoking import LAUNCHER, NO_JOB, Ask, World
 from real_server import Reply, real_server
-from test_openapi import ALL_DESCRIPTIONS, REFUSALS, whole_table
+from test_openapi import OPERATIONS, REFUSALS, whole_table
 
 import documented
 from documented import Pair
 from live_daemon import LiveDaemon
 from progressdb_server.api.openapi.document import document, error_texts
 
+pytestmark = pytest.mark.xdist_group("every answer")  # `living` takes long: in one worker process
 KEY_SERVICE = "the key service is not available now"
 DISK = "the store's disk is not available now"
 NOT_TAKEN = "the store's disk did not take the write"
@@ -116,7 +117,7 @@ def shape(sentence: str) -> str:
 
 
 def said_of(operation: str) -> dict[int, tuple[str, ...]]:
-    return error_texts(operation.split(" ", 1)[1], ALL_DESCRIPTIONS[operation])
+    return error_texts(OPERATIONS[operation])
 
 
 DOCUMENT = document(whole_table(), "1")
@@ -124,7 +125,7 @@ PAIRS = sorted(documented.pairs(DOCUMENT))
 IN_PROCESS = {parameter.values for parameter in REFUSALS}
 TOLD = {
     (operation, status, sentence)
-    for operation in ALL_DESCRIPTIONS
+    for operation in OPERATIONS
     for status, sentences in said_of(operation).items()
     for sentence in sentences
 }
@@ -142,7 +143,7 @@ class Living:
     def take_the_key_service_away(self) -> None:
         """Every operation is asked meanwhile, at once, for each waits for some seconds."""
         world = self.world
-        asks = {operation: world.good(operation) for operation in ALL_DESCRIPTIONS}
+        asks = {operation: world.good(operation) for operation in OPERATIONS}
         asks["POST /admin/rotate_deks"] = Ask("POST", "/admin/rotate_deks", {"older_than": "1d"})
         thread = world.thread()
         world.kms.kill()
@@ -239,7 +240,7 @@ def test_every_refusal_appears(living: Living, operation: str, status: int, sent
     check(operation, reply)
 
 
-@pytest.mark.parametrize("operation", ALL_DESCRIPTIONS)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_who_needs_the_key_service_is_refused_without_it_and_nobody_else(living: Living, operation: str) -> None:
     reply = living.together[operation, KEY_SERVICE]
     check(operation, reply)
@@ -250,7 +251,7 @@ def test_who_needs_the_key_service_is_refused_without_it_and_nobody_else(living:
 
 
 @pytest.mark.parametrize(
-    "operation", [operation for operation in ALL_DESCRIPTIONS if DISK not in said_of(operation).get(503, ())]
+    "operation", [operation for operation in OPERATIONS if DISK not in said_of(operation).get(503, ())]
 )
 def test_who_is_not_said_to_need_the_disk_answers_without_it(living: Living, operation: str) -> None:
     reply = PROVOKED[DISK](living.world, operation)
@@ -279,7 +280,7 @@ def test_another_method_than_the_described_ones_is_a_405_that_names_these(living
 
 
 @pytest.mark.parametrize(
-    "operation", [operation for operation in ALL_DESCRIPTIONS if operation.split(" ", 1)[1].startswith("/admin/")]
+    "operation", [operation for operation in OPERATIONS if operation.split(" ", 1)[1].startswith("/admin/")]
 )
 def test_a_backend_key_comes_only_where_the_document_says_so(living: Living, operation: str) -> None:
     method, path = operation.split(" ", 1)
@@ -297,7 +298,7 @@ def test_the_other_refusals_without_the_key_service(living: Living) -> None:
             check(operation, reply)
 
 
-def test_who_waits_for_a_job_is_told_when_the_server_stops(living: Living) -> None:
+def test_a_client_that_waits_for_a_job_learns_that_the_server_stops(living: Living) -> None:
     """The last one: it stops the server."""
     living.stop()
     reply = living.together["POST /admin/rotate_thread_dek", STOPPING]

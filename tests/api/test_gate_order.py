@@ -236,7 +236,7 @@ def test_a_key_may_call_burst_times_at_once_and_then_as_its_rate_allows() -> Non
     assert [api("GET", "/admin/health").status for _ in range(4)] == [200, 200, 200, 429]
 
 
-def test_a_limited_caller_is_told_when_to_come_back() -> None:
+def test_the_answer_to_a_limited_caller_says_when_to_retry() -> None:
     api = limited(rps=0.1, burst=1)
     api("GET", "/admin/health")
     reply = api("GET", "/admin/health")

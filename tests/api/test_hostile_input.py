@@ -375,7 +375,7 @@ def test_a_signature_of_another_user_or_of_a_replaced_key_is_refused_everywhere(
 
 
 @pytest.mark.parametrize(("method", "path"), WITH_BODY + WITHOUT_BODY)
-def test_a_stranger_with_a_front_end_key_changes_nothing_of_alice_s(method: str, path: str) -> None:
+def test_another_user_with_a_front_end_key_changes_nothing_of_alice_s(method: str, path: str) -> None:
     api = Prepared()
     body = {"body": 1, "title": "x", "id": "eve", "reaction": "y"} if (method, path) in WITH_BODY else None
     reply = api.call(method, path, key=FRONTEND, body=body, headers=signed("eve"))

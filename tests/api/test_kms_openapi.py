@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sdk import environment
+from sdk import TEST_S_MAX, environment
 
 from live_daemon import LiveDaemon
 
+pytestmark = pytest.mark.timeout(TEST_S_MAX)
 PROJECT = Path(__file__).resolve().parents[2]
 DOCUMENT = PROJECT / "docs" / "minikms-openapi.yaml"
 RUN_S_MAX = 60.0
@@ -32,7 +33,7 @@ expected-statuses = ["400", "401", "403", "404", "405", "409", "411", "413", "41
 
 RUNS = {
     "calls": ["--exclude-operation-id-regex", "_batch$"],  # a root key that nobody has kept
-    # an item that is refused is told so within a good answer
+    # the error of a refused item is in a successful answer
     "batches": ["--include-operation-id-regex", "_batch$", "--mode", "positive"],
 }
 

@@ -175,8 +175,8 @@ def test_a_signed_user_lists_only_threads_that_it_owns_or_has_written_in() -> No
     thread = api.thread("alice")
     path = f"/v1/messages?thread={thread}"
     assert api("GET", path, key=FRONTEND, headers=signed("alice")).status == 200  # its own, though empty
-    stranger = api("GET", path, key=FRONTEND, headers=signed("bob"))
-    assert (stranger.status, stranger.error) == (403, "author not found in any message in this thread")
+    refused = api("GET", path, key=FRONTEND, headers=signed("bob"))
+    assert (refused.status, refused.error) == (403, "author not found in any message in this thread")
     assert api("GET", path, key=BACKEND, headers=signed("bob")).status == 403
     assert api("GET", path, key=BACKEND, headers={"X-User-ID": "bob"}).status == 200
     api.message("bob", thread)
@@ -241,7 +241,7 @@ READS = ["/v1/messages/{m}", "/v1/messages/{m}/versions", "/v1/messages/{m}/reac
 
 
 @pytest.mark.parametrize("path", READS)
-def test_a_signed_stranger_reads_nothing_of_a_message(path: str) -> None:
+def test_a_signed_user_reads_nothing_of_a_message_in_a_foreign_thread(path: str) -> None:
     api = Api()
     message = api.message("alice")
     target = path.format(t=message["thread"], m=message["id"])

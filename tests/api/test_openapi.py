@@ -13,15 +13,15 @@ import yaml
 from asgi_client import ADMIN, BACKEND, FRONTEND, Api, Reply, signed
 from prometheus_client import CollectorRegistry
 
-from progressdb_server.api.application import resources
+from progressdb_server.api.application import operations
 from progressdb_server.api.http.access import KeyTable, for_users
-from progressdb_server.api.openapi.description import Description, JsonBody
-from progressdb_server.api.openapi.document import DescriptionError, document, documented, error_texts
+from progressdb_server.api.openapi.description import JsonBody
+from progressdb_server.api.openapi.document import DescriptionError, document, documented_path, error_texts
 from progressdb_server.api.routes import jobs as job_routes
 from progressdb_server.api.routes import store_backup
 from progressdb_server.api.routes.admin import SignBody
 from progressdb_server.api.routes.metrics import ApiMetrics
-from progressdb_server.api.routes.table import Operation, Resource
+from progressdb_server.api.routes.table import Operation
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import RateLimit
 from progressdb_server.store.engine import EngineUnavailableError
@@ -40,22 +40,22 @@ BODIES: dict[str, Any] = {
 }
 
 
-def whole_table() -> tuple[Resource, ...]:
+def whole_table() -> tuple[Operation, ...]:
     api = Api()
     jobs: Any = None  # no route is called
-    backups = store_backup.resources(jobs, Path("/"))
+    backups = store_backup.operations(jobs, Path("/"))
     store: Any = SimpleNamespace(engine=None)
     viewer = Viewer(store, jobs, jobs, KeyTable(), secure=False)
-    more = (*job_routes.resources(jobs), *backups, *viewer.resources())
-    return resources(api.store, ApiMetrics(CollectorRegistry()), more)
+    more = (*job_routes.operations(jobs), *backups, *viewer.operations())
+    return operations(api.store, ApiMetrics(CollectorRegistry()), more)
 
 
-def descriptions(table: tuple[Resource, ...]) -> dict[str, Description]:
+def by_name(table: tuple[Operation, ...]) -> dict[str, Operation]:
     """By method and path."""
-    return {f"{method} {path}": operation.description for method, path, operation in documented(table)}
+    return {f"{operation.method} {documented_path(operation)}": operation for operation in table}
 
 
-ALL_DESCRIPTIONS = descriptions(whole_table())
+OPERATIONS = by_name(whole_table())
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +64,10 @@ def described() -> dict[str, Any]:
 
 
 def test_a_description_of_a_property_that_the_handler_does_not_read_is_an_error() -> None:
-    wrong = Description(tag="users", summary="Sign", body=JsonBody(SignBody, {"user": {}}))
-    resource = Resource("/sign", {"POST": Operation(lambda request: None, wrong)})  # type: ignore[arg-type, return-value]  # never called
+    body = JsonBody(SignBody, {"user": {}})
+    wrong = Operation("POST", "/sign", lambda request: None, tag="users", summary="Sign", body=body)  # type: ignore[arg-type, return-value]  # never called
     with pytest.raises(DescriptionError, match="SignBody"):
-        document((resource,), "1")
+        document((wrong,), "1")
 
 
 def test_every_operation_has_a_name_of_its_own(described: dict[str, Any]) -> None:
@@ -81,8 +81,8 @@ def test_every_refusal_that_the_specification_names_is_in_the_document() -> None
     wanted = {(int(status), text) for status, texts in named for text in re.findall(r"`([^`]+)`", texts)}
     told = {
         (status, sentence)
-        for key, description in ALL_DESCRIPTIONS.items()
-        for status, sentences in error_texts(key.split(" ", 1)[1], description).items()
+        for key, operation in OPERATIONS.items()
+        for status, sentences in error_texts(operation).items()
         for sentence in sentences
     }
     unrouted = {(404, "not found")}  # of a path that is not there
@@ -194,7 +194,7 @@ def _failing(case: Case) -> Reply:
     return case()
 
 
-def _stranger(case: Case) -> Reply:
+def _other_user(case: Case) -> Reply:
     if "reactions" in case.template:
         return _reacts_as_itself(case)
     return case(headers=signed("mallory"), key=BACKEND)
@@ -268,7 +268,7 @@ PROVOKED: dict[str, Callable[[Case], Reply]] = {
     "limit must be a whole number that is not negative": lambda case: case(query="limit=-1"),
     "before must be a message id": lambda case: case(query="before=%20"),
     "include_deleted must be true or false": lambda case: case(query="include_deleted=maybe"),
-    "author not found in any message in this thread": _stranger,
+    "author not found in any message in this thread": _other_user,
     "author does not match": lambda case: case(headers=signed("mallory"), key=ADMIN),
     "message not found": _unknown,
     "thread not found": lambda case: case(
@@ -286,8 +286,8 @@ PROVOKED: dict[str, Callable[[Case], Reply]] = {
 }
 REFUSALS = [
     pytest.param(key, status, sentence, id=f"{key} {status} {sentence}")
-    for key, description in descriptions(Api().application.resources).items()
-    for status, sentences in error_texts(key.split(" ", 1)[1], description).items()
+    for key, operation in by_name(Api().application.operations).items()
+    for status, sentences in error_texts(operation).items()
     for sentence in dict.fromkeys(sentences)
     if key.split(" ", 1)[1] not in ("/docs", "/docs/", "/docs/style.css", "/openapi.yaml")
 ]
@@ -306,7 +306,7 @@ def test_every_refusal_that_is_documented_can_be_provoked_and_no_other_is_kept_h
 def test_nothing_undocumented_answers(described: dict[str, Any]) -> None:
     """Every other method on every path is a 405 that names the documented ones; every other path a 404."""
     api = Api()
-    served = document(api.application.resources, "1")["paths"]
+    served = document(api.application.operations, "1")["paths"]
     for template, methods in served.items():
         target = template.format(thread="t", message="m", identity="i", key="k")
         for method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE"} - {name.upper() for name in methods}:

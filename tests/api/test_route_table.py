@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from asgi_client import ADMIN, BACKEND, FRONTEND, KEYS, Api, signed
 
-from progressdb_server.api.application import resources
+from progressdb_server.api.application import operations
 from progressdb_server.config import ApiKeys
 
 CALLERS: dict[str, tuple[str | None, dict[str, str]]] = {
@@ -99,9 +99,7 @@ def test_who_may_call_what(method: str, path: str, body: object, caller: str, st
 
 def test_the_table_of_this_file_is_the_table_of_the_server() -> None:
     api = Api()
-    served = {
-        (method, resource.path) for resource in resources(api.store, api.metrics) for method in resource.operations
-    }
+    served = {(operation.method, operation.path) for operation in operations(api.store, api.metrics)}
     documentation = {("GET", path) for path in ("/openapi.yaml", "/docs", "/docs/", "/docs/style.css")}
     names = {"{t}": "{thread}", "{m}": "{message}"}
     tested = set()

@@ -1,4 +1,4 @@
-"""Schemathesis, a stranger's reader of OpenAPI, believes the document and asks the live server whether it is true."""
+"""Schemathesis, a third-party tester for OpenAPI, compares the document with the live server."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from asgi_client import ADMIN, BACKEND, FRONTEND, signature
 from real_server import RealServer, real_server
-from sdk import environment
+from sdk import TEST_S_MAX, environment
 from viewer_client import ViewerClient
 
+pytestmark = pytest.mark.timeout(TEST_S_MAX)
 REQUIREMENTS = ("schemathesis==4.32.5",)
 RUN_S_MAX = 60.0
 EXAMPLES = 4
@@ -21,7 +22,7 @@ SEED = 1
 """Of the requests in the normal suite; Schemathesis prints the seed of a run that failed."""
 CONFIGURATION = """
 [checks.positive_data_acceptance]
-# what a stranger names is unknown, somebody else's, or in another state; logins are few
+# generated ids are unknown, of another user, or in another state; logins are limited
 expected-statuses = ["2xx", "3xx", "401", "403", "404", "409", "429"]
 """
 ADMINS = {"X-API-Key": ADMIN, "X-User-ID": "alice"}

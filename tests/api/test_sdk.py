@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from asgi_client import ADMIN, BACKEND, FRONTEND, signature
 from real_server import RealServer, real_server
-from sdk import ApiError, Sdk
+from sdk import TEST_S_MAX, ApiError, Sdk
+
+pytestmark = [pytest.mark.xdist_group("sdk"), pytest.mark.timeout(TEST_S_MAX)]  # one client, in one worker process
 
 
 @pytest.fixture(scope="module")

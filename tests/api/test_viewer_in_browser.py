@@ -11,6 +11,7 @@ from real_server import RealServer, real_server
 
 from browser import Browser
 
+pytestmark = pytest.mark.xdist_group("browser")  # one browser, in one worker process
 TAB, ENTER = 9, 13
 HOSTILE = (
     "<script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'>"

@@ -1,8 +1,8 @@
-"""A small real process that writes an audit log, for tests of what the kernel does to it.
+"""A small process that writes an audit log, for tests with faults of the kernel.
 
 Usage: auditwriter.py DIRECTORY COMMITS [EVENTS_PER_COMMIT [FILE_BYTES_MAX]]. Prints a line per commit: the seq of the
-head when it was written, "unavailable" when not; between failures it waits a moment and goes on. It prints only after
-the commit, as a daemon answers only after it.
+head when it was written, else "unavailable"; after a failure it waits a moment and continues. It prints after the
+commit, as a daemon answers after it.
 """
 
 from __future__ import annotations

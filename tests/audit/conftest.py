@@ -1,4 +1,4 @@
-"""Logs in several files, to look at and to alter. A test of one file has fixtures of its own under the same names."""
+"""Logs in several files, as an original and as a copy to alter. Tests of one file override these fixtures."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A second verifier of audit logs, written from docs/spec/audit.md alone: standard library, cryptography, zstandard.
 
-It shares no line with `minikms.audit` and stops at the first fault. It exists to be held against the other one: where
-the two disagree, one of them or the page is wrong. Usage:
+It shares no code with `minikms.audit` and stops at the first fault. Tests compare the two verifiers: if they disagree,
+one of them or the page is wrong. Usage:
 
     independent_verifier.py DIRECTORY PUBLIC_KEY [VERSION:AUDIT_KEY_HEX …] [--expect-head SEQ:SIG]
 
@@ -108,7 +108,7 @@ def parse(line: bytes) -> tuple[dict[str, Any], bytes, bytes]:
 
 
 class Log:
-    """The rules of the page, in its order. `audit_keys` empty: only a public key is at hand."""
+    """The rules of the page, in its order. With empty `audit_keys` only a public key is known."""
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ SMALL = Limits(reserve_bytes=0)
 
 
 class Clock:
-    """Unix time in ns; each look at it is `step` later."""
+    """Unix time in ns; each call returns a time `step` later."""
 
     def __init__(self, now: int = 1_700_000_000 * SECOND, step: int = 1000) -> None:
         self.now = now
@@ -92,7 +92,7 @@ def make_log(directory: Path, count: int = 12, **options: object) -> AuditLog:
 
 
 def make_segments(directory: Path, count: int = 60) -> None:
-    """A closed log in several files: the clock makes every commit a round of chores."""
+    """A closed log in several files: with this clock every commit does the chores."""
     make_log(directory, count, clock=Clock(step=CHORES_NS), limits=Limits(segment_bytes=3000, reserve_bytes=0))
 
 
@@ -117,7 +117,7 @@ def verify(
     expect_head: Head | None = None,
     since: Mapping[int, Head] | None = None,
 ) -> Report:
-    """The report of the product's verifier, after the independent one was found to agree with it."""
+    """The report of the product's verifier, after checking that the independent one agrees with it."""
     keys = keys or (KEY1,)
     since = {} if public_only else since or {}
     believed = msgspec.structs.replace(trust(*keys, public_only=public_only), since=since)

@@ -3,8 +3,8 @@
     make_vectors.py           writes it
     make_vectors.py --check   exit status 1 when it is not what would be written
 
-Everything in it follows from the constants here: keys, log id, times. What is made is judged by the independent
-verifier before it is written, so that a mistake of the product does not become a known answer. The keys are for tests
+Everything in it depends only on the constants here: keys, log id, times. The independent verifier checks the result
+before it is written, so that a mistake of the product does not become a known answer. The keys are for tests
 only.
 """
 

@@ -1,4 +1,4 @@
-"""What was done to a log shows, and is named. Both verifiers judge the altered logs on disk (`logmaker.verify`)."""
+"""Every alteration of a log is found and named. Both verifiers check the altered logs on disk (`logmaker.verify`)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_unaltered_log_is_intact(original: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [1, EVENT_LINE, COUNT + 2], ids=["genesis", "event", "checkpoint"])
-def test_each_bit_of_a_line_counts_and_the_line_is_named(original: Path, number: int) -> None:
+def test_every_flipped_bit_is_found_and_its_line_named(original: Path, number: int) -> None:
     content = (original / LOG).read_bytes()
     lines = lines_of(original)
     begin = sum(len(line) + 1 for line in lines[: number - 1])
@@ -95,7 +95,7 @@ def test_one_altered_event_is_one_finding(altered: Path) -> None:
     assert (report.findings[0].file, report.findings[0].line) == (LOG, EVENT_LINE)
 
 
-def test_an_altered_sig_is_told_from_an_altered_event(altered: Path) -> None:
+def test_an_altered_sig_is_distinguished_from_an_altered_event(altered: Path) -> None:
     lines = lines_of(altered)
     at = EVENT_LINE - 1
     sig = lines[at + 1][-46:-2]
@@ -134,7 +134,7 @@ def test_a_duplicated_line_is_repeated(altered: Path) -> None:
     assert kinds(verify(altered)) == [("repeated", EVENT_LINE)]
 
 
-def test_a_line_repeated_further_on_is_repeated(altered: Path) -> None:
+def test_a_line_repeated_later_is_repeated(altered: Path) -> None:
     lines = lines_of(altered)
     lines.insert(9, lines[2])
     put(altered, lines)
@@ -177,8 +177,8 @@ def test_an_altered_seq_is_named_as_such(altered: Path) -> None:
     assert report.findings[0].text == "line 5 was altered: its seq reads 9"
 
 
-def test_two_spliced_logs_do_not_pass_for_one(altered: Path, tmp_path: Path) -> None:
-    """Same keys, same numbers, another log: lines of one can't stand in for those of the other."""
+def test_lines_of_two_logs_are_not_accepted_as_one_log(altered: Path, tmp_path: Path) -> None:
+    """Two logs with the same keys and line numbers: lines of one can't replace lines of the other."""
     other = tmp_path / "other"
     make_log(other, COUNT, clock=Clock(now=1_800_000_000_000_000_000))
     put(altered, lines_of(altered)[:7] + lines_of(other)[7:])
@@ -187,20 +187,20 @@ def test_two_spliced_logs_do_not_pass_for_one(altered: Path, tmp_path: Path) -> 
     assert not verify(altered, public_only=True).intact
 
 
-def test_a_tail_cut_within_a_line_is_incomplete_at_every_offset(original: Path) -> None:
+def test_a_log_truncated_within_a_line_is_incomplete_at_every_offset(original: Path) -> None:
     content = (original / LOG).read_bytes()
     begin = content.rindex(b"\n", 0, len(content) - 1) + 1
     for end in range(begin + 1, len(content)):
         assert kinds(judge_bytes(content[:end])) == [("incomplete", COUNT + 2)]
 
 
-def test_both_verifiers_call_an_incomplete_last_line_an_alteration(altered: Path) -> None:
+def test_both_verifiers_report_an_incomplete_last_line(altered: Path) -> None:
     content = (altered / LOG).read_bytes()
     (altered / LOG).write_bytes(content[:-1])
     assert kinds(verify(altered)) == [("incomplete", COUNT + 2)]
 
 
-def test_a_tail_cut_at_a_line_shows_against_a_known_head_only(altered: Path) -> None:
+def test_removed_last_lines_are_found_only_with_a_known_head(altered: Path) -> None:
     lines = lines_of(altered)
     put(altered, lines[:9])
     assert verify(altered).intact
@@ -217,7 +217,7 @@ def test_lines_newer_than_the_known_head_are_counted(original: Path) -> None:
     assert report.lines_after_expected_head == COUNT + 2 - 10
 
 
-def test_a_tail_replaced_by_another_genuine_one_shows_against_a_known_head(original: Path, tmp_path: Path) -> None:
+def test_another_genuine_end_is_found_with_a_known_head(original: Path, tmp_path: Path) -> None:
     """A directory restored from a copy and used again: two genuine continuations of one log."""
     first, second = (Path(shutil.copytree(original, tmp_path / name)) for name in ("first", "second"))
     logs = [open_log(directory, clock=Clock(now)) for directory, now in ((first, 10**18), (second, 2 * 10**18))]
@@ -275,7 +275,7 @@ def test_a_replayed_checkpoint_is_refused(altered: Path) -> None:
         "longer than a line may be",
     ],
 )
-def test_what_is_not_a_line_is_malformed(altered: Path, change: Callable[[list[bytes]], list[bytes]]) -> None:
+def test_bytes_that_are_not_a_line_are_malformed(altered: Path, change: Callable[[list[bytes]], list[bytes]]) -> None:
     put(altered, change(lines_of(altered)))
     report = verify(altered)
     assert report.findings[0].kind == "malformed"
@@ -301,7 +301,7 @@ def test_what_is_not_a_line_is_malformed(altered: Path, change: Callable[[list[b
         (b'="}', b'=","x":1}'),
     ],
 )
-def test_equal_in_meaning_is_not_equal(altered: Path, old: bytes, new: bytes) -> None:
+def test_another_encoding_of_the_same_event_is_malformed(altered: Path, old: bytes, new: bytes) -> None:
     lines = lines_of(altered)
     assert old in lines[4]
     lines[4] = lines[4].replace(old, new)
@@ -319,7 +319,7 @@ def test_base64_that_decodes_to_the_same_bytes_is_malformed(altered: Path) -> No
     assert kinds(verify(altered)) == [("malformed", 5)]
 
 
-def test_with_the_public_key_alone_an_edited_line_shows_at_the_next_checkpoint(altered: Path) -> None:
+def test_the_public_key_alone_finds_an_edit_at_the_next_checkpoint(altered: Path) -> None:
     lines = lines_of(altered)
     lines[4] = lines[4].replace(b'"outcome":"ok"', b'"outcome":"no"')
     put(altered, lines)
@@ -329,7 +329,7 @@ def test_with_the_public_key_alone_an_edited_line_shows_at_the_next_checkpoint(a
     assert f"lines 1 to {COUNT + 1} are not those that the signature of line {COUNT + 2} covers" in text
 
 
-def test_the_report_says_how_many_lines_the_public_key_can_not_judge(altered: Path) -> None:
+def test_the_report_counts_lines_that_no_signature_covers(altered: Path) -> None:
     log = open_log(altered)
     for number in range(3):
         log.add(encrypt_event(number))
@@ -341,7 +341,7 @@ def test_the_report_says_how_many_lines_the_public_key_can_not_judge(altered: Pa
     assert verify(altered, public_only=True).lines_not_covered == 0
 
 
-def test_nothing_of_a_signed_line_can_be_changed_under_its_signature(altered: Path) -> None:
+def test_a_signature_covers_every_part_of_its_line(altered: Path) -> None:
     lines = lines_of(altered)
     lines[-1] = lines[-1].replace(b'"outcome":"ok"', b'"outcome":"ok","detail":"x"')
     put(altered, lines)
@@ -356,7 +356,7 @@ def test_a_log_made_with_other_keys_is_foreign(altered: Path, tmp_path: Path) ->
     assert verify(altered, public_only=True).findings[0].kind == "foreign"
 
 
-def test_a_change_of_the_audit_key_is_followed_with_either_kind_of_key(altered: Path) -> None:
+def test_both_kinds_of_keys_verify_across_a_change_of_the_audit_key(altered: Path) -> None:
     log = open_log(altered, KEY1)
     log.change_key(KEY2.audit_key())
     log.add(encrypt_event())
@@ -372,9 +372,9 @@ def test_a_change_of_key_that_the_old_key_did_not_sign_is_refused(altered: Path)
     lines = lines_of(altered)
     at = next(index for index, line in enumerate(lines) if b'"type":"audit_key"' in line)
     old = record.parse_line(lines[at])[0].facts["next_public_key"]
-    stranger = Key(9).public_key.hex()[:2].encode()
+    foreign = Key(9).public_key.hex()[:2].encode()
     assert isinstance(old, str)
-    lines[at] = lines[at].replace(old[:2].encode(), stranger[:2], 1)
+    lines[at] = lines[at].replace(old[:2].encode(), foreign[:2], 1)
     put(altered, lines)
     assert not verify(altered, KEY1, KEY2).intact
     assert not verify(altered, KEY1, public_only=True).intact
@@ -392,7 +392,7 @@ def test_an_empty_log_is_not_intact() -> None:
 @settings(max_examples=300)
 @given(data=st.data())
 def test_no_edit_of_the_bytes_leaves_the_log_intact(original: Path, data: st.DataObject) -> None:
-    """But cutting it at a line's end."""
+    """Except removing whole lines at its end."""
     content = (original / LOG).read_bytes()
     length = len(content)
     begin = data.draw(st.integers(0, length - 1))

@@ -1,4 +1,4 @@
-"""The workflow of verifying: where a check begins, what is missing, and reading beside a writer."""
+"""Verifying a directory: where a check begins, what is missing, and reading while a writer writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_check_can_begin_at_any_signed_line(original: Path) -> None:
         assert public.intact
 
 
-def test_what_lies_before_the_beginning_of_a_check_is_not_read(altered: Path) -> None:
+def test_lines_before_the_start_of_a_check_are_not_read(altered: Path) -> None:
     signed = [event.seq for event in events_of(altered / f"{LOG}.3") if event.type in record.SIGNED_TYPES]
     (altered / f"{LOG}.1").write_bytes(b"nonsense\n")
     assert verify_directory(str(altered), trust(), from_checkpoint=signed[0]).intact
@@ -43,12 +43,12 @@ def test_a_check_does_not_begin_at_an_ordinary_or_a_forged_line(altered: Path) -
         verify_directory(str(altered), trust(), from_checkpoint=10**9)
 
 
-def test_no_log_is_missing_and_not_intact(tmp_path: Path) -> None:
+def test_a_directory_without_a_log_raises_audit_log_missing(tmp_path: Path) -> None:
     with pytest.raises(AuditLogMissingError):
         verify_directory(str(tmp_path), trust())
 
 
-def test_progress_goes_from_nothing_to_all(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_ends_with_the_total(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minikms.audit.queries._PROGRESS_LINES", 5)
     told: list[tuple[int, int]] = []
     verify_directory(str(original), trust(), progress=lambda done, total: told.append((done, total)))
@@ -58,7 +58,7 @@ def test_progress_goes_from_nothing_to_all(original: Path, monkeypatch: pytest.M
 
 
 def test_a_file_that_is_closed_while_it_is_read_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rotation, and a compression, in the middle of each file's reading."""
+    """Each file is rotated and compressed while it is read."""
     log = open_log(tmp_path, clock=Clock(step=CHORES_NS), limits=Limits(segment_bytes=2000, reserve_bytes=0))
     write_events(log, 10)
     rounds = 0
@@ -79,7 +79,7 @@ def test_a_file_that_is_closed_while_it_is_read_is_read_once(tmp_path: Path, mon
     log.close()
 
 
-def test_a_last_line_that_is_completed_meanwhile_is_no_alteration(
+def test_a_last_line_that_is_completed_while_reading_is_no_finding(
     altered: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = (altered / LOG).read_bytes()
@@ -93,7 +93,7 @@ def test_a_last_line_that_is_completed_meanwhile_is_no_alteration(
 
 
 def test_memory_is_bounded_by_a_chunk_and_a_line(tmp_path: Path) -> None:
-    """A file without any newline, larger than what may be held."""
+    """A file without a newline that is larger than the memory bound."""
     import tracemalloc
 
     with open(tmp_path / LOG, "wb") as file:

@@ -1,4 +1,4 @@
-"""Closed files are compressed, kept, removed on purpose and sent elsewhere, and the log stays one chain."""
+"""Closed files are compressed, retained, removed and forwarded, and the log stays one chain."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LATER = 1_700_000_000 * SECOND + DAY_NS
 # --- compressed ------------------------------------------------------------------------------------------------------
 
 
-def test_closed_files_are_compressed_and_read_all_the_same(altered: Path) -> None:
+def test_compressed_files_are_read_like_plain_ones(altered: Path) -> None:
     names = compress_closed(str(altered))
     assert names == [f"{LOG}.{number}.zst" for number in list_segments(str(altered))]
     assert not (altered / f"{LOG}.1").exists()
@@ -39,7 +39,7 @@ def test_closed_files_are_compressed_and_read_all_the_same(altered: Path) -> Non
     assert verify(altered).intact
 
 
-def test_a_compression_that_was_interrupted_is_completed(altered: Path) -> None:
+def test_an_interrupted_compression_is_completed(altered: Path) -> None:
     (altered / f"{LOG}.1.zst.tmp").write_bytes(b"half")
     shutil.copy(altered / f"{LOG}.2", altered / "copy")
     compress_closed(str(altered))
@@ -50,7 +50,7 @@ def test_a_compression_that_was_interrupted_is_completed(altered: Path) -> None:
     assert verify(altered).intact
 
 
-def test_a_plain_file_goes_only_when_the_compressed_one_holds_the_same(
+def test_a_plain_file_is_deleted_only_after_the_compressed_one_is_equal(
     altered: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = (altered / f"{LOG}.1").read_bytes()
@@ -69,7 +69,7 @@ def test_a_plain_file_goes_only_when_the_compressed_one_holds_the_same(
     assert not list(altered.glob("*.zst*"))
 
 
-def test_a_damaged_compressed_file_is_seen(altered: Path) -> None:
+def test_a_damaged_compressed_file_is_found(altered: Path) -> None:
     compress_closed(str(altered))
     path = altered / f"{LOG}.2.zst"
     content = path.read_bytes()
@@ -82,10 +82,10 @@ def test_a_damaged_compressed_file_is_seen(altered: Path) -> None:
     assert not verify_directory(str(altered), trust()).intact
 
 
-# --- removed on purpose ----------------------------------------------------------------------------------------------
+# --- retention -------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_removed_on_purpose_is_told_before_and_the_rest_is_intact(altered: Path) -> None:
+def test_removed_segments_are_named_before_and_the_rest_is_intact(altered: Path) -> None:
     compress_closed(str(altered))
     log = open_log(altered, clock=Clock(now=LATER, step=CHORES_NS))
     assert remove_segments(log, Retention(bytes_max=1, days_min=90)) == [], "the floor wins"
@@ -98,7 +98,7 @@ def test_what_is_removed_on_purpose_is_told_before_and_the_rest_is_intact(altere
     assert verify(altered, public_only=True).intact
 
 
-def test_retention_stops_when_little_enough_is_left(altered: Path) -> None:
+def test_retention_stops_when_the_rest_is_within_the_bound(altered: Path) -> None:
     sizes = [(altered / names[0]).stat().st_size for names in list_segments(str(altered)).values()]
     log = open_log(altered, clock=Clock(now=LATER))
     removed = remove_segments(log, Retention(bytes_max=sum(sizes[2:]), days_min=0))
@@ -108,14 +108,14 @@ def test_retention_stops_when_little_enough_is_left(altered: Path) -> None:
     assert verify(altered).intact
 
 
-def test_the_floor_counts_from_when_a_file_was_closed(altered: Path) -> None:
+def test_days_min_counts_from_the_closing_of_a_file(altered: Path) -> None:
     closed_at = [events_of(altered / f"{LOG}.{number}")[0].ts for number in (2, 3)]
     log = open_log(altered, clock=Clock(now=closed_at[0] + DAY_NS, step=0))
     assert remove_segments(log, Retention(bytes_max=1, days_min=1)) == [f"{LOG}.1"]
     log.close()
 
 
-def test_a_file_whose_removal_was_told_but_not_done_does_no_harm(altered: Path) -> None:
+def test_a_segment_that_was_named_but_not_deleted_is_no_finding(altered: Path) -> None:
     """Killed between the line and the deletion."""
     kept = (altered / f"{LOG}.1").read_bytes()
     sizes = sum((altered / names[0]).stat().st_size for names in list_segments(str(altered)).values())
@@ -126,7 +126,7 @@ def test_a_file_whose_removal_was_told_but_not_done_does_no_harm(altered: Path) 
     assert verify(altered).intact
 
 
-def test_more_taken_away_than_was_told_is_missing(altered: Path) -> None:
+def test_a_deleted_segment_without_a_retention_line_is_missing(altered: Path) -> None:
     log = open_log(altered, clock=Clock(now=LATER))
     sizes = sum((altered / names[0]).stat().st_size for names in list_segments(str(altered)).values())
     remove_segments(log, Retention(bytes_max=sizes - 1, days_min=0))
@@ -136,10 +136,10 @@ def test_more_taken_away_than_was_told_is_missing(altered: Path) -> None:
     assert [finding.kind for finding in verify(altered).findings] == ["missing"]
 
 
-# --- kept up by the daemon -------------------------------------------------------------------------------------------
+# --- maintenance by the daemon ---------------------------------------------------------------------------------------
 
 
-def test_the_upkeep_compresses_forwards_and_removes(tmp_path: Path) -> None:
+def test_maintenance_compresses_forwards_and_removes(tmp_path: Path) -> None:
     clock = Clock(now=LATER, step=CHORES_NS)
     log = open_log(tmp_path, clock=clock, limits=Limits(segment_bytes=3000, reserve_bytes=0))
     copy = tmp_path / "copy"
@@ -160,9 +160,7 @@ def test_the_upkeep_compresses_forwards_and_removes(tmp_path: Path) -> None:
     assert forwarded == list(range(1, len(forwarded) + 1))
 
 
-def test_what_the_upkeep_can_not_do_is_in_its_status_and_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_maintenance_reports_failures_and_tries_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = open_log(tmp_path, clock=Clock(now=LATER, step=CHORES_NS), limits=Limits(segment_bytes=3000, reserve_bytes=0))
     write_events(log, 30)
     upkeep = Maintenance(
@@ -183,6 +181,6 @@ def test_what_the_upkeep_can_not_do_is_in_its_status_and_tried_again(
     log.close()
 
 
-def test_a_file_that_is_just_being_closed_is_left_alone(altered: Path) -> None:
+def test_a_file_that_is_being_closed_is_not_compressed(altered: Path) -> None:
     assert compress_closed(str(altered), below=3) == [f"{LOG}.1.zst", f"{LOG}.2.zst"]
     assert (altered / f"{LOG}.3").exists()

@@ -1,4 +1,4 @@
-"""`minikms audit …` as a person runs it: output, exit status, with and without the root key."""
+"""`minikms audit …` as an operator runs it: output and exit status, with and without the root key."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from minikms.audit import AuditLog, Event
+from minikms.audit import AuditLog, Event, ExpectedLog
 from minikms.base64 import encode_text
 from minikms.cli import audit
-from minikms.cli.auditkeys import RootKey, open_audit_keys, rotate_audit_key
 from minikms.crypto.aead import NonceSource
 from minikms.custody.files import DataDirLock
 from minikms.custody.keyring_file import KeyringFile
-from minikms.datadir import RootSource, keys_of, open_keyring
+from minikms.datadir import audit_keys, open_audit_log, open_for_reading, open_keyring, rotate_audit_key
 from minikms.memory.arena import SecretArena
+from minikms.roots.providers import DevelopmentKey
 
 LOG = "minikms-audit.log"
 START_NS = 1_764_000_000_123_456_789
@@ -32,20 +32,11 @@ def make_data_dir(directory: Path, *, hash_thread_ids: bool = False) -> None:
     """A data directory with a keyring, its key file beside it, and a closed log of a few lines."""
     with DataDirLock(str(directory)) as lock, ThreadPoolExecutor(1) as executor:
         arena = SecretArena(64)
-        opened = open_keyring(
-            data_dir=str(directory),
-            file=KeyringFile(lock.directory_fd, executor),
-            source=RootSource(dev_file=Path(f"{directory}.master-key")),
-            arena=arena,
-            nonces=NonceSource(),
-        )
-        key = keys_of(opened.unlocked).current
-        log = AuditLog.open(
-            directory,
-            audit_key=key.mac_key,
-            seed=opened.unlocked.audit_key(1)[1],
-            now_ns=lambda: START_NS,
-            hash_thread_ids=hash_thread_ids,
+        file = KeyringFile(lock.directory_fd, executor)
+        root = DevelopmentKey(str(directory))
+        unlocked, *_ = open_keyring(str(directory), file, root, arena=arena, nonces=NonceSource())
+        log = open_audit_log(
+            str(directory), unlocked, expected=ExpectedLog(), hash_thread_ids=hash_thread_ids, now_ns=lambda: START_NS
         )
         log.add(Event(type="create_dek", actor="peer_uid:1000", pid=9, key_id="k_a", thread_id="t1", request_id="r1"))
         log.add(Event(type="encrypt_batch", actor="peer_uid:1000", count=2, key_ids=["k_a"], request_ids=["x", "y"]))
@@ -85,7 +76,7 @@ def public_key_of(directory: Path) -> str:
     return str(genesis["event"]["facts"]["public_key"])
 
 
-def test_an_intact_log_exits_0_and_says_what_was_judged(made: Path) -> None:
+def test_an_intact_log_exits_0_and_says_what_was_checked(made: Path) -> None:
     status, output, errors = run("verify", "--data-dir", made)
     assert (status, errors) == (0, "")
     head = json.loads((made / LOG).read_bytes().split(b"\n")[-2])["sig"]
@@ -95,7 +86,7 @@ def test_an_intact_log_exits_0_and_says_what_was_judged(made: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["argument", "file", "variable"])
-def test_the_root_key_comes_from_where_the_daemon_takes_it(data_dir: Path, tmp_path: Path, how: str) -> None:
+def test_the_root_key_is_read_from_the_sources_of_the_daemon(data_dir: Path, tmp_path: Path, how: str) -> None:
     key_file = tmp_path / "elsewhere"
     os.rename(f"{data_dir}.master-key", key_file)
     assert run("verify", "--data-dir", data_dir)[0] == 2
@@ -121,7 +112,7 @@ def test_an_altered_log_exits_1_and_names_file_line_and_fault(data_dir: Path) ->
     assert run("verify", "--data-dir", data_dir, "--public-key", public_key_of(data_dir))[0] == 1
 
 
-def test_the_verdict_is_there_as_json(data_dir: Path) -> None:
+def test_the_report_is_available_as_json(data_dir: Path) -> None:
     status, output, _ = run("verify", "--data-dir", data_dir, "--json")
     report = json.loads(output)
     assert (status, report["intact"], report["lines"], report["findings"]) == (0, True, 5, [])
@@ -131,7 +122,7 @@ def test_the_verdict_is_there_as_json(data_dir: Path) -> None:
     assert (status, report["intact"], report["findings"][0]["kind"]) == (1, False, "malformed")
 
 
-def test_the_public_key_alone_judges_by_signed_lines(data_dir: Path, tmp_path: Path) -> None:
+def test_the_public_key_alone_checks_signed_lines(data_dir: Path, tmp_path: Path) -> None:
     os.unlink(f"{data_dir}.master-key")
     key = public_key_of(data_dir)
     assert "judged by its signed lines" in run("verify", "--data-dir", data_dir, "--public-key", key)[1]
@@ -142,7 +133,7 @@ def test_the_public_key_alone_judges_by_signed_lines(data_dir: Path, tmp_path: P
     assert status == 1 and "a public key that is not trusted" in output
 
 
-def test_a_log_cut_at_its_end_is_told_by_the_expected_head(data_dir: Path) -> None:
+def test_the_expected_head_reveals_removed_last_lines(data_dir: Path) -> None:
     lines = (data_dir / LOG).read_bytes().split(b"\n")
     head = f"5:{json.loads(lines[4])['sig']}"
     assert "0 line(s) are newer" in run("verify", "--data-dir", data_dir, "--expect-head", head)[1]
@@ -151,12 +142,12 @@ def test_a_log_cut_at_its_end_is_told_by_the_expected_head(data_dir: Path) -> No
     assert status == 1 and "ends at line 4, but the expected line 5 was written" in output
 
 
-def test_a_check_of_a_part_says_of_which(data_dir: Path) -> None:
+def test_a_check_of_a_part_names_the_part(data_dir: Path) -> None:
     make_more(data_dir)
     key = public_key_of(data_dir)
     _, output, _ = run("verify", "--data-dir", data_dir, "--from-checkpoint", 5)
     assert output.splitlines()[0] == "The audit log is intact from line 5, judged every line by the audit key."
-    assert "before      lines before line 5 were not checked" in output
+    assert "before      the lines before line 5 were not checked" in output
     _, output, _ = run("verify", "--data-dir", data_dir, "--public-key", key)
     assert output.splitlines()[0] == "The audit log is intact up to line 5, judged by its signed lines."
     assert "not signed  the last 1 line(s): the public key can't judge them" in output
@@ -168,7 +159,7 @@ def test_a_check_of_a_part_says_of_which(data_dir: Path) -> None:
     assert "anchor      0 line(s) are newer than the expected head; that one is not signed yet" in output
 
 
-def test_what_can_not_be_judged_is_neither_intact_nor_altered(data_dir: Path) -> None:
+def test_a_log_that_can_not_be_checked_is_neither_intact_nor_altered(data_dir: Path) -> None:
     lines = (data_dir / LOG).read_bytes().split(b"\n")
     (data_dir / LOG).write_bytes(b"\n".join(lines[:3]) + b"\n")
     given = ("--data-dir", data_dir, "--public-key", public_key_of(data_dir))
@@ -184,7 +175,7 @@ def test_what_can_not_be_judged_is_neither_intact_nor_altered(data_dir: Path) ->
 @pytest.mark.parametrize(
     ("name", "flags", "text"),
     [
-        ("verify", {}, "give the directory of the log"),
+        ("verify", {}, "name the data directory"),
         ("verify", {"data_dir": "/nowhere"}, "there is no directory"),
         ("verify", {"data_dir": "DATA", "from_checkpoint": 77}, "no line 77"),
         ("verify", {"data_dir": "DATA", "expect_head": "5"}, "SEQ:SIG"),
@@ -197,15 +188,17 @@ def test_what_can_not_be_judged_is_neither_intact_nor_altered(data_dir: Path) ->
         ("verify", {"data_dir": "DATA", "public_key": ["/dev/null"]}, "does not hold a public key"),
         ("verify", {"data_dir": "DATA", "master_key_file": Path("/nowhere")}, "can't be read"),
         ("verify", {"data_dir": "EMPTY", "public_key": [encode_text(bytes(32))]}, "there is no audit log"),
-        ("verify", {"data_dir": "EMPTY"}, "there is no keyring"),
-        ("find", {"data_dir": "DATA"}, "say what to find"),
+        ("verify", {"data_dir": "EMPTY", "master_key_file": Path("/nowhere")}, "there is no keyring"),
+        ("verify", {"data_dir": "EMPTY"}, "or only the log's public key with --public-key"),
+        ("find", {"data_dir": "DATA"}, "give something to find"),
         ("find", {"data_dir": "EMPTY", "key": "k"}, "there is no audit log"),
         ("tail", {"data_dir": "EMPTY"}, "there is no audit log"),
         ("stats", {"data_dir": "EMPTY"}, "there is no audit log"),
-        ("rotate_key", {"data_dir": "EMPTY"}, "there is no keyring"),
+        ("rotate_key", {"data_dir": "EMPTY", "master_key_file": Path("/nowhere")}, "there is no keyring"),
+        ("rotate_key", {"data_dir": "EMPTY"}, "give the root key"),
     ],
 )
-def test_what_is_missing_exits_2_in_one_sentence(
+def test_missing_inputs_exit_2_with_one_sentence(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, flags: dict[str, object], text: str
 ) -> None:
     places = {"DATA": str(made), "EMPTY": str(tmp_path)}
@@ -216,12 +209,12 @@ def test_what_is_missing_exits_2_in_one_sentence(
     assert text in errors and errors.startswith("minikms: ") and errors.count("\n") == 1
 
 
-def test_a_log_that_was_taken_away_exits_2(data_dir: Path) -> None:
+def test_a_removed_log_exits_2(data_dir: Path) -> None:
     (data_dir / LOG).unlink()
     assert run("verify", "--data-dir", data_dir)[0] == 2
 
 
-def test_the_last_lines_are_shown_for_people_and_as_they_are(made: Path) -> None:
+def test_the_last_lines_are_shown_as_text_and_as_json(made: Path) -> None:
     _, output, _ = run("tail", "--data-dir", made, "--lines", 3)
     assert output.splitlines()[0] == (
         "2025-11-24T16:00:00.123Z        3 encrypt_batch    peer_uid:1000 ok keys=k_a count=2 requests=x,y"
@@ -230,7 +223,7 @@ def test_the_last_lines_are_shown_for_people_and_as_they_are(made: Path) -> None
     assert output.encode() == (made / LOG).read_bytes()
 
 
-def test_a_log_can_not_drive_the_terminal(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_can_not_send_commands_to_the_terminal(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data_dir / LOG).write_bytes((data_dir / LOG).read_bytes() + b"\x1b]0;owned\x07\x1b[2J\n")
     directory = str(data_dir)
     audit.tail(data_dir=directory)
@@ -256,7 +249,8 @@ def test_new_lines_are_followed_until_interrupted(data_dir: Path) -> None:
 
 def make_more(directory: Path) -> None:
     """One more line, as a daemon would write it."""
-    with open_audit_keys(str(directory), RootKey(None, None)) as keys:
+    with open_for_reading(str(directory), DevelopmentKey(str(directory))) as unlocked:
+        keys = audit_keys(unlocked).trust()
         log = AuditLog.open(directory, audit_key=keys.mac_keys[1], seed=memoryview(bytes(32)), now_ns=lambda: START_NS,
                             signer=StillSigner(next(iter(keys.public_keys))))  # fmt: skip
         log.add(Event(type="decrypt", actor="peer_uid:1000"))
@@ -307,7 +301,7 @@ def test_lines_are_counted(made: Path) -> None:
     assert json.loads(output)["outcomes"] == {"ok": 4, "forbidden": 1}
 
 
-def test_a_new_audit_key_is_named_by_the_log_and_both_verify(data_dir: Path) -> None:
+def test_the_log_names_a_new_audit_key_and_both_keys_verify(data_dir: Path) -> None:
     old = public_key_of(data_dir)
     status, output, _ = run("rotate-key", "--data-dir", data_dir, "--json")
     made = json.loads(output)
@@ -320,10 +314,10 @@ def test_a_new_audit_key_is_named_by_the_log_and_both_verify(data_dir: Path) -> 
     assert run("verify", "--data-dir", data_dir)[0] == 0
 
 
-def test_a_change_of_the_audit_key_that_was_interrupted_is_completed_by_the_next(
+def test_the_next_start_completes_an_interrupted_change_of_the_audit_key(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The keyring remembers after which line the new key took over: a log that ends elsewhere is another one."""
+    """The keyring records after which line the new key begins: a log that ends at another line is refused."""
     head = json.loads(run("verify", "--data-dir", data_dir, "--json")[1])["head"]
 
     def killed(*_: object) -> None:
@@ -332,7 +326,7 @@ def test_a_change_of_the_audit_key_that_was_interrupted_is_completed_by_the_next
     with monkeypatch.context() as patch:
         patch.setattr(AuditLog, "change_key", killed)
         with pytest.raises(KeyboardInterrupt):
-            rotate_audit_key(str(data_dir), RootKey(None, None))
+            rotate_audit_key(str(data_dir), DevelopmentKey(str(data_dir)))
     status, output, _ = run("verify", "--data-dir", data_dir)
     assert status == 1
     assert f"ends under audit key version 1, but version 2 was introduced after line {head['seq']}" in output

@@ -1,4 +1,4 @@
-"""The log of a real daemon: its flags, its chores, and what it does when the log can't be written."""
+"""The log of a real daemon: its flags, its maintenance, and refused requests while the log can't be written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from minikms.audit import record
-from minikms.daemon import settings
+from minikms.cli.serve import parse_head
 from minikms.errors import StartError
 
 LOG = "minikms-audit.log"
@@ -78,7 +78,7 @@ def events_of(directory: Path) -> list[record.Event]:
     return [record.parse_line(line)[0] for line in (directory / LOG).read_bytes().split(b"\n")[:-1]]
 
 
-def test_a_day_in_the_life_of_a_log(tmp_path: Path) -> None:
+def test_the_log_of_a_daemon_is_intact_copied_and_hides_threads(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     with serving(tmp_path, "--audit-hash-thread-ids", "--audit-copy", copy) as daemon:
         status, made = daemon.ask("POST", "/create_dek_for_thread", {"thread_id": "payroll"})
@@ -97,8 +97,8 @@ def test_a_day_in_the_life_of_a_log(tmp_path: Path) -> None:
     assert content.startswith(copy.read_bytes())
 
 
-def test_when_the_log_can_not_be_written_nothing_is_answered_until_it_can(tmp_path: Path) -> None:
-    """For a while the kernel refuses every write beyond the size that the log has (RLIMIT_FSIZE of the daemon)."""
+def test_no_request_is_answered_while_the_log_can_not_be_written(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE of the daemon makes the kernel refuse every write beyond the size of the log for some time."""
     with serving(tmp_path) as daemon:
         _, made = daemon.ask("POST", "/create_dek_for_thread", {"thread_id": "t"})
 
@@ -133,7 +133,7 @@ def test_files_are_closed_and_compressed_while_serving(tmp_path: Path) -> None:
     assert daemon.verify()[0] == 0
 
 
-def test_an_altered_log_stops_the_start_until_its_loss_is_accepted(tmp_path: Path) -> None:
+def test_an_altered_log_prevents_a_start_until_the_loss_is_accepted(tmp_path: Path) -> None:
     with serving(tmp_path) as daemon:
         daemon.ask("POST", "/create_dek_for_thread", {"thread_id": "t"})
     content = (daemon.data_dir / LOG).read_bytes()
@@ -147,8 +147,8 @@ def test_an_altered_log_stops_the_start_until_its_loss_is_accepted(tmp_path: Pat
     assert "previous" in events_of(daemon.data_dir)[0].facts
 
 
-def test_a_log_that_was_cut_is_refused_for_the_line_that_is_expected(tmp_path: Path) -> None:
-    """Also once a start without the expectation has gone on with it, and its end is as far as it was."""
+def test_a_log_without_the_expected_line_is_refused(tmp_path: Path) -> None:
+    """Also if a start without the expectation continued the log until it was as long as before."""
     with serving(tmp_path) as daemon:
         daemon.ask("POST", "/create_dek_for_thread", {"thread_id": "t"})
         head = daemon.ask("GET", "/status")[1]["audit"]["head"]
@@ -174,9 +174,9 @@ SIG = "A" * 43 + "="
 
 
 @pytest.mark.parametrize("text", ["", "5", "5:", f"5:{SIG}=", f"0:{SIG}", f"-1:{SIG}", f"{'9' * 30}:{SIG}"])
-def test_an_expected_line_that_is_none_is_refused(text: str) -> None:
+def test_a_malformed_expected_line_is_refused(text: str) -> None:
     with pytest.raises(StartError, match="--expect-audit-head is SEQ:SIG"):
-        settings.parse_head(text)
+        parse_head(text)
 
 
 @pytest.mark.torture

@@ -1,4 +1,4 @@
-"""Faults that the kernel makes: full disks, failing disks, file-size limits, SIGKILL. Real processes, real errors."""
+"""Faults from the kernel: full disks, failing disks, file-size limits, SIGKILL. Real processes, real errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def told(directory: Path) -> list[str]:
 
 
 def check_answered(directory: Path, printed: list[str]) -> Report:
-    """Every line that the writer answered for is in the log, which is intact."""
+    """Every line that the writer confirmed is in the log, which is intact."""
     report = verify(directory)
     assert report.intact, report.findings
     answered = [int(text) for text in printed if text.isdigit()]
@@ -51,7 +51,7 @@ def check_answered(directory: Path, printed: list[str]) -> Report:
 
 
 @pytest.mark.parametrize("error", ["EIO", "EDQUOT", "ENOSPC", "EINTR"])
-def test_a_write_that_fails_now_and_then_costs_only_its_own_turn(tmp_path: Path, error: str) -> None:
+def test_a_failed_write_drops_only_its_own_turn(tmp_path: Path, error: str) -> None:
     directory = tmp_path / "log"
     directory.mkdir()
     printed = run_writer(directory, 30, under=under_strace(directory, f"write:error={error}:when=5+4"))
@@ -63,7 +63,7 @@ def test_a_write_that_fails_now_and_then_costs_only_its_own_turn(tmp_path: Path,
         assert "unavailable" not in printed, "the interpreter repeats an interrupted call"
 
 
-def test_a_disk_that_stays_broken_stops_every_answer_and_one_that_heals_starts_them(tmp_path: Path) -> None:
+def test_answers_stop_on_a_failing_disk_and_resume_on_a_working_one(tmp_path: Path) -> None:
     directory = tmp_path / "log"
     directory.mkdir()
     printed = run_writer(directory, 30, under=under_strace(directory, "write:error=EIO:when=5..14"))
@@ -73,7 +73,7 @@ def test_a_disk_that_stays_broken_stops_every_answer_and_one_that_heals_starts_t
     check_answered(directory, printed)
 
 
-def test_a_tail_that_can_not_be_cut_off_holds_everything_up(tmp_path: Path) -> None:
+def test_nothing_is_written_until_a_failed_write_is_truncated(tmp_path: Path) -> None:
     directory = tmp_path / "log"
     directory.mkdir()
     printed = run_writer(
@@ -83,7 +83,7 @@ def test_a_tail_that_can_not_be_cut_off_holds_everything_up(tmp_path: Path) -> N
     check_answered(directory, printed)
 
 
-def test_an_fdatasync_that_fails_is_made_good_or_nothing_is_answered(tmp_path: Path) -> None:
+def test_after_a_failed_fdatasync_lines_are_synced_or_not_answered(tmp_path: Path) -> None:
     directory = tmp_path / "log"
     directory.mkdir()
     printed = run_writer(directory, 20, under=under_strace(directory, "fdatasync:error=EIO:when=4..6"))
@@ -91,7 +91,7 @@ def test_an_fdatasync_that_fails_is_made_good_or_nothing_is_answered(tmp_path: P
     check_answered(directory, printed)
 
 
-def test_a_file_size_limit_cuts_a_write_short_and_the_log_stays_whole(tmp_path: Path) -> None:
+def test_a_short_write_at_a_file_size_limit_leaves_whole_lines(tmp_path: Path) -> None:
     """RLIMIT_FSIZE: the first write over it is short, the next ones fail with EFBIG. Lifted halfway."""
     directory = tmp_path / "log"
     printed = run_writer(directory, 40, 3, 5000)
@@ -100,7 +100,7 @@ def test_a_file_size_limit_cuts_a_write_short_and_the_log_stays_whole(tmp_path: 
     check_answered(directory, printed)
 
 
-def test_a_full_file_system_is_recorded_on_the_reserve_and_then_nothing_is_answered(tmp_path: Path) -> None:
+def test_a_full_disk_is_recorded_in_the_reserve_and_then_answers_stop(tmp_path: Path) -> None:
     """A file system of 1 MiB in a mount namespace of its own, which ends with the process."""
     needs.root()
     unshare = needs.namespaces("mount")
@@ -129,7 +129,7 @@ def test_a_full_file_system_is_recorded_on_the_reserve_and_then_nothing_is_answe
 
 
 def kill_at_random(directory: Path, moment: float) -> int:
-    """Kill a writer; the last seq that it answered for."""
+    """Kill a writer. Returns the last seq that it confirmed."""
     command = [sys.executable, str(WRITER), str(directory), "1000000", "10"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None
@@ -152,12 +152,12 @@ def kill_rounds(directory: Path, rounds: int) -> None:
         assert report.head is not None and report.head.seq > answered, f"seed {seed}"
 
 
-def test_a_writer_killed_at_any_moment_leaves_a_log_that_goes_on(tmp_path: Path) -> None:
+def test_a_log_continues_after_its_writer_was_killed_at_any_moment(tmp_path: Path) -> None:
     kill_rounds(tmp_path, 4)
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize("log", range(20))
-def test_a_writer_killed_a_hundred_times_leaves_a_log_that_goes_on(tmp_path: Path, log: int) -> None:
+def test_a_log_continues_after_a_hundred_kills(tmp_path: Path, log: int) -> None:
     """Five times each of twenty logs."""
     kill_rounds(tmp_path / str(log), 5)

@@ -1,6 +1,6 @@
-"""Who can write the files, and knows the public key, or has got an earlier audit key, can't make a log that passes.
+"""An attacker who can write the files and knows the public key or an earlier audit key can't forge a log.
 
-Both verifiers judge each forgery (`logmaker.verify`). Named after what the forger has and does.
+Both verifiers check each forgery (`logmaker.verify`). The tests are named after what the attacker has and does.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def put(path: Path, lines: list[bytes]) -> None:
 
 
 def forged(seq: int, event_type: str = "encrypt", **members: object) -> bytes:
-    """A line that is well-formed, and whose SIG is anything: who has only the public key can't tell."""
+    """A well-formed line with an arbitrary SIG, which the public key alone can't reveal."""
     event = Event(seq=seq, ts=1, type=event_type, actor="peer_uid:0", **members)  # type: ignore[arg-type]  # as given
     return record.encode_line(record.encode_event(event), ALIEN_SIG)[:-1]
 
@@ -59,7 +59,7 @@ def kinds(directory: Path, *keys: Key, **options: object) -> set[str]:
 # --- files: the content stays, what is read changes -------------------------------------------------------------------
 
 
-def test_the_live_file_is_read_also_when_another_file_has_its_number(altered: Path) -> None:
+def test_the_file_being_written_is_read_beside_one_with_its_number(altered: Path) -> None:
     """An old copy under the live file's number; the live file is edited at will."""
     number = max(list_segments(str(altered))) + 1
     lines = lines_of(altered)
@@ -92,7 +92,7 @@ def added(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [merged, split, emptied, added])
-def test_files_hold_the_segments_that_they_are_named_for(altered: Path, change: Callable[[Path], None]) -> None:
+def test_a_file_with_another_segment_than_its_name_says_is_found(altered: Path, change: Callable[[Path], None]) -> None:
     change(altered)
     assert kinds(altered) & {"segment", "missing"}
     assert kinds(altered, public_only=True) & {"segment", "missing"}
@@ -101,7 +101,7 @@ def test_files_hold_the_segments_that_they_are_named_for(altered: Path, change: 
 # --- with the public key alone ----------------------------------------------------------------------------------------
 
 
-def test_a_log_that_nobody_signed_is_not_judged_by_the_public_key(tmp_path: Path) -> None:
+def test_an_unsigned_log_is_not_intact_with_the_public_key_alone(tmp_path: Path) -> None:
     """The public key is public: it can be written into any genesis line."""
     genesis = chain.genesis_event(bytes(16), 1, KEY1.public_key, {})
     put(tmp_path / LOG, [forged(1, "genesis", facts=genesis.facts), *(forged(seq) for seq in range(2, 20))])
@@ -110,7 +110,7 @@ def test_a_log_that_nobody_signed_is_not_judged_by_the_public_key(tmp_path: Path
     assert "altered" in kinds(tmp_path)
 
 
-def test_a_young_log_is_not_judged_by_the_public_key_until_it_is_signed(tmp_path: Path) -> None:
+def test_a_new_log_is_intact_with_the_public_key_only_when_signed(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     write_events(log, 3)
     assert verify(tmp_path).intact
@@ -119,8 +119,8 @@ def test_a_young_log_is_not_judged_by_the_public_key_until_it_is_signed(tmp_path
     assert verify(tmp_path, public_only=True).intact
 
 
-def test_a_removal_that_no_signature_covers_excuses_nothing(altered: Path) -> None:
-    """The oldest file taken away, and the line that would excuse it added at the end, which nobody signed."""
+def test_an_unsigned_retention_line_does_not_excuse_missing_files(altered: Path) -> None:
+    """The oldest file is removed, and an unsigned line that would excuse it is added at the end."""
     first = events_of(altered / f"{LOG}.2")[0]
     (altered / f"{LOG}.1").unlink()
     facts = {"removed_segment": 1, "last_seq": first.facts["previous_seq"], "last_sig": first.facts["previous_sig"]}
@@ -131,7 +131,7 @@ def test_a_removal_that_no_signature_covers_excuses_nothing(altered: Path) -> No
 
 
 def fork(directory: Path, now: int) -> None:
-    """Go on with the log of `directory`: the same number of lines each time, but other ones."""
+    """Continue the log of `directory` with the same number of lines each time, but with other lines."""
     log = open_log(directory, clock=Clock(now), limits=Limits(reserve_bytes=0))
     write_events(log, 3)
     log._writer.rotate(now + SECOND)
@@ -141,10 +141,10 @@ def fork(directory: Path, now: int) -> None:
     log.close()
 
 
-def test_segments_of_two_continuations_of_one_log_do_not_pass_for_one(tmp_path: Path) -> None:
+def test_segments_of_two_continuations_are_not_accepted_as_one_log(tmp_path: Path) -> None:
     """A directory that was copied, put back, and used again: same log id, same keys, same numbers, no shared end.
 
-    The SIG of a closing line is in no signature of its own file: here it is what the next file wants.
+    No signature of its own file covers the SIG of a closing line; here it has the value that the next file names.
     """
     make_log(tmp_path / "a", 3)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -201,7 +201,7 @@ def changed(tmp_path: Path) -> tuple[Path, Head]:
     return directory, since
 
 
-def test_an_earlier_key_does_not_rewrite_a_file_that_was_closed_under_it(changed: tuple[Path, Head]) -> None:
+def test_an_earlier_key_can_not_rewrite_a_closed_file(changed: tuple[Path, Head]) -> None:
     directory, since = changed
     assert verify(directory, KEY1, KEY2, since={2: since}).intact
     assert verify(directory, public_only=True).intact
@@ -213,7 +213,7 @@ def test_an_earlier_key_does_not_rewrite_a_file_that_was_closed_under_it(changed
     assert kinds(directory, KEY1, public_only=True) == {"altered"}
 
 
-def test_an_earlier_key_does_not_rewrite_the_lines_before_the_change(changed: tuple[Path, Head]) -> None:
+def test_an_earlier_key_can_not_rewrite_lines_before_the_change(changed: tuple[Path, Head]) -> None:
     directory, since = changed
     lines = lines_of(directory)
     at = next(index for index, line in enumerate(lines) if b'"type":"audit_key"' in line)
@@ -243,8 +243,8 @@ def log_that_goes_on_after_the_last_line(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("forge", [whole_log, log_that_changes_the_key, log_that_goes_on_after_the_last_line])
-def test_an_earlier_key_does_not_make_another_log(tmp_path: Path, forge: Callable[[Path], None]) -> None:
-    """With the audit keys at hand one knows after which line the key was changed. A start knows it too."""
+def test_an_earlier_key_can_not_make_another_log(tmp_path: Path, forge: Callable[[Path], None]) -> None:
+    """The keyring records after which line the key changed; the verifier with the audit keys and a start know it."""
     make_log(tmp_path / "genuine", 8)
     log = open_log(tmp_path / "genuine")
     since = log.settle()
@@ -262,7 +262,7 @@ def test_an_earlier_key_does_not_make_another_log(tmp_path: Path, forge: Callabl
         open_log(forgery, KEY2, former=(KEY1.audit_key(),), since=since)
 
 
-def test_an_earlier_key_does_not_bring_in_a_key_of_the_forger(tmp_path: Path) -> None:
+def test_an_earlier_key_can_not_introduce_a_forged_key(tmp_path: Path) -> None:
     forger = Key(2)
     forger.seed = memoryview(bytearray([9] * 32))
     log = make_log(tmp_path, 3)
@@ -272,8 +272,8 @@ def test_an_earlier_key_does_not_bring_in_a_key_of_the_forger(tmp_path: Path) ->
     assert kinds(tmp_path, KEY1, KEY2) == {"foreign"}
 
 
-def test_the_public_key_in_force_at_the_end_is_told(changed: tuple[Path, Head]) -> None:
-    """Who has only a public key compares it with the newest that he knows: a log may end before the change."""
+def test_the_report_names_the_public_key_active_at_the_end(changed: tuple[Path, Head]) -> None:
+    """A verifier with only a public key compares it with the newest one it knows: the log may end before the change."""
     directory, since = changed
     report = verify(directory, KEY1, public_only=True)
     assert (report.key_version, report.public_key) == (2, KEY2.public_key)
@@ -283,7 +283,7 @@ def test_the_public_key_in_force_at_the_end_is_told(changed: tuple[Path, Head]) 
     assert (report.intact, report.key_version, report.public_key) == (True, 1, KEY1.public_key)
 
 
-def test_a_change_of_key_is_completed_where_it_was_begun_also_after_a_torn_line(tmp_path: Path) -> None:
+def test_a_change_of_key_is_completed_also_after_an_incomplete_line(tmp_path: Path) -> None:
     make_log(tmp_path, 3)
     log = open_log(tmp_path)
     since = log.settle()
@@ -299,8 +299,8 @@ def test_a_change_of_key_is_completed_where_it_was_begun_also_after_a_torn_line(
     assert verify(tmp_path, KEY1, KEY2, since={2: since}).intact
 
 
-def test_what_settles_a_log_leaves_nothing_for_its_close_to_write(tmp_path: Path) -> None:
-    """Else the line after which a new key takes over would not be the last one."""
+def test_a_close_after_settle_writes_nothing(tmp_path: Path) -> None:
+    """Otherwise the recorded line after which a new key begins would not be the last one."""
     log = open_log(tmp_path)
     log.add(encrypt_event())
     since = log.settle()
@@ -309,7 +309,7 @@ def test_what_settles_a_log_leaves_nothing_for_its_close_to_write(tmp_path: Path
     assert log.head == {"seq": since.seq, "sig": encode_text(since.sig)}
 
 
-def test_a_segment_is_signed_for_before_it_is_removed(tmp_path: Path) -> None:
+def test_a_retention_line_is_signed_before_the_deletion(tmp_path: Path) -> None:
     from minikms.audit.maintenance import Retention, remove_segments
 
     make_segments(tmp_path)

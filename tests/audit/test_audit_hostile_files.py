@@ -1,6 +1,4 @@
-"""Files made to hang a reader, to fill its memory, to crash it, or to be read in two ways. Whoever may write them gains
-a refusal.
-"""
+"""Files that try to hang a reader, fill its memory, crash it, or be read in two ways are refused."""
 
 from __future__ import annotations
 
@@ -78,7 +76,7 @@ def compressed(content: bytes, **options: bool) -> bytes:
     ],
 )
 def test_a_compressed_file_is_one_whole_frame(altered: Path, change: Callable[[bytes, bytes], bytes]) -> None:
-    """A decompressor of streams takes most of these without a word, and the program `zstd` most of the others."""
+    """A stream decompressor accepts most of these without an error, and the program `zstd` most of the others."""
     plain = (altered / f"{LOG}.2").read_bytes()
     compress_closed(str(altered))
     path = altered / f"{LOG}.2.zst"
@@ -128,7 +126,7 @@ def test_a_compressed_file_that_holds_something_else_does_not_replace_the_plain_
 # --- files that would not end -----------------------------------------------------------------------------------------
 
 
-def test_what_is_not_a_file_is_named_and_not_waited_for(
+def test_a_reader_names_what_is_not_a_file_and_does_not_wait_for_it(
     altered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in (f"{LOG}.2", LOG):
@@ -144,7 +142,7 @@ def test_what_is_not_a_file_is_named_and_not_waited_for(
     assert all(line.startswith("minikms: ") and LOG in line for line in errors)
 
 
-def test_a_small_file_that_unpacks_to_a_huge_one_is_given_up(altered: Path) -> None:
+def test_reading_a_decompression_bomb_ends_early(altered: Path) -> None:
     """4 GiB of zeros, and as much of lines, in some hundred KiB each."""
     os.rename(altered / f"{LOG}.1", altered / "kept")
     genuine = (altered / "kept").read_bytes()
@@ -164,15 +162,15 @@ def test_a_small_file_that_unpacks_to_a_huge_one_is_given_up(altered: Path) -> N
         assert took_s < 60, "and not as long as it takes to unpack"
 
 
-def test_a_check_ends_after_so_many_findings_and_says_so(tmp_path: Path) -> None:
+def test_a_check_ends_after_too_many_findings_and_reports_that(tmp_path: Path) -> None:
     (tmp_path / LOG).write_bytes(b"\n" * 2 * FINDINGS_COUNTED_MAX)
     report = verify_directory(str(tmp_path), trust())
     assert (len(report.findings), report.findings_count) == (FINDINGS_COUNT_MAX, FINDINGS_COUNTED_MAX)
     assert report.given_up and report.lines == FINDINGS_COUNTED_MAX
 
 
-def test_a_line_that_never_ends_is_given_up(altered: Path) -> None:
-    """A sparse file: it takes no space, and hours to read."""
+def test_reading_an_endless_line_ends_early(altered: Path) -> None:
+    """A sparse file takes no space, but would take hours to read."""
     path = altered / f"{LOG}.1"
     os.truncate(path, 1024**4)
     report = verify_directory(str(altered), trust())
@@ -217,10 +215,10 @@ def test_a_file_that_is_closed_while_it_is_read_is_read_to_its_end(
     log.close()
 
 
-def test_what_comes_after_the_log_was_read_to_its_end_is_not_read(
+def test_a_file_that_appears_after_the_end_of_the_log_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that is begun right then follows lines that were not read."""
+    """A file that begins at that moment comes after lines that were not read."""
     log = open_log(tmp_path)
     write_events(log, 10)
     real = reader.SegmentFile.lines
@@ -238,8 +236,8 @@ def test_what_comes_after_the_log_was_read_to_its_end_is_not_read(
     log.close()
 
 
-def test_a_follower_of_a_log_whose_number_goes_back_comes_to_an_end(altered: Path) -> None:
-    """The live file claims to be the first, and closed: a follower that believed it would begin anew for ever."""
+def test_a_follower_ends_when_the_segment_number_decreases(altered: Path) -> None:
+    """The file being written claims to be the first, and closed. A follower must not read it again and again."""
     (altered / LOG).write_bytes((altered / f"{LOG}.1").read_bytes())
     last = max(list_segments(str(altered)))
     follower = Follower(str(altered))
@@ -248,7 +246,7 @@ def test_a_follower_of_a_log_whose_number_goes_back_comes_to_an_end(altered: Pat
     assert seqs == list(range(1, record.peek_seq((altered / f"{LOG}.{last}").read_bytes().split(b"\n")[-2]) + 1))
 
 
-def test_markup_in_a_log_is_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_markup_in_a_log_is_shown_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = open_log(tmp_path)
     for actor in ("[/bold]", "[link=https://example.org]peer[/link]", ":skull:"):
         log.add(Event(type=actor, actor=actor, outcome=actor))
@@ -259,7 +257,7 @@ def test_markup_in_a_log_is_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.
     assert output.count(":skull:") == 3
 
 
-def test_totals_stay_small_whatever_the_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_totals_are_bounded_for_any_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queries, "NAMES_COUNT_MAX", 3)
     log = open_log(tmp_path)
     for number in range(10):

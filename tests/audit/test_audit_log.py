@@ -1,6 +1,6 @@
-"""Lines are written before answers, or nothing is; and the log mends itself.
+"""Lines are written before answers are sent, or no answer is sent; and the log recovers by itself.
 
-Faults are put under the real log here at the calls it makes (`os.write`, `os.ftruncate`, `os.fdatasync`);
+The tests inject faults into the calls of the real log (`os.write`, `os.ftruncate`, `os.fdatasync`);
 test_audit_faults.py has the kernel make them.
 """
 
@@ -95,14 +95,14 @@ def test_the_head_is_the_last_line(tmp_path: Path) -> None:
     log.close()
 
 
-def test_a_log_that_was_closed_ends_in_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
+def test_a_closed_log_ends_in_a_checkpoint_and_can_continue(tmp_path: Path) -> None:
     make_log(tmp_path, 3)
     make_log(tmp_path, 3)
     assert types_of(tmp_path) == ["genesis"] + ["encrypt"] * 3 + ["checkpoint"] + ["encrypt"] * 3 + ["checkpoint"]
     assert verify(tmp_path).intact
 
 
-def test_a_log_that_was_opened_and_closed_for_nothing_does_not_grow(tmp_path: Path) -> None:
+def test_opening_and_closing_without_events_does_not_grow_the_log(tmp_path: Path) -> None:
     make_log(tmp_path, 1)
     before = lines_of(tmp_path)
     for _ in range(3):
@@ -110,7 +110,7 @@ def test_a_log_that_was_opened_and_closed_for_nothing_does_not_grow(tmp_path: Pa
     assert lines_of(tmp_path) == before
 
 
-def test_checkpoints_come_after_so_many_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_comes_after_checkpoint_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "CHECKPOINT_LINES", 10)
     log = open_log(tmp_path)
     write_events(log, 100, per_commit=7)
@@ -123,7 +123,7 @@ def test_checkpoints_come_after_so_many_lines(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_turn_of_giant_lines_has_checkpoints_within_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start reads back to the last signed line: what lies between two must stay bounded, in bytes too."""
+    """A start reads back to the last signed line, so the bytes between two signed lines must be bounded."""
     monkeypatch.setattr(writer, "CHECKPOINT_BYTES", 50_000)
     log = open_log(tmp_path)
     for number in range(64):
@@ -162,7 +162,7 @@ def test_thread_ids_can_be_hidden(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
-def test_a_failed_write_leaves_the_log_as_it_was_and_the_next_commit_tries_again(
+def test_a_failed_write_changes_nothing_and_the_next_commit_tries_again(
     tmp_path: Path, faults: Faults, number: int
 ) -> None:
     log = open_log(tmp_path)
@@ -185,7 +185,7 @@ def test_a_failed_write_leaves_the_log_as_it_was_and_the_next_commit_tries_again
 
 
 @pytest.mark.parametrize("length", [0, 1, 150, 400])
-def test_a_short_write_is_cut_off_again(tmp_path: Path, faults: Faults, length: int) -> None:
+def test_a_short_write_is_truncated(tmp_path: Path, faults: Faults, length: int) -> None:
     log = open_log(tmp_path)
     commit_one(log)
     before = (tmp_path / LOG).read_bytes()
@@ -201,7 +201,7 @@ def test_a_short_write_is_cut_off_again(tmp_path: Path, faults: Faults, length: 
     assert verify(tmp_path).intact
 
 
-def test_a_tail_that_can_not_be_cut_is_cut_before_anything_else_is_written(tmp_path: Path, faults: Faults) -> None:
+def test_a_failed_truncation_is_repeated_before_the_next_write(tmp_path: Path, faults: Faults) -> None:
     log = open_log(tmp_path)
     faults.short, faults.ftruncate = [100], [errno.EIO, errno.EIO]
     with pytest.raises(AuditUnavailableError):
@@ -228,7 +228,7 @@ def test_the_log_recovers_without_a_request(tmp_path: Path, faults: Faults) -> N
     log.close()
 
 
-def test_all_that_was_dropped_is_counted(tmp_path: Path, faults: Faults) -> None:
+def test_all_dropped_events_are_counted(tmp_path: Path, faults: Faults) -> None:
     log = open_log(tmp_path)
     faults.write = [errno.EIO] * 5
     for _ in range(5):
@@ -240,7 +240,7 @@ def test_all_that_was_dropped_is_counted(tmp_path: Path, faults: Faults) -> None
     log.close()
 
 
-def test_a_failing_close_says_so_and_closes(tmp_path: Path, faults: Faults) -> None:
+def test_a_failing_close_raises_and_closes(tmp_path: Path, faults: Faults) -> None:
     log = open_log(tmp_path)
     log.add(encrypt_event())
     faults.write = [errno.EIO]
@@ -251,7 +251,7 @@ def test_a_failing_close_says_so_and_closes(tmp_path: Path, faults: Faults) -> N
     assert verify(tmp_path).intact
 
 
-def test_a_signer_that_is_away_fails_the_commit_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_fails_when_the_signer_can_not_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Away:
         def public_key(self) -> bytes:
             return KEY1.public_key
@@ -273,7 +273,7 @@ def test_a_signer_that_is_away_fails_the_commit_closed(tmp_path: Path, monkeypat
 # --- a full disk -----------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_recorded_on_the_space_kept_back(tmp_path: Path, faults: Faults) -> None:
+def test_a_full_disk_is_recorded_in_the_reserve(tmp_path: Path, faults: Faults) -> None:
     clock = Clock()
     log = open_log(tmp_path, clock=clock, limits=Limits(reserve_bytes=256 * 1024))
     faults.write = [errno.ENOSPC, errno.ENOSPC]
@@ -291,7 +291,7 @@ def test_a_full_disk_is_recorded_on_the_space_kept_back(tmp_path: Path, faults: 
     assert verify(tmp_path).intact
 
 
-def test_the_space_kept_back_is_not_for_strangers(tmp_path: Path, faults: Faults) -> None:
+def test_refused_peers_get_no_reserved_space(tmp_path: Path, faults: Faults) -> None:
     log = open_log(tmp_path, limits=Limits(reserve_bytes=256 * 1024))
     faults.write = [errno.ENOSPC]
     log.add(Event(type="refused", actor="peer_uid:99", outcome="unauthorized"))
@@ -301,7 +301,7 @@ def test_the_space_kept_back_is_not_for_strangers(tmp_path: Path, faults: Faults
     log.close()
 
 
-def test_when_the_space_kept_back_is_gone_nothing_is_answered(tmp_path: Path, faults: Faults) -> None:
+def test_no_request_is_answered_when_the_reserve_is_used_up(tmp_path: Path, faults: Faults) -> None:
     log = open_log(tmp_path, limits=Limits(reserve_bytes=128 * 1024))
     faults.write = [errno.ENOSPC] * 3
     with pytest.raises(AuditUnavailableError):
@@ -323,7 +323,7 @@ def test_text_escaped_before_a_failed_write_is_not_escaped_twice(tmp_path: Path,
 # --- on the disk -----------------------------------------------------------------------------------------------------
 
 
-def test_what_was_committed_is_dirty_until_it_was_synced(tmp_path: Path) -> None:
+def test_committed_lines_are_dirty_until_they_are_synced(tmp_path: Path) -> None:
     log = open_log(tmp_path, fsync="interval")
     assert not log.sync_needed
     commit_one(log)
@@ -346,7 +346,7 @@ def test_the_policies_differ_in_when_to_sync(tmp_path: Path) -> None:
     log.close()
 
 
-def test_after_a_failed_fdatasync_nothing_is_taken_until_one_succeeds(tmp_path: Path, faults: Faults) -> None:
+def test_after_a_failed_fdatasync_no_line_is_accepted_until_one_succeeds(tmp_path: Path, faults: Faults) -> None:
     log = open_log(tmp_path)
     commit_one(log)
     faults.fdatasync = [errno.EIO, errno.EIO]
@@ -367,7 +367,7 @@ def test_after_a_failed_fdatasync_nothing_is_taken_until_one_succeeds(tmp_path: 
 def test_after_a_failed_fdatasync_the_unconfirmed_bytes_are_written_again(
     tmp_path: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel may have dropped them and call the pages clean (fsync(2)): a second fdatasync alone proves nothing."""
+    """The kernel may have dropped them and marked the pages clean (fsync(2)), so a second fdatasync proves nothing."""
     log = open_log(tmp_path)
     log.fdatasync()
     synced = (tmp_path / LOG).stat().st_size
@@ -387,7 +387,7 @@ def test_after_a_failed_fdatasync_the_unconfirmed_bytes_are_written_again(
     log.close()
 
 
-def test_fdatasync_in_another_thread_stands_beside_commits_and_rotations(tmp_path: Path) -> None:
+def test_fdatasync_in_another_thread_works_during_commits_and_rotations(tmp_path: Path) -> None:
     log = open_log(tmp_path, clock=Clock(step=CHORES_NS), limits=Limits(segment_bytes=20_000, reserve_bytes=0))
     stop = threading.Event()
     errors: list[BaseException] = []
@@ -414,7 +414,7 @@ def test_fdatasync_in_another_thread_stands_beside_commits_and_rotations(tmp_pat
 # --- the key ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_new_key_holds_from_the_next_line_on(tmp_path: Path) -> None:
+def test_a_new_key_is_active_from_the_next_line_on(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     commit_one(log)
     log.change_key(KEY2.audit_key())
@@ -437,7 +437,7 @@ def test_no_key_shows_in_a_repr_or_an_error(tmp_path: Path, faults: Faults) -> N
     log.close()
 
 
-def test_the_expected_head_of_status_is_what_the_verifier_takes(tmp_path: Path) -> None:
+def test_the_verifier_accepts_the_head_of_status(tmp_path: Path) -> None:
     log = make_log(tmp_path, 3)
     seq, sig = log.head["seq"], log.head["sig"]
     assert isinstance(seq, int) and isinstance(sig, str)

@@ -1,4 +1,4 @@
-"""What a start does with the log that it finds: each row of the decision table in `minikms.audit.recovery`."""
+"""Opening a log at start: each row of the decision table in `minikms.audit.recovery`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def snapshot(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("near_bytes", [1, 300, 5000, queries.NEAR_BYTES])
-def test_a_line_is_found_by_its_number_wherever_it_stands(
+def test_a_line_is_found_by_its_number_in_any_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, near_bytes: int
 ) -> None:
     monkeypatch.setattr(queries, "NEAR_BYTES", near_bytes)
@@ -68,7 +68,7 @@ def test_a_line_is_found_by_its_number_wherever_it_stands(
 def test_a_line_near_the_end_of_a_long_file_is_found_without_reading_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A start that is told a line it must find would otherwise take the longer the fuller the file is."""
+    """Otherwise a start with an expected line would take longer for a larger file."""
     make_log(tmp_path, 2000)
     lines = lines_of(tmp_path)
     monkeypatch.setattr(queries, "NEAR_BYTES", 10_000)
@@ -96,33 +96,33 @@ def test_a_first_start_begins_a_log_with_a_genesis_line(tmp_path: Path) -> None:
     assert verify(tmp_path).intact
 
 
-def test_a_missing_log_that_is_remembered_is_not_begun_anew(tmp_path: Path) -> None:
+def test_a_missing_log_that_is_expected_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StartError, match=r"missing.*minikms audit verify.*--accept-audit-loss"):
         open_log(tmp_path, expected=ExpectedLog(exists=True))
     assert snapshot(tmp_path) == {}
 
 
-def test_an_empty_log_that_is_remembered_is_not_begun_anew(tmp_path: Path) -> None:
+def test_an_empty_log_that_is_expected_is_refused(tmp_path: Path) -> None:
     (tmp_path / LOG).touch()
     with pytest.raises(StartError, match="is empty, but there was one"):
         open_log(tmp_path, expected=ExpectedLog(exists=True))
 
 
-def test_a_genesis_line_that_was_never_completed_is_begun_anew(tmp_path: Path) -> None:
+def test_a_log_with_an_incomplete_genesis_line_is_begun_again(tmp_path: Path) -> None:
     (tmp_path / LOG).write_bytes(b'{"event":{"seq":1,')
     open_log(tmp_path).close()
     assert types_of(tmp_path) == ["genesis", "recovery", "checkpoint"]
     assert verify(tmp_path).intact
 
 
-def test_a_log_whose_writer_was_killed_goes_on(tmp_path: Path) -> None:
+def test_a_log_continues_after_its_writer_was_killed(tmp_path: Path) -> None:
     kill(tmp_path)
     make_log(tmp_path, 2)
     assert types_of(tmp_path) == ["genesis"] + ["encrypt"] * 7 + ["checkpoint"]
     assert verify(tmp_path).intact
 
 
-def test_an_incomplete_last_line_is_moved_aside_and_told(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_moved_aside_and_recorded(tmp_path: Path) -> None:
     kill(tmp_path)
     content = (tmp_path / LOG).read_bytes()
     torn = b'{"event":{"seq":7,"ts":170'
@@ -144,7 +144,7 @@ def test_an_incomplete_last_line_is_moved_aside_and_told(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("zeros", [1, 5000, 200_000])
-def test_a_tail_of_zeros_after_a_power_failure_is_moved_aside(tmp_path: Path, zeros: int) -> None:
+def test_zeros_at_the_end_after_a_power_failure_are_moved_aside(tmp_path: Path, zeros: int) -> None:
     kill(tmp_path)
     with open(tmp_path / LOG, "ab") as file:
         file.write(b'{"event":' + bytes(zeros))
@@ -153,8 +153,8 @@ def test_a_tail_of_zeros_after_a_power_failure_is_moved_aside(tmp_path: Path, ze
     assert verify(tmp_path).intact
 
 
-def test_a_recovery_that_was_itself_interrupted_is_completed(tmp_path: Path) -> None:
-    """Killed after the torn bytes were saved (before or after they were cut off), and before the line was written."""
+def test_an_interrupted_recovery_is_completed(tmp_path: Path) -> None:
+    """Killed after the incomplete bytes were saved (before or after the truncation), before the line was written."""
     kill(tmp_path)
     whole = (tmp_path / LOG).read_bytes()
     aside = tmp_path / f"{LOG}.torn-7"
@@ -182,13 +182,13 @@ def test_an_altered_line_since_the_last_checkpoint_is_refused(tmp_path: Path, nu
 
 def test_a_log_of_another_key_is_refused(tmp_path: Path) -> None:
     make_log(tmp_path, 3, key=Key(1))
-    stranger = Key(1)
-    stranger.mac_key = memoryview(bytes(32))
+    foreign = Key(1)
+    foreign.mac_key = memoryview(bytes(32))
     with pytest.raises(StartError, match="can't be trusted"):
-        open_log(tmp_path, stranger)
+        open_log(tmp_path, foreign)
 
 
-def test_a_log_shorter_than_remembered_is_refused(tmp_path: Path) -> None:
+def test_a_log_shorter_than_expected_is_refused(tmp_path: Path) -> None:
     kill(tmp_path)
     known = head_of(tmp_path, 6)
     lines = lines_of(tmp_path)
@@ -197,35 +197,35 @@ def test_a_log_shorter_than_remembered_is_refused(tmp_path: Path) -> None:
         open_log(tmp_path, expected=ExpectedLog(exists=True, head=known))
 
 
-def test_a_log_whose_remembered_line_is_another_is_refused(tmp_path: Path) -> None:
+def test_a_log_with_another_line_in_place_of_the_expected_one_is_refused(tmp_path: Path) -> None:
     kill(tmp_path)
     with pytest.raises(StartError, match="line 6 of the audit log is not the one"):
         open_log(tmp_path, expected=ExpectedLog(exists=True, head=Head(6, bytes(32))))
 
 
-def test_a_log_as_long_as_remembered_or_longer_goes_on(tmp_path: Path) -> None:
+def test_a_log_with_the_expected_line_continues(tmp_path: Path) -> None:
     kill(tmp_path)
     for number in (4, 6):
         open_log(tmp_path, expected=ExpectedLog(exists=True, head=head_of(tmp_path, number))).close()
 
 
 def many(directory: Path) -> list[Head]:
-    """A log in several files, some compressed, and the heads that it had."""
+    """A log in several files, some compressed. Returns the heads that it had."""
     make_segments(directory)
     compress_closed(str(directory), below=3)
     lines = [line for file in each_segment(str(directory)) for line in file.lines()]
     return [Head(record.peek_seq(line), record.split_line(line)[1]) for line in lines]
 
 
-def test_a_remembered_line_is_found_in_any_file(tmp_path: Path) -> None:
+def test_the_expected_line_is_found_in_any_file(tmp_path: Path) -> None:
     for head in many(tmp_path):
         open_log(tmp_path, expected=ExpectedLog(exists=True, head=head)).close()
         with pytest.raises(StartError, match=f"line {head.seq} of the audit log is not the one that was written"):
             open_log(tmp_path, expected=ExpectedLog(exists=True, head=Head(head.seq, bytes(32))))
 
 
-def test_a_log_that_was_cut_and_went_on_is_refused_for_a_remembered_line(tmp_path: Path) -> None:
-    """A start without the memory, and its lines, hide the cut from who only looks where the log ends."""
+def test_a_log_that_was_truncated_and_continued_is_refused(tmp_path: Path) -> None:
+    """The lines of a start without the expectation hide the truncation from a check of the log's end alone."""
     kill(tmp_path)
     known = head_of(tmp_path, 6)
     (tmp_path / LOG).write_bytes(b"\n".join(lines_of(tmp_path)[:4]) + b"\n")
@@ -235,7 +235,7 @@ def test_a_log_that_was_cut_and_went_on_is_refused_for_a_remembered_line(tmp_pat
         open_log(tmp_path, expected=ExpectedLog(exists=True, head=known))
 
 
-def test_a_log_that_lost_the_file_of_a_remembered_line_is_refused(tmp_path: Path) -> None:
+def test_a_log_without_the_file_of_the_expected_line_is_refused(tmp_path: Path) -> None:
     heads = many(tmp_path)
     os.unlink(tmp_path / f"{LOG}.1.zst")
     with pytest.raises(StartError, match="line 3 of the audit log was written, but none of the files has it"):
@@ -246,7 +246,7 @@ def test_a_log_that_lost_the_file_of_a_remembered_line_is_refused(tmp_path: Path
         open_log(tmp_path, expected=ExpectedLog(exists=True, head=heads[2]))
 
 
-def test_told_to_accept_the_loss_a_start_keeps_the_old_files_and_says_so(tmp_path: Path) -> None:
+def test_accepting_a_loss_keeps_the_old_files_and_records_it(tmp_path: Path) -> None:
     kill(tmp_path)
     known = head_of(tmp_path, 6)
     altered = (tmp_path / LOG).read_bytes().replace(b'"ok"', b'"no"')
@@ -277,20 +277,20 @@ def test_a_log_through_a_symbolic_link_is_refused(tmp_path: Path) -> None:
         open_log(tmp_path)
 
 
-def test_a_log_that_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_a_log_that_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / LOG)
     with pytest.raises(StartError, match="not a regular file"):
         open_log(tmp_path)
 
 
-def test_a_change_of_key_that_reached_the_keyring_only_is_completed(tmp_path: Path) -> None:
+def test_a_change_of_key_that_reached_only_the_keyring_is_completed(tmp_path: Path) -> None:
     kill(tmp_path)
     open_log(tmp_path, KEY2, former=(KEY1.audit_key(),)).close()
     assert types_of(tmp_path)[6:] == ["audit_key"]
     assert verify(tmp_path, KEY1, KEY2).intact
 
 
-def test_a_start_right_after_a_change_of_key_goes_on_under_the_new_one(tmp_path: Path) -> None:
+def test_a_start_after_a_change_of_key_continues_under_the_new_key(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     log.change_key(KEY2.audit_key())
     make_log(tmp_path, 2, key=KEY2, former=(KEY1.audit_key(),))
@@ -298,7 +298,7 @@ def test_a_start_right_after_a_change_of_key_goes_on_under_the_new_one(tmp_path:
     assert verify(tmp_path, KEY1, KEY2).intact
 
 
-def test_keys_that_changed_twice_with_nothing_between_are_followed(tmp_path: Path) -> None:
+def test_two_changes_of_key_without_lines_between_are_accepted(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     log.change_key(KEY2.audit_key())
     key3 = Key(3)
@@ -311,7 +311,7 @@ def test_keys_that_changed_twice_with_nothing_between_are_followed(tmp_path: Pat
 def test_a_start_reads_no_further_back_than_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A line altered before it is for `verify` to find."""
+    """`minikms audit verify` finds a line that was altered before it."""
     monkeypatch.setattr(recovery, "_READ_BYTES", 500)
     monkeypatch.setattr(writer, "CHECKPOINT_LINES", 50)
     log = open_log(tmp_path)
@@ -324,7 +324,7 @@ def test_a_start_reads_no_further_back_than_the_last_checkpoint(
     assert not verify(tmp_path).intact
 
 
-def test_a_file_without_any_signed_line_in_a_long_stretch_is_not_ours(
+def test_a_file_with_too_many_unsigned_bytes_at_its_end_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recovery, "_READ_BYTES", 500)

@@ -1,4 +1,4 @@
-"""Finding, counting, following and forwarding what is in a log."""
+"""Finding, counting, following and forwarding the lines of a log."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def found(directory: str, **sought: str) -> list[int]:
     return seqs(list(queries.find(directory, queries.query(**sought))))  # type: ignore[arg-type]  # all of them are text
 
 
-def test_lines_are_found_by_what_they_tell_of(searched: str) -> None:
+def test_lines_are_found_by_thread_key_actor_and_request_id(searched: str) -> None:
     assert found(searched, thread="t1") == [2]
     assert found(searched, key="k_a") == [4, 5]
     assert found(searched, key="k_b") == [4], "not by a word in the detail"
@@ -87,7 +87,7 @@ def test_lines_are_found_in_every_file(tmp_path: Path) -> None:
     assert totals.types["segment_close"] == totals.types["segment_open"] == totals.files - 1
 
 
-def test_totals_tell_outcomes_actors_and_items(searched: str) -> None:
+def test_totals_count_outcomes_actors_and_items(searched: str) -> None:
     totals = queries.totals(searched)
     assert totals.malformed == 1
     assert totals.outcomes == {"ok": 5, "forbidden": 1, "invalid_request": 1}
@@ -97,7 +97,7 @@ def test_totals_tell_outcomes_actors_and_items(searched: str) -> None:
     assert totals.disk_bytes == Path(searched, LOG).stat().st_size
 
 
-def test_totals_stay_small_whatever_the_actors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_totals_are_bounded_for_any_actors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queries, "NAMES_COUNT_MAX", 3)
     log = open_log(tmp_path)
     for number in range(10):
@@ -165,7 +165,7 @@ def test_a_follower_waits_for_the_rest_of_a_line(tmp_path: Path, monkeypatch: py
 
 
 class Collector:
-    """A forwarder that keeps what arrived, and fails when told to: before or after it has taken the lines."""
+    """A forwarder that collects lines, and can fail before or after it has stored them."""
 
     def __init__(self) -> None:
         self.arrived: list[bytes] = []
@@ -211,7 +211,7 @@ def test_a_forwarder_that_failed_is_asked_again_where_it_is(tmp_path: Path) -> N
 
 
 def test_only_committed_lines_are_forwarded(tmp_path: Path) -> None:
-    """A line after the head may belong to a write that is about to be cut off again."""
+    """A line after the head may belong to a failed write that will be truncated."""
     make_log(tmp_path, 5)
     collector = Collector()
     with closing(Forwarding(str(tmp_path), collector)) as forwarding:

@@ -1,4 +1,4 @@
-"""An event has one encoding, and a line holds nothing that needs an escape."""
+"""An event has one encoding, and a line contains nothing that needs an escape."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_line_is_what_a_plain_json_encoder_writes(event: Event) -> None:
 
 @given(st.lists(clean_events, max_size=5), st.integers(1, 2**62))
 def test_sealing_many_at_once_gives_the_bytes_of_sealing_one_by_one(many: list[Event], ts: int) -> None:
-    """The hot path against the plain one: the struct's encoder, `chain.mac`, `record.frame`."""
+    """The hot path against the plain one: the struct's encoder, `chain.mac`, `record.encode_line`."""
     blob, head = chain.seal(many, Head(7, bytes([7] * 32)), KEY1.mac_key, ts)
     expected, seq, sig = b"", 7, bytes([7] * 32)
     for event in many:

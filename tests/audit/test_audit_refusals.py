@@ -1,4 +1,4 @@
-"""A flood of strangers costs few lines, and each refusal is counted once."""
+"""Many refused peers cause few lines, and each refusal is counted once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from minikms.daemon.refusals import ACTOR_OTHERS, UIDS_COUNT_MAX, WINDOW_NS, Ref
 SECOND = WINDOW_NS
 
 
-def test_a_single_refusal_is_told_at_once() -> None:
+def test_a_single_refusal_is_reported_at_once() -> None:
     event = RefusalAggregator().note(1001, 0)
     assert event is not None
     assert (event.type, event.actor, event.count, event.outcome) == ("refused", "peer_uid:1001", 1, "unauthorized")
@@ -27,7 +27,7 @@ def test_a_flood_of_one_uid_costs_one_line_a_second() -> None:
     assert refusals.note(1001, SECOND + 5) is None, "the second of the line just told is not over"
 
 
-def test_a_uid_that_went_quiet_is_told_at_once_again() -> None:
+def test_a_uid_that_paused_is_reported_at_once_again() -> None:
     refusals = RefusalAggregator()
     refusals.note(1001, 0)
     assert refusals.due(SECOND) == []
@@ -44,7 +44,7 @@ def test_uids_beyond_the_bound_share_one_line() -> None:
     assert (rest.actor, rest.count) == (ACTOR_OTHERS, 100_000 - UIDS_COUNT_MAX - 1)
 
 
-def test_what_is_left_is_told_at_the_end() -> None:
+def test_counted_refusals_are_reported_at_the_end() -> None:
     refusals = RefusalAggregator()
     refusals.note(1, 0)
     refusals.note(1, 1)

@@ -1,7 +1,7 @@
-"""Each rule of the page holds by itself: these logs have right MACs and right signatures, and yet break one rule.
+"""Each rule of the specification is checked by itself: these logs have valid MACs and signatures, but break one rule.
 
-Only a holder of the keys can make them: a mistaken writer, or two logs under one keyring. `make_vectors.Maker` writes
-them; both verifiers judge them, with the audit keys and with the public key alone.
+Only a holder of the keys can make them: a faulty writer, or two logs under one keyring. `make_vectors.Maker` writes
+them; both verifiers check them, with the audit keys and with the public key alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OTHER_SIG = encode_text(bytes(range(32)))
 
 
 def begun(file: str = LOG, **changes: str | int) -> Maker:
-    """A log with a genesis line, in which `changes` are made, and an event."""
+    """A log with a genesis line with `changes`, and an event."""
     maker = Maker()
     genesis = chain.genesis_event(LOG_ID, 1, KEY1.public_key, {})
     genesis.facts.update(changes)
@@ -33,7 +33,7 @@ def begun(file: str = LOG, **changes: str | int) -> Maker:
 
 
 def signed(event_type: str = "checkpoint", *, extra: Facts | None = None, **changes: str | int) -> Callable[[], Maker]:
-    """The same and a signed line, made with `changes` before it is signed."""
+    """A log with a genesis line, an event and a signed line with `changes`."""
 
     def make() -> Maker:
         maker = begun()
@@ -176,8 +176,8 @@ def test_an_unknown_key_version_after_a_change_is_named(tmp_path: Path) -> None:
     assert verify(tmp_path, public_only=True).intact
 
 
-def test_a_removal_of_another_line_excuses_nothing(tmp_path: Path) -> None:
-    """A `retention` line names the head before the first file, or it does not count."""
+def test_a_retention_line_for_another_segment_excuses_nothing(tmp_path: Path) -> None:
+    """A `retention` line counts only if it names the head before the first file."""
     for last_sig, intact in ((None, True), (OTHER_SIG, False)):
         maker = begun(FIRST)
         maker.sign("segment_close", {"next_segment": 2})

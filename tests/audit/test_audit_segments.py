@@ -1,4 +1,4 @@
-"""A log is one chain across its files: closed, renamed, compressed, removed, or taken away."""
+"""A log is one chain across its files, which may be closed, renamed, compressed, retained, or missing."""
 
 from __future__ import annotations
 

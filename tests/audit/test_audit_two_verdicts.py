@@ -1,7 +1,7 @@
-"""Two verifiers, written apart, of logs that were altered at random: they agree, and nothing altered passes.
+"""Two independent verifiers agree about logs that were altered at random, and accept no altered log.
 
-Alterations are of two kinds: of bytes, lines and files, as by who can write the files; and of events before they are
-chained and signed anew, as by who has the keys: those reach the rules behind MAC and signature.
+There are two kinds of alterations: of bytes, lines and files, by someone who can write the files; and of events before
+they are chained and signed again, by someone who has the keys, which reach the rules after MAC and signature.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def test_two_verifiers_agree_on_whatever_was_altered(originals: list[Original], 
 
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(data=st.data())
-def test_nothing_that_was_altered_without_a_key_passes(originals: list[Original], data: st.DataObject) -> None:
+def test_no_alteration_without_a_key_is_accepted(originals: list[Original], data: st.DataObject) -> None:
     """With the audit keys and a known head, so that a clean cut at the end shows too."""
     original = data.draw(st.sampled_from(originals))
     with tempfile.TemporaryDirectory() as temporary:

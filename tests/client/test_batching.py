@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from minikms import api
 from minikms.client import AsyncClient, batching, errors
-from minikms.client.batching import Lane
-from minikms.client.verbs import EncryptItem, Outcome
+from minikms.client.batching import Batcher
+from minikms.client.items import EncryptItem, Outcome
 
 KEY = "k_" + "0" * 26
 
@@ -44,14 +44,14 @@ class Daemon:
         ]
 
 
-def run(test: Callable[[Daemon, Lane[EncryptItem]], Awaitable[None]]) -> None:
+def run(test: Callable[[Daemon, Batcher[EncryptItem]], Awaitable[None]]) -> None:
     async def main() -> None:
         daemon = Daemon()
-        lane = Lane(daemon.send, 5.0)
+        batcher = Batcher(daemon.send, 5.0)
         try:
-            await test(daemon, lane)
+            await test(daemon, batcher)
         finally:
-            await lane.close()
+            await batcher.close()
 
     asyncio.run(main())
 
@@ -62,8 +62,8 @@ async def turns(count: int = 5) -> None:
 
 
 def test_a_lone_call_leaves_at_once() -> None:
-    async def test(daemon: Daemon, lane: Lane[EncryptItem]) -> None:
-        call = asyncio.create_task(lane.submit(item(b"a")))
+    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
+        call = asyncio.create_task(batcher.submit(item(b"a")))
         await turns()
         assert daemon.batches == [[b"a"]]
         daemon.go.set()
@@ -73,10 +73,10 @@ def test_a_lone_call_leaves_at_once() -> None:
 
 
 def test_calls_made_while_a_batch_is_in_flight_travel_as_the_next_one() -> None:
-    async def test(daemon: Daemon, lane: Lane[EncryptItem]) -> None:
-        first = asyncio.create_task(lane.submit(item(b"a")))
+    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
+        first = asyncio.create_task(batcher.submit(item(b"a")))
         await turns()
-        rest = [asyncio.create_task(lane.submit(item(b"%d" % number))) for number in range(5)]
+        rest = [asyncio.create_task(batcher.submit(item(b"%d" % number))) for number in range(5)]
         await turns()
         assert daemon.batches == [[b"a"]]
         daemon.go.set()
@@ -90,11 +90,11 @@ def test_calls_made_while_a_batch_is_in_flight_travel_as_the_next_one() -> None:
 @settings(max_examples=30)
 @given(st.lists(st.tuples(st.binary(max_size=4), st.booleans(), st.integers(0, 3)), max_size=40))
 def test_each_call_gets_the_outcome_of_its_own_item(calls: list[tuple[bytes, bool, int]]) -> None:
-    async def test(daemon: Daemon, lane: Lane[EncryptItem]) -> None:
+    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
         daemon.go.set()
         tasks = []
         for plaintext, cancelled, pause in calls:
-            task = asyncio.create_task(lane.submit(item(plaintext)))
+            task = asyncio.create_task(batcher.submit(item(plaintext)))
             tasks.append(task)
             await turns(pause)
             if cancelled:
@@ -110,10 +110,10 @@ def test_each_call_gets_the_outcome_of_its_own_item(calls: list[tuple[bytes, boo
 
 
 def test_a_caller_that_gave_up_before_its_batch_left_is_not_sent() -> None:
-    async def test(daemon: Daemon, lane: Lane[EncryptItem]) -> None:
-        first = asyncio.create_task(lane.submit(item(b"a")))
+    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
+        first = asyncio.create_task(batcher.submit(item(b"a")))
         await turns()
-        gone, stays = (asyncio.create_task(lane.submit(item(name))) for name in (b"gone", b"stays"))
+        gone, stays = (asyncio.create_task(batcher.submit(item(name))) for name in (b"gone", b"stays"))
         await turns()
         gone.cancel()
         daemon.go.set()
@@ -124,51 +124,51 @@ def test_a_caller_that_gave_up_before_its_batch_left_is_not_sent() -> None:
 
 
 def test_the_failure_of_a_batch_reaches_each_of_its_callers_as_an_exception_of_its_own() -> None:
-    async def test(daemon: Daemon, lane: Lane[EncryptItem]) -> None:
+    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
         for failure in (
             errors.KmsUnavailableError("gone", sent=True),
             errors.AuditUnavailableError(503, "audit_unavailable", "no"),
         ):
             daemon.failure = failure
             daemon.go.set()
-            results = await asyncio.gather(*(lane.submit(item(b"x")) for _ in range(3)), return_exceptions=True)
+            results = await asyncio.gather(*(batcher.submit(item(b"x")) for _ in range(3)), return_exceptions=True)
             assert [type(result) for result in results] == [type(failure)] * 3
             assert [str(result) for result in results] == [str(failure)] * 3
             assert len({id(result) for result in results}) == 3
         daemon.failure = None
-        assert await lane.submit(item(b"after")) == b"AFTER"
+        assert await batcher.submit(item(b"after")) == b"AFTER"
 
     run(test)
 
 
 def test_a_batch_has_at_most_1024_items_and_16_mib() -> None:
-    async def test(daemon: Daemon, lane: Lane[EncryptItem]) -> None:
+    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
         daemon.go.set()
-        await asyncio.gather(*(lane.submit(item(b"")) for _ in range(2500)))
+        await asyncio.gather(*(batcher.submit(item(b"")) for _ in range(2500)))
         assert [len(batch) for batch in daemon.batches] == [1024, 1024, 452]
         daemon.batches.clear()
         large = bytes(3 * 1024 * 1024)
-        await asyncio.gather(*(lane.submit(item(large)) for _ in range(8)))
+        await asyncio.gather(*(batcher.submit(item(large)) for _ in range(8)))
         assert [len(batch) for batch in daemon.batches] == [3, 3, 2]
 
     run(test)
 
 
 def test_the_queue_is_bounded_in_items_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(daemon: Daemon, lane: Lane[EncryptItem]) -> None:
+    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
         for name, most in (("QUEUE_ITEMS_MAX", 3), ("QUEUE_BYTES_MAX", 3 * batching.checked_cost_bytes(item(b"x")))):
             daemon.go.clear()
             with monkeypatch.context() as patch:
                 patch.setattr(batching, name, most)
-                first = asyncio.create_task(lane.submit(item(b"x")))
+                first = asyncio.create_task(batcher.submit(item(b"x")))
                 await turns()
-                waiting = [asyncio.create_task(lane.submit(item(b"x"))) for _ in range(3)]
+                waiting = [asyncio.create_task(batcher.submit(item(b"x"))) for _ in range(3)]
                 await turns()
                 with pytest.raises(errors.KmsUnavailableError, match="too many"):
-                    await lane.submit(item(b"x"))
+                    await batcher.submit(item(b"x"))
                 daemon.go.set()
                 assert await asyncio.gather(first, *waiting) == [b"X"] * 4
-                assert await lane.submit(item(b"x")) == b"X"
+                assert await batcher.submit(item(b"x")) == b"X"
 
     run(test)
 
@@ -176,41 +176,41 @@ def test_the_queue_is_bounded_in_items_and_bytes(monkeypatch: pytest.MonkeyPatch
 def test_an_item_that_waited_too_long_fails_and_is_not_sent() -> None:
     async def main() -> None:
         daemon = Daemon()
-        lane = Lane(daemon.send, 0.05)
-        first = asyncio.create_task(lane.submit(item(b"first")))
+        batcher = Batcher(daemon.send, 0.05)
+        first = asyncio.create_task(batcher.submit(item(b"first")))
         await turns()
-        late = asyncio.create_task(lane.submit(item(b"late")))
+        late = asyncio.create_task(batcher.submit(item(b"late")))
         await asyncio.sleep(0.1)
         daemon.go.set()
         assert await first == b"FIRST"
         with pytest.raises(errors.KmsTimeoutError):
             await late
         assert daemon.batches == [[b"first"]]
-        await lane.close()
+        await batcher.close()
 
     asyncio.run(main())
 
 
 def test_closing_fails_whoever_waits_in_flight_and_in_the_queue() -> None:
-    async def test(daemon: Daemon, lane: Lane[EncryptItem]) -> None:
-        flying = asyncio.create_task(lane.submit(item(b"a")))
+    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
+        flying = asyncio.create_task(batcher.submit(item(b"a")))
         await turns()
-        queued = asyncio.create_task(lane.submit(item(b"b")))
+        queued = asyncio.create_task(batcher.submit(item(b"b")))
         await turns()
-        await lane.close()
+        await batcher.close()
         results = await asyncio.gather(flying, queued, return_exceptions=True)
         assert [type(result) for result in results] == [errors.KmsClosedError] * 2
         with pytest.raises(errors.KmsClosedError):
-            await lane.submit(item(b"c"))
+            await batcher.submit(item(b"c"))
 
     run(test)
 
 
 def test_closing_before_the_first_turn_leaves_nobody_waiting() -> None:
-    async def test(daemon: Daemon, lane: Lane[EncryptItem]) -> None:
-        call = asyncio.create_task(lane.submit(item(b"a")))
+    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
+        call = asyncio.create_task(batcher.submit(item(b"a")))
         await asyncio.sleep(0)
-        await lane.close()
+        await batcher.close()
         with pytest.raises(errors.KmsClosedError):
             await call
 
@@ -218,11 +218,11 @@ def test_closing_before_the_first_turn_leaves_nobody_waiting() -> None:
 
 
 def test_a_spoiling_item_is_refused_alone() -> None:
-    async def test(daemon: Daemon, lane: Lane[EncryptItem]) -> None:
+    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
         daemon.go.set()
-        good = asyncio.create_task(lane.submit(item(b"good")))
+        good = asyncio.create_task(batcher.submit(item(b"good")))
         with pytest.raises(errors.TooLargeError):
-            await lane.submit(item(bytes(api.PLAINTEXT_BYTES_MAX + 1)))
+            await batcher.submit(item(bytes(api.PLAINTEXT_BYTES_MAX + 1)))
         assert await good == b"GOOD"
 
     run(test)

@@ -86,9 +86,9 @@ def test_every_verb_goes_to_its_place(use: Use) -> None:
             [result] = use(server.path, call)
             assert not isinstance(result, Exception), result
             assert server.requests[0].startswith(line)
-    verbs = {name for name in vars(Client) if not name.startswith("_")} - {"close"}
+    verbs = {name for name in dir(Client) if not name.startswith("_")} - {"close"}
     assert verbs == {call[0] for call, _, _ in exchanges}
-    assert verbs == {name for name in vars(AsyncClient) if not name.startswith("_")} - {"close"}
+    assert verbs == {name for name in dir(AsyncClient) if not name.startswith("_")} - {"close"}
 
 
 def test_more_items_than_a_request_takes_are_split_and_come_back_in_order(use: Use, daemon_socket: str) -> None:
@@ -104,9 +104,9 @@ def test_more_items_than_a_request_takes_are_split_and_come_back_in_order(use: U
     assert opened == [b"%d" % index for index in range(count) if index != 1500]
     checked_items = [ReencryptItem(ciphertext=ciphertext) for ciphertext in sealed]
     checked_items[1500] = ReencryptItem(ciphertext=sealed[1500], aad=b"elsewhere")
-    [verdicts] = use(daemon_socket, ("check_batch", {"key_id": made.key_id, "items": checked_items}))
-    assert isinstance(verdicts.pop(1500), errors.DecryptionError)
-    assert verdicts == [None] * (count - 2)
+    [found] = use(daemon_socket, ("check_batch", {"key_id": made.key_id, "items": checked_items}))
+    assert isinstance(found.pop(1500), errors.DecryptionError)
+    assert found == [None] * (count - 2)
 
 
 def test_when_one_request_of_a_large_batch_fails_the_whole_call_does_and_nothing_is_left_under_way(use: Use) -> None:

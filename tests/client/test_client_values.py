@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minikms import api
-from minikms.client import DecryptItem, EncryptItem, ReencryptItem, errors, verbs
-from minikms.client.verbs import BATCH_BYTES_MAX, checked_cost_bytes, chunks
+from minikms.client import DecryptItem, EncryptItem, ReencryptItem, calls, errors
+from minikms.client.calls import make_call
+from minikms.client.items import BATCH_BYTES_MAX, Batch, CheckBatch, checked_cost_bytes, chunks
 from minikms.client.wire import Answer
 
 KEY = "k_" + "0" * 26
@@ -34,7 +35,8 @@ def test_an_item_that_passes_the_check_can_be_encoded_within_its_cost(
 
 
 def test_the_daemon_reads_an_item_as_it_was_given_and_absent_fields_are_absent() -> None:
-    body = verbs.encrypt_batch([EncryptItem(key_id=KEY, plaintext=b"\xff\xfe", aad=b"a", thread_id="t")]).body
+    asked = EncryptItem(key_id=KEY, plaintext=b"\xff\xfe", aad=b"a", thread_id="t")
+    body = make_call(api.ENCRYPT_BATCH, Batch([asked])).body
     assert body is not None
     [item] = msgspec.json.decode(body, type=api.EncryptBatchRequest).items
     assert item == api.EncryptItem(key_id=KEY, plaintext="//4=", aad="YQ==", thread_id="t")
@@ -103,13 +105,14 @@ def test_no_repr_shows_a_content() -> None:
 # --- answers ---
 
 
-def read_items(body: bytes, count: int) -> object:
-    return verbs.read(verbs.encrypt_batch([EncryptItem(key_id=KEY, plaintext=b"")] * count), Answer(200, body, True))
+def read_items(body: bytes, count: int) -> list[bytes | errors.KmsRefusedError]:
+    call = make_call(api.ENCRYPT_BATCH, Batch([EncryptItem(key_id=KEY, plaintext=b"")] * count))
+    return calls.outcomes(call.read(Answer(200, body, True)), count)
 
 
 def test_an_item_is_a_value_or_the_error_of_its_code() -> None:
     body = b'{"items":[{"ciphertext":"eA=="},{"error":"no","code":"key_retired"},{"error":"hm","code":"new_one"}]}'
-    first, second, third = read_items(body, 3)  # type: ignore[misc]  # a list, as the next lines show
+    first, second, third = read_items(body, 3)
     assert first == b"x"
     assert isinstance(second, errors.KeyRetiredError)
     assert (second.status, second.code, second.message) == (409, "key_retired", "no")
@@ -137,26 +140,26 @@ def test_an_answer_of_another_shape_is_a_protocol_error(body: bytes) -> None:
         read_items(body, 1)
 
 
-def read_verdicts(body: bytes, count: int) -> list[errors.KmsRefusedError | None]:
-    call = verbs.check_batch(KEY, [ReencryptItem(ciphertext=b"")] * count, None)
-    return verbs.read(call, Answer(200, body, True))
+def read_check(body: bytes, count: int) -> list[errors.KmsRefusedError | None]:
+    call = make_call(api.CHECK_BATCH, CheckBatch(KEY, [ReencryptItem(ciphertext=b"")] * count))
+    return calls.check_outcomes(call.read(Answer(200, body, True)), count)
 
 
 def test_the_daemon_reads_a_check_as_it_was_asked_and_an_absent_thread_is_absent() -> None:
     items = [ReencryptItem(ciphertext=b"\xff\xfe", aad=b"a"), ReencryptItem(ciphertext=b"")]
     asked = [api.ReencryptItem("//4=", "YQ=="), api.ReencryptItem("")]
     for thread_id in ("t", ""):
-        body = verbs.check_batch(KEY, items, thread_id).body
+        body = make_call(api.CHECK_BATCH, CheckBatch(KEY, items, thread_id)).body
         assert body is not None
         assert msgspec.json.decode(body, type=api.CheckBatchRequest) == api.CheckBatchRequest(KEY, asked, thread_id)
-    body = verbs.check_batch(KEY, items, None).body
+    body = make_call(api.CHECK_BATCH, CheckBatch(KEY, items)).body
     assert body is not None and b"thread_id" not in body
 
 
 def test_a_check_gives_nothing_for_what_opened_and_the_error_of_its_code_for_what_did_not() -> None:
     body = b'{"opened":1,"refused":[{"item":1,"error":"no","code":"decryption_failed"},'
     body += b'{"item":2,"error":"hm","code":"new_one"}]}'
-    first, second, third = read_verdicts(body, 3)
+    first, second, third = read_check(body, 3)
     assert first is None
     assert isinstance(second, errors.DecryptionError)
     assert (second.status, second.code, second.message) == (400, "decryption_failed", "no")
@@ -168,19 +171,19 @@ def test_a_check_gives_nothing_for_what_opened_and_the_error_of_its_code_for_wha
     opened=st.integers(-1, 7),
     indices=st.lists(st.integers(-2, 7) | st.sampled_from([2**63, -(2**63), 2**70]), max_size=7),
 )
-def test_a_check_is_read_only_if_every_item_is_told_of_once_and_in_order(
+def test_a_check_is_read_only_if_every_item_occurs_once_and_in_order(
     count: int, opened: int, indices: list[int]
 ) -> None:
     refused = [{"item": index, "error": "no", "code": "decryption_failed"} for index in indices]
     body = msgspec.json.encode({"opened": opened, "refused": refused})
     sound = indices == sorted(set(indices) & set(range(count))) and opened + len(indices) == count
     if sound:
-        verdicts = read_verdicts(body, count)
-        assert [index for index, verdict in enumerate(verdicts) if verdict is not None] == indices
-        assert len(verdicts) == count
+        found = read_check(body, count)
+        assert [index for index, outcome in enumerate(found) if outcome is not None] == indices
+        assert len(found) == count
     else:
         with pytest.raises(errors.KmsProtocolError):
-            read_verdicts(body, count)
+            read_check(body, count)
 
 
 @given(count=st.integers(0, 8), picked=st.sets(st.integers(0, 7)))
@@ -188,8 +191,8 @@ def test_every_check_that_a_daemon_may_answer_is_read(count: int, picked: set[in
     indices = sorted(index for index in picked if index < count)
     refused = [api.RefusedItemAnswer(index, "no", "too_large") for index in indices]
     body = msgspec.json.encode(api.CheckBatchAnswer(count - len(indices), refused))
-    verdicts = read_verdicts(body, count)
-    assert [isinstance(verdict, errors.TooLargeError) for verdict in verdicts] == [n in indices for n in range(count)]
+    found = read_check(body, count)
+    assert [isinstance(outcome, errors.TooLargeError) for outcome in found] == [n in indices for n in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +219,7 @@ def test_every_check_that_a_daemon_may_answer_is_read(count: int, picked: set[in
 )
 def test_an_answer_that_is_no_check_is_a_protocol_error(body: bytes) -> None:
     with pytest.raises(errors.KmsProtocolError):
-        read_verdicts(body, 1)
+        read_check(body, 1)
 
 
 def test_every_code_of_the_contract_has_its_error_with_the_daemons_status() -> None:
@@ -239,33 +242,27 @@ def test_what_a_daemon_says_is_cut_short_and_cleaned() -> None:
 
 def test_a_new_root_key_is_joined_only_as_64_hex_characters() -> None:
     digits = b"aB" * 32
-    assert verbs.rotate_kek(bytearray(digits), True, ()).body == b'{"wait":true,"new_kek_hex":"%b"}' % digits
-    assert verbs.rotate_kek(None, False, ()).body == b'{"wait":false}'
+    assert calls.rotation(bytearray(digits), True, ()) == b'{"wait":true,"new_kek_hex":"%b"}' % digits
+    assert calls.rotation(None, False, ()) == b'{"wait":false}'
     for bad in ("", "ab" * 31, "zz" * 32, "ab" * 32 + "\n", '"' + "a" * 63, "é" * 64):
         with pytest.raises(errors.InvalidRequestError):
-            verbs.rotate_kek(bad, True, ())
+            calls.rotation(bad, True, ())
 
 
 def test_a_request_id_that_could_break_the_head_is_refused() -> None:
     for bad in ("", "a b", "a\r\nX: y", "é", "x" * 129):
         with pytest.raises(errors.InvalidRequestError):
-            verbs.status().named(bad)
+            make_call(api.STATUS, api.Request(), bad)
 
 
 def test_a_key_id_never_leaves_its_place_in_a_path() -> None:
-    assert verbs.get_key("../x?y#z").target == b"/keys/..%2Fx%3Fy%23z"
-    assert verbs.get_wrapped("a&b=c").target == b"/get_wrapped?key_id=a%26b%3Dc"
+    assert make_call(api.GET_KEY, api.KeyRequest("../x?y#z")).target == b"/keys/..%2Fx%3Fy%23z"
+    assert make_call(api.GET_WRAPPED, api.KeyRequest("a&b=c")).target == b"/get_wrapped?key_id=a%26b%3Dc"
 
 
 def test_verbs_that_make_or_change_something_are_never_repeated_blindly() -> None:
-    once = [
-        verbs.create_dek_for_thread("t", None, None),
-        verbs.generate_data_key(KEY, b"", True),
-        verbs.rotate_kek(None, True, ()),
-        verbs.destroy_key(KEY),
-        verbs.prune_kek(True, None),
-    ]
-    assert not any(call.retry for call in once)
+    once = {verb.name for verb in api.VERBS if not verb.repeatable}
+    assert once == {"create_dek", "generate_data_key", "rotate_kek", "destroy_key", "prune_kek"}
 
 
 SECRET = b"sixteen secret b"
@@ -285,8 +282,8 @@ def test_nothing_that_carries_a_secret_shows_it() -> None:
             api.DataKeyAnswer(KEY, b"", SECRET),
             api.RandomAnswer(SECRET),
             api.RotateKekRequest(new_kek_hex=hexadecimal),
-            verbs.encrypt(EncryptItem(key_id=KEY, plaintext=SECRET)),
-            verbs.rotate_kek(hexadecimal, True, [sample]),
+            make_call(api.ENCRYPT, EncryptItem(key_id=KEY, plaintext=SECRET)),
+            make_call(api.ROTATE_KEK, calls.rotation(hexadecimal, True, [sample])),
             Answer(200, b'{"plaintext":"%b"}' % base64_text.encode(), True),
         ]
     )
@@ -295,11 +292,10 @@ def test_nothing_that_carries_a_secret_shows_it() -> None:
 
 
 def test_a_key_in_a_request_that_is_refused_before_it_is_sent_is_wiped() -> None:
-    call = verbs.rotate_kek("ab" * 32, True, ())
+    body = calls.rotation("ab" * 32, True, ())
     with pytest.raises(errors.InvalidRequestError):
-        call.named("not a request id")
-    assert isinstance(call.body, bytearray)
-    assert call.body == bytes(len(call.body))
+        make_call(api.ROTATE_KEK, body, "not a request id")
+    assert body == bytes(len(body))
 
 
 def test_the_key_comes_last_in_a_body_of_its_final_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,9 +307,8 @@ def test_the_key_comes_last_in_a_body_of_its_final_size(monkeypatch: pytest.Monk
             super().__setitem__(place, value)  # type: ignore[call-overload, index]  # handed through
             sizes.append(len(self))
 
-    monkeypatch.setattr(verbs, "bytearray", Watched, raising=False)
+    monkeypatch.setattr(calls, "bytearray", Watched, raising=False)
     sample = DecryptItem(key_id=KEY, ciphertext=SECRET)
-    call = verbs.rotate_kek("ab" * 32, False, [sample])
-    assert call.body is not None
-    assert set(sizes) == {len(call.body)}
-    assert call.body.endswith(b'"new_kek_hex":"' + b"ab" * 32 + b'"}')
+    body = calls.rotation("ab" * 32, False, [sample])
+    assert set(sizes) == {len(body)}
+    assert body.endswith(b'"new_kek_hex":"' + b"ab" * 32 + b'"}')

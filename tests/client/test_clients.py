@@ -17,10 +17,10 @@ import pytest
 from hostile import CLOSE, SILENT, answer, hostile, read_request
 from using import CREATE_CALL, CREATED, ENCRYPT_CALL, KEY, SEALED, STATUS, STATUS_CALL, WAIT_S, Use, use_blocking
 
-import minikms
-from minikms.client import AsyncClient, Client, errors, verbs
+from minikms import api
+from minikms.client import AsyncClient, Client, calls, errors
 from minikms.client import connection as peer
-from minikms.client.asynchronous import POOL_CONNECTIONS_MAX
+from minikms.client.connection import POOL_CONNECTIONS_MAX
 
 
 def test_a_connection_is_kept_for_the_next_call(use: Use) -> None:
@@ -236,15 +236,13 @@ def test_a_connection_that_the_daemon_closes_after_its_answer_is_not_used_again(
 
 def test_a_new_root_key_does_not_stay_in_the_client(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
     bodies: list[bytearray] = []
-    real = minikms.client.verbs.rotate_kek
+    real = calls.rotation
 
-    def spy(*arguments: Any) -> Any:
-        call = real(*arguments)
-        assert isinstance(call.body, bytearray)
-        bodies.append(call.body)
-        return call
+    def spy(*arguments: Any) -> bytearray:
+        bodies.append(real(*arguments))
+        return bodies[-1]
 
-    monkeypatch.setattr(minikms.client.verbs, "rotate_kek", spy)
+    monkeypatch.setattr(calls, "rotation", spy)
     with hostile([answer(b'{"status":"ok","kek_version":2,"rewrapped":3}')]) as server:
         [result] = use(server.path, ("rotate_kek", {"new_kek_hex": bytearray(b"ab" * 32)}))
         assert (result.status, result.kek_version, result.rewrapped) == ("ok", 2, 3)
@@ -330,10 +328,9 @@ def test_a_key_is_wiped_also_when_the_call_never_gets_its_turn() -> None:
         client = AsyncClient("/nowhere", timeout_s=0.01, wait_s=0)
         for _ in range(POOL_CONNECTIONS_MAX):
             await client._slots.acquire()
-        call = verbs.rotate_kek("ab" * 32, True, ())
+        body = calls.rotation("ab" * 32, True, ())
         with pytest.raises(errors.KmsTimeoutError):
-            await client._perform(call)
-        assert isinstance(call.body, bytearray)
-        assert call.body == bytes(len(call.body))
+            await client._call(api.ROTATE_KEK, body)
+        assert body == bytes(len(body))
 
     asyncio.run(main())

@@ -219,7 +219,7 @@ def test_calls_under_way_survive_restarts_of_the_daemon() -> None:
         asyncio.run(main())
 
 
-def test_a_uid_that_is_not_allowed_is_told_so() -> None:
+def test_a_uid_that_is_not_allowed_gets_an_error_that_says_so() -> None:
     with tempfile.TemporaryDirectory(prefix="kms") as directory:
         path = directory + "/s"
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""AES-256-GCM as it is used here: what was altered does not open, and nothing says why."""
+"""AES-256-GCM: altered data does not open, and no error says why."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_what_was_sealed_opens_under_the_same_key_and_aad_only(plaintext: bytes,
 
 
 @given(st.binary(min_size=1, max_size=60), st.data())
-def test_a_flipped_bit_anywhere_keeps_it_shut(plaintext: bytes, data: st.DataObject) -> None:
+def test_a_flipped_bit_prevents_opening(plaintext: bytes, data: st.DataObject) -> None:
     sealed = bytearray(aead.seal(KEY, nonce(), plaintext, b"aad"))
     position = data.draw(st.integers(0, 8 * len(sealed) - 1))
     sealed[position // 8] ^= 1 << position % 8
@@ -40,7 +40,7 @@ def test_a_flipped_bit_anywhere_keeps_it_shut(plaintext: bytes, data: st.DataObj
 
 
 @given(st.integers(0, aead.OVERHEAD_BYTES - 1))
-def test_what_is_too_short_to_be_sealed_is_refused(size: int) -> None:
+def test_a_too_short_ciphertext_is_refused(size: int) -> None:
     with pytest.raises(DecryptionError):
         aead.open_sealed(KEY, bytes(size), b"")
 

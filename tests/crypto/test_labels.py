@@ -1,4 +1,4 @@
-"""Associated data: two lists of fields never encode alike, and no label can be taken for another."""
+"""Associated data: different lists of fields have different encodings, and no label is a prefix of another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LABELS = [value for name, value in vars(labels).items() if name.isupper() and is
 FIELDS = st.lists(st.binary(max_size=40), max_size=6)
 
 
-def test_every_label_ends_in_nul_and_holds_none_elsewhere() -> None:
+def test_every_label_ends_in_its_only_nul() -> None:
     assert len(LABELS) >= 10
     for label in LABELS:
         assert label.endswith(b"\0")
@@ -29,7 +29,7 @@ def test_no_label_is_a_prefix_of_another_so_no_two_uses_share_data() -> None:
 
 
 @given(st.sampled_from(LABELS), FIELDS, st.sampled_from(LABELS), FIELDS)
-def test_two_lists_of_fields_never_encode_alike(
+def test_two_lists_of_fields_never_have_the_same_encoding(
     one: bytes, fields: list[bytes], other: bytes, others: list[bytes]
 ) -> None:
     same = labels.aad(one, *fields) == labels.aad(other, *others)
@@ -38,7 +38,7 @@ def test_two_lists_of_fields_never_encode_alike(
 
 @given(FIELDS.filter(bool), st.data())
 def test_moving_bytes_from_one_field_to_the_next_changes_the_encoding(fields: list[bytes], data: st.DataObject) -> None:
-    """The classic slip: the same concatenation, cut elsewhere."""
+    """Without lengths, the same concatenation with other boundaries would have the same encoding."""
     joined = b"".join(fields)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(joined)), min_size=len(fields) - 1, max_size=len(fields) - 1)))
     recut = [joined[start:stop] for start, stop in itertools.pairwise([0, *cuts, len(joined)])]

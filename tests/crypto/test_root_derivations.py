@@ -1,4 +1,4 @@
-"""What may be known of a root key: its name and its commitment, and neither says anything of the key."""
+"""The public derivations from a root key: its fingerprint and its commitment."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_commitment_is_one_block_of_hkdf_expand(root: bytes, slot_id: str) -> 
 
 
 @given(ROOTS, ROOTS)
-def test_two_root_keys_have_two_names_and_two_commitments(one: bytes, other: bytes) -> None:
+def test_two_root_keys_have_different_fingerprints_and_commitments(one: bytes, other: bytes) -> None:
     same = one == other
     assert (roots.fingerprint(memoryview(one)) == roots.fingerprint(memoryview(other))) == same
     assert (roots.commitment(memoryview(one), "s1") == roots.commitment(memoryview(other), "s1")) == same

@@ -1,4 +1,4 @@
-"""Encrypted streams: what comes out is what went in, in order and complete, or an error."""
+"""Encrypted streams: reading one gives exactly the plaintext, in order and complete, or an error."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def opened(sealed: Iterable[bytes], key: memoryview = KEY) -> bytes:
 
 
 def refused(sealed: Iterable[bytes], key: memoryview = KEY) -> None:
-    with pytest.raises(DecryptionError, match="altered or cut short"):
+    with pytest.raises(DecryptionError, match="altered or truncated"):
         opened(sealed, key)
 
 
@@ -73,20 +73,20 @@ def test_known_answers(vector: dict[str, Any]) -> None:
     st.lists(st.integers(0, 2 * CHUNK_BYTES), max_size=5),
 )
 @settings(max_examples=30)
-def test_the_parts_in_which_it_comes_do_not_matter(size: int, sealed_by: list[int], opened_by: list[int]) -> None:
+def test_a_stream_can_be_cut_into_any_parts(size: int, sealed_by: list[int], opened_by: list[int]) -> None:
     text = plaintext(size)
     sealed = b"".join(seal_stream(KEY, HEADER, cut(text, sealed_by)))
     assert sealed == b"".join(seal_stream(KEY, HEADER, [text]))
     assert opened(cut(sealed, opened_by)) == text
 
 
-def test_it_comes_byte_by_byte_too() -> None:
+def test_a_stream_can_come_byte_by_byte() -> None:
     sealed = b"".join(seal_stream(KEY, HEADER, [bytes([byte]) for byte in plaintext(300)]))
     assert opened(bytes([byte]) for byte in sealed) == plaintext(300)
 
 
-def test_no_more_than_one_chunk_is_held() -> None:
-    """After k parts of a chunk each, k - 1 chunks have come out: the last one waits to know whether it is the last."""
+def test_at_most_one_chunk_is_held() -> None:
+    """After k parts of a chunk each, there are k - 1 chunks: the newest may be the last one, so it waits."""
     given_out = 0
 
     def parts() -> Iterator[bytes]:
@@ -149,7 +149,7 @@ def test_a_chunk_of_another_stream_is_refused() -> None:
 
 
 def test_a_stream_may_not_end_in_an_empty_chunk() -> None:
-    """Such a second spelling of the same plaintext is only to be had with the key; it is refused all the same."""
+    """Only a holder of the key can make this second form of the same plaintext; it is refused too."""
     aad = stream.labels.aad(stream.labels.STREAM, HEADER.encode())
     full = stream.AESGCM(KEY).encrypt(bytes(12), bytes(CHUNK_BYTES), aad)
     empty = stream.AESGCM(KEY).encrypt(bytes(10) + b"\1\1", b"", aad)
@@ -161,7 +161,7 @@ def test_another_key_is_refused() -> None:
     refused([header, *chunks], memoryview(bytes(32)))
 
 
-def test_what_comes_before_an_altered_chunk_is_authentic() -> None:
+def test_chunks_before_an_altered_chunk_are_authentic() -> None:
     header, (a, b, c) = sealed_chunks(3 * CHUNK_BYTES)
     chunks = open_stream(KEY, HEADER, [a, b[:-1] + bytes([b[-1] ^ 1]), c])
     assert next(chunks) == plaintext(CHUNK_BYTES)
@@ -180,7 +180,7 @@ def test_a_stream_has_a_bounded_number_of_chunks(monkeypatch: pytest.MonkeyPatch
 
 
 @given(st.binary(max_size=200))
-def test_arbitrary_bytes_are_no_stream(content: bytes) -> None:
+def test_arbitrary_bytes_are_not_a_stream(content: bytes) -> None:
     with pytest.raises(InvalidRequestError):
         split_header([content])
 

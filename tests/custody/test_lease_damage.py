@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minikms.custody.lease_format import (
+    BLOCK_BYTES,
+    BLOCK_ENTRIES,
     DAMAGED_RECORDS_MAX,
     GROUP_RECORDS_MAX,
     HEADER_BYTES,
@@ -31,7 +33,7 @@ from minikms.custody.lease_format import (
     journal_header,
     parse_journal,
 )
-from minikms.custody.lease_store import BLOCK_BYTES, BLOCK_ENTRIES, JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
+from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
 from minikms.errors import StartError
 
 

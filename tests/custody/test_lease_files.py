@@ -13,15 +13,18 @@ from disk_faults import failing_os, flip, key
 
 from minikms.custody import lease_format, lease_store
 from minikms.custody.lease_format import (
+    BLOCK_BYTES,
+    BLOCK_ENTRIES,
     DAMAGED_RECORDS_MAX,
     GROUP_RECORDS_MAX,
     LEASE_USES,
     USES_LIMIT,
     USES_MAX,
+    Snapshot,
     encode_record,
     journal_header,
 )
-from minikms.custody.lease_store import BLOCK_BYTES, BLOCK_ENTRIES, JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore, Snapshot
+from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
 from minikms.errors import StartError, StorageUnavailableError
 
 

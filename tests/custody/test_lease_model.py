@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from minikms.custody.files import open_directory
-from minikms.custody.lease_format import HEADER_BYTES, LEASE_USES, encode_record
-from minikms.custody.lease_store import BLOCK_BYTES, JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
+from minikms.custody.lease_format import BLOCK_BYTES, HEADER_BYTES, LEASE_USES, encode_record
+from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
 from minikms.errors import StorageUnavailableError
 
 KEYS = [key(number * 5) for number in range(12)]

@@ -11,8 +11,16 @@ from typing import Any
 
 import pytest
 
-from minikms.custody.lease_format import Floors, SpentRange, Step, encode_record, journal_header, parse_journal
-from minikms.custody.lease_store import Snapshot, snapshot_chunks
+from minikms.custody.lease_format import (
+    Floors,
+    Snapshot,
+    SpentRange,
+    Step,
+    encode_record,
+    journal_header,
+    parse_journal,
+    snapshot_chunks,
+)
 
 PLACE = Path(__file__).parents[1] / "vectors"
 VECTORS: dict[str, Any] = json.loads((PLACE / "leases.json").read_text("ascii"))

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from minikms import datadir
-from minikms.cli.rootopening import Source, opened_keyring, opened_root
 from minikms.crypto.aead import NonceSource
 from minikms.custody.backup import create, restore
 from minikms.custody.backup.archive import ArchiveError, ArchiveReader, ArchiveWriter, Manifest, dek_entry_name
@@ -22,11 +20,13 @@ from minikms.custody.backup.register import DIRECTORY as REGISTER
 from minikms.custody.backup.register import ArchiveRegister, Registered
 from minikms.custody.files import LOCK_NAME, DataDirLock, open_directory
 from minikms.custody.keyring_file import KeyringFile
-from minikms.custody.lease_format import RESTORE_USES, Floors, journal_header
-from minikms.custody.lease_store import LeaseStore, snapshot_chunks
+from minikms.custody.lease_format import RESTORE_USES, Floors, journal_header, snapshot_chunks
+from minikms.custody.lease_store import LeaseStore
+from minikms.datadir import OpenedKeyring, open_keyring, opened_keyring, opened_root
 from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys.dek import key_id_to_bytes
 from minikms.memory.arena import SecretArena
+from minikms.roots.providers import KeyFile
 from vaults import key_file, opened_vault
 
 ARCHIVE_ID = "a_0123456789abcdef"
@@ -47,7 +47,7 @@ def data_dir(tmp_path: Path) -> Path:
 
 @contextmanager
 def task_for(data_dir: Path) -> Iterator[Task]:
-    with opened_root(Source(key_file(data_dir), None)) as (arena, root):
+    with opened_root(KeyFile(key_file(data_dir))) as (arena, root):
         yield Task(arena, root, lambda data: opened_keyring(arena, root, data), lambda done, total: None)
 
 
@@ -66,20 +66,15 @@ def restored(data_dir: Path, archive: Path, target: Path) -> None:
             restore.restore(str(archive), good, task, unlocked, place, at=AT)
 
 
-def start(data_dir: Path, target: Path) -> datadir.Opened:
-    """Opens the keyring of `target` as a start does."""
+def start(data_dir: Path, target: Path) -> OpenedKeyring:
+    """What a start does with the keyring of `target`."""
     with (
         DataDirLock(str(target)) as lock,
         SecretArena(32, force_fallback=True) as arena,
         ThreadPoolExecutor(1) as executor,
     ):
-        return datadir.open_keyring(
-            data_dir=str(target),
-            file=KeyringFile(lock.directory_fd, executor),
-            source=datadir.RootSource(file=key_file(data_dir)),
-            arena=arena,
-            nonces=NonceSource(),
-        )
+        file = KeyringFile(lock.directory_fd, executor)
+        return open_keyring(str(target), file, KeyFile(key_file(data_dir)), arena=arena, nonces=NonceSource())
 
 
 class Cut(Exception):
@@ -133,7 +128,7 @@ def test_a_restore_that_was_cut_short_anywhere_is_refused_by_a_start(
 def test_a_directory_with_only_lease_files_is_not_a_new_one(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir(mode=0o700)
     (tmp_path / "d" / "kms-leases").write_bytes(journal_header())
-    with pytest.raises(StartError, match="the restore was cut short"):
+    with pytest.raises(StartError, match="the restore was interrupted"):
         start(tmp_path / "d", tmp_path / "d")
 
 

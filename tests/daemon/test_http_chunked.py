@@ -1,4 +1,4 @@
-"""The chunked coding: decoded exactly, or refused at the first byte that shows it."""
+"""The chunked coding is decoded exactly, or refused at the first invalid byte."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def refusal_of(data: bytes) -> tuple[int, Refusal]:
 
 
 @given(st.lists(st.binary(min_size=1, max_size=200), max_size=8), st.data())
-def test_what_was_framed_comes_out(parts: list[bytes], data: st.DataObject) -> None:
-    """Any body in any chunks, fed in any pieces, followed by any bytes: the same body, and not a byte too many."""
+def test_a_chunked_body_is_decoded_exactly(parts: list[bytes], data: st.DataObject) -> None:
+    """Any body in any chunks, fed in any pieces and followed by any bytes, gives exactly the same body."""
     framed = b"".join(b"%X\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
     after = data.draw(st.binary(max_size=20))
     budget = Budget(LIMITS.buffered_bytes_max)

@@ -1,4 +1,4 @@
-"""Slow, silent, half-closed and deaf clients: each wait has its end, and none of them costs the others anything."""
+"""Slow, silent, half-closed and non-reading clients: every wait is bounded, and other clients are not affected."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PATIENT = dataclasses.replace(
     ids=["head", "body", "chunks"],
 )
 def test_a_request_that_trickles_in_gets_408(limits: Limits, start: bytes) -> None:
-    """The time runs from the beginning of that part; a byte now and then does not prolong it."""
+    """The limit counts from the beginning of the head or body; further bytes do not extend it."""
 
     async def check() -> None:
         async with serving(limits) as running:
@@ -294,7 +294,7 @@ class TestDrain:
 
         run(check())
 
-    def test_a_request_that_lies_in_the_socket_is_answered(self) -> None:
+    def test_a_request_in_the_socket_queue_is_answered(self) -> None:
         """It was sent before the stop began, so its sender gets an answer."""
 
         async def check() -> None:
@@ -309,7 +309,7 @@ class TestDrain:
 
         run(check())
 
-    def test_at_its_deadline_the_rest_is_told_and_cut(self) -> None:
+    def test_at_the_deadline_pending_requests_get_503_and_connections_end(self) -> None:
         async def check() -> None:
             async with serving(PATIENT) as running:
                 pending, receiving = await running.peer(), await running.peer()
@@ -327,7 +327,7 @@ class TestDrain:
 
         run(check())
 
-    def test_who_comes_now_is_told_that_it_is_too_late(self) -> None:
+    def test_a_new_connection_during_a_stop_gets_503(self) -> None:
         async def check() -> None:
             async with serving(PATIENT) as running:
                 first = await running.peer()

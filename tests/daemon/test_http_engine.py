@@ -74,7 +74,7 @@ def test_a_connection_is_kept_and_answers_in_order() -> None:
     run(check())
 
 
-def test_what_is_pipelined_behind_a_pending_answer_stays_bounded() -> None:
+def test_input_behind_a_pending_answer_is_bounded() -> None:
     """While an answer is pending, the engine reads one buffer full and then leaves the rest to the kernel."""
 
     async def check() -> None:
@@ -135,13 +135,13 @@ def test_http_1_0_gets_no_100_continue_and_no_kept_connection() -> None:
 
 
 @pytest.mark.parametrize("framing", ["Content-Length: 1000", "Transfer-Encoding: chunked"])
-def test_a_peer_that_would_be_refused_anyway_is_not_let_to_send_its_body(framing: str) -> None:
+def test_a_refused_peer_can_not_send_its_body(framing: str) -> None:
     """`admit` answers instead of 100 Continue, and the body is never buffered."""
 
     async def check() -> None:
         async with serving() as running:
             peer = await running.peer()
-            peer.send(request("POST", "/stranger", framing, "Expect: 100-continue"))
+            peer.send(request("POST", "/refused", framing, "Expect: 100-continue"))
             answer = await peer.answer()
             assert (answer.status, answer.headers["connection"]) == (401, "close")
             peer.send(b"x" * 1000)
@@ -153,7 +153,7 @@ def test_a_peer_that_would_be_refused_anyway_is_not_let_to_send_its_body(framing
     run(check())
 
 
-def test_a_whole_request_is_not_asked_about_twice() -> None:
+def test_a_complete_request_is_admitted_once() -> None:
     async def check() -> None:
         async with serving() as running:
             peer = await running.peer()
@@ -196,7 +196,7 @@ def test_an_error_of_the_tree_becomes_its_status_and_code(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/crash", "/later-crash"])
-def test_an_unexpected_exception_is_500_and_its_text_stays_inside(path: str) -> None:
+def test_an_unexpected_exception_is_500_without_its_text(path: str) -> None:
     async def check() -> None:
         async with serving() as running:
             peer = await running.peer()
@@ -291,7 +291,7 @@ def test_connections_over_the_bound_get_503() -> None:
     run(check())
 
 
-def test_the_body_is_taken_back_when_the_handler_returns() -> None:
+def test_the_body_is_released_when_the_handler_returns() -> None:
     """A view that the application kept can't be read afterwards; one it can't give back is an internal error."""
 
     async def check() -> None:
@@ -309,7 +309,7 @@ def test_the_body_is_taken_back_when_the_handler_returns() -> None:
     run(check())
 
 
-def test_what_is_held_for_incomplete_requests_is_bounded() -> None:
+def test_memory_for_incomplete_requests_is_bounded() -> None:
     """One more connection than the budget allows gets 503; when the others are gone there is room again."""
 
     async def check() -> None:

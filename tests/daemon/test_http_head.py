@@ -1,4 +1,4 @@
-"""Heads without a socket: what is understood, what is refused early, what is remembered."""
+"""Heads without a socket: which are accepted, refused early, and cached."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from minikms.http.limits import CACHED_HEADS_COUNT_MAX, LIMITS, RefusedError
 
 
 def check_partial(data: bytes) -> None:
-    """As the reader calls it: the head begins behind other bytes."""
+    """Call it as the reader does: the head comes after other bytes."""
     check_partial_head(bytearray(b"\r" + data), 1, len(data) + 1, LIMITS)
 
 
-def test_a_head_is_understood_as_sent() -> None:
+def test_a_head_is_parsed_as_sent() -> None:
     head = parse_head(
         raw(
             "POST /a%2Fb?x=1&y=%20?z HTTP/1.1",
@@ -52,8 +52,8 @@ def test_a_head_is_understood_as_sent() -> None:
         ("1.0", "keep-alive", False),
     ],
 )
-def test_the_connection_is_kept_as_rfc_9112_says(version: str, connection: str | None, kept: bool) -> None:
-    """RFC 9112 section 9.3; a 1.0 connection never is."""
+def test_the_connection_stays_open_as_rfc_9112_says(version: str, connection: str | None, kept: bool) -> None:
+    """RFC 9112 section 9.3; a 1.0 connection is always closed."""
     headers = [] if connection is None else [f"Connection: {connection}"]
     assert parse_head(raw(f"GET / HTTP/{version}", "Host: x", *headers), LIMITS).keep_alive is kept
 
@@ -80,7 +80,7 @@ def test_bounds_are_exact() -> None:
 
 
 @given(st.data())
-def test_no_beginning_of_an_acceptable_head_is_refused(data: st.DataObject) -> None:
+def test_no_prefix_of_an_acceptable_head_is_refused(data: st.DataObject) -> None:
     sent = data.draw(st.sampled_from(sorted(ACCEPTED.values())))
     head = sent[: sent.index(b"\r\n\r\n") + 4]
     check_partial(head[: data.draw(st.integers(min_value=1, max_value=len(head) - 1))])
@@ -89,7 +89,7 @@ def test_no_beginning_of_an_acceptable_head_is_refused(data: st.DataObject) -> N
 @pytest.mark.parametrize(
     "name", ["HTTP/0.9", "only LF", "TLS on a plain socket", "bare LF after a header", "HTTP/2 preface"]
 )
-def test_what_can_never_become_a_head_is_refused_without_waiting_for_its_end(name: str) -> None:
+def test_bytes_that_can_not_become_a_head_are_refused_early(name: str) -> None:
     data, status = REFUSED[name]
     with pytest.raises(RefusedError) as raised:
         check_partial(data.partition(b"\r\n\r\n")[0] + b"\r\n" * (b"HTTP/2" in data))
@@ -99,14 +99,14 @@ def test_what_can_never_become_a_head_is_refused_without_waiting_for_its_end(nam
 @pytest.mark.parametrize(
     "data", [b"{", b" ", b"\x16", b"0", b"\xe9", b"\n", b"GET /\0", b"GET / HTTP/2.0\r\n", b"GET /#a HTTP/1.1\r\n"]
 )
-def test_a_peer_that_speaks_something_else_is_told_at_once(data: bytes) -> None:
+def test_another_protocol_is_refused_at_once(data: bytes) -> None:
     with pytest.raises(RefusedError):
         check_partial(data)
 
 
 @given(st.binary(max_size=60), st.binary(max_size=60))
-def test_any_bytes_are_understood_or_refused(first: bytes, second: bytes) -> None:
-    """No other exception comes out, whatever goes in."""
+def test_any_bytes_are_parsed_or_refused(first: bytes, second: bytes) -> None:
+    """No input causes another exception."""
     for data in (first, b"GET / HTTP/1.1\r\n" + first, b"POST / HTTP/1.1\r\nHost: x\r\n" + first + b"\r\n" + second):
         for parse in (check_partial, lambda data: parse_head(data, LIMITS)):
             try:
@@ -125,7 +125,7 @@ def test_our_grammar_accepts_nothing_that_httptools_refuses(fields: list[tuple[s
     httptools.HttpRequestParser(object()).feed_data(head)
 
 
-def test_a_head_that_httptools_reads_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_httptools_parses_differently_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """No input is known for which the two parsers differ; if one is found, it gets 400."""
 
     class Forgetful:
@@ -144,8 +144,8 @@ def test_a_head_that_httptools_reads_otherwise_is_refused(monkeypatch: pytest.Mo
         assert raised.value.refusal is limits.BAD_HEADER
 
 
-class TestMemo:
-    """Heads that are recognised by their bytes."""
+class TestHeadCache:
+    """The cache of parsed heads."""
 
     def test_an_equal_head_is_not_parsed_again(self) -> None:
         head_cache = HeadCache(LIMITS)
@@ -164,12 +164,12 @@ class TestMemo:
             get("/", "A: " + "b" * 1024),
         ],
     )
-    def test_a_credential_or_what_will_not_come_again_is_not_remembered(self, head: bytes) -> None:
+    def test_a_head_with_a_credential_or_a_query_is_not_cached(self, head: bytes) -> None:
         head_cache = HeadCache(LIMITS)
         head_cache.parse(head)
         assert head_cache.get(head) is None
 
-    def test_a_refused_head_is_not_remembered(self) -> None:
+    def test_a_refused_head_is_not_cached(self) -> None:
         head_cache = HeadCache(LIMITS)
         with pytest.raises(RefusedError):
             head_cache.parse(b"GET / HTTP/2.0\r\n\r\n")

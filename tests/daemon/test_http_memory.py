@@ -1,4 +1,4 @@
-"""A body leaves no copy in the daemon's memory: what root sees of a live process after each way of receiving one."""
+"""A body leaves no copy in the daemon's memory: root scans a live process after each way of receiving a body."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def marker() -> bytes:
 
 
 def copies_in_memory(pid: int, needle: bytes) -> int:
-    """How often either half of `needle` stands in the writable memory of a process."""
+    """How often either half of `needle` occurs in the writable memory of a process."""
     halves = (needle[:16], needle[16:])
     found = 0
     try:
@@ -57,7 +57,7 @@ def copies_in_memory(pid: int, needle: bytes) -> int:
 
 
 def send(path: str, *parts: bytes) -> bytes:
-    """Send the parts, with a pause between so that each is received on its own; return all answers."""
+    """Send the parts with pauses, so that each is received alone. Returns all answers."""
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(path)
         for part in parts:
@@ -70,7 +70,7 @@ def send(path: str, *parts: bytes) -> bytes:
     return answer
 
 
-def test_the_scan_finds_a_copy_that_is_there(server: tuple[int, str]) -> None:
+def test_the_scan_finds_an_existing_copy(server: tuple[int, str]) -> None:
     pid, path = server
     needle = marker()
     assert b"200 OK" in send(path, post("/copy", needle))
@@ -81,7 +81,7 @@ def test_the_scan_finds_a_copy_that_is_there(server: tuple[int, str]) -> None:
 @pytest.mark.parametrize(
     "how", ["whole", "head first", "split in the body", "in many parts", "chunked", "small chunks"]
 )
-def test_a_body_is_gone_when_it_was_answered(server: tuple[int, str], how: str, padding: int) -> None:
+def test_no_copy_of_a_body_remains_after_its_answer(server: tuple[int, str], how: str, padding: int) -> None:
     """However it arrives: at once, in parts, carried over from block to block, or chunked."""
     pid, path = server
     needle = marker()
@@ -114,7 +114,7 @@ def test_a_body_is_gone_when_it_was_answered(server: tuple[int, str], how: str, 
     ],
     ids=["bare LF", "wrong length", "bad size", "bad end", "cut off", "no head"],
 )
-def test_a_body_that_went_astray_is_gone_too(server: tuple[int, str], parts: list[bytes]) -> None:
+def test_no_copy_of_a_refused_body_remains(server: tuple[int, str], parts: list[bytes]) -> None:
     """Refused input is wiped like any other."""
     pid, path = server
     needle = marker()

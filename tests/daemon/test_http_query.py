@@ -13,7 +13,7 @@ from minikms.http import parse_query
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=10), st.text(max_size=20), max_size=8))
-def test_what_was_encoded_comes_out(parameters: dict[str, str]) -> None:
+def test_an_encoded_query_is_decoded(parameters: dict[str, str]) -> None:
     assert parse_query(urlencode(parameters)) == parameters
     assert (
         parse_query("&".join(f"{quote(k, safe='')}={quote(v, safe='')}" for k, v in parameters.items())) == parameters
@@ -32,14 +32,14 @@ def test_no_query_is_no_parameter() -> None:
         "&".join(f"k{n}=1" for n in range(33)),
     ],
 )
-def test_what_is_ambiguous_is_refused(query: str) -> None:
+def test_an_ambiguous_query_is_refused(query: str) -> None:
     with pytest.raises(InvalidRequestError):
         parse_query(query)
 
 
 @given(st.text("%a0=&+é;", max_size=12))
-def test_any_text_is_understood_or_refused(query: str) -> None:
-    """No other exception comes out."""
+def test_any_query_is_decoded_or_refused(query: str) -> None:
+    """No input causes another exception."""
     try:
         parse_query(query)
     except InvalidRequestError as error:

@@ -1,4 +1,4 @@
-"""The receive side without a socket: bytes in, whole requests out, and nothing left behind in memory."""
+"""The receive side without a socket: bytes in, complete requests out, and nothing left in memory."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_body_is_a_view_of_the_buffer_it_was_received_into() -> None:
     reader.discard()
 
 
-def test_a_carried_block_is_zeroed_when_it_grows_and_when_it_is_done() -> None:
+def test_a_carried_buffer_is_zeroed_when_it_grows_and_after_use() -> None:
     """Every block that ever held a part of the body is zero at the end."""
     shared = Shared(SMALL)
     reader = RequestReader(shared)
@@ -100,7 +100,7 @@ def test_an_announced_length_alone_takes_no_memory() -> None:
     reader.discard()
 
 
-def test_the_phase_says_what_is_awaited() -> None:
+def test_the_phase_says_what_the_connection_waits_for() -> None:
     shared = Shared(LIMITS)
     reader = RequestReader(shared)
     phases = []
@@ -113,7 +113,7 @@ def test_the_phase_says_what_is_awaited() -> None:
     assert phases == [Phase.HEAD, Phase.BODY, Phase.BODY, Phase.IDLE]
 
 
-def test_a_spent_budget_refuses_and_leaves_nothing_behind() -> None:
+def test_an_exhausted_budget_refuses_and_zeroes_everything() -> None:
     shared = Shared(dataclasses.replace(LIMITS, buffered_bytes_max=10_000))
     reader = RequestReader(shared)
     data = request("POST", "/", "Content-Length: 50000") + b"x" * 20_000
@@ -128,8 +128,8 @@ def test_a_spent_budget_refuses_and_leaves_nothing_behind() -> None:
     assert shared.budget.bytes_held == 0
 
 
-def test_input_that_waits_for_its_turn_is_kept_as_it_is() -> None:
-    """The caller may stop between two requests; the rest comes out later, unchanged and in order."""
+def test_waiting_input_is_kept_unchanged() -> None:
+    """The caller may stop between two requests and get the rest later, unchanged and in order."""
     shared = Shared(LIMITS)
     reader = RequestReader(shared)
     data = post("/1", b"a") + post("/2", b"b") + post("/3", b"c" * 100)[:-1]
@@ -153,7 +153,7 @@ def test_input_that_waits_for_its_turn_is_kept_as_it_is() -> None:
 
 
 def shortcut(reader: RequestReader, data: bytes) -> tuple[str, str, bytes] | None:
-    """What `only_request` makes of `data`; with its bytes taken as used if it made anything of it."""
+    """The result of `only_request` for `data`, which is used if there is a result."""
     room = reader.room()
     room[: len(data)] = data
     only = reader.only_request(len(data))
@@ -167,7 +167,7 @@ def shortcut(reader: RequestReader, data: bytes) -> tuple[str, str, bytes] | Non
 
 
 def the_long_way(reader: RequestReader, data: bytes) -> None:
-    """One whole request by `next`, after which its head is known."""
+    """One complete request from `next`, after which its head is cached."""
     reader.room()[: len(data)] = data
     reader.received(len(data))
     assert reader.next() is not None
@@ -186,7 +186,7 @@ ALIKE = (
 
 
 @given(order=st.lists(st.sampled_from(ALIKE), max_size=12))
-def test_the_shortcut_for_known_heads_means_the_same_in_any_order(order: list[bytes]) -> None:
+def test_the_shortcut_for_cached_heads_gives_the_same_requests(order: list[bytes]) -> None:
     shared = Shared(LIMITS)
     reader = RequestReader(shared)
     for data in ALIKE:
@@ -200,14 +200,14 @@ def test_the_shortcut_for_known_heads_means_the_same_in_any_order(order: list[by
 @pytest.mark.parametrize(
     "data", [ALIKE[0] + b"x", ALIKE[0] + ALIKE[0], ALIKE[0][:-1], ALIKE[0][:-5], b"POST", b"\r\n\r\n"]
 )
-def test_the_shortcut_leaves_what_is_not_just_one_known_request_to_the_long_way(data: bytes) -> None:
+def test_the_shortcut_returns_none_unless_one_cached_request_came(data: bytes) -> None:
     reader = RequestReader(Shared(LIMITS))
     the_long_way(reader, ALIKE[0])
     assert shortcut(reader, ALIKE[0]) is not None
     assert shortcut(reader, data) is None
 
 
-def test_a_turns_used_requests_are_zeroed_together_up_to_the_longest() -> None:
+def test_the_end_of_a_turn_zeroes_its_requests_up_to_the_longest() -> None:
     shared = Shared(LIMITS)
     reader = RequestReader(shared)
     long, short = ALIKE[3], ALIKE[0]

@@ -1,4 +1,4 @@
-"""The table of refused input, over a real socket: each row gets its 4xx, ends the connection, and reaches nobody."""
+"""The table of refused input, over a real socket: each row gets its 4xx and ends the connection."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_refused(name: str) -> None:
 @pytest.mark.parametrize(
     "name", [name for name in REFUSED if not name.startswith("end ") and "without end" not in name]
 )
-def test_what_follows_a_refusal_is_not_a_request(name: str) -> None:
+def test_bytes_after_a_refusal_are_not_a_request(name: str) -> None:
     """A request smuggled behind refused bytes is never started; one before them is answered first."""
     data, status = REFUSED[name]
 
@@ -61,7 +61,7 @@ def test_what_follows_a_refusal_is_not_a_request(name: str) -> None:
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted(name: str) -> None:
-    """The narrow side of each rule."""
+    """Requests that each rule just accepts."""
 
     async def check() -> None:
         async with serving() as running:
@@ -74,7 +74,7 @@ def test_accepted(name: str) -> None:
 
 
 def test_a_refusal_reaches_a_client_that_is_still_sending() -> None:
-    """The answer can be read although megabytes of the body are still on their way."""
+    """The answer can be read although megabytes of the body are still being sent."""
 
     async def check() -> None:
         async with serving() as running:
@@ -96,7 +96,7 @@ def test_the_specification_lists_every_refusal() -> None:
     assert {name: limits.Refusal(int(status), code, sentence) for name, status, code, sentence in rows} == limits.TABLE
 
 
-def test_the_specification_states_the_bounds_as_they_are() -> None:
+def test_the_specification_states_every_bound() -> None:
     """Each row of its table of bounds names a constant and that constant's value."""
     units = {"": 1, " KiB": 1024, " MiB": 1024 * 1024, " s": 1}
     rows = re.findall(r"^\| .+ \| ([0-9,]+)( KiB| MiB| s|) \| `(api\.)?([A-Z_]+)` \|$", SPECIFICATION.read_text(), re.M)

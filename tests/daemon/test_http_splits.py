@@ -1,4 +1,4 @@
-"""Over a real socket, it does not matter how the bytes of a request are cut, nor how many they are."""
+"""Over a real socket, the answer does not depend on how the bytes of a request are split, nor on its size."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_the_answer_does_not_depend_on_where_the_bytes_are_split(name: str) -> N
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
-def test_a_body_is_a_body_even_if_it_is_a_request_seen_before(framing: str) -> None:
-    """The head alone, then a body whose bytes are a whole request under a known head: it is never started."""
+def test_a_body_that_looks_like_a_cached_request_stays_a_body(framing: str) -> None:
+    """First the head, then a body whose bytes are a complete request with a cached head: it is never started."""
     smuggled = post("/smuggled", b"x")
     whole = post("/echo", smuggled) if framing == "length" else chunked("/echo", smuggled)
     head = whole.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"

@@ -1,4 +1,4 @@
-"""A turn of the event loop: its answers leave together, after the commit, and no connection takes all of it."""
+"""A turn of the event loop: its answers are sent together, after the commit, and no connection uses all of it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_a_connection_gets_at_most_its_share_of_a_turn() -> None:
     run(check())
 
 
-def test_large_answers_do_not_pile_up_in_one_turn() -> None:
-    """Of many requests whose answers are large, one is started a turn, and none while the client has not read."""
+def test_large_answers_do_not_accumulate_in_one_turn() -> None:
+    """One request with a large answer is started per turn, and none while the client does not read."""
 
     async def check() -> None:
         async with serving(dataclasses.replace(LIMITS, write_buffer_bytes_max=100_000)) as running:
@@ -49,7 +49,7 @@ def test_large_answers_do_not_pile_up_in_one_turn() -> None:
     run(check())
 
 
-def test_nothing_leaves_when_the_turn_is_not_committed() -> None:
+def test_no_answer_is_sent_when_the_turn_is_not_committed() -> None:
     """Every answer of the turn, refusals too, is replaced; in the next turn the service works again."""
 
     async def check() -> None:

@@ -55,7 +55,7 @@ class KilledEngine(RocksEngine):
 
 
 async def write(store: Conversations) -> None:
-    """A new message, then an edit of it, and again; the acknowledged ones are told."""
+    """A new message, then an edit of it, and again; the acknowledged ones are printed."""
     while True:
         try:
             made = await store.create_message(NewMessage("ann", THREAD, body={"by": os.getpid()}))

@@ -195,7 +195,7 @@ def test_the_kek_is_rotated_in_the_middle_of_a_rotation_and_everything_opens(
 
 
 def test_the_kill_is_really_at_a_write_of_the_job(tmp_path: Path) -> None:
-    """What the proof above rests on: a server that is told to die before its first row leaves none."""
+    """The proof above depends on this: a server that ends before its first row leaves none."""
     with LiveDaemon(tmp_path) as daemon:
         asyncio.run(fill(tmp_path, daemon.socket, 3))
         command = [sys.executable, SERVER, str(tmp_path), str(daemon.socket), "2"]

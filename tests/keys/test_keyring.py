@@ -159,6 +159,9 @@ def contradictions(unlocked: UnlockedKeyring) -> dict[str, Body]:
         "no slot": _with(body, slots=()),
         "a slot id twice": _with(body, slots=(change(old, slot_id=new.slot_id), new)),
         "a root key twice": _with(body, slots=(change(old, fingerprint=new.fingerprint), new)),
+        "a provider without a name": _with(body, slots=(change(old, provider=""), new)),
+        "a provider with a long name": _with(body, slots=(change(old, provider="x" * 33), new)),
+        "a provider with a control character": _with(body, slots=(change(old, provider="a\n"), new)),
         "too many slots": _with(body, slots=(old,) * (keyring.SLOTS_MAX + 1)),
         "the newest slot does not open the present key": _with(body, key_version=body.key_version + 1),
         "a missing link": _with(body, links=()),
@@ -236,7 +239,9 @@ def test_a_damaged_file_is_refused_or_parses_never_anything_else(data: st.DataOb
 # --- sequences of changes ---------------------------------------------------------------------------------------------
 
 
-@given(moves=st.lists(st.sampled_from(["begin", "begin root", "promote", "drop", "destroy", "bury"]), max_size=12))
+@given(
+    moves=st.lists(st.sampled_from(["begin", "begin root", "promote", "drop", "destroy", "add tombstone"]), max_size=12)
+)
 @settings(max_examples=60)
 def test_any_sequence_of_changes_keeps_invariants_and_opens_under_its_roots(moves: list[str]) -> None:
     with keyrings.arena(512) as arena:
@@ -270,5 +275,5 @@ def _apply(unlocked: UnlockedKeyring, move: str, roots: list[bytes], number: int
         del roots[:-1]
     elif move == "destroy" and (retired := body.kek_in_state("retired")):
         keyrings.adopt(unlocked, keyring.destroy_kek(body, retired.version, at=AT))
-    elif move == "bury":
+    elif move == "add tombstone":
         keyrings.adopt(unlocked, keyring.add_tombstone(body, f"k_{number:026d}", at=AT))

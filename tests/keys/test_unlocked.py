@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keyrings
+import msgspec
 import pytest
 from keyrings import AT, NEW_ROOT, ROOT
 
@@ -36,7 +37,15 @@ def test_the_same_keys_come_out_of_the_file_that_went_in(arena: SecretArena) -> 
     assert [bytes(part) for part in again.audit_key(1)] == [bytes(part) for part in unlocked.audit_key(1)]
 
 
-def test_a_wrong_root_is_refused_with_both_fingerprints(arena: SecretArena) -> None:
+def test_a_keyring_of_an_unknown_provider_opens(arena: SecretArena) -> None:
+    """A later version may know more providers, and the name is for people only."""
+    unlocked = keyrings.fresh(arena)
+    slot = msgspec.structs.replace(unlocked.body.slots[0], provider="tpm2-0123456789-0123456789-01234")
+    keyrings.adopt(unlocked, keyring.next_epoch(unlocked.body, at=AT, slots=(slot,)))
+    assert keyrings.reopened(arena, unlocked)[1] == slot
+
+
+def test_the_error_for_a_wrong_root_names_both_fingerprints(arena: SecretArena) -> None:
     unlocked = keyrings.fresh(arena)
     with pytest.raises(StartError, match="wrong root key") as refused:
         keyrings.reopened(arena, unlocked, NEW_ROOT)

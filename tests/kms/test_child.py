@@ -61,7 +61,7 @@ def test_the_command_is_the_miniKMS_of_this_installation_unless_a_program_is_nam
     assert ChildOptions(socket_path="s", data_dir="d", binary="bin/minikms").command(7)[0] == f"{here}/bin/minikms"
 
 
-def test_a_remembered_line_of_the_audit_log_is_told() -> None:
+def test_a_remembered_line_of_the_audit_log_is_passed_on() -> None:
     command = ChildOptions(socket_path="s", data_dir="d").command(7, "12:c2ln")
     assert command[command.index("--expect-audit-head") + 1] == "12:c2ln"
 

@@ -64,14 +64,14 @@ def test_it_answers_as_the_remote_one_does(directory: Path) -> None:
         [moved] = await provider.reencrypt_batch(old.key_id, new.key_id, [ReencryptItem(ciphertext=sealed, aad=b"a")])
         assert isinstance(moved, bytes)
         assert await opened(provider, new.key_id, moved) == b"text"
-        opens, stranger = await provider.check_batch(
+        opens, failed = await provider.check_batch(
             old.key_id,
             [ReencryptItem(ciphertext=sealed, aad=b"a"), ReencryptItem(ciphertext=moved, aad=b"a")],
             thread_id="t",
         )
         assert opens is None
-        assert isinstance(stranger, KmsRefusedError)
-        assert stranger.code == api.CODE_DECRYPTION_FAILED
+        assert isinstance(failed, KmsRefusedError)
+        assert failed.code == api.CODE_DECRYPTION_FAILED
         with pytest.raises(KmsRefusedError) as refused:
             await provider.check_batch(
                 old.key_id, [ReencryptItem(ciphertext=sealed, aad=b"a")], thread_id="another", request_id="r-2"
@@ -148,7 +148,7 @@ def test_a_server_that_uses_miniKMS_does_not_even_load_the_key_services_code() -
     assert ran.stdout == "[]\n"
 
 
-def test_a_server_refuses_it_unless_it_is_told_that_this_is_development(directory: Path) -> None:
+def test_a_server_refuses_it_without_the_flag_for_development(directory: Path) -> None:
     environment = {**os.environ, "PROGRESSDB_KMS_PROVIDER": "local"}
     command = [sys.executable, "-m", "progressdb_server", "--db", str(directory), "--addr", "127.0.0.1:0"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)

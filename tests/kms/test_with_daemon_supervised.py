@@ -96,9 +96,7 @@ def test_with_a_descriptor_each_child_reads_the_same_key(directory: Path) -> Non
     verify_audit(directory, key_file(directory))
 
 
-def test_without_a_root_key_the_server_is_told_what_the_daemon_said(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_root_key_the_server_gets_the_daemons_error(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor_module, "FOUND_S_MAX", 0.1)
 
     async def main() -> None:
@@ -136,7 +134,7 @@ def test_three_servers_that_start_at_once_use_one_daemon(directory: Path) -> Non
     asyncio.run(main())
 
 
-def test_each_daemon_is_told_the_line_that_is_remembered_just_then(
+def test_each_daemon_gets_the_line_that_is_remembered_at_its_start(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor_module, "FOUND_S_MAX", 0.1)

@@ -1,8 +1,8 @@
-"""What root sees: a search of another process's memory for keys, in every form that gives a key away.
+"""A search of another process's memory for keys, as root, in every form that reveals a key.
 
 Owns: the forms of a key (`forms_of`) and the search for them in a live process or in a file. Invariants: every byte
-that the kernel lets root read is searched, and a region that it does not is reported, never passed over in silence;
-the search is exact. It must know nothing of the program that it searches.
+that the kernel lets root read is searched, and every other region is reported; the search is exact. It must know
+nothing about the program that it searches.
 
 How 6,000 needles pass over some hundred megabytes in seconds: each needle is looked for by its rarest byte, so that
 the C library's memchr does the walking; a few classes of the bytes that follow, then a table, decide the rest.

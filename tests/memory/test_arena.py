@@ -1,4 +1,4 @@
-"""The secret arena: where raw keys live, and how they get there."""
+"""The secret arena: its pages, its slots, and how keys get into them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_python(code: str) -> str:
 
 
 @both_backings
-def test_a_slot_is_zero_when_handed_out_even_after_use(fallback: bool) -> None:
+def test_a_slot_is_zero_when_allocated_even_after_use(fallback: bool) -> None:
     with SecretArena(1, force_fallback=fallback) as arena:
         for _ in range(3):
             slot = arena.allocate()
@@ -91,7 +91,7 @@ def test_a_slot_that_is_dropped_or_left_by_an_exception_is_freed() -> None:
         assert arena.in_use == 0
 
 
-def test_a_slot_whose_view_is_held_by_a_call_is_zeroed_and_never_handed_out_again() -> None:
+def test_a_slot_whose_view_is_in_use_is_zeroed_and_never_reused() -> None:
     with SecretArena(1) as arena:
         slot = arena.allocate()
         fill_random(slot.view)
@@ -107,7 +107,7 @@ def test_a_slot_whose_view_is_held_by_a_call_is_zeroed_and_never_handed_out_agai
 
 
 @both_backings
-def test_closing_zeroes_all_slots_and_ends_their_views(fallback: bool) -> None:
+def test_closing_zeroes_all_slots_and_releases_their_views(fallback: bool) -> None:
     arena = SecretArena(2, force_fallback=fallback)
     slot = arena.allocate()
     fill_random(slot.view)
@@ -207,7 +207,7 @@ def test_root_cannot_read_the_arena_through_proc_mem() -> None:
     assert output == "refused\n"
 
 
-def test_without_memfd_secret_the_fallback_says_what_is_lacking(
+def test_without_memfd_secret_the_fallback_names_missing_protections(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(arena_module, "_SYS_MEMFD_SECRET", 0xFFFF)  # no such call: ENOSYS
@@ -217,7 +217,7 @@ def test_without_memfd_secret_the_fallback_says_what_is_lacking(
 
 
 @both_backings
-def test_too_small_a_lock_limit_is_told_by_the_name_of_its_setting(fallback: bool) -> None:
+def test_an_error_about_the_lock_limit_names_the_setting(fallback: bool) -> None:
     """Without CAP_IPC_LOCK: the limit does not bind root's process, so the child gives its capabilities up first."""
     output = run_python(f"""
         import resource
@@ -250,7 +250,7 @@ def test_random_bytes_fill_the_whole_view_over_short_reads(monkeypatch: pytest.M
 
 def test_a_random_device_that_ends_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "readv", lambda fd, views: 0)
-    with pytest.raises(OSError, match="ended"):
+    with pytest.raises(OSError, match="returned no bytes"):
         fill_random(memoryview(bytearray(32)))
 
 
@@ -270,7 +270,7 @@ def test_zero_overwrites_every_byte(size: int) -> None:
 
 
 @given(st.binary(min_size=32, max_size=32), st.booleans())
-def test_hex_text_decodes_in_place_to_what_it_says(key: bytes, upper: bool) -> None:
+def test_hex_text_is_decoded_in_place(key: bytes, upper: bool) -> None:
     text = key.hex().upper() if upper else key.hex()
     target = bytearray(32)
     hex_decode_into(memoryview(text.encode()), memoryview(target))

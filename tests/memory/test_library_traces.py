@@ -1,7 +1,6 @@
-"""What the libraries leave behind of a key that they were lent for one call: the measurements that the design rests on.
+"""What the libraries leave in memory of a key after one call: the measurements that the design is based on.
 
-Each is taken in a small process, so that a new version of a library that behaves otherwise is named at once, and not
-only found in the daemon.
+Each is made in a small process, so that a different behaviour of a new library version is found here first.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def traces_of(use: str, *, scrub: bool) -> set[str]:
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_key_lent_for_one_call_is_nowhere_once_the_stack_is_scrubbed(use: str) -> None:
+def test_no_key_remains_after_a_call_when_the_stack_is_scrubbed(use: str) -> None:
     assert traces_of(USES[use], scrub=True) == set()
 
 

@@ -1,4 +1,4 @@
-"""No key in reach: root scans all memory of the real daemon after heavy use, and finds no key in any form.
+"""Root scans all memory of the real daemon after heavy use, and finds no key in any form.
 
 Each scan runs beside a scan that must find something (test_scanner.py plants every form; here a canary in the same
 process table): a scan that finds nothing proves nothing by itself.
@@ -167,7 +167,7 @@ REFUSED_ROOTS = (
 
 
 def storm_of_refused_roots(socket_path: Path) -> dict[str, bytes]:
-    """Root keys that were sent and refused; they are secrets all the same."""
+    """Root keys that were sent and refused: they are secrets too."""
     keys = {}
     for number, template in enumerate(REFUSED_ROOTS):
         for way in ("whole", "in pieces", "chunked", "cut off"):
@@ -243,7 +243,7 @@ def core_of(pid: int, directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["environment", "dev"])
-def test_wherever_the_root_key_comes_from_it_is_not_found(tmp_path: Path, kind: live_daemon.RootKind) -> None:
+def test_the_root_key_is_not_found_whatever_its_source(tmp_path: Path, kind: live_daemon.RootKind) -> None:
     with LiveDaemon(tmp_path, kind) as daemon, daemon.client() as client:
         use_mixed(client, make_keys(client, 10), 500)
         keys = daemon.keys()
@@ -314,7 +314,7 @@ def test_no_single_verb_leaves_a_key(tmp_path: Path) -> None:
             assert_unreachable(daemon, keys)
 
 
-def test_evicted_keys_leave_nothing_behind(tmp_path: Path) -> None:
+def test_evicted_keys_leave_no_copy(tmp_path: Path) -> None:
     """Room for four keys and a hundred in use: nearly every operation opens one and evicts another."""
     with LiveDaemon(tmp_path, "file", "--cache-keys", "4") as daemon, daemon.client() as client:
         use_mixed(client, make_keys(client, THREADS_COUNT), 2_000)
@@ -340,8 +340,8 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
 
-def test_without_memfd_secret_it_works_says_what_is_lacking_and_keeps_keys_in_the_arena_only(tmp_path: Path) -> None:
-    """A kernel without the call, for this process: a filter answers ENOSYS. Root can read the fallback, no more."""
+def test_without_memfd_secret_keys_are_only_in_the_arena(tmp_path: Path) -> None:
+    """A filter answers ENOSYS, as a kernel without the call does. Root can read the fallback, but nothing more."""
     wrapper = tmp_path / "without_memfd_secret.py"
     wrapper.write_text(WITHOUT_MEMFD_SECRET)
     with LiveDaemon(tmp_path, "file", launcher=(str(wrapper),)) as daemon, daemon.client() as client:
@@ -365,7 +365,7 @@ def test_required_hardening_refuses_a_machine_where_something_is_missing(tmp_pat
     assert not (tmp_path / "s").exists()
 
 
-def test_status_tells_which_measures_are_in_force(tmp_path: Path) -> None:
+def test_status_names_the_measures_in_force(tmp_path: Path) -> None:
     with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
         told = client.status()["hardening"]
         kernel = Path(f"/proc/{daemon.pid}/status").read_text()

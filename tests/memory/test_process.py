@@ -1,4 +1,4 @@
-"""What the process gives up before it reads a key. Each test hardens a process of its own and then tries."""
+"""Hardening: each test hardens a process of its own and then tries what it has given up."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def status_of(pid: int | str) -> dict[str, str]:
         return {name: value.strip() for name, _, value in (line.partition(":") for line in file)}
 
 
-def test_every_measure_is_told_and_those_in_force_need_no_reason() -> None:
+def test_every_measure_is_reported_and_has_a_reason_if_missing() -> None:
     told = in_a_process("answer = measures()")
     assert list(told) == ALL
     for measure in told.values():
@@ -91,7 +91,7 @@ def test_required_hardening_refuses_to_start_and_names_what_is_missing() -> None
     assert "not_dumpable" not in answer
 
 
-def test_a_lacking_arena_is_a_missing_measure() -> None:
+def test_an_arena_without_memfd_secret_is_a_missing_measure() -> None:
     answer = in_a_process("""
         try:
             harden(SecretArena(1, force_fallback=True), read=[], write=[], require=True)
@@ -279,7 +279,7 @@ def test_network_sockets_can_be_opened_only_if_configured(allowed: bool) -> None
 
 
 def test_every_denied_call_fails_with_eperm_in_every_thread() -> None:
-    """Called with arguments that are wrong in every way, so that a call which was let through would fail otherwise."""
+    """The arguments are invalid, so that an allowed call would fail with another error."""
     needs.machine("x86_64", "aarch64")
     column = 0 if os.uname().machine == "x86_64" else 1
     calls = {name: numbers[column] for name, numbers in (seccomp.DENIED | seccomp.DENIED_PROGRAMS).items()}
@@ -313,7 +313,7 @@ def test_the_numbers_are_those_that_libseccomp_knows() -> None:
             assert known == numbers[column] if numbers[column] is not None else known < 0, name
 
 
-def test_an_unknown_machine_is_told_and_filters_nothing() -> None:
+def test_an_unknown_machine_is_refused_without_a_filter() -> None:
     with pytest.raises(OSError, match="riscv64"):
         seccomp.filter_program("riscv64", allow_exec=False, allow_network=False)
 
@@ -346,8 +346,8 @@ def test_the_filter_decides_each_call_as_listed(machine: str, allow_exec: bool, 
         assert _decide(program, seccomp._IOCTL[column], architecture, 0, request) == decision, hex(request)
 
 
-def test_no_namespace_is_made_and_nothing_is_typed_into_a_terminal_and_threads_still_start() -> None:
-    """What most escalations of an ordinary process begin with, and how a daemon in a terminal would leave it."""
+def test_namespaces_and_terminal_input_are_denied_and_threads_start() -> None:
+    """Most privilege escalations begin with a namespace; simulated input would let a daemon leave its terminal."""
     answer = in_a_process("""
         import ctypes, fcntl, termios, threading
         libc = ctypes.CDLL(None, use_errno=True)
@@ -401,7 +401,7 @@ def test_a_process_with_a_second_thread_is_not_hardened() -> None:
     assert "one thread, and it has 2" in answer
 
 
-def test_a_measure_that_fails_does_not_keep_the_others_from_being_taken() -> None:
+def test_a_failing_measure_does_not_prevent_the_others() -> None:
     answer = in_a_process("""
         from minikms.memory import process
         def fail(): raise OSError(38, "as on an old kernel")
@@ -414,7 +414,7 @@ def test_a_measure_that_fails_does_not_keep_the_others_from_being_taken() -> Non
     assert answer["core_dumps_off"]["why"] == "as on an old kernel"
 
 
-def test_a_measure_in_force_says_no_more() -> None:
+def test_a_measure_in_force_has_no_reason_in_status() -> None:
     assert Measure("name", True).status() == {"measure": "name", "in_force": True}
     assert Measure("name", False, "because").status() == {"measure": "name", "in_force": False, "why": "because"}
 

@@ -135,7 +135,7 @@ def test_a_region_that_even_root_cannot_read_is_reported() -> None:
 
 
 @pytest.mark.parametrize("place", ["start", "chunk border", "end"])
-def test_a_needle_is_found_wherever_it_lies_in_a_file(tmp_path: Path, place: str) -> None:
+def test_a_needle_is_found_at_any_place_of_a_file(tmp_path: Path, place: str) -> None:
     key = os.urandom(32)
     size = 2 * scanner.CHUNK_BYTES + 100
     position = {"start": 0, "chunk border": scanner.CHUNK_BYTES - 7, "end": size - 32}[place]

@@ -1,4 +1,4 @@
-"""Signals are data that the event loop reads, never handlers."""
+"""Signals are data that the event loop reads; no handler runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def in_a_process(code: str) -> Any:
     return json.loads(done.stdout)
 
 
-def test_every_signal_that_can_be_blocked_arrives_as_a_number_and_harms_nothing() -> None:
+def test_every_blockable_signal_is_read_as_a_number() -> None:
     answer = in_a_process("""
         reader = SignalReader()
         signals = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})

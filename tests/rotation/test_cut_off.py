@@ -1,21 +1,23 @@
-"""A request that the end of a stop cuts off leaves its audit line: what it had begun may be on disk."""
+"""A request that is cancelled at shutdown leaves its audit line: its effects may already be durable."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from minikms import api
+from minikms.api import Verb
 from minikms.audit import Event
-from minikms.policy import Policy, Principal
+from minikms.policy import Policy
+from minikms.service.base import VerbTable
 from minikms.service.keks import KekVerbs
-from minikms.service.keys import KeyIssuing
-from minikms.service.lifecycle import KeyLifecycle
-from minikms.service.records import KeyService
+from minikms.service.keys import KeyVerbs
+from minikms.service.lifecycle import LifecycleVerbs
+from minikms.service.records import RecordVerbs
 from vaults import OpenedVault, SilentAudit, opened_vault
 
 
@@ -33,40 +35,38 @@ async def hang(*_: object, **__: object) -> Any:
     await asyncio.Event().wait()
 
 
-def requests(one: OpenedVault, audit: QueuedAudit, who: Principal, keys: dict[str, str]) -> dict[str, Any]:
-    """Each verb that waits for something, begun."""
-    vault = one.vault
-    records = KeyService(vault, audit)
-    issuing = KeyIssuing(vault, audit, dict)
-    life = KeyLifecycle(vault=vault, audit=audit, indexing=one.indexing, reader=one.reader)
-    keks = KekVerbs(vault=vault, audit=audit, rotation=one.rotation, pruning=one.pruning, opened_slot_id="")
-    item = api.EncryptItem(keys["active"], "")
-    retired = keys["retired"]
+def served(one: OpenedVault, audit: QueuedAudit) -> VerbTable:
+    table = VerbTable(audit)
+    RecordVerbs(one.vault, table)
+    KeyVerbs(one.vault, table)
+    LifecycleVerbs(vault=one.vault, table=table, indexing=one.indexing, reader=one.reader)
+    KekVerbs(vault=one.vault, table=table, rotation=one.rotation, pruning=one.pruning, opened_slot_id="")
+    return table
+
+
+def requests(active: str, retired: str, data: str) -> dict[Verb[Any, Any], api.Request]:
+    """One for each verb that awaits something."""
+    item = api.EncryptItem(active, "")
     return {
-        "create_dek": lambda: issuing.create_dek_for_thread(who, api.CreateDekRequest("t"), ""),
-        "encrypt": lambda: records.encrypt(who, item, ""),
-        "encrypt_batch": lambda: records.encrypt_batch(who, api.EncryptBatchRequest([item]), ""),
-        "reencrypt_batch": lambda: records.reencrypt_batch(
-            who, api.ReencryptBatchRequest(retired, keys["active"], [api.ReencryptItem("")]), ""
-        ),
-        "generate_data_key": lambda: issuing.generate_data_key(who, api.GenerateDataKeyRequest(keys["data"]), ""),
-        "list_keys": lambda: life.list_keys(who, thread_id=None, state=None, cursor="", limit=1, request_id=""),
-        "retire_key": lambda: life.retire(who, keys["active"], ""),
-        "destroy_key": lambda: life.destroy(who, retired, api.DestroyKeyRequest(retired), ""),
-        "rotate_kek": lambda: keks.rotate_kek(who, api.RotateKekRequest(), None, ""),
-        "prune_kek": lambda: keks.prune_keks(who, api.PruneKekRequest(), ""),
+        api.CREATE_DEK: api.CreateDekRequest("t"),
+        api.ENCRYPT: item,
+        api.ENCRYPT_BATCH: api.EncryptBatchRequest([item]),
+        api.REENCRYPT_BATCH: api.ReencryptBatchRequest(retired, active, [api.ReencryptItem("")]),
+        api.GENERATE_DATA_KEY: api.GenerateDataKeyRequest(data),
+        api.LIST_KEYS: api.ListKeysRequest(),
+        api.RETIRE_KEY: api.KeyRequest(active),
+        api.DESTROY_KEY: api.DestroyKeyRequest(retired),
+        api.ROTATE_KEK: api.RotateKekRequest(),
+        api.PRUNE_KEK: api.PruneKekRequest(),
     }
 
 
-VERBS = (
-    "create_dek", "encrypt", "encrypt_batch", "reencrypt_batch", "generate_data_key", "list_keys", "retire_key",
-    "destroy_key", "rotate_kek", "prune_kek",
-)  # fmt: skip
+VERBS = tuple(requests("", "", ""))
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_verb_that_is_cut_off_is_audited_as_interrupted(
-    tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_a_verb_that_is_cancelled_at_shutdown_is_audited_as_interrupted(
+    tmp_path: Path, verb: Verb[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -80,18 +80,18 @@ def test_a_verb_that_is_cut_off_is_audited_as_interrupted(
             assert who is not None
             for owner, name in (
                 (one.vault, "create"), (one.vault, "retire"), (one.vault, "destroy"), (one.vault.leases, "extend"),
-                (KeyLifecycle, "_in_reader"), (one.rotation, "begin"), (one.pruning, "prune"),
+                (LifecycleVerbs, "_in_reader"), (one.rotation, "begin"), (one.pruning, "prune"),
             ):  # fmt: skip
                 monkeypatch.setattr(owner, name, hang)
-            begin: Callable[[], Awaitable[Any]] = requests(
-                one, audit, who, {"active": active, "retired": retired, "data": data}
-            )[verb]
-            task = asyncio.ensure_future(begin())
+            perform = served(one, audit)[verb]
+            answer = perform(who, requests(active, retired, data)[verb], "")
+            assert isinstance(answer, Awaitable)
+            task = asyncio.ensure_future(answer)
             await asyncio.sleep(0.01)
             assert audit.queued == []
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            assert [(event.type, event.outcome) for event in audit.queued] == [(verb, "interrupted")]
+            assert [(event.type, event.outcome) for event in audit.queued] == [(verb.name, "interrupted")]
 
     asyncio.run(main())

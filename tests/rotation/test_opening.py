@@ -1,94 +1,152 @@
-"""Opening a data directory: a missing root key or keyring is never made up for, and each start raises the epoch."""
+"""Opening a data directory: nothing missing is replaced silently, and each start raises the epoch."""
 
 from __future__ import annotations
 
-import asyncio
 import os
+import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from minikms import datadir
+from minikms.audit import Event
 from minikms.audit.maintenance import compress_closed
-from minikms.crypto.aead import NonceSource
-from minikms.custody.files import open_directory
-from minikms.custody.keyring_file import KeyringFile
+from minikms.cli.serve import serve
 from minikms.custody.rotation_backups import newest_key_id
-from minikms.datadir import RootSource
+from minikms.datadir import DataDir, Options
 from minikms.errors import StartError
 from minikms.keys.dek import make_key_id
 from minikms.memory.arena import SecretArena
-from vaults import key_file, opened_vault
+from minikms.roots.providers import DevelopmentKey, KeyFile, RootProvider
+from vaults import key_file
 
 
-def attempt(directory: Path, source: RootSource) -> datadir.Opened:
-    """What a start does with the keyring; its keys are zeroed at once."""
-    directory.mkdir(mode=0o700, exist_ok=True)
-    descriptor = open_directory(directory)
-    try:
-        with SecretArena(32, force_fallback=True) as arena, ThreadPoolExecutor(1) as executor:
-            return datadir.open_keyring(
-                data_dir=str(directory),
-                file=KeyringFile(descriptor, executor),
-                source=source,
-                arena=arena,
-                nonces=NonceSource(),
-            )
-    finally:
-        os.close(descriptor)
+class Opener:
+    """One process: a locked data directory and an arena, in which it may be opened again and again."""
+
+    def __init__(self, directory: Path, stack: ExitStack) -> None:
+        self.directory = directory
+        self.lock = stack.enter_context(datadir.lock_data_dir(str(directory)))
+        self.arena = stack.enter_context(SecretArena(64, force_fallback=True))
+        self._executor = stack.enter_context(ThreadPoolExecutor(1))
+
+    def open(self, root: RootProvider | None = None, options: Options = datadir.DEFAULT_OPTIONS) -> DataDir:
+        root = root or KeyFile(key_file(self.directory))
+        disk = journal = self._executor
+        return datadir.open_for_service(self.lock, root, arena=self.arena, disk=disk, journal=journal, options=options)
+
+    def start(self, root: RootProvider | None = None, options: Options = datadir.DEFAULT_OPTIONS) -> int:
+        """Opens and closes; the epoch of the start."""
+        data = self.open(root, options)
+        data.close()
+        return data.vault.keyring.body.epoch
 
 
-def test_without_a_root_key_it_refuses_and_tells_both_ways_out(tmp_path: Path) -> None:
-    with pytest.raises(StartError, match=r"--master-key-file.*--dev") as refused:
-        attempt(tmp_path / "d", RootSource())
-    assert "openssl rand -hex 32" in str(refused.value)
-    assert os.listdir(tmp_path / "d") == []
+@contextmanager
+def opener(directory: Path) -> Iterator[Opener]:
+    with ExitStack() as stack:
+        yield Opener(directory, stack)
 
 
-def test_the_first_start_makes_a_keyring_and_later_ones_open_it(tmp_path: Path) -> None:
-    source = RootSource(file=key_file(tmp_path / "d"))
-    assert attempt(tmp_path / "d", source).made
-    again = attempt(tmp_path / "d", source)
-    assert (again.made, again.provider) == (False, "file")
+@pytest.fixture
+def one(tmp_path: Path) -> Iterator[Opener]:
+    with opener(tmp_path / "d") as made:
+        yield made
 
 
-def test_a_development_key_is_made_for_a_new_directory_only(tmp_path: Path) -> None:
-    dev = tmp_path / "dev.key"
-    assert attempt(tmp_path / "d", RootSource(dev_file=dev)).provider == "dev"
-    text = dev.read_text()
-    attempt(tmp_path / "d", RootSource(dev_file=dev))
-    assert dev.read_text() == text
-    dev.unlink()
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_without_a_root_key_serve_refuses_and_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PROGRESSDB_MINIKMS_MASTER_KEY_FILE", raising=False)
+    with pytest.raises(StartError, match=r"(?s)openssl rand -hex 32.*--master-key-file.*--dev"):
+        serve(socket=str(tmp_path / "s"), data_dir=str(tmp_path / "d"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_every_start_raises_the_epoch_also_in_one_process(one: Opener) -> None:
+    before = descriptors()
+    assert [one.start(), one.start(), one.start()] == [2, 3, 4]
+    assert (descriptors(), one.arena.in_use) == (before, 0)
+
+
+def test_a_failed_opening_leaves_nothing_open_and_a_later_one_works(one: Opener, tmp_path: Path) -> None:
+    one.start()
+    before = descriptors()
+    leases = one.directory / "kms-leases"
+    leases.rename(tmp_path / "leases")
+    with pytest.raises(StartError, match="kms-leases"):
+        one.open()
+    assert (descriptors(), one.arena.in_use) == (before, 0)
+    with pytest.raises(StartError, match="wrong root key"):
+        one.open(KeyFile(key_file(tmp_path / "another")))
+    assert (descriptors(), one.arena.in_use) == (before, 0)
+    (tmp_path / "leases").rename(leases)
+    assert one.start() == 3
+
+
+def test_a_development_key_is_made_for_a_new_directory_only(one: Opener) -> None:
+    root = DevelopmentKey(str(one.directory))
+    one.start(root)
+    text = root.path.read_text()
+    one.start(root)
+    assert root.path.read_text() == text
+    root.path.unlink()
     with pytest.raises(StartError, match="put it back"):
-        attempt(tmp_path / "d", RootSource(dev_file=dev))
-    assert not dev.exists()
+        one.open(root)
+    assert not root.path.exists()
+
+
+def test_the_keyring_records_the_name_of_the_provider(one: Opener) -> None:
+    data = one.open(DevelopmentKey(str(one.directory)))
+    assert [slot.provider for slot in data.vault.keyring.body.slots] == ["dev"]
+    data.close()
 
 
 @pytest.mark.parametrize("left", ["kms-deks/k_01jd0000000000000000000000.json", "minikms-audit.log"])
-def test_a_missing_keyring_beside_keys_or_a_log_is_never_made_anew(tmp_path: Path, left: str) -> None:
-    path = tmp_path / "d" / left
-    path.parent.mkdir(parents=True)
-    (tmp_path / "d").chmod(0o700)
-    path.write_text("x")
+def test_a_missing_keyring_beside_keys_or_a_log_is_never_made_anew(one: Opener, left: str) -> None:
+    (one.directory / left).write_text("x")
     with pytest.raises(StartError, match=r"restore keyring\.json"):
-        attempt(tmp_path / "d", RootSource(file=key_file(tmp_path / "d")))
-    assert not (tmp_path / "d" / "keyring.json").exists()
+        one.open()
+    assert not (one.directory / "keyring.json").exists()
 
 
-def test_every_start_raises_the_epoch(tmp_path: Path) -> None:
-    async def main() -> list[int]:
-        seen = []
-        for _ in range(3):
-            async with opened_vault(tmp_path / "d") as one:
-                seen.append(one.vault.keyring.body.epoch)
-        return seen
-
-    assert asyncio.run(main()) == [2, 3, 4]
+def test_reading_beside_a_daemon_takes_no_lock_and_changes_nothing(one: Opener) -> None:
+    data = one.open()
+    before = {path: path.read_bytes() for path in one.directory.iterdir() if path.is_file()}
+    with datadir.open_for_reading(str(one.directory), KeyFile(key_file(one.directory))) as unlocked:
+        assert unlocked.body == data.vault.keyring.body
+    assert {path: path.read_bytes() for path in one.directory.iterdir() if path.is_file()} == before
+    data.close()
 
 
-# --- the epochs that the audit log tells of -----------------------------------------------------------------------
+def test_a_keyring_older_than_the_log_opens_only_when_accepted(one: Opener, tmp_path: Path) -> None:
+    one.start()
+    shutil.copy(one.directory / "keyring.json", tmp_path / "old")
+    one.start()
+    data = one.open()
+    write_start_line(data)
+    data.close()
+    shutil.copy(tmp_path / "old", one.directory / "keyring.json")
+    with pytest.raises(StartError, match=r"its epoch is 2, the log has 4.*--accept-restore"):
+        one.open()
+    data = one.open(options=Options(accept_restore=True))
+    assert (data.found_epoch, data.seen_epoch) == (2, 4)
+    assert data.vault.keyring.body.epoch > 4
+    data.close()
+
+
+def write_start_line(data: DataDir) -> None:
+    """As a daemon does when it begins."""
+    data.log.add(Event(type="start", actor="minikms", facts={"epoch": data.vault.keyring.body.epoch}))
+
+
+# --- the epochs in the audit log --------------------------------------------------------------------------------
 
 
 def line(epoch: int, padding: int = 0) -> bytes:
@@ -98,7 +156,7 @@ def line(epoch: int, padding: int = 0) -> bytes:
     )
 
 
-def test_the_highest_epoch_of_the_log_is_found_wherever_it_lies_in_the_tail(
+def test_the_highest_epoch_is_found_anywhere_in_the_tail_of_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = tmp_path / "minikms-audit.log"
@@ -107,13 +165,13 @@ def test_the_highest_epoch_of_the_log_is_found_wherever_it_lies_in_the_tail(
     assert datadir.highest_epoch(str(tmp_path)) == 0
     log.write_bytes(line(3) + line(12) + line(7))
     assert datadir.highest_epoch(str(tmp_path)) == 12
-    monkeypatch.setattr(datadir, "_READ_BYTES", 64)
+    monkeypatch.setattr(datadir, "_EPOCH_READ_BYTES", 64)
     for padding in range(130):
         log.write_bytes(line(3, padding) + line(345678, padding) + line(7, padding))
         assert datadir.highest_epoch(str(tmp_path)) == 345678
 
 
-def test_a_log_that_was_begun_after_the_last_start_tells_through_the_file_before_it(tmp_path: Path) -> None:
+def test_without_an_epoch_in_the_open_file_the_closed_one_before_it_counts(tmp_path: Path) -> None:
     (tmp_path / "minikms-audit.log").write_bytes(b"nothing of it\n")
     (tmp_path / "minikms-audit.log.1").write_bytes(line(99))
     (tmp_path / "minikms-audit.log.2").write_bytes(line(3) + line(7) + line(5))
@@ -132,19 +190,12 @@ def test_a_fifo_in_the_place_of_the_log_is_not_waited_for(tmp_path: Path) -> Non
 
 
 def test_only_so_much_of_a_long_log_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datadir, "TAIL_BYTES_MAX", 1000)
+    monkeypatch.setattr(datadir, "EPOCH_TAIL_BYTES_MAX", 1000)
     (tmp_path / "minikms-audit.log").write_bytes(line(99) + b"x" * 2000 + line(5))
     assert datadir.highest_epoch(str(tmp_path)) == 5
 
 
-def test_a_keyring_older_than_the_log_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    found = attempt(tmp_path / "d", RootSource(file=key_file(tmp_path / "d")))
-    datadir.check_newest(found.unlocked, 1)
-    with pytest.raises(StartError, match=r"its epoch is 1, the log tells of 2.*--accept-restore"):
-        datadir.check_newest(found.unlocked, 2)
-
-
-def test_the_newest_key_is_of_now_or_of_a_file_or_backup_from_before_the_clock_went_back(tmp_path: Path) -> None:
+def test_the_newest_key_is_of_now_or_of_a_file_with_a_later_id(tmp_path: Path) -> None:
     """Up to it keys count as used, or as spent, when it is not known how often each was used."""
     now_ms = time.time_ns() // 1_000_000
     assert newest_key_id(str(tmp_path)) >= make_key_id(now_ms, b"\xff" * 10)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minikms import api
+from minikms.api import Verb
 from minikms.audit import Event
 from minikms.errors import StorageUnavailableError
 from minikms.policy import Policy, Principal
+from minikms.service.base import Reply, VerbTable
 from minikms.service.keks import KekVerbs
-from minikms.service.lifecycle import KeyLifecycle
-from vaults import OpenedVault, SilentAudit, opened_vault
+from minikms.service.lifecycle import LifecycleVerbs
+from vaults import SilentAudit, opened_vault
 
 
 class KeptAudit(SilentAudit):
@@ -36,32 +40,34 @@ async def refuse(*_: object) -> int:
     raise StorageUnavailableError("the disk refuses")
 
 
-def test_a_tombstone_whose_files_could_not_be_removed_is_told_by_its_epoch(
+def test_a_new_epoch_shows_a_tombstone_whose_files_were_not_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             audit = KeptAudit()
-            lifecycle = KeyLifecycle(vault=one.vault, audit=audit, indexing=one.indexing, reader=one.reader)
+            table = VerbTable(audit)
+            LifecycleVerbs(vault=one.vault, table=table, indexing=one.indexing, reader=one.reader)
             [key_id] = await one.make(1)
             await one.vault.retire(key_id)
             before = one.vault.keyring.body.epoch
             monkeypatch.setattr(one.vault, "remove_files", refuse)
             with pytest.raises(StorageUnavailableError):
-                await lifecycle.destroy(anybody(), key_id, api.DestroyKeyRequest(key_id), "")
+                await performed(table, api.DESTROY_KEY, api.DestroyKeyRequest(key_id))
             last = audit.events[-1]
             assert (last.outcome, last.facts) == ("storage_unavailable", {"epoch": before + 1})
 
     asyncio.run(main())
 
 
-def test_keks_that_were_destroyed_before_a_failure_are_told_by_the_epoch(
+def test_a_new_epoch_shows_keks_that_were_destroyed_before_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             audit = KeptAudit()
-            verbs = kek_verbs(one, audit)
+            table = VerbTable(audit)
+            KekVerbs(vault=one.vault, table=table, rotation=one.rotation, pruning=one.pruning, opened_slot_id="")
             await one.rotate()
             await one.rotate()
             before = one.vault.keyring.body.epoch
@@ -74,12 +80,14 @@ def test_keks_that_were_destroyed_before_a_failure_are_told_by_the_epoch(
 
             monkeypatch.setattr(one.pruning, "_destroy", only_the_first)
             with pytest.raises(StorageUnavailableError):
-                await verbs.prune_keks(anybody(), api.PruneKekRequest(), "")
+                await performed(table, api.PRUNE_KEK, api.PruneKekRequest())
             last = audit.events[-1]
             assert (last.outcome, last.facts) == ("storage_unavailable", {"epoch": before + 1})
 
     asyncio.run(main())
 
 
-def kek_verbs(one: OpenedVault, audit: KeptAudit) -> KekVerbs:
-    return KekVerbs(vault=one.vault, audit=audit, rotation=one.rotation, pruning=one.pruning, opened_slot_id="")
+async def performed(table: VerbTable, verb: Verb[Any, Any], request: api.Request) -> Reply:
+    answer = table[verb](anybody(), request, "")
+    assert isinstance(answer, Awaitable)
+    return await answer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,14 @@ from asking import NO_KEY, ask, status
 
 from live_daemon import LiveDaemon
 from minikms import api, errors
-from minikms.daemon.application import Application
 from minikms.errors import MiniKmsError
 from minikms.http.exchange import METHODS_SERVED
-from minikms.policy import ROLES, Policy, Principal, Role
+from minikms.policy import ROLES, Principal
+from minikms.service.base import Perform, VerbTable
 from minikms.service.keks import KekVerbs
-from minikms.service.keys import KeyIssuing
-from minikms.service.lifecycle import KeyLifecycle
-from minikms.service.records import KeyService
+from minikms.service.keys import KeyVerbs
+from minikms.service.lifecycle import LifecycleVerbs
+from minikms.service.records import RecordVerbs
 from vaults import OpenedVault, SilentAudit, opened_vault
 
 PAGE = (Path(__file__).parents[2] / "docs" / "spec" / "api.md").read_text()
@@ -43,20 +43,13 @@ def calls() -> dict[tuple[str, str], set[str]]:
     return found
 
 
-class Nothing:
-    """Stands for every part of an application whose routes are only looked at."""
-
-    def __getattr__(self, name: str) -> Any:
-        return Nothing()
-
-
-def operations() -> list[tuple[str, str, str]]:
-    parts = {name: Nothing() for name in ("service", "issuing", "lifecycle", "keks", "audit", "vault")}
-    return Application(policy=Policy([0]), connections_max=1, **parts).operations()  # type: ignore[arg-type]  # see Nothing
-
-
 def test_every_call_is_on_the_page_and_no_other() -> None:
-    assert {(method, path) for method, path, _ in operations()} | {("GET", "/health")} == calls().keys()
+    assert {(verb.method, verb.path) for verb in (*api.VERBS, api.HEALTH)} == calls().keys()
+
+
+def test_the_page_names_the_roles_of_the_verb_table() -> None:
+    for verb in api.VERBS:
+        assert calls()[verb.method, verb.path] == set(verb.roles)
 
 
 def test_the_methods_that_the_engine_names_to_one_it_does_not_know_are_those_of_the_calls() -> None:
@@ -75,48 +68,44 @@ def test_every_code_is_on_the_page_with_its_status_and_no_other() -> None:
             assert kind.status in told[kind.code], kind
 
 
-def verbs(one: OpenedVault, key_id: str) -> dict[tuple[str, str], Callable[[Principal], Any]]:
-    """Each call, for a principal, in this process."""
-    vault, audit = one.vault, SilentAudit()
-    records = KeyService(vault, audit)
-    issuing = KeyIssuing(vault, audit, dict)
-    life = KeyLifecycle(vault=vault, audit=audit, indexing=one.indexing, reader=one.reader)
-    keks = KekVerbs(vault=vault, audit=audit, rotation=one.rotation, pruning=one.pruning, opened_slot_id="")
-    items = [api.EncryptItem(key_id, "")]
-    sealed = [api.DecryptItem(key_id, "")]
+def served(one: OpenedVault) -> VerbTable:
+    """Every verb in this process, but what the daemon says of itself."""
+    table = VerbTable(SilentAudit())
+    RecordVerbs(one.vault, table)
+    KeyVerbs(one.vault, table)
+    LifecycleVerbs(vault=one.vault, table=table, indexing=one.indexing, reader=one.reader)
+    KekVerbs(vault=one.vault, table=table, rotation=one.rotation, pruning=one.pruning, opened_slot_id="")
+    table.now(api.STATUS, lambda request, event: {})
+    table.now(api.METRICS, lambda request, event: "")
+    return table
+
+
+def requests(key_id: str) -> dict[api.Verb[Any, Any], api.Request]:
     return {
-        ("GET", "/status"): lambda who: issuing.status(who, ""),
-        ("GET", "/metrics"): lambda who: issuing.metrics(who, ""),
-        ("POST", "/create_dek_for_thread"): lambda who: issuing.create_dek_for_thread(
-            who, api.CreateDekRequest("t"), ""
-        ),
-        ("GET", "/get_wrapped"): lambda who: issuing.get_wrapped(who, key_id, ""),
-        ("POST", "/encrypt"): lambda who: records.encrypt(who, items[0], ""),
-        ("POST", "/decrypt"): lambda who: records.decrypt(who, sealed[0], ""),
-        ("POST", "/encrypt_batch"): lambda who: records.encrypt_batch(who, api.EncryptBatchRequest(items), ""),
-        ("POST", "/decrypt_batch"): lambda who: records.decrypt_batch(who, api.DecryptBatchRequest(sealed), ""),
-        ("POST", "/reencrypt_batch"): lambda who: records.reencrypt_batch(
-            who, api.ReencryptBatchRequest(key_id, key_id, []), ""
-        ),
-        ("POST", "/check_batch"): lambda who: records.check_batch(who, api.CheckBatchRequest(key_id, []), ""),
-        ("POST", "/generate_data_key"): lambda who: issuing.generate_data_key(
-            who, api.GenerateDataKeyRequest(key_id), ""
-        ),
-        ("POST", "/random"): lambda who: issuing.random(who, api.RandomRequest(1), ""),
-        ("GET", "/keys"): lambda who: life.list_keys(
-            who, thread_id=None, state=None, cursor="", limit=1, request_id=""
-        ),
-        ("GET", "/keys/{key_id}"): lambda who: life.get_key(who, key_id, ""),
-        ("POST", "/keys/{key_id}/retire"): lambda who: life.retire(who, NO_KEY, ""),
-        ("POST", "/keys/{key_id}/destroy"): lambda who: life.destroy(who, NO_KEY, api.DestroyKeyRequest(NO_KEY), ""),
-        ("POST", "/rotate_kek"): lambda who: keks.rotate_kek(who, api.RotateKekRequest(), None, ""),
-        ("POST", "/kek/prune"): lambda who: keks.prune_keks(who, api.PruneKekRequest(), ""),
+        api.STATUS: api.Request(),
+        api.METRICS: api.Request(),
+        api.CREATE_DEK: api.CreateDekRequest("t"),
+        api.GET_WRAPPED: api.KeyRequest(key_id),
+        api.ENCRYPT: api.EncryptItem(key_id, ""),
+        api.DECRYPT: api.DecryptItem(key_id, ""),
+        api.ENCRYPT_BATCH: api.EncryptBatchRequest([api.EncryptItem(key_id, "")]),
+        api.DECRYPT_BATCH: api.DecryptBatchRequest([api.DecryptItem(key_id, "")]),
+        api.REENCRYPT_BATCH: api.ReencryptBatchRequest(key_id, key_id, []),
+        api.CHECK_BATCH: api.CheckBatchRequest(key_id, []),
+        api.GENERATE_DATA_KEY: api.GenerateDataKeyRequest(key_id),
+        api.RANDOM: api.RandomRequest(1),
+        api.LIST_KEYS: api.ListKeysRequest(),
+        api.GET_KEY: api.KeyRequest(key_id),
+        api.RETIRE_KEY: api.KeyRequest(NO_KEY),
+        api.DESTROY_KEY: api.DestroyKeyRequest(NO_KEY),
+        api.ROTATE_KEK: api.RotateKekRequest(),
+        api.PRUNE_KEK: api.PruneKekRequest(),
     }
 
 
-async def is_forbidden(call: Callable[[Principal], Any], roles: frozenset[Role]) -> bool:
+async def is_forbidden(perform: Perform[Any], request: api.Request, roles: frozenset[api.Role]) -> bool:
     try:
-        answer = call(Principal(0, 0, "peer_uid:0", roles))
+        answer = perform(Principal(0, 0, "peer_uid:0", roles), request, "")
         if isinstance(answer, Awaitable):
             answer = await answer
     except MiniKmsError as error:
@@ -124,19 +113,18 @@ async def is_forbidden(call: Callable[[Principal], Any], roles: frozenset[Role])
     return isinstance(answer, bytes) and b'"forbidden"' in answer  # an item of a batch
 
 
-def test_a_call_asks_for_the_role_that_the_page_names_and_for_no_other(tmp_path: Path) -> None:
+def test_a_verb_asks_for_its_roles_and_for_no_other(tmp_path: Path) -> None:
     """With every role but that one it is forbidden; with only that one it is not."""
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             [key_id] = await one.make(1)
-            made = verbs(one, key_id)
-            assert made.keys() | {("GET", "/health")} == calls().keys()
-            for call, perform in made.items():
-                needed = {role for role in ROLES if role in calls()[call]}
-                for role in needed:
-                    assert await is_forbidden(perform, ROLES - {role}), (call, role)
-                assert not await is_forbidden(perform, frozenset(needed)), call
+            table, made = served(one), requests(key_id)
+            assert made.keys() == set(api.VERBS)
+            for verb, request in made.items():
+                for role in verb.roles:
+                    assert await is_forbidden(table[verb], request, ROLES - {role}), (verb.name, role)
+                assert not await is_forbidden(table[verb], request, frozenset(verb.roles)), verb.name
 
     asyncio.run(main())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from live_daemon import LiveDaemon
 from minikms import api
 from minikms.errors import ForbiddenError
-from minikms.policy import ROLES, Principal, Role
+from minikms.policy import ROLES, Principal
 from minikms.service import records as service
+from minikms.service.base import VerbTable
 from vaults import SilentAudit, opened_vault
 
 ANYONE = Principal(0, 0, "peer_uid:0", ROLES)
@@ -153,11 +155,14 @@ def test_without_the_role_the_whole_is_refused(tmp_path: Path) -> None:
         async with opened_vault(tmp_path / "d") as one:
             [key_id] = await one.make(1)
             request = api.CheckBatchRequest(key_id, [api.ReencryptItem("")])
-            records = service.KeyService(one.vault, SilentAudit())
+            table = VerbTable(SilentAudit())
+            service.RecordVerbs(one.vault, table)
             with pytest.raises(ForbiddenError):
-                records.check_batch(ANYONE._replace(roles=ROLES - {"decrypt"}), request, "")
-            alone = ANYONE._replace(roles=frozenset[Role](["decrypt"]))
-            assert json.loads(records.check_batch(alone, request, ""))["opened"] == 0
+                table[api.CHECK_BATCH](ANYONE._replace(roles=ROLES - {"decrypt"}), request, "")
+            alone = ANYONE._replace(roles=frozenset[api.Role](["decrypt"]))
+            answer = table[api.CHECK_BATCH](alone, request, "")
+            assert isinstance(answer, bytes)
+            assert json.loads(answer)["opened"] == 0
 
     asyncio.run(main())
 
@@ -182,14 +187,17 @@ def test_no_plaintext_becomes_an_object_and_the_buffer_that_it_goes_into_is_zero
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             [key_id] = await one.make(1)
-            records = service.KeyService(one.vault, SilentAudit())
+            table = VerbTable(SilentAudit())
+            service.RecordVerbs(one.vault, table)
             texts = [b64(b"secret words %d" % number) for number in range(12)]
             asked = api.EncryptBatchRequest([api.EncryptItem(key_id, text) for text in texts])
-            sealed = records.encrypt_batch(ANYONE, asked, "")
-            body = sealed if isinstance(sealed, bytes) else await sealed
+            sealed = table[api.ENCRYPT_BATCH](ANYONE, asked, "")
+            body = await sealed if isinstance(sealed, Awaitable) else sealed
+            assert isinstance(body, bytes)
             items = [api.ReencryptItem(item["ciphertext"]) for item in json.loads(body)["items"]]
             monkeypatch.setattr(service, "AESGCM", Watched)
-            answer = records.check_batch(ANYONE, api.CheckBatchRequest(key_id, items), "")
+            answer = table[api.CHECK_BATCH](ANYONE, api.CheckBatchRequest(key_id, items), "")
+            assert isinstance(answer, bytes)
             assert json.loads(answer) == {"opened": 12, "refused": []}
 
     asyncio.run(main())

@@ -147,7 +147,7 @@ def test_a_keyring_that_is_not_whole_is_refused_and_nothing_is_made_in_its_place
         daemon.start()
 
 
-def test_a_keyring_of_another_installation_is_told_by_the_root_key(tmp_path: Path) -> None:
+def test_the_root_key_shows_a_keyring_of_another_installation(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     with LiveDaemon(tmp_path / "one") as one, LiveDaemon(tmp_path / "two") as two:
@@ -169,7 +169,7 @@ def test_a_keyring_older_than_the_audit_log_tells_is_refused_until_it_is_accepte
         daemon.kill()  # also without a last line
         (daemon.data_dir / "keyring.json").write_bytes(older)
         text = refused_start(daemon)
-        assert f"the log tells of {newest}" in text
+        assert f"the log has {newest}" in text
         assert "--accept-restore" in text
         assert (daemon.data_dir / "keyring.json").read_bytes() == older
 

@@ -26,9 +26,10 @@ from documented import Pair
 from live_daemon import LiveDaemon
 from minikms import api
 
+pytestmark = pytest.mark.xdist_group("every answer of miniKMS")  # `world` takes long: in one worker process
 DOCUMENT = yaml.safe_load((Path(__file__).parents[2] / "docs" / "minikms-openapi.yaml").read_text())
 LAUNCHER = (str(Path(__file__).with_name("faulty_daemon.py")),)
-STRANGER = "45678"
+REFUSED_UID = "45678"
 WAIT_S_MAX = 20.0
 
 
@@ -75,8 +76,8 @@ class Ask(NamedTuple):
 class World:
     """A daemon with faults on demand, one that does not know us, and one for which we have no role."""
 
-    def __init__(self, directory: Path, daemon: LiveDaemon, stranger: LiveDaemon, roleless: LiveDaemon) -> None:
-        self.daemon, self.stranger, self.roleless = daemon, stranger, roleless
+    def __init__(self, directory: Path, daemon: LiveDaemon, refusing: LiveDaemon, roleless: LiveDaemon) -> None:
+        self.daemon, self.refusing, self.roleless = daemon, refusing, roleless
         self._fault = directory / "fault"
         self.destroyed = self.key()
         self(Ask("POST", f"/keys/{self.destroyed}/retire"))
@@ -124,7 +125,7 @@ class World:
             time.sleep(0.02)
 
     def crowded(self) -> Reply:
-        """What a connection is told, before it asks, when as many as may be are open and say nothing."""
+        """The answer to a connection before its request, when the limit of connections is reached by silent ones."""
         with needs.descriptors(api.CONNECTIONS_MAX + 256), contextlib.ExitStack() as opened:
             for _ in range(api.CONNECTIONS_MAX):
                 one = opened.enter_context(socket.socket(socket.AF_UNIX))
@@ -334,7 +335,7 @@ def while_stopping(world: World, operation: str) -> Reply:
 PROVOKED: dict[str, Callable[[World, str], Reply]] = {
     api.CODE_INVALID_REQUEST: malformed,
     api.CODE_DECRYPTION_FAILED: unopened,
-    api.CODE_UNAUTHORIZED: lambda world, operation: world(world.good(operation), world.stranger),
+    api.CODE_UNAUTHORIZED: lambda world, operation: world(world.good(operation), world.refusing),
     api.CODE_FORBIDDEN: lambda world, operation: world(world.good(operation), world.roleless),
     api.CODE_WRONG_THREAD: of_other_thread,
     api.CODE_KEY_NOT_FOUND: lambda world, operation: world(world.good(operation, NO_KEY)),
@@ -355,19 +356,19 @@ PROVOKED: dict[str, Callable[[World, str], Reply]] = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     at = tmp_path_factory.mktemp("every")
-    places = [at / name for name in ("daemon", "stranger", "roleless")]
+    places = [at / name for name in ("daemon", "refusing", "roleless")]
     for place in places:
         place.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(faulty_daemon.FAULT_FILE, str(places[0] / "fault"))
         with (
             LiveDaemon(places[0], "file", "--rewrite-master-key-file", launcher=LAUNCHER) as daemon,
-            LiveDaemon(places[1], "file", "--allowed-uids", STRANGER) as stranger,
+            LiveDaemon(places[1], "file", "--allowed-uids", REFUSED_UID) as refusing,
         ):
             patch.setenv(faulty_daemon.ROLELESS, "1")
-            with LiveDaemon(places[2], "file", "--admin-uids", STRANGER, launcher=LAUNCHER) as roleless:
+            with LiveDaemon(places[2], "file", "--admin-uids", REFUSED_UID, launcher=LAUNCHER) as roleless:
                 patch.delenv(faulty_daemon.ROLELESS)
-                yield World(places[0], daemon, stranger, roleless)
+                yield World(places[0], daemon, refusing, roleless)
 
 
 LEFT_OUT = {
@@ -397,7 +398,7 @@ def test_every_good_answer_appears(world: World, pair: Pair) -> None:
     check(pair.operation, reply)
 
 
-def test_with_as_many_connections_as_may_be_every_call_is_told_so(world: World) -> None:
+def test_at_the_limit_of_connections_every_call_gets_that_error(world: World) -> None:
     """Before it has been read: whatever it would have been, this is documented of it."""
     reply = world.crowded()
     assert (reply.status, reply.code) == CROWDED

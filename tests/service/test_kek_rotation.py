@@ -353,7 +353,7 @@ def test_when_told_to_it_rewrites_the_key_file_and_the_old_root_goes_at_once(tmp
         assert "rotated away on" in refusal(daemon, old)
 
 
-def test_a_key_file_that_cannot_be_rewritten_is_told_and_both_roots_open(tmp_path: Path) -> None:
+def test_a_key_file_that_stays_unchanged_is_reported_and_both_roots_open(tmp_path: Path) -> None:
     """Its directory is another user's, and a daemon of root's has given up the right to write there all the same."""
     needs.root()
     keys = tmp_path / "keys"

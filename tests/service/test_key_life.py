@@ -88,7 +88,7 @@ def test_a_page_without_a_limit_has_a_hundred_keys_at_most(tmp_path: Path) -> No
         assert answer["next_cursor"] == sorted(made)[99]
 
 
-def test_retiring_is_told_and_may_be_repeated(daemon: LiveDaemon) -> None:
+def test_retiring_is_answered_and_may_be_repeated(daemon: LiveDaemon) -> None:
     key_id = new_key(daemon)
     for _ in range(2):
         answer = post(daemon, f"/keys/{key_id}/retire", {})

@@ -18,9 +18,10 @@ from minikms.custody.files import open_directory
 from minikms.custody.lease_store import LeaseStore
 from minikms.errors import StorageUnavailableError
 from minikms.keys.dek import key_id_to_bytes
-from minikms.policy import ROLES, Principal, Role
-from minikms.service.records import KeyService
-from vaults import SilentAudit, opened_vault
+from minikms.policy import ROLES, Principal
+from minikms.service.base import Reply, VerbTable
+from minikms.service.records import RecordVerbs
+from vaults import OpenedVault, SilentAudit, opened_vault
 
 TEXT = b64(b"text")
 
@@ -163,27 +164,27 @@ def test_reencryption_and_batches_work_however_few_keys_stay_open(tmp_path: Path
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d", cache_keys_max=cache) as one:
-            service = KeyService(one.vault, SilentAudit())
+            table = record_verbs(one)
             old, new, *others = await one.make(6)
 
             async def encrypted_batch(*key_ids: str) -> list[dict[str, str]]:
                 items = [api.EncryptItem(key_id=key_id, plaintext=TEXT) for key_id in key_ids]
-                return await items_of(service.encrypt_batch(ANYONE, api.EncryptBatchRequest(items), ""))
+                return await items_of(table[api.ENCRYPT_BATCH](ANYONE, api.EncryptBatchRequest(items), ""))
 
             [sealed] = await encrypted_batch(old)
             for _ in range(3):
                 await encrypted_batch(*others[:cache])
                 request = api.ReencryptBatchRequest(old, new, [api.ReencryptItem(sealed["ciphertext"])])
-                [moved] = await items_of(service.reencrypt_batch(ANYONE, request, ""))
+                [moved] = await items_of(table[api.REENCRYPT_BATCH](ANYONE, request, ""))
                 item = api.DecryptItem(new, moved["ciphertext"])
-                [opened] = await items_of(service.decrypt_batch(ANYONE, api.DecryptBatchRequest([item]), ""))
+                [opened] = await items_of(table[api.DECRYPT_BATCH](ANYONE, api.DecryptBatchRequest([item]), ""))
                 assert opened == {"plaintext": TEXT}
             key_ids = (old, new, *others) * 20
             back = [
                 api.DecryptItem(key_id, item["ciphertext"])
                 for key_id, item in zip(key_ids, await encrypted_batch(*key_ids), strict=True)
             ]
-            opened_items = await items_of(service.decrypt_batch(ANYONE, api.DecryptBatchRequest(back), ""))
+            opened_items = await items_of(table[api.DECRYPT_BATCH](ANYONE, api.DecryptBatchRequest(back), ""))
             assert opened_items == [{"plaintext": TEXT}] * len(back)
 
     asyncio.run(main())
@@ -194,10 +195,10 @@ def test_a_batch_of_one_without_the_role_is_refused_item_by_item_and_costs_no_le
         async with opened_vault(tmp_path / "d") as one:
             [key_id] = await one.make(1)
         async with opened_vault(tmp_path / "d") as again:  # the key has no lease in this run yet
-            service = KeyService(again.vault, SilentAudit())
-            stranger = ANYONE._replace(roles=frozenset[Role]())
+            table = record_verbs(again)
+            roleless = ANYONE._replace(roles=frozenset[api.Role]())
             request = api.EncryptBatchRequest([api.EncryptItem(key_id=key_id, plaintext=TEXT)] * 2)
-            answer = await items_of(service.encrypt_batch(stranger, request, ""))
+            answer = await items_of(table[api.ENCRYPT_BATCH](roleless, request, ""))
             assert [item["code"] for item in answer] == ["forbidden"] * 2
             assert again.vault.leases.status().journal_records == 0
 
@@ -216,9 +217,9 @@ def test_a_disk_that_refuses_leases_refuses_the_items_that_need_them_and_no_othe
         async with opened_vault(tmp_path / "d") as again:
             [new] = await again.make(1)  # its file grants its first lease
             monkeypatch.setattr(LeaseStore, "reserve", refuse)
-            service = KeyService(again.vault, SilentAudit())
+            table = record_verbs(again)
             items = [api.EncryptItem(key_id=key_id, plaintext=TEXT) for key_id in (old, new, old)]
-            answer = await items_of(service.encrypt_batch(ANYONE, api.EncryptBatchRequest(items), ""))
+            answer = await items_of(table[api.ENCRYPT_BATCH](ANYONE, api.EncryptBatchRequest(items), ""))
             assert [item.get("code") for item in answer] == ["storage_unavailable", None, "storage_unavailable"]
 
     asyncio.run(main())
@@ -227,8 +228,15 @@ def test_a_disk_that_refuses_leases_refuses_the_items_that_need_them_and_no_othe
 ANYONE = Principal(0, 0, "peer_uid:0", ROLES)
 
 
-async def items_of(answer: bytes | Awaitable[bytes]) -> list[dict[str, str]]:
-    body = answer if isinstance(answer, bytes) else await answer
+def record_verbs(one: OpenedVault) -> VerbTable:
+    table = VerbTable(SilentAudit())
+    RecordVerbs(one.vault, table)
+    return table
+
+
+async def items_of(answer: Reply | Awaitable[Reply]) -> list[dict[str, str]]:
+    body = await answer if isinstance(answer, Awaitable) else answer
+    assert isinstance(body, bytes)
     items: list[dict[str, str]] = json.loads(body)["items"]
     return items
 

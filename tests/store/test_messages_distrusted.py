@@ -73,7 +73,7 @@ def test_a_changed_author_in_a_header_is_noticed() -> None:
     with_store(run, engine)
 
 
-def test_while_the_key_service_is_down_nothing_is_stored_and_callers_are_told_when_to_retry() -> None:
+def test_without_a_key_service_nothing_is_stored_and_answers_say_when_to_retry() -> None:
     provider, engine = SealingProvider(), MemoryEngine()
 
     async def run(store: Conversations) -> None:

@@ -28,7 +28,7 @@ PLANTED = {
     "a changed title": "xyzzy-newtitle-3d9b",
     "an edited body": "xyzzy-edited-aa12",
     "a deleted body": "xyzzy-deleted-c03f",
-    "a body in a deleted thread": "xyzzy-buried-19e8",
+    "a body in a deleted thread": "xyzzy-gone-19e8",
     "a body whose write failed": "xyzzy-refused-d71b",
     "an idempotency key": "xyzzy-idem-6e44",
 }
@@ -69,9 +69,9 @@ async def plant(path: str, provider: SealingProvider) -> None:
         await store.update_message(one.id, author="ann", body=PLANTED["an edited body"], role=None, reply_to=None)
         two = await store.create_message(NewMessage(author="ann", thread=thread.id, body=PLANTED["a deleted body"]))
         await store.delete_message(two.id, author="ann")
-        buried = NewMessage(author="ann", thread="buried", body=PLANTED["a body in a deleted thread"])
-        await store.create_message(buried)
-        await store.delete_thread("buried", author="ann", by="ann")
+        removed = NewMessage(author="ann", thread="removed", body=PLANTED["a body in a deleted thread"])
+        await store.create_message(removed)
+        await store.delete_thread("removed", author="ann", by="ann")
         provider.down = True
         with pytest.raises(StoreUnavailableError):
             await store.create_message(NewMessage(author="ann", body=PLANTED["a body whose write failed"]))

@@ -4,6 +4,7 @@ and the store recovers by itself."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -26,6 +27,7 @@ from progressdb_server.store.rocks import RocksEngine
 
 WRITER = str(Path(__file__).with_name("crashing_writer.py"))
 Acknowledged = dict[str, list[Message]]
+LINES_MIN, LINES_MAX = 30, 400
 
 
 def start(directory: Path, workers: int, *prefix: str) -> subprocess.Popen[bytes]:
@@ -67,17 +69,15 @@ async def verify(directory: Path, acknowledged: Acknowledged, refused: int = 0) 
 
 
 def kill_and_verify(directory: Path, kills: int) -> None:
+    """Kill the writer after a random number of acknowledgements, so that a slow disk gives as many of them."""
     acknowledged: Acknowledged = defaultdict(list)
     for _ in range(kills):
         child = start(directory, 12)
         try:
             reading = lines(child)
             assert b"ready" in next(reading)
-            deadline = time.monotonic() + random.uniform(0.02, 0.4)
-            for line in reading:
+            for line in itertools.islice(reading, random.randint(LINES_MIN, LINES_MAX)):
                 note(line, acknowledged)
-                if time.monotonic() > deadline:
-                    break
             child.kill()
             for line in reading:  # what it had said before it died counts
                 note(line, acknowledged)
@@ -87,7 +87,7 @@ def kill_and_verify(directory: Path, kills: int) -> None:
             assert child.stdout is not None
             child.stdout.close()
         asyncio.run(verify(directory, acknowledged))
-    assert sum(len(versions) for versions in acknowledged.values()) > 20 * kills
+    assert sum(len(versions) for versions in acknowledged.values()) >= LINES_MIN * kills
 
 
 def test_a_writer_killed_under_mixed_load_loses_nothing_that_it_acknowledged(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_hundred_kills_under_mixed_load_lose_nothing(tmp_path: Path, round_num
 
 
 @pytest.mark.parametrize("call", ["fdatasync", "write"])
-def test_a_disk_error_is_told_and_overcome(tmp_path: Path, call: str) -> None:
+def test_a_disk_error_is_reported_and_the_store_recovers(tmp_path: Path, call: str) -> None:
     """The 40th such call on the write-ahead log fails under the real engine; later acknowledgements show that the store
     came back by itself."""
     log = tmp_path / "db" / "000004.log"  # RocksDB's first
@@ -164,7 +164,7 @@ def test_no_acknowledgement_leaves_before_the_log_is_on_the_disk(tmp_path: Path)
     assert told >= 50
 
 
-def test_a_full_disk_is_told_reads_go_on_and_space_brings_the_writes_back(tmp_path: Path) -> None:
+def test_on_a_full_disk_reads_work_and_freed_space_restores_writes(tmp_path: Path) -> None:
     needs.root()
     mount, umount = needs.program("mount"), needs.program("umount")
     small = tmp_path / "small"

@@ -208,9 +208,7 @@ def test_a_group_is_bounded_in_writes_and_bytes(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("fault", ["fail_write", "fail_sync"])
 @pytest.mark.parametrize("survives", [False, True])
-def test_after_a_failed_group_every_waiter_is_told_and_the_writer_recovers_by_itself(
-    fault: str, survives: bool
-) -> None:
+def test_after_a_failed_group_every_waiter_fails_and_the_writer_recovers(fault: str, survives: bool) -> None:
     async def body(writer: Writer, engine: MemoryEngine) -> None:
         await writer.commit(Write([(b"before", b"1")], messages=1))
         engine.survives = survives

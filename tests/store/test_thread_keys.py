@@ -122,7 +122,7 @@ def test_writes_wait_between_the_retirement_of_the_old_key_and_the_switch_of_the
     with_store(run, provider=provider)
 
 
-def test_a_key_that_stays_retired_is_told_as_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_stays_retired_is_reported_as_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sealing, "KEY_SWITCH_S_MAX", 0.05)
     provider = SealingProvider()
 
@@ -229,7 +229,7 @@ def test_an_audit_head_counts_only_once_it_is_old_enough_to_be_on_the_disk() -> 
     with_store(run)
 
 
-def test_the_line_that_is_remembered_is_told_as_the_key_service_takes_it() -> None:
+def test_the_remembered_line_has_the_form_that_the_key_service_accepts() -> None:
     now = [0.0]
 
     async def run(store: Conversations) -> None:

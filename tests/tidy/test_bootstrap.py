@@ -78,7 +78,7 @@ def test_a_finished_environment_is_left_as_it_is_without_network(tmp_path: Path)
 
 
 @pytest.mark.parametrize("version", [(3, 6, 15), (3, 10, 13)])
-def test_an_old_python_is_told_what_to_do(tmp_path: Path, version: tuple[int, int, int]) -> None:
+def test_an_old_python_gets_an_error_that_names_the_remedy(tmp_path: Path, version: tuple[int, int, int]) -> None:
     pretend = (
         "import runpy, sys; sys.version_info = "
         f"{version}; script = sys.argv.pop(1); sys.argv[0] = script; runpy.run_path(script, run_name='__main__')"

@@ -1,4 +1,4 @@
-"""The security documents claim nothing without a test, and name only tests that exist."""
+"""Every claim of the threat model names a test, and each named test exists."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_each_test_that_a_claim_names_exists() -> None:
     assert missing == []
 
 
-def test_each_row_of_claims_names_a_test() -> None:
+def test_each_claim_names_a_test() -> None:
     """In every table that has a column `shown by`."""
     rows, in_claims = [], False
     for line in THREAT_MODEL.read_text("utf-8").splitlines():

@@ -9,7 +9,7 @@ their signatures cover, and the signer that makes those signatures. Rules:
    SHA-256 of the lines from the previous signed line of the file (or the file's first line) to the previous line. The
    first line of a later file contains the SHA-256 of the previous line. So each signature covers all earlier lines, and
    the public key alone is enough to check them.
-3. The MAC key and the signing seed are views of the arena, read anew by each call. An HMAC object holds midstates that
+3. The MAC key and the signing seed are views of the arena, read again by each call. An HMAC object holds midstates that
    are enough to forge MACs, so none outlives a call of `seal`; a private key object lives for one call of
    `LocalSigner`. OpenSSL clears both when they are freed.
 

@@ -1,7 +1,8 @@
 """The `minikms` command.
 
-Owns: parsing of flags, exit codes, and how results are shown. With flags only, it serves. Invariants: nothing secret in
-argv; an error is one sentence on standard error that says what to do next. It must never hold key material itself.
+Owns: flags, exit statuses, and how results are shown. Without a command, it serves. Invariants: no secret in argv; an
+error is one sentence on standard error that says what to do next. It must never hold key material itself, and never
+import another module before `rootkey` has moved the root key out of the environment.
 """
 
 from __future__ import annotations

@@ -1,14 +1,9 @@
-"""How audit lines and reports look to a person, and as JSON.
+"""`minikms audit`: verify and read the audit log, change its key.
 
-Owns: the text of `minikms audit`. Invariant: what a log holds is shown only as the parsed event or a line that obeys
-the format, so nothing in it reaches the terminal but printable ASCII. It must never judge.
-
-`minikms audit`: verify and read the audit log, change its key.
-
-Owns: flags, what is printed, and exit codes: 0 intact or done, 1 altered or malformed, 2 a key, a file or a line to
-begin with is missing, or nothing could be judged. `verify`, `tail`, `find` and `stats` work beside a live daemon,
-without its lock. Every text of a line is printable ASCII without escapes (the format demands it), so that a log can't
-drive the terminal. It must never hold a key.
+Owns: the flags, how lines and reports are shown, and the exit statuses: 0 intact or done, 1 altered or malformed, 2 a
+key, a file or a line to begin with is missing, or nothing could be judged. Invariants: `verify`, `tail`, `find` and
+`stats` work beside a running daemon, without its lock; of a log, only parsed events and lines that obey the format are
+shown, which are printable ASCII without escapes, so a log can't drive the terminal. It must never hold a key.
 """
 
 from __future__ import annotations
@@ -19,27 +14,38 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 from cyclopts import App, Parameter, validators
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 from minikms.audit import record
-from minikms.audit.queries import Progress as Tell
-from minikms.audit.queries import Totals
+from minikms.audit.queries import Progress, Totals
 from minikms.audit.record import Event, MalformedLineError
 from minikms.audit.rules import FINDINGS_COUNT_MAX, Report
 from minikms.base64 import encode_text
+from minikms.cli.console import (
+    EXIT_FAILED,
+    EXIT_GOOD,
+    EXIT_MISSING,
+    CommandError,
+    DataDir,
+    MasterKeyFd,
+    MasterKeyFile,
+    chosen_data_dir,
+    chosen_root,
+    complain,
+    needed_root,
+)
 from minikms.errors import MiniKmsError, StartError
 
 if TYPE_CHECKING:
     from minikms.audit.record import Head
     from minikms.audit.rules import Trust
-    from minikms.cli.auditkeys import RootKey
 
 
 _SHOWN_COUNT_MAX = 20
@@ -47,14 +53,14 @@ _SHOWN_COUNT_MAX = 20
 
 
 @contextmanager
-def progress_bar(wanted: bool) -> Iterator[Tell | None]:
-    """Shows how far a check is, on standard error, where that is a terminal."""
+def progress_bar(wanted: bool) -> Iterator[Progress | None]:
+    """A progress bar on standard error, if that is a terminal."""
     if not (wanted and sys.stderr.isatty()):
         yield None
         return
     columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn())
     console = Console(stderr=True)
-    with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
+    with Bar(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task("Verifying", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -73,7 +79,7 @@ def as_json(value: object) -> str:
 
 
 def raw_line(line: bytes) -> str:
-    """The line as it is, if it is an audit line: nothing else may reach a terminal."""
+    """The line itself, if it is an audit line: nothing else may reach a terminal."""
     try:
         record.split_line(line)
     except MalformedLineError as error:
@@ -91,7 +97,7 @@ def report_lines(report: Report) -> Iterator[str]:
         if count > FINDINGS_COUNT_MAX:
             yield f"  … and {count - FINDINGS_COUNT_MAX} more"
         if report.given_up:
-            yield "  There the check was given up: what follows was not looked at."
+            yield "  The check stopped there: the lines after it were not checked."
     elif not report.judged:
         yield "The audit log can't be judged by the public key: no line of it is signed yet."
     else:
@@ -101,9 +107,9 @@ def report_lines(report: Report) -> Iterator[str]:
         return
     yield f"  lines       {report.first_seq} to {report.head.seq}, in {report.segments} file(s); log {report.log_id}"
     if report.from_signed_line:
-        yield f"  before      lines before line {report.first_seq} were not checked"
+        yield f"  before      the lines before line {report.first_seq} were not checked"
     elif report.first_seq > 1 and report.intact:
-        yield f"  removed     lines 1 to {report.first_seq - 1}, as the log says"
+        yield f"  removed     lines 1 to {report.first_seq - 1}, as the log itself records"
     yield f"  head        {report.head.seq}:{encode_text(report.head.sig)}"
     yield f"  signed      up to line {report.covered_seq}, {report.checkpoints} signed line(s)"
     if report.public_key is not None:
@@ -116,18 +122,18 @@ def report_lines(report: Report) -> Iterator[str]:
         note = "" if report.macs_checked or known_seq < report.covered_seq else "; that one is not signed yet"
         yield f"  anchor      {report.lines_after_expected_head} line(s) are newer than the expected head{note}"
     elif report.intact:
-        yield "  anchor      none given: lines cut off cleanly at the end would not show (see --expect-head)"
+        yield "  anchor      none given: lines missing at the end would not be noticed (see --expect-head)"
 
 
 def _part(report: Report) -> str:
-    """Which part of the log was judged, where it was not all of it."""
+    """Which part of the log was judged, if not all of it."""
     begin = f"from line {report.first_seq}" if report.from_signed_line else ""
     end = f"up to line {report.covered_seq}" if report.lines_not_covered and not report.macs_checked else ""
     return f" {begin} {end}".rstrip().replace("  ", " ")
 
 
 def event_line(line: bytes) -> str:
-    """One audit line for a person; a line that is none is said to be so, and not shown."""
+    """One audit line for a person. Of a malformed line, only the fault is shown."""
     try:
         event = record.parse_line(line)[0]
     except MalformedLineError as error:
@@ -164,7 +170,7 @@ def _time(ts: int) -> str:
 
 
 def print_totals(totals: Totals) -> None:
-    # An actor may be called [/bold], or what makes a link of it: shown, not obeyed.
+    # Without markup: an actor's name such as [/bold] must be shown, not interpreted.
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(f"{totals.lines} lines in {totals.files} file(s), {totals.disk_bytes} bytes on disk")
     if totals.lines:
@@ -180,24 +186,12 @@ def print_totals(totals: Totals) -> None:
         console.print(table)
 
 
-EXIT_FOUND: Final = 1
-EXIT_MISSING: Final = 2
 TAIL_LINES_MAX: Final = 100_000
 FOLLOW_SECONDS: Final = 0.25
 PUBLIC_KEY_FILE_CHARS_MAX: Final = 200
 
-DATA_DIR_VARIABLE: Final = "PROGRESSDB_KMS_DATA_DIR"
-MASTER_KEY_FILE_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FILE"
-
 app = App(name="audit", help="Verify and read the audit log.")
 
-DataDir = Annotated[
-    str | None, Parameter(name="--data-dir", help=f"Directory of keys and audit log [{DATA_DIR_VARIABLE}].")
-]
-MasterKeyFile = Annotated[
-    Path | None, Parameter(name="--master-key-file", help=f"File with the root key [{MASTER_KEY_FILE_VARIABLE}].")
-]
-MasterKeyFd = Annotated[int | None, Parameter(name="--master-key-fd", show=False)]
 Json = Annotated[bool, Parameter(name="--json", help="One JSON object instead of text.", negative=())]
 JsonLines = Annotated[bool, Parameter(name="--json", help="The lines as they are in the log.", negative=())]
 
@@ -212,11 +206,11 @@ def verify(
         Parameter(
             name="--public-key",
             negative=(),
-            help="Judge by the signed lines alone, with this public key (or a file of it). Repeatable.",
+            help="Judge by the signed lines alone, with this public key (or a file that holds it). Repeatable.",
         ),
     ] = None,
     expect_head: Annotated[
-        str | None, Parameter(name="--expect-head", help="A line known to have been written: SEQ:SIG.")
+        str | None, Parameter(name="--expect-head", help="A line that was written, as SEQ:SIG.")
     ] = None,
     from_checkpoint: Annotated[
         int,
@@ -229,36 +223,44 @@ def verify(
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Check every line of the log, also beside a live daemon.
+    """Check every line of the log, also beside a running daemon.
 
-    With the root key every line is judged by itself. With only --public-key, lines are judged by the signed line
-    that follows them; those after the last one can't be. Give the key that the log begins with, and compare the one
-    that it ends with, which is shown, with the newest that you know. Exit status: 0 what could be judged is intact,
-    1 altered or malformed, 2 when the key, the log or the line to begin with is missing, or nothing could be judged.
+    With the root key every line is judged by itself. With only --public-key, lines are judged by the signed line that
+    follows them; those after the last signed line can't be judged. Give the key that the log begins with, and compare
+    the key that it ends with, which is shown, with the newest that you know. Exit status: 0 what could be judged is
+    intact, 1 altered or malformed, 2 the key, the log or the line to begin with is missing, or nothing could be judged.
     """
     from minikms.audit.queries import verify_directory
-    from minikms.cli.auditkeys import open_audit_keys
+    from minikms.datadir import audit_keys, open_for_reading
 
     def judge(trust: Trust) -> Report:
-        with progress_bar(not json) as tell:
-            return verify_directory(directory, trust, expect_head=head, from_checkpoint=from_checkpoint, progress=tell)
+        with progress_bar(not json) as progress:
+            return verify_directory(
+                directory, trust, expect_head=head, from_checkpoint=from_checkpoint, progress=progress
+            )
 
     try:
-        directory = _directory(data_dir)
+        directory = chosen_data_dir(data_dir)
         head = None if expect_head is None else _head(expect_head)
         if head is not None and head.seq < from_checkpoint:
             raise StartError(f"--from-checkpoint {from_checkpoint} leaves out line {head.seq}, which is expected")
         if public_key:
             report = judge(_public_trust(public_key))
         else:
-            with open_audit_keys(directory, _root_key(master_key_file, master_key_fd)) as keys:
-                report = judge(keys.trust())
-    except (MiniKmsError, OSError) as error:
+            root = chosen_root(master_key_file, master_key_fd, data_dir=directory)
+            if root is None:
+                raise StartError(
+                    "give the master key with --master-key-file, or only the log's public key with --public-key: "
+                    "the one that was shown when the data directory was made"
+                )
+            with open_for_reading(directory, root) as unlocked:
+                report = judge(audit_keys(unlocked).trust())
+    except (CommandError, MiniKmsError, OSError) as error:
         return _missing(error)
     print(report_json(report) if json else "\n".join(report_lines(report)))
     if report.findings_count:
-        return EXIT_FOUND
-    return 0 if report.judged else EXIT_MISSING
+        return EXIT_FAILED
+    return EXIT_GOOD if report.judged else EXIT_MISSING
 
 
 @app.command
@@ -286,10 +288,10 @@ def tail(
     except BrokenPipeError:
         return _reader_left()
     except KeyboardInterrupt:
-        return 0
-    except (MiniKmsError, OSError) as error:
+        return EXIT_GOOD
+    except (CommandError, MiniKmsError, OSError) as error:
         return _missing(error)
-    return 0
+    return EXIT_GOOD
 
 
 @app.command
@@ -304,36 +306,37 @@ def find(
     json: JsonLines = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Show the lines that tell of a thread, key, actor or request: of all that are given. It does not verify them.
+    """Show the lines about a thread, key, actor or request, or about all that are given. It does not verify them.
 
-    A log that hides thread ids (--audit-hash-thread-ids) can be searched for a thread with the root key only. Exit
-    status: 0 found, 1 nothing found, 2 the log is missing.
+    To search a log with hashed thread ids (--audit-hash-thread-ids) for a thread, give the root key. Exit status: 0
+    found, 1 nothing found, 2 the log is missing.
     """
     from contextlib import ExitStack
 
     from minikms.audit.queries import find as find_lines
     from minikms.audit.queries import query
-    from minikms.cli.auditkeys import open_audit_keys
+    from minikms.datadir import audit_keys, open_for_reading
 
     if not (thread or key or actor or request):
-        return _missing(StartError("say what to find: --thread, --key, --actor or --request"))
+        return _missing(StartError("give something to find: --thread, --key, --actor or --request"))
     found = 0
     try:
         directory = _log_directory(data_dir)
         with ExitStack() as stack:
-            audit_keys: tuple[memoryview, ...] = ()
-            root_key = _root_key(master_key_file, master_key_fd)
-            if thread and (root_key.file or root_key.descriptor is not None):
-                audit_keys = tuple(stack.enter_context(open_audit_keys(directory, root_key)).mac_keys.values())
-            sought = query(thread=thread, key=key, actor=actor, request=request, audit_keys=audit_keys)
+            mac_keys: tuple[memoryview, ...] = ()
+            root = chosen_root(master_key_file, master_key_fd)
+            if thread and root is not None:
+                unlocked = stack.enter_context(open_for_reading(directory, root))
+                mac_keys = tuple(audit_keys(unlocked).trust().mac_keys.values())
+            sought = query(thread=thread, key=key, actor=actor, request=request, audit_keys=mac_keys)
             for line in find_lines(directory, sought):
                 _print_lines([line], json=json)
                 found += 1
     except BrokenPipeError:
         return _reader_left()
-    except (MiniKmsError, OSError) as error:
+    except (CommandError, MiniKmsError, OSError) as error:
         return _missing(error)
-    return 0 if found else EXIT_FOUND
+    return EXIT_GOOD if found else EXIT_FAILED
 
 
 @app.command
@@ -343,13 +346,13 @@ def stats(*, data_dir: DataDir = None, json: Json = False) -> int:
 
     try:
         counted = totals(_log_directory(data_dir))
-    except (MiniKmsError, OSError) as error:
+    except (CommandError, MiniKmsError, OSError) as error:
         return _missing(error)
     if json:
         print(as_json(counted))
     else:
         print_totals(counted)
-    return 0
+    return EXIT_GOOD
 
 
 @app.command(name="rotate-key")
@@ -364,12 +367,12 @@ def rotate_key(
 
     Keep the new public key where you keep the old one. Exit status: 0 done, 2 refused.
     """
-    from minikms.base64 import encode_text
-    from minikms.cli.auditkeys import rotate_audit_key
+    from minikms.datadir import rotate_audit_key
 
     try:
-        made = rotate_audit_key(_directory(data_dir), _root_key(master_key_file, master_key_fd))
-    except (MiniKmsError, OSError) as error:
+        directory = chosen_data_dir(data_dir)
+        made = rotate_audit_key(directory, needed_root(master_key_file, master_key_fd, data_dir=directory))
+    except (CommandError, MiniKmsError, OSError) as error:
         return _missing(error)
     public_key = encode_text(made.public_key)
     if json:
@@ -378,37 +381,20 @@ def rotate_key(
         print(f"The audit key is now version {made.version}.")
         print(f"  public key  {public_key}   keep it outside the data directory")
         print(f"  head        {made.head['seq']}:{made.head['sig']}")
-    return 0
+    return EXIT_GOOD
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
 
 
-def _directory(given: str | None) -> str:
-    directory = given or os.environ.get(DATA_DIR_VARIABLE) or ""
-    if not directory:
-        raise StartError(f"give the directory of the log: --data-dir DIR, or {DATA_DIR_VARIABLE}")
-    if not os.path.isdir(directory):
-        raise StartError(f"there is no directory {directory}")
-    return os.path.abspath(directory)
-
-
 def _log_directory(given: str | None) -> str:
-    """The same, of commands that read whatever of the log is there."""
+    """The data directory. Raises StartError when no part of an audit log is in it."""
     from minikms.audit.reader import LOG_NAME, list_segments
 
-    directory = _directory(given)
+    directory = chosen_data_dir(given)
     if not os.path.lexists(os.path.join(directory, LOG_NAME)) and not list_segments(directory):
         raise StartError(f"there is no audit log in {directory}")
     return directory
-
-
-def _root_key(file: Path | None, descriptor: int | None) -> RootKey:
-    from minikms.cli.auditkeys import RootKey
-
-    if file is None and (named := os.environ.get(MASTER_KEY_FILE_VARIABLE)):
-        file = Path(named)
-    return RootKey(file, descriptor)
 
 
 def _public_trust(given: Sequence[str]) -> Trust:
@@ -449,7 +435,6 @@ def _head(text: str) -> Head:
 
 
 def _print_lines(lines: Sequence[bytes], *, json: bool) -> None:
-
     for line in lines:
         print(raw_line(line) if json else event_line(line))
     if lines:
@@ -457,12 +442,12 @@ def _print_lines(lines: Sequence[bytes], *, json: bool) -> None:
 
 
 def _reader_left() -> int:
-    """Who read our output has closed it: nothing more is wanted, and Python must not complain when it flushes."""
+    """The reader closed the pipe because it has enough. Python flushes once more at exit, and must not report that."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return EXIT_GOOD
 
 
 def _missing(error: Exception) -> int:
     text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
-    print(f"minikms: {text}", file=sys.stderr)
+    complain(text)
     return EXIT_MISSING

@@ -1,8 +1,10 @@
 """`minikms backup`: create, verify, restore, list and prune archives.
 
-Owns: flags, pages, and the audit log that a restored directory begins with. Invariants: `create` and `verify` take no
-lock and change nothing but the register of archives; a restore needs an empty place and its lock; every archive is read
-back, and every key in it opened, before it is called good. It must never show or keep a key.
+Owns: flags, output, and the first lines of the audit log of a restored directory. A backup is an archive of the data
+directory; what a KEK rotation keeps of key files are rotation backups (`minikms.custody.rotation_backups`). Invariants:
+`create` and `verify` take no lock and change nothing but the register of archives; a restore needs an empty directory
+and its lock; every archive is read back, and every key in it opened, before it is reported as good. It must never show
+or keep a key.
 """
 
 from __future__ import annotations
@@ -18,10 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import App, Parameter, validators
 
-from minikms.cli import console as show
 from minikms.cli.console import (
+    EXIT_FAILED,
     EXIT_GOOD,
-    EXIT_WANTING,
     CommandError,
     DataDir,
     Json,
@@ -29,16 +30,23 @@ from minikms.cli.console import (
     MasterKeyFile,
     Yes,
     chosen_data_dir,
+    clean,
     complain,
+    confirm,
+    needed_root,
+    print_facts,
+    print_json,
+    print_table,
+    terminal,
 )
 
 if TYPE_CHECKING:
-    from minikms.cli.rootopening import Source
     from minikms.custody.backup.archive import AuditHead, Manifest
     from minikms.custody.backup.create import Progress, Task
     from minikms.custody.backup.register import Registered
     from minikms.keys.keyring import Body
     from minikms.keys.unlocked import UnlockedKeyring
+    from minikms.roots.providers import RootProvider
 
 NAMED_COUNT_MAX: Final = 20
 
@@ -58,21 +66,20 @@ def create(
 ) -> int:
     """Make one archive of keyring, keys and use counts, also while the daemon serves.
 
-    It holds wrapped keys only: the root key is not in it, and opens it. The audit log is not in it either: copy that
-    by itself. Of a message server, back up the store first (progressdb backup create). Exit status: 0 made and read
+    It holds wrapped keys only. The root key, which opens it, is not in it. Nor is the audit log: copy that separately.
+    Of a message server, back up the store first (progressdb backup create). Exit status: 0 made and read
     back, 1 made, but some key files could not be read, 2 not made.
     """
-    from minikms.cli.rootopening import needed_source
     from minikms.custody import files
     from minikms.custody.backup.create import NewArchive
     from minikms.custody.backup.create import create as create_archive
     from minikms.custody.backup.register import ArchiveRegister, Registered, new_archive_id
 
     directory = chosen_data_dir(data_dir)
-    source = needed_source(master_key_file, master_key_fd, directory)
+    root = needed_root(master_key_file, master_key_fd, data_dir=directory)
     register = ArchiveRegister(directory)
     entry = Registered(new_archive_id(), os.path.abspath(archive), time.time_ns() // 1_000_000)
-    with _task(source, "copying keys", bar=not json) as task:
+    with _task(root, "copying keys", bar=not json) as task:
         register.put(entry)
         try:
             new = NewArchive(entry.archive_id, files.rfc3339(files.now_ns()), lambda: _audit_head(directory))
@@ -88,8 +95,9 @@ def create(
     )
     _print_manifest(good.manifest, archive, json=json, done="made, read back, every key opened")
     if good.manifest.unreadable:
-        complain(f"not in it, for their files can't be read: {_named(good.manifest.unreadable)}; see `minikms doctor`")
-        return EXIT_WANTING
+        unreadable = _named(good.manifest.unreadable)
+        complain(f"the archive lacks these keys, whose files can't be read: {unreadable}; see `minikms doctor`")
+        return EXIT_FAILED
     return EXIT_GOOD
 
 
@@ -101,11 +109,10 @@ def verify(
 
     Exit status: 0 good, 1 altered, damaged, or of another root key, 2 the archive or the root key is missing.
     """
-    from minikms.cli.rootopening import needed_source
     from minikms.custody.backup.create import verify as verify_archive
 
-    source = needed_source(master_key_file, master_key_fd, None)
-    with _task(source, "opening keys", bar=not json) as task:
+    root = needed_root(master_key_file, master_key_fd)
+    with _task(root, "opening keys", bar=not json) as task:
         good = verify_archive(str(archive), task)
     _print_manifest(good.manifest, archive, json=json, done="good: whole, authentic, every key opens")
     return EXIT_GOOD
@@ -120,12 +127,12 @@ def restore(
         Path | None,
         Parameter(
             name="--newer-keyring",
-            help="A keyring.json of later than the archive: keys destroyed by then are not brought back.",
+            help="A keyring.json that is newer than the archive: keys destroyed by then are not restored.",
         ),
     ] = None,
     newer_master_key_file: Annotated[
         Path | None,
-        Parameter(name="--newer-master-key-file", help="The root key of that keyring, if it is another by then."),
+        Parameter(name="--newer-master-key-file", help="The root key of that keyring, if it is another one."),
     ] = None,
     master_key_file: MasterKeyFile = None,
     yes: Yes = False,
@@ -134,23 +141,22 @@ def restore(
 ) -> int:
     """Restore an archive into a data directory that is empty or not there. Nothing is ever overwritten.
 
-    The root key is the one of the archive's time. Every key counts as used 2^30 times more, since uses after the
-    archive are not in it. The audit log begins anew and says where the old one was. Exit status: 0 restored, 1
+    It needs the root key of the time of the archive. Every key counts as used 2^30 times more, because uses after the
+    archive are not in it. A new audit log begins, which names the last line of the old one. Exit status: 0 restored, 1
     refused or the archive is not good, 2 something is missing.
     """
-    from minikms.cli.rootopening import needed_source
     from minikms.custody import files
     from minikms.custody.backup import restore as restoring
     from minikms.custody.backup.create import verify as verify_archive
     from minikms.custody.files import DataDirLock
 
     directory = chosen_data_dir(data_dir, must_exist=False)
-    source = needed_source(master_key_file, master_key_fd, None)
+    root = needed_root(master_key_file, master_key_fd)
     if newer_keyring is None:
-        show.confirm(
+        confirm(
             "Restore without a newer keyring? Keys that were destroyed after the backup come back with it.", yes=yes
         )
-    with _task(source, "restoring keys", bar=not json) as task:
+    with _task(root, "restoring keys", bar=not json) as task:
         newer = None if newer_keyring is None else _newer_body(newer_keyring, newer_master_key_file, task)
         good = verify_archive(str(archive), task)
         with DataDirLock(directory) as lock, task.open_keyring(good.keyring) as unlocked:
@@ -161,7 +167,7 @@ def restore(
             done = restoring.restore(str(archive), good, task, unlocked, target, at=now)
             _begin_log(directory, unlocked, good.manifest)
     if json:
-        show.print_json({"data_dir": directory, "archive_id": good.manifest.archive_id, **done._asdict()})
+        print_json({"data_dir": directory, "archive_id": good.manifest.archive_id, **done._asdict()})
         return EXIT_GOOD
     print(f"Restored {done.keys:,} key(s) into {directory}, epoch {done.epoch}.")
     if done.left_out:
@@ -173,14 +179,14 @@ def restore(
 
 @app.command(name="list")
 def list_archives(*, data_dir: DataDir = None, json: Json = False) -> int:
-    """List the archives that were made of a data directory. Those that are gone are named as missing."""
+    """List the archives of a data directory. Those whose files are gone are marked as missing."""
     from minikms.custody.backup.register import ArchiveRegister
 
     found = ArchiveRegister(chosen_data_dir(data_dir)).listed()
     if json:
-        show.print_json({"archives": found})
+        print_json({"archives": found})
         return EXIT_GOOD
-    show.print_table(
+    print_table(
         ("archive", "made", "keys", "bytes", "file"),
         ((entry.archive_id, _when(entry), f"{entry.keys:,}", f"{entry.bytes:,}", _where(entry)) for entry in found),
         right=("keys", "bytes"),
@@ -196,7 +202,7 @@ def prune(
         bool,
         Parameter(
             name="--forget-missing",
-            help="Also forget the archives whose files are gone. Say so only if no copy of them exists.",
+            help="Also forget the archives whose files are gone. Use it only if no copy of them exists.",
             negative=(),
             show_default=False,
         ),
@@ -205,9 +211,9 @@ def prune(
     yes: Yes = False,
     json: Json = False,
 ) -> int:
-    """Remove the oldest archives that were made of a data directory, and what interrupted ones left.
+    """Remove the oldest archives of a data directory, and the leftovers of interrupted ones.
 
-    A moved archive stays listed as missing, for it may still hold keys that are destroyed later.
+    A moved archive stays listed as missing, because it may still hold keys that are destroyed later.
     """
     from minikms.custody.backup.create import remove_leftover
     from minikms.custody.backup.register import ArchiveRegister
@@ -216,10 +222,10 @@ def prune(
     listed = register.listed()
     present = [entry for entry in listed if os.path.isfile(entry.path)]
     missing = [entry for entry in listed if not os.path.isfile(entry.path)]
-    doomed = present[:-keep]
-    if doomed:
-        show.confirm(f"Remove {_named([entry.path for entry in doomed])}?", yes=yes)
-    for entry in doomed:
+    removed = present[:-keep]
+    if removed:
+        confirm(f"Remove {_named([entry.path for entry in removed])}?", yes=yes)
+    for entry in removed:
         _remove_archive(entry)
         register.forget(entry.archive_id)
     forgotten = [
@@ -230,13 +236,13 @@ def prune(
     for entry in forgotten:
         register.forget(entry.archive_id)
     if json:
-        show.print_json({"removed": doomed, "forgotten": forgotten})
+        print_json({"removed": removed, "forgotten": forgotten})
         return EXIT_GOOD
-    for entry in doomed:
-        print(f"removed {show.clean(entry.path)}")
+    for entry in removed:
+        print(f"removed {clean(entry.path)}")
     for entry in forgotten:
-        print(f"forgot {entry.archive_id}, whose file {show.clean(entry.path)} is gone")
-    print(f"{len(present) - len(doomed)} archive(s) stay")
+        print(f"forgot {entry.archive_id}, whose file {clean(entry.path)} is gone")
+    print(f"{len(present) - len(removed)} archive(s) stay")
     return EXIT_GOOD
 
 
@@ -244,20 +250,20 @@ def prune(
 
 
 @contextmanager
-def _task(source: Source, what: str, *, bar: bool) -> Iterator[Task]:
-    """The root key opened, and a progress bar on a terminal. Raises StartError."""
-    from minikms.cli.rootopening import opened_keyring, opened_root
+def _task(root: RootProvider, what: str, *, bar: bool) -> Iterator[Task]:
+    """The opened root key, and a progress bar on a terminal. Raises StartError."""
     from minikms.custody.backup.create import Task
+    from minikms.datadir import opened_keyring, opened_root
 
-    with opened_root(source) as (arena, root), _progress(what, bar=bar) as tell:
-        yield Task(arena, root, lambda data: opened_keyring(arena, root, data), tell)
+    with opened_root(root) as (arena, key), _progress(what, bar=bar) as progress:
+        yield Task(arena, key, lambda data: opened_keyring(arena, key, data), progress)
 
 
 @contextmanager
 def _progress(what: str, *, bar: bool) -> Iterator[Progress]:
     from rich.progress import Progress as Bar
 
-    console = show.console(errors=True)
+    console = terminal(errors=True)
     with Bar(console=console, disable=not (bar and console.is_terminal), transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
@@ -279,25 +285,16 @@ def _audit_head(directory: str) -> AuditHead | None:
 
 
 def _begin_log(directory: str, unlocked: UnlockedKeyring, manifest: Manifest) -> None:
-    """A new audit log, whose first line says which head the old one had, and whose second what was restored."""
-    from minikms.audit import AuditLog, Event, ExpectedLog
+    """A new audit log. Its first line names the head of the old one, its second what was restored."""
+    from minikms.audit import Event, ExpectedLog
     from minikms.audit.record import MAC_BYTES, Head
     from minikms.base64 import decode_exact
-    from minikms.custody import files
+    from minikms.datadir import open_audit_log
 
-    audit_key = unlocked.body.audit_key
-    mac_key, seed = unlocked.audit_key(audit_key.version)
     head = manifest.audit_head
     sig = None if head is None else decode_exact(head.sig, MAC_BYTES)
-    log = AuditLog.open(
-        directory,
-        audit_key=mac_key,
-        seed=seed,
-        now_ns=files.now_ns,
-        key_version=audit_key.version,
-        expected=ExpectedLog(exists=True, head=None if head is None or sig is None else Head(head.seq, sig)),
-        accept_loss=True,
-    )
+    expected = ExpectedLog(exists=True, head=None if head is None or sig is None else Head(head.seq, sig))
+    log = open_audit_log(directory, unlocked, expected=expected, accept_loss=True)
     try:
         facts: dict[str, str | int] = {"archive": manifest.archive_id, "epoch": unlocked.body.epoch}
         log.add(Event(type="restore", actor="minikms", pid=os.getpid(), facts=facts))
@@ -307,7 +304,7 @@ def _begin_log(directory: str, unlocked: UnlockedKeyring, manifest: Manifest) ->
 
 
 def _registered(archive: Path, manifest: Manifest) -> Registered:
-    """How a restored directory names the archive it came from, which may hold each of its keys."""
+    """The entry for the archive in the register of the restored directory: it may hold each of its keys."""
     from minikms.custody.backup.register import Registered
 
     now_ms = time.time_ns() // 1_000_000
@@ -319,31 +316,32 @@ def _registered(archive: Path, manifest: Manifest) -> Registered:
 
 def _newer_body(path: Path, key_file: Path | None, task: Task) -> Body:
     """The keyring at `path`, authenticated under its own root key or the archive's. Raises StartError."""
-    from minikms.cli.rootopening import Source, opened_keyring, opened_root
+    from minikms.datadir import opened_keyring, opened_root
     from minikms.keys.keyring import FILE_BYTES_MAX
+    from minikms.roots.providers import KeyFile
 
     with open(path, "rb") as file:
         data = file.read(FILE_BYTES_MAX + 1)
     if key_file is None:
         with task.open_keyring(data) as unlocked:
             return unlocked.body
-    with opened_root(Source(key_file, None)) as (arena, root), opened_keyring(arena, root, data) as unlocked:
+    with opened_root(KeyFile(key_file)) as (arena, root), opened_keyring(arena, root, data) as unlocked:
         return unlocked.body
 
 
 def _remove_archive(entry: Registered) -> None:
-    """Only what is an archive is removed. Raises CommandError."""
+    """Removes the file if it is an archive. Raises CommandError otherwise."""
     from minikms.custody.backup.archive import MAGIC
 
     with open(entry.path, "rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
-            raise CommandError(f"{entry.path} is no backup; nothing was removed", EXIT_WANTING)
+            raise CommandError(f"{entry.path} is not a backup archive; it was not removed", EXIT_FAILED)
     os.unlink(entry.path)
 
 
 def _print_manifest(manifest: Manifest, archive: Path, *, json: bool, done: str) -> None:
     if json:
-        show.print_json({"archive": str(archive), **_as_dict(manifest)})
+        print_json({"archive": str(archive), **_as_dict(manifest)})
         return
     print(f"{archive}: {done}")
     head = manifest.audit_head
@@ -355,7 +353,7 @@ def _print_manifest(manifest: Manifest, archive: Path, *, json: bool, done: str)
         ("keys", f"{manifest.keys:,}"),
         ("audit head", "none" if head is None else f"{head.seq}:{head.sig}"),
     ]
-    show.print_facts(facts, indent=2)
+    print_facts(facts, indent=2)
 
 
 def _as_dict(manifest: Manifest) -> dict[str, object]:
@@ -376,4 +374,4 @@ def _where(entry: Registered) -> str:
 
 def _named(names: list[str] | tuple[str, ...]) -> str:
     more = f" and {len(names) - NAMED_COUNT_MAX} more" if len(names) > NAMED_COUNT_MAX else ""
-    return ", ".join(show.clean(name) for name in names[:NAMED_COUNT_MAX]) + more
+    return ", ".join(clean(name) for name in names[:NAMED_COUNT_MAX]) + more

@@ -1,20 +1,18 @@
-"""How a command ends: exit statuses, and errors as sentences.
+"""What the commands share: exit statuses, flags, the daemon's client, and how results are shown.
 
-Owns: the one rule from an error to its text and exit status. 0: done, or judged and found good. 1: judged and found
-wanting, or refused. 2: wrong usage, or something that is needed (a daemon, a file, a key) is not there. Invariants: a
-text says what happened, why, and what to do next; it goes to standard error and holds no key. It must never turn an
-error into a success.
+Owns:
+- the exit statuses, and the rule from an error to its text and exit status. 0: done, or a check passed. 1: a check
+  failed, or the request was refused. 2: wrong usage, or something needed (a daemon, a file, a key) is missing.
+- the flags of several commands: names, help, environment variables.
+- the console, tables, and JSON.
 
-The flags that several commands share, each spelled once.
+Invariants: an error text says what happened, why, and what to do next; it goes to standard error and holds no key. A
+flag wins over its variable, an empty variable counts as unset; no flag takes a key itself, only the path of its file.
+Colour only on a terminal and never under NO_COLOR; nothing is wrapped or cut where the output is no terminal; text from
+elsewhere is shown without control characters and never taken for markup; questions are asked on a terminal only.
 
-Owns: their names, help and environment variables. Invariants: a flag wins over its variable, an empty variable counts
-as unset; no flag ever takes a key itself, only the path of its file. It must never import what makes a start slow.
-
-What people and programs see of a result.
-
-Owns: the console, tables, and JSON. Invariants: colour only on a terminal and never under NO_COLOR; nothing is wrapped
-or cut where the output is no terminal; text from elsewhere is shown without control characters and never taken for
-markup; questions are asked on a terminal only.
+It must never turn an error into a success, use the files of a data directory in the place of a daemon that does not
+answer, or import what makes a start slow.
 """
 
 from __future__ import annotations
@@ -25,24 +23,28 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
-import msgspec
 from cyclopts import Parameter
+
+from minikms.cli.rootkey import VARIABLE as MASTER_KEY_VARIABLE
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from minikms.client import Client
+    from minikms.roots.providers import RootProvider
+
 
 EXIT_GOOD: Final = 0
-EXIT_WANTING: Final = 1
+EXIT_FAILED: Final = 1
 EXIT_MISSING: Final = 2
 EXIT_INTERRUPTED: Final = 130
-"""128 and SIGINT, as shells have it."""
+"""128 + SIGINT, as in shells."""
 EXIT_READER_LEFT: Final = 141
-"""128 and SIGPIPE: who read the output closed it, and did not get all of it."""
+"""128 + SIGPIPE: the reader closed the pipe before it had all of the output."""
 
 
 class CommandError(Exception):
-    """A command that can't go on; the text is for the person who typed it."""
+    """Ends the command; the text is for the person who ran it."""
 
     def __init__(self, text: str, exit_status: int = EXIT_MISSING) -> None:
         super().__init__(text)
@@ -55,7 +57,7 @@ def complain(text: str) -> None:
 
 
 def explained(error: Exception) -> tuple[str, int]:
-    """The text and the exit status of an error that ends a command. Errors that are defects are raised again."""
+    """The text and the exit status of an error that ends a command. An error that is a defect is raised again."""
     from minikms.client.errors import KmsError
     from minikms.errors import InvalidRequestError, MiniKmsError, StartError, StorageUnavailableError
 
@@ -65,7 +67,7 @@ def explained(error: Exception) -> tuple[str, int]:
         return _explained_client(error)
     if isinstance(error, MiniKmsError):
         missing = isinstance(error, StartError | StorageUnavailableError | InvalidRequestError)
-        return str(error), EXIT_MISSING if missing else EXIT_WANTING
+        return str(error), EXIT_MISSING if missing else EXIT_FAILED
     if isinstance(error, OSError) and error.strerror:
         place = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{place}", EXIT_MISSING
@@ -78,24 +80,25 @@ def _explained_client(error: Exception) -> tuple[str, int]:
     advice: dict[type[Exception], str] = {
         errors.KmsUnavailableError: "Is the daemon running? Start it with `minikms --socket … --data-dir …`, or name "
         "its socket with --socket or PROGRESSDB_KMS_SOCKET",
-        errors.KmsTimeoutError: "It may have been carried out: look with `minikms status`",
-        errors.KmsUntrustedServerError: "If that user is meant to serve it, say so with --server-uid",
+        errors.KmsTimeoutError: "The request may have been carried out: check with `minikms status`",
+        errors.KmsUntrustedServerError: "If that user is meant to serve it, give --server-uid",
         errors.UnauthorizedError: "Run this as a user of the daemon's --allowed-uids",
         errors.ForbiddenError: "Run this as a user of the daemon's --admin-uids",
         errors.AuditUnavailableError: "Free space on the file system of the audit log; see docs/runbook.md",
-        errors.KeyNotFoundError: "List what there is with `minikms keys list`",
+        errors.KeyNotFoundError: "List the keys with `minikms keys list`",
     }
     text = error.message if isinstance(error, errors.KmsRefusedError) else str(error)
-    way_out = next((advice[kind] for kind in type(error).__mro__ if kind in advice), "")
+    next_step = next((advice[kind] for kind in type(error).__mro__ if kind in advice), "")
     usage_or_missing = isinstance(error, errors.KeyNotFoundError | errors.InvalidRequestError)
     judged = isinstance(error, errors.KmsRefusedError | errors.KmsUntrustedServerError) and not usage_or_missing
-    return f"{text}. {way_out}." if way_out else text, EXIT_WANTING if judged else EXIT_MISSING
+    return f"{text}. {next_step}." if next_step else text, EXIT_FAILED if judged else EXIT_MISSING
 
 
 SOCKET_VARIABLE: Final = "PROGRESSDB_KMS_SOCKET"
 DATA_DIR_VARIABLE: Final = "PROGRESSDB_KMS_DATA_DIR"
 MASTER_KEY_FILE_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FILE"
-DEV_KEY_SUFFIX: Final = ".master-key"
+DAEMON_WAIT_SECONDS: Final = 0.5
+"""For a daemon that is starting; a person notices a longer wait."""
 
 Socket = Annotated[str | None, Parameter(name="--socket", help=f"The daemon's Unix socket [{SOCKET_VARIABLE}].")]
 ServerUid = Annotated[
@@ -121,7 +124,7 @@ def chosen_socket(given: str | None) -> str:
 
 
 def chosen_data_dir(given: str | None, *, must_exist: bool = True) -> str:
-    """The absolute path. Raises CommandError when none is named, or it isn't there."""
+    """The absolute path. Raises CommandError when none is named, or the directory is missing."""
     path = given or os.environ.get(DATA_DIR_VARIABLE) or ""
     if not path:
         raise CommandError(f"name the data directory: --data-dir DIR, or {DATA_DIR_VARIABLE}")
@@ -130,18 +133,71 @@ def chosen_data_dir(given: str | None, *, must_exist: bool = True) -> str:
     return os.path.abspath(path)
 
 
-def chosen_key_file(given: Path | None) -> Path | None:
-    """The flag, else the variable, else None."""
+def chosen_key_file(given: Path | None, descriptor: int | None) -> Path | None:
+    """The flag, else the variable, else None. Raises CommandError when the root key is also given in the environment,
+    from which it has come to `descriptor`.
+    """
     named = os.environ.get(MASTER_KEY_FILE_VARIABLE)
-    return given if given is not None else Path(named) if named else None
+    file = given if given is not None else Path(named) if named else None
+    if file is not None and descriptor is not None:
+        raise CommandError(
+            f"both a master key and a master key file are given; unset one of {MASTER_KEY_VARIABLE} and "
+            f"{MASTER_KEY_FILE_VARIABLE} (or --master-key-file)"
+        )
+    return file
+
+
+def chosen_root(
+    key_file: Path | None, descriptor: int | None, *, data_dir: str | None = None, rewritable: bool = False
+) -> RootProvider | None:
+    """Where the root key is; None when no place is given. With `data_dir`, a development key beside it serves then.
+
+    Raises CommandError when it is given twice, or not as a file that is to be rewritten.
+    """
+    from minikms.roots.providers import DevelopmentKey, KeyDescriptor, KeyFile
+
+    file = chosen_key_file(key_file, descriptor)
+    if rewritable and file is None:
+        raise CommandError("--rewrite-master-key-file needs the key file that it is to rewrite: give --master-key-file")
+    if file is not None:
+        return KeyFile(file, rewritable)
+    if descriptor is not None:
+        return KeyDescriptor(descriptor)
+    if data_dir is not None:
+        development = DevelopmentKey(data_dir)
+        return development if development.path.exists() else None
+    return None
+
+
+def needed_root(key_file: Path | None, descriptor: int | None, *, data_dir: str | None = None) -> RootProvider:
+    """The same. Raises CommandError when there is none."""
+    root = chosen_root(key_file, descriptor, data_dir=data_dir)
+    if root is None:
+        raise CommandError("give the root key, as for the daemon: --master-key-file FILE")
+    return root
+
+
+def daemon_client(socket: str | None, server_uid: int | None) -> Client:
+    """A client of the running daemon, which checks the daemon's user before it sends anything. It connects at its first
+    call. Raises CommandError for a path that can't be a socket's.
+    """
+    from minikms.client import Client
+
+    path = chosen_socket(socket)
+    try:
+        return Client(path, server_uids=None if server_uid is None else {server_uid}, wait_s=DAEMON_WAIT_SECONDS)
+    except ValueError as error:
+        raise CommandError(f"{error}: {path}") from None
 
 
 _PIPE_COLUMNS: Final = 4096
-"""Wider than any line: what reads a pipe wants whole lines."""
+"""Wider than any line: a program that reads a pipe needs whole lines."""
 
 
 def as_json(value: object) -> str:
     """Indented; msgspec's structs as objects, bytes as base64."""
+    import msgspec
+
     return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
 
 
@@ -149,7 +205,7 @@ def print_json(value: object) -> None:
     print(as_json(value))
 
 
-def console(*, errors: bool = False) -> Console:
+def terminal(*, errors: bool = False) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if errors else sys.stdout
@@ -163,24 +219,24 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, righ
 
     table = Table(*titles, box=None, pad_edge=False, header_style="bold")
     for column, title in zip(table.columns, titles, strict=True):
-        column.overflow = "fold"  # an id that is cut short can't be used
+        column.overflow = "fold"  # a truncated id can't be used
         if title in right:
             column.justify = "right"
     for row in rows:
         table.add_row(*(Text(clean(str(cell))) for cell in row))
-    console().print(table)
+    terminal().print(table)
 
 
 def print_facts(facts: Iterable[tuple[str, object]], *, indent: int = 0) -> None:
-    """Names and values, one a line, the values below each other."""
+    """Names and values, one pair a line, the values aligned."""
     lines = [(name, clean(str(value))) for name, value in facts]
     width = max((len(name) for name, _ in lines), default=0)
     for name, value in lines:
-        console().print(" " * indent + f"{name.ljust(width)}  {value}", soft_wrap=True)
+        terminal().print(" " * indent + f"{name.ljust(width)}  {value}", soft_wrap=True)
 
 
 def clean(text: str) -> str:
-    """Without what could drive a terminal."""
+    """The text without control characters, which a terminal could obey."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
@@ -205,11 +261,11 @@ def duration(seconds: int) -> str:
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Returns when the answer is yes. Raises CommandError for a no, or where nobody can be asked."""
+    """Returns when the answer is yes. Raises CommandError when it is no, or when standard input is no terminal."""
     if yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise CommandError("this asks for a confirmation, and nobody is at a terminal; say yes with --yes")
+        raise CommandError("this needs a confirmation, and there is no terminal to ask on: confirm with --yes")
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise CommandError("nothing was done", EXIT_WANTING)
+        raise CommandError("nothing was done", EXIT_FAILED)

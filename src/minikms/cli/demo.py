@@ -1,8 +1,8 @@
-"""`minikms demo`: the commands at work, on a daemon of their own in a temporary directory.
+"""`minikms demo`: runs the commands against a daemon of its own, in a temporary directory.
 
-Owns: which commands are shown in which order. Invariants: each line shown is a command that is really run, and what is
-printed below it is what it said; a command that ends otherwise than expected ends the tour with exit status 1; nothing
-of the user's configuration is used, and nothing stays.
+Owns: which commands are shown in which order. Invariants: each line shown is a command that is run, and its real output
+is below it; a command with an unexpected exit status or output ends the demo with exit status 1; nothing of the user's
+configuration is used, and nothing is left behind.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from minikms.cli import console as show
-from minikms.cli.console import EXIT_GOOD, EXIT_WANTING, CommandError
+from minikms.cli.console import EXIT_FAILED, EXIT_GOOD, CommandError, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,9 +32,9 @@ SERVE: Final = "minikms --socket kms.sock --data-dir keys --master-key-file root
 
 def demo() -> int:
     """See the commands at work, in a temporary directory that is removed at the end. Exit 0 when all went well."""
-    signal.signal(signal.SIGTERM, _interrupt)  # or the daemon would be left behind
+    signal.signal(signal.SIGTERM, _interrupt)  # so that the daemon is stopped too
     with tempfile.TemporaryDirectory(prefix="minikms-demo-") as place:
-        tour = Tour(show.console(), Path(place))
+        tour = Tour(terminal(), Path(place))
         tour.say("Make a data directory, and a root key to lock it with")
         tour.run("minikms init --data-dir keys --master-key-file root.key")
         tour.say("Serve it on a Unix socket, to this user only")
@@ -55,7 +54,7 @@ def demo() -> int:
             tour.run("minikms audit verify")
             tour.say("An altered file does not open")
             tour.run("printf alter | dd of=note.kms bs=1 seek=115 conv=notrunc status=none")
-            tour.run("minikms decrypt note.kms --output -", status=EXIT_WANTING)
+            tour.run("minikms decrypt note.kms --output -", status=EXIT_FAILED)
         return tour.close()
 
 
@@ -85,7 +84,7 @@ class Tour:
         self._console.print(f"\n# {text}", style="bold", soft_wrap=True)
 
     def run(self, command: str, *, status: int = EXIT_GOOD, must_say: str = "") -> None:
-        """Runs a line in a shell. Raises CommandError when it ends otherwise than it should."""
+        """Runs a line in a shell. Raises CommandError when the exit status or the output is not the expected one."""
         self._console.print(f"$ {command}", style="cyan", soft_wrap=True)
         done = subprocess.run(  # noqa: S602  the lines are those above; a shell is what a reader has
             command,
@@ -103,7 +102,7 @@ class Tour:
             self._console.print(line, soft_wrap=True)
         if done.returncode != status or must_say not in done.stdout:
             raise CommandError(
-                f"that ended with exit status {done.returncode}, {status} was expected; please report it", EXIT_WANTING
+                f"that ended with exit status {done.returncode}, {status} was expected; please report it", EXIT_FAILED
             )
 
     @contextlib.contextmanager
@@ -126,7 +125,7 @@ class Tour:
         end = time.monotonic() + READY_SECONDS_MAX
         while not (self._place / "kms.sock").exists():
             if process.poll() is not None or time.monotonic() > end:
-                raise CommandError(f"the daemon did not start: {(self._place / 'log').read_text()}", EXIT_WANTING)
+                raise CommandError(f"the daemon did not start: {(self._place / 'log').read_text()}", EXIT_FAILED)
             time.sleep(0.02)
 
     def close(self) -> int:

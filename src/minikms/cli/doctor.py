@@ -1,19 +1,11 @@
-"""What `minikms doctor` finds.
+"""`minikms doctor`: examines a data directory, the machine and the running daemon, and says what to do.
 
-Owns: the shape of a finding. Invariant: each says what to do. A `problem` keeps something from working or being
-safe; an `advice` does not.
-
-The examination of a data directory, for `minikms doctor`: whether the daemon runs or not.
-
-Owns: the checks of files. Invariants: everything is opened for reading only, without the lock, so that it works beside
-a live daemon; a file that vanishes meanwhile is no finding; memory is bounded but for what is found. Without the root
-key the keyring and the keys are parsed but not judged for authenticity, and that is said.
-
-`minikms doctor`: examines a data directory, the machine and the running daemon, and says what to do.
-
-Owns: which examinations apply, the page, and the rebuilding of lost use counts. Invariants: it changes nothing unless
-told to rebuild, which needs the lock and a confirmation; exit status 0 no problem (advice at most), 1 a problem, 2
-there was nothing to examine. It must never repair on its own judgement.
+Owns: the checks, the shape of a finding, and the rebuilding of lost use counts. Invariants: each finding says what to
+do; files are opened for reading only, without the lock, so that it works beside a running daemon, and a file that
+vanishes meanwhile is no finding; memory is bounded but for the findings; without the root key, keyring and keys are
+parsed but not authenticated, and the report says so. Exit status: 0 no problem (advice at most), 1 a problem, 2 there
+was nothing to examine. It changes nothing, except that it rebuilds use counts on demand, under the lock and after a
+confirmation; it must never repair by itself.
 """
 
 from __future__ import annotations
@@ -30,11 +22,10 @@ from cyclopts import Parameter
 
 from minikms import api
 from minikms.audit.reader import LOG_NAME
-from minikms.cli import console as show
 from minikms.cli.console import (
     DATA_DIR_VARIABLE,
+    EXIT_FAILED,
     EXIT_GOOD,
-    EXIT_WANTING,
     SOCKET_VARIABLE,
     CommandError,
     DataDir,
@@ -45,12 +36,17 @@ from minikms.cli.console import (
     Socket,
     Yes,
     chosen_data_dir,
+    chosen_root,
+    clean,
+    confirm,
+    daemon_client,
+    print_json,
+    terminal,
 )
-from minikms.cli.rootopening import Source, opened_keyring, opened_root
 from minikms.custody import deks, keyring_file, lease_store, rotation_backups
 from minikms.custody.files import is_stale_temp, open_directory, read_file_bounded
-from minikms.custody.lease_format import USES_WARN, LeaseFormatError, parse_journal
-from minikms.custody.lease_store import Snapshot
+from minikms.custody.lease_format import USES_WARN, LeaseFormatError, Snapshot, parse_journal
+from minikms.datadir import opened_keyring, opened_root
 from minikms.errors import MiniKmsError, StartError
 from minikms.keys import dek, keyring
 from minikms.keys.dek import DekRecord
@@ -60,10 +56,11 @@ from minikms.memory.arena import SecretArena
 
 if TYPE_CHECKING:
     from minikms.client import Client
+    from minikms.roots.providers import RootProvider
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """`area` groups findings on the page; `what` is the fact, `do` the next step."""
+    """A `problem` stops something from working or being safe; an `advice` does not. `do` is the next step."""
 
     level: Literal["problem", "advice"]
     area: str
@@ -89,8 +86,8 @@ _DAY_SECONDS: Final = 86_400
 _OTHERS_MASK: Final = 0o077
 
 
-def examine(directory: str, source: Source | None, *, now: float) -> Iterator[Finding]:
-    """Every finding in a data directory. Raises OSError when it can't be read at all."""
+def examine(directory: str, root: RootProvider | None, *, now: float) -> Iterator[Finding]:
+    """Every finding in a data directory. Raises OSError when the directory can't be read."""
     yield from _permissions(directory)
     yield from _space(directory)
     body: Body | None = None
@@ -109,14 +106,14 @@ def examine(directory: str, source: Source | None, *, now: float) -> Iterator[Fi
     yield from _audit_log(directory)
     if body is None or data is None:
         return
-    if source is None:
+    if root is None:
         yield advice(
-            "root key", "no root key was given, so that no key was opened", "to try every key: --master-key-file FILE"
+            "root key", "no root key was given, so no key was opened", "to try every key: --master-key-file FILE"
         )
         yield from _keys(directory, body, now, None, None)
         return
     try:
-        with opened_root(source) as (arena, root), opened_keyring(arena, root, data) as unlocked:
+        with opened_root(root) as (arena, key), opened_keyring(arena, key, data) as unlocked:
             yield from _keys(directory, body, now, arena, unlocked)
     except StartError as error:
         yield problem("root key", str(error), "give the key file that the daemon uses")
@@ -151,7 +148,7 @@ def _permissions(directory: str) -> Iterator[Finding]:
 
 
 class _Entry:
-    """A name with what `lstat` says of it."""
+    """A name and its `lstat`."""
 
     def __init__(self, name: str, status: os.stat_result) -> None:
         self.name = name
@@ -185,7 +182,7 @@ def _space(directory: str) -> Iterator[Finding]:
     elif free < FREE_BYTES_ADVISED:
         yield advice("disk", f"{free // 2**20:,} MiB are free for {directory}", "make room before it is full")
     if room.f_files and room.f_favail < FREE_FILES_MIN:
-        yield problem("disk", f"the file system takes only {room.f_favail:,} more files", "make room for more inodes")
+        yield problem("disk", f"the file system has only {room.f_favail:,} free inodes", "remove files on it")
 
 
 # --- the keyring --------------------------------------------------------------------------------------------------
@@ -263,7 +260,7 @@ def _audit_log(directory: str) -> Iterator[Finding]:
         yield advice(
             "audit log",
             f"parts were set aside after a crash or a loss: {_named(torn)}",
-            "the log tells of each: minikms audit verify; then archive them",
+            "the log has a line about each: minikms audit verify; then archive them",
         )
 
 
@@ -273,13 +270,13 @@ def _audit_log(directory: str) -> Iterator[Finding]:
 def _keys(
     directory: str, body: Body, now: float, arena: SecretArena | None, unlocked: UnlockedKeyring | None
 ) -> Iterator[Finding]:
-    buried = {stone.key_id for stone in body.tombstones}
+    destroyed = {stone.key_id for stone in body.tombstones}
     active: dict[str, list[str]] = {}
     bad: list[str] = []
     oldest = now
     for key_id in sorted(key_ids(directory)):
-        if key_id in buried:
-            continue  # its file is removed by the next start
+        if key_id in destroyed:
+            continue  # the next start removes its file
         try:
             record = _record(directory, key_id)
             if record is None:
@@ -302,7 +299,7 @@ def _keys(
             "orphaned keys",
             f"more than one active key for the thread of {_named(orphans)}: a request was interrupted, and perhaps "
             "nothing uses them",
-            "those that `progressdb check` does not name as mapped: minikms keys retire",
+            "retire those that `progressdb check` does not list as mapped: minikms keys retire",
         )
     days = int((now - oldest) // _DAY_SECONDS)
     if days > KEY_AGE_DAYS_MAX:
@@ -319,7 +316,7 @@ def _judge(record: DekRecord, body: Body, arena: SecretArena | None, unlocked: U
 
 
 def key_ids(directory: str) -> Iterator[str]:
-    """The ids of the key files in a data directory, in no order."""
+    """The ids of the key files in a data directory, in any order."""
     try:
         with os.scandir(os.path.join(directory, deks.DIRECTORY)) as entries:
             for entry in entries:
@@ -366,7 +363,7 @@ def doctor(
         bool,
         Parameter(
             name="--rebuild-leases",
-            help="Begin the use counts anew: keys of now only decrypt from then on. The daemon must be stopped.",
+            help="Reset lost use counts: all present keys only decrypt from then on. The daemon must be stopped.",
             negative=(),
             show_default=False,
         ),
@@ -375,10 +372,10 @@ def doctor(
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Look for what is wrong or soon will be, each with what to do: files and machine with --data-dir, also beside a
-    live daemon; the daemon itself with --socket.
+    """Look for problems, and say what to do about each: in files and machine with --data-dir, also beside a running
+    daemon; in the daemon itself with --socket.
 
-    With the root key every key is opened, too. Exit status: 0 no problem, 1 a problem, 2 there is nothing to look at.
+    With the root key it also opens every key. Exit status: 0 no problem, 1 a problem, 2 there is nothing to examine.
     """
     directory = chosen_data_dir(data_dir) if data_dir or os.environ.get(DATA_DIR_VARIABLE) else None
     if rebuild_leases:
@@ -388,33 +385,31 @@ def doctor(
         raise CommandError("say what to examine: --data-dir DIR, --socket PATH, or both")
     found: list[Finding] = []
     if directory is not None:
-        from minikms.cli.rootopening import chosen_source
-
-        source = chosen_source(master_key_file, master_key_fd, directory)
-        found += examine(directory, source, now=time.time())
+        root = chosen_root(master_key_file, master_key_fd, data_dir=directory)
+        found += examine(directory, root, now=time.time())
     found += machine()
     if path:
         found += _daemon(path, server_uid, alone=directory is None)
     problems = sum(finding.level == "problem" for finding in found)
     if json:
-        show.print_json({"problems": problems, "findings": found})
+        print_json({"problems": problems, "findings": found})
     else:
         _print(found, problems)
-    return EXIT_WANTING if problems else EXIT_GOOD
+    return EXIT_FAILED if problems else EXIT_GOOD
 
 
 def _print(found: list[Finding], problems: int) -> None:
-    console = show.console()
+    console = terminal()
     for finding in sorted(found, key=lambda finding: finding.level != "problem"):
         style = "bold red" if finding.level == "problem" else "yellow"
-        console.print(f"{finding.level}: {finding.area}: {show.clean(finding.what)}", style=style, soft_wrap=True)
-        console.print(f"  do: {show.clean(finding.do)}", soft_wrap=True)
+        console.print(f"{finding.level}: {finding.area}: {clean(finding.what)}", style=style, soft_wrap=True)
+        console.print(f"  do: {clean(finding.do)}", soft_wrap=True)
     kinds = f"{problems} problem(s), {len(found) - problems} piece(s) of advice"
     console.print(kinds if found else "nothing found", style="bold" if problems else "green")
 
 
 def machine() -> Iterator[Finding]:
-    """What this machine lacks for keeping keys in memory."""
+    """What the kernel lacks for protecting keys in memory."""
     from minikms.memory.arena import SecretArena
 
     with SecretArena(1) as arena:
@@ -431,41 +426,40 @@ def machine() -> Iterator[Finding]:
 
 
 def _daemon(path: str, server_uid: int | None, *, alone: bool) -> Iterator[Finding]:
-    """Raises KmsUnavailableError when the daemon is all there is to examine."""
-    from minikms.cli.reach import reach
+    """`alone`: nothing else is examined. Raises KmsUnavailableError then, if the daemon does not answer."""
     from minikms.client.errors import KmsUnavailableError
 
-    with reach(path, server_uid) as kms:
+    with daemon_client(path, server_uid) as kms:
         try:
-            told: dict[str, Any] = kms.status()
+            status: dict[str, Any] = kms.status()
         except KmsUnavailableError as error:
             if alone:
                 raise
             yield problem("daemon", str(error), "start it: minikms --socket … --data-dir …; its log says why it ended")
             return
-        yield from judged(told)
+        yield from status_findings(status)
         yield from _worn_keys(kms)
 
 
-def judged(told: dict[str, Any]) -> Iterator[Finding]:
-    """What a status says that needs somebody."""
-    for measure in told["hardening"]:
+def status_findings(status: dict[str, Any]) -> Iterator[Finding]:
+    """The findings in the answer of `GET /status`."""
+    for measure in status["hardening"]:
         if not measure["in_force"]:
             yield advice("hardening", f"not in force: {measure['measure']}", measure["why"])
-    if not told["audit"]["writable"]:
+    if not status["audit"]["writable"]:
         yield problem(
             "audit log",
-            f"it can't be written, so every request is refused: {told['audit']['unavailable_reason']}",
+            f"it can't be written, so every request is refused: {status['audit']['unavailable_reason']}",
             "free space on its file system, see docs/runbook.md",
         )
-    rotation = told["rotation"]
+    rotation = status["rotation"]
     if rotation is not None and rotation["last_error"]:
         yield problem(
-            "rotation", f"it can't go on: {rotation['last_error']}", "mend the cause; the daemon tries again by itself"
+            "rotation", f"it fails: {rotation['last_error']}", "remove the cause; the daemon tries again by itself"
         )
-    for key_id, why in told["keys"]["unreadable_files"].items():
+    for key_id, why in status["keys"]["unreadable_files"].items():
         yield problem("keys", f"{key_id}: {why}", "restore this file from a backup")
-    for text in told["warnings"]:
+    for text in status["warnings"]:
         what, _, do = text.partition("; " if "; " in text else ": ")
         yield advice("daemon", what, do or "minikms status")
 
@@ -490,7 +484,7 @@ def _worn_keys(kms: Client) -> Iterator[Finding]:
 
 
 def _rebuild(directory: str | None, *, yes: bool) -> int:
-    """Both lease files anew; every key made until now counts as spent. Raises StartError while a daemon runs."""
+    """Replaces both lease files; every present key counts as spent. Raises StartError while a daemon runs."""
     from minikms.custody.files import DataDirLock
     from minikms.custody.lease_store import LeaseStore
     from minikms.custody.rotation_backups import newest_key_id
@@ -501,13 +495,13 @@ def _rebuild(directory: str | None, *, yes: bool) -> int:
     with DataDirLock(directory) as lock:
         present = list(key_ids(directory))
         if not present:
-            raise CommandError(f"there is no key in {directory}, so that there is nothing to count")
-        show.confirm(
-            f"Begin the use counts of {len(present):,} keys anew? Each of them only decrypts from then on, until its "
-            "thread gets a new key.",
+            raise CommandError(f"there is no key in {directory}, so there are no use counts to reset")
+        confirm(
+            f"Reset the use counts of {len(present):,} keys? Each of them only decrypts from then on. Their threads "
+            "need new keys.",
             yes=yes,
         )
         LeaseStore.rebuild(lock.directory_fd, key_id_to_bytes(newest_key_id(directory)))
-    print(f"The use counts were begun anew. The {len(present):,} key(s) of now only decrypt. Give each thread")
+    print(f"The use counts were reset. The {len(present):,} present key(s) only decrypt. Give each thread")
     print("a new one: progressdb rotate-dek THREAD")
     return EXIT_GOOD

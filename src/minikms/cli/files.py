@@ -1,9 +1,9 @@
 """`minikms encrypt` and `minikms decrypt`: files and pipes of any size.
 
-Owns: where bytes come from and go to, and which key is used; the format is `minikms.crypto.stream`. Invariants: each
-stream has a data key of its own, made by the daemon, which is zeroed here at the end (the client's answer is an object
-of its own, see the threat model); a file gets its name only when the stream has ended well, and nothing is overwritten
-unless told to; a failure after bytes went to a pipe shows in the exit status.
+Owns: input, output, and the choice of the key; the format is `minikms.crypto.stream`. Invariants: each stream has a
+data key of its own, made by the daemon, and the copy of it here is zeroed at the end (the client's answer is another
+object, see docs/threat-model.md); a file gets its name only after the whole stream was processed; nothing is
+overwritten without `--force`; a failure after bytes went to a pipe shows in the exit status.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, Final
 
 from cyclopts import Parameter
 
-from minikms.cli import console as show
-from minikms.cli.console import EXIT_GOOD, EXIT_WANTING, CommandError, ServerUid, Socket
+from minikms.cli.console import EXIT_FAILED, EXIT_GOOD, CommandError, ServerUid, Socket, daemon_client, terminal
 
 if TYPE_CHECKING:
     from minikms.client import Client
 
 DATA_KEY_OWNER: Final = "minikms.files"
-"""The name that keys of purpose `data` are made under when none is chosen."""
+"""The thread id of the key of purpose `data` that is made when none is chosen."""
 READ_BYTES: Final = 64 * 1024
 SUFFIX: Final = ".kms"
 
@@ -61,15 +60,14 @@ def encrypt(
     The result names its key: `minikms decrypt` needs no more than the daemon. Exit status: 0 done, 1 refused, 2
     something is missing.
     """
-    from minikms.cli.reach import reach
     from minikms.crypto.stream import WRAP_AAD, StreamHeader, seal_stream
 
     place = output or ("-" if source == "-" else source + SUFFIX)
-    with reach(socket, server_uid) as kms, _reading(source) as reading, _writing(place, force=force) as writing:
+    with daemon_client(socket, server_uid) as kms, _reading(source) as reading, _writing(place, force=force) as writing:
         key_id = key or _data_key_owner(kms)
         made = kms.generate_data_key(key_id, aad=WRAP_AAD)
         if not isinstance(made.plaintext, bytes):
-            raise CommandError("the daemon gave no data key", EXIT_WANTING)
+            raise CommandError("the daemon gave no data key", EXIT_FAILED)
         with _zeroed(made.plaintext) as data_key:
             header = StreamHeader(key_id, made.ciphertext)
             _copy(seal_stream(data_key, header, _parts(reading, source)), writing)
@@ -89,11 +87,10 @@ def decrypt(
     A file appears only when all of it was authentic. What went to a pipe is authentic too, but whole only if the exit
     status is 0. Exit status: 0 done, 1 it was altered or cut short, or its key was refused, 2 something is missing.
     """
-    from minikms.cli.reach import reach
     from minikms.crypto.stream import WRAP_AAD, open_stream, split_header
 
     place = output or ("-" if source == "-" else _without_suffix(source))
-    with reach(socket, server_uid) as kms, _reading(source) as reading:
+    with daemon_client(socket, server_uid) as kms, _reading(source) as reading:
         header, rest = split_header(_parts(reading, source))
         opened = kms.decrypt(header.key_id, header.wrapped_key, aad=WRAP_AAD)
         with _zeroed(opened) as data_key, _writing(place, force=force) as writing:
@@ -108,7 +105,7 @@ def _without_suffix(source: str) -> str:
 
 
 def _data_key_owner(kms: Client) -> str:
-    """The newest active key of our own name; a new one at the first use."""
+    """The newest active key of DATA_KEY_OWNER; a new one at the first use."""
     newest, cursor = "", None
     while True:
         answer = kms.list_keys(thread_id=DATA_KEY_OWNER, state="active", cursor=cursor)
@@ -120,7 +117,7 @@ def _data_key_owner(kms: Client) -> str:
 
 @contextmanager
 def _zeroed(key: bytes) -> Iterator[memoryview]:
-    """A view of our own copy, zeroed at the end."""
+    """A view of a copy of the key, zeroed at the end."""
     copy = bytearray(key)
     view = memoryview(copy)
     try:
@@ -146,7 +143,7 @@ def _reading(source: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _writing(place: str, *, force: bool) -> Iterator[BinaryIO]:
-    """Standard output, or a file that gets its name at the end, readable by us only. Raises CommandError."""
+    """Standard output, or a private file that gets its name at the end. Raises CommandError."""
     if place == "-":
         if sys.stdout.isatty():
             raise CommandError("this would write raw bytes to the terminal: name a file with --output FILE")
@@ -154,7 +151,7 @@ def _writing(place: str, *, force: bool) -> Iterator[BinaryIO]:
         sys.stdout.buffer.flush()
         return
     if not force and os.path.lexists(place):
-        raise CommandError(f"{place} exists already; to replace it: --force", EXIT_WANTING)
+        raise CommandError(f"{place} exists already; to replace it: --force", EXIT_FAILED)
     staging = f"{place}.{os.getpid()}.new"
     try:
         with open(staging, "xb", opener=_private) as file:
@@ -175,11 +172,11 @@ def _private(path: str, flags: int) -> int:
 
 
 def _parts(file: BinaryIO, source: str) -> Iterator[bytes]:
-    """The file, part by part, with a progress bar where it is a regular file and somebody looks."""
+    """The file, part by part; with a progress bar if it is a regular file and standard error is a terminal."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     status = os.fstat(file.fileno())
-    console = show.console(errors=True)
+    console = terminal(errors=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     shown = console.is_terminal and stat.S_ISREG(status.st_mode)
     with Progress(*columns, console=console, disable=not shown, transient=True) as progress:

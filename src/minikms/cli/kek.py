@@ -1,15 +1,14 @@
 """`minikms rotate-kek`, `minikms kek list` and `minikms kek prune`, through the running daemon.
 
 Owns: flags, the progress bar, and reading a new root key from its file. Invariants: a new root key comes from a
-private file only, never from argv or the environment; its text lies in one buffer that is zeroed once it was sent; a
-rotation that was interrupted here goes on in the daemon. It must never say that a rotation is done before `/status`
-says so.
+private file only, never from argv or the environment; its text lies in one buffer that is zeroed after it was sent; a
+rotation goes on in the daemon when this command is interrupted. It must never report a rotation as done before
+`/status` does.
 """
 
 from __future__ import annotations
 
 import os
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +17,27 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from cyclopts import App, Parameter
 
-from minikms.cli import console as show
-from minikms.cli.console import EXIT_GOOD, EXIT_WANTING, CommandError, Json, ServerUid, Socket, Yes, complain
+from minikms.cli.console import (
+    EXIT_FAILED,
+    EXIT_GOOD,
+    CommandError,
+    Json,
+    ServerUid,
+    Socket,
+    Yes,
+    complain,
+    confirm,
+    daemon_client,
+    print_json,
+    print_table,
+    terminal,
+)
 
 if TYPE_CHECKING:
     from minikms.client import Client
 
 KEY_TEXT_CHARS: Final = 64
 POLL_SECONDS: Final = 0.1
-_OTHERS_MASK: Final = 0o077
 
 app = App(name="kek", help="List key-encryption keys (KEKs), and destroy those that nothing needs.", version_flags=[])
 
@@ -51,32 +62,28 @@ def rotate_kek(
     interrupt the rotation. Run it again to watch one that is running, with the same file if it changes the root.
     Exit status: 0 done, 1 refused or keys are left that can't be read, 2 the daemon or the file is missing.
     """
-    from minikms.cli.reach import reach
-
-    with reach(socket, server_uid) as kms, _key_text(new_master_key_file) as text:
+    with daemon_client(socket, server_uid) as kms, _key_text(new_master_key_file) as text:
         before: dict[str, Any] = kms.status()
         count = sum(before["keys"]["by_state"].values())
         what = "Change the root key, rotate the KEK" if text else "Rotate the KEK"
-        show.confirm(f"{what} and rewrap {count:,} keys? The daemon goes on serving.", yes=yes)
+        confirm(f"{what} and rewrap {count:,} keys? The daemon goes on serving.", yes=yes)
         begun = kms.rotate_kek(new_kek_hex=text, wait=False)
         after = _wait(kms, begun.kek_version, bar=not json)
     unreadable = after["keys"]["unreadable"]
     rewrapped = begun.rewrapped if begun.status == "ok" else sum(after["keys"]["by_state"].values())
     if json:
-        show.print_json(
-            {"status": "ok", "kek_version": begun.kek_version, "rewrapped": rewrapped, "unreadable": unreadable}
-        )
+        print_json({"status": "ok", "kek_version": begun.kek_version, "rewrapped": rewrapped, "unreadable": unreadable})
     else:
-        _tell(begun.kek_version, after, new_file=new_master_key_file)
+        _print_done(begun.kek_version, after, new_file=new_master_key_file)
     if unreadable:
         complain(
-            f"{unreadable} key files can't be read and stay under an older KEK, which is kept for them; "
-            "name them with `minikms doctor` and restore them from a backup"
+            f"{unreadable} key files can't be read and stay under an older KEK, which is kept for them: "
+            "`minikms doctor` lists them; restore them from a backup"
         )
-    return EXIT_WANTING if unreadable else EXIT_GOOD
+    return EXIT_FAILED if unreadable else EXIT_GOOD
 
 
-def _tell(version: int, after: dict[str, Any], *, new_file: Path | None) -> None:
+def _print_done(version: int, after: dict[str, Any], *, new_file: Path | None) -> None:
     print(f"KEK version {version} is active, and every readable key is wrapped under it.")
     print("The one before it stays until nothing needs it: minikms kek prune --backups")
     if new_file is None:
@@ -89,16 +96,16 @@ def _tell(version: int, after: dict[str, Any], *, new_file: Path | None) -> None
 
 
 def _wait(kms: Client, version: int, *, bar: bool) -> dict[str, Any]:
-    """The status once the rotation to `version` has ended. Raises CommandError when another KEK is active then."""
+    """The status at the end of the rotation to `version`. Raises CommandError when another KEK is active then."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("rewrapping"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = show.console(errors=True)
+    console = terminal(errors=True)
     with Progress(*columns, console=console, disable=not (bar and console.is_terminal), transient=True) as progress:
         task = progress.add_task("", total=None)
         while True:
-            told: dict[str, Any] = kms.status()
-            rotation = told["rotation"]
+            status: dict[str, Any] = kms.status()
+            rotation = status["rotation"]
             if rotation is None:
                 break
             failing = rotation["last_error"]
@@ -106,14 +113,14 @@ def _wait(kms: Client, version: int, *, bar: bool) -> dict[str, Any]:
                 progress.console.print(f"the daemon tries again after: {failing}", soft_wrap=True)
             progress.update(task, total=rotation["total"], completed=rotation["rewrapped"])
             time.sleep(POLL_SECONDS)
-    active = [kek["version"] for kek in told["keks"] if kek["state"] == "active"]
+    active = [kek["version"] for kek in status["keks"] if kek["state"] == "active"]
     if active != [version]:
         raise CommandError(
-            f"KEK version {version} was asked for, but {active} is active: another rotation came between; "
+            f"KEK version {version} was requested, but {active} is active: there was another rotation meanwhile; "
             "see `minikms audit tail`",
-            EXIT_WANTING,
+            EXIT_FAILED,
         )
-    return told
+    return status
 
 
 @contextmanager
@@ -134,7 +141,7 @@ def _key_text(path: Path | None) -> Iterator[bytearray | None]:
                 f"(umask 077; openssl rand -hex 32 > {path})"
             )
         view.release()
-        # Shortening in place moves nothing, so no copy is left behind.
+        # Truncating in place does not move the buffer, so no copy of the key stays in memory.
         text[KEY_TEXT_CHARS:] = b""
         yield text
     finally:
@@ -143,17 +150,16 @@ def _key_text(path: Path | None) -> Iterator[bytearray | None]:
 
 
 def _read_private(path: Path, view: memoryview) -> int:
-    """Reads the start of a file that only we can read, straight into `view`."""
+    """Reads the start of a private file straight into `view`. Raises CommandError, StartError, OSError."""
+    from minikms.roots.key_file import check_private_file
+
+    what = f"the new root key file {path}"
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError as error:
-        raise CommandError(f"the new root key file {path} can't be read: {error.strerror}") from None
+        raise CommandError(f"{what} can't be read: {error.strerror}") from None
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CommandError(f"the new root key file {path} is not a regular file")
-        if status.st_mode & _OTHERS_MASK:
-            raise CommandError(f"others can read the new root key file {path}; run: chmod 600 {path}")
+        check_private_file(descriptor, what, path)
         return os.readv(descriptor, [view])
     finally:
         os.close(descriptor)
@@ -162,16 +168,14 @@ def _read_private(path: Path, view: memoryview) -> int:
 @app.command(name="list")
 def list_keks(*, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
     """List the KEK versions and how many keys each wraps."""
-    from minikms.cli.reach import reach
-
-    with reach(socket, server_uid) as kms:
-        told: dict[str, Any] = kms.status()
-    wrapped = told["keys"]["by_kek_version"]
-    keks = [{**kek, "keys": wrapped.get(str(kek["version"]), 0)} for kek in told["keks"]]
+    with daemon_client(socket, server_uid) as kms:
+        status: dict[str, Any] = kms.status()
+    wrapped = status["keys"]["by_kek_version"]
+    keks = [{**kek, "keys": wrapped.get(str(kek["version"]), 0)} for kek in status["keks"]]
     if json:
-        show.print_json({"keks": keks, "complete": not told["keys"]["indexing"]})
+        print_json({"keks": keks, "complete": not status["keys"]["indexing"]})
         return EXIT_GOOD
-    show.print_table(
+    print_table(
         ("version", "state", "created", "keys"),
         ((kek["version"], kek["state"], kek["created_at"], f"{kek['keys']:,}") for kek in keks),
         right=("version", "keys"),
@@ -202,18 +206,16 @@ def prune(
 ) -> int:
     """Destroy the retired KEKs that no key file and no backup of one needs. They can't be made again.
 
-    Exit status: 0 none is left, 1 some had to be kept, with the reason of each.
+    Exit status: 0 none is left, 1 some are kept, with the reason of each.
     """
-    from minikms.cli.reach import reach
-
-    with reach(socket, server_uid) as kms:
-        show.confirm("Destroy the retired KEKs that nothing in the data directory needs?", yes=yes)
+    with daemon_client(socket, server_uid) as kms:
+        confirm("Destroy the retired KEKs that nothing in the data directory needs?", yes=yes)
         done = kms.prune_kek(backups=backups, backups_before=backups_before)
     if json:
-        show.print_json(done)
+        print_json(done)
     else:
         print(f"destroyed: {', '.join(f'version {number}' for number in done.destroyed) or 'none'}")
         print(f"backups of key files removed: {done.backups_removed:,}")
         for kept in done.kept:
             print(f"kept: version {kept.version}: {kept.why}")
-    return EXIT_WANTING if done.kept else EXIT_GOOD
+    return EXIT_FAILED if done.kept else EXIT_GOOD

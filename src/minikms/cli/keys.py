@@ -1,7 +1,7 @@
 """`minikms keys`: list, show, retire and destroy data-encryption keys, through the running daemon.
 
-Owns: flags and pages. Invariants: whatever can't be undone is confirmed, or `--yes` was given; the receipt of a
-destruction is shown whole. It must never touch a key's file.
+Owns: flags and output. Invariants: an action that can't be undone is confirmed, or `--yes` was given; the receipt of a
+destruction is shown whole. It must never touch the file of a key.
 """
 
 from __future__ import annotations
@@ -12,8 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Final
 from cyclopts import App, Parameter, validators
 
 from minikms import api
-from minikms.cli import console
-from minikms.cli.console import EXIT_GOOD, Json, ServerUid, Socket, Yes
+from minikms.cli.console import (
+    EXIT_GOOD,
+    Json,
+    ServerUid,
+    Socket,
+    Yes,
+    confirm,
+    daemon_client,
+    print_facts,
+    print_json,
+    print_table,
+    terminal,
+)
 
 if TYPE_CHECKING:
     from minikms.client import Client
@@ -38,11 +49,9 @@ def list_keys(
     json: Json = False,
 ) -> int:
     """List keys, oldest first."""
-    from minikms.cli.reach import reach
-
     shown: list[api.KeyAnswer] = []
     more = indexing = False
-    with reach(socket, server_uid) as kms:
+    with daemon_client(socket, server_uid) as kms:
         for answer in _pages(kms, thread, state, limit):
             indexing = indexing or answer.indexing
             shown += answer.keys
@@ -51,10 +60,10 @@ def list_keys(
                 break
     shown = shown[:limit] if limit else shown
     if json:
-        console.print_json({"keys": shown, "complete": not (more or indexing)})
+        print_json({"keys": shown, "complete": not (more or indexing)})
         return EXIT_GOOD
     if shown:
-        console.print_table(
+        print_table(
             ("key", "thread", "purpose", "state", "KEK", "created", "uses"),
             (
                 (key.key_id, key.thread_id, key.purpose, key.state, key.kek_version, key.created_at, key.uses_max)
@@ -62,7 +71,7 @@ def list_keys(
             ),
             right=("KEK", "uses"),
         )
-    notes = console.console(errors=True)
+    notes = terminal(errors=True)
     if not shown:
         notes.print("no keys")
     if more:
@@ -85,10 +94,8 @@ def _pages(kms: Client, thread: str | None, state: api.State | None, limit: int)
 
 @app.command(name="show")
 def show_key(key_id: KeyId, *, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
-    """Show what there is to know about one key."""
-    from minikms.cli.reach import reach
-
-    with reach(socket, server_uid) as kms:
+    """Show the thread, state, KEK version and uses of one key."""
+    with daemon_client(socket, server_uid) as kms:
         _print_key(kms.get_key(key_id), json=json)
     return EXIT_GOOD
 
@@ -97,13 +104,11 @@ def show_key(key_id: KeyId, *, socket: Socket = None, server_uid: ServerUid = No
 def retire(
     key_id: KeyId, *, socket: Socket = None, server_uid: ServerUid = None, yes: Yes = False, json: Json = False
 ) -> int:
-    """Make a key decrypt only. It can't encrypt again; what it encrypted stays readable."""
-    from minikms.cli.reach import reach
-
-    with reach(socket, server_uid) as kms:
+    """Retire a key: it only decrypts from then on. What it encrypted stays readable."""
+    with daemon_client(socket, server_uid) as kms:
         before = kms.get_key(key_id)
         if before.state == "active":
-            console.confirm(f"Retire {key_id} of thread {before.thread_id}? It will never encrypt again.", yes=yes)
+            confirm(f"Retire {key_id} of thread {before.thread_id}? It will never encrypt again.", yes=yes)
         _print_key(kms.retire_key(key_id), json=json)
     return EXIT_GOOD
 
@@ -112,21 +117,19 @@ def retire(
 def destroy(
     key_id: KeyId, *, socket: Socket = None, server_uid: ServerUid = None, yes: Yes = False, json: Json = False
 ) -> int:
-    """Destroy a retired key, and with it whatever only it opens, for good. Keep the receipt."""
-    from minikms.cli.reach import reach
-
-    with reach(socket, server_uid) as kms:
+    """Destroy a retired key for good, and with it all that only it opens. Keep the receipt."""
+    with daemon_client(socket, server_uid) as kms:
         if not yes:
             key = kms.get_key(key_id)
-            console.confirm(
+            confirm(
                 f"Destroy {key_id} ({key.state}, thread {key.thread_id})? What it encrypted can never be read again.",
                 yes=yes,
             )
         receipt = kms.destroy_key(key_id)
     if json:
-        console.print_json(receipt)
+        print_json(receipt)
         return EXIT_GOOD
-    console.print_facts(
+    print_facts(
         [
             ("key", receipt.key_id),
             ("state", receipt.state),
@@ -139,9 +142,9 @@ def destroy(
 
 def _print_key(key: api.KeyAnswer, *, json: bool) -> None:
     if json:
-        console.print_json(key)
+        print_json(key)
         return
-    console.print_facts(
+    print_facts(
         [
             ("key", key.key_id),
             ("thread", key.thread_id),

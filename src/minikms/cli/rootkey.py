@@ -1,8 +1,8 @@
-"""The master key's way out of the environment.
+"""Moves the root key out of the environment.
 
-Owns: moving PROGRESSDB_MINIKMS_MASTER_KEY into a pipe and running the program again without it. Invariant: this runs
-before anything else of the program is imported; the process that goes on never had the key in its memory, nor in
-/proc/<pid>/environ. It must never put the key into argv.
+Owns: writing PROGRESSDB_MINIKMS_MASTER_KEY into a pipe and running the program again without the variable. Invariants:
+it runs before any other module of the program is imported; the process that goes on never had the key in its memory or
+in /proc/<pid>/environ. It must never put the key into argv.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY"
 FLAG: Final = "--master-key-fd"
 _PIPE_BYTES_MAX: Final = 4096
-"""What a pipe takes without a reader (pipe(7): PIPE_BUF); a key is 64 characters."""
+"""A pipe takes this much without a reader (pipe(7): PIPE_BUF); a key is 64 characters."""
 
 
 def move_out_of_environment() -> None:
@@ -32,7 +32,7 @@ def move_out_of_environment() -> None:
     os.write(writing, data)
     os.close(writing)
     os.set_inheritable(reading, True)
-    # The same program with the same arguments and one more; nothing here comes from outside the invocation itself.
-    os.execve(  # noqa: S606  a shell would be one more place for the key
+    # The same program with the same arguments and one more.
+    os.execve(  # noqa: S606  without a shell, which would hold the key as well
         sys.executable, [sys.executable, *sys.orig_argv[1:], FLAG, str(reading)], dict(os.environ)
     )

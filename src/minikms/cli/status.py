@@ -1,6 +1,6 @@
-"""`minikms status`: what the running daemon says of itself.
+"""`minikms status`: the state of the running daemon.
 
-Owns: the pages for a person, and `--watch`. Invariants: everything shown was answered by the daemon; exit status 1
+Owns: the page for a person, and `--watch`. Invariants: everything shown comes from the daemon's answer; exit status 1
 when the daemon can't do its work. It must never interpret a missing figure as a good one.
 """
 
@@ -12,8 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from cyclopts import Parameter, validators
 
-from minikms.cli import console
-from minikms.cli.console import EXIT_GOOD, EXIT_WANTING, Json, ServerUid, Socket
+from minikms.cli.console import (
+    EXIT_FAILED,
+    EXIT_GOOD,
+    Json,
+    ServerUid,
+    Socket,
+    byte_count,
+    clean,
+    daemon_client,
+    duration,
+    print_json,
+    terminal,
+)
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -35,76 +46,74 @@ def status(
     ] = INTERVAL_SECONDS,
     json: Json = False,
 ) -> int:
-    """Show what the running daemon says of itself. Exit status: 0 well, 1 it can't work, 2 it does not answer."""
-    from minikms.cli.reach import reach
-
-    with reach(socket, server_uid) as kms:
-        told: Status = kms.status()
+    """Show the state of the running daemon. Exit status: 0 well, 1 it can't work, 2 it does not answer."""
+    with daemon_client(socket, server_uid) as kms:
+        answer: Status = kms.status()
         if watch and not json and sys.stdout.isatty():
-            return _watch(kms.status, told, interval)
+            return _watch(kms.status, answer, interval)
         while True:
             if json:
-                console.print_json(told)
+                print_json(answer)
             else:
-                console.console().print(page(told), soft_wrap=True)
+                terminal().print(page(answer), soft_wrap=True)
             if not watch:
-                return EXIT_GOOD if told["status"] == "ok" else EXIT_WANTING
+                return EXIT_GOOD if answer["status"] == "ok" else EXIT_FAILED
             sys.stdout.flush()
             time.sleep(interval)
-            told = kms.status()
+            answer = kms.status()
 
 
-def _watch(ask: Any, told: Status, interval: float) -> int:
+def _watch(ask: Any, answer: Status, interval: float) -> int:
     from rich.live import Live
 
-    with Live(page(told), console=console.console(), screen=True, auto_refresh=False) as live:
+    with Live(page(answer), console=terminal(), screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(interval)
             live.update(page(ask()), refresh=True)
 
 
-def page(told: Status) -> Group:
+def page(answer: Status) -> Group:
     """The whole page."""
     from rich.console import Group
     from rich.text import Text
 
-    well = told["status"] == "ok"
+    well = answer["status"] == "ok"
     lines = [
         Text(
-            f"{'well' if well else told['status']}: process {told['pid']}, uid {told['uid']}, "
-            f"up {console.duration(told['uptime_seconds'])}, epoch {told['epoch']}",
+            f"{'well' if well else answer['status']}: process {answer['pid']}, uid {answer['uid']}, "
+            f"up {duration(answer['uptime_seconds'])}, epoch {answer['epoch']}",
             style="green" if well else "bold red",
         )
     ]
     facts = [
-        ("keyring", told["keyring_id"]),
-        ("root key", _root(told)),
-        ("KEK", ", ".join(f"version {kek['version']} {kek['state']}" for kek in told["keks"] if _is_live(kek))),
-        ("rotation", _rotation(told["rotation"])),
-        ("keys", _keys(told["keys"])),
-        ("audit", _audit(told["audit"])),
-        ("memory", _memory(told["memory"])),
-        ("hardening", _hardening(told["hardening"])),
-        ("requests", f"{told['http']['requests']:,}, {told['http']['connections']} connections"),
+        ("keyring", answer["keyring_id"]),
+        ("root key", _root(answer)),
+        ("KEK", ", ".join(f"version {kek['version']} {kek['state']}" for kek in answer["keks"] if _is_live(kek))),
+        ("rotation", _rotation(answer["rotation"])),
+        ("keys", _keys(answer["keys"])),
+        ("audit", _audit(answer["audit"])),
+        ("memory", _memory(answer["memory"])),
+        ("hardening", _hardening(answer["hardening"])),
+        ("requests", f"{answer['http']['requests']:,}, {answer['http']['connections']} connections"),
     ]
-    lines += [Text(f"  {name:<10} {console.clean(value)}") for name, value in facts if value]
-    lines += [_warning(f"not in force: {m['measure']}: {m['why']}") for m in told["hardening"] if not m["in_force"]]
-    lines += [_warning(f"warning: {text}") for text in told["warnings"]]
+    lines += [Text(f"  {name:<10} {clean(value)}") for name, value in facts if value]
+    lines += [_warning(f"not in force: {m['measure']}: {m['why']}") for m in answer["hardening"] if not m["in_force"]]
+    lines += [_warning(f"warning: {text}") for text in answer["warnings"]]
     return Group(*lines)
 
 
 def _warning(text: str) -> Text:
     from rich.text import Text
 
-    return Text("  " + console.clean(text), style="yellow")
+    return Text("  " + clean(text), style="yellow")
 
 
 def _is_live(kek: Status) -> bool:
     return bool(kek["state"] != "destroyed")
 
 
-def _root(told: Status) -> str:
-    root = told["root"]
+def _root(answer: Status) -> str:
+    root = answer["root"]
     others = [fingerprint for fingerprint in root["slots"] if fingerprint != root["fingerprint"]]
     return f"{root['fingerprint']} ({root['provider']})" + (f"; also opens: {', '.join(others)}" if others else "")
 
@@ -134,7 +143,7 @@ def _audit(audit: Status) -> str:
 
 
 def _memory(memory: Status) -> str:
-    locked = console.byte_count(memory["locked_bytes"])
+    locked = byte_count(memory["locked_bytes"])
     return f"{memory['keys_in_memory']:,} keys open, {locked} locked ({memory['arena']})"
 
 

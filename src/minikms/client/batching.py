@@ -1,14 +1,15 @@
 """Automatic batching: calls made while a batch is in flight travel together as the next one.
 
-Owns: the queue of one verb (encrypt or decrypt) and the one task that empties it, on one connection. There is no
-timer and no waiting for company: a lone call leaves in the next turn of the event loop, and load makes the batches
-grow by itself. Invariants:
+Owns: the queue of one verb (encrypt or decrypt) and the one task that empties it, on one connection. There is no timer:
+a single call leaves in the next turn of the event loop, and batches grow with the load. Invariants:
 
 - One batch is in flight at a time; a batch has at most `BATCH_ITEMS_MAX` items and `BATCH_BYTES_MAX` bytes; order is
   kept.
 - Each caller gets the outcome of its own item, or the error of the whole batch, each its own exception object.
 - The queue is bounded in items and bytes, and an item that has waited longer than its time is not sent any more.
-- A caller that was cancelled is forgotten; it never disturbs the others in its batch.
+- A caller that was cancelled is dropped; the others in its batch are not affected.
+
+It must never leave a caller waiting after it was closed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Final, Generic, TypeVar
 
 from minikms import api
 from minikms.client.errors import KmsClosedError, KmsError, KmsTimeoutError, KmsUnavailableError
-from minikms.client.verbs import BATCH_BYTES_MAX, DecryptItem, EncryptItem, Outcome, checked_cost_bytes
+from minikms.client.items import BATCH_BYTES_MAX, DecryptItem, EncryptItem, Outcome, checked_cost_bytes
 
 QUEUE_ITEMS_MAX: Final = 64 * api.BATCH_ITEMS_MAX
 QUEUE_BYTES_MAX: Final = 256 * 1024 * 1024
@@ -39,8 +40,8 @@ class _Waiting(Generic[ItemT]):
         self.future = future
 
 
-class Lane(Generic[ItemT]):
-    """The queue of one verb. `send` carries a batch to the daemon and returns one outcome for each item."""
+class Batcher(Generic[ItemT]):
+    """The queue of one verb. `send` sends a batch to the daemon and returns one outcome for each item."""
 
     def __init__(self, send: Callable[[list[ItemT]], Awaitable[list[Outcome]]], wait_s_max: float) -> None:
         self._send: Callable[[list[ItemT]], Awaitable[list[Outcome]]] = send
@@ -56,7 +57,7 @@ class Lane(Generic[ItemT]):
             raise KmsClosedError("the client is closed")
         cost = checked_cost_bytes(item)
         if len(self._queue) >= QUEUE_ITEMS_MAX or self._queue_bytes + cost > QUEUE_BYTES_MAX:
-            raise KmsUnavailableError("too many calls are waiting for the key service")
+            raise KmsUnavailableError("too many calls are waiting for the key service; make fewer at once")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[bytes] = loop.create_future()
         self._queue.append(_Waiting(item, cost, loop.time() + self._wait_s_max, future))
@@ -79,8 +80,8 @@ class Lane(Generic[ItemT]):
             while self._queue:
                 batch = self._take()
                 if batch:
-                    await self._carry(batch)
-        except BaseException:  # cancelled, or a defect of ours: nobody may be left waiting
+                    await self._exchange(batch)
+        except BaseException:  # cancelled, or a defect: no caller may be left waiting
             self._fail(self._take_all(), KmsClosedError("the client was closed"))
             raise
         finally:
@@ -112,7 +113,7 @@ class Lane(Generic[ItemT]):
         self._queue_bytes = 0
         return everything
 
-    async def _carry(self, batch: list[_Waiting[ItemT]]) -> None:
+    async def _exchange(self, batch: list[_Waiting[ItemT]]) -> None:
         try:
             outcomes = await self._send([waiting.item for waiting in batch])
         except KmsError as error:

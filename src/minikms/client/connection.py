@@ -1,16 +1,11 @@
-"""Who serves a Unix socket: the operating-system seam of the client.
+"""Connections to the daemon: the check of who serves the socket, and the asyncio connection.
 
-Owns: connecting, and the check of the server's uid. Invariant: a socket leaves `connect` only after the kernel named
-its server as one of the expected users, before a byte is sent. The credentials are those of the process that called
-listen(2) (unix(7), SO_PEERCRED): with socket activation that is the service manager, so root is expected by default.
-
-The caller owns the returned socket, and must close it.
-
-One asyncio connection to the daemon: one request at a time, its answer, nothing else.
-
-Owns: a transport and the parser of the answer that is awaited. Invariants: a connection that is in doubt (bytes
-nobody asked for, a malformed or late answer, a caller that gave up waiting) is closed and never used again, so that
-no answer can reach the wrong caller.
+Owns: connecting (both clients), the check of the server's uid, and the asyncio transport with the parser of the awaited
+answer. Invariants: `connect` returns a socket only after the kernel named its server as one of the expected users,
+before a byte is sent. The credentials are those of the process that called listen(2) (unix(7), SO_PEERCRED): with
+socket activation that is the service manager, so root is expected by default. A connection carries one request at a
+time. One that is in doubt (unexpected bytes, a malformed or late answer, a caller that stopped waiting) is closed and
+must never be used again, so that no answer reaches the wrong caller.
 """
 
 from __future__ import annotations
@@ -33,6 +28,14 @@ from minikms.client.errors import (
 )
 from minikms.client.wire import Answer, AnswerParser, request_head
 
+POOL_CONNECTIONS_MAX: Final = 8
+"""Of one client, beside the two connections that carry batches."""
+POOL_IDLE_S_MAX: Final = 5.0
+"""A connection that was idle for longer is not used again. Far below the daemon's own idle limit, so that a request
+that can't be repeated is not sent on a connection that the daemon is just closing."""
+TIMEOUT_S: Final = 10.0
+WAIT_S: Final = 2.0
+ROTATE_TIMEOUT_S: Final = 3600.0
 SOCKET_PATH_BYTES_MAX: Final = 107
 """sun_path of unix(7), less its end mark."""
 _UCRED: Final = struct.Struct("iII")  # pid, uid, gid: struct ucred of unix(7); -1 as uid reads as 2^32 - 1
@@ -43,7 +46,7 @@ _OVERFLOW_UID_FILE: Final = "/proc/sys/kernel/overflowuid"
 
 
 def default_server_uids() -> frozenset[int]:
-    """The users that a client trusts with its plaintext unless told otherwise: its own and root."""
+    """The users that a client trusts with its plaintext by default: its own and root."""
     return frozenset({os.geteuid(), 0})
 
 
@@ -58,8 +61,8 @@ def checked_path(path: str | os.PathLike[str]) -> str:
 def connect(path: str, server_uids: Collection[int]) -> socket.socket:
     """A connected, non-blocking socket whose server is one of `server_uids`.
 
-    connect(2) on a Unix socket never waits when the socket does not block: it connects, or EAGAIN says that the
-    server's backlog is full. Raises KmsUnavailableError and KmsUntrustedServerError.
+    The caller closes it. connect(2) on a non-blocking Unix socket never waits: it connects, or fails with EAGAIN
+    because the server's backlog is full. Raises KmsUnavailableError and KmsUntrustedServerError.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -96,8 +99,7 @@ def _check_server(sock: socket.socket, path: str, server_uids: Collection[int]) 
 
 
 def _overflow_uid() -> int | None:
-    """What the kernel shows for a user that our user namespace does not know: it could be anyone
-    (user_namespaces(7))."""
+    """The uid that the kernel shows for every user outside our user namespace (user_namespaces(7))."""
     try:
         return int(Path(_OVERFLOW_UID_FILE).read_text(encoding="ascii"))
     except (OSError, ValueError):
@@ -141,7 +143,7 @@ class Connection(asyncio.Protocol):
         self._parser = AnswerParser()
         self._waiter = asyncio.get_running_loop().create_future()
         head = request_head(target, None if body is None else len(body), request_id)
-        if isinstance(body, bytearray):  # holds a key: joining would leave a copy that nobody zeroes
+        if isinstance(body, bytearray):  # holds a key: joining would leave a copy that is not zeroed
             transport.write(head)
             transport.write(body)
         else:
@@ -150,7 +152,7 @@ class Connection(asyncio.Protocol):
             async with asyncio.timeout(timeout_s):
                 return await self._waiter
         except BaseException as error:
-            # also when the answer has come but its caller was cancelled: nobody would give the connection back
+            # also when the answer has come but its caller was cancelled: the connection would not be given back
             self._waiter = None
             self.close()
             if isinstance(error, TimeoutError):
@@ -158,7 +160,7 @@ class Connection(asyncio.Protocol):
             raise
 
     def close(self) -> None:
-        """Drops the connection and whatever is under way on it."""
+        """Closes the connection at once, with any exchange on it."""
         self._reusable = False
         if self._transport is not None:
             self._transport.abort()

@@ -1,10 +1,10 @@
 """The error tree of the client libraries.
 
-Owns: every way in which a call can fail. `KmsError` is the base and never raised itself. Two branches: the key service
-was not reached or did not keep to the contract (`KmsUnavailableError`, `KmsTimeoutError`, `KmsProtocolError`,
+Owns: every way in which a call can fail. `KmsError` is the base and is never raised itself. Two branches: the key
+service was not reached or broke the contract (`KmsUnavailableError`, `KmsTimeoutError`, `KmsProtocolError`,
 `KmsUntrustedServerError`, `KmsClosedError`), or it answered and refused (`KmsRefusedError` and one subclass for each
-code of `minikms.api`). Invariants: no text holds a key, a plaintext or a ciphertext; what a daemon sent is cut short
-and cleaned before it is shown. After a failure there is no default: no method ever answers with its input.
+code of `minikms.api`). Invariants: no text holds a key, a plaintext or a ciphertext; a text that the daemon sent is
+shortened and made printable. After a failure there is no default: a method must never return its input.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class KmsError(Exception):
 
 
 class KmsUnavailableError(KmsError):
-    """No daemon answers: it isn't there, refuses connections, or the connection was lost.
+    """No daemon answers: it is not running, refuses connections, or the connection was lost.
 
-    `sent` says whether (a part of) the request may have reached the daemon: only if it is false, nothing happened.
+    `sent`: the request, or a part of it, may have reached the daemon. If it is false, nothing happened.
     """
 
     def __init__(self, message: str, sent: bool = False) -> None:
@@ -42,11 +42,11 @@ class KmsTimeoutError(KmsError):
 
 
 class KmsProtocolError(KmsError):
-    """The answer was not one that miniKMS gives: malformed, out of bounds, or of another shape."""
+    """The answer breaks the contract: it is malformed, out of bounds, or of another shape."""
 
 
 class KmsUntrustedServerError(KmsError):
-    """Another user than the expected one serves the socket; nothing was sent to it."""
+    """An unexpected user serves the socket; nothing was sent."""
 
 
 class KmsClosedError(KmsError):
@@ -65,7 +65,7 @@ class KmsRefusedError(KmsError):
 
     @property
     def message(self) -> str:
-        """The sentence that the daemon gave, cleaned."""
+        """The sentence that the daemon sent, shortened and made printable."""
         return str(self.args[2])
 
     def __str__(self) -> str:
@@ -139,7 +139,7 @@ class WrongPurposeError(KmsRefusedError):
 
 
 class DecryptionError(KmsRefusedError):
-    """The ciphertext does not open: altered, another key, or another aad. Which, is never told."""
+    """The ciphertext does not open: altered, another key, or another aad. The daemon does not say which."""
 
     default_status = 400
 
@@ -155,7 +155,7 @@ class ConflictError(KmsRefusedError):
 
 
 class AuditUnavailableError(KmsRefusedError):
-    """The daemon can't write its audit log, so it answers nothing. The request may have been carried out."""
+    """The daemon can't write its audit log, so it sends no answers. The request may have been carried out."""
 
     default_status = 503
 
@@ -165,7 +165,7 @@ class StorageUnavailableError(KmsRefusedError):
 
 
 class ShuttingDownError(KmsRefusedError):
-    """The daemon is stopping and did not carry the request out."""
+    """The daemon is stopping and did not begin the request."""
 
     default_status = 503
 
@@ -207,7 +207,7 @@ BY_CODE: Final[dict[str, type[KmsRefusedError]]] = {
 
 
 def refusal(code: str, message: str, status: int | None = None) -> KmsRefusedError:
-    """The error for an answer of the daemon; `status` is absent for an item of a batch. Both texts are untrusted."""
+    """The error for a refusal of the daemon; `status` is None for an item of a batch. Both texts are untrusted."""
     if _CODE.fullmatch(code) is None:
         code = api.CODE_INTERNAL
     kind = BY_CODE.get(code, KmsRefusedError)

@@ -2,7 +2,8 @@
 
 Owns: a few kept connections, shared by the threads of a process, never with a forked child. Invariants: a connection is
 used by one thread at a time and carries one request; a connection in doubt is closed; every call has a deadline,
-however slowly bytes trickle in. It does not batch: `encrypt_batch` and `decrypt_batch` are for many values.
+however slowly bytes arrive. It does not batch: `encrypt_batch` and `decrypt_batch` are for many values. It must never
+use a connection that its parent process opened.
 """
 
 from __future__ import annotations
@@ -13,32 +14,35 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from minikms import api
-from minikms.client import connection, verbs
+from minikms.api import Verb
+from minikms.client import calls, connection
+from minikms.client.calls import Attempts, Call, given, make_call
+from minikms.client.connection import POOL_CONNECTIONS_MAX, POOL_IDLE_S_MAX, ROTATE_TIMEOUT_S, TIMEOUT_S, WAIT_S
 from minikms.client.errors import KmsClosedError, KmsError, KmsTimeoutError, KmsUnavailableError
-from minikms.client.verbs import (
-    Call,
+from minikms.client.items import (
+    Batch,
+    CheckBatch,
+    CheckOutcome,
     DecryptItem,
     EncryptItem,
+    GenerateDataKey,
     Outcome,
+    ReencryptBatch,
     ReencryptItem,
-    Verdict,
-    checked_cost_bytes,
+    Sent,
     chunks,
 )
-from minikms.client.wire import Answer, AnswerParser, Attempts, request_head
+from minikms.client.wire import Answer, AnswerParser, request_head
 
+R = TypeVar("R", bound=api.Request)
+A = TypeVar("A")
 T = TypeVar("T")
 
-IDLE_CONNECTIONS_MAX: Final = 8
-IDLE_S_MAX: Final = 5.0
-TIMEOUT_S: Final = 10.0
-WAIT_S: Final = 2.0
-ROTATE_TIMEOUT_S: Final = 3600.0
 _RECEIVE_BYTES_MAX: Final = 256 * 1024
 
 _clients: Final[weakref.WeakSet[Client]] = weakref.WeakSet()
@@ -81,7 +85,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Closes the kept connections; calls under way in other threads end by themselves. May be repeated."""
+        """Closes the kept connections; calls in other threads end by themselves. May be repeated."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -89,8 +93,8 @@ class Client:
             sock.close()
 
     def _begin_in_child(self) -> None:
-        """After a fork: the kept connections are the parent's; on one that both use, each would read what the other
-        asked for. Another thread may have held the lock.
+        """After a fork: closes the kept connections, which are the parent's. If both processes used one, each would
+        read answers to the other. The lock is new, because another thread may have held it.
         """
         self._lock = threading.Lock()
         idle, self._idle = self._idle, []
@@ -101,11 +105,11 @@ class Client:
 
     def health(self) -> bool:
         """True when the daemon answers; raises otherwise. Needs no authorisation."""
-        return self._perform(verbs.health())
+        return calls.is_healthy(self._call(api.HEALTH, api.Request()))
 
     def status(self) -> dict[str, object]:
         """What an operator needs to know."""
-        return self._perform(verbs.status())
+        return self._call(api.STATUS, api.Request())
 
     def create_dek_for_thread(
         self,
@@ -116,11 +120,12 @@ class Client:
         request_id: str | None = None,
     ) -> api.CreateDekAnswer:
         """As AsyncClient.create_dek_for_thread."""
-        return self._perform(verbs.create_dek_for_thread(thread_id, replaces, purpose).named(request_id))
+        request = api.CreateDekRequest(thread_id, replaces=given(replaces), purpose=given(purpose))
+        return self._call(api.CREATE_DEK, request, request_id)
 
     def get_wrapped(self, key_id: str) -> bytes:
         """The key, sealed under the current KEK."""
-        return self._perform(verbs.get_wrapped(key_id))
+        return self._call(api.GET_WRAPPED, api.KeyRequest(key_id)).wrapped
 
     def encrypt(
         self,
@@ -133,8 +138,7 @@ class Client:
     ) -> bytes:
         """nonce(12) | ciphertext | tag(16)."""
         item = EncryptItem(key_id=key_id, plaintext=plaintext, aad=aad, thread_id=thread_id, request_id=request_id)
-        checked_cost_bytes(item)
-        return self._perform(verbs.encrypt(item))
+        return self._call(api.ENCRYPT, item).ciphertext
 
     def decrypt(
         self,
@@ -147,26 +151,24 @@ class Client:
     ) -> bytes:
         """The plaintext."""
         item = DecryptItem(key_id=key_id, ciphertext=ciphertext, aad=aad, thread_id=thread_id, request_id=request_id)
-        checked_cost_bytes(item)
-        return self._perform(verbs.decrypt(item))
+        return self._call(api.DECRYPT, item).plaintext
 
     def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[Outcome]:
         """One ciphertext or KmsRefusedError for each item, in order. Any number of items: they are split as needed."""
-        return [outcome for chunk in chunks(items) for outcome in self._perform(verbs.encrypt_batch(chunk))]
+        requests = (Batch(chunk) for chunk in chunks(items))
+        return self._call_chunks(api.ENCRYPT_BATCH, requests, calls.outcomes)
 
     def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[Outcome]:
         """One plaintext or KmsRefusedError for each item, in order. Any number of items: they are split as needed."""
-        return [outcome for chunk in chunks(items) for outcome in self._perform(verbs.decrypt_batch(chunk))]
+        requests = (Batch(chunk) for chunk in chunks(items))
+        return self._call_chunks(api.DECRYPT_BATCH, requests, calls.outcomes)
 
     def reencrypt_batch(
         self, from_key_id: str, to_key_id: str, items: Sequence[ReencryptItem], *, request_id: str | None = None
     ) -> list[Outcome]:
         """New ciphertexts under another key of the same thread, same aad. Plaintext never leaves the daemon."""
-        outcomes: list[Outcome] = []
-        for chunk in chunks(items):
-            answered = self._perform(verbs.reencrypt_batch(from_key_id, to_key_id, chunk).named(request_id))
-            outcomes += answered
-        return outcomes
+        requests = (ReencryptBatch(from_key_id, to_key_id, chunk) for chunk in chunks(items))
+        return self._call_chunks(api.REENCRYPT_BATCH, requests, calls.outcomes, request_id)
 
     def check_batch(
         self,
@@ -175,23 +177,20 @@ class Client:
         *,
         thread_id: str | None = None,
         request_id: str | None = None,
-    ) -> list[Verdict]:
+    ) -> list[CheckOutcome]:
         """As AsyncClient.check_batch."""
-        verdicts: list[Verdict] = []
-        for chunk in chunks(items):
-            answered = self._perform(verbs.check_batch(key_id, chunk, thread_id).named(request_id))
-            verdicts += answered
-        return verdicts
+        requests = (CheckBatch(key_id, chunk, thread_id) for chunk in chunks(items))
+        return self._call_chunks(api.CHECK_BATCH, requests, calls.check_outcomes, request_id)
 
     def generate_data_key(
         self, key_id: str, *, aad: bytes = b"", with_plaintext: bool = True, request_id: str | None = None
     ) -> api.DataKeyAnswer:
         """As AsyncClient.generate_data_key."""
-        return self._perform(verbs.generate_data_key(key_id, aad, with_plaintext).named(request_id))
+        return self._call(api.GENERATE_DATA_KEY, GenerateDataKey(key_id, with_plaintext, aad), request_id)
 
     def random(self, count: int) -> bytes:
         """Random bytes from the daemon, at most `api.RANDOM_BYTES_MAX`."""
-        return self._perform(verbs.random(count))
+        return calls.random_bytes(self._call(api.RANDOM, api.RandomRequest(count)), count)
 
     def rotate_kek(
         self,
@@ -203,7 +202,8 @@ class Client:
         timeout_s: float = ROTATE_TIMEOUT_S,
     ) -> api.RotateKekAnswer:
         """As AsyncClient.rotate_kek."""
-        return self._perform(verbs.rotate_kek(new_kek_hex, wait, verify).named(request_id), timeout_s)
+        body = calls.rotation(new_kek_hex, wait, verify)
+        return self._call(api.ROTATE_KEK, body, request_id, timeout_s=timeout_s)
 
     def list_keys(
         self,
@@ -214,19 +214,20 @@ class Client:
         limit: int | None = None,
     ) -> api.KeyListAnswer:
         """A page of keys; go on with `next_cursor` while there is one."""
-        return self._perform(verbs.list_keys(thread_id, state, cursor, limit))
+        request = api.ListKeysRequest(given(thread_id), given(state), given(cursor), given(limit))
+        return self._call(api.LIST_KEYS, request)
 
     def get_key(self, key_id: str) -> api.KeyAnswer:
-        """What there is to know about one key."""
-        return self._perform(verbs.get_key(key_id))
+        """The state and the counters of one key."""
+        return self._call(api.GET_KEY, api.KeyRequest(key_id))
 
     def retire_key(self, key_id: str, *, request_id: str | None = None) -> api.KeyAnswer:
-        """From here on the key decrypts only; one that is retired already stays so."""
-        return self._perform(verbs.retire_key(key_id).named(request_id))
+        """From here on the key decrypts only; a retired key stays as it is."""
+        return self._call(api.RETIRE_KEY, api.KeyRequest(key_id), request_id)
 
     def destroy_key(self, key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
         """Destroys a retired key and whatever only it opens, for good. Returns the receipt."""
-        return self._perform(verbs.destroy_key(key_id).named(request_id))
+        return self._call(api.DESTROY_KEY, api.DestroyKeyRequest(key_id), request_id)
 
     def prune_kek(
         self, *, backups: bool = False, backups_before: str | None = None, request_id: str | None = None
@@ -235,23 +236,43 @@ class Client:
 
         With `backups` all backups of DEK files are removed first, with `backups_before` (`YYYYMMDDTHHMMSS`) older ones.
         """
-        return self._perform(verbs.prune_kek(backups, backups_before).named(request_id))
+        request = api.PruneKekRequest(backups, given(backups_before))
+        return self._call(api.PRUNE_KEK, request, request_id)
 
-    # --- how calls travel ---
+    # --- exchanges ---
 
-    def _perform(self, call: Call[T], timeout_s: float | None = None) -> T:
-        attempts = Attempts(repeatable=call.retry, until_s=time.monotonic() + self._wait_s)
+    def _call(
+        self,
+        verb: Verb[R, A],
+        request: R | Sent | bytearray,
+        request_id: str | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> A:
+        call = make_call(verb, request, request_id)
+        attempts = Attempts(repeatable=verb.repeatable, until_s=time.monotonic() + self._wait_s)
         try:
             while True:
                 try:
-                    answer = self._exchange(call, self._timeout_s if timeout_s is None else timeout_s)
-                    return verbs.read(call, answer)
+                    return call.read(self._exchange(call, self._timeout_s if timeout_s is None else timeout_s))
                 except KmsError as error:
                     time.sleep(attempts.pause_s(error, time.monotonic()))
         finally:
             call.wipe()
 
-    def _exchange(self, call: Call[T], timeout_s: float) -> Answer:
+    def _call_chunks(
+        self,
+        verb: Verb[Any, A],
+        requests: Iterator[Batch] | Iterator[ReencryptBatch] | Iterator[CheckBatch],
+        read: Callable[[A, int], list[T]],
+        request_id: str | None = None,
+    ) -> list[T]:
+        found: list[T] = []
+        for request in requests:
+            found += read(self._call(verb, request, request_id), len(request.items))
+        return found
+
+    def _exchange(self, call: Call[Any], timeout_s: float) -> Answer:
         sock = self._connection()
         try:
             answer = _exchange(sock, call, time.monotonic() + timeout_s)
@@ -273,7 +294,7 @@ class Client:
         return answer
 
     def _connection(self) -> socket.socket:
-        fresh_s = time.monotonic() - IDLE_S_MAX
+        fresh_s = time.monotonic() - POOL_IDLE_S_MAX
         while True:
             with self._lock:
                 if self._closed:
@@ -281,27 +302,27 @@ class Client:
                 if not self._idle:
                     break
                 since_s, sock = self._idle.pop()
-            if since_s >= fresh_s and not _has_news(sock):
+            if since_s >= fresh_s and not _has_input(sock):
                 return sock
             sock.close()
         return connection.connect(self._path, self._server_uids)
 
     def _release(self, sock: socket.socket) -> None:
         with self._lock:
-            if not self._closed and len(self._idle) < IDLE_CONNECTIONS_MAX:
+            if not self._closed and len(self._idle) < POOL_CONNECTIONS_MAX:
                 self._idle.append((time.monotonic(), sock))
                 return
         sock.close()
 
 
-def _has_news(sock: socket.socket) -> bool:
-    """Whether an idle connection has anything to read: an end, or bytes that nobody asked for."""
+def _has_input(sock: socket.socket) -> bool:
+    """Whether an idle connection has anything to read: its end, or unexpected bytes."""
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))
 
 
-def _exchange(sock: socket.socket, call: Call[T], until_s: float) -> Answer:
+def _exchange(sock: socket.socket, call: Call[Any], until_s: float) -> Answer:
     """Sends the request and reads its answer. Raises TimeoutError, OSError and KmsProtocolError."""
     head = request_head(call.target, None if call.body is None else len(call.body), call.request_id)
     _send(sock, head, until_s)

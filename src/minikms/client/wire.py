@@ -1,72 +1,26 @@
-"""When a failed call may be made again.
-
-Owns: the rule, and the pauses between attempts. A call is repeated while the daemon is away (it restarts, its
-connection broke, it is stopping), for a bounded time, and only if repeating is harmless: the verb may be carried out
-twice, or the request certainly was not carried out. A timeout, a malformed answer and every refusal other than
-`shutting_down` and `interrupted` end the call at once.
-
-HTTP/1.1 as the client speaks it: one request out, one answer in. A pure core without sockets or time.
+"""HTTP/1.1 as the client speaks it: one request out, one answer in. A pure core without sockets or time.
 
 Owns: the bytes of a request, and the parser of an answer (RFC 9112, and only the part of it that miniKMS uses). The
 daemon is treated as hostile. Rules, in the order in which they are checked:
 
 1. The head (status line and headers, up to the empty line) is at most `HEAD_BYTES_MAX`, with at most
    `HEADERS_COUNT_MAX` fields.
-2. The status line is `HTTP/1.1 ` and three digits from 200 to 599; interim answers are refused, as we never ask for
-   one.
+2. The status line is `HTTP/1.1 ` and three digits from 200 to 599; interim answers are refused, because the client
+   never asks for one.
 3. Every header is `name:value` with a token as name, and no control characters but tab in the value. No folded lines.
 4. Exactly one `Content-Length` of at most 9 digits, at most `ANSWER_BYTES_MAX`; `Transfer-Encoding` is refused.
-5. Not one byte may follow the body: nothing was asked that it could answer.
+5. No byte may follow the body.
 
 A parser reads one answer and then nothing more; after an error it must be dropped with its connection.
 """
 
 from __future__ import annotations
 
-import random
 import re
 from typing import Final, NamedTuple
 
 from minikms import api
-from minikms.client.errors import (
-    KmsError,
-    KmsProtocolError,
-    KmsUnavailableError,
-    RequestInterruptedError,
-    ShuttingDownError,
-)
-
-PAUSE_S_MIN: Final = 0.005
-PAUSE_S_MAX: Final = 0.25
-
-
-class Attempts:
-    """The attempts of one call. `until_s` is when to give up, by the caller's clock."""
-
-    __slots__ = ("_count", "_repeatable", "_until_s")
-
-    def __init__(self, *, repeatable: bool, until_s: float) -> None:
-        self._repeatable = repeatable
-        self._until_s = until_s
-        self._count = 0
-
-    def pause_s(self, error: KmsError, now_s: float) -> float:
-        """How long to wait before the next attempt. Raises `error` if there must not be one."""
-        if isinstance(error, KmsUnavailableError):
-            harmless = self._repeatable or not error.sent
-        elif isinstance(error, RequestInterruptedError):
-            harmless = self._repeatable
-        else:
-            harmless = isinstance(error, ShuttingDownError)
-        left_s = self._until_s - now_s
-        if not harmless or left_s <= 0:
-            raise error
-        self._count += 1
-        if self._count == 1:
-            return 0.0  # a kept connection that a restarted daemon no longer knows: a fresh one will do
-        pause = min(PAUSE_S_MAX, PAUSE_S_MIN * 2.0 ** min(self._count, 16))
-        return min(left_s, pause * random.uniform(0.5, 1.0))  # noqa: S311 - spreads clients, protects nothing
-
+from minikms.client.errors import KmsProtocolError
 
 HEAD_BYTES_MAX: Final = api.HEAD_BYTES_MAX
 HEADERS_COUNT_MAX: Final = api.HEADERS_COUNT_MAX

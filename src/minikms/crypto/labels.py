@@ -56,6 +56,11 @@ def record_aad_prefix(*, key_id: str, thread_id: str) -> bytes:
     return aad(RECORD, number(RECORD_FORMAT), key_id.encode(), thread_id.encode())
 
 
+def caller_field(caller_aad: bytes) -> bytes:
+    """The last field of a record's associated data, behind the prefix."""
+    return len(caller_aad).to_bytes(4, "big") + caller_aad
+
+
 def record_aad(prefix: bytes, caller_aad: bytes) -> bytes:
     """The associated data of a record: the prefix, then the caller's aad as the last field."""
-    return prefix + len(caller_aad).to_bytes(4, "big") + caller_aad
+    return prefix + caller_field(caller_aad)

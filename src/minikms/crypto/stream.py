@@ -1,18 +1,17 @@
-"""Files and pipes of any size: the STREAM construction over AES-256-GCM.
+"""Encrypted streams for files and pipes of any size: the STREAM construction over AES-256-GCM.
 
-Owns: the format of an encrypted stream (docs/spec/stream.md) and nothing else: it neither asks for keys nor opens
-files. The construction is that of Hoang, Reyhanitabar, Rogaway and Vizár (https://eprint.iacr.org/2015/189), as `age`
-uses it: chunks of 64 KiB, each sealed under the nonce chunk number | final flag, so that a chunk that was altered,
-moved, dropped, repeated or cut off does not open.
+Owns: the format of an encrypted stream (docs/spec/stream.md). The construction is that of Hoang, Reyhanitabar, Rogaway
+and Vizár (https://eprint.iacr.org/2015/189), as `age` uses it: chunks of 64 KiB, each sealed under the nonce chunk
+number | final flag, so that a chunk that was altered, moved, removed, repeated or truncated does not open.
 
 Invariants:
-- The nonces are fixed because each data key is used for one stream: the caller gets a fresh one from
+- The nonces are fixed because each data key is used for one stream: the caller gets a new one from
   `/generate_data_key` every time. A key must never be used for a second stream.
 - The header is associated data of every chunk, so a chunk does not open under another header.
-- What `open_stream` yields is authentic, but only a prefix until it ends without an error: a caller that must not act
-  on a prefix keeps what it got aside until then.
-- One stream, one spelling: only the stream of nothing has an empty chunk, and every chunk but the last is full.
-It must never read ahead more than one chunk, and never say why a chunk did not open.
+- What `open_stream` yields is authentic, but it is only a prefix until the iterator ends without an error. A caller
+  that must not act on a prefix has to keep it aside until then.
+- A stream has one form: only the empty stream has an empty chunk, and every chunk but the last is full.
+It must never read ahead more than one chunk, fetch a key, open a file, or say why a chunk did not open.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ from minikms.errors import DecryptionError, InvalidRequestError, TooLargeError
 
 CHUNK_BYTES: Final = 64 * 1024
 CHUNKS_COUNT_MAX: Final = 1 << 32
-"""256 TiB. NIST SP 800-38D allows no more invocations under one key either (section 8.3)."""
+"""256 TiB, and the number of invocations that NIST SP 800-38D (section 8.3) allows under one key."""
 WRAPPED_KEY_BYTES_MAX: Final = 1024
 WRAP_AAD: Final = b"minikms-stream v1"
-"""The `aad` with which a stream's data key is made and opened: a data key of any other use is not taken for one."""
+"""The `aad` of a stream's data key. With another `aad`, a data key for another use does not open as one of a stream."""
 
 _MAGIC: Final = b"minikms-stream\0"
 _VERSION: Final = 1
@@ -45,13 +44,13 @@ _SEALED_BYTES: Final = CHUNK_BYTES + TAG_BYTES
 
 
 class StreamHeader(NamedTuple):
-    """Which key opens the stream: `wrapped_key` is what `/generate_data_key` sealed under `key_id`."""
+    """Which key opens the stream. wrapped_key: the data key, sealed by `/generate_data_key` under `key_id`."""
 
     key_id: str
     wrapped_key: bytes
 
     def encode(self) -> bytes:
-        """Raises ValueError if it is no key id, or the wrapped key is empty or too long: a defect of the caller."""
+        """The header's bytes. Raises ValueError for a malformed key id, and for an empty or too long wrapped key."""
         if api.KEY_ID_PATTERN.fullmatch(self.key_id) is None:
             raise ValueError("not a key id")
         if not 1 <= len(self.wrapped_key) <= WRAPPED_KEY_BYTES_MAX:
@@ -60,23 +59,23 @@ class StreamHeader(NamedTuple):
 
 
 def seal_stream(key: memoryview, header: StreamHeader, plaintext: Iterable[bytes]) -> Iterator[bytes]:
-    """The sealed stream, header first, of plaintext that comes in parts of any size.
+    """The sealed stream, header first, of plaintext in parts of any size.
 
-    `key` is a view of the 32 bytes that `header.wrapped_key` holds, made for this stream. Raises TooLargeError beyond
-    `CHUNKS_COUNT_MAX`; what was yielded until then does not open.
+    key: a view of the 32 bytes of the data key, which was made for this stream. Raises TooLargeError after
+    `CHUNKS_COUNT_MAX` chunks; what it has yielded does not open.
     """
     head = header.encode()
     aad = labels.aad(labels.STREAM, head)
     yield head
     for number, (chunk, final) in enumerate(_blocks(plaintext, CHUNK_BYTES)):
-        # A cipher object for each chunk: it holds a key schedule (see `aead`).
+        # One cipher object for each chunk, because it holds a key schedule (see `aead`).
         yield AESGCM(key).encrypt(_nonce(number, final=final), chunk, aad)
 
 
 def split_header(sealed: Iterable[bytes]) -> tuple[StreamHeader, Iterator[bytes]]:
-    """The header of a sealed stream, and the rest of it for `open_stream`. Nothing of it is authentic yet.
+    """The header of a sealed stream, and its rest for `open_stream`. Both are not authenticated yet.
 
-    Raises InvalidRequestError if it is no stream, or one of another version.
+    Raises InvalidRequestError if the data is not a stream, or has another version.
     """
     parts = iter(sealed)
     head, left = _take(parts, _HEAD.size)
@@ -88,7 +87,7 @@ def split_header(sealed: Iterable[bytes]) -> tuple[StreamHeader, Iterator[bytes]
     text = key_id.decode("ascii", "replace")
     if api.KEY_ID_PATTERN.fullmatch(text) is None or not 1 <= wrapped_bytes <= WRAPPED_KEY_BYTES_MAX:
         raise InvalidRequestError("the header of the stream is damaged")
-    # `chain`, unlike a generator that delegates, does not close `parts` when it is dropped.
+    # `chain` does not close `parts` when it is dropped; a generator with `yield from` would.
     wrapped, left = _take(chain((left,), parts), wrapped_bytes)
     if len(wrapped) < wrapped_bytes:
         raise InvalidRequestError("the stream ends within its header")
@@ -96,10 +95,10 @@ def split_header(sealed: Iterable[bytes]) -> tuple[StreamHeader, Iterator[bytes]
 
 
 def open_stream(key: memoryview, header: StreamHeader, sealed: Iterable[bytes]) -> Iterator[bytes]:
-    """The plaintext, chunk by chunk, each authentic; complete only when the iterator ends without an error.
+    """The plaintext in authenticated chunks. It is complete only when the iterator ends without an error.
 
-    `sealed` comes from `split_header`. Raises DecryptionError if anything was altered, is missing or was added, or the
-    key is another; which of them is not told.
+    sealed: from `split_header`. Raises DecryptionError if anything was altered, removed or added, or if the key is
+    another one, without saying which.
     """
     aad = labels.aad(labels.STREAM, header.encode())
     for number, (chunk, final) in enumerate(_blocks(sealed, _SEALED_BYTES)):
@@ -119,9 +118,9 @@ def _nonce(number: int, *, final: bool) -> bytes:
 
 
 def _blocks(parts: Iterable[bytes], size: int) -> Iterator[tuple[bytearray | memoryview, bool]]:
-    """`parts` as blocks of `size`, and with each whether it is the last, which alone is shorter (or empty).
+    """`parts` as blocks of `size`, each with whether it is the last one, which may be shorter or empty.
 
-    A block is good until the next one is asked for.
+    A block is valid until the next one is requested.
     """
     pending = bytearray()  # at most `size`: the block that may be the last one
     for part in parts:
@@ -140,7 +139,7 @@ def _blocks(parts: Iterable[bytes], size: int) -> Iterator[tuple[bytearray | mem
 
 
 def _take(parts: Iterator[bytes], size: int) -> tuple[bytes, bytes]:
-    """The first `size` bytes, or all if there are fewer; and what came with them."""
+    """The first `size` bytes, or all if there are fewer, and the rest of the last part."""
     taken = bytearray()
     while len(taken) < size:
         part = next(parts, None)
@@ -151,4 +150,4 @@ def _take(parts: Iterator[bytes], size: int) -> tuple[bytes, bytes]:
 
 
 def _not_open() -> DecryptionError:
-    return DecryptionError("the stream does not open: it was altered or cut short, or belongs to another key")
+    return DecryptionError("the stream does not open: it was altered or truncated, or belongs to another key")

@@ -1,7 +1,7 @@
 """The data directory: atomic files, DEK files, the keyring file, use leases, rotation, backups.
 
 Owns: the content of the data directory, except the audit log. Invariants: a file is replaced whole or not at all, and
-is durable before a caller is told so; every change of several files can be interrupted at any system call, and the next
-start completes it; a damaged file never affects other keys. It must never write key material unwrapped, nor put a path
-into an error that reaches a client.
+is durable before the caller gets an answer; every change of several files can be interrupted at any system call, and
+the next start completes it; a damaged file never affects other keys. It must never write key material unwrapped, nor
+put a path into an error that reaches a client.
 """

@@ -1,21 +1,28 @@
-"""The format of the lease journal, and floors: additions to the counts of whole ranges of keys.
+"""The formats of the lease journal and the lease snapshot, and floors: additions to the counts of ranges of keys.
 
-Owns: the codec of `kms-leases`, and the arithmetic of floors. docs/spec/leases.md has the layout. Pure: no I/O. The
-format of `kms-leases.snapshot` is in `minikms.custody.lease_store`.
+Owns: the codecs of `kms-leases` and `kms-leases.snapshot` (docs/spec/leases.md), the reader of a snapshot, and the
+arithmetic of floors.
 
 The count of a key is an upper bound of its uses. Invariants:
 - A key without a record counts as LEASE_USES: the creation of its file grants the first lease.
 - A journal record raises the count of its key by exactly one lease. So n lost records hide at most n leases of a key.
 - Counts only grow. Of two records of a key the larger holds, so a journal may be replayed over a newer snapshot.
 - An unreadable count is taken as spent, never as unused.
+- Opening a snapshot reads only footer and index (16 bytes for 170 keys), so a million keys do not slow down a start.
+  A block is checked each time it is read, and a damaged block hides only the keys of its own range. Blocks are read
+  with `pread` and not mapped, so a failing disk is an error and not a SIGBUS.
 
-The checksums detect accidental damage. They are not keyed: a writer of these files can also put back older ones.
+The checksums detect accidental damage. They are not keyed: a writer of these files can also put back older ones. It
+must never write to a file.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple
 
 LEASE_USES: Final = 1 << 16
@@ -108,6 +115,9 @@ class Floors(NamedTuple):
         return Floors(self.steps, tuple(spent))
 
 
+# --- the journal ------------------------------------------------------------------------------------------------------
+
+
 class Journal(NamedTuple):
     """A journal as read. `totals`: the count of each key. `image`: the header and the good records."""
 
@@ -142,7 +152,7 @@ def parse_journal(content: bytes) -> Journal:
     record before a good one is damage and counts as one lost lease.
     """
     if content[:HEADER_BYTES] != journal_header():
-        raise LeaseFormatError(why_unknown(content, JOURNAL_MAGIC))
+        raise LeaseFormatError(_why_unknown(content, JOURNAL_MAGIC))
     totals: dict[bytes, int] = {}
     image = bytearray(content[:HEADER_BYTES])
     bad = 0
@@ -165,12 +175,211 @@ def parse_journal(content: bytes) -> Journal:
     return Journal(totals, image, torn, bad_before_good + beyond_one_append)
 
 
-def why_unknown(content: bytes, magic: bytes) -> str:
-    """Why a header or footer with other bytes than expected is refused; continues a sentence that names the file."""
+def _why_unknown(content: bytes, magic: bytes) -> str:
+    """Why a header or footer is refused."""
     if content[:16] == magic and content[16:20] != FORMAT_VERSION.to_bytes(4, "big"):
         return "was written by another version of this program"
     return "is damaged or is not one of this program's files"
 
 
-def _checksum(label: bytes, body: bytes) -> bytes:
-    return hashlib.sha256(label + body).digest()[:8]
+def _checksum(label: bytes, body: bytes, size: int = 8) -> bytes:
+    return hashlib.sha256(label + body).digest()[:size]
+
+
+# --- the snapshot -----------------------------------------------------------------------------------------------------
+
+SNAPSHOT_MAGIC: Final = b"minikms-leases\0s"
+ENTRY_BYTES: Final = 24
+BLOCK_BYTES: Final = 4096
+BLOCK_ENTRIES: Final = 170
+_BLOCK_DATA_BYTES: Final = BLOCK_ENTRIES * ENTRY_BYTES
+_CHECKSUM_BYTES: Final = 16
+"""Of a block and of the footer."""
+_BLOCK_LABEL: Final = b"minikms lease block v1\0"
+_FOOTER_LABEL: Final = b"minikms lease footer v1\0"
+_FOOTER: Final = struct.Struct(">16sIIQII32s")
+_STEP: Final = struct.Struct(">16sQ")
+
+
+class BlockDamagedError(Exception):
+    """The block that would hold the key can't be read, so its count is unknown. Only used inside this package."""
+
+
+class _Footer(NamedTuple):
+    blocks: int
+    entries: int
+    index_sha256: bytes
+    floors: Floors
+
+
+class Snapshot:
+    """An open snapshot. It owns the descriptor until `close`. Several threads may read it at once: a listing looks up
+    counts while the worker thread reserves or merges.
+    """
+
+    def __init__(self, fd: int) -> None:
+        """Raises LeaseFormatError, or OSError from the disk; then the descriptor still belongs to the caller."""
+        footer, index = _read_end(os.fstat(fd).st_size, lambda size, offset: _pread(fd, size, offset))
+        self._fd = fd
+        self._first_keys = [index[at : at + KEY_BYTES] for at in range(0, len(index), KEY_BYTES)]
+        self._recent: tuple[int, bytes] = (-1, b"")
+        self.entries = footer.entries
+        self.floors = footer.floors
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __len__(self) -> int:
+        """The number of blocks."""
+        return len(self._first_keys)
+
+    def find(self, key: bytes) -> int | None:
+        """The count of `key`, or None if it has no entry. Raises BlockDamagedError."""
+        number = bisect_right(self._first_keys, key) - 1
+        if number < 0:
+            return None
+        data = self.block(number)
+        count = len(data) // ENTRY_BYTES
+        at = ENTRY_BYTES * bisect_left(
+            range(count), key, key=lambda entry: data[entry * ENTRY_BYTES : entry * ENTRY_BYTES + KEY_BYTES]
+        )
+        if data[at : at + KEY_BYTES] != key:
+            return None
+        return int.from_bytes(data[at + KEY_BYTES : at + ENTRY_BYTES], "big")
+
+    def block(self, number: int) -> bytes:
+        """The sorted entries of a block. Raises BlockDamagedError."""
+        recent, data = self._recent  # one read of the attribute: another thread may replace it at any moment
+        if recent == number:
+            return data
+        try:
+            raw = _pread(self._fd, BLOCK_BYTES, number * BLOCK_BYTES)
+        except OSError as error:
+            raise BlockDamagedError from error
+        data = raw[:_BLOCK_DATA_BYTES]
+        if raw[_BLOCK_DATA_BYTES:] != _block_checksum(number, data):
+            raise BlockDamagedError
+        data = data[: min(BLOCK_ENTRIES, self.entries - number * BLOCK_ENTRIES) * ENTRY_BYTES]
+        self._recent = (number, data)
+        return data
+
+    def block_range(self, number: int) -> SpentRange:
+        """The range of keys whose entries are in this block, if they have one."""
+        last = KEY_LAST
+        if number + 1 < len(self._first_keys):
+            last = (int.from_bytes(self._first_keys[number + 1], "big") - 1).to_bytes(KEY_BYTES, "big")
+        return SpentRange(self._first_keys[number], last)
+
+
+def check_snapshot(content: bytes) -> None:
+    """Raises LeaseFormatError for bytes that `Snapshot` would not open."""
+    _read_end(len(content), lambda size, offset: content[offset : offset + size])
+
+
+def _read_end(file_size: int, read: Callable[[int, int], bytes]) -> tuple[_Footer, bytes]:
+    """The footer and the index. `read(size, offset)` returns bytes of the file."""
+    footer = _decode_footer(read(BLOCK_BYTES, max(0, file_size - BLOCK_BYTES)))
+    index_bytes = footer.blocks * KEY_BYTES
+    if file_size != footer.blocks * BLOCK_BYTES + index_bytes + BLOCK_BYTES:
+        raise LeaseFormatError("is cut short or has bytes added")
+    index = read(index_bytes, footer.blocks * BLOCK_BYTES)
+    if hashlib.sha256(index).digest() != footer.index_sha256:
+        raise LeaseFormatError("has a damaged index")
+    return footer, index
+
+
+def snapshot_chunks(old: Snapshot | None, totals: Mapping[bytes, int], floors: Floors) -> Iterator[bytes]:
+    """The bytes of a new snapshot, in parts: the entries of the old one merged with `totals`. The larger count holds.
+
+    Memory is bounded by `totals`. A damaged block of the old snapshot becomes a spent range of the new one.
+    """
+    damaged: list[SpentRange] = []
+    pending = bytearray()
+    first_keys: list[bytes] = []
+    entries = 0
+    for run in _merged_runs(old, totals, damaged):
+        entries += len(run) // ENTRY_BYTES
+        pending += run
+        while len(pending) >= _BLOCK_DATA_BYTES:
+            yield _encode_block(len(first_keys), pending, first_keys)
+    if pending:
+        yield _encode_block(len(first_keys), pending, first_keys)
+    index = b"".join(first_keys)
+    yield index
+    yield _encode_footer(_Footer(len(first_keys), entries, hashlib.sha256(index).digest(), floors.with_spent(damaged)))
+
+
+def _merged_runs(old: Snapshot | None, totals: Mapping[bytes, int], damaged: list[SpentRange]) -> Iterator[bytes]:
+    keys = sorted(totals)
+    # The range of the last block has no end, so keys are left after the loop only if there is no block.
+    taken = 0
+    if old is not None:
+        for number in range(len(old)):
+            span = old.block_range(number)
+            upto = bisect_right(keys, span.last, taken)
+            try:
+                block = old.block(number)
+            except BlockDamagedError:
+                damaged.append(span)
+                block = b""
+            yield _merge_block(block, keys[taken:upto], totals)
+            taken = upto
+    yield _merge_block(b"", keys[taken:], totals)
+
+
+def _merge_block(block: bytes, keys: list[bytes], totals: Mapping[bytes, int]) -> bytes:
+    if not keys:
+        return block
+    counts = {
+        block[at : at + KEY_BYTES]: block[at + KEY_BYTES : at + ENTRY_BYTES] for at in range(0, len(block), ENTRY_BYTES)
+    }
+    for key in keys:
+        counts[key] = max(totals[key].to_bytes(8, "big"), counts.get(key, b""))  # big-endian sorts as the numbers do
+    return b"".join([key + counts[key] for key in sorted(counts)])
+
+
+def _encode_block(number: int, pending: bytearray, first_keys: list[bytes]) -> bytes:
+    data = bytes(pending[:_BLOCK_DATA_BYTES])
+    del pending[:_BLOCK_DATA_BYTES]
+    first_keys.append(data[:KEY_BYTES])
+    data = data.ljust(_BLOCK_DATA_BYTES, b"\0")
+    return data + _block_checksum(number, data)
+
+
+def _block_checksum(number: int, data: bytes) -> bytes:
+    return _checksum(_BLOCK_LABEL, number.to_bytes(4, "big") + data, _CHECKSUM_BYTES)
+
+
+def _encode_footer(footer: _Footer) -> bytes:
+    steps, spent = footer.floors
+    body = _FOOTER.pack(
+        SNAPSHOT_MAGIC, FORMAT_VERSION, footer.blocks, footer.entries, len(steps), len(spent), footer.index_sha256
+    )
+    body += b"".join([_STEP.pack(*step) for step in steps]) + b"".join([first + last for first, last in spent])
+    body = body.ljust(BLOCK_BYTES - _CHECKSUM_BYTES, b"\0")
+    return body + _checksum(_FOOTER_LABEL, body, _CHECKSUM_BYTES)
+
+
+def _decode_footer(raw: bytes) -> _Footer:
+    body, checksum = raw[:-_CHECKSUM_BYTES], raw[-_CHECKSUM_BYTES:]
+    intact = len(raw) == BLOCK_BYTES and checksum == _checksum(_FOOTER_LABEL, body, _CHECKSUM_BYTES)
+    if not intact or raw[:20] != SNAPSHOT_MAGIC + FORMAT_VERSION.to_bytes(4, "big"):
+        raise LeaseFormatError(_why_unknown(raw, SNAPSHOT_MAGIC))
+    _, _, blocks, entries, step_count, spent_count, index_sha256 = _FOOTER.unpack_from(body)
+    if step_count > STEPS_COUNT_MAX or spent_count > SPENT_COUNT_MAX or blocks != -(-entries // BLOCK_ENTRIES):
+        raise LeaseFormatError("is inconsistent")
+    at = _FOOTER.size
+    steps = [Step(*_STEP.unpack_from(body, at + _STEP.size * number)) for number in range(step_count)]
+    at += _STEP.size * step_count
+    spans = [body[at + 32 * number : at + 32 * number + 32] for number in range(spent_count)]
+    spent = [SpentRange(span[:KEY_BYTES], span[KEY_BYTES:]) for span in spans]
+    return _Footer(blocks, entries, index_sha256, Floors(tuple(steps), tuple(spent)))
+
+
+def _pread(fd: int, size: int, offset: int) -> bytes:
+    parts = []
+    while size > 0 and (part := os.pread(fd, size, offset)):
+        parts.append(part)
+        size -= len(part)
+        offset += len(part)
+    return b"".join(parts)

@@ -1,16 +1,13 @@
 """The lease files of a data directory: the number of uses of each key that are reserved, durably.
 
-Owns: the files `kms-leases` (the journal) and `kms-leases.snapshot`, and the format of the snapshot: the counts of all
-keys, sorted, in blocks with checksums. docs/spec/leases.md has the layout. The caller holds the lock of the data
-directory. Calls block on the disk, so the daemon makes all but `LeaseStore.total` and `LeaseStore.status` in one worker
-thread; `minikms.custody.leases` is the event loop's side. Invariants:
+Owns: the files `kms-leases` (the journal) and `kms-leases.snapshot`; `minikms.custody.lease_format` has their formats.
+The caller holds the lock of the data directory. Calls block on the disk, so the daemon makes all but `LeaseStore.total`
+and `LeaseStore.status` in one worker thread; `minikms.custody.leases` is the event loop's side. Invariants:
 - `reserve` returns only after the records are synced. If it raises, no count has changed, and the next call begins a
   fresh journal file, since a failed sync proves nothing about the file (`minikms.custody.files`).
 - A count is never below the uses that were granted, whatever was interrupted, torn or damaged.
 - A merge writes the new snapshot first and an empty journal second. An old journal over a new snapshot changes nothing.
-- A snapshot is never changed in place. Opening it reads only the footer and the index (16 bytes for 170 keys), so a
-  million keys do not slow down a start. A block is checked each time it is read, and a damaged block hides only the
-  keys of its own range. Blocks are read with `pread` and not mapped, so a failing disk is an error and not a SIGBUS.
+  A snapshot is never changed in place.
 
 It must never take a missing or foreign file as "no uses".
 """
@@ -18,18 +15,14 @@ It must never take a missing or foreign file as "no uses".
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import struct
 import threading
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from minikms.custody.files import read_file_bounded, replace_file, replace_file_from
 from minikms.custody.lease_format import (
     DAMAGED_RECORDS_MAX,
-    FORMAT_VERSION,
     GROUP_RECORDS_MAX,
     HEADER_BYTES,
     KEY_BYTES,
@@ -37,18 +30,17 @@ from minikms.custody.lease_format import (
     LEASE_USES,
     RECORD_BYTES,
     RESTORE_USES,
-    SPENT_COUNT_MAX,
-    STEPS_COUNT_MAX,
     USES_MAX,
+    BlockDamagedError,
     Floors,
     Journal,
     LeaseFormatError,
+    Snapshot,
     SpentRange,
-    Step,
     encode_record,
     journal_header,
     parse_journal,
-    why_unknown,
+    snapshot_chunks,
 )
 from minikms.errors import StartError, StorageUnavailableError
 
@@ -60,206 +52,6 @@ JOURNAL_RECORDS_MAX: Final = 4 * JOURNAL_RECORDS_MERGE
 """A journal with so many records, since merges fail, takes no more."""
 JOURNAL_BYTES_MAX: Final = HEADER_BYTES + RECORD_BYTES * (JOURNAL_RECORDS_MAX + GROUP_RECORDS_MAX)
 _MERGE_RETRY_RECORDS: Final = JOURNAL_RECORDS_MERGE // 8
-
-# --- the snapshot -----------------------------------------------------------------------------------------------------
-
-SNAPSHOT_MAGIC: Final = b"minikms-leases\0s"
-ENTRY_BYTES: Final = 24
-BLOCK_BYTES: Final = 4096
-BLOCK_ENTRIES: Final = 170
-_BLOCK_DATA_BYTES: Final = BLOCK_ENTRIES * ENTRY_BYTES
-_CHECKSUM_BYTES: Final = 16
-_BLOCK_LABEL: Final = b"minikms lease block v1\0"
-_FOOTER_LABEL: Final = b"minikms lease footer v1\0"
-_FOOTER: Final = struct.Struct(">16sIIQII32s")
-_STEP: Final = struct.Struct(">16sQ")
-
-
-class BlockDamagedError(Exception):
-    """The block that would hold the key can't be read, so its count is unknown. Only used inside this module."""
-
-
-class _Footer(NamedTuple):
-    blocks: int
-    entries: int
-    index_sha256: bytes
-    floors: Floors
-
-
-class Snapshot:
-    """An open snapshot. It owns the descriptor until `close`. Several threads may read it at once: a listing looks up
-    counts while the worker thread reserves or merges.
-    """
-
-    def __init__(self, fd: int) -> None:
-        """Raises LeaseFormatError, or OSError from the disk; then the descriptor still belongs to the caller."""
-        footer, index = _read_end(os.fstat(fd).st_size, lambda size, offset: _pread(fd, size, offset))
-        self._fd = fd
-        self._first_keys = [index[at : at + KEY_BYTES] for at in range(0, len(index), KEY_BYTES)]
-        self._recent: tuple[int, bytes] = (-1, b"")
-        self.entries = footer.entries
-        self.floors = footer.floors
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-    def __len__(self) -> int:
-        """The number of blocks."""
-        return len(self._first_keys)
-
-    def find(self, key: bytes) -> int | None:
-        """The count of `key`, or None if it has no entry. Raises BlockDamagedError."""
-        number = bisect_right(self._first_keys, key) - 1
-        if number < 0:
-            return None
-        data = self.block(number)
-        count = len(data) // ENTRY_BYTES
-        at = ENTRY_BYTES * bisect_left(
-            range(count), key, key=lambda entry: data[entry * ENTRY_BYTES : entry * ENTRY_BYTES + KEY_BYTES]
-        )
-        if data[at : at + KEY_BYTES] != key:
-            return None
-        return int.from_bytes(data[at + KEY_BYTES : at + ENTRY_BYTES], "big")
-
-    def block(self, number: int) -> bytes:
-        """The sorted entries of a block. Raises BlockDamagedError."""
-        recent, data = self._recent  # one read of the attribute: another thread may replace it at any moment
-        if recent == number:
-            return data
-        try:
-            raw = _pread(self._fd, BLOCK_BYTES, number * BLOCK_BYTES)
-        except OSError as error:
-            raise BlockDamagedError from error
-        data = raw[:_BLOCK_DATA_BYTES]
-        if raw[_BLOCK_DATA_BYTES:] != _block_checksum(number, data):
-            raise BlockDamagedError
-        data = data[: min(BLOCK_ENTRIES, self.entries - number * BLOCK_ENTRIES) * ENTRY_BYTES]
-        self._recent = (number, data)
-        return data
-
-    def block_range(self, number: int) -> SpentRange:
-        """The range of keys whose entries are in this block, if they have one."""
-        last = KEY_LAST
-        if number + 1 < len(self._first_keys):
-            last = (int.from_bytes(self._first_keys[number + 1], "big") - 1).to_bytes(KEY_BYTES, "big")
-        return SpentRange(self._first_keys[number], last)
-
-
-def check_snapshot(content: bytes) -> None:
-    """Raises LeaseFormatError for bytes that `Snapshot` would not open."""
-    _read_end(len(content), lambda size, offset: content[offset : offset + size])
-
-
-def _read_end(file_size: int, read: Callable[[int, int], bytes]) -> tuple[_Footer, bytes]:
-    """The footer and the index. `read(size, offset)` returns bytes of the file."""
-    footer = _decode_footer(read(BLOCK_BYTES, max(0, file_size - BLOCK_BYTES)))
-    index_bytes = footer.blocks * KEY_BYTES
-    if file_size != footer.blocks * BLOCK_BYTES + index_bytes + BLOCK_BYTES:
-        raise LeaseFormatError("is cut short or has bytes added")
-    index = read(index_bytes, footer.blocks * BLOCK_BYTES)
-    if hashlib.sha256(index).digest() != footer.index_sha256:
-        raise LeaseFormatError("has a damaged index")
-    return footer, index
-
-
-def snapshot_chunks(old: Snapshot | None, totals: Mapping[bytes, int], floors: Floors) -> Iterator[bytes]:
-    """The bytes of a new snapshot, in parts: the entries of the old one merged with `totals`. The larger count holds.
-
-    Memory is bounded by `totals`. A damaged block of the old snapshot becomes a spent range of the new one.
-    """
-    damaged: list[SpentRange] = []
-    pending = bytearray()
-    first_keys: list[bytes] = []
-    entries = 0
-    for run in _merged_runs(old, totals, damaged):
-        entries += len(run) // ENTRY_BYTES
-        pending += run
-        while len(pending) >= _BLOCK_DATA_BYTES:
-            yield _encode_block(len(first_keys), pending, first_keys)
-    if pending:
-        yield _encode_block(len(first_keys), pending, first_keys)
-    index = b"".join(first_keys)
-    yield index
-    yield _encode_footer(_Footer(len(first_keys), entries, hashlib.sha256(index).digest(), floors.with_spent(damaged)))
-
-
-def _merged_runs(old: Snapshot | None, totals: Mapping[bytes, int], damaged: list[SpentRange]) -> Iterator[bytes]:
-    keys = sorted(totals)
-    # The range of the last block has no end, so keys are left after the loop only if there is no block.
-    taken = 0
-    if old is not None:
-        for number in range(len(old)):
-            span = old.block_range(number)
-            upto = bisect_right(keys, span.last, taken)
-            try:
-                block = old.block(number)
-            except BlockDamagedError:
-                damaged.append(span)
-                block = b""
-            yield _merge_block(block, keys[taken:upto], totals)
-            taken = upto
-    yield _merge_block(b"", keys[taken:], totals)
-
-
-def _merge_block(block: bytes, keys: list[bytes], totals: Mapping[bytes, int]) -> bytes:
-    if not keys:
-        return block
-    counts = {
-        block[at : at + KEY_BYTES]: block[at + KEY_BYTES : at + ENTRY_BYTES] for at in range(0, len(block), ENTRY_BYTES)
-    }
-    for key in keys:
-        counts[key] = max(totals[key].to_bytes(8, "big"), counts.get(key, b""))  # big-endian sorts as the numbers do
-    return b"".join([key + counts[key] for key in sorted(counts)])
-
-
-def _encode_block(number: int, pending: bytearray, first_keys: list[bytes]) -> bytes:
-    data = bytes(pending[:_BLOCK_DATA_BYTES])
-    del pending[:_BLOCK_DATA_BYTES]
-    first_keys.append(data[:KEY_BYTES])
-    data = data.ljust(_BLOCK_DATA_BYTES, b"\0")
-    return data + _block_checksum(number, data)
-
-
-def _block_checksum(number: int, data: bytes) -> bytes:
-    return hashlib.sha256(_BLOCK_LABEL + number.to_bytes(4, "big") + data).digest()[:_CHECKSUM_BYTES]
-
-
-def _encode_footer(footer: _Footer) -> bytes:
-    steps, spent = footer.floors
-    body = _FOOTER.pack(
-        SNAPSHOT_MAGIC, FORMAT_VERSION, footer.blocks, footer.entries, len(steps), len(spent), footer.index_sha256
-    )
-    body += b"".join([_STEP.pack(*step) for step in steps]) + b"".join([first + last for first, last in spent])
-    body = body.ljust(BLOCK_BYTES - _CHECKSUM_BYTES, b"\0")
-    return body + hashlib.sha256(_FOOTER_LABEL + body).digest()[:_CHECKSUM_BYTES]
-
-
-def _decode_footer(raw: bytes) -> _Footer:
-    body, checksum = raw[:-_CHECKSUM_BYTES], raw[-_CHECKSUM_BYTES:]
-    intact = len(raw) == BLOCK_BYTES and checksum == hashlib.sha256(_FOOTER_LABEL + body).digest()[:_CHECKSUM_BYTES]
-    if not intact or raw[:20] != SNAPSHOT_MAGIC + FORMAT_VERSION.to_bytes(4, "big"):
-        raise LeaseFormatError(why_unknown(raw, SNAPSHOT_MAGIC))
-    _, _, blocks, entries, step_count, spent_count, index_sha256 = _FOOTER.unpack_from(body)
-    if step_count > STEPS_COUNT_MAX or spent_count > SPENT_COUNT_MAX or blocks != -(-entries // BLOCK_ENTRIES):
-        raise LeaseFormatError("is inconsistent")
-    at = _FOOTER.size
-    steps = [Step(*_STEP.unpack_from(body, at + _STEP.size * number)) for number in range(step_count)]
-    at += _STEP.size * step_count
-    spans = [body[at + 32 * number : at + 32 * number + 32] for number in range(spent_count)]
-    spent = [SpentRange(span[:KEY_BYTES], span[KEY_BYTES:]) for span in spans]
-    return _Footer(blocks, entries, index_sha256, Floors(tuple(steps), tuple(spent)))
-
-
-def _pread(fd: int, size: int, offset: int) -> bytes:
-    parts = []
-    while size > 0 and (part := os.pread(fd, size, offset)):
-        parts.append(part)
-        size -= len(part)
-        offset += len(part)
-    return b"".join(parts)
-
-
-# --- the store --------------------------------------------------------------------------------------------------------
 
 
 class LeaseFilesStatus(NamedTuple):

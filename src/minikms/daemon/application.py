@@ -1,9 +1,9 @@
 """From an HTTP request to a verb.
 
-Owns: the routes, the session of a connection, and what a stranger is told. Invariants: who is asking is decided
-once, from the peer credentials, before a byte is parsed; a peer that isn't allowed gets 401 on every path but
-`/health`, and its connection is closed; a body is decoded strictly. It must never look at an `Authorization` header:
-a bearer token on the Unix socket never authenticates.
+Owns: the routes, the decoding of requests, and the session of a connection. Routes and decoding follow from
+`minikms.api.VERBS`. Invariants: the caller is known from the peer credentials before a byte is parsed; a peer that is
+not allowed gets 401 on every path but `/health`, and its connection is closed; a body is decoded strictly. It must
+never look at an `Authorization` header: a bearer token on the Unix socket never authenticates.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import asyncio
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from minikms import api
+from minikms.api import Verb
 from minikms.audit import Event
 from minikms.audit.turns import TurnAudit
 from minikms.custody.vault import Vault
@@ -27,26 +28,20 @@ from minikms.daemon.peer import Peer, is_overflow_uid, read_peer
 from minikms.daemon.refusals import RefusalAggregator
 from minikms.errors import InvalidRequestError, MiniKmsError
 from minikms.http import ParsedHead, Request, Response, error_response, parse_query
-from minikms.memory.arena import SecretSlot
 from minikms.policy import Policy, Principal
-from minikms.service.keks import KekVerbs
-from minikms.service.keys import KeyIssuing
-from minikms.service.lifecycle import KeyLifecycle
-from minikms.service.records import KeyService
+from minikms.service.base import Perform, Reply, VerbTable
+from minikms.service.keks import RotateToRoot
 
-FOREIGN_CONNECTIONS_MAX: Final = 64
-"""Open connections of uids that aren't allowed, so that they can't use up the allowed ones' places."""
-FOREIGN_CONNECTIONS_SHARE: Final = 4
-"""Where few connections are admitted, at most one in this many is for uids that aren't allowed."""
-
-LIST_LIMIT_DEFAULT: Final = 100
-
-T = TypeVar("T")
-Answer = bytes | Response | Awaitable[bytes | Response]
-Handler = Callable[[Principal, Request], Answer]
-KeyHandler = Callable[[Principal, str, Request], Answer]
+UNAUTHORISED_CONNECTIONS_MAX: Final = 64
+"""Open connections of uids that are not allowed, so that they can't use up the places of the allowed ones."""
+UNAUTHORISED_CONNECTIONS_SHARE: Final = 4
+"""Where few connections are admitted, at most one in this many is for uids that are not allowed."""
 
 _HEALTHY: Final = Response(200, b"ok", content_type="text/plain")
+_NUMBER_DIGITS_MAX: Final = 6
+"""Of a number in a query."""
+
+Answer = Reply | Awaitable[Reply]
 
 
 class Session:
@@ -59,96 +54,59 @@ class Session:
         self.principal = principal
 
 
+class _Route(NamedTuple):
+    """`read` makes the verb's request of an HTTP request, or raises InvalidRequestError or ForbiddenError."""
+
+    verb: Verb[Any, Any]
+    method: str
+    name: str
+    read: Callable[[Principal, Request], Any]
+    perform: Perform[Any]
+
+
 class Application:
-    """The engine's application: see `minikms.http`."""
+    """The engine's application: see `minikms.http`. `status` makes the object that `/status` answers."""
 
     def __init__(
         self,
         *,
-        service: KeyService,
-        issuing: KeyIssuing,
-        lifecycle: KeyLifecycle,
-        keks: KekVerbs,
+        table: VerbTable,
+        status: Callable[[], dict[str, object]],
         policy: Policy,
         audit: TurnAudit,
         vault: Vault,
         connections_max: int,
     ) -> None:
-        self._service = service
-        self._issuing = issuing
-        self._lifecycle = lifecycle
-        self._keks = keks
+        self._table = table
         self._policy = policy
         self._audit = audit
         self._vault = vault
         self._refusals = RefusalAggregator()
-        self._foreign = 0
-        self._foreign_max = min(FOREIGN_CONNECTIONS_MAX, connections_max // FOREIGN_CONNECTIONS_SHARE)
-        self.refused_count = 0
-        self._create = msgspec.json.Decoder(api.CreateDekRequest)
-        self._encrypt_item = msgspec.json.Decoder(api.EncryptItem)
-        self._decrypt_item = msgspec.json.Decoder(api.DecryptItem)
-        self._encrypt_batch = msgspec.json.Decoder(api.EncryptBatchRequest)
-        self._decrypt_batch = msgspec.json.Decoder(api.DecryptBatchRequest)
-        self._reencrypt_batch = msgspec.json.Decoder(api.ReencryptBatchRequest)
-        self._check_batch = msgspec.json.Decoder(api.CheckBatchRequest)
-        self._data_key = msgspec.json.Decoder(api.GenerateDataKeyRequest)
-        self._random = msgspec.json.Decoder(api.RandomRequest)
-        self._rotate = msgspec.json.Decoder(api.RotateKekRequest)
-        self._prune = msgspec.json.Decoder(api.PruneKekRequest)
-        self._destroy = msgspec.json.Decoder(api.DestroyKeyRequest)
-        self._nothing = msgspec.json.Decoder(api.Request)
-        self._routes: dict[str, tuple[str, str, Handler]] = {
-            "/encrypt": ("POST", "encrypt", self._handle_encrypt),
-            "/decrypt": ("POST", "decrypt", self._handle_decrypt),
-            "/encrypt_batch": ("POST", "encrypt_batch", self._handle_encrypt_batch),
-            "/decrypt_batch": ("POST", "decrypt_batch", self._handle_decrypt_batch),
-            "/create_dek_for_thread": ("POST", "create_dek", self._handle_create),
-            "/get_wrapped": ("GET", "get_wrapped", self._handle_get_wrapped),
-            "/status": ("GET", "status", self._handle_status),
-            "/metrics": ("GET", "metrics", self._handle_metrics),
-            "/reencrypt_batch": ("POST", "reencrypt_batch", self._handle_reencrypt_batch),
-            "/check_batch": ("POST", "check_batch", self._handle_check_batch),
-            "/generate_data_key": ("POST", "generate_data_key", self._handle_data_key),
-            "/random": ("POST", "random", self._handle_random),
-            "/rotate_kek": ("POST", "rotate_kek", self._handle_rotate),
-            "/kek/prune": ("POST", "prune_kek", self._handle_prune),
-            "/keys": ("GET", "list_keys", self._handle_list),
-        }
-        self._key_routes: dict[str, tuple[str, str, KeyHandler]] = {
-            "": ("GET", "get_key", self._handle_get_key),
-            "retire": ("POST", "retire_key", self._handle_retire),
-            "destroy": ("POST", "destroy_key", self._handle_destroy),
-        }
-        routes = (*self._routes.values(), *self._key_routes.values())
-        self._times = VerbTimes(verb for _, verb, _ in routes)
+        self._unauthorised = 0
+        self._unauthorised_max = min(UNAUTHORISED_CONNECTIONS_MAX, connections_max // UNAUTHORISED_CONNECTIONS_SHARE)
+        self._times = VerbTimes(verb.name for verb in api.VERBS)
         self._asked = self._times.asked
-        batches = ("encrypt_batch", "decrypt_batch", "reencrypt_batch", "check_batch")
-        self._batches = {verb: Histogram(metrics.BATCH_SIZES) for verb in batches}
-
-    def operations(self) -> list[tuple[str, str, str]]:
-        """(method, path, verb) of everything that is served to an allowed peer, beside `GET /health`."""
-        fixed = [(method, path, verb) for path, (method, verb, _) in self._routes.items()]
-        of_key = [
-            (method, f"/keys/{{key_id}}/{action}".rstrip("/"), verb)
-            for action, (method, verb, _) in self._key_routes.items()
-        ]
-        return fixed + of_key
+        self._batches = {verb.name: Histogram(metrics.BATCH_SIZES) for verb in api.VERBS if verb.is_batch}
+        table.now(api.STATUS, lambda request, event: status())
+        table.now(api.METRICS, lambda request, event: self._metrics(status()))
+        routes = {verb.path: self._route(verb) for verb in api.VERBS}
+        self._routes = {path: route for path, route in routes.items() if "{" not in path}
+        self._key_routes = {path: route for path, route in routes.items() if "{" in path}
 
     # --- the engine's side -------------------------------------------------------------------------------------------
 
     def open_session(self, connection: socket.socket) -> Session | None:
-        """None closes the connection: its peer can't be told, or there are too many strangers already."""
+        """None closes the connection: its peer is unknown, or too many unauthorised peers are connected already."""
         try:
             peer = read_peer(connection)
         except OSError:
             return None
         principal = None if is_overflow_uid(peer.uid) else self._policy.principal(peer.uid, peer.pid)
         if principal is None:
-            if self._foreign >= self._foreign_max:
+            if self._unauthorised >= self._unauthorised_max:
                 self._refuse(peer)
                 return None
-            self._foreign += 1
+            self._unauthorised += 1
         elif not peer.pid_certain:
             detail = "the process that connected had ended: its pid may be another's by now"
             self._audit.add(Event(type="peer", actor=principal.actor, pid=peer.pid, detail=detail))
@@ -156,54 +114,46 @@ class Application:
 
     def close_session(self, session: Session) -> None:
         if session.principal is None:
-            self._foreign -= 1
+            self._unauthorised -= 1
 
     def admit(self, session: Session, head: ParsedHead) -> Response | None:
-        """A stranger's body is not waited for, nor held, even with /health, which has none."""
+        """Refuses the body of an unauthorised peer before it is received, on any path."""
         return None if session.principal is not None else self._turn_away(session)
 
     def refused(self, session: Session | None, status: int, code: str) -> None:
-        """Input that is no request reaches no verb: counted, not audited."""
-        self.refused_count += 1
+        """Input that is not a request reaches no verb. The engine counts it; it is not audited."""
 
     def handle(self, session: Session, request: Request) -> Answer:
-        principal = session.principal
-        if principal is None:
-            return self._handle_stranger(session, request)
+        who = session.principal
         head = request.head
-        route = self._routes.get(head.path)
+        if who is None:
+            return _HEALTHY if _is_health(head) else self._turn_away(session)
+        route = self._routes.get(head.path) or self._key_routes.get(_without_key_id(head.path))
         if route is None:
-            return self._handle_rare(principal, request)
-        method, verb, handler = route
+            return _no_verb(head)
+        verb, method, name, read, perform = route
         if head.method != method:
             return _method_not_allowed(method)
-        self._asked(verb)
+        self._asked(name)
+        request_id = head.request_id or ""
         try:
-            answer = handler(principal, request)
-        except _MalformedError as error:
-            raise self._malformed(verb, principal, request, error) from None
+            asked = read(who, request)
+        except MiniKmsError as error:
+            self._table.malformed(verb, who, error, request_id)
+            raise
+        answer = perform(who, asked, request_id)
         if isinstance(answer, (bytes, Response)):
             return answer
         return self._times.later(answer)
 
-    def _malformed(self, verb: str, who: Principal, request: Request, error: _MalformedError) -> MiniKmsError:
-        """A body that is not one is audited under the verb's name."""
-        self._service.malformed(verb, who, error.cause, request.request_id or "")
-        return error.cause
-
     def commit(self) -> bool:
-        """The turn ends: its ciphers are dropped, and its audit lines written."""
+        """Ends the turn: drops its ciphers and writes its audit lines."""
         self._vault.end_turn()
         committed = self._audit.commit_turn()
         self._times.end_turn()
         return committed
 
-    # --- strangers ---------------------------------------------------------------------------------------------------
-
-    def _handle_stranger(self, session: Session, request: Request) -> Answer:
-        if request.path == "/health" and request.method == "GET":
-            return _HEALTHY
-        return self._turn_away(session)
+    # --- unauthorised peers ------------------------------------------------------------------------------------------
 
     def _turn_away(self, session: Session) -> Response:
         self._refuse(session.peer)
@@ -215,183 +165,130 @@ class Application:
             self._audit.add(event)
 
     async def flush_refusals_every(self, seconds: float) -> None:
-        """Runs until cancelled: writes the lines that stand for refusals of the past second."""
+        """Runs until cancelled: writes the lines that stand for the refusals of the past second."""
         while True:
             await asyncio.sleep(seconds)
             for event in self._refusals.due(time.monotonic_ns()):
                 self._audit.add(event)
             self._audit.write_queued()
 
-    # --- verbs -------------------------------------------------------------------------------------------------------
+    # --- routes ------------------------------------------------------------------------------------------------------
 
-    def _handle_rare(self, who: Principal, request: Request) -> Answer:
-        if request.path == "/health":
-            return _HEALTHY if request.method == "GET" else _method_not_allowed("GET")
-        prefix, key_id, action = _key_path(request.path)
-        route = self._key_routes.get(action) if prefix == "keys" and key_id else None
-        if route is None:
-            return error_response(404, api.CODE_NOT_FOUND, "there is no such path; docs/spec/api.md lists them")
-        method, verb, handler = route
-        if request.method != method:
-            return _method_not_allowed(method)
-        self._asked(verb)
-        try:
-            answer = handler(who, key_id, request)
-        except _MalformedError as error:
-            raise self._malformed(verb, who, request, error) from None
-        if isinstance(answer, (bytes, Response)):
-            return answer
-        return self._times.later(answer)
+    def _route(self, verb: Verb[Any, Any]) -> _Route:
+        if verb is api.ROTATE_KEK:
+            return _Route(verb, verb.method, verb.name, self._read_rotation, self._rotate_and_release)
+        read = _reader(verb)
+        if verb.is_batch:
+            sizes = self._batches[verb.name]
 
-    def _handle_encrypt(self, who: Principal, request: Request) -> Answer:
-        try:
-            item = strictjson.decode(self._encrypt_item, request.body)
-        except MiniKmsError as error:
-            raise _MalformedError(error) from None
-        return self._service.encrypt(who, item, request.head.request_id or "")
+            def read_batch(who: Principal, request: Request) -> Any:
+                batch = read(who, request)
+                sizes.add(len(batch.items))
+                return batch
 
-    def _handle_decrypt(self, who: Principal, request: Request) -> Answer:
-        return self._service.decrypt(who, _decode(self._decrypt_item, request), request.request_id or "")
+            return _Route(verb, verb.method, verb.name, read_batch, self._table[verb])
+        return _Route(verb, verb.method, verb.name, read, self._table[verb])
 
-    def _handle_encrypt_batch(self, who: Principal, request: Request) -> Answer:
-        batch = _decode(self._encrypt_batch, request)
-        self._batches["encrypt_batch"].add(len(batch.items))
-        return self._service.encrypt_batch(who, batch, request.request_id or "")
-
-    def _handle_decrypt_batch(self, who: Principal, request: Request) -> Answer:
-        batch = _decode(self._decrypt_batch, request)
-        self._batches["decrypt_batch"].add(len(batch.items))
-        return self._service.decrypt_batch(who, batch, request.request_id or "")
-
-    def _handle_create(self, who: Principal, request: Request) -> Answer:
-        return self._issuing.create_dek_for_thread(who, _decode(self._create, request), request.request_id or "")
-
-    def _handle_get_wrapped(self, who: Principal, request: Request) -> Answer:
-        key_id = _query(request, "key_id").get("key_id", "")
-        if not key_id:
-            raise _MalformedError(InvalidRequestError("missing key_id"))
-        return self._issuing.get_wrapped(who, key_id, request.request_id or "")
-
-    def _handle_status(self, who: Principal, request: Request) -> Answer:
-        return self._issuing.status(who, request.request_id or "")
-
-    def _handle_metrics(self, who: Principal, request: Request) -> Answer:
-        status = self._issuing.metrics(who, request.request_id or "")
+    def _metrics(self, status: dict[str, object]) -> Response:
         body = metrics.page(status, times=self._times, batches=self._batches)
         return Response(200, body, content_type=metrics.CONTENT_TYPE)
 
-    # --- the life of a key -------------------------------------------------------------------------------------------
-
-    def _handle_reencrypt_batch(self, who: Principal, request: Request) -> Answer:
-        batch = _decode(self._reencrypt_batch, request)
-        self._batches["reencrypt_batch"].add(len(batch.items))
-        return self._service.reencrypt_batch(who, batch, request.request_id or "")
-
-    def _handle_check_batch(self, who: Principal, request: Request) -> Answer:
-        batch = _decode(self._check_batch, request)
-        self._batches["check_batch"].add(len(batch.items))
-        return self._service.check_batch(who, batch, request.request_id or "")
-
-    def _handle_data_key(self, who: Principal, request: Request) -> Answer:
-        return self._issuing.generate_data_key(who, _decode(self._data_key, request), request.request_id or "")
-
-    def _handle_random(self, who: Principal, request: Request) -> Answer:
-        return self._issuing.random(who, _decode(self._random, request), request.request_id or "")
-
-    def _handle_rotate(self, who: Principal, request: Request) -> Answer:
+    def _read_rotation(self, who: Principal, request: Request) -> RotateToRoot:
+        """Takes a new root key out of the body, once the caller is authorised, before anything else reads the body."""
+        for role in api.ROTATE_KEK.roles:
+            who.require(role)
+        root = take_new_root(request.body, self._vault.arena)
         try:
-            who.require("rotate")  # before the key is looked at
-            root = take_new_root(request.body, self._vault.arena)
-        except MiniKmsError as error:
-            raise _MalformedError(error) from None
-        try:
-            asked = _decode(self._rotate, request)
+            asked = strictjson.decode(_ROTATE_DECODER, request.body)
         except BaseException:
             if root is not None:
                 root.release()
             raise
-        return self._rotate_and_release(who, asked, root, request.request_id or "")
+        return RotateToRoot(wait=asked.wait, verify=asked.verify, root=root)
 
-    async def _rotate_and_release(
-        self, who: Principal, asked: api.RotateKekRequest, root: SecretSlot | None, request_id: str
-    ) -> Response:
+    async def _rotate_and_release(self, who: Principal, request: RotateToRoot, request_id: str) -> Reply:
         try:
-            status, body = await self._keks.rotate_kek(who, asked, root, request_id)
+            answer = self._table[api.ROTATE_KEK](who, request, request_id)
+            return answer if isinstance(answer, (bytes, Response)) else await answer
         finally:
-            if root is not None:
-                root.release()
-        return Response(status, body)
-
-    def _handle_prune(self, who: Principal, request: Request) -> Answer:
-        return self._keks.prune_keks(who, _decode(self._prune, request), request.request_id or "")
-
-    def _handle_list(self, who: Principal, request: Request) -> Answer:
-        query = _query(request, "thread_id", "state", "cursor", "limit")
-        try:
-            limit = _parse_limit(query.get("limit"))
-        except MiniKmsError as error:
-            raise _MalformedError(error) from None
-        return self._lifecycle.list_keys(
-            who,
-            thread_id=query.get("thread_id"),
-            state=query.get("state"),
-            cursor=query.get("cursor", ""),
-            limit=limit,
-            request_id=request.request_id or "",
-        )
-
-    def _handle_get_key(self, who: Principal, key_id: str, request: Request) -> Answer:
-        return self._lifecycle.get_key(who, key_id, request.request_id or "")
-
-    def _handle_retire(self, who: Principal, key_id: str, request: Request) -> Answer:
-        if request.body:
-            _decode(self._nothing, request)
-        return self._lifecycle.retire(who, key_id, request.request_id or "")
-
-    def _handle_destroy(self, who: Principal, key_id: str, request: Request) -> Answer:
-        return self._lifecycle.destroy(who, key_id, _decode(self._destroy, request), request.request_id or "")
+            if request.root is not None:
+                request.root.release()
 
 
-class _MalformedError(Exception):
-    """A request that reached a verb but is not one; carries the error for the caller."""
-
-    def __init__(self, cause: MiniKmsError) -> None:
-        super().__init__()
-        self.cause = cause
+_ROTATE_DECODER: Final = msgspec.json.Decoder(api.RotateKekRequest)
 
 
-def _decode(decoder: msgspec.json.Decoder[T], request: Request) -> T:
-    try:
-        return strictjson.decode(decoder, request.body)
-    except MiniKmsError as error:
-        raise _MalformedError(error) from None
+def _reader(verb: Verb[Any, Any]) -> Callable[[Principal, Request], Any]:
+    """Reads the request of a verb: its body, the key id of its path, or its query."""
+    if "{key_id}" in verb.path:
+        return _path_reader(verb)
+    if verb.method == "GET":
+        return _query_reader(verb.request)
+    decode, decoder = strictjson.decode, msgspec.json.Decoder(verb.request)
+    return lambda who, request: decode(decoder, request.body)
 
 
-def _key_path(path: str) -> tuple[str, str, str]:
-    """("keys", key id, action) of `/keys/<key id>` and `/keys/<key id>/<action>`; an action of "" is the key itself."""
+def _path_reader(verb: Verb[Any, Any]) -> Callable[[Principal, Request], Any]:
+    """Beside the key id of the path a body holds nothing, or the key id again."""
+    decoder = msgspec.json.Decoder(verb.request if verb.has_body else api.Request)
+
+    def read(who: Principal, request: Request) -> Any:
+        key_id = request.path.split("/")[2]
+        if verb.has_body:
+            if strictjson.decode(decoder, request.body).key_id != key_id:
+                raise InvalidRequestError("the key id in the body must repeat the one in the path")
+        elif verb.method == "POST" and request.body:
+            strictjson.decode(decoder, request.body)
+        return verb.request(key_id=key_id)
+
+    return read
+
+
+def _query_reader(kind: type[api.Request]) -> Callable[[Principal, Request], Any]:
+    """The parameters are the request's fields: texts, and short numbers. Without fields a query is ignored."""
+    fields = msgspec.structs.fields(kind)
+    names = {field.name for field in fields}
+    required = [field.name for field in fields if field.required]
+    numbers = {field.name for field in fields if field.type == int | msgspec.UnsetType}
+
+    def read(who: Principal, request: Request) -> Any:
+        if not fields:
+            return kind()
+        query = parse_query(request.query)
+        if query.keys() - names:
+            raise InvalidRequestError(f"the query takes {', '.join(sorted(names))} only")
+        for name in required:
+            if name not in query:
+                raise InvalidRequestError(f"missing {name}")
+        return kind(**{name: _number(name, text) if name in numbers else text for name, text in query.items()})
+
+    return read
+
+
+def _number(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= _NUMBER_DIGITS_MAX):
+        raise InvalidRequestError(f"{name} must be a number of at most {_NUMBER_DIGITS_MAX} digits")
+    return int(text)
+
+
+def _without_key_id(path: str) -> str:
+    """`/keys/{key_id}` or `/keys/{key_id}/<action>` of a path with a key id, whatever it is; `""` of any other path."""
     parts = path.split("/")
     if len(parts) not in (3, 4) or parts[0] or not all(parts[1:]):
-        return "", "", ""
-    return parts[1], parts[2], parts[3] if len(parts) == 4 else ""
+        return ""
+    parts[2] = "{key_id}"
+    return "/".join(parts)
 
 
-def _query(request: Request, *names: str) -> dict[str, str]:
-    """The parameters, none but these."""
-    try:
-        query = parse_query(request.query)
-        if query.keys() - set(names):
-            raise InvalidRequestError(f"the query takes {', '.join(names)} only")
-    except MiniKmsError as error:
-        raise _MalformedError(error) from None
-    return query
+def _is_health(head: ParsedHead) -> bool:
+    return (head.method, head.path) == (api.HEALTH.method, api.HEALTH.path)
 
 
-def _parse_limit(text: str | None) -> int:
-    if text is None:
-        return LIST_LIMIT_DEFAULT
-    if not (text.isascii() and text.isdigit() and len(text) <= 6 and 1 <= int(text) <= api.LIST_KEYS_COUNT_MAX):
-        raise InvalidRequestError(f"limit must be a number from 1 to {api.LIST_KEYS_COUNT_MAX}")
-    return int(text)
+def _no_verb(head: ParsedHead) -> Response:
+    """The answer to an authorised peer on a path that is not a verb's."""
+    if head.path == api.HEALTH.path:
+        return _HEALTHY if _is_health(head) else _method_not_allowed(api.HEALTH.method)
+    return error_response(404, api.CODE_NOT_FOUND, "there is no such path; docs/spec/api.md lists them")
 
 
 def _method_not_allowed(allowed: str) -> Response:

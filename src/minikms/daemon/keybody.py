@@ -1,9 +1,9 @@
-"""The one body that bears a key: `new_kek_hex` of `/rotate_kek`.
+"""The root key in a request body: `new_kek_hex` of `POST /rotate_kek`.
 
-Owns: taking the key's text out of the engine's buffer, straight into the arena, before anything else reads the body.
-Invariants: the text never becomes a Python object (positions only, no groups); it is overwritten in the body before the
-rest is decoded, so that what goes wrong later has nothing to leak, and so is what looks like a key under a mistyped
-name; a body with a backslash is refused, since an escape could hide the field's name.
+Owns: moving the key's text from the HTTP engine's buffer into the arena, before anything else reads the body.
+Invariants: the text never becomes a Python object (the regular expressions give positions only); it is overwritten in
+the body before the rest is decoded, so that a later error can't leak it, and so is text that looks like a key under a
+mistyped name; a body with a backslash is refused, because an escape could hide the field's name.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _FIELD: Final = re.compile(rb'"new_kek_hex"\s*:\s*"[^"]*"')
 _VALUE: Final = re.compile(rb'"[^"]*"\Z')
 _BACKSLASH: Final = re.compile(rb"\\")
 _SAMPLE_OR_KEY: Final = re.compile(rb'"(?:ciphertext|aad)"\s*:\s*"[^"]*"|([0-9A-Fa-f]{60,})')
-"""A key's text, a few characters more or less, anywhere but in the values of a sample: 45 zero bytes of an aad are
-sixty `A` in base64.
+"""The text of a key, or a few characters less or more, anywhere but in the values of `ciphertext` and `aad`: there, 45
+zero bytes are sixty `A` in base64.
 """
 _KEY_CHARS: Final = 64
 
@@ -48,12 +48,12 @@ def take_new_root(body: memoryview, arena: SecretArena) -> SecretSlot | None:
 
 
 def _key_like(body: memoryview) -> list[tuple[int, int]]:
-    """Where something lies that may be a key under another name."""
+    """The positions of text that may be a key under another name."""
     return [match.span(1) for match in _SAMPLE_OR_KEY.finditer(body) if match.start(1) >= 0]
 
 
 def _value_span(body: memoryview, start: int, stop: int) -> tuple[int, int]:
-    """Where the text between the value's quotes lies, for a field at [start, stop)."""
+    """The position of the text between the quotes of the value, for a field at [start, stop)."""
     value = _VALUE.search(body[start:stop])
     if value is None:
         raise InvalidRequestError("invalid new_kek_hex")

@@ -1,15 +1,14 @@
-"""How often each verb is asked, and how long its answers take.
+"""Counts and times of the verbs, and the page of `/metrics`.
 
-Owns: these counts, for `/metrics`. Invariants: every request that reaches a verb is counted once. An answer that is
-given in the turn of the event loop in which it was asked counts from the turn's first request to the end of the
-turn's audit write, so what is told is never less than the truth; one that is given later has its own time. It costs a
-clock reading a turn, not one a request. It must never keep what a request held.
+Owns: how often each verb is called and how long its answers take; the names of the key service's metrics
+(docs/metrics.md) and their text format (Prometheus, version 0.0.4). Invariants:
 
-What `/metrics` says: the status as numbers, in the text format of Prometheus (version 0.0.4).
+- Every request that reaches a verb is counted once. An answer of the same turn of the event loop counts from the turn's
+  first request to the end of the turn's audit write, which is an upper bound; an answer of a later turn has its own
+  time. So the clock is read once a turn, not once a request.
+- Every metric has its help and type; a scrape reads counters that exist already and does no I/O.
 
-Owns: the names of the key service's metrics (docs/metrics.md) and how they are written. Invariants: no label holds
-what a client sent; every metric has its help and type; a scrape reads counters that are kept anyway and does no I/O.
-It must never hold a key id, a thread id, or a path.
+No label may hold what a client sent, a key id, a thread id or a path.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 SECONDS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
-"""Upper bounds; what takes longer is a rotation, or in trouble."""
+"""Upper bounds. Only a rotation, or a failing disk, takes longer."""
 
 T = TypeVar("T")
 
 
 class Histogram:
-    """How many values were at most how large. `bounds` ascend; one more count is for what is above all of them."""
+    """Counts values by upper bound. `bounds` ascend; one more count is for values above all of them."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = bounds
@@ -35,13 +34,13 @@ class Histogram:
         self.sum = 0.0
 
     def add(self, value: float, count: int = 1) -> None:
-        """`count` times the same value."""
+        """Adds the same value `count` times."""
         self.counts[bisect_left(self.bounds, value)] += count
         self.sum += value * count
 
 
 class VerbTimes:
-    """Lives in the loop's thread. `clock`: seconds, never backwards."""
+    """Used in the event loop's thread. `clock`: seconds, monotonic."""
 
     def __init__(self, verbs: Iterable[str], clock: Callable[[], float] = time.perf_counter) -> None:
         self.requests = dict.fromkeys(verbs, 0)
@@ -58,7 +57,7 @@ class VerbTimes:
         asked.append(verb)
 
     def later(self, answer: Awaitable[T]) -> Awaitable[T]:
-        """The request that was asked last is answered by `answer`, in some later turn. To be awaited in its place."""
+        """The last request is answered by `answer` in a later turn. Returns what to await instead of it."""
         verb = self._asked.pop()
         self.requests[verb] += 1
         return self._timed(verb, self._clock(), answer)
@@ -70,7 +69,7 @@ class VerbTimes:
             self.seconds[verb].add(self._clock() - began_s)
 
     def end_turn(self) -> None:
-        """What was asked in this turn, and not put off, is answered."""
+        """All requests of this turn but those given to `later` are answered."""
         if not self._asked:
             return
         seconds = self._clock() - self._began_s
@@ -132,7 +131,7 @@ def _labelled(label: str, values: Mapping[str, int]) -> Samples:
 
 
 def page(status: Mapping[str, Any], *, times: VerbTimes, batches: Mapping[str, Histogram]) -> bytes:
-    """`status` as `StatusPage.build` makes it; `batches`: items, by verb."""
+    """`status` is what `minikms.daemon.status.StatusPage.build` returns; `batches`: sizes of batches by verb."""
     made = _Page()
     _add_requests(made, status, times, batches)
     _add_keys(made, status)

@@ -1,9 +1,9 @@
-"""Who is at the other end of a Unix socket, as the kernel says.
+"""The credentials of the peer of a Unix socket, from the kernel.
 
-Owns: the one question asked of the kernel for each connection, before a byte of it is parsed. Invariants: the answer is
-of the process that called connect(2), at that time; a descriptor passed on later carries its authority with it, by
-design. A uid that the kernel could not translate into this user namespace appears as its overflow uid, which stands for
-many users and must never be allowed. This module decides nothing else about who may do what; that is `minikms.policy`.
+Owns: reading them, once for each connection, before a byte of it is parsed. Invariants: they are those of the process
+that called connect(2), at that time; a descriptor that is passed on later keeps their authority, by design. A uid that
+has no number in this user namespace appears as the overflow uid, which stands for many users and must never be allowed.
+The module decides nothing about who may do what: that is `minikms.policy`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ PID_UNKNOWN: Final = 0
 
 
 class Peer(NamedTuple):
-    """The connector. `pid` is 0 where the kernel does not tell it.
+    """The process that connected. `pid` is 0 where the kernel does not give it.
 
-    `pid_certain`: the kernel also gave a pidfd (SO_PEERPIDFD) of a connector that had not been reaped when this was
-    read, so the pid was still its own and not that of a later process.
+    `pid_certain`: the kernel also gave a pidfd (SO_PEERPIDFD) of a process that had not been reaped when this was read,
+    so the pid was not yet that of a later process.
     """
 
     uid: int
@@ -49,19 +49,19 @@ def read_peer(connection: socket.socket) -> Peer:
     if not libc.LINUX:
         return _getpeereid(libc.library(), connection.fileno())
     pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    if uid == _NO_UID:  # what the kernel answers for a socket that has no peer, or is of another family
+    if uid == _NO_UID:  # the kernel's answer for a socket without a peer, or of another family
         raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
     return Peer(uid, gid, pid, _not_reaped(connection))
 
 
 def is_overflow_uid(uid: int) -> bool:
-    """Whether `uid` stands for every user that this user namespace has no number for."""
+    """Whether `uid` stands for all users that have no number in this user namespace."""
     return uid == _overflow_uid()
 
 
 @functools.cache
 def _overflow_uid() -> int:
-    """Of user_namespaces(7). Read once: the file may be out of reach after the process is restricted."""
+    """See user_namespaces(7). Read once: the file may be unreadable after the process is hardened."""
     try:
         with open(_OVERFLOW_UID_FILE, encoding="ascii") as file:
             return int(file.read())
@@ -70,13 +70,13 @@ def _overflow_uid() -> int:
 
 
 def _not_reaped(connection: socket.socket) -> bool:
-    """Whether the connector still has its pid, as far as the kernel can tell."""
+    """Whether the process that connected is known to have its pid still."""
     try:
         descriptor = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except OSError:  # ENOPROTOOPT before Linux 6.5; some later ones refuse it for a process that was reaped
         return False
     try:
-        signal.pidfd_send_signal(descriptor, 0)  # no signal: pidfd_send_signal(2) only looks whether it is there
+        signal.pidfd_send_signal(descriptor, 0)  # signal 0 only checks that the process exists: pidfd_send_signal(2)
     except PermissionError:
         return True
     except OSError:

@@ -1,10 +1,10 @@
-"""The daemon's composition: what is made in which order, what runs, and how it ends.
+"""The process of the daemon: start, background work, and stop.
 
-Owns: start and stop. Order of the start, each step a precondition of the next: limit of open files raised, signals
-blocked, data directory locked, socket bound, arena made, process hardened (one thread until here), files opened
-(`daemon.assembly`), the line that says so, then requests. Stop: no new connections, a rotation interrupted, what is
-in flight finished, files closed, keys zeroed, lock given up last. It must never serve before the epoch of this start
-is durable, and never after the audit log is closed.
+Owns the order of the start, in which each step is a precondition of the next: raise the limit of open files, block
+signals, lock the data directory, bind the socket, make the arena, harden the process (it has one thread until here),
+open the data directory (`minikms.datadir`), write the `start` line of the audit log, serve. And the order of the stop:
+accept no more connections, interrupt a rotation, finish the requests in flight, close the files, zero the keys, release
+the lock. It must never serve before the epoch of this start is durable, or after the audit log is closed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from typing import Final
 import structlog
 import uvloop
 
-from minikms.custody import deks, rotation_backups
-from minikms.custody.files import DataDirLock, make_private_directory, sweep_temps
-from minikms.custody.vault import CACHE_KEYS_MAX
+from minikms.audit.log import FSYNC_INTERVAL_MS
+from minikms.custody.files import DataDirLock, sweep_temps
 from minikms.daemon.accepting import (
     ACCEPT_PAUSE_SECONDS,
     Acceptor,
@@ -32,9 +31,10 @@ from minikms.daemon.accepting import (
     connections_bound,
     raise_descriptor_limit,
 )
-from minikms.daemon.parts import Assembly, Workers, open_files
+from minikms.daemon.parts import Parts, Workers
 from minikms.daemon.settings import Settings
 from minikms.daemon.sockets import UnixListener, listen
+from minikms.datadir import KEYRING_SLOTS, lock_data_dir, open_for_service
 from minikms.errors import MiniKmsError
 from minikms.memory.arena import SecretArena
 from minikms.memory.process import Measure, harden, interpreter_paths
@@ -43,24 +43,24 @@ from minikms.notify import Notifier
 from minikms.policy import Policy
 
 DRAIN_SECONDS_MAX: Final = 10.0
-AUDIT_SYNC_SECONDS: Final = 0.1
 HOUSEKEEPING_SECONDS: Final = 1.0
 UPKEEP_SECONDS: Final = 2.0
 CHORE_RETRY_SECONDS: Final = 1.0
-KEYRING_SLOTS: Final = 256
-"""Arena slots beside the cached DEKs: two keyring keys, 64 KEK versions, 64 pairs of audit keys, keys being made."""
 GC_THRESHOLDS: Final = (100_000, 20, 50)
-"""Almost nothing here makes cycles; with the default, collections cost a tenth of the daemon's time under load."""
+"""The daemon makes almost no reference cycles; with Python's default, collections take a tenth of its time under load.
+"""
 SWITCH_SECONDS: Final = 0.001
-"""How long a thread keeps the interpreter that another waits for; Python's default is 5 ms. Worker threads make many
-short calls: with the default each of them waits so long for its turn again under load.
+"""How long a thread keeps the interpreter while another thread waits for it. Worker threads make many short calls, and
+under load wait so long after each of them; Python's default is 5 ms.
 """
 
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
 def run(settings: Settings) -> None:
-    """Serves until SIGTERM, SIGINT, or the parent's end. Raises StartError, saying why it can't and what to do."""
+    """Serves until SIGTERM, SIGINT, SIGQUIT, or the end of the parent. Raises StartError, saying why it can't start and
+    what to do.
+    """
     log = _logger(settings)
     notifier = Notifier(os.environ)
     policy = Policy(settings.allowed_uids, settings.admin_uids)
@@ -68,28 +68,27 @@ def run(settings: Settings) -> None:
     too_few = bound_warning(connections_max)
     if too_few is not None:
         log.warning("fewer connections than promised", why=too_few)
-    with SignalReader() as signals, DataDirLock(settings.data_dir) as lock:
-        for name in (deks.DIRECTORY, rotation_backups.DIRECTORY):
-            make_private_directory(os.path.join(settings.data_dir, name))
-        with (
-            listen(settings.socket, os.environ, mode=settings.socket_mode, group=settings.socket_group) as listener,
-            SecretArena((settings.cache_keys_max or CACHE_KEYS_MAX) + KEYRING_SLOTS) as arena,
-        ):
-            measures = _harden(settings, arena, listener)
-            daemon = Daemon(
-                settings=settings,
-                policy=policy,
-                lock=lock,
-                listener=listener,
-                arena=arena,
-                measures=measures,
-                connections_max=connections_max,
-                signals=signals,
-                notifier=notifier,
-                log=log,
-            )
-            sys.setswitchinterval(SWITCH_SECONDS)
-            uvloop.run(daemon.serve())
+    with (
+        SignalReader() as signals,
+        lock_data_dir(settings.data_dir) as lock,
+        listen(settings.socket, os.environ, mode=settings.socket_mode, group=settings.socket_group) as listener,
+        SecretArena(settings.opening.cache_keys_max + KEYRING_SLOTS) as arena,
+    ):
+        measures = _harden(settings, arena, listener)
+        daemon = Daemon(
+            settings=settings,
+            policy=policy,
+            lock=lock,
+            listener=listener,
+            arena=arena,
+            measures=measures,
+            connections_max=connections_max,
+            signals=signals,
+            notifier=notifier,
+            log=log,
+        )
+        sys.setswitchinterval(SWITCH_SECONDS)
+        uvloop.run(daemon.serve())
 
 
 class Daemon:
@@ -125,10 +124,17 @@ class Daemon:
     async def serve(self) -> None:
         workers = Workers.start()
         try:
-            assembly = Assembly(
+            parts = Parts(
                 settings=self._settings,
                 policy=self._policy,
-                files=open_files(self._settings, self._lock, self._arena, workers),
+                data=open_for_service(
+                    self._lock,
+                    self._settings.root,
+                    arena=self._arena,
+                    disk=workers.disk,
+                    journal=workers.journal,
+                    options=self._settings.opening,
+                ),
                 workers=workers,
                 arena=self._arena,
                 measures=self._measures,
@@ -136,33 +142,33 @@ class Daemon:
                 on_internal_error=self._internal_error,
             )
             try:
-                await assembly.begin()
-                await self._serve_until_stopped(assembly, workers)
-                await assembly.end(self._why)
+                await parts.begin()
+                await self._serve_until_stopped(parts, workers)
+                await parts.end(self._why)
             except MiniKmsError as error:
-                if not self._why:  # it has not come so far as to serve
+                if not self._why:  # the start has failed
                     raise
                 self._log.error("stop not audited", why=str(error))
             finally:
-                await self._close(assembly)
+                await self._close(parts)
         finally:
             workers.shutdown()
         self._log.info("stopped", why=self._why)
 
-    async def _close(self, assembly: Assembly) -> None:
+    async def _close(self, parts: Parts) -> None:
         try:
-            await assembly.close()
+            await parts.close()
         except MiniKmsError as error:
             self._log.error("audit log not signed at its end", why=str(error))
 
-    async def _serve_until_stopped(self, assembly: Assembly, workers: Workers) -> None:
+    async def _serve_until_stopped(self, parts: Parts, workers: Workers) -> None:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._signals.fileno(), self._on_signal)
         if self._settings.parent_fd is not None:
             os.set_blocking(self._settings.parent_fd, False)
             loop.add_reader(self._settings.parent_fd, self._on_parent)
-        acceptor = Acceptor(self._listener.socket, assembly.server, on_failure=self._accept_failed)
-        chores = [asyncio.ensure_future(self._keep(chore)) for chore in self._chores(assembly, workers)]
+        acceptor = Acceptor(self._listener.socket, parts.server, on_failure=self._accept_failed)
+        chores = [asyncio.ensure_future(self._keep(chore)) for chore in self._chores(parts, workers)]
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
@@ -172,28 +178,28 @@ class Daemon:
         self._notifier.stopping()
         acceptor.close()
         self._listener.close()
-        await assembly.keks.stop()
-        await assembly.server.drain(DRAIN_SECONDS_MAX)
+        await parts.keks.stop()
+        await parts.server.drain(DRAIN_SECONDS_MAX)
         for chore in chores:
             chore.cancel()
         await asyncio.wait(chores)
 
-    def _chores(self, assembly: Assembly, workers: Workers) -> list[Callable[[], Awaitable[None]]]:
-        """What runs beside the requests; each returns when it has nothing more to do."""
+    def _chores(self, parts: Parts, workers: Workers) -> list[Callable[[], Awaitable[None]]]:
+        """The background work; each coroutine returns when it has nothing more to do."""
         loop = asyncio.get_running_loop()
 
         async def work() -> None:
             while True:
                 await asyncio.sleep(UPKEEP_SECONDS)
-                await loop.run_in_executor(workers.upkeep, assembly.upkeep.work)
+                await loop.run_in_executor(workers.upkeep, parts.upkeep.work)
 
         chores: list[Callable[[], Awaitable[None]]] = [
-            lambda: assembly.audit.sync_every(AUDIT_SYNC_SECONDS),
-            lambda: assembly.app.flush_refusals_every(HOUSEKEEPING_SECONDS),
-            lambda: _every(HOUSEKEEPING_SECONDS, assembly.vault.expire),
-            lambda: _every(HOUSEKEEPING_SECONDS, assembly.upkeep.tick),
-            lambda: self._sweep_temps(assembly, workers.reader),
-            assembly.indexing.run,
+            lambda: parts.audit.sync_every(FSYNC_INTERVAL_MS / 1000),
+            lambda: parts.app.flush_refusals_every(HOUSEKEEPING_SECONDS),
+            lambda: _every(HOUSEKEEPING_SECONDS, parts.vault.expire),
+            lambda: _every(HOUSEKEEPING_SECONDS, parts.upkeep.tick),
+            lambda: self._sweep_temps(parts, workers.reader),
+            parts.indexing.run,
             work,
         ]
         watchdog_seconds = self._notifier.watchdog_interval_s
@@ -202,22 +208,22 @@ class Daemon:
         return chores
 
     async def _keep(self, chore: Callable[[], Awaitable[None]]) -> None:
-        """Runs a chore to its end. One that fails is a defect, which is reported and must not end the chore."""
+        """Runs a chore to its end. A failure is a defect: it is reported, and the chore begins again."""
         while True:
             try:
                 await chore()
                 return
-            except Exception as error:  # noqa: BLE001  whatever it is, keys must still expire and lines be synced
+            except Exception as error:  # noqa: BLE001  after any defect keys must still expire and lines be synced
                 self._internal_error(f"{type(error).__name__} in a chore")
                 await asyncio.sleep(CHORE_RETRY_SECONDS)
 
-    async def _sweep_temps(self, assembly: Assembly, reader: Executor) -> None:
-        """Removes what an earlier process left half-written; what can't be removed now stays for the next start."""
+    async def _sweep_temps(self, parts: Parts, reader: Executor) -> None:
+        """Removes the temporary files of earlier processes; those that can't be removed stay for the next start."""
         loop = asyncio.get_running_loop()
         for directory_fd in (
             self._lock.directory_fd,
-            assembly.store.directory_fd,
-            assembly.rotation_backups.directory_fd,
+            parts.vault.store.directory_fd,
+            parts.vault.rotation_backups.directory_fd,
         ):
             try:
                 await loop.run_in_executor(reader, sweep_temps, directory_fd)
@@ -260,16 +266,10 @@ async def _every(seconds: float, chore: Callable[[], None]) -> None:
 
 
 def _harden(settings: Settings, arena: SecretArena, listener: UnixListener) -> tuple[Measure, ...]:
-    read = interpreter_paths()
-    write = [settings.data_dir, os.path.dirname(os.path.abspath(settings.socket))]
-    if settings.master_key_file is not None:
-        read.append(str(settings.master_key_file))
-        if settings.rewrite_master_key_file:
-            write.append(str(settings.master_key_file.resolve().parent))
-    elif settings.dev:
-        write.append(str(settings.dev_key_file.parent))
-    if listener.activated:
-        write.pop(1)
+    read = [*interpreter_paths(), *settings.root.read_paths]
+    write = [settings.data_dir, *settings.root.write_paths]
+    if not listener.activated:
+        write.append(os.path.dirname(os.path.abspath(settings.socket)))
     if settings.audit_copy is not None:
         write.append(os.path.dirname(settings.audit_copy))
     return harden(arena, read=read, write=write, require=settings.require_hardening)

@@ -1,9 +1,9 @@
-"""Refused strangers, counted: a flood of them must not fill the log.
+"""Rate-limits the audit events for peers whose uid is not allowed.
 
-Owns: turning refusals of foreign uids into few events. Rules: the first refusal of a uid is an event at once; those of
-the following second are counted, and become one event when it is over. At most `UIDS_COUNT_MAX` uids are told apart
-at a time; all others share one count. So the log grows by at most `UIDS_COUNT_MAX` + 1 lines a second, whoever
-knocks. It must never read a clock: time is passed in.
+Owns: merging many refusals into few events. Rules: the first refusal of a uid is an event at once; those of the
+following second are counted, and become one event at its end. At most `UIDS_COUNT_MAX` uids are counted separately at a
+time; all others share one count. So refused peers add at most `UIDS_COUNT_MAX` + 1 lines a second to the audit log. It
+must never read a clock: time is passed in.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class _Window:
 
 
 class RefusalAggregator:
-    """Note each refusal, ask `due` once a second; queue every event that either returns."""
+    """Call `note` for each refusal and `due` once a second, and queue every event that they return."""
 
     def __init__(self) -> None:
         self._windows: dict[str, _Window] = {}
 
     def note(self, uid: int, now_ns: int) -> Event | None:
-        """A uid that is not allowed was refused at `now_ns` (any clock that only goes forward)."""
+        """Counts a refusal at `now_ns`, of a monotonic clock. Returns an event if it is the first of its uid."""
         actor = f"peer_uid:{uid}"
         if actor not in self._windows and len(self._windows) >= UIDS_COUNT_MAX:
             actor = ACTOR_OTHERS
@@ -46,7 +46,7 @@ class RefusalAggregator:
         return None
 
     def due(self, now_ns: int) -> list[Event]:
-        """Events for the seconds that are over by `now_ns`. A uid that went quiet is forgotten."""
+        """Events for the seconds that have ended by `now_ns`. A uid without a refusal in that second is forgotten."""
         events = []
         for actor, window in list(self._windows.items()):
             if now_ns < window.ends_ns:
@@ -60,7 +60,7 @@ class RefusalAggregator:
         return events
 
     def flush(self) -> list[Event]:
-        """Events for all that was counted and not yet told, at the end."""
+        """Events for everything counted so far, at the end."""
         events = [_event(actor, window.pending) for actor, window in self._windows.items() if window.pending]
         self._windows.clear()
         return events

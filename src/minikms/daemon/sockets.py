@@ -1,17 +1,17 @@
 """The listening Unix socket: where it may be, who may reach it, and when it may be replaced.
 
 Owns the rules, in this order:
-1. A socket that the service manager passes (sd_listen_fds(3)) is taken as it is; the manager answers for its place, and
-   nothing of it is ever removed here.
-2. The socket's directory belongs to this user or root and nobody else can write in it (a sticky directory such as /tmp
-   is written by everyone, so it is refused). It may be reached through a symbolic link of root's or ours, such as
-   /var/run; the socket itself may not be one.
-3. Whoever serves a path holds a lock beside it for as long as it lives, so that two starters never both take one socket
-   for stale. The caller also holds the lock of its data directory by then.
-4. What answers is alive and is never replaced. What refuses the connection is stale and is removed. Anything else in
-   the way is left alone. Binding itself is atomic: it fails on a path that exists.
-5. The socket is made 0600; only afterwards are its group and its mode widened, as asked.
-6. At the end it is removed only if it is still the one that was made here.
+1. A socket that the service manager passes (sd_listen_fds(3)) is used as it is. The manager is responsible for its
+   path, and this module never removes it.
+2. The socket's directory belongs to this user or root, and nobody else can write in it. A sticky directory such as /tmp
+   is refused, because everyone can write in it. The path may lead through a symbolic link of root's or this user's,
+   such as /var/run; the socket itself may not be a symbolic link.
+3. A process that serves a path holds a lock beside it until it ends, so that two starting processes never both take
+   one socket for stale. The caller also holds the lock of its data directory by then.
+4. A socket that accepts a connection is in use and is never replaced. A socket that refuses the connection is stale and
+   is removed. Anything else at the path is an error. Binding is atomic: it fails when the path exists.
+5. The socket is made with mode 0600; its group and mode are widened afterwards, if that is configured.
+6. At the end the socket is removed only if it is still the one that was made here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PROBE_TIMEOUT_S: Final = 1.0
 
 
 class UnixListener:
-    """A listening, non-blocking Unix socket. `close` gives its path up, by the rules above.
+    """A listening, non-blocking Unix socket. `close` removes it, by the rules above.
 
     `activated`: the service manager made it.
     """
@@ -77,7 +77,7 @@ def listen(
     To be called while the process has one thread (it sets the umask for a moment), under the data directory's lock.
 
     Args:
-        environ: LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES are taken out of it, so that no child takes them for its own.
+        environ: LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES are removed from it, so that no child inherits them.
         mode: permission bits; connecting needs write permission (unix(7)).
         group: a group's name or number that the socket is given to.
 
@@ -105,7 +105,7 @@ def listen(
 
 
 class _Place:
-    """The directory entry of one socket: checked, locked, and later given up."""
+    """The directory entry of one socket: checked, locked, and removed at the end."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -120,12 +120,12 @@ class _Place:
         self._open = True
 
     def bind(self, mode: int, gid: int | None) -> socket.socket:
-        self._clear_the_way()
+        self._remove_stale()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with _umask(0o177):
                 listener.bind(self._path)
-            # In the directory that was judged: should its path lead elsewhere by now, this finds nothing and fails.
+            # Looked up in the directory that was checked: if the path leads elsewhere by now, this fails.
             self._made = self._identity()
             if gid is not None:
                 os.chown(self._name, -1, gid, dir_fd=self._directory, follow_symlinks=False)
@@ -142,14 +142,14 @@ class _Place:
         if not self._open:
             return
         self._open = False
-        with contextlib.suppress(OSError):  # the directory may be gone, which is as good
+        with contextlib.suppress(OSError):  # if the directory is gone, so is the socket
             if self._identity() == self._made:
                 os.unlink(self._name, dir_fd=self._directory)
         os.close(self._lock)
         os.close(self._directory)
 
-    def _clear_the_way(self) -> None:
-        """Remove a stale socket; refuse on anything else that is there."""
+    def _remove_stale(self) -> None:
+        """Removes a stale socket. Raises StartError when anything else is at the path."""
         try:
             status = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
         except FileNotFoundError:
@@ -163,15 +163,16 @@ class _Place:
         os.unlink(self._name, dir_fd=self._directory)
 
     def _identity(self) -> tuple[int, int]:
-        """Device and inode of what is at the path now."""
+        """Device and inode of the file that is at the path now."""
         status = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
         return status.st_dev, status.st_ino
 
 
 def _open_directory(parent: str) -> int:
-    """A descriptor of the socket's directory, after rule 2.
+    """A descriptor of the socket's directory, checked by rule 2.
 
-    The link is judged before the directory is opened; who could exchange it in between could write in its parent.
+    A link is checked before the directory is opened. Only a user who can write in the link's parent could exchange it
+    in between.
     """
     trusted = (0, os.geteuid())
     link = os.lstat(parent)
@@ -193,7 +194,7 @@ def _open_directory(parent: str) -> int:
 
 
 def _answers(path: str) -> bool:
-    """Whether somebody listens at `path`. Only a refused connection is a no: a full queue or a missing right is not."""
+    """Whether a process listens at `path`. Only ECONNREFUSED means no: a full queue or a missing permission doesn't."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_PROBE_TIMEOUT_S)
         try:
@@ -207,7 +208,7 @@ def _passed_socket(environ: MutableMapping[str, str]) -> socket.socket | None:
     """The socket of the protocol of sd_listen_fds(3); None when none was passed to this process.
 
     Raises:
-        StartError: something else than one listening Unix stream socket was passed.
+        StartError: anything but one listening Unix stream socket was passed.
     """
     pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
     environ.pop("LISTEN_FDNAMES", None)
@@ -224,7 +225,7 @@ def _passed_socket(environ: MutableMapping[str, str]) -> socket.socket | None:
     if passed.family != socket.AF_UNIX or passed.type != socket.SOCK_STREAM or not listening:
         passed.close()
         raise StartError(
-            "the service manager passed something else than a listening Unix stream socket (ListenStream=)"
+            "the service manager passed something other than a listening Unix stream socket: use ListenStream="
         )
     passed.setblocking(False)
     return passed

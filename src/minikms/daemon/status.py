@@ -1,8 +1,7 @@
-"""What `/status` says.
+"""The answer to `GET /status`.
 
-Owns: the status object: what an operator needs to know at 3 a.m. Invariants: no secret, no path of a key file's
-content; every warning says what to do. It must never do more than a few microseconds of work: it runs in the loop's
-thread.
+Owns: the status object and its warnings. Invariants: it contains no secret; every warning says what to do. It must
+never do more than a few microseconds of work: it runs in the loop's thread.
 """
 
 from __future__ import annotations
@@ -12,16 +11,15 @@ import time
 from typing import TYPE_CHECKING
 
 from minikms.daemon.accepting import bound_warning
-from minikms.datadir import Opened
 from minikms.keys.keyring import KEK_WRAPS_WARN
 
 if TYPE_CHECKING:
-    from minikms.audit import AuditLog
     from minikms.audit.maintenance import Maintenance
     from minikms.custody.rotation import KekRotation
-    from minikms.custody.vault import Indexing, Vault
+    from minikms.custody.vault import Indexing
     from minikms.daemon.application import Session
     from minikms.daemon.settings import Settings
+    from minikms.datadir import DataDir
     from minikms.http import HttpServer
     from minikms.memory.process import Measure
     from minikms.service.keks import KekVerbs
@@ -32,9 +30,7 @@ class StatusPage:
         self,
         *,
         settings: Settings,
-        opened: Opened,
-        vault: Vault,
-        log: AuditLog,
+        data: DataDir,
         upkeep: Maintenance,
         measures: tuple[Measure, ...],
         rotation: KekRotation,
@@ -42,9 +38,9 @@ class StatusPage:
         keks: KekVerbs,
     ) -> None:
         self._settings = settings
-        self._opened = opened
-        self._vault = vault
-        self._log = log
+        self._started_under = data.slot.fingerprint
+        self._vault = data.vault
+        self._log = data.log
         self._upkeep = upkeep
         self._measures = measures
         self._rotation = rotation
@@ -110,33 +106,29 @@ class StatusPage:
         }
 
     def _root(self) -> dict[str, object]:
-        """`fingerprint`: of the root key that this run was started under, or of the one that has taken its place."""
+        """`fingerprint`: of the root key that this run was started under, or of the one that has replaced it."""
         slots = [slot.fingerprint for slot in self._vault.keyring.body.slots]
-        started_under = self._opened.slot.fingerprint
         return {
-            "provider": self._opened.provider,
-            "fingerprint": started_under if started_under in slots else slots[-1],
+            "provider": self._settings.root.name,
+            "fingerprint": self._started_under if self._started_under in slots else slots[-1],
             "slots": slots,
         }
 
     def _rotation_progress(self) -> dict[str, object] | None:
-        """`total`: how many keys there are to rewrap, done ones included; None as long as that isn't known."""
-        told = self._rotation.status()
+        """`total`: how many keys there are to rewrap, including those done; None while the index is not complete."""
+        progress = self._rotation.status()
         rotation = self._rotation.running
-        if told is None or rotation is None:
+        if progress is None or rotation is None:
             return None
         index = self._vault.index
         left = len(index) - index.by_kek[rotation.to_version]
-        return {**told, "total": self._rotation.rewrapped + left if self._indexing.complete else None}
+        return {**progress, "total": self._rotation.rewrapped + left if self._indexing.complete else None}
 
     def _warnings(self) -> list[str]:
         body = self._vault.unlocked.body
         found: list[str] = []
-        if self._opened.provider == "dev":
-            found.append(
-                f"development key: the root key lies in {self._settings.dev_key_file}, beside the data it protects; "
-                "for real data give --master-key-file"
-            )
+        if self._settings.root.warning:
+            found.append(self._settings.root.warning)
         if os.geteuid() in self._settings.allowed_uids:
             found.append(
                 "the daemon's own uid may connect: this protects against leaks, not against a compromised server, "

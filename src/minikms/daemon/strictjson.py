@@ -1,10 +1,10 @@
-"""Strict JSON: one reading of a body, or none.
+"""Strict JSON: a body is read in one way only, or refused.
 
-Owns: what stands between a request body and a `msgspec` struct. msgspec alone takes the last of two equal keys, and
-lets RecursionError and UnicodeDecodeError out; here each of these is an `InvalidRequestError`. Invariants:
-- A body is accepted only if every object in it has each key once and nothing that the struct does not know.
-- Error texts may name a field of the request; they never show a value and are cut short.
-It must never be given a body that bears a key: `decode` copies the body and its strings stay on the heap.
+Owns: decoding a request body into a `msgspec` struct. msgspec alone takes the last of two equal keys, and raises
+RecursionError and UnicodeDecodeError; here each of these is an `InvalidRequestError`. Invariants:
+- A body is accepted only if every object in it has each key once, and no key that the struct does not have.
+- Error texts may name a field of the request; they never show a value, and are truncated.
+It must never get a body that contains a key: `decode` copies the body, and its strings stay on the heap.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ def decode(decoder: msgspec.json.Decoder[T], body: memoryview | bytes) -> T:
         raise InvalidRequestError("The body is not valid UTF-8.") from None
     except RecursionError:
         raise InvalidRequestError("The body is nested too deeply.") from None
-    # As below, for the bodies of most requests: required strings only, or a few optional ones.
+    # The check below, faster, for the bodies of most requests: required strings only, or a few optional ones.
     flat = _flat_structs.get(type(value))
     if flat is not None:
         quotes = text.count(b'"')
         if quotes == flat.quotes_min or quotes == 4 * (flat.fields_count - flat.optional(value).count(UNSET)):
             return value
-    # In valid JSON every string has two quotes that are not escaped, and in `value` every key and string is counted
-    # once; a repeated key leaves strings over. This costs a search of the body instead of a second parser.
+    # In valid JSON every string has two quotes that are not escaped. `value` has every key and string once, so the text
+    # of a repeated key has more. This costs a search of the body instead of a second parser.
     if _quotes(text) != 2 * _strings(value):
         raise InvalidRequestError("An object of the body has the same key twice.")
     return value
 
 
 def _sentence(what: str, error: Exception) -> str:
-    """`what: reason.` with the library's reason, which may repeat a field name of the caller's: printable and short."""
+    """`what: reason.` with the library's reason, printable and truncated: it may repeat a field name of the caller."""
     reason = "".join(char if char.isprintable() else "?" for char in str(error)[:_REASON_CHARS_MAX])
     return f"{what}: {reason}."
 
@@ -60,13 +60,13 @@ def _quotes(text: bytes) -> int:
     """How many quotes of valid JSON are not escaped."""
     if b"\\" not in text:
         return text.count(b'"')
-    # Backslashes occur only in strings, where each escapes what follows: take away the escaped backslashes first.
+    # Backslashes occur only in strings, where each escapes the next character: remove the escaped backslashes first.
     unescaped = text.replace(b"\\\\", b"")
     return unescaped.count(b'"') - unescaped.count(b'\\"')
 
 
 def _strings(value: Any) -> int:
-    """How many strings, keys included, stand for `value` in JSON."""
+    """How many strings, including keys, `value` has in JSON."""
     if isinstance(value, msgspec.Struct):
         shape = _shape(type(value))
         present = shape.fields_count
@@ -93,7 +93,7 @@ def _column_strings(items: list[msgspec.Struct]) -> int:
 
 
 class _Flat(NamedTuple):
-    """A struct of strings only: how many fields, a getter of all optional ones at once, and the quotes without them."""
+    """A struct of strings only: its number of fields, a getter of all optional ones, and the quotes without them."""
 
     fields_count: int
     optional: Callable[[object], tuple[object, ...]]
@@ -101,11 +101,11 @@ class _Flat(NamedTuple):
 
 
 _flat_structs: Final[dict[type, _Flat]] = {}
-"""Filled by `_shape`, at the first body of each kind."""
+"""Filled by `_shape`, at the first body of each type."""
 
 
 class _Shape(NamedTuple):
-    """What `_strings` needs to know of a struct: getters of its optional fields, and of all unless `flat`."""
+    """For `_strings`: the number of fields of a struct, and getters of the optional ones and of all."""
 
     fields_count: int
     optional: tuple[Callable[[msgspec.Struct], object], ...]
@@ -116,7 +116,7 @@ class _Shape(NamedTuple):
 
 @cache
 def _shape(struct: type[msgspec.Struct]) -> _Shape:
-    """Raises `TypeError` for a struct in which an absent field can't be told from a present one."""
+    """Raises `TypeError` for a struct in which an absent field looks like a present one."""
     fields = msgspec.structs.fields(struct)
     for field in fields:
         if not (field.default is NODEFAULT or field.default is UNSET) or field.default_factory is not NODEFAULT:

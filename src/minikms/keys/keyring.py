@@ -16,6 +16,7 @@ must never hold unwrapped key material: that is in `minikms.keys.unlocked`.
 from __future__ import annotations
 
 import binascii
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, NamedTuple
 
@@ -43,7 +44,7 @@ KEK_WRAPS_MAX: Final = 2**32 - KEK_WRAPS_LEASE
 """NIST SP 800-38D, section 8.3: at most 2^32 random nonces under one key."""
 RETIRED_ROOTS_MAX: Final = 64
 
-Provider = Literal["file", "environment", "dev", "request"]
+_PROVIDER: Final = re.compile(r"[a-z0-9-]{1,32}")
 
 
 # --- KEK states -------------------------------------------------------------------------------------------------------
@@ -76,11 +77,15 @@ class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
 
 class Slot(_Part, frozen=True):
-    """`wrapped` is the keyring key of version `opens`, sealed under the root key of this slot."""
+    """`wrapped` is the keyring key of version `opens`, sealed under the root key of this slot.
+
+    `provider` is for people: the name of the root key provider that the slot was made with, or `request` for a root key
+    that came with `POST /rotate_kek`.
+    """
 
     slot_id: str
     fingerprint: str
-    provider: Provider
+    provider: str
     created_at: str
     commitment: bytes
     opens: int
@@ -244,6 +249,8 @@ def _slots_agree(body: Body) -> bool:
     ids = {slot.slot_id for slot in body.slots}
     names = {slot.fingerprint for slot in body.slots}
     if not 1 <= len(body.slots) <= SLOTS_MAX or len(ids) != len(body.slots) or len(names) != len(body.slots):
+        return False
+    if not all(_PROVIDER.fullmatch(slot.provider) for slot in body.slots):
         return False
     if body.rotation is not None and body.rotation.slot_id not in ids | {""}:
         return False

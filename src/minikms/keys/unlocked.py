@@ -46,7 +46,7 @@ class UnlockedKeyring:
         root: memoryview,
         *,
         keyring_id: str,
-        provider: keyring.Provider,
+        provider: str,
         nonces: Nonces,
         fill_random: FillRandom,
         at: str,
@@ -143,7 +143,7 @@ class UnlockedKeyring:
     # --- making keys -------------------------------------------------------------------------------------------------
 
     def make_root(
-        self, root: memoryview, provider: keyring.Provider, fill_random: FillRandom, *, slot_id: str, at: str
+        self, root: memoryview, provider: str, fill_random: FillRandom, *, slot_id: str, at: str
     ) -> keyring.NewRoot:
         """The parts that a new root key adds to the body: a slot, and every key sealed under a fresh keyring key.
 
@@ -166,9 +166,7 @@ class UnlockedKeyring:
         for version in [version for version in self._keyring_keys if version != self.body.key_version]:
             self._keyring_keys.pop(version).release()
 
-    def _make_slot(
-        self, root: memoryview, provider: keyring.Provider, *, opens: int, slot_id: str, at: str
-    ) -> keyring.Slot:
+    def _make_slot(self, root: memoryview, provider: str, *, opens: int, slot_id: str, at: str) -> keyring.Slot:
         name = roots.fingerprint(root)
         aad = _slot_aad(self.body.keyring_id, slot_id, name, opens)
         return keyring.Slot(

@@ -1,8 +1,8 @@
-"""Where raw keys live, and what keeps other processes away from them.
+"""The memory that holds raw keys, and the hardening that keeps other processes away from it.
 
-Owns: the secret arena, the hardening of the process, and signals as file descriptors. Invariants: nothing here knows
-what a key is for; every measure says whether it is in force, and why not. It must never import another room than the
-error tree.
+Owns: the secret arena, the hardening of the process, and reading signals from a file descriptor. Invariants: nothing
+here knows the purpose of a key; every measure reports whether it is in force, and if not, why. It must never import
+another room than the error tree.
 """
 
 from minikms.memory.arena import (

@@ -1,15 +1,15 @@
-"""The one place in which raw keys live.
+"""The secret arena: the only memory that holds raw keys.
 
-Owns: the arena's pages, the slots cut from them, and every way a key gets into a slot. Invariants:
-- A slot is 32 bytes of one mapping that no child inherits, no core dump holds and no swap device sees. With
-  `memfd_secret(2)` the kernel also takes the pages out of its own map, so that not even root's `/proc/<pid>/mem` reads
-  them, and clears them when the process ends, however it ends. No descriptor of them is left open.
-- A slot is zero when it is handed out and zeroed when it is given back; a view of a slot that was given back raises.
+Owns: the arena's pages, the slots in them, and every way in which a key gets into a slot. Invariants:
+- A slot is 32 bytes of one mapping that no child inherits, no core dump contains and no swap device receives. With
+  `memfd_secret(2)` the kernel also removes the pages from its own map, so that even root can't read them through
+  `/proc/<pid>/mem`, and clears them when the process ends in any way. No descriptor of them stays open.
+- A slot is all zeros when it is allocated, and is zeroed when it is released. A view of a released slot raises.
 - Keys are written in place: by `readv(2)` into the view, or by a decryption into the view. Key text is decoded from one
-  view to another through small integers, which CPython keeps one shared object of each.
+  view to another through small integers, of which CPython has one shared object each.
 
 It must never make a `bytes`, `str` or `int` of key material, and never print a slot's content.
-An arena belongs to the event loop's thread and to the process that made it; neither it nor its slots are locked.
+An arena belongs to the event loop's thread and to the process that made it; neither it nor its slots have a lock.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ Backing = Literal["memfd_secret", "anonymous"]
 class SecretArena:
     """A fixed number of 32-byte slots in locked pages.
 
-    `memfd_secret` backs it where the kernel has it; otherwise anonymous memory with `mlock(2)`, `MADV_DONTDUMP` and
-    `MADV_WIPEONFORK`, and `lacks` says in sentences what that does not give.
+    The pages come from `memfd_secret` if the kernel has it. Otherwise they are anonymous memory with `mlock(2)`,
+    `MADV_DONTDUMP` and `MADV_WIPEONFORK`, and `lacks` names the protections that are missing.
 
     Args:
-        slots: how many keys it can hold at once; the memory is taken and locked here, never later.
-        force_fallback: take anonymous memory even where `memfd_secret` would do (for its tests).
+        slots: how many keys it can hold at once. The memory is allocated and locked here, never later.
+        force_fallback: use anonymous memory even if `memfd_secret` is available (for tests).
 
     Raises:
-        StartError: the pages could not be had, most often for RLIMIT_MEMLOCK (systemd: `LimitMEMLOCK=`).
+        StartError: the pages are not available, usually because of RLIMIT_MEMLOCK (systemd: `LimitMEMLOCK=`).
     """
 
     def __init__(self, slots: int = SLOTS_DEFAULT, *, force_fallback: bool = False) -> None:
@@ -70,11 +70,11 @@ class SecretArena:
         self._map = mmap.mmap(-1, self._locked_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.backing: Backing = "anonymous"
         self.lacks: tuple[str, ...] = ()
-        """What this backing does not give here, a sentence each; empty when it gives everything."""
+        """The protections that are missing, one sentence each; empty if none is missing."""
         try:
             if force_fallback or not self._back_with_secret_memory():
                 self._lock_anonymous_memory()
-            self._map[:] = bytes(self._locked_bytes)  # every page is there from now on: no fault can fail later
+            self._map[:] = bytes(self._locked_bytes)  # allocates every page now, so that no page fault fails later
             _random_device()  # opened before the file system is restricted
         except BaseException:
             self._map.close()
@@ -110,9 +110,9 @@ class SecretArena:
         return SecretSlot(self, index, view)
 
     def close(self) -> None:
-        """Zero every slot and make each view of one raise. Idempotent; in a forked child, which has no pages, nothing.
+        """Zero every slot, and make every view of a slot raise. Idempotent. It does nothing in a forked child.
 
-        The pages are unmapped too, unless somebody still holds a part of a slot's view: then they stay, zeroed.
+        It also unmaps the pages, unless a part of a slot's view is still in use; then they stay mapped and zeroed.
         """
         if self._closed or os.getpid() != self._pid:
             return
@@ -136,8 +136,8 @@ class SecretArena:
     def __repr__(self) -> str:
         return f"<SecretArena {self.backing}, {self.in_use} of {self.slots} slots in use>"
 
-    def _give_back(self, index: int) -> None:
-        """Zero the slot and free it. One whose view is held by a running call is zeroed, but not handed out again."""
+    def _free_slot(self, index: int) -> None:
+        """Zero the slot and free it. A slot whose view a running call holds is zeroed, but never allocated again."""
         if self._closed or os.getpid() != self._pid:
             return
         view = self._live.pop(index)
@@ -146,20 +146,20 @@ class SecretArena:
         self._free.append(index)
 
     def _address(self) -> int:
-        """Where the mapping starts; it stays there until `close`."""
+        """The start address of the mapping, constant until `close`."""
         return ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     def _back_with_secret_memory(self) -> bool:
-        """Put `memfd_secret(2)` pages where the anonymous ones are; False where the kernel offers none.
+        """Replace the anonymous pages with those of `memfd_secret(2)`. False if the kernel does not have it.
 
-        The Python object keeps owning the address range, so a view outlives nothing, and the descriptor can be closed.
+        The Python object still owns the address range, so views keep it mapped, and the descriptor can be closed.
         """
         if not libc.LINUX:
             return False
         try:
             descriptor = libc.syscall("memfd_secret", _SYS_MEMFD_SECRET, os.O_CLOEXEC)
         except OSError as error:
-            # ENOSYS: before Linux 5.14, or booted with secretmem.enable=0; EPERM: a container's filter.
+            # ENOSYS: before Linux 5.14, or started with secretmem.enable=0; EPERM: a container's filter.
             if error.errno in (errno.ENOSYS, errno.EPERM):
                 return False
             raise StartError(f"the key arena: {error.strerror}") from None
@@ -209,7 +209,7 @@ class SecretArena:
 
 
 class SecretSlot:
-    """32 writable bytes of an arena, until `release`. A slot that is dropped unreleased is zeroed and freed too."""
+    """32 writable bytes of an arena, until `release`. The destructor zeroes and frees a slot that was not released."""
 
     __slots__ = ("_arena", "_index", "_released", "view")
 
@@ -218,17 +218,17 @@ class SecretSlot:
         self._index = index
         self._released = False
         self.view = view
-        """The bytes. After `release` each use of it raises ValueError; parts cut from it must be gone by then."""
+        """The bytes. After `release` each use of it raises ValueError. Release its slices before."""
 
     def release(self) -> None:
-        """Zero the slot and give it back. Idempotent.
+        """Zero the slot and free it. Idempotent.
 
         Raises:
-            BufferError: a running call still holds the view; the slot is zeroed and never handed out again.
+            BufferError: a running call still holds the view; the slot is zeroed and never allocated again.
         """
         if not self._released:
             self._released = True
-            self._arena._give_back(self._index)
+            self._arena._free_slot(self._index)
 
     def __enter__(self) -> Self:
         return self
@@ -244,11 +244,11 @@ class SecretSlot:
         return f"<SecretSlot {self._index}, {'released' if self._released else 'in use'}>"
 
     def __reduce__(self) -> str:
-        raise TypeError("a secret slot is never pickled or copied")
+        raise TypeError("a secret slot can't be pickled or copied")
 
 
 def zero(view: memoryview) -> None:
-    """Overwrite a writable, contiguous byte view of any size with zeroes."""
+    """Overwrite a writable, contiguous byte view with zeros, without a temporary of its size."""
     size = len(view)
     if size <= len(_ZEROES):
         view[:] = memoryview(_ZEROES)[:size]
@@ -259,10 +259,10 @@ def zero(view: memoryview) -> None:
 
 @functools.cache
 def _random_device() -> int:
-    """The open random device. Kept, so that a process out of descriptors still makes keys and not errors.
+    """The open random device. It stays open, so that a process without free descriptors can still make keys.
 
     Raises:
-        StartError: it is not there, or not a device: a plain file there would give each installation the same keys.
+        StartError: it is missing or not a device. A plain file would give each installation the same keys.
     """
     try:
         descriptor = os.open(RANDOM_DEVICE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
@@ -272,31 +272,31 @@ def _random_device() -> int:
         os.close(descriptor)
         raise StartError(f"{RANDOM_DEVICE} is not a device")
     if sys.platform == "linux":
-        os.getrandom(1)  # blocks until the kernel's generator is seeded, which the device itself does not: random(4)
+        os.getrandom(1)  # waits until the kernel's generator is seeded, for which the device does not wait: random(4)
     return descriptor
 
 
 def fill_random(view: memoryview) -> None:
-    """Fill a writable byte view from the kernel's generator, in place (`readv(2)` on the random device).
+    """Fill a writable byte view with random bytes of the kernel, in place (`readv(2)` on the random device).
 
     Raises:
-        OSError: the device failed; the view may be partly written and must not be used.
+        OSError: the device failed. A part of the view may be written; it must not be used.
     """
     filled = 0
     while filled < len(view):
         count = os.readv(_random_device(), [view[filled:]])
         if count == 0:
-            raise OSError(errno.EIO, f"{RANDOM_DEVICE} ended")
+            raise OSError(errno.EIO, f"{RANDOM_DEVICE} returned no bytes")
         filled += count
 
 
 def hex_decode_into(source: memoryview, target: memoryview) -> None:
-    """Decode hexadecimal ASCII of either case into `target`, which may be the front half of `source` itself.
+    """Decode hexadecimal ASCII of either case into `target`, which may be the first half of `source`.
 
-    No object that holds more than one byte of the key is made. The source is the caller's to zero.
+    It makes no object that contains more than one byte of the key. The caller zeroes `source`.
 
     Raises:
-        KeyTextError: not exactly two hexadecimal digits for each byte of `target`, which is zeroed then.
+        KeyTextError: not exactly two hexadecimal digits for each byte of `target`, which is zeroed.
     """
     if len(source) != 2 * len(target):
         raise KeyTextError(f"a key is {2 * SLOT_BYTES} hexadecimal characters")
@@ -312,13 +312,13 @@ def hex_decode_into(source: memoryview, target: memoryview) -> None:
 def read_key_fd_into(descriptor: int, slot: SecretSlot) -> None:
     """Read a key of 64 hexadecimal characters and an optional newline from a file, pipe or memfd, up to its end.
 
-    The text passes through other slots of the same arena only. A file is read from its start whatever its offset is,
-    since the children that inherit one descriptor share the offset too.
+    The text passes only through other slots of the same arena. A file is read from its start whatever its offset is,
+    because processes that inherit one descriptor share its offset.
 
     Raises:
-        KeyTextError: it holds anything else; the slot is zeroed.
+        KeyTextError: it contains anything else; the slot is zeroed.
         ArenaFullError: fewer than three slots are free.
-        OSError: the descriptor cannot be read.
+        OSError: the descriptor can't be read.
     """
     arena = slot._arena
     target = slot.view
@@ -338,7 +338,7 @@ def read_key_fd_into(descriptor: int, slot: SecretSlot) -> None:
 
 
 def _read_all(descriptor: int, views: list[memoryview]) -> int:
-    """Fill the views in order until they are full or the file ends; how many bytes that were."""
+    """Fill the views in order until they are full or the file ends. Returns the number of bytes."""
     seekable = stat.S_ISREG(os.fstat(descriptor).st_mode)
     total = 0
     pending = list(views)

@@ -1,11 +1,11 @@
-"""The file system that is left to the process, by Landlock (landlock(7)), and whom it may send signals to.
+"""Landlock (landlock(7)): which files the process may still use, and to which processes it may send signals.
 
-Owns: the rights that are named and the one call that gives up all others, for good. Where the kernel can (since 6.12),
-signals to processes other than its own and those that it starts are given up too: under a user that it shares with
-others, a daemon that was taken over could end them. Invariants: a right that the running kernel knows is either granted
-below a given path or given up; new rights of later kernels are untouched. It binds the calling thread and what it
-starts, so it is called while there is one thread. Files that are open already stay usable. It must never widen a path:
-a path that cannot be opened grants nothing.
+Owns: the rights that are granted, and the call that gives up all others permanently. Since Linux 6.12 it also gives up
+signals to processes other than itself and its children: an intruder in the daemon could otherwise end other processes
+of the same user. Invariants: every right that the running kernel knows is either granted below a given path or given
+up; rights of later kernels are not changed. Landlock binds the calling thread and what it starts, so the call comes
+while there is one thread. Files that are already open stay usable. It must never widen a path: a path that can't be
+opened grants nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _WRITE: Final = (
     _READ | _WRITE_FILE | _TRUNCATE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _MAKE_SOCK | _REFER
 )
 _OF_FILES: Final = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE
-"""The rights that a path which is no directory may be granted; the kernel refuses a rule with others."""
+"""The rights that can be granted for a path that is not a directory; the kernel refuses a rule with others."""
 
 _SCOPE_SIGNAL: Final = 1 << 1  # LANDLOCK_SCOPE_SIGNAL
 _SCOPES_ABI_MIN: Final = 6
@@ -59,15 +59,15 @@ _CREATE_RULESET_VERSION: Final = 1
 
 
 def restrict_filesystem(*, read: Iterable[str], write: Iterable[str], execute: bool) -> None:
-    """Give up every access to files but these, for good.
+    """Give up every access to other files permanently.
 
     Args:
-        read: files and directories to be read, with all that is below them.
-        write: the same, to be changed as well: files made, removed, and renamed among these directories (REFER).
-        execute: keep the right to start programs, of those that can be read; otherwise none can be started.
+        read: files and directories that may be read, with everything below them.
+        write: the same, and files may be made, changed, removed, and renamed between these directories (REFER).
+        execute: keep the right to start programs that may be read; otherwise no program can be started.
 
     Raises:
-        OSError: ENOSYS or EOPNOTSUPP where the kernel has no Landlock, EPERM without `no_new_privs`.
+        OSError: ENOSYS or EOPNOTSUPP if the kernel has no Landlock, EPERM without `no_new_privs`.
     """
     abi = libc.syscall("landlock_create_ruleset", _SYS_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION)
     handled = (1 << _ACCESS_BITS_BY_ABI[min(abi, max(_ACCESS_BITS_BY_ABI))]) - 1

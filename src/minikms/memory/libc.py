@@ -1,8 +1,8 @@
-"""The seam to the C library, for the system calls that Python has no function for.
+"""The C library, for system calls that Python has no function for.
 
-Owns: the one handle on libc, and the rule by which its answers become `OSError`. Invariants: a call that fails raises,
-with the call's name in the text; arguments are integers, addresses or `bytes` that hold no secret.
-It must never be given key material by value: secrets stay in the arena, and only their address passes through here.
+Owns: the handle of libc, and the conversion of its errors to `OSError`. Invariants: a call that fails raises, with the
+name of the call in the text; arguments are integers, addresses, or `bytes` without a secret. It must never get key
+material by value: secrets stay in the arena, and only their address is passed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import sys
 from typing import Final, NoReturn
 
 LINUX: Final = sys.platform.startswith("linux")
-"""Not `sys.platform == "linux"`, which would make the type checker skip the other half."""
+"""Not `sys.platform == "linux"`, because the type checker would then skip the other branch."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The process's own libc, with `errno` kept for each call."""
+    """The libc of the process, with `errno` saved after each call."""
     libc = ctypes.CDLL(None, use_errno=True)
     if LINUX:
         libc.syscall.restype = ctypes.c_long
@@ -32,16 +32,16 @@ def library() -> ctypes.CDLL:
 
 
 def raise_errno(call: str) -> NoReturn:
-    """Raise the `OSError` of the call that has just failed in this thread."""
+    """Raise the `OSError` of the last failed call in this thread."""
     number = ctypes.get_errno()
     raise OSError(number, f"{call}: {os.strerror(number)}")
 
 
 def syscall(call: str, number: int, *args: int | ctypes.c_void_p | None) -> int:
-    """syscall(2): `call` is the name for the error text. Integers are passed as C longs (the kernel's register width).
+    """syscall(2). `call`: the name for the error text. Integers are passed as C longs (the kernel's register width).
 
     Raises:
-        OSError: the call failed; `errno` is the kernel's.
+        OSError: the call failed; `errno` is that of the kernel.
     """
     wide = [ctypes.c_long(value) if isinstance(value, int) else value for value in args]
     result: int = library().syscall(ctypes.c_long(number), *wide)
@@ -51,10 +51,10 @@ def syscall(call: str, number: int, *args: int | ctypes.c_void_p | None) -> int:
 
 
 def prctl(call: str, option: int, *args: int | ctypes.c_void_p) -> int:
-    """prctl(2), with unused arguments zero, as the newer options demand.
+    """prctl(2). Unused arguments are zero, as newer options require.
 
     Raises:
-        OSError: the call failed; `errno` is the kernel's.
+        OSError: the call failed; `errno` is that of the kernel.
     """
     wide = [ctypes.c_ulong(value) if isinstance(value, int) else value for value in args]
     wide += [ctypes.c_ulong(0)] * (4 - len(wide))

@@ -1,10 +1,10 @@
-"""What the process gives up before it reads a key, so that a fault or a neighbour gets little.
+"""Hardening: the rights that the process gives up before it reads a key.
 
-Owns: the measures, their order, and the report of which are in force. Invariants: each measure is tried and then
-checked; one that fails never hides another; the report never claims what the kernel did not confirm. All of them are
-for good, and some bind one thread only, so they are taken while there is one thread, after the sockets are bound and
-the configured files are known, and before any key is read. It must never open a file for the caller or change what is
-asked of it.
+Owns: the measures, their order, and the report of which are in force. Invariants: each measure is taken and then
+checked; a measure that fails does not hide another; the report claims only what the kernel has confirmed. The measures
+are permanent, and some bind only one thread. So they are taken while there is one thread, after the sockets are bound
+and the configured files are known, and before any key is read. It must never open a file for the caller, nor take other
+measures than requested.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _CAPABILITY_DATA: Final = struct.Struct("=6I")  # effective, permitted, inherita
 
 
 class Measure(NamedTuple):
-    """One measure: its stable name, whether it is in force, and if not, why, in a sentence without an end."""
+    """One measure. why: if it is not in force, the reason, as a sentence without a full stop."""
 
     name: str
     in_force: bool
@@ -57,10 +57,10 @@ class Measure(NamedTuple):
 
     def status(self) -> dict[str, str | bool]:
         """For `/status`."""
-        told: dict[str, str | bool] = {"measure": self.name, "in_force": self.in_force}
+        status: dict[str, str | bool] = {"measure": self.name, "in_force": self.in_force}
         if not self.in_force:
-            told["why"] = self.why
-        return told
+            status["why"] = self.why
+        return status
 
 
 def harden(
@@ -73,19 +73,19 @@ def harden(
     keep_capabilities: bool = False,
     require: bool = False,
 ) -> tuple[Measure, ...]:
-    """Take every measure that this machine allows, and tell which those are.
+    """Take every measure that this machine allows, and report which are in force.
 
     Args:
-        arena: made already, for its pages may need a right that is given up here.
-        read: files and directories that are still read later (Landlock), beside those of `write`.
-        write: directories in which files are still made, changed, renamed and removed later (Landlock).
-        allow_exec: programs are still started later (a root provider's helper); their files must be among `read`.
-        allow_network: sockets other than Unix ones are still opened later.
-        keep_capabilities: keep root's capabilities, such as the one to read a key file of another user.
-        require: refuse to go on when a measure is missing (`--require-hardening`).
+        arena: made before, because its pages may need a right that is given up here.
+        read: files and directories that may still be read later (Landlock), besides those of `write`.
+        write: directories in which files may still be made, changed, renamed and removed later (Landlock).
+        allow_exec: programs may still be started later; their files must be in `read`.
+        allow_network: sockets other than Unix sockets may still be opened later.
+        keep_capabilities: keep root's capabilities, such as the one to read another user's key file.
+        require: raise if a measure is missing (`--require-hardening`).
 
     Raises:
-        StartError: a measure is missing and `require` is set; or the process has more than one thread.
+        StartError: a measure is missing and `require` is set, or the process has more than one thread.
     """
     _require_one_thread()
     measures = [_measure_arena(arena)]
@@ -113,11 +113,11 @@ def name_thread(name: str) -> None:
 
 
 def interpreter_paths() -> list[str]:
-    """What the interpreter itself may still read after the start: modules and shared libraries, loaded on first use."""
-    # `python -m` puts the working directory on the module path, and that may be anywhere: a service's is the root.
+    """What the interpreter may still read after the start: modules and shared libraries that it loads on first use."""
+    # `python -m` adds the working directory to the module path. It may be any directory; that of a service is the root.
     try:
         here = os.getcwd()
-    except FileNotFoundError:  # removed under us: then nothing is there to be read
+    except FileNotFoundError:  # the directory was removed, so there is nothing to read
         here = "/"
     searched = {os.path.normpath(path) for path in sys.path if os.path.isabs(path)} - {here, "/"}
     own = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -143,7 +143,7 @@ def _measure_arena(arena: SecretArena) -> Measure:
 
 
 def _require_one_thread() -> None:
-    """Measures that bind one thread would leave the others free."""
+    """Raise StartError if there are more threads: some measures would bind only this one."""
     try:
         count = len(os.listdir("/proc/self/task"))
     except OSError:  # no procfs
@@ -153,7 +153,7 @@ def _require_one_thread() -> None:
 
 
 def _forbid_core_dumps() -> None:
-    """setrlimit(2). Also holds where a core pattern pipes to a program, which `not_dumpable` is for."""
+    """setrlimit(2). A core pattern that pipes to a program ignores it; `not_dumpable` covers that case."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
@@ -162,10 +162,10 @@ def _set_umask() -> None:
 
 
 def _lock_memory() -> None:
-    """mlockall(2), only without a limit: with one, an allocation would fail later, in the middle of a request."""
+    """mlockall(2), only without a limit: with a limit, an allocation would fail later, during a request."""
     try:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    except (OSError, ValueError):  # ValueError: Python's word for raising a hard limit without the right to
+    except (OSError, ValueError):  # Python raises ValueError if the process may not raise the hard limit
         soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         raise OSError(
             errno.EPERM, f"RLIMIT_MEMLOCK is {soft} bytes and must be infinite (LimitMEMLOCK=infinity in the unit)"
@@ -175,17 +175,17 @@ def _lock_memory() -> None:
 
 
 def _forbid_new_privileges() -> None:
-    """PR_SET_NO_NEW_PRIVS: nothing that is started gains rights. Without rights, Landlock and seccomp demand it."""
+    """PR_SET_NO_NEW_PRIVS: no program that is started gains rights. Landlock and seccomp require it without rights."""
     libc.prctl("prctl(PR_SET_NO_NEW_PRIVS)", _PR_SET_NO_NEW_PRIVS, 1)
     if libc.prctl("prctl(PR_GET_NO_NEW_PRIVS)", _PR_GET_NO_NEW_PRIVS) != 1:
         raise OSError(errno.EPERM, "the kernel did not keep no_new_privs")
 
 
 def _forbid_dumps_and_tracing() -> None:
-    """PR_SET_DUMPABLE(2const): no core, and no other process of this user attaches, or reads memory and environment."""
+    """PR_SET_DUMPABLE(2const): no core dump; no other process of this user can attach or read memory or environment."""
     libc.prctl("prctl(PR_SET_DUMPABLE)", _PR_SET_DUMPABLE, 0)
     if libc.prctl("prctl(PR_GET_DUMPABLE)", _PR_GET_DUMPABLE) != 0:
-        raise OSError(errno.EPERM, "the kernel did not keep the process from being dumpable")
+        raise OSError(errno.EPERM, "the kernel did not make the process undumpable")
 
 
 def _keep_capabilities() -> None:
@@ -199,10 +199,10 @@ def _drop_capabilities() -> None:
     while _bounded(capability):
         try:
             libc.prctl("prctl(PR_CAPBSET_DROP)", _PR_CAPBSET_DROP, capability)
-        except PermissionError:  # without CAP_SETPCAP; no_new_privs keeps the bounding set from mattering
+        except PermissionError:  # without CAP_SETPCAP; with no_new_privs the bounding set has no effect
             break
         capability += 1
-    if not _has_capabilities():  # an ordinary user; the unit's filter then denies capset(2) altogether
+    if not _has_capabilities():  # an ordinary user; the unit's filter then denies capset(2)
         return
     if libc.library().capset(_capability_header(), ctypes.create_string_buffer(_CAPABILITY_DATA.size)) != 0:
         libc.raise_errno("capset")
@@ -222,7 +222,7 @@ def _capability_header() -> ctypes.Array[ctypes.c_char]:
 
 
 def _bounded(capability: int) -> bool:
-    """Whether the kernel knows this capability at all (it answers EINVAL after the last)."""
+    """Whether the kernel knows this capability. After the last one it returns EINVAL."""
     try:
         libc.prctl("prctl(PR_CAPBSET_READ)", _PR_CAPBSET_READ, capability)
     except OSError:

@@ -1,12 +1,12 @@
-"""The system calls that the process gives up, by a seccomp filter (seccomp(2)).
+"""The seccomp filter (seccomp(2)): the system calls that the process gives up.
 
-Owns: the list of calls, why each is on it, and the filter's program. It is a list of what is denied and not of what is
-allowed: an interpreter and its C libraries call what they like, and a call that fails by surprise in an error path is a
-fault of its own; the unit file adds systemd's list of what is allowed. Invariants: a denied call fails with EPERM; a
-call by another architecture's table ends the process, for its numbers mean other calls; the filter is for good and is
-inherited by every thread started later, so it is installed while there is one. It must never depend on a pointer's
-target, which another thread could change after the check: so `clone3`, whose flags lie behind one, fails as on a kernel
-without it, and C libraries go on with `clone`, whose flags don't.
+Owns: the list of calls, the reason for each, and the filter's program. The list denies, because nobody knows every call
+that an interpreter and its C libraries make, and a call that fails unexpectedly in an error path is a fault of its own.
+The unit file adds systemd's list of allowed calls. Invariants: a denied call fails with EPERM; a call through the table
+of another architecture ends the process, because its numbers mean other calls; the filter is permanent and applies to
+every later thread, so it is installed while there is one thread. It must never depend on memory behind a pointer, which
+another thread could change after the check. So `clone3`, whose flags are behind a pointer, fails as on a kernel that
+does not have it, and C libraries use `clone` instead.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _RUNS_CODE_IN_THE_KERNEL: Final = {
     "kexec_load": (246, 104),
     "kexec_file_load": (320, 294),
 }
-_SHOWN_TO_BE_RISKY: Final = {  # the calls that most local privilege escalations of recent years went through
+_KNOWN_TO_BE_RISKY: Final = {  # most local privilege escalations of recent years used one of these calls
     "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
@@ -88,7 +88,7 @@ _STARTS_PROGRAMS: Final = {"execve": (59, 221), "execveat": (322, 281)}
 DENIED: Final = (
     _READS_OTHER_PROCESSES
     | _RUNS_CODE_IN_THE_KERNEL
-    | _SHOWN_TO_BE_RISKY
+    | _KNOWN_TO_BE_RISKY
     | _CHANGES_THE_FILE_SYSTEM_VIEW
     | _CHANGES_THE_MACHINE
 )
@@ -132,7 +132,7 @@ class _Program(ctypes.Structure):
 
 
 class Step(NamedTuple):
-    """One instruction; `then` and `otherwise` say how many instructions to skip."""
+    """One instruction. `then`, `otherwise`: how many instructions to skip if the condition is true or false."""
 
     code: int
     value: int
@@ -141,14 +141,14 @@ class Step(NamedTuple):
 
 
 def filter_program(machine: str, *, allow_exec: bool, allow_network: bool) -> list[Step]:
-    """The filter for `machine` (as uname(2) names it).
+    """The filter for `machine` (its name in uname(2)).
 
     Args:
-        allow_exec: keep execve(2), for root providers that run a helper.
-        allow_network: keep sockets of other families than AF_UNIX.
+        allow_exec: do not deny execve(2).
+        allow_network: do not deny sockets of other families than AF_UNIX.
 
     Raises:
-        OSError: EOPNOTSUPP, its numbers are not known here.
+        OSError: EOPNOTSUPP, because this module does not have the call numbers of the machine.
     """
     if machine not in _AUDIT_ARCH:
         raise OSError(errno.EOPNOTSUPP, f"the system call numbers of {machine} are not known")
@@ -178,7 +178,7 @@ def filter_program(machine: str, *, allow_exec: bool, allow_network: bool) -> li
 
 
 def _by_flags(column: int) -> list[Step]:
-    """Threads and processes but no namespaces; no characters that a terminal takes for typed ones."""
+    """Allow threads and processes but no namespaces; deny ioctls that simulate input to a terminal."""
     deny, allow = Step(_RETURN, _RET_ERRNO | errno.EPERM), Step(_RETURN, _RET_ALLOW)
     sends, links = _TYPES_INTO_A_TERMINAL
     return [
@@ -199,10 +199,10 @@ def _by_flags(column: int) -> list[Step]:
 
 
 def install_filter(*, allow_exec: bool, allow_network: bool) -> None:
-    """Give the calls up, for good.
+    """Give up the calls permanently.
 
     Raises:
-        OSError: EOPNOTSUPP on an unknown architecture, EINVAL where the kernel has no filters, EACCES without
+        OSError: EOPNOTSUPP on an unknown architecture, EINVAL if the kernel has no filters, EACCES without
             `no_new_privs`.
     """
     machine = os.uname().machine if ctypes.sizeof(ctypes.c_void_p) == 8 else f"32-bit {os.uname().machine}"
@@ -210,11 +210,11 @@ def install_filter(*, allow_exec: bool, allow_network: bool) -> None:
 
 
 def install_program(steps: Sequence[Step]) -> None:
-    """Apply a program to this thread and those it starts, for good. Raises OSError, as `install_filter`."""
+    """Apply a program permanently to this thread and those that it starts. Raises OSError like `install_filter`."""
     code = b"".join(_INSTRUCTION.pack(step.code, step.then, step.otherwise, step.value) for step in steps)
     buffer = ctypes.create_string_buffer(code, len(code))
     program = _Program(len(steps), ctypes.addressof(buffer))
     address = ctypes.c_void_p(ctypes.addressof(program))
     libc.prctl("prctl(PR_SET_SECCOMP)", _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, address)
     if libc.prctl("prctl(PR_GET_SECCOMP)", _PR_GET_SECCOMP) != _SECCOMP_MODE_FILTER:
-        raise OSError(errno.EPERM, "the kernel took the filter and does not apply it")
+        raise OSError(errno.EPERM, "the kernel accepted the filter but does not apply it")

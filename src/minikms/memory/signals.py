@@ -1,9 +1,9 @@
-"""Signals as data that the event loop reads, never as handlers.
+"""Signals as data that the event loop reads from a descriptor.
 
-Owns: the process's signal mask and the descriptor that reads what is blocked. Invariants: every signal that can be
-blocked is blocked before the first thread starts, so no thread ever runs a handler: a handler's frame would keep on the
-stack the registers of what it interrupted, and with them a piece of a key schedule. The mask survives exec, so whoever
-starts a child must give it `unblock_signals` first. What a signal means is the composition's business.
+Owns: the signal mask of the process, and the descriptor that reads blocked signals. Invariant: every signal that can be
+blocked is blocked before the first thread starts, so no thread ever runs a handler. The frame of a handler would keep
+the registers of the interrupted code on the stack, and with them parts of a key schedule. The mask survives exec, so a
+child must call `unblock_signals` before exec. The module must never decide what a signal means.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SIGSET_WORDS: Final = 1024 // (8 * ctypes.sizeof(ctypes.c_ulong))  # sigset_t o
 
 
 class SignalReader:
-    """Blocks all signals in the calling thread, and reads them. Construct it before any other thread starts.
+    """Blocks all signals in the calling thread and reads them. Construct it before any other thread starts.
 
     Raises:
         StartError: the kernel has no signalfd(2).
@@ -47,7 +47,7 @@ class SignalReader:
         return self._descriptor
 
     def read(self) -> Iterator[int]:
-        """The signals that have arrived, each kind at most once per arrival; none when there are none. Never waits."""
+        """The numbers of the signals that have arrived. Never waits."""
         try:
             data = os.read(self._descriptor, _SIGINFO.size * _READ_COUNT_MAX)
         except OSError as error:
@@ -58,7 +58,7 @@ class SignalReader:
             yield number
 
     def close(self) -> None:
-        """Close the descriptor; the signals stay blocked."""
+        """Close the descriptor. The signals stay blocked."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -71,5 +71,5 @@ class SignalReader:
 
 
 def unblock_signals() -> None:
-    """Undo the blocking in a child between fork and exec, or the child could not be ended by SIGTERM."""
+    """Unblock the signals in a child between fork and exec, so that SIGTERM can end it."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

@@ -1,20 +1,22 @@
-"""Root providers: where the root key comes from.
+"""The key file: 64 hexadecimal characters, an optional newline, mode 0600 or stricter.
 
-Owns: reading the root key from a key file or an inherited descriptor, straight into the arena, and making a development
-key file. Invariants: the key file is a regular file of ours or root's that nobody else can read, or it is refused; key
-text never becomes a Python object; a key file is replaced whole, and what a crash leaves beside it is removed by the
-next start. A missing root key must never silently become an ephemeral one.
+Owns: reading a root key from a file or an inherited descriptor straight into the arena, making a key file, and
+replacing the key in one. Invariants: a key file is a regular file of this user's or root's that nobody else can read,
+or it is refused; key text lies in the arena only, never in a Python object; a key file is replaced whole, and the next
+start removes what a crash leaves beside it. It must never make a key where one is missing: callers ask for that.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import os
 import stat
+from collections.abc import Iterator
+from concurrent.futures import Executor
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from minikms.errors import KeyTextError, StartError
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random, read_key_fd_into
@@ -23,27 +25,40 @@ _OTHERS_MASK: Final = 0o077
 _KEY_FILE_MODE: Final = 0o600
 _HEX_DIGITS: Final = b"0123456789abcdef"
 
+KeyText = tuple[memoryview, memoryview]
+"""The hexadecimal text of a key: two slots of the arena."""
+
 
 def read_key_file(path: Path, arena: SecretArena) -> SecretSlot:
-    """The root key in `path`: 64 hex characters, an optional newline; mode 0600 or stricter.
-
-    Raises StartError, saying what to do. The caller releases the slot.
-    """
+    """The root key in the file at `path`. Raises StartError, saying what to do. The caller releases the slot."""
+    what = f"the master key file {path}"
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError as error:
-        raise StartError(f"the master key file {path} can't be read: {os.strerror(error.errno or 0)}") from None
+        raise StartError(f"{what} can't be read: {os.strerror(error.errno or 0)}") from None
     try:
-        _check_key_file(fd, path)
-        return _read(fd, arena, f"the master key file {path}")
+        check_private_file(fd, what, path)
+        owner = os.fstat(fd).st_uid
+        if owner not in (0, os.geteuid()):
+            raise StartError(f"{what} belongs to uid {owner}, not to this user or root")
+        return _read(fd, arena, what)
     except OSError as error:
-        raise StartError(f"the master key file {path} can't be read: {os.strerror(error.errno or 0)}") from None
+        raise StartError(f"{what} can't be read: {os.strerror(error.errno or 0)}") from None
     finally:
         os.close(fd)
 
 
+def check_private_file(fd: int, what: str, path: Path) -> None:
+    """Raises StartError when the open file is not a regular file, or its group or others have any access to it."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise StartError(f"{what} is not a regular file")
+    if status.st_mode & _OTHERS_MASK:
+        raise StartError(f"others can read {what}; run: chmod 600 {path}")
+
+
 def read_key_descriptor(fd: int, arena: SecretArena) -> SecretSlot:
-    """The root key from an inherited pipe or memfd, which is closed. Raises StartError."""
+    """The root key from an inherited pipe or memfd, which is closed. Raises StartError. The caller releases it."""
     try:
         return _read(fd, arena, "the master key in the environment")
     except OSError as error:
@@ -55,12 +70,12 @@ def read_key_descriptor(fd: int, arena: SecretArena) -> SecretSlot:
             raise StartError(f"descriptor {fd} for the master key is not open") from None
 
 
-def make_dev_key_file(path: Path, arena: SecretArena) -> None:
-    """Writes a fresh random key to `path`, mode 0600, durable, unless it exists."""
-    with arena.allocate() as key, KeyText(key, arena) as text:
+def make_key_file(path: Path, arena: SecretArena) -> None:
+    """Writes a fresh random key to `path`, mode 0600, durably, unless the file exists. Raises OSError."""
+    with arena.allocate() as key:
         fill_random(key.view)
-        text.encode()
-        temporary = _write_key_text(path, text, _KEY_FILE_MODE)
+        with key_text(key, arena) as text:
+            temporary = _write_key_text(path, text, _KEY_FILE_MODE)
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -70,13 +85,29 @@ def make_dev_key_file(path: Path, arena: SecretArena) -> None:
         _sync_directory(path.parent)
 
 
+async def replace_key(path: Path, root: SecretSlot, arena: SecretArena, executor: Executor) -> None:
+    """Makes `root` the key in the file. `executor` waits for the disk; only this thread uses the arena.
+
+    Raises OSError, and StartError when the file does not hold this key afterwards.
+    """
+    with key_text(root, arena) as text:
+        writing = asyncio.get_running_loop().run_in_executor(executor, rewrite_key_file, path, text)
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            # The worker goes on: if the text were zeroed meanwhile, it would write a key of zeros into the file.
+            await asyncio.wait([writing])
+            raise
+    if not holds_key(path, root, arena):
+        raise StartError(f"the master key file {path} does not hold the key that was written")
+
+
 def rewrite_key_file(path: Path, text: KeyText) -> None:
     """Replaces the key in `path`, durably. The old file stays until the new one is whole. Raises OSError.
 
-    Blocks on the disk and takes no slot of the arena, so it may run in a worker thread; `holds_key` then looks at what
-    is there.
+    It blocks on the disk and allocates nothing from the arena, so it may run in a worker thread.
     """
-    target = path.resolve()  # of a link, the file behind it is replaced
+    target = path.resolve()  # behind a symbolic link, the target is replaced and the link stays
     temporary = _write_key_text(target, text, stat.S_IMODE(os.stat(target).st_mode) & ~_OTHERS_MASK)
     try:
         os.replace(temporary, target)
@@ -93,50 +124,32 @@ def holds_key(path: Path, root: SecretSlot, arena: SecretArena) -> bool:
 
 
 def remove_leftover(path: Path) -> None:
-    """Removes what a crash in the middle of a writing left beside the key file: key text, if only for us to read."""
+    """Removes the temporary file that a crash left beside the key file, with key text in it."""
     for place in {path, path.resolve()}:
         with contextlib.suppress(OSError):
             os.unlink(_temporary(place))
 
 
-class KeyText:
-    """The hexadecimal text of a key, in two slots of the arena, until the `with` block ends."""
-
-    def __init__(self, key: SecretSlot, arena: SecretArena) -> None:
-        self._key = key
-        self._halves = (arena.allocate(), arena.allocate())
-
-    def encode(self) -> None:
-        """Makes the text of what the key is now."""
-        first, second = self.views
-        for index, value in enumerate(self._key.view):
-            half = first if index < len(first) // 2 else second
+@contextlib.contextmanager
+def key_text(key: SecretSlot, arena: SecretArena) -> Iterator[KeyText]:
+    """The hexadecimal text of `key`, zeroed at the end of the block."""
+    with arena.allocate() as first, arena.allocate() as second:
+        for index, value in enumerate(key.view):
+            half = first.view if index < len(first.view) // 2 else second.view
             position = (index * 2) % len(half)
             half[position] = _HEX_DIGITS[value >> 4]
             half[position + 1] = _HEX_DIGITS[value & 15]
-
-    @property
-    def views(self) -> tuple[memoryview, memoryview]:
-        return self._halves[0].view, self._halves[1].view
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for half in self._halves:
-            half.release()
+        yield first.view, second.view
 
 
 def _write_key_text(path: Path, text: KeyText, mode: int) -> Path:
-    """A new file beside `path` with the text, on disk."""
+    """A new file beside `path` that holds the text, durable."""
     temporary = _temporary(path)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     try:
-        _write_all(fd, [*text.views, memoryview(b"\n")])
+        _write_all(fd, [*text, memoryview(b"\n")])
         os.fsync(fd)
     except BaseException:
         os.unlink(temporary)
@@ -147,7 +160,7 @@ def _write_key_text(path: Path, text: KeyText, mode: int) -> Path:
 
 
 def _write_all(fd: int, views: list[memoryview]) -> None:
-    """All of them: a disk that is nearly full takes a part, and that must never become a key file."""
+    """Writes all bytes: write(2) may take only a part when the disk is nearly full."""
     for view in views:
         left = view
         while left:
@@ -164,16 +177,6 @@ def _sync_directory(path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
-
-
-def _check_key_file(fd: int, path: Path) -> None:
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        raise StartError(f"the master key file {path} is not a regular file")
-    if status.st_mode & _OTHERS_MASK:
-        raise StartError(f"others can read the master key file {path}; run: chmod 600 {path}")
-    if status.st_uid not in (0, os.geteuid()):
-        raise StartError(f"the master key file {path} belongs to uid {status.st_uid}, not to this user or root")
 
 
 def _read(fd: int, arena: SecretArena, what: str) -> SecretSlot:

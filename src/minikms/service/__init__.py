@@ -1,6 +1,7 @@
-"""The verbs of the key service: authorise, act, audit.
+"""The verbs of the key service: one method for each entry of `minikms.api.VERBS`.
 
-Owns: what each verb does, who may call it, and the audit lines that it leaves. Invariants: every call of a verb leaves
-an audit line, including refused and cancelled calls, before its answer leaves; a change of keys is durable, and its
-audit line too, before its answer. The room must never put key bytes, plaintext or ciphertext into an audit line.
+Owns: what each verb does. `base` wraps a method: it authorises the caller, lets the method act, and audits the outcome.
+Invariants: every request that reaches a verb leaves an audit line, including refused and cancelled requests, before its
+answer leaves; a change of keys and its audit line are durable before the answer. The room must never put key bytes,
+plaintext or ciphertext into an audit line.
 """

@@ -25,7 +25,7 @@ from progressdb_server.api.routes import admin, messages, threads
 from progressdb_server.api.routes.documentation import with_documentation
 from progressdb_server.api.routes.errors import api_error
 from progressdb_server.api.routes.metrics import ApiMetrics
-from progressdb_server.api.routes.table import Resource, Routing
+from progressdb_server.api.routes.table import Operation, Routing
 from progressdb_server.store.model import ConversationStore, RecordUnreadableError
 
 _log: Final = structlog.get_logger("progressdb.api")
@@ -33,16 +33,18 @@ _CLIENT_GONE: Final = 499
 """The status in the metrics of a request whose client closed its connection."""
 
 
-def resources(store: ConversationStore, metrics: ApiMetrics, more: tuple[Resource, ...] = ()) -> tuple[Resource, ...]:
+def operations(
+    store: ConversationStore, metrics: ApiMetrics, more: tuple[Operation, ...] = ()
+) -> tuple[Operation, ...]:
     """Every operation of the API: those of the store, `more`, and the documentation of all of them."""
     return with_documentation(
         (
-            *admin.open_resources(),
-            *messages.resources(store),
-            *threads.resources(store),
-            *messages.thread_resources(store),
-            *admin.resources(store),
-            *metrics.resources(),
+            *admin.open_operations(),
+            *messages.operations(store),
+            *threads.operations(store),
+            *messages.thread_operations(store),
+            *admin.operations(store),
+            *metrics.operations(),
             *more,
         )
     )
@@ -57,13 +59,13 @@ class Application:
         access: AccessControl,
         metrics: ApiMetrics,
         *,
-        more: tuple[Resource, ...] = (),
+        more: tuple[Operation, ...] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._access = access
         self._metrics = metrics
-        self.resources = resources(store, metrics, more)
-        self._routing = Routing(self.resources)
+        self.operations = operations(store, metrics, more)
+        self._routing = Routing(self.operations)
         self._clock = clock
         self._debugging = _log.is_enabled_for(logging.DEBUG)
 

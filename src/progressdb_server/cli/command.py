@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-from difflib import get_close_matches
-from importlib import metadata
 from typing import Annotated, Final, Literal
 
 from cyclopts import App, Parameter
@@ -29,26 +27,33 @@ from progressdb_server.cli.flags import (
     MasterKeyFile,
     load_config,
 )
-from progressdb_server.config import ConfigError, ConfigMissingError
 
 COMMANDS: Final = {
-    "demo": ("demo:demo", "A guided tour: store, read back, search the disk, verify."),
+    "demo": ("demo:demo", "Take a guided tour: store, read back, search the disk, verify."),
     "status": ("status:status", "Show the server and its key service on one page."),
-    "check": ("check:check", "Walk the whole store, also beside the running server."),
+    "check": ("check:check", "Examine the whole store, also while the server runs."),
     "backup": ("backup:app", "Back up store and key service, verify and restore backups."),
     "config": ("configuration:app", "Check or show the configuration that the server would run with."),
     "rotate-dek": ("jobs:rotate_dek", "Give threads new keys and re-encrypt their records."),
-    "jobs": ("jobs:app", "The background jobs of a running server."),
-    "backups": ("jobs:backups", "What rotations left of the records that they re-encrypted."),
+    "jobs": ("jobs:app", "List, follow and control the background jobs of a running server."),
+    "backups": ("jobs:backups", "List, restore and remove the backups that key rotations made."),
 }
 """Each command except `serve`: its function or group, and its help in one line. To add a command, add its module and an
 entry here.
 """
 
+
+def _version() -> str:
+    from importlib import metadata
+
+    return metadata.version("progressdb-minikms")
+
+
 app = App(
     name="progressdb",
     help="The ProgressDB message server. With flags only, it serves.",
-    version=lambda: metadata.version("progressdb-minikms"),
+    help_format="plaintext",  # a Markdown renderer takes long to import
+    version=_version,
     version_flags=["--version"],
 )
 for _name, (_place, _help) in COMMANDS.items():
@@ -67,11 +72,11 @@ def serve(
     log_format: Annotated[str | None, Parameter(help="console or json [PROGRESSDB_LOG_FORMAT].")] = None,
     accept_restore: Annotated[
         bool,
-        Parameter(help="Serve although the key service's data is older than what the store has seen.", negative=()),
+        Parameter(help="Serve although the key service is in an older state than the store has recorded.", negative=()),
     ] = False,
     kms: Annotated[
         Literal["none"] | None,
-        Parameter(help="`none` stores everything in plaintext, to measure against; refused outside benchmarks."),
+        Parameter(help="`none` stores everything in plaintext, as a reference for benchmarks; refused otherwise."),
     ] = None,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
@@ -112,6 +117,7 @@ def run(master_key_fd: int | None) -> None:
 
 def _exit_status(error: Exception) -> int:
     """Of an error whose text is written for users. Raises any other: it is a defect."""
+    from progressdb_server.config import ConfigError, ConfigMissingError
     from progressdb_server.store.model import BackupError, StoreUnavailableError
 
     if isinstance(error, CommandError):
@@ -128,6 +134,8 @@ def _check_first_word(words: list[str]) -> None:
     commands = ["serve", *COMMANDS]
     if not words or words[0].startswith("-") or words[0] in commands:
         return
+    from difflib import get_close_matches
+
     close = get_close_matches(words[0], commands, n=1)
     hint = f"Did you mean `progressdb {close[0]}`?" if close else "`progressdb --help` lists the commands."
     raise CommandError(f"there is no command {words[0]!r}. {hint}", missing=True)

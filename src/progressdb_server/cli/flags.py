@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
-from progressdb_server.config import Loaded, load
+if TYPE_CHECKING:
+    from progressdb_server.config import Loaded
 
 EXIT_GOOD: Final = 0
 EXIT_REFUSED: Final = 1
@@ -66,6 +67,8 @@ def load_config(
     log_format: str | None = None,
 ) -> Loaded:
     """The configuration of these flags, the environment and the file. Raises ConfigError."""
+    from progressdb_server.config import load
+
     flags = {
         "addr": addr,
         "storage.db_path": db,

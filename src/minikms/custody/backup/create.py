@@ -36,8 +36,7 @@ from minikms.custody.backup.archive import (
     open_archive,
 )
 from minikms.custody.files import open_directory, read_file_bounded
-from minikms.custody.lease_format import DAMAGED_RECORDS_MAX, LeaseFormatError, parse_journal
-from minikms.custody.lease_store import check_snapshot
+from minikms.custody.lease_format import DAMAGED_RECORDS_MAX, LeaseFormatError, check_snapshot, parse_journal
 from minikms.custody.rotation_backups import newest_key_id
 from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys import dek, keyring

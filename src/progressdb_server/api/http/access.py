@@ -53,6 +53,15 @@ class Role(enum.StrEnum):
     """A caller without a key, if the configuration allows that."""
 
 
+ANYONE: Final = frozenset(Role)
+"""Every caller that access control lets through. It lets front-end keys and callers without a key reach only the paths
+for users, and only signed.
+"""
+OPERATORS: Final = frozenset({Role.ADMIN, Role.BACKEND})
+ADMINS: Final = frozenset({Role.ADMIN})
+BACKENDS: Final = frozenset({Role.BACKEND})
+
+
 class Principal:
     """One API key and its role, or a caller without a key.
 

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from progressdb_server.api.http import limits
+from progressdb_server.api.http.access import ANYONE, Role
 
 Schema = dict[str, Any]
 
@@ -88,9 +89,16 @@ class JsonBody(msgspec.Struct, frozen=True):
     """Keywords for the object as a whole."""
 
 
-class Description(msgspec.Struct, frozen=True, kw_only=True):
-    """What an operation does, takes and returns."""
+class _Place(msgspec.Struct, frozen=True):
+    method: str
+    path: str
+    """As a template of Starlette: `/admin/keys/{key:path}`."""
 
+
+class Description(_Place, frozen=True, kw_only=True):
+    """What an operation does, takes and returns, and who may call it."""
+
+    roles: frozenset[Role] = ANYONE
     tag: str
     summary: str
     response: Schema | None = None

@@ -7,8 +7,8 @@ and nowhere else. Pure: the same table gives the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Final, Protocol
+from collections.abc import Iterable
+from typing import Any, Final
 
 import msgspec
 import yaml
@@ -94,37 +94,12 @@ class DescriptionError(Exception):
     """A description contradicts the code that it describes."""
 
 
-class DocumentedOperation(Protocol):
-    @property
-    def description(self) -> Description: ...
-
-    @property
-    def roles(self) -> frozenset[Role]: ...
-
-
-class DocumentedResource(Protocol):
-    """An entry of the table of operations."""
-
-    path: str
-
-    @property
-    def operations(self) -> Mapping[str, DocumentedOperation]:
-        """By method."""
-
-
-def documented(resources: Iterable[DocumentedResource]) -> Iterator[tuple[str, str, DocumentedOperation]]:
-    """Method, path as OpenAPI writes it, and operation."""
-    for resource in resources:
-        path = resource.path.replace(":path}", "}")
-        for method, operation in sorted(resource.operations.items()):
-            yield method, path, operation
-
-
-def document(resources: Iterable[DocumentedResource], version: str) -> dict[str, Any]:
+def document(operations: Iterable[Description], version: str) -> dict[str, Any]:
     """Raises DescriptionError if a description names a property that its struct does not have."""
     paths: dict[str, dict[str, Any]] = {}
-    for method, path, operation in documented(resources):
-        paths.setdefault(path, {})[method.lower()] = _operation(method, path, operation.roles, operation.description)
+    for description in operations:
+        paths.setdefault(documented_path(description), {})[description.method.lower()] = _operation(description)
+    paths = {path: dict(sorted(methods.items())) for path, methods in paths.items()}
     tags = {operation["tags"][0] for methods in paths.values() for operation in methods.values()}
     return {
         "openapi": "3.1.0",
@@ -172,12 +147,18 @@ def _schemas() -> dict[str, Any]:
     return {**components, "Error": error}
 
 
-def _operation(method: str, path: str, roles: frozenset[Role], description: Description) -> dict[str, Any]:
+def documented_path(description: Description) -> str:
+    """The path as OpenAPI writes it."""
+    return description.path.replace(":path}", "}")
+
+
+def _operation(description: Description) -> dict[str, Any]:
+    path = documented_path(description)
     made: dict[str, Any] = {
         "tags": [description.tag],
         "summary": description.summary,
-        "operationId": _operation_id(method, path),
-        "description": f"Who may call it: {_who(path, roles)}.",
+        "operationId": _operation_id(description.method, path),
+        "description": f"Who may call it: {_who(path, description.roles)}.",
     }
     parameters = [_path_parameter(name, description) for name in _names_in(path)]
     parameters += [_parameter(parameter) for parameter in description.parameters]
@@ -193,7 +174,7 @@ def _operation(method: str, path: str, roles: frozenset[Role], description: Desc
             "required": True,
             "content": {"application/x-www-form-urlencoded": {"schema": description.form}},
         }
-    made["responses"] = _responses(path, description)
+    made["responses"] = _responses(description)
     if is_open(path):
         made["security"] = [{"viewerSession": []}, {}] if description.tag == "viewer" else []
     elif not for_users(path):
@@ -249,11 +230,11 @@ def _body_schema(body: JsonBody) -> Schema:
     return {**made, "required": required} if required else made
 
 
-def _responses(path: str, description: Description) -> dict[str, Any]:
+def _responses(description: Description) -> dict[str, Any]:
     made = {str(description.status): _response(description, description.status, description.response)}
     for status, schema in description.other_responses.items():
         made[str(status)] = _response(description, status, schema)
-    for status, sentences in sorted(error_texts(path, description).items()):
+    for status, sentences in sorted(error_texts(description).items()):
         made[str(status)] = {
             "description": _STATUS_TEXTS[status],
             "headers": _response_headers(status),
@@ -271,8 +252,9 @@ def _responses(path: str, description: Description) -> dict[str, Any]:
     return made
 
 
-def error_texts(path: str, description: Description) -> dict[int, tuple[str, ...]]:
+def error_texts(description: Description) -> dict[int, tuple[str, ...]]:
     """The sentences of all errors by status: those of the operation, and those of the checks before it."""
+    path = documented_path(description)
     found: dict[int, list[str]] = {
         status: list(sentences) for status, sentences in description.errors.items() if sentences
     }

@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 
 from progressdb_server.api.http import limits
-from progressdb_server.api.http.access import checked_author
+from progressdb_server.api.http.access import ADMINS, BACKENDS, OPERATORS, checked_author
 from progressdb_server.api.http.errors import ApiError, bad_request, not_found
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import JsonList, Response, json_response, octets_response
@@ -22,14 +22,13 @@ from progressdb_server.api.openapi.description import (
     NOTHING,
     STORED_KEY,
     TEXT,
-    Description,
     JsonBody,
     Parameter,
     list_of,
     object_of,
     texts,
 )
-from progressdb_server.api.routes.table import ADMINS, BACKENDS, OPERATORS, Operation, Resource
+from progressdb_server.api.routes.table import Operation
 from progressdb_server.api.routes.threads import THREAD_LIST
 from progressdb_server.store.model import ConversationStore
 
@@ -94,119 +93,88 @@ class AdminHandlers:
 
 
 # --- operations -------------------------------------------------------------------------------------------------
-def open_resources() -> tuple[Resource, ...]:
+def open_operations() -> tuple[Operation, ...]:
     """The operations that need no store."""
     return (
-        Resource(
+        Operation(
+            "GET",
             "/healthz",
-            {
-                "GET": Operation(
-                    health,
-                    Description(
-                        tag="operators",
-                        summary="That the server answers; needs no key",
-                        response=texts("status"),
-                        needs=NOTHING,
-                    ),
-                )
-            },
+            health,
+            tag="operators",
+            summary="That the server answers; needs no key",
+            response=texts("status"),
+            needs=NOTHING,
         ),
-        Resource(
+        Operation(
+            "POST",
             "/v1/_sign",
-            {
-                "POST": Operation(
-                    sign,
-                    Description(
-                        tag="users",
-                        summary="A signature of a user id under the caller's own backend key",
-                        response=texts("userId", "signature"),
-                        body=JsonBody(SignBody, {"userId": {**AUTHOR, "minLength": 1}}),
-                        errors={400: (INVALID_PAYLOAD,)},
-                        needs=NOTHING,
-                    ),
-                    BACKENDS,
-                )
-            },
+            sign,
+            roles=BACKENDS,
+            tag="users",
+            summary="A signature of a user id under the caller's own backend key",
+            response=texts("userId", "signature"),
+            body=JsonBody(SignBody, {"userId": {**AUTHOR, "minLength": 1}}),
+            errors={400: (INVALID_PAYLOAD,)},
+            needs=NOTHING,
         ),
     )
 
 
-def resources(store: ConversationStore) -> tuple[Resource, ...]:
+def operations(store: ConversationStore) -> tuple[Operation, ...]:
     operators = AdminHandlers(store)
     return (
-        Resource(
+        Operation(
+            "GET",
             "/admin/health",
-            {
-                "GET": Operation(
-                    operators.health,
-                    Description(
-                        tag="operators",
-                        summary="That the server answers",
-                        response=texts("status", "service"),
-                        needs=NOTHING,
-                    ),
-                    OPERATORS,
-                )
-            },
+            operators.health,
+            roles=OPERATORS,
+            tag="operators",
+            summary="That the server answers",
+            response=texts("status", "service"),
+            needs=NOTHING,
         ),
-        Resource(
+        Operation(
+            "GET",
             "/admin/stats",
-            {
-                "GET": Operation(
-                    operators.stats,
-                    Description(
-                        tag="operators",
-                        summary="How many threads there are, and messages with each stored version counted",
-                        response=object_of(threads=INTEGER, messages=INTEGER),
-                        needs=NOTHING,
-                    ),
-                    OPERATORS,
-                )
-            },
+            operators.stats,
+            roles=OPERATORS,
+            tag="operators",
+            summary="How many threads there are, and messages with each stored version counted",
+            response=object_of(threads=INTEGER, messages=INTEGER),
+            needs=NOTHING,
         ),
-        Resource(
+        Operation(
+            "GET",
             "/admin/threads",
-            {
-                "GET": Operation(
-                    operators.threads,
-                    Description(tag="operators", summary="Everybody's threads, deleted ones too", response=THREAD_LIST),
-                    ADMINS,
-                )
-            },
+            operators.threads,
+            roles=ADMINS,
+            tag="operators",
+            summary="Everybody's threads, deleted ones too",
+            response=THREAD_LIST,
         ),
-        Resource(
+        Operation(
+            "GET",
             "/admin/keys",
-            {
-                "GET": Operation(
-                    operators.keys,
-                    Description(
-                        tag="operators",
-                        summary="Stored keys",
-                        response=list_of("keys", TEXT),
-                        parameters=(Parameter("prefix", STORED_KEY, "What the keys begin with."),),
-                        errors={400: (PREFIX_TOO_LONG,)},
-                        needs=DISK,
-                    ),
-                    ADMINS,
-                )
-            },
+            operators.keys,
+            roles=ADMINS,
+            tag="operators",
+            summary="Stored keys",
+            response=list_of("keys", TEXT),
+            parameters=(Parameter("prefix", STORED_KEY, "What the keys begin with."),),
+            errors={400: (PREFIX_TOO_LONG,)},
+            needs=DISK,
         ),
-        Resource(
+        Operation(
+            "GET",
             "/admin/keys/{key:path}",
-            {
-                "GET": Operation(
-                    operators.value,
-                    Description(
-                        tag="operators",
-                        summary="One raw value as it is stored, encrypted",
-                        response={"type": "string", "format": "binary"},
-                        content_type="application/octet-stream",
-                        path_schemas={"key": {"type": "string", "minLength": 1}},
-                        errors={404: (KEY_NOT_FOUND,)},
-                        needs=DISK,
-                    ),
-                    ADMINS,
-                )
-            },
+            operators.value,
+            roles=ADMINS,
+            tag="operators",
+            summary="One raw value as it is stored, encrypted",
+            response={"type": "string", "format": "binary"},
+            content_type="application/octet-stream",
+            path_schemas={"key": {"type": "string", "minLength": 1}},
+            errors={404: (KEY_NOT_FOUND,)},
+            needs=DISK,
         ),
     )

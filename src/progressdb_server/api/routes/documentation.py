@@ -7,91 +7,76 @@ else. Neither needs a key: nothing in them is a secret.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cached_property
 from importlib import metadata
 from typing import Any, Final
 
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import Response, redirect
 from progressdb_server.api.openapi import document as openapi
-from progressdb_server.api.openapi.description import NOTHING, TEXT, Description
+from progressdb_server.api.openapi.description import NOTHING, TEXT
 from progressdb_server.api.routes import pages
-from progressdb_server.api.routes.table import Operation, Resource
+from progressdb_server.api.routes.table import Operation
 
 
-def with_documentation(resources: tuple[Resource, ...]) -> tuple[Resource, ...]:
+def with_documentation(operations: tuple[Operation, ...]) -> tuple[Operation, ...]:
     """The table, and the operations that document all of it, including themselves."""
     documentation = Documentation()
     own = (
-        Resource(
+        Operation(
+            "GET",
             "/openapi.yaml",
-            {
-                "GET": Operation(
-                    documentation.document,
-                    Description(
-                        tag="documentation",
-                        summary="This document",
-                        response={"type": "object"},
-                        content_type=openapi.CONTENT_TYPE,
-                        needs=NOTHING,
-                    ),
-                )
-            },
+            documentation.document,
+            tag="documentation",
+            summary="This document",
+            response={"type": "object"},
+            content_type=openapi.CONTENT_TYPE,
+            needs=NOTHING,
         ),
-        Resource(
+        Operation(
+            "GET",
             "/docs",
-            {
-                "GET": Operation(
-                    documentation.to_page,
-                    Description(tag="documentation", summary="To /docs/", status=308, needs=NOTHING),
-                )
-            },
+            documentation.to_page,
+            tag="documentation",
+            summary="To /docs/",
+            status=308,
+            needs=NOTHING,
         ),
-        Resource(
+        Operation(
+            "GET",
             "/docs/",
-            {
-                "GET": Operation(
-                    documentation.page,
-                    Description(
-                        tag="documentation",
-                        summary="This document as a page",
-                        response=TEXT,
-                        content_type="text/html",
-                        needs=NOTHING,
-                    ),
-                )
-            },
+            documentation.page,
+            tag="documentation",
+            summary="This document as a page",
+            response=TEXT,
+            content_type="text/html",
+            needs=NOTHING,
         ),
-        Resource(
+        Operation(
+            "GET",
             "/docs/style.css",
-            {
-                "GET": Operation(
-                    documentation.style,
-                    Description(
-                        tag="documentation",
-                        summary="The page's style",
-                        response=TEXT,
-                        content_type="text/css",
-                        needs=NOTHING,
-                    ),
-                )
-            },
+            documentation.style,
+            tag="documentation",
+            summary="The page's style",
+            response=TEXT,
+            content_type="text/css",
+            needs=NOTHING,
         ),
     )
-    documentation.resources = (*resources, *own)
-    return documentation.resources
+    documentation.operations = (*operations, *own)
+    return documentation.operations
 
 
 class Documentation:
     def __init__(self) -> None:
-        self.resources: tuple[Resource, ...] = ()
+        self.operations: tuple[Operation, ...] = ()
 
     async def document(self, request: Request) -> Response:
         """OpenAPI 3.1 as YAML (RFC 9512)."""
-        return Response(200, _yaml(self.resources), (b"content-type", openapi.CONTENT_TYPE.encode("ascii")))
+        return Response(200, self._yaml, (b"content-type", openapi.CONTENT_TYPE.encode("ascii")))
 
     async def page(self, request: Request) -> Response:
-        return pages.page_response(_page(self.resources))
+        return pages.page_response(self._page)
 
     async def to_page(self, request: Request) -> Response:
         return redirect(308, "/docs/")
@@ -99,25 +84,21 @@ class Documentation:
     async def style(self, request: Request) -> Response:
         return pages.asset_response("style.css")
 
+    @cached_property
+    def _document(self) -> dict[str, Any]:
+        return openapi.document(self.operations, metadata.version("progressdb-minikms"))
 
-@cache
-def _document(resources: tuple[Resource, ...]) -> dict[str, Any]:
-    return openapi.document(resources, metadata.version("progressdb-minikms"))
+    @cached_property
+    def _yaml(self) -> bytes:
+        return openapi.as_yaml(self._document)
 
-
-@cache
-def _yaml(resources: tuple[Resource, ...]) -> bytes:
-    return openapi.as_yaml(_document(resources))
-
-
-@cache
-def _page(resources: tuple[Resource, ...]) -> str:
-    document = _document(resources)
-    by_tag: dict[str, list[dict[str, Any]]] = {tag["name"]: [] for tag in document["tags"]}
-    for path, methods in document["paths"].items():
-        for method, operation in methods.items():
-            by_tag[operation["tags"][0]].append({"method": method.upper(), "path": path, **operation})
-    return pages.render("docs.html", document=document, by_tag=by_tag, shape=shape)
+    @cached_property
+    def _page(self) -> str:
+        by_tag: dict[str, list[dict[str, Any]]] = {tag["name"]: [] for tag in self._document["tags"]}
+        for path, methods in self._document["paths"].items():
+            for method, operation in methods.items():
+                by_tag[operation["tags"][0]].append({"method": method.upper(), "path": path, **operation})
+        return pages.render("docs.html", document=self._document, by_tag=by_tag, shape=shape)
 
 
 _BOUNDS: Final = {"maxLength": "at most {} bytes", "minimum": "{} or more", "maxProperties": "at most {} entries"}

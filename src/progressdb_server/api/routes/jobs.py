@@ -10,6 +10,7 @@ from typing import Annotated, Final
 
 import msgspec
 
+from progressdb_server.api.http.access import ADMINS
 from progressdb_server.api.http.errors import ApiError, bad_request
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import EventStream, JsonList, Response, encode_json, json_response
@@ -18,7 +19,6 @@ from progressdb_server.api.openapi.description import (
     INTEGER,
     SWITCH,
     TEXT,
-    Description,
     JsonBody,
     Parameter,
     Schema,
@@ -26,7 +26,7 @@ from progressdb_server.api.openapi.description import (
     object_of,
 )
 from progressdb_server.api.routes.errors import THREAD_NOT_FOUND
-from progressdb_server.api.routes.table import ADMINS, Handler, Operation, Resource
+from progressdb_server.api.routes.table import Handler, Operation
 from progressdb_server.config import duration_s
 from progressdb_server.jobs.service import Due, Jobs
 from progressdb_server.jobs.states import Job, view
@@ -235,211 +235,165 @@ _TOO_MANY_JOBS: Final = "too many jobs are unfinished: wait for some of them"
 _JOB_ID: Final = "job-01764000000000000000-0a1b2c3d"
 
 
-def _control(handler: Handler, summary: str, *conflicts: str) -> Operation:
+def _control(path: str, handler: Handler, summary: str, *conflicts: str) -> Operation:
     """An operation that changes the state of a job."""
     errors = {**_JOB_NOT_FOUND, 409: conflicts}
     return Operation(
-        handler, Description(tag="operators", summary=summary, response=_JOB, errors=errors, needs=DISK), ADMINS
+        "POST", path, handler, roles=ADMINS, tag="operators", summary=summary, response=_JOB, errors=errors, needs=DISK
     )
 
 
-def resources(service: Jobs) -> tuple[Resource, ...]:
+def operations(service: Jobs) -> tuple[Operation, ...]:
     jobs = JobHandlers(service)
     return (
-        Resource(
+        Operation(
+            "POST",
             "/admin/rotate_thread_dek",
-            {
-                "POST": Operation(
-                    jobs.rotate_one,
-                    Description(
-                        tag="operators",
-                        summary="Give a thread a new key and re-encrypt its records in a background job",
-                        response=object_of(job_id=TEXT, new_key=TEXT, status=TEXT),
-                        status=202,
-                        other_responses={200: object_of(new_key=TEXT, status={"const": "ok"})},
-                        body=JsonBody(
-                            RotateThread,
-                            {
-                                "thread_id": {"type": "string", "minLength": 1},
-                                "records_per_second": _RATE,
-                                "destroy_old_after": _DURATION,
-                            },
-                            ("thread_id",),
-                        ),
-                        parameters=(
-                            Parameter(
-                                "wait", SWITCH, "Answer 200 when the job is over, instead of 202 when it has begun."
-                            ),
-                        ),
-                        errors={
-                            400: (INVALID_REQUEST, THREAD_ID_MISSING, INVALID_WAIT),
-                            404: (THREAD_NOT_FOUND,),
-                            409: (_RESTORING, f"the job {_JOB_ID} is cancelled"),
-                            500: (f"the job {_JOB_ID} is failed: 7 records could not be re-encrypted",),
-                            503: (_TOO_MANY_JOBS, "the server is shutting down; the job goes on after its next start"),
-                        },
-                        needs=DISK,
-                    ),
-                    ADMINS,
-                )
+            jobs.rotate_one,
+            roles=ADMINS,
+            tag="operators",
+            summary="Give a thread a new key and re-encrypt its records in a background job",
+            response=object_of(job_id=TEXT, new_key=TEXT, status=TEXT),
+            status=202,
+            other_responses={200: object_of(new_key=TEXT, status={"const": "ok"})},
+            body=JsonBody(
+                RotateThread,
+                {
+                    "thread_id": {"type": "string", "minLength": 1},
+                    "records_per_second": _RATE,
+                    "destroy_old_after": _DURATION,
+                },
+                ("thread_id",),
+            ),
+            parameters=(
+                Parameter("wait", SWITCH, "Answer 200 when the job is over, instead of 202 when it has begun."),
+            ),
+            errors={
+                400: (INVALID_REQUEST, THREAD_ID_MISSING, INVALID_WAIT),
+                404: (THREAD_NOT_FOUND,),
+                409: (_RESTORING, f"the job {_JOB_ID} is cancelled"),
+                500: (f"the job {_JOB_ID} is failed: 7 records could not be re-encrypted",),
+                503: (_TOO_MANY_JOBS, "the server is shutting down; the job goes on after its next start"),
             },
+            needs=DISK,
         ),
-        Resource(
+        Operation(
+            "POST",
             "/admin/rotate_deks",
-            {
-                "POST": Operation(
-                    jobs.rotate_many,
-                    Description(
-                        tag="operators",
-                        summary="Queue the rotation of many threads' keys",
-                        response=object_of(
-                            count=INTEGER, job_ids={"type": "array", "items": TEXT, "maxItems": JOBS_NAMED_MAX}
-                        ),
-                        status=202,
-                        body=JsonBody(
-                            RotateThreads,
-                            {
-                                "records_per_second": _RATE,
-                                "destroy_old_after": _DURATION,
-                                "older_than": _DURATION,
-                                "kek_version": {"type": "integer", "minimum": 0, "maximum": KEK_VERSION_MAX},
-                                "thread_ids": {"type": "array", "items": TEXT, "maxItems": THREADS_NAMED_MAX},
-                            },
-                            extra={
-                                "oneOf": [
-                                    {"properties": {name: given}, "required": [name]}
-                                    for name, given in _SELECTIONS.items()
-                                ]
-                            },
-                        ),
-                        errors={
-                            400: (INVALID_REQUEST, TOO_MANY_THREADS),
-                            404: (THREAD_NOT_FOUND,),
-                            409: (_RESTORING,),
-                            503: (_TOO_MANY_JOBS, "the key service does not list its keys now"),
-                        },
-                        needs=DISK,
-                    ),
-                    ADMINS,
-                )
+            jobs.rotate_many,
+            roles=ADMINS,
+            tag="operators",
+            summary="Queue the rotation of many threads' keys",
+            response=object_of(count=INTEGER, job_ids={"type": "array", "items": TEXT, "maxItems": JOBS_NAMED_MAX}),
+            status=202,
+            body=JsonBody(
+                RotateThreads,
+                {
+                    "records_per_second": _RATE,
+                    "destroy_old_after": _DURATION,
+                    "older_than": _DURATION,
+                    "kek_version": {"type": "integer", "minimum": 0, "maximum": KEK_VERSION_MAX},
+                    "thread_ids": {"type": "array", "items": TEXT, "maxItems": THREADS_NAMED_MAX},
+                },
+                extra={
+                    "oneOf": [{"properties": {name: given}, "required": [name]} for name, given in _SELECTIONS.items()]
+                },
+            ),
+            errors={
+                400: (INVALID_REQUEST, TOO_MANY_THREADS),
+                404: (THREAD_NOT_FOUND,),
+                409: (_RESTORING,),
+                503: (_TOO_MANY_JOBS, "the key service does not list its keys now"),
             },
+            needs=DISK,
         ),
-        Resource(
+        Operation(
+            "GET",
             "/admin/jobs",
-            {
-                "GET": Operation(
-                    jobs.jobs,
-                    Description(
-                        tag="operators",
-                        summary="All jobs, newest first",
-                        response=list_of("jobs", _JOB),
-                        parameters=(Parameter("status", TEXT, "Only those in this state."),),
-                        needs=DISK,
-                    ),
-                    ADMINS,
-                )
-            },
+            jobs.jobs,
+            roles=ADMINS,
+            tag="operators",
+            summary="All jobs, newest first",
+            response=list_of("jobs", _JOB),
+            parameters=(Parameter("status", TEXT, "Only those in this state."),),
+            needs=DISK,
         ),
-        Resource(
+        Operation(
+            "GET",
             "/admin/backups",
-            {
-                "GET": Operation(
-                    jobs.with_backups,
-                    Description(
-                        tag="operators",
-                        summary="The jobs that have left backups, newest first",
-                        response=list_of("jobs", _JOB),
-                        needs=DISK,
-                    ),
-                    ADMINS,
-                )
-            },
+            jobs.with_backups,
+            roles=ADMINS,
+            tag="operators",
+            summary="The jobs that have left backups, newest first",
+            response=list_of("jobs", _JOB),
+            needs=DISK,
         ),
-        Resource(
+        Operation(
+            "GET",
             "/admin/jobs/{job}",
-            {
-                "GET": Operation(
-                    jobs.read,
-                    Description(tag="operators", summary="A job", response=_JOB, errors=_JOB_NOT_FOUND, needs=DISK),
-                    ADMINS,
-                )
-            },
+            jobs.read,
+            roles=ADMINS,
+            tag="operators",
+            summary="A job",
+            response=_JOB,
+            errors=_JOB_NOT_FOUND,
+            needs=DISK,
         ),
-        Resource(
+        Operation(
+            "GET",
             "/admin/jobs/{job}/events",
-            {
-                "GET": Operation(
-                    jobs.events,
-                    Description(
-                        tag="operators",
-                        summary="Server-sent events: `job` after each change, until nobody works on it any more",
-                        response=TEXT,
-                        content_type="text/event-stream",
-                        errors=_JOB_NOT_FOUND,
-                        needs=DISK,
-                    ),
-                    ADMINS,
-                )
-            },
+            jobs.events,
+            roles=ADMINS,
+            tag="operators",
+            summary="Server-sent events: `job` after each change, until nobody works on it any more",
+            response=TEXT,
+            content_type="text/event-stream",
+            errors=_JOB_NOT_FOUND,
+            needs=DISK,
         ),
-        Resource(
+        _control(
             "/admin/jobs/{job}/pause",
-            {"POST": _control(jobs.pause, "Pause a job", "a job that is done can't be paused", _SWITCHING)},
+            jobs.pause,
+            "Pause a job",
+            "a job that is done can't be paused",
+            _SWITCHING,
         ),
-        Resource(
+        _control(
             "/admin/jobs/{job}/resume",
-            {
-                "POST": _control(
-                    jobs.resume,
-                    "Resume a job that is paused or has failed",
-                    "a job that is done can't be resumed",
-                    "another job works on this thread",
-                    "the job's backups were restored: rotate the thread's key again",
-                    "a later rotation has given the thread another key",
-                )
-            },
+            jobs.resume,
+            "Resume a job that is paused or has failed",
+            "a job that is done can't be resumed",
+            "another job works on this thread",
+            "the job's backups were restored: rotate the thread's key again",
+            "a later rotation has given the thread another key",
         ),
-        Resource(
+        _control(
             "/admin/jobs/{job}/cancel",
-            {
-                "POST": _control(
-                    jobs.cancel,
-                    "End a job where it is; what is re-encrypted stays",
-                    "a job that is done can't be cancelled",
-                    _SWITCHING,
-                )
-            },
+            jobs.cancel,
+            "End a job where it is; what is re-encrypted stays",
+            "a job that is done can't be cancelled",
+            _SWITCHING,
         ),
-        Resource(
+        Operation(
+            "POST",
             "/admin/jobs/{job}/restore",
-            {
-                "POST": Operation(
-                    jobs.restore,
-                    Description(
-                        tag="operators",
-                        summary="Put back the records that a job has re-encrypted",
-                        response=object_of(job_id=TEXT, restored=INTEGER, kept=INTEGER),
-                        errors={**_JOB_NOT_FOUND, 409: (_UNFINISHED, "the key of these backups was destroyed")},
-                        needs=DISK,
-                    ),
-                    ADMINS,
-                )
-            },
+            jobs.restore,
+            roles=ADMINS,
+            tag="operators",
+            summary="Put back the records that a job has re-encrypted",
+            response=object_of(job_id=TEXT, restored=INTEGER, kept=INTEGER),
+            errors={**_JOB_NOT_FOUND, 409: (_UNFINISHED, "the key of these backups was destroyed")},
+            needs=DISK,
         ),
-        Resource(
+        Operation(
+            "DELETE",
             "/admin/jobs/{job}/backups",
-            {
-                "DELETE": Operation(
-                    jobs.drop_backups,
-                    Description(
-                        tag="operators",
-                        summary="Remove the backups that a job has left",
-                        response=object_of(job_id=TEXT, removed=INTEGER),
-                        errors={**_JOB_NOT_FOUND, 409: (_UNFINISHED,)},
-                        needs=DISK,
-                    ),
-                    ADMINS,
-                )
-            },
+            jobs.drop_backups,
+            roles=ADMINS,
+            tag="operators",
+            summary="Remove the backups that a job has left",
+            response=object_of(job_id=TEXT, removed=INTEGER),
+            errors={**_JOB_NOT_FOUND, 409: (_UNFINISHED,)},
+            needs=DISK,
         ),
     )

@@ -35,7 +35,6 @@ from progressdb_server.api.openapi.description import (
     IDEMPOTENCY,
     SWITCH,
     TEXT,
-    Description,
     JsonBody,
     Parameter,
     Schema,
@@ -54,7 +53,7 @@ from progressdb_server.api.routes.errors import (
     THREAD_DELETED,
     THREAD_NOT_FOUND,
 )
-from progressdb_server.api.routes.table import THREAD_MESSAGES, Operation, Resource
+from progressdb_server.api.routes.table import THREAD_MESSAGES, Operation
 from progressdb_server.store.model import ConversationStore, Message, NewMessage
 
 INVALID_LIMIT: Final = "limit must be a whole number that is not negative"
@@ -403,202 +402,173 @@ _REACTION_LIST: Final = list_of("reactions", texts("id", "reaction"), id=ID)
 _MESSAGE_ID: Final[dict[str, Schema]] = {"message": ID}
 
 
-def resources(store: ConversationStore) -> tuple[Resource, ...]:
+def operations(store: ConversationStore) -> tuple[Operation, ...]:
     """Messages by their id, and reactions."""
     messages, reactions = MessageHandlers(store), ReactionHandlers(store)
     return (
-        Resource(
+        Operation(
+            "GET",
             "/v1/messages",
-            {
-                "GET": Operation(
-                    messages.list_by_query,
-                    Description(
-                        tag="messages",
-                        summary="The messages of a thread in order of creation, the latest version of each",
-                        response=_MESSAGE_LIST,
-                        parameters=(Parameter("thread", ID, "The thread.", required=True), *CALLER, *_PAGE),
-                        errors={400: (THREAD_PARAMETER_MISSING, INVALID_THREAD_ID, *_PAGE_ERRORS), **_READ_ERRORS},
-                    ),
-                ),
-                "POST": Operation(
-                    messages.create,
-                    Description(
-                        tag="messages",
-                        summary="Append a message; durable when answered. A thread is made where none is named or the "
-                        "named one is new",
-                        response=ref("Message"),
-                        body=JsonBody(MessageBody, _MESSAGE, ("body",)),
-                        parameters=(*CALLER, IDEMPOTENCY),
-                        errors={
-                            400: (*_NEW_MESSAGE_ERRORS, INVALID_THREAD_ID),
-                            403: (THREAD_DELETED, OTHER_AUTHOR_IN_BODY, OTHER_REACTION_ID),
-                            409: (IDEMPOTENCY_CONFLICT,),
-                        },
-                    ),
-                ),
+            messages.list_by_query,
+            tag="messages",
+            summary="The messages of a thread in order of creation, the latest version of each",
+            response=_MESSAGE_LIST,
+            parameters=(Parameter("thread", ID, "The thread.", required=True), *CALLER, *_PAGE),
+            errors={400: (THREAD_PARAMETER_MISSING, INVALID_THREAD_ID, *_PAGE_ERRORS), **_READ_ERRORS},
+        ),
+        Operation(
+            "POST",
+            "/v1/messages",
+            messages.create,
+            tag="messages",
+            summary="Append a message; durable when answered. A thread is made where none is named or the "
+            "named one is new",
+            response=ref("Message"),
+            body=JsonBody(MessageBody, _MESSAGE, ("body",)),
+            parameters=(*CALLER, IDEMPOTENCY),
+            errors={
+                400: (*_NEW_MESSAGE_ERRORS, INVALID_THREAD_ID),
+                403: (THREAD_DELETED, OTHER_AUTHOR_IN_BODY, OTHER_REACTION_ID),
+                409: (IDEMPOTENCY_CONFLICT,),
             },
         ),
-        Resource("/v1/messages/{message}", _one_message(messages, _MESSAGE_ID)),
-        Resource(
+        *_one_message("/v1/messages/{message}", messages, _MESSAGE_ID),
+        Operation(
+            "GET",
             "/v1/messages/{message}/versions",
-            {
-                "GET": Operation(
-                    messages.versions,
-                    Description(
-                        tag="messages",
-                        summary="All versions of a message, oldest first; none for an unknown id",
-                        response=list_of("versions", ref("Message"), id=TEXT),
-                        parameters=CALLER,
-                        errors={403: (AUTHOR_NOT_IN_THREAD,)},
-                    ),
-                )
-            },
+            messages.versions,
+            tag="messages",
+            summary="All versions of a message, oldest first; none for an unknown id",
+            response=list_of("versions", ref("Message"), id=TEXT),
+            parameters=CALLER,
+            errors={403: (AUTHOR_NOT_IN_THREAD,)},
         ),
-        Resource(
+        Operation(
+            "GET",
             "/v1/messages/{message}/reactions",
-            {
-                "GET": Operation(
-                    reactions.list,
-                    Description(
-                        tag="reactions",
-                        summary="The reactions to a message",
-                        response=_REACTION_LIST,
-                        parameters=CALLER,
-                        path_schemas=_MESSAGE_ID,
-                        errors=_READ_ERRORS,
-                    ),
-                ),
-                "POST": Operation(
-                    reactions.set,
-                    Description(
-                        tag="reactions",
-                        summary="Set one identity's reaction; answers the message",
-                        response=ref("Message"),
-                        body=JsonBody(
-                            ReactionBody,
-                            {"id": nullable(AUTHOR), "reaction": {**text(limits.REACTION_BYTES_MAX), "minLength": 1}},
-                            ("reaction",),
-                        ),
-                        parameters=(
-                            *CALLER,
-                            Parameter(
-                                "X-Identity", AUTHOR, "Whom the reaction is by, where the body does not say.", "header"
-                            ),
-                        ),
-                        path_schemas=_MESSAGE_ID,
-                        errors={
-                            400: (REACTION_INCOMPLETE, REACTION_TOO_LONG),
-                            403: (OTHER_REACTION_ID, AUTHOR_NOT_IN_THREAD),
-                            404: (MESSAGE_NOT_FOUND,),
-                        },
-                    ),
-                ),
+            reactions.list,
+            tag="reactions",
+            summary="The reactions to a message",
+            response=_REACTION_LIST,
+            parameters=CALLER,
+            path_schemas=_MESSAGE_ID,
+            errors=_READ_ERRORS,
+        ),
+        Operation(
+            "POST",
+            "/v1/messages/{message}/reactions",
+            reactions.set,
+            tag="reactions",
+            summary="Set one identity's reaction; answers the message",
+            response=ref("Message"),
+            body=JsonBody(
+                ReactionBody,
+                {"id": nullable(AUTHOR), "reaction": {**text(limits.REACTION_BYTES_MAX), "minLength": 1}},
+                ("reaction",),
+            ),
+            parameters=(
+                *CALLER,
+                Parameter("X-Identity", AUTHOR, "Whom the reaction is by, where the body does not say.", "header"),
+            ),
+            path_schemas=_MESSAGE_ID,
+            errors={
+                400: (REACTION_INCOMPLETE, REACTION_TOO_LONG),
+                403: (OTHER_REACTION_ID, AUTHOR_NOT_IN_THREAD),
+                404: (MESSAGE_NOT_FOUND,),
             },
         ),
-        Resource(
+        Operation(
+            "DELETE",
             "/v1/messages/{message}/reactions/{identity}",
-            {
-                "DELETE": Operation(
-                    reactions.remove,
-                    Description(
-                        tag="reactions",
-                        summary="Remove one identity's reaction, also when there is none",
-                        status=204,
-                        parameters=CALLER,
-                        path_schemas={**_MESSAGE_ID, "identity": AUTHOR},
-                        errors={
-                            400: (AUTHOR_TOO_LONG,),
-                            403: (OTHER_REACTION_ID, AUTHOR_NOT_IN_THREAD),
-                            404: (MESSAGE_NOT_FOUND,),
-                        },
-                    ),
-                )
+            reactions.remove,
+            tag="reactions",
+            summary="Remove one identity's reaction, also when there is none",
+            status=204,
+            parameters=CALLER,
+            path_schemas={**_MESSAGE_ID, "identity": AUTHOR},
+            errors={
+                400: (AUTHOR_TOO_LONG,),
+                403: (OTHER_REACTION_ID, AUTHOR_NOT_IN_THREAD),
+                404: (MESSAGE_NOT_FOUND,),
             },
         ),
     )
 
 
-def thread_resources(store: ConversationStore) -> tuple[Resource, ...]:
+def thread_operations(store: ConversationStore) -> tuple[Operation, ...]:
     """Messages within a thread that the path names."""
     messages = MessageHandlers(store)
     return (
-        Resource(
+        Operation(
+            "GET",
             THREAD_MESSAGES,
-            {
-                "GET": Operation(
-                    messages.list_in_thread,
-                    Description(
-                        tag="messages",
-                        summary="The messages of this thread, for those who take part in it",
-                        response=_MESSAGE_LIST,
-                        parameters=(*CALLER, *_PAGE),
-                        path_schemas={"thread": ID},
-                        errors={
-                            400: (AUTHOR_REQUIRED, *_PAGE_ERRORS),
-                            403: (AUTHOR_NOT_IN_THREAD,),
-                            404: (THREAD_NOT_FOUND, MESSAGE_NOT_FOUND),
-                        },
-                    ),
-                ),
-                "POST": Operation(
-                    messages.create_in_thread,
-                    Description(
-                        tag="messages",
-                        summary="Append a message to this thread; durable when answered",
-                        response=ref("Message"),
-                        body=JsonBody(MessageBody, {**_MESSAGE, "thread": _NAMED_BY_PATH}, ("body",)),
-                        parameters=(*CALLER, IDEMPOTENCY),
-                        path_schemas={"thread": ID},
-                        errors={
-                            400: _NEW_MESSAGE_ERRORS,
-                            403: (THREAD_DELETED, OTHER_AUTHOR_IN_BODY, OTHER_REACTION_ID),
-                            404: (THREAD_NOT_FOUND,),
-                            409: (IDEMPOTENCY_CONFLICT,),
-                        },
-                    ),
-                ),
+            messages.list_in_thread,
+            tag="messages",
+            summary="The messages of this thread, for those who take part in it",
+            response=_MESSAGE_LIST,
+            parameters=(*CALLER, *_PAGE),
+            path_schemas={"thread": ID},
+            errors={
+                400: (AUTHOR_REQUIRED, *_PAGE_ERRORS),
+                403: (AUTHOR_NOT_IN_THREAD,),
+                404: (THREAD_NOT_FOUND, MESSAGE_NOT_FOUND),
             },
         ),
-        Resource(f"{THREAD_MESSAGES}/{{message}}", _one_message(messages, {"thread": ID, **_MESSAGE_ID})),
+        Operation(
+            "POST",
+            THREAD_MESSAGES,
+            messages.create_in_thread,
+            tag="messages",
+            summary="Append a message to this thread; durable when answered",
+            response=ref("Message"),
+            body=JsonBody(MessageBody, {**_MESSAGE, "thread": _NAMED_BY_PATH}, ("body",)),
+            parameters=(*CALLER, IDEMPOTENCY),
+            path_schemas={"thread": ID},
+            errors={
+                400: _NEW_MESSAGE_ERRORS,
+                403: (THREAD_DELETED, OTHER_AUTHOR_IN_BODY, OTHER_REACTION_ID),
+                404: (THREAD_NOT_FOUND,),
+                409: (IDEMPOTENCY_CONFLICT,),
+            },
+        ),
+        *_one_message(f"{THREAD_MESSAGES}/{{message}}", messages, {"thread": ID, **_MESSAGE_ID}),
     )
 
 
-def _one_message(messages: MessageHandlers, path_schemas: dict[str, Schema]) -> dict[str, Operation]:
-    return {
-        "GET": Operation(
+def _one_message(path: str, messages: MessageHandlers, path_schemas: dict[str, Schema]) -> tuple[Operation, ...]:
+    return (
+        Operation(
+            "GET",
+            path,
             messages.read,
-            Description(
-                tag="messages",
-                summary="The latest version of a message, also of a deleted one",
-                response=ref("Message"),
-                parameters=CALLER,
-                path_schemas=path_schemas,
-                errors={400: (AUTHOR_REQUIRED,) if "thread" in path_schemas else (), **_READ_ERRORS},
-            ),
+            tag="messages",
+            summary="The latest version of a message, also of a deleted one",
+            response=ref("Message"),
+            parameters=CALLER,
+            path_schemas=path_schemas,
+            errors={400: (AUTHOR_REQUIRED,) if "thread" in path_schemas else (), **_READ_ERRORS},
         ),
-        "PUT": Operation(
+        Operation(
+            "PUT",
+            path,
             messages.update,
-            Description(
-                tag="messages",
-                summary="Append a version of a message",
-                response=ref("Message"),
-                body=JsonBody(
-                    MessageBody, {**_MESSAGE, "thread": _NAMED_BY_PATH, "reactions": _NOT_CHANGED}, ("body",)
-                ),
-                parameters=CALLER,
-                path_schemas=path_schemas,
-                errors={400: _MESSAGE_ERRORS, 403: (OTHER_AUTHOR_IN_BODY, NOT_THE_AUTHOR), 404: (MESSAGE_NOT_FOUND,)},
-            ),
+            tag="messages",
+            summary="Append a version of a message",
+            response=ref("Message"),
+            body=JsonBody(MessageBody, {**_MESSAGE, "thread": _NAMED_BY_PATH, "reactions": _NOT_CHANGED}, ("body",)),
+            parameters=CALLER,
+            path_schemas=path_schemas,
+            errors={400: _MESSAGE_ERRORS, 403: (OTHER_AUTHOR_IN_BODY, NOT_THE_AUTHOR), 404: (MESSAGE_NOT_FOUND,)},
         ),
-        "DELETE": Operation(
+        Operation(
+            "DELETE",
+            path,
             messages.delete,
-            Description(
-                tag="messages",
-                summary="Append a tombstone; an unsigned admin may delete anybody's message",
-                status=204,
-                parameters=CALLER,
-                path_schemas=path_schemas,
-                errors={400: (AUTHOR_REQUIRED,), 403: (NOT_THE_AUTHOR,), 404: (MESSAGE_NOT_FOUND,)},
-            ),
+            tag="messages",
+            summary="Append a tombstone; an unsigned admin may delete anybody's message",
+            status=204,
+            parameters=CALLER,
+            path_schemas=path_schemas,
+            errors={400: (AUTHOR_REQUIRED,), 403: (NOT_THE_AUTHOR,), 404: (MESSAGE_NOT_FOUND,)},
         ),
-    }
+    )

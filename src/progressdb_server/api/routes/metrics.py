@@ -17,10 +17,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from progressdb_server.api.http.access import OPERATORS
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import Response
-from progressdb_server.api.openapi.description import NOTHING, TEXT, Description
-from progressdb_server.api.routes.table import OPERATORS, Operation, Resource
+from progressdb_server.api.openapi.description import NOTHING, TEXT
+from progressdb_server.api.routes.table import Operation
 from progressdb_server.metrics import Histogram
 
 _LATENCY_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -96,22 +97,17 @@ class ApiMetrics(Collector):
         """All metrics of the registry, in the text format of Prometheus."""
         return Response(200, generate_latest(self.registry), (b"content-type", CONTENT_TYPE_LATEST.encode("ascii")))
 
-    def resources(self) -> tuple[Resource, ...]:
+    def operations(self) -> tuple[Operation, ...]:
         return (
-            Resource(
+            Operation(
+                "GET",
                 "/metrics",
-                {
-                    "GET": Operation(
-                        self.page,
-                        Description(
-                            tag="operators",
-                            summary="Metrics in the text format of Prometheus (docs/metrics.md)",
-                            response=TEXT,
-                            content_type="text/plain",
-                            needs=NOTHING,
-                        ),
-                        OPERATORS,
-                    )
-                },
+                self.page,
+                roles=OPERATORS,
+                tag="operators",
+                summary="Metrics in the text format of Prometheus (docs/metrics.md)",
+                response=TEXT,
+                content_type="text/plain",
+                needs=NOTHING,
             ),
         )

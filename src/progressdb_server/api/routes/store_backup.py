@@ -16,6 +16,7 @@ from typing import Final
 import msgspec
 import structlog
 
+from progressdb_server.api.http.access import ADMINS
 from progressdb_server.api.http.errors import bad_request
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import JsonList, Response, json_response
@@ -23,7 +24,6 @@ from progressdb_server.api.openapi.description import (
     DISK,
     INTEGER,
     TEXT,
-    Description,
     JsonBody,
     list_of,
     object_of,
@@ -35,7 +35,7 @@ from progressdb_server.api.routes.errors import (
     BACKUP_NOT_FOUND,
     BACKUP_STILL_THERE,
 )
-from progressdb_server.api.routes.table import ADMINS, Operation, Resource
+from progressdb_server.api.routes.table import Operation
 from progressdb_server.store.model import BackupBusyError, BackupError, BackupExistsError, BackupRegister
 
 NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", re.ASCII)
@@ -91,68 +91,53 @@ class BackupHandlers:
 
 
 # --- operations -------------------------------------------------------------------------------------------------
-def resources(store: BackupRegister, directory: Path) -> tuple[Resource, ...]:
+def operations(store: BackupRegister, directory: Path) -> tuple[Operation, ...]:
     """Backups are made in `directory`."""
     backups = BackupHandlers(store, directory)
     return (
-        Resource(
+        Operation(
+            "POST",
             "/admin/store_backup",
-            {
-                "POST": Operation(
-                    backups.create,
-                    Description(
-                        tag="operators",
-                        summary="Back up the store beside running writes; back up the key service after it",
-                        response=object_of(name=TEXT, files=INTEGER, bytes=INTEGER),
-                        body=JsonBody(BackupBody, {"name": {"type": "string", "pattern": f"^{NAME.pattern}$"}}),
-                        errors={
-                            400: (INVALID_NAME, INVALID_REQUEST),
-                            409: (BACKUP_EXISTS, BACKUP_BUSY),
-                            500: (BACKUP_FAILED,),
-                        },
-                        needs=DISK,
-                    ),
-                    ADMINS,
-                )
+            backups.create,
+            roles=ADMINS,
+            tag="operators",
+            summary="Back up the store beside running writes; back up the key service after it",
+            response=object_of(name=TEXT, files=INTEGER, bytes=INTEGER),
+            body=JsonBody(BackupBody, {"name": {"type": "string", "pattern": f"^{NAME.pattern}$"}}),
+            errors={
+                400: (INVALID_NAME, INVALID_REQUEST),
+                409: (BACKUP_EXISTS, BACKUP_BUSY),
+                500: (BACKUP_FAILED,),
             },
+            needs=DISK,
         ),
-        Resource(
+        Operation(
+            "GET",
             "/admin/store_backups",
-            {
-                "GET": Operation(
-                    backups.list_registered,
-                    Description(
-                        tag="operators",
-                        summary="The store's backups that count when an old key is to be destroyed, oldest first",
-                        response=list_of(
-                            "backups",
-                            object_of(
-                                name=TEXT,
-                                path=TEXT,
-                                created_ns=INTEGER,
-                                gone={"type": "boolean", "description": "Nothing is found at its path."},
-                            ),
-                        ),
-                        needs=DISK,
-                    ),
-                    ADMINS,
-                )
-            },
+            backups.list_registered,
+            roles=ADMINS,
+            tag="operators",
+            summary="The store's backups that count when an old key is to be destroyed, oldest first",
+            response=list_of(
+                "backups",
+                object_of(
+                    name=TEXT,
+                    path=TEXT,
+                    created_ns=INTEGER,
+                    gone={"type": "boolean", "description": "Nothing is found at its path."},
+                ),
+            ),
+            needs=DISK,
         ),
-        Resource(
+        Operation(
+            "DELETE",
             "/admin/store_backups/{name}",
-            {
-                "DELETE": Operation(
-                    backups.forget,
-                    Description(
-                        tag="operators",
-                        summary="Forget a backup that was deleted, with every copy of it: it keeps no old key any more",
-                        response=object_of(name=TEXT, forgotten=INTEGER),
-                        errors={404: (BACKUP_NOT_FOUND,), 409: (BACKUP_STILL_THERE,)},
-                        needs=DISK,
-                    ),
-                    ADMINS,
-                )
-            },
+            backups.forget,
+            roles=ADMINS,
+            tag="operators",
+            summary="Forget a backup that was deleted, with every copy of it: it keeps no old key any more",
+            response=object_of(name=TEXT, forgotten=INTEGER),
+            errors={404: (BACKUP_NOT_FOUND,), 409: (BACKUP_STILL_THERE,)},
+            needs=DISK,
         ),
     )

@@ -1,6 +1,6 @@
 """The table of operations: paths, methods, the roles that may call, and the handlers.
 
-Owns: the types of the table, and finding the operation of a request. Invariants: a path that is not in the table is a
+Owns: the type of an entry, and finding the operation of a request. Invariants: a path that is not in the table is a
 404; a method that is not in its entry is a 405 with `Allow`; a role that an operation does not name is a 403 before the
 handler runs. No operation exists without a description. Paths without parameters, and the path that appends to and
 lists a thread, are found without Starlette's router, which costs more than the rest of the routing.
@@ -8,12 +8,11 @@ lists a thread, are found without Starlette's router, which costs more than the 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Final, NamedTuple
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Final
 
 from starlette.routing import Route, Router
 
-from progressdb_server.api.http.access import Role
 from progressdb_server.api.http.errors import ApiError, forbidden, not_found
 from progressdb_server.api.http.request import Receive, Request, Scope, Send
 from progressdb_server.api.http.response import EXCHANGE, AnyResponse, Exchange
@@ -21,30 +20,20 @@ from progressdb_server.api.openapi.description import Description
 
 Handler = Callable[[Request], Awaitable[AnyResponse]]
 
-ANYONE: Final = frozenset(Role)
-"""Every caller that access control lets through. It lets front-end keys and callers without a key reach only the paths
-for users, and only signed.
-"""
-OPERATORS: Final = frozenset({Role.ADMIN, Role.BACKEND})
-ADMINS: Final = frozenset({Role.ADMIN})
-BACKENDS: Final = frozenset({Role.BACKEND})
 
-
-class Operation(NamedTuple):
-    """One method on one path."""
+class Operation(Description, frozen=True):
+    """One method on one path, its description and its handler."""
 
     handler: Handler
-    description: Description
-    roles: frozenset[Role] = ANYONE
 
 
 class Resource:
     """One path and its operations; an ASGI application for Starlette's router."""
 
-    def __init__(self, path: str, operations: Mapping[str, Operation]) -> None:
+    def __init__(self, path: str, operations: Iterable[Operation]) -> None:
         self.path = path
-        self.operations = dict(operations)
-        self._allow = (b"allow", ", ".join(sorted(operations)).encode("ascii"))
+        self._operations = {operation.method: operation for operation in operations}
+        self._allow = (b"allow", ", ".join(sorted(self._operations)).encode("ascii"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises ApiError 405, 403, and what the handler raises."""
@@ -56,7 +45,7 @@ class Resource:
     def handler(self, request: Request) -> Handler:
         """Raises ApiError 405, 403."""
         request.route = self.path
-        operation = self.operations.get(request.method)
+        operation = self._operations.get(request.method)
         if operation is None:
             request.route = ""  # the method is a client's text, which must not become a label of the metrics
             raise ApiError(405, "method not allowed", (self._allow,))
@@ -73,11 +62,15 @@ THREAD_MESSAGES: Final = "/v1/threads/{thread}/messages"
 class Routing:
     """Finds the resource of a path."""
 
-    def __init__(self, resources: tuple[Resource, ...]) -> None:
-        self._fixed = {resource.path: resource for resource in resources if "{" not in resource.path}
-        self._thread_messages = next(found for found in resources if found.path == THREAD_MESSAGES)
+    def __init__(self, operations: Iterable[Operation]) -> None:
+        by_path: dict[str, list[Operation]] = {}
+        for operation in operations:
+            by_path.setdefault(operation.path, []).append(operation)
+        resources = {path: Resource(path, on_path) for path, on_path in by_path.items()}
+        self._fixed = {path: resource for path, resource in resources.items() if "{" not in path}
+        self._thread_messages = resources[THREAD_MESSAGES]
         self._router = Router(
-            [Route(resource.path, endpoint=resource) for resource in resources],
+            [Route(path, endpoint=resource) for path, resource in resources.items()],
             redirect_slashes=False,
             default=_not_found,
         )

@@ -27,7 +27,6 @@ from progressdb_server.api.openapi.description import (
     CALLER,
     ID,
     IDEMPOTENCY,
-    Description,
     JsonBody,
     Parameter,
     Schema,
@@ -37,7 +36,7 @@ from progressdb_server.api.openapi.description import (
     text,
 )
 from progressdb_server.api.routes.errors import IDEMPOTENCY_CONFLICT, NOT_THE_AUTHOR, THREAD_NOT_FOUND
-from progressdb_server.api.routes.table import Operation, Resource
+from progressdb_server.api.routes.table import Operation
 from progressdb_server.store.model import ConversationStore
 
 TITLE_TOO_LONG: Final = "title too long"
@@ -123,84 +122,74 @@ _THREAD_ID: Final[dict[str, Schema]] = {"thread": ID}
 THREAD_LIST: Final = list_of("threads", ref("Thread"))
 
 
-def resources(store: ConversationStore) -> tuple[Resource, ...]:
+def operations(store: ConversationStore) -> tuple[Operation, ...]:
     threads = ThreadHandlers(store)
     return (
-        Resource(
+        Operation(
+            "GET",
             "/v1/threads",
-            {
-                "GET": Operation(
-                    threads.list,
-                    Description(
-                        tag="threads",
-                        summary="The author's own threads",
-                        response=THREAD_LIST,
-                        parameters=(
-                            *CALLER,
-                            Parameter("title", text(limits.TITLE_BYTES_MAX), "Part of the title, in any case."),
-                            Parameter("slug", text(limits.SLUG_BYTES_MAX), "The whole slug."),
-                        ),
-                        errors={400: (AUTHOR_REQUIRED, TITLE_TOO_LONG, SLUG_TOO_LONG)},
-                    ),
-                ),
-                "POST": Operation(
-                    threads.create,
-                    Description(
-                        tag="threads",
-                        summary="Make a thread",
-                        response=ref("Thread"),
-                        body=JsonBody(ThreadBody, _FIELDS),
-                        parameters=(*CALLER, IDEMPOTENCY),
-                        errors={
-                            400: (AUTHOR_REQUIRED, TITLE_TOO_LONG, INVALID_IDEMPOTENCY_KEY),
-                            403: (OTHER_AUTHOR_IN_BODY,),
-                            409: (IDEMPOTENCY_CONFLICT,),
-                        },
-                    ),
-                ),
+            threads.list,
+            tag="threads",
+            summary="The author's own threads",
+            response=THREAD_LIST,
+            parameters=(
+                *CALLER,
+                Parameter("title", text(limits.TITLE_BYTES_MAX), "Part of the title, in any case."),
+                Parameter("slug", text(limits.SLUG_BYTES_MAX), "The whole slug."),
+            ),
+            errors={400: (AUTHOR_REQUIRED, TITLE_TOO_LONG, SLUG_TOO_LONG)},
+        ),
+        Operation(
+            "POST",
+            "/v1/threads",
+            threads.create,
+            tag="threads",
+            summary="Make a thread",
+            response=ref("Thread"),
+            body=JsonBody(ThreadBody, _FIELDS),
+            parameters=(*CALLER, IDEMPOTENCY),
+            errors={
+                400: (AUTHOR_REQUIRED, TITLE_TOO_LONG, INVALID_IDEMPOTENCY_KEY),
+                403: (OTHER_AUTHOR_IN_BODY,),
+                409: (IDEMPOTENCY_CONFLICT,),
             },
         ),
-        Resource(
+        Operation(
+            "GET",
             "/v1/threads/{thread}",
-            {
-                "GET": Operation(
-                    threads.read,
-                    Description(
-                        tag="threads",
-                        summary="A thread of the author; a deleted one for admins only",
-                        response=ref("Thread"),
-                        parameters=CALLER,
-                        path_schemas=_THREAD_ID,
-                        errors={400: (AUTHOR_REQUIRED,), 403: (NOT_THE_AUTHOR,), 404: (THREAD_NOT_FOUND,)},
-                    ),
-                ),
-                "PUT": Operation(
-                    threads.update,
-                    Description(
-                        tag="threads",
-                        summary="Rename a thread, which makes a new slug",
-                        response=ref("Thread"),
-                        body=JsonBody(ThreadBody, {**_FIELDS, "title": text(limits.TITLE_BYTES_MAX)}, ("title",)),
-                        parameters=CALLER,
-                        path_schemas=_THREAD_ID,
-                        errors={
-                            400: (AUTHOR_REQUIRED, TITLE_REQUIRED, TITLE_TOO_LONG),
-                            403: (OTHER_AUTHOR_IN_BODY, NOT_THE_AUTHOR),
-                            404: (THREAD_NOT_FOUND,),
-                        },
-                    ),
-                ),
-                "DELETE": Operation(
-                    threads.delete,
-                    Description(
-                        tag="threads",
-                        summary="Mark a thread as deleted",
-                        status=204,
-                        parameters=CALLER,
-                        path_schemas=_THREAD_ID,
-                        errors={400: (AUTHOR_REQUIRED,), 403: (NOT_THE_AUTHOR,), 404: (THREAD_NOT_FOUND,)},
-                    ),
-                ),
+            threads.read,
+            tag="threads",
+            summary="A thread of the author; a deleted one for admins only",
+            response=ref("Thread"),
+            parameters=CALLER,
+            path_schemas=_THREAD_ID,
+            errors={400: (AUTHOR_REQUIRED,), 403: (NOT_THE_AUTHOR,), 404: (THREAD_NOT_FOUND,)},
+        ),
+        Operation(
+            "PUT",
+            "/v1/threads/{thread}",
+            threads.update,
+            tag="threads",
+            summary="Rename a thread, which makes a new slug",
+            response=ref("Thread"),
+            body=JsonBody(ThreadBody, {**_FIELDS, "title": text(limits.TITLE_BYTES_MAX)}, ("title",)),
+            parameters=CALLER,
+            path_schemas=_THREAD_ID,
+            errors={
+                400: (AUTHOR_REQUIRED, TITLE_REQUIRED, TITLE_TOO_LONG),
+                403: (OTHER_AUTHOR_IN_BODY, NOT_THE_AUTHOR),
+                404: (THREAD_NOT_FOUND,),
             },
+        ),
+        Operation(
+            "DELETE",
+            "/v1/threads/{thread}",
+            threads.delete,
+            tag="threads",
+            summary="Mark a thread as deleted",
+            status=204,
+            parameters=CALLER,
+            path_schemas=_THREAD_ID,
+            errors={400: (AUTHOR_REQUIRED,), 403: (NOT_THE_AUTHOR,), 404: (THREAD_NOT_FOUND,)},
         ),
     )

@@ -84,7 +84,7 @@ class Browser:
         return MessagePage(shown, older=bool(after) or more, newer=bool(before) or (bool(after) and more))
 
     async def message(self, message: str) -> list[tuple[Message, Protection]]:
-        """Its versions, oldest first. Raises MessageNotFoundError."""
+        """The versions of a message, oldest first. Raises MessageNotFoundError."""
         found = await self._store.version_page(message, VERSIONS_MAX)
         keys = await self._keys(found[0].message.thread)
         return [(version.message, _protection(version, keys)) for version in found]

@@ -38,14 +38,13 @@ from progressdb_server.api.openapi.description import (
     NOTHING,
     TEXT,
     Dependency,
-    Description,
     Parameter,
     Schema,
     text,
 )
 from progressdb_server.api.routes import pages
 from progressdb_server.api.routes.errors import MESSAGE_NOT_FOUND, THREAD_NOT_FOUND, api_error
-from progressdb_server.api.routes.table import Handler, Operation, Resource
+from progressdb_server.api.routes.table import Handler, Operation
 from progressdb_server.api.viewer.browsing import Browser, shown_time
 from progressdb_server.api.viewer.sessions import Session, Sessions, new_token, same
 from progressdb_server.jobs.service import Jobs
@@ -196,101 +195,99 @@ class Viewer:
         return _page("status", session, status=status)
 
     # --- operations -------------------------------------------------------------------------------------------------
-    def resources(self) -> tuple[Resource, ...]:
+    def operations(self) -> tuple[Operation, ...]:
         inside = self._inside
         return (
-            Resource(
+            Operation(
+                "GET",
                 "/viewer",
-                {
-                    "GET": Operation(
-                        _to_viewer, Description(tag="viewer", summary="To /viewer/", status=308, needs=NOTHING)
-                    )
-                },
+                _to_viewer,
+                tag="viewer",
+                summary="To /viewer/",
+                status=308,
+                needs=NOTHING,
             ),
-            Resource(
+            _shown(
                 "/viewer/",
-                {
-                    "GET": _shown(
-                        inside(self._threads),
-                        "Threads, newest first, by id and author",
-                        parameters=(
-                            Parameter(
-                                "q",
-                                text(limits.STORED_KEY_BYTES_MAX),
-                                "The beginning of a thread's id, or a message's id.",
-                            ),
-                            Parameter("author", AUTHOR, "The author of the threads."),
-                            Parameter("cursor", {"type": "string", "maxLength": 1024}, "From the page before."),
-                        ),
-                        not_found=(MESSAGE_NOT_FOUND,),
-                        bad_request=(SEARCH_TOO_LONG,),
-                    )
-                },
-            ),
-            Resource(
-                "/viewer/threads/{thread}",
-                {
-                    "GET": _shown(
-                        inside(self._thread),
-                        "A conversation with the protection of each message",
-                        parameters=(
-                            Parameter("before", ID, "A message id: the page of messages before it."),
-                            Parameter("after", ID, "A message id: the page of messages after it."),
-                        ),
-                        path_schemas={"thread": ID},
-                        not_found=(THREAD_NOT_FOUND, MESSAGE_NOT_FOUND),
-                        bad_request=(TWO_CURSORS,),
-                    )
-                },
-            ),
-            Resource(
-                "/viewer/messages/{message}",
-                {
-                    "GET": _shown(
-                        inside(self._message),
-                        "A message with its versions",
-                        path_schemas={"message": ID},
-                        not_found=(MESSAGE_NOT_FOUND,),
-                    )
-                },
-            ),
-            Resource(
-                "/viewer/jobs",
-                {
-                    "GET": _shown(
-                        inside(self._jobs_page),
-                        "Jobs and their progress",
-                        parameters=(Parameter("part", TEXT, "`rows`: the table alone."),),
-                        needs=DISK,
-                    )
-                },
-            ),
-            Resource(
-                "/viewer/status",
-                {"GET": _shown(inside(self._status), "What the key service says of itself", needs=KEY_SERVICE)},
-            ),
-            Resource(
-                "/viewer/login",
-                {
-                    "GET": _without_session(_with_error_page(self._login_form), "The login", "text/html"),
-                    "POST": _posted(
-                        _with_error_page(self._login),
-                        "Log in with an admin key; begins a session",
-                        {401: (INVALID_LOGIN,), 403: (OLD_FORM,), 429: (TOO_MANY_ATTEMPTS,)},
-                        "csrf",
-                        "key",
-                        "username",
+                inside(self._threads),
+                "Threads, newest first, by id and author",
+                parameters=(
+                    Parameter(
+                        "q",
+                        text(limits.STORED_KEY_BYTES_MAX),
+                        "The beginning of a thread's id, or a message's id.",
                     ),
-                },
+                    Parameter("author", AUTHOR, "The author of the threads."),
+                    Parameter("cursor", {"type": "string", "maxLength": 1024}, "From the page before."),
+                ),
+                not_found=(MESSAGE_NOT_FOUND,),
+                bad_request=(SEARCH_TOO_LONG,),
             ),
-            Resource(
+            _shown(
+                "/viewer/threads/{thread}",
+                inside(self._thread),
+                "A conversation with the protection of each message",
+                parameters=(
+                    Parameter("before", ID, "A message id: the page of messages before it."),
+                    Parameter("after", ID, "A message id: the page of messages after it."),
+                ),
+                path_schemas={"thread": ID},
+                not_found=(THREAD_NOT_FOUND, MESSAGE_NOT_FOUND),
+                bad_request=(TWO_CURSORS,),
+            ),
+            _shown(
+                "/viewer/messages/{message}",
+                inside(self._message),
+                "A message with its versions",
+                path_schemas={"message": ID},
+                not_found=(MESSAGE_NOT_FOUND,),
+            ),
+            _shown(
+                "/viewer/jobs",
+                inside(self._jobs_page),
+                "Jobs and their progress",
+                parameters=(Parameter("part", TEXT, "`rows`: the table alone."),),
+                needs=DISK,
+            ),
+            _shown(
+                "/viewer/status",
+                inside(self._status),
+                "What the key service says of itself",
+                needs=KEY_SERVICE,
+            ),
+            _without_session(
+                "/viewer/login",
+                _with_error_page(self._login_form),
+                "The login",
+                "text/html",
+            ),
+            _posted(
+                "/viewer/login",
+                _with_error_page(self._login),
+                "Log in with an admin key; begins a session",
+                {401: (INVALID_LOGIN,), 403: (OLD_FORM,), 429: (TOO_MANY_ATTEMPTS,)},
+                "csrf",
+                "key",
+                "username",
+            ),
+            _posted(
                 "/viewer/logout",
-                {"POST": _posted(inside(self._logout), "Log out; ends the session", {403: (OTHER_SESSION,)}, "csrf")},
+                inside(self._logout),
+                "Log out; ends the session",
+                {403: (OTHER_SESSION,)},
+                "csrf",
             ),
-            Resource("/viewer/style.css", {"GET": _without_session(_style, "The pages' style", "text/css")}),
-            Resource(
+            _without_session(
+                "/viewer/style.css",
+                _style,
+                "The pages' style",
+                "text/css",
+            ),
+            _without_session(
                 "/viewer/viewer.js",
-                {"GET": _without_session(_script, "The script of the page of jobs", "text/javascript")},
+                _script,
+                "The script of the page of jobs",
+                "text/javascript",
             ),
         )
 
@@ -363,6 +360,7 @@ async def _form(request: Request, fields: frozenset[str]) -> dict[str, str]:
 
 # --- operations -------------------------------------------------------------------------------------------------
 def _shown(
+    path: str,
     handler: Handler,
     summary: str,
     *,
@@ -374,42 +372,49 @@ def _shown(
 ) -> Operation:
     """An operation that shows a page, or redirects to the login."""
     return Operation(
+        "GET",
+        path,
         handler,
-        Description(
-            tag="viewer",
-            summary=summary,
-            response=TEXT,
-            content_type="text/html",
-            parameters=parameters,
-            path_schemas=path_schemas or {},
-            other_responses={303: None},
-            errors={404: not_found, 400: bad_request},
-            needs=needs,
-        ),
+        tag="viewer",
+        summary=summary,
+        response=TEXT,
+        content_type="text/html",
+        parameters=parameters,
+        path_schemas=path_schemas or {},
+        other_responses={303: None},
+        errors={404: not_found, 400: bad_request},
+        needs=needs,
     )
 
 
-def _posted(handler: Handler, summary: str, errors: dict[int, tuple[str, ...]], *fields: str) -> Operation:
+def _posted(path: str, handler: Handler, summary: str, errors: dict[int, tuple[str, ...]], *fields: str) -> Operation:
     """An operation that takes a form and redirects."""
     return Operation(
+        "POST",
+        path,
         handler,
-        Description(
-            tag="viewer",
-            summary=summary,
-            status=303,
-            form={
-                "type": "object",
-                "properties": {name: {"type": "string", "maxLength": 1000} for name in fields},
-                "required": [name for name in fields if name != "username"],
-                "additionalProperties": False,
-            },
-            errors={413: (TOO_LARGE,), 400: (UNKNOWN_FIELD,), **errors},
-            needs=NOTHING,
-        ),
+        tag="viewer",
+        summary=summary,
+        status=303,
+        form={
+            "type": "object",
+            "properties": {name: {"type": "string", "maxLength": 1000} for name in fields},
+            "required": [name for name in fields if name != "username"],
+            "additionalProperties": False,
+        },
+        errors={413: (TOO_LARGE,), 400: (UNKNOWN_FIELD,), **errors},
+        needs=NOTHING,
     )
 
 
-def _without_session(handler: Handler, summary: str, content_type: str) -> Operation:
-    """An operation that needs no session."""
-    description = Description(tag="viewer", summary=summary, response=TEXT, content_type=content_type, needs=NOTHING)
-    return Operation(handler, description)
+def _without_session(path: str, handler: Handler, summary: str, content_type: str) -> Operation:
+    return Operation(
+        "GET",
+        path,
+        handler,
+        tag="viewer",
+        summary=summary,
+        response=TEXT,
+        content_type=content_type,
+        needs=NOTHING,
+    )

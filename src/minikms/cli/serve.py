@@ -1,0 +1,185 @@
+"""`minikms serve`: the daemon, from flags and environment.
+
+Owns: the flags of the daemon and their checks. Invariants: an empty environment variable counts as unset; a flag wins
+over its variable; a start without a root key is refused before anything is made or bound. It must never hold the root
+key, only where it comes from.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+from cyclopts import Parameter, validators
+
+from minikms.cli.console import DataDir, MasterKeyFd, chosen_data_dir, chosen_root, chosen_socket
+
+if TYPE_CHECKING:
+    from minikms.audit.record import Head
+
+ALLOWED_UIDS_VARIABLE: Final = "PROGRESSDB_MINIKMS_ALLOWED_UIDS"
+ADMIN_UIDS_VARIABLE: Final = "PROGRESSDB_MINIKMS_ADMIN_UIDS"
+MIB_BYTES: Final = 1024 * 1024
+DAY_SECONDS: Final = 24 * 3600
+
+NO_KEY_TEXT: Final = (
+    "no master key is configured. Make one with\n"
+    "  (umask 077; openssl rand -hex 32 > /path/to/master-key)\n"
+    "and give it with --master-key-file /path/to/master-key (keep a copy of it elsewhere: without it nothing can be "
+    "decrypted), or try things out with --dev, which makes a key file beside the data directory"
+)
+
+
+def serve(
+    *,
+    socket: Annotated[str | None, Parameter(help="Unix socket to serve on [PROGRESSDB_KMS_SOCKET].")] = None,
+    data_dir: DataDir = None,
+    master_key_file: Annotated[
+        Path | None,
+        Parameter(help="File with the root key: 64 hex characters, mode 0600 [PROGRESSDB_MINIKMS_MASTER_KEY_FILE]."),
+    ] = None,
+    dev: Annotated[
+        bool, Parameter(help="Without a root key, make a key file beside the data directory.", negative=())
+    ] = False,
+    allowed_uids: Annotated[
+        str | None,
+        Parameter(help="Users that may connect, comma-separated; default: this one [PROGRESSDB_MINIKMS_ALLOWED_UIDS]."),
+    ] = None,
+    admin_uids: Annotated[
+        str | None, Parameter(help="Only these users may rotate, destroy and audit [PROGRESSDB_MINIKMS_ADMIN_UIDS].")
+    ] = None,
+    socket_mode: Annotated[str, Parameter(help="Permission bits of the socket, octal.")] = "0600",
+    socket_group: Annotated[str | None, Parameter(help="Group that the socket is given to.")] = None,
+    audit_fsync: Annotated[
+        Literal["never", "interval", "turn"],
+        Parameter(help="When audit lines are synced: never, interval (100 ms), turn.", show_choices=False),
+    ] = "interval",
+    cache_keys: Annotated[
+        int | None,
+        # At least two: a re-encryption opens the old and the new key.
+        Parameter(help="How many opened keys stay in locked memory.", validator=validators.Number(gte=2)),
+    ] = None,
+    require_hardening: Annotated[
+        bool, Parameter(help="Refuse to start when a hardening measure is missing.", negative=())
+    ] = False,
+    rewrite_master_key_file: Annotated[
+        bool, Parameter(help="A rotation to a new root key also writes it to the master key file.", negative=())
+    ] = False,
+    log_format: Annotated[
+        Literal["json", "console"], Parameter(help="json or console.", show_choices=False)
+    ] = "console",
+    accept_audit_loss: Annotated[
+        bool,
+        Parameter(
+            help="Begin a new audit log if the old one is missing or altered; the old one is kept aside.", negative=()
+        ),
+    ] = False,
+    accept_restore: Annotated[
+        bool,
+        Parameter(help="Start with a keyring that is older than the audit log, this once.", negative=()),
+    ] = False,
+    expect_audit_head: Annotated[
+        str | None,
+        Parameter(help="A line that was written, SEQ:SIG: refuse to start if the audit log lacks it."),
+    ] = None,
+    audit_hash_thread_ids: Annotated[
+        bool, Parameter(help="Record thread ids in the audit log as keyed hashes only.", negative=())
+    ] = False,
+    audit_segment_mib: Annotated[
+        int, Parameter(help="Close a file of the audit log at this size.", validator=validators.Number(gte=1))
+    ] = 1024,
+    audit_segment_days: Annotated[
+        int, Parameter(help="Close a file of the audit log at this age.", validator=validators.Number(gte=1))
+    ] = 30,
+    audit_keep_mib: Annotated[
+        int,
+        Parameter(
+            help="Delete the oldest closed files while all of them hold more; 0 keeps them all.",
+            validator=validators.Number(gte=0),
+        ),
+    ] = 0,
+    audit_keep_days: Annotated[
+        int,
+        Parameter(help="Never delete a file closed less long ago than this.", validator=validators.Number(gte=0)),
+    ] = 90,
+    audit_copy: Annotated[
+        str | None, Parameter(help="Also append every audit line to this file, for example on another disk.")
+    ] = None,
+    master_key_fd: MasterKeyFd = None,
+    parent_fd: Annotated[int | None, Parameter(show=False)] = None,
+) -> int:
+    """Serve keys on a Unix socket until SIGTERM."""
+    from minikms.audit.log import Limits
+    from minikms.audit.maintenance import Retention
+    from minikms.custody.vault import CACHE_KEYS_MAX
+    from minikms.daemon import process
+    from minikms.daemon.settings import Settings
+    from minikms.datadir import Options
+    from minikms.errors import StartError
+    from minikms.policy import parse_uids
+    from minikms.roots.providers import DevelopmentKey
+
+    path = chosen_socket(socket)
+    directory = chosen_data_dir(data_dir, must_exist=False)
+    root = chosen_root(master_key_file, master_key_fd, rewritable=rewrite_master_key_file)
+    if root is None:
+        if not dev:
+            raise StartError(NO_KEY_TEXT)
+        root = DevelopmentKey(directory)
+    allowed = allowed_uids or os.environ.get(ALLOWED_UIDS_VARIABLE) or str(os.geteuid())
+    admins = admin_uids or os.environ.get(ADMIN_UIDS_VARIABLE) or ""
+    process.run(
+        Settings(
+            socket=path,
+            data_dir=directory,
+            root=root,
+            allowed_uids=parse_uids(allowed, source=ALLOWED_UIDS_VARIABLE),
+            admin_uids=parse_uids(admins, source=ADMIN_UIDS_VARIABLE) if admins else frozenset(),
+            parent_fd=parent_fd,
+            socket_mode=parse_mode(socket_mode),
+            socket_group=socket_group,
+            require_hardening=require_hardening,
+            opening=Options(
+                accept_restore=accept_restore,
+                accept_audit_loss=accept_audit_loss,
+                expect_audit_head=parse_head(expect_audit_head),
+                audit_fsync=audit_fsync,
+                audit_hash_thread_ids=audit_hash_thread_ids,
+                audit_limits=Limits(
+                    segment_bytes=audit_segment_mib * MIB_BYTES, segment_age_s=audit_segment_days * DAY_SECONDS
+                ),
+                cache_keys_max=cache_keys or CACHE_KEYS_MAX,
+            ),
+            audit_keep=Retention(bytes_max=audit_keep_mib * MIB_BYTES, days_min=audit_keep_days),
+            audit_copy=None if audit_copy is None else os.path.abspath(audit_copy),
+            log_format=log_format,
+        )
+    )
+    return 0
+
+
+def parse_head(text: str | None) -> Head | None:
+    """A line of the audit log that was written, as SEQ:SIG. Raises StartError."""
+    from minikms.audit.chain import head_of_text
+    from minikms.errors import StartError
+
+    if text is None:
+        return None
+    head = head_of_text(text)
+    if head is None:
+        raise StartError("--expect-audit-head is SEQ:SIG, as `head` in `minikms status` or `minikms audit verify`")
+    return head
+
+
+def parse_mode(text: str) -> int:
+    """Octal permission bits. Raises StartError."""
+    from minikms.errors import StartError
+
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise StartError("--socket-mode must be octal permission bits such as 0660")
+    return mode

@@ -1,0 +1,243 @@
+"""Calls of verbs as values: what is sent, how the answer is read, and when a failed call is made again.
+
+Owns: the encoding of a request and the decoding of an answer, from the entry of the verb in `minikms.api`. No sockets,
+no time. Invariants: an answer is decoded into a typed value or refused as a whole; a batch has as many outcomes as
+items; a call is repeated only if that is harmless. A call must never show what it carries in a repr.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Final, Generic, NamedTuple, TypeVar, cast, get_args, get_type_hints
+from urllib.parse import quote, urlencode
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from minikms import api
+from minikms.api import Verb
+from minikms.client.errors import (
+    KmsError,
+    KmsProtocolError,
+    KmsRefusedError,
+    KmsUnavailableError,
+    RequestInterruptedError,
+    ShuttingDownError,
+    refusal,
+)
+from minikms.client.items import CheckOutcome, DecryptItem, Item, Outcome, Sent, check_id, checked_cost_bytes, invalid
+from minikms.client.wire import Answer
+
+R = TypeVar("R", bound=api.Request)
+A = TypeVar("A")
+
+PAUSE_S_MIN: Final = 0.005
+PAUSE_S_MAX: Final = 0.25
+_KEK_HEX: Final = re.compile(rb"[0-9a-fA-F]{64}")
+
+_encode: Final = msgspec.json.Encoder().encode
+_decode_error: Final = msgspec.json.Decoder(api.ErrorAnswer).decode
+
+
+class Call(NamedTuple, Generic[A]):
+    """One request. `body` is None for a GET; a `bytearray` holds a key: wipe it once the call has ended."""
+
+    verb: Verb[Any, A]
+    target: bytes
+    body: bytes | bytearray | None
+    request_id: str | None
+
+    def __repr__(self) -> str:
+        return f"Call({self.target!r})"
+
+    def wipe(self) -> None:
+        """Zeroes a body that holds a key."""
+        if isinstance(self.body, bytearray):
+            self.body[:] = bytes(len(self.body))
+
+    def read(self, answer: Answer) -> A:
+        """The value of an answer. Raises KmsRefusedError or KmsProtocolError."""
+        try:
+            if answer.status in (200, 202):
+                value: A = _decoder(self.verb)(answer.body)
+                return value
+            refused = _decode_error(answer.body)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            text = f"the key service's answer ({answer.status}) to {self.verb.name} does not have the expected form"
+            raise KmsProtocolError(text) from error
+        raise refusal(refused.code, refused.error, answer.status)
+
+
+def make_call(verb: Verb[R, A], request: R | Sent | bytearray, request_id: str | None = None) -> Call[A]:
+    """The call of a verb. `request_id` goes to the audit log. A bytearray is the body itself, and is wiped.
+
+    Raises InvalidRequestError before anything is sent, as the daemon would.
+    """
+    body: bytes | bytearray | None = None
+    if isinstance(request, bytearray):
+        target, body = verb.path.encode("ascii"), request
+    else:
+        if isinstance(request, Item):
+            checked_cost_bytes(request)
+        else:
+            _check_texts(request)
+        target = _target(verb, request)
+        if verb.method == "POST":
+            body = _encode(request) if verb.has_body else b"{}"
+    call = Call(verb, target, body, request_id)
+    if request_id is not None and api.REQUEST_ID_PATTERN.fullmatch(request_id) is None:
+        call.wipe()
+        invalid(f"a request id is 1 to {api.REQUEST_ID_CHARS_MAX} characters of A-Z a-z 0-9 . _ : / + = -")
+    return call
+
+
+def rotation(new_kek_hex: bytes | bytearray | str | None, wait: bool, verify: Sequence[DecryptItem]) -> bytearray:
+    """The body of ROTATE_KEK. A new key is checked here, because it is copied into the body as it is: last, into a
+    body of its final size, for one that grows leaves copies.
+    """
+    before = b'{"wait":true' if wait else b'{"wait":false'
+    if verify:
+        samples = [{"key_id": item.key_id, "ciphertext": item.ciphertext, "aad": item.aad} for item in verify]
+        before += b',"verify":' + _encode(samples)
+    if new_kek_hex is None:
+        return bytearray(before + b"}")
+    digits = new_kek_hex.encode("ascii", "replace") if isinstance(new_kek_hex, str) else new_kek_hex
+    if _KEK_HEX.fullmatch(digits) is None:
+        invalid("new_kek_hex has 64 hexadecimal characters")
+    before += b',"new_kek_hex":"'
+    body = bytearray(len(before) + len(digits) + 2)
+    body[: len(before)] = before
+    body[len(before) : -2] = digits
+    body[-2:] = b'"}'
+    return body
+
+
+def given(value: A | None) -> A | UnsetType:
+    """An argument as a field: None is absent."""
+    return UNSET if value is None else value
+
+
+def _target(verb: Verb[Any, Any], request: api.Request | Sent) -> bytes:
+    path = verb.path
+    if "{key_id}" in path and isinstance(request, api.KeyRequest):
+        path = path.format(key_id=quote(request.key_id, safe=""))
+    elif verb.method == "GET":
+        values = {name: getattr(request, name) for name in request.__struct_fields__}
+        query = urlencode({name: value for name, value in values.items() if value is not UNSET})
+        path = f"{path}?{query}" if query else path
+    return path.encode("ascii")
+
+
+def _check_texts(request: api.Request | Sent) -> None:
+    """Every text of a request is an id, or as short and as plain as one."""
+    for name in _text_fields(type(request)):
+        value = getattr(request, name)
+        if value is not UNSET and value is not None:
+            check_id(name, value)
+
+
+@cache
+def _text_fields(kind: type[msgspec.Struct]) -> tuple[str, ...]:
+    hints = get_type_hints(kind)
+    return tuple(name for name in kind.__struct_fields__ if hints[name] is str or str in get_args(hints[name]))
+
+
+@cache
+def _decoder(verb: Verb[Any, A]) -> Callable[[bytes], A]:
+    if verb.answer is str:
+        return lambda body: cast(A, body.decode("ascii"))
+    return msgspec.json.Decoder(verb.answer).decode
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def is_healthy(answer: str) -> bool:
+    """True; raises KmsProtocolError for any other text than `ok`."""
+    if answer.strip() != "ok":
+        raise KmsProtocolError("the key service's health is not `ok`")
+    return True
+
+
+def random_bytes(answer: api.RandomAnswer, count: int) -> bytes:
+    if len(answer.random) != count:
+        raise KmsProtocolError(f"the key service answered {len(answer.random)} random bytes instead of {count}")
+    return answer.random
+
+
+def outcomes(answer: api.EncryptBatchAnswer | api.DecryptBatchAnswer, count: int) -> list[Outcome]:
+    """The value or the error of each item. Raises KmsProtocolError unless there are `count` of them."""
+    if len(answer.items) != count:
+        raise KmsProtocolError(f"the key service answered {len(answer.items)} items of {count}")
+    if isinstance(answer, api.EncryptBatchAnswer):
+        return [
+            item.ciphertext
+            if isinstance(item.ciphertext, bytes) and item.error is UNSET and item.code is UNSET
+            else _refused(item.ciphertext, item.error, item.code)
+            for item in answer.items
+        ]
+    return [
+        item.plaintext
+        if isinstance(item.plaintext, bytes) and item.error is UNSET and item.code is UNSET
+        else _refused(item.plaintext, item.error, item.code)
+        for item in answer.items
+    ]
+
+
+def _refused(value: bytes | UnsetType, error: str | UnsetType, code: str | UnsetType) -> KmsRefusedError:
+    if value is UNSET and isinstance(error, str) and isinstance(code, str):
+        return refusal(code, error)
+    raise KmsProtocolError("an item of the key service's answer is neither a value nor an error")
+
+
+def check_outcomes(answer: api.CheckBatchAnswer, count: int) -> list[CheckOutcome]:
+    """None or the error of each item. Raises KmsProtocolError unless each of `count` items is accounted for once."""
+    found: list[CheckOutcome] = [None] * count
+    after = -1
+    for refused in answer.refused:
+        if not after < refused.item < count:
+            raise KmsProtocolError(f"the key service refused item {refused.item} of {count} after item {after}")
+        after = refused.item
+        found[after] = refusal(refused.code, refused.error)
+    if answer.opened + len(answer.refused) != count:
+        raise KmsProtocolError(f"the key service answered other than {count} items")
+    return found
+
+
+# --- repetition ------------------------------------------------------------------------------------------------------
+
+
+class Attempts:
+    """When a failed call is made again, and after which pause. `until_s` is when to give up, by the caller's clock.
+
+    A call is repeated while the daemon is away (it restarts, its connection broke, it is stopping), for a bounded time,
+    and only if that is harmless: the verb is repeatable, or the request was certainly not carried out. A timeout, a
+    malformed answer and every refusal other than `shutting_down` and `interrupted` end the call at once.
+    """
+
+    __slots__ = ("_count", "_repeatable", "_until_s")
+
+    def __init__(self, *, repeatable: bool, until_s: float) -> None:
+        self._repeatable = repeatable
+        self._until_s = until_s
+        self._count = 0
+
+    def pause_s(self, error: KmsError, now_s: float) -> float:
+        """How long to wait before the next attempt. Raises `error` if there must not be one."""
+        if isinstance(error, KmsUnavailableError):
+            harmless = self._repeatable or not error.sent
+        elif isinstance(error, RequestInterruptedError):
+            harmless = self._repeatable
+        else:
+            harmless = isinstance(error, ShuttingDownError)
+        left_s = self._until_s - now_s
+        if not harmless or left_s <= 0:
+            raise error
+        self._count += 1
+        if self._count == 1:
+            return 0.0  # a kept connection that a restarted daemon no longer knows: a fresh one will do
+        pause = min(PAUSE_S_MAX, PAUSE_S_MIN * 2.0 ** min(self._count, 16))
+        return min(left_s, pause * random.uniform(0.5, 1.0))  # noqa: S311 - spreads clients, protects nothing
