@@ -45,7 +45,7 @@ def test_a_keyring_of_an_unknown_provider_opens(arena: SecretArena) -> None:
     assert keyrings.reopened(arena, unlocked)[1] == slot
 
 
-def test_a_wrong_root_is_told_by_its_fingerprint_and_the_expected_one(arena: SecretArena) -> None:
+def test_the_error_for_a_wrong_root_names_both_fingerprints(arena: SecretArena) -> None:
     unlocked = keyrings.fresh(arena)
     with pytest.raises(StartError, match="wrong root key") as refused:
         keyrings.reopened(arena, unlocked, NEW_ROOT)

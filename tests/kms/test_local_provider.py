@@ -64,14 +64,14 @@ def test_it_answers_as_the_remote_one_does(directory: Path) -> None:
         [moved] = await provider.reencrypt_batch(old.key_id, new.key_id, [ReencryptItem(ciphertext=sealed, aad=b"a")])
         assert isinstance(moved, bytes)
         assert await opened(provider, new.key_id, moved) == b"text"
-        opens, stranger = await provider.check_batch(
+        opens, failed = await provider.check_batch(
             old.key_id,
             [ReencryptItem(ciphertext=sealed, aad=b"a"), ReencryptItem(ciphertext=moved, aad=b"a")],
             thread_id="t",
         )
         assert opens is None
-        assert isinstance(stranger, KmsRefusedError)
-        assert stranger.code == api.CODE_DECRYPTION_FAILED
+        assert isinstance(failed, KmsRefusedError)
+        assert failed.code == api.CODE_DECRYPTION_FAILED
         with pytest.raises(KmsRefusedError) as refused:
             await provider.check_batch(
                 old.key_id, [ReencryptItem(ciphertext=sealed, aad=b"a")], thread_id="another", request_id="r-2"

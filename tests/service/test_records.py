@@ -196,9 +196,9 @@ def test_a_batch_of_one_without_the_role_is_refused_item_by_item_and_costs_no_le
             [key_id] = await one.make(1)
         async with opened_vault(tmp_path / "d") as again:  # the key has no lease in this run yet
             table = record_verbs(again)
-            stranger = ANYONE._replace(roles=frozenset[api.Role]())
+            roleless = ANYONE._replace(roles=frozenset[api.Role]())
             request = api.EncryptBatchRequest([api.EncryptItem(key_id=key_id, plaintext=TEXT)] * 2)
-            answer = await items_of(table[api.ENCRYPT_BATCH](stranger, request, ""))
+            answer = await items_of(table[api.ENCRYPT_BATCH](roleless, request, ""))
             assert [item["code"] for item in answer] == ["forbidden"] * 2
             assert again.vault.leases.status().journal_records == 0
 

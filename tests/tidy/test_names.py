@@ -52,6 +52,8 @@ class Scope:
     types: dict[str, list[str]] = field(default_factory=dict)
     """Of an annotated field, or an import: names of the classes or modules that it may be."""
     bases: list[str] = field(default_factory=list)
+    star_imports: list[str] = field(default_factory=list)
+    """Modules whose names this one has too."""
 
 
 @dataclass
@@ -87,7 +89,9 @@ class Index:
                 for type_name in scope.types.get(first, [])
                 for root, left in self.roots(type_name.split("."))
             )
-        return any(self.has(base, parts, seen) for text in scope.bases for base in self.classes.get(text, []))
+        inherited = [base for text in scope.bases for base in self.classes.get(text, [])]
+        inherited += [self.modules[module] for module in scope.star_imports if module in self.modules]
+        return any(self.has(base, parts, seen) for base in inherited)
 
     def resolves(self, dotted: str) -> bool:
         parts = dotted.split(".")
@@ -134,6 +138,9 @@ def scope_of(body: list[ast.stmt], made: Index, module: list[str]) -> Scope:
             case ast.Import() | ast.ImportFrom():
                 source = f"{statement.module}." if isinstance(statement, ast.ImportFrom) else ""
                 for alias in statement.names:
+                    if alias.name == "*":
+                        scope.star_imports.append(source.rstrip("."))
+                        continue
                     bound = alias.asname or alias.name.partition(".")[0]
                     scope.members[bound] = None
                     scope.types[bound] = [source + alias.name]

@@ -13,6 +13,10 @@ LINES_MAX = 700
 LONG_WITH_A_REASON: dict[str, str] = {}
 """Path → why the file still is one idea."""
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "misc"}
+KEPT_WORDS = {
+    (path, "homeless") for path in ("src/progressdb_server/store/check.py", "tests/store/test_store_check.py")
+}
+"""Path and word: a kind of finding in the output of `progressdb check`, which scripts may read."""
 FOREIGN = tuple(
     # In two halves, so that this list does not break the rule.
     "".join(halves)
@@ -83,7 +87,7 @@ def test_plain_words_are_used() -> None:
         for path, text in texts()
         if name(path).startswith(("src/", "tests/", "docs/")) and path != Path(__file__)
         for number, line in enumerate(text.splitlines(), start=1)
-        if (found := dialect.search(line.replace("_", " ")))
+        if (found := dialect.search(line.replace("_", " "))) and (name(path), found[0]) not in KEPT_WORDS
     )
 
 

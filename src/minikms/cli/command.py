@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sys
-from difflib import get_close_matches
 from typing import Final, Literal
 
 from cyclopts import App
@@ -83,6 +82,8 @@ def _mistyped(words: list[str]) -> str:
     """The error text for a first word that is no command: `serve` takes flags only, so it can't be an argument."""
     if not words or words[0].startswith("-") or words[0] in ("serve", *COMMANDS):
         return ""
+    from difflib import get_close_matches
+
     close = get_close_matches(words[0], ["serve", *COMMANDS], n=1)
     meant = f"Did you mean `minikms {close[0]}`?" if close else "`minikms --help` lists the commands."
     return f"there is no command {words[0]!r}. {meant}"

@@ -23,7 +23,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
-import msgspec
 from cyclopts import Parameter
 
 from minikms.cli.rootkey import VARIABLE as MASTER_KEY_VARIABLE
@@ -197,6 +196,8 @@ _PIPE_COLUMNS: Final = 4096
 
 def as_json(value: object) -> str:
     """Indented; msgspec's structs as objects, bytes as base64."""
+    import msgspec
+
     return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
 
 

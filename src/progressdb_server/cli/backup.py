@@ -23,6 +23,7 @@ from urllib.parse import quote
 
 from cyclopts import App, Parameter
 
+from minikms import api
 from progressdb_server import logs
 from progressdb_server.api.routes.store_backup import INVALID_NAME, NAME
 from progressdb_server.cli.admin_client import AdminClient
@@ -38,7 +39,6 @@ from progressdb_server.cli.flags import (
     load_config,
 )
 from progressdb_server.config import Config
-from progressdb_server.kms.provider import development_key
 from progressdb_server.store import backup
 from progressdb_server.store.model import BackupRegister, StoreLockedError
 
@@ -216,7 +216,7 @@ async def _register(config: Config) -> AsyncIterator[BackupRegister]:
 def _minikms(words: list[str], config: Config, master_key_fd: int | None) -> int:
     """Run `minikms backup …`, which prints its own output. A root key of our environment is passed as a descriptor."""
     command = [sys.executable, "-P", "-m", "minikms", "backup", *words]
-    key_file = config.kms.master_key_file or development_key(config.kms_data_dir)
+    key_file = config.kms.master_key_file or _development_key(config)
     if master_key_fd is not None:
         os.lseek(master_key_fd, 0, os.SEEK_SET)  # an earlier child has read it to the end
         command += ["--master-key-fd", str(master_key_fd)]
@@ -225,3 +225,8 @@ def _minikms(words: list[str], config: Config, master_key_fd: int | None) -> int
     sys.stdout.flush()
     passed = () if master_key_fd is None else (master_key_fd,)
     return subprocess.run(command, pass_fds=passed, check=False).returncode  # noqa: S603  our own program
+
+
+def _development_key(config: Config) -> str:
+    path = api.development_key_path(config.kms_data_dir)
+    return str(path) if path.exists() else ""

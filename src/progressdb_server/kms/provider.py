@@ -140,14 +140,6 @@ class LocalProviderError(Exception):
     """The key service can't be opened in this process; the text says why and what to do."""
 
 
-def development_key(data_dir: str | os.PathLike[str]) -> str:
-    """The path of the root key file that a development key service makes for itself; empty if there is none."""
-    from minikms.embedded import development_key_path  # loads the key service's cryptography
-
-    path = development_key_path(data_dir)
-    return str(path) if path.exists() else ""
-
-
 async def open_local(
     data_dir: str | os.PathLike[str], *, master_key_file: str | os.PathLike[str] | None = None
 ) -> Provider:

@@ -46,7 +46,7 @@ SEAL_BYTES: Final = 28
 itself, is never stored."""
 
 RETRY_AFTER_S: Final = 2
-"""What a client is told to wait while the key service is away."""
+"""How long a client should wait before a retry while the key service is away."""
 
 
 def store_error(error: KmsError, record_key: bytes | None = None) -> StoreError:
