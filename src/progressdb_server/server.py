@@ -2,7 +2,7 @@
 
 Owns: the order in which the parts start and stop, and the signals that stop them. Invariants: no request is taken
 before a key service answers and the store is open; what was started is stopped in the reverse order, whatever fails
-meanwhile, and requests in flight are finished first. It must never hold a key: it passes on a path or a descriptor.
+meanwhile, and requests in flight are finished first. It must never hold a key: it passes a path or a descriptor.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from progressdb_server.store.model import FormatError, StoreUnavailableError
 _log: Final = structlog.get_logger("progressdb")
 _STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
 _COLLECTED_OBJECTS_MIN: Final = 50_000
-"""New objects between two looks for cycles: many times what the requests in flight hold. Every 700, as Python does by
-itself, walked them while they were alive, an eighth of an append's time; what a request leaves is freed without."""
+"""New objects between two runs of the cycle collector: many times what the requests in flight hold. Python's default of
+700 visits objects that are still in use, which costs an eighth of an append's time; a request leaves no cycles."""
 
 Opened = TypeVar("Opened")
 
@@ -52,9 +52,9 @@ class ServeError(Exception):
 
 
 def check_key_source(config: Config, *, has_master_key: bool) -> None:
-    """That a miniKMS which is spawned will have a root key. Raises ConfigError with the way out.
+    """Check that a miniKMS which is started here will have a root key. Raises ConfigError, which says what to do.
 
-    With a socket of its own in the configuration a daemon may answer there, so that none is needed.
+    None is needed if the configuration names a socket, since a daemon may answer there.
     """
     kms = config.kms
     if kms.provider == "local":
@@ -89,8 +89,8 @@ def child_options(config: Config, master_key_fd: int | None) -> ChildOptions:
 
 
 def run(config: Config, master_key_fd: int | None, *, accept_restore: bool = False, encrypting: bool = True) -> None:
-    """Serve until SIGTERM or SIGINT. `accept_restore`: also with an older state of the key service. Not `encrypting`:
-    for a benchmark, and refused unless all says so (unencrypted.py).
+    """Serve until SIGTERM or SIGINT. `accept_restore`: also with an older state of the key service. `encrypting` is
+    false only for a benchmark, and refused otherwise (unencrypted.py).
 
     Raises ConfigError, ServeError when it can't start.
     """
@@ -133,7 +133,7 @@ async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool
         more = (*job_routes.operations(jobs), *backup_routes, *viewer.operations())
         application = Application(store, access, ApiMetrics(registry), more=more)
         host, port = listener.getsockname()[:2]
-        gc.freeze()  # what the start has made stays: no look for cycles goes through it again
+        gc.freeze()  # the objects of the start live as long as the process: the collector need not visit them
         gc.set_threshold(_COLLECTED_OBJECTS_MIN)
         await serve_http(
             application,
@@ -146,7 +146,7 @@ async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool
 
 
 async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, Opened]) -> Opened | None:
-    """What the work returns, or None when it was cancelled because the server is to stop."""
+    """The result of the work, or None if the server has to stop before; the work is cancelled then."""
     working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
     await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
@@ -163,7 +163,7 @@ async def _open_store(
     """The key service, then the store; each is closed by `started`. Raises ServeError."""
     try:
         os.makedirs(config.storage.db_path, mode=0o700, exist_ok=True)
-        # before a key service is started for a store that is refused
+        # first, so that no key service is started for a store that is refused
         engine = directory.open_engine(str(config.store_dir), encrypted=encrypting)
     except OSError as error:
         raise ServeError(f"can't make the data directory {config.storage.db_path}: {error.strerror}") from None

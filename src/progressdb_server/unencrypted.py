@@ -1,4 +1,4 @@
-"""The server without encryption: what encryption costs is measured against it (`python -m bench append_added`).
+"""The server without encryption, against which the cost of encryption is measured (`python -m bench append_added`).
 
 Owns: the provider that seals nothing, and when a server may run with it. This is the one exception to "nothing that a
 user typed is stored in plaintext". Invariants:
@@ -29,9 +29,10 @@ from progressdb_server.store.model import FormatError, StoreUnavailableError
 VARIABLE: Final = "PROGRESSDB_BENCHMARK"
 VALUE: Final = "store-everything-in-plaintext"
 MARK: Final = b"plaintext, benchmarks only: "
-"""What each record has in the place of nonce and tag, and as long (store/sealer.py counts). Nothing opens under it."""
+"""In the place of each record's nonce and tag, and as long, which store/sealer.py checks. No key opens such a
+record."""
 KEY_ID: Final = "k_none_nothing_is_encrypted"
-"""Of every thread. No key service has made it."""
+"""The key id of every thread. No key service has made it."""
 
 
 def check_allowed(config: Config, environment: Mapping[str, str], *, has_master_key: bool) -> None:

@@ -201,7 +201,7 @@ def test_a_deleted_backup_is_registered_until_somebody_says_so_and_a_present_one
             for unknown in ("three", "", "..", str(tmp_path / "one")):
                 with pytest.raises(backup.BackupNotFoundError):
                     await store.forget_backup(unknown)
-            assert await store.forget_backup("one") == 1
+            assert [known.name for known in await store.forget_backup("one")] == ["one"]
             assert await registered(store) == ["two"]
 
     asyncio.run(run())

@@ -39,7 +39,7 @@ class KeyDestruction:
         Raises JobNotFoundError, StoreUnavailableError; KmsError when the key service is not available.
         """
         job = self._table.get(job_id)
-        if not 0 < job.destroy_at_ns <= self._table.now_ns():  # called off since it was found due
+        if not 0 < job.destroy_at_ns <= self._table.now_ns():  # cancelled since it was found due
             return False
         try:
             job, why = await self._judged(job)
@@ -61,7 +61,7 @@ class KeyDestruction:
         return True
 
     async def _judged(self, job: Job) -> tuple[Job, str]:
-        """The job, which may have got its census, and what stands in the way."""
+        """The job, which may now have its census, and why nothing may be destroyed (empty if it may)."""
         why = await self._older_store_backup(job.census_ns) or await self._obstacle(job)
         if why:
             return job, why

@@ -45,7 +45,7 @@ CHUNKS_AHEAD: Final = 4
 WRITES_AHEAD: Final = 8
 """Chunks that the key service has, and chunks on their way to the disk, where they share a sync."""
 PACED_CHUNK_RECORDS_MAX: Final = 128
-"""Of a job with a bounded rate: what requests may have to wait for is a millisecond or two."""
+"""Of a job with a bounded rate, so that requests wait for a millisecond or two at most."""
 SCAN_COST: Final = 0.1
 VERIFY_COST: Final = 0.5
 """What reading a record that needs no re-encryption, and reading one back through the key service, counts against a
@@ -53,7 +53,7 @@ rate of records."""
 RETRY_S_MIN: Final = 0.1
 RETRY_S_MAX: Final = 5.0
 PROGRESS_S: Final = 1.0
-"""How often a verification stores how far it is, which is also when it notices a pause."""
+"""How often a verification stores its progress, which is also when it notices a pause."""
 
 BEHIND_S_MAX: Final = 0.1
 """Beside requests every chunk begins a little late: without making up for that, a rate is never reached."""
@@ -108,7 +108,7 @@ class KeyRotation:
         await self._persist(job_id, lambda: self._advance(job_id, pace))
 
     async def switch_key(self, job_id: str) -> None:
-        """Give the thread its new key; nothing if that was done before. Tries until it is, or the job has failed."""
+        """Give the thread its new key, unless that was done before. Tries until it has it or the job has failed."""
         await self._persist(job_id, lambda: self._switch_key(job_id))
 
     async def _persist(self, job_id: str, work: Callable[[], Awaitable[None]]) -> None:
@@ -131,7 +131,7 @@ class KeyRotation:
                     if not isinstance(error, KmsRefusedError) or fault(error) is Fault.SERVICE:
                         raise
                     await self._fail(job_id, f"the key service refused ({error.code})")
-                except Exception as error:  # noqa: BLE001  a defect ends this job, visibly, and no other
+                except Exception as error:  # noqa: BLE001  a defect ends this job, with a reason, and no other one
                     lines = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
                     _log.error("job_broken", job=job_id, error=type(error).__qualname__, at=lines)
                     await self._fail(job_id, f"internal error ({type(error).__qualname__})")
@@ -197,7 +197,7 @@ class KeyRotation:
                 await self._table.store(row, changed(row.job, new_key=made.key_id, keying=False), switch)
             except StaleRowError:
                 continue
-            except StoreUnavailableError:  # it may be there all the same: look again
+            except StoreUnavailableError:  # the write may have succeeded: read the row again
                 await asyncio.sleep(RETRY_S_MIN)
             except ConditionFailedError:
                 with contextlib.suppress(KmsError):  # the end of the thread's next rotation retires it

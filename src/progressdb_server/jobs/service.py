@@ -1,4 +1,4 @@
-"""The jobs as the API and the server use them: begin, watch, pause, resume, cancel; and what starts by itself.
+"""The jobs as the API and the server use them: begin, watch, pause, resume, cancel; and what starts automatically.
 
 Owns: which jobs are at work, the queue of those that wait, which job has a thread, and which threads' keys are due
 (`Due`). Invariants: never two jobs, or a job and a restore, on one thread; at most RUNNING_MAX jobs work at once, at
@@ -48,13 +48,13 @@ PAGE_PAUSE_S: Final = 0.02
 RUNNING_MAX: Final = 2
 UNFINISHED_MAX: Final = 65_536
 KEY_WAIT_S: Final = 5.0
-"""How long an answer waits for the new key; after that the job goes on while nobody waits."""
+"""How long an answer waits for the new key. The job continues after that."""
 TICK_S: Final = 60.0
 SELECTION_S: Final = 3600.0
 ROW_AGE_S: Final = 90 * 86_400
-"""After which the row of a job that is over and has left nothing, neither backups nor a key, is removed."""
+"""Age at which the row of a finished job is removed, if it has left no backups and no key to destroy."""
 WATCH_S: Final = 0.25
-"""Between two reports to a watcher, at least."""
+"""The shortest time between two reports to a watcher."""
 READ_RETRY_S: Final = 0.5
 RESTORING: Final = "restoring"
 """In the place of a job's id while a thread's backups are restored or removed, or its old keys destroyed."""
@@ -80,7 +80,7 @@ class Due(msgspec.Struct, frozen=True):
 
 
 class Jobs:
-    """Open it in the event loop that uses it. `stop`: set when the server stops; nobody waits or watches after that."""
+    """Made in the event loop that uses it. `stop` is set when the server stops, which ends all waiting and watching."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Jobs:
         )
 
     async def start(self) -> None:
-        """Go on with what was unfinished, and begin to look for keys that are due."""
+        """Continue what was unfinished, and begin to look for keys that are due."""
         keying: list[str] = []
         for page in self.table.pages():
             for job in page:
@@ -133,7 +133,7 @@ class Jobs:
         self._spawn(self._tick())
 
     async def close(self) -> None:
-        """Interrupts the work; the next start goes on with it."""
+        """Interrupts the work; the next start continues it."""
         self._stop.set()
         self._queue.clear()
         tasks = [*self._workers.values(), *self._others]
@@ -161,7 +161,7 @@ class Jobs:
     async def rotate_later(
         self, thread: str, *, rate: int | None = None, destroy_after_s: int = 0, trigger: str = "admin"
     ) -> Job:
-        """The same without a new key yet: the thread keeps its old one until the job's turn comes."""
+        """The same without a new key now: the thread keeps its old one until the job begins to work."""
         job, begun = await self._begin(thread, rate, destroy_after_s, trigger, keying=False)
         if begun:
             self._queue.append(job.id)
@@ -205,7 +205,7 @@ class Jobs:
         return job
 
     async def select(self, due: Due | None, *, rate: int | None = None, destroy_after_s: int = 0) -> AsyncIterator[Job]:
-        """Rotate every thread whose key is due, or with None every thread; each job as it is queued."""
+        """Rotate every thread whose key is due, with None every thread. Yields each job when it is queued."""
         threads = self._store.threads_with_keys() if due is None else self._due(due)
         async for thread in threads:
             yield await self.rotate_later(thread, rate=rate, destroy_after_s=destroy_after_s)
@@ -247,7 +247,7 @@ class Jobs:
         self._pump()
 
     def _pump(self) -> None:
-        """Put jobs to work while there is room."""
+        """Start queued jobs, up to RUNNING_MAX."""
         while self._queue and len(self._workers) < RUNNING_MAX and not self._stop.is_set():
             job = self.table.get(self._queue[0])
             job_id = self._queue.popleft()
@@ -258,7 +258,7 @@ class Jobs:
         try:
             await self._rotation.run(job.id, self._pace if job.rate is None else Pace(job.rate))
         finally:
-            # In the same turn as the job's last change: whoever waited for it finds its thread free.
+            # In the same turn as the job's last change, so that its thread is free for whoever waited for it.
             del self._workers[job.id]
             if not self._stop.is_set():
                 self._worked(job.id)
@@ -273,13 +273,13 @@ class Jobs:
             asyncio.get_running_loop().call_later(READ_RETRY_S, self._worked, job_id)
 
     async def _ended(self, job_id: str) -> None:
-        """A job that is over can be read before that is durable; wait for this, and for its thread to be free."""
+        """The end of a job can be read before it is durable. Wait until it is, and until the job's thread is free."""
         worker = self._workers.get(job_id)
         if worker is not None and self.table.get(job_id).state not in AT_WORK:
             await asyncio.wait({worker})
 
     def _settle(self, job_id: str) -> None:
-        """Give the thread back once its job is finished and nobody works on it."""
+        """Free the thread once its job is finished and no worker works on it."""
         job = self.table.get(job_id)
         if not job.unfinished and job_id not in self._workers and self._threads.get(job.thread) == job_id:
             del self._threads[job.thread]
@@ -289,7 +289,7 @@ class Jobs:
         return await self._ordered(job_id, "pause")
 
     async def cancel(self, job_id: str) -> Job:
-        """What was re-encrypted stays so, and the old key stays retired: both keys' records can be read."""
+        """What was re-encrypted stays so, and the old key stays retired. Records under both keys can be read."""
         return await self._ordered(job_id, "cancel")
 
     async def _ordered(self, job_id: str, event: Move) -> Job:
@@ -302,17 +302,17 @@ class Jobs:
         job = await self.table.change(job_id, how)
         _log.info("job_ordered", job=job_id, order=event)
         worker = self._workers.get(job_id)
-        if worker is not None:  # it may be asleep; what it has queued for the disk no longer fits the row
+        if worker is not None:  # it may sleep; writes that it has queued fail, since the row has changed
             worker.cancel()
             await asyncio.wait({worker})
-            self._workers.pop(job_id, None)  # one that never began has not done so itself
+            self._workers.pop(job_id, None)  # a worker that never began has not removed itself
             self._pump()
         self._settle(job_id)
         return job
 
     async def resume(self, job_id: str) -> Job:
-        """A failed job tries again what failed. Raises JobConflictError also when another job has the thread, or a
-        later rotation has given it another key."""
+        """A failed job tries the failed records again. Raises JobConflictError also when another job has the thread, or
+        a later rotation has given it another key."""
         job = self.table.get(job_id)
         move(job, "resume")
         if self._threads.get(job.thread, job_id) != job_id:
@@ -330,7 +330,7 @@ class Jobs:
 
         try:
             job = await self.table.change(job_id, how)
-        except StoreUnavailableError:  # it may be there all the same, and then its turn has to come
+        except StoreUnavailableError:  # the write may have succeeded; then the job has to be queued
             asyncio.get_running_loop().call_later(READ_RETRY_S, self._worked, job_id)
             raise
         except JobError:
@@ -360,13 +360,13 @@ class Jobs:
                 if job != last:
                     last = job
                     yield last
-                if last.state in AT_WORK and pause_s:  # other jobs' changes wake a watcher too
+                if last.state in AT_WORK and pause_s:  # changes of other jobs wake a watcher too
                     await asyncio.wait({stopping}, timeout=pause_s)
         finally:
             stopping.cancel()
 
     async def wait(self, job_id: str) -> Job:
-        """The job once nobody works on it any more. Raises StoreUnavailableError when the server stops before."""
+        """The job once no worker works on it. Raises StoreUnavailableError when the server stops before."""
         async for job in self.watch(job_id, pause_s=0):
             if job.state not in AT_WORK:
                 return job
@@ -374,7 +374,8 @@ class Jobs:
 
     # --- backups --------------------------------------------------------------------------------------------------
     async def restore(self, job_id: str) -> Restored:
-        """Put back what the job has re-encrypted, and keep the old keys. Raises JobConflictError."""
+        """Put the old ciphertexts of the job's records back, and cancel the destruction of the old keys. Raises
+        JobConflictError."""
         job = self.table.get(job_id)
         async with self._alone(job):
             if job.destroyed_ns:
@@ -386,7 +387,7 @@ class Jobs:
         return restored
 
     async def drop_backups(self, job_id: str) -> int:
-        """How many backups were removed. Raises JobConflictError."""
+        """Remove the job's backups; returns how many there were. Raises JobConflictError."""
         async with self._alone(self.table.get(job_id)):
             dropped = await self.table.drop_kept(job_id)
         _log.info("backups_dropped", job=job_id, dropped=dropped)
@@ -394,7 +395,7 @@ class Jobs:
 
     @asynccontextmanager
     async def _alone(self, job: Job) -> AsyncIterator[None]:
-        """Nobody else works on the job's thread."""
+        """Keep jobs off the job's thread meanwhile. Raises JobConflictError if one has it."""
         await self._ended(self._threads.get(job.thread, ""))
         if job.thread in self._threads:
             raise JobConflictError("a job on this thread is unfinished")
@@ -404,7 +405,7 @@ class Jobs:
         finally:
             del self._threads[job.thread]
 
-    # --- by itself ------------------------------------------------------------------------------------------------
+    # --- automatic ------------------------------------------------------------------------------------------------
     async def _tick(self) -> None:
         selected_at = float("-inf")
         while True:
@@ -416,20 +417,20 @@ class Jobs:
                 await _attempted(self._sweep)
 
     async def rotate_due(self) -> None:
-        """Queue the threads whose keys are older, or more used, than configured, or than a key may be."""
+        """Queue the threads whose keys have reached the configured age or uses, or USES_MAX."""
         settings = self._settings
         due = Due(age_s=settings.max_age_s or None, uses=min(settings.max_uses or USES_MAX, USES_MAX))
         destroy_after_s = settings.destroy_old_after_s
         async for thread, why in self.due_threads(due):
-            with contextlib.suppress(JobConflictError, ThreadNotFoundError):  # its turn comes in an hour
+            with contextlib.suppress(JobConflictError, ThreadNotFoundError):  # tried again in an hour
                 await self.rotate_later(thread, destroy_after_s=destroy_after_s, trigger=f"max_{why}")
 
     async def destroy_due(self) -> None:
-        """Destroy the old keys whose time has come. One that can't be does not hold up the others."""
+        """Destroy the old keys that are due. One that can't be destroyed does not delay the others."""
         for page in self.table.pages():
             for job in page:
                 if 0 < job.destroy_at_ns <= self.table.now_ns() and job.thread not in self._threads:
-                    with contextlib.suppress(JobError):  # begun on, or gone, in this moment
+                    with contextlib.suppress(JobError):  # a job on the thread was begun, or the row removed, meanwhile
                         async with self._alone(job):
                             await self._destruction.attempt(job.id)
             await asyncio.sleep(0)
@@ -450,7 +451,7 @@ class Jobs:
 
 
 async def _attempted(work: Callable[[], Awaitable[None]]) -> None:
-    """One part of what starts by itself: whatever it ends with, the other parts and the next time go on."""
+    """One automatic part: whatever error ends it, the other parts and the next run are not affected."""
     try:
         await work()
     except (StoreError, KmsError, JobError) as error:

@@ -1,11 +1,11 @@
-"""A master key in the server's own environment: out of it, before anything else happens.
+"""Moves a root key out of the server's own environment, before anything else happens.
 
 Owns: the move of `PROGRESSDB_MINIKMS_MASTER_KEY` into a sealed memfd that this process never maps, and the
-re-execution without the variable. Invariants: the process that goes on never had the key in its memory (execve(2)
+re-execution without the variable. Invariants: the process that continues never had the key in its memory (execve(2)
 replaces the address space in which the variable was); its `/proc/<pid>/environ` has no key; the memfd's content can't
-be changed (F_SEAL_*), and is not inherited but by the child that it is passed to. The key is not checked here, so as
-not to look at it: miniKMS does. Call `take` first of all in `main`, before other modules are imported; this one
-imports only what the interpreter has loaded already.
+be changed (F_SEAL_*), and only the child that it is passed to inherits it. Only miniKMS checks the key, so that this
+process never reads it. `main` calls `take` before it imports other modules; this module imports only what the
+interpreter has loaded already.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Final
 KEY_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY"
 KEY_FILE_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FILE"
 DESCRIPTOR_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FD"
-"""Between the process that found the key and its successor only; not for anyone's configuration."""
+"""Only between the process that found the key and its successor; not a setting."""
 _SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -27,9 +27,9 @@ class MasterKeyError(Exception):
 
 
 def take() -> int | None:
-    """The descriptor of the key that the environment held, for `ChildOptions.master_key_fd`; None without one.
+    """The descriptor of the key that was in the environment, for `ChildOptions.master_key_fd`; None without one.
 
-    Does not return when the key is still in the environment: the process starts over, as the same program with the same
+    Does not return if the key is still in the environment: the process executes the same program again with the same
     arguments. Raises MasterKeyError when a key and a key file are both given.
     """
     if os.environb.get(KEY_VARIABLE.encode()):

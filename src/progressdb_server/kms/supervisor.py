@@ -1,26 +1,25 @@
-"""A miniKMS process that this server started.
+"""The supervisor of miniKMS, and the miniKMS process that it starts.
 
-Owns: its command line, its environment, the pipe whose end of file tells it that the server is gone, and the lines it
-writes to stderr. Invariants: it inherits the descriptors named here and no others, and no variable but those of
-`environment`; it leads a session of its own, so that a Ctrl-C meant for the server does not take the keys away before
-the server is done; it never outlives the server, not even when that is killed (the kernel closes the pipe).
+Owns: the choice between the daemon that answers and a new one, its restarts and its end; of a started process the
+command line, the environment, the pipe whose end of file shows it that the server is gone, and the lines that it writes
+to stderr. Rules:
 
-The supervisor: there is a miniKMS at the socket, and if there isn't, it starts one.
+1. A daemon that answers `/health` at the socket, served by an expected uid, is used. None is started beside a socket
+that
+   answers.
+2. Otherwise one is started (unless `spawn` is false), also when the one in use dies later. When two servers do so at
+once,
+   the lock on miniKMS's data directory decides; the loser's child ends, and by rule 1 the loser uses the winner's.
+3. A started daemon that dies is started again after a pause that grows from PAUSE_S_MIN to PAUSE_S_MAX, with random
+jitter;
+   one that lived for STABLE_S resets the pause. If the first start fails, `start` raises.
+4. A daemon that was started here is stopped with this server; one that was found keeps running.
+5. Each start passes the line that the daemon's audit log must have, as this server remembers it at that moment.
 
-Owns: the decision between using the daemon that answers and spawning one, its restarts, and its end. Rules:
-
-1. A daemon that answers `/health` at the socket, served by an expected uid, is used. Nothing is spawned beside a live
-   socket.
-2. Otherwise one is spawned there (unless `spawn` is false), also when the used one dies later. When two servers do so
-   at once, the lock on miniKMS's data directory decides; the loser's child ends, and by rule 1 the loser uses the
-   winner's.
-3. A spawned daemon that dies is started again after a pause that grows from `PAUSE_S_MIN` to `PAUSE_S_MAX` and is
-   spread by chance; one that lived for `STABLE_S` starts the count anew. A first start that fails is the caller's to
-   know: `start` raises.
-4. What was spawned here ends with this server. What was found is left alone.
-5. Each one that is spawned gets the audit line that this server remembers at that time; its audit log must have it.
-
-It holds no key; it passes on the path of the key file or the descriptor of `root_key`.
+Invariants: a started process inherits only the descriptors named here, and only the variables of `environment`; it
+leads a session of its own, so that a Ctrl-C for the server does not end the key service before the server is done; it
+never outlives the server, even if that is killed (the kernel closes the pipe). The supervisor holds no key: it passes
+the path of the key file or the descriptor of `root_key`.
 """
 
 from __future__ import annotations
@@ -41,12 +40,23 @@ import structlog
 from minikms.client import AsyncClient, KmsError
 from minikms.client.errors import KmsUnavailableError, KmsUntrustedServerError
 
+READY_S_MAX: Final = 30.0
+FOUND_S_MAX: Final = 2.0
+"""How long another server's daemon may take to answer, after the one started here ended before it answered."""
+ABSENT_S_MAX: Final = 10.0
+"""How long a miniKMS that others start may take, if none is started here."""
+HEALTH_TIMEOUT_S: Final = 2.0
+READY_POLL_S: Final = 0.03
+WATCH_POLL_S: Final = 0.5
+PAUSE_S_MIN: Final = 0.1
+PAUSE_S_MAX: Final = 10.0
+STABLE_S: Final = 30.0
 LINE_BYTES_MAX: Final = 8192
-"""Of one line of the child's log; the rest of a longer one is dropped."""
+"""Of one line of the child's log; the rest of a longer line is dropped."""
 LAST_LINES_MAX: Final = 5
 STOP_S_MAX: Final = 10.0
 LAST_LINES_S_MAX: Final = 1.0
-"""After its end: a process of its own may still hold its stderr."""
+"""After its end: a process that it started may still hold its stderr."""
 _READ_BYTES_MAX: Final = 64 * 1024
 _KEPT_VARIABLES: Final = ("LANG", "LC_ALL", "LC_CTYPE", "PATH", "TZ")
 
@@ -84,7 +94,7 @@ class ChildOptions:
 
 
 def environment(own: Mapping[str, str], uid: int) -> dict[str, str]:
-    """The child's environment: the server's uid is the one that it serves, and nothing secret can be in it."""
+    """The child's environment: nothing secret, and the server's uid as the one that it serves."""
     kept = {name: own[name] for name in _KEPT_VARIABLES if name in own}
     return {**kept, "PROGRESSDB_MINIKMS_ALLOWED_UIDS": str(uid)}
 
@@ -115,7 +125,7 @@ class Lines:
 
 
 class Child:
-    """A started process; made by `Child.start`, ended by itself or by `stop`."""
+    """A started process; made by `Child.start`, ends by itself or by `stop`."""
 
     def __init__(self, process: Process, parent_pipe: int, on_line: Callable[[str], None]) -> None:
         self._process = process
@@ -154,14 +164,14 @@ class Child:
         return self._process.pid
 
     async def wait(self) -> int:
-        """Waits for its end and its last lines; the exit status, negative for a signal."""
+        """Waits for its end and its last lines. Returns the exit status, negative for a signal."""
         status = await self._process.wait()
         await asyncio.wait([self._forwarding], timeout=LAST_LINES_S_MAX)
         self._close_pipe()
         return status
 
     async def stop(self) -> None:
-        """Asks it to end, and kills it after `STOP_S_MAX`."""
+        """Asks it to end, and kills it after STOP_S_MAX."""
         try:
             if self._process.returncode is None:
                 self._process.terminate()
@@ -191,25 +201,12 @@ class Child:
                 self._on_line(line)
 
 
-READY_S_MAX: Final = 30.0
-FOUND_S_MAX: Final = 2.0
-"""After a spawned daemon ended before it answered: how long another server's may take to answer instead."""
-ABSENT_S_MAX: Final = 10.0
-"""Where none is spawned: how long a miniKMS that is started by others may take."""
-HEALTH_TIMEOUT_S: Final = 2.0
-READY_POLL_S: Final = 0.03
-WATCH_POLL_S: Final = 0.5
-PAUSE_S_MIN: Final = 0.1
-PAUSE_S_MAX: Final = 10.0
-STABLE_S: Final = 30.0
-
-
 class SupervisorError(Exception):
-    """No miniKMS could be had at the start; the text says why and what to do."""
+    """There is no miniKMS to use; the text says why and what to do."""
 
 
 class Supervisor:
-    """Keeps a miniKMS at `options.socket_path` from `start` to `stop`. Belongs to one event loop."""
+    """Keeps a miniKMS at `options.socket_path` running from `start` to `stop`. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -219,7 +216,7 @@ class Supervisor:
         server_uids: Collection[int] | None = None,
         audit_head: Callable[[], str] = str,
     ) -> None:
-        """audit_head: asked before each start, in the event loop; see `ChildOptions.command`."""
+        """`audit_head` is called before each start, in the event loop; see `ChildOptions.command`."""
         self._options = options
         self._spawn = spawn
         self._audit_head = audit_head
@@ -236,7 +233,7 @@ class Supervisor:
         return None if self._child is None else self._child.pid
 
     async def start(self) -> None:
-        """Returns once a miniKMS answers. Raises SupervisorError when none can be had; nothing is left running then."""
+        """Returns once a miniKMS answers. Raises SupervisorError when none does; nothing is left running then."""
         try:
             found = await self._have_one(FOUND_S_MAX)
         except BaseException:
@@ -248,7 +245,7 @@ class Supervisor:
         self._task = asyncio.get_running_loop().create_task(self._keep(), name="minikms supervisor")
 
     async def stop(self) -> None:
-        """Ends what was spawned here, gracefully, and waits for it. May be repeated."""
+        """Stops the daemon that was started here, gracefully, and waits for its end. May be repeated."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
@@ -260,7 +257,7 @@ class Supervisor:
         await self._health.close()
 
     async def _have_one(self, found_s_max: float) -> bool:
-        """One try: true once a daemon answers, spawned here or found; false with `_reason` set."""
+        """One try: true once a daemon answers, started here or found; false with `_reason` set."""
         error = await self._ask()
         if error is None:
             self._log.info("using the miniKMS that answers")
@@ -268,7 +265,7 @@ class Supervisor:
         if isinstance(error, KmsUntrustedServerError):
             self._reason = str(error)
             return False
-        if not self._spawn or not isinstance(error, KmsUnavailableError):  # absent, or there and silent
+        if not self._spawn or not isinstance(error, KmsUnavailableError):  # absent, or present and silent
             self._log.info("waiting for miniKMS to answer")
             self._reason = f"{error}; start it, or let this server spawn one (unset PROGRESSDB_KMS_SPAWN)"
             return await self._await_answer(None, ABSENT_S_MAX)
@@ -317,23 +314,23 @@ class Supervisor:
             await asyncio.sleep(self._pause_s())
         self._failures += 1
         try:
-            return await self._have_one(0.0)  # one that is found late, the next try finds
-        except Exception as error:  # noqa: BLE001 - a supervisor that ends takes the service with it; logged whole
-            self._log.exception("the supervisor failed")  # and goes on: nobody else would restart miniKMS
+            return await self._have_one(0.0)  # the next try finds one that starts late
+        except Exception as error:  # noqa: BLE001 - without a supervisor nobody would restart miniKMS
+            self._log.exception("the supervisor failed")
             self._reason = type(error).__name__
             return False
 
     def _pause_s(self) -> float:
         longest = min(PAUSE_S_MAX, PAUSE_S_MIN * 2.0 ** min(self._failures, 16))
-        return longest * random.uniform(0.5, 1.0)  # noqa: S311 - spreads servers, protects nothing
+        return longest * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
 
     async def _watch_found(self) -> None:
-        """Returns once the daemon that was found is gone. One that hangs is not: that is only said."""
+        """Returns once the daemon that was found is gone. One that hangs is not gone; it is only logged."""
         while True:
             await asyncio.sleep(WATCH_POLL_S)
             error = await self._ask()
             if isinstance(error, KmsUnavailableError):
-                error = await self._ask()  # a kept connection may have been closed for its idleness
+                error = await self._ask()  # an idle connection may have been closed
             if isinstance(error, (KmsUnavailableError, KmsUntrustedServerError)):
                 self._log.error("the miniKMS that was used is gone", reason=str(error))
                 return
@@ -341,7 +338,7 @@ class Supervisor:
                 self._log.warning("miniKMS does not answer well", reason=str(error))
 
     async def _ask(self) -> KmsError | None:
-        """Asks for its health; why there was no good answer, or None."""
+        """Asks for its health. The error, or None after a good answer."""
         try:
             await self._health.health()
         except KmsError as error:
@@ -349,7 +346,7 @@ class Supervisor:
         return None
 
     async def _await_answer(self, child: Child | None, wait_s_max: float) -> bool:
-        """Asks until a daemon answers, `child` ends, or the time is over."""
+        """Asks until a daemon answers, `child` ends, or the time is up."""
         loop = asyncio.get_running_loop()
         until_s = loop.time() + wait_s_max
         ended = None if child is None else loop.create_task(child.wait())
@@ -364,7 +361,7 @@ class Supervisor:
         return False
 
     def _forward(self, line: str) -> None:
-        """A line of miniKMS's log becomes a line of this one: its own event where it is one, else its text."""
+        """Log a line of miniKMS's log: as its own event if it is one, else as text."""
         try:
             event = msgspec.json.decode(line, type=dict[str, Any])
             name, level = str(event.pop("event")), logging.getLevelNamesMapping()[str(event.pop("level")).upper()]

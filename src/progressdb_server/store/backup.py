@@ -23,7 +23,6 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import msgspec
-import structlog
 
 from progressdb_server.store import directory, keyspace
 from progressdb_server.store.directory import OpenStore
@@ -49,8 +48,6 @@ COPY_BYTES: Final = 1024 * 1024
 FORMAT: Final = 1
 _CURRENT: Final = "CURRENT"
 """RocksDB looks for this file first."""
-
-_log = structlog.get_logger("progressdb.store")
 
 
 class Backups(OpenStore):
@@ -85,15 +82,14 @@ class Backups(OpenStore):
             lower = keyspace.next_key(entries[-1][0])
             yield [msgspec.json.decode(value, type=Registered) for _, value in entries]
 
-    async def forget_backup(self, name: str) -> int:
+    async def forget_backup(self, name: str) -> list[Registered]:
         found = [known async for page in self.backups() for known in page if known.name == name]
         if not found:
             raise BackupNotFoundError(f"no backup {name} is registered")
         if there := [known.path for known in found if not known.gone]:
             raise BackupThereError(f"{there[0]} is still there: delete it first, and every copy of it")
         await self._forget(found)
-        _log.warning("backup_forgotten", paths=[known.path for known in found])
-        return len(found)
+        return found
 
     async def _forget(self, found: Sequence[Registered]) -> None:
         await self.writer.commit(Write([(keyspace.backup(known.created_ns), None) for known in found]))

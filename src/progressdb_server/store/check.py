@@ -35,7 +35,7 @@ from progressdb_server.store.writer import State
 
 CHUNK_ENTRIES: Final = 500
 REPAIR_PASSES_MAX: Final = 4
-"""An index that is rebuilt from another one is right in the pass after that one is."""
+"""An index that is rebuilt from another one is right in the pass after that other one."""
 
 Kind = Literal["unknown", "damaged", "unreadable", "homeless", "keyless", "unindexed", "dangling", "miscounted"]
 
@@ -52,7 +52,7 @@ _THREAD_INDEXES: Final = {
 
 
 class Finding(NamedTuple):
-    """`fix`: the puts that repair it, empty when nothing can."""
+    """`fix`: the puts that repair it, empty if nothing can."""
 
     kind: Kind
     key: str
@@ -61,15 +61,15 @@ class Finding(NamedTuple):
 
 
 class Checker:
-    """One walk. `counts` says afterwards how many entries of each space were seen."""
+    """One walk. `counts` is how many entries of each space were seen."""
 
     def __init__(self, reader: Reader, provider: Provider | None) -> None:
-        """Without a provider nothing is decrypted, and the keys are not asked for."""
+        """Without a provider nothing is decrypted and no key is looked up."""
         self._reader = reader
         self._provider = provider
         self.counts: Counter[str] = Counter()
         self._newest = Stamp(0, 0)
-        """Of the records: no later one may get a stamp below it."""
+        """The highest stamp of a record. A later record must get a higher one."""
 
     async def run(self) -> AsyncIterator[Finding]:
         lower = b""
@@ -154,7 +154,7 @@ class Checker:
             (keyspace.writer(thread, header.author), b""),
         ]
         if header.deleted and first == stamp:
-            wanted.pop()  # the event of a thread's deletion: its author needn't have written
+            wanted.pop()  # the event of a thread's deletion, whose author may not have written in it
         yield from self._wanted(key, wanted)
         place = keyspace.order(thread) + first.text.encode()
         entry = self._reader.get(place)

@@ -21,12 +21,12 @@ from typing import Final, Protocol
 from progressdb_server.store.model import StoreUnavailableError
 
 SCAN_ENTRIES_MAX: Final = 4096
-"""Of one `scan`: about a millisecond, the longest that one call may keep the event loop from its other work."""
+"""Of one `scan`: about a millisecond, the longest that one call may block the event loop."""
 
 
 class EngineUnavailableError(StoreUnavailableError):
-    """The disk refused, or the engine is closed or being reopened. The text is fit for clients, the cause is for the
-    log."""
+    """The disk refused, or the engine is closed or being reopened. The text may be shown to clients, the cause only
+    logged."""
 
     def __init__(self, what: str = "the store's disk is not available now") -> None:
         super().__init__(what)

@@ -88,7 +88,7 @@ class EpochMemory:
             await self._writer.commit(Write(((keyspace.EPOCH, msgspec.json.encode(new)),)))
 
     def _settled_head(self, head: _Head) -> _Head | None:
-        """The head that was seen long enough ago to be on the key service's disk, None while there is none new."""
+        """A head that was seen AUDIT_SETTLED_S ago, which is on the key service's disk; None if there is no new one."""
         now = self._monotonic()
         if self._candidate is None:
             self._candidate = (now, head)

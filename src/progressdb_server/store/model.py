@@ -380,8 +380,8 @@ class BackupRegister(Protocol):
         """Those that were begun and are not forgotten, oldest first."""
         ...
 
-    async def forget_backup(self, name: str) -> int:
-        """Remove the backup from the register: keys that only it needed may be destroyed. Returns how many entries it
+    async def forget_backup(self, name: str) -> list[Registered]:
+        """Remove the backup from the register: keys that only it needed may be destroyed. Returns the entries that it
         had. Raises BackupNotFoundError, BackupThereError."""
         ...
 

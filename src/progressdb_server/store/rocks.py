@@ -56,7 +56,7 @@ BLOCK_BYTES: Final = 16 * 1024
 """What is read, checked and cached as one: some 25 messages. RocksDB's 4 KiB costs a scan half as much again."""
 BLOOM_BITS_PER_KEY: Final = 10
 PROBE_BYTES: Final = 4 * 1024 * 1024
-"""What must be free beside the size of the log before a reopening is tried."""
+"""Space that must be free, beside the size of the log, before a reopening is tried."""
 
 
 def _options() -> Options:
@@ -80,7 +80,7 @@ def _options() -> Options:
     options.set_max_background_jobs(2)
     options.set_level_zero_file_num_compaction_trigger(LEVEL_ZERO_FILES)
     options.set_max_bytes_for_level_base(BASE_LEVEL_BYTES)
-    options.set_bytes_per_sync(1024 * 1024)  # spreads the write-back of big files, so that no commit waits behind one
+    options.set_bytes_per_sync(1024 * 1024)  # spreads the write-back of big files, so that no commit waits for one
     options.set_level_compaction_dynamic_level_bytes(True)
     # Keys and indexes compress, ciphertext does not: worth the time where entries stay.
     options.set_compression_type(DBCompressionType.none())
@@ -203,7 +203,7 @@ class RocksEngine:
             self._close()
 
     def _close(self) -> None:
-        with contextlib.suppress(Exception):  # a failed log fails here again; handle and lock are released
+        with contextlib.suppress(Exception):  # after a failed log this fails again, but releases handle and lock
             self._db.close()
 
 
@@ -281,7 +281,7 @@ def _keys(db: Any, lower: bytes, upper: bytes, limit: int) -> list[bytes]:
 def _up_to(upper: bytes, *, cached: bool) -> ReadOptions:
     bounds = ReadOptions()
     bounds.set_iterate_upper_bound(upper)
-    bounds.fill_cache(cached)  # type: ignore[call-arg]  # the stub has it without its argument
+    bounds.fill_cache(cached)  # type: ignore[call-arg]  # the stub lacks the argument
     return bounds
 
 

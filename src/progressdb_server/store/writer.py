@@ -5,8 +5,8 @@ failed engine; and what these need: locks by name, the memory of recently writte
 disk. Invariants:
 - A write is answered after the sync of the group that holds it, and is applied whole or not at all: only when every
   stored value that it expects is what the writes before it left.
-- Writes of one lane (a thread) are applied in the order of their slots, so that nothing appears before what a reader
-  has already seen; a slot that fails is left out.
+- Writes with one ordering key (a thread's) are applied in the order of their slots, so that a message never appears
+  before one that a reader has already seen; a slot that fails is left out.
 - The queue is bounded in writes and in bytes; what does not fit is refused at once.
 - After a failed write or sync every waiter gets StoreUnavailableError (its write may or may not be there), and nothing
   is written until the engine was reopened. All methods belong to the event loop's thread; only the engine's `sync` and
@@ -51,7 +51,7 @@ REOPEN_RETRY_S_MAX: Final = 5.0
 REASON_CHARS_MAX: Final = 300
 """Of the engine's own words in the log."""
 KEYS_REMEMBERED_MAX: Final = 32_768
-"""Some thirty chunks of a rotation: more than are ever on their way."""
+"""Some thirty chunks of a rotation: more than are ever in flight."""
 
 _log = structlog.get_logger("progressdb.store")
 
@@ -83,7 +83,7 @@ class RecentKeys:
 
     def __init__(self) -> None:
         self.group = 0
-        """How many groups there were: what is read now is as the group of this number has left it."""
+        """Number of groups so far: what is read now is as the group of this number has left it."""
         self._groups: deque[frozenset[bytes]] = deque()
         self._keys = 0
 
@@ -121,7 +121,7 @@ class DiskThread:
         self._thread: threading.Thread | None = None
 
     def run(self, work: Callable[[], None]) -> asyncio.Future[None]:
-        """Of the running loop; its outcome is the work's."""
+        """Returns a future of the running loop, with the work's outcome."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="store-disk", daemon=True)
             self._thread.start()
@@ -130,7 +130,7 @@ class DiskThread:
         return future
 
     def close(self) -> None:
-        """Waits for what was asked for."""
+        """Waits until all works are done."""
         if self._thread is not None:
             self._works.put(None)
             self._thread.join()
@@ -173,12 +173,12 @@ class State(msgspec.Struct, array_like=True):
 
 
 class Slot:
-    """A place in a lane."""
+    """A place in the order of one ordering key; None: outside any order."""
 
-    __slots__ = ("expect", "future", "lane", "size", "write")
+    __slots__ = ("expect", "future", "order_key", "size", "write")
 
-    def __init__(self, lane: bytes | None, future: asyncio.Future[None]) -> None:
-        self.lane = lane
+    def __init__(self, order_key: bytes | None, future: asyncio.Future[None]) -> None:
+        self.order_key = order_key
         self.future = future
         self.write: Write | None = None
         self.expect: Sequence[tuple[bytes, bytes | None]] = ()
@@ -187,13 +187,13 @@ class Slot:
 
 class Writer:
     def __init__(self, engine: Engine, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> None:
-        """`on_reopen` is called after a recovery: whatever was cached may be out of date."""
+        """`on_reopen` is called after a recovery: cached values may be out of date."""
         self._engine = engine
         self._clock = clock
         self._metrics = metrics
         self._on_reopen = on_reopen
         self._disk = DiskThread()
-        self._lanes: dict[bytes, deque[Slot]] = {}
+        self._ordered: dict[bytes, deque[Slot]] = {}
         self._queue: deque[Slot] = deque()
         self._queue_bytes = 0
         self._drain: asyncio.Task[None] | None = None
@@ -201,7 +201,7 @@ class Writer:
         self._closed = False
         self._recent = RecentKeys()
         self._known: dict[bytes, bytes | None] = {}
-        """Small values that the engine holds: a thread's writes all rely on the same two."""
+        """Small values that are stored: all writes of a thread rely on the same two."""
         self.state = State()
         self.load_state()
 
@@ -228,12 +228,13 @@ class Writer:
             raise FormatError("the store's counters are damaged: run progressdb check --repair") from error
         self._clock.recover(Stamp(self.state.last_ns, self.state.last_seq))
 
-    def reserve(self, lane: bytes) -> Slot:
-        """Take the next place in a lane. It must be given to `submit` or to `leave`, or the lane stands still."""
-        slot = Slot(lane, asyncio.get_running_loop().create_future())
-        slots = self._lanes.get(lane)
+    def reserve(self, order_key: bytes) -> Slot:
+        """Take the next place in the order of the key. It must be given to `submit` or `leave`; until then later writes
+        of this key wait."""
+        slot = Slot(order_key, asyncio.get_running_loop().create_future())
+        slots = self._ordered.get(order_key)
         if slots is None:
-            self._lanes[lane] = deque((slot,))
+            self._ordered[order_key] = deque((slot,))
         else:
             slots.append(slot)
         return slot
@@ -241,39 +242,39 @@ class Writer:
     def submit(
         self, slot: Slot, write: Write, expect: Sequence[tuple[bytes, bytes | None]] = ()
     ) -> asyncio.Future[None]:
-        """`expect` beside what the write itself does. The future's result: None once durable, ConditionFailedError or
-        StoreUnavailableError."""
+        """`expect` are conditions in addition to the write's own. The future's result: None once durable,
+        ConditionFailedError or StoreUnavailableError."""
         slot.write = write
         slot.expect = expect
         size = 0
         for key, value in write.puts:
             size += len(key) + (len(value) if value else 0)
         slot.size = size
-        lane = slot.lane
-        if lane is not None and len(self._lanes[lane]) == 1:  # as nearly always
-            del self._lanes[lane]
+        order_key = slot.order_key
+        if order_key is not None and len(self._ordered[order_key]) == 1:  # the usual case
+            del self._ordered[order_key]
             self._enqueue(slot)
         else:
             self._advance(slot)
         return slot.future
 
     def leave(self, slot: Slot) -> None:
-        """Give a place up; does nothing if it was submitted."""
-        if slot.write is None and slot.lane is not None:
-            slots = self._lanes[slot.lane]
+        """Give up a place; does nothing if it was submitted."""
+        if slot.write is None and slot.order_key is not None:
+            slots = self._ordered[slot.order_key]
             slots.remove(slot)
             if slots:
                 self._advance(slots[0])
             else:
-                del self._lanes[slot.lane]
-            slot.lane = None
+                del self._ordered[slot.order_key]
+            slot.order_key = None
 
     def commit(self, write: Write) -> asyncio.Future[None]:
-        """A write outside any lane."""
+        """A write outside any order."""
         return self.submit(Slot(None, asyncio.get_running_loop().create_future()), write)
 
     async def barrier(self) -> None:
-        """Returns when everything that is visible now is durable."""
+        """Returns once everything that is visible now is durable."""
         await self.commit(Write(()))
 
     async def close(self) -> None:
@@ -286,16 +287,16 @@ class Writer:
         self._refuse_queue("the server is shutting down")
         await asyncio.to_thread(self._disk.close)
 
-    # --- lanes and queue ------------------------------------------------------------------------------------------
+    # --- order and queue ------------------------------------------------------------------------------------------
     def _advance(self, slot: Slot) -> None:
-        if slot.lane is None:
+        if slot.order_key is None:
             self._enqueue(slot)
             return
-        slots = self._lanes[slot.lane]
+        slots = self._ordered[slot.order_key]
         while slots and slots[0].write is not None:
             self._enqueue(slots.popleft())
         if not slots:
-            del self._lanes[slot.lane]
+            del self._ordered[slot.order_key]
 
     def _enqueue(self, slot: Slot) -> None:
         if self._recovery is not None or self._closed:
@@ -357,7 +358,7 @@ class Writer:
         self._metrics.committed(len(group), time.perf_counter() - started)
         for slot in group:
             future = slot.future
-            if not future.done():  # its caller may have gone away
+            if not future.done():  # its caller may have been cancelled
                 if failed and slot in failed:
                     future.set_exception(ConditionFailedError(failed[slot]))
                 else:
@@ -382,7 +383,7 @@ class Writer:
                 await asyncio.sleep(BUSY_RETRY_S)
 
     def _stage(self, group: list[Slot]) -> tuple[dict[bytes, bytes | None], dict[Slot, bytes], State]:
-        """Judge every write against the store as the ones before it leave it; collect the puts of those that hold."""
+        """Check every write against the store as the writes before it leave it; collect the puts of those that hold."""
         staged: dict[bytes, bytes | None] = {}
         read: dict[bytes, bytes | None] = {}
         failed: dict[Slot, bytes] = {}

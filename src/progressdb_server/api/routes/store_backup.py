@@ -85,7 +85,9 @@ class BackupHandlers:
     async def forget(self, request: Request) -> Response:
         """Remove a deleted backup from the register. Keys that only it needed can be destroyed from then on."""
         name = request.path_params["name"]
-        return json_response({"name": name, "forgotten": await self._store.forget_backup(name)})
+        forgotten = await self._store.forget_backup(name)
+        _log.warning("backup_forgotten", paths=[known.path for known in forgotten])
+        return json_response({"name": name, "forgotten": len(forgotten)})
 
 
 # --- operations -------------------------------------------------------------------------------------------------
