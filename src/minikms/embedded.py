@@ -34,7 +34,7 @@ from minikms.http import Response
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
 from minikms.policy import Policy, Principal
-from minikms.roots.providers import DevelopmentKey, KeyFile, RootProvider, development_key_path
+from minikms.roots.providers import DevelopmentKey, KeyFile, RootProvider
 from minikms.service.base import VerbTable
 from minikms.service.keys import KeyVerbs
 from minikms.service.lifecycle import LifecycleVerbs
@@ -42,8 +42,6 @@ from minikms.service.records import RecordVerbs
 
 R = TypeVar("R", bound=api.Request)
 A = TypeVar("A")
-
-__all__ = ["EmbeddedClient", "EmbeddedError", "development_key_path"]
 
 CACHE_KEYS_MAX: Final = 256
 

@@ -20,6 +20,7 @@ import structlog
 import uvloop
 from prometheus_client import CollectorRegistry
 
+from minikms import api
 from progressdb_server import logs
 from progressdb_server.api.application import Application
 from progressdb_server.api.http.access import AccessControl
@@ -66,9 +67,7 @@ def check_key_source(config: Config, *, has_master_key: bool) -> None:
         raise ConfigError("the root key is given twice: in PROGRESSDB_MINIKMS_MASTER_KEY and as a key file; use one")
     if has_master_key or kms.master_key_file or config.server.dev or kms.socket or not kms.spawn:
         return
-    from minikms.embedded import development_key_path  # loads the key service's cryptography: for the error only
-
-    made = development_key_path(config.kms_data_dir)
+    made = api.development_key_path(config.kms_data_dir)
     way_out = f"--master-key-file {made}" if made.exists() else "--dev, to have one made beside the data"
     raise ConfigError(
         "there is no root key for the key service: give --master-key-file FILE (64 hex characters, mode 0600), "

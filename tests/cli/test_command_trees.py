@@ -46,7 +46,7 @@ def test_help_names_every_command_on_standard_output(module: str) -> None:
     assert {"serve", "status", "backup", "demo"} <= set(done.stdout.split())
 
 
-def test_what_is_piped_has_no_colour() -> None:
+def test_piped_output_has_no_colour() -> None:
     assert "\x1b" not in run(sys.executable, "-m", "minikms", "--help").stdout
 
 

@@ -13,7 +13,7 @@ from minikms.custody.lease_store import LeaseStore
 from minikms.keys.dek import key_id_to_bytes, make_key_id
 
 
-def test_a_key_that_is_there_as_a_backup_only_is_spent_too(tmp_path: Path) -> None:
+def test_a_key_that_exists_as_a_backup_only_is_spent_too(tmp_path: Path) -> None:
     """It may be put back; its uses are as unknown as those of the others."""
     now_ms = time.time_ns() // 1_000_000
     present, missing, ahead = (make_key_id(now_ms + later_ms, os.urandom(10)) for later_ms in (-2, -1, 10_000_000))

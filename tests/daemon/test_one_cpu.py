@@ -25,7 +25,7 @@ def affinities(thread_ids: list[int]) -> list[set[int]]:
     return [os.sched_getaffinity(thread_id) for thread_id in thread_ids]
 
 
-def test_inside_they_share_one_processor_and_afterwards_each_has_its_own_again(thread_ids: list[int]) -> None:
+def test_threads_share_one_cpu_inside_and_have_their_own_afterwards(thread_ids: list[int]) -> None:
     before = affinities(thread_ids)
     with on_one_cpu(thread_ids):
         first, second = affinities(thread_ids)
@@ -35,16 +35,14 @@ def test_inside_they_share_one_processor_and_afterwards_each_has_its_own_again(t
     assert affinities(thread_ids) == before
 
 
-def test_a_failure_inside_gives_them_back_too(thread_ids: list[int]) -> None:
+def test_a_failure_inside_restores_the_affinity(thread_ids: list[int]) -> None:
     before = affinities(thread_ids)
     with pytest.raises(ZeroDivisionError), on_one_cpu(thread_ids):
         raise ZeroDivisionError
     assert affinities(thread_ids) == before
 
 
-def test_where_it_is_refused_or_unknown_the_work_is_done_all_the_same(
-    thread_ids: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_affinity_the_work_is_done_all_the_same(thread_ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 

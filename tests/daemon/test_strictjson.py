@@ -113,7 +113,7 @@ def test_a_repeated_key_anywhere_is_refused(value: dict[str, Any], data: st.Data
         (b'{"key_id":NaN,"plaintext":"p"}', "not valid JSON"),
     ],
 )
-def test_what_is_no_such_object_is_refused_with_a_reason(body: bytes, reason: str) -> None:
+def test_another_object_is_refused_with_a_reason(body: bytes, reason: str) -> None:
     with pytest.raises(InvalidRequestError, match=reason):
         strictjson.decode(ITEM, memoryview(body))
 
@@ -146,7 +146,7 @@ def test_an_error_shows_no_value_and_stays_short() -> None:
 
 
 @given(st.binary(max_size=40))
-def test_any_bytes_are_parsed_or_refused(body: bytes) -> None:
+def test_any_bytes_are_decoded_or_refused(body: bytes) -> None:
     for data in (body, b'{"key_id":"' + body + b'","plaintext":"p"}'):
         try:
             strictjson.decode(ITEM, data)
@@ -154,7 +154,7 @@ def test_any_bytes_are_parsed_or_refused(body: bytes) -> None:
             continue
 
 
-def test_a_struct_whose_absent_fields_are_not_unset_is_a_mistake_of_the_program() -> None:
+def test_a_struct_with_another_default_than_unset_is_a_defect() -> None:
     """With another default, a repeated key could hide behind an absent field."""
 
     class Defaulted(msgspec.Struct):

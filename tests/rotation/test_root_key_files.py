@@ -75,13 +75,13 @@ def test_any_other_text_is_refused_without_being_repeated(key_file: Path, arena:
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o601])
-def test_a_file_that_others_can_read_is_refused_with_the_way_out(key_file: Path, arena: SecretArena, mode: int) -> None:
+def test_a_file_that_others_can_read_is_refused_with_the_fix(key_file: Path, arena: SecretArena, mode: int) -> None:
     key_file.chmod(mode)
     with pytest.raises(StartError, match="chmod 600"):
         read_key_file(key_file, arena)
 
 
-def test_what_is_no_regular_file_is_refused_and_a_pipe_does_not_block(tmp_path: Path, arena: SecretArena) -> None:
+def test_only_a_regular_file_is_read_and_a_pipe_does_not_block(tmp_path: Path, arena: SecretArena) -> None:
     os.mkfifo(tmp_path / "pipe", 0o600)
     (tmp_path / "directory").mkdir(0o700)
     for name in ("pipe", "directory"):
@@ -91,9 +91,7 @@ def test_what_is_no_regular_file_is_refused_and_a_pipe_does_not_block(tmp_path: 
         read_key_file(tmp_path / "missing", arena)
 
 
-def test_a_rewritten_file_holds_the_new_key_keeps_its_mode_and_nothing_is_left_beside_it(
-    key_file: Path, arena: SecretArena
-) -> None:
+def test_a_rewritten_file_has_the_new_key_and_the_old_mode(key_file: Path, arena: SecretArena) -> None:
     key_file.chmod(0o400)
     with slot_of(arena, NEW) as new, slot_of(arena, KEY) as old:
         rewrite(key_file, new, arena)
@@ -119,7 +117,7 @@ def test_behind_a_link_the_file_is_replaced_and_the_link_stays(key_file: Path, a
 
 
 @pytest.mark.parametrize("call", ["fsync", "write", "replace"])
-def test_a_rewriting_that_fails_leaves_the_old_file_and_no_other(
+def test_a_failed_rewrite_leaves_the_old_file_and_no_other(
     key_file: Path, arena: SecretArena, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     def refuse(*_: object) -> None:
@@ -133,9 +131,7 @@ def test_a_rewriting_that_fails_leaves_the_old_file_and_no_other(
     assert arena.in_use == 0
 
 
-def test_what_a_crash_left_beside_the_file_is_removed_by_the_next_start_or_writing(
-    key_file: Path, arena: SecretArena
-) -> None:
+def test_a_leftover_of_a_crash_is_removed_by_the_next_start_or_write(key_file: Path, arena: SecretArena) -> None:
     leftover = key_file.with_name(".key.new")
     leftover.write_text(NEW.hex())
     remove_leftover(key_file)
@@ -160,7 +156,7 @@ def test_a_development_key_is_made_once_and_is_private(tmp_path: Path, arena: Se
     assert arena.in_use == 0
 
 
-def test_a_disk_that_takes_a_part_at_a_time_never_makes_a_shorter_key_file(
+def test_partial_writes_never_make_a_shorter_key_file(
     key_file: Path, arena: SecretArena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, writev = os.write, os.writev
@@ -171,7 +167,7 @@ def test_a_disk_that_takes_a_part_at_a_time_never_makes_a_shorter_key_file(
         assert holds_key(key_file, new, arena)
 
 
-def test_a_key_file_that_fails_while_it_is_read_leaves_nothing_in_the_arena(
+def test_a_failed_read_leaves_nothing_in_the_arena(
     key_file: Path, arena: SecretArena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> int:
@@ -184,9 +180,7 @@ def test_a_key_file_that_fails_while_it_is_read_leaves_nothing_in_the_arena(
     assert arena.in_use == 0
 
 
-def test_who_stops_waiting_for_a_rewritten_key_file_does_not_zero_the_text_under_the_writer(
-    key_file: Path, arena: SecretArena
-) -> None:
+def test_a_cancelled_rewrite_zeroes_the_text_after_the_write_only(key_file: Path, arena: SecretArena) -> None:
     async def main() -> None:
         disk = ThreadPoolExecutor(1)
         blocked = threading.Event()

@@ -1,4 +1,4 @@
-"""What the tests of this room share: a directory that every user of the machine can enter, and only we can write in."""
+"""A directory that every user of the machine can enter, and only this user can write in."""
 
 from __future__ import annotations
 

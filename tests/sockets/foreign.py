@@ -1,6 +1,6 @@
 """Another user, for real: a child process that has given up root for a uid of its own.
 
-Owns: how a test acts as somebody else. Invariants: the child is a fork, so it can use modules whose files the other
+Owns: how a test acts as another user. Invariants: the child is a fork, so it can use modules whose files the other
 user could not read; it never returns into the test, and its answer or exception comes back as text.
 """
 

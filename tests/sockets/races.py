@@ -1,7 +1,7 @@
 """Two processes that try the same thing at the same moment.
 
-Owns: how a race is run. Invariants: both are forks that spin until one moment, so that they do meet; a winner holds
-what it won until both have told, however long the other takes; an error that is not a refusal is neither of the two.
+Owns: running a race. Invariants: both processes are forks that spin until the same moment; the winner holds what it
+won until both have reported; an error other than StartError counts as `failed`.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ class Closable(Protocol):
 
 
 def race(take: Callable[[], Closable]) -> list[str]:
-    """What became of the two, sorted: `won` if `take` answered, `refused` if it raised StartError, or else `failed`."""
+    """The two results, sorted: `won` if `take` returned, `refused` if it raised StartError, else `failed`."""
     start_at = time.monotonic() + HEAD_START_SECONDS
-    told, teller = os.pipe()
-    held, release = os.pipe()  # its end of file is the word to let go
+    results, reporting = os.pipe()
+    held, release = os.pipe()  # the end of file tells the winner to release
     children = []
     for _ in range(2):
         child = os.fork()
         if child == 0:
             os.close(release)
-            _run(take, start_at, teller, held)
+            _run(take, start_at, reporting, held)
         children.append(child)
-    os.close(teller)
+    os.close(reporting)
     os.close(held)
-    words = [os.read(told, 1) for _ in children]
+    words = [os.read(results, 1) for _ in children]
     os.close(release)
-    os.close(told)
+    os.close(results)
     for child in children:
         os.waitpid(child, 0)
     return sorted({WON: "won", REFUSED: "refused"}.get(word, "failed") for word in words)
 
 
-def _run(take: Callable[[], Closable], start_at: float, teller: int, held: int) -> None:
+def _run(take: Callable[[], Closable], start_at: float, reporting: int, held: int) -> None:
     """In the child; it does not return."""
     try:
         while time.monotonic() < start_at:
             pass
         won = take()
-        os.write(teller, WON)
+        os.write(reporting, WON)
         os.read(held, 1)
         won.close()
     except StartError:
-        os.write(teller, REFUSED)
+        os.write(reporting, REFUSED)
     except BaseException:
-        os.write(teller, FAILED)
+        os.write(reporting, FAILED)
     finally:
         os._exit(0)

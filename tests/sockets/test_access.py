@@ -1,4 +1,4 @@
-"""Who gets in: the real daemon, real users, real descriptors."""
+"""Access to the daemon, with real users and real descriptors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def events_of(daemon: LiveDaemon, kind: str) -> list[dict[str, Any]]:
     return [event for line in lines if (event := json.loads(line)["event"])["type"] == kind]
 
 
-def test_a_uid_that_is_not_allowed_gets_401_on_every_path_but_health_and_is_disconnected(public: Path) -> None:
+def test_other_uids_get_401_on_every_path_but_health_and_are_disconnected(public: Path) -> None:
     with LiveDaemon(public, "file", *OPEN_TO_ALL) as daemon:
         lines = [
             b"GET /status", b"POST /encrypt", b"POST /decrypt", b"POST /create_dek_for_thread", b"POST /rotate_kek",
@@ -74,14 +74,14 @@ def test_a_bearer_token_never_authenticates(public: Path) -> None:
         assert ask(daemon.socket, b"GET /status", header) == [200, False]
 
 
-def test_allowed_users_are_those_named_and_the_daemons_own_is_not_one_by_itself(public: Path) -> None:
+def test_only_the_named_uids_are_allowed_not_the_daemons_own(public: Path) -> None:
     with LiveDaemon(public, "file", *OPEN_TO_ALL, "--allowed-uids", str(foreign.UID)) as daemon:
         assert foreign.run_as(foreign.UID, lambda: ask(daemon.socket, b"GET /status"))[0] == 200
         assert foreign.run_as(foreign.UID + 1, lambda: ask(daemon.socket, b"GET /status"))[0] == 401
         assert ask(daemon.socket, b"GET /status")[0] == 401
 
 
-def test_a_connection_carries_the_authority_of_who_made_it_wherever_it_is_passed(public: Path) -> None:
+def test_a_passed_connection_keeps_the_authority_of_its_maker(public: Path) -> None:
     """A descriptor handed to a child of another uid still speaks for who connected: by design."""
     with LiveDaemon(public, "file", *OPEN_TO_ALL) as daemon, socket.socket(socket.AF_UNIX) as ours:
         ours.connect(str(daemon.socket))
@@ -94,7 +94,7 @@ def test_a_connection_carries_the_authority_of_who_made_it_wherever_it_is_passed
 
 
 def test_the_overflow_uid_is_never_allowed_even_if_it_is_named(public: Path) -> None:
-    """The daemon in a user namespace that knows only its own user: all others look alike, and none gets in."""
+    """In a user namespace that has only the daemon's user, all others have one uid, and none is admitted."""
     needs.root()
     unshare = needs.namespaces("user")
     with LiveDaemon(
@@ -124,7 +124,7 @@ def test_a_flood_of_refusals_is_a_few_lines_with_their_count(public: Path) -> No
     assert {event["actor"] for event in refused} == {f"peer_uid:{foreign.UID}"}
 
 
-def test_refused_uids_cannot_use_up_the_connections_of_the_allowed(public: Path) -> None:
+def test_other_uids_cannot_use_up_the_connections_of_the_allowed(public: Path) -> None:
     with LiveDaemon(public, "file", *OPEN_TO_ALL) as daemon:
 
         def occupy() -> list[int]:
@@ -150,7 +150,7 @@ def test_refused_uids_cannot_use_up_the_connections_of_the_allowed(public: Path)
 
 
 @pytest.mark.parametrize("method", [b"GET", b"POST"])
-def test_the_body_of_a_refused_uid_is_not_held_not_even_for_health(public: Path, method: bytes) -> None:
+def test_the_body_of_another_uid_is_not_kept_not_even_for_health(public: Path, method: bytes) -> None:
     with LiveDaemon(public, "file", *OPEN_TO_ALL) as daemon:
 
         def announce() -> int:
@@ -164,7 +164,7 @@ def test_the_body_of_a_refused_uid_is_not_held_not_even_for_health(public: Path,
 
 
 def test_a_client_sends_nothing_to_a_squatted_socket(public: Path) -> None:
-    """Another user listens where the daemon should be: the client asks the kernel who serves before it says a word."""
+    """Another user listens on the path of the daemon: the client checks the listener's uid before it sends anything."""
     path = public / "s"
     public.chmod(0o777)  # as a careless operator would leave it: the daemon itself would refuse the directory
     ready, heard = os.pipe(), os.pipe()
@@ -192,8 +192,8 @@ def test_a_client_sends_nothing_to_a_squatted_socket(public: Path) -> None:
         os.close(descriptor)
 
 
-def test_of_two_daemons_started_together_on_one_directory_exactly_one_serves(public: Path) -> None:
-    """On one socket too, and on two different ones; the loser says who owns what. (test_lock.py races sixty times.)"""
+def test_of_two_daemons_on_one_directory_exactly_one_serves(public: Path) -> None:
+    """On one socket, and on two different ones; the error names the owner. (`test_lock.py` repeats the race.)"""
     for round_number in range(4):
         base = public / str(round_number)
         base.mkdir(0o755)
@@ -224,7 +224,7 @@ def start_for_a_race(base: Path, socket_name: str, number: int) -> subprocess.Po
         return subprocess.Popen([*command, "--master-key-file", str(base / "key")], stderr=log)
 
 
-def test_a_stop_removes_the_socket_and_a_kill_leaves_one_that_the_next_start_replaces(public: Path) -> None:
+def test_a_stop_removes_the_socket_and_a_start_replaces_a_stale_one(public: Path) -> None:
     with LiveDaemon(public, "file") as daemon:
         daemon.process.terminate()
         daemon.process.wait(20)
@@ -268,7 +268,7 @@ def test_a_socket_and_a_watchdog_of_the_service_manager_are_served(public: Path)
         assert (public / "managed").exists(), "the manager's socket is the manager's"
 
 
-def test_the_audit_log_names_uid_and_pid_of_who_asked(public: Path) -> None:
+def test_the_audit_log_names_uid_and_pid_of_the_caller(public: Path) -> None:
     with LiveDaemon(public, "file") as daemon, daemon.client() as client:
         client.create_dek_for_thread("thread")
         (event,) = events_of(daemon, "create_dek")
@@ -276,7 +276,7 @@ def test_the_audit_log_names_uid_and_pid_of_who_asked(public: Path) -> None:
     assert event["pid"] == os.getpid()
 
 
-def test_the_kernel_tells_a_client_who_listens_even_behind_a_passed_socket(public: Path) -> None:
+def test_a_client_sees_the_uid_of_the_listener_of_a_passed_socket(public: Path) -> None:
     """What `--server-uid` is compared with: the user who called listen(2), here this one."""
     with LiveDaemon(public, "file") as daemon, socket.socket(socket.AF_UNIX) as client:
         client.connect(str(daemon.socket))
@@ -285,10 +285,10 @@ def test_the_kernel_tells_a_client_who_listens_even_behind_a_passed_socket(publi
         assert int.from_bytes(credentials[:4], sys.byteorder) == daemon.pid
 
 
-def test_a_connection_whose_connector_has_ended_leaves_a_line_that_its_pid_is_not_certain(public: Path) -> None:
+def test_an_uncertain_pid_leaves_an_audit_line(public: Path) -> None:
     """The connector's child goes on with its descriptor, as after a descriptor was passed on."""
     with LiveDaemon(public) as daemon:
-        daemon.process.send_signal(signal.SIGSTOP)  # so that the connection is taken after the connector has ended
+        daemon.process.send_signal(signal.SIGSTOP)  # so that it accepts the connection after the connector has ended
         with socket.socket(socket.AF_UNIX) as client:
             child = os.fork()
             if child == 0:

@@ -77,7 +77,7 @@ def test_mode_and_group_are_widened_as_asked(directory: Path) -> None:
         assert (directory / "s").stat().st_gid == foreign.UID
 
 
-def test_the_socket_is_never_reachable_by_more_than_its_owner_before_its_group_is_set(
+def test_only_its_owner_reaches_a_socket_before_its_group_is_set(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needs.root()
@@ -93,7 +93,7 @@ def test_the_socket_is_never_reachable_by_more_than_its_owner_before_its_group_i
         assert modes == [0o600]
 
 
-def test_a_group_that_does_not_exist_is_refused_before_anything_is_made(directory: Path) -> None:
+def test_an_unknown_group_is_refused_before_anything_is_made(directory: Path) -> None:
     with pytest.raises(StartError, match="no group nobodysgroup"):
         sockets.listen(str(directory / "s"), {}, group="nobodysgroup")
     assert os.listdir(directory) == []
@@ -104,7 +104,7 @@ def test_a_mode_with_more_than_permission_bits_is_refused(directory: Path) -> No
         sockets.listen(str(directory / "s"), {}, mode=0o4600)
 
 
-def test_another_users_mode_keeps_him_out_and_a_wider_one_lets_him_in(directory: Path) -> None:
+def test_only_a_wider_mode_admits_another_user(directory: Path) -> None:
     for parent in (directory, *directory.parents):
         if parent.stat().st_uid == os.geteuid() and str(parent).startswith("/tmp/"):
             parent.chmod(0o755)
@@ -114,7 +114,7 @@ def test_another_users_mode_keeps_him_out_and_a_wider_one_lets_him_in(directory:
         assert foreign.run_as(foreign.UID, lambda: reach(directory / "s"))
 
 
-def test_what_took_the_sockets_place_meanwhile_is_not_removed(directory: Path) -> None:
+def test_a_file_that_replaced_the_socket_is_not_removed(directory: Path) -> None:
     listener = sockets.listen(str(directory / "s"), {})
     (directory / "s").unlink()
     stale_socket(directory / "s")
@@ -122,7 +122,7 @@ def test_what_took_the_sockets_place_meanwhile_is_not_removed(directory: Path) -
     assert (directory / "s").exists()
 
 
-def test_a_directory_that_is_gone_does_not_disturb_the_end(directory: Path) -> None:
+def test_closing_works_after_the_directory_is_removed(directory: Path) -> None:
     listener = sockets.listen(str(directory / "s"), {})
     for name in os.listdir(directory):
         (directory / name).unlink()
@@ -146,8 +146,8 @@ def test_a_directory_of_another_user_is_refused(directory: Path) -> None:
         sockets.listen(str(directory / "s"), {})
 
 
-def test_a_directory_of_roots_is_trusted_by_every_user(tmp_path: Path) -> None:
-    """The rule is about who could replace the socket; whether this user can make one there, the kernel decides."""
+def test_a_directory_of_root_is_trusted_by_every_user(tmp_path: Path) -> None:
+    """The rule prevents that another user replaces the socket. Whether this user can make one, the kernel decides."""
     needs.root()
     for parent in (tmp_path, *tmp_path.parents):
         if parent.stat().st_uid == 0 and str(parent).startswith("/tmp/"):
@@ -163,7 +163,7 @@ def test_a_directory_of_roots_is_trusted_by_every_user(tmp_path: Path) -> None:
     assert "Permission denied" in foreign.run_as(foreign.UID, attempt)  # trusted, but not writable
 
 
-def test_a_parent_that_is_a_symbolic_link_of_roots_is_fine(directory: Path) -> None:
+def test_a_parent_may_be_a_symbolic_link_of_root(directory: Path) -> None:
     link = directory.parent / "link"
     link.symlink_to(directory)
     with sockets.listen(str(link / "s"), {}):
@@ -197,7 +197,7 @@ def test_a_missing_directory_is_refused_with_its_name(directory: Path) -> None:
         sockets.listen(str(directory / "missing" / "s"), {})
 
 
-def test_a_path_that_the_kernel_would_cut_short_is_refused(directory: Path) -> None:
+def test_a_path_that_the_kernel_would_truncate_is_refused(directory: Path) -> None:
     room = sockets.PATH_BYTES_MAX - len(str(directory)) - 1
     with sockets.listen(str(directory / ("x" * room)), {}):
         assert reach(directory / ("x" * room))
@@ -233,7 +233,7 @@ def test_a_live_socket_whose_queue_is_full_is_not_taken_for_stale(
             sockets.listen(str(directory / "s"), {})
 
 
-def test_a_daemon_that_has_bound_but_not_listened_yet_is_not_taken_for_stale(directory: Path) -> None:
+def test_a_socket_that_is_bound_and_not_yet_listening_is_not_stale(directory: Path) -> None:
     """Its lock says so; the socket alone would look stale."""
     with sockets.listen(str(directory / "s"), {}):
         (directory / "s").unlink()
@@ -258,7 +258,7 @@ def test_no_descriptor_is_left_by_a_refused_start(directory: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_of_two_that_start_together_on_one_path_exactly_one_serves(directory: Path) -> None:
+def test_of_two_starts_on_one_path_exactly_one_serves(directory: Path) -> None:
     """From a free path and from a stale socket in turn; the one that serves can be reached."""
 
     def start(path: Path) -> sockets.UnixListener:
@@ -322,7 +322,7 @@ def test_several_passed_sockets_are_refused(directory: Path, managers_socket: so
     assert "passed 2 sockets" in activate(managers_socket, str(directory / "s"), "2")
 
 
-def test_a_passed_descriptor_that_does_not_listen_on_a_unix_socket_is_refused(directory: Path) -> None:
+def test_a_passed_descriptor_must_be_a_listening_unix_socket(directory: Path) -> None:
     with socket.socket(socket.AF_UNIX) as idle, socket.socket(socket.AF_INET) as internet:
         internet.bind(("127.0.0.1", 0))
         internet.listen()
@@ -334,7 +334,7 @@ def test_a_passed_descriptor_that_does_not_listen_on_a_unix_socket_is_refused(di
         assert "service manager" in activate(file, str(directory / "s"))
 
 
-def test_what_was_passed_to_another_process_is_not_taken(directory: Path) -> None:
+def test_a_socket_passed_to_another_process_is_not_used(directory: Path) -> None:
     environ = {"LISTEN_PID": str(os.getpid() + 1), "LISTEN_FDS": "1", "PATH": "kept"}
     with sockets.listen(str(directory / "s"), environ) as listener:
         assert not listener.activated

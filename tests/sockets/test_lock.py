@@ -42,7 +42,7 @@ def test_a_made_directory_is_durable_in_its_parent(tmp_path: Path, monkeypatch: 
     assert synced == [str(tmp_path), str(tmp_path / "a")]
 
 
-def test_a_second_owner_is_refused_and_told_who_the_first_is(tmp_path: Path) -> None:
+def test_a_second_owner_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
     with DataDirLock(str(tmp_path / "d")):
         with pytest.raises(StartError, match=rf"\(pid {os.getpid()}\) owns {tmp_path}/d"):
             DataDirLock(str(tmp_path / "d"))
@@ -50,7 +50,7 @@ def test_a_second_owner_is_refused_and_told_who_the_first_is(tmp_path: Path) -> 
         pass  # free again
 
 
-def test_a_holder_that_left_no_pid_is_still_a_holder(tmp_path: Path) -> None:
+def test_a_lock_without_a_pid_is_still_a_lock(tmp_path: Path) -> None:
     with DataDirLock(str(tmp_path / "d")):
         (tmp_path / "d" / "lock").write_text("")
         with pytest.raises(StartError, match="another process owns"):
@@ -134,7 +134,7 @@ def test_the_death_of_the_owner_by_sigkill_frees_the_directory(tmp_path: Path) -
         pass
 
 
-def test_of_two_that_start_together_sixty_times_exactly_one_owns_the_directory(tmp_path: Path) -> None:
+def test_of_two_starts_exactly_one_owns_the_directory(tmp_path: Path) -> None:
     """The directory does not exist before."""
     for round_number in range(60):
         directory = str(tmp_path / str(round_number) / "d")

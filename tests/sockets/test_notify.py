@@ -1,4 +1,4 @@
-"""The messages to the service manager."""
+"""The notifications to the service manager."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_each_change_of_state_is_one_datagram(manager: tuple[socket.socket, str]
     assert [sock.recv(1000) for _ in range(3)] == [b"READY=1\nSTATUS=serving 3 keys", b"WATCHDOG=1", b"STOPPING=1"]
 
 
-def test_the_variables_are_taken_out_of_the_environment() -> None:
+def test_the_variables_are_removed_from_the_environment() -> None:
     environ = {"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1", "PATH": "kept"}
     Notifier(environ)
     assert environ == {"PATH": "kept"}
 
 
 @pytest.mark.parametrize("address", ["", "relative", "/nowhere/at/all", "@nobody-listens-here"])
-def test_a_manager_that_is_not_there_is_no_reason_to_fail(address: str) -> None:
+def test_a_missing_manager_is_no_error(address: str) -> None:
     Notifier({"NOTIFY_SOCKET": address}).ready("fine")
 
 
@@ -62,7 +62,7 @@ def test_a_manager_whose_queue_is_full_does_not_block(tmp_path: Path) -> None:
         ({"WATCHDOG_USEC": "soon"}, None),
     ],
 )
-def test_the_watchdog_is_fed_at_half_its_time_and_only_by_whom_it_watches(
+def test_the_watchdog_interval_is_half_its_time_out_for_this_pid_only(
     environ: dict[str, str], interval_s: float | None
 ) -> None:
     assert Notifier(dict(environ)).watchdog_interval_s == interval_s

@@ -1,4 +1,4 @@
-"""Who is at the other end of a Unix socket."""
+"""The credentials of the peer of a Unix socket."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_peer_is_the_process_that_connected(listener: socket.socket) -> None
     assert (peer.uid, peer.gid, peer.pid) == (os.geteuid(), os.getegid(), os.getpid())
 
 
-def test_the_uid_of_another_user_is_reported_unchanged(listener: socket.socket) -> None:
+def test_another_uid_is_reported_unchanged(listener: socket.socket) -> None:
     path = listener.getsockname()
     foreign.run_as(foreign.UID, lambda: connect(path).close())
     with listener.accept()[0] as accepted:
@@ -56,7 +56,7 @@ def test_the_uid_of_another_user_is_reported_unchanged(listener: socket.socket) 
     assert (peer.uid, peer.gid) == (foreign.UID, foreign.UID)
 
 
-def test_a_passed_descriptor_carries_the_authority_of_who_connected(
+def test_a_passed_descriptor_keeps_the_authority_of_who_connected(
     listener: socket.socket,
 ) -> None:
     """By design: the credentials are those of connect(2), not of whoever holds the socket later."""
@@ -104,7 +104,7 @@ def test_a_socket_without_a_peer_raises() -> None:
             read_peer(sock)
 
 
-def test_a_uid_that_has_no_number_in_this_user_namespace_is_the_overflow_uid() -> None:
+def test_a_uid_without_a_number_here_is_the_overflow_uid() -> None:
     """A reader in a user namespace that maps only its own user sees all others as one uid, and must allow none."""
     needs.root()
     unshare = needs.namespaces("user")
@@ -132,7 +132,7 @@ def test_a_uid_that_has_no_number_in_this_user_namespace_is_the_overflow_uid() -
     assert done.stdout.split() == ["65534", "True", "False"], done.stderr
 
 
-def test_the_overflow_uid_is_the_default_where_the_kernel_does_not_tell_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_overflow_uid_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_module, "_OVERFLOW_UID_FILE", "/nonexistent")
     assert peer_module._overflow_uid.__wrapped__() == 65534
     assert is_overflow_uid(65534)
@@ -153,7 +153,7 @@ class FakeBsdLibrary:
         return 0
 
 
-def test_on_other_systems_the_answer_is_getpeereids(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_systems_use_getpeereid(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libc, "LINUX", False)
     monkeypatch.setattr(libc, "library", FakeBsdLibrary)
     with connect(listener.getsockname()), listener.accept()[0] as accepted:

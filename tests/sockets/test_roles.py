@@ -27,7 +27,7 @@ def test_without_admins_each_allowed_uid_has_every_role() -> None:
         assert (principal.uid, principal.pid, principal.actor) == (uid, 7, f"peer_uid:{uid}")
 
 
-def test_admins_keep_rotate_destroy_and_audit_to_themselves() -> None:
+def test_only_admins_may_rotate_destroy_and_audit() -> None:
     policy = Policy([1000], [1001])
     user, admin = policy.principal(1000, 0), policy.principal(1001, 0)
     assert user is not None and admin is not None
@@ -40,12 +40,12 @@ def test_admins_keep_rotate_destroy_and_audit_to_themselves() -> None:
 
 
 @pytest.mark.parametrize("uid", [0, 999, 1002, 2**32 - 1])
-def test_a_uid_that_is_not_named_is_nobody_not_even_root(uid: int) -> None:
+def test_a_uid_that_is_not_named_has_no_role_not_even_root(uid: int) -> None:
     assert Policy([1000], [1001]).principal(uid, 1) is None
 
 
 @pytest.mark.parametrize("text", ["", "x", "1000,", "-1", "1000 1001", "٣", "1" * 11, "0x10", "root"])
-def test_a_list_of_uids_is_numbers_and_commas_or_refused_with_the_name_of_its_source(text: str) -> None:
+def test_a_malformed_list_of_uids_is_refused_with_its_source(text: str) -> None:
     with pytest.raises(StartError, match="THE_SOURCE"):
         parse_uids(text, source="THE_SOURCE")
 
@@ -60,7 +60,7 @@ def versions_and_roots(status: dict[str, Any]) -> object:
     return [(kek["version"], kek["state"]) for kek in status["keks"]], status["root"]
 
 
-def test_a_user_without_the_role_can_neither_rotate_nor_destroy_and_changes_nothing(public: Path) -> None:
+def test_without_the_role_nothing_is_rotated_or_destroyed(public: Path) -> None:
     """The ransom attempt: rotate to a root key of one's own. Creating, encrypting and decrypting go on."""
     needs.root()
     flags = ("--socket-mode", "0666", "--allowed-uids", str(foreign.UID), "--admin-uids", str(os.geteuid()))

@@ -52,8 +52,8 @@ class Scope:
     types: dict[str, list[str]] = field(default_factory=dict)
     """Of an annotated field, or an import: names of the classes or modules that it may be."""
     bases: list[str] = field(default_factory=list)
-    stars: list[str] = field(default_factory=list)
-    """Modules from which all names are imported."""
+    star_imports: list[str] = field(default_factory=list)
+    """Modules whose names this one has too."""
 
 
 @dataclass
@@ -90,8 +90,8 @@ class Index:
                 for root, left in self.roots(type_name.split("."))
             )
         inherited = [base for text in scope.bases for base in self.classes.get(text, [])]
-        imported = [self.modules[dotted] for dotted in scope.stars if dotted in self.modules]
-        return any(self.has(source, parts, seen) for source in (*inherited, *imported))
+        inherited += [self.modules[module] for module in scope.star_imports if module in self.modules]
+        return any(self.has(base, parts, seen) for base in inherited)
 
     def resolves(self, dotted: str) -> bool:
         parts = dotted.split(".")
@@ -139,7 +139,7 @@ def scope_of(body: list[ast.stmt], made: Index, module: list[str]) -> Scope:
                 source = f"{statement.module}." if isinstance(statement, ast.ImportFrom) else ""
                 for alias in statement.names:
                     if alias.name == "*":
-                        scope.stars.append(source.rstrip("."))
+                        scope.star_imports.append(source.rstrip("."))
                         continue
                     bound = alias.asname or alias.name.partition(".")[0]
                     scope.members[bound] = None

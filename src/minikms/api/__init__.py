@@ -1,16 +1,15 @@
 """The wire contract of miniKMS: what a client and the daemon must agree on.
 
-Owns: the bounds and the syntax of ids (`limits`), the error codes (`codes`), and the verbs with their requests,
-answers and roles (`verbs`). Clients and daemon import nothing else in common. Invariants: no I/O, no cryptography, no
+Owns: bounds, the syntax of ids and the error codes (`contract`), and the verbs with their requests, answers and roles
+(`verbs`). Clients and daemon import nothing else in common. Invariants: no I/O, no cryptography, no
 state; a bound is a named constant with its unit last; no request or answer shows plaintext or a key in its repr.
 It must never hold a default that weakens a check (an absent field is `UNSET`, never `""`).
 
 All binary values travel as standard base64 with padding (RFC 4648 section 4), canonical: a value that would
 encode to other characters than those sent is refused.
 
-Import it with `from minikms import api`; the package has the names of all three modules.
+The package has the names of both modules: `from minikms import api`, then for example `api.GET_KEY`.
 """
 
-from minikms.api.codes import *  # noqa: F403 (a new code is written in one module)
-from minikms.api.limits import *  # noqa: F403 (as above)
+from minikms.api.contract import *  # noqa: F403 (a new name is written in one module)
 from minikms.api.verbs import *  # noqa: F403 (as above)

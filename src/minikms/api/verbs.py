@@ -13,7 +13,7 @@ from typing import Any, Final, Generic, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from minikms.api.codes import (
+from minikms.api.contract import (
     CODE_CONFLICT,
     CODE_DECRYPTION_FAILED,
     CODE_INTERNAL,

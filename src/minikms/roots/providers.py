@@ -12,8 +12,9 @@ import os
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final, Protocol
+from typing import ClassVar, Protocol
 
+from minikms import api
 from minikms.errors import StartError
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.roots.key_file import (
@@ -23,8 +24,6 @@ from minikms.roots.key_file import (
     remove_leftover,
     replace_key,
 )
-
-DEVELOPMENT_KEY_SUFFIX: Final = ".master-key"
 
 
 class RootProvider(Protocol):
@@ -114,7 +113,7 @@ class DevelopmentKey(RootProvider):
 
     @property
     def path(self) -> Path:
-        return development_key_path(self.data_dir)
+        return api.development_key_path(self.data_dir)
 
     @property
     def write_paths(self) -> tuple[str, ...]:
@@ -140,8 +139,3 @@ class DevelopmentKey(RootProvider):
 
     def read(self, arena: SecretArena) -> SecretSlot:
         return read_key_file(self.path, arena)
-
-
-def development_key_path(data_dir: str | os.PathLike[str]) -> Path:
-    """Beside the data directory, so that a backup of the directory alone does not hold its own root key."""
-    return Path(os.path.abspath(data_dir) + DEVELOPMENT_KEY_SUFFIX)

@@ -14,6 +14,8 @@ import json as encoder
 import os
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -21,6 +23,8 @@ from urllib.parse import quote
 
 from cyclopts import App, Parameter
 
+from minikms import api
+from progressdb_server import logs
 from progressdb_server.api.routes.store_backup import INVALID_NAME, NAME
 from progressdb_server.cli.admin_client import AdminClient
 from progressdb_server.cli.flags import (
@@ -36,7 +40,7 @@ from progressdb_server.cli.flags import (
 )
 from progressdb_server.config import Config
 from progressdb_server.store import backup
-from progressdb_server.store.model import StoreLockedError
+from progressdb_server.store.model import BackupRegister, StoreLockedError
 
 KMS_ARCHIVE: Final = "minikms.backup"
 CREATE_S_MAX: Final = 3600.0
@@ -55,7 +59,7 @@ def create(
         bool,
         Parameter(
             name="--store-only",
-            help="Leave the key service out, where another user has it.",
+            help="Back up only the store, for a key service that runs as another user.",
             negative=(),
             show_default=False,
         ),
@@ -66,14 +70,14 @@ def create(
     master_key_file: MasterKeyFile = None,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Back up the store, then the key service, also while they serve. Neither holds the root key."""
+    """Back up the store, then the key service, also while they serve. Neither backup contains the root key."""
     chosen = load_config(addr=addr, db=db, config=config, master_key_file=master_key_file).config
     if NAME.fullmatch(name) is None:
         raise CommandError(INVALID_NAME)
     path = chosen.backups_dir / name
 
     async def offline() -> None:
-        async with backup.register_offline(str(chosen.store_dir)) as register:
+        async with _register(chosen) as register:
             await register.back_up(str(path))
 
     try:
@@ -90,11 +94,11 @@ def create(
 
 @app.command(name="list")
 def list_registered(*, addr: Addr = None, db: Db = None, config: ConfigFile = None, json: Json = False) -> int:
-    """List the store's backups that count when an old key is to be destroyed, also those that are not found."""
+    """List the registered backups of the store, whose keys are not destroyed, including those that are not found."""
     chosen = load_config(addr=addr, db=db, config=config).config
 
     async def offline() -> list[dict[str, Any]]:
-        async with backup.register_offline(str(chosen.store_dir)) as register:
+        async with _register(chosen) as register:
             return [
                 {"name": known.name, "path": known.path, "created_ns": known.created_ns, "gone": known.gone}
                 async for page in register.backups()
@@ -122,13 +126,13 @@ def forget(
     *,
     yes: Annotated[
         bool,
-        Parameter(help="It was deleted, and every copy of it.", negative=(), show_default=False),
+        Parameter(help="Confirm that the backup and every copy of it were deleted.", negative=(), show_default=False),
     ] = False,
     addr: Addr = None,
     db: Db = None,
     config: ConfigFile = None,
 ) -> int:
-    """Forget a deleted backup, so that keys which it needed may be destroyed. Refused while it is still there."""
+    """Forget a deleted backup, so that keys which only it needs can be destroyed. Refused while the backup exists."""
     chosen = load_config(addr=addr, db=db, config=config).config
     if not yes:
         raise CommandError(
@@ -137,7 +141,7 @@ def forget(
         )
 
     async def offline() -> None:
-        async with backup.register_offline(str(chosen.store_dir)) as register:
+        async with _register(chosen) as register:
             await register.forget_backup(name)
 
     try:
@@ -157,7 +161,7 @@ def verify(
     master_key_file: MasterKeyFile = None,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Read a backup back: every file of the store, every key. Exit status: 0 good, 1 not, 2 it is not there."""
+    """Read back every file and every key of a backup. Exit status: 0 good, 1 not, 2 it does not exist."""
     path = existing_directory(backup_path)
     chosen = load_config(db=db or ".", config=config, master_key_file=master_key_file).config
     manifest = backup.verify(str(path))
@@ -174,14 +178,14 @@ def restore(
     *,
     newer_keyring: Annotated[
         Path | None,
-        Parameter(help="A keyring.json of later than the backup: keys destroyed by then are not brought back."),
+        Parameter(help="A keyring.json newer than the backup: keys that it shows as destroyed are not restored."),
     ] = None,
     db: Db = None,
     config: ConfigFile = None,
     master_key_file: MasterKeyFile = None,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Restore into the directories of the configuration, which must be empty. Nothing is ever overwritten."""
+    """Restore into the directories of the configuration, which must be empty. Nothing is overwritten."""
     path = existing_directory(backup_path)
     chosen = load_config(db=db, config=config, master_key_file=master_key_file).config
     backup.verify(str(path))
@@ -201,6 +205,14 @@ def restore(
     return 0
 
 
+@asynccontextmanager
+async def _register(config: Config) -> AsyncIterator[BackupRegister]:
+    """The backups of a store that no server has open. Raises StoreLockedError, StoreUnavailableError, BackupError."""
+    logs.configure(config.logging.format, "error")  # the command itself prints what it has done
+    async with backup.register_offline(str(config.store_dir)) as register:
+        yield register
+
+
 def _minikms(words: list[str], config: Config, master_key_fd: int | None) -> int:
     """Run `minikms backup …`, which prints its own output. A root key of our environment is passed as a descriptor."""
     command = [sys.executable, "-P", "-m", "minikms", "backup", *words]
@@ -216,7 +228,5 @@ def _minikms(words: list[str], config: Config, master_key_fd: int | None) -> int
 
 
 def _development_key(config: Config) -> str:
-    from minikms.embedded import development_key_path
-
-    path = development_key_path(config.kms_data_dir)
+    path = api.development_key_path(config.kms_data_dir)
     return str(path) if path.exists() else ""

@@ -35,9 +35,9 @@ def check(
     config: ConfigFile = None,
     json: Json = False,
 ) -> int:
-    """Walk the whole store, also beside the running server, which is then asked to open every record.
+    """Examine the whole store, also while the server runs. If a key service answers, every record is decrypted.
 
-    Exit status: 0 all is right, 1 something is not, 2 there is no store.
+    Exit status: 0 nothing is wrong, 1 something is wrong, 2 there is no store.
     """
     chosen = load_config(db=db, config=config).config
     path = str(chosen.store_dir)

@@ -29,14 +29,14 @@ from progressdb_server.cli.flags import (
 )
 
 COMMANDS: Final = {
-    "demo": ("demo:demo", "A guided tour: store, read back, search the disk, verify."),
+    "demo": ("demo:demo", "Take a guided tour: store, read back, search the disk, verify."),
     "status": ("status:status", "Show the server and its key service on one page."),
-    "check": ("check:check", "Walk the whole store, also beside the running server."),
+    "check": ("check:check", "Examine the whole store, also while the server runs."),
     "backup": ("backup:app", "Back up store and key service, verify and restore backups."),
     "config": ("configuration:app", "Check or show the configuration that the server would run with."),
     "rotate-dek": ("jobs:rotate_dek", "Give threads new keys and re-encrypt their records."),
-    "jobs": ("jobs:app", "The background jobs of a running server."),
-    "backups": ("jobs:backups", "What rotations left of the records that they re-encrypted."),
+    "jobs": ("jobs:app", "List, follow and control the background jobs of a running server."),
+    "backups": ("jobs:backups", "List, restore and remove the backups that key rotations made."),
 }
 """Each command except `serve`: its function or group, and its help in one line. To add a command, add its module and an
 entry here.
@@ -72,11 +72,11 @@ def serve(
     log_format: Annotated[str | None, Parameter(help="console or json [PROGRESSDB_LOG_FORMAT].")] = None,
     accept_restore: Annotated[
         bool,
-        Parameter(help="Serve although the key service's data is older than what the store has seen.", negative=()),
+        Parameter(help="Serve although the key service is in an older state than the store has recorded.", negative=()),
     ] = False,
     kms: Annotated[
         Literal["none"] | None,
-        Parameter(help="`none` stores everything in plaintext, to measure against; refused outside benchmarks."),
+        Parameter(help="`none` stores everything in plaintext, as a reference for benchmarks; refused otherwise."),
     ] = None,
     master_key_fd: MasterKeyFd = None,
 ) -> int:

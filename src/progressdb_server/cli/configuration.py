@@ -30,7 +30,7 @@ def check_configuration(
     dev: Dev = None,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Exit 0 when the server could start with it, 1 with the reason when not, 2 when a named file is missing."""
+    """Exit status: 0 the server could start with it, 1 it could not, 2 a file that it names does not exist."""
     loaded = load_config(addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev)
     check(loaded.config, has_master_key=master_key_fd is not None)
     print("the configuration is good")
@@ -46,7 +46,7 @@ def show_configuration(
     master_key_file: MasterKeyFile = None,
     dev: Dev = None,
 ) -> int:
-    """Print every setting, its value and where that came from; API keys are only counted."""
+    """Print every setting with its value and its source. Of API keys only the number is printed."""
     loaded = load_config(addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev)
     print("\n".join(shown(loaded)))
     return 0

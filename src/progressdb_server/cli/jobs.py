@@ -30,8 +30,8 @@ _OVER: Final = frozenset({"done", "failed", "cancelled", "paused"})
 
 JobId = Annotated[str, Parameter(help="A job's id.")]
 
-app = App(name="jobs", help="The background jobs of a running server.")
-backups = App(name="backups", help="What rotations left of the records that they re-encrypted.")
+app = App(name="jobs", help="List, follow and control the background jobs of a running server.")
+backups = App(name="backups", help="List, restore and remove the backups that key rotations made.")
 
 
 # --- rotate-dek ---------------------------------------------------------------------------------------------------
@@ -41,16 +41,18 @@ def rotate_dek(
     older_than: Annotated[str, Parameter(help="Threads whose key is at least this old, as in 90d.")] = "",
     kek_version: Annotated[int, Parameter(help="Threads whose key is wrapped under this KEK version.")] = 0,
     destroy_old_after: Annotated[
-        str, Parameter(help="Destroy the old key, and the backups under it, so long afterwards, as in 30d.")
+        str, Parameter(help="Destroy the old key and the backups under it after this time, as in 30d; default: never.")
     ] = "",
-    rate: Annotated[int | None, Parameter(help="Records a second; the server's own bound without it.")] = None,
-    unthrottled: Annotated[bool, Parameter(help="As fast as it goes.", negative=())] = False,
+    rate: Annotated[
+        int | None, Parameter(help="Records per second; default: the bound of the server's configuration.")
+    ] = None,
+    unthrottled: Annotated[bool, Parameter(help="Re-encrypt without a bound.", negative=())] = False,
     wait: Annotated[bool, Parameter(help="Wait until it is done.", negative="--no-wait")] = True,
     as_json: Json = False,
     url: Url = None,
     api_key_file: KeyFile = None,
 ) -> int:
-    """Give threads new keys and re-encrypt their records, in the background, while the server serves."""
+    """Give threads new keys and re-encrypt their records, in the background, while the server runs."""
     asked: dict[str, object] = {
         "thread_ids": list(threads),
         "all": all_threads,
@@ -97,14 +99,14 @@ def list_jobs(
     url: Url = None,
     api_key_file: KeyFile = None,
 ) -> int:
-    """All jobs, newest first."""
+    """List all jobs, newest first."""
     jobs = AdminClient.from_flags(url, api_key_file).call("GET", f"/admin/jobs?status={quote(status)}")["jobs"]
     return _listed(jobs, as_json, "no jobs")
 
 
 @app.command(name="show")
 def show(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
-    """One job, with the records that it could not re-encrypt."""
+    """Show a job, with the records that it could not re-encrypt."""
     job = AdminClient.from_flags(url, api_key_file).call("GET", _target(job_id))
     if as_json:
         print(json.dumps(job))
@@ -121,7 +123,7 @@ def show(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file:
 
 @app.command(name="watch")
 def watch(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
-    """Follow a job until nobody works on it any more."""
+    """Follow a job until it no longer runs."""
     job = _watched(AdminClient.from_flags(url, api_key_file), job_id, as_json)
     _print(job, as_json, _sentence(job))
     return 0 if job["status"] == "done" else 1
@@ -129,19 +131,19 @@ def watch(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file
 
 @app.command(name="pause")
 def pause(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
-    """Stop working on a job until it is resumed."""
+    """Pause a job until it is resumed."""
     return _control(job_id, "pause", as_json, AdminClient.from_flags(url, api_key_file))
 
 
 @app.command(name="resume")
 def resume(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
-    """Go on with a paused job, or try again what failed."""
+    """Resume a paused job, or retry a failed one."""
     return _control(job_id, "resume", as_json, AdminClient.from_flags(url, api_key_file))
 
 
 @app.command(name="cancel")
 def cancel(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
-    """Give a job up; what it has re-encrypted stays, and so does the rest."""
+    """Cancel a job. Records that it has re-encrypted stay so, and the others are not changed."""
     return _control(job_id, "cancel", as_json, AdminClient.from_flags(url, api_key_file))
 
 
@@ -154,7 +156,7 @@ def _control(job_id: str, action: str, as_json: bool, client: AdminClient) -> in
 # --- backups ------------------------------------------------------------------------------------------------------
 @backups.command(name="list")
 def list_backups(*, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
-    """The jobs that have backups, newest first."""
+    """List the jobs that have backups, newest first."""
     jobs = AdminClient.from_flags(url, api_key_file).call("GET", "/admin/backups")["jobs"]
     return _listed(jobs, as_json, "no backups")
 
@@ -162,14 +164,14 @@ def list_backups(*, as_json: Json = False, url: Url = None, api_key_file: KeyFil
 @backups.command(name="prune")
 def prune(
     *job_ids: str,
-    older_than: Annotated[str, Parameter(help="Of jobs that ended at least so long ago, as in 30d.")] = "",
+    older_than: Annotated[str, Parameter(help="Of jobs that ended at least this long ago, as in 30d.")] = "",
     every: Annotated[bool, Parameter(name="--all", help="Of every finished job.", negative=())] = False,
     yes: Annotated[bool, Parameter(name=["--yes", "-y"], help="Do not ask.", negative=())] = False,
     as_json: Json = False,
     url: Url = None,
     api_key_file: KeyFile = None,
 ) -> int:
-    """Remove backups for good. The records themselves are not touched."""
+    """Remove backups permanently. The records themselves do not change."""
     if sum(map(bool, (job_ids, older_than, every))) != 1:
         raise CommandError("name jobs, or give one of --older-than and --all")
     client = AdminClient.from_flags(url, api_key_file)
@@ -186,7 +188,7 @@ def prune(
 
 @backups.command(name="restore")
 def restore(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
-    """Put back what a job has re-encrypted; the old key is kept from then on."""
+    """Restore the records that a job has re-encrypted. The old key is then kept."""
     client = AdminClient.from_flags(url, api_key_file)
     outcome = client.call("POST", f"{_target(job_id)}/restore", timeout_s=ROTATE_TIMEOUT_S)
     _print(outcome, as_json, f"{outcome['restored']} records restored, {outcome['kept']} left: they were changed since")

@@ -17,9 +17,9 @@ KMS_WAIT_S: Final = 0.5
 
 
 def status(*, addr: Addr = None, db: Db = None, config: ConfigFile = None, json: Json = False) -> int:
-    """Show the server and its key service on one page, with the configuration that the server has.
+    """Show the server and its key service on one page. The configuration must be the one of the server.
 
-    Exit status: 0 both are well, 1 one can't do its work, 2 the server does not answer.
+    Exit status: 0 both work, 1 one cannot do its work, 2 the server does not answer.
     """
     chosen = load_config(addr=addr, db=db, config=config).config
     client = AdminClient.from_config(chosen)

@@ -1,0 +1,63 @@
+"""Bounds of requests and answers, the syntax of ids, error codes, and the name of the development key file."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+BODY_BYTES_MAX: Final = 16 * 1024 * 1024
+HEAD_BYTES_MAX: Final = 16 * 1024
+HEADERS_COUNT_MAX: Final = 64
+BATCH_ITEMS_MAX: Final = 1024
+CONNECTIONS_MAX: Final = 2048
+PIPELINED_REQUESTS_MAX: Final = 64
+PLAINTEXT_BYTES_MAX: Final = 4 * 1024 * 1024
+"""Of one item. Four times the message size that the server accepts; its base64 still fits a body."""
+AAD_BYTES_MAX: Final = 4096
+REQUEST_ID_CHARS_MAX: Final = 128
+ID_CHARS_MAX: Final = 128
+LIST_KEYS_COUNT_DEFAULT: Final = 100
+LIST_KEYS_COUNT_MAX: Final = 1000
+RANDOM_BYTES_MAX: Final = 4096
+VERIFY_SAMPLES_MAX: Final = 64
+
+THREAD_ID_PATTERN: Final = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
+KEY_ID_PATTERN: Final = re.compile(r"k_[0-7][0-9a-hjkmnp-tv-z]{25}", re.ASCII)
+"""`k_` and 128 bits in lower-case Crockford base 32: 48 bits of Unix milliseconds, then 80 random bits (as a ULID)."""
+REQUEST_ID_PATTERN: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)
+
+REQUEST_ID_HEADER: Final = "x-request-id"
+
+# --- error codes: stable words that a client may switch on; docs/spec/api.md says when each is sent ------------------
+CODE_INVALID_REQUEST: Final = "invalid_request"
+CODE_UNAUTHORIZED: Final = "unauthorized"
+CODE_FORBIDDEN: Final = "forbidden"
+CODE_NOT_FOUND: Final = "not_found"
+CODE_METHOD_NOT_ALLOWED: Final = "method_not_allowed"
+CODE_KEY_NOT_FOUND: Final = "key_not_found"
+CODE_KEY_RETIRED: Final = "key_retired"
+CODE_KEY_DESTROYED: Final = "key_destroyed"
+CODE_KEY_EXHAUSTED: Final = "key_exhausted"
+CODE_KEY_UNREADABLE: Final = "key_unreadable"
+CODE_WRONG_THREAD: Final = "wrong_thread"
+CODE_WRONG_PURPOSE: Final = "wrong_purpose"
+CODE_DECRYPTION_FAILED: Final = "decryption_failed"
+CODE_TOO_LARGE: Final = "too_large"
+CODE_TOO_MANY: Final = "too_many"
+CODE_TIMEOUT: Final = "timeout"
+CODE_CONFLICT: Final = "conflict"
+CODE_AUDIT_UNAVAILABLE: Final = "audit_unavailable"
+CODE_STORAGE_UNAVAILABLE: Final = "storage_unavailable"
+CODE_SHUTTING_DOWN: Final = "shutting_down"
+CODE_INTERRUPTED: Final = "interrupted"
+CODE_INTERNAL: Final = "internal"
+
+
+DEVELOPMENT_KEY_SUFFIX: Final = ".master-key"
+
+
+def development_key_path(data_dir: str | os.PathLike[str]) -> Path:
+    """The development key file of a data directory, beside it: a backup of the directory does not hold its root key."""
+    return Path(os.path.abspath(data_dir) + DEVELOPMENT_KEY_SUFFIX)
