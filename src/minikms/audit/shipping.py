@@ -23,6 +23,11 @@ _TAIL_BYTES: Final = 2 * record.LINE_BYTES_MAX
 class Forwarder(Protocol):
     """A transport for lines. Its methods raise OSError if they can't reach the receiver; the step is then repeated."""
 
+    @property
+    def write_paths(self) -> tuple[str, ...]:
+        """Directories that the hardened process must still be able to write in."""
+        return ()
+
     def position(self) -> int:
         """`seq` of the last line that the receiver has, 0 for none."""
         ...
@@ -67,11 +72,15 @@ class Forwarding:
         self._held = []
 
 
-class FileForwarder:
+class FileForwarder(Forwarder):
     """Appends to a file, for example on another disk, after removing an incomplete last line. For one process only."""
 
     def __init__(self, path: str) -> None:
         self._path = path
+
+    @property
+    def write_paths(self) -> tuple[str, ...]:
+        return (os.path.dirname(os.path.abspath(self._path)),)
 
     def position(self) -> int:
         try:

@@ -112,6 +112,7 @@ def serve(
     """Serve keys on a Unix socket until SIGTERM."""
     from minikms.audit.log import Limits
     from minikms.audit.maintenance import Retention
+    from minikms.audit.shipping import FileForwarder
     from minikms.custody.vault import CACHE_KEYS_MAX
     from minikms.daemon import process
     from minikms.daemon.settings import Settings
@@ -152,7 +153,7 @@ def serve(
                 cache_keys_max=cache_keys or CACHE_KEYS_MAX,
             ),
             audit_keep=Retention(bytes_max=audit_keep_mib * MIB_BYTES, days_min=audit_keep_days),
-            audit_copy=None if audit_copy is None else os.path.abspath(audit_copy),
+            forwarder=None if audit_copy is None else FileForwarder(os.path.abspath(audit_copy)),
             log_format=log_format,
         )
     )

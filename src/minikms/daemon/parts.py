@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 from minikms.audit import Event
 from minikms.audit.maintenance import Maintenance
-from minikms.audit.shipping import FileForwarder
 from minikms.audit.turns import TurnAudit
 from minikms.custody.rotation import KekRotation, Pruning
 from minikms.custody.vault import Indexing
@@ -78,11 +77,7 @@ class Parts:
         self._workers = workers
         self.vault = data.vault
         self.audit = TurnAudit(data.log, workers.audit)
-        self.upkeep = Maintenance(
-            data.log,
-            keep=settings.audit_keep,
-            forwarder=None if settings.audit_copy is None else FileForwarder(settings.audit_copy),
-        )
+        self.upkeep = Maintenance(data.log, keep=settings.audit_keep, forwarder=settings.forwarder)
         self.indexing = Indexing(self.vault, workers.reader)
         rotation = KekRotation(
             self.vault,

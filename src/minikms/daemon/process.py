@@ -270,8 +270,8 @@ def _harden(settings: Settings, arena: SecretArena, listener: UnixListener) -> t
     write = [settings.data_dir, *settings.root.write_paths]
     if not listener.activated:
         write.append(os.path.dirname(os.path.abspath(settings.socket)))
-    if settings.audit_copy is not None:
-        write.append(os.path.dirname(settings.audit_copy))
+    if settings.forwarder is not None:
+        write += settings.forwarder.write_paths
     return harden(arena, read=read, write=write, require=settings.require_hardening)
 
 

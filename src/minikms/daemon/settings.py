@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minikms.audit.maintenance import KEEP_ALL, Retention
+from minikms.audit.shipping import Forwarder
 from minikms.datadir import DEFAULT_OPTIONS, Options
 from minikms.roots.providers import RootProvider
 
@@ -17,7 +18,7 @@ LogFormat = Literal["json", "console"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """`data_dir` and `audit_copy` are absolute paths. The daemon stops at the end of file of `parent_fd`."""
+    """`data_dir` is an absolute path. The daemon stops at the end of file of `parent_fd`."""
 
     socket: str
     data_dir: str
@@ -30,5 +31,5 @@ class Settings:
     require_hardening: bool = False
     opening: Options = DEFAULT_OPTIONS
     audit_keep: Retention = KEEP_ALL
-    audit_copy: str | None = None
+    forwarder: Forwarder | None = None
     log_format: LogFormat = "console"
