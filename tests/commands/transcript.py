@@ -7,7 +7,7 @@ newest one, `make-key THREAD` makes a thread's key, as a program that uses the l
 stores a message, as a backend does.
 
 What differs from run to run is replaced: `<key-1>` is the first key id that was seen, `<time>` a time. In a command
-they stand for what was seen. `python tests/commands/transcript.py FILE…` runs files and writes down what was said.
+they stand for what was seen. `python -m tests.commands.transcript FILE…` runs files and writes down what was said.
 """
 
 from __future__ import annotations
