@@ -12,7 +12,7 @@ import signal
 import pytest
 from hypothesis import HealthCheck, settings
 
-import needs
+from tests import needs
 
 TORTURE_S_MAX = 3600
 """The longest that one torture test may take; the limit of every other test is `timeout` in pyproject.toml."""

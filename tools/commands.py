@@ -17,7 +17,7 @@ OPENING = """\
 # Commands
 
 Made by `tools/commands.py` from the commands themselves; `tests/cli` compares the two, and holds
-[transcripts](../tests/cli/transcripts) of all that matters here.
+[transcripts](../tests/commands/transcripts) of all that matters here.
 
 Exit status, of every command: **0** done, or a check passed; **1** a check failed, or the request was refused; **2**
 wrong usage, or something that is needed is missing; **130** interrupted; **141** the reader of a pipe closed it.

@@ -14,9 +14,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(PROJECT / "tests"), str(PROJECT / "tests" / "api")]
 
 from asgi_client import ADMIN  # noqa: E402 (the tests' helpers are on the path from here on)
-from real_server import RealServer, real_server  # noqa: E402 (as above)
-
 from browser import Browser  # noqa: E402 (as above)
+from real_server import RealServer, real_server  # noqa: E402 (as above)
 
 IMAGES = PROJECT / "docs" / "images"
 DESKTOP, PHONE = (1100, 760), (390, 760)

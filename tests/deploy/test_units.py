@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import restricted
 
-import needs
-from live_daemon import LiveDaemon
+from tests import needs
+from tests.deploy import restricted
+from tests.harness.live_daemon import LiveDaemon
 
 UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
 EXPOSURE_MAX = {"minikms.service": 0.5, "progressdb.service": 1.5}

@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from project_tree import PROJECT, text_of
+
+from tests.tidy.project_tree import PROJECT, text_of
 
 PAGE = PROJECT / "docs" / "architecture.md"
 SOURCE = PROJECT / "src"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from bench import encrypt, load, messages, report
 from bench.programs import BenchError, MissingProgramError, need
 from bench.report import Missing, Row

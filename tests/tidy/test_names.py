@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from project_tree import PROJECT, name, none, project_files, prose, python_files, text_of, tree_of
+from tests.tidy.project_tree import PROJECT, name, none, project_files, prose, python_files, text_of, tree_of
 
 PACKAGES = ("minikms", "progressdb_server")
 IDENTIFIER = r"[A-Za-z_]\w*"

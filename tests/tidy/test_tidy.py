@@ -7,14 +7,15 @@ import collections
 import re
 from pathlib import Path
 
-from project_tree import PROJECT, comments, name, none, python_files, texts
+from tests.tidy.project_tree import PROJECT, comments, name, none, python_files, texts
 
 LINES_MAX = 700
 LONG_WITH_A_REASON: dict[str, str] = {}
 """Path → why the file still is one idea."""
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "misc"}
 KEPT_WORDS = {
-    (path, "homeless") for path in ("src/progressdb_server/store/check.py", "tests/store/test_store_check.py")
+    (path, "homeless")
+    for path in ("src/progressdb_server/store/check.py", "tests/progressdb_server/store/test_store_check.py")
 }
 """Path and word: a kind of finding in the output of `progressdb check`, which scripts may read."""
 FOREIGN = tuple(
@@ -191,9 +192,3 @@ def test_the_licence_is_there_and_is_the_one_that_the_package_names() -> None:
 def test_decisions_are_numbered_once_each() -> None:
     numbers = collections.Counter(path.name[:4] for path in (PROJECT / "docs" / "decisions").glob("*.md"))
     none(number for number, count in numbers.items() if count > 1 or not number.isdigit())
-
-
-def test_test_files_have_names_of_their_own() -> None:
-    """pytest imports a test file by its name alone: tests/ has no packages."""
-    names = collections.Counter(path.name for path in python_files("tests/") if path.name != "conftest.py")
-    none(file for file, count in names.items() if count > 1)

@@ -5,7 +5,7 @@ Owns: the mutations and the two campaigns. What must hold for every case:
 - Where the bytes are cut makes no difference to which requests the application sees and whether the input is refused.
 - No internal error, no stray exception, no byte left in a buffer.
 - A good client on another connection gets every answer, in order.
-A failing case is shown as bytes, with the seed. Run it by itself: `python tests/torture/fuzz_http.py SECONDS [SEED]`.
+A failing case is shown as bytes, with the seed. Run it by itself: `python -m tests.torture.fuzz_http SECONDS [SEED]`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest does for tests/
-
-from http_harness import Answer, Peer, Running, parse_answers, post, read_requests, run, serving
-from http_inputs import ACCEPTED, REFUSED
 from minikms.http import LIMITS
 from minikms.http.reader import Shared
+from tests.minikms.http.http_harness import Answer, Peer, Running, parse_answers, post, read_requests, run, serving
+from tests.minikms.http.http_inputs import ACCEPTED, REFUSED
 
 SEEDS = [data for data in [*ACCEPTED.values(), *(data for data, _ in REFUSED.values())] if len(data) < 2000]
 TOKENS = [

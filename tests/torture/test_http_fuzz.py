@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-import fuzz_http
 import pytest
+
+from tests.torture import fuzz_http
 
 
 @pytest.mark.parametrize("campaign", fuzz_http.CAMPAIGNS, ids=lambda campaign: campaign.__name__)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from real_server import real_server
 
 from minikms.audit import record
 from minikms.base64 import encode_text
 from progressdb_server.store import keyspace
 from progressdb_server.store.epoch import Remembered
 from progressdb_server.store.rocks import RocksEngine
+from tests.progressdb_server.api.real_server import real_server
 
 
 def remember(store: Path, seq: int, sig: str) -> None:

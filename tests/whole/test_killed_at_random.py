@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_server import RealServer, real_server
 
 from progressdb_server.cli.disksearch import search
+from tests.progressdb_server.api.real_server import RealServer, real_server
 
 CLIENTS = 6
 LOAD_S_MAX = 0.8

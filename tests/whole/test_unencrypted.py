@@ -10,11 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from asgi_client import ADMIN
-from memory_engine import MemoryEngine
-from opened_store import with_store
-from real_server import RealServer, real_server
-from sealing_provider import SealingProvider, to_open, to_seal
 
 from minikms import api
 from minikms.client import KmsRefusedError, ReencryptItem
@@ -25,6 +20,11 @@ from progressdb_server.store.model import FormatError
 from progressdb_server.store.rocks import RocksReader
 from progressdb_server.store.sealer import SEAL_BYTES
 from progressdb_server.unencrypted import MARK, VALUE, VARIABLE, UnencryptedProvider, check_allowed
+from tests.progressdb_server.api.asgi_client import ADMIN
+from tests.progressdb_server.api.real_server import RealServer, real_server
+from tests.progressdb_server.store.memory_engine import MemoryEngine
+from tests.progressdb_server.store.opened_store import with_store
+from tests.progressdb_server.store.sealing_provider import SealingProvider, to_open, to_seal
 
 PROJECT = Path(__file__).resolve().parents[2]
 ASKED = {VARIABLE: VALUE}

@@ -1,0 +1,1 @@
+"""Transcripts and help pages of both commands."""

@@ -1,0 +1,185 @@
+"""Transcripts of the real commands: what was typed, what was said, how it ended.
+
+A transcript is a text file. `$ ` begins a line that is run in a shell, in a directory of the transcript's own; what it
+said (both streams, as a terminal shows them) follows, then `[exit N]` unless N is 0. `#` begins a remark. Three lines
+are more than a shell's: one that ends in ` &` starts a program and waits for its socket or port, `kill %1` ends the
+newest one, `make-key THREAD` makes a thread's key, as a program that uses the library does, and `post-message TEXT`
+stores a message, as a backend does.
+
+What differs from run to run is replaced: `<key-1>` is the first key id that was seen, `<time>` a time. In a command
+they stand for what was seen. `python -m tests.commands.transcript FILE…` runs files and writes down what was said.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from minikms.client import Client, KmsError
+
+READY_SECONDS_MAX = 30.0
+RUN_SECONDS_MAX = 60.0
+DIRECTORY = Path(__file__).parent / "transcripts"
+
+_NUMBERED = {
+    "key": re.compile(r"\bk_[0-7][0-9a-hjkmnp-tv-z]{25}\b"),
+    "archive": re.compile(r"\ba_[0-9a-f]{16}\b"),
+    "keyring": re.compile(r"\bkr_[0-9a-f]{16}\b"),
+    "base64": re.compile(r"(?<![A-Za-z0-9+/])[A-Za-z0-9+/]{43}="),
+    "fingerprint": re.compile(r"\b[0-9a-f]{16}\b"),
+    "thread": re.compile(r"\bthread-[0-9]{19}-[0-9]{6}\b"),
+    "message": re.compile(r"\bmsg-[0-9]{19}-[0-9]{6}\b"),
+}
+_PLAIN = (
+    (re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z"), "<time>"),
+    (re.compile(r"\b[0-9a-f]{32}\b"), "<log>"),
+    (re.compile(r"\b\d+:<base64-\d+>"), "<head>"),
+    (re.compile(r"\bline [\d,]+, head"), "line <n>, head"),
+    (re.compile(r"(process |pid |pid=|\"pid\": )\d+"), r"\1<pid>"),
+    (re.compile(r"\bup (\d+ (s|min) ?)+"), "up <n> s"),
+    (re.compile(rf"\b(uid|uid:) ?{os.geteuid()}\b"), r"\1 <uid>"),
+    (re.compile(r"[\d,.]+ [KM]iB locked \(\S+\)"), "<n> locked"),
+    (re.compile(r"(hardening  +).*"), r"\1<measures>"),
+    (re.compile(r"\d+ (piece\(s\) of advice|lines|connections)"), r"<n> \1"),
+    (re.compile(r"(?m)^ +not in force: .*\n"), ""),
+    (re.compile(r"(?m)^advice: (memory|hardening): .*\n  do: .*\n"), ""),
+    (re.compile(r"\d+ files, [\d,]+ bytes"), "<n> files, <n> bytes"),
+    (re.compile(r"\b127\.0\.0\.1:\d{4,5}\b"), "<address>"),
+    (re.compile(r"urlopen error .Errno \d+. [^>]*"), "urlopen error"),
+)
+
+
+class Session:
+    """One transcript's directory and what runs in it."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        programs = place / "bin"
+        programs.mkdir()
+        for name, words in {
+            "minikms": ["-P", "-m", "minikms"],
+            "progressdb": ["-P", "-m", "progressdb_server"],
+            "make-key": [str(Path(__file__).with_name("make_key.py"))],
+            "post-message": [str(Path(__file__).with_name("post_message.py"))],
+        }.items():
+            launcher = programs / name
+            launcher.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, *words])} "$@"\n')
+            launcher.chmod(0o700)
+        (place / "work").mkdir(mode=0o700)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
+        self._environ = kept | {"PATH": f"{programs}:{kept.get('PATH', os.defpath)}", "NO_COLOR": "1"}
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = int(free.getsockname()[1])
+        self._environ["PORT"] = str(self.port)
+        self._started: list[subprocess.Popen[bytes]] = []
+        self._seen: dict[str, dict[str, str]] = {kind: {} for kind in _NUMBERED}
+
+    def close(self) -> None:
+        while self._started:
+            self._stop()
+
+    def run(self, command: str) -> str:
+        """What a command says and how it ends, as a transcript has it."""
+        for names in self._seen.values():
+            for value, name in names.items():
+                command = command.replace(name, value)
+        if command == "kill %1":
+            self._stop()
+            return ""
+        if command.startswith("export "):
+            name, _, value = command.removeprefix("export ").partition("=")
+            self._environ[name] = value
+            return ""
+        if command.endswith(" &"):
+            return self._start(command.removesuffix(" &"))
+        done = subprocess.run(
+            ["sh", "-c", command],
+            cwd=self.place / "work",
+            env=self._environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=RUN_SECONDS_MAX,
+            check=False,
+        )
+        said = self.normal(done.stdout.decode())
+        if said and not said.endswith("\n"):
+            said += "\n"
+        return said + (f"[exit {done.returncode}]\n" if done.returncode else "")
+
+    def normal(self, text: str) -> str:
+        """The text without what differs from run to run."""
+        text = text.replace(str(self.place / "work"), "<dir>")
+        for kind, pattern in _NUMBERED.items():
+            names = self._seen[kind]
+            text = pattern.sub(lambda match, k=kind, n=names: n.setdefault(match[0], f"<{k}-{len(n) + 1}>"), text)
+        for pattern, name in _PLAIN:
+            text = pattern.sub(name, text)
+        return "".join(line.rstrip() + "\n" for line in text.splitlines())
+
+    def _start(self, command: str) -> str:
+        with (self.place / "log").open("ab") as log:
+            process = subprocess.Popen(
+                ["sh", "-c", f"exec {command}"],
+                cwd=self.place / "work",
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        self._started.append(process)
+        end = time.monotonic() + READY_SECONDS_MAX
+        while not self._answers(command):
+            if process.poll() is not None or time.monotonic() > end:
+                self._started.remove(process)
+                process.kill()
+                log_text = (self.place / "log").read_text().splitlines()[-1:]
+                return self.normal("\n".join(log_text)) + f"[exit {process.wait()}]\n"
+            time.sleep(0.02)
+        return ""
+
+    def _answers(self, command: str) -> bool:
+        if command.startswith("progressdb"):
+            with socket.socket() as trial:
+                return trial.connect_ex(("127.0.0.1", self.port)) == 0
+        words = shlex.split(command)
+        named = words[words.index("--socket") + 1] if "--socket" in words else self._environ["PROGRESSDB_KMS_SOCKET"]
+        try:  # its socket is there before it knows whether it can serve
+            with Client(self.place / "work" / named, wait_s=0, timeout_s=1) as kms:
+                return kms.health()
+        except KmsError:
+            return False
+
+    def _stop(self) -> None:
+        process = self._started.pop()
+        process.send_signal(signal.SIGTERM)
+        process.wait(READY_SECONDS_MAX)
+
+
+def replayed(text: str) -> str:
+    """The transcript as it comes out when its commands are run now."""
+    with tempfile.TemporaryDirectory(prefix="cli-") as place:
+        session = Session(Path(place))
+        try:
+            told = []
+            for line in text.splitlines():
+                if line.startswith("$ "):
+                    told.append(f"{line}\n{session.run(line[2:])}")
+                elif line.startswith("#") or (not line and (not told or told[-1] != "\n")):
+                    told.append(line + "\n")
+            return "".join(told)
+        finally:
+            session.close()
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        Path(name).write_text(replayed(Path(name).read_text("utf-8")), "utf-8")

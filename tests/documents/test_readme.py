@@ -1,0 +1,158 @@
+"""The README's commands work when they are pasted in their order: in a new directory, by an ordinary user."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import needs
+
+PROJECT = Path(__file__).resolve().parents[2]
+README = (PROJECT / "README.md").read_text("utf-8")
+ORDINARY_UID = 45_679
+DESCRIPTORS_MAX = 1024
+"""The soft limit of open files that a shell has on most systems."""
+PASTED_S_MAX = 90.0
+STAMP = ".venv/.installed"
+
+
+def blocks() -> list[tuple[str, str]]:
+    """The language and the text of every block of commands, in order."""
+    found = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+    assert {language for language, _ in found} == {"sh", "python"}
+    return found
+
+
+def pasted(port: int) -> str:
+    """All blocks as one shell script, which stops at the first command that fails.
+
+    Two things differ from the page: the port, and that `make` takes the environment as it is and only shows what
+    `make test` would run, since this is one of the tests.
+    """
+    lines = ["set -euo pipefail"]
+    for language, text in blocks():
+        lines.append(f".venv/bin/python - <<'END'\n{text}END" if language == "python" else text)
+    script = "\n".join(lines).replace(":8080/", f":{port}/").replace(":8080 ", f":{port} ")
+    make = f"make --old-file={STAMP}"
+    assert "\nmake run " in script and "\nmake test " in script
+    return script.replace("\nmake run ", f"\n{make} run ").replace("\nmake test ", f"\n{make} --dry-run test ")
+
+
+def as_ordinary_user() -> dict[str, Any]:
+    """Arguments of Popen. Root runs the commands as another uid, if that can run this interpreter at all."""
+    if os.geteuid() != 0:
+        return {}
+    user = {"user": ORDINARY_UID, "group": ORDINARY_UID, "extra_groups": ()}
+    tried = subprocess.run([sys.executable, "-c", "import minikms"], cwd="/", check=False, **user)
+    return user if tried.returncode == 0 else {}
+
+
+def limited() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS_MAX, hard))
+
+
+@pytest.fixture
+def new_directory() -> Iterator[Path]:
+    """Holds what `make` reads, and the environment that the tests run in. Its path is short: sockets are made in it."""
+    with tempfile.TemporaryDirectory(prefix="readme-") as made:
+        place = Path(made)
+        for file in ("Makefile", "pyproject.toml", ".gitignore"):
+            shutil.copy2(PROJECT / file, place)
+        shutil.copytree(PROJECT / "tools" / "bootstrap", place / "tools" / "bootstrap")
+        (place / ".venv").symlink_to(sys.prefix)
+        if user := as_ordinary_user():
+            os.chown(place, user["user"], user["group"])
+        yield place
+
+
+def test_the_commands_work_pasted_in_order_and_git_ignores_what_they_make(new_directory: Path) -> None:
+    needs.program("make")
+    needs.program("curl")
+    needs.program("git")
+    before = set(os.listdir(new_directory))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shell = subprocess.Popen(
+        ["bash", "-c", pasted(port)],
+        cwd=new_directory,
+        env=os.environ | {"HOME": str(new_directory), "no_proxy": "127.0.0.1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=limited,
+        **as_ordinary_user(),
+    )
+    try:
+        output, _ = shell.communicate(timeout=PASTED_S_MAX)
+    finally:
+        end_session(shell.pid)
+    assert shell.returncode == 0, output
+    assert "Every check held" in output, "make run"
+    assert '"text":"hello"' in output, "the message that curl stored"
+    assert "progressdb_http_requests_total" in output, "the metrics"
+    assert "the door code is 4711" in output, "the decrypted note"
+    assert "The audit log is intact" in output
+    made = sorted(set(os.listdir(new_directory)) - before)
+    assert {"data", "demo-data", "kms", "root.key"} <= set(made)
+    assert ignored(new_directory, made) == made
+
+
+def ignored(place: Path, names: list[str]) -> list[str]:
+    shutil.copy2(PROJECT / ".gitignore", place)
+    with tempfile.TemporaryDirectory() as repository:
+        git = ["git", "--git-dir", repository, "--work-tree", str(place)]
+        subprocess.run([*git, "init", "--quiet"], check=True)
+        listed = subprocess.run([*git, "check-ignore", *names], cwd=place, check=False, capture_output=True, text=True)
+    return listed.stdout.splitlines()
+
+
+def end_session(leader: int) -> None:
+    """Ends what a script that failed half-way has left running, and waits until all of it is gone."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(leader, number)
+        except ProcessLookupError:
+            return
+        if became_true(lambda: not group_exists(leader), seconds=15.0):
+            return
+
+
+def group_exists(leader: int) -> bool:
+    try:
+        os.killpg(leader, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def became_true(holds: Callable[[], bool], *, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_the_page_names_what_a_newcomer_looks_for() -> None:
+    for named in ("progressdb-minikms", "PyPI", "/viewer/", "/docs/", "/metrics", "PROGRESSDB_API_ADMIN_KEYS"):
+        assert named in README, named
+    commands = "".join(text for language, text in blocks() if language == "sh")
+    for command in ("make run", "make test", "minikms init", "progressdb --addr"):
+        assert command in commands, command

@@ -1,0 +1,134 @@
+"""docs/spec/api.md and the program say the same: every call with its role, every code with its status."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any
+
+from minikms import api, errors
+from minikms.errors import MiniKmsError
+from minikms.http.exchange import METHODS_SERVED
+from minikms.policy import ROLES, Principal
+from minikms.service.base import Perform, VerbTable
+from minikms.service.keks import KekVerbs
+from minikms.service.keys import KeyVerbs
+from minikms.service.lifecycle import LifecycleVerbs
+from minikms.service.records import RecordVerbs
+from tests.harness.live_daemon import LiveDaemon
+from tests.harness.vaults import OpenedVault, SilentAudit, opened_vault
+from tests.minikms.service.asking import NO_KEY, ask, status
+
+PAGE = (Path(__file__).parents[3] / "docs" / "spec" / "api.md").read_text()
+
+
+def rows(first_header: str) -> list[list[str]]:
+    """The cells of the table whose first column has this header."""
+    table = PAGE[PAGE.index(f"| {first_header} |") :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table[2:]]
+
+
+def calls() -> dict[tuple[str, str], set[str]]:
+    """Role or roles by method and path."""
+    found = {}
+    for cells in rows("call"):
+        method = cells[0].split()[0]
+        paths = re.findall(r"`(/[^`?]*)", cells[0])
+        roles = re.findall(r"[a-z_]+", cells[1].replace(" and ", " "))
+        for index, path in enumerate(paths):
+            found[method, path] = {roles[index]} if len(paths) > 1 else set(roles)
+    return found
+
+
+def test_every_call_is_on_the_page_and_no_other() -> None:
+    assert {(verb.method, verb.path) for verb in (*api.VERBS, api.HEALTH)} == calls().keys()
+
+
+def test_the_page_names_the_roles_of_the_verb_table() -> None:
+    for verb in api.VERBS:
+        assert calls()[verb.method, verb.path] == set(verb.roles)
+
+
+def test_the_methods_that_the_engine_names_to_one_it_does_not_know_are_those_of_the_calls() -> None:
+    assert ", ".join(sorted({method for method, _ in calls()})) == METHODS_SERVED
+
+
+def test_every_code_is_on_the_page_with_its_status_and_no_other() -> None:
+    told = {
+        code: {int(number) for number in re.findall(r"\d{3}", cells[1])}
+        for cells in rows("code")
+        for code in re.findall(r"`([a-z_]+)`", cells[0])
+    }
+    assert told.keys() == {value for name, value in vars(api).items() if name.startswith("CODE_")}
+    for kind in vars(errors).values():
+        if isinstance(kind, type) and issubclass(kind, MiniKmsError) and kind not in (MiniKmsError, errors.StartError):
+            assert kind.status in told[kind.code], kind
+
+
+def served(one: OpenedVault) -> VerbTable:
+    """Every verb in this process, but what the daemon says of itself."""
+    table = VerbTable(SilentAudit())
+    RecordVerbs(one.vault, table)
+    KeyVerbs(one.vault, table)
+    LifecycleVerbs(vault=one.vault, table=table, indexing=one.indexing, reader=one.reader)
+    KekVerbs(vault=one.vault, table=table, rotation=one.rotation, pruning=one.pruning, opened_slot_id="")
+    table.now(api.STATUS, lambda request, event: {})
+    table.now(api.METRICS, lambda request, event: "")
+    return table
+
+
+def requests(key_id: str) -> dict[api.Verb[Any, Any], api.Request]:
+    return {
+        api.STATUS: api.Request(),
+        api.METRICS: api.Request(),
+        api.CREATE_DEK: api.CreateDekRequest("t"),
+        api.GET_WRAPPED: api.KeyRequest(key_id),
+        api.ENCRYPT: api.EncryptItem(key_id, ""),
+        api.DECRYPT: api.DecryptItem(key_id, ""),
+        api.ENCRYPT_BATCH: api.EncryptBatchRequest([api.EncryptItem(key_id, "")]),
+        api.DECRYPT_BATCH: api.DecryptBatchRequest([api.DecryptItem(key_id, "")]),
+        api.REENCRYPT_BATCH: api.ReencryptBatchRequest(key_id, key_id, []),
+        api.CHECK_BATCH: api.CheckBatchRequest(key_id, []),
+        api.GENERATE_DATA_KEY: api.GenerateDataKeyRequest(key_id),
+        api.RANDOM: api.RandomRequest(1),
+        api.LIST_KEYS: api.ListKeysRequest(),
+        api.GET_KEY: api.KeyRequest(key_id),
+        api.RETIRE_KEY: api.KeyRequest(NO_KEY),
+        api.DESTROY_KEY: api.DestroyKeyRequest(NO_KEY),
+        api.ROTATE_KEK: api.RotateKekRequest(),
+        api.PRUNE_KEK: api.PruneKekRequest(),
+    }
+
+
+async def is_forbidden(perform: Perform[Any], request: api.Request, roles: frozenset[api.Role]) -> bool:
+    try:
+        answer = perform(Principal(0, 0, "peer_uid:0", roles), request, "")
+        if isinstance(answer, Awaitable):
+            answer = await answer
+    except MiniKmsError as error:
+        return error.code == api.CODE_FORBIDDEN
+    return isinstance(answer, bytes) and b'"forbidden"' in answer  # an item of a batch
+
+
+def test_a_verb_asks_for_its_roles_and_for_no_other(tmp_path: Path) -> None:
+    """With every role but that one it is forbidden; with only that one it is not."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            [key_id] = await one.make(1)
+            table, made = served(one), requests(key_id)
+            assert made.keys() == set(api.VERBS)
+            for verb, request in made.items():
+                for role in verb.roles:
+                    assert await is_forbidden(table[verb], request, ROLES - {role}), (verb.name, role)
+                assert not await is_forbidden(table[verb], request, frozenset(verb.roles)), verb.name
+
+    asyncio.run(main())
+
+
+def test_the_status_has_the_members_of_the_page(daemon: LiveDaemon) -> None:
+    told = {member for cells in rows("member") for member in re.findall(r"`([a-z_]+)`", cells[0])}
+    assert told == status(daemon).keys()
+    assert ask(daemon, "GET", "/health").body == b"ok"

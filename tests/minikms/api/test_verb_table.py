@@ -1,0 +1,120 @@
+"""The verb table and its frame: every verb once, authorised before it acts, and audited whatever the outcome."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any
+
+import pytest
+
+from minikms import api
+from minikms.audit import Event
+from minikms.errors import AuditUnavailableError, ConflictError, ForbiddenError, MiniKmsError
+from minikms.policy import ROLES, Principal
+from minikms.service.base import AfterLine, Reply, VerbTable
+from tests.harness.vaults import SilentAudit
+
+ANYONE = Principal(0, 7, "peer_uid:0", ROLES)
+NOBODY = ANYONE._replace(roles=frozenset[api.Role]())
+
+
+class KeptAudit(SilentAudit):
+    """Keeps every event, and whether its line was durable before the answer."""
+
+    def __init__(self, *, writable: bool = True) -> None:
+        self.lines: list[tuple[str, str, bool]] = []
+        self._writable = writable
+
+    def add(self, event: Event) -> None:
+        self.lines.append((event.type, event.outcome, False))
+
+    async def add_written(self, event: Event, *, durable: bool) -> None:
+        self.lines.append((event.type, event.outcome, durable))
+
+    def require_writable(self) -> None:
+        if not self._writable:
+            raise AuditUnavailableError("the audit log can't be written")
+
+
+def perform(table: VerbTable, verb: api.Verb[Any, Any], request: api.Request, who: Principal = ANYONE) -> Reply:
+    async def main() -> Reply:
+        answer = table[verb](who, request, "r-1")
+        return await answer if isinstance(answer, Awaitable) else answer
+
+    return asyncio.run(main())
+
+
+def test_every_verb_has_a_name_a_path_and_a_role_of_its_own() -> None:
+    assert len({verb.name for verb in api.VERBS}) == len({verb.path for verb in api.VERBS}) == len(api.VERBS)
+    assert all(verb.roles and set(verb.roles) <= ROLES for verb in api.VERBS)
+    assert api.HEALTH not in api.VERBS
+
+
+def test_no_method_acts_before_its_caller_is_authorised() -> None:
+    acted: list[str] = []
+    audit = KeptAudit()
+    table = VerbTable(audit)
+
+    async def rotate(request: api.RotateKekRequest, event: Event) -> api.RotateKekAnswer:
+        acted.append(event.type)
+        return api.RotateKekAnswer("ok", 1, 0)
+
+    async def encrypt_all(request: api.EncryptBatchRequest, event: Event) -> api.EncryptBatchAnswer:
+        acted.append(event.type)
+        return api.EncryptBatchAnswer([])
+
+    table.now(api.RANDOM, lambda request, event: api.RandomAnswer(acted.append(event.type) or b""))  # type: ignore[func-returns-value]  # notes the call
+    table.later(api.ROTATE_KEK, rotate, durable=True)
+    table.later(api.ENCRYPT_BATCH, encrypt_all)
+    requests: list[tuple[api.Verb[Any, Any], api.Request]] = [
+        (api.RANDOM, api.RandomRequest(1)),
+        (api.ROTATE_KEK, api.RotateKekRequest()),
+        (api.ENCRYPT_BATCH, api.EncryptBatchRequest([])),
+    ]
+    for verb, request in requests:
+        with pytest.raises(ForbiddenError):
+            perform(table, verb, request, NOBODY)
+    assert acted == []
+    assert [(name, outcome) for name, outcome, _ in audit.lines] == [(verb.name, "forbidden") for verb, _ in requests]
+    for verb, request in requests:
+        perform(table, verb, request)
+    assert acted == [verb.name for verb, _ in requests]
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_change_of_keys_is_not_begun_while_the_audit_log_can_not_be_written(durable: bool) -> None:
+    acted: list[str] = []
+    table = VerbTable(KeptAudit(writable=False))
+
+    async def retire(request: api.KeyRequest, event: Event) -> api.KeyAnswer:
+        acted.append(event.type)
+        raise ConflictError("it acted")
+
+    table.later(api.RETIRE_KEY, retire, durable=durable)
+    with pytest.raises(AuditUnavailableError if durable else ConflictError):
+        perform(table, api.RETIRE_KEY, api.KeyRequest("k"))
+    assert acted == ([] if durable else ["retire_key"])
+
+
+def test_work_after_the_audit_line_fails_the_answer_and_not_the_line() -> None:
+    audit = KeptAudit()
+    table = VerbTable(audit)
+
+    async def fail() -> api.RotateKekAnswer:
+        assert audit.lines == [("rotate_kek", "ok", True)]
+        raise ConflictError("after the line")
+
+    async def rotate(request: api.RotateKekRequest, event: Event) -> AfterLine[api.RotateKekAnswer]:
+        return AfterLine(fail)
+
+    table.later(api.ROTATE_KEK, rotate, durable=True)
+    with pytest.raises(ConflictError):
+        perform(table, api.ROTATE_KEK, api.RotateKekRequest())
+    assert audit.lines == [("rotate_kek", "ok", True)]
+
+
+def test_a_body_that_can_not_be_decoded_is_audited_under_the_name_of_its_verb() -> None:
+    audit = KeptAudit()
+    VerbTable(audit).malformed(api.CREATE_DEK, ANYONE, MiniKmsError("not one"), "r-1")
+    assert audit.lines == [("create_dek", "internal", False)]

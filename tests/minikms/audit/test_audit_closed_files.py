@@ -1,0 +1,196 @@
+"""Closed files are compressed, retained, removed and forwarded, and the log stays one chain."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from minikms.audit import record
+from minikms.audit.log import CHORES_NS, Limits
+from minikms.audit.maintenance import CompressionError, Maintenance, Retention, compress_closed, remove_segments
+from minikms.audit.queries import verify_directory
+from minikms.audit.reader import list_segments
+from minikms.audit.shipping import FileForwarder
+from tests.minikms.audit.logmaker import (
+    LOG,
+    SECOND,
+    Clock,
+    encrypt_event,
+    events_of,
+    open_log,
+    trust,
+    verify,
+    write_events,
+)
+
+DAY_NS = 24 * 3600 * SECOND
+LATER = 1_700_000_000 * SECOND + DAY_NS
+"""After all that the logs here tell."""
+
+
+# --- compressed ------------------------------------------------------------------------------------------------------
+
+
+def test_compressed_files_are_read_like_plain_ones(altered: Path) -> None:
+    names = compress_closed(str(altered))
+    assert names == [f"{LOG}.{number}.zst" for number in list_segments(str(altered))]
+    assert not (altered / f"{LOG}.1").exists()
+    assert verify(altered).intact
+    assert compress_closed(str(altered)) == []
+    log = open_log(altered)
+    log.add(encrypt_event())
+    log.close()
+    assert verify(altered).intact
+
+
+def test_an_interrupted_compression_is_completed(altered: Path) -> None:
+    (altered / f"{LOG}.1.zst.tmp").write_bytes(b"half")
+    shutil.copy(altered / f"{LOG}.2", altered / "copy")
+    compress_closed(str(altered))
+    os.rename(altered / "copy", altered / f"{LOG}.2")
+    assert verify(altered).intact, "both forms of one segment are there"
+    compress_closed(str(altered))
+    assert sorted(altered.glob("*.log.[0-9]")) == []
+    assert verify(altered).intact
+
+
+def test_a_plain_file_is_deleted_only_after_the_compressed_one_is_equal(
+    altered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = (altered / f"{LOG}.1").read_bytes()
+    wrong = zstandard.compress(plain[:-1])
+
+    class Wrong:
+        def __init__(self, **_: object) -> None: ...
+
+        def copy_stream(self, source: object, file: Any) -> None:
+            file.write(wrong)
+
+    monkeypatch.setattr(zstandard, "ZstdCompressor", Wrong)
+    with pytest.raises(CompressionError):
+        compress_closed(str(altered))
+    assert (altered / f"{LOG}.1").read_bytes() == plain
+    assert not list(altered.glob("*.zst*"))
+
+
+def test_a_damaged_compressed_file_is_found(altered: Path) -> None:
+    compress_closed(str(altered))
+    path = altered / f"{LOG}.2.zst"
+    content = path.read_bytes()
+    for at in range(0, len(content), 97):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        report = verify_directory(str(altered), trust())
+        assert not report.intact
+        assert any(finding.file == path.name for finding in report.findings)
+    path.write_bytes(content[: len(content) // 2])
+    assert not verify_directory(str(altered), trust()).intact
+
+
+# --- retention -------------------------------------------------------------------------------------------------------
+
+
+def test_removed_segments_are_named_before_and_the_rest_is_intact(altered: Path) -> None:
+    compress_closed(str(altered))
+    log = open_log(altered, clock=Clock(now=LATER, step=CHORES_NS))
+    assert remove_segments(log, Retention(bytes_max=1, days_min=90)) == [], "the floor wins"
+    removed = remove_segments(log, Retention(bytes_max=1, days_min=0))
+    assert removed == [f"{LOG}.{number}.zst" for number in range(1, len(removed) + 1)]
+    assert list_segments(str(altered)) == {}
+    log.close()
+    report = verify(altered)
+    assert report.intact and report.first_seq > 1
+    assert verify(altered, public_only=True).intact
+
+
+def test_retention_stops_when_the_rest_is_within_the_bound(altered: Path) -> None:
+    sizes = [(altered / names[0]).stat().st_size for names in list_segments(str(altered)).values()]
+    log = open_log(altered, clock=Clock(now=LATER))
+    removed = remove_segments(log, Retention(bytes_max=sum(sizes[2:]), days_min=0))
+    assert removed == [f"{LOG}.1", f"{LOG}.2"]
+    assert remove_segments(log, Retention(days_min=0)) == [], "without a bound everything is kept"
+    log.close()
+    assert verify(altered).intact
+
+
+def test_days_min_counts_from_the_closing_of_a_file(altered: Path) -> None:
+    closed_at = [events_of(altered / f"{LOG}.{number}")[0].ts for number in (2, 3)]
+    log = open_log(altered, clock=Clock(now=closed_at[0] + DAY_NS, step=0))
+    assert remove_segments(log, Retention(bytes_max=1, days_min=1)) == [f"{LOG}.1"]
+    log.close()
+
+
+def test_a_segment_that_was_named_but_not_deleted_is_no_finding(altered: Path) -> None:
+    """Killed between the line and the deletion."""
+    kept = (altered / f"{LOG}.1").read_bytes()
+    sizes = sum((altered / names[0]).stat().st_size for names in list_segments(str(altered)).values())
+    log = open_log(altered, clock=Clock(now=LATER))
+    assert remove_segments(log, Retention(bytes_max=sizes - 1, days_min=0)) == [f"{LOG}.1"]
+    log.close()
+    (altered / f"{LOG}.1").write_bytes(kept)
+    assert verify(altered).intact
+
+
+def test_a_deleted_segment_without_a_retention_line_is_missing(altered: Path) -> None:
+    log = open_log(altered, clock=Clock(now=LATER))
+    sizes = sum((altered / names[0]).stat().st_size for names in list_segments(str(altered)).values())
+    remove_segments(log, Retention(bytes_max=sizes - 1, days_min=0))
+    log.close()
+    assert verify(altered).intact
+    (altered / f"{LOG}.2").unlink()
+    assert [finding.kind for finding in verify(altered).findings] == ["missing"]
+
+
+# --- maintenance by the daemon ---------------------------------------------------------------------------------------
+
+
+def test_maintenance_compresses_forwards_and_removes(tmp_path: Path) -> None:
+    clock = Clock(now=LATER, step=CHORES_NS)
+    log = open_log(tmp_path, clock=clock, limits=Limits(segment_bytes=3000, reserve_bytes=0))
+    copy = tmp_path / "copy"
+    upkeep = Maintenance(log, keep=Retention(bytes_max=2500, days_min=0), forwarder=FileForwarder(str(copy)))
+    write_events(log, 60)
+    upkeep.work()
+    assert {name for names in list_segments(str(tmp_path)).values() for name in names} == {
+        f"{LOG}.{number}.zst" for number in range(1, log.segment)
+    }
+    upkeep.tick()
+    assert 0 < len(list_segments(str(tmp_path))) < log.segment - 1
+    upkeep.work()
+    assert upkeep.status() == {"faults": {}, "forwarded": log.head["seq"]}
+    upkeep.close()
+    log.close()
+    assert verify(tmp_path).intact
+    forwarded = [record.peek_seq(line) for line in copy.read_bytes().split(b"\n")[:-1]]
+    assert forwarded == list(range(1, len(forwarded) + 1))
+
+
+def test_maintenance_reports_failures_and_tries_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = open_log(tmp_path, clock=Clock(now=LATER, step=CHORES_NS), limits=Limits(segment_bytes=3000, reserve_bytes=0))
+    write_events(log, 30)
+    upkeep = Maintenance(
+        log, keep=Retention(bytes_max=1, days_min=0), forwarder=FileForwarder(str(tmp_path / "missing" / "copy"))
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+        patch.setattr(os, "listdir", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "unreadable")))
+        upkeep.tick()
+        upkeep.work()
+    faults = upkeep.status()["faults"]
+    assert isinstance(faults, dict)
+    assert set(faults) == {"retention", "compression", "forwarding"}
+    (tmp_path / "missing").mkdir()
+    upkeep.work()
+    assert upkeep.status()["faults"] == {"retention": "unreadable"}
+    upkeep.close()
+    log.close()
+
+
+def test_a_file_that_is_being_closed_is_not_compressed(altered: Path) -> None:
+    assert compress_closed(str(altered), below=3) == [f"{LOG}.1.zst", f"{LOG}.2.zst"]
+    assert (altered / f"{LOG}.3").exists()

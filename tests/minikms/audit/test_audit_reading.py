@@ -1,0 +1,252 @@
+"""Finding, counting, following and forwarding the lines of a log."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from minikms.audit import Event, queries, record
+from minikms.audit.log import CHORES_NS, Limits
+from minikms.audit.maintenance import compress_closed
+from minikms.audit.reader import Follower, last_lines, list_segments
+from minikms.audit.shipping import FileForwarder, Forwarding
+from tests.minikms.audit.logmaker import KEY1, LOG, Clock, encrypt_event, make_log, open_log, write_events
+
+SMALL_SEGMENTS = Limits(segment_bytes=3000, reserve_bytes=0)
+
+
+def seqs(lines: Sequence[bytes]) -> list[int]:
+    return [record.peek_seq(line) for line in lines]
+
+
+def make_segments(directory: Path, count: int = 60) -> int:
+    """A log of several files, the oldest compressed; its last seq."""
+    log = make_log(directory, count, clock=Clock(step=CHORES_NS), limits=SMALL_SEGMENTS)
+    os.rename(directory / f"{LOG}.3", directory / "kept")
+    compress_closed(str(directory))
+    os.rename(directory / "kept", directory / f"{LOG}.3")
+    return int(log.head["seq"])
+
+
+# --- find and count --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def searched(tmp_path: Path) -> str:
+    log = open_log(tmp_path)
+    log.add(encrypt_event(1, thread_id="t1"))
+    log.add(encrypt_event(2, thread_id="t2"))
+    log.add(Event(type="encrypt_batch", actor="peer_uid:7", key_ids=["k_a", "k_b"], request_ids=["r8", "r9"], count=2))
+    log.add(Event(type="decrypt", actor="peer_uid:1000", key_id="k_a", outcome="forbidden", detail="t1 r1 k_b"))
+    log.add(Event(type="create_dek", actor="peer_uid:7", thread_id='bad "id"\n', outcome="invalid_request"))
+    log.close()
+    with open(tmp_path / LOG, "ab") as file:
+        file.write(b"not a line, but t1 and k_a are in it\n")
+    return str(tmp_path)
+
+
+def found(directory: str, **sought: str) -> list[int]:
+    return seqs(list(queries.find(directory, queries.query(**sought))))  # type: ignore[arg-type]  # all of them are text
+
+
+def test_lines_are_found_by_thread_key_actor_and_request_id(searched: str) -> None:
+    assert found(searched, thread="t1") == [2]
+    assert found(searched, key="k_a") == [4, 5]
+    assert found(searched, key="k_b") == [4], "not by a word in the detail"
+    assert found(searched, actor="peer_uid:7") == [4, 6]
+    assert found(searched, actor="peer_uid:1000", request="r2") == [3]
+    assert found(searched, request="r9") == [4]
+    assert found(searched, key="k_a", actor="peer_uid:7") == [4]
+    assert found(searched, thread="t") == []
+
+
+def test_a_text_is_found_in_the_form_that_a_person_types(searched: str) -> None:
+    assert found(searched, thread='bad "id"\n') == [6]
+
+
+def test_hidden_thread_ids_are_found_with_the_audit_key(tmp_path: Path) -> None:
+    log = open_log(tmp_path, hash_thread_ids=True)
+    log.add(encrypt_event(1, thread_id="payroll"))
+    log.close()
+    assert found(str(tmp_path), thread="payroll") == []
+    sought = queries.query(thread="payroll", audit_keys=[memoryview(bytes(32)), KEY1.mac_key])
+    assert seqs(list(queries.find(str(tmp_path), sought))) == [2]
+
+
+def test_lines_are_found_in_every_file(tmp_path: Path) -> None:
+    last = make_segments(tmp_path)
+    assert len(found(str(tmp_path), actor="peer_uid:1000")) == 60
+    totals = queries.totals(str(tmp_path))
+    assert (totals.lines, totals.types["encrypt"], totals.malformed) == (last, 60, 0)
+    assert totals.files == len(list_segments(str(tmp_path))) + 1
+    assert totals.types["segment_close"] == totals.types["segment_open"] == totals.files - 1
+
+
+def test_totals_count_outcomes_actors_and_items(searched: str) -> None:
+    totals = queries.totals(searched)
+    assert totals.malformed == 1
+    assert totals.outcomes == {"ok": 5, "forbidden": 1, "invalid_request": 1}
+    assert totals.actors == {"peer_uid:1000": 3, "minikms": 2, "peer_uid:7": 2}
+    assert totals.items == 8
+    assert 0 < totals.first_ts <= totals.last_ts
+    assert totals.disk_bytes == Path(searched, LOG).stat().st_size
+
+
+def test_totals_are_bounded_for_any_actors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries, "NAMES_COUNT_MAX", 3)
+    log = open_log(tmp_path)
+    for number in range(10):
+        log.add(Event(type="x", actor=f"peer_uid:{number}"))
+    log.commit()
+    assert queries.totals(str(tmp_path)).actors[queries.OTHERS] == 8
+    log.close()
+
+
+# --- the end, and what comes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 5, 30, 61, 1000])
+def test_the_last_lines_come_from_as_many_files_as_it_takes(tmp_path: Path, count: int) -> None:
+    last = make_segments(tmp_path)
+    assert seqs(last_lines(str(tmp_path), count)) == list(range(max(1, last - count + 1), last + 1))
+
+
+def test_the_last_lines_are_read_from_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minikms.audit.reader._BACKWARDS_BYTES", 1000)
+    make_log(tmp_path, 200)
+    (tmp_path / LOG).write_bytes(b"damaged" + (tmp_path / LOG).read_bytes()[7:])
+    assert seqs(last_lines(str(tmp_path), 20)) == list(range(183, 203))
+
+
+def test_a_follower_hands_out_each_line_once_across_rotation_and_compression(tmp_path: Path) -> None:
+    log = open_log(tmp_path, clock=Clock(step=CHORES_NS), limits=SMALL_SEGMENTS)
+    follower = Follower(str(tmp_path))
+    got: list[bytes] = []
+    for turn in range(40):
+        write_events(log, 3, first=3 * turn)
+        if turn % 3:
+            got += follower.read(7)
+        if turn % 10 == 9:
+            compress_closed(str(tmp_path))
+    while more := follower.read():
+        got += more
+    assert seqs(got) == list(range(1, int(log.head["seq"]) + 1))
+    assert follower.read() == []
+    follower.close()
+    log.close()
+
+
+def test_a_follower_begins_after_a_line(tmp_path: Path) -> None:
+    last = make_segments(tmp_path)
+    follower = Follower(str(tmp_path), after_seq=last - 3)
+    assert seqs(follower.read()) == [last - 2, last - 1, last]
+    follower.close()
+
+
+def test_a_follower_waits_for_the_rest_of_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minikms.audit.reader.GROWTH_WAIT_S", 0)
+    make_log(tmp_path, 3)
+    content = (tmp_path / LOG).read_bytes()
+    (tmp_path / LOG).write_bytes(content[:-50])
+    follower = Follower(str(tmp_path))
+    assert seqs(follower.read()) == [1, 2, 3, 4]
+    assert follower.read() == []
+    (tmp_path / LOG).write_bytes(content)
+    assert seqs(follower.read()) == [5]
+    follower.close()
+
+
+# --- sending elsewhere -----------------------------------------------------------------------------------------------
+
+
+class Collector:
+    """A forwarder that collects lines, and can fail before or after it has stored them."""
+
+    def __init__(self) -> None:
+        self.arrived: list[bytes] = []
+        self.failures: list[str] = []
+
+    def position(self) -> int:
+        return record.peek_seq(self.arrived[-1]) if self.arrived else 0
+
+    def deliver(self, lines: Sequence[bytes]) -> None:
+        failure = self.failures.pop(0) if self.failures else ""
+        if failure == "before":
+            raise OSError(errno.ECONNREFUSED, "injected")
+        self.arrived += lines
+        if failure == "after":
+            raise OSError(errno.ECONNRESET, "injected")
+
+
+def test_lines_are_forwarded_in_order_each_once_whatever_fails(tmp_path: Path) -> None:
+    last = make_segments(tmp_path)
+    collector = Collector()
+    collector.failures = ["before", "", "after", "before", "after"]
+    for _ in range(10):
+        forwarding = Forwarding(str(tmp_path), collector)
+        try:
+            while forwarding.step(last):
+                pass
+        except OSError:
+            continue
+        finally:
+            forwarding.close()
+    assert seqs(collector.arrived) == list(range(1, last + 1))
+
+
+def test_a_forwarder_that_failed_is_asked_again_where_it_is(tmp_path: Path) -> None:
+    make_log(tmp_path, 3)
+    collector = Collector()
+    collector.failures = ["after"]
+    with closing(Forwarding(str(tmp_path), collector)) as forwarding:
+        with pytest.raises(OSError, match="injected"):
+            forwarding.step(10)
+        assert forwarding.step(10) == 0
+    assert seqs(collector.arrived) == [1, 2, 3, 4, 5]
+
+
+def test_only_committed_lines_are_forwarded(tmp_path: Path) -> None:
+    """A line after the head may belong to a failed write that will be truncated."""
+    make_log(tmp_path, 5)
+    collector = Collector()
+    with closing(Forwarding(str(tmp_path), collector)) as forwarding:
+        assert [forwarding.step(3), forwarding.step(3), forwarding.step(5), forwarding.step(7)] == [3, 0, 2, 2]
+    assert seqs(collector.arrived) == list(range(1, 8))
+
+
+def forward_all(directory: Path, copy: Path) -> None:
+    with closing(Forwarding(str(directory), FileForwarder(str(copy)))) as forwarding:
+        while forwarding.step(10**6):
+            pass
+
+
+def test_the_file_forwarder_keeps_a_copy_that_goes_on_after_a_restart(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    for _ in range(2):
+        make_log(tmp_path / "log", 5)
+        forward_all(tmp_path / "log", copy)
+        assert copy.read_bytes() == (tmp_path / "log" / LOG).read_bytes()
+    with open(copy, "ab") as file:
+        file.write(b'{"event":{"seq":14,')
+    make_log(tmp_path / "log", 5)
+    forward_all(tmp_path / "log", copy)
+    assert copy.read_bytes() == (tmp_path / "log" / LOG).read_bytes(), "the incomplete line of the copy was cut off"
+    assert copy.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_file_forwarder_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_log(tmp_path / "log", 5)
+    copy = tmp_path / "copy"
+    real_write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: real_write(fd, data[:300]))
+        with pytest.raises(OSError, match="No space"):
+            forward_all(tmp_path / "log", copy)
+    assert copy.read_bytes() == b""
+    forward_all(tmp_path / "log", copy)
+    assert copy.read_bytes() == (tmp_path / "log" / LOG).read_bytes()

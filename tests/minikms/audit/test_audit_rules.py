@@ -1,0 +1,190 @@
+"""Each rule of the specification is checked by itself: these logs have valid MACs and signatures, but break one rule.
+
+Only a holder of the keys can make them: a faulty writer, or two logs under one keyring. `make_vectors.Maker` writes
+them; both verifiers check them, with the audit keys and with the public key alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minikms.audit import chain, record
+from minikms.audit.chain import Coverage
+from minikms.audit.record import Event, Facts, Head
+from minikms.base64 import encode_text
+from tests.minikms.audit.logmaker import KEY1, KEY2, LOG, encrypt_event, verify
+from tests.minikms.audit.make_vectors import LOG_ID, Maker, put
+
+FIRST = f"{LOG}.1"
+OTHER_SIG = encode_text(bytes(range(32)))
+
+
+def begun(file: str = LOG, **changes: str | int) -> Maker:
+    """A log with a genesis line with `changes`, and an event."""
+    maker = Maker()
+    genesis = chain.genesis_event(LOG_ID, 1, KEY1.public_key, {})
+    genesis.facts.update(changes)
+    maker.begin(file, genesis)
+    maker.add(encrypt_event(1))
+    return maker
+
+
+def signed(event_type: str = "checkpoint", *, extra: Facts | None = None, **changes: str | int) -> Callable[[], Maker]:
+    """A log with a genesis line, an event and a signed line with `changes`."""
+
+    def make() -> Maker:
+        maker = begun()
+        facts: Facts = {
+            "key": 1,
+            "lines": 2,
+            "lines_sha256": maker.coverage.hex(),
+            "log_id": LOG_ID.hex(),
+            "previous_sig": encode_text(maker.head.sig),
+            **(extra or {}),
+            **changes,
+        }
+        event = Event(seq=3, ts=maker.ts + 1, type=event_type, actor=record.ACTOR_SELF, facts=facts)
+        event.facts["signature"] = encode_text(maker.key.signer.sign(chain.signed_message(event)))
+        event_bytes = record.encode_event(event)
+        sig = chain.mac(maker.key.mac_key, maker.head.sig, event_bytes)
+        maker.take(record.encode_line(event_bytes, sig), Head(3, sig))
+        return maker
+
+    return make
+
+
+def two_files(close: Facts | None = None, **changes: str | int) -> Callable[[], Maker]:
+    """A closed file and one after it, whose first line has `changes`."""
+
+    def make() -> Maker:
+        maker = begun(FIRST)
+        maker.sign("segment_close", close or {"next_segment": 2})
+        opening = maker.opening()
+        opening.facts.update(changes)
+        maker.begin(LOG, opening)
+        maker.add(encrypt_event(2))
+        maker.sign("checkpoint")
+        return maker
+
+    return make
+
+
+def with_lines(*events: Event) -> Callable[[], Maker]:
+    def make() -> Maker:
+        maker = begun()
+        for event in events:
+            maker.add(event)
+        maker.sign("checkpoint")
+        return maker
+
+    return make
+
+
+def ending_closed() -> Maker:
+    maker = begun()
+    maker.sign("segment_close", {"next_segment": 2})
+    return maker
+
+
+def going_on_after_the_close() -> Maker:
+    maker = ending_closed()
+    maker.add(encrypt_event(2))
+    return maker
+
+
+OPENING = chain.segment_open_event(
+    LOG_ID, 1, KEY1.public_key, segment=2, previous=Head(2, bytes(32)), closed=Coverage()
+)
+
+
+@pytest.mark.parametrize(
+    "make", [signed(), two_files(), with_lines(encrypt_event(2))], ids=["checkpoint", "two files", "events"]
+)
+def test_a_log_that_breaks_no_rule_is_intact(tmp_path: Path, make: Callable[[], Maker]) -> None:
+    put(make().files, tmp_path)
+    assert verify(tmp_path).intact
+    assert verify(tmp_path, public_only=True).intact
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        pytest.param(lambda: begun(format=2), "foreign", id="another format"),
+        pytest.param(lambda: begun(key=9), "foreign", id="an unknown key version"),
+        pytest.param(lambda: begun(public_key=encode_text(KEY2.public_key)), "foreign", id="another public key"),
+        pytest.param(lambda: begun(segment=2), "altered", id="a genesis line of segment 2"),
+        pytest.param(signed(log_id="ff" * 16), "foreign", id="signed for another log"),
+        pytest.param(signed(key=2), "foreign", id="signed for another key version"),
+        pytest.param(signed(previous_sig=OTHER_SIG), "altered", id="signed after another line"),
+        pytest.param(signed(lines=1), "altered", id="signed for fewer lines"),
+        pytest.param(signed(lines_sha256="00" * 32), "altered", id="signed for other lines"),
+        pytest.param(signed(extra={"next_segment": 2}), "altered", id="a checkpoint with a fact too many"),
+        pytest.param(signed("segment_close"), "altered", id="a close that names no next file"),
+        pytest.param(
+            signed("segment_close", next_segment=3), "segment", id="a close that names the file after the next"
+        ),
+        pytest.param(
+            signed("audit_key", next_key=1, next_public_key=encode_text(KEY2.public_key)), "altered", id="no later key"
+        ),
+        pytest.param(
+            signed("audit_key", next_key=2, next_public_key="AAAA"), "altered", id="a public key of another size"
+        ),
+        pytest.param(with_lines(chain.genesis_event(LOG_ID, 1, KEY1.public_key, {})), "segment", id="a second genesis"),
+        pytest.param(with_lines(OPENING), "segment", id="an opening inside a file"),
+        pytest.param(ending_closed, "missing", id="a last line that closes"),
+        pytest.param(going_on_after_the_close, "segment", id="a line after the close"),
+        pytest.param(two_files(previous_sig=OTHER_SIG), "segment", id="a file after another line"),
+        pytest.param(two_files(previous_seq=7), "altered", id="a file after another number"),
+        pytest.param(two_files(log_id="ff" * 16), "foreign", id="a file of another log"),
+        pytest.param(two_files(key=2), "foreign", id="a file under another key version"),
+        pytest.param(
+            two_files(public_key=encode_text(KEY2.public_key)), "foreign", id="a file under another public key"
+        ),
+        pytest.param(two_files(segment=3), "segment", id="a file of another number"),
+        pytest.param(two_files(format=2), "foreign", id="a file of another format"),
+        pytest.param(two_files(more=1), "altered", id="a file whose first line has a fact too many"),
+        pytest.param(two_files(previous_sha256="00" * 32), "altered", id="a file after another content"),
+        pytest.param(lambda: begun(key=0), "foreign", id="no key version"),
+        pytest.param(lambda: begun(key="1"), "foreign", id="a key version that is a text"),
+        pytest.param(lambda: begun(log_id="../.."), "altered", id="a log id of another form"),
+    ],
+)
+def test_a_log_that_breaks_one_rule_is_not(tmp_path: Path, make: Callable[[], Maker], kind: str) -> None:
+    put(make().files, tmp_path)
+    report = verify(tmp_path)
+    assert kind in {finding.kind for finding in report.findings}, report.findings
+    public = verify(tmp_path, public_only=True)
+    assert not public.intact or "version" in report.findings[0].text, "a key version means nothing to a public key"
+
+
+def test_a_log_without_a_key_version_is_refused_by_the_public_key_too(tmp_path: Path) -> None:
+    maker = begun(key=0)
+    maker.key = maker.key._replace(version=0)
+    maker.sign("checkpoint")
+    put(maker.files, tmp_path)
+    assert [finding.kind for finding in verify(tmp_path, public_only=True).findings] == ["foreign"]
+
+
+def test_an_unknown_key_version_after_a_change_is_named(tmp_path: Path) -> None:
+    maker = begun()
+    maker.sign("audit_key", {"next_key": 5, "next_public_key": encode_text(KEY2.public_key)})
+    put(maker.files, tmp_path)
+    assert [finding.kind for finding in verify(tmp_path).findings] == ["foreign"]
+    assert verify(tmp_path, public_only=True).intact
+
+
+def test_a_retention_line_for_another_segment_excuses_nothing(tmp_path: Path) -> None:
+    """A `retention` line counts only if it names the head before the first file."""
+    for last_sig, intact in ((None, True), (OTHER_SIG, False)):
+        maker = begun(FIRST)
+        maker.sign("segment_close", {"next_segment": 2})
+        closed = maker.head
+        opening = maker.opening()
+        maker.begin(LOG, opening)
+        facts: Facts = {"last_seq": closed.seq, "last_sig": last_sig or encode_text(closed.sig), "removed_segment": 1}
+        maker.add(Event(type="retention", actor="minikms", facts=facts))
+        put({LOG: maker.files[LOG]}, tmp_path)
+        assert verify(tmp_path).intact is intact

@@ -1,0 +1,242 @@
+"""A log is one chain across its files, which may be closed, renamed, compressed, retained, or missing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minikms.audit import AuditLog
+from minikms.audit.log import CHORES_NS, Limits
+from minikms.audit.maintenance import compress_closed
+from minikms.audit.reader import list_segments
+from minikms.errors import AuditUnavailableError, StartError
+from tests.minikms.audit.logmaker import (
+    KEY1,
+    KEY2,
+    LOG,
+    SECOND,
+    Clock,
+    encrypt_event,
+    events_of,
+    make_log,
+    make_segments,
+    open_log,
+    verify,
+    write_events,
+)
+
+SMALL_SEGMENTS = Limits(segment_bytes=3000, reserve_bytes=0)
+
+
+def kinds(directory: Path) -> list[str]:
+    return [finding.kind for finding in verify(directory).findings]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_full_is_closed_and_the_chain_goes_on_in_the_next(original: Path) -> None:
+    report = verify(original)
+    assert report.intact
+    assert report.segments == len(list_segments(str(original))) + 1
+    assert verify(original, public_only=True).intact
+    first, second = events_of(original / f"{LOG}.1"), events_of(original / f"{LOG}.2")
+    assert (first[-1].type, first[-1].facts["next_segment"]) == ("segment_close", 2)
+    assert (second[0].type, second[0].facts["segment"]) == ("segment_open", 2)
+    assert second[0].facts["previous_seq"] == first[-1].seq == second[0].seq - 1
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in original.iterdir())
+
+
+def test_a_file_that_is_old_is_closed(tmp_path: Path) -> None:
+    clock = Clock()
+    log = open_log(tmp_path, clock=clock, limits=Limits(segment_age_s=3600, reserve_bytes=0))
+    log.add(encrypt_event())
+    log.commit()
+    clock.now += 3600 * SECOND
+    log.tick()
+    assert list(list_segments(str(tmp_path))) == [1]
+    clock.now += 3600 * SECOND
+    log.tick()
+    assert list(list_segments(str(tmp_path))) == [1], "a file with nothing in it is not replaced"
+    log.close()
+    assert verify(tmp_path).intact
+
+
+def test_a_log_goes_on_after_a_restart_in_any_segment(tmp_path: Path) -> None:
+    for _ in range(4):
+        make_segments(tmp_path, 15)
+    assert verify(tmp_path).intact
+    assert len(list_segments(str(tmp_path))) >= 3
+
+
+def test_the_key_can_change_in_a_later_segment(tmp_path: Path) -> None:
+    log = open_log(tmp_path, clock=Clock(step=CHORES_NS), limits=SMALL_SEGMENTS)
+    write_events(log, 20)
+    log.change_key(KEY2.audit_key())
+    write_events(log, 20)
+    log.close()
+    assert verify(tmp_path, KEY1, KEY2).intact
+    assert verify(tmp_path, KEY1, public_only=True).intact
+
+
+# --- a rotation that is interrupted ----------------------------------------------------------------------------------
+
+CALLS = ("open", "write", "fdatasync", "rename", "fsync")
+
+
+class Killed(BaseException):
+    """The process ended here."""
+
+
+def at_call(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None], *, after: bool) -> list[str]:
+    """Run `act` before or after the `number`-th state-changing call from now on; the names of the calls made."""
+    calls: list[str] = []
+
+    def wrap(name: str) -> Callable[..., Any]:
+        real = getattr(os, name)
+
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            if len(calls) == number and not after:
+                act()
+            result = real(*arguments)
+            if len(calls) == number and after:
+                if name == "open":
+                    os.close(result)
+                act()
+            return result
+
+        return call
+
+    for name in CALLS:
+        monkeypatch.setattr(os, name, wrap(name))
+    return calls
+
+
+def filled_log(directory: Path) -> AuditLog:
+    """A log whose next tick closes its file."""
+    log = open_log(directory, clock=Clock(step=CHORES_NS), limits=Limits(segment_bytes=1000, reserve_bytes=0))
+    for number in range(5):
+        log.add(encrypt_event(number))
+    log._writer.write(log._queue, 1)  # without the chores that a commit does after it
+    log._queue = []
+    return log
+
+
+def raise_killed() -> None:
+    raise Killed
+
+
+def raise_error() -> None:
+    raise OSError(errno.EIO, "injected")
+
+
+def test_the_points_of_a_rotation_are_all_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = filled_log(tmp_path)
+    with monkeypatch.context() as patch:
+        calls = at_call(patch, 0, raise_killed, after=False)
+        log.tick()
+    assert calls == ["open", "write", "fdatasync", "write", "fdatasync", "rename", "rename", "open", "fsync"]
+    log.close()
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("number", range(1, 10))
+def test_a_kill_at_any_point_of_a_rotation_loses_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, after: bool
+) -> None:
+    log = filled_log(tmp_path)
+    with monkeypatch.context() as patch:
+        at_call(patch, number, raise_killed, after=after)
+        with pytest.raises(Killed):
+            log.tick()
+    make_log(tmp_path, 2)
+    report = verify(tmp_path)
+    assert report.intact
+    encrypted = [
+        event
+        for path in [*(tmp_path / names[0] for names in list_segments(str(tmp_path)).values()), tmp_path / LOG]
+        for event in events_of(path)
+        if event.type == "encrypt"
+    ]
+    assert len(encrypted) == 7
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("number", range(1, 10))
+def test_an_error_at_any_point_of_a_rotation_is_mended_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, after: bool
+) -> None:
+    log = filled_log(tmp_path)
+    with monkeypatch.context() as patch:
+        at_call(patch, number, raise_error, after=after)
+        log.tick()
+    assert log.status()["chore_fault"] != ""
+    for attempt in range(5):
+        log.add(encrypt_event(attempt))
+        try:
+            log.commit()
+        except AuditUnavailableError:
+            log.fdatasync()
+    assert log.writable
+    log.tick()
+    assert log.status()["chore_fault"] == ""
+    log.close()
+    report = verify(tmp_path)
+    assert report.intact and report.segments >= 2
+
+
+# --- files altered ---------------------------------------------------------------------------------------------------
+
+
+def test_two_swapped_files_are_seen(altered: Path) -> None:
+    os.rename(altered / f"{LOG}.1", altered / "x")
+    os.rename(altered / f"{LOG}.2", altered / f"{LOG}.1")
+    os.rename(altered / "x", altered / f"{LOG}.2")
+    assert kinds(altered) != []
+
+
+def test_a_file_of_another_log_is_seen(altered: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    make_segments(other)
+    shutil.copy(other / f"{LOG}.2", altered / f"{LOG}.2")
+    report = verify(altered)
+    assert report.findings[0].file == f"{LOG}.2"
+    assert not verify(altered, public_only=True).intact
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_file_taken_away_is_missing(altered: Path, number: int) -> None:
+    (altered / f"{LOG}.{number}").unlink()
+    assert kinds(altered)[0] == "missing"
+    assert not verify(altered, public_only=True).intact
+
+
+def test_the_file_being_written_taken_away_is_missing(altered: Path) -> None:
+    (altered / LOG).unlink()
+    assert "missing" in kinds(altered)
+
+
+def test_the_newest_file_taken_away_and_the_one_before_put_in_its_place_is_missing(altered: Path) -> None:
+    newest = max(list_segments(str(altered)))
+    os.rename(altered / f"{LOG}.{newest}", altered / LOG)
+    assert kinds(altered) == ["missing"]
+
+
+def test_a_file_under_another_number_is_seen(altered: Path) -> None:
+    newest = max(list_segments(str(altered)))
+    os.rename(altered / f"{LOG}.{newest}", altered / f"{LOG}.{newest + 5}")
+    assert "segment" in kinds(altered)
+
+
+def test_a_start_without_the_newest_file_is_refused(altered: Path) -> None:
+    (altered / LOG).unlink()
+    compress_closed(str(altered))
+    with pytest.raises(StartError, match=r"the audit log minikms-audit\.log is missing"):
+        open_log(altered)

@@ -1,0 +1,50 @@
+"""The examples of docs/client.md and of the docstrings do what they say."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minikms import AsyncClient, Client
+from minikms.client import errors
+
+PAGE = (Path(__file__).parents[3] / "docs" / "client.md").read_text(encoding="utf-8")
+SOCKET = "/run/minikms/minikms.sock"
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def example_of(kind: type) -> str:
+    lines = inspect.cleandoc(kind.__doc__ or "").splitlines()
+    indented = [line for line in lines if line.startswith(" " * 4)]
+    return textwrap.dedent("\n".join(indented))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_an_example_of_the_page_runs(block: str, daemon_socket: str) -> None:
+    assert SOCKET in block
+    exec(compile(block.replace(SOCKET, daemon_socket), "docs/client.md", "exec"), {})
+
+
+def test_the_example_of_the_blocking_client_runs(daemon_socket: str) -> None:
+    exec(example_of(Client).replace(SOCKET, daemon_socket), {"Client": Client})
+
+
+def test_the_example_of_the_asyncio_client_runs(daemon_socket: str) -> None:
+    body = textwrap.indent(example_of(AsyncClient).replace(SOCKET, daemon_socket), "    ")
+    space: dict[str, Any] = {"AsyncClient": AsyncClient}
+    exec(f"async def main():\n{body}", space)
+    asyncio.run(space["main"]())
+
+
+def test_the_page_names_every_method_and_every_error_that_is_not_a_refusal() -> None:
+    methods = {name for name in vars(Client) if not name.startswith("_")} - {"close"}
+    assert methods == set(re.findall(r"`(\w+)\(", PAGE.partition("## Methods")[2].partition("## Errors")[0]))
+    for name, kind in vars(errors).items():
+        if isinstance(kind, type) and issubclass(kind, errors.KmsError) and kind.__base__ is errors.KmsError:
+            assert f"`{name}" in PAGE

@@ -1,0 +1,164 @@
+"""The methods of both clients: where each goes, how many items it takes, and how the clients are found and made."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import minikms
+from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, ReencryptItem, connection, errors
+from tests.minikms.client.hostile import answer, hostile
+from tests.minikms.client.using import CREATE_CALL, CREATED, ENCRYPT_CALL, KEY, SEALED, STATUS, STATUS_CALL, Use
+
+
+def test_health_is_ok_and_nothing_else(use: Use) -> None:
+    with hostile([answer(b"ok"), answer(b"okay")]) as server:
+        first, second = use(server.path, ("health", {}), ("health", {}))
+        assert first is True
+        assert isinstance(second, errors.KmsProtocolError)
+
+
+def test_every_verb_goes_to_its_place(use: Use) -> None:
+    key = b'{"key_id":"%b","thread_id":"t","purpose":"thread","state":"retired","kek_version":1,' % KEY.encode()
+    key += b'"created_at":"2026-01-01T00:00:00Z","uses_max":65536}'
+    batch = answer(b'{"items":[{"ciphertext":"eA=="}]}')
+    plain = answer(b'{"items":[{"plaintext":"eA=="}]}')
+    exchanges: list[tuple[tuple[str, dict[str, Any]], bytes, bytes]] = [
+        (("health", {}), answer(b"ok"), b"GET /health"),
+        (STATUS_CALL, STATUS, b"GET /status"),
+        (CREATE_CALL, CREATED, b"POST /create_dek_for_thread"),
+        (("get_wrapped", {"key_id": KEY}), answer(b'{"wrapped":"eA=="}'), b"GET /get_wrapped?key_id=k_000"),
+        (ENCRYPT_CALL, SEALED, b"POST /encrypt "),
+        (("decrypt", {"key_id": KEY, "ciphertext": b"x"}), answer(b'{"plaintext":"eA=="}'), b"POST /decrypt "),
+        (("encrypt_batch", {"items": [EncryptItem(key_id=KEY, plaintext=b"")]}), batch, b"POST /encrypt_batch"),
+        (("decrypt_batch", {"items": [DecryptItem(key_id=KEY, ciphertext=b"")]}), plain, b"POST /decrypt_batch"),
+        (
+            (
+                "reencrypt_batch",
+                {"from_key_id": KEY, "to_key_id": KEY, "items": [ReencryptItem(ciphertext=b"")]},
+            ),
+            batch,
+            b"POST /reencrypt_batch",
+        ),
+        (
+            (
+                "check_batch",
+                {"key_id": KEY, "items": [ReencryptItem(ciphertext=b"")], "thread_id": "t"},
+            ),
+            answer(b'{"opened":1,"refused":[]}'),
+            b"POST /check_batch",
+        ),
+        (
+            ("generate_data_key", {"key_id": KEY}),
+            answer(b'{"key_id":"k","ciphertext":"eA==","plaintext":"eA=="}'),
+            b"POST /generate_data_key",
+        ),
+        (("random", {"count": 1}), answer(b'{"random":"eA=="}'), b"POST /random"),
+        (
+            ("rotate_kek", {"wait": False}),
+            answer(b'{"status":"running","kek_version":2,"rewrapped":0}', 202),
+            b"POST /rotate_kek",
+        ),
+        (
+            ("list_keys", {"state": "active", "limit": 5}),
+            answer(b'{"keys":[%b]}' % key),
+            b"GET /keys?state=active&limit=5",
+        ),
+        (("get_key", {"key_id": KEY}), answer(key), b"GET /keys/k_000"),
+        (("retire_key", {"key_id": KEY}), answer(key), b"POST /keys/k_00000000000000000000000000/retire"),
+        (
+            ("destroy_key", {"key_id": KEY}),
+            answer(b'{"key_id":"k","state":"destroyed","backups_removed":0,"archives":[]}'),
+            b"POST /keys/k_00000000000000000000000000/destroy",
+        ),
+        (
+            ("prune_kek", {"backups": True}),
+            answer(b'{"destroyed":[1],"kept":[],"backups_removed":3}'),
+            b"POST /kek/prune",
+        ),
+    ]
+    for call, wire, line in exchanges:
+        with hostile([wire]) as server:
+            [result] = use(server.path, call)
+            assert not isinstance(result, Exception), result
+            assert server.requests[0].startswith(line)
+    verbs = {name for name in dir(Client) if not name.startswith("_")} - {"close"}
+    assert verbs == {call[0] for call, _, _ in exchanges}
+    assert verbs == {name for name in dir(AsyncClient) if not name.startswith("_")} - {"close"}
+
+
+def test_more_items_than_a_request_takes_are_split_and_come_back_in_order(use: Use, daemon_socket: str) -> None:
+    [made] = use(daemon_socket, CREATE_CALL)
+    count = 2 * 1024 + 3
+    items = [
+        EncryptItem(key_id=made.key_id if index != 1500 else KEY, plaintext=b"%d" % index) for index in range(count)
+    ]
+    [sealed] = use(daemon_socket, ("encrypt_batch", {"items": items}))
+    assert isinstance(sealed.pop(1500), errors.KeyNotFoundError)
+    opened_items = [DecryptItem(key_id=made.key_id, ciphertext=ciphertext) for ciphertext in sealed]
+    [opened] = use(daemon_socket, ("decrypt_batch", {"items": opened_items}))
+    assert opened == [b"%d" % index for index in range(count) if index != 1500]
+    checked_items = [ReencryptItem(ciphertext=ciphertext) for ciphertext in sealed]
+    checked_items[1500] = ReencryptItem(ciphertext=sealed[1500], aad=b"elsewhere")
+    [found] = use(daemon_socket, ("check_batch", {"key_id": made.key_id, "items": checked_items}))
+    assert isinstance(found.pop(1500), errors.DecryptionError)
+    assert found == [None] * (count - 2)
+
+
+def test_when_one_request_of_a_large_batch_fails_the_whole_call_does_and_nothing_is_left_under_way(use: Use) -> None:
+    refused = answer(b'{"error":"no","code":"audit_unavailable"}', 503)
+    with hostile(*[[refused] * 10] * 10) as server:
+        items = [EncryptItem(key_id=KEY, plaintext=b"")] * 5000
+        [result] = use(server.path, ("encrypt_batch", {"items": items}))
+        assert isinstance(result, errors.AuditUnavailableError)
+        assert len(server.requests) <= 4
+
+
+def test_no_items_are_no_request(use: Use) -> None:
+    with hostile() as server:
+        assert use(server.path, ("encrypt_batch", {"items": []})) == [[]]
+        assert server.connections == 0
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", "/" + "x" * 107])
+def test_a_path_that_no_socket_can_have_is_refused_at_once(path: str) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(ValueError, match="socket path"):
+            kind(path)
+
+
+def test_the_clients_are_found_under_the_packages_own_name() -> None:
+    assert minikms.Client is Client
+    assert minikms.AsyncClient is AsyncClient
+    with pytest.raises(AttributeError):
+        minikms.NoSuchThing  # noqa: B018 - the access is what is tested
+
+
+def test_the_daemons_own_imports_do_not_load_the_clients() -> None:
+
+    program = "import minikms.api, sys; sys.exit('minikms.client' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_on_bsd_and_macos_the_uid_comes_from_local_peercred(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Peer:
+        version = 0
+
+        def getsockopt(self, level: int, option: int, size: int) -> bytes:
+            assert (level, option) == (0, 1)
+            return (self.version.to_bytes(4, "little") + (501).to_bytes(4, "little")).ljust(size, b"\0")
+
+    monkeypatch.setattr(connection.sys, "platform", "darwin")
+    assert connection.server_uid(Peer()) == 501  # type: ignore[arg-type]  # all of a socket that is asked
+    Peer.version = 1
+    with pytest.raises(errors.KmsUntrustedServerError):
+        connection.server_uid(Peer())  # type: ignore[arg-type]  # as above
+
+
+def test_path_objects_are_paths() -> None:
+    with hostile([STATUS]) as server, Client(Path(server.path)) as client:
+        assert client.status() == {"a": 1}

@@ -1,0 +1,347 @@
+"""What both clients promise, against servers that misbehave. Most tests run with each of the clients."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+import warnings
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from minikms import api
+from minikms.client import AsyncClient, Client, calls, errors
+from minikms.client import connection as peer
+from minikms.client.connection import POOL_CONNECTIONS_MAX
+from tests.minikms.client.hostile import CLOSE, SILENT, answer, hostile, read_request
+from tests.minikms.client.using import (
+    CREATE_CALL,
+    CREATED,
+    ENCRYPT_CALL,
+    KEY,
+    SEALED,
+    STATUS,
+    STATUS_CALL,
+    WAIT_S,
+    Use,
+    use_blocking,
+)
+
+
+def test_a_connection_is_kept_for_the_next_call(use: Use) -> None:
+    with hostile([STATUS, STATUS, CREATED]) as server:
+        first, second, third = use(server.path, STATUS_CALL, STATUS_CALL, CREATE_CALL)
+        assert (first, second, third.key_id) == ({"a": 1}, {"a": 1}, KEY)
+        assert server.connections == 1
+
+
+def test_a_server_of_another_user_gets_not_one_byte(use: Use) -> None:
+    with hostile([SEALED]) as server:
+        [result] = use(server.path, ENCRYPT_CALL, server_uids={54321}, wait_s=0)
+        assert isinstance(result, errors.KmsUntrustedServerError)
+        assert "54321" in str(result)
+    assert server.requests == []
+
+
+def test_a_user_that_the_kernel_can_not_name_is_not_trusted(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer, "_overflow_uid", os.geteuid)
+    with hostile([SEALED]) as server:
+        [result] = use(server.path, ENCRYPT_CALL)
+        assert isinstance(result, errors.KmsUntrustedServerError)
+    assert server.requests == []
+
+
+def test_a_socket_that_is_not_there_is_unavailable_after_the_wait(use: Use) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        for path in (directory + "/missing", directory):
+            began_s = time.monotonic()
+            [result] = use(path, CREATE_CALL, wait_s=0.2)
+            assert isinstance(result, errors.KmsUnavailableError)
+            assert not result.sent
+            assert time.monotonic() - began_s >= 0.2
+
+
+def test_a_call_waits_for_a_daemon_that_comes_back(use: Use) -> None:
+    with tempfile.TemporaryDirectory(prefix="kms") as directory:
+        path = directory + "/s"
+
+        def come() -> None:
+            time.sleep(0.3)
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(path)
+                listener.listen()
+                connection, _ = listener.accept()
+                with connection:
+                    read_request(connection)
+                    connection.sendall(CREATED)
+                    connection.recv(1)
+
+        thread = threading.Thread(target=come, daemon=True)
+        thread.start()
+        [made] = use(path, CREATE_CALL, wait_s=WAIT_S)
+        thread.join()
+        assert made.key_id == KEY
+
+
+def test_a_daemon_that_says_nothing_is_a_timeout_and_its_late_answer_reaches_nobody(use: Use) -> None:
+    with hostile([SILENT], [STATUS]) as server:
+        first, second = use(server.path, ENCRYPT_CALL, STATUS_CALL, timeout_s=0.2, wait_s=WAIT_S)
+        assert isinstance(first, errors.KmsTimeoutError)
+        assert second == {"a": 1}
+        assert server.connections == 2
+
+
+def test_a_daemon_that_trickles_its_answer_is_a_timeout(use: Use) -> None:
+    with tempfile.TemporaryDirectory(prefix="kms") as directory:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(directory + "/s")
+            listener.listen()
+
+            def trickle() -> None:
+                connection, _ = listener.accept()
+                with connection:
+                    read_request(connection)
+                    try:
+                        for byte in STATUS:
+                            connection.sendall(bytes([byte]))
+                            time.sleep(0.05)
+                    except OSError:
+                        pass
+
+            thread = threading.Thread(target=trickle, daemon=True)
+            thread.start()
+            [result] = use(directory + "/s", STATUS_CALL, timeout_s=0.3)
+            thread.join()
+        assert isinstance(result, errors.KmsTimeoutError)
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        STATUS + b"more",
+        answer(b"not json"),
+        answer(b'["a list"]'),
+        answer(b'{"error":"x"}', 500),
+        b"\x00" * 20000,
+    ],
+)
+def test_an_answer_that_is_none_is_a_protocol_error_and_not_repeated(use: Use, wire: bytes) -> None:
+    with hostile([wire, STATUS], [STATUS]) as server:
+        first, second = use(server.path, STATUS_CALL, STATUS_CALL, wait_s=WAIT_S)
+        assert isinstance(first, errors.KmsProtocolError)
+        assert second == {"a": 1}
+        assert len(server.requests) == 2
+
+
+def test_a_value_that_is_too_much_for_base64_is_a_protocol_error(use: Use) -> None:
+    with hostile([answer(b'{"ciphertext":"===="}')]) as server:
+        [result] = use(server.path, ENCRYPT_CALL)
+        assert isinstance(result, errors.KmsProtocolError)
+
+
+def test_a_harmless_call_is_made_again_when_its_connection_breaks(use: Use) -> None:
+    for call, wire in ((STATUS_CALL, STATUS), (ENCRYPT_CALL, SEALED)):
+        with hostile([SILENT, CLOSE], [wire[:20], CLOSE], [wire]) as server:
+            server_kills = threading.Timer(0.2, lambda server=server: server._open[0].shutdown(socket.SHUT_RDWR))
+            server_kills.start()
+            [result] = use(server.path, call, wait_s=WAIT_S)
+            server_kills.join()
+            assert result in ({"a": 1}, b"x")
+            assert len(server.requests) >= 2
+
+
+def test_a_create_is_not_made_again_once_it_may_have_arrived(use: Use) -> None:
+    with hostile([CREATED[:20], CLOSE], [CREATED]) as server:
+        [result] = use(server.path, CREATE_CALL, wait_s=WAIT_S)
+        assert isinstance(result, errors.KmsUnavailableError)
+        assert result.sent
+        assert len(server.requests) == 1
+
+
+def test_a_create_survives_a_restart_of_the_daemon_between_two_calls(use: Use) -> None:
+    with hostile([STATUS, CLOSE], [CREATED]) as server:
+        [_, made] = use(server.path, STATUS_CALL, CREATE_CALL, wait_s=WAIT_S)
+        assert made.key_id == KEY
+
+
+def test_a_daemon_that_is_stopping_did_nothing_so_even_a_create_is_made_again(use: Use) -> None:
+    stopping = answer(b'{"error":"stopping","code":"shutting_down"}', 503, b"Connection: close\r\n")
+    with hostile([stopping], [stopping], [CREATED]) as server:
+        [made] = use(server.path, CREATE_CALL, wait_s=WAIT_S)
+        assert made.key_id == KEY
+        assert server.connections == 3
+
+
+def test_what_a_stopping_daemon_had_begun_is_made_again_only_if_that_is_harmless(use: Use) -> None:
+    interrupted = answer(b'{"error":"stopped","code":"interrupted"}', 503, b"Connection: close\r\n")
+    with hostile([interrupted], [CREATED]) as server:
+        [result] = use(server.path, CREATE_CALL, wait_s=WAIT_S)
+        assert isinstance(result, errors.RequestInterruptedError)
+        assert server.connections == 1
+    with hostile([interrupted], [SEALED]) as server:
+        assert use(server.path, ENCRYPT_CALL, wait_s=WAIT_S) == [b"x"]
+
+
+def test_a_daemon_that_stays_stopping_is_an_error_of_that_name(use: Use) -> None:
+    stopping = answer(b'{"error":"stopping","code":"shutting_down"}', 503)
+    with hostile([stopping] * 100) as server:
+        [result] = use(server.path, CREATE_CALL, wait_s=0.1)
+        assert isinstance(result, errors.ShuttingDownError)
+
+
+def test_a_refusal_is_an_error_of_its_code_and_ends_the_call(use: Use) -> None:
+    refused = answer(b'{"error":"The key decrypts only.","code":"key_retired"}', 409)
+    with hostile([refused, STATUS], [STATUS]) as server:
+        first, second = use(server.path, ENCRYPT_CALL, STATUS_CALL, wait_s=WAIT_S)
+        assert isinstance(first, errors.KeyRetiredError)
+        assert (first.status, first.code, str(first)) == (409, "key_retired", "The key decrypts only. (key_retired)")
+        assert second == {"a": 1}
+
+
+def test_bytes_planted_on_an_idle_connection_answer_no_later_call(use: Use) -> None:
+    planted = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="kms") as directory:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(directory + "/s")
+            listener.listen()
+
+            def serve() -> None:
+                first, _ = listener.accept()
+                with first:
+                    read_request(first)
+                    first.sendall(STATUS)
+                    time.sleep(0.005)
+                    with suppress(OSError):
+                        first.sendall(answer(b'{"planted":true}'))
+                    planted.set()
+                    second, _ = listener.accept()
+                    with second:
+                        read_request(second)
+                        second.sendall(STATUS)
+                        second.recv(1)
+
+            thread = threading.Thread(target=serve, daemon=True)
+            thread.start()
+            if use is use_blocking:
+                with Client(directory + "/s") as client:
+                    client.status()
+                    planted.wait(WAIT_S)
+                    assert client.status() == {"a": 1}
+            else:
+                assert use(directory + "/s", STATUS_CALL, STATUS_CALL) == [{"a": 1}, {"a": 1}]
+            thread.join()
+
+
+def test_a_connection_that_the_daemon_closes_after_its_answer_is_not_used_again(use: Use) -> None:
+    with hostile([answer(b'{"a":1}', 200, b"Connection: close\r\n"), SILENT], [STATUS]) as server:
+        assert use(server.path, STATUS_CALL, STATUS_CALL) == [{"a": 1}, {"a": 1}]
+        assert server.connections == 2
+
+
+def test_a_new_root_key_does_not_stay_in_the_client(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    bodies: list[bytearray] = []
+    real = calls.rotation
+
+    def spy(*arguments: Any) -> bytearray:
+        bodies.append(real(*arguments))
+        return bodies[-1]
+
+    monkeypatch.setattr(calls, "rotation", spy)
+    with hostile([answer(b'{"status":"ok","kek_version":2,"rewrapped":3}')]) as server:
+        [result] = use(server.path, ("rotate_kek", {"new_kek_hex": bytearray(b"ab" * 32)}))
+        assert (result.status, result.kek_version, result.rewrapped) == ("ok", 2, 3)
+        assert b'{"wait":true,"new_kek_hex":"' + b"ab" * 32 + b'"}' in server.requests[0]
+    assert bodies == [bytearray(len(bodies[0]))]
+
+
+def test_a_closed_client_says_so(use: Use) -> None:
+    with hostile([STATUS]) as server:
+        if use is use_blocking:
+            client = Client(server.path)
+            client.close()
+            client.close()
+            with pytest.raises(errors.KmsClosedError):
+                client.status()
+        else:
+
+            async def main() -> None:
+                client = AsyncClient(server.path)
+                await client.close()
+                await client.close()
+                for call in (client.status(), client.encrypt(KEY, b"x")):
+                    with pytest.raises(errors.KmsClosedError):
+                        await call
+
+            asyncio.run(main())
+        assert server.connections == 0
+
+
+def test_threads_share_a_blocking_client() -> None:
+    with hostile(*[[STATUS] * 160] * 8) as server, Client(server.path) as client:
+        results: list[object] = []
+        threads = [
+            threading.Thread(target=lambda: results.extend(client.status() for _ in range(20)), daemon=True)
+            for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results == [{"a": 1}] * 160
+        assert server.connections <= 8
+
+
+def test_a_forked_child_uses_no_connection_of_its_parent() -> None:
+    """On one that both use, each would read answers to the other."""
+    with hostile([STATUS, STATUS], [STATUS]) as server, Client(server.path) as client:
+        assert client.status() == {"a": 1}
+        client._lock.acquire()  # as another thread of the parent may have
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python warns of forks beside threads
+            pid = os.fork()
+        if pid == 0:
+            try:
+                signal.alarm(10)
+                os._exit(0 if client.status() == {"a": 1} else 1)
+            finally:
+                os._exit(2)
+        client._lock.release()
+        assert os.waitpid(pid, 0)[1] == 0
+        assert client.status() == {"a": 1}
+        assert server.connections == 2
+
+
+def test_closing_an_asynchronous_client_ends_what_is_under_way() -> None:
+    async def main(path: str) -> None:
+        client = AsyncClient(path, timeout_s=60, wait_s=0)
+        calls = [asyncio.ensure_future(client.status()), asyncio.ensure_future(client.create_dek_for_thread("t"))]
+        await asyncio.sleep(0.05)
+        await client.close()
+        async with asyncio.timeout(5):
+            repeatable, other = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(repeatable, errors.KmsError)
+        assert isinstance(other, errors.KmsUnavailableError)
+        assert other.sent
+
+    with hostile([SILENT], [SILENT]) as server:
+        asyncio.run(main(server.path))
+
+
+def test_a_key_is_wiped_also_when_the_call_never_gets_its_turn() -> None:
+    async def main() -> None:
+        client = AsyncClient("/nowhere", timeout_s=0.01, wait_s=0)
+        for _ in range(POOL_CONNECTIONS_MAX):
+            await client._slots.acquire()
+        body = calls.rotation("ab" * 32, True, ())
+        with pytest.raises(errors.KmsTimeoutError):
+            await client._call(api.ROTATE_KEK, body)
+        assert body == bytes(len(body))
+
+    asyncio.run(main())

@@ -1,0 +1,53 @@
+"""One connection's promise: in doubt, it is closed."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from minikms.client.connection import Connection, default_server_uids
+from minikms.client.errors import KmsTimeoutError, KmsUnavailableError
+from tests.minikms.client.hostile import SILENT, answer, hostile
+
+
+def test_a_caller_cancelled_when_its_answer_had_just_come_leaves_no_open_connection() -> None:
+    with hostile([SILENT]) as server:
+
+        async def main() -> None:
+            connection = await Connection.open(server.path, default_server_uids())
+            call = asyncio.create_task(connection.exchange(b"/status", None, None, 5.0))
+            await asyncio.sleep(0)
+            connection.data_received(answer(b"{}"))
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            assert not connection.usable
+
+        asyncio.run(main())
+
+
+def test_a_connection_that_timed_out_takes_no_second_request() -> None:
+    with hostile([SILENT]) as server:
+
+        async def main() -> None:
+            connection = await Connection.open(server.path, default_server_uids())
+            with pytest.raises(KmsTimeoutError):
+                await connection.exchange(b"/status", None, None, 0.05)
+            connection.data_received(answer(b"{}"))
+            with pytest.raises(KmsUnavailableError) as unavailable:
+                await connection.exchange(b"/status", None, None, 5.0)
+            assert not unavailable.value.sent
+
+        asyncio.run(main())
+
+
+def test_bytes_that_nobody_asked_for_close_the_connection() -> None:
+    with hostile([SILENT]) as server:
+
+        async def main() -> None:
+            connection = await Connection.open(server.path, default_server_uids())
+            connection.data_received(answer(b"{}"))
+            assert not connection.usable
+
+        asyncio.run(main())

@@ -1,0 +1,97 @@
+"""A request that is cancelled at shutdown leaves its audit line: its effects may already be durable."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minikms import api
+from minikms.api import Verb
+from minikms.audit import Event
+from minikms.policy import Policy
+from minikms.service.base import VerbTable
+from minikms.service.keks import KekVerbs
+from minikms.service.keys import KeyVerbs
+from minikms.service.lifecycle import LifecycleVerbs
+from minikms.service.records import RecordVerbs
+from tests.harness.vaults import OpenedVault, SilentAudit, opened_vault
+
+
+class QueuedAudit(SilentAudit):
+    """Keeps what was queued for the end of the turn."""
+
+    def __init__(self) -> None:
+        self.queued: list[Event] = []
+
+    def add(self, event: Event) -> None:
+        self.queued.append(event)
+
+
+async def hang(*_: object, **__: object) -> Any:
+    await asyncio.Event().wait()
+
+
+def served(one: OpenedVault, audit: QueuedAudit) -> VerbTable:
+    table = VerbTable(audit)
+    RecordVerbs(one.vault, table)
+    KeyVerbs(one.vault, table)
+    LifecycleVerbs(vault=one.vault, table=table, indexing=one.indexing, reader=one.reader)
+    KekVerbs(vault=one.vault, table=table, rotation=one.rotation, pruning=one.pruning, opened_slot_id="")
+    return table
+
+
+def requests(active: str, retired: str, data: str) -> dict[Verb[Any, Any], api.Request]:
+    """One for each verb that awaits something."""
+    item = api.EncryptItem(active, "")
+    return {
+        api.CREATE_DEK: api.CreateDekRequest("t"),
+        api.ENCRYPT: item,
+        api.ENCRYPT_BATCH: api.EncryptBatchRequest([item]),
+        api.REENCRYPT_BATCH: api.ReencryptBatchRequest(retired, active, [api.ReencryptItem("")]),
+        api.GENERATE_DATA_KEY: api.GenerateDataKeyRequest(data),
+        api.LIST_KEYS: api.ListKeysRequest(),
+        api.RETIRE_KEY: api.KeyRequest(active),
+        api.DESTROY_KEY: api.DestroyKeyRequest(retired),
+        api.ROTATE_KEK: api.RotateKekRequest(),
+        api.PRUNE_KEK: api.PruneKekRequest(),
+    }
+
+
+VERBS = tuple(requests("", "", ""))
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_a_verb_that_is_cancelled_at_shutdown_is_audited_as_interrupted(
+    tmp_path: Path, verb: Verb[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            [active, retired] = await one.make(2)
+            data = (await one.vault.create("t", purpose="data")).id
+            await one.vault.retire(retired)
+            for key_id in (active, data):
+                one.vault.opened(key_id).lease.uses_left = 0
+            audit = QueuedAudit()
+            who = Policy({1}).principal(1, 1)
+            assert who is not None
+            for owner, name in (
+                (one.vault, "create"), (one.vault, "retire"), (one.vault, "destroy"), (one.vault.leases, "extend"),
+                (LifecycleVerbs, "_in_reader"), (one.rotation, "begin"), (one.pruning, "prune"),
+            ):  # fmt: skip
+                monkeypatch.setattr(owner, name, hang)
+            perform = served(one, audit)[verb]
+            answer = perform(who, requests(active, retired, data)[verb], "")
+            assert isinstance(answer, Awaitable)
+            task = asyncio.ensure_future(answer)
+            await asyncio.sleep(0.01)
+            assert audit.queued == []
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert [(event.type, event.outcome) for event in audit.queued] == [(verb.name, "interrupted")]
+
+    asyncio.run(main())

@@ -1,0 +1,201 @@
+"""The scan after a start: it finds every readable key, and completes what an earlier process left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minikms.custody import deks, vault
+from minikms.custody.deks import DekStore
+from minikms.errors import StorageUnavailableError
+from minikms.keys import dek
+from tests.harness.vaults import opened_vault
+
+
+def test_every_key_is_in_the_index_after_the_scan_in_order_of_creation(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(300)
+        async with opened_vault(tmp_path / "d") as again:
+            assert not again.indexing.complete
+            meanwhile = await again.make(3)
+            await again.indexing.run()
+            assert again.indexing.complete
+            page = again.vault.index.page(after="", limit=1000, thread_id=None, state=None)
+            assert page.key_ids == sorted(key_ids + meanwhile)
+            assert again.vault.index.by_kek == {1: 303}
+
+    asyncio.run(main())
+
+
+def test_changes_during_the_scan_are_in_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vault, "SCAN_FILES", 5)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(100)
+            for key_id in key_ids[:20]:
+                await one.vault.retire(key_id)
+        async with opened_vault(tmp_path / "d") as again:
+            await asyncio.gather(
+                again.indexing.run(),
+                *(again.vault.destroy(key_id) for key_id in key_ids[:20]),
+                *(again.vault.retire(key_id) for key_id in key_ids[20:50]),
+            )
+            assert +again.vault.index.by_state == {"active": 50, "retired": 30}
+
+    asyncio.run(main())
+
+
+def test_an_unreadable_file_is_listed_with_its_reason(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(10)
+            bad = {
+                key_ids[0]: b"",
+                key_ids[1]: b"{}",
+                key_ids[2]: one.file(key_ids[3]).read_bytes(),
+                key_ids[4]: one.file(key_ids[4]).read_bytes().replace(b'"format":1', b'"format":9'),
+            }
+            for key_id, content in bad.items():
+                one.file(key_id).write_bytes(content)
+            one.file(key_ids[5]).unlink()
+            one.file(key_ids[5]).mkdir()
+            (one.directory / "kms-deks" / "notes.txt").write_text("not ours")
+        async with opened_vault(tmp_path / "d") as again:
+            await again.indexing.run()
+            assert set(again.vault.unreadable.listed()) == {*bad, key_ids[5]}
+            assert "format version 9" in again.vault.unreadable.listed()[key_ids[4]]
+            assert len(again.vault.index) == 5
+            again.file(key_ids[0]).write_bytes(b"")
+            assert again.vault.unreadable.count == 5
+
+    asyncio.run(main())
+
+
+def test_a_repaired_file_leaves_the_list_when_it_is_opened(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            [key_id] = await one.make(1)
+            content = one.file(key_id).read_bytes()
+            one.file(key_id).write_bytes(content[:10])
+            await one.indexing.run()
+            assert one.vault.unreadable.count == 1
+            one.file(key_id).write_bytes(content)
+            one.vault.opened(key_id)
+            assert one.vault.unreadable.count == 0
+
+    asyncio.run(main())
+
+
+def test_a_replacement_that_a_crash_cut_in_two_is_finished(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            old = await one.vault.create("t")
+            new = await one.vault.create("t", replaces=old.id)
+            one.file(old.id).write_bytes(dek.encode(old))  # as it was before the second half
+        async with opened_vault(tmp_path / "d") as again:
+            await again.indexing.run()
+            assert again.on_disk(old.id).state == "retired"
+            assert again.on_disk(old.id).replaced_by == new.id
+            assert again.on_disk(new.id).state == "active"
+
+    asyncio.run(main())
+
+
+def test_a_record_cannot_replace_a_key_of_another_thread(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            victim = await one.vault.create("victim")
+            other = await one.vault.create("other")
+            content = one.file(other.id).read_bytes()
+            one.file(other.id).write_bytes(
+                content.replace(b'"state":"active"', b'"state":"active","replaces":"%b"' % victim.id.encode())
+            )
+        async with opened_vault(tmp_path / "d") as again:
+            await again.indexing.run()
+            assert again.on_disk(other.id).replaces == victim.id
+            assert again.on_disk(victim.id).state == "active"
+
+    asyncio.run(main())
+
+
+def test_a_failing_disk_delays_the_scan_and_does_not_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vault, "SCAN_RETRY_SECONDS", 0.01)
+    failing = [3]
+    read = DekStore.read
+
+    def refusing(self: DekStore, key_id: str) -> bytes:
+        if failing[0]:
+            failing[0] -= 1
+            raise StorageUnavailableError("out of descriptors")
+        return read(self, key_id)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            await one.make(4)
+        async with opened_vault(tmp_path / "d") as again:
+            monkeypatch.setattr(DekStore, "read", refusing)
+            await again.indexing.run()
+            assert (len(again.vault.index), again.vault.unreadable.count) == (4, 0)
+
+    asyncio.run(main())
+
+
+def test_the_file_of_a_destroyed_key_does_not_come_back_by_a_resumed_rotation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash left the file. The rotation has read it, and the scan removes it before the rotation replaces it."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            gone, other = await one.make(2)
+            content = one.file(gone).read_bytes()
+            await one.vault.retire(gone)
+            await one.rotation.begin(None)
+            await one.vault.destroy(gone)
+            one.file(gone).write_bytes(content)
+        async with opened_vault(tmp_path / "d") as again:
+            step = again.rotation._step
+            steps = 0
+
+            async def after_the_scan(*arguments: Any) -> None:
+                nonlocal steps
+                steps += 1
+                if steps == 2:
+                    await again.indexing.run()
+                await step(*arguments)
+
+            monkeypatch.setattr(again.rotation, "_step", after_the_scan)
+            await again.rotation.run()
+            assert steps >= 2
+            assert again.on_disk(other).kek_version == 2
+            assert not again.file(gone).exists()
+            assert again.backups(gone) == []
+            assert len(again.vault.index) == 1
+
+    asyncio.run(main())
+
+
+def test_a_file_replaced_during_the_listing_is_in_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(2)
+            await one.rotation.begin(None)
+        async with opened_vault(tmp_path / "d") as again:
+            real = deks.list_names
+            missed = [deks.file_name(key_ids[0])]
+
+            def list_names(directory: str) -> Iterator[str]:
+                yield from (name for name in list(real(directory)) if name not in missed)
+                missed.clear()
+
+            monkeypatch.setattr(deks, "list_names", list_names)
+            await again.indexing.run()
+            assert len(again.vault.index) == 2
+
+    asyncio.run(main())

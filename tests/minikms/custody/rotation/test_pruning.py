@@ -1,0 +1,259 @@
+"""Pruning removes nothing that a file may still need, and no last copy of a key."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from minikms.custody import deks
+from minikms.custody.rotation_backups import RotationBackups
+from minikms.errors import KeyUnreadableError
+from tests.harness.vaults import OpenedVault, opened_vault
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def test_a_retired_kek_is_destroyed_when_no_key_or_backup_needs_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(5)
+            keys = one.keys(key_ids)
+            await one.rotate()
+            kept = await one.pruning.prune(backups=False)
+            assert (kept.destroyed, kept.backups_removed) == ([], 0)
+            assert [why.version for why in kept.kept] == [1]
+            assert "backup of a key is wrapped under it" in kept.kept[0].why
+            gone = await one.pruning.prune(backups=True)
+            assert (gone.destroyed, gone.kept, gone.backups_removed) == ([1], [], 5)
+            assert one.kek_states() == {1: "destroyed", 2: "active"}
+            assert one.keys(key_ids) == keys
+        async with opened_vault(tmp_path / "d") as again:
+            assert again.keys(key_ids) == keys
+            with pytest.raises(KeyUnreadableError, match="KEK version 1"):
+                again.vault.unlocked.kek(1)
+
+    asyncio.run(main())
+
+
+def test_backups_are_removed_up_to_a_stamp(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            await one.make(1)
+            for stamp in ("20250101T000000", "20260101T000000"):
+                await one.rotate()
+                [newest] = [
+                    path for path in one.backups() if not path.name.endswith(("20250101T000000", "20260101T000000"))
+                ]
+                newest.rename(newest.with_name(newest.name[: -len(stamp)] + stamp))
+            assert (await one.pruning.prune(backups=True, before="20260101T000000")).backups_removed == 1
+            assert [path.name[-15:] for path in one.backups()] == ["20260101T000000"]
+
+    asyncio.run(main())
+
+
+def test_backups_of_a_key_without_a_readable_file_stay_with_their_kek(tmp_path: Path) -> None:
+    """They may be its last copy."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            damaged, missing, sound = await one.make(3)
+            keys = one.keys([damaged, missing])
+            await one.rotate()
+            damage(one.file(damaged))
+            one.file(missing).unlink()
+            pruned = await one.pruning.prune(backups=True)
+            assert (pruned.destroyed, pruned.backups_removed) == ([], 1)
+            assert one.backups(sound) == []
+            for key_id in (damaged, missing):
+                [backup] = one.backups(key_id)
+                one.file(key_id).write_bytes(backup.read_bytes())
+            assert one.keys([damaged, missing]) == keys
+
+    asyncio.run(main())
+
+
+def test_backups_of_a_destroyed_key_keep_no_kek(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_id, _ = await one.make(2)
+            await one.rotate()
+            content = one.file(key_id).read_bytes()
+            name = one.backups(key_id)[0].name
+            await one.vault.retire(key_id)
+            await one.vault.destroy(key_id)
+            (one.directory / "kms-deks-backup" / name).write_bytes(content)  # put back, by a copy of the directory say
+            assert (await one.pruning.prune(backups=True)).destroyed == [1]
+            assert one.backups() == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("where", ["a live file", "a backup"])
+def test_one_file_that_cannot_be_read_keeps_every_retired_kek(tmp_path: Path, where: str) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_id, _ = await one.make(2)
+            await one.rotate()
+            await one.rotate()
+            first, *others = one.backups()
+            for backup in others if where == "a backup" else (first, *others):
+                backup.unlink()
+            damage(one.file(key_id) if where == "a live file" else first)
+            pruned = await one.pruning.prune(backups=False)
+            assert pruned.destroyed == []
+            assert [kept.version for kept in pruned.kept] == [1, 2]
+            assert all("can't be read and may need it" in kept.why for kept in pruned.kept)
+
+    asyncio.run(main())
+
+
+def test_a_false_kek_version_in_a_file_keeps_the_true_kek(tmp_path: Path) -> None:
+    """The file says version 2 but is wrapped under 1. Destroying 1 would turn a flipped digit into a lost key."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_id, _ = await one.make(2)
+            before = one.file(key_id).read_bytes()
+            keys = one.keys([key_id])
+            await one.rotate()
+            await one.pruning._remove_backups(None, ())
+            one.file(key_id).write_bytes(before.replace(b'"kek_version":1', b'"kek_version":2'))
+            assert (await one.pruning.prune(backups=False)).destroyed == []
+            one.file(key_id).write_bytes(before)
+            assert one.keys([key_id]) == keys
+
+    asyncio.run(main())
+
+
+def test_the_newest_rotations_keep_their_backups_and_older_ones_do_not(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_id, damaged = await one.make(2)
+            for number in range(4):
+                await one.rotate()
+                rename_newest(one, f"2026010{number + 1}T000000")
+            damage(one.file(damaged))
+            one.vault.unreadable.add(damaged, "truncated")
+            assert await one.pruning.keep_rotations(2) == 2
+            assert sorted(path.name[-15:] for path in one.backups(key_id)) == ["20260103T000000", "20260104T000000"]
+            assert len(one.backups(damaged)) == 4
+            assert await one.pruning.keep_rotations(2) == 0
+
+    asyncio.run(main())
+
+
+def rename_newest(one: OpenedVault, stamp: str) -> None:
+    for path in one.backups():
+        if not path.name[-15:].startswith("202601"):
+            path.rename(path.with_name(path.name.split(".json.")[0] + ".json." + stamp))
+    one.vault.rotation_backups._suffixes = None
+
+
+# --- files that are replaced while the directory is listed ----------------------------------------------------------
+
+
+@contextmanager
+def passed_over(one: OpenedVault, key_id: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """During the listing the key is retired, and the listing omits its file, as readdir(3p) allows."""
+    loop = asyncio.get_running_loop()
+    real = deks.list_names
+
+    def list_names(directory: str) -> Iterator[str]:
+        names = list(real(directory))
+        if directory == one.vault.store.directory:
+            asyncio.run_coroutine_threadsafe(one.vault.retire(key_id, again=True), loop).result()
+            names.remove(deks.file_name(key_id))
+        yield from names
+
+    with monkeypatch.context() as patch:
+        patch.setattr(deks, "list_names", list_names)
+        yield
+
+
+def test_a_key_that_is_retired_while_the_directory_is_listed_keeps_its_kek(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key whose file was unreadable during the rotation and was repaired since is under the older KEK."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_id, _ = await one.make(2)
+            keys = one.keys([key_id])
+            whole = one.file(key_id).read_bytes()
+            damage(one.file(key_id))
+            await one.rotate()
+            one.file(key_id).write_bytes(whole)
+            with passed_over(one, key_id, monkeypatch):
+                pruned = await one.pruning.prune(backups=True)
+            assert (pruned.destroyed, [why.version for why in pruned.kept]) == ([], [1])
+            assert "a key is wrapped under it" in pruned.kept[0].why
+            assert one.on_disk(key_id).state == "retired"
+            assert one.keys([key_id]) == keys
+
+    asyncio.run(main())
+
+
+def test_a_key_that_is_retired_while_the_directory_is_listed_is_rewrapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            [key_id] = await one.make(1)
+            await one.rotation.begin(None)
+            rotation = one.rotation.running
+            assert rotation is not None
+            with passed_over(one, key_id, monkeypatch):
+                assert await one.rotation.run_pass(rotation) == 1
+            await one.rotation.run()
+            assert (one.on_disk(key_id).state, one.on_disk(key_id).kek_version) == ("retired", 2)
+
+    asyncio.run(main())
+
+
+def test_backups_stay_when_more_files_are_damaged_than_can_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minikms.custody.deks.UNREADABLE_COUNT_MAX", 1)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            damaged = await one.make(2)
+            await one.make(1)
+            keys = one.keys(damaged)
+            await one.rotate()
+            for path in one.backups():
+                path.rename(path.with_name(path.name[:-15] + "20250101T000000"))
+            for key_id in damaged:
+                damage(one.file(key_id))
+            one.vault.rotation_backups.close()
+            one.vault.rotation_backups = RotationBackups(str(one.directory))
+            await one.rotate()
+            await one.pruning.keep_rotations(1)
+            for key_id in damaged:
+                [backup] = one.backups(key_id)
+                one.file(key_id).write_bytes(backup.read_bytes())
+            assert one.keys(damaged) == keys
+
+    asyncio.run(main())
+
+
+def test_a_backup_that_cannot_be_read_does_not_stop_a_rotation(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            [key_id] = await one.make(1)
+            await one.rotation.begin(None)
+            rotation = one.rotation.running
+            assert rotation is not None
+            damaged = one.directory / "kms-deks-backup" / f"{key_id}.json.{rotation.stamp}"
+            damaged.mkdir()
+            await asyncio.wait_for(one.rotation.run(), 20)
+            assert one.on_disk(key_id).kek_version == 2
+            assert [path.name for path in one.backups(key_id)] == [damaged.name, damaged.name + "-1"]
+
+    asyncio.run(main())

@@ -1,0 +1,93 @@
+"""A destruction that failed half-way has changed the keyring: its line tells the epoch, as that of a whole one does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minikms import api
+from minikms.api import Verb
+from minikms.audit import Event
+from minikms.errors import StorageUnavailableError
+from minikms.policy import Policy, Principal
+from minikms.service.base import Reply, VerbTable
+from minikms.service.keks import KekVerbs
+from minikms.service.lifecycle import LifecycleVerbs
+from tests.harness.vaults import SilentAudit, opened_vault
+
+
+class KeptAudit(SilentAudit):
+    """Keeps what was written."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    async def add_written(self, event: Event, *, durable: bool) -> None:
+        self.events.append(event)
+
+
+def anybody() -> Principal:
+    who = Policy({1}).principal(1, 1)
+    assert who is not None
+    return who
+
+
+async def refuse(*_: object) -> int:
+    raise StorageUnavailableError("the disk refuses")
+
+
+def test_a_new_epoch_shows_a_tombstone_whose_files_were_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            audit = KeptAudit()
+            table = VerbTable(audit)
+            LifecycleVerbs(vault=one.vault, table=table, indexing=one.indexing, reader=one.reader)
+            [key_id] = await one.make(1)
+            await one.vault.retire(key_id)
+            before = one.vault.keyring.body.epoch
+            monkeypatch.setattr(one.vault, "remove_files", refuse)
+            with pytest.raises(StorageUnavailableError):
+                await performed(table, api.DESTROY_KEY, api.DestroyKeyRequest(key_id))
+            last = audit.events[-1]
+            assert (last.outcome, last.facts) == ("storage_unavailable", {"epoch": before + 1})
+
+    asyncio.run(main())
+
+
+def test_a_new_epoch_shows_keks_that_were_destroyed_before_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            audit = KeptAudit()
+            table = VerbTable(audit)
+            KekVerbs(vault=one.vault, table=table, rotation=one.rotation, pruning=one.pruning, opened_slot_id="")
+            await one.rotate()
+            await one.rotate()
+            before = one.vault.keyring.body.epoch
+            destroy = one.pruning._destroy
+
+            async def only_the_first(version: int) -> None:
+                if version > 1:
+                    await refuse()
+                await destroy(version)
+
+            monkeypatch.setattr(one.pruning, "_destroy", only_the_first)
+            with pytest.raises(StorageUnavailableError):
+                await performed(table, api.PRUNE_KEK, api.PruneKekRequest())
+            last = audit.events[-1]
+            assert (last.outcome, last.facts) == ("storage_unavailable", {"epoch": before + 1})
+
+    asyncio.run(main())
+
+
+async def performed(table: VerbTable, verb: Verb[Any, Any], request: api.Request) -> Reply:
+    answer = table[verb](anybody(), request, "")
+    assert isinstance(answer, Awaitable)
+    return await answer

@@ -1,0 +1,339 @@
+"""A file is replaced whole or not at all, and a failure leaves the old content and no other file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from minikms.custody import files
+from minikms.custody.files import (
+    FileWrite,
+    open_directory,
+    read_file_bounded,
+    remove_file,
+    replace_file,
+    replace_file_from,
+    sweep_temps,
+    write_files,
+    write_group,
+)
+from minikms.errors import ConflictError, InvalidRequestError, StorageUnavailableError
+from tests.minikms.custody.disk_faults import failing
+
+
+@pytest.fixture(params=["syncfs", "fsync"])
+def sync_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to sync a group, whatever the file system of the tests is."""
+    way: str = request.param
+    monkeypatch.setattr(files, "syncfs_reports", lambda _directory: way == "syncfs")
+    return way
+
+
+def names(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in tmp_path.iterdir())
+
+
+def test_a_new_file_is_private_whole_and_alone(tmp_path: Path, directory: int) -> None:
+    replace_file(directory, "keyring.json", b"content")
+    assert (tmp_path / "keyring.json").read_bytes() == b"content"
+    assert stat.S_IMODE((tmp_path / "keyring.json").stat().st_mode) == 0o600
+    assert names(tmp_path) == ["keyring.json"]
+
+
+def test_replacing_makes_a_new_file_and_never_writes_into_the_old_one(tmp_path: Path, directory: int) -> None:
+    replace_file(directory, "f", b"old")
+    os.link(tmp_path / "f", tmp_path / "backup")
+    replace_file(directory, "f", b"new")
+    assert (tmp_path / "f").read_bytes() == b"new"
+    assert (tmp_path / "backup").read_bytes() == b"old"
+
+
+def test_content_may_come_in_parts(tmp_path: Path, directory: int) -> None:
+    replace_file_from(directory, "f", (bytes([number]) * 3 for number in range(4)))
+    assert (tmp_path / "f").read_bytes() == b"\0\0\0\1\1\1\2\2\2\3\3\3"
+
+
+def test_an_error_of_the_content_source_leaves_the_old_file(tmp_path: Path, directory: int) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"half"
+        raise KeyError("source")
+
+    replace_file(directory, "f", b"old")
+    with pytest.raises(KeyError):
+        replace_file_from(directory, "f", chunks())
+    assert (tmp_path / "f").read_bytes() == b"old"
+    assert names(tmp_path) == ["f"]
+
+
+def test_short_writes_are_continued(tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:3]))
+    replace_file(directory, "f", b"ten bytes!")
+    monkeypatch.undo()
+    assert (tmp_path / "f").read_bytes() == b"ten bytes!"
+
+
+@pytest.mark.parametrize(
+    ("call", "at"), [("open", 1), ("write", 1), ("write", 2), ("fsync", 1), ("close", 1), ("rename", 1)]
+)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_failure_before_the_rename_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch, call: str, at: int, number: int
+) -> None:
+    replace_file(directory, "f", b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing(getattr(os, call), at=at, number=number))
+        with pytest.raises(StorageUnavailableError) as refused:
+            replace_file_from(directory, "f", (b"new", b"er"))
+    assert "secret" not in str(refused.value)
+    assert (tmp_path / "f").read_bytes() == b"old"
+    assert names(tmp_path) == ["f"]
+    replace_file(directory, "f", b"retried")
+    assert (tmp_path / "f").read_bytes() == b"retried"
+
+
+def test_a_failed_sync_of_the_directory_raises_and_leaves_a_whole_file(
+    tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_file(directory, "f", b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing(os.fsync, at=2))
+        with pytest.raises(StorageUnavailableError):
+            replace_file(directory, "f", b"new")
+    assert (tmp_path / "f").read_bytes() == b"new"
+    assert names(tmp_path) == ["f"]
+
+
+def test_after_a_failed_sync_the_retry_syncs_another_file(
+    directory: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    synced: list[int] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(os.fstat(fd).st_ino)
+        if len(synced) == 1:
+            # Held open, so that the file system can't give its number to the next one.
+            held.append(os.dup(fd))
+            raise OSError(errno.EIO, "")
+        real(fd)
+
+    held: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(StorageUnavailableError):
+            replace_file(directory, "f", b"one")
+        replace_file(directory, "f", b"one")
+    os.close(held[0])
+    assert synced[0] != synced[1] == (tmp_path / "f").stat().st_ino
+
+
+def test_an_exclusive_file_is_made_once(tmp_path: Path, directory: int) -> None:
+    write_files(directory, [FileWrite("f", b"first", exclusive=True)])
+    with pytest.raises(ConflictError):
+        write_files(directory, [FileWrite("f", b"second", exclusive=True)])
+    assert (tmp_path / "f").read_bytes() == b"first"
+    assert names(tmp_path) == ["f"]
+
+
+def test_an_exclusive_name_taken_by_a_dangling_symlink_is_taken(tmp_path: Path, directory: int) -> None:
+    (tmp_path / "f").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConflictError):
+        write_files(directory, [FileWrite("f", b"content", exclusive=True)])
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(("call", "at"), [("open", 1), ("write", 1), ("fsync", 1), ("link", 1), ("fsync", 2)])
+def test_an_exclusive_file_that_is_not_durable_is_not_there(
+    tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch, call: str, at: int
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing(getattr(os, call), at=at))
+        with pytest.raises(StorageUnavailableError):
+            write_files(directory, [FileWrite("f", b"content", exclusive=True)])
+    assert names(tmp_path) == []
+
+
+def test_a_group_replaces_all_its_files(tmp_path: Path, directory: int, sync_way: str) -> None:
+    writes = [FileWrite(f"f{number}", b"%d" % number) for number in range(20)]
+    write_files(directory, [write._replace(data=b"old") for write in writes])
+    write_files(directory, writes)
+    assert names(tmp_path) == sorted(write.name for write in writes)
+    assert all((tmp_path / write.name).read_bytes() == write.data for write in writes)
+
+
+def test_an_empty_group_is_nothing(tmp_path: Path, directory: int, sync_way: str) -> None:
+    assert write_group(directory, []) == []
+    assert names(tmp_path) == []
+
+
+def test_a_large_group_costs_two_syncs(directory: int, sync_way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    syncs: list[str] = []
+    real_fsync, real_syncfs = os.fsync, files.syncfs
+    monkeypatch.setattr(os, "fsync", lambda fd: (syncs.append("fsync"), real_fsync(fd)))
+    monkeypatch.setattr(files, "syncfs", lambda fd: (syncs.append("syncfs"), real_syncfs(fd)))
+    write_files(directory, [FileWrite(f"f{number}", b"x") for number in range(10)])
+    assert syncs == (["syncfs"] * 2 if sync_way == "syncfs" else ["fsync"] * 11)
+
+
+@pytest.mark.parametrize(("call", "at"), [("open", 1), ("open", 5), ("write", 3), ("first sync", 1)])
+def test_a_group_that_fails_before_the_renames_changes_nothing(
+    tmp_path: Path, directory: int, sync_way: str, monkeypatch: pytest.MonkeyPatch, call: str, at: int
+) -> None:
+    writes = [FileWrite(f"f{number}", b"new") for number in range(8)]
+    write_files(directory, [write._replace(data=b"old") for write in writes])
+    with monkeypatch.context() as patch:
+        if call == "first sync" and sync_way == "syncfs":
+            patch.setattr(files, "syncfs", failing(files.syncfs, at=at))
+        else:
+            name = "fsync" if call == "first sync" else call
+            patch.setattr(os, name, failing(getattr(os, name), at=at))
+        with pytest.raises(StorageUnavailableError):
+            write_files(directory, writes)
+    assert names(tmp_path) == sorted(write.name for write in writes)
+    assert all((tmp_path / write.name).read_bytes() == b"old" for write in writes)
+
+
+def test_a_file_that_cannot_be_put_in_place_fails_alone(
+    tmp_path: Path, directory: int, sync_way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes = [FileWrite(f"f{number}", b"new") for number in range(6)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing(os.rename, at=3, times=1))
+        outcomes = write_group(directory, writes)
+    assert [type(outcome) for outcome in outcomes] == [type(None)] * 2 + [StorageUnavailableError] + [type(None)] * 3
+    assert names(tmp_path) == ["f0", "f1", "f3", "f4", "f5"]
+
+
+def test_a_taken_name_in_a_group_fails_alone(tmp_path: Path, directory: int, sync_way: str) -> None:
+    replace_file(directory, "f2", b"old")
+    outcomes = write_group(directory, [FileWrite(f"f{number}", b"new", exclusive=True) for number in range(5)])
+    assert [type(outcome) for outcome in outcomes] == [type(None)] * 2 + [ConflictError] + [type(None)] * 2
+    assert (tmp_path / "f2").read_bytes() == b"old"
+    assert names(tmp_path) == [f"f{number}" for number in range(5)]
+
+
+def test_of_two_writes_to_a_name_in_a_group_the_later_holds(tmp_path: Path, directory: int, sync_way: str) -> None:
+    writes = [FileWrite("f", b"1"), FileWrite("f", b"2"), FileWrite("f", b"3", exclusive=True), FileWrite("g", b"4")]
+    outcomes = write_group(directory, writes)
+    assert [type(outcome) for outcome in outcomes] == [type(None), type(None), ConflictError, type(None)]
+    assert (tmp_path / "f").read_bytes() == b"2"
+
+
+def test_if_the_last_sync_of_a_group_fails_all_writes_fail(
+    tmp_path: Path, directory: int, sync_way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_file(directory, "f0", b"old")
+    writes = [FileWrite("f0", b"new"), *(FileWrite(f"n{number}", b"new", exclusive=True) for number in range(5))]
+    with monkeypatch.context() as patch:
+        if sync_way == "syncfs":
+            patch.setattr(files, "syncfs", failing(files.syncfs, at=2))
+        else:
+            patch.setattr(os, "fsync", failing(os.fsync, at=len(writes) + 1))
+        outcomes = write_group(directory, writes)
+    assert all(isinstance(outcome, StorageUnavailableError) for outcome in outcomes)
+    assert len({id(outcome) for outcome in outcomes}) == len(writes), "each waiter raises an error of its own"
+    assert names(tmp_path) == ["f0"]
+
+
+def test_syncfs_is_not_trusted_on_old_kernels_or_foreign_file_systems(
+    directory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.uname()
+    for release, trusted in (("5.4.0-generic", False), ("5.16.20", False), ("5.17.0", True), ("6.1.0-13", True)):
+        fake = os.uname_result((real[0], real[1], release, real[3], real[4]))
+        monkeypatch.setattr(os, "uname", lambda fake=fake: fake)
+        files.syncfs_is_strict.cache_clear()
+        assert files.syncfs_is_strict() is trusted
+    monkeypatch.undo()
+    files.syncfs_is_strict.cache_clear()
+    proc = open_directory("/proc")
+    assert files.syncfs_reports(proc) is False
+    os.close(proc)
+
+
+def test_a_failing_syncfs_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OSError) as refused:
+        files.syncfs(-1)
+    assert refused.value.errno == errno.EBADF
+
+
+def test_removing_is_durable_and_repeatable(tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_file(directory, "f", b"x")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing(os.fsync, at=1))
+        with pytest.raises(StorageUnavailableError):
+            remove_file(directory, "f")
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    assert remove_file(directory, "f") is False
+    assert synced == [directory], "the repetition makes the first removal durable"
+    replace_file(directory, "g", b"x")
+    assert remove_file(directory, "g") is True
+    assert names(tmp_path) == []
+
+
+def test_only_temporary_files_of_earlier_processes_are_swept(tmp_path: Path, directory: int) -> None:
+    for name in (".tmp-0123456789abcdef-7", ".tmp-x", "kept", ".hidden"):
+        (tmp_path / name).write_bytes(b"")
+    mine = files._write_temp(directory, (b"",), sync=False)
+    assert sweep_temps(directory) == 2
+    assert names(tmp_path) == sorted([".hidden", "kept", mine])
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc/passwd", "a\0b", ".tmp-x", "a" * 256, "ä", "a\n"])
+def test_a_name_that_is_not_a_plain_file_name_touches_nothing(tmp_path: Path, directory: int, name: str) -> None:
+    for call in (
+        lambda: replace_file(directory, name, b""),
+        lambda: write_files(directory, [FileWrite(name, b"", exclusive=True)]),
+        lambda: write_files(directory, [FileWrite("good", b""), FileWrite(name, b"")]),
+        lambda: remove_file(directory, name),
+    ):
+        with pytest.raises(InvalidRequestError):
+            call()
+    assert names(tmp_path) == []
+
+
+def test_reading_is_bounded(tmp_path: Path, directory: int) -> None:
+    (tmp_path / "f").write_bytes(b"12345")
+    assert read_file_bounded("f", 5, dir_fd=directory) == b"12345"
+    assert read_file_bounded(tmp_path / "f", 6) == b"12345"
+    with pytest.raises(StorageUnavailableError, match="longer"):
+        read_file_bounded("f", 4, dir_fd=directory)
+
+
+def test_an_absent_file_reads_as_none(directory: int) -> None:
+    assert read_file_bounded("absent", 1, dir_fd=directory) is None
+
+
+def test_only_a_regular_file_is_read_and_a_fifo_does_not_block(tmp_path: Path, directory: int) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "real").write_bytes(b"x")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for name in ("fifo", "dir", "link"):
+        with pytest.raises(StorageUnavailableError) as refused:
+            read_file_bounded(name, 10, dir_fd=directory)
+        assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_failed_read_is_a_storage_error(tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "f").write_bytes(b"x")
+    monkeypatch.setattr(os, "read", failing(os.read, at=1))
+    with pytest.raises(StorageUnavailableError):
+        read_file_bounded("f", 10, dir_fd=directory)
+
+
+def test_only_a_directory_is_opened_as_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        open_directory(tmp_path / "absent")
+    for name in ("file", "link"):
+        with pytest.raises(StorageUnavailableError):
+            open_directory(tmp_path / name)

@@ -1,0 +1,304 @@
+"""A verified archive restores, and an interrupted restore is never taken for a complete one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from minikms.crypto.aead import NonceSource
+from minikms.custody.backup import create, restore
+from minikms.custody.backup.archive import ArchiveError, ArchiveReader, ArchiveWriter, Manifest, dek_entry_name
+from minikms.custody.backup.create import NewArchive, Task, remove_leftover, staging_path
+from minikms.custody.backup.register import DIRECTORY as REGISTER
+from minikms.custody.backup.register import ArchiveRegister, Registered
+from minikms.custody.files import LOCK_NAME, DataDirLock, open_directory
+from minikms.custody.keyring_file import KeyringFile
+from minikms.custody.lease_format import RESTORE_USES, Floors, journal_header, snapshot_chunks
+from minikms.custody.lease_store import LeaseStore
+from minikms.datadir import OpenedKeyring, open_keyring, opened_keyring, opened_root
+from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
+from minikms.keys.dek import key_id_to_bytes
+from minikms.memory.arena import SecretArena
+from minikms.roots.providers import KeyFile
+from tests.harness.vaults import key_file, opened_vault
+
+ARCHIVE_ID = "a_0123456789abcdef"
+AT = "2026-11-24T15:00:00Z"
+NEW = NewArchive(ARCHIVE_ID, AT, lambda: None)
+KEYS = 3
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            await one.make(KEYS)
+
+    asyncio.run(main())
+    return tmp_path / "d"
+
+
+@contextmanager
+def task_for(data_dir: Path) -> Iterator[Task]:
+    with opened_root(KeyFile(key_file(data_dir))) as (arena, root):
+        yield Task(arena, root, lambda data: opened_keyring(arena, root, data), lambda done, total: None)
+
+
+def made(data_dir: Path, path: Path) -> Manifest:
+    with task_for(data_dir) as task:
+        return create.create(str(data_dir), str(path), task, NEW).manifest
+
+
+def restored(data_dir: Path, archive: Path, target: Path) -> None:
+    with task_for(data_dir) as task:
+        good = create.verify(str(archive), task)
+        with DataDirLock(str(target)) as lock, task.open_keyring(good.keyring) as unlocked:
+            restore.check_empty(lock.directory_fd, str(target))
+            source = Registered(ARCHIVE_ID, str(archive), 1, 2, KEYS, 3)
+            place = restore.Target(str(target), lock.directory_fd, (), source)
+            restore.restore(str(archive), good, task, unlocked, place, at=AT)
+
+
+def start(data_dir: Path, target: Path) -> OpenedKeyring:
+    """What a start does with the keyring of `target`."""
+    with (
+        DataDirLock(str(target)) as lock,
+        SecretArena(32, force_fallback=True) as arena,
+        ThreadPoolExecutor(1) as executor,
+    ):
+        file = KeyringFile(lock.directory_fd, executor)
+        return open_keyring(str(target), file, KeyFile(key_file(data_dir)), arena=arena, nonces=NonceSource())
+
+
+class Cut(Exception):
+    """The power fails."""
+
+
+@contextmanager
+def cut_before(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Of the calls that change a name, those from this number on do not happen."""
+    calls: list[str] = []
+
+    def counted(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(*arguments: object, **options: object) -> object:
+            if len(calls) >= number:
+                raise Cut
+            calls.append(name)
+            return real(*arguments, **options)
+
+        patch.setattr(os, name, call)
+
+    with monkeypatch.context() as patch:
+        for name in ("mkdir", "rename", "link", "unlink"):
+            counted(name)
+        yield calls
+
+
+def test_a_restore_that_was_cut_short_anywhere_is_refused_by_a_start(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "archive"
+    made(data_dir, archive)
+    refused = 0
+    for number in range(100):
+        target = tmp_path / f"restored-{number}"
+        target.mkdir(0o700)
+        with cut_before(number, monkeypatch), contextlib.suppress(Cut):
+            restored(data_dir, archive, target)
+            break
+        found = {path.name for path in target.rglob("*") if not path.name.startswith(".tmp-")}
+        if found <= {LOCK_NAME, REGISTER}:
+            continue  # nothing of the archive is there yet: this is as empty as it was
+        with pytest.raises(StartError, match=r"keyring\.json is missing"):
+            start(data_dir, target)
+        refused += 1
+    assert refused > 5
+    assert not start(data_dir, target).made
+
+
+def test_a_directory_with_only_lease_files_is_not_a_new_one(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir(mode=0o700)
+    (tmp_path / "d" / "kms-leases").write_bytes(journal_header())
+    with pytest.raises(StartError, match="the restore was interrupted"):
+        start(tmp_path / "d", tmp_path / "d")
+
+
+def test_a_restored_directory_names_the_archive_that_still_holds_its_keys(data_dir: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "archive"
+    made(data_dir, archive)
+    newest = max(path.stem for path in (data_dir / "kms-deks").iterdir())
+    restored(data_dir, archive, tmp_path / "restored")
+    source = Registered(ARCHIVE_ID, str(archive), 1, 2**48, KEYS, 3)
+    register = ArchiveRegister(str(tmp_path / "restored"))
+    assert [entry.path for entry in register.listed()] == [str(archive)]
+    register.put(source)
+    assert register.may_hold(newest) == [str(archive)]
+
+
+# --- what is called good -------------------------------------------------------------------------------------------
+
+
+def test_an_archive_with_a_damaged_lease_snapshot_is_not_good(data_dir: Path, tmp_path: Path) -> None:
+    snapshot = data_dir / "kms-leases.snapshot"
+    snapshot.write_bytes(b"".join(snapshot_chunks(None, {bytes(16): 1 << 17}, Floors())))
+    made(data_dir, tmp_path / "good")
+    whole = snapshot.read_bytes()
+    for damaged in (whole[:-1], whole + b"x", b"", whole[:-4096] + bytes(4096), b"x" + whole[1:-4112] + bytes(4112)):
+        snapshot.write_bytes(damaged)
+        with pytest.raises(ArchiveError, match="the lease snapshot in the backup"):
+            made(data_dir, tmp_path / "bad")
+        assert not (tmp_path / "bad").exists()
+
+
+def test_an_archive_with_a_damaged_lease_journal_is_not_good(data_dir: Path, tmp_path: Path) -> None:
+    journal = data_dir / "kms-leases"
+    journal.write_bytes(journal_header() + bytes(32 * 5000))
+    with pytest.raises(ArchiveError, match="damaged records"):
+        made(data_dir, tmp_path / "bad")
+
+
+def test_a_restore_adds_uses_to_keys_with_unreadable_files_too(data_dir: Path, tmp_path: Path) -> None:
+    """The file may be found elsewhere and put back."""
+    files = sorted((data_dir / "kms-deks").iterdir())
+    files[-1].write_text("damaged")
+    manifest = made(data_dir, tmp_path / "archive")
+    assert manifest.unreadable == (files[-1].stem,)
+    assert manifest.newest_key_id >= files[-1].stem
+
+
+def test_a_restore_adds_uses_to_every_key_made_before_the_backup(data_dir: Path, tmp_path: Path) -> None:
+    """Also to a key whose file was missing: it may be put back from a rotation backup."""
+    missing = max((data_dir / "kms-deks").iterdir())
+    missing.rename(data_dir / "kms-deks-backup" / f"{missing.name}.20260101T000000")
+    made(data_dir, tmp_path / "archive")
+    restored(data_dir, tmp_path / "archive", tmp_path / "restored")
+    descriptor = open_directory(tmp_path / "restored")
+    store = LeaseStore.open(descriptor, create=False)
+    try:
+        assert store.total(key_id_to_bytes(missing.stem)) >= RESTORE_USES
+    finally:
+        store.close()
+        os.close(descriptor)
+
+
+def test_keys_are_parsed_only_after_the_archive_is_authenticated(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "archive"
+    made(data_dir, archive)
+    data = bytearray(archive.read_bytes())
+    data[-1] ^= 1
+    archive.write_bytes(data)
+
+    def looked_at(*_: object) -> None:
+        raise AssertionError("parsed before the tag was checked")
+
+    for name in ("_parsed", "_check_journal", "_check_snapshot"):
+        monkeypatch.setattr(create, name, looked_at)
+    with task_for(data_dir) as task, pytest.raises(ArchiveError, match="altered"):
+        create.verify(str(archive), task)
+
+
+def test_an_archive_replaced_between_its_two_readings_is_not_good(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive, other = tmp_path / "archive", tmp_path / "other"
+    made(data_dir, archive)
+    (data_dir / "kms-leases").write_bytes(journal_header())
+    with task_for(data_dir) as task:
+        create.create(str(data_dir), str(other), task, NewArchive("a_ffffffffffffffff", AT, lambda: None))
+    check_tag = ArchiveReader.check_tag
+
+    def exchanged(self: ArchiveReader, root: memoryview) -> Manifest:
+        other.replace(archive)
+        return check_tag(self, root)
+
+    monkeypatch.setattr(ArchiveReader, "check_tag", exchanged)
+    with task_for(data_dir) as task, pytest.raises(ArchiveError, match="changed while it was being read"):
+        create.verify(str(archive), task)
+
+
+# --- while it is being made ------------------------------------------------------------------------------------------
+
+
+def test_an_archive_is_never_written_into_an_existing_file(data_dir: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    os.link(victim, staging_path(str(tmp_path / "archive"), ARCHIVE_ID))
+    with pytest.raises(FileExistsError):
+        made(data_dir, tmp_path / "archive")
+    assert victim.read_text() == "precious"
+
+
+def test_an_archive_without_a_durable_name_is_removed(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(directory: str) -> None:
+        raise StorageUnavailableError("the backup's directory can't be synced")
+
+    monkeypatch.setattr(create, "_sync", fails)
+    with pytest.raises(StorageUnavailableError):
+        made(data_dir, tmp_path / "archive")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "d.key"]
+
+
+def test_a_leftover_archive_is_removed_but_not_one_in_progress(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "archive")
+    leftover = Path(staging_path(path, ARCHIVE_ID))
+    found: list[bool] = []
+    verify = create.verify
+
+    def verified(staging: str, task: Task) -> create.VerifiedArchive:
+        found.append(remove_leftover(path, ARCHIVE_ID))
+        return verify(staging, task)
+
+    monkeypatch.setattr(create, "verify", verified)
+    made(data_dir, tmp_path / "archive")
+    assert found == [False]
+    leftover.write_bytes(b"minikms-backup")
+    assert remove_leftover(path, ARCHIVE_ID)
+    assert not leftover.exists()
+    assert remove_leftover(path, ARCHIVE_ID)
+
+
+def test_an_archive_that_does_not_verify_is_not_restored(data_dir: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "archive"
+    made(data_dir, archive)
+    archive.write_bytes(archive.read_bytes()[:-1])
+    with pytest.raises(MiniKmsError, match="cut short"):
+        restored(data_dir, archive, tmp_path / "restored")
+    assert not (tmp_path / "restored").exists()
+
+
+def test_a_longer_archive_in_the_same_place_does_not_fill_the_disk(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive, longer = tmp_path / "archive", tmp_path / "longer"
+    made(data_dir, archive)
+    key_id = next(iter((data_dir / "kms-deks").iterdir())).stem
+    with longer.open("wb") as file:
+        writer = ArchiveWriter(file)
+        for number in range(KEYS + 1):
+            writer.add(dek_entry_name(f"{key_id[:-1]}{number}"), b"{}")
+    verify = create.verify
+
+    def exchanged(path: str, task: Task) -> create.VerifiedArchive:
+        good = verify(path, task)
+        longer.replace(archive)
+        return good
+
+    monkeypatch.setattr(create, "verify", exchanged)
+    with pytest.raises(ArchiveError, match="changed while it was being read"):
+        restored(data_dir, archive, tmp_path / "restored")
+    assert not list((tmp_path / "restored" / "kms-deks").iterdir())

@@ -1,0 +1,305 @@
+"""Access to the daemon, with real users and real descriptors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import minikms
+from minikms.client.errors import KmsUntrustedServerError
+from minikms.daemon.application import UNAUTHORISED_CONNECTIONS_MAX
+from minikms.errors import StartError
+from minikms.memory import libc
+from minikms.policy import Policy
+from tests import needs
+from tests.harness.live_daemon import LiveDaemon
+from tests.minikms.daemon import foreign
+
+OPEN_TO_ALL = ("--socket-mode", "0666")
+REQUEST = b"%b HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n%b\r\n"
+
+
+@pytest.fixture(autouse=True)
+def _as_root() -> None:
+    needs.root()
+
+
+def ask(path: Path, line: bytes, header: bytes = b"") -> list[Any]:
+    """Status of one request, and whether the connection is closed after it."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(10)
+        client.connect(str(path))
+        client.sendall(REQUEST % (line, header))
+        answer = client.recv(65536)
+        client.settimeout(0.2)
+        try:
+            closed = client.recv(65536) == b""
+        except TimeoutError:
+            closed = False
+        return [int(answer.split()[1]), closed]
+
+
+def events_of(daemon: LiveDaemon, kind: str) -> list[dict[str, Any]]:
+    lines = (daemon.data_dir / "minikms-audit.log").read_text().splitlines()
+    return [event for line in lines if (event := json.loads(line)["event"])["type"] == kind]
+
+
+def test_other_uids_get_401_on_every_path_but_health_and_are_disconnected(public: Path) -> None:
+    with LiveDaemon(public, "file", *OPEN_TO_ALL) as daemon:
+        lines = [
+            b"GET /status", b"POST /encrypt", b"POST /decrypt", b"POST /create_dek_for_thread", b"POST /rotate_kek",
+            b"GET /keys", b"GET /nowhere", b"DELETE /health", b"POST /encrypt_batch",
+        ]  # fmt: skip
+        answers = foreign.run_as(
+            foreign.UID, lambda: [ask(daemon.socket, line) for line in lines] + [ask(daemon.socket, b"GET /health")]
+        )
+    assert answers[:-1] == [[401, True]] * len(lines)
+    assert answers[-1] == [200, False]
+
+
+def test_a_bearer_token_never_authenticates(public: Path) -> None:
+    with LiveDaemon(public, "file", *OPEN_TO_ALL) as daemon:
+        header = b"Authorization: Bearer anything\r\n"
+        assert foreign.run_as(foreign.UID, lambda: ask(daemon.socket, b"GET /status", header)) == [401, True]
+        assert ask(daemon.socket, b"GET /status", header) == [200, False]
+
+
+def test_only_the_named_uids_are_allowed_not_the_daemons_own(public: Path) -> None:
+    with LiveDaemon(public, "file", *OPEN_TO_ALL, "--allowed-uids", str(foreign.UID)) as daemon:
+        assert foreign.run_as(foreign.UID, lambda: ask(daemon.socket, b"GET /status"))[0] == 200
+        assert foreign.run_as(foreign.UID + 1, lambda: ask(daemon.socket, b"GET /status"))[0] == 401
+        assert ask(daemon.socket, b"GET /status")[0] == 401
+
+
+def test_a_passed_connection_keeps_the_authority_of_its_maker(public: Path) -> None:
+    """A descriptor handed to a child of another uid still speaks for who connected: by design."""
+    with LiveDaemon(public, "file", *OPEN_TO_ALL) as daemon, socket.socket(socket.AF_UNIX) as ours:
+        ours.connect(str(daemon.socket))
+
+        def use_it() -> str:
+            ours.sendall(REQUEST % (b"GET /status", b""))
+            return ours.recv(20).decode()
+
+        assert foreign.run_as(foreign.UID, use_it).startswith("HTTP/1.1 200")
+
+
+def test_the_overflow_uid_is_never_allowed_even_if_it_is_named(public: Path) -> None:
+    """In a user namespace that has only the daemon's user, all others have one uid, and none is admitted."""
+    needs.root()
+    unshare = needs.namespaces("user")
+    with LiveDaemon(
+        public, "file", *OPEN_TO_ALL, "--allowed-uids", "0,65534", program=(unshare, "--user", "--map-root-user")
+    ) as daemon:
+        assert ask(daemon.socket, b"GET /status")[0] == 200
+        assert foreign.run_as(foreign.UID, lambda: ask(daemon.socket, b"GET /status")) == [401, True]
+
+
+def test_a_policy_that_names_the_overflow_uid_is_refused() -> None:
+    with pytest.raises(StartError, match="overflow uid"):
+        Policy([0, 65534], overflow_uid=65534)
+
+
+def test_a_flood_of_refusals_is_a_few_lines_with_their_count(public: Path) -> None:
+    with LiveDaemon(public, "file", *OPEN_TO_ALL) as daemon:
+        count = 500
+        foreign.run_as(foreign.UID, lambda: [ask(daemon.socket, b"GET /status")[0] for _ in range(count)])
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            refused = events_of(daemon, "refused")
+            if sum(event["count"] for event in refused) == count:
+                break
+            time.sleep(0.05)
+    assert sum(event["count"] for event in refused) == count
+    assert len(refused) <= 6, "one at once and one a second"
+    assert {event["actor"] for event in refused} == {f"peer_uid:{foreign.UID}"}
+
+
+def test_other_uids_cannot_use_up_the_connections_of_the_allowed(public: Path) -> None:
+    with LiveDaemon(public, "file", *OPEN_TO_ALL) as daemon:
+
+        def occupy() -> list[int]:
+            held = []
+            for _ in range(UNAUTHORISED_CONNECTIONS_MAX + 50):
+                client = socket.socket(socket.AF_UNIX)
+                client.settimeout(5)
+                client.connect(str(daemon.socket))
+                held.append(client)
+            time.sleep(0.3)
+            closed = 0
+            for client in held:
+                client.setblocking(False)
+                try:
+                    closed += client.recv(1) == b""
+                except BlockingIOError:
+                    continue
+            return [closed, ask(daemon.socket, b"GET /health")[0] if closed < 50 else 0]
+
+        closed, _ = foreign.run_as(foreign.UID, occupy)
+        assert closed == 50
+        assert ask(daemon.socket, b"GET /status")[0] == 200
+
+
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
+def test_the_body_of_another_uid_is_not_kept_not_even_for_health(public: Path, method: bytes) -> None:
+    with LiveDaemon(public, "file", *OPEN_TO_ALL) as daemon:
+
+        def announce() -> int:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(5)
+                client.connect(str(daemon.socket))
+                client.sendall(b"%b /health HTTP/1.1\r\nHost: x\r\nContent-Length: 16000000\r\n\r\nbegun" % method)
+                return int(client.recv(65536).split()[1])
+
+        assert foreign.run_as(foreign.UID, announce) == 401
+
+
+def test_a_client_sends_nothing_to_a_squatted_socket(public: Path) -> None:
+    """Another user listens on the path of the daemon: the client checks the listener's uid before it sends anything."""
+    path = public / "s"
+    public.chmod(0o777)  # as a careless operator would leave it: the daemon itself would refuse the directory
+    ready, heard = os.pipe(), os.pipe()
+
+    def squat() -> None:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            path.chmod(0o777)
+            listener.listen()
+            os.write(ready[1], b"r")
+            accepted, _ = listener.accept()
+            accepted.settimeout(10)
+            os.write(heard[1], b"[" + accepted.recv(1000) + b"]")
+
+    child = os.fork()
+    if child == 0:
+        foreign.run_as(foreign.UID, squat)
+        os._exit(0)
+    os.read(ready[0], 1)
+    with minikms.Client(path, wait_s=0.1) as client, pytest.raises(KmsUntrustedServerError, match=str(foreign.UID)):
+        client.encrypt("k_" + "0" * 26, b"the secret text")
+    assert os.read(heard[0], 1000) == b"[]"
+    os.waitpid(child, 0)
+    for descriptor in (*ready, *heard):
+        os.close(descriptor)
+
+
+def test_of_two_daemons_on_one_directory_exactly_one_serves(public: Path) -> None:
+    """On one socket, and on two different ones; the error names the owner. (`test_lock.py` repeats the race.)"""
+    for round_number in range(4):
+        base = public / str(round_number)
+        base.mkdir(0o755)
+        (base / "key").touch(0o600)
+        (base / "key").write_text("ab" * 32)
+        starters = [start_for_a_race(base, "s" if round_number % 2 else f"s{number}", number) for number in range(2)]
+        try:
+            deadline = time.monotonic() + 20
+            while all(starter.poll() is None for starter in starters) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            (loser,) = (number for number, starter in enumerate(starters) if starter.poll() is not None)
+            winner = starters[1 - loser]
+            # The pid is missing when the winner has the lock but has not written it yet.
+            said = (base / f"log{loser}").read_text()
+            assert re.search(rf"another process( \(pid {winner.pid}\))? owns", said), said
+            assert starters[loser].returncode == 2
+            winner.terminate()
+            assert winner.wait(20) == 0
+        finally:
+            for starter in starters:
+                starter.kill()
+                starter.wait()
+
+
+def start_for_a_race(base: Path, socket_name: str, number: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "minikms", "--data-dir", str(base / "data"), "--socket", str(base / socket_name)]
+    with (base / f"log{number}").open("wb") as log:
+        return subprocess.Popen([*command, "--master-key-file", str(base / "key")], stderr=log)
+
+
+def test_a_stop_removes_the_socket_and_a_start_replaces_a_stale_one(public: Path) -> None:
+    with LiveDaemon(public, "file") as daemon:
+        daemon.process.terminate()
+        daemon.process.wait(20)
+        assert not daemon.socket.exists()
+        daemon.start()
+        daemon.kill()
+        assert daemon.socket.exists()
+        daemon.start()
+        assert ask(daemon.socket, b"GET /status")[0] == 200
+
+
+def test_a_socket_and_a_watchdog_of_the_service_manager_are_served(public: Path) -> None:
+    """As a .socket unit and a .service unit of Type=notify with WatchdogSec= start it, without a service manager."""
+    with (
+        socket.socket(socket.AF_UNIX) as listener,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
+    ):
+        listener.bind(str(public / "managed"))
+        listener.listen()
+        manager.bind(str(public / "notify"))
+        manager.settimeout(20)
+        launcher = public / "launcher.py"
+        launcher.write_text(
+            "import os, sys\n"
+            f"os.dup2({listener.fileno()}, 3)\n"
+            "os.environ |= {'LISTEN_PID': str(os.getpid()), 'LISTEN_FDS': '1', 'WATCHDOG_USEC': '200000', "
+            f"'NOTIFY_SOCKET': {str(public / 'notify')!r}}}\n"
+            "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
+        )
+        with LiveDaemon(
+            public, "file", launcher=(str(launcher),), pass_fds=(listener.fileno(),), socket=public / "managed"
+        ) as daemon:
+            assert manager.recv(1000).startswith(b"READY=1\n")
+            assert [manager.recv(1000) for _ in range(3)] == [b"WATCHDOG=1"] * 3
+            assert ask(public / "managed", b"GET /status")[0] == 200
+            daemon.process.terminate()
+            daemon.process.wait(20)
+            last = b""
+            while not last.startswith(b"STOPPING=1"):
+                last = manager.recv(1000)
+        assert (public / "managed").exists(), "the manager's socket is the manager's"
+
+
+def test_the_audit_log_names_uid_and_pid_of_the_caller(public: Path) -> None:
+    with LiveDaemon(public, "file") as daemon, daemon.client() as client:
+        client.create_dek_for_thread("thread")
+        (event,) = events_of(daemon, "create_dek")
+    assert event["actor"] == f"peer_uid:{os.geteuid()}"
+    assert event["pid"] == os.getpid()
+
+
+def test_a_client_sees_the_uid_of_the_listener_of_a_passed_socket(public: Path) -> None:
+    """What `--server-uid` is compared with: the user who called listen(2), here this one."""
+    with LiveDaemon(public, "file") as daemon, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(daemon.socket))
+        assert libc.LINUX
+        credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        assert int.from_bytes(credentials[:4], sys.byteorder) == daemon.pid
+
+
+def test_an_uncertain_pid_leaves_an_audit_line(public: Path) -> None:
+    """The connector's child goes on with its descriptor, as after a descriptor was passed on."""
+    with LiveDaemon(public) as daemon:
+        daemon.process.send_signal(signal.SIGSTOP)  # so that it accepts the connection after the connector has ended
+        with socket.socket(socket.AF_UNIX) as client:
+            child = os.fork()
+            if child == 0:
+                client.connect(str(daemon.socket))
+                os._exit(0)
+            os.waitpid(child, 0)
+            daemon.process.send_signal(signal.SIGCONT)
+            client.settimeout(10)
+            client.sendall(REQUEST % (b"GET /status", b""))
+            assert client.recv(65536).split()[1] == b"200"
+        assert [event["pid"] for event in events_of(daemon, "peer")] == [child]
+        with daemon.client() as certain:
+            certain.status()
+        assert len(events_of(daemon, "peer")) == 1

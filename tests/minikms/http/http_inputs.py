@@ -1,0 +1,201 @@
+"""Bytes that the HTTP engine must refuse, with the status it must answer, and some that it must accept.
+
+Owns: the tables; the tests of the engine send them, and the fuzzer starts from them. Each row is one reason.
+"""
+
+from __future__ import annotations
+
+from tests.minikms.http.http_harness import chunked, get, post, request
+
+TE = "Transfer-Encoding: chunked"
+
+
+def raw(*lines: str | bytes) -> bytes:
+    """Lines joined by CR LF, with the empty line at the end."""
+    return b"\r\n".join(line if isinstance(line, bytes) else line.encode("latin-1") for line in (*lines, "", ""))
+
+
+def posted(body: bytes, *headers: str) -> bytes:
+    return request("POST", "/echo", *headers) + body
+
+
+REFUSED: dict[str, tuple[bytes, int]] = {
+    # versions
+    "HTTP/0.9": (b"GET /echo\r\n", 400),
+    "HTTP/0.9 with headers": (raw("GET /echo", "Host: x"), 400),
+    "HTTP/0.9 by number": (raw("GET /echo HTTP/0.9", "Host: x"), 400),
+    "HTTP/1.2": (raw("GET /echo HTTP/1.2", "Host: x"), 400),
+    "HTTP/1.10": (raw("GET /echo HTTP/1.10", "Host: x"), 400),
+    "HTTP/2.0": (raw("GET /echo HTTP/2.0", "Host: x"), 400),
+    "HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+    "HTTP/3.0": (raw("GET /echo HTTP/3.0", "Host: x"), 400),
+    "version in lower case": (raw("GET /echo http/1.1", "Host: x"), 400),
+    "another protocol": (raw("GET /echo ICE/1.0", "Host: x"), 400),
+    "TLS on a plain socket": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    # request line
+    "empty line first": (b"\r\n" + get("/echo"), 400),
+    "only an empty line": (b"\r\n\r\n", 400),
+    "space first": (b" " + get("/echo"), 400),
+    "two spaces": (raw("GET  /echo HTTP/1.1", "Host: x"), 400),
+    "tab between": (raw("GET\t/echo HTTP/1.1", "Host: x"), 400),
+    "space at the end": (raw("GET /echo HTTP/1.1 ", "Host: x"), 400),
+    "space in the target": (raw("GET /echo now HTTP/1.1", "Host: x"), 400),
+    "no target": (raw("GET HTTP/1.1", "Host: x"), 400),
+    "NUL in the target": (raw("GET /ec\0ho HTTP/1.1", "Host: x"), 400),
+    "control in the target": (raw("GET /ec\x01ho HTTP/1.1", "Host: x"), 400),
+    "DEL in the target": (raw("GET /ec\x7fho HTTP/1.1", "Host: x"), 400),
+    "target not ASCII": (raw("GET /\xe9cho HTTP/1.1", "Host: x"), 400),
+    "fragment": (raw("GET /echo#top HTTP/1.1", "Host: x"), 400),
+    "quote in the target": (raw('GET /"echo" HTTP/1.1', "Host: x"), 400),
+    "absolute-form": (raw("GET http://x/echo HTTP/1.1", "Host: x"), 400),
+    "authority-form": (raw("GET x:80 HTTP/1.1", "Host: x"), 400),
+    "asterisk-form": (raw("OPTIONS * HTTP/1.1", "Host: x"), 400),
+    "relative target": (raw("GET echo HTTP/1.1", "Host: x"), 400),
+    "target too long": (raw("GET /" + "a" * 4096 + " HTTP/1.1", "Host: x"), 414),
+    "target without end": (b"GET /" + b"a" * 20_000, 414),
+    # methods
+    "method in lower case": (raw("get /echo HTTP/1.1", "Host: x"), 405),
+    "CONNECT": (raw("CONNECT x:80 HTTP/1.1", "Host: x"), 405),
+    "TRACE": (raw("TRACE /echo HTTP/1.1", "Host: x"), 405),
+    "unknown method": (raw("BREW /echo HTTP/1.1", "Host: x"), 405),
+    "method of another protocol": (raw("PROPFIND /echo HTTP/1.1", "Host: x"), 405),
+    "method with a NUL": (raw("G\0T /echo HTTP/1.1", "Host: x"), 400),
+    "method with a colon": (raw("GET: /echo HTTP/1.1", "Host: x"), 400),
+    "method without end": (b"A" * 20_000, 414),
+    # line ends
+    "bare LF after the request line": (b"GET /echo HTTP/1.1\nHost: x\r\n\r\n", 400),
+    "bare LF after a header": (b"GET /echo HTTP/1.1\r\nHost: x\nA: b\r\n\r\n", 400),
+    "bare LF at the end": (b"GET /echo HTTP/1.1\r\nHost: x\r\n\n", 400),
+    "only LF": (b"GET /echo HTTP/1.1\nHost: x\n\n", 400),
+    "bare CR in a value": (raw("GET /echo HTTP/1.1", "Host: x", "A: b\rc"), 400),
+    "bare CR in the request line": (raw("GET /echo\r HTTP/1.1", "Host: x"), 400),
+    "CR CR LF": (b"GET /echo HTTP/1.1\r\r\nHost: x\r\n\r\n", 400),
+    # headers
+    "folded line": (raw("GET /echo HTTP/1.1", "Host: x", "A: b", " c"), 400),
+    "folded with a tab": (raw("GET /echo HTTP/1.1", "Host: x", "A: b", "\tc"), 400),
+    "folded first header": (raw("GET /echo HTTP/1.1", " Host: x"), 400),
+    "space before the colon": (raw("GET /echo HTTP/1.1", "Host : x"), 400),
+    "no colon": (raw("GET /echo HTTP/1.1", "Host: x", "A"), 400),
+    "empty name": (raw("GET /echo HTTP/1.1", "Host: x", ": b"), 400),
+    "space in a name": (raw("GET /echo HTTP/1.1", "Host: x", "A b: c"), 400),
+    "name not ASCII": (raw("GET /echo HTTP/1.1", "Host: x", "\xc4: c"), 400),
+    "NUL in a name": (raw("GET /echo HTTP/1.1", "Host: x", "A\0: c"), 400),
+    "NUL in a value": (raw("GET /echo HTTP/1.1", "Host: x", "A: b\0c"), 400),
+    "control in a value": (raw("GET /echo HTTP/1.1", "Host: x", "A: b\x0bc"), 400),
+    "DEL in a value": (raw("GET /echo HTTP/1.1", "Host: x", "A: b\x7fc"), 400),
+    "too many headers": (raw("GET /echo HTTP/1.1", "Host: x", *["A: b"] * 64), 431),
+    "head too large": (raw("GET /echo HTTP/1.1", "Host: x", "A: " + "b" * 17_000), 431),
+    "head without end": (b"GET /echo HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 20_000, 431),
+    "headers without end": (b"GET /echo HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 4000, 431),
+    # Host
+    "no Host": (raw("GET /echo HTTP/1.1", "A: b"), 400),
+    "no header at all": (raw("GET /echo HTTP/1.1"), 400),
+    "Host twice": (raw("GET /echo HTTP/1.1", "Host: x", "Host: x"), 400),
+    "Host twice, other case": (raw("GET /echo HTTP/1.1", "Host: x", "hOST: y"), 400),
+    "Host twice in 1.0": (raw("GET /echo HTTP/1.0", "Host: x", "Host: y"), 400),
+    "Host with a slash": (raw("GET /echo HTTP/1.1", "Host: x/y"), 400),
+    "Host with a user": (raw("GET /echo HTTP/1.1", "Host: u@x"), 400),
+    "Host with a space": (raw("GET /echo HTTP/1.1", "Host: x y"), 400),
+    # length of the body
+    "POST without length": (raw("POST /echo HTTP/1.1", "Host: x"), 411),
+    "PUT without length": (raw("PUT /echo HTTP/1.1", "Host: x"), 411),
+    "Content-Length twice, equal": (posted(b"x", "Content-Length: 1", "Content-Length: 1"), 400),
+    "Content-Length twice, different": (posted(b"xx", "Content-Length: 1", "Content-Length: 2"), 400),
+    "Content-Length list": (posted(b"x", "Content-Length: 1, 1"), 400),
+    "Content-Length negative": (posted(b"x", "Content-Length: -1"), 400),
+    "Content-Length with a plus": (posted(b"x", "Content-Length: +1"), 400),
+    "Content-Length in hexadecimal": (posted(b"x", "Content-Length: 0x1"), 400),
+    "Content-Length with a point": (posted(b"x", "Content-Length: 1.0"), 400),
+    "Content-Length with an underscore": (posted(b"x", "Content-Length: 1_0"), 400),
+    "Content-Length with a space": (posted(b"x", "Content-Length: 1 0"), 400),
+    "Content-Length empty": (posted(b"", "Content-Length:"), 400),
+    "Content-Length in other digits": (posted(b"x", "Content-Length: \xb2"), 400),
+    "Content-Length beyond the bound": (posted(b"x", "Content-Length: 16777217"), 413),
+    "Content-Length of 16 digits": (posted(b"x", "Content-Length: 1000000000000000"), 413),
+    "Content-Length beyond 64 bits": (posted(b"x", "Content-Length: 18446744073709551617"), 400),
+    "Content-Length of 200 digits": (posted(b"x", "Content-Length: " + "9" * 200), 400),
+    "Content-Length and chunked": (posted(b"1\r\nx\r\n0\r\n\r\n", "Content-Length: 1", TE), 400),
+    "chunked and Content-Length": (posted(b"1\r\nx\r\n0\r\n\r\n", TE, "Content-Length: 0"), 400),
+    "unknown coding": (posted(b"x", "Transfer-Encoding: gzip"), 400),
+    "coding after chunked": (posted(b"x", "Transfer-Encoding: chunked, gzip"), 400),
+    "coding before chunked": (posted(b"x", "Transfer-Encoding: gzip, chunked"), 400),
+    "chunked twice": (posted(b"0\r\n\r\n", TE, TE), 400),
+    "chunked twice in a list": (posted(b"0\r\n\r\n", "Transfer-Encoding: chunked, chunked"), 400),
+    "identity coding": (posted(b"x", "Transfer-Encoding: identity"), 400),
+    "almost chunked": (posted(b"0\r\n\r\n", "Transfer-Encoding: xchunked"), 400),
+    "chunked with a control": (posted(b"0\r\n\r\n", "Transfer-Encoding: \x0bchunked"), 400),
+    "chunked with a parameter": (posted(b"0\r\n\r\n", "Transfer-Encoding: chunked;a=b"), 400),
+    "empty coding": (posted(b"", "Transfer-Encoding:"), 400),
+    "chunked in 1.0": (raw("POST /echo HTTP/1.0", "Host: x", TE) + b"0\r\n\r\n", 400),
+    # chunks
+    "chunk extension": (posted(b"1;a=b\r\nx\r\n0\r\n\r\n", TE), 400),
+    "extension of the last chunk": (posted(b"0;a\r\n\r\n", TE), 400),
+    "space after the size": (posted(b"1 \r\nx\r\n0\r\n\r\n", TE), 400),
+    "space before the size": (posted(b" 1\r\nx\r\n0\r\n\r\n", TE), 400),
+    "size missing": (posted(b"\r\nx\r\n", TE), 400),
+    "size with a sign": (posted(b"+1\r\nx\r\n0\r\n\r\n", TE), 400),
+    "size with 0x": (posted(b"0x1\r\nx\r\n0\r\n\r\n", TE), 400),
+    "size not hexadecimal": (posted(b"g\r\n", TE), 400),
+    "size of nine digits": (posted(b"000000001\r\nx\r\n0\r\n\r\n", TE), 400),
+    "size beyond the bound": (posted(b"1000001\r\n", TE), 413),
+    "size of 32 bits": (posted(b"ffffffff\r\n", TE), 413),
+    "bare LF after the size": (posted(b"1\nx\r\n0\r\n\r\n", TE), 400),
+    "bare CR after the size": (posted(b"1\rx\r\n0\r\n\r\n", TE), 400),
+    "chunk longer than its size": (posted(b"1\r\nxy\r\n0\r\n\r\n", TE), 400),
+    "bare LF after the data": (posted(b"1\r\nx\n0\r\n\r\n", TE), 400),
+    "trailer": (posted(b"0\r\nA: b\r\n\r\n", TE), 400),
+    "bare LF at the end of chunks": (posted(b"0\r\n\n", TE), 400),
+    "too many chunks": (posted(b"1\r\nx\r\n" * 16_385, TE), 413),
+    # what the engine does not do
+    "Upgrade": (raw("GET /echo HTTP/1.1", "Host: x", "Connection: Upgrade", "Upgrade: websocket"), 400),
+    "Upgrade to h2c": (
+        raw("GET /echo HTTP/1.1", "Host: x", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c"),
+        400,
+    ),
+    "Upgrade without Connection": (raw("GET /echo HTTP/1.1", "Host: x", "Upgrade: h2c"), 400),
+    "Connection: upgrade alone": (raw("GET /echo HTTP/1.1", "Host: x", "Connection: keep-alive, Upgrade"), 400),
+    "Trailer announced": (posted(b"0\r\n\r\n", TE, "Trailer: A"), 400),
+    "Expect of something else": (posted(b"x", "Content-Length: 1", "Expect: 200-ok"), 417),
+    "Expect twice": (posted(b"x", "Content-Length: 1", "Expect: 100-continue", "Expect: 100-continue"), 400),
+    "compressed body": (posted(b"x", "Content-Length: 1", "Content-Encoding: gzip"), 415),
+    "Content-Type twice": (posted(b"x", "Content-Length: 1", "Content-Type: a/b", "Content-Type: a/b"), 400),
+    "Authorization twice": (get("/echo", "Authorization: a", "Authorization: b"), 400),
+    "X-Request-ID twice": (get("/echo", "X-Request-ID: a", "X-Request-ID: b"), 400),
+    # ends in the middle
+    "end in the request line": (b"GET /ec", 400),
+    "end in the headers": (b"GET /echo HTTP/1.1\r\nHo", 400),
+    "end before the body": (posted(b"", "Content-Length: 3"), 400),
+    "end in the body": (posted(b"xx", "Content-Length: 3"), 400),
+    "end before the chunks": (posted(b"", TE), 400),
+    "end in a chunk": (posted(b"3\r\nxx", TE), 400),
+    "end before the last chunk": (posted(b"3\r\nxxx\r\n", TE), 400),
+}
+
+ACCEPTED: dict[str, bytes] = {
+    "GET": get("/echo"),
+    "GET with a body": request("GET", "/echo", "Content-Length: 1") + b"x",
+    "every method": b"".join(
+        request(m, "/echo", "Content-Length: 0") for m in ("GET", "PUT", "PATCH", "DELETE", "OPTIONS")
+    ),
+    "no space after the colon": raw("GET /echo HTTP/1.1", "Host:x", "Content-Length:0"),
+    "white space around a value": raw("GET /echo HTTP/1.1", "Host: \t x \t ", "Content-Length:  0 "),
+    "empty Host": raw("GET /echo HTTP/1.1", "Host:"),
+    "Host with a port": raw("GET /echo HTTP/1.1", "Host: [::1]:8080"),
+    "empty value": get("/echo", "A:"),
+    "value not ASCII": get("/echo", "A: \xe4"),
+    "repeated list header": get("/echo", "Accept: a/b", "Accept: c/d"),
+    "names in any case": raw("POST /echo HTTP/1.1", "HOST: x", "cOnTent-leNgth: 1") + b"x",
+    "Content-Length with zeros before": posted(b"x", "Content-Length: 0001"),
+    "as many headers as allowed": get("/echo", *["A: b"] * 63),
+    "target as long as allowed": get("/echo?" + "a" * 4090),
+    "every character of a target": get("/echo?-._~!$&'()*+,;=:@%/?"),
+    "chunk sizes in both cases": posted(b"a\r\n0123456789\r\nB\r\n0123456789a\r\n0\r\n\r\n", TE),
+    "chunk size with zeros before": posted(b"00000001\r\nx\r\n000\r\n\r\n", TE),
+    "chunked in capitals": posted(b"0\r\n\r\n", "Transfer-Encoding: CHUNKED"),
+    "identity content": posted(b"x", "Content-Length: 1", "Content-Encoding: identity"),
+    "Expect in capitals": posted(b"x", "Content-Length: 1", "Expect: 100-CONTINUE"),
+    "HTTP/1.0 without Host": b"GET /echo HTTP/1.0\r\n\r\n",
+    "HTTP/1.0 with another expectation's name": raw("GET /echo HTTP/1.0", "Expect: 100-continue"),
+    "binary body": post("/echo", bytes(range(256))),
+    "binary chunks": chunked("/echo", bytes(range(256)), b"\r\n0\r\n\r\n"),
+}

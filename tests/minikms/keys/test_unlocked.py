@@ -1,0 +1,224 @@
+"""The unlocked keyring: which root key opens it, what an alteration does, and what stays in the arena."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from minikms.crypto import aead, labels, roots
+from minikms.crypto.aead import NonceSource
+from minikms.errors import ArenaFullError, DecryptionError, KeyUnreadableError, StartError
+from minikms.keys import keyring
+from minikms.keys.unlocked import UnlockedKeyring
+from minikms.memory.arena import SecretArena, fill_random
+from tests.minikms.keys import keyrings
+from tests.minikms.keys.keyrings import AT, NEW_ROOT, ROOT
+
+
+@pytest.fixture
+def arena() -> Iterator[SecretArena]:
+    with keyrings.arena() as made:
+        yield made
+
+
+def open_bytes(arena: SecretArena, root: bytes, data: bytes) -> tuple[UnlockedKeyring, keyring.Slot]:
+    return UnlockedKeyring.open(arena, memoryview(root), data, nonces=NonceSource().next)
+
+
+def test_the_same_keys_come_out_of_the_file_that_went_in(arena: SecretArena) -> None:
+    unlocked = keyrings.fresh(arena)
+    again, slot = keyrings.reopened(arena, unlocked)
+    assert slot.slot_id == "s1"
+    assert bytes(again.kek(1)) == bytes(unlocked.kek(1)) != bytes(32)
+    assert [bytes(part) for part in again.audit_key(1)] == [bytes(part) for part in unlocked.audit_key(1)]
+
+
+def test_a_keyring_of_an_unknown_provider_opens(arena: SecretArena) -> None:
+    """A later version may know more providers, and the name is for people only."""
+    unlocked = keyrings.fresh(arena)
+    slot = msgspec.structs.replace(unlocked.body.slots[0], provider="tpm2-0123456789-0123456789-01234")
+    keyrings.adopt(unlocked, keyring.next_epoch(unlocked.body, at=AT, slots=(slot,)))
+    assert keyrings.reopened(arena, unlocked)[1] == slot
+
+
+def test_the_error_for_a_wrong_root_names_both_fingerprints(arena: SecretArena) -> None:
+    unlocked = keyrings.fresh(arena)
+    with pytest.raises(StartError, match="wrong root key") as refused:
+        keyrings.reopened(arena, unlocked, NEW_ROOT)
+    assert roots.fingerprint(memoryview(NEW_ROOT)) in str(refused.value)
+    assert roots.fingerprint(memoryview(ROOT)) in str(refused.value)
+
+
+def test_a_root_that_was_rotated_away_is_refused_with_the_date(arena: SecretArena) -> None:
+    unlocked = keyrings.fresh(arena)
+    keyrings.rotate(unlocked, NEW_ROOT)
+    body = unlocked.body
+    keyrings.adopt(unlocked, keyring.drop_slots_except(body, body.slots[-1].slot_id, at="2026-12-01T08:30:00Z"))
+    keyrings.reopened(arena, unlocked, NEW_ROOT)
+    with pytest.raises(StartError, match="rotated away on 2026-12-01T08:30:00Z") as refused:
+        keyrings.reopened(arena, unlocked, ROOT)
+    assert roots.fingerprint(memoryview(NEW_ROOT)) in str(refused.value)
+
+
+def test_during_a_root_rotation_both_roots_open_both_keks(arena: SecretArena) -> None:
+    unlocked = keyrings.fresh(arena)
+    keyrings.begin(unlocked, NEW_ROOT)
+    for root in (ROOT, NEW_ROOT):
+        again, _ = keyrings.reopened(arena, unlocked, root)
+        assert bytes(again.kek(1)) == bytes(unlocked.kek(1))
+        assert bytes(again.kek(2)) == bytes(unlocked.kek(2))
+
+
+def test_a_new_root_brings_a_new_keyring_key_and_a_kek_rotation_alone_does_not(arena: SecretArena) -> None:
+    unlocked = keyrings.fresh(arena)
+    first = bytes(unlocked._keyring_key.view)
+    keyrings.rotate(unlocked)
+    assert bytes(unlocked._keyring_key.view) == first
+    keyrings.rotate(unlocked, NEW_ROOT)
+    assert bytes(unlocked._keyring_key.view) != first
+
+
+def test_an_old_root_and_an_old_keyring_open_nothing_of_a_later_keyring(arena: SecretArena) -> None:
+    """With the old keyring key, neither a KEK nor the tag of a keyring after the root's rotation opens."""
+    unlocked = keyrings.fresh(arena)
+    leaked, _ = keyrings.reopened(arena, unlocked)
+    keyrings.rotate(unlocked, NEW_ROOT)
+    body = unlocked.body
+    keyrings.adopt(unlocked, keyring.drop_slots_except(body, body.slots[-1].slot_id, at=AT))
+    later, _, tag = keyring.parse_file(unlocked.encode(unlocked.body))
+    leaked_key = leaked._keyring_key.view
+    with pytest.raises(DecryptionError):
+        aead.check_authentic(leaked_key, tag, labels.aad(labels.KEYRING, keyring.encode_body(later)))
+    target = memoryview(bytearray(32))
+    for kek in later.keks:
+        aad = labels.aad(labels.KEK, later.keyring_id.encode(), labels.number(kek.version))
+        with pytest.raises(DecryptionError):
+            aead.open_into(leaked_key, kek.wrapped, aad, target)
+
+
+def test_five_roots_in_a_row_each_open_until_they_are_dropped(arena: SecretArena) -> None:
+    unlocked = keyrings.fresh(arena)
+    roots = [ROOT, *(bytes([number]) * 32 for number in range(1, 5))]
+    for root in roots[1:]:
+        keyrings.rotate(unlocked, root)
+    for root in roots:
+        again, _ = keyrings.reopened(arena, unlocked, root)
+        assert bytes(again.kek(5)) == bytes(unlocked.kek(5))
+        again.release()
+
+
+# --- alterations ------------------------------------------------------------------------------------------------------
+
+
+def flipped(text: str) -> str:
+    return ("A" if text[0] != "A" else "B") + text[1:]
+
+
+def swap_keks(body: Any) -> None:
+    first, second = body["keks"]
+    first["wrapped"], second["wrapped"] = second["wrapped"], first["wrapped"]
+
+
+ALTERATIONS: dict[str, Callable[[Any], None]] = {
+    "a lower epoch": lambda body: body.update(epoch=body["epoch"] - 1),
+    "a tombstone taken out": lambda body: body.pop("tombstones"),
+    "a KEK version made active": lambda body: body["keks"][0].update(created_at="2020-01-01T00:00:00Z"),
+    "fewer wraps": lambda body: body["keks"][0].update(wraps_reserved=0, retired_at=""),
+    "two KEKs swapped": swap_keks,
+    "a foreign keyring id": lambda body: body.update(keyring_id="kr_other"),
+    "an audit key's public part": lambda body: body["audit_keys"][0].update(
+        public_key=flipped(body["audit_keys"][0]["public_key"])
+    ),
+    "a retired root's date": lambda body: body.update(updated_at="2027-01-01T00:00:00Z"),
+}
+
+
+@pytest.mark.parametrize("what", ALTERATIONS)
+def test_an_altered_body_does_not_open_under_the_right_root(arena: SecretArena, what: str) -> None:
+    unlocked = keyrings.fresh(arena)
+    keyrings.rotate(unlocked)
+    keyrings.adopt(unlocked, keyring.add_tombstone(unlocked.body, "k_" + "0" * 26, at=AT))
+    file = json.loads(unlocked.encode(unlocked.body))
+    ALTERATIONS[what](file["body"])
+    used = arena.in_use
+    with pytest.raises(StartError, match="altered or is damaged"):
+        open_bytes(arena, ROOT, json.dumps(file).encode())
+    assert arena.in_use == used
+
+
+def test_a_slot_that_commits_to_another_root_is_refused_before_it_is_opened(arena: SecretArena) -> None:
+    """GCM alone could be made to open under two roots."""
+    unlocked = keyrings.fresh(arena)
+    file = json.loads(unlocked.encode(unlocked.body))
+    slot = file["body"]["slots"][0]
+    slot["commitment"] = flipped(slot["commitment"])
+    with pytest.raises(StartError, match="does not belong to this root key"):
+        open_bytes(arena, ROOT, json.dumps(file).encode())
+
+
+def test_the_tag_of_an_older_keyring_does_not_match_a_newer_body(arena: SecretArena) -> None:
+    unlocked = keyrings.fresh(arena)
+    old = json.loads(unlocked.encode(unlocked.body))
+    keyrings.adopt(unlocked, keyring.next_epoch(unlocked.body, at=AT))
+    new = json.loads(unlocked.encode(unlocked.body))
+    with pytest.raises(StartError, match="altered"):
+        open_bytes(arena, ROOT, json.dumps(new | {"tag": old["tag"]}).encode())
+
+
+# --- the arena --------------------------------------------------------------------------------------------------------
+
+
+def test_releasing_gives_every_slot_back(arena: SecretArena) -> None:
+    unlocked = keyrings.fresh(arena)
+    keyrings.rotate(unlocked, NEW_ROOT)
+    assert arena.in_use == 1 + 2 + 2
+    unlocked.release()
+    assert arena.in_use == 0
+
+
+def test_a_destroyed_kek_is_neither_opened_nor_found(arena: SecretArena) -> None:
+    unlocked = keyrings.fresh(arena)
+    keyrings.rotate(unlocked)
+    keyrings.adopt(unlocked, keyring.destroy_kek(unlocked.body, 1, at=AT))
+    unlocked.forget_kek(1)
+    again, _ = keyrings.reopened(arena, unlocked)
+    for one in (unlocked, again):
+        with pytest.raises(KeyUnreadableError, match="KEK version 1"):
+            one.kek(1)
+
+
+def test_a_new_keyring_key_without_a_durable_body_is_zeroed(arena: SecretArena) -> None:
+    unlocked = keyrings.fresh(arena)
+    before, used = unlocked.encode(unlocked.body), arena.in_use
+    unlocked.make_root(memoryview(NEW_ROOT), "request", fill_random, slot_id="s2", at=AT)
+    unlocked.settle()
+    assert arena.in_use == used
+    again, _ = open_bytes(arena, ROOT, before)
+    assert bytes(again._keyring_key.view) == bytes(unlocked._keyring_key.view)
+
+
+@pytest.mark.parametrize("slots", range(1, 8))
+def test_an_arena_that_is_too_small_is_refused_and_left_empty(slots: int) -> None:
+    with keyrings.arena(64) as roomy:
+        unlocked = keyrings.fresh(roomy)
+        keyrings.rotate(unlocked, NEW_ROOT)
+        data = unlocked.encode(unlocked.body)
+    with SecretArena(slots, force_fallback=True) as small:
+        needed = 1 + 2 + 2  # the keyring key, two KEKs, an audit key and its seed
+        if slots >= needed:
+            open_bytes(small, ROOT, data)
+            return
+        with pytest.raises(ArenaFullError):
+            open_bytes(small, ROOT, data)
+        assert small.in_use == 0
+
+
+def test_nothing_shows_a_key_in_its_representation(arena: SecretArena) -> None:
+    unlocked = keyrings.fresh(arena)
+    shown = repr(unlocked) + str(unlocked)
+    assert bytes(unlocked.kek(1)).hex() not in shown
+    assert unlocked.body.keyring_id in shown

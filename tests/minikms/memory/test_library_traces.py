@@ -1,0 +1,102 @@
+"""What the libraries leave in memory of a key after one call: the measurements that the design is based on.
+
+Each is made in a small process, so that a different behaviour of a new library version is found here first.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from tests import needs
+from tests.minikms.memory import scanner
+
+USES = {
+    "AES-GCM": "AESGCM(slot.view).encrypt(bytes(12), b'text' * 50, b'aad')",
+    "AES-GCM of a bad tag": "refused(lambda: AESGCM(slot.view).decrypt(bytes(12), bytes(200), b'aad'))",
+    "unwrapping into the arena": "AESGCM(other.view).decrypt_into(bytes(12), sealed, b'aad', slot.view)",
+    "wrapping from the arena": "AESGCM(other.view).encrypt(bytes(12), slot.view, b'aad')",
+    "HMAC": "hmac.digest(slot.view, b'text' * 50, 'sha256')",
+    "HMAC of many texts": "macs_of(HMAC(slot.view, SHA256()), b'text' * 50)",
+    "Ed25519 signing": "Ed25519PrivateKey.from_private_bytes(slot.view).sign(b'text' * 50)",
+    "Ed25519 public key": "Ed25519PrivateKey.from_private_bytes(slot.view).public_key().public_bytes_raw()",
+}
+CHILD = textwrap.dedent("""
+    import hmac, sys
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.hmac import HMAC
+    from minikms.crypto.aead import scrub_stack
+    from minikms.memory import SecretArena, fill_random
+
+    def refused(call):
+        try:
+            call()
+        except InvalidTag:
+            return
+
+    def macs_of(keyed, text):
+        for _ in range(9):
+            copy = keyed.copy()
+            copy.update(text)
+            copy.finalize()
+
+    arena = SecretArena(4)
+    slot, other = arena.allocate(), arena.allocate()
+    fill_random(other.view)
+    masked = bytes.fromhex(sys.stdin.readline())
+    for index, byte in enumerate(masked):
+        slot.view[index] = byte ^ 0x5A
+    sealed = AESGCM(other.view).encrypt(bytes(12), slot.view, b"aad")
+    for _ in range(100):
+        {use}
+    {scrub}
+    sys.stdout.write("ready\\n")
+    sys.stdout.flush()
+    sys.stdin.readline()
+""")
+
+
+def traces_of(use: str, *, scrub: bool) -> set[str]:
+    """In which regions root finds the key after a hundred uses of it."""
+    needs.root()
+    key = os.urandom(32)
+    code = CHILD.replace("{use}", use).replace("{scrub}", "scrub_stack()" if scrub else "pass")
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(bytes(byte ^ 0x5A for byte in key).hex() + "\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "ready\n"
+        needles = scanner.forms_of("key", key) + scanner.ed25519_forms("key", key)
+        report = scanner.scan_process(process.pid, needles)
+        process.kill()
+    return {hit.where.split()[-1] for hit in report.hits}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_no_key_remains_after_a_call_when_the_stack_is_scrubbed(use: str) -> None:
+    assert traces_of(USES[use], scrub=True) == set()
+
+
+def test_the_stack_has_to_be_scrubbed() -> None:
+    """A key that was unwrapped stays there; if this fails, scrubbing has lost its reason.
+
+    The last key schedule stays there too, until a call that happens to be as deep overwrites it.
+    """
+    assert traces_of(USES["unwrapping into the arena"], scrub=False) == {"[stack]"}
+
+
+def test_a_cipher_object_that_is_kept_would_be_found() -> None:
+    assert traces_of("kept = AESGCM(slot.view)", scrub=True) != set()
+
+
+def test_an_hmac_object_that_is_kept_would_be_found() -> None:
+    assert traces_of("kept = HMAC(slot.view, SHA256())", scrub=True) != set()

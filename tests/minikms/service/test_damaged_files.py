@@ -1,0 +1,214 @@
+"""Damaged, swapped, foreign and outdated files: each is found and named, and harms nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness.live_daemon import LiveDaemon
+from tests.minikms.service.asking import ask, encrypted, events, new_key, post, status
+
+
+def stop(daemon: LiveDaemon) -> None:
+    daemon.process.terminate()
+    assert daemon.process.wait(20) == 0
+
+
+def indexed(daemon: LiveDaemon) -> Any:
+    """The status once every file was looked at."""
+    deadline = time.monotonic() + 20
+    while (told := status(daemon))["keys"]["indexing"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return told
+
+
+def opens(daemon: LiveDaemon, key_id: str, sealed: str) -> bool:
+    answer = post(daemon, "/decrypt", {"key_id": key_id, "ciphertext": sealed})
+    assert answer.status == 200 or answer.code == "key_unreadable", answer
+    return answer.status == 200
+
+
+def refused_start(daemon: LiveDaemon, *flags: str) -> str:
+    """What a start says that is refused; it must end by itself."""
+    command = [*daemon._command, *flags]
+    done = subprocess.run(command, env=daemon._environ, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 2, done.stderr
+    return done.stderr
+
+
+def reduced(text: bytes, **changes: object) -> bytes:
+    return json.dumps(json.loads(text) | changes).encode()
+
+
+DAMAGES: dict[str, tuple[Callable[[bytes, bytes], bytes], str]] = {
+    "empty": (lambda own, other: b"", "damaged"),
+    "truncated": (lambda own, other: own[: len(own) // 2], "damaged"),
+    "a flipped bit": (lambda own, other: own.replace(b'"wrapped":"', b'"wrapped":"AAAA', 1)[:-4] + b"\n", "damaged"),
+    "another key's file": (lambda own, other: other, "another key's record"),
+    "another key's file under its own name": (
+        lambda own, other: reduced(other, id=json.loads(own)["id"]),
+        "does not unwrap",
+    ),
+    "moved to another thread": (lambda own, other: reduced(own, thread_id="mine"), "does not unwrap"),
+    "an unknown format version": (lambda own, other: reduced(own, format=2), "format version 2"),
+    "a field of a later version": (lambda own, other: reduced(own, quorum=2), "unknown format version"),
+    "another installation's": (lambda own, other: reduced(own, wrapped="A" * 80), "another installation"),
+    "a KEK version that was never made": (lambda own, other: reduced(own, kek_version=9), "KEK version 9"),
+    "too large": (lambda own, other: own + b" " * 20_000, "can't be read"),
+}
+
+
+def test_each_kind_of_damage_is_named_and_no_other_key_is_harmed(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path) as daemon:
+        sealed = {key_id: encrypted(daemon, key_id) for key_id in (new_key(daemon) for _ in range(len(DAMAGES) + 3))}
+        damaged = dict(zip(DAMAGES, list(sealed)[3:], strict=True))
+        sound = list(sealed)[:3]
+        folder = daemon.data_dir / "kms-deks"
+        files = {key_id: (folder / f"{key_id}.json").read_bytes() for key_id in sealed}
+        stop(daemon)
+        for what, key_id in damaged.items():
+            (folder / f"{key_id}.json").write_bytes(DAMAGES[what][0](files[key_id], files[sound[0]]))
+        (folder / "README").write_text("not a key")
+        (folder / f".{sound[0]}.json.swp").write_bytes(b"an editor's")
+        daemon.start()
+
+        for what, key_id in damaged.items():
+            answer = post(daemon, "/decrypt", {"key_id": key_id, "ciphertext": sealed[key_id]})
+            assert (answer.status, answer.code) == (503, "key_unreadable"), what
+        assert all(opens(daemon, key_id, sealed[key_id]) for key_id in sound)
+        told = indexed(daemon)
+        for what, key_id in damaged.items():
+            assert DAMAGES[what][1] in told["keys"]["unreadable_files"].pop(key_id), what
+        assert told["keys"]["unreadable_files"] == {}
+        assert told["keys"]["unreadable"] == len(damaged)
+        assert any(f"{len(damaged)} key files can't be read" in warning for warning in told["warnings"])
+
+        # A rotation neither stops for them nor takes their KEK away; mended, they are as they were.
+        assert post(daemon, "/rotate_kek", {}).body["rewrapped"] == len(sound)
+        assert post(daemon, "/kek/prune", {"backups": True}).body["destroyed"] == []
+        assert events(daemon, "rotate_kek_done")[-1]["facts"]["unreadable"] == len(damaged)
+        for key_id in damaged.values():
+            (folder / f"{key_id}.json").write_bytes(files[key_id])
+        assert all(opens(daemon, key_id, sealed[key_id]) for key_id in sealed)
+        assert status(daemon)["keys"]["unreadable"] == 0
+
+
+def test_a_link_or_a_pipe_in_the_place_of_a_key_is_not_followed_and_blocks_nothing(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path) as daemon:
+        linked, piped, sound = (new_key(daemon) for _ in range(3))
+        sealed = encrypted(daemon, sound)
+        stop(daemon)
+        folder = daemon.data_dir / "kms-deks"
+        for key_id in (linked, piped):
+            (folder / f"{key_id}.json").rename(tmp_path / f"{key_id}.json")
+        (folder / f"{linked}.json").symlink_to(tmp_path / f"{linked}.json")
+        os.mkfifo(folder / f"{piped}.json")
+        daemon.start()
+        for key_id in (linked, piped):
+            assert post(daemon, "/encrypt", {"key_id": key_id, "plaintext": ""}).code == "key_unreadable"
+        assert opens(daemon, sound, sealed)
+        assert indexed(daemon)["keys"]["unreadable"] == 2
+
+
+# --- the keyring ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda path: path.write_bytes(b""), "damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "damaged"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b'"version":1', b'"version":2', 1)), "version 2"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b'"epoch":', b'"epoch":1')), "altered"),
+        (lambda path: path.unlink(), "is missing"),
+    ],
+)
+def test_a_keyring_that_is_not_whole_is_refused_and_nothing_is_made_in_its_place(
+    tmp_path: Path, spoil: Callable[[Path], None], why: str
+) -> None:
+    with LiveDaemon(tmp_path) as daemon:
+        new_key(daemon)
+        stop(daemon)
+        path = daemon.data_dir / "keyring.json"
+        whole = path.read_bytes()
+        spoil(path)
+        spoilt = path.read_bytes() if path.exists() else None
+        assert why in refused_start(daemon)
+        assert (path.read_bytes() if path.exists() else None) == spoilt
+        path.write_bytes(whole)
+        daemon.start()
+
+
+def test_the_root_key_shows_a_keyring_of_another_installation(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with LiveDaemon(tmp_path / "one") as one, LiveDaemon(tmp_path / "two") as two:
+        stop(one)
+        stop(two)
+        (one.data_dir / "keyring.json").write_bytes((two.data_dir / "keyring.json").read_bytes())
+        assert "wrong root key" in refused_start(one)
+
+
+def test_a_keyring_older_than_the_audit_log_tells_is_refused_until_it_is_accepted(tmp_path: Path) -> None:
+    """It does not know what was made and destroyed since: a key that it does not know as destroyed would open again."""
+    with LiveDaemon(tmp_path) as daemon:
+        key_id, kept = new_key(daemon), new_key(daemon)
+        sealed = encrypted(daemon, kept)
+        older = (daemon.data_dir / "keyring.json").read_bytes()
+        post(daemon, f"/keys/{key_id}/retire", {})
+        post(daemon, f"/keys/{key_id}/destroy", {"key_id": key_id})
+        newest = status(daemon)["epoch"]
+        daemon.kill()  # also without a last line
+        (daemon.data_dir / "keyring.json").write_bytes(older)
+        text = refused_start(daemon)
+        assert f"the log has {newest}" in text
+        assert "--accept-restore" in text
+        assert (daemon.data_dir / "keyring.json").read_bytes() == older
+
+        command = daemon._command
+        daemon._command = [*command, "--accept-restore"]
+        daemon.start()
+        told = status(daemon)
+        assert told["epoch"] > newest
+        assert opens(daemon, kept, sealed)
+        uses = ask(daemon, "GET", f"/keys/{kept}").body["uses_max"]
+        assert uses >= 2**30
+        assert told["keks"][0]["wraps_reserved"] >= 2**26
+        facts = events(daemon, "start")[-1]["facts"]
+        assert facts["epoch_before"] == newest
+        assert facts["restore_accepted"] < newest
+        # The flag left in place counts nothing twice, and later starts need it no more.
+        for flags in (["--accept-restore"], []):
+            stop(daemon)
+            daemon._command = [*command, *flags]
+            daemon.start()
+        assert ask(daemon, "GET", f"/keys/{kept}").body["uses_max"] < uses + 2**20
+        assert status(daemon)["epoch"] > told["epoch"]
+
+
+def test_an_older_keyring_and_an_older_log_with_newer_keys_isolates_those(tmp_path: Path) -> None:
+    """Nothing in the directory tells of the epoch then; what the older keyring can't open is named."""
+    with LiveDaemon(tmp_path) as daemon:
+        before = new_key(daemon)
+        stop(daemon)
+        names = ("keyring.json", "minikms-audit.log")
+        older = {name: (daemon.data_dir / name).read_bytes() for name in names}
+        daemon.start()
+        post(daemon, "/rotate_kek", {})
+        after = new_key(daemon)
+        stop(daemon)
+        for name, content in older.items():
+            (daemon.data_dir / name).write_bytes(content)
+        daemon.start()
+        told = indexed(daemon)
+        assert set(told["keys"]["unreadable_files"]) == {before, after}
+        assert all("the keyring is older than the key" in why for why in told["keys"]["unreadable_files"].values())
+        encrypted(daemon, new_key(daemon))

@@ -1,0 +1,439 @@
+"""Every answer that docs/minikms-openapi.yaml describes is got from a live daemon, by its code, and no other is got."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import resource
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from minikms import api
+from tests import needs
+from tests.harness import documented
+from tests.harness.documented import Pair
+from tests.harness.live_daemon import LiveDaemon
+from tests.minikms.service import faulty_daemon
+from tests.minikms.service.asking import NO_KEY, Connection, b64
+
+DOCUMENT = yaml.safe_load((Path(__file__).parents[3] / "docs" / "minikms-openapi.yaml").read_text())
+LAUNCHER = (str(Path(__file__).with_name("faulty_daemon.py")),)
+REFUSED_UID = "45678"
+WAIT_S_MAX = 20.0
+
+
+class Told(NamedTuple):
+    operation: str
+    status: int
+    code: str
+
+
+def _said(pair: Pair) -> Any:
+    method, path = pair.operation.split(" ", 1)
+    return DOCUMENT["paths"][path][method.lower()]["responses"][str(pair.status)]
+
+
+PAIRS = sorted(documented.pairs(DOCUMENT))
+TOLD = sorted(
+    Told(pair.operation, pair.status, code)
+    for pair in PAIRS
+    if pair.status >= 400
+    for code in re.findall(r"`([a-z_]+)`", _said(pair)["description"])
+)
+VERBS = sorted({pair.operation for pair in PAIRS} - {"GET /health"})
+CROWDED = (503, api.CODE_TOO_MANY)
+"""Of a connection, whatever it asks."""
+
+
+class Reply(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def code(self) -> str:
+        return str(json.loads(self.body).get("code", self.body))
+
+
+class Ask(NamedTuple):
+    method: str
+    target: str
+    body: Any = None
+    """Bytes as they are, anything else as JSON."""
+
+
+class World:
+    """A daemon with faults on demand, one that does not know us, and one for which we have no role."""
+
+    def __init__(self, directory: Path, daemon: LiveDaemon, refusing: LiveDaemon, roleless: LiveDaemon) -> None:
+        self.daemon, self.refusing, self.roleless = daemon, refusing, roleless
+        self._fault = directory / "fault"
+        self.destroyed = self.key()
+        self(Ask("POST", f"/keys/{self.destroyed}/retire"))
+        assert self(Ask("POST", f"/keys/{self.destroyed}/destroy", {"key_id": self.destroyed})).status == 200
+
+    def __call__(self, ask: Ask, daemon: LiveDaemon | None = None) -> Reply:
+        sent = ask.body if isinstance(ask.body, bytes) or ask.body is None else json.dumps(ask.body).encode()
+        with contextlib.closing(Connection((daemon or self.daemon).socket)) as connection:
+            connection.request(ask.method, ask.target, sent)
+            answered = connection.getresponse()
+            return Reply(answered.status, {k.lower(): v for k, v in answered.getheaders()}, answered.read())
+
+    def raw(self, request: bytes, daemon: LiveDaemon | None = None) -> Reply:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(30)
+            connection.connect(str((daemon or self.daemon).socket))
+            connection.sendall(request)
+            answered = http.client.HTTPResponse(connection)
+            answered.begin()
+            return Reply(answered.status, {k.lower(): v for k, v in answered.getheaders()}, answered.read())
+
+    @contextlib.contextmanager
+    def fault(self, word: str) -> Iterator[None]:
+        self._fault.write_text(word)
+        try:
+            yield
+        finally:
+            self._fault.unlink()
+
+    @contextlib.contextmanager
+    def full_log(self) -> Iterator[None]:
+        """The kernel lets the daemon write no file any more."""
+        before = resource.prlimit(self.daemon.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(self.daemon.pid, resource.RLIMIT_FSIZE, (0, before[1]))
+        try:
+            yield
+        finally:
+            resource.prlimit(self.daemon.pid, resource.RLIMIT_FSIZE, before)
+            self.until(lambda: self(Ask("GET", "/status")).status == 200)
+
+    def until(self, wanted: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + WAIT_S_MAX
+        while not wanted():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def crowded(self) -> Reply:
+        """The answer to a connection before its request, when the limit of connections is reached by silent ones."""
+        with needs.descriptors(api.CONNECTIONS_MAX + 256), contextlib.ExitStack() as opened:
+            for _ in range(api.CONNECTIONS_MAX):
+                one = opened.enter_context(socket.socket(socket.AF_UNIX))
+                one.connect(str(self.daemon.socket))
+            time.sleep(0.5)  # until all are accepted
+            reply = self.raw(b"")
+        self.until(lambda: self(Ask("GET", "/health")).status == 200)
+        return reply
+
+    # --- what there is --------------------------------------------------------------------------------------------
+    def key(self, thread_id: str = "t", **more: str) -> str:
+        made = self(Ask("POST", "/create_dek_for_thread", {"thread_id": thread_id, **more}))
+        return str(json.loads(made.body)["key_id"])
+
+    def retired(self, **more: str) -> str:
+        key_id = self.key(**more)
+        assert self(Ask("POST", f"/keys/{key_id}/retire")).status == 200
+        return key_id
+
+    def restart(self) -> None:
+        self.daemon.kill()
+        self.daemon.start()
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for the end of a rotation."""
+        self.until(lambda: self.rotation is None)
+
+    @property
+    def rotation(self) -> Any:
+        return json.loads(self(Ask("GET", "/status")).body)["rotation"]
+
+    @contextlib.contextmanager
+    def unreadable(self) -> Iterator[str]:
+        """A key whose file is damaged; put right again, for it keeps its KEK from being destroyed."""
+        key_id = self.key()
+        file = self.daemon.data_dir / "kms-deks" / f"{key_id}.json"
+        content = file.read_bytes()
+        file.write_bytes(b"{}")
+        self.restart()
+        try:
+            yield key_id
+        finally:
+            file.write_bytes(content)
+            self.restart()
+
+    def sealed(self, key_id: str) -> str:
+        made = self(Ask("POST", "/encrypt", {"key_id": key_id, "plaintext": b64(b"text")}))
+        return str(json.loads(made.body)["ciphertext"])
+
+    # --- good requests --------------------------------------------------------------------------------------------
+    def good(self, operation: str, key_id: str = "") -> Ask:
+        """Of `key_id`, whatever that is, or of a key that is made for it."""
+        method, path = operation.split(" ", 1)
+        given = bool(key_id)
+        if path in ("/health", "/status", "/metrics", "/keys"):
+            return Ask(method, path)
+        if path == "/random":
+            return Ask(method, path, {"count": 16})
+        if path == "/kek/prune":
+            self(Ask("POST", "/rotate_kek", {}))  # there is a version to destroy then
+            return Ask(method, path, {"backups": True})
+        if path == "/create_dek_for_thread":
+            return Ask(method, path, {"thread_id": "t", **({"replaces": key_id} if key_id else {})})
+        if path == "/rotate_kek":
+            sample = {"key_id": key_id, "ciphertext": b64(bytes(28))}
+            return Ask(method, path, {"verify": [sample]} if key_id else {})
+        if path == "/generate_data_key":
+            return Ask(method, path, {"key_id": key_id or self.key(purpose="data")})
+        if path.endswith("/destroy"):
+            key_id = key_id or self.retired()
+            return Ask(method, path.format(key_id=key_id), {"key_id": key_id})
+        key_id = key_id or self.key()
+        if path == "/get_wrapped":
+            return Ask(method, f"{path}?key_id={key_id}")
+        bodies = {
+            "/encrypt": {"key_id": key_id, "plaintext": b64(b"text")},
+            "/decrypt": {"key_id": key_id, "ciphertext": ""},
+            "/encrypt_batch": {"items": [{"key_id": key_id, "plaintext": b64(b"text")}]},
+            "/decrypt_batch": {"items": [{"key_id": key_id, "ciphertext": ""}]},
+            "/reencrypt_batch": {"from_key_id": key_id, "to_key_id": key_id, "items": [{"ciphertext": ""}]},
+            "/check_batch": {"key_id": key_id, "items": [{"ciphertext": ""}]},
+        }
+        body: Any = bodies.get(path)
+        if path in ("/decrypt", "/decrypt_batch"):
+            item = body if path == "/decrypt" else body["items"][0]
+            item["ciphertext"] = _JUNK if given else self.sealed(key_id)
+        elif path == "/reencrypt_batch" and not given:
+            body["items"][0]["ciphertext"] = self.sealed(key_id)
+            body["to_key_id"] = self.key()
+        elif path == "/check_batch" and not given:
+            body["items"].append({"ciphertext": self.sealed(key_id)})
+        return Ask(method, path.format(key_id=key_id), body)
+
+
+def _purpose(operation: str) -> dict[str, str]:
+    return {"purpose": "data"} if "data_key" in operation else {}
+
+
+_JUNK = b64(bytes(28))
+
+
+# --- provocations -----------------------------------------------------------------------------------------------------
+def malformed(world: World, operation: str) -> Reply:
+    """No JSON, a parameter that the verb does not take, or, where it takes nothing, no HTTP."""
+    method, path = operation.split(" ", 1)
+    if path in ("/status", "/metrics"):
+        return world.raw(b"GET %b HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n" % path.encode())
+    ask = world.good(operation)
+    if path == "/keys/{key_id}":
+        return world(ask._replace(target="/keys/nothing"))
+    return world(ask._replace(body=b"{") if method == "POST" else ask._replace(target=f"{path}?other=1"))
+
+
+def unopened(world: World, operation: str) -> Reply:
+    return world(world.good(operation, world.key())._replace(body=_with_junk(operation, world.key())))
+
+
+def _with_junk(operation: str, key_id: str) -> Any:
+    item = {"key_id": key_id, "ciphertext": _JUNK}
+    return {"verify": [item]} if operation.endswith("rotate_kek") else item
+
+
+def of_unreadable_key(world: World, operation: str) -> Reply:
+    with world.unreadable() as key_id:
+        return world(world.good(operation, key_id))
+
+
+def of_other_thread(world: World, operation: str) -> Reply:
+    other = world.key("other")
+    ask = world.good(operation, other if "create" in operation else "")
+    if operation == "POST /reencrypt_batch":
+        return world(ask._replace(body={**ask.body, "to_key_id": other}))
+    return world(ask._replace(body={**ask.body, "thread_id": "not-its"}))
+
+
+def of_retired_key(world: World, operation: str) -> Reply:
+    retired = world.retired(**_purpose(operation))
+    ask = world.good(operation)
+    name = "to_key_id" if "reencrypt" in operation else "replaces" if "create" in operation else "key_id"
+    return world(ask._replace(body={**ask.body, name: retired}))
+
+
+def of_another_purpose(world: World, operation: str) -> Reply:
+    if operation == "POST /reencrypt_batch":
+        ask = world.good(operation)
+        return world(ask._replace(body={**ask.body, "to_key_id": world.key(purpose="data")}))
+    return world(world.good(operation, world.key()))
+
+
+def conflicting(world: World, operation: str) -> Reply:
+    if operation == "POST /create_dek_for_thread":
+        return world(world.good(operation, world.key(purpose="data")))
+    if operation.endswith("/destroy"):
+        return world(world.good(operation, world.key()))  # it is active
+    with world.fault(faulty_daemon.STUCK):
+        begun = world(Ask("POST", "/rotate_kek", {"new_kek_hex": os.urandom(32).hex(), "wait": False}))
+        assert begun.status == 202, begun
+        reply = world(world.good(operation))
+    world.settle()
+    return reply
+
+
+def too_large(world: World, operation: str) -> Reply:
+    path = world.good(operation).target
+    length = api.BODY_BYTES_MAX + 1
+    return world.raw(b"POST %b HTTP/1.1\r\nHost: kms\r\nContent-Length: %d\r\n\r\n" % (path.encode(), length))
+
+
+def too_many(world: World, operation: str) -> Reply:
+    ask = world.good(operation)
+    if operation == "POST /rotate_kek":
+        return world(ask._replace(body={"verify": [{"key_id": NO_KEY, "ciphertext": _JUNK}] * 65}))
+    return world(ask._replace(body={**ask.body, "items": ask.body["items"] * (api.BATCH_ITEMS_MAX + 1)}))
+
+
+def under(word: str) -> Callable[[World, str], Reply]:
+    def asked(world: World, operation: str) -> Reply:
+        ask = world.good(operation)
+        if word != faulty_daemon.DEFECT:
+            world.restart()  # no key is open, and none has uses left that were reserved
+        with world.fault(word):
+            return world(ask)
+
+    return asked
+
+
+def unwritten(world: World, operation: str) -> Reply:
+    ask = world.good(operation)
+    with world.full_log():
+        return world(ask)
+
+
+def while_stopping(world: World, operation: str) -> Reply:
+    ask = world.good(operation)
+    try:
+        with ThreadPoolExecutor(1) as other, world.fault(faulty_daemon.STUCK):
+            waiting = other.submit(world, ask)
+            world.until(lambda: world.rotation is not None)
+            world.daemon.process.terminate()
+            return waiting.result()
+    finally:
+        world.daemon.process.wait(WAIT_S_MAX)
+        world.restart()
+
+
+PROVOKED: dict[str, Callable[[World, str], Reply]] = {
+    api.CODE_INVALID_REQUEST: malformed,
+    api.CODE_DECRYPTION_FAILED: unopened,
+    api.CODE_UNAUTHORIZED: lambda world, operation: world(world.good(operation), world.refusing),
+    api.CODE_FORBIDDEN: lambda world, operation: world(world.good(operation), world.roleless),
+    api.CODE_WRONG_THREAD: of_other_thread,
+    api.CODE_KEY_NOT_FOUND: lambda world, operation: world(world.good(operation, NO_KEY)),
+    api.CODE_KEY_DESTROYED: lambda world, operation: world(world.good(operation, world.destroyed)),
+    api.CODE_KEY_UNREADABLE: of_unreadable_key,
+    api.CODE_KEY_RETIRED: of_retired_key,
+    api.CODE_KEY_EXHAUSTED: under(faulty_daemon.WORN),
+    api.CODE_WRONG_PURPOSE: of_another_purpose,
+    api.CODE_CONFLICT: conflicting,
+    api.CODE_TOO_LARGE: too_large,
+    api.CODE_TOO_MANY: too_many,
+    api.CODE_AUDIT_UNAVAILABLE: unwritten,
+    api.CODE_STORAGE_UNAVAILABLE: under(faulty_daemon.DISK),
+    api.CODE_INTERRUPTED: while_stopping,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    at = tmp_path_factory.mktemp("every")
+    places = [at / name for name in ("daemon", "refusing", "roleless")]
+    for place in places:
+        place.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(faulty_daemon.FAULT_FILE, str(places[0] / "fault"))
+        with (
+            LiveDaemon(places[0], "file", "--rewrite-master-key-file", launcher=LAUNCHER) as daemon,
+            LiveDaemon(places[1], "file", "--allowed-uids", REFUSED_UID) as refusing,
+        ):
+            patch.setenv(faulty_daemon.ROLELESS, "1")
+            with LiveDaemon(places[2], "file", "--admin-uids", REFUSED_UID, launcher=LAUNCHER) as roleless:
+                patch.delenv(faulty_daemon.ROLELESS)
+                yield World(places[0], daemon, refusing, roleless)
+
+
+LEFT_OUT = {
+    **{
+        Told(f"POST /{name}", 503, api.CODE_INTERRUPTED): "told or cut off, by which of two timers is first; it is "
+        "provoked of rotate_kek, which is stopped by the same lines"
+        for name in ("create_dek_for_thread", "kek/prune", "keys/{key_id}/retire", "keys/{key_id}/destroy")
+    },
+    **{
+        Told(verb, 503, api.CODE_SHUTTING_DOWN): "told to a connection that was made in the moment of the stop, before "
+        "it is read; tests/minikms/http/test_http_deadlines.py holds that moment"
+        for verb in VERBS
+    },
+}
+"""What is not provoked, and why."""
+
+
+def check(operation: str, reply: Reply) -> None:
+    documented.check(DOCUMENT, operation, reply.status, reply.headers, reply.body)
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.status < 400], ids=str)
+def test_every_good_answer_appears(world: World, pair: Pair) -> None:
+    ask = world.good(pair.operation)
+    reply = world(ask._replace(body={"wait": False}) if pair.status == 202 else ask)
+    assert reply.status == pair.status, reply
+    check(pair.operation, reply)
+
+
+def test_at_the_limit_of_connections_every_call_gets_that_error(world: World) -> None:
+    """Before it has been read: whatever it would have been, this is documented of it."""
+    reply = world.crowded()
+    assert (reply.status, reply.code) == CROWDED
+    for operation in VERBS:
+        assert (operation, *CROWDED) in TOLD
+        check(operation, reply)
+
+
+@pytest.mark.parametrize(
+    ("operation", "status", "code"), [told for told in TOLD if told[1:] != CROWDED and told not in LEFT_OUT]
+)
+def test_every_refusal_appears(world: World, operation: str, status: int, code: str) -> None:
+    provoke = PROVOKED.get(code)
+    if code == api.CODE_INTERNAL:
+        provoke = under(faulty_daemon.DEFECT if status == 500 else faulty_daemon.ARENA)
+    assert provoke is not None, code
+    reply = provoke(world, operation)
+    assert (reply.status, reply.code) == (status, code), reply
+    check(operation, reply)
+
+
+@pytest.mark.parametrize("path", DOCUMENT["paths"])
+def test_another_method_than_the_described_one_is_a_405_that_names_it(world: World, path: str) -> None:
+    described = {method.upper() for method in DOCUMENT["paths"][path]}
+    for method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"} - described:
+        reply = world(Ask(method, path.format(key_id=NO_KEY)))
+        known = method not in ("TRACE", "QUERY")
+        allowed = ", ".join(sorted(described)) if known else "GET, POST"
+        assert (reply.status, reply.headers["allow"]) == (405, allowed), (method, reply)
+
+
+def test_what_is_left_out_is_in_the_document_and_its_status_is_provoked_otherwise() -> None:
+    assert set(LEFT_OUT) <= set(TOLD)
+    for operation, status, _ in LEFT_OUT:
+        assert any(told not in LEFT_OUT for told in TOLD if told[:2] == (operation, status))
+
+
+def test_every_pair_of_operation_and_status_is_walked() -> None:
+    assert {pair for pair in PAIRS if pair.status >= 400} == {Pair(told.operation, told.status) for told in TOLD}

@@ -1,0 +1,432 @@
+"""KEK and root key through a real daemon: who may rotate what when, and which root key opens what afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import needs
+from tests.harness.live_daemon import LiveDaemon
+from tests.minikms.service.asking import Answer, ask, b64, encrypted, events, new_key, post, status
+
+NEW = bytes(range(100, 132)).hex()
+OTHER = bytes(range(50, 82)).hex()
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[LiveDaemon]:
+    with LiveDaemon(tmp_path) as running:
+        yield running
+
+
+def rotate(daemon: LiveDaemon, root: str | None = None, **others: object) -> Answer:
+    return post(daemon, "/rotate_kek", others if root is None else {"new_kek_hex": root, **others})
+
+
+def stop(daemon: LiveDaemon) -> None:
+    daemon.process.terminate()
+    assert daemon.process.wait(20) == 0
+
+
+def restart(daemon: LiveDaemon, root: str | None = None) -> None:
+    stop(daemon)
+    if root is not None:
+        daemon.root_file.write_text(root + "\n")
+    daemon.start()
+
+
+def refusal(daemon: LiveDaemon, root: str) -> str:
+    """What a start under this root key says; the daemon must be stopped."""
+    daemon.root_file.write_text(root + "\n")
+    with contextlib.suppress(AssertionError):
+        daemon.start()
+        pytest.fail("it started")
+    return daemon.log.read_text().splitlines()[-1]
+
+
+def wait_for_rotation(daemon: LiveDaemon) -> Any:
+    deadline = time.monotonic() + 30
+    while (told := status(daemon))["rotation"] is not None:
+        assert time.monotonic() < deadline, told["rotation"]
+        time.sleep(0.01)
+    return told
+
+
+def keks(daemon: LiveDaemon) -> dict[int, str]:
+    return {kek["version"]: kek["state"] for kek in status(daemon)["keks"]}
+
+
+class Records:
+    """One record under each of some keys, and whether they all open."""
+
+    def __init__(self, daemon: LiveDaemon, count: int = 5) -> None:
+        self.daemon = daemon
+        self.key_ids = [new_key(daemon, f"t{number}") for number in range(count)]
+        self.sealed = {key_id: encrypted(daemon, key_id, key_id.encode(), aad=b64(b"a")) for key_id in self.key_ids}
+
+    def open(self) -> bool:
+        items = [{"key_id": key_id, "ciphertext": sealed, "aad": b64(b"a")} for key_id, sealed in self.sealed.items()]
+        answer = post(self.daemon, "/decrypt_batch", {"items": items})
+        return bool(answer.body == {"items": [{"plaintext": b64(key_id.encode())} for key_id in self.key_ids]})
+
+    def samples(self, **changes: str) -> list[dict[str, str]]:
+        return [
+            {"key_id": key_id, "ciphertext": sealed, "aad": b64(b"a")} | changes
+            for key_id, sealed in self.sealed.items()
+        ]
+
+
+# --- both forms ---------------------------------------------------------------------------------------------------
+
+
+def test_without_a_key_in_the_request_the_kek_rotates_and_the_root_stays(daemon: LiveDaemon) -> None:
+    records = Records(daemon)
+    before = status(daemon)
+    assert rotate(daemon) == (200, {"status": "ok", "kek_version": 2, "rewrapped": 5})
+    after = status(daemon)
+    assert keks(daemon) == {1: "retired", 2: "active"}
+    assert after["root"] == before["root"]
+    assert after["epoch"] > before["epoch"]
+    assert after["keys"]["by_kek_version"] == {"2": 5}
+    assert records.open()
+    restart(daemon)
+    assert records.open()
+
+
+def test_with_a_key_in_the_request_that_is_the_root_key_from_its_first_start_on(daemon: LiveDaemon) -> None:
+    records, old = Records(daemon), daemon.root().hex()
+    assert rotate(daemon, NEW).status == 200
+    told = status(daemon)
+    assert len(told["root"]["slots"]) == 2
+    assert any("more than one root key opens the keyring" in warning for warning in told["warnings"])
+    assert records.open()
+    restart(daemon, old)  # the operator has not yet put the new key in place: it must still open
+    assert records.open()
+    assert len(status(daemon)["root"]["slots"]) == 2
+    restart(daemon, NEW)
+    assert records.open()
+    assert status(daemon)["root"]["slots"] == [told["root"]["slots"][1]]
+    assert events(daemon, "root_keys_dropped")[-1]["facts"]["fingerprints"] == told["root"]["slots"][0]
+
+
+def test_before_it_is_promoted_the_new_root_key_opens_too(tmp_path: Path) -> None:
+    """Killed right after the beginning, with nothing rewrapped: the start under the new key finishes the rotation."""
+    with LiveDaemon(tmp_path) as daemon:
+        records = Records(daemon)
+        kill_at_first_backup(daemon, NEW)
+        daemon.root_file.write_text(NEW)
+        daemon.start()
+        told = wait_for_rotation(daemon)
+        assert [kek["state"] for kek in told["keks"]] == ["retired", "active"]
+        assert records.open()
+
+
+def kill_at_first_backup(daemon: LiveDaemon, root: str) -> None:
+    """A rotation to `root` that ends with the process when the first file would be kept as a backup."""
+    with at_each_backup(daemon, "signal=KILL:when=1"):
+        with contextlib.suppress(OSError):
+            rotate(daemon, root)
+        daemon.process.wait(20)
+
+
+@contextlib.contextmanager
+def at_each_backup(daemon: LiveDaemon, action: str) -> Iterator[None]:
+    """Restart the daemon under strace, which does `action` when a file is linked to where it is kept as a backup.
+
+    An ordinary user can't attach strace to the daemon, which is not dumpable, but can start it as strace's child.
+    """
+    strace = needs.program("strace")
+    stop(daemon)
+    daemon.start(strace, "-D", "-f", "-o", "/dev/null", "-e", "trace=link,linkat", "-e", f"inject=link,linkat:{action}")
+    status_lines = Path(f"/proc/{daemon.pid}/status").read_text().splitlines()
+    [tracer] = [int(line.split()[1]) for line in status_lines if line.startswith("TracerPid:")]
+    assert tracer != 0
+    try:
+        yield
+    finally:
+        if daemon.process.poll() is None:
+            os.kill(tracer, signal.SIGINT)  # it detaches, and the daemon goes on
+
+
+def test_once_its_slot_is_gone_the_old_root_key_is_refused_saying_when_and_what_is_expected(
+    daemon: LiveDaemon,
+) -> None:
+    old = daemon.root().hex()
+    rotate(daemon, NEW)
+    restart(daemon, NEW)
+    [expected] = status(daemon)["root"]["slots"]
+    before = events(daemon, "root_keys_dropped")[-1]
+    stop(daemon)
+    text = refusal(daemon, old)
+    assert f"was rotated away on {time.strftime('%Y-%m-%dT', time.gmtime(before['ts'] / 1e9))}" in text
+    assert expected in text
+    assert before["facts"]["fingerprints"] in text
+    assert old not in text
+
+
+def test_a_wrong_root_key_is_refused_naming_both_fingerprints(daemon: LiveDaemon) -> None:
+    [expected] = status(daemon)["root"]["slots"]
+    stop(daemon)
+    text = refusal(daemon, OTHER)
+    assert f"opens under {expected}" in text
+    assert "Nothing was changed" in text
+
+
+# --- what is asked twice, or meanwhile ------------------------------------------------------------------------------
+
+
+def test_the_same_root_key_again_is_answered_as_done_and_rotates_nothing(daemon: LiveDaemon) -> None:
+    records = Records(daemon)
+    first = rotate(daemon, NEW)
+    again = rotate(daemon, NEW.upper())
+    assert first.status == again.status == 200
+    assert again.body["kek_version"] == 2
+    assert keks(daemon) == {1: "retired", 2: "active"}
+    lines = [line["detail"] for line in events(daemon, "rotate_kek")]
+    assert lines == ["begun", "running or done already"]
+    assert records.open()
+    restart(daemon, NEW)
+    assert rotate(daemon, NEW).body["kek_version"] == 2
+
+
+def test_a_root_key_that_was_rotated_away_is_never_taken_again(daemon: LiveDaemon) -> None:
+    old = daemon.root().hex()
+    rotate(daemon, NEW)
+    answer = rotate(daemon, old)
+    assert (answer.status, answer.code) == (409, "conflict")
+    restart(daemon, NEW)
+    answer = rotate(daemon, old)
+    assert (answer.status, answer.code) == (409, "conflict")
+    assert "rotated away before" in answer.body["error"]
+    assert keks(daemon) == {1: "retired", 2: "active"}
+
+
+def test_while_one_rotation_runs_another_is_refused_and_a_repetition_joins_it(daemon: LiveDaemon) -> None:
+    """Creating, encrypting and decrypting go on meanwhile, and /status tells how far it is."""
+    records = Records(daemon, 30)
+    with at_each_backup(daemon, "delay_enter=100ms"):  # 3 s, for what takes a tenth of one on an idle machine
+        assert rotate(daemon, NEW, wait=False) == (202, {"status": "running", "kek_version": 2, "rewrapped": 0})
+        told = status(daemon)["rotation"]
+        assert (told["from_version"], told["to_version"], told["new_root"]) == (1, 2, True)
+        assert told["rewrapped"] <= 30
+        for other in ({"new_kek_hex": OTHER}, {}):
+            answer = post(daemon, "/rotate_kek", other)
+            assert (answer.status, answer.code) == (409, "conflict")
+        assert post(daemon, "/kek/prune", {}).code == "conflict"
+        assert rotate(daemon, NEW, wait=False).status == 202
+        assert records.open()
+        assert status(daemon)["rotation"] is not None, "it was over before all of this was asked"
+        meanwhile = new_key(daemon, "meanwhile")
+        encrypted(daemon, meanwhile)
+        assert ask(daemon, "GET", f"/keys/{meanwhile}").body["kek_version"] == 2
+    assert rotate(daemon, NEW).body == {"status": "ok", "kek_version": 2, "rewrapped": 30}
+    wait_for_rotation(daemon)
+    assert keks(daemon) == {1: "retired", 2: "active"}
+    assert records.open()
+
+
+def test_stopping_does_not_wait_for_a_rotation_and_the_next_start_finishes_it(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path) as daemon:
+        records = Records(daemon, 60)
+        answers: list[Answer] = []
+        with at_each_backup(daemon, "delay_enter=50ms"):
+            waiting = threading.Thread(target=lambda: answers.append(rotate(daemon)))
+            waiting.start()
+            while status(daemon)["rotation"] is None:
+                time.sleep(0.01)
+            daemon.process.terminate()
+            waiting.join(20)
+        assert daemon.process.wait(20) == 0
+        assert [(answer.status, answer.code) for answer in answers] == [(503, "interrupted")]
+        daemon.start()
+        wait_for_rotation(daemon)
+        assert keks(daemon) == {1: "retired", 2: "active"}
+        assert records.open()
+        done = events(daemon, "rotate_kek_done")
+        assert len(done) == 1
+        assert done[0]["facts"]["kek_version"] == 2
+
+
+# --- what is asked wrongly ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"new_kek_hex":""}',
+        b'{"new_kek_hex":"%b"}' % NEW[:-1].encode(),
+        b'{"new_kek_hex":"%b0"}' % NEW.encode(),
+        b'{"new_kek_hex":"%bzz"}' % NEW[:-2].encode(),
+        b'{"new_kek_hex":null}',
+        b'{"new_kek_hex":5}',
+        b'{"new_kek_hex":["%b"]}' % NEW.encode(),
+        b'{"new_kek_hex":"%b","new_kek_hex":"%b"}' % (NEW.encode(), NEW.encode()),
+        b'{"new_kek_hex":"%b","new_kek_hex":"%b"}' % (NEW.encode(), OTHER.encode()),
+        b'{"new_kek":"%b"}' % NEW.encode(),
+        b'{"new_kek_hex\\u0000":"%b"}' % NEW.encode(),
+        b'{"\\u006eew_kek_hex":"%b"}' % NEW.encode(),
+        b'{"wait":"no"}',
+        b'{"wait":true,"wait":true}',
+        b'{"verify":{}}',
+        b'{"verify":[{"key_id":"x","ciphertext":"","new_kek_hex":"%b"}]}' % NEW.encode(),
+        b"[]",
+        b"",
+    ],
+)
+def test_a_request_that_is_not_exactly_one_changes_nothing_and_its_key_is_nowhere(
+    module_daemon: LiveDaemon, body: bytes
+) -> None:
+    before = status(module_daemon)
+    answer = post(module_daemon, "/rotate_kek", body)
+    assert (answer.status, answer.code) == (400, "invalid_request"), answer
+    after = status(module_daemon)
+    assert (after["keks"], after["root"], after["epoch"]) == (before["keks"], before["root"], before["epoch"])
+    said = json.dumps(answer.body) + module_daemon.log.read_text()
+    said += (module_daemon.data_dir / "minikms-audit.log").read_text()
+    assert NEW not in said and NEW[:60] not in said
+
+
+@pytest.fixture(scope="module")
+def module_daemon() -> Iterator[LiveDaemon]:
+    with tempfile.TemporaryDirectory(prefix="minikms-test-") as name, LiveDaemon(Path(name)) as running:
+        yield running
+
+
+# --- samples --------------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_opened_before_and_after(daemon: LiveDaemon) -> None:
+    records = Records(daemon)
+    assert rotate(daemon, verify=records.samples()).status == 200
+    for changes, code in (
+        ({"aad": b64(b"b")}, "decryption_failed"),
+        ({"ciphertext": b64(bytes(28))}, "decryption_failed"),
+        ({"key_id": "k_" + "0" * 26}, "key_not_found"),
+        ({"key_id": "x"}, "invalid_request"),
+        ({"ciphertext": "x"}, "invalid_request"),
+    ):
+        assert rotate(daemon, verify=records.samples(**changes)).code == code
+    assert rotate(daemon, verify=records.samples() * 13).code == "too_many"
+    assert keks(daemon) == {1: "retired", 2: "active"}
+    assert [line["outcome"] for line in events(daemon, "rotate_kek")] == ["ok"] + ["decryption_failed"] * 2 + [
+        "key_not_found"
+    ] + ["invalid_request"] * 2 + ["too_many"]
+
+
+def test_a_sample_whose_aad_looks_like_a_key_is_taken_as_it_is(daemon: LiveDaemon) -> None:
+    """Forty-five zero bytes and more are sixty hexadecimal digits in base64, but no key under another name."""
+    key_id, aad = new_key(daemon), b64(bytes(48))
+    sample = {"key_id": key_id, "ciphertext": encrypted(daemon, key_id, aad=aad), "aad": aad}
+    assert rotate(daemon, NEW, verify=[sample]).status == 200
+
+
+# --- the key file ---------------------------------------------------------------------------------------------------
+
+
+def test_when_told_to_it_rewrites_the_key_file_and_the_old_root_goes_at_once(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path, "file", "--rewrite-master-key-file") as daemon:
+        records, old = Records(daemon), daemon.root().hex()
+        assert rotate(daemon, NEW).status == 200
+        wait_for_rotation(daemon)
+        assert daemon.root_file.read_text() == NEW + "\n"
+        assert daemon.root_file.stat().st_mode & 0o777 == 0o600
+        deadline = time.monotonic() + 10
+        while len(status(daemon)["root"]["slots"]) > 1:
+            assert time.monotonic() < deadline
+        told = status(daemon)
+        assert told["root"]["fingerprint"] == told["root"]["slots"][0]
+        assert not any("root key" in warning for warning in told["warnings"])
+        assert [path.name for path in tmp_path.iterdir() if "key" in path.name] == ["data.master-key"]
+        restart(daemon)
+        assert records.open()
+        stop(daemon)
+        assert "rotated away on" in refusal(daemon, old)
+
+
+def test_a_key_file_that_stays_unchanged_is_reported_and_both_roots_open(tmp_path: Path) -> None:
+    """Its directory is another user's, and a daemon of root's has given up the right to write there all the same."""
+    needs.root()
+    keys = tmp_path / "keys"
+    keys.mkdir(0o755)
+    (keys / "key").touch(0o600)
+    (tmp_path / "data.master-key").symlink_to(keys / "key")
+    os.chown(keys, 45_679, 45_679)
+    with LiveDaemon(tmp_path, "file", "--rewrite-master-key-file") as daemon:
+        records, old = Records(daemon), daemon.root().hex()
+        assert rotate(daemon, NEW).status == 200
+        told = wait_for_rotation(daemon)
+        assert len(told["root"]["slots"]) == 2
+        assert any("could not be rewritten" in warning for warning in told["warnings"])
+        assert daemon.root().hex() == old
+        assert [path.name for path in keys.iterdir()] == ["key"]
+        restart(daemon)
+        assert len(status(daemon)["root"]["slots"]) == 2
+        restart(daemon, NEW)  # by hand
+        assert len(status(daemon)["root"]["slots"]) == 1
+        assert records.open()
+
+
+# --- backups and old KEKs -------------------------------------------------------------------------------------------
+
+
+def test_old_keks_are_destroyed_when_nothing_needs_them(daemon: LiveDaemon) -> None:
+    records = Records(daemon)
+    rotate(daemon)
+    rotate(daemon)
+    kept = post(daemon, "/kek/prune", {}).body
+    assert (kept["destroyed"], kept["backups_removed"]) == ([], 0)
+    assert [one["version"] for one in kept["kept"]] == [1, 2]
+    gone = post(daemon, "/kek/prune", {"backups": True}).body
+    assert gone == {"destroyed": [1, 2], "kept": [], "backups_removed": 10}
+    assert keks(daemon) == {1: "destroyed", 2: "destroyed", 3: "active"}
+    assert records.open()
+    restart(daemon)
+    assert records.open()
+    [begun, *_, done] = events(daemon, "prune_kek")
+    assert begun["detail"] == "begun"
+    assert done["facts"]["destroyed"] == "1,2"
+
+
+def test_a_kek_that_a_damaged_file_may_need_is_kept_until_it_is_mended(daemon: LiveDaemon) -> None:
+    records = Records(daemon)
+    file = daemon.data_dir / "kms-deks" / f"{records.key_ids[0]}.json"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:60])
+    assert rotate(daemon).body["rewrapped"] == 4
+    kept = post(daemon, "/kek/prune", {"backups": True}).body
+    assert (kept["destroyed"], [one["version"] for one in kept["kept"]]) == ([], [1])
+    assert "can't be read and may need it" in kept["kept"][0]["why"]
+    file.write_bytes(whole)
+    assert records.open()
+    assert post(daemon, "/kek/prune", {}).body["destroyed"] == []
+    rotate(daemon)
+    assert post(daemon, "/kek/prune", {"backups": True}).body["destroyed"] == [1, 2]
+    assert records.open()
+
+
+def test_backups_of_a_few_rotations_are_kept_and_older_ones_go_by_themselves(daemon: LiveDaemon) -> None:
+    new_key(daemon)
+    rotate(daemon)
+    stop(daemon)
+    [newest] = (daemon.data_dir / "kms-deks-backup").iterdir()
+    older = [newest.with_name(f"{newest.name[:-15]}2001010{number}T000000") for number in range(1, 9)]
+    for path in older:
+        path.write_bytes(newest.read_bytes())
+    daemon.start()
+    rotate(daemon)
+    deadline = time.monotonic() + 10
+    while any(path.exists() for path in older[:4]):  # five, when the two rotations were not within one second
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert newest.exists()
+    assert all(path.exists() for path in older[-2:])

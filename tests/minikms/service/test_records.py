@@ -1,0 +1,283 @@
+"""Records through a real daemon: what a ciphertext is bound to, and batches whose items stand each for itself."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from minikms import api
+from minikms.custody.files import open_directory
+from minikms.custody.lease_store import LeaseStore
+from minikms.errors import StorageUnavailableError
+from minikms.keys.dek import key_id_to_bytes
+from minikms.policy import ROLES, Principal
+from minikms.service.base import Reply, VerbTable
+from minikms.service.records import RecordVerbs
+from tests.harness.live_daemon import LiveDaemon
+from tests.harness.vaults import OpenedVault, SilentAudit, opened_vault
+from tests.minikms.service.asking import NO_KEY, ask, b64, encrypted, events, new_key, post
+
+TEXT = b64(b"text")
+
+
+def decrypts(daemon: LiveDaemon, key_id: str, sealed: str, **others: str) -> bool:
+    answer = post(daemon, "/decrypt", {"key_id": key_id, "ciphertext": sealed, **others})
+    assert answer.status == 200 or answer.code == "decryption_failed", answer
+    return answer.status == 200
+
+
+def test_a_ciphertext_is_nonce_ciphertext_and_tag_and_never_the_same_twice(daemon: LiveDaemon) -> None:
+    key_id = new_key(daemon)
+    sealed = {encrypted(daemon, key_id, b"hello") for _ in range(50)}
+    assert len(sealed) == 50
+    assert {len(base64.b64decode(one)) for one in sealed} == {12 + 5 + 16}
+    assert len({base64.b64decode(one)[:12] for one in sealed}) == 50
+
+
+def test_it_opens_under_the_aad_that_it_was_sealed_with_and_no_other(daemon: LiveDaemon) -> None:
+    key_id = new_key(daemon)
+    for aad in ("", b64(b"message-1"), b64(bytes(api.AAD_BYTES_MAX))):
+        sealed = encrypted(daemon, key_id, aad=aad)
+        assert decrypts(daemon, key_id, sealed, aad=aad)
+        assert not decrypts(daemon, key_id, sealed, aad=b64(b"message-2"))
+    sealed = encrypted(daemon, key_id)
+    assert decrypts(daemon, key_id, sealed, aad="")
+    assert not decrypts(daemon, key_id, encrypted(daemon, key_id, aad=b64(b"x")))
+
+
+def test_it_opens_under_its_own_key_only_also_of_the_same_thread(daemon: LiveDaemon) -> None:
+    one, other = new_key(daemon, "thread-1"), new_key(daemon, "thread-1")
+    sealed = encrypted(daemon, one, thread_id="thread-1")
+    assert decrypts(daemon, one, sealed, thread_id="thread-1")
+    assert not decrypts(daemon, other, sealed, thread_id="thread-1")
+
+
+def test_a_retired_key_still_decrypts(daemon: LiveDaemon) -> None:
+    key_id = new_key(daemon)
+    sealed = encrypted(daemon, key_id)
+    assert post(daemon, f"/keys/{key_id}/retire", {}).status == 200
+    assert decrypts(daemon, key_id, sealed)
+
+
+def test_a_batch_answers_each_item_in_order_whatever_becomes_of_the_others(daemon: LiveDaemon) -> None:
+    key_id, retired = new_key(daemon), new_key(daemon, "u")
+    sealed_before = encrypted(daemon, retired)
+    post(daemon, f"/keys/{retired}/retire", {})
+    items = [
+        {"key_id": key_id, "plaintext": TEXT},
+        {"key_id": key_id, "plaintext": "dGV4dA"},
+        {"key_id": NO_KEY, "plaintext": TEXT},
+        {"key_id": "no key", "plaintext": TEXT},
+        {"key_id": retired, "plaintext": TEXT},
+        {"key_id": key_id, "plaintext": TEXT, "thread_id": "other"},
+        {"key_id": key_id, "plaintext": b64(bytes(api.PLAINTEXT_BYTES_MAX + 1))},
+        {"key_id": key_id, "plaintext": TEXT, "aad": b64(b"a"), "thread_id": "t"},
+    ]
+    answer = post(daemon, "/encrypt_batch", {"items": items})
+    assert answer.status == 200
+    codes = [item.get("code", "") for item in answer.body["items"]]
+    expected = [
+        "",
+        "invalid_request",
+        "key_not_found",
+        "invalid_request",
+        "key_retired",
+        "wrong_thread",
+        "too_large",
+        "",
+    ]
+    assert codes == expected
+    first, last = answer.body["items"][0]["ciphertext"], answer.body["items"][-1]["ciphertext"]
+    opened = post(
+        daemon,
+        "/decrypt_batch",
+        {
+            "items": [
+                {"key_id": key_id, "ciphertext": first},
+                {"key_id": key_id, "ciphertext": last},
+                {"key_id": key_id, "ciphertext": last, "aad": b64(b"a")},
+                {"key_id": retired, "ciphertext": sealed_before},
+                {"key_id": retired, "ciphertext": first},
+                {"key_id": key_id, "ciphertext": ""},
+            ]
+        },
+    )
+    assert [item.get("plaintext", item.get("code")) for item in opened.body["items"]] == [
+        TEXT,
+        "decryption_failed",
+        TEXT,
+        TEXT,
+        "decryption_failed",
+        "decryption_failed",
+    ]
+
+
+def test_an_empty_batch_is_an_empty_answer(daemon: LiveDaemon) -> None:
+    for target in ("/encrypt_batch", "/decrypt_batch"):
+        assert post(daemon, target, {"items": []}) == (200, {"items": []})
+
+
+def test_a_batch_of_as_many_items_as_allowed_is_one_line_with_its_keys_count_and_request_ids(
+    daemon: LiveDaemon,
+) -> None:
+    keys = [new_key(daemon) for _ in range(3)]
+    items = [{"key_id": keys[n % 3], "plaintext": TEXT, "request_id": f"r{n % 2}"} for n in range(api.BATCH_ITEMS_MAX)]
+    answer = post(daemon, "/encrypt_batch", {"items": [*items[:-1], {"key_id": NO_KEY, "plaintext": TEXT}]})
+    assert sum("ciphertext" in item for item in answer.body["items"]) == api.BATCH_ITEMS_MAX - 1
+    line = events(daemon, "encrypt_batch")[-1]
+    assert (line["count"], line["key_ids"], line["request_ids"]) == (1024, [*keys, NO_KEY], ["r0", "r1"])
+    assert (line["outcome"], line["detail"]) == ("partly_refused", "1 refused")
+
+
+def test_reencryption_moves_records_between_keys_of_a_thread_and_keeps_their_aad(daemon: LiveDaemon) -> None:
+    old = new_key(daemon, "thread-2")
+    sealed = [encrypted(daemon, old, b"%d" % n, aad=b64(b"place %d" % n)) for n in range(10)]
+    new = new_key(daemon, "thread-2", replaces=old)
+    items = [{"ciphertext": one, "aad": b64(b"place %d" % n)} for n, one in enumerate(sealed)]
+    items[3]["aad"] = b64(b"another place")
+    answer = post(daemon, "/reencrypt_batch", {"from_key_id": old, "to_key_id": new, "items": items})
+    assert answer.status == 200
+    for number, item in enumerate(answer.body["items"]):
+        if number == 3:
+            assert item["code"] == "decryption_failed"
+        else:
+            again = post(
+                daemon,
+                "/decrypt",
+                {"key_id": new, "ciphertext": item["ciphertext"], "aad": b64(b"place %d" % number)},
+            )
+            assert again.body == {"plaintext": b64(b"%d" % number)}
+    assert decrypts(daemon, old, sealed[0], aad=b64(b"place 0"))
+    line = events(daemon, "reencrypt_batch")[-1]
+    assert (line["key_ids"], line["count"], line["outcome"]) == ([old, new], 10, "partly_refused")
+
+
+@pytest.mark.parametrize("cache", [1, 2, 3])
+def test_reencryption_and_batches_work_however_few_keys_stay_open(tmp_path: Path, cache: int) -> None:
+    """Opening one key may put another out of the cache and zero it: nobody may then still be using it."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d", cache_keys_max=cache) as one:
+            table = record_verbs(one)
+            old, new, *others = await one.make(6)
+
+            async def encrypted_batch(*key_ids: str) -> list[dict[str, str]]:
+                items = [api.EncryptItem(key_id=key_id, plaintext=TEXT) for key_id in key_ids]
+                return await items_of(table[api.ENCRYPT_BATCH](ANYONE, api.EncryptBatchRequest(items), ""))
+
+            [sealed] = await encrypted_batch(old)
+            for _ in range(3):
+                await encrypted_batch(*others[:cache])
+                request = api.ReencryptBatchRequest(old, new, [api.ReencryptItem(sealed["ciphertext"])])
+                [moved] = await items_of(table[api.REENCRYPT_BATCH](ANYONE, request, ""))
+                item = api.DecryptItem(new, moved["ciphertext"])
+                [opened] = await items_of(table[api.DECRYPT_BATCH](ANYONE, api.DecryptBatchRequest([item]), ""))
+                assert opened == {"plaintext": TEXT}
+            key_ids = (old, new, *others) * 20
+            back = [
+                api.DecryptItem(key_id, item["ciphertext"])
+                for key_id, item in zip(key_ids, await encrypted_batch(*key_ids), strict=True)
+            ]
+            opened_items = await items_of(table[api.DECRYPT_BATCH](ANYONE, api.DecryptBatchRequest(back), ""))
+            assert opened_items == [{"plaintext": TEXT}] * len(back)
+
+    asyncio.run(main())
+
+
+def test_a_batch_of_one_without_the_role_is_refused_item_by_item_and_costs_no_lease(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            [key_id] = await one.make(1)
+        async with opened_vault(tmp_path / "d") as again:  # the key has no lease in this run yet
+            table = record_verbs(again)
+            roleless = ANYONE._replace(roles=frozenset[api.Role]())
+            request = api.EncryptBatchRequest([api.EncryptItem(key_id=key_id, plaintext=TEXT)] * 2)
+            answer = await items_of(table[api.ENCRYPT_BATCH](roleless, request, ""))
+            assert [item["code"] for item in answer] == ["forbidden"] * 2
+            assert again.vault.leases.status().journal_records == 0
+
+    asyncio.run(main())
+
+
+def test_a_disk_that_refuses_leases_refuses_the_items_that_need_them_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: LeaseStore, keys: Sequence[bytes]) -> list[int | None]:
+        raise StorageUnavailableError("the lease journal cannot be written")
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            [old] = await one.make(1)
+        async with opened_vault(tmp_path / "d") as again:
+            [new] = await again.make(1)  # its file grants its first lease
+            monkeypatch.setattr(LeaseStore, "reserve", refuse)
+            table = record_verbs(again)
+            items = [api.EncryptItem(key_id=key_id, plaintext=TEXT) for key_id in (old, new, old)]
+            answer = await items_of(table[api.ENCRYPT_BATCH](ANYONE, api.EncryptBatchRequest(items), ""))
+            assert [item.get("code") for item in answer] == ["storage_unavailable", None, "storage_unavailable"]
+
+    asyncio.run(main())
+
+
+ANYONE = Principal(0, 0, "peer_uid:0", ROLES)
+
+
+def record_verbs(one: OpenedVault) -> VerbTable:
+    table = VerbTable(SilentAudit())
+    RecordVerbs(one.vault, table)
+    return table
+
+
+async def items_of(answer: Reply | Awaitable[Reply]) -> list[dict[str, str]]:
+    body = await answer if isinstance(answer, Awaitable) else answer
+    assert isinstance(body, bytes)
+    items: list[dict[str, str]] = json.loads(body)["items"]
+    return items
+
+
+def test_a_key_that_has_encrypted_as_often_as_it_may_only_decrypts(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path) as daemon:
+        key_id, new_later = new_key(daemon), ""
+        sealed = encrypted(daemon, key_id)
+        daemon.process.terminate()
+        daemon.process.wait()
+        descriptor = open_directory(daemon.data_dir)
+        LeaseStore.rebuild(descriptor, key_id_to_bytes(key_id))
+        daemon.start()
+        answer = post(daemon, "/encrypt", {"key_id": key_id, "plaintext": TEXT})
+        assert (answer.status, answer.code) == (409, "key_exhausted")
+        batch = post(daemon, "/encrypt_batch", {"items": [{"key_id": key_id, "plaintext": TEXT}]})
+        assert batch.body["items"][0]["code"] == "key_exhausted"
+        assert decrypts(daemon, key_id, sealed)
+        new_later = new_key(daemon, replaces=key_id)
+        moved = post(
+            daemon,
+            "/reencrypt_batch",
+            {"from_key_id": key_id, "to_key_id": new_later, "items": [{"ciphertext": sealed}]},
+        )
+        assert decrypts(daemon, new_later, moved.body["items"][0]["ciphertext"])
+
+
+def test_many_connections_at_once_each_get_their_own_answer(daemon: LiveDaemon) -> None:
+    key_ids = [new_key(daemon) for _ in range(8)]
+
+    def round_trip(number: int) -> bool:
+        key_id, plaintext = key_ids[number % 8], b"%d" % number
+        sealed = encrypted(daemon, key_id, plaintext)
+        return post(daemon, "/decrypt", {"key_id": key_id, "ciphertext": sealed}).body == {"plaintext": b64(plaintext)}
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(round_trip, range(200)))
+
+
+def test_the_wrapped_key_is_answered_as_it_is_on_disk(daemon: LiveDaemon) -> None:
+    created = post(daemon, "/create_dek_for_thread", {"thread_id": "t"}).body
+    wrapped = ask(daemon, "GET", f"/get_wrapped?key_id={created['key_id']}").body
+    assert wrapped == {"wrapped": created["wrapped"]}
+    assert len(base64.b64decode(wrapped["wrapped"])) == 12 + 32 + 16

@@ -1,0 +1,209 @@
+"""Opening a data directory: nothing missing is replaced silently, and each start raises the epoch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from minikms import datadir
+from minikms.audit import Event
+from minikms.audit.maintenance import compress_closed
+from minikms.cli.serve import serve
+from minikms.custody.rotation_backups import newest_key_id
+from minikms.datadir import DataDir, Options
+from minikms.errors import StartError
+from minikms.keys.dek import make_key_id
+from minikms.memory.arena import SecretArena
+from minikms.roots.providers import DevelopmentKey, KeyFile, RootProvider
+from tests.harness.vaults import key_file
+
+
+class Opener:
+    """One process: a locked data directory and an arena, in which it may be opened again and again."""
+
+    def __init__(self, directory: Path, stack: ExitStack) -> None:
+        self.directory = directory
+        self.lock = stack.enter_context(datadir.lock_data_dir(str(directory)))
+        self.arena = stack.enter_context(SecretArena(64, force_fallback=True))
+        self._executor = stack.enter_context(ThreadPoolExecutor(1))
+
+    def open(self, root: RootProvider | None = None, options: Options = datadir.DEFAULT_OPTIONS) -> DataDir:
+        root = root or KeyFile(key_file(self.directory))
+        disk = journal = self._executor
+        return datadir.open_for_service(self.lock, root, arena=self.arena, disk=disk, journal=journal, options=options)
+
+    def start(self, root: RootProvider | None = None, options: Options = datadir.DEFAULT_OPTIONS) -> int:
+        """Opens and closes; the epoch of the start."""
+        data = self.open(root, options)
+        data.close()
+        return data.vault.keyring.body.epoch
+
+
+@contextmanager
+def opener(directory: Path) -> Iterator[Opener]:
+    with ExitStack() as stack:
+        yield Opener(directory, stack)
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Iterator[Opener]:
+    with opener(tmp_path / "d") as made:
+        yield made
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_without_a_root_key_serve_refuses_and_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PROGRESSDB_MINIKMS_MASTER_KEY_FILE", raising=False)
+    with pytest.raises(StartError, match=r"(?s)openssl rand -hex 32.*--master-key-file.*--dev"):
+        serve(socket=str(tmp_path / "s"), data_dir=str(tmp_path / "d"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_every_start_raises_the_epoch_also_in_one_process(one: Opener) -> None:
+    before = descriptors()
+    assert [one.start(), one.start(), one.start()] == [2, 3, 4]
+    assert (descriptors(), one.arena.in_use) == (before, 0)
+
+
+def test_a_failed_opening_leaves_nothing_open_and_a_later_one_works(one: Opener, tmp_path: Path) -> None:
+    one.start()
+    before = descriptors()
+    leases = one.directory / "kms-leases"
+    leases.rename(tmp_path / "leases")
+    with pytest.raises(StartError, match="kms-leases"):
+        one.open()
+    assert (descriptors(), one.arena.in_use) == (before, 0)
+    with pytest.raises(StartError, match="wrong root key"):
+        one.open(KeyFile(key_file(tmp_path / "another")))
+    assert (descriptors(), one.arena.in_use) == (before, 0)
+    (tmp_path / "leases").rename(leases)
+    assert one.start() == 3
+
+
+def test_a_development_key_is_made_for_a_new_directory_only(one: Opener) -> None:
+    root = DevelopmentKey(str(one.directory))
+    one.start(root)
+    text = root.path.read_text()
+    one.start(root)
+    assert root.path.read_text() == text
+    root.path.unlink()
+    with pytest.raises(StartError, match="put it back"):
+        one.open(root)
+    assert not root.path.exists()
+
+
+def test_the_keyring_records_the_name_of_the_provider(one: Opener) -> None:
+    data = one.open(DevelopmentKey(str(one.directory)))
+    assert [slot.provider for slot in data.vault.keyring.body.slots] == ["dev"]
+    data.close()
+
+
+@pytest.mark.parametrize("left", ["kms-deks/k_01jd0000000000000000000000.json", "minikms-audit.log"])
+def test_a_missing_keyring_beside_keys_or_a_log_is_never_made_anew(one: Opener, left: str) -> None:
+    (one.directory / left).write_text("x")
+    with pytest.raises(StartError, match=r"restore keyring\.json"):
+        one.open()
+    assert not (one.directory / "keyring.json").exists()
+
+
+def test_reading_beside_a_daemon_takes_no_lock_and_changes_nothing(one: Opener) -> None:
+    data = one.open()
+    before = {path: path.read_bytes() for path in one.directory.iterdir() if path.is_file()}
+    with datadir.open_for_reading(str(one.directory), KeyFile(key_file(one.directory))) as unlocked:
+        assert unlocked.body == data.vault.keyring.body
+    assert {path: path.read_bytes() for path in one.directory.iterdir() if path.is_file()} == before
+    data.close()
+
+
+def test_a_keyring_older_than_the_log_opens_only_when_accepted(one: Opener, tmp_path: Path) -> None:
+    one.start()
+    shutil.copy(one.directory / "keyring.json", tmp_path / "old")
+    one.start()
+    data = one.open()
+    write_start_line(data)
+    data.close()
+    shutil.copy(tmp_path / "old", one.directory / "keyring.json")
+    with pytest.raises(StartError, match=r"its epoch is 2, the log has 4.*--accept-restore"):
+        one.open()
+    data = one.open(options=Options(accept_restore=True))
+    assert (data.found_epoch, data.seen_epoch) == (2, 4)
+    assert data.vault.keyring.body.epoch > 4
+    data.close()
+
+
+def write_start_line(data: DataDir) -> None:
+    """As a daemon does when it begins."""
+    data.log.add(Event(type="start", actor="minikms", facts={"epoch": data.vault.keyring.body.epoch}))
+
+
+# --- the epochs in the audit log --------------------------------------------------------------------------------
+
+
+def line(epoch: int, padding: int = 0) -> bytes:
+    return b'{"event":{"seq":1,"type":"start","detail":"%b","facts":{"epoch":%d,"kek_version":1}},"sig":"x"}\n' % (
+        b"x" * padding,
+        epoch,
+    )
+
+
+def test_the_highest_epoch_is_found_anywhere_in_the_tail_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "minikms-audit.log"
+    assert datadir.highest_epoch(str(tmp_path)) == 0
+    log.write_bytes(b"")
+    assert datadir.highest_epoch(str(tmp_path)) == 0
+    log.write_bytes(line(3) + line(12) + line(7))
+    assert datadir.highest_epoch(str(tmp_path)) == 12
+    monkeypatch.setattr(datadir, "_EPOCH_READ_BYTES", 64)
+    for padding in range(130):
+        log.write_bytes(line(3, padding) + line(345678, padding) + line(7, padding))
+        assert datadir.highest_epoch(str(tmp_path)) == 345678
+
+
+def test_without_an_epoch_in_the_open_file_the_closed_one_before_it_counts(tmp_path: Path) -> None:
+    (tmp_path / "minikms-audit.log").write_bytes(b"nothing of it\n")
+    (tmp_path / "minikms-audit.log.1").write_bytes(line(99))
+    (tmp_path / "minikms-audit.log.2").write_bytes(line(3) + line(7) + line(5))
+    assert datadir.highest_epoch(str(tmp_path)) == 7
+    compress_closed(str(tmp_path))
+    assert datadir.highest_epoch(str(tmp_path)) == 7
+    (tmp_path / "minikms-audit.log.2.zst").write_bytes(b"damaged")
+    assert datadir.highest_epoch(str(tmp_path)) == 0
+    (tmp_path / "minikms-audit.log").write_bytes(line(2))
+    assert datadir.highest_epoch(str(tmp_path)) == 2
+
+
+def test_a_fifo_in_the_place_of_the_log_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "minikms-audit.log")
+    assert datadir.highest_epoch(str(tmp_path)) == 0
+
+
+def test_only_so_much_of_a_long_log_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datadir, "EPOCH_TAIL_BYTES_MAX", 1000)
+    (tmp_path / "minikms-audit.log").write_bytes(line(99) + b"x" * 2000 + line(5))
+    assert datadir.highest_epoch(str(tmp_path)) == 5
+
+
+def test_the_newest_key_is_of_now_or_of_a_file_with_a_later_id(tmp_path: Path) -> None:
+    """Up to it keys count as used, or as spent, when it is not known how often each was used."""
+    now_ms = time.time_ns() // 1_000_000
+    assert newest_key_id(str(tmp_path)) >= make_key_id(now_ms, b"\xff" * 10)
+    for name in ("kms-deks", "kms-deks-backup"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "kms-deks" / "z.json").touch()
+    ahead = [make_key_id(now_ms + 10_000_000 + number, bytes(10)) for number in range(2)]
+    (tmp_path / "kms-deks" / f"{ahead[0]}.json").touch()
+    assert newest_key_id(str(tmp_path)) == ahead[0]
+    (tmp_path / "kms-deks-backup" / f"{ahead[1]}.json.20260101T000000").touch()
+    assert newest_key_id(str(tmp_path)) == ahead[1]

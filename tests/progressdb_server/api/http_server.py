@@ -1,0 +1,146 @@
+"""A real HTTP server over the in-memory store, in a thread of this process, and a client that speaks raw bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import uvloop
+
+from progressdb_server.api.http.listener import bind, serve_http
+from progressdb_server.config import Tls
+from tests.progressdb_server.api.asgi_client import Api
+
+
+class HttpServer:
+    def __init__(self, api: Api, tls: Tls) -> None:
+        self.api = api
+        self._tls = tls
+        self._listener = bind("127.0.0.1", 0)
+        self.port: int = self._listener.getsockname()[1]
+        self._ready = threading.Event()
+        self._clients: list[socket.socket] = []
+        self._thread = threading.Thread(target=self._run, name="http server under test")
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        await serve_http(
+            self.api.application, self._listener, tls=self._tls, stop=self._stop, on_listening=self._ready.set
+        )
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    def ask_to_stop(self) -> None:
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+
+    def join(self) -> None:
+        for client in self._clients:
+            client.close()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+    def connect(self, timeout_s: float = 10) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s)
+        self._clients.append(connection)
+        return connection
+
+    def exchange(self, *parts: bytes, timeout_s: float = 10) -> list[Response]:
+        """Send the parts as segments of their own, then read until the server closes or everything is answered."""
+        with self.connect(timeout_s) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for part in parts:
+                with contextlib.suppress(ConnectionError):  # refused meanwhile: the answer is read below
+                    connection.sendall(part)
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
+            return read_responses(connection)
+
+
+class Response(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        assert self.headers["content-type"] == "application/json"
+        return json.loads(self.body)
+
+
+def closed_within(connection: socket.socket, seconds: float) -> bool:
+    connection.settimeout(seconds)
+    try:
+        return connection.recv(1) == b""
+    except ConnectionError:
+        return True
+    except TimeoutError:
+        return False
+
+
+def read_responses(connection: socket.socket) -> list[Response]:
+    """All responses until end of file."""
+    data = b""
+    with contextlib.suppress(ConnectionError):
+        while part := connection.recv(1 << 16):
+            data += part
+    found = []
+    while data:
+        response, data = take_response(data)
+        found.append(response)
+    return found
+
+
+def read_response(connection: socket.socket) -> Response:
+    """The one response that is expected, from a connection that stays open."""
+    data = b""
+    while True:
+        data += connection.recv(1 << 16)
+        head, _, body = data.partition(b"\r\n\r\n")
+        length = next((int(line[15:]) for line in head.split(b"\r\n") if line.startswith(b"content-length:")), None)
+        if length is not None and len(body) >= length:
+            return take_response(data)[0]
+
+
+def take_response(data: bytes) -> tuple[Response, bytes]:
+    head, _, rest = data.partition(b"\r\n\r\n")
+    status_line, *lines = head.split(b"\r\n")
+    assert status_line.startswith(b"HTTP/1.1 "), data
+    status = int(status_line.split(b" ")[1])
+    headers = dict(line.decode().split(": ", 1) for line in lines)
+    if status in (100, 204):
+        return Response(status, headers, b""), rest
+    if "content-length" in headers:
+        length = int(headers["content-length"])
+        assert len(rest) >= length, "the response is cut short"
+        return Response(status, headers, rest[:length]), rest[length:]
+    body = b""
+    while True:
+        size, _, rest = rest.partition(b"\r\n")
+        length = int(size, 16)
+        body, rest = body + rest[:length], rest[length + 2 :]
+        if length == 0:
+            return Response(status, headers, body), rest
+
+
+@contextlib.contextmanager
+def running(api: Api | None = None, tls: Tls | None = None) -> Iterator[HttpServer]:
+    server = HttpServer(api or Api(), tls or Tls())
+    server.start()
+    try:
+        yield server
+    finally:
+        server.ask_to_stop()
+        server.join()

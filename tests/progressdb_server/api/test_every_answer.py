@@ -1,0 +1,304 @@
+"""Every answer that /openapi.yaml describes is got from a live server, and none is got that it does not describe.
+
+The sentence of a refusal identifies it. Those that only the in-process application of `test_openapi` provokes belong to
+the routes of conversations; each of their statuses is provoked here too, and every sentence of the routes of jobs,
+backups and the viewer.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import yaml
+
+from progressdb_server.api.openapi.document import document, error_texts
+from tests.harness import documented
+from tests.harness.documented import Pair
+from tests.harness.live_daemon import LiveDaemon
+from tests.progressdb_server.api import fault_words, provoking
+from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND
+from tests.progressdb_server.api.provoking import LAUNCHER, NO_JOB, Ask, World
+from tests.progressdb_server.api.real_server import Reply, real_server
+from tests.progressdb_server.api.test_openapi import OPERATIONS, REFUSALS, whole_table
+
+KEY_SERVICE = "the key service is not available now"
+DISK = "the store's disk is not available now"
+NOT_TAKEN = "the store's disk did not take the write"
+"""The other half of DISK: where nothing is read before."""
+SWITCHING = "the thread's key is just being switched: try again in a moment"
+STOPPING = "the server is shutting down; the job goes on after its next start"
+NOT_LISTED = "the key service does not list its keys now"
+RETRIED_S = 30
+
+GOOD: dict[Pair, Callable[[World, str], Reply]] = {
+    Pair("POST /admin/rotate_thread_dek", 200): provoking.waited,
+    **{Pair(f"POST /admin/jobs/{{job}}/{order}", 200): provoking.steered for order in ("pause", "resume", "cancel")},
+    **{
+        Pair(f"GET /viewer/{page}", 303): provoking.without_session
+        for page in ("", "threads/{thread}", "messages/{message}", "jobs", "status")
+    },
+}
+"""Good answers that are not those of a good request (`World.good`)."""
+
+PROVOKED: dict[str, Callable[[World, str], Reply]] = {
+    "the header x-api-key is sent twice": lambda world, operation: world(
+        world.good(operation)._replace(headers=(("X-API-Key", "a"), ("X-API-Key", "b")))
+    ),
+    "forbidden": lambda world, operation: world(_any(operation), world.closed),
+    "rate limit exceeded": lambda world, operation: world(_any(operation), world.limited),
+    "unauthorized": lambda world, operation: world(world.good(operation)._replace(key="unknown")),
+    "internal error": provoking.with_fault(fault_words.DEFECT),
+    DISK: provoking.with_fault(fault_words.DISK),
+    "request body too large": provoking.too_large,
+    "a query parameter is given twice": provoking.twice,
+    "the query is not UTF-8": provoking.not_utf8,
+    "invalid json": provoking.bad_json,
+    "invalid payload": provoking.bad_json,
+    "invalid request": provoking.bad_json,
+    "this Idempotency-Key was used before with another request": provoking.repeated_key,
+    "prefix too long": provoking.queried("prefix=" + "p" * 1025),
+    **dict.fromkeys(("thread not found", "key not found", "job not found"), provoking.unknown),
+    "message not found": provoking.unknown_message,
+    # jobs
+    "missing thread_id": provoking.with_body(),
+    "wait must be true or false": provoking.queried("wait=maybe"),
+    "thread_ids holds at most 1024": provoking.with_body(thread_ids=["t"] * 1025),
+    "the thread is being worked on: try again in a moment": provoking.while_restoring,
+    "the job job-# is cancelled": provoking.waited_for_cancelled,
+    "the job job-# is failed: # records could not be re-encrypted": provoking.waited_for_failed,
+    "too many jobs are unfinished: wait for some of them": provoking.refused_for_many,
+    "another job works on this thread": provoking.resumed_beside_another,
+    "the job's backups were restored: rotate the thread's key again": provoking.resumed_after_restore,
+    "a later rotation has given the thread another key": provoking.resumed_after_another,
+    "a job on this thread is unfinished": provoking.beside_slow_job,
+    "the key of these backups was destroyed": provoking.of_destroyed_key,
+    **{
+        f"a job that is done can't be {order}": lambda world, operation: world(world.good(operation))
+        for order in ("paused", "resumed", "cancelled")
+    },
+    # backups of the store
+    "name must be 1 to 128 letters, digits, dots, underscores or hyphens, no dot first": provoking.with_body(name=".."),
+    "a backup of this name exists": provoking.taken_name,
+    "another backup is being made: wait for its end": provoking.backup_meanwhile,
+    "the backup failed and nothing of it is left; the log says why under the request's id": provoking.with_fault(
+        fault_words.ROTTEN
+    ),
+    "no backup of this name is registered": provoking.unknown,
+    "the backup is still there: delete it first, and every copy of it": provoking.backup_still_there,
+    # the viewer
+    "what you search for is too long": provoking.queried("q=" + "q" * 1025),
+    "before and after exclude each other": provoking.queried("before=a&after=b"),
+    "the form has a field that is not known": provoking.changed_form(other="field"),
+    "This is not an admin key.": provoking.changed_form(key=BACKEND),
+    "This form was too old; please log in again.": provoking.changed_form(csrf="old"),
+    "Too many attempts from this address; wait a little.": provoking.too_many_logins,
+    "this form was not made for this session": provoking.changed_form(csrf="another's"),
+}
+TOGETHER = frozenset({KEY_SERVICE, NOT_LISTED, SWITCHING, STOPPING})
+"""Provoked for all operations at once, by taking the key service away, and by stopping the server: see `Living`."""
+
+
+def _any(operation: str) -> Ask:
+    """Of a server that refuses whatever it is."""
+    method, path = operation.split(" ", 1)
+    names = {"thread": "t", "message": "m", "identity": "i", "key": "k", "job": NO_JOB, "name": "n"}
+    return Ask(method, path.format(**names), key=BACKEND if path == "/v1/_sign" else ADMIN)
+
+
+def shape(sentence: str) -> str:
+    """Without the numbers in it."""
+    return re.sub(r"(?<=job-)[\da-f-]+|(?<=: )\d+(?= records)", "#", sentence)
+
+
+def said_of(operation: str) -> dict[int, tuple[str, ...]]:
+    return error_texts(OPERATIONS[operation])
+
+
+DOCUMENT = document(whole_table(), "1")
+PAIRS = sorted(documented.pairs(DOCUMENT))
+IN_PROCESS = {parameter.values for parameter in REFUSALS}
+TOLD = {
+    (operation, status, sentence)
+    for operation in OPERATIONS
+    for status, sentences in said_of(operation).items()
+    for sentence in sentences
+}
+SENTENCES = sorted(told for told in TOLD if shape(told[2]) in PROVOKED)
+AT_ONCE = {told for told in TOLD if told[2] in TOGETHER}
+
+
+class Living:
+    """The servers, and what they have answered to what can only be provoked for all operations together."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.together: dict[tuple[str, str], Reply] = {}
+
+    def take_the_key_service_away(self) -> None:
+        """Every operation is asked meanwhile, at once, for each waits for some seconds."""
+        world = self.world
+        asks = {operation: world.good(operation) for operation in OPERATIONS}
+        asks["POST /admin/rotate_deks"] = Ask("POST", "/admin/rotate_deks", {"older_than": "1d"})
+        thread = world.thread()
+        world.kms.kill()
+        with ThreadPoolExecutor(len(asks) + 1) as at_once:
+            begun = at_once.submit(world.begun, thread)
+            answered = {operation: at_once.submit(world, ask) for operation, ask in asks.items()}
+            for operation, reply in answered.items():
+                self.together[operation, KEY_SERVICE] = reply.result()
+            job = begun.result()
+            for order in ("pause", "cancel"):
+                self.together[f"POST /admin/jobs/{{job}}/{order}", SWITCHING] = world.order(job, order)
+        self.together["POST /admin/rotate_deks", NOT_LISTED] = self.together["POST /admin/rotate_deks", KEY_SERVICE]
+        world.kms.start()
+        world.until(world.well)
+        world.ended(job)
+
+    def stop(self) -> None:
+        operation = "POST /admin/rotate_thread_dek"
+        job = self.world.begun(self.world.thread(40), records_per_second=1)
+        body = {"thread_id": self.world.job(job)["thread_id"]}
+        with ThreadPoolExecutor(1) as other:
+            waiting = other.submit(self.world, Ask("POST", "/admin/rotate_thread_dek?wait=true", body))
+            self.world.until(lambda: self.world.job(job)["status"] == "verifying")
+            assert self.world.server.stop() == 0
+            self.together[operation, STOPPING] = waiting.result()
+
+
+@pytest.fixture(scope="module")
+def living(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Living]:
+    at = tmp_path_factory.mktemp("every")
+    for name in ("kms", "server", "closed", "limited"):
+        (at / name).mkdir()
+    with LiveDaemon(at / "kms") as kms:
+        variables = {"PROGRESSDB_KMS_SOCKET": str(kms.socket), "PROGRESSDB_KMS_SPAWN": "0"}
+        faulty = {**variables, fault_words.FAULT_FILE: str(at / "fault")}
+        few = {**variables, "PROGRESSDB_RATE_RPS": "0.0003", "PROGRESSDB_RATE_BURST": "1"}
+        with (
+            real_server(at / "server", program=LAUNCHER, **faulty) as server,
+            real_server(at / "closed", PROGRESSDB_IP_WHITELIST="10.0.0.0/8", **variables) as closed,
+            real_server(at / "limited", **few) as limited,
+        ):
+            world = World(at, server, closed, limited, kms)
+            for ask in (_any("GET /admin/stats"), _any("POST /v1/_sign"), _any("GET /healthz")):
+                world(ask, limited)  # the one request that each key and the address have
+            made = Living(world)
+            made.take_the_key_service_away()
+            yield made
+
+
+def sentence_of(reply: Reply) -> str:
+    """Of a refusal, which the viewer shows on a page."""
+    if reply.headers["content-type"] == "application/json":
+        return str(reply.json["error"])
+    found = re.search(r'<p role="alert" class="bad">(.*?)</p>', reply.body.decode(), re.DOTALL)
+    assert found is not None, reply.body.decode()
+    return html.unescape(found[1]).strip()
+
+
+def check(operation: str, reply: Reply) -> None:
+    documented.check(DOCUMENT, operation, reply.status, reply.headers, reply.body)
+
+
+def test_the_server_gives_out_the_document_that_is_walked_here(living: Living) -> None:
+    served = yaml.safe_load(living.world(Ask("GET", "/openapi.yaml", key=None)).body)
+    assert sorted(documented.pairs(served)) == PAIRS
+    assert served["paths"] == yaml.safe_load(yaml.safe_dump(DOCUMENT["paths"]))
+
+
+def test_every_pair_of_operation_and_status_is_provoked_and_none_is_left_out() -> None:
+    provoked = {Pair(operation, status) for operation, status, _ in (*SENTENCES, *AT_ONCE)}
+    good = {pair for pair in PAIRS if pair.status < 400}
+    assert set(PAIRS) - provoked - good == set()
+
+
+def test_every_sentence_is_provoked_here_or_in_process_and_none_is_kept_for_nothing() -> None:
+    assert TOLD - set(SENTENCES) - AT_ONCE - IN_PROCESS == set()
+    assert {shape(sentence) for _, _, sentence in SENTENCES} == set(PROVOKED)
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.status < 400], ids=lambda pair: f"{pair}")
+def test_every_good_answer_appears(living: Living, pair: Pair) -> None:
+    provoke = GOOD.get(pair, lambda world, operation: world(world.good(operation)))
+    reply = provoke(living.world, pair.operation)
+    assert reply.status == pair.status, reply
+    check(pair.operation, reply)
+
+
+@pytest.mark.parametrize(("operation", "status", "sentence"), SENTENCES)
+def test_every_refusal_appears(living: Living, operation: str, status: int, sentence: str) -> None:
+    reply = PROVOKED[shape(sentence)](living.world, operation)
+    wanted = {shape(sentence), NOT_TAKEN} if sentence == DISK else {shape(sentence)}
+    assert reply.status == status
+    assert shape(sentence_of(reply)) in wanted
+    check(operation, reply)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_who_needs_the_key_service_is_refused_without_it_and_nobody_else(living: Living, operation: str) -> None:
+    reply = living.together[operation, KEY_SERVICE]
+    check(operation, reply)
+    if KEY_SERVICE in said_of(operation).get(503, ()):
+        assert (reply.status, sentence_of(reply)) == (503, KEY_SERVICE)
+    else:
+        assert reply.status != 503 or operation == "POST /admin/rotate_deks", reply
+
+
+@pytest.mark.parametrize(
+    "operation", [operation for operation in OPERATIONS if DISK not in said_of(operation).get(503, ())]
+)
+def test_who_is_not_said_to_need_the_disk_answers_without_it(living: Living, operation: str) -> None:
+    reply = PROVOKED[DISK](living.world, operation)
+    assert reply.status < 400, reply
+    check(operation, reply)
+
+
+def test_the_metrics_are_there_while_the_disk_fails_under_a_job_at_work(living: Living) -> None:
+    """They tell of the failure; a gauge that can't be read must not take the others with it."""
+    world = living.world
+    with world.slow_job():
+        with world.fault(fault_words.DISK):
+            reply = world(Ask("GET", "/metrics"))
+        world.until(world.well)
+    assert reply.status == 200, reply.body
+    assert b"progressdb_store_failures_total" in reply.body
+    assert b"\nprogressdb_jobs_records_left NaN\n" in reply.body
+
+
+@pytest.mark.parametrize("path", DOCUMENT["paths"])
+def test_another_method_than_the_described_ones_is_a_405_that_names_these(living: Living, path: str) -> None:
+    described = {method.upper() for method in DOCUMENT["paths"][path]}
+    for method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE"} - described:
+        reply = living.world(_any(f"{method} {path}"))
+        assert (reply.status, reply.headers["allow"]) == (405, ", ".join(sorted(described))), (method, reply)
+
+
+@pytest.mark.parametrize(
+    "operation", [operation for operation in OPERATIONS if operation.split(" ", 1)[1].startswith("/admin/")]
+)
+def test_a_backend_key_comes_only_where_the_document_says_so(living: Living, operation: str) -> None:
+    method, path = operation.split(" ", 1)
+    who = DOCUMENT["paths"][path][method.lower()]["description"]
+    reply = living.world(living.world.good(operation)._replace(key=BACKEND))
+    assert (reply.status == 403) == ("backend" not in who)
+    check(operation, reply)
+
+
+def test_the_other_refusals_without_the_key_service(living: Living) -> None:
+    for (operation, sentence), reply in living.together.items():
+        if sentence in (NOT_LISTED, SWITCHING):
+            status = 503 if sentence == NOT_LISTED else 409
+            assert (reply.status, sentence_of(reply)) == (status, sentence)
+            check(operation, reply)
+
+
+def test_a_client_that_waits_for_a_job_learns_that_the_server_stops(living: Living) -> None:
+    """The last one: it stops the server."""
+    living.stop()
+    reply = living.together["POST /admin/rotate_thread_dek", STOPPING]
+    assert (reply.status, sentence_of(reply)) == (503, STOPPING)
+    check("POST /admin/rotate_thread_dek", reply)

@@ -1,0 +1,456 @@
+"""HTTP/1.1 byte by byte against a real server: what uvicorn lets through and this server does not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import ipaddress
+import json
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httptools
+import pytest
+
+from progressdb_server.api.http import limits, protocol
+from progressdb_server.config import Tls
+from tests.progressdb_server.api.asgi_client import BACKEND, Api
+from tests.progressdb_server.api.http_server import (
+    HttpServer,
+    Response,
+    closed_within,
+    read_response,
+    read_responses,
+    running,
+)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[HttpServer]:
+    with running() as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared: HttpServer) -> HttpServer:
+    shared.api.store.__init__()  # type: ignore[misc]  # empty again, for the application that holds it
+    return shared
+
+
+def request(
+    method: str = "POST", path: str = "/v1/messages", body: bytes = b'{"author":"alice","body":"hello"}', more: str = ""
+) -> bytes:
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nX-API-Key: {BACKEND}\r\n{more}"
+    return head.encode("latin-1") + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+GET = request("GET", "/healthz", b"")
+
+
+def error_of(response: Response) -> str:
+    assert list(response.json) == ["error"]
+    return str(response.json["error"])
+
+
+# --- what is served ---------------------------------------------------------------------------------------------
+def test_a_request_split_at_every_offset_is_the_same_request(server: HttpServer) -> None:
+    whole = request()
+    for at in range(1, len(whole)):
+        (response,) = server.exchange(whole[:at], whole[at:])
+        assert (response.status, response.json["body"]) == (200, "hello")
+    assert len(server.api.store.versions) == len(whole) - 1
+
+
+def test_a_request_in_single_bytes_is_a_request(server: HttpServer) -> None:
+    (response,) = server.exchange(*(bytes([byte]) for byte in request()))
+    assert response.status == 200
+
+
+def test_pipelined_requests_are_answered_in_order(server: HttpServer) -> None:
+    bodies = [b'{"author":"a","body":%d}' % number for number in range(20)]
+    responses = server.exchange(b"".join(request(body=body) for body in bodies))
+    assert [response.json["body"] for response in responses] == [*range(20)]
+
+
+def test_a_connection_goes_on_after_a_refusal(server: HttpServer) -> None:
+    bad = [request(path="/nowhere"), request(body=b"{"), request("GET", "/v1/messages", b"")]
+    bad.append(request(body=b'{"body":1}', more="X-User-ID: \xff\r\n"))
+    responses = server.exchange(*bad, GET)
+    assert [response.status for response in responses] == [404, 400, 400, 400, 200]
+
+
+def test_chunked_bodies_are_read(server: HttpServer) -> None:
+    head = f"POST /v1/messages HTTP/1.1\r\nHost: x\r\nX-API-Key: {BACKEND}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    (response,) = server.exchange(
+        head.encode(), b'9\r\n{"author"\r\n', b'16\r\n:"alice","body":"chk"}\r\n', b"0\r\n\r\n"
+    )
+    assert (response.status, response.json["body"]) == (200, "chk")
+
+
+def test_100_continue_is_said_where_a_body_is_wanted_and_not_where_it_is_refused(server: HttpServer) -> None:
+    wanted = server.exchange(request(more="Expect: 100-continue\r\n"))
+    assert [response.status for response in wanted] == [100, 200]
+    head = f"POST /v1/messages HTTP/1.1\r\nHost: x\r\nX-API-Key: {BACKEND}\r\nExpect: 100-continue\r\n"
+    for more, status in (("Content-Length: 99999999\r\n\r\n", 413), ("X-User-ID: \xff\r\n\r\n", 400)):
+        responses = server.exchange((head + more).encode("latin-1"))
+        assert responses[-1].status == status or [one.status for one in responses] == [100, status]
+
+
+def test_ten_megabytes_get_their_413_and_the_connection_goes_on(server: HttpServer) -> None:
+    responses = server.exchange(request(body=b"x" * 10_000_000), GET)
+    assert [response.status for response in responses] == [413, 200]
+    assert error_of(responses[0]) == "request body too large"
+
+
+def test_http_1_0_needs_no_host_and_is_not_kept_alive(server: HttpServer) -> None:
+    (response,) = server.exchange(b"GET /healthz HTTP/1.0\r\n\r\n" * 2)
+    assert (response.status, response.headers["connection"]) == (200, "close")
+
+
+def test_nothing_tells_which_software_answers(server: HttpServer) -> None:
+    (response,) = server.exchange(GET)
+    assert "server" not in response.headers
+
+
+def test_an_upgrade_is_not_followed(server: HttpServer) -> None:
+    upgrade = request("GET", "/v1/threads?author=a", b"", "Connection: Upgrade\r\nUpgrade: websocket\r\n")
+    assert [response.status for response in server.exchange(upgrade)] == [200]
+
+
+# --- what is refused --------------------------------------------------------------------------------------------
+HEAD = f"POST /v1/messages HTTP/1.1\r\nHost: x\r\nX-API-Key: {BACKEND}\r\n".encode()
+MALFORMED: dict[str, bytes] = {
+    "no HTTP": b"hello\r\n\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 40,
+    "HTTP/0.9": b"GET /healthz\r\n\r\n",
+    "HTTP/2.0": b"GET /healthz HTTP/2.0\r\nHost: x\r\n\r\n",
+    "HTTP/2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "no Host": b"GET /healthz HTTP/1.1\r\n\r\n",
+    "two Hosts": b"GET /healthz HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n",
+    "bytes in the path": b"GET /v1/messages/\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
+    "NUL in the path": b"GET /v1/messages/\x00 HTTP/1.1\r\nHost: x\r\n\r\n",
+    "NUL in a header": HEAD + b"X-User-ID: a\x00b\r\nContent-Length: 2\r\n\r\n{}",
+    "space before the colon": HEAD + b"X-User-ID : a\r\nContent-Length: 2\r\n\r\n{}",
+    "folded header": HEAD + b"X-Long: a\r\n b\r\nContent-Length: 2\r\n\r\n{}",
+    "two lengths": HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+    "length and chunks": HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "negative length": HEAD + b"Content-Length: -1\r\n\r\n",
+    "length is no number": HEAD + b"Content-Length: 2x\r\n\r\n{}",
+    "length too long": HEAD + b"Content-Length: 99999999999999999999999999\r\n\r\n",
+    "chunk size is no number": HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "CONNECT": b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\n\r\n",
+    "bare line feed": b"GET /healthz HTTP/1.1\nHost: x\n\n",
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_http_is_a_400_in_json_and_the_end_of_the_connection(server: HttpServer, name: str) -> None:
+    responses = server.exchange(MALFORMED[name] + GET)
+    assert [response.status for response in responses] == [400], responses
+    assert responses[0].headers["connection"] == "close"
+    assert error_of(responses[0]) == "malformed HTTP request"
+    assert server.api.store.empty
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * limits.HEAD_BYTES_MAX + b"\r\n\r\n",
+        b"GET /" + b"x" * limits.HEAD_BYTES_MAX + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * (limits.HEADERS_COUNT_MAX + 1) + b"\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+        + b"".join(b"A%d: %s\r\n" % (n, b"x" * 900) for n in range(60))
+        + b"\r\n",
+    ],
+)
+def test_a_head_that_is_too_large_is_a_431(server: HttpServer, head: bytes) -> None:
+    responses = server.exchange(head)
+    assert [(response.status, error_of(response)) for response in responses] == [(431, "request head too large")]
+
+
+def test_a_head_that_never_ends_is_cut_off(server: HttpServer) -> None:
+    responses = server.exchange(
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n", *(b"X: " + b"y" * 8000 + b"\r\n" for _ in range(50))
+    )
+    assert [response.status for response in responses] in ([431], [])  # the answer may be lost in the reset
+
+
+@pytest.mark.parametrize(
+    ("before", "part"),
+    [
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: ", b"y"),
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\nX", b"y"),
+        (b"GET /", b"y"),
+        (b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\nX: ", b"y"),
+        (b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1;", b"y"),
+    ],
+    ids=["value", "name", "target", "trailer", "chunk extension"],
+)
+def test_a_line_that_never_ends_is_cut_off_before_it_costs_memory(
+    server: HttpServer, before: bytes, part: bytes
+) -> None:
+    """The parser holds back what has not ended, and no callback tells of it."""
+    sent = 0
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.settimeout(10)
+        connection.sendall(before)
+        with contextlib.suppress(ConnectionError):
+            while sent < 64 * limits.HELD_BYTES_MAX:
+                connection.sendall(part * 8192)
+                sent += 8192
+    assert sent < 32 * limits.HELD_BYTES_MAX  # the kernel holds some megabytes of what is never read
+
+
+def test_trailers_never_become_headers(server: HttpServer) -> None:
+    head = f"POST /v1/messages HTTP/1.1\r\nHost: x\r\nX-API-Key: {BACKEND}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    body = b'c\r\n{"body":"x"}\r\n0\r\nX-User-ID: mallory\r\n\r\n'
+    (response,) = server.exchange(head.encode() + body)
+    assert (response.status, error_of(response)) == (400, "author required for backend requests")
+    keyless = head.replace(f"X-API-Key: {BACKEND}\r\n", "").encode()
+    (response,) = server.exchange(keyless + body.replace(b"X-User-ID: mallory", b"X-API-Key: " + BACKEND.encode()))
+    assert response.status == 401
+
+
+@pytest.mark.parametrize("name", [*MALFORMED, "broken chunk"])
+def test_what_is_malformed_is_never_answered_in_the_place_of_an_earlier_request(name: str) -> None:
+    chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    malformed = {**MALFORMED, "broken chunk": chunked + b"5\r\nhelloXX"}[name]
+    api = Api()
+    real = api.store.create_message
+
+    async def slow(*given: Any, **named: Any) -> Any:
+        await asyncio.sleep(0.05)
+        return await real(*given, **named)
+
+    with pytest.MonkeyPatch.context() as patch, running(api) as server:
+        patch.setattr(api.store, "create_message", slow)
+        responses = server.exchange(request() + request() + malformed + request())
+        assert [response.status for response in responses] == [200, 200]
+        assert len(api.store.versions) == 2
+
+
+def test_head_is_refused_without_a_body(server: HttpServer) -> None:
+    with server.connect() as connection:
+        connection.sendall(request("HEAD", "/healthz", b"") + GET)
+        data = b""
+        while b'{"status":"ok"}' not in data:
+            data += connection.recv(1 << 16)
+    first, second, body = data.split(b"\r\n\r\n")
+    assert first.startswith(b"HTTP/1.1 405")
+    assert second.startswith(b"HTTP/1.1 200")
+    assert body == b'{"status":"ok"}'
+
+
+# --- time and connections ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"\r\n",
+        b"GET /hea",
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n",
+        request()[:-1],
+        HEAD + b"Content-Length: 9\r\n\r\n",
+    ],
+)
+def test_a_request_that_does_not_come_to_its_end_is_given_up(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 0.2)
+    with running() as server:
+        with server.connect() as slow:
+            slow.sendall(sent)
+            (response,) = server.exchange(GET)
+            assert response.status == 200
+            assert closed_within(slow, 10)
+        assert server.api.store.empty
+
+
+def test_a_client_that_sends_a_byte_now_and_then_is_given_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 0.3)
+    with running() as server, server.connect() as slow:
+        slow.settimeout(0.05)
+        for byte in request():
+            try:
+                slow.sendall(bytes([byte]))
+                if slow.recv(1) == b"":
+                    break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+        else:
+            pytest.fail("the request was taken")
+        assert server.api.store.empty
+
+
+def test_a_body_that_breaks_off_stores_nothing(server: HttpServer) -> None:
+    for sent in (request()[:-1], HEAD + b"Transfer-Encoding: chunked\r\n\r\n21\r\n" + request()[-33:]):
+        with server.connect() as connection:
+            connection.sendall(sent)
+            time.sleep(0.02)
+    (response,) = server.exchange(GET)
+    assert response.status == 200
+    assert server.api.store.empty
+
+
+def test_more_connections_than_the_bound_are_closed_and_the_others_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "CONNECTIONS_COUNT_MAX", 5)
+    with running() as server:
+        held = [server.connect() for _ in range(5)]
+        for connection in held:
+            connection.sendall(GET)
+            assert read_response(connection).status == 200
+        with server.connect() as one_more:
+            assert closed_within(one_more, 10)
+        held[0].sendall(GET)
+        assert read_response(held[0]).status == 200
+
+
+def test_many_half_open_connections_do_not_keep_a_good_client_waiting() -> None:
+    with running() as server:
+        half_open = [server.connect() for _ in range(300)]
+        for connection in half_open:
+            connection.sendall(b"POST /v1/messages HTTP/1.1\r\nHost: x\r\n")
+        responses = server.exchange(*([GET] * 50))
+        assert [response.status for response in responses] == [200] * 50
+
+
+def test_a_client_that_does_not_read_its_list_is_no_burden_for_others() -> None:
+    api = Api()
+    thread = api.thread()
+    for _ in range(40):
+        api.message("alice", thread, "x" * 1_000_000)
+    with running(api) as server, server.connect() as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lazy.sendall(request("GET", f"/v1/messages?thread={thread}", b""))
+        responses = server.exchange(*([GET] * 20))
+        assert [response.status for response in responses] == [200] * 20
+        lazy.close()
+
+
+def test_a_long_list_arrives_whole_and_a_broken_one_is_seen_to_be_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    api = Api()
+    thread = api.thread()
+    for _ in range(30):
+        api.message("alice", thread, "x" * 100_000)
+    read = request("GET", f"/v1/messages?thread={thread}", b"")
+    with running(api) as server:
+        whole, after = server.exchange(read, GET)
+        assert whole.headers["transfer-encoding"] == "chunked"
+        assert len(json.loads(whole.body)["messages"]) == 30
+        assert after.status == 200
+
+        real = api.store.list_messages
+
+        async def breaking(thread_id: str, **named: Any) -> Any:
+            count = 0
+            async for chunk in real(thread_id, **named):
+                count += 1
+                if count > 5:
+                    raise RuntimeError("private text")
+                yield chunk
+
+        monkeypatch.setattr(api.store, "list_messages", breaking)
+        with server.connect() as connection:
+            connection.sendall(read)
+            data = b""
+            while part := connection.recv(1 << 16):
+                data += part
+        assert data.startswith(b"HTTP/1.1 200")
+        assert not data.endswith(b"0\r\n\r\n")
+        (after,) = server.exchange(GET)
+        assert after.status == 200
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------
+def test_a_stop_finishes_what_is_in_flight_and_takes_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    api = Api()
+    started, go_on = threading.Event(), threading.Event()
+    real = api.store.create_message
+
+    async def slow(*given: Any, **named: Any) -> Any:
+        started.set()
+        await asyncio.get_running_loop().run_in_executor(None, go_on.wait)
+        return await real(*given, **named)
+
+    monkeypatch.setattr(api.store, "create_message", slow)
+    with running(api) as server:
+        connection, idle = server.connect(), server.connect()
+        connection.sendall(request())
+        assert started.wait(10)
+        server.ask_to_stop()
+        assert closed_within(idle, 10)
+        with pytest.raises(OSError, match=r"refused|reset"):
+            server.connect().recv(1)
+        go_on.set()
+        (response,) = read_responses(connection)
+        assert (response.status, response.headers["connection"]) == (200, "close")
+        server.join()
+    assert len(api.store.versions) == 1
+
+
+# --- TLS --------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def certificate(tmp_path: Path) -> Tls:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "progressdb test")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    cert_file, key_file = tmp_path / "cert.pem", tmp_path / "key.pem"
+    cert_file.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    key_file.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return Tls(cert_file=str(cert_file), key_file=str(key_file))
+
+
+def test_with_a_certificate_the_server_speaks_tls_only(certificate: Tls) -> None:
+    trusting = ssl.create_default_context(cafile=certificate.cert_file)
+    with running(tls=certificate) as server:
+        with trusting.wrap_socket(server.connect(), server_hostname="127.0.0.1") as connection:
+            assert connection.version() in ("TLSv1.2", "TLSv1.3")
+            connection.sendall(request())
+            assert read_response(connection).json["body"] == "hello"
+        with server.connect() as plain:
+            plain.sendall(GET)
+            assert closed_within(plain, 10) or not plain.recv(65536).startswith(b"HTTP")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"/",
+        b"//",
+        b"//a@b:1/c?d",
+        b"/a?",
+        b"/a?b?c&d=%3F",
+        b"/a;b|c",
+        b"/%2f%zz",
+        b"/?",
+        b"/a#b",
+        b"/a?b#c?d",
+        b"http://x/a?b",
+    ],
+)
+def test_a_target_is_cut_as_the_parser_cuts_it(target: bytes) -> None:
+    parsed = httptools.parse_url(target)
+    assert protocol._target(target) == (parsed.path, parsed.query or b"")

@@ -1,0 +1,136 @@
+"""The metrics of both programs, the page that explains them, and the alerts, held against each other."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from minikms.daemon.metrics import BATCH_SIZES, Histogram, VerbTimes, page
+from tests import needs
+from tests.harness.unix_http import unix_request
+from tests.progressdb_server.api.real_server import RealServer, real_server
+
+PROJECT = Path(__file__).resolve().parents[3]
+
+
+ALERTS = PROJECT / "deploy" / "prometheus" / "alerts.yml"
+PAGE = PROJECT / "docs" / "metrics.md"
+TYPES = {"counter", "gauge", "histogram"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    with real_server(Path(tmp_path_factory.mktemp("metrics"))) as started:
+        thread = started("POST", "/v1/threads", {"title": "T", "author": "alice"}).json["id"]
+        for number in range(3):
+            started("POST", "/v1/messages", {"thread": thread, "author": "alice", "body": number})
+        started("GET", f"/v1/messages?thread={thread}")
+        yield started
+
+
+@pytest.fixture(scope="module")
+def pages(server: RealServer) -> dict[str, str]:
+    daemon = unix_request(server.db / "run" / "minikms.sock", "/metrics")
+    assert daemon.status == 200
+    assert daemon.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return {"progressdb": server("GET", "/metrics").body.decode(), "minikms": daemon.body.decode()}
+
+
+def families(text: str) -> dict[str, Any]:
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+def explained() -> dict[str, tuple[str, str]]:
+    """Name → type and unit, from the tables of the page."""
+    rows = re.findall(r"^\| `([a-z_]+)`[^|]*\| (\w+) \| ([^|]+) \|", PAGE.read_text(), re.MULTILINE)
+    return {name: (kind, unit.strip()) for name, kind, unit in rows}
+
+
+def test_every_metric_is_explained_and_every_explained_one_is_there(pages: dict[str, str]) -> None:
+    served = {}
+    for text in pages.values():
+        for name, family in families(text).items():
+            if name.startswith(("progressdb_", "minikms_")) and not name.endswith("_created"):
+                served[f"{name}_total" if family.type == "counter" else name] = family.type
+    assert {name: kind for name, (kind, _) in explained().items()} == served
+    assert {kind for kind, _ in explained().values()} <= TYPES
+
+
+def test_the_pages_count_what_happened(pages: dict[str, str]) -> None:
+    def value(program: str, sample: str, **labels: str) -> float:
+        (found,) = [
+            one.value
+            for family in families(pages[program]).values()
+            for one in family.samples
+            if one.name == sample and labels.items() <= one.labels.items() and one.labels.get("le", "+Inf") == "+Inf"
+        ]
+        return found
+
+    assert value("progressdb", "progressdb_http_requests_total", route="/v1/messages", method="POST", status="200") == 3
+    assert value("progressdb", "progressdb_kms_up") == 1
+    assert value("progressdb", "progressdb_kms_request_seconds_count", verb="create_dek_for_thread") == 1
+    assert value("minikms", "minikms_requests_total", verb="create_dek") == 1
+    sealed = value("minikms", "minikms_requests_total", verb="encrypt")
+    sealed += value("minikms", "minikms_batch_items_sum", verb="encrypt_batch")
+    assert sealed >= 4  # a thread's metadata and three messages
+    assert value("minikms", "minikms_request_seconds_count", verb="create_dek") == 1
+    assert 0 < value("minikms", "minikms_request_seconds_sum", verb="create_dek") < 10
+    assert value("minikms", "minikms_keys", state="active") == 1
+    assert value("minikms", "minikms_audit_writable") == 1
+
+
+def test_alerts_are_accepted_and_use_metrics_that_there_are() -> None:
+    done = subprocess.run(
+        [needs.program("promtool"), "check", "rules", str(ALERTS)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    used = set(re.findall(r"\b((?:progressdb|minikms)_[a-z_]+)\b(?!\")", ALERTS.read_text()))
+    assert used
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in used} - explained().keys() == set()
+
+
+def test_prometheus_reads_both_pages(pages: dict[str, str]) -> None:
+    for program, text in pages.items():
+        done = subprocess.run(
+            [needs.program("promtool"), "check", "metrics"], input=text, capture_output=True, text=True, check=False
+        )
+        complaints = [line for line in done.stderr.splitlines() if line.startswith(program)]
+        assert complaints == [], program
+
+
+def test_a_label_value_can_not_add_a_line() -> None:
+    status = {
+        "http": {"requests": 0, "refused": 0, "connections": 0, "connections_max": 1, "accept_failures": 0},
+        "keys": {"by_state": {}, "by_kek_version": {}, "destroyed": 0, "unreadable": 0, "indexing": False},
+        "memory": {
+            "keys_in_memory": 0, "cache_hits": 0, "cache_misses": 0, "cache_evictions": 0, "locked_bytes": 0,
+        },
+        "keks": [],
+        "rotation": {"rewrapped": 5, "total": None, "last_error": "the disk"},
+        "audit": {
+            "head": {"seq": 1}, "writable": False, "synced": True, "events_dropped": 0, "segment_bytes": 0,
+            "reserve_bytes": 0,
+        },
+        "hardening": [{"measure": 'a"\n\\', "in_force": False}],
+        "root": {"slots": []},
+        "epoch": 1,
+        "uptime_seconds": 1,
+        "warnings": [],
+    }  # fmt: skip
+    sizes, times = Histogram(BATCH_SIZES), VerbTimes(["encrypt", "decrypt"])
+    times.asked("encrypt")
+    times.end_turn()
+    for items in (1, 3, 1024):
+        sizes.add(items)
+    read = families(page(status, times=times, batches={"encrypt_batch": sizes}).decode())
+    assert [sample.labels for sample in read["minikms_hardening"].samples] == [{"measure": 'a"\n\\'}]
+    assert read["minikms_kek_rotation_failing"].samples[0].value == 1
+    buckets = {sample.labels.get("le"): sample.value for sample in read["minikms_batch_items"].samples}
+    assert (buckets["1"], buckets["2"], buckets["4"], buckets["+Inf"]) == (1, 1, 2, 3)
+    assert {sample.labels["verb"] for sample in read["minikms_request_seconds"].samples} == {"encrypt"}

@@ -1,0 +1,317 @@
+"""The OpenAPI document against the server: what it says is served, what is served it says, and each refusal is sent."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+
+from progressdb_server.api.application import operations
+from progressdb_server.api.http.access import KeyTable, for_users
+from progressdb_server.api.openapi.description import JsonBody
+from progressdb_server.api.openapi.document import DescriptionError, document, documented_path, error_texts
+from progressdb_server.api.routes import jobs as job_routes
+from progressdb_server.api.routes import store_backup
+from progressdb_server.api.routes.admin import SignBody
+from progressdb_server.api.routes.metrics import ApiMetrics
+from progressdb_server.api.routes.table import Operation
+from progressdb_server.api.viewer.routes import Viewer
+from progressdb_server.config import RateLimit
+from progressdb_server.store.engine import EngineUnavailableError
+from progressdb_server.store.model import ConversationStore, MessageNotFoundError, StoreUnavailableError
+from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, Api, Reply, signed
+
+SPECIFICATION = Path(__file__).resolve().parents[3] / "docs" / "spec" / "server-http.md"
+BODIES: dict[str, Any] = {
+    "POST /v1/_sign": {"userId": "u"},
+    "POST /v1/messages": {"body": 1},
+    "PUT /v1/messages/{message}": {"body": 1},
+    "POST /v1/messages/{message}/reactions": {"id": "alice", "reaction": "+1"},
+    "POST /v1/threads": {"title": "T"},
+    "PUT /v1/threads/{thread}": {"title": "T"},
+    "POST /v1/threads/{thread}/messages": {"body": 1},
+    "PUT /v1/threads/{thread}/messages/{message}": {"body": 1},
+}
+
+
+def whole_table() -> tuple[Operation, ...]:
+    api = Api()
+    jobs: Any = None  # no route is called
+    backups = store_backup.operations(jobs, Path("/"))
+    store: Any = SimpleNamespace(engine=None)
+    viewer = Viewer(store, jobs, jobs, KeyTable(), secure=False)
+    more = (*job_routes.operations(jobs), *backups, *viewer.operations())
+    return operations(api.store, ApiMetrics(CollectorRegistry()), more)
+
+
+def by_name(table: tuple[Operation, ...]) -> dict[str, Operation]:
+    """By method and path."""
+    return {f"{operation.method} {documented_path(operation)}": operation for operation in table}
+
+
+OPERATIONS = by_name(whole_table())
+
+
+@pytest.fixture(scope="module")
+def described() -> dict[str, Any]:
+    return document(whole_table(), "1")
+
+
+def test_a_description_of_a_property_that_the_handler_does_not_read_is_an_error() -> None:
+    body = JsonBody(SignBody, {"user": {}})
+    wrong = Operation("POST", "/sign", lambda request: None, tag="users", summary="Sign", body=body)  # type: ignore[arg-type, return-value]  # never called
+    with pytest.raises(DescriptionError, match="SignBody"):
+        document((wrong,), "1")
+
+
+def test_every_operation_has_a_name_of_its_own(described: dict[str, Any]) -> None:
+    names = [operation["operationId"] for methods in described["paths"].values() for operation in methods.values()]
+    assert len(names) == len(set(names))
+
+
+def test_every_refusal_that_the_specification_names_is_in_the_document() -> None:
+    """Sentences in backticks that stand beside a status in docs/spec/server-http.md."""
+    named = re.findall(r"(40[0-9]|413|429) ((?:`[a-z][^`]+`(?:, )?)+)", " ".join(SPECIFICATION.read_text().split()))
+    wanted = {(int(status), text) for status, texts in named for text in re.findall(r"`([^`]+)`", texts)}
+    told = {
+        (status, sentence)
+        for key, operation in OPERATIONS.items()
+        for status, sentences in error_texts(operation).items()
+        for sentence in sentences
+    }
+    unrouted = {(404, "not found")}  # of a path that is not there
+    assert len(wanted) > 15
+    assert wanted - told - unrouted == set()
+
+
+def test_the_server_gives_out_the_document_and_needs_no_key_for_it() -> None:
+    reply = Api()("GET", "/openapi.yaml", key=None)
+    assert (reply.status, reply.headers["content-type"]) == (200, "application/yaml")
+    parsed = yaml.safe_load(reply.body)
+    assert parsed["openapi"] == "3.1.0"
+    assert set(parsed["paths"]) >= {"/v1/messages", "/healthz", "/docs/"}
+    assert b"&id001" not in reply.body
+
+
+# --- each refusal is sent -----------------------------------------------------------------------------------------
+class Case(NamedTuple):
+    """A request that would be answered well."""
+
+    api: Api
+    method: str
+    template: str
+    target: str
+    body: Any
+    key: str
+
+    def __call__(self, **changed: Any) -> Reply:
+        target = changed.pop("target", self.target)
+        query = changed.pop("query", "")
+        headers = changed.pop("headers", {"X-User-ID": "alice"})
+        sent = {"body": self.body, "key": self.key, "headers": headers, **changed}
+        if query:
+            target += ("&" if "?" in target else "?") + query
+        if self.method in ("GET", "DELETE"):
+            sent.pop("body")
+        return self.api(self.method, target, **sent)
+
+    def with_body(self, **fields: Any) -> Reply:
+        return self(body={**(self.body or {}), **fields})
+
+
+def case_of(key: str, api: Api | None = None) -> Case:
+    api = api or Api()
+    method, template = key.split(" ", 1)
+    thread = api.thread()
+    message = api.message(thread=thread)["id"]
+    target = template.format(thread=thread, message=message, identity="alice", key=f"thread:{thread}:meta")
+    if key == "GET /v1/messages":
+        target += f"?thread={thread}"
+    return Case(api, method, template, target, BODIES.get(key), BACKEND if template == "/v1/_sign" else ADMIN)
+
+
+def _unknown(case: Case) -> Reply:
+    last = case.template.rpartition("{message}")
+    place = case.target
+    for part in place.split("/"):
+        if last[1] and part.startswith("msg-"):
+            place = place.replace(part, "msg-1-000001")
+    if place == case.target and not for_users(case.template):
+        return case(target=case.template.format(key="nothing"))
+    if place == case.target:  # a cursor
+        return _store_says(MessageNotFoundError())(case)
+    return case(target=place)
+
+
+def _of_deleted_thread(case: Case) -> Reply:
+    thread = case.api.thread()
+    case.api("DELETE", f"/v1/threads/{thread}?author=alice")
+    if "{thread}" in case.template:
+        return case(target=case.template.format(thread=thread))
+    return case.with_body(thread=thread)
+
+
+def _limited(case: Case) -> Reply:
+    limited = case_of(f"{case.method} {case.template}", Api(rate_limit=RateLimit(rps=0.001, burst=40)))
+    for _ in range(60):
+        limited()
+    return limited()
+
+
+LISTS = {"list_messages", "list_threads", "stored_keys"}
+
+
+def _store_says(error: Exception) -> Callable[[Case], Reply]:
+    """Every method of the store raises it."""
+
+    async def listed(*given: object, **named: object) -> AsyncIterator[object]:
+        raise error
+        yield
+
+    async def called(*given: object, **named: object) -> object:
+        raise error
+
+    def told(case: Case) -> Reply:
+        for name in dir(ConversationStore):
+            if not name.startswith("_"):
+                setattr(case.api.store, name, listed if name in LISTS else called)
+        return case()
+
+    return told
+
+
+def _failing(case: Case) -> Reply:
+    def broken(*given: object) -> None:
+        raise RuntimeError("private text")
+
+    case.api.application._routing.hot = broken  # type: ignore[method-assign]  # the defect that nobody has foreseen
+    return case()
+
+
+def _other_user(case: Case) -> Reply:
+    if "reactions" in case.template:
+        return _reacts_as_itself(case)
+    return case(headers=signed("mallory"), key=BACKEND)
+
+
+def _reacts_as_itself(case: Case, **changed: Any) -> Reply:
+    body = {**case.body, "id": "mallory"} if case.body else None
+    target = case.target.replace("/alice", "/mallory")
+    return case(target=target, body=body, headers=signed("mallory"), key=BACKEND, **changed)
+
+
+def _repeated(case: Case) -> Reply:
+    case(headers={"X-User-ID": "alice", "Idempotency-Key": "k"})
+    other = {**case.body, "title": "other", "body": "other"}
+    return case(headers={"X-User-ID": "alice", "Idempotency-Key": "k"}, body=other)
+
+
+def _refused_address(case: Case) -> Reply:
+    api = Api(ip_whitelist=("10.0.0.0/8",))
+    return api(case.method, case.target, None, key=case.key)
+
+
+PROVOKED: dict[str, Callable[[Case], Reply]] = {
+    "the header x-api-key is sent twice": lambda case: case(headers=[("X-API-Key", "a"), ("X-API-Key", "b")]),
+    "forbidden": _refused_address,
+    "rate limit exceeded": _limited,
+    "internal error": _failing,
+    "unauthorized": lambda case: case(key="unknown"),
+    "missing signature headers": lambda case: case(key=FRONTEND, headers={}),
+    "invalid signature": lambda case: case(headers={"X-User-ID": "alice", "X-User-Signature": "0"}),
+    "the key service is not available now": _store_says(StoreUnavailableError("the key service is not available now")),
+    "the store's disk is not available now": _store_says(EngineUnavailableError()),
+    "invalid json": lambda case: case(raw=b"{"),
+    "invalid payload": lambda case: case(raw=b"{"),
+    "request body too large": lambda case: case(raw=b" " * 1_200_000),
+    "a query parameter is given twice": lambda case: case(query="x=1&x=1"),
+    "the query is not UTF-8": lambda case: case(query="x=%ff"),
+    "author too long": lambda case: (
+        case(target=case.target.replace("/alice", "/" + "a" * 129))
+        if "identity" in case.template
+        else case(headers={}, query="author=" + "a" * 129)
+    ),
+    "author holds a control character": lambda case: case(headers={}, query="author=%01"),
+    "author mismatch between signature and query param": lambda case: (
+        _reacts_as_itself(case, query="author=alice")
+        if "reactions" in case.template
+        else case(headers=signed("mallory"), query="author=alice")
+    ),
+    "author mismatch between signature and body author": lambda case: case.api(
+        case.method, case.target, {**case.body, "author": "alice"}, headers=signed("mallory")
+    ),
+    "author mismatch between signature and reaction id": lambda case: (
+        case(headers=signed("mallory"), key=BACKEND)
+        if "reactions" in case.template
+        else case(headers=signed("mallory"), body={**case.body, "reactions": {"alice": "+1"}})
+    ),
+    "author required for backend requests": lambda case: case(headers={}),
+    "body is required": lambda case: case.with_body(body=None),
+    "role too long": lambda case: case.with_body(role="r" * 129),
+    "reply_to is not a message id": lambda case: case.with_body(reply_to="a/b"),
+    "too many reactions": lambda case: case.with_body(reactions={str(n): "+" for n in range(1025)}),
+    "the Idempotency-Key must be 1 to 255 visible ASCII characters": lambda case: case(
+        headers={"X-User-ID": "alice", "Idempotency-Key": "k" * 256}
+    ),
+    "thread must be 1 to 128 letters, digits, dots, underscores or hyphens": lambda case: (
+        case(target="/v1/messages?thread=a:b") if case.method == "GET" else case.with_body(thread="a:b")
+    ),
+    "thread deleted": _of_deleted_thread,
+    "this Idempotency-Key was used before with another request": _repeated,
+    "missing thread query parameter": lambda case: case(target="/v1/messages"),
+    "limit must be a whole number that is not negative": lambda case: case(query="limit=-1"),
+    "before must be a message id": lambda case: case(query="before=%20"),
+    "include_deleted must be true or false": lambda case: case(query="include_deleted=maybe"),
+    "author not found in any message in this thread": _other_user,
+    "author does not match": lambda case: case(headers=signed("mallory"), key=ADMIN),
+    "message not found": _unknown,
+    "thread not found": lambda case: case(
+        target=case.template.format(thread="not:an:id" if case.method == "POST" else "nothing")
+    ),
+    "missing id or reaction": lambda case: case.with_body(reaction=""),
+    "reaction too long": lambda case: case.with_body(reaction="r" * 257),
+    "title is required": lambda case: case(body={}),
+    "title too long": lambda case: (
+        case(query="title=" + "t" * 4097) if case.method == "GET" else case.with_body(title="t" * 4097)
+    ),
+    "slug too long": lambda case: case(query="slug=" + "s" * 5000),
+    "prefix too long": lambda case: case(query="prefix=" + "p" * 1025),
+    "key not found": _unknown,
+}
+REFUSALS = [
+    pytest.param(key, status, sentence, id=f"{key} {status} {sentence}")
+    for key, operation in by_name(Api().application.operations).items()
+    for status, sentences in error_texts(operation).items()
+    for sentence in dict.fromkeys(sentences)
+    if key.split(" ", 1)[1] not in ("/docs", "/docs/", "/docs/style.css", "/openapi.yaml")
+]
+
+
+@pytest.mark.parametrize(("key", "status", "sentence"), REFUSALS)
+def test_every_documented_refusal_appears(key: str, status: int, sentence: str) -> None:
+    reply = PROVOKED[sentence](case_of(key))
+    assert (reply.status, reply.error) == (status, sentence)
+
+
+def test_every_refusal_that_is_documented_can_be_provoked_and_no_other_is_kept_here() -> None:
+    assert {parameter.values[2] for parameter in REFUSALS} == set(PROVOKED)
+
+
+def test_nothing_undocumented_answers(described: dict[str, Any]) -> None:
+    """Every other method on every path is a 405 that names the documented ones; every other path a 404."""
+    api = Api()
+    served = document(api.application.operations, "1")["paths"]
+    for template, methods in served.items():
+        target = template.format(thread="t", message="m", identity="i", key="k")
+        for method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE"} - {name.upper() for name in methods}:
+            reply = api(method, target, key=ADMIN)
+            assert reply.status == 405, (method, template, reply)
+            assert reply.headers["allow"] == ", ".join(sorted(name.upper() for name in methods))
+    for path in ("/", "/v1", "/v1/", "/admin", "/admin/", "/openapi.json", "/docs/x", "/healthz/", "/v1/threads/"):
+        assert api("GET", path, key=ADMIN).status == 404, path

@@ -1,0 +1,336 @@
+"""Real processes: the server, its store and the miniKMS that it spawns."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, OTHER_BACKEND, Api, signed
+from tests.progressdb_server.api.real_server import RealServer, real_server
+
+PLANTED = "Zr7-planted-secret"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    with real_server(Path(tmp_path_factory.mktemp("real"))) as started:
+        yield started
+
+
+def files_below(directory: Path) -> Iterator[tuple[Path, bytes]]:
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_socket():
+            yield path, path.read_bytes()
+
+
+# --- the store in memory tells the truth ------------------------------------------------------------------------
+# Each step: method, path, body, and what else is sent. `{name}` stands for an id that an earlier step has got.
+Step = tuple[str, str, Any, dict[str, Any]]
+STORY: list[Step] = [
+    ("POST", "/v1/threads", {"title": "Café!", "author": "alice"}, {"keep": "t"}),
+    ("GET", "/v1/threads?author=alice", None, {}),
+    ("GET", "/v1/threads?author=alice&title=CAF", None, {}),
+    ("GET", "/v1/threads?author=bob", None, {}),
+    ("GET", "/v1/threads/{t}?author=alice", None, {}),
+    ("GET", "/v1/threads/{t}?author=bob", None, {}),
+    ("POST", "/v1/messages", {"thread": "{t}", "author": "alice", "body": {"n": [1, None, "é"]}}, {"keep": "m"}),
+    ("POST", "/v1/messages", {"thread": "{t}", "author": "bob", "role": "system", "body": 2}, {"keep": "n"}),
+    ("POST", "/v1/messages", {"thread": "{t}", "author": "bob", "body": 3, "reply_to": "{m}"}, {"keep": "o"}),
+    ("GET", "/v1/messages?thread={t}", None, {}),
+    ("GET", "/v1/messages?thread={t}&limit=2", None, {}),
+    ("GET", "/v1/messages?thread={t}&limit=0", None, {}),
+    ("GET", "/v1/messages?thread={t}&before={o}", None, {}),
+    ("GET", "/v1/messages?thread={t}&after={m}", None, {}),
+    ("GET", "/v1/messages?thread={t}&after={m}&before={o}", None, {}),
+    ("GET", "/v1/messages?thread={t}", None, {"key": FRONTEND, "headers": signed("bob")}),
+    ("GET", "/v1/messages?thread={t}", None, {"key": FRONTEND, "headers": signed("eve")}),
+    ("GET", "/v1/threads/{t}/messages?author=eve", None, {}),
+    ("PUT", "/v1/messages/{m}", {"author": "alice", "body": "edited", "thread": "elsewhere"}, {}),
+    ("PUT", "/v1/messages/{m}", {"author": "bob", "body": "mine"}, {}),
+    ("PUT", "/v1/threads/none/messages/{m}", {"author": "alice", "body": "x"}, {}),
+    ("GET", "/v1/messages?thread={t}", None, {}),
+    ("POST", "/v1/messages/{m}/reactions", {"id": "bob", "reaction": "+1"}, {}),
+    ("POST", "/v1/messages/{m}/reactions", {"id": "carol", "reaction": "♥"}, {}),
+    ("GET", "/v1/messages/{m}/reactions", None, {}),
+    ("DELETE", "/v1/messages/{m}/reactions/bob", None, {}),
+    ("DELETE", "/v1/messages/{m}/reactions/bob", None, {}),
+    ("GET", "/v1/messages/{m}/versions", None, {}),
+    ("DELETE", "/v1/messages/{n}?author=alice", None, {}),
+    ("DELETE", "/v1/messages/{n}?author=bob", None, {}),
+    ("GET", "/v1/messages/{n}", None, {}),
+    ("GET", "/v1/messages?thread={t}", None, {}),
+    ("GET", "/v1/messages?thread={t}&include_deleted=true", None, {}),
+    ("DELETE", "/v1/messages/{o}?author=alice", None, {"key": ADMIN}),
+    ("GET", "/v1/messages/{o}/versions", None, {}),
+    ("GET", "/v1/messages/msg-1-1", None, {}),
+    ("GET", "/v1/messages/msg-1-1/versions", None, {}),
+    ("GET", "/v1/messages/msg-1-1/reactions", None, {}),
+    ("PUT", "/v1/threads/{t}", {"title": "Renamed", "author": "alice"}, {}),
+    ("PUT", "/v1/threads/{t}", {"title": "Mine", "author": "bob"}, {}),
+    ("PUT", "/v1/threads/none", {"title": "x", "author": "bob"}, {}),
+    ("DELETE", "/v1/threads/none?author=bob", None, {}),
+    ("DELETE", "/v1/threads/{t}?author=bob", None, {}),
+    ("POST", "/v1/threads/named/messages", {"author": "alice", "body": 1}, {"keep": "p"}),
+    ("GET", "/v1/threads/named?author=alice", None, {}),
+    ("POST", "/v1/messages", {"author": "a", "body": 7}, {"headers": {"Idempotency-Key": "k"}, "keep": "q"}),
+    ("POST", "/v1/messages", {"author": "a", "body": 7}, {"headers": {"Idempotency-Key": "k"}}),
+    ("POST", "/v1/messages", {"author": "a", "body": 8}, {"headers": {"Idempotency-Key": "k"}}),
+    ("POST", "/v1/threads", {"author": "a", "title": "i"}, {"headers": {"Idempotency-Key": "l"}, "keep": "r"}),
+    ("POST", "/v1/threads", {"author": "a", "title": "i"}, {"headers": {"Idempotency-Key": "l"}}),
+    ("DELETE", "/v1/threads/{t}?author=alice", None, {}),
+    ("GET", "/v1/threads/{t}?author=alice", None, {}),
+    ("GET", "/v1/threads/{t}?author=alice", None, {"key": ADMIN}),
+    ("GET", "/v1/threads?author=alice", None, {}),
+    ("GET", "/v1/threads/{t}/messages?author=alice", None, {}),
+    ("GET", "/v1/messages?thread={t}", None, {}),
+    ("GET", "/v1/messages?thread={t}&include_deleted=true", None, {}),
+    ("POST", "/v1/messages", {"thread": "{t}", "author": "alice", "body": 9}, {}),
+    ("DELETE", "/v1/threads/{t}?author=alice", None, {}),
+]
+
+
+def told(call: Any) -> list[Any]:
+    """The story's answers, with ids and times replaced by their order of appearance."""
+    names: dict[str, str] = {}
+    seen: dict[str, str] = {}
+    answers = []
+
+    def plain(text: str) -> str:
+        for pattern, word in ((r"(?:msg|thread)-\d+-\d+", "id"), (r"\b\d{19}\b", "time")):
+            text = re.sub(pattern, lambda found, word=word: seen.setdefault(found[0], f"<{word} {len(seen)}>"), text)
+        return re.sub(r"New Thread #\d+", "New Thread #n", text)
+
+    for method, path, body, more in STORY:
+        for name, made in names.items():
+            path = path.replace("{" + name + "}", made)
+            body = json.loads(json.dumps(body).replace("{" + name + "}", made))
+        sent = {name: value for name, value in more.items() if name != "keep"}
+        reply = call(method, path, body, **sent)
+        if "keep" in more:
+            names[more["keep"]] = reply.json["id"]
+        answered = json.loads(reply.body) if reply.body else None
+        answers.append((method, path.partition("?")[0].count("/"), reply.status, plain(json.dumps(answered))))
+    return answers
+
+
+def test_the_store_in_memory_answers_as_the_real_one_does(server: RealServer) -> None:
+    real, imagined = told(server), told(Api())
+    for step, one, other in zip(STORY, real, imagined, strict=True):
+        assert one == other, step
+
+
+# --- what is stored ---------------------------------------------------------------------------------------------
+def test_what_a_user_typed_and_every_key_stay_out_of_files_and_logs(tmp_path: Path) -> None:
+    with real_server(tmp_path) as server:
+        thread = server("POST", "/v1/threads", {"title": PLANTED, "author": "alice"}).json["id"]
+        sent = {"thread": thread, "author": "alice", "body": {"text": PLANTED}}
+        message = server("POST", "/v1/messages", sent, headers={"Idempotency-Key": PLANTED}).json["id"]
+        server("PUT", f"/v1/messages/{message}", {"author": "alice", "body": PLANTED + "2"})
+        server("POST", f"/v1/messages/{message}/reactions", {"id": "bob", "reaction": PLANTED})
+        server("GET", f"/v1/threads?author=alice&title={PLANTED}")
+        server("GET", f"/nowhere/{PLANTED}?x={PLANTED}", headers={"X-Anything": PLANTED})
+        server("POST", "/v1/messages", {"author": PLANTED * 20, "body": PLANTED})
+        server("GET", "/v1/threads", key=PLANTED)
+        assert server("GET", f"/v1/messages/{message}").json["body"] == PLANTED + "2"
+        server("DELETE", f"/v1/messages/{message}?author=alice")
+        seen_alive = [name for name, content in files_below(tmp_path) if PLANTED.encode() in content]
+    stored = list(files_below(tmp_path))
+    assert len(stored) > 5
+    assert seen_alive == []
+    for secret in (PLANTED, BACKEND, OTHER_BACKEND, FRONTEND, ADMIN, PLANTED.lower()):
+        assert [name for name, content in stored if secret.encode() in content] == [], secret
+
+
+def test_a_request_id_goes_through_the_answer_both_logs_and_the_audit_log(tmp_path: Path) -> None:
+    with real_server(tmp_path) as server:
+        reply = server("POST", "/v1/messages", {"author": "a", "body": 1}, headers={"X-Request-Id": "trace-a1b2"})
+        assert reply.headers["x-request-id"] == "trace-a1b2"
+    assert "trace-a1b2" in (tmp_path / "db" / "kms" / "minikms-audit.log").read_text()
+    (line,) = [line for line in server.log if line.get("request_id") == "trace-a1b2"]
+    assert (line["route"], line["status"], line["role"]) == ("/v1/messages", 200, "backend")
+
+
+# --- restarts ---------------------------------------------------------------------------------------------------
+def test_a_restart_keeps_everything_and_an_idempotency_key_counts_across_it(tmp_path: Path) -> None:
+    sent = {"author": "alice", "body": {"text": "once"}}
+    retry = {"Idempotency-Key": "order-66"}
+    with real_server(tmp_path) as server:
+        message = server("POST", "/v1/messages", sent, headers=retry).json
+        titled, retry_thread = {"author": "alice", "title": "T"}, {"Idempotency-Key": "order-67"}
+        thread = server("POST", "/v1/threads", titled, headers=retry_thread).json
+        server("PUT", f"/v1/messages/{message['id']}", {"author": "alice", "body": "edited"})
+        server.kill()
+    with real_server(tmp_path) as server:
+        assert server("POST", "/v1/messages", sent, headers=retry).json == message
+        other = server("POST", "/v1/messages", {**sent, "body": "other"}, headers=retry)
+        assert (other.status, other.json) == (
+            409,
+            {"error": "this Idempotency-Key was used before with another request"},
+        )
+        listed = server("GET", f"/v1/messages?thread={message['thread']}").json["messages"]
+        assert [one["body"] for one in listed] == ["edited"]
+        assert server("POST", "/v1/threads", titled, headers=retry_thread).json == thread
+        assert len(server("GET", "/v1/threads?author=alice").json["threads"]) == 2
+        assert server.stop() == 0
+
+
+def test_a_stop_by_signal_ends_the_server_and_its_key_service(tmp_path: Path) -> None:
+    with real_server(tmp_path) as server:
+        server("POST", "/v1/messages", {"author": "a", "body": 1})
+        for _ in range(3):  # an impatient operator
+            server._process.send_signal(signal.SIGINT)
+        assert server.stop() == 0
+    log = server.log_path.read_text()
+    assert "miniKMS stopped" in log
+    assert "Traceback" not in log
+    with real_server(tmp_path) as server:
+        assert server("GET", "/admin/stats").json == {"threads": 1, "messages": 1}
+
+
+def minikms_pid(server: RealServer) -> int:
+    return int([line["pid"] for line in server.log if line["event"] == "miniKMS spawned"][-1])
+
+
+def test_a_key_service_that_is_killed_costs_a_short_wait_and_no_message(tmp_path: Path) -> None:
+    with real_server(tmp_path) as server:
+        thread = server("POST", "/v1/messages", {"author": "a", "body": 0}).json["thread"]
+        acknowledged = 1
+        for _ in range(3):
+            os.kill(minikms_pid(server), signal.SIGKILL)
+            for _ in range(3):
+                reply = server("POST", "/v1/messages", {"thread": thread, "author": "a", "body": acknowledged})
+                assert reply.status in (200, 503), reply
+                acknowledged += reply.status == 200
+        listed = server("GET", f"/v1/messages?thread={thread}").json["messages"]
+        assert [message["body"] for message in listed][:acknowledged] == [*range(acknowledged)]
+        assert server.stop() == 0
+
+
+@pytest.mark.torture
+def test_while_the_key_service_hangs_requests_get_a_503_in_bounded_time(tmp_path: Path) -> None:
+    with real_server(tmp_path) as server:
+        thread = server("POST", "/v1/messages", {"author": "a", "body": "first"}).json["thread"]
+        os.kill(minikms_pid(server), signal.SIGSTOP)
+        for method, path, body in (
+            ("POST", "/v1/messages", {"thread": thread, "author": "a", "body": "x"}),
+            ("GET", f"/v1/messages?thread={thread}", None),
+        ):
+            reply = server(method, path, body)
+            assert reply.status == 503
+            assert int(reply.headers["retry-after"]) >= 1
+            assert "key service" in reply.json["error"]
+        assert server("GET", "/healthz").status == 200
+        os.kill(minikms_pid(server), signal.SIGCONT)
+        listed = server("GET", f"/v1/messages?thread={thread}").json["messages"]
+        assert listed[0]["body"] == "first"
+
+
+def failed_start(directory: Path, *words: str) -> str:
+    program = [sys.executable, "-m", "progressdb_server", "--db", str(directory / "db"), "--dev", *words]
+    started = subprocess.run(
+        program, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert started.returncode == 1
+    assert "Traceback" not in started.stderr
+    return started.stderr
+
+
+def test_a_start_that_can_not_be_says_why(server: RealServer, tmp_path: Path) -> None:
+    taken = failed_start(tmp_path, "--addr", f"127.0.0.1:{server.port}")
+    assert f"cannot listen on 127.0.0.1:{server.port}: Address already in use" in taken
+    locked = failed_start(server.db.parent, "--addr", "127.0.0.1:0")
+    assert "is in use by another process" in locked
+    (tmp_path / "file").write_text("")
+    assert "can't make the data directory" in failed_start(tmp_path / "file", "--addr", "127.0.0.1:0")
+    assert server("GET", "/healthz").status == 200
+
+
+def test_a_stop_while_it_starts_ends_the_server_at_once(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "progressdb_server", "--addr", "127.0.0.1:0", "--db", str(tmp_path / "db")]
+    variables = {"PATH": os.environ["PATH"], "PROGRESSDB_KMS_SPAWN": "0"}  # so it waits for one that never comes
+    with subprocess.Popen(program, env=variables, stderr=subprocess.PIPE, text=True) as starting:
+        assert starting.stderr is not None
+        assert "waiting for miniKMS" in starting.stderr.readline()
+        starting.terminate()
+        _, said = starting.communicate(timeout=8)  # it would wait for ten seconds
+        assert starting.returncode == 0
+        assert "listening" not in said
+        assert "Traceback" not in said
+
+
+def test_without_an_api_key_the_server_says_so_and_refuses_everything_but_health(tmp_path: Path) -> None:
+    none = {f"PROGRESSDB_API_{role}_KEYS": "" for role in ("BACKEND", "FRONTEND", "ADMIN")}
+    with real_server(tmp_path, **none) as server:
+        assert any("no API key is configured" in line["event"] for line in server.log)
+        assert server("GET", "/v1/threads").status == 401
+        assert server("GET", "/healthz", key=None).status == 200
+
+
+# --- many at once -----------------------------------------------------------------------------------------------
+def test_appends_from_many_connections_are_totally_ordered_and_lose_nothing(server: RealServer) -> None:
+    clients, each = 12, 40
+    thread = server("POST", "/v1/threads", {"author": "alice", "title": "Busy"}).json["id"]
+    made: list[list[str]] = [[] for _ in range(clients)]
+
+    def append(number: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        for at in range(each):
+            sent = {"thread": thread, "author": f"user-{number}", "body": [number, at]}
+            made[number].append(server("POST", "/v1/messages", sent, connection=connection).json["id"])
+        connection.close()
+
+    workers = [threading.Thread(target=append, args=(number,)) for number in range(clients)]
+    lists: list[list[str]] = []
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers):
+        listed = server("GET", f"/v1/messages?thread={thread}").json["messages"]
+        lists.append([message["id"] for message in listed])
+    for worker in workers:
+        worker.join()
+    final = server("GET", f"/v1/messages?thread={thread}").json["messages"]
+    ids = [message["id"] for message in final]
+    assert len(ids) == clients * each
+    assert sorted(ids) == sorted(one for of_client in made for one in of_client)
+    assert [message["ts"] for message in final] == sorted({message["ts"] for message in final})
+    for number, of_client in enumerate(made):
+        assert [message["body"][1] for message in final if message["body"][0] == number] == [*range(each)]
+        assert [one for one in ids if one in set(of_client)] == of_client
+    for seen in lists:  # every reader saw a beginning of the same order
+        assert seen == ids[: len(seen)]
+
+
+def test_one_idempotency_key_from_many_connections_at_once_stores_one_message(server: RealServer) -> None:
+    thread = server("POST", "/v1/threads", {"author": "alice", "title": "Once"}).json["id"]
+    sent = {"thread": thread, "author": "alice", "body": "once"}
+    replies: list[Any] = []
+    workers = [
+        threading.Thread(
+            target=lambda: replies.append(server("POST", "/v1/messages", sent, headers={"Idempotency-Key": "race"}))
+        )
+        for _ in range(10)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert {reply.status for reply in replies} == {200}
+    assert len({reply.body for reply in replies}) == 1
+    assert len(server("GET", f"/v1/messages?thread={thread}").json["messages"]) == 1
+
+
+def test_metrics_of_the_server_and_of_its_store_are_served(server: RealServer) -> None:
+    text = server("GET", "/metrics").body.decode()
+    assert "progressdb_http_requests_total" in text
+    assert "progressdb_store_available 1.0" in text

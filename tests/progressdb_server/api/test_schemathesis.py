@@ -1,0 +1,85 @@
+"""Schemathesis, a third-party tester for OpenAPI, compares the document with the live server."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, signature
+from tests.progressdb_server.api.real_server import RealServer, real_server
+from tests.progressdb_server.api.sdk import TEST_S_MAX, environment
+from tests.progressdb_server.api.viewer_client import ViewerClient
+
+pytestmark = pytest.mark.timeout(TEST_S_MAX)
+REQUIREMENTS = ("schemathesis==4.32.5",)
+RUN_S_MAX = 240.0
+EXAMPLES = 4
+SEED = 1
+"""Of the requests in the normal suite; Schemathesis prints the seed of a run that failed."""
+CONFIGURATION = """
+[checks.positive_data_acceptance]
+# generated ids are unknown, of another user, or in another state; logins are limited
+expected-statuses = ["2xx", "3xx", "401", "403", "404", "409", "429"]
+"""
+ADMINS = {"X-API-Key": ADMIN, "X-User-ID": "alice"}
+BACKENDS = {"X-API-Key": BACKEND, "X-User-ID": "alice"}
+FRONTENDS = {"X-API-Key": FRONTEND, "X-User-ID": "alice", "X-User-Signature": signature("alice")}
+CONVERSATIONS = ["--include-tag", "threads", "--include-tag", "messages", "--include-tag", "reactions"]
+RUNS: dict[str, tuple[dict[str, str], list[str]]] = {
+    "admin": (ADMINS, ["--exclude-tag", "viewer"]),
+    "backend": (BACKENDS, ["--include-tag", "users", "--include-tag", "threads"]),
+    "front end": (FRONTENDS, CONVERSATIONS),
+    # whoever has no session is sent to the login, whatever he asks: only what is valid can be judged
+    "viewer": (ADMINS, ["--include-tag", "viewer", "--mode", "positive"]),
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    with real_server(Path(tmp_path_factory.mktemp("schemathesis"))) as started:
+        yield started
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_document_is_true_of_the_live_server(server: RealServer, run: str, tmp_path: Path) -> None:
+    """Valid requests are answered as described, invalid ones refused; no status, header, type or method is left out."""
+    check(server, run, tmp_path, SEED)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("run", RUNS)
+def test_the_document_is_true_of_the_live_server_for_new_requests(server: RealServer, run: str, tmp_path: Path) -> None:
+    check(server, run, tmp_path, random.getrandbits(32))
+
+
+def check(server: RealServer, run: str, tmp_path: Path, seed: int) -> None:
+    configuration = tmp_path / "schemathesis.toml"
+    configuration.write_text(CONFIGURATION)
+    caller, chosen = RUNS[run]
+    # an author, and whom a reaction is by, may stand in several places, which no schema can say
+    headers = {**caller, "X-Identity": "alice"}
+    if run == "viewer":
+        client = ViewerClient(server.port)
+        assert client.login(ADMIN).status == 303
+        headers["Cookie"] = f"progressdb_viewer={client.cookies['progressdb_viewer']}"
+    words = [str(environment("schemathesis-4.32.5", REQUIREMENTS).with_name("schemathesis"))]
+    words += ["--config-file", str(configuration), "run", f"http://127.0.0.1:{server.port}/openapi.yaml", *chosen]
+    for name, value in headers.items():
+        words += ["--header", f"{name}: {value}"]
+    words += ["--phases", "examples,coverage,fuzzing,stateful", "--max-examples", str(EXAMPLES), "--checks", "all"]
+    # bounds are in bytes, schemas count characters; a NUL can't be sent in a header at all
+    words += ["--generation-codec", "ascii", "--generation-allow-x00", "false", "--generation-database", "none"]
+    words += ["--seed", str(seed), "--no-color", "--no-shrink", "--warnings", "off"]
+    variables = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
+    done = subprocess.run(
+        words, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=RUN_S_MAX, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 selected" not in done.stdout
+    unexpected = [event for event in server.log if event["event"] in ("request failed", "store_write_failed")]
+    assert unexpected == []

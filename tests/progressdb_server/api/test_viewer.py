@@ -1,0 +1,153 @@
+"""The viewer's door: who gets in, for how long, and what a form of another site can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from progressdb_server.api.viewer import sessions
+from progressdb_server.api.viewer.routes import LOGIN_BURST
+from progressdb_server.api.viewer.sessions import Sessions, same
+from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND
+from tests.progressdb_server.api.real_server import RealServer, real_server
+from tests.progressdb_server.api.viewer_client import ViewerClient
+
+PAGES = (
+    "/viewer/",
+    "/viewer/threads/t",
+    "/viewer/messages/m",
+    "/viewer/jobs",
+    "/viewer/jobs?part=rows",
+    "/viewer/status",
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    with real_server(Path(tmp_path_factory.mktemp("viewer"))) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def inside(server: RealServer) -> ViewerClient:
+    client = ViewerClient(server.port)
+    assert client.login(ADMIN).status == 303
+    return client
+
+
+def test_without_a_session_every_page_leads_to_the_login(server: RealServer) -> None:
+    for page in PAGES:
+        reply = ViewerClient(server.port)(page)
+        assert (reply.status, reply.headers["location"], reply.text) == (303, "/viewer/login", "")
+    forged = ViewerClient(server.port)
+    forged.cookies["progressdb_viewer"] = "A" * 43
+    assert forged("/viewer/").status == 303
+
+
+def test_an_api_key_in_a_header_is_no_session(server: RealServer) -> None:
+    assert server("GET", "/viewer/", key=ADMIN).status == 303
+
+
+def test_the_cookie_is_for_this_site_and_no_script(inside: ViewerClient, server: RealServer) -> None:
+    reply = ViewerClient(server.port).login(ADMIN)
+    (cookie,) = [one for one in reply.set_cookies if one.startswith("progressdb_viewer=")]
+    value, *attributes = cookie.split("; ")
+    assert set(attributes) == {"Path=/viewer", "HttpOnly", "SameSite=Strict"}
+    assert len(value) > 40
+    assert ADMIN not in cookie
+
+
+def test_every_page_carries_a_policy_that_allows_no_inline_script(inside: ViewerClient) -> None:
+    for page in PAGES:
+        reply = inside(page)
+        policy = dict(part.strip().split(" ", 1) for part in reply.headers["content-security-policy"].split(";"))
+        assert policy["default-src"] == "'none'"
+        assert policy["script-src"] == policy["style-src"] == policy["form-action"] == "'self'"
+        assert policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+        assert reply.headers["cache-control"] == "no-store"
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        assert " style=" not in reply.text
+        assert " onclick=" not in reply.text
+
+
+def test_a_page_of_what_is_not_there_says_so(inside: ViewerClient) -> None:
+    assert inside("/viewer/threads/nothing").status == 404
+    assert inside("/viewer/messages/msg-1-000001").status == 404
+    assert inside("/viewer/?q=msg-%2F").status == 404
+    assert inside("/viewer/threads/a%2Fb").status == 404
+    assert inside("/viewer/?q=" + "x" * 2000).status == 400
+    assert "No thread is found." in inside("/viewer/?q=nothing").text
+
+
+def test_a_form_needs_the_token_of_its_own_page(server: RealServer) -> None:
+    """Another site's form comes without the token, also when the browser sends the cookie with it."""
+    client = ViewerClient(server.port)
+    client("/viewer/login")
+    assert client("/viewer/login", {"csrf": "other", "key": ADMIN}).status == 403
+    assert ViewerClient(server.port)("/viewer/login", {"csrf": "", "key": ADMIN}).status == 403
+    assert client.login(ADMIN).status == 303
+    assert client("/viewer/logout", {"csrf": "other"}).status == 403
+    assert client("/viewer/logout", {}).status == 403
+    token = client.cookies["progressdb_viewer"]
+    client("/viewer/")
+    assert client("/viewer/logout", {"csrf": client.csrf}).status == 303
+    client.cookies["progressdb_viewer"] = token
+    assert client("/viewer/").headers["location"] == "/viewer/login"
+
+
+def test_only_an_admin_key_opens_and_attempts_are_few(tmp_path: Path) -> None:
+    with real_server(tmp_path) as server:
+        client = ViewerClient(server.port)
+        for key in (BACKEND, FRONTEND, "", "wrong"):
+            assert client.login(key).status == 401
+        statuses = [client.login("wrong").status for _ in range(LOGIN_BURST)]
+        assert statuses[-1] == 429
+        assert client.login(ADMIN).status == 429
+        assert ADMIN not in server.log_path.read_text()
+
+
+def test_threads_are_found_by_author_and_by_the_beginning_of_an_id(server: RealServer, inside: ViewerClient) -> None:
+    made = [
+        server("POST", "/v1/threads", {"title": f"T{number}", "author": author}).json["id"]
+        for number, author in enumerate(["ann", "bob", "a&b"])
+    ]
+    for thread, author in zip(made, ["ann", "bob", "a%26b"], strict=True):
+        assert [one for one in made if one in inside(f"/viewer/?author={author}").text] == [thread]
+        assert [one for one in made if one in inside(f"/viewer/?q={thread}").text] == [thread]
+    assert [one for one in made if one in inside("/viewer/?q=thread-").text] == made
+    message = server("POST", "/v1/messages", {"thread": made[0], "author": "ann", "body": "x"}).json["id"]
+    assert inside(f"/viewer/?q={message}").headers["location"] == f"/viewer/messages/{message}"
+
+
+# --- sessions, without a server ---------------------------------------------------------------------------------------
+def test_a_session_ends_after_its_time_and_after_idleness() -> None:
+    table = Sessions()
+    token = table.begin(1, 0.0)
+    step = sessions.IDLE_SECONDS_MAX - 1
+    now = 0.0
+    while now + step < sessions.SESSION_SECONDS_MAX:
+        now += step
+        assert table.find(token, now) is not None
+    assert table.find(token, sessions.SESSION_SECONDS_MAX) is None
+    idle = table.begin(1, 0.0)
+    assert table.find(idle, sessions.IDLE_SECONDS_MAX) is None
+    assert len(table) == 0
+
+
+def test_sessions_are_bounded_and_the_one_unused_for_longest_goes() -> None:
+    table = Sessions()
+    first, second = table.begin(1, 0.0), table.begin(1, 0.0)
+    table.find(first, 1.0)
+    for _ in range(sessions.SESSIONS_COUNT_MAX - 1):
+        table.begin(1, 2.0)
+    assert len(table) == sessions.SESSIONS_COUNT_MAX
+    assert table.find(second, 3.0) is None
+    assert table.find(first, 3.0) is not None
+
+
+def test_an_absent_token_is_never_the_right_one() -> None:
+    assert not same("", "")
+    assert not same("a", "")
+    assert same("a", "a")

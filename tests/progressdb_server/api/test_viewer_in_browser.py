@@ -1,0 +1,177 @@
+"""The viewer and the documentation in a real browser: they work, run nothing that a user typed, and fit the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.progressdb_server.api.asgi_client import ADMIN
+from tests.progressdb_server.api.browser import Browser
+from tests.progressdb_server.api.real_server import RealServer, real_server
+
+TAB, ENTER = 9, 13
+HOSTILE = (
+    "<script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'>"
+    "<a href='javascript:window.stolen=3'>x</a>\"'></div><svg/onload=window.stolen=4>{{ 7 * 7 }}{% raw %}"
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    with real_server(Path(tmp_path_factory.mktemp("browser"))) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def page(server: RealServer) -> Iterator[Browser]:
+    with Browser() as browser:
+        browser.go(f"http://127.0.0.1:{server.port}/viewer/")
+        browser.evaluate(f"document.getElementById('key').value = {ADMIN!r}")
+        browser.follow("document.forms[0].submit()")
+        yield browser
+
+
+def url(server: RealServer, path: str) -> str:
+    return f"http://127.0.0.1:{server.port}{path}"
+
+
+def hostile_thread(server: RealServer) -> str:
+    thread = str(server("POST", "/v1/threads", {"title": HOSTILE, "author": "<b>eve</b>"}).json["id"])
+    message = server(
+        "POST", "/v1/messages", {"thread": thread, "author": "<b>eve</b>", "body": HOSTILE, "role": HOSTILE[:100]}
+    ).json["id"]
+    server("PUT", f"/v1/messages/{message}", {"author": "<b>eve</b>", "body": {HOSTILE: [HOSTILE]}})
+    server("POST", f"/v1/messages/{message}/reactions", {"id": "<i>", "reaction": HOSTILE})
+    return thread
+
+
+def test_a_person_logs_in_with_the_keyboard_and_finds_a_message(server: RealServer) -> None:
+    thread = server("POST", "/v1/threads", {"title": "Lunch", "author": "alice"}).json["id"]
+    server("POST", "/v1/messages", {"thread": thread, "author": "alice", "body": "Soup at noon"})
+    with Browser() as browser:
+        browser.go(url(server, "/viewer/"))
+        browser.until("document.activeElement.id === 'key'")
+        browser.type("wrong")
+        browser.follow("document.forms[0].submit()")
+        assert browser.evaluate("document.querySelector('[role=alert]').textContent") == "This is not an admin key."
+        browser.until("document.activeElement.id === 'key'")
+        browser.type(ADMIN)
+        browser.press("Enter", ENTER)
+        browser.until("location.pathname === '/viewer/' && document.title.startsWith('Threads')")
+        browser.press("Tab", TAB)
+        assert browser.evaluate("document.activeElement.className") == "skip"
+        browser.evaluate(f"document.querySelector('a[href=\"/viewer/threads/{thread}\"]').focus()")
+        browser.press("Enter", ENTER)
+        browser.until("document.title.startsWith('Lunch')")
+        assert browser.evaluate("document.querySelector('article .body').textContent") == "Soup at noon"
+        protection = browser.evaluate("document.querySelector('article footer').textContent")
+        assert "DEK k_" in protection
+        assert "under KEK 1 since 20" in protection
+        browser.follow("document.querySelector('form[action=\"/viewer/logout\"] button').click()")
+        browser.go(url(server, f"/viewer/threads/{thread}"))
+        assert browser.evaluate("location.pathname") == "/viewer/login"
+        assert [text for text in browser.complaints if "401" not in text] == []
+
+
+def test_what_users_typed_is_text_and_never_runs(server: RealServer, page: Browser) -> None:
+    thread = hostile_thread(server)
+    message = server("GET", f"/v1/messages?thread={thread}").json["messages"][0]["id"]
+    page.complaints.clear()
+    for place in ("/viewer/", f"/viewer/threads/{thread}", f"/viewer/messages/{message}"):
+        page.go(url(server, place))
+        assert "<script>window.stolen" in page.evaluate("document.body.textContent")
+        assert page.evaluate("document.querySelectorAll('main script, main img, main svg, main b, main i').length") == 0
+        assert page.evaluate("[...document.links].filter(a => a.protocol === 'javascript:').length") == 0
+    page.go(url(server, "/viewer/?q=%22%3E%3Cscript%3Ewindow.stolen=5%3C/script%3E&author=%22onfocus=stolen"))
+    assert page.evaluate("document.getElementById('q').value").startswith('"><script>')
+    assert page.evaluate("window.stolen === undefined")
+    assert page.complaints == []
+
+
+def test_an_inline_script_would_not_run_either(server: RealServer, page: Browser) -> None:
+    """The policy stops what escaping would have let through."""
+    page.go(url(server, "/viewer/"))
+    page.complaints.clear()
+    page.evaluate(
+        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.stolen = 6'}))"
+    )
+    page.evaluate("fetch('http://127.0.0.1:9/').catch(() => 0)")
+    assert page.evaluate("window.stolen === undefined")
+    assert [text for text in page.complaints if "Content Security Policy" in text] != []
+
+
+def test_a_running_job_is_followed_without_reloading(server: RealServer, page: Browser) -> None:
+    thread = server("POST", "/v1/threads", {"title": "Rotated", "author": "alice"}).json["id"]
+    for number in range(12):
+        server("POST", "/v1/messages", {"thread": thread, "author": "alice", "body": number})
+    begun = server("POST", "/admin/rotate_thread_dek", {"thread_id": thread, "records_per_second": 4}, key=ADMIN)
+    assert begun.status == 202
+    page.go(url(server, "/viewer/jobs"))
+    page.evaluate("window.kept = true")
+    page.until("document.querySelector('#jobs [data-label=State]').textContent.trim() === 'done'")
+    assert page.evaluate("window.kept")
+    assert page.evaluate("document.querySelector('#jobs progress').value") == 100
+    assert page.until("document.getElementById('live').textContent === 'No job is unfinished.'")
+    page.go(url(server, f"/viewer/threads/{thread}"))
+    assert begun.json["new_key"] in page.evaluate("document.querySelector('article footer').textContent")
+
+
+@pytest.mark.parametrize("width", [320, 390, 1200])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_fits_and_can_be_read(server: RealServer, page: Browser, width: int, scheme: str) -> None:
+    thread = hostile_thread(server)
+    page.size(width, 800)
+    page.scheme(scheme)
+    for place in ("/viewer/", f"/viewer/threads/{thread}", "/viewer/jobs", "/viewer/status", "/docs/"):
+        page.go(url(server, place))
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (place, width)
+        assert page.evaluate(CONTRAST) >= 4.5, (place, scheme)
+        assert page.evaluate(UNLABELLED) == [], place
+        assert page.evaluate("document.querySelectorAll('h1').length") == 1
+        assert page.evaluate("document.documentElement.lang") == "en"
+
+
+def test_the_documentation_loads_nothing_from_elsewhere(server: RealServer, page: Browser) -> None:
+    page.requested.clear()
+    page.complaints.clear()
+    page.go(url(server, "/docs/"))
+    assert page.evaluate("document.querySelectorAll('details').length") > 40
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert "missing signature headers" in page.evaluate("document.body.textContent")
+    assert {one for one in page.requested if not one.startswith(url(server, "/docs/"))} == set()
+    assert page.complaints == []
+
+
+CONTRAST = """
+(() => {
+  const light = (text) => {
+    const [r, g, b] = text.match(/[0-9.]+/g).map(Number).map((v) => v / 255)
+      .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = getComputedStyle(at).backgroundColor;
+      if (!colour.endsWith(", 0)")) return colour;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  let worst = 21;
+  for (const element of document.querySelectorAll("body *:not(.skip)")) {
+    if (![...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim())) continue;
+    if (!element.getClientRects().length) continue;
+    const pair = [light(getComputedStyle(element).color), light(ground(element))].sort((a, b) => b - a);
+    worst = Math.min(worst, (pair[0] + 0.05) / (pair[1] + 0.05));
+  }
+  return worst;
+})()
+"""
+"""The least contrast of a text with what is behind it (WCAG 2.2, success criterion 1.4.3 asks for 4.5)."""
+UNLABELLED = """
+[...document.querySelectorAll("input:not([type=hidden]), button, a, progress, th:not([scope])")]
+  .filter((one) => !(one.labels && one.labels.length) && !one.textContent.trim() && !one.ariaLabel)
+  .map((one) => one.outerHTML)
+"""
+"""Controls that a screen reader has no name for."""

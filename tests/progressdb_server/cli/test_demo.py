@@ -1,0 +1,139 @@
+"""`progressdb demo`, as a newcomer runs it: real processes, its own directory, an exit status that can be trusted."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import needs
+
+OTHER_UID = 45_678
+TOUR_S_MAX = 60.0
+COMMAND = [sys.executable, "-P", "-m", "progressdb_server", "demo"]
+
+
+def tour(place: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *flags],
+        cwd=place,
+        env=os.environ
+        | {"PROGRESSDB_KMS_SOCKET": "/nonexistent/theirs.sock", "PROGRESSDB_DB_PATH": "/nonexistent/theirs"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TOUR_S_MAX,
+        check=False,
+    )
+
+
+def test_a_second_tour_finds_the_first_ones_data_and_a_leak_fails_it(tmp_path: Path) -> None:
+    first = tour(tmp_path)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert "Every check held" in first.stdout
+    assert "FAILED" not in first.stdout
+    assert "2 messages came back as they were written" in first.stdout
+    assert "all 2 messages read as before" in first.stdout, "after both rotations"
+    (started, offered) = re.findall(r"^   \$ (PROGRESSDB_API_BACKEND_KEYS=.*)$", first.stdout, flags=re.MULTILINE)
+    assert offered == started, "the commands of the tour work against the server that the last line starts"
+    assert "\x1b[" not in first.stdout, "plain where the output is no terminal"
+
+    second = tour(tmp_path)
+    assert (second.returncode, second.stderr) == (0, "")
+    assert "2 messages of earlier runs" in second.stdout
+    assert "4 messages came back as they were written" in second.stdout
+
+    (said,) = re.findall(r"^   ada: (.*)$", first.stdout, flags=re.MULTILINE)
+    (tmp_path / "demo-data" / "left-behind").write_text(f"a note: {said}")
+    third = tour(tmp_path)
+    assert third.returncode == 1
+    assert "FAILED" in third.stdout
+    assert "found in demo-data/left-behind" in third.stdout
+    assert "1 checks failed" in third.stdout
+
+
+def test_a_directory_too_deep_for_a_socket_path_is_no_obstacle(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["a-directory-with-a-long-name"] * 4)
+    deep.mkdir(parents=True)
+    done = tour(tmp_path, "--dir", str(deep / "data"))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_server_that_cannot_start_ends_the_tour_with_its_last_words(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "store").write_text("in the way")
+    done = tour(tmp_path, "--dir", "taken")
+    assert done.returncode == 1
+    assert "the server did not come up" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_directory_of_another_user_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    """Refused before anything in it is changed."""
+    needs.root()
+    place = tmp_path / "demo-data"
+    place.mkdir()
+    os.chown(place, OTHER_UID, OTHER_UID)
+    done = tour(tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"demo-data belongs to uid {OTHER_UID}" in done.stderr
+    assert "--dir DIRECTORY" in done.stderr
+    assert list(place.iterdir()) == []
+
+
+def test_a_file_of_another_user_in_the_directory_is_named(tmp_path: Path) -> None:
+    """What a tour as root used to leave in the directory of an ordinary user."""
+    needs.root()
+    left = tmp_path / "demo-data" / "store"
+    left.mkdir(parents=True)
+    os.chown(left, OTHER_UID, OTHER_UID)
+    done = tour(tmp_path)
+    assert done.returncode == 1
+    assert f"demo-data/store belongs to uid {OTHER_UID}" in done.stderr
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "demo-data").touch()
+    done = tour(tmp_path)
+    assert done.returncode == 1
+    assert "cannot use demo-data" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_tour_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "--dir", str(tmp_path / "data")], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    lock = tmp_path / "data" / "kms" / "lock"
+    wait_until(lock.exists)
+    process.send_signal(number)
+    assert process.wait(TOUR_S_MAX) == 128 + signal.SIGINT
+    wait_until(lambda: processes_naming(str(tmp_path)) == [])
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + TOUR_S_MAX
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def processes_naming(text: str) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if text.encode() in command:
+                found.append(entry.name)
+    return found

@@ -1,0 +1,132 @@
+"""Jobs over a store for a test, and what must hold of a thread after a rotation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import msgspec
+
+from minikms.client import KmsRefusedError, ReencryptItem
+from progressdb_server.config import Rotation
+from progressdb_server.jobs import rotation
+from progressdb_server.jobs.service import Jobs
+from progressdb_server.jobs.states import Job
+from progressdb_server.kms.provider import Provider
+from progressdb_server.store import keyspace
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.engine import Engine
+from progressdb_server.store.model import Message, NewMessage, Registered
+from progressdb_server.store.writer import Write
+from tests.progressdb_server.store.memory_engine import MemoryEngine
+from tests.progressdb_server.store.opened_store import TickingClock, messages_of, opened
+from tests.progressdb_server.store.sealing_provider import SealingProvider
+
+UNBOUNDED = Rotation(records_per_second=0)
+
+
+@dataclass
+class Place:
+    """What outlives a start of the server: the disk and the key service."""
+
+    engine: Engine = field(default_factory=MemoryEngine)
+    provider: Provider = field(default_factory=SealingProvider)
+    clock: TickingClock = field(default_factory=TickingClock)
+    settings: Rotation = UNBOUNDED
+
+    def run(self, body: Callable[[Conversations, Jobs], Awaitable[None]]) -> None:
+        async def whole() -> None:
+            async with opened(self.engine, self.provider, self.clock) as store:
+                jobs = Jobs(store, self.provider, self.settings, now_ns=self.clock)
+                await jobs.start()
+                try:
+                    await body(store, jobs)
+                finally:
+                    await jobs.close()
+
+        asyncio.run(whole())
+
+    @property
+    def keys(self) -> SealingProvider:
+        assert isinstance(self.provider, SealingProvider)
+        return self.provider
+
+
+@contextmanager
+def chunks_of(records: int) -> Iterator[None]:
+    """Small chunks, so that a short thread has many."""
+    before = rotation.CHUNK_RECORDS_MAX
+    rotation.CHUNK_RECORDS_MAX = records  # type: ignore[misc]  # final in production
+    try:
+        yield
+    finally:
+        rotation.CHUNK_RECORDS_MAX = before  # type: ignore[misc]  # as above
+
+
+async def write(store: Conversations, count: int, thread: str = "t") -> list[Message]:
+    new = [NewMessage(author="ann", thread=thread, body={"n": n}) for n in range(count)]
+    return [await store.create_message(message) for message in new]
+
+
+def keys_of_records(store: Conversations, thread: str = "t") -> dict[str, str]:
+    """Storage key → key id, of every record of the thread."""
+    return {found.key.decode(): found.key_id for chunk in store.record_chunks(thread, 100) for found in chunk.records}
+
+
+def record_key(message: str, thread: str = "t") -> bytes:
+    """The storage key of the message's first version."""
+    stamp = keyspace.parse_message_id(message)
+    assert stamp is not None
+    return keyspace.messages(thread) + stamp.raw
+
+
+def mapped(store: Conversations, thread: str = "t") -> str:
+    raw = store.engine.get(keyspace.key_map(thread))
+    assert raw is not None
+    return raw.decode()
+
+
+def backups_of(store: Conversations, job: Job) -> dict[str, bytes]:
+    prefix = keyspace.migrated(job.id)
+    entries = store.engine.scan(prefix, keyspace.after(prefix), limit=1000)
+    return {key[len(prefix) :].decode(): raw for key, raw in entries}
+
+
+async def register(store: Conversations, path: str, created_ns: int) -> bytes:
+    """A backup of the store that was begun at that time; the storage key of its entry."""
+    key = keyspace.backup(created_ns)
+    await store.writer.commit(Write([(key, msgspec.json.encode(Registered(path, created_ns)))]))
+    return key
+
+
+async def check(store: Conversations, provider: Provider, expected: Sequence[Message], thread: str = "t") -> None:
+    """Everything reads back as it was, none twice; everything is under the thread's key, the only active one."""
+    assert await messages_of(store, thread, include_deleted=True) == list(expected)
+    assert set(keys_of_records(store, thread).values()) == {mapped(store, thread)}
+    page = await provider.list_keys(thread_id=thread, state="active", cursor=None, limit=None)
+    assert [key.key_id for key in page.keys] == [mapped(store, thread)]
+
+
+class Gate:
+    """Holds a provider's re-encryption back, from its nth batch on."""
+
+    def __init__(self, provider: SealingProvider, batches: int) -> None:
+        self.reached = asyncio.Event()
+        self._open = asyncio.Event()
+        self._left = batches
+        self._real = provider.reencrypt_batch
+        provider.reencrypt_batch = self._reencrypt_batch  # type: ignore[method-assign]  # the hook
+
+    async def _reencrypt_batch(
+        self, from_key_id: str, to_key_id: str, items: Sequence[ReencryptItem], *, request_id: str | None = None
+    ) -> list[bytes | KmsRefusedError]:
+        if self._left <= 0:
+            self.reached.set()
+            await self._open.wait()
+        self._left -= 1
+        return await self._real(from_key_id, to_key_id, items, request_id=request_id)
+
+    def open(self) -> None:
+        self._open.set()

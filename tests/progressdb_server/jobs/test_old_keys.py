@@ -1,0 +1,399 @@
+"""What starts by itself, and the end of old keys: only when nothing needs them any more."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from minikms import api
+from minikms.client.errors import refusal
+from progressdb_server.config import Rotation
+from progressdb_server.jobs import service
+from progressdb_server.jobs.service import Due, Jobs
+from progressdb_server.jobs.states import Job
+from progressdb_server.store import keyspace
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import StoreUnavailableError
+from progressdb_server.store.writer import Write
+from tests.progressdb_server.jobs.rotating import Place, backups_of, chunks_of, mapped, register, write
+from tests.progressdb_server.store.memory_engine import MemoryEngine
+from tests.progressdb_server.store.opened_store import TickingClock, messages_of
+
+DAY_NS = 86_400 * 1_000_000_000
+
+
+async def rotated(jobs: Jobs, thread: str = "t", destroy_after_s: int = 0) -> Job:
+    job = await jobs.wait((await jobs.rotate(thread, destroy_after_s=destroy_after_s)).id)
+    assert job.state == "done"
+    return job
+
+
+def test_an_old_key_is_destroyed_with_its_backups_when_its_time_has_come_and_not_before() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 10)
+        job = await rotated(jobs, destroy_after_s=86_400)
+        await jobs.destroy_due()
+        assert place.keys.destroyed == set()
+        assert len(backups_of(store, job)) == 11
+        place.clock.now += DAY_NS
+        await jobs.destroy_due()
+        assert place.keys.destroyed == {job.old_key}
+        after = jobs.table.get(job.id)
+        assert (after.destroyed_ns > 0, after.destroy_at_ns, after.backups) == (True, 0, 0)
+        assert backups_of(store, job) == {}
+        assert await messages_of(store, "t") == messages
+
+    place.run(body)
+
+
+def test_after_a_cancelled_rotation_the_next_one_ends_both_older_keys() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 30)
+        place.keys.delay_s = 0.005
+        first = await jobs.rotate("t")
+        while not 0 < jobs.table.get(first.id).done < 31:
+            await asyncio.sleep(0.001)
+        await jobs.cancel(first.id)
+        place.keys.delay_s = 0
+        second = await rotated(jobs, destroy_after_s=60)
+        place.clock.now += DAY_NS
+        await jobs.destroy_due()
+        assert place.keys.destroyed == {first.old_key, second.old_key}
+        assert backups_of(store, first) == backups_of(store, second) == {}
+        assert await messages_of(store, "t") == messages
+
+    with chunks_of(2):
+        place.run(body)
+
+
+def test_a_restored_backup_keeps_the_old_key_for_good() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 5)
+        job = await rotated(jobs, destroy_after_s=60)
+        await jobs.restore(job.id)
+        place.clock.now += DAY_NS
+        await jobs.destroy_due()
+        assert place.keys.destroyed == set()
+        assert await messages_of(store, "t") == messages
+
+    place.run(body)
+
+
+def test_a_record_under_the_old_key_keeps_it_and_the_job_says_so() -> None:
+    """Put back by a hand that no job knows of: the second census finds it."""
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 5)
+        job = await rotated(jobs, destroy_after_s=60)
+        (key, raw), *_ = backups_of(store, job).items()
+        store.engine.write([(key.encode(), raw)])
+        place.clock.now += DAY_NS
+        await jobs.destroy_due()
+        assert place.keys.destroyed == set()
+        assert "1 records are under it" in jobs.table.get(job.id).destroy_waits_for
+        assert len(backups_of(store, job)) == 6, "nor were the backups touched"
+        assert await messages_of(store, "t") == messages
+
+    place.run(body)
+
+
+def test_a_backup_of_the_store_that_is_older_than_the_census_keeps_the_old_key_until_it_is_gone() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 5)
+        known = await register(store, "/backups/one", place.clock())
+        job = await rotated(jobs, destroy_after_s=60)
+        place.clock.now += DAY_NS
+        for _ in range(2):
+            await jobs.destroy_due()
+            assert place.keys.destroyed == set()
+        assert "/backups/one is older" in jobs.table.get(job.id).destroy_waits_for
+        await register(store, "/backups/two", place.clock())  # after the census: it holds nothing under the key
+        await store.writer.commit(Write([(known, None)]))
+        await jobs.destroy_due()
+        assert place.keys.destroyed == {job.old_key}
+
+    place.run(body)
+
+
+def test_a_backup_that_is_not_found_still_counts_and_the_job_says_how_to_forget_it(tmp_path: Path) -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 5)
+        (tmp_path / "monday").mkdir()
+        await register(store, str(tmp_path / "monday"), place.clock())
+        job = await rotated(jobs, destroy_after_s=60)
+        place.clock.now += DAY_NS
+        await jobs.destroy_due()
+        assert "monday is older" in (why := jobs.table.get(job.id).destroy_waits_for)
+        assert "forget" not in why
+        (tmp_path / "monday").rmdir()
+        await jobs.destroy_due()
+        assert place.keys.destroyed == set()
+        assert jobs.table.get(job.id).destroy_waits_for.endswith("progressdb backup forget monday")
+        await store.forget_backup("monday")
+        await jobs.destroy_due()
+        assert place.keys.destroyed == {job.old_key}
+
+    place.run(body)
+
+
+def test_a_clock_that_was_set_back_makes_no_older_backup_look_newer_than_the_census() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 5)
+        await register(store, "/backups/one", place.clock.now + 9 * DAY_NS)
+        job = await rotated(jobs, destroy_after_s=60)
+        place.clock.now += DAY_NS
+        for _ in range(2):
+            await jobs.destroy_due()
+        assert place.keys.destroyed == set()
+        assert "/backups/one is older" in jobs.table.get(job.id).destroy_waits_for
+
+    place.run(body)
+
+
+def test_a_key_that_the_key_service_does_not_let_go_holds_up_neither_the_others_nor_rotations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where the role `destroy` is kept from the server: keys that are worn are rotated all the same."""
+    place = Place()
+    monkeypatch.setattr(service, "TICK_S", 0.01)
+    monkeypatch.setattr(service, "SELECTION_S", 0.0)
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        for thread in ("a", "b", "worn"):
+            await write(store, 2, thread)
+        kept, gone = await rotated(jobs, "a", destroy_after_s=60), await rotated(jobs, "b", destroy_after_s=60)
+        real = place.keys.destroy_key
+
+        async def destroy(key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
+            if key_id == kept.old_key:
+                raise refusal("forbidden", "not you")
+            return await real(key_id, request_id=request_id)
+
+        place.keys.destroy_key = destroy  # type: ignore[method-assign]  # the policy
+        worn = mapped(store, "worn")
+        place.keys.uses = {worn: 1 << 31}
+        place.clock.now += DAY_NS
+        async with asyncio.timeout(10):
+            while mapped(store, "worn") == worn or not place.keys.destroyed:
+                await asyncio.sleep(0.01)
+        assert place.keys.destroyed == {gone.old_key}
+        assert jobs.table.get(kept.id).destroy_waits_for == "the key service refused (forbidden)"
+
+    place.run(body)
+
+
+def test_a_defect_in_what_is_done_by_itself_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place()
+    monkeypatch.setattr(service, "TICK_S", 0.01)
+    monkeypatch.setattr(service, "SELECTION_S", 0.0)
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 1)
+        worn = mapped(store)
+        place.keys.uses = {worn: 1 << 31}
+
+        async def broken() -> None:
+            raise KeyError("private text")
+
+        monkeypatch.setattr(jobs, "destroy_due", broken)
+        with capture_logs() as logs:
+            async with asyncio.timeout(10):
+                while mapped(store) == worn:
+                    await asyncio.sleep(0.01)
+        assert [line["error"] for line in logs if line["event"] == "jobs_tick_broken"][:1] == ["KeyError"]
+        assert "private" not in str(logs)
+
+    place.run(body)
+
+
+def test_a_job_that_was_restored_after_it_was_found_due_keeps_its_key() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        for thread in ("a", "b"):
+            await write(store, 3, thread)
+        first, second = await rotated(jobs, "a", destroy_after_s=60), await rotated(jobs, "b", destroy_after_s=60)
+        place.clock.now += DAY_NS
+        real = place.keys.destroy_key
+
+        async def destroy(key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
+            await jobs.drop_backups(second.id)  # so that nothing is put back, and the census finds nothing
+            await jobs.restore(second.id)
+            return await real(key_id, request_id=request_id)
+
+        place.keys.destroy_key = destroy  # type: ignore[method-assign]  # an operator is faster
+        await jobs.destroy_due()
+        assert place.keys.destroyed == {first.old_key}
+        assert jobs.table.get(second.id).destroy_at_ns == 0
+
+    place.run(body)
+
+
+def test_a_key_of_another_purpose_is_never_destroyed() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 5)
+        job = await rotated(jobs, destroy_after_s=60)
+        place.keys.retired.discard(job.old_key)  # somebody has use for it
+        place.clock.now += DAY_NS
+        await jobs.destroy_due()
+        assert place.keys.destroyed == set()
+        assert "is active" in jobs.table.get(job.id).destroy_waits_for
+
+    place.run(body)
+
+
+def test_backups_go_when_told_to_and_only_those_of_that_job() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 5)
+        first, second = await rotated(jobs), await rotated(jobs)
+        assert await jobs.drop_backups(first.id) == 6
+        assert await jobs.drop_backups(first.id) == 0
+        assert (jobs.table.get(first.id).backups, jobs.table.get(second.id).backups) == (0, 6)
+        assert len(backups_of(store, second)) == 6
+        assert await messages_of(store, "t") == messages
+
+    place.run(body)
+
+
+def test_a_resumption_that_the_disk_refused_and_took_all_the_same_is_carried_out() -> None:
+    """Or the job would hold its thread, at work for nobody, until the next start."""
+    place = Place()
+    engine = place.engine
+    assert isinstance(engine, MemoryEngine)
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 10)
+        place.keys.delay_s = 0.01
+        job = await jobs.rotate("t")
+        await jobs.pause(job.id)
+        engine.fail_sync = engine.survives = True
+        with pytest.raises(StoreUnavailableError):
+            await jobs.resume(job.id)
+        async with asyncio.timeout(10):
+            while jobs.table.get(job.id).state != "done":
+                await asyncio.sleep(0.01)
+
+    with chunks_of(2):
+        place.run(body)
+
+
+# --- by itself ----------------------------------------------------------------------------------------------------
+async def settled(jobs: Jobs) -> list[Job]:
+    found = [job for page in jobs.table.pages() for job in page]
+    return [await jobs.wait(job.id) for job in found]
+
+
+def test_keys_that_are_too_old_or_too_much_used_are_rotated_and_no_others() -> None:
+    place = Place(
+        settings=Rotation(max_age="90d", max_uses=1000, destroy_old_after="30d", records_per_second=0),
+        clock=TickingClock(now=1_790_000_000_000_000_000),
+    )
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        keys = {}
+        for thread in ("old", "used", "fresh", "spent"):
+            await write(store, 3, thread)
+            keys[thread] = mapped(store, thread)
+        place.keys.born = "2026-09-20T00:00:00Z"
+        place.keys.created_at = {keys["old"]: "2026-06-01T00:00:00.5Z"}
+        place.keys.uses = {keys["used"]: 1000, keys["spent"]: 1 << 31, keys["fresh"]: 999}
+        await jobs.rotate_due()
+        done = await settled(jobs)
+        assert {(job.thread, job.trigger, job.state) for job in done} == {
+            ("old", "max_age", "done"),
+            ("used", "max_uses", "done"),
+            ("spent", "max_uses", "done"),
+        }
+        assert mapped(store, "fresh") == keys["fresh"]
+        assert all(job.destroy_at_ns for job in done)
+        await jobs.rotate_due()
+        assert len(await settled(jobs)) == 3, "a rotated key is not due"
+
+    place.run(body)
+
+
+def test_a_key_at_half_of_its_uses_is_rotated_whatever_is_configured() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 1)
+        place.keys.uses = {mapped(store): (1 << 31) - 1}
+        await jobs.rotate_due()
+        assert await settled(jobs) == []
+        place.keys.uses = {mapped(store): 1 << 31}
+        await jobs.rotate_due()
+        assert [job.state for job in await settled(jobs)] == ["done"]
+
+    place.run(body)
+
+
+def test_many_threads_are_rotated_a_few_at_a_time() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        threads = [f"t{n}" for n in range(12)]
+        for thread in threads:
+            await write(store, 2, thread)
+        before = {thread: mapped(store, thread) for thread in threads}
+        at_work: list[int] = []
+        real = place.keys.reencrypt_batch
+
+        async def counted(*given: object, **named: object) -> object:
+            at_work.append(len(jobs._workers))
+            return await real(*given, **named)  # type: ignore[arg-type]  # passed on
+
+        place.keys.reencrypt_batch = counted  # type: ignore[method-assign,assignment]  # the hook
+        begun = [job async for job in jobs.select(None)]
+        assert {job.thread for job in begun} == set(threads)
+        assert {job.state for job in await settled(jobs)} == {"done"}
+        assert max(at_work) == 2
+        assert not any(mapped(store, thread) == before[thread] for thread in threads)
+
+    place.run(body)
+
+
+def test_only_a_threads_current_key_counts() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 1)
+        stray = (await place.keys.create_dek_for_thread("t")).key_id
+        place.keys.uses = {stray: 1 << 31}
+        assert [thread async for thread, _ in jobs.due_threads(Due(uses=1))] == []
+
+    place.run(body)
+
+
+def test_rows_of_long_ago_are_removed_and_those_with_backups_stay() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 2)
+        first, second = await rotated(jobs), await rotated(jobs)
+        await jobs.drop_backups(first.id)
+        place.clock.now += 100 * DAY_NS
+        await jobs._sweep()
+        assert [job.id for page in jobs.table.pages() for job in page] == [second.id]
+        assert store.engine.get(keyspace.key_map("t")) == second.new_key.encode()
+
+    place.run(body)

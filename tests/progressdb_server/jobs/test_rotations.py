@@ -1,0 +1,452 @@
+"""What may happen around a rotation, each as a sentence: nothing acknowledged is lost, none is there twice."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from minikms import api
+from minikms.client import KmsRefusedError
+from minikms.client.errors import KmsUnavailableError
+from progressdb_server.jobs import rotation
+from progressdb_server.jobs.service import Jobs
+from progressdb_server.jobs.states import JobConflictError
+from progressdb_server.store.check import Checker
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import NewMessage, ThreadNotFoundError
+from tests.progressdb_server.jobs.rotating import (
+    Gate,
+    Place,
+    backups_of,
+    check,
+    chunks_of,
+    keys_of_records,
+    mapped,
+    record_key,
+    write,
+)
+from tests.progressdb_server.store.opened_store import messages_of
+from tests.progressdb_server.store.sealing_provider import SealingProvider
+
+
+def test_a_rotation_moves_every_record_and_the_metadata_and_keeps_what_was() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 50)
+        before = {key: store.engine.get(key.encode()) for key in keys_of_records(store)}
+        old = mapped(store)
+        begun = await jobs.rotate("t")
+        assert begun.new_key == mapped(store) != old
+        job = await jobs.wait(begun.id)
+        assert (job.state, job.done, job.total, job.failed, job.verified) == ("done", 51, 51, 0, 51)
+        assert (job.old_key, job.new_key, job.sources) == (old, mapped(store), (old,))
+        assert backups_of(store, job) == before
+        await check(store, place.keys, messages)
+        assert (await store.get_thread("t")).title == "New Thread #1"
+        assert [finding async for finding in Checker(store.engine, place.keys).run()] == []
+
+    with chunks_of(8):
+        place.run(body)
+
+
+def test_a_rotation_never_asks_for_plaintext() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 50)
+        place.keys.calls.clear()
+        job = await jobs.wait((await jobs.rotate("t")).id)
+        assert (job.state, job.verified) == ("done", 51)
+        assert place.keys.calls.keys() <= {"create", "reencrypt_batch", "check_batch", "list_keys"}
+
+    place.run(body)
+
+
+def test_a_record_that_is_damaged_after_its_re_encryption_is_found_and_named() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 20)
+        key = record_key(messages[4].id)
+        check_batch = place.keys.check_batch
+
+        async def damage_first(*args: Any, **named: Any) -> list[KmsRefusedError | None]:
+            place.keys.check_batch = check_batch  # type: ignore[method-assign]  # once is enough
+            raise KmsUnavailableError("for now")
+
+        place.keys.check_batch = damage_first  # type: ignore[method-assign]  # the hook: the verification has begun
+        begun = await jobs.rotate("t")
+        while place.keys.check_batch != check_batch:
+            await asyncio.sleep(0)
+        raw = store.engine.get(key)
+        assert raw is not None
+        store.engine.write([(key, raw[:-1] + bytes([raw[-1] ^ 1]))])
+        job = await jobs.wait(begun.id)
+        assert (job.state, job.reason) == ("failed", "1 records do not open under the new key")
+        assert [(failure.key, failure.code) for failure in job.failures] == [(key.decode(), "decryption_failed")]
+
+    place.run(body)
+
+
+def test_a_thread_that_nobody_knows_is_refused() -> None:
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        with pytest.raises(ThreadNotFoundError):
+            await jobs.rotate("nobody")
+
+    Place().run(body)
+
+
+def test_a_cancel_half_way_leaves_both_keys_readable_and_a_second_rotation_moves_the_rest() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 40)
+        gate = Gate(place.keys, 3)
+        first = await jobs.rotate("t")
+        await gate.reached.wait()
+        assert (await jobs.cancel(first.id)).state == "cancelled"
+        gate.open()
+        under = keys_of_records(store)
+        assert set(under.values()) == {first.old_key, first.new_key}
+        assert place.keys.keys_of("t") == [first.new_key]
+        assert await messages_of(store, "t") == messages
+        cancelled = jobs.table.get(first.id)
+        assert len(backups_of(store, cancelled)) == cancelled.done == list(under.values()).count(first.new_key)
+
+        second = await jobs.wait((await jobs.rotate("t")).id)
+        assert second.state == "done"
+        assert set(second.sources) == {first.old_key, first.new_key}
+        await check(store, place.keys, messages)
+        with pytest.raises(JobConflictError, match="cancelled can't be resumed"):
+            await jobs.resume(first.id)
+
+    with chunks_of(8):
+        place.run(body)
+
+
+def test_a_pause_stops_the_work_and_a_resume_goes_on_where_it_was() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 80)
+        gate = Gate(place.keys, 2)
+        begun = await jobs.rotate("t")
+        await gate.reached.wait()
+        while jobs.table.get(begun.id).done < 16:
+            await asyncio.sleep(0.001)
+        paused = await jobs.pause(begun.id)
+        gate.open()
+        assert (paused.state, paused.done) == ("paused", 16)
+        assert (await jobs.rotate("t")).id == begun.id, "the paused job keeps its thread"
+        await asyncio.sleep(0.02)
+        assert jobs.table.get(begun.id) == paused
+        await jobs.resume(begun.id)
+        job = await jobs.wait(begun.id)
+        assert (job.state, job.done, len(backups_of(store, job))) == ("done", 81, 81)
+        await check(store, place.keys, messages)
+
+    with chunks_of(8):
+        place.run(body)
+
+
+def test_a_paused_job_stays_so_over_a_restart_and_another_one_goes_on_by_itself() -> None:
+    place = Place()
+    ids: list[str] = []
+
+    async def before(store: Conversations, jobs: Jobs) -> None:
+        for thread in ("t", "u"):
+            await write(store, 20, thread)
+            gate = Gate(place.keys, 1)
+            ids.append((await jobs.rotate(thread)).id)
+            await gate.reached.wait()
+        await jobs.pause(ids[0])
+
+    async def after(store: Conversations, jobs: Jobs) -> None:
+        assert (await jobs.wait(ids[1])).state == "done"
+        assert jobs.table.get(ids[0]).state == "paused"
+        await jobs.resume(ids[0])
+        assert (await jobs.wait(ids[0])).state == "done"
+        for thread in ("t", "u"):
+            await check(store, place.keys, await messages_of(store, thread), thread)
+
+    with chunks_of(8):
+        place.run(before)
+        del place.keys.reencrypt_batch  # the gates
+        place.run(after)
+
+
+def test_backups_that_are_restored_open_again_and_the_next_rotation_moves_them_once_more() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 20)
+        before = {key: store.engine.get(key.encode()) for key in keys_of_records(store)}
+        first = await jobs.wait((await jobs.rotate("t", destroy_after_s=60)).id)
+        assert first.destroy_at_ns
+        restored = await jobs.restore(first.id)
+        assert restored == (21, 0)
+        assert {key: store.engine.get(key.encode()) for key in before} == before
+        assert await messages_of(store, "t") == messages
+        assert jobs.table.get(first.id).destroy_at_ns == 0, "the old key is needed again"
+        assert (await jobs.wait((await jobs.rotate("t")).id)).state == "done"
+        await check(store, place.keys, messages)
+
+    place.run(body)
+
+
+def test_a_restore_never_brings_an_older_title_back() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 3)
+        job = await jobs.wait((await jobs.rotate("t")).id)
+        await store.update_thread("t", author=None, title="edited since")
+        assert await jobs.restore(job.id) == (3, 1)
+        assert (await store.get_thread("t")).title == "edited since"
+
+    place.run(body)
+
+
+def test_a_restore_puts_back_what_was_lost_or_damaged() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 3)
+        job = await jobs.wait((await jobs.rotate("t")).id)
+        lost, damaged, _ = [key.encode() for key in keys_of_records(store) if ":msg:" in key]
+        store.engine.write([(lost, None), (damaged, b"\x07")])
+        assert await jobs.restore(job.id) == (4, 0)
+        assert await messages_of(store, "t") == messages
+
+    place.run(body)
+
+
+def test_a_title_that_is_edited_in_the_middle_stays_edited() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 20)
+        gate = Gate(place.keys, 0)  # the metadata is of the first batch: read, and not yet written
+        begun = await jobs.rotate("t")
+        await gate.reached.wait()
+        await store.update_thread("t", author=None, title="edited in the middle")
+        gate.open()
+        job = await jobs.wait(begun.id)
+        assert (job.state, job.done) == ("done", 20)
+        await check(store, place.keys, messages)
+        assert (await store.get_thread("t")).title == "edited in the middle"
+        assert "thread:t:meta" not in backups_of(store, job)
+
+    with chunks_of(8):
+        place.run(body)
+
+
+def test_a_thread_that_is_deleted_in_the_middle_stays_deleted_and_ends_under_the_new_key() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 20)
+        gate = Gate(place.keys, 1)
+        begun = await jobs.rotate("t")
+        await gate.reached.wait()
+        await store.delete_thread("t", author=None, by="ann")
+        gate.open()
+        assert (await jobs.wait(begun.id)).state == "done"
+        assert (await store.get_thread("t")).deleted
+        messages = await messages_of(store, "t", include_deleted=True)
+        assert len(messages) == 21
+        await check(store, place.keys, messages)
+
+    with chunks_of(8):
+        place.run(body)
+
+
+def test_what_is_written_in_the_middle_is_under_the_new_key_and_in_order() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 20)
+        place.keys.delay_s = 0.002  # so that writes are being sealed while the key is switched
+        sealing = [asyncio.create_task(store.create_message(NewMessage("ann", "t", body=n))) for n in range(10)]
+        await asyncio.sleep(0)
+        begun = await jobs.rotate("t")
+        edited = await store.update_message(messages[3].id, author=None, body="edited", role=None, reply_to=None)
+        made = [await task for task in sealing]
+        made.append(await store.create_message(NewMessage("ann", "t", body="last")))
+        assert (await jobs.wait(begun.id)).state == "done"
+        place.keys.delay_s = 0
+        messages[3] = edited
+        await check(store, place.keys, [*messages, *sorted(made, key=lambda m: m.ts)])
+
+    with chunks_of(8):
+        place.run(body)
+
+
+def test_a_second_request_joins_the_job_that_is_unfinished() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 10)
+        begun = await asyncio.gather(*[jobs.rotate("t") for _ in range(5)])
+        assert len({job.id for job in begun}) == 1
+        assert (await jobs.wait(begun[0].id)).state == "done"
+        assert len(place.keys.keys) == 2
+
+    place.run(body)
+
+
+def test_a_key_service_that_is_away_only_delays_the_job() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 20)
+        place.keys.down = True
+        rotating = asyncio.create_task(jobs.rotate("t"))
+        await asyncio.sleep(0.05)
+        place.keys.down = False
+        begun = await rotating
+        assert begun.new_key == mapped(store)
+        assert (await jobs.wait(begun.id)).state == "done"
+        await check(store, place.keys, messages)
+
+    with chunks_of(4):
+        place.run(body)
+
+
+def test_a_key_whose_answer_was_lost_is_retired_in_the_end() -> None:
+    class Lossy(SealingProvider):
+        async def create_dek_for_thread(
+            self, thread_id: str, *, replaces: str | None = None, request_id: str | None = None
+        ) -> api.CreateDekAnswer:
+            handle = await super().create_dek_for_thread(thread_id, replaces=replaces)
+            if 1 < len(self.keys) < 4:
+                raise KmsUnavailableError("the answer was lost")
+            return handle
+
+    place = Place(provider=Lossy())
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 5)
+        begun = await jobs.rotate("t")
+        assert (await jobs.wait(begun.id)).state == "done"
+        assert len(place.keys.keys) == 4
+        await check(store, place.keys, messages)
+
+    place.run(body)
+
+
+def test_while_the_key_is_being_switched_no_pause_is_taken_and_a_restart_switches_it_first() -> None:
+    place = Place()
+
+    async def before(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 5)
+        rotating = asyncio.create_task(jobs.rotate("t"))
+        await asyncio.sleep(0)
+        place.keys.down = True
+        while place.keys.calls["create"] < 3:
+            await asyncio.sleep(0.01)
+        (job,) = [job for page in jobs.table.pages() for job in page]
+        assert job.keying
+        with pytest.raises(JobConflictError, match="being switched"):
+            await jobs.pause(job.id)
+        with pytest.raises(JobConflictError, match="being switched"):
+            await jobs.cancel(job.id)
+        rotating.cancel()
+
+    async def after(store: Conversations, jobs: Jobs) -> None:
+        (job,) = [job for page in jobs.table.pages() for job in page]
+        assert (await jobs.wait(job.id)).state == "done"
+        await check(store, place.keys, await messages_of(store, "t"))
+
+    place.run(before)
+    place.keys.down = False
+    place.run(after)
+
+
+def test_a_record_that_does_not_open_is_named_and_left_and_a_resume_tries_it_again() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 20)
+        broken = [record_key(messages[n].id) for n in (4, 9)]
+        whole = [store.engine.get(key) for key in broken]
+        assert whole[0] is not None
+        store.engine.write([(broken[0], whole[0][:-1] + bytes([whole[0][-1] ^ 1])), (broken[1], b"\x07nonsense")])
+        begun = await jobs.rotate("t")
+        failed = await jobs.wait(begun.id)
+        assert (failed.state, failed.done, failed.failed) == ("failed", 19, 2)
+        assert failed.reason == "2 records could not be re-encrypted"
+        assert [(failure.key, failure.code) for failure in failed.failures] == [
+            (broken[0].decode(), "decryption_failed"),
+            (broken[1].decode(), "malformed"),
+        ]
+        store.engine.write(list(zip(broken, whole, strict=True)))
+        await jobs.resume(begun.id)
+        job = await jobs.wait(begun.id)
+        assert (job.state, job.done, job.failed, job.failures, job.reason) == ("done", 21, 0, (), "")
+        await check(store, place.keys, messages)
+
+    with chunks_of(8):
+        place.run(body)
+
+
+def test_a_source_key_that_is_gone_fails_its_records_and_a_new_key_that_is_retired_fails_the_job() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 4)
+        gate = Gate(place.keys, 0)
+        begun = await jobs.rotate("t")
+        await gate.reached.wait()
+        place.keys.destroyed.add(begun.old_key)
+        gate.open()
+        failed = await jobs.wait(begun.id)
+        assert (failed.state, failed.failed, failed.failures[0].code) == ("failed", 5, "key_destroyed")
+        place.keys.destroyed.clear()
+        place.keys.retired.add(begun.new_key)
+        await jobs.resume(begun.id)
+        failed = await jobs.wait(begun.id)
+        assert failed.state == "failed"
+
+    place.run(body)
+
+
+def test_a_failed_job_whose_key_was_replaced_since_is_not_resumed() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 4)
+        key = record_key(messages[0].id)
+        raw = store.engine.get(key)
+        store.engine.write([(key, b"\x07")])
+        first = await jobs.wait((await jobs.rotate("t")).id)
+        store.engine.write([(key, raw)])
+        assert (await jobs.wait((await jobs.rotate("t")).id)).state == "done"
+        with pytest.raises(JobConflictError, match="later rotation"):
+            await jobs.resume(first.id)
+        await check(store, place.keys, messages)
+
+    place.run(body)
+
+
+def test_a_disk_that_refuses_a_step_only_delays_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation, "RETRY_S_MIN", 0.01)
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 30)
+        gate = Gate(place.keys, 2)
+        begun = await jobs.rotate("t")
+        await gate.reached.wait()
+        place.engine.fail_sync = True  # type: ignore[attr-defined]  # of the memory engine
+        gate.open()
+        job = await jobs.wait(begun.id)
+        assert (job.state, job.done, len(backups_of(store, job))) == ("done", 31, 31)
+        await check(store, place.keys, messages)
+        assert store.metrics.failures == 1
+
+    with chunks_of(8):
+        place.run(body)

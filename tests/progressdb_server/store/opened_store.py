@@ -1,0 +1,84 @@
+"""Opening a store for a test, and reading whole lists from it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from progressdb_server.kms.provider import Provider
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.engine import Engine
+from progressdb_server.store.model import Message, Thread
+from tests.progressdb_server.store.memory_engine import MemoryEngine
+from tests.progressdb_server.store.sealing_provider import SealingProvider
+
+T = TypeVar("T")
+
+
+class TickingClock:
+    """Nanoseconds that a test sets; each reading is `step` later."""
+
+    def __init__(self, now: int = 1_700_000_000_000_000_000, step: int = 1000) -> None:
+        self.now = now
+        self.step = step
+
+    def __call__(self) -> int:
+        self.now += self.step
+        return self.now
+
+
+@asynccontextmanager
+async def opened(
+    engine: Engine | None = None, provider: Provider | None = None, now_ns: Callable[[], int] | None = None
+) -> AsyncIterator[Conversations]:
+    if isinstance(engine, MemoryEngine):
+        engine.reopen()  # as after a power failure: what was not synced is gone
+    store = Conversations(engine or MemoryEngine(), provider or SealingProvider(), now_ns=now_ns or TickingClock())
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+def with_store(
+    body: Callable[[Conversations], Awaitable[T]],
+    engine: Engine | None = None,
+    provider: Provider | None = None,
+    now_ns: Callable[[], int] | None = None,
+) -> T:
+    async def run() -> T:
+        async with opened(engine, provider, now_ns) as store:
+            return await body(store)
+
+    return asyncio.run(run())
+
+
+async def messages_of(
+    store: Conversations,
+    thread: str,
+    *,
+    limit: int | None = None,
+    before: str | None = None,
+    after: str | None = None,
+    include_deleted: bool = False,
+) -> list[Message]:
+    chunks = store.list_messages(thread, limit=limit, before=before, after=after, include_deleted=include_deleted)
+    return [message async for chunk in chunks for message in chunk]
+
+
+async def threads_of(
+    store: Conversations,
+    author: str | None,
+    *,
+    title: str | None = None,
+    slug: str | None = None,
+    include_deleted: bool = False,
+) -> list[Thread]:
+    chunks = store.list_threads(author=author, title=title, slug=slug, include_deleted=include_deleted)
+    return [thread async for chunk in chunks for thread in chunk]
+
+
+async def keys_of(store: Conversations, prefix: str = "") -> list[str]:
+    return [key async for chunk in store.stored_keys(prefix) for key in chunk]

@@ -1,0 +1,102 @@
+"""The viewer's reading: whole, in order, and as costly as what it shows."""
+
+from __future__ import annotations
+
+import asyncio
+
+from progressdb_server.api.viewer.browsing import PAGE_MESSAGES, PAGE_THREADS, Browser
+from progressdb_server.store.model import NewMessage
+from tests.progressdb_server.store.memory_engine import MemoryEngine
+from tests.progressdb_server.store.opened_store import TickingClock, opened
+from tests.progressdb_server.store.sealing_provider import SealingProvider
+
+MESSAGES = PAGE_MESSAGES * 3 + 7
+
+
+def test_pages_forwards_and_backwards_show_each_message_once() -> None:
+    async def body() -> None:
+        provider = SealingProvider()
+        async with opened(MemoryEngine(), provider, TickingClock()) as store:
+            browser = Browser(store, provider)
+            made = [
+                (await store.create_message(NewMessage(author="ann", thread="t", body=number))).id
+                for number in range(MESSAGES)
+            ]
+            await store.delete_message(made[60], author="ann")
+            page = await browser.messages("t")
+            assert (page.older, page.newer) == (True, False)
+            backwards = [shown.message.id for shown in page.messages]
+            while page.older:
+                page = await browser.messages("t", before=page.messages[0].message.id)
+                assert page.newer
+                backwards = [shown.message.id for shown in page.messages] + backwards
+            assert backwards == made
+            forwards = [shown.message.id for shown in page.messages]
+            while page.newer:
+                page = await browser.messages("t", after=page.messages[-1].message.id)
+                forwards += [shown.message.id for shown in page.messages]
+            assert forwards == made
+
+    asyncio.run(body())
+
+
+def test_a_page_opens_no_more_records_than_it_shows() -> None:
+    async def body() -> None:
+        provider = SealingProvider()
+        async with opened(MemoryEngine(), provider, TickingClock()) as store:
+            browser = Browser(store, provider)
+            for number in range(MESSAGES):
+                await store.create_message(NewMessage(author="ann", thread="t", body=number))
+            opened_records: list[int] = []
+            store.metrics.opened = opened_records.append  # type: ignore[method-assign]  # counts in the metrics' place
+            page = await browser.messages("t")
+            assert sum(opened_records) == len(page.messages) == PAGE_MESSAGES
+            before = page.messages[10].message.id
+            opened_records.clear()
+            await browser.messages("t", before=before)
+            assert sum(opened_records) == PAGE_MESSAGES
+
+    asyncio.run(body())
+
+
+def test_threads_are_paged_newest_first_and_by_the_beginning_of_an_id() -> None:
+    async def body() -> None:
+        provider = SealingProvider()
+        async with opened(MemoryEngine(), provider, TickingClock()) as store:
+            browser = Browser(store, provider)
+            made = [
+                (await store.create_thread(author=f"a{number % 2}", title=str(number))).id
+                for number in range(PAGE_THREADS * 2 + 4)
+            ]
+            for arguments, wanted in (
+                ({"author": "", "id_prefix": ""}, made[::-1]),
+                ({"author": "a1", "id_prefix": ""}, made[1::2][::-1]),
+                ({"author": "", "id_prefix": "thread-"}, sorted(made)),
+            ):
+                found, cursor = [], ""
+                while True:
+                    page = await browser.threads(**arguments, cursor=cursor)
+                    found += [thread.id for thread in page.threads]
+                    cursor = page.older
+                    if not cursor:
+                        break
+                assert found == wanted
+
+    asyncio.run(body())
+
+
+def test_each_version_names_the_key_that_it_is_under() -> None:
+    async def body() -> None:
+        provider = SealingProvider()
+        async with opened(MemoryEngine(), provider, TickingClock()) as store:
+            browser = Browser(store, provider)
+            message = await store.create_message(NewMessage(author="ann", thread="t", body=1))
+            await store.update_message(message.id, author="ann", body=2, role=None, reply_to=None)
+            versions = await browser.message(message.id)
+            assert [version.body for version, _ in versions] == [1, 2]
+            (key,) = (await provider.list_keys(thread_id="t")).keys
+            for version, protection in versions:
+                assert protection.key_id == key.key_id
+                assert protection.dek_since_ns >= version.ts
+
+    asyncio.run(body())

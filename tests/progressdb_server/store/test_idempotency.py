@@ -1,0 +1,125 @@
+"""Retried creates."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from progressdb_server.store import idempotency as room
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import Idempotency, IdempotencyConflictError, NewMessage, StoreUnavailableError
+from tests.progressdb_server.store.memory_engine import MemoryEngine
+from tests.progressdb_server.store.opened_store import TickingClock, keys_of, messages_of, threads_of, with_store
+from tests.progressdb_server.store.sealing_provider import SealingProvider
+
+RETRY = Idempotency(scope="a-digest-under-a-secret", key="order 66 for ann@example.org")
+
+
+def new(body: object, thread: str = "") -> NewMessage:
+    return NewMessage(author="ann", thread=thread, body=body)
+
+
+def test_the_same_key_and_request_give_the_same_message_and_write_nothing() -> None:
+    async def run(store: Conversations) -> None:
+        one = await store.create_message(new({"a": 1, "b": 2}), idempotency=RETRY)
+        again = await store.create_message(new({"b": 2, "a": 1}), idempotency=RETRY)
+        assert again == one
+        assert await store.stats() == {"threads": 1, "messages": 1}
+
+    with_store(run)
+
+
+def test_the_first_answer_is_given_again_also_after_an_edit() -> None:
+    async def run(store: Conversations) -> None:
+        one = await store.create_message(new(1, "t"), idempotency=RETRY)
+        await store.update_message(one.id, author="ann", body="edited", role=None, reply_to=None)
+        assert await store.create_message(new(1, "t"), idempotency=RETRY) == one
+
+    with_store(run)
+
+
+def test_another_request_under_the_same_key_is_a_conflict() -> None:
+    async def run(store: Conversations) -> None:
+        await store.create_message(new(1), idempotency=RETRY)
+        with pytest.raises(IdempotencyConflictError):
+            await store.create_message(new(2), idempotency=RETRY)
+        with pytest.raises(IdempotencyConflictError):
+            await store.create_thread(author="ann", title="x", idempotency=RETRY)
+        other = Idempotency(scope="another scope", key=RETRY.key)
+        assert (await store.create_message(new(2), idempotency=other)).body == 2
+
+    with_store(run)
+
+
+def test_a_retried_thread_is_made_once() -> None:
+    async def run(store: Conversations) -> None:
+        one = await store.create_thread(author="ann", title="t", idempotency=RETRY)
+        assert await store.create_thread(author="ann", title="t", idempotency=RETRY) == one
+        assert await threads_of(store, "ann") == [one]
+
+    with_store(run)
+
+
+def test_concurrent_retries_make_one_message() -> None:
+    async def run(store: Conversations) -> None:
+        made = await asyncio.gather(*[store.create_message(new(1, "t"), idempotency=RETRY) for _ in range(20)])
+        assert len({message.id for message in made}) == 1
+        assert len(await messages_of(store, "t")) == 1
+
+    with_store(run)
+
+
+def test_a_replayed_answer_is_durable_when_it_is_given() -> None:
+    """The first attempt may have become visible and then failed to reach the disk."""
+    engine = MemoryEngine()
+
+    async def run(store: Conversations) -> None:
+        await store.create_message(new(0, "t"))
+        engine.fail_sync = True
+        engine.survives = True
+        with pytest.raises(StoreUnavailableError):
+            await store.create_message(new(1, "t"), idempotency=RETRY)
+        while not store.writer.available:
+            await asyncio.sleep(0.01)
+        engine.survives = False
+        assert len(await messages_of(store, "t")) == 2  # it is there, and its author was told that it failed
+        synced = engine.syncs
+        await store.create_message(new(1, "t"), idempotency=RETRY)
+        assert engine.syncs == synced + 1
+        engine.reopen()
+        assert len(await messages_of(store, "t")) == 2
+
+    with_store(run, engine)
+
+
+def test_keys_are_remembered_across_a_restart_and_forgotten_after_a_day() -> None:
+    engine, provider, clock = MemoryEngine(), SealingProvider(), TickingClock()
+
+    async def first(store: Conversations) -> None:
+        await store.create_message(new(1, "t"), idempotency=RETRY)
+
+    async def second(store: Conversations) -> None:
+        await store.create_message(new(1, "t"), idempotency=RETRY)
+        assert len(await messages_of(store, "t")) == 1
+        clock.now += (room.IDEMPOTENCY_AGE_S + 1) * 10**9
+        assert await room.sweep(engine, store.writer, clock()) == 1
+        assert await keys_of(store, "idem:") == []
+        await store.create_message(new(1, "t"), idempotency=RETRY)
+        assert len(await messages_of(store, "t")) == 2
+        assert await room.sweep(engine, store.writer, clock()) == 0
+
+    with_store(first, engine, provider, clock)
+    with_store(second, engine, provider, clock)
+
+
+def test_neither_key_nor_scope_nor_request_is_on_the_disk() -> None:
+    engine = MemoryEngine()
+
+    async def run(store: Conversations) -> None:
+        await store.create_message(new("planted words", "t"), idempotency=RETRY)
+        disk = b"".join(key + value for key, value in engine.scan(b"", b"\xff", limit=1000))
+        for secret in (RETRY.scope, RETRY.key, "ann@example.org", "planted words"):
+            assert secret.encode() not in disk
+
+    with_store(run, engine)

@@ -1,0 +1,142 @@
+"""The store believes neither its disk nor the key service: what was moved, changed or answered wrongly is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from minikms.client import DecryptItem, KmsRefusedError
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import (
+    Message,
+    NewMessage,
+    RecordUnreadableError,
+    StoreUnavailableError,
+)
+from progressdb_server.store.sealer import RETRY_AFTER_S
+from tests.progressdb_server.store.memory_engine import MemoryEngine
+from tests.progressdb_server.store.opened_store import keys_of, messages_of, with_store
+from tests.progressdb_server.store.sealing_provider import SealingProvider
+
+
+async def fill(store: Conversations, count: int, thread: str = "t") -> list[Message]:
+    return [await store.create_message(NewMessage(author="ann", thread=thread, body=n)) for n in range(count)]
+
+
+def bodies(found: list[Message]) -> list[Any]:
+    return [message.body for message in found]
+
+
+def test_a_record_moved_to_another_place_does_not_open() -> None:
+    engine = MemoryEngine()
+
+    async def run(store: Conversations) -> None:
+        one, two = await fill(store, 2)
+        keys = await keys_of(store, "thread:t:msg:")
+        raw = await store.raw_value(keys[0])
+        engine.write([(keys[1].encode(), raw)])
+        with pytest.raises(RecordUnreadableError) as unreadable:
+            await store.get_message(two.id)
+        assert keys[1] in str(unreadable.value)
+        assert (await store.get_message(one.id)).body == 0
+
+    with_store(run, engine)
+
+
+def test_an_index_entry_bent_to_another_message_does_not_show_it() -> None:
+    engine = MemoryEngine()
+
+    async def run(store: Conversations) -> None:
+        _, two = await fill(store, 2)
+        order = await keys_of(store, "index:order:t:")
+        engine.write([(order[1].encode(), order[0].rpartition(":")[2].encode())])
+        with pytest.raises(RecordUnreadableError):
+            await store.get_message(two.id)
+
+    with_store(run, engine)
+
+
+def test_a_changed_author_in_a_header_is_noticed() -> None:
+    engine = MemoryEngine()
+
+    async def run(store: Conversations) -> None:
+        (one,) = await fill(store, 1)
+        (key,) = await keys_of(store, "thread:t:msg:")
+        raw = await store.raw_value(key)
+        assert raw is not None
+        engine.write([(key.encode(), raw.replace(b"ann", b"eve", 1))])
+        with pytest.raises(RecordUnreadableError):
+            await store.get_message(one.id)
+
+    with_store(run, engine)
+
+
+def test_without_a_key_service_nothing_is_stored_and_answers_say_when_to_retry() -> None:
+    provider, engine = SealingProvider(), MemoryEngine()
+
+    async def run(store: Conversations) -> None:
+        (one,) = await fill(store, 1)
+        before = await keys_of(store)
+        provider.down = True
+        for attempt in (
+            store.create_message(NewMessage(author="ann", thread="t", body=1)),
+            store.create_message(NewMessage(author="ann", body=1)),
+            store.get_message(one.id),
+            store.set_reaction(one.id, "bob", "x"),
+            store.create_thread(author="ann", title="x"),
+        ):
+            with pytest.raises(StoreUnavailableError) as unavailable:
+                await attempt
+            assert unavailable.value.retry_after_s == RETRY_AFTER_S
+        assert await keys_of(store) == before
+        provider.down = False
+        assert bodies([await store.create_message(NewMessage(author="ann", thread="t", body=1))]) == [1]
+
+    with_store(run, engine, provider)
+
+
+@pytest.mark.parametrize("answer", [b"", b"{plaintext}", b"{plaintext}" + bytes(27)])
+def test_an_answer_that_can_not_be_a_sealed_record_is_never_stored(answer: bytes) -> None:
+    class Echoing(SealingProvider):
+        async def encrypt(
+            self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str, request_id: str | None = None
+        ) -> bytes:
+            return answer.replace(b"{plaintext}", plaintext)
+
+    async def run(store: Conversations) -> None:
+        await fill(store, 1)
+        before = await keys_of(store)
+        with pytest.raises(StoreUnavailableError, match="wrongly"):
+            await store.create_message(NewMessage(author="ann", thread="t", body=1))
+        assert await keys_of(store) == before
+
+    with_store(run, provider=Echoing())
+
+
+def test_a_key_service_that_opens_a_record_to_something_else_is_noticed() -> None:
+    class Wrong(SealingProvider):
+        async def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]:
+            return self.wrong(await super().decrypt_batch(items))
+
+        def wrong(self, answers: list[bytes | KmsRefusedError]) -> list[bytes | KmsRefusedError]:
+            return answers
+
+    provider = Wrong()
+
+    async def run(store: Conversations) -> None:
+        one, two = await fill(store, 2)
+        provider.wrong = lambda answers: [b'["no record"]' for _ in answers]  # type: ignore[method-assign]  # what it does wrongly
+        with pytest.raises(RecordUnreadableError):
+            await store.get_message(one.id)
+        provider.wrong = lambda answers: answers[::-1]  # type: ignore[method-assign]  # what it does wrongly
+        with pytest.raises(RecordUnreadableError):
+            await messages_of(store, "t")
+        provider.wrong = lambda answers: answers[:-1]  # type: ignore[method-assign]  # what it does wrongly
+        with pytest.raises(StoreUnavailableError):
+            await messages_of(store, "t")
+        provider.wrong = lambda answers: answers  # type: ignore[method-assign]  # what it does wrongly
+        assert (await store.get_message(two.id)).body == 1
+
+    with_store(run, provider=provider)

@@ -1,0 +1,370 @@
+"""What the store does with messages: order, versions, reactions, tombstones, lists."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from minikms.client import EncryptItem, KmsRefusedError
+from progressdb_server.store import messages as reading_room
+from progressdb_server.store import threads as threads_room
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import (
+    Message,
+    MessageNotFoundError,
+    NewMessage,
+    NotTheAuthorError,
+    ThreadDeletedError,
+)
+from tests.progressdb_server.store.memory_engine import MemoryEngine
+from tests.progressdb_server.store.opened_store import TickingClock, messages_of, with_store
+from tests.progressdb_server.store.sealing_provider import SealingProvider
+
+
+async def fill(store: Conversations, count: int, thread: str = "t") -> list[Message]:
+    return [await store.create_message(NewMessage(author="ann", thread=thread, body=n)) for n in range(count)]
+
+
+async def edit(store: Conversations, message: str, body: Any, author: str | None = "ann") -> Message:
+    return await store.update_message(message, author=author, body=body, role=None, reply_to=None)
+
+
+def bodies(found: list[Message]) -> list[Any]:
+    return [message.body for message in found]
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["text", "", {"a": [1, 2.5, None, True, 'ü\0"\\']}, [], 0, 2**80, "x" * 1_000_000, None],
+    ids=["text", "empty", "nested", "list", "zero", "huge number", "a megabyte", "null"],
+)
+def test_every_json_value_reads_back_as_it_was_written(body: Any) -> None:
+    async def run(store: Conversations) -> None:
+        new = NewMessage(author="a:n/n ü", body=body, role="assistant", reply_to="msg-1", reactions={"bob": "👍"})
+        made = await store.create_message(new)
+        assert (made.body, made.author, made.role, made.reply_to) == (body, "a:n/n ü", "assistant", "msg-1")
+        assert await store.get_message(made.id) == made
+        assert await messages_of(store, made.thread) == [made]
+
+    with_store(run)
+
+
+def test_a_message_without_a_thread_makes_one_named_by_its_number() -> None:
+    async def run(store: Conversations) -> None:
+        one = await store.create_message(NewMessage(author="ann", body=1))
+        two = await store.create_message(NewMessage(author="bob", body=2))
+        assert one.thread != two.thread
+        thread = await store.get_thread(two.thread)
+        assert (thread.title, thread.author, thread.slug) == ("New Thread #2", "bob", f"new-thread-2-{two.thread}")
+
+    with_store(run)
+
+
+def test_an_unknown_named_thread_is_made_under_its_name() -> None:
+    async def run(store: Conversations) -> None:
+        made = await store.create_message(NewMessage(author="ann", thread="my.thread_1", body=1))
+        assert made.thread == "my.thread_1"
+        assert (await store.get_thread("my.thread_1")).author == "ann"
+
+    with_store(run)
+
+
+def test_ids_and_times_are_made_by_the_store() -> None:
+    async def run(store: Conversations) -> None:
+        one, two = await fill(store, 2)
+        assert one.id == f"msg-{one.ts}-000000"
+        assert two.ts > one.ts
+
+    with_store(run)
+
+
+def test_messages_keep_their_order_when_the_clock_steps_back_also_across_a_restart() -> None:
+    engine, provider = MemoryEngine(), SealingProvider()
+    clock = TickingClock(step=0)
+
+    async def first(store: Conversations) -> None:
+        await fill(store, 3)
+        clock.now -= 10**12
+        await store.create_message(NewMessage(author="ann", thread="t", body=3))
+
+    async def second(store: Conversations) -> None:
+        await store.create_message(NewMessage(author="ann", thread="t", body=4))
+        assert bodies(await messages_of(store, "t")) == [0, 1, 2, 3, 4]
+
+    with_store(first, engine, provider, clock)
+    with_store(second, engine, provider, clock)
+
+
+def test_an_edit_appends_a_version_and_does_not_move_the_message() -> None:
+    async def run(store: Conversations) -> None:
+        one, _, _ = await fill(store, 3)
+        edited = await store.update_message(one.id, author="ann", body="new", role="tool", reply_to="x")
+        assert edited.ts > one.ts
+        assert (edited.id, edited.thread, edited.role, edited.reply_to) == (one.id, one.thread, "tool", "x")
+        assert bodies(await messages_of(store, "t")) == ["new", 1, 2]
+        assert await store.get_message(one.id) == edited
+        again = await edit(store, one.id, "newer")
+        assert (again.role, again.reply_to) == ("tool", "x")
+        assert bodies(await store.message_versions(one.id)) == [0, "new", "newer"]
+
+    with_store(run)
+
+
+def test_only_the_author_edits_or_deletes_and_the_admin_may() -> None:
+    async def run(store: Conversations) -> None:
+        (one,) = await fill(store, 1)
+        with pytest.raises(NotTheAuthorError):
+            await edit(store, one.id, "x", author="bob")
+        with pytest.raises(NotTheAuthorError):
+            await store.delete_message(one.id, author="bob")
+        assert (await edit(store, one.id, "x", author=None)).author == "ann"
+        await store.delete_message(one.id, author=None)
+        assert (await store.get_message(one.id)).author == "ann"
+
+    with_store(run)
+
+
+def test_a_deleted_message_leaves_the_list_keeps_its_body_and_is_deleted_once() -> None:
+    async def run(store: Conversations) -> None:
+        one, _two = await fill(store, 2)
+        await store.delete_message(one.id, author="ann")
+        await store.delete_message(one.id, author="ann")
+        tombstone = await store.get_message(one.id)
+        assert (tombstone.deleted, tombstone.body) == (True, 0)
+        assert bodies(await messages_of(store, "t")) == [1]
+        assert [m.deleted for m in await messages_of(store, "t", include_deleted=True)] == [True, False]
+        assert [m.deleted for m in await store.message_versions(one.id)] == [False, True]
+        with pytest.raises(MessageNotFoundError):
+            await edit(store, one.id, "x")
+        with pytest.raises(MessageNotFoundError):
+            await store.set_reaction(one.id, "bob", "x")
+        with pytest.raises(MessageNotFoundError):
+            await store.remove_reaction(one.id, "bob")
+
+    with_store(run)
+
+
+def test_reactions_are_versions_and_removing_an_absent_one_changes_nothing() -> None:
+    async def run(store: Conversations) -> None:
+        (one,) = await fill(store, 1)
+        reacted = await store.set_reaction(one.id, "bob", "👍")
+        assert (reacted.reactions, reacted.author, reacted.body) == ({"bob": "👍"}, "ann", 0)
+        await store.set_reaction(one.id, "cid", "🎉")
+        await store.remove_reaction(one.id, "nobody")
+        await store.remove_reaction(one.id, "bob")
+        assert (await store.get_message(one.id)).reactions == {"cid": "🎉"}
+        assert len(await store.message_versions(one.id)) == 4
+
+    with_store(run)
+
+
+def test_concurrent_reactions_are_all_kept() -> None:
+    async def run(store: Conversations) -> None:
+        (one,) = await fill(store, 1)
+        await asyncio.gather(*[store.set_reaction(one.id, f"u{n}", str(n)) for n in range(40)])
+        assert (await store.get_message(one.id)).reactions == {f"u{n}": str(n) for n in range(40)}
+        assert len(await store.message_versions(one.id)) == 41
+
+    with_store(run)
+
+
+def test_an_unknown_message_is_not_found() -> None:
+    async def run(store: Conversations) -> None:
+        (one,) = await fill(store, 1)
+        stamp = one.id.removeprefix("msg-")
+        for unknown in ("msg-1-000000", "msg-0" + stamp, "x", "", "thread-" + stamp, "msg-" + stamp + ":"):
+            with pytest.raises(MessageNotFoundError):
+                await store.get_message(unknown)
+            with pytest.raises(MessageNotFoundError):
+                await edit(store, unknown, "x")
+            assert await store.message_versions(unknown) == []
+
+    with_store(run)
+
+
+def test_a_message_is_found_only_in_its_own_thread() -> None:
+    async def run(store: Conversations) -> None:
+        (one,) = await fill(store, 1)
+        await fill(store, 1, "other")
+        assert (await store.get_message(one.id, thread_id="t")).id == one.id
+        with pytest.raises(MessageNotFoundError):
+            await store.get_message(one.id, thread_id="other")
+        with pytest.raises(MessageNotFoundError):
+            await store.update_message(one.id, author=None, body=1, role=None, reply_to=None, thread_id="other")
+        with pytest.raises(MessageNotFoundError):
+            await store.delete_message(one.id, author=None, thread_id="other")
+        assert await store.message_versions(one.id, thread_id="other") == []
+
+    with_store(run)
+
+
+def test_limit_keeps_the_most_recent_and_counts_what_is_shown() -> None:
+    async def run(store: Conversations) -> None:
+        made = await fill(store, 10)
+        await edit(store, made[0].id, "zero")
+        await store.delete_message(made[8].id, author="ann")
+        assert bodies(await messages_of(store, "t", limit=3)) == [6, 7, 9]
+        assert bodies(await messages_of(store, "t", limit=3, include_deleted=True)) == [7, 8, 9]
+        assert bodies(await messages_of(store, "t", limit=100)) == ["zero", 1, 2, 3, 4, 5, 6, 7, 9]
+        assert await messages_of(store, "t", limit=0) == []
+        assert await messages_of(store, "unknown", limit=5) == []
+
+    with_store(run)
+
+
+def test_before_and_after_are_exclusive() -> None:
+    async def run(store: Conversations) -> None:
+        made = await fill(store, 10)
+        third, seventh = made[3].id, made[7].id
+        assert bodies(await messages_of(store, "t", after=third, before=seventh)) == [4, 5, 6]
+        assert bodies(await messages_of(store, "t", before=seventh, limit=2)) == [5, 6]
+        assert bodies(await messages_of(store, "t", after=seventh)) == [8, 9]
+        assert await messages_of(store, "t", after=made[9].id) == []
+        assert await messages_of(store, "t", before=made[0].id) == []
+        with pytest.raises(MessageNotFoundError):
+            await messages_of(store, "t", after="nonsense")
+
+    with_store(run)
+
+
+def test_a_list_comes_in_chunks_bounded_in_number_and_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_room, "LIST_MESSAGES_MAX", 4)
+    monkeypatch.setattr(reading_room, "LIST_BYTES_MAX", 3000)
+
+    async def run(store: Conversations) -> None:
+        await fill(store, 10)
+        assert [len(chunk) async for chunk in store.list_messages("t")] == [4, 4, 2]
+        for n in range(6):
+            await store.create_message(NewMessage(author="ann", thread="big", body=str(n) * 2000))
+        assert [len(chunk) async for chunk in store.list_messages("big")] == [2, 2, 2]
+        assert [body[0] for body in bodies(await messages_of(store, "big", limit=3))] == ["3", "4", "5"]
+
+    with_store(run)
+
+
+def test_what_is_written_while_a_list_is_read_neither_repeats_nor_hides_a_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reading_room, "LIST_MESSAGES_MAX", 3)
+
+    async def run(store: Conversations) -> None:
+        made = await fill(store, 9)
+        found: list[Message] = []
+        async for chunk in store.list_messages("t"):
+            found += chunk
+            await edit(store, made[0].id, "again")
+            await store.create_message(NewMessage(author="ann", thread="t", body="late"))
+        assert [message.id for message in found] == [message.id for message in made]
+
+    with_store(run)
+
+
+def test_a_message_appears_only_after_all_that_come_before_it() -> None:
+    """Ids are given when a message arrives; a slow encryption must not let a later one overtake it on the disk."""
+
+    class Slow(SealingProvider):
+        async def encrypt(
+            self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str | None, request_id: str | None = None
+        ) -> bytes:
+            if request_id == "slow":
+                await asyncio.sleep(0.05)
+            return await super().encrypt(key_id, plaintext, aad=aad, thread_id=thread_id)
+
+    async def run(store: Conversations) -> None:
+        await fill(store, 1)
+        slow = asyncio.create_task(
+            store.create_message(NewMessage(author="ann", thread="t", body="slow"), request_id="slow")
+        )
+        await asyncio.sleep(0)
+        fast = asyncio.create_task(store.create_message(NewMessage(author="ann", thread="t", body="fast")))
+        other = await store.create_message(NewMessage(author="ann", thread="other", body="other"))
+        assert other.body == "other"
+        assert bodies(await messages_of(store, "t")) == [0]
+        await asyncio.gather(slow, fast)
+        assert bodies(await messages_of(store, "t")) == [0, "slow", "fast"]
+
+    with_store(run, provider=Slow())
+
+
+def test_a_deleted_thread_takes_no_message_and_no_edit() -> None:
+    async def run(store: Conversations) -> None:
+        (one,) = await fill(store, 1)
+        await store.delete_thread("t", author="ann", by="ann")
+        with pytest.raises(ThreadDeletedError):
+            await fill(store, 1)
+        with pytest.raises(ThreadDeletedError):
+            await edit(store, one.id, "x")
+        event = (await messages_of(store, "t", include_deleted=True))[-1]
+        assert (event.body, event.author, event.deleted) == ({"_event": "thread_deleted", "by": "ann"}, "ann", True)
+        assert bodies(await messages_of(store, "t")) == [0]
+
+    with_store(run)
+
+
+def test_a_message_that_is_being_encrypted_when_its_thread_is_deleted_is_refused() -> None:
+    provider = SealingProvider()
+
+    async def run(store: Conversations) -> None:
+        await fill(store, 1)
+        provider.delay_s = 0.02
+        outcomes = await asyncio.gather(
+            store.delete_thread("t", author=None, by="admin"),
+            *[store.create_message(NewMessage(author="ann", thread="t", body=n)) for n in range(20)],
+            return_exceptions=True,
+        )
+        provider.delay_s = 0.0
+        stored = await messages_of(store, "t", include_deleted=True)
+        assert stored[-1].body == {"_event": "thread_deleted", "by": "admin"}
+        acknowledged = [outcome for outcome in outcomes[1:] if isinstance(outcome, Message)]
+        assert [m.id for m in stored[1:-1]] == [m.id for m in acknowledged]
+        assert all(isinstance(o, (Message, ThreadDeletedError)) for o in outcomes[1:])
+
+    with_store(run, provider=provider)
+
+
+def test_a_message_that_comes_while_its_threads_deletion_is_being_written_is_refused() -> None:
+    class SlowDeletion(SealingProvider):
+        async def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[bytes | KmsRefusedError]:
+            await asyncio.sleep(self.wait_s)
+            return await super().encrypt_batch(items)
+
+        wait_s = 0.0
+
+    provider = SlowDeletion()
+
+    async def run(store: Conversations) -> None:
+        await fill(store, 1)
+        provider.wait_s = 0.05
+        deleting = asyncio.create_task(store.delete_thread("t", author=None, by="admin"))
+        await asyncio.sleep(0.02)
+        with pytest.raises(ThreadDeletedError):
+            await store.create_message(NewMessage(author="ann", thread="t", body="late"))
+        await deleting
+        assert bodies(await messages_of(store, "t")) == [0]
+
+    with_store(run, provider=provider)
+
+
+def test_stats_count_threads_and_stored_versions() -> None:
+    engine, provider = MemoryEngine(), SealingProvider()
+
+    async def run(store: Conversations) -> None:
+        (one,) = await fill(store, 1)
+        await edit(store, one.id, "x")
+        await store.create_thread(author="ann", title="t2")
+        await store.delete_thread("t", author="ann", by="ann")
+        assert await store.stats() == {"threads": 2, "messages": 3}
+
+    async def again(store: Conversations) -> None:
+        assert await store.stats() == {"threads": 2, "messages": 3}
+
+    with_store(run, engine, provider)
+    with_store(again, engine, provider)
+
+
+def test_the_bounds_of_the_two_lists_are_set() -> None:
+    assert reading_room.LIST_MESSAGES_MAX <= 1024
+    assert threads_room.LIST_THREADS_MAX <= 1024

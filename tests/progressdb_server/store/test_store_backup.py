@@ -1,0 +1,216 @@
+"""Backups: made beside running writes, verified, shared between each other, restored into an empty place."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from progressdb_server.store import backup
+from progressdb_server.store.backup import BackupError
+from progressdb_server.store.check import Checker
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import NewMessage
+from progressdb_server.store.rocks import RocksEngine
+from tests.progressdb_server.store.opened_store import messages_of, opened
+from tests.progressdb_server.store.sealing_provider import SealingProvider
+
+
+async def write(store: Conversations, count: int) -> list[str]:
+    made = [store.create_message(NewMessage(author="ann", thread=f"t{n % 5}", body="x" * 200)) for n in range(count)]
+    return [message.id for message in await asyncio.gather(*made)]
+
+
+async def back_up(store: Conversations, path: Path, previous: Path | None = None) -> backup.Manifest:
+    return await store.back_up(str(path), previous=str(previous) if previous else None)
+
+
+def test_a_backup_made_under_load_holds_what_was_acknowledged_before_it(tmp_path: Path) -> None:
+    provider = SealingProvider()
+
+    async def run() -> None:
+        async with opened(RocksEngine(str(tmp_path / "db")), provider) as store:
+            before = await write(store, 300)
+            during = asyncio.create_task(write(store, 300))
+            manifest = await back_up(store, tmp_path / "one")
+            await during
+            assert manifest.bytes > 300 * 200
+        await asyncio.to_thread(backup.restore, str(tmp_path / "one"), str(tmp_path / "restored"))
+        async with opened(RocksEngine(str(tmp_path / "restored")), provider) as store:
+            for message in before:
+                assert (await store.get_message(message)).body == "x" * 200
+            assert [finding async for finding in Checker(store.engine, provider).run()] == []
+            assert (await store.stats())["messages"] >= 300
+            await write(store, 5)
+            assert len(await messages_of(store, "t0")) > 60
+
+    asyncio.run(run())
+
+
+def test_the_next_backup_shares_the_files_that_did_not_change(tmp_path: Path) -> None:
+    provider = SealingProvider()
+
+    async def run() -> None:
+        async with opened(RocksEngine(str(tmp_path / "db")), provider) as store:
+            await write(store, 200)
+            first = await back_up(store, tmp_path / "one")
+            await write(store, 10)
+            second = await back_up(store, tmp_path / "two", tmp_path / "one")
+            begun = [known async for page in store.backups() for known in page]
+            assert [one.path for one in begun] == [str(tmp_path / "one"), str(tmp_path / "two")]
+            assert begun[0].created_ns == first.created_ns
+        shared = {f.name for f in first.files} & {f.name for f in second.files}
+        linked = [n for n in shared if os.stat(tmp_path / "two" / "store" / n).st_nlink == 2]
+        assert any(name.endswith(".sst") for name in linked)
+        # The older one may go: what they share stays.
+        for name in os.listdir(tmp_path / "one" / "store"):
+            os.unlink(tmp_path / "one" / "store" / name)
+        backup.restore(str(tmp_path / "two"), str(tmp_path / "restored"))
+        async with opened(RocksEngine(str(tmp_path / "restored")), provider) as store:
+            assert (await store.stats())["messages"] == 210
+
+    asyncio.run(run())
+
+
+def made(tmp_path: Path) -> Path:
+    async def run() -> None:
+        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+            await write(store, 20)
+            await back_up(store, tmp_path / "one")
+
+    asyncio.run(run())
+    return tmp_path / "one"
+
+
+def test_an_altered_missing_or_added_file_is_named(tmp_path: Path) -> None:
+    path = made(tmp_path)
+    backup.verify(str(path))
+    table = next(path.glob("store/*.sst"))
+    content = table.read_bytes()
+    table.write_bytes(content[:-1] + bytes((content[-1] ^ 1,)))
+    with pytest.raises(BackupError, match=table.name):
+        backup.restore(str(path), str(tmp_path / "restored"))
+    assert not (tmp_path / "restored").exists()
+    table.unlink()
+    with pytest.raises(BackupError, match=table.name):
+        backup.verify(str(path))
+    table.write_bytes(content)
+    (path / "store" / "extra").write_bytes(b"")
+    with pytest.raises(BackupError, match="extra"):
+        backup.verify(str(path))
+
+
+def test_a_backup_without_its_manifest_is_not_complete(tmp_path: Path) -> None:
+    path = made(tmp_path)
+    manifest = path / "manifest.json"
+    content = manifest.read_bytes()
+    manifest.unlink()
+    with pytest.raises(BackupError, match="no complete backup"):
+        backup.restore(str(path), str(tmp_path / "restored"))
+    for damage, why in [
+        (b"{", "damaged"),
+        (content.replace(b'"format": 1', b'"format": 2'), "format 2"),
+        (content.replace(b'"name": "CURRENT"', b'"name": "../../x"'), "outside"),
+    ]:
+        manifest.write_bytes(damage)
+        with pytest.raises(BackupError, match=why):
+            backup.verify(str(path))
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    path = made(tmp_path)
+    with pytest.raises(BackupError, match="not empty"):
+        backup.restore(str(path), str(tmp_path / "db"))
+
+    async def run() -> None:
+        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+            with pytest.raises(BackupError, match="exists"):
+                await back_up(store, path)
+
+    asyncio.run(run())
+
+
+def test_the_files_of_backup_and_restore_are_their_owners_alone(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        path = made(tmp_path)
+        backup.restore(str(path), str(tmp_path / "restored"))
+    finally:
+        os.umask(old)
+    for directory in (path, path / "store", tmp_path / "restored"):
+        assert directory.stat().st_mode & 0o077 == 0
+    for file in [*path.glob("store/*"), path / "manifest.json", *(tmp_path / "restored").glob("*")]:
+        assert file.stat().st_mode & 0o077 == 0
+
+
+async def registered(store: Conversations) -> list[str]:
+    return [known.name async for page in store.backups() for known in page]
+
+
+def test_a_backup_that_fails_leaves_neither_files_nor_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a full disk would keep every old key for good, and the name taken."""
+
+    async def run() -> None:
+        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+            await write(store, 20)
+            with monkeypatch.context() as patch:
+                patch.setattr(backup, "_sync_directory", _no_space)
+                with pytest.raises(BackupError, match="No space left"):
+                    await back_up(store, tmp_path / "one")
+            assert not (tmp_path / "one").exists()
+            assert await registered(store) == []
+            await back_up(store, tmp_path / "one")
+            assert await registered(store) == ["one"]
+
+    asyncio.run(run())
+
+
+def _no_space(path: str) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+
+def test_one_backup_at_a_time_and_none_in_the_place_of_another(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+            await write(store, 20)
+            both = await asyncio.gather(
+                back_up(store, tmp_path / "one"), back_up(store, tmp_path / "one"), return_exceptions=True
+            )
+            assert [type(outcome) for outcome in both] == [backup.Manifest, backup.BackupBusyError]
+            with pytest.raises(backup.BackupExistsError):
+                await back_up(store, tmp_path / "one")
+            assert await registered(store) == ["one"]
+            backup.verify(str(tmp_path / "one"))
+
+    asyncio.run(run())
+
+
+def test_a_deleted_backup_is_registered_until_somebody_says_so_and_a_present_one_stays(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+            for name in ("one", "two"):
+                await back_up(store, tmp_path / name)
+            shutil.rmtree(tmp_path / "one")
+            assert await registered(store) == ["one", "two"]
+            with pytest.raises(backup.BackupThereError):
+                await store.forget_backup("two")
+            for unknown in ("three", "", "..", str(tmp_path / "one")):
+                with pytest.raises(backup.BackupNotFoundError):
+                    await store.forget_backup(unknown)
+            assert [known.name for known in await store.forget_backup("one")] == ["one"]
+            assert await registered(store) == ["two"]
+
+    asyncio.run(run())
+
+
+def test_a_place_that_can_not_be_looked_at_counts_as_there(tmp_path: Path) -> None:
+    """Such as one whose file system does not answer: only what is surely not found can be forgotten."""
+    assert backup.Registered(str(tmp_path / "none"), 1).gone
+    assert backup.Registered(str(tmp_path / "none" / "deeper"), 1).gone
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert not backup.Registered(str(tmp_path / "loop" / "one"), 1).gone
+    assert not backup.Registered(str(tmp_path / "loop"), 1).gone

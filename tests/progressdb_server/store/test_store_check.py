@@ -1,0 +1,210 @@
+"""`progressdb check` finds what is wrong and `--repair` rebuilds what follows from the records."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from progressdb_server.store import keyspace
+from progressdb_server.store.check import Checker, Finding, repair
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.engine import Reader
+from progressdb_server.store.model import FormatError, Idempotency, NewMessage
+from progressdb_server.store.rocks import RocksEngine, RocksReader
+from progressdb_server.store.writer import State
+from tests.progressdb_server.store.memory_engine import MemoryEngine
+from tests.progressdb_server.store.opened_store import messages_of, opened, threads_of, with_store
+from tests.progressdb_server.store.sealing_provider import SealingProvider
+
+
+async def populate(store: Conversations, name: str = "t") -> None:
+    """Something of everything: edits, tombstones, reactions, a deleted thread, odd authors, retried creates."""
+    made = []
+    for number in range(6):
+        new = NewMessage(author=f"a:{number % 3}", thread=f"{name}{number % 2}", body=number)
+        made.append(await store.create_message(new, idempotency=Idempotency("scope", f"{name}{number}")))
+    await store.update_message(made[0].id, author=None, body="new", role=None, reply_to=None)
+    await store.set_reaction(made[1].id, "bob", "x")
+    await store.delete_message(made[2].id, author=None)
+    await store.create_thread(author="ann", title="empty")
+    await store.create_message(NewMessage(author="ann", body=1))
+    await store.delete_thread(f"{name}1", author=None, by="admin")
+
+
+async def findings(reader: Reader, provider: SealingProvider | None) -> list[Finding]:
+    return [finding async for finding in Checker(reader, provider).run()]
+
+
+def populated() -> tuple[MemoryEngine, SealingProvider]:
+    engine, provider = MemoryEngine(), SealingProvider()
+    with_store(populate, engine, provider)
+    engine.reopen()
+    return engine, provider
+
+
+def everything(engine: MemoryEngine) -> dict[bytes, bytes]:
+    return dict(engine.scan(b"", b"\xff", limit=4000))
+
+
+def test_a_sound_store_has_no_findings_and_everything_is_counted() -> None:
+    engine, provider = populated()
+    checker = Checker(engine, provider)
+
+    async def run() -> list[Finding]:
+        return [finding async for finding in checker.run()]
+
+    assert asyncio.run(run()) == []
+    assert checker.counts == {
+        "threads": 4, "messages": 11, "versions": 11, "order": 8, "indexes": 17, "maps": 4, "idempotency": 6
+    }  # fmt: skip
+
+
+def first(engine: MemoryEngine, prefix: str) -> bytes:
+    return engine.scan(prefix.encode(), b"\xff", limit=1)[0][0]
+
+
+Damage = Callable[[MemoryEngine], tuple[bytes, bytes | None]]
+DAMAGES: dict[str, tuple[str, Damage]] = {
+    "a key of no space": ("unknown", lambda e: (b"foreign:1", b"x")),
+    "a thread key of no kind": ("unknown", lambda e: (b"thread:t0:other", b"x")),
+    "an index of no kind": ("unknown", lambda e: (b"index:other:t0", b"x")),
+    "a record of an unknown version": ("damaged", lambda e: (first(e, "thread:t0:msg:"), b"\x09rest")),
+    "a record cut short": ("damaged", lambda e: (k := first(e, "thread:t0:msg:"), (e.get(k) or b"")[:20])),
+    "a stamp that is none": ("damaged", lambda e: (b"thread:t0:msg:now", b"x")),
+    "a retried create that does not parse": ("damaged", lambda e: (first(e, "idem:"), b"\xff")),
+    "a flipped bit in a sealed part": (
+        "unreadable",
+        lambda e: (k := first(e, "thread:t0:msg:"), (v := e.get(k) or b"")[:-1] + bytes((v[-1] ^ 1,))),
+    ),
+    "metadata of another thread": ("unreadable", lambda e: (b"thread:t0:meta", e.get(b"thread:t1:meta"))),
+    "a record copied to another place": (
+        "unreadable",
+        lambda e: (b"thread:t0:msg:" + b"0" * 20 + b"-000001", e.get(first(e, "thread:t0:msg:"))),
+    ),
+    "a thread without metadata": ("homeless", lambda e: (b"thread:t0:meta", None)),
+    "a thread without a key map": ("keyless", lambda e: (b"kms:map:thread:t0", None)),
+    "a map to a key that the key service does not have": ("keyless", lambda e: (b"kms:map:thread:t0", b"k_gone")),
+    "a map that is no text": ("damaged", lambda e: (b"kms:map:thread:t0", b"\xff\xfe")),
+    "a memory of the key service that does not parse": ("damaged", lambda e: (keyspace.EPOCH, b"{")),
+    "an empty map": ("damaged", lambda e: (b"kms:map:thread:t0", b"")),
+    "a version entry that is missing": ("unindexed", lambda e: (first(e, "version:msg:"), None)),
+    "an order entry that is missing": ("unindexed", lambda e: (first(e, "index:order:t0:"), None)),
+    "a writer entry that is missing": ("unindexed", lambda e: (first(e, "index:writer:t0:"), None)),
+    "an author entry that is missing": ("unindexed", lambda e: (first(e, "index:author:"), None)),
+    "a created entry that is missing": ("unindexed", lambda e: (first(e, "index:created:"), None)),
+    "a deleted thread that is not closed": ("unindexed", lambda e: (b"index:closed:t1", None)),
+    "a version entry to nothing": (
+        "dangling",
+        lambda e: (first(e, "version:msg:")[:-1] + b"9", b"t0"),
+    ),
+    "an order entry to an older version": ("dangling", lambda e: (first(e, "index:order:t0:"), b"")),
+    "an order entry without a message": ("dangling", lambda e: (b"index:order:t0:" + b"0" * 20 + b"-000001", b"")),
+    "an index entry of an unknown thread": ("dangling", lambda e: (b"index:writer:gone:ann", b"")),
+    "a living thread that is closed": ("dangling", lambda e: (b"index:closed:t0", b"")),
+    "counters that do not parse": ("miscounted", lambda e: (keyspace.STATE, b"\xff")),
+    "a wrong count": ("miscounted", lambda e: (keyspace.STATE, msgspec.msgpack.encode(State(1, 1, 10**19, 0)))),
+}
+BEYOND_REPAIR = {"unknown", "damaged", "unreadable", "homeless"}
+
+
+@pytest.mark.parametrize("name", sorted(DAMAGES))
+def test_damage_is_found_and_repaired_where_it_can_be(name: str) -> None:
+    kind, damage = DAMAGES[name]
+    engine, provider = populated()
+    sound = everything(engine)
+    key, value = damage(engine)
+    engine.write([(key, value)])
+    found = asyncio.run(findings(engine, provider))
+    assert kind in {finding.kind for finding in found}
+    if kind in BEYOND_REPAIR or name.startswith("a map to a key"):
+        before = everything(engine)
+        asyncio.run(repair(engine))
+        records = [k for k in before if k.startswith((b"thread:", b"kms:map:"))]
+        assert {k: engine.get(k) for k in records} == {k: before[k] for k in records}
+        return
+    fixed, left = asyncio.run(repair(engine))
+    assert fixed
+    assert left == []
+    assert asyncio.run(findings(engine, provider)) == []
+    if kind != "miscounted":
+        assert everything(engine) == sound
+
+
+@settings(max_examples=30)
+@given(st.randoms(use_true_random=False))
+def test_every_index_is_rebuilt_from_the_records(random: object) -> None:
+    engine, _ = _POPULATED
+    sound = everything(engine)
+    lost = [k for k in sound if k.startswith((b"index:", b"version:", b"kms:map:"))]
+    dropped = random.sample(lost, random.randint(1, len(lost)))  # type: ignore[attr-defined]  # Hypothesis's Random
+    try:
+        engine.write([(key, None) for key in dropped])
+        _, left = asyncio.run(repair(engine))
+        assert left == []
+        assert everything(engine) == sound
+    finally:
+        engine.write(sound.items())
+
+
+_POPULATED = populated()
+
+
+def test_a_repaired_store_serves_as_before() -> None:
+    engine, provider = populated()
+
+    async def shown(store: Conversations) -> object:
+        return [
+            await messages_of(store, "t0", include_deleted=True),
+            await threads_of(store, None, include_deleted=True),
+            await store.stats(),
+        ]
+
+    before = with_store(shown, engine, provider)
+    engine.reopen()
+    engine.write([(k, None) for k in everything(engine) if k.startswith((b"index:", b"version:"))])
+    asyncio.run(repair(engine))
+    assert with_store(shown, engine, provider) == before
+
+
+def test_it_walks_beside_a_running_server_and_sees_one_moment(tmp_path: Path) -> None:
+    path, provider = str(tmp_path / "db"), SealingProvider()
+
+    async def run() -> None:
+        async with opened(RocksEngine(path), provider) as store:
+            await populate(store)
+            reader = RocksReader(path)
+            try:
+                walk = Checker(reader, provider).run()
+                writing = [asyncio.create_task(populate(store, f"n{number}-")) for number in range(5)]
+                assert [finding async for finding in walk] == []
+                await asyncio.gather(*writing)
+                reader.refresh()
+                assert await findings(reader, provider) == []
+                assert reader.get(b"thread:n4-1:meta") is not None
+            finally:
+                reader.close()
+
+    asyncio.run(run())
+
+
+def test_after_damaged_counters_were_rebuilt_no_stamp_is_given_out_twice() -> None:
+    engine, provider = populated()
+    engine.write([(keyspace.STATE, b"\xff")])
+    engine.sync()
+    with pytest.raises(FormatError, match="check --repair"):
+        with_store(populate, engine, provider)
+    asyncio.run(repair(engine))
+    newest = max(key[-27:] for key, _ in engine.scan(b"thread:", b"thread;", limit=4000) if b":msg:" in key)
+
+    async def body(store: Conversations) -> None:
+        made = await store.create_message(NewMessage(author="ann", thread="t0", body=1))
+        assert made.id > f"msg-{newest.decode().lstrip('0')[:19]}"
+        assert await findings(engine, provider) == []
+
+    with_store(body, engine, provider, now_ns=lambda: 7)  # a clock that is far behind

@@ -1,0 +1,318 @@
+"""One key per thread: races, switches, retired keys; and the memory of the key service's epoch."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from minikms import api
+from minikms.client import KmsRefusedError
+from minikms.client.errors import refusal
+from progressdb_server.store import keyspace, record
+from progressdb_server.store import sealer as sealing
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.epoch import EpochMemory, RestoredError, audit_head
+from progressdb_server.store.model import NewMessage, RecordUnreadableError, StoreUnavailableError
+from progressdb_server.store.writer import Write
+from tests.progressdb_server.store.memory_engine import MemoryEngine
+from tests.progressdb_server.store.opened_store import keys_of, messages_of, with_store
+from tests.progressdb_server.store.sealing_provider import SealingProvider, to_seal
+
+
+def new(body: object, thread: str = "t") -> NewMessage:
+    return NewMessage(author="ann", thread=thread, body=body)
+
+
+async def switch_key(store: Conversations, provider: SealingProvider, thread: str) -> str:
+    """What a rotation does first: a new key that replaces the old one, then the map."""
+    old = store.engine.get(keyspace.key_map(thread))
+    assert old is not None
+    handle = await provider.create_dek_for_thread(thread, replaces=old.decode())
+    await store.writer.commit(
+        Write([(keyspace.key_map(thread), handle.key_id.encode())], [(keyspace.key_map(thread), old)])
+    )
+    return handle.key_id
+
+
+def test_a_burst_of_first_messages_makes_one_key() -> None:
+    provider = SealingProvider()
+    provider.delay_s = 0.005
+
+    async def run(store: Conversations) -> None:
+        await asyncio.gather(*[store.create_message(new(n)) for n in range(30)])
+        assert provider.calls["create"] == 1
+        assert len(await messages_of(store, "t")) == 30
+        assert await keys_of(store, "kms:map:") == ["kms:map:thread:t"]
+
+    with_store(run, provider=provider)
+
+
+def test_the_loser_of_a_race_retires_its_key_and_writes_under_the_winners() -> None:
+    class Overtaken(SealingProvider):
+        """Somebody else founds the thread while our key is being made."""
+
+        async def create_dek_for_thread(
+            self, thread_id: str, *, replaces: str | None = None, request_id: str | None = None
+        ) -> api.CreateDekAnswer:
+            handle = await super().create_dek_for_thread(thread_id)
+            if len(self.keys) == 1:
+                await rival.create_message(new("winner", thread_id))
+            return handle
+
+    provider = Overtaken()
+    rival: Conversations
+
+    async def run(store: Conversations) -> None:
+        nonlocal rival
+        rival = Conversations(store.engine, provider)
+        await store.create_message(new("loser"))
+        await rival.writer.close()
+        assert sorted(m.body for m in await messages_of(store, "t")) == ["loser", "winner"]
+        assert provider.keys_of("t") == [(store.engine.get(b"kms:map:thread:t") or b"").decode()]
+        assert len(provider.retired) == 1
+
+    with_store(run, provider=provider)
+
+
+class SlowAnswers(SealingProvider):
+    """Seals at once and answers later: what changes in between is not the provider's to notice."""
+
+    async def encrypt(
+        self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str | None, request_id: str | None = None
+    ) -> bytes:
+        sealed = self._seal(to_seal(key_id, plaintext, aad, thread_id or ""))
+        await self._answer("encrypt")
+        return sealed
+
+
+@pytest.mark.parametrize("provider", [SealingProvider(), SlowAnswers()], ids=["refused", "sealed before"])
+def test_a_record_never_lands_under_a_key_that_was_switched_while_it_was_sealed(provider: SealingProvider) -> None:
+    async def run(store: Conversations) -> None:
+        await store.create_message(new(0))
+        provider.delay_s = 0.02
+        writing = [asyncio.create_task(store.create_message(new(n))) for n in range(1, 6)]
+        await asyncio.sleep(0.005)
+        provider.delay_s = 0.0
+        current = await switch_key(store, provider, "t")
+        await asyncio.gather(*writing)
+        keys = await keys_of(store, "thread:t:msg:")
+        used = [record.unpack_sealed(store.engine.get(key.encode()) or b"")[0] for key in keys]
+        assert used[1:] == [current] * 5
+        assert sorted(m.body for m in await messages_of(store, "t")) == list(range(6))
+
+    with_store(run, provider=provider)
+
+
+def test_writes_wait_between_the_retirement_of_the_old_key_and_the_switch_of_the_map() -> None:
+    provider = SealingProvider()
+
+    async def run(store: Conversations) -> None:
+        await store.create_message(new(0))
+        old = provider.keys_of("t")[0]
+        handle = await provider.create_dek_for_thread("t", replaces=old)
+        writing = asyncio.create_task(store.create_message(new(1)))
+        await asyncio.sleep(0.05)
+        assert not writing.done()
+        await store.writer.commit(Write([(keyspace.key_map("t"), handle.key_id.encode())]))
+        await writing
+        assert [m.body for m in await messages_of(store, "t")] == [0, 1]
+        assert store.metrics.key_waits > 0
+
+    with_store(run, provider=provider)
+
+
+def test_a_key_that_stays_retired_is_reported_as_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sealing, "KEY_SWITCH_S_MAX", 0.05)
+    provider = SealingProvider()
+
+    async def run(store: Conversations) -> None:
+        await store.create_message(new(0))
+        provider.retired.update(provider.keys)
+        with pytest.raises(StoreUnavailableError):
+            await store.create_message(new(1))
+        assert [m.body for m in await messages_of(store, "t")] == [0]
+
+    with_store(run, provider=provider)
+
+
+def test_a_destroyed_key_makes_its_records_unreadable_and_no_others() -> None:
+    provider = SealingProvider()
+
+    async def run(store: Conversations) -> None:
+        await store.create_message(new(0))
+        other = await store.create_message(new(1, "other"))
+        provider.destroyed.update(provider.keys_of("t"))
+        with pytest.raises(RecordUnreadableError):
+            await messages_of(store, "t")
+        with pytest.raises(StoreUnavailableError):
+            await store.create_message(new(2))
+        assert await store.get_message(other.id) == other
+
+    with_store(run, provider=provider)
+
+
+def test_a_key_whose_sealing_fails_is_retired_and_leaves_nothing() -> None:
+    class Refusing(SealingProvider):
+        async def encrypt_batch(self, items: object) -> list[bytes | KmsRefusedError]:
+            return [refusal("key_exhausted", "exhausted")] * 2
+
+    provider = Refusing()
+
+    async def run(store: Conversations) -> None:
+        with pytest.raises(StoreUnavailableError):
+            await store.create_message(new(0))
+        assert provider.keys_of("t") == []
+        assert await keys_of(store, "thread:") == []
+
+    with_store(run, provider=provider)
+
+
+def test_the_cache_of_threads_is_bounded_and_forgetting_reads_the_map_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sealing, "THREADS_CACHED_MAX", 3)
+    monkeypatch.setattr(sealing, "WRITERS_CACHED_MAX", 2)
+
+    async def run(store: Conversations) -> None:
+        for thread in range(6):
+            for author in range(4):
+                await store.create_message(NewMessage(author=f"u{author}", thread=f"t{thread}", body=1))
+        assert len(store.sealer._threads) == 3
+        assert all(len(state.writers) <= 2 for state in store.sealer._threads.values())
+        assert len(await keys_of(store, "index:writer:")) == 24
+
+    with_store(run)
+
+
+# --- the epoch of the key service ---------------------------------------------------------------------------------
+def status(epoch: int, seq: int, sig: str = "", keyring: str = "one") -> dict[str, object]:
+    return {"epoch": epoch, "keyring_id": keyring, "audit": {"head": {"seq": seq, "sig": sig or f"s{seq}"}, "more": 1}}
+
+
+def test_an_older_key_service_is_refused_unless_the_restore_is_accepted() -> None:
+    now = [0.0]
+
+    async def run(store: Conversations) -> None:
+        memory = EpochMemory(store.engine, store.writer, lambda: now[0])
+        await memory.observe(status(5, 100))
+        now[0] = 10
+        await memory.observe(status(6, 200))
+        await memory.observe(status(6, 150))
+        for older, why in [
+            (status(5, 300), "epoch 5, this store has seen 6"),
+            (status(6, 99), "ends at line 99, this store has seen line 100"),
+            (status(6, 100, "other"), "removed or replaced"),
+            (status(7, 300, keyring="two"), "another keyring"),
+        ]:
+            with pytest.raises(RestoredError, match=why) as refused:
+                await memory.observe(older)
+            assert "--accept-restore" in str(refused.value)
+        assert memory.remembered is not None
+        assert memory.remembered.epoch == 6
+        await memory.observe(status(3, 10), accept_restore=True)
+        await memory.observe(status(3, 11))
+        assert memory.remembered.epoch == 3
+
+    with_store(run)
+
+
+def test_an_audit_head_counts_only_once_it_is_old_enough_to_be_on_the_disk() -> None:
+    """The key service may lose its newest lines with the machine's power; that is not a truncated log."""
+    now = [0.0]
+
+    async def run(store: Conversations) -> None:
+        memory = EpochMemory(store.engine, store.writer, lambda: now[0])
+        await memory.observe(status(5, 100))
+        now[0] = 1
+        await memory.observe(status(5, 200))
+        await memory.observe(status(6, 90))
+
+    with_store(run)
+
+
+def test_the_remembered_line_has_the_form_that_the_key_service_accepts() -> None:
+    now = [0.0]
+
+    async def run(store: Conversations) -> None:
+        assert audit_head(store.engine) == ""
+        memory = EpochMemory(store.engine, store.writer, lambda: now[0])
+        await memory.observe(status(5, 100, "sig"))
+        assert audit_head(store.engine) == "", "it is not old enough yet"
+        now[0] = 10
+        await memory.observe(status(6, 200))
+        assert audit_head(store.engine) == "100:sig"
+
+    with_store(run)
+
+
+def test_what_is_remembered_but_can_not_be_read_or_compared_is_refused_too() -> None:
+    """A memory that is damaged, and a key service that no longer tells its epoch, pass nobody off as the right one."""
+
+    async def run(store: Conversations) -> None:
+        memory = EpochMemory(store.engine, store.writer)
+        await memory.observe({"status": "ok"})
+        await memory.observe(status(5, 100))
+        with pytest.raises(RestoredError, match="does not report its epoch"):
+            await memory.observe({"status": "ok"})
+        store.engine.write([(keyspace.EPOCH, b"{")])
+        for ask in (lambda: memory.observe(status(5, 100)), lambda: asyncio.to_thread(audit_head, store.engine)):
+            with pytest.raises(RestoredError, match="damaged"):
+                await ask()
+        await memory.observe(status(5, 100), accept_restore=True)
+        assert memory.remembered is not None and memory.remembered.epoch == 5
+
+    with_store(run)
+
+
+def test_a_provider_without_epochs_is_not_judged_and_a_restored_one_stops_the_start() -> None:
+    engine, provider = MemoryEngine(), SealingProvider()
+    answer: dict[str, object] = {}
+
+    async def answers() -> dict[str, object]:
+        return answer
+
+    provider.status = answers  # type: ignore[method-assign]  # what a key service of another age says
+
+    async def run(store: Conversations) -> None:
+        await store.start()
+
+    async def refused(store: Conversations) -> None:
+        with pytest.raises(RestoredError):
+            await store.start()
+        await store.start(accept_restore=True)
+        await store.create_message(new(1))
+
+    with_store(run, engine, provider)
+    answer = status(5, 1)
+    with_store(run, engine, provider)
+    answer = status(4, 1)
+    with_store(refused, engine, provider)
+
+
+def test_an_older_key_service_that_appears_while_we_run_gets_nothing_to_seal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from progressdb_server.store import conversations as room
+
+    monkeypatch.setattr(room, "EPOCH_S", 0.01)
+    provider = SealingProvider()
+    answer = status(5, 1)
+
+    async def answers() -> dict[str, object]:
+        return answer
+
+    provider.status = answers  # type: ignore[method-assign]  # what a key service of another age says
+
+    async def run(store: Conversations) -> None:
+        nonlocal answer
+        await store.start()
+        await store.create_message(new(1))
+        answer = status(4, 1)
+        await asyncio.sleep(0.05)
+        calls = provider.calls.total()
+        for thread in ("t", "another"):
+            with pytest.raises(StoreUnavailableError):
+                await store.create_message(new(2, thread))
+        assert provider.calls.total() == calls
+        answer = status(6, 1)
+        await asyncio.sleep(0.05)
+        await store.create_message(new(3))
+
+    with_store(run, provider=provider)

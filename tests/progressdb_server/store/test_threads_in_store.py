@@ -1,0 +1,202 @@
+"""What the store does with threads: metadata, lists, access, deletion."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from progressdb_server.store import keyspace, record
+from progressdb_server.store import threads as threads_room
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import (
+    InvalidThreadIdError,
+    NewMessage,
+    NotTheAuthorError,
+    RecordUnreadableError,
+    ThreadNotFoundError,
+)
+from progressdb_server.store.threads import slug_of
+from tests.progressdb_server.store.memory_engine import MemoryEngine
+from tests.progressdb_server.store.opened_store import keys_of, messages_of, threads_of, with_store
+from tests.progressdb_server.store.sealing_provider import SealingProvider, to_open
+
+
+def test_a_thread_reads_back() -> None:
+    async def run(store: Conversations) -> None:
+        made = await store.create_thread(author="ann", title="Größe & Gewicht!")
+        assert (made.id, made.title) == (f"thread-{made.created_ts}-000000", "Größe & Gewicht!")
+        assert made.slug == f"gr-e-gewicht-{made.id}"
+        assert made.updated_ts == made.created_ts
+        assert await store.get_thread(made.id) == made
+        with pytest.raises(ThreadNotFoundError):
+            await store.get_thread("unknown")
+
+    with_store(run)
+
+
+@given(st.text(max_size=30))
+def test_a_slug_is_made_of_a_few_safe_characters(title: str) -> None:
+    slug = slug_of(title, "thread-1-000000")
+    assert slug.endswith("-thread-1-000000")
+    head = slug.removesuffix("-thread-1-000000")
+    assert head
+    assert head.isascii()
+    assert head.replace("-", "a").isalnum()
+    assert not head.startswith("-")
+    assert "--" not in slug
+
+
+def test_every_message_and_change_touches_the_thread() -> None:
+    async def run(store: Conversations) -> None:
+        thread = (await store.create_thread(author="ann", title="t")).id
+        one = await store.create_message(NewMessage(author="ann", thread=thread, body=1))
+        assert (await store.get_thread(thread)).updated_ts == one.ts
+        two = await store.set_reaction(one.id, "bob", "x")
+        assert (await store.get_thread(thread)).updated_ts == two.ts
+        renamed = await store.update_thread(thread, author="ann", title="new")
+        assert (await store.get_thread(thread)) == renamed
+        assert renamed.updated_ts > two.ts
+
+    with_store(run)
+
+
+def test_only_the_author_changes_a_thread_and_the_admin_may() -> None:
+    async def run(store: Conversations) -> None:
+        thread = (await store.create_thread(author="ann", title="t")).id
+        for attempt in (
+            store.update_thread(thread, author="bob", title="x"),
+            store.delete_thread(thread, author="bob", by="bob"),
+        ):
+            with pytest.raises(NotTheAuthorError):
+                await attempt
+        assert (await store.update_thread(thread, author=None, title="Other")).slug == f"other-{thread}"
+        await store.delete_thread(thread, author=None, by="admin")
+        for gone in (thread, "unknown"):
+            with pytest.raises(ThreadNotFoundError):
+                await store.update_thread(gone, author=None, title="x")
+            with pytest.raises(ThreadNotFoundError):
+                await store.delete_thread(gone, author=None, by="admin")
+
+    with_store(run)
+
+
+def test_a_deleted_thread_is_marked_and_keeps_its_messages() -> None:
+    async def run(store: Conversations) -> None:
+        message = await store.create_message(NewMessage(author="ann", thread="t", body=1))
+        await store.delete_thread("t", author="ann", by="ann")
+        thread = await store.get_thread("t")
+        assert thread.deleted
+        assert thread.deleted_ts == thread.updated_ts > message.ts
+        assert [m.id for m in await messages_of(store, "t")] == [message.id]
+        assert await threads_of(store, "ann") == []
+        assert await threads_of(store, "ann", include_deleted=True) == [thread]
+
+    with_store(run)
+
+
+def test_threads_are_listed_by_author_in_order_of_creation() -> None:
+    async def run(store: Conversations) -> None:
+        for number in range(5):
+            await store.create_thread(author="ann", title=f"Plan {number}")
+            await store.create_thread(author="an", title=f"plan b {number}")
+        await store.create_message(NewMessage(author="ann", thread="0-named", body=1))
+        assert [t.title for t in await threads_of(store, "ann")] == [*[f"Plan {n}" for n in range(5)], "New Thread #11"]
+        assert len(await threads_of(store, None)) == 11
+        assert await threads_of(store, "nobody") == []
+        assert [t.title for t in await threads_of(store, "ann", title="PLAN 3")] == ["Plan 3"]
+        (one,) = await threads_of(store, "an", title="b 2")
+        assert await threads_of(store, None, slug=one.slug) == [one]
+        assert await threads_of(store, "ann", slug=one.slug) == []
+        assert await threads_of(store, "an", slug=one.slug[:-1]) == []
+
+    with_store(run)
+
+
+def test_many_threads_are_opened_in_one_batch_across_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    provider = SealingProvider()
+
+    async def run(store: Conversations) -> None:
+        await asyncio.gather(*[store.create_thread(author="ann", title=f"t{n}") for n in range(50)])
+        provider.calls.clear()
+        assert len(await threads_of(store, "ann")) == 50
+        assert provider.calls == {"decrypt_batch": 1}
+        monkeypatch.setattr(threads_room, "LIST_THREADS_MAX", 20)
+        assert [len(c) async for c in store.list_threads(author="ann")] == [20, 20, 10]
+        monkeypatch.setattr(threads_room, "LIST_BYTES_MAX", 100)
+        assert len(await threads_of(store, "ann")) == 50
+
+    with_store(run, provider=provider)
+
+
+def test_the_owner_and_whoever_has_written_may_read_and_nobody_else() -> None:
+    async def run(store: Conversations) -> None:
+        thread = (await store.create_thread(author="ann", title="t")).id
+        await store.create_message(NewMessage(author="bob", thread=thread, body=1))
+        one = await store.create_message(NewMessage(author="cid:x", thread=thread, body=1))
+        await store.set_reaction(one.id, "dan", "x")
+        allowed = {
+            author: await store.may_read_thread(thread, author) for author in ("ann", "bob", "cid:x", "cid", "dan")
+        }
+        assert allowed == {"ann": True, "bob": True, "cid:x": True, "cid": False, "dan": False}
+        assert not await store.may_read_thread("unknown", "ann")
+
+    with_store(run)
+
+
+def test_an_author_of_128_bytes_of_any_kind_is_indexed_and_found() -> None:
+    async def run(store: Conversations) -> None:
+        for author in (":" * 128, "ü" * 64, "a/b\0%3A", "%", "index:writer:"):
+            thread = (await store.create_thread(author=author, title="t")).id
+            assert [t.id for t in await threads_of(store, author)] == [thread]
+            assert await store.may_read_thread(thread, author)
+        assert not await store.may_read_thread(thread, "%3A")
+
+    with_store(run)
+
+
+@pytest.mark.parametrize("thread", ["a:b", "a/b", "ü", "x" * 129, "a b", "a\n"])
+def test_a_thread_is_not_made_under_an_id_that_the_key_service_would_not_take(thread: str) -> None:
+    async def run(store: Conversations) -> None:
+        with pytest.raises(InvalidThreadIdError):
+            await store.create_message(NewMessage(author="ann", thread=thread, body=1))
+        assert await keys_of(store, "thread:") == []
+
+    with_store(run)
+
+
+def test_metadata_that_was_rewritten_by_a_key_rotation_meanwhile_is_read_again() -> None:
+    engine, provider = MemoryEngine(), SealingProvider()
+
+    async def run(store: Conversations) -> None:
+        thread = (await store.create_thread(author="ann", title="old")).id
+        key = keyspace.meta(thread)
+        raw = engine.get(key)
+        assert raw is not None
+        provider.delay_s = 0.02
+        renaming = asyncio.create_task(store.update_thread(thread, author="ann", title="new"))
+        await asyncio.sleep(0.03)  # it has read the record and is sealing the new one
+        provider.delay_s = 0.0
+        key_id, sealed = record.unpack_sealed(raw)
+        [plaintext] = await provider.decrypt_batch([to_open(key_id, sealed, key, thread)])
+        assert isinstance(plaintext, bytes)
+        again = await provider.encrypt(key_id, plaintext, aad=key, thread_id=thread)
+        engine.write([(key, record.rekeyed(record.split(raw)[0], key_id) + again)])
+        await renaming
+        assert (await store.get_thread(thread)).title == "new"
+
+    with_store(run, engine, provider)
+
+
+def test_missing_metadata_is_reported_and_not_skipped() -> None:
+    engine = MemoryEngine()
+
+    async def run(store: Conversations) -> None:
+        thread = (await store.create_thread(author="ann", title="t")).id
+        engine.write([(keyspace.meta(thread), None)])
+        with pytest.raises(RecordUnreadableError):
+            await threads_of(store, "ann")
+
+    with_store(run, engine)
