@@ -28,6 +28,9 @@ DESCRIPTORS_MAX = 1024
 PASTED_S_MAX = 90.0
 STAMP = ".venv/.installed"
 
+OF_MAKE = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS"}
+"""Variables of a `make test` that runs this test: its ARGS would reach the `make run` of the page."""
+
 
 def blocks() -> list[tuple[str, str]]:
     """The language and the text of every block of commands, in order."""
@@ -89,7 +92,8 @@ def test_the_commands_work_pasted_in_order_and_git_ignores_what_they_make(new_di
     shell = subprocess.Popen(
         ["bash", "-c", pasted(port)],
         cwd=new_directory,
-        env=os.environ | {"HOME": str(new_directory), "no_proxy": "127.0.0.1"},
+        env={name: value for name, value in os.environ.items() if name not in OF_MAKE}
+        | {"HOME": str(new_directory), "no_proxy": "127.0.0.1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -7,18 +7,20 @@ import resource
 
 import pytest
 
-import needs
+from tests import needs
+
+NO_PROGRAM = "no-such-program"
 
 
 def test_a_missing_program_skips_and_fails_under_ci(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match="needs the program no-such-program"):
-        needs.program("no-such-program")
+        needs.program(NO_PROGRAM)
     monkeypatch.setenv("CI", "true")
     for uid in (0, 1000):
         monkeypatch.setattr(os, "geteuid", lambda uid=uid: uid)
         with pytest.raises(pytest.fail.Exception, match="must provide"):
-            needs.program("no-such-program")
+            needs.program(NO_PROGRAM)
 
 
 def test_what_only_root_can_do_skips_for_an_ordinary_user_under_ci(monkeypatch: pytest.MonkeyPatch) -> None:
