@@ -35,8 +35,9 @@ def connect(daemon: LiveDaemon, opened: contextlib.ExitStack) -> socket.socket:
 
 
 def answered(connection: socket.socket) -> int:
-    """The status of the answer to a request."""
-    connection.sendall(STATUS)
+    """The status of the answer to a request, or of the refusal that came before the request was sent."""
+    with contextlib.suppress(BrokenPipeError):
+        connection.sendall(STATUS)
     return int(connection.recv(65536).split()[1])
 
 
