@@ -15,13 +15,13 @@ import pytest
 
 from minikms import api
 from minikms.daemon.accepting import CONNECTIONS_COUNT_MIN, DESCRIPTORS_RESERVED_COUNT
+from tests import needs
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms.daemon import foreign
 
 BOUND = 40
 FEW = DESCRIPTORS_RESERVED_COUNT + BOUND
-SPARE = 12  # descriptors that a lowered limit leaves for new connections
-CONNECTING = 96  # more than the spare descriptors and the gaps below them
+CONNECTING = DESCRIPTORS_RESERVED_COUNT + 32  # more than a limit of the reserved descriptors admits
 CPU_SHARE_MAX = 0.5  # of one processor; a loop that spins takes all of it
 WAIT_S_MAX = 10.0
 STATUS = b"GET /status HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -59,10 +59,12 @@ def cpu_seconds(pid: int) -> float:
 
 
 def leave_few_descriptors(daemon: LiveDaemon) -> None:
-    """Lower the soft limit of the running daemon to a few descriptors more than it has open."""
-    highest = max(int(name) for name in os.listdir(f"/proc/{daemon.pid}/fd"))
+    """Lower the soft limit of the running daemon to the descriptors that it reserves for other uses than connections.
+
+    How many it has open is not known here: only root may read /proc/<pid>/fd of a process that is not dumpable.
+    """
     hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)[1]
-    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (highest + 1 + SPARE, hard))
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (DESCRIPTORS_RESERVED_COUNT, hard))
 
 
 def until(wanted: Callable[[], bool]) -> None:
@@ -73,9 +75,8 @@ def until(wanted: Callable[[], bool]) -> None:
 
 
 def test_the_soft_limit_is_raised_for_every_promised_connection(tmp_path: Path) -> None:
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    if hard != resource.RLIM_INFINITY and hard < api.CONNECTIONS_MAX + DESCRIPTORS_RESERVED_COUNT:
-        pytest.skip("the hard limit is too low")
+    with needs.descriptors(api.CONNECTIONS_MAX + DESCRIPTORS_RESERVED_COUNT):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with LiveDaemon(tmp_path, "file", limits={resource.RLIMIT_NOFILE: (256, hard)}) as daemon:
         soft, hard_after = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
         with daemon.client() as client:

@@ -93,7 +93,8 @@ class World:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(30)
             connection.connect(str((daemon or self.daemon).socket))
-            connection.sendall(request)
+            with contextlib.suppress(BrokenPipeError):  # a refusal may come before the request
+                connection.sendall(request)
             answered = http.client.HTTPResponse(connection)
             answered.begin()
             return Reply(answered.status, {k.lower(): v for k, v in answered.getheaders()}, answered.read())
