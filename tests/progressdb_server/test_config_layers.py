@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def config_of(flags: dict[str, object] | None = None, environment: dict[str, str
     return load({**DB, **(flags or {})}, environment or {}).config
 
 
-def refusal_of(flags: dict[str, object], environment: dict[str, str]) -> str:
+def refusal_of(flags: Mapping[str, object], environment: dict[str, str]) -> str:
     with pytest.raises(ConfigError) as refused:
         load(flags, environment)
     return str(refused.value)

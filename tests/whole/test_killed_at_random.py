@@ -67,7 +67,7 @@ class Client(threading.Thread):
         made = self._ask(connection, turn, "POST", "/v1/threads", {"author": AUTHOR, "title": f"{TITLED} {turn}"})
         thread = made["id"]
         for number in range(5):
-            body = {"text": TYPED, "of": self.name, "at": [turn, number]}
+            body: dict[str, object] = {"text": TYPED, "of": self.name, "at": [turn, number]}
             sent = {"thread": thread, "author": AUTHOR, "body": body}
             message = self._ask(connection, turn, "POST", "/v1/messages", sent)["id"]
             may_be = self._ledger.threads[thread][message] = [body]

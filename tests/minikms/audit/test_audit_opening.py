@@ -58,7 +58,7 @@ def test_a_line_is_found_by_its_number_in_any_place(
 ) -> None:
     monkeypatch.setattr(queries, "NEAR_BYTES", near_bytes)
     make_segments(tmp_path)
-    compress_closed(tmp_path)
+    compress_closed(str(tmp_path))
     lines = [line for file in each_segment(str(tmp_path)) for line in file.lines()]
     assert len(lines) > 60
     assert [queries.line_of(str(tmp_path), number + 1) for number in range(len(lines))] == lines

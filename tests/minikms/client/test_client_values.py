@@ -304,7 +304,7 @@ def test_the_key_comes_last_in_a_body_of_its_final_size(monkeypatch: pytest.Monk
 
     class Watched(bytearray):
         def __setitem__(self, place: object, value: object) -> None:
-            super().__setitem__(place, value)  # type: ignore[call-overload, index]  # handed through
+            super().__setitem__(place, value)  # type: ignore[call-overload]  # handed through
             sizes.append(len(self))
 
     monkeypatch.setattr(calls, "bytearray", Watched, raising=False)

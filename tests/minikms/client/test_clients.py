@@ -207,36 +207,35 @@ def test_a_refusal_is_an_error_of_its_code_and_ends_the_call(use: Use) -> None:
 
 def test_bytes_planted_on_an_idle_connection_answer_no_later_call(use: Use) -> None:
     planted = threading.Event()
-    with tempfile.TemporaryDirectory(prefix="kms") as directory:
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(directory + "/s")
-            listener.listen()
+    with tempfile.TemporaryDirectory(prefix="kms") as directory, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(directory + "/s")
+        listener.listen()
 
-            def serve() -> None:
-                first, _ = listener.accept()
-                with first:
-                    read_request(first)
-                    first.sendall(STATUS)
-                    time.sleep(0.005)
-                    with suppress(OSError):
-                        first.sendall(answer(b'{"planted":true}'))
-                    planted.set()
-                    second, _ = listener.accept()
-                    with second:
-                        read_request(second)
-                        second.sendall(STATUS)
-                        second.recv(1)
+        def serve() -> None:
+            first, _ = listener.accept()
+            with first:
+                read_request(first)
+                first.sendall(STATUS)
+                time.sleep(0.005)
+                with suppress(OSError):
+                    first.sendall(answer(b'{"planted":true}'))
+                planted.set()
+                second, _ = listener.accept()
+                with second:
+                    read_request(second)
+                    second.sendall(STATUS)
+                    second.recv(1)
 
-            thread = threading.Thread(target=serve, daemon=True)
-            thread.start()
-            if use is use_blocking:
-                with Client(directory + "/s") as client:
-                    client.status()
-                    planted.wait(WAIT_S)
-                    assert client.status() == {"a": 1}
-            else:
-                assert use(directory + "/s", STATUS_CALL, STATUS_CALL) == [{"a": 1}, {"a": 1}]
-            thread.join()
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        if use is use_blocking:
+            with Client(directory + "/s") as client:
+                client.status()
+                planted.wait(WAIT_S)
+                assert client.status() == {"a": 1}
+        else:
+            assert use(directory + "/s", STATUS_CALL, STATUS_CALL) == [{"a": 1}, {"a": 1}]
+        thread.join()
 
 
 def test_a_connection_that_the_daemon_closes_after_its_answer_is_not_used_again(use: Use) -> None:

@@ -138,6 +138,7 @@ def _with(body: Body, **changes: Any) -> Body:
 def contradictions(unlocked: UnlockedKeyring) -> dict[str, Body]:
     body = keyrings.rotate(unlocked, NEW_ROOT)
     begun = keyrings.begin(unlocked)
+    assert begun.rotation is not None
     retired, active = body.keks
     old, new = body.slots
     change = msgspec.structs.replace

@@ -270,7 +270,8 @@ def test_many_connections_at_once_each_get_their_own_answer(daemon: LiveDaemon) 
     def round_trip(number: int) -> bool:
         key_id, plaintext = key_ids[number % 8], b"%d" % number
         sealed = encrypted(daemon, key_id, plaintext)
-        return post(daemon, "/decrypt", {"key_id": key_id, "ciphertext": sealed}).body == {"plaintext": b64(plaintext)}
+        answer = post(daemon, "/decrypt", {"key_id": key_id, "ciphertext": sealed})
+        return bool(answer.body == {"plaintext": b64(plaintext)})
 
     with ThreadPoolExecutor(16) as pool:
         assert all(pool.map(round_trip, range(200)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from progressdb_server.api.http.access import AllowList, KeyTable
@@ -223,7 +225,7 @@ def test_a_front_end_key_needs_a_signed_user() -> None:
 
 
 # --- 6. rate ----------------------------------------------------------------------------------------------------
-def limited(rps: float = 2, burst: int = 3, **more: object) -> Api:
+def limited(rps: float = 2, burst: int = 3, **more: Any) -> Api:
     return Api(rate_limit=RateLimit(rps=rps, burst=burst), **more)
 
 

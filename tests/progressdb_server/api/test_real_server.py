@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,16 @@ def told(call: Any) -> list[Any]:
     seen: dict[str, str] = {}
     answers = []
 
+    def numbered(word: str, found: re.Match[str]) -> str:
+        return seen.setdefault(found[0], f"<{word} {len(seen)}>")
+
     def plain(text: str) -> str:
         for pattern, word in ((r"(?:msg|thread)-\d+-\d+", "id"), (r"\b\d{19}\b", "time")):
-            text = re.sub(pattern, lambda found, word=word: seen.setdefault(found[0], f"<{word} {len(seen)}>"), text)
+            text = re.sub(pattern, partial(numbered, word), text)
         return re.sub(r"New Thread #\d+", "New Thread #n", text)
 
-    for method, path, body, more in STORY:
+    for method, target, sent_body, more in STORY:
+        path, body = target, sent_body
         for name, made in names.items():
             path = path.replace("{" + name + "}", made)
             body = json.loads(json.dumps(body).replace("{" + name + "}", made))
@@ -271,7 +276,7 @@ def test_a_stop_while_it_starts_ends_the_server_at_once(tmp_path: Path) -> None:
 
 def test_without_an_api_key_the_server_says_so_and_refuses_everything_but_health(tmp_path: Path) -> None:
     none = {f"PROGRESSDB_API_{role}_KEYS": "" for role in ("BACKEND", "FRONTEND", "ADMIN")}
-    with real_server(tmp_path, **none) as server:
+    with real_server(tmp_path, environment=none) as server:
         assert any("no API key is configured" in line["event"] for line in server.log)
         assert server("GET", "/v1/threads").status == 401
         assert server("GET", "/healthz", key=None).status == 200

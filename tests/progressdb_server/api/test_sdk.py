@@ -27,7 +27,7 @@ def sdk(server: RealServer) -> Iterator[Sdk]:
     client.close()
 
 
-def refusal(status: int, sentence: str) -> object:
+def refusal(status: int, sentence: str) -> pytest.RaisesExc[ApiError]:
     return pytest.raises(ApiError, match=rf"{status}.*{sentence}")
 
 

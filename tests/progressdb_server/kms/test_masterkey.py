@@ -46,6 +46,7 @@ def run(program: Path, *arguments: str, **environment: str) -> subprocess.Comple
         capture_output=True,
         text=True,
         timeout=20,
+        check=False,
     )
 
 
@@ -138,6 +139,7 @@ def test_a_program_started_as_a_module_starts_over_as_that_module(tmp_path: Path
         capture_output=True,
         text=True,
         timeout=20,
+        check=False,
     )
     said = told(process)
     assert said["arguments"] == "['argument']"

@@ -104,7 +104,11 @@ def test_big_values_and_long_keys_read_back(engine: Engine) -> None:
 
 
 def test_sync_may_run_in_another_thread_beside_reads_and_writes(engine: Engine) -> None:
-    thread = threading.Thread(target=lambda: [engine.sync() for _ in range(20)])
+    def sync() -> None:
+        for _ in range(20):
+            engine.sync()
+
+    thread = threading.Thread(target=sync)
     thread.start()
     for number in range(200):
         engine.write([(b"%d" % number, b"x")])
@@ -160,7 +164,7 @@ _SHARED: Engine
 @pytest.fixture(autouse=True, scope="module")
 def shared_rocks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One database for all examples of a property: opening one takes longer than an example."""
-    global _SHARED
+    global _SHARED  # noqa: PLW0603 - hypothesis does not reset a fixture between examples
     _SHARED = RocksEngine(str(tmp_path_factory.mktemp("shared") / "db"))
     yield
     _SHARED.close()
