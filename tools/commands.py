@@ -16,7 +16,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
 OPENING = """\
 # Commands
 
-Made by `tools/commands.py` from the commands themselves; `tests/cli` compares the two, and holds
+Made by `tools/commands.py` from the commands themselves; `tests/commands` compares the two, and holds
 [transcripts](../tests/commands/transcripts) of all that matters here.
 
 Exit status, of every command: **0** done, or a check passed; **1** a check failed, or the request was refused; **2**

@@ -168,10 +168,8 @@ def test_a_directory_that_holds_anything_else_is_refused_and_left_as_it_is(tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "kms"]
 
 
-def test_a_server_that_encrypts_refuses_its_directory_and_starts_no_key_service(
-    tmp_path: Path, unencrypted: RealServer
-) -> None:
-    """Beside its server, and after it."""
+def test_an_encrypting_server_refuses_an_unencrypted_directory(tmp_path: Path, unencrypted: RealServer) -> None:
+    """It starts no key service, neither beside the server that made the directory nor after it."""
     with real_server(tmp_path, "--kms", "none", environment=ASKED) as server:
         pass
     said = refusal(server.db, "--dev")

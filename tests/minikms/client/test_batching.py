@@ -118,13 +118,13 @@ def test_a_caller_that_gave_up_before_its_batch_left_is_not_sent() -> None:
         await turns()
         gone.cancel()
         daemon.go.set()
-        assert await asyncio.gather(first, stays) == (b"A", b"STAYS")
+        assert [*await asyncio.gather(first, stays)] == [b"A", b"STAYS"]
         assert daemon.batches[1] == [b"stays"]
 
     run(test)
 
 
-def test_the_failure_of_a_batch_reaches_each_of_its_callers_as_an_exception_of_its_own() -> None:
+def test_each_caller_of_a_failed_batch_gets_an_exception_of_its_own() -> None:
     async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
         for failure in (
             errors.KmsUnavailableError("gone", sent=True),
@@ -238,7 +238,8 @@ def batch_of(request: bytes) -> list[dict[str, str]]:
     return items
 
 
-def test_a_lone_call_uses_the_single_verb_and_company_a_batch_on_the_same_connection() -> None:
+def test_one_call_uses_the_single_verb_and_several_use_a_batch() -> None:
+    """All of them use one connection."""
     single = answer(b'{"ciphertext":"YQ=="}')
     batch = answer(b'{"items":[{"ciphertext":"Yg=="},{"error":"no","code":"key_not_found"}]}')
     with hostile([single, batch, single]) as server:
@@ -268,7 +269,8 @@ def test_a_batch_whose_connection_breaks_is_sent_again_whole() -> None:
 
         async def main() -> None:
             async with AsyncClient(server.path) as kms:
-                assert await asyncio.gather(kms.encrypt(KEY, b"1"), kms.encrypt(KEY, b"2")) == (b"a", b"b")
+                answers = await asyncio.gather(kms.encrypt(KEY, b"1"), kms.encrypt(KEY, b"2"))
+                assert [*answers] == [b"a", b"b"]
 
         asyncio.run(main())
         assert server.requests[0] == server.requests[1]

@@ -109,7 +109,8 @@ def test_more_items_than_a_request_takes_are_split_and_come_back_in_order(use: U
     assert found == [None] * (count - 2)
 
 
-def test_when_one_request_of_a_large_batch_fails_the_whole_call_does_and_nothing_is_left_under_way(use: Use) -> None:
+def test_one_failed_request_of_a_large_batch_fails_the_whole_call(use: Use) -> None:
+    """No other request of the call is still running afterwards."""
     refused = answer(b'{"error":"no","code":"audit_unavailable"}', 503)
     with hostile(*[[refused] * 10] * 10) as server:
         items = [EncryptItem(key_id=KEY, plaintext=b"")] * 5000

@@ -51,7 +51,7 @@ def test_a_last_line_without_an_end_is_not_lost_and_empty_lines_are_none() -> No
     assert lines_of(b"\n\na\n\nb") == ["a", "b"]
 
 
-def test_the_command_is_the_miniKMS_of_this_installation_unless_a_program_is_named() -> None:
+def test_the_command_is_the_installed_miniKMS_unless_a_program_is_named() -> None:
     command = ChildOptions(socket_path="s", data_dir="d", dev=True).command(7)
     here = os.getcwd()
     assert command == [
@@ -74,7 +74,7 @@ def test_a_key_goes_on_as_a_path_or_a_descriptor_never_as_text() -> None:
     assert by_descriptor[by_descriptor.index("--master-key-fd") + 1] == "5"
 
 
-def test_the_environment_holds_nothing_of_the_servers_but_place_and_language() -> None:
+def test_the_child_gets_only_place_and_language_of_the_environment() -> None:
     own = {"PATH": "/bin", "LANG": "C", "PYTHONPATH": "/x", "LD_PRELOAD": "x.so", "PROGRESSDB_API_ADMIN_KEYS": "secret"}
     assert environment(own, 1000) == {"PATH": "/bin", "LANG": "C", "PROGRESSDB_MINIKMS_ALLOWED_UIDS": "1000"}
 

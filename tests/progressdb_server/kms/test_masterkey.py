@@ -76,7 +76,7 @@ def copies_in_memory(pid: int, needle: bytes) -> int:
     return count
 
 
-def test_the_key_is_in_no_memory_and_no_environment_of_the_process_that_goes_on(program: Path) -> None:
+def test_the_restarted_process_has_the_key_in_no_memory_or_environment(program: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, str(program), "--flag", "two words"],
         env={**os.environ, "PROGRESSDB_MINIKMS_MASTER_KEY": KEY, "PLANTED": "planted" * 5},

@@ -200,7 +200,7 @@ def test_a_daemon_that_hangs_is_unavailable_within_the_timeout(
     run(place, test)
 
 
-def test_a_refusal_is_the_requests_fault_only_where_trying_again_would_not_help() -> None:
+def test_a_refusal_is_the_requests_fault_only_where_a_retry_cannot_help() -> None:
     for error in (
         KmsUnavailableError("away"),
         KmsProtocolError("malformed"),

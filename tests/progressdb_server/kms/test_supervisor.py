@@ -77,9 +77,9 @@ def test_it_spawns_a_daemon_where_none_answers_and_ends_it_with_itself(place: Pl
     assert lines == ["fake daemon: serving", "fake daemon: stopped"]
 
 
-def test_the_child_gets_the_servers_uid_a_clean_environment_and_a_session_of_its_own(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_child_has_a_clean_environment_and_its_own_session(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It allows the server's uid."""
+
     async def main() -> tuple[dict[str, object], int, int]:
         supervisor = Supervisor(place.options(dev=True, master_key_file="key-file"))
         await supervisor.start()
@@ -216,7 +216,7 @@ def test_without_spawn_nothing_is_started_and_the_error_says_what_to_do(
     assert not [entry for entry in logs if entry["event"] == "miniKMS spawned"]
 
 
-def test_a_socket_served_by_another_uid_is_refused_and_nothing_is_spawned_beside_it(place: Place) -> None:
+def test_a_socket_of_another_uid_is_refused_and_nothing_is_spawned(place: Place) -> None:
     found = start_alone(place)
     try:
 

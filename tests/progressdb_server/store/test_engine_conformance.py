@@ -91,7 +91,7 @@ def test_a_scan_is_cut_at_its_limit_and_at_the_bound_of_every_scan(engine: Engin
     assert keys(engine, b"", b"\xff", limit=0) == []
 
 
-def test_a_scan_bounded_in_bytes_stops_after_the_entry_that_reaches_the_bound(engine: Engine) -> None:
+def test_a_scan_stops_after_the_entry_that_reaches_its_bound_in_bytes(engine: Engine) -> None:
     engine.write([(b"%d" % number, bytes(100)) for number in range(9)])
     for bound, count in [(1, 1), (100, 1), (101, 2), (250, 3), (10**9, 9)]:
         assert len(engine.scan(b"", b"\xff", limit=9, bytes_max=bound)) == count

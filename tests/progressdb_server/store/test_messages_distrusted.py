@@ -73,7 +73,8 @@ def test_a_changed_author_in_a_header_is_noticed() -> None:
     with_store(run, engine)
 
 
-def test_without_a_key_service_nothing_is_stored_and_answers_say_when_to_retry() -> None:
+def test_without_a_key_service_nothing_is_stored() -> None:
+    """Answers say when to retry."""
     provider, engine = SealingProvider(), MemoryEngine()
 
     async def run(store: Conversations) -> None:

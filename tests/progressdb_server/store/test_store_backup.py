@@ -197,7 +197,9 @@ def test_one_backup_at_a_time_and_none_in_the_place_of_another(tmp_path: Path) -
     asyncio.run(run())
 
 
-def test_a_deleted_backup_is_registered_until_somebody_says_so_and_a_present_one_stays(tmp_path: Path) -> None:
+def test_a_deleted_backup_is_registered_until_it_is_forgotten(tmp_path: Path) -> None:
+    """A present one stays registered."""
+
     async def run() -> None:
         async with opened(RocksEngine(str(tmp_path / "db"))) as store:
             for name in ("one", "two"):

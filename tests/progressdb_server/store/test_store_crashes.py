@@ -91,7 +91,7 @@ def kill_and_verify(directory: Path, kills: int) -> None:
     assert sum(len(versions) for versions in acknowledged.values()) >= LINES_MIN * kills
 
 
-def test_a_writer_killed_under_mixed_load_loses_nothing_that_it_acknowledged(tmp_path: Path) -> None:
+def test_a_writer_killed_under_mixed_load_loses_nothing_acknowledged(tmp_path: Path) -> None:
     kill_and_verify(tmp_path, 4)
 
 

@@ -233,7 +233,7 @@ def test_after_a_failed_group_every_waiter_fails_and_the_writer_recovers(fault: 
     with_writer(body)
 
 
-def test_a_value_that_many_writes_expect_is_read_once_and_again_after_it_was_written(
+def test_a_value_that_many_writes_expect_is_read_once_after_each_write(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(writing, "KNOWN_MAX", 3)

@@ -146,7 +146,7 @@ def test_a_failing_disk_delays_the_scan_and_does_not_end_it(tmp_path: Path, monk
     asyncio.run(main())
 
 
-def test_the_file_of_a_destroyed_key_does_not_come_back_by_a_resumed_rotation(
+def test_a_resumed_rotation_does_not_bring_back_a_destroyed_keys_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A crash left the file. The rotation has read it, and the scan removes it before the rotation replaces it."""
