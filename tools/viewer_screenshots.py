@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(PROJECT / "tests"), str(PROJECT / "tests" / "api")]
+sys.path.insert(0, str(PROJECT))
 
-from asgi_client import ADMIN  # noqa: E402 (the tests' helpers are on the path from here on)
-from browser import Browser  # noqa: E402 (as above)
-from real_server import RealServer, real_server  # noqa: E402 (as above)
+from tests.progressdb_server.api.asgi_client import ADMIN  # noqa: E402 (the tests are importable from here on)
+from tests.progressdb_server.api.browser import Browser  # noqa: E402 (as above)
+from tests.progressdb_server.api.real_server import RealServer, real_server  # noqa: E402 (as above)
 
 IMAGES = PROJECT / "docs" / "images"
 DESKTOP, PHONE = (1100, 760), (390, 760)

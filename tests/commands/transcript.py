@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from minikms.client import Client, KmsError
@@ -38,6 +39,13 @@ _NUMBERED = {
     "thread": re.compile(r"\bthread-[0-9]{19}-[0-9]{6}\b"),
     "message": re.compile(r"\bmsg-[0-9]{19}-[0-9]{6}\b"),
 }
+
+
+def _numbered(kind: str, names: dict[str, str], found: re.Match[str]) -> str:
+    """The name of what was found: the kind, and its number in order of appearance."""
+    return names.setdefault(found[0], f"<{kind}-{len(names) + 1}>")
+
+
 _PLAIN = (
     (re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z"), "<time>"),
     (re.compile(r"\b[0-9a-f]{32}\b"), "<log>"),
@@ -119,8 +127,7 @@ class Session:
         """The text without what differs from run to run."""
         text = text.replace(str(self.place / "work"), "<dir>")
         for kind, pattern in _NUMBERED.items():
-            names = self._seen[kind]
-            text = pattern.sub(lambda match, k=kind, n=names: n.setdefault(match[0], f"<{k}-{len(n) + 1}>"), text)
+            text = pattern.sub(partial(_numbered, kind, self._seen[kind]), text)
         for pattern, name in _PLAIN:
             text = pattern.sub(name, text)
         return "".join(line.rstrip() + "\n" for line in text.splitlines())

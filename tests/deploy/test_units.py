@@ -70,7 +70,7 @@ def test_no_unit_makes_peers_appear_as_the_overflow_uid(unit: str) -> None:
     assert "PrivateUsers" not in dict(restricted.directives(str(UNITS / unit)))
 
 
-def test_the_two_services_run_as_two_users_and_the_server_never_spawns_a_key_service() -> None:
+def test_the_services_are_two_users_and_the_server_spawns_no_key_service() -> None:
     key_service = dict(restricted.directives(str(UNITS / "minikms.service")))
     server = restricted.directives(str(UNITS / "progressdb.service"))
     assert key_service["User"] != dict(server)["User"]

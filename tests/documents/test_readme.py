@@ -58,7 +58,7 @@ def as_ordinary_user() -> dict[str, Any]:
     """Arguments of Popen. Root runs the commands as another uid, if that can run this interpreter at all."""
     if os.geteuid() != 0:
         return {}
-    user = {"user": ORDINARY_UID, "group": ORDINARY_UID, "extra_groups": ()}
+    user: dict[str, Any] = {"user": ORDINARY_UID, "group": ORDINARY_UID, "extra_groups": ()}
     tried = subprocess.run([sys.executable, "-c", "import minikms"], cwd="/", check=False, **user)
     return user if tried.returncode == 0 else {}
 

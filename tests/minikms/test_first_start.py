@@ -67,7 +67,7 @@ def strike(base: Path, calls: str, number: int) -> bool:
         killed = killed_at(daemon, calls, number)
         judge(daemon)
     except AssertionError as error:
-        raise AssertionError(f"{calls.split(',')[0]} no. {number}: {error}") from error
+        raise AssertionError(f"{calls.split(',', maxsplit=1)[0]} no. {number}: {error}") from error
     finally:
         daemon.kill()
     shutil.rmtree(base)

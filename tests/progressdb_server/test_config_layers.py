@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def config_of(flags: dict[str, object] | None = None, environment: dict[str, str
     return load({**DB, **(flags or {})}, environment or {}).config
 
 
-def refusal_of(flags: dict[str, object], environment: dict[str, str]) -> str:
+def refusal_of(flags: Mapping[str, object], environment: dict[str, str]) -> str:
     with pytest.raises(ConfigError) as refused:
         load(flags, environment)
     return str(refused.value)
@@ -296,7 +297,7 @@ def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(program, env=variables, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_config_check_exits_0_for_a_good_1_for_a_bad_and_2_for_a_missing_one(tmp_path: Path) -> None:
+def test_config_check_exits_0_if_good_1_if_bad_and_2_if_missing(tmp_path: Path) -> None:
     db = ("--db", str(tmp_path / "db"))
     good = command("config", "check", *db, "--dev")
     assert (good.returncode, good.stdout, good.stderr) == (0, "the configuration is good\n", "")

@@ -70,7 +70,7 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("given", ["environment", pytest.param("file", marks=pytest.mark.torture)])
-def test_root_finds_no_key_in_the_server_nor_in_the_key_service_that_it_spawned(tmp_path: Path, given: str) -> None:
+def test_root_finds_no_key_in_the_server_or_its_key_service(tmp_path: Path, given: str) -> None:
     key_file = tmp_path / "key"
     key_file.touch(0o600)
     key_file.write_text(os.urandom(32).hex() + "\n")

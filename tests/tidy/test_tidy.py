@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.tidy.project_tree import PROJECT, comments, name, none, python_files, texts
 
 LINES_MAX = 700
+TEST_NAME_CHARACTERS_MAX = 70
 LONG_WITH_A_REASON: dict[str, str] = {}
 """Path → why the file still is one idea."""
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "misc"}
@@ -54,6 +55,16 @@ def test_no_python_file_is_too_long() -> None:
     long = {file for file, lines in lengths.items() if lines > LINES_MAX}
     none(f"{file}: {lengths[file]} lines" for file in long - LONG_WITH_A_REASON.keys())
     assert LONG_WITH_A_REASON.keys() - long == set(), "short enough now: remove it from the list"
+
+
+def test_no_name_of_a_test_is_too_long() -> None:
+    """A name is one claim. The docstring says the rest."""
+    none(
+        f"{name(path)}: {test}"
+        for path in python_files("tests/")
+        for test in re.findall(r"def (test_\w+)\(", path.read_text("utf-8"))
+        if len(test) > TEST_NAME_CHARACTERS_MAX
+    )
 
 
 def test_no_module_has_a_vague_name() -> None:

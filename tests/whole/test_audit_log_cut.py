@@ -27,7 +27,7 @@ def remember(store: Path, seq: int, sig: str) -> None:
     engine.close()
 
 
-def test_a_key_service_whose_audit_log_lost_a_remembered_line_is_not_started(tmp_path: Path) -> None:
+def test_a_key_service_that_lost_a_remembered_audit_line_does_not_start(tmp_path: Path) -> None:
     with real_server(tmp_path) as server:
         assert server("POST", "/v1/messages", {"thread": "t", "author": "a", "body": 1}).status < 300
         store, log = next(server.db.rglob("CURRENT")).parent, next(server.db.rglob("minikms-audit.log"))

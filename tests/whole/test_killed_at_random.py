@@ -67,7 +67,7 @@ class Client(threading.Thread):
         made = self._ask(connection, turn, "POST", "/v1/threads", {"author": AUTHOR, "title": f"{TITLED} {turn}"})
         thread = made["id"]
         for number in range(5):
-            body = {"text": TYPED, "of": self.name, "at": [turn, number]}
+            body: dict[str, object] = {"text": TYPED, "of": self.name, "at": [turn, number]}
             sent = {"thread": thread, "author": AUTHOR, "body": body}
             message = self._ask(connection, turn, "POST", "/v1/messages", sent)["id"]
             may_be = self._ledger.threads[thread][message] = [body]
@@ -163,7 +163,8 @@ def assert_all_told(directory: Path, ledger: Ledger) -> None:
     assert found.files > 8
 
 
-def test_both_processes_killed_under_load_lose_no_message_and_leave_no_text(tmp_path: Path) -> None:
+def test_both_processes_killed_under_load_lose_and_reveal_no_message(tmp_path: Path) -> None:
+    """No text of a message is on the disk."""
     ledger = kill_and_verify(tmp_path, 3)
     assert ledger.acknowledged > 0
     assert_all_told(tmp_path, ledger)

@@ -222,7 +222,7 @@ class Snapshot:
         footer, index = _read_end(os.fstat(fd).st_size, lambda size, offset: _pread(fd, size, offset))
         self._fd = fd
         self._first_keys = [index[at : at + KEY_BYTES] for at in range(0, len(index), KEY_BYTES)]
-        self._recent: tuple[int, bytes] = (-1, b"")
+        self.recent: tuple[int, bytes] = (-1, b"")
         self.entries = footer.entries
         self.floors = footer.floors
 
@@ -249,7 +249,7 @@ class Snapshot:
 
     def block(self, number: int) -> bytes:
         """The sorted entries of a block. Raises BlockDamagedError."""
-        recent, data = self._recent  # one read of the attribute: another thread may replace it at any moment
+        recent, data = self.recent  # one read of the attribute: another thread may replace it at any moment
         if recent == number:
             return data
         try:
@@ -260,7 +260,7 @@ class Snapshot:
         if raw[_BLOCK_DATA_BYTES:] != _block_checksum(number, data):
             raise BlockDamagedError
         data = data[: min(BLOCK_ENTRIES, self.entries - number * BLOCK_ENTRIES) * ENTRY_BYTES]
-        self._recent = (number, data)
+        self.recent = (number, data)
         return data
 
     def block_range(self, number: int) -> SpentRange:

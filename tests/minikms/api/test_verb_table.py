@@ -83,7 +83,7 @@ def test_no_method_acts_before_its_caller_is_authorised() -> None:
 
 
 @pytest.mark.parametrize("durable", [False, True])
-def test_a_change_of_keys_is_not_begun_while_the_audit_log_can_not_be_written(durable: bool) -> None:
+def test_no_key_change_begins_while_the_audit_log_cannot_be_written(durable: bool) -> None:
     acted: list[str] = []
     table = VerbTable(KeptAudit(writable=False))
 
@@ -114,7 +114,7 @@ def test_work_after_the_audit_line_fails_the_answer_and_not_the_line() -> None:
     assert audit.lines == [("rotate_kek", "ok", True)]
 
 
-def test_a_body_that_can_not_be_decoded_is_audited_under_the_name_of_its_verb() -> None:
+def test_a_body_that_cannot_be_decoded_is_audited_under_its_verb() -> None:
     audit = KeptAudit()
     VerbTable(audit).malformed(api.CREATE_DEK, ANYONE, MiniKmsError("not one"), "r-1")
     assert audit.lines == [("create_dek", "internal", False)]

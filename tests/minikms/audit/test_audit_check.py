@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_a_last_line_that_is_completed_while_reading_is_no_finding(
     def complete(_: float) -> None:
         (altered / LOG).write_bytes(content)
 
-    monkeypatch.setattr(reader.time, "sleep", complete)
+    monkeypatch.setattr(time, "sleep", complete)
     assert verify_directory(str(altered), trust()).intact
 
 

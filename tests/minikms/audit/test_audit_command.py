@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -271,13 +272,14 @@ class StillSigner:
 
 
 def test_lines_are_found_by_thread_key_actor_and_request(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for sought, count in (
+    lines_of: list[tuple[dict[str, Any], int]] = [
         ({"thread": "t1"}, 1),
         ({"key": "k_a"}, 2),
         ({"actor": "peer_uid:1001"}, 1),
         ({"request": "y"}, 1),
         ({"key": "k_a", "request": "r1"}, 1),
-    ):
+    ]
+    for sought, count in lines_of:
         assert audit.find(data_dir=str(made), **sought) == 0
         assert len(capsys.readouterr().out.splitlines()) == count, sought
     assert run("find", "--data-dir", made, "--key", "k_a", "--request", "r1")[0] == 0

@@ -172,7 +172,7 @@ def rewritten(lines: list[bytes], key: Key, before: Head = BEGINNING) -> list[by
         event = record.parse_line(line)[0]
         if event.type in record.SIGNED_TYPES:
             log_id = bytes.fromhex(str(event.facts["log_id"]))
-            extra = {name: event.facts[name] for name in ("next_segment", "next_key", "next_public_key")
+            extra: record.Facts = {name: event.facts[name] for name in ("next_segment", "next_key", "next_public_key")
                      if name in event.facts}  # fmt: skip
             blob, head = chain.signed_line(
                 event.type, head=head, ts=event.ts, coverage=coverage, log_id=log_id, key=key.audit_key(), extra=extra

@@ -122,7 +122,7 @@ def test_a_large_file_is_compressed_and_read_back(tmp_path: Path) -> None:
     assert verify(tmp_path).intact
 
 
-def test_a_compressed_file_that_holds_something_else_does_not_replace_the_plain_one(altered: Path) -> None:
+def test_a_compressed_file_with_other_content_replaces_no_plain_file(altered: Path) -> None:
     content = (altered / f"{LOG}.1").read_bytes()
     for false in (b"nonsense", compressed(content + b"x"), compressed(content[:-1]), compressed(content) + b"x"):
         (altered / f"{LOG}.1").write_bytes(content)

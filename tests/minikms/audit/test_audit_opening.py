@@ -58,14 +58,14 @@ def test_a_line_is_found_by_its_number_in_any_place(
 ) -> None:
     monkeypatch.setattr(queries, "NEAR_BYTES", near_bytes)
     make_segments(tmp_path)
-    compress_closed(tmp_path)
+    compress_closed(str(tmp_path))
     lines = [line for file in each_segment(str(tmp_path)) for line in file.lines()]
     assert len(lines) > 60
     assert [queries.line_of(str(tmp_path), number + 1) for number in range(len(lines))] == lines
     assert queries.line_of(str(tmp_path), len(lines) + 1) is None
 
 
-def test_a_line_near_the_end_of_a_long_file_is_found_without_reading_the_file(
+def test_a_line_near_the_end_is_found_without_reading_the_whole_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise a start with an expected line would take longer for a larger file."""

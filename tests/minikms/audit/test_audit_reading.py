@@ -123,7 +123,7 @@ def test_the_last_lines_are_read_from_the_end(tmp_path: Path, monkeypatch: pytes
     assert seqs(last_lines(str(tmp_path), 20)) == list(range(183, 203))
 
 
-def test_a_follower_hands_out_each_line_once_across_rotation_and_compression(tmp_path: Path) -> None:
+def test_a_follower_yields_each_line_once_across_rotation_and_compression(tmp_path: Path) -> None:
     log = open_log(tmp_path, clock=Clock(step=CHORES_NS), limits=SMALL_SEGMENTS)
     follower = Follower(str(tmp_path))
     got: list[bytes] = []

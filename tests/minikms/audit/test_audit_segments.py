@@ -223,7 +223,7 @@ def test_the_file_being_written_taken_away_is_missing(altered: Path) -> None:
     assert "missing" in kinds(altered)
 
 
-def test_the_newest_file_taken_away_and_the_one_before_put_in_its_place_is_missing(altered: Path) -> None:
+def test_the_newest_file_replaced_by_the_one_before_it_counts_as_missing(altered: Path) -> None:
     newest = max(list_segments(str(altered)))
     os.rename(altered / f"{LOG}.{newest}", altered / LOG)
     assert kinds(altered) == ["missing"]

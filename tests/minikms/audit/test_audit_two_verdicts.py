@@ -194,7 +194,7 @@ def alter_events(draw: Draw, directory: Path, _: Original) -> None:
         return
     for path in directory.glob("*.zst"):
         path.unlink()
-    for _ in range(draw.draw(st.integers(1, 2))):
+    for _change in range(draw.draw(st.integers(1, 2))):
         alter_event(draw, events)
     renumber = draw.draw(st.booleans())
     write_again(events, renumber=renumber)
@@ -209,7 +209,8 @@ def alter_event(draw: Draw, events: list[tuple[Path, Event]]) -> None:
     if act == "fact" and facts:
         name = draw.draw(st.sampled_from(sorted(facts)))
         others = [value for _, other in events for value in [other.facts.get(name)] if value is not None]
-        value = draw.draw(st.one_of(st.sampled_from([0, 1, 2, 3, 4, 5, 2**63 - 1, *TEXTS]), st.sampled_from(others)))
+        own: list[str | int] = [0, 1, 2, 3, 4, 5, 2**63 - 1, *TEXTS]
+        value = draw.draw(st.one_of(st.sampled_from(own), st.sampled_from(others)))
         change = draw.draw(st.sampled_from(["set", "set", "drop", "add"]))
         if change == "set":
             facts[name] = value

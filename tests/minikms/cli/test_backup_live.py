@@ -44,7 +44,7 @@ def test_backups_beside_a_busy_daemon_are_good_and_hold_what_was_there(tmp_path:
         busy = threading.Thread(target=churn, args=(daemon.socket, stop))
         busy.start()
         try:
-            places = ["--data-dir", daemon.data_dir, "--master-key-file", daemon.root_file]
+            places: list[str | Path] = ["--data-dir", daemon.data_dir, "--master-key-file", daemon.root_file]
             for number in range(BACKUPS):
                 done = minikms("backup", "create", tmp_path / f"b{number}", *places)
                 assert done.returncode == 0, done.stderr
@@ -58,7 +58,7 @@ def test_backups_beside_a_busy_daemon_are_good_and_hold_what_was_there(tmp_path:
         assert set(receipt.archives) >= {str(tmp_path / f"b{number}") for number in range(BACKUPS)}
         daemon.process.terminate()
         daemon.process.wait(20)
-        restored = ["--data-dir", tmp_path / "restored", "--master-key-file", daemon.root_file]
+        restored: list[str | Path] = ["--data-dir", tmp_path / "restored", "--master-key-file", daemon.root_file]
         done = minikms("backup", "restore", tmp_path / "b0", *restored, "--newer-keyring", newest)
         assert done.returncode == 0, done.stderr
         daemon.data_dir.rename(tmp_path / "old")

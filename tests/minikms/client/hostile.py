@@ -106,6 +106,8 @@ class HostileServer:
 
 @contextmanager
 def hostile(*scripts: Sequence[Step]) -> Iterator[HostileServer]:
-    with tempfile.TemporaryDirectory(prefix="kms") as directory:
-        with HostileServer(str(Path(directory) / "s"), scripts) as server:
-            yield server
+    with (
+        tempfile.TemporaryDirectory(prefix="kms") as directory,
+        HostileServer(str(Path(directory) / "s"), scripts) as server,
+    ):
+        yield server

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from minikms import api
 from minikms.client import AsyncClient, batching, errors
 from minikms.client.batching import Batcher
-from minikms.client.items import EncryptItem, Outcome
+from minikms.client.items import EncryptItem, Outcome, checked_cost_bytes
 from tests.minikms.client.hostile import SILENT, answer, hostile
 
 KEY = "k_" + "0" * 26
@@ -117,13 +118,13 @@ def test_a_caller_that_gave_up_before_its_batch_left_is_not_sent() -> None:
         await turns()
         gone.cancel()
         daemon.go.set()
-        assert await asyncio.gather(first, stays) == [b"A", b"STAYS"]
+        assert [*await asyncio.gather(first, stays)] == [b"A", b"STAYS"]
         assert daemon.batches[1] == [b"stays"]
 
     run(test)
 
 
-def test_the_failure_of_a_batch_reaches_each_of_its_callers_as_an_exception_of_its_own() -> None:
+def test_each_caller_of_a_failed_batch_gets_an_exception_of_its_own() -> None:
     async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
         for failure in (
             errors.KmsUnavailableError("gone", sent=True),
@@ -156,7 +157,7 @@ def test_a_batch_has_at_most_1024_items_and_16_mib() -> None:
 
 def test_the_queue_is_bounded_in_items_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
-        for name, most in (("QUEUE_ITEMS_MAX", 3), ("QUEUE_BYTES_MAX", 3 * batching.checked_cost_bytes(item(b"x")))):
+        for name, most in (("QUEUE_ITEMS_MAX", 3), ("QUEUE_BYTES_MAX", 3 * checked_cost_bytes(item(b"x")))):
             daemon.go.clear()
             with monkeypatch.context() as patch:
                 patch.setattr(batching, name, most)
@@ -232,11 +233,13 @@ def test_a_spoiling_item_is_refused_alone() -> None:
 
 
 def batch_of(request: bytes) -> list[dict[str, str]]:
-    body = json.loads(request.partition(b"\r\n\r\n")[2])
-    return body.get("items", [body])
+    body: dict[str, Any] = json.loads(request.partition(b"\r\n\r\n")[2])
+    items: list[dict[str, str]] = body.get("items", [body])
+    return items
 
 
-def test_a_lone_call_uses_the_single_verb_and_company_a_batch_on_the_same_connection() -> None:
+def test_one_call_uses_the_single_verb_and_several_use_a_batch() -> None:
+    """All of them use one connection."""
     single = answer(b'{"ciphertext":"YQ=="}')
     batch = answer(b'{"items":[{"ciphertext":"Yg=="},{"error":"no","code":"key_not_found"}]}')
     with hostile([single, batch, single]) as server:
@@ -266,7 +269,8 @@ def test_a_batch_whose_connection_breaks_is_sent_again_whole() -> None:
 
         async def main() -> None:
             async with AsyncClient(server.path) as kms:
-                assert await asyncio.gather(kms.encrypt(KEY, b"1"), kms.encrypt(KEY, b"2")) == [b"a", b"b"]
+                answers = await asyncio.gather(kms.encrypt(KEY, b"1"), kms.encrypt(KEY, b"2"))
+                assert [*answers] == [b"a", b"b"]
 
         asyncio.run(main())
         assert server.requests[0] == server.requests[1]

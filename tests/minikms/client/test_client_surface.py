@@ -109,7 +109,8 @@ def test_more_items_than_a_request_takes_are_split_and_come_back_in_order(use: U
     assert found == [None] * (count - 2)
 
 
-def test_when_one_request_of_a_large_batch_fails_the_whole_call_does_and_nothing_is_left_under_way(use: Use) -> None:
+def test_one_failed_request_of_a_large_batch_fails_the_whole_call(use: Use) -> None:
+    """No other request of the call is still running afterwards."""
     refused = answer(b'{"error":"no","code":"audit_unavailable"}', 503)
     with hostile(*[[refused] * 10] * 10) as server:
         items = [EncryptItem(key_id=KEY, plaintext=b"")] * 5000
@@ -139,9 +140,8 @@ def test_the_clients_are_found_under_the_packages_own_name() -> None:
 
 
 def test_the_daemons_own_imports_do_not_load_the_clients() -> None:
-
     program = "import minikms.api, sys; sys.exit('minikms.client' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_on_bsd_and_macos_the_uid_comes_from_local_peercred(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,7 @@ def test_on_bsd_and_macos_the_uid_comes_from_local_peercred(monkeypatch: pytest.
             assert (level, option) == (0, 1)
             return (self.version.to_bytes(4, "little") + (501).to_bytes(4, "little")).ljust(size, b"\0")
 
-    monkeypatch.setattr(connection.sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "platform", "darwin")
     assert connection.server_uid(Peer()) == 501  # type: ignore[arg-type]  # all of a socket that is asked
     Peer.version = 1
     with pytest.raises(errors.KmsUntrustedServerError):

@@ -34,7 +34,8 @@ def test_an_item_that_passes_the_check_can_be_encoded_within_its_cost(
     assert len(msgspec.json.encode(item)) <= cost
 
 
-def test_the_daemon_reads_an_item_as_it_was_given_and_absent_fields_are_absent() -> None:
+def test_the_daemon_reads_an_item_as_it_was_given() -> None:
+    """Absent fields are absent."""
     asked = EncryptItem(key_id=KEY, plaintext=b"\xff\xfe", aad=b"a", thread_id="t")
     body = make_call(api.ENCRYPT_BATCH, Batch([asked])).body
     assert body is not None
@@ -145,7 +146,8 @@ def read_check(body: bytes, count: int) -> list[errors.KmsRefusedError | None]:
     return calls.check_outcomes(call.read(Answer(200, body, True)), count)
 
 
-def test_the_daemon_reads_a_check_as_it_was_asked_and_an_absent_thread_is_absent() -> None:
+def test_the_daemon_reads_a_check_as_it_was_asked() -> None:
+    """An absent thread is absent."""
     items = [ReencryptItem(ciphertext=b"\xff\xfe", aad=b"a"), ReencryptItem(ciphertext=b"")]
     asked = [api.ReencryptItem("//4=", "YQ=="), api.ReencryptItem("")]
     for thread_id in ("t", ""):
@@ -156,7 +158,8 @@ def test_the_daemon_reads_a_check_as_it_was_asked_and_an_absent_thread_is_absent
     assert body is not None and b"thread_id" not in body
 
 
-def test_a_check_gives_nothing_for_what_opened_and_the_error_of_its_code_for_what_did_not() -> None:
+def test_a_check_returns_none_or_the_error_of_each_item() -> None:
+    """None for an item that opened, and the error of its code for one that did not."""
     body = b'{"opened":1,"refused":[{"item":1,"error":"no","code":"decryption_failed"},'
     body += b'{"item":2,"error":"hm","code":"new_one"}]}'
     first, second, third = read_check(body, 3)
@@ -304,7 +307,7 @@ def test_the_key_comes_last_in_a_body_of_its_final_size(monkeypatch: pytest.Monk
 
     class Watched(bytearray):
         def __setitem__(self, place: object, value: object) -> None:
-            super().__setitem__(place, value)  # type: ignore[call-overload, index]  # handed through
+            super().__setitem__(place, value)  # type: ignore[call-overload]  # handed through
             sizes.append(len(self))
 
     monkeypatch.setattr(calls, "bytearray", Watched, raising=False)

@@ -89,7 +89,7 @@ def test_a_call_waits_for_a_daemon_that_comes_back(use: Use) -> None:
         assert made.key_id == KEY
 
 
-def test_a_daemon_that_says_nothing_is_a_timeout_and_its_late_answer_reaches_nobody(use: Use) -> None:
+def test_a_silent_daemon_is_a_timeout_and_its_late_answer_is_discarded(use: Use) -> None:
     with hostile([SILENT], [STATUS]) as server:
         first, second = use(server.path, ENCRYPT_CALL, STATUS_CALL, timeout_s=0.2, wait_s=WAIT_S)
         assert isinstance(first, errors.KmsTimeoutError)
@@ -171,7 +171,8 @@ def test_a_create_survives_a_restart_of_the_daemon_between_two_calls(use: Use) -
         assert made.key_id == KEY
 
 
-def test_a_daemon_that_is_stopping_did_nothing_so_even_a_create_is_made_again(use: Use) -> None:
+def test_a_create_refused_by_a_stopping_daemon_is_sent_again(use: Use) -> None:
+    """The refusal says that the daemon did nothing."""
     stopping = answer(b'{"error":"stopping","code":"shutting_down"}', 503, b"Connection: close\r\n")
     with hostile([stopping], [stopping], [CREATED]) as server:
         [made] = use(server.path, CREATE_CALL, wait_s=WAIT_S)
@@ -179,7 +180,7 @@ def test_a_daemon_that_is_stopping_did_nothing_so_even_a_create_is_made_again(us
         assert server.connections == 3
 
 
-def test_what_a_stopping_daemon_had_begun_is_made_again_only_if_that_is_harmless(use: Use) -> None:
+def test_a_call_that_a_stopping_daemon_began_is_repeated_only_if_harmless(use: Use) -> None:
     interrupted = answer(b'{"error":"stopped","code":"interrupted"}', 503, b"Connection: close\r\n")
     with hostile([interrupted], [CREATED]) as server:
         [result] = use(server.path, CREATE_CALL, wait_s=WAIT_S)
@@ -207,39 +208,38 @@ def test_a_refusal_is_an_error_of_its_code_and_ends_the_call(use: Use) -> None:
 
 def test_bytes_planted_on_an_idle_connection_answer_no_later_call(use: Use) -> None:
     planted = threading.Event()
-    with tempfile.TemporaryDirectory(prefix="kms") as directory:
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(directory + "/s")
-            listener.listen()
+    with tempfile.TemporaryDirectory(prefix="kms") as directory, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(directory + "/s")
+        listener.listen()
 
-            def serve() -> None:
-                first, _ = listener.accept()
-                with first:
-                    read_request(first)
-                    first.sendall(STATUS)
-                    time.sleep(0.005)
-                    with suppress(OSError):
-                        first.sendall(answer(b'{"planted":true}'))
-                    planted.set()
-                    second, _ = listener.accept()
-                    with second:
-                        read_request(second)
-                        second.sendall(STATUS)
-                        second.recv(1)
+        def serve() -> None:
+            first, _ = listener.accept()
+            with first:
+                read_request(first)
+                first.sendall(STATUS)
+                time.sleep(0.005)
+                with suppress(OSError):
+                    first.sendall(answer(b'{"planted":true}'))
+                planted.set()
+                second, _ = listener.accept()
+                with second:
+                    read_request(second)
+                    second.sendall(STATUS)
+                    second.recv(1)
 
-            thread = threading.Thread(target=serve, daemon=True)
-            thread.start()
-            if use is use_blocking:
-                with Client(directory + "/s") as client:
-                    client.status()
-                    planted.wait(WAIT_S)
-                    assert client.status() == {"a": 1}
-            else:
-                assert use(directory + "/s", STATUS_CALL, STATUS_CALL) == [{"a": 1}, {"a": 1}]
-            thread.join()
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        if use is use_blocking:
+            with Client(directory + "/s") as client:
+                client.status()
+                planted.wait(WAIT_S)
+                assert client.status() == {"a": 1}
+        else:
+            assert use(directory + "/s", STATUS_CALL, STATUS_CALL) == [{"a": 1}, {"a": 1}]
+        thread.join()
 
 
-def test_a_connection_that_the_daemon_closes_after_its_answer_is_not_used_again(use: Use) -> None:
+def test_a_connection_closed_after_an_answer_is_not_used_again(use: Use) -> None:
     with hostile([answer(b'{"a":1}', 200, b"Connection: close\r\n"), SILENT], [STATUS]) as server:
         assert use(server.path, STATUS_CALL, STATUS_CALL) == [{"a": 1}, {"a": 1}]
         assert server.connections == 2

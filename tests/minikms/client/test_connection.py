@@ -11,7 +11,7 @@ from minikms.client.errors import KmsTimeoutError, KmsUnavailableError
 from tests.minikms.client.hostile import SILENT, answer, hostile
 
 
-def test_a_caller_cancelled_when_its_answer_had_just_come_leaves_no_open_connection() -> None:
+def test_a_caller_cancelled_as_its_answer_comes_leaves_no_open_connection() -> None:
     with hostile([SILENT]) as server:
 
         async def main() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ class Both:
 
 
 @pytest.fixture(params=[Client, AsyncClient])
-def kms(request: pytest.FixtureRequest, daemon_socket: str):
+def kms(request: pytest.FixtureRequest, daemon_socket: str) -> Iterator[Both]:
     with asyncio.Runner() as runner:
         both = Both(request.param(daemon_socket), runner)
         yield both

@@ -62,6 +62,6 @@ def use_uvloop(path: str, *calls: tuple[str, dict[str, Any]], **options: Any) ->
     return use_asyncio(path, *calls, loop_factory=uvloop.new_event_loop, **options)
 
 
-STATUS_CALL = ("status", {})
+STATUS_CALL: tuple[str, dict[str, Any]] = ("status", {})
 CREATE_CALL = ("create_dek_for_thread", {"thread_id": "t"})
 ENCRYPT_CALL = ("encrypt", {"key_id": KEY, "plaintext": b"x"})

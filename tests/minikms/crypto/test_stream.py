@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minikms.crypto import stream
+from minikms.crypto import labels, stream
 from minikms.crypto.stream import CHUNK_BYTES, StreamHeader, open_stream, seal_stream, split_header
 from minikms.errors import DecryptionError, InvalidRequestError, TooLargeError
 
@@ -150,9 +151,9 @@ def test_a_chunk_of_another_stream_is_refused() -> None:
 
 def test_a_stream_may_not_end_in_an_empty_chunk() -> None:
     """Only a holder of the key can make this second form of the same plaintext; it is refused too."""
-    aad = stream.labels.aad(stream.labels.STREAM, HEADER.encode())
-    full = stream.AESGCM(KEY).encrypt(bytes(12), bytes(CHUNK_BYTES), aad)
-    empty = stream.AESGCM(KEY).encrypt(bytes(10) + b"\1\1", b"", aad)
+    aad = labels.aad(labels.STREAM, HEADER.encode())
+    full = AESGCM(KEY).encrypt(bytes(12), bytes(CHUNK_BYTES), aad)
+    empty = AESGCM(KEY).encrypt(bytes(10) + b"\1\1", b"", aad)
     refused([HEADER.encode(), full, empty])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from minikms.custody.files import FileWrite, open_directory, remove_file, replace_file, write_files
 from minikms.custody.lease_store import LeaseStore
@@ -55,7 +56,7 @@ def leases(directory: int) -> None:
     for numbers in ((1, 2), (1,), (), (1, 3), (2,)):
         if numbers:
             keys = [number.to_bytes(16, "big") for number in numbers]
-            totals = insist(lambda keys=keys: store.reserve(keys))
+            totals = insist(partial(store.reserve, keys))
             assert isinstance(totals, list)
             for number, total in zip(numbers, totals, strict=True):
                 tell(f"granted {number} {total}")

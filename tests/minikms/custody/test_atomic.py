@@ -175,8 +175,17 @@ def test_an_empty_group_is_nothing(tmp_path: Path, directory: int, sync_way: str
 def test_a_large_group_costs_two_syncs(directory: int, sync_way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     syncs: list[str] = []
     real_fsync, real_syncfs = os.fsync, files.syncfs
-    monkeypatch.setattr(os, "fsync", lambda fd: (syncs.append("fsync"), real_fsync(fd)))
-    monkeypatch.setattr(files, "syncfs", lambda fd: (syncs.append("syncfs"), real_syncfs(fd)))
+
+    def fsync(fd: int) -> None:
+        syncs.append("fsync")
+        real_fsync(fd)
+
+    def syncfs(fd: int) -> None:
+        syncs.append("syncfs")
+        real_syncfs(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(files, "syncfs", syncfs)
     write_files(directory, [FileWrite(f"f{number}", b"x") for number in range(10)])
     assert syncs == (["syncfs"] * 2 if sync_way == "syncfs" else ["fsync"] * 11)
 

@@ -54,9 +54,12 @@ class LeasesAgainstModel(RuleBasedStateMachine):
 
     @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=6), call=st.sampled_from(["pwrite", "fdatasync"]))
     def reserve_on_a_failing_disk(self, keys: list[bytes], call: str) -> None:
-        with pytest.MonkeyPatch.context() as patch, failing_os(patch, call):
-            with contextlib.suppress(StorageUnavailableError):
-                self.store.reserve(keys)
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            failing_os(patch, call),
+            contextlib.suppress(StorageUnavailableError),
+        ):
+            self.store.reserve(keys)
         # A record of it may be in the file all the same; after a crash the store may then say more.
         self.exact = False
 
@@ -66,9 +69,9 @@ class LeasesAgainstModel(RuleBasedStateMachine):
 
     @rule(call=st.sampled_from(["write", "fsync", "rename"]), at=st.integers(1, 3))
     def merge_on_a_failing_disk(self, call: str, at: int) -> None:
-        with pytest.MonkeyPatch.context() as patch, failing_os(patch, call, at=at):
-            with contextlib.suppress(StorageUnavailableError):
-                self.store.merge()
+        failing = pytest.MonkeyPatch.context()
+        with failing as patch, failing_os(patch, call, at=at), contextlib.suppress(StorageUnavailableError):
+            self.store.merge()
 
     @rule()
     def restart(self) -> None:

@@ -71,7 +71,7 @@ async def begun(store: RecordingStore, count: int = 1) -> None:
         await asyncio.sleep(0.001)
 
 
-def test_a_key_s_first_use_in_a_run_waits_for_a_lease_and_the_next_ones_do_not(tmp_path: Path) -> None:
+def test_only_the_first_use_of_a_key_in_a_run_waits_for_a_lease(tmp_path: Path) -> None:
     async def scenario(leases: Leases, store: RecordingStore) -> None:
         lease = leases.get(key(1))
         assert not lease.covers(1)

@@ -43,9 +43,9 @@ def test_a_made_directory_is_durable_in_its_parent(tmp_path: Path, monkeypatch: 
 
 
 def test_a_second_owner_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
-    with DataDirLock(str(tmp_path / "d")):
-        with pytest.raises(StartError, match=rf"\(pid {os.getpid()}\) owns {tmp_path}/d"):
-            DataDirLock(str(tmp_path / "d"))
+    second_is_refused = pytest.raises(StartError, match=rf"\(pid {os.getpid()}\) owns {tmp_path}/d")
+    with DataDirLock(str(tmp_path / "d")), second_is_refused:
+        DataDirLock(str(tmp_path / "d"))
     with DataDirLock(str(tmp_path / "d")):
         pass  # free again
 

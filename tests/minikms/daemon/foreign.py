@@ -30,7 +30,7 @@ def run_as(uid: int, action: Callable[[], Any]) -> Any:
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
             answer = {"answer": action()}
-        except BaseException:  # reported to the parent, whatever it is
+        except BaseException:  # noqa: BLE001 - reported to the parent, whatever it is
             answer = {"raised": traceback.format_exc()}
         os.write(writer, json.dumps(answer).encode())
         os._exit(0)

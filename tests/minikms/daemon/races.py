@@ -54,7 +54,7 @@ def _run(take: Callable[[], Closable], start_at: float, reporting: int, held: in
         won.close()
     except StartError:
         os.write(reporting, REFUSED)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - reported to the parent, whatever it is
         os.write(reporting, FAILED)
     finally:
         os._exit(0)

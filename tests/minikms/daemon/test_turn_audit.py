@@ -64,9 +64,10 @@ def _written_by_a_later_answer(audit: TurnAudit) -> None:
 
 
 @pytest.mark.parametrize("between", [_written_between_turns, _written_by_a_later_answer])
-def test_a_turn_whose_lines_another_write_lost_is_not_answered_though_the_log_has_recovered(
+def test_a_turn_whose_lines_were_lost_is_refused_after_recovery_too(
     audit: TurnAudit, disk: Disk, between: Callable[[TurnAudit], None]
 ) -> None:
+    """Another write lost its lines. That the log has recovered meanwhile does not bring them back."""
     _answered(audit)
     disk.refusals = 1
     between(audit)
@@ -75,7 +76,7 @@ def test_a_turn_whose_lines_another_write_lost_is_not_answered_though_the_log_ha
     assert audit.commit_turn(), "the next turn is another one"
 
 
-def test_a_write_between_turns_that_succeeds_does_not_forgive_a_loss_before_it(audit: TurnAudit, disk: Disk) -> None:
+def test_a_successful_write_between_turns_does_not_hide_an_earlier_loss(audit: TurnAudit, disk: Disk) -> None:
     _answered(audit)
     disk.refusals = 1
     _written_by_a_later_answer(audit)

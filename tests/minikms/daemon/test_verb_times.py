@@ -49,9 +49,9 @@ def test_answers_of_a_turn_count_from_its_first_request_to_its_end(times: VerbTi
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_an_answer_of_a_later_turn_has_its_own_time_and_takes_none_from_the_others(
-    times: VerbTimes, clock: Clock, fails: bool
-) -> None:
+def test_an_answer_of_a_later_turn_has_its_own_time(times: VerbTimes, clock: Clock, fails: bool) -> None:
+    """It takes none from the other answers."""
+
     async def made() -> bytes:
         clock.now += 0.3
         if fails:

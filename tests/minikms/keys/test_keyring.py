@@ -29,7 +29,8 @@ def states(body: Body) -> dict[int, str]:
     return {kek.version: kek.state for kek in body.keks}
 
 
-def test_a_new_keyring_has_one_root_one_active_kek_one_audit_key_and_epoch_one(unlocked: UnlockedKeyring) -> None:
+def test_a_new_keyring_has_one_key_of_each_kind_and_epoch_one(unlocked: UnlockedKeyring) -> None:
+    """One root, one active KEK and one audit key."""
     body = unlocked.body
     assert states(body) == {1: "active"}
     assert (len(body.slots), len(body.audit_keys), body.epoch, body.rotation) == (1, 1, 1, None)
@@ -54,7 +55,7 @@ def test_every_change_raises_the_epoch(unlocked: UnlockedKeyring) -> None:
     assert all(body.updated_at == LATER for body in later)
 
 
-def test_while_a_rotation_runs_new_keys_are_wrapped_under_the_pending_version(unlocked: UnlockedKeyring) -> None:
+def test_during_a_rotation_new_keys_are_wrapped_under_the_pending_version(unlocked: UnlockedKeyring) -> None:
     begun = keyrings.begin(unlocked)
     assert states(begun) == {1: "active", 2: "pending"}
     assert begun.wrapping_kek.version == 2
@@ -138,6 +139,7 @@ def _with(body: Body, **changes: Any) -> Body:
 def contradictions(unlocked: UnlockedKeyring) -> dict[str, Body]:
     body = keyrings.rotate(unlocked, NEW_ROOT)
     begun = keyrings.begin(unlocked)
+    assert begun.rotation is not None
     retired, active = body.keks
     old, new = body.slots
     change = msgspec.structs.replace
@@ -243,7 +245,7 @@ def test_a_damaged_file_is_refused_or_parses_never_anything_else(data: st.DataOb
     moves=st.lists(st.sampled_from(["begin", "begin root", "promote", "drop", "destroy", "add tombstone"]), max_size=12)
 )
 @settings(max_examples=60)
-def test_any_sequence_of_changes_keeps_invariants_and_opens_under_its_roots(moves: list[str]) -> None:
+def test_any_changes_keep_the_invariants_and_open_under_the_roots(moves: list[str]) -> None:
     with keyrings.arena(512) as arena:
         unlocked = keyrings.fresh(arena)
         roots = [keyrings.ROOT]

@@ -20,7 +20,8 @@ def test_a_dek_only_ever_goes_from_active_to_retired_to_destroyed() -> None:
     assert DEK_MOVES == {("active", "retire"): "retired", ("retired", "destroy"): "destroyed"}
 
 
-def test_a_kek_only_ever_goes_from_pending_to_active_to_retired_to_destroyed() -> None:
+def test_a_kek_goes_from_pending_to_active_to_retired_to_destroyed() -> None:
+    """It never takes another step."""
     assert KEK_MOVES == {
         ("pending", "promote"): "active",
         ("active", "retire"): "retired",

@@ -73,7 +73,8 @@ def test_during_a_root_rotation_both_roots_open_both_keks(arena: SecretArena) ->
         assert bytes(again.kek(2)) == bytes(unlocked.kek(2))
 
 
-def test_a_new_root_brings_a_new_keyring_key_and_a_kek_rotation_alone_does_not(arena: SecretArena) -> None:
+def test_only_a_new_root_brings_a_new_keyring_key(arena: SecretArena) -> None:
+    """A KEK rotation alone keeps the old one."""
     unlocked = keyrings.fresh(arena)
     first = bytes(unlocked._keyring_key.view)
     keyrings.rotate(unlocked)
@@ -150,7 +151,7 @@ def test_an_altered_body_does_not_open_under_the_right_root(arena: SecretArena, 
     assert arena.in_use == used
 
 
-def test_a_slot_that_commits_to_another_root_is_refused_before_it_is_opened(arena: SecretArena) -> None:
+def test_a_slot_that_commits_to_another_root_is_refused_unopened(arena: SecretArena) -> None:
     """GCM alone could be made to open under two roots."""
     unlocked = keyrings.fresh(arena)
     file = json.loads(unlocked.encode(unlocked.body))

@@ -210,8 +210,8 @@ def storm_of_signals(pid: int) -> Iterator[None]:
         sender.join()
 
 
-def test_after_heavy_use_root_finds_no_key_in_the_daemons_memory_nor_in_a_core(tmp_path: Path) -> None:
-    """10,000 operations over 100 keys, a storm of errors and one of signals; then memory, environment and a gcore."""
+def test_after_heavy_use_root_finds_no_key_in_memory_or_core(tmp_path: Path) -> None:
+    """10,000 operations over 100 keys, many errors and many signals; then memory, environment and a gcore."""
     with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
         key_ids = make_keys(client, THREADS_COUNT)
         use_mixed(client, key_ids, OPERATIONS_COUNT)

@@ -137,7 +137,7 @@ def test_all_memory_is_locked_where_the_limit_is_infinite() -> None:
     assert answer > 10_000, "kilobytes"
 
 
-def test_another_process_of_the_same_user_cannot_read_its_memory_or_environment() -> None:
+def test_a_process_of_the_same_user_cannot_read_memory_or_environment() -> None:
     needs.root()
     code = PROLOGUE + textwrap.dedent("""
         os.setgroups([]); os.setresgid(45678, 45678, 45678); os.setresuid(45678, 45678, 45678)

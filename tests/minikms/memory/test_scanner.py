@@ -88,7 +88,7 @@ def _finish(state: list[int], message: bytes) -> bytes:
         scanner._SHA256_START = saved
 
 
-def test_every_form_of_a_key_planted_in_a_process_is_found_and_no_other_key_is() -> None:
+def test_every_form_of_a_planted_key_is_found_and_no_other_key() -> None:
     needs.root()
     planted_key, other_key = os.urandom(32), os.urandom(32)
     forms = scanner.forms_of("planted", planted_key)

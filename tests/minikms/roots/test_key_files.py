@@ -14,7 +14,6 @@ import pytest
 
 from minikms.errors import StartError
 from minikms.memory.arena import SecretArena, SecretSlot
-from minikms.roots import key_file as roots
 from minikms.roots.key_file import (
     holds_key,
     key_text,
@@ -124,7 +123,7 @@ def test_a_failed_rewrite_leaves_the_old_file_and_no_other(
         raise OSError(28, "No space left on device")
 
     with slot_of(arena, NEW) as new, monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
-        patched.setattr(roots.os, call, refuse)
+        patched.setattr(os, call, refuse)
         rewrite(key_file, new, arena)
     assert key_file.read_text() == KEY.hex() + "\n"
     assert os.listdir(key_file.parent) == ["key"]

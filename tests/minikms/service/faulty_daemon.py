@@ -63,7 +63,7 @@ def install() -> None:
         return allocate(arena)
 
     def reserved(store: Any, *given: Any) -> Any:
-        lease_store.USES_MAX = 0 if fault() == WORN else 1 << 31  # type: ignore[misc]  # final in production
+        lease_store.USES_MAX = 0 if fault() == WORN else 1 << 31  # type: ignore[attr-defined]  # imported there
         return reserve(store, *given)
 
     async def begun(budget: keyring_file.WrapReservation) -> int:
@@ -82,11 +82,11 @@ def install() -> None:
             raise RuntimeError("private text of a defect")
         return handle(application, *given)
 
-    SecretArena.allocate = allocated  # type: ignore[method-assign]  # the seam of the fault, as the next ones
-    lease_store.LeaseStore.reserve = reserved  # type: ignore[method-assign]  # as above
-    keyring_file.WrapReservation.begin_create = begun  # type: ignore[method-assign]  # as above
-    rotation.KekRotation.run = ran  # type: ignore[method-assign]  # as above
-    Application.handle = handled  # type: ignore[method-assign]  # as above
+    SecretArena.allocate = allocated  # type: ignore[assignment]  # the seam of the fault, as the next ones
+    lease_store.LeaseStore.reserve = reserved  # type: ignore[assignment]  # as above
+    keyring_file.WrapReservation.begin_create = begun  # type: ignore[assignment]  # as above
+    rotation.KekRotation.run = ran  # type: ignore[assignment]  # as above
+    Application.handle = handled  # type: ignore[assignment]  # as above
     if ROLELESS in os.environ:
         policy.ADMIN_ONLY = policy.ROLES  # type: ignore[misc]  # final in production
 

@@ -51,7 +51,8 @@ def test_the_page_names_the_roles_of_the_verb_table() -> None:
         assert calls()[verb.method, verb.path] == set(verb.roles)
 
 
-def test_the_methods_that_the_engine_names_to_one_it_does_not_know_are_those_of_the_calls() -> None:
+def test_an_unknown_method_is_answered_with_the_methods_of_the_calls() -> None:
+    """`METHODS_SERVED` is what the HTTP engine sends; it does not know the table of calls."""
     assert ", ".join(sorted({method for method, _ in calls()})) == METHODS_SERVED
 
 

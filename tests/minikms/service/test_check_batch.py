@@ -31,7 +31,8 @@ def check(daemon: LiveDaemon, key_id: str, *items: dict[str, str], **others: str
     return answer.body
 
 
-def test_what_opens_is_counted_and_what_does_not_is_named_with_its_index_and_code(daemon: LiveDaemon) -> None:
+def test_items_that_open_are_counted_and_the_others_named(daemon: LiveDaemon) -> None:
+    """A refusal has the index and the code of its item."""
     key_id, other = new_key(daemon), new_key(daemon)
     good = {"ciphertext": encrypted(daemon, key_id, aad=b64(b"place")), "aad": b64(b"place")}
     items = [
@@ -64,7 +65,7 @@ def test_what_opens_is_counted_and_what_does_not_is_named_with_its_index_and_cod
     assert body["refused"][0] == {"item": 1, "error": DOES_NOT_OPEN, "code": "decryption_failed"}
 
 
-def test_each_item_is_refused_with_the_words_with_which_decrypt_batch_refuses_it(daemon: LiveDaemon) -> None:
+def test_each_item_is_refused_with_the_words_of_decrypt_batch(daemon: LiveDaemon) -> None:
     key_id = new_key(daemon)
     sealed = encrypted(daemon, key_id, aad=b64(b"a"))
     items = [
@@ -93,7 +94,8 @@ def test_no_items_are_none_opened_and_none_refused(daemon: LiveDaemon) -> None:
     assert check(daemon, new_key(daemon)) == {"opened": 0, "refused": []}
 
 
-def test_records_of_a_retired_key_open_and_those_of_a_destroyed_one_are_refused_as_a_whole(daemon: LiveDaemon) -> None:
+def test_records_of_a_retired_key_open_and_of_a_destroyed_key_do_not(daemon: LiveDaemon) -> None:
+    """Those of a destroyed key are refused as a whole."""
     key_id = new_key(daemon)
     item = {"ciphertext": encrypted(daemon, key_id)}
     assert post(daemon, f"/keys/{key_id}/retire", {}).status == 200
@@ -103,7 +105,8 @@ def test_records_of_a_retired_key_open_and_those_of_a_destroyed_one_are_refused_
     assert (answer.status, answer.code) == (410, "key_destroyed")
 
 
-def test_a_foreign_thread_and_too_many_items_and_an_unknown_key_are_refused_as_a_whole(daemon: LiveDaemon) -> None:
+def test_a_check_batch_with_a_fault_of_its_own_is_refused_as_a_whole(daemon: LiveDaemon) -> None:
+    """The faults: another thread, too many items, an unknown key."""
     key_id = new_key(daemon, "thread-1")
     item = {"ciphertext": encrypted(daemon, key_id)}
     for asked, status, code in (
@@ -167,7 +170,7 @@ def test_without_the_role_the_whole_is_refused(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_no_plaintext_becomes_an_object_and_the_buffer_that_it_goes_into_is_zeroed(
+def test_no_plaintext_becomes_an_object_and_its_buffer_is_zeroed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     buffers: list[memoryview] = []

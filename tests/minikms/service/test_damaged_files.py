@@ -101,7 +101,8 @@ def test_each_kind_of_damage_is_named_and_no_other_key_is_harmed(tmp_path: Path)
         assert status(daemon)["keys"]["unreadable"] == 0
 
 
-def test_a_link_or_a_pipe_in_the_place_of_a_key_is_not_followed_and_blocks_nothing(tmp_path: Path) -> None:
+def test_a_link_or_a_pipe_in_place_of_a_key_is_not_opened(tmp_path: Path) -> None:
+    """It blocks nothing."""
     with LiveDaemon(tmp_path) as daemon:
         linked, piped, sound = (new_key(daemon) for _ in range(3))
         sealed = encrypted(daemon, sound)
@@ -131,9 +132,7 @@ def test_a_link_or_a_pipe_in_the_place_of_a_key_is_not_followed_and_blocks_nothi
         (lambda path: path.unlink(), "is missing"),
     ],
 )
-def test_a_keyring_that_is_not_whole_is_refused_and_nothing_is_made_in_its_place(
-    tmp_path: Path, spoil: Callable[[Path], None], why: str
-) -> None:
+def test_a_damaged_keyring_is_refused_and_not_replaced(tmp_path: Path, spoil: Callable[[Path], None], why: str) -> None:
     with LiveDaemon(tmp_path) as daemon:
         new_key(daemon)
         stop(daemon)
@@ -157,7 +156,7 @@ def test_the_root_key_shows_a_keyring_of_another_installation(tmp_path: Path) ->
         assert "wrong root key" in refused_start(one)
 
 
-def test_a_keyring_older_than_the_audit_log_tells_is_refused_until_it_is_accepted(tmp_path: Path) -> None:
+def test_a_keyring_older_than_the_audit_log_is_refused_until_accepted(tmp_path: Path) -> None:
     """It does not know what was made and destroyed since: a key that it does not know as destroyed would open again."""
     with LiveDaemon(tmp_path) as daemon:
         key_id, kept = new_key(daemon), new_key(daemon)

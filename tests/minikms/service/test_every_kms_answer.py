@@ -430,7 +430,8 @@ def test_another_method_than_the_described_one_is_a_405_that_names_it(world: Wor
         assert (reply.status, reply.headers["allow"]) == (405, allowed), (method, reply)
 
 
-def test_what_is_left_out_is_in_the_document_and_its_status_is_provoked_otherwise() -> None:
+def test_each_pair_left_out_is_documented_and_provoked_otherwise() -> None:
+    """Its status is provoked with another refusal of the same operation."""
     assert set(LEFT_OUT) <= set(TOLD)
     for operation, status, _ in LEFT_OUT:
         assert any(told not in LEFT_OUT for told in TOLD if told[:2] == (operation, status))

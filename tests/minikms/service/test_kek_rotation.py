@@ -103,7 +103,7 @@ def test_without_a_key_in_the_request_the_kek_rotates_and_the_root_stays(daemon:
     assert records.open()
 
 
-def test_with_a_key_in_the_request_that_is_the_root_key_from_its_first_start_on(daemon: LiveDaemon) -> None:
+def test_a_key_in_the_request_is_the_root_key_from_its_first_start_on(daemon: LiveDaemon) -> None:
     records, old = Records(daemon), daemon.root().hex()
     assert rotate(daemon, NEW).status == 200
     told = status(daemon)
@@ -158,9 +158,10 @@ def at_each_backup(daemon: LiveDaemon, action: str) -> Iterator[None]:
             os.kill(tracer, signal.SIGINT)  # it detaches, and the daemon goes on
 
 
-def test_once_its_slot_is_gone_the_old_root_key_is_refused_saying_when_and_what_is_expected(
+def test_without_its_slot_the_old_root_key_is_refused(
     daemon: LiveDaemon,
 ) -> None:
+    """The error says when it was replaced, and which root key is expected."""
     old = daemon.root().hex()
     rotate(daemon, NEW)
     restart(daemon, NEW)
@@ -211,8 +212,8 @@ def test_a_root_key_that_was_rotated_away_is_never_taken_again(daemon: LiveDaemo
     assert keks(daemon) == {1: "retired", 2: "active"}
 
 
-def test_while_one_rotation_runs_another_is_refused_and_a_repetition_joins_it(daemon: LiveDaemon) -> None:
-    """Creating, encrypting and decrypting go on meanwhile, and /status tells how far it is."""
+def test_a_second_rotation_is_refused_and_a_repeated_request_joins(daemon: LiveDaemon) -> None:
+    """Creating, encrypting and decrypting go on meanwhile, and /status reports the progress."""
     records = Records(daemon, 30)
     with at_each_backup(daemon, "delay_enter=100ms"):  # 3 s, for what takes a tenth of one on an idle machine
         assert rotate(daemon, NEW, wait=False) == (202, {"status": "running", "kek_version": 2, "rewrapped": 0})
@@ -235,7 +236,7 @@ def test_while_one_rotation_runs_another_is_refused_and_a_repetition_joins_it(da
     assert records.open()
 
 
-def test_stopping_does_not_wait_for_a_rotation_and_the_next_start_finishes_it(tmp_path: Path) -> None:
+def test_a_stop_does_not_wait_for_a_rotation_the_next_start_finishes(tmp_path: Path) -> None:
     with LiveDaemon(tmp_path) as daemon:
         records = Records(daemon, 60)
         answers: list[Answer] = []
@@ -283,9 +284,7 @@ def test_stopping_does_not_wait_for_a_rotation_and_the_next_start_finishes_it(tm
         b"",
     ],
 )
-def test_a_request_that_is_not_exactly_one_changes_nothing_and_its_key_is_nowhere(
-    module_daemon: LiveDaemon, body: bytes
-) -> None:
+def test_a_malformed_rotation_request_changes_nothing_and_leaves_no_key(module_daemon: LiveDaemon, body: bytes) -> None:
     before = status(module_daemon)
     answer = post(module_daemon, "/rotate_kek", body)
     assert (answer.status, answer.code) == (400, "invalid_request"), answer
@@ -333,7 +332,7 @@ def test_a_sample_whose_aad_looks_like_a_key_is_taken_as_it_is(daemon: LiveDaemo
 # --- the key file ---------------------------------------------------------------------------------------------------
 
 
-def test_when_told_to_it_rewrites_the_key_file_and_the_old_root_goes_at_once(tmp_path: Path) -> None:
+def test_on_request_the_key_file_is_rewritten_and_the_old_root_removed(tmp_path: Path) -> None:
     with LiveDaemon(tmp_path, "file", "--rewrite-master-key-file") as daemon:
         records, old = Records(daemon), daemon.root().hex()
         assert rotate(daemon, NEW).status == 200
@@ -414,7 +413,7 @@ def test_a_kek_that_a_damaged_file_may_need_is_kept_until_it_is_mended(daemon: L
     assert records.open()
 
 
-def test_backups_of_a_few_rotations_are_kept_and_older_ones_go_by_themselves(daemon: LiveDaemon) -> None:
+def test_backups_of_a_few_rotations_are_kept_and_older_ones_removed(daemon: LiveDaemon) -> None:
     new_key(daemon)
     rotate(daemon)
     stop(daemon)

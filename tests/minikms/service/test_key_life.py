@@ -128,7 +128,8 @@ def test_a_destroyed_key_is_gone_with_its_backups_and_a_receipt_says_so(tmp_path
         assert post(daemon, "/decrypt", {"key_id": other, "ciphertext": sealed}).status == 200
 
 
-def test_a_destroyed_key_put_back_from_a_copy_stays_destroyed_and_is_removed_again(tmp_path: Path) -> None:
+def test_a_destroyed_key_put_back_from_a_copy_stays_destroyed(tmp_path: Path) -> None:
+    """Its file is removed again."""
     with LiveDaemon(tmp_path) as daemon:
         key_id = new_key(daemon)
         sealed = encrypted(daemon, key_id)

@@ -123,9 +123,10 @@ def test_an_empty_batch_is_an_empty_answer(daemon: LiveDaemon) -> None:
         assert post(daemon, target, {"items": []}) == (200, {"items": []})
 
 
-def test_a_batch_of_as_many_items_as_allowed_is_one_line_with_its_keys_count_and_request_ids(
+def test_a_batch_of_the_largest_size_is_one_audit_line(
     daemon: LiveDaemon,
 ) -> None:
+    """The line has its keys, the count and the request ids."""
     keys = [new_key(daemon) for _ in range(3)]
     items = [{"key_id": keys[n % 3], "plaintext": TEXT, "request_id": f"r{n % 2}"} for n in range(api.BATCH_ITEMS_MAX)]
     answer = post(daemon, "/encrypt_batch", {"items": [*items[:-1], {"key_id": NO_KEY, "plaintext": TEXT}]})
@@ -135,7 +136,7 @@ def test_a_batch_of_as_many_items_as_allowed_is_one_line_with_its_keys_count_and
     assert (line["outcome"], line["detail"]) == ("partly_refused", "1 refused")
 
 
-def test_reencryption_moves_records_between_keys_of_a_thread_and_keeps_their_aad(daemon: LiveDaemon) -> None:
+def test_reencryption_moves_records_between_a_threads_keys_and_keeps_aad(daemon: LiveDaemon) -> None:
     old = new_key(daemon, "thread-2")
     sealed = [encrypted(daemon, old, b"%d" % n, aad=b64(b"place %d" % n)) for n in range(10)]
     new = new_key(daemon, "thread-2", replaces=old)
@@ -190,7 +191,7 @@ def test_reencryption_and_batches_work_however_few_keys_stay_open(tmp_path: Path
     asyncio.run(main())
 
 
-def test_a_batch_of_one_without_the_role_is_refused_item_by_item_and_costs_no_lease(tmp_path: Path) -> None:
+def test_a_batch_without_the_role_is_refused_by_item_and_costs_no_lease(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             [key_id] = await one.make(1)
@@ -205,7 +206,7 @@ def test_a_batch_of_one_without_the_role_is_refused_item_by_item_and_costs_no_le
     asyncio.run(main())
 
 
-def test_a_disk_that_refuses_leases_refuses_the_items_that_need_them_and_no_others(
+def test_only_items_that_need_a_lease_fail_when_the_disk_refuses_leases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: LeaseStore, keys: Sequence[bytes]) -> list[int | None]:
@@ -270,7 +271,8 @@ def test_many_connections_at_once_each_get_their_own_answer(daemon: LiveDaemon) 
     def round_trip(number: int) -> bool:
         key_id, plaintext = key_ids[number % 8], b"%d" % number
         sealed = encrypted(daemon, key_id, plaintext)
-        return post(daemon, "/decrypt", {"key_id": key_id, "ciphertext": sealed}).body == {"plaintext": b64(plaintext)}
+        answer = post(daemon, "/decrypt", {"key_id": key_id, "ciphertext": sealed})
+        return bool(answer.body == {"plaintext": b64(plaintext)})
 
     with ThreadPoolExecutor(16) as pool:
         assert all(pool.map(round_trip, range(200)))

@@ -65,8 +65,8 @@ def digest(path: str, real: Callable[[str], tuple[int, str]] = backup._digest) -
 
 for name in ("get", "scan", "keys", "write", "checkpoint", "reopen"):
     setattr(RocksEngine, name, failing(getattr(RocksEngine, name)))
-RocksEngine.sync = sync  # type: ignore[method-assign]  # the seam of the fault
-Resource.handler = handler  # type: ignore[method-assign]  # as above
+RocksEngine.sync = sync  # type: ignore[assignment]  # the seam of the fault
+Resource.handler = handler  # type: ignore[assignment]  # as above
 backup._digest = digest
 service.TICK_S = TICK_S  # type: ignore[misc]  # final in production
 

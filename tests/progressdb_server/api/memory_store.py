@@ -34,7 +34,7 @@ class MemoryStore(ConversationStore):
         self.threads: dict[str, Thread] = {}
         self.versions: dict[str, list[Message]] = {}
         self.seen: dict[tuple[str, str], tuple[object, str]] = {}
-        self.request_ids: list[str] = []
+        self.request_ids: list[str | None] = []
         self.fails_with: Exception | None = None
         self._ns = START_NS
         self._seq = 0

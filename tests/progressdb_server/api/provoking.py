@@ -261,8 +261,8 @@ def unknown(world: World, operation: str) -> Reply:
     if operation == "GET /v1/messages":
         return world(ask.query("before=nothing"))
     nothing = "not:an:id" if operation == "POST /v1/threads/{thread}/messages" else "nothing"  # others are made
-    named = path.format(thread=nothing, message="msg-1-000001", identity="alice", key="n", job=NO_JOB, name="nothing")
-    return world(ask._replace(target=f"{named}?author=alice" if path.startswith("/v1/") else named))
+    target = path.format(thread=nothing, message="msg-1-000001", identity="alice", key="n", job=NO_JOB, name="nothing")
+    return world(ask._replace(target=f"{target}?author=alice" if path.startswith("/v1/") else target))
 
 
 def repeated_key(world: World, operation: str) -> Reply:

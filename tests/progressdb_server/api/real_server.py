@@ -35,9 +35,13 @@ class RealServer:
     """One start of the program on `directory`; made again for a restart."""
 
     def __init__(
-        self, directory: Path, *more: str, program: tuple[str, ...] = ("-m", "progressdb_server"), **environment: str
+        self,
+        directory: Path,
+        *more: str,
+        program: tuple[str, ...] = ("-m", "progressdb_server"),
+        environment: Mapping[str, str] = {},
     ) -> None:
-        """`more` words of the command line, and variables. `program` is what the interpreter runs."""
+        """`more` words of the command line, `program` for the interpreter, and variables that are added."""
         self.db = directory / "db"
         self.log_path = directory / "server.log"
         variables = {
@@ -128,9 +132,12 @@ class RealServer:
 
 @contextlib.contextmanager
 def real_server(
-    directory: Path, *more: str, program: tuple[str, ...] = ("-m", "progressdb_server"), **environment: str
+    directory: Path,
+    *more: str,
+    program: tuple[str, ...] = ("-m", "progressdb_server"),
+    environment: Mapping[str, str] = {},
 ) -> Iterator[RealServer]:
-    server = RealServer(directory, *more, program=program, **environment)
+    server = RealServer(directory, *more, program=program, environment=environment)
     try:
         yield server
     finally:

@@ -100,7 +100,7 @@ PLACES: list[Any] = [
 @pytest.mark.parametrize("key", [BACKEND, ADMIN])
 @pytest.mark.parametrize(("body", "header", "query", "author"), PLACES)
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/threads", "/v1/threads/t1/messages"])
-def test_without_a_signature_the_author_is_the_body_s_then_the_header_s_then_the_query_s(
+def test_an_unsigned_author_is_that_of_body_then_header_then_query(
     path: str, body: str | None, header: str | None, query: str | None, author: str, key: str
 ) -> None:
     target = path if query is None else f"{path}?author={query}"

@@ -177,11 +177,12 @@ def living(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Living]:
     with LiveDaemon(at / "kms") as kms:
         variables = {"PROGRESSDB_KMS_SOCKET": str(kms.socket), "PROGRESSDB_KMS_SPAWN": "0"}
         faulty = {**variables, fault_words.FAULT_FILE: str(at / "fault")}
+        few_addresses = {**variables, "PROGRESSDB_IP_WHITELIST": "10.0.0.0/8"}
         few = {**variables, "PROGRESSDB_RATE_RPS": "0.0003", "PROGRESSDB_RATE_BURST": "1"}
         with (
-            real_server(at / "server", program=LAUNCHER, **faulty) as server,
-            real_server(at / "closed", PROGRESSDB_IP_WHITELIST="10.0.0.0/8", **variables) as closed,
-            real_server(at / "limited", **few) as limited,
+            real_server(at / "server", program=LAUNCHER, environment=faulty) as server,
+            real_server(at / "closed", environment=few_addresses) as closed,
+            real_server(at / "limited", environment=few) as limited,
         ):
             world = World(at, server, closed, limited, kms)
             for ask in (_any("GET /admin/stats"), _any("POST /v1/_sign"), _any("GET /healthz")):
@@ -210,21 +211,22 @@ def test_the_server_gives_out_the_document_that_is_walked_here(living: Living) -
     assert served["paths"] == yaml.safe_load(yaml.safe_dump(DOCUMENT["paths"]))
 
 
-def test_every_pair_of_operation_and_status_is_provoked_and_none_is_left_out() -> None:
+def test_every_pair_of_operation_and_status_is_provoked() -> None:
     provoked = {Pair(operation, status) for operation, status, _ in (*SENTENCES, *AT_ONCE)}
     good = {pair for pair in PAIRS if pair.status < 400}
     assert set(PAIRS) - provoked - good == set()
 
 
-def test_every_sentence_is_provoked_here_or_in_process_and_none_is_kept_for_nothing() -> None:
+def test_every_sentence_is_provoked_here_or_in_process() -> None:
+    """No entry of either list is unused."""
     assert TOLD - set(SENTENCES) - AT_ONCE - IN_PROCESS == set()
     assert {shape(sentence) for _, _, sentence in SENTENCES} == set(PROVOKED)
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.status < 400], ids=lambda pair: f"{pair}")
 def test_every_good_answer_appears(living: Living, pair: Pair) -> None:
-    provoke = GOOD.get(pair, lambda world, operation: world(world.good(operation)))
-    reply = provoke(living.world, pair.operation)
+    world, provoke = living.world, GOOD.get(pair)
+    reply = provoke(world, pair.operation) if provoke else world(world.good(pair.operation))
     assert reply.status == pair.status, reply
     check(pair.operation, reply)
 

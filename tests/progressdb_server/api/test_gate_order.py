@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from progressdb_server.api.http.access import AllowList, KeyTable
@@ -187,7 +189,7 @@ OPEN = ApiKeys(backend=(BACKEND,), admin=(ADMIN,), allow_unauth=True)
 
 
 @pytest.mark.parametrize("key", [None, "unknown"])
-def test_where_it_is_allowed_a_caller_without_a_key_still_needs_a_signature_and_is_no_admin(key: str | None) -> None:
+def test_a_caller_allowed_without_a_key_needs_a_signature_and_is_no_admin(key: str | None) -> None:
     api = Api(api_keys=OPEN)
     unsigned = api("GET", "/v1/threads", key=key)
     assert (unsigned.status, unsigned.error) == (401, "missing signature headers")
@@ -211,7 +213,7 @@ def test_where_it_is_allowed_a_caller_without_a_key_still_needs_a_signature_and_
         ("GET", "/v1/threadsx/1"),
     ],
 )
-def test_a_front_end_key_reaches_messages_and_threads_only_even_when_signed(method: str, path: str) -> None:
+def test_a_signed_front_end_key_reaches_messages_and_threads_only(method: str, path: str) -> None:
     reply = Api()(method, path, key=FRONTEND, headers=signed("alice"))
     assert (reply.status, reply.error) == (403, "forbidden")
 
@@ -223,7 +225,7 @@ def test_a_front_end_key_needs_a_signed_user() -> None:
 
 
 # --- 6. rate ----------------------------------------------------------------------------------------------------
-def limited(rps: float = 2, burst: int = 3, **more: object) -> Api:
+def limited(rps: float = 2, burst: int = 3, **more: Any) -> Api:
     return Api(rate_limit=RateLimit(rps=rps, burst=burst), **more)
 
 
@@ -280,7 +282,7 @@ def test_the_signature_is_looked_at_after_the_rate() -> None:
 
 
 # --- request ids ------------------------------------------------------------------------------------------------
-def test_every_answer_has_a_request_id_and_a_valid_one_of_the_caller_is_kept() -> None:
+def test_every_answer_has_a_request_id_and_keeps_a_valid_one_sent() -> None:
     api = Api(ip_whitelist=())
     for key, path in ((None, "/healthz"), (None, "/nowhere"), (BACKEND, "/nowhere"), (BACKEND, "/v1/threads")):
         assert api("GET", path, key=key).headers["x-request-id"].startswith("r-")

@@ -123,12 +123,12 @@ def test_a_hostile_body_is_refused_and_nothing_is_stored(name: str, method: str,
 
 
 @pytest.mark.parametrize(("method", "path"), WITH_BODY)
-def test_a_body_that_is_too_large_is_refused_also_without_a_declared_length(method: str, path: str) -> None:
+def test_too_large_a_body_is_refused_also_without_a_declared_length(method: str, path: str) -> None:
     api = Prepared()
     assert_refused(api, api.call(method, path, chunks=[b"x" * 65536] * 40), 413)
 
 
-def test_a_declared_length_past_all_bounds_is_refused_before_the_body_comes() -> None:
+def test_too_large_a_declared_length_is_refused_before_the_body() -> None:
     api = Prepared()
     reply = api.call("POST", "/v1/messages", chunks=[b"x", b"y"], headers={"Content-Length": str(10**12)})
     assert_refused(api, reply, 413)
@@ -142,7 +142,7 @@ def test_a_client_that_waits_for_100_continue_is_refused_at_once() -> None:
     assert_refused(api, reply, 413)
 
 
-def test_a_message_of_one_mebibyte_is_stored_and_one_beyond_its_bound_is_not() -> None:
+def test_a_message_of_one_mebibyte_is_stored_and_a_larger_one_is_not() -> None:
     api = Api()
     text = "x" * 1024 * 1024
     stored = api("POST", "/v1/messages", {"author": "alice", "body": text})
@@ -150,7 +150,8 @@ def test_a_message_of_one_mebibyte_is_stored_and_one_beyond_its_bound_is_not() -
     assert api("POST", "/v1/messages", {"author": "a", "body": "x" * limits.REQUEST_BYTES_MAX}).status == 413
 
 
-def test_a_body_that_grows_when_it_is_written_again_is_measured_as_it_is_stored() -> None:
+def test_a_body_is_measured_as_it_is_stored() -> None:
+    """A body can grow when it is encoded again."""
     numbers = b",".join([b"1e15"] * 200_000)
     api = Prepared()
     reply = api.call("POST", "/v1/messages", raw=b'{"author":"alice","body":[' + numbers + b"]}")
@@ -366,9 +367,10 @@ def test_an_identity_in_a_header_must_be_utf_8() -> None:
         {"X-User-Signature": signature("")},
     ],
 )
-def test_a_signature_of_another_user_or_of_a_replaced_key_is_refused_everywhere(
+def test_a_signature_of_another_user_or_a_replaced_key_is_refused(
     method: str, path: str, headers: dict[str, str]
 ) -> None:
+    """On every route that takes a signature."""
     api = Prepared()
     body = {"body": 1, "title": "x", "id": "x", "reaction": "y", "userId": "u"} if (method, path) in WITH_BODY else None
     assert_refused(api, api.call(method, path, body=body, headers=headers), 401)

@@ -93,7 +93,7 @@ def test_chunked_bodies_are_read(server: HttpServer) -> None:
     assert (response.status, response.json["body"]) == (200, "chk")
 
 
-def test_100_continue_is_said_where_a_body_is_wanted_and_not_where_it_is_refused(server: HttpServer) -> None:
+def test_100_continue_is_sent_only_where_the_body_is_read(server: HttpServer) -> None:
     wanted = server.exchange(request(more="Expect: 100-continue\r\n"))
     assert [response.status for response in wanted] == [100, 200]
     head = f"POST /v1/messages HTTP/1.1\r\nHost: x\r\nX-API-Key: {BACKEND}\r\nExpect: 100-continue\r\n"
@@ -218,7 +218,7 @@ def test_trailers_never_become_headers(server: HttpServer) -> None:
 
 
 @pytest.mark.parametrize("name", [*MALFORMED, "broken chunk"])
-def test_what_is_malformed_is_never_answered_in_the_place_of_an_earlier_request(name: str) -> None:
+def test_a_malformed_request_is_not_answered_in_place_of_an_earlier_one(name: str) -> None:
     chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
     malformed = {**MALFORMED, "broken chunk": chunked + b"5\r\nhelloXX"}[name]
     api = Api()

@@ -20,7 +20,7 @@ def test_a_message_has_the_fields_of_the_contract_and_no_empty_ones() -> None:
     assert message == {"thread": thread, "author": "alice", "role": "user", "body": {"text": "hi"}}
 
 
-def test_what_the_client_says_of_id_time_and_deletion_is_ignored_as_are_unknown_fields() -> None:
+def test_a_clients_id_time_deletion_and_unknown_fields_are_ignored() -> None:
     sent = {"id": "msg-1-1", "ts": 7, "deleted": True, "colour": "red", "author": "alice", "body": "x", "slug": []}
     message = Api()("POST", "/v1/messages", sent).json
     assert message["id"] != "msg-1-1"
@@ -300,7 +300,8 @@ def test_versions_of_an_unknown_message_are_an_empty_list() -> None:
         assert Api()("GET", f"/v1/messages/{name}/versions").json == {"id": name, "versions": []}
 
 
-def test_every_change_is_a_version_with_its_own_time_the_removal_of_a_reaction_too() -> None:
+def test_every_change_is_a_version_with_its_own_time() -> None:
+    """The removal of a reaction is a version too."""
     api = Api()
     target = f"/v1/messages/{api.message('alice')['id']}"
     api("POST", f"{target}/reactions", {"id": "bob", "reaction": "+1"})

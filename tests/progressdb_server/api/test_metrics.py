@@ -65,7 +65,7 @@ def test_every_metric_is_explained_and_every_explained_one_is_there(pages: dict[
 def test_the_pages_count_what_happened(pages: dict[str, str]) -> None:
     def value(program: str, sample: str, **labels: str) -> float:
         (found,) = [
-            one.value
+            float(one.value)
             for family in families(pages[program]).values()
             for one in family.samples
             if one.name == sample and labels.items() <= one.labels.items() and one.labels.get("le", "+Inf") == "+Inf"

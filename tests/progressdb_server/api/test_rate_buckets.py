@@ -56,7 +56,7 @@ def test_one_ipv6_host_s_addresses_share_a_bucket(one: str, other: str, same: bo
     assert (address_group(one) == address_group(other)) is same
 
 
-def test_the_table_of_addresses_is_bounded_and_forgets_the_one_unused_for_longest() -> None:
+def test_the_bounded_table_of_addresses_drops_the_least_recently_used() -> None:
     buckets = AddressBuckets(rps=0.001, burst=1, count_max=3)
     for address in ("a", "b", "c"):
         assert buckets.take(address, 1.0) == 0

@@ -97,7 +97,7 @@ def test_a_store_s_error_becomes_a_sentence(
 
 # --- Idempotency-Key --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/threads", "/v1/threads/t/messages"])
-def test_a_create_with_an_idempotency_key_is_stored_once_however_often_it_is_retried(path: str) -> None:
+def test_a_retried_create_with_an_idempotency_key_is_stored_once(path: str) -> None:
     api = Api()
     replies = [
         api("POST", path, {"author": "alice", **TWO_FIELDS}, headers={"Idempotency-Key": "retry-1"}) for _ in range(4)
@@ -137,7 +137,8 @@ def test_the_scope_that_the_store_sees_gives_away_neither_key_nor_author() -> No
     assert "alice" not in scope
 
 
-def test_who_knows_a_front_end_key_can_not_tell_its_scopes_nor_those_of_callers_without_a_key() -> None:
+def test_idempotency_scopes_cannot_be_derived_from_a_front_end_key() -> None:
+    """Nor can those of callers without a key. All of them depend on the backend keys."""
     one = KeyTable(backend=("b1", "b2"), frontend=("f",))
     other = KeyTable(backend=("b3", "b2"), frontend=("f",))
     of_one, of_other = one.find(b"f"), other.find(b"f")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,16 @@ def told(call: Any) -> list[Any]:
     seen: dict[str, str] = {}
     answers = []
 
+    def numbered(word: str, found: re.Match[str]) -> str:
+        return seen.setdefault(found[0], f"<{word} {len(seen)}>")
+
     def plain(text: str) -> str:
         for pattern, word in ((r"(?:msg|thread)-\d+-\d+", "id"), (r"\b\d{19}\b", "time")):
-            text = re.sub(pattern, lambda found, word=word: seen.setdefault(found[0], f"<{word} {len(seen)}>"), text)
+            text = re.sub(pattern, partial(numbered, word), text)
         return re.sub(r"New Thread #\d+", "New Thread #n", text)
 
-    for method, path, body, more in STORY:
+    for method, target, sent_body, more in STORY:
+        path, body = target, sent_body
         for name, made in names.items():
             path = path.replace("{" + name + "}", made)
             body = json.loads(json.dumps(body).replace("{" + name + "}", made))
@@ -162,7 +167,7 @@ def test_a_request_id_goes_through_the_answer_both_logs_and_the_audit_log(tmp_pa
 
 
 # --- restarts ---------------------------------------------------------------------------------------------------
-def test_a_restart_keeps_everything_and_an_idempotency_key_counts_across_it(tmp_path: Path) -> None:
+def test_a_restart_keeps_everything_also_idempotency_keys(tmp_path: Path) -> None:
     sent = {"author": "alice", "body": {"text": "once"}}
     retry = {"Idempotency-Key": "order-66"}
     with real_server(tmp_path) as server:
@@ -269,16 +274,17 @@ def test_a_stop_while_it_starts_ends_the_server_at_once(tmp_path: Path) -> None:
         assert "Traceback" not in said
 
 
-def test_without_an_api_key_the_server_says_so_and_refuses_everything_but_health(tmp_path: Path) -> None:
+def test_without_an_api_key_the_server_refuses_everything_but_health(tmp_path: Path) -> None:
+    """Its log says so."""
     none = {f"PROGRESSDB_API_{role}_KEYS": "" for role in ("BACKEND", "FRONTEND", "ADMIN")}
-    with real_server(tmp_path, **none) as server:
+    with real_server(tmp_path, environment=none) as server:
         assert any("no API key is configured" in line["event"] for line in server.log)
         assert server("GET", "/v1/threads").status == 401
         assert server("GET", "/healthz", key=None).status == 200
 
 
 # --- many at once -----------------------------------------------------------------------------------------------
-def test_appends_from_many_connections_are_totally_ordered_and_lose_nothing(server: RealServer) -> None:
+def test_appends_from_many_connections_have_one_order_and_lose_nothing(server: RealServer) -> None:
     clients, each = 12, 40
     thread = server("POST", "/v1/threads", {"author": "alice", "title": "Busy"}).json["id"]
     made: list[list[str]] = [[] for _ in range(clients)]
@@ -311,7 +317,7 @@ def test_appends_from_many_connections_are_totally_ordered_and_lose_nothing(serv
         assert seen == ids[: len(seen)]
 
 
-def test_one_idempotency_key_from_many_connections_at_once_stores_one_message(server: RealServer) -> None:
+def test_one_idempotency_key_on_many_connections_stores_one_message(server: RealServer) -> None:
     thread = server("POST", "/v1/threads", {"author": "alice", "title": "Once"}).json["id"]
     sent = {"thread": thread, "author": "alice", "body": "once"}
     replies: list[Any] = []

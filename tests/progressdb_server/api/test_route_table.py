@@ -103,8 +103,8 @@ def test_the_table_of_this_file_is_the_table_of_the_server() -> None:
     documentation = {("GET", path) for path in ("/openapi.yaml", "/docs", "/docs/", "/docs/style.css")}
     names = {"{t}": "{thread}", "{m}": "{message}"}
     tested = set()
-    for method, path, _, _ in ROUTES:
-        path = path.partition("?")[0].replace("reactions/alice", "reactions/{identity}")
+    for method, target, _, _ in ROUTES:
+        path = target.partition("?")[0].replace("reactions/alice", "reactions/{identity}")
         path = path.replace("/admin/keys/thread:{t}:meta", "/admin/keys/{key:path}")
         for short, long in names.items():
             path = path.replace(short, long)

@@ -27,7 +27,7 @@ def sdk(server: RealServer) -> Iterator[Sdk]:
     client.close()
 
 
-def refusal(status: int, sentence: str) -> object:
+def refusal(status: int, sentence: str) -> pytest.RaisesExc[ApiError]:
     return pytest.raises(ApiError, match=rf"{status}.*{sentence}")
 
 
@@ -130,7 +130,7 @@ def test_an_administrator_reads_all_threads_and_stored_values(sdk: Sdk) -> None:
             sdk(BACKEND).request("GET", path)
 
 
-def test_a_signed_front_end_user_has_the_conversation_to_itself_and_its_partners(sdk: Sdk) -> None:
+def test_a_signed_front_end_user_talks_with_its_partners_only(sdk: Sdk) -> None:
     signed = {user: {**sdk(BACKEND).sign_user(user)} for user in ("ann", "ben", "eve")}
     headers = {user: {"X-User-ID": user, "X-User-Signature": made["signature"]} for user, made in signed.items()}
     request = sdk(FRONTEND).request

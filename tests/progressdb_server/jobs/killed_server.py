@@ -22,6 +22,7 @@ import structlog
 from progressdb_server.config import Rotation
 from progressdb_server.jobs import rotation
 from progressdb_server.jobs.service import Jobs
+from progressdb_server.jobs.states import Job
 from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.keyspace import JOBS
@@ -97,7 +98,7 @@ async def serve(directory: str, socket: str, when: str, at: int) -> None:
     await provider.close()
 
 
-def _jobs(jobs: Jobs) -> list[object]:
+def _jobs(jobs: Jobs) -> list[Job]:
     return [job for page in jobs.table.pages() for job in page]
 
 

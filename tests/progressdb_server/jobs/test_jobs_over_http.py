@@ -23,7 +23,7 @@ UNKNOWN = "job-00000000000000000001-00000000"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    with real_server(tmp_path_factory.mktemp("server"), PROGRESSDB_ROTATION_RATE="0") as started:
+    with real_server(tmp_path_factory.mktemp("server"), environment={"PROGRESSDB_ROTATION_RATE": "0"}) as started:
         yield started
 
 

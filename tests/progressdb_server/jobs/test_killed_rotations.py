@@ -116,12 +116,14 @@ def kill_at_every_write(directory: Path, records: int, chunk: int) -> int:
     return killed
 
 
-def test_a_server_killed_at_every_write_of_its_rotation_loses_and_repeats_nothing(tmp_path: Path) -> None:
+def test_a_server_killed_at_every_write_of_a_rotation_loses_nothing(tmp_path: Path) -> None:
+    """It repeats nothing either."""
     assert kill_at_every_write(tmp_path, 200, 8) >= 2 * (200 // 8 + 4)
 
 
 @pytest.mark.torture
-def test_a_server_killed_at_every_write_of_a_long_rotation_loses_and_repeats_nothing(tmp_path: Path) -> None:
+def test_a_server_killed_at_every_write_of_a_long_rotation_loses_nothing(tmp_path: Path) -> None:
+    """It repeats nothing either."""
     assert kill_at_every_write(tmp_path, 2000, 20) >= 2 * (2000 // 20 + 4)
 
 
@@ -168,7 +170,7 @@ def test_a_key_service_killed_many_times_only_delays_the_rotation(tmp_path: Path
     kill_the_key_service(tmp_path, 2000, 12)
 
 
-def test_the_kek_is_rotated_in_the_middle_of_a_rotation_and_everything_opens(
+def test_everything_opens_after_a_kek_rotation_in_the_middle_of_a_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rotation, "PACED_CHUNK_RECORDS_MAX", 10)

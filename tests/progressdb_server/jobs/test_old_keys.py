@@ -31,7 +31,7 @@ async def rotated(jobs: Jobs, thread: str = "t", destroy_after_s: int = 0) -> Jo
     return job
 
 
-def test_an_old_key_is_destroyed_with_its_backups_when_its_time_has_come_and_not_before() -> None:
+def test_an_old_key_is_destroyed_with_its_backups_when_due_not_before() -> None:
     place = Place()
 
     async def body(store: Conversations, jobs: Jobs) -> None:
@@ -107,7 +107,8 @@ def test_a_record_under_the_old_key_keeps_it_and_the_job_says_so() -> None:
     place.run(body)
 
 
-def test_a_backup_of_the_store_that_is_older_than_the_census_keeps_the_old_key_until_it_is_gone() -> None:
+def test_a_store_backup_older_than_the_census_keeps_the_old_key() -> None:
+    """Once the backup is gone, the key is destroyed."""
     place = Place()
 
     async def body(store: Conversations, jobs: Jobs) -> None:
@@ -127,7 +128,8 @@ def test_a_backup_of_the_store_that_is_older_than_the_census_keeps_the_old_key_u
     place.run(body)
 
 
-def test_a_backup_that_is_not_found_still_counts_and_the_job_says_how_to_forget_it(tmp_path: Path) -> None:
+def test_a_backup_that_is_not_found_still_counts(tmp_path: Path) -> None:
+    """The job says how to forget it."""
     place = Place()
 
     async def body(store: Conversations, jobs: Jobs) -> None:
@@ -150,7 +152,7 @@ def test_a_backup_that_is_not_found_still_counts_and_the_job_says_how_to_forget_
     place.run(body)
 
 
-def test_a_clock_that_was_set_back_makes_no_older_backup_look_newer_than_the_census() -> None:
+def test_a_clock_set_back_makes_no_backup_look_newer_than_the_census() -> None:
     place = Place()
 
     async def body(store: Conversations, jobs: Jobs) -> None:
@@ -166,7 +168,7 @@ def test_a_clock_that_was_set_back_makes_no_older_backup_look_newer_than_the_cen
     place.run(body)
 
 
-def test_a_key_that_the_key_service_does_not_let_go_holds_up_neither_the_others_nor_rotations(
+def test_a_key_that_cannot_be_destroyed_delays_no_other_key_or_rotation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As where the role `destroy` is kept from the server: keys that are worn are rotated all the same."""
@@ -275,8 +277,8 @@ def test_backups_go_when_told_to_and_only_those_of_that_job() -> None:
     place.run(body)
 
 
-def test_a_resumption_that_the_disk_refused_and_took_all_the_same_is_carried_out() -> None:
-    """Or the job would hold its thread, at work for nobody, until the next start."""
+def test_a_resumption_that_the_disk_stored_and_reported_failed_is_done() -> None:
+    """Or the job would hold its thread without working, until the next start."""
     place = Place()
     engine = place.engine
     assert isinstance(engine, MemoryEngine)

@@ -6,7 +6,6 @@ import asyncio
 
 import pytest
 
-from progressdb_server.jobs import rotation
 from progressdb_server.jobs.rotation import BEHIND_S_MAX, Pace
 
 RATE = 1000.0
@@ -17,7 +16,7 @@ class Time:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 50.0
-        monkeypatch.setattr(rotation.asyncio, "sleep", self.sleep)
+        monkeypatch.setattr(asyncio, "sleep", self.sleep)
 
     def __call__(self) -> float:
         return self.now
@@ -69,6 +68,6 @@ def test_without_a_rate_others_get_their_turn_all_the_same(monkeypatch: pytest.M
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
 
-    monkeypatch.setattr(rotation.asyncio, "sleep", sleep)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
     asyncio.run(Pace(0).take(1000))
     assert slept == [0]

@@ -65,7 +65,7 @@ def test_a_rotation_never_asks_for_plaintext() -> None:
     place.run(body)
 
 
-def test_a_record_that_is_damaged_after_its_re_encryption_is_found_and_named() -> None:
+def test_a_record_damaged_after_its_reencryption_is_found_and_named() -> None:
     place = Place()
 
     async def body(store: Conversations, jobs: Jobs) -> None:
@@ -99,7 +99,8 @@ def test_a_thread_that_nobody_knows_is_refused() -> None:
     Place().run(body)
 
 
-def test_a_cancel_half_way_leaves_both_keys_readable_and_a_second_rotation_moves_the_rest() -> None:
+def test_after_a_cancel_half_way_both_keys_are_readable() -> None:
+    """A second rotation moves the rest."""
     place = Place()
 
     async def body(store: Conversations, jobs: Jobs) -> None:
@@ -152,7 +153,7 @@ def test_a_pause_stops_the_work_and_a_resume_goes_on_where_it_was() -> None:
         place.run(body)
 
 
-def test_a_paused_job_stays_so_over_a_restart_and_another_one_goes_on_by_itself() -> None:
+def test_a_paused_job_stays_paused_over_a_restart_and_others_go_on() -> None:
     place = Place()
     ids: list[str] = []
 
@@ -178,7 +179,7 @@ def test_a_paused_job_stays_so_over_a_restart_and_another_one_goes_on_by_itself(
         place.run(after)
 
 
-def test_backups_that_are_restored_open_again_and_the_next_rotation_moves_them_once_more() -> None:
+def test_restored_backups_open_and_the_next_rotation_moves_them_again() -> None:
     place = Place()
 
     async def body(store: Conversations, jobs: Jobs) -> None:
@@ -244,7 +245,8 @@ def test_a_title_that_is_edited_in_the_middle_stays_edited() -> None:
         place.run(body)
 
 
-def test_a_thread_that_is_deleted_in_the_middle_stays_deleted_and_ends_under_the_new_key() -> None:
+def test_a_thread_deleted_during_its_rotation_stays_deleted() -> None:
+    """It ends under the new key."""
     place = Place()
 
     async def body(store: Conversations, jobs: Jobs) -> None:
@@ -338,7 +340,8 @@ def test_a_key_whose_answer_was_lost_is_retired_in_the_end() -> None:
     place.run(body)
 
 
-def test_while_the_key_is_being_switched_no_pause_is_taken_and_a_restart_switches_it_first() -> None:
+def test_no_pause_is_taken_while_the_key_is_being_switched() -> None:
+    """A restart switches it first."""
     place = Place()
 
     async def before(store: Conversations, jobs: Jobs) -> None:
@@ -366,7 +369,7 @@ def test_while_the_key_is_being_switched_no_pause_is_taken_and_a_restart_switche
     place.run(after)
 
 
-def test_a_record_that_does_not_open_is_named_and_left_and_a_resume_tries_it_again() -> None:
+def test_a_record_that_does_not_open_is_named_and_a_resume_retries_it() -> None:
     place = Place()
 
     async def body(store: Conversations, jobs: Jobs) -> None:
@@ -393,7 +396,7 @@ def test_a_record_that_does_not_open_is_named_and_left_and_a_resume_tries_it_aga
         place.run(body)
 
 
-def test_a_source_key_that_is_gone_fails_its_records_and_a_new_key_that_is_retired_fails_the_job() -> None:
+def test_a_missing_source_key_fails_records_a_retired_new_key_the_job() -> None:
     place = Place()
 
     async def body(store: Conversations, jobs: Jobs) -> None:

@@ -16,7 +16,9 @@ import secrets
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -56,9 +58,10 @@ class Keys:
 
     def read(self, key_id: str) -> dict[str, str]:
         try:
-            return json.loads((self.directory / Path(key_id).name).read_text())
+            record: dict[str, str] = json.loads((self.directory / Path(key_id).name).read_text())
         except OSError:
             raise Refused(404, "key_not_found") from None
+        return record
 
     def cipher(self, item: dict[str, str], *, seal: bool) -> AESGCM:
         record = self.read(item["key_id"])
@@ -84,7 +87,7 @@ class Keys:
             raise Refused(400, "decryption_failed") from None
         return {"plaintext": base64.b64encode(opened).decode()}
 
-    def check(self, body: dict) -> dict:
+    def check(self, body: dict[str, Any]) -> dict[str, Any]:
         refused = []
         self.cipher(body, seal=False)
         for index, item in enumerate(body["items"]):
@@ -99,7 +102,7 @@ class Keys:
         return self.encrypt({"key_id": item["to"], "plaintext": opened["plaintext"], "aad": item.get("aad", "")})
 
 
-def each(verb, items):
+def each(verb: Callable[[dict[str, str]], dict[str, str]], items: list[dict[str, str]]) -> dict[str, Any]:
     answers = []
     for item in items:
         try:
@@ -109,7 +112,7 @@ def each(verb, items):
     return {"items": answers}
 
 
-def answer(keys: Keys, target: str, body: dict) -> dict:
+def answer(keys: Keys, target: str, body: dict[str, Any]) -> dict[str, Any]:
     path = target.partition("?")[0]
     keys.calls[path] = keys.calls.get(path, 0) + 1
     match path.split("/"):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from progressdb_server.kms.supervisor import LAST_LINES_MAX, LINE_BYTES_MAX, Child, ChildOptions, Lines, environment
+from tests.progressdb_server.kms.conftest import Place
 
 
 def lines_of(*pieces: bytes) -> list[str]:
@@ -50,7 +51,7 @@ def test_a_last_line_without_an_end_is_not_lost_and_empty_lines_are_none() -> No
     assert lines_of(b"\n\na\n\nb") == ["a", "b"]
 
 
-def test_the_command_is_the_miniKMS_of_this_installation_unless_a_program_is_named() -> None:
+def test_the_command_is_the_installed_miniKMS_unless_a_program_is_named() -> None:
     command = ChildOptions(socket_path="s", data_dir="d", dev=True).command(7)
     here = os.getcwd()
     assert command == [
@@ -73,12 +74,12 @@ def test_a_key_goes_on_as_a_path_or_a_descriptor_never_as_text() -> None:
     assert by_descriptor[by_descriptor.index("--master-key-fd") + 1] == "5"
 
 
-def test_the_environment_holds_nothing_of_the_servers_but_place_and_language() -> None:
+def test_the_child_gets_only_place_and_language_of_the_environment() -> None:
     own = {"PATH": "/bin", "LANG": "C", "PYTHONPATH": "/x", "LD_PRELOAD": "x.so", "PROGRESSDB_API_ADMIN_KEYS": "secret"}
     assert environment(own, 1000) == {"PATH": "/bin", "LANG": "C", "PROGRESSDB_MINIKMS_ALLOWED_UIDS": "1000"}
 
 
-def test_each_child_gets_the_master_key_from_its_beginning(place) -> None:
+def test_each_child_gets_the_master_key_from_its_beginning(place: Place) -> None:
     descriptor = os.memfd_create("key")
     os.write(descriptor, b"ab" * 32)
 
@@ -99,7 +100,7 @@ def test_each_child_gets_the_master_key_from_its_beginning(place) -> None:
         os.close(descriptor)
 
 
-def test_a_child_inherits_no_descriptor_but_those_it_is_given(place) -> None:
+def test_a_child_inherits_no_descriptor_but_those_it_is_given(place: Place) -> None:
     leak = os.open("/dev/null", os.O_RDONLY)
     os.set_inheritable(leak, True)
 
@@ -116,7 +117,9 @@ def test_a_child_inherits_no_descriptor_but_those_it_is_given(place) -> None:
         os.close(leak)
 
 
-def test_a_child_that_does_not_stop_is_killed_and_its_last_words_are_kept(place, monkeypatch) -> None:
+def test_a_child_that_does_not_stop_is_killed_and_its_last_words_are_kept(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("progressdb_server.kms.supervisor.STOP_S_MAX", 0.3)
     stubborn = place.directory / "stubborn"
     stubborn.write_text(

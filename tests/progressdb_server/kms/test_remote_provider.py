@@ -15,12 +15,14 @@ from minikms.client import DecryptItem, EncryptItem, KmsError, KmsRefusedError, 
 from minikms.client.errors import KmsProtocolError, KmsUnavailableError, refusal
 from progressdb_server.kms import provider as provider_module
 from progressdb_server.kms.provider import Fault, RemoteProvider, fault
+from tests.progressdb_server.kms.conftest import Place
 
 Test = Callable[[RemoteProvider], Awaitable[None]]
+Daemon = Callable[[], subprocess.Popen[bytes]]
 
 
 @pytest.fixture
-def daemon(place) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+def daemon(place: Place) -> Iterator[Daemon]:
     started: list[subprocess.Popen[bytes]] = []
 
     def start() -> subprocess.Popen[bytes]:
@@ -36,7 +38,7 @@ def daemon(place) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
         process.wait()
 
 
-def run(place, test: Test) -> None:
+def run(place: Place, test: Test) -> None:
     async def main() -> None:
         provider = RemoteProvider(place.socket)
         try:
@@ -47,7 +49,7 @@ def run(place, test: Test) -> None:
     asyncio.run(main())
 
 
-def test_a_record_comes_back_only_under_its_key_its_place_and_its_thread(place, daemon) -> None:
+def test_a_record_comes_back_only_under_its_key_its_place_and_its_thread(place: Place, daemon: Daemon) -> None:
     daemon()
 
     async def test(provider: RemoteProvider) -> None:
@@ -68,7 +70,7 @@ def test_a_record_comes_back_only_under_its_key_its_place_and_its_thread(place, 
     run(place, test)
 
 
-def test_many_items_come_back_in_order_and_one_refusal_stops_no_other(place, daemon) -> None:
+def test_many_items_come_back_in_order_and_one_refusal_stops_no_other(place: Place, daemon: Daemon) -> None:
     daemon()
 
     async def test(provider: RemoteProvider) -> None:
@@ -101,15 +103,15 @@ def test_many_items_come_back_in_order_and_one_refusal_stops_no_other(place, dae
             thread_id="t",
             request_id="r",
         )
-        refused = verdicts.pop(300)
-        assert isinstance(refused, KmsRefusedError)
-        assert refused.code == api.CODE_DECRYPTION_FAILED
+        verdict = verdicts.pop(300)
+        assert isinstance(verdict, KmsRefusedError)
+        assert verdict.code == api.CODE_DECRYPTION_FAILED
         assert verdicts == [None] * (count - 1)
 
     run(place, test)
 
 
-def test_a_replaced_key_only_decrypts_and_its_records_can_be_moved(place, daemon) -> None:
+def test_a_replaced_key_only_decrypts_and_its_records_can_be_moved(place: Place, daemon: Daemon) -> None:
     daemon()
 
     async def test(provider: RemoteProvider) -> None:
@@ -138,7 +140,7 @@ def test_a_replaced_key_only_decrypts_and_its_records_can_be_moved(place, daemon
     run(place, test)
 
 
-def test_requests_that_arrive_while_the_daemon_is_down_wait_for_it(place, daemon) -> None:
+def test_requests_that_arrive_while_the_daemon_is_down_wait_for_it(place: Place, daemon: Daemon) -> None:
     async def test(provider: RemoteProvider) -> None:
         waiting = asyncio.create_task(provider.create_dek_for_thread("t"))
         await asyncio.sleep(0.2)
@@ -156,7 +158,9 @@ def test_requests_that_arrive_while_the_daemon_is_down_wait_for_it(place, daemon
     run(place, test)
 
 
-def test_every_call_to_a_daemon_that_stays_away_fails_after_the_wait(place, monkeypatch) -> None:
+def test_every_call_to_a_daemon_that_stays_away_fails_after_the_wait(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(provider_module, "WAIT_S", 0.2)
 
     async def test(provider: RemoteProvider) -> None:
@@ -178,7 +182,9 @@ def test_every_call_to_a_daemon_that_stays_away_fails_after_the_wait(place, monk
     run(place, test)
 
 
-def test_a_daemon_that_hangs_is_unavailable_within_the_timeout(place, daemon, monkeypatch) -> None:
+def test_a_daemon_that_hangs_is_unavailable_within_the_timeout(
+    place: Place, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(provider_module, "TIMEOUT_S", 0.3)
     process = daemon()
 
@@ -194,7 +200,7 @@ def test_a_daemon_that_hangs_is_unavailable_within_the_timeout(place, daemon, mo
     run(place, test)
 
 
-def test_a_refusal_is_the_requests_fault_only_where_trying_again_would_not_help() -> None:
+def test_a_refusal_is_the_requests_fault_only_where_a_retry_cannot_help() -> None:
     for error in (
         KmsUnavailableError("away"),
         KmsProtocolError("malformed"),

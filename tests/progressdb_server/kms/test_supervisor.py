@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
@@ -18,9 +20,11 @@ from structlog.testing import capture_logs
 from minikms.client import AsyncClient
 from progressdb_server.kms import supervisor as supervisor_module
 from progressdb_server.kms.supervisor import Supervisor, SupervisorError
+from tests.progressdb_server.kms.conftest import Place
 
 WAIT_S = 10.0
 Alive = Callable[[int], bool]
+Run = Callable[[Coroutine[Any, Any, int]], int]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -36,7 +40,11 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.02)
 
 
-def start_alone(place, **environment: str) -> subprocess.Popen[bytes]:
+def another_child(supervisor: Supervisor, pid: int) -> bool:
+    return supervisor.child_pid not in (None, pid)
+
+
+def start_alone(place: Place, **environment: str) -> subprocess.Popen[bytes]:
     """A daemon that the supervisor finds."""
     process = subprocess.Popen(
         [place.binary, "--socket", place.socket, "--data-dir", str(place.data)],
@@ -50,7 +58,7 @@ def start_alone(place, **environment: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
-def test_it_spawns_a_daemon_where_none_answers_and_ends_it_with_itself(place, alive: Alive, run) -> None:
+def test_it_spawns_a_daemon_where_none_answers_and_ends_it_with_itself(place: Place, alive: Alive, run: Run) -> None:
     async def main() -> int:
         supervisor = Supervisor(place.options())
         await supervisor.start()
@@ -69,7 +77,9 @@ def test_it_spawns_a_daemon_where_none_answers_and_ends_it_with_itself(place, al
     assert lines == ["fake daemon: serving", "fake daemon: stopped"]
 
 
-def test_the_child_gets_the_servers_uid_a_clean_environment_and_a_session_of_its_own(place, monkeypatch) -> None:
+def test_the_child_has_a_clean_environment_and_its_own_session(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It allows the server's uid."""
+
     async def main() -> tuple[dict[str, object], int, int]:
         supervisor = Supervisor(place.options(dev=True, master_key_file="key-file"))
         await supervisor.start()
@@ -96,7 +106,7 @@ def test_the_child_gets_the_servers_uid_a_clean_environment_and_a_session_of_its
     assert "--dev" in arguments
 
 
-def test_it_uses_a_daemon_that_answers_and_leaves_it_alone_at_the_end(place) -> None:
+def test_it_uses_a_daemon_that_answers_and_leaves_it_alone_at_the_end(place: Place) -> None:
     found = start_alone(place)
     try:
 
@@ -113,7 +123,7 @@ def test_it_uses_a_daemon_that_answers_and_leaves_it_alone_at_the_end(place) -> 
         found.wait()
 
 
-def test_it_spawns_one_when_the_daemon_that_it_used_dies(place) -> None:
+def test_it_spawns_one_when_the_daemon_that_it_used_dies(place: Place) -> None:
     found = start_alone(place)
     try:
 
@@ -133,7 +143,7 @@ def test_it_spawns_one_when_the_daemon_that_it_used_dies(place) -> None:
         found.wait()
 
 
-def test_a_daemon_that_is_killed_is_started_again_and_calls_go_on(place) -> None:
+def test_a_daemon_that_is_killed_is_started_again_and_calls_go_on(place: Place) -> None:
     async def main() -> None:
         supervisor = Supervisor(place.options())
         await supervisor.start()
@@ -146,7 +156,7 @@ def test_a_daemon_that_is_killed_is_started_again_and_calls_go_on(place) -> None
                 os.kill(pid, signal.SIGKILL)
                 assert await kms.decrypt(key.key_id, sealed) == b"before"
                 assert (await kms.status())["pid"] != pid
-                await until(lambda pid=pid: supervisor.child_pid not in (None, pid))
+                await until(partial(another_child, supervisor, pid))
         await supervisor.stop()
 
     with capture_logs() as logs:
@@ -154,7 +164,9 @@ def test_a_daemon_that_is_killed_is_started_again_and_calls_go_on(place) -> None
     assert {entry["status"] for entry in logs if entry["event"] == "miniKMS died"} == {-9}
 
 
-def test_a_daemon_that_refuses_to_start_is_an_error_with_its_last_words(place, monkeypatch) -> None:
+def test_a_daemon_that_refuses_to_start_is_an_error_with_its_last_words(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(supervisor_module, "FOUND_S_MAX", 0.2)
     (place.data / "refuse-start").touch()
 
@@ -165,7 +177,7 @@ def test_a_daemon_that_refuses_to_start_is_an_error_with_its_last_words(place, m
     asyncio.run(main())
 
 
-def test_a_program_that_is_not_there_is_an_error_that_says_so(place) -> None:
+def test_a_program_that_is_not_there_is_an_error_that_says_so(place: Place) -> None:
     async def main() -> None:
         with pytest.raises(SupervisorError, match="No such file"):
             await Supervisor(place.options(binary=str(place.directory / "missing"))).start()
@@ -173,7 +185,9 @@ def test_a_program_that_is_not_there_is_an_error_that_says_so(place) -> None:
     asyncio.run(main())
 
 
-def test_a_daemon_that_never_answers_is_ended_and_reported(place, monkeypatch, alive: Alive) -> None:
+def test_a_daemon_that_never_answers_is_ended_and_reported(
+    place: Place, monkeypatch: pytest.MonkeyPatch, alive: Alive
+) -> None:
     monkeypatch.setattr(supervisor_module, "READY_S_MAX", 0.5)
     monkeypatch.setattr(supervisor_module, "FOUND_S_MAX", 0.1)
     (place.data / "slow-start").write_text("60")
@@ -188,7 +202,9 @@ def test_a_daemon_that_never_answers_is_ended_and_reported(place, monkeypatch, a
     assert not alive(pid)
 
 
-def test_without_spawn_nothing_is_started_and_the_error_says_what_to_do(place, monkeypatch) -> None:
+def test_without_spawn_nothing_is_started_and_the_error_says_what_to_do(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(supervisor_module, "ABSENT_S_MAX", 0.1)
 
     async def main() -> None:
@@ -200,7 +216,7 @@ def test_without_spawn_nothing_is_started_and_the_error_says_what_to_do(place, m
     assert not [entry for entry in logs if entry["event"] == "miniKMS spawned"]
 
 
-def test_a_socket_served_by_another_uid_is_refused_and_nothing_is_spawned_beside_it(place) -> None:
+def test_a_socket_of_another_uid_is_refused_and_nothing_is_spawned(place: Place) -> None:
     found = start_alone(place)
     try:
 
@@ -216,7 +232,7 @@ def test_a_socket_served_by_another_uid_is_refused_and_nothing_is_spawned_beside
         found.wait()
 
 
-def test_two_servers_that_start_at_once_end_up_with_one_daemon(place) -> None:
+def test_two_servers_that_start_at_once_end_up_with_one_daemon(place: Place) -> None:
     async def main() -> None:
         supervisors = [Supervisor(place.options()) for _ in range(3)]
         await asyncio.gather(*(supervisor.start() for supervisor in supervisors))
@@ -244,7 +260,7 @@ asyncio.run(main())
 """
 
 
-def test_a_server_killed_with_sigkill_takes_its_daemon_with_it(place, alive: Alive) -> None:
+def test_a_server_killed_with_sigkill_takes_its_daemon_with_it(place: Place, alive: Alive) -> None:
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER, place.socket, str(place.data), place.binary],
         stdout=subprocess.PIPE,
@@ -261,7 +277,7 @@ def test_a_server_killed_with_sigkill_takes_its_daemon_with_it(place, alive: Ali
     wait_for(lambda: not alive(pid))
 
 
-def test_a_ctrl_c_in_the_servers_terminal_does_not_reach_the_daemon(place, alive: Alive) -> None:
+def test_a_ctrl_c_in_the_servers_terminal_does_not_reach_the_daemon(place: Place, alive: Alive) -> None:
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER, place.socket, str(place.data), place.binary],
         stdout=subprocess.PIPE,

@@ -48,7 +48,7 @@ def test_a_page_opens_no_more_records_than_it_shows() -> None:
             for number in range(MESSAGES):
                 await store.create_message(NewMessage(author="ann", thread="t", body=number))
             opened_records: list[int] = []
-            store.metrics.opened = opened_records.append  # type: ignore[method-assign]  # counts in the metrics' place
+            store.metrics.opened = opened_records.append  # type: ignore[assignment]  # counts in the metrics' place
             page = await browser.messages("t")
             assert sum(opened_records) == len(page.messages) == PAGE_MESSAGES
             before = page.messages[10].message.id

@@ -31,7 +31,7 @@ def test_works_run_in_order_in_one_other_thread_and_their_errors_come_back() -> 
     assert ran[0][1] != threading.get_ident()
 
 
-def test_a_caller_that_went_away_stops_nothing_and_closing_waits_for_the_rest() -> None:
+def test_a_cancelled_caller_stops_no_work_and_closing_waits_for_it() -> None:
     gate, ran = threading.Event(), list[int]()
 
     def wait() -> None:

@@ -91,7 +91,7 @@ def test_a_scan_is_cut_at_its_limit_and_at_the_bound_of_every_scan(engine: Engin
     assert keys(engine, b"", b"\xff", limit=0) == []
 
 
-def test_a_scan_bounded_in_bytes_stops_after_the_entry_that_reaches_the_bound(engine: Engine) -> None:
+def test_a_scan_stops_after_the_entry_that_reaches_its_bound_in_bytes(engine: Engine) -> None:
     engine.write([(b"%d" % number, bytes(100)) for number in range(9)])
     for bound, count in [(1, 1), (100, 1), (101, 2), (250, 3), (10**9, 9)]:
         assert len(engine.scan(b"", b"\xff", limit=9, bytes_max=bound)) == count
@@ -104,7 +104,11 @@ def test_big_values_and_long_keys_read_back(engine: Engine) -> None:
 
 
 def test_sync_may_run_in_another_thread_beside_reads_and_writes(engine: Engine) -> None:
-    thread = threading.Thread(target=lambda: [engine.sync() for _ in range(20)])
+    def sync() -> None:
+        for _ in range(20):
+            engine.sync()
+
+    thread = threading.Thread(target=sync)
     thread.start()
     for number in range(200):
         engine.write([(b"%d" % number, b"x")])
@@ -160,7 +164,7 @@ _SHARED: Engine
 @pytest.fixture(autouse=True, scope="module")
 def shared_rocks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One database for all examples of a property: opening one takes longer than an example."""
-    global _SHARED
+    global _SHARED  # noqa: PLW0603 - hypothesis does not reset a fixture between examples
     _SHARED = RocksEngine(str(tmp_path_factory.mktemp("shared") / "db"))
     yield
     _SHARED.close()

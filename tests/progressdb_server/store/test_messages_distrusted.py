@@ -73,7 +73,8 @@ def test_a_changed_author_in_a_header_is_noticed() -> None:
     with_store(run, engine)
 
 
-def test_without_a_key_service_nothing_is_stored_and_answers_say_when_to_retry() -> None:
+def test_without_a_key_service_nothing_is_stored() -> None:
+    """Answers say when to retry."""
     provider, engine = SealingProvider(), MemoryEngine()
 
     async def run(store: Conversations) -> None:
@@ -101,7 +102,7 @@ def test_without_a_key_service_nothing_is_stored_and_answers_say_when_to_retry()
 def test_an_answer_that_can_not_be_a_sealed_record_is_never_stored(answer: bytes) -> None:
     class Echoing(SealingProvider):
         async def encrypt(
-            self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str, request_id: str | None = None
+            self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str | None, request_id: str | None = None
         ) -> bytes:
             return answer.replace(b"{plaintext}", plaintext)
 

@@ -81,7 +81,8 @@ def test_ids_and_times_are_made_by_the_store() -> None:
     with_store(run)
 
 
-def test_messages_keep_their_order_when_the_clock_steps_back_also_across_a_restart() -> None:
+def test_messages_keep_their_order_when_the_clock_steps_back() -> None:
+    """They keep it across a restart too."""
     engine, provider = MemoryEngine(), SealingProvider()
     clock = TickingClock(step=0)
 
@@ -127,7 +128,9 @@ def test_only_the_author_edits_or_deletes_and_the_admin_may() -> None:
     with_store(run)
 
 
-def test_a_deleted_message_leaves_the_list_keeps_its_body_and_is_deleted_once() -> None:
+def test_a_deleted_message_leaves_the_list_and_keeps_its_body() -> None:
+    """It is deleted once."""
+
     async def run(store: Conversations) -> None:
         one, _two = await fill(store, 2)
         await store.delete_message(one.id, author="ann")
@@ -245,7 +248,7 @@ def test_a_list_comes_in_chunks_bounded_in_number_and_in_bytes(monkeypatch: pyte
     with_store(run)
 
 
-def test_what_is_written_while_a_list_is_read_neither_repeats_nor_hides_a_message(
+def test_writes_during_a_list_neither_repeat_nor_hide_a_message(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(reading_room, "LIST_MESSAGES_MAX", 3)
@@ -304,7 +307,7 @@ def test_a_deleted_thread_takes_no_message_and_no_edit() -> None:
     with_store(run)
 
 
-def test_a_message_that_is_being_encrypted_when_its_thread_is_deleted_is_refused() -> None:
+def test_a_message_in_encryption_when_its_thread_is_deleted_is_refused() -> None:
     provider = SealingProvider()
 
     async def run(store: Conversations) -> None:
@@ -325,7 +328,7 @@ def test_a_message_that_is_being_encrypted_when_its_thread_is_deleted_is_refused
     with_store(run, provider=provider)
 
 
-def test_a_message_that_comes_while_its_threads_deletion_is_being_written_is_refused() -> None:
+def test_a_message_during_the_write_of_its_threads_deletion_is_refused() -> None:
     class SlowDeletion(SealingProvider):
         async def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[bytes | KmsRefusedError]:
             await asyncio.sleep(self.wait_s)

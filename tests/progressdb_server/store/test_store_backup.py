@@ -11,10 +11,18 @@ from pathlib import Path
 import pytest
 
 from progressdb_server.store import backup
-from progressdb_server.store.backup import BackupError
 from progressdb_server.store.check import Checker
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.model import NewMessage
+from progressdb_server.store.model import (
+    BackupBusyError,
+    BackupError,
+    BackupExistsError,
+    BackupNotFoundError,
+    BackupThereError,
+    Manifest,
+    NewMessage,
+    Registered,
+)
 from progressdb_server.store.rocks import RocksEngine
 from tests.progressdb_server.store.opened_store import messages_of, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
@@ -25,7 +33,7 @@ async def write(store: Conversations, count: int) -> list[str]:
     return [message.id for message in await asyncio.gather(*made)]
 
 
-async def back_up(store: Conversations, path: Path, previous: Path | None = None) -> backup.Manifest:
+async def back_up(store: Conversations, path: Path, previous: Path | None = None) -> Manifest:
     return await store.back_up(str(path), previous=str(previous) if previous else None)
 
 
@@ -180,8 +188,8 @@ def test_one_backup_at_a_time_and_none_in_the_place_of_another(tmp_path: Path) -
             both = await asyncio.gather(
                 back_up(store, tmp_path / "one"), back_up(store, tmp_path / "one"), return_exceptions=True
             )
-            assert [type(outcome) for outcome in both] == [backup.Manifest, backup.BackupBusyError]
-            with pytest.raises(backup.BackupExistsError):
+            assert [type(outcome) for outcome in both] == [Manifest, BackupBusyError]
+            with pytest.raises(BackupExistsError):
                 await back_up(store, tmp_path / "one")
             assert await registered(store) == ["one"]
             backup.verify(str(tmp_path / "one"))
@@ -189,17 +197,19 @@ def test_one_backup_at_a_time_and_none_in_the_place_of_another(tmp_path: Path) -
     asyncio.run(run())
 
 
-def test_a_deleted_backup_is_registered_until_somebody_says_so_and_a_present_one_stays(tmp_path: Path) -> None:
+def test_a_deleted_backup_is_registered_until_it_is_forgotten(tmp_path: Path) -> None:
+    """A present one stays registered."""
+
     async def run() -> None:
         async with opened(RocksEngine(str(tmp_path / "db"))) as store:
             for name in ("one", "two"):
                 await back_up(store, tmp_path / name)
             shutil.rmtree(tmp_path / "one")
             assert await registered(store) == ["one", "two"]
-            with pytest.raises(backup.BackupThereError):
+            with pytest.raises(BackupThereError):
                 await store.forget_backup("two")
             for unknown in ("three", "", "..", str(tmp_path / "one")):
-                with pytest.raises(backup.BackupNotFoundError):
+                with pytest.raises(BackupNotFoundError):
                     await store.forget_backup(unknown)
             assert [known.name for known in await store.forget_backup("one")] == ["one"]
             assert await registered(store) == ["two"]
@@ -209,8 +219,8 @@ def test_a_deleted_backup_is_registered_until_somebody_says_so_and_a_present_one
 
 def test_a_place_that_can_not_be_looked_at_counts_as_there(tmp_path: Path) -> None:
     """Such as one whose file system does not answer: only what is surely not found can be forgotten."""
-    assert backup.Registered(str(tmp_path / "none"), 1).gone
-    assert backup.Registered(str(tmp_path / "none" / "deeper"), 1).gone
+    assert Registered(str(tmp_path / "none"), 1).gone
+    assert Registered(str(tmp_path / "none" / "deeper"), 1).gone
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert not backup.Registered(str(tmp_path / "loop" / "one"), 1).gone
-    assert not backup.Registered(str(tmp_path / "loop"), 1).gone
+    assert not Registered(str(tmp_path / "loop" / "one"), 1).gone
+    assert not Registered(str(tmp_path / "loop"), 1).gone

@@ -87,7 +87,7 @@ class SlowAnswers(SealingProvider):
 
 
 @pytest.mark.parametrize("provider", [SealingProvider(), SlowAnswers()], ids=["refused", "sealed before"])
-def test_a_record_never_lands_under_a_key_that_was_switched_while_it_was_sealed(provider: SealingProvider) -> None:
+def test_no_record_is_stored_under_a_key_switched_while_it_was_sealed(provider: SealingProvider) -> None:
     async def run(store: Conversations) -> None:
         await store.create_message(new(0))
         provider.delay_s = 0.02
@@ -104,7 +104,7 @@ def test_a_record_never_lands_under_a_key_that_was_switched_while_it_was_sealed(
     with_store(run, provider=provider)
 
 
-def test_writes_wait_between_the_retirement_of_the_old_key_and_the_switch_of_the_map() -> None:
+def test_writes_wait_from_the_old_keys_retirement_to_the_switch() -> None:
     provider = SealingProvider()
 
     async def run(store: Conversations) -> None:
@@ -168,7 +168,7 @@ def test_a_key_whose_sealing_fails_is_retired_and_leaves_nothing() -> None:
     with_store(run, provider=provider)
 
 
-def test_the_cache_of_threads_is_bounded_and_forgetting_reads_the_map_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_threads_is_bounded_and_an_evicted_one_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sealing, "THREADS_CACHED_MAX", 3)
     monkeypatch.setattr(sealing, "WRITERS_CACHED_MAX", 2)
 
@@ -263,7 +263,8 @@ def test_what_is_remembered_but_can_not_be_read_or_compared_is_refused_too() -> 
     with_store(run)
 
 
-def test_a_provider_without_epochs_is_not_judged_and_a_restored_one_stops_the_start() -> None:
+def test_a_restored_key_service_stops_the_start() -> None:
+    """A provider without epochs is not judged."""
     engine, provider = MemoryEngine(), SealingProvider()
     answer: dict[str, object] = {}
 
@@ -288,7 +289,7 @@ def test_a_provider_without_epochs_is_not_judged_and_a_restored_one_stops_the_st
     with_store(refused, engine, provider)
 
 
-def test_an_older_key_service_that_appears_while_we_run_gets_nothing_to_seal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_key_service_that_appears_later_gets_nothing_to_seal(monkeypatch: pytest.MonkeyPatch) -> None:
     from progressdb_server.store import conversations as room
 
     monkeypatch.setattr(room, "EPOCH_S", 0.01)

@@ -158,7 +158,7 @@ def test_an_author_of_128_bytes_of_any_kind_is_indexed_and_found() -> None:
 
 
 @pytest.mark.parametrize("thread", ["a:b", "a/b", "ü", "x" * 129, "a b", "a\n"])
-def test_a_thread_is_not_made_under_an_id_that_the_key_service_would_not_take(thread: str) -> None:
+def test_a_thread_id_that_the_key_service_would_refuse_is_refused(thread: str) -> None:
     async def run(store: Conversations) -> None:
         with pytest.raises(InvalidThreadIdError):
             await store.create_message(NewMessage(author="ann", thread=thread, body=1))
@@ -167,7 +167,7 @@ def test_a_thread_is_not_made_under_an_id_that_the_key_service_would_not_take(th
     with_store(run)
 
 
-def test_metadata_that_was_rewritten_by_a_key_rotation_meanwhile_is_read_again() -> None:
+def test_metadata_rewritten_by_a_rotation_meanwhile_is_read_again() -> None:
     engine, provider = MemoryEngine(), SealingProvider()
 
     async def run(store: Conversations) -> None:

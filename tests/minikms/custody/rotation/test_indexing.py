@@ -21,10 +21,10 @@ def test_every_key_is_in_the_index_after_the_scan_in_order_of_creation(tmp_path:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(300)
         async with opened_vault(tmp_path / "d") as again:
-            assert not again.indexing.complete
+            before = again.indexing.complete
             meanwhile = await again.make(3)
             await again.indexing.run()
-            assert again.indexing.complete
+            assert (before, again.indexing.complete) == (False, True)
             page = again.vault.index.page(after="", limit=1000, thread_id=None, state=None)
             assert page.key_ids == sorted(key_ids + meanwhile)
             assert again.vault.index.by_kek == {1: 303}
@@ -146,7 +146,7 @@ def test_a_failing_disk_delays_the_scan_and_does_not_end_it(tmp_path: Path, monk
     asyncio.run(main())
 
 
-def test_the_file_of_a_destroyed_key_does_not_come_back_by_a_resumed_rotation(
+def test_a_resumed_rotation_does_not_bring_back_a_destroyed_keys_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A crash left the file. The rotation has read it, and the scan removes it before the rotation replaces it."""

@@ -242,7 +242,7 @@ def test_a_begin_that_failed_after_it_reached_the_disk_is_overwritten(
     asyncio.run(main())
 
 
-def test_an_arena_without_room_for_the_new_keys_refuses_and_keeps_none_of_them(tmp_path: Path) -> None:
+def test_an_arena_without_room_for_new_keys_refuses_and_keeps_none(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d", slots=12) as one:
             root = one.slot_of(NEW_ROOT)
