@@ -329,6 +329,10 @@ class ConversationStore(Protocol):
         are message ids, exclusive. An unknown thread yields nothing."""
         ...
 
+    async def thread_deleted(self, thread_id: str) -> bool:
+        """Whether the thread is deleted; false for an unknown thread. Opens no record."""
+        ...
+
     async def may_read_thread(self, thread_id: str, author: str) -> bool:
         """Whether the author owns the thread or has written in it."""
         ...

@@ -256,7 +256,7 @@ class MessageHandlers:
         return json_response(message)
 
     async def list_by_query(self, request: Request) -> JsonList:
-        """The thread is the parameter `thread`. A signed user must take part in it."""
+        """The thread is the parameter `thread`. A signed user must take part in it. Only admins read a deleted thread."""
         request.author()
         thread_id = request.query_params.get("thread", "")
         if not thread_id:
@@ -265,6 +265,8 @@ class MessageHandlers:
             raise bad_request(INVALID_THREAD_ID)
         page = read_page(request.query_params)
         await check_reader(self._store, request, thread_id)
+        if request.principal.role is not Role.ADMIN and await self._store.thread_deleted(thread_id):
+            raise not_found(THREAD_NOT_FOUND)
         return list_of_messages(self._store, thread_id, page)
 
     async def list_in_thread(self, request: Request) -> JsonList:
@@ -411,10 +413,15 @@ def operations(store: ConversationStore) -> tuple[Operation, ...]:
             "/v1/messages",
             messages.list_by_query,
             tag="messages",
-            summary="The messages of a thread in order of creation, the latest version of each",
+            summary="The messages of a thread in order of creation, the latest version of each; those of a deleted "
+            "thread for admins only",
             response=_MESSAGE_LIST,
             parameters=(Parameter("thread", ID, "The thread.", required=True), *CALLER, *_PAGE),
-            errors={400: (THREAD_PARAMETER_MISSING, INVALID_THREAD_ID, *_PAGE_ERRORS), **_READ_ERRORS},
+            errors={
+                400: (THREAD_PARAMETER_MISSING, INVALID_THREAD_ID, *_PAGE_ERRORS),
+                403: (AUTHOR_NOT_IN_THREAD,),
+                404: (THREAD_NOT_FOUND, MESSAGE_NOT_FOUND),
+            },
         ),
         Operation(
             "POST",
