@@ -485,6 +485,6 @@ class Store(ConversationStore, BackupRegister, Protocol):
         that direction. Raises MessageNotFoundError for a malformed id."""
         ...
 
-    async def version_page(self, message_id: str, limit: int) -> list[StoredVersion]:
-        """The oldest versions, oldest first. Raises MessageNotFoundError."""
+    async def version_page(self, message_id: str, limit: int) -> tuple[list[StoredVersion], bool]:
+        """The newest versions, oldest first; and whether there are older ones. Raises MessageNotFoundError."""
         ...
