@@ -279,7 +279,11 @@ PROVOKED: dict[str, Callable[[Case], Reply]] = {
         else case(target=case.template.format(thread="not:an:id" if case.method == "POST" else "nothing"))
     ),
     "missing id or reaction": lambda case: case.with_body(reaction=""),
-    "reaction too long": lambda case: case.with_body(reaction="r" * 257),
+    "reaction too long": lambda case: (
+        case.with_body(reaction="r" * 257)
+        if "reactions" in case.template
+        else case.with_body(reactions={"alice": "r" * 257})
+    ),
     "title is required": lambda case: case(body={}),
     "title too long": lambda case: (
         case(query="title=" + "t" * 4097) if case.method == "GET" else case.with_body(title="t" * 4097)

@@ -211,13 +211,19 @@ def checked_reaction(reaction: str) -> str:
 
 
 def _reactions(request: Request, sent: MessageBody) -> dict[str, str]:
+    """The reactions of a new message, without those that lack an identity or a value. The bounds hold for all.
+
+    Raises ApiError 400, 403.
+    """
     if not sent.reactions:
         return {}
     if len(sent.reactions) > limits.REACTIONS_COUNT_MAX:
         raise bad_request(TOO_MANY_REACTIONS)
-    return {
-        checked_identity(request, by): checked_reaction(value) for by, value in sent.reactions.items() if by and value
-    }
+    for by, value in sent.reactions.items():
+        checked_reaction(value)
+        if by:
+            checked_identity(request, by)
+    return {by: value for by, value in sent.reactions.items() if by and value}
 
 
 # --- handlers ---------------------------------------------------------------------------------------------------
@@ -397,7 +403,7 @@ _PAGE: Final = (
 )
 _PAGE_ERRORS: Final = (INVALID_LIMIT, _not_a_message_id("before"), _not_a_switch("include_deleted"))
 _MESSAGE_ERRORS: Final = (AUTHOR_REQUIRED, BODY_REQUIRED, ROLE_TOO_LONG, INVALID_REPLY_TO)
-_NEW_MESSAGE_ERRORS: Final = (*_MESSAGE_ERRORS, TOO_MANY_REACTIONS, INVALID_IDEMPOTENCY_KEY)
+_NEW_MESSAGE_ERRORS: Final = (*_MESSAGE_ERRORS, TOO_MANY_REACTIONS, REACTION_TOO_LONG, INVALID_IDEMPOTENCY_KEY)
 _READ_ERRORS: Final = {403: (AUTHOR_NOT_IN_THREAD,), 404: (MESSAGE_NOT_FOUND,)}
 _MESSAGE_LIST: Final = list_of("messages", ref("Message"), thread=ID)
 _REACTION_LIST: Final = list_of("reactions", texts("id", "reaction"), id=ID)
