@@ -366,11 +366,13 @@ class Messages(Threads):
             version._replace(versions=self._count_versions(version.message.id, versions_max)) for version in shown
         ], more
 
-    async def version_page(self, message_id: str, limit: int) -> list[StoredVersion]:
+    async def version_page(self, message_id: str, limit: int) -> tuple[list[StoredVersion], bool]:
         thread, place = self._locate(message_id, None)
         prefix, records = keyspace.versions(message_id), keyspace.messages(thread)
-        keys = self.engine.keys(prefix, keyspace.after(prefix), limit=limit)
-        return await self._show(thread, [self._load(records + key[len(prefix) :], thread, place.first) for key in keys])
+        newest = self.engine.scan(prefix, keyspace.after(prefix), limit=limit + 1, reverse=True)
+        stamps = [key[len(prefix) :] for key, _ in reversed(newest[:limit])]
+        shown = await self._show(thread, [self._load(records + stamp, thread, place.first) for stamp in stamps])
+        return shown, len(newest) > limit
 
     async def _show(self, thread: str, batch: Sequence[Loaded]) -> list[StoredVersion]:
         messages = await self._open(thread, batch)

@@ -329,6 +329,10 @@ class ConversationStore(Protocol):
         are message ids, exclusive. An unknown thread yields nothing."""
         ...
 
+    async def thread_deleted(self, thread_id: str) -> bool:
+        """Whether the thread is deleted; false for an unknown thread. Opens no record."""
+        ...
+
     async def may_read_thread(self, thread_id: str, author: str) -> bool:
         """Whether the author owns the thread or has written in it."""
         ...
@@ -481,6 +485,6 @@ class Store(ConversationStore, BackupRegister, Protocol):
         that direction. Raises MessageNotFoundError for a malformed id."""
         ...
 
-    async def version_page(self, message_id: str, limit: int) -> list[StoredVersion]:
-        """The oldest versions, oldest first. Raises MessageNotFoundError."""
+    async def version_page(self, message_id: str, limit: int) -> tuple[list[StoredVersion], bool]:
+        """The newest versions, oldest first; and whether there are older ones. Raises MessageNotFoundError."""
         ...

@@ -146,6 +146,9 @@ class Threads(OpenStore):
             if chunk:
                 yield chunk
 
+    async def thread_deleted(self, thread_id: str) -> bool:
+        return self.engine.get(keyspace.closed(thread_id)) is not None
+
     async def may_read_thread(self, thread_id: str, author: str) -> bool:
         return self.engine.get(keyspace.writer(thread_id, author)) is not None
 

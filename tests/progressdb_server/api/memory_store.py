@@ -187,6 +187,9 @@ class MemoryStore(ConversationStore):
             yield found[at : at + CHUNK]
 
     # --- threads ------------------------------------------------------------------------------------------------
+    async def thread_deleted(self, thread_id: str) -> bool:
+        return thread_id in self.threads and self.threads[thread_id].deleted
+
     async def may_read_thread(self, thread_id: str, author: str) -> bool:
         thread = self.threads.get(thread_id)
         if thread is not None and thread.author == author:

@@ -241,7 +241,7 @@ def steered(world: World, operation: str) -> Reply:
 
 def unknown_message(world: World, operation: str) -> Reply:
     """As `unknown`; where the path names no message, a cursor does."""
-    if "{thread}" in operation and "{message}" not in operation:
+    if operation == "GET /v1/messages" or ("{thread}" in operation and "{message}" not in operation):
         return world(world.good(operation).query("before=nothing"))
     return unknown(world, operation)
 
@@ -257,9 +257,11 @@ def unknown(world: World, operation: str) -> Reply:
         return world(Ask(method, path, {"thread_id": "nothing"}))
     if operation == "POST /admin/rotate_deks":
         return world(Ask(method, path, {"thread_ids": ["nothing"]}))
-    ask = world.good(operation)
     if operation == "GET /v1/messages":
-        return world(ask.query("before=nothing"))
+        thread = world.thread()
+        world(Ask("DELETE", f"/v1/threads/{thread}?author=alice"))
+        return world(Ask(method, f"{path}?thread={thread}", key=BACKEND))
+    ask = world.good(operation)
     nothing = "not:an:id" if operation == "POST /v1/threads/{thread}/messages" else "nothing"  # others are made
     target = path.format(thread=nothing, message="msg-1-000001", identity="alice", key="n", job=NO_JOB, name="nothing")
     return world(ask._replace(target=f"{target}?author=alice" if path.startswith("/v1/") else target))

@@ -14,8 +14,10 @@ CORS_HEADERS = {
     "vary": "Origin",
     "access-control-allow-methods": "GET,POST,PUT,DELETE,PATCH,OPTIONS",
     "access-control-max-age": "600",
-    "access-control-allow-headers": "Authorization,Content-Type,X-API-Key,X-User-ID,X-User-Signature",
-    "access-control-expose-headers": "X-Role-Name",
+    "access-control-allow-headers": (
+        "Authorization,Content-Type,X-API-Key,X-User-ID,X-User-Signature,Idempotency-Key,X-Identity,X-Request-Id"
+    ),
+    "access-control-expose-headers": "X-Role-Name,Retry-After",
 }
 NOWHERE = ("203.0.113.0/24",)
 

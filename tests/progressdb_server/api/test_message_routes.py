@@ -196,6 +196,20 @@ def test_within_a_thread_the_author_must_take_part_signed_or_not() -> None:
     assert len(api("GET", path, headers={"X-User-ID": "bob"}).json["messages"]) == 1
 
 
+@pytest.mark.parametrize("more", ["", "&include_deleted=true"])
+def test_only_an_admin_lists_the_messages_of_a_deleted_thread(more: str) -> None:
+    api = Api()
+    thread = api.message("alice", body="private")["thread"]
+    api("DELETE", f"/v1/threads/{thread}?author=alice")
+    target = f"/v1/messages?thread={thread}{more}"
+    for caller in ({}, {"key": FRONTEND, "headers": signed("alice")}):
+        reply = api("GET", target, **caller)
+        assert (reply.status, reply.error) == (404, "thread not found")
+    other = api("GET", target, key=FRONTEND, headers=signed("mallory"))
+    assert other.status == 403  # as for an unknown thread
+    assert "private" in [message["body"] for message in api("GET", target, key=ADMIN).json["messages"]]
+
+
 def test_within_an_unknown_or_a_deleted_thread_there_is_no_list() -> None:
     api = Api()
     message = api.message("alice")

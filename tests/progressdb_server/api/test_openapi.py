@@ -154,6 +154,8 @@ def _of_deleted_thread(case: Case) -> Reply:
     case.api("DELETE", f"/v1/threads/{thread}?author=alice")
     if "{thread}" in case.template:
         return case(target=case.template.format(thread=thread))
+    if case.method == "GET":
+        return case(target=f"{case.template}?thread={thread}", key=BACKEND)
     return case.with_body(thread=thread)
 
 
@@ -272,11 +274,17 @@ PROVOKED: dict[str, Callable[[Case], Reply]] = {
     "author not found in any message in this thread": _other_user,
     "author does not match": lambda case: case(headers=signed("mallory"), key=ADMIN),
     "message not found": _unknown,
-    "thread not found": lambda case: case(
-        target=case.template.format(thread="not:an:id" if case.method == "POST" else "nothing")
+    "thread not found": lambda case: (
+        _of_deleted_thread(case)
+        if case.template == "/v1/messages"
+        else case(target=case.template.format(thread="not:an:id" if case.method == "POST" else "nothing"))
     ),
     "missing id or reaction": lambda case: case.with_body(reaction=""),
-    "reaction too long": lambda case: case.with_body(reaction="r" * 257),
+    "reaction too long": lambda case: (
+        case.with_body(reaction="r" * 257)
+        if "reactions" in case.template
+        else case.with_body(reactions={"alice": "r" * 257})
+    ),
     "title is required": lambda case: case(body={}),
     "title too long": lambda case: (
         case(query="title=" + "t" * 4097) if case.method == "GET" else case.with_body(title="t" * 4097)

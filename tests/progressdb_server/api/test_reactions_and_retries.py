@@ -52,6 +52,27 @@ def test_reactions_of_an_unknown_message_are_a_404(method: str, tail: str, body:
     assert (reply.status, reply.error) == (404, "message not found")
 
 
+@pytest.mark.parametrize(
+    ("reactions", "error"),
+    [
+        ({"": "x" * 257}, "reaction too long"),
+        ({"bob": "x" * 257}, "reaction too long"),
+        ({"b" * 129: ""}, "author too long"),
+        ({"b" * 129: "+1"}, "author too long"),
+    ],
+)
+def test_a_new_message_with_a_reaction_that_is_too_long_is_refused(reactions: dict[str, str], error: str) -> None:
+    api = Api()
+    reply = api("POST", "/v1/messages", {"author": "alice", "body": 1, "reactions": reactions})
+    assert (reply.status, reply.error) == (400, error)
+    assert api.store.empty
+
+
+def test_a_new_message_drops_reactions_without_an_identity_or_a_value() -> None:
+    sent = {"author": "alice", "body": 1, "reactions": {"": "+1", "bob": "", "carol": "+1"}}
+    assert Api()("POST", "/v1/messages", sent).json["reactions"] == {"carol": "+1"}
+
+
 def test_a_signed_user_reacts_only_as_itself() -> None:
     api = Api()
     message = api.message("alice")

@@ -101,7 +101,7 @@ def test_the_deletion_of_a_thread_is_a_message_in_it() -> None:
     api = Api()
     thread = api.thread("alice")
     api("DELETE", f"/v1/threads/{thread}?author=alice")
-    (event,) = api("GET", f"/v1/messages?thread={thread}&include_deleted=true").json["messages"]
+    (event,) = api("GET", f"/v1/messages?thread={thread}&include_deleted=true", key=ADMIN).json["messages"]
     assert event["body"] == {"_event": "thread_deleted", "by": "alice"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from progressdb_server.api.viewer.browsing import PAGE_MESSAGES, PAGE_THREADS, Browser
+from progressdb_server.api.viewer.browsing import PAGE_MESSAGES, PAGE_THREADS, VERSIONS_MAX, Browser
 from progressdb_server.store.model import NewMessage
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, opened
@@ -92,11 +92,31 @@ def test_each_version_names_the_key_that_it_is_under() -> None:
             browser = Browser(store, provider)
             message = await store.create_message(NewMessage(author="ann", thread="t", body=1))
             await store.update_message(message.id, author="ann", body=2, role=None, reply_to=None)
-            versions = await browser.message(message.id)
+            versions, older = await browser.message(message.id)
+            assert not older
             assert [version.body for version, _ in versions] == [1, 2]
             (key,) = (await provider.list_keys(thread_id="t")).keys
             for version, protection in versions:
                 assert protection.key_id == key.key_id
                 assert protection.dek_since_ns >= version.ts
+
+    asyncio.run(body())
+
+
+def test_a_message_with_many_versions_shows_the_newest_of_them() -> None:
+    async def body() -> None:
+        provider = SealingProvider()
+        async with opened(MemoryEngine(), provider, TickingClock()) as store:
+            browser = Browser(store, provider)
+            message = await store.create_message(NewMessage(author="ann", thread="t", body=0))
+            for number in range(1, VERSIONS_MAX):
+                await store.update_message(message.id, author="ann", body=number, role=None, reply_to=None)
+            versions, older = await browser.message(message.id)
+            assert (len(versions), older) == (VERSIONS_MAX, False)
+            for number in range(VERSIONS_MAX, VERSIONS_MAX + 50):
+                await store.update_message(message.id, author="ann", body=number, role=None, reply_to=None)
+            versions, older = await browser.message(message.id)
+            assert [version.body for version, _ in versions] == list(range(50, VERSIONS_MAX + 50))
+            assert older
 
     asyncio.run(body())

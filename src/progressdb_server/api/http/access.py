@@ -270,8 +270,11 @@ _CORS_HEADERS: Final[tuple[Header, ...]] = (
     (b"vary", b"Origin"),
     (b"access-control-allow-methods", b"GET,POST,PUT,DELETE,PATCH,OPTIONS"),
     (b"access-control-max-age", b"600"),
-    (b"access-control-allow-headers", b"Authorization,Content-Type,X-API-Key,X-User-ID,X-User-Signature"),
-    (b"access-control-expose-headers", b"X-Role-Name"),
+    (
+        b"access-control-allow-headers",
+        b"Authorization,Content-Type,X-API-Key,X-User-ID,X-User-Signature,Idempotency-Key,X-Identity,X-Request-Id",
+    ),
+    (b"access-control-expose-headers", b"X-Role-Name,Retry-After"),
 )
 
 

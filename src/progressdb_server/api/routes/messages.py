@@ -211,13 +211,19 @@ def checked_reaction(reaction: str) -> str:
 
 
 def _reactions(request: Request, sent: MessageBody) -> dict[str, str]:
+    """The reactions of a new message, without those that lack an identity or a value. The bounds hold for all.
+
+    Raises ApiError 400, 403.
+    """
     if not sent.reactions:
         return {}
     if len(sent.reactions) > limits.REACTIONS_COUNT_MAX:
         raise bad_request(TOO_MANY_REACTIONS)
-    return {
-        checked_identity(request, by): checked_reaction(value) for by, value in sent.reactions.items() if by and value
-    }
+    for by, value in sent.reactions.items():
+        checked_reaction(value)
+        if by:
+            checked_identity(request, by)
+    return {by: value for by, value in sent.reactions.items() if by and value}
 
 
 # --- handlers ---------------------------------------------------------------------------------------------------
@@ -256,7 +262,7 @@ class MessageHandlers:
         return json_response(message)
 
     async def list_by_query(self, request: Request) -> JsonList:
-        """The thread is the parameter `thread`. A signed user must take part in it."""
+        """The thread is the parameter `thread`. A signed user must take part in it. Only admins read a deleted thread."""
         request.author()
         thread_id = request.query_params.get("thread", "")
         if not thread_id:
@@ -265,6 +271,8 @@ class MessageHandlers:
             raise bad_request(INVALID_THREAD_ID)
         page = read_page(request.query_params)
         await check_reader(self._store, request, thread_id)
+        if request.principal.role is not Role.ADMIN and await self._store.thread_deleted(thread_id):
+            raise not_found(THREAD_NOT_FOUND)
         return list_of_messages(self._store, thread_id, page)
 
     async def list_in_thread(self, request: Request) -> JsonList:
@@ -395,7 +403,7 @@ _PAGE: Final = (
 )
 _PAGE_ERRORS: Final = (INVALID_LIMIT, _not_a_message_id("before"), _not_a_switch("include_deleted"))
 _MESSAGE_ERRORS: Final = (AUTHOR_REQUIRED, BODY_REQUIRED, ROLE_TOO_LONG, INVALID_REPLY_TO)
-_NEW_MESSAGE_ERRORS: Final = (*_MESSAGE_ERRORS, TOO_MANY_REACTIONS, INVALID_IDEMPOTENCY_KEY)
+_NEW_MESSAGE_ERRORS: Final = (*_MESSAGE_ERRORS, TOO_MANY_REACTIONS, REACTION_TOO_LONG, INVALID_IDEMPOTENCY_KEY)
 _READ_ERRORS: Final = {403: (AUTHOR_NOT_IN_THREAD,), 404: (MESSAGE_NOT_FOUND,)}
 _MESSAGE_LIST: Final = list_of("messages", ref("Message"), thread=ID)
 _REACTION_LIST: Final = list_of("reactions", texts("id", "reaction"), id=ID)
@@ -411,10 +419,15 @@ def operations(store: ConversationStore) -> tuple[Operation, ...]:
             "/v1/messages",
             messages.list_by_query,
             tag="messages",
-            summary="The messages of a thread in order of creation, the latest version of each",
+            summary="The messages of a thread in order of creation, the latest version of each; those of a deleted "
+            "thread for admins only",
             response=_MESSAGE_LIST,
             parameters=(Parameter("thread", ID, "The thread.", required=True), *CALLER, *_PAGE),
-            errors={400: (THREAD_PARAMETER_MISSING, INVALID_THREAD_ID, *_PAGE_ERRORS), **_READ_ERRORS},
+            errors={
+                400: (THREAD_PARAMETER_MISSING, INVALID_THREAD_ID, *_PAGE_ERRORS),
+                403: (AUTHOR_NOT_IN_THREAD,),
+                404: (THREAD_NOT_FOUND, MESSAGE_NOT_FOUND),
+            },
         ),
         Operation(
             "POST",

@@ -53,6 +53,13 @@ class MessagePage(NamedTuple):
     newer: bool
 
 
+class VersionPage(NamedTuple):
+    versions: list[tuple[Message, Protection]]
+    """At most VERSIONS_MAX, oldest first."""
+    older: bool
+    """Whether the message has older versions, which are not shown."""
+
+
 class _Keys(NamedTuple):
     deks: dict[str, api.KeyAnswer]
     keks: dict[int, int]
@@ -83,11 +90,11 @@ class Browser:
         shown = [Shown(version.message, version.versions, _protection(version, keys)) for version in found]
         return MessagePage(shown, older=bool(after) or more, newer=bool(before) or (bool(after) and more))
 
-    async def message(self, message: str) -> list[tuple[Message, Protection]]:
-        """The versions of a message, oldest first. Raises MessageNotFoundError."""
-        found = await self._store.version_page(message, VERSIONS_MAX)
+    async def message(self, message: str) -> VersionPage:
+        """The newest versions of a message. Raises MessageNotFoundError."""
+        found, more = await self._store.version_page(message, VERSIONS_MAX)
         keys = await self._keys(found[0].message.thread)
-        return [(version.message, _protection(version, keys)) for version in found]
+        return VersionPage([(version.message, _protection(version, keys)) for version in found], more)
 
     # --- keys -----------------------------------------------------------------------------------------------------
     async def _keys(self, thread: str) -> _Keys:

@@ -178,8 +178,8 @@ class Viewer:
         return _page("thread", session, thread=thread, shown=shown)
 
     async def _message(self, request: Request, session: Session) -> Response:
-        versions = await self._browser.message(request.id_from_path("message", MESSAGE_NOT_FOUND))
-        return _page("message", session, versions=versions, latest=versions[-1][0])
+        found = await self._browser.message(request.id_from_path("message", MESSAGE_NOT_FOUND))
+        return _page("message", session, found=found, latest=found.versions[-1][0])
 
     async def _jobs_page(self, request: Request, session: Session) -> Response:
         """With `part=rows` only the table, for the page's script."""
