@@ -12,7 +12,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal, Self
 
@@ -41,12 +41,13 @@ class LiveDaemon:
         socket: Path | None = None,
         pass_fds: tuple[int, ...] = (),
         limits: Mapping[int, tuple[int, int]] | None = None,
+        server_uids: Collection[int] | None = None,
     ) -> None:
         """Start it in `base`, which is opened to all users.
 
         `program`: what runs the interpreter, such as `unshare --user`. `launcher`: what the interpreter runs first,
         which is to replace itself by the interpreter with its arguments. `limits`: soft and hard, by the number of
-        the resource (setrlimit(2)).
+        the resource (setrlimit(2)). `server_uids`: of the clients made here, as in `minikms.Client`.
         """
         base.chmod(0o755)
         self.data_dir = base / "data"
@@ -58,6 +59,7 @@ class LiveDaemon:
         self._command += ["--socket", str(self.socket), "--data-dir", str(self.data_dir), *flags]
         self._pass_fds = pass_fds
         self._limits = dict(limits or {})
+        self._server_uids = server_uids
         if root_kind == "dev":
             self._command += ["--dev"]
         else:
@@ -91,7 +93,7 @@ class LiveDaemon:
         deadline = time.monotonic() + START_SECONDS_MAX
         while True:
             try:
-                with minikms.Client(self.socket, wait_s=0.1) as client:
+                with minikms.Client(self.socket, server_uids=self._server_uids, wait_s=0.1) as client:
                     client.health()
                 return
             except KmsError:
@@ -101,7 +103,7 @@ class LiveDaemon:
                 time.sleep(0.02)
 
     def client(self) -> minikms.Client:
-        return minikms.Client(self.socket)
+        return minikms.Client(self.socket, server_uids=self._server_uids)
 
     def kill(self) -> None:
         self.process.kill()

@@ -2,7 +2,8 @@
 
 Owns the rules, in this order:
 1. A socket that the service manager passes (sd_listen_fds(3)) is used as it is. The manager is responsible for its
-   path, and this module never removes it.
+   path, and this module never removes it. Nothing calls listen(2) on it again: that would replace the credentials that
+   clients see (SO_PEERCRED), which are those of the manager, usually root.
 2. The socket's directory belongs to this user or root, and nobody else can write in it. A sticky directory such as /tmp
    is refused, because everyone can write in it. The path may lead through a symbolic link of root's or this user's,
    such as /var/run; the socket itself may not be a symbolic link.

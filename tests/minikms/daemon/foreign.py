@@ -18,15 +18,18 @@ UID = 45_678
 """Belongs to nobody on the machine; neither root's nor the overflow uid."""
 
 
-def run_as(uid: int, action: Callable[[], Any]) -> Any:
-    """What `action` answers (as JSON values) in a child with only that uid and gid; AssertionError when it raises."""
+def run_as(uid: int, action: Callable[[], Any], *, groups: tuple[int, ...] = ()) -> Any:
+    """The result of `action` (JSON values) in a child with that uid, the gid of the same number, and `groups`.
+
+    Raises AssertionError when `action` raises.
+    """
     needs.root()
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
         try:
-            os.setgroups([])
+            os.setgroups(groups)
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
             answer = {"answer": action()}
