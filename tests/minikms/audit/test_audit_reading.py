@@ -167,6 +167,8 @@ def test_a_follower_waits_for_the_rest_of_a_line(tmp_path: Path, monkeypatch: py
 class Collector:
     """A forwarder that collects lines, and can fail before or after it has stored them."""
 
+    write_paths: tuple[str, ...] = ()
+
     def __init__(self) -> None:
         self.arrived: list[bytes] = []
         self.failures: list[str] = []

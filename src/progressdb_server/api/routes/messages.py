@@ -262,7 +262,10 @@ class MessageHandlers:
         return json_response(message)
 
     async def list_by_query(self, request: Request) -> JsonList:
-        """The thread is the parameter `thread`. A signed user must take part in it. Only admins read a deleted thread."""
+        """List the messages of the thread in the parameter `thread`. A signed user must take part in the thread.
+
+        Only admins read a deleted thread.
+        """
         request.author()
         thread_id = request.query_params.get("thread", "")
         if not thread_id:
