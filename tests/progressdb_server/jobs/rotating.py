@@ -17,7 +17,7 @@ from progressdb_server.jobs.states import Job
 from progressdb_server.kms.provider import Provider
 from progressdb_server.store import keyspace
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.engine import Engine
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
 from progressdb_server.store.model import Message, NewMessage, Registered
 from progressdb_server.store.writer import Write
 from tests.progressdb_server.store.memory_engine import MemoryEngine
@@ -89,9 +89,14 @@ def mapped(store: Conversations, thread: str = "t") -> str:
 
 
 def backups_of(store: Conversations, job: Job) -> dict[str, bytes]:
+    """The records that the job kept, by their storage keys. A scan returns a bounded number of entries."""
     prefix = keyspace.migrated(job.id)
-    entries = store.engine.scan(prefix, keyspace.after(prefix), limit=1000)
-    return {key[len(prefix) :].decode(): raw for key, raw in entries}
+    kept: dict[str, bytes] = {}
+    lower = prefix
+    while entries := store.engine.scan(lower, keyspace.after(prefix), limit=SCAN_ENTRIES_MAX):
+        kept |= {key[len(prefix) :].decode(): raw for key, raw in entries}
+        lower = entries[-1][0] + b"\0"
+    return kept
 
 
 async def register(store: Conversations, path: str, created_ns: int) -> bytes:
