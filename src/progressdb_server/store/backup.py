@@ -69,9 +69,7 @@ class Backups(OpenStore):
             await self.writer.commit(Write(((keyspace.backup(known.created_ns), msgspec.json.encode(known)),)))
             stop = threading.Event()
             making = asyncio.ensure_future(
-                asyncio.to_thread(
-                    create, self.engine, path, created_ns=known.created_ns, previous=previous, stop=stop
-                )
+                asyncio.to_thread(create, self.engine, path, created_ns=known.created_ns, previous=previous, stop=stop)
             )
             try:
                 return await asyncio.shield(making)
@@ -137,9 +135,7 @@ def create(
     except OSError as error:
         raise BackupError(f"the backup {path} failed: {error.strerror} ({error.filename})") from error
     try:
-        return _made(
-            engine, path, known, created_ns=created_ns, previous=previous, stop=stop or threading.Event()
-        )
+        return _made(engine, path, known, created_ns=created_ns, previous=previous, stop=stop or threading.Event())
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise

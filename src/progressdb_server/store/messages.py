@@ -359,9 +359,7 @@ class Messages(Threads):
             entries.reverse()
         records = keyspace.messages(thread_id)
         places = [_place(key, value) for key, value in entries]
-        shown = await self._show(
-            thread_id, [self._load(records + place.latest, thread_id, place.first) for place in places]
-        )
+        shown = await self._show(thread_id, [(records + place.latest, place.first) for place in places])
         return [
             version._replace(versions=self._count_versions(version.message.id, versions_max)) for version in shown
         ], more
@@ -370,14 +368,25 @@ class Messages(Threads):
         thread, place = self._locate(message_id, None)
         prefix, records = keyspace.versions(message_id), keyspace.messages(thread)
         keys = self.engine.keys(prefix, keyspace.after(prefix), limit=limit)
-        return await self._show(thread, [self._load(records + key[len(prefix) :], thread, place.first) for key in keys])
+        return await self._show(thread, [(records + key[len(prefix) :], place.first) for key in keys])
 
-    async def _show(self, thread: str, batch: Sequence[Loaded]) -> list[StoredVersion]:
-        messages = await self._open(thread, batch)
-        return [
-            StoredVersion(message, loaded.header.key_id, len(batch))
-            for message, loaded in zip(messages, batch, strict=True)
-        ]
+    async def _show(self, thread: str, keys: Sequence[tuple[bytes, bytes]]) -> list[StoredVersion]:
+        """The versions at these storage keys, each with the stamp of its message's first version. They are opened in
+        batches of LIST_BYTES_MAX, as lists are."""
+        shown: list[StoredVersion] = []
+        batch: list[Loaded] = []
+        size = 0
+        for number, (key, first) in enumerate(keys, start=1):
+            batch.append(self._load(key, thread, first))
+            size += len(batch[-1].sealed.ciphertext)
+            if size > LIST_BYTES_MAX or number == len(keys):
+                messages = await self._open(thread, batch)
+                shown += [
+                    StoredVersion(message, loaded.header.key_id, len(keys))
+                    for message, loaded in zip(messages, batch, strict=True)
+                ]
+                batch, size = [], 0
+        return shown
 
     def _count_versions(self, message: str, versions_max: int) -> int:
         prefix = keyspace.versions(message)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
+from minikms.client import DecryptItem, KmsRefusedError
 from progressdb_server.api.viewer.browsing import PAGE_MESSAGES, PAGE_THREADS, Browser
+from progressdb_server.store.messages import LIST_BYTES_MAX
 from progressdb_server.store.model import NewMessage
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, opened
@@ -98,5 +101,34 @@ def test_each_version_names_the_key_that_it_is_under() -> None:
             for version, protection in versions:
                 assert protection.key_id == key.key_id
                 assert protection.dek_since_ns >= version.ts
+
+    asyncio.run(body())
+
+
+def test_a_page_of_large_messages_is_opened_in_batches_of_a_bounded_size() -> None:
+    """One batch of 50 MB would keep every other request waiting while it is decoded."""
+
+    class Measured(SealingProvider):
+        async def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]:
+            batches.append([len(item.ciphertext) for item in items])
+            return await super().decrypt_batch(items)
+
+    batches: list[list[int]] = []
+
+    async def body() -> None:
+        provider = Measured()
+        async with opened(MemoryEngine(), provider, TickingClock()) as store:
+            browser = Browser(store, provider)
+            message = await store.create_message(NewMessage(author="ann", thread="t", body="x" * 900_000))
+            for _ in range(8):
+                await store.create_message(NewMessage(author="ann", thread="t", body="x" * 900_000))
+                await store.update_message(message.id, author="ann", body="y" * 900_000, role=None, reply_to=None)
+            batches.clear()
+            page = await browser.messages("t")
+            versions = await browser.message(message.id)
+            assert [shown.versions for shown in page.messages] == [9] + [1] * 8
+            assert len(versions) == 9
+            assert sum(map(len, batches)) == 18
+            assert all(sum(sizes[:-1]) <= LIST_BYTES_MAX for sizes in batches)
 
     asyncio.run(body())
