@@ -6,8 +6,9 @@ Invariants:
   together with one of the key service that was made after it: the store first, the key service second.
 - A backup is registered before its checkpoint is taken, so that whoever destroys keys knows of it; a backup is complete
   when its manifest exists, which is written last.
-- A backup that fails leaves nothing behind and is then removed from the register. Otherwise an entry is removed only
-  when an operator says so: a directory that is not found may be on a disk that is not mounted, or may have been moved.
+- A backup that fails or is cancelled leaves nothing behind and is then removed from the register. Otherwise an entry is
+  removed only when an operator says so: a directory that is not found may be on a disk that is not mounted, or may have
+  been moved. A cancelled call returns when nothing uses the engine any more.
 - Files of an earlier backup with the same content are linked, not copied: RocksDB's tables never change.
 - Restoring verifies every file first and never writes into a directory that holds something.
 """
@@ -18,6 +19,7 @@ import asyncio
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
@@ -65,11 +67,15 @@ class Backups(OpenStore):
         try:
             known = Registered(path, self.clock.now_ns())
             await self.writer.commit(Write(((keyspace.backup(known.created_ns), msgspec.json.encode(known)),)))
+            stop = threading.Event()
+            making = asyncio.ensure_future(
+                asyncio.to_thread(create, self.engine, path, created_ns=known.created_ns, previous=previous, stop=stop)
+            )
             try:
-                return await asyncio.to_thread(
-                    create, self.engine, path, created_ns=known.created_ns, previous=previous
-                )
-            except (BackupError, StoreUnavailableError):
+                return await asyncio.shield(making)
+            except (BackupError, StoreUnavailableError, asyncio.CancelledError):
+                stop.set()
+                await asyncio.gather(making, return_exceptions=True)
                 if known.gone:
                     await self._forget([known])
                 raise
@@ -109,11 +115,13 @@ async def register_offline(path: str) -> AsyncIterator[BackupRegister]:
         raise BackupError(str(error)) from error
 
 
-def create(engine: Engine, path: str, *, created_ns: int, previous: str | None = None) -> Manifest:
+def create(
+    engine: Engine, path: str, *, created_ns: int, previous: str | None = None, stop: threading.Event | None = None
+) -> Manifest:
     """Make the backup directory `path`, which must not exist; `previous` is an earlier one to share files with.
 
-    Blocks for as long as the copying takes: call it in a worker thread. When it fails, the directory is removed again.
-    Raises BackupError, StoreUnavailableError.
+    Blocks for as long as the copying takes: call it in a worker thread. When it fails, or `stop` is set before the next
+    file, the directory is removed again. Raises BackupError, StoreUnavailableError.
     """
     known: dict[str, File] = {}
     try:
@@ -127,21 +135,30 @@ def create(engine: Engine, path: str, *, created_ns: int, previous: str | None =
     except OSError as error:
         raise BackupError(f"the backup {path} failed: {error.strerror} ({error.filename})") from error
     try:
-        return _made(engine, path, known, created_ns=created_ns, previous=previous)
+        return _made(engine, path, known, created_ns=created_ns, previous=previous, stop=stop or threading.Event())
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise
 
 
-def _made(engine: Engine, path: str, known: dict[str, File], *, created_ns: int, previous: str | None) -> Manifest:
+def _made(
+    engine: Engine,
+    path: str,
+    known: dict[str, File],
+    *,
+    created_ns: int,
+    previous: str | None,
+    stop: threading.Event,
+) -> Manifest:
     staging = os.path.join(path, "checkpoint")
     try:
         engine.checkpoint(staging)
         os.mkdir(os.path.join(path, STORE), mode=0o700)
-        files = [
-            _take(os.path.join(staging, name), os.path.join(path, STORE, name), known.get(name), previous)
-            for name in sorted(os.listdir(staging))
-        ]
+        files: list[File] = []
+        for name in sorted(os.listdir(staging)):
+            if stop.is_set():
+                raise BackupError(f"the backup {path} was cancelled")
+            files.append(_take(os.path.join(staging, name), os.path.join(path, STORE, name), known.get(name), previous))
         shutil.rmtree(staging)
         manifest = Manifest(FORMAT, created_ns, files)
         _sync_directory(os.path.join(path, STORE))

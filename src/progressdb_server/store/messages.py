@@ -359,9 +359,7 @@ class Messages(Threads):
             entries.reverse()
         records = keyspace.messages(thread_id)
         places = [_place(key, value) for key, value in entries]
-        shown = await self._show(
-            thread_id, [self._load(records + place.latest, thread_id, place.first) for place in places]
-        )
+        shown = await self._show(thread_id, [(records + place.latest, place.first) for place in places])
         return [
             version._replace(versions=self._count_versions(version.message.id, versions_max)) for version in shown
         ], more
@@ -370,16 +368,26 @@ class Messages(Threads):
         thread, place = self._locate(message_id, None)
         prefix, records = keyspace.versions(message_id), keyspace.messages(thread)
         newest = self.engine.scan(prefix, keyspace.after(prefix), limit=limit + 1, reverse=True)
-        stamps = [key[len(prefix) :] for key, _ in reversed(newest[:limit])]
-        shown = await self._show(thread, [self._load(records + stamp, thread, place.first) for stamp in stamps])
-        return shown, len(newest) > limit
+        keys = [(records + key[len(prefix) :], place.first) for key, _ in reversed(newest[:limit])]
+        return await self._show(thread, keys), len(newest) > limit
 
-    async def _show(self, thread: str, batch: Sequence[Loaded]) -> list[StoredVersion]:
-        messages = await self._open(thread, batch)
-        return [
-            StoredVersion(message, loaded.header.key_id, len(batch))
-            for message, loaded in zip(messages, batch, strict=True)
-        ]
+    async def _show(self, thread: str, keys: Sequence[tuple[bytes, bytes]]) -> list[StoredVersion]:
+        """The versions at these storage keys, each with the stamp of its message's first version. They are opened in
+        batches of LIST_BYTES_MAX, as lists are."""
+        shown: list[StoredVersion] = []
+        batch: list[Loaded] = []
+        size = 0
+        for number, (key, first) in enumerate(keys, start=1):
+            batch.append(self._load(key, thread, first))
+            size += len(batch[-1].sealed.ciphertext)
+            if size > LIST_BYTES_MAX or number == len(keys):
+                messages = await self._open(thread, batch)
+                shown += [
+                    StoredVersion(message, loaded.header.key_id, len(keys))
+                    for message, loaded in zip(messages, batch, strict=True)
+                ]
+                batch, size = [], 0
+        return shown
 
     def _count_versions(self, message: str, versions_max: int) -> int:
         prefix = keyspace.versions(message)

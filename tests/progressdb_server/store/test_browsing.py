@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
+from minikms.client import DecryptItem, KmsRefusedError
 from progressdb_server.api.viewer.browsing import PAGE_MESSAGES, PAGE_THREADS, VERSIONS_MAX, Browser
+from progressdb_server.store.messages import LIST_BYTES_MAX
 from progressdb_server.store.model import NewMessage
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, opened
@@ -118,5 +121,34 @@ def test_a_message_with_many_versions_shows_the_newest_of_them() -> None:
             versions, older = await browser.message(message.id)
             assert [version.body for version, _ in versions] == list(range(50, VERSIONS_MAX + 50))
             assert older
+
+    asyncio.run(body())
+
+
+def test_a_page_of_large_messages_is_opened_in_batches_of_a_bounded_size() -> None:
+    """One batch of 50 MB would keep every other request waiting while it is decoded."""
+
+    class Measured(SealingProvider):
+        async def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]:
+            batches.append([len(item.ciphertext) for item in items])
+            return await super().decrypt_batch(items)
+
+    batches: list[list[int]] = []
+
+    async def body() -> None:
+        provider = Measured()
+        async with opened(MemoryEngine(), provider, TickingClock()) as store:
+            browser = Browser(store, provider)
+            message = await store.create_message(NewMessage(author="ann", thread="t", body="x" * 900_000))
+            for _ in range(8):
+                await store.create_message(NewMessage(author="ann", thread="t", body="x" * 900_000))
+                await store.update_message(message.id, author="ann", body="y" * 900_000, role=None, reply_to=None)
+            batches.clear()
+            page = await browser.messages("t")
+            versions, _ = await browser.message(message.id)
+            assert [shown.versions for shown in page.messages] == [9] + [1] * 8
+            assert len(versions) == 9
+            assert sum(map(len, batches)) == 18
+            assert all(sum(sizes[:-1]) <= LIST_BYTES_MAX for sizes in batches)
 
     asyncio.run(body())

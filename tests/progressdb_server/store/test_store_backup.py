@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,40 @@ def test_a_backup_that_fails_leaves_neither_files_nor_an_entry(tmp_path: Path, m
             assert await registered(store) == []
             await back_up(store, tmp_path / "one")
             assert await registered(store) == ["one"]
+
+    asyncio.run(run())
+
+
+def test_a_cancelled_backup_ends_at_once_and_leaves_neither_files_nor_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ctrl-C cancels `progressdb backup create`. The engine is closed after it, so nothing may use it any more."""
+    copying, released = threading.Event(), threading.Event()
+    copied: list[str] = []
+    copy = backup._copy
+
+    def slowly(source: str, target: str) -> None:
+        copying.set()
+        assert released.wait(10)
+        copied.append(target)
+        copy(source, target)
+
+    async def run() -> None:
+        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+            await write(store, 20)
+            monkeypatch.setattr(backup, "_copy", slowly)
+            making = asyncio.create_task(back_up(store, tmp_path / "one"))
+            await asyncio.to_thread(copying.wait, 10)
+            making.cancel()
+            await asyncio.sleep(0.05)
+            assert not making.done()  # one file is still being copied
+            released.set()
+            with pytest.raises(asyncio.CancelledError):
+                await making
+            assert len(copied) == 1
+            assert not (tmp_path / "one").exists()
+            assert await registered(store) == []
+            await back_up(store, tmp_path / "one")
 
     asyncio.run(run())
 
