@@ -262,7 +262,7 @@ class MessageHandlers:
         return json_response(message)
 
     async def list_by_query(self, request: Request) -> JsonList:
-        """The thread is the parameter `thread`. A signed user must take part in it. Only admins read a deleted thread."""
+        """The thread is the parameter `thread`. A signed user must take part in it; only admins read a deleted one."""
         request.author()
         thread_id = request.query_params.get("thread", "")
         if not thread_id:
