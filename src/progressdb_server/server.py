@@ -2,7 +2,8 @@
 
 Owns: the order in which the parts start and stop, and the signals that stop them. Invariants: no request is taken
 before a key service answers and the store is open; what was started is stopped in the reverse order, whatever fails
-meanwhile, and requests in flight are finished first. It must never hold a key: it passes a path or a descriptor.
+meanwhile, and requests in flight are finished first. It must never hold a key: it passes on a path, or a descriptor
+that the supervisor closes.
 """
 
 from __future__ import annotations
@@ -48,7 +49,19 @@ Opened = TypeVar("Opened")
 
 
 class ServeError(Exception):
-    """The server can't start; the text says why and what to do."""
+    """The server can't start or can't go on; the text says why and what to do."""
+
+
+class _Stop:
+    """That the server has to stop: `asked` is set by a signal or a failure, whose reason is in `failure`."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.failure = ""
+
+    def fail(self, reason: str) -> None:
+        self.failure = reason
+        self.asked.set()
 
 
 def check_key_source(config: Config, *, has_master_key: bool) -> None:
@@ -92,7 +105,7 @@ def run(config: Config, master_key_fd: int | None, *, accept_restore: bool = Fal
     """Serve until SIGTERM or SIGINT. `accept_restore`: also with an older state of the key service. `encrypting` is
     false only for a benchmark, and refused otherwise (unencrypted.py).
 
-    Raises ConfigError, ServeError when it can't start.
+    Raises ConfigError, ServeError when it can't start or has lost its key service for good.
     """
     logs.configure(config.logging.format, config.logging.level)
     check_tls(config.server.tls)
@@ -108,19 +121,27 @@ def run(config: Config, master_key_fd: int | None, *, accept_restore: bool = Fal
 
 
 async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool, encrypting: bool) -> None:
-    stop = asyncio.Event()
+    stop = _Stop()
     loop = asyncio.get_running_loop()
     for number in _STOPPING:
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop.asked.set)
+    await _serve_until(stop, config, master_key_fd, accept_restore, encrypting)
+    if stop.failure:
+        raise ServeError(stop.failure)
+
+
+async def _serve_until(
+    stop: _Stop, config: Config, master_key_fd: int | None, accept_restore: bool, encrypting: bool
+) -> None:
     async with AsyncExitStack() as started:
         listener = bind(config.server.address, config.server.port)
         started.callback(listener.close)
-        opening = _open_store(config, master_key_fd, accept_restore, encrypting, started)
-        opened = await _unless_stopped(stop, opening)
+        opening = _open_store(config, master_key_fd, accept_restore, encrypting, started, on_lost=stop.fail)
+        opened = await _unless_stopped(stop.asked, opening)
         if opened is None:
             return
         store, provider = opened
-        jobs = Jobs(store, provider, config.rotation, stop=stop)
+        jobs = Jobs(store, provider, config.rotation, stop=stop.asked)
         started.push_async_callback(jobs.close)
         await jobs.start()
         registry = CollectorRegistry()
@@ -139,7 +160,7 @@ async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool
             application,
             listener,
             tls=config.server.tls,
-            stop=stop,
+            stop=stop.asked,
             on_listening=lambda: _announce(config, str(host), int(port)),
         )
         _log.info("stopping")
@@ -158,7 +179,13 @@ async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, Opened]
 
 
 async def _open_store(
-    config: Config, master_key_fd: int | None, accept_restore: bool, encrypting: bool, started: AsyncExitStack
+    config: Config,
+    master_key_fd: int | None,
+    accept_restore: bool,
+    encrypting: bool,
+    started: AsyncExitStack,
+    *,
+    on_lost: Callable[[str], None],
 ) -> tuple[Conversations, Provider]:
     """The key service, then the store; each is closed by `started`. Raises ServeError."""
     try:
@@ -173,7 +200,7 @@ async def _open_store(
     try:
         # A restore is accepted for the whole run: it may have put back another audit log.
         audit_head = str if accept_restore else partial(epoch.audit_head, engine)
-        provider = await _open_provider(config, master_key_fd, encrypting, audit_head, started)
+        provider = await _open_provider(config, master_key_fd, encrypting, audit_head, started, on_lost=on_lost)
         store = Conversations(engine, provider)
         opened = True
     except (SupervisorError, FormatError, RestoredError) as error:
@@ -195,6 +222,8 @@ async def _open_provider(
     encrypting: bool,
     audit_head: Callable[[], str],
     started: AsyncExitStack,
+    *,
+    on_lost: Callable[[str], None],
 ) -> Provider:
     """Raises SupervisorError and ServeError."""
     provider: Provider
@@ -217,6 +246,7 @@ async def _open_provider(
             spawn=config.kms.spawn,
             server_uids=server_uids,
             audit_head=audit_head,
+            on_lost=on_lost,
         )
         await supervisor.start()
         started.push_async_callback(supervisor.stop)

@@ -214,17 +214,20 @@ async def _register(config: Config) -> AsyncIterator[BackupRegister]:
 
 
 def _minikms(words: list[str], config: Config, master_key_fd: int | None) -> int:
-    """Run `minikms backup …`, which prints its own output. A root key of our environment is passed as a descriptor."""
+    """Run `minikms backup …`, which prints its own output. A root key of our environment is passed as a descriptor, and
+    closed here."""
     command = [sys.executable, "-P", "-m", "minikms", "backup", *words]
     key_file = config.kms.master_key_file or _development_key(config)
     if master_key_fd is not None:
-        os.lseek(master_key_fd, 0, os.SEEK_SET)  # an earlier child has read it to the end
         command += ["--master-key-fd", str(master_key_fd)]
     elif key_file:
         command += ["--master-key-file", key_file]
     sys.stdout.flush()
     passed = () if master_key_fd is None else (master_key_fd,)
-    return subprocess.run(command, pass_fds=passed, check=False).returncode  # noqa: S603  our own program
+    with subprocess.Popen(command, pass_fds=passed) as process:  # noqa: S603  our own program
+        if master_key_fd is not None:
+            os.close(master_key_fd)
+        return process.wait()
 
 
 def _development_key(config: Config) -> str:

@@ -94,12 +94,15 @@ def serve(
 
 
 def run(master_key_fd: int | None) -> None:
-    """Run the command line and end the process. `master_key_fd` holds the root key that was in the environment."""
+    """Run the command line and end the process. `master_key_fd` holds the root key that was in the environment; the
+    command passes it to its child and closes it."""
     try:
         _check_first_word(sys.argv[1:])
         try:
             command, bound, unparsed = app.parse_args()
             given = {"master_key_fd": master_key_fd} if "master_key_fd" in unparsed else {}
+            if not given and master_key_fd is not None:
+                os.close(master_key_fd)  # this command needs no key
             sys.exit(command(*bound.args, **bound.kwargs, **given))
         finally:
             sys.stdout.flush()

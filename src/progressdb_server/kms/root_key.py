@@ -3,8 +3,9 @@
 Owns: the move of `PROGRESSDB_MINIKMS_MASTER_KEY` into a sealed memfd that this process never maps, and the
 re-execution without the variable. Invariants: the process that continues never had the key in its memory (execve(2)
 replaces the address space in which the variable was); its `/proc/<pid>/environ` has no key; the memfd's content can't
-be changed (F_SEAL_*), and only the child that it is passed to inherits it. Only miniKMS checks the key, so that this
-process never reads it. `main` calls `take` before it imports other modules; this module imports only what the
+be changed (F_SEAL_*), and only the child that it is passed to inherits it. Whoever takes the descriptor passes it to
+one child and closes it, because /proc/<pid>/fd shows the key as long as it is open. Only miniKMS checks the key, so
+that this process never reads it. `main` calls `take` before it imports other modules; this module imports only what the
 interpreter has loaded already.
 """
 
@@ -28,6 +29,7 @@ class MasterKeyError(Exception):
 
 def take() -> int | None:
     """The descriptor of the key that was in the environment, for `ChildOptions.master_key_fd`; None without one.
+    The caller closes it.
 
     Does not return if the key is still in the environment: the process executes the same program again with the same
     arguments. Raises MasterKeyError when a key and a key file are both given.
@@ -41,7 +43,7 @@ def take() -> int | None:
 
 def _start_over() -> None:
     descriptor = os.memfd_create("progressdb-master-key", os.MFD_ALLOW_SEALING)  # inherited through exec, this once
-    os.write(descriptor, os.environb[KEY_VARIABLE.encode()])
+    os.pwrite(descriptor, os.environb[KEY_VARIABLE.encode()], 0)  # the offset stays 0: the child reads from there
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
     successors = {name: value for name, value in os.environb.items() if name != KEY_VARIABLE.encode()}
     successors[DESCRIPTOR_VARIABLE.encode()] = b"%d" % descriptor

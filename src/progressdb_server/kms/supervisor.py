@@ -14,12 +14,15 @@ once,
 jitter;
    one that lived for STABLE_S resets the pause. If the first start fails, `start` raises.
 4. A daemon that was started here is stopped with this server; one that was found keeps running.
-5. Each start passes the line that the daemon's audit log must have, as this server remembers it at that moment.
+5. A root key of the environment is passed to one child, and every descriptor of it is closed here at once, also when a
+daemon was found and none is started. Then no second start is possible. If the daemon ends, or the child does not answer
+any more, `on_lost` is called, and the server ends: its service manager starts it again with the variable.
+6. Each start passes the line that the daemon's audit log must have, as this server remembers it at that moment.
 
 Invariants: a started process inherits only the descriptors named here, and only the variables of `environment`; it
 leads a session of its own, so that a Ctrl-C for the server does not end the key service before the server is done; it
-never outlives the server, even if that is killed (the kernel closes the pipe). The supervisor holds no key: it passes
-the path of the key file or the descriptor of `root_key`.
+never outlives the server, even if that is killed (the kernel closes the pipe). The supervisor passes the path of the
+key file, or the descriptor of `root_key`, which it does not keep. It must never read a key.
 """
 
 from __future__ import annotations
@@ -31,13 +34,13 @@ import random
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import msgspec
 import structlog
 
-from minikms.client import AsyncClient, KmsError
+from minikms.client import AsyncClient, KmsError, KmsRefusedError
 from minikms.client.errors import KmsUnavailableError, KmsUntrustedServerError
 
 READY_S_MAX: Final = 30.0
@@ -48,6 +51,9 @@ ABSENT_S_MAX: Final = 10.0
 HEALTH_TIMEOUT_S: Final = 2.0
 READY_POLL_S: Final = 0.03
 WATCH_POLL_S: Final = 0.5
+CHILD_POLL_S: Final = 2.0
+UNANSWERED_MAX: Final = 5
+"""A child that leaves so many health checks in a row unanswered hangs: CHILD_POLL_S and HEALTH_TIMEOUT_S each."""
 PAUSE_S_MIN: Final = 0.1
 PAUSE_S_MAX: Final = 10.0
 STABLE_S: Final = 30.0
@@ -141,7 +147,6 @@ class Child:
         try:
             passed = [for_child]
             if options.master_key_fd is not None:
-                os.lseek(options.master_key_fd, 0, os.SEEK_SET)  # the offset is shared with the child before
                 passed.append(options.master_key_fd)
             process = await asyncio.create_subprocess_exec(
                 *options.command(for_child, audit_head),
@@ -215,11 +220,18 @@ class Supervisor:
         spawn: bool = True,
         server_uids: Collection[int] | None = None,
         audit_head: Callable[[], str] = str,
+        on_lost: Callable[[str], None] | None = None,
     ) -> None:
-        """`audit_head` is called before each start, in the event loop; see `ChildOptions.command`."""
+        """`audit_head` is called before each start, in the event loop; see `ChildOptions.command`. `on_lost` is called
+        with the reason when the daemon is gone and can't be started again, because its root key was passed on.
+
+        Takes over `options.master_key_fd`, and closes it in `start`.
+        """
         self._options = options
         self._spawn = spawn
         self._audit_head = audit_head
+        self._on_lost = on_lost
+        self._key_closed = False
         self._health = AsyncClient(options.socket_path, server_uids=server_uids, timeout_s=HEALTH_TIMEOUT_S, wait_s=0.0)
         self._log = structlog.get_logger("progressdb.kms").bind(socket=options.socket_path)
         self._task: asyncio.Task[None] | None = None
@@ -239,6 +251,8 @@ class Supervisor:
         except BaseException:
             await self.stop()
             raise
+        finally:
+            self._close_key()
         if not found:
             await self.stop()
             raise SupervisorError(f"no miniKMS at {self._options.socket_path}: {self._reason}")
@@ -278,6 +292,8 @@ class Supervisor:
         except OSError as error:
             self._reason = f"miniKMS can't be started: {error.strerror}"
             return False
+        finally:
+            self._close_key()
         self._log.info("miniKMS spawned", pid=child.pid)
         if await self._await_answer(child, READY_S_MAX):
             return True
@@ -290,6 +306,13 @@ class Supervisor:
         self._reason = f"the one that was spawned did not come up, and said: {said}"
         return False
 
+    def _close_key(self) -> None:
+        descriptor = self._options.master_key_fd
+        if descriptor is not None:
+            self._options = replace(self._options, master_key_fd=None)
+            self._key_closed = True
+            os.close(descriptor)
+
     def _make_socket_directory(self) -> None:
         """The socket's default place is inside the server's data directory, which may be new."""
         os.makedirs(os.path.dirname(os.path.abspath(self._options.socket_path)), mode=0o700, exist_ok=True)
@@ -300,14 +323,43 @@ class Supervisor:
             since_s = loop.time()
             if self._child is None:
                 await self._watch_found()
-            else:
-                status = await self._child.wait()
-                self._log.error("miniKMS died", pid=self._child.pid, status=status)
+            elif await self._watch_child(self._child):
                 self._child = None
+            if self._key_closed and self._spawn:
+                self._give_up()
+                return
             if loop.time() - since_s >= STABLE_S:
                 self._failures = 0
             while not await self._again():
                 self._log.error("no miniKMS", reason=self._reason)
+
+    async def _watch_child(self, child: Child) -> bool:
+        """Returns true once the child has ended; false if it hangs, which is watched only if its key was passed on."""
+        ended = asyncio.get_running_loop().create_task(child.wait())
+        unanswered = 0
+        try:
+            while not ended.done():
+                await asyncio.wait([ended], timeout=CHILD_POLL_S if self._key_closed else None)
+                if ended.done():
+                    break
+                error = await self._ask()
+                unanswered = 0 if error is None or isinstance(error, KmsRefusedError) else unanswered + 1
+                if unanswered == UNANSWERED_MAX:
+                    self._log.error("miniKMS hangs", pid=child.pid, reason=str(error))
+                    return False
+            self._log.error("miniKMS died", pid=child.pid, status=ended.result())
+            return True
+        finally:
+            ended.cancel()
+
+    def _give_up(self) -> None:
+        reason = (
+            "miniKMS has ended or hangs, and this server can't start another: it keeps no copy of the root key of "
+            "PROGRESSDB_MINIKMS_MASTER_KEY; start the server again with the variable"
+        )
+        self._log.critical("the server stops: its key service is lost", reason=reason)
+        if self._on_lost is not None:
+            self._on_lost(reason)
 
     async def _again(self) -> bool:
         if self._failures:

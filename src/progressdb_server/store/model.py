@@ -102,6 +102,10 @@ class StoreUnavailableError(StoreError):
         self.retry_after_s = retry_after_s
 
 
+class NotWrittenError(StoreUnavailableError):
+    """Nothing of the write is stored, nor will be."""
+
+
 class StoreLockedError(StoreUnavailableError):
     """Another process has the store open."""
 

@@ -7,7 +7,8 @@ is. Invariants:
   does not answer, the write fails.
 - A record is written only while the key that sealed it is still its thread's and the thread is not deleted: both are
   conditions of the write. If the key was switched meanwhile, the record is sealed again under the new one.
-- The map is written once per thread, in the batch of the thread's metadata; whoever loses a race retires its key.
+- The map is written once per thread, in the batch of the thread's metadata; whoever loses a race retires its key. No
+  key is made for a write that the writer refuses.
 - Opening uses the record's own key id, in one batch, whatever the number of keys.
 """
 
@@ -28,6 +29,7 @@ from progressdb_server.store.engine import Engine
 from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import (
     ConditionFailedError,
+    NotWrittenError,
     RecordUnreadableError,
     StoreError,
     StoreUnavailableError,
@@ -157,19 +159,27 @@ class Sealer:
 
     async def found(self, thread: str, draft: Draft, request_id: str | None) -> None:
         """Make the key of a new thread, then seal and commit under it. Raises StoreUnavailableError;
-        ConditionFailedError when somebody else made the thread first. The key is retired then; if that fails, the key
-        service lists it as one that no record uses."""
+        ConditionFailedError when somebody else made the thread first.
+
+        No key is made while the writer refuses writes. If the key turns out to be unused, it is retired; if that fails,
+        the key service lists it as one that no record uses. The key stays active after a commit that failed halfway,
+        because its records may be stored."""
         self._check_halted()
+        await self._writer.check_writable()
         try:
             key_id = (await self._provider.create_dek_for_thread(thread, request_id=request_id)).key_id
         except KmsError as error:
             raise store_error(error) from error
+        committing = False
         try:
             sealed = await self._seal(thread, key_id, draft.secrets, request_id)
-            await self._writer.commit(draft.finish(key_id, sealed))
-        except (KmsError, ConditionFailedError) as error:
-            with contextlib.suppress(KmsError):
-                await self._provider.retire_key(key_id, request_id=request_id)
+            write = draft.finish(key_id, sealed)
+            committing = True
+            await self._writer.commit(write)
+        except (KmsError, ConditionFailedError, StoreUnavailableError) as error:
+            if not committing or isinstance(error, (ConditionFailedError, NotWrittenError)):
+                with contextlib.suppress(KmsError):
+                    await self._provider.retire_key(key_id, request_id=request_id)
             if isinstance(error, KmsError):
                 raise store_error(error) from error
             raise

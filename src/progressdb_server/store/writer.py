@@ -34,7 +34,13 @@ from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
 from progressdb_server.store.engine import Engine, EngineBusyError, EngineUnavailableError
 from progressdb_server.store.keyspace import Clock, Stamp
-from progressdb_server.store.model import ConditionFailedError, FormatError, Step, StoreUnavailableError
+from progressdb_server.store.model import (
+    ConditionFailedError,
+    FormatError,
+    NotWrittenError,
+    Step,
+    StoreUnavailableError,
+)
 
 GROUP_WRITES_MAX: Final = 512
 GROUP_BYTES_MAX: Final = 8 * 1024 * 1024
@@ -199,6 +205,7 @@ class Writer:
         self._drain: asyncio.Task[None] | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._closed = False
+        self._last_group_failed = False
         self._recent = RecentKeys()
         self._known: dict[bytes, bytes | None] = {}
         """Small values that are stored: all writes of a thread rely on the same two."""
@@ -277,6 +284,15 @@ class Writer:
         """Returns once everything that is visible now is durable."""
         await self.commit(Write(()))
 
+    async def check_writable(self) -> None:
+        """For a caller that makes something outside the store before its write. Raises StoreUnavailableError if a write
+        would be refused now. If the last group failed, an empty write shows whether the disk takes writes again."""
+        why = self._refusal(0)
+        if why:
+            raise NotWrittenError(why)
+        if self._last_group_failed:
+            await self.barrier()
+
     async def close(self) -> None:
         """Commits what is queued and refuses the rest."""
         self._closed = True
@@ -299,23 +315,30 @@ class Writer:
             del self._ordered[slot.order_key]
 
     def _enqueue(self, slot: Slot) -> None:
-        if self._recovery is not None or self._closed:
-            self._refuse(slot, "the store's disk is not available now")
-        elif len(self._queue) >= QUEUE_WRITES_MAX or self._queue_bytes + slot.size > QUEUE_BYTES_MAX:
-            self._refuse(slot, "too many writes are waiting")
+        why = self._refusal(slot.size)
+        if why:
+            self._refuse(slot, NotWrittenError(why))
         else:
             self._queue.append(slot)
             self._queue_bytes += slot.size
             if self._drain is None:  # it starts in the loop's next turn, so that this turn's writes form one group
                 self._drain = asyncio.get_running_loop().create_task(self._run())
 
-    def _refuse(self, slot: Slot, why: str) -> None:
+    def _refusal(self, size: int) -> str:
+        """Why a write of so many bytes is refused now; empty if it is not."""
+        if self._recovery is not None or self._closed:
+            return "the store's disk is not available now"
+        if len(self._queue) >= QUEUE_WRITES_MAX or self._queue_bytes + size > QUEUE_BYTES_MAX:
+            return "too many writes are waiting"
+        return ""
+
+    def _refuse(self, slot: Slot, error: StoreUnavailableError) -> None:
         if not slot.future.done():
-            slot.future.set_exception(StoreUnavailableError(why))
+            slot.future.set_exception(error)
 
     def _refuse_queue(self, why: str) -> None:
         while self._queue:
-            self._refuse(self._queue.popleft(), why)
+            self._refuse(self._queue.popleft(), NotWrittenError(why))
         self._queue_bytes = 0
 
     # --- groups ---------------------------------------------------------------------------------------------------
@@ -349,12 +372,14 @@ class Writer:
             if len(failed) < len(group):
                 await self._disk.run(self._engine.sync)
         except EngineBusyError:
+            self._last_group_failed = True
             for slot in group:
-                self._refuse(slot, "the disk can't keep up with the writes")
+                self._refuse(slot, StoreUnavailableError("the disk can't keep up with the writes"))
             return
         except Exception as error:  # noqa: BLE001  whatever it was, the waiters must get an answer and the engine must recover
             self._fail(group, error)
             return
+        self._last_group_failed = False
         self._metrics.committed(len(group), time.perf_counter() - started)
         for slot in group:
             future = slot.future
@@ -433,9 +458,10 @@ class Writer:
     def _fail(self, group: list[Slot], error: Exception) -> None:
         _log.error("store_write_failed", **_reason(error), writes=len(group))
         self._metrics.failures += 1
+        self._last_group_failed = True
         self._recovery = asyncio.get_running_loop().create_task(self._recover())
         for slot in group:
-            self._refuse(slot, "the store's disk did not take the write")
+            self._refuse(slot, StoreUnavailableError("the store's disk did not take the write"))
         self._refuse_queue("the store's disk is not available now")
 
     async def _recover(self) -> None:

@@ -84,6 +84,10 @@ class RealServer:
         return self._process.pid
 
     @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    @property
     def log(self) -> list[dict[str, Any]]:
         """The events so far."""
         return [json.loads(line) for line in self.log_path.read_text().split("\n")[:-1]]

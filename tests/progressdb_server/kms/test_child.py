@@ -79,23 +79,21 @@ def test_the_child_gets_only_place_and_language_of_the_environment() -> None:
     assert environment(own, 1000) == {"PATH": "/bin", "LANG": "C", "PROGRESSDB_MINIKMS_ALLOWED_UIDS": "1000"}
 
 
-def test_each_child_gets_the_master_key_from_its_beginning(place: Place) -> None:
+def test_the_child_reads_the_master_key_from_its_beginning(place: Place) -> None:
     descriptor = os.memfd_create("key")
-    os.write(descriptor, b"ab" * 32)
+    os.pwrite(descriptor, b"ab" * 32, 0)
 
-    async def main() -> None:
-        for _ in range(2):
-            child = await Child.start(place.options(master_key_fd=descriptor), lambda line: None)
-            seen = place.data / "seen-master-key"
-            async with asyncio.timeout(10):
-                while not (seen.exists() and seen.stat().st_size):
-                    await asyncio.sleep(0.02)
-            await child.stop()
-            assert seen.read_bytes() == b"ab" * 32
-            seen.unlink()
+    async def main() -> bytes:
+        child = await Child.start(place.options(master_key_fd=descriptor), lambda line: None)
+        seen = place.data / "seen-master-key"
+        async with asyncio.timeout(10):
+            while not (seen.exists() and seen.stat().st_size):
+                await asyncio.sleep(0.02)
+        await child.stop()
+        return seen.read_bytes()
 
     try:
-        asyncio.run(main())
+        assert asyncio.run(main()) == b"ab" * 32
     finally:
         os.close(descriptor)
 

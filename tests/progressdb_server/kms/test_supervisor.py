@@ -164,6 +164,72 @@ def test_a_daemon_that_is_killed_is_started_again_and_calls_go_on(place: Place) 
     assert {entry["status"] for entry in logs if entry["event"] == "miniKMS died"} == {-9}
 
 
+def passed_key() -> int:
+    descriptor = os.memfd_create("root key")
+    os.pwrite(descriptor, b"ab" * 32, 0)
+    return descriptor
+
+
+def descriptors_of_the_key() -> list[str]:
+    links = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+    return [str(link) for link in links if os.path.lexists(link) and "memfd:root key" in os.readlink(link)]
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("lost_by", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_child_with_a_passed_key_is_lost_when_it_dies_or_hangs(
+    place: Place, alive: Alive, monkeypatch: pytest.MonkeyPatch, run: Run, lost_by: signal.Signals
+) -> None:
+    monkeypatch.setattr(supervisor_module, "HEALTH_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(supervisor_module, "CHILD_POLL_S", 0.05)
+    monkeypatch.setattr(supervisor_module, "STOP_S_MAX", 0.3)
+    descriptor = passed_key()
+
+    async def main() -> int:
+        lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        supervisor = Supervisor(place.options(master_key_fd=descriptor), on_lost=lost.set_result)
+        await supervisor.start()
+        assert descriptors_of_the_key() == []
+        await asyncio.sleep(1.0)  # a child that is well is not lost
+        assert not lost.done()
+        pid = supervisor.child_pid
+        assert pid is not None
+        os.kill(pid, lost_by)
+        async with asyncio.timeout(WAIT_S):
+            assert "start the server again with the variable" in await lost
+        await supervisor.stop()
+        return pid
+
+    with capture_logs() as logs:
+        pid = run(main())
+    assert not alive(pid)
+    events = [entry["event"] for entry in logs]
+    assert "the server stops: its key service is lost" in events
+    assert events.count("miniKMS spawned") == 1
+
+
+def test_the_key_is_closed_when_a_daemon_is_found_or_none_can_start(place: Place) -> None:
+    async def main(options: supervisor_module.ChildOptions) -> None:
+        supervisor = Supervisor(options)
+        try:
+            await supervisor.start()
+        finally:
+            await supervisor.stop()
+
+    key = passed_key()
+    assert len(descriptors_of_the_key()) == 1
+    with pytest.raises(SupervisorError):
+        asyncio.run(main(place.options(binary=str(place.directory / "missing"), master_key_fd=key)))
+    assert descriptors_of_the_key() == []
+    found = start_alone(place)
+    try:
+        asyncio.run(main(place.options(master_key_fd=passed_key())))
+    finally:
+        found.terminate()
+        found.wait()
+    assert descriptors_of_the_key() == []
+
+
 def test_a_daemon_that_refuses_to_start_is_an_error_with_its_last_words(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,13 +88,23 @@ def test_with_a_key_file_the_keys_survive_and_the_audit_log_is_intact(directory:
     assert "req-2" in log
 
 
-def test_with_a_descriptor_each_child_reads_the_same_key(directory: Path) -> None:
-    descriptor = os.memfd_create("key")
-    os.write(descriptor, KEY.encode())
-    try:
-        one_round(directory, master_key_fd=descriptor)
-    finally:
-        os.close(descriptor)
+def test_with_a_descriptor_the_key_is_passed_on_and_closed(directory: Path) -> None:
+    descriptor = os.memfd_create("root key")
+    os.pwrite(descriptor, KEY.encode(), 0)
+
+    async def main() -> None:
+        supervisor = Supervisor(options(directory, master_key_fd=descriptor))
+        await supervisor.start()
+        provider = RemoteProvider(directory / "run" / "s")
+        try:
+            links = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+            assert not [link for link in links if os.path.lexists(link) and "memfd:root key" in os.readlink(link)]
+            assert (await provider.create_dek_for_thread("thread-1")).key_id
+        finally:
+            await provider.close()
+            await supervisor.stop()
+
+    asyncio.run(main())
     verify_audit(directory, key_file(directory))
 
 

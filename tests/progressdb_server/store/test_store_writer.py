@@ -15,7 +15,7 @@ from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import writer as writing
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.keyspace import Clock, Stamp
-from progressdb_server.store.model import ConditionFailedError, StoreUnavailableError
+from progressdb_server.store.model import ConditionFailedError, NotWrittenError, StoreUnavailableError
 from progressdb_server.store.writer import Write, Writer
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 
@@ -187,7 +187,7 @@ def test_what_does_not_fit_the_queue_is_refused_at_once(monkeypatch: pytest.Monk
             await big
         queued = [writer.commit(Write([(b"%d" % n, b"x")])) for n in range(4)]
         outcomes = await asyncio.gather(*queued, return_exceptions=True)
-        assert [type(outcome) for outcome in outcomes] == [type(None)] * 3 + [StoreUnavailableError]
+        assert [type(outcome) for outcome in outcomes] == [type(None)] * 3 + [NotWrittenError]
         await writer.commit(Write([(b"later", b"x")]))
 
     with_writer(body)

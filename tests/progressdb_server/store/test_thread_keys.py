@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 
 import pytest
 
@@ -11,7 +12,9 @@ from minikms.client import KmsRefusedError
 from minikms.client.errors import refusal
 from progressdb_server.store import keyspace, record
 from progressdb_server.store import sealer as sealing
+from progressdb_server.store import writer as writing
 from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.epoch import EpochMemory, RestoredError, audit_head
 from progressdb_server.store.model import NewMessage, RecordUnreadableError, StoreUnavailableError
 from progressdb_server.store.writer import Write
@@ -71,6 +74,71 @@ def test_the_loser_of_a_race_retires_its_key_and_writes_under_the_winners() -> N
         assert sorted(m.body for m in await messages_of(store, "t")) == ["loser", "winner"]
         assert provider.keys_of("t") == [(store.engine.get(b"kms:map:thread:t") or b"").decode()]
         assert len(provider.retired) == 1
+
+    with_store(run, provider=provider)
+
+
+class FullDisk(MemoryEngine):
+    """Opens, reads and reopens, but takes no write while it is `full`."""
+
+    full = False
+
+    def write(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
+        if self.full:
+            raise EngineUnavailableError
+        super().write(puts)
+
+
+@pytest.mark.parametrize("thread", ["", "t"], ids=["new thread", "named thread"])
+def test_refused_creates_leave_no_key_that_nobody_uses(thread: str) -> None:
+    """The one exception: the write that finds the disk full may have been stored, so its key stays."""
+    provider, engine = SealingProvider(), FullDisk()
+
+    async def run(store: Conversations) -> None:
+        engine.full = True
+        for _ in range(30):
+            with pytest.raises(StoreUnavailableError):
+                await store.create_message(new("refused", thread))
+            with pytest.raises(StoreUnavailableError):
+                await store.create_thread(author="ann", title="refused")
+            async with asyncio.timeout(10):
+                while not store.writer.available:
+                    await asyncio.sleep(0.001)
+        assert len(provider.keys) == 1
+        engine.full = False
+        await store.create_message(new("taken", thread))
+        assert len(provider.keys) == 2
+
+    with_store(run, engine, provider)
+
+
+def test_a_create_that_the_queue_refuses_makes_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    provider = SealingProvider()
+
+    async def run(store: Conversations) -> None:
+        monkeypatch.setattr(writing, "QUEUE_WRITES_MAX", 0)
+        with pytest.raises(StoreUnavailableError, match="too many writes"):
+            await store.create_message(new("refused"))
+        assert not provider.keys
+
+    with_store(run, provider=provider)
+
+
+def test_a_key_that_is_made_before_the_queue_refuses_is_retired(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FillsTheQueue(SealingProvider):
+        async def create_dek_for_thread(
+            self, thread_id: str, *, replaces: str | None = None, request_id: str | None = None
+        ) -> api.CreateDekAnswer:
+            monkeypatch.setattr(writing, "QUEUE_WRITES_MAX", 0)
+            return await super().create_dek_for_thread(thread_id)
+
+    provider = FillsTheQueue()
+
+    async def run(store: Conversations) -> None:
+        with pytest.raises(StoreUnavailableError, match="too many writes"):
+            await store.create_message(new("refused"))
+        assert provider.keys_of("t", active=False)
+        assert not provider.keys_of("t")
 
     with_store(run, provider=provider)
 

@@ -1,0 +1,82 @@
+"""A root key in the server's environment: no descriptor of it is left, and without the key service the server ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.progressdb_server.api.real_server import RealServer, real_server
+
+KEY = "0123456789abcdef" * 4
+WAIT_S = 30.0
+
+
+def descriptors_of_the_key(pid: int) -> list[str]:
+    """The descriptors of the process through which the key can be read, or that are named like the one of the key."""
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        path = Path(f"/proc/{pid}/fd/{name}")
+        try:
+            target = os.readlink(path)
+        except FileNotFoundError:  # closed meanwhile
+            continue
+        readable = target.startswith("/memfd:") or Path(target).is_file()
+        if "master-key" in target or (readable and KEY.encode() in path.read_bytes()):
+            found.append(target)
+    return found
+
+
+def kms_pid(server: RealServer) -> int:
+    (pid,) = [event["pid"] for event in server.log if event["event"] == "miniKMS spawned"]
+    return int(pid)
+
+
+def test_the_search_finds_a_descriptor_of_the_key() -> None:
+    descriptor = os.memfd_create("any name")
+    try:
+        os.pwrite(descriptor, KEY.encode(), 0)
+        assert descriptors_of_the_key(os.getpid()) == ["/memfd:any name (deleted)"]
+    finally:
+        os.close(descriptor)
+
+
+def test_neither_server_nor_key_service_keeps_a_descriptor_of_the_key(tmp_path: Path) -> None:
+    with real_server(tmp_path, environment={"PROGRESSDB_MINIKMS_MASTER_KEY": KEY}) as server:
+        assert server("POST", "/v1/messages", {"author": "ann", "body": 1}).status == 200
+        assert descriptors_of_the_key(server.pid) == []
+        assert descriptors_of_the_key(kms_pid(server)) == []
+
+
+def test_without_its_key_service_the_server_ends_and_can_start_again(tmp_path: Path) -> None:
+    with real_server(tmp_path, environment={"PROGRESSDB_MINIKMS_MASTER_KEY": KEY}) as server:
+        message = server("POST", "/v1/messages", {"author": "ann", "body": "kept"}).json["id"]
+        os.kill(kms_pid(server), signal.SIGKILL)
+        deadline = time.monotonic() + WAIT_S
+        while server.running:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert server.stop() == 1
+    log = server.log_path.read_text()
+    assert "the server stops: its key service is lost" in log
+    assert "start the server again with the variable" in log.splitlines()[-1]
+    assert KEY not in log
+    with real_server(tmp_path, environment={"PROGRESSDB_MINIKMS_MASTER_KEY": KEY}) as again:
+        assert again("GET", f"/v1/messages/{message}").json["body"] == "kept"
+
+
+def test_a_backup_command_passes_the_key_to_the_key_service_s_command(tmp_path: Path) -> None:
+    with real_server(tmp_path, environment={"PROGRESSDB_MINIKMS_MASTER_KEY": KEY}) as server:
+        server("POST", "/v1/messages", {"author": "ann", "body": 1})
+    environment = {**os.environ, "PROGRESSDB_MINIKMS_MASTER_KEY": KEY}
+    for words in (
+        ["create", "one", "--db", str(server.db)],
+        ["verify", "--backup", str(server.db / "backups" / "one")],
+    ):
+        command = [sys.executable, "-m", "progressdb_server", "backup", *words]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert KEY not in ended.stdout + ended.stderr
