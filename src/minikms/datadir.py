@@ -157,12 +157,8 @@ def open_for_service(
         undo.callback(unlocked.release)
         epoch = unlocked.body.epoch
         seen = highest_epoch(directory)
-        if seen > epoch and not options.accept_restore:
-            raise StartError(
-                f"keyring.json is older than the audit log: its epoch is {epoch}, the log has {seen}. It does not know "
-                "which keys and KEK versions were made or destroyed since. Put the newer keyring.json back, or, if "
-                "none is left, start once with --accept-restore"
-            )
+        if not options.accept_restore:
+            _check_newest(epoch, seen)
         log = open_audit_log(
             directory,
             unlocked,
@@ -242,6 +238,16 @@ def _check_is_new(directory: str) -> None:
         raise StartError(
             "keyring.json is missing, but the data directory holds a part of a restored backup: the restore was "
             "interrupted. Move what is there away and restore again, or give an empty data directory"
+        )
+
+
+def _check_newest(epoch: int, seen: int) -> None:
+    """Raises StartError when the audit log has seen a later keyring than that of `epoch`."""
+    if seen > epoch:
+        raise StartError(
+            f"keyring.json is older than the audit log: its epoch is {epoch}, the log has {seen}. It does not know "
+            "which keys and KEK versions were made or destroyed since. Put the newer keyring.json back, or, if "
+            "none is left, start once with --accept-restore"
         )
 
 
@@ -421,8 +427,8 @@ def rotate_audit_key(directory: str, root: RootProvider) -> NewAuditKey:
     """Makes a new audit key and uses it from the next line on. The daemon must not be running.
 
     The keyring holds the new key durably before the log names it; the next start completes what a crash between the two
-    leaves. Raises StartError when the directory is in use or its log can't be continued, StorageUnavailableError and
-    AuditUnavailableError when the disk fails.
+    leaves. Raises StartError when the directory is in use, its keyring is older than its log, or the log can't be
+    continued; StorageUnavailableError and AuditUnavailableError when the disk fails.
     """
     read_keyring(directory)  # before the lock, which would make a missing directory
     with ExitStack() as stack:
@@ -435,6 +441,8 @@ def rotate_audit_key(directory: str, root: RootProvider) -> NewAuditKey:
             ) from None
         file = KeyringFile(lock.directory_fd, stack.enter_context(ThreadPoolExecutor(1)))
         unlocked = stack.enter_context(open_for_reading(directory, root))
+        # The new key raises the epoch, so an older keyring would pass for a newer one at the next start.
+        _check_newest(unlocked.body.epoch, highest_epoch(directory))
         # First the log as it is: an interrupted step is completed under the keys that the log knows.
         log = open_audit_log(directory, unlocked, expected=ExpectedLog(exists=True))
         try:

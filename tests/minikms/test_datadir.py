@@ -141,6 +141,23 @@ def test_a_keyring_older_than_the_log_opens_only_when_accepted(one: Opener, tmp_
     data.close()
 
 
+def test_the_audit_key_is_not_changed_in_a_keyring_older_than_the_log(tmp_path: Path) -> None:
+    """The change would raise the epoch of the older keyring, and the next start would accept it."""
+    directory = tmp_path / "d"
+    with opener(directory) as first:
+        first.start()
+        shutil.copy(directory / "keyring.json", tmp_path / "old")
+        data = first.open()
+        write_start_line(data)
+        data.close()
+    shutil.copy(tmp_path / "old", directory / "keyring.json")
+    with pytest.raises(StartError, match="its epoch is 2, the log has 3"):
+        datadir.rotate_audit_key(str(directory), KeyFile(key_file(directory)))
+    assert (directory / "keyring.json").read_bytes() == (tmp_path / "old").read_bytes()
+    with opener(directory) as again, pytest.raises(StartError, match="older than the audit log"):
+        again.open()
+
+
 def write_start_line(data: DataDir) -> None:
     """As a daemon does when it begins."""
     data.log.add(Event(type="start", actor="minikms", facts={"epoch": data.vault.keyring.body.epoch}))

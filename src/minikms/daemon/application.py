@@ -26,7 +26,7 @@ from minikms.daemon.keybody import take_new_root
 from minikms.daemon.metrics import Histogram, VerbTimes
 from minikms.daemon.peer import Peer, is_overflow_uid, read_peer
 from minikms.daemon.refusals import RefusalAggregator
-from minikms.errors import InvalidRequestError, MiniKmsError
+from minikms.errors import InvalidRequestError
 from minikms.http import ParsedHead, Request, Response, error_response, parse_query
 from minikms.policy import Policy, Principal
 from minikms.service.base import Perform, Reply, VerbTable
@@ -138,7 +138,7 @@ class Application:
         request_id = head.request_id or ""
         try:
             asked = read(who, request)
-        except MiniKmsError as error:
+        except Exception as error:
             self._table.malformed(verb, who, error, request_id)
             raise
         answer = perform(who, asked, request_id)
@@ -235,7 +235,10 @@ def _path_reader(verb: Verb[Any, Any]) -> Callable[[Principal, Request], Any]:
     def read(who: Principal, request: Request) -> Any:
         key_id = request.path.split("/")[2]
         if verb.has_body:
-            if strictjson.decode(decoder, request.body).key_id != key_id:
+            repeated = strictjson.decode(decoder, request.body).key_id
+            for role in verb.roles:  # first: an attempt without the role is answered and audited as `forbidden`
+                who.require(role)
+            if repeated != key_id:
                 raise InvalidRequestError("the key id in the body must repeat the one in the path")
         elif verb.method == "POST" and request.body:
             strictjson.decode(decoder, request.body)

@@ -98,7 +98,7 @@ class VerbTable:
             try:
                 forbidden = authorise(who, request, event)
                 answer = act(request, event) if forbidden is None else _refuse_items(request, event, forbidden)
-            except MiniKmsError as error:
+            except Exception as error:
                 self.refused(event, error)
                 raise
             if type(answer) is bytes:  # of most requests
@@ -140,8 +140,8 @@ class VerbTable:
         """The answer of `act`, in a later turn; its audit line is written first, whatever the outcome."""
         try:
             answer = await act()
-        except MiniKmsError as error:
-            event.outcome = error.code
+        except Exception as error:
+            event.outcome = _outcome(error)
             await self.audit.add_written(event, durable=False)
             raise
         except asyncio.CancelledError:
@@ -152,12 +152,12 @@ class VerbTable:
         await self.audit.add_written(event, durable=durable)
         return _reply(await answer.act() if isinstance(answer, AfterLine) else answer)
 
-    def refused(self, event: Event, error: MiniKmsError) -> None:
-        """Audits a refusal that is answered in this turn."""
-        event.outcome = error.code
+    def refused(self, event: Event, error: Exception) -> None:
+        """Audits a refusal, or an unexpected error, that is answered in this turn."""
+        event.outcome = _outcome(error)
         self.audit.add(event)
 
-    def malformed(self, verb: Verb[Any, Any], who: Principal, error: MiniKmsError, request_id: str) -> None:
+    def malformed(self, verb: Verb[Any, Any], who: Principal, error: Exception, request_id: str) -> None:
         """Audits a request whose body or query could not be decoded."""
         self.refused(Event(type=verb.name, actor=who.actor, pid=who.pid, request_id=request_id), error)
 
@@ -203,6 +203,11 @@ class _Frame:
             event.key_ids = _distinct(item.key_id for item in request.items)
             event.request_ids = _distinct(item.request_id for item in request.items if item.request_id is not UNSET)
         return forbidden
+
+
+def _outcome(error: Exception) -> str:
+    """`internal` for an exception of any other type than MiniKmsError: a defect leaves a line too."""
+    return error.code if isinstance(error, MiniKmsError) else api.CODE_INTERNAL
 
 
 def another_line(event: Event, detail: str) -> Event:

@@ -74,7 +74,7 @@ class RecordVerbs:
             nonce = self._next_nonce()
             cipher = opened.cipher or self._vault.turn_cipher(opened)
             sealed = nonce + cipher.encrypt(nonce, plaintext, aad)
-        except MiniKmsError as error:
+        except Exception as error:
             self._table.refused(event, error)
             raise
         self._audit_add(event)

@@ -118,3 +118,22 @@ def test_a_body_that_cannot_be_decoded_is_audited_under_its_verb() -> None:
     audit = KeptAudit()
     VerbTable(audit).malformed(api.CREATE_DEK, ANYONE, MiniKmsError("not one"), "r-1")
     assert audit.lines == [("create_dek", "internal", False)]
+
+
+def test_an_error_of_an_unexpected_type_is_audited_as_internal() -> None:
+    audit = KeptAudit()
+    table = VerbTable(audit)
+
+    def fail_now(request: api.RandomRequest, event: Event) -> api.RandomAnswer:
+        raise RuntimeError("a defect")
+
+    async def fail_later(request: api.KeyRequest, event: Event) -> api.KeyAnswer:
+        raise RuntimeError("a defect")
+
+    table.now(api.RANDOM, fail_now)
+    table.later(api.RETIRE_KEY, fail_later, durable=True)
+    with pytest.raises(RuntimeError):
+        perform(table, api.RANDOM, api.RandomRequest(1))
+    with pytest.raises(RuntimeError):
+        perform(table, api.RETIRE_KEY, api.KeyRequest("k"))
+    assert audit.lines == [("random", "internal", False), ("retire_key", "internal", False)]

@@ -16,6 +16,7 @@ from minikms.policy import ADMIN_ONLY, ROLES, UIDS_COUNT_MAX, Policy, parse_uids
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms.daemon import foreign
+from tests.minikms.service.asking import NO_KEY, post
 
 
 def test_without_admins_each_allowed_uid_has_every_role() -> None:
@@ -88,3 +89,15 @@ def test_without_the_role_nothing_is_rotated_or_destroyed(public: Path) -> None:
         assert foreign.run_as(foreign.UID, attempt) == ["ForbiddenError"] * 4
         assert versions_and_roots(admin.status()) == before
         assert admin.rotate_kek().status == "ok"
+
+
+def test_a_destruction_without_the_role_is_forbidden_even_if_the_body_names_another_key(public: Path) -> None:
+    """An attempt without the role is audited as one, not as a mistyped request."""
+    needs.root()
+    flags = ("--socket-mode", "0666", "--allowed-uids", str(foreign.UID), "--admin-uids", str(os.geteuid()))
+    with LiveDaemon(public, "file", *flags) as daemon:
+
+        def attempt() -> list[str]:
+            return [post(daemon, f"/keys/{NO_KEY}/destroy", body).code for body in ({"key_id": "another"}, {})]
+
+        assert foreign.run_as(foreign.UID, attempt) == ["forbidden", "invalid_request"]
