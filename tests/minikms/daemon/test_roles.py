@@ -91,7 +91,7 @@ def test_without_the_role_nothing_is_rotated_or_destroyed(public: Path) -> None:
         assert admin.rotate_kek().status == "ok"
 
 
-def test_a_destruction_without_the_role_is_forbidden_even_if_the_body_names_another_key(public: Path) -> None:
+def test_without_the_role_a_destruction_is_forbidden_whatever_its_body(public: Path) -> None:
     """An attempt without the role is audited as one, not as a mistyped request."""
     needs.root()
     flags = ("--socket-mode", "0666", "--allowed-uids", str(foreign.UID), "--admin-uids", str(os.geteuid()))
