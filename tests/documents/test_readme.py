@@ -59,8 +59,11 @@ def as_ordinary_user() -> dict[str, Any]:
     if os.geteuid() != 0:
         return {}
     user: dict[str, Any] = {"user": ORDINARY_UID, "group": ORDINARY_UID, "extra_groups": ()}
-    tried = subprocess.run([sys.executable, "-c", "import minikms"], cwd="/", check=False, **user)
-    return user if tried.returncode == 0 else {}
+    try:
+        subprocess.run([sys.executable, "-c", "import minikms"], cwd="/", check=True, **user)
+    except (OSError, subprocess.CalledProcessError):  # the project is in a directory that only root may enter
+        return {}
+    return user
 
 
 def limited() -> None:

@@ -133,8 +133,8 @@ def scope_of(body: list[ast.stmt], made: Index, module: list[str]) -> Scope:
                 for node in (inner for target in statement.targets for inner in ast.walk(target)):
                     if isinstance(node, ast.Name):
                         scope.members[node.id] = None
-            case ast.TypeAlias(name=ast.Name(id=target)) if hasattr(ast, "TypeAlias"):
-                scope.members[target] = None
+            case ast.stmt() if isinstance(named := getattr(statement, "name", None), ast.Name):
+                scope.members[named.id] = None  # ast.TypeAlias, which Python 3.11 does not have
             case ast.Import() | ast.ImportFrom():
                 source = f"{statement.module}." if isinstance(statement, ast.ImportFrom) else ""
                 for alias in statement.names:
