@@ -34,7 +34,8 @@ class Message(msgspec.Struct, omit_defaults=True):
 
 class Thread(msgspec.Struct, omit_defaults=True):
     """`slug` is made from the title. `updated_ts`: of the last change of the thread or of its newest message. Times are
-    Unix nanoseconds."""
+    Unix nanoseconds. `error`: in a list, why the thread's record does not open: a code of the key service, or
+    `record_missing`, `record_malformed`. It then has no title and no slug, and its other fields are not verified."""
 
     id: str
     title: str = ""
@@ -44,6 +45,7 @@ class Thread(msgspec.Struct, omit_defaults=True):
     updated_ts: int = 0
     deleted: bool = False
     deleted_ts: int = 0
+    error: str = ""
 
 
 class FormatError(Exception):
@@ -360,7 +362,8 @@ class ConversationStore(Protocol):
     def list_threads(
         self, *, author: str | None, title: str | None = None, slug: str | None = None, include_deleted: bool = False
     ) -> AsyncIterator[list[Thread]]:
-        """The author's own threads (None: all), in order of creation."""
+        """The author's own threads (None: all), in order of creation. A thread whose record does not open has `error`;
+        with `title` or `slug`, it is left out."""
         ...
 
     async def stats(self) -> dict[str, int]:
@@ -480,6 +483,10 @@ class Store(ConversationStore, BackupRegister, Protocol):
     def thread_page(self, *, author: str, id_prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         """Ids of threads, newest first (by the beginning of an id: in the order of ids), and the cursor of the next
         page, empty on the last."""
+        ...
+
+    async def listed_threads(self, thread_ids: Sequence[str]) -> list[Thread]:
+        """These threads, in order. A thread whose record does not open has `error`."""
         ...
 
     async def message_page(

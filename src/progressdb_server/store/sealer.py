@@ -220,6 +220,16 @@ class Sealer:
     async def open(self, records: Sequence[DecryptItem]) -> list[bytes]:
         """The plaintexts, in order; the `aad` of each is its storage key. Raises StoreUnavailableError,
         RecordUnreadableError."""
+        opened: list[bytes] = []
+        for item, answer in zip(records, await self.open_each(records), strict=True):
+            if isinstance(answer, KmsRefusedError):
+                raise store_error(answer, item.aad) from answer
+            opened.append(answer)
+        return opened
+
+    async def open_each(self, records: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]:
+        """As `open`, but a record that does not open gives its refusal. Raises StoreUnavailableError, also if the key
+        service can't open one of them now."""
         if not records:
             return []
         self._metrics.opened(len(records))
@@ -229,9 +239,7 @@ class Sealer:
             raise store_error(error) from error
         if len(answers) != len(records):
             raise StoreUnavailableError("the key service answered wrongly")
-        opened: list[bytes] = []
-        for item, answer in zip(records, answers, strict=True):
-            if isinstance(answer, KmsRefusedError):
-                raise store_error(answer, item.aad) from answer
-            opened.append(answer)
-        return opened
+        for answer in answers:
+            if isinstance(answer, KmsRefusedError) and fault(answer) is Fault.SERVICE:
+                raise store_error(answer) from answer
+        return answers

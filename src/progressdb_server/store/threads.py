@@ -2,19 +2,20 @@
 
 Owns: what a thread's metadata becomes, and the lists of threads. Invariants: a thread's key map, metadata and index
 entries are written in one batch; its last change is the later of its metadata and its newest record, so appending a
-message rewrites nothing; a deleted thread takes no further write.
+message rewrites nothing; a deleted thread takes no further write; a thread whose record does not open is listed with an
+error code and hides no other.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
 from minikms import api
-from minikms.client import DecryptItem
+from minikms.client import DecryptItem, KmsRefusedError
 from progressdb_server.store import drafts, keyspace, record
 from progressdb_server.store.directory import OpenStore
 from progressdb_server.store.drafts import Draft
@@ -35,11 +36,40 @@ LIST_THREADS_MAX: Final = 512
 """Of one chunk of a list."""
 LIST_BYTES_MAX: Final = 4 * 1024 * 1024
 """Of sealed parts in one chunk, exceeded by one record at most."""
+RECORD_MISSING: Final = "record_missing"
+RECORD_MALFORMED: Final = "record_malformed"
+"""Values of `Thread.error` beside the codes of the key service."""
 SLUG_SEPARATORS: Final = re.compile(r"[^a-z0-9]+")
 
 
 def slug_of(title: str, thread: str) -> str:
     return f"{SLUG_SEPARATORS.sub('-', title.lower()).strip('-') or 't'}-{thread}"
+
+
+def _to_open(thread: str, header: record.ThreadHeader, sealed: bytes) -> DecryptItem:
+    return DecryptItem(key_id=header.key_id, ciphertext=sealed, aad=keyspace.meta(thread), thread_id=thread)
+
+
+class Listed(NamedTuple):
+    """A thread's metadata that was read for a list and not opened yet. `header` is None if `error` says why."""
+
+    thread: str
+    header: record.ThreadHeader | None
+    sealed: bytes
+    error: str = ""
+
+    def unopened(self, error: str) -> Thread:
+        """What can be listed of a thread whose record does not open."""
+        if self.header is None:
+            return Thread(id=self.thread, author="", error=error)
+        return Thread(
+            id=self.thread,
+            author=self.header.author,
+            updated_ts=self.header.updated_ns,
+            deleted=bool(self.header.deleted_ns),
+            deleted_ts=self.header.deleted_ns,
+            error=error,
+        )
 
 
 class Threads(OpenStore):
@@ -88,22 +118,48 @@ class Threads(OpenStore):
         except record.RecordFormatError as error:
             raise RecordUnreadableError(f"the metadata of thread {thread} is malformed") from error
 
-    async def _open_threads(self, loaded: Sequence[tuple[str, record.ThreadHeader, bytes]]) -> list[Thread]:
-        plaintexts = await self.sealer.open(
-            [
-                DecryptItem(key_id=header.key_id, ciphertext=sealed, aad=keyspace.meta(thread), thread_id=thread)
-                for thread, header, sealed in loaded
-            ]
-        )
+    async def _open_thread(self, name: str, header: record.ThreadHeader, sealed: bytes) -> Thread:
+        """Raises StoreUnavailableError, RecordUnreadableError."""
+        (plaintext,) = await self.sealer.open([_to_open(name, header, sealed)])
+        try:
+            return self._opened(name, header, plaintext)
+        except record.RecordFormatError as error:
+            raise RecordUnreadableError(f"the metadata of thread {name} is malformed") from error
+
+    def _opened(self, name: str, header: record.ThreadHeader, plaintext: bytes) -> Thread:
+        """Raises RecordFormatError."""
+        thread = record.open_thread(header, name, plaintext)
+        thread.updated_ts = max(thread.updated_ts, self._last_touch(name))
+        return thread
+
+    def _load_listed(self, thread: str) -> Listed:
+        try:
+            found = self._load_thread(thread)
+        except RecordUnreadableError:
+            return Listed(thread, None, b"", RECORD_MALFORMED)
+        return Listed(thread, None, b"", RECORD_MISSING) if found is None else Listed(thread, *found)
+
+    async def _open_listed(self, listed: Sequence[Listed]) -> list[Thread]:
+        """In order; one that does not open has `error`. Raises StoreUnavailableError."""
+        items = [_to_open(one.thread, one.header, one.sealed) for one in listed if one.header is not None]
+        answers = iter(await self.sealer.open_each(items))
         threads: list[Thread] = []
-        for (name, header, _), plaintext in zip(loaded, plaintexts, strict=True):
+        for one in listed:
+            if one.header is None:
+                threads.append(one.unopened(one.error))
+                continue
+            answer = next(answers)
+            if isinstance(answer, KmsRefusedError):
+                threads.append(one.unopened(answer.code))
+                continue
             try:
-                thread = record.open_thread(header, name, plaintext)
-            except record.RecordFormatError as error:
-                raise RecordUnreadableError(f"the metadata of thread {name} is malformed") from error
-            thread.updated_ts = max(thread.updated_ts, self._last_touch(name))
-            threads.append(thread)
+                threads.append(self._opened(one.thread, one.header, answer))
+            except record.RecordFormatError:
+                threads.append(one.unopened(RECORD_MALFORMED))
         return threads
+
+    async def listed_threads(self, thread_ids: Sequence[str]) -> list[Thread]:
+        return await self._open_listed([self._load_listed(thread) for thread in thread_ids])
 
     def _last_touch(self, thread: str) -> int:
         prefix = keyspace.messages(thread)
@@ -114,7 +170,7 @@ class Threads(OpenStore):
         loaded = self._load_thread(thread_id)
         if loaded is None:
             raise ThreadNotFoundError("thread not found")
-        return (await self._open_threads([(thread_id, *loaded)]))[0]
+        return await self._open_thread(thread_id, *loaded)
 
     async def list_threads(
         self, *, author: str | None, title: str | None = None, slug: str | None = None, include_deleted: bool = False
@@ -123,24 +179,20 @@ class Threads(OpenStore):
         lower, upper = prefix, keyspace.after(prefix)
         needle = title.casefold() if title else ""
         while entries := self.engine.scan(lower, upper, limit=LIST_THREADS_MAX):
-            loaded: list[tuple[str, record.ThreadHeader, bytes]] = []
+            listed: list[Listed] = []
             size = 0
             for key, _ in entries:
                 lower = keyspace.next_key(key)
-                thread = keyspace.last_part(key)
-                found = self._load_thread(thread)
-                if found is None:
-                    raise RecordUnreadableError(f"the metadata of thread {thread} is missing")
-                header, sealed = found
-                if header.deleted_ns and not include_deleted:
+                one = self._load_listed(keyspace.last_part(key))
+                if one.header is not None and one.header.deleted_ns and not include_deleted:
                     continue
-                loaded.append((thread, header, sealed))
-                size += len(sealed)
+                listed.append(one)
+                size += len(one.sealed)
                 if size > LIST_BYTES_MAX:
                     break
             chunk = [
                 thread
-                for thread in await self._open_threads(loaded)
+                for thread in await self._open_listed(listed)
                 if needle in thread.title.casefold() and (not slug or thread.slug == slug)
             ]
             if chunk:
@@ -180,7 +232,7 @@ class Threads(OpenStore):
         if state is None or raw is None or state.deleted:
             raise ThreadNotFoundError("thread not found")
         header, sealed = record.unpack_thread(raw)
-        (current,) = await self._open_threads([(thread, header, sealed)])
+        current = await self._open_thread(thread, header, sealed)
         if author is not None and author != current.author:
             raise NotTheAuthorError("author does not match")
         return state, raw, header, current

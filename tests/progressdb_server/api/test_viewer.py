@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from minikms import Client
 from progressdb_server.api.viewer import sessions
 from progressdb_server.api.viewer.routes import LOGIN_BURST
 from progressdb_server.api.viewer.sessions import Sessions, same
@@ -119,6 +120,33 @@ def test_threads_are_found_by_author_and_by_the_beginning_of_an_id(server: RealS
     assert [one for one in made if one in inside("/viewer/?q=thread-").text] == made
     message = server("POST", "/v1/messages", {"thread": made[0], "author": "ann", "body": "x"}).json["id"]
     assert inside(f"/viewer/?q={message}").headers["location"] == f"/viewer/messages/{message}"
+
+
+def test_a_destroyed_and_a_damaged_key_hide_no_other_thread(tmp_path: Path) -> None:
+    with real_server(tmp_path) as server:
+        good, destroyed, damaged = (
+            server("POST", "/v1/threads", {"title": f"T{number}", "author": "ann"}).json["id"] for number in range(3)
+        )
+        keys = {
+            thread: server("GET", f"/admin/keys/kms:map:thread:{thread}", key=ADMIN).body.decode()
+            for thread in (destroyed, damaged)
+        }
+        with Client(server.db / "run" / "minikms.sock") as kms:
+            kms.retire_key(keys[destroyed])
+            kms.destroy_key(keys[destroyed])
+    (server.db / "kms" / "kms-deks" / f"{keys[damaged]}.json").write_text("{}")
+    with real_server(tmp_path) as server:
+        expected = {good: "", destroyed: "key_destroyed", damaged: "key_unreadable"}
+        for target, key in (("/admin/threads", ADMIN), ("/v1/threads?author=ann", BACKEND)):
+            reply = server("GET", target, key=key)
+            assert {thread["id"]: thread.get("error", "") for thread in reply.json["threads"]} == expected
+            assert b"T0" in reply.body
+        client = ViewerClient(server.port)
+        client.login(ADMIN)
+        page = client("/viewer/")
+        assert page.status == 200
+        for shown in (*expected, "T0", "key_destroyed", "key_unreadable"):
+            assert shown in page.text
 
 
 # --- sessions, without a server ---------------------------------------------------------------------------------------

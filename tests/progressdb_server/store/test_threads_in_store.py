@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minikms.client import DecryptItem, KmsRefusedError
+from minikms.client.errors import refusal
+from progressdb_server.api.viewer.browsing import Browser
 from progressdb_server.store import keyspace, record
 from progressdb_server.store import threads as threads_room
 from progressdb_server.store.conversations import Conversations
@@ -16,6 +20,7 @@ from progressdb_server.store.model import (
     NewMessage,
     NotTheAuthorError,
     RecordUnreadableError,
+    StoreUnavailableError,
     ThreadNotFoundError,
 )
 from progressdb_server.store.threads import slug_of
@@ -196,7 +201,52 @@ def test_missing_metadata_is_reported_and_not_skipped() -> None:
     async def run(store: Conversations) -> None:
         thread = (await store.create_thread(author="ann", title="t")).id
         engine.write([(keyspace.meta(thread), None)])
-        with pytest.raises(RecordUnreadableError):
-            await threads_of(store, "ann")
+        (listed,) = await threads_of(store, "ann")
+        assert (listed.id, listed.error) == (thread, "record_missing")
 
     with_store(run, engine)
+
+
+def test_a_thread_that_does_not_open_is_listed_with_its_code_and_hides_no_other() -> None:
+    provider, engine = SealingProvider(), MemoryEngine()
+
+    async def run(store: Conversations) -> None:
+        made = [(await store.create_thread(author="ann", title=f"title {n}")).id for n in range(5)]
+        good, destroyed, altered, malformed, missing = made
+        provider.destroyed.update(provider.keys_of(destroyed))
+        raw = engine.get(keyspace.meta(altered))
+        assert raw is not None
+        flipped = raw[:-1] + bytes([raw[-1] ^ 1])
+        puts = [(keyspace.meta(altered), flipped), (keyspace.meta(malformed), b"x"), (keyspace.meta(missing), None)]
+        engine.write(puts)
+        errors = {
+            good: "",
+            destroyed: "key_destroyed",
+            altered: "decryption_failed",
+            malformed: "record_malformed",
+            missing: "record_missing",
+        }
+        for author in ("ann", None):
+            listed = await threads_of(store, author, include_deleted=author is None)
+            assert {thread.id: thread.error for thread in listed} == errors
+            assert [thread.title for thread in listed] == ["title 0", "", "", "", ""]
+        assert [thread.id for thread in await threads_of(store, "ann", title="title")] == [good]
+        page = await Browser(store, provider).threads(author="", id_prefix="", cursor="")
+        assert {thread.id: thread.error for thread in page.threads} == errors
+        with pytest.raises(RecordUnreadableError):
+            await store.get_thread(destroyed)
+
+    with_store(run, engine, provider)
+
+
+def test_a_list_of_threads_fails_while_the_key_service_can_not_open() -> None:
+    class Busy(SealingProvider):
+        async def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]:
+            return [refusal("audit_unavailable", "the audit log is not available")] * len(items)
+
+    async def run(store: Conversations) -> None:
+        await store.create_thread(author="ann", title="title")
+        with pytest.raises(StoreUnavailableError):
+            await threads_of(store, "ann")
+
+    with_store(run, provider=Busy())

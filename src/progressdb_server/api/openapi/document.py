@@ -136,7 +136,10 @@ _SIGNED_OR_NOT: Final = [*_KEYED, {"apiKey": [], "userSignature": []}, {"bearer"
 
 def _schemas() -> dict[str, Any]:
     _, components = msgspec.json.schema_components([Message, Thread])
-    for name, what in (("Message", "One version of a message."), ("Thread", "A thread.")):
+    for name, what in (
+        ("Message", "One version of a message."),
+        ("Thread", "A thread. In a list, `error` is the code of a thread that can't be read."),
+    ):
         components[name]["description"] = f"{what} Times are Unix nanoseconds; a field that is empty is absent."
     error = {
         "type": "object",

@@ -7,7 +7,6 @@ decrypted; the key of a record is read from the record itself and not from the t
 
 from __future__ import annotations
 
-import asyncio
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
@@ -74,10 +73,10 @@ class Browser:
     async def threads(self, *, author: str, id_prefix: str, cursor: str) -> ThreadPage:
         """Threads, newest first; with `id_prefix`, in the order of ids."""
         ids, older = self._store.thread_page(author=author, id_prefix=id_prefix, cursor=cursor, limit=PAGE_THREADS)
-        threads = await asyncio.gather(*(self._store.get_thread(thread) for thread in ids))
+        threads = await self._store.listed_threads(ids)
         if id_prefix and author:
             threads = [thread for thread in threads if thread.author == author]
-        return ThreadPage(list(threads), older)
+        return ThreadPage(threads, older)
 
     async def messages(self, thread: str, *, before: str = "", after: str = "") -> MessagePage:
         """The most recent messages, or those next to a cursor. Raises MessageNotFoundError for a malformed cursor."""
