@@ -207,7 +207,7 @@ def test_missing_metadata_is_reported_and_not_skipped() -> None:
     with_store(run, engine)
 
 
-def test_a_thread_that_does_not_open_is_listed_with_its_code_and_hides_no_other() -> None:
+def test_a_thread_that_does_not_open_is_listed_with_its_code() -> None:
     provider, engine = SealingProvider(), MemoryEngine()
 
     async def run(store: Conversations) -> None:
