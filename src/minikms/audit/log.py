@@ -6,6 +6,7 @@ Owns: the queue of a turn, the handling of write failures, and periodic checkpoi
   raises AuditUnavailableError: the answers to these events must not be sent.
 - Every commit tries again. The first one that succeeds writes a `resumed` event first: how many events were dropped,
   since when and why.
+- Periodic work follows the monotonic clock, so that it continues when the wall clock is set back.
 - All methods but `fdatasync` belong to one thread. `fdatasync` may run in another thread at the same time.
 
 It must never report a line as written that is not, keep an event after its commit, or hold key bytes. The caller holds
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from typing import Final, Literal, NoReturn
 
@@ -69,12 +71,14 @@ class AuditLog:
         opened: OpenedLog,
         *,
         now_ns: Callable[[], int],
+        monotonic_ns: Callable[[], int],
         fsync: FsyncPolicy,
         hash_thread_ids: bool,
         limits: Limits,
     ) -> None:
         self.directory = directory
         self.now_ns = now_ns
+        self._monotonic_ns = monotonic_ns
         self.events_dropped = 0
         self._fsync: FsyncPolicy = fsync
         self._limits = limits
@@ -86,7 +90,11 @@ class AuditLog:
         self._disk_full = False
         self._reserve = Reserve(directory, limits.reserve_bytes)
         self._chores_ns = 0
-        self._signed_ns = now_ns()
+        started_ns = monotonic_ns()
+        self._signed_ns = started_ns
+        self._segment = opened.segment
+        # Only the wall clock knows the age of an earlier process's file. If it was set back since, the age begins now.
+        self._segment_began_ns = started_ns - max(0, now_ns() - opened.segment_ts)
         self._closed = False
 
     @classmethod
@@ -97,6 +105,7 @@ class AuditLog:
         audit_key: memoryview,
         seed: memoryview,
         now_ns: Callable[[], int],
+        monotonic_ns: Callable[[], int] = time.monotonic_ns,
         fsync: FsyncPolicy = "interval",
         key_version: int = 1,
         former: tuple[AuditKey, ...] = (),
@@ -110,9 +119,10 @@ class AuditLog:
         """Open the log in `directory`, or begin one.
 
         audit_key: 32 bytes; seed: 32 bytes (Ed25519); both are views of the arena that stay valid until `close`.
-        signer: used instead of `seed` if the signing key is elsewhere. now_ns: Unix time. former: the earlier key
-        versions, in any order. If the log ends under one of them, this call completes the change of key; the log must
-        then end at the line `since`, if that is given. expected: what other files say about the log.
+        signer: used instead of `seed` if the signing key is elsewhere. now_ns: Unix time, for the lines.
+        monotonic_ns: schedules the chores. former: the earlier key versions, in any order. If the log ends under one of
+        them, this call completes the change of key; the log must then end at the line `since`, if that is given.
+        expected: what other files say about the log.
 
         Raises StartError if the log is altered, missing or shorter than expected, and AuditUnavailableError or OSError
         if the disk fails.
@@ -120,7 +130,15 @@ class AuditLog:
         path = os.fspath(directory)
         key = AuditKey(key_version, audit_key, LocalSigner(seed) if signer is None else signer, since)
         opened = open_log(path, AuditKeys(key, former), expected or ExpectedLog(), now_ns(), accept_loss=accept_loss)
-        log = cls(path, opened, now_ns=now_ns, fsync=fsync, hash_thread_ids=hash_thread_ids, limits=limits)
+        log = cls(
+            path,
+            opened,
+            now_ns=now_ns,
+            monotonic_ns=monotonic_ns,
+            fsync=fsync,
+            hash_thread_ids=hash_thread_ids,
+            limits=limits,
+        )
         log._reserve.fill()
         try:
             if opened.key.version != key.version:
@@ -168,8 +186,8 @@ class AuditLog:
             if error.errno not in _NO_SPACE or not self._write_on_reserve(events, ts):
                 self._fail(error, dropped, ts)
         self._failure = None
-        if ts >= self._chores_ns:
-            self._do_chores(ts)
+        if self._monotonic_ns() >= self._chores_ns:
+            self._do_chores()
 
     def _write_on_reserve(self, events: list[Event], ts: int) -> bool:
         """Write on a full disk, into reserved space. Returns whether that succeeded.
@@ -190,7 +208,8 @@ class AuditLog:
                     continue
                 return False
             self._disk_full = True
-            self._chores_ns = ts + CHORES_NS  # so that this commit's chores don't allocate the freed space again
+            # Later, so that this commit's chores don't allocate the freed space again.
+            self._chores_ns = self._monotonic_ns() + CHORES_NS
             return True
         return False
 
@@ -252,40 +271,42 @@ class AuditLog:
 
         Raises nothing; `status` reports failures.
         """
-        ts = self.now_ns()
         if self._failure is not None and not self._queue:
             try:
                 self.commit()
             except AuditUnavailableError:
                 return
-        if ts >= self._chores_ns and self._failure is None:
-            self._do_chores(ts)
+        if self._monotonic_ns() >= self._chores_ns and self._failure is None:
+            self._do_chores()
 
-    def _do_chores(self, ts: int) -> None:
+    def _do_chores(self) -> None:
         """Refill the reserve, rotate, and sign old lines. The next round repeats what failed."""
-        self._chores_ns = ts + CHORES_NS
+        now = self._monotonic_ns()
+        self._chores_ns = now + CHORES_NS
         if not self._reserve.full and self._reserve.fill() and self._disk_full:
             self._disk_full = False
             self.add(Event(type=record.TYPE_DISK_OK, actor=ACTOR_SELF))
         writer = self._writer
+        if writer.segment != self._segment:
+            self._segment, self._segment_began_ns = writer.segment, now
         try:
-            if writer.size >= self._limits.segment_bytes or self._is_old(ts):
+            if writer.size >= self._limits.segment_bytes or self._is_old(now):
                 writer.repair()
-                writer.rotate(ts)
-                self._signed_ns = ts
+                writer.rotate(self.now_ns())
+                self._signed_ns = now
             elif not writer.unsigned_lines:
-                self._signed_ns = ts
-            elif ts - self._signed_ns >= CHECKPOINT_AGE_NS:
+                self._signed_ns = now
+            elif now - self._signed_ns >= CHECKPOINT_AGE_NS:
                 writer.repair()
-                writer.checkpoint(ts)
-                self._signed_ns = ts
+                writer.checkpoint(self.now_ns())
+                self._signed_ns = now
         except OSError as error:
             self._chore_fault = _reason(error)
         else:
             self._chore_fault = ""
 
-    def _is_old(self, ts: int) -> bool:
-        return not self._writer.fresh and ts - self._writer.segment_ts >= self._limits.segment_age_s * 1_000_000_000
+    def _is_old(self, now: int) -> bool:
+        return not self._writer.fresh and now - self._segment_began_ns >= self._limits.segment_age_s * 1_000_000_000
 
     def _fail(self, error: OSError, dropped: int, ts: int) -> NoReturn:
         if self._failure is None:

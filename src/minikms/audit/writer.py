@@ -173,7 +173,6 @@ class _NextFile(msgspec.Struct):
     fd: int
     first_line: bytes
     head: Head
-    ts: int
     old_renamed: bool = False
 
 
@@ -191,8 +190,6 @@ class ChainWriter:
         self.head = opened.head
         self.size = opened.size
         self.segment = opened.segment
-        self.segment_ts = opened.segment_ts
-        """Time of the file's first line, Unix ns."""
         self._segment_seq = opened.segment_seq
         self.durability = Durability(os.path.join(directory, LOG_NAME), opened.fd, opened.size)
 
@@ -330,7 +327,7 @@ class ChainWriter:
                 os.unlink(os.path.join(self._directory, NEXT_NAME))
             raise
         self._after_signed(close_line, closed)
-        self._next = _NextFile(fd, first_line, head, ts)
+        self._next = _NextFile(fd, first_line, head)
         self._finish_rotation(self._next)
 
     def _finish_rotation(self, following: _NextFile) -> None:
@@ -351,7 +348,6 @@ class ChainWriter:
         self.size = len(following.first_line)
         self.head = following.head
         self.segment += 1
-        self.segment_ts = following.ts
         self._segment_seq = following.head.seq
         self._coverage = Coverage.of_line(following.first_line)
         self._next = None

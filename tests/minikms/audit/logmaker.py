@@ -55,13 +55,17 @@ class Clock:
 def open_log(
     directory: Path, key: Key = KEY1, *, clock: Callable[[], int] | None = None, **options: object
 ) -> AuditLog:
+    """With a `Clock`, that clock is the monotonic one too, unless `options` has another."""
+    clock = clock or Clock()
     options.setdefault("limits", SMALL)
+    if isinstance(clock, Clock):
+        options.setdefault("monotonic_ns", lambda: clock.now)
     return AuditLog.open(
         directory,
         audit_key=key.mac_key,
         seed=key.seed,
         key_version=key.version,
-        now_ns=clock or Clock(),
+        now_ns=clock,
         **options,  # type: ignore[arg-type]  # tests pass on what `open` takes
     )
 

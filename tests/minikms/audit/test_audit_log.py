@@ -165,6 +165,29 @@ def test_lines_are_signed_within_a_minute(tmp_path: Path) -> None:
     log.close()
 
 
+def test_lines_are_signed_and_the_reserve_is_refilled_while_the_clock_is_behind(tmp_path: Path, faults: Faults) -> None:
+    """The wall clock is set back by a day; only the monotonic clock says that time passes."""
+    wall, monotonic = Clock(), Clock(now=0, step=0)
+    log = open_log(tmp_path, clock=wall, monotonic_ns=monotonic, limits=Limits(reserve_bytes=256 * 1024))
+    faults.write = [errno.ENOSPC]
+    commit_one(log)
+    assert log.status()["reserve_bytes"] != 256 * 1024
+    wall.now -= 1440 * CHECKPOINT_AGE_NS
+    monotonic.now += CHECKPOINT_AGE_NS
+    log.tick()
+    assert types_of(tmp_path)[-1] == "checkpoint"
+    assert log.status()["reserve_bytes"] == 256 * 1024
+    commit_one(log)
+    monotonic.now += CHORES_NS
+    log.tick()
+    assert types_of(tmp_path)[-1] == "encrypt", "a line is signed when it is a minute old, not earlier"
+    monotonic.now += CHECKPOINT_AGE_NS
+    log.tick()
+    assert types_of(tmp_path)[-1] == "checkpoint"
+    log.close()
+    assert verify(tmp_path).intact
+
+
 def test_thread_ids_can_be_hidden(tmp_path: Path) -> None:
     log = open_log(tmp_path, hash_thread_ids=True)
     log.add(encrypt_event(thread_id="payroll"))

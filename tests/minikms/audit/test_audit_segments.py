@@ -68,6 +68,41 @@ def test_a_file_that_is_old_is_closed(tmp_path: Path) -> None:
     assert verify(tmp_path).intact
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_an_old_file_is_closed_while_the_clock_is_behind(tmp_path: Path, restarted: bool) -> None:
+    """After a restart with the wall clock set back, the age of the file counts from the restart."""
+    wall, monotonic = Clock(), Clock(now=7 * SECOND, step=0)
+    limits = Limits(segment_age_s=3600, reserve_bytes=0)
+    log = open_log(tmp_path, clock=wall, monotonic_ns=monotonic, limits=limits)
+    log.add(encrypt_event())
+    log.commit()
+    wall.now -= 24 * 3600 * SECOND
+    if restarted:
+        log.close()
+        log = open_log(tmp_path, clock=wall, monotonic_ns=monotonic, limits=limits)
+    log.tick()
+    assert list(list_segments(str(tmp_path))) == []
+    for closed in (1, 2):
+        monotonic.now += 3600 * SECOND
+        log.tick()
+        assert len(list_segments(str(tmp_path))) == closed
+        log.add(encrypt_event())
+        monotonic.now += SECOND
+        log.commit()
+    log.close()
+    assert verify(tmp_path).intact
+
+
+def test_the_age_of_a_file_counts_over_a_restart(tmp_path: Path) -> None:
+    wall, limits = Clock(), Limits(segment_age_s=3600, reserve_bytes=0)
+    make_log(tmp_path, 1, clock=wall, limits=limits)
+    wall.now += 3600 * SECOND
+    log = open_log(tmp_path, clock=wall, monotonic_ns=lambda: 0, limits=limits)
+    log.tick()
+    assert list(list_segments(str(tmp_path))) == [1]
+    log.close()
+
+
 def test_a_log_goes_on_after_a_restart_in_any_segment(tmp_path: Path) -> None:
     for _ in range(4):
         make_segments(tmp_path, 15)
