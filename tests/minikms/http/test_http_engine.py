@@ -207,7 +207,7 @@ def test_an_unexpected_exception_is_500_without_its_text(path: str) -> None:
             assert (answer.status, answer.json["code"]) == (500, "internal")
             assert b"0451" not in data
             [error] = running.internal_errors
-            assert error.startswith("ValueError at http_harness:")
+            assert error.startswith("ValueError at tests.minikms.http.http_harness:")
             assert "0451" not in error
 
     run(check())
