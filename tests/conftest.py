@@ -1,6 +1,6 @@
 """What every test shares: Hypothesis profiles, a clean environment and process state, time limits, the report of skips.
 
-Owns no fixture of a room; each room keeps its own beside its tests. `tests/` is on the import path (`import needs`).
+Owns no fixture of a room; each room keeps its own beside its tests.
 Never start a process or touch the network here.
 """
 
@@ -33,6 +33,12 @@ os.umask(0o022)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+
+@pytest.fixture
+def as_root() -> None:
+    """For tests that read the memory of other processes, or become other users."""
+    needs.root()
 
 
 def pytest_configure(config: pytest.Config) -> None:

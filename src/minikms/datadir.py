@@ -55,7 +55,7 @@ making.
 EPOCH_TAIL_BYTES_MAX: Final = 32 * 1024 * 1024
 """How much of the end of the audit log is searched for epochs."""
 
-_EPOCH_READ_BYTES: Final = 1024 * 1024
+EPOCH_READ_BYTES: Final = 1024 * 1024
 _EPOCH_OVERLAP_BYTES: Final = 64
 _EPOCH: Final = re.compile(rb'"epoch":([0-9]{1,18})[,}]')
 
@@ -340,9 +340,9 @@ def _in_open_file(directory: str) -> int:
         begin = max(0, end - EPOCH_TAIL_BYTES_MAX)
         highest = 0
         while begin < end:
-            data = os.pread(fd, _EPOCH_READ_BYTES + _EPOCH_OVERLAP_BYTES, begin)
+            data = os.pread(fd, EPOCH_READ_BYTES + _EPOCH_OVERLAP_BYTES, begin)
             highest = max(highest, _highest_in(data))
-            begin += _EPOCH_READ_BYTES
+            begin += EPOCH_READ_BYTES
         return highest
     finally:
         os.close(fd)

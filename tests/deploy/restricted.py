@@ -158,7 +158,7 @@ def main() -> None:
     for name in ("PrivateNetwork", "PrivateIPC", "PrivateTmp"):  # by the caller's namespaces; nothing is shared in /tmp
         single.pop(name, None)
     if single.pop("CapabilityBoundingSet") == single.pop("AmbientCapabilities") == "":
-        process._drop_capabilities()
+        process.drop_capabilities()
     if single:
         raise SystemExit(f"directives that this test does not know: {sorted(single)}")
     install_filter(allowed, families)

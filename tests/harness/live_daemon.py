@@ -7,6 +7,7 @@ computed in the test's own process and never sent to the daemon.
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import minikms
 from minikms.client.errors import KmsError
@@ -24,6 +25,7 @@ from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory import SecretArena
 
 START_SECONDS_MAX = 20.0
+STOP_SECONDS_MAX = 20.0
 RootKind = Literal["file", "environment", "dev"]
 ROOT_KINDS: tuple[RootKind, ...] = ("file", "environment", "dev")
 
@@ -54,29 +56,29 @@ class LiveDaemon:
         self.socket = socket or base / "s"
         self.log = base / "log"
         self.root_file = base / "data.master-key"
-        self._environ = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
-        self._command = [*program, sys.executable, *launcher, "-m", "minikms"]
-        self._command += ["--socket", str(self.socket), "--data-dir", str(self.data_dir), *flags]
+        self.environ = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
+        self.command = [*program, sys.executable, *launcher, "-m", "minikms"]
+        self.command += ["--socket", str(self.socket), "--data-dir", str(self.data_dir), *flags]
         self._pass_fds = pass_fds
         self._limits = dict(limits or {})
         self._server_uids = server_uids
         if root_kind == "dev":
-            self._command += ["--dev"]
+            self.command += ["--dev"]
         else:
             self.root_file.touch(0o600)
             self.root_file.write_text(os.urandom(32).hex() + "\n")
         if root_kind == "file":
-            self._command += ["--master-key-file", str(self.root_file)]
+            self.command += ["--master-key-file", str(self.root_file)]
         elif root_kind == "environment":
-            self._environ["PROGRESSDB_MINIKMS_MASTER_KEY"] = self.root_file.read_text().strip()
+            self.environ["PROGRESSDB_MINIKMS_MASTER_KEY"] = self.root_file.read_text().strip()
         self.start()
 
     def start(self, *under: str) -> None:
         """Start it again, after it has ended, `under` a program such as strace; returns when it answers."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*under, *self._command],
-                env=self._environ,
+                [*under, *self.command],
+                env=self.environ,
                 stdout=log,
                 stderr=log,
                 pass_fds=self._pass_fds,
@@ -105,6 +107,11 @@ class LiveDaemon:
     def client(self) -> minikms.Client:
         return minikms.Client(self.socket, server_uids=self._server_uids)
 
+    def stop(self) -> None:
+        """SIGTERM, and the end that the daemon makes of itself."""
+        self.process.terminate()
+        assert self.process.wait(STOP_SECONDS_MAX) == 0
+
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -118,6 +125,11 @@ class LiveDaemon:
     def root(self) -> bytes:
         return bytes.fromhex(self.root_file.read_text())
 
+    def events(self, *types: str) -> list[dict[str, Any]]:
+        """The events of these types in the newest file of the audit log, in order."""
+        lines = (self.data_dir / "minikms-audit.log").read_text().splitlines()
+        return [event for line in lines if (event := json.loads(line)["event"])["type"] in types]
+
     def keys(self, root: bytes | None = None) -> dict[str, bytes]:
         """Every key that the daemon has, by a name; see `keys_in`."""
         return keys_in(self.data_dir, self.root() if root is None else root)
@@ -129,10 +141,11 @@ def keys_in(data_dir: Path, root: bytes) -> dict[str, bytes]:
     with SecretArena(4096) as arena:
         data = (data_dir / "keyring.json").read_bytes()
         unlocked, _ = UnlockedKeyring.open(arena, memoryview(root), data, nonces=NonceSource().next)
-        found["keyring key"] = bytes(unlocked._keyring_key.view)
-        found |= {f"KEK {version}": bytes(slot.view) for version, slot in unlocked._keks.items()}
-        for version, (mac_key, seed) in unlocked._audit.items():
-            found |= {f"audit key {version}": bytes(mac_key.view), f"checkpoint seed {version}": bytes(seed.view)}
+        found["keyring key"] = bytes(unlocked.keyring_key.view)
+        found |= {f"KEK {kek.version}": bytes(unlocked.kek(kek.version)) for kek in unlocked.body.keks if kek.wrapped}
+        for key in unlocked.body.audit_keys:
+            mac_key, seed = unlocked.audit_key(key.version)
+            found |= {f"audit key {key.version}": bytes(mac_key), f"checkpoint seed {key.version}": bytes(seed)}
         for file in sorted((data_dir / "kms-deks").glob("*.json")):
             record = dek.parse(file.read_bytes(), file.stem)
             with arena.allocate() as slot:

@@ -1,9 +1,13 @@
-"""How a test starts a script of the tests in a process of its own."""
+"""How a test runs a script, a few lines of Python or `minikms audit verify` in a process of its own."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 PROJECT: Final = Path(__file__).resolve().parents[2]
 
@@ -17,3 +21,25 @@ def interpreter_words(module: str) -> tuple[str, str]:
         f"import runpy, sys; sys.path.insert(0, {str(PROJECT)!r}); runpy.run_module({module!r}, run_name='__main__')"
     )
     return "-c", start
+
+
+def answer_of(prologue: str, code: str, *arguments: str) -> Any:
+    """The value of `answer`, JSON, after a fresh interpreter has run both. `code` may be indented."""
+    source = f"import json\n{prologue}\n{textwrap.dedent(code)}\nprint(json.dumps(answer))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", source, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def verify_audit(data_dir: Path, key_file: str | Path | None = None) -> None:
+    """`minikms audit verify` finds the log intact. Without `key_file` it looks for the key beside the directory."""
+    command = [sys.executable, "-m", "minikms", "audit", "verify", "--data-dir", str(data_dir)]
+    key = [] if key_file is None else ["--master-key-file", str(key_file)]
+    done = subprocess.run([*command, *key], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

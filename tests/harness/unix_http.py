@@ -14,9 +14,12 @@ class UnixReply(NamedTuple):
     body: bytes
 
 
-class _Connection(http.client.HTTPConnection):
+TIMEOUT_S = 30
+
+
+class UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=10)
+        super().__init__("localhost", timeout=TIMEOUT_S)
         self._path = path
 
     def connect(self) -> None:
@@ -26,7 +29,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 def unix_request(path: Path, target: str, method: str = "GET") -> UnixReply:
-    connection = _Connection(path)
+    connection = UnixConnection(path)
     try:
         connection.request(method, target)
         answered = connection.getresponse()

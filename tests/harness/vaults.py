@@ -45,6 +45,9 @@ class OpenedVault:
     def on_disk(self, key_id: str) -> DekRecord:
         return dek.parse(self.file(key_id).read_bytes(), key_id)
 
+    def keks_on_disk(self, key_ids: Iterable[str]) -> set[int]:
+        return {self.on_disk(key_id).kek_version for key_id in key_ids}
+
     def backups(self, key_id: str = "") -> list[Path]:
         return sorted((self.directory / "kms-deks-backup").glob(f"{key_id}*"))
 

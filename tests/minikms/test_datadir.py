@@ -182,7 +182,7 @@ def test_the_highest_epoch_is_found_anywhere_in_the_tail_of_the_log(
     assert datadir.highest_epoch(str(tmp_path)) == 0
     log.write_bytes(line(3) + line(12) + line(7))
     assert datadir.highest_epoch(str(tmp_path)) == 12
-    monkeypatch.setattr(datadir, "_EPOCH_READ_BYTES", 64)
+    monkeypatch.setattr(datadir, "EPOCH_READ_BYTES", 64)
     for padding in range(130):
         log.write_bytes(line(3, padding) + line(345678, padding) + line(7, padding))
         assert datadir.highest_epoch(str(tmp_path)) == 345678

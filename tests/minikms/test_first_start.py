@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests import needs
-from tests.minikms.custody.rotation.crash_points import DEADLINE_SECONDS, Daemon, check_audit
+from tests.harness.scripts import verify_audit
+from tests.minikms.custody.rotation.crash_points import DEADLINE_SECONDS, Daemon
 
 CALLS = (
     "rename,renameat,renameat2",
@@ -58,7 +59,7 @@ def judge(daemon: Daemon) -> None:
         assert client.decrypt(key_id, client.encrypt(key_id, b"text")) == b"text"
         assert client.status()["status"] == "ok"
     daemon.stop()
-    check_audit(daemon.base / "data", daemon.key_file)
+    verify_audit(daemon.base / "data", daemon.key_file)
 
 
 def strike(base: Path, calls: str, number: int) -> bool:

@@ -15,16 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from tests import needs
 from tests.harness import live_daemon
 from tests.minikms.memory import scanner
 
+pytestmark = pytest.mark.usefixtures("as_root")
+
 API_KEY = "a-key-of-the-test"
-
-
-@pytest.fixture(autouse=True)
-def _as_root() -> None:
-    needs.root()
 
 
 def call(port: int, method: str, path: str, body: object = None) -> tuple[int, bytes]:

@@ -12,8 +12,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -23,6 +21,7 @@ from typing import Any
 import pytest
 
 from progressdb_server.cli.disksearch import search
+from tests.harness.scripts import verify_audit
 from tests.progressdb_server.api.real_server import RealServer, real_server
 
 CLIENTS = 6
@@ -105,12 +104,6 @@ def kill_both(server: RealServer) -> None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(process, signal.SIGKILL)
     server.kill()
-
-
-def verify_audit(data_dir: Path) -> None:
-    command = [sys.executable, "-m", "minikms", "audit", "verify", "--data-dir", str(data_dir)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def verify_messages(server: RealServer, ledger: Ledger, threads: list[str]) -> None:

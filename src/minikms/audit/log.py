@@ -84,7 +84,7 @@ class AuditLog:
         self._limits = limits
         self._hash_thread_ids = hash_thread_ids
         self._queue: list[Event] = []
-        self._writer = ChainWriter(directory, opened)
+        self.writer = ChainWriter(directory, opened)
         self._failure: _Failure | None = None
         self._chore_fault = ""
         self._disk_full = False
@@ -146,7 +146,7 @@ class AuditLog:
             log._queue += opened.pending
             log.commit(durable=True)
         except AuditUnavailableError:
-            log._writer.close()
+            log.writer.close()
             raise
         return log
 
@@ -177,11 +177,11 @@ class AuditLog:
         if self._failure is not None:
             events.insert(0, _resumed_event(self._failure))
         try:
-            self._writer.repair()
+            self.writer.repair()
         except OSError as error:
             self._fail(error, dropped, ts)
         try:
-            self._writer.write(events, ts)
+            self.writer.write(events, ts)
         except OSError as error:
             if error.errno not in _NO_SPACE or not self._write_on_reserve(events, ts):
                 self._fail(error, dropped, ts)
@@ -201,8 +201,8 @@ class AuditLog:
             events.insert(0, Event(type=record.TYPE_DISK_FULL, actor=ACTOR_SELF, facts=facts))
         while self._reserve.release():
             try:
-                self._writer.repair()
-                self._writer.write(events, ts, escaped=True)
+                self.writer.repair()
+                self.writer.write(events, ts, escaped=True)
             except OSError as error:
                 if error.errno in _NO_SPACE:
                     continue
@@ -218,12 +218,12 @@ class AuditLog:
         self.commit()
         ts = self.now_ns()
         try:
-            self._writer.repair()
+            self.writer.repair()
         except OSError as error:
             self._fail(error, 0, ts)
         self._sign()
         self.fdatasync()
-        return self._writer.head
+        return self.writer.head
 
     def change_key(self, key: AuditKey) -> None:
         """Write a line that announces `key`, and use it from the next line on. Returns when that line is on disk.
@@ -233,8 +233,8 @@ class AuditLog:
         self.commit()
         ts = self.now_ns()
         try:
-            self._writer.repair()
-            self._writer.change_key(key, ts)
+            self.writer.repair()
+            self.writer.change_key(key, ts)
         except OSError as error:
             self._fail(error, 0, ts)
         self.fdatasync()
@@ -252,15 +252,15 @@ class AuditLog:
             self._sign()
             self.fdatasync()
         finally:
-            self._writer.close()
+            self.writer.close()
 
     def _sign(self) -> None:
         """Sign the lines that no signature covers yet. Call it after a commit. Raises AuditUnavailableError."""
         ts = self.now_ns()
-        if self._writer.unsigned_lines:
+        if self.writer.unsigned_lines:
             try:
-                self._writer.repair()
-                self._writer.checkpoint(ts)
+                self.writer.repair()
+                self.writer.checkpoint(ts)
             except OSError as error:
                 self._fail(error, 0, ts)
 
@@ -286,7 +286,7 @@ class AuditLog:
         if not self._reserve.full and self._reserve.fill() and self._disk_full:
             self._disk_full = False
             self.add(Event(type=record.TYPE_DISK_OK, actor=ACTOR_SELF))
-        writer = self._writer
+        writer = self.writer
         if writer.segment != self._segment:
             self._segment, self._segment_began_ns = writer.segment, now
         try:
@@ -306,7 +306,7 @@ class AuditLog:
             self._chore_fault = ""
 
     def _is_old(self, now: int) -> bool:
-        return not self._writer.fresh and now - self._segment_began_ns >= self._limits.segment_age_s * 1_000_000_000
+        return not self.writer.fresh and now - self._segment_began_ns >= self._limits.segment_age_s * 1_000_000_000
 
     def _fail(self, error: OSError, dropped: int, ts: int) -> NoReturn:
         if self._failure is None:
@@ -318,19 +318,19 @@ class AuditLog:
     def _hide_thread_ids(self, events: list[Event]) -> None:
         for event in events:
             if event.thread_id:
-                event.thread_id = record.hash_thread_id(event.thread_id, self._writer.key.mac_key)
+                event.thread_id = record.hash_thread_id(event.thread_id, self.writer.key.mac_key)
 
     # --- durability --------------------------------------------------------------------------------------------------
 
     @property
     def dirty(self) -> bool:
         """Whether a committed line is not confirmed to be on disk."""
-        return self._writer.durability.dirty
+        return self.writer.durability.dirty
 
     @property
     def sync_needed(self) -> bool:
         """Whether `fdatasync` should be called now: because of the policy, or because the last call failed."""
-        durability = self._writer.durability
+        durability = self.writer.durability
         return durability.failed or (self._fsync != "never" and durability.dirty)
 
     @property
@@ -344,7 +344,7 @@ class AuditLog:
         Raises AuditUnavailableError: then the log accepts no lines until a later call succeeds.
         """
         try:
-            self._writer.durability.sync()
+            self.writer.durability.sync()
         except OSError as error:
             raise AuditUnavailableError("the disk did not confirm the audit log") from error
 
@@ -353,22 +353,22 @@ class AuditLog:
     @property
     def head(self) -> dict[str, str | int]:
         """{"seq": n, "sig": base64} of the last line. `minikms audit verify --expect-head` takes `<seq>:<sig>`."""
-        head = self._writer.head
+        head = self.writer.head
         return {"seq": head.seq, "sig": encode_text(head.sig)}
 
     @property
     def segment(self) -> int:
         """Number of the segment being written. For any thread."""
-        return self._writer.segment
+        return self.writer.segment
 
     @property
     def writable(self) -> bool:
         """Whether the last write and the last `fdatasync` succeeded."""
-        return self._failure is None and not self._writer.durability.failed
+        return self._failure is None and not self.writer.durability.failed
 
     def status(self) -> dict[str, object]:
         """For `/status` and metrics: the head, whether and why the log can't be written, sizes. Times are Unix ns."""
-        writer, failure = self._writer, self._failure
+        writer, failure = self.writer, self._failure
         unconfirmed = "the disk has not confirmed all lines" if writer.durability.failed else ""
         return {
             "head": self.head,

@@ -65,7 +65,7 @@ SIGNED_TYPES: Final = frozenset({TYPE_CHECKPOINT, TYPE_SEGMENT_CLOSE, TYPE_AUDIT
 _SEQ_PREFIX: Final = LINE_PREFIX + b'{"seq":'
 SEQ_DIGITS_MAX: Final = 19
 
-_THREAD_LABEL: Final = b"minikms/audit/thread-id/v1\x00"
+THREAD_LABEL: Final = b"minikms/audit/thread-id/v1\x00"
 _THREAD_PREFIX: Final = "hmac-sha256:"
 _THREAD_MAC_BYTES: Final = 16
 
@@ -235,5 +235,5 @@ def peek_seq(line: bytes) -> int:
 
 def hash_thread_id(thread_id: str, audit_key: memoryview) -> str:
     """The form of a thread id in a log that hides thread ids: 128 bits of HMAC-SHA-256(audit key, id), in hex."""
-    mac = hmac.digest(audit_key, _THREAD_LABEL + thread_id.encode(), "sha256")
+    mac = hmac.digest(audit_key, THREAD_LABEL + thread_id.encode(), "sha256")
     return _THREAD_PREFIX + mac[:_THREAD_MAC_BYTES].hex()

@@ -50,7 +50,7 @@ from minikms.audit.verify import Verifier
 from minikms.base64 import encode_text
 from minikms.errors import StartError
 
-_READ_BYTES: Final = 64 * 1024
+READ_BYTES: Final = 64 * 1024
 _FIRST_LINE_BYTES: Final = 4096
 LOG_END_BYTES_MAX: Final = 32 * 1024 * 1024
 """No writer leaves more without a signature: it signs after 8 MiB, and the lines of a turn are far fewer bytes."""
@@ -124,7 +124,7 @@ def read_log_end(fd: int, trust: Trust) -> LogEnd:
 def _whole_bytes(fd: int, size: int) -> int:
     end = size
     while end > 0:
-        begin = max(0, end - _READ_BYTES)
+        begin = max(0, end - READ_BYTES)
         newline = os.pread(fd, end - begin, begin).rfind(b"\n")
         if newline >= 0:
             return begin + newline + 1
@@ -137,7 +137,7 @@ def _from_last_signed_line(fd: int, end: int) -> tuple[int, bytes | None]:
 
     The bytes are None if there is no signed line in the last `LOG_END_BYTES_MAX`.
     """
-    span = _READ_BYTES
+    span = READ_BYTES
     while True:
         begin = max(0, end - span)
         data = _read_exactly(fd, begin, end)

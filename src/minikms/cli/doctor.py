@@ -379,7 +379,7 @@ def doctor(
     """
     directory = chosen_data_dir(data_dir) if data_dir or os.environ.get(DATA_DIR_VARIABLE) else None
     if rebuild_leases:
-        return _rebuild(directory, yes=yes)
+        return rebuild(directory, yes=yes)
     path = socket or os.environ.get(SOCKET_VARIABLE)
     if directory is None and not path:
         raise CommandError("say what to examine: --data-dir DIR, --socket PATH, or both")
@@ -483,7 +483,7 @@ def _worn_keys(kms: Client) -> Iterator[Finding]:
 # --- repair -------------------------------------------------------------------------------------------------------
 
 
-def _rebuild(directory: str | None, *, yes: bool) -> int:
+def rebuild(directory: str | None, *, yes: bool) -> int:
     """Replaces both lease files; every present key counts as spent. Raises StartError while a daemon runs."""
     from minikms.custody.files import DataDirLock
     from minikms.custody.lease_store import LeaseStore

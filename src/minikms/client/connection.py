@@ -42,7 +42,7 @@ _UCRED: Final = struct.Struct("iII")  # pid, uid, gid: struct ucred of unix(7); 
 _XUCRED: Final = struct.Struct("II")  # version, uid: the head of struct xucred, FreeBSD's and macOS's unix(4)
 _XUCRED_BYTES: Final = 76
 _LOCAL_PEERCRED: Final = 1
-_OVERFLOW_UID_FILE: Final = "/proc/sys/kernel/overflowuid"
+OVERFLOW_UID_FILE: Final = "/proc/sys/kernel/overflowuid"
 
 
 def default_server_uids() -> frozenset[int]:
@@ -92,16 +92,16 @@ def server_uid(sock: socket.socket) -> int:
 
 def _check_server(sock: socket.socket, path: str, server_uids: Collection[int]) -> None:
     uid = server_uid(sock)
-    if uid not in server_uids or uid == _overflow_uid():
+    if uid not in server_uids or uid == overflow_uid():
         expected = " or ".join(str(number) for number in sorted(server_uids))
         message = f"{path} is served by uid {uid}, expected was uid {expected}; nothing was sent"
         raise KmsUntrustedServerError(message)
 
 
-def _overflow_uid() -> int | None:
+def overflow_uid() -> int | None:
     """The uid that the kernel shows for every user outside our user namespace (user_namespaces(7))."""
     try:
-        return int(Path(_OVERFLOW_UID_FILE).read_text(encoding="ascii"))
+        return int(Path(OVERFLOW_UID_FILE).read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
 

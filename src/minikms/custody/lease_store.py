@@ -51,7 +51,7 @@ JOURNAL_RECORDS_MERGE: Final = 32_768
 JOURNAL_RECORDS_MAX: Final = 4 * JOURNAL_RECORDS_MERGE
 """A journal with so many records, since merges fail, takes no more."""
 JOURNAL_BYTES_MAX: Final = HEADER_BYTES + RECORD_BYTES * (JOURNAL_RECORDS_MAX + GROUP_RECORDS_MAX)
-_MERGE_RETRY_RECORDS: Final = JOURNAL_RECORDS_MERGE // 8
+MERGE_RETRY_RECORDS: Final = JOURNAL_RECORDS_MERGE // 8
 
 
 class LeaseFilesStatus(NamedTuple):
@@ -245,7 +245,7 @@ class LeaseStore:
             replace_file(self._directory, JOURNAL_NAME, journal_header())
         except BaseException:
             self._merge_failures += 1
-            self._merge_at = self._journal_records + _MERGE_RETRY_RECORDS
+            self._merge_at = self._journal_records + MERGE_RETRY_RECORDS
             raise
         with self._lock:
             self._totals = {}

@@ -20,9 +20,9 @@ from typing import Final, NamedTuple
 from minikms.memory import libc
 
 _UCRED: Final = struct.Struct("iII")  # struct ucred of unix(7): pid, uid, gid
-_SO_PEERPIDFD: Final = 77  # asm-generic/socket.h, Linux 6.5
+SO_PEERPIDFD: Final = 77  # asm-generic/socket.h, Linux 6.5
 _NO_UID: Final = 0xFFFFFFFF
-_OVERFLOW_UID_FILE: Final = "/proc/sys/kernel/overflowuid"
+OVERFLOW_UID_FILE: Final = "/proc/sys/kernel/overflowuid"
 _OVERFLOW_UID_DEFAULT: Final = 65534
 PID_UNKNOWN: Final = 0
 
@@ -56,14 +56,14 @@ def read_peer(connection: socket.socket) -> Peer:
 
 def is_overflow_uid(uid: int) -> bool:
     """Whether `uid` stands for all users that have no number in this user namespace."""
-    return uid == _overflow_uid()
+    return uid == overflow_uid()
 
 
 @functools.cache
-def _overflow_uid() -> int:
+def overflow_uid() -> int:
     """See user_namespaces(7). Read once: the file may be unreadable after the process is hardened."""
     try:
-        with open(_OVERFLOW_UID_FILE, encoding="ascii") as file:
+        with open(OVERFLOW_UID_FILE, encoding="ascii") as file:
             return int(file.read())
     except (OSError, ValueError):
         return _OVERFLOW_UID_DEFAULT
@@ -72,7 +72,7 @@ def _overflow_uid() -> int:
 def _not_reaped(connection: socket.socket) -> bool:
     """Whether the process that connected is known to have its pid still."""
     try:
-        descriptor = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+        descriptor = connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
     except OSError:  # ENOPROTOOPT before Linux 6.5; some later ones refuse it for a process that was reaped
         return False
     try:

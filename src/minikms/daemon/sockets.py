@@ -35,7 +35,7 @@ BACKLOG_COUNT: Final = 1024
 MODE_DEFAULT: Final = 0o600
 LOCK_SUFFIX: Final = ".lock"
 _LISTEN_FDS_START: Final = 3  # SD_LISTEN_FDS_START
-_PROBE_TIMEOUT_S: Final = 1.0
+PROBE_TIMEOUT_S: Final = 1.0
 
 
 class UnixListener:
@@ -197,7 +197,7 @@ def _open_directory(parent: str) -> int:
 def _answers(path: str) -> bool:
     """Whether a process listens at `path`. Only ECONNREFUSED means no: a full queue or a missing permission doesn't."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(_PROBE_TIMEOUT_S)
+        probe.settimeout(PROBE_TIMEOUT_S)
         try:
             probe.connect(path)
         except OSError as error:

@@ -93,7 +93,7 @@ class UnlockedKeyring:
         with unlocked._released_on_failure():
             try:
                 unlocked._open_keyring_key(root, slot)
-                aead.check_authentic(unlocked._keyring_key.view, tag, labels.aad(labels.KEYRING, body_bytes))
+                aead.check_authentic(unlocked.keyring_key.view, tag, labels.aad(labels.KEYRING, body_bytes))
             except DecryptionError:
                 raise StartError("the keyring was altered or is damaged; restore keyring.json from a backup") from None
             try:
@@ -103,7 +103,8 @@ class UnlockedKeyring:
         return unlocked, slot
 
     @property
-    def _keyring_key(self) -> SecretSlot:
+    def keyring_key(self) -> SecretSlot:
+        """The key of the body's version, which seals the KEKs and the audit keys."""
         return self._keyring_keys[self.body.key_version]
 
     @contextlib.contextmanager
@@ -149,7 +150,7 @@ class UnlockedKeyring:
 
         The new keyring key is used as soon as `body` has its version. Call `settle` once it is known which body stays.
         """
-        before = self._keyring_key.view
+        before = self.keyring_key.view
         version = self.body.key_version + 1
         fill_random(self._new_keyring_key(version))
         link = self._seal_under(before, labels.KEYRING_KEY, version, self._keyring_keys[version])
@@ -223,7 +224,7 @@ class UnlockedKeyring:
         fill_random(key.view)
         fill_random(seed.view)
         public = Ed25519PrivateKey.from_private_bytes(seed.view).public_key().public_bytes_raw()
-        sealing = self._keyring_key.view
+        sealing = self.keyring_key.view
         return keyring.AuditKey(
             version=version,
             created_at=at,
@@ -277,7 +278,7 @@ class UnlockedKeyring:
         return aead.seal(sealing, self._nonces(), key.view, self._versioned_aad(label, version))
 
     def _open_under(self, wrapped: bytes, label: bytes, version: int, target: SecretSlot) -> None:
-        aead.open_into(self._keyring_key.view, wrapped, self._versioned_aad(label, version), target.view)
+        aead.open_into(self.keyring_key.view, wrapped, self._versioned_aad(label, version), target.view)
 
     def _versioned_aad(self, label: bytes, version: int) -> bytes:
         return labels.aad(label, self.body.keyring_id.encode(), labels.number(version))

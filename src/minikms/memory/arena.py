@@ -33,7 +33,7 @@ SLOTS_DEFAULT: Final = 1024
 RANDOM_DEVICE: Final = "/dev/urandom"
 
 # Linux numbers that not every Python has names for: asm-generic/unistd.h, asm-generic/mman-common.h.
-_SYS_MEMFD_SECRET: Final = 447
+SYS_MEMFD_SECRET: Final = 447
 _MADV_DONTFORK: Final = 10
 _MADV_DONTDUMP: Final = 16
 _MADV_WIPEONFORK: Final = 18
@@ -157,7 +157,7 @@ class SecretArena:
         if not libc.LINUX:
             return False
         try:
-            descriptor = libc.syscall("memfd_secret", _SYS_MEMFD_SECRET, os.O_CLOEXEC)
+            descriptor = libc.syscall("memfd_secret", SYS_MEMFD_SECRET, os.O_CLOEXEC)
         except OSError as error:
             # ENOSYS: before Linux 5.14, or started with secretmem.enable=0; EPERM: a container's filter.
             if error.errno in (errno.ENOSYS, errno.EPERM):

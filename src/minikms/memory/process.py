@@ -94,7 +94,7 @@ def harden(
         ("umask_077", _set_umask),
         ("memory_locked", _lock_memory),
         ("no_new_privileges", _forbid_new_privileges),
-        ("capabilities_dropped", _keep_capabilities if keep_capabilities else _drop_capabilities),
+        ("capabilities_dropped", _keep_capabilities if keep_capabilities else drop_capabilities),
         ("not_dumpable", _forbid_dumps_and_tracing),
         ("filesystem_restricted", lambda: restrict_filesystem(read=read, write=write, execute=allow_exec)),
         ("system_calls_filtered", lambda: install_filter(allow_exec=allow_exec, allow_network=allow_network)),
@@ -192,7 +192,7 @@ def _keep_capabilities() -> None:
     raise OSError(errno.ECANCELED, "kept as configured")
 
 
-def _drop_capabilities() -> None:
+def drop_capabilities() -> None:
     """capabilities(7): empty the ambient, bounding, effective, permitted and inheritable sets."""
     libc.prctl("prctl(PR_CAP_AMBIENT)", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     capability = 0

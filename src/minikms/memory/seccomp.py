@@ -94,16 +94,16 @@ DENIED: Final = (
 )
 DENIED_PROGRAMS: Final = _STARTS_PROGRAMS
 
-_SOCKET: Final = (41, 198)
-_CLONE: Final = (56, 220)
-_CLONE3: Final = (435, 435)
-_IOCTL: Final = (16, 29)
+SOCKET: Final = (41, 198)
+CLONE: Final = (56, 220)
+CLONE3: Final = (435, 435)
+IOCTL: Final = (16, 29)
 _NEW_NAMESPACES: Final = 0x7E020000  # linux/sched.h: CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
 _TYPES_INTO_A_TERMINAL: Final = (0x5412, 0x541C)  # asm-generic/ioctls.h: TIOCSTI, TIOCLINUX
 _X32_BIT: Final = 0x40000000  # asm/unistd.h: calls of the x32 table arrive with the architecture of x86_64
 
 # linux/audit.h
-_AUDIT_ARCH: Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+AUDIT_ARCH: Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 _PR_GET_SECCOMP: Final = 21
 _PR_SET_SECCOMP: Final = 22
@@ -150,15 +150,15 @@ def filter_program(machine: str, *, allow_exec: bool, allow_network: bool) -> li
     Raises:
         OSError: EOPNOTSUPP, because this module does not have the call numbers of the machine.
     """
-    if machine not in _AUDIT_ARCH:
+    if machine not in AUDIT_ARCH:
         raise OSError(errno.EOPNOTSUPP, f"the system call numbers of {machine} are not known")
-    column = list(_AUDIT_ARCH).index(machine)
+    column = list(AUDIT_ARCH).index(machine)
     calls = DENIED if allow_exec else DENIED | DENIED_PROGRAMS
     numbers = [numbers[column] for numbers in calls.values() if numbers[column] is not None]
     deny = Step(_RETURN, _RET_ERRNO | errno.EPERM)
     program = [
         Step(_LOAD_WORD, _ARCHITECTURE_OFFSET),
-        Step(_JUMP_EQUAL, _AUDIT_ARCH[machine], then=1),
+        Step(_JUMP_EQUAL, AUDIT_ARCH[machine], then=1),
         Step(_RETURN, _RET_KILL_PROCESS),
         Step(_LOAD_WORD, _NUMBER_OFFSET),
         Step(_JUMP_AT_LEAST, _X32_BIT, otherwise=1),
@@ -169,7 +169,7 @@ def filter_program(machine: str, *, allow_exec: bool, allow_network: bool) -> li
     program += _by_flags(column)
     if not allow_network:
         program += [
-            Step(_JUMP_EQUAL, _SOCKET[column], otherwise=3),
+            Step(_JUMP_EQUAL, SOCKET[column], otherwise=3),
             Step(_LOAD_WORD, _FIRST_ARGUMENT_OFFSET),
             Step(_JUMP_EQUAL, socket.AF_UNIX, then=1),
             deny,
@@ -182,14 +182,14 @@ def _by_flags(column: int) -> list[Step]:
     deny, allow = Step(_RETURN, _RET_ERRNO | errno.EPERM), Step(_RETURN, _RET_ALLOW)
     sends, links = _TYPES_INTO_A_TERMINAL
     return [
-        Step(_JUMP_EQUAL, _CLONE3[column], otherwise=1),
+        Step(_JUMP_EQUAL, CLONE3[column], otherwise=1),
         Step(_RETURN, _RET_ERRNO | errno.ENOSYS),
-        Step(_JUMP_EQUAL, _CLONE[column], otherwise=4),
+        Step(_JUMP_EQUAL, CLONE[column], otherwise=4),
         Step(_LOAD_WORD, _FIRST_ARGUMENT_OFFSET),
         Step(_JUMP_ANY_BIT, _NEW_NAMESPACES, otherwise=1),
         deny,
         allow,
-        Step(_JUMP_EQUAL, _IOCTL[column], otherwise=5),
+        Step(_JUMP_EQUAL, IOCTL[column], otherwise=5),
         Step(_LOAD_WORD, _SECOND_ARGUMENT_OFFSET),
         Step(_JUMP_EQUAL, sends, then=1),
         Step(_JUMP_EQUAL, links, otherwise=1),

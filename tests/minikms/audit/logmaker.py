@@ -136,3 +136,7 @@ def verify(
     )
     assert report.intact == (fault == ""), f"two verdicts: {report.findings!r} and {fault!r}"
     return report
+
+
+def types_of(directory: Path) -> list[str]:
+    return [event.type for event in events_of(directory / LOG)]

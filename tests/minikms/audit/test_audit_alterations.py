@@ -41,12 +41,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
-def altered(original: Path, tmp_path: Path) -> Path:
-    """A copy to alter."""
-    return Path(shutil.copytree(original, tmp_path / "altered"))
-
-
 def put(directory: Path, lines: list[bytes], end: bytes = b"\n") -> None:
     (directory / LOG).write_bytes(b"\n".join(lines) + end)
 

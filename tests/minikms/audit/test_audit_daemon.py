@@ -7,17 +7,17 @@ import resource
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from minikms.audit import record
 from minikms.cli.serve import parse_head
 from minikms.errors import StartError
+from tests.harness.waiting import wait_until
+from tests.minikms.audit.logmaker import events_of
 
 LOG = "minikms-audit.log"
 PROGRAM = [sys.executable, "-c", "from minikms.cli import main; main()"]
@@ -57,7 +57,7 @@ def serving(directory: Path, *flags: object) -> Iterator[Daemon]:
     process = subprocess.Popen([*command, "--data-dir", str(daemon.data_dir), *map(str, flags)])
     daemon.pid = process.pid
     try:
-        wait_for(daemon.socket.exists)
+        wait_until(daemon.socket.exists)
         yield daemon
     finally:
         process.terminate()
@@ -65,17 +65,6 @@ def serving(directory: Path, *flags: object) -> Iterator[Daemon]:
             assert process.wait(20) == 0
         finally:
             process.kill()
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
-def events_of(directory: Path) -> list[record.Event]:
-    return [record.parse_line(line)[0] for line in (directory / LOG).read_bytes().split(b"\n")[:-1]]
 
 
 def test_the_log_of_a_daemon_is_intact_copied_and_hides_threads(tmp_path: Path) -> None:
@@ -88,9 +77,9 @@ def test_the_log_of_a_daemon_is_intact_copied_and_hides_threads(tmp_path: Path) 
         assert status == 200 and told["audit"]["writable"] is True
         assert told["audit"]["upkeep"]["faults"] == {}
         assert daemon.verify()[0] == 0, "beside the daemon"
-        wait_for(lambda: copy.exists() and made["key_id"].encode() in copy.read_bytes())
+        wait_until(lambda: copy.exists() and made["key_id"].encode() in copy.read_bytes())
     assert daemon.verify()[0] == 0
-    types = [event.type for event in events_of(daemon.data_dir)]
+    types = [event.type for event in events_of(daemon.data_dir / LOG)]
     assert types == ["genesis", "start", "create_dek", "encrypt", "status", "stop", "checkpoint"]
     content = (daemon.data_dir / LOG).read_bytes()
     assert b"payroll" not in content
@@ -118,7 +107,7 @@ def test_no_request_is_answered_while_the_log_can_not_be_written(tmp_path: Path)
         dropped = daemon.ask("GET", "/status")[1]["audit"]["events_dropped"]
         assert dropped >= codes.count("audit_unavailable")
     assert daemon.verify()[0] == 0
-    told = [event for event in events_of(daemon.data_dir) if event.type == "resumed"]
+    told = [event for event in events_of(daemon.data_dir / LOG) if event.type == "resumed"]
     assert sum(int(event.facts["dropped"]) for event in told) == dropped
 
 
@@ -128,7 +117,7 @@ def test_files_are_closed_and_compressed_while_serving(tmp_path: Path) -> None:
         items = [{"key_id": made["key_id"], "plaintext": "", "request_id": f"{n:0128}"} for n in range(1024)]
         for _ in range(12):
             assert daemon.ask("POST", "/encrypt_batch", {"items": items})[0] == 200
-        wait_for(lambda: list(daemon.data_dir.glob(f"{LOG}.*.zst")))
+        wait_until(lambda: list(daemon.data_dir.glob(f"{LOG}.*.zst")))
         assert daemon.verify()[0] == 0
     assert daemon.verify()[0] == 0
 
@@ -144,7 +133,7 @@ def test_an_altered_log_prevents_a_start_until_the_loss_is_accepted(tmp_path: Pa
     assert "minikms audit verify" in refused.stderr and "--accept-audit-loss" in refused.stderr
     with serving(tmp_path, "--accept-audit-loss") as daemon:
         assert daemon.verify()[0] == 0
-    assert "previous" in events_of(daemon.data_dir)[0].facts
+    assert "previous" in events_of(daemon.data_dir / LOG)[0].facts
 
 
 def test_a_log_without_the_expected_line_is_refused(tmp_path: Path) -> None:

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from minikms.audit import record
 from minikms.audit.rules import Report
 from tests import needs
 from tests.harness.scripts import interpreter_words
-from tests.minikms.audit.logmaker import LOG, make_log, verify
+from tests.minikms.audit.logmaker import LOG, make_log, types_of, verify
 
 WRITER = interpreter_words("tests.minikms.audit.auditwriter")
 
@@ -38,10 +37,6 @@ def under_strace(directory: Path, *injections: str) -> list[str]:
     return command
 
 
-def told(directory: Path) -> list[str]:
-    return [record.parse_line(line)[0].type for line in (directory / LOG).read_bytes().split(b"\n")[:-1]]
-
-
 def check_answered(directory: Path, printed: list[str]) -> Report:
     """Every line that the writer confirmed is in the log, which is intact."""
     report = verify(directory)
@@ -60,7 +55,7 @@ def test_a_failed_write_drops_only_its_own_turn(tmp_path: Path, error: str) -> N
     check_answered(directory, printed)
     if error == "EIO":
         assert printed.count("unavailable") == 7
-        assert told(directory).count("resumed") == 7
+        assert types_of(directory).count("resumed") == 7
     if error == "EINTR":
         assert "unavailable" not in printed, "the interpreter repeats an interrupted call"
 
@@ -121,7 +116,7 @@ def test_a_full_disk_is_recorded_in_the_reserve_and_then_answers_stop(tmp_path: 
     assert printed.count("unavailable") > 10
     first = printed.index("unavailable")
     assert first > 100, "there was room for that many"
-    lines = told(copy)
+    lines = types_of(copy)
     assert lines.count("disk_full") == 1
     full = lines.index("disk_full")
     assert lines[full + 1 :].count("encrypt") * 200 > 128 * 1024, "the reserve was used to its end"

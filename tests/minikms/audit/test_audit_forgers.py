@@ -134,9 +134,9 @@ def fork(directory: Path, now: int) -> None:
     """Continue the log of `directory` with the same number of lines each time, but with other lines."""
     log = open_log(directory, clock=Clock(now), limits=Limits(reserve_bytes=0))
     write_events(log, 3)
-    log._writer.rotate(now + SECOND)
+    log.writer.rotate(now + SECOND)
     write_events(log, 2)
-    log._writer.rotate(now + 2 * SECOND)
+    log.writer.rotate(now + 2 * SECOND)
     write_events(log, 2)
     log.close()
 
@@ -192,7 +192,7 @@ def changed(tmp_path: Path) -> tuple[Path, Head]:
     directory = tmp_path / "changed"
     make_log(directory, 5)
     log = open_log(directory)
-    log._writer.rotate(NOW)
+    log.writer.rotate(NOW)
     write_events(log, 3)
     since = log.settle()
     log.change_key(KEY2.audit_key())

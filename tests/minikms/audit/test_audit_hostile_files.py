@@ -115,7 +115,7 @@ def test_a_large_file_is_compressed_and_read_back(tmp_path: Path) -> None:
         for item in range(8):
             log.add(encrypt_event(item, detail=os.urandom(500).hex() * 1, request_ids=[os.urandom(120).hex()] * 1000))
         log.commit()
-        log._writer.rotate(10**18 + number)
+        log.writer.rotate(10**18 + number)
     log.close()
     assert (tmp_path / f"{LOG}.1").stat().st_size > 1024 * 1024
     assert len(compress_closed(str(tmp_path))) == 3
@@ -215,7 +215,7 @@ def test_a_file_that_is_closed_while_it_is_read_is_read_to_its_end(
             if number == 5 and turns < 3:
                 turns += 1
                 write_events(log, 4)
-                log._writer.rotate(10**18)
+                log.writer.rotate(10**18)
                 write_events(log, 8)
 
     monkeypatch.setattr(reader.SegmentFile, "lines", lines)
@@ -236,7 +236,7 @@ def test_a_file_that_appears_after_the_end_of_the_log_is_not_read(
     def lines(self: reader.SegmentFile) -> Any:
         yield from real(self)
         write_events(log, 4)
-        log._writer.rotate(10**18)
+        log.writer.rotate(10**18)
         write_events(log, 8)
 
     monkeypatch.setattr(reader.SegmentFile, "lines", lines)

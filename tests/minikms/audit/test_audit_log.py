@@ -27,6 +27,7 @@ from tests.minikms.audit.logmaker import (
     lines_of,
     make_log,
     open_log,
+    types_of,
     verify,
     write_events,
 )
@@ -71,10 +72,6 @@ def _error(number: int) -> OSError:
 @pytest.fixture
 def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
     return Faults(monkeypatch)
-
-
-def types_of(directory: Path) -> list[str]:
-    return [record.parse_line(line)[0].type for line in lines_of(directory)]
 
 
 def commit_one(log: AuditLog) -> None:

@@ -13,7 +13,7 @@ import pytest
 from minikms.audit import ExpectedLog, queries, reader, record, recovery, writer
 from minikms.audit.maintenance import compress_closed
 from minikms.audit.reader import each_segment
-from minikms.audit.record import Event, Head
+from minikms.audit.record import Head
 from minikms.errors import StartError
 from tests.minikms.audit.logmaker import (
     KEY1,
@@ -22,21 +22,15 @@ from tests.minikms.audit.logmaker import (
     Clock,
     Key,
     encrypt_event,
+    events_of,
     lines_of,
     make_log,
     make_segments,
     open_log,
+    types_of,
     verify,
     write_events,
 )
-
-
-def events_of(directory: Path) -> list[Event]:
-    return [record.parse_line(line)[0] for line in lines_of(directory)]
-
-
-def types_of(directory: Path) -> list[str]:
-    return [event.type for event in events_of(directory)]
 
 
 def head_of(directory: Path, number: int) -> Head:
@@ -88,7 +82,7 @@ def test_a_line_near_the_end_is_found_without_reading_the_whole_file(
 
 def test_a_first_start_begins_a_log_with_a_genesis_line(tmp_path: Path) -> None:
     log = open_log(tmp_path)
-    [genesis] = events_of(tmp_path)
+    [genesis] = events_of(tmp_path / LOG)
     assert (genesis.type, genesis.seq, genesis.actor) == ("genesis", 1, "minikms")
     assert set(genesis.facts) == {"format", "key", "log_id", "public_key", "segment"}
     assert (tmp_path / LOG).stat().st_mode & 0o777 == 0o600
@@ -130,7 +124,7 @@ def test_an_incomplete_last_line_is_moved_aside_and_recorded(tmp_path: Path) -> 
         (tmp_path / LOG).write_bytes(content + torn)
         assert not verify(tmp_path).intact
         log = open_log(tmp_path)
-        recovery = events_of(tmp_path)[-1]
+        recovery = events_of(tmp_path / LOG)[-1]
         assert recovery.type == "recovery"
         assert recovery.facts == {
             "bytes": len(torn),
@@ -164,7 +158,7 @@ def test_an_interrupted_recovery_is_completed(tmp_path: Path) -> None:
         open_log(tmp_path).close()
         saved = b"tornsecond" if left_in_log == b"second" else b"torn"
         assert aside.read_bytes() == saved
-        assert events_of(tmp_path)[6].facts["sha256"] == hashlib.sha256(saved).hexdigest()
+        assert events_of(tmp_path / LOG)[6].facts["sha256"] == hashlib.sha256(saved).hexdigest()
         assert verify(tmp_path).intact
 
 
@@ -253,7 +247,7 @@ def test_accepting_a_loss_keeps_the_old_files_and_records_it(tmp_path: Path) -> 
     (tmp_path / LOG).write_bytes(altered)
     (tmp_path / f"{LOG}.1").write_bytes(b"an older segment")
     open_log(tmp_path, expected=ExpectedLog(exists=True, head=known), accept_loss=True).close()
-    genesis = events_of(tmp_path)[0]
+    genesis = events_of(tmp_path / LOG)[0]
     aside = genesis.facts["previous_files"]
     assert isinstance(aside, str)
     assert snapshot(tmp_path / aside) == {LOG: altered, f"{LOG}.1": b"an older segment"}
@@ -312,7 +306,7 @@ def test_a_start_reads_no_further_back_than_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`minikms audit verify` finds a line that was altered before it."""
-    monkeypatch.setattr(recovery, "_READ_BYTES", 500)
+    monkeypatch.setattr(recovery, "READ_BYTES", 500)
     monkeypatch.setattr(writer, "CHECKPOINT_LINES", 50)
     log = open_log(tmp_path)
     write_events(log, 130, per_commit=10)
@@ -327,7 +321,7 @@ def test_a_start_reads_no_further_back_than_the_last_checkpoint(
 def test_a_file_with_too_many_unsigned_bytes_at_its_end_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery, "_READ_BYTES", 500)
+    monkeypatch.setattr(recovery, "READ_BYTES", 500)
     monkeypatch.setattr(recovery, "LOG_END_BYTES_MAX", 4000)
     kill(tmp_path, 50)
     with pytest.raises(StartError, match="no checkpoint in its last 4000 bytes"):

@@ -157,10 +157,8 @@ def at_call(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None
 def filled_log(directory: Path) -> AuditLog:
     """A log whose next tick closes its file."""
     log = open_log(directory, clock=Clock(step=CHORES_NS), limits=Limits(segment_bytes=1000, reserve_bytes=0))
-    for number in range(5):
-        log.add(encrypt_event(number))
-    log._writer.write(log._queue, 1)  # without the chores that a commit does after it
-    log._queue = []
+    events = [encrypt_event(number) for number in range(5)]
+    log.writer.write(events, 1)  # without the chores that a commit does after it
     return log
 
 

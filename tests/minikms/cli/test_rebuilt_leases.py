@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from minikms.cli.doctor import _rebuild
+from minikms.cli.doctor import rebuild
 from minikms.custody.files import open_directory
 from minikms.custody.lease_format import USES_MAX
 from minikms.custody.lease_store import LeaseStore
@@ -23,7 +23,7 @@ def test_a_key_that_exists_as_a_backup_only_is_spent_too(tmp_path: Path) -> None
     (directory / "kms-deks" / f"{present}.json").touch()
     for key_id in (missing, ahead):
         (directory / "kms-deks-backup" / f"{key_id}.json.20260101T000000").touch()
-    assert _rebuild(str(directory), yes=True) == 0
+    assert rebuild(str(directory), yes=True) == 0
     descriptor = open_directory(directory)
     store = LeaseStore.open(descriptor, create=False)
     try:

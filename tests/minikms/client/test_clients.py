@@ -50,7 +50,7 @@ def test_a_server_of_another_user_gets_not_one_byte(use: Use) -> None:
 
 
 def test_a_user_that_the_kernel_can_not_name_is_not_trusted(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer, "_overflow_uid", os.geteuid)
+    monkeypatch.setattr(peer, "overflow_uid", os.geteuid)
     with hostile([SEALED]) as server:
         [result] = use(server.path, ENCRYPT_CALL)
         assert isinstance(result, errors.KmsUntrustedServerError)

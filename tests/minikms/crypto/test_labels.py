@@ -23,7 +23,7 @@ def test_every_label_ends_in_its_only_nul() -> None:
 
 
 def test_no_label_is_a_prefix_of_another_so_no_two_uses_share_data() -> None:
-    used = [*LABELS, audit_record._THREAD_LABEL]
+    used = [*LABELS, audit_record.THREAD_LABEL]
     for one, other in itertools.permutations(used, 2):
         assert not other.startswith(one)
 

@@ -7,8 +7,13 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+
+from minikms.custody.lease_format import journal_header
+from minikms.custody.lease_store import JOURNAL_NAME
+from minikms.errors import StorageUnavailableError
 
 
 def key(number: int) -> bytes:
@@ -51,3 +56,13 @@ def flip(path: Path, offset: int, bit: int = 0) -> None:
     content = bytearray(path.read_bytes())
     content[offset] ^= 1 << bit
     path.write_bytes(content)
+
+
+def journal(directory: Path, *records: bytes) -> None:
+    """Writes a journal of exactly these records."""
+    (directory / JOURNAL_NAME).write_bytes(journal_header() + b"".join(records))
+
+
+def refuse(*_: object) -> NoReturn:
+    """In the place of a write."""
+    raise StorageUnavailableError("the disk refuses")

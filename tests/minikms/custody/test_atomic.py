@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -287,12 +288,22 @@ def test_removing_is_durable_and_repeatable(tmp_path: Path, directory: int, monk
     assert names(tmp_path) == []
 
 
-def test_only_temporary_files_of_earlier_processes_are_swept(tmp_path: Path, directory: int) -> None:
+def test_only_temporary_files_of_earlier_processes_are_swept(
+    tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept: list[int] = []
+    rename = os.rename
+
+    def sweeping(*given: Any, **named: Any) -> None:
+        swept.append(sweep_temps(directory))
+        rename(*given, **named)
+
     for name in (".tmp-0123456789abcdef-7", ".tmp-x", "kept", ".hidden"):
         (tmp_path / name).write_bytes(b"")
-    mine = files._write_temp(directory, (b"",), sync=False)
-    assert sweep_temps(directory) == 2
-    assert names(tmp_path) == sorted([".hidden", "kept", mine])
+    monkeypatch.setattr(os, "rename", sweeping)
+    replace_file(directory, "mine", b"")
+    assert swept == [2]
+    assert names(tmp_path) == [".hidden", "kept", "mine"]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc/passwd", "a\0b", ".tmp-x", "a" * 256, "ä", "a\n"])

@@ -34,12 +34,7 @@ from minikms.custody.lease_format import (
 )
 from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
 from minikms.errors import StartError
-from tests.minikms.custody.disk_faults import flip, key
-
-
-def journal(tmp_path: Path, *records: bytes) -> None:
-    (tmp_path / JOURNAL_NAME).write_bytes(journal_header() + b"".join(records))
-
+from tests.minikms.custody.disk_faults import flip, journal, key
 
 # --- torn and damaged journals ----------------------------------------------------------------------------------------
 

@@ -25,12 +25,7 @@ from minikms.custody.lease_format import (
 )
 from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
 from minikms.errors import StartError, StorageUnavailableError
-from tests.minikms.custody.disk_faults import failing_os, flip, key
-
-
-def journal(tmp_path: Path, *records: bytes) -> None:
-    (tmp_path / JOURNAL_NAME).write_bytes(journal_header() + b"".join(records))
-
+from tests.minikms.custody.disk_faults import failing_os, flip, journal, key
 
 # --- counts -----------------------------------------------------------------------------------------------------------
 
@@ -297,7 +292,7 @@ def test_a_failed_merge_loses_nothing_and_is_not_tried_again_at_once(
     at: int,
 ) -> None:
     monkeypatch.setattr(lease_store, "JOURNAL_RECORDS_MERGE", 10)
-    monkeypatch.setattr(lease_store, "_MERGE_RETRY_RECORDS", 2)
+    monkeypatch.setattr(lease_store, "MERGE_RETRY_RECORDS", 2)
     store = opened(create=True)
     keys = [key(number) for number in range(10)]
     store.reserve(keys)

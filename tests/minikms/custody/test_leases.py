@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from minikms.custody import lease_store
 from minikms.custody.files import open_directory
-from minikms.custody.lease_format import LEASE_USES, USES_MAX, USES_WARN, encode_record, journal_header
-from minikms.custody.lease_store import JOURNAL_NAME, LeaseStore
+from minikms.custody.lease_format import LEASE_USES, USES_MAX, USES_WARN, encode_record
+from minikms.custody.lease_store import LeaseStore
 from minikms.custody.leases import REFILL_USES, Leases, UseLease
 from minikms.errors import KeyExhaustedError, StorageUnavailableError
-from tests.minikms.custody.disk_faults import failing_os, key, quick_directory
+from tests.minikms.custody.disk_faults import failing_os, journal, key, quick_directory
 
 
 class RecordingStore(LeaseStore):
@@ -29,6 +29,7 @@ class RecordingStore(LeaseStore):
     groups: list[list[bytes]]
     threads: set[int]
     go: threading.Event
+    directory: int
 
     def reserve(self, keys: Sequence[bytes]) -> list[int | None]:
         self.groups.append(list(keys))
@@ -47,6 +48,7 @@ def run(path: Path, scenario: Scenario) -> RecordingStore:
     assert isinstance(store, RecordingStore)
     store.groups, store.threads, store.go = [], set(), threading.Event()
     store.go.set()
+    store.directory = directory
 
     async def main() -> None:
         with ThreadPoolExecutor(max_workers=1) as executor:
@@ -60,10 +62,6 @@ def run(path: Path, scenario: Scenario) -> RecordingStore:
         store.close()
         os.close(directory)
     return store
-
-
-def journal(path: Path, *records: bytes) -> None:
-    (path / JOURNAL_NAME).write_bytes(journal_header() + b"".join(records))
 
 
 async def begun(store: RecordingStore, count: int = 1) -> None:
@@ -311,7 +309,7 @@ def test_a_defect_cancels_its_waiters_and_does_not_stop_the_next(
     async def scenario(leases: Leases, store: RecordingStore) -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _loop, context: problems.append(context["exception"]))
         with monkeypatch.context() as patch:
-            patch.setattr(store, "_append", lambda _records: 1 // 0)
+            patch.setattr(store, "reserve", lambda _keys: 1 // 0)
             with pytest.raises(asyncio.CancelledError):
                 await leases.extend([(leases.get(key(1)), 1)])
         await leases.extend([(leases.get(key(1)), 1)])
@@ -376,7 +374,7 @@ def test_the_uses_taken_are_never_more_than_a_restart_would_count(moves: list[tu
                     if not lease.covers(uses):
                         with pytest.raises(StorageUnavailableError):
                             await leases.extend([(lease, uses)])
-            counted = LeaseStore.open(store._directory, create=False)
+            counted = LeaseStore.open(store.directory, create=False)
             for one, count in used.items():
                 assert count <= counted.total(key(one))
             counted.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -25,13 +24,10 @@ from tests import needs
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms.daemon import foreign
 
+pytestmark = pytest.mark.usefixtures("as_root")
+
 OPEN_TO_ALL = ("--socket-mode", "0666")
 REQUEST = b"%b HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n%b\r\n"
-
-
-@pytest.fixture(autouse=True)
-def _as_root() -> None:
-    needs.root()
 
 
 def ask(path: Path, line: bytes, header: bytes = b"") -> list[Any]:
@@ -47,11 +43,6 @@ def ask(path: Path, line: bytes, header: bytes = b"") -> list[Any]:
         except TimeoutError:
             closed = False
         return [int(answer.split()[1]), closed]
-
-
-def events_of(daemon: LiveDaemon, kind: str) -> list[dict[str, Any]]:
-    lines = (daemon.data_dir / "minikms-audit.log").read_text().splitlines()
-    return [event for line in lines if (event := json.loads(line)["event"])["type"] == kind]
 
 
 def test_other_uids_get_401_on_every_path_but_health_and_are_disconnected(public: Path) -> None:
@@ -115,7 +106,7 @@ def test_a_flood_of_refusals_is_a_few_lines_with_their_count(public: Path) -> No
         foreign.run_as(foreign.UID, lambda: [ask(daemon.socket, b"GET /status")[0] for _ in range(count)])
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
-            refused = events_of(daemon, "refused")
+            refused = daemon.events("refused")
             if sum(event["count"] for event in refused) == count:
                 break
             time.sleep(0.05)
@@ -271,7 +262,7 @@ def test_a_socket_and_a_watchdog_of_the_service_manager_are_served(public: Path)
 def test_the_audit_log_names_uid_and_pid_of_the_caller(public: Path) -> None:
     with LiveDaemon(public, "file") as daemon, daemon.client() as client:
         client.create_dek_for_thread("thread")
-        (event,) = events_of(daemon, "create_dek")
+        (event,) = daemon.events("create_dek")
     assert event["actor"] == f"peer_uid:{os.geteuid()}"
     assert event["pid"] == os.getpid()
 
@@ -299,7 +290,7 @@ def test_an_uncertain_pid_leaves_an_audit_line(public: Path) -> None:
             client.settimeout(10)
             client.sendall(REQUEST % (b"GET /status", b""))
             assert client.recv(65536).split()[1] == b"200"
-        assert [event["pid"] for event in events_of(daemon, "peer")] == [child]
+        assert [event["pid"] for event in daemon.events("peer")] == [child]
         with daemon.client() as certain:
             certain.status()
-        assert len(events_of(daemon, "peer")) == 1
+        assert len(daemon.events("peer")) == 1

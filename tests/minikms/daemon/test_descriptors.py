@@ -7,7 +7,6 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from minikms import api
 from minikms.daemon.accepting import CONNECTIONS_COUNT_MIN, DESCRIPTORS_RESERVED_COUNT
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.waiting import wait_until
 from tests.minikms.daemon import foreign
 
 BOUND = 40
@@ -67,13 +67,6 @@ def leave_few_descriptors(daemon: LiveDaemon) -> None:
     resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (DESCRIPTORS_RESERVED_COUNT, hard))
 
 
-def until(wanted: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S_MAX
-    while not wanted():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_the_soft_limit_is_raised_for_every_promised_connection(tmp_path: Path) -> None:
     with needs.descriptors(api.CONNECTIONS_MAX + DESCRIPTORS_RESERVED_COUNT):
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -96,7 +89,7 @@ def test_a_small_hard_limit_lowers_the_bound_with_a_warning(tmp_path: Path) -> N
         assert f"admits {BOUND} connections instead of {api.CONNECTIONS_MAX}" in daemon.log.read_text()
         with daemon.client() as client:
             assert http_status(client)["connections_max"] == BOUND
-        until(lambda: answered(connect(daemon, opened)) == 503)
+        wait_until(lambda: answered(connect(daemon, opened)) == 503)
         opened.close()
         within = [connect(daemon, opened) for _ in range(BOUND)]
         assert [answered(connection) for connection in within] == [200] * BOUND
@@ -105,7 +98,7 @@ def test_a_small_hard_limit_lowers_the_bound_with_a_warning(tmp_path: Path) -> N
         assert [answered(connection) for connection in within] == [200] * BOUND
         for connection in within[: BOUND // 2]:
             connection.close()
-        until(lambda: answered(connect(daemon, opened)) == 200)
+        wait_until(lambda: answered(connect(daemon, opened)) == 200)
 
 
 def test_too_few_descriptors_to_serve_refuse_the_start(tmp_path: Path) -> None:
@@ -122,7 +115,8 @@ def test_without_descriptors_the_open_connections_are_served(tmp_path: Path) -> 
         before = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
         leave_few_descriptors(daemon)
         waiting = [connect(daemon, opened) for _ in range(CONNECTING)]
-        until(lambda: http_status(client)["accept_failures"] > 1)  # the second comes when the first pause has ended
+        # The second failure comes when the first pause has ended.
+        wait_until(lambda: http_status(client)["accept_failures"] > 1)
         admitted = http_status(client)["connections"]
         assert 1 < admitted < len(waiting)
         started, cpu_before = time.monotonic(), cpu_seconds(daemon.pid)
@@ -150,7 +144,7 @@ def test_a_stop_while_connections_wait_for_descriptors_is_clean(tmp_path: Path) 
         leave_few_descriptors(daemon)
         for _ in range(CONNECTING):
             connect(daemon, opened)
-        until(lambda: http_status(client)["accept_failures"] > 0)
+        wait_until(lambda: http_status(client)["accept_failures"] > 0)
         resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (hard, hard))
         daemon.process.terminate()
         assert daemon.process.wait(20) == 0

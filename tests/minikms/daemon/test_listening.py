@@ -224,7 +224,7 @@ def test_a_live_socket_of_another_process_is_never_replaced(directory: Path) -> 
 def test_a_live_socket_whose_queue_is_full_is_not_taken_for_stale(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sockets, "_PROBE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(sockets, "PROBE_TIMEOUT_S", 0.1)
     with socket.socket(socket.AF_UNIX) as squatter, socket.socket(socket.AF_UNIX) as waiting:
         squatter.bind(str(directory / "s"))
         squatter.listen(0)

@@ -85,7 +85,7 @@ def test_the_pid_is_certain_only_while_the_connector_has_not_been_reaped(listene
 def test_a_kernel_without_peer_pidfd_leaves_the_pid_uncertain(
     listener: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peer_module, "_SO_PEERPIDFD", 9999)
+    monkeypatch.setattr(peer_module, "SO_PEERPIDFD", 9999)
     with connect(listener.getsockname()), listener.accept()[0] as accepted:
         assert not read_peer(accepted).pid_certain
 
@@ -133,8 +133,8 @@ def test_a_uid_without_a_number_here_is_the_overflow_uid() -> None:
 
 
 def test_the_overflow_uid_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_module, "_OVERFLOW_UID_FILE", "/nonexistent")
-    assert peer_module._overflow_uid.__wrapped__() == 65534
+    monkeypatch.setattr(peer_module, "OVERFLOW_UID_FILE", "/nonexistent")
+    assert peer_module.overflow_uid.__wrapped__() == 65534
     assert is_overflow_uid(65534)
     assert not is_overflow_uid(0)
 

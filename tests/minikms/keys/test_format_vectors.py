@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from minikms.crypto import aead, labels, roots
 from minikms.crypto.aead import NonceSource
@@ -21,12 +18,6 @@ from tests.minikms.keys.keyrings import AT
 
 VECTORS = Path(__file__).parents[2] / "vectors"
 KNOWN: dict[str, Any] = json.loads((VECTORS / "formats.json").read_text())
-
-
-@pytest.fixture
-def arena() -> Iterator[SecretArena]:
-    with keyrings.arena(64) as made:
-        yield made
 
 
 def view(text: str) -> memoryview:

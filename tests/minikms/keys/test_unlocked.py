@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -17,12 +17,6 @@ from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, fill_random
 from tests.minikms.keys import keyrings
 from tests.minikms.keys.keyrings import AT, NEW_ROOT, ROOT
-
-
-@pytest.fixture
-def arena() -> Iterator[SecretArena]:
-    with keyrings.arena() as made:
-        yield made
 
 
 def open_bytes(arena: SecretArena, root: bytes, data: bytes) -> tuple[UnlockedKeyring, keyring.Slot]:
@@ -76,11 +70,11 @@ def test_during_a_root_rotation_both_roots_open_both_keks(arena: SecretArena) ->
 def test_only_a_new_root_brings_a_new_keyring_key(arena: SecretArena) -> None:
     """A KEK rotation alone keeps the old one."""
     unlocked = keyrings.fresh(arena)
-    first = bytes(unlocked._keyring_key.view)
+    first = bytes(unlocked.keyring_key.view)
     keyrings.rotate(unlocked)
-    assert bytes(unlocked._keyring_key.view) == first
+    assert bytes(unlocked.keyring_key.view) == first
     keyrings.rotate(unlocked, NEW_ROOT)
-    assert bytes(unlocked._keyring_key.view) != first
+    assert bytes(unlocked.keyring_key.view) != first
 
 
 def test_an_old_root_and_an_old_keyring_open_nothing_of_a_later_keyring(arena: SecretArena) -> None:
@@ -91,7 +85,7 @@ def test_an_old_root_and_an_old_keyring_open_nothing_of_a_later_keyring(arena: S
     body = unlocked.body
     keyrings.adopt(unlocked, keyring.drop_slots_except(body, body.slots[-1].slot_id, at=AT))
     later, _, tag = keyring.parse_file(unlocked.encode(unlocked.body))
-    leaked_key = leaked._keyring_key.view
+    leaked_key = leaked.keyring_key.view
     with pytest.raises(DecryptionError):
         aead.check_authentic(leaked_key, tag, labels.aad(labels.KEYRING, keyring.encode_body(later)))
     target = memoryview(bytearray(32))
@@ -199,7 +193,7 @@ def test_a_new_keyring_key_without_a_durable_body_is_zeroed(arena: SecretArena) 
     unlocked.settle()
     assert arena.in_use == used
     again, _ = open_bytes(arena, ROOT, before)
-    assert bytes(again._keyring_key.view) == bytes(unlocked._keyring_key.view)
+    assert bytes(again.keyring_key.view) == bytes(unlocked.keyring_key.view)
 
 
 @pytest.mark.parametrize("slots", range(1, 8))

@@ -210,7 +210,7 @@ def test_root_cannot_read_the_arena_through_proc_mem() -> None:
 def test_without_memfd_secret_the_fallback_names_missing_protections(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(arena_module, "_SYS_MEMFD_SECRET", 0xFFFF)  # no such call: ENOSYS
+    monkeypatch.setattr(arena_module, "SYS_MEMFD_SECRET", 0xFFFF)  # no such call: ENOSYS
     with SecretArena(1) as arena:
         assert arena.backing == "anonymous"
         assert "memfd_secret" in arena.lacks[0]
@@ -223,8 +223,8 @@ def test_an_error_about_the_lock_limit_names_the_setting(fallback: bool) -> None
         import resource
         from minikms.errors import StartError
         from minikms.memory import SecretArena
-        from minikms.memory.process import _drop_capabilities
-        _drop_capabilities()
+        from minikms.memory.process import drop_capabilities
+        drop_capabilities()
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
         SecretArena(512, force_fallback={fallback}).close()
         try:

@@ -26,6 +26,8 @@ from tests.harness import live_daemon
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms.memory import scanner
 
+pytestmark = pytest.mark.usefixtures("as_root")
+
 THREADS_COUNT = 100
 OPERATIONS_COUNT = 10_000
 HARMLESS_SIGNALS = (
@@ -40,11 +42,6 @@ HARMLESS_SIGNALS = (
     signal.SIGRTMIN,
     signal.SIGRTMAX,
 )
-
-
-@pytest.fixture(autouse=True)
-def _as_root() -> None:
-    needs.root()
 
 
 def needles_of(keys: dict[str, bytes]) -> list[scanner.Needle]:

@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,6 +19,7 @@ from minikms.errors import StartError
 from minikms.memory import SecretArena, harden, libc, seccomp
 from minikms.memory.process import Measure
 from tests import needs
+from tests.harness.scripts import answer_of
 
 ALL = [
     "keys_in_secret_memory",
@@ -47,15 +48,7 @@ def measures(**options):
 answer = None
 """
 
-
-def in_a_process(code: str, *arguments: str) -> Any:
-    """What `code` leaves in `answer`, in a fresh interpreter."""
-    source = PROLOGUE + textwrap.dedent(code) + "\nprint(json.dumps(answer))\n"
-    done = subprocess.run(
-        [sys.executable, "-c", source, *arguments], capture_output=True, text=True, timeout=30, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+in_a_process = partial(answer_of, PROLOGUE)
 
 
 def status_of(pid: int | str) -> dict[str, str]:
@@ -306,8 +299,8 @@ def test_every_denied_call_fails_with_eperm_in_every_thread() -> None:
 def test_the_numbers_are_those_that_libseccomp_knows() -> None:
     needs.program("systemd-analyze")  # its Debian package brings the library
     library = ctypes.CDLL("libseccomp.so.2")
-    judged = {"socket": seccomp._SOCKET, "clone": seccomp._CLONE, "clone3": seccomp._CLONE3, "ioctl": seccomp._IOCTL}
-    for column, architecture in enumerate(seccomp._AUDIT_ARCH.values()):
+    judged = {"socket": seccomp.SOCKET, "clone": seccomp.CLONE, "clone3": seccomp.CLONE3, "ioctl": seccomp.IOCTL}
+    for column, architecture in enumerate(seccomp.AUDIT_ARCH.values()):
         for name, numbers in (seccomp.DENIED | seccomp.DENIED_PROGRAMS | judged).items():
             known = library.seccomp_syscall_resolve_name_arch(ctypes.c_uint32(architecture), name.encode())
             assert known == numbers[column] if numbers[column] is not None else known < 0, name
@@ -324,7 +317,7 @@ def test_an_unknown_machine_is_refused_without_a_filter() -> None:
 def test_the_filter_decides_each_call_as_listed(machine: str, allow_exec: bool, allow_network: bool) -> None:
     """Run by an interpreter of its own, for every number of both tables and some others."""
     column = ["x86_64", "aarch64"].index(machine)
-    architecture = seccomp._AUDIT_ARCH[machine]
+    architecture = seccomp.AUDIT_ARCH[machine]
     program = seccomp.filter_program(machine, allow_exec=allow_exec, allow_network=allow_network)
     listed = seccomp.DENIED if allow_exec else seccomp.DENIED | seccomp.DENIED_PROGRAMS
     denied = {numbers[column] for numbers in listed.values()}
@@ -332,18 +325,18 @@ def test_the_filter_decides_each_call_as_listed(machine: str, allow_exec: bool, 
     for number in range(600):
         for family in (1, 2, 10, 16):
             expected = deny if number in denied else allow
-            if number == seccomp._SOCKET[column] and family != 1 and not allow_network:
+            if number == seccomp.SOCKET[column] and family != 1 and not allow_network:
                 expected = deny
-            if number == seccomp._CLONE3[column]:
+            if number == seccomp.CLONE3[column]:
                 expected = no_such_call
             assert _decide(program, number, architecture, family) == expected, (number, family)
     assert _decide(program, 0, architecture ^ 1, 0) == kill
     assert _decide(program, 0x40000000 + 1, architecture, 0) == deny
     for bit in range(32):
         namespace = bit in (17, 25, 26, 27, 28, 29, 30)
-        assert _decide(program, seccomp._CLONE[column], architecture, 1 << bit) == (deny if namespace else allow), bit
+        assert _decide(program, seccomp.CLONE[column], architecture, 1 << bit) == (deny if namespace else allow), bit
     for request, decision in ((0x5411, allow), (0x5412, deny), (0x5413, allow), (0x541C, deny), (0x5421, allow)):
-        assert _decide(program, seccomp._IOCTL[column], architecture, 0, request) == decision, hex(request)
+        assert _decide(program, seccomp.IOCTL[column], architecture, 0, request) == decision, hex(request)
 
 
 def test_namespaces_and_terminal_input_are_denied_and_threads_start() -> None:
@@ -405,7 +398,7 @@ def test_a_failing_measure_does_not_prevent_the_others() -> None:
     answer = in_a_process("""
         from minikms.memory import process
         def fail(): raise OSError(38, "as on an old kernel")
-        process._forbid_core_dumps = process._drop_capabilities = fail
+        process._forbid_core_dumps = process.drop_capabilities = fail
         process.restrict_filesystem = lambda **_: fail()
         answer = measures()
     """)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import textwrap
-from typing import Any
+from functools import partial
 
+from tests.harness.scripts import answer_of
 
-def in_a_process(code: str) -> Any:
-    source = "import json, os, signal, sys, threading\nfrom minikms.memory import SignalReader, unblock_signals\n"
-    source += textwrap.dedent(code) + "\nprint(json.dumps(answer))\n"
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=30, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+in_a_process = partial(
+    answer_of, "import os, signal, sys, threading\nfrom minikms.memory import SignalReader, unblock_signals"
+)
 
 
 def test_every_blockable_signal_is_read_as_a_number() -> None:

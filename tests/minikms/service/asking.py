@@ -6,15 +6,18 @@ Owns one connection a call. It asserts nothing about the answer but that it is H
 from __future__ import annotations
 
 import base64
-import http.client
 import json
-import socket
-from pathlib import Path
+import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.unix_http import UnixConnection
 
 NO_KEY = "k_" + "0" * 26
+
+
+STATUS_SECONDS_MAX = 30.0
 
 
 class Answer(NamedTuple):
@@ -27,21 +30,10 @@ class Answer(NamedTuple):
         return str(self.body.get("code", "")) if isinstance(self.body, dict) else ""
 
 
-class Connection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("kms", timeout=30)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(30)
-        self.sock.connect(str(self._path))
-
-
 def ask(daemon: LiveDaemon, method: str, target: str, body: object = None) -> Answer:
     """`body`: bytes as they are, anything else as JSON, None for none."""
     sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    connection = Connection(daemon.socket)
+    connection = UnixConnection(daemon.socket)
     try:
         connection.request(method, target, sent)
         response = connection.getresponse()
@@ -77,7 +69,10 @@ def status(daemon: LiveDaemon) -> Any:
     return answer.body
 
 
-def events(daemon: LiveDaemon, *types: str) -> list[dict[str, Any]]:
-    """The audit log's events of these types, in order."""
-    lines = (daemon.data_dir / "minikms-audit.log").read_text().splitlines()
-    return [event for line in lines if (event := json.loads(line)["event"])["type"] in types]
+def status_once(daemon: LiveDaemon, holds: Callable[[dict[str, Any]], bool]) -> Any:
+    """The first status for which `holds` is true."""
+    deadline = time.monotonic() + STATUS_SECONDS_MAX
+    while not holds(found := status(daemon)):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.01)
+    return found

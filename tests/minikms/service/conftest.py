@@ -15,3 +15,10 @@ from tests.harness.live_daemon import LiveDaemon
 def daemon() -> Iterator[LiveDaemon]:
     with tempfile.TemporaryDirectory(prefix="minikms-test-") as name, LiveDaemon(Path(name)) as running:
         yield running
+
+
+@pytest.fixture
+def own_daemon(tmp_path: Path) -> Iterator[LiveDaemon]:
+    """For one test alone."""
+    with LiveDaemon(tmp_path) as running:
+        yield running

@@ -19,7 +19,7 @@ from minikms.service import records as service
 from minikms.service.base import VerbTable
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.vaults import SilentAudit, opened_vault
-from tests.minikms.service.asking import NO_KEY, ask, b64, encrypted, events, new_key, post
+from tests.minikms.service.asking import NO_KEY, ask, b64, encrypted, new_key, post
 
 ANYONE = Principal(0, 0, "peer_uid:0", ROLES)
 DOES_NOT_OPEN = "the ciphertext does not open under this key, thread and aad"
@@ -126,12 +126,12 @@ def test_a_check_batch_with_a_fault_of_its_own_is_refused_as_a_whole(daemon: Liv
 def test_it_is_one_line_of_the_audit_log_with_key_and_count_refused_or_not(daemon: LiveDaemon) -> None:
     key_id = new_key(daemon)
     item = {"ciphertext": encrypted(daemon, key_id)}
-    before = len(events(daemon, "check_batch"))
+    before = len(daemon.events("check_batch"))
     check(daemon, key_id, item, item)
     check(daemon, key_id, item, {"ciphertext": ""}, item)
     post(daemon, "/check_batch", {"key_id": key_id, "items": [item], "thread_id": "another"})
     post(daemon, "/check_batch", b"{")
-    all_opened, partly, foreign, none = events(daemon, "check_batch")[before:]
+    all_opened, partly, foreign, none = daemon.events("check_batch")[before:]
     assert (all_opened["key_ids"], all_opened["count"], all_opened["outcome"]) == ([key_id], 2, "ok")
     assert (partly["count"], partly["outcome"], partly["detail"]) == (3, "partly_refused", "1 refused")
     assert (foreign["key_ids"], foreign["count"], foreign["outcome"]) == ([key_id], 1, "wrong_thread")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,12 @@ from typing import Any
 import pytest
 
 from tests.harness.live_daemon import LiveDaemon
-from tests.minikms.service.asking import ask, encrypted, events, new_key, post, status
+from tests.minikms.service.asking import ask, encrypted, new_key, post, status, status_once
 
 
-def stop(daemon: LiveDaemon) -> None:
-    daemon.process.terminate()
-    assert daemon.process.wait(20) == 0
-
-
-def indexed(daemon: LiveDaemon) -> Any:
-    """The status once every file was looked at."""
-    deadline = time.monotonic() + 20
-    while (told := status(daemon))["keys"]["indexing"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return told
+def indexed(found: dict[str, Any]) -> bool:
+    """Whether every file was looked at."""
+    return not found["keys"]["indexing"]
 
 
 def opens(daemon: LiveDaemon, key_id: str, sealed: str) -> bool:
@@ -38,8 +28,8 @@ def opens(daemon: LiveDaemon, key_id: str, sealed: str) -> bool:
 
 def refused_start(daemon: LiveDaemon, *flags: str) -> str:
     """What a start says that is refused; it must end by itself."""
-    command = [*daemon._command, *flags]
-    done = subprocess.run(command, env=daemon._environ, capture_output=True, text=True, timeout=20, check=False)
+    command = [*daemon.command, *flags]
+    done = subprocess.run(command, env=daemon.environ, capture_output=True, text=True, timeout=20, check=False)
     assert done.returncode == 2, done.stderr
     return done.stderr
 
@@ -73,7 +63,7 @@ def test_each_kind_of_damage_is_named_and_no_other_key_is_harmed(tmp_path: Path)
         sound = list(sealed)[:3]
         folder = daemon.data_dir / "kms-deks"
         files = {key_id: (folder / f"{key_id}.json").read_bytes() for key_id in sealed}
-        stop(daemon)
+        daemon.stop()
         for what, key_id in damaged.items():
             (folder / f"{key_id}.json").write_bytes(DAMAGES[what][0](files[key_id], files[sound[0]]))
         (folder / "README").write_text("not a key")
@@ -84,7 +74,7 @@ def test_each_kind_of_damage_is_named_and_no_other_key_is_harmed(tmp_path: Path)
             answer = post(daemon, "/decrypt", {"key_id": key_id, "ciphertext": sealed[key_id]})
             assert (answer.status, answer.code) == (503, "key_unreadable"), what
         assert all(opens(daemon, key_id, sealed[key_id]) for key_id in sound)
-        told = indexed(daemon)
+        told = status_once(daemon, indexed)
         for what, key_id in damaged.items():
             assert DAMAGES[what][1] in told["keys"]["unreadable_files"].pop(key_id), what
         assert told["keys"]["unreadable_files"] == {}
@@ -94,7 +84,7 @@ def test_each_kind_of_damage_is_named_and_no_other_key_is_harmed(tmp_path: Path)
         # A rotation neither stops for them nor takes their KEK away; mended, they are as they were.
         assert post(daemon, "/rotate_kek", {}).body["rewrapped"] == len(sound)
         assert post(daemon, "/kek/prune", {"backups": True}).body["destroyed"] == []
-        assert events(daemon, "rotate_kek_done")[-1]["facts"]["unreadable"] == len(damaged)
+        assert daemon.events("rotate_kek_done")[-1]["facts"]["unreadable"] == len(damaged)
         for key_id in damaged.values():
             (folder / f"{key_id}.json").write_bytes(files[key_id])
         assert all(opens(daemon, key_id, sealed[key_id]) for key_id in sealed)
@@ -106,7 +96,7 @@ def test_a_link_or_a_pipe_in_place_of_a_key_is_not_opened(tmp_path: Path) -> Non
     with LiveDaemon(tmp_path) as daemon:
         linked, piped, sound = (new_key(daemon) for _ in range(3))
         sealed = encrypted(daemon, sound)
-        stop(daemon)
+        daemon.stop()
         folder = daemon.data_dir / "kms-deks"
         for key_id in (linked, piped):
             (folder / f"{key_id}.json").rename(tmp_path / f"{key_id}.json")
@@ -116,7 +106,7 @@ def test_a_link_or_a_pipe_in_place_of_a_key_is_not_opened(tmp_path: Path) -> Non
         for key_id in (linked, piped):
             assert post(daemon, "/encrypt", {"key_id": key_id, "plaintext": ""}).code == "key_unreadable"
         assert opens(daemon, sound, sealed)
-        assert indexed(daemon)["keys"]["unreadable"] == 2
+        assert status_once(daemon, indexed)["keys"]["unreadable"] == 2
 
 
 # --- the keyring ----------------------------------------------------------------------------------------------------
@@ -135,7 +125,7 @@ def test_a_link_or_a_pipe_in_place_of_a_key_is_not_opened(tmp_path: Path) -> Non
 def test_a_damaged_keyring_is_refused_and_not_replaced(tmp_path: Path, spoil: Callable[[Path], None], why: str) -> None:
     with LiveDaemon(tmp_path) as daemon:
         new_key(daemon)
-        stop(daemon)
+        daemon.stop()
         path = daemon.data_dir / "keyring.json"
         whole = path.read_bytes()
         spoil(path)
@@ -150,8 +140,8 @@ def test_the_root_key_shows_a_keyring_of_another_installation(tmp_path: Path) ->
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     with LiveDaemon(tmp_path / "one") as one, LiveDaemon(tmp_path / "two") as two:
-        stop(one)
-        stop(two)
+        one.stop()
+        two.stop()
         (one.data_dir / "keyring.json").write_bytes((two.data_dir / "keyring.json").read_bytes())
         assert "wrong root key" in refused_start(one)
 
@@ -172,8 +162,8 @@ def test_a_keyring_older_than_the_audit_log_is_refused_until_accepted(tmp_path: 
         assert "--accept-restore" in text
         assert (daemon.data_dir / "keyring.json").read_bytes() == older
 
-        command = daemon._command
-        daemon._command = [*command, "--accept-restore"]
+        command = daemon.command
+        daemon.command = [*command, "--accept-restore"]
         daemon.start()
         told = status(daemon)
         assert told["epoch"] > newest
@@ -181,13 +171,13 @@ def test_a_keyring_older_than_the_audit_log_is_refused_until_accepted(tmp_path: 
         uses = ask(daemon, "GET", f"/keys/{kept}").body["uses_max"]
         assert uses >= 2**30
         assert told["keks"][0]["wraps_reserved"] >= 2**26
-        facts = events(daemon, "start")[-1]["facts"]
+        facts = daemon.events("start")[-1]["facts"]
         assert facts["epoch_before"] == newest
         assert facts["restore_accepted"] < newest
         # The flag left in place counts nothing twice, and later starts need it no more.
         for flags in (["--accept-restore"], []):
-            stop(daemon)
-            daemon._command = [*command, *flags]
+            daemon.stop()
+            daemon.command = [*command, *flags]
             daemon.start()
         assert ask(daemon, "GET", f"/keys/{kept}").body["uses_max"] < uses + 2**20
         assert status(daemon)["epoch"] > told["epoch"]
@@ -197,17 +187,17 @@ def test_an_older_keyring_and_an_older_log_with_newer_keys_isolates_those(tmp_pa
     """Nothing in the directory tells of the epoch then; what the older keyring can't open is named."""
     with LiveDaemon(tmp_path) as daemon:
         before = new_key(daemon)
-        stop(daemon)
+        daemon.stop()
         names = ("keyring.json", "minikms-audit.log")
         older = {name: (daemon.data_dir / name).read_bytes() for name in names}
         daemon.start()
         post(daemon, "/rotate_kek", {})
         after = new_key(daemon)
-        stop(daemon)
+        daemon.stop()
         for name, content in older.items():
             (daemon.data_dir / name).write_bytes(content)
         daemon.start()
-        told = indexed(daemon)
+        told = status_once(daemon, indexed)
         assert set(told["keys"]["unreadable_files"]) == {before, after}
         assert all("the keyring is older than the key" in why for why in told["keys"]["unreadable_files"].values())
         encrypted(daemon, new_key(daemon))

@@ -23,8 +23,9 @@ from tests import needs
 from tests.harness import documented
 from tests.harness.documented import Pair
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.unix_http import UnixConnection
 from tests.minikms.service import faulty_daemon
-from tests.minikms.service.asking import NO_KEY, Connection, b64
+from tests.minikms.service.asking import NO_KEY, b64
 
 DOCUMENT = yaml.safe_load((Path(__file__).parents[3] / "docs" / "minikms-openapi.yaml").read_text())
 LAUNCHER = (str(Path(__file__).with_name("faulty_daemon.py")),)
@@ -84,7 +85,7 @@ class World:
 
     def __call__(self, ask: Ask, daemon: LiveDaemon | None = None) -> Reply:
         sent = ask.body if isinstance(ask.body, bytes) or ask.body is None else json.dumps(ask.body).encode()
-        with contextlib.closing(Connection((daemon or self.daemon).socket)) as connection:
+        with contextlib.closing(UnixConnection((daemon or self.daemon).socket)) as connection:
             connection.request(ask.method, ask.target, sent)
             answered = connection.getresponse()
             return Reply(answered.status, {k.lower(): v for k, v in answered.getheaders()}, answered.read())

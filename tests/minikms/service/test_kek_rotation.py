@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -17,29 +16,18 @@ import pytest
 
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon
-from tests.minikms.service.asking import Answer, ask, b64, encrypted, events, new_key, post, status
+from tests.minikms.service.asking import Answer, ask, b64, encrypted, new_key, post, status, status_once
 
 NEW = bytes(range(100, 132)).hex()
 OTHER = bytes(range(50, 82)).hex()
-
-
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[LiveDaemon]:
-    with LiveDaemon(tmp_path) as running:
-        yield running
 
 
 def rotate(daemon: LiveDaemon, root: str | None = None, **others: object) -> Answer:
     return post(daemon, "/rotate_kek", others if root is None else {"new_kek_hex": root, **others})
 
 
-def stop(daemon: LiveDaemon) -> None:
-    daemon.process.terminate()
-    assert daemon.process.wait(20) == 0
-
-
 def restart(daemon: LiveDaemon, root: str | None = None) -> None:
-    stop(daemon)
+    daemon.stop()
     if root is not None:
         daemon.root_file.write_text(root + "\n")
     daemon.start()
@@ -54,12 +42,8 @@ def refusal(daemon: LiveDaemon, root: str) -> str:
     return daemon.log.read_text().splitlines()[-1]
 
 
-def wait_for_rotation(daemon: LiveDaemon) -> Any:
-    deadline = time.monotonic() + 30
-    while (told := status(daemon))["rotation"] is not None:
-        assert time.monotonic() < deadline, told["rotation"]
-        time.sleep(0.01)
-    return told
+def no_rotation(found: dict[str, Any]) -> bool:
+    return found["rotation"] is None
 
 
 def keks(daemon: LiveDaemon) -> dict[int, str]:
@@ -89,34 +73,34 @@ class Records:
 # --- both forms ---------------------------------------------------------------------------------------------------
 
 
-def test_without_a_key_in_the_request_the_kek_rotates_and_the_root_stays(daemon: LiveDaemon) -> None:
-    records = Records(daemon)
-    before = status(daemon)
-    assert rotate(daemon) == (200, {"status": "ok", "kek_version": 2, "rewrapped": 5})
-    after = status(daemon)
-    assert keks(daemon) == {1: "retired", 2: "active"}
+def test_without_a_key_in_the_request_the_kek_rotates_and_the_root_stays(own_daemon: LiveDaemon) -> None:
+    records = Records(own_daemon)
+    before = status(own_daemon)
+    assert rotate(own_daemon) == (200, {"status": "ok", "kek_version": 2, "rewrapped": 5})
+    after = status(own_daemon)
+    assert keks(own_daemon) == {1: "retired", 2: "active"}
     assert after["root"] == before["root"]
     assert after["epoch"] > before["epoch"]
     assert after["keys"]["by_kek_version"] == {"2": 5}
     assert records.open()
-    restart(daemon)
+    restart(own_daemon)
     assert records.open()
 
 
-def test_a_key_in_the_request_is_the_root_key_from_its_first_start_on(daemon: LiveDaemon) -> None:
-    records, old = Records(daemon), daemon.root().hex()
-    assert rotate(daemon, NEW).status == 200
-    told = status(daemon)
+def test_a_key_in_the_request_is_the_root_key_from_its_first_start_on(own_daemon: LiveDaemon) -> None:
+    records, old = Records(own_daemon), own_daemon.root().hex()
+    assert rotate(own_daemon, NEW).status == 200
+    told = status(own_daemon)
     assert len(told["root"]["slots"]) == 2
     assert any("more than one root key opens the keyring" in warning for warning in told["warnings"])
     assert records.open()
-    restart(daemon, old)  # the operator has not yet put the new key in place: it must still open
+    restart(own_daemon, old)  # the operator has not yet put the new key in place: it must still open
     assert records.open()
-    assert len(status(daemon)["root"]["slots"]) == 2
-    restart(daemon, NEW)
+    assert len(status(own_daemon)["root"]["slots"]) == 2
+    restart(own_daemon, NEW)
     assert records.open()
-    assert status(daemon)["root"]["slots"] == [told["root"]["slots"][1]]
-    assert events(daemon, "root_keys_dropped")[-1]["facts"]["fingerprints"] == told["root"]["slots"][0]
+    assert status(own_daemon)["root"]["slots"] == [told["root"]["slots"][1]]
+    assert own_daemon.events("root_keys_dropped")[-1]["facts"]["fingerprints"] == told["root"]["slots"][0]
 
 
 def test_before_it_is_promoted_the_new_root_key_opens_too(tmp_path: Path) -> None:
@@ -126,7 +110,7 @@ def test_before_it_is_promoted_the_new_root_key_opens_too(tmp_path: Path) -> Non
         kill_at_first_backup(daemon, NEW)
         daemon.root_file.write_text(NEW)
         daemon.start()
-        told = wait_for_rotation(daemon)
+        told = status_once(daemon, no_rotation)
         assert [kek["state"] for kek in told["keks"]] == ["retired", "active"]
         assert records.open()
 
@@ -146,7 +130,7 @@ def at_each_backup(daemon: LiveDaemon, action: str) -> Iterator[None]:
     An ordinary user can't attach strace to the daemon, which is not dumpable, but can start it as strace's child.
     """
     strace = needs.program("strace")
-    stop(daemon)
+    daemon.stop()
     daemon.start(strace, "-D", "-f", "-o", "/dev/null", "-e", "trace=link,linkat", "-e", f"inject=link,linkat:{action}")
     status_lines = Path(f"/proc/{daemon.pid}/status").read_text().splitlines()
     [tracer] = [int(line.split()[1]) for line in status_lines if line.startswith("TracerPid:")]
@@ -159,26 +143,26 @@ def at_each_backup(daemon: LiveDaemon, action: str) -> Iterator[None]:
 
 
 def test_without_its_slot_the_old_root_key_is_refused(
-    daemon: LiveDaemon,
+    own_daemon: LiveDaemon,
 ) -> None:
     """The error says when it was replaced, and which root key is expected."""
-    old = daemon.root().hex()
-    rotate(daemon, NEW)
-    restart(daemon, NEW)
-    [expected] = status(daemon)["root"]["slots"]
-    before = events(daemon, "root_keys_dropped")[-1]
-    stop(daemon)
-    text = refusal(daemon, old)
+    old = own_daemon.root().hex()
+    rotate(own_daemon, NEW)
+    restart(own_daemon, NEW)
+    [expected] = status(own_daemon)["root"]["slots"]
+    before = own_daemon.events("root_keys_dropped")[-1]
+    own_daemon.stop()
+    text = refusal(own_daemon, old)
     assert f"was rotated away on {time.strftime('%Y-%m-%dT', time.gmtime(before['ts'] / 1e9))}" in text
     assert expected in text
     assert before["facts"]["fingerprints"] in text
     assert old not in text
 
 
-def test_a_wrong_root_key_is_refused_naming_both_fingerprints(daemon: LiveDaemon) -> None:
-    [expected] = status(daemon)["root"]["slots"]
-    stop(daemon)
-    text = refusal(daemon, OTHER)
+def test_a_wrong_root_key_is_refused_naming_both_fingerprints(own_daemon: LiveDaemon) -> None:
+    [expected] = status(own_daemon)["root"]["slots"]
+    own_daemon.stop()
+    text = refusal(own_daemon, OTHER)
     assert f"opens under {expected}" in text
     assert "Nothing was changed" in text
 
@@ -186,53 +170,53 @@ def test_a_wrong_root_key_is_refused_naming_both_fingerprints(daemon: LiveDaemon
 # --- what is asked twice, or meanwhile ------------------------------------------------------------------------------
 
 
-def test_the_same_root_key_again_is_answered_as_done_and_rotates_nothing(daemon: LiveDaemon) -> None:
-    records = Records(daemon)
-    first = rotate(daemon, NEW)
-    again = rotate(daemon, NEW.upper())
+def test_the_same_root_key_again_is_answered_as_done_and_rotates_nothing(own_daemon: LiveDaemon) -> None:
+    records = Records(own_daemon)
+    first = rotate(own_daemon, NEW)
+    again = rotate(own_daemon, NEW.upper())
     assert first.status == again.status == 200
     assert again.body["kek_version"] == 2
-    assert keks(daemon) == {1: "retired", 2: "active"}
-    lines = [line["detail"] for line in events(daemon, "rotate_kek")]
+    assert keks(own_daemon) == {1: "retired", 2: "active"}
+    lines = [line["detail"] for line in own_daemon.events("rotate_kek")]
     assert lines == ["begun", "running or done already"]
     assert records.open()
-    restart(daemon, NEW)
-    assert rotate(daemon, NEW).body["kek_version"] == 2
+    restart(own_daemon, NEW)
+    assert rotate(own_daemon, NEW).body["kek_version"] == 2
 
 
-def test_a_root_key_that_was_rotated_away_is_never_taken_again(daemon: LiveDaemon) -> None:
-    old = daemon.root().hex()
-    rotate(daemon, NEW)
-    answer = rotate(daemon, old)
+def test_a_root_key_that_was_rotated_away_is_never_taken_again(own_daemon: LiveDaemon) -> None:
+    old = own_daemon.root().hex()
+    rotate(own_daemon, NEW)
+    answer = rotate(own_daemon, old)
     assert (answer.status, answer.code) == (409, "conflict")
-    restart(daemon, NEW)
-    answer = rotate(daemon, old)
+    restart(own_daemon, NEW)
+    answer = rotate(own_daemon, old)
     assert (answer.status, answer.code) == (409, "conflict")
     assert "rotated away before" in answer.body["error"]
-    assert keks(daemon) == {1: "retired", 2: "active"}
+    assert keks(own_daemon) == {1: "retired", 2: "active"}
 
 
-def test_a_second_rotation_is_refused_and_a_repeated_request_joins(daemon: LiveDaemon) -> None:
+def test_a_second_rotation_is_refused_and_a_repeated_request_joins(own_daemon: LiveDaemon) -> None:
     """Creating, encrypting and decrypting go on meanwhile, and /status reports the progress."""
-    records = Records(daemon, 30)
-    with at_each_backup(daemon, "delay_enter=100ms"):  # 3 s, for what takes a tenth of one on an idle machine
-        assert rotate(daemon, NEW, wait=False) == (202, {"status": "running", "kek_version": 2, "rewrapped": 0})
-        told = status(daemon)["rotation"]
+    records = Records(own_daemon, 30)
+    with at_each_backup(own_daemon, "delay_enter=100ms"):  # 3 s, for what takes a tenth of one on an idle machine
+        assert rotate(own_daemon, NEW, wait=False) == (202, {"status": "running", "kek_version": 2, "rewrapped": 0})
+        told = status(own_daemon)["rotation"]
         assert (told["from_version"], told["to_version"], told["new_root"]) == (1, 2, True)
         assert told["rewrapped"] <= 30
         for other in ({"new_kek_hex": OTHER}, {}):
-            answer = post(daemon, "/rotate_kek", other)
+            answer = post(own_daemon, "/rotate_kek", other)
             assert (answer.status, answer.code) == (409, "conflict")
-        assert post(daemon, "/kek/prune", {}).code == "conflict"
-        assert rotate(daemon, NEW, wait=False).status == 202
+        assert post(own_daemon, "/kek/prune", {}).code == "conflict"
+        assert rotate(own_daemon, NEW, wait=False).status == 202
         assert records.open()
-        assert status(daemon)["rotation"] is not None, "it was over before all of this was asked"
-        meanwhile = new_key(daemon, "meanwhile")
-        encrypted(daemon, meanwhile)
-        assert ask(daemon, "GET", f"/keys/{meanwhile}").body["kek_version"] == 2
-    assert rotate(daemon, NEW).body == {"status": "ok", "kek_version": 2, "rewrapped": 30}
-    wait_for_rotation(daemon)
-    assert keks(daemon) == {1: "retired", 2: "active"}
+        assert status(own_daemon)["rotation"] is not None, "it was over before all of this was asked"
+        meanwhile = new_key(own_daemon, "meanwhile")
+        encrypted(own_daemon, meanwhile)
+        assert ask(own_daemon, "GET", f"/keys/{meanwhile}").body["kek_version"] == 2
+    assert rotate(own_daemon, NEW).body == {"status": "ok", "kek_version": 2, "rewrapped": 30}
+    status_once(own_daemon, no_rotation)
+    assert keks(own_daemon) == {1: "retired", 2: "active"}
     assert records.open()
 
 
@@ -250,10 +234,10 @@ def test_a_stop_does_not_wait_for_a_rotation_the_next_start_finishes(tmp_path: P
         assert daemon.process.wait(20) == 0
         assert [(answer.status, answer.code) for answer in answers] == [(503, "interrupted")]
         daemon.start()
-        wait_for_rotation(daemon)
+        status_once(daemon, no_rotation)
         assert keks(daemon) == {1: "retired", 2: "active"}
         assert records.open()
-        done = events(daemon, "rotate_kek_done")
+        done = daemon.events("rotate_kek_done")
         assert len(done) == 1
         assert done[0]["facts"]["kek_version"] == 2
 
@@ -284,29 +268,23 @@ def test_a_stop_does_not_wait_for_a_rotation_the_next_start_finishes(tmp_path: P
         b"",
     ],
 )
-def test_a_malformed_rotation_request_changes_nothing_and_leaves_no_key(module_daemon: LiveDaemon, body: bytes) -> None:
-    before = status(module_daemon)
-    answer = post(module_daemon, "/rotate_kek", body)
+def test_a_malformed_rotation_request_changes_nothing_and_leaves_no_key(daemon: LiveDaemon, body: bytes) -> None:
+    before = status(daemon)
+    answer = post(daemon, "/rotate_kek", body)
     assert (answer.status, answer.code) == (400, "invalid_request"), answer
-    after = status(module_daemon)
+    after = status(daemon)
     assert (after["keks"], after["root"], after["epoch"]) == (before["keks"], before["root"], before["epoch"])
-    said = json.dumps(answer.body) + module_daemon.log.read_text()
-    said += (module_daemon.data_dir / "minikms-audit.log").read_text()
+    said = json.dumps(answer.body) + daemon.log.read_text()
+    said += (daemon.data_dir / "minikms-audit.log").read_text()
     assert NEW not in said and NEW[:60] not in said
-
-
-@pytest.fixture(scope="module")
-def module_daemon() -> Iterator[LiveDaemon]:
-    with tempfile.TemporaryDirectory(prefix="minikms-test-") as name, LiveDaemon(Path(name)) as running:
-        yield running
 
 
 # --- samples --------------------------------------------------------------------------------------------------------
 
 
-def test_samples_are_opened_before_and_after(daemon: LiveDaemon) -> None:
-    records = Records(daemon)
-    assert rotate(daemon, verify=records.samples()).status == 200
+def test_samples_are_opened_before_and_after(own_daemon: LiveDaemon) -> None:
+    records = Records(own_daemon)
+    assert rotate(own_daemon, verify=records.samples()).status == 200
     for changes, code in (
         ({"aad": b64(b"b")}, "decryption_failed"),
         ({"ciphertext": b64(bytes(28))}, "decryption_failed"),
@@ -314,19 +292,19 @@ def test_samples_are_opened_before_and_after(daemon: LiveDaemon) -> None:
         ({"key_id": "x"}, "invalid_request"),
         ({"ciphertext": "x"}, "invalid_request"),
     ):
-        assert rotate(daemon, verify=records.samples(**changes)).code == code
-    assert rotate(daemon, verify=records.samples() * 13).code == "too_many"
-    assert keks(daemon) == {1: "retired", 2: "active"}
-    assert [line["outcome"] for line in events(daemon, "rotate_kek")] == ["ok"] + ["decryption_failed"] * 2 + [
+        assert rotate(own_daemon, verify=records.samples(**changes)).code == code
+    assert rotate(own_daemon, verify=records.samples() * 13).code == "too_many"
+    assert keks(own_daemon) == {1: "retired", 2: "active"}
+    assert [line["outcome"] for line in own_daemon.events("rotate_kek")] == ["ok"] + ["decryption_failed"] * 2 + [
         "key_not_found"
     ] + ["invalid_request"] * 2 + ["too_many"]
 
 
-def test_a_sample_whose_aad_looks_like_a_key_is_taken_as_it_is(daemon: LiveDaemon) -> None:
+def test_a_sample_whose_aad_looks_like_a_key_is_taken_as_it_is(own_daemon: LiveDaemon) -> None:
     """Forty-five zero bytes and more are sixty hexadecimal digits in base64, but no key under another name."""
-    key_id, aad = new_key(daemon), b64(bytes(48))
-    sample = {"key_id": key_id, "ciphertext": encrypted(daemon, key_id, aad=aad), "aad": aad}
-    assert rotate(daemon, NEW, verify=[sample]).status == 200
+    key_id, aad = new_key(own_daemon), b64(bytes(48))
+    sample = {"key_id": key_id, "ciphertext": encrypted(own_daemon, key_id, aad=aad), "aad": aad}
+    assert rotate(own_daemon, NEW, verify=[sample]).status == 200
 
 
 # --- the key file ---------------------------------------------------------------------------------------------------
@@ -336,7 +314,7 @@ def test_on_request_the_key_file_is_rewritten_and_the_old_root_removed(tmp_path:
     with LiveDaemon(tmp_path, "file", "--rewrite-master-key-file") as daemon:
         records, old = Records(daemon), daemon.root().hex()
         assert rotate(daemon, NEW).status == 200
-        wait_for_rotation(daemon)
+        status_once(daemon, no_rotation)
         assert daemon.root_file.read_text() == NEW + "\n"
         assert daemon.root_file.stat().st_mode & 0o777 == 0o600
         deadline = time.monotonic() + 10
@@ -348,7 +326,7 @@ def test_on_request_the_key_file_is_rewritten_and_the_old_root_removed(tmp_path:
         assert [path.name for path in tmp_path.iterdir() if "key" in path.name] == ["data.master-key"]
         restart(daemon)
         assert records.open()
-        stop(daemon)
+        daemon.stop()
         assert "rotated away on" in refusal(daemon, old)
 
 
@@ -363,7 +341,7 @@ def test_a_key_file_that_stays_unchanged_is_reported_and_both_roots_open(tmp_pat
     with LiveDaemon(tmp_path, "file", "--rewrite-master-key-file") as daemon:
         records, old = Records(daemon), daemon.root().hex()
         assert rotate(daemon, NEW).status == 200
-        told = wait_for_rotation(daemon)
+        told = status_once(daemon, no_rotation)
         assert len(told["root"]["slots"]) == 2
         assert any("could not be rewritten" in warning for warning in told["warnings"])
         assert daemon.root().hex() == old
@@ -378,51 +356,51 @@ def test_a_key_file_that_stays_unchanged_is_reported_and_both_roots_open(tmp_pat
 # --- backups and old KEKs -------------------------------------------------------------------------------------------
 
 
-def test_old_keks_are_destroyed_when_nothing_needs_them(daemon: LiveDaemon) -> None:
-    records = Records(daemon)
-    rotate(daemon)
-    rotate(daemon)
-    kept = post(daemon, "/kek/prune", {}).body
+def test_old_keks_are_destroyed_when_nothing_needs_them(own_daemon: LiveDaemon) -> None:
+    records = Records(own_daemon)
+    rotate(own_daemon)
+    rotate(own_daemon)
+    kept = post(own_daemon, "/kek/prune", {}).body
     assert (kept["destroyed"], kept["backups_removed"]) == ([], 0)
     assert [one["version"] for one in kept["kept"]] == [1, 2]
-    gone = post(daemon, "/kek/prune", {"backups": True}).body
+    gone = post(own_daemon, "/kek/prune", {"backups": True}).body
     assert gone == {"destroyed": [1, 2], "kept": [], "backups_removed": 10}
-    assert keks(daemon) == {1: "destroyed", 2: "destroyed", 3: "active"}
+    assert keks(own_daemon) == {1: "destroyed", 2: "destroyed", 3: "active"}
     assert records.open()
-    restart(daemon)
+    restart(own_daemon)
     assert records.open()
-    [begun, *_, done] = events(daemon, "prune_kek")
+    [begun, *_, done] = own_daemon.events("prune_kek")
     assert begun["detail"] == "begun"
     assert done["facts"]["destroyed"] == "1,2"
 
 
-def test_a_kek_that_a_damaged_file_may_need_is_kept_until_it_is_mended(daemon: LiveDaemon) -> None:
-    records = Records(daemon)
-    file = daemon.data_dir / "kms-deks" / f"{records.key_ids[0]}.json"
+def test_a_kek_that_a_damaged_file_may_need_is_kept_until_it_is_mended(own_daemon: LiveDaemon) -> None:
+    records = Records(own_daemon)
+    file = own_daemon.data_dir / "kms-deks" / f"{records.key_ids[0]}.json"
     whole = file.read_bytes()
     file.write_bytes(whole[:60])
-    assert rotate(daemon).body["rewrapped"] == 4
-    kept = post(daemon, "/kek/prune", {"backups": True}).body
+    assert rotate(own_daemon).body["rewrapped"] == 4
+    kept = post(own_daemon, "/kek/prune", {"backups": True}).body
     assert (kept["destroyed"], [one["version"] for one in kept["kept"]]) == ([], [1])
     assert "can't be read and may need it" in kept["kept"][0]["why"]
     file.write_bytes(whole)
     assert records.open()
-    assert post(daemon, "/kek/prune", {}).body["destroyed"] == []
-    rotate(daemon)
-    assert post(daemon, "/kek/prune", {"backups": True}).body["destroyed"] == [1, 2]
+    assert post(own_daemon, "/kek/prune", {}).body["destroyed"] == []
+    rotate(own_daemon)
+    assert post(own_daemon, "/kek/prune", {"backups": True}).body["destroyed"] == [1, 2]
     assert records.open()
 
 
-def test_backups_of_a_few_rotations_are_kept_and_older_ones_removed(daemon: LiveDaemon) -> None:
-    new_key(daemon)
-    rotate(daemon)
-    stop(daemon)
-    [newest] = (daemon.data_dir / "kms-deks-backup").iterdir()
+def test_backups_of_a_few_rotations_are_kept_and_older_ones_removed(own_daemon: LiveDaemon) -> None:
+    new_key(own_daemon)
+    rotate(own_daemon)
+    own_daemon.stop()
+    [newest] = (own_daemon.data_dir / "kms-deks-backup").iterdir()
     older = [newest.with_name(f"{newest.name[:-15]}2001010{number}T000000") for number in range(1, 9)]
     for path in older:
         path.write_bytes(newest.read_bytes())
-    daemon.start()
-    rotate(daemon)
+    own_daemon.start()
+    rotate(own_daemon)
     deadline = time.monotonic() + 10
     while any(path.exists() for path in older[:4]):  # five, when the two rotations were not within one second
         assert time.monotonic() < deadline

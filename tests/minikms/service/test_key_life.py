@@ -9,7 +9,7 @@ from typing import Any
 
 from minikms import api
 from tests.harness.live_daemon import LiveDaemon
-from tests.minikms.service.asking import Answer, ask, b64, encrypted, events, new_key, post, status
+from tests.minikms.service.asking import Answer, ask, b64, encrypted, new_key, post, status
 
 
 def listed(daemon: LiveDaemon, query: str = "", limit: int = 1000) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def test_a_new_key_is_on_disk_when_its_id_is_answered_and_says_what_it_is(daemon
         "created_at": record["created_at"],
         "uses_max": 65536,
     }
-    line = events(daemon, "create_dek")[-1]
+    line = daemon.events("create_dek")[-1]
     assert (line["key_id"], line["thread_id"], line["outcome"]) == (key_id, "thread-1", "ok")
 
 
@@ -62,7 +62,7 @@ def test_a_replaced_key_is_retired_in_the_same_step(daemon: LiveDaemon) -> None:
     new = new_key(daemon, "thread-3", replaces=old)
     assert ask(daemon, "GET", f"/keys/{old}").body["state"] == "retired"
     assert ask(daemon, "GET", f"/keys/{new}").body["state"] == "active"
-    assert events(daemon, "create_dek")[-1]["detail"] == f"replaces {old}"
+    assert daemon.events("create_dek")[-1]["detail"] == f"replaces {old}"
 
 
 def test_listings_are_paged_filtered_and_in_order_of_creation(daemon: LiveDaemon) -> None:
@@ -112,7 +112,7 @@ def test_a_destroyed_key_is_gone_with_its_backups_and_a_receipt_says_so(tmp_path
         assert destroy(daemon, key_id).status == 200  # to be sure that everything went
         assert status(daemon)["keys"]["destroyed"] == 1
         assert [key["key_id"] for key in listed(daemon)] == [other]
-        lines = events(daemon, "destroy_key")
+        lines = daemon.events("destroy_key")
         assert [(line["outcome"], line.get("detail", "")) for line in lines] == [
             ("conflict", ""),
             ("ok", "begun"),
@@ -175,7 +175,7 @@ def test_random_bytes_are_as_many_as_asked_and_differ(daemon: LiveDaemon) -> Non
         assert len(base64.b64decode(post(daemon, "/random", {"count": count}).body["random"])) == count
     drawn = {post(daemon, "/random", {"count": 16}).body["random"] for _ in range(20)}
     assert len(drawn) == 20
-    assert events(daemon, "random")[-1]["count"] == 16
+    assert daemon.events("random")[-1]["count"] == 16
 
 
 def test_the_status_names_the_epoch_the_audit_head_and_no_secret(daemon: LiveDaemon) -> None:

@@ -21,7 +21,7 @@ from minikms.service.base import Reply, VerbTable
 from minikms.service.records import RecordVerbs
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.vaults import OpenedVault, SilentAudit, opened_vault
-from tests.minikms.service.asking import NO_KEY, ask, b64, encrypted, events, new_key, post
+from tests.minikms.service.asking import NO_KEY, ask, b64, encrypted, new_key, post
 
 TEXT = b64(b"text")
 
@@ -131,7 +131,7 @@ def test_a_batch_of_the_largest_size_is_one_audit_line(
     items = [{"key_id": keys[n % 3], "plaintext": TEXT, "request_id": f"r{n % 2}"} for n in range(api.BATCH_ITEMS_MAX)]
     answer = post(daemon, "/encrypt_batch", {"items": [*items[:-1], {"key_id": NO_KEY, "plaintext": TEXT}]})
     assert sum("ciphertext" in item for item in answer.body["items"]) == api.BATCH_ITEMS_MAX - 1
-    line = events(daemon, "encrypt_batch")[-1]
+    line = daemon.events("encrypt_batch")[-1]
     assert (line["count"], line["key_ids"], line["request_ids"]) == (1024, [*keys, NO_KEY], ["r0", "r1"])
     assert (line["outcome"], line["detail"]) == ("partly_refused", "1 refused")
 
@@ -155,7 +155,7 @@ def test_reencryption_moves_records_between_a_threads_keys_and_keeps_aad(daemon:
             )
             assert again.body == {"plaintext": b64(b"%d" % number)}
     assert decrypts(daemon, old, sealed[0], aad=b64(b"place 0"))
-    line = events(daemon, "reencrypt_batch")[-1]
+    line = daemon.events("reencrypt_batch")[-1]
     assert (line["key_ids"], line["count"], line["outcome"]) == ([old, new], 10, "partly_refused")
 
 

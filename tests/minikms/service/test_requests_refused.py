@@ -10,7 +10,7 @@ import pytest
 from minikms import api
 from minikms.client.errors import BY_CODE
 from tests.harness.live_daemon import LiveDaemon
-from tests.minikms.service.asking import NO_KEY, ask, b64, encrypted, events, new_key, post
+from tests.minikms.service.asking import NO_KEY, ask, b64, encrypted, new_key, post
 
 
 class Made:
@@ -190,11 +190,11 @@ def test_nothing_of_this_has_changed_a_key(daemon: LiveDaemon, made: Made) -> No
 
 def test_each_refusal_of_a_verb_is_audited_without_what_was_sent(daemon: LiveDaemon, made: Made) -> None:
     """Also when there was no body, under the verb's name; an id that is malformed is cut short."""
-    before = len(events(daemon, "encrypt"))
+    before = len(daemon.events("encrypt"))
     assert post(daemon, "/encrypt", b"{").status == 400
     assert post(daemon, "/encrypt", {"key_id": made.retired, "plaintext": b64(b"secret words")}).status == 409
     assert post(daemon, "/encrypt", {"key_id": "x" * 100_000, "plaintext": ""}).status == 400
-    told = events(daemon, "encrypt")[before:]
+    told = daemon.events("encrypt")[before:]
     assert [event["outcome"] for event in told] == ["invalid_request", "key_retired", "invalid_request"]
     assert told[1]["key_id"] == made.retired
     log = (daemon.data_dir / "minikms-audit.log").read_text()

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import socket
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import uvloop
 
 from progressdb_server.api.http.listener import bind, serve_http
 from progressdb_server.config import Tls
 from tests.progressdb_server.api.asgi_client import Api
+from tests.progressdb_server.api.real_server import Reply
 
 
 class HttpServer:
@@ -57,7 +56,7 @@ class HttpServer:
         self._clients.append(connection)
         return connection
 
-    def exchange(self, *parts: bytes, timeout_s: float = 10) -> list[Response]:
+    def exchange(self, *parts: bytes, timeout_s: float = 10) -> list[Reply]:
         """Send the parts as segments of their own, then read until the server closes or everything is answered."""
         with self.connect(timeout_s) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -67,17 +66,6 @@ class HttpServer:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_WR)
             return read_responses(connection)
-
-
-class Response(NamedTuple):
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        assert self.headers["content-type"] == "application/json"
-        return json.loads(self.body)
 
 
 def closed_within(connection: socket.socket, seconds: float) -> bool:
@@ -90,7 +78,7 @@ def closed_within(connection: socket.socket, seconds: float) -> bool:
         return False
 
 
-def read_responses(connection: socket.socket) -> list[Response]:
+def read_responses(connection: socket.socket) -> list[Reply]:
     """All responses until end of file."""
     data = b""
     with contextlib.suppress(ConnectionError):
@@ -103,7 +91,7 @@ def read_responses(connection: socket.socket) -> list[Response]:
     return found
 
 
-def read_response(connection: socket.socket) -> Response:
+def read_response(connection: socket.socket) -> Reply:
     """The one response that is expected, from a connection that stays open."""
     data = b""
     while True:
@@ -114,25 +102,25 @@ def read_response(connection: socket.socket) -> Response:
             return take_response(data)[0]
 
 
-def take_response(data: bytes) -> tuple[Response, bytes]:
+def take_response(data: bytes) -> tuple[Reply, bytes]:
     head, _, rest = data.partition(b"\r\n\r\n")
     status_line, *lines = head.split(b"\r\n")
     assert status_line.startswith(b"HTTP/1.1 "), data
     status = int(status_line.split(b" ")[1])
     headers = dict(line.decode().split(": ", 1) for line in lines)
     if status in (100, 204):
-        return Response(status, headers, b""), rest
+        return Reply(status, headers, b""), rest
     if "content-length" in headers:
         length = int(headers["content-length"])
         assert len(rest) >= length, "the response is cut short"
-        return Response(status, headers, rest[:length]), rest[length:]
+        return Reply(status, headers, rest[:length]), rest[length:]
     body = b""
     while True:
         size, _, rest = rest.partition(b"\r\n")
         length = int(size, 16)
         body, rest = body + rest[:length], rest[length + 2 :]
         if length == 0:
-            return Response(status, headers, body), rest
+            return Reply(status, headers, body), rest
 
 
 @contextlib.contextmanager

@@ -23,12 +23,12 @@ from progressdb_server.config import Tls
 from tests.progressdb_server.api.asgi_client import BACKEND, Api
 from tests.progressdb_server.api.http_server import (
     HttpServer,
-    Response,
     closed_within,
     read_response,
     read_responses,
     running,
 )
+from tests.progressdb_server.api.real_server import Reply
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def request(
 GET = request("GET", "/healthz", b"")
 
 
-def error_of(response: Response) -> str:
+def error_of(response: Reply) -> str:
     assert list(response.json) == ["error"]
     return str(response.json["error"])
 
@@ -453,4 +453,4 @@ def test_with_a_certificate_the_server_speaks_tls_only(certificate: Tls) -> None
 )
 def test_a_target_is_cut_as_the_parser_cuts_it(target: bytes) -> None:
     parsed = httptools.parse_url(target)
-    assert protocol._target(target) == (parsed.path, parsed.query or b"")
+    assert protocol.split_target(target) == (parsed.path, parsed.query or b"")

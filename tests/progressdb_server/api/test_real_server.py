@@ -23,12 +23,6 @@ from tests.progressdb_server.api.real_server import RealServer, real_server
 PLANTED = "Zr7-planted-secret"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    with real_server(Path(tmp_path_factory.mktemp("real"))) as started:
-        yield started
-
-
 def files_below(directory: Path) -> Iterator[tuple[Path, bytes]]:
     for path in directory.rglob("*"):
         if path.is_file() and not path.is_socket():

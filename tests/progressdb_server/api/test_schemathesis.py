@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import random
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, signature
-from tests.progressdb_server.api.real_server import RealServer, real_server
+from tests.progressdb_server.api.real_server import RealServer
 from tests.progressdb_server.api.sdk import TEST_S_MAX, environment
 from tests.progressdb_server.api.viewer_client import ViewerClient
 
@@ -37,12 +36,6 @@ RUNS: dict[str, tuple[dict[str, str], list[str]]] = {
     # whoever has no session is sent to the login, whatever he asks: only what is valid can be judged
     "viewer": (ADMINS, ["--include-tag", "viewer", "--mode", "positive"]),
 }
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    with real_server(Path(tmp_path_factory.mktemp("schemathesis"))) as started:
-        yield started
 
 
 @pytest.mark.parametrize("run", RUNS)

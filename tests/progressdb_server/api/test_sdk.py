@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, signature
-from tests.progressdb_server.api.real_server import RealServer, real_server
+from tests.progressdb_server.api.real_server import RealServer
 from tests.progressdb_server.api.sdk import TEST_S_MAX, ApiError, Sdk
 
 pytestmark = pytest.mark.timeout(TEST_S_MAX)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    with real_server(Path(tmp_path_factory.mktemp("sdk"))) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,12 +22,6 @@ PAGES = (
     "/viewer/jobs?part=rows",
     "/viewer/status",
 )
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    with real_server(Path(tmp_path_factory.mktemp("viewer"))) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.progressdb_server.api.asgi_client import ADMIN
 from tests.progressdb_server.api.browser import Browser
-from tests.progressdb_server.api.real_server import RealServer, real_server
+from tests.progressdb_server.api.real_server import RealServer
 
 TAB, ENTER = 9, 13
 HOSTILE = (
     "<script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'>"
     "<a href='javascript:window.stolen=3'>x</a>\"'></div><svg/onload=window.stolen=4>{{ 7 * 7 }}{% raw %}"
 )
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    with real_server(Path(tmp_path_factory.mktemp("browser"))) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

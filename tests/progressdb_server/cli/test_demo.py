@@ -7,13 +7,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests import needs
+from tests.harness.waiting import wait_until
 
 OTHER_UID = 45_678
 TOUR_S_MAX = 60.0
@@ -113,17 +112,10 @@ def test_an_interrupted_tour_leaves_no_process_behind(tmp_path: Path, number: si
         [*COMMAND, "--dir", str(tmp_path / "data")], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
     lock = tmp_path / "data" / "kms" / "lock"
-    wait_until(lock.exists)
+    wait_until(lock.exists, seconds=TOUR_S_MAX)
     process.send_signal(number)
     assert process.wait(TOUR_S_MAX) == 128 + signal.SIGINT
-    wait_until(lambda: processes_naming(str(tmp_path)) == [])
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + TOUR_S_MAX
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_until(lambda: processes_naming(str(tmp_path)) == [], seconds=TOUR_S_MAX)
 
 
 def processes_naming(text: str) -> list[str]:

@@ -16,7 +16,6 @@ import signal
 import sys
 from collections.abc import Iterable
 
-import msgspec
 import structlog
 
 from progressdb_server.config import Rotation
@@ -28,12 +27,9 @@ from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.keyspace import JOBS
 from progressdb_server.store.model import NewMessage, StoreUnavailableError
 from progressdb_server.store.rocks import RocksEngine
+from tests.progressdb_server.store.crashing_writer import say
 
 THREAD = "t"
-
-
-def say(what: object) -> None:
-    os.write(1, msgspec.json.encode(what) + b"\n")
 
 
 class KilledEngine(RocksEngine):

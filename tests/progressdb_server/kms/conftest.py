@@ -36,15 +36,20 @@ class Place:
 
 
 @pytest.fixture
-def place() -> Iterator[Place]:
+def directory() -> Iterator[Path]:
+    """An empty one with a short path, since paths of sockets are bounded."""
     with tempfile.TemporaryDirectory(prefix="kms") as name:
-        directory = Path(name)
-        binary = directory / "minikms"
-        binary.write_text(f"#!{sys.executable}\nimport runpy\nrunpy.run_path({str(FAKE)!r}, run_name='__main__')\n")
-        binary.chmod(0o700)
-        (directory / "run").mkdir(mode=0o700)
-        (directory / "data").mkdir(mode=0o700)
-        yield Place(directory, str(binary))
+        yield Path(name)
+
+
+@pytest.fixture
+def place(directory: Path) -> Place:
+    binary = directory / "minikms"
+    binary.write_text(f"#!{sys.executable}\nimport runpy\nrunpy.run_path({str(FAKE)!r}, run_name='__main__')\n")
+    binary.chmod(0o700)
+    (directory / "run").mkdir(mode=0o700)
+    (directory / "data").mkdir(mode=0o700)
+    return Place(directory, str(binary))
 
 
 @pytest.fixture

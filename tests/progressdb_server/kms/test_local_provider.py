@@ -6,8 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,6 @@ from minikms import api
 from minikms.client import DecryptItem, EncryptItem, KmsRefusedError, ReencryptItem
 from progressdb_server.kms.provider import LocalProviderError, Provider, RemoteProvider, open_local
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="kms") as name:
-        yield Path(name)
 
 
 def run(directory: Path, test: Callable[[Provider], Awaitable[None]]) -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
@@ -20,18 +19,12 @@ from structlog.testing import capture_logs
 from minikms.client import AsyncClient
 from progressdb_server.kms import supervisor as supervisor_module
 from progressdb_server.kms.supervisor import Supervisor, SupervisorError
+from tests.harness.waiting import wait_until
 from tests.progressdb_server.kms.conftest import Place
 
 WAIT_S = 10.0
 Alive = Callable[[int], bool]
 Run = Callable[[Coroutine[Any, Any, int]], int]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < until_s, "it did not happen in time"
-        time.sleep(0.02)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -340,7 +333,7 @@ def test_a_server_killed_with_sigkill_takes_its_daemon_with_it(place: Place, ali
         server.kill()
         server.wait()
         server.stdout.close()
-    wait_for(lambda: not alive(pid))
+    wait_until(lambda: not alive(pid))
 
 
 def test_a_ctrl_c_in_the_servers_terminal_does_not_reach_the_daemon(place: Place, alive: Alive) -> None:
@@ -360,4 +353,4 @@ def test_a_ctrl_c_in_the_servers_terminal_does_not_reach_the_daemon(place: Place
         server.kill()
         server.wait()
         server.stdout.close()
-    wait_for(lambda: not alive(pid))
+    wait_until(lambda: not alive(pid))

@@ -7,9 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,15 +18,10 @@ from minikms.client import EncryptItem
 from progressdb_server.kms import supervisor as supervisor_module
 from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor, SupervisorError
+from tests.harness.scripts import verify_audit
 
 KEY = "ab" * 32
 WAIT_S = 15.0
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="kms") as name:
-        yield Path(name)
 
 
 def options(directory: Path, **more: object) -> ChildOptions:
@@ -71,18 +65,10 @@ def one_round(directory: Path, **more: object) -> None:
     asyncio.run(main())
 
 
-def verify_audit(directory: Path, key_path: str) -> None:
-    command = [sys.executable, "-m", "minikms", "audit", "verify", "--data-dir", str(directory / "kms")]
-    verified = subprocess.run(
-        [*command, "--master-key-file", key_path], capture_output=True, text=True, timeout=30, check=False
-    )
-    assert verified.returncode == 0, verified.stdout + verified.stderr
-
-
 def test_with_a_key_file_the_keys_survive_and_the_audit_log_is_intact(directory: Path) -> None:
     path = key_file(directory)
     one_round(directory, master_key_file=path)
-    verify_audit(directory, path)
+    verify_audit(directory / "kms", path)
     log = (directory / "kms" / "minikms-audit.log").read_text()
     assert f"peer_uid:{os.geteuid()}" in log
     assert "req-2" in log
@@ -105,7 +91,7 @@ def test_with_a_descriptor_the_key_is_passed_on_and_closed(directory: Path) -> N
             await supervisor.stop()
 
     asyncio.run(main())
-    verify_audit(directory, key_file(directory))
+    verify_audit(directory / "kms", key_file(directory))
 
 
 def test_without_a_root_key_the_server_gets_the_daemons_error(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

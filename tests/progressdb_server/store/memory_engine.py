@@ -52,7 +52,7 @@ class MemoryEngine:
         low, high = bisect_left(self._keys, lower), bisect_left(self._keys, upper)
         return self._keys[low:high][: max(0, min(limit, SCAN_ENTRIES_MAX))]
 
-    def _put(self, key: bytes, value: bytes | None) -> None:
+    def put(self, key: bytes, value: bytes | None) -> None:
         if value is None:
             if self._map.pop(key, None) is not None:
                 del self._keys[bisect_left(self._keys, key)]
@@ -73,7 +73,7 @@ class MemoryEngine:
             raise EngineUnavailableError
         self.writes += 1
         for key, value in list(puts):
-            self._put(key, value)
+            self.put(key, value)
 
     def sync(self) -> None:
         self.gate.wait()

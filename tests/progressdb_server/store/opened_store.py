@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from progressdb_server.kms.provider import Provider
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Engine
-from progressdb_server.store.model import Message, Thread
+from progressdb_server.store.model import Message, NewMessage, Thread
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
@@ -82,3 +82,11 @@ async def threads_of(
 
 async def keys_of(store: Conversations, prefix: str = "") -> list[str]:
     return [key async for chunk in store.stored_keys(prefix) for key in chunk]
+
+
+async def fill(store: Conversations, count: int, thread: str = "t") -> list[Message]:
+    return [await store.create_message(NewMessage(author="ann", thread=thread, body=n)) for n in range(count)]
+
+
+def bodies(found: list[Message]) -> list[Any]:
+    return [message.body for message in found]

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
 from minikms.client import DecryptItem, KmsRefusedError
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
-    Message,
     NewMessage,
     RecordUnreadableError,
     StoreUnavailableError,
 )
 from progressdb_server.store.sealer import RETRY_AFTER_S
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import keys_of, messages_of, with_store
+from tests.progressdb_server.store.opened_store import bodies, fill, keys_of, messages_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider
-
-
-async def fill(store: Conversations, count: int, thread: str = "t") -> list[Message]:
-    return [await store.create_message(NewMessage(author="ann", thread=thread, body=n)) for n in range(count)]
-
-
-def bodies(found: list[Message]) -> list[Any]:
-    return [message.body for message in found]
 
 
 def test_a_record_moved_to_another_place_does_not_open() -> None:

@@ -20,20 +20,12 @@ from progressdb_server.store.model import (
     ThreadDeletedError,
 )
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import TickingClock, messages_of, with_store
+from tests.progressdb_server.store.opened_store import TickingClock, bodies, fill, messages_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider
-
-
-async def fill(store: Conversations, count: int, thread: str = "t") -> list[Message]:
-    return [await store.create_message(NewMessage(author="ann", thread=thread, body=n)) for n in range(count)]
 
 
 async def edit(store: Conversations, message: str, body: Any, author: str | None = "ann") -> Message:
     return await store.update_message(message, author=author, body=body, role=None, reply_to=None)
-
-
-def bodies(found: list[Message]) -> list[Any]:
-    return [message.body for message in found]
 
 
 @pytest.mark.parametrize(

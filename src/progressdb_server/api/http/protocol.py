@@ -422,7 +422,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _begin(self, version: str) -> None:
         """Give the request to the application, after the requests before it. As in uvicorn, without unused features."""
-        raw_path, query = _target(self.url)
+        raw_path, query = split_target(self.url)
         path = raw_path.decode("ascii")
         scope: dict[str, Any] = {
             "type": "http",
@@ -503,7 +503,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.tasks.add(cycle.task)
 
 
-def _target(url: bytes) -> tuple[bytes, bytes]:
+def split_target(url: bytes) -> tuple[bytes, bytes]:
     """Path and query. For every URL that the parser accepts, the short way gives what `httptools.parse_url` gives."""
     if url.startswith(b"/") and b"#" not in url:
         path, _, query = url.partition(b"?")

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import minikms
 from minikms.client.errors import KmsError
+from tests.harness.scripts import verify_audit
 
 STATE_CALLS = (
     "openat",
@@ -188,7 +189,7 @@ class Prepared:
             status = client.status()
             assert status["status"] == "ok", status
         daemon.stop()
-        check_audit(daemon.base / "data", daemon.key_file)
+        verify_audit(daemon.base / "data", daemon.key_file)
 
     def check_records(self, client: minikms.Client) -> None:
         for key_id, sealed, plaintext in self.records:
@@ -208,17 +209,3 @@ def wait_for_rotation(client: minikms.Client) -> None:
             found = error
         time.sleep(0.02)
     raise AssertionError(f"the rotation does not end: {found}")
-
-
-def check_audit(data_dir: Path, key_file: Path) -> None:
-    """`minikms audit verify` finds the log whole."""
-    verified = subprocess.run(
-        [
-            *(sys.executable, "-m", "minikms", "audit", "verify"),
-            *("--data-dir", str(data_dir), "--master-key-file", str(key_file)),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert verified.returncode == 0, verified.stdout + verified.stderr

@@ -27,7 +27,8 @@ from minikms.client.errors import (
     KmsError,
     KmsRefusedError,
 )
-from tests.minikms.custody.rotation.crash_points import Daemon, check_audit, wait_for_rotation
+from tests.harness.scripts import verify_audit
+from tests.minikms.custody.rotation.crash_points import Daemon, wait_for_rotation
 
 T = TypeVar("T")
 
@@ -80,7 +81,7 @@ class Run:
             self.check()
             self.client.close()
             self.daemon.stop()
-            check_audit(self.base / "data", self.daemon.key_file)
+            verify_audit(self.base / "data", self.daemon.key_file)
         except (AssertionError, KmsError) as error:
             raise AssertionError(f"seed {self.seed}, after {self.trace}: {error!r}") from error
         finally:

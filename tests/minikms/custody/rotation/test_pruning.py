@@ -122,7 +122,8 @@ def test_a_false_kek_version_in_a_file_keeps_the_true_kek(tmp_path: Path) -> Non
             before = one.file(key_id).read_bytes()
             keys = one.keys([key_id])
             await one.rotate()
-            await one.pruning._remove_backups(None, ())
+            for backup in one.backups():
+                backup.unlink()
             one.file(key_id).write_bytes(before.replace(b'"kek_version":1', b'"kek_version":2'))
             assert (await one.pruning.prune(backups=False)).destroyed == []
             one.file(key_id).write_bytes(before)
@@ -152,7 +153,9 @@ def rename_newest(one: OpenedVault, stamp: str) -> None:
     for path in one.backups():
         if not path.name[-15:].startswith("202601"):
             path.rename(path.with_name(path.name.split(".json.")[0] + ".json." + stamp))
-    one.vault.rotation_backups._suffixes = None
+            suffixes = one.vault.rotation_backups.suffixes()
+            suffixes.discard(path.name[-15:])
+            suffixes.add(stamp)
 
 
 # --- files that are replaced while the directory is listed ----------------------------------------------------------

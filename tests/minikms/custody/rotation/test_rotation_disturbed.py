@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,28 +16,17 @@ from minikms.custody.rotation_backups import RotationBackups
 from minikms.errors import (
     ArenaFullError,
     MiniKmsError,
-    StorageUnavailableError,
 )
 from minikms.keys import dek, keyring
 from minikms.memory.arena import SecretArena, SecretSlot
-from tests.harness.vaults import OpenedVault, opened_vault
+from tests.harness.vaults import opened_vault
+from tests.minikms.custody.disk_faults import refuse
+
+pytestmark = pytest.mark.usefixtures("quick_rotation")
+
 
 NEW_ROOT = bytes(range(100, 132))
 OTHER_ROOT = bytes(range(50, 82))
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotation, "RETRY_SECONDS_MIN", 0.01)
-    monkeypatch.setattr(rotation, "BATCH_FILES", 7)
-
-
-def refuse(*_: object) -> None:
-    raise StorageUnavailableError("the disk refuses")
-
-
-def keks_on_disk(one: OpenedVault, key_ids: Sequence[str]) -> set[int]:
-    return {one.on_disk(key_id).kek_version for key_id in key_ids}
 
 
 def test_an_unreadable_file_is_listed_and_does_not_stop_the_rotation(tmp_path: Path) -> None:
@@ -53,7 +41,7 @@ def test_an_unreadable_file_is_listed_and_does_not_stop_the_rotation(tmp_path: P
             one.file(missing_kek).write_bytes(contents[missing_kek].replace(b'"kek_version":1', b'"kek_version":7'))
             await one.rotate()
             assert one.kek_states() == {1: "retired", 2: "active"}
-            assert keks_on_disk(one, key_ids[4:]) == {2}
+            assert one.keks_on_disk(key_ids[4:]) == {2}
             listed = one.vault.unreadable.listed()
             assert set(listed) == set(key_ids[:4])
             assert "does not unwrap" in listed[damaged]
@@ -64,7 +52,7 @@ def test_an_unreadable_file_is_listed_and_does_not_stop_the_rotation(tmp_path: P
             # What is mended is found by the next rotation.
             one.file(damaged).write_bytes(contents[damaged])
             await one.rotate()
-            assert keks_on_disk(one, [damaged]) == {3}
+            assert one.keks_on_disk([damaged]) == {3}
             assert set(one.vault.unreadable.listed()) == {truncated, swapped, missing_kek}
 
     asyncio.run(main())
@@ -97,7 +85,7 @@ def test_a_write_that_the_disk_refuses_is_tried_again(tmp_path: Path, monkeypatc
             await running
             assert attempts > 3
             assert one.keys(key_ids) == keys
-            assert keks_on_disk(one, key_ids) == {2}
+            assert one.keks_on_disk(key_ids) == {2}
             assert one.rotation.last_error == ""
 
     asyncio.run(main())
@@ -171,7 +159,7 @@ def test_a_shortage_of_descriptors_does_not_make_a_key_unreadable(
             monkeypatch.undo()
             assert (failing, full) == ([0], [0])
             assert one.vault.unreadable.count == 0
-            assert keks_on_disk(one, key_ids) == {2}
+            assert one.keks_on_disk(key_ids) == {2}
 
     asyncio.run(main())
 
@@ -193,7 +181,7 @@ def test_a_listing_that_fails_for_a_moment_does_not_end_the_rotation(
             key_ids = await one.make(5)
             monkeypatch.setattr(os, "scandir", refusing)
             await one.rotate()
-            assert keks_on_disk(one, key_ids) == {2}
+            assert one.keks_on_disk(key_ids) == {2}
 
     asyncio.run(main())
 
@@ -263,6 +251,6 @@ def test_a_rotation_interrupted_anywhere_is_finished_by_the_next_start(tmp_path:
             await again.rotation.run()
             assert again.kek_states() == {1: "retired", 2: "active"}
             assert again.keys(key_ids) == keys
-            assert keks_on_disk(again, key_ids) == {2}
+            assert again.keks_on_disk(key_ids) == {2}
 
     asyncio.run(main())

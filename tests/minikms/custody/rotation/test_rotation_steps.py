@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from minikms.custody import rotation
 from minikms.custody.keyring_file import KeyringFile
 from minikms.errors import (
     ArenaFullError,
@@ -18,24 +16,14 @@ from minikms.errors import (
     StorageUnavailableError,
 )
 from minikms.keys import keyring
-from tests.harness.vaults import OpenedVault, key_file, opened_vault
+from tests.harness.vaults import key_file, opened_vault
+from tests.minikms.custody.disk_faults import refuse
+
+pytestmark = pytest.mark.usefixtures("quick_rotation")
+
 
 NEW_ROOT = bytes(range(100, 132))
 OTHER_ROOT = bytes(range(50, 82))
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotation, "RETRY_SECONDS_MIN", 0.01)
-    monkeypatch.setattr(rotation, "BATCH_FILES", 7)
-
-
-def refuse(*_: object) -> None:
-    raise StorageUnavailableError("the disk refuses")
-
-
-def keks_on_disk(one: OpenedVault, key_ids: Sequence[str]) -> set[int]:
-    return {one.on_disk(key_id).kek_version for key_id in key_ids}
 
 
 # --- a rotation that nothing disturbs -----------------------------------------------------------------------------
@@ -47,7 +35,7 @@ def test_every_key_is_rewrapped_keeps_its_value_and_leaves_a_backup(tmp_path: Pa
             key_ids = await one.make(20)
             before, files = one.keys(key_ids), {key_id: one.file(key_id).read_bytes() for key_id in key_ids}
             await one.rotate()
-            assert keks_on_disk(one, key_ids) == {2}
+            assert one.keks_on_disk(key_ids) == {2}
             assert {one.on_disk(key_id).version for key_id in key_ids} == {2}
             assert one.keys(key_ids) == before
             assert one.kek_states() == {1: "retired", 2: "active"}
@@ -82,8 +70,8 @@ def test_keys_made_meanwhile_are_wrapped_under_the_new_version_at_once(tmp_path:
             await one.rotation.begin(None)
             new = await one.make(10)
             await one.rotation.run()
-            assert keks_on_disk(one, new) == {2}
-            assert keks_on_disk(one, [*old, *await creating]) == {2}
+            assert one.keks_on_disk(new) == {2}
+            assert one.keks_on_disk([*old, *await creating]) == {2}
 
     asyncio.run(main())
 
@@ -100,7 +88,7 @@ def test_keys_retired_or_destroyed_during_a_rotation_stay_so(tmp_path: Path) -> 
                 *(one.vault.destroy(key_id) for key_id in gone),
                 *(one.vault.retire(key_id) for key_id in retired),
             )
-            assert keks_on_disk(one, key_ids[10:]) == {2}
+            assert one.keks_on_disk(key_ids[10:]) == {2}
             assert {one.on_disk(key_id).state for key_id in retired} == {"retired"}
             assert {one.on_disk(key_id).state for key_id in key_ids[20:]} == {"active"}
             assert not any(one.file(key_id).exists() or one.backups(key_id) for key_id in gone)
@@ -233,8 +221,9 @@ def test_a_begin_that_failed_after_it_reached_the_disk_is_overwritten(
                 patched.setattr(KeyringFile, "store_now", stored_but_refused)
                 await one.rotation.begin(None)
             later = await one.make(1)
-            one.vault.wrap_reservation._left.clear()
-            await one.make(1)  # writes the keyring
+            [destroyed] = await one.make(1)
+            await one.vault.retire(destroyed)
+            await one.vault.destroy(destroyed)  # writes the keyring
         async with opened_vault(tmp_path / "d") as again:
             assert again.rotation.running is None
             assert len(again.keys([*key_ids, *later])) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from minikms.service.base import Reply, VerbTable
 from minikms.service.keks import KekVerbs
 from minikms.service.lifecycle import LifecycleVerbs
 from tests.harness.vaults import SilentAudit, opened_vault
+from tests.minikms.custody.disk_faults import refuse
 
 
 class KeptAudit(SilentAudit):
@@ -34,10 +36,6 @@ def anybody() -> Principal:
     who = Policy({1}).principal(1, 1)
     assert who is not None
     return who
-
-
-async def refuse(*_: object) -> int:
-    raise StorageUnavailableError("the disk refuses")
 
 
 def test_a_new_epoch_shows_a_tombstone_whose_files_were_not_removed(
@@ -71,14 +69,12 @@ def test_a_new_epoch_shows_keks_that_were_destroyed_before_a_failure(
             await one.rotate()
             await one.rotate()
             before = one.vault.keyring.body.epoch
-            destroy = one.pruning._destroy
+            change, changes = one.vault.keyring.change, itertools.count()
 
-            async def only_the_first(version: int) -> None:
-                if version > 1:
-                    await refuse()
-                await destroy(version)
+            async def only_the_first(*given: Any) -> Any:
+                return await change(*given) if next(changes) == 0 else refuse()
 
-            monkeypatch.setattr(one.pruning, "_destroy", only_the_first)
+            monkeypatch.setattr(one.vault.keyring, "change", only_the_first)
             with pytest.raises(StorageUnavailableError):
                 await performed(table, api.PRUNE_KEK, api.PruneKekRequest())
             last = audit.events[-1]

@@ -20,6 +20,7 @@ from minikms.errors import (
     WrongThreadError,
 )
 from tests.harness.vaults import opened_vault
+from tests.minikms.custody.disk_faults import refuse
 
 
 def test_a_key_is_on_disk_before_its_id_is_answered(tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_a_destruction_that_was_cut_short_is_finished_by_a_repetition(
             await one.rotate()
             await one.vault.retire(key_id)
             with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
-                patched.setattr(RotationBackups, "_remove", _refuse)
+                patched.setattr(RotationBackups, "remove_of", refuse)
                 await one.vault.destroy(key_id)
             with pytest.raises(KeyDestroyedError):
                 one.vault.opened(key_id)
@@ -185,7 +186,7 @@ def test_a_destruction_that_was_cut_short_is_finished_by_the_next_start(
             await one.rotate()
             await one.vault.retire(key_id)
             with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
-                patched.setattr(RotationBackups, "_remove", _refuse)
+                patched.setattr(RotationBackups, "remove_of", refuse)
                 await one.vault.destroy(key_id)
             assert one.file(key_id).exists()
             if left == "the backups only":
@@ -197,10 +198,6 @@ def test_a_destruction_that_was_cut_short_is_finished_by_the_next_start(
             assert len(again.backups(other)) == 1
 
     asyncio.run(main())
-
-
-def _refuse(self: RotationBackups, names: object) -> int:
-    raise StorageUnavailableError("the disk refuses")
 
 
 def test_changes_of_one_key_at_once_leave_it_as_one_of_them_would(tmp_path: Path) -> None:

@@ -1,0 +1,16 @@
+"""How a test waits for something that another process or thread does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+WAIT_S_MAX = 20.0
+
+
+def wait_until(holds: Callable[[], object], *, seconds: float = WAIT_S_MAX) -> None:
+    """Returns as soon as `holds` is true; AssertionError if it is not within that time."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not true within {seconds} s"
+        time.sleep(0.02)
