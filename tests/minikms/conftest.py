@@ -1,4 +1,4 @@
-"""A directory that every user of the machine can enter, and only this user can write in."""
+"""A directory that every user of the machine can enter, for tests of several rooms."""
 
 from __future__ import annotations
 
