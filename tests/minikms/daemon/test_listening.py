@@ -327,9 +327,9 @@ def test_a_passed_descriptor_must_be_a_listening_unix_socket(directory: Path) ->
         internet.bind(("127.0.0.1", 0))
         internet.listen()
         for passed in (idle, internet):
-            assert "something other" in activate(passed, str(directory / "s"))
+            assert "something other than a listening" in activate(passed, str(directory / "s"))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagram:
-        assert "something other" in activate(datagram, str(directory / "s"))
+        assert "something other than a listening" in activate(datagram, str(directory / "s"))
     with open(os.devnull) as file:
         assert "service manager" in activate(file, str(directory / "s"))
 

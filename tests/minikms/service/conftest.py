@@ -1,20 +1,13 @@
-"""A daemon for the tests of a module that leave it as they found it."""
+"""A daemon for one test alone."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.harness.live_daemon import LiveDaemon
-
-
-@pytest.fixture(scope="module")
-def daemon() -> Iterator[LiveDaemon]:
-    with tempfile.TemporaryDirectory(prefix="minikms-test-") as name, LiveDaemon(Path(name)) as running:
-        yield running
 
 
 @pytest.fixture

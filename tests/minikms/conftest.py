@@ -1,4 +1,4 @@
-"""A directory that every user of the machine can enter, and only this user can write in."""
+"""What tests of several rooms share: a directory for all users, and a daemon for the tests of a module."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.live_daemon import LiveDaemon
+
 
 @pytest.fixture
 def public() -> Iterator[Path]:
@@ -15,3 +17,9 @@ def public() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="minikms-test-") as name:
         Path(name).chmod(0o755)
         yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[LiveDaemon]:
+    with tempfile.TemporaryDirectory(prefix="minikms-test-") as name, LiveDaemon(Path(name)) as running:
+        yield running
