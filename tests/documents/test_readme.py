@@ -59,7 +59,10 @@ def as_ordinary_user() -> dict[str, Any]:
     if os.geteuid() != 0:
         return {}
     user: dict[str, Any] = {"user": ORDINARY_UID, "group": ORDINARY_UID, "extra_groups": ()}
-    tried = subprocess.run([sys.executable, "-c", "import minikms"], cwd="/", check=False, **user)
+    try:
+        tried = subprocess.run([sys.executable, "-c", "import minikms"], cwd="/", check=False, **user)
+    except PermissionError:  # the interpreter is in a directory of root's
+        return {}
     return user if tried.returncode == 0 else {}
 
 

@@ -133,8 +133,6 @@ def scope_of(body: list[ast.stmt], made: Index, module: list[str]) -> Scope:
                 for node in (inner for target in statement.targets for inner in ast.walk(target)):
                     if isinstance(node, ast.Name):
                         scope.members[node.id] = None
-            case ast.TypeAlias(name=ast.Name(id=target)) if hasattr(ast, "TypeAlias"):
-                scope.members[target] = None
             case ast.Import() | ast.ImportFrom():
                 source = f"{statement.module}." if isinstance(statement, ast.ImportFrom) else ""
                 for alias in statement.names:

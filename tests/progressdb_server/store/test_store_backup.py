@@ -178,9 +178,7 @@ def test_a_backup_that_fails_leaves_neither_files_nor_an_entry(tmp_path: Path, m
     asyncio.run(run())
 
 
-def test_a_cancelled_backup_ends_at_once_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cancelled_backup_ends_at_once_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Ctrl-C cancels `progressdb backup create`. The engine is closed after it, so nothing may use it any more."""
     copying, released = threading.Event(), threading.Event()
     copied: list[str] = []
