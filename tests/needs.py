@@ -26,6 +26,7 @@ import pytest
 _DEBIAN_PACKAGES = {
     "bash": "bash",
     "chromium": "chromium",
+    "curl": "curl",
     "gcore": "gdb",
     "gdb": "gdb",
     "git": "git",
