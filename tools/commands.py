@@ -16,15 +16,15 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
 OPENING = """\
 # Commands
 
-Made by `tools/commands.py` from the commands themselves; `tests/commands` compares the two, and holds
-[transcripts](../tests/commands/transcripts) of all that matters here.
+`tools/commands.py` generates this page from the commands' help, and a test in `tests/commands` compares the two.
+[Transcripts](../tests/commands/transcripts) show the commands in use.
 
-Exit status, of every command: **0** done, or a check passed; **1** a check failed, or the request was refused; **2**
-wrong usage, or something that is needed is missing; **130** interrupted; **141** the reader of a pipe closed it.
-Results go to standard output, everything else to standard error. Colour, progress bars and questions only on a
-terminal; `NO_COLOR` is respected. `--json` gives whole values to programs. A flag goes over its environment variable,
-which stands in brackets; an empty one counts as unset. No command takes a key in its arguments: root keys come from
-files, API keys from the configuration or a file.
+Each command ends with one of these exit statuses: **0** done, or a check passed; **1** a check failed, or the request
+was refused; **2** wrong usage, or a required file, key or service is missing; **130** interrupted; **141** the reader
+of a pipe closed it. Results go to standard output, everything else to standard error. Colour, progress bars and
+questions appear only on a terminal; `NO_COLOR` is respected. `--json` prints complete values for programs. A flag has
+precedence over its environment variable, which is named in brackets; an empty variable counts as unset. No command
+takes a key in its arguments: root keys come from files, API keys from the configuration or a file.
 """
 
 
@@ -36,14 +36,14 @@ def page() -> str:
 
 
 def _section(app: App, words: str) -> Iterator[str]:
-    yield f"\n## {words}\n\n{_escaped(_told(app))}\n"
+    yield f"\n## {words}\n\n{_escaped(_help_text(app))}\n"
     yield from _flags(app)
     for name in sorted(name for name in app if not name.startswith("-")):
         yield from _command(app[name], f"{words} {name}")
 
 
 def _command(app: App, words: str) -> Iterator[str]:
-    yield f"\n### {words}\n\n{_escaped(_told(app))}\n"
+    yield f"\n### {words}\n\n{_escaped(_help_text(app))}\n"
     inner = sorted(name for name in app if not name.startswith("-"))
     if not inner:
         yield from _flags(app)
@@ -51,7 +51,7 @@ def _command(app: App, words: str) -> Iterator[str]:
         yield from _command(app[name], f"{words} {name}")
 
 
-def _told(app: App) -> str:
+def _help_text(app: App) -> str:
     """The whole docstring of a command, or the help of a group of commands."""
     text = inspect.getdoc(app.default_command) if app.default_command is not None else None
     if text is None or app.default_command.__name__ == "serve":

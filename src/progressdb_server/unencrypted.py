@@ -68,7 +68,7 @@ def _check_directory(config: Config) -> None:
     try:
         if not os.path.lexists(path) or not os.listdir(path):
             return
-        with directory.reading(str(config.store_dir), encrypted=False):
+        with directory.open_reader(str(config.store_dir), encrypted=False):
             pass
     except OSError as error:
         raise ConfigError(f"the directory {path} can't be read: {error.strerror}") from None

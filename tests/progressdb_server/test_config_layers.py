@@ -300,7 +300,7 @@ def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 def test_config_check_exits_0_if_good_1_if_bad_and_2_if_missing(tmp_path: Path) -> None:
     db = ("--db", str(tmp_path / "db"))
     good = command("config", "check", *db, "--dev")
-    assert (good.returncode, good.stdout, good.stderr) == (0, "the configuration is good\n", "")
+    assert (good.returncode, good.stdout, good.stderr) == (0, "the configuration is valid\n", "")
     bad = command("config", "check", *db, "--dev", PROGRESSDB_RATE_RPS="-1")
     assert (bad.returncode, bad.stdout) == (1, "")
     assert bad.stderr.startswith("progressdb: security.rate_limit.rps must be")

@@ -23,7 +23,7 @@ def test_each_test_that_a_claim_names_exists() -> None:
 
 
 def test_each_claim_names_a_test() -> None:
-    """In every table that has a column `shown by`."""
+    """This applies to each table with a column `shown by`."""
     rows, in_claims = [], False
     for line in THREAT_MODEL.read_text("utf-8").splitlines():
         in_claims = line.startswith("|") and (in_claims or "shown by" in line)

@@ -155,7 +155,7 @@ def test_a_server_that_encrypts_does_not_even_load_it() -> None:
 def test_an_encrypted_stores_directory_is_refused_and_left_as_it_is(encrypted_db: Path) -> None:
     before = files_of(encrypted_db)
     said = refusal(encrypted_db, "--kms", "none", **ASKED)
-    assert "the store is encrypted, and `--kms none` would put plaintext into it: leave the flag out" in said
+    assert "the store is encrypted, and `--kms none` would put plaintext into it: omit the flag" in said
     assert files_of(encrypted_db) == before
     assert not any(TYPED.encode() in content or MARK in content for content in before.values())
 
@@ -173,7 +173,7 @@ def test_an_encrypting_server_refuses_an_unencrypted_directory(tmp_path: Path, u
     with real_server(tmp_path, "--kms", "none", environment=ASKED) as server:
         pass
     said = refusal(server.db, "--dev")
-    assert "nothing in this store is encrypted, since `progressdb --kms none` made it: use another directory" in said
+    assert "nothing in this store is encrypted, because `progressdb --kms none` made it: use another directory" in said
     assert [path.name for path in server.db.iterdir()] == ["store"]
     assert "in use by another process" in refusal(unencrypted.db, "--dev")
 

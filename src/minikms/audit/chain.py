@@ -9,9 +9,9 @@ their signatures cover, and the signer that makes those signatures. Rules:
    SHA-256 of the lines from the previous signed line of the file (or the file's first line) to the previous line. The
    first line of a later file contains the SHA-256 of the previous line. So each signature covers all earlier lines, and
    the public key alone is enough to check them.
-3. The MAC key and the signing seed are views of the arena, read again by each call. An HMAC object holds midstates that
-   are enough to forge MACs, so none outlives a call of `seal`; a private key object lives for one call of
-   `LocalSigner`. OpenSSL clears both when they are freed.
+3. The MAC key and the signing seed are views of the arena, and each call reads them again. An HMAC object holds
+   midstates that are enough to forge MACs, so `seal` frees it before it returns. Each call of `LocalSigner` makes and
+   frees its own private key object. OpenSSL clears both when they are freed.
 
 It must never do I/O, read a clock, copy a key or keep a key object.
 """
@@ -104,8 +104,8 @@ def seal(
 ) -> tuple[bytes, Head]:
     """The lines of `events`, chained to `head`, and the new head. Sets `seq` and `ts` of each event.
 
-    `record.sanitise` escapes text that a line can't hold and truncates an event that is too long. `escaped`: this
-    function has processed `events` before.
+    `record.sanitise` escapes text that a line can't hold and truncates an event that is too long. `escaped`: an
+    earlier call of `seal` with these events has done that already, if it was necessary.
     """
     with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate, for example from a file name
         blob, new_head = _seal(events, head, audit_key, ts)
@@ -121,9 +121,9 @@ def _longest_line(blob: bytes) -> int:
 
 
 def _seal(events: Sequence[Event], head: Head, audit_key: memoryview, ts: int) -> tuple[bytes, Head]:
-    """The hot path: one call per event-loop turn, about 1.3 µs per event, half of it for the HMAC.
+    """This is the hot path: one call per event-loop turn. An event takes about 1.3 µs, half of it for the HMAC.
 
-    Copying and using an HMAC object takes 0.7 µs, a one-shot MAC 1.6 µs.
+    Copying and using an HMAC object takes 0.7 µs. A one-shot MAC would take 1.6 µs.
     """
     to_bytes, to_base64 = encode_event, encode
     keyed = HMAC(audit_key, _SHA256)
@@ -165,11 +165,11 @@ class Coverage:
         self.bytes_count += len(blob)
 
     def copy(self) -> Coverage:
-        twin = Coverage()
-        twin._digest = self._digest.copy()
-        twin.lines_count = self.lines_count
-        twin.bytes_count = self.bytes_count
-        return twin
+        duplicate = Coverage()
+        duplicate._digest = self._digest.copy()
+        duplicate.lines_count = self.lines_count
+        duplicate.bytes_count = self.bytes_count
+        return duplicate
 
     def hex(self) -> str:
         return self._digest.hexdigest()
@@ -246,8 +246,8 @@ def segment_open_event(
     )
 
 
-def head_of_text(text: str) -> Head | None:
-    """The head that the text `SEQ:SIG` names, or None if it does not have that form."""
+def parse_head(text: str) -> Head | None:
+    """The head that is written as `SEQ:SIG` in `text`. None if `text` does not have that form."""
     seq, _, sig64 = text.partition(":")
     sig = decode_exact(sig64, record.MAC_BYTES)
     if sig is None or not (seq.isascii() and seq.isdigit() and len(seq) <= record.SEQ_DIGITS_MAX):

@@ -4,10 +4,11 @@ Owns: `Trust`, `Finding` and `Report`; rules 4 and 5 of `minikms.audit.verify` (
 8 and 9 (`KeyTracker`: signatures and changes of the audit key). Invariants:
 
 - A report is intact only if there is no finding, and a MAC or a signature covers the lines that were verified.
-- A line enters the chain only if its `seq` is the next one. Each fault is one finding. A later line may make the
-  finding more exact: a line was moved, only its `seq` was altered, or only its `sig`.
-- Where a MAC can't be checked because of an earlier fault, there is a finding already.
-- A key becomes active only if the verifier trusts it, if the active key signed the change, or with a finding.
+- A line whose `seq` is not the next one is a finding. It enters the chain only if a later line shows its position. Each
+  fault is one finding. A later line may make the finding more precise: the line was moved, or only its `seq` or its
+  `sig` was altered.
+- If an earlier fault prevents the check of a MAC, that fault has a finding.
+- If a key becomes active that the verifier doesn't trust and the active key didn't sign, there is a finding.
 - Memory is bounded by `FINDINGS_COUNT_MAX` and `REMEMBERED_COUNT_MAX`.
 
 It must never do I/O or copy a key.
@@ -29,11 +30,12 @@ from minikms.base64 import decode_exact, encode_text
 FINDINGS_COUNT_MAX: Final = 100
 """Findings that are kept with their text. Further findings are only counted."""
 FINDINGS_COUNTED_MAX: Final = 10_000
-"""A verification ends after so many findings: more say nothing new, and a file may unpack to any number of lines."""
+"""A verification ends after so many findings, to bound its time: a small compressed file may contain any number of
+lines, and further findings would add no information."""
 
 Kind = Literal[
     "altered",  # a line, its MAC or the lines that a signed line covers were changed
-    "anchor",  # a line differs from the one that the caller knows
+    "anchor",  # a line differs from the one that the caller expects
     "foreign",  # a line belongs to another log, or to a key that is not trusted
     "incomplete",  # the log ends within a line
     "malformed",  # not a line of an audit log
@@ -42,16 +44,17 @@ Kind = Literal[
     "repeated",  # a line occurs a second time
     "segment",  # a file holds another segment than expected
     "signature",  # a signature is not valid under the public key
-    "truncated",  # the log ends before a line that the caller knows
+    "truncated",  # the log ends before a line that the caller expects, or before the newest audit key
 ]
 
 
 class Trust(msgspec.Struct, frozen=True):
     """The trust anchors of a verification: raw public keys from outside the log and, if available, the audit keys.
 
-    mac_keys: by version; views, never copied. With them the verifier checks the MAC of every line; without them, the
-    next signed line covers a line. since: by version, the last line under the previous version, if it is recorded. It
-    keeps the holder of an earlier key from writing another log with that key.
+    mac_keys: the MAC keys by version, as views that are never copied. With them the verifier checks the MAC of every
+    line. Without them it checks only the signatures, each of which covers the lines before it. since: by version, the
+    last line under the previous version, if it is recorded. So a holder of an earlier key can't forge a continuation
+    after that line.
     """
 
     public_keys: frozenset[bytes]
@@ -60,7 +63,7 @@ class Trust(msgspec.Struct, frozen=True):
 
 
 class Finding(msgspec.Struct):
-    """One fault. line: number of the line in its file, from 1. seq: of the line that is at fault, 0 for none."""
+    """One fault. line: its line number in the file, from 1. seq: the `seq` of the faulty line, 0 if there is none."""
 
     file: str
     line: int
@@ -74,12 +77,13 @@ AddFinding = Callable[[Kind, int, str], Finding]
 
 
 class Report(msgspec.Struct):
-    """The result of a verification. Counts are numbers of lines. head: that of the last line, None for an empty log.
+    """The result of a verification.
 
-    from_signed_line: the verification began at a signed line and read nothing before it. covered_seq: the last line
-    that a valid signature covers. lines_after_expected_head: None if no head was expected. key_version, public_key: of
-    the audit key that is active at the end; public_key is None if no line names it. given_up: the verification ended
-    early because of too many findings.
+    lines, lines_not_covered, lines_after_expected_head: numbers of lines; the last is None if no head was expected.
+    head: the head after the last line, None for an empty log. from_signed_line: the verification began at a signed line
+    and read nothing before it. covered_seq: the `seq` of the last line that a valid signature covers. key_version,
+    public_key: the audit key that is active at the end; public_key is None if no line names it. given_up: the
+    verification stopped early because of too many findings.
     """
 
     findings: list[Finding]
@@ -101,7 +105,7 @@ class Report(msgspec.Struct):
 
     @property
     def judged(self) -> bool:
-        """Whether a MAC or a signature was checked. The public key proves nothing about a log without a signature."""
+        """Whether the MACs were checked or a valid signature covers a line. If neither, nothing is known."""
         return self.lines > 0 and (self.macs_checked or self.covered_seq >= self.first_seq)
 
     @property
@@ -110,11 +114,11 @@ class Report(msgspec.Struct):
 
 
 REMEMBERED_COUNT_MAX: Final = 1000
-"""Missing lines, and lines that came too early, that are remembered by number in case they are found later."""
+"""Missing lines, and lines that occur before their position, that are remembered by `seq` to explain later lines."""
 
 
 class _Misplaced(msgspec.Struct):
-    """A line that did not fit into the chain; the next line may show why. A malformed line has seq 0 and sig None."""
+    """A line that did not continue the chain; the next line may show why. A malformed line has seq 0 and sig None."""
 
     finding: Finding
     seq: int
@@ -124,7 +128,7 @@ class _Misplaced(msgspec.Struct):
 class ChainTracker:
     """Follows `seq` and MAC from line to line, and resumes after a fault.
 
-    key_version: of the active audit key; the verifier sets it. head: the last line of the chain.
+    key_version: version of the active audit key, which the verifier sets. head: the last line of the chain.
     """
 
     def __init__(self, mac_keys: Mapping[int, memoryview], add_finding: AddFinding) -> None:
@@ -137,8 +141,11 @@ class ChainTracker:
         self._sig: bytes | None = None
         self._misplaced: _Misplaced | None = None
         self._recomputed: tuple[Finding, bytes] | None = None
+        """Finding about the MAC of the previous line, and the MAC that would be correct."""
         self._early: dict[int, bytes] = {}
+        """`seq` → MAC of lines that occurred before their position."""
         self._missing: dict[int, Finding] = {}
+        """`seq` → finding of missing lines."""
 
     @property
     def expected(self) -> int:
@@ -146,7 +153,7 @@ class ChainTracker:
 
     @property
     def last(self) -> Head | None:
-        """The end of the log, even if the last line did not fit into the chain."""
+        """The last line of the log, even if it did not continue the chain."""
         misplaced = self._misplaced
         if misplaced is not None and misplaced.sig is not None and misplaced.seq >= self.expected:
             return Head(misplaced.seq, misplaced.sig)
@@ -173,9 +180,9 @@ class ChainTracker:
         self._enter(event.seq, sig)
         return True
 
-    def malformed(self, reason: str) -> None:
-        """The next line could not be parsed."""
-        finding = self._add_finding("malformed", self.expected, f"in place of line {self.expected}: {reason}")
+    def add_malformed(self, reason: str) -> None:
+        """Add a finding for a line that could not be parsed."""
+        finding = self._add_finding("malformed", self.expected, f"where line {self.expected} was expected: {reason}")
         if self._misplaced is None:
             self._misplaced = _Misplaced(finding, 0, None)
 
@@ -186,7 +193,7 @@ class ChainTracker:
         self._sig = sig
 
     def _explain(self, misplaced: _Misplaced, event: Event, event_bytes: bytes, sig: bytes) -> None:
-        """With the line after it known, decide about a misplaced line: altered `seq`, moved, or after a gap."""
+        """Use the next line to decide whether a misplaced line was moved, has an altered `seq`, or follows a gap."""
         expected = self.expected
         if event.seq == expected:
             if misplaced.seq > expected:
@@ -207,7 +214,7 @@ class ChainTracker:
         expected, seq = self.expected, event.seq
         if seq > expected:
             span = f"line {expected} is" if seq == expected + 1 else f"lines {expected} to {seq - 1} are"
-            finding = self._add_finding("missing", expected, f"{span} missing: line {seq} is in that place")
+            finding = self._add_finding("missing", expected, f"{span} missing: line {seq} is in that position")
             for lost in range(expected, min(seq, expected + REMEMBERED_COUNT_MAX - len(self._missing))):
                 self._missing[lost] = finding
             if len(self._early) < REMEMBERED_COUNT_MAX:
@@ -241,7 +248,7 @@ class ChainTracker:
 
 
 class KeyTracker:
-    """Tracks the active audit key. version: 0 until a line names it. public_key: None if no line has named it."""
+    """Tracks the active audit key. version is 0 and public_key is None until a line names them."""
 
     def __init__(self, trust: Trust, add_finding: AddFinding) -> None:
         self._trust = trust
@@ -262,7 +269,7 @@ class KeyTracker:
         self._use(event, whole_number(event.facts, "key"), None)
 
     def check_signature(self, event: Event) -> bool:
-        """Rule 8. If no line has named the public key yet, any trusted key may have signed; it becomes active."""
+        """Apply rule 8. If no line has named the public key yet, any trusted key is accepted and becomes active."""
         signature = decode_exact(event.facts["signature"], SIGNATURE_BYTES) or b""
         message = chain.signed_message(event)
         keys = self._trust.public_keys if self.public_key is None else (self.public_key,)
@@ -274,7 +281,7 @@ class KeyTracker:
         return False
 
     def change(self, event: Event) -> None:
-        """Rule 9, for an `audit_key` line with exactly its facts."""
+        """Apply rule 9 to an `audit_key` line. The caller has checked the names of its facts (rule 7)."""
         version = whole_number(event.facts, "next_key")
         public_key = decode_exact(event.facts["next_public_key"], PUBLIC_KEY_BYTES)
         if version <= self.version or public_key is None:
@@ -290,7 +297,7 @@ class KeyTracker:
         self._use(event, version, public_key)
 
     def end(self, last_seq: int) -> None:
-        """Rule 9 at the end of the log: its active key is the newest one."""
+        """Apply rule 9 at the end of the log: the active key must be the newest one."""
         newest = max(self._trust.since, default=0)
         if self.version < newest:
             text = (

@@ -124,7 +124,7 @@ class Verifier:
         try:
             event, event_bytes, sig = record.parse_line(line)
         except MalformedLineError as error:
-            self._chain.malformed(str(error))
+            self._chain.add_malformed(str(error))
             return
         if self._chain.head is None:
             self._first_line(event, event_bytes, sig)

@@ -210,25 +210,26 @@ def verify(
         ),
     ] = None,
     expect_head: Annotated[
-        str | None, Parameter(name="--expect-head", help="A line that was written, as SEQ:SIG.")
+        str | None, Parameter(name="--expect-head", help="SEQ:SIG of an earlier line that the log must contain.")
     ] = None,
     from_checkpoint: Annotated[
         int,
         Parameter(
             name="--from-checkpoint",
-            help="Begin with this signed line, by its seq, instead of the first.",
+            help="Begin with the signed line that has this seq, instead of the first line.",
             validator=validators.Number(gte=0),
         ),
     ] = 0,
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Check every line of the log, also beside a running daemon.
+    """Check every line of the log. A daemon may be running.
 
-    With the root key every line is judged by itself. With only --public-key, lines are judged by the signed line that
-    follows them; those after the last signed line can't be judged. Give the key that the log begins with, and compare
-    the key that it ends with, which is shown, with the newest that you know. Exit status: 0 what could be judged is
-    intact, 1 altered or malformed, 2 the key, the log or the line to begin with is missing, or nothing could be judged.
+    With the root key, each line is checked by its own MAC. With only --public-key, each line is checked by the next
+    signed line, and lines after the last signed line can't be checked. Give the public key of the log's first line. The
+    command shows the public key at the end of the log: compare it with the newest one that you know. Exit status: 0 the
+    checked lines are intact, 1 altered or malformed, 2 the key, the log or the first line to check is missing, or no
+    line could be checked.
     """
     from minikms.audit.queries import verify_directory
     from minikms.datadir import audit_keys, open_for_reading
@@ -268,7 +269,9 @@ def tail(
     *,
     data_dir: DataDir = None,
     lines: Annotated[int, Parameter(help="How many.", validator=validators.Number(gte=0, lte=TAIL_LINES_MAX))] = 10,
-    follow: Annotated[bool, Parameter(name=("--follow", "-f"), help="Go on with new lines.", negative=())] = False,
+    follow: Annotated[
+        bool, Parameter(name=("--follow", "-f"), help="Continue with new lines as they are written.", negative=())
+    ] = False,
     json: JsonLines = False,
 ) -> int:
     """Show the last lines of the log. It does not verify them."""
@@ -300,15 +303,16 @@ def find(
     data_dir: DataDir = None,
     thread: Annotated[str, Parameter(help="Thread id.")] = "",
     key: Annotated[str, Parameter(help="Key id.")] = "",
-    actor: Annotated[str, Parameter(help="Who, as in the log: peer_uid:1000.")] = "",
+    actor: Annotated[str, Parameter(help="Actor, as in the log: peer_uid:1000.")] = "",
     request: Annotated[str, Parameter(help="Request id, of a request or of an item in a batch.")] = "",
     master_key_file: MasterKeyFile = None,
     json: JsonLines = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Show the lines about a thread, key, actor or request, or about all that are given. It does not verify them.
+    """Show the lines about a thread, key, actor or request. With several of them, a line must match all. It does not
+    verify the lines.
 
-    To search a log with hashed thread ids (--audit-hash-thread-ids) for a thread, give the root key. Exit status: 0
+    The search for a thread in a log with hashed thread ids (--audit-hash-thread-ids) needs the root key. Exit status: 0
     found, 1 nothing found, 2 the log is missing.
     """
     from contextlib import ExitStack
@@ -426,9 +430,9 @@ def _public_key(text: str) -> bytes | None:
 
 
 def _head(text: str) -> Head:
-    from minikms.audit.chain import head_of_text
+    from minikms.audit.chain import parse_head
 
-    head = head_of_text(text)
+    head = parse_head(text)
     if head is None:
         raise StartError("--expect-head is SEQ:SIG, as `head` in `minikms status` or in this command's output")
     return head

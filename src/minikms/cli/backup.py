@@ -67,7 +67,7 @@ def create(
     """Make one archive of keyring, keys and use counts, also while the daemon serves.
 
     It holds wrapped keys only. The root key, which opens it, is not in it. Nor is the audit log: copy that separately.
-    Of a message server, back up the store first (progressdb backup create). Exit status: 0 made and read
+    For a message server, first back up its store (progressdb backup create). Exit status: 0 made and read
     back, 1 made, but some key files could not be read, 2 not made.
     """
     from minikms.custody import files

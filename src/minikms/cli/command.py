@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from minikms.cli.console import EXIT_GOOD, EXIT_INTERRUPTED, EXIT_MISSING, EXIT_READER_LEFT, complain, explained
 from minikms.cli.serve import serve
@@ -24,18 +24,18 @@ COMMANDS: Final = {
     "rotate-kek": ("kek:rotate_kek", "Make a new KEK and wrap every key under it, while the daemon serves."),
     "kek": ("kek:app", "List key-encryption keys (KEKs), and destroy those that nothing needs."),
     "encrypt": ("files:encrypt", "Encrypt a file or a pipe of any size."),
-    "decrypt": ("files:decrypt", "Decrypt what `minikms encrypt` made."),
+    "decrypt": ("files:decrypt", "Decrypt the output of `minikms encrypt`."),
     "backup": ("backup:app", "Create, verify, restore, list and prune backup archives."),
     "doctor": ("doctor:doctor", "Look for problems, and say what to do about each."),
     "audit": ("audit:app", "Verify and read the audit log."),
-    "demo": ("demo:demo", "See the commands at work, in a temporary directory."),
+    "demo": ("demo:demo", "Run the commands on example data in a temporary directory."),
     "completion": ("command:completion", "Print the completion script of a shell."),
 }
 """By name, each command beside `serve`: its module and function in `minikms.cli`, and its help in a line."""
 
 app = App(
     name="minikms",
-    help="A local, hardened key service. With flags only, it serves.",
+    help="A local, hardened key service. Without a command it runs `serve`.",
     help_format="plaintext",  # what Markdown needs takes long to import
     help_epilogue="Exit status: 0 done, 1 a check failed or a refusal, 2 wrong usage or something is missing.",
     version_flags=["--version"],
@@ -47,7 +47,7 @@ for _name, (_place, _help) in COMMANDS.items():
     app.command(f"minikms.cli.{_place}", name=_name, help=_help)
 
 
-def completion(shell: Literal["bash", "zsh", "fish"]) -> int:
+def completion(shell: Annotated[Literal["bash", "zsh", "fish"], Parameter(help="The shell.")]) -> int:
     """Print the completion script of a shell. For bash: source <(minikms completion bash)"""
     print(app.generate_completion(prog_name="minikms", shell=shell), end="")
     return EXIT_GOOD

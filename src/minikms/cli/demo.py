@@ -31,7 +31,7 @@ SERVE: Final = "minikms --socket kms.sock --data-dir keys --master-key-file root
 
 
 def demo() -> int:
-    """See the commands at work, in a temporary directory that is removed at the end. Exit 0 when all went well."""
+    """Run the commands on example data in a temporary directory, then remove it. Exit status: 0 all succeeded."""
     signal.signal(signal.SIGTERM, _interrupt)  # so that the daemon is stopped too
     with tempfile.TemporaryDirectory(prefix="minikms-demo-") as place:
         tour = Tour(terminal(), Path(place))

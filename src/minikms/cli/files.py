@@ -84,8 +84,9 @@ def decrypt(
 ) -> int:
     """Decrypt what `minikms encrypt` made: FILE.kms to FILE, or a pipe to a pipe.
 
-    A file appears only when all of it was authentic. What went to a pipe is authentic too, but whole only if the exit
-    status is 0. Exit status: 0 done, 1 it was altered or cut short, or its key was refused, 2 something is missing.
+    An output file appears only after all of it was authenticated. Bytes written to a pipe are authenticated too, but
+    the output is complete only if the exit status is 0. Exit status: 0 done, 1 the input was altered or cut short, or
+    its key was refused, 2 something is missing.
     """
     from minikms.crypto.stream import WRAP_AAD, open_stream, split_header
 

@@ -190,7 +190,7 @@ def prune(
         bool,
         Parameter(
             name="--backups",
-            help="First remove all backups that rotations left of key files.",
+            help="First remove all backups of key files that rotations made.",
             negative=(),
             show_default=False,
         ),

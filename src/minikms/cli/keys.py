@@ -117,7 +117,7 @@ def retire(
 def destroy(
     key_id: KeyId, *, socket: Socket = None, server_uid: ServerUid = None, yes: Yes = False, json: Json = False
 ) -> int:
-    """Destroy a retired key for good, and with it all that only it opens. Keep the receipt."""
+    """Destroy a retired key permanently. Data encrypted under it can never be decrypted again. Keep the receipt."""
     with daemon_client(socket, server_uid) as kms:
         if not yes:
             key = kms.get_key(key_id)

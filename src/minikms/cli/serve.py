@@ -47,10 +47,11 @@ def serve(
         Parameter(help="Users that may connect, comma-separated; default: this one [PROGRESSDB_MINIKMS_ALLOWED_UIDS]."),
     ] = None,
     admin_uids: Annotated[
-        str | None, Parameter(help="Only these users may rotate, destroy and audit [PROGRESSDB_MINIKMS_ADMIN_UIDS].")
+        str | None,
+        Parameter(help="Only these users have the roles rotate, destroy and audit [PROGRESSDB_MINIKMS_ADMIN_UIDS]."),
     ] = None,
     socket_mode: Annotated[str, Parameter(help="Permission bits of the socket, octal.")] = "0600",
-    socket_group: Annotated[str | None, Parameter(help="Group that the socket is given to.")] = None,
+    socket_group: Annotated[str | None, Parameter(help="Group that the socket belongs to.")] = None,
     audit_fsync: Annotated[
         Literal["never", "interval", "turn"],
         Parameter(help="When audit lines are synced: never, interval (100 ms), turn.", show_choices=False),
@@ -58,7 +59,7 @@ def serve(
     cache_keys: Annotated[
         int | None,
         # At least two: a re-encryption opens the old and the new key.
-        Parameter(help="How many opened keys stay in locked memory.", validator=validators.Number(gte=2)),
+        Parameter(help="Maximum number of unwrapped keys in locked memory.", validator=validators.Number(gte=2)),
     ] = None,
     require_hardening: Annotated[
         bool, Parameter(help="Refuse to start when a hardening measure is missing.", negative=())
@@ -72,16 +73,16 @@ def serve(
     accept_audit_loss: Annotated[
         bool,
         Parameter(
-            help="Begin a new audit log if the old one is missing or altered; the old one is kept aside.", negative=()
+            help="Begin a new audit log if the old one is missing or altered; the old one is renamed.", negative=()
         ),
     ] = False,
     accept_restore: Annotated[
         bool,
-        Parameter(help="Start with a keyring that is older than the audit log, this once.", negative=()),
+        Parameter(help="Start once with a keyring that is older than the audit log.", negative=()),
     ] = False,
     expect_audit_head: Annotated[
         str | None,
-        Parameter(help="A line that was written, SEQ:SIG: refuse to start if the audit log lacks it."),
+        Parameter(help="SEQ:SIG of an earlier audit line: refuse to start if the log does not contain it."),
     ] = None,
     audit_hash_thread_ids: Annotated[
         bool, Parameter(help="Record thread ids in the audit log as keyed hashes only.", negative=())
@@ -95,13 +96,15 @@ def serve(
     audit_keep_mib: Annotated[
         int,
         Parameter(
-            help="Delete the oldest closed files while all of them hold more; 0 keeps them all.",
+            help="Delete the oldest closed files while the closed files exceed this size; 0 keeps all.",
             validator=validators.Number(gte=0),
         ),
     ] = 0,
     audit_keep_days: Annotated[
         int,
-        Parameter(help="Never delete a file closed less long ago than this.", validator=validators.Number(gte=0)),
+        Parameter(
+            help="Never delete a file that was closed fewer days ago than this.", validator=validators.Number(gte=0)
+        ),
     ] = 90,
     audit_copy: Annotated[
         str | None, Parameter(help="Also append every audit line to this file, for example on another disk.")
@@ -162,12 +165,12 @@ def serve(
 
 def parse_head(text: str | None) -> Head | None:
     """A line of the audit log that was written, as SEQ:SIG. Raises StartError."""
-    from minikms.audit.chain import head_of_text
+    from minikms.audit.chain import parse_head
     from minikms.errors import StartError
 
     if text is None:
         return None
-    head = head_of_text(text)
+    head = parse_head(text)
     if head is None:
         raise StartError("--expect-audit-head is SEQ:SIG, as `head` in `minikms status` or `minikms audit verify`")
     return head

@@ -39,14 +39,14 @@ def status(
     socket: Socket = None,
     server_uid: ServerUid = None,
     watch: Annotated[
-        bool, Parameter(name=("--watch", "-w"), help="Go on until interrupted.", negative=(), show_default=False)
+        bool, Parameter(name=("--watch", "-w"), help="Repeat until interrupted.", negative=(), show_default=False)
     ] = False,
     interval: Annotated[
-        float, Parameter(help="Seconds between two looks.", validator=validators.Number(gte=0.1))
+        float, Parameter(help="Seconds between two requests.", validator=validators.Number(gte=0.1))
     ] = INTERVAL_SECONDS,
     json: Json = False,
 ) -> int:
-    """Show the state of the running daemon. Exit status: 0 well, 1 it can't work, 2 it does not answer."""
+    """Show the state of the running daemon. Exit status: 0 it works, 1 it can't work, 2 it does not answer."""
     with daemon_client(socket, server_uid) as kms:
         answer: Status = kms.status()
         if watch and not json and sys.stdout.isatty():

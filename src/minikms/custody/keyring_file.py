@@ -1,15 +1,15 @@
-"""The keyring file, its changes while the daemon runs, and the reservation of wraps in it.
+"""The file `keyring.json`, its changes while the daemon runs, and the reservation of wraps in it.
 
-Owns: `keyring.json`: the bounded read and the durable replacement; the order of the keyring's changes; the number of
-wraps of each KEK version that are reserved in the keyring, and the count of creates that took a version and are not on
-disk yet. Invariants:
-- The old file stays until the new one is on disk. One change at a time, each made from the newest body. The body in
+Owns: the bounded read and the durable replacement of the file; the order of the keyring's changes; the number of
+reserved and unused wraps of each KEK version; the number of DEK creations in progress under each KEK version.
+Invariants:
+- The old file stays until the new one is on disk. Changes run one at a time, each from the newest body. The body in
   memory is the newest durable one: a change takes effect in both or in neither, even if its caller is cancelled.
-- No wrap is made without a durable reservation. So a crash may waste wraps, but never forgets one. KEK nonces are
-  random, so the number of wraps is bounded (NIST SP 800-38D, section 8.3).
-- New DEKs are wrapped under the version that the keyring names, never under an older one.
+- No wrap is made without a durable reservation. So a crash may waste reserved wraps, but each wrap that was made is
+  counted. KEK nonces are random, so the number of wraps is bounded (NIST SP 800-38D, section 8.3).
+- New DEKs are wrapped under the keyring's current wrapping KEK, never under an older version.
 
-`StoredKeyring` and `WrapReservation` are used in the event loop's thread; only the wait for the disk runs elsewhere.
+`StoredKeyring` and `WrapReservation` run in the event loop's thread; only the file I/O runs in an executor.
 `KeyringFile` must never parse the bytes.
 """
 
@@ -30,21 +30,21 @@ NAME: Final = "keyring.json"
 
 
 class KeyringFile:
-    """`directory_fd` is the data directory; it belongs to the caller."""
+    """Reads and replaces the keyring file. `directory_fd`: the data directory; the caller closes it."""
 
     def __init__(self, directory_fd: int, executor: Executor) -> None:
         self._directory_fd = directory_fd
         self._executor = executor
 
     def load(self) -> bytes | None:
-        """The bytes of the file; None if there is none. Raises StartError if it can't be read."""
+        """The bytes of the file, or None if it doesn't exist. Raises StartError if it can't be read."""
         try:
             return read_file_bounded(NAME, FILE_BYTES_MAX, dir_fd=self._directory_fd)
         except StorageUnavailableError as error:
             raise StartError(f"keyring.json can't be read: {error}") from None
 
     def store_now(self, data: bytes) -> None:
-        """Replaces the file, durable on return. Blocks on the disk. Raises StorageUnavailableError."""
+        """Replaces the file; it is durable on return. Blocks on disk I/O. Raises StorageUnavailableError."""
         replace_file(self._directory_fd, NAME, data)
 
     async def store(self, data: bytes) -> None:
@@ -68,8 +68,8 @@ class StoredKeyring:
     async def change(self, make: Callable[[Body], Body]) -> Body:
         """Replaces the body by `make(body)`; returns the new body once it is durable.
 
-        `make` runs in one step of the event loop. It may return the body it was given, which means no change. Its
-        errors pass through, and then nothing has changed. Raises StorageUnavailableError.
+        `make` runs without a switch to another task. If it returns the body it was given, nothing is written. If it
+        raises, `change` raises the same error and changes nothing. Raises StorageUnavailableError.
         """
         async with self._lock:
             body = make(self.body)
@@ -91,18 +91,20 @@ class StoredKeyring:
 
 
 class WrapReservation:
-    """The wraps of each KEK version that are reserved and not used yet."""
+    """Counts the reserved and unused wraps, and the DEK creations in progress, of each KEK version."""
 
     def __init__(self, stored: StoredKeyring) -> None:
         self._stored = stored
         self._left: dict[int, int] = {}
         self._creating: dict[int, int] = {}
-        self._idle: dict[int, asyncio.Future[None]] = {}  # by version: resolved when no create has it
+        self._idle: dict[
+            int, asyncio.Future[None]
+        ] = {}  # by version: resolved when no creation is in progress under it
 
     async def begin_create(self) -> int:
-        """Takes one wrap for a new DEK; returns the KEK version. The caller then always calls `end_create`.
+        """Takes one wrap for a new DEK and returns the KEK version. The caller must call `end_create` in every case.
 
-        The caller wraps the DEK before it awaits anything. Raises KeyExhaustedError, StorageUnavailableError.
+        The caller must wrap the DEK before it awaits anything. Raises KeyExhaustedError, StorageUnavailableError.
         """
         while True:
             version = self._stored.body.wrapping_kek.version
@@ -113,7 +115,7 @@ class WrapReservation:
             await self._reserve(version, 1)
 
     def end_create(self, version: int) -> None:
-        """The create that took `version` is on disk or has failed."""
+        """Ends a creation that took `version`: its DEK is on disk, or it failed."""
         self._creating[version] -= 1
         if not self._creating[version]:
             del self._creating[version]
@@ -121,13 +123,13 @@ class WrapReservation:
                 idle.set_result(None)
 
     async def creates_done(self, version: int) -> None:
-        """Returns when no create that took `version` is under way."""
+        """Waits until no creation that took `version` is in progress."""
         while self._creating.get(version, 0):
             idle = self._idle.setdefault(version, asyncio.get_running_loop().create_future())
             await asyncio.shield(idle)
 
     async def take(self, version: int, count: int) -> None:
-        """Takes `count` wraps of a version, at most KEK_WRAPS_LEASE. Raises as `begin_create`."""
+        """Takes `count` wraps of a version, at most KEK_WRAPS_LEASE. Raises the errors of `begin_create`."""
         if not 0 <= count <= keyring.KEK_WRAPS_LEASE:
             raise ValueError("more wraps than are reserved at a time")
         while self._left.get(version, 0) < count:
@@ -144,7 +146,7 @@ class WrapReservation:
                 return body
             kek = body.kek(version)
             if kek is None or kek.wraps_reserved > keyring.KEK_WRAPS_MAX:
-                raise KeyExhaustedError("the KEK has wrapped as many keys as it may; rotate the KEK")
+                raise KeyExhaustedError("the KEK has reached its limit of wrapped keys; rotate the KEK")
             reserved = keyring.KEK_WRAPS_LEASE
             return keyring.reserve_wraps(body, version, reserved, at=now_rfc3339())
 

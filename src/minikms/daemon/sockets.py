@@ -5,14 +5,14 @@ Owns the rules, in this order:
    path, and this module never removes it. Nothing calls listen(2) on it again: that would replace the credentials that
    clients see (SO_PEERCRED), which are those of the manager, usually root.
 2. The socket's directory belongs to this user or root, and nobody else can write in it. A sticky directory such as /tmp
-   is refused, because everyone can write in it. The path may lead through a symbolic link of root's or this user's,
-   such as /var/run; the socket itself may not be a symbolic link.
-3. A process that serves a path holds a lock beside it until it ends, so that two starting processes never both take
-   one socket for stale. The caller also holds the lock of its data directory by then.
-4. A socket that accepts a connection is in use and is never replaced. A socket that refuses the connection is stale and
-   is removed. Anything else at the path is an error. Binding is atomic: it fails when the path exists.
-5. The socket is made with mode 0600; its group and mode are widened afterwards, if that is configured.
-6. At the end the socket is removed only if it is still the one that was made here.
+   is refused, because everyone can write in it. The directory may be a symbolic link that belongs to root or this
+   user, such as /var/run. The socket itself may not be a symbolic link.
+3. A process that serves a path holds a lock file beside it until it ends, so that two starting processes can't both
+   treat one socket as stale. The caller already holds the lock of its data directory.
+4. A socket that refuses a connection with ECONNREFUSED is stale and is removed. Any other socket is in use and is never
+   replaced. Anything else at the path is an error. Binding is atomic: it fails when the path exists.
+5. The socket is made with mode 0600; its group and mode are changed afterwards, if that is configured.
+6. At the end the socket is removed only if the path still holds the socket that this process made.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ PROBE_TIMEOUT_S: Final = 1.0
 
 
 class UnixListener:
-    """A listening, non-blocking Unix socket. `close` removes it, by the rules above.
+    """A listening, non-blocking Unix socket. `close` removes it from the directory, by the rules above.
 
-    `activated`: the service manager made it.
+    `activated`: the service manager passed it.
     """
 
-    def __init__(self, listener: socket.socket, path: str, place: _Place | None) -> None:
+    def __init__(self, listener: socket.socket, path: str, entry: _SocketEntry | None) -> None:
         self.socket = listener
         self.path = path
-        self._place = place
+        self._entry = entry
 
     @property
     def activated(self) -> bool:
-        return self._place is None
+        return self._entry is None
 
     def close(self) -> None:
         """Idempotent."""
-        if self._place is not None:
-            self._place.close()  # first: while the socket is open its inode number cannot be given to another file
+        if self._entry is not None:
+            self._entry.close()  # before the socket: its inode number can't be reused while it is open
         self.socket.close()
 
     def __enter__(self) -> Self:
@@ -75,15 +75,16 @@ def listen(
 ) -> UnixListener:
     """The socket to serve on: the one that the service manager passed, or else a new one at `path`.
 
-    To be called while the process has one thread (it sets the umask for a moment), under the data directory's lock.
+    Call it while the process has one thread, because it sets the umask briefly, and while the caller holds the data
+    directory's lock.
 
     Args:
         environ: LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES are removed from it, so that no child inherits them.
         mode: permission bits; connecting needs write permission (unix(7)).
-        group: a group's name or number that the socket is given to.
+        group: name or number of the group that the socket is to belong to.
 
     Raises:
-        StartError: a rule of this module forbids it; the text says which and what to do.
+        StartError: a rule of this module forbids it, or a system call failed. The text gives the reason.
     """
     passed = _passed_socket(environ)
     if passed is not None:
@@ -95,23 +96,23 @@ def listen(
         raise StartError(f"the socket mode {mode:o} has more than permission bits")
     gid = _group_id(group)
     try:
-        place = _Place(path)
+        entry = _SocketEntry(path)
         try:
-            return UnixListener(place.bind(mode, gid), path, place)
+            return UnixListener(entry.bind(mode, gid), path, entry)
         except BaseException:
-            place.close()
+            entry.close()
             raise
     except OSError as error:
         raise StartError(f"the socket {path}: {error.strerror}") from None
 
 
-class _Place:
-    """The directory entry of one socket: checked, locked, and removed at the end."""
+class _SocketEntry:
+    """The directory entry of one socket. It is checked and locked, and removed by `close`."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         parent, self._name = os.path.split(path)
-        self._made: tuple[int, int] | None = None
+        self._made_identity: tuple[int, int] | None = None
         self._directory = _open_directory(parent)
         try:
             self._lock = lock_file(self._directory, self._name + LOCK_SUFFIX, f"the socket {path}")
@@ -126,8 +127,8 @@ class _Place:
         try:
             with _umask(0o177):
                 listener.bind(self._path)
-            # Looked up in the directory that was checked: if the path leads elsewhere by now, this fails.
-            self._made = self._identity()
+            # Looked up in the checked directory: this fails if the path now leads to another directory.
+            self._made_identity = self._identity()
             if gid is not None:
                 os.chown(self._name, -1, gid, dir_fd=self._directory, follow_symlinks=False)
             if mode != MODE_DEFAULT:
@@ -144,7 +145,7 @@ class _Place:
             return
         self._open = False
         with contextlib.suppress(OSError):  # if the directory is gone, so is the socket
-            if self._identity() == self._made:
+            if self._identity() == self._made_identity:
                 os.unlink(self._name, dir_fd=self._directory)
         os.close(self._lock)
         os.close(self._directory)
@@ -156,7 +157,7 @@ class _Place:
         except FileNotFoundError:
             return
         if stat.S_ISLNK(status.st_mode):
-            raise StartError(f"{self._path} is a symbolic link, and a socket's path must not be one")
+            raise StartError(f"{self._path} is a symbolic link: the socket path must not be one")
         if not stat.S_ISSOCK(status.st_mode):
             raise StartError(f"{self._path} exists and is not a socket")
         if _answers(self._path):
@@ -172,13 +173,13 @@ class _Place:
 def _open_directory(parent: str) -> int:
     """A descriptor of the socket's directory, checked by rule 2.
 
-    A link is checked before the directory is opened. Only a user who can write in the link's parent could exchange it
-    in between.
+    A link is checked before the directory is opened. Only a user who can write in the directory that holds the link
+    could replace it in between.
     """
     trusted = (0, os.geteuid())
     link = os.lstat(parent)
     if stat.S_ISLNK(link.st_mode) and link.st_uid not in trusted:
-        raise StartError(f"the socket's directory {parent} is a symbolic link of uid {link.st_uid}")
+        raise StartError(f"the socket's directory {parent} is a symbolic link that belongs to uid {link.st_uid}")
     descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     status = os.fstat(descriptor)
     problem = None
@@ -189,13 +190,14 @@ def _open_directory(parent: str) -> int:
     if problem is not None:
         os.close(descriptor)
         raise StartError(
-            f"the socket's directory {parent} {problem}: give it to uid {os.geteuid()} with mode 0755 or less"
+            f"the socket's directory {parent} {problem}: change its owner to uid {os.geteuid()} and its mode to "
+            "0755 or stricter"
         )
     return descriptor
 
 
 def _answers(path: str) -> bool:
-    """Whether a process listens at `path`. Only ECONNREFUSED means no: a full queue or a missing permission doesn't."""
+    """Whether a process may be listening at `path`: false only for ECONNREFUSED, true for any other error."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(PROBE_TIMEOUT_S)
         try:
@@ -206,10 +208,10 @@ def _answers(path: str) -> bool:
 
 
 def _passed_socket(environ: MutableMapping[str, str]) -> socket.socket | None:
-    """The socket of the protocol of sd_listen_fds(3); None when none was passed to this process.
+    """The socket that the service manager passed, as in sd_listen_fds(3). None if it passed none to this process.
 
     Raises:
-        StartError: anything but one listening Unix stream socket was passed.
+        StartError: the service manager passed several sockets, or one that is not a listening Unix stream socket.
     """
     pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
     environ.pop("LISTEN_FDNAMES", None)

@@ -1,11 +1,12 @@
 """Landlock (landlock(7)): which files the process may still use, and to which processes it may send signals.
 
-Owns: the rights that are granted, and the call that gives up all others permanently. Since Linux 6.12 it also gives up
-signals to processes other than itself and its children: an intruder in the daemon could otherwise end other processes
-of the same user. Invariants: every right that the running kernel knows is either granted below a given path or given
-up; rights of later kernels are not changed. Landlock binds the calling thread and what it starts, so the call comes
-while there is one thread. Files that are already open stay usable. It must never widen a path: a path that can't be
-opened grants nothing.
+Owns: the rights that are granted, and the call that gives up all others permanently. On Linux 6.12 and later that call
+also gives up sending signals to processes other than itself and its children. Otherwise an attacker who controls the
+daemon could end other processes of the same user. Invariants: each access right in `_ACCESS_BITS_BY_ABI` that the
+running kernel supports is either granted below a given path or given up, except the right to execute, which the caller
+may keep for all paths. Rights that later kernels add are not restricted. Landlock restricts the calling thread and the
+threads and processes that it starts later, so the caller must call it while the process has one thread. Files that are
+already open stay usable. A path that can't be opened grants nothing; no other path is used in its place.
 """
 
 from __future__ import annotations
@@ -39,32 +40,32 @@ _REFER: Final = 1 << 13
 _TRUNCATE: Final = 1 << 14
 
 _ACCESS_BITS_BY_ABI: Final = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
-"""How many of the access bits, counted from bit 0, an ABI version knows. Versions above 5 added none here."""
+"""Number of access bits, from bit 0, that each ABI version supports. A version above 5 is treated as version 5."""
 
 _READ: Final = _READ_FILE | _READ_DIR
 _WRITE: Final = (
     _READ | _WRITE_FILE | _TRUNCATE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _MAKE_SOCK | _REFER
 )
-_OF_FILES: Final = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE
+_FILE_RIGHTS: Final = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE
 """The rights that can be granted for a path that is not a directory; the kernel refuses a rule with others."""
 
 _SCOPE_SIGNAL: Final = 1 << 1  # LANDLOCK_SCOPE_SIGNAL
 _SCOPES_ABI_MIN: Final = 6
-_RULESET: Final = struct.Struct(
-    "=QQQ"
-)  # struct landlock_ruleset_attr: files, network, scopes; older kernels take zeros
+_RULESET_ATTR: Final = struct.Struct("=QQQ")
+"""struct landlock_ruleset_attr: files, network, scopes. Kernels without the last two fields accept zeros there."""
 _RULE_PATH_BENEATH: Final = 1
 _PATH_BENEATH: Final = struct.Struct("=Qi")  # struct landlock_path_beneath_attr, packed
 _CREATE_RULESET_VERSION: Final = 1
 
 
 def restrict_filesystem(*, read: Iterable[str], write: Iterable[str], execute: bool) -> None:
-    """Give up every access to other files permanently.
+    """Give up access to all files other than those given, permanently.
 
     Args:
         read: files and directories that may be read, with everything below them.
-        write: the same, and files may be made, changed, removed, and renamed between these directories (REFER).
-        execute: keep the right to start programs that may be read; otherwise no program can be started.
+        write: files and directories as in `read`, in which files may also be created, changed, removed and renamed,
+            including from one of these directories to another (REFER).
+        execute: whether the process may still start the programs that it may read. If false, it can start none.
 
     Raises:
         OSError: ENOSYS or EOPNOTSUPP if the kernel has no Landlock, EPERM without `no_new_privs`.
@@ -74,7 +75,7 @@ def restrict_filesystem(*, read: Iterable[str], write: Iterable[str], execute: b
     if execute:
         handled &= ~_EXECUTE
     scopes = _SCOPE_SIGNAL if abi >= _SCOPES_ABI_MIN else 0
-    attributes = ctypes.create_string_buffer(_RULESET.pack(handled, 0, scopes), _RULESET.size)
+    attributes = ctypes.create_string_buffer(_RULESET_ATTR.pack(handled, 0, scopes), _RULESET_ATTR.size)
     ruleset = libc.syscall(
         "landlock_create_ruleset", _SYS_CREATE_RULESET, _address(attributes), ctypes.sizeof(attributes), 0
     )
@@ -96,7 +97,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
         raise
     try:
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            rights &= _OF_FILES
+            rights &= _FILE_RIGHTS
         rule = ctypes.create_string_buffer(_PATH_BENEATH.pack(rights, descriptor), _PATH_BENEATH.size)
         libc.syscall("landlock_add_rule", _SYS_ADD_RULE, ruleset, _RULE_PATH_BENEATH, _address(rule), 0)
     finally:

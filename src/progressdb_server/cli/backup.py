@@ -94,7 +94,10 @@ def create(
 
 @app.command(name="list")
 def list_registered(*, addr: Addr = None, db: Db = None, config: ConfigFile = None, json: Json = False) -> int:
-    """List the registered backups of the store, whose keys are not destroyed, including those that are not found."""
+    """List the registered backups of the store. The keys that a registered backup needs are not destroyed.
+
+    A backup whose directory is not found stays in the list.
+    """
     chosen = load_config(addr=addr, db=db, config=config).config
 
     async def offline() -> list[dict[str, Any]]:
@@ -161,7 +164,7 @@ def verify(
     master_key_file: MasterKeyFile = None,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Read back every file and every key of a backup. Exit status: 0 good, 1 not, 2 it does not exist."""
+    """Read back every file and every key of a backup. Exit status: 0 good, 1 damaged, 2 it does not exist."""
     path = existing_directory(backup_path)
     chosen = load_config(db=db or ".", config=config, master_key_file=master_key_file).config
     manifest = backup.verify(str(path))

@@ -51,7 +51,7 @@ def _version() -> str:
 
 app = App(
     name="progressdb",
-    help="The ProgressDB message server. With flags only, it serves.",
+    help="The ProgressDB message server. Without a command it runs `serve`.",
     help_format="plaintext",  # a Markdown renderer takes long to import
     version=_version,
     version_flags=["--version"],
@@ -76,7 +76,7 @@ def serve(
     ] = False,
     kms: Annotated[
         Literal["none"] | None,
-        Parameter(help="`none` stores everything in plaintext, as a reference for benchmarks; refused otherwise."),
+        Parameter(help="`none` stores everything in plaintext. Allowed only for benchmarks (PROGRESSDB_BENCHMARK)."),
     ] = None,
     master_key_fd: MasterKeyFd = None,
 ) -> int:

@@ -1,7 +1,7 @@
 """`progressdb config check` and `config show`.
 
-Owns: the checks that need this machine (files that the configuration names) and the printed form of a configuration.
-Invariant: no API key is printed, only their number.
+Owns: the checks that depend on this machine (whether the files that the configuration names exist) and the printed form
+of a configuration. Invariant: it prints the number of API keys, but never a key.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ def check_configuration(
     dev: Dev = None,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Exit status: 0 the server could start with it, 1 it could not, 2 a file that it names does not exist."""
+    """Check the configuration without starting the server.
+
+    Exit status: 0 it is valid, 1 it is not, 2 a file that it names does not exist.
+    """
     loaded = load_config(addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev)
     check(loaded.config, has_master_key=master_key_fd is not None)
-    print("the configuration is good")
+    print("the configuration is valid")
     return 0
 
 
@@ -46,14 +49,14 @@ def show_configuration(
     master_key_file: MasterKeyFile = None,
     dev: Dev = None,
 ) -> int:
-    """Print every setting with its value and its source. Of API keys only the number is printed."""
+    """Print every setting with its value and its source. API keys are not printed, only their number."""
     loaded = load_config(addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev)
-    print("\n".join(shown(loaded)))
+    print("\n".join(setting_lines(loaded)))
     return 0
 
 
 def check(config: Config, *, has_master_key: bool) -> None:
-    """Raises ConfigError, ConfigMissingError if the server could not start with it."""
+    """Check the configuration and the files that it names. Raises ConfigError, ConfigMissingError."""
     check_tls(config.server.tls)
     check_key_source(config, has_master_key=has_master_key)
     for name, path in (("kms.binary", config.kms.binary), ("kms.master_key_file", config.kms.master_key_file)):
@@ -61,8 +64,8 @@ def check(config: Config, *, has_master_key: bool) -> None:
             raise ConfigMissingError(f"{name} names {path}, which does not exist")
 
 
-def shown(loaded: Loaded) -> Iterator[str]:
-    """A line for each setting."""
+def setting_lines(loaded: Loaded) -> Iterator[str]:
+    """One printed line for each setting."""
     for path, value in _settings(loaded.config):
         yield f"{path} = {value}  ({loaded.sources.get(path, 'default')})"
 

@@ -134,7 +134,8 @@ class Tour:
 def demo(
     *, directory: Annotated[Path, Parameter(name="--dir", help="Where the tour keeps its data.")] = Path("demo-data")
 ) -> int:
-    """Take a guided tour: store a conversation, read it back, look for it on the disk. Exit 0 when every check held."""
+    """Take a guided tour: store a conversation, read it back, search the disk for its text. Exit status: 0 every
+    check passed."""
     tour = Tour(Console(highlight=False))
     signal.signal(signal.SIGTERM, _interrupt)  # otherwise the server would outlive the tour
     try:

@@ -36,7 +36,7 @@ backups = App(name="backups", help="List, restore and remove the backups that ke
 
 # --- rotate-dek ---------------------------------------------------------------------------------------------------
 def rotate_dek(
-    *threads: str,
+    *threads: Annotated[str, Parameter(help="Ids of the threads.")],
     all_threads: Annotated[bool, Parameter(name="--all", help="Every thread.", negative=())] = False,
     older_than: Annotated[str, Parameter(help="Threads whose key is at least this old, as in 90d.")] = "",
     kek_version: Annotated[int, Parameter(help="Threads whose key is wrapped under this KEK version.")] = 0,
@@ -47,7 +47,7 @@ def rotate_dek(
         int | None, Parameter(help="Records per second; default: the bound of the server's configuration.")
     ] = None,
     unthrottled: Annotated[bool, Parameter(help="Re-encrypt without a bound.", negative=())] = False,
-    wait: Annotated[bool, Parameter(help="Wait until it is done.", negative="--no-wait")] = True,
+    wait: Annotated[bool, Parameter(help="Wait until the jobs have ended.", negative="--no-wait")] = True,
     as_json: Json = False,
     url: Url = None,
     api_key_file: KeyFile = None,
@@ -143,7 +143,7 @@ def resume(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_fil
 
 @app.command(name="cancel")
 def cancel(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
-    """Cancel a job. Records that it has re-encrypted stay so, and the others are not changed."""
+    """Cancel a job. Records that it has re-encrypted stay under the new key; the others stay under the old key."""
     return _control(job_id, "cancel", as_json, AdminClient.from_flags(url, api_key_file))
 
 
@@ -163,9 +163,11 @@ def list_backups(*, as_json: Json = False, url: Url = None, api_key_file: KeyFil
 
 @backups.command(name="prune")
 def prune(
-    *job_ids: str,
-    older_than: Annotated[str, Parameter(help="Of jobs that ended at least this long ago, as in 30d.")] = "",
-    every: Annotated[bool, Parameter(name="--all", help="Of every finished job.", negative=())] = False,
+    *job_ids: Annotated[str, Parameter(help="Ids of the jobs.")],
+    older_than: Annotated[
+        str, Parameter(help="The backups of jobs that ended at least this long ago, as in 30d.")
+    ] = "",
+    every: Annotated[bool, Parameter(name="--all", help="The backups of every finished job.", negative=())] = False,
     yes: Annotated[bool, Parameter(name=["--yes", "-y"], help="Do not ask.", negative=())] = False,
     as_json: Json = False,
     url: Url = None,
@@ -188,7 +190,7 @@ def prune(
 
 @backups.command(name="restore")
 def restore(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
-    """Restore the records that a job has re-encrypted. The old key is then kept."""
+    """Restore the records that a job re-encrypted. The planned destruction of the old key is cancelled."""
     client = AdminClient.from_flags(url, api_key_file)
     outcome = client.call("POST", f"{_target(job_id)}/restore", timeout_s=ROTATE_TIMEOUT_S)
     _print(outcome, as_json, f"{outcome['restored']} records restored, {outcome['kept']} left: they were changed since")

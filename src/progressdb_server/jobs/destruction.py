@@ -67,7 +67,7 @@ class KeyDestruction:
             return job, why
         if not job.census_ns:
             for of_thread in await self._jobs_with_backups(job.thread):
-                await self._table.drop_kept(of_thread, under=job.sources)
+                await self._table.drop_backups(of_thread, under=job.sources)
             why = await self._records_left(job)
             if why:
                 return job, why

@@ -29,7 +29,7 @@ import structlog
 from minikms import api
 from minikms.client import KmsError, KmsRefusedError, ReencryptItem
 from progressdb_server.jobs.states import AT_WORK, Failure, Job, changed, move, named, with_source
-from progressdb_server.jobs.table import JobTable, Row, Storing
+from progressdb_server.jobs.table import JobTable, PendingRow, Row
 from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
 from progressdb_server.store.model import (
     Chunk,
@@ -236,7 +236,7 @@ class KeyRotation:
         again at the stored cursor."""
         job = row.job
         ahead: deque[asyncio.Task[_Step]] = deque()
-        writing: deque[Storing] = deque()
+        writing: deque[PendingRow] = deque()
         chunks = self._store.record_chunks(job.thread, _chunk_records(pace), behind=job.cursor, to_now=True)
         try:
             for chunk in chunks:
@@ -258,7 +258,7 @@ class KeyRotation:
             return row
         finally:
             await _cancel(ahead)
-            await asyncio.gather(*(storing.write.done for storing in writing), return_exceptions=True)
+            await asyncio.gather(*(pending.write.done for pending in writing), return_exceptions=True)
 
     async def _reencrypt(self, job: Job, chunk: Chunk, left: Sequence[Record]) -> _Step:
         self._check_key_service()
@@ -289,7 +289,7 @@ class KeyRotation:
             await self._provider.encrypt(job.new_key, b"", aad=job.id.encode(), thread_id=job.thread, request_id=job.id)
             return [error] * len(records)
 
-    def _write(self, row: Row, step: _Step) -> Storing:
+    def _write(self, row: Row, step: _Step) -> PendingRow:
         job = row.job
         sources = job.sources
         for key_id in {found.key_id for found, _ in step.moved}:

@@ -351,7 +351,7 @@ class Jobs:
         stopping = asyncio.create_task(self._stop.wait())
         try:
             while last.state in AT_WORK and not self._stop.is_set():
-                change = asyncio.create_task(self.table.later_than(seen))
+                change = asyncio.create_task(self.table.wait_for_change(seen))
                 await asyncio.wait({change, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 change.cancel()
                 seen = self.table.changes
@@ -389,7 +389,7 @@ class Jobs:
     async def drop_backups(self, job_id: str) -> int:
         """Remove the job's backups; returns how many there were. Raises JobConflictError."""
         async with self._alone(self.table.get(job_id)):
-            dropped = await self.table.drop_kept(job_id)
+            dropped = await self.table.drop_backups(job_id)
         _log.info("backups_dropped", job=job_id, dropped=dropped)
         return dropped
 

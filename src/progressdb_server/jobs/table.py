@@ -1,8 +1,8 @@
-"""The job table: the rows of jobs, changed by compare-and-put together with the records of the same step.
+"""The job table: one row for each job. A row and the records of the same step change in one compare-and-put.
 
-Owns: how a row is read and written, and the signal by which watchers learn of a change. Invariants: a row is changed
-only if it is still what was read, so that a job's worker and an operator never overwrite each other's change. A read
-returns what was written last, durable or not yet.
+Owns: how a row is read and written, and the future that wakes tasks which wait for a change. Invariants: a row is
+replaced only if it is still equal to the row that was read, so a job's worker and an operator never overwrite each
+other's change. A read returns the last written row, even if it is not durable yet.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Row(NamedTuple):
     job: Job
 
 
-class Storing(NamedTuple):
-    """A row that is being written."""
+class PendingRow(NamedTuple):
+    """A row whose write was submitted; `settle` waits until it is durable."""
 
     row: Row
     write: RowWrite
@@ -41,8 +41,8 @@ class JobTable:
         self._store = store
         self.now_ns = now_ns
         self.changes = 0
-        """Number of changes of jobs that this process has made."""
-        self._pulse: asyncio.Future[None] | None = None
+        """Number of rows that this process has added or changed, without removals."""
+        self._change_made: asyncio.Future[None] | None = None
         self._by_thread: dict[str, set[str]] = {}
         """Thread → ids of its jobs; complete once `_all_known`."""
         self._all_known = False
@@ -60,12 +60,12 @@ class JobTable:
         return self.row(job_id).job
 
     def pages(self, *, newest_first: bool = False) -> Iterator[list[Job]]:
-        """All jobs, in order of time; each page is read when it is asked for."""
+        """All jobs in the order of their creation. A page is read when the iterator reaches it."""
         for rows in self._store.job_rows(newest_first=newest_first):
             yield [_decode(raw) for raw in rows]
 
     async def of_thread(self, thread: str) -> list[Job]:
-        """The thread's jobs, oldest first. The first call walks the whole table, later ones do not."""
+        """The thread's jobs, oldest first. Only the first call reads the whole table."""
         if not self._all_known:
             for page in self.pages():
                 for job in page:
@@ -78,40 +78,40 @@ class JobTable:
                 found.append(self.get(job_id))
         return found
 
-    async def later_than(self, changes: int) -> None:
-        """Returns once `changes` is past this number: some job was changed."""
+    async def wait_for_change(self, changes: int) -> None:
+        """Wait while `self.changes` is equal to `changes`, its value when the caller last read the table."""
         while self.changes == changes:
-            if self._pulse is None:
-                self._pulse = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._pulse)
+            if self._change_made is None:
+                self._change_made = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._change_made)
 
     # --- changing -------------------------------------------------------------------------------------------------
     async def add(self, job: Job) -> None:
-        """Durable when it returns. Raises StoreUnavailableError."""
+        """Add a row; it is durable on return. Raises StoreUnavailableError."""
         self._by_thread.setdefault(job.thread, set()).add(job.id)
         await self._store.settle_row(self._store.write_row(job.id, None, _encode(job)))
-        self._beat()
+        self._wake_waiters()
 
-    def submit(self, row: Row, job: Job, step: Step = _NOTHING) -> Storing:
-        """`job` in the place of `row`, together with the step; all or nothing. The next submission may build on it at
-        once: it is written later, and not at all if this one is not."""
+    def submit(self, row: Row, job: Job, step: Step = _NOTHING) -> PendingRow:
+        """Replace `row` by `job` and write the step, atomically. The caller may submit a change of the returned row at
+        once: it is written after this one, and fails if this one fails."""
         stored = changed(job, updated_ns=self.now_ns())
         raw = _encode(stored)
-        return Storing(Row(raw, stored), self._store.write_row(job.id, row.raw, raw, step))
+        return PendingRow(Row(raw, stored), self._store.write_row(job.id, row.raw, raw, step))
 
-    async def settle(self, storing: Storing) -> Row:
-        """Durable when it returns. Raises what `Store.settle_row` raises."""
-        await self._store.settle_row(storing.write)
-        self._beat()
-        return storing.row
+    async def settle(self, pending: PendingRow) -> Row:
+        """Wait until a submitted row is durable. Raises the errors of `Store.settle_row`."""
+        await self._store.settle_row(pending.write)
+        self._wake_waiters()
+        return pending.row
 
     async def store(self, row: Row, job: Job, step: Step = _NOTHING) -> Row:
         """Submit and settle."""
         return await self.settle(self.submit(row, job, step))
 
     async def change(self, job_id: str, how: Callable[[Job], Job]) -> Job:
-        """Apply `how` to whatever the job is by then. Raises what it raises, JobNotFoundError,
-        StoreUnavailableError."""
+        """Replace the job by `how(job)`; repeat it if the row was changed at the same time. Raises the errors of `how`,
+        JobNotFoundError, StoreUnavailableError."""
         while True:
             row = self.row(job_id)
             try:
@@ -119,9 +119,9 @@ class JobTable:
             except StaleRowError:
                 continue
 
-    async def drop_kept(self, job_id: str, under: Collection[str] | None = None) -> int:
-        """Remove the records that the job has kept, or only those under these keys, and change its count with them.
-        Returns how many there were. Raises StoreUnavailableError."""
+    async def drop_backups(self, job_id: str, under: Collection[str] | None = None) -> int:
+        """Remove the job's backup records, or only those under the given keys, and reduce its count of backups in the
+        same writes. Returns the number of removed records. Raises StoreUnavailableError."""
         dropped = 0
         for chunk in self._store.kept_records(job_id):
             gone = [kept for kept in chunk if under is None or kept.key_id in under]
@@ -134,6 +134,7 @@ class JobTable:
         return dropped
 
     async def remove(self, jobs: Sequence[Job]) -> None:
+        """Remove the rows of `jobs`. Does not wake the tasks that wait for a change."""
         await self._store.remove_rows([job.id for job in jobs])
         for job in jobs:
             known = self._by_thread.get(job.thread, set())
@@ -141,8 +142,8 @@ class JobTable:
             if not known:
                 self._by_thread.pop(job.thread, None)
 
-    def _beat(self) -> None:
+    def _wake_waiters(self) -> None:
         self.changes += 1
-        if self._pulse is not None and not self._pulse.done():
-            self._pulse.set_result(None)
-        self._pulse = None
+        if self._change_made is not None and not self._change_made.done():
+            self._change_made.set_result(None)
+        self._change_made = None

@@ -105,7 +105,7 @@ class Backups(OpenStore):
 async def register_offline(path: str) -> AsyncIterator[BackupRegister]:
     """The backups of a store that no server has open. Raises StoreLockedError, StoreUnavailableError, BackupError."""
     try:
-        with directory.offline(path) as engine:
+        with directory.open_offline(path) as engine:
             store = Backups(engine)
             try:
                 yield store
@@ -203,7 +203,7 @@ def verify(path: str) -> Manifest:
     if extra:
         raise BackupError(f"{path} holds files that the manifest does not name: {', '.join(sorted(extra))}")
     try:
-        with directory.reading(store):
+        with directory.open_reader(store):
             pass
     except (StoreUnavailableError, FormatError) as error:
         raise BackupError(f"{path}: {error}") from error

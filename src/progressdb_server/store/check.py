@@ -287,7 +287,7 @@ class Report(NamedTuple):
 async def check(path: str, provider: Provider | None) -> Report:
     """Walk the store at `path`, also beside the server that has it open; its records are decrypted if the key service
     answers. Raises FormatError, StoreUnavailableError, KmsError."""
-    with directory.reading(path) as reader:
+    with directory.open_reader(path) as reader:
         if provider is not None:
             try:
                 await provider.status()
@@ -301,7 +301,7 @@ async def check(path: str, provider: Provider | None) -> Report:
 async def repair_offline(path: str) -> list[Finding]:
     """Repair the store at `path`, which no server has open; returns what was fixed. Raises StoreLockedError,
     StoreUnavailableError, FormatError."""
-    with directory.offline(path) as engine:
+    with directory.open_offline(path) as engine:
         return (await repair(engine))[0]
 
 

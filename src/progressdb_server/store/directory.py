@@ -1,9 +1,9 @@
-"""A store's directory: the version of its format, the ways to open it, and what every open store consists of.
+"""A store's directory: its format record, the functions that open it, and the parts of an open store.
 
-Invariants: a directory is used only by a version that knows its format; an empty one is claimed before anything else is
-put there. A store whose records are in plaintext, as a benchmark makes it (progressdb_server/unencrypted.py), has a
-format of its own, which only a server without encryption takes; such a server takes no other. Nobody outside this room
-chooses an engine.
+Invariants: a program version opens only a directory whose format it supports. The format record is the first write to
+an empty directory. A store with plaintext records, made for a benchmark (progressdb_server/unencrypted.py), has its own
+format: only a server without encryption opens it, and such a server opens no other. Other packages do not choose a
+storage engine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from progressdb_server.store.writer import NamedLocks, Writer
 
 FORMAT: Final = 1
 UNENCRYPTED: Final = "unencrypted-1"
-"""A text, which no version takes for one of its numbers."""
+"""A string, so that no version can mistake it for one of its format numbers."""
 
 
 class _Format(msgspec.Struct):
@@ -33,7 +33,8 @@ class _Format(msgspec.Struct):
 
 
 def check(reader: Reader, *, encrypted: bool = True) -> None:
-    """Raises FormatError, StoreUnavailableError."""
+    """Check the format record. Raises FormatError if it is missing, damaged or of another format or kind,
+    StoreUnavailableError."""
     raw = reader.get(keyspace.FORMAT)
     if raw is None:
         raise FormatError("the directory holds no ProgressDB store")
@@ -43,13 +44,13 @@ def check(reader: Reader, *, encrypted: bool = True) -> None:
         raise FormatError("the store's format record is damaged: restore a backup") from error
     if encrypted and isinstance(found, str):
         raise FormatError(
-            "nothing in this store is encrypted, since `progressdb --kms none` made it: use another directory, "
-            "and delete this one when the benchmark is over"
+            "nothing in this store is encrypted, because `progressdb --kms none` made it: use another directory, and "
+            "delete this one after the benchmark"
         )
     if not encrypted and isinstance(found, int):
         raise FormatError(
-            "the store is encrypted, and `--kms none` would put plaintext into it: leave the flag out, or for a "
-            "benchmark give --db a new directory"
+            "the store is encrypted, and `--kms none` would put plaintext into it: omit the flag, or set --db to a new "
+            "directory for a benchmark"
         )
     if found not in (FORMAT, UNENCRYPTED):
         raise FormatError(
@@ -59,7 +60,8 @@ def check(reader: Reader, *, encrypted: bool = True) -> None:
 
 
 def claim(engine: Engine, *, encrypted: bool = True) -> None:
-    """Raises FormatError for a directory that is neither empty nor a store of this format and kind."""
+    """Write the format record if the directory is empty, then check it. Raises FormatError for a directory that is
+    neither empty nor a store of this format and kind."""
     if engine.get(keyspace.FORMAT) is None:
         if engine.scan(b"", keyspace.END, limit=1):
             raise FormatError("the directory holds something other than a ProgressDB store")
@@ -69,7 +71,7 @@ def claim(engine: Engine, *, encrypted: bool = True) -> None:
 
 
 def open_engine(path: str, *, encrypted: bool = True) -> Engine:
-    """To serve from; makes the store in an empty directory. The caller closes it. Raises StoreLockedError,
+    """Open a store for the server, or create one in an empty directory. The caller closes it. Raises StoreLockedError,
     StoreUnavailableError, FormatError."""
     engine = RocksEngine(path)
     try:
@@ -81,8 +83,8 @@ def open_engine(path: str, *, encrypted: bool = True) -> Engine:
 
 
 @contextmanager
-def offline(path: str) -> Iterator[Engine]:
-    """To change a store that no server has open. Raises StoreLockedError, StoreUnavailableError, FormatError."""
+def open_offline(path: str) -> Iterator[Engine]:
+    """Open a store for changes, without a server. Raises StoreLockedError, StoreUnavailableError, FormatError."""
     check_exists(path)
     engine = RocksEngine(path)
     try:
@@ -93,9 +95,9 @@ def offline(path: str) -> Iterator[Engine]:
 
 
 @contextmanager
-def reading(path: str, *, encrypted: bool = True) -> Iterator[Reader]:
-    """To read a store, also beside the server that has it open: a view that does not change. Raises
-    StoreUnavailableError, FormatError."""
+def open_reader(path: str, *, encrypted: bool = True) -> Iterator[Reader]:
+    """Open a snapshot of a store to read it, even while a server has the store open. Raises StoreUnavailableError,
+    FormatError."""
     reader = RocksReader(path)
     try:
         check(reader, encrypted=encrypted)
@@ -105,8 +107,7 @@ def reading(path: str, *, encrypted: bool = True) -> Iterator[Reader]:
 
 
 class OpenStore:
-    """The parts of a store that take writes, in one event loop. What a store can do is in the classes that extend
-    this."""
+    """The engine, the writer and the locks of an open store, for one event loop. Its subclasses add the operations."""
 
     def __init__(self, engine: Engine, *, now_ns: Callable[[], int] = time.time_ns) -> None:
         """Raises FormatError when the counters are damaged, StoreUnavailableError."""
@@ -117,9 +118,9 @@ class OpenStore:
         self.locks = NamedLocks()
 
     def reopened(self) -> None:
-        """Called after the engine has recovered from a failure: what was read before may have been lost."""
+        """Called after the engine was reopened after a failure. Writes that were read before may have been lost."""
 
     async def close(self) -> None:
-        """Commits what is queued, then closes the engine."""
+        """Commits the queued writes, then closes the engine."""
         await self.writer.close()
         self.engine.close()

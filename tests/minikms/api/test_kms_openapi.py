@@ -1,4 +1,4 @@
-"""docs/minikms-openapi.yaml is what the code says, and what a live daemon does."""
+"""docs/minikms-openapi.yaml matches the code and the answers of a running daemon."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ PROJECT = Path(__file__).resolve().parents[3]
 DOCUMENT = PROJECT / "docs" / "minikms-openapi.yaml"
 RUN_S_MAX = 240.0
 SEED = 1
-"""Of the requests in the normal suite; Schemathesis prints the seed of a run that failed."""
+"""Seed of the generated requests in `make test`. Schemathesis prints the seed of a failed run."""
 CONFIGURATION = """
 [checks.positive_data_acceptance]
-expected-statuses = ["2xx", "400", "403", "404", "409", "410"]  # no random text is a key, or opens under one
+expected-statuses = ["2xx", "400", "403", "404", "409", "410"]  # random text is no key id, and does not decrypt
 [checks.negative_data_rejection]
-expected-statuses = ["400", "401", "403", "404", "405", "409", "411", "413", "415"]  # 413: too much, or too many
+expected-statuses = ["400", "401", "403", "404", "405", "409", "411", "413", "415"]  # 413: too many bytes or items
 """
 
 RUNS = {
-    "calls": ["--exclude-operation-id-regex", "_batch$"],  # a root key that nobody has kept
-    # the error of a refused item is in a successful answer
+    "calls": ["--exclude-operation-id-regex", "_batch$"],
+    # Valid requests only: a batch with a refused item is answered 200, with the error of the item inside.
     "batches": ["--include-operation-id-regex", "_batch$", "--mode", "positive"],
 }
 
 
 @contextlib.contextmanager
-def by_tcp(path: Path) -> Iterator[int]:
-    """The socket at `path`, on a port of this machine: Schemathesis speaks TCP only."""
+def tcp_proxy(path: Path) -> Iterator[int]:
+    """Forward a loopback TCP port to the Unix socket `path`: Schemathesis supports TCP only. Yields the port."""
     listener = socket.create_server(("127.0.0.1", 0))
     stopping = threading.Event()
 
-    def carry(client: socket.socket) -> None:
+    def relay(client: socket.socket) -> None:
         with client, socket.socket(socket.AF_UNIX) as daemon, selectors.DefaultSelector() as ready:
             daemon.connect(str(path))
-            for one, other in ((client, daemon), (daemon, client)):
-                ready.register(one, selectors.EVENT_READ, other)
+            for source, sink in ((client, daemon), (daemon, client)):
+                ready.register(source, selectors.EVENT_READ, sink)
             with contextlib.suppress(OSError):
                 while not stopping.is_set():
                     for key, _ in ready.select(0.2):
@@ -60,7 +60,7 @@ def by_tcp(path: Path) -> Iterator[int]:
     def accept() -> None:
         with contextlib.suppress(OSError):
             while True:
-                threads.append(threading.Thread(target=carry, args=(listener.accept()[0],)))
+                threads.append(threading.Thread(target=relay, args=(listener.accept()[0],)))
                 threads[-1].start()
 
     threads = [threading.Thread(target=accept)]
@@ -75,7 +75,7 @@ def by_tcp(path: Path) -> Iterator[int]:
             thread.join(10)
 
 
-def test_the_document_is_what_the_code_says() -> None:
+def test_the_document_matches_the_code() -> None:
     done = subprocess.run(
         [sys.executable, str(PROJECT / "tools" / "kms_openapi.py"), "--check"],
         capture_output=True,
@@ -86,13 +86,13 @@ def test_the_document_is_what_the_code_says() -> None:
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_the_document_is_true_of_a_live_daemon(tmp_path: Path, run: str) -> None:
+def test_a_running_daemon_conforms_to_the_document(tmp_path: Path, run: str) -> None:
     check(tmp_path, run, SEED)
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize("run", RUNS)
-def test_the_document_is_true_of_a_live_daemon_for_new_requests(tmp_path: Path, run: str) -> None:
+def test_a_running_daemon_conforms_to_the_document_for_random_requests(tmp_path: Path, run: str) -> None:
     check(tmp_path, run, random.getrandbits(32))
 
 
@@ -101,7 +101,7 @@ def check(tmp_path: Path, run: str, seed: int) -> None:
     configuration.write_text(CONFIGURATION)
     program = environment("schemathesis-4.32.5", ("schemathesis==4.32.5",)).with_name("schemathesis")
     (tmp_path / "kms").mkdir()
-    with LiveDaemon(tmp_path / "kms") as daemon, by_tcp(daemon.socket) as port:
+    with LiveDaemon(tmp_path / "kms") as daemon, tcp_proxy(daemon.socket) as port:
         words = [str(program), "--config-file", str(configuration), "run", str(DOCUMENT)]
         words += [
             "--url",

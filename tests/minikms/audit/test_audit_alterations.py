@@ -121,7 +121,7 @@ def test_a_dropped_line_is_missing(altered: Path, number: int) -> None:
     assert report.findings[0].kind == "missing"
     if number > 1:
         assert kinds(report) == [("missing", number)]
-        assert report.findings[0].text == f"line {number} is missing: line {number + 1} is in that place"
+        assert report.findings[0].text == f"line {number} is missing: line {number + 1} is in that position"
 
 
 def test_several_dropped_lines_are_one_gap(altered: Path) -> None:
@@ -130,7 +130,7 @@ def test_several_dropped_lines_are_one_gap(altered: Path) -> None:
     put(altered, lines)
     report = verify(altered)
     assert kinds(report) == [("missing", 5)]
-    assert report.findings[0].text == "lines 5 to 8 are missing: line 9 is in that place"
+    assert report.findings[0].text == "lines 5 to 8 are missing: line 9 is in that position"
 
 
 def test_a_duplicated_line_is_repeated(altered: Path) -> None:

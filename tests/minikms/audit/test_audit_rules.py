@@ -1,7 +1,7 @@
-"""Each rule of the specification is checked by itself: these logs have valid MACs and signatures, but break one rule.
+"""Each rule of the specification is checked separately: each log has valid MACs and signatures, but breaks one rule.
 
-Only a holder of the keys can make them: a faulty writer, or two logs under one keyring. `make_vectors.Maker` writes
-them; both verifiers check them, with the audit keys and with the public key alone.
+Only a process with the audit keys can write such a log, for example a faulty daemon. `make_vectors.Maker` writes the
+logs. Each is verified twice: with the audit keys, and with the public key alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OTHER_SIG = encode_text(bytes(range(32)))
 
 
 def begun(file: str = LOG, **changes: str | int) -> Maker:
-    """A log with a genesis line with `changes`, and an event."""
+    """A log with a genesis line and an event. `changes` replace facts of the genesis line."""
     maker = Maker()
     genesis = chain.genesis_event(LOG_ID, 1, KEY1.public_key, {})
     genesis.facts.update(changes)
@@ -33,7 +33,7 @@ def begun(file: str = LOG, **changes: str | int) -> Maker:
 
 
 def signed(event_type: str = "checkpoint", *, extra: Facts | None = None, **changes: str | int) -> Callable[[], Maker]:
-    """A log with a genesis line, an event and a signed line with `changes`."""
+    """A log with a genesis line, an event and a signed line. `changes` replace facts of the signed line."""
 
     def make() -> Maker:
         maker = begun()
@@ -57,7 +57,7 @@ def signed(event_type: str = "checkpoint", *, extra: Facts | None = None, **chan
 
 
 def two_files(close: Facts | None = None, **changes: str | int) -> Callable[[], Maker]:
-    """A closed file and one after it, whose first line has `changes`."""
+    """A closed file and the next file. `changes` replace facts of the first line of the next file."""
 
     def make() -> Maker:
         maker = begun(FIRST)
@@ -83,14 +83,14 @@ def with_lines(*events: Event) -> Callable[[], Maker]:
     return make
 
 
-def ending_closed() -> Maker:
+def closed_without_next_file() -> Maker:
     maker = begun()
     maker.sign("segment_close", {"next_segment": 2})
     return maker
 
 
-def going_on_after_the_close() -> Maker:
-    maker = ending_closed()
+def line_after_the_close() -> Maker:
+    maker = closed_without_next_file()
     maker.add(encrypt_event(2))
     return maker
 
@@ -121,46 +121,50 @@ def test_a_log_that_breaks_no_rule_is_intact(tmp_path: Path, make: Callable[[], 
         pytest.param(signed(previous_sig=OTHER_SIG), "altered", id="signed after another line"),
         pytest.param(signed(lines=1), "altered", id="signed for fewer lines"),
         pytest.param(signed(lines_sha256="00" * 32), "altered", id="signed for other lines"),
-        pytest.param(signed(extra={"next_segment": 2}), "altered", id="a checkpoint with a fact too many"),
+        pytest.param(signed(extra={"next_segment": 2}), "altered", id="a checkpoint with an additional fact"),
         pytest.param(signed("segment_close"), "altered", id="a close that names no next file"),
         pytest.param(
             signed("segment_close", next_segment=3), "segment", id="a close that names the file after the next"
         ),
         pytest.param(
-            signed("audit_key", next_key=1, next_public_key=encode_text(KEY2.public_key)), "altered", id="no later key"
+            signed("audit_key", next_key=1, next_public_key=encode_text(KEY2.public_key)),
+            "altered",
+            id="a key change to the same version",
         ),
         pytest.param(
             signed("audit_key", next_key=2, next_public_key="AAAA"), "altered", id="a public key of another size"
         ),
         pytest.param(with_lines(chain.genesis_event(LOG_ID, 1, KEY1.public_key, {})), "segment", id="a second genesis"),
         pytest.param(with_lines(OPENING), "segment", id="an opening inside a file"),
-        pytest.param(ending_closed, "missing", id="a last line that closes"),
-        pytest.param(going_on_after_the_close, "segment", id="a line after the close"),
-        pytest.param(two_files(previous_sig=OTHER_SIG), "segment", id="a file after another line"),
-        pytest.param(two_files(previous_seq=7), "altered", id="a file after another number"),
+        pytest.param(closed_without_next_file, "missing", id="the next file is missing"),
+        pytest.param(line_after_the_close, "segment", id="a line after the close"),
+        pytest.param(two_files(previous_sig=OTHER_SIG), "segment", id="a file that names another previous MAC"),
+        pytest.param(two_files(previous_seq=7), "altered", id="a file that names another previous seq"),
         pytest.param(two_files(log_id="ff" * 16), "foreign", id="a file of another log"),
         pytest.param(two_files(key=2), "foreign", id="a file under another key version"),
         pytest.param(
             two_files(public_key=encode_text(KEY2.public_key)), "foreign", id="a file under another public key"
         ),
-        pytest.param(two_files(segment=3), "segment", id="a file of another number"),
+        pytest.param(two_files(segment=3), "segment", id="a file of another segment number"),
         pytest.param(two_files(format=2), "foreign", id="a file of another format"),
-        pytest.param(two_files(more=1), "altered", id="a file whose first line has a fact too many"),
-        pytest.param(two_files(previous_sha256="00" * 32), "altered", id="a file after another content"),
+        pytest.param(two_files(more=1), "altered", id="a file whose first line has an additional fact"),
+        pytest.param(
+            two_files(previous_sha256="00" * 32), "altered", id="a file that names another hash of the previous line"
+        ),
         pytest.param(lambda: begun(key=0), "foreign", id="no key version"),
-        pytest.param(lambda: begun(key="1"), "foreign", id="a key version that is a text"),
+        pytest.param(lambda: begun(key="1"), "foreign", id="a key version that is a string"),
         pytest.param(lambda: begun(log_id="../.."), "altered", id="a log id of another form"),
     ],
 )
-def test_a_log_that_breaks_one_rule_is_not(tmp_path: Path, make: Callable[[], Maker], kind: str) -> None:
+def test_a_log_that_breaks_one_rule_is_not_intact(tmp_path: Path, make: Callable[[], Maker], kind: str) -> None:
     put(make().files, tmp_path)
     report = verify(tmp_path)
     assert kind in {finding.kind for finding in report.findings}, report.findings
     public = verify(tmp_path, public_only=True)
-    assert not public.intact or "version" in report.findings[0].text, "a key version means nothing to a public key"
+    assert not public.intact or "version" in report.findings[0].text, "the public key alone can't check key versions"
 
 
-def test_a_log_without_a_key_version_is_refused_by_the_public_key_too(tmp_path: Path) -> None:
+def test_a_missing_key_version_is_found_with_the_public_key_too(tmp_path: Path) -> None:
     maker = begun(key=0)
     maker.key = maker.key._replace(version=0)
     maker.sign("checkpoint")
@@ -168,7 +172,7 @@ def test_a_log_without_a_key_version_is_refused_by_the_public_key_too(tmp_path: 
     assert [finding.kind for finding in verify(tmp_path, public_only=True).findings] == ["foreign"]
 
 
-def test_an_unknown_key_version_after_a_change_is_named(tmp_path: Path) -> None:
+def test_a_change_to_an_unknown_key_version_is_foreign(tmp_path: Path) -> None:
     maker = begun()
     maker.sign("audit_key", {"next_key": 5, "next_public_key": encode_text(KEY2.public_key)})
     put(maker.files, tmp_path)
@@ -176,8 +180,8 @@ def test_an_unknown_key_version_after_a_change_is_named(tmp_path: Path) -> None:
     assert verify(tmp_path, public_only=True).intact
 
 
-def test_a_retention_line_for_another_segment_excuses_nothing(tmp_path: Path) -> None:
-    """A `retention` line counts only if it names the head before the first file."""
+def test_a_retention_line_with_another_head_explains_no_missing_file(tmp_path: Path) -> None:
+    """It explains the missing file only if it names the head before the first file that is present."""
     for last_sig, intact in ((None, True), (OTHER_SIG, False)):
         maker = begun(FIRST)
         maker.sign("segment_close", {"next_segment": 2})

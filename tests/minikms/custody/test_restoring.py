@@ -1,4 +1,4 @@
-"""A verified archive restores, and an interrupted restore is never taken for a complete one."""
+"""A verified archive can be restored, and the daemon refuses to start after an interrupted restore."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def restored(data_dir: Path, archive: Path, target: Path) -> None:
 
 
 def start(data_dir: Path, target: Path) -> OpenedKeyring:
-    """What a start does with the keyring of `target`."""
+    """Open the keyring of `target` as the daemon does when it starts."""
     with (
         DataDirLock(str(target)) as lock,
         SecretArena(32, force_fallback=True) as arena,
@@ -77,13 +77,13 @@ def start(data_dir: Path, target: Path) -> OpenedKeyring:
         return open_keyring(str(target), file, KeyFile(key_file(data_dir)), arena=arena, nonces=NonceSource())
 
 
-class Cut(Exception):
-    """The power fails."""
+class PowerFailure(Exception):
+    """Simulates a power failure: raised in place of a system call."""
 
 
 @contextmanager
-def cut_before(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Of the calls that change a name, those from this number on do not happen."""
+def power_failure_after(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Let `number` calls that change a directory succeed; each later one raises PowerFailure. Yields the calls made."""
     calls: list[str] = []
 
     def counted(name: str) -> None:
@@ -91,7 +91,7 @@ def cut_before(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[st
 
         def call(*arguments: object, **options: object) -> object:
             if len(calls) >= number:
-                raise Cut
+                raise PowerFailure
             calls.append(name)
             return real(*arguments, **options)
 
@@ -103,7 +103,7 @@ def cut_before(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[st
         yield calls
 
 
-def test_a_restore_that_was_cut_short_anywhere_is_refused_by_a_start(
+def test_the_daemon_refuses_to_start_after_any_interrupted_restore(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = tmp_path / "archive"
@@ -112,12 +112,12 @@ def test_a_restore_that_was_cut_short_anywhere_is_refused_by_a_start(
     for number in range(100):
         target = tmp_path / f"restored-{number}"
         target.mkdir(0o700)
-        with cut_before(number, monkeypatch), contextlib.suppress(Cut):
+        with power_failure_after(number, monkeypatch), contextlib.suppress(PowerFailure):
             restored(data_dir, archive, target)
             break
         found = {path.name for path in target.rglob("*") if not path.name.startswith(".tmp-")}
         if found <= {LOCK_NAME, REGISTER}:
-            continue  # nothing of the archive is there yet: this is as empty as it was
+            continue  # nothing was restored yet: the directory counts as empty
         with pytest.raises(StartError, match=r"keyring\.json is missing"):
             start(data_dir, target)
         refused += 1
@@ -125,7 +125,7 @@ def test_a_restore_that_was_cut_short_anywhere_is_refused_by_a_start(
     assert not start(data_dir, target).made
 
 
-def test_a_directory_with_only_lease_files_is_not_a_new_one(tmp_path: Path) -> None:
+def test_a_directory_with_only_lease_files_is_an_interrupted_restore(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir(mode=0o700)
     (tmp_path / "d" / "kms-leases").write_bytes(journal_header())
     with pytest.raises(StartError, match="the restore was interrupted"):
@@ -144,7 +144,7 @@ def test_a_restored_directory_names_the_archive_that_still_holds_its_keys(data_d
     assert register.may_hold(newest) == [str(archive)]
 
 
-# --- what is called good -------------------------------------------------------------------------------------------
+# --- verification -------------------------------------------------------------------------------------------------
 
 
 def test_an_archive_with_a_damaged_lease_snapshot_is_not_good(data_dir: Path, tmp_path: Path) -> None:
@@ -166,8 +166,8 @@ def test_an_archive_with_a_damaged_lease_journal_is_not_good(data_dir: Path, tmp
         made(data_dir, tmp_path / "bad")
 
 
-def test_a_restore_adds_uses_to_keys_with_unreadable_files_too(data_dir: Path, tmp_path: Path) -> None:
-    """The file may be found elsewhere and put back."""
+def test_the_newest_key_of_an_archive_may_have_an_unreadable_file(data_dir: Path, tmp_path: Path) -> None:
+    """A restore adds uses to all keys up to the newest one. This key needs them if its file is repaired later."""
     files = sorted((data_dir / "kms-deks").iterdir())
     files[-1].write_text("damaged")
     manifest = made(data_dir, tmp_path / "archive")
@@ -176,7 +176,7 @@ def test_a_restore_adds_uses_to_keys_with_unreadable_files_too(data_dir: Path, t
 
 
 def test_a_restore_adds_uses_to_every_key_made_before_the_backup(data_dir: Path, tmp_path: Path) -> None:
-    """Also to a key whose file was missing: it may be put back from a rotation backup."""
+    """This includes a key whose file is missing, because the file may be restored from a rotation backup."""
     missing = max((data_dir / "kms-deks").iterdir())
     missing.rename(data_dir / "kms-deks-backup" / f"{missing.name}.20260101T000000")
     made(data_dir, tmp_path / "archive")
@@ -199,11 +199,11 @@ def test_keys_are_parsed_only_after_the_archive_is_authenticated(
     data[-1] ^= 1
     archive.write_bytes(data)
 
-    def looked_at(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise AssertionError("parsed before the tag was checked")
 
     for name in ("_parsed", "_check_journal", "_check_snapshot"):
-        monkeypatch.setattr(create, name, looked_at)
+        monkeypatch.setattr(create, name, fail)
     with task_for(data_dir) as task, pytest.raises(ArchiveError, match="altered"):
         create.verify(str(archive), task)
 
@@ -227,7 +227,7 @@ def test_an_archive_replaced_between_its_two_readings_is_not_good(
         create.verify(str(archive), task)
 
 
-# --- while it is being made ------------------------------------------------------------------------------------------
+# --- creating an archive ---------------------------------------------------------------------------------------------
 
 
 def test_an_archive_is_never_written_into_an_existing_file(data_dir: Path, tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_a_parent_that_is_a_symbolic_link_of_another_user_is_refused(directory: 
     link = directory.parent / "link"
     link.symlink_to(directory)
     os.chown(link, foreign.UID, -1, follow_symlinks=False)
-    with pytest.raises(StartError, match=f"symbolic link of uid {foreign.UID}"):
+    with pytest.raises(StartError, match=f"symbolic link that belongs to uid {foreign.UID}"):
         sockets.listen(str(link / "s"), {})
 
 

@@ -1,4 +1,4 @@
-"""The audit of a turn: whoever loses a turn's lines, and however soon the log recovers, its answers do not leave."""
+"""If any of a turn's audit lines is lost, the turn's answers are not sent, even if the log has recovered since."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from minikms.memory.arena import SecretArena, fill_random
 
 
 class Disk:
-    """Refuses the next `refusals` writes, then takes them again."""
+    """Fails the next `refusals` writes with EIO. Other writes succeed."""
 
     def __init__(self) -> None:
         self.refusals = 0
@@ -50,41 +50,40 @@ def audit(tmp_path: Path, disk: Disk) -> Iterator[TurnAudit]:
         log.close()
 
 
-def _answered(audit: TurnAudit) -> None:
+def _add_answer(audit: TurnAudit) -> None:
     audit.add(Event(type="encrypt", actor="peer_uid:1"))
 
 
-def _written_between_turns(audit: TurnAudit) -> None:
+def _write_between_turns(audit: TurnAudit) -> None:
     audit.write_queued()
 
 
-def _written_by_a_later_answer(audit: TurnAudit) -> None:
+def _write_for_a_later_answer(audit: TurnAudit) -> None:
     with pytest.raises(AuditUnavailableError):
         asyncio.run(audit.add_written(Event(type="create_dek", actor="peer_uid:1"), durable=False))
 
 
-@pytest.mark.parametrize("between", [_written_between_turns, _written_by_a_later_answer])
-def test_a_turn_whose_lines_were_lost_is_refused_after_recovery_too(
-    audit: TurnAudit, disk: Disk, between: Callable[[TurnAudit], None]
+@pytest.mark.parametrize("write", [_write_between_turns, _write_for_a_later_answer])
+def test_a_turn_fails_if_another_write_lost_its_lines(
+    audit: TurnAudit, disk: Disk, write: Callable[[TurnAudit], None]
 ) -> None:
-    """Another write lost its lines. That the log has recovered meanwhile does not bring them back."""
-    _answered(audit)
+    _add_answer(audit)
     disk.refusals = 1
-    between(audit)
-    assert not audit.commit_turn(), "the line of this turn's answer is in no log"
-    _answered(audit)
-    assert audit.commit_turn(), "the next turn is another one"
+    write(audit)
+    assert not audit.commit_turn(), "the audit line of this turn's answer was lost"
+    _add_answer(audit)
+    assert audit.commit_turn(), "the loss does not affect the next turn"
 
 
-def test_a_successful_write_between_turns_does_not_hide_an_earlier_loss(audit: TurnAudit, disk: Disk) -> None:
-    _answered(audit)
+def test_a_turn_with_a_loss_fails_even_if_a_later_write_succeeds(audit: TurnAudit, disk: Disk) -> None:
+    _add_answer(audit)
     disk.refusals = 1
-    _written_by_a_later_answer(audit)
+    _write_for_a_later_answer(audit)
     audit.write_queued()
     assert not audit.commit_turn()
 
 
-def test_a_turn_whose_lines_were_written_between_is_answered(audit: TurnAudit) -> None:
-    _answered(audit)
+def test_a_turn_whose_lines_were_written_early_succeeds(audit: TurnAudit) -> None:
+    _add_answer(audit)
     audit.write_queued()
     assert audit.commit_turn()

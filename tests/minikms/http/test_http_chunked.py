@@ -20,7 +20,7 @@ def decoder() -> tuple[ChunkedDecoder, Budget]:
 
 
 def refusal_of(data: bytes) -> tuple[int, Refusal]:
-    """How many bytes were taken before the refusal, fed one by one."""
+    """Feed `data` byte by byte. Returns the number of accepted bytes and the refusal of the next byte."""
     chunks, budget = decoder()
     try:
         for count, byte in enumerate(data):
@@ -36,7 +36,7 @@ def refusal_of(data: bytes) -> tuple[int, Refusal]:
 
 @given(st.lists(st.binary(min_size=1, max_size=200), max_size=8), st.data())
 def test_a_chunked_body_is_decoded_exactly(parts: list[bytes], data: st.DataObject) -> None:
-    """Any body in any chunks, fed in any pieces and followed by any bytes, gives exactly the same body."""
+    """The body does not depend on the sizes of the chunks and of the fed pieces. Bytes after the body are not read."""
     framed = b"".join(b"%X\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
     after = data.draw(st.binary(max_size=20))
     budget = Budget(LIMITS.buffered_bytes_max)
@@ -75,7 +75,7 @@ def test_a_chunked_body_is_decoded_exactly(parts: list[bytes], data: st.DataObje
         (b"0\r\n0\r\n\r\n", 3),
     ],
 )
-def test_malformed_framing_is_refused_at_the_byte_that_shows_it(framed: bytes, at: int) -> None:
+def test_malformed_framing_is_refused_at_its_first_invalid_byte(framed: bytes, at: int) -> None:
     assert refusal_of(framed) == (at, BAD_CHUNK)
 
 
@@ -93,7 +93,7 @@ def test_a_body_of_exactly_the_bound_is_accepted() -> None:
     chunks.wipe()
 
 
-def test_too_many_chunks_are_refused_however_small() -> None:
-    """The last chunk counts too."""
+def test_too_many_chunks_are_refused_whatever_their_size() -> None:
+    """The last chunk, of size 0, is counted too."""
     assert refusal_of(b"1\r\nx\r\n" * 6)[1] is TOO_MANY_CHUNKS
     assert refusal_of(b"1\r\nx\r\n" * 5 + b"0\r\n\r\n")[1] is TOO_MANY_CHUNKS

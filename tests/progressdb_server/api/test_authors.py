@@ -1,4 +1,4 @@
-"""Signed users, and whom a call acts for."""
+"""User signatures, and the author that a request acts for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_a_backend_gets_a_signature_under_its_own_key() -> None:
         assert reply.json == {"userId": "alice", "signature": signature("alice", key)}
 
 
-def test_what_was_signed_is_accepted_as_that_user() -> None:
+def test_a_signed_user_is_the_author() -> None:
     api = Api()
     made = api("POST", "/v1/_sign", {"userId": "ålice@example.org"}).json
     headers = {"X-User-ID": made["userId"], "X-User-Signature": made["signature"]}
@@ -42,14 +42,14 @@ def test_what_was_signed_is_accepted_as_that_user() -> None:
         b"{",
     ],
 )
-def test_a_signature_is_made_of_a_valid_user_id_only(raw: bytes) -> None:
+def test_an_invalid_user_id_is_not_signed(raw: bytes) -> None:
     reply = Api()("POST", "/v1/_sign", raw=raw)
     assert (reply.status, reply.error) == (400, "invalid payload")
 
 
 @pytest.mark.parametrize("key", [BACKEND, ADMIN, FRONTEND])
 @pytest.mark.parametrize(
-    ("headers", "sentence"),
+    ("headers", "error"),
     [
         ({"X-User-ID": "alice", "X-User-Signature": signature("mallory")}, "invalid signature"),
         ({"X-User-ID": "alice", "X-User-Signature": signature("alice").upper()}, "invalid signature"),
@@ -65,19 +65,17 @@ def test_a_signature_is_made_of_a_valid_user_id_only(raw: bytes) -> None:
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/threads", "/v1/messages/m"])
-def test_a_signature_that_is_present_is_verified_whatever_the_role(
-    path: str, headers: dict[str, str], sentence: str, key: str
-) -> None:
+def test_a_signature_is_verified_for_every_role(path: str, headers: dict[str, str], error: str, key: str) -> None:
     reply = Api()("GET", path, key=key, headers=headers)
-    assert (reply.status, reply.error) == (401, sentence)
+    assert (reply.status, reply.error) == (401, error)
 
 
-def test_any_configured_backend_key_verifies() -> None:
+def test_a_signature_under_any_backend_key_is_valid() -> None:
     for key in (BACKEND, OTHER_BACKEND):
         assert Api()("GET", "/v1/threads", key=FRONTEND, headers=signed("alice", key)).status == 200
 
 
-def test_without_a_backend_key_no_signature_verifies() -> None:
+def test_no_signature_is_valid_without_a_backend_key() -> None:
     api = Api(api_keys=ApiKeys(frontend=(FRONTEND,), allow_unauth=True))
     for forged in (signature("alice", ""), signature("alice", FRONTEND)):
         headers = {"X-User-ID": "alice", "X-User-Signature": forged}
@@ -86,8 +84,8 @@ def test_without_a_backend_key_no_signature_verifies() -> None:
 
 
 # --- the author of a call ---------------------------------------------------------------------------------------
-PLACES: list[Any] = [
-    # body, header, query → the author
+AUTHOR_PRECEDENCE: list[Any] = [
+    # body, header, query → the expected author
     ("b", "h", "q", "b"),
     ("", "h", "q", "h"),
     (None, "h", "q", "h"),
@@ -98,9 +96,9 @@ PLACES: list[Any] = [
 
 
 @pytest.mark.parametrize("key", [BACKEND, ADMIN])
-@pytest.mark.parametrize(("body", "header", "query", "author"), PLACES)
+@pytest.mark.parametrize(("body", "header", "query", "author"), AUTHOR_PRECEDENCE)
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/threads", "/v1/threads/t1/messages"])
-def test_an_unsigned_author_is_that_of_body_then_header_then_query(
+def test_an_unsigned_author_comes_from_body_then_header_then_query(
     path: str, body: str | None, header: str | None, query: str | None, author: str, key: str
 ) -> None:
     target = path if query is None else f"{path}?author={query}"
@@ -124,7 +122,7 @@ NEED_AUTHOR = [
     ("PUT", "/v1/threads/{t}/messages/{m}"),
     ("DELETE", "/v1/threads/{t}/messages/{m}"),
 ]
-NEED_NONE = [
+NEED_NO_AUTHOR = [
     ("GET", "/v1/messages?thread={t}"),
     ("GET", "/v1/messages/{m}"),
     ("GET", "/v1/messages/{m}/versions"),
@@ -135,7 +133,7 @@ ANY_BODY = {"body": "x", "title": "x"}
 
 @pytest.mark.parametrize("key", [BACKEND, ADMIN])
 @pytest.mark.parametrize(("method", "path"), NEED_AUTHOR)
-def test_a_backend_must_name_an_author_here(method: str, path: str, key: str) -> None:
+def test_a_backend_must_name_an_author_on_these_routes(method: str, path: str, key: str) -> None:
     api = Api()
     message = api.message()
     target = path.format(t=message["thread"], m=message["id"])
@@ -144,15 +142,15 @@ def test_a_backend_must_name_an_author_here(method: str, path: str, key: str) ->
     assert (reply.status, reply.error) == (400, "author required for backend requests")
 
 
-@pytest.mark.parametrize(("method", "path"), NEED_NONE)
-def test_a_backend_needs_no_author_here(method: str, path: str) -> None:
+@pytest.mark.parametrize(("method", "path"), NEED_NO_AUTHOR)
+def test_a_backend_needs_no_author_on_these_routes(method: str, path: str) -> None:
     api = Api()
     message = api.message()
     assert api(method, path.format(t=message["thread"], m=message["id"])).status == 200
 
 
 @pytest.mark.parametrize("key", [BACKEND, ADMIN, FRONTEND])
-@pytest.mark.parametrize(("method", "path"), NEED_AUTHOR + NEED_NONE)
+@pytest.mark.parametrize(("method", "path"), NEED_AUTHOR + NEED_NO_AUTHOR)
 def test_an_author_in_the_query_must_not_contradict_the_signature(method: str, path: str, key: str) -> None:
     api = Api()
     message = api.message()
@@ -176,7 +174,7 @@ def test_an_author_in_the_body_must_not_contradict_the_signature(method: str, pa
 
 
 @pytest.mark.parametrize(
-    ("author", "sentence"),
+    ("author", "error"),
     [
         ("x" * 129, "author too long"),
         ("é" * 65, "author too long"),
@@ -185,16 +183,16 @@ def test_an_author_in_the_body_must_not_contradict_the_signature(method: str, pa
         ("a\x7fb", "author holds a control character"),
     ],
 )
-def test_an_author_that_can_not_be_stored_is_refused(author: str, sentence: str) -> None:
+def test_an_invalid_author_is_refused(author: str, error: str) -> None:
     for path in ("/v1/messages", "/v1/threads"):
         api = Api()
         reply = api("POST", path, {"author": author, **ANY_BODY})
-        assert (reply.status, reply.error) == (400, sentence)
+        assert (reply.status, reply.error) == (400, error)
         assert api.store.empty
 
 
 @pytest.mark.parametrize("author", ["x" * 128, "é" * 64, "a:b", "a/b", "alice@example.org", "a b", "日本"])
-def test_any_other_author_is_good(author: str) -> None:
+def test_any_other_author_is_accepted(author: str) -> None:
     assert Api()("POST", "/v1/messages", {"author": author, **ANY_BODY}).json["author"] == author
 
 

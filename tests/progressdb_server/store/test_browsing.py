@@ -1,4 +1,4 @@
-"""The viewer's reading: whole, in order, and as costly as what it shows."""
+"""The viewer's pages are complete and in order, and decrypt only the records that they show."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.progressdb_server.store.sealing_provider import SealingProvider
 MESSAGES = PAGE_MESSAGES * 3 + 7
 
 
-def test_pages_forwards_and_backwards_show_each_message_once() -> None:
+def test_paging_in_either_direction_shows_each_message_once() -> None:
     async def body() -> None:
         provider = SealingProvider()
         async with opened(MemoryEngine(), provider, TickingClock()) as store:
@@ -43,7 +43,7 @@ def test_pages_forwards_and_backwards_show_each_message_once() -> None:
     asyncio.run(body())
 
 
-def test_a_page_opens_no_more_records_than_it_shows() -> None:
+def test_a_page_decrypts_no_more_records_than_it_shows() -> None:
     async def body() -> None:
         provider = SealingProvider()
         async with opened(MemoryEngine(), provider, TickingClock()) as store:
@@ -62,7 +62,7 @@ def test_a_page_opens_no_more_records_than_it_shows() -> None:
     asyncio.run(body())
 
 
-def test_threads_are_paged_newest_first_and_by_the_beginning_of_an_id() -> None:
+def test_threads_are_paged_newest_first_or_by_id_prefix() -> None:
     async def body() -> None:
         provider = SealingProvider()
         async with opened(MemoryEngine(), provider, TickingClock()) as store:
@@ -80,7 +80,7 @@ def test_threads_are_paged_newest_first_and_by_the_beginning_of_an_id() -> None:
                 while True:
                     page = await browser.threads(**arguments, cursor=cursor)
                     found += [thread.id for thread in page.threads]
-                    cursor = page.older
+                    cursor = page.next_cursor
                     if not cursor:
                         break
                 assert found == wanted
@@ -88,7 +88,7 @@ def test_threads_are_paged_newest_first_and_by_the_beginning_of_an_id() -> None:
     asyncio.run(body())
 
 
-def test_each_version_names_the_key_that_it_is_under() -> None:
+def test_each_version_names_the_key_that_encrypts_it() -> None:
     async def body() -> None:
         provider = SealingProvider()
         async with opened(MemoryEngine(), provider, TickingClock()) as store:

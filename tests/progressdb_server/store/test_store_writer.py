@@ -1,4 +1,4 @@
-"""The one writer: groups, conditions, lanes, bounds, failure and recovery."""
+"""The store writer: group commit, conditions, ordering keys, bounds, failure and recovery."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_writes_of_one_turn_are_one_group_and_one_sync() -> None:
     with_writer(body)
 
 
-def test_writes_that_come_while_the_disk_is_busy_form_the_next_group() -> None:
+def test_writes_during_a_sync_form_the_next_group() -> None:
     async def body(writer: Writer, engine: MemoryEngine) -> None:
         engine.gate.clear()
         first = writer.commit(Write([(b"a", b"1")]))
@@ -73,7 +73,7 @@ def test_no_write_is_answered_before_its_sync() -> None:
     with_writer(body)
 
 
-def test_a_write_whose_expectation_fails_changes_nothing_and_names_the_key() -> None:
+def test_a_write_with_a_failed_condition_changes_nothing_and_names_the_key() -> None:
     async def body(writer: Writer, engine: MemoryEngine) -> None:
         await writer.commit(Write([(b"a", b"1")]))
         with pytest.raises(ConditionFailedError) as failed:
@@ -85,7 +85,7 @@ def test_a_write_whose_expectation_fails_changes_nothing_and_names_the_key() -> 
     with_writer(body)
 
 
-def test_a_write_sees_what_the_writes_before_it_in_its_group_leave() -> None:
+def test_a_condition_sees_the_earlier_writes_of_its_group() -> None:
     async def body(writer: Writer, engine: MemoryEngine) -> None:
         outcomes = await asyncio.gather(
             writer.commit(Write([(b"a", b"1")], [(b"a", None)])),
@@ -113,7 +113,7 @@ def test_a_write_sees_what_the_writes_before_it_in_its_group_leave() -> None:
         max_size=8,
     )
 )
-def test_a_group_ends_as_the_same_writes_one_by_one(
+def test_a_group_has_the_same_effect_as_its_writes_one_by_one(
     writes: list[tuple[list[tuple[bytes, bytes | None]], list[tuple[bytes, bytes | None]]]],
 ) -> None:
     model: dict[bytes, bytes] = {}
@@ -137,9 +137,9 @@ def test_a_group_ends_as_the_same_writes_one_by_one(
     with_writer(body)
 
 
-def test_a_lane_is_committed_in_the_order_of_its_slots() -> None:
+def test_writes_of_one_ordering_key_commit_in_the_order_of_their_slots() -> None:
     async def body(writer: Writer, engine: MemoryEngine) -> None:
-        one, two, three = (writer.reserve(b"lane") for _ in range(3))
+        one, two, three = (writer.reserve(b"thread") for _ in range(3))
         other = writer.reserve(b"other")
         later = [writer.submit(three, Write([(b"x", b"3")])), writer.submit(two, Write([(b"x", b"2")]))]
         await writer.submit(other, Write([(b"y", b"1")]))
@@ -151,16 +151,16 @@ def test_a_lane_is_committed_in_the_order_of_its_slots() -> None:
     with_writer(body)
 
 
-def test_a_slot_that_is_given_up_lets_the_lane_go_on() -> None:
+def test_an_abandoned_slot_does_not_block_later_slots_of_its_key() -> None:
     async def body(writer: Writer, engine: MemoryEngine) -> None:
-        one, two, three = (writer.reserve(b"lane") for _ in range(3))
+        one, two, three = (writer.reserve(b"thread") for _ in range(3))
         second = writer.submit(two, Write([(b"x", b"2")]))
         writer.leave(one)
         writer.leave(one)
         await second
         writer.leave(two)
         writer.leave(three)
-        await writer.submit(writer.reserve(b"lane"), Write([(b"x", b"4")]))
+        await writer.submit(writer.reserve(b"thread"), Write([(b"x", b"4")]))
         assert engine.get(b"x") == b"4"
 
     with_writer(body)
@@ -182,7 +182,7 @@ def test_counters_and_the_last_stamp_are_stored_with_each_group() -> None:
     with_writer(again, engine, clock_again)
 
 
-def test_what_does_not_fit_the_queue_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_exceeds_the_queue_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "QUEUE_WRITES_MAX", 3)
     monkeypatch.setattr(writing, "QUEUE_BYTES_MAX", 100)
 
@@ -238,9 +238,8 @@ def test_after_a_failed_group_every_waiter_fails_and_the_writer_recovers(fault: 
     with_writer(body)
 
 
-def test_a_value_that_many_writes_expect_is_read_once_after_each_write(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_expected_value_is_read_once_until_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values longer than KNOWN_BYTES_MAX are read each time, and at most KNOWN_MAX values are remembered."""
     monkeypatch.setattr(writing, "KNOWN_MAX", 3)
 
     async def body(writer: Writer, engine: MemoryEngine) -> None:
@@ -266,13 +265,13 @@ def test_a_value_that_many_writes_expect_is_read_once_after_each_write(
     with_writer(body)
 
 
-def test_after_a_failed_write_values_are_read_anew() -> None:
+def test_expected_values_are_read_again_after_a_failed_write() -> None:
     async def body(writer: Writer, engine: MemoryEngine) -> None:
         await writer.commit(Write([], [(b"a", None)]))
         engine.fail_write = True
         with pytest.raises(StoreUnavailableError):
             await writer.commit(Write([(b"a", b"1")]))
-        engine.put(b"a", b"1")  # it was written in spite of the error
+        engine.put(b"a", b"1")  # the engine wrote it although it reported an error
         engine.survives = True
         while not writer.available:
             await asyncio.sleep(0.01)
@@ -292,7 +291,7 @@ def test_a_stalled_engine_delays_writes_but_does_not_fail_them() -> None:
     with_writer(body)
 
 
-def test_an_engine_that_stays_stalled_refuses_the_group_without_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_is_refused_if_the_engine_stays_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "BUSY_S_MAX", 0.02)
 
     async def body(writer: Writer, engine: MemoryEngine) -> None:
@@ -305,17 +304,17 @@ def test_an_engine_that_stays_stalled_refuses_the_group_without_harm(monkeypatch
     with_writer(body)
 
 
-def test_a_caller_that_goes_away_does_not_undo_its_write() -> None:
+def test_cancelling_a_caller_does_not_undo_its_write() -> None:
     async def body(writer: Writer, engine: MemoryEngine) -> None:
-        gone = writer.commit(Write([(b"a", b"1")]))
-        gone.cancel()
+        cancelled = writer.commit(Write([(b"a", b"1")]))
+        cancelled.cancel()
         await writer.commit(Write([(b"b", b"1")]))
         assert engine.get(b"a") == b"1"
 
     with_writer(body)
 
 
-def test_closing_commits_what_is_queued_and_refuses_what_comes_after() -> None:
+def test_close_commits_queued_writes_and_refuses_later_ones() -> None:
     async def body(writer: Writer, engine: MemoryEngine) -> None:
         queued = writer.commit(Write([(b"a", b"1")]))
         await writer.close()
@@ -336,18 +335,18 @@ SMALL_VALUES = st.none() | SMALL_PRESENT
     stored=st.dictionaries(SMALL_KEYS, SMALL_PRESENT, min_size=1),
     lost=st.none() | st.dictionaries(SMALL_KEYS, SMALL_PRESENT, min_size=1),
     later=st.lists(st.dictionaries(SMALL_KEYS, SMALL_VALUES, max_size=2), max_size=3),
-    beside=st.dictionaries(SMALL_KEYS, SMALL_VALUES, max_size=2),
+    same_group=st.dictionaries(SMALL_KEYS, SMALL_VALUES, max_size=2),
     remembered=st.sampled_from([0, 3, 100]),
 )
-def test_a_write_holds_exactly_when_what_it_has_read_still_stands(
+def test_a_write_commits_only_if_the_values_it_read_are_unchanged(
     stored: dict[bytes, bytes],
     lost: dict[bytes, bytes] | None,
     later: list[dict[bytes, bytes | None]],
-    beside: dict[bytes, bytes | None],
+    same_group: dict[bytes, bytes | None],
     remembered: int,
 ) -> None:
-    """Whether later groups, or an earlier write of its own group, have named its keys, and are remembered or not; and
-    where what it has read was lost with a failed sync."""
+    """Later groups and an earlier write of the same group may change the values that were read. The test varies how
+    many recently written keys are remembered, and includes values that were read and then lost in a failed sync."""
 
     async def body(writer: Writer, engine: MemoryEngine) -> None:
         await writer.commit(Write(list(stored.items())))
@@ -367,7 +366,7 @@ def test_a_write_holds_exactly_when_what_it_has_read_still_stands(
                 await asyncio.sleep(0.001)
         for puts in later:
             await writer.commit(Write(list(puts.items())))
-        first = writer.commit(Write(list(beside.items())))
+        first = writer.commit(Write(list(same_group.items())))
         second = writer.commit(Write([(b"written", b"yes")], read=read, read_at=read_at))
         outcomes = await asyncio.gather(first, second, return_exceptions=True)
         different = [key for key, value in read if engine.get(key) != value]
@@ -380,7 +379,7 @@ def test_a_write_holds_exactly_when_what_it_has_read_still_stands(
         with_writer(body)
 
 
-def test_what_was_not_written_since_it_was_read_is_not_read_again() -> None:
+def test_values_not_written_since_they_were_read_are_not_read_again() -> None:
     async def body(writer: Writer, engine: MemoryEngine) -> None:
         await writer.commit(Write([(b"a", b"1"), (b"b", b"2")]))
         read_at = writer.group
@@ -392,14 +391,14 @@ def test_what_was_not_written_since_it_was_read_is_not_read_again() -> None:
     with_writer(body)
 
 
-def test_the_log_tells_what_the_engine_said_and_of_a_defect_no_text() -> None:
-    """The text of an error that nobody has foreseen could hold a key or what a user typed."""
+def test_the_log_has_the_engine_error_text_but_no_text_of_other_errors() -> None:
+    """The text of an unexpected exception could contain a key or a user's text."""
 
-    class Odd(MemoryEngine):
+    class DefectiveEngine(MemoryEngine):
         def write(self, puts: object) -> None:
             raise ValueError("private text")
 
-    class Full(MemoryEngine):
+    class FullEngine(MemoryEngine):
         def write(self, puts: object) -> None:
             raise EngineUnavailableError from OSError("No space left on device: 000012.log" + "x" * 1000)
 
@@ -407,12 +406,12 @@ def test_the_log_tells_what_the_engine_said_and_of_a_defect_no_text() -> None:
         with pytest.raises(StoreUnavailableError):
             await writer.commit(Write([(b"a", b"1")]))
 
-    told = []
-    for engine in (Odd(), Full()):
+    logged = []
+    for engine in (DefectiveEngine(), FullEngine()):
         with capture_logs() as logs:
             with_writer(body, engine)
-        told.append(next(line for line in logs if line["event"] == "store_write_failed"))
-    assert told[0]["error"] == "ValueError"
-    assert "private" not in str(told[0])
-    assert told[1]["error"].startswith("OSError: No space left on device: 000012.log")
-    assert len(told[1]["error"]) == writing.REASON_CHARS_MAX
+        logged.append(next(line for line in logs if line["event"] == "store_write_failed"))
+    assert logged[0]["error"] == "ValueError"
+    assert "private" not in str(logged[0])
+    assert logged[1]["error"].startswith("OSError: No space left on device: 000012.log")
+    assert len(logged[1]["error"]) == writing.REASON_CHARS_MAX

@@ -1,11 +1,11 @@
-"""One request, from its head to its decoded body.
+"""One request: its headers, its caller and its decoded body.
 
-Owns: reading a body within its bound, strict decoding of JSON, and what access control found out about the caller.
-Invariants: a body is used only when it is whole; JSON that is too deep, not UTF-8 or of the wrong shape is a 400 and
-never another error.
+Owns: reading a body up to `limits.REQUEST_BYTES_MAX`, strict decoding of JSON, and the caller that access control
+identified. Invariants: a handler gets a body only after all of it was received. JSON that is nested too deeply, not
+UTF-8 or of the wrong shape causes a 400 and never another error.
 
-`Request` does the work of Starlette's class of that name with less: the routes that append and list messages are called
-thousands of times a second.
+`Request` replaces Starlette's class of that name because it is faster: the routes that append and list messages are
+called thousands of times a second.
 """
 
 from __future__ import annotations
@@ -40,45 +40,46 @@ Body = TypeVar("Body")
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 DIRECT: Final = "progressdb.direct"
-"""Key of a `DirectChannel` in the ASGI scope. Other servers than this one do not set it."""
+"""Key of a `DirectChannel` in the ASGI scope. Only this project's own server sets it."""
 
 
 class DirectChannel(Protocol):
-    """A shortcut past ASGI's messages, each of which costs a coroutine and a dictionary.
+    """Reads a body and sends a response without ASGI messages, each of which costs a coroutine and a dictionary.
 
-    Neither method waits. If it cannot do its work at once, it does nothing and the caller uses the messages.
+    Neither method waits. If a method can't finish at once, it does nothing and the caller uses ASGI messages.
     """
 
     def received_body(self) -> bytes | None:
-        """The request's body, if it was received whole and no part of it was read yet."""
+        """The request's body if all of it was received and none of it was read yet; otherwise None."""
         ...
 
     def send_response(self, status: int, headers: Sequence[Header], body: bytes) -> bool:
-        """Send a complete response and its length. Returns False if nothing was sent."""
+        """Send a complete response with its Content-Length. Returns False if nothing was sent."""
         ...
 
 
 _STRINGS: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NOT_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
-_STEPS: Final = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_DEPTH_CHANGES: Final = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
 def json_depth(raw: bytes) -> int:
-    """The nesting depth of the arrays and objects of a JSON text. For malformed text, at least a parser's depth."""
+    """The nesting depth of the arrays and objects of a JSON text. For malformed text, at least
+    the depth that a parser reaches before its error."""
     brackets = _STRINGS.sub(b"", raw).translate(None, _NOT_BRACKETS)
-    return max(accumulate(map(_STEPS.__getitem__, brackets)), default=0)
+    return max(accumulate(map(_DEPTH_CHANGES.__getitem__, brackets)), default=0)
 
 
 def decode_json(raw: bytes, decoder: msgspec.json.Decoder[Body], refusal: str = INVALID_JSON) -> Body:
     """Decode a body.
 
-    Raises ApiError 400 with the text `refusal` unless it is UTF-8 JSON of the right shape and depth.
+    Raises ApiError 400 with the text `refusal` unless the body is UTF-8 JSON of the right shape and depth.
     """
     if raw.count(b"[") + raw.count(b"{") > limits.JSON_DEPTH_MAX and json_depth(raw) > limits.JSON_DEPTH_MAX:
         raise bad_request(refusal)
     try:
         if not raw.isascii():
-            raw.decode("utf-8")  # the decoder does not look at the text of fields that it skips
+            raw.decode("utf-8")  # the decoder doesn't check the UTF-8 of fields that it skips
         return decoder.decode(raw)
     except (msgspec.DecodeError, ValueError, RecursionError):
         # ValueError: text that is not UTF-8, or a number with more digits than Python converts
@@ -118,8 +119,10 @@ class Request:
         """The user whose signature was verified."""
         self.path_params: dict[str, str] = {}
         self.route = ""
-        """The template of the path, for logs and metrics: it holds no text of a client."""
-        self.direct: DirectChannel | None = scope.pop(DIRECT, None)  # it refers to the scope: a cycle is freed late
+        """The path template, for logs and metrics. It contains no client input."""
+        self.direct: DirectChannel | None = scope.pop(
+            DIRECT, None
+        )  # it refers to the scope, and a reference cycle is freed late
         self._receive = receive
         self._query_params: dict[str, str] | None = None
 
@@ -136,14 +139,14 @@ class Request:
         return access.resolve_author(self.user, self.headers, self.query_params, body_author)
 
     def required_author(self, body_author: str | None = None) -> str:
-        """As `author`; raises ApiError 400 also if there is none."""
+        """Like `author`, but also raises ApiError 400 if there is no author."""
         author = self.author(body_author)
         if author is None:
             raise bad_request(AUTHOR_REQUIRED)
         return author
 
     def idempotency(self, author: str) -> Idempotency | None:
-        """From the header `Idempotency-Key`, if there is one. Raises ApiError 400 if it is malformed."""
+        """The idempotency key of the header `Idempotency-Key`, or None. Raises ApiError 400 if it is malformed."""
         key = self.headers.get(head.IDEMPOTENCY_KEY)
         if key is None:
             return None
@@ -152,7 +155,7 @@ class Request:
         return Idempotency(scope=self.principal.scope(author), key=key.decode("ascii"))
 
     def id_from_path(self, name: str, missing: str) -> str:
-        """An id in the path. Raises ApiError 404 with the text `missing` for one that no record can have."""
+        """The id in the path parameter `name`. Raises ApiError 404 with the text `missing` if it is not a valid id."""
         value = self.path_params[name]
         if not limits.ID_PATTERN.fullmatch(value):
             raise not_found(missing)
@@ -164,14 +167,14 @@ class Request:
         return decode_json(await self.body(), decoder, refusal)
 
     def received_body(self) -> bytes | None:
-        """The whole body if it was already received; None if it has to be waited for. Raises ApiError 413."""
+        """The whole body if it was already received, otherwise None. Raises ApiError 413 if it is too large."""
         received = self.direct.received_body() if self.direct is not None else None
         if received is not None and len(received) > limits.REQUEST_BYTES_MAX:
             raise too_large()
         return received
 
     async def body(self) -> bytes:
-        """The whole body. Raises ApiError 413 past the bound, ClientGoneError if the client closed before its end."""
+        """The whole body. Raises ApiError 413 if it is too large, ClientGoneError if the client disconnected."""
         received = self.received_body()
         if received is not None:
             return received
@@ -207,7 +210,10 @@ class Request:
                 return b"".join(parts)
 
     async def _discard(self, expected: int) -> None:
-        """Read a body that is too large, up to a bound, so that the client reads the response. Raises ApiError 413."""
+        """Raise ApiError 413. First read the rest of the body, up to a bound, so that the client can read the response.
+
+        Raises ClientGoneError if the client closed the connection.
+        """
         waits_for_continue = head.EXPECT in self.headers
         if waits_for_continue or expected > limits.DISCARDED_BYTES_MAX:
             raise too_large(CLOSE_HEADERS)

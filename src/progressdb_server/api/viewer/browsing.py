@@ -1,8 +1,8 @@
-"""What the viewer shows, read from the store and the key service.
+"""Reads the threads, messages and keys that the viewer shows from the store and the key service.
 
-Owns: the pages of threads and messages, and which keys protect a record. Invariants: the cost of a page depends on what
-it shows and not on the size of its thread: at most `PAGE_THREADS`, `PAGE_MESSAGES` or `VERSIONS_MAX` records are
-decrypted; the key of a record is read from the record itself and not from the thread's metadata. It must never write.
+Owns: the pages of threads and messages, and which keys protect a record. Invariants: the cost of a page does not depend
+on the size of its thread: at most `PAGE_THREADS`, `PAGE_MESSAGES` or `VERSIONS_MAX` records are decrypted. The key of a
+record is read from the record itself and not from the thread's metadata. It must never write.
 """
 
 from __future__ import annotations
@@ -19,17 +19,22 @@ PAGE_THREADS: Final = 50
 PAGE_MESSAGES: Final = 50
 VERSIONS_MAX: Final = 200
 KEY_PAGES_MAX: Final = 4
-"""Pages of a thread's keys that are read. A record under a later key is shown without the details of its key."""
+"""At most so many pages of a thread's keys are read. A record under a key on a later page is shown with the key's id
+only."""
 
 
 class ThreadPage(NamedTuple):
     threads: list[Thread]
-    older: str
-    """Cursor of the next page; empty on the last."""
+    next_cursor: str
+    """Cursor of the next page; empty on the last page."""
 
 
 class Protection(NamedTuple):
-    """The keys of one record. Times are Unix nanoseconds, 0 if the key service does not give one."""
+    """The keys of one record.
+
+    `dek_since_ns` and `kek_since_ns`: the earliest time from which the DEK and the KEK can have protected the record,
+    in Unix nanoseconds; 0 if the key service gives no time.
+    """
 
     key_id: str
     state: str
@@ -38,8 +43,8 @@ class Protection(NamedTuple):
     kek_since_ns: int
 
 
-class Shown(NamedTuple):
-    """A message with the number of its versions and the protection of the latest."""
+class ShownMessage(NamedTuple):
+    """The latest version of a message, its keys, and the number of versions."""
 
     message: Message
     versions: int
@@ -47,7 +52,7 @@ class Shown(NamedTuple):
 
 
 class MessagePage(NamedTuple):
-    messages: list[Shown]
+    messages: list[ShownMessage]
     older: bool
     newer: bool
 
@@ -71,22 +76,24 @@ class Browser:
         self._provider = provider
 
     async def threads(self, *, author: str, id_prefix: str, cursor: str) -> ThreadPage:
-        """Threads, newest first; with `id_prefix`, in the order of ids."""
-        ids, older = self._store.thread_page(author=author, id_prefix=id_prefix, cursor=cursor, limit=PAGE_THREADS)
+        """Threads, newest first. With `id_prefix`: the threads whose ids begin with it, in the order of ids."""
+        ids, next_cursor = self._store.thread_page(
+            author=author, id_prefix=id_prefix, cursor=cursor, limit=PAGE_THREADS
+        )
         threads = await self._store.listed_threads(ids)
         if id_prefix and author:
             threads = [thread for thread in threads if thread.author == author]
-        return ThreadPage(threads, older)
+        return ThreadPage(threads, next_cursor)
 
     async def messages(self, thread: str, *, before: str = "", after: str = "") -> MessagePage:
-        """The most recent messages, or those next to a cursor. Raises MessageNotFoundError for a malformed cursor."""
+        """The newest messages, or those next to a message id. Raises MessageNotFoundError for a malformed id."""
         found, more = await self._store.message_page(
             thread, before=before, after=after, limit=PAGE_MESSAGES, versions_max=VERSIONS_MAX
         )
         if not found:
             return MessagePage([], older=bool(after), newer=bool(before))
         keys = await self._keys(thread)
-        shown = [Shown(version.message, version.versions, _protection(version, keys)) for version in found]
+        shown = [ShownMessage(version.message, version.versions, _protection(version, keys)) for version in found]
         return MessagePage(shown, older=bool(after) or more, newer=bool(before) or (bool(after) and more))
 
     async def message(self, message: str) -> VersionPage:
@@ -97,7 +104,7 @@ class Browser:
 
     # --- keys -----------------------------------------------------------------------------------------------------
     async def _keys(self, thread: str) -> _Keys:
-        """The keys as the key service lists them. Empty if it does not: the messages can be shown without."""
+        """The thread's DEKs and all KEKs, as far as the key service lists them. Messages can be shown without them."""
         deks: dict[str, api.KeyAnswer] = {}
         try:
             pages = 0
@@ -121,20 +128,20 @@ def _protection(version: StoredVersion, keys: _Keys) -> Protection:
     return Protection(
         key_id=version.key_id,
         state=key.state,
-        dek_since_ns=max(made_ns, version.message.ts),  # a rotation re-encrypts records after it made the key
+        dek_since_ns=max(made_ns, version.message.ts),  # the key is newer than the record if a rotation re-encrypted it
         kek_version=key.kek_version,
         kek_since_ns=max(made_ns, kek_ns) if kek_ns else 0,
     )
 
 
 def nanoseconds(rfc3339: str) -> int:
-    """Unix nanoseconds of a time as the key service writes it; 0 if it is malformed."""
+    """The time as Unix nanoseconds, rounded down to the second; 0 if it is malformed."""
     try:
         return int(datetime.fromisoformat(rfc3339).timestamp()) * 1_000_000_000
     except ValueError:
         return 0
 
 
-def shown_time(ns: int) -> str:
-    """To the second, in UTC; empty for 0."""
+def format_time(ns: int) -> str:
+    """The time in UTC, to the second. An empty text for 0, which means unknown."""
     return datetime.fromtimestamp(ns // 1_000_000_000, UTC).strftime("%Y-%m-%d %H:%M:%S") if ns else ""

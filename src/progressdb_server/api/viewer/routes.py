@@ -45,7 +45,7 @@ from progressdb_server.api.openapi.description import (
 from progressdb_server.api.routes import pages
 from progressdb_server.api.routes.errors import MESSAGE_NOT_FOUND, THREAD_NOT_FOUND, api_error
 from progressdb_server.api.routes.table import Handler, Operation
-from progressdb_server.api.viewer.browsing import Browser, shown_time
+from progressdb_server.api.viewer.browsing import Browser, format_time
 from progressdb_server.api.viewer.sessions import Session, Sessions, new_token, same
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import UNFINISHED, Job
@@ -305,7 +305,7 @@ def _text(body: object, chars_max: int | None = TEXT_CHARS_MAX) -> str:
     return text if chars_max is None or len(text) <= chars_max else text[:chars_max] + " …"
 
 
-_HELPERS: Final[dict[str, Any]] = {"shown_time": shown_time, "text": _text}
+_HELPERS: Final[dict[str, Any]] = {"format_time": format_time, "text": _text}
 
 
 def _page(name: str, session: Session, **values: Any) -> Response:

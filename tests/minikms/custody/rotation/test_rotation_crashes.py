@@ -1,6 +1,6 @@
-"""A kill or a failing disk at any system call of a key change loses no key.
+"""No key is lost when the daemon is killed, or the disk fails, at any system call of a key change.
 
-Every run takes a part of the points; `make torture` takes all of them and prints their number.
+`make test` tests a sample of the system calls. `make torture` kills the daemon at each one and prints their number.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from tests.minikms.custody.rotation.attacks import CHANGES, Attack, Change
 from tests.minikms.custody.rotation.crash_points import STATE_CALLS, THREADS, Point, Prepared
 
 KEYS = 50
-SLICE = (
+KILL_SAMPLE = (
     Point("disk", "fsync", 1),  # the keyring's temporary file
-    Point("disk", "rename,renameat,renameat2", 1),  # the keyring in place
-    Point("main", "write", 1),  # the line that says it has begun
-    Point("disk", "link,linkat", 30),  # backups
+    Point("disk", "rename,renameat,renameat2", 1),  # renaming it to the keyring
+    Point("main", "write", 1),  # the line about the start of the rotation
+    Point("disk", "link,linkat", 30),  # backups of key files
     Point("disk", "syncfs", 1),
-    Point("disk", "rename,renameat,renameat2", 25),  # half of the files
+    Point("disk", "rename,renameat,renameat2", 25),  # after half of the key files
     Point("disk", "syncfs", 2),
-    Point("audit", "fdatasync", 2),  # the line that says it is done
+    Point("audit", "fdatasync", 2),  # the line about the end of the rotation
 )
-FAULTS = (
+DISK_FAULTS = (
     (Point("disk", "write", 20), "error=ENOSPC"),
     (Point("disk", "syncfs", 1), "error=EIO"),
     (Point("audit", "fdatasync", 1), "error=EIO"),
@@ -45,22 +45,22 @@ def prepared(tmp_path: Path) -> Prepared:
 def test_a_rotation_killed_at_a_system_call_completes_after_a_restart(
     prepared: Prepared, tmp_path: Path, change: Change
 ) -> None:
-    """Every DEK decrypts what it encrypted, under the root key that the operator still has."""
+    """Each DEK still decrypts its ciphertext, and the operator's root key still opens the keyring."""
     attack = Attack(prepared, tmp_path, change)
-    for point in SLICE[:: 1 if change == "rotate to a new root key" else 2]:
+    for point in KILL_SAMPLE[:: 1 if change == "rotate to a new root key" else 2]:
         assert attack.strike(point, "signal=KILL"), f"{point} was not reached"
 
 
 def test_a_rotation_on_a_failing_disk_loses_no_key_and_completes(prepared: Prepared, tmp_path: Path) -> None:
-    """The daemon continues with what is durable, and its next attempt or a retry completes."""
+    """The daemon continues from the last durable state. Its own next attempt, or a repeated request, completes."""
     attack = Attack(prepared, tmp_path, "rotate to a new root key")
-    for point, action in FAULTS:
+    for point, action in DISK_FAULTS:
         assert attack.strike(point, action), f"{point} was not reached"
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize("change", CHANGES)
-def test_every_kill_of_every_change(
+def test_a_kill_at_any_system_call_of_any_change_loses_no_key(
     prepared: Prepared, tmp_path: Path, change: Change, capsys: pytest.CaptureFixture[str]
 ) -> None:
     attack = Attack(prepared, tmp_path, change)
@@ -74,10 +74,10 @@ def test_every_kill_of_every_change(
 @pytest.mark.torture
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_every_refusal_of_the_disk_in_every_change(
+def test_a_disk_error_at_a_system_call_of_any_change_loses_no_key(
     prepared: Prepared, tmp_path: Path, change: Change, error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A sample of the many equal calls on files (each fifth), every one of the few on the keyring and the audit log."""
+    """Tests the first ten calls of each kind, then each fifth: most of the later ones are equal calls on key files."""
     attack = Attack(prepared, tmp_path, change)
     numbers = (*range(1, 11), *range(15, 300, 5))
     for thread, calls in itertools.product(("main", "disk", "audit"), STATE_CALLS):
