@@ -17,6 +17,7 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import NoReturn
@@ -64,6 +65,33 @@ def root() -> None:
     """Continue only as root (effective uid 0)."""
     if os.geteuid() != 0:
         _missing("root", only_root_can=True)
+
+
+@functools.cache
+def runs_as(uid: int) -> bool:
+    """Whether root can start this interpreter, with the project in it, as the user `uid`."""
+    command = [sys.executable, "-c", "import minikms"]
+    try:
+        tried = subprocess.run(
+            command,
+            cwd="/",
+            user=uid,
+            group=uid,
+            extra_groups=(),
+            capture_output=True,
+            timeout=PROBE_S_MAX,
+            check=False,
+        )
+    except PermissionError:
+        return False
+    return tried.returncode == 0
+
+
+def interpreter_for(uid: int) -> None:
+    """Continue only as root, where the user `uid` can run this interpreter. No package can move it or the project."""
+    root()
+    if not runs_as(uid):
+        pytest.skip("needs an interpreter and a project outside the private directories of root")
 
 
 def namespaces(*kinds: str) -> str:

@@ -44,7 +44,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A directory that every user can enter, with the data directory and the key file of the service's user."""
-    needs.root()
+    needs.interpreter_for(SERVICE_UID)
     with tempfile.TemporaryDirectory(prefix="minikms-test-") as name:
         base = Path(name)
         base.chmod(0o755)
