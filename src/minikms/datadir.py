@@ -41,7 +41,7 @@ from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
 from minikms.custody.leases import Leases
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
-from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
+from minikms.errors import AuditUnavailableError, MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys import keyring
 from minikms.keys.dek import key_id_to_bytes
 from minikms.keys.unlocked import UnlockedKeyring
@@ -147,7 +147,7 @@ def open_for_service(
 
     `disk` and `journal` wait for the disk, one job at a time: key files and keyring, and the use leases.
 
-    Raises StartError, StorageUnavailableError, AuditUnavailableError, OSError; nothing stays open then.
+    Raises StartError, which names a file that can't be written and the reason, and OSError; nothing stays open then.
     """
     directory = lock.directory
     nonces = NonceSource()
@@ -159,22 +159,25 @@ def open_for_service(
         seen = highest_epoch(directory)
         if not options.accept_restore:
             _check_newest(epoch, seen)
-        log = open_audit_log(
-            directory,
-            unlocked,
-            # Epoch 1: the keyring was made, and no start has come so far as to raise it.
-            expected=ExpectedLog(exists=epoch > 1, head=options.expect_audit_head),
-            accept_loss=options.accept_audit_loss,
-            fsync=options.audit_fsync,
-            hash_thread_ids=options.audit_hash_thread_ids,
-            limits=options.audit_limits,
-        )
+        with written_at_start(os.path.join(directory, LOG_NAME)):
+            log = open_audit_log(
+                directory,
+                unlocked,
+                # Epoch 1: the keyring was made, and no start has come so far as to raise it.
+                expected=ExpectedLog(exists=epoch > 1, head=options.expect_audit_head),
+                accept_loss=options.accept_audit_loss,
+                fsync=options.audit_fsync,
+                hash_thread_ids=options.audit_hash_thread_ids,
+                limits=options.audit_limits,
+            )
         undo.callback(_close_unused, log)
-        lease_store = LeaseStore.open(lock.directory_fd, create=epoch == 1)
-        undo.callback(lease_store.close)
-        if seen > epoch:
-            lease_store.add_restore_uses(key_id_to_bytes(rotation_backups.newest_key_id(directory)))
-        _raise_epoch(unlocked, file, seen_epoch=seen)
+        with written_at_start(f"{os.path.join(directory, JOURNAL_NAME)} or {SNAPSHOT_NAME} beside it"):
+            lease_store = LeaseStore.open(lock.directory_fd, create=epoch == 1)
+            undo.callback(lease_store.close)
+            if seen > epoch:
+                lease_store.add_restore_uses(key_id_to_bytes(rotation_backups.newest_key_id(directory)))
+        with written_at_start(os.path.join(directory, keyring_file.NAME)):
+            _raise_epoch(unlocked, file, seen_epoch=seen)
         store = deks.DekStore(directory, disk)
         undo.callback(store.close)
         backups = rotation_backups.RotationBackups(directory)
@@ -216,11 +219,26 @@ def open_keyring(
             at=_now(),
         )
     try:
-        file.store_now(unlocked.encode(unlocked.body))
+        with written_at_start(os.path.join(directory, keyring_file.NAME)):
+            file.store_now(unlocked.encode(unlocked.body))
     except BaseException:
         unlocked.release()
         raise
     return OpenedKeyring(unlocked, unlocked.body.slots[0], made=True)
+
+
+@contextmanager
+def written_at_start(path: str) -> Iterator[None]:
+    """Turns a failure of the disk into a StartError for the operator: `path`, the reason, and what to do."""
+    try:
+        yield
+    except (StorageUnavailableError, AuditUnavailableError, OSError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        reason = (isinstance(cause, OSError) and cause.strerror) or str(error)
+        raise StartError(
+            f"{path} can't be read or written: {reason}. Free space on its file system, or correct what the reason "
+            "says, and start again"
+        ) from error
 
 
 def _check_is_new(directory: str) -> None:

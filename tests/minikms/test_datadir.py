@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +26,7 @@ from minikms.errors import StartError
 from minikms.keys.dek import make_key_id
 from minikms.memory.arena import SecretArena
 from minikms.roots.providers import DevelopmentKey, KeyFile, RootProvider
+from tests import needs
 from tests.harness.vaults import key_file
 
 
@@ -60,6 +65,35 @@ def one(tmp_path: Path) -> Iterator[Opener]:
 
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize(
+    ("existing", "free_blocks", "name"),
+    [(False, 1, "keyring.json"), (False, 2, "minikms-audit.log"), (True, 0, "keyring.json")],
+)
+def test_a_start_on_a_full_disk_names_the_file_and_the_reason(
+    tmp_path: Path, existing: bool, free_blocks: int, name: str
+) -> None:
+    """A file system with few free blocks of 4 KiB, in a mount namespace of its own."""
+    needs.root()
+    unshare = needs.namespaces("mount")
+    needs.program("mount")
+    base = tmp_path / "small"
+    base.mkdir()
+    serve = shlex.join([sys.executable, "-m", "minikms", "--socket", str(tmp_path / "s"), "--data-dir", f"{base}/d"])
+    serve += f" --master-key-file {key_file(tmp_path)}"
+    make = shlex.join([sys.executable, "-m", "minikms", "init", "--data-dir", f"{base}/d"])
+    make += f" --master-key-file {key_file(tmp_path)}"
+    script = f"mount -t tmpfs -o size=8m none {base}; mkdir -m 700 {base}/d; "
+    script += f"{make} >&2 && " if existing else ""
+    script += f"cat /dev/zero > {base}/fill; truncate -s -{free_blocks * 4096} {base}/fill; "
+    script += f"timeout 20 {serve} 2>&1; true"
+    done = subprocess.run(
+        [unshare, "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=90, check=True
+    )
+    assert re.search(rf"^minikms: {base}/d/{name} .*No space left on device\. Free space", done.stdout, re.MULTILINE), (
+        done.stdout + done.stderr
+    )
 
 
 def test_without_a_root_key_serve_refuses_and_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,13 +19,14 @@ from typing import NamedTuple
 
 from minikms.audit import Event
 from minikms.audit.maintenance import Maintenance
+from minikms.audit.reader import LOG_NAME
 from minikms.audit.turns import TurnAudit
 from minikms.custody.rotation import KekRotation, Pruning
 from minikms.custody.vault import Indexing
 from minikms.daemon.application import Application, Session
 from minikms.daemon.settings import Settings
 from minikms.daemon.status import StatusPage
-from minikms.datadir import DataDir
+from minikms.datadir import DataDir, written_at_start
 from minikms.http import HttpServer, Limits
 from minikms.memory import libc
 from minikms.memory.arena import SecretArena, SecretSlot
@@ -123,12 +124,17 @@ class Parts:
         page.server = self.server
 
     async def begin(self) -> None:
-        """The first line of this run, and what an earlier one left to do. Raises AuditUnavailableError."""
+        """The first line of this run, and what an earlier one left to do.
+
+        Raises StartError when the line can't be written.
+        """
         body = self.vault.keyring.body
         facts: dict[str, str | int] = {"epoch": body.epoch, "kek_version": body.wrapping_kek.version}
         if self._data.seen_epoch > self._data.found_epoch:
             facts |= {"restore_accepted": self._data.found_epoch, "epoch_before": self._data.seen_epoch}
-        await self.audit.add_written(Event(type="start", actor="minikms", pid=os.getpid(), facts=facts), durable=True)
+        event = Event(type="start", actor="minikms", pid=os.getpid(), facts=facts)
+        with written_at_start(os.path.join(self._data.log.directory, LOG_NAME)):
+            await self.audit.add_written(event, durable=True)
         await self.keks.drop_older_roots()
         self.keks.ensure_running()
 

@@ -154,10 +154,13 @@ def parse(data: bytes, key_id: str) -> DekRecord:
     try:
         record = _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        raise KeyUnreadableError(f"the file of key {key_id} is damaged or of an unknown format version") from None
+        raise KeyUnreadableError(
+            f"the file of key {key_id} is damaged or of an unknown format version; restore it from a backup"
+        ) from None
     if record.format != FORMAT:
         raise KeyUnreadableError(
-            f"the file of key {key_id} has format version {record.format}; this program reads {FORMAT}"
+            f"the file of key {key_id} has format version {record.format}; this program reads {FORMAT}: start the "
+            "program that wrote it, or restore the file from a backup"
         )
     if record.id != key_id:
         raise KeyUnreadableError(f"the file of key {key_id} holds another key's record")

@@ -192,6 +192,12 @@ class File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 _file_decoder = msgspec.json.Decoder(File)
+WAY_OUT: Final = (
+    "restore keyring.json from a backup: `minikms backup list` shows the backups, docs/runbook.md has the steps, and "
+    "`minikms doctor` checks every file"
+)
+"""What to do about a keyring that can't be used. Ends the text of a StartError."""
+
 _body_decoder = msgspec.json.Decoder(Body)
 _encoder = msgspec.json.Encoder()
 
@@ -211,19 +217,48 @@ def parse_file(data: bytes) -> tuple[Body, bytes, bytes]:
         body_bytes = bytes(file.body)
         body = _body_decoder.decode(body_bytes)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        raise StartError(
-            "the keyring is damaged or of an unknown format version; restore keyring.json from a backup"
-        ) from None
+        if (version := _version_of(data)) > VERSION:
+            raise StartError(_newer_text(version)) from None
+        raise StartError(f"the keyring is damaged or of an unknown format version; {WAY_OUT}") from None
+    if body.format == FORMAT and body.version > VERSION:
+        raise StartError(_newer_text(body.version))
     if body.format != FORMAT or body.version != VERSION:
-        raise StartError(f"the keyring has format {body.format!r} version {body.version}; this program reads {VERSION}")
+        raise StartError(
+            f"the keyring has format {body.format!r} version {body.version}; this program reads {VERSION}; {WAY_OUT}"
+        )
     check(body)
     return body, body_bytes, file.tag
+
+
+class _Versioned(msgspec.Struct):
+    format: str
+    version: int
+
+
+class _VersionedFile(msgspec.Struct):
+    body: _Versioned
+
+
+def _version_of(data: bytes) -> int:
+    """The format version of a keyring whose other members this program may not know; 0 if it has none."""
+    try:
+        body = msgspec.json.decode(data, type=_VersionedFile).body
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return 0
+    return body.version if body.format == FORMAT else 0
+
+
+def _newer_text(version: int) -> str:
+    return (
+        f"a newer program wrote the keyring: it has format version {version}, and this program reads {VERSION}. Start "
+        "the newer version of miniKMS, or restore a backup that this version made (docs/runbook.md)"
+    )
 
 
 def check(body: Body) -> None:
     """Raises StartError if the body breaks an invariant of this module."""
     if not (_keks_agree(body) and _slots_agree(body) and _audit_keys_agree(body) and body.epoch >= 1):
-        raise StartError("the keyring is inconsistent; restore keyring.json from a backup")
+        raise StartError(f"the keyring is inconsistent; {WAY_OUT}")
 
 
 def _keks_agree(body: Body) -> bool:

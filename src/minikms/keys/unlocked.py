@@ -88,18 +88,18 @@ class UnlockedKeyring:
         if slot is None:
             raise StartError(wrong_root_text(body, given))
         if not hmac.compare_digest(roots.commitment(root, slot.slot_id), slot.commitment):
-            raise StartError("the keyring's slot does not belong to this root key; restore keyring.json from a backup")
+            raise StartError(f"the keyring's slot does not belong to this root key; {keyring.WAY_OUT}")
         unlocked = cls(arena, nonces, body)
         with unlocked._released_on_failure():
             try:
                 unlocked._open_keyring_key(root, slot)
                 aead.check_authentic(unlocked.keyring_key.view, tag, labels.aad(labels.KEYRING, body_bytes))
             except DecryptionError:
-                raise StartError("the keyring was altered or is damaged; restore keyring.json from a backup") from None
+                raise StartError(f"the keyring was altered or is damaged; {keyring.WAY_OUT}") from None
             try:
                 unlocked._open_keys()
             except DecryptionError:
-                raise StartError("a key of the keyring does not open; restore keyring.json from a backup") from None
+                raise StartError(f"a key of the keyring does not open; {keyring.WAY_OUT}") from None
         return unlocked, slot
 
     @property

@@ -75,7 +75,10 @@ def make_key_file(path: Path, arena: SecretArena) -> None:
     with arena.allocate() as key:
         fill_random(key.view)
         with key_text(key, arena) as text:
-            temporary = _write_key_text(path, text, _KEY_FILE_MODE)
+            try:
+                temporary = _write_key_text(path, text, _KEY_FILE_MODE)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -187,7 +190,8 @@ def _read(fd: int, arena: SecretArena, what: str) -> SecretSlot:
         slot.release()
         if isinstance(error, KeyTextError):
             raise StartError(
-                f"{what} must hold exactly 64 hexadecimal characters; make one with: openssl rand -hex 32"
+                f"{what} must hold exactly 64 hexadecimal characters: put your copy of it back; only for a new data "
+                "directory, make one with: openssl rand -hex 32"
             ) from None
         raise
     return slot

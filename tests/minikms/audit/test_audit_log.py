@@ -162,7 +162,7 @@ def test_lines_are_signed_within_a_minute(tmp_path: Path) -> None:
     log.close()
 
 
-def test_lines_are_signed_and_the_reserve_is_refilled_while_the_clock_is_behind(tmp_path: Path, faults: Faults) -> None:
+def test_the_log_is_signed_and_its_reserve_kept_while_the_clock_is_behind(tmp_path: Path, faults: Faults) -> None:
     """The wall clock is set back by a day; only the monotonic clock says that time passes."""
     wall, monotonic = Clock(), Clock(now=0, step=0)
     log = open_log(tmp_path, clock=wall, monotonic_ns=monotonic, limits=Limits(reserve_bytes=256 * 1024))

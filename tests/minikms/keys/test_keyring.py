@@ -214,6 +214,15 @@ def test_an_unknown_format_or_version_is_named(unlocked: UnlockedKeyring, change
         keyring.parse_file(_altered(unlocked, **change))
 
 
+@pytest.mark.parametrize("members", [{}, {"quorum": 2}, {"epoch": "a text"}])
+def test_a_newer_format_says_to_start_the_newer_program(unlocked: UnlockedKeyring, members: dict[str, object]) -> None:
+    """Whatever other members it has: the file is not damaged, so a backup is the second choice."""
+    with pytest.raises(
+        StartError, match=r"a newer program wrote the keyring: it has format version 2.*Start the newer"
+    ):
+        keyring.parse_file(_altered(unlocked, version=2, **members))
+
+
 def test_an_unknown_field_is_refused(
     unlocked: UnlockedKeyring,
 ) -> None:

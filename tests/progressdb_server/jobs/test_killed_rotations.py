@@ -26,11 +26,12 @@ from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import Message, NewMessage, StoreUnavailableError
 from progressdb_server.store.rocks import RocksEngine
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.scripts import interpreter_words
 from tests.progressdb_server.jobs.killed_server import THREAD
 from tests.progressdb_server.jobs.rotating import backups_of, keys_of_records, mapped
 from tests.progressdb_server.store.opened_store import messages_of
 
-SERVER = str(Path(__file__).with_name("killed_server.py"))
+SERVER = interpreter_words("tests.progressdb_server.jobs.killed_server")
 Acknowledged = dict[str, list[Message]]
 
 
@@ -86,7 +87,7 @@ def kill_at_every_write(directory: Path, records: int, chunk: int) -> int:
     """How many servers were killed."""
     with LiveDaemon(directory) as daemon:
         acknowledged = asyncio.run(fill(directory, daemon.socket, records))
-        command = [sys.executable, SERVER, str(directory), str(daemon.socket), str(chunk)]
+        command = [sys.executable, *SERVER, str(directory), str(daemon.socket), str(chunk)]
         killed = 0
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as zygote:
             assert zygote.stdin is not None and zygote.stdout is not None
@@ -200,7 +201,7 @@ def test_the_kill_is_really_at_a_write_of_the_job(tmp_path: Path) -> None:
     """The proof above depends on this: a server that ends before its first row leaves none."""
     with LiveDaemon(tmp_path) as daemon:
         asyncio.run(fill(tmp_path, daemon.socket, 3))
-        command = [sys.executable, SERVER, str(tmp_path), str(daemon.socket), "2"]
+        command = [sys.executable, *SERVER, str(tmp_path), str(daemon.socket), "2"]
         told = subprocess.run(command, input=b"before 1\n", stdout=subprocess.PIPE, check=True).stdout
         assert msgspec.json.decode(told.splitlines()[-1]) == {"ended": -signal.SIGKILL}
         engine = RocksEngine(str(tmp_path / "db"))
