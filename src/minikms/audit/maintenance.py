@@ -274,10 +274,15 @@ class Maintenance:
         else:
             self._faults.pop("forwarding", None)
 
+    @property
+    def faults(self) -> dict[str, str]:
+        """The reason by job, of each job that failed the last time."""
+        return dict(self._faults)
+
     def status(self) -> dict[str, object]:
         """{"faults": {job: reason}, "forwarded": lines since the start, or None without a forwarder}"""
         return {
-            "faults": dict(self._faults),
+            "faults": self.faults,
             "forwarded": None if self._forwarding is None else self._forwarded,
         }
 

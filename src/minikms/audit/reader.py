@@ -115,7 +115,7 @@ def fsync_directory(directory: str) -> None:
 
 
 class DamagedSegmentError(MiniKmsError):
-    """A segment can't be read to its end: it does not decompress, or has a line without an end."""
+    """A segment can't be read to its end: it does not decompress, has a line without an end, or its `seq` jumps."""
 
     code: ClassVar[str] = "audit_damaged"
 
@@ -323,16 +323,22 @@ class Follower:
         self._last_number = 0
         self._seen: tuple[int, int] | None = None
         self._ended = False
+        self._file_seq = 0
+        """The last `seq` read from the current file."""
+        self._fault = ""
 
     def read(self, count: int = LINES_AT_A_TIME) -> list[bytes]:
         """Up to `count` more lines without their newlines, none if there are none yet.
 
-        Raises OSError and DamagedSegmentError.
+        Raises OSError, and DamagedSegmentError, also where the `seq` of two adjacent lines does not increase by one:
+        a reader that skipped to a forged `seq` would pass over every true line after it.
         """
         lines: list[bytes] = []
-        while len(lines) < count and self._open():
+        while len(lines) < count and not self._fault and self._open():
             if not self._read_from_file(lines, count):
                 break
+        if self._fault and not lines:
+            raise DamagedSegmentError(self._fault)
         return lines
 
     def close(self) -> None:
@@ -347,7 +353,7 @@ class Follower:
             self._ended = False
         if self._file is None:
             self._file = next_segment(self._directory, self._last_number, self._seen)
-            self._offset = 0
+            self._offset = self._file_seq = 0
             if self._file is None:
                 return False
             self._last_number = max(self._last_number, self._file.number or self._last_number + 1)
@@ -363,9 +369,18 @@ class Follower:
             file.seek(self._offset)
         for line in file.lines():
             self._offset += len(line) + 1
+            seq = record.peek_seq(line)
+            if seq and self._file_seq and seq != self._file_seq + 1:
+                self._fault = (
+                    f"line {self._file_seq} of the audit log is followed by a line with number {seq}: run "
+                    "`minikms audit verify`"
+                )
+                self._ended = False
+                return False
+            self._file_seq = seq or self._file_seq
             if _CLOSE_MARK in line:
                 self._ended = True
-            if (seq := record.peek_seq(line)) > self._after_seq:
+            if seq > self._after_seq:
                 self._after_seq = seq
                 lines.append(line)
                 if len(lines) >= count and not file.compressed:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, Protocol
 
 from minikms.audit import record
-from minikms.audit.reader import FILE_MODE, LINES_AT_A_TIME, Follower
+from minikms.audit.reader import FILE_MODE, LINES_AT_A_TIME, DamagedSegmentError, Follower
 from minikms.audit.recovery import write_whole
 
 _TAIL_BYTES: Final = 2 * record.LINE_BYTES_MAX
@@ -53,7 +53,13 @@ class Forwarding:
         next call asks the forwarder for its position again.
         """
         if self._follower is None:
-            self._follower = Follower(self._directory, after_seq=self._forwarder.position())
+            position = self._forwarder.position()
+            if position > head_seq:
+                raise DamagedSegmentError(
+                    f"the copy has line {position} and the audit log ends at line {head_seq}: run "
+                    "`minikms audit verify`, and forward to an empty copy"
+                )
+            self._follower = Follower(self._directory, after_seq=position)
         try:
             lines = self._held or self._follower.read(LINES_AT_A_TIME)
             ready = [line for line in lines if record.peek_seq(line) <= head_seq]

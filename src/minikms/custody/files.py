@@ -171,14 +171,21 @@ def is_stale_temp(name: str) -> bool:
     return name.startswith(TEMP_PREFIX) and not name.startswith(_PROCESS_TEMP_PREFIX)
 
 
-def sweep_temps(directory: int) -> int:
-    """Removes the temporary files of earlier processes; the number of them.
+def sweep_temps(directory: int, *, age_ns_min: int = 0) -> int:
+    """Removes the temporary files of earlier processes that are at least this old; the number of them.
 
-    Only for the owner of the directory's lock. It reads the whole directory, so the daemon calls it in a worker thread.
+    Only for the owner of the directory's lock; `age_ns_min` spares the files of other processes that write in the
+    directory without the lock. It reads the whole directory, so the daemon calls it in a worker thread.
     """
+    newest_ns = now_ns() - age_ns_min
     with _storage_errors("left-over temporary files cannot be removed"):
         with os.scandir(directory) as entries:
-            names = [entry.name for entry in entries if is_stale_temp(entry.name)]
+            names = [
+                entry.name
+                for entry in entries
+                if is_stale_temp(entry.name)
+                and (not age_ns_min or entry.stat(follow_symlinks=False).st_mtime_ns <= newest_ns)
+            ]
         for name in names:
             os.unlink(name, dir_fd=directory)
         if names:

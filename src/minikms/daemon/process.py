@@ -10,6 +10,7 @@ the lock. It must never serve before the epoch of this start is durable, or afte
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import os
 import signal
@@ -23,6 +24,7 @@ import structlog
 import uvloop
 
 from minikms.audit.log import FSYNC_INTERVAL_MS
+from minikms.custody.backup.register import ArchiveRegister
 from minikms.custody.files import DataDirLock, sweep_temps
 from minikms.daemon.accepting import (
     ACCEPT_PAUSE_SECONDS,
@@ -220,13 +222,16 @@ class Daemon:
     async def _sweep_temps(self, parts: Parts, reader: Executor) -> None:
         """Removes the temporary files of earlier processes; those that can't be removed stay for the next start."""
         loop = asyncio.get_running_loop()
-        for directory_fd in (
+        directories = (
             self._lock.directory_fd,
             parts.vault.store.directory_fd,
             parts.vault.rotation_backups.directory_fd,
-        ):
+        )
+        sweeps: list[Callable[[], object]] = [functools.partial(sweep_temps, directory) for directory in directories]
+        sweeps.append(ArchiveRegister(self._lock.directory).sweep_temps)
+        for sweep in sweeps:
             try:
-                await loop.run_in_executor(reader, sweep_temps, directory_fd)
+                await loop.run_in_executor(reader, sweep)
             except MiniKmsError as error:
                 self._log.warning("temporary files stay", why=str(error))
 

@@ -150,6 +150,11 @@ class StatusPage:
                 f"{self._vault.unreadable.count} key files can't be read, see keys.unreadable_files; restore them "
                 "from a backup"
             )
+        faults = self._upkeep.faults
+        found += [
+            f"the {job} of the audit log fails: {reason}. Correct this; the daemon tries again"
+            for job, reason in faults.items()
+        ]
         if not self._log.writable:
             found.append("the audit log can't be written, so every verb answers 503; free space on its file system")
         return found

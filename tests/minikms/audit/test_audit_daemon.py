@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import socket
 import subprocess
@@ -109,6 +110,18 @@ def test_no_request_is_answered_while_the_log_can_not_be_written(tmp_path: Path)
     assert daemon.verify()[0] == 0
     told = [event for event in events_of(daemon.data_dir / LOG) if event.type == "resumed"]
     assert sum(int(event.facts["dropped"]) for event in told) == dropped
+
+
+def test_a_forged_line_number_in_the_live_log_is_a_warning_of_the_status(tmp_path: Path) -> None:
+    """Without it the copy would end there silently."""
+    with serving(tmp_path, "--audit-copy", tmp_path / "copy") as daemon:
+        daemon.ask("GET", "/status")
+        last = (daemon.data_dir / LOG).read_bytes().splitlines(keepends=True)[-1]
+        with (daemon.data_dir / LOG).open("ab") as file:
+            file.write(re.sub(rb'"seq":[0-9]+', b'"seq":9000000000000000000', last, count=1))
+        wait_for(lambda: any("9000000000000000000" in text for text in daemon.ask("GET", "/status")[1]["warnings"]))
+    assert daemon.verify()[0] == 1
+    assert b"9000000000000000000" not in (tmp_path / "copy").read_bytes()
 
 
 def test_files_are_closed_and_compressed_while_serving(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -12,10 +13,10 @@ import pytest
 
 from minikms.audit import Event, queries, record
 from minikms.audit.log import CHORES_NS, Limits
-from minikms.audit.maintenance import compress_closed
-from minikms.audit.reader import Follower, last_lines, list_segments
-from minikms.audit.shipping import FileForwarder, Forwarding
-from tests.minikms.audit.logmaker import KEY1, LOG, Clock, encrypt_event, make_log, open_log, write_events
+from minikms.audit.maintenance import Maintenance, compress_closed
+from minikms.audit.reader import DamagedSegmentError, Follower, last_lines, list_segments
+from minikms.audit.shipping import FileForwarder, Forwarder, Forwarding
+from tests.minikms.audit.logmaker import KEY1, LOG, Clock, encrypt_event, lines_of, make_log, open_log, write_events
 
 SMALL_SEGMENTS = Limits(segment_bytes=3000, reserve_bytes=0)
 
@@ -161,10 +162,33 @@ def test_a_follower_waits_for_the_rest_of_a_line(tmp_path: Path, monkeypatch: py
     follower.close()
 
 
+def add_forged_line(directory: Path) -> None:
+    """A line with a huge `seq`, as a writer beside the daemon could append it, and then a true one."""
+    *lines, last = lines_of(directory)
+    forged = re.sub(rb'"seq":[0-9]+', b'"seq":9000000000000000000', last, count=1)
+    (directory / LOG).write_bytes(b"".join(line + b"\n" for line in (*lines, forged, last)))
+
+
+def test_a_follower_says_where_the_numbers_of_lines_jump(tmp_path: Path) -> None:
+    """It hands out the lines before, and then fails for ever: it must not wait for a line after the forged one."""
+    make_log(tmp_path, 5)
+    add_forged_line(tmp_path)
+    for after_seq, before in ((0, [1, 2, 3, 4, 5, 6]), (9_000_000_000_000_000_000, [])):
+        follower = Follower(str(tmp_path), after_seq=after_seq)
+        if before:
+            assert seqs(follower.read()) == before
+        for _ in range(2):
+            with pytest.raises(
+                DamagedSegmentError, match=r"line 6 of the audit log is followed by .* 9000000000000000000"
+            ):
+                follower.read()
+        follower.close()
+
+
 # --- sending elsewhere -----------------------------------------------------------------------------------------------
 
 
-class Collector:
+class Collector(Forwarder):
     """A forwarder that collects lines, and can fail before or after it has stored them."""
 
     write_paths: tuple[str, ...] = ()
@@ -219,6 +243,37 @@ def test_only_committed_lines_are_forwarded(tmp_path: Path) -> None:
     with closing(Forwarding(str(tmp_path), collector)) as forwarding:
         assert [forwarding.step(3), forwarding.step(3), forwarding.step(5), forwarding.step(7)] == [3, 0, 2, 2]
     assert seqs(collector.arrived) == list(range(1, 8))
+
+
+def test_a_forged_line_number_is_a_fault_of_the_forwarding_and_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    log = open_log(tmp_path / "log")
+    write_events(log, 5)
+    collector = Collector()
+    with closing(Maintenance(log, forwarder=collector)) as upkeep:
+        upkeep.work()
+        assert upkeep.faults == {}
+        with open(tmp_path / "log" / LOG, "ab") as file:
+            last = lines_of(tmp_path / "log")[-1]
+            file.write(re.sub(rb'"seq":[0-9]+', b'"seq":9000000000000000000', last, count=1) + b"\n")
+        for number in range(3):
+            write_events(log, 1, first=5 + number)
+            upkeep.work()
+            assert "followed by a line with number 9000000000000000000" in upkeep.faults["forwarding"]
+    assert seqs(collector.arrived) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_copy_that_is_ahead_of_the_log_is_a_fault(tmp_path: Path) -> None:
+    make_log(tmp_path, 5)
+    collector = Collector()
+    collector.arrived = [b'{"event":{"seq":9000000000000000000,"x":1}}']
+    with (
+        closing(Forwarding(str(tmp_path), collector)) as forwarding,
+        pytest.raises(
+            DamagedSegmentError, match="the copy has line 9000000000000000000 and the audit log ends at line 7"
+        ),
+    ):
+        forwarding.step(7)
 
 
 def forward_all(directory: Path, copy: Path) -> None:

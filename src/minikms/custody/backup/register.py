@@ -18,12 +18,21 @@ from typing import Final
 
 import msgspec
 
-from minikms.custody.files import make_private_directory, open_directory, read_file_bounded, remove_file, replace_file
+from minikms.custody.files import (
+    make_private_directory,
+    open_directory,
+    read_file_bounded,
+    remove_file,
+    replace_file,
+    sweep_temps,
+)
 from minikms.errors import StorageUnavailableError
 from minikms.keys.dek import key_id_unix_ms
 
 DIRECTORY: Final = "kms-archives"
 ENTRY_BYTES_MAX: Final = 16 * 1024
+TEMP_AGE_NS_MIN: Final = 3600 * 1_000_000_000
+"""A younger temporary file may belong to a backup that runs now, beside the daemon."""
 _NAME: Final = re.compile(r"(a_[0-9a-f]{16})\.json", re.ASCII)
 
 
@@ -73,6 +82,17 @@ class ArchiveRegister:
                 _give(file, owner)
             finally:
                 os.close(file)
+        finally:
+            os.close(descriptor)
+
+    def sweep_temps(self) -> None:
+        """Removes the temporary files that a crash left. Raises StorageUnavailableError."""
+        try:
+            descriptor = open_directory(self._directory)
+        except FileNotFoundError:
+            return
+        try:
+            sweep_temps(descriptor, age_ns_min=TEMP_AGE_NS_MIN)
         finally:
             os.close(descriptor)
 
