@@ -119,7 +119,7 @@ def test_a_forged_line_number_in_the_live_log_is_a_warning_of_the_status(tmp_pat
         last = (daemon.data_dir / LOG).read_bytes().splitlines(keepends=True)[-1]
         with (daemon.data_dir / LOG).open("ab") as file:
             file.write(re.sub(rb'"seq":[0-9]+', b'"seq":9000000000000000000', last, count=1))
-        wait_for(lambda: any("9000000000000000000" in text for text in daemon.ask("GET", "/status")[1]["warnings"]))
+        wait_until(lambda: any("9000000000000000000" in text for text in daemon.ask("GET", "/status")[1]["warnings"]))
     assert daemon.verify()[0] == 1
     assert b"9000000000000000000" not in (tmp_path / "copy").read_bytes()
 

@@ -418,6 +418,9 @@ def of_destroyed_key(world: World, operation: str) -> Reply:
         world(Ask("DELETE", f"/admin/store_backups/{known['name']}"))
     job = world.ended(world.begun(world.thread(), records_per_second=0, destroy_old_after="1s"))
     world.until(lambda: bool(world.job(job)["destroyed_ns"]))
+    world.until(
+        lambda: "unfinished" not in world.order(job, "restore").json["error"]
+    )  # the thread is free a moment later
     return world.order(job, "restore")
 
 
