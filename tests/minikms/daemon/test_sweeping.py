@@ -12,7 +12,7 @@ from tests.harness.live_daemon import LiveDaemon
 WAIT_S_MAX = 20.0
 
 
-def test_temporary_files_of_the_archive_register_are_swept_when_they_are_old(public: Path) -> None:
+def test_old_temporary_files_of_the_archive_register_are_swept(public: Path) -> None:
     """A young one may belong to a backup that runs beside the daemon."""
     archives = public / "data" / DIRECTORY
     archives.mkdir(mode=0o700, parents=True)
