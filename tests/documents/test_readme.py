@@ -28,8 +28,8 @@ DESCRIPTORS_MAX = 1024
 PASTED_S_MAX = 90.0
 STAMP = ".venv/.installed"
 
-OF_MAKE = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS"}
-"""Variables of a `make test` that runs this test: its ARGS would reach the `make run` of the page."""
+OF_MAKE = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "ARGS", "PYTHON", "VENV", "WORKERS"}
+"""Variables of a `make test` that runs this test: its ARGS and VENV would reach the `make run` of the page."""
 
 
 def blocks() -> list[tuple[str, str]]:
