@@ -12,7 +12,9 @@ they stand for what was seen. `python -m tests.commands.transcript FILE…` runs
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
 import shlex
 import signal
@@ -28,6 +30,7 @@ from minikms.client import Client, KmsError
 
 READY_SECONDS_MAX = 30.0
 RUN_SECONDS_MAX = 60.0
+PORTS = (20_000, 32_000)
 DIRECTORY = Path(__file__).parent / "transcripts"
 
 _NUMBERED = {
@@ -65,6 +68,14 @@ _PLAIN = (
 )
 
 
+def _free_port() -> int:
+    """A port that nobody listens on, below the ports that the kernel gives to connections: a restart finds it free."""
+    while True:
+        port = random.randrange(*PORTS)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
 class Session:
     """One transcript's directory and what runs in it."""
 
@@ -84,8 +95,7 @@ class Session:
         (place / "work").mkdir(mode=0o700)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
         self._environ = kept | {"PATH": f"{programs}:{kept.get('PATH', os.defpath)}", "NO_COLOR": "1"}
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = int(free.getsockname()[1])
+        self.port = _free_port()
         self._environ["PORT"] = str(self.port)
         self._started: list[subprocess.Popen[bytes]] = []
         self._seen: dict[str, dict[str, str]] = {kind: {} for kind in _NUMBERED}
