@@ -115,7 +115,7 @@ def _call(address: tuple[str, int], method: str, target: str, body: object = Non
 async def _rotate(directory: Path, socket: str) -> tuple[float, float, float]:
     provider = RemoteProvider(socket)
     store = Conversations(RocksEngine(str(directory / "store")), provider)
-    jobs = Jobs(store, provider, Rotation(records_per_second=0))
+    jobs = Jobs(store, provider, Rotation(records_per_second=0), exclusive=True)
     try:
         begun = time.perf_counter()
         await build(store, provider, RECORDS)
@@ -145,7 +145,7 @@ async def build(store: Conversations, provider: RemoteProvider, records: int) ->
         for ns in range(start, min(start + BUILT_AT_ONCE, first.ts + 1 + records)):
             stamp = Stamp(ns, 0)
             message = new.first_version(keyspace.message_id(stamp), THREAD, ns)
-            versions.append(drafts.message_version(message, stamp, stamp))
+            versions.append(drafts.first_version(message, stamp))
         items = [
             EncryptItem(key_id=key_id, plaintext=plaintext, aad=key, thread_id=THREAD)
             for version in versions

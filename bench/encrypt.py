@@ -1,27 +1,33 @@
 """`/encrypt` and `/encrypt_batch` of the key service, alone, audit on.
 
-`/encrypt` is a ratio: the daemon and the Go yardstick in turns, in one run, under the same h2load. A single figure
-would say more about the machine than about the daemon.
+`/encrypt` is a ratio: the daemon and the Go yardstick, or a peer, in turns, in one run, under the same h2load. A single
+figure would say more about the machine than about the daemon.
 """
 
 from __future__ import annotations
 
 import base64
+import binascii
 import contextlib
 import json
 import os
 import re
 import statistics
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from bench import load, programs
-from bench.calls import Connection
+from bench.calls import Address, Connection, StatusError
 from bench.programs import BenchError
 from bench.report import Row, figure, say
 
 PLAINTEXT_BYTES = 256
 CONNECTIONS_AND_BUDGET = ((64, 1.2, 1.5), (16, 1.0, 1.3))
+PEER_CONNECTIONS = (64, 16, 1)
+SEAL_BYTES = 28
+"""Nonce (12) and tag (16)."""
 TURNS = 5
 REQUESTS_PER_TURN = 120_000
 REQUESTS_TO_WARM_UP = 20_000
@@ -37,6 +43,56 @@ BATCH_SECONDS = 3.0
 BATCH_TURNS = 3
 
 
+@dataclass(frozen=True)
+class Target:
+    """A service, and the file with the body that is posted to its `/encrypt`."""
+
+    name: str
+    address: Address
+    body: Path
+
+
+def target(name: str, address: Address, directory: Path) -> Target:
+    """Makes a key in the service, where it has keys, and checks that it encrypts. Raises BenchError."""
+    with Connection(address) as connection:
+        try:
+            key_id = str(connection.call("POST", "/create_dek_for_thread", {"thread_id": "bench"})["key_id"])
+        except StatusError as error:
+            if error.status != 404:
+                raise
+            key_id = "bench"  # a service with a single key
+        item = _item(key_id)
+        sealed = connection.call("POST", "/encrypt", json.loads(item))
+    try:
+        length = len(base64.b64decode(sealed["ciphertext"], validate=True))
+    except (KeyError, TypeError, binascii.Error):
+        length = 0
+    if length < PLAINTEXT_BYTES + SEAL_BYTES:
+        raise BenchError(f"{name} answered /encrypt with something other than nonce, ciphertext and tag in base64")
+    body = directory / f"{name}.json"
+    body.write_bytes(item)
+    return Target(name, address, body)
+
+
+def peer_address(url: str) -> Address:
+    """Of `unix:PATH` or `http://HOST:PORT`. Raises ValueError."""
+    if url.startswith("unix:") and len(url) > len("unix:"):
+        return url.removeprefix("unix:")
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/") or parts.query or parts.username:
+        raise ValueError("a peer is unix:PATH or http://HOST:PORT")
+    return parts.hostname, parts.port or 80
+
+
+def against_peer(url: str) -> list[Row]:
+    """As `encrypt`, with a running service that has the API of the seed in the place of the yardstick."""
+    programs.need("h2load")
+    address = peer_address(url)
+    with programs.workplace() as directory, programs.minikms(directory) as path:
+        ours, theirs = target("minikms", path, directory), target("peer", address, directory)
+        return [_compared(ours, theirs, connections) for connections in PEER_CONNECTIONS]
+
+
 def encrypt() -> list[Row]:
     """Ratio of the medians of requests per second, ours to the yardstick's. Raises MissingProgramError."""
     programs.need("go", "h2load")
@@ -45,27 +101,24 @@ def encrypt() -> list[Row]:
         programs.minikms(directory) as ours,
         programs.yardstick(directory) as theirs,
     ):
-        body = directory / "body.json"
-        body.write_bytes(_item(_new_key(ours)))
-        return [_compared(ours, theirs, body, *row) for row in CONNECTIONS_AND_BUDGET]
+        both = target("minikms", ours, directory), target("Go", theirs, directory)
+        return [_compared(*both, connections, *budget) for connections, *budget in CONNECTIONS_AND_BUDGET]
 
 
 def encrypt_fsync() -> list[Row]:
     """Requests per second under each policy of when audit lines are synced, the daemons in turns."""
     programs.need("h2load")
     with contextlib.ExitStack() as started:
-        bodies: dict[str, tuple[str, Path]] = {}
+        targets: dict[str, Target] = {}
         for policy in FSYNC_POLICIES:
             own = started.enter_context(programs.workplace())
             path = started.enter_context(programs.minikms(own, "--audit-fsync", policy))
-            body = own / "body.json"
-            body.write_bytes(_item(_new_key(path)))
-            _requests_per_second(path, body, FSYNC_CONNECTIONS, REQUESTS_TO_WARM_UP)
-            bodies[policy] = path, body
+            targets[policy] = target(policy, path, own)
+            _requests_per_second(targets[policy], FSYNC_CONNECTIONS, REQUESTS_TO_WARM_UP)
         turns: dict[str, list[float]] = {policy: [] for policy in FSYNC_POLICIES}
         for turn in range(FSYNC_TURNS):
-            for policy, (path, body) in bodies.items():
-                turns[policy].append(_requests_per_second(path, body, FSYNC_CONNECTIONS, FSYNC_REQUESTS))
+            for policy, one in targets.items():
+                turns[policy].append(_requests_per_second(one, FSYNC_CONNECTIONS, FSYNC_REQUESTS))
             rates = ", ".join(f"{policy} {figure(rates[-1])}/s" for policy, rates in turns.items())
             say(f"encrypt by fsync policy, turn {turn + 1}: {rates}")
     what = f"`/encrypt`, {PLAINTEXT_BYTES} B, {FSYNC_CONNECTIONS} connections, `--audit-fsync"
@@ -106,20 +159,22 @@ def _item(key_id: str) -> bytes:
     return json.dumps({"key_id": key_id, "plaintext": plaintext}).encode()
 
 
-def _compared(ours: str, theirs: str, body: Path, connections: int, floor: float, goal: float) -> Row:
-    for path in (ours, theirs):
-        _requests_per_second(path, body, connections, REQUESTS_TO_WARM_UP)
-    turns: dict[str, list[float]] = {ours: [], theirs: []}
+def _compared(
+    ours: Target, theirs: Target, connections: int, floor: float | None = None, goal: float | None = None
+) -> Row:
+    for one in (ours, theirs):
+        _requests_per_second(one, connections, REQUESTS_TO_WARM_UP)
+    turns: dict[Target, list[float]] = {ours: [], theirs: []}
     for turn in range(TURNS):
-        for path in (ours, theirs):
-            turns[path].append(_requests_per_second(path, body, connections, REQUESTS_PER_TURN))
+        for one in (ours, theirs):
+            turns[one].append(_requests_per_second(one, connections, REQUESTS_PER_TURN))
         say(
             f"encrypt, {connections} connections, turn {turn + 1}: "
-            f"{figure(turns[ours][-1])}/s, yardstick {figure(turns[theirs][-1])}/s"
+            f"{figure(turns[ours][-1])}/s, {theirs.name} {figure(turns[theirs][-1])}/s"
         )
     median_ours, median_theirs = statistics.median(turns[ours]), statistics.median(turns[theirs])
     return Row(
-        f"`/encrypt`, {PLAINTEXT_BYTES} B, {connections} connections, against Go",
+        f"`/encrypt`, {PLAINTEXT_BYTES} B, {connections} connections, against {theirs.name}",
         median_ours / median_theirs,
         "×",
         floor,
@@ -128,9 +183,14 @@ def _compared(ours: str, theirs: str, body: Path, connections: int, floor: float
     )
 
 
-def _requests_per_second(path: str, body: Path, connections: int, requests: int) -> float:
-    command = ["h2load", "--h1", "-n", str(requests), "-c", str(connections), "-t", "1", "-d", str(body)]
-    command += ["-H", "content-type: application/json", f"--base-uri=unix:{path}", "http://bench/encrypt"]
+def _requests_per_second(one: Target, connections: int, requests: int) -> float:
+    command = ["h2load", "--h1", "-n", str(requests), "-c", str(connections), "-t", "1", "-d", str(one.body)]
+    command += ["-H", "content-type: application/json"]
+    if isinstance(one.address, str):
+        command += [f"--base-uri=unix:{one.address}", "http://bench/encrypt"]
+    else:
+        host, port = one.address
+        command.append(f"http://{f'[{host}]' if ':' in host else host}:{port}/encrypt")
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     rate = re.search(r"finished in .*?, ([0-9.]+) req/s", done.stdout)
     succeeded = re.search(r"status codes: (\d+) 2xx", done.stdout)

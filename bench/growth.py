@@ -56,7 +56,9 @@ class OneKeyProvider:
             await self.encrypt(i.key_id, i.plaintext, aad=i.aad, thread_id=i.thread_id, request_id=None) for i in items
         ]
 
-    async def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]:
+    async def decrypt_batch(
+        self, items: Sequence[DecryptItem], *, request_id: str | None = None
+    ) -> list[bytes | KmsRefusedError]:
         return [self._cipher.decrypt(i.ciphertext[:12], i.ciphertext[12:], i.aad) for i in items]
 
     async def reencrypt_batch(
@@ -80,8 +82,8 @@ class OneKeyProvider:
     ) -> api.KeyListAnswer:
         return api.KeyListAnswer([], None)
 
-    async def status(self) -> dict[str, object]:
-        return {}
+    async def status(self) -> api.StatusAnswer:
+        return api.StatusAnswer(status="ok")
 
     async def close(self) -> None:
         return None

@@ -160,7 +160,7 @@ def listing() -> list[Row]:
     say(f"list: {figure(median)} ms")
     what = f"list {LIST_MESSAGES:,} messages of {BODY_CHARS} B"
     note = f"median of {LIST_TURNS}, the client's JSON decoding included"
-    return [Row(what, median, "ms", 20, 8, less_is_better=True, note=note)]
+    return [Row(what, median, "ms", 8, 5, less_is_better=True, note=note)]
 
 
 def _new_thread(connection: Connection, number: int) -> str:

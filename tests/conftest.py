@@ -1,4 +1,4 @@
-"""What every test shares: Hypothesis profiles, a clean environment and process state, time limits, the report of skips.
+"""What every test shares: Hypothesis profiles, environment, process state, bytecode, time limits, the report of skips.
 
 Owns no fixture of a room; each room keeps its own beside its tests.
 Never start a process or touch the network here.
@@ -6,8 +6,11 @@ Never start a process or touch the network here.
 
 from __future__ import annotations
 
+import compileall
 import os
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,6 +20,9 @@ from tests import needs
 TORTURE_S_MAX = 3600
 """The longest that one torture test may take; the limit of every other test is `timeout` in pyproject.toml."""
 
+SOURCE = Path(__file__).parents[1] / "src"
+"""Compiled before the first test: whether a program finds bytecode or writes it changes its system calls."""
+
 # The machine is shared and slow at times: a deadline per example would fail tests for the load of others. Examples are
 # derived from the test itself, so that two runs give the same result; `make torture` draws new ones each time.
 settings.register_profile("random", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
@@ -25,6 +31,10 @@ settings.register_profile("repeatable", settings.get_profile("random"), derandom
 # No test sees what the person who runs it has configured for the two programs.
 for _name in [name for name in os.environ if name.startswith(("PROGRESSDB_", "MINIKMS_"))]:
     del os.environ[_name]
+
+# A thousand starts of the programs would compile their source a thousand times, where the environment forbids bytecode.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Some programs complain about files that others can write, others about files that nobody else can read.
 os.umask(0o022)
@@ -43,6 +53,8 @@ def as_root() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("random" if config.getoption("markexpr") == "torture" else "repeatable")
+    if not hasattr(config, "workerinput"):  # once, before xdist starts its processes
+        compileall.compile_dir(SOURCE, quiet=2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

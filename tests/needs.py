@@ -37,6 +37,7 @@ _DEBIAN_PACKAGES = {
     "mount": "mount",
     "openssl": "openssl",
     "promtool": "prometheus",
+    "setpriv": "util-linux",
     "strace": "strace",
     "systemd-analyze": "systemd",
     "umount": "mount",
@@ -65,6 +66,12 @@ def root() -> None:
     """Continue only as root (effective uid 0)."""
     if os.geteuid() != 0:
         _missing("root", only_root_can=True)
+
+
+def systemd_directory() -> None:
+    """Continue only where `systemd-analyze` finds its directory or may make it: as root, or where systemd has run."""
+    if os.geteuid() != 0 and not os.path.isdir("/run/systemd"):
+        _missing("the directory /run/systemd, which only root can make", only_root_can=True)
 
 
 @functools.cache
@@ -137,6 +144,14 @@ def machine(*supported: str) -> None:
     """Continue only on a processor of one of these kinds, as `uname -m` names them."""
     if os.uname().machine not in supported:
         pytest.skip(f"needs {' or '.join(supported)}")
+
+
+def processor_flags(*flags: str) -> None:
+    """Continue only on a processor that has all these features, as /proc/cpuinfo names them. No package adds one."""
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+        present = set(re.findall(r"\w+", next((line for line in file if line.startswith("flags")), "")))
+    if not present.issuperset(flags):
+        pytest.skip(f"needs a processor with {' and '.join(flags)}")
 
 
 def library(name: str) -> ModuleType:

@@ -25,20 +25,28 @@ EVERYWHERE = {
     (400, api.CODE_INVALID_REQUEST),
     (401, api.CODE_UNAUTHORIZED),
     (403, api.CODE_FORBIDDEN),
+    (429, api.CODE_LIMIT_EXCEEDED),
     (500, api.CODE_INTERNAL),
     (503, api.CODE_AUDIT_UNAVAILABLE),
     (503, api.CODE_TOO_MANY),
     (503, api.CODE_SHUTTING_DOWN),
 }
-"""What every verb may answer. `too_many` and `shutting_down` with 503 concern the connection, whatever it asks."""
+"""What every verb may answer. With a policy file also `limit_exceeded`. `too_many` and `shutting_down` with 503 concern
+the connection, whatever it asks.
+"""
+SERVED_SEALED = (api.STATUS, api.SEAL, api.UNSEAL_STATUS)
+"""Every other verb may also answer `sealed`."""
 BASE64 = "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 ID: Schema = {"type": "string", "pattern": f"^{api.THREAD_ID_PATTERN.pattern}$"}
 KEY_ID: Schema = {"type": "string", "pattern": f"^{api.KEY_ID_PATTERN.pattern}$"}
-REQUEST_ID: Schema = {"type": "string", "description": "Another one than docs/spec/http.md allows is ignored."}
+ROOT_HEX: Schema = {"type": "string", "pattern": "^[0-9a-fA-F]{64}$"}
+REQUEST_ID: Schema = {"type": "string", "description": "An id that docs/spec/http.md does not allow is ignored."}
 FIELDS: dict[str, Schema] = {
     "thread_id": ID,
     "replaces": KEY_ID,
     "key_id": KEY_ID,
+    "slot_id": {"type": "string", "pattern": f"^{api.SLOT_ID_PATTERN.pattern}$"},
+    "root_hex": ROOT_HEX,
     "from_key_id": KEY_ID,
     "to_key_id": KEY_ID,
     "request_id": REQUEST_ID,
@@ -46,7 +54,13 @@ FIELDS: dict[str, Schema] = {
     "ciphertext": {"type": "string", "pattern": BASE64, "description": "nonce(12) | ciphertext | tag(16)."},
     "aad": {"type": "string", "pattern": BASE64, "description": f"At most {api.AAD_BYTES_MAX} bytes."},
     "count": {"type": "integer", "minimum": 1, "maximum": api.RANDOM_BYTES_MAX},
-    "new_kek_hex": {"type": "string", "pattern": "^[0-9a-fA-F]{64}$"},
+    "new_kek_hex": ROOT_HEX,
+    "share": {"type": "string", "pattern": "^[-0-9A-Za-z \\t]+$", "maxLength": api.SHARE_BYTES_MAX},
+    "from_source": {"const": True},
+    "set_id": {"type": "string", "pattern": "^[0-9a-f]{16}$"},
+    "threshold": {"type": "integer", "minimum": 2, "maximum": 16},
+    "digests": {"type": "array", "items": {"type": "string", "pattern": BASE64}, "minItems": 2, "maxItems": 16},
+    "provider": {"type": "string", "pattern": "^[a-z0-9-]{1,32}$"},
 }
 
 
@@ -86,6 +100,7 @@ def schemas() -> dict[str, Schema]:
                 schema["properties"][field]["maxItems"] = maximum
         if "backups_before" in schema.get("properties", {}):
             schema["properties"]["backups_before"] = {"type": "string", "pattern": "^[0-9]{8}T[0-9]{6}$"}
+    made["ProveRootRequest"]["properties"].pop(api.TEST_ROOT.path_field)  # the path names it
     made["ErrorAnswer"]["properties"]["code"] = {"enum": sorted({kind.code for kind in every_error()})}
     return made
 
@@ -102,11 +117,12 @@ def operation(verb: Verb[Any, Any]) -> dict[str, Any]:
     made: dict[str, Any] = {
         "operationId": verb.name,
         "summary": verb.summary,
-        "description": f"Role: {' and '.join(verb.roles)}.",
+        "description": f"Role: {' and '.join(verb.roles)}."
+        + (" A proxy may ask on behalf of a principal." if verb.proxied else ""),
     }
     parameters = []
-    if "{key_id}" in verb.path:
-        parameters.append({"name": "key_id", "in": "path", "required": True, "schema": KEY_ID})
+    if name := verb.path_field:
+        parameters.append({"name": name, "in": "path", "required": True, "schema": FIELDS[name]})
     elif verb.method == "GET":
         parameters += [
             {"name": field.name, "in": "query", "required": field.required, "schema": QUERY[field.name]}
@@ -126,9 +142,9 @@ def responses(verb: Verb[Any, Any]) -> dict[str, Any]:
     }
     if verb.answer is str:
         content = {metrics.CONTENT_TYPE.partition(";")[0]: {"schema": {"type": "string"}}}
-    made: dict[str, Any] = {"200": {"description": "Done.", "content": content}}
+    made: dict[str, Any] = {"200": {"description": "Success.", "content": content}}
     if verb.may_answer_202:
-        made["202"] = {"description": "Begun.", "content": content}
+        made["202"] = {"description": "Accepted. The work continues.", "content": content}
     codes: dict[int, set[str]] = {}
     for status, code in refusals(verb):
         codes.setdefault(status, set()).add(code)
@@ -143,24 +159,29 @@ def responses(verb: Verb[Any, Any]) -> dict[str, Any]:
 def refusals(verb: Verb[Any, Any]) -> set[tuple[int, str]]:
     """Status and code of each."""
     found = EVERYWHERE | {(kind.status, kind.code) for kind in every_error() if kind.code in verb.refusals}
+    if verb not in SERVED_SEALED:
+        found.add((errors.SealedError.status, errors.SealedError.code))
     if verb.has_body:
         found.add((errors.TooLargeError.status, errors.TooLargeError.code))
-    if verb.roles_by_item:
-        found.remove((errors.ForbiddenError.status, errors.ForbiddenError.code))
+    if verb is api.SEAL:  # a limit never holds it up
+        found.remove((errors.LimitExceededError.status, errors.LimitExceededError.code))
     return found
 
 
+ERROR_CONTENT = {"application/json": {"schema": ref(api.ErrorAnswer)}}
+
+
 def document() -> dict[str, Any]:
-    health = api.HEALTH
-    paths: dict[str, dict[str, Any]] = {
-        health.path: {
-            health.method.lower(): {
-                "summary": health.summary,
-                "operationId": health.name,
-                "responses": {"200": {"description": "Done.", "content": {"text/plain": {"schema": {"const": "ok"}}}}},
-            }
+    paths: dict[str, dict[str, Any]] = {}
+    for verb, answer in ((api.HEALTH, "ok"), (api.READY, "ready")):
+        success = {"description": "Success.", "content": {"text/plain": {"schema": {"const": answer}}}}
+        refused = {
+            str(kind.status): {"description": f"`{kind.code}`", "content": ERROR_CONTENT}
+            for kind in every_error()
+            if kind.code in verb.refusals
         }
-    }
+        operation_of = {"summary": verb.summary, "operationId": verb.name, "responses": {"200": success, **refused}}
+        paths[verb.path] = {verb.method.lower(): operation_of}
     for verb in api.VERBS:
         paths.setdefault(verb.path, {})[verb.method.lower()] = operation(verb)
     return {
@@ -168,9 +189,10 @@ def document() -> dict[str, Any]:
         "info": {
             "title": "miniKMS",
             "version": "1",
-            "description": "The key service, over a Unix socket. The peer's uid identifies the caller; no header "
-            "authenticates. docs/spec/http.md says what a request may look like, docs/spec/api.md what each verb does. "
-            "All binary values are canonical base64. Made by tools/kms_openapi.py.",
+            "description": "The key service, over a Unix socket. The peer's uid identifies the caller. A proxy of the "
+            "policy file (docs/spec/policy.md) names in X-MiniKMS-Principal the principal for whom it asks; no header "
+            "authenticates. docs/spec/http.md specifies the requests, docs/spec/api.md the verbs. All binary values "
+            "are canonical base64. tools/kms_openapi.py generates this document.",
         },
         "paths": paths,
         "components": {"schemas": schemas()},

@@ -1,10 +1,10 @@
 """The one way to open a data directory.
 
 Owns the order in which its parts are opened, for each mode:
-- `open_for_service`, under the lock: root key, keyring, its epoch against the audit log's, audit log, use leases, the
-  epoch of this start, then the vault. The daemon, `minikms.embedded` and `minikms init` open so. It may be called again
-  in the same process: a failure or `DataDir.close` gives everything back but the lock and the arena, which are the
-  caller's.
+- `open_for_service`, under the lock: root key, keyring, its epoch against the audit log's, audit log, use leases,
+  tombstones, the epoch of this start, the removal of temporary files, the journal of an interrupted rotation and the
+  create log, then the vault. The daemon, `minikms.embedded` and `minikms init` open so. It may be called again in the
+  same process: a failure or `DataDir.close` gives everything back but the lock and the arena, which are the caller's.
 - `open_for_reading`, without the lock, beside a running daemon: the keyring only, and nothing changes.
 - `rotate_audit_key`, under the lock while no daemon runs: keyring and audit log, changed together.
 
@@ -17,6 +17,7 @@ It must never keep or copy a root key.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import os
@@ -27,30 +28,34 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Final, NamedTuple
 
-from minikms.audit import AuditKey, AuditLog, ExpectedLog
+from minikms.audit import AuditKey, AuditLog, Event, ExpectedLog
 from minikms.audit.chain import LocalSigner
 from minikms.audit.log import DEFAULT_LIMITS, FsyncPolicy, Limits
 from minikms.audit.reader import LOG_NAME, DamagedSegmentError, each_segment, list_segments
 from minikms.audit.record import Head
-from minikms.audit.recovery import AuditKeys
+from minikms.audit.recovery import IF_RESTORED, AuditKeys
 from minikms.crypto.aead import NonceSource, scrub_stack
-from minikms.custody import deks, files, keyring_file, rotation_backups
+from minikms.custody import create_log, deks, files, keyring_file, rewrap_journal, rotation_backups, tombstone_file
 from minikms.custody.backup import register
+from minikms.custody.create_log import Completed, CreateLog
 from minikms.custody.files import DataDirLock, InUseError, make_private_directory, read_file_bounded
 from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
 from minikms.custody.leases import Leases
+from minikms.custody.rewrap_journal import Replayed, RewrapJournal
+from minikms.custody.tombstone_file import open_tombstones
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
 from minikms.errors import AuditUnavailableError, MiniKmsError, StartError, StorageUnavailableError
-from minikms.keys import keyring
+from minikms.keys import keyring, root_slots
 from minikms.keys.dek import key_id_to_bytes
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random
+from minikms.roots.pin import PinFile
 from minikms.roots.providers import RootProvider
 
-KEYRING_SLOTS: Final = 256
-"""Arena slots beside the cached DEKs: root and keyring keys, 64 KEK versions, 64 pairs of audit keys, keys in the
-making.
+KEYRING_SLOTS: Final = 2 * keyring.AUDIT_KEYS_COUNT_MAX + keyring.KEKS_OPEN_COUNT_MAX + 2 * keyring.SLOTS_MAX + 64
+"""Arena slots beside the cached DEKs: pairs of audit keys, KEK versions, the authentication keys of slots and given
+shares of a root key, and 64 for root keys, keyring keys, the tombstone key and keys in the making.
 """
 EPOCH_TAIL_BYTES_MAX: Final = 32 * 1024 * 1024
 """How much of the end of the audit log is searched for epochs."""
@@ -61,14 +66,18 @@ _EPOCH: Final = re.compile(rb'"epoch":([0-9]{1,18})[,}]')
 
 
 class Options(NamedTuple):
-    """How a start opens a data directory; see the flags of `minikms serve`."""
+    """How a start opens a data directory; see the flags of `minikms serve`. `if_restored`: what to do if the log
+    lacks the line `expect_audit_head`, as a sentence without a full stop.
+    """
 
     accept_restore: bool = False
     accept_audit_loss: bool = False
     expect_audit_head: Head | None = None
+    if_restored: str = IF_RESTORED
     audit_fsync: FsyncPolicy = "interval"
     audit_hash_thread_ids: bool = False
     audit_limits: Limits = DEFAULT_LIMITS
+    pin: PinFile | None = None
     cache_keys_max: int = CACHE_KEYS_MAX
 
 
@@ -87,10 +96,22 @@ class DataDir:
     """A data directory opened for service. Made by `open_for_service`."""
 
     def __init__(
-        self, *, vault: Vault, log: AuditLog, lease_store: LeaseStore, slot: keyring.Slot, epochs: tuple[int, int]
+        self,
+        *,
+        vault: Vault,
+        log: AuditLog,
+        lease_store: LeaseStore,
+        slot: keyring.Slot,
+        epochs: tuple[int, int],
+        replayed: Replayed,
+        creates_completed: Completed,
     ) -> None:
         self.vault = vault
         self.log = log
+        self.replayed = replayed
+        """What this start did with the journal of a rotation that was interrupted."""
+        self.creates_completed = creates_completed
+        """What this start did with the create log of a run that was interrupted."""
         self.slot = slot
         """The slot of the keyring that the root key opened."""
         self.found_epoch, self.seen_epoch = epochs
@@ -99,8 +120,7 @@ class DataDir:
 
     async def drain(self) -> None:
         """Waits for the writes that have begun. No new ones may begin."""
-        await self.vault.store.drain()
-        await self.vault.leases.drain()
+        await self.vault.drain()
 
     def close(self) -> None:
         """Closes the files and zeroes the keys, after `drain`. Raises AuditUnavailableError when the end of the audit
@@ -111,9 +131,16 @@ class DataDir:
         finally:
             self.vault.close()
             self._lease_store.close()
+            self.vault.destroyed.close()
+            self.vault.creates.close()
             self.vault.store.close()
             self.vault.rotation_backups.close()
             scrub_stack()
+
+    def abandon(self) -> None:
+        """As `close`, after `Vault.seal` and `drain`: the audit log ends as after a crash, since it can't be signed."""
+        self.log.abandon()
+        self.close()
 
 
 # --- for service --------------------------------------------------------------------------------------------------
@@ -122,9 +149,13 @@ class DataDir:
 def lock_data_dir(directory: str) -> DataDirLock:
     """Takes the lock, and makes the directory and its subdirectories where they are missing.
 
-    Raises InUseError, StartError, OSError.
+    Raises StartError, also when another process owns the directory, and OSError.
     """
-    lock = DataDirLock(directory)
+    try:
+        lock = DataDirLock(directory)
+    except InUseError as error:
+        stop = "Stop that process first" + (f", with `kill {error.pid}`" if error.pid is not None else "")
+        raise StartError(f"{error}. {stop}: only one may use a data directory") from None
     try:
         for name in (deks.DIRECTORY, rotation_backups.DIRECTORY):
             make_private_directory(os.path.join(lock.directory, name))
@@ -153,7 +184,7 @@ def open_for_service(
     nonces = NonceSource()
     file = KeyringFile(lock.directory_fd, disk)
     with ExitStack() as undo:
-        unlocked, slot, _ = open_keyring(directory, file, root, arena=arena, nonces=nonces)
+        unlocked, slot, _ = open_keyring(directory, file, root, arena=arena, nonces=nonces, pin=options.pin)
         undo.callback(unlocked.release)
         epoch = unlocked.body.epoch
         seen = highest_epoch(directory)
@@ -164,7 +195,7 @@ def open_for_service(
                 directory,
                 unlocked,
                 # Epoch 1: the keyring was made, and no start has come so far as to raise it.
-                expected=ExpectedLog(exists=epoch > 1, head=options.expect_audit_head),
+                expected=ExpectedLog(epoch > 1, options.expect_audit_head, options.if_restored),
                 accept_loss=options.accept_audit_loss,
                 fsync=options.audit_fsync,
                 hash_thread_ids=options.audit_hash_thread_ids,
@@ -175,39 +206,113 @@ def open_for_service(
             lease_store = LeaseStore.open(lock.directory_fd, create=epoch == 1)
             undo.callback(lease_store.close)
             if seen > epoch:
-                lease_store.add_restore_uses(key_id_to_bytes(rotation_backups.newest_key_id(directory)))
+                lease_store.exhaust(key_id_to_bytes(rotation_backups.newest_key_id(directory)))
+        with written_at_start(os.path.join(directory, tombstone_file.NAME)):
+            destroyed, body = open_tombstones(lock.directory_fd, unlocked, fill_random)
+        undo.callback(destroyed.close)
         with written_at_start(os.path.join(directory, keyring_file.NAME)):
-            _raise_epoch(unlocked, file, seen_epoch=seen)
+            _raise_epoch(unlocked, body, file, seen_epoch=seen, proved_slot_id=slot.slot_id)
         store = deks.DekStore(directory, disk)
         undo.callback(store.close)
         backups = rotation_backups.RotationBackups(directory)
         undo.callback(backups.close)
+        with written_at_start(os.path.join(directory, f"{files.TEMP_PREFIX}*")):
+            files.sweep_temps(lock.directory_fd)
+            with contextlib.suppress(StorageUnavailableError):  # then no key is destroyed
+                backups.batches.sweep_temps()
+        stamp = files.stamp(files.now_ns())
+        with written_at_start(os.path.join(directory, rewrap_journal.NAME)):
+            replayed = rewrap_journal.replay(
+                lock.directory_fd,
+                store,
+                backups,
+                destroyed=destroyed,
+                has_kek=unlocked.body.has_kek,
+                stamp=stamp,
+            )
+        with written_at_start(os.path.join(directory, create_log.NAME)):
+            completed = create_log.replay(
+                lock.directory_fd,
+                store,
+                destroyed=destroyed,
+                has_kek=unlocked.body.has_kek,
+                keep=lambda key_id, content: backups.add(key_id, content, stamp),
+            )
         vault = Vault(
             arena=arena,
             unlocked=unlocked,
             keyring_file=file,
             store=store,
             rotation_backups=backups,
+            rewraps=RewrapJournal(lock.directory_fd, store, backups),
+            creates=CreateLog(lock.directory_fd, store, disk),
             leases=Leases(lease_store, journal),
+            destroyed=destroyed,
             executor=disk,
             nonces=nonces,
             cache_keys_max=options.cache_keys_max,
         )
         undo.pop_all()
-    return DataDir(vault=vault, log=log, lease_store=lease_store, slot=slot, epochs=(epoch, seen))
+    return DataDir(
+        vault=vault,
+        log=log,
+        lease_store=lease_store,
+        slot=slot,
+        epochs=(epoch, seen),
+        replayed=replayed,
+        creates_completed=completed,
+    )
+
+
+def add_root(data: DataDir, root: SecretSlot, provider: str, shares: keyring.ShareSet | None = None) -> keyring.Slot:
+    """Adds a root key to a directory that nothing else uses yet. The slot and its audit line are durable on return.
+
+    Raises ConflictError, StorageUnavailableError, AuditUnavailableError: the slot may be stored then.
+    """
+    unlocked = data.vault.unlocked
+    at = _now()
+
+    def with_slot(body: keyring.Body) -> keyring.Body:
+        slot_id = root_slots.next_slot_id(body)
+        return root_slots.add_slot(
+            body, unlocked.make_slot(root.view, provider, slot_id=slot_id, at=at, shares=shares), at=at
+        )
+
+    try:
+        body = asyncio.run(data.vault.keyring.change(with_slot))
+    finally:
+        scrub_stack()
+    slot = body.slots[-1]
+    facts: dict[str, str | int] = {"slot_id": slot.slot_id, "fingerprint": slot.fingerprint, "provider": provider}
+    data.log.add(Event(type="add_root", actor="minikms", pid=os.getpid(), facts=facts | {"epoch": body.epoch}))
+    data.log.commit()
+    data.log.fdatasync()
+    return slot
 
 
 def open_keyring(
-    directory: str, file: KeyringFile, root: RootProvider, *, arena: SecretArena, nonces: NonceSource
+    directory: str,
+    file: KeyringFile,
+    root: RootProvider,
+    *,
+    arena: SecretArena,
+    nonces: NonceSource,
+    pin: PinFile | None = None,
 ) -> OpenedKeyring:
-    """The first step: opens the keyring, or makes the first one. Raises StartError; nothing was changed then."""
+    """The first step: compares the root key with the pin file, then opens the keyring, or makes the first one.
+
+    Raises StartError; no keyring was made or changed then, but the source may have made its root key file.
+    """
     data = file.load()
     if data is None:
         _check_is_new(directory)
     root.prepare(arena, new_keyring=data is None)
     with root.read(arena) as key:
+        if pin is not None:
+            pin.check_opens(key.view, None if data is None else keyring.parse_file(data)[0].keyring_id)
         if data is not None:
             unlocked, slot = UnlockedKeyring.open(arena, key.view, data, nonces=nonces.next)
+            unlocked.seal_slots(key.view, fill_random, at=_now())
             return OpenedKeyring(unlocked, slot, made=False)
         unlocked = UnlockedKeyring.create(
             arena,
@@ -269,15 +374,20 @@ def _check_newest(epoch: int, seen: int) -> None:
         )
 
 
-def _raise_epoch(unlocked: UnlockedKeyring, file: KeyringFile, *, seen_epoch: int) -> None:
+def _raise_epoch(
+    unlocked: UnlockedKeyring, body: keyring.Body, file: KeyringFile, *, seen_epoch: int, proved_slot_id: str
+) -> None:
     """Makes the epoch of this start durable. The steps before need the old one: they recognise a first start by it.
 
-    After a higher epoch was seen, the KEKs count as used by whatever may have happened since.
+    `body` counts every tombstone of the file. The start is a test of the root key of slot `proved_slot_id`. After a
+    higher epoch was seen, the KEKs count as used by whatever may have happened since. The format of the keyring is
+    raised before this run writes a create log, a journal or a batch backup, which earlier programs do not know.
     """
-    body = unlocked.body
     if seen_epoch > body.epoch:
         body = keyring.after_restore(body, seen_epoch=seen_epoch, at=_now())
-    body = keyring.next_epoch(body, at=_now())
+    at = _now()
+    body = keyring.with_logs(root_slots.mark_tested(body, proved_slot_id, at=at))
+    body = keyring.next_epoch(body, at=at)
     file.store_now(unlocked.encode(body))
     unlocked.body = body
 
@@ -429,7 +539,9 @@ def read_keyring(directory: str) -> bytes:
     except StorageUnavailableError as error:
         raise StartError(f"keyring.json can't be read: {error}") from None
     if data is None:
-        raise StartError(f"there is no keyring in {directory}")
+        raise StartError(
+            f"there is no keyring in {directory}: make one with `minikms init`, or name the data directory that has one"
+        )
     return data
 
 
@@ -472,10 +584,13 @@ def rotate_audit_key(directory: str, root: RootProvider) -> NewAuditKey:
                 since_seq=last.seq,
                 since_sig=last.sig,
             )
-            body = keyring.add_audit_key(unlocked.body, made, at=_now())
+            destroyed, body = open_tombstones(lock.directory_fd, unlocked, fill_random)
+            destroyed.close()
+            body = keyring.add_audit_key(body, made, at=_now())
             file.store_now(unlocked.encode(body))
             unlocked.body = body
             log.change_key(audit_keys(unlocked).current)
+            log.fdatasync()
         finally:
             log.close()
         return NewAuditKey(made.version, made.public_key, log.head)

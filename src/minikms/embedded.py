@@ -24,7 +24,7 @@ from minikms.api import Verb
 from minikms.audit import AuditLog, Event
 from minikms.client.asynchronous import AsyncVerbs
 from minikms.client.calls import Call, make_call
-from minikms.client.errors import refusal
+from minikms.client.errors import KmsClosedError, refusal
 from minikms.client.items import Sent
 from minikms.client.wire import Answer
 from minikms.custody.vault import Indexing, Vault
@@ -35,7 +35,7 @@ from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
 from minikms.policy import Policy, Principal
 from minikms.roots.providers import DevelopmentKey, KeyFile, RootProvider
-from minikms.service.base import VerbTable
+from minikms.service.base import VerbTable, json_answer
 from minikms.service.keys import KeyVerbs
 from minikms.service.lifecycle import LifecycleVerbs
 from minikms.service.records import RecordVerbs
@@ -82,6 +82,10 @@ class EmbeddedClient(AsyncVerbs):
         self._table = table
         self._who = who
         self._open = AsyncExitStack()
+        self._closed = False
+        self._calls_count = 0
+        self._no_calls = asyncio.Event()
+        self._no_calls.set()
 
     @classmethod
     async def open(
@@ -100,7 +104,12 @@ class EmbeddedClient(AsyncVerbs):
             return client
 
     async def close(self) -> None:
-        """Zeroes the keys and closes the directory. May be repeated."""
+        """Waits for the calls in progress, then zeroes the keys and closes the directory. May be repeated.
+
+        From the first moment on, new calls raise KmsClosedError.
+        """
+        self._closed = True
+        await self._no_calls.wait()
         await self._open.aclose()
 
     async def _call(
@@ -110,8 +119,14 @@ class EmbeddedClient(AsyncVerbs):
         request_id: str | None = None,
         *,
         timeout_s: float | None = None,
+        named: str = "",
     ) -> A:
-        call = make_call(verb, request, request_id)
+        call = make_call(verb, request, request_id, named)
+        if self._closed:
+            call.wipe()
+            raise KmsClosedError("the client is closed")
+        self._calls_count += 1
+        self._no_calls.clear()
         try:
             body = await self._perform(call, request)
         except MiniKmsError as error:
@@ -119,12 +134,18 @@ class EmbeddedClient(AsyncVerbs):
         finally:
             self._vault.end_turn()
             call.wipe()
+            self._calls_count -= 1
+            if self._calls_count == 0:
+                self._no_calls.set()
         return call.read(Answer(200, body, reusable=True))
 
     async def _perform(self, call: Call[Any], request: object) -> bytes:
         verb = call.verb
         if verb is api.HEALTH:
             return b"ok"
+        if verb is api.READY:
+            self._table.audit.require_writable()
+            return b"ready"
         if verb not in self._table:
             raise NotFoundError(f"the embedded key service has no {verb.name}; use the daemon")
         if not isinstance(request, verb.request):  # it holds bytes: decoded from JSON, as in the daemon
@@ -149,28 +170,38 @@ async def _compose(
     audit = _DirectAudit(log)
     table = VerbTable(audit)
     RecordVerbs(vault, table)
-    KeyVerbs(vault, table)
-    LifecycleVerbs(vault=vault, table=table, indexing=Indexing(vault, executor), reader=executor)
-    table.now(api.STATUS, lambda request, event: _status(vault.unlocked, log))
+    indexing = Indexing(vault, executor)
+    KeyVerbs(vault, table, indexing)
+    LifecycleVerbs(vault=vault, table=table, indexing=indexing, reader=executor)
+    table.now(api.STATUS, lambda request, event: json_answer(_status(vault.unlocked, log, indexing)))
     facts: dict[str, str | int] = {"epoch": vault.keyring.body.epoch}
     await audit.add_written(
         Event(type="start", actor="minikms", pid=os.getpid(), detail="embedded", facts=facts), durable=True
     )
+    scan = asyncio.create_task(indexing.run())
+    cleaning.push_async_callback(_stop, scan)
     return kind(vault, table, _ourselves())
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def _root(data_dir: str | os.PathLike[str], master_key_file: str | os.PathLike[str] | None) -> RootProvider:
     return DevelopmentKey(os.fspath(data_dir)) if master_key_file is None else KeyFile(Path(master_key_file))
 
 
-def _status(unlocked: UnlockedKeyring, log: AuditLog) -> dict[str, object]:
+def _status(unlocked: UnlockedKeyring, log: AuditLog, indexing: Indexing) -> dict[str, object]:
     """The members of the daemon's status that a message server reads."""
     body = unlocked.body
     return {
-        "status": "ok",
+        **log.service_status(),
         "pid": os.getpid(),
+        "uid": os.geteuid(),
         "epoch": body.epoch,
         "keyring_id": body.keyring_id,
+        "keys": indexing.status(),
         "audit": log.status(),
         "warnings": ["embedded: the keys are in the memory of the program that uses them; for development only"],
     }

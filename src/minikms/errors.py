@@ -13,10 +13,13 @@ from minikms import api
 
 
 class MiniKmsError(Exception):
-    """The base of the tree. status: the HTTP status. code: one of the CODE_ constants of `api`."""
+    """The base of the tree. status: the HTTP status. code: one of the CODE_ constants of `api`. retry_after_s: the
+    `Retry-After` of the answer; 0 for none.
+    """
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = api.CODE_INTERNAL
+    retry_after_s: int = 0
 
 
 class InvalidRequestError(MiniKmsError):
@@ -104,6 +107,37 @@ class ConflictError(MiniKmsError):
     code = api.CODE_CONFLICT
 
 
+class WrongSlotError(ConflictError):
+    """The root key, or the slot that was named, is not one for which this can be done."""
+
+    code = api.CODE_WRONG_SLOT
+
+
+class LastRootError(ConflictError):
+    """Without this slot no root key would open the keyring."""
+
+    code = api.CODE_LAST_ROOT
+
+
+class NotTestedError(ConflictError):
+    """No other root key was tested recently, so nobody knows whether one still opens the keyring."""
+
+    code = api.CODE_NOT_TESTED
+
+
+class NotPinnedError(ConflictError):
+    """The pin file does not name this root key."""
+
+    code = api.CODE_NOT_PINNED
+
+
+class InvalidPolicyError(MiniKmsError):
+    """The policy file can't be taken into force; the policy before it stays. The text says what to correct."""
+
+    status = 409
+    code = api.CODE_INVALID_POLICY
+
+
 class AuditUnavailableError(MiniKmsError):
     """The audit log can't be written, so requests are refused."""
 
@@ -118,6 +152,16 @@ class StorageUnavailableError(MiniKmsError):
     code = api.CODE_STORAGE_UNAVAILABLE
 
 
+class StorageUncertainError(StorageUnavailableError):
+    """The disk failed, and either the former or the new content may be what a later start finds."""
+
+
+class KeysNotReadError(StorageUnavailableError):
+    """Key files are still being read after the start, so it is not known which threads their keys belong to."""
+
+    retry_after_s = api.INDEXING_RETRY_SECONDS
+
+
 class ShuttingDownError(MiniKmsError):
     status = 503
     code = api.CODE_SHUTTING_DOWN
@@ -128,6 +172,62 @@ class RequestInterruptedError(MiniKmsError):
 
     status = 503
     code = api.CODE_INTERRUPTED
+
+
+class SealedError(MiniKmsError):
+    """The daemon is sealed: it has no key. A request that was in flight may have taken effect."""
+
+    status = 503
+    code = api.CODE_SEALED
+    retry_after_s = api.SEALED_RETRY_SECONDS
+
+
+class NotSealedError(MiniKmsError):
+    """There is nothing to unseal."""
+
+    status = 409
+    code = api.CODE_NOT_SEALED
+
+
+class WrongRootKeyError(MiniKmsError):
+    """The root key that a caller gave does not open the keyring."""
+
+    status = 403
+    code = api.CODE_WRONG_ROOT
+
+
+class TooManyAttemptsError(MiniKmsError):
+    """Wrong attempts are slowed down. This one was not made."""
+
+    status = 429
+    code = api.CODE_TOO_MANY_ATTEMPTS
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class LimitExceededError(MiniKmsError):
+    """A limit of the policy file is used up. `limit` is its name; `of_all`: it is shared by all principals of the grant
+    or proxy `holder`.
+    """
+
+    status = 429
+    code = api.CODE_LIMIT_EXCEEDED
+
+    def __init__(self, message: str, retry_after_s: int, *, limit: str, holder: str, of_all: bool) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.limit = limit
+        self.holder = holder
+        self.of_all = of_all
+
+
+class UnsealFailedError(MiniKmsError):
+    """The root key is not wrong, and the data directory could not be opened. The daemon's own log says why."""
+
+    status = 503
+    code = api.CODE_UNSEAL_FAILED
 
 
 class ArenaFullError(MiniKmsError):
@@ -141,5 +241,20 @@ class KeyTextError(InvalidRequestError):
     """A key given as text is not 64 hexadecimal characters. The error never quotes the text."""
 
 
+class ShareTextError(InvalidRequestError):
+    """The text is not a share of a root key, or has a typing mistake. The error never quotes the text."""
+
+
+class WrongShareError(MiniKmsError):
+    """The share is whole, but the keyring does not know it."""
+
+    status = 403
+    code = api.CODE_WRONG_SHARE
+
+
 class StartError(MiniKmsError):
     """The daemon refuses to start. The text says why and what to do. It is never sent to a client."""
+
+
+class WrongRootError(StartError):
+    """The root key of a start does not open this keyring."""

@@ -33,6 +33,10 @@ class Notifier:
         """The daemon serves."""
         self._send(f"READY=1\nSTATUS={status}")
 
+    def status(self, status: str) -> None:
+        """Replaces the text that the manager shows."""
+        self._send(f"STATUS={status}")
+
     def stopping(self) -> None:
         self._send("STOPPING=1")
 
@@ -43,7 +47,8 @@ class Notifier:
     def _send(self, state: str) -> None:
         if not self._address:
             return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as sender:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
             try:
                 sender.sendto(state.encode(), self._address)
             except OSError:  # the manager does not run or its queue is full: its time-out decides, not this process

@@ -24,6 +24,11 @@ API_KEY_CHARS_MAX: Final = 256
 UNIX_PATH_BYTES_MAX: Final = 107
 """The longest path of a Unix socket: `sun_path` of unix(7) without its NUL."""
 
+BODY_BYTES: Final = 128 * 1024 * 1024
+BODY_BYTES_MIN: Final = 16 * 1024 * 1024
+"""An eighth of it, the share of one user, holds one body of the greatest length."""
+IDLE_CONNECTIONS_COUNT: Final = 256
+
 _DURATION: Final = re.compile(r"([1-9][0-9]{0,8})([smhd])", re.ASCII)
 _UNIT_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -41,7 +46,7 @@ class ConfigError(Exception):
 
 
 class ConfigMissingError(ConfigError):
-    """A file that the configuration names does not exist."""
+    """No data directory is named, or a file that the configuration names does not exist."""
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -59,6 +64,14 @@ class Server(_Section, frozen=True):
     tls: Tls = Tls()
     dev: bool = False
     """For development: a spawned miniKMS makes its own root key file."""
+    body_bytes: int = BODY_BYTES
+    """Of the bodies of all requests that are being received or handled."""
+    idle_connections: int = IDLE_CONNECTIONS_COUNT
+    """Of one address; 0 is no bound."""
+    proxies: tuple[str, ...] = ()
+    """Addresses and networks of proxies, which stand for many clients: the bounds of one address on
+    bodies and idle connections do not apply to them, and rates by address count the last address that their
+    `X-Forwarded-For` names."""
 
 
 class Storage(_Section, frozen=True):
@@ -94,6 +107,8 @@ class Security(_Section, frozen=True):
     rate_limit: RateLimit = RateLimit()
     ip_whitelist: tuple[str, ...] = ()
     api_keys: ApiKeys = ApiKeys()
+    threads: Literal["members", "open"] | None = None
+    """Who may post into a thread that exists (`store.membership`). None: `members`, or `open` for a store of 0.1."""
 
 
 class Kms(_Section, frozen=True):
@@ -106,6 +121,9 @@ class Kms(_Section, frozen=True):
     master_key_file: str = ""
     server_uids: tuple[int, ...] = ()
     """User ids that may serve the socket. Empty: the one of this process, and root."""
+    exclusive: bool | None = None
+    """Whether only this server makes keys of purpose `thread` there. None: if no socket and no data directory is
+    given."""
 
 
 class Rotation(_Section, frozen=True):
@@ -159,6 +177,12 @@ class Config(_Section, frozen=True):
     def kms_socket(self) -> Path:
         return Path(self.kms.socket) if self.kms.socket else Path(self.storage.db_path) / "run" / "minikms.sock"
 
+    @property
+    def kms_is_exclusive(self) -> bool:
+        if self.kms.exclusive is not None:
+            return self.kms.exclusive
+        return not (self.kms.socket or self.kms.data_dir)
+
 
 # --- text to values ---------------------------------------------------------------------------------------------
 def _text(value: str) -> str:
@@ -207,6 +231,9 @@ VARIABLES: Final = (
     Variable("ADDRESS", "server.address", _text),
     Variable("PORT", "server.port", _integer),
     Variable("DEV", "server.dev", _boolean),
+    Variable("BODY_BYTES", "server.body_bytes", _integer),
+    Variable("IDLE_CONNECTIONS", "server.idle_connections", _integer),
+    Variable("PROXIES", "server.proxies", _comma_separated),
     Variable("TLS_CERT", "server.tls.cert_file", _text),
     Variable("TLS_KEY", "server.tls.key_file", _text),
     Variable("DB_PATH", "storage.db_path", _text),
@@ -214,6 +241,7 @@ VARIABLES: Final = (
     Variable("RATE_RPS", "security.rate_limit.rps", _number),
     Variable("RATE_BURST", "security.rate_limit.burst", _integer),
     Variable("IP_WHITELIST", "security.ip_whitelist", _comma_separated),
+    Variable("THREADS", "security.threads", _text),
     Variable("API_BACKEND_KEYS", "security.api_keys.backend", _comma_separated),
     Variable("API_FRONTEND_KEYS", "security.api_keys.frontend", _comma_separated),
     Variable("API_ADMIN_KEYS", "security.api_keys.admin", _comma_separated),
@@ -224,6 +252,7 @@ VARIABLES: Final = (
     Variable("KMS_BINARY", "kms.binary", _text),
     Variable("KMS_SPAWN", "kms.spawn", _boolean),
     Variable("KMS_SERVER_UIDS", "kms.server_uids", _integers),
+    Variable("KMS_EXCLUSIVE", "kms.exclusive", _boolean),
     Variable("MINIKMS_MASTER_KEY_FILE", "kms.master_key_file", _text),
     Variable("ROTATION_MAX_AGE", "rotation.max_age", _text),
     Variable("ROTATION_MAX_USES", "rotation.max_uses", _integer),
@@ -405,7 +434,7 @@ def check(config: Config) -> None:
     if not 0 <= config.server.port <= 65535:
         raise ConfigError("server.port must be from 0 to 65535")
     if not config.storage.db_path:
-        raise ConfigError("no data directory is given: use --db DIR, PROGRESSDB_DB_PATH or storage.db_path")
+        raise ConfigMissingError("no data directory is given: use --db DIR, PROGRESSDB_DB_PATH or storage.db_path")
     if bool(config.server.tls.cert_file) != bool(config.server.tls.key_file):
         raise ConfigError("TLS needs both server.tls.cert_file and server.tls.key_file")
     rate = config.security.rate_limit
@@ -413,8 +442,14 @@ def check(config: Config) -> None:
         raise ConfigError("security.rate_limit.rps must be 0 (off) or more")
     if rate.rps > 0 and rate.burst < 1:
         raise ConfigError("security.rate_limit.burst must be at least 1")
+    if config.server.body_bytes < BODY_BYTES_MIN:
+        raise ConfigError(f"server.body_bytes must be at least {BODY_BYTES_MIN}, so that one user can send one body")
+    if config.server.idle_connections < 0:
+        raise ConfigError("server.idle_connections must be 0 (no bound) or more")
     for network in config.security.ip_whitelist:
         parse_network(network)
+    for network in config.server.proxies:
+        parse_network(network, "server.proxies")
     _check_api_keys(config.security.api_keys)
     _check_rotation(config.rotation)
     socket_bytes = len(str(config.kms_socket).encode())
@@ -435,12 +470,12 @@ def _check_rotation(rotation: Rotation) -> None:
         raise ConfigError("rotation.max_uses and rotation.records_per_second must be 0 (off) or more")
 
 
-def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    """An entry of the allow list: an address, or a network in CIDR form. Raises ConfigError."""
+def parse_network(text: str, setting: str = "security.ip_whitelist") -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """An entry of the setting: an address, or a network in CIDR form. Raises ConfigError."""
     try:
         return ipaddress.ip_network(text)
     except ValueError as error:
-        raise ConfigError(f"security.ip_whitelist: {error}") from None
+        raise ConfigError(f"{setting}: {error}") from None
 
 
 def _check_api_keys(keys: ApiKeys) -> None:

@@ -1,8 +1,8 @@
 """The server's log: one event a line, on standard error.
 
 Owns: the configuration of structlog, and of the standard library's logging that libraries use. Invariants: of a
-library's record only its message is logged, without a traceback, which could quote what a user typed; nothing is logged
-to standard output.
+library's record only its message is logged, without a traceback, which could quote what a user typed; a traceback of
+our own shows no values of variables; nothing is logged to standard output.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import sys
 from typing import Any, Final, Literal, TextIO
 
-import structlog
+from minikms.logs import structlog
 
 _LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -38,7 +38,9 @@ def configure(
     if log_format == "json":
         processors.append(structlog.processors.JSONRenderer())
     else:
-        processors.append(structlog.dev.ConsoleRenderer(colors=stream.isatty()))
+        processors.append(
+            structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback)
+        )
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),

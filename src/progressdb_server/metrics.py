@@ -9,13 +9,16 @@ service anything but the gauges that were registered here.
 from __future__ import annotations
 
 import math
+import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+
+from minikms import api
 
 COUNT_BOUNDS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Bucket bounds of a histogram of counts."""
@@ -55,6 +58,7 @@ class StoreMetrics(Collector):
         self.cache_hits = 0
         self.cache_misses = 0
         self.key_waits = 0
+        self.keys_renewed = 0
         self.gauges: dict[str, tuple[str, Callable[[], float]]] = {}
         self._group_writes = Histogram(COUNT_BOUNDS)
         self._commit_seconds = Histogram(COMMIT_BOUNDS_S)
@@ -79,6 +83,9 @@ class StoreMetrics(Collector):
         cache.add_metric(["miss"], self.cache_misses)
         yield cache
         yield CounterMetricFamily("progressdb_store_failures", "Groups that the disk refused.", value=self.failures)
+        yield CounterMetricFamily(
+            "progressdb_store_keys_renewed", "New keys of threads whose key only decrypts.", value=self.keys_renewed
+        )
         yield CounterMetricFamily(
             "progressdb_store_key_waits", "Writes that waited for a thread's key to be switched.", value=self.key_waits
         )
@@ -109,7 +116,9 @@ class KmsMetrics(Collector):
     def __init__(self) -> None:
         self._verbs: dict[str, _Exchanges] = {}
         self._up = False
-        self._status: Mapping[str, Any] = {}
+        self.last_status: api.StatusAnswer | None = None
+        """None until the key service reported one, at `last_status_ns`."""
+        self.last_status_ns = 0
 
     def exchanged(self, target: bytes, seconds: float, answered: bool) -> None:
         """`target` is the request's; its first part is the verb and holds no id."""
@@ -122,9 +131,11 @@ class KmsMetrics(Collector):
         else:
             verb.failures += 1
 
-    def seen(self, status: Mapping[str, Any]) -> None:
-        self._status = status
-        self._up = status.get("status") == "ok"
+    def seen(self, status: api.StatusAnswer) -> None:
+        self._up = status.status == "ok"
+        if status.status != api.CODE_SEALED:  # a sealed one knows neither keys nor epoch
+            self.last_status = status
+            self.last_status_ns = time.time_ns()
 
     def lost(self) -> None:
         self._up = False
@@ -143,13 +154,13 @@ class KmsMetrics(Collector):
         yield failures
         yield GaugeMetricFamily(
             "progressdb_kms_up",
-            "1 when the key service answered the last time that it was asked for its status.",
+            "1 when the key service said the last time that it serves.",
             value=self._up,
         )
-        keys = self._status.get("keys")
-        if isinstance(keys, Mapping):
+        if self.last_status is not None:
+            keys = self.last_status.keys
             by_state = GaugeMetricFamily("progressdb_kms_keys", "Keys by state, as last seen.", labels=["state"])
-            states = {"active": 0, "retired": 0, **keys.get("by_state", {}), "destroyed": keys.get("destroyed", 0)}
+            states = {"active": 0, "retired": 0, **keys.by_state, "destroyed": keys.destroyed}
             for state, count in states.items():
                 by_state.add_metric([state], count)
             yield by_state

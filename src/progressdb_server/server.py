@@ -12,29 +12,36 @@ import asyncio
 import gc
 import os
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any, Final, TypeVar
 
-import structlog
 import uvloop
 from prometheus_client import CollectorRegistry
 
 from minikms import api
+from minikms.client import AsyncClient
+from minikms.logs import structlog
 from progressdb_server import logs
 from progressdb_server.api.application import Application
 from progressdb_server.api.http.access import AccessControl
 from progressdb_server.api.http.listener import bind, check_tls, raise_descriptor_limit, serve_http
+from progressdb_server.api.http.shares import Shares
 from progressdb_server.api.routes import jobs as job_routes
+from progressdb_server.api.routes import orphans as orphan_routes
+from progressdb_server.api.routes import readiness as readiness_routes
 from progressdb_server.api.routes import store_backup
 from progressdb_server.api.routes.metrics import ApiMetrics
+from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import Config, ConfigError
+from progressdb_server.jobs.orphans import OrphanedKeys
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.kms.provider import LocalProviderError, Provider, RemoteProvider, open_local
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor, SupervisorError
-from progressdb_server.store import directory, epoch
+from progressdb_server.metrics import KmsMetrics
+from progressdb_server.store import directory, epoch, membership
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.epoch import RestoredError
 from progressdb_server.store.model import FormatError, StoreUnavailableError
@@ -44,6 +51,10 @@ _STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
 _COLLECTED_OBJECTS_MIN: Final = 50_000
 """New objects between two runs of the cycle collector: many times what the requests in flight hold. Python's default of
 700 visits objects that are still in use, which costs an eighth of an append's time; a request leaves no cycles."""
+
+STATUS_TIMEOUT_S: Final = 2.0
+STATUS_WAIT_S: Final = 0.3
+"""Of the question whether the key service works: together less than a caller of `/readyz` waits."""
 
 Opened = TypeVar("Opened")
 
@@ -141,17 +152,26 @@ async def _serve_until(
         if opened is None:
             return
         store, provider = opened
-        jobs = Jobs(store, provider, config.rotation, stop=stop.asked)
+        exclusive = encrypting and config.kms_is_exclusive
+        jobs = Jobs(store, provider, config.rotation, exclusive=exclusive, stop=stop.asked)
         started.push_async_callback(jobs.close)
         await jobs.start()
+        orphans = OrphanedKeys(store, provider, jobs.has_job, exclusive=exclusive)
+        started.push_async_callback(orphans.close)
+        orphans.start()
         registry = CollectorRegistry()
         registry.register(store.metrics)
         if isinstance(provider, RemoteProvider):
             registry.register(provider.metrics)
-        access = AccessControl(config.security)
-        viewer = Viewer(store, provider, jobs, access.keys, secure=bool(config.server.tls.cert_file))
+        access = AccessControl(config.security, config.server.proxies)
+        kms_metrics = provider.metrics if isinstance(provider, RemoteProvider) else KmsMetrics()
+        readiness = Readiness(store, _status_of(provider, config, started), kms_metrics)
+        started.push_async_callback(readiness.close)
+        viewer = Viewer(store, provider, jobs, readiness, access.keys, secure=bool(config.server.tls.cert_file))
         backup_routes = store_backup.operations(store, config.backups_dir)
-        more = (*job_routes.operations(jobs), *backup_routes, *viewer.operations())
+        ready_routes = readiness_routes.operations(readiness)
+        routes_of_jobs = (*job_routes.operations(jobs), *orphan_routes.operations(orphans))
+        more = (*ready_routes, *routes_of_jobs, *backup_routes, *viewer.operations())
         application = Application(store, access, ApiMetrics(registry), more=more)
         host, port = listener.getsockname()[:2]
         gc.freeze()  # the objects of the start live as long as the process: the collector need not visit them
@@ -161,9 +181,22 @@ async def _serve_until(
             listener,
             tls=config.server.tls,
             stop=stop.asked,
+            shares=Shares(config.server),
             on_listening=lambda: _announce(config, str(host), int(port)),
         )
         _log.info("stopping")
+
+
+def _status_of(
+    provider: Provider, config: Config, started: AsyncExitStack
+) -> Callable[[], Awaitable[api.StatusAnswer]]:
+    """The key service's status, by a client that does not wait for one that is away."""
+    if not isinstance(provider, RemoteProvider):
+        return provider.status
+    server_uids = config.kms.server_uids or None
+    client = AsyncClient(config.kms_socket, server_uids=server_uids, timeout_s=STATUS_TIMEOUT_S, wait_s=STATUS_WAIT_S)
+    started.push_async_callback(client.close)
+    return client.status
 
 
 async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, Opened]) -> Opened | None:
@@ -201,7 +234,10 @@ async def _open_store(
         # A restore is accepted for the whole run: it may have put back another audit log.
         audit_head = str if accept_restore else partial(epoch.audit_head, engine)
         provider = await _open_provider(config, master_key_fd, encrypting, audit_head, started, on_lost=on_lost)
-        store = Conversations(engine, provider)
+        rule, warning = membership.rule_of(engine, config.security.threads)
+        if warning:
+            _log.warning(warning)
+        store = Conversations(engine, provider, rule=rule)
         opened = True
     except (SupervisorError, FormatError, RestoredError) as error:
         raise ServeError(str(error)) from None
@@ -261,4 +297,13 @@ def _announce(config: Config, host: str, port: int) -> None:
         _log.warning("no API key is configured: every request but /healthz is refused; set PROGRESSDB_API_BACKEND_KEYS")
     scheme = "https" if config.server.tls.cert_file else "http"
     shown = f"[{host}]" if ":" in host else host
-    _log.info("listening", url=f"{scheme}://{shown}:{port}", db=config.storage.db_path)
+    url = f"{scheme}://{shown}:{port}"
+    _log.info("listening", url=url, db=config.storage.db_path)
+    login = (
+        "log in with a key of PROGRESSDB_API_ADMIN_KEYS"
+        if keys.admin
+        else "no login is possible: choose an admin key and set PROGRESSDB_API_ADMIN_KEYS"
+    )
+    _log.info("viewer", url=f"{url}/viewer/", key=login)
+    clients = "none is needed; programs send a key of PROGRESSDB_API_BACKEND_KEYS"
+    _log.info("documentation", url=f"{url}/docs/", key=clients)

@@ -99,7 +99,9 @@ class UnencryptedProvider(EncryptsNothing):
     async def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[bytes | KmsRefusedError]:
         return [MARK + item.plaintext for item in items]
 
-    async def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]:
+    async def decrypt_batch(
+        self, items: Sequence[DecryptItem], *, request_id: str | None = None
+    ) -> list[bytes | KmsRefusedError]:
         return [_opened(item.ciphertext) for item in items]
 
     async def reencrypt_batch(
@@ -124,7 +126,7 @@ class UnencryptedProvider(EncryptsNothing):
     async def destroy_key(self, key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
         raise _no_keys()
 
-    async def status(self) -> dict[str, object]:
+    async def status(self) -> api.StatusAnswer:
         raise _no_keys()
 
     async def close(self) -> None:

@@ -13,6 +13,7 @@ they stand for what was seen. `python -m tests.commands.transcript FILE…` runs
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import random
 import re
@@ -27,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 from minikms.client import Client, KmsError
+from tests.harness.terminal import OnTerminal
 
 READY_SECONDS_MAX = 30.0
 RUN_SECONDS_MAX = 60.0
@@ -54,7 +56,7 @@ _PLAIN = (
     (re.compile(r"\b[0-9a-f]{32}\b"), "<log>"),
     (re.compile(r"\b\d+:<base64-\d+>"), "<head>"),
     (re.compile(r"\bline [\d,]+, head"), "line <n>, head"),
-    (re.compile(r"(process |pid |pid=|\"pid\": )\d+"), r"\1<pid>"),
+    (re.compile(r"(process |pid |pid=|kill |\"pid\": )\d+"), r"\1<pid>"),
     (re.compile(r"\bup (\d+ (s|min) ?)+"), "up <n> s"),
     (re.compile(rf"\b(uid|uid:) ?{os.geteuid()}\b"), r"\1 <uid>"),
     (re.compile(r"[\d,.]+ [KM]iB locked \(\S+\)"), "<n> locked"),
@@ -68,7 +70,7 @@ _PLAIN = (
 )
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that nobody listens on, below the ports that the kernel gives to connections: a restart finds it free."""
     while True:
         port = random.randrange(*PORTS)
@@ -95,7 +97,7 @@ class Session:
         (place / "work").mkdir(mode=0o700)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
         self._environ = kept | {"PATH": f"{programs}:{kept.get('PATH', os.defpath)}", "NO_COLOR": "1"}
-        self.port = _free_port()
+        self.port = free_port()
         self._environ["PORT"] = str(self.port)
         self._started: list[subprocess.Popen[bytes]] = []
         self._seen: dict[str, dict[str, str]] = {kind: {} for kind in _NUMBERED}
@@ -133,6 +135,11 @@ class Session:
             said += "\n"
         return said + (f"[exit {done.returncode}]\n" if done.returncode else "")
 
+    def on_terminal(self, command: str) -> OnTerminal:
+        """A command that asks on its terminal. The caller types."""
+        work = shlex.quote(str(self.place / "work"))
+        return OnTerminal(["sh", "-c", f"cd {work} && exec {command}"], env=self._environ)
+
     def normal(self, text: str) -> str:
         """The text without what differs from run to run."""
         text = text.replace(str(self.place / "work"), "<dir>")
@@ -165,8 +172,14 @@ class Session:
 
     def _answers(self, command: str) -> bool:
         if command.startswith("progressdb"):
-            with socket.socket() as trial:
-                return trial.connect_ex(("127.0.0.1", self.port)) == 0
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=1)
+            try:  # its port accepts connections before it knows whether it can serve
+                connection.request("GET", "/healthz")
+                return connection.getresponse().status == 200
+            except (OSError, http.client.HTTPException):
+                return False
+            finally:
+                connection.close()
         words = shlex.split(command)
         named = words[words.index("--socket") + 1] if "--socket" in words else self._environ["PROGRESSDB_KMS_SOCKET"]
         try:  # its socket is there before it knows whether it can serve

@@ -23,9 +23,10 @@ from minikms.memory import libc, process
 
 MANAGERS_OWN = {
     # users, life cycle, directories
-    "Type", "NotifyAccess", "WatchdogSec", "User", "Group", "SupplementaryGroups", "ExecStart", "Environment",
-    "EnvironmentFile", "Restart", "RestartSec", "TimeoutStopSec", "RuntimeDirectory", "RuntimeDirectoryMode",
-    "RuntimeDirectoryPreserve", "StateDirectory", "StateDirectoryMode",
+    "Type", "NotifyAccess", "WatchdogSec", "User", "Group", "SupplementaryGroups", "ExecStart", "ExecReload",
+    "ExecStopPost",
+    "Environment", "EnvironmentFile", "Restart", "RestartSec", "TimeoutStopSec", "RuntimeDirectory",
+    "RuntimeDirectoryMode", "RuntimeDirectoryPreserve", "StateDirectory", "StateDirectoryMode",
     # control groups, and limits that this test's process cannot raise
     "MemorySwapMax", "OOMPolicy", "LimitMEMLOCK", "LimitNOFILE", "DevicePolicy", "IPAddressDeny", "IPAddressAllow",
     # the interpreter of a developer may lie in a home directory

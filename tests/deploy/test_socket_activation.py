@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 import minikms
-from minikms.client.connection import server_uid
+from minikms.client.connecting import server_uid
 from minikms.client.errors import KmsUntrustedServerError
 from tests import needs
 from tests.deploy import service_manager
@@ -108,7 +108,9 @@ def documented_environment() -> dict[str, str]:
         r"^\(.*\n?.*> /etc/progressdb/progressdb\.env\)$", (SYSTEMD / "README.md").read_text(), re.MULTILINE
     )
     assert command is not None
-    text = command[0].replace("$(id -u minikms)", str(SERVICE_UID)).replace("$(openssl rand -hex 24)", "key")
+    text = command[0].replace("$(id -u minikms)", str(SERVICE_UID))
+    for role in ("key", "admin_key"):
+        text = text.replace("$(openssl rand -hex 24)", role, 1)
     return dict(re.findall(r"(PROGRESSDB_\w+)=([\w,]+)", text))
 
 

@@ -9,12 +9,22 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import yaml
+
+_LOADER: type[yaml.SafeLoader | yaml.CSafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The one in C takes a tenth of the time."""
+
 
 class Pair(NamedTuple):
     """`operation` is its method and path."""
 
     operation: str
     status: int
+
+
+def read(text: str | bytes) -> Any:
+    """What a YAML document says. Both loaders are safe ones."""
+    return yaml.load(text, _LOADER)
 
 
 def pairs(document: Mapping[str, Any]) -> Iterator[Pair]:

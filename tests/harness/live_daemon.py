@@ -7,6 +7,7 @@ computed in the test's own process and never sent to the daemon.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -23,9 +24,11 @@ from minikms.crypto.aead import NonceSource
 from minikms.keys import dek
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory import SecretArena
+from tests.harness import decryptor
 
 START_SECONDS_MAX = 20.0
 STOP_SECONDS_MAX = 20.0
+EVENT_SECONDS_MAX = 20.0
 RootKind = Literal["file", "environment", "dev"]
 ROOT_KINDS: tuple[RootKind, ...] = ("file", "environment", "dev")
 
@@ -130,14 +133,25 @@ class LiveDaemon:
         lines = (self.data_dir / "minikms-audit.log").read_text().splitlines()
         return [event for line in lines if (event := json.loads(line)["event"])["type"] in types]
 
+    def wait_for_event(self, kind: str) -> None:
+        """Returns when the newest file of the audit log has an event of this type."""
+        deadline = time.monotonic() + EVENT_SECONDS_MAX
+        while not self.events(kind):
+            assert time.monotonic() < deadline, f"no event {kind}"
+            time.sleep(0.02)
+
     def keys(self, root: bytes | None = None) -> dict[str, bytes]:
         """Every key that the daemon has, by a name; see `keys_in`."""
         return keys_in(self.data_dir, self.root() if root is None else root)
 
 
 def keys_in(data_dir: Path, root: bytes) -> dict[str, bytes]:
-    """Every key by a name: the root key, the keyring key, each KEK version, the audit keys and seeds, each DEK."""
+    """Every key by a name: the root key, what leads from it to the keyring key, that one, each KEK version, the audit
+    keys and seeds, each DEK.
+    """
     found = {"root key": root}
+    # Before the keyring: a rotation that runs puts a KEK there first, and leaves the one before.
+    files = {file.stem: file.read_bytes() for file in sorted((data_dir / "kms-deks").glob("*.json"))}
     with SecretArena(4096) as arena:
         data = (data_dir / "keyring.json").read_bytes()
         unlocked, _ = UnlockedKeyring.open(arena, memoryview(root), data, nonces=NonceSource().next)
@@ -146,10 +160,15 @@ def keys_in(data_dir: Path, root: bytes) -> dict[str, bytes]:
         for key in unlocked.body.audit_keys:
             mac_key, seed = unlocked.audit_key(key.version)
             found |= {f"audit key {key.version}": bytes(mac_key), f"checkpoint seed {key.version}": bytes(seed)}
-        for file in sorted((data_dir / "kms-deks").glob("*.json")):
-            record = dek.parse(file.read_bytes(), file.stem)
+        for key_id, content in files.items():
+            record = dek.parse(content, key_id)
             with arena.allocate() as slot:
                 dek.unwrap_into(record, unlocked.kek(record.kek_version), slot.view)
                 found[f"DEK {record.id}"] = bytes(slot.view)
         unlocked.release()
+    body, _, _ = decryptor.body_of(data)
+    for slot in body["slots"] if body["version"] >= 3 else ():
+        with contextlib.suppress(decryptor.NotOpenedError):  # a slot of another root key
+            opened = decryptor.open_slot(body, slot, root)
+            found |= {f"{name} of slot {slot['slot_id']}": key for name, key in opened.secrets.items()}
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -15,12 +16,16 @@ from pathlib import Path
 
 from minikms import datadir
 from minikms.audit import Event
-from minikms.custody.rotation import KekRotation, Pruning
-from minikms.custody.vault import Indexing, Vault
+from minikms.audit.turns import TurnAudit
+from minikms.custody.rotation import Begun, KekRotation, Pruning
+from minikms.custody.vault import Indexing
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.roots.providers import KeyFile
+from minikms.service.base import VerbTable
+from minikms.service.keks import KekVerbs
+from minikms.service.root_removal import RootRemoval
 
 ARENA_SLOTS = 96
 
@@ -28,14 +33,23 @@ ARENA_SLOTS = 96
 class OpenedVault:
     """The parts, joined; made by `opened_vault`."""
 
-    def __init__(self, directory: Path, vault: Vault, *, reader: ThreadPoolExecutor, disk: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, directory: Path, data: datadir.DataDir, key: Path, *, reader: ThreadPoolExecutor, disk: ThreadPoolExecutor
+    ) -> None:
         self.directory = directory
-        self.vault = vault
+        self.key = key
+        self.vault = vault = data.vault
+        self.log = data.log
+        self.slot = data.slot
+        self.replayed = data.replayed
+        self.creates_completed = data.creates_completed
         self.arena = vault.arena
         self.reader = reader
         self.rotation = KekRotation(vault, reader=reader, disk=disk)
         self.pruning = Pruning(vault, reader=reader, disk=disk)
         self.indexing = Indexing(vault, reader)
+        self.audit = TurnAudit(data.log, disk)
+        self.removal = RootRemoval(vault, self.audit)
 
     # --- what is on disk ---
 
@@ -48,8 +62,13 @@ class OpenedVault:
     def keks_on_disk(self, key_ids: Iterable[str]) -> set[int]:
         return {self.on_disk(key_id).kek_version for key_id in key_ids}
 
-    def backups(self, key_id: str = "") -> list[Path]:
-        return sorted((self.directory / "kms-deks-backup").glob(f"{key_id}*"))
+    def backups(self, key_id: str = "") -> list[bytes]:
+        """The contents of all rotation backups, or of those of a key: lines of batches, and single ones."""
+        place = self.directory / "kms-deks-backup"
+        found: list[bytes] = []
+        for path in sorted(path for path in place.rglob("*") if path.is_file()):
+            found.extend(path.read_bytes().splitlines(keepends=True))
+        return [content for content in found if content.startswith(b'{"id":"%s' % key_id.encode())]
 
     def kek_states(self) -> dict[int, str]:
         return {kek.version: kek.state for kek in self.vault.keyring.body.keks}
@@ -69,14 +88,34 @@ class OpenedVault:
             found[key_id] = bytes(self.vault.opened(key_id).view)
         return found
 
+    async def begin(self, root: SecretSlot | None = None) -> Begun:
+        """Step 1 of a rotation; a new root key replaces the one of this start."""
+        return await self.rotation.begin(root, replaces=self.slot.slot_id)
+
+    def kek_verbs(self, table: VerbTable) -> KekVerbs:
+        return KekVerbs(
+            vault=self.vault,
+            table=table,
+            rotation=self.rotation,
+            pruning=self.pruning,
+            removal=self.removal,
+            opened_slot_id=self.slot.slot_id,
+        )
+
     async def rotate(self, root: SecretSlot | None = None) -> None:
-        await self.rotation.begin(root)
+        await self.begin(root)
         await self.rotation.run()
 
     def slot_of(self, root: bytes) -> SecretSlot:
         slot = self.arena.allocate()
         slot.view[:] = root
         return slot
+
+
+def copied_vault(one: OpenedVault, to: Path) -> None:
+    """The directory and its root key as they are now: what a process that is killed at this moment leaves."""
+    shutil.copytree(one.directory, to)
+    shutil.copy2(one.key, to.with_name(to.name + ".key"))
 
 
 class SilentAudit:
@@ -113,16 +152,17 @@ async def opened_vault(
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(1) as journal,
     ):
+        used = key or key_file(directory)
         data = datadir.open_for_service(
             lock,
-            KeyFile(key or key_file(directory)),
+            KeyFile(used),
             arena=arena,
             disk=disk,
             journal=journal,
             options=datadir.Options(audit_fsync="never", cache_keys_max=cache_keys_max),
         )
         try:
-            yield OpenedVault(directory, data.vault, reader=reader, disk=disk)
+            yield OpenedVault(directory, data, used, reader=reader, disk=disk)
         finally:
             await data.drain()
             data.close()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
 
-from minikms.client import DecryptItem, EncryptItem, errors
+from minikms.audit.reader import LOG_NAME
+from minikms.client import DecryptItem, EncryptItem, ReencryptItem, errors
 from minikms.embedded import EmbeddedClient
+from minikms.keys.keyring import KEK_WRAPS_LEASE
 
 
 def test_verbs_answer_as_the_daemon_answers_them(tmp_path: Path) -> None:
@@ -33,6 +36,24 @@ def test_verbs_answer_as_the_daemon_answers_them(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_wraps_are_reserved_with_the_audit_line_of_the_daemon(tmp_path: Path) -> None:
+    """The line has the epoch that the reservation gave the keyring, and comes before the first key."""
+
+    async def main() -> int:
+        client = await EmbeddedClient.open(tmp_path / "kms")
+        try:
+            await client.create_dek_for_thread("t")
+            return (await client.status()).epoch
+        finally:
+            await client.close()
+
+    epoch = asyncio.run(main())
+    events = [json.loads(line)["event"] for line in (tmp_path / "kms" / LOG_NAME).read_bytes().splitlines()]
+    of_create = [event for event in events if event["type"] in ("reserve_wraps", "create_dek")]
+    assert [event["type"] for event in of_create] == ["reserve_wraps", "create_dek"]
+    assert of_create[0]["facts"] == {"epoch": epoch, "kek_version": 1, "wraps": KEK_WRAPS_LEASE}
+
+
 def test_it_neither_rotates_nor_prunes(tmp_path: Path) -> None:
     async def main() -> None:
         client = await EmbeddedClient.open(tmp_path / "kms")
@@ -42,5 +63,57 @@ def test_it_neither_rotates_nor_prunes(tmp_path: Path) -> None:
                     await call
         finally:
             await client.close()
+
+    asyncio.run(main())
+
+
+def test_a_closed_client_refuses_every_method(tmp_path: Path) -> None:
+    async def main() -> None:
+        client = await EmbeddedClient.open(tmp_path / "kms")
+        key_id = (await client.create_dek_for_thread("t", purpose="data")).key_id
+        sealed = await client.encrypt(key_id, b"x")
+        await client.close()
+        await client.close()
+        for call in (
+            client.health(),
+            client.status(),
+            client.create_dek_for_thread("t"),
+            client.get_or_create_dek_for_thread("t"),
+            client.get_wrapped(key_id),
+            client.encrypt(key_id, b"x"),
+            client.decrypt(key_id, sealed),
+            client.encrypt_batch([EncryptItem(key_id=key_id, plaintext=b"x")] * 600),
+            client.decrypt_batch([DecryptItem(key_id=key_id, ciphertext=sealed)]),
+            client.reencrypt_batch(key_id, key_id, [ReencryptItem(ciphertext=sealed)]),
+            client.check_batch(key_id, [ReencryptItem(ciphertext=sealed)]),
+            client.generate_data_key(key_id),
+            client.random(1),
+            client.rotate_kek(new_kek_hex=bytearray(b"a" * 64)),
+            client.list_keys(),
+            client.get_key(key_id),
+            client.retire_key(key_id),
+            client.destroy_key(key_id),
+            client.prune_kek(),
+        ):
+            with pytest.raises(errors.KmsClosedError, match=r"^the client is closed$"):
+                await call
+
+    asyncio.run(main())
+
+
+def test_a_close_waits_for_the_calls_in_progress(tmp_path: Path) -> None:
+    async def main() -> None:
+        client = await EmbeddedClient.open(tmp_path / "kms")
+        creating = [asyncio.create_task(client.create_dek_for_thread(f"t{number}")) for number in range(20)]
+        await asyncio.sleep(0)
+        await client.close()
+        assert all(task.done() for task in creating)
+        made = {(await task).key_id for task in creating}
+        assert len(made) == len(creating)
+        again = await EmbeddedClient.open(tmp_path / "kms")
+        try:
+            assert {(await again.get_key(key_id)).key_id for key_id in made} == made
+        finally:
+            await again.close()
 
     asyncio.run(main())

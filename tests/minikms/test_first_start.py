@@ -37,12 +37,12 @@ def killed_at(daemon: Daemon, calls: str, number: int) -> bool:
     """Starts the daemon and kills it at that call; False if it came up first."""
     strace = ["strace", "-f", "-o", str(daemon.base / "strace"), "-e", f"trace={calls}"]
     strace += ["-e", f"inject={calls}:signal=KILL:when={number}"]
-    plain = daemon._command
-    daemon._command = [*strace, *plain]
+    plain = daemon.command
+    daemon.command = [*strace, *plain]
     try:
         up = daemon.start()
     finally:
-        daemon._command = plain
+        daemon.command = plain
     if up:
         assert daemon.process is not None
         strace_pid = daemon.process.pid
@@ -57,7 +57,7 @@ def judge(daemon: Daemon) -> None:
     with daemon.client() as client:
         key_id = client.create_dek_for_thread("t").key_id
         assert client.decrypt(key_id, client.encrypt(key_id, b"text")) == b"text"
-        assert client.status()["status"] == "ok"
+        assert client.status().status == "ok"
     daemon.stop()
     verify_audit(daemon.base / "data", daemon.key_file)
 

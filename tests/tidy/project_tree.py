@@ -14,10 +14,12 @@ import tokenize
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
+IDENTIFIER = r"[A-Za-z_]\w*"
 
 
 @cache
@@ -67,18 +69,53 @@ def documents() -> list[Path]:
     return [path for path in project_files() if path.suffix == ".md"]
 
 
-def comments(path: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers and comments of a Python file."""
+def statements(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """Those of a block and of all blocks in it. Far fewer than the nodes of the tree."""
+    for statement in body:
+        yield statement
+        for block in ("body", "orelse", "finalbody", "handlers", "cases"):
+            yield from statements(getattr(statement, block, ()))
+
+
+class Prose(NamedTuple):
+    """What stands at a line of a Python file."""
+
+    line: int
+    column: int
+    text: str
+
+
+@cache
+def docstrings(path: Path) -> tuple[Prose, ...]:
+    """The strings that stand alone: of modules, classes, functions, and below constants."""
+    return tuple(
+        Prose(statement.lineno, statement.col_offset, statement.value.value)
+        for statement in statements(tree_of(path).body)
+        if isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
+
+
+class Tokens(NamedTuple):
+    comments: tuple[Prose, ...]
+    words: frozenset[str]
+    """Every identifier, and every word of a string that is no docstring."""
+
+
+@cache
+def tokens_of(path: Path) -> Tokens:
+    alone = {(docstring.line, docstring.column) for docstring in docstrings(path)}
+    comments: list[Prose] = []
+    words: set[str] = set()
     for token in tokenize.generate_tokens(io.StringIO(text_of(path)).readline):
-        if token.type == tokenize.COMMENT:
-            yield token.start[0], token.string
-
-
-def docstrings(path: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers and texts of the strings that stand alone: of modules, classes, functions, and below constants."""
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            yield node.lineno, node.value.value
+        if token.type == tokenize.NAME:
+            words.add(token.string)
+        elif token.type == tokenize.COMMENT:
+            comments.append(Prose(*token.start, token.string))
+        elif token.type not in (tokenize.OP, tokenize.NEWLINE, tokenize.NL) and token.start not in alone:
+            words.update(re.findall(IDENTIFIER, token.string))
+    return Tokens(tuple(comments), frozenset(words))
 
 
 def prose() -> Iterator[tuple[Path, int, str]]:
@@ -86,7 +123,7 @@ def prose() -> Iterator[tuple[Path, int, str]]:
     for path in documents():
         yield path, 1, text_of(path)
     for path in python_files():
-        for line, text in (*docstrings(path), *comments(path)):
+        for line, _, text in (*docstrings(path), *tokens_of(path).comments):
             yield path, line, text
 
 

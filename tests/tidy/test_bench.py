@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -111,6 +113,49 @@ def test_saving_changes_only_what_is_between_the_markers(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="once each"):
         report.save("new", document)
     assert document.read_text() == "no markers"
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("unix:/run/other.sock", "/run/other.sock"),
+        ("http://127.0.0.1:8080", ("127.0.0.1", 8080)),
+        ("http://kms.example/", ("kms.example", 80)),
+        ("http://[::1]:80", ("::1", 80)),
+    ],
+)
+def test_a_peer_is_a_socket_or_a_plain_http_address(url: str, address: object) -> None:
+    assert encrypt.peer_address(url) == address
+
+
+@pytest.mark.parametrize("url", ["", "unix:", "/run/x.sock", "https://x", "http://", "http://x/encrypt", "http://a@x"])
+def test_another_address_of_a_peer_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="unix:PATH or http://HOST:PORT"):
+        encrypt.peer_address(url)
+
+
+def answer(status: str, body: str) -> bytes:
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+NO_KEYS = answer("404 Not Found", "404 page not found")
+
+
+def test_a_peer_without_keys_is_measured_with_any_key_id(tmp_path: Path) -> None:
+    sealed = base64.b64encode(bytes(encrypt.PLAINTEXT_BYTES + encrypt.SEAL_BYTES)).decode()
+    with server(tmp_path, NO_KEYS, answer("200 OK", json.dumps({"ciphertext": sealed}))) as path:
+        assert json.loads(encrypt.target("peer", path, tmp_path).body.read_text())["key_id"] == "bench"
+
+
+@pytest.mark.parametrize("said", ['{"ciphertext": "AAAA"}', '{"ciphertext": 1}', "{}", "[]", "not JSON"])
+def test_a_peer_that_does_not_encrypt_has_no_figure(tmp_path: Path, said: str) -> None:
+    with server(tmp_path, NO_KEYS, answer("200 OK", said)) as path, pytest.raises(BenchError, match="answer"):
+        encrypt.target("peer", path, tmp_path)
+
+
+def test_a_peer_that_refuses_to_make_a_key_has_no_figure(tmp_path: Path) -> None:
+    with server(tmp_path, answer("403 Forbidden", "{}")) as path, pytest.raises(BenchError, match="403"):
+        encrypt.target("peer", path, tmp_path)
 
 
 def test_a_missing_program_is_named_with_its_package() -> None:

@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import ast
 import fnmatch
-import io
 import pkgutil
 import re
 import sys
-import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from tests.tidy.project_tree import PROJECT, name, none, project_files, prose, python_files, text_of, tree_of
+from tests.tidy.project_tree import (
+    IDENTIFIER,
+    PROJECT,
+    name,
+    none,
+    project_files,
+    prose,
+    python_files,
+    text_of,
+    tokens_of,
+    tree_of,
+)
 
-PACKAGES = ("minikms", "progressdb_server")
-IDENTIFIER = r"[A-Za-z_]\w*"
+PACKAGES = ("minikms", "minikms_unlock", "progressdb_server")
 FILE_SUFFIXES = frozenset(
     {"backup", "conf", "env", "json", "key", "log", "new", "old", "service", "sock", "socket", "toml", "yaml"}
 )
@@ -162,19 +170,13 @@ def words_of_code() -> frozenset[str]:
     words: set[str] = set()
     for path in project_files():
         if path.suffix == ".py":
-            alone = {
-                (node.value.lineno, node.value.col_offset)
-                for node in ast.walk(tree_of(path))
-                if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            }
-            for token in tokenize.generate_tokens(io.StringIO(text_of(path)).readline):
-                if token.type != tokenize.COMMENT and token.start not in alone:
-                    words.update(re.findall(IDENTIFIER, token.string))
+            words |= tokens_of(path).words
         elif path.suffix in {".toml", ".yaml", ".yml", ".html", ".js", ".service", ".socket"}:
             words.update(re.findall(IDENTIFIER, text_of(path)))
     return frozenset(words)
 
 
+@cache
 def exists(dotted: str) -> bool:
     parts = dotted.split(".")
     if dotted in OF_OTHERS or index().resolves(dotted) or index().resolves(f"Config.{dotted}"):

@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.vectors import mlkem
 
 FILE = Path(__file__).with_name("formats.json")
 
@@ -34,10 +39,11 @@ def nonce(name: str) -> bytes:
     return hashlib.sha256(f"minikms format vector nonce: {name}".encode()).digest()[:12]
 
 
-ROOT, NEW_ROOT = secret("root key"), secret("new root key")
-KEYRING_KEYS = {1: secret("keyring key 1"), 2: secret("keyring key 2")}
+ROOT, NEW_ROOT, SHARED_ROOT = secret("root key"), secret("new root key"), secret("root key with shares")
+KEYRING_KEYS = {number: secret(f"keyring key {number}") for number in (1, 2, 3)}
 KEKS = {1: secret("KEK 1"), 2: secret("KEK 2")}
 AUDIT_KEY, AUDIT_SEED = secret("audit key 1"), secret("checkpoint seed 1")
+TOMBSTONE_KEY = secret("tombstone key")
 DEK = secret("DEK")
 
 
@@ -86,6 +92,117 @@ def slot(root: bytes, slot_id: str, provider: str, created_at: str, opens: int) 
         "opens": opens,
         "wrapped": b64(seal(root, f"slot {slot_id}", KEYRING_KEYS[opens], slot_aad(root, slot_id, opens))),
     }
+
+
+# --- sealed slots: HPKE base mode (RFC 9180) with X-Wing --------------------------------------------------------------
+
+SUITE = b"HPKE" + bytes.fromhex("647a 0001 0002")
+"""The KEM, HKDF-SHA256, AES-256-GCM."""
+
+
+def hmac256(key: bytes, data: bytes) -> bytes:
+    return hmac.new(key, data, hashlib.sha256).digest()
+
+
+def expand(key: bytes, info: bytes, length: int) -> bytes:
+    """HKDF-Expand (RFC 5869)."""
+    made = block = b""
+    while len(made) < length:
+        block = hmac256(key, block + info + bytes([len(made) // 32 + 1]))
+        made += block
+    return made[:length]
+
+
+def labeled_extract(salt: bytes, label: bytes, ikm: bytes) -> bytes:
+    return hmac256(salt or bytes(32), b"HPKE-v1" + SUITE + label + ikm)
+
+
+def labeled_expand(key: bytes, label: bytes, info: bytes, length: int) -> bytes:
+    return expand(key, length.to_bytes(2, "big") + b"HPKE-v1" + SUITE + label + info, length)
+
+
+def key_and_nonce(shared: bytes, info: bytes) -> tuple[bytes, bytes]:
+    """KeySchedule in base mode: section 5.1."""
+    context = b"\0" + labeled_extract(b"", b"psk_id_hash", b"") + labeled_extract(b"", b"info_hash", info)
+    key = labeled_extract(shared, b"secret", b"")
+    return labeled_expand(key, b"key", context, 32), labeled_expand(key, b"base_nonce", context, 12)
+
+
+def combined(shared_m: bytes, shared_x: bytes, sent_x: bytes, public_x: bytes) -> bytes:
+    """The combiner of X-Wing."""
+    return hashlib.sha3_256(shared_m + shared_x + sent_x + public_x + b"\\.//^\\").digest()
+
+
+def seeds(root: bytes, slot_id: str) -> bytes:
+    """96 bytes: d and z of ML-KEM, and the private key of X25519."""
+    return expand(root, aad("minikms/slot-kem/v2", KEYRING_ID.encode(), slot_id.encode()), 96)
+
+
+def auth_key(root: bytes, slot_id: str) -> bytes:
+    return expand(root, aad("minikms/slot-auth/v2", KEYRING_ID.encode(), slot_id.encode()), 32)
+
+
+def x25519_public(private: bytes) -> bytes:
+    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def x25519(private: bytes, public: bytes) -> bytes:
+    return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+
+
+def slot_public_key(root: bytes, slot_id: str) -> bytes:
+    made = seeds(root, slot_id)
+    return mlkem.public_key(made[:64]) + x25519_public(made[64:])
+
+
+def slot_info(root: bytes, slot_id: str, key_number: int) -> bytes:
+    fields = KEYRING_ID.encode(), slot_id.encode(), commitment(root, slot_id), number(key_number)
+    return aad("minikms/slot-sealed/v2", *fields)
+
+
+def hpke_seal(public: bytes, name: str, plaintext: bytes, info: bytes) -> bytes:
+    ephemeral = secret(f"X25519 key of {name}")
+    shared_m, sent_m = mlkem.encapsulate(public[:1184], secret(f"ML-KEM message of {name}"))
+    sent_x, public_x = x25519_public(ephemeral), public[1184:]
+    key, first_nonce = key_and_nonce(combined(shared_m, x25519(ephemeral, public_x), sent_x, public_x), info)
+    return sent_m + sent_x + AESGCM(key).encrypt(first_nonce, plaintext, b"")
+
+
+def hpke_open(seed: bytes, sealed: bytes, info: bytes) -> bytes:
+    sent_m, sent_x, text = sealed[:1088], sealed[1088:1120], sealed[1120:]
+    shared_m = MLKEM768PrivateKey.from_seed_bytes(seed[:64]).decapsulate(sent_m)
+    shared = combined(shared_m, x25519(seed[64:], sent_x), sent_x, x25519_public(seed[64:]))
+    key, first_nonce = key_and_nonce(shared, info)
+    return AESGCM(key).decrypt(first_nonce, text, b"")
+
+
+def slot_mac(root: bytes, slot_id: str, key_number: int, sealed: bytes) -> bytes:
+    fields = KEYRING_ID.encode(), slot_id.encode(), number(key_number), hashlib.sha256(sealed).digest()
+    return hmac256(auth_key(root, slot_id), aad("minikms/slot-mac/v2", *fields))
+
+
+def auth_aad(slot_id: str) -> bytes:
+    return aad("minikms/slot-auth-key/v2", KEYRING_ID.encode(), slot_id.encode())
+
+
+def sealed_slot(
+    root: bytes, slot_id: str, provider: str, created_at: str, key_number: int, **others: object
+) -> dict[str, object]:
+    name = f"slot {slot_id} of keyring key {key_number}"
+    key = KEYRING_KEYS[key_number]
+    sealed = hpke_seal(slot_public_key(root, slot_id), name, key, slot_info(root, slot_id, key_number))
+    return {
+        "slot_id": slot_id,
+        "fingerprint": fingerprint(root),
+        "provider": provider,
+        "created_at": created_at,
+        "commitment": b64(commitment(root, slot_id)),
+        "tested_at": ROTATED,
+        "public_key": b64(slot_public_key(root, slot_id)),
+        "sealed": b64(sealed),
+        "mac": b64(slot_mac(root, slot_id, key_number, sealed)),
+        "wrapped_auth": b64(seal(key, f"authentication key of {name}", auth_key(root, slot_id), auth_aad(slot_id))),
+    } | others
 
 
 # --- the keyring --------------------------------------------------------------------------------------------------
@@ -163,6 +280,73 @@ def rotating_body() -> dict[str, object]:
     }
 
 
+def tombstone_file() -> bytes:
+    """docs/spec/tombstones.md: a header and three records."""
+    content = b"minikms-stones\0t" + (1).to_bytes(4, "big") + bytes(12)
+    for count in range(1, 4):
+        body = secret(f"destroyed key {count}")[:16] + (1_790_000_000 + count).to_bytes(8, "big")
+        data = aad("minikms/tombstone/v1", KEYRING_ID.encode(), number(count), hashlib.sha256(content).digest(), body)
+        content += body + hmac.new(TOMBSTONE_KEY, data, hashlib.sha256).digest()[:16]
+    return content
+
+
+def with_tombstones(body: dict[str, object], count: int) -> dict[str, object]:
+    """The body in format 2, with a file of which it counts the first `count` records."""
+    key_version = int(str(body["key_version"]))
+    sealed = seal(
+        KEYRING_KEYS[key_version],
+        f"tombstone key under {key_version}",
+        TOMBSTONE_KEY,
+        numbered_aad("minikms/tombstone-key/v1", 1),
+    )
+    head = hashlib.sha256(tombstone_file()[: 32 + 40 * count]).digest()
+    changed = {name: value for name, value in body.items() if name != "tombstones"} | {"version": 2}
+    return changed | {"tombstone_log": {"count": count, "head": b64(head), "wrapped_key": b64(sealed)}}
+
+
+def sealed_body() -> dict[str, object]:
+    """As a first start makes it in format 3."""
+    return with_tombstones(first_body(), 0) | {"version": 3, "slots": [sealed_slot(ROOT, "s1", "file", MADE, 1)]}
+
+
+def three_roots_body() -> dict[str, object]:
+    """The root key of slot s4 was removed, another one has shares, and one is to replace that of the first slot."""
+    shares = {
+        "set_id": secret("share set")[:8].hex(),
+        "threshold": 2,
+        "count": 3,
+        "digests": [b64(secret(f"digest of share {number}")) for number in (1, 2, 3)],
+    }
+    body = first_body() | {
+        "epoch": 9,
+        "updated_at": ROTATED,
+        "key_version": 3,
+        "slots": [
+            sealed_slot(ROOT, "s1", "file", MADE, 3),
+            sealed_slot(SHARED_ROOT, "s5", "shares", ROTATED, 3, shares=shares),
+            sealed_slot(NEW_ROOT, "s7", "request", ROTATED, 3, replaces="s1"),
+        ],
+        "keks": [kek(1, "active", 3, MADE), kek(2, "pending", 3, ROTATED)],
+        "audit_keys": [audit_key(3)],
+        "rotation": {
+            "from_version": 1,
+            "to_version": 2,
+            "started_at": ROTATED,
+            "stamp": "20261125T163000",
+            "slot_id": "s7",
+        },
+        "retired_roots": [{"fingerprint": fingerprint(secret("first root key")), "rotated_at": MADE}],
+    }
+    revoking = {
+        "slot_id": "s4",
+        "fingerprint": fingerprint(secret("removed root key")),
+        "provider": "file",
+        "removed_at": ROTATED,
+        "kek_version": 2,
+    }
+    return with_tombstones(body, 2) | {"version": 3, "revoking": [revoking]}
+
+
 def keyring_file(name: str, body: dict[str, object]) -> str:
     body_bytes = json.dumps(body, separators=(",", ":")).encode()
     key = KEYRING_KEYS[int(str(body["key_version"]))]
@@ -177,8 +361,11 @@ def dek_aad(kek_version: int) -> bytes:
     return aad("minikms/dek/v1", KEY_ID.encode(), THREAD_ID.encode(), b"thread", b"AES-256-GCM", number(kek_version))
 
 
-def dek_file(kek_version: int) -> str:
-    record = {
+DEK_FILE_BYTES = 1024
+
+
+def dek_record(kek_version: int) -> dict[str, object]:
+    return {
         "id": KEY_ID,
         "created_at": MADE,
         "wrapped": b64(seal(KEKS[kek_version], f"DEK under {kek_version}", DEK, dek_aad(kek_version))),
@@ -191,7 +378,60 @@ def dek_file(kek_version: int) -> str:
         "state": "active",
         "replaces": OLDER_KEY_ID,
     }
-    return json.dumps(record, separators=(",", ":")) + "\n"
+
+
+def dek_file(kek_version: int) -> str:
+    return padded(dek_record(kek_version))
+
+
+def dek_file_of_before() -> str:
+    """As versions wrote it that did not pad."""
+    return json.dumps(dek_record(1), separators=(",", ":")) + "\n"
+
+
+def retired_dek_file() -> str:
+    """The file under KEK 2, after the key was retired."""
+    last = {"version": 3, "state": "retired", "retired_at": ROTATED}
+    record = dek_record(2) | last
+    record["replaces"] = record.pop("replaces")
+    return padded(record)
+
+
+def batch_backup() -> dict[str, object]:
+    """A destroyed key between two others; the first is the one of `dek_file`."""
+    last = "k_01jdfm0z4841040g20820g4108"
+    other = padded(dek_record(1) | {"id": last})
+    return {
+        "name": f"20261125T163000/{KEY_ID}-{last}.jsonl",
+        "key_ids": [KEY_ID, last],
+        "file": dek_file(1) + " " * (DEK_FILE_BYTES - 1) + "\n" + other,
+    }
+
+
+def rewrap_journal() -> bytes:
+    """The journal of a batch of one key, from KEK 1 to KEK 2."""
+    magic = b"minikms-rewraps\x01"
+    record = key_id_bytes() + dek_file(1).encode() + dek_file(2).encode()
+    return magic + record + hashlib.sha256(magic + record).digest()
+
+
+def create_log() -> bytes:
+    """The create log of one key, behind the record of a destroyed one, without the unused records at the end."""
+    magic = b"minikms-creates\x01"
+    record = key_id_bytes() + dek_file(1).encode()
+    return magic + bytes(16 + DEK_FILE_BYTES + 32) + record + hashlib.sha256(magic + record).digest()
+
+
+def key_id_bytes() -> bytes:
+    digits = "0123456789abcdefghjkmnpqrstvwxyz"
+    value = 0
+    for character in KEY_ID[2:]:
+        value = value * 32 + digits.index(character)
+    return value.to_bytes(16, "big")
+
+
+def padded(record: dict[str, object]) -> str:
+    return json.dumps(record, separators=(",", ":")).ljust(DEK_FILE_BYTES - 1) + "\n"
 
 
 def record_aad(caller_aad: bytes) -> bytes:
@@ -222,6 +462,16 @@ def vectors() -> str:
             }
             for root, slot_id in ((ROOT, "s1"), (NEW_ROOT, "s7"))
         ],
+        "slot_keys": [
+            {
+                "root": root.hex(),
+                "slot_id": slot_id,
+                "kem_seed": seeds(root, slot_id).hex(),
+                "public_key": slot_public_key(root, slot_id).hex(),
+                "auth_key": auth_key(root, slot_id).hex(),
+            }
+            for root, slot_id in ((ROOT, "s1"), (NEW_ROOT, "s7"))
+        ],
         "keks": {str(version): key.hex() for version, key in KEKS.items()},
         "audit_key": AUDIT_KEY.hex(),
         "audit_seed": AUDIT_SEED.hex(),
@@ -230,13 +480,25 @@ def vectors() -> str:
             for name, body, roots in (
                 ("first", first_body(), (ROOT,)),
                 ("rotating", rotating_body(), (ROOT, NEW_ROOT)),
+                ("first, format 2", with_tombstones(first_body(), 0), (ROOT,)),
+                ("rotating, format 2", with_tombstones(rotating_body(), 2), (ROOT, NEW_ROOT)),
+                ("first, format 3", sealed_body(), (ROOT,)),
+                ("three root keys, format 3", three_roots_body(), (ROOT, SHARED_ROOT, NEW_ROOT)),
+                ("first, format 4", sealed_body() | {"version": 4}, (ROOT,)),
             )
         ],
+        "tombstones": {"key": TOMBSTONE_KEY.hex(), "counted": 2, "file": tombstone_file().hex()},
         "dek": {
             "key_id": KEY_ID,
             "key": DEK.hex(),
             "associated_data": [dek_aad(version).hex() for version in (1, 2)],
             "files": [dek_file(version) for version in (1, 2)],
+            "file_of_before": dek_file_of_before(),
+            "retired_at": ROTATED,
+            "retired_file": retired_dek_file(),
+            "batch_backup": batch_backup(),
+            "rewrap_journal": rewrap_journal().hex(),
+            "create_log": create_log().hex(),
         },
         "records": [
             record("empty", b"", b""),
@@ -260,8 +522,11 @@ def check(made: dict[str, Any]) -> None:
             [found] = [one for one in body["slots"] if one["fingerprint"] == fingerprint(root)]
             if base64.b64decode(found["commitment"]) != commitment(root, found["slot_id"]):
                 raise ValueError("a commitment")
-            data = slot_aad(root, found["slot_id"], found["opens"])
-            key = opened(root, base64.b64decode(found["wrapped"]), data)
+            if body["version"] >= 3:
+                key = check_sealed_slot(root, found, body["key_version"])
+            else:
+                data = slot_aad(root, found["slot_id"], found["opens"])
+                key = opened(root, base64.b64decode(found["wrapped"]), data)
             for link in body.get("links", []):
                 if link["version"] > found["opens"]:
                     data = numbered_aad("minikms/keyring-key/v1", link["version"])
@@ -278,6 +543,17 @@ def check(made: dict[str, Any]) -> None:
         data = bytes.fromhex(one["associated_data"])
         if opened(DEK, bytes.fromhex(one["sealed"]), data) != bytes.fromhex(one["plaintext"]):
             raise ValueError("a record")
+
+
+def check_sealed_slot(root: bytes, found: dict[str, Any], key_number: int) -> bytes:
+    """The keyring key in a slot of format 3."""
+    slot_id, sealed = found["slot_id"], base64.b64decode(found["sealed"])
+    if base64.b64decode(found["mac"]) != slot_mac(root, slot_id, key_number, sealed):
+        raise ValueError("the MAC of a slot")
+    key = hpke_open(seeds(root, slot_id), sealed, slot_info(root, slot_id, key_number))
+    if opened(key, base64.b64decode(found["wrapped_auth"]), auth_aad(slot_id)) != auth_key(root, slot_id):
+        raise ValueError("an authentication key")
+    return key
 
 
 if __name__ == "__main__":

@@ -23,15 +23,21 @@ def checked(label: bytes, body: bytes, size: int) -> bytes:
     return body + hashlib.sha256(label + b"\0" + body).digest()[:size]
 
 
-def header() -> bytes:
-    return checked(b"minikms lease journal v1", b"minikms-leases\0j" + struct.pack(">II", 1, 0), 8)
+def header(version: int = 2) -> bytes:
+    return checked(b"minikms lease journal v1", b"minikms-leases\0j" + struct.pack(">II", version, 0), 8)
 
 
 def record(one: bytes, count: int) -> bytes:
     return checked(b"minikms lease record v1", one + struct.pack(">Q", count), 8)
 
 
-def snapshot(counts: dict[bytes, int], steps: list[tuple[bytes, int]], spent: list[tuple[bytes, bytes]]) -> bytes:
+def snapshot(
+    counts: dict[bytes, int],
+    steps: list[tuple[bytes, int]],
+    spent: list[tuple[bytes, bytes]],
+    exhausted: bytes = bytes(16),
+    version: int = 2,
+) -> bytes:
     entries = [one + struct.pack(">Q", counts[one]) for one in sorted(counts)]
     blocks = []
     index = b""
@@ -41,8 +47,10 @@ def snapshot(counts: dict[bytes, int], steps: list[tuple[bytes, int]], spent: li
         data += bytes(4080 - len(data))
         digest = hashlib.sha256(b"minikms lease block v1\0" + struct.pack(">I", number) + data).digest()
         blocks.append(data + digest[:16])
-    footer = b"minikms-leases\0s" + struct.pack(">IIQII", 1, len(blocks), len(entries), len(steps), len(spent))
+    footer = b"minikms-leases\0s" + struct.pack(">IIQII", version, len(blocks), len(entries), len(steps), len(spent))
     footer += hashlib.sha256(index).digest()
+    if version == 2:
+        footer += exhausted
     footer += b"".join(one + struct.pack(">Q", uses) for one, uses in steps)
     footer += b"".join(first + last for first, last in spent)
     footer = checked(b"minikms lease footer v1", footer + bytes(4080 - len(footer)), 16)
@@ -69,6 +77,8 @@ def journals() -> list[dict[str, object]]:
         journal_vector("torn", whole[:-5], {a: 2 * LEASE, b: 2 * LEASE}, 1),
         journal_vector("zeros at the end", whole + bytes(64), {a: 3 * LEASE, b: 2 * LEASE}, 1),
         journal_vector("a damaged record", damaged, {a: 3 * LEASE}, 1),
+        journal_vector("small leases", header() + record(a, LEASE + 64) + record(a, LEASE + 320), {a: LEASE + 320}, 0),
+        journal_vector("version 1", header(1) + b"".join(records), {a: 3 * LEASE, b: 2 * LEASE}, 0),
     ]
 
 
@@ -77,23 +87,34 @@ def snapshots() -> list[dict[str, object]]:
     middle = sorted(counts)[200]
     steps = [(middle, 3 << 30), (b"\xff" * 16, 1 << 30)]
     spent = [(bytes(16), key(1000))]
-    found = []
-    for name, content, number, steps_used, spent_used in (
-        ("empty", snapshot({}, [], []), 0, [], []),
-        ("400 keys, steps and a spent range", snapshot(counts, steps, spent), 400, steps, spent),
-    ):
-        found.append(
-            {
-                "name": name,
-                "keys": number,
-                "steps": [[one.hex(), uses] for one, uses in steps_used],
-                "spent": [[first.hex(), last.hex()] for first, last in spent_used],
-                "bytes": len(content),
-                "sha256": hashlib.sha256(content).hexdigest(),
-                "footer": content[-4096:].rstrip(b"\0").hex() if number == 0 else content[-4096:][:200].hex(),
-            }
-        )
-    return found
+    used = {
+        "steps": [[one.hex(), uses] for one, uses in steps],
+        "spent": [[first.hex(), last.hex()] for first, last in spent],
+    }
+    none: dict[str, object] = {"steps": [], "spent": [], "exhausted": ""}
+    exhausted = key(2000)
+    return [
+        snapshot_vector("empty", snapshot({}, [], []), 0, none),
+        snapshot_vector(
+            "400 keys, steps, a spent range and exhausted keys",
+            snapshot(counts, steps, spent, exhausted),
+            400,
+            {**used, "exhausted": exhausted.hex()},
+        ),
+        snapshot_vector("version 1", snapshot(counts, steps, spent, version=1), 400, {**used, "exhausted": ""}),
+    ]
+
+
+def snapshot_vector(name: str, content: bytes, keys: int, floors: dict[str, object]) -> dict[str, object]:
+    return {
+        "name": name,
+        "keys": keys,
+        **floors,
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "footer": content[-4096:].rstrip(b"\0").hex() if keys == 0 else content[-4096:][:200].hex(),
+        "tail": content[-4096 - 3 * 16 :].hex() if keys else content.hex(),
+    }
 
 
 def vectors() -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Final
 
 BODY_BYTES_MAX: Final = 16 * 1024 * 1024
+ROOT_BODY_BYTES_MAX: Final = 4096
+"""Of a request to `/unseal` or `/roots`: twice the size of the largest, which names a set of 16 shares."""
 HEAD_BYTES_MAX: Final = 16 * 1024
 HEADERS_COUNT_MAX: Final = 64
 BATCH_ITEMS_MAX: Final = 1024
@@ -22,13 +24,26 @@ LIST_KEYS_COUNT_DEFAULT: Final = 100
 LIST_KEYS_COUNT_MAX: Final = 1000
 RANDOM_BYTES_MAX: Final = 4096
 VERIFY_SAMPLES_MAX: Final = 64
+KEY_HEX_CHARS: Final = 64
+"""Of the text of a root key."""
+SHARE_BYTES_MAX: Final = 256
+"""Of the text of a share as somebody types it, with spaces and hyphens anywhere."""
+SEALED_RETRY_SECONDS: Final = 5
+"""`Retry-After` of a refusal because the service is sealed."""
+
+INDEXING_RETRY_SECONDS: Final = 2
+"""`Retry-After` of a refusal because key files are still being read after the start."""
 
 THREAD_ID_PATTERN: Final = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 KEY_ID_PATTERN: Final = re.compile(r"k_[0-7][0-9a-hjkmnp-tv-z]{25}", re.ASCII)
 """`k_` and 128 bits in lower-case Crockford base 32: 48 bits of Unix milliseconds, then 80 random bits (as a ULID)."""
+SLOT_ID_PATTERN: Final = re.compile(r"s[0-9]{1,19}", re.ASCII)
+"""`s` and the epoch of the keyring in which the slot of a root key was made."""
 REQUEST_ID_PATTERN: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)
 
 REQUEST_ID_HEADER: Final = "x-request-id"
+PRINCIPAL_HEADER: Final = "x-minikms-principal"
+"""Names the principal on whose behalf a proxy asks (docs/spec/policy.md)."""
 
 # --- error codes: stable words that a client may switch on; docs/spec/api.md says when each is sent ------------------
 CODE_INVALID_REQUEST: Final = "invalid_request"
@@ -48,10 +63,22 @@ CODE_TOO_LARGE: Final = "too_large"
 CODE_TOO_MANY: Final = "too_many"
 CODE_TIMEOUT: Final = "timeout"
 CODE_CONFLICT: Final = "conflict"
+CODE_WRONG_SLOT: Final = "wrong_slot"
+CODE_LAST_ROOT: Final = "last_root"
+CODE_NOT_TESTED: Final = "not_tested"
+CODE_NOT_PINNED: Final = "not_pinned"
+CODE_INVALID_POLICY: Final = "invalid_policy"
 CODE_AUDIT_UNAVAILABLE: Final = "audit_unavailable"
 CODE_STORAGE_UNAVAILABLE: Final = "storage_unavailable"
 CODE_SHUTTING_DOWN: Final = "shutting_down"
 CODE_INTERRUPTED: Final = "interrupted"
+CODE_SEALED: Final = "sealed"
+CODE_NOT_SEALED: Final = "not_sealed"
+CODE_WRONG_ROOT: Final = "wrong_root"
+CODE_TOO_MANY_ATTEMPTS: Final = "too_many_attempts"
+CODE_LIMIT_EXCEEDED: Final = "limit_exceeded"
+CODE_UNSEAL_FAILED: Final = "unseal_failed"
+CODE_WRONG_SHARE: Final = "wrong_share"
 CODE_INTERNAL: Final = "internal"
 
 

@@ -2,13 +2,14 @@
 
 Owns: everything about a verb that client and daemon share. Routing, decoding, authorisation, audit lines, metrics, both
 clients and docs/minikms-openapi.yaml follow from these entries; `minikms.service` has one method for each. Invariants:
-a name and a path occur once; a verb is repeatable only if carrying it out twice does no harm. The table must never say
-that a caller without a role may use a verb: only `HEALTH` asks for none, and it is not in `VERBS`.
+a name occurs once, and so does a path with a method; a verb is repeatable only if carrying it out twice does no harm.
+The table must never say that a caller without a role may use a verb: only `HEALTH` and `READY` ask for none, and they
+are not in `VERBS`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final, Generic, Literal, TypeVar
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -18,74 +19,27 @@ from minikms.api.contract import (
     CODE_DECRYPTION_FAILED,
     CODE_INTERNAL,
     CODE_INTERRUPTED,
+    CODE_INVALID_POLICY,
     CODE_KEY_DESTROYED,
     CODE_KEY_EXHAUSTED,
     CODE_KEY_NOT_FOUND,
     CODE_KEY_RETIRED,
     CODE_KEY_UNREADABLE,
+    CODE_NOT_PINNED,
     CODE_STORAGE_UNAVAILABLE,
     CODE_TOO_MANY,
     CODE_WRONG_PURPOSE,
+    CODE_WRONG_SLOT,
     CODE_WRONG_THREAD,
 )
-
-Role = Literal["create", "encrypt", "decrypt", "rotate", "destroy", "data_key", "audit", "monitor"]
-Purpose = Literal["thread", "data"]
-State = Literal["active", "retired", "destroyed"]
-
-
-class Request(msgspec.Struct, forbid_unknown_fields=True):
-    """Base of all requests: an unknown field is refused, so that a mistyped `aad` is never ignored."""
-
-
-RequestT = TypeVar("RequestT", bound=Request)
-AnswerT = TypeVar("AnswerT")
-
-
-class Verb(msgspec.Struct, Generic[RequestT, AnswerT], frozen=True, eq=False):
-    """One operation of the key service. Verbs are compared by identity.
-
-    name: in the audit log, in metrics, and as the operation of the OpenAPI document. path: `{key_id}` stands for the
-    `key_id` of a KeyRequest; other fields are the query of a GET and the body of a POST. roles: the caller needs all.
-    answer: the type of the JSON answer; `str` for plain text.
-    """
-
-    name: str
-    method: Literal["GET", "POST"]
-    path: str
-    roles: tuple[Role, ...]
-    request: type[RequestT]
-    answer: type[AnswerT]
-    summary: str
-    refusals: tuple[str, ...] = ()
-    """Codes beside those that every verb may answer. `internal` here: a 503, when no slot for another key is free."""
-    repeatable: bool = False
-    """A client may send the request again when it does not know whether the first one was carried out."""
-    roles_by_item: bool = False
-    """A caller without the role gets 200, and `forbidden` for each item."""
-    key_id_in_body: bool = False
-    """The body repeats the key id of the path."""
-    may_answer_202: bool = False
-    """With the same answer, while the work goes on."""
-
-    @property
-    def is_batch(self) -> bool:
-        """The request has a list `items` of at most BATCH_ITEMS_MAX."""
-        return "items" in self.request.__struct_fields__
-
-    @property
-    def has_body(self) -> bool:
-        return self.method == "POST" and (self.key_id_in_body or "{key_id}" not in self.path)
-
+from minikms.api.root_verbs import ROOT_VERBS
+from minikms.api.seal_verbs import SEAL_VERBS
+from minikms.api.status import StatusAnswer
+from minikms.api.verb import Purpose, Request, State, Verb
 
 _KEY: Final = (CODE_KEY_NOT_FOUND, CODE_KEY_DESTROYED, CODE_KEY_UNREADABLE)
 _OPEN_KEY: Final = (*_KEY, CODE_INTERNAL)
 _WRITE: Final = (CODE_STORAGE_UNAVAILABLE, CODE_INTERRUPTED)
-
-
-class ErrorAnswer(msgspec.Struct):
-    error: str
-    code: str
 
 
 # --- encrypt and decrypt -----------------------------------------------------------------------------------------
@@ -115,9 +69,10 @@ ENCRYPT: Final = Verb(
     ("encrypt",),
     EncryptItem,
     EncryptAnswer,
-    "Encrypt one text",
+    "Encrypt one plaintext",
     (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_KEY_RETIRED, CODE_KEY_EXHAUSTED, CODE_STORAGE_UNAVAILABLE),
     repeatable=True,
+    proxied=True,
 )
 
 
@@ -143,9 +98,10 @@ DECRYPT: Final = Verb(
     ("decrypt",),
     DecryptItem,
     DecryptAnswer,
-    "Decrypt one text",
+    "Decrypt one ciphertext",
     (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_DECRYPTION_FAILED),
     repeatable=True,
+    proxied=True,
 )
 
 
@@ -172,10 +128,11 @@ ENCRYPT_BATCH: Final = Verb(
     ("encrypt",),
     EncryptBatchRequest,
     EncryptBatchAnswer,
-    "Encrypt many; each item has its own outcome",
+    "Encrypt a list of plaintexts. Each item has its own result",
     (CODE_TOO_MANY,),
     repeatable=True,
     roles_by_item=True,
+    proxied=True,
 )
 
 
@@ -205,10 +162,11 @@ DECRYPT_BATCH: Final = Verb(
     ("decrypt",),
     DecryptBatchRequest,
     DecryptBatchAnswer,
-    "Decrypt many; each item has its own outcome",
+    "Decrypt a list of ciphertexts. Each item has its own result",
     (CODE_TOO_MANY,),
     repeatable=True,
     roles_by_item=True,
+    proxied=True,
 )
 
 # --- keys: create and read -----------------------------------------------------------------------------------------
@@ -233,13 +191,41 @@ CREATE_DEK: Final = Verb(
     ("create",),
     CreateDekRequest,
     CreateDekAnswer,
-    "A new key for a thread, on disk before the answer",
+    "Create a key for a thread. The key is durable before the answer",
     (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_KEY_EXHAUSTED, CODE_CONFLICT, *_WRITE),
+    proxied=True,
+)
+
+
+class GetOrCreateDekRequest(Request):
+    thread_id: str
+    purpose: Purpose | UnsetType = UNSET
+    request_id: str | UnsetType = UNSET
+
+
+class GetOrCreateDekAnswer(msgspec.Struct, frozen=True):
+    """`created`: the key is new. It is durable before the answer, new or not."""
+
+    key_id: str
+    created: bool
+
+
+GET_OR_CREATE_DEK: Final = Verb(
+    "get_or_create_dek",
+    "POST",
+    "/get_or_create_dek_for_thread",
+    ("create",),
+    GetOrCreateDekRequest,
+    GetOrCreateDekAnswer,
+    "Find the newest active key of a thread. Create one if there is none, or if that one only decrypts",
+    (CODE_KEY_UNREADABLE, CODE_KEY_EXHAUSTED, CODE_INTERNAL, *_WRITE),
+    repeatable=True,
+    proxied=True,
 )
 
 
 class KeyRequest(Request):
-    """`key_id` is the one of the path or of the query."""
+    """`key_id` comes from the path or from the query."""
 
     key_id: str
 
@@ -255,9 +241,10 @@ GET_WRAPPED: Final = Verb(
     ("decrypt",),
     KeyRequest,
     WrappedAnswer,
-    "A key as it is sealed under the current KEK",
+    "Read a key, wrapped under its KEK",
     _KEY,
     repeatable=True,
+    proxied=True,
 )
 
 # --- the daemon ------------------------------------------------------------------------------------------------------
@@ -268,9 +255,10 @@ STATUS: Final = Verb(
     "/status",
     ("monitor",),
     Request,
-    dict[str, object],
-    "What an operator needs to know",
+    StatusAnswer,
+    "Read the status of the daemon: keys, audit log, memory, hardening, warnings",
     repeatable=True,
+    proxied=True,
 )
 METRICS: Final = Verb(
     "metrics",
@@ -279,7 +267,27 @@ METRICS: Final = Verb(
     ("monitor",),
     Request,
     str,
-    "The same as numbers, for Prometheus (docs/metrics.md)",
+    "Read the metrics in the text format of Prometheus (docs/metrics.md)",
+    repeatable=True,
+)
+
+
+class PolicyAnswer(msgspec.Struct, frozen=True):
+    """The policy in force. `sha256`: of its file, in hexadecimal. `generation` rises with each policy of this run."""
+
+    sha256: str
+    generation: int
+
+
+RELOAD_POLICY: Final = Verb(
+    "policy_reload",
+    "POST",
+    "/policy/reload",
+    ("rotate",),
+    Request,
+    PolicyAnswer,
+    "Read the policy file again, and take it into force if it is valid",
+    (CODE_INVALID_POLICY, CODE_CONFLICT, CODE_INTERRUPTED),
     repeatable=True,
 )
 HEALTH: Final = Verb(
@@ -289,10 +297,10 @@ HEALTH: Final = Verb(
     (),
     Request,
     str,
-    "That the daemon answers; to everybody who can connect",
+    "Check that the daemon answers. Every peer that can connect may ask",
     repeatable=True,
 )
-"""Not in `VERBS`: it is answered to every peer, authorised or not, and is not audited."""
+"""Not in `VERBS`: every peer gets the answer, authorised or not, and it is not audited."""
 
 # --- many records of one key -----------------------------------------------------------------------------------------
 
@@ -305,7 +313,7 @@ class ReencryptItem(Request):
 
 
 class ReencryptBatchRequest(Request):
-    """Answered by EncryptBatchAnswer. Both keys are of one thread."""
+    """The answer is an EncryptBatchAnswer. Both keys belong to one thread."""
 
     from_key_id: str
     to_key_id: str
@@ -319,14 +327,15 @@ REENCRYPT_BATCH: Final = Verb(
     ("decrypt", "encrypt"),
     ReencryptBatchRequest,
     EncryptBatchAnswer,
-    "Encrypt under another key of the same thread what is under one",
+    "Re-encrypt ciphertexts of one key under another key of the same thread",
     (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_WRONG_PURPOSE, CODE_KEY_RETIRED, CODE_STORAGE_UNAVAILABLE, CODE_TOO_MANY),
     repeatable=True,
+    proxied=True,
 )
 
 
 class CheckBatchRequest(Request):
-    """Asks which `items` open under the key. Answered by CheckBatchAnswer, which holds no plaintext."""
+    """Asks which `items` decrypt under the key. The answer is a CheckBatchAnswer, which holds no plaintext."""
 
     key_id: str
     items: list[ReencryptItem]
@@ -334,7 +343,7 @@ class CheckBatchRequest(Request):
 
 
 class RefusedItemAnswer(msgspec.Struct, frozen=True):
-    """`item` is its index, from 0."""
+    """A ciphertext that does not decrypt. `item` is its index in the request, from 0."""
 
     item: int
     error: str
@@ -342,7 +351,7 @@ class RefusedItemAnswer(msgspec.Struct, frozen=True):
 
 
 class CheckBatchAnswer(msgspec.Struct, frozen=True):
-    """Every item is counted in `opened` or named in `refused`, which is in the order of the items."""
+    """`opened` counts the items that decrypt. `refused` lists the others, in the order of the request."""
 
     opened: int
     refused: list[RefusedItemAnswer]
@@ -355,16 +364,17 @@ CHECK_BATCH: Final = Verb(
     ("decrypt",),
     CheckBatchRequest,
     CheckBatchAnswer,
-    "Whether many texts open under one key; none is answered",
+    "Check which ciphertexts decrypt under a key. The answer holds no plaintext",
     (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_TOO_MANY),
     repeatable=True,
+    proxied=True,
 )
 
 # --- keys for the caller's own use -----------------------------------------------------------------------------------
 
 
 class GenerateDataKeyRequest(Request):
-    """`key_id` names a key of purpose `data`; with `plaintext: false` the answer has only the sealed form."""
+    """`key_id` names a key of purpose `data`. With `plaintext: false` the answer has no `plaintext`."""
 
     key_id: str
     aad: str | UnsetType = UNSET
@@ -372,7 +382,7 @@ class GenerateDataKeyRequest(Request):
 
 
 class DataKeyAnswer(msgspec.Struct, omit_defaults=True):
-    """`ciphertext` is `plaintext` (32 bytes) as /encrypt would answer it; /decrypt opens it."""
+    """`plaintext` is the new key, 32 bytes. `ciphertext` is the same key encrypted; /decrypt decrypts it."""
 
     key_id: str
     ciphertext: bytes
@@ -389,10 +399,11 @@ GENERATE_DATA_KEY: Final = Verb(
     ("data_key",),
     GenerateDataKeyRequest,
     DataKeyAnswer,
-    "A fresh key of the caller's own, sealed under a key of purpose `data`",
+    "Generate a random key for the caller, encrypted under a key of purpose `data`",
     (*_OPEN_KEY, CODE_WRONG_PURPOSE, CODE_KEY_RETIRED, CODE_KEY_EXHAUSTED, CODE_STORAGE_UNAVAILABLE),
+    proxied=True,
 )
-"""Not repeatable: each answer is another key, and the audit log would hold one that the caller never got."""
+"""Not repeatable: each answer is a new key, and the audit log would record one that the caller never received."""
 
 
 class RandomRequest(Request):
@@ -407,25 +418,39 @@ class RandomAnswer(msgspec.Struct):
 
 
 RANDOM: Final = Verb(
-    "random", "POST", "/random", ("data_key",), RandomRequest, RandomAnswer, "Random bytes", repeatable=True
+    "random",
+    "POST",
+    "/random",
+    ("data_key",),
+    RandomRequest,
+    RandomAnswer,
+    "Generate random bytes",
+    repeatable=True,
+    proxied=True,
 )
 
 # --- the KEK ---------------------------------------------------------------------------------------------------------
 
 
 class VerifySample(Request):
-    """A record that the caller knows to be readable."""
+    """A ciphertext that the caller knows to decrypt."""
 
     key_id: str
     ciphertext: str
     aad: str | UnsetType = UNSET
 
 
+Priority = Literal["low", "normal", "high"]
+
+
 class RotateKekRequest(Request):
-    """`new_kek_hex` (64 hex characters) makes that key the root key; without it the root stays."""
+    """`new_kek_hex` (64 hex characters) is the new root key. Without it, the root key stays the same. `priority`: of
+    the rotation against requests, `normal` by default; that of a rotation that runs is changed.
+    """
 
     new_kek_hex: str | UnsetType = UNSET
     wait: bool | UnsetType = UNSET
+    priority: Priority | UnsetType = UNSET
     verify: list[VerifySample] | UnsetType = UNSET
 
     def __repr__(self) -> str:
@@ -433,7 +458,7 @@ class RotateKekRequest(Request):
 
 
 class RotateKekAnswer(msgspec.Struct, frozen=True):
-    """`rewrapped` counts the keys done so far; `status` is `running` when the rotation was not waited for."""
+    """`rewrapped` counts the keys that are rewrapped so far. `status` is `running` if the rotation has not ended."""
 
     status: Literal["ok", "running"]
     kek_version: int
@@ -447,14 +472,17 @@ ROTATE_KEK: Final = Verb(
     ("rotate",),
     RotateKekRequest,
     RotateKekAnswer,
-    "Rotate the KEK, and to a new root key where one is given",
-    (*_OPEN_KEY, CODE_CONFLICT, CODE_TOO_MANY, CODE_DECRYPTION_FAILED, *_WRITE),
+    "Rotate the KEK, and replace the root key if the request has a new one",
+    (*_OPEN_KEY, CODE_CONFLICT, CODE_WRONG_SLOT, CODE_NOT_PINNED, CODE_TOO_MANY, CODE_DECRYPTION_FAILED, *_WRITE),
     may_answer_202=True,
+    root_field="new_kek_hex",
 )
 
 
 class PruneKekRequest(Request):
-    """`backups`: also remove backups of DEK files, all of them or those from before a stamp (`YYYYMMDDTHHMMSS`)."""
+    """`backups`: also remove the backups of DEK files. `backups_before`: only backups older than this time, written
+    `YYYYMMDDTHHMMSS`.
+    """
 
     backups: bool | UnsetType = UNSET
     backups_before: str | UnsetType = UNSET
@@ -478,7 +506,7 @@ PRUNE_KEK: Final = Verb(
     ("destroy",),
     PruneKekRequest,
     PruneKekAnswer,
-    "Destroy KEK versions that no file names any more",
+    "Destroy the KEK versions that no file needs",
     (CODE_CONFLICT, *_WRITE),
 )
 
@@ -486,7 +514,7 @@ PRUNE_KEK: Final = Verb(
 
 
 class ListKeysRequest(Request):
-    """`cursor` is `next_cursor` of the page before; without `limit`, LIST_KEYS_COUNT_DEFAULT keys."""
+    """`cursor` is `next_cursor` of the previous page. The default of `limit` is LIST_KEYS_COUNT_DEFAULT."""
 
     thread_id: str | UnsetType = UNSET
     state: str | UnsetType = UNSET
@@ -495,7 +523,12 @@ class ListKeysRequest(Request):
 
 
 class KeyAnswer(msgspec.Struct, frozen=True):
-    """One key. `created_at` is RFC 3339 in UTC; `uses_max` is an upper bound of its uses so far."""
+    """One key. `created_at` is RFC 3339 in UTC.
+
+    `uses_known`: the uses since the daemon's start, a lower bound of all uses. `uses_reserved`: the uses that the limit
+    of 2^32 counts, an upper bound: uses are reserved on disk in blocks before they are made. `exhausted`: the key only
+    decrypts, because of its limit or a restore. `uses_max` is the former name of `uses_reserved`.
+    """
 
     key_id: str
     thread_id: str
@@ -504,11 +537,14 @@ class KeyAnswer(msgspec.Struct, frozen=True):
     kek_version: int
     created_at: str
     uses_max: int
+    uses_known: int = 0
+    uses_reserved: int = 0
+    exhausted: bool = False
 
 
 class KeyListAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One page; `next_cursor` is absent on the last. `indexing`: a start is still reading files, so keys may be
-    missing.
+    """One page. `next_cursor` is absent on the last page. `indexing`: the daemon is still reading key files after its
+    start, so keys may be missing.
     """
 
     keys: list[KeyAnswer]
@@ -517,10 +553,27 @@ class KeyListAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 LIST_KEYS: Final = Verb(
-    "list_keys", "GET", "/keys", ("monitor",), ListKeysRequest, KeyListAnswer, "Keys, a page at a time", repeatable=True
+    "list_keys",
+    "GET",
+    "/keys",
+    ("monitor",),
+    ListKeysRequest,
+    KeyListAnswer,
+    "List keys, one page per request",
+    repeatable=True,
+    proxied=True,
 )
 GET_KEY: Final = Verb(
-    "get_key", "GET", "/keys/{key_id}", ("monitor",), KeyRequest, KeyAnswer, "One key", _KEY, repeatable=True
+    "get_key",
+    "GET",
+    "/keys/{key_id}",
+    ("monitor",),
+    KeyRequest,
+    KeyAnswer,
+    "Read the metadata of a key",
+    _KEY,
+    repeatable=True,
+    proxied=True,
 )
 RETIRE_KEY: Final = Verb(
     "retire_key",
@@ -529,18 +582,19 @@ RETIRE_KEY: Final = Verb(
     ("create",),
     KeyRequest,
     KeyAnswer,
-    "From here on the key decrypts only",
+    "Retire a key: it decrypts, but no longer encrypts",
     (*_KEY, *_WRITE),
     repeatable=True,
+    proxied=True,
 )
 
 
 class DestroyKeyRequest(KeyRequest):
-    """`key_id` repeats the one in the path, so that a mistyped path destroys no key."""
+    """`key_id` repeats the key id of the path, so that a mistyped path destroys no key."""
 
 
 class DestroyKeyAnswer(msgspec.Struct, frozen=True):
-    """The receipt. `archives` names the backup archives that may still hold the key, made while it existed."""
+    """The receipt. `archives` names the backup archives that may still hold the key."""
 
     key_id: str
     state: State
@@ -555,12 +609,14 @@ DESTROY_KEY: Final = Verb(
     ("destroy",),
     DestroyKeyRequest,
     DestroyKeyAnswer,
-    "Destroy a retired key, and whatever only it opens",
+    "Destroy a retired key. Nothing can decrypt its ciphertexts after that",
     (CODE_KEY_NOT_FOUND, CODE_KEY_UNREADABLE, CODE_CONFLICT, *_WRITE),
     key_id_in_body=True,
 )
 
-VERBS: Final[tuple[Verb[Any, Any], ...]] = tuple(
-    value for value in globals().values() if isinstance(value, Verb) and value.roles
+VERBS: Final[tuple[Verb[Any, Any], ...]] = (
+    *(verb for verb in tuple(globals().values()) if isinstance(verb, Verb) and verb.roles),
+    *ROOT_VERBS,
+    *SEAL_VERBS,
 )
-"""Every verb that is authorised and audited, in the order above."""
+"""Every verb that is authorised and audited, in the order above, then those of root keys, then those that seal."""

@@ -6,6 +6,8 @@ Owns: the queue of a turn, the handling of write failures, and periodic checkpoi
   raises AuditUnavailableError: the answers to these events must not be sent.
 - Every commit tries again. The first one that succeeds writes a `resumed` event first: how many events were dropped,
   since when and why.
+- A change of the audit key that has begun is completed before any other line is written: the keyring names the last
+  line under the old key.
 - Periodic work follows the monotonic clock, so that it continues when the wall clock is set back.
 - All methods but `fdatasync` belong to one thread. `fdatasync` may run in another thread at the same time.
 
@@ -23,6 +25,7 @@ from typing import Final, Literal, NoReturn
 
 import msgspec
 
+from minikms import api
 from minikms.audit import record
 from minikms.audit.chain import AuditKey, LocalSigner, Signer
 from minikms.audit.record import ACTOR_SELF, Event, Facts, Head
@@ -86,6 +89,9 @@ class AuditLog:
         self._queue: list[Event] = []
         self.writer = ChainWriter(directory, opened)
         self._failure: _Failure | None = None
+        self._next_key: AuditKey | None = None
+        """The line that announces this key could not be written yet."""
+        self._held = False
         self._chore_fault = ""
         self._disk_full = False
         self._reserve = Reserve(directory, limits.reserve_bytes)
@@ -142,7 +148,7 @@ class AuditLog:
         log._reserve.fill()
         try:
             if opened.key.version != key.version:
-                log.change_key(key)
+                log.change_key(key)  # the commit below waits for the disk
             log._queue += opened.pending
             log.commit(durable=True)
         except AuditUnavailableError:
@@ -176,38 +182,41 @@ class AuditLog:
             self._hide_thread_ids(events)
         if self._failure is not None:
             events.insert(0, _resumed_event(self._failure))
+        self._require_not_held(dropped, ts)
         try:
             self.writer.repair()
+            self._announce_key(ts)
         except OSError as error:
             self._fail(error, dropped, ts)
         try:
             self.writer.write(events, ts)
         except OSError as error:
-            if error.errno not in _NO_SPACE or not self._write_on_reserve(events, ts):
+            if error.errno not in _NO_SPACE or not self._may_use_reserve(events):
                 self._fail(error, dropped, ts)
+            if not self._disk_full:
+                facts: Facts = {"reserve_bytes": self._reserve.left_bytes}
+                events.insert(0, Event(type=record.TYPE_DISK_FULL, actor=ACTOR_SELF, facts=facts))
+            if not self._on_reserve(lambda: self.writer.write(events, ts, escaped=True)):
+                self._fail(error, dropped, ts)
+            self._disk_full = True
         self._failure = None
         if self._monotonic_ns() >= self._chores_ns:
             self._do_chores()
 
-    def _write_on_reserve(self, events: list[Event], ts: int) -> bool:
-        """Write on a full disk, into reserved space. Returns whether that succeeded.
+    def _may_use_reserve(self, events: list[Event]) -> bool:
+        """A turn that consists of refused peers gets no reserved space, so that such peers can't use it up."""
+        return not all(event.type == record.TYPE_REFUSED for event in events)
 
-        A turn that consists of refused peers gets no reserved space, so that such peers can't use it up.
-        """
-        if all(event.type == record.TYPE_REFUSED for event in events):
-            return False
-        if not self._disk_full:
-            facts: Facts = {"reserve_bytes": self._reserve.left_bytes}
-            events.insert(0, Event(type=record.TYPE_DISK_FULL, actor=ACTOR_SELF, facts=facts))
+    def _on_reserve(self, write: Callable[[], None]) -> bool:
+        """Write on a full disk, into reserved space. Returns whether that succeeded."""
         while self._reserve.release():
             try:
                 self.writer.repair()
-                self.writer.write(events, ts, escaped=True)
+                write()
             except OSError as error:
                 if error.errno in _NO_SPACE:
                     continue
                 return False
-            self._disk_full = True
             # Later, so that this commit's chores don't allocate the freed space again.
             self._chores_ns = self._monotonic_ns() + CHORES_NS
             return True
@@ -226,18 +235,61 @@ class AuditLog:
         return self.writer.head
 
     def change_key(self, key: AuditKey) -> None:
-        """Write a line that announces `key`, and use it from the next line on. Returns when that line is on disk.
+        """Write a line that announces `key`, and use it from the next line on. Ends `hold`. Returns before that line is
+        on disk: call `fdatasync`.
 
-        The keyring must hold both keys durably before. Raises AuditUnavailableError.
+        The keyring must hold both keys durably before. Raises AuditUnavailableError; then the first commit that
+        succeeds begins with that line.
         """
-        self.commit()
+        if not self._held:
+            self.commit()
+        self._held = False
+        self._next_key = key
         ts = self.now_ns()
         try:
             self.writer.repair()
-            self.writer.change_key(key, ts)
+            self._announce_key(ts)
         except OSError as error:
             self._fail(error, 0, ts)
-        self.fdatasync()
+
+    def _announce_key(self, ts: int) -> None:
+        """Writes the line of a change of key that is due, on a full disk into reserved space: no other line can be
+        written before it. Raises OSError.
+        """
+        key = self._next_key
+        if key is None:
+            return
+        try:
+            self.writer.change_key(key, ts)
+        except OSError as error:
+            if error.errno not in _NO_SPACE or not self._on_reserve(lambda: self.writer.change_key(key, ts)):
+                raise
+        self._next_key = None
+
+    def hold(self) -> Head:
+        """Write what is queued, sign it, and return the head. It stays the last line until `change_key` or `release`: a
+        keyring that names it may be on its way to disk. Queued events stay queued; a commit of any fails.
+
+        Raises AuditUnavailableError; then nothing is held.
+        """
+        self._require_not_held(0, self.now_ns())
+        self.commit()
+        self._sign()
+        self._held = True
+        return self.writer.head
+
+    def fail_held(self, reason: str) -> None:
+        """While it is held, the log counts as one that can't be written."""
+        if self._failure is None:
+            self._failure = _Failure(since=self.now_ns(), reason=reason)
+
+    def release(self) -> None:
+        """Ends `hold` without a change of key. The next commit writes again."""
+        self._held = False
+
+    def _require_not_held(self, dropped: int, ts: int) -> None:
+        if self._held:
+            self._fail(OSError(errno.EIO, "the keyring could not be written yet"), dropped, ts)
 
     def close(self) -> None:
         """Write what is queued, sign it, wait for the disk, and close. The caller may release the keys afterwards.
@@ -254,10 +306,20 @@ class AuditLog:
         finally:
             self.writer.close()
 
+    def abandon(self) -> None:
+        """Close without writing or signing: the audit keys are gone. The next `AuditLog.open` continues the log as
+        after a crash. Queued events are lost; the answers to them must not be sent.
+        """
+        if not self._closed:
+            self._closed = True
+            self._queue.clear()
+            self.writer.close()
+
     def _sign(self) -> None:
         """Sign the lines that no signature covers yet. Call it after a commit. Raises AuditUnavailableError."""
         ts = self.now_ns()
         if self.writer.unsigned_lines:
+            self._require_not_held(0, ts)
             try:
                 self.writer.repair()
                 self.writer.checkpoint(ts)
@@ -271,6 +333,8 @@ class AuditLog:
 
         Raises nothing; `status` reports failures.
         """
+        if self._held:
+            return
         if self._failure is not None and not self._queue:
             try:
                 self.commit()
@@ -365,6 +429,15 @@ class AuditLog:
     def writable(self) -> bool:
         """Whether the last write and the last `fdatasync` succeeded."""
         return self._failure is None and not self.writer.durability.failed
+
+    def service_status(self) -> dict[str, str]:
+        """The members `status` and `reason` of `/status`: no verb is served while the log can't be written."""
+        if self.writable:
+            return {"status": "ok", "reason": ""}
+        return {
+            "status": api.CODE_AUDIT_UNAVAILABLE,
+            "reason": f"the audit log can't be written: {self.status()['unavailable_reason']}",
+        }
 
     def status(self) -> dict[str, object]:
         """For `/status` and metrics: the head, whether and why the log can't be written, sizes. Times are Unix ns."""

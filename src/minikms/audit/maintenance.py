@@ -41,6 +41,7 @@ from minikms.audit.record import ACTOR_SELF, Event, Facts, Head, MalformedLineEr
 from minikms.audit.shipping import Forwarder, Forwarding
 from minikms.base64 import decode_exact, encode_text
 from minikms.errors import AuditUnavailableError
+from minikms.sync import sync_file
 
 RETENTION_TICKS: Final = 3600
 """Retention runs after a start, and then once an hour: `Maintenance.tick` is called about once a second."""
@@ -178,7 +179,7 @@ def _compress(directory: str, plain: str, compressed: str) -> None:
             zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True).copy_stream(source, file)
             file.flush()
             _compare(source, file)
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
         os.rename(temporary, target)
         fsync_directory(directory)
     except BaseException:

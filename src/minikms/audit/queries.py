@@ -1,9 +1,9 @@
 """Reading a whole log: find events, count them, find one line, verify everything.
 
-Owns: what a query matches, the totals, the search for a line by its number, and feeding the files of a directory to the
-`Verifier`. Invariants: each file is read at most once, in bounded memory, beside a running daemon and without its lock;
-`find` and `totals` do not verify what they read; the findings that `verify_directory` adds are about whole files that
-are missing or damaged. It must never write, nor return a line that is malformed.
+Owns: what a query matches, which keys a thread had, the totals, the search for a line by its number, and feeding the
+files of a directory to the `Verifier`. Invariants: each file is read at most once, in bounded memory, beside a running
+daemon and without its lock; `find` and `totals` do not verify what they read; the findings that `verify_directory` adds
+are about whole files that are missing or damaged. It must never write, nor return a line that is malformed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from typing import ClassVar, Final
 
 import msgspec
@@ -25,7 +26,7 @@ from minikms.errors import MiniKmsError
 
 NAMES_COUNT_MAX: Final = 1000
 """Types, outcomes and actors that `totals` counts separately; it counts the lines of all others together."""
-NAME_CHARS_MAX: Final = record.TEXT_CHARS_MAX
+NAME_CHARS_MAX: Final = record.ACTOR_CHARS_MAX
 """A writer makes no longer name; a longer one is counted by its beginning."""
 OTHERS: Final = "(others)"
 NEAR_BYTES: Final = 1024 * 1024
@@ -34,52 +35,115 @@ NEAR_BYTES: Final = 1024 * 1024
 _PROGRESS_LINES = 10_000
 
 
+READ_TYPES: Final = ("decrypt", "decrypt_batch", "generate_data_key")
+READ_OUTCOMES: Final = ("ok", "partly_refused")
+"""Types and outcomes of events whose answer may hold plaintext."""
+NEEDLES_MAX: Final = 32
+"""Of a thread's keys. With more of them, parsing a line is cheaper than searching it for each."""
+
+
 class Query(msgspec.Struct, frozen=True, kw_only=True):
-    """What an event must match: every field that is not empty. threads: the recorded forms of one thread id."""
+    """What an event must match: every field that is not empty.
+
+    threads: the recorded forms of one thread id. thread_keys: ids of the thread's keys that are known already; an event
+    that names one of them is about the thread. types, outcomes: one of these.
+    """
 
     threads: tuple[str, ...] = ()
+    thread_keys: tuple[str, ...] = ()
     key: str = ""
     actor: str = ""
     request: str = ""
+    types: tuple[str, ...] = ()
+    outcomes: tuple[str, ...] = ()
 
-    def matches(self, event: Event) -> bool:
+    def matches(self, event: Event, thread_keys: AbstractSet[str] = frozenset()) -> bool:
+        """`thread_keys`: of the thread, as far as they are known at this line."""
         return (
-            (not self.threads or event.thread_id in self.threads)
+            (not self.threads or event.thread_id in self.threads or _names(event, thread_keys))
+            and (not self.types or event.type in self.types)
+            and (not self.outcomes or event.outcome in self.outcomes)
             and (not self.key or event.key_id == self.key or self.key in event.key_ids)
             and (not self.actor or event.actor == self.actor)
             and (not self.request or event.request_id == self.request or self.request in event.request_ids)
         )
 
     def needles(self) -> list[tuple[bytes, ...]]:
-        """For each field: byte strings, at least one of which occurs in a matching line."""
-        fields = (self.threads, (self.key,), (self.actor,), (self.request,))
+        """For each field but the thread: byte strings, at least one of which occurs in a matching line."""
+        fields = ((self.key,), (self.actor,), (self.request,), self.types)
         return [tuple(text.encode() for text in texts) for texts in fields if any(texts)]
 
 
+def _names(event: Event, keys: AbstractSet[str]) -> bool:
+    return event.key_id in keys or not keys.isdisjoint(event.key_ids)
+
+
 def query(
-    *, thread: str = "", key: str = "", actor: str = "", request: str = "", audit_keys: Sequence[memoryview] = ()
+    *,
+    thread: str = "",
+    thread_keys: Iterable[str] = (),
+    key: str = "",
+    actor: str = "",
+    request: str = "",
+    reads: bool = False,
+    audit_keys: Sequence[memoryview] = (),
 ) -> Query:
-    """A query for texts as a person types them. With `audit_keys` it also finds a thread id recorded as an HMAC."""
+    """A query for texts as a person types them. With `audit_keys` it also finds a thread id recorded as an HMAC.
+
+    `reads`: only events whose answer may hold plaintext.
+    """
     threads = [record.escape(thread), *(record.hash_thread_id(thread, each) for each in audit_keys)] if thread else []
     return Query(
-        threads=tuple(threads), key=record.escape(key), actor=record.escape(actor), request=record.escape(request)
+        threads=tuple(threads),
+        thread_keys=tuple(thread_keys),
+        key=record.escape(key),
+        actor=record.escape(actor, record.ACTOR_CHARS_MAX),
+        request=record.escape(request),
+        types=READ_TYPES if reads else (),
+        outcomes=READ_OUTCOMES if reads else (),
     )
 
 
 def find(directory: str, sought: Query) -> Iterator[bytes]:
-    """The lines, without their newlines, whose events match, oldest first. Raises OSError, DamagedSegmentError."""
+    """The lines, without their newlines, whose events match, oldest first. A line is about a thread if it names it, or
+    a key that an earlier line gives to it: encryption and decryption are recorded by key.
+
+    Raises OSError, DamagedSegmentError.
+    """
     needles = sought.needles()
+    keys = set(sought.thread_keys)
+    of_thread = [text.encode() for text in (*sought.threads, *keys)]
     for file in each_segment(directory):
         for line in file.lines():
             # Search the bytes first: decoding every line of a large log would take minutes.
-            if not all(any(needle in line for needle in some) for some in needles):
+            is_searched = sought.threads and len(of_thread) <= NEEDLES_MAX
+            if is_searched and not any(needle in line for needle in of_thread):
+                continue
+            wanted = all(any(needle in line for needle in some) for some in needles)
+            if not (wanted or sought.threads):
                 continue
             try:
                 event = record.parse_line(line)[0]
             except MalformedLineError:
                 continue
-            if sought.matches(event):
+            if (
+                event.thread_id in sought.threads
+                and event.outcome == "ok"
+                and event.key_id
+                and event.key_id not in keys
+            ):
+                keys.add(event.key_id)
+                of_thread.append(event.key_id.encode())
+            if wanted and sought.matches(event, keys):
                 yield line
+
+
+def first_seq(directory: str) -> int:
+    """The number of the log's first line, 0 if there is none: above 1, earlier lines were removed. Raises OSError,
+    DamagedSegmentError."""
+    for file in each_segment(directory):
+        return record.peek_seq(file.first_line())
+    return 0
 
 
 def line_of(directory: str, seq: int) -> bytes | None:

@@ -32,6 +32,7 @@ import zstandard
 from minikms.audit import record
 from minikms.audit.record import MalformedLineError
 from minikms.errors import MiniKmsError
+from minikms.sync import sync_file
 
 LOG_NAME: Final = "minikms-audit.log"
 COMPRESSED_SUFFIX: Final = ".zst"
@@ -109,7 +110,7 @@ def list_segments(directory: str) -> dict[int, list[str]]:
 def fsync_directory(directory: str) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        sync_file(fd)
     finally:
         os.close(fd)
 

@@ -26,6 +26,8 @@ LINE_BYTES_MAX: Final = 1024 * 1024
 """Includes the newline. `sanitise` keeps every event below it: two lists of 1,024 short texts and 64 facts are
 0.7 MiB."""
 TEXT_CHARS_MAX: Final = 256
+ACTOR_CHARS_MAX: Final = 600
+"""The name of a principal has 200 characters, each of which may take three once it is escaped."""
 DETAIL_CHARS_MAX: Final = 1024
 LIST_ITEMS_MAX: Final = api.BATCH_ITEMS_MAX
 FACTS_COUNT_MAX: Final = 64
@@ -88,9 +90,10 @@ class Event(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fie
     """One audit event. An empty optional field is absent from the line. The writer sets `seq` and `ts`.
 
     seq: number of the line in the log, from 1. ts: Unix time in nanoseconds. type: the verb, or one of the TYPE_
-    constants. actor: "peer_uid:<n>", or `ACTOR_SELF`. outcome: "ok" or an error code of the API. count: number of items
-    in a batch, or of refusals that the event summarises. key_ids: the distinct keys of a batch. detail: a short text
-    for people. facts: named values for programs, such as the chain's own data and configuration.
+    constants. actor: "peer_uid:<n>", the name of a principal behind a proxy, or `ACTOR_SELF`. outcome: "ok" or an error
+    code of the API. count: number of items in a batch, or of refusals that the event summarises. key_ids: the distinct
+    keys of a batch. detail: a short text for people. facts: named values for programs, such as the chain's own data and
+    configuration.
     """
 
     seq: NonNegative = 0
@@ -164,7 +167,7 @@ def settle_facts(event: Event) -> None:
 def sanitise(event: Event) -> None:
     """Escape and truncate every text of `event`, in place, so that its line keeps the invariants of this module."""
     event.type = escape(event.type)
-    event.actor = escape(event.actor)
+    event.actor = escape(event.actor, ACTOR_CHARS_MAX)
     event.key_id = escape(event.key_id)
     event.thread_id = escape(event.thread_id)
     event.outcome = escape(event.outcome)

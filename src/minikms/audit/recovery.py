@@ -49,6 +49,7 @@ from minikms.audit.rules import Trust
 from minikms.audit.verify import Verifier
 from minikms.base64 import encode_text
 from minikms.errors import StartError
+from minikms.sync import sync_data, sync_file
 
 READ_BYTES: Final = 64 * 1024
 _FIRST_LINE_BYTES: Final = 4096
@@ -58,13 +59,10 @@ LOG_END_BYTES_MAX: Final = 32 * 1024 * 1024
 _TORN_PREFIX: Final = LOG_NAME + ".torn-"
 _ASIDE_PREFIX: Final = "minikms-audit.aside-"
 _ADVICE: Final = (
-    "Run `minikms audit verify` to see what happened to it. To continue without it, start once with "
-    "--accept-audit-loss: the old files are moved aside and a new log begins"
+    "To continue without it, start once with --accept-audit-loss: the old files are moved aside and a new log begins "
+    "(docs/runbook.md)"
 )
-_ADVICE_RESTORED: Final = (
-    "If you restored a copy on purpose, start without --expect-audit-head; start the message server once with "
-    "--accept-restore."
-)
+IF_RESTORED: Final = "If you restored a copy on purpose, start once without --expect-audit-head (docs/runbook.md)"
 
 
 class LogEnd(msgspec.Struct):
@@ -187,10 +185,13 @@ def _read_exactly(fd: int, begin: int, end: int) -> bytes:
 
 
 class ExpectedLog(msgspec.Struct, frozen=True):
-    """What other files say about the log. exists: there was one. head: a line of it that was on disk."""
+    """What other files say about the log. exists: there was one. head: a line of it that was on disk. if_restored: what
+    to do if the line is missing, as a sentence without a full stop.
+    """
 
     exists: bool = False
     head: Head | None = None
+    if_restored: str = IF_RESTORED
 
 
 class AuditKeys(NamedTuple):
@@ -238,7 +239,8 @@ def open_log(directory: str, keys: AuditKeys, expected: ExpectedLog, ts: int, *,
         return _open(directory, keys, expected, ts)
     except _LossError as error:
         if not accept_loss:
-            raise StartError(f"{error}. {_ADVICE}. {_ADVICE_RESTORED if expected.head else ''}".rstrip()) from None
+            restored = isinstance(error, _LineLostError)
+            raise StartError(f"{error}. {expected.if_restored if restored else _ADVICE}") from None
         aside = _set_aside(directory, ts)
         reason: Facts = {"previous": str(error)}
         if aside:
@@ -251,6 +253,10 @@ def open_log(directory: str, keys: AuditKeys, expected: ExpectedLog, ts: int, *,
 
 class _LossError(Exception):
     """A part of the log is missing or altered. The text is a sentence without a full stop."""
+
+
+class _LineLostError(_LossError):
+    """The log can be continued, but does not have the expected line: an older copy of it, or lines were removed."""
 
 
 def _open(directory: str, keys: AuditKeys, expected: ExpectedLog, ts: int) -> OpenedLog:
@@ -368,7 +374,7 @@ def create_file(directory: str, blob: bytes) -> int:
     fd = os.open(path, flags, FILE_MODE)
     try:
         write_whole(fd, blob)
-        os.fdatasync(fd)
+        sync_data(fd)
     except OSError:
         os.close(fd)
         with contextlib.suppress(OSError):
@@ -389,16 +395,16 @@ def _check_expected_line(directory: str, end: LogEnd, expected: ExpectedLog) -> 
     if head is None:
         return
     if end.head.seq < head.seq:
-        raise _LossError(f"the audit log ends at line {end.head.seq}, but line {head.seq} was written")
+        raise _LineLostError(f"the audit log ends at line {end.head.seq}, but line {head.seq} was written")
     try:
         line = line_of(directory, head.seq)
         sig = None if line is None else record.split_line(line)[1]
     except (DamagedSegmentError, MalformedLineError) as error:
         raise _LossError(f"line {head.seq} of the audit log can't be read: {error}") from None
     if sig is None:
-        raise _LossError(f"line {head.seq} of the audit log was written, but none of the files has it")
+        raise _LineLostError(f"line {head.seq} of the audit log was written, but none of the files has it")
     if sig != head.sig:
-        raise _LossError(f"line {head.seq} of the audit log is not the one that was written")
+        raise _LineLostError(f"line {head.seq} of the audit log is not the one that was written")
 
 
 def _check_key_change(end: LogEnd, keys: AuditKeys) -> None:
@@ -439,12 +445,12 @@ def _move_torn_aside(directory: str, fd: int, whole_bytes: int, *, seq: int) -> 
     try:
         if os.pread(aside, len(torn) + 1, 0) != torn:
             os.write(aside, torn)
-            os.fsync(aside)
+            sync_file(aside)
     finally:
         os.close(aside)
     fsync_directory(directory)
     os.ftruncate(fd, whole_bytes)
-    os.fdatasync(fd)
+    sync_data(fd)
 
 
 def _recovery(directory: str, seq: int) -> list[Event]:

@@ -104,13 +104,13 @@ class Report(msgspec.Struct):
     given_up: bool
 
     @property
-    def judged(self) -> bool:
-        """Whether the MACs were checked or a valid signature covers a line. If neither, nothing is known."""
+    def conclusive(self) -> bool:
+        """Whether the MACs were checked or a valid signature covers a line. Otherwise the result is unknown."""
         return self.lines > 0 and (self.macs_checked or self.covered_seq >= self.first_seq)
 
     @property
     def intact(self) -> bool:
-        return self.findings_count == 0 and self.judged
+        return self.findings_count == 0 and self.conclusive
 
 
 REMEMBERED_COUNT_MAX: Final = 1000

@@ -16,6 +16,7 @@ from typing import Final, Protocol
 from minikms.audit import record
 from minikms.audit.reader import FILE_MODE, LINES_AT_A_TIME, DamagedSegmentError, Follower
 from minikms.audit.recovery import write_whole
+from minikms.sync import sync_data
 
 _TAIL_BYTES: Final = 2 * record.LINE_BYTES_MAX
 
@@ -107,7 +108,7 @@ class FileForwarder(Forwarder):
                 os.ftruncate(fd, whole)
             try:
                 write_whole(fd, blob)
-                os.fdatasync(fd)
+                sync_data(fd)
             except OSError:
                 os.ftruncate(fd, whole)
                 raise

@@ -2,19 +2,26 @@
 
 Owns: when queued events are written and synced. Invariants: the events of a turn are written with one call before any
 answer of the turn is sent; if that fails, no answer of the turn is sent. For an answer that is sent in a later turn,
-`add_written` writes the event before the answer exists. At most one `fdatasync` runs at a time, in a worker thread; a
-caller of `sync` gets one that begins after its event was written. It must never drop an event silently.
+`add_written` writes the event before the answer exists. While the audit key changes, the log is held: lines and answers
+wait, for HELD_SECONDS_MAX at most, and the event loop goes on. At most one `fdatasync` runs at a time, in a worker
+thread; a caller of `sync` gets one that begins after its event was written. It must never drop an event silently.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
+from typing import Final
 
+from minikms.audit.chain import AuditKey
 from minikms.audit.log import AuditLog
-from minikms.audit.record import Event
-from minikms.errors import AuditUnavailableError
+from minikms.audit.record import Event, Head
+from minikms.errors import AuditUnavailableError, SealedError, StorageUncertainError
+
+HELD_SECONDS_MAX: Final = 5.0
+"""So long the answers of a turn wait for a change of the audit key; then they are refused."""
 
 
 class TurnAudit:
@@ -31,29 +38,54 @@ class TurnAudit:
         self._syncing: asyncio.Task[None] | None = None
         self._next_sync: asyncio.Task[None] | None = None
         self.add = log.add
+        self._sealed = False
+        self._changing: asyncio.Future[None] | None = None
+        """Resolved when the change of the audit key that runs has ended."""
+        self._waits_until = 0.0
+
+    def seal(self) -> None:
+        """The audit keys are zeroed: no further event is written. What was written is still synced."""
+        self._sealed = True
 
     def require_writable(self) -> None:
         """Raises AuditUnavailableError if the last write failed, or the disk did not confirm it."""
+        self._require_keys()
         if not self._log.writable:
             raise AuditUnavailableError("the audit log can't be written, so no key is changed")
 
     async def add_written(self, event: Event, *, durable: bool) -> None:
-        """Writes the event now, together with the events that the turn has queued. Raises AuditUnavailableError."""
+        """Writes the event now, together with the events that the turn has queued; during a change of the audit key,
+        after it. Raises AuditUnavailableError, SealedError.
+        """
+        while self._changing is not None:
+            await asyncio.shield(self._changing)
+        self._require_keys()
         self._log.add(event)
         self._log.commit()
         if durable:
             await self.sync()
 
+    def _require_keys(self) -> None:
+        if self._sealed:
+            raise SealedError("the key service was sealed during the request")
+
     def write_queued(self) -> None:
-        """Writes the queued events before the turn ends. If that fails, `commit_turn` returns False."""
+        """Writes the queued events before the turn ends. If that fails, `commit_turn` returns False. During a change of
+        the audit key they stay queued.
+        """
+        if self._changing is not None:
+            return
         with contextlib.suppress(AuditUnavailableError):
             self._log.commit()
 
-    def commit_turn(self) -> bool:
-        """Writes the turn's queued events. False: no answer of the turn may be sent.
+    def commit_turn(self) -> bool | None:
+        """Writes the turn's queued events. False: no answer of the turn may be sent. None: not yet, since the audit key
+        changes; call it again soon.
 
         Also False if an earlier commit of this turn dropped events and the log has recovered since.
         """
+        if self._changing is not None and asyncio.get_running_loop().time() < self._waits_until:
+            return None
         before = self._dropped_before
         try:
             self._log.commit(durable=self._log.sync_each_turn)
@@ -62,6 +94,38 @@ class TurnAudit:
         finally:
             self._dropped_before = self._log.events_dropped
         return self._dropped_before == before
+
+    async def change_key(self, store: Callable[[Head], Awaitable[AuditKey]]) -> None:
+        """Changes the audit key. No line comes between its steps; other tasks run. Do not cancel it.
+
+        `store` gets the last line, makes the keyring that names it durable, and returns the key of all further lines.
+        If it raises StorageUncertainError, lines are refused until `release`, which the caller owes once it is known
+        which keyring is on disk. Raises the errors of `store`, SealedError, and AuditUnavailableError: before `store`,
+        or after it; then the next line that can be written is the one that announces the key.
+        """
+        self._require_keys()
+        head = self._log.hold()
+        loop = asyncio.get_running_loop()
+        self._changing, self._waits_until = loop.create_future(), loop.time() + HELD_SECONDS_MAX
+        try:
+            await self.sync()
+            key = await store(head)
+            self._require_keys()
+            self._log.change_key(key)
+        except StorageUncertainError:
+            self._log.fail_held("the keyring could not be written")
+            raise
+        except BaseException:
+            self._log.release()
+            raise
+        finally:
+            self._changing.set_result(None)
+            self._changing = None
+        await self.sync()
+
+    def release(self) -> None:
+        """Accepts lines again: the keyring on disk is the one before the change."""
+        self._log.release()
 
     async def sync(self) -> None:
         """Returns when everything written so far is on disk. Raises AuditUnavailableError."""

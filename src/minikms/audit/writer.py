@@ -39,6 +39,7 @@ from minikms.audit.reader import FILE_MODE, LOG_NAME, NEXT_NAME, fsync_directory
 from minikms.audit.record import Event, Facts, Head
 from minikms.audit.recovery import OpenedLog, create_file, write_whole
 from minikms.base64 import encode_text
+from minikms.sync import sync_data
 
 CHECKPOINT_LINES: Final = 10_000
 CHECKPOINT_BYTES: Final = 8 * 1024 * 1024
@@ -84,7 +85,7 @@ class Durability:
             try:
                 if self.failed:
                     self._write_again(target)
-                os.fdatasync(self._fd)
+                sync_data(self._fd)
             except OSError:
                 self.failed = True
                 raise
@@ -141,7 +142,7 @@ class Reserve:
             return False
         try:
             if self._size:
-                os.posix_fallocate(fd, 0, self._size)
+                _allocate(fd, self._size)
             os.ftruncate(fd, self._size)
         except OSError:
             # Free what the failed allocation took; keep what was allocated before.
@@ -351,3 +352,13 @@ class ChainWriter:
         self._segment_seq = following.head.seq
         self._coverage = Coverage.of_line(following.first_line)
         self._next = None
+
+
+def _allocate(fd: int, size: int) -> None:
+    """Give the file its blocks. Raises OSError if the disk does not have them."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, size)
+        return
+    zeros, done = bytes(RELEASE_BYTES), 0
+    while done < size:  # macOS has no posix_fallocate
+        done += os.pwrite(fd, zeros[: size - done], done)

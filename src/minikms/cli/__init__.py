@@ -12,6 +12,11 @@ def main() -> None:
     from minikms.cli.rootkey import move_out_of_environment
 
     move_out_of_environment()
+    import gc
+
+    from minikms.usage import COLLECTED_OBJECTS_MIN
+
+    gc.set_threshold(COLLECTED_OBJECTS_MIN)
     from minikms.cli.command import run
 
     run()

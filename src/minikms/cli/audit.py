@@ -1,7 +1,7 @@
 """`minikms audit`: verify and read the audit log, change its key.
 
 Owns: the flags, how lines and reports are shown, and the exit statuses: 0 intact or done, 1 altered or malformed, 2 a
-key, a file or a line to begin with is missing, or nothing could be judged. Invariants: `verify`, `tail`, `find` and
+key, a file or a line to begin with is missing, or the result is unknown. Invariants: `verify`, `tail`, `find` and
 `stats` work beside a running daemon, without its lock; of a log, only parsed events and lines that obey the format are
 shown, which are printable ASCII without escapes, so a log can't drive the terminal. It must never hold a key.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,19 +30,18 @@ from minikms.audit.record import Event, MalformedLineError
 from minikms.audit.rules import FINDINGS_COUNT_MAX, Report
 from minikms.base64 import encode_text
 from minikms.cli.console import (
-    EXIT_FAILED,
-    EXIT_GOOD,
-    EXIT_MISSING,
     CommandError,
     DataDir,
     MasterKeyFd,
     MasterKeyFile,
+    Root,
     chosen_data_dir,
     chosen_root,
     complain,
     needed_root,
 )
 from minikms.errors import MiniKmsError, StartError
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING
 
 if TYPE_CHECKING:
     from minikms.audit.record import Head
@@ -70,7 +70,7 @@ def report_json(report: Report) -> str:
     built = {name: getattr(report, name) for name in report.__struct_fields__ if name not in ("head", "findings")}
     head = None if report.head is None else {"seq": report.head.seq, "sig": encode_text(report.head.sig)}
     return as_json(
-        {"intact": report.intact, "judged": report.judged, "head": head, **built, "findings": report.findings}
+        {"intact": report.intact, "conclusive": report.conclusive, "head": head, **built, "findings": report.findings}
     )
 
 
@@ -98,11 +98,11 @@ def report_lines(report: Report) -> Iterator[str]:
             yield f"  … and {count - FINDINGS_COUNT_MAX} more"
         if report.given_up:
             yield "  The check stopped there: the lines after it were not checked."
-    elif not report.judged:
-        yield "The audit log can't be judged by the public key: no line of it is signed yet."
+    elif not report.conclusive:
+        yield "The audit log can't be checked with the public key: no line of it is signed yet."
     else:
-        how = "every line by the audit key" if report.macs_checked else "by its signed lines"
-        yield f"The audit log is intact{_part(report)}, judged {how}."
+        lines, key = ("every line was", "audit") if report.macs_checked else ("the signed lines were", "public")
+        yield f"The audit log is intact{_part(report)}: {lines} checked with the {key} key."
     if report.head is None:
         return
     yield f"  lines       {report.first_seq} to {report.head.seq}, in {report.segments} file(s); log {report.log_id}"
@@ -115,7 +115,7 @@ def report_lines(report: Report) -> Iterator[str]:
     if report.public_key is not None:
         yield f"  key         version {report.key_version}, public key {encode_text(report.public_key)}"
     if report.lines_not_covered:
-        note = "" if report.macs_checked else ": the public key can't judge them"
+        note = "" if report.macs_checked else ": the public key can't check them"
         yield f"  not signed  the last {report.lines_not_covered} line(s){note}"
     if report.lines_after_expected_head is not None:
         known_seq = report.head.seq - report.lines_after_expected_head
@@ -126,7 +126,7 @@ def report_lines(report: Report) -> Iterator[str]:
 
 
 def _part(report: Report) -> str:
-    """Which part of the log was judged, if not all of it."""
+    """Which part of the log was verified, if not all of it."""
     begin = f"from line {report.first_seq}" if report.from_signed_line else ""
     end = f"up to line {report.covered_seq}" if report.lines_not_covered and not report.macs_checked else ""
     return f" {begin} {end}".rstrip().replace("  ", " ")
@@ -201,6 +201,7 @@ def verify(
     *,
     data_dir: DataDir = None,
     master_key_file: MasterKeyFile = None,
+    root_source: Root = None,
     public_key: Annotated[
         list[str] | None,
         Parameter(
@@ -248,7 +249,7 @@ def verify(
         if public_key:
             report = judge(_public_trust(public_key))
         else:
-            root = chosen_root(master_key_file, master_key_fd, data_dir=directory)
+            root = chosen_root(master_key_file, master_key_fd, root_source, data_dir=directory)
             if root is None:
                 raise StartError(
                     "give the master key with --master-key-file, or only the log's public key with --public-key: "
@@ -261,7 +262,7 @@ def verify(
     print(report_json(report) if json else "\n".join(report_lines(report)))
     if report.findings_count:
         return EXIT_FAILED
-    return EXIT_GOOD if report.judged else EXIT_MISSING
+    return EXIT_GOOD if report.conclusive else EXIT_MISSING
 
 
 @app.command
@@ -285,13 +286,12 @@ def tail(
         if follow:
             newest = shown or last_lines(directory, 1)
             follower = Follower(directory, after_seq=peek_seq(newest[-1]) if newest else 0)
+            reader = select.poll()
+            reader.register(sys.stdout, 0)  # POLLERR and POLLHUP are always reported
             while True:
                 _print_lines(follower.read(), json=json)
-                time.sleep(FOLLOW_SECONDS)
-    except BrokenPipeError:
-        return _reader_left()
-    except KeyboardInterrupt:
-        return EXIT_GOOD
+                if reader.poll(FOLLOW_SECONDS * 1000):
+                    raise BrokenPipeError
     except (CommandError, MiniKmsError, OSError) as error:
         return _missing(error)
     return EXIT_GOOD
@@ -305,12 +305,20 @@ def find(
     key: Annotated[str, Parameter(help="Key id.")] = "",
     actor: Annotated[str, Parameter(help="Actor, as in the log: peer_uid:1000.")] = "",
     request: Annotated[str, Parameter(help="Request id, of a request or of an item in a batch.")] = "",
+    reads: Annotated[
+        bool, Parameter(help="Only lines whose answer may hold plaintext.", negative=(), show_default=False)
+    ] = False,
     master_key_file: MasterKeyFile = None,
+    root_source: Root = None,
     json: JsonLines = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Show the lines about a thread, key, actor or request. With several of them, a line must match all. It does not
     verify the lines.
+
+    A line is about a thread if it names the thread or one of its keys, older ones included. `--thread ID --reads` shows
+    when the thread was read, and the ids of the requests; the log of the message server names who sent a request. Where
+    the oldest lines were removed, the keys are also taken from the key files, which reads each of them.
 
     The search for a thread in a log with hashed thread ids (--audit-hash-thread-ids) needs the root key. Exit status: 0
     found, 1 nothing found, 2 the log is missing.
@@ -318,26 +326,33 @@ def find(
     from contextlib import ExitStack
 
     from minikms.audit.queries import find as find_lines
-    from minikms.audit.queries import query
+    from minikms.audit.queries import first_seq, query
     from minikms.datadir import audit_keys, open_for_reading
 
-    if not (thread or key or actor or request):
-        return _missing(StartError("give something to find: --thread, --key, --actor or --request"))
+    if not (thread or key or actor or request or reads):
+        return _missing(StartError("give something to find: --thread, --key, --actor, --request or --reads"))
     found = 0
     try:
         directory = _log_directory(data_dir)
         with ExitStack() as stack:
             mac_keys: tuple[memoryview, ...] = ()
-            root = chosen_root(master_key_file, master_key_fd)
+            root = chosen_root(master_key_file, master_key_fd, root_source)
             if thread and root is not None:
                 unlocked = stack.enter_context(open_for_reading(directory, root))
                 mac_keys = tuple(audit_keys(unlocked).trust().mac_keys.values())
-            sought = query(thread=thread, key=key, actor=actor, request=request, audit_keys=mac_keys)
+            of_thread = _keys_of_thread(directory, thread) if thread and first_seq(directory) > 1 else ()
+            sought = query(
+                thread=thread,
+                thread_keys=of_thread,
+                key=key,
+                actor=actor,
+                request=request,
+                reads=reads,
+                audit_keys=mac_keys,
+            )
             for line in find_lines(directory, sought):
                 _print_lines([line], json=json)
                 found += 1
-    except BrokenPipeError:
-        return _reader_left()
     except (CommandError, MiniKmsError, OSError) as error:
         return _missing(error)
     return EXIT_GOOD if found else EXIT_FAILED
@@ -364,6 +379,7 @@ def rotate_key(
     *,
     data_dir: DataDir = None,
     master_key_file: MasterKeyFile = None,
+    root_source: Root = None,
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
@@ -375,7 +391,7 @@ def rotate_key(
 
     try:
         directory = chosen_data_dir(data_dir)
-        made = rotate_audit_key(directory, needed_root(master_key_file, master_key_fd, data_dir=directory))
+        made = rotate_audit_key(directory, needed_root(master_key_file, master_key_fd, root_source, data_dir=directory))
     except (CommandError, MiniKmsError, OSError) as error:
         return _missing(error)
     public_key = encode_text(made.public_key)
@@ -399,6 +415,23 @@ def _log_directory(given: str | None) -> str:
     if not os.path.lexists(os.path.join(directory, LOG_NAME)) and not list_segments(directory):
         raise StartError(f"there is no audit log in {directory}")
     return directory
+
+
+def _keys_of_thread(directory: str, thread: str) -> list[str]:
+    """Ids of the thread's keys whose files are there and can be read."""
+    from minikms.custody.settled_keys import SettledKeys
+    from minikms.keys import dek
+
+    found: list[str] = []
+    with SettledKeys(directory) as settled:
+        for key_id in settled.key_ids():
+            try:
+                data = settled.read(key_id)
+                if data is not None and dek.parse(data, key_id).thread_id == thread:
+                    found.append(key_id)
+            except MiniKmsError:
+                continue
+    return found
 
 
 def _public_trust(given: Sequence[str]) -> Trust:
@@ -445,13 +478,9 @@ def _print_lines(lines: Sequence[bytes], *, json: bool) -> None:
         sys.stdout.flush()
 
 
-def _reader_left() -> int:
-    """The reader closed the pipe because it has enough. Python flushes once more at exit, and must not report that."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return EXIT_GOOD
-
-
 def _missing(error: Exception) -> int:
+    if isinstance(error, BrokenPipeError):
+        raise error  # the reader of the output has left: `command.run` ends the process
     text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
     complain(text)
     return EXIT_MISSING

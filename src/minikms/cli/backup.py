@@ -13,7 +13,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Annotated, Final
 from cyclopts import App, Parameter, validators
 
 from minikms.cli.console import (
-    EXIT_FAILED,
-    EXIT_GOOD,
     CommandError,
     DataDir,
     Json,
     MasterKeyFd,
     MasterKeyFile,
+    Root,
     Yes,
     chosen_data_dir,
     clean,
@@ -39,12 +38,13 @@ from minikms.cli.console import (
     print_table,
     terminal,
 )
+from minikms.usage import EXIT_FAILED, EXIT_GOOD
 
 if TYPE_CHECKING:
     from minikms.custody.backup.archive import AuditHead, Manifest
     from minikms.custody.backup.create import Progress, Task
     from minikms.custody.backup.register import Registered
-    from minikms.keys.keyring import Body
+    from minikms.custody.backup.restore import NewerKeyring
     from minikms.keys.unlocked import UnlockedKeyring
     from minikms.roots.providers import RootProvider
 
@@ -61,13 +61,14 @@ def create(
     *,
     data_dir: DataDir = None,
     master_key_file: MasterKeyFile = None,
+    root_source: Root = None,
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Make one archive of keyring, keys and use counts, also while the daemon serves.
 
-    It holds wrapped keys only. The root key, which opens it, is not in it. Nor is the audit log: copy that separately.
-    For a message server, first back up its store (progressdb backup create). Exit status: 0 made and read
+    It holds wrapped keys only. No root key is in it; each of this time opens it. Nor is the audit log: copy that
+    separately. For a message server, first back up its store (progressdb backup create). Exit status: 0 made and read
     back, 1 made, but some key files could not be read, 2 not made.
     """
     from minikms.custody import files
@@ -76,7 +77,7 @@ def create(
     from minikms.custody.backup.register import ArchiveRegister, Registered, new_archive_id
 
     directory = chosen_data_dir(data_dir)
-    root = needed_root(master_key_file, master_key_fd, data_dir=directory)
+    root = needed_root(master_key_file, master_key_fd, root_source, data_dir=directory)
     register = ArchiveRegister(directory)
     entry = Registered(new_archive_id(), os.path.abspath(archive), time.time_ns() // 1_000_000)
     with _task(root, "copying keys", bar=not json) as task:
@@ -103,7 +104,12 @@ def create(
 
 @app.command
 def verify(
-    archive: Archive, *, master_key_file: MasterKeyFile = None, json: Json = False, master_key_fd: MasterKeyFd = None
+    archive: Archive,
+    *,
+    master_key_file: MasterKeyFile = None,
+    root_source: Root = None,
+    json: Json = False,
+    master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Read a whole archive and open every key in it. Nothing is written.
 
@@ -111,7 +117,7 @@ def verify(
     """
     from minikms.custody.backup.create import verify as verify_archive
 
-    root = needed_root(master_key_file, master_key_fd)
+    root = needed_root(master_key_file, master_key_fd, root_source)
     with _task(root, "opening keys", bar=not json) as task:
         good = verify_archive(str(archive), task)
     _print_manifest(good.manifest, archive, json=json, done="good: whole, authentic, every key opens")
@@ -127,7 +133,8 @@ def restore(
         Path | None,
         Parameter(
             name="--newer-keyring",
-            help="A keyring.json that is newer than the archive: keys destroyed by then are not restored.",
+            help="A keyring.json that is newer than the archive, with the kms-tombstones of its directory beside it: "
+            "keys destroyed by then are not restored, and only its root keys open the restored directory.",
         ),
     ] = None,
     newer_master_key_file: Annotated[
@@ -135,15 +142,16 @@ def restore(
         Parameter(name="--newer-master-key-file", help="The root key of that keyring, if it is another one."),
     ] = None,
     master_key_file: MasterKeyFile = None,
+    root_source: Root = None,
     yes: Yes = False,
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Restore an archive into a data directory that is empty or not there. Nothing is ever overwritten.
 
-    It needs the root key of the time of the archive. Every key counts as used 2^30 times more, because uses after the
-    archive are not in it. A new audit log begins, which names the last line of the old one. Exit status: 0 restored, 1
-    refused or the archive is not good, 2 something is missing.
+    It needs a root key of the time of the archive. The keys of the archive only decrypt from then on, because their
+    uses after it are unknown; the message server gives threads new keys by itself. A new audit log begins, which names
+    the last line of the old one. Exit status: 0 restored, 1 refused or the archive is not good, 2 something is missing.
     """
     from minikms.custody import files
     from minikms.custody.backup import restore as restoring
@@ -151,20 +159,25 @@ def restore(
     from minikms.custody.files import DataDirLock
 
     directory = chosen_data_dir(data_dir, must_exist=False)
-    root = needed_root(master_key_file, master_key_fd)
+    root = needed_root(master_key_file, master_key_fd, root_source)
     if newer_keyring is None:
         confirm(
-            "Restore without a newer keyring? Keys that were destroyed after the backup come back with it.", yes=yes
+            "Restore without a newer keyring? Keys that were destroyed after the backup come back with it, and so do "
+            "root keys that were removed.",
+            yes=yes,
         )
-    with _task(root, "restoring keys", bar=not json) as task:
-        newer = None if newer_keyring is None else _newer_body(newer_keyring, newer_master_key_file, task)
+    with ExitStack() as stack:
+        task = stack.enter_context(_task(root, "restoring keys", bar=not json))
+        newer = None
+        if newer_keyring is not None:
+            newer = stack.enter_context(_newer_keyring(newer_keyring, newer_master_key_file, task))
         good = verify_archive(str(archive), task)
         with DataDirLock(directory) as lock, task.open_keyring(good.keyring) as unlocked:
             restoring.check_empty(lock.directory_fd, directory)
-            tombstones = restoring.newer_tombstones(unlocked.body, newer)
+            tombstones = restoring.all_tombstones(unlocked.body.keyring_id, good.tombstones, newer)
             target = restoring.Target(directory, lock.directory_fd, tombstones, _registered(archive, good.manifest))
             now = files.rfc3339(files.now_ns())
-            done = restoring.restore(str(archive), good, task, unlocked, target, at=now)
+            done = restoring.restore(str(archive), good, task, unlocked, target, at=now, newer=newer)
             _begin_log(directory, unlocked, good.manifest)
     if json:
         print_json({"data_dir": directory, "archive_id": good.manifest.archive_id, **done._asdict()})
@@ -172,6 +185,13 @@ def restore(
     print(f"Restored {done.keys:,} key(s) into {directory}, epoch {done.epoch}.")
     if done.left_out:
         print(f"Left out {done.left_out:,} key(s) that were destroyed.")
+    if done.roots_removed:
+        print(f"These root keys were removed after the backup, and don't open it: {', '.join(done.roots_removed)}.")
+    print(f"It opens under {' or '.join(done.roots)}.")
+    if newer is None:
+        print(
+            "A root key that was removed after the backup is among them again: minikms root list, minikms root remove."
+        )
     print("Next: start the daemon; minikms doctor; then the message server: once with --accept-restore if it says that")
     print("it remembers a later state. progressdb check names what was made after the backup and can't be read.")
     return EXIT_GOOD
@@ -314,27 +334,58 @@ def _registered(archive: Path, manifest: Manifest) -> Registered:
     return Registered(manifest.archive_id, path, begun_ms, now_ms, manifest.keys, size, newest)
 
 
-def _newer_body(path: Path, key_file: Path | None, task: Task) -> Body:
-    """The keyring at `path`, authenticated under its own root key or the archive's. Raises StartError."""
-    from minikms.datadir import opened_keyring, opened_root
+@contextmanager
+def _newer_keyring(path: Path, key_file: Path | None, task: Task) -> Iterator[NewerKeyring]:
+    """The keyring at `path`, opened under its own root key or the archive's, and the tombstones beside it.
+
+    It gets an arena of its own, because two keyrings may not have room in one. Raises StartError, OSError.
+    """
+    from minikms.crypto import roots
+    from minikms.custody import files
+    from minikms.custody.backup.restore import NewerKeyring
+    from minikms.custody.tombstone_file import load, read_tombstones
+    from minikms.datadir import KEYRING_SLOTS, opened_keyring, opened_root
+    from minikms.errors import StartError, WrongRootError
     from minikms.keys.keyring import FILE_BYTES_MAX
+    from minikms.memory.arena import SecretArena, fill_random
     from minikms.roots.providers import KeyFile
 
     with open(path, "rb") as file:
         data = file.read(FILE_BYTES_MAX + 1)
-    if key_file is None:
-        with task.open_keyring(data) as unlocked:
-            return unlocked.body
-    with opened_root(KeyFile(key_file)) as (arena, root), opened_keyring(arena, root, data) as unlocked:
-        return unlocked.body
+    descriptor = files.open_directory(path.parent)
+    try:
+        content = load(descriptor)
+    finally:
+        os.close(descriptor)
+    with ExitStack() as stack:
+        if key_file is None:
+            arena, root = stack.enter_context(SecretArena(KEYRING_SLOTS)), task.root
+        else:
+            arena, root = stack.enter_context(opened_root(KeyFile(key_file)))
+        try:
+            unlocked = stack.enter_context(opened_keyring(arena, root, data))
+        except WrongRootError:
+            if key_file is not None:
+                raise
+            raise WrongRootError(
+                f"the newer keyring {path} does not open under the root key of the backup, "
+                f"{roots.fingerprint(root.view)}: give its root key with --newer-master-key-file"
+            ) from None
+        unlocked.seal_slots(root.view, fill_random, at=files.rfc3339(files.now_ns()))
+        if not unlocked.body.has_sealed_slots:
+            raise StartError(
+                f"the newer keyring {path} has a former format and was opened under an older one of its root keys: "
+                "give the newest with --newer-master-key-file"
+            )
+        yield NewerKeyring(unlocked, read_tombstones(content, unlocked.body, unlocked.tombstone_key).stones())
 
 
 def _remove_archive(entry: Registered) -> None:
     """Removes the file if it is an archive. Raises CommandError otherwise."""
-    from minikms.custody.backup.archive import MAGIC
+    from minikms.custody.backup.archive import MAGIC, is_archive
 
     with open(entry.path, "rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
+        if not is_archive(file.read(len(MAGIC))):
             raise CommandError(f"{entry.path} is not a backup archive; it was not removed", EXIT_FAILED)
     os.unlink(entry.path)
 

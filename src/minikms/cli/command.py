@@ -8,14 +8,17 @@ takes a fifth of a second at most.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, NoReturn
 
 from cyclopts import App, Parameter
 
-from minikms.cli.console import EXIT_GOOD, EXIT_INTERRUPTED, EXIT_MISSING, EXIT_READER_LEFT, complain, explained
+from minikms.cli.console import complain, explained
+from minikms.cli.rootkey import FLAG as MASTER_KEY_FLAG
 from minikms.cli.serve import serve
+from minikms.usage import EXIT_GOOD, EXIT_INTERRUPTED, EXIT_MISSING, EXIT_READER_LEFT, HelpPages
 
 COMMANDS: Final = {
     "init": ("init:init", "Make a data directory, and a root key file if there is none."),
@@ -23,6 +26,11 @@ COMMANDS: Final = {
     "keys": ("keys:app", "List, show, retire and destroy keys."),
     "rotate-kek": ("kek:rotate_kek", "Make a new KEK and wrap every key under it, while the daemon serves."),
     "kek": ("kek:app", "List key-encryption keys (KEKs), and destroy those that nothing needs."),
+    "seal": ("seal:seal", "Zero every key of the running daemon at once."),
+    "unseal": ("seal:unseal", "Give a sealed daemon a share of the root key, or the root key itself."),
+    "root": ("root:app", "List, add, test and remove root keys."),
+    "pin": ("pin:app", "Say which root keys may open the keyring, as root."),
+    "policy": ("policy:app", "Check, explain and reload a policy file."),
     "encrypt": ("files:encrypt", "Encrypt a file or a pipe of any size."),
     "decrypt": ("files:decrypt", "Decrypt the output of `minikms encrypt`."),
     "backup": ("backup:app", "Create, verify, restore, list and prune backup archives."),
@@ -33,11 +41,19 @@ COMMANDS: Final = {
 }
 """By name, each command beside `serve`: its module and function in `minikms.cli`, and its help in a line."""
 
+WITHOUT_ROOT_KEY: Final = frozenset({"status", "keys", "rotate-kek", "kek", "seal", "unseal", "root", "pin", "policy"})
+"""Commands that use none from the environment."""
+
+HELPERS: Final = {"unlock": "minikms_unlock"}
+"""Programs of this distribution that are processes of their own: `minikms NAME …` runs `minikms-NAME`, as git does."""
+
 app = App(
     name="minikms",
     help="A local, hardened key service. Without a command it runs `serve`.",
     help_format="plaintext",  # what Markdown needs takes long to import
-    help_epilogue="Exit status: 0 done, 1 a check failed or a refusal, 2 wrong usage or something is missing.",
+    help_formatter=HelpPages(),
+    help_epilogue="`minikms unlock …` runs minikms-unlock: root keys from a passphrase. "
+    "Exit status: 0 done, 1 a check failed or a refusal, 2 wrong usage or something is missing.",
     version_flags=["--version"],
     version="0.1.0",
 )
@@ -58,12 +74,17 @@ def run() -> None:
     traceback is shown.
     """
     try:
-        mistyped = _mistyped(sys.argv[1:])
+        words = sys.argv[1:]
+        if words and (words[0] in HELPERS or words[0] in WITHOUT_ROOT_KEY):
+            words = _without_root_key(words)
+        if words and words[0] in HELPERS:
+            _run_helper(words[0], words[1:])
+        mistyped = _mistyped(words)
         if mistyped:
             complain(mistyped)
             sys.exit(EXIT_MISSING)
         try:
-            sys.exit(app())
+            sys.exit(app(words, print_error=False, exit_on_error=False))
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -78,12 +99,26 @@ def run() -> None:
         sys.exit(exit_status)
 
 
+def _without_root_key(words: list[str]) -> list[str]:
+    """The command line without the descriptor of a root key that came in the environment, which is closed."""
+    if words[-2:-1] == [MASTER_KEY_FLAG] and words[-1].isdecimal():
+        with contextlib.suppress(OSError):
+            os.close(int(words[-1]))
+        return words[:-2]
+    return words
+
+
+def _run_helper(name: str, words: list[str]) -> NoReturn:
+    """Replaces this process by the helper of this installation. -P: never one from the working directory."""
+    os.execv(sys.executable, [sys.executable, "-P", "-m", HELPERS[name], *words])  # noqa: S606  without a shell
+
+
 def _mistyped(words: list[str]) -> str:
     """The error text for a first word that is no command: `serve` takes flags only, so it can't be an argument."""
     if not words or words[0].startswith("-") or words[0] in ("serve", *COMMANDS):
         return ""
     from difflib import get_close_matches
 
-    close = get_close_matches(words[0], ["serve", *COMMANDS], n=1)
+    close = get_close_matches(words[0], ["serve", *COMMANDS, *HELPERS], n=1)
     meant = f"Did you mean `minikms {close[0]}`?" if close else "`minikms --help` lists the commands."
     return f"there is no command {words[0]!r}. {meant}"

@@ -1,8 +1,7 @@
-"""What the commands share: exit statuses, flags, the daemon's client, and how results are shown.
+"""What the commands share: flags, the daemon's client, and how results are shown.
 
 Owns:
-- the exit statuses, and the rule from an error to its text and exit status. 0: done, or a check passed. 1: a check
-  failed, or the request was refused. 2: wrong usage, or something needed (a daemon, a file, a key) is missing.
+- the rule from an error to its text and exit status (`minikms.usage`).
 - the flags of several commands: names, help, environment variables.
 - the console, tables, and JSON.
 
@@ -25,22 +24,15 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
+from minikms import usage
 from minikms.cli.rootkey import VARIABLE as MASTER_KEY_VARIABLE
+from minikms.usage import EXIT_FAILED, EXIT_MISSING, SOCKET_VARIABLE
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from minikms.client import Client
     from minikms.roots.providers import RootProvider
-
-
-EXIT_GOOD: Final = 0
-EXIT_FAILED: Final = 1
-EXIT_MISSING: Final = 2
-EXIT_INTERRUPTED: Final = 130
-"""128 + SIGINT, as in shells."""
-EXIT_READER_LEFT: Final = 141
-"""128 + SIGPIPE: the reader closed the pipe before it had all of the output."""
 
 
 class CommandError(Exception):
@@ -58,11 +50,15 @@ def complain(text: str) -> None:
 
 def explained(error: Exception) -> tuple[str, int]:
     """The text and the exit status of an error that ends a command. An error that is a defect is raised again."""
+    from cyclopts import CycloptsError
+
     from minikms.client.errors import KmsError
     from minikms.errors import InvalidRequestError, MiniKmsError, StartError, StorageUnavailableError
 
     if isinstance(error, CommandError):
         return str(error), error.exit_status
+    if isinstance(error, CycloptsError):
+        return usage.explained(error, "minikms"), EXIT_MISSING
     if isinstance(error, KmsError):
         return _explained_client(error)
     if isinstance(error, MiniKmsError):
@@ -70,7 +66,8 @@ def explained(error: Exception) -> tuple[str, int]:
         return str(error), EXIT_MISSING if missing else EXIT_FAILED
     if isinstance(error, OSError) and error.strerror:
         place = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{place}", EXIT_MISSING
+        advice = f". {DATA_USER_ADVICE}." if isinstance(error, PermissionError) else ""
+        return f"{error.strerror}{place}{advice}", EXIT_MISSING
     raise error
 
 
@@ -81,34 +78,52 @@ def _explained_client(error: Exception) -> tuple[str, int]:
         errors.KmsUnavailableError: "Is the daemon running? Start it with `minikms --socket … --data-dir …`, or name "
         "its socket with --socket or PROGRESSDB_KMS_SOCKET",
         errors.KmsTimeoutError: "The request may have been carried out: check with `minikms status`",
-        errors.KmsUntrustedServerError: "If that user is meant to serve it, give --server-uid",
-        errors.UnauthorizedError: "Run this as a user of the daemon's --allowed-uids",
-        errors.ForbiddenError: "Run this as a user of the daemon's --admin-uids",
+        errors.KmsUntrustedServerError: usage.UNTRUSTED_ADVICE,
+        errors.UnauthorizedError: "Run this as a user of the daemon's --allowed-uids, or of a grant of its policy file",
+        errors.ForbiddenError: "Run this as a user of the daemon's --admin-uids, or of a grant of its policy file",
         errors.AuditUnavailableError: "Free space on the file system of the audit log; see docs/runbook.md",
         errors.KeyNotFoundError: "List the keys with `minikms keys list`",
     }
     text = error.message if isinstance(error, errors.KmsRefusedError) else str(error)
     next_step = next((advice[kind] for kind in type(error).__mro__ if kind in advice), "")
+    if isinstance(error, errors.KmsUnavailableError) and isinstance(error.__cause__, PermissionError):
+        next_step = (
+            "Run this as the daemon's user, as root, or as a member of the socket's group: see --socket-group and "
+            "--socket-mode of `minikms serve`"
+        )
     usage_or_missing = isinstance(error, errors.KeyNotFoundError | errors.InvalidRequestError)
     judged = isinstance(error, errors.KmsRefusedError | errors.KmsUntrustedServerError) and not usage_or_missing
     return f"{text}. {next_step}." if next_step else text, EXIT_FAILED if judged else EXIT_MISSING
 
 
-SOCKET_VARIABLE: Final = "PROGRESSDB_KMS_SOCKET"
+DATA_USER_ADVICE: Final = "The files of a key service are its user's alone: run this as that user, or as root"
 DATA_DIR_VARIABLE: Final = "PROGRESSDB_KMS_DATA_DIR"
 MASTER_KEY_FILE_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FILE"
+PIN_VARIABLE: Final = "PROGRESSDB_MINIKMS_PIN"
 DAEMON_WAIT_SECONDS: Final = 0.5
 """For a daemon that is starting; a person notices a longer wait."""
 
 Socket = Annotated[str | None, Parameter(name="--socket", help=f"The daemon's Unix socket [{SOCKET_VARIABLE}].")]
 ServerUid = Annotated[
-    int | None, Parameter(name="--server-uid", help="The user that must serve the socket; default: this one or root.")
+    int | None,
+    Parameter(
+        name="--server-uid",
+        help="The user that must serve the socket; default: this one or root [PROGRESSDB_KMS_SERVER_UIDS].",
+    ),
 ]
 DataDir = Annotated[
     str | None, Parameter(name="--data-dir", help=f"Directory of keys and audit log [{DATA_DIR_VARIABLE}].")
 ]
 MasterKeyFile = Annotated[
     Path | None, Parameter(name="--master-key-file", help=f"File with the root key [{MASTER_KEY_FILE_VARIABLE}].")
+]
+Root = Annotated[
+    str | None,
+    Parameter(
+        name="--root",
+        help="Where the root key is, instead of --master-key-file: file:PATH, fd:NUMBER or dev:; except for `serve` "
+        "also shares:, which asks for shares.",
+    ),
 ]
 MasterKeyFd = Annotated[int | None, Parameter(name="--master-key-fd", show=False)]
 Json = Annotated[bool, Parameter(name="--json", help="JSON instead of text.", negative=(), show_default=False)]
@@ -128,8 +143,13 @@ def chosen_data_dir(given: str | None, *, must_exist: bool = True) -> str:
     path = given or os.environ.get(DATA_DIR_VARIABLE) or ""
     if not path:
         raise CommandError(f"name the data directory: --data-dir DIR, or {DATA_DIR_VARIABLE}")
-    if must_exist and not os.path.isdir(path):
-        raise CommandError(f"there is no directory {path}")
+    if must_exist:
+        try:
+            os.scandir(path).close()
+        except PermissionError:
+            raise CommandError(f"this user may not read the directory {path}. {DATA_USER_ADVICE}.") from None
+        except OSError:
+            raise CommandError(f"there is no directory {path}") from None
     return os.path.abspath(path)
 
 
@@ -148,14 +168,27 @@ def chosen_key_file(given: Path | None, descriptor: int | None) -> Path | None:
 
 
 def chosen_root(
-    key_file: Path | None, descriptor: int | None, *, data_dir: str | None = None, rewritable: bool = False
+    key_file: Path | None,
+    descriptor: int | None,
+    source: str | None = None,
+    *,
+    data_dir: str | None = None,
+    rewritable: bool = False,
+    may_ask: bool = True,
 ) -> RootProvider | None:
     """Where the root key is; None when no place is given. With `data_dir`, a development key beside it serves then.
 
-    Raises CommandError when it is given twice, or not as a file that is to be rewritten.
+    source: the text of `--root`. `may_ask`: shares may be typed on the terminal. Raises CommandError when it is given
+    twice, or not as a file that is to be rewritten; StartError for a source that is none.
     """
     from minikms.roots.providers import DevelopmentKey, KeyDescriptor, KeyFile
 
+    if source is not None:
+        if rewritable:
+            raise CommandError("--rewrite-master-key-file needs --master-key-file, not --root")
+        if key_file is not None or descriptor is not None:
+            raise CommandError("the root key is given twice: give --root or --master-key-file, and unset the variable")
+        return named_root(source, data_dir, may_ask=may_ask)
     file = chosen_key_file(key_file, descriptor)
     if rewritable and file is None:
         raise CommandError("--rewrite-master-key-file needs the key file that it is to rewrite: give --master-key-file")
@@ -169,12 +202,38 @@ def chosen_root(
     return None
 
 
-def needed_root(key_file: Path | None, descriptor: int | None, *, data_dir: str | None = None) -> RootProvider:
+def named_root(source: str, data_dir: str | None = None, *, may_ask: bool = True) -> RootProvider:
+    """The provider of the text of a source. `data_dir`: whose shares may be typed, and what `dev:` lies beside. Raises
+    StartError.
+    """
+    from functools import partial
+
+    from minikms.datadir import read_keyring
+    from minikms.roots.providers import Source, parse_source, provider_of
+    from minikms.roots.typed_shares import TypedShares
+
+    parsed = parse_source(source)
+    if may_ask and parsed == Source("shares", ""):
+        return TypedShares(None if data_dir is None else partial(read_keyring, data_dir))
+    return provider_of(parsed, data_dir=data_dir)
+
+
+def needed_root(
+    key_file: Path | None, descriptor: int | None, source: str | None = None, *, data_dir: str | None = None
+) -> RootProvider:
     """The same. Raises CommandError when there is none."""
-    root = chosen_root(key_file, descriptor, data_dir=data_dir)
+    root = chosen_root(key_file, descriptor, source, data_dir=data_dir)
     if root is None:
-        raise CommandError("give the root key, as for the daemon: --master-key-file FILE")
+        raise CommandError("give the root key, as for the daemon: --master-key-file FILE, or --root SOURCE")
     return root
+
+
+def chosen_server_uids(given: int | None) -> frozenset[int] | None:
+    """`usage.server_uids`. Raises CommandError."""
+    try:
+        return usage.server_uids(given)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
 
 
 def daemon_client(socket: str | None, server_uid: int | None) -> Client:
@@ -185,7 +244,7 @@ def daemon_client(socket: str | None, server_uid: int | None) -> Client:
 
     path = chosen_socket(socket)
     try:
-        return Client(path, server_uids=None if server_uid is None else {server_uid}, wait_s=DAEMON_WAIT_SECONDS)
+        return Client(path, server_uids=chosen_server_uids(server_uid), wait_s=DAEMON_WAIT_SECONDS)
     except ValueError as error:
         raise CommandError(f"{error}: {path}") from None
 
@@ -268,4 +327,15 @@ def confirm(question: str, *, yes: bool) -> None:
         raise CommandError("this needs a confirmation, and there is no terminal to ask on: confirm with --yes")
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise CommandError("nothing was done", EXIT_FAILED)
+
+
+def confirm_number(question: str, number: int, *, yes: bool) -> None:
+    """As `confirm`, for an action on many things: the answer is their number."""
+    if yes:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise CommandError("this needs a confirmation, and there is no terminal to ask on: confirm with --yes")
+    print(f"{question} Type their number, {number}, to go on: ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip() != str(number):
         raise CommandError("nothing was done", EXIT_FAILED)

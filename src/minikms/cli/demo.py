@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from minikms.cli.console import EXIT_FAILED, EXIT_GOOD, CommandError, terminal
+from minikms.cli.console import CommandError, terminal
+from minikms.usage import EXIT_FAILED, EXIT_GOOD
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,12 +10,11 @@ confirmation; it must never repair by itself.
 
 from __future__ import annotations
 
-import calendar
 import os
 import stat
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import msgspec
 from cyclopts import Parameter
@@ -24,14 +23,12 @@ from minikms import api
 from minikms.audit.reader import LOG_NAME
 from minikms.cli.console import (
     DATA_DIR_VARIABLE,
-    EXIT_FAILED,
-    EXIT_GOOD,
-    SOCKET_VARIABLE,
     CommandError,
     DataDir,
     Json,
     MasterKeyFd,
     MasterKeyFile,
+    Root,
     ServerUid,
     Socket,
     Yes,
@@ -40,19 +37,32 @@ from minikms.cli.console import (
     clean,
     confirm,
     daemon_client,
+    explained,
     print_json,
     terminal,
 )
-from minikms.custody import deks, keyring_file, lease_store, rotation_backups
-from minikms.custody.files import is_stale_temp, open_directory, read_file_bounded
+from minikms.custody import (
+    batch_backups,
+    create_log,
+    deks,
+    keyring_file,
+    lease_store,
+    rewrap_journal,
+    rotation_backups,
+    tombstone_file,
+)
+from minikms.custody.files import is_stale_temp, open_directory, read_file_bounded, unix_seconds
 from minikms.custody.lease_format import USES_WARN, LeaseFormatError, Snapshot, parse_journal
+from minikms.custody.settled_keys import SettledKeys
 from minikms.datadir import opened_keyring, opened_root
 from minikms.errors import MiniKmsError, StartError
 from minikms.keys import dek, keyring
 from minikms.keys.dek import DekRecord
 from minikms.keys.keyring import Body
+from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, SOCKET_VARIABLE
 
 if TYPE_CHECKING:
     from minikms.client import Client
@@ -82,6 +92,8 @@ FREE_FILES_MIN: Final = 10_000
 KEY_AGE_DAYS_MAX: Final = 365
 CLOCK_SECONDS_MAX: Final = 60
 NAMED_COUNT_MAX: Final = 20
+RECOVERY_PROVIDERS: Final = ("shares", "passphrase")
+"""The names of the providers whose root keys are kept by people."""
 _DAY_SECONDS: Final = 86_400
 _OTHERS_MASK: Final = 0o077
 
@@ -99,7 +111,8 @@ def examine(directory: str, root: RootProvider | None, *, now: float) -> Iterato
             )
         else:
             body = keyring.parse_file(data)[0]
-            yield from _keyring(body, now)
+            yield from _keyring(directory, body, now)
+            yield from _root_keys(body, now)
     except MiniKmsError as error:
         yield problem("keyring", str(error), "restore it from a backup: minikms backup restore")
     yield from _leases(directory)
@@ -158,7 +171,10 @@ class _Entry:
 
 def _walk(directory: str) -> Iterator[tuple[str, _Entry]]:
     yield directory, _Entry(os.path.basename(directory), os.lstat(directory))
-    for place in ("", deks.DIRECTORY, rotation_backups.DIRECTORY):
+    backups = os.path.join(directory, rotation_backups.DIRECTORY)
+    stamps = batch_backups.list_stamps(backups) if os.path.isdir(backups) else []
+    batches = [os.path.join(rotation_backups.DIRECTORY, stamp) for stamp in stamps]
+    for place in ("", deks.DIRECTORY, rotation_backups.DIRECTORY, *batches):
         try:
             with os.scandir(os.path.join(directory, place)) as entries:
                 for entry in entries:
@@ -188,16 +204,16 @@ def _space(directory: str) -> Iterator[Finding]:
 # --- the keyring --------------------------------------------------------------------------------------------------
 
 
-def _keyring(body: Body, now: float) -> Iterator[Finding]:
+def _keyring(directory: str, body: Body, now: float) -> Iterator[Finding]:
     active = body.kek_in_state("active")
     age = 0 if active is None else _age_days(active.created_at, now)
     if age > KEY_AGE_DAYS_MAX:
         yield advice("key ages", f"the KEK is {age} days old", "minikms rotate-kek")
-    if len(body.slots) > 1:
+    if any(slot.replaces for slot in body.slots) or (len(body.slots) > 1 and not body.has_sealed_slots):
         yield advice(
             "root key",
-            f"{len(body.slots)} root keys open the keyring",
-            "start the daemon once with the newest; then only that one does",
+            f"{len(body.slots)} root keys open the keyring, and the newest is to replace another one",
+            "start the daemon once with the newest; then the other one is removed",
         )
     if body.rotation is not None:
         yield advice(
@@ -205,7 +221,13 @@ def _keyring(body: Body, now: float) -> Iterator[Finding]:
             f"a KEK rotation that began at {body.rotation.started_at} has not ended",
             "it goes on while the daemon runs: minikms status",
         )
-    if body.slots[-1].provider == "dev":
+    if os.path.lexists(os.path.join(directory, rewrap_journal.NAME)):
+        yield advice(
+            "keyring",
+            f"{rewrap_journal.NAME} is there: a KEK rotation is overwriting key files, or was interrupted",
+            "nothing while the daemon runs; otherwise start it, which completes the files",
+        )
+    if any(slot.provider == "dev" for slot in body.slots):
         yield advice("root key", "the root key is a development key, made by --dev", "for real data: --master-key-file")
     ahead = _seconds(body.updated_at) - now
     if ahead > CLOCK_SECONDS_MAX:
@@ -213,6 +235,32 @@ def _keyring(body: Body, now: float) -> Iterator[Finding]:
             "clock",
             f"the keyring was written {int(ahead)} s in the future of this machine's clock",
             "set the clock: keys are ordered by time",
+        )
+
+
+def _root_keys(body: Body, now: float) -> Iterator[Finding]:
+    """What a lost root key would do, and which root keys nobody has tested recently."""
+    if not body.has_sealed_slots:
+        return
+    if len(body.slots) == 1:
+        yield advice(
+            "root key",
+            "only one root key opens the keyring: if it is lost, so is everything",
+            "add another one, kept elsewhere: minikms root add SOURCE",
+        )
+    if all(slot.shares is None and slot.provider not in RECOVERY_PROVIDERS for slot in body.slots):
+        yield advice(
+            "root key",
+            "no root key is kept by people, as shares or as a passphrase",
+            "minikms root add shares:3/5, or minikms-unlock add passphrase:",
+        )
+    untested = [slot for slot in body.slots if _age_days(slot.tested_at, now) >= keyring.ROOT_TEST_DAYS_MAX]
+    if untested:
+        names = _named([f"{slot.slot_id} ({slot.provider}, last on {slot.tested_at[:10]})" for slot in untested])
+        yield advice(
+            "root key",
+            f"not tested for {keyring.ROOT_TEST_DAYS_MAX} days: {names}",
+            "minikms root test SLOT --root SOURCE, with what is kept for an emergency",
         )
 
 
@@ -270,25 +318,45 @@ def _audit_log(directory: str) -> Iterator[Finding]:
 def _keys(
     directory: str, body: Body, now: float, arena: SecretArena | None, unlocked: UnlockedKeyring | None
 ) -> Iterator[Finding]:
-    destroyed = {stone.key_id for stone in body.tombstones}
+    destroyed: set[bytes] = set()
+    try:
+        content = _read(directory, tombstone_file.NAME, TOMBSTONES_BYTES_MAX)
+        key = None if unlocked is None else unlocked.tombstone_key
+        destroyed.update(tombstone_file.read_tombstones(content, body, key).keys())
+    except MiniKmsError as error:
+        yield problem("destroyed keys", str(error), "put the file back, or restore a backup: docs/runbook.md")
     active: dict[str, list[str]] = {}
     bad: list[str] = []
     oldest = now
-    for key_id in sorted(key_ids(directory)):
-        if key_id in destroyed:
-            continue  # the next start removes its file
+    with SettledKeys(directory) as settled:
         try:
-            record = _record(directory, key_id)
-            if record is None:
-                continue
-            _judge(record, body, arena, unlocked)
+            key_ids = settled.key_ids()
         except MiniKmsError as error:
-            bad.append(f"{key_id}: {error}")
-            continue
-        if record.state == "active":
-            oldest = min(oldest, _seconds(record.created_at))
-            if record.purpose == "thread":
-                active.setdefault(record.thread_id, []).append(key_id)
+            yield problem("keys", str(error), 'docs/runbook.md, "One key file is damaged"')
+            return
+        for key_id in key_ids:
+            if dek.key_id_to_bytes(key_id) in destroyed:
+                continue  # the next start removes its file
+            try:
+                data = settled.read(key_id)
+                if data is None:
+                    continue
+                record = dek.parse(data, key_id)
+                _judge(record, body, arena, unlocked)
+            except MiniKmsError as error:
+                bad.append(f"{key_id}: {error}")
+                continue
+            if record.state == "active":
+                oldest = min(oldest, _seconds(record.created_at))
+                if record.purpose == "thread":
+                    active.setdefault(record.thread_id, []).append(key_id)
+    if settled.recovered:
+        yield advice(
+            "keys",
+            f"the files of {settled.recovered:,} keys are missing or half written, as after a crash; their contents "
+            f"are in {create_log.NAME} or {rewrap_journal.NAME}",
+            "start the daemon, which completes the files; leave both where they are",
+        )
     for text in bad[:NAMED_COUNT_MAX]:
         yield problem("keys", text, "restore this file from a backup; until then its records can't be read")
     if len(bad) > NAMED_COUNT_MAX:
@@ -299,7 +367,7 @@ def _keys(
             "orphaned keys",
             f"more than one active key for the thread of {_named(orphans)}: a request was interrupted, and perhaps "
             "nothing uses them",
-            "retire those that `progressdb check` does not list as mapped: minikms keys retire",
+            "the message server knows which ones: progressdb doctor --repair",
         )
     days = int((now - oldest) // _DAY_SECONDS)
     if days > KEY_AGE_DAYS_MAX:
@@ -313,23 +381,6 @@ def _judge(record: DekRecord, body: Body, arena: SecretArena | None, unlocked: U
     if arena is not None and unlocked is not None:
         with arena.allocate() as slot:
             dek.unwrap_into(record, unlocked.kek(record.kek_version), slot.view)
-
-
-def key_ids(directory: str) -> Iterator[str]:
-    """The ids of the key files in a data directory, in any order."""
-    try:
-        with os.scandir(os.path.join(directory, deks.DIRECTORY)) as entries:
-            for entry in entries:
-                key_id = entry.name.removesuffix(deks.SUFFIX)
-                if entry.name.endswith(deks.SUFFIX) and api.KEY_ID_PATTERN.fullmatch(key_id):
-                    yield key_id
-    except FileNotFoundError:
-        return
-
-
-def _record(directory: str, key_id: str) -> DekRecord | None:
-    data = _read(os.path.join(directory, deks.DIRECTORY), deks.file_name(key_id), dek.FILE_BYTES_MAX)
-    return None if data is None else dek.parse(data, key_id)
 
 
 def _read(directory: str, name: str, bytes_max: int) -> bytes | None:
@@ -346,7 +397,7 @@ def _named(names: list[str]) -> str:
 
 
 def _seconds(text: str) -> float:
-    return float(calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
+    return float(unix_seconds(text))
 
 
 def _age_days(text: str, now: float) -> int:
@@ -359,6 +410,7 @@ def doctor(
     socket: Socket = None,
     server_uid: ServerUid = None,
     master_key_file: MasterKeyFile = None,
+    root_source: Root = None,
     rebuild_leases: Annotated[
         bool,
         Parameter(
@@ -379,13 +431,13 @@ def doctor(
     """
     directory = chosen_data_dir(data_dir) if data_dir or os.environ.get(DATA_DIR_VARIABLE) else None
     if rebuild_leases:
-        return rebuild(directory, yes=yes)
+        return rebuild(directory, yes=yes, json=json)
     path = socket or os.environ.get(SOCKET_VARIABLE)
     if directory is None and not path:
         raise CommandError("say what to examine: --data-dir DIR, --socket PATH, or both")
     found: list[Finding] = []
     if directory is not None:
-        root = chosen_root(master_key_file, master_key_fd, data_dir=directory)
+        root = chosen_root(master_key_file, master_key_fd, root_source, data_dir=directory)
         found += examine(directory, root, now=time.time())
     found += machine()
     if path:
@@ -426,50 +478,63 @@ def machine() -> Iterator[Finding]:
 
 
 def _daemon(path: str, server_uid: int | None, *, alone: bool) -> Iterator[Finding]:
-    """`alone`: nothing else is examined. Raises KmsUnavailableError then, if the daemon does not answer."""
-    from minikms.client.errors import KmsUnavailableError
+    """`alone`: nothing else is examined. Raises KmsError then, if the daemon does not answer or refuses."""
+    from minikms.client.errors import KmsError, KmsUnavailableError, UnauthorizedError
 
     with daemon_client(path, server_uid) as kms:
         try:
-            status: dict[str, Any] = kms.status()
-        except KmsUnavailableError as error:
+            status = kms.status()
+        except KmsError as error:
             if alone:
                 raise
-            yield problem("daemon", str(error), "start it: minikms --socket … --data-dir …; its log says why it ended")
+            if isinstance(error, UnauthorizedError):
+                do = (
+                    "name this user in the daemon's --allowed-uids or policy file, or ask as one that it names: "
+                    "minikms status"
+                )
+                yield problem("daemon", error.message, do)
+            elif isinstance(error, KmsUnavailableError) and not isinstance(error.__cause__, PermissionError):
+                do = "start it: minikms --socket … --data-dir …; its log says why it ended"
+                yield problem("daemon", str(error), do)
+            else:
+                what, _, do = explained(error)[0].partition(". ")
+                yield problem("daemon", what, do)
             return
         yield from status_findings(status)
         yield from _worn_keys(kms)
 
 
-def status_findings(status: dict[str, Any]) -> Iterator[Finding]:
+def status_findings(status: api.StatusAnswer) -> Iterator[Finding]:
     """The findings in the answer of `GET /status`."""
-    for measure in status["hardening"]:
-        if not measure["in_force"]:
-            yield advice("hardening", f"not in force: {measure['measure']}", measure["why"])
-    if not status["audit"]["writable"]:
+    for measure in status.hardening:
+        if not measure.in_force:
+            yield advice("hardening", f"not in force: {measure.measure}", measure.why)
+    if not status.audit.writable:
         yield problem(
             "audit log",
-            f"it can't be written, so every request is refused: {status['audit']['unavailable_reason']}",
+            f"it can't be written, so every request is refused: {status.audit.unavailable_reason}",
             "free space on its file system, see docs/runbook.md",
         )
-    rotation = status["rotation"]
-    if rotation is not None and rotation["last_error"]:
+    rotation = status.rotation
+    if rotation is not None and rotation.last_error:
         yield problem(
-            "rotation", f"it fails: {rotation['last_error']}", "remove the cause; the daemon tries again by itself"
+            "rotation", f"it fails: {rotation.last_error}", "remove the cause; the daemon tries again by itself"
         )
-    for key_id, why in status["keys"]["unreadable_files"].items():
+    for key_id, why in status.keys.unreadable_files.items():
         yield problem("keys", f"{key_id}: {why}", "restore this file from a backup")
-    for text in status["warnings"]:
+    for text in status.warnings:
         what, _, do = text.partition("; " if "; " in text else ": ")
         yield advice("daemon", what, do or "minikms status")
 
 
 def _worn_keys(kms: Client) -> Iterator[Finding]:
     cursor: str | None = None
+    exhausted: list[str] = []
     while True:
         answer = kms.list_keys(state="active", cursor=cursor)
+        exhausted += [key.key_id for key in answer.keys if key.exhausted]
         for key in answer.keys:
-            if key.uses_max >= USES_WARN:
+            if key.uses_max >= USES_WARN and not key.exhausted:
                 yield advice(
                     "key ages",
                     f"{key.key_id} has been used up to {key.uses_max:,} times and stops encrypting at 2^32",
@@ -477,13 +542,19 @@ def _worn_keys(kms: Client) -> Iterator[Finding]:
                 )
         cursor = answer.next_cursor
         if cursor is None:
-            return
+            break
+    if exhausted:
+        yield advice(
+            "key ages",
+            f"{len(exhausted):,} active keys only decrypt, after a restore or at their limit: {_named(exhausted)}",
+            "nothing: the message server gives a thread a new key at its next write; other programs: create a key",
+        )
 
 
 # --- repair -------------------------------------------------------------------------------------------------------
 
 
-def rebuild(directory: str | None, *, yes: bool) -> int:
+def rebuild(directory: str | None, *, yes: bool, json: bool = False) -> int:
     """Replaces both lease files; every present key counts as spent. Raises StartError while a daemon runs."""
     from minikms.custody.files import DataDirLock
     from minikms.custody.lease_store import LeaseStore
@@ -493,7 +564,8 @@ def rebuild(directory: str | None, *, yes: bool) -> int:
     if directory is None:
         raise CommandError(f"name the data directory: --data-dir DIR, or {DATA_DIR_VARIABLE}")
     with DataDirLock(directory) as lock:
-        present = list(key_ids(directory))
+        with SettledKeys(directory) as settled:
+            present = settled.key_ids()
         if not present:
             raise CommandError(f"there is no key in {directory}, so there are no use counts to reset")
         confirm(
@@ -502,6 +574,9 @@ def rebuild(directory: str | None, *, yes: bool) -> int:
             yes=yes,
         )
         LeaseStore.rebuild(lock.directory_fd, key_id_to_bytes(newest_key_id(directory)))
+    if json:
+        print_json({"reset": len(present)})
+        return EXIT_GOOD
     print(f"The use counts were reset. The {len(present):,} present key(s) only decrypt. Give each thread")
     print("a new one: progressdb rotate-dek THREAD")
     return EXIT_GOOD

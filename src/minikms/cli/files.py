@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, Final
 
 from cyclopts import Parameter
 
-from minikms.cli.console import EXIT_FAILED, EXIT_GOOD, CommandError, ServerUid, Socket, daemon_client, terminal
+from minikms.cli.console import CommandError, Json, ServerUid, Socket, daemon_client, print_json, terminal
+from minikms.sync import sync_file
+from minikms.usage import EXIT_FAILED, EXIT_GOOD
 
 if TYPE_CHECKING:
     from minikms.client import Client
@@ -31,7 +33,7 @@ SUFFIX: Final = ".kms"
 
 Source = Annotated[
     str,
-    Parameter(help="A file, or - for standard input.", allow_leading_hyphen=True),  # for `-` itself; see `_reading`
+    Parameter(help="A file, or - for standard input.", allow_leading_hyphen=True),  # for `-` itself; see `_check_usage`
 ]
 Output = Annotated[
     str | None,
@@ -54,6 +56,7 @@ def encrypt(
     force: Force = False,
     socket: Socket = None,
     server_uid: ServerUid = None,
+    json: Json = False,
 ) -> int:
     """Encrypt a file to FILE.kms, or a pipe to a pipe.
 
@@ -63,6 +66,7 @@ def encrypt(
     from minikms.crypto.stream import WRAP_AAD, StreamHeader, seal_stream
 
     place = output or ("-" if source == "-" else source + SUFFIX)
+    _check_usage(source, place, json=json, command="encrypt")
     with daemon_client(socket, server_uid) as kms, _reading(source) as reading, _writing(place, force=force) as writing:
         key_id = key or _data_key_owner(kms)
         made = kms.generate_data_key(key_id, aad=WRAP_AAD)
@@ -70,7 +74,9 @@ def encrypt(
             raise CommandError("the daemon gave no data key", EXIT_FAILED)
         with _zeroed(made.plaintext) as data_key:
             header = StreamHeader(key_id, made.ciphertext)
-            _copy(seal_stream(data_key, header, _parts(reading, source)), writing)
+            size = _copy(seal_stream(data_key, header, _parts(reading, source)), writing)
+    if json:
+        print_json({"output": os.path.abspath(place), "bytes": size, "key_id": key_id})
     return EXIT_GOOD
 
 
@@ -81,6 +87,7 @@ def decrypt(
     force: Force = False,
     socket: Socket = None,
     server_uid: ServerUid = None,
+    json: Json = False,
 ) -> int:
     """Decrypt what `minikms encrypt` made: FILE.kms to FILE, or a pipe to a pipe.
 
@@ -90,13 +97,26 @@ def decrypt(
     """
     from minikms.crypto.stream import WRAP_AAD, open_stream, split_header
 
-    place = output or ("-" if source == "-" else _without_suffix(source))
+    place = output or ("-" if source.startswith("-") else _without_suffix(source))
+    _check_usage(source, place, json=json, command="decrypt")
     with daemon_client(socket, server_uid) as kms, _reading(source) as reading:
         header, rest = split_header(_parts(reading, source))
         opened = kms.decrypt(header.key_id, header.wrapped_key, aad=WRAP_AAD)
         with _zeroed(opened) as data_key, _writing(place, force=force) as writing:
-            _copy(open_stream(data_key, header, rest), writing)
+            size = _copy(open_stream(data_key, header, rest), writing)
+    if json:
+        print_json({"output": os.path.abspath(place), "bytes": size, "key_id": header.key_id})
     return EXIT_GOOD
+
+
+def _check_usage(source: str, place: str, *, json: bool, command: str) -> None:
+    """Raises CommandError for a source that is a mistyped flag, and for two things on standard output."""
+    if source.startswith("-") and source != "-":
+        raise CommandError(
+            f"unknown option: {source}; for a file of that name: ./{source}. See `minikms {command} --help`."
+        )
+    if json and place == "-":
+        raise CommandError("--json goes to standard output, and so does the result: name a file with --output FILE")
 
 
 def _without_suffix(source: str) -> str:
@@ -134,8 +154,6 @@ def _reading(source: str) -> Iterator[BinaryIO]:
             raise CommandError("name a file, or pipe something in")
         yield sys.stdin.buffer
         return
-    if source.startswith("-"):
-        raise CommandError(f"there is no option {source}; for a file of that name: ./{source}")
     with open(source, "rb") as file:
         if stat.S_ISDIR(os.fstat(file.fileno()).st_mode):
             raise CommandError(f"{source} is a directory; pack it first: tar c {source} | minikms encrypt")
@@ -158,7 +176,7 @@ def _writing(place: str, *, force: bool) -> Iterator[BinaryIO]:
         with open(staging, "xb", opener=_private) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
         if force:
             os.replace(staging, place)
         else:
@@ -187,6 +205,9 @@ def _parts(file: BinaryIO, source: str) -> Iterator[bytes]:
             progress.advance(task, len(part))
 
 
-def _copy(parts: Iterable[bytes], writing: BinaryIO) -> None:
+def _copy(parts: Iterable[bytes], writing: BinaryIO) -> int:
+    """The number of bytes that were written."""
+    size = 0
     for part in parts:
-        writing.write(part)
+        size += writing.write(part)
+    return size

@@ -1,47 +1,76 @@
 """`minikms init`: makes a data directory, and a root key file if there is none, before the first start.
 
-Owns: the root key file of a new directory, and the text about what a person must keep. Invariants: nothing that exists
-is overwritten; the lock is held; the result is that of a first start, which is made by the same function. It must never
-make a second keyring for a directory that has had one.
+Owns: the root key file of a new directory, its first set of recovery shares, and the text about what a person must
+keep. Invariants: nothing that exists is overwritten; the lock is held; the result is that of a first start, which is
+made by the same function. It must never make a second keyring for a directory that has had one, nor store the slot of
+shares that were not handed out.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
+
+from cyclopts import Parameter
 
 from minikms.cli.console import (
-    EXIT_FAILED,
-    EXIT_GOOD,
     CommandError,
     DataDir,
     Json,
     MasterKeyFd,
     MasterKeyFile,
+    Yes,
     chosen_data_dir,
     chosen_key_file,
     chosen_root,
+    complain,
+    explained,
     print_facts,
     print_json,
 )
+from minikms.cli.recovery import SharesDir, check_can_hand_out, hand_out
+from minikms.usage import EXIT_FAILED, EXIT_GOOD
 
 if TYPE_CHECKING:
+    from minikms.datadir import DataDir as OpenedDataDir
+    from minikms.memory.arena import SecretArena
     from minikms.roots.providers import RootProvider
+
+ADD_LATER: Final = "Add them with `minikms root add shares:3/5` while the daemon serves"
+
+
+class Recovery(NamedTuple):
+    """The shares to make. `counts`: threshold and number. `directory`: of their files; None: show them."""
+
+    counts: tuple[int, int]
+    directory: Path | None
+    yes: bool
 
 
 def init(
     *,
     data_dir: DataDir = None,
     master_key_file: MasterKeyFile = None,
+    recovery_shares: Annotated[
+        str | None,
+        Parameter(
+            name="--recovery-shares",
+            help="Also make a root key in shares, such as 3/5: any three of five open the keyring.",
+        ),
+    ] = None,
+    shares_dir: SharesDir = None,
+    yes: Yes = False,
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Make a data directory. A master key file that does not exist is made too, with a fresh key.
 
-    It shows the public key of the audit log. Keep it outside this machine: with it, `minikms audit verify` judges the
-    log without trusting the machine. Exit status: 0 made, 1 there is one already, 2 something is missing.
+    It shows the public key of the audit log. Keep it outside this machine: with it, `minikms audit verify` checks the
+    log without trusting the machine. Recovery shares are shown once, on the terminal, or written to files. Exit status:
+    0 made, 1 there is one already or the shares were not stored, 2 something is missing.
     """
+    recovery = _recovery(recovery_shares, shares_dir, yes=yes)
     directory = chosen_data_dir(data_dir, must_exist=False)
     key_file = chosen_key_file(master_key_file, master_key_fd)
     root = chosen_root(master_key_file, master_key_fd)
@@ -51,11 +80,15 @@ def init(
         )
     if os.path.lexists(os.path.join(directory, "keyring.json")):
         raise CommandError(f"{directory} has a keyring already; nothing was changed", EXIT_FAILED)
+    if recovery is not None:
+        check_can_hand_out(recovery.directory, data_dir=directory)
     makes_key = key_file is not None and not os.path.lexists(key_file)
-    made = _make(directory, root, key_file if makes_key else None)
+    made, failure = _make(directory, root, key_file if makes_key else None, recovery)
+    if failure:
+        complain(f"{directory} was made, but without recovery shares: {failure}. {ADD_LATER}")
     if json:
         print_json({**made, "data_dir": directory, "master_key_made": makes_key})
-        return EXIT_GOOD
+        return EXIT_FAILED if failure else EXIT_GOOD
     if makes_key:
         print(f"Made a root key in {key_file}. Without it nothing can ever be decrypted: keep a copy elsewhere,")
         print("apart from every backup of the data directory.")
@@ -68,13 +101,36 @@ def init(
         ],
         indent=2,
     )
+    if "shares" in made:
+        _print_shares(made["shares"])
     source = f" --master-key-file {key_file}" if key_file is not None else ""
     print(f"Start it with: minikms --socket PATH --data-dir {directory}{source}")
-    return EXIT_GOOD
+    return EXIT_FAILED if failure else EXIT_GOOD
 
 
-def _make(directory: str, root: RootProvider, new_key_file: Path | None) -> dict[str, Any]:
-    """Opens the directory as a first start does, and closes it. Raises StartError, StorageUnavailableError."""
+def _recovery(counts: str | None, directory: Path | None, *, yes: bool) -> Recovery | None:
+    """What the flags ask for. Raises CommandError, InvalidRequestError."""
+    from minikms.roots.recovery_shares import parse_counts
+
+    if counts is None:
+        if directory is not None:
+            raise CommandError("--shares-dir says where shares go; say how many with --recovery-shares, such as 3/5")
+        return None
+    return Recovery(parse_counts(counts), directory, yes)
+
+
+def _print_shares(shares: dict[str, Any]) -> None:
+    print(f"Any {shares['threshold']} of {shares['count']} shares open the keyring too: slot {shares['slot_id']}.")
+    if shares["directory"]:
+        print(f"They are in {shares['directory']}, one file a share: give each to another person, and remove it here.")
+
+
+def _make(
+    directory: str, root: RootProvider, new_key_file: Path | None, recovery: Recovery | None
+) -> tuple[dict[str, Any], str]:
+    """Opens the directory as a first start does, adds recovery shares, and closes it. Raises StartError and
+    StorageUnavailableError. Returns what was made, and why there are no shares; empty if there are, or need not be.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     from minikms.base64 import encode_text
@@ -96,5 +152,35 @@ def _make(directory: str, root: RootProvider, new_key_file: Path | None) -> dict
             "root_fingerprint": data.slot.fingerprint,
             "audit_public_key": encode_text(body.audit_key.public_key),
         }
-        data.close()
-        return made
+        failure = ""
+        try:
+            if recovery is not None:
+                made["shares"] = _add_shares(data, recovery, arena)
+                made["epoch"] = data.vault.keyring.body.epoch
+        except KeyboardInterrupt:
+            failure = "it was interrupted"
+        except Exception as error:  # noqa: BLE001  a defect is raised again by `explained`
+            failure = explained(error)[0]
+        finally:
+            data.close()
+        return made, failure
+
+
+def _add_shares(data: OpenedDataDir, recovery: Recovery, arena: SecretArena) -> dict[str, Any]:
+    """Adds a slot for a fresh root key, after its shares were handed out."""
+    from minikms.datadir import add_root
+    from minikms.memory.arena import fill_random
+    from minikms.roots.typed_shares import TypedShares
+
+    with arena.allocate() as root:
+        fill_random(root.view)
+        keyring_id = data.vault.keyring.body.keyring_id
+        shares = hand_out(root, keyring_id, recovery.counts, recovery.directory, arena, yes=recovery.yes)
+        slot = add_root(data, root, TypedShares.name, shares)
+    return {
+        "slot_id": slot.slot_id,
+        "set_id": shares.set_id,
+        "threshold": shares.threshold,
+        "count": shares.count,
+        "directory": str(recovery.directory) if recovery.directory is not None else "",
+    }

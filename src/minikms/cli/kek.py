@@ -1,25 +1,19 @@
 """`minikms rotate-kek`, `minikms kek list` and `minikms kek prune`, through the running daemon.
 
-Owns: flags, the progress bar, and reading a new root key from its file. Invariants: a new root key comes from a
-private file only, never from argv or the environment; its text lies in one buffer that is zeroed after it was sent; a
-rotation goes on in the daemon when this command is interrupted. It must never report a rotation as done before
+Owns: flags and the progress bar. Invariants: a new root key comes from a private file only (`minikms.cli.key_text`);
+a rotation goes on in the daemon when this command is interrupted. It must never report a rotation as done before
 `/status` does.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from cyclopts import App, Parameter
 
 from minikms.cli.console import (
-    EXIT_FAILED,
-    EXIT_GOOD,
     CommandError,
     Json,
     ServerUid,
@@ -32,11 +26,13 @@ from minikms.cli.console import (
     print_table,
     terminal,
 )
+from minikms.cli.key_text import key_text
+from minikms.usage import EXIT_FAILED, EXIT_GOOD
 
 if TYPE_CHECKING:
+    from minikms import api
     from minikms.client import Client
 
-KEY_TEXT_CHARS: Final = 64
 POLL_SECONDS: Final = 0.1
 
 app = App(name="kek", help="List key-encryption keys (KEKs), and destroy those that nothing needs.", version_flags=[])
@@ -51,6 +47,14 @@ def rotate_kek(
             help="Also change the root key, to the one in this file: 64 hex characters, mode 0600.",
         ),
     ] = None,
+    priority: Annotated[
+        Literal["low", "normal", "high"] | None,
+        Parameter(
+            name="--priority",
+            help="Of the rotation against requests: low delays them least, high rotates fastest. Without the flag: "
+            "normal. It also changes the priority of a rotation that runs.",
+        ),
+    ] = None,
     socket: Socket = None,
     server_uid: ServerUid = None,
     yes: Yes = False,
@@ -62,19 +66,20 @@ def rotate_kek(
     interrupt the rotation. Run it again to watch one that is running, with the same file if it changes the root.
     Exit status: 0 done, 1 refused or keys are left that can't be read, 2 the daemon or the file is missing.
     """
-    with daemon_client(socket, server_uid) as kms, _key_text(new_master_key_file) as text:
-        before: dict[str, Any] = kms.status()
-        count = sum(before["keys"]["by_state"].values())
+    with daemon_client(socket, server_uid) as kms, key_text(new_master_key_file) as text:
+        before = kms.status()
+        count = sum(before.keys.by_state.values())
         what = "Change the root key, rotate the KEK" if text else "Rotate the KEK"
         confirm(f"{what} and rewrap {count:,} keys? The daemon goes on serving.", yes=yes)
-        begun = kms.rotate_kek(new_kek_hex=text, wait=False)
+        begun = kms.rotate_kek(new_kek_hex=text, wait=False, priority=priority)
         after = _wait(kms, begun.kek_version, bar=not json)
-    unreadable = after["keys"]["unreadable"]
-    rewrapped = begun.rewrapped if begun.status == "ok" else sum(after["keys"]["by_state"].values())
+        active = [root for root in kms.list_roots().roots if root.state == "active"]
+    unreadable = after.keys.unreadable
+    rewrapped = begun.rewrapped if begun.status == "ok" else sum(after.keys.by_state.values())
     if json:
         print_json({"status": "ok", "kek_version": begun.kek_version, "rewrapped": rewrapped, "unreadable": unreadable})
     else:
-        _print_done(begun.kek_version, after, new_file=new_master_key_file)
+        _print_done(begun.kek_version, active, new_file=new_master_key_file)
     if unreadable:
         complain(
             f"{unreadable} key files can't be read and stay under an older KEK, which is kept for them: "
@@ -83,20 +88,30 @@ def rotate_kek(
     return EXIT_FAILED if unreadable else EXIT_GOOD
 
 
-def _print_done(version: int, after: dict[str, Any], *, new_file: Path | None) -> None:
+def _print_done(version: int, roots: list[api.RootAnswer], *, new_file: Path | None) -> None:
+    """`roots`: those that open the keyring."""
     print(f"KEK version {version} is active, and every readable key is wrapped under it.")
     print("The one before it stays until nothing needs it: minikms kek prune --backups")
     if new_file is None:
         return
-    if len(after["root"]["slots"]) > 1:
+    replaced = {root.replaces for root in roots if root.replaces}
+    if replaced:
         print(f"Both root keys open the keyring. Start the daemon once with --master-key-file {new_file}:")
         print("from then on only the new one does. Keep a copy of it elsewhere.")
-    else:
+    elif len(roots) == 1:
         print("Only the new root key opens the keyring now. Keep a copy of it elsewhere.")
+    else:
+        print("The new root key opens the keyring in place of the former one. Keep a copy of it elsewhere.")
+    others = len(roots) - 1 - len(replaced)
+    if others > 0:
+        print(f"{others} other root key(s) open it too, as before: minikms root list")
 
 
-def _wait(kms: Client, version: int, *, bar: bool) -> dict[str, Any]:
-    """The status at the end of the rotation to `version`. Raises CommandError when another KEK is active then."""
+def _wait(kms: Client, version: int, *, bar: bool) -> api.StatusAnswer:
+    """The status at the end of the rotation to `version`, and of one that follows the removal of the former root key.
+
+    Raises CommandError when an older KEK is active then.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("rewrapping"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -104,80 +119,41 @@ def _wait(kms: Client, version: int, *, bar: bool) -> dict[str, Any]:
     with Progress(*columns, console=console, disable=not (bar and console.is_terminal), transient=True) as progress:
         task = progress.add_task("", total=None)
         while True:
-            status: dict[str, Any] = kms.status()
-            rotation = status["rotation"]
+            status = kms.status()
+            rotation = status.rotation
             if rotation is None:
                 break
-            failing = rotation["last_error"]
+            failing = rotation.last_error
             if failing and console.is_terminal:
                 progress.console.print(f"the daemon tries again after: {failing}", soft_wrap=True)
-            progress.update(task, total=rotation["total"], completed=rotation["rewrapped"])
+            progress.update(task, total=rotation.total, completed=rotation.rewrapped)
             time.sleep(POLL_SECONDS)
-    active = [kek["version"] for kek in status["keks"] if kek["state"] == "active"]
-    if active != [version]:
+    active = [kek.version for kek in status.keks if kek.state == "active"]
+    if len(active) != 1 or active[0] < version:
         raise CommandError(
-            f"KEK version {version} was requested, but {active} is active: there was another rotation meanwhile; "
+            f"KEK version {version} was requested, but {active} is active: an older keyring was put back meanwhile; "
             "see `minikms audit tail`",
             EXIT_FAILED,
         )
     return status
 
 
-@contextmanager
-def _key_text(path: Path | None) -> Iterator[bytearray | None]:
-    """The file's 64 characters, zeroed at the end. Raises CommandError."""
-    if path is None:
-        yield None
-        return
-    text = bytearray(KEY_TEXT_CHARS + 2)
-    view = memoryview(text)
-    try:
-        length = _read_private(path, view)
-        if length == KEY_TEXT_CHARS + 1 and view[KEY_TEXT_CHARS] == ord("\n"):
-            length -= 1
-        if length != KEY_TEXT_CHARS or not all(chr(char) in "0123456789abcdefABCDEF" for char in view[:length]):
-            raise CommandError(
-                f"{path} must hold exactly 64 hexadecimal characters. Make one with: "
-                f"(umask 077; openssl rand -hex 32 > {path})"
-            )
-        view.release()
-        # Truncating in place does not move the buffer, so no copy of the key stays in memory.
-        text[KEY_TEXT_CHARS:] = b""
-        yield text
-    finally:
-        view.release()
-        text[:] = bytes(len(text))
-
-
-def _read_private(path: Path, view: memoryview) -> int:
-    """Reads the start of a private file straight into `view`. Raises CommandError, StartError, OSError."""
-    from minikms.roots.key_file import check_private_file
-
-    what = f"the new root key file {path}"
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
-    except OSError as error:
-        raise CommandError(f"{what} can't be read: {error.strerror}") from None
-    try:
-        check_private_file(descriptor, what, path)
-        return os.readv(descriptor, [view])
-    finally:
-        os.close(descriptor)
-
-
 @app.command(name="list")
 def list_keks(*, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
     """List the KEK versions and how many keys each wraps."""
     with daemon_client(socket, server_uid) as kms:
-        status: dict[str, Any] = kms.status()
-    wrapped = status["keys"]["by_kek_version"]
-    keks = [{**kek, "keys": wrapped.get(str(kek["version"]), 0)} for kek in status["keks"]]
+        status = kms.status()
+    wrapped = status.keys.by_kek_version
+    keks = [(kek, wrapped.get(str(kek.version), 0)) for kek in status.keks]
     if json:
-        print_json({"keks": keks, "complete": not status["keys"]["indexing"]})
+        import msgspec
+
+        rows = [{**msgspec.structs.asdict(kek), "keys": count} for kek, count in keks]
+        print_json({"keks": rows, "complete": not status.keys.indexing})
         return EXIT_GOOD
     print_table(
         ("version", "state", "created", "keys"),
-        ((kek["version"], kek["state"], kek["created_at"], f"{kek['keys']:,}") for kek in keks),
+        ((kek.version, kek.state, kek.created_at, f"{count:,}") for kek, count in keks),
         right=("version", "keys"),
     )
     return EXIT_GOOD

@@ -1,35 +1,51 @@
 """`minikms keys`: list, show, retire and destroy data-encryption keys, through the running daemon.
 
-Owns: flags and output. Invariants: an action that can't be undone is confirmed, or `--yes` was given; the receipt of a
-destruction is shown whole. It must never touch the file of a key.
+Owns: flags and output. Invariants: an action that can't be undone is confirmed, or `--yes` was given; who destroys
+several keys types their number; the receipt of a destruction is shown whole, and each key that was not destroyed is
+named with the reason. It must never touch the file of a key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Final
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Final, Literal, NamedTuple
 
 from cyclopts import App, Parameter, validators
 
 from minikms import api
 from minikms.cli.console import (
-    EXIT_GOOD,
+    DAEMON_WAIT_SECONDS,
+    CommandError,
     Json,
     ServerUid,
     Socket,
     Yes,
+    chosen_server_uids,
+    chosen_socket,
+    clean,
+    complain,
     confirm,
+    confirm_number,
     daemon_client,
     print_facts,
     print_json,
     print_table,
     terminal,
 )
+from minikms.usage import EXIT_FAILED, EXIT_GOOD
 
 if TYPE_CHECKING:
     from minikms.client import Client
 
 SHOWN_COUNT: Final = 100
+DESTROYED_AT_ONCE: Final = 32
+"""Requests in flight, which share the waits for the disk."""
+_AGE: Final = re.compile(r"([0-9]{1,6})([dhm])", re.ASCII)
+_AGE_SECONDS: Final = {"d": 86_400, "h": 3_600, "m": 60}
 
 app = App(name="keys", help="List, show, retire and destroy keys.", version_flags=[])
 
@@ -48,7 +64,11 @@ def list_keys(
     server_uid: ServerUid = None,
     json: Json = False,
 ) -> int:
-    """List keys, oldest first."""
+    """List keys, oldest first.
+
+    Known uses are those since the daemon's start. Uses are reserved on disk before they are made, and a restart counts
+    all that were reserved: the limit of 2^32 applies to that number. An exhausted key only decrypts.
+    """
     shown: list[api.KeyAnswer] = []
     more = indexing = False
     with daemon_client(socket, server_uid) as kms:
@@ -64,12 +84,15 @@ def list_keys(
         return EXIT_GOOD
     if shown:
         print_table(
-            ("key", "thread", "purpose", "state", "KEK", "created", "uses"),
+            ("key", "thread", "purpose", "state", "KEK", "created", "known uses", "reserved"),
             (
-                (key.key_id, key.thread_id, key.purpose, key.state, key.kek_version, key.created_at, key.uses_max)
+                (
+                    *(key.key_id, key.thread_id, key.purpose, key.state, key.kek_version, key.created_at),
+                    *(key.uses_known, "exhausted" if key.exhausted else key.uses_max),
+                )
                 for key in shown
             ),
-            right=("KEK", "uses"),
+            right=("KEK", "known uses", "reserved"),
         )
     notes = terminal(errors=True)
     if not shown:
@@ -115,9 +138,51 @@ def retire(
 
 @app.command
 def destroy(
-    key_id: KeyId, *, socket: Socket = None, server_uid: ServerUid = None, yes: Yes = False, json: Json = False
+    *key_ids: Annotated[str, Parameter(name="KEY-ID", help="The ids of retired keys: k_…")],
+    thread: Annotated[str | None, Parameter(help="Instead of ids: the retired keys of this thread.")] = None,
+    state: Annotated[
+        Literal["retired"] | None, Parameter(help="Instead of ids: all retired keys; no others can be destroyed.")
+    ] = None,
+    older_than: Annotated[
+        str | None, Parameter(name="--older-than", help="Of those, the keys made before this time: 90d, 12h, 30m.")
+    ] = None,
+    socket: Socket = None,
+    server_uid: ServerUid = None,
+    yes: Yes = False,
+    json: Json = False,
 ) -> int:
-    """Destroy a retired key permanently. Data encrypted under it can never be decrypted again. Keep the receipt."""
+    """Destroy retired keys permanently. Data encrypted under them can never be decrypted again. Keep the receipts.
+
+    With several keys, one that can't be destroyed does not stop the others: it is named with the reason, and the exit
+    status is 1.
+    """
+    by_filter = thread is not None or state is not None or older_than is not None
+    if bool(key_ids) == by_filter:
+        raise CommandError("name the keys, or choose them with --thread, --state or --older-than")
+    if len(key_ids) == 1:
+        return _destroy_one(key_ids[0], socket=socket, server_uid=server_uid, yes=yes, json=json)
+    chosen = list(dict.fromkeys(key_ids))
+    made_before = None if older_than is None else time.time() - _age_seconds(older_than)
+    with daemon_client(socket, server_uid) as kms:
+        if by_filter:
+            chosen = _retired(kms, thread, made_before)
+        else:
+            kms.health()  # ends the command if the daemon is away or is another user's, before anything is destroyed
+    if chosen:
+        confirm_number(
+            f"Destroy {len(chosen):,} retired keys? What they encrypted can never be read again.", len(chosen), yes=yes
+        )
+    import asyncio
+
+    outcome = _Outcome([], [], [])
+    try:
+        asyncio.run(_destroy_all(chosen, outcome, socket=socket, server_uid=server_uid, bar=not json))
+    finally:
+        _print_outcome(outcome, json=json)
+    return EXIT_FAILED if outcome.failed or outcome.not_tried else EXIT_GOOD
+
+
+def _destroy_one(key_id: str, *, socket: str | None, server_uid: int | None, yes: bool, json: bool) -> int:
     with daemon_client(socket, server_uid) as kms:
         if not yes:
             key = kms.get_key(key_id)
@@ -140,6 +205,114 @@ def destroy(
     return EXIT_GOOD
 
 
+class _Failure(NamedTuple):
+    key_id: str
+    code: str
+    error: str
+
+
+class _Outcome(NamedTuple):
+    """Of the destruction of several keys. `not_tried`: the keys that were left when the daemon went away."""
+
+    destroyed: list[api.DestroyKeyAnswer]
+    failed: list[_Failure]
+    not_tried: list[str]
+
+
+def _age_seconds(text: str) -> int:
+    match = _AGE.fullmatch(text)
+    if match is None:
+        raise CommandError("--older-than takes a number of days, hours or minutes: 90d, 12h, 30m")
+    return int(match[1]) * _AGE_SECONDS[match[2]]
+
+
+def _retired(kms: Client, thread: str | None, made_before: float | None) -> list[str]:
+    """The ids of all retired keys, or of those that were chosen. Raises CommandError while some may be missing."""
+    chosen: list[str] = []
+    for page in _pages(kms, thread, "retired", 0):
+        if page.indexing:
+            raise CommandError("the daemon has just started and is still reading files; try again soon", EXIT_FAILED)
+        for key in page.keys:
+            if made_before is None or datetime.fromisoformat(key.created_at).timestamp() < made_before:
+                chosen.append(key.key_id)
+    return chosen
+
+
+async def _destroy_all(
+    key_ids: Sequence[str], outcome: _Outcome, *, socket: str | None, server_uid: int | None, bar: bool
+) -> None:
+    """Destroys the keys, several at a time, and adds each to the outcome. A key that fails stops no other; once the
+    daemon does not answer, the rest is not tried.
+    """
+    import asyncio
+
+    from minikms.client import AsyncClient, KmsError, KmsRefusedError
+
+    server_uids = chosen_server_uids(server_uid)
+    left = list(reversed(key_ids))
+
+    async def work(client: AsyncClient) -> None:
+        while left:
+            key_id = left.pop()
+            try:
+                outcome.destroyed.append(await client.destroy_key(key_id))
+            except KmsRefusedError as error:
+                outcome.failed.append(_Failure(key_id, error.code, error.message))
+            except KmsError as error:
+                outcome.failed.append(_Failure(key_id, "", f"{error}; it may be destroyed: repeat the command"))
+                outcome.not_tried.extend(reversed(left))
+                left.clear()
+            except asyncio.CancelledError:
+                outcome.failed.append(_Failure(key_id, "", "interrupted; it may be destroyed: repeat the command"))
+                outcome.not_tried.extend(reversed(left))
+                left.clear()
+                raise
+            advance()
+
+    with _progress(len(key_ids), bar=bar) as advance:
+        async with AsyncClient(chosen_socket(socket), server_uids=server_uids, wait_s=DAEMON_WAIT_SECONDS) as client:
+            await asyncio.gather(*(work(client) for _ in range(min(DESTROYED_AT_ONCE, len(key_ids)))))
+
+
+@contextmanager
+def _progress(total: int, *, bar: bool) -> Iterator[Callable[[], None]]:
+    from rich.progress import Progress
+
+    console = terminal(errors=True)
+    with Progress(console=console, disable=not (bar and console.is_terminal), transient=True) as progress:
+        task = progress.add_task("destroying keys", total=total)
+        yield lambda: progress.advance(task)
+
+
+def _print_outcome(outcome: _Outcome, *, json: bool) -> None:
+    if json:
+        print_json(
+            {
+                "destroyed": outcome.destroyed,
+                "failed": [failure._asdict() for failure in outcome.failed],
+                "not_tried": outcome.not_tried,
+            }
+        )
+        return
+    if outcome.destroyed:
+        print_table(
+            ("destroyed", "backups removed", "archives that may still hold it"),
+            (
+                (receipt.key_id, receipt.backups_removed, ", ".join(receipt.archives) or "none known")
+                for receipt in outcome.destroyed
+            ),
+            right=("backups removed",),
+        )
+    for failure in outcome.failed:
+        complain(f"{clean(failure.key_id)} was not destroyed: {clean(failure.error)}")
+    for key_id in outcome.not_tried:
+        complain(f"{key_id} was not tried")
+    terminal(errors=True).print(
+        f"{len(outcome.destroyed):,} destroyed, {len(outcome.failed):,} failed, {len(outcome.not_tried):,} not tried",
+        soft_wrap=True,
+    )
+
+
 def _print_key(key: api.KeyAnswer, *, json: bool) -> None:
     if json:
         print_json(key)
@@ -152,6 +325,8 @@ def _print_key(key: api.KeyAnswer, *, json: bool) -> None:
             ("state", key.state),
             ("KEK version", key.kek_version),
             ("created", key.created_at),
-            ("uses, at most", f"{key.uses_max:,}"),
+            ("known uses", f"{key.uses_known:,} since the daemon's start"),
+            ("reserved uses", f"{key.uses_max:,}, which the limit of 2^32 counts"),
+            *([("exhausted", "yes: it only decrypts")] if key.exhausted else []),
         ]
     )

@@ -27,7 +27,8 @@ def move_out_of_environment() -> None:
         return
     data = os.fsencode(text)
     if len(data) > _PIPE_BYTES_MAX:
-        raise SystemExit(f"{VARIABLE} must be 64 hexadecimal characters")
+        print(f"minikms: {VARIABLE} must be 64 hexadecimal characters", file=sys.stderr)
+        raise SystemExit(2)  # wrong usage, as in `minikms.cli.console`
     reading, writing = os.pipe()
     os.write(writing, data)
     os.close(writing)

@@ -8,27 +8,26 @@ key, only where it comes from.
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from cyclopts import Parameter, validators
 
-from minikms.cli.console import DataDir, MasterKeyFd, chosen_data_dir, chosen_root, chosen_socket
+from minikms.cli.console import PIN_VARIABLE, DataDir, MasterKeyFd, Root, chosen_data_dir, chosen_root, chosen_socket
 
 if TYPE_CHECKING:
     from minikms.audit.record import Head
 
 ALLOWED_UIDS_VARIABLE: Final = "PROGRESSDB_MINIKMS_ALLOWED_UIDS"
 ADMIN_UIDS_VARIABLE: Final = "PROGRESSDB_MINIKMS_ADMIN_UIDS"
+POLICY_VARIABLE: Final = "PROGRESSDB_MINIKMS_POLICY"
 MIB_BYTES: Final = 1024 * 1024
 DAY_SECONDS: Final = 24 * 3600
-
-NO_KEY_TEXT: Final = (
-    "no master key is configured. Make one with\n"
-    "  (umask 077; openssl rand -hex 32 > /path/to/master-key)\n"
-    "and give it with --master-key-file /path/to/master-key (keep a copy of it elsewhere: without it nothing can be "
-    "decrypted), or try things out with --dev, which makes a key file beside the data directory"
+IF_RESTORED_UNDER_SERVER: Final = (
+    "If you restored a copy on purpose, start the message server once with --accept-restore (docs/runbook.md)"
 )
+"""The message server remembers the line that is missing, and gave it to the daemon that it started."""
 
 
 def serve(
@@ -39,16 +38,33 @@ def serve(
         Path | None,
         Parameter(help="File with the root key: 64 hex characters, mode 0600 [PROGRESSDB_MINIKMS_MASTER_KEY_FILE]."),
     ] = None,
+    root_source: Root = None,
+    pin: Annotated[
+        Path | None,
+        Parameter(help="Root's file that names the root keys which may open the keyring [PROGRESSDB_MINIKMS_PIN]."),
+    ] = None,
     dev: Annotated[
         bool, Parameter(help="Without a root key, make a key file beside the data directory.", negative=())
     ] = False,
     allowed_uids: Annotated[
         str | None,
-        Parameter(help="Users that may connect, comma-separated; default: this one [PROGRESSDB_MINIKMS_ALLOWED_UIDS]."),
+        Parameter(
+            help="Users that may connect, comma-separated; default: this one, or those of the policy file "
+            "[PROGRESSDB_MINIKMS_ALLOWED_UIDS]."
+        ),
     ] = None,
     admin_uids: Annotated[
         str | None,
-        Parameter(help="Only these users have the roles rotate, destroy and audit [PROGRESSDB_MINIKMS_ADMIN_UIDS]."),
+        Parameter(
+            help="Only these users have the roles rotate, destroy, audit and unseal [PROGRESSDB_MINIKMS_ADMIN_UIDS]."
+        ),
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        Parameter(
+            help="File that says who may do what, in a directory of its own [PROGRESSDB_MINIKMS_POLICY]. Not with "
+            "--admin-uids."
+        ),
     ] = None,
     socket_mode: Annotated[str, Parameter(help="Permission bits of the socket, octal.")] = "0600",
     socket_group: Annotated[str | None, Parameter(help="Group that the socket belongs to.")] = None,
@@ -66,6 +82,9 @@ def serve(
     ] = False,
     rewrite_master_key_file: Annotated[
         bool, Parameter(help="A rotation to a new root key also writes it to the master key file.", negative=())
+    ] = False,
+    sealed: Annotated[
+        bool, Parameter(help="Start without keys, and serve after `minikms unseal` only.", negative=())
     ] = False,
     log_format: Annotated[
         Literal["json", "console"], Parameter(help="json or console.", show_choices=False)
@@ -115,32 +134,46 @@ def serve(
     """Serve keys on a Unix socket until SIGTERM."""
     from minikms.audit.log import Limits
     from minikms.audit.maintenance import Retention
+    from minikms.audit.recovery import IF_RESTORED
     from minikms.audit.shipping import FileForwarder
     from minikms.custody.vault import CACHE_KEYS_MAX
     from minikms.daemon import process
+    from minikms.daemon.policy_file import PolicyFile
     from minikms.daemon.settings import Settings
     from minikms.datadir import Options
     from minikms.errors import StartError
     from minikms.policy import parse_uids
+    from minikms.roots.pin import PinFile
     from minikms.roots.providers import DevelopmentKey
 
     path = chosen_socket(socket)
     directory = chosen_data_dir(data_dir, must_exist=False)
-    root = chosen_root(master_key_file, master_key_fd, rewritable=rewrite_master_key_file)
+    root = chosen_root(
+        master_key_file,
+        master_key_fd,
+        root_source,
+        data_dir=directory if root_source else None,
+        rewritable=rewrite_master_key_file,
+        may_ask=False,
+    )
+    pin_file = pin or os.environ.get(PIN_VARIABLE)
     if root is None:
         if not dev:
-            raise StartError(NO_KEY_TEXT)
+            raise StartError(_no_root_text(directory))
         root = DevelopmentKey(directory)
-    allowed = allowed_uids or os.environ.get(ALLOWED_UIDS_VARIABLE) or str(os.geteuid())
+    policy_file = policy or os.environ.get(POLICY_VARIABLE)
+    allowed = allowed_uids or os.environ.get(ALLOWED_UIDS_VARIABLE) or ("" if policy_file else str(os.geteuid()))
     admins = admin_uids or os.environ.get(ADMIN_UIDS_VARIABLE) or ""
     process.run(
         Settings(
             socket=path,
             data_dir=directory,
             root=root,
-            allowed_uids=parse_uids(allowed, source=ALLOWED_UIDS_VARIABLE),
+            allowed_uids=parse_uids(allowed, source=ALLOWED_UIDS_VARIABLE) if allowed else None,
+            policy=PolicyFile(Path(os.path.abspath(policy_file))) if policy_file else None,
             admin_uids=parse_uids(admins, source=ADMIN_UIDS_VARIABLE) if admins else frozenset(),
             parent_fd=parent_fd,
+            sealed=sealed,
             socket_mode=parse_mode(socket_mode),
             socket_group=socket_group,
             require_hardening=require_hardening,
@@ -148,11 +181,13 @@ def serve(
                 accept_restore=accept_restore,
                 accept_audit_loss=accept_audit_loss,
                 expect_audit_head=parse_head(expect_audit_head),
+                if_restored=IF_RESTORED if parent_fd is None else IF_RESTORED_UNDER_SERVER,
                 audit_fsync=audit_fsync,
                 audit_hash_thread_ids=audit_hash_thread_ids,
                 audit_limits=Limits(
                     segment_bytes=audit_segment_mib * MIB_BYTES, segment_age_s=audit_segment_days * DAY_SECONDS
                 ),
+                pin=PinFile(Path(os.path.abspath(pin_file))) if pin_file else None,
                 cache_keys_max=cache_keys or CACHE_KEYS_MAX,
             ),
             audit_keep=Retention(bytes_max=audit_keep_mib * MIB_BYTES, days_min=audit_keep_days),
@@ -161,6 +196,21 @@ def serve(
         )
     )
     return 0
+
+
+def _no_root_text(directory: str) -> str:
+    """What to do about a start without a root key: it depends on what there is already."""
+    from minikms.api import development_key_path
+
+    key_file = development_key_path(directory)
+    if os.path.lexists(key_file):
+        return f"no root key is given. {key_file} is the development key of this data directory: start with --dev"
+    if os.path.lexists(os.path.join(directory, "keyring.json")):
+        return "no root key is given. Give the file of the one that this data directory has: --master-key-file FILE"
+    return (
+        f"no root key is given, and {directory} has no keyring yet. Make both: "
+        f"`minikms init --data-dir {shlex.quote(directory)} --master-key-file FILE`"
+    )
 
 
 def parse_head(text: str | None) -> Head | None:

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from cyclopts import Parameter, validators
 
 from minikms.cli.console import (
-    EXIT_FAILED,
-    EXIT_GOOD,
     Json,
     ServerUid,
     Socket,
@@ -25,13 +23,15 @@ from minikms.cli.console import (
     print_json,
     terminal,
 )
+from minikms.usage import EXIT_FAILED, EXIT_GOOD
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.text import Text
 
+    from minikms import api
+
 INTERVAL_SECONDS: Final = 2.0
-Status = dict[str, Any]
 
 
 def status(
@@ -48,7 +48,7 @@ def status(
 ) -> int:
     """Show the state of the running daemon. Exit status: 0 it works, 1 it can't work, 2 it does not answer."""
     with daemon_client(socket, server_uid) as kms:
-        answer: Status = kms.status()
+        answer = kms.status()
         if watch and not json and sys.stdout.isatty():
             return _watch(kms.status, answer, interval)
         while True:
@@ -57,13 +57,13 @@ def status(
             else:
                 terminal().print(page(answer), soft_wrap=True)
             if not watch:
-                return EXIT_GOOD if answer["status"] == "ok" else EXIT_FAILED
+                return EXIT_GOOD if answer.status == "ok" else EXIT_FAILED
             sys.stdout.flush()
             time.sleep(interval)
             answer = kms.status()
 
 
-def _watch(ask: Any, answer: Status, interval: float) -> int:
+def _watch(ask: Any, answer: api.StatusAnswer, interval: float) -> int:
     from rich.live import Live
 
     with Live(page(answer), console=terminal(), screen=True, auto_refresh=False) as live:
@@ -72,34 +72,42 @@ def _watch(ask: Any, answer: Status, interval: float) -> int:
             live.update(page(ask()), refresh=True)
 
 
-def page(answer: Status) -> Group:
+def page(answer: api.StatusAnswer) -> Group:
     """The whole page."""
     from rich.console import Group
     from rich.text import Text
 
-    well = answer["status"] == "ok"
+    well, sealed = answer.status == "ok", answer.status == "sealed"
     lines = [
         Text(
-            f"{'well' if well else answer['status']}: process {answer['pid']}, uid {answer['uid']}, "
-            f"up {duration(answer['uptime_seconds'])}, epoch {answer['epoch']}",
+            f"{'well' if well else clean(_why_not(answer))}: process {answer.pid}, uid {answer.uid}, "
+            f"up {duration(answer.uptime_seconds)}" + ("" if sealed else f", epoch {answer.epoch}"),
             style="green" if well else "bold red",
         )
     ]
-    facts = [
-        ("keyring", answer["keyring_id"]),
+    unlocked = [
+        ("keyring", answer.keyring_id),
         ("root key", _root(answer)),
-        ("KEK", ", ".join(f"version {kek['version']} {kek['state']}" for kek in answer["keks"] if _is_live(kek))),
-        ("rotation", _rotation(answer["rotation"])),
-        ("keys", _keys(answer["keys"])),
-        ("audit", _audit(answer["audit"])),
-        ("memory", _memory(answer["memory"])),
-        ("hardening", _hardening(answer["hardening"])),
-        ("requests", f"{answer['http']['requests']:,}, {answer['http']['connections']} connections"),
+        ("KEK", ", ".join(f"version {kek.version} {kek.state}" for kek in answer.keks if _is_live(kek))),
+        ("rotation", _rotation(answer.rotation)),
+        ("keys", _keys(answer.keys)),
+        ("audit", _audit(answer.audit)),
+    ]
+    facts = [
+        *([] if sealed else unlocked),  # a sealed daemon knows none of them
+        ("memory", _memory(answer.memory)),
+        ("hardening", _hardening(answer.hardening)),
+        ("policy", _policy(answer.policy)),
+        ("requests", f"{answer.http.requests:,}, {answer.http.connections} connections"),
     ]
     lines += [Text(f"  {name:<10} {clean(value)}") for name, value in facts if value]
-    lines += [_warning(f"not in force: {m['measure']}: {m['why']}") for m in answer["hardening"] if not m["in_force"]]
-    lines += [_warning(f"warning: {text}") for text in answer["warnings"]]
+    lines += [_warning(f"not in force: {m.measure}: {m.why}") for m in answer.hardening if not m.in_force]
+    lines += [_warning(f"warning: {text}") for text in answer.warnings]
     return Group(*lines)
+
+
+def _why_not(answer: api.StatusAnswer) -> str:
+    return f"{answer.status} ({answer.reason})" if answer.reason else answer.status
 
 
 def _warning(text: str) -> Text:
@@ -108,44 +116,53 @@ def _warning(text: str) -> Text:
     return Text("  " + clean(text), style="yellow")
 
 
-def _is_live(kek: Status) -> bool:
-    return bool(kek["state"] != "destroyed")
+def _is_live(kek: api.KekStatus) -> bool:
+    return kek.state != "destroyed"
 
 
-def _root(answer: Status) -> str:
-    root = answer["root"]
-    others = [fingerprint for fingerprint in root["slots"] if fingerprint != root["fingerprint"]]
-    return f"{root['fingerprint']} ({root['provider']})" + (f"; also opens: {', '.join(others)}" if others else "")
+def _root(answer: api.StatusAnswer) -> str:
+    root = answer.root
+    others = [fingerprint for fingerprint in root.slots if fingerprint != root.fingerprint]
+    return f"{root.fingerprint} ({root.provider})" + (f"; also opens: {', '.join(others)}" if others else "")
 
 
-def _rotation(rotation: Status | None) -> str:
+def _rotation(rotation: api.RotationStatus | None) -> str:
     if rotation is None:
         return ""
-    total = "?" if rotation["total"] is None else f"{rotation['total']:,}"
-    failing = f"; last error: {rotation['last_error']}" if rotation["last_error"] else ""
-    versions = f"KEK {rotation['from_version']} to {rotation['to_version']}"
-    return f"{versions}, {rotation['rewrapped']:,} of {total} keys{failing}"
+    total = "?" if rotation.total is None else f"{rotation.total:,}"
+    failing = f"; last error: {rotation.last_error}" if rotation.last_error else ""
+    versions = f"KEK {rotation.from_version} to {rotation.to_version}"
+    return f"{versions}, {rotation.rewrapped:,} of {total} keys{failing}"
 
 
-def _keys(keys: Status) -> str:
-    counts = [f"{count:,} {state}" for state, count in keys["by_state"].items()] or ["none"]
-    if keys["destroyed"]:
-        counts.append(f"{keys['destroyed']:,} destroyed")
-    if keys["unreadable"]:
-        counts.append(f"{keys['unreadable']:,} UNREADABLE")
-    return ", ".join(counts) + (" (still counting)" if keys["indexing"] else "")
+def _keys(keys: api.KeysStatus) -> str:
+    counts = [f"{count:,} {state}" for state, count in keys.by_state.items()] or ["none"]
+    if keys.destroyed:
+        counts.append(f"{keys.destroyed:,} destroyed")
+    if keys.unreadable:
+        counts.append(f"{keys.unreadable:,} UNREADABLE")
+    return ", ".join(counts) + (" (still counting)" if keys.indexing else "")
 
 
-def _audit(audit: Status) -> str:
-    head = audit["head"]
-    state = "" if audit["writable"] else f"; CAN'T BE WRITTEN: {audit['unavailable_reason']}"
-    return f"line {head['seq']:,}, head {head['seq']}:{head['sig']}{state}"
+def _audit(audit: api.AuditStatus) -> str:
+    head = audit.head
+    state = "" if audit.writable else f"; CAN'T BE WRITTEN: {audit.unavailable_reason}"
+    return f"line {head.seq:,}, head {head.seq}:{head.sig}{state}"
 
 
-def _memory(memory: Status) -> str:
-    locked = byte_count(memory["locked_bytes"])
-    return f"{memory['keys_in_memory']:,} keys open, {locked} locked ({memory['arena']})"
+def _memory(memory: api.MemoryStatus) -> str:
+    locked = byte_count(memory.locked_bytes)
+    return f"{memory.keys_in_memory:,} keys open, {locked} locked ({memory.arena})"
 
 
-def _hardening(measures: list[Status]) -> str:
-    return ", ".join(measure["measure"] for measure in measures if measure["in_force"])
+def _policy(policy: api.PolicyStatus | None) -> str:
+    if policy is None:
+        return ""
+    exhausted = f"; {policy.budgets_exhausted} budgets used up" if policy.budgets_exhausted else ""
+    failing = "; THE LAST RELOAD FAILED" if policy.last_error else ""
+    age = duration(policy.age_seconds)
+    return f"generation {policy.generation}, read {age} ago, SHA-256 {policy.sha256}{exhausted}{failing}"
+
+
+def _hardening(measures: list[api.MeasureStatus]) -> str:
+    return ", ".join(measure.measure for measure in measures if measure.in_force)

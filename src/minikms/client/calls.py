@@ -36,7 +36,8 @@ A = TypeVar("A")
 
 PAUSE_S_MIN: Final = 0.005
 PAUSE_S_MAX: Final = 0.25
-_KEK_HEX: Final = re.compile(rb"[0-9a-fA-F]{64}")
+_KEY_HEX: Final = re.compile(rb"[0-9a-fA-F]{%d}" % api.KEY_HEX_CHARS)
+_SHARE: Final = re.compile(rb"[-0-9A-Za-z ]{1,%d}" % api.SHARE_BYTES_MAX)
 
 _encode: Final = msgspec.json.Encoder().encode
 _decode_error: Final = msgspec.json.Decoder(api.ErrorAnswer).decode
@@ -68,17 +69,20 @@ class Call(NamedTuple, Generic[A]):
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             text = f"the key service's answer ({answer.status}) to {self.verb.name} does not have the expected form"
             raise KmsProtocolError(text) from error
-        raise refusal(refused.code, refused.error, answer.status)
+        raise refusal(refused.code, refused.error, answer.status, answer.retry_after_s)
 
 
-def make_call(verb: Verb[R, A], request: R | Sent | bytearray, request_id: str | None = None) -> Call[A]:
-    """The call of a verb. `request_id` goes to the audit log. A bytearray is the body itself, and is wiped.
+def make_call(
+    verb: Verb[R, A], request: R | Sent | bytearray, request_id: str | None = None, named: str = ""
+) -> Call[A]:
+    """The call of a verb. `request_id` goes to the audit log. A bytearray is the body itself, and is wiped; then
+    `named` is the id in the path, if it has one.
 
     Raises InvalidRequestError before anything is sent, as the daemon would.
     """
     body: bytes | bytearray | None = None
     if isinstance(request, bytearray):
-        target, body = verb.path.encode("ascii"), request
+        target, body = _path(verb, named), request
     else:
         if isinstance(request, Item):
             checked_cost_bytes(request)
@@ -94,23 +98,63 @@ def make_call(verb: Verb[R, A], request: R | Sent | bytearray, request_id: str |
     return call
 
 
-def rotation(new_kek_hex: bytes | bytearray | str | None, wait: bool, verify: Sequence[DecryptItem]) -> bytearray:
-    """The body of ROTATE_KEK. A new key is checked here, because it is copied into the body as it is: last, into a
-    body of its final size, for one that grows leaves copies.
-    """
+def rotation(
+    new_kek_hex: bytes | bytearray | str | None,
+    wait: bool,
+    verify: Sequence[DecryptItem],
+    priority: api.Priority | None = None,
+) -> bytearray:
+    """The body of ROTATE_KEK."""
     before = b'{"wait":true' if wait else b'{"wait":false'
+    if priority is not None:
+        before += b',"priority":' + _encode(priority)
     if verify:
         samples = [{"key_id": item.key_id, "ciphertext": item.ciphertext, "aad": item.aad} for item in verify]
         before += b',"verify":' + _encode(samples)
     if new_kek_hex is None:
         return bytearray(before + b"}")
-    digits = new_kek_hex.encode("ascii", "replace") if isinstance(new_kek_hex, str) else new_kek_hex
-    if _KEK_HEX.fullmatch(digits) is None:
-        invalid("new_kek_hex has 64 hexadecimal characters")
-    before += b',"new_kek_hex":"'
-    body = bytearray(len(before) + len(digits) + 2)
+    return _with_secret(before + b',"new_kek_hex":"', _checked_hex(new_kek_hex, "new_kek_hex"))
+
+
+def new_root(root_hex: bytes | bytearray | str, provider: str, shares: api.GivenShares | None) -> bytearray:
+    """The body of ADD_ROOT."""
+    before = b'{"provider":' + _encode(provider)
+    if shares is not None:
+        before += b',"shares":' + _encode(shares)
+    return _with_secret(before + b',"root_hex":"', _checked_hex(root_hex, "root_hex"))
+
+
+def proof(root_hex: bytes | bytearray | str) -> bytearray:
+    """The body of TEST_ROOT."""
+    return _with_secret(b'{"root_hex":"', _checked_hex(root_hex, "root_hex"))
+
+
+def unsealing(root_hex: bytes | bytearray | str | None, share: bytes | bytearray | str | None) -> bytearray:
+    """The body of UNSEAL; without a key and a share: from the daemon's own source."""
+    if root_hex is not None and share is not None:
+        invalid("give a root key or a share, not both")
+    if root_hex is not None:
+        return _with_secret(b'{"root_hex":"', _checked_hex(root_hex, "root_hex"))
+    if share is not None:
+        text = share.encode("ascii", "replace") if isinstance(share, str) else share
+        if _SHARE.fullmatch(text) is None:
+            invalid(f"a share is at most {api.SHARE_BYTES_MAX} letters, digits, hyphens and spaces")
+        return _with_secret(b'{"share":"', text)
+    return bytearray(b'{"from_source":true}')
+
+
+def _checked_hex(key: bytes | bytearray | str, name: str) -> bytes | bytearray:
+    digits = key.encode("ascii", "replace") if isinstance(key, str) else key
+    if _KEY_HEX.fullmatch(digits) is None:
+        invalid(f"{name} has {api.KEY_HEX_CHARS} hexadecimal characters")
+    return digits
+
+
+def _with_secret(before: bytes, secret: bytes | bytearray) -> bytearray:
+    """A body of its final size at once: one that grows leaves copies of the secret."""
+    body = bytearray(len(before) + len(secret) + 2)
     body[: len(before)] = before
-    body[len(before) : -2] = digits
+    body[len(before) : -2] = secret
     body[-2:] = b'"}'
     return body
 
@@ -121,14 +165,19 @@ def given(value: A | None) -> A | UnsetType:
 
 
 def _target(verb: Verb[Any, Any], request: api.Request | Sent) -> bytes:
+    if verb.path_field:
+        return _path(verb, getattr(request, verb.path_field))
     path = verb.path
-    if "{key_id}" in path and isinstance(request, api.KeyRequest):
-        path = path.format(key_id=quote(request.key_id, safe=""))
-    elif verb.method == "GET":
+    if verb.method == "GET":
         values = {name: getattr(request, name) for name in request.__struct_fields__}
         query = urlencode({name: value for name, value in values.items() if value is not UNSET})
         path = f"{path}?{query}" if query else path
     return path.encode("ascii")
+
+
+def _path(verb: Verb[Any, Any], named: str) -> bytes:
+    """The path of a verb, which names a key or a slot, or nothing."""
+    return verb.path.replace("{" + verb.path_field + "}", quote(named, safe="")).encode("ascii")
 
 
 def _check_texts(request: api.Request | Sent) -> None:
@@ -159,6 +208,13 @@ def is_healthy(answer: str) -> bool:
     """True; raises KmsProtocolError for any other text than `ok`."""
     if answer.strip() != "ok":
         raise KmsProtocolError("the key service's health is not `ok`")
+    return True
+
+
+def is_ready(answer: str) -> bool:
+    """True; raises KmsProtocolError for any other text than `ready`."""
+    if answer.strip() != "ready":
+        raise KmsProtocolError("the key service's readiness is not `ready`")
     return True
 
 

@@ -54,9 +54,12 @@ class KmsClosedError(KmsError):
 
 
 class KmsRefusedError(KmsError):
-    """The key service refused. `status` is the HTTP status, `code` a stable word of `minikms.api`."""
+    """The key service refused. `status` is the HTTP status, `code` a stable word of `minikms.api`. `retry_after_s`: in
+    how many seconds the same call may succeed; 0 where the key service does not say.
+    """
 
     default_status: ClassVar[int] = 500
+    retry_after_s: int = 0
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(status, code, message)
@@ -154,6 +157,22 @@ class ConflictError(KmsRefusedError):
     default_status = 409
 
 
+class WrongSlotError(ConflictError):
+    """The root key, or the slot that was named, is not one for which this can be done."""
+
+
+class LastRootError(ConflictError):
+    """Without this slot no root key would open the keyring."""
+
+
+class NotTestedError(ConflictError):
+    """No other root key was tested recently: test one first."""
+
+
+class NotPinnedError(ConflictError):
+    """The pin file of the daemon does not name this root key."""
+
+
 class AuditUnavailableError(KmsRefusedError):
     """The daemon can't write its audit log, so it sends no answers. The request may have been carried out."""
 
@@ -172,6 +191,57 @@ class ShuttingDownError(KmsRefusedError):
 
 class RequestInterruptedError(KmsRefusedError):
     """The daemon stopped while it worked on the request, which may have been carried out."""
+
+    default_status = 503
+
+
+class SealedError(KmsRefusedError):
+    """The key service is sealed: it has no key until an operator unseals it (`minikms unseal`). Try again later.
+
+    A request that was in flight when it was sealed may have been carried out.
+    """
+
+    default_status = 503
+
+
+class NotSealedError(KmsRefusedError):
+    """There is nothing to unseal."""
+
+    default_status = 409
+
+
+class WrongRootError(KmsRefusedError):
+    """The root key does not open the keyring."""
+
+    default_status = 403
+
+
+class WrongShareError(KmsRefusedError):
+    """The share is not one of this keyring, or not of the set that is being entered."""
+
+    default_status = 403
+
+
+class TooManyAttemptsError(KmsRefusedError):
+    """Wrong attempts are slowed down: this one was not made. The text says when to try again."""
+
+    default_status = 429
+
+
+class LimitExceededError(KmsRefusedError):
+    """A limit of the policy is used up: this call was not carried out. `retry_after_s` says when to try again."""
+
+    default_status = 429
+
+
+class InvalidPolicyError(KmsRefusedError):
+    """The policy file is not valid, so the policy before it stays in force. The text names the mistake."""
+
+    default_status = 409
+
+
+class UnsealFailedError(KmsRefusedError):
+    """The daemon stays sealed, although the root key is not wrong. Its own log says why."""
 
     default_status = 503
 
@@ -198,18 +268,32 @@ BY_CODE: Final[dict[str, type[KmsRefusedError]]] = {
     api.CODE_TOO_MANY: TooManyError,
     api.CODE_TIMEOUT: RequestTimeoutError,
     api.CODE_CONFLICT: ConflictError,
+    api.CODE_WRONG_SLOT: WrongSlotError,
+    api.CODE_LAST_ROOT: LastRootError,
+    api.CODE_NOT_TESTED: NotTestedError,
+    api.CODE_NOT_PINNED: NotPinnedError,
     api.CODE_AUDIT_UNAVAILABLE: AuditUnavailableError,
     api.CODE_STORAGE_UNAVAILABLE: StorageUnavailableError,
     api.CODE_SHUTTING_DOWN: ShuttingDownError,
     api.CODE_INTERRUPTED: RequestInterruptedError,
+    api.CODE_SEALED: SealedError,
+    api.CODE_NOT_SEALED: NotSealedError,
+    api.CODE_WRONG_ROOT: WrongRootError,
+    api.CODE_WRONG_SHARE: WrongShareError,
+    api.CODE_TOO_MANY_ATTEMPTS: TooManyAttemptsError,
+    api.CODE_LIMIT_EXCEEDED: LimitExceededError,
+    api.CODE_INVALID_POLICY: InvalidPolicyError,
+    api.CODE_UNSEAL_FAILED: UnsealFailedError,
     api.CODE_INTERNAL: InternalError,
 }
 
 
-def refusal(code: str, message: str, status: int | None = None) -> KmsRefusedError:
+def refusal(code: str, message: str, status: int | None = None, retry_after_s: int = 0) -> KmsRefusedError:
     """The error for a refusal of the daemon; `status` is None for an item of a batch. Both texts are untrusted."""
     if _CODE.fullmatch(code) is None:
         code = api.CODE_INTERNAL
     kind = BY_CODE.get(code, KmsRefusedError)
     cleaned = "".join(char if char.isprintable() else "?" for char in message[:MESSAGE_CHARS_MAX])
-    return kind(kind.default_status if status is None else status, code, cleaned)
+    made = kind(kind.default_status if status is None else status, code, cleaned)
+    made.retry_after_s = retry_after_s
+    return made

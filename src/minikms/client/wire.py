@@ -30,15 +30,19 @@ ANSWER_BYTES_MAX: Final = 2 * api.BODY_BYTES_MAX
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.1 ([2-5][0-9]{2})(?: [\t\x20-\x7e]*)?")
 _HEADER: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
 _LENGTH: Final = re.compile(rb"[0-9]{1,9}")
+_SECONDS: Final = re.compile(rb"[0-9]{1,6}")
 _HOST: Final = b" HTTP/1.1\r\nHost: minikms\r\n"
 
 
 class Answer(NamedTuple):
-    """`reusable` is false when the daemon closes the connection after this answer."""
+    """`reusable` is false when the daemon closes the connection after this answer. `retry_after_s`: its `Retry-After`;
+    0 for none.
+    """
 
     status: int
     body: bytes
     reusable: bool
+    retry_after_s: int = 0
 
     def __repr__(self) -> str:
         return f"Answer({self.status}, {len(self.body)} bytes)"
@@ -59,7 +63,7 @@ def request_head(target: bytes, body_bytes: int | None, request_id: str | None) 
 class AnswerParser:
     """Collects the bytes of one answer. `feed` returns it once it is whole."""
 
-    __slots__ = ("_body_at", "_buffer", "_done", "_length", "_reusable", "_status")
+    __slots__ = ("_body_at", "_buffer", "_done", "_length", "_retry_after_s", "_reusable", "_status")
 
     def __init__(self) -> None:
         self._buffer = bytearray()
@@ -67,6 +71,7 @@ class AnswerParser:
         self._length = 0
         self._status = 0
         self._reusable = True
+        self._retry_after_s = 0
         self._done = False
 
     def feed(self, data: bytes) -> Answer | None:
@@ -85,7 +90,7 @@ class AnswerParser:
         with memoryview(self._buffer) as view:
             body = bytes(view[self._body_at :])
         self._buffer.clear()
-        return Answer(self._status, body, self._reusable)
+        return Answer(self._status, body, self._reusable, self._retry_after_s)
 
     def _read_head(self) -> bool:
         end = self._buffer.find(b"\r\n\r\n", 0, HEAD_BYTES_MAX)
@@ -119,6 +124,8 @@ class AnswerParser:
                 raise KmsProtocolError("the key service's answer has a transfer encoding")
             elif name == b"connection" and match[2].lower() != b"keep-alive":
                 self._reusable = False
+            elif name == b"retry-after" and _SECONDS.fullmatch(match[2]):
+                self._retry_after_s = int(match[2])
         if length is None or _LENGTH.fullmatch(length) is None:
             raise KmsProtocolError("the key service's answer has no valid length")
         if int(length) > ANSWER_BYTES_MAX:

@@ -2,8 +2,11 @@
 
 Owns: `kms-deks/`: names, bounded reads, durable writes, listing; which key files are known to be unreadable, with the
 reasons that `/status` shows; who may change which key's file now. Invariants:
-- A file name is built only from a key id that matched `api.KEY_ID_PATTERN`. A file is replaced whole. A listing
-  streams, so a million files take no memory.
+- A file name is built only from a key id that matched `api.KEY_ID_PATTERN`. A listing streams, so a million files take
+  no memory.
+- A file is replaced whole, overwritten in place under a journal, or made after its record is in the create log. While
+  files are being overwritten or made, reads of them in this process are answered from memory (`DekStore.answer_with`,
+  `DekStore.making`). Other processes use `read_settled`.
 - A key is in `UnreadableKeys` from the first failure to read its file until the file was read well or the key was
   destroyed. The list is bounded.
 - A holder of several key locks gets all of them at once or waits holding none, so holders can't deadlock. They must not
@@ -19,20 +22,36 @@ import asyncio
 import errno
 import itertools
 import os
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator
+import stat
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
 from minikms import api
-from minikms.custody.files import GroupCommit, open_directory, read_file_bounded, remove_file
+from minikms.custody.files import (
+    GROUP_FILES_MAX,
+    FileWrite,
+    open_directory,
+    read_file_bounded,
+    read_file_of,
+    remove_files,
+    sweep_temps,
+    write_group,
+)
+from minikms.custody.group_commit import GroupCommit
 from minikms.errors import KeyNotFoundError, KeyUnreadableError, MiniKmsError, StorageUnavailableError
-from minikms.keys.dek import FILE_BYTES_MAX
+from minikms.keys.dek import FILE_BYTES, FILE_BYTES_MAX
+from minikms.sync import sync_file
 
 DIRECTORY: Final = "kms-deks"
 SUFFIX: Final = ".json"
 SCAN_FILES: Final = 128
 """Files that a scan of all keys reads at a time, in a worker thread beside requests."""
+SETTLE_READS_MAX: Final = 6
+SETTLE_SECONDS: Final = 0.01
+"""Pause after a read that differed or was not valid. An overwrite takes microseconds."""
 UNREADABLE_COUNT_MAX: Final = 10_000
 LISTED_COUNT_MAX: Final = 100
 
@@ -69,22 +88,76 @@ def list_key_ids(directory: str) -> Iterator[str]:
             yield key_id
 
 
+def read_settled(name: str, *, dir_fd: int, is_valid: Callable[[bytes], bool]) -> bytes | None:
+    """The content of a DEK file, for a process beside the daemon; None if there is none. Blocks on the disk.
+
+    The daemon may be overwriting the file, and a read beside a write can return a mixture. So the file is read again
+    until the content is valid and was read twice. After SETTLE_READS_MAX reads it is returned as it is. Raises
+    StorageUnavailableError.
+    """
+    before: bytes | None = None
+    for number in range(SETTLE_READS_MAX):
+        found = read_file_bounded(name, FILE_BYTES_MAX, dir_fd=dir_fd)
+        if found is None or (found == before and is_valid(found)):
+            return found
+        if number:
+            time.sleep(SETTLE_SECONDS)
+        before = found
+    return before
+
+
 class DekStore:
     """The directory of DEK files, open until `close`. `executor` runs the writes."""
 
     def __init__(self, data_dir: str, executor: Executor) -> None:
         self.directory = os.path.join(data_dir, DIRECTORY)
         self.directory_fd = open_directory(self.directory)
-        self._group = GroupCommit(self.directory_fd, executor)
+        self._executor = executor
+        self._writes = GroupCommit(self._write, items_max=GROUP_FILES_MAX)  # at most 8 MiB: see FILE_BYTES_MAX
+        self._answers: Mapping[str, bytes] = {}
+        self._making: dict[str, bytes] = {}
+        self._swept = False
+
+    def answer_with(self, contents: Mapping[str, bytes]) -> None:
+        """From here on `read` answers for these keys from `contents`, and for all others from their files.
+
+        Called before the files of a batch are overwritten, and again without keys when that has ended. `contents` must
+        be a new object each time.
+        """
+        self._answers = contents
+
+    @contextmanager
+    def making(self, contents: Mapping[str, bytes]) -> Iterator[None]:
+        """Inside the block `read` answers for these keys, whose files are being made, from `contents`."""
+        self._making.update(contents)
+        try:
+            yield
+        finally:
+            for key_id in contents:
+                del self._making[key_id]
 
     def read(self, key_id: str) -> bytes:
-        """The content of the key's file. Blocks on the disk.
+        """The content of the key's file, in any thread. Blocks on the disk.
 
         Raises KeyNotFoundError if there is none, KeyUnreadableError if it can't be read, and StorageUnavailableError if
         the cause is not the file.
         """
+        while True:
+            answers = self._answers
+            content = answers.get(key_id) or self._making.get(key_id)
+            if content is not None:
+                return content
+            content = self._read(key_id)
+            if self._answers is answers:  # else the file may have been overwritten while it was read
+                return content
+
+    def _read(self, key_id: str) -> bytes:
+        name = file_name(key_id)
+        usual = read_file_of(name, FILE_BYTES, dir_fd=self.directory_fd)
+        if usual is not None:
+            return usual
         try:
-            data = read_file_bounded(file_name(key_id), FILE_BYTES_MAX, dir_fd=self.directory_fd)
+            data = read_file_bounded(name, FILE_BYTES_MAX, dir_fd=self.directory_fd)
         except StorageUnavailableError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno in _OUT_OF_RESOURCES:
                 raise
@@ -103,27 +176,61 @@ class DekStore:
                 found.append((key_id, error))
         return found
 
-    async def create(self, key_id: str, data: bytes) -> None:
-        """Writes a new file, durable on return. Raises StorageUnavailableError; then there is no file."""
-        await self._group.submit(file_name(key_id), data, exclusive=True)
-
     async def replace(self, key_id: str, data: bytes) -> None:
-        """Replaces a key's file, durable on return. Raises StorageUnavailableError."""
-        await self._group.submit(file_name(key_id), data)
+        """Replaces a key's file, durable on return.
 
-    def remove(self, key_id: str) -> None:
-        """Removes a key's file durably, if it is there. Blocks on the disk. Raises StorageUnavailableError."""
-        remove_file(self.directory_fd, file_name(key_id))
+        Raises StorageUnavailableError, also while the file is answered from memory: the caller has the key's lock, so
+        a rotation was stopped before the disk accepted its batch. The file would not be what `read` answers, and the
+        replay of the next start decides what it becomes.
+        """
+        if key_id in self._answers:
+            raise StorageUnavailableError(
+                "the disk has not accepted a batch of a KEK rotation that the key's file is part of; start the daemon "
+                "again when the disk works, then try again"
+            )
+        await self._writes.submit(FileWrite(file_name(key_id), data))
+
+    async def _write(self, writes: list[FileWrite]) -> list[MiniKmsError | None]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, write_group, self.directory_fd, writes)
+
+    def remove(self, *key_ids: str) -> None:
+        """Removes the files of keys durably, where they exist. Blocks on the disk. Raises StorageUnavailableError."""
+        remove_files(self.directory_fd, [file_name(key_id) for key_id in key_ids])
+
+    def sweep_temps(self) -> None:
+        """Removes the temporary files of earlier processes, once in a run. In any thread. Blocks on the disk. Raises
+        StorageUnavailableError.
+        """
+        if not self._swept:
+            sweep_temps(self.directory_fd)
+            self._swept = True
+
+    def sync_directory(self) -> None:
+        """Makes every file of a listing durable: a process that was killed in a create may have left one that a power
+        loss would remove. Blocks on the disk. Raises StorageUnavailableError.
+        """
+        try:
+            sync_file(self.directory_fd)
+        except OSError as error:
+            raise StorageUnavailableError("the directory of the keys can't be synced") from error
 
     def has(self, key_id: str) -> bool:
         """Whether there is a file of this key. Raises StorageUnavailableError."""
+        return self._status(key_id) is not None
+
+    def _status(self, key_id: str) -> os.stat_result | None:
         try:
-            os.stat(file_name(key_id), dir_fd=self.directory_fd, follow_symlinks=False)
+            return os.stat(file_name(key_id), dir_fd=self.directory_fd, follow_symlinks=False)
         except FileNotFoundError:
-            return False
+            return None
         except OSError as error:
             raise StorageUnavailableError("a key's file can't be looked up") from error
-        return True
+
+    def is_directory(self, key_id: str) -> bool:
+        """Whether a directory has the name of the key's file. Raises StorageUnavailableError."""
+        status = self._status(key_id)
+        return status is not None and stat.S_ISDIR(status.st_mode)
 
     def list_ids(self, *, changed: Collection[str] = ()) -> Iterator[str]:
         """`list_key_ids` of this directory, then the ids that are in `changed` when the listing has ended.
@@ -135,7 +242,7 @@ class DekStore:
 
     async def drain(self) -> None:
         """Returns when no write is waiting or under way."""
-        await self._group.drain()
+        await self._writes.drain()
 
     def close(self) -> None:
         """Closes the directory, after `drain`."""

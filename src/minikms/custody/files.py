@@ -1,7 +1,7 @@
 """Files of the data directory: durable, atomic writes, bounded reads, and the lock on the directory.
 
-Owns: every write below the data directory except the appends to the lease journal and to the audit log; the wall clock
-and the two ways to write a time (both in UTC, both sort as text); the creation of private directories; the lock.
+Owns: every write below the data directory except those to the lease journal, the create log and the audit log; the wall
+clock and the two ways to write a time (both in UTC, both sort as text); the creation of private directories; the lock.
 Callers pass the descriptor of an open directory (`open_directory`) and plain file names.
 
 A file is replaced in four steps, always in this order: write a temporary file in the same directory (O_EXCL,
@@ -11,22 +11,22 @@ O_NOFOLLOW), sync it, rename it, sync the directory. Invariants:
   error, and a retry writes the file again.
 - After a failed sync the same file is never synced again: the kernel has marked the failed pages clean, so a second
   sync would succeed without them (https://wiki.postgresql.org/wiki/Fsync_Errors). A retry writes a new temporary file.
-- Temporary names contain a token of this process, so `sweep_temps` can run while other files are being written.
+- Temporary names contain a token of this process, so `sweep_temps` can run while other files are being written. A
+  temporary file of this process that could not be removed is remembered for `remove_left_temps`.
 - One process owns a data directory. Daemon and offline writers take the lock before they touch the keyring or the
   socket, and keep it until they end. `flock(2)` ends with the descriptor, which no child inherits through exec. The
   lock file is never removed, so there is one file to lock.
 
-A group of files takes two `syncfs(2)` calls instead of two syncs for each file; in a series of groups
-(`StagedReplacements`) it takes one. `syncfs` reports a failed write-back only since Linux 5.8 (for any file since the
-directory was opened), and a failure of the file system itself only since 5.17 (commit 5679897eb104); through overlayfs
-it reports nothing. Where it is not known to report every failure, each file is synced by itself.
+A group of files takes two `syncfs(2)` calls instead of two syncs for each file; a group that is overwritten in place
+under a journal (`overwrite_files`) takes one. `syncfs` reports a failed write-back only since Linux 5.8 (for any file
+since the directory was opened), and a failure of the file system itself only since 5.17 (commit 5679897eb104); through
+overlayfs it reports nothing. Where it is not known to report every failure, each file is synced by itself.
 
 It must never put a path or a text of the kernel into an error that can reach a client, and never hold a raw key.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
 import errno
@@ -37,13 +37,14 @@ import os
 import re
 import secrets
 import stat
+import threading
 import time
-from collections import deque
-from collections.abc import Container, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from typing import Final, NamedTuple, Self
 
 from minikms.errors import ConflictError, InvalidRequestError, MiniKmsError, StartError, StorageUnavailableError
+from minikms.sync import sync_file
 
 DIRECTORY_MODE: Final = 0o700
 FILE_MODE: Final = 0o600
@@ -51,8 +52,6 @@ TEMP_PREFIX: Final = ".tmp-"
 SYNCFS_FILES_MIN: Final = 4
 """A group of at least this many files uses `syncfs`, which also waits for the writes of other programs."""
 GROUP_FILES_MAX: Final = 512
-GROUP_BYTES_MAX: Final = 8 * 1024 * 1024
-WRITES_WAITING_MAX: Final = 16_384
 LOCK_NAME: Final = "lock"
 
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
@@ -73,6 +72,11 @@ def now_ns() -> int:
 def rfc3339(ns: int) -> str:
     """`2026-11-24T15:00:00Z` (RFC 3339), from Unix nanoseconds."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ns // 1_000_000_000))
+
+
+def unix_seconds(text: str) -> int:
+    """Unix seconds, from the text that `rfc3339` makes. Raises ValueError."""
+    return int(datetime.fromisoformat(text).timestamp())
 
 
 def stamp(ns: int) -> str:
@@ -131,6 +135,22 @@ def read_file_bounded(path: str | os.PathLike[str], bytes_max: int, *, dir_fd: i
     return b"".join(parts)
 
 
+def read_file_of(name: str, bytes_exact: int, *, dir_fd: int) -> bytes | None:
+    """The content of a file of exactly so many bytes, in three system calls; None if there is none that can be read so.
+
+    For files that are read by the million: whoever needs the reason calls `read_file_bounded`.
+    """
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
+        try:
+            content = os.read(fd, bytes_exact + 1)
+        finally:
+            os.close(fd)
+    except OSError:
+        return None
+    return content if len(content) == bytes_exact else None
+
+
 # --- writing one file -------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +169,28 @@ def replace_file_from(directory: int, name: str, chunks: Iterable[bytes]) -> Non
         except BaseException:
             _unlink_quietly(directory, temp)
             raise
-        os.fsync(directory)
+        sync_file(directory)
+
+
+def patch_file(directory: int, name: str, patches: Sequence[tuple[int, bytes]], *, sync: bool) -> None:
+    """Overwrites parts of an existing file, (offset, content) each; with `sync`, durably. An absent file stays absent.
+
+    Only for content that stays valid if a crash leaves some of the parts, or some bytes of one, unwritten. Raises
+    StorageUnavailableError; then the file must be replaced by a new one.
+    """
+    _check_name(name)
+    with _storage_errors("a file cannot be written"):
+        try:
+            fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        except FileNotFoundError:
+            return
+        try:
+            for offset, data in patches:
+                write_all_at(fd, data, offset)
+            if sync:
+                sync_file(fd)
+        finally:
+            os.close(fd)
 
 
 def remove_file(directory: int, name: str) -> bool:
@@ -162,8 +203,19 @@ def remove_file(directory: int, name: str) -> bool:
         except FileNotFoundError:
             found = False
         # Also if it is absent: an earlier removal may have failed at this sync.
-        os.fsync(directory)
+        sync_file(directory)
     return found
+
+
+def remove_files(directory: int, names: Sequence[str]) -> None:
+    """Removes files durably with one sync; an absent one is no error. Raises StorageUnavailableError."""
+    for name in names:
+        _check_name(name)
+    with _storage_errors("a file cannot be removed"):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=directory)
+        sync_file(directory)  # also if all are absent: an earlier removal may have failed at this sync
 
 
 def is_stale_temp(name: str) -> bool:
@@ -175,7 +227,8 @@ def sweep_temps(directory: int, *, age_ns_min: int = 0) -> int:
     """Removes the temporary files of earlier processes that are at least this old; the number of them.
 
     Only for the owner of the directory's lock; `age_ns_min` spares the files of other processes that write in the
-    directory without the lock. It reads the whole directory, so the daemon calls it in a worker thread.
+    directory without the lock. It reads the whole directory, so a large one takes a worker thread. Raises
+    StorageUnavailableError.
     """
     newest_ns = now_ns() - age_ns_min
     with _storage_errors("left-over temporary files cannot be removed"):
@@ -184,12 +237,14 @@ def sweep_temps(directory: int, *, age_ns_min: int = 0) -> int:
                 entry.name
                 for entry in entries
                 if is_stale_temp(entry.name)
+                and not entry.is_dir(follow_symlinks=False)
                 and (not age_ns_min or entry.stat(follow_symlinks=False).st_mtime_ns <= newest_ns)
             ]
         for name in names:
-            os.unlink(name, dir_fd=directory)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=directory)
         if names:
-            os.fsync(directory)
+            sync_file(directory)
     return len(names)
 
 
@@ -200,8 +255,27 @@ def _write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
+def write_all_at(fd: int, data: bytes, offset: int) -> None:
+    """Writes all of `data` at `offset`. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def make_file(directory: int, name: str, data: bytes) -> None:
+    """Makes a new file without a sync. Raises OSError, FileExistsError if the name is taken; then no file was made."""
+    _check_name(name)
+    _write_new(directory, name, (data,), sync=False)
+
+
 def _write_temp(directory: int, chunks: Iterable[bytes], *, sync: bool) -> str:
     name = f"{_PROCESS_TEMP_PREFIX}{next(_temp_numbers)}"
+    _write_new(directory, name, chunks, sync=sync)
+    return name
+
+
+def _write_new(directory: int, name: str, chunks: Iterable[bytes], *, sync: bool) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(name, flags, FILE_MODE, dir_fd=directory)
     try:
@@ -209,13 +283,12 @@ def _write_temp(directory: int, chunks: Iterable[bytes], *, sync: bool) -> str:
             for chunk in chunks:
                 _write_all(fd, chunk)
             if sync:
-                os.fsync(fd)
+                sync_file(fd)
         finally:
             os.close(fd)
     except BaseException:
         _unlink_quietly(directory, name)
         raise
-    return name
 
 
 def _check_name(name: str) -> None:
@@ -224,9 +297,49 @@ def _check_name(name: str) -> None:
 
 
 def _unlink_quietly(directory: int, name: str) -> None:
-    # Best effort after a failure; the next start sweeps what is left.
-    with contextlib.suppress(OSError):
+    # Best effort after a failure; `remove_left_temps` or the next start removes what is left.
+    try:
         os.unlink(name, dir_fd=directory)
+    except FileNotFoundError:
+        return
+    except OSError:
+        if name.startswith(TEMP_PREFIX):
+            _remember_temp(directory, name)
+
+
+class _LeftTemps(NamedTuple):
+    """Temporary files that could not be removed, in an open directory."""
+
+    directory: int
+    names: set[str]
+
+
+_left_temps: Final[dict[tuple[int, int], _LeftTemps]] = {}
+"""By device and inode of the directory."""
+_left_temps_lock: Final = threading.Lock()
+
+
+def _remember_temp(directory: int, name: str) -> None:
+    status = os.fstat(directory)
+    with _left_temps_lock:
+        place = (status.st_dev, status.st_ino)
+        if place not in _left_temps:
+            _left_temps[place] = _LeftTemps(os.dup(directory), set())
+        _left_temps[place].names.add(name)
+
+
+def remove_left_temps() -> None:
+    """Removes the temporary files of this process whose removal failed, durably. They may hold the contents of many
+    files. Raises StorageUnavailableError while that fails.
+    """
+    with _left_temps_lock, _storage_errors("left-over temporary files cannot be removed"):
+        for place, left in list(_left_temps.items()):
+            for name in left.names:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=left.directory)
+            sync_file(left.directory)
+            del _left_temps[place]
+            os.close(left.directory)
 
 
 def _storage_error(text: str, cause: BaseException | None) -> StorageUnavailableError:
@@ -296,7 +409,8 @@ def write_files(directory: int, writes: Sequence[FileWrite]) -> None:
 
 
 def write_group(directory: int, writes: Sequence[FileWrite]) -> list[MiniKmsError | None]:
-    """Writes a group: all temporary files, one sync, all renames, one sync. Blocks on the disk.
+    """Writes a group: all temporary files, one sync, all renames, one sync. Blocks on the disk. The last sync includes
+    the directory, also if there are no writes.
 
     Returns for each write None if it is durable, or its error. A failure before the first rename fails all writes.
     After that each write stands alone, so a crash leaves some files new and others old, each of them whole. A taken
@@ -334,7 +448,7 @@ def write_group(directory: int, writes: Sequence[FileWrite]) -> list[MiniKmsErro
         if by_syncfs:
             syncfs(directory)
         else:
-            os.fsync(directory)
+            sync_file(directory)
     except OSError as error:
         return [_unsynced_outcome(directory, *pair, error) for pair in zip(writes, outcomes, strict=True)]
     return outcomes
@@ -356,159 +470,54 @@ def _unsynced_outcome(directory: int, write: FileWrite, outcome: MiniKmsError | 
     return _storage_error("a directory cannot be synced", error)
 
 
-class StagedReplacements:
-    """Replaces files in a long series of groups. Each group is written in one step and put in place in the next step,
-    so one sync serves two groups.
+def overwrite_files(directory: int, writes: Sequence[FileWrite]) -> list[FileWrite]:
+    """Overwrites existing files in place, durably on return. Blocks on the disk.
 
-    `durable_first` is another directory of the same file system. What a step finds in it is durable before any file
-    that the step wrote is put in place. Blocks on the disk; for one thread at a time.
+    A crash or a failure leaves any mixture of old and new bytes, so a journal must hold the contents. Returns the
+    writes that were left out because the file has several links or another length. An absent file stays absent.
+
+    Raises StorageUnavailableError; then the files must be replaced by new ones.
     """
-
-    def __init__(self, directory: int, *, durable_first: int) -> None:
-        self._directory = directory
-        self._durable_first = durable_first
-        self._by_syncfs = syncfs_reports(directory)
-        self._staged: list[tuple[str, str]] = []  # name and temporary name
-
-    def step(self, writes: Sequence[FileWrite], *, skip: Container[str] = ()) -> dict[str, MiniKmsError | None]:
-        """Writes the temporary files of `writes`, and puts the files of the previous step in place except the names in
-        `skip`.
-
-        Returns for each name that was put in place None if it is durable, or its error. Raises StorageUnavailableError;
-        then no name has changed and nothing is staged. After a failed last sync nothing is staged either.
-        """
+    for write in writes:
+        _check_name(write.name)
+    left: list[FileWrite] = []
+    with _storage_errors("files cannot be written"):
+        by_syncfs = len(writes) >= SYNCFS_FILES_MIN and syncfs_reports(directory)
         for write in writes:
-            _check_name(write.name)
-        placing = list(self._staged)
-        try:
-            with _storage_errors("files cannot be written"):
-                for write in writes:
-                    temp = _write_temp(self._directory, (write.data,), sync=not self._by_syncfs)
-                    self._staged.append((write.name, temp))
-        except BaseException:
-            self.discard()
-            raise
-        del self._staged[: len(placing)]
-        outcomes: dict[str, MiniKmsError | None] = {}
-        for name, temp in placing:
-            if name in skip:
-                _unlink_quietly(self._directory, temp)
-            else:
-                outcomes[name] = self._place(name, temp)
-        try:
-            self._sync()
-        except OSError as error:
-            self.discard()
-            text = "a directory cannot be synced"
-            return {name: outcome or _storage_error(text, error) for name, outcome in outcomes.items()}
-        return outcomes
-
-    def discard(self) -> None:
-        """Removes the temporary files that are not in place yet."""
-        staged, self._staged = self._staged, []
-        for _, temp in staged:
-            _unlink_quietly(self._directory, temp)
-
-    def _place(self, name: str, temp: str) -> MiniKmsError | None:
-        try:
-            os.rename(temp, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-        except OSError as error:
-            _unlink_quietly(self._directory, temp)
-            return _storage_error("a file cannot be put in place", error)
-        return None
-
-    def _sync(self) -> None:
-        if self._by_syncfs:
-            syncfs(self._directory)
-        else:
-            os.fsync(self._directory)
-            os.fsync(self._durable_first)
+            if not _overwrite(directory, write, sync=not by_syncfs):
+                left.append(write)
+        if by_syncfs:
+            syncfs(directory)
+    return left
 
 
-class GroupCommit:
-    """Group commit for one directory: writes that arrive while a group is being synced form the next group.
-
-    Used in the event loop's thread; `write_group` runs in `executor`. The directory's descriptor belongs to the caller,
-    who keeps it open until `drain` has returned.
-    """
-
-    def __init__(self, directory: int, executor: Executor) -> None:
-        self._directory = directory
-        self._executor = executor
-        self._waiting: deque[tuple[FileWrite, asyncio.Future[None]]] = deque()
-        self._running: asyncio.Future[None] | None = None
-        self._scheduled = False
-
-    async def submit(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
-        """Returns once the file is durable.
-
-        Raises StorageUnavailableError, or ConflictError if an exclusive name is taken. If the caller is cancelled
-        before the group begins, the file is not written; after that it is written all the same.
-        """
-        _check_name(name)
-        if len(self._waiting) >= WRITES_WAITING_MAX:
-            raise StorageUnavailableError("too many writes are waiting for the disk; try again later")
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
-        self._waiting.append((FileWrite(name, data, exclusive), done))
-        self._schedule(loop)
-        await done
-
-    async def drain(self) -> None:
-        """Returns when no write is waiting or under way."""
-        while self._waiting or self._running is not None:
-            if self._running is None:
-                await asyncio.sleep(0)
-            else:
-                await asyncio.wait([self._running])
-
-    def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
-        if not self._scheduled and self._running is None:
-            self._scheduled = True
-            loop.call_soon(self._start_group, loop)  # after all callers of this turn
-
-    def _start_group(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._scheduled = False
-        group: list[tuple[FileWrite, asyncio.Future[None]]] = []
-        size = 0
-        while self._waiting and len(group) < GROUP_FILES_MAX and size < GROUP_BYTES_MAX:
-            write, done = self._waiting.popleft()
-            if not done.done():
-                group.append((write, done))
-                size += len(write.data)
-        if group:
-            self._running = loop.create_task(self._commit(loop, group))
-
-    async def _commit(
-        self, loop: asyncio.AbstractEventLoop, group: list[tuple[FileWrite, asyncio.Future[None]]]
-    ) -> None:
-        try:
-            outcomes = await loop.run_in_executor(
-                self._executor, write_group, self._directory, [write for write, _ in group]
-            )
-        except BaseException:
-            # A defect here, or the loop is closing. No caller may wait for ever or believe that its file is durable.
-            for _, done in group:
-                done.cancel()
-            raise
-        finally:
-            self._running = None
-            if self._waiting:
-                self._schedule(loop)
-        for (_, done), outcome in zip(group, outcomes, strict=True):
-            if done.done():
-                continue
-            if outcome is None:
-                done.set_result(None)
-            else:
-                done.set_exception(outcome)
+def _overwrite(directory: int, write: FileWrite, *, sync: bool) -> bool:
+    try:
+        fd = os.open(write.name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        return True
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size != len(write.data):
+            return False
+        write_all_at(fd, write.data, 0)
+        if sync:
+            sync_file(fd)
+    finally:
+        os.close(fd)
+    return True
 
 
 # --- the data directory and its lock ----------------------------------------------------------------------------------
 
 
 class InUseError(StartError):
-    """Another process holds the lock."""
+    """Another process holds the lock. `pid` is None if the holder has not written it yet."""
+
+    def __init__(self, what: str, pid: int | None) -> None:
+        holder = "" if pid is None else f" (pid {pid})"
+        super().__init__(f"another process{holder} owns {what}")
+        self.pid = pid
 
 
 class DataDirLock:
@@ -561,7 +570,7 @@ def make_private_directory(path: str) -> None:
         return
     descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        sync_file(descriptor)
     finally:
         os.close(descriptor)
 
@@ -602,11 +611,10 @@ def lock_file(directory_fd: int, name: str, what: str) -> int:
         os.close(descriptor)
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             raise
-        raise InUseError(f"another process{holder} owns {what}") from None
+        raise InUseError(what, holder) from None
     return descriptor
 
 
-def _holder(descriptor: int) -> str:
-    """` (pid N)`, or nothing if the holder has not written it yet."""
+def _holder(descriptor: int) -> int | None:
     text = os.pread(descriptor, _PID_BYTES_MAX, 0).strip()
-    return f" (pid {int(text)})" if text.isdigit() else ""
+    return int(text) if text.isdigit() else None

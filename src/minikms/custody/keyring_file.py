@@ -6,7 +6,9 @@ Invariants:
 - The old file stays until the new one is on disk. Changes run one at a time, each from the newest body. The body in
   memory is the newest durable one: a change takes effect in both or in neither, even if its caller is cancelled.
 - No wrap is made without a durable reservation. So a crash may waste reserved wraps, but each wrap that was made is
-  counted. KEK nonces are random, so the number of wraps is bounded (NIST SP 800-38D, section 8.3).
+  counted. A reservation raises the epoch, so it is reported, to the audit log, after the keyring is durable and before
+  its first wrap is made (docs/decisions/0140-wraps-in-the-audit-log.md). KEK nonces are random, so the number of wraps
+  is bounded (NIST SP 800-38D, section 8.3).
 - New DEKs are wrapped under the keyring's current wrapping KEK, never under an older version.
 
 `StoredKeyring` and `WrapReservation` run in the event loop's thread; only the file I/O runs in an executor.
@@ -16,12 +18,20 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
-from typing import Final
+from contextlib import asynccontextmanager
+from typing import Final, NamedTuple
 
 from minikms.custody.files import now_rfc3339, read_file_bounded, replace_file
-from minikms.errors import KeyExhaustedError, StartError, StorageUnavailableError
+from minikms.errors import (
+    KeyExhaustedError,
+    SealedError,
+    StartError,
+    StorageUnavailableError,
+    StorageUncertainError,
+)
 from minikms.keys import keyring
 from minikms.keys.keyring import FILE_BYTES_MAX, Body
 from minikms.keys.unlocked import UnlockedKeyring
@@ -47,9 +57,37 @@ class KeyringFile:
         """Replaces the file; it is durable on return. Blocks on disk I/O. Raises StorageUnavailableError."""
         replace_file(self._directory_fd, NAME, data)
 
-    async def store(self, data: bytes) -> None:
-        """`store_now` in the executor."""
-        await asyncio.get_running_loop().run_in_executor(self._executor, self.store_now, data)
+    async def store(self, data: bytes, first: Callable[[], None] | None = None) -> None:
+        """`first`, then `store_now`, in the executor."""
+
+        def write() -> None:
+            if first is not None:
+                first()
+            self.store_now(data)
+
+        await asyncio.get_running_loop().run_in_executor(self._executor, write)
+
+    async def store_or_know(self, data: bytes) -> None:
+        """`store_now` in the executor. A StorageUnavailableError that is no StorageUncertainError says that the former
+        file is still there.
+        """
+
+        def write() -> None:
+            try:
+                self.store_now(data)
+            except StorageUnavailableError as error:
+                if self._may_hold(data):
+                    raise StorageUncertainError("the disk did not confirm the keyring") from error
+                raise
+
+        await asyncio.get_running_loop().run_in_executor(self._executor, write)
+
+    def _may_hold(self, data: bytes) -> bool:
+        """Whether the file has this content, or can't be read."""
+        try:
+            return self.load() == data
+        except StartError:
+            return True
 
 
 class StoredKeyring:
@@ -59,26 +97,71 @@ class StoredKeyring:
         self._unlocked = unlocked
         self._file = file
         self._lock = asyncio.Lock()
+        self._sealed = False
+
+    def seal(self) -> None:
+        """The keys are zeroed: every later change raises SealedError. A file that is being written stays."""
+        self._sealed = True
 
     @property
     def body(self) -> Body:
         """The newest durable body."""
         return self._unlocked.body
 
-    async def change(self, make: Callable[[Body], Body]) -> Body:
+    async def change(self, make: Callable[[Body], Body], *, first: Callable[[], None] | None = None) -> Body:
         """Replaces the body by `make(body)`; returns the new body once it is durable.
 
-        `make` runs without a switch to another task. If it returns the body it was given, nothing is written. If it
-        raises, `change` raises the same error and changes nothing. Raises StorageUnavailableError.
+        `make` runs without a switch to another task. Keyring keys and the authentication keys of slots that it makes
+        for a body that is not stored are zeroed; other keys are the caller's to forget. If it returns the body it was
+        given, nothing is written. If it raises, `change` raises the same error and changes nothing. `first` runs in the
+        executor before the file is written: it makes durable what the new body relies on. If it raises, nothing
+        changes. Raises StorageUnavailableError, SealedError.
         """
         async with self._lock:
-            body = make(self.body)
-            if body is not self.body:
-                await self._store(body)
+            self.require_keys()
+            try:
+                body = make(self.body)
+                if body is not self.body:
+                    await self._store(body, first)
+            finally:
+                self._unlocked.settle()
             return body
 
-    async def _store(self, body: Body) -> None:
-        writing = asyncio.ensure_future(self._file.store(self._unlocked.encode(body)))
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[Callable[[Body], Awaitable[None]]]:
+        """No other change runs inside the block. It gets a function that replaces the body, durable on return, which
+        raises SealedError and StorageUnavailableError, of which StorageUncertainError says that the new body may be on
+        disk. Raises SealedError.
+        """
+        async with self._lock:
+            self.require_keys()
+            try:
+                yield self._replace
+            finally:
+                self._unlocked.settle()
+
+    def require_keys(self) -> None:
+        """Raises SealedError."""
+        if self._sealed:
+            raise SealedError("the key service is sealed, so no key is changed")
+
+    async def _replace(self, body: Body) -> None:
+        self.require_keys()
+        await self._stored(self._file.store_or_know(self._unlocked.encode(body)), body)
+        self.require_keys()
+
+    async def store_again(self) -> None:
+        """Writes the newest durable body once more. Raises StorageUnavailableError, SealedError."""
+        async with self._lock:
+            self.require_keys()
+            await self._store(self.body, None)
+
+    async def _store(self, body: Body, first: Callable[[], None] | None) -> None:
+        await self._stored(self._file.store(self._unlocked.encode(body), first), body)
+
+    async def _stored(self, write: Coroutine[None, None, None], body: Body) -> None:
+        """Waits for the write of `body`, then makes it the one in memory."""
+        writing = asyncio.ensure_future(write)
         try:
             await asyncio.shield(writing)
         except asyncio.CancelledError:
@@ -90,11 +173,28 @@ class StoredKeyring:
         self._unlocked.body = body
 
 
+class ReservedWraps(NamedTuple):
+    """A durable reservation of wraps, and the epoch of the keyring that has it."""
+
+    kek_version: int
+    wraps: int
+    epoch: int
+
+
+ReportWraps = Callable[[ReservedWraps], Awaitable[None]]
+
+
 class WrapReservation:
     """Counts the reserved and unused wraps, and the DEK creations in progress, of each KEK version."""
 
     def __init__(self, stored: StoredKeyring) -> None:
         self._stored = stored
+        self.report: ReportWraps | None = None
+        """Called with each durable reservation. Its wraps are not made before it returns; an error goes to the caller,
+        and the reservation is reported again before the next one.
+        """
+        self._reporting = asyncio.Lock()
+        self._unreported: deque[ReservedWraps] = deque()
         self._left: dict[int, int] = {}
         self._creating: dict[int, int] = {}
         self._idle: dict[
@@ -104,7 +204,8 @@ class WrapReservation:
     async def begin_create(self) -> int:
         """Takes one wrap for a new DEK and returns the KEK version. The caller must call `end_create` in every case.
 
-        The caller must wrap the DEK before it awaits anything. Raises KeyExhaustedError, StorageUnavailableError.
+        The caller must wrap the DEK before it awaits anything. Raises KeyExhaustedError, StorageUnavailableError, and
+        the errors of `report`.
         """
         while True:
             version = self._stored.body.wrapping_kek.version
@@ -150,5 +251,13 @@ class WrapReservation:
             reserved = keyring.KEK_WRAPS_LEASE
             return keyring.reserve_wraps(body, version, reserved, at=now_rfc3339())
 
-        await self._stored.change(reserve)
-        self._left[version] = self._left.get(version, 0) + reserved
+        async with self._reporting:
+            if not self._unreported:
+                body = await self._stored.change(reserve)
+                if reserved:
+                    self._unreported.append(ReservedWraps(version, reserved, body.epoch))
+            while self._unreported:
+                if self.report is not None:
+                    await self.report(self._unreported[0])
+                made = self._unreported.popleft()
+                self._left[made.kek_version] = self._left.get(made.kek_version, 0) + made.wraps

@@ -4,8 +4,10 @@ Owns: the codecs of `kms-leases` and `kms-leases.snapshot` (docs/spec/leases.md)
 arithmetic of floors.
 
 The count of a key is an upper bound of its uses. Invariants:
-- A key without a record counts as LEASE_USES: the creation of its file grants the first lease.
-- A journal record raises the count of its key by exactly one lease. So n lost records hide at most n leases of a key.
+- A key without a record counts as LEASE_USES_MAX: the creation of its file grants the first lease.
+- A journal record raises the count of its key by at most LEASE_USES_MAX. So n lost records hide at most n times as many
+  uses of a key, and that is what each of them costs.
+- A key up to `Floors.exhausted` encrypts no more, whatever its record says.
 - Counts only grow. Of two records of a key the larger holds, so a journal may be replayed over a newer snapshot.
 - An unreadable count is taken as spent, never as unused.
 - Opening a snapshot reads only footer and index (16 bytes for 170 keys), so a million keys do not slow down a start.
@@ -25,21 +27,23 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple
 
-LEASE_USES: Final = 1 << 16
+LEASE_USES_MIN: Final = 64
+LEASE_USES_MAX: Final = 1 << 16
+"""A lease grows with the use of its key, from the smaller to the larger size."""
 USES_LIMIT: Final = 1 << 32
 """NIST SP 800-38D section 8.3: at most 2^32 random 96-bit nonces under one key."""
-USES_MAX: Final = USES_LIMIT - 16 * LEASE_USES
+USES_MAX: Final = USES_LIMIT - 16 * LEASE_USES_MAX
 """No lease goes beyond this. The margin of 16 leases covers losses that can't be counted (docs/spec/leases.md)."""
 USES_WARN: Final = 1 << 31
 """A key with so many uses should be replaced."""
-RESTORE_USES: Final = 1 << 30
-"""Added to every key of a restored data directory: uses after the backup are not in it."""
 
 KEY_BYTES: Final = 16
 KEY_LAST: Final = b"\xff" * KEY_BYTES
 
 JOURNAL_MAGIC: Final = b"minikms-leases\0j"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+FORMAT_VERSIONS_READ: Final = (1, 2)
+"""In version 1 each record raised its count by LEASE_USES_MAX, and a snapshot had no exhausted keys."""
 RECORD_BYTES: Final = 32
 HEADER_BYTES: Final = 32
 GROUP_RECORDS_MAX: Final = 4096
@@ -79,10 +83,12 @@ class Floors(NamedTuple):
     """Additions to the counts of ranges of keys. Key ids sort by creation, so "every key that exists now" is a range.
 
     `steps` are sorted by `last`, and `uses` falls as `last` grows. Of the steps that cover a key the first one holds.
+    Every key up to and including `exhausted` only decrypts, for good; empty: there is none.
     """
 
     steps: tuple[Step, ...] = ()
     spent: tuple[SpentRange, ...] = ()
+    exhausted: bytes = b""
 
     def added_uses(self, key: bytes) -> int:
         """The uses that the steps add to a key's record."""
@@ -90,6 +96,10 @@ class Floors(NamedTuple):
             if key <= step.last:
                 return step.uses
         return 0
+
+    def is_exhausted(self, key: bytes) -> bool:
+        """Whether the key only decrypts, whatever its record says."""
+        return key <= self.exhausted
 
     def is_spent(self, key: bytes) -> bool:
         """Whether a spent range covers the key. It counts only for a key without a record."""
@@ -105,14 +115,18 @@ class Floors(NamedTuple):
             # The first two steps become one with the larger uses. That is conservative and leaves newer keys unchanged.
             steps[1] = Step(steps[1].last, steps[0].uses)
             del steps[0]
-        return Floors(tuple(Step(step.last, min(step.uses, USES_LIMIT)) for step in steps), self.spent)
+        return self._replace(steps=tuple(Step(step.last, min(step.uses, USES_LIMIT)) for step in steps))
 
     def with_spent(self, ranges: list[SpentRange]) -> Floors:
         """Floors with these ranges added. Too many ranges become one that covers them all."""
         spent = sorted({*self.spent, *ranges})
         if len(spent) > SPENT_COUNT_MAX:
             spent = [SpentRange(spent[0].first, max(one.last for one in spent))]
-        return Floors(self.steps, tuple(spent))
+        return self._replace(spent=tuple(spent))
+
+    def with_exhausted(self, last: bytes) -> Floors:
+        """Floors under which every key up to `last` only decrypts. What was exhausted stays so."""
+        return self._replace(exhausted=max(last, self.exhausted))
 
 
 # --- the journal ------------------------------------------------------------------------------------------------------
@@ -132,9 +146,9 @@ class Journal(NamedTuple):
         return self.damaged_records + (1 if self.torn_bytes else 0)
 
 
-def journal_header() -> bytes:
+def journal_header(version: int = FORMAT_VERSION) -> bytes:
     """The header, which is all of an empty journal."""
-    head = _HEADER.pack(JOURNAL_MAGIC, FORMAT_VERSION)
+    head = _HEADER.pack(JOURNAL_MAGIC, version)
     return head + _checksum(_HEADER_LABEL, head)
 
 
@@ -145,16 +159,17 @@ def encode_record(key: bytes, total: int) -> bytes:
 
 
 def parse_journal(content: bytes) -> Journal:
-    """Reads a journal. Raises LeaseFormatError for a foreign or damaged header.
+    """Reads a journal of any version. Raises LeaseFormatError for a foreign or damaged header. The image has the
+    present version.
 
     At most one append is not synced, and no use of it was granted. So bad records at the end, up to one append of them,
     are a torn append. They count as one lost lease, since damage of the last durable record looks the same. Each bad
     record before a good one is damage and counts as one lost lease.
     """
-    if content[:HEADER_BYTES] != journal_header():
+    if content[:HEADER_BYTES] not in map(journal_header, FORMAT_VERSIONS_READ):
         raise LeaseFormatError(_why_unknown(content, JOURNAL_MAGIC))
     totals: dict[bytes, int] = {}
-    image = bytearray(content[:HEADER_BYTES])
+    image = bytearray(journal_header())
     bad = 0
     good_end = HEADER_BYTES
     bad_before_good = 0
@@ -177,7 +192,7 @@ def parse_journal(content: bytes) -> Journal:
 
 def _why_unknown(content: bytes, magic: bytes) -> str:
     """Why a header or footer is refused."""
-    if content[:16] == magic and content[16:20] != FORMAT_VERSION.to_bytes(4, "big"):
+    if content[:16] == magic and int.from_bytes(content[16:20], "big") not in FORMAT_VERSIONS_READ:
         return "was written by another version of this program"
     return "is damaged or is not one of this program's files"
 
@@ -351,10 +366,11 @@ def _block_checksum(number: int, data: bytes) -> bytes:
 
 
 def _encode_footer(footer: _Footer) -> bytes:
-    steps, spent = footer.floors
+    steps, spent, exhausted = footer.floors
     body = _FOOTER.pack(
         SNAPSHOT_MAGIC, FORMAT_VERSION, footer.blocks, footer.entries, len(steps), len(spent), footer.index_sha256
     )
+    body += exhausted.ljust(KEY_BYTES, b"\0")
     body += b"".join([_STEP.pack(*step) for step in steps]) + b"".join([first + last for first, last in spent])
     body = body.ljust(BLOCK_BYTES - _CHECKSUM_BYTES, b"\0")
     return body + _checksum(_FOOTER_LABEL, body, _CHECKSUM_BYTES)
@@ -363,17 +379,22 @@ def _encode_footer(footer: _Footer) -> bytes:
 def _decode_footer(raw: bytes) -> _Footer:
     body, checksum = raw[:-_CHECKSUM_BYTES], raw[-_CHECKSUM_BYTES:]
     intact = len(raw) == BLOCK_BYTES and checksum == _checksum(_FOOTER_LABEL, body, _CHECKSUM_BYTES)
-    if not intact or raw[:20] != SNAPSHOT_MAGIC + FORMAT_VERSION.to_bytes(4, "big"):
+    version = int.from_bytes(raw[16:20], "big")
+    if not intact or raw[:16] != SNAPSHOT_MAGIC or version not in FORMAT_VERSIONS_READ:
         raise LeaseFormatError(_why_unknown(raw, SNAPSHOT_MAGIC))
     _, _, blocks, entries, step_count, spent_count, index_sha256 = _FOOTER.unpack_from(body)
     if step_count > STEPS_COUNT_MAX or spent_count > SPENT_COUNT_MAX or blocks != -(-entries // BLOCK_ENTRIES):
         raise LeaseFormatError("is inconsistent")
     at = _FOOTER.size
+    exhausted = b""
+    if version > 1:
+        exhausted = body[at : at + KEY_BYTES] if any(body[at : at + KEY_BYTES]) else b""
+        at += KEY_BYTES
     steps = [Step(*_STEP.unpack_from(body, at + _STEP.size * number)) for number in range(step_count)]
     at += _STEP.size * step_count
     spans = [body[at + 32 * number : at + 32 * number + 32] for number in range(spent_count)]
     spent = [SpentRange(span[:KEY_BYTES], span[KEY_BYTES:]) for span in spans]
-    return _Footer(blocks, entries, index_sha256, Floors(tuple(steps), tuple(spent)))
+    return _Footer(blocks, entries, index_sha256, Floors(tuple(steps), tuple(spent), exhausted))
 
 
 def _pread(fd: int, size: int, offset: int) -> bytes:

@@ -25,24 +25,22 @@ from minikms.custody.lease_format import (
     DAMAGED_RECORDS_MAX,
     GROUP_RECORDS_MAX,
     HEADER_BYTES,
-    KEY_BYTES,
     KEY_LAST,
-    LEASE_USES,
+    LEASE_USES_MAX,
     RECORD_BYTES,
-    RESTORE_USES,
     USES_MAX,
     BlockDamagedError,
     Floors,
     Journal,
     LeaseFormatError,
     Snapshot,
-    SpentRange,
     encode_record,
     journal_header,
     parse_journal,
     snapshot_chunks,
 )
 from minikms.errors import StartError, StorageUnavailableError
+from minikms.sync import sync_data
 
 JOURNAL_NAME: Final = "kms-leases"
 SNAPSHOT_NAME: Final = "kms-leases.snapshot"
@@ -55,7 +53,7 @@ MERGE_RETRY_RECORDS: Final = JOURNAL_RECORDS_MERGE // 8
 
 
 class LeaseFilesStatus(NamedTuple):
-    """For `/status` and `minikms doctor`. `lost_leases`: found at this start and added to the count of every key."""
+    """For `/status` and `minikms doctor`. `lost_leases`: found at this start; each cost every key LEASE_USES_MAX."""
 
     journal_records: int
     snapshot_entries: int
@@ -98,7 +96,7 @@ class LeaseStore:
             raise
         try:
             if store._lost_leases:
-                store._merge(store._floors.with_uses_added(KEY_LAST, store._lost_leases * LEASE_USES))
+                store._merge(store._floors.with_uses_added(KEY_LAST, store._lost_leases * LEASE_USES_MAX))
         except BaseException:
             store.close()
             raise
@@ -106,44 +104,54 @@ class LeaseStore:
 
     @staticmethod
     def rebuild(directory: int, newest: bytes) -> None:
-        """Writes both files anew after a loss: every key up to `newest` counts as spent and only decrypts from then on.
+        """Writes both files anew after a loss: every key up to `newest` only decrypts from then on.
 
         `newest` is the largest key id (16 bytes) of the data directory. Raises StorageUnavailableError.
         """
-        floors = Floors(spent=(SpentRange(bytes(KEY_BYTES), newest),))
+        floors = Floors().with_exhausted(newest)
         replace_file_from(directory, SNAPSHOT_NAME, snapshot_chunks(None, {}, floors))
         replace_file(directory, JOURNAL_NAME, journal_header())
 
     def total(self, key: bytes) -> int:
-        """The count of `key` (16 bytes): the uses that are reserved, at most USES_MAX. May read one block."""
+        """The count of `key` (16 bytes): the uses that are reserved. USES_MAX: it only decrypts. May read one block."""
         with self._lock:
             recorded = self._recorded(key)
         if recorded is None:
             return USES_MAX
         return min(recorded + self._floors.added_uses(key), USES_MAX)
 
-    def reserve(self, keys: Sequence[bytes]) -> list[int | None]:
-        """Reserves one more lease for each key (16 bytes); for each its new count, or None if that would pass USES_MAX.
+    @property
+    def exhausted(self) -> bytes:
+        """Every key up to this one (16 bytes) only decrypts; empty if no range of keys does."""
+        return self._floors.exhausted
 
-        At most GROUP_RECORDS_MAX keys (ValueError); a key may occur twice. Raises StorageUnavailableError; then nothing
-        is reserved.
+    def is_exhausted(self, key: bytes) -> bool:
+        """Whether a restore has ended the encryptions of the key. No I/O; for any thread."""
+        return self._floors.is_exhausted(key)
+
+    def reserve(self, wanted: Sequence[tuple[bytes, int]]) -> list[int]:
+        """Reserves uses: for each key (16 bytes) a lease of so many, at most LEASE_USES_MAX. Returns the uses that were
+        reserved for each, fewer where the key reaches its limit; 0: it only decrypts.
+
+        At most GROUP_RECORDS_MAX leases (ValueError); a key may occur several times. Raises StorageUnavailableError;
+        then nothing is reserved.
         """
-        if len(keys) > GROUP_RECORDS_MAX:
-            raise ValueError("too many keys for one append")
+        if len(wanted) > GROUP_RECORDS_MAX or any(not 0 < uses <= LEASE_USES_MAX for _, uses in wanted):
+            raise ValueError("too many leases for one append, or a lease of a wrong size")
         granted: dict[bytes, int] = {}
-        answers: list[int | None] = []
+        answers: list[int] = []
         records = bytearray()
-        for key in keys:
+        for key, uses in wanted:
             before = granted.get(key)
             if before is None:
                 before = self._recorded(key)
-            added = self._floors.added_uses(key)
-            if before is None or before + LEASE_USES + added > USES_MAX:
-                answers.append(None)
+            given = 0 if before is None else min(uses, USES_MAX - self._floors.added_uses(key) - before)
+            if before is None or given <= 0:
+                answers.append(0)
                 continue
-            granted[key] = before + LEASE_USES
-            records += encode_record(key, before + LEASE_USES)
-            answers.append(before + LEASE_USES + added)
+            granted[key] = before + given
+            records += encode_record(key, before + given)
+            answers.append(given)
         if records:
             self._append(records)
             with self._lock:
@@ -162,11 +170,11 @@ class LeaseStore:
         """
         self._merge(self._floors)
 
-    def add_restore_uses(self, newest: bytes, uses: int = RESTORE_USES) -> None:
-        """After a restore: adds `uses` to every key up to `newest` (16 bytes), the largest key id that may have been
-        used since the backup. Durable on return. A repetition adds again. Raises StorageUnavailableError.
+    def exhaust(self, newest: bytes) -> None:
+        """After a restore: every key up to `newest` (16 bytes), the largest key id that may have been used since the
+        backup, only decrypts, for good. Durable on return. Raises StorageUnavailableError.
         """
-        self._merge(self._floors.with_uses_added(newest, uses))
+        self._merge(self._floors.with_exhausted(newest))
 
     def status(self) -> LeaseFilesStatus:
         """The sizes of the files, and the failures of this run."""
@@ -192,7 +200,9 @@ class LeaseStore:
         return (len(self._image) - HEADER_BYTES) // RECORD_BYTES
 
     def _recorded(self, key: bytes) -> int | None:
-        """The count of a key without the steps of the floors; None if it is unknown, which means spent."""
+        """The count of a key without the steps of the floors; None if it only decrypts or its count is unknown."""
+        if self._floors.is_exhausted(key):
+            return None
         journaled = self._totals.get(key, 0)
         kept: int | None = None
         if self._snapshot is not None:
@@ -202,11 +212,11 @@ class LeaseStore:
                 return journaled or None
         if not journaled and kept is None and self._floors.is_spent(key):
             return None
-        return max(journaled, kept or 0, LEASE_USES)
+        return max(journaled, kept or 0, LEASE_USES_MAX)
 
     def _append(self, records: bytearray) -> None:
         if self._journal_records + len(records) // RECORD_BYTES > JOURNAL_RECORDS_MAX:
-            raise StorageUnavailableError("the lease journal is full, since merges into the snapshot fail")
+            self._merge(self._floors)  # earlier merges failed; while the snapshot can't be written, nothing is reserved
         try:
             fd = self._fd if self._fd is not None else self._begin_file()
             _write_durably(fd, records, len(self._image))
@@ -260,7 +270,7 @@ def _write_durably(fd: int, records: bytearray, offset: int) -> None:
             written = os.pwrite(fd, view, offset)
             view = view[written:]
             offset += written
-        os.fdatasync(fd)
+        sync_data(fd)
     except OSError as error:
         raise StorageUnavailableError("the lease journal cannot be written") from error
 
@@ -310,7 +320,7 @@ def _reopen_snapshot(directory: int) -> Snapshot:
 
 def _start_error(name: str, what: str) -> StartError:
     return StartError(
-        f"the file {name} in the data directory {what}, so the number of uses of each key is unknown; restore a backup "
-        "of the whole data directory, which allows for the uses since then, or rebuild the lease files with `minikms "
-        "doctor --rebuild-leases`: then all existing keys only decrypt until their threads get new keys"
+        f"the file {name} in the data directory {what}, so the number of uses of each key is unknown; rebuild the "
+        "lease files with `minikms doctor --rebuild-leases`: then all existing keys only decrypt until their threads "
+        "get new keys"
     )

@@ -5,23 +5,26 @@ versions and rotation backups may be removed.
 
 A rotation has three steps. Each is durable before the next begins.
 1. `begin`: the keyring gets the new KEK version as `pending`, and the slot of the new root key if there is one. From
-   here on either root key opens a keyring with both KEK versions, and creates use the new version.
+   here on creates use the new version, and the new root key opens the keyring too.
 2. When the creates that took the old version are on disk, every key file under another version is rewrapped. Passes
    over the whole directory are repeated until one finds nothing to do.
 3. The new version becomes active, and the old one retired.
-After a restart a rotation that the keyring names continues with step 2. The owner of the root keys calls
-`drop_older_slots` once it has proved that the new root key is stored.
+After a restart a rotation that the keyring names continues with step 2.
 
-A pass reads every file, rewraps those under another KEK version, keeps the old file as a rotation backup, and replaces
-it. Three threads share the work: the reader reads the next batch; the event loop's thread, the only one that uses keys,
-rewraps the batch before it, between requests; the disk thread writes that batch to temporary files and, with the same
-sync, puts the batch before that in place.
+A pass reads the files that the index does not have under the new KEK version, rewraps those under another version, and
+gives them to `minikms.custody.rewrap_journal`, one batch at a time. Three threads share the work: the reader reads the
+next batch; the event loop's thread, the only one that uses keys, rewraps the batch before it; the disk thread writes
+the batch before that. The first pass takes the keys of the index in the order of their ids, so that the batch backups
+have disjoint ranges. The passes after it list the directory, which is the authority on which keys there are.
+
+Requests get a turn of the event loop after each few keys (`PACES`).
 
 Invariants:
 - At any moment a crash leaves every key readable.
 - A rotation backup is durable before its file is replaced. A rewrapped key is unwrapped again and compared before it is
-  written. A file that another request changes meanwhile is left for the next pass. A file whose replacement the disk
-  did not confirm is written again, to a new temporary file.
+  written. A file that another request changes meanwhile is left for the next pass.
+- The locks of a batch are held until its journal is removed. If the disk fails after the journal was begun, they are
+  held, and the files are answered from memory, until the batch is settled or the daemon stops.
 - A file that can't be read is listed and left as it is. It does not stop a rotation, but no KEK version is destroyed
   while there is one.
 - A KEK version is destroyed only after every key file and every rotation backup was read and unwrapped under another
@@ -38,25 +41,26 @@ import asyncio
 import contextlib
 import hmac
 import itertools
-from collections.abc import AsyncIterator, Callable, Container, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Container, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, asynccontextmanager
-from typing import Final, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, Final, NamedTuple, TypeVar
 
 from minikms import api
 from minikms.crypto import roots
 from minikms.crypto.aead import scrub_stack
-from minikms.custody.deks import SCAN_FILES, file_name
-from minikms.custody.files import FileWrite, StagedReplacements, now_ns, now_rfc3339, rfc3339, stamp
-from minikms.custody.vault import Vault
+from minikms.custody.deks import SCAN_FILES
+from minikms.custody.files import now_ns, now_rfc3339, rfc3339, stamp
+from minikms.custody.rewrap_journal import Rewrap
+from minikms.custody.vault import Permit, Vault, permitted
 from minikms.errors import ConflictError, KeyNotFoundError, KeyUnreadableError, MiniKmsError, StorageUnavailableError
-from minikms.keys import dek, keyring
+from minikms.keys import dek, keyring, root_slots
 from minikms.keys.dek import DekRecord
 from minikms.memory.arena import SecretSlot, fill_random
 
-BATCH_FILES: Final = 512
-REWRAPS_SLICE: Final = 16
-"""Rewraps before other requests get a turn of the event loop: about 0.3 ms."""
+BATCH_FILES: Final = 1024
 UNWRAPS_SLICE: Final = 32
 """Unwraps before other requests get a turn of the event loop."""
 PASSES_MAX: Final = 100
@@ -66,6 +70,27 @@ RETRY_SECONDS_MAX: Final = 5.0
 T = TypeVar("T")
 ReadFile = tuple[str, bytes | MiniKmsError]
 """(key id, the content of its file or why it can't be read)."""
+
+
+class Pace(NamedTuple):
+    """How a rotation shares the event loop: after so many `keys` it gives requests a turn and `pause_seconds`."""
+
+    keys: int
+    pause_seconds: float
+
+
+PACES: Final[dict[api.Priority, Pace]] = {
+    "low": Pace(keys=4, pause_seconds=0.001),
+    "normal": Pace(keys=8, pause_seconds=0.0),
+    "high": Pace(keys=64, pause_seconds=0.0),
+}
+
+
+class Rewrapped(NamedTuple):
+    """A key's record under the new KEK version, and the change of its file."""
+
+    record: DekRecord
+    change: Rewrap
 
 
 class Begun(NamedTuple):
@@ -92,11 +117,12 @@ class KekRotation:
         self._disk = disk
         self._around_passes = around_passes
         self._starting = asyncio.Lock()
-        self._unconfirmed: set[str] = set()
-        self._staged: list[DekRecord] = []
+        self._cancelled = asyncio.Event()
         self.rewrapped = 0
         """Keys that were rewrapped in this run by the current rotation, or by the last one."""
         self.last_error = ""
+        self.priority: api.Priority = "normal"
+        """Of the rotation that runs."""
 
     @property
     def running(self) -> keyring.Rotation | None:
@@ -119,73 +145,77 @@ class KekRotation:
 
     # --- step 1 ------------------------------------------------------------------------------------------------------
 
-    async def begin(self, root: SecretSlot | None) -> Begun:
+    async def begin(
+        self, root: SecretSlot | None, *, replaces: str = "", check: Callable[[keyring.Body], None] | None = None
+    ) -> Begun:
         """Step 1, unless the requested rotation runs or was done already; then nothing changes.
 
-        root: the new root key; None if the root key stays.
+        root: the new root key; None if the root key stays. replaces: the slot that it is to replace. check: raises if
+        the body does not allow that.
 
-        Raises ConflictError if another rotation runs or the root key was used before, and StorageUnavailableError.
+        Raises ConflictError if another rotation runs or the root key was used before, StorageUnavailableError, and the
+        errors of `check`.
         """
+        unlocked = self._vault.unlocked
+        made: list[int] = []
+        slot_id: str | None = None
+
+        def next_body(body: keyring.Body) -> keyring.Body:
+            nonlocal slot_id
+            if check is not None:
+                check(body)
+            slot_id = self._begun_before(body, root, replaces)
+            if slot_id is not None:
+                return body
+            keyring.check_has_room(body, kek=True, slot=root is not None)
+            begun_ns = now_ns()
+            at = rfc3339(begun_ns)
+            slot = None
+            if root is not None:
+                slot = unlocked.make_slot(
+                    root.view, "request", slot_id=root_slots.next_slot_id(body), at=at, replaces=replaces
+                )
+            version = max(kek.version for kek in body.keks) + 1
+            made.append(version)
+            kek = unlocked.make_kek(fill_random, version=version, state="pending", at=at)
+            scrub_stack()
+            return keyring.begin_rotation(body, kek=kek, slot=slot, stamp=stamp(begun_ns), at=at)
+
         async with self._starting:
-            slot_id = self._begun_before(root)
+            try:
+                body = await self._vault.keyring.change(next_body)
+            finally:
+                # Also after a failure: KEKs that the body in memory does not name are zeroed.
+                for version in made:
+                    if self._vault.keyring.body.kek(version) is None:
+                        unlocked.forget_kek(version)
             if slot_id is not None:
                 return Begun(False, slot_id)
-            body = await self._begin(root)
+            self.rewrapped = 0
+            self.last_error = ""
+            self.priority = "normal"
             return Begun(True, body.slots[-1].slot_id if root is not None else "")
 
-    def _begun_before(self, root: SecretSlot | None) -> str | None:
+    def _begun_before(self, body: keyring.Body, root: SecretSlot | None, replaces: str) -> str | None:
         """The slot id of `root`, or empty without one, if this rotation has begun or is done; None if it has not."""
-        body = self._vault.keyring.body
         rotation = body.rotation
         if root is None:
             if rotation is not None and rotation.slot_id:
                 raise ConflictError("a rotation to a new root key is running; wait for it, see /status")
             return None if rotation is None else ""
+        keyring.check_sealed(body)
         given = roots.fingerprint(root.view)
         slot = body.slot_for(given)
+        if slot is None:
+            root_slots.check_is_new(body, given)
+        else:
+            replaced = any(other.replaces == slot.slot_id for other in body.slots)
+            if slot.replaces or (slot.slot_id == replaces and not replaced):
+                return slot.slot_id
+            raise ConflictError("this root key opens the keyring already, in another slot; give a fresh one")
         if rotation is not None:
-            if slot is None or slot.slot_id != rotation.slot_id:
-                raise ConflictError("another rotation is running; wait for it, see /status")
-            return slot.slot_id
-        if slot is not None:
-            if slot is not body.slots[-1]:
-                raise ConflictError("this root key still opens the keyring but is not the newest; give a fresh one")
-            return slot.slot_id
-        if any(old.fingerprint == given for old in body.retired_roots):
-            raise ConflictError("this root key was rotated away before; give a fresh one")
+            raise ConflictError("another rotation is running; wait for it, see /status")
         return None
-
-    async def _begin(self, root: SecretSlot | None) -> keyring.Body:
-        unlocked = self._vault.unlocked
-        made: list[int] = []
-
-        def next_body(body: keyring.Body) -> keyring.Body:
-            keyring.check_has_room(body, new_root=root is not None)
-            begun_ns = now_ns()
-            at = rfc3339(begun_ns)
-            added = None
-            if root is not None:
-                # Named after the epoch that it comes with, so no other slot has this id.
-                added = unlocked.make_root(root.view, "request", fill_random, slot_id=f"s{body.epoch + 1}", at=at)
-            version = max(kek.version for kek in body.keks) + 1
-            made.append(version)
-            sealed_under = added.link.version if added else body.key_version
-            kek = unlocked.make_kek(fill_random, version=version, state="pending", at=at, key_version=sealed_under)
-            scrub_stack()
-            return keyring.begin_rotation(body, kek=kek, root=added, stamp=stamp(begun_ns), at=at)
-
-        try:
-            body = await self._vault.keyring.change(next_body)
-        finally:
-            # Also after a failure: keys that the body in memory does not name are zeroed.
-            unlocked.settle()
-            for version in made:
-                if self._vault.keyring.body.kek(version) is None:
-                    unlocked.forget_kek(version)
-        self.rewrapped = 0
-        self._unconfirmed.clear()
-        self.last_error = ""
-        return body
 
     @asynccontextmanager
     async def excluded(self) -> AsyncIterator[None]:
@@ -195,18 +225,6 @@ class KekRotation:
                 raise ConflictError("a rotation is running; wait for it, see /status")
             yield
 
-    async def drop_older_slots(self, slot_id: str) -> list[str]:
-        """Removes every slot but `slot_id`, the newest; the fingerprints of their root keys, which open nothing now.
-
-        Raises ConflictError for a slot that is not the newest, StorageUnavailableError.
-        """
-        before = self._vault.keyring.body.slots
-        at = now_rfc3339()
-        body = await self._vault.keyring.change(
-            lambda body: keyring.drop_slots_except(body, slot_id, at=at) if len(body.slots) > 1 else body
-        )
-        return [slot.fingerprint for slot in before if slot not in body.slots]
-
     # --- steps 2 and 3 -----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -215,88 +233,141 @@ class KekRotation:
         while (rotation := self.running) is not None:
             try:
                 await self._vault.wrap_reservation.creates_done(rotation.from_version)
+                await _run_in(self._disk, self._vault.creates.settle)
                 with self._around_passes():
                     await self._rewrap_all(rotation)
                 await self._vault.keyring.change(lambda body: keyring.promote(body, at=now_rfc3339()))
             except Exception as error:  # noqa: BLE001  a rotation that has begun must be completed after any failure
-                self.last_error = str(error) if isinstance(error, MiniKmsError) else f"defect: {type(error).__name__}"
+                self.last_error = _error_text(error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, RETRY_SECONDS_MAX)
                 continue
             self.last_error = ""
 
     async def _rewrap_all(self, rotation: keyring.Rotation) -> None:
+        await self._run_pass(rotation, self._indexed)
+        # After the removal of a root key the index is not enough: a file of before that somebody put back meanwhile is
+        # wrapped under a KEK that the removed root key opens.
+        reads_all = bool(self._vault.keyring.body.revoking)
         for _ in range(PASSES_MAX):
-            if await self.run_pass(rotation) == 0:
+            if await self.run_pass(rotation, reads_all=reads_all) == 0:
                 return
         raise StorageUnavailableError("key files under the former KEK version keep appearing")
 
-    async def run_pass(self, rotation: keyring.Rotation) -> int:
-        """One pass over all files; the number of those that were due and readable.
+    async def run_pass(self, rotation: keyring.Rotation, *, reads_all: bool = False) -> int:
+        """One pass over the directory; the number of files that were due and readable. `reads_all`: also the files that
+        the index has under the version.
 
         Raises StorageUnavailableError; then a part of the files was rewrapped.
         """
-        vault = self._vault
-        staging = StagedReplacements(vault.store.directory_fd, durable_first=vault.rotation_backups.directory_fd)
+        return await self._run_pass(rotation, partial(self._listed, reads_all=reads_all))
+
+    async def _indexed(self, to_version: int, _changed: set[str]) -> AsyncIterator[list[str]]:
+        """The keys that the index has under another version, in order."""
+        after: bytes | None = b""
+        due: list[str] = []
+        while after is not None:
+            key_ids, after = self._vault.index.under_other_keks(to_version, after=after, limit=SCAN_FILES)
+            due += key_ids
+            if len(due) >= BATCH_FILES:
+                yield due
+                due = []
+            await asyncio.sleep(0)
+        yield due
+
+    async def _listed(self, to_version: int, changed: set[str], *, reads_all: bool) -> AsyncIterator[list[str]]:
+        """The keys of the directory, in no order; unless `reads_all`, without those that the index has under the
+        version. A listing may have a key twice.
+        """
+        key_ids = self._vault.store.list_ids(changed=changed)
+        kek_version = self._vault.index.kek_version
+        due: list[str] = []
+        while chunk := await _run_in(self._reader, lambda: list(itertools.islice(key_ids, SCAN_FILES))):
+            due += [key_id for key_id in chunk if reads_all or kek_version(key_id) != to_version]
+            if len(due) >= BATCH_FILES:
+                yield list(dict.fromkeys(due))
+                due = []
+        yield list(dict.fromkeys(due))
+
+    async def _run_pass(
+        self, rotation: keyring.Rotation, listing: Callable[[int, set[str]], AsyncIterator[list[str]]]
+    ) -> int:
         found = 0
-        self._staged = []
-        with vault.locks.watch() as changed:
-            key_ids = vault.store.list_ids(changed=changed)
-            reading = self._begin_reading(key_ids, rotation.to_version)
+        self._cancelled.clear()
+        with self._vault.locks.watch() as changed:
+            key_ids = listing(rotation.to_version, changed)
+            reading = asyncio.create_task(self._read_due(key_ids, rotation.to_version))
             writing: asyncio.Task[None] | None = None
+            recent: deque[set[str]] = deque(maxlen=2)
             try:
                 while (due := await reading) is not None:
-                    reading = self._begin_reading(key_ids, rotation.to_version)
-                    records = await self._rewrap(due, rotation.to_version)
-                    found += len(records)
+                    reading = asyncio.create_task(self._read_due(key_ids, rotation.to_version))
+                    # What was read while the batch of the key was not yet written is older than its file.
+                    due = [one for one in due if not any(one[0] in batch_ids for batch_ids in recent)]
+                    recent.append({key_id for key_id, _ in due})
+                    batch = await self._rewrap(due, rotation.to_version)
+                    found += len(batch)
                     if writing is not None:
-                        await writing
-                    writing = asyncio.create_task(self._step(staging, records, changed, rotation.stamp))
+                        await asyncio.shield(writing)
+                    writing = asyncio.create_task(self._write(batch, changed, rotation.stamp))
                 if writing is not None:
-                    await writing
-                    await self._step(staging, [], changed, rotation.stamp)
+                    await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                self._cancelled.set()  # a stop: the next start replays the journal
+                raise
             finally:
-                # After a failure too: wait for what has begun, and discard what is only staged.
-                await asyncio.gather(reading, *([writing] if writing else []), return_exceptions=True)
-                await _run_in(self._disk, staging.discard)
+                await self._ended(reading, writing)
         return found
 
-    def _begin_reading(self, key_ids: Iterator[str], to_version: int) -> asyncio.Future[list[ReadFile] | None]:
-        return asyncio.get_running_loop().run_in_executor(self._reader, self._read_due, key_ids, to_version)
-
-    def _read_due(self, key_ids: Iterator[str], to_version: int) -> list[ReadFile] | None:
-        """In the reader: of the next BATCH_FILES files those not under the new version; None after the last file.
-
-        It only searches the bytes for the version; a file is parsed if it is due.
+    async def _ended(self, *tasks: asyncio.Task[Any] | None) -> None:
+        """Waits for tasks, whatever their outcome, however often this is cancelled: while the disk thread writes a
+        batch, its locks must be held.
         """
-        chunk = list(dict.fromkeys(itertools.islice(key_ids, BATCH_FILES)))
-        if not chunk:
-            return None
-        marker = b'"kek_version":%d,' % to_version
-        return [
-            (key_id, data)
-            for key_id, data in self._vault.store.read_many(chunk)
-            if isinstance(data, MiniKmsError) or marker not in data or key_id in self._unconfirmed
-        ]
+        cancelled = False
+        while pending := [task for task in tasks if task is not None and not task.done()]:
+            try:
+                await asyncio.wait(pending)
+            except asyncio.CancelledError:
+                self._cancelled.set()
+                cancelled = True
+        await asyncio.gather(*filter(None, tasks), return_exceptions=True)
+        if cancelled:
+            raise asyncio.CancelledError
 
-    async def _rewrap(self, due: list[ReadFile], to_version: int) -> list[DekRecord]:
-        """The records to write."""
+    async def _read_due(self, key_ids: AsyncIterator[list[str]], to_version: int) -> list[ReadFile] | None:
+        """The next files that are not under the version; None after the last one.
+
+        The reader only searches the bytes for the version; a file is parsed if it is due.
+        """
+        marker = b'"kek_version":%d,' % to_version
+        async for chunk in key_ids:
+            if not chunk:
+                continue
+            found = await _run_in(self._reader, partial(self._vault.store.read_many, chunk))
+            return [(key_id, data) for key_id, data in found if isinstance(data, MiniKmsError) or marker not in data]
+        return None
+
+    async def _rewrap(self, due: list[ReadFile], to_version: int) -> list[Rewrapped]:
+        """The keys to write."""
         if not due:
             return []
         await self._vault.wrap_reservation.take(to_version, len(due))
-        records: list[DekRecord] = []
-        for number, (key_id, data) in enumerate(due):
-            record = self._rewrapped(key_id, data, to_version)
-            if record is not None:
-                records.append(record)
-            if number % REWRAPS_SLICE == REWRAPS_SLICE - 1:
-                scrub_stack()
-                await asyncio.sleep(0)
-        scrub_stack()
-        return records
+        batch: list[Rewrapped] = []
+        async for part in self._paced(due):
+            with self._vault.arena.allocate() as key, self._vault.arena.allocate() as again:
+                for key_id, data in part:
+                    rewrapped = self._rewrapped(key_id, data, to_version, key.view, again.view)
+                    if rewrapped is not None:
+                        batch.append(rewrapped)
+            scrub_stack()
+        return batch
 
-    def _rewrapped(self, key_id: str, data: bytes | MiniKmsError, to_version: int) -> DekRecord | None:
-        """The record under the new version; None if the key was destroyed, or can't be read (then it is listed)."""
+    def _rewrapped(
+        self, key_id: str, data: bytes | MiniKmsError, to_version: int, key: memoryview, again: memoryview
+    ) -> Rewrapped | None:
+        """The key under the new version; None if it is there already, was destroyed, or can't be read (then it is
+        listed). `key`, `again`: 32 bytes of the arena each.
+        """
         vault = self._vault
         if key_id in vault.destroyed:
             return None  # a crash left the file, and the scan of this start removes it: it must not be written again
@@ -305,59 +376,84 @@ class KekRotation:
                 raise data
             record = dek.parse(data, key_id)
             if record.kek_version == to_version:
-                return record
-            changed = self._checked_rewrap(record, to_version)
+                return None  # spelled in a way that the reader's search does not know
+            changed = self._checked_rewrap(record, to_version, key, again)
         except KeyNotFoundError:
             return None  # destroyed since it was listed
         except KeyUnreadableError as error:
             vault.unreadable.add(key_id, str(error))
             return None
         vault.unreadable.remove(key_id)
-        return changed
+        new = dek.encode(changed)
+        return Rewrapped(changed, Rewrap.make(key_id, old=data, kept=dek.encode(record), new=new))
 
-    def _checked_rewrap(self, record: DekRecord, to_version: int) -> DekRecord:
+    def _checked_rewrap(self, record: DekRecord, to_version: int, key: memoryview, again: memoryview) -> DekRecord:
         """Unwraps the key, wraps it anew, unwraps the result and compares. Raises KeyUnreadableError."""
-        vault = self._vault
-        with vault.arena.allocate() as key, vault.arena.allocate() as again:
-            dek.unwrap_into(record, vault.unlocked.kek(record.kek_version), key.view)
-            kek = vault.unlocked.kek(to_version)
-            changed = dek.rewrap(record, key.view, kek, to_version, vault.nonces.next())
-            dek.unwrap_into(changed, kek, again.view)
-            if not hmac.compare_digest(key.view, again.view):
-                raise KeyUnreadableError(f"key {record.id} did not survive its rewrap; its file was not changed")
+        unlocked = self._vault.unlocked
+        dek.unwrap_into(record, unlocked.kek(record.kek_version), key)
+        kek = unlocked.kek(to_version)
+        changed = dek.rewrap(record, key, kek, to_version, self._vault.nonces.next())
+        dek.unwrap_into(changed, kek, again)
+        if not hmac.compare_digest(key, again):
+            raise KeyUnreadableError(f"key {record.id} did not survive its rewrap; its file was not changed")
         return changed
 
-    async def _step(self, staging: StagedReplacements, records: list[DekRecord], changed: set[str], stamp: str) -> None:
-        """Writes these records to temporary files and puts those of the previous step in place.
-
-        Raises the first error, after the files that the disk did confirm were counted.
+    async def _write(self, batch: list[Rewrapped], changed: set[str], stamp: str) -> None:
+        """Writes a batch, except the keys that another request changed or destroyed since they were read. Raises
+        StorageUnavailableError.
         """
-        placing, self._staged = self._staged, records
-        if not placing and not records:
-            return
-        async with self._vault.locks.hold([record.id for record in placing], announced=False):
-            unchanged = {file_name(record.id): record for record in placing if record.id not in changed}
-            skip = {file_name(record.id) for record in placing} - unchanged.keys()
-            outcomes = await _run_in(self._disk, lambda: self._write(staging, records, skip, stamp))
-            for name, outcome in outcomes.items():
-                record = unchanged[name]
-                if outcome is None:
-                    self._unconfirmed.discard(record.id)
-                    self._vault.index.put(record)
-                    self.rewrapped += 1
-                else:
-                    self._unconfirmed.add(record.id)
-        for outcome in outcomes.values():
-            if outcome is not None:
-                raise outcome
+        vault = self._vault
+        async with vault.locks.hold([rewrapped.record.id for rewrapped in batch], announced=False):
+            # A destruction whose request was cancelled goes on without the lock.
+            batch = [one for one in batch if one.record.id not in changed and one.record.id not in vault.destroyed]
+            if not batch:
+                return
+            changes = [rewrapped.change for rewrapped in batch]
+            vault.store.answer_with({change.key_id: change.new for change in changes})
+            try:
+                await _run_in(self._disk, lambda: vault.rewraps.write(changes, stamp))
+            except Exception as error:
+                # Of any kind: while the journal is live, no batch can be written and no key destroyed.
+                if not vault.rewraps.live or not await self._settle(error):
+                    raise
+            finally:
+                if not vault.rewraps.live:
+                    vault.store.answer_with({})
+            async for done in self._paced(batch):
+                for rewrapped in done:
+                    vault.index.put(rewrapped.record)
+            self.rewrapped += len(batch)
 
-    def _write(
-        self, staging: StagedReplacements, records: list[DekRecord], skip: set[str], stamp: str
-    ) -> dict[str, MiniKmsError | None]:
-        """In the disk thread: the rotation backups of these records' files, then the step of `staging`."""
-        replaced = (record.id for record in records if record.id not in self._unconfirmed)
-        self._vault.rotation_backups.keep(self._vault.store, replaced, stamp)
-        return staging.step([FileWrite(file_name(record.id), dek.encode(record)) for record in records], skip=skip)
+    async def _paced(self, items: Sequence[T]) -> AsyncIterator[Sequence[T]]:
+        """The items in parts, with a turn for requests after each."""
+        at = 0
+        while at < len(items):
+            pace = PACES[self.priority]
+            yield items[at : at + pace.keys]
+            at += pace.keys
+            await asyncio.sleep(pace.pause_seconds)
+
+    async def _settle(self, error: Exception) -> bool:
+        """Settles the batch that failed with `error`, however often the disk fails; whether its files have changed.
+
+        Raises `error` if the daemon stops before.
+        """
+        pause = RETRY_SECONDS_MIN
+        while True:
+            try:
+                return await _run_in(self._disk, self._vault.rewraps.settle)
+            except Exception as again:  # noqa: BLE001  see the caller
+                self.last_error = _error_text(again)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._cancelled.wait()
+            if self._cancelled.is_set():
+                raise error
+            pause = min(2 * pause, RETRY_SECONDS_MAX)
+
+
+def _error_text(error: Exception) -> str:
+    return str(error) if isinstance(error, MiniKmsError) else f"defect: {type(error).__name__}"
 
 
 class Census(NamedTuple):
@@ -375,13 +471,17 @@ class Pruning:
         self._reader = reader
         self._disk = disk
 
-    async def prune(self, *, backups: bool, before: str | None = None) -> api.PruneKekAnswer:
-        """Destroys each retired KEK version that no file needs. Call it inside `KekRotation.excluded`.
+    async def prune(
+        self, *, backups: bool, before: str | None = None, permit: Permit = permitted
+    ) -> api.PruneKekAnswer:
+        """Destroys each retired KEK version that no file needs. Call it inside `KekRotation.excluded`. `permit` is
+        asked after each wait, before something is removed.
 
         With `backups` it first removes the rotation backups with stamps before `before` (None: all). Raises
         StorageUnavailableError; then a part was done.
         """
         live = await self._live_census()
+        permit()
         removed = await self._remove_backups(before, live.unreadable) if backups else 0
         kept_in_backups = await self._backup_census()
         destroyed: list[int] = []
@@ -393,7 +493,7 @@ class Pruning:
             if why:
                 kept.append(api.KeptKek(kek.version, why))
                 continue
-            await self._destroy(kek.version)
+            await self._destroy(kek.version, permit)
             destroyed.append(kek.version)
         return api.PruneKekAnswer(destroyed, kept, removed)
 
@@ -415,9 +515,14 @@ class Pruning:
             self._disk, lambda: prune(vault.store, before=before, spare=spare, destroyed=vault.destroyed)
         )
 
-    async def _destroy(self, version: int) -> None:
+    async def _destroy(self, version: int, permit: Permit) -> None:
         at = now_rfc3339()
-        await self._vault.keyring.change(lambda body: keyring.destroy_kek(body, version, at=at))
+
+        def destroy(body: keyring.Body) -> keyring.Body:
+            permit()
+            return keyring.destroy_kek(body, version, at=at)
+
+        await self._vault.keyring.change(destroy)
         self._vault.unlocked.forget_kek(version)
 
     async def _live_census(self) -> Census:
@@ -429,8 +534,22 @@ class Pruning:
     async def _backup_census(self) -> Census:
         store = self._vault.rotation_backups
         backups = store.listed()
+        batches = store.batches.listed()
 
         def read() -> list[ReadFile]:
+            return read_single() or read_batch()
+
+        def read_batch() -> list[ReadFile]:
+            for file in batches:
+                try:
+                    lines = store.batches.read(file)
+                except KeyUnreadableError as error:
+                    return [(file.first, error)]
+                if lines:
+                    return [(line.key_id, line.content) for line in lines]
+            return []
+
+        def read_single() -> list[ReadFile]:
             found: list[ReadFile] = []
             for backup in itertools.islice(backups, SCAN_FILES):
                 try:

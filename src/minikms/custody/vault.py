@@ -3,8 +3,10 @@
 Owns: the cache of opened DEKs; every change of a DEK's file except its rewrap: create, retire, destroy; filling the key
 index in the background, and what a start has to complete: it retires a replaced key that a crash left active, and
 removes the files and rotation backups of destroyed keys. Invariants:
-- A key id is answered only after its file and its directory entry are durable.
+- A key id is answered only after the content of its file is durable, in the create log or in the file.
 - One change of a file at a time (`KeyLocks`); a change reads the file again while it holds the lock.
+- One create of a thread at a time: a key is found by `get_or_create` only after its create has ended, because a create
+  that can't retire the key it replaces removes the new one.
 - A create takes the KEK version in the same step of the event loop in which it wraps the DEK. A rotation waits for the
   creates that took the older version (`WrapReservation.creates_done`).
 - An unreadable file is an error of its own key, and of no other.
@@ -22,31 +24,50 @@ import asyncio
 import contextlib
 import os
 import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Container, Sequence
 from concurrent.futures import Executor
-from typing import Final
+from functools import partial
+from typing import Final, TypeVar
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from minikms import api
 from minikms.crypto import labels
 from minikms.crypto.aead import NonceSource, scrub_stack
+from minikms.custody.batch_backups import BLANK_FILES_MAX, BatchFile, KeysWithin
+from minikms.custody.create_log import CreateLog
 from minikms.custody.deks import SCAN_FILES, DekStore, KeyLocks, UnreadableKeys
-from minikms.custody.files import now_ns, now_rfc3339, rfc3339
+from minikms.custody.destruction import Destruction
+from minikms.custody.files import now_ns, now_rfc3339, remove_left_temps, rfc3339
 from minikms.custody.keyring_file import KeyringFile, StoredKeyring, WrapReservation
 from minikms.custody.leases import Leases, UseLease
+from minikms.custody.rewrap_journal import RewrapJournal
 from minikms.custody.rotation_backups import RotationBackups
+from minikms.custody.tombstone_file import Tombstones
 from minikms.errors import (
     ConflictError,
     KeyDestroyedError,
+    KeyExhaustedError,
     KeyNotFoundError,
     KeyRetiredError,
     KeyUnreadableError,
     MiniKmsError,
+    StorageUnavailableError,
     WrongThreadError,
 )
-from minikms.keys import dek, keyring
+from minikms.keys import dek
 from minikms.keys.cache import KeyCache
-from minikms.keys.dek import KEY_ID_RANDOM_BYTES, DekRecord, DekState, key_id_to_bytes, make_key_id, move_dek
+from minikms.keys.dek import (
+    KEY_ID_RANDOM_BYTES,
+    UNIX_MS_MAX,
+    DekRecord,
+    DekState,
+    key_id_to_bytes,
+    key_id_unix_ms,
+    make_key_id,
+    move_dek,
+)
 from minikms.keys.index import KeyIndex
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random
@@ -55,6 +76,20 @@ CACHE_KEYS_MAX: Final = 16_384
 CACHE_AGE_SECONDS_MAX: Final = 3600
 SCAN_PAUSE_SECONDS: Final = 0.001
 SCAN_RETRY_SECONDS: Final = 5.0
+INDEX_WAIT_SECONDS_MAX: Final = 5.0
+"""Shorter than the 8 s for which the message server waits for an answer."""
+REMOVAL_RETRY_SECONDS: Final = 60.0
+"""Pause before what the disk refused to remove of destroyed keys is tried again."""
+
+T = TypeVar("T")
+
+
+Permit = Callable[[], None]
+"""Called after each wait of a change, before anything of it is done. It raises to refuse the change."""
+
+
+def permitted() -> None:
+    """The `Permit` of callers whose rights are not limited to threads."""
 
 
 class OpenDek:
@@ -87,9 +122,10 @@ class OpenDek:
         """For the current turn of the event loop only: see `Vault.turn_cipher`."""
 
     def release(self) -> None:
-        """Zeroes the key."""
+        """Zeroes the key, and gives back what is left of its lease."""
         self.cipher = None
         self.slot.release()
+        self.lease.close()
 
     def __repr__(self) -> str:
         return f"<OpenDek {self.key_id} {self.state}>"
@@ -120,7 +156,10 @@ class Vault:
         keyring_file: KeyringFile,
         store: DekStore,
         rotation_backups: RotationBackups,
+        rewraps: RewrapJournal,
+        creates: CreateLog,
         leases: Leases,
+        destroyed: Tombstones,
         executor: Executor,
         nonces: NonceSource,
         cache_keys_max: int = CACHE_KEYS_MAX,
@@ -131,16 +170,27 @@ class Vault:
         self.wrap_reservation = WrapReservation(self.keyring)
         self.store = store
         self.rotation_backups = rotation_backups
+        self.rewraps = rewraps
+        self.creates = creates
         self._executor = executor
         self.leases = leases
         self.nonces = nonces
         self.locks = KeyLocks()
+        self._creating = KeyLocks()
+        """By thread id. Taken before a lock of `locks`, never inside one."""
         self.cache: KeyCache[OpenDek] = KeyCache(
             count_max=cache_keys_max, age_ns_max=CACHE_AGE_SECONDS_MAX * 1_000_000_000
         )
         self.index = KeyIndex()
         self.unreadable = UnreadableKeys()
-        self.destroyed = {tombstone.key_id for tombstone in unlocked.body.tombstones}
+        self.destroyed = destroyed
+        self._destruction = Destruction(
+            destroyed,
+            unlocked,
+            self.keyring,
+            forget=self._forget,
+            remove_files=self.remove_files,
+        )
         self._turn_keys: list[OpenDek] = []
 
     # --- reading -----------------------------------------------------------------------------------------------------
@@ -201,18 +251,60 @@ class Vault:
 
     # --- changing ----------------------------------------------------------------------------------------------------
 
-    async def create(self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "") -> DekRecord:
+    async def create(
+        self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "", permit: Permit = permitted
+    ) -> DekRecord:
         """A new key, durable on return. `replaces` names a key of the same thread, which is retired.
 
         A crash between the two files leaves both keys active, and the new record names the old one. The scan of the
         next start then retires the old one.
         """
+        async with self._creating.hold((thread_id,)):
+            return await self._create(thread_id, purpose, replaces=replaces, permit=permit)
+
+    async def get_or_create(
+        self, thread_id: str, *, purpose: api.Purpose, permit: Permit = permitted
+    ) -> tuple[str, bool]:
+        """The id of the thread's newest active key of this purpose, and whether it was made here. Durable on return.
+
+        A newest key that no longer encrypts stays as it is and gets a successor, which is newer also if the clock was
+        set back. So at most one key is opened, however many the thread has.
+
+        The index must be complete (`Indexing.wait_complete`). Calls for one thread are answered one after the other, so
+        that they return one key. A key that the index has and that does not open is an error, never a reason for a new
+        one. Raises as `opened` and `create`.
+        """
+        async with self._creating.hold((thread_id,)):
+            permit()
+            newest = self._newest_active(thread_id, purpose)
+            if newest is not None and newest.state == "active" and not self.leases.uses(newest.lease.key).exhausted:
+                return newest.key_id, False
+            later_than = "" if newest is None else newest.key_id
+            return (await self._create(thread_id, purpose, later_than=later_than, permit=permit)).id, True
+
+    def _newest_active(self, thread_id: str, purpose: api.Purpose) -> OpenDek | None:
+        """The newest key of the thread and purpose that is active according to the index, opened."""
+        for key_id in self.index.active_of(thread_id, purpose):
+            try:
+                found = self.opened(key_id)  # authenticates the thread and the purpose of the file
+            except KeyNotFoundError:
+                raise KeyUnreadableError(f"the file of key {key_id} is missing; restore it from a backup") from None
+            if (found.thread_id, found.purpose) == (thread_id, purpose):  # else two tags of the index are equal
+                return found
+        return None
+
+    async def _create(
+        self, thread_id: str, purpose: api.Purpose, *, replaces: str = "", later_than: str = "", permit: Permit
+    ) -> DekRecord:
+        """The caller holds the thread's lock. The new id sorts after `later_than`."""
+        permit()
         if replaces:
             self.check_replaces(self.record(replaces), thread_id, purpose)
         version = await self.wrap_reservation.begin_create()
         try:
-            record = self._make_key(thread_id, purpose, replaces, version)
-            await self.store.create(record.id, dek.encode(record))
+            permit()
+            record = self._make_key(thread_id, purpose, replaces=replaces, later_than=later_than, version=version)
+            await self.creates.create(record.id, dek.encode(record))
         finally:
             self.wrap_reservation.end_create(version)
         self.index.put(record)
@@ -231,10 +323,20 @@ class Vault:
         if old.purpose != purpose:
             raise ConflictError("the key to replace has another purpose")
 
-    def _make_key(self, thread_id: str, purpose: api.Purpose, replaces: str, version: int) -> DekRecord:
+    def _make_key(
+        self, thread_id: str, purpose: api.Purpose, *, replaces: str, later_than: str, version: int
+    ) -> DekRecord:
         """A fresh wrapped key. The key itself leaves the arena here: a wait for the disk must not hold a slot."""
         created_ns = now_ns()
-        key_id = make_key_id(created_ns // 1_000_000, os.urandom(KEY_ID_RANDOM_BYTES))
+        # After a restore the keys up to an id only decrypt. A new key is beyond it, also if the clock was set back.
+        id_ms = max(created_ns // 1_000_000, self.leases.first_usable_ms)
+        if later_than:
+            id_ms = max(id_ms, key_id_unix_ms(later_than) + 1)
+        if id_ms > UNIX_MS_MAX:
+            raise KeyExhaustedError(
+                "no key can be made: the newest key id of the data directory is the last one there is"
+            )
+        key_id = make_key_id(id_ms, os.urandom(KEY_ID_RANDOM_BYTES))
         with self.arena.allocate() as slot:
             fill_random(slot.view)
             record = dek.new(
@@ -256,14 +358,22 @@ class Vault:
         """Removes a new key that no caller knows. If the disk refuses this too, the next start finds the key and
         retires the one that it replaces.
         """
+
+        def remove() -> None:
+            self.creates.forget((key_id,))
+            self.store.remove(key_id)
+
         with contextlib.suppress(MiniKmsError):
             async with self.locks.hold((key_id,)):
-                await asyncio.get_running_loop().run_in_executor(self._executor, self.store.remove, key_id)
+                await asyncio.get_running_loop().run_in_executor(self._executor, remove)
                 self.index.remove(key_id)
 
-    async def retire(self, key_id: str, *, replaced_by: str = "", again: bool = False) -> DekRecord:
+    async def retire(
+        self, key_id: str, *, replaced_by: str = "", again: bool = False, permit: Permit = permitted
+    ) -> DekRecord:
         """Retires the key: it only decrypts from here on. With `again` a retired key is no error and stays as it is."""
         async with self.locks.hold((key_id,)):
+            permit()
             record = self.record(key_id)
             if again and record.state == "retired":
                 return record
@@ -284,43 +394,94 @@ class Vault:
         if key_id not in self.destroyed:
             move_dek(self.record(key_id).state, "destroy")
 
-    async def destroy(self, key_id: str) -> int:
+    async def destroy(self, key_id: str, *, permit: Permit = permitted) -> int:
         """Destroys a retired key: first the tombstone, then its rotation backups, then its file.
 
         Returns the number of rotation backups removed. A repeated call removes what an interrupted one left. Raises
         ConflictError for an active key.
         """
         async with self.locks.hold((key_id,)):
+            permit()
             self.check_destroyable(key_id)
-            if key_id not in self.destroyed:
-                at = now_rfc3339()
-                await self.keyring.change(lambda body: keyring.add_tombstone(body, key_id, at=at))
-                self.destroyed.add(key_id)
-                self.cache.drop(key_id)
-                self.index.remove(key_id)
-                self.unreadable.remove(key_id)
-            return await self.remove_files(key_id)
+            return await self._destruction.destroy(key_id)
 
-    async def remove_files(self, key_id: str) -> int:
-        """Removes the rotation backups and the file of a destroyed key, durably; the number of rotation backups.
+    def _forget(self, key_id: str) -> None:
+        """Drops what is in memory of a key whose tombstone is on disk."""
+        self.cache.drop(key_id)
+        self.index.remove(key_id)
+        self.unreadable.remove(key_id)
 
-        The caller holds the key's lock.
+    async def remove_files(self, key_ids: Sequence[str], repeated: Container[str]) -> list[int]:
+        """Removes the rotation backups and the files of destroyed keys, durably; the number of backups of each. It
+        removes temporary files first, which may hold their bytes.
+
+        `repeated`: those whose removal may have been interrupted. The caller holds the locks of the keys. The disk
+        thread gets many short jobs. Raises StorageUnavailableError; then the files of the keys may be there.
         """
+        batches = self.rotation_backups.batches
 
-        def remove() -> int:
-            # The file goes last: while it exists, the scan of the next start knows that something is left to remove.
-            count = self.rotation_backups.remove_of(key_id)
-            self.store.remove(key_id)
-            return count
+        def begin() -> tuple[list[int], list[KeysWithin], frozenset[str]]:
+            if self.rewraps.live:
+                raise StorageUnavailableError(
+                    "the journal of a KEK rotation may hold the key and can't be removed, since the disk fails; the "
+                    "key opens no more, but try again later, so that its bytes are removed"
+                )
+            self.store.sweep_temps()
+            self.rotation_backups.sweep_temps()
+            remove_left_temps()
+            counts = self.rotation_backups.remove_of(key_ids)
+            # A key without a file was removed completely.
+            anew = frozenset(key_id for key_id in key_ids if key_id in repeated and self.store.has(key_id))
+            return counts, batches.files_of(key_ids), anew
 
-        return await asyncio.get_running_loop().run_in_executor(self._executor, remove)
+        def end() -> None:
+            # The files go last: while one exists, a later start or request knows that something is left to remove.
+            self.creates.forget(key_ids)
+            self.store.remove(*key_ids)
+
+        counts, files, anew = await self._on_disk(begin)
+        lines: Counter[str] = Counter()
+        failure: StorageUnavailableError | None = None
+        for start in range(0, len(files), BLANK_FILES_MAX):
+            part = files[start : start + BLANK_FILES_MAX]
+            try:
+                lines += await self._on_disk(partial(batches.blank, part, anew=anew))
+            except StorageUnavailableError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        await self._on_disk(end)
+        return [count + lines[key_id] for key_id, count in zip(key_ids, counts, strict=True)]
+
+    async def blank_lines(self, found: KeysWithin) -> None:
+        """Blanks lines of destroyed keys in a batch backup, durably. Raises StorageUnavailableError."""
+        await self._on_disk(partial(self.rotation_backups.batches.blank, [found]))
+
+    async def _on_disk(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    async def drain(self) -> None:
+        """Waits for the writes that have begun. No new ones may begin."""
+        await self._destruction.drain()
+        await self.creates.drain()
+        await self.store.drain()
+        await self.leases.drain()
 
     def expire(self) -> None:
         """Zeroes the opened keys that are older than CACHE_AGE_SECONDS_MAX."""
         self.cache.expire(time.monotonic_ns())
 
+    def seal(self) -> None:
+        """Zeroes every key, and drops the ciphers. Everything that needs a key fails from then on.
+
+        Writes that have begun go on; the caller waits for them with `drain`.
+        """
+        self.end_turn()
+        self.keyring.seal()
+        self.close()
+
     def close(self) -> None:
-        """Zeroes every key."""
+        """Zeroes every key. Idempotent."""
         self.cache.clear()
         self.unlocked.release()
 
@@ -331,34 +492,109 @@ class Indexing:
     def __init__(self, vault: Vault, executor: Executor) -> None:
         self._vault = vault
         self._executor = executor
-        self.complete = False
+        self._done = asyncio.Event()
+        self._left: list[str] = []
+        """Destroyed keys that have a file."""
+
+    @property
+    def complete(self) -> bool:
+        return self._done.is_set()
+
+    def status(self) -> dict[str, object]:
+        """For `/status`: how many keys there are, as far as the scan knows."""
+        vault = self._vault
+        return {
+            "indexing": not self.complete,
+            "by_state": {state: count for state, count in vault.index.by_state.items() if count},
+            "by_kek_version": {str(kek): count for kek, count in vault.index.by_kek.items() if count},
+            "destroyed": len(vault.destroyed),
+            "unreadable": vault.unreadable.count,
+            "unreadable_files": vault.unreadable.listed(),
+        }
+
+    async def wait_complete(self) -> None:
+        """Returns once the index has all keys. Raises StorageUnavailableError after INDEX_WAIT_SECONDS_MAX."""
+        if self.complete:
+            return
+        try:
+            async with asyncio.timeout(INDEX_WAIT_SECONDS_MAX):
+                await self._done.wait()
+        except TimeoutError:
+            raise StorageUnavailableError(
+                "the key files are still being read after the start, so it is not known whether the thread has a key; "
+                "try again later"
+            ) from None
 
     async def run(self) -> None:
-        """Reads every key file once, then completes what a crash interrupted. Returns when both are done."""
+        """Reads every key file once, then removes what is left of destroyed keys. Returns when both are done."""
         while not self.complete:
             try:
                 await self._scan()
             except MiniKmsError:
                 await asyncio.sleep(SCAN_RETRY_SECONDS)
             else:
-                self.complete = True
+                self._done.set()
+        if self._vault.destroyed:
+            await self._remove_destroyed()
 
     async def _scan(self) -> None:
         vault = self._vault
         loop = asyncio.get_running_loop()
         key_ids = await loop.run_in_executor(self._executor, self._newest_first)
         replacing: list[DekRecord] = []
+        self._left = []
         while key_ids:
             chunk = [key_ids.pop() for _ in range(min(SCAN_FILES, len(key_ids)))]
             for key_id, data in await loop.run_in_executor(self._executor, vault.store.read_many, chunk):
-                record = await self._add(key_id, data)
+                record = self._add(key_id, data)
                 if record is not None and record.replaces:
                     replacing.append(record)
             await asyncio.sleep(SCAN_PAUSE_SECONDS)
         for record in replacing:
             await self._retire_replaced(record)
-        if vault.destroyed:
-            await loop.run_in_executor(self._executor, vault.rotation_backups.remove_of_all, vault.destroyed)
+
+    async def _remove_destroyed(self) -> None:
+        """Removes the files and rotation backups of destroyed keys that a crash or a copied directory left. It reads
+        every batch backup. What fails stops nothing else, and is tried again.
+        """
+        backups = self._vault.rotation_backups
+
+        def single() -> list[BatchFile]:
+            backups.remove_of_all(self._vault.destroyed)
+            return list(backups.batches.listed())
+
+        key_ids, files = self._left, None
+        while True:
+            key_ids = await self._failed(key_ids, self._remove_left)
+            with contextlib.suppress(MiniKmsError):
+                if files is None:
+                    files = await asyncio.get_running_loop().run_in_executor(self._executor, single)
+                files = await self._failed(files, self._blank)
+            if not key_ids and not files and files is not None:
+                return
+            await asyncio.sleep(REMOVAL_RETRY_SECONDS)
+
+    async def _failed(self, items: Sequence[T], work: Callable[[T], Awaitable[None]]) -> list[T]:
+        """The items that `work` fails for."""
+        failed: list[T] = []
+        for item in items:
+            try:
+                await work(item)
+            except MiniKmsError:
+                failed.append(item)
+            await asyncio.sleep(SCAN_PAUSE_SECONDS)
+        return failed
+
+    async def _remove_left(self, key_id: str) -> None:
+        async with self._vault.locks.hold((key_id,)):
+            await self._vault.remove_files([key_id], (key_id,))
+
+    async def _blank(self, file: BatchFile) -> None:
+        batches, destroyed = self._vault.rotation_backups.batches, self._vault.destroyed
+        work = partial(batches.destroyed_in, file, destroyed)
+        found = await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        if found is not None:
+            await self._vault.blank_lines(found)
 
     def _newest_first(self) -> list[str]:
         """All key ids, sorted, so that the scan, which takes from the end, only appends to the index.
@@ -366,13 +602,14 @@ class Indexing:
         During a rotation the directory is listed twice: a listing may omit a file that is being replaced.
         """
         listings = 1 if self._vault.keyring.body.rotation is None else 2
-        return sorted({key_id for _ in range(listings) for key_id in self._vault.store.list_ids()}, reverse=True)
+        found = sorted({key_id for _ in range(listings) for key_id in self._vault.store.list_ids()}, reverse=True)
+        self._vault.store.sync_directory()
+        return found
 
-    async def _add(self, key_id: str, data: bytes | MiniKmsError) -> DekRecord | None:
+    def _add(self, key_id: str, data: bytes | MiniKmsError) -> DekRecord | None:
         vault = self._vault
         if key_id in vault.destroyed:
-            async with vault.locks.hold((key_id,)):
-                await vault.remove_files(key_id)
+            self._left.append(key_id)
             return None
         try:
             if isinstance(data, MiniKmsError):

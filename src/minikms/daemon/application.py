@@ -1,57 +1,46 @@
 """From an HTTP request to a verb.
 
-Owns: the routes, the decoding of requests, and the session of a connection. Routes and decoding follow from
-`minikms.api.VERBS`. Invariants: the caller is known from the peer credentials before a byte is parsed; a peer that is
-not allowed gets 401 on every path but `/health`, and its connection is closed; a body is decoded strictly. It must
-never look at an `Authorization` header: a bearer token on the Unix socket never authenticates.
+Owns: the routes, and the decoding of requests. Both follow from `minikms.api.VERBS`. While the daemon is sealed,
+`minikms.daemon.sealed` serves in its place. Invariants: a body is decoded strictly; while the audit log can't be
+written, only `/status` and `/metrics` are answered, and say so. It must never look at an `Authorization` header: a
+bearer token on the Unix socket never authenticates.
 """
 
 from __future__ import annotations
 
 import asyncio
-import socket
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, NamedTuple
 
 import msgspec
+from msgspec import UNSET
 
 from minikms import api
 from minikms.api import Verb
 from minikms.audit import Event
 from minikms.audit.turns import TurnAudit
-from minikms.custody.vault import Vault
+from minikms.custody.vault import Permit, Vault
 from minikms.daemon import metrics, strictjson
-from minikms.daemon.keybody import take_new_root
+from minikms.daemon.admission import HEALTHY, Admission, AdmittingApplication, Session, is_request, require_short_body
+from minikms.daemon.keybody import take_key
 from minikms.daemon.metrics import Histogram, VerbTimes
-from minikms.daemon.peer import Peer, is_overflow_uid, read_peer
-from minikms.daemon.refusals import RefusalAggregator
-from minikms.errors import InvalidRequestError
+from minikms.daemon.status import reduced, without_key_files
+from minikms.errors import ForbiddenError, InvalidRequestError, NotSealedError
 from minikms.http import ParsedHead, Request, Response, error_response, parse_query
-from minikms.policy import Policy, Principal
-from minikms.service.base import Perform, Reply, VerbTable
-from minikms.service.keks import RotateToRoot
+from minikms.policy import Principal
+from minikms.service.access import Keys, ScopedKeys, require
+from minikms.service.base import Perform, Reply, VerbTable, json_answer
+from minikms.service.roots import WITH_ROOT
 
-UNAUTHORISED_CONNECTIONS_MAX: Final = 64
-"""Open connections of uids that are not allowed, so that they can't use up the places of the allowed ones."""
-UNAUTHORISED_CONNECTIONS_SHARE: Final = 4
-"""Where few connections are admitted, at most one in this many is for uids that are not allowed."""
-
-_HEALTHY: Final = Response(200, b"ok", content_type="text/plain")
+READY: Final = Response(200, b"ready", content_type="text/plain")
 _NUMBER_DIGITS_MAX: Final = 6
 """Of a number in a query."""
 
 Answer = Reply | Awaitable[Reply]
 
 
-class Session:
-    """A connection: its peer, and the principal it acts as, if any."""
-
-    __slots__ = ("peer", "principal")
-
-    def __init__(self, peer: Peer, principal: Principal | None) -> None:
-        self.peer = peer
-        self.principal = principal
+Seal = Callable[[Principal], Awaitable[Reply]]
+"""Zeroes every key before it returns; the answer follows when the seal is durable."""
 
 
 class _Route(NamedTuple):
@@ -64,76 +53,72 @@ class _Route(NamedTuple):
     perform: Perform[Any]
 
 
-class Application:
-    """The engine's application: see `minikms.http`. `status` makes the object that `/status` answers."""
+class Application(AdmittingApplication):
+    """The engine's application: see `minikms.http`.
+
+    `status` makes the object that `/status` answers. `seal` carries out `/seal`, `reload` reads the policy file again.
+    """
 
     def __init__(
         self,
         *,
         table: VerbTable,
         status: Callable[[], dict[str, object]],
-        policy: Policy,
+        admission: Admission,
         audit: TurnAudit,
         vault: Vault,
-        connections_max: int,
+        seal: Seal,
+        reload: Callable[[Event, Permit], Awaitable[api.PolicyAnswer]],
     ) -> None:
         self._table = table
-        self._policy = policy
+        super().__init__(admission)
         self._audit = audit
         self._vault = vault
-        self._refusals = RefusalAggregator()
-        self._unauthorised = 0
-        self._unauthorised_max = min(UNAUTHORISED_CONNECTIONS_MAX, connections_max // UNAUTHORISED_CONNECTIONS_SHARE)
+        self._seal = seal
         self._times = VerbTimes(verb.name for verb in api.VERBS)
         self._asked = self._times.asked
+        self._held_under: int | None = None
+        """The generation of the policy when the turn was first held; None while it is not."""
         self._batches = {verb.name: Histogram(metrics.BATCH_SIZES) for verb in api.VERBS if verb.is_batch}
-        table.now(api.STATUS, lambda request, event: status())
+        table.now_on_keys(api.STATUS, vault, lambda keys, request, event: self._status(status(), keys))
         table.now(api.METRICS, lambda request, event: self._metrics(status()))
-        routes = {verb.path: self._route(verb) for verb in api.VERBS}
-        self._routes = {path: route for path, route in routes.items() if "{" not in path}
-        self._key_routes = {path: route for path, route in routes.items() if "{" in path}
+        table.later(api.RELOAD_POLICY, lambda request, event, permit: reload(event, permit), durable=True)
+        table.hot(api.SEAL, self._seal_at_once)
+        table.now(api.UNSEAL_STATUS, lambda request, event: api.UnsealStatusAnswer(sealed=False))
+        table.now(api.UNSEAL, self._refuse_unseal)
+        self._routes: dict[str, _Route] = {}
+        self._id_routes: dict[str, _Route] = {}
+        """Of paths with the id of a key or of a slot, in the form of `_without_id`."""
+        self._second_routes: dict[str, _Route] = {}
+        """Of paths that the first two have already, for another method."""
+        for verb in api.VERBS:
+            routes = self._id_routes if verb.path_field else self._routes
+            path = _without_id(verb.path) if verb.path_field else verb.path
+            (self._second_routes if path in routes else routes)[path] = self._route(verb)
 
     # --- the engine's side -------------------------------------------------------------------------------------------
-
-    def open_session(self, connection: socket.socket) -> Session | None:
-        """None closes the connection: its peer is unknown, or too many unauthorised peers are connected already."""
-        try:
-            peer = read_peer(connection)
-        except OSError:
-            return None
-        principal = None if is_overflow_uid(peer.uid) else self._policy.principal(peer.uid, peer.pid)
-        if principal is None:
-            if self._unauthorised >= self._unauthorised_max:
-                self._refuse(peer)
-                return None
-            self._unauthorised += 1
-        elif not peer.pid_certain:
-            detail = "the process that connected had ended: its pid may be another's by now"
-            self._audit.add(Event(type="peer", actor=principal.actor, pid=peer.pid, detail=detail))
-        return Session(peer, principal)
-
-    def close_session(self, session: Session) -> None:
-        if session.principal is None:
-            self._unauthorised -= 1
-
-    def admit(self, session: Session, head: ParsedHead) -> Response | None:
-        """Refuses the body of an unauthorised peer before it is received, on any path."""
-        return None if session.principal is not None else self._turn_away(session)
-
-    def refused(self, session: Session | None, status: int, code: str) -> None:
-        """Input that is not a request reaches no verb. The engine counts it; it is not audited."""
 
     def handle(self, session: Session, request: Request) -> Answer:
         who = session.principal
         head = request.head
-        if who is None:
-            return _HEALTHY if _is_health(head) else self._turn_away(session)
-        route = self._routes.get(head.path) or self._key_routes.get(_without_key_id(head.path))
+        if who is None or head.principal is not None or who.scope is not None:
+            caller = self._admission.caller(session, head, self._ready)
+            if isinstance(caller, Response):
+                return caller
+            who = caller
+            if who.scope is not None:
+                who = self._table.entered(who, self._verb(head))
+        route = self._routes.get(head.path) or self._id_routes.get(_without_id(head.path))
         if route is None:
-            return _no_verb(head)
+            return self._no_verb(head)
         verb, method, name, read, perform = route
         if head.method != method:
-            return _method_not_allowed(method)
+            second = self._second_routes.get(head.path)
+            if second is None:
+                return _method_not_allowed(method)
+            if head.method != second.method:
+                return _method_not_allowed(f"{method}, {second.method}")
+            verb, method, name, read, perform = second
         self._asked(name)
         request_id = head.request_id or ""
         try:
@@ -146,37 +131,71 @@ class Application:
             return answer
         return self._times.later(answer)
 
-    def commit(self) -> bool:
-        """Ends the turn: drops its ciphers and writes its audit lines."""
+    def _verb(self, head: ParsedHead) -> Verb[Any, Any] | None:
+        """The verb that a request is for; None: there is none."""
+        route = self._routes.get(head.path) or self._id_routes.get(_without_id(head.path))
+        if route is not None and head.method != route.method:
+            route = self._second_routes.get(head.path)
+        return None if route is None or head.method != route.method else route.verb
+
+    def commit(self) -> bool | None:
+        """Ends the turn: drops its ciphers and writes its audit lines. None: it is not over, see `TurnAudit`. If the
+        policy has changed since, its answers are withheld: they may hold plaintext for who has lost the right to it.
+        """
         self._vault.end_turn()
         committed = self._audit.commit_turn()
+        if committed is None:
+            if self._held_under is None:
+                self._held_under = self._admission.generation
+            return None
+        if self._held_under is not None:
+            committed = committed and self._held_under == self._admission.generation
+            self._held_under = None
         self._times.end_turn()
         return committed
-
-    # --- unauthorised peers ------------------------------------------------------------------------------------------
-
-    def _turn_away(self, session: Session) -> Response:
-        self._refuse(session.peer)
-        return error_response(401, api.CODE_UNAUTHORIZED, "this uid may not use the key service", close=True)
-
-    def _refuse(self, peer: Peer) -> None:
-        event = self._refusals.note(peer.uid, time.monotonic_ns())
-        if event is not None:
-            self._audit.add(event)
 
     async def flush_refusals_every(self, seconds: float) -> None:
         """Runs until cancelled: writes the lines that stand for the refusals of the past second."""
         while True:
             await asyncio.sleep(seconds)
-            for event in self._refusals.due(time.monotonic_ns()):
+            for event in self._admission.refusals_due():
                 self._audit.add(event)
             self._audit.write_queued()
+
+    # --- probes, seal and unseal -------------------------------------------------------------------------------------
+
+    def _ready(self) -> Response:
+        self._audit.require_writable()
+        return READY
+
+    def _no_verb(self, head: ParsedHead) -> Response:
+        """The answer to an authorised peer on a path that is not a verb's."""
+        if head.path == api.HEALTH.path:
+            return HEALTHY if is_request(head, api.HEALTH) else _method_not_allowed(api.HEALTH.method)
+        if head.path == api.READY.path:
+            return self._ready() if is_request(head, api.READY) else _method_not_allowed(api.READY.method)
+        return error_response(404, api.CODE_NOT_FOUND, "there is no such path; docs/spec/api.md lists them")
+
+    def _seal_at_once(self, who: Principal, request: api.Request, request_id: str) -> Awaitable[Reply]:
+        """Not audited here: the audit key is zeroed too. The next unseal writes the line."""
+        try:
+            require(who, api.SEAL)
+        except ForbiddenError as error:
+            self._table.malformed(api.SEAL, who, error, request_id)
+            raise
+        return self._seal(who)
+
+    def _refuse_unseal(self, request: api.Request, event: Event) -> api.UnsealStatusAnswer:
+        raise NotSealedError("the key service is not sealed; the given key was not looked at")
 
     # --- routes ------------------------------------------------------------------------------------------------------
 
     def _route(self, verb: Verb[Any, Any]) -> _Route:
-        if verb is api.ROTATE_KEK:
-            return _Route(verb, verb.method, verb.name, self._read_rotation, self._rotate_and_release)
+        if verb in (api.SEAL, api.UNSEAL):
+            # Whatever their body is: nothing may hold up a seal, and the key in the body of an unseal is not looked at.
+            return _Route(verb, verb.method, verb.name, lambda who, request: verb.request(), self._table[verb])
+        if verb.root_field:
+            return _Route(verb, verb.method, verb.name, self._root_reader(verb), self._perform_and_release(verb))
         read = _reader(verb)
         if verb.is_batch:
             sizes = self._batches[verb.name]
@@ -189,38 +208,70 @@ class Application:
             return _Route(verb, verb.method, verb.name, read_batch, self._table[verb])
         return _Route(verb, verb.method, verb.name, read, self._table[verb])
 
+    def _status(self, status: dict[str, object], keys: Keys) -> Response:
+        shown = visible_status(status, keys) if isinstance(keys, ScopedKeys) else status
+        return Response(200, json_answer(shown), uncommitted=_is_unavailable(status))
+
     def _metrics(self, status: dict[str, object]) -> Response:
-        body = metrics.page(status, times=self._times, batches=self._batches)
-        return Response(200, body, content_type=metrics.CONTENT_TYPE)
+        body = metrics.page(status, times=self._times, batches=self._batches, policy_refusals=self._admission.refusals)
+        return Response(200, body, content_type=metrics.CONTENT_TYPE, uncommitted=_is_unavailable(status))
 
-    def _read_rotation(self, who: Principal, request: Request) -> RotateToRoot:
-        """Takes a new root key out of the body, once the caller is authorised, before anything else reads the body."""
-        for role in api.ROTATE_KEK.roles:
-            who.require(role)
-        root = take_new_root(request.body, self._vault.arena)
-        try:
-            asked = strictjson.decode(_ROTATE_DECODER, request.body)
-        except BaseException:
-            if root is not None:
-                root.release()
-            raise
-        return RotateToRoot(wait=asked.wait, verify=asked.verify, root=root)
+    def _root_reader(self, verb: Verb[Any, Any]) -> Callable[[Principal, Request], Any]:
+        """Takes a root key out of the body, once the caller is authorised, before anything else reads the body."""
+        decoder, kind = msgspec.json.Decoder(verb.request), WITH_ROOT[verb]
+        fields = verb.request.__struct_fields__
 
-    async def _rotate_and_release(self, who: Principal, request: RotateToRoot, request_id: str) -> Reply:
-        try:
-            answer = self._table[api.ROTATE_KEK](who, request, request_id)
-            return answer if isinstance(answer, (bytes, Response)) else await answer
-        finally:
-            if request.root is not None:
-                request.root.release()
+        def read(who: Principal, request: Request) -> Any:
+            require(who, verb)
+            require_short_body(request)
+            root = take_key(request.body, self._vault.arena, verb.root_field)
+            try:
+                asked = strictjson.decode(decoder, request.body)
+                given = {name: getattr(asked, name) for name in fields} | {verb.root_field: UNSET, "root": root}
+                if verb.path_field:
+                    given[verb.path_field] = _only_in_path(verb, given, request)
+                return kind(**given)
+            except BaseException:
+                if root is not None:
+                    root.release()
+                raise
+
+        return read
+
+    def _perform_and_release(self, verb: Verb[Any, Any]) -> Perform[Any]:
+        async def perform(who: Principal, request: Any, request_id: str) -> Reply:
+            try:
+                answer = self._table[verb](who, request, request_id)
+                return answer if isinstance(answer, (bytes, Response)) else await answer
+            finally:
+                if request.root is not None:
+                    request.root.release()
+
+        return perform
 
 
-_ROTATE_DECODER: Final = msgspec.json.Decoder(api.RotateKekRequest)
+def _only_in_path(verb: Verb[Any, Any], given: dict[str, Any], request: Request) -> str:
+    """The id in the path. Raises InvalidRequestError if the body has one too."""
+    if given[verb.path_field] is not UNSET:
+        raise InvalidRequestError(f"the path names the {verb.path_field}, and the body must not")
+    return request.path.split("/")[2]
+
+
+def visible_status(status: dict[str, object], keys: ScopedKeys) -> dict[str, object]:
+    """What a caller that a policy limits may see of the status."""
+    if keys.who.via:
+        return reduced(status)
+    return status if keys.sees_all else without_key_files(status)
+
+
+def _is_unavailable(status: dict[str, object]) -> bool:
+    """Whether the answer says that the log could not be written before this turn: then its own line may be missing."""
+    return status["status"] != "ok"
 
 
 def _reader(verb: Verb[Any, Any]) -> Callable[[Principal, Request], Any]:
-    """Reads the request of a verb: its body, the key id of its path, or its query."""
-    if "{key_id}" in verb.path:
+    """Reads the request of a verb: its body, the id in its path, or its query."""
+    if verb.path_field:
         return _path_reader(verb)
     if verb.method == "GET":
         return _query_reader(verb.request)
@@ -229,20 +280,19 @@ def _reader(verb: Verb[Any, Any]) -> Callable[[Principal, Request], Any]:
 
 
 def _path_reader(verb: Verb[Any, Any]) -> Callable[[Principal, Request], Any]:
-    """Beside the key id of the path a body holds nothing, or the key id again."""
+    """Beside the id in the path a body holds nothing, or the key id again."""
     decoder = msgspec.json.Decoder(verb.request if verb.has_body else api.Request)
 
     def read(who: Principal, request: Request) -> Any:
-        key_id = request.path.split("/")[2]
+        named = request.path.split("/")[2]
         if verb.has_body:
             repeated = strictjson.decode(decoder, request.body).key_id
-            for role in verb.roles:  # first: an attempt without the role is answered and audited as `forbidden`
-                who.require(role)
-            if repeated != key_id:
+            require(who, verb)  # first: an attempt without the role is answered and audited as `forbidden`
+            if repeated != named:
                 raise InvalidRequestError("the key id in the body must repeat the one in the path")
         elif verb.method == "POST" and request.body:
             strictjson.decode(decoder, request.body)
-        return verb.request(key_id=key_id)
+        return verb.request(**{verb.path_field: named})
 
     return read
 
@@ -274,26 +324,18 @@ def _number(name: str, text: str) -> int:
     return int(text)
 
 
-def _without_key_id(path: str) -> str:
-    """`/keys/{key_id}` or `/keys/{key_id}/<action>` of a path with a key id, whatever it is; `""` of any other path."""
+def _without_id(path: str) -> str:
+    """`/keys/{}` or `/keys/{}/<action>` of a path with the id of a key, whatever it is, and `/roots/{}/<action>` of one
+    with the id of a slot; `""` of any other path.
+    """
     parts = path.split("/")
     if len(parts) not in (3, 4) or parts[0] or not all(parts[1:]):
         return ""
-    parts[2] = "{key_id}"
+    parts[2] = "{}"
     return "/".join(parts)
 
 
-def _is_health(head: ParsedHead) -> bool:
-    return (head.method, head.path) == (api.HEALTH.method, api.HEALTH.path)
-
-
-def _no_verb(head: ParsedHead) -> Response:
-    """The answer to an authorised peer on a path that is not a verb's."""
-    if head.path == api.HEALTH.path:
-        return _HEALTHY if _is_health(head) else _method_not_allowed(api.HEALTH.method)
-    return error_response(404, api.CODE_NOT_FOUND, "there is no such path; docs/spec/api.md lists them")
-
-
 def _method_not_allowed(allowed: str) -> Response:
-    body = msgspec.json.encode(api.ErrorAnswer(f"use {allowed} here", api.CODE_METHOD_NOT_ALLOWED))
+    text = f"use {allowed.replace(', ', ' or ')} here"
+    body = msgspec.json.encode(api.ErrorAnswer(text, api.CODE_METHOD_NOT_ALLOWED))
     return Response(405, body, headers=(("allow", allowed),))

@@ -130,13 +130,32 @@ def _labelled(label: str, values: Mapping[str, int]) -> Samples:
     return [({label: name}, value) for name, value in values.items()]
 
 
-def page(status: Mapping[str, Any], *, times: VerbTimes, batches: Mapping[str, Histogram]) -> bytes:
+POLICY_REFUSALS: Final = (
+    "proxy",
+    "forbidden",
+    "unknown_key",
+    "requests_per_second",
+    "concurrent",
+    "decrypts_per_hour",
+    "reencrypts_per_hour",
+)
+"""Why a policy refuses requests, and items of batches."""
+
+
+def page(
+    status: Mapping[str, Any],
+    *,
+    times: VerbTimes,
+    batches: Mapping[str, Histogram],
+    policy_refusals: Mapping[str, int],
+) -> bytes:
     """`status` is what `minikms.daemon.status.StatusPage.build` returns; `batches`: sizes of batches by verb."""
     made = _Page()
     _add_requests(made, status, times, batches)
     _add_keys(made, status)
     _add_rotation(made, status["rotation"])
     _add_audit(made, status["audit"])
+    _add_policy(made, status["policy"] or {}, policy_refusals)
     _add_process(made, status)
     return made.encode()
 
@@ -191,11 +210,27 @@ def _add_audit(made: _Page, audit: Mapping[str, Any]) -> None:
     made.one("minikms_audit_reserve_bytes", "gauge", "Disk space kept for the end.", audit["reserve_bytes"])
 
 
+def _add_policy(made: _Page, policy: Mapping[str, Any], refusals: Mapping[str, int]) -> None:
+    by_reason = {reason: refusals.get(reason, 0) for reason in POLICY_REFUSALS}
+    made.add("minikms_policy_refusals_total", "counter", "What the policy refused.", _labelled("reason", by_reason))
+    made.one(
+        "minikms_policy_generation", "gauge", "Rises with each policy; 0 without one.", policy.get("generation", 0)
+    )
+    made.one("minikms_policy_age_seconds", "gauge", "Since the policy was read.", policy.get("age_seconds", 0))
+    failed = bool(policy.get("last_error"))
+    made.one("minikms_policy_reload_failed", "gauge", "1 while the file on disk is not in force.", failed)
+    exhausted = policy.get("budgets_exhausted", 0)
+    made.one("minikms_policy_budgets_exhausted", "gauge", "Hour budgets that refuse requests now.", exhausted)
+
+
 def _add_process(made: _Page, status: Mapping[str, Any]) -> None:
     hardening = [({"measure": str(measure["measure"])}, measure["in_force"]) for measure in status["hardening"]]
     made.add("minikms_hardening", "gauge", "1 where a measure is in force.", hardening)
     made.one("minikms_memory_locked_bytes", "gauge", "Memory for raw keys.", status["memory"]["locked_bytes"])
     made.one("minikms_root_slots", "gauge", "Root keys that open the keyring.", len(status["root"]["slots"]))
     made.one("minikms_epoch", "gauge", "Rises with every start and keyring write.", status["epoch"])
+    made.one(
+        "minikms_up", "gauge", "1 when it serves, 0 while only status and metrics answer.", status.get("status") == "ok"
+    )
     made.one("minikms_uptime_seconds", "gauge", "Since the start.", status["uptime_seconds"])
     made.one("minikms_warnings", "gauge", "Warnings in /status.", len(status["warnings"]))

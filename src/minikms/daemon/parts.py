@@ -2,8 +2,8 @@
 
 Owns: making each part over an opened data directory (`minikms.datadir`), joining them, and closing them. Invariants:
 one worker thread for each kind of disk work, so that none waits behind another's sync, and each does one job at a time;
-`close` waits for the jobs that have begun, then closes files and zeroes keys. It must never serve: that is
-`minikms.daemon.process`.
+`close` waits for the jobs that have begun, then closes files and zeroes keys; `seal` zeroes the keys first, and
+`abandon` closes the files afterwards. It must never serve: that is `minikms.daemon.sealing`.
 """
 
 from __future__ import annotations
@@ -20,34 +20,49 @@ from typing import NamedTuple
 from minikms.audit import Event
 from minikms.audit.maintenance import Maintenance
 from minikms.audit.reader import LOG_NAME
+from minikms.audit.record import Head
 from minikms.audit.turns import TurnAudit
+from minikms.custody.create_log import Completed
+from minikms.custody.rewrap_journal import Replayed
 from minikms.custody.rotation import KekRotation, Pruning
 from minikms.custody.vault import Indexing
-from minikms.daemon.application import Application, Session
+from minikms.daemon.admission import Admission, Session
+from minikms.daemon.application import Application, Seal
+from minikms.daemon.policy_file import PolicyInForce
 from minikms.daemon.settings import Settings
 from minikms.daemon.status import StatusPage
 from minikms.datadir import DataDir, written_at_start
-from minikms.http import HttpServer, Limits
+from minikms.http import HttpServer
 from minikms.memory import libc
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.memory.process import Measure, name_thread
-from minikms.policy import Policy
 from minikms.roots.providers import KeyFile
+from minikms.service.access import Access
 from minikms.service.base import VerbTable
 from minikms.service.keks import KekVerbs
 from minikms.service.keys import KeyVerbs
 from minikms.service.lifecycle import LifecycleVerbs
 from minikms.service.records import RecordVerbs
+from minikms.service.root_removal import RootRemoval
+from minikms.service.roots import RootVerbs
 
 
 class Workers(NamedTuple):
-    """`disk` changes key files and keyring, `reader` reads key files, the others are named after what they serve."""
+    """`disk` changes key files and keyring, `reader` reads key files, the others are named after what they serve.
+
+    `seal` writes the files of the sealed state, while the others may still wait for earlier work. `budgets` writes the
+    use of limits, also while the daemon is sealed. `policy` reads the policy file: no request of a caller whose rights
+    are being revoked uses it.
+    """
 
     disk: ThreadPoolExecutor
     reader: ThreadPoolExecutor
     journal: ThreadPoolExecutor
     audit: ThreadPoolExecutor
     upkeep: ThreadPoolExecutor
+    seal: ThreadPoolExecutor
+    budgets: ThreadPoolExecutor
+    policy: ThreadPoolExecutor
 
     @classmethod
     def start(cls) -> Workers:
@@ -60,22 +75,26 @@ class Workers(NamedTuple):
 
 
 class Parts:
-    """All parts of one run. Made and used in the loop's thread. `data` stays open until `close`."""
+    """All parts of one run. Made and used in the loop's thread. `data` stays open until `close`. `proved_slot_id`: the
+    slot of the root key that the daemon's own source holds; empty if the run was opened by another one.
+    """
 
     def __init__(
         self,
         *,
         settings: Settings,
-        policy: Policy,
+        admission: Admission,
         data: DataDir,
+        proved_slot_id: str,
         workers: Workers,
         arena: SecretArena,
         measures: tuple[Measure, ...],
-        connections_max: int,
-        on_internal_error: Callable[[str], None],
+        policy: PolicyInForce,
+        started_ns: int,
+        seal: Seal,
     ) -> None:
         self._data = data
-        self._workers = workers
+        self.workers = workers
         self.vault = data.vault
         self.audit = TurnAudit(data.log, workers.audit)
         self.upkeep = Maintenance(data.log, keep=settings.audit_keep, forwarder=settings.forwarder)
@@ -86,57 +105,97 @@ class Parts:
             disk=workers.disk,
             around_passes=_one_cpu_for(workers.reader, workers.disk),
         )
-        table = VerbTable(self.audit)
+        access = None
+        if policy.meters is not None:
+            self.vault.index.keep_threads()
+            access = Access(
+                vault=self.vault,
+                indexing=self.indexing,
+                policy=policy.policy,
+                meters=policy.meters,
+                refusals=admission.refusals,
+                limited=admission.limited,
+            )
+        table = VerbTable(self.audit, access)
         RecordVerbs(self.vault, table)
-        KeyVerbs(self.vault, table)
+        KeyVerbs(self.vault, table, self.indexing)
         LifecycleVerbs(vault=self.vault, table=table, indexing=self.indexing, reader=workers.reader)
+        self._removal = removal = RootRemoval(self.vault, self.audit)
         self.keks = KekVerbs(
             vault=self.vault,
             table=table,
             rotation=rotation,
             pruning=Pruning(self.vault, reader=workers.reader, disk=workers.disk),
-            opened_slot_id=data.slot.slot_id,
+            removal=removal,
+            opened_slot_id=proved_slot_id,
             rewrite_root=_root_rewriter(settings, arena, workers),
+            pin=settings.opening.pin,
         )
-        page = StatusPage(
+        RootVerbs(
+            vault=self.vault,
+            table=table,
+            keks=self.keks,
+            removal=removal,
+            in_use_slot_id=data.slot.slot_id,
+            pin=settings.opening.pin,
+        )
+        self._page = StatusPage(
             settings=settings,
             data=data,
+            from_source=bool(proved_slot_id),
             upkeep=self.upkeep,
             measures=measures,
             rotation=rotation,
             indexing=self.indexing,
             keks=self.keks,
+            policy=policy,
+            started_ns=started_ns,
         )
         self.app = Application(
             table=table,
-            status=page.build,
-            policy=policy,
+            status=self._page.build,
+            admission=admission,
             audit=self.audit,
             vault=self.vault,
-            connections_max=connections_max,
+            seal=seal,
+            reload=policy.reload,
         )
-        self.server: HttpServer[Session] = HttpServer(
-            self.app,
-            loop=asyncio.get_running_loop(),
-            on_internal_error=on_internal_error,
-            limits=Limits(connections_max=connections_max),
-        )
-        page.server = self.server
 
-    async def begin(self) -> None:
-        """The first line of this run, and what an earlier one left to do.
+    def serve_on(self, server: HttpServer[Session]) -> None:
+        """Named to `/status`, which counts its connections."""
+        self._page.server = server
 
-        Raises StartError when the line can't be written.
-        """
+    async def begin(self, events: Sequence[Event]) -> None:
+        """Writes the first lines of this run, durably. Raises StartError when they can't be written."""
+        *before, last = events
+        for event in before:
+            self.audit.add(event)
+        with written_at_start(os.path.join(self._data.log.directory, LOG_NAME)):
+            await self.audit.add_written(last, durable=True)
+
+    async def go_on(self) -> None:
+        """Goes on with what an earlier run left to do."""
+        await self.keks.drop_replaced_roots()
+        self.keks.ensure_running()
+
+    def epoch_facts(self) -> dict[str, str | int]:
+        """For a line about the opening of the keyring: with it, no older keyring is accepted."""
         body = self.vault.keyring.body
         facts: dict[str, str | int] = {"epoch": body.epoch, "kek_version": body.wrapping_kek.version}
         if self._data.seen_epoch > self._data.found_epoch:
             facts |= {"restore_accepted": self._data.found_epoch, "epoch_before": self._data.seen_epoch}
-        event = Event(type="start", actor="minikms", pid=os.getpid(), facts=facts)
-        with written_at_start(os.path.join(self._data.log.directory, LOG_NAME)):
-            await self.audit.add_written(event, durable=True)
-        await self.keks.drop_older_roots()
-        self.keks.ensure_running()
+        replayed = self._data.replayed
+        if replayed != Replayed():
+            facts |= {
+                "rewraps_written": replayed.written,
+                "key_files_set_aside": len(replayed.set_aside),
+                "key_files_obstructed": len(replayed.obstructed),
+                "rewraps_damaged": replayed.damaged,
+            }
+        completed = self._data.creates_completed
+        if completed != Completed():
+            facts |= {"creates_completed": completed.files, "creates_damaged": completed.damaged}
+        return facts
 
     async def end(self, why: str) -> None:
         """The last line of this run. Raises AuditUnavailableError."""
@@ -145,14 +204,39 @@ class Parts:
             Event(type="stop", actor="minikms", pid=os.getpid(), detail=why, facts=facts), durable=True
         )
 
+    @property
+    def audit_head(self) -> Head:
+        """The last line of the audit log."""
+        return self._data.log.writer.head
+
+    def seal(self) -> None:
+        """Zeroes the keys and interrupts what uses them, now. Then `abandon`."""
+        self.keks.interrupt()
+        self.audit.seal()
+        self.vault.seal()
+
+    async def abandon(self) -> None:
+        """Waits for what is on its way to disk, and closes the files as after a crash. After `seal`."""
+        try:
+            await self.keks.stop()
+            await self._removal.stop()
+            await self._data.drain()
+            loop = asyncio.get_running_loop()
+            for worker in (self.workers.disk, self.workers.reader, self.workers.journal, self.workers.audit):
+                await loop.run_in_executor(worker, int)
+            await loop.run_in_executor(self.workers.upkeep, self.upkeep.close)
+        finally:
+            self._data.abandon()
+
     async def close(self) -> None:
         """Waits for what is on its way to disk, closes the files and zeroes the keys. Raises AuditUnavailableError."""
         await self.keks.stop()
+        await self._removal.stop()
         await self._data.drain()
         loop = asyncio.get_running_loop()
-        for worker in (self._workers.disk, self._workers.reader):
+        for worker in (self.workers.disk, self.workers.reader):
             await loop.run_in_executor(worker, int)  # after the jobs of requests that were cancelled
-        await loop.run_in_executor(self._workers.upkeep, self.upkeep.close)  # after its last job
+        await loop.run_in_executor(self.workers.upkeep, self.upkeep.close)  # after its last job
         self._data.close()
 
 

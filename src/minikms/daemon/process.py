@@ -1,16 +1,16 @@
 """The process of the daemon: start, background work, and stop.
 
-Owns the order of the start, in which each step is a precondition of the next: raise the limit of open files, block
-signals, lock the data directory, bind the socket, make the arena, harden the process (it has one thread until here),
-open the data directory (`minikms.datadir`), write the `start` line of the audit log, serve. And the order of the stop:
-accept no more connections, interrupt a rotation, finish the requests in flight, close the files, zero the keys, release
-the lock. It must never serve before the epoch of this start is durable, or after the audit log is closed.
+Owns the order of the start, in which each step is a precondition of the next: read the policy file, raise the limit of
+open files, block signals, lock the data directory, bind the socket, make the arena, harden the process (it has one
+thread until here), open the data directory (`minikms.datadir`), write the `start` line of the audit log, serve. A
+sealed start serves without the two steps before (`minikms.daemon.sealing`). And the order of the stop: accept no more
+connections, interrupt a rotation, finish the requests in flight, close the files, zero the keys, release the lock. It
+must never serve a verb before the epoch of this start is durable, or after the audit log is closed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
 import os
 import signal
@@ -20,12 +20,14 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from typing import Final
 
-import structlog
 import uvloop
 
+from minikms import api
+from minikms.audit import Event
 from minikms.audit.log import FSYNC_INTERVAL_MS
+from minikms.custody.appended_file import AppendedFile
 from minikms.custody.backup.register import ArchiveRegister
-from minikms.custody.files import DataDirLock, sweep_temps
+from minikms.custody.files import DataDirLock
 from minikms.daemon.accepting import (
     ACCEPT_PAUSE_SECONDS,
     Acceptor,
@@ -34,15 +36,19 @@ from minikms.daemon.accepting import (
     raise_descriptor_limit,
 )
 from minikms.daemon.parts import Parts, Workers
+from minikms.daemon.peer import overflow_uid
+from minikms.daemon.policy_file import PolicyInForce
+from minikms.daemon.sealing import RunContext, Sealing
 from minikms.daemon.settings import Settings
 from minikms.daemon.sockets import UnixListener, listen
-from minikms.datadir import KEYRING_SLOTS, lock_data_dir, open_for_service
-from minikms.errors import MiniKmsError
+from minikms.datadir import KEYRING_SLOTS, lock_data_dir, written_at_start
+from minikms.errors import InvalidPolicyError, MiniKmsError, StartError
+from minikms.logs import structlog
 from minikms.memory.arena import SecretArena
 from minikms.memory.process import Measure, harden, interpreter_paths
 from minikms.memory.signals import SignalReader
 from minikms.notify import Notifier
-from minikms.policy import Policy
+from minikms.policy import Clock, FilePolicy, Meters, Policy, budgets
 
 DRAIN_SECONDS_MAX: Final = 10.0
 HOUSEKEEPING_SECONDS: Final = 1.0
@@ -65,7 +71,7 @@ def run(settings: Settings) -> None:
     """
     log = _logger(settings)
     notifier = Notifier(os.environ)
-    policy = Policy(settings.allowed_uids, settings.admin_uids)
+    policy, clock = _policy(settings), Clock.of_system()
     connections_max = connections_bound(raise_descriptor_limit())
     too_few = bound_warning(connections_max)
     if too_few is not None:
@@ -80,6 +86,7 @@ def run(settings: Settings) -> None:
         daemon = Daemon(
             settings=settings,
             policy=policy,
+            clock=clock,
             lock=lock,
             listener=listener,
             arena=arena,
@@ -101,6 +108,7 @@ class Daemon:
         *,
         settings: Settings,
         policy: Policy,
+        clock: Clock,
         lock: DataDirLock,
         listener: UnixListener,
         arena: SecretArena,
@@ -112,6 +120,7 @@ class Daemon:
     ) -> None:
         self._settings = settings
         self._policy = policy
+        self._clock = clock
         self._lock = lock
         self._listener = listener
         self._arena = arena
@@ -121,93 +130,140 @@ class Daemon:
         self._notifier = notifier
         self._log = log
         self._stopping = asyncio.Event()
+        self._running: list[asyncio.Task[None]] = []
+        self._hangup = asyncio.Event()
+        """Set by SIGHUP."""
         self._why = ""
 
     async def serve(self) -> None:
         workers = Workers.start()
         try:
-            parts = Parts(
-                settings=self._settings,
-                policy=self._policy,
-                data=open_for_service(
-                    self._lock,
-                    self._settings.root,
-                    arena=self._arena,
-                    disk=workers.disk,
-                    journal=workers.journal,
-                    options=self._settings.opening,
-                ),
-                workers=workers,
-                arena=self._arena,
-                measures=self._measures,
-                connections_max=self._connections_max,
-                on_internal_error=self._internal_error,
-            )
+            policy = self._policy_in_force(workers)
             try:
-                await parts.begin()
-                await self._serve_until_stopped(parts, workers)
-                await parts.end(self._why)
-            except MiniKmsError as error:
-                if not self._why:  # the start has failed
-                    raise
-                self._log.error("stop not audited", why=str(error))
+                await self._serve(workers, policy)
             finally:
-                await self._close(parts)
+                await policy.close()
         finally:
             workers.shutdown()
         self._log.info("stopped", why=self._why)
 
-    async def _close(self, parts: Parts) -> None:
+    def _policy_in_force(self, workers: Workers) -> PolicyInForce:
+        """Raises StartError."""
+        meters = None
+        if self._settings.policy is not None:
+            file = AppendedFile(self._lock.directory_fd, budgets.NAME, bytes_max=budgets.FILE_BYTES_MAX)
+            with written_at_start(os.path.join(self._lock.directory, budgets.NAME)):
+                meters = Meters(self._clock, file, workers.budgets)
+        return PolicyInForce(
+            self._policy, file=self._settings.policy, meters=meters, executor=workers.policy, log=self._log
+        )
+
+    async def _serve(self, workers: Workers, policy: PolicyInForce) -> None:
+        sealing = Sealing(
+            RunContext(
+                settings=self._settings,
+                policy=policy,
+                lock=self._lock,
+                arena=self._arena,
+                measures=self._measures,
+                connections_max=self._connections_max,
+                workers=workers,
+                notifier=self._notifier,
+                log=self._log,
+                on_internal_error=self._internal_error,
+            ),
+            self,
+        )
         try:
-            await parts.close()
+            await sealing.start()
+            await self._serve_until_stopped(sealing, policy)
+        finally:
+            await self._close(sealing)
+
+    async def _close(self, sealing: Sealing) -> None:
+        try:
+            await sealing.close(self._why)
         except MiniKmsError as error:
             self._log.error("audit log not signed at its end", why=str(error))
 
-    async def _serve_until_stopped(self, parts: Parts, workers: Workers) -> None:
+    async def _serve_until_stopped(self, sealing: Sealing, policy: PolicyInForce) -> None:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._signals.fileno(), self._on_signal)
         if self._settings.parent_fd is not None:
             os.set_blocking(self._settings.parent_fd, False)
             loop.add_reader(self._settings.parent_fd, self._on_parent)
-        acceptor = Acceptor(self._listener.socket, parts.server, on_failure=self._accept_failed)
-        chores = [asyncio.ensure_future(self._keep(chore)) for chore in self._chores(parts, workers)]
-        gc.collect()
-        gc.freeze()
+        acceptor = Acceptor(self._listener.socket, sealing.server, on_failure=self._accept_failed)
+        own = [
+            asyncio.ensure_future(self._keep(self._notify_watchdog)),
+            asyncio.ensure_future(self._keep(lambda: self._reload_at_hangup(sealing, policy))),
+        ]
+        if sealing.parts is not None:
+            self.start(sealing.parts)
         gc.set_threshold(*GC_THRESHOLDS)
-        self._log.info("serving", socket=self._settings.socket, data_dir=self._settings.data_dir)
-        self._notifier.ready(f"serving on {self._settings.socket}")
+        state = "sealed" if sealing.is_sealed else "serving"
+        self._log.info(state, socket=self._settings.socket, data_dir=self._settings.data_dir)
+        self._notifier.ready(sealing.summary)
         await self._stopping.wait()
         self._notifier.stopping()
         acceptor.close()
         self._listener.close()
-        await parts.keks.stop()
-        await parts.server.drain(DRAIN_SECONDS_MAX)
-        for chore in chores:
-            chore.cancel()
-        await asyncio.wait(chores)
+        if sealing.parts is not None:
+            await sealing.parts.keks.stop()
+        await sealing.server.drain(DRAIN_SECONDS_MAX)
+        self.cancel()
+        for task in own:
+            task.cancel()
+        await asyncio.wait([*own, *self._running])
 
-    def _chores(self, parts: Parts, workers: Workers) -> list[Callable[[], Awaitable[None]]]:
+    # --- background work ---------------------------------------------------------------------------------------------
+
+    def start(self, parts: Parts) -> None:
+        """Starts the background work of an unsealed daemon."""
+        self._running = [asyncio.ensure_future(self._keep(chore)) for chore in self._chores(parts)]
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+
+    def cancel(self) -> None:
+        """Nothing of the background work runs from now on."""
+        for chore in self._running:
+            chore.cancel()
+
+    async def _notify_watchdog(self) -> None:
+        seconds = self._notifier.watchdog_interval_s
+        if seconds is not None:
+            await _every(seconds, self._notifier.watchdog)
+
+    async def _reload_at_hangup(self, sealing: Sealing, policy: PolicyInForce) -> None:
+        """Reads the policy file again after each SIGHUP. Several signals during one reload are one more reload."""
+        while self._settings.policy is not None:
+            await self._hangup.wait()
+            self._hangup.clear()
+            event = Event(type=api.RELOAD_POLICY.name, actor="minikms", pid=os.getpid(), detail="SIGHUP")
+            try:
+                await policy.reload(event)
+            except InvalidPolicyError as error:
+                event.outcome = error.code
+            sealing.audit(event)
+
+    def _chores(self, parts: Parts) -> list[Callable[[], Awaitable[None]]]:
         """The background work; each coroutine returns when it has nothing more to do."""
         loop = asyncio.get_running_loop()
 
         async def work() -> None:
             while True:
                 await asyncio.sleep(UPKEEP_SECONDS)
-                await loop.run_in_executor(workers.upkeep, parts.upkeep.work)
+                await loop.run_in_executor(parts.workers.upkeep, parts.upkeep.work)
 
-        chores: list[Callable[[], Awaitable[None]]] = [
+        return [
             lambda: parts.audit.sync_every(FSYNC_INTERVAL_MS / 1000),
             lambda: parts.app.flush_refusals_every(HOUSEKEEPING_SECONDS),
             lambda: _every(HOUSEKEEPING_SECONDS, parts.vault.expire),
             lambda: _every(HOUSEKEEPING_SECONDS, parts.upkeep.tick),
-            lambda: self._sweep_temps(parts, workers.reader),
+            lambda: self._sweep_temps(parts, parts.workers.reader),
             parts.indexing.run,
             work,
         ]
-        watchdog_seconds = self._notifier.watchdog_interval_s
-        if watchdog_seconds is not None:
-            chores.append(lambda: _every(watchdog_seconds, self._notifier.watchdog))
-        return chores
 
     async def _keep(self, chore: Callable[[], Awaitable[None]]) -> None:
         """Runs a chore to its end. A failure is a defect: it is reported, and the chore begins again."""
@@ -220,18 +276,14 @@ class Daemon:
                 await asyncio.sleep(CHORE_RETRY_SECONDS)
 
     async def _sweep_temps(self, parts: Parts, reader: Executor) -> None:
-        """Removes the temporary files of earlier processes; those that can't be removed stay for the next start."""
+        """Removes the temporary files of earlier processes where there may be many files. Those that can't be removed
+        stay for the next destruction of a key or the next start.
+        """
         loop = asyncio.get_running_loop()
-        directories = (
-            self._lock.directory_fd,
-            parts.vault.store.directory_fd,
-            parts.vault.rotation_backups.directory_fd,
-        )
-        sweeps: list[Callable[[], object]] = [functools.partial(sweep_temps, directory) for directory in directories]
-        sweeps.append(ArchiveRegister(self._lock.directory).sweep_temps)
-        for sweep in sweeps:
+        archives = ArchiveRegister(self._lock.directory)
+        for owner in (parts.vault.store, parts.vault.rotation_backups, archives):
             try:
-                await loop.run_in_executor(reader, sweep)
+                await loop.run_in_executor(reader, owner.sweep_temps)
             except MiniKmsError as error:
                 self._log.warning("temporary files stay", why=str(error))
 
@@ -239,6 +291,8 @@ class Daemon:
         for number in self._signals.read():
             if number in _STOP_SIGNALS:
                 self._stop(signal.Signals(number).name)
+            elif number == signal.SIGHUP:
+                self._hangup.set()
 
     def _on_parent(self) -> None:
         descriptor = self._settings.parent_fd
@@ -270,14 +324,34 @@ async def _every(seconds: float, chore: Callable[[], None]) -> None:
         chore()
 
 
+def _policy(settings: Settings) -> Policy:
+    """Reads the policy file, if there is one. Raises StartError."""
+    file, allowed = settings.policy, settings.allowed_uids
+    if file is None:
+        return Policy(allowed or (), settings.admin_uids)
+    if settings.admin_uids:
+        raise StartError(
+            "--policy and --admin-uids can't be given together: grant the roles rotate, destroy, audit and unseal in "
+            "the policy file"
+        )
+    file.check_apart(written=_write_paths(settings, activated=False), of_root_key=settings.root.read_paths)
+    return FilePolicy(file.read(), allowed, service_uid=os.geteuid(), overflow_uid=overflow_uid())
+
+
 def _harden(settings: Settings, arena: SecretArena, listener: UnixListener) -> tuple[Measure, ...]:
+    pin, policy = settings.opening.pin, settings.policy
     read = [*interpreter_paths(), *settings.root.read_paths]
-    write = [settings.data_dir, *settings.root.write_paths]
-    if not listener.activated:
-        write.append(os.path.dirname(os.path.abspath(settings.socket)))
-    if settings.forwarder is not None:
-        write += settings.forwarder.write_paths
+    read += [*([] if pin is None else [str(pin.path)]), *([] if policy is None else [policy.directory])]
+    write = _write_paths(settings, activated=listener.activated)
     return harden(arena, read=read, write=write, require=settings.require_hardening)
+
+
+def _write_paths(settings: Settings, *, activated: bool) -> list[str]:
+    """What the hardened process may write. `activated`: the service manager has made the socket."""
+    paths = [settings.data_dir, *settings.root.write_paths]
+    if not activated:
+        paths.append(os.path.dirname(os.path.abspath(settings.socket)))
+    return paths if settings.forwarder is None else [*paths, *settings.forwarder.write_paths]
 
 
 def _logger(settings: Settings) -> structlog.stdlib.BoundLogger:

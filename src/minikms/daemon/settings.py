@@ -10,6 +10,7 @@ from typing import Literal
 
 from minikms.audit.maintenance import KEEP_ALL, Retention
 from minikms.audit.shipping import Forwarder
+from minikms.daemon.policy_file import PolicyFile
 from minikms.datadir import DEFAULT_OPTIONS, Options
 from minikms.roots.providers import RootProvider
 
@@ -18,14 +19,18 @@ LogFormat = Literal["json", "console"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """`data_dir` is an absolute path. The daemon stops at the end of file of `parent_fd`."""
+    """`data_dir` is an absolute path. The daemon stops at the end of file of `parent_fd`. `sealed`: every start waits
+    for an unseal. `allowed_uids`: with a policy file None means the uids that it names; otherwise they narrow those.
+    """
 
     socket: str
     data_dir: str
     root: RootProvider
-    allowed_uids: frozenset[int]
+    allowed_uids: frozenset[int] | None
     admin_uids: frozenset[int] = frozenset()
+    policy: PolicyFile | None = None
     parent_fd: int | None = None
+    sealed: bool = False
     socket_mode: int = 0o600
     socket_group: str | None = None
     require_hardening: bool = False

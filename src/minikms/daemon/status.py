@@ -1,28 +1,35 @@
 """The answer to `GET /status`.
 
-Owns: the status object and its warnings. Invariants: it contains no secret; every warning says what to do. It must
-never do more than a few microseconds of work: it runs in the loop's thread.
+Owns: the status object and its warnings, unsealed and sealed, and what a limited caller gets of it. Invariants: it
+contains no secret; every warning says what to do; a principal behind a proxy reads nothing of files, root keys and
+other principals. It must never do more than a few microseconds of work: it runs in the loop's thread.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
+from minikms import api
 from minikms.daemon.accepting import bound_warning
-from minikms.keys.keyring import KEK_WRAPS_WARN
+from minikms.keys.keyring import AUDIT_KEYS_COUNT_MAX, AUDIT_KEYS_COUNT_WARN, KEK_WRAPS_WARN, VERSION
 
 if TYPE_CHECKING:
     from minikms.audit.maintenance import Maintenance
     from minikms.custody.rotation import KekRotation
     from minikms.custody.vault import Indexing
-    from minikms.daemon.application import Session
+    from minikms.daemon.admission import Session
+    from minikms.daemon.policy_file import PolicyInForce
     from minikms.daemon.settings import Settings
     from minikms.datadir import DataDir
     from minikms.http import HttpServer
+    from minikms.memory.arena import SecretArena
     from minikms.memory.process import Measure
     from minikms.service.keks import KekVerbs
+
+_ERROR_HIDDEN: Final = "the file is not valid"
+_KEY_HIDDEN: Final = "k_…"
 
 
 class StatusPage:
@@ -31,14 +38,20 @@ class StatusPage:
         *,
         settings: Settings,
         data: DataDir,
+        from_source: bool,
         upkeep: Maintenance,
         measures: tuple[Measure, ...],
         rotation: KekRotation,
         indexing: Indexing,
         keks: KekVerbs,
+        policy: PolicyInForce,
+        started_ns: int,
     ) -> None:
+        self._policy = policy
         self._settings = settings
         self._started_under = data.slot.fingerprint
+        self._provider = settings.root.name if from_source else data.slot.provider
+        """Of a given root key: where it was said to come from when it was added."""
         self._vault = data.vault
         self._log = data.log
         self._upkeep = upkeep
@@ -46,7 +59,7 @@ class StatusPage:
         self._rotation = rotation
         self._indexing = indexing
         self._keks = keks
-        self._started_ns = time.time_ns()
+        self._started_ns = started_ns
         self.server: HttpServer[Session] | None = None
 
     def build(self) -> dict[str, object]:
@@ -55,10 +68,10 @@ class StatusPage:
         cache = self._vault.cache
         server = self.server
         return {
-            "status": "ok" if self._log.writable else "audit_unavailable",
+            **self._log.service_status(),
             "pid": os.getpid(),
             "uid": os.geteuid(),
-            "uptime_seconds": (time.time_ns() - self._started_ns) // 1_000_000_000,
+            "uptime_seconds": _seconds_since(self._started_ns),
             "epoch": body.epoch,
             "keyring_id": body.keyring_id,
             "root": self._root(),
@@ -72,14 +85,7 @@ class StatusPage:
                 for kek in body.keks
             ],
             "rotation": self._rotation_progress(),
-            "keys": {
-                "indexing": not self._indexing.complete,
-                "by_state": {state: count for state, count in self._vault.index.by_state.items() if count},
-                "by_kek_version": {str(kek): count for kek, count in self._vault.index.by_kek.items() if count},
-                "destroyed": len(self._vault.destroyed),
-                "unreadable": self._vault.unreadable.count,
-                "unreadable_files": self._vault.unreadable.listed(),
-            },
+            "keys": self._indexing.status(),
             "leases": self._vault.leases.status()._asdict(),
             "audit": {
                 **self._log.status(),
@@ -95,22 +101,21 @@ class StatusPage:
                 "cache_evictions": cache.evictions,
             },
             "hardening": [measure.status() for measure in self._measures],
-            "http": {
-                "connections": server.connections_count if server else 0,
-                "connections_max": server.limits.connections_max if server else 0,
-                "requests": server.requests if server else 0,
-                "refused": server.refused if server else 0,
-                "accept_failures": server.accept_failures if server else 0,
-            },
-            "warnings": self._warnings(),
+            "http": _http(server),
+            "policy": self._policy.status(),
+            "warnings": [*self._warnings(), *self._policy.warnings()],
         }
 
     def _root(self) -> dict[str, object]:
         """`fingerprint`: of the root key that this run was started under, or of the one that has replaced it."""
-        slots = [slot.fingerprint for slot in self._vault.keyring.body.slots]
+        body = self._vault.keyring.body
+        slots = [slot.fingerprint for slot in body.slots]
+        replacing = body.slot(self._keks.proved_slot_id)
         return {
-            "provider": self._settings.root.name,
-            "fingerprint": self._started_under if self._started_under in slots else slots[-1],
+            "provider": self._provider,
+            "fingerprint": self._started_under
+            if self._started_under in slots or replacing is None
+            else replacing.fingerprint,
             "slots": slots,
         }
 
@@ -129,7 +134,7 @@ class StatusPage:
         found: list[str] = []
         if self._settings.root.warning:
             found.append(self._settings.root.warning)
-        if os.geteuid() in self._settings.allowed_uids:
+        if os.geteuid() in self._policy.policy.allowed:
             found.append(
                 "the daemon's own uid may connect: this protects against leaks, not against a compromised server, "
                 "which can read the key file and the data directory; run the two under separate users (deploy/systemd)"
@@ -137,12 +142,24 @@ class StatusPage:
         too_few = None if self.server is None else bound_warning(self.server.limits.connections_max)
         if too_few is not None:
             found.append(too_few)
-        if len(body.slots) > 1:
+        if any(slot.replaces for slot in body.slots) or (len(body.slots) > 1 and body.version != VERSION):
             found.append(
                 "more than one root key opens the keyring: start once with the newest root key to drop the older ones"
+                if not self._keks.replacing_error
+                else f"the root key that was replaced still opens the keyring: {self._keks.replacing_error}"
+            )
+        if body.revoking:
+            found.append(
+                f"{len(body.revoking)} removed root keys could open DEKs until the KEK rotation has ended"
+                + (f"; it can't begin: {self._keks.revocation_error}" if self._keks.revocation_error else "")
             )
         if body.wrapping_kek.wraps_reserved >= KEK_WRAPS_WARN:
             found.append("the KEK has wrapped more than 2^31 keys; rotate it")
+        if len(body.audit_keys) >= AUDIT_KEYS_COUNT_WARN:
+            found.append(
+                f"the keyring holds {len(body.audit_keys)} of at most {AUDIT_KEYS_COUNT_MAX} audit keys; each removed "
+                "root key takes one, and without one none can be removed or replaced"
+            )
         if self._keks.rewrite_failed:
             found.append("the master key file could not be rewritten with the new root key; write it there by hand")
         if self._vault.unreadable.count:
@@ -150,11 +167,91 @@ class StatusPage:
                 f"{self._vault.unreadable.count} key files can't be read, see keys.unreadable_files; restore them "
                 "from a backup"
             )
+        unreadable = sorted(self._vault.rotation_backups.batches.unreadable)
+        if unreadable:
+            found.append(
+                f"{len(unreadable)} rotation backups can't be read or written, first {unreadable[0]}; destroying a key "
+                "that they may hold is refused: correct this, or remove them"
+            )
         faults = self._upkeep.faults
         found += [
             f"the {job} of the audit log fails: {reason}. Correct this; the daemon tries again"
             for job, reason in faults.items()
         ]
         if not self._log.writable:
-            found.append("the audit log can't be written, so every verb answers 503; free space on its file system")
+            found.append(
+                "the audit log can't be written, so every verb but status and metrics answers 503; free space on its "
+                "file system"
+            )
         return found
+
+
+_REDUCED: Final = ("status", "uptime_seconds", "epoch", "keyring_id")
+_REDUCED_AUDIT: Final = ("head", "writable", "synced")
+
+
+def reduced(status: dict[str, Any]) -> dict[str, object]:
+    """What a principal behind a proxy gets: enough to see that the service works and is not an older one."""
+    shown: dict[str, object] = {name: status[name] for name in _REDUCED if name in status}
+    if "keys" in status:
+        shown["keys"] = {"indexing": status["keys"]["indexing"]}
+    if "audit" in status:
+        shown["audit"] = {name: status["audit"][name] for name in _REDUCED_AUDIT}
+    return shown
+
+
+def without_key_files(status: dict[str, Any]) -> dict[str, object]:
+    """What a principal gets that may not know of every key: no key id, in the warnings neither."""
+    status = without_policy_error(status)
+    warnings = [api.KEY_ID_PATTERN.sub(_KEY_HIDDEN, text) for text in status["warnings"]]
+    return {**status, "keys": {**status["keys"], "unreadable_files": {}}, "warnings": warnings}
+
+
+def without_policy_error(status: dict[str, Any]) -> dict[str, Any]:
+    """Why a reload failed quotes the policy file, which names other principals."""
+    policy = status["policy"]
+    if policy is None or not policy["last_error"]:
+        return status
+    warnings = [text.replace(policy["last_error"], _ERROR_HIDDEN) for text in status["warnings"]]
+    return {**status, "policy": {**policy, "last_error": _ERROR_HIDDEN}, "warnings": warnings}
+
+
+def sealed_status(
+    settings: Settings,
+    *,
+    policy: PolicyInForce,
+    arena: SecretArena,
+    measures: tuple[Measure, ...],
+    server: HttpServer[Session],
+    started_ns: int,
+    reason: str,
+    warning: str,
+) -> dict[str, object]:
+    """The members that a daemon without keys knows. `warning` is empty if there is none."""
+    return {
+        "status": "sealed",
+        "pid": os.getpid(),
+        "uid": os.geteuid(),
+        "uptime_seconds": _seconds_since(started_ns),
+        "reason": reason,
+        "root": {"provider": settings.root.name},
+        "memory": {"arena": arena.backing, "locked_bytes": arena.locked_bytes},
+        "hardening": [measure.status() for measure in measures],
+        "http": _http(server),
+        "policy": policy.status(),
+        "warnings": [*(text for text in (settings.root.warning, warning) if text), *policy.warnings()],
+    }
+
+
+def _seconds_since(started_ns: int) -> int:
+    return (time.time_ns() - started_ns) // 1_000_000_000
+
+
+def _http(server: HttpServer[Session] | None) -> dict[str, int]:
+    return {
+        "connections": server.connections_count if server else 0,
+        "connections_max": server.limits.connections_max if server else 0,
+        "requests": server.requests if server else 0,
+        "refused": server.refused if server else 0,
+        "accept_failures": server.accept_failures if server else 0,
+    }

@@ -4,7 +4,8 @@ Owns: the state of a connection. Rules:
 - A request is started only when it is complete and nothing blocks the connection (`_BUSY`, `_WRITE`, `_TURN`,
   `_CLOSING`). So answers leave in the order of their requests, and the engine reads nothing from a client that does not
   read its answers.
-- An answer is queued, and written at the end of the turn, after `Application.commit`.
+- An answer is queued, and written at the end of the turn, after `Application.commit`. If that fails, a 503 replaces it,
+  unless the application has marked it.
 - After the last answer no request is started: input is discarded until the peer closes or the linger limit is reached.
 - There is no timer per connection: `_phase` and `_since` say what it waits for, and `sweep` compares them with the
   limits.
@@ -54,6 +55,10 @@ _LARGE_ANSWER_BYTES: Final = 64 * 1024
 """A larger answer uses up the connection's share of the turn, so that many of them can't accumulate in one turn."""
 
 
+class Uncommitted(bytes):
+    """The bytes of an answer that is sent even if the turn's commit fails."""
+
+
 class Server(Protocol[S]):
     """What a connection needs from its server; `HttpServer` implements it and documents each member."""
 
@@ -98,12 +103,12 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         "_written",
     )
 
+    _app: Application[S]
     _transport: asyncio.Transport
     _session: S
 
     def __init__(self, server: Server[S]) -> None:
         self._server = server
-        self._app = server.app
         self._reader = RequestReader(server.shared)
         self._blocked = 0
         self._phase = Phase.IDLE
@@ -120,6 +125,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
     # --- the transport's calls ----------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._app = self._server.app
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=self._server.limits.write_buffer_bytes_max)
         opened = self._server.open(self, self._transport)
@@ -249,6 +255,14 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
             self._blocked |= _TURN
             self._answer(head, answer)
 
+    def use(self, app: Application[S]) -> None:
+        """Pass all further requests to `app`."""
+        self._app = app
+
+    def replace_answers(self, instead: Response) -> None:
+        """Replace the answers that are queued and not written."""
+        self._answers = self._replaced(self._answers, instead)
+
     # --- answers ------------------------------------------------------------------------------------------------
 
     def _answer(self, head: ParsedHead, answer: bytes | Response, *, close: bool = False) -> None:
@@ -263,7 +277,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
             data = self._server.encoder.answer(self._server.failed(error), close=True)
         if close:
             self._blocked |= _CLOSING
-        self._queue(data)
+        self._queue(Uncommitted(data) if response.uncommitted else data)
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer with a refusal; the connection ends after it."""
@@ -277,6 +291,10 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         if len(self._answers) == 1:
             self._server.queue(self)
 
+    def hold(self) -> None:
+        """Start no further request before the answers of this turn are written."""
+        self._blocked |= _TURN
+
     def flush(self, committed: bool) -> None:
         """Write the turn's answers. The server calls this at the end of the turn."""
         answers = self._answers
@@ -284,7 +302,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
             return
         self._answers = []
         if not committed:
-            answers = self._unavailable(answers)
+            answers = self._replaced(answers, refusal_response(AUDIT_UNAVAILABLE))
         data = answers[0] if len(answers) == 1 else b"".join(answers)
         self._written += len(data)
         self._transport.write(data)
@@ -295,13 +313,12 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
                 self._blocked &= ~_TURN
                 self._continue()
 
-    def _unavailable(self, answers: list[bytes]) -> list[bytes]:
-        """The same number of answers, each saying that the audit log can't be written."""
-        response = refusal_response(AUDIT_UNAVAILABLE)
-        kept = self._server.encoder.answer(response, close=False)
-        replaced = [answer if answer is CONTINUE else kept for answer in answers]
-        if self._blocked & _CLOSING:
-            replaced[-1] = self._server.encoder.answer(response, close=True)
+    def _replaced(self, answers: list[bytes], instead: Response) -> list[bytes]:
+        """The same number of answers: `instead` for each one that needs the turn's commit."""
+        kept = self._server.encoder.answer(instead, close=False)
+        replaced = [answer if answer is CONTINUE or type(answer) is Uncommitted else kept for answer in answers]
+        if answers and self._blocked & _CLOSING and type(replaced[-1]) is not Uncommitted:
+            replaced[-1] = self._server.encoder.answer(instead, close=True)
         return replaced
 
     # --- flow and end -------------------------------------------------------------------------------------------

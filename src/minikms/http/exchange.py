@@ -66,9 +66,12 @@ class Request(msgspec.Struct, gc=False):
 
 
 class Response:
-    """An answer. `close`: the connection ends after it. `headers`: further (name, value) pairs without line breaks."""
+    """An answer. `close`: the connection ends after it. `headers`: further (name, value) pairs without line breaks.
 
-    __slots__ = ("body", "close", "content_type", "headers", "status")
+    `uncommitted`: it is sent as it is, even if the turn's `Application.commit` fails.
+    """
+
+    __slots__ = ("body", "close", "content_type", "headers", "status", "uncommitted")
 
     def __init__(
         self,
@@ -77,7 +80,10 @@ class Response:
         content_type: str = JSON,
         close: bool = False,
         headers: tuple[tuple[str, str], ...] = (),
+        *,
+        uncommitted: bool = False,
     ) -> None:
+        self.uncommitted = uncommitted
         self.status = status
         self.body = body
         self.content_type = content_type
@@ -104,7 +110,10 @@ def refusal_response(refusal: Refusal) -> Response:
 
 def raised_response(error: MiniKmsError) -> Response:
     """The answer to an error that a handler raised. A 401 ends the connection, because its peer can't change."""
-    return error_response(error.status, error.code, str(error), close=error.status == 401)
+    response = error_response(error.status, error.code, str(error), close=error.status == 401)
+    if error.retry_after_s:
+        response.headers = (("retry-after", str(error.retry_after_s)),)
+    return response
 
 
 class Application(Protocol[S]):
@@ -130,8 +139,10 @@ class Application(Protocol[S]):
     def refused(self, session: S | None, status: int, code: str) -> None:
         """The engine has refused input of this session, or (None) a connection beyond the bound."""
 
-    def commit(self) -> bool:
-        """Write the turn's audit lines, at the end of the turn. False: a 503 replaces every answer of the turn."""
+    def commit(self) -> bool | None:
+        """Write the turn's audit lines, at the end of the turn. False: a 503 replaces every answer of the turn, except
+        those marked `uncommitted`. None: the answers wait, and the engine calls again soon.
+        """
 
     def close_session(self, session: S) -> None:
         """The connection has ended. Handlers of its requests may still be running."""

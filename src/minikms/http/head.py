@@ -67,7 +67,8 @@ _HOST: Final = re.compile(rb"[A-Za-z0-9\-._~!$&'()*+,;=:\[\]%]*")
 _LENGTH: Final = re.compile(rb"[0-9]+")
 
 _REQUEST_ID: Final = api.REQUEST_ID_HEADER.encode()
-_NOT_CACHED: Final = frozenset({b"authorization", b"cookie", b"proxy-authorization", _REQUEST_ID})
+_PRINCIPAL: Final = api.PRINCIPAL_HEADER.encode()
+_NOT_CACHED: Final = frozenset({b"authorization", b"cookie", b"proxy-authorization", _REQUEST_ID, _PRINCIPAL})
 _ONCE: Final = frozenset(
     {
         b"authorization",
@@ -77,6 +78,7 @@ _ONCE: Final = frozenset(
         b"expect",
         b"host",
         b"transfer-encoding",
+        _PRINCIPAL,
         _REQUEST_ID,
     }
 )
@@ -85,9 +87,10 @@ _ONCE: Final = frozenset(
 class ParsedHead(msgspec.Struct, frozen=True, gc=False):
     """What the engine and the application need from a head.
 
-    `path` and `query` are as sent, not percent-decoded. `content_length` is 0 for a chunked or absent body. `plain`: a
-    200 with JSON needs no special header (the connection stays open, the method is not HEAD, no request id to repeat).
-    `cacheable`: `HeadCache` may keep it, because it contains no credential and is likely to recur.
+    `path` and `query` are as sent, not percent-decoded. `content_length` is 0 for a chunked or absent body.
+    `principal`: the value of `X-MiniKMS-Principal`, unchecked, also if it is empty; None without that header. `plain`:
+    a 200 with JSON needs no special header (the connection stays open, the method is not HEAD, no request id to
+    repeat). `cacheable`: `HeadCache` may keep it, because it contains no credential and is likely to recur.
     """
 
     method: str
@@ -99,6 +102,7 @@ class ParsedHead(msgspec.Struct, frozen=True, gc=False):
     expect_continue: bool
     content_type: str
     request_id: str | None
+    principal: str | None
     plain: bool
     cacheable: bool
 
@@ -151,6 +155,7 @@ def parse_head(raw: bytes, limits: Limits) -> ParsedHead:
         expect_continue=is_1_1 and b"expect" in fields,
         content_type=fields.get(b"content-type", b"").decode("latin-1"),
         request_id=request_id,
+        principal=fields[_PRINCIPAL].decode("latin-1") if _PRINCIPAL in fields else None,
         plain=keep_alive and method != b"HEAD" and request_id is None,
         cacheable=not query and fields.keys().isdisjoint(_NOT_CACHED),
     )

@@ -25,6 +25,8 @@ from minikms.http.reader import Phase, Shared
 
 _DRAIN_POLL_SECONDS: Final = 0.02
 _CANCEL_SECONDS_MAX: Final = 1.0
+_COMMIT_AGAIN_SECONDS: Final = 0.002
+"""Between two calls of `Application.commit` for a turn whose answers wait."""
 
 
 class HttpServer(Generic[S]):
@@ -64,7 +66,8 @@ class HttpServer(Generic[S]):
         self._turn: list[Connection[S]] = []
         self._turn_scheduled = False
         self._sweeper: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Future[bytes | Response]] = set()
+        self._tasks: dict[asyncio.Future[bytes | Response], Response | None] = {}
+        """The answers that are awaited. The value replaces the outcome, after `replace_app`."""
 
     def protocol_factory(self) -> Connection[S]:
         """For `loop.connect_accepted_socket`, `loop.create_unix_server` and `loop.create_server`."""
@@ -73,6 +76,23 @@ class HttpServer(Generic[S]):
     @property
     def connections_count(self) -> int:
         return len(self.connections)
+
+    def replace_app(self, app: Application[S], instead: Response | None) -> None:
+        """Serve `app` from now on, with the sessions of the former application.
+
+        `instead`: the answer to every request that the former application has begun and that is not answered yet. Its
+        awaited answers are cancelled. None: they go on.
+        """
+        self.app = app
+        for connection in self.connections:
+            connection.use(app)
+        if instead is None:
+            return
+        for connection in self._turn:
+            connection.replace_answers(instead)
+        for task in self._tasks:
+            self._tasks[task] = instead
+            task.cancel()
 
     async def drain(self, seconds: float) -> None:
         """Stop gracefully: close idle connections, finish pending requests for at most `seconds`, then abort the rest.
@@ -89,7 +109,7 @@ class HttpServer(Generic[S]):
             for connection in list(self.connections):
                 connection.close_if_idle()
         if self._tasks:
-            for task in self._tasks:
+            for task in list(self._tasks):
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=_CANCEL_SECONDS_MAX)
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
@@ -166,12 +186,13 @@ class HttpServer(Generic[S]):
         """Wait for an awaited answer and pass it to its connection."""
         self._schedule_turn()  # so that the end of the turn zeroes this request
         task = asyncio.ensure_future(awaitable, loop=self.loop)
-        self._tasks.add(task)
+        self._tasks[task] = None
 
         def done(task: asyncio.Future[bytes | Response]) -> None:
-            self._tasks.discard(task)
+            instead = self._tasks.pop(task, None)
             self._schedule_turn()
-            connection.finished(head, self._outcome(task))
+            outcome = self._outcome(task)  # also if it is replaced: an unexpected exception is reported
+            connection.finished(head, outcome if instead is None else instead)
 
         task.add_done_callback(done)
 
@@ -208,6 +229,13 @@ class HttpServer(Generic[S]):
         except Exception as error:  # noqa: BLE001 - if commit raises, the audit lines were not written
             self.failed(error)
             committed = False
+        if committed is None:
+            self._turn = turn
+            self._turn_scheduled = True
+            for connection in turn:
+                connection.hold()
+            self.loop.call_later(_COMMIT_AGAIN_SECONDS, self._end_turn)
+            return
         for connection in turn:
             connection.flush(committed)
 

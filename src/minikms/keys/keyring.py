@@ -1,16 +1,24 @@
-"""The keyring: root slots, KEK versions, audit keys, epoch, tombstones.
+"""The keyring: root slots, KEK versions, audit keys, epoch, and how far the file of tombstones goes.
 
 Owns: the keyring's content and file format (docs/spec/formats.md), the table of legal moves of a KEK version, and every
 change of the keyring. Each change is a pure function from one body to the next.
 
-Hierarchy: each root key wraps a keyring key in its own slot. The newest keyring key wraps the KEK versions and the
-audit keys, and authenticates the body (GMAC over its exact bytes). A new root key comes with a new keyring key, so an
-old root key and an old keyring do not open a later keyring. Until the older slots are dropped, links lead from their
-keyring key to the newest one.
+Hierarchy: the keyring key is sealed to each slot, and each slot opens under one root key. Slots are alternatives. The
+keyring key wraps the KEK versions and the audit keys, and authenticates the body (GMAC over its exact bytes). A slot is
+removed together with the keyring key: a fresh one is sealed to the slots that stay, so the removed root key and an old
+keyring do not open a later keyring. The removed root key is `revoking` until no DEK file is wrapped under a KEK version
+that it could open.
+
+Formats 1 to 3 still open, and the next start writes format 4 (docs/spec/formats.md), which has the members of format 3.
+In formats 1 and 2, the root keys wrapped keyring keys of their own, and links led from the older ones to the newest.
+Format 1 also held the tombstones of
+destroyed keys in the body; the later ones hold their number and the hash of their file (`minikms.keys.tombstones`). A
+keyring with several root keys that was opened under an older one stays in its format until a start under the newest.
 
 Invariants: exactly one KEK version is `active`, and at most one is `pending`. Every written body has a higher epoch
 than the one before it. The number of a KEK version is never used again. An illegal move raises and changes nothing. It
-must never hold unwrapped key material: that is in `minikms.keys.unlocked`.
+must never hold unwrapped key material: that is in `minikms.keys.unlocked`. Changes of the slots are in
+`minikms.keys.root_slots`.
 """
 
 from __future__ import annotations
@@ -18,23 +26,40 @@ from __future__ import annotations
 import binascii
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import msgspec
 
+from minikms import api
+from minikms.crypto.aead import KEY_BYTES, OVERHEAD_BYTES
+from minikms.crypto.shares import SET_ID, SHARES_COUNT_MAX, THRESHOLD_MIN
+from minikms.crypto.slots import COMMITMENT_BYTES, MAC_BYTES, PUBLIC_KEY_BYTES, SEALED_BYTES
 from minikms.errors import ConflictError, StartError
+from minikms.keys.tombstones import TOMBSTONES_COUNT_MAX
 
 FORMAT: Final = "minikms-keyring"
-VERSION: Final = 1
+VERSION: Final = 4
+VERSION_NO_LOGS: Final = 3
+"""As VERSION, before create logs, rewrap journals and batch backups: a program that reads up to it knows none of them.
+It would ignore a create log, and leave the bytes of a key that it destroys in all three. Each start raises it.
+"""
+VERSION_WRAPPED_SLOTS: Final = 2
+"""Written only while a keyring with several root keys is open under an older one."""
+VERSION_TOMBSTONES_INSIDE: Final = 1
+"""It can be read, and is not written any more."""
 FILE_BYTES_MAX: Final = 256 * 1024 * 1024
 VERSION_MAX: Final = 2**32
 """Exclusive bound of the numbers of KEKs, audit keys and keyring keys."""
 SLOTS_MAX: Final = 16
+ROOT_TEST_DAYS_MAX: Final = 90
+"""A root key counts as tested for so long."""
 KEKS_OPEN_COUNT_MAX: Final = 64
 """KEK versions that are not destroyed. Each takes a slot of the arena."""
-AUDIT_KEYS_COUNT_MAX: Final = 64
-TOMBSTONES_COUNT_MAX: Final = 1_000_000
-"""About 80 MiB of the file."""
+AUDIT_KEYS_COUNT_MAX: Final = 1024
+"""Each removal of a root key takes one, and nothing frees them: a line of the log is verified under its own key. Each
+takes two slots of the arena and about 400 bytes of the file.
+"""
+AUDIT_KEYS_COUNT_WARN: Final = 900
 KEK_WRAPS_LEASE: Final = 2**16
 """Wraps reserved at a time. A run wastes what it leaves of a reservation, so a KEK lasts for 65,536 starts at least."""
 RESTORE_WRAPS: Final = 2**26
@@ -43,8 +68,11 @@ KEK_WRAPS_WARN: Final = 2**31
 KEK_WRAPS_MAX: Final = 2**32 - KEK_WRAPS_LEASE
 """NIST SP 800-38D, section 8.3: at most 2^32 random nonces under one key."""
 RETIRED_ROOTS_MAX: Final = 64
+HEAD_BYTES: Final = 32
+"""Of a SHA-256."""
+WRAPPED_KEY_BYTES: Final = KEY_BYTES + OVERHEAD_BYTES
 
-_PROVIDER: Final = re.compile(r"[a-z0-9-]{1,32}")
+PROVIDER: Final = re.compile(r"[a-z0-9-]{1,32}", re.ASCII)
 
 
 # --- KEK states -------------------------------------------------------------------------------------------------------
@@ -76,11 +104,23 @@ class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     """Base of all parts. An unknown field is refused: it might change the meaning of the known ones."""
 
 
-class Slot(_Part, frozen=True):
-    """`wrapped` is the keyring key of version `opens`, sealed under the root key of this slot.
+class ShareSet(_Part, frozen=True):
+    """The shares of a root key: `threshold` of `count` give it back. `digests` names a wrong share, by number."""
 
-    `provider` is for people: the name of the root key provider that the slot was made with, or `request` for a root key
-    that came with `POST /rotate_kek`.
+    set_id: str
+    threshold: int
+    count: int
+    digests: tuple[bytes, ...]
+
+
+class Slot(_Part, frozen=True):
+    """`sealed` is the keyring key, sealed to `public_key`; `mac` authenticates it under the slot's authentication key.
+
+    Both keys are derived from the root key (`minikms.crypto.slots`); `wrapped_auth` is the authentication key under the
+    keyring key, so that a fresh keyring key can be sealed without the root key. `provider` is for people: the name of
+    the root key provider that the slot was made with, or `request` for a root key that came with `POST /rotate_kek`.
+    `tested_at`: when a root key last proved that it opens the slot. `replaces`: the slot that goes once this one was
+    proved, by its id. Formats 1 and 2 only: `wrapped` is the keyring key of version `opens` under the root key.
     """
 
     slot_id: str
@@ -88,12 +128,19 @@ class Slot(_Part, frozen=True):
     provider: str
     created_at: str
     commitment: bytes
-    opens: int
-    wrapped: bytes
+    opens: int = 0
+    wrapped: bytes = b""
+    tested_at: str = ""
+    public_key: bytes = b""
+    sealed: bytes = b""
+    mac: bytes = b""
+    wrapped_auth: bytes = b""
+    replaces: str = ""
+    shares: ShareSet | None = None
 
 
 class Link(_Part, frozen=True):
-    """`wrapped` is the keyring key of `version`, sealed under the version before it."""
+    """Formats 1 and 2: `wrapped` is the keyring key of `version`, sealed under the version before it."""
 
     version: int
     wrapped: bytes
@@ -135,8 +182,24 @@ class Rotation(_Part, frozen=True):
 
 
 class RetiredRoot(_Part, frozen=True):
+    """`line_owed`: the audit log has no line yet about the end of its revocation."""
+
     fingerprint: str
     rotated_at: str
+    line_owed: bool = False
+
+
+class RevokingRoot(_Part, frozen=True):
+    """A root key whose slot was removed, until every DEK is under KEK version `kek_version` or a later one: those it
+    could never open. `line_owed`: it was replaced, and the audit log has no line yet about its removal.
+    """
+
+    slot_id: str
+    fingerprint: str
+    provider: str
+    removed_at: str
+    kek_version: int
+    line_owed: bool = False
 
 
 class Tombstone(_Part, frozen=True):
@@ -144,7 +207,20 @@ class Tombstone(_Part, frozen=True):
     destroyed_at: str
 
 
+class TombstoneLog(_Part, frozen=True):
+    """How far the file of tombstones goes: the number of its records, and SHA-256 of the file up to the last of them.
+
+    `wrapped_key` is the tombstone key, sealed under the keyring key.
+    """
+
+    count: int
+    head: bytes
+    wrapped_key: bytes
+
+
 class Body(_Part, frozen=True):
+    """`tombstones` is of format 1 only, `links` of formats 1 and 2, `revoking` of formats 3 and 4."""
+
     format: str
     version: int
     keyring_id: str
@@ -159,10 +235,17 @@ class Body(_Part, frozen=True):
     rotation: Rotation | None = None
     retired_roots: tuple[RetiredRoot, ...] = ()
     tombstones: tuple[Tombstone, ...] = ()
+    tombstone_log: TombstoneLog | None = None
+    revoking: tuple[RevokingRoot, ...] = ()
 
     def kek(self, version: int) -> Kek | None:
         """The KEK version, also a destroyed one; None if there was never one of this number."""
         return next((kek for kek in self.keks if kek.version == version), None)
+
+    def has_kek(self, version: int) -> bool:
+        """Whether there is a KEK of this version that was not destroyed."""
+        kek = self.kek(version)
+        return kek is not None and kek.state != "destroyed"
 
     def kek_in_state(self, state: KekState) -> Kek | None:
         return next((kek for kek in self.keks if kek.state == state), None)
@@ -180,8 +263,23 @@ class Body(_Part, frozen=True):
         """The audit key in use."""
         return self.audit_keys[-1]
 
+    def slot(self, slot_id: str) -> Slot | None:
+        return next((slot for slot in self.slots if slot.slot_id == slot_id), None)
+
     def slot_for(self, fingerprint: str) -> Slot | None:
         return next((slot for slot in self.slots if slot.fingerprint == fingerprint), None)
+
+    @property
+    def has_sealed_slots(self) -> bool:
+        """Whether the slots are those of formats 3 and 4."""
+        return all(slot.sealed for slot in self.slots)
+
+    @property
+    def revocation_due(self) -> bool:
+        """Whether a removed root key could open the KEK in use, and no rotation runs that changes this."""
+        active = self.kek_in_state("active")
+        needed = max((root.kek_version for root in self.revoking), default=0)
+        return self.rotation is None and active is not None and active.version < needed
 
 
 class File(msgspec.Struct, forbid_unknown_fields=True):
@@ -222,9 +320,10 @@ def parse_file(data: bytes) -> tuple[Body, bytes, bytes]:
         raise StartError(f"the keyring is damaged or of an unknown format version; {WAY_OUT}") from None
     if body.format == FORMAT and body.version > VERSION:
         raise StartError(_newer_text(body.version))
-    if body.format != FORMAT or body.version != VERSION:
+    if body.format != FORMAT or body.version < VERSION_TOMBSTONES_INSIDE:
         raise StartError(
-            f"the keyring has format {body.format!r} version {body.version}; this program reads {VERSION}; {WAY_OUT}"
+            f"the keyring has format {body.format!r} version {body.version}; this program reads up to {VERSION}; "
+            f"{WAY_OUT}"
         )
     check(body)
     return body, body_bytes, file.tag
@@ -250,14 +349,15 @@ def _version_of(data: bytes) -> int:
 
 def _newer_text(version: int) -> str:
     return (
-        f"a newer program wrote the keyring: it has format version {version}, and this program reads {VERSION}. Start "
-        "the newer version of miniKMS, or restore a backup that this version made (docs/runbook.md)"
+        f"a newer program wrote the keyring: it has format version {version}, and this program reads up to {VERSION}. "
+        "Start the newer version of miniKMS; an older one can't read the file (docs/runbook.md)"
     )
 
 
 def check(body: Body) -> None:
     """Raises StartError if the body breaks an invariant of this module."""
-    if not (_keks_agree(body) and _slots_agree(body) and _audit_keys_agree(body) and body.epoch >= 1):
+    agree = _keks_agree(body) and _slots_agree(body) and _audit_keys_agree(body) and _tombstones_agree(body)
+    if not (agree and body.epoch >= 1):
         raise StartError(f"the keyring is inconsistent; {WAY_OUT}")
 
 
@@ -285,15 +385,56 @@ def _slots_agree(body: Body) -> bool:
     names = {slot.fingerprint for slot in body.slots}
     if not 1 <= len(body.slots) <= SLOTS_MAX or len(ids) != len(body.slots) or len(names) != len(body.slots):
         return False
-    if not all(_PROVIDER.fullmatch(slot.provider) for slot in body.slots):
+    if not all(PROVIDER.fullmatch(slot.provider) for slot in body.slots):
         return False
     if body.rotation is not None and body.rotation.slot_id not in ids | {""}:
         return False
-    # The links lead from the keyring key of each slot, step by step, to the newest one.
+    return _sealed_slots_agree(body) if body.version >= VERSION_NO_LOGS else _wrapped_slots_agree(body)
+
+
+def _sealed_slots_agree(body: Body) -> bool:
+    gone = {root.fingerprint for root in body.revoking}
+    ids = {slot.slot_id for slot in body.slots}
+    return (
+        not body.links
+        and 0 < body.key_version < VERSION_MAX
+        and len(body.revoking) <= RETIRED_ROOTS_MAX
+        and all(0 < root.kek_version <= VERSION_MAX for root in body.revoking)
+        and all(_is_sealed(slot) and slot.fingerprint not in gone for slot in body.slots)
+        and all(slot.replaces in ids for slot in body.slots if slot.replaces)
+    )
+
+
+def _is_sealed(slot: Slot) -> bool:
+    return (
+        api.SLOT_ID_PATTERN.fullmatch(slot.slot_id) is not None
+        and slot.opens == 0
+        and not slot.wrapped
+        and slot.replaces != slot.slot_id
+        and (len(slot.commitment), len(slot.public_key), len(slot.sealed), len(slot.mac), len(slot.wrapped_auth))
+        == (COMMITMENT_BYTES, PUBLIC_KEY_BYTES, SEALED_BYTES, MAC_BYTES, WRAPPED_KEY_BYTES)
+        and (slot.shares is None or share_set_agrees(slot.shares))
+    )
+
+
+def share_set_agrees(shares: ShareSet) -> bool:
+    """Whether the numbers of a set of shares are in their bounds."""
+    return (
+        SET_ID.fullmatch(shares.set_id) is not None
+        and THRESHOLD_MIN <= shares.threshold <= shares.count <= SHARES_COUNT_MAX
+        and len(shares.digests) == shares.count
+        and all(len(digest) == HEAD_BYTES for digest in shares.digests)
+    )
+
+
+def _wrapped_slots_agree(body: Body) -> bool:
+    """The links lead from the keyring key of each slot, step by step, to the newest one."""
     opens = [slot.opens for slot in body.slots]
     links = [link.version for link in body.links]
     return (
-        _rises((*opens, VERSION_MAX))
+        not body.revoking
+        and all(slot.wrapped and not slot.sealed for slot in body.slots)
+        and _rises((*opens, VERSION_MAX))
         and opens[-1] == body.key_version == opens[0] + len(links)
         and links == list(range(opens[0] + 1, body.key_version + 1))
     )
@@ -302,6 +443,18 @@ def _slots_agree(body: Body) -> bool:
 def _audit_keys_agree(body: Body) -> bool:
     versions = [key.version for key in body.audit_keys]
     return 1 <= len(versions) <= AUDIT_KEYS_COUNT_MAX and _rises((*versions, VERSION_MAX))
+
+
+def _tombstones_agree(body: Body) -> bool:
+    log = body.tombstone_log
+    if log is None:
+        return body.version == VERSION_TOMBSTONES_INSIDE
+    return (
+        body.version in (VERSION_WRAPPED_SLOTS, VERSION_NO_LOGS, VERSION)
+        and not body.tombstones
+        and 0 <= log.count <= TOMBSTONES_COUNT_MAX
+        and len(log.head) == HEAD_BYTES
+    )
 
 
 def _rises(versions: Iterable[int]) -> bool:
@@ -344,73 +497,87 @@ def reserve_wraps(body: Body, version: int, count: int, *, at: str) -> Body:
 
 def add_audit_key(body: Body, key: AuditKey, *, at: str) -> Body:
     """Adds the audit key for all further lines of the log. Raises ConflictError if there are too many."""
-    if len(body.audit_keys) >= AUDIT_KEYS_COUNT_MAX:
-        raise ConflictError(f"the keyring holds {AUDIT_KEYS_COUNT_MAX} audit keys already; begin a new audit log")
+    check_takes_audit_key(body)
     return next_epoch(body, at=at, audit_keys=(*body.audit_keys, key))
 
 
-class NewRoot(NamedTuple):
-    """What a rotation to a new root key adds: its slot, the link to the new keyring key, and every key sealed under
-    that.
-    """
-
-    slot: Slot
-    link: Link
-    keks: tuple[Kek, ...]
-    audit_keys: tuple[AuditKey, ...]
+def check_takes_audit_key(body: Body) -> None:
+    """Raises ConflictError if the keyring can't hold another audit key."""
+    if len(body.audit_keys) >= AUDIT_KEYS_COUNT_MAX:
+        raise ConflictError(
+            f"the keyring holds {AUDIT_KEYS_COUNT_MAX} audit keys, which is the limit of a data directory: no root key "
+            "can be removed or replaced any more; move the messages to a new data directory"
+        )
 
 
-def begin_rotation(body: Body, *, kek: Kek, root: NewRoot | None, stamp: str, at: str) -> Body:
-    """Step 1 of a rotation: adds the pending KEK version and, if there is a new root key, its parts.
+def begin_rotation(body: Body, *, kek: Kek, slot: Slot | None, stamp: str, at: str) -> Body:
+    """Step 1 of a rotation: adds the pending KEK version and, if there is a new root key, its slot.
 
     Raises ConflictError if a bound of this module would be exceeded.
     """
     active = body.kek_in_state("active")
     if active is None:
         raise StartError("the keyring has no active KEK version")
-    check_has_room(body, new_root=root is not None)
+    check_has_room(body, kek=True, slot=slot is not None)
     rotation = Rotation(
         from_version=active.version,
         to_version=kek.version,
         started_at=at,
         stamp=stamp,
-        slot_id=root.slot.slot_id if root else "",
+        slot_id=slot.slot_id if slot else "",
     )
-    if root is None:
-        return next_epoch(body, at=at, keks=(*body.keks, kek), rotation=rotation)
-    return next_epoch(
-        body,
-        at=at,
-        key_version=root.link.version,
-        slots=(*body.slots, root.slot),
-        links=(*body.links, root.link),
-        keks=(*root.keks, kek),
-        audit_keys=root.audit_keys,
-        rotation=rotation,
-    )
+    slots = body.slots if slot is None else (*body.slots, slot)
+    return next_epoch(body, at=at, slots=slots, keks=(*body.keks, kek), rotation=rotation)
 
 
-def check_has_room(body: Body, *, new_root: bool) -> None:
-    """Raises ConflictError, which says what to do, if a rotation would exceed a bound of this module."""
-    if sum(kek.state != "destroyed" for kek in body.keks) >= KEKS_OPEN_COUNT_MAX:
+def check_has_room(body: Body, *, kek: bool, slot: bool) -> None:
+    """Raises ConflictError, which says what to do, if another KEK version or slot would exceed a bound."""
+    if kek and sum(kek.state != "destroyed" for kek in body.keks) >= KEKS_OPEN_COUNT_MAX:
         raise ConflictError(
             f"the keyring holds {KEKS_OPEN_COUNT_MAX} KEK versions; destroy the unused ones with POST /kek/prune"
         )
-    if new_root and len(body.slots) >= SLOTS_MAX:
-        raise ConflictError("too many root keys open this keyring; start once with the newest one first")
+    if slot:
+        check_sealed(body)
+        if len(body.slots) >= SLOTS_MAX:
+            raise ConflictError(f"{SLOTS_MAX} root keys open this keyring; remove the unused ones first")
+
+
+def check_sealed(body: Body) -> None:
+    """Raises ConflictError while the keyring has a former format, in which root keys can't be added and removed."""
+    if body.version < VERSION_NO_LOGS:
+        raise ConflictError(
+            "the keyring has a former format, because the daemon was started under an older one of its root keys: "
+            "start it once under the newest root key, which drops the older ones"
+        )
 
 
 def promote(body: Body, *, at: str) -> Body:
-    """Step 3 of a rotation: the pending KEK version becomes active, and the active one retired."""
+    """Step 3 of a rotation: the pending KEK version becomes active, and the active one retired. Removed root keys that
+    can't open the new version are retired.
+    """
     keks: list[Kek] = []
+    active = 0
     for kek in body.keks:
         if kek.state == "active":
             keks.append(msgspec.structs.replace(kek, state=move_kek(kek.state, "retire"), retired_at=at))
         elif kek.state == "pending":
             keks.append(msgspec.structs.replace(kek, state=move_kek(kek.state, "promote")))
+            active = kek.version
         else:
             keks.append(kek)
-    return next_epoch(body, at=at, keks=tuple(keks), rotation=None)
+    done = tuple(
+        RetiredRoot(root.fingerprint, root.removed_at, line_owed=True)
+        for root in body.revoking
+        if root.kek_version <= active
+    )
+    return next_epoch(
+        body,
+        at=at,
+        keks=tuple(keks),
+        rotation=None,
+        revoking=tuple(root for root in body.revoking if root.kek_version > active),
+        retired_roots=(*body.retired_roots, *done)[-RETIRED_ROOTS_MAX:],
+    )
 
 
 def destroy_kek(body: Body, version: int, *, at: str) -> Body:
@@ -423,24 +590,45 @@ def destroy_kek(body: Body, version: int, *, at: str) -> Body:
     )
 
 
-def drop_slots_except(body: Body, slot_id: str, *, at: str) -> Body:
-    """Removes all slots but `slot_id`, which must be the newest; the fingerprints of the others are kept.
+def with_tombstones(body: Body, count: int, head: bytes, *, at: str) -> Body:
+    """`counting`, one epoch later. Raises ConflictError if there are too many."""
+    return next_epoch(counting(body, count, head), at=at)
 
-    Raises ConflictError for an older slot: only the newest one opens the newest keyring key without links.
+
+def counting(body: Body, count: int, head: bytes) -> Body:
+    """The body that counts the first `count` records of the tombstone file, whose SHA-256 is `head`. The epoch stays.
+
+    Raises ConflictError if there are too many.
     """
-    newest = body.slots[-1]
-    if newest.slot_id != slot_id:
-        raise ConflictError("only the slot of the newest root key can stay")
-    gone = tuple(RetiredRoot(slot.fingerprint, at) for slot in body.slots[:-1])
-    retired_roots = (*body.retired_roots, *gone)[-RETIRED_ROOTS_MAX:]
-    return next_epoch(body, at=at, slots=(newest,), links=(), retired_roots=retired_roots)
+    if body.tombstone_log is None:
+        raise StartError("the keyring has the former format, which the next start converts")
+    if count > TOMBSTONES_COUNT_MAX:
+        raise ConflictError(f"{TOMBSTONES_COUNT_MAX:,} keys were destroyed, which is the limit of a data directory")
+    log = msgspec.structs.replace(body.tombstone_log, count=count, head=head)
+    return msgspec.structs.replace(body, tombstone_log=log)
 
 
-def add_tombstone(body: Body, key_id: str, *, at: str) -> Body:
-    """Adds the tombstone of a destroyed DEK. Raises ConflictError if there are too many."""
-    if len(body.tombstones) >= TOMBSTONES_COUNT_MAX:
-        raise ConflictError(f"the keyring holds {TOMBSTONES_COUNT_MAX} destroyed keys, which is its limit")
-    return next_epoch(body, at=at, tombstones=(*body.tombstones, Tombstone(key_id, at)))
+def with_tombstone_log(body: Body, log: TombstoneLog) -> Body:
+    """A body of format 1 in a later format. The tombstones are in the file that `log` describes. The epoch stays."""
+    version = VERSION if body.has_sealed_slots else VERSION_WRAPPED_SLOTS
+    return msgspec.structs.replace(body, version=version, tombstones=(), tombstone_log=log)
+
+
+def with_sealed_slot(body: Body, slot: Slot, *, at: str) -> Body:
+    """A body of a former format with the newest of its slots, in VERSION. The epoch stays, and so do tombstones in the
+    body, until `with_tombstone_log`.
+
+    Root keys of older slots could open every KEK version that there is, through the links, so they are `revoking`.
+    """
+    needed = max(kek.version for kek in body.keks) + 1
+    gone = tuple(RevokingRoot(old.slot_id, old.fingerprint, old.provider, at, needed) for old in body.slots[:-1])
+    version = VERSION if body.tombstone_log is not None else body.version
+    return msgspec.structs.replace(body, version=version, slots=(slot,), links=(), revoking=gone)
+
+
+def with_logs(body: Body) -> Body:
+    """The body in VERSION if it is in VERSION_NO_LOGS; a former format stays as it is. The epoch stays."""
+    return msgspec.structs.replace(body, version=VERSION) if body.version == VERSION_NO_LOGS else body
 
 
 def _with_kek(body: Body, version: int, *, at: str, change: Callable[[Kek], dict[str, Any]]) -> Body:

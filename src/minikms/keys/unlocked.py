@@ -1,24 +1,28 @@
 """The unlocked keyring: its body, and its keys in the arena.
 
-Owns: the arena slots of the keyring key, of every KEK version and of the audit keys. Invariants: key material is
-written straight into the arena, both random bytes and unwrapped keys. The root key is used only to open or to make a
-slot; the caller releases it right after. A body is trusted only after its tag was checked. A new keyring key is kept
-beside the current one until `settle`, since the body that contains it may fail to reach the disk. It must never do I/O.
+Owns: the arena slots of the keyring key, of every KEK version, of the audit keys, of the tombstone key, and of the
+authentication key of every slot. Invariants: key material is written straight into the arena, both random bytes and
+unwrapped keys. A root key is used only to open, to make or to test a slot; the caller releases it right after. A new
+slot was opened before it is returned. A body is trusted only after its tag was checked. What is made for the next body
+is kept beside what the current one has until `settle`, since that body may fail to reach the disk. It must never do
+I/O.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hmac
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from minikms.crypto import aead, labels, roots
-from minikms.errors import DecryptionError, KeyUnreadableError, StartError
-from minikms.keys import keyring
+from minikms.crypto import aead, labels, roots, slots
+from minikms.crypto.slots import Place
+from minikms.errors import DecryptionError, KeyUnreadableError, StartError, WrongRootError
+from minikms.keys import keyring, root_slots
 from minikms.keys.keyring import KekState
+from minikms.keys.tombstones import Chain
 from minikms.memory.arena import SecretArena, SecretSlot
 
 Nonces = Callable[[], bytes]
@@ -34,6 +38,9 @@ class UnlockedKeyring:
         self._keyring_keys: dict[int, SecretSlot] = {}
         self._keks: dict[int, SecretSlot] = {}
         self._audit: dict[int, tuple[SecretSlot, SecretSlot]] = {}
+        self._tombstone: SecretSlot | None = None
+        self._slot_auth: dict[str, SecretSlot] = {}
+        """By slot id: the authentication keys."""
         self.body = body
 
     def __repr__(self) -> str:
@@ -67,10 +74,14 @@ class UnlockedKeyring:
         unlocked = cls(arena, nonces, empty)
         with unlocked._released_on_failure():
             fill_random(unlocked._new_keyring_key(1))
-            slot = unlocked._make_slot(root, provider, opens=1, slot_id="s1", at=at)
+            slot = unlocked.make_slot(root, provider, slot_id="s1", at=at)
             kek = unlocked.make_kek(fill_random, version=1, state="active", at=at)
             audit_key = unlocked.make_audit_key(fill_random, version=1, at=at)
-            unlocked.body = msgspec.structs.replace(empty, slots=(slot,), keks=(kek,), audit_keys=(audit_key,))
+            unlocked.make_tombstone_key(fill_random)
+            log = unlocked.tombstone_log(Chain(keyring_id))
+            unlocked.body = msgspec.structs.replace(
+                empty, slots=(slot,), keks=(kek,), audit_keys=(audit_key,), tombstone_log=log
+            )
             keyring.check(unlocked.body)
         return unlocked
 
@@ -86,9 +97,9 @@ class UnlockedKeyring:
         given = roots.fingerprint(root)
         slot = body.slot_for(given)
         if slot is None:
-            raise StartError(wrong_root_text(body, given))
+            raise WrongRootError(wrong_root_text(body, given))
         if not hmac.compare_digest(roots.commitment(root, slot.slot_id), slot.commitment):
-            raise StartError(f"the keyring's slot does not belong to this root key; {keyring.WAY_OUT}")
+            raise WrongRootError(f"the keyring's slot does not belong to this root key; {keyring.WAY_OUT}")
         unlocked = cls(arena, nonces, body)
         with unlocked._released_on_failure():
             try:
@@ -116,8 +127,13 @@ class UnlockedKeyring:
             raise
 
     def _open_keyring_key(self, root: memoryview, slot: keyring.Slot) -> None:
-        """Opens the keyring key of the slot, then link by link the newest one, and keeps only that one."""
+        """Opens the keyring key of the slot. In a former format it opens, link by link, the newest one, and keeps only
+        that one.
+        """
         body = self.body
+        if slot.sealed:
+            self._open_slot(root, slot, self._new_keyring_key(body.key_version))
+            return
         aad = _slot_aad(body.keyring_id, slot.slot_id, slot.fingerprint, slot.opens)
         aead.open_into(root, slot.wrapped, aad, self._new_keyring_key(slot.opens))
         for link in body.links:
@@ -126,6 +142,15 @@ class UnlockedKeyring:
                 target = self._new_keyring_key(link.version)
                 aead.open_into(before, link.wrapped, self._versioned_aad(labels.KEYRING_KEY, link.version), target)
         self.settle()
+
+    def _open_slot(self, root: memoryview, slot: keyring.Slot, target: memoryview) -> None:
+        """Opens the keyring key of a sealed slot, whose MAC is compared first. Raises DecryptionError."""
+        place = self._place(slot, self.body.key_version)
+        with self._arena.allocate() as auth:
+            slots.auth_key_into(root, place.keyring_id, place.slot_id, auth.view)
+            if not hmac.compare_digest(slots.mac(auth.view, place, slot.sealed), slot.mac):
+                raise DecryptionError("the slot's MAC does not match")
+        slots.open_into(root, place, slot.sealed, target)
 
     def _new_keyring_key(self, version: int) -> memoryview:
         slot = self._keyring_keys[version] = self._arena.allocate()
@@ -140,44 +165,128 @@ class UnlockedKeyring:
             mac_key, seed = self._audit[key.version] = (self._arena.allocate(), self._arena.allocate())
             self._open_under(key.wrapped_key, labels.AUDIT_KEY, key.version, mac_key)
             self._open_under(key.wrapped_seed, labels.AUDIT_SEED, key.version, seed)
+        if self.body.tombstone_log is not None:
+            self._tombstone = self._arena.allocate()
+            self._open_under(self.body.tombstone_log.wrapped_key, labels.TOMBSTONE_KEY, 1, self._tombstone)
+        for slot in self.body.slots:
+            if slot.sealed:
+                auth = self._slot_auth[slot.slot_id] = self._arena.allocate()
+                aead.open_into(self.keyring_key.view, slot.wrapped_auth, self._auth_aad(slot.slot_id), auth.view)
 
     # --- making keys -------------------------------------------------------------------------------------------------
 
-    def make_root(
-        self, root: memoryview, provider: str, fill_random: FillRandom, *, slot_id: str, at: str
-    ) -> keyring.NewRoot:
-        """The parts that a new root key adds to the body: a slot, and every key sealed under a fresh keyring key.
-
-        The new keyring key is used as soon as `body` has its version. Call `settle` once it is known which body stays.
-        """
-        before = self.keyring_key.view
-        version = self.body.key_version + 1
-        fill_random(self._new_keyring_key(version))
-        link = self._seal_under(before, labels.KEYRING_KEY, version, self._keyring_keys[version])
-        sealing = self._keyring_keys[version].view
-        return keyring.NewRoot(
-            slot=self._make_slot(root, provider, opens=version, slot_id=slot_id, at=at),
-            link=keyring.Link(version, link),
-            keks=tuple(self._resealed_kek(sealing, kek) for kek in self.body.keks),
-            audit_keys=tuple(self._resealed_audit_key(sealing, key) for key in self.body.audit_keys),
-        )
-
-    def settle(self) -> None:
-        """Zeroes every keyring key but the one of the current body."""
-        for version in [version for version in self._keyring_keys if version != self.body.key_version]:
-            self._keyring_keys.pop(version).release()
-
-    def _make_slot(self, root: memoryview, provider: str, *, opens: int, slot_id: str, at: str) -> keyring.Slot:
-        name = roots.fingerprint(root)
-        aad = _slot_aad(self.body.keyring_id, slot_id, name, opens)
-        return keyring.Slot(
+    def make_slot(
+        self,
+        root: memoryview,
+        provider: str,
+        *,
+        slot_id: str,
+        at: str,
+        replaces: str = "",
+        shares: keyring.ShareSet | None = None,
+    ) -> keyring.Slot:
+        """A slot for the root key, which was proved to open it. Call `settle` once it is known which body stays."""
+        slot = keyring.Slot(
             slot_id=slot_id,
-            fingerprint=name,
+            fingerprint=roots.fingerprint(root),
             provider=provider,
             created_at=at,
             commitment=roots.commitment(root, slot_id),
-            opens=opens,
-            wrapped=aead.seal(root, self._nonces(), self._keyring_keys[opens].view, aad),
+            tested_at=at,
+            public_key=slots.public_key(root, self.body.keyring_id, slot_id),
+            replaces=replaces,
+            shares=shares,
+        )
+        auth = self._slot_auth[slot_id] = self._arena.allocate()
+        slots.auth_key_into(root, self.body.keyring_id, slot_id, auth.view)
+        slot = self._sealed_slot(slot, self.body.key_version)
+        self.check_opens(root, slot)
+        return slot
+
+    def check_opens(self, root: memoryview, slot: keyring.Slot) -> None:
+        """Raises DecryptionError unless the root key opens the slot and gives the present keyring key."""
+        if not hmac.compare_digest(roots.commitment(root, slot.slot_id), slot.commitment):
+            raise DecryptionError("the slot belongs to another root key")
+        with self._arena.allocate() as opened:
+            self._open_slot(root, slot, opened.view)
+            if not hmac.compare_digest(opened.view, self.keyring_key.view):
+                raise DecryptionError("the slot does not hold the keyring key")
+
+    def make_resealed(self, fill_random: FillRandom, *, without: Container[str]) -> root_slots.Resealed:
+        """Everything that the keyring key seals, and the slots except those in `without`, under a fresh keyring key.
+
+        That key is used as soon as `body` has its number. Call `settle` once it is known which body stays.
+        """
+        number = self.body.key_version + 1
+        fill_random(self._new_keyring_key(number))
+        sealing = self._keyring_keys[number].view
+        return root_slots.Resealed(
+            key_version=number,
+            slots=tuple(self._sealed_slot(slot, number) for slot in self.body.slots if slot.slot_id not in without),
+            keks=tuple(self._resealed_kek(sealing, kek) for kek in self.body.keks),
+            audit_keys=tuple(self._resealed_audit_key(sealing, key) for key in self.body.audit_keys),
+            tombstone_log=self._resealed_tombstone_log(sealing),
+        )
+
+    def make_resealed_for(self, later: UnlockedKeyring, fill_random: FillRandom) -> root_slots.Resealed:
+        """As `make_resealed`, with the slots of `later`, a later state of this keyring with sealed slots, in place of
+        all slots of the body.
+        """
+        resealed = self.make_resealed(fill_random, without=[slot.slot_id for slot in self.body.slots])
+        for slot in later.body.slots:
+            auth = self._arena.allocate()
+            auth.view[:] = later._slot_auth[slot.slot_id].view
+            if (former := self._slot_auth.get(slot.slot_id)) is not None:
+                former.release()
+            self._slot_auth[slot.slot_id] = auth
+        return resealed._replace(
+            slots=tuple(self._sealed_slot(slot, resealed.key_version) for slot in later.body.slots)
+        )
+
+    def settle(self) -> None:
+        """Zeroes what only a body that was not stored, or one before it, has: keyring keys, and the authentication keys
+        of slots.
+        """
+        for version in [version for version in self._keyring_keys if version != self.body.key_version]:
+            self._keyring_keys.pop(version).release()
+        for slot_id in self._slot_auth.keys() - {slot.slot_id for slot in self.body.slots}:
+            self._slot_auth.pop(slot_id).release()
+
+    def seal_slots(self, root: memoryview, fill_random: FillRandom, *, at: str) -> None:
+        """Converts the slots of a body of a former format, in memory, if `root` is that of the newest one.
+
+        Where there are older slots, a fresh keyring key comes instead of the one that they open.
+        """
+        body = self.body
+        newest = body.slots[-1]
+        if newest.sealed or newest.fingerprint != roots.fingerprint(root):
+            return
+        with self._released_on_failure():
+            if len(body.slots) > 1:
+                resealed = self.make_resealed(fill_random, without=[slot.slot_id for slot in body.slots])
+                self.body = msgspec.structs.replace(
+                    body,
+                    key_version=resealed.key_version,
+                    keks=resealed.keks,
+                    audit_keys=resealed.audit_keys,
+                    tombstone_log=resealed.tombstone_log,
+                )
+            made = self.make_slot(root, newest.provider, slot_id=newest.slot_id, at=at)
+            slot = msgspec.structs.replace(made, created_at=newest.created_at)
+            self.body = keyring.with_sealed_slot(self.body, slot, at=at)
+            self.settle()
+
+    def _sealed_slot(self, slot: keyring.Slot, key_number: int) -> keyring.Slot:
+        """The slot with the keyring key of this number sealed to it."""
+        place = self._place(slot, key_number)
+        keyring_key = self._keyring_keys[key_number].view
+        auth = self._slot_auth[slot.slot_id].view
+        sealed = slots.seal(slot.public_key, place, keyring_key)
+        return msgspec.structs.replace(
+            slot,
+            sealed=sealed,
+            mac=slots.mac(auth, place, sealed),
+            wrapped_auth=aead.seal(keyring_key, self._nonces(), auth, self._auth_aad(slot.slot_id)),
         )
 
     def _resealed_kek(self, sealing: memoryview, kek: keyring.Kek) -> keyring.Kek:
@@ -194,37 +303,41 @@ class UnlockedKeyring:
             wrapped_seed=self._seal_under(sealing, labels.AUDIT_SEED, key.version, seed),
         )
 
-    def make_kek(
+    def _resealed_tombstone_log(self, sealing: memoryview) -> keyring.TombstoneLog | None:
+        log = self.body.tombstone_log
+        if log is None or self._tombstone is None:
+            return None
+        return msgspec.structs.replace(
+            log, wrapped_key=self._seal_under(sealing, labels.TOMBSTONE_KEY, 1, self._tombstone)
+        )
+
+    def make_kek(self, fill_random: FillRandom, *, version: int, state: KekState, at: str) -> keyring.Kek:
+        """A fresh random KEK version, kept in the arena under its number until `forget_kek` or `release`."""
+        slot = self._keks[version] = self._arena.allocate()
+        fill_random(slot.view)
+        wrapped = self._seal_under(self.keyring_key.view, labels.KEK, version, slot)
+        return keyring.Kek(version=version, state=state, created_at=at, wraps_reserved=0, wrapped=wrapped)
+
+    def make_audit_key(
         self,
         fill_random: FillRandom,
         *,
         version: int,
-        state: KekState,
         at: str,
+        since_seq: int = 0,
+        since_sig: bytes = b"",
         key_version: int | None = None,
-    ) -> keyring.Kek:
-        """A fresh random KEK version, kept in the arena under its number until `forget_kek` or `release`.
-
-        It is sealed under the keyring key of version `key_version`; None means the current one.
-        """
-        slot = self._keks[version] = self._arena.allocate()
-        fill_random(slot.view)
-        sealing = self._keyring_keys[self.body.key_version if key_version is None else key_version].view
-        wrapped = self._seal_under(sealing, labels.KEK, version, slot)
-        return keyring.Kek(version=version, state=state, created_at=at, wraps_reserved=0, wrapped=wrapped)
-
-    def make_audit_key(
-        self, fill_random: FillRandom, *, version: int, at: str, since_seq: int = 0, since_sig: bytes = b""
     ) -> keyring.AuditKey:
         """A fresh audit key and a checkpoint seed (Ed25519, RFC 8032), both wrapped, with the public key in the clear.
 
         since_seq, since_sig: the last line of the audit log under the version before; empty for the first version.
+        key_version: the keyring key that seals them; None means the current one.
         """
         key, seed = self._audit[version] = (self._arena.allocate(), self._arena.allocate())
         fill_random(key.view)
         fill_random(seed.view)
         public = Ed25519PrivateKey.from_private_bytes(seed.view).public_key().public_bytes_raw()
-        sealing = self.keyring_key.view
+        sealing = self._keyring_keys[self.body.key_version if key_version is None else key_version].view
         return keyring.AuditKey(
             version=version,
             created_at=at,
@@ -235,7 +348,26 @@ class UnlockedKeyring:
             since_sig=since_sig,
         )
 
+    def make_tombstone_key(self, fill_random: FillRandom) -> memoryview:
+        """A fresh tombstone key. Only for a body without one."""
+        if self._tombstone is not None:
+            self._tombstone.release()  # of a conversion that could not be written
+        self._tombstone = self._arena.allocate()
+        fill_random(self._tombstone.view)
+        return self._tombstone.view
+
+    def tombstone_log(self, chain: Chain) -> keyring.TombstoneLog:
+        """The entry of the body for a file of tombstones, with the tombstone key sealed. `make_tombstone_key` first."""
+        if self._tombstone is None:
+            raise StartError("the keyring has no tombstone key")
+        wrapped = self._seal_under(self.keyring_key.view, labels.TOMBSTONE_KEY, 1, self._tombstone)
+        return keyring.TombstoneLog(chain.count, chain.head, wrapped)
+
     # --- using them --------------------------------------------------------------------------------------------------
+
+    def slot_auth_keys(self) -> list[tuple[keyring.Slot, memoryview]]:
+        """The slots, each with its authentication key; empty in a former format."""
+        return [(slot, self._slot_auth[slot.slot_id].view) for slot in self.body.slots if slot.sealed]
 
     def encode(self, body: keyring.Body) -> bytes:
         """The file that holds `body`, authenticated under the keyring key of the body's version."""
@@ -259,17 +391,31 @@ class UnlockedKeyring:
         key, seed = self._audit[version]
         return key.view, seed.view
 
+    @property
+    def tombstone_key(self) -> memoryview | None:
+        """The key of the tombstones' tags; None before a keyring of format 1 was converted."""
+        return None if self._tombstone is None else self._tombstone.view
+
     def forget_kek(self, version: int) -> None:
         """Zeroes a KEK version that was destroyed, or that was made for a rotation that could not begin."""
         slot = self._keks.pop(version, None)
         if slot is not None:
             slot.release()
 
+    def forget_audit_key(self, version: int) -> None:
+        """Zeroes an audit key version that was made for a body that was not stored."""
+        for slot in self._audit.pop(version, ()):
+            slot.release()
+
     def release(self) -> None:
         """Zeroes every key."""
         pairs = (slot for pair in self._audit.values() for slot in pair)
-        for slot in (*self._keyring_keys.values(), *self._keks.values(), *pairs):
+        for slot in (*self._keyring_keys.values(), *self._keks.values(), *pairs, *self._slot_auth.values()):
             slot.release()
+        self._slot_auth.clear()
+        if self._tombstone is not None:
+            self._tombstone.release()
+            self._tombstone = None
         self._keyring_keys.clear()
         self._keks.clear()
         self._audit.clear()
@@ -279,6 +425,12 @@ class UnlockedKeyring:
 
     def _open_under(self, wrapped: bytes, label: bytes, version: int, target: SecretSlot) -> None:
         aead.open_into(self.keyring_key.view, wrapped, self._versioned_aad(label, version), target.view)
+
+    def _place(self, slot: keyring.Slot, key_number: int) -> Place:
+        return Place(self.body.keyring_id, slot.slot_id, slot.commitment, key_number)
+
+    def _auth_aad(self, slot_id: str) -> bytes:
+        return labels.aad(labels.SLOT_AUTH_KEY, self.body.keyring_id.encode(), slot_id.encode())
 
     def _versioned_aad(self, label: bytes, version: int) -> bytes:
         return labels.aad(label, self.body.keyring_id.encode(), labels.number(version))
@@ -291,13 +443,15 @@ def _slot_aad(keyring_id: str, slot_id: str, fingerprint: str, opens: int) -> by
 def wrong_root_text(body: keyring.Body, given: str) -> str:
     """The error text for a root key that does not open this keyring: the reason, and what to do."""
     expected = " or ".join(slot.fingerprint for slot in body.slots)
-    for old in body.retired_roots:
-        if old.fingerprint == given:
+    gone = [(old.fingerprint, old.rotated_at) for old in body.retired_roots]
+    gone += [(old.fingerprint, old.removed_at) for old in body.revoking]
+    for fingerprint, at in gone:
+        if fingerprint == given:
             return (
-                f"the root key {given} was rotated away on {old.rotated_at}; this keyring opens under {expected}. "
-                "Give the newer root key, or restore a backup from before that time"
+                f"the root key {given} was removed or rotated away on {at}; this keyring opens under {expected}. "
+                "Give one of these with --master-key-file or --root"
             )
     return (
         f"wrong root key: this keyring opens under {expected}, the given one is {given}. "
-        "Nothing was changed; give the right key file"
+        "Nothing was changed; give the file of the right key with --master-key-file"
     )

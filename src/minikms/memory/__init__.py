@@ -1,8 +1,8 @@
 """The memory that holds raw keys, and the hardening that keeps other processes away from it.
 
-Owns: the secret arena, the hardening of the process, and reading signals from a file descriptor. Invariants: nothing
-here knows the purpose of a key; every measure reports whether it is in force, and if not, why. It must never import
-another room than the error tree.
+Owns: the secret arena, the hardening of the process, secrets that a person types, and reading signals from a file
+descriptor. Invariants: nothing here knows the purpose of a key; every measure reports whether it is in force, and if
+not, why. It must never import another room than the error tree.
 """
 
 from minikms.memory.arena import (
@@ -11,8 +11,10 @@ from minikms.memory.arena import (
     SecretSlot,
     fill_random,
     hex_decode_into,
+    hex_encode_into,
     read_key_fd_into,
     zero,
+    zero_bytes,
 )
 from minikms.memory.process import Measure, harden, interpreter_paths
 from minikms.memory.signals import SignalReader, unblock_signals
@@ -26,8 +28,10 @@ __all__ = [
     "fill_random",
     "harden",
     "hex_decode_into",
+    "hex_encode_into",
     "interpreter_paths",
     "read_key_fd_into",
     "unblock_signals",
     "zero",
+    "zero_bytes",
 ]

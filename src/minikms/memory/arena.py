@@ -5,6 +5,10 @@ Owns: the arena's pages, the slots in them, and every way in which a key gets in
   `memfd_secret(2)` the kernel also removes the pages from its own map, so that even root can't read them through
   `/proc/<pid>/mem`, and clears them when the process ends in any way. No descriptor of them stays open.
 - A slot is all zeros when it is allocated, and is zeroed when it is released. A view of a released slot raises.
+- `zero_all` zeroes every slot at once. From then on the view of an earlier slot raises, so no code can encrypt, sign or
+  write with a key of zeros. A slice of it that was taken before does not raise: it shows zeros, or the key that the
+  slot holds next, so nobody keeps one across turns of the event loop. Only a slot that is `lent` to a worker thread
+  keeps its content, until its owner releases it.
 - Keys are written in place: by `readv(2)` into the view, or by a decryption into the view. Key text is decoded from one
   view to another through small integers, of which CPython has one shared object each.
 
@@ -40,6 +44,7 @@ _MADV_WIPEONFORK: Final = 18
 _MAP_FIXED: Final = 0x10
 
 _ZEROES: Final = bytes(64 * 1024)
+_HEX_DIGITS: Final = b"0123456789abcdef"
 _HEX_INVALID: Final = 0xFF
 _HEX_VALUES: Final = bytes(
     int(chr(code), 16) if chr(code) in "0123456789abcdefABCDEF" else _HEX_INVALID for code in range(256)
@@ -80,8 +85,10 @@ class SecretArena:
             self._map.close()
             raise
         self._root = memoryview(self._map)
+        self._slots = slots
         self._free = list(range(slots - 1, -1, -1))
         self._live: dict[int, memoryview] = {}
+        self._lent: set[int] = set()
         self._closed = False
 
     @property
@@ -108,6 +115,44 @@ class SecretArena:
         view = self._root[index * SLOT_BYTES : (index + 1) * SLOT_BYTES]
         self._live[index] = view
         return SecretSlot(self, index, view)
+
+    def allocate_whole(self) -> memoryview:
+        """All of an arena that nothing uses yet, as one view, for a secret that is longer than a slot. `close` zeroes
+        it.
+
+        Raises:
+            ArenaFullError: a slot is in use, or the arena is closed.
+        """
+        if self._live or not self._free:
+            raise ArenaFullError("a part of the key arena is in use")
+        view = self._root[: len(self._free) * SLOT_BYTES]
+        self._free.clear()
+        self._live[0] = view
+        return view
+
+    def zero_all(self) -> None:
+        """Zero every slot, and make the views of all slots raise. The arena stays open, and all slots are free again.
+
+        A slot that is `lent` keeps its content: it is zeroed when its owner releases it.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return
+        lent = {index: self._live[index] for index in self._lent if index in self._live}
+        if lent:
+            for index, view in self._live.items():
+                if index not in lent:
+                    zero(view)
+        else:
+            zero(self._root)
+        taken = set(lent)
+        for index, view in self._live.items():
+            if index not in lent:
+                try:
+                    view.release()
+                except BufferError:  # a running call holds it: its slot is never allocated again
+                    taken.add(index)
+        self._live = lent
+        self._free = [index for index in range(self._slots - 1, -1, -1) if index not in taken]
 
     def close(self) -> None:
         """Zero every slot, and make every view of a slot raise. Idempotent. It does nothing in a forked child.
@@ -136,11 +181,12 @@ class SecretArena:
     def __repr__(self) -> str:
         return f"<SecretArena {self.backing}, {self.in_use} of {self.slots} slots in use>"
 
-    def _free_slot(self, index: int) -> None:
+    def _free_slot(self, index: int, view: memoryview) -> None:
         """Zero the slot and free it. A slot whose view a running call holds is zeroed, but never allocated again."""
-        if self._closed or os.getpid() != self._pid:
-            return
-        view = self._live.pop(index)
+        if self._closed or os.getpid() != self._pid or self._live.get(index) is not view:
+            return  # not its slot since `zero_all`
+        del self._live[index]
+        self._lent.discard(index)
         zero(view)
         view.release()
         self._free.append(index)
@@ -228,7 +274,15 @@ class SecretSlot:
         """
         if not self._released:
             self._released = True
-            self._arena._free_slot(self._index)
+            self._arena._free_slot(self._index, self.view)
+
+    def lend(self) -> None:
+        """A worker thread writes the content out: `SecretArena.zero_all` leaves it, or zeros would be written.
+
+        The owner releases the slot as soon as the worker is done.
+        """
+        if not self._released:
+            self._arena._lent.add(self._index)
 
     def __enter__(self) -> Self:
         return self
@@ -255,6 +309,19 @@ def zero(view: memoryview) -> None:
         return
     for start in range(0, size, len(_ZEROES)):
         zero(view[start : start + len(_ZEROES)])
+
+
+def zero_bytes(data: bytes) -> None:
+    """Overwrite a bytes object in place, because a library returned a key in it.
+
+    Only for a fresh object that nobody else refers to. The interpreter shares objects of one byte or none.
+
+    Raises:
+        ValueError: the object is so short that it may be shared.
+    """
+    if len(data) <= 1:
+        raise ValueError("a bytes object of at most one byte is shared")
+    ctypes.memset(id(data) + bytes.__basicsize__ - 1, 0, len(data))  # the last byte of the header is the text's NUL
 
 
 @functools.cache
@@ -307,6 +374,15 @@ def hex_decode_into(source: memoryview, target: memoryview) -> None:
             zero(target)
             raise KeyTextError(f"a key is {2 * SLOT_BYTES} hexadecimal characters")
         target[index] = high << 4 | low
+
+
+def hex_encode_into(source: memoryview, target: memoryview) -> None:
+    """Encode `source` as lower-case hexadecimal ASCII. It makes no object that contains more than one digit."""
+    if len(target) != 2 * len(source):
+        raise ValueError("a byte has two hexadecimal digits")
+    for index, value in enumerate(source):
+        target[2 * index] = _HEX_DIGITS[value >> 4]
+        target[2 * index + 1] = _HEX_DIGITS[value & 15]
 
 
 def read_key_fd_into(descriptor: int, slot: SecretSlot) -> None:

@@ -106,6 +106,14 @@ def harden(
     return tuple(measures)
 
 
+def forbid_dumps() -> None:
+    """No core dump, and no other process of this user reads this one's memory. For a short command that is not
+    hardened by `harden`. A measure that the system refuses is skipped.
+    """
+    for step in (_forbid_core_dumps, _forbid_dumps_and_tracing):
+        _take("", step)
+
+
 def name_thread(name: str) -> None:
     """Name the calling thread for `top -H` and the like: at most 15 bytes (PR_SET_NAME of prctl(2))."""
     if libc.LINUX:

@@ -19,18 +19,21 @@ from pathlib import Path
 from typing import Final
 
 from minikms.errors import KeyTextError, StartError
-from minikms.memory.arena import SecretArena, SecretSlot, fill_random, read_key_fd_into
+from minikms.memory.arena import SecretArena, SecretSlot, fill_random, hex_encode_into, read_key_fd_into
+from minikms.sync import sync_file
 
 _OTHERS_MASK: Final = 0o077
 _KEY_FILE_MODE: Final = 0o600
-_HEX_DIGITS: Final = b"0123456789abcdef"
 
 KeyText = tuple[memoryview, memoryview]
 """The hexadecimal text of a key: two slots of the arena."""
 
 
-def read_key_file(path: Path, arena: SecretArena) -> SecretSlot:
-    """The root key in the file at `path`. Raises StartError, saying what to do. The caller releases the slot."""
+def read_key_file(path: Path, arena: SecretArena, *, any_owner: bool = False) -> SecretSlot:
+    """The root key in the file at `path`, which belongs to this user or to root; with `any_owner`, to anybody.
+
+    Raises StartError, saying what to do. The caller releases the slot.
+    """
     what = f"the master key file {path}"
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
@@ -39,8 +42,11 @@ def read_key_file(path: Path, arena: SecretArena) -> SecretSlot:
     try:
         check_private_file(fd, what, path)
         owner = os.fstat(fd).st_uid
-        if owner not in (0, os.geteuid()):
-            raise StartError(f"{what} belongs to uid {owner}, not to this user or root")
+        if not any_owner and owner not in (0, os.geteuid()):
+            raise StartError(
+                f"{what} belongs to uid {owner}, not to this user or root: run this as that user, with "
+                f"`sudo -u '#{owner}'` before the command"
+            )
         return _read(fd, arena, what)
     except OSError as error:
         raise StartError(f"{what} can't be read: {os.strerror(error.errno or 0)}") from None
@@ -93,7 +99,7 @@ async def replace_key(path: Path, root: SecretSlot, arena: SecretArena, executor
 
     Raises OSError, and StartError when the file does not hold this key afterwards.
     """
-    with key_text(root, arena) as text:
+    with key_text(root, arena, lent=True) as text:
         writing = asyncio.get_running_loop().run_in_executor(executor, rewrite_key_file, path, text)
         try:
             await asyncio.shield(writing)
@@ -134,14 +140,15 @@ def remove_leftover(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def key_text(key: SecretSlot, arena: SecretArena) -> Iterator[KeyText]:
-    """The hexadecimal text of `key`, zeroed at the end of the block."""
+def key_text(key: SecretSlot, arena: SecretArena, *, lent: bool = False) -> Iterator[KeyText]:
+    """The hexadecimal text of `key`, zeroed at the end of the block. `lent`: a worker thread writes it out."""
     with arena.allocate() as first, arena.allocate() as second:
-        for index, value in enumerate(key.view):
-            half = first.view if index < len(first.view) // 2 else second.view
-            position = (index * 2) % len(half)
-            half[position] = _HEX_DIGITS[value >> 4]
-            half[position + 1] = _HEX_DIGITS[value & 15]
+        if lent:
+            first.lend()
+            second.lend()
+        half = len(key.view) // 2
+        hex_encode_into(key.view[:half], first.view)
+        hex_encode_into(key.view[half:], second.view)
         yield first.view, second.view
 
 
@@ -153,7 +160,7 @@ def _write_key_text(path: Path, text: KeyText, mode: int) -> Path:
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     try:
         _write_all(fd, [*text, memoryview(b"\n")])
-        os.fsync(fd)
+        sync_file(fd)
     except BaseException:
         os.unlink(temporary)
         raise
@@ -177,7 +184,7 @@ def _temporary(path: Path) -> Path:
 def _sync_directory(path: Path) -> None:
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(directory)
+        sync_file(directory)
     finally:
         os.close(directory)
 
@@ -190,8 +197,8 @@ def _read(fd: int, arena: SecretArena, what: str) -> SecretSlot:
         slot.release()
         if isinstance(error, KeyTextError):
             raise StartError(
-                f"{what} must hold exactly 64 hexadecimal characters: put your copy of it back; only for a new data "
-                "directory, make one with: openssl rand -hex 32"
+                f"{what} must hold exactly 64 hexadecimal characters, as `openssl rand -hex 32` makes them. If the key "
+                "is in use, put your copy of it back: a new one would open nothing"
             ) from None
         raise
     return slot

@@ -1,18 +1,20 @@
-"""The providers of a root key: a key file, an inherited descriptor, a development key.
+"""The providers of a root key: a key file, an inherited descriptor, a development key; and their names as text.
 
-Owns: what the rest of the program may ask of a provider (`RootProvider`), and where a development key lies. A new
-provider is a class here, or in a module of its own, and the flag that selects it (`minikms.cli.console.chosen_root`).
-Invariants: `read` changes nothing, so it works beside a running daemon; only `prepare` makes or removes files, under
-the lock of the data directory. A provider must never keep the key.
+Owns: what the rest of the program may ask of a provider (`RootProvider`), where a development key lies, and the syntax
+of a source (`file:PATH`, `fd:N`, `dev:`, `shares:`, `passphrase:`). A new provider is a class here, or in a module of
+its own, and its name in `provider_of`. Invariants: `read` changes nothing, so it works beside a running daemon; only
+`prepare` makes or removes files, under the lock of the data directory; a root key is never a part of a source, and an
+error never quotes a source, since a key could have been given by mistake. A provider must never keep the key.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Final, Literal, NamedTuple, Protocol, cast, get_args
 
 from minikms import api
 from minikms.errors import StartError
@@ -34,6 +36,8 @@ class RootProvider(Protocol):
     """
 
     name: ClassVar[str]
+    reads_again: ClassVar[bool] = True
+    """Whether `read` may be called again after it has returned a key or failed."""
 
     @property
     def read_paths(self) -> tuple[str, ...]:
@@ -61,14 +65,21 @@ class RootProvider(Protocol):
         """The root key. The caller releases the slot. Raises StartError, saying what to do."""
         ...
 
+    def discard(self) -> None:
+        """Instead of `read`, where that is possible once only: the root key can't be read after this."""
+        return
+
 
 @dataclass(frozen=True)
 class KeyFile(RootProvider):
-    """The key file at `path`. `rewritable`: a rotation to a new root key also replaces the key in it."""
+    """The key file at `path`. `rewritable`: a rotation to a new root key also replaces the key in it. `any_owner`: root
+    names the file and vouches for it, so it may belong to another user.
+    """
 
     name: ClassVar[str] = "file"
     path: Path
     rewritable: bool = False
+    any_owner: bool = False
 
     @property
     def read_paths(self) -> tuple[str, ...]:
@@ -83,7 +94,7 @@ class KeyFile(RootProvider):
             remove_leftover(self.path)
 
     def read(self, arena: SecretArena) -> SecretSlot:
-        return read_key_file(self.path, arena)
+        return read_key_file(self.path, arena, any_owner=self.any_owner)
 
     async def replace(self, root: SecretSlot, arena: SecretArena, executor: Executor) -> None:
         """Makes `root` the key in the file. `executor` waits for the disk.
@@ -98,10 +109,31 @@ class KeyDescriptor(RootProvider):
     """An inherited pipe or memfd that holds a key from the environment. It can be read once."""
 
     name: ClassVar[str] = "environment"
+    reads_again: ClassVar[bool] = False  # `read` closes the descriptor, and its number may be another file's by then
     descriptor: int
 
     def read(self, arena: SecretArena) -> SecretSlot:
         return read_key_descriptor(self.descriptor, arena)
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self.descriptor)  # without reading it: that could wait for whoever writes
+
+
+@dataclass(frozen=True)
+class GivenKey(RootProvider):
+    """A root key that a caller gave. Who reads it releases `slot`; the caller may too. It never makes a keyring."""
+
+    name: ClassVar[str] = "request"
+    reads_again: ClassVar[bool] = False
+    slot: SecretSlot
+
+    def prepare(self, arena: SecretArena, *, new_keyring: bool) -> None:
+        if new_keyring:
+            raise StartError("there is no keyring, and a root key that a request gives makes none: run `minikms init`")
+
+    def read(self, arena: SecretArena) -> SecretSlot:
+        return self.slot
 
 
 @dataclass(frozen=True)
@@ -139,3 +171,42 @@ class DevelopmentKey(RootProvider):
 
     def read(self, arena: SecretArena) -> SecretSlot:
         return read_key_file(self.path, arena)
+
+
+# --- sources as text ----------------------------------------------------------------------------------------------
+
+SourceName = Literal["file", "fd", "dev", "shares", "passphrase"]
+FD_MAX: Final = 2**20
+FD_DIGITS_MAX: Final = 7
+
+
+class Source(NamedTuple):
+    """`argument`: what follows the colon."""
+
+    name: SourceName
+    argument: str
+
+
+def parse_source(text: str) -> Source:
+    """Raises StartError, saying what there is."""
+    name, colon, argument = text.partition(":")
+    if not colon or name not in get_args(SourceName):
+        raise StartError(
+            "a source of a root key is file:PATH, fd:NUMBER or dev: (and for some commands shares: and passphrase:); "
+            "the key itself is never given on the command line"
+        )
+    return Source(cast("SourceName", name), argument)
+
+
+def provider_of(source: Source, *, data_dir: str | None = None) -> RootProvider:
+    """The provider of a source that asks nobody. `data_dir`: what `dev:` lies beside. Raises StartError."""
+    if source.name == "file" and source.argument:
+        return KeyFile(Path(source.argument))
+    if source.name == "fd" and source.argument.isascii() and source.argument.isdigit():
+        if len(source.argument) <= FD_DIGITS_MAX and int(source.argument) <= FD_MAX:
+            return KeyDescriptor(int(source.argument))
+    elif source.name == "dev" and not source.argument and data_dir is not None:
+        return DevelopmentKey(data_dir)
+    elif source.name in ("shares", "passphrase") or (source.name == "dev" and not source.argument):
+        raise StartError(f"this command takes no root key from {source.name}: give file:PATH or fd:NUMBER")
+    raise StartError(f"the source {source.name}: is not complete; examples: file:/etc/minikms/root.key, fd:3, dev:")

@@ -1,8 +1,9 @@
 """The frame of every verb: authorise, act, audit.
 
 Owns: the methods by verb, and what all of them have in common: the role check, the bound of a batch, the encoding of
-the answer, and the audit line of a success, a refusal and a cancellation. Invariants: no method acts before the caller
-was authorised; the audit line exists before the answer leaves. It must never answer after a failure.
+the answer, and the audit line of a success, a refusal and a cancellation. For a caller that a policy limits also the
+charge of its limits, and the check of the policy after each wait (`minikms.service.access`). Invariants: no method acts
+before the caller was authorised; the audit line exists before the answer leaves. It must never answer after a failure.
 
 A method gets the request and the audit event, adds to the event what it learns, and returns the answer or raises a
 MiniKmsError. There are three ways to add one to the table:
@@ -11,12 +12,17 @@ MiniKmsError. There are three ways to add one to the table:
   with one write before the answers of the turn leave.
 - `later`: it awaits something. Its audit line is written before its answer exists.
 - `hot`: `/encrypt`, which does all of this itself, because every call and look-up on its path was measured.
+
+A method that uses keys is added with `now_on_keys` or `later_on_keys`, and gets them first: the vault, or for a limited
+caller a `ScopedKeys`. It must never use a key in another way.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -25,9 +31,11 @@ from msgspec import UNSET
 from minikms import api
 from minikms.api import Verb
 from minikms.audit import Event
-from minikms.errors import ForbiddenError, MiniKmsError, TooManyError
+from minikms.custody.vault import Permit, Vault, permitted
+from minikms.errors import ForbiddenError, LimitExceededError, MiniKmsError, TooManyError
 from minikms.http import Response
 from minikms.policy import Principal
+from minikms.service.access import ANSWERS_WITH_PLAINTEXT, Access, Keys, ScopedKeys, require
 
 R = TypeVar("R", bound=api.Request)
 A = TypeVar("A")
@@ -72,10 +80,11 @@ class AfterLine(NamedTuple, Generic[A]):
 
 
 class VerbTable:
-    """The method of each verb that is served."""
+    """The method of each verb that is served. `access`: of callers that a policy limits; without it none is served."""
 
-    def __init__(self, audit: Audit) -> None:
+    def __init__(self, audit: Audit, access: Access | None = None) -> None:
         self.audit = audit
+        self._access = access
         self._performs: dict[Verb[Any, Any], Perform[Any]] = {}
 
     def __contains__(self, verb: Verb[Any, Any]) -> bool:
@@ -89,11 +98,57 @@ class VerbTable:
         self._performs[verb] = perform
 
     def now(self, verb: Verb[R, A], act: Callable[[R, Event], A | Reply | Later]) -> None:
-        """Adds a method that answers in the same turn."""
+        """Adds a method that answers in the same turn and uses no keys."""
+        self._now(verb, act, lambda keys, request, event: act(request, event))
+
+    def now_on_keys(self, verb: Verb[R, A], vault: Vault, act: Callable[[Keys, R, Event], A | Reply | Later]) -> None:
+        """Adds a method that answers in the same turn and uses keys of `vault`."""
+        self._now(verb, partial(act, vault), act)
+
+    def later(
+        self,
+        verb: Verb[R, A],
+        act: Callable[[R, Event, Permit], Awaitable[A | Reply | AfterLine[A]]],
+        *,
+        durable: bool = False,
+    ) -> None:
+        """Adds a method that awaits and uses no keys. It calls the `Permit` after each wait, before it changes
+        anything. `durable`: it changes keys, so the audit log must be writable before it begins, and its audit line is
+        on disk before the answer.
+        """
+
+        def act_unscoped(request: R, event: Event) -> Awaitable[A | Reply | AfterLine[A]]:
+            return act(request, event, permitted)
+
+        def act_scoped(keys: Keys, request: R, event: Event) -> Awaitable[A | Reply | AfterLine[A]]:
+            return act(request, event, keys.refresh if isinstance(keys, ScopedKeys) else permitted)
+
+        self._later(verb, act_unscoped, act_scoped, durable=durable)
+
+    def later_on_keys(
+        self,
+        verb: Verb[R, A],
+        vault: Vault,
+        act: Callable[[Keys, R, Event], Awaitable[A | Reply | AfterLine[A]]],
+        *,
+        durable: bool = False,
+    ) -> None:
+        """Adds a method that awaits and uses keys of `vault`. `durable`: as for `later`."""
+        self._later(verb, partial(act, vault), act, durable=durable)
+
+    def _now(
+        self,
+        verb: Verb[R, A],
+        act: Callable[[R, Event], A | Reply | Later],
+        act_scoped: Callable[[Keys, R, Event], A | Reply | Later],
+    ) -> None:
         frame = _Frame(verb)
         begin, authorise, add = frame.event, frame.authorise, self.audit.add
+        scoped = self.scoped_now(verb, act_scoped)
 
         def perform(who: Principal, request: R, request_id: str) -> Reply | Awaitable[Reply]:
+            if who.scope is not None:
+                return scoped(who, request, request_id)
             event = begin(who, request, request_id)
             try:
                 forbidden = authorise(who, request, event)
@@ -111,12 +166,14 @@ class VerbTable:
 
         self._performs[verb] = perform
 
-    def later(
-        self, verb: Verb[R, A], act: Callable[[R, Event], Awaitable[A | Reply | AfterLine[A]]], *, durable: bool = False
+    def _later(
+        self,
+        verb: Verb[R, A],
+        act: Callable[[R, Event], Awaitable[A | Reply | AfterLine[A]]],
+        act_scoped: Callable[[Keys, R, Event], Awaitable[A | Reply | AfterLine[A]]],
+        *,
+        durable: bool,
     ) -> None:
-        """Adds a method that awaits. `durable`: it changes keys, so the audit log must be writable before it begins,
-        and its audit line is on disk before the answer.
-        """
         frame = _Frame(verb)
 
         def perform(who: Principal, request: R, request_id: str) -> Awaitable[Reply]:
@@ -130,19 +187,104 @@ class VerbTable:
                     self.audit.require_writable()
                 return await act(request, event)
 
-            return self.put_off(event, authorised, durable=durable)
+            async def authorised_and_charged() -> A | Reply | AfterLine[A]:
+                keys.refresh()  # the task begins in a later step than the request
+                forbidden = frame.authorise(keys.who, request, event)
+                if forbidden is not None:
+                    raise forbidden
+                if durable:
+                    self.audit.require_writable()
+                charged = keys.charge(request)
+                if charged is not None:
+                    await charged
+                    keys.refresh()
+                return await act_scoped(keys, request, event)
+
+            async def charged_until_answered() -> A | Reply | AfterLine[A]:
+                try:
+                    return await authorised_and_charged()
+                finally:
+                    keys.release()
+
+            if who.scope is None:
+                return self.put_off(event, authorised, durable=durable)
+            try:
+                keys = self._view(who, verb)
+            except MiniKmsError as error:
+                self.refused(event, error)
+                raise
+            return self.put_off(event, charged_until_answered, durable=durable, keys=keys)
 
         self._performs[verb] = perform
 
+    def scoped_now(self, verb: Verb[R, A], act: Callable[[Keys, R, Event], A | Reply | Later]) -> Perform[R]:
+        """What `now_on_keys` does for a caller that a policy limits."""
+        frame = _Frame(verb)
+
+        def perform(who: Principal, request: R, request_id: str) -> Reply | Awaitable[Reply]:
+            event = frame.event(who, request, request_id)
+            with ExitStack() as charged:
+                try:
+                    keys = self._view(who, verb)
+                    charged.callback(keys.release)
+                    forbidden = frame.authorise(who, request, event)
+                    if forbidden is not None:
+                        answer: A | Reply | Later = _refuse_items(request, event, forbidden)
+                    else:
+                        acts = partial(act, keys, request, event)
+                        waiting = keys.charge(request)
+                        if waiting is not None:  # a budget has to reach the disk first
+                            rest = partial(_act_charged, charged.pop_all(), waiting, acts, keys)
+                            return self.put_off(event, rest, keys=keys)
+                        answer = acts()
+                        if isinstance(answer, Later):
+                            return self.put_off(event, partial(_act_later, charged.pop_all(), answer), keys=keys)
+                except Exception as error:
+                    self.refused(event, error)
+                    raise
+            self.audit.add(event)
+            return _reply(answer)
+
+        return perform
+
+    def entered(self, who: Principal, verb: Verb[Any, Any] | None) -> Principal:
+        """The caller of a request, which was charged before anything else is done for it: before it is decoded, and
+        whatever becomes of it. No limit holds up a seal by who may seal. `verb`: None where there is none. Raises
+        LimitExceededError.
+        """
+        if self._access is None or (verb is api.SEAL and not who.via and who.roles.issuperset(verb.roles)):
+            return who
+        try:
+            return who._replace(entered=self._access.enter(who, verb))
+        except LimitExceededError as error:
+            self.refused(request_event("" if verb is None else verb.name, who, ""), error)
+            raise
+
+    def _view(self, who: Principal, verb: Verb[Any, Any]) -> ScopedKeys:
+        """Raises ForbiddenError, LimitExceededError."""
+        if self._access is None:
+            raise ForbiddenError("this key service has no policy")
+        if who.via:
+            require(who, verb)
+        return self._access.keys(who, verb)
+
     async def put_off(
-        self, event: Event, act: Callable[[], Awaitable[A | Reply | AfterLine[A]]], *, durable: bool = False
+        self,
+        event: Event,
+        act: Callable[[], Awaitable[A | Reply | AfterLine[A]]],
+        *,
+        durable: bool = False,
+        keys: ScopedKeys | None = None,
     ) -> Reply:
-        """The answer of `act`, in a later turn; its audit line is written first, whatever the outcome."""
+        """The answer of `act`, in a later turn; its audit line is written first, whatever the outcome. `keys`: those of
+        a caller that a policy limits.
+        """
         try:
             answer = await act()
         except Exception as error:
             event.outcome = _outcome(error)
-            await self.audit.add_written(event, durable=False)
+            if not self._only_counted(event, error):
+                await self.audit.add_written(event, durable=False)
             raise
         except asyncio.CancelledError:
             # Cancelled at shutdown; its effects may already be durable.
@@ -150,16 +292,43 @@ class VerbTable:
             self.audit.add(event)
             raise
         await self.audit.add_written(event, durable=durable)
+        if keys is not None and keys.verb in ANSWERS_WITH_PLAINTEXT:
+            try:
+                keys.check_still()
+            except MiniKmsError as error:
+                withheld = another_line(event, "the policy changed before the answer left, so it was withheld")
+                self.refused(withheld, error)
+                raise
         return _reply(await answer.act() if isinstance(answer, AfterLine) else answer)
 
     def refused(self, event: Event, error: Exception) -> None:
-        """Audits a refusal, or an unexpected error, that is answered in this turn."""
+        """Audits a refusal, or an unexpected error, that is answered in this turn. Refusals by a limit are counted."""
         event.outcome = _outcome(error)
-        self.audit.add(event)
+        if not self._only_counted(event, error):
+            self.audit.add(event)
+
+    def _only_counted(self, event: Event, error: Exception) -> bool:
+        """Counts a refusal by a policy. True: it has no line of its own, because a limit refused it."""
+        access = self._access
+        if access is None:
+            return False
+        if isinstance(error, LimitExceededError):
+            access.refusals[error.limit] += 1
+            access.limited(event)
+            return True
+        if isinstance(error, ForbiddenError):
+            access.refusals["forbidden"] += 1
+        return False
 
     def malformed(self, verb: Verb[Any, Any], who: Principal, error: Exception, request_id: str) -> None:
         """Audits a request whose body or query could not be decoded."""
-        self.refused(Event(type=verb.name, actor=who.actor, pid=who.pid, request_id=request_id), error)
+        self.refused(request_event(verb.name, who, request_id), error)
+
+
+def request_event(name: str, who: Principal, request_id: str) -> Event:
+    """The audit event of a request that reached no method. `name`: of its verb."""
+    facts: dict[str, str | int] = {"via": who.via} if who.via else {}
+    return Event(type=name, actor=who.actor, pid=who.pid, request_id=request_id, facts=facts)
 
 
 class _Frame:
@@ -180,6 +349,8 @@ class _Frame:
         if self._names_itself and request.request_id is not UNSET:
             request_id = cut(request.request_id)
         event = Event(type=self._name, actor=who.actor, pid=who.pid, request_id=request_id)
+        if who.via:
+            event.facts = {"via": who.via}
         if self._is_batch:
             event.count = len(request.items)
         return event
@@ -199,7 +370,7 @@ class _Frame:
             return forbidden
         if len(request.items) > api.BATCH_ITEMS_MAX:
             raise TooManyError(f"a batch holds at most {api.BATCH_ITEMS_MAX} items; send several batches")
-        if self._roles_by_item:
+        if self._roles_by_item and forbidden is None:  # a caller without the role can't fill the log with ids
             event.key_ids = _distinct(item.key_id for item in request.items)
             event.request_ids = _distinct(item.request_id for item in request.items if item.request_id is not UNSET)
         return forbidden
@@ -219,11 +390,30 @@ def another_line(event: Event, detail: str) -> Event:
         key_id=event.key_id,
         request_id=event.request_id,
         detail=detail,
+        facts={"via": event.facts["via"]} if "via" in event.facts else {},
     )
 
 
 def _reply(answer: object) -> Reply:
     return answer if isinstance(answer, (bytes, Response)) else json_answer(answer)
+
+
+async def _act_charged(
+    charged: ExitStack, waiting: Awaitable[None], act: Callable[[], A | Reply | Later], keys: ScopedKeys
+) -> A | Reply:
+    """Acts once the charge is durable. The policy may have changed meanwhile: `keys` decides anew."""
+    with charged:
+        await waiting
+        keys.refresh()
+        answer = act()
+        keys.end_turn()  # here: the turn may end later, and at another depth of the stack
+        return await answer.act() if isinstance(answer, Later) else answer
+
+
+async def _act_later(charged: ExitStack, later: Later) -> bytes:
+    """The rest of what began after the charge."""
+    with charged:
+        return await later.act()
 
 
 def _refuse_items(request: Any, event: Event, error: MiniKmsError) -> bytes:

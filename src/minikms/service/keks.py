@@ -1,10 +1,11 @@
 """The verbs of the KEK, rotate and prune; and the task that finishes a rotation.
 
-Owns: what the two verbs answer and record, the task that finishes a rotation which has begun, and when the slots of
-older root keys are dropped. Invariants: a rotation leaves two audit lines, one when it has begun, with the caller, and
-one when it is done. Once begun it goes on, whatever becomes of the request, and a restart resumes it. An older root key
-opens the keyring until the newest was proved: by a start under it, or by a rewritten key file that was read back. It
-must never answer `ok` before every readable key is under the new version.
+Owns: what the two verbs answer and record, the task that finishes a rotation which has begun, the rotation that follows
+the removal of a root key, and when a root key that was replaced is removed. Invariants: a rotation leaves two audit
+lines, one when it has begun, with the caller, and one when it is done. Once begun it goes on, whatever becomes of the
+request, and a restart resumes it. A root key that is to be replaced opens the keyring until the new one was proved: by
+a start under it, or by a rewritten key file that was read back. After a removal the KEK is rotated until no removed
+root key could ever open the one in use. It must never answer `ok` before every readable key is under the new version.
 """
 
 from __future__ import annotations
@@ -22,16 +23,32 @@ from minikms import api
 from minikms.audit import Event
 from minikms.base64 import decode_canonical
 from minikms.crypto.aead import open_sealed, scrub_stack
+from minikms.custody.files import now_rfc3339
 from minikms.custody.rotation import KekRotation, Pruning
-from minikms.custody.vault import Vault
-from minikms.errors import AuditUnavailableError, InvalidRequestError, MiniKmsError, TooManyError
+from minikms.custody.vault import Permit, Vault
+from minikms.errors import (
+    AuditUnavailableError,
+    InvalidRequestError,
+    MiniKmsError,
+    StorageUnavailableError,
+    TooManyError,
+    WrongSlotError,
+)
 from minikms.http import Response
+from minikms.keys import root_slots
 from minikms.keys.dek import check_key_id
+from minikms.keys.keyring import Body, Rotation
 from minikms.memory.arena import SecretSlot
+from minikms.roots.pin import PinFile
+from minikms.service.access import Keys, ScopedKeys
 from minikms.service.base import AfterLine, VerbTable, another_line, json_answer
 from minikms.service.records import CIPHERTEXT_BYTES_MAX, decode_aad
+from minikms.service.root_removal import RootRemoval
 
 AUDIT_RETRY_SECONDS: Final = 1.0
+REVOCATION_RETRY_SECONDS: Final = 5.0
+REPLACEABLE_PROVIDERS: Final = frozenset(("file", "environment", "request", "dev"))
+"""Root keys of other providers are not files or variables that an operator could exchange for a key in a request."""
 ROTATIONS_KEPT: Final = 5
 """The backups of so many rotations are kept."""
 
@@ -47,8 +64,9 @@ class RotateToRoot(api.RotateKekRequest):
 
 
 class KekVerbs:
-    """`opened_slot_id`: the slot under which this run was started. `rewrite_root` writes a new root key into the key
-    file (`--rewrite-master-key-file`); None: the operator does.
+    """`opened_slot_id`: the slot under which this run was started; empty if it was opened by a root key that the next
+    start may not have. `rewrite_root` writes a new root key into the key file (`--rewrite-master-key-file`); None: the
+    operator does. `removal` removes a root key that was replaced. `pin` names the root keys that may be added.
     """
 
     def __init__(
@@ -58,32 +76,58 @@ class KekVerbs:
         table: VerbTable,
         rotation: KekRotation,
         pruning: Pruning,
+        removal: RootRemoval,
         opened_slot_id: str,
         rewrite_root: RootRewriter | None = None,
+        pin: PinFile | None = None,
         rotations_kept: int = ROTATIONS_KEPT,
     ) -> None:
         self._vault = vault
         self._audit = table.audit
         self._rotation = rotation
         self._pruning = pruning
-        self._proved_slot_id = opened_slot_id
+        self._removal = removal
+        self._pin = pin
+        self.proved_slot_id = opened_slot_id
+        """The slot of the root key that the next start will use: of this run's, or of the one in the rewritten file;
+        empty: not known.
+        """
         self._rewrite_root = rewrite_root
         self._rotations_kept = rotations_kept
         self._runner: asyncio.Task[None] | None = None
         self._ends: dict[int, asyncio.Future[None]] = {}
         """By KEK version: resolved when the rotation to it is done and the first attempt to write its line was made."""
         self._stopping = False
+        self._writing_owed = asyncio.Lock()
         self.rewrite_failed = False
         """The key file could not be rewritten: both root keys open the keyring, and status warns."""
-        table.later(api.ROTATE_KEK, self.rotate_kek, durable=True)
+        self.replacing_error = ""
+        """Why a root key that was replaced could not be removed; empty when it could."""
+        self.revocation_error = ""
+        """Why the rotation after a removal can't begin; empty when it can."""
+        table.later_on_keys(api.ROTATE_KEK, vault, self.rotate_kek, durable=True)
         table.later(api.PRUNE_KEK, self.prune_keks, durable=True)
 
-    async def rotate_kek(self, request: api.RotateKekRequest, event: Event) -> AfterLine[api.RotateKekAnswer]:
+    async def rotate_kek(
+        self, keys: Keys, request: api.RotateKekRequest, event: Event
+    ) -> AfterLine[api.RotateKekAnswer]:
         """Rotates the KEK, and to a new root key where one is given. Answers 202 if the rotation is not waited for."""
         root = request.root if isinstance(request, RotateToRoot) else None
         samples = [] if request.verify is UNSET else request.verify
-        self._check_samples(samples)
-        begun = await self._rotation.begin(root)
+        self._check_samples(keys, samples)
+        if root is not None and self._pin is not None:
+            self._pin.check_new(root.view)
+
+        def check(body: Body) -> None:
+            if isinstance(keys, ScopedKeys):
+                keys.refresh()
+            if root is not None:
+                self._check_replaceable(body)
+
+        begun = await self._rotation.begin(root, replaces=self.proved_slot_id, check=check)
+        if request.priority is not UNSET:
+            self._rotation.priority = request.priority
+        version = self._vault.keyring.body.wrapping_kek.version  # before the KEK rotation that a removal asks for
         end = self._end_of_rotation()
         try:
             if root is not None:
@@ -92,37 +136,55 @@ class KekVerbs:
             self.ensure_running()
         event.detail = "begun" if begun.newly else "running or done already"
         event.facts = self._facts(new_root=int(root is not None))
-        return AfterLine(partial(self._wait_for_rotation, end, samples, wait=request.wait is not False, event=event))
+        wait = request.wait is not False
+        return AfterLine(partial(self._wait_for_rotation, end, version, keys, samples, wait=wait, event=event))
 
     async def _wait_for_rotation(
-        self, end: asyncio.Future[None] | None, samples: list[api.VerifySample], *, wait: bool, event: Event
+        self,
+        end: asyncio.Future[None] | None,
+        version: int,
+        keys: Keys,
+        samples: list[api.VerifySample],
+        *,
+        wait: bool,
+        event: Event,
     ) -> api.RotateKekAnswer | Response:
+        """`end`: of the rotation to KEK `version`; None if it was done before."""
         if end is None:
-            await self.drop_older_roots()
+            await self.drop_replaced_roots()
         elif wait:
             await asyncio.shield(end)
         else:
-            return Response(202, json_answer(self._answer("running")))
+            return Response(202, json_answer(self._answer("running", version)))
         try:
-            self._check_samples(samples)
+            self._check_samples(keys, samples)
         except MiniKmsError as error:
             failed = another_line(event, "a sample that opened before the rotation does not open after it")
             failed.outcome = error.code
             await self._audit.add_written(failed, durable=False)
             raise
-        return self._answer("ok")
+        return self._answer("ok", version)
 
     def ensure_running(self) -> None:
-        """Starts the task that finishes a rotation which has begun, unless it runs."""
+        """Starts the task that finishes a rotation which has begun or is due, unless it runs."""
         idle = self._runner is None or self._runner.done()
-        if idle and self._rotation.running is not None and not self._stopping:
+        body = self._vault.keyring.body
+        due = body.rotation is not None or body.revocation_due or any(root_slots.OwedLines.of(body))
+        if idle and due and not self._stopping:
             self._runner = asyncio.ensure_future(self._run())
+
+    def interrupt(self) -> None:
+        """Nothing of a running rotation begins from now on; the next start or unseal goes on with it. Idempotent: the
+        runner is cancelled once.
+        """
+        if not self._stopping and self._runner is not None:
+            self._runner.cancel()
+        self._stopping = True
 
     async def stop(self) -> None:
         """Interrupts a running rotation between two of its steps; the next start goes on with it."""
-        self._stopping = True
+        self.interrupt()
         if self._runner is not None and not self._runner.done():
-            self._runner.cancel()
             await asyncio.wait([self._runner])
         for end in self._ends.values():
             end.cancel()
@@ -135,24 +197,76 @@ class KekVerbs:
         return self._ends.setdefault(rotation.to_version, asyncio.get_running_loop().create_future())
 
     async def _run(self) -> None:
-        while (rotation := self._rotation.running) is not None:
+        await self._write_owed_lines()
+        while (rotation := await self._running_or_due()) is not None:
             await self._rotation.run()
             facts = self._facts(rewrapped=self._rotation.rewrapped, unreadable=self._vault.unreadable.count)
             await self._write_until_done("rotate_kek_done", facts, end=self._ends.pop(rotation.to_version, None))
+            await self._write_owed_lines()
             with contextlib.suppress(MiniKmsError):  # the next rotation tries again
                 await self._pruning.keep_rotations(self._rotations_kept)
-            await self.drop_older_roots()
+            await self.drop_replaced_roots()
 
-    async def drop_older_roots(self) -> None:
-        """Drops the slots of older root keys, once the newest was proved and no rotation runs."""
-        slots = self._vault.keyring.body.slots
-        if self._rotation.running is not None or len(slots) < 2 or slots[-1].slot_id != self._proved_slot_id:
+    async def _running_or_due(self) -> Rotation | None:
+        """The rotation that runs. It begins one where a removed root key could still open the KEK in use."""
+        while self._rotation.running is None and self._vault.keyring.body.revocation_due:
+            try:
+                begun = await self._rotation.begin(None)
+            except MiniKmsError as error:
+                self.revocation_error = str(error)
+                await asyncio.sleep(REVOCATION_RETRY_SECONDS)
+                continue
+            self.revocation_error = ""
+            if begun.newly:
+                await self._write_until_done(
+                    "rotate_kek", self._facts(new_root=0), detail="begun: a root key was removed"
+                )
+        return self._rotation.running
+
+    async def drop_replaced_roots(self) -> None:
+        """Removes the root keys that a proved one replaces, once no rotation runs."""
+        proved = self.proved_slot_id
+        if self._rotation.running is not None or not root_slots.replaced_by(self._vault.keyring.body, proved):
             return
         try:
-            dropped = await self._rotation.drop_older_slots(self._proved_slot_id)
-        except MiniKmsError:
-            return  # status warns of them; the next start tries again
-        await self._write_until_done("root_keys_dropped", self._facts(fingerprints=",".join(dropped)))
+            await self._removal.remove(lambda body: root_slots.replaced_by(body, proved), proved=proved)
+        except MiniKmsError as error:
+            self.replacing_error = str(error)  # the next start tries again, and so does the next rotation
+        else:
+            self.replacing_error = ""
+        self.ensure_running()
+        await self._write_owed_lines()
+
+    async def _write_owed_lines(self) -> None:
+        """Writes the lines about root keys that the keyring says are owed. After a crash some may be written twice."""
+        async with self._writing_owed:
+            owed = root_slots.OwedLines.of(self._vault.keyring.body)
+            for what, fingerprints in (("root_keys_dropped", owed.dropped), ("root_removed", owed.removed)):
+                if fingerprints:
+                    await self._write_until_done(what, self._facts(fingerprints=",".join(sorted(fingerprints))))
+            if any(owed):
+                with contextlib.suppress(StorageUnavailableError):  # then they are written once more
+                    await self._vault.keyring.change(lambda body: owed.written(body, at=now_rfc3339()))
+
+    def _check_replaceable(self, body: Body) -> None:
+        """Raises WrongSlotError unless a new root key can replace the one of this run."""
+        if not self.proved_slot_id:
+            raise WrongSlotError(
+                "the daemon was unsealed with a root key that was given to it, so it does not know which one its next "
+                "start uses: seal it and unseal it from its source first, or add the new root key with POST /roots and "
+                "remove the old one"
+            )
+        slot = body.slot(self.proved_slot_id)
+        if slot is None:
+            raise WrongSlotError(
+                "the root key under which the daemon was started was removed, so none can replace it; add the new one "
+                "with POST /roots"
+            )
+        if slot.provider not in REPLACEABLE_PROVIDERS:
+            raise WrongSlotError(
+                f"the daemon was started under a root key of provider {slot.provider}, which a key in a request does "
+                "not replace; add the new root key with POST /roots, and remove the old one"
+            )
 
     async def _rewrite_key_file(self, root: SecretSlot, slot_id: str) -> None:
         if self._rewrite_root is None:
@@ -163,10 +277,10 @@ class KekVerbs:
             self.rewrite_failed = True
         else:
             self.rewrite_failed = False
-            self._proved_slot_id = slot_id
+            self.proved_slot_id = slot_id
 
     async def _write_until_done(
-        self, what: str, facts: dict[str, str | int], *, end: asyncio.Future[None] | None = None
+        self, what: str, facts: dict[str, str | int], *, end: asyncio.Future[None] | None = None, detail: str = ""
     ) -> None:
         """Writes a line about what the daemon did by itself, and tries again until the log can be written.
 
@@ -175,7 +289,8 @@ class KekVerbs:
         written = False
         while not written:
             try:
-                await self._audit.add_written(Event(type=what, actor="minikms", facts=dict(facts)), durable=True)
+                event = Event(type=what, actor="minikms", detail=detail, facts=dict(facts))
+                await self._audit.add_written(event, durable=True)
                 written = True
             except AuditUnavailableError:
                 await asyncio.sleep(AUDIT_RETRY_SECONDS)
@@ -186,19 +301,20 @@ class KekVerbs:
         body = self._vault.keyring.body
         return {"epoch": body.epoch, "kek_version": body.wrapping_kek.version, **facts}
 
-    def _answer(self, status: Literal["ok", "running"]) -> api.RotateKekAnswer:
-        version = self._vault.keyring.body.wrapping_kek.version
+    def _answer(self, status: Literal["ok", "running"], version: int) -> api.RotateKekAnswer:
         return api.RotateKekAnswer(status, version, self._rotation.rewrapped)
 
-    def _check_samples(self, samples: list[api.VerifySample]) -> None:
+    def _check_samples(self, keys: Keys, samples: list[api.VerifySample]) -> None:
         """Decrypts each sample with a key that is read again from its file. Raises the error of the first that does not
-        open.
+        open. It asks a caller that a policy limits for the rights of CHECK_BATCH, which tells the same.
         """
         if len(samples) > api.VERIFY_SAMPLES_MAX:
             raise TooManyError(f"verify takes at most {api.VERIFY_SAMPLES_MAX} samples; send fewer")
+        if samples and isinstance(keys, ScopedKeys):
+            keys = keys.of_verb(api.CHECK_BATCH)
         for sample in samples:
             self._vault.cache.drop(check_key_id(sample.key_id))
-            opened = self._vault.opened(sample.key_id)
+            opened = keys.opened(sample.key_id)
             sealed = decode_canonical(sample.ciphertext, CIPHERTEXT_BYTES_MAX, "ciphertext")
             aad = opened.record_aad(decode_aad(sample.aad))
             try:
@@ -206,14 +322,15 @@ class KekVerbs:
             finally:
                 scrub_stack()
 
-    async def prune_keks(self, request: api.PruneKekRequest, event: Event) -> api.PruneKekAnswer:
+    async def prune_keks(self, request: api.PruneKekRequest, event: Event, permit: Permit) -> api.PruneKekAnswer:
         """Destroys retired KEK versions that no live or backup file needs."""
         before = None if request.backups_before is UNSET else _check_stamp(request.backups_before)
         backups = before is not None or (request.backups is not UNSET and request.backups)
         async with self._rotation.excluded():
+            permit()
             await self._audit.add_written(another_line(event, "begun"), durable=True)
             try:
-                answer = await self._pruning.prune(backups=backups, before=before)
+                answer = await self._pruning.prune(backups=backups, before=before, permit=permit)
             except MiniKmsError:
                 # Some may be destroyed all the same. With the epoch in the log, no older keyring is accepted.
                 event.facts = {"epoch": self._vault.keyring.body.epoch}

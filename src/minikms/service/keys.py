@@ -1,8 +1,9 @@
-"""The verbs that hand out keys: create, read the wrapped form, data keys, random bytes.
+"""The verbs that hand out keys: create, find or create, read the wrapped form, data keys, random bytes.
 
-Owns: what each of them answers. Invariant: `generate_data_key` is the only verb whose answer may hold key bytes, at the
-caller's request; they are made in the arena, and the answer is not kept. It must never answer a key whose file is not
-on disk.
+Owns: what each of them answers, and the audit line of each reservation of wraps, which new keys and a KEK rotation use
+up (docs/decisions/0140-wraps-in-the-audit-log.md). Invariant: `generate_data_key` is the only verb whose answer may
+hold key bytes, at the caller's request; they are made in the arena, and the answer is not kept. It must never answer a
+key that a power loss would remove.
 """
 
 from __future__ import annotations
@@ -14,51 +15,76 @@ from msgspec import UNSET
 from minikms import api
 from minikms.audit import Event
 from minikms.crypto.aead import scrub_stack, seal
-from minikms.custody.vault import Vault
+from minikms.custody.keyring_file import ReservedWraps
+from minikms.custody.vault import Indexing, Vault
 from minikms.errors import InvalidRequestError, StorageUnavailableError, WrongPurposeError
 from minikms.keys.dek import check_key_id
 from minikms.memory.arena import fill_random
+from minikms.service.access import Keys
 from minikms.service.base import VerbTable
 from minikms.service.records import decode_aad
 
 
 class KeyVerbs:
-    def __init__(self, vault: Vault, table: VerbTable) -> None:
+    def __init__(self, vault: Vault, table: VerbTable, indexing: Indexing) -> None:
         self._vault = vault
-        table.later(api.CREATE_DEK, self.create_dek_for_thread, durable=True)
-        table.now(api.GET_WRAPPED, self.get_wrapped)
-        table.later(api.GENERATE_DATA_KEY, self.generate_data_key)
+        self._audit = table.audit
+        self._indexing = indexing
+        vault.wrap_reservation.report = self._report_wraps
+        table.later_on_keys(api.CREATE_DEK, vault, self.create_dek_for_thread, durable=True)
+        table.later_on_keys(api.GET_OR_CREATE_DEK, vault, self.get_or_create_dek_for_thread, durable=True)
+        table.now_on_keys(api.GET_WRAPPED, vault, self.get_wrapped)
+        table.later_on_keys(api.GENERATE_DATA_KEY, vault, self.generate_data_key)
         table.now(api.RANDOM, self.random)
 
-    async def create_dek_for_thread(self, request: api.CreateDekRequest, event: Event) -> api.CreateDekAnswer:
+    async def create_dek_for_thread(
+        self, keys: Keys, request: api.CreateDekRequest, event: Event
+    ) -> api.CreateDekAnswer:
         """Always a new key, on disk before the answer leaves."""
-        if api.THREAD_ID_PATTERN.fullmatch(request.thread_id) is None:
-            raise InvalidRequestError("thread_id must be 1 to 128 characters of A-Z, a-z, 0-9, '.', '_' and '-'")
-        event.thread_id = request.thread_id
+        event.thread_id = _check_thread_id(request.thread_id)
         replaces = "" if request.replaces is UNSET else check_key_id(request.replaces)
         purpose: api.Purpose = "thread" if request.purpose is UNSET else request.purpose
-        record = await self._vault.create(request.thread_id, purpose=purpose, replaces=replaces)
+        record = await keys.create(request.thread_id, purpose=purpose, replaces=replaces)
         event.key_id = record.id
         if replaces:
             event.detail = f"replaces {replaces}"
         return api.CreateDekAnswer(record.id, record.wrapped)
 
-    def get_wrapped(self, request: api.KeyRequest, event: Event) -> api.WrappedAnswer:
+    async def get_or_create_dek_for_thread(
+        self, keys: Keys, request: api.GetOrCreateDekRequest, event: Event
+    ) -> api.GetOrCreateDekAnswer:
+        """The same key for every caller until it is retired. Audited as `create_dek` when it makes one."""
+        event.thread_id = _check_thread_id(request.thread_id)
+        purpose: api.Purpose = "thread" if request.purpose is UNSET else request.purpose
+        await self._indexing.wait_complete()
+        event.key_id, created = await keys.get_or_create(request.thread_id, purpose=purpose)
+        if created:
+            event.type = api.CREATE_DEK.name
+        return api.GetOrCreateDekAnswer(event.key_id, created)
+
+    async def _report_wraps(self, reserved: ReservedWraps) -> None:
+        """The line about wraps that were reserved: with its epoch, an older keyring is not taken for this one."""
+        facts: dict[str, str | int] = dict(reserved._asdict())
+        await self._audit.add_written(Event(type="reserve_wraps", actor="minikms", facts=facts), durable=True)
+
+    def get_wrapped(self, keys: Keys, request: api.KeyRequest, event: Event) -> api.WrappedAnswer:
         """The wrapped DEK as it is on disk."""
         event.key_id = check_key_id(request.key_id)
-        return api.WrappedAnswer(self._vault.record(request.key_id).wrapped)
+        return api.WrappedAnswer(keys.record(request.key_id).wrapped)
 
-    async def generate_data_key(self, request: api.GenerateDataKeyRequest, event: Event) -> api.DataKeyAnswer:
+    async def generate_data_key(
+        self, keys: Keys, request: api.GenerateDataKeyRequest, event: Event
+    ) -> api.DataKeyAnswer:
         """32 random bytes sealed under a key of purpose `data`, and in the clear unless the request says not."""
         event.key_id = check_key_id(request.key_id)
-        opened = self._vault.opened(request.key_id)
+        opened = keys.opened(request.key_id)
         if opened.purpose != "data":
             raise WrongPurposeError("data keys are made under keys of purpose data; this key is a thread's")
         opened.check_encrypts()
         aad = opened.record_aad(decode_aad(request.aad))
         if not opened.lease.covers(1):
             await self._vault.leases.extend([(opened.lease, 1)])
-            opened = self._vault.opened(request.key_id)
+            opened = keys.opened(request.key_id)
             opened.check_encrypts()
         if not opened.lease.take(1):
             raise StorageUnavailableError("the key's uses are being reserved; try again")
@@ -77,3 +103,10 @@ class KeyVerbs:
             raise InvalidRequestError(f"count must be from 1 to {api.RANDOM_BYTES_MAX}")
         event.count = request.count
         return api.RandomAnswer(os.urandom(request.count))
+
+
+def _check_thread_id(text: str) -> str:
+    """The text itself. Raises InvalidRequestError, which does not repeat it."""
+    if api.THREAD_ID_PATTERN.fullmatch(text) is None:
+        raise InvalidRequestError("thread_id must be 1 to 128 characters of A-Z, a-z, 0-9, '.', '_' and '-'")
+    return text

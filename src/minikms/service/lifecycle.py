@@ -22,6 +22,7 @@ from minikms.custody.vault import Indexing, Vault
 from minikms.errors import InvalidRequestError, MiniKmsError
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord, check_key_id, key_id_to_bytes
+from minikms.service.access import Keys, ScopedKeys
 from minikms.service.base import VerbTable, another_line
 
 A = TypeVar("A")
@@ -37,12 +38,12 @@ class LifecycleVerbs:
         self._indexing = indexing
         self._reader = reader
         self._archives = ArchiveRegister(os.path.dirname(vault.store.directory))
-        table.later(api.LIST_KEYS, self.list_keys)
-        table.now(api.GET_KEY, self.get_key)
-        table.later(api.RETIRE_KEY, self.retire, durable=True)
-        table.later(api.DESTROY_KEY, self.destroy, durable=True)
+        table.later_on_keys(api.LIST_KEYS, vault, self.list_keys)
+        table.now_on_keys(api.GET_KEY, vault, self.get_key)
+        table.later_on_keys(api.RETIRE_KEY, vault, self.retire, durable=True)
+        table.later_on_keys(api.DESTROY_KEY, vault, self.destroy, durable=True)
 
-    async def list_keys(self, request: api.ListKeysRequest, event: Event) -> api.KeyListAnswer:
+    async def list_keys(self, keys: Keys, request: api.ListKeysRequest, event: Event) -> api.KeyListAnswer:
         """One page of keys, oldest first."""
         thread_id, state = (None if given is UNSET else given for given in (request.thread_id, request.state))
         cursor = "" if request.cursor is UNSET else request.cursor
@@ -51,18 +52,23 @@ class LifecycleVerbs:
             raise InvalidRequestError("state must be active or retired; a destroyed key has no record")
         if not 1 <= limit <= api.LIST_KEYS_COUNT_MAX:
             raise InvalidRequestError(f"limit must be a number from 1 to {api.LIST_KEYS_COUNT_MAX}")
-        if cursor:
-            check_key_id(cursor)
-        page = self._vault.index.page(after=cursor, limit=limit, thread_id=thread_id, state=state)
-        keys = await self._in_reader(self._describe_all, page.key_ids)
-        event.count = len(keys)
-        found = [key for key in keys if thread_id is None or key.thread_id == thread_id]
-        return api.KeyListAnswer(found, page.next_after or None, indexing=not self._indexing.complete)
+        indexing = not self._indexing.complete  # with the page: the index may become complete while the files are read
+        if isinstance(keys, ScopedKeys):
+            page = keys.page(after=cursor, limit=limit, thread_id=thread_id, state=state)
+        else:
+            after = check_key_id(cursor) if cursor else ""
+            page = keys.index.page(after=after, limit=limit, thread_id=thread_id, state=state)
+        described = await self._in_reader(self._describe_all, page.key_ids)
+        found = [key for key in described if thread_id is None or key.thread_id == thread_id]
+        if isinstance(keys, ScopedKeys):  # by the policy in force now, and the threads in the files
+            found = [key for key in found if keys.allows_thread(key.thread_id)]
+        event.count = len(found)
+        return api.KeyListAnswer(found, page.next_after or None, indexing=indexing)
 
-    def get_key(self, request: api.KeyRequest, event: Event) -> api.KeyAnswer:
+    def get_key(self, keys: Keys, request: api.KeyRequest, event: Event) -> api.KeyAnswer:
         """One key."""
         event.key_id = check_key_id(request.key_id)
-        return self._describe(self._vault.record(request.key_id))
+        return self._describe(keys.record(request.key_id))
 
     def _describe_all(self, key_ids: list[str]) -> list[api.KeyAnswer]:
         """For a worker thread. Skips a key that is unreadable or was destroyed meanwhile."""
@@ -76,6 +82,7 @@ class LifecycleVerbs:
         return found
 
     def _describe(self, record: DekRecord) -> api.KeyAnswer:
+        uses = self._vault.leases.uses(key_id_to_bytes(record.id))
         return api.KeyAnswer(
             key_id=record.id,
             thread_id=record.thread_id,
@@ -83,23 +90,26 @@ class LifecycleVerbs:
             state=record.state,
             kek_version=record.kek_version,
             created_at=record.created_at,
-            uses_max=self._vault.leases.uses_max(key_id_to_bytes(record.id)),
+            uses_max=uses.reserved,
+            uses_known=uses.known,
+            uses_reserved=uses.reserved,
+            exhausted=uses.exhausted,
         )
 
-    async def retire(self, request: api.KeyRequest, event: Event) -> api.KeyAnswer:
+    async def retire(self, keys: Keys, request: api.KeyRequest, event: Event) -> api.KeyAnswer:
         """From here on the key only decrypts; a retired key stays as it is."""
         event.key_id = check_key_id(request.key_id)
-        record = await self._vault.retire(request.key_id, again=True)
+        record = await keys.retire(request.key_id, again=True)
         event.thread_id = record.thread_id
         return self._describe(record)
 
-    async def destroy(self, request: api.DestroyKeyRequest, event: Event) -> api.DestroyKeyAnswer:
+    async def destroy(self, keys: Keys, request: api.DestroyKeyRequest, event: Event) -> api.DestroyKeyAnswer:
         """Destroys the key and its backups for good; answers a receipt."""
         key_id = event.key_id = check_key_id(request.key_id)
-        self._vault.check_destroyable(key_id)
+        keys.check_destroyable(key_id)
         await self._audit.add_written(another_line(event, "begun"), durable=True)
         try:
-            backups_removed = await self._vault.destroy(key_id)
+            backups_removed = await keys.destroy(key_id)
         except MiniKmsError:
             # The tombstone may be on disk all the same. With its epoch in the log, no older keyring is accepted.
             event.facts = {"epoch": self._vault.keyring.body.epoch}

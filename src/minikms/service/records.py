@@ -28,6 +28,7 @@ from minikms.custody.vault import OpenDek, Vault
 from minikms.errors import DecryptionError, MiniKmsError, StorageUnavailableError, WrongPurposeError
 from minikms.keys.dek import check_key_id
 from minikms.policy import Principal
+from minikms.service.access import Keys
 from minikms.service.base import Later, Reply, VerbTable, count_refused, cut, item_error, items_answer
 
 CIPHERTEXT_BYTES_MAX: Final = api.PLAINTEXT_BYTES_MAX + OVERHEAD_BYTES
@@ -43,17 +44,20 @@ class RecordVerbs:
         self._cached = vault.cache.get
         self._next_nonce = vault.nonces.next
         table.hot(api.ENCRYPT, self.encrypt)
-        table.now(api.DECRYPT, self.decrypt)
-        table.now(api.ENCRYPT_BATCH, self.encrypt_batch)
-        table.now(api.DECRYPT_BATCH, self.decrypt_batch)
-        table.now(api.REENCRYPT_BATCH, self.reencrypt_batch)
-        table.now(api.CHECK_BATCH, self.check_batch)
+        self._encrypt_scoped = table.scoped_now(api.ENCRYPT, self.encrypt_one)
+        table.now_on_keys(api.DECRYPT, vault, self.decrypt)
+        table.now_on_keys(api.ENCRYPT_BATCH, vault, self.encrypt_batch)
+        table.now_on_keys(api.DECRYPT_BATCH, vault, self.decrypt_batch)
+        table.now_on_keys(api.REENCRYPT_BATCH, vault, self.reencrypt_batch)
+        table.now_on_keys(api.CHECK_BATCH, vault, self.check_batch)
 
     # --- one record --------------------------------------------------------------------------------------------------
 
     def encrypt(self, who: Principal, item: api.EncryptItem, request_id: str) -> Reply | Awaitable[Reply]:
         """nonce | ciphertext | tag of one plaintext."""
         # A hot verb, see `base`: what the other verbs share is written out here.
+        if who.scope is not None:
+            return self._encrypt_scoped(who, item, request_id)
         if item.request_id is not UNSET:
             request_id = cut(item.request_id)
         event = Event(type="encrypt", actor=who.actor, pid=who.pid, request_id=request_id)
@@ -62,7 +66,7 @@ class RecordVerbs:
                 who.require("encrypt")
             opened = self._cached(item.key_id)
             if opened is None or item.thread_id is not UNSET:
-                opened = self._open_for(event, item)
+                opened = self._open_for(self._vault, event, item)
             else:
                 event.key_id = item.key_id
             if opened.state != "active":
@@ -70,7 +74,7 @@ class RecordVerbs:
             plaintext = decode_canonical(item.plaintext, api.PLAINTEXT_BYTES_MAX, "plaintext")
             aad = opened.aad_if_none if item.aad is UNSET else _aad(opened, item.aad)
             if not opened.lease.take(1):
-                return self._table.put_off(event, partial(self._encrypt_later, opened, plaintext, aad))
+                return self._table.put_off(event, partial(self._encrypt_later, self._vault, opened, plaintext, aad))
             nonce = self._next_nonce()
             cipher = opened.cipher or self._vault.turn_cipher(opened)
             sealed = nonce + cipher.encrypt(nonce, plaintext, aad)
@@ -80,10 +84,22 @@ class RecordVerbs:
         self._audit_add(event)
         return b'{"ciphertext":"' + encode(sealed) + b'"}'
 
-    async def _encrypt_later(self, opened: OpenDek, plaintext: bytes, aad: bytes) -> bytes:
+    def encrypt_one(self, keys: Keys, item: api.EncryptItem, event: Event) -> bytes | Later:
+        """The same for a caller that a policy limits."""
+        opened = self._open_for(keys, event, item)
+        opened.check_encrypts()
+        plaintext = decode_canonical(item.plaintext, api.PLAINTEXT_BYTES_MAX, "plaintext")
+        aad = _aad(opened, item.aad)
+        if not opened.lease.take(1):
+            return Later(partial(self._encrypt_later, keys, opened, plaintext, aad))
+        nonce = self._next_nonce()
+        sealed = nonce + self._vault.turn_cipher(opened).encrypt(nonce, plaintext, aad)
+        return b'{"ciphertext":"' + encode(sealed) + b'"}'
+
+    async def _encrypt_later(self, keys: Keys, opened: OpenDek, plaintext: bytes, aad: bytes) -> bytes:
         """The same once the key's lease is durable. The key is looked up again: it may have been retired meanwhile."""
         await self._vault.leases.extend([(opened.lease, 1)])
-        opened = self._vault.opened(opened.key_id)
+        opened = keys.opened(opened.key_id)
         opened.check_encrypts()
         if not opened.lease.take(1):
             raise StorageUnavailableError(_NO_USE_LEFT)
@@ -92,19 +108,19 @@ class RecordVerbs:
         scrub_stack()  # here: the turn ends at another depth of the stack than a task runs at
         return b'{"ciphertext":"' + encode(sealed) + b'"}'
 
-    def decrypt(self, item: api.DecryptItem, event: Event) -> bytes:
+    def decrypt(self, keys: Keys, item: api.DecryptItem, event: Event) -> bytes:
         """The plaintext of one ciphertext."""
-        opened = self._open_for(event, item)
+        opened = self._open_for(keys, event, item)
         sealed = _sealed(item.ciphertext)
         plaintext = _decrypt(self._vault.turn_cipher(opened), sealed, _aad(opened, item.aad))
         return b'{"plaintext":"' + encode(plaintext) + b'"}'
 
-    def _open_for(self, event: Event, item: api.EncryptItem | api.DecryptItem) -> OpenDek:
+    def _open_for(self, keys: Keys, event: Event, item: api.EncryptItem | api.DecryptItem) -> OpenDek:
         key_id = item.key_id
-        opened = self._cached(key_id)
+        opened = self._cached(key_id) if keys is self._vault else None
         if opened is None:
             event.key_id = check_key_id(key_id)
-            opened = self._vault.opened(key_id)
+            opened = keys.opened(key_id)
         else:
             event.key_id = key_id
         if item.thread_id is not UNSET:
@@ -113,37 +129,29 @@ class RecordVerbs:
 
     # --- many records ------------------------------------------------------------------------------------------------
 
-    def encrypt_batch(self, request: api.EncryptBatchRequest, event: Event) -> bytes | Later:
+    def encrypt_batch(self, keys: Keys, request: api.EncryptBatchRequest, event: Event) -> bytes | Later:
         """Encrypts each item; a refused item does not stop the others."""
         counts: dict[str, int] = {}
         for item in request.items:
             counts[item.key_id] = counts.get(item.key_id, 0) + 1
         low = [
-            (lease, count) for key_id, count in counts.items() if (lease := self._low_lease(key_id, count)) is not None
+            (lease, count) for key_id, count in counts.items() if (lease := _low_lease(keys, key_id, count)) is not None
         ]
-        return (
-            Later(partial(self._encrypt_batch_later, request, event, low)) if low else self._encrypt_all(request, event)
-        )
+        if low:
+            return Later(partial(self._encrypt_batch_later, keys, request, event, low))
+        return self._encrypt_all(keys, request, event)
 
     async def _encrypt_batch_later(
-        self, request: api.EncryptBatchRequest, event: Event, low: list[tuple[UseLease, int]]
+        self, keys: Keys, request: api.EncryptBatchRequest, event: Event, low: list[tuple[UseLease, int]]
     ) -> bytes:
         # If the disk refuses the leases, the items that need them are refused one by one.
         with contextlib.suppress(StorageUnavailableError):
             await self._vault.leases.extend(low)
-        answer = self._encrypt_all(request, event)
+        answer = self._encrypt_all(keys, request, event)
         scrub_stack()
         return answer
 
-    def _low_lease(self, key_id: str, count: int) -> UseLease | None:
-        """The key's lease if it does not cover `count` uses. A key that can't be opened is refused item by item."""
-        try:
-            lease = self._vault.opened(check_key_id(key_id)).lease
-        except MiniKmsError:
-            return None
-        return None if lease.covers(count) else lease
-
-    def _encrypt_all(self, request: api.EncryptBatchRequest, event: Event) -> bytes:
+    def _encrypt_all(self, keys: Keys, request: api.EncryptBatchRequest, event: Event) -> bytes:
         parts: list[bytes] = []
         failed = 0
         last_key_id = ""
@@ -154,7 +162,7 @@ class RecordVerbs:
             try:
                 # One cipher object serves a run of items under one key, and is dropped with this call.
                 if opened is None or cipher is None or item.key_id != last_key_id:
-                    opened = self._vault.opened(check_key_id(item.key_id))
+                    opened = keys.opened(check_key_id(item.key_id))
                     cipher = AESGCM(opened.view)
                     last_key_id = item.key_id
                 if item.thread_id is not UNSET:
@@ -172,7 +180,7 @@ class RecordVerbs:
         count_refused(event, failed)
         return items_answer(parts)
 
-    def decrypt_batch(self, request: api.DecryptBatchRequest, event: Event) -> bytes:
+    def decrypt_batch(self, keys: Keys, request: api.DecryptBatchRequest, event: Event) -> bytes:
         """Decrypts each item; a refused item does not stop the others."""
         parts: list[bytes] = []
         failed = 0
@@ -182,7 +190,7 @@ class RecordVerbs:
         for item in request.items:
             try:
                 if opened is None or cipher is None or item.key_id != last_key_id:
-                    opened = self._vault.opened(check_key_id(item.key_id))
+                    opened = keys.opened(check_key_id(item.key_id))
                     cipher = AESGCM(opened.view)
                     last_key_id = item.key_id
                 if item.thread_id is not UNSET:
@@ -196,33 +204,35 @@ class RecordVerbs:
         count_refused(event, failed)
         return items_answer(parts)
 
-    def reencrypt_batch(self, request: api.ReencryptBatchRequest, event: Event) -> bytes | Later:
+    def reencrypt_batch(self, keys: Keys, request: api.ReencryptBatchRequest, event: Event) -> bytes | Later:
         """Moves ciphertexts between keys of one thread; the plaintext never leaves."""
         event.key_ids = [check_key_id(request.from_key_id), check_key_id(request.to_key_id)]
-        source = self._vault.record(request.from_key_id)
-        target = self._vault.opened(request.to_key_id)
+        source = keys.record(request.from_key_id)
+        target = keys.opened(request.to_key_id)
         target.check_thread(source.thread_id)
         if target.purpose != source.purpose:
             raise WrongPurposeError("records move only between keys of one purpose")
         target.check_encrypts()
         if not target.lease.covers(len(request.items)):
-            return Later(partial(self._reencrypt_later, target.lease, request, event))
-        return self._reencrypt_all(request, event)
+            return Later(partial(self._reencrypt_later, keys, target.lease, request, event))
+        return self._reencrypt_all(keys, request, event)
 
-    async def _reencrypt_later(self, lease: UseLease, request: api.ReencryptBatchRequest, event: Event) -> bytes:
+    async def _reencrypt_later(
+        self, keys: Keys, lease: UseLease, request: api.ReencryptBatchRequest, event: Event
+    ) -> bytes:
         await self._vault.leases.extend([(lease, len(request.items))])
-        self._vault.opened(request.to_key_id).check_encrypts()  # it may have been retired meanwhile
-        answer = self._reencrypt_all(request, event)
+        keys.opened(request.to_key_id).check_encrypts()  # it may have been retired meanwhile
+        answer = self._reencrypt_all(keys, request, event)
         scrub_stack()
         return answer
 
-    def _reencrypt_all(self, request: api.ReencryptBatchRequest, event: Event) -> bytes:
+    def _reencrypt_all(self, keys: Keys, request: api.ReencryptBatchRequest, event: Event) -> bytes:
         parts: list[bytes] = []
         failed = 0
         # Opening the second key may evict and zero the first, so each cipher is made at once.
-        source = self._vault.opened(request.from_key_id)
+        source = keys.opened(request.from_key_id)
         opening = AESGCM(source.view)
-        target = self._vault.opened(request.to_key_id)
+        target = keys.opened(request.to_key_id)
         sealing = AESGCM(target.view)
         for item in request.items:
             try:
@@ -239,15 +249,24 @@ class RecordVerbs:
         count_refused(event, failed)
         return items_answer(parts)
 
-    def check_batch(self, request: api.CheckBatchRequest, event: Event) -> api.CheckBatchAnswer:
+    def check_batch(self, keys: Keys, request: api.CheckBatchRequest, event: Event) -> api.CheckBatchAnswer:
         """Which ciphertexts open under one key. The answer holds nothing of their plaintext."""
         event.key_ids = [check_key_id(request.key_id)]
-        opened = self._vault.opened(request.key_id)
+        opened = keys.opened(request.key_id)
         if request.thread_id is not UNSET:
             opened.check_thread(request.thread_id)
         refused = _refused_of(request.items, opened)
         count_refused(event, len(refused))
         return api.CheckBatchAnswer(len(request.items) - len(refused), refused)
+
+
+def _low_lease(keys: Keys, key_id: str, count: int) -> UseLease | None:
+    """The key's lease if it does not cover `count` uses. A key that can't be opened is refused item by item."""
+    try:
+        lease = keys.opened(check_key_id(key_id)).lease
+    except MiniKmsError:
+        return None
+    return None if lease.covers(count) else lease
 
 
 def decode_aad(aad: str | UnsetType) -> bytes:

@@ -8,16 +8,19 @@ its text, which could contain what a user typed.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
-import structlog
-
-from progressdb_server.api.http import head
-from progressdb_server.api.http.access import AccessControl
+from minikms.client import KmsError
+from minikms.logs import structlog
+from progressdb_server.api.http import head, limits
+from progressdb_server.api.http.access import NOT_AUTHENTICATED, AccessControl
 from progressdb_server.api.http.errors import ApiError, ClientGoneError, Header, internal
 from progressdb_server.api.http.request import Receive, Request, Scope, Send
 from progressdb_server.api.http.response import NO_CONTENT, Exchange, error_response
@@ -26,7 +29,8 @@ from progressdb_server.api.routes.documentation import with_documentation
 from progressdb_server.api.routes.errors import api_error
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.table import Operation, Routing
-from progressdb_server.store.model import ConversationStore, RecordUnreadableError
+from progressdb_server.kms.provider import READING, Reading
+from progressdb_server.store.model import ConversationStore, KeyServiceRefusedError, RecordUnreadableError
 
 _log: Final = structlog.get_logger("progressdb.api")
 _CLIENT_GONE: Final = 499
@@ -67,6 +71,7 @@ class Application:
         self.operations = operations(store, metrics, more)
         self._routing = Routing(self.operations)
         self._clock = clock
+        self._refused = RefusalLog()
         self._debugging = _log.is_enabled_for(logging.DEBUG)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,6 +80,8 @@ class Application:
         started_s = self._clock()
         self._metrics.started()
         request = Request(scope, receive)
+        reading = Reading(request.request_id)
+        READING.set(reading)  # for this request's task and the tasks that it starts
         common: tuple[Header, ...] = ((b"x-request-id", request.request_id.encode("ascii")),)
         if head.ORIGIN in request.headers:
             common += self._access.cors_headers(request.headers)
@@ -83,9 +90,12 @@ class Application:
             if request.method == "OPTIONS":
                 await exchange.respond(NO_CONTENT)
                 return
+            client = request.client_address = self._access.proxies.client(request.address, scope["headers"])
             request.principal, request.user = self._access.authorize(
-                request.path, request.headers, request.repeated_header, request.address, started_s
+                request.path, request.headers, request.repeated_header, request.address, client, now_s=started_s
             )
+            if request.direct is not None:
+                request.direct.identify(request.principal, request.user)
             resource = self._routing.hot(request)
             if resource is None:
                 await self._routing.route(exchange, scope)
@@ -102,12 +112,17 @@ class Application:
         finally:
             seconds = self._clock() - started_s
             self._metrics.finished(request, exchange.status or _CLIENT_GONE, seconds)
+            if reading.opened:
+                _log_reading(request, reading)
             if exchange.status >= 400 or not exchange.status or self._debugging:
-                _log_response(request, exchange.status, seconds)
+                identified = request.principal is not NOT_AUTHENTICATED
+                if exchange.status in _LOGGED_STATUSES and not identified:
+                    self._refused.add(exchange.status, started_s)
+                _log_response(request, exchange.status, seconds, identified=identified)
 
 
 def _error_of(error: Exception, request: Request) -> ApiError:
-    """The error response; logs an unreadable record and an unexpected error."""
+    """The error response; logs an unreadable record, a refusal of the key service, and an unexpected error."""
     known = api_error(error)
     if known is None:
         frames = traceback.extract_tb(error.__traceback__)
@@ -121,20 +136,70 @@ def _error_of(error: Exception, request: Request) -> ApiError:
         return internal()
     if isinstance(error, RecordUnreadableError):
         _log.error("record unreadable", request_id=request.request_id, reason=str(error))
+    if isinstance(error, (KmsError, KeyServiceRefusedError)) and known.status == 500:
+        _log.error("key_service_refused", request_id=request.request_id, route=request.route, reason=known.text)
     return known
+
+
+def _log_reading(request: Request, reading: Reading) -> None:
+    """Who had records opened. The audit log of the key service has the same request id, with the keys and the time.
+
+    `user` has signed, `author` is whom a holder of an API key acts for, by its own word.
+    """
+    try:
+        author = request.author()
+    except ApiError:
+        author = None
+    _log.info(
+        "records_opened",
+        request_id=request.request_id,
+        route=request.route,
+        role=request.principal.role.value,
+        key=request.principal.number or None,
+        user=request.user,
+        author=author,
+        viewer_key=request.viewer_key or None,
+        records=reading.opened,
+    )
 
 
 _LOGGED_STATUSES: Final = frozenset({401, 403, 429})
 
 
-def _log_response(request: Request, status: int, seconds: float) -> None:
-    """Failures as warnings, refused callers as information, everything else for debugging.
+class RefusalLog:
+    """Logs the callers that access control refused: one line in `REFUSAL_LOG_SECONDS`, with their number by status."""
 
-    Never a path or a query: both could contain what a user typed.
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+        self._next_s = -math.inf
+        self._pending: asyncio.TimerHandle | None = None
+
+    def add(self, status: int, now_s: float) -> None:
+        self._counts[status] += 1
+        if now_s >= self._next_s:
+            self._write(now_s)
+        elif self._pending is None:
+            loop = asyncio.get_running_loop()
+            self._pending = loop.call_later(self._next_s - now_s, self._write, self._next_s)
+
+    def _write(self, now_s: float) -> None:
+        if self._pending is not None:
+            self._pending.cancel()
+            self._pending = None
+        self._next_s = now_s + limits.REFUSAL_LOG_SECONDS
+        by_status = {str(status): count for status, count in sorted(self._counts.items())}
+        _log.warning("callers refused", count=self._counts.total(), statuses=by_status)
+        self._counts.clear()
+
+
+def _log_response(request: Request, status: int, seconds: float, *, identified: bool) -> None:
+    """Failures as warnings, refused requests of known callers as information, everything else for debugging.
+
+    Never a path or a query: both could contain what a user typed. (Authors are stored in plaintext, and logged.)
     """
     if status >= 500:
         level = _log.warning
-    elif status in _LOGGED_STATUSES:
+    elif status in _LOGGED_STATUSES and identified:
         level = _log.info
     else:
         level = _log.debug

@@ -7,6 +7,12 @@ the work of a command that another room could do.
 
 from __future__ import annotations
 
+import sys
+from typing import Final
+
+EXIT_MISSING: Final = 2
+"""As in `minikms.usage`, which may not be imported yet."""
+
 
 def main() -> None:
     """The entry point."""
@@ -15,7 +21,13 @@ def main() -> None:
     try:
         master_key_fd = root_key.take()
     except root_key.MasterKeyError as error:
-        raise SystemExit(f"progressdb: {error}") from None
+        print(f"progressdb: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_MISSING) from None
+    import gc
+
+    from minikms.usage import COLLECTED_OBJECTS_MIN
+
+    gc.set_threshold(COLLECTED_OBJECTS_MIN)
     from progressdb_server.cli.command import run
 
     run(master_key_fd)

@@ -48,7 +48,7 @@ class AdminClient:
         *,
         trusted: str | None = None,
         timeout_s: float = TIMEOUT_S,
-        missing: frozenset[int] = frozenset({404}),
+        missing: frozenset[int] = frozenset({_NO_RESPONSE, 404}),
     ) -> None:
         """`key`: empty for none. `trusted`: file of the certificate to trust; None for those of the system.
 
@@ -58,7 +58,7 @@ class AdminClient:
         self.url = url
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise CommandError(f"{url} is no address of a server: use http://HOST:PORT")
+            raise CommandError(f"{url} is no address of a server: use http://HOST:PORT", missing=True)
         self._tls = ssl.create_default_context(cafile=trusted) if parts.scheme == "https" else None
         self._host, self._port = parts.hostname, parts.port
         self._headers = {"X-API-Key": key} if key else {}
@@ -150,7 +150,7 @@ def _url_of(address: str) -> str:
     try:
         host, port = split_address(address)
     except ValueError as error:
-        raise CommandError(f"PROGRESSDB_ADDR {error}") from None
+        raise CommandError(f"PROGRESSDB_ADDR {error}", missing=True) from None
     return f"http://{_bracketed(_REACHABLE.get(host, host))}:{port}"
 
 
@@ -169,8 +169,8 @@ def _admin_key(file: Path | None) -> str:
         except FileNotFoundError:
             raise CommandError(f"the key file {file} does not exist", missing=True) from None
         except (OSError, UnicodeDecodeError) as error:
-            raise CommandError(f"the key file {file} cannot be read: {type(error).__name__}") from None
+            raise CommandError(f"the key file {file} cannot be read: {type(error).__name__}", missing=True) from None
     key = listed.split(",")[0].strip()
     if not key or not all("!" <= char <= "~" for char in key):
-        raise CommandError("no admin key: set PROGRESSDB_API_ADMIN_KEYS or give --api-key-file FILE")
+        raise CommandError("no admin key: set PROGRESSDB_API_ADMIN_KEYS or give --api-key-file FILE", missing=True)
     return key

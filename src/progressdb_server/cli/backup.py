@@ -68,12 +68,13 @@ def create(
     db: Db = None,
     config: ConfigFile = None,
     master_key_file: MasterKeyFile = None,
+    json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Back up the store, then the key service, also while they serve. Neither backup contains the root key."""
     chosen = load_config(addr=addr, db=db, config=config, master_key_file=master_key_file).config
     if NAME.fullmatch(name) is None:
-        raise CommandError(INVALID_NAME)
+        raise CommandError(INVALID_NAME, missing=True)
     path = chosen.backups_dir / name
 
     async def offline() -> None:
@@ -85,11 +86,13 @@ def create(
     except StoreLockedError:
         client = AdminClient.from_config(chosen)
         client.call("POST", "/admin/store_backup", {"name": name}, timeout_s=CREATE_S_MAX)
-    print(f"{path}: the store is backed up and was read back")
+    _say(f"{path}: the store is backed up and was read back", json=json)
+    page: dict[str, Any] = {"backup": str(path), "key_service": None}
     if store_only or chosen.kms.provider == "local":
-        print("Now back up the key service, as its user: minikms backup create FILE")
+        _say("Now back up the key service, as its user: minikms backup create FILE", page, json=json)
         return 0
-    return _minikms(["create", str(path / KMS_ARCHIVE), "--data-dir", str(chosen.kms_data_dir)], chosen, master_key_fd)
+    words = ["create", str(path / KMS_ARCHIVE), "--data-dir", str(chosen.kms_data_dir)]
+    return _minikms(words, chosen, master_key_fd, page if json else None)
 
 
 @app.command(name="list")
@@ -134,13 +137,15 @@ def forget(
     addr: Addr = None,
     db: Db = None,
     config: ConfigFile = None,
+    json: Json = False,
 ) -> int:
     """Forget a deleted backup, so that keys which only it needs can be destroyed. Refused while the backup exists."""
     chosen = load_config(addr=addr, db=db, config=config).config
     if not yes:
         raise CommandError(
             "nothing was forgotten: keys that this backup needs may be destroyed then; if it was deleted, with every "
-            "copy of it, give --yes"
+            "copy of it, give --yes",
+            missing=True,
         )
 
     async def offline() -> None:
@@ -151,7 +156,7 @@ def forget(
         asyncio.run(offline())
     except StoreLockedError:
         AdminClient.from_config(chosen).call("DELETE", f"/admin/store_backups/{quote(name, safe='')}")
-    print(f"{name} is forgotten: it keeps no old key any more")
+    _say(f"{name} is forgotten: it keeps no old key any more", {"forgotten": name}, json=json)
     return 0
 
 
@@ -162,17 +167,25 @@ def verify(
     db: Db = None,
     config: ConfigFile = None,
     master_key_file: MasterKeyFile = None,
+    json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Read back every file and every key of a backup. Exit status: 0 good, 1 damaged, 2 it does not exist."""
     path = existing_directory(backup_path)
     chosen = load_config(db=db or ".", config=config, master_key_file=master_key_file).config
     manifest = backup.verify(str(path))
-    print(f"{path}: the store is whole: {len(manifest.files)} files, {manifest.bytes:,} bytes")
+    _say(f"{path}: the store is whole: {len(manifest.files)} files, {manifest.bytes:,} bytes", json=json)
+    page: dict[str, Any] = {
+        "backup": str(path),
+        "files": len(manifest.files),
+        "bytes": manifest.bytes,
+        "key_service": None,
+    }
     if not (path / KMS_ARCHIVE).exists():
-        print(f"no {KMS_ARCHIVE} in it: verify the key service's archive by itself, with minikms backup verify")
+        text = f"no {KMS_ARCHIVE} in it: verify the key service's archive by itself, with minikms backup verify"
+        _say(text, page, json=json)
         return 0
-    return _minikms(["verify", str(path / KMS_ARCHIVE)], chosen, master_key_fd)
+    return _minikms(["verify", str(path / KMS_ARCHIVE)], chosen, master_key_fd, page if json else None)
 
 
 @app.command(name="restore")
@@ -186,6 +199,7 @@ def restore(
     db: Db = None,
     config: ConfigFile = None,
     master_key_file: MasterKeyFile = None,
+    json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Restore into the directories of the configuration, which must be empty. Nothing is overwritten."""
@@ -195,14 +209,18 @@ def restore(
     if os.path.isdir(chosen.store_dir) and os.listdir(chosen.store_dir):
         raise CommandError(f"{chosen.store_dir} is not empty: move its files away first")
     archive = path / KMS_ARCHIVE
+    page: dict[str, Any] = {"backup": str(path), "restored": str(chosen.store_dir), "key_service": None}
     if archive.exists():  # the key service first: it may refuse its archive
         words = ["restore", str(archive), "--data-dir", str(chosen.kms_data_dir), "--yes"]
         if newer_keyring is not None:
             words += ["--newer-keyring", str(newer_keyring)]
-        refused = _minikms(words, chosen, master_key_fd)
+        page["key_service"], refused = _run_minikms(words, chosen, master_key_fd, json=json)
         if refused:
             return refused
     backup.restore(str(path), str(chosen.store_dir))
+    if json:
+        print(encoder.dumps(page, indent=2))
+        return 0
     print(f"Restored the store into {chosen.store_dir}. Start the server; if it says that it remembers a")
     print("later state of the key service, once with --accept-restore.")
     return 0
@@ -216,21 +234,43 @@ async def _register(config: Config) -> AsyncIterator[BackupRegister]:
         yield register
 
 
-def _minikms(words: list[str], config: Config, master_key_fd: int | None) -> int:
-    """Run `minikms backup …`, which prints its own output. A root key of our environment is passed as a descriptor, and
-    closed here."""
+def _say(sentence: str, page: dict[str, Any] | None = None, *, json: bool) -> None:
+    """Print the sentence, or with `json` the page, which only the last call of a command has."""
+    if not json:
+        print(sentence)
+    elif page is not None:
+        print(encoder.dumps(page, indent=2))
+
+
+def _minikms(words: list[str], config: Config, master_key_fd: int | None, page: dict[str, Any] | None) -> int:
+    """Run `minikms backup …` as the last step. With a page, its result becomes part of it, and the page is printed."""
+    found, exit_status = _run_minikms(words, config, master_key_fd, json=page is not None)
+    if page is not None:
+        page["key_service"] = found
+        print(encoder.dumps(page, indent=2))
+    return exit_status
+
+
+def _run_minikms(
+    words: list[str], config: Config, master_key_fd: int | None, *, json: bool
+) -> tuple[dict[str, Any] | None, int]:
+    """Run `minikms backup …`: with `json` its result, else it prints its own output. A root key of our environment is
+    passed as a descriptor, and closed here."""
     command = [sys.executable, "-P", "-m", "minikms", "backup", *words]
     key_file = config.kms.master_key_file or _development_key(config)
     if master_key_fd is not None:
         command += ["--master-key-fd", str(master_key_fd)]
     elif key_file:
         command += ["--master-key-file", key_file]
+    if json:
+        command.append("--json")
     sys.stdout.flush()
     passed = () if master_key_fd is None else (master_key_fd,)
-    with subprocess.Popen(command, pass_fds=passed) as process:  # noqa: S603  our own program
+    with subprocess.Popen(command, pass_fds=passed, stdout=subprocess.PIPE if json else None) as process:  # noqa: S603  our own program
         if master_key_fd is not None:
             os.close(master_key_fd)
-        return process.wait()
+        output, _ = process.communicate()
+    return encoder.loads(output) if output else None, process.returncode
 
 
 def _development_key(config: Config) -> str:

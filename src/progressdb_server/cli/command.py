@@ -11,36 +11,29 @@ import os
 import sys
 from typing import Annotated, Final, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 
-from progressdb_server.cli.flags import (
-    EXIT_INTERRUPTED,
-    EXIT_MISSING,
-    EXIT_READER_LEFT,
-    EXIT_REFUSED,
-    Addr,
-    CommandError,
-    ConfigFile,
-    Db,
-    Dev,
-    MasterKeyFd,
-    MasterKeyFile,
-    load_config,
-)
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_INTERRUPTED, EXIT_MISSING, EXIT_READER_LEFT, HelpPages, explained
+from progressdb_server.cli.flags import Addr, CommandError, ConfigFile, Db, Dev, MasterKeyFd, MasterKeyFile, load_config
 
 COMMANDS: Final = {
     "demo": ("demo:demo", "Take a guided tour: store, read back, search the disk, verify."),
     "status": ("status:status", "Show the server and its key service on one page."),
+    "doctor": ("doctor:doctor", "Ask the running server what is wrong, and retire keys that no thread names."),
     "check": ("check:check", "Examine the whole store, also while the server runs."),
     "backup": ("backup:app", "Back up store and key service, verify and restore backups."),
     "config": ("configuration:app", "Check or show the configuration that the server would run with."),
     "rotate-dek": ("jobs:rotate_dek", "Give threads new keys and re-encrypt their records."),
     "jobs": ("jobs:app", "List, follow and control the background jobs of a running server."),
-    "backups": ("jobs:backups", "List, restore and remove the backups that key rotations made."),
+    "rotation-backups": ("jobs:backups", "List, restore and remove the backups that key rotations made."),
+    "completion": ("command:completion", "Print the completion script of a shell."),
 }
 """Each command except `serve`: its function or group, and its help in one line. To add a command, add its module and an
 entry here.
 """
+
+FORMER_NAMES: Final = {"backups": "rotation-backups"}
+"""Names that still work and that no help shows: `backups` was too easily taken for `backup`."""
 
 
 def _version() -> str:
@@ -53,6 +46,8 @@ app = App(
     name="progressdb",
     help="The ProgressDB message server. Without a command it runs `serve`.",
     help_format="plaintext",  # a Markdown renderer takes long to import
+    help_formatter=HelpPages(),
+    help_epilogue="Exit status: 0 done, 1 a check failed or a refusal, 2 wrong usage or something is missing.",
     version=_version,
     version_flags=["--version"],
 )
@@ -93,13 +88,21 @@ def serve(
     return 0
 
 
+def completion(shell: Annotated[Literal["bash", "zsh", "fish"], Parameter(help="The shell.")]) -> int:
+    """Print the completion script of a shell. For bash: source <(progressdb completion bash)"""
+    print(app.generate_completion(prog_name="progressdb", shell=shell), end="")
+    return EXIT_GOOD
+
+
 def run(master_key_fd: int | None) -> None:
     """Run the command line and end the process. `master_key_fd` holds the root key that was in the environment; the
     command passes it to its child and closes it."""
     try:
-        _check_first_word(sys.argv[1:])
+        words = sys.argv[1:]
+        words[:1] = [FORMER_NAMES.get(word, word) for word in words[:1]]
+        _check_first_word(words)
         try:
-            command, bound, unparsed = app.parse_args()
+            command, bound, unparsed = app.parse_args(words, print_error=False, exit_on_error=False)
             given = {"master_key_fd": master_key_fd} if "master_key_fd" in unparsed else {}
             if not given and master_key_fd is not None:
                 os.close(master_key_fd)  # this command needs no key
@@ -114,21 +117,22 @@ def run(master_key_fd: int | None) -> None:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - `_exit_status` raises a defect again
         exit_status = _exit_status(error)
-        print(f"progressdb: {error}", file=sys.stderr)
+        text = explained(error, "progressdb") if isinstance(error, CycloptsError) else str(error)
+        print(f"progressdb: {text}", file=sys.stderr)
         sys.exit(exit_status)
 
 
 def _exit_status(error: Exception) -> int:
     """Of an error whose text is written for users. Raises any other: it is a defect."""
-    from progressdb_server.config import ConfigError, ConfigMissingError
+    from progressdb_server.config import ConfigError
     from progressdb_server.store.model import BackupError, StoreUnavailableError
 
     if isinstance(error, CommandError):
-        return EXIT_MISSING if error.missing else EXIT_REFUSED
-    if isinstance(error, ConfigMissingError):
+        return EXIT_MISSING if error.missing else EXIT_FAILED
+    if isinstance(error, (CycloptsError, ConfigError)):
         return EXIT_MISSING
-    if isinstance(error, (ConfigError, BackupError, StoreUnavailableError)):
-        return EXIT_REFUSED
+    if isinstance(error, (BackupError, StoreUnavailableError)):
+        return EXIT_FAILED
     raise error
 
 

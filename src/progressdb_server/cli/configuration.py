@@ -6,15 +6,27 @@ of a configuration. Invariant: it prints the number of API keys, but never a key
 
 from __future__ import annotations
 
+import json as encoder
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 from cyclopts import App
 
 from progressdb_server.api.http.listener import check_tls
-from progressdb_server.cli.flags import Addr, ConfigFile, Db, Dev, MasterKeyFd, MasterKeyFile, load_config
-from progressdb_server.config import Config, ConfigMissingError, Loaded
+from progressdb_server.cli.flags import (
+    Addr,
+    CommandError,
+    ConfigFile,
+    Db,
+    Dev,
+    Json,
+    MasterKeyFd,
+    MasterKeyFile,
+    load_config,
+)
+from progressdb_server.config import Config, ConfigError, ConfigMissingError, Loaded
 from progressdb_server.server import check_key_source
 
 app = App(name="config", help="Check or show the configuration that the server would run with.")
@@ -28,15 +40,21 @@ def check_configuration(
     config: ConfigFile = None,
     master_key_file: MasterKeyFile = None,
     dev: Dev = None,
+    json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Check the configuration without starting the server.
 
     Exit status: 0 it is valid, 1 it is not, 2 a file that it names does not exist.
     """
-    loaded = load_config(addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev)
-    check(loaded.config, has_master_key=master_key_fd is not None)
-    print("the configuration is valid")
+    try:
+        loaded = load_config(addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev)
+        check(loaded.config, has_master_key=master_key_fd is not None)
+    except ConfigMissingError:
+        raise
+    except ConfigError as error:
+        raise CommandError(str(error)) from None
+    print(encoder.dumps({"valid": True}) if json else "the configuration is valid")
     return 0
 
 
@@ -48,10 +66,18 @@ def show_configuration(
     config: ConfigFile = None,
     master_key_file: MasterKeyFile = None,
     dev: Dev = None,
+    json: Json = False,
 ) -> int:
     """Print every setting with its value and its source. API keys are not printed, only their number."""
     loaded = load_config(addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev)
-    print("\n".join(setting_lines(loaded)))
+    if json:
+        settings = {
+            path: {"value": value, "source": loaded.sources.get(path, "default")}
+            for path, value in _settings(loaded.config)
+        }
+        print(encoder.dumps(settings, indent=2))
+    else:
+        print("\n".join(setting_lines(loaded)))
     return 0
 
 
@@ -67,16 +93,29 @@ def check(config: Config, *, has_master_key: bool) -> None:
 def setting_lines(loaded: Loaded) -> Iterator[str]:
     """One printed line for each setting."""
     for path, value in _settings(loaded.config):
-        yield f"{path} = {value}  ({loaded.sources.get(path, 'default')})"
+        shown = f"{value} configured" if path in _counted(loaded.config) else encoder.dumps(value, ensure_ascii=False)
+        yield f"{path} = {shown}  ({loaded.sources.get(path, 'default')})"
 
 
-def _settings(section: msgspec.Struct, prefix: str = "") -> Iterator[tuple[str, str]]:
+def _counted(config: Config) -> frozenset[str]:
+    """The settings that hold API keys: only the number of keys is shown."""
+    keys = config.security.api_keys
+    return frozenset(
+        f"security.api_keys.{name}" for name in keys.__struct_fields__ if isinstance(getattr(keys, name), tuple)
+    )
+
+
+def _settings(config: Config) -> Iterator[tuple[str, Any]]:
+    """The path and the value of each setting; of API keys, their number."""
+    counted = _counted(config)
+    for path, value in _values(config):
+        yield path, len(value) if path in counted else value
+
+
+def _values(section: msgspec.Struct, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for field in section.__struct_fields__:
         value = getattr(section, field)
-        path = prefix + field
         if isinstance(value, msgspec.Struct):
-            yield from _settings(value, path + ".")
-        elif prefix == "security.api_keys." and isinstance(value, tuple):
-            yield path, f"{len(value)} configured"
+            yield from _values(value, f"{prefix}{field}.")
         else:
-            yield path, msgspec.json.encode(value).decode()
+            yield prefix + field, value

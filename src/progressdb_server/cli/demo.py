@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from minikms import api
 from minikms.client import Client, KmsError
 from progressdb_server.cli.disksearch import hexdump, search
 from progressdb_server.config import UNIX_PATH_BYTES_MAX
@@ -271,16 +272,16 @@ def _show_status(tour: Tour, place: Place) -> str:
         "Ask the key service how it is", f"curl -s --unix-socket {shlex.quote(str(place.socket))} http://kms/status"
     )
     status = _kms_status(place.socket)
-    measures = status["hardening"]
-    in_force = [measure["measure"] for measure in measures if measure["in_force"]]
-    tour.line(f"keys in memory: {status['memory']['arena']}; in force: {', '.join(in_force)}")
+    measures = status.hardening
+    in_force = [measure.measure for measure in measures if measure.in_force]
+    tour.line(f"keys in memory: {status.memory.arena}; in force: {', '.join(in_force)}")
     for measure in measures:
-        if not measure["in_force"]:
-            tour.line(f"not in force: {measure['measure']}, since {measure['why']}")
-    for warning in status["warnings"]:
+        if not measure.in_force:
+            tour.line(f"not in force: {measure.measure}, since {measure.why}")
+    for warning in status.warnings:
         tour.line(f"warning: {warning}", style="yellow")
-    tour.check(status["status"] == "ok", f"process {status['pid']}, audit log at line {status['audit']['head']['seq']}")
-    return f"{status['audit']['head']['seq']}:{status['audit']['head']['sig']}"
+    tour.check(status.status == "ok", f"process {status.pid}, audit log at line {status.audit.head.seq}")
+    return f"{status.audit.head.seq}:{status.audit.head.sig}"
 
 
 def _search_disk(tour: Tour, place: Place, thread: str, planted: list[str], texts: list[str]) -> None:
@@ -435,11 +436,11 @@ def _free_port() -> int:
         return port
 
 
-def _kms_status(path: Path) -> dict[str, Any]:
+def _kms_status(path: Path) -> api.StatusAnswer:
     """The status that miniKMS reports over its socket. Raises DemoError."""
     try:
         with Client(path) as kms:
-            return dict(kms.status())
+            return kms.status()
     except KmsError as error:
         raise DemoError(f"miniKMS did not say how it is: {error}") from None
 

@@ -1,4 +1,4 @@
-"""Flags that several commands have, the configuration that they give, and the exit statuses.
+"""Flags that several commands have, and the configuration that they give.
 
 Owns: the text of each shared flag, and `CommandError`. A command raises it, or an error of another room; `command.run`
 prints the text and ends with the status. Invariant: no flag takes a key.
@@ -8,21 +8,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 if TYPE_CHECKING:
     from progressdb_server.config import Loaded
-
-EXIT_GOOD: Final = 0
-EXIT_REFUSED: Final = 1
-"""Refused, or examined and found wrong."""
-EXIT_MISSING: Final = 2
-"""Wrong usage, or something that is needed is missing."""
-EXIT_INTERRUPTED: Final = 130
-EXIT_READER_LEFT: Final = 141
-"""128 and the number of the signal, SIGINT and SIGPIPE, as shells report it."""
 
 
 class CommandError(Exception):

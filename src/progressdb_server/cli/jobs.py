@@ -1,4 +1,4 @@
-"""`progressdb rotate-dek`, `jobs …` and `backups …`: control of the jobs of a running server.
+"""`progressdb rotate-dek`, `jobs …` and `rotation-backups …`: control of the jobs of a running server.
 
 Owns: what these commands print. Exit status: 0 done, 1 refused or the job did not succeed, 2 no such job, thread or
 file. Invariants: `--json` prints only JSON, one object or list; progress bars are drawn only on a terminal; only
@@ -31,7 +31,7 @@ _OVER: Final = frozenset({"done", "failed", "cancelled", "paused"})
 JobId = Annotated[str, Parameter(help="A job's id.")]
 
 app = App(name="jobs", help="List, follow and control the background jobs of a running server.")
-backups = App(name="backups", help="List, restore and remove the backups that key rotations made.")
+backups = App(name="rotation-backups", help="List, restore and remove the backups that key rotations made.")
 
 
 # --- rotate-dek ---------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def rotate_dek(
     }
     chosen = {name: value for name, value in asked.items() if value}
     if len(chosen) != 1:
-        raise CommandError("name threads, or give one of --all, --older-than and --kek-version")
+        raise CommandError("name threads, or give one of --all, --older-than and --kek-version", missing=True)
     client = AdminClient.from_flags(url, api_key_file)
     how: dict[str, object] = {}
     if destroy_old_after:
@@ -175,13 +175,13 @@ def prune(
 ) -> int:
     """Remove backups permanently. The records themselves do not change."""
     if sum(map(bool, (job_ids, older_than, every))) != 1:
-        raise CommandError("name jobs, or give one of --older-than and --all")
+        raise CommandError("name jobs, or give one of --older-than and --all", missing=True)
     client = AdminClient.from_flags(url, api_key_file)
     chosen = list(job_ids)
     if not chosen:
         chosen = [job["job_id"] for job in client.call("GET", "/admin/backups")["jobs"] if _old(job, older_than)]
-    if chosen and not yes and not _confirmed(f"Remove the backups of {len(chosen)} jobs for good?"):
-        raise CommandError("nothing was removed (--yes does not ask)")
+    if chosen and not yes:
+        _confirm(f"Remove the backups of {len(chosen)} jobs for good?")
     removed = [client.call("DELETE", f"{_target(job)}/backups", timeout_s=ROTATE_TIMEOUT_S) for job in chosen]
     total = sum(one["removed"] for one in removed)
     _print(removed, as_json, f"{total} backups of {len(removed)} jobs removed")
@@ -203,14 +203,20 @@ def _old(job: dict[str, Any], older_than: str) -> bool:
     try:
         limit_s = duration_s(older_than) if older_than else 0
     except ValueError as error:
-        raise CommandError(f"--older-than {error}") from None
+        raise CommandError(f"--older-than {error}", missing=True) from None
     return bool(time.time() - job["updated_ns"] / 1e9 >= limit_s)
 
 
-def _confirmed(question: str) -> bool:
+def _confirm(question: str) -> None:
+    """Return when the answer is yes. Raises CommandError when it is no, or when there is no terminal."""
     if not sys.stdin.isatty():
-        return False
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+        raise CommandError(
+            "nothing was removed: this needs a confirmation, and there is no terminal to ask on: confirm with --yes",
+            missing=True,
+        )
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise CommandError("nothing was removed")
 
 
 # --- printing -----------------------------------------------------------------------------------------------------

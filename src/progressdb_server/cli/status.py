@@ -1,32 +1,76 @@
 """`progressdb status`: the server and its key service on one page.
 
-Owns: the questions to both, and the page. Invariant: the exit status is 0 only if both respond and can work.
+Owns: the questions to both, and the page. Invariant: the exit status is 0 only if both respond and can work: the server
+takes writes, it reaches its key service, and the key service reports no fault.
 """
 
 from __future__ import annotations
 
 import json as encoder
-from typing import Any, Final
+import sys
+import time
+from typing import Annotated, Any, Final
 
+import msgspec
+from cyclopts import Parameter, validators
+
+from minikms import api
 from minikms.client import Client, KmsError
 from progressdb_server.cli.admin_client import AdminClient, AdminError, UnreachableError
 from progressdb_server.cli.flags import Addr, ConfigFile, Db, Json, load_config
 from progressdb_server.config import Config
+from progressdb_server.store import directory, membership
+from progressdb_server.store.model import FormatError, StoreUnavailableError
 
 KMS_WAIT_S: Final = 0.5
+INTERVAL_SECONDS: Final = 2.0
+KMS_TIMEOUT_S: Final = 3.0
+"""A key service that hangs must not make this command hang."""
 
 
-def status(*, addr: Addr = None, db: Db = None, config: ConfigFile = None, json: Json = False) -> int:
+_NOT_WORKING: Final = {"writes": "it takes no writes", "key_service": "its key service does not work"}
+
+
+def status(
+    *,
+    addr: Addr = None,
+    db: Db = None,
+    config: ConfigFile = None,
+    watch: Annotated[
+        bool, Parameter(name=("--watch", "-w"), help="Repeat until interrupted.", negative=(), show_default=False)
+    ] = False,
+    interval: Annotated[
+        float, Parameter(help="Seconds between two requests.", validator=validators.Number(gte=0.1))
+    ] = INTERVAL_SECONDS,
+    json: Json = False,
+) -> int:
     """Show the server and its key service on one page. The configuration must be the one of the server.
 
     Exit status: 0 both work, 1 one cannot do its work, 2 the server does not answer.
     """
     chosen = load_config(addr=addr, db=db, config=config).config
+    while True:
+        page, exit_status = _ask(chosen)
+        if watch and not json and sys.stdout.isatty():
+            print("\x1b[H\x1b[2J", end="")  # the next page takes the place of the one before
+        if json:
+            print(encoder.dumps(page, indent=2))
+        else:
+            _print(page)
+        if not watch:
+            return exit_status
+        sys.stdout.flush()
+        time.sleep(interval)
+
+
+def _ask(chosen: Config) -> tuple[dict[str, Any], int]:
+    """The page, and the exit status that it gives."""
     client = AdminClient.from_config(chosen)
     page: dict[str, Any] = {"server": {"url": client.url}, "key_service": {"socket": str(chosen.kms_socket)}}
     exit_status = 0
     try:
         page["server"] |= client.call("GET", "/healthz")
+        exit_status = _ask_readiness(client, page["server"])
         page["server"] |= client.call("GET", "/admin/stats")
     except UnreachableError as error:
         page["server"] |= {"status": "away", "error": str(error)}
@@ -38,24 +82,43 @@ def status(*, addr: Addr = None, db: Db = None, config: ConfigFile = None, json:
         page["key_service"] |= {"status": "ok", "local": True}
     else:
         exit_status = max(exit_status, _ask_key_service(chosen, page["key_service"]))
-    if json:
-        print(encoder.dumps(page, indent=2))
-    else:
-        _print(page)
-    return exit_status
+    page["server"]["warnings"] = _warnings(chosen)
+    return page, exit_status
+
+
+def _ask_readiness(client: AdminClient, section: dict[str, Any]) -> int:
+    """Fill in what the server can't do now. Returns the exit status that it gives. Raises AdminError."""
+    answer = client.call("GET", "/admin/readiness")
+    wrong = [f"{name}: {answer[key]}" for key, name in _NOT_WORKING.items() if answer[key]]
+    if wrong:
+        section |= {"status": "not ready", "problems": wrong}
+    return 1 if wrong else 0
+
+
+def _warnings(config: Config) -> list[str]:
+    """What the operator of the store should decide. Nothing if this process can't read the store."""
+    try:
+        with directory.open_reader(str(config.store_dir)) as reader:
+            _, warning = membership.rule_of(reader, config.security.threads)
+    except (FormatError, StoreUnavailableError):
+        return []
+    return [warning] if warning else []
 
 
 def _ask_key_service(config: Config, section: dict[str, Any]) -> int:
     """Fill in the section of the key service. Returns the exit status that it gives."""
+    server_uids = config.kms.server_uids or None
     try:
-        with Client(config.kms_socket, server_uids=config.kms.server_uids or None, wait_s=KMS_WAIT_S) as kms:
-            answer: dict[str, Any] = kms.status()
+        with Client(config.kms_socket, server_uids=server_uids, timeout_s=KMS_TIMEOUT_S, wait_s=KMS_WAIT_S) as kms:
+            answer = kms.status()
     except (KmsError, ValueError) as error:
         section |= {"status": "away", "error": str(error)}
         return 1
-    wanted = ("status", "pid", "uptime_seconds", "epoch", "keyring_id", "keys", "warnings")
-    section |= {name: answer[name] for name in wanted if name in answer}
-    return 0 if answer.get("status") == "ok" else 1
+    wanted = ["status", "pid", "uptime_seconds", "warnings"]
+    if answer.status != api.CODE_SEALED:  # it knows neither keys nor epoch
+        wanted += ["epoch", "keyring_id", "keys"]
+    section |= {name: msgspec.to_builtins(getattr(answer, name)) for name in wanted}
+    return 0 if answer.status == "ok" else 1
 
 
 def _print(page: dict[str, Any]) -> None:
@@ -63,8 +126,12 @@ def _print(page: dict[str, Any]) -> None:
     print(f"server       {server.get('status', 'refuses')}: {server['url']}")
     if "threads" in server:
         print(f"  holds      {server['threads']:,} threads, {server['messages']:,} messages")
+    for problem in server.get("problems", ()):
+        print(f"  problem    {problem}")
     if "error" in server:
         print(f"  error      {server['error']}")
+    for warning in server["warnings"]:
+        print(f"  warning    {warning}")
     print(f"key service  {kms['status']}: {kms['socket']}")
     if "epoch" in kms:
         counts = ", ".join(f"{count:,} {state}" for state, count in kms["keys"]["by_state"].items()) or "none"

@@ -1,10 +1,13 @@
-"""Delayed destruction of old keys: some time after a rotation they are destroyed, with what jobs have kept under them.
+"""Delayed destruction of retired keys: some time after a rotation, the old keys and the backups under
+them are destroyed.
 
-Owns: the conditions and their order. Invariants: only retired keys of purpose `thread` are destroyed. Nothing is
-destroyed before a census, later than that of the rotation, found no record of the thread and no record that a job has
-kept under the key; nor while a registered backup of the store is older than that census, since it holds such records.
-The census is repeated at the very end, since destroying can't be undone. If a condition does not hold, the key stays
-and the job says what it waits for. The receipt is the key service's audit line, whose request id is the job's id.
+Owns: the conditions and their order. Invariants:
+- Only retired keys of purpose `thread` are destroyed.
+- A key is destroyed only after a census found no record of the thread and no job's backup under the key. This census is
+  later than the rotation's own, and is repeated directly before the destruction, which can't be undone.
+- A key is kept while a registered backup of the store is older than that census, because it may hold such records.
+- If a condition fails, the key stays, and the job's row names the reason (`destroy_waits_for`).
+The receipt is the audit line of the key service, whose request id is the job's id.
 """
 
 from __future__ import annotations
@@ -13,9 +16,8 @@ import asyncio
 from collections.abc import Collection
 from typing import Final
 
-import structlog
-
 from minikms.client import KmsRefusedError
+from minikms.logs import structlog
 from progressdb_server.jobs.states import Job, changed
 from progressdb_server.jobs.table import JobTable
 from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
@@ -33,8 +35,8 @@ class KeyDestruction:
         self._table = table
 
     async def attempt(self, job_id: str) -> bool:
-        """Destroy the old keys of a job that is due; returns whether that was done. The thread has no other job
-        meanwhile.
+        """Destroy the old keys of a job if they are due. Returns whether it did. The caller makes sure that no other
+        job runs on the thread meanwhile.
 
         Raises JobNotFoundError, StoreUnavailableError; KmsError when the key service is not available.
         """
@@ -42,7 +44,7 @@ class KeyDestruction:
         if not 0 < job.destroy_at_ns <= self._table.now_ns():  # cancelled since it was found due
             return False
         try:
-            job, why = await self._judged(job)
+            job, why = await self._check_conditions(job)
             if not why:
                 for key_id in job.sources:
                     await self._provider.destroy_key(key_id, request_id=job_id)
@@ -60,8 +62,8 @@ class KeyDestruction:
         await self._table.change(job_id, lambda now: changed(now, **ends))
         return True
 
-    async def _judged(self, job: Job) -> tuple[Job, str]:
-        """The job, which may now have its census, and why nothing may be destroyed (empty if it may)."""
+    async def _check_conditions(self, job: Job) -> tuple[Job, str]:
+        """Returns the job, with the time of its census, and the failed condition (empty if all hold)."""
         why = await self._older_store_backup(job.census_ns) or await self._obstacle(job)
         if why:
             return job, why
@@ -89,7 +91,7 @@ class KeyDestruction:
         return ""
 
     async def _records_left(self, job: Job) -> str:
-        """The census: messages, metadata, and what jobs have kept."""
+        """The census: counts messages, metadata and the backups of jobs that are under the keys."""
         left = await self._count_records(job.thread, job.sources)
         for of_thread in await self._jobs_with_backups(job.thread):
             for chunk in self._store.kept_records(of_thread):
@@ -98,7 +100,7 @@ class KeyDestruction:
         return f"{left} records or backups are under it" if left else ""
 
     async def _count_records(self, thread: str, under: Collection[str]) -> int:
-        """Malformed ones count, since it is unknown what they are under."""
+        """Malformed records count too, because their key is unknown."""
         left = 0
         for chunk in self._store.record_chunks(thread, CHUNK_RECORDS_MAX):
             left += len(chunk.malformed) + sum(found.key_id in under for found in chunk.records)
@@ -109,7 +111,7 @@ class KeyDestruction:
         return [job.id for job in await self._table.of_thread(thread) if job.backups]
 
     async def _after_every_backup(self) -> int:
-        """Now, and later than every registered backup, also if the clock has been set back since."""
+        """The current time, or a later one if the clock was set back: later than every registered backup."""
         known = [known.created_ns + 1 async for page in self._store.backups() for known in page]
         return max(self._table.now_ns(), *known, 0)
 

@@ -2,8 +2,9 @@
 
 Owns: the steps, what is written in each, and when the next chunk may begin (`Pace`). Invariants:
 - The row is stored, then the key is made, then the thread's key and the row are switched in one write. Until that write
-  no pause or cancel is accepted (`Job.keying`): the old key may be retired already, and then the thread takes no
-  writes.
+  no pause or cancel is accepted (`Job.keying`): the old key may be retired already. Writes of the thread wait while an
+  attempt makes and switches the key. Between two attempts, a write may give the thread another key; the next attempt
+  replaces that one.
 - One write holds the new ciphertexts of a chunk, the old ones as backups, and the cursor: a kill repeats work and loses
   nothing. It fails unless every record is still what was read; then the chunk is read again.
 - Plaintext does not leave the key service, neither while records are re-encrypted nor when they are read back.
@@ -24,10 +25,10 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, Final, NamedTuple
 
-import structlog
-
 from minikms import api
 from minikms.client import KmsError, KmsRefusedError, ReencryptItem
+from minikms.client.errors import LimitExceededError, SealedError
+from minikms.logs import structlog
 from progressdb_server.jobs.states import AT_WORK, Failure, Job, changed, move, named, with_source
 from progressdb_server.jobs.table import JobTable, PendingRow, Row
 from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
@@ -98,10 +99,11 @@ class _Step(NamedTuple):
 
 
 class KeyRotation:
-    def __init__(self, store: Store, provider: Provider, table: JobTable) -> None:
+    def __init__(self, store: Store, provider: Provider, table: JobTable, *, exclusive: bool) -> None:
         self._store = store
         self._provider = provider
         self._table = table
+        self._exclusive = exclusive
 
     async def run(self, job_id: str, pace: Pace) -> None:
         """Work on the job until it is finished, paused or cancelled."""
@@ -138,8 +140,11 @@ class KeyRotation:
             except StaleRowError:  # an operator changed it, or the disk took more than it reported: read the row again
                 await asyncio.sleep(0)
             except (KmsError, StoreUnavailableError, ConditionFailedError) as error:
-                _log.warning("job_waits", job=job_id, reason=str(error), retry_s=delay_s)
-                await asyncio.sleep(delay_s)
+                if isinstance(error, SealedError):
+                    self._store.halt_sealed()
+                wait_s = max(delay_s, error.retry_after_s) if isinstance(error, LimitExceededError) else delay_s
+                _log.warning("job_waits", job=job_id, reason=str(error), retry_s=wait_s)
+                await asyncio.sleep(wait_s)
                 delay_s = min(delay_s * 2, RETRY_S_MAX)
 
     async def _fail(self, job_id: str, reason: str) -> None:
@@ -186,34 +191,40 @@ class KeyRotation:
         job = row.job
         if job.new_key:
             return
-        self._check_key_service()
+        self._store.check_halted()
         old = self._key_of(job.thread)
         if not job.keying or job.old_key != old:
             row = await self._table.store(row, changed(job, keying=True, old_key=old, sources=(old,)))
-        made = await self._provider.create_dek_for_thread(job.thread, replaces=old, request_id=job.id)
-        switch = self._store.key_switched(job.thread, old, made.key_id)
+        with self._store.switching_key(job.thread):
+            made = await self._provider.create_dek_for_thread(job.thread, replaces=old, request_id=job.id)
+            self._store.check_halted()
+            await self._switch_to(job_id, old, made.key_id)
+        _log.info("key_switched", job=job_id, thread=job.thread, old_key=old, new_key=made.key_id)
+
+    async def _switch_to(self, job_id: str, old: str, new: str) -> None:
+        job = self._table.get(job_id)
+        switch = self._store.key_switched(job.thread, old, new)
         while not (row := self._table.row(job_id)).job.new_key:
             try:
-                await self._table.store(row, changed(row.job, new_key=made.key_id, keying=False), switch)
+                await self._table.store(row, changed(row.job, new_key=new, keying=False), switch)
             except StaleRowError:
                 continue
             except StoreUnavailableError:  # the write may have succeeded: read the row again
                 await asyncio.sleep(RETRY_S_MIN)
             except ConditionFailedError:
-                with contextlib.suppress(KmsError):  # the end of the thread's next rotation retires it
-                    await self._provider.retire_key(made.key_id, request_id=job.id)
+                with contextlib.suppress(KmsError):  # where it is exclusive, the next rotation retires it
+                    await self._provider.retire_key(new, request_id=job_id)
                 raise
         # From here on every write is under the new key: it is a condition of each (store/sealer.py).
         self._store.forget_key(job.thread)
-        _log.info("key_switched", job=job_id, thread=job.thread, old_key=old, new_key=made.key_id)
-
-    def _check_key_service(self) -> None:
-        halted = self._store.halted
-        if halted is not None:
-            raise StoreUnavailableError(halted)
 
     async def _retire_unused(self, job: Job) -> None:
-        """Keys that were made for the thread by a call whose answer was lost, and that it never got."""
+        """Keys that were made for the thread by a call whose answer was lost, and that it never got.
+
+        Only where this server alone makes such keys: a key with this thread id may be another program's.
+        """
+        if not self._exclusive:
+            return
         active: list[str] = []
         try:
             async for page in key_pages(self._provider, thread_id=job.thread, state="active"):
@@ -226,7 +237,8 @@ class KeyRotation:
             _log.warning("keys_not_listed", job=job.id, code=error.code)  # the policy gives us no role `monitor`
             return
         for key_id in active:
-            if key_id != self._key_of(job.thread):
+            # The key of a renewal that runs now becomes the thread's own.
+            if key_id != self._key_of(job.thread) and not self._store.making_key(job.thread):
                 await self._provider.retire_key(key_id, request_id=job.id)
 
     # --- re-encrypting --------------------------------------------------------------------------------------------
@@ -261,7 +273,7 @@ class KeyRotation:
             await asyncio.gather(*(pending.write.done for pending in writing), return_exceptions=True)
 
     async def _reencrypt(self, job: Job, chunk: Chunk, left: Sequence[Record]) -> _Step:
-        self._check_key_service()
+        self._store.check_halted()
         moved: list[tuple[Record, bytes]] = []
         failures = [Failure(_shown(key), MALFORMED) for key in chunk.malformed]
         by_key: dict[str, list[Record]] = {}
@@ -273,6 +285,7 @@ class KeyRotation:
                     moved.append((found, outcome))
                 else:
                     failures.append(_failure(found, outcome))
+        self._store.check_halted()
         return _Step(moved, failures, chunk)
 
     async def _reencrypt_from(
@@ -342,7 +355,7 @@ class KeyRotation:
 
     async def _check(self, job: Job, records: Sequence[Record]) -> list[Failure]:
         """Those that do not open under the new key."""
-        self._check_key_service()
+        self._store.check_halted()
         outcomes = await self._provider.check_batch(
             job.new_key, _items(records), thread_id=job.thread, request_id=job.id
         )

@@ -1,10 +1,10 @@
-"""The jobs as the API and the server use them: begin, watch, pause, resume, cancel; and what starts automatically.
+"""Starts, watches, pauses, resumes and cancels jobs, and starts those that are due automatically.
 
-Owns: which jobs are at work, the queue of those that wait, which job has a thread, and which threads' keys are due
+Owns: the running jobs, the queue of waiting jobs, which job has which thread, and the rule for keys that are due
 (`Due`). Invariants: never two jobs, or a job and a restore, on one thread; at most RUNNING_MAX jobs work at once, at
-most UNFINISHED_MAX are unfinished; a start of the server continues what was unfinished, keys that were being switched
-first. Only a thread's current key of purpose `thread` is ever due. The rows decide: a pause or a cancel is written to
-the row, and the job's worker finds it there.
+most UNFINISHED_MAX are unfinished; a start of the server continues unfinished jobs, first those that were
+switching a key. Only a thread's current key of purpose `thread` is ever due. The stored rows are the truth: a pause or
+a cancel is written to the row, and the job's worker reads it there.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
-import structlog
 
 from minikms.api import KeyAnswer
 from minikms.client import KmsError
+from minikms.logs import structlog
 from progressdb_server.config import Rotation
 from progressdb_server.jobs.destruction import KeyDestruction
 from progressdb_server.jobs.rotation import KeyRotation, Pace
@@ -38,7 +38,7 @@ from progressdb_server.jobs.states import (
     move,
 )
 from progressdb_server.jobs.table import JobTable
-from progressdb_server.kms.provider import Provider, key_pages
+from progressdb_server.kms.provider import Provider, is_permanent, key_pages
 from progressdb_server.store.model import Restored, Store, StoreError, StoreUnavailableError, ThreadNotFoundError
 
 USES_MAX: Final = 1 << 31
@@ -54,7 +54,7 @@ SELECTION_S: Final = 3600.0
 ROW_AGE_S: Final = 90 * 86_400
 """Age at which the row of a finished job is removed, if it has left no backups and no key to destroy."""
 WATCH_S: Final = 0.25
-"""The shortest time between two reports to a watcher."""
+"""The shortest time between two values that `Jobs.watch` yields."""
 READ_RETRY_S: Final = 0.5
 RESTORING: Final = "restoring"
 """In the place of a job's id while a thread's backups are restored or removed, or its old keys destroyed."""
@@ -64,7 +64,8 @@ _log = structlog.get_logger("progressdb.jobs")
 
 class Due(msgspec.Struct, frozen=True):
     """A key is due when it is at least this old, has at least so many uses, or is under this KEK version; None: never
-    for that reason."""
+    for that reason. One that encrypts no more is not due for its uses: its thread gets another key at its next write.
+    """
 
     age_s: int | None = None
     uses: int | None = None
@@ -72,7 +73,7 @@ class Due(msgspec.Struct, frozen=True):
 
     def why(self, key: KeyAnswer, now_ns: int) -> str:
         """The reason in a word, empty when the key is not due."""
-        if self.uses is not None and key.uses_max >= self.uses:
+        if self.uses is not None and key.uses_max >= self.uses and not key.exhausted:
             return "uses"
         if self.age_s is not None and now_ns - _nanoseconds(key.created_at) >= self.age_s * 1_000_000_000:
             return "age"
@@ -88,15 +89,17 @@ class Jobs:
         provider: Provider,
         settings: Rotation,
         *,
+        exclusive: bool,
         stop: asyncio.Event | None = None,
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
+        """`exclusive`: only this server makes keys of purpose `thread` in the key service."""
         self._store = store
         self._provider = provider
         self._settings = settings
         self._stop = stop or asyncio.Event()
         self.table = JobTable(store, now_ns)
-        self._rotation = KeyRotation(store, provider, self.table)
+        self._rotation = KeyRotation(store, provider, self.table, exclusive=exclusive)
         self._destruction = KeyDestruction(store, provider, self.table)
         self._pace = Pace(settings.records_per_second)
         self._beginning = asyncio.Lock()
@@ -113,7 +116,7 @@ class Jobs:
         )
 
     async def start(self) -> None:
-        """Continue what was unfinished, and begin to look for keys that are due."""
+        """Continue unfinished jobs, and start to look for keys that are due."""
         keying: list[str] = []
         for page in self.table.pages():
             for job in page:
@@ -127,7 +130,7 @@ class Jobs:
                     if job.state in AT_WORK:
                         (keying if job.keying else self._queue).append(job.id)
             await asyncio.sleep(0)
-        for job_id in keying:  # such a thread takes no writes before its map is switched
+        for job_id in keying:  # the map of such a thread may name a retired key
             self._spawn(self._key_then_queue(job_id))
         self._pump()
         self._spawn(self._tick())
@@ -141,12 +144,16 @@ class Jobs:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    def has_job(self, thread: str) -> bool:
+        """Whether a job on the thread is unfinished, or its keys are being destroyed."""
+        return thread in self._threads
+
     # --- beginning ------------------------------------------------------------------------------------------------
     async def rotate(
         self, thread: str, *, rate: int | None = None, destroy_after_s: int = 0, trigger: str = "admin"
     ) -> Job:
-        """Begin a rotation, or join the one that is unfinished; its new key is the thread's when this returns, unless
-        the key service is away. Raises ThreadNotFoundError, TooManyJobsError, JobConflictError, StoreUnavailableError.
+        """Start a rotation, or return the unfinished one. When this returns, the thread has the new key, unless the key
+        service is unavailable. Raises ThreadNotFoundError, TooManyJobsError, JobConflictError, StoreUnavailableError.
         """
         job, begun = await self._begin(thread, rate, destroy_after_s, trigger, keying=True)
         if begun:
@@ -161,7 +168,7 @@ class Jobs:
     async def rotate_later(
         self, thread: str, *, rate: int | None = None, destroy_after_s: int = 0, trigger: str = "admin"
     ) -> Job:
-        """The same without a new key now: the thread keeps its old one until the job begins to work."""
+        """As `rotate`, but the thread keeps its old key until a worker starts the job."""
         job, begun = await self._begin(thread, rate, destroy_after_s, trigger, keying=False)
         if begun:
             self._queue.append(job.id)
@@ -176,7 +183,7 @@ class Jobs:
             await self._ended(self._threads.get(thread, ""))
             other = self._threads.get(thread)
             if other == RESTORING:
-                raise JobConflictError("the thread is being worked on: try again in a moment")
+                raise JobConflictError("another operation is running on this thread: try again in a moment")
             if other is not None:
                 return self.table.get(other), False
             return await self._add(thread, rate, destroy_after_s, trigger, keying), True
@@ -215,7 +222,9 @@ class Jobs:
             async for thread, _ in self.due_threads(due):
                 yield thread
         except KmsError as error:
-            raise StoreUnavailableError("the key service does not list its keys now") from error
+            if is_permanent(error):
+                raise
+            raise StoreUnavailableError("the key service can't list its keys now") from error
 
     async def due_threads(self, due: Due) -> AsyncIterator[tuple[str, str]]:
         """Each thread whose current key is due, with the reason. Raises KmsError."""
@@ -273,7 +282,7 @@ class Jobs:
             asyncio.get_running_loop().call_later(READ_RETRY_S, self._worked, job_id)
 
     async def _ended(self, job_id: str) -> None:
-        """The end of a job can be read before it is durable. Wait until it is, and until the job's thread is free."""
+        """A job's end can be read before it is durable. Wait until it is durable and the job's thread is free."""
         worker = self._workers.get(job_id)
         if worker is not None and self.table.get(job_id).state not in AT_WORK:
             await asyncio.wait({worker})
@@ -289,14 +298,14 @@ class Jobs:
         return await self._ordered(job_id, "pause")
 
     async def cancel(self, job_id: str) -> Job:
-        """What was re-encrypted stays so, and the old key stays retired. Records under both keys can be read."""
+        """Re-encrypted records stay under the new key, and the old key stays retired. All records stay readable."""
         return await self._ordered(job_id, "cancel")
 
     async def _ordered(self, job_id: str, event: Move) -> Job:
         def how(job: Job) -> Job:
             moved = move(job, event)
             if job.keying:
-                raise JobConflictError("the thread's key is just being switched: try again in a moment")
+                raise JobConflictError("the job is switching the thread's key: try again in a moment")
             return moved
 
         job = await self.table.change(job_id, how)
@@ -342,8 +351,8 @@ class Jobs:
 
     # --- watching -------------------------------------------------------------------------------------------------
     async def watch(self, job_id: str, *, pause_s: float = WATCH_S) -> AsyncIterator[Job]:
-        """The job now and after each change, with a pause after each report, until nobody works on it or the server
-        stops."""
+        """Yields the job now and after each change, until no worker works on it or the server stops. Between two values
+        it waits at least `pause_s`."""
         seen = self.table.changes
         await self._ended(job_id)
         last = self.table.get(job_id)
@@ -366,11 +375,11 @@ class Jobs:
             stopping.cancel()
 
     async def wait(self, job_id: str) -> Job:
-        """The job once no worker works on it. Raises StoreUnavailableError when the server stops before."""
+        """Wait until no worker works on the job. Raises StoreUnavailableError if the server stops first."""
         async for job in self.watch(job_id, pause_s=0):
             if job.state not in AT_WORK:
                 return job
-        raise StoreUnavailableError("the server is shutting down; the job goes on after its next start")
+        raise StoreUnavailableError("the server is shutting down; the job continues after the next start")
 
     # --- backups --------------------------------------------------------------------------------------------------
     async def restore(self, job_id: str) -> Restored:
@@ -395,7 +404,7 @@ class Jobs:
 
     @asynccontextmanager
     async def _alone(self, job: Job) -> AsyncIterator[None]:
-        """Keep jobs off the job's thread meanwhile. Raises JobConflictError if one has it."""
+        """Let no other job use the job's thread meanwhile. Raises JobConflictError if one does."""
         await self._ended(self._threads.get(job.thread, ""))
         if job.thread in self._threads:
             raise JobConflictError("a job on this thread is unfinished")
@@ -451,7 +460,7 @@ class Jobs:
 
 
 async def _attempted(work: Callable[[], Awaitable[None]]) -> None:
-    """One automatic part: whatever error ends it, the other parts and the next run are not affected."""
+    """Run one automatic task. An error in it does not affect the other tasks or the next run."""
     try:
         await work()
     except (StoreError, KmsError, JobError) as error:

@@ -1,7 +1,8 @@
 """The key service as the message server uses it: the part of the client's interface that it calls, and whose fault an
 error is.
 
-Owns: `Provider`, the provider that a server uses (`RemoteProvider`) and the one for development (`open_local`).
+Owns: `Provider`, the provider that a server uses (`RemoteProvider`) and the one for development (`open_local`); the
+request for which records are opened (`READING`).
 Invariants: items and errors are those of `minikms.client`; a failure is raised and never answered by a default; with
 `RemoteProvider` no raw key is in this process. It must never fall back to storing plaintext.
 """
@@ -11,10 +12,12 @@ from __future__ import annotations
 import enum
 import os
 from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
+from contextvars import ContextVar
 from typing import Any, Final, Protocol
 
 from minikms import api
 from minikms.client import AsyncClient, DecryptItem, EncryptItem, KmsError, KmsRefusedError, ReencryptItem
+from minikms.client.errors import LimitExceededError
 from progressdb_server.metrics import KmsMetrics
 
 WAIT_S: Final = 5.0
@@ -43,9 +46,13 @@ _CODES_OF_THE_SERVICE: Final = frozenset(
         api.CODE_SHUTTING_DOWN,
         api.CODE_INTERRUPTED,
         api.CODE_TIMEOUT,
+        api.CODE_SEALED,
+        api.CODE_LIMIT_EXCEEDED,
         api.CODE_INTERNAL,
     }
 )
+LIMITED: Final = "the key service answers no more of these requests now: a limit of its policy is used up"
+SEALED: Final = "the key service is sealed: requests work again after an operator has unsealed it with `minikms unseal`"
 
 
 def fault(error: KmsError) -> Fault:
@@ -53,6 +60,27 @@ def fault(error: KmsError) -> Fault:
     if not isinstance(error, KmsRefusedError) or error.code in _CODES_OF_THE_SERVICE:
         return Fault.SERVICE
     return Fault.KEY if error.code == api.CODE_KEY_UNREADABLE else Fault.REQUEST
+
+
+_PERMANENT_CODES: Final = frozenset(
+    {
+        api.CODE_FORBIDDEN,
+        api.CODE_INVALID_REQUEST,
+        api.CODE_NOT_FOUND,
+        api.CODE_METHOD_NOT_ALLOWED,
+        api.CODE_KEY_NOT_FOUND,
+        api.CODE_KEY_DESTROYED,
+        api.CODE_WRONG_THREAD,
+        api.CODE_WRONG_PURPOSE,
+        api.CODE_DECRYPTION_FAILED,
+        api.CODE_TOO_LARGE,
+    }
+)
+
+
+def is_permanent(error: KmsError) -> bool:
+    """Whether the same call is refused again, however late, unless an operator changes keys, policy or program."""
+    return isinstance(error, KmsRefusedError) and error.code in _PERMANENT_CODES
 
 
 class Provider(Protocol):
@@ -72,7 +100,9 @@ class Provider(Protocol):
 
     async def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[bytes | KmsRefusedError]: ...
 
-    async def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]: ...
+    async def decrypt_batch(
+        self, items: Sequence[DecryptItem], *, request_id: str | None = None
+    ) -> list[bytes | KmsRefusedError]: ...
 
     async def reencrypt_batch(
         self, from_key_id: str, to_key_id: str, items: Sequence[ReencryptItem], *, request_id: str | None = None
@@ -90,9 +120,24 @@ class Provider(Protocol):
 
     async def destroy_key(self, key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer: ...
 
-    async def status(self) -> dict[str, object]: ...
+    async def status(self) -> api.StatusAnswer: ...
 
     async def close(self) -> None: ...
+
+
+class Reading:
+    """A request of a client, for which records may be opened. `opened` is how many were."""
+
+    __slots__ = ("opened", "request_id")
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.opened = 0
+
+
+READING: Final[ContextVar[Reading | None]] = ContextVar("progressdb_reading", default=None)
+"""The request that is being handled, so that every record that is opened for it gets its id in the audit log, however
+it is read (docs/decisions/0130-who-read-a-thread.md). None for work of the server's own."""
 
 
 class EncryptsNothing:
@@ -126,11 +171,12 @@ class RemoteProvider(AsyncClient):
             on_exchange=self.metrics.exchanged,
         )
 
-    async def status(self) -> dict[str, object]:
+    async def status(self) -> api.StatusAnswer:
         try:
             status = await super().status()
-        except KmsError:
-            self.metrics.lost()
+        except KmsError as error:
+            if not isinstance(error, LimitExceededError):
+                self.metrics.lost()
             raise
         self.metrics.seen(status)
         return status

@@ -20,7 +20,7 @@ KEY_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY"
 KEY_FILE_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FILE"
 DESCRIPTOR_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FD"
 """Only between the process that found the key and its successor; not a setting."""
-_SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+_SEAL_NAMES: Final = ("F_SEAL_SEAL", "F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_WRITE")
 
 
 class MasterKeyError(Exception):
@@ -32,7 +32,7 @@ def take() -> int | None:
     The caller closes it.
 
     Does not return if the key is still in the environment: the process executes the same program again with the same
-    arguments. Raises MasterKeyError when a key and a key file are both given.
+    arguments. Raises MasterKeyError when a key and a key file are both given, or the system has no sealed memfd.
     """
     if os.environb.get(KEY_VARIABLE.encode()):
         if os.environ.get(KEY_FILE_VARIABLE):
@@ -41,10 +41,23 @@ def take() -> int | None:
     return _received()
 
 
+def _seals() -> int:
+    """The seals of the memfd; 0 where the system has none (it is not Linux)."""
+    if not hasattr(os, "memfd_create") or not all(hasattr(fcntl, name) for name in _SEAL_NAMES):
+        return 0
+    return sum(getattr(fcntl, name) for name in _SEAL_NAMES)
+
+
 def _start_over() -> None:
+    seals = _seals()
+    if not seals:
+        raise MasterKeyError(
+            f"{KEY_VARIABLE} can't be used on this system, which has no sealed memory file to pass the key on in: "
+            f"write the key to a file of mode 0600 and give it with {KEY_FILE_VARIABLE}"
+        )
     descriptor = os.memfd_create("progressdb-master-key", os.MFD_ALLOW_SEALING)  # inherited through exec, this once
     os.pwrite(descriptor, os.environb[KEY_VARIABLE.encode()], 0)  # the offset stays 0: the child reads from there
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     successors = {name: value for name, value in os.environb.items() if name != KEY_VARIABLE.encode()}
     successors[DESCRIPTOR_VARIABLE.encode()] = b"%d" % descriptor
     sys.stdout.flush()
@@ -58,10 +71,10 @@ def _received() -> int | None:
         return None
     try:
         descriptor = int(text)
-        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) if _seals() else 0
     except (ValueError, OSError):
         seals = 0
-    if seals != _SEALS:
+    if not seals or seals != _seals():
         raise MasterKeyError(
             f"{DESCRIPTOR_VARIABLE} is set, but not by this program: unset it, and use {KEY_FILE_VARIABLE}"
         )

@@ -5,19 +5,19 @@ command line, the environment, the pipe whose end of file shows it that the serv
 to stderr. Rules:
 
 1. A daemon that answers `/health` at the socket, served by an expected uid, is used. None is started beside a socket
-that
-   answers.
+   that answers.
 2. Otherwise one is started (unless `spawn` is false), also when the one in use dies later. When two servers do so at
-once,
-   the lock on miniKMS's data directory decides; the loser's child ends, and by rule 1 the loser uses the winner's.
+   once, the lock on miniKMS's data directory decides. The loser's child ends, and by rule 1 the loser uses the
+   winner's daemon.
 3. A started daemon that dies is started again after a pause that grows from PAUSE_S_MIN to PAUSE_S_MAX, with random
-jitter;
-   one that lived for STABLE_S resets the pause. If the first start fails, `start` raises.
-4. A daemon that was started here is stopped with this server; one that was found keeps running.
-5. A root key of the environment is passed to one child, and every descriptor of it is closed here at once, also when a
-daemon was found and none is started. Then no second start is possible. If the daemon ends, or the child does not answer
-any more, `on_lost` is called, and the server ends: its service manager starts it again with the variable.
-6. Each start passes the line that the daemon's audit log must have, as this server remembers it at that moment.
+   jitter. One that lived for STABLE_S resets the pause. If the first start fails, `start` raises.
+4. A started daemon that leaves UNANSWERED_MAX health checks in a row unanswered hangs. It is killed by its pid, and
+   rule 3 applies once it has ended. A found daemon that hangs is logged and never killed.
+5. A daemon that was started here is stopped with this server. One that was found keeps running.
+6. A root key of the environment is passed to one child, and every descriptor of it is closed here at once, also when a
+   daemon was found and none is started. Then no second start is possible. If the daemon ends, `on_lost` is called, and
+   the server ends: its service manager starts it again with the variable.
+7. Each start passes the line that the daemon's audit log must have, as this server remembers it at that moment.
 
 Invariants: a started process inherits only the descriptors named here, and only the variables of `environment`; it
 leads a session of its own, so that a Ctrl-C for the server does not end the key service before the server is done; it
@@ -28,6 +28,7 @@ key file, or the descriptor of `root_key`, which it does not keep. It must never
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -38,10 +39,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import msgspec
-import structlog
 
 from minikms.client import AsyncClient, KmsError, KmsRefusedError
 from minikms.client.errors import KmsUnavailableError, KmsUntrustedServerError
+from minikms.logs import structlog
 
 READY_S_MAX: Final = 30.0
 FOUND_S_MAX: Final = 2.0
@@ -52,8 +53,9 @@ HEALTH_TIMEOUT_S: Final = 2.0
 READY_POLL_S: Final = 0.03
 WATCH_POLL_S: Final = 0.5
 CHILD_POLL_S: Final = 2.0
-UNANSWERED_MAX: Final = 5
-"""A child that leaves so many health checks in a row unanswered hangs: CHILD_POLL_S and HEALTH_TIMEOUT_S each."""
+UNANSWERED_MAX: Final = 3
+"""A daemon that leaves so many health checks in a row unanswered hangs. Each check of a child takes at most
+CHILD_POLL_S and HEALTH_TIMEOUT_S."""
 PAUSE_S_MIN: Final = 0.1
 PAUSE_S_MAX: Final = 10.0
 STABLE_S: Final = 30.0
@@ -143,7 +145,7 @@ class Child:
     @classmethod
     async def start(cls, options: ChildOptions, on_line: Callable[[str], None], *, audit_head: str = "") -> Child:
         """Raises OSError when the program can't be started."""
-        for_child, ours = os.pipe2(os.O_CLOEXEC)
+        for_child, ours = os.pipe()  # not inherited through exec (PEP 446)
         try:
             passed = [for_child]
             if options.master_key_fd is not None:
@@ -174,6 +176,11 @@ class Child:
         await asyncio.wait([self._forwarding], timeout=LAST_LINES_S_MAX)
         self._close_pipe()
         return status
+
+    def kill(self) -> None:
+        """Ends it at once, also when it is stopped (SIGSTOP) or hangs. `wait` returns when it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
     async def stop(self) -> None:
         """Asks it to end, and kills it after STOP_S_MAX."""
@@ -323,7 +330,8 @@ class Supervisor:
             since_s = loop.time()
             if self._child is None:
                 await self._watch_found()
-            elif await self._watch_child(self._child):
+            else:
+                await self._watch_child(self._child)
                 self._child = None
             if self._key_closed and self._spawn:
                 self._give_up()
@@ -333,28 +341,28 @@ class Supervisor:
             while not await self._again():
                 self._log.error("no miniKMS", reason=self._reason)
 
-    async def _watch_child(self, child: Child) -> bool:
-        """Returns true once the child has ended; false if it hangs, which is watched only if its key was passed on."""
+    async def _watch_child(self, child: Child) -> None:
+        """Returns once the child has ended. One that hangs is killed."""
         ended = asyncio.get_running_loop().create_task(child.wait())
         unanswered = 0
         try:
-            while not ended.done():
-                await asyncio.wait([ended], timeout=CHILD_POLL_S if self._key_closed else None)
+            while unanswered < UNANSWERED_MAX:
+                await asyncio.wait([ended], timeout=CHILD_POLL_S)
                 if ended.done():
                     break
                 error = await self._ask()
                 unanswered = 0 if error is None or isinstance(error, KmsRefusedError) else unanswered + 1
-                if unanswered == UNANSWERED_MAX:
-                    self._log.error("miniKMS hangs", pid=child.pid, reason=str(error))
-                    return False
+            else:
+                self._log.error("miniKMS hangs and is killed", pid=child.pid, reason=str(error))
+                child.kill()
+                await asyncio.wait([ended])
             self._log.error("miniKMS died", pid=child.pid, status=ended.result())
-            return True
         finally:
             ended.cancel()
 
     def _give_up(self) -> None:
         reason = (
-            "miniKMS has ended or hangs, and this server can't start another: it keeps no copy of the root key of "
+            "miniKMS has ended, and this server can't start another: it keeps no copy of the root key of "
             "PROGRESSDB_MINIKMS_MASTER_KEY; start the server again with the variable"
         )
         self._log.critical("the server stops: its key service is lost", reason=reason)
@@ -378,6 +386,7 @@ class Supervisor:
 
     async def _watch_found(self) -> None:
         """Returns once the daemon that was found is gone. One that hangs is not gone; it is only logged."""
+        unanswered = 0
         while True:
             await asyncio.sleep(WATCH_POLL_S)
             error = await self._ask()
@@ -386,8 +395,14 @@ class Supervisor:
             if isinstance(error, (KmsUnavailableError, KmsUntrustedServerError)):
                 self._log.error("the miniKMS that was used is gone", reason=str(error))
                 return
-            if error is not None:
-                self._log.warning("miniKMS does not answer well", reason=str(error))
+            if error is None:
+                if unanswered >= UNANSWERED_MAX:
+                    self._log.info("miniKMS answers again")
+                unanswered = 0
+                continue
+            unanswered += 1
+            if unanswered == UNANSWERED_MAX:
+                self._log.error("miniKMS hangs: this server did not start it, so restart it", reason=str(error))
 
     async def _ask(self) -> KmsError | None:
         """Asks for its health. The error, or None after a good answer."""

@@ -26,6 +26,7 @@ from typing import Final
 
 import msgspec
 
+from minikms.sync import sync_file
 from progressdb_server.store import directory, keyspace
 from progressdb_server.store.directory import OpenStore
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
@@ -60,7 +61,7 @@ class Backups(OpenStore):
     async def back_up(self, path: str, *, previous: str | None = None) -> Manifest:
         path = os.path.abspath(path)  # noqa: ASYNC240  no lookup
         if self._backing_up:
-            raise BackupBusyError("another backup is being made: wait for its end")
+            raise BackupBusyError("another backup is running: wait until it ends")
         if os.path.lexists(path):  # noqa: ASYNC240  one lookup, as short as the engine's own reads
             raise BackupExistsError(f"{path} exists already; a backup never overwrites one")
         self._backing_up = True
@@ -93,7 +94,7 @@ class Backups(OpenStore):
         if not found:
             raise BackupNotFoundError(f"no backup {name} is registered")
         if there := [known.path for known in found if not known.gone]:
-            raise BackupThereError(f"{there[0]} is still there: delete it first, and every copy of it")
+            raise BackupThereError(f"{there[0]} still exists: delete it and all its copies first")
         await self._forget(found)
         return found
 
@@ -242,14 +243,14 @@ def _copy(source: str, target: str) -> None:
     with open(source, "rb") as reading, open(target, "xb", opener=_private) as writing:
         shutil.copyfileobj(reading, writing, COPY_BYTES)
         writing.flush()
-        os.fsync(writing.fileno())
+        sync_file(writing.fileno())
 
 
 def _write(path: str, content: bytes) -> None:
     with open(path, "xb", opener=_private) as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        sync_file(file.fileno())
 
 
 def _private(path: str, flags: int) -> int:
@@ -265,6 +266,6 @@ def _digest(path: str) -> tuple[int, str]:
 def _sync_directory(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        sync_file(descriptor)
     finally:
         os.close(descriptor)

@@ -5,14 +5,15 @@ The rules, each with the kind of its finding:
 - damaged: a record or an index value that this version can't parse;
 - unreadable: a record that its key does not open, or whose sealed part contradicts its header or its place: it was
   altered or moved, or its key is gone;
-- homeless: a record, map or index entry of a thread that has no metadata;
+- orphaned: a record, map or index entry of a thread that has no metadata;
 - keyless: a thread without a key map, or whose mapped key the key service does not have;
 - unindexed: a record that no index entry leads to;
 - dangling: an index entry that leads to nothing, or not to the newest version;
 - miscounted: a counter that differs from what was counted.
 
 Invariants: records are the truth and are never changed here; a fix only puts or deletes index entries and counters,
-all of which follow from records. Memory is bounded: the walk reads chunks.
+all of which follow from records, and deletes damaged entries of retries (`store.idempotency`), which nothing can
+rebuild. Memory is bounded: the walk reads chunks.
 """
 
 from __future__ import annotations
@@ -26,21 +27,27 @@ import msgspec
 from minikms import api
 from minikms.client import DecryptItem, KmsError, KmsRefusedError
 from progressdb_server.kms.provider import Provider
-from progressdb_server.store import directory, keyspace, record
+from progressdb_server.store import directory, keyspace, membership, record
 from progressdb_server.store.engine import Engine, Reader
 from progressdb_server.store.epoch import Remembered as KeyService
 from progressdb_server.store.idempotency import Remembered
 from progressdb_server.store.keyspace import Stamp
+from progressdb_server.store.model import RecordUnreadableError, StoreUnavailableError
 from progressdb_server.store.writer import State
 
 CHUNK_ENTRIES: Final = 500
 REPAIR_PASSES_MAX: Final = 4
 """An index that is rebuilt from another one is right in the pass after that other one."""
 
-Kind = Literal["unknown", "damaged", "unreadable", "homeless", "keyless", "unindexed", "dangling", "miscounted"]
+MAY_NOT_DECRYPT: Final = (
+    "the key service does not let this user decrypt, so no record was examined: give this user the role decrypt for "
+    "the time of the check, or run it as the server's user"
+)
+
+Kind = Literal["unknown", "damaged", "unreadable", "orphaned", "keyless", "unindexed", "dangling", "miscounted"]
 
 _OTHER_SPACES: Final = (keyspace.JOBS, keyspace.MIGRATED, keyspace.BACKUPS)
-"""Counted, not judged."""
+"""Counted, not checked."""
 
 _THREAD_INDEXES: Final = {
     keyspace.CREATED: (4, 3),
@@ -93,17 +100,17 @@ class Checker:
             elif key.startswith(keyspace.ORDER):
                 yield from self._judge_order(key, value)
             elif key.startswith(keyspace.INDEX):
-                yield from self._judge_thread_index(key)
+                yield from self._judge_thread_index(key, value)
             elif key.startswith(keyspace.MAP):
                 yield from self._judge_map(key, value)
             elif key.startswith(keyspace.IDEMPOTENCY):
                 self.counts["idempotency"] += 1
-                msgspec.msgpack.decode(value, type=Remembered)
+                yield from _judge_retry(key, value)
             elif key.startswith(_OTHER_SPACES):
                 self.counts["other"] += 1
             elif key == keyspace.EPOCH:
                 msgspec.json.decode(value, type=KeyService)
-            elif key not in (keyspace.FORMAT, keyspace.STATE):
+            elif key not in (keyspace.FORMAT, keyspace.STATE, keyspace.THREADS_RULE):
                 yield Finding("unknown", _shown(key), "the key belongs to no space of the store")
         except (msgspec.DecodeError, record.RecordFormatError, ValueError) as error:
             yield Finding("damaged", _shown(key), str(error))
@@ -148,19 +155,33 @@ class Checker:
         first = Stamp.parse(header.first) if header.first else stamp
         own = stamp.text.encode()
         if self._reader.get(keyspace.meta(thread)) is None:
-            yield Finding("homeless", _shown(key), "the record's thread has no metadata")
+            yield Finding("orphaned", _shown(key), "the record's thread has no metadata")
+        if isinstance(header, record.LaterHeader) and header.content:
+            yield from self._judge_content(key, header)
         wanted = [
             (keyspace.versions(keyspace.message_id(first)) + own, keyspace.part(thread)),
             (keyspace.writer(thread, header.author), b""),
         ]
-        if header.deleted and first == stamp:
-            wanted.pop()  # the event of a thread's deletion, whose author may not have written in it
+        entry = self._reader.get(wanted[1][0])
+        if entry is not None or (header.deleted and first == stamp):
+            # A removed author, or the event of a thread's deletion, whose author may not have written in it
+            wanted.pop()
         yield from self._wanted(key, wanted)
         place = keyspace.order(thread) + first.text.encode()
-        entry = self._reader.get(place)
-        if entry is None or keyspace.latest(first.raw, entry) < own:
+        order = self._reader.get(place)
+        if order is None or keyspace.latest(first.raw, order) < own:
             fix = keyspace.place(own, is_first=first == stamp, deleted=header.deleted)
             yield Finding("unindexed", _shown(key), "the order index does not lead to this version", ((place, fix),))
+
+    def _judge_content(self, key: bytes, header: record.LaterHeader) -> Iterator[Finding]:
+        """Of a version that takes its content from another one."""
+        stamp = Stamp.parse(header.content)
+        place = key[: -keyspace.STAMP_BYTES] + stamp.raw
+        raw = self._reader.get(place)
+        content = record.unpack_message(raw)[0] if raw is not None else None
+        is_of_another = content is None or (content.first or stamp.text) != header.first
+        if is_of_another or (isinstance(content, record.LaterHeader) and content.content):
+            yield Finding("damaged", _shown(key), f"its content is missing: {_shown(place)} does not have it")
 
     def _wanted(self, key: bytes, entries: list[tuple[bytes, bytes]]) -> Iterator[Finding]:
         for index, expected in entries:
@@ -183,6 +204,8 @@ class Checker:
             raws.append(raw)
         wanted += self._key_probes(wanted)
         answers = await self._provider.decrypt_batch(wanted) if wanted else []
+        if any(isinstance(answer, KmsRefusedError) and answer.code == api.CODE_FORBIDDEN for answer in answers):
+            raise StoreUnavailableError(MAY_NOT_DECRYPT)  # this says nothing about the records
         findings: list[Finding] = []
         for item, raw, answer in zip(wanted, raws, answers, strict=False):
             found = _judge_opened(item, raw, answer)
@@ -236,7 +259,7 @@ class Checker:
         if value != expected:
             yield Finding("dangling", _shown(key), "it does not lead to the newest version", ((key, expected),))
 
-    def _judge_thread_index(self, key: bytes) -> Iterator[Finding]:
+    def _judge_thread_index(self, key: bytes, value: bytes) -> Iterator[Finding]:
         self.counts["indexes"] += 1
         parts = key.split(b":")
         space = b":".join(parts[:2]) + b":"
@@ -249,13 +272,16 @@ class Checker:
             yield Finding("dangling", _shown(key), "the thread has no metadata", ((key, None),))
         elif space == keyspace.CLOSED and not record.unpack_thread(raw)[0].deleted_ns:
             yield Finding("dangling", _shown(key), "the thread is not deleted", ((key, None),))
+        elif space == keyspace.WRITER and value not in (membership.MEMBER, membership.REMOVED):
+            fix = ((key, membership.REMOVED),)  # an author whose entry is damaged counts as removed until he is added
+            yield Finding("damaged", _shown(key), "the entry says neither member nor removed", fix)
 
     def _judge_map(self, key: bytes, value: bytes) -> Iterator[Finding]:
         self.counts["maps"] += 1
         if _key_id(value) is None:
             yield Finding("damaged", _shown(key), "the map does not hold the id of a key")
         if self._reader.get(keyspace.meta_of(key[len(keyspace.MAP) :])) is None:
-            yield Finding("homeless", _shown(key), "the mapped thread has no metadata")
+            yield Finding("orphaned", _shown(key), "the mapped thread has no metadata")
 
     def _judge_counters(self) -> Iterator[Finding]:
         raw = self._reader.get(keyspace.STATE)
@@ -263,7 +289,7 @@ class Checker:
         try:
             state = msgspec.msgpack.decode(raw, type=State) if raw else State()
         except msgspec.DecodeError as error:
-            fixed = msgspec.msgpack.encode(State(threads, messages, self._newest.ns, self._newest.seq))
+            fixed = msgspec.msgpack.encode(State.of(threads, messages, self._newest))
             yield Finding("miscounted", _shown(keyspace.STATE), f"damaged: {error}", ((keyspace.STATE, fixed),))
             return
         if (state.threads, state.messages) != (threads, messages):
@@ -286,7 +312,7 @@ class Report(NamedTuple):
 
 async def check(path: str, provider: Provider | None) -> Report:
     """Walk the store at `path`, also beside the server that has it open; its records are decrypted if the key service
-    answers. Raises FormatError, StoreUnavailableError, KmsError."""
+    answers. Raises FormatError, KmsError, StoreUnavailableError, also if this user may not decrypt."""
     with directory.open_reader(path) as reader:
         if provider is not None:
             try:
@@ -318,6 +344,13 @@ async def repair(engine: Engine) -> tuple[list[Finding], list[Finding]]:
         engine.sync()
         fixed += fixable
     return fixed, [finding async for finding in Checker(engine, None).run()]
+
+
+def _judge_retry(key: bytes, value: bytes) -> Iterator[Finding]:
+    try:
+        Remembered.parse(key, value)
+    except RecordUnreadableError:
+        yield Finding("damaged", _shown(key), "a retried create is refused by it", ((key, None),))
 
 
 def _judge_opened(item: DecryptItem, raw: bytes, answer: bytes | KmsRefusedError) -> Finding | None:

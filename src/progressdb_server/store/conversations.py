@@ -1,7 +1,7 @@
 """The whole store of a running server: the parts of a store with a key service, and the work that it does by itself.
 
-Owns: the composition, the format check at opening, the hourly sweep of retries, and the watch over the key service's
-epoch.
+Owns: the composition, the format check at opening, the hourly sweep of retries, and the watches over the key service's
+epoch and the system clock.
 """
 
 from __future__ import annotations
@@ -12,41 +12,81 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
-import structlog
-
+from minikms import api
 from minikms.client import KmsError, KmsRefusedError
-from progressdb_server.kms.provider import EncryptsNothing, Fault, Provider, fault
+from minikms.client.errors import KmsProtocolError, SealedError
+from minikms.logs import structlog
+from progressdb_server.kms.provider import SEALED, EncryptsNothing, Fault, Provider, fault
 from progressdb_server.store import directory, idempotency, keyspace
 from progressdb_server.store.backup import Backups
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
 from progressdb_server.store.epoch import EpochMemory, RestoredError
+from progressdb_server.store.keyspace import Stamp
+from progressdb_server.store.membership import Rule
 from progressdb_server.store.messages import Messages
-from progressdb_server.store.model import StoreError
+from progressdb_server.store.model import StoreError, StoreUnavailableError
 from progressdb_server.store.rekeying import Rekeying
 from progressdb_server.store.sealer import Sealer, store_error
 
 SWEEP_S: Final = 3600
 EPOCH_S: Final = 10
 """Between two looks at the key service's epoch and audit head."""
+SEALED_S: Final = 1
+"""The same, while the key service is sealed."""
+
+CLOCK_S: Final = 10
+"""Between two looks at the system clock."""
+CLOCK_JUMP_S: Final = 60
+"""A step of the system clock, or a distance of it to the newest stamp, that is worth a warning."""
+
+CLOCK_BEHIND: Final = (
+    "the newest record is from the future of the system clock: the clock was ahead before, or is behind now. Check it. "
+    "Ids and lists keep their order"
+)
+CLOCK_JUMPED: Final = (
+    "the system clock was set. Check that it is right: times of messages come from it. Ids and lists keep their order"
+)
 
 _log = structlog.get_logger("progressdb.store")
+
+
+def _era_begun(before: Stamp, first: Stamp) -> None:
+    _log.warning(
+        "clock_was_in_the_future",
+        seconds=(before.time_ns - first.time_ns) // 1_000_000_000,
+        era=first.era,
+        reason="new records get the time of the system clock again, and sort after those from the future",
+    )
 
 
 class Conversations(Messages, Rekeying, Backups):
     """See `store.model.Store`. Open it in the event loop that uses it."""
 
-    def __init__(self, engine: Engine, provider: Provider, *, now_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        provider: Provider,
+        *,
+        rule: Rule = "members",
+        now_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
         """Raises FormatError when the directory was written by a newer version, or encrypted where the provider does
         not encrypt, or the other way round; StoreUnavailableError."""
         directory.claim(engine, encrypted=not isinstance(provider, EncryptsNothing))
         super().__init__(engine, now_ns=now_ns)
         self.sealer = Sealer(engine, self.writer, provider, self.clock, self.metrics)
+        self.rule = rule
         self.epoch = EpochMemory(engine, self.writer)
         self._provider = provider
         self._background: list[asyncio.Task[None]] = []
         self.metrics.gauges["progressdb_store_queued_writes"] = (
             "Writes that wait for the next group.",
             lambda: self.writer.queued,
+        )
+        self.clock.on_era = _era_begun
+        self.metrics.gauges["progressdb_store_clock_ahead_seconds"] = (
+            "How far the newest stamp is ahead of the system clock.",
+            lambda: self.clock.ahead_ns / 1_000_000_000,
         )
         self.metrics.gauges["progressdb_store_available"] = (
             "1 when the store takes writes.",
@@ -56,11 +96,22 @@ class Conversations(Messages, Rekeying, Backups):
     async def start(self, *, accept_restore: bool = False) -> None:
         """Ask the key service for its epoch, and begin the background work.
 
+        While the key service is sealed it reports no epoch: no record is sealed before it was judged. Reads work as
+        soon as the key service is unsealed.
+
         Raises RestoredError when the key service's state is older than what this store has seen, unless
-        `accept_restore`; StoreUnavailableError when it does not answer.
+        `accept_restore`; StoreUnavailableError when it does not answer, or says that it can't serve.
         """
         try:
-            await self.epoch.observe(await self._provider.status(), accept_restore=accept_restore)
+            status = await self._provider.status()
+            if status.status == api.CODE_SEALED:
+                _log.warning("kms_sealed", reason=SEALED)
+                self.sealer.halt_sealed()
+            else:
+                await self.epoch.observe(status, accept_restore=accept_restore)
+            if status.status not in ("ok", api.CODE_SEALED):
+                why = status.reason or status.status or "it reports no status"
+                raise StoreUnavailableError(f"the key service can't serve: {why}")
         except KmsError as error:
             if not isinstance(error, KmsRefusedError) or fault(error) is Fault.SERVICE:
                 raise store_error(error) from error
@@ -68,7 +119,11 @@ class Conversations(Messages, Rekeying, Backups):
                 "kms_status_refused", code=error.code
             )  # without the role `monitor` there is nothing to judge by
         loop = asyncio.get_running_loop()
-        self._background = [loop.create_task(self._sweep()), loop.create_task(self._watch_epoch())]
+        self._judge_clock()
+        self._background = [
+            loop.create_task(work)
+            for work in (self._sweep(), self._watch_epoch(accept_restore=accept_restore), self._watch_clock())
+        ]
 
     async def close(self) -> None:
         """Commits what is queued, then closes the engine. The provider is the caller's."""
@@ -79,25 +134,75 @@ class Conversations(Messages, Rekeying, Backups):
 
     def reopened(self) -> None:
         self.sealer.forget()
+        self.validators.forget()
 
     async def _sweep(self) -> None:
         while True:
-            with contextlib.suppress(StoreError):
+            try:
                 await idempotency.sweep(self.engine, self.writer, self.clock.now_ns())
+            except Exception as error:  # noqa: BLE001 - whatever ends one sweep, the next one is made
+                _log.warning("sweep_failed", error=type(error).__qualname__, again_s=SWEEP_S)
             await asyncio.sleep(SWEEP_S)
 
-    async def _watch_epoch(self) -> None:
-        """An older key service that replaces the right one while the server runs must not encrypt anything."""
+    def _judge_clock(self) -> None:
+        """Warn if the newest stamp is in the future: the clock was there before, or is wrong now."""
+        ahead_s = self.clock.ahead_ns // 1_000_000_000
+        if ahead_s > CLOCK_JUMP_S:
+            _log.warning("clock_behind_store", seconds=ahead_s, reason=CLOCK_BEHIND)
+
+    async def _watch_clock(self) -> None:
+        """Warn when the system clock is set. CLOCK_BOOTTIME goes on while the machine sleeps."""
+        offset_ns = self.clock.now_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         while True:
-            await asyncio.sleep(EPOCH_S)
+            await asyncio.sleep(CLOCK_S)
+            now_ns = self.clock.now_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+            jump_s = (now_ns - offset_ns) // 1_000_000_000
+            offset_ns = now_ns
+            if abs(jump_s) > CLOCK_JUMP_S:
+                _log.warning("clock_jumped", seconds=jump_s, reason=CLOCK_JUMPED)
+
+    async def _watch_epoch(self, *, accept_restore: bool) -> None:
+        """An older key service that replaces the right one while the server runs must not encrypt anything.
+
+        `accept_restore` holds for the first state that is judged, if the key service was sealed at the start.
+        """
+        seen_sealed = self.sealer.seen_sealed
+        judged = self.sealer.halted is None
+        while True:
+            if self.sealer.halted == SEALED:
+                await asyncio.sleep(SEALED_S)
+            else:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(EPOCH_S):
+                        await seen_sealed.wait()
+            seen_sealed.clear()
             try:
-                await self.epoch.observe(await self._provider.status())
-                self.sealer.halted = None
+                status = await self._provider.status()
+                if status.status == api.CODE_SEALED:
+                    self.sealer.halt_sealed()
+                    continue
+                await self.epoch.observe(status, accept_restore=accept_restore and not judged)
+                if not seen_sealed.is_set():  # else the answer may be older than the seal
+                    self.sealer.halted = None
+                    judged = True
             except RestoredError as error:
                 _log.error("kms_restored", reason=str(error))
                 self.sealer.halted = "the key service is in an older state than this store"
+            except KmsProtocolError as error:
+                _log.error("kms_epoch_unknown", reason=type(error).__name__)
+                self.sealer.halted = "the key service's answer to /status is not valid, so its age is not known"
             except (KmsError, StoreError) as error:
+                if isinstance(error, SealedError):
+                    self.sealer.halt_sealed()
                 _log.warning("kms_epoch_unknown", reason=type(error).__name__)
+            except Exception as error:  # noqa: BLE001 - whatever ends one look, the next one is made
+                _log.error("kms_epoch_unknown", reason=type(error).__qualname__)
+                self.sealer.halted = "the age of the key service's state could not be judged"
+
+    async def check_writes(self) -> None:
+        self.sealer.check_halted()
+        await asyncio.to_thread(self.engine.probe)
+        await self.writer.check_writable()
 
     # --- for operators --------------------------------------------------------------------------------------------
     async def stats(self) -> dict[str, int]:

@@ -44,36 +44,60 @@ def joined(*drafts: Draft) -> Draft:
     return Draft([secret for draft in drafts for secret in draft.secrets], finish)
 
 
-def message_version(message: Message, first: Stamp, stamp: Stamp, extra: Puts = ()) -> Draft:
-    """The version `message` at `stamp`, with its index entries and `extra`; `first` is the stamp of the first
-    version."""
-    is_first = stamp == first
+def first_version(message: Message, stamp: Stamp, extra: Puts = (), expect: Puts = ()) -> Draft:
+    """The first version of the message, at `stamp`, with its index entries and `extra`, under the conditions
+    `expect`."""
     own = stamp.raw
-    first_own = own if is_first else first.raw
-    text = first_own.decode()
     thread = keyspace.part(message.thread)
-    key, version_key, order_key = keyspace.version_keys(thread, message.id, first_own, own)
+    key, version_key, order_key = keyspace.version_keys(thread, message.id, own, own)
 
     def finish(key_id: str, sealed: Sequence[bytes]) -> Write:
-        header = record.MessageHeader(key_id, "" if is_first else text, message.author, message.deleted)
+        header = record.MessageHeader(key_id, "", message.author, message.deleted)
         return Write(
             (
                 (key, record.pack(header, sealed[0])),
                 (version_key, thread),
-                (order_key, keyspace.place(own, is_first=is_first, deleted=message.deleted)),
+                (order_key, keyspace.place(own, is_first=True, deleted=message.deleted)),
                 *extra,
             ),
+            expect,
             messages=1,
         )
 
-    return Draft(((key, record.message_secret(message, text)),), finish)
+    return Draft(((key, record.message_secret(message, stamp.text)),), finish)
+
+
+def later_version(
+    message: Message, first: Stamp, stamp: Stamp, content: str, secret: bytes, *, expect: Puts = ()
+) -> Draft:
+    """The version `message` at `stamp`, with its index entries; `first` is the stamp of the first version. `content`
+    and `secret` are those of `record.later_secret`. The conditions are `expect`."""
+    own = stamp.raw
+    thread = keyspace.part(message.thread)
+    key, version_key, order_key = keyspace.version_keys(thread, message.id, first.raw, own)
+
+    def finish(key_id: str, sealed: Sequence[bytes]) -> Write:
+        header = record.LaterHeader(key_id, first.text, message.author, message.deleted, content)
+        return Write(
+            (
+                (key, record.pack(header, sealed[0])),
+                (version_key, thread),
+                (order_key, keyspace.place(own, is_first=False, deleted=message.deleted)),
+            ),
+            expect,
+            messages=1,
+        )
+
+    return Draft(((key, secret),), finish)
 
 
 def deletion_event(thread: str, by: str, stamp: Stamp) -> Draft:
     """The message that a thread's deletion leaves in it."""
     body = {"_event": "thread_deleted", "by": by}
-    message = Message(id=keyspace.message_id(stamp), thread=thread, author=by, ts=stamp.ns, body=body, deleted=True)
-    return message_version(message, stamp, stamp)
+    message = Message(
+        id=keyspace.message_id(stamp), thread=thread, author=by, ts=stamp.time_ns, body=body, deleted=True
+    )
+    return first_version(message, stamp)
 
 
 def new_thread(thread: Thread, created: Stamp, extra: Puts = ()) -> Draft:
@@ -82,7 +106,7 @@ def new_thread(thread: Thread, created: Stamp, extra: Puts = ()) -> Draft:
     entry = keyspace.created(created, thread.id)
 
     def finish(key_id: str, sealed: Sequence[bytes]) -> Write:
-        header = record.ThreadHeader(key_id, thread.author, created.text, created.ns, 0)
+        header = record.ThreadHeader(key_id, thread.author, created.text, created.time_ns, 0)
         return Write(
             (
                 (map_key, key_id.encode()),

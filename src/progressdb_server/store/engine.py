@@ -5,7 +5,7 @@ Owns: the protocol and its errors. Invariants:
 - `write` applies its puts atomically: all or none, also across power loss. They are visible at once, and durable
   after the next `sync` that began after them.
 - `get`, `scan` and `write` are called from one thread, so that what a caller reads between two awaits is one
-  consistent view; `sync`, `checkpoint` and `reopen` block and may run in another thread meanwhile.
+  consistent view; `sync`, `probe`, `checkpoint` and `reopen` block and may run in another thread meanwhile.
 - After a failed `write` or `sync` its puts may or may not be there, never a part of them; the engine refuses further
   writes until `reopen` has succeeded. Reads go on. Only the writer (store/writer.py) writes to an open store; it also
   does compare-and-put.
@@ -61,6 +61,11 @@ class Engine(Reader, Protocol):
     def reopen(self) -> None:
         """Recovers after a failure: what is readable afterwards is durable. Raises EngineUnavailableError; try again
         later."""
+        ...
+
+    def probe(self) -> None:
+        """Returns if the disk takes writes; changes nothing, and may run in another thread. Raises
+        EngineUnavailableError, whose text says why it does not."""
         ...
 
     def checkpoint(self, path: str) -> None:

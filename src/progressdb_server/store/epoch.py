@@ -17,6 +17,7 @@ from typing import Final
 
 import msgspec
 
+from minikms import api
 from progressdb_server.store import keyspace
 from progressdb_server.store.engine import Reader
 from progressdb_server.store.writer import Write, Writer
@@ -28,21 +29,6 @@ WAY_OUT: Final = "If this is a deliberate restore, start once with --accept-rest
 class RestoredError(Exception):
     """The key service's state is older than what this store has seen, or belongs to another one; the text says what to
     do."""
-
-
-class _Head(msgspec.Struct):
-    seq: int
-    sig: str
-
-
-class _Audit(msgspec.Struct):
-    head: _Head
-
-
-class _Status(msgspec.Struct):
-    epoch: int
-    keyring_id: str
-    audit: _Audit
 
 
 class Remembered(msgspec.Struct):
@@ -57,37 +43,37 @@ class EpochMemory:
         self._reader = reader
         self._writer = writer
         self._monotonic = monotonic
-        self._candidate: tuple[float, _Head] | None = None
+        self._candidate: tuple[float, api.HeadStatus] | None = None
 
     @property
     def remembered(self) -> Remembered | None:
         return remembered(self._reader)
 
-    async def observe(self, status: dict[str, object], *, accept_restore: bool = False) -> None:
+    async def observe(self, status: api.StatusAnswer, *, accept_restore: bool = False) -> None:
         """Judge an answer to the key service's `/status`, and remember what it shows.
 
         A provider without epochs (development) is not judged, unless the store has seen one. Raises RestoredError,
         StoreUnavailableError.
         """
         known = None if accept_restore else self.remembered
-        try:
-            seen = msgspec.convert(status, _Status)
-        except msgspec.ValidationError:
+        if not (status.epoch and status.keyring_id):
             if known is not None:
-                raise RestoredError(
-                    f"the key service does not report its epoch, which it did before. {WAY_OUT}"
-                ) from None
+                raise RestoredError(f"the key service does not report its epoch, which it did before. {WAY_OUT}")
             return
+        seen = status.audit.head
         if known is not None:
-            judge(known, seen.epoch, seen.keyring_id, seen.audit.head.seq, seen.audit.head.sig)
-        head = self._settled_head(seen.audit.head)
+            judge(known, status.epoch, status.keyring_id, seen.seq, seen.sig)
+        if status.status != "ok":  # the audit log can't be written: its newest lines may never be durable
+            self._candidate = None
+            return
+        head = self._settled_head(seen)
         if head is None:
-            head = _Head(known.head_seq, known.head_sig) if known else _Head(0, "")
-        new = Remembered(seen.epoch, seen.keyring_id, head.seq, head.sig)
+            head = api.HeadStatus(known.head_seq, known.head_sig) if known else api.HeadStatus(0, "")
+        new = Remembered(status.epoch, status.keyring_id, head.seq, head.sig)
         if new != known:
             await self._writer.commit(Write(((keyspace.EPOCH, msgspec.json.encode(new)),)))
 
-    def _settled_head(self, head: _Head) -> _Head | None:
+    def _settled_head(self, head: api.HeadStatus) -> api.HeadStatus | None:
         """A head that was seen AUDIT_SETTLED_S ago, which is on the key service's disk; None if there is no new one."""
         now = self._monotonic()
         if self._candidate is None:

@@ -2,7 +2,9 @@
 
 Owns: the entries of `keyspace.idempotency`. Invariants: both digests are HMAC-SHA-256 under the caller's scope, which
 is itself keyed and never stored, so that neither the client's key nor its request can be guessed from the disk; the
-entry is written in the batch of what it refers to; it counts for IDEMPOTENCY_AGE_S and is then deleted.
+entry is written in the batch of what it refers to; it counts for IDEMPOTENCY_AGE_S and is then deleted. One from so far
+in the future is deleted too: the clock was wrong when it was made. A damaged entry stays, and a retry that meets it is
+refused, because it may have stored something already; `progressdb check --repair` deletes it.
 """
 
 from __future__ import annotations
@@ -12,12 +14,23 @@ from typing import Final
 
 import msgspec
 
+from minikms.logs import structlog
 from progressdb_server.store import keyspace
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
-from progressdb_server.store.model import ConditionFailedError, Idempotency, IdempotencyConflictError
+from progressdb_server.store.model import (
+    ConditionFailedError,
+    Idempotency,
+    IdempotencyConflictError,
+    RecordUnreadableError,
+)
 from progressdb_server.store.writer import Write, Writer
 
 IDEMPOTENCY_AGE_S: Final = 24 * 3600
+DAMAGED: Final = (
+    "a retry that meets one is refused: stop the server and run `progressdb check --repair`, which deletes them"
+)
+
+_log = structlog.get_logger("progressdb.store")
 
 
 class Remembered(msgspec.Struct, array_like=True, frozen=True):
@@ -26,6 +39,14 @@ class Remembered(msgspec.Struct, array_like=True, frozen=True):
     made: str
     request: bytes
     created_ns: int
+
+    @classmethod
+    def parse(cls, key: bytes, raw: bytes) -> Remembered:
+        """Raises RecordUnreadableError."""
+        try:
+            return msgspec.msgpack.decode(raw, type=cls)
+        except (msgspec.DecodeError, ValueError):
+            raise RecordUnreadableError(f"the entry {key.decode(errors='backslashreplace')} is malformed") from None
 
 
 class Ticket:
@@ -37,11 +58,12 @@ class Ticket:
         self._request = hmac.digest(scope, b"request:" + msgspec.json.encode(request, order="sorted"), "sha256")
 
     def recall(self, engine: Engine, now_ns: int) -> str | None:
-        """The id that the first call made, None for a first call. Raises IdempotencyConflictError."""
+        """The id that the first call made, None for a first call. Raises IdempotencyConflictError,
+        RecordUnreadableError."""
         raw = engine.get(self.key)
         if raw is None:
             return None
-        remembered = msgspec.msgpack.decode(raw, type=Remembered)
+        remembered = Remembered.parse(self.key, raw)
         if _expired(remembered, now_ns):
             return None
         if not hmac.compare_digest(remembered.request, self._request):
@@ -53,19 +75,29 @@ class Ticket:
 
 
 def _expired(remembered: Remembered, now_ns: int) -> bool:
-    return now_ns - remembered.created_ns > IDEMPOTENCY_AGE_S * 1_000_000_000
+    if now_ns < keyspace.NOW_NS_MIN:  # the clock is wrong now
+        return False
+    return abs(now_ns - remembered.created_ns) > IDEMPOTENCY_AGE_S * 1_000_000_000
 
 
 async def sweep(engine: Engine, writer: Writer, now_ns: int) -> int:
-    """Delete the expired records; returns how many."""
-    swept = 0
+    """Delete the expired entries; returns how many. Logs how many are damaged."""
+    swept = damaged = 0
     lower, upper = keyspace.IDEMPOTENCY, keyspace.after(keyspace.IDEMPOTENCY)
     while entries := engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
         lower = keyspace.next_key(entries[-1][0])
-        old = [(key, raw) for key, raw in entries if _expired(msgspec.msgpack.decode(raw, type=Remembered), now_ns)]
+        old: list[tuple[bytes, bytes]] = []
+        for key, raw in entries:
+            try:
+                if _expired(Remembered.parse(key, raw), now_ns):
+                    old.append((key, raw))
+            except RecordUnreadableError:
+                damaged += 1
         try:
             await writer.commit(Write([(key, None) for key, _ in old], old))
             swept += len(old)
         except ConditionFailedError:  # one was renewed meanwhile: the next sweep deletes the others
             continue
+    if damaged:
+        _log.warning("retry_entries_damaged", count=damaged, reason=DAMAGED)
     return swept

@@ -4,7 +4,9 @@ Owns: the last stamp given out (`Clock`), and the form of keys, ids and of the e
 - Keys are ASCII; `:` separates parts and appears in none, since every part is percent-encoded (RFC 3986, unreserved
   characters stay). So no id or author reaches the key of another one.
 - Stamps have one width, so keys sort by time. They strictly increase, within a process and across restarts
-  (`Clock.recover`), also when the system clock steps back: then the nanoseconds stay and the sequence counts on.
+  (`Clock.recover`), also when the system clock steps back: then the nanoseconds stay and the sequence counts on. When
+  it steps back by more than BACK_NS_MAX, it was in the future before. Then a new era begins, whose stamps sort after
+  all earlier ones and have the true time.
 It must never hold private text: parts are ids, authors and stamps.
 """
 
@@ -19,6 +21,8 @@ from urllib.parse import quote, unquote
 
 FORMAT: Final = b"store:format"
 STATE: Final = b"store:state"
+THREADS_RULE: Final = b"store:threads"
+"""Present in a store that was made when posting into a thread already needed membership."""
 EPOCH: Final = b"kms:epoch"
 BACKUPS: Final = b"store:backup:"
 THREAD: Final = b"thread:"
@@ -42,6 +46,15 @@ STAMP_BYTES: Final = 27
 SEQUENCE_MAX: Final = 999_999
 """Six digits in a key."""
 
+ERA_NS: Final = 10**19
+"""A stamp's number is `era * ERA_NS + Unix nanoseconds`: the first of its 20 digits is the era."""
+ERA_MAX: Final = 9
+BACK_NS_MAX: Final = 24 * 3600 * 1_000_000_000
+"""A clock that steps back by less starts no era: stamps are ahead of it for at most this long."""
+NOW_NS_MIN: Final = 1_577_836_800 * 1_000_000_000
+"""2020-01-01: an earlier clock is certainly wrong (a machine without a battery starts in 1970). It begins no era, and
+nothing expires by it."""
+
 _MESSAGE_ID: Final = re.compile(r"msg-([1-9][0-9]{0,19})-([0-9]{6})", re.ASCII)
 JOB_ID: Final = re.compile(r"job-[0-9]{20}-[0-9a-f]{8}", re.ASCII)
 _DELETED: Final = b"d"
@@ -49,11 +62,20 @@ _DELETED: Final = b"d"
 
 # --- stamps -----------------------------------------------------------------------------------------------------------
 class Stamp(NamedTuple):
-    """Moment and order of a stored version: Unix nanoseconds, and a sequence that distinguishes stamps of one
-    nanosecond. Its text sorts as it does."""
+    """Moment and order of a stored version: era and Unix nanoseconds in one number, and a sequence that distinguishes
+    stamps of one nanosecond. Its text sorts as it does."""
 
     ns: int
     seq: int
+
+    @property
+    def time_ns(self) -> int:
+        """Unix nanoseconds."""
+        return self.ns % ERA_NS
+
+    @property
+    def era(self) -> int:
+        return self.ns // ERA_NS
 
     @property
     def raw(self) -> bytes:
@@ -76,10 +98,14 @@ class Stamp(NamedTuple):
 
 
 class Clock:
+    """Gives out stamps. `on_era` is called with the last stamp of an era and the first one of the next."""
+
     def __init__(self, now_ns: Callable[[], int]) -> None:
         self.now_ns = now_ns
+        self.on_era: Callable[[Stamp, Stamp], None] | None = None
         self._ns = 0
         self._seq = 0
+        self._era_ns = 0
 
     @property
     def last(self) -> Stamp:
@@ -89,16 +115,31 @@ class Clock:
         """Continue after `last`, the highest stamp in the store."""
         if last > self.last:
             self._ns, self._seq = last
+            self._era_ns = last.era * ERA_NS
+
+    @property
+    def ahead_ns(self) -> int:
+        """How far the last stamp is ahead of the system clock; 0 if it is not."""
+        return max(0, self._ns - self._era_ns - self.now_ns())
 
     def next(self) -> Stamp:
-        now = self.now_ns()
+        now = self._era_ns + self.now_ns()
         if now > self._ns:
             self._ns, self._seq = now, 0
+        elif self._ns - now > BACK_NS_MAX and self._may_begin_era(now):
+            before = self.last
+            self._era_ns += ERA_NS
+            self._ns, self._seq = now + ERA_NS, 0
+            if self.on_era is not None:
+                self.on_era(before, self.last)
         elif self._seq < SEQUENCE_MAX:
             self._seq += 1
         else:
             self._ns, self._seq = self._ns + 1, 0
         return Stamp(self._ns, self._seq)
+
+    def _may_begin_era(self, now: int) -> bool:
+        return now - self._era_ns >= NOW_NS_MIN and self._era_ns < ERA_MAX * ERA_NS
 
 
 # --- parts and ranges -------------------------------------------------------------------------------------------------
@@ -138,6 +179,19 @@ def parse_message_id(text: str) -> Stamp | None:
     return Stamp(int(match[1]), int(match[2])) if match else None
 
 
+def cursor(version: Stamp) -> str:
+    """Where a page of a message's versions ends, as clients see it."""
+    return f"{version.ns}-{version.seq:06d}"
+
+
+def parse_cursor(text: str) -> Stamp | int:
+    """The stamp of a `cursor`, or Unix nanoseconds. Raises ValueError."""
+    ns, _, seq = text.partition("-")
+    if seq:
+        return Stamp.parse(f"{ns:0>20}-{seq:0>6}")
+    return Stamp.parse(f"0{ns:0>19}-000000").ns
+
+
 def thread_id(created: Stamp) -> str:
     return f"thread-{created.ns}-{created.seq:06d}"
 
@@ -165,8 +219,14 @@ def closed(thread: str) -> bytes:
 
 
 def writer(thread: str, author: str) -> bytes:
-    """Present when the author owns the thread or has written in it."""
+    """Present when the author owns the thread, has written in it, or was added to it. The value says whether he was
+    removed (`store.membership`)."""
     return b"index:writer:%b:%b" % (part(thread), part(author))
+
+
+def writers(thread: str) -> bytes:
+    """Prefix of the entries `writer(thread, ...)`."""
+    return b"index:writer:%b:" % part(thread)
 
 
 def authored(author: str) -> bytes:
@@ -180,7 +240,7 @@ def created(stamp: Stamp, thread: str) -> bytes:
 
 
 def last_part(key: bytes) -> str:
-    """The thread of an entry of `CREATED`, `authored(...)` or `MAP`."""
+    """The thread of an entry of `CREATED`, `authored(...)` or `MAP`; the author of one of `writers(...)`."""
     return unpart(key[key.rindex(b":") + 1 :])
 
 
@@ -228,8 +288,8 @@ def stamp_of(key: bytes) -> Stamp:
 
 
 def ns_of(key: bytes) -> int:
-    """The nanoseconds of a key that ends in a stamp. Raises ValueError."""
-    return int(key[-STAMP_BYTES:-7])
+    """The Unix nanoseconds of a key that ends in a stamp. Raises ValueError."""
+    return int(key[-STAMP_BYTES:-7]) % ERA_NS
 
 
 class Place(NamedTuple):

@@ -1,62 +1,51 @@
-"""Messages: appending, versions, reactions, tombstones, reading and lists.
+"""Messages: creating, editing, reacting and deleting. `store.reading` reads them.
 
-Owns: what a next version becomes, how an entry of the order index leads to a record, and the streaming of lists.
-Invariants:
+Owns: what a next version becomes, and how many versions and bytes a message may have. Invariants:
 - Every version is a record at its own stamp and is never changed afterwards; a message's id is the stamp of its first
   version.
+- Only an edit stores a body. A change of reactions and a tombstone keep the content of an earlier version, by its
+  stamp, so that they cost as much as the reactions.
 - The order index has one entry per message, at the stamp of its first version, which leads to the latest version; it is
   changed in the batch of that version. So a list costs as much as it has messages, however often they were edited.
 - Changes of one message run one after another; each builds on the version before it.
-- A list is in order of creation and shows each message once; messages created while it is read are not in it. A list of
-  any length takes bounded memory: batches of LIST_MESSAGES_MAX and LIST_BYTES_MAX, the next of which is read and sent
-  to the key service while the one before is answered.
-- A record is shown only as what its sealed part says it is, and only where the index rightly leads to it.
+- A message that has all the versions or bytes that it may have can still be deleted, and its reactions can still be
+  removed: that is at most one version more for each reaction, and one for the tombstone.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
 import msgspec
 
-from minikms.client import DecryptItem
-from progressdb_server.store import drafts, keyspace, record
+from progressdb_server.store import drafts, keyspace, membership, record
 from progressdb_server.store.drafts import Draft
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX
 from progressdb_server.store.idempotency import Ticket
-from progressdb_server.store.keyspace import Place, Stamp
+from progressdb_server.store.keyspace import Stamp
+from progressdb_server.store.membership import Act
 from progressdb_server.store.model import (
+    REACTIONS_COUNT_MAX,
     ConditionFailedError,
     Idempotency,
     Message,
     MessageNotFoundError,
     NewMessage,
+    NotAMemberError,
     NotTheAuthorError,
     RecordUnreadableError,
-    StoredVersion,
+    TooManyReactionsError,
+    TooManyVersionsError,
 )
-from progressdb_server.store.sealer import ThreadState
-from progressdb_server.store.threads import Threads
+from progressdb_server.store.reading import Reading, Version
+from progressdb_server.store.sealer import SEAL_BYTES, ThreadState
 
-LIST_MESSAGES_MAX: Final = 256
-"""Of one batch of a list or of a message's versions."""
-LIST_BYTES_MAX: Final = 2 * 1024 * 1024
-"""Of sealed parts in one batch, exceeded by one record at most."""
-LIST_BATCHES_AHEAD: Final = 1
+VERSIONS_COUNT_MAX: Final = 10_000
+VERSIONS_BYTES_MAX: Final = 256 * 1024 * 1024
+"""Of one message: stored versions, and the bytes of their sealed parts."""
 
 
-class Loaded(NamedTuple):
-    """A record that was read and not opened yet. `first`: stamp of the message that it must belong to."""
-
-    sealed: DecryptItem
-    header: record.MessageHeader
-    first: str
-
-
-class Messages(Threads):
+class Messages(Reading):
     """See `store.model.ConversationStore`."""
 
     # --- creating -------------------------------------------------------------------------------------------------
@@ -68,14 +57,17 @@ class Messages(Threads):
         return self._create_once(new, idempotency, request_id)
 
     async def _create_once(self, new: NewMessage, idempotency: Idempotency, request_id: str | None) -> Message:
-        ticket = Ticket(idempotency, ["message", new])
+        asked = {name: getattr(new, name) for name in new.__struct_fields__ if name != "as_member"}
+        ticket = Ticket(idempotency, ["message", asked])
         async with self.locks.hold(ticket.key):
             made = ticket.recall(self.engine, self.clock.now_ns())
             if made is None:
                 return await self._create(new, ticket, request_id)
             await self.writer.barrier()  # what is answered must be durable
             thread, place = self._locate(made, None)
-            return await self._read_version(thread, place.first, place.first)
+            if new.as_member:
+                self.check_member(thread, new.author, Act.READ)
+            return (await self._read_version(thread, place.first, place.first)).message
 
     def _create(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Coroutine[Any, Any, Message]:
         if not new.thread:
@@ -102,30 +94,61 @@ class Messages(Threads):
         """Make the thread, with its first message."""
         thread, created = self.new_thread(author=new.author, title=None, name=new.thread)
         stamp = self.clock.next()
-        message = new.first_version(keyspace.message_id(stamp), thread.id, stamp.ns)
-        extra = (ticket.put(message.id, stamp.ns),) if ticket else ()
-        draft = drafts.joined(drafts.new_thread(thread, created, extra), drafts.message_version(message, stamp, stamp))
+        message = new.first_version(keyspace.message_id(stamp), thread.id, stamp.time_ns)
+        extra = (ticket.put(message.id, stamp.time_ns),) if ticket else ()
+        draft = drafts.joined(drafts.new_thread(thread, created, extra), drafts.first_version(message, stamp))
         await self.sealer.found(thread.id, draft, request_id)
         return message
 
     async def _append(
         self, state: ThreadState, new: NewMessage, ticket: Ticket | None, request_id: str | None
     ) -> Message:
+        if new.author in state.writers:  # the condition of the write finds out if it is no longer true
+            return await self._append_as(membership.MEMBER, state, new, ticket, request_id=request_id)
+        key = keyspace.writer(state.thread, new.author)
+        entry = self.engine.get(key)
+        if entry is None:
+            async with self.locks.hold(keyspace.writers(state.thread)):
+                entry = self.engine.get(key)
+                if entry is None:
+                    if new.as_member:
+                        self.check_member(state.thread, new.author, Act.WRITE)
+                    if not state.deleted:  # else the write is refused for that reason
+                        self.check_room(state.thread, 1)
+                    return await self._append_as(None, state, new, ticket, request_id=request_id)
+        if new.as_member:
+            self.check_member(state.thread, new.author, Act.WRITE)
+        return await self._append_as(entry, state, new, ticket, request_id=request_id)
+
+    async def _append_as(
+        self,
+        entry: bytes | None,
+        state: ThreadState,
+        new: NewMessage,
+        ticket: Ticket | None,
+        *,
+        request_id: str | None,
+    ) -> Message:
+        """`entry` is the author's entry among the members; without one the message makes him a member. Raises
+        NotAMemberError if he was removed meanwhile."""
         made: list[Message] = []
+        key = keyspace.writer(state.thread, new.author)
+        expect = ((key, entry),) if new.as_member or entry is None else ()
 
         def draft(stamp: Stamp) -> Draft:
-            message = new.first_version(keyspace.message_id(stamp), state.thread, stamp.ns)
+            message = new.first_version(keyspace.message_id(stamp), state.thread, stamp.time_ns)
             made[:] = (message,)
-            if ticket is None and new.author in state.writers:
-                return drafts.message_version(message, stamp, stamp)
-            extra: list[tuple[bytes, bytes | None]] = [ticket.put(message.id, stamp.ns)] if ticket else []
-            key = keyspace.writer(state.thread, new.author)
-            if self.engine.get(key) is None:
-                extra.append((key, b""))
-            return drafts.message_version(message, stamp, stamp, extra)
+            extra: list[tuple[bytes, bytes | None]] = [ticket.put(message.id, stamp.time_ns)] if ticket else []
+            if entry is None:
+                extra.append((key, membership.MEMBER))
+            return drafts.first_version(message, stamp, extra, expect)
 
-        await self.sealer.append(state, draft, request_id)
-        if new.author not in state.writers:
+        try:
+            await self.sealer.append(state, draft, request_id)
+        except ConditionFailedError:
+            state.writers.discard(new.author)
+            raise NotAMemberError("author is not a member of this thread") from None
+        if entry != membership.REMOVED and new.author not in state.writers:
             state.remember_writer(new.author)
         return made[0]
 
@@ -139,6 +162,7 @@ class Messages(Threads):
         role: str | None,
         reply_to: str | None,
         thread_id: str | None = None,
+        member: str | None = None,
         request_id: str | None = None,
     ) -> Message:
         def change(current: Message) -> dict[str, Any]:
@@ -150,33 +174,52 @@ class Messages(Threads):
                 fields["reply_to"] = reply_to
             return fields
 
-        return await self._change(message_id, thread_id, author, change, request_id)
+        return await self._change(message_id, thread_id, author, change, member=member, request_id=request_id)
 
     async def delete_message(
-        self, message_id: str, *, author: str | None, thread_id: str | None = None, request_id: str | None = None
+        self,
+        message_id: str,
+        *,
+        author: str | None,
+        thread_id: str | None = None,
+        member: str | None = None,
+        request_id: str | None = None,
     ) -> None:
         def change(current: Message) -> dict[str, Any] | None:
             return None if current.deleted else {"deleted": True}
 
-        await self._change(message_id, thread_id, author, change, request_id)
+        await self._change(
+            message_id, thread_id, author, change, member=member, request_id=request_id, beyond_bounds=True
+        )
 
     async def set_reaction(
-        self, message_id: str, identity: str, reaction: str, *, request_id: str | None = None
+        self,
+        message_id: str,
+        identity: str,
+        reaction: str,
+        *,
+        member: str | None = None,
+        request_id: str | None = None,
     ) -> Message:
         def change(current: Message) -> dict[str, Any]:
             _refuse_deleted(current)
-            return {"reactions": {**current.reactions, identity: reaction}}
+            reactions = {**current.reactions, identity: reaction}
+            if len(reactions) > max(REACTIONS_COUNT_MAX, len(current.reactions)):
+                raise TooManyReactionsError(f"the message has reactions of {REACTIONS_COUNT_MAX} identities")
+            return {"reactions": reactions}
 
-        return await self._change(message_id, None, None, change, request_id)
+        return await self._change(message_id, None, None, change, member=member, request_id=request_id)
 
-    async def remove_reaction(self, message_id: str, identity: str, *, request_id: str | None = None) -> None:
+    async def remove_reaction(
+        self, message_id: str, identity: str, *, member: str | None = None, request_id: str | None = None
+    ) -> None:
         def change(current: Message) -> dict[str, Any] | None:
             _refuse_deleted(current)
             if identity not in current.reactions:
                 return None
             return {"reactions": {who: what for who, what in current.reactions.items() if who != identity}}
 
-        await self._change(message_id, None, None, change, request_id)
+        await self._change(message_id, None, None, change, member=member, request_id=request_id, beyond_bounds=True)
 
     async def _change(
         self,
@@ -184,10 +227,14 @@ class Messages(Threads):
         thread: str | None,
         author: str | None,
         change: Callable[[Message], dict[str, Any] | None],
+        *,
+        member: str | None,
         request_id: str | None,
+        beyond_bounds: bool = False,
     ) -> Message:
         """Append a version. `change(current)` gives the fields to replace, None if nothing changes. Returns the latest
-        version. Raises MessageNotFoundError, NotTheAuthorError, and what `change` raises."""
+        version. Raises MessageNotFoundError, NotTheAuthorError, NotAMemberError, what `change` raises, and
+        TooManyVersionsError unless the version may be `beyond_bounds`."""
         async with self.locks.hold(message.encode()):
             owner, place = self._locate(message, thread)
             state = self.sealer.thread(owner)
@@ -195,218 +242,50 @@ class Messages(Threads):
                 raise RecordUnreadableError(f"thread {owner} has no key")
             first = Stamp.parse(place.first.decode())
             current = await self._read_version(owner, place.first, place.latest)
-            if author is not None and author != current.author:
+            if author is not None and author != current.message.author:
                 raise NotTheAuthorError("author does not match")
-            fields = change(current)
+            expect: tuple[tuple[bytes, bytes | None], ...] = ()
+            if member is not None:
+                # Under both rules an outsider has no message here and can't read what he would react to.
+                self.check_member(owner, member, Act.READ)
+                expect = ((keyspace.writer(owner, member), membership.MEMBER),)
+            fields = change(current.message)
             if fields is None:
-                return current
-            made: list[Message] = []
+                return current.message
+            changed = msgspec.structs.replace(current.message, **fields)
+            content = "" if "body" in fields else current.content
+            before = await self._before(message, place.latest, current)
+            secret = record.later_secret(changed, first.text, content, before)
+            if not beyond_bounds:
+                _check_bounds(before, len(secret) + SEAL_BYTES)
 
             def draft(stamp: Stamp) -> Draft:
-                made[:] = (msgspec.structs.replace(current, ts=stamp.ns, **fields),)
-                return drafts.message_version(made[0], first, stamp)
+                changed.ts = stamp.time_ns
+                return drafts.later_version(changed, first, stamp, content, secret, expect=expect)
 
-            await self.sealer.append(state, draft, request_id)
-            return made[0]
-
-    # --- reading --------------------------------------------------------------------------------------------------
-    async def get_message(self, message_id: str, *, thread_id: str | None = None) -> Message:
-        thread, place = self._locate(message_id, thread_id)
-        return await self._read_version(thread, place.first, place.latest)
-
-    async def message_versions(self, message_id: str, *, thread_id: str | None = None) -> list[Message]:
-        try:
-            thread, place = self._locate(message_id, thread_id)
-        except MessageNotFoundError:
-            return []
-        prefix = keyspace.versions(message_id)
-        lower, upper = prefix, keyspace.after(prefix)
-        records = keyspace.messages(thread)
-        found: list[Message] = []
-        while entries := self.engine.scan(lower, upper, limit=LIST_MESSAGES_MAX):
-            lower = keyspace.next_key(entries[-1][0])
-            keys = (records + key[len(prefix) :] for key, _ in entries)
-            found += await self._open(thread, [self._load(key, thread, place.first) for key in keys])
-        return found
-
-    def _locate(self, message: str, thread: str | None) -> tuple[str, Place]:
-        """The message's thread, and its place there. Raises MessageNotFoundError, also when it is in another thread."""
-        stamp = keyspace.parse_message_id(message)
-        if stamp is not None:
-            first = stamp.raw
-            found = self.engine.get(keyspace.versions(message) + first)
-            if found is not None and (thread is None or keyspace.part(thread) == found):
-                owner = keyspace.unpart(found)
-                key = keyspace.order(owner) + first
-                value = self.engine.get(key)
-                if value is None:
-                    raise RecordUnreadableError(f"the order entry of message {message} is missing")
-                return owner, _place(key, value)
-        raise MessageNotFoundError("message not found")
-
-    async def _read_version(self, thread: str, first: bytes, stamp: bytes) -> Message:
-        (message,) = await self._open(thread, [self._load(keyspace.messages(thread) + stamp, thread, first)])
-        return message
-
-    def _load(self, key: bytes, thread: str, first: bytes) -> Loaded:
-        """The version at `key` of the message whose first version is at the stamp `first`. Raises
-        RecordUnreadableError."""
-        raw = self.engine.get(key)
-        if raw is None:
-            raise RecordUnreadableError(f"the record {key.decode()} is missing")
-        try:
-            header, sealed = record.unpack_message(raw)
-        except record.RecordFormatError as error:
-            raise RecordUnreadableError(f"the record {key.decode()} is malformed") from error
-        item = DecryptItem(key_id=header.key_id, ciphertext=sealed, aad=key, thread_id=thread)
-        return Loaded(item, header, first.decode())
-
-    async def _open(self, thread: str, batch: Sequence[Loaded]) -> list[Message]:
-        """Raises StoreUnavailableError, RecordUnreadableError."""
-        plaintexts = await self.sealer.open([item.sealed for item in batch])
-        messages: list[Message] = []
-        for (sealed, header, first), plaintext in zip(batch, plaintexts, strict=True):
             try:
-                messages.append(record.open_message(header, sealed.aad, thread, first, plaintext))
-            except record.RecordFormatError as error:
-                raise RecordUnreadableError(f"the record {sealed.aad.decode()} is not what belongs there") from error
-        return messages
+                await self.sealer.append(state, draft, request_id)
+            except ConditionFailedError:
+                raise NotAMemberError("author is not a member of this thread") from None
+            return changed
 
-    # --- lists ----------------------------------------------------------------------------------------------------
-    async def list_messages(
-        self,
-        thread_id: str,
-        *,
-        limit: int | None = None,
-        before: str | None = None,
-        after: str | None = None,
-        include_deleted: bool = False,
-    ) -> AsyncIterator[list[Message]]:
-        prefix = keyspace.order(thread_id)
-        lower, upper = prefix, keyspace.after(prefix)
-        if after is not None:
-            lower = keyspace.next_key(prefix + _first_stamp(after))
-        if before is not None:
-            upper = prefix + _first_stamp(before)
-        newest = self.engine.scan(lower, upper, limit=1, reverse=True)
-        if not newest or limit == 0:
-            return
-        upper = keyspace.next_key(newest[0][0])
-        if limit is not None:
-            lower = await self._start_of_last(limit, lower, upper, include_deleted)
-        loop = asyncio.get_running_loop()
-        opening: deque[asyncio.Task[list[Message]]] = deque()
-        try:
-            for batch in self._batches(thread_id, lower, upper, include_deleted):
-                opening.append(loop.create_task(self._open(thread_id, batch)))
-                if len(opening) > LIST_BATCHES_AHEAD:
-                    yield await opening[0]
-                    opening.popleft()
-                else:
-                    await asyncio.sleep(0)  # so that it is on its way while the next one is read
-            while opening:
-                yield await opening[0]
-                opening.popleft()
-        finally:  # the reader went away, or a batch failed
-            for task in opening:
-                task.cancel()
-            await asyncio.gather(*opening, return_exceptions=True)
-
-    def _batches(self, thread: str, lower: bytes, upper: bytes, include_deleted: bool) -> Iterator[list[Loaded]]:
-        records = keyspace.messages(thread)
-        while entries := self.engine.scan(lower, upper, limit=LIST_MESSAGES_MAX):
-            batch: list[Loaded] = []
-            size = 0
-            for key, value in entries:
-                lower = key
-                place = _place(key, value)
-                if place.deleted and not include_deleted:
-                    continue
-                batch.append(self._load(records + place.latest, thread, place.first))
-                size += len(batch[-1].sealed.ciphertext)
-                if size > LIST_BYTES_MAX:
-                    break
-            lower = keyspace.next_key(lower)
-            if batch:
-                yield batch
-
-    async def _start_of_last(self, limit: int, lower: bytes, upper: bytes, include_deleted: bool) -> bytes:
-        """The key of the first of the last `limit` messages."""
-        while entries := self.engine.scan(lower, upper, limit=min(limit + 64, SCAN_ENTRIES_MAX), reverse=True):
-            for key, value in entries:
-                upper = key
-                if include_deleted or not keyspace.is_deleted(value):
-                    limit -= 1
-                    if limit == 0:
-                        return key
-            await asyncio.sleep(0)
-        return lower
-
-    # --- pages ----------------------------------------------------------------------------------------------------
-    async def message_page(
-        self, thread_id: str, *, before: str, after: str, limit: int, versions_max: int
-    ) -> tuple[list[StoredVersion], bool]:
-        prefix = keyspace.order(thread_id)
-        lower, upper = prefix, keyspace.after(prefix)
-        if before:
-            upper = prefix + _first_stamp(before)
-        if after:
-            lower = keyspace.next_key(prefix + _first_stamp(after))
-        entries = self.engine.scan(lower, upper, limit=limit + 1, reverse=not after)
-        more = len(entries) > limit
-        entries = entries[:limit]
-        if not after:
-            entries.reverse()
-        records = keyspace.messages(thread_id)
-        places = [_place(key, value) for key, value in entries]
-        shown = await self._show(thread_id, [(records + place.latest, place.first) for place in places])
-        return [
-            version._replace(versions=self._count_versions(version.message.id, versions_max)) for version in shown
-        ], more
-
-    async def version_page(self, message_id: str, limit: int) -> tuple[list[StoredVersion], bool]:
-        thread, place = self._locate(message_id, None)
-        prefix, records = keyspace.versions(message_id), keyspace.messages(thread)
-        newest = self.engine.scan(prefix, keyspace.after(prefix), limit=limit + 1, reverse=True)
-        keys = [(records + key[len(prefix) :], place.first) for key, _ in reversed(newest[:limit])]
-        return await self._show(thread, keys), len(newest) > limit
-
-    async def _show(self, thread: str, keys: Sequence[tuple[bytes, bytes]]) -> list[StoredVersion]:
-        """The versions at these storage keys, each with the stamp of its message's first version. They are opened in
-        batches of LIST_BYTES_MAX, as lists are."""
-        shown: list[StoredVersion] = []
-        batch: list[Loaded] = []
-        size = 0
-        for number, (key, first) in enumerate(keys, start=1):
-            batch.append(self._load(key, thread, first))
-            size += len(batch[-1].sealed.ciphertext)
-            if size > LIST_BYTES_MAX or number == len(keys):
-                messages = await self._open(thread, batch)
-                shown += [
-                    StoredVersion(message, loaded.header.key_id, len(keys))
-                    for message, loaded in zip(messages, batch, strict=True)
-                ]
-                batch, size = [], 0
-        return shown
-
-    def _count_versions(self, message: str, versions_max: int) -> int:
-        prefix = keyspace.versions(message)
-        return len(self.engine.keys(prefix, keyspace.after(prefix), limit=versions_max))
+    async def _before(self, message: str, latest: bytes, current: Version) -> record.Before:
+        """What comes before the next version of the message, whose latest version is `current`. A version that an
+        earlier program wrote does not say it: the versions before that one are counted, and each is taken to be as long
+        as that one."""
+        found = current.before
+        if found is None:
+            versions = await self._count_before(message, latest, VERSIONS_COUNT_MAX)
+            found = record.Before(versions, versions * current.bytes)
+        return record.Before(found.versions + 1, found.bytes + current.bytes)
 
 
-def _place(key: bytes, value: bytes) -> Place:
-    """Raises RecordUnreadableError."""
-    try:
-        return Place.parse(key, value)
-    except ValueError as error:
-        raise RecordUnreadableError(f"the index entry {key.decode()} is malformed") from error
-
-
-def _first_stamp(message: str) -> bytes:
-    first = keyspace.parse_message_id(message)
-    if first is None:
-        raise MessageNotFoundError("message not found")
-    return first.raw
+def _check_bounds(before: record.Before, added: int) -> None:
+    """Raises TooManyVersionsError if a message can't get another version, of `added` bytes."""
+    if before.versions >= VERSIONS_COUNT_MAX:
+        raise TooManyVersionsError(f"the message has {before.versions} versions, at most {VERSIONS_COUNT_MAX}")
+    if before.bytes + added > VERSIONS_BYTES_MAX:
+        raise TooManyVersionsError(f"the message's versions have {before.bytes} bytes, at most {VERSIONS_BYTES_MAX}")
 
 
 def _refuse_deleted(current: Message) -> None:

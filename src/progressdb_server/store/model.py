@@ -11,15 +11,25 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Collection, Coroutine, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
 from progressdb_server.metrics import StoreMetrics
 
+REACTIONS_COUNT_MAX: Final = 1024
+"""Of one message: identities that react. A new message may have as many."""
+RECORD_MISSING: Final = "record_missing"
+RECORD_MALFORMED: Final = "record_malformed"
+NOT_OPENED: Final = "not_opened"
+"""Values of `error` beside the codes of the key service."""
+
 
 class Message(msgspec.Struct, omit_defaults=True):
-    """One version of a message. `ts` is Unix nanoseconds of this version."""
+    """One version of a message. `ts` is Unix nanoseconds of this version. `error`: in a list, why the version does not
+    open: a code of the key service, or `record_missing`, `record_malformed`. It then has no role, body, reply and
+    reactions, and its author is not verified."""
 
     id: str
     thread: str
@@ -30,12 +40,14 @@ class Message(msgspec.Struct, omit_defaults=True):
     reply_to: str = ""
     deleted: bool = False
     reactions: dict[str, str] = {}
+    error: str = ""
 
 
 class Thread(msgspec.Struct, omit_defaults=True):
     """`slug` is made from the title. `updated_ts`: of the last change of the thread or of its newest message. Times are
     Unix nanoseconds. `error`: in a list, why the thread's record does not open: a code of the key service, or
-    `record_missing`, `record_malformed`. It then has no title and no slug, and its other fields are not verified."""
+    `record_missing`, `record_malformed`, `not_opened`. It then has no title and no slug, and its other fields are not
+    verified."""
 
     id: str
     title: str = ""
@@ -88,8 +100,38 @@ class AuthorNotInThreadError(StoreError):
     """403 `author not found in any message in this thread`."""
 
 
+class NotAMemberError(StoreError):
+    """403 `author is not a member of this thread`."""
+
+
+class TooManyMembersError(StoreError):
+    """409: the thread has as many members as it may have."""
+
+
+class NoRoomToRemoveError(StoreError):
+    """409: the thread has as many members, removed ones counted, as it may have, so that the removal of somebody who is
+    none of them can't be recorded."""
+
+
+class MemberIsAuthorError(StoreError):
+    """409: the author of a thread can't be removed from it."""
+
+
 class InvalidThreadIdError(StoreError):
     """400: a thread can't be made under the id that was asked for."""
+
+
+class AmbiguousTimeError(StoreError):
+    """400: a time that does not say where a page of versions ends."""
+
+
+class TooManyVersionsError(StoreError):
+    """409: the message has as many versions, or bytes of them, as it may have. It can still be deleted, and reactions
+    can still be removed."""
+
+
+class TooManyReactionsError(StoreError):
+    """409: the message has reactions of REACTIONS_COUNT_MAX identities."""
 
 
 class IdempotencyConflictError(StoreError):
@@ -117,6 +159,18 @@ class RecordUnreadableError(StoreError):
     content."""
 
 
+class ThreadKeyDestroyedError(StoreError):
+    """409: the key that the thread is written under is destroyed, so that nothing can be written."""
+
+
+class KeyServiceRefusedError(StoreError):
+    """500: the key service refuses what the server asks, and would refuse it again; the text is for clients."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(f"the key service refused what the server asked ({code}), and will until an operator mends it")
+        self.code = code
+
+
 class Idempotency(msgspec.Struct, frozen=True):
     """Scope and key of a create that may be retried. `scope` is a keyed digest made by the routes, never a raw API
     key."""
@@ -134,6 +188,9 @@ class NewMessage(msgspec.Struct):
     body: Any = None
     reply_to: str = ""
     reactions: dict[str, str] = {}
+    as_member: bool = False
+    """Whether the author must be a member of the thread. False: the caller acts for anyone, and the message makes its
+    author a member, unless he was removed."""
 
     def first_version(self, message_id: str, thread: str, ts: int) -> Message:
         return Message(
@@ -205,6 +262,14 @@ class RowWrite(NamedTuple):
 
     key: bytes
     done: asyncio.Future[None]
+
+
+class VersionList(NamedTuple):
+    """Versions of a message, oldest first, in chunks. `older` is the `before` of the page before this one, empty on the
+    first."""
+
+    chunks: AsyncIterator[list[Message]]
+    older: str
 
 
 class StoredVersion(NamedTuple):
@@ -281,14 +346,17 @@ class BackupNotFoundError(BackupError):
 class ConversationStore(Protocol):
     """All times and ids are made by the store. `author=None` means that the caller may act for anybody (admin).
 
-    Every method may raise StoreUnavailableError; every reader may raise RecordUnreadableError.
+    Every method may raise StoreUnavailableError and KeyServiceRefusedError; every reader may raise
+    RecordUnreadableError, every change of a thread that exists ThreadKeyDestroyedError. `update_message` and
+    `set_reaction` raise TooManyVersionsError.
     """
 
     def create_message(
         self, new: NewMessage, *, idempotency: Idempotency | None = None, request_id: str | None = None
     ) -> Coroutine[Any, Any, Message]:
         """Durable when it returns. A thread is made when none is named (under a new id) or the named one is unknown
-        (under the name given). Raises ThreadDeletedError, IdempotencyConflictError."""
+        (under the name given). Raises ThreadDeletedError, IdempotencyConflictError, TooManyMembersError;
+        NotAMemberError if `new.as_member` and the author is not a member of the thread."""
         ...
 
     async def get_message(self, message_id: str, *, thread_id: str | None = None) -> Message:
@@ -305,22 +373,50 @@ class ConversationStore(Protocol):
         role: str | None,
         reply_to: str | None,
         thread_id: str | None = None,
+        member: str | None = None,
         request_id: str | None = None,
-    ) -> Message: ...
+    ) -> Message:
+        """`member`, here and below: who must be a member of the thread for the write; None asks for nobody. Raises
+        MessageNotFoundError, NotTheAuthorError, NotAMemberError."""
+        ...
 
     async def delete_message(
-        self, message_id: str, *, author: str | None, thread_id: str | None = None, request_id: str | None = None
+        self,
+        message_id: str,
+        *,
+        author: str | None,
+        thread_id: str | None = None,
+        member: str | None = None,
+        request_id: str | None = None,
     ) -> None: ...
 
-    async def message_versions(self, message_id: str, *, thread_id: str | None = None) -> list[Message]:
-        """Oldest first; empty for an unknown id."""
+    async def latest_version(self, message_id: str) -> Message:
+        """As `get_message`, but a version that does not open has `error`."""
+        ...
+
+    async def message_versions(
+        self, message_id: str, *, limit: int | None = None, before: str | None = None
+    ) -> VersionList:
+        """Empty for an unknown id. `limit` keeps the most recent; `before`, exclusive, is the `older` of another list
+        or a `ts`. A version that does not open has `error`. Raises AmbiguousTimeError for a `ts` that several versions
+        have, or that none has while they are in several eras."""
         ...
 
     async def set_reaction(
-        self, message_id: str, identity: str, reaction: str, *, request_id: str | None = None
-    ) -> Message: ...
+        self,
+        message_id: str,
+        identity: str,
+        reaction: str,
+        *,
+        member: str | None = None,
+        request_id: str | None = None,
+    ) -> Message:
+        """Raises TooManyReactionsError."""
+        ...
 
-    async def remove_reaction(self, message_id: str, identity: str, *, request_id: str | None = None) -> None: ...
+    async def remove_reaction(
+        self, message_id: str, identity: str, *, member: str | None = None, request_id: str | None = None
+    ) -> None: ...
 
     def list_messages(
         self,
@@ -330,25 +426,67 @@ class ConversationStore(Protocol):
         before: str | None = None,
         after: str | None = None,
         include_deleted: bool = False,
+        tag: str | None = None,
     ) -> AsyncIterator[list[Message]]:
-        """Chunks, in order of creation, latest version of each. `limit` keeps the most recent; `before` and `after`
-        are message ids, exclusive. An unknown thread yields nothing."""
+        """Chunks, in order of creation, latest version of each; one that does not open has `error`. `limit` keeps the
+        most recent; `before` and `after` are message ids, exclusive. An unknown thread yields nothing. An empty chunk
+        says that the next one has to wait. `tag`: the `list_tag` of these arguments, for `list_unchanged`."""
+        ...
+
+    def list_tag(
+        self, thread_id: str, *, limit: int | None, before: str | None, after: str | None, include_deleted: bool
+    ) -> str:
+        """An opaque text for this list as it is now. It changes with every change of the thread's messages and at each
+        start."""
+        ...
+
+    async def list_unchanged(self, thread_id: str, tag: str) -> bool:
+        """Whether the list of this tag, which is its `list_tag` now, was given whole and without an error, and the key
+        service still has every key that it needs. Opens no record; false if anything is in doubt."""
         ...
 
     async def thread_deleted(self, thread_id: str) -> bool:
         """Whether the thread is deleted; false for an unknown thread. Opens no record."""
         ...
 
-    async def may_read_thread(self, thread_id: str, author: str) -> bool:
-        """Whether the author owns the thread or has written in it."""
+    async def check_reader(self, thread_id: str, author: str) -> None:
+        """Raises AuthorNotInThreadError, NotAMemberError unless the author is a member of the thread."""
+        ...
+
+    async def members(self, thread_id: str) -> list[str]:
+        """The members of a thread, its author included; empty for an unknown thread."""
+        ...
+
+    async def add_members(self, thread_id: str, members: Sequence[str]) -> None:
+        """Also those who were removed. Durable when it returns. Raises ThreadNotFoundError (also when the thread is
+        deleted), TooManyMembersError."""
+        ...
+
+    async def remove_member(self, thread_id: str, member: str) -> None:
+        """Also somebody who is no member. Durable when it returns: no later read or write of his succeeds until he is
+        added. Raises ThreadNotFoundError (also when the thread is deleted), MemberIsAuthorError,
+        NoRoomToRemoveError."""
         ...
 
     async def create_thread(
-        self, *, author: str, title: str, idempotency: Idempotency | None = None, request_id: str | None = None
-    ) -> Thread: ...
+        self,
+        *,
+        author: str,
+        title: str,
+        members: Sequence[str] = (),
+        idempotency: Idempotency | None = None,
+        request_id: str | None = None,
+    ) -> Thread:
+        """Raises IdempotencyConflictError, TooManyMembersError."""
+        ...
 
     async def get_thread(self, thread_id: str) -> Thread:
         """Also when deleted. Raises ThreadNotFoundError."""
+        ...
+
+    async def listed_threads(self, thread_ids: Sequence[str], *, opened: bool = True) -> list[Thread]:
+        """These threads, in order. A thread whose record does not open has `error`. Without `opened` the key service is
+        not asked: every thread has `error`, and no title."""
         ...
 
     async def update_thread(
@@ -405,14 +543,38 @@ class Store(ConversationStore, BackupRegister, Protocol):
 
     metrics: StoreMetrics
 
+    async def check_writes(self) -> None:
+        """Returns if a write would be taken now; it writes nothing that lasts. Raises StoreUnavailableError, whose text
+        says why not."""
+        ...
+
     # --- keys of threads ---
     @property
     def halted(self) -> str | None:
         """Why nothing may be encrypted now (see store/epoch.py), None if it may."""
         ...
 
+    def check_halted(self) -> None:
+        """Before a call that encrypts, and after it: if the key service was seen sealed meanwhile, the answer may be
+        that of an older one. Raises StoreUnavailableError if nothing may be encrypted now."""
+        ...
+
+    def halt_sealed(self) -> None:
+        """The key service was seen sealed: nothing may be encrypted until its epoch was judged."""
+        ...
+
     def key_of_thread(self, thread_id: str) -> str | None:
         """Id of the key that the thread is written under, None for an unknown thread."""
+        ...
+
+    def making_key(self, thread_id: str) -> bool:
+        """Whether a key that the thread does not name may become its own: the thread is being made, its key is being
+        renewed, or what a failed write has left is not known yet."""
+        ...
+
+    @property
+    def newest_ns(self) -> int:
+        """Time of the newest stamp, in Unix nanoseconds; 0 in an empty store."""
         ...
 
     def threads_with_keys(self) -> AsyncIterator[str]:
@@ -421,6 +583,11 @@ class Store(ConversationStore, BackupRegister, Protocol):
 
     def key_switched(self, thread_id: str, old: str, new: str) -> Step:
         """The thread is written under `new` from here on. The condition fails unless it is under `old`."""
+        ...
+
+    def switching_key(self, thread_id: str) -> AbstractContextManager[None]:
+        """Held from before the thread's old key is retired until `key_switched` is written: writes of the thread wait
+        meanwhile. Otherwise a write that meets a retired key gives the thread another one."""
         ...
 
     def forget_key(self, thread_id: str) -> None:
@@ -485,17 +652,17 @@ class Store(ConversationStore, BackupRegister, Protocol):
         page, empty on the last."""
         ...
 
-    async def listed_threads(self, thread_ids: Sequence[str]) -> list[Thread]:
-        """These threads, in order. A thread whose record does not open has `error`."""
-        ...
-
     async def message_page(
-        self, thread_id: str, *, before: str, after: str, limit: int, versions_max: int
+        self, thread_id: str, *, before: str, after: str, limit: int, versions_max: int, opened: bool = True
     ) -> tuple[list[StoredVersion], bool]:
-        """The most recent messages, or those next to a message id, in order of creation; and whether there are more in
-        that direction. Raises MessageNotFoundError for a malformed id."""
+        """The most recent messages, or those next to a message id, in order of creation, up to a bound of bytes; and
+        whether there are more in that direction. A message that does not open has `error`. Without `opened` the key
+        service is not asked, and every message has `error`. Raises MessageNotFoundError for a malformed id."""
         ...
 
-    async def version_page(self, message_id: str, limit: int) -> tuple[list[StoredVersion], bool]:
-        """The newest versions, oldest first; and whether there are older ones. Raises MessageNotFoundError."""
+    async def version_page(
+        self, message_id: str, limit: int, *, opened: bool = True
+    ) -> tuple[list[StoredVersion], bool]:
+        """The newest versions, oldest first, up to a bound of bytes; and whether there are older ones. `opened` as for
+        `message_page`. Raises MessageNotFoundError."""
         ...

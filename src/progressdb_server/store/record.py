@@ -1,19 +1,29 @@
 """The record format: a small plaintext header, then the part that only the key service can open (docs/spec/store.md).
 
-Layout: version byte 1, header length (2 bytes, big-endian), header (MessagePack array), then what encrypt answered:
+Layout: form byte, header length (2 bytes, big-endian), header (MessagePack array), then what encrypt answered:
 nonce(12) | ciphertext | tag(16). The additional data of the encryption is the record's storage key.
+
+Forms:
+- FORM_FIRST: metadata of a thread, and the first version of a message. Programs before FORM_LATER wrote every version
+  of a message in this form.
+- FORM_LATER: a later version of a message. Only an edit has content (role, body, reply_to) of its own; a change of
+  reactions and a tombstone name the version whose content they keep.
 
 Invariants:
 - A record is self-describing: its key id is the first element of every header, so reading never depends on a map.
 - Everything that a user typed is in the sealed part. The header's copies (author, deleted) are there to find and
   rebuild; the sealed ones count, and a record whose two copies differ does not open.
+- A record of one form does not open as the other form, although the form byte is not sealed: the types of the two
+  sealed arrays differ.
+- A version without content names, in its sealed part, a version of the same message that has content of its own.
 - Message records are never rewritten but by a key rotation; `rekeyed` is how.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from functools import lru_cache
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -21,8 +31,11 @@ from progressdb_server.store import keyspace
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import Message, Thread
 
-VERSION: Final = 1
+FORM_FIRST: Final = 1
+FORM_LATER: Final = 2
 _PREFIX_BYTES: Final = 3
+HEADERS_CACHED_MAX: Final = 1024
+"""Decoded headers in FORM_FIRST. All first versions of an author under one key have the same header."""
 
 _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """msgspec raises the latter two unwrapped."""
@@ -31,7 +44,7 @@ T = TypeVar("T")
 
 
 class RecordFormatError(Exception):
-    """The bytes are no record that this version reads."""
+    """The bytes are no record that this version of the program reads."""
 
 
 class MessageHeader(msgspec.Struct, array_like=True, frozen=True):
@@ -41,6 +54,12 @@ class MessageHeader(msgspec.Struct, array_like=True, frozen=True):
     first: str
     author: str
     deleted: bool
+
+
+class LaterHeader(MessageHeader, array_like=True, frozen=True):
+    """`content` is the stamp of the version that has this version's content, empty when this version has it."""
+
+    content: str
 
 
 class ThreadHeader(msgspec.Struct, array_like=True, frozen=True):
@@ -55,7 +74,7 @@ class ThreadHeader(msgspec.Struct, array_like=True, frozen=True):
 
 
 class MessageSecret(msgspec.Struct, array_like=True, frozen=True):
-    """The sealed part, as a JSON array. `first` binds the record to its message."""
+    """The sealed part in FORM_FIRST, as a JSON array. `first` binds the record to its message."""
 
     first: str
     author: str
@@ -66,6 +85,39 @@ class MessageSecret(msgspec.Struct, array_like=True, frozen=True):
     reactions: dict[str, str]
 
 
+class Before(NamedTuple):
+    """How many versions a message had before this one, and the bytes of their sealed parts."""
+
+    versions: int
+    bytes: int
+
+
+_NOTHING_BEFORE: Final = Before(0, 0)
+
+
+class LaterSecret(msgspec.Struct, array_like=True, frozen=True):
+    """The sealed part in FORM_LATER. `versions` and `bytes` are those of `Before`; `own` is role, body and reply_to,
+    None when the version at `content` has them."""
+
+    first: str
+    author: str
+    deleted: bool
+    content: str
+    versions: int
+    bytes: int
+    reactions: dict[str, str]
+    own: tuple[str, Any, str] | None
+
+
+class Opened(NamedTuple):
+    """A version as its own record has it. `content`: the stamp of the version from which it takes its content, empty
+    when `message` is whole. `before` is None for a later version in FORM_FIRST, which does not say it."""
+
+    message: Message
+    content: str
+    before: Before | None
+
+
 class ThreadSecret(msgspec.Struct, array_like=True, frozen=True):
     author: str
     deleted: bool
@@ -74,23 +126,29 @@ class ThreadSecret(msgspec.Struct, array_like=True, frozen=True):
 
 
 _to_header = msgspec.msgpack.Encoder().encode
-_message_header = msgspec.msgpack.Decoder(MessageHeader).decode
+_message_header = lru_cache(maxsize=HEADERS_CACHED_MAX)(msgspec.msgpack.Decoder(MessageHeader).decode)
+_later_header = msgspec.msgpack.Decoder(LaterHeader).decode
 _thread_header = msgspec.msgpack.Decoder(ThreadHeader).decode
 _any_header = msgspec.msgpack.Decoder(list[Any]).decode
 _to_secret = msgspec.json.Encoder().encode
 _message_secret = msgspec.json.Decoder(MessageSecret).decode
+_later_secret = msgspec.json.Decoder(LaterSecret).decode
 _thread_secret = msgspec.json.Decoder(ThreadSecret).decode
 
 
 def pack(header: MessageHeader | ThreadHeader, sealed: bytes) -> bytes:
-    head = _to_header(header)
-    return b"\x01%b%b%b" % (len(head).to_bytes(2, "big"), head, sealed)
+    form = FORM_LATER if isinstance(header, LaterHeader) else FORM_FIRST
+    return _prefix(form, _to_header(header)) + sealed
+
+
+def _prefix(form: int, head: bytes) -> bytes:
+    return b"%c%b%b" % (form, len(head).to_bytes(2, "big"), head)
 
 
 def split(raw: bytes) -> tuple[bytes, bytes]:
     """Header and sealed part of any record. Raises RecordFormatError."""
-    if len(raw) < _PREFIX_BYTES or raw[0] != VERSION:
-        raise RecordFormatError("unknown record version")
+    if len(raw) < _PREFIX_BYTES or raw[0] not in (FORM_FIRST, FORM_LATER):
+        raise RecordFormatError("unknown form of a record")
     end = _PREFIX_BYTES + (raw[1] << 8 | raw[2])
     if end > len(raw):
         raise RecordFormatError("the record is cut short")
@@ -107,12 +165,17 @@ def _decoded(decode: Callable[[bytes], T], raw: bytes, what: str) -> T:
 def unpack_message(raw: bytes) -> tuple[MessageHeader, bytes]:
     """Header and sealed part. Raises RecordFormatError."""
     head, sealed = split(raw)
-    return _decoded(_message_header, head, "the header is not a message's"), sealed
+    try:
+        return (_later_header if raw[0] == FORM_LATER else _message_header)(head), sealed
+    except _UNREADABLE as error:
+        raise RecordFormatError("the header is not a message's") from error
 
 
 def unpack_thread(raw: bytes) -> tuple[ThreadHeader, bytes]:
     """Header and sealed part. Raises RecordFormatError."""
     head, sealed = split(raw)
+    if raw[0] != FORM_FIRST:
+        raise RecordFormatError("the record is not a thread's")
     return _decoded(_thread_header, head, "the header is not a thread's"), sealed
 
 
@@ -128,14 +191,13 @@ def unpack_sealed(raw: bytes) -> tuple[str, bytes]:
     return key_of(head), sealed
 
 
-def rekeyed(head: bytes, key_id: str) -> bytes:
-    """What comes before the sealed part of a record whose header was `head`, under another key.
+def rekeyed(form: int, head: bytes, key_id: str) -> bytes:
+    """What comes before the sealed part of a record of this form whose header was `head`, under another key.
 
     Raises RecordFormatError.
     """
     fields = _fields(head)
-    renewed = _to_header([key_id, *fields[1:]])
-    return b"\x01%b%b" % (len(renewed).to_bytes(2, "big"), renewed)
+    return _prefix(form, _to_header([key_id, *fields[1:]]))
 
 
 def same_version(raw: bytes, stored: bytes) -> bool:
@@ -158,7 +220,8 @@ def _fields(head: bytes) -> list[Any]:
 
 
 def message_secret(message: Message, first: str) -> bytes:
-    """The plaintext of the sealed part; `first` is the text of the stamp of the message's first version."""
+    """The plaintext of the sealed part in FORM_FIRST; `first` is the text of the stamp of the message's first
+    version."""
     return _to_secret(
         MessageSecret(
             first, message.author, message.deleted, message.role, message.body, message.reply_to, message.reactions
@@ -166,30 +229,60 @@ def message_secret(message: Message, first: str) -> bytes:
     )
 
 
+def later_secret(message: Message, first: str, content: str, before: Before) -> bytes:
+    """The plaintext of the sealed part in FORM_LATER. `content` is the text of the stamp of the version that has the
+    content; empty: this one."""
+    own = None if content else (message.role, message.body, message.reply_to)
+    return _to_secret(LaterSecret(first, message.author, message.deleted, content, *before, message.reactions, own))
+
+
 def thread_secret(thread: Thread) -> bytes:
     return _to_secret(ThreadSecret(thread.author, thread.deleted, thread.title, thread.slug))
 
 
-def open_message(header: MessageHeader, key: bytes, thread: str, first: str, plaintext: bytes) -> Message:
+def open_message(header: MessageHeader, key: bytes, thread: str, first: str, plaintext: bytes) -> Opened:
     """The version that is stored at `key`; `first` is the stamp of the message that the reader expects there. Raises
     RecordFormatError."""
-    secret = _decoded(_message_secret, plaintext, "the sealed part is not a message's")
+    secret: MessageSecret | LaterSecret
+    before: Before | None
+    if isinstance(header, LaterHeader):
+        secret = later = _decoded(_later_secret, plaintext, "the sealed part is not a later version's")
+        content, before = later.content, Before(later.versions, later.bytes)
+        if content != header.content or (later.own is None) != bool(content):
+            raise RecordFormatError("the header is not the one that was sealed")
+        role, body, reply_to = later.own or ("", None, "")
+    else:
+        try:
+            secret = whole = _message_secret(plaintext)
+        except _UNREADABLE as error:
+            raise RecordFormatError("the sealed part is not a message's") from error
+        content, before = "", _NOTHING_BEFORE if key.endswith(first.encode()) else None
+        role, body, reply_to = whole.role, whole.body, whole.reply_to
     if secret.first != first or secret.author != header.author or secret.deleted != header.deleted:
         raise RecordFormatError("the header is not the one that was sealed")
     try:
-        return Message(
+        message = Message(
             id=keyspace.message_id_of(first),
             thread=thread,
             author=secret.author,
-            role=secret.role,
+            role=role,
             ts=keyspace.ns_of(key),
-            body=secret.body,
-            reply_to=secret.reply_to,
+            body=body,
+            reply_to=reply_to,
             deleted=secret.deleted,
             reactions=secret.reactions,
         )
     except ValueError as error:
         raise RecordFormatError("the record's place names no stamp") from error
+    return Opened(message, content, before)
+
+
+def with_content(version: Opened, content: Opened) -> Message:
+    """The whole message of a version that takes its content from `content`. Raises RecordFormatError."""
+    source = content.message
+    if content.content or source.id != version.message.id:
+        raise RecordFormatError("the version that should have the content has none for this message")
+    return msgspec.structs.replace(version.message, role=source.role, body=source.body, reply_to=source.reply_to)
 
 
 def open_thread(header: ThreadHeader, thread: str, plaintext: bytes) -> Thread:
@@ -206,7 +299,7 @@ def open_thread(header: ThreadHeader, thread: str, plaintext: bytes) -> Thread:
         title=secret.title,
         author=secret.author,
         slug=secret.slug,
-        created_ts=created.ns,
+        created_ts=created.time_ns,
         updated_ts=header.updated_ns,
         deleted=secret.deleted,
         deleted_ts=header.deleted_ns,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Final
 
 from progressdb_server.store import keyspace, record
@@ -46,9 +47,22 @@ class Rekeying(OpenStore):
     def halted(self) -> str | None:
         return self.sealer.halted
 
+    def check_halted(self) -> None:
+        self.sealer.check_halted()
+
+    def halt_sealed(self) -> None:
+        self.sealer.halt_sealed()
+
     def key_of_thread(self, thread_id: str) -> str | None:
         raw = self.engine.get(keyspace.key_map(thread_id))
         return None if raw is None else raw.decode()
+
+    def making_key(self, thread_id: str) -> bool:
+        return self.sealer.making_key(thread_id) or not self.writer.available
+
+    @property
+    def newest_ns(self) -> int:
+        return self.writer.state.last.time_ns
 
     async def threads_with_keys(self) -> AsyncIterator[str]:
         lower, upper = keyspace.MAP, keyspace.after(keyspace.MAP)
@@ -61,6 +75,9 @@ class Rekeying(OpenStore):
     def key_switched(self, thread_id: str, old: str, new: str) -> Step:
         key = keyspace.key_map(thread_id)
         return Step(((key, new.encode()),), ((key, old.encode()),))
+
+    def switching_key(self, thread_id: str) -> AbstractContextManager[None]:
+        return self.sealer.switching(thread_id)
 
     def forget_key(self, thread_id: str) -> None:
         self.sealer.forget(thread_id)
@@ -100,11 +117,12 @@ class Rekeying(OpenStore):
     def rekeyed(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> Step:
         puts: list[tuple[bytes, bytes | None]] = []
         kept = keyspace.migrated(job_id)
-        renewed: dict[bytes, bytes] = {}  # most records of a thread have one of a few headers
+        renewed: dict[tuple[int, bytes], bytes] = {}  # most records of a thread have one of a few headers
         for found, sealed in moved:
-            head = renewed.get(found.head)
+            form = found.raw[0]
+            head = renewed.get((form, found.head))
             if head is None:
-                head = renewed[found.head] = record.rekeyed(found.head, key_id)
+                head = renewed[form, found.head] = record.rekeyed(form, found.head, key_id)
             puts.append((found.key, head + sealed))
             puts.append((kept + found.key, found.raw))
         return Step(puts, read=[(found.key, found.raw) for found, _ in moved], read_at=read_at)
@@ -129,6 +147,7 @@ class Rekeying(OpenStore):
 
     async def restore_kept(self, job_id: str) -> Restored:
         restored = kept = 0
+        self.validators.forget()  # the records are under other keys from here on
         for entries in self._kept(job_id):
             while True:
                 wanted: list[tuple[bytes, bytes]] = []

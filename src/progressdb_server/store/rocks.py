@@ -16,6 +16,8 @@ never used; a reverse iterator starts at its key inclusively; an iterator that i
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import tempfile
 import threading
@@ -37,6 +39,7 @@ from rocksdict import (
     WriteOptions,
 )
 
+from minikms.sync import sync_file
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineBusyError, EngineUnavailableError
 from progressdb_server.store.model import StoreLockedError
 
@@ -56,7 +59,8 @@ BLOCK_BYTES: Final = 16 * 1024
 """What is read, checked and cached as one: some 25 messages. RocksDB's 4 KiB costs a scan half as much again."""
 BLOOM_BITS_PER_KEY: Final = 10
 PROBE_BYTES: Final = 4 * 1024 * 1024
-"""Space that must be free, beside the size of the log, before a reopening is tried."""
+"""Space that must be free for a disk to count as one that takes writes; before a reopening is tried, the size of the
+log must be free too."""
 
 
 def _options() -> Options:
@@ -98,6 +102,27 @@ def check_exists(path: str) -> None:
         raise EngineUnavailableError(f"{path} holds no store")
 
 
+def _in_use(path: str) -> str:
+    return f"{path} is in use by another process"
+
+
+def _refuse_root_for_another(path: str) -> None:
+    """Root would leave files that the directory's user can't open.
+
+    Raises EngineUnavailableError, or StoreLockedError if that user's process has the store open.
+    """
+    owner = os.stat(path).st_uid
+    if os.geteuid() == 0 and owner != 0:
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(path, "LOCK"), "r+b") as lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as RocksDB does
+            except BlockingIOError:
+                raise StoreLockedError(_in_use(path)) from None
+        raise EngineUnavailableError(
+            f"{path} belongs to uid {owner}, who could not open the files that root makes there: run this as that user"
+        )
+
+
 class RocksEngine:
     """See `store.engine.Engine`."""
 
@@ -105,6 +130,7 @@ class RocksEngine:
         """Raises StoreLockedError, EngineUnavailableError."""
         self._path = path
         os.makedirs(path, mode=0o700, exist_ok=True)
+        _refuse_root_for_another(path)
         self._write_options = WriteOptions()
         self._write_options.no_slowdown = True
         self._failed = False
@@ -120,7 +146,7 @@ class RocksEngine:
             return Rdict(self._path, _options())
         except Exception as error:
             if "LOCK:" in str(error):
-                raise StoreLockedError(f"{self._path} is in use by another process") from error
+                raise StoreLockedError(_in_use(self._path)) from error
             raise EngineUnavailableError(f"cannot open {self._path}: {error}") from error
 
     def get(self, key: bytes) -> bytes | None:
@@ -166,18 +192,26 @@ class RocksEngine:
         one."""
         with self._sync_lock:
             self._failed = True
-            self._probe()
+            self._check_room(PROBE_BYTES + self._log_bytes())
             self._close()
             self._db = self._open()
             self._failed = False
 
-    def _probe(self) -> None:
+    def probe(self) -> None:
+        try:
+            self._check_room(PROBE_BYTES)
+        except EngineUnavailableError as error:
+            why = getattr(error.__cause__, "strerror", None) or "the reason is unknown"
+            raise EngineUnavailableError(f"the store's disk does not take writes: {why}") from error
+
+    def _check_room(self, wanted_bytes: int) -> None:
+        """Raises EngineUnavailableError unless the disk takes so much now."""
         try:
             with tempfile.TemporaryFile(dir=self._path, prefix="probe-") as file:
-                os.posix_fallocate(file.fileno(), 0, PROBE_BYTES + self._log_bytes())
+                _reserve(file.fileno(), wanted_bytes)
                 file.write(b"\0" * 4096)
                 file.flush()
-                os.fsync(file.fileno())
+                sync_file(file.fileno())
         except OSError as error:
             raise EngineUnavailableError from error
 
@@ -293,3 +327,16 @@ def _until(entries: Iterator[tuple[bytes, bytes]], bytes_max: int) -> list[tuple
         if bytes_max <= 0:
             break
     return taken
+
+
+def _reserve(descriptor: int, wanted_bytes: int) -> None:
+    """Makes a file take so much of the disk; where there is no posix_fallocate(3), looks for so much free space.
+
+    Raises OSError.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, wanted_bytes)
+        return
+    free = os.fstatvfs(descriptor)
+    if free.f_bavail * free.f_frsize < wanted_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,27 +1,44 @@
 """Sealing and opening: the only place where records meet the key service.
 
 Owns: which key a thread has (a bounded cache of the stored map), the writing of sealed records under that key, the
-making of a new thread's key, the opening of stored records, and which error of the store a failure of the key service
-is. Invariants:
+making of a new thread's key, and of another one for a thread whose key only decrypts, the opening of stored records,
+and which error of the store a failure of the key service is. Invariants:
 - Nothing is put on the disk but what the provider answered, and only if it has the length of a sealed record; when it
   does not answer, the write fails.
 - A record is written only while the key that sealed it is still its thread's and the thread is not deleted: both are
   conditions of the write. If the key was switched meanwhile, the record is sealed again under the new one.
-- The map is written once per thread, in the batch of the thread's metadata; whoever loses a race retires its key. No
-  key is made for a write that the writer refuses.
-- Opening uses the record's own key id, in one batch, whatever the number of keys.
+- The map is first written in the batch of the thread's metadata; whoever loses a race retires its key. Only a rotation
+  or a renewal changes it, under a condition on the old value. No key is made for a write that the writer refuses.
+- A key that only decrypts is replaced at the next write of its thread: it has reached its limit, its key service was
+  restored, or it is retired and no rotation is switching the thread's key. What it sealed stays under it. One
+  replacement of a thread runs at a time; the switch is a condition on the stored map.
+- Once the key service was seen sealed, nothing is sealed until its epoch was judged: it may be an older one after the
+  unseal. `Conversations` judges.
+- Opening uses the record's own key id, in one batch, whatever the number of keys. The audit line of the batch has the
+  id of the client's request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Final
 
 from minikms import api
 from minikms.client import DecryptItem, EncryptItem, KmsError, KmsRefusedError
-from progressdb_server.kms.provider import Fault, Provider, fault
+from minikms.client.errors import LimitExceededError, SealedError
+from progressdb_server.kms.provider import (
+    LIMITED,
+    LISTED_KEYS_MAX,
+    READING,
+    SEALED,
+    Fault,
+    Provider,
+    fault,
+    is_permanent,
+)
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
 from progressdb_server.store.drafts import Draft
@@ -29,20 +46,25 @@ from progressdb_server.store.engine import Engine
 from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import (
     ConditionFailedError,
+    KeyServiceRefusedError,
     NotWrittenError,
     RecordUnreadableError,
     StoreError,
     StoreUnavailableError,
     ThreadDeletedError,
+    ThreadKeyDestroyedError,
 )
-from progressdb_server.store.writer import Writer
+from progressdb_server.store.writer import Write, Writer
 
 THREADS_CACHED_MAX: Final = 16_384
 WRITERS_CACHED_MAX: Final = 256
 """Authors known to have written, per cached thread."""
 KEY_SWITCH_S_MAX: Final = 2.0
-"""How long a write waits for a thread whose old key is retired but whose map does not name the new one yet."""
+"""How long a write waits for a rotation that has retired the thread's old key and not named the new one yet."""
 KEY_SWITCH_POLL_S: Final = 0.02
+RENEWALS_MAX: Final = 2
+"""New keys for one write, whose thread's key only decrypts."""
+_ONLY_DECRYPTS: Final = frozenset({api.CODE_KEY_EXHAUSTED, api.CODE_KEY_RETIRED})
 SEAL_BYTES: Final = 28
 """Nonce (12) and tag (16): by how much a sealed record is longer. An answer of another length, such as the plaintext
 itself, is never stored."""
@@ -54,10 +76,18 @@ RETRY_AFTER_S: Final = 2
 def store_error(error: KmsError, record_key: bytes | None = None) -> StoreError:
     """What a failure of the key service is to the caller of the store. `record_key`: the storage key of the record that
     it refused to open."""
+    if isinstance(error, SealedError):
+        return StoreUnavailableError(SEALED, api.SEALED_RETRY_SECONDS)
+    if isinstance(error, LimitExceededError):
+        return StoreUnavailableError(LIMITED, error.retry_after_s or RETRY_AFTER_S)
     if not isinstance(error, KmsRefusedError) or fault(error) is Fault.SERVICE:
         return StoreUnavailableError("the key service is not available now", RETRY_AFTER_S)
     if record_key is not None and fault(error) is Fault.REQUEST:
         return RecordUnreadableError(f"the record {record_key.decode()} does not open ({error.code})")
+    if error.code == api.CODE_KEY_DESTROYED:
+        return ThreadKeyDestroyedError("the thread's key is destroyed")
+    if is_permanent(error):
+        return KeyServiceRefusedError(error.code)
     return StoreUnavailableError(f"the key service refused ({error.code})")
 
 
@@ -77,6 +107,7 @@ class ThreadState:
         self.stands = ((self.map_key, key_raw), (self.closed_key, None))
         """The conditions of every write of the thread."""
         self.writers: set[str] = set()
+        """Authors who were members when they last wrote. It only saves work; the condition of the write decides."""
 
     def remember_writer(self, author: str) -> None:
         if len(self.writers) >= WRITERS_CACHED_MAX:
@@ -92,8 +123,15 @@ class Sealer:
         self._clock = clock
         self._metrics = metrics
         self._threads: dict[str, ThreadState] = {}
+        self.founding: Counter[str] = Counter()
+        """Threads that are being made, with the number of creates."""
+        self._renewals: dict[str, asyncio.Task[None]] = {}
+        self._switching: Counter[str] = Counter()
+        """Threads whose key a rotation is switching."""
         self.halted: str | None = None
         """Why nothing may be sealed, None if it may (see store/epoch.py)."""
+        self.seen_sealed = asyncio.Event()
+        """Set each time the key service is seen sealed; whoever judges the epoch clears it before."""
 
     # --- threads and their keys -----------------------------------------------------------------------------------
     def thread(self, thread: str) -> ThreadState | None:
@@ -124,6 +162,7 @@ class Sealer:
         """Seal and commit under the thread's current key, at a new stamp. Raises ThreadDeletedError,
         StoreUnavailableError; ConditionFailedError for a condition of the draft's own."""
         deadline: float | None = None
+        renewals = 0
         while True:
             if state.deleted:
                 raise ThreadDeletedError("thread deleted")
@@ -141,8 +180,12 @@ class Sealer:
                 if error.key not in (state.map_key, state.closed_key):
                     raise
             except KmsError as error:
-                if not isinstance(error, KmsRefusedError) or error.code != api.CODE_KEY_RETIRED:
-                    raise store_error(error) from error
+                code = error.code if isinstance(error, KmsRefusedError) else ""
+                if code != api.CODE_KEY_RETIRED or state.thread not in self._switching:
+                    if code not in _ONLY_DECRYPTS or renewals == RENEWALS_MAX:
+                        raise self._failure(error) from error
+                    renewals += 1
+                    await self._renew(state)
             # The key was switched, or is being switched: the stored map decides.
             self.forget(state.thread)
             renewed = self.thread(state.thread)
@@ -157,19 +200,75 @@ class Sealer:
                 await asyncio.sleep(KEY_SWITCH_POLL_S)
             state = renewed
 
+    @contextlib.contextmanager
+    def switching(self, thread: str) -> Iterator[None]:
+        """While it is held, writes that meet a retired key of the thread wait for the map to change."""
+        self._switching[thread] += 1
+        try:
+            yield
+        finally:
+            self._switching[thread] -= 1
+            if not self._switching[thread]:
+                del self._switching[thread]
+
+    async def _renew(self, state: ThreadState) -> None:
+        """Gives the thread another key in the place of one that only decrypts; with a renewal of the thread that runs,
+        waits for it. Raises StoreUnavailableError."""
+        running = self._renewals.get(state.thread)
+        if running is None:
+            running = asyncio.get_running_loop().create_task(self._replace_key(state))
+            self._renewals[state.thread] = running
+            running.add_done_callback(lambda _: self._renewals.pop(state.thread, None))
+        await asyncio.shield(running)
+
+    async def _replace_key(self, state: ThreadState) -> None:
+        self.check_halted()
+        await self._writer.check_writable()
+        if self._engine.get(state.map_key) != state.key_raw:
+            return  # replaced meanwhile
+        # The old key is retired last: after a crash in between, the thread's key is still one that makes another.
+        unused = ""
+        try:
+            unused = (await self._provider.create_dek_for_thread(state.thread)).key_id
+            self.check_halted()
+            await self._writer.commit(Write(((state.map_key, unused.encode()),), state.stands))
+            unused = state.key_id
+            self._metrics.keys_renewed += 1
+        except KmsError as error:
+            raise self._failure(error) from error
+        except ConditionFailedError:
+            return  # the stored map decides
+        except StoreUnavailableError as error:
+            if not isinstance(error, NotWrittenError):
+                unused = ""  # the map may name it, or the key service may be an older one
+            raise
+        finally:
+            if unused:
+                with contextlib.suppress(KmsError):  # else the key service lists it as one that no record uses
+                    await self._provider.retire_key(unused)
+
     async def found(self, thread: str, draft: Draft, request_id: str | None) -> None:
         """Make the key of a new thread, then seal and commit under it. Raises StoreUnavailableError;
         ConditionFailedError when somebody else made the thread first.
 
-        No key is made while the writer refuses writes. If the key turns out to be unused, it is retired; if that fails,
-        the key service lists it as one that no record uses. The key stays active after a commit that failed halfway,
-        because its records may be stored."""
-        self._check_halted()
+        No key is made while the writer refuses writes. If the key turns out to be unused, it is retired. If that fails,
+        or the create is cut off, the key is an orphan, which `jobs.orphans` retires. The key stays active after a
+        commit that failed halfway, because its records may be stored."""
+        self.founding[thread] += 1
+        try:
+            await self._found(thread, draft, request_id)
+        finally:
+            self.founding[thread] -= 1
+            if not self.founding[thread]:
+                del self.founding[thread]
+
+    async def _found(self, thread: str, draft: Draft, request_id: str | None) -> None:
+        self.check_halted()
         await self._writer.check_writable()
         try:
             key_id = (await self._provider.create_dek_for_thread(thread, request_id=request_id)).key_id
         except KmsError as error:
-            raise store_error(error) from error
+            raise self._failure(error) from error
         committing = False
         try:
             sealed = await self._seal(thread, key_id, draft.secrets, request_id)
@@ -181,14 +280,22 @@ class Sealer:
                 with contextlib.suppress(KmsError):
                     await self._provider.retire_key(key_id, request_id=request_id)
             if isinstance(error, KmsError):
-                raise store_error(error) from error
+                raise self._failure(error) from error
             raise
 
     async def _seal(
         self, thread: str, key_id: str, secrets: Sequence[tuple[bytes, bytes]], request_id: str | None
     ) -> list[bytes]:
-        """Raises KmsError, StoreUnavailableError."""
-        self._check_halted()
+        """Raises KmsError, StoreUnavailableError; the latter also if the key service was seen sealed meanwhile, because
+        the answer may be that of an older one."""
+        self.check_halted()
+        sealed = await self._sealed(thread, key_id, secrets, request_id)
+        self.check_halted()
+        return sealed
+
+    async def _sealed(
+        self, thread: str, key_id: str, secrets: Sequence[tuple[bytes, bytes]], request_id: str | None
+    ) -> list[bytes]:
         if len(secrets) == 1:
             ((key, plaintext),) = secrets
             alone = await self._provider.encrypt(key_id, plaintext, aad=key, thread_id=thread, request_id=request_id)
@@ -212,9 +319,22 @@ class Sealer:
             sealed.append(answer)
         return sealed
 
-    def _check_halted(self) -> None:
+    # --- when nothing may be sealed -------------------------------------------------------------------------------
+    def check_halted(self) -> None:
+        """Raises StoreUnavailableError."""
         if self.halted is not None:
-            raise StoreUnavailableError(self.halted)
+            raise StoreUnavailableError(self.halted, api.SEALED_RETRY_SECONDS if self.halted == SEALED else 1)
+
+    def halt_sealed(self) -> None:
+        """The key service was seen sealed."""
+        self.halted = SEALED
+        self.seen_sealed.set()
+
+    def _failure(self, error: KmsError, record_key: bytes | None = None) -> StoreError:
+        """See `store_error`."""
+        if isinstance(error, SealedError):
+            self.halt_sealed()
+        return store_error(error, record_key)
 
     # --- reading --------------------------------------------------------------------------------------------------
     async def open(self, records: Sequence[DecryptItem]) -> list[bytes]:
@@ -223,9 +343,24 @@ class Sealer:
         opened: list[bytes] = []
         for item, answer in zip(records, await self.open_each(records), strict=True):
             if isinstance(answer, KmsRefusedError):
-                raise store_error(answer, item.aad) from answer
+                raise self._failure(answer, item.aad) from answer
             opened.append(answer)
         return opened
+
+    def making_key(self, thread: str) -> bool:
+        """Whether a key is being made that the thread's map may name soon."""
+        return thread in self.founding or thread in self._renewals
+
+    async def has_keys(self, thread: str, key_ids: Collection[str]) -> bool:
+        """Whether the key service says now that it has all of these keys of the thread. No record is opened. It is also
+        false if the key service does not say it, or if the thread has more keys than it lists at once."""
+        try:
+            page = await self._provider.list_keys(thread_id=thread, state=None, cursor=None, limit=LISTED_KEYS_MAX)
+        except KmsError as error:
+            if isinstance(error, SealedError):
+                self.halt_sealed()
+            return False
+        return not page.indexing and set(key_ids) <= {key.key_id for key in page.keys}
 
     async def open_each(self, records: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]:
         """As `open`, but a record that does not open gives its refusal. Raises StoreUnavailableError, also if the key
@@ -233,13 +368,18 @@ class Sealer:
         if not records:
             return []
         self._metrics.opened(len(records))
+        reading = READING.get()
+        if reading is not None:
+            reading.opened += len(records)
         try:
-            answers = await self._provider.decrypt_batch(records)
+            answers = await self._provider.decrypt_batch(
+                records, request_id=None if reading is None else reading.request_id
+            )
         except KmsError as error:
-            raise store_error(error) from error
+            raise self._failure(error) from error
         if len(answers) != len(records):
             raise StoreUnavailableError("the key service answered wrongly")
         for answer in answers:
             if isinstance(answer, KmsRefusedError) and fault(answer) is Fault.SERVICE:
-                raise store_error(answer) from answer
+                raise self._failure(answer) from answer
         return answers

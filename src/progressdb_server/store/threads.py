@@ -16,30 +16,44 @@ import msgspec
 
 from minikms import api
 from minikms.client import DecryptItem, KmsRefusedError
-from progressdb_server.store import drafts, keyspace, record
+from progressdb_server.store import drafts, keyspace, membership, record
 from progressdb_server.store.directory import OpenStore
 from progressdb_server.store.drafts import Draft
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX
 from progressdb_server.store.idempotency import Ticket
 from progressdb_server.store.keyspace import Stamp
+from progressdb_server.store.membership import Act, Rule
 from progressdb_server.store.model import (
+    NOT_OPENED,
+    RECORD_MALFORMED,
+    RECORD_MISSING,
     ConditionFailedError,
     Idempotency,
     InvalidThreadIdError,
+    MemberIsAuthorError,
+    NoRoomToRemoveError,
     NotTheAuthorError,
     RecordUnreadableError,
     Thread,
     ThreadNotFoundError,
+    TooManyMembersError,
 )
 from progressdb_server.store.sealer import Sealer, ThreadState
+from progressdb_server.store.writer import Write
 
 LIST_THREADS_MAX: Final = 512
 """Of one chunk of a list."""
 LIST_BYTES_MAX: Final = 4 * 1024 * 1024
 """Of sealed parts in one chunk, exceeded by one record at most."""
-RECORD_MISSING: Final = "record_missing"
-RECORD_MALFORMED: Final = "record_malformed"
-"""Values of `Thread.error` beside the codes of the key service."""
 SLUG_SEPARATORS: Final = re.compile(r"[^a-z0-9]+")
+
+
+def _unpacked(thread: str, raw: bytes) -> tuple[record.ThreadHeader, bytes]:
+    """Raises RecordUnreadableError."""
+    try:
+        return record.unpack_thread(raw)
+    except record.RecordFormatError as error:
+        raise RecordUnreadableError(f"the metadata of thread {thread} is malformed") from error
 
 
 def slug_of(title: str, thread: str) -> str:
@@ -50,6 +64,10 @@ def _to_open(thread: str, header: record.ThreadHeader, sealed: bytes) -> Decrypt
     return DecryptItem(key_id=header.key_id, ciphertext=sealed, aad=keyspace.meta(thread), thread_id=thread)
 
 
+def _entries(thread: str, members: Sequence[str]) -> tuple[tuple[bytes, bytes], ...]:
+    return tuple((keyspace.writer(thread, member), membership.MEMBER) for member in members)
+
+
 class Listed(NamedTuple):
     """A thread's metadata that was read for a list and not opened yet. `header` is None if `error` says why."""
 
@@ -58,6 +76,14 @@ class Listed(NamedTuple):
     sealed: bytes
     error: str = ""
 
+    @property
+    def created_ns(self) -> int:
+        """0 if the header names no time."""
+        try:
+            return 0 if self.header is None else Stamp.parse(self.header.created).time_ns
+        except ValueError:
+            return 0
+
     def unopened(self, error: str) -> Thread:
         """What can be listed of a thread whose record does not open."""
         if self.header is None:
@@ -65,6 +91,7 @@ class Listed(NamedTuple):
         return Thread(
             id=self.thread,
             author=self.header.author,
+            created_ts=self.created_ns,
             updated_ts=self.header.updated_ns,
             deleted=bool(self.header.deleted_ns),
             deleted_ts=self.header.deleted_ns,
@@ -76,6 +103,8 @@ class Threads(OpenStore):
     """See `store.model.ConversationStore`."""
 
     sealer: Sealer
+    rule: Rule
+    """Who may post into a thread."""
 
     # --- creating -------------------------------------------------------------------------------------------------
     def new_thread(self, *, author: str, title: str | None, name: str = "") -> tuple[Thread, Stamp]:
@@ -87,24 +116,37 @@ class Threads(OpenStore):
         if title is None:
             title = f"New Thread #{self.writer.state.threads + 1}"
         slug = slug_of(title, thread)
-        made = Thread(id=thread, title=title, author=author, slug=slug, created_ts=created.ns, updated_ts=created.ns)
+        made = Thread(
+            id=thread, title=title, author=author, slug=slug, created_ts=created.time_ns, updated_ts=created.time_ns
+        )
         return made, created
 
     async def create_thread(
-        self, *, author: str, title: str, idempotency: Idempotency | None = None, request_id: str | None = None
+        self,
+        *,
+        author: str,
+        title: str,
+        members: Sequence[str] = (),
+        idempotency: Idempotency | None = None,
+        request_id: str | None = None,
     ) -> Thread:
+        others = sorted(set(members) - {author})
+        if len(others) >= membership.MEMBERS_COUNT_MAX:
+            raise TooManyMembersError("the thread has too many members")
         if idempotency is None:
             thread, created = self.new_thread(author=author, title=title)
-            await self.sealer.found(thread.id, drafts.new_thread(thread, created), request_id)
+            draft = drafts.new_thread(thread, created, _entries(thread.id, others))
+            await self.sealer.found(thread.id, draft, request_id)
             return thread
-        ticket = Ticket(idempotency, ["thread", author, title])
+        ticket = Ticket(idempotency, ["thread", author, title, *([others] if others else [])])
         async with self.locks.hold(ticket.key):
             made = ticket.recall(self.engine, self.clock.now_ns())
             if made is not None:
                 await self.writer.barrier()
                 return await self.get_thread(made)
             thread, created = self.new_thread(author=author, title=title)
-            draft = drafts.new_thread(thread, created, (ticket.put(thread.id, created.ns),))
+            extra = (*_entries(thread.id, others), ticket.put(thread.id, created.time_ns))
+            draft = drafts.new_thread(thread, created, extra)
             await self.sealer.found(thread.id, draft, request_id)
             return thread
 
@@ -113,10 +155,7 @@ class Threads(OpenStore):
         raw = self.engine.get(keyspace.meta(thread))
         if raw is None:
             return None
-        try:
-            return record.unpack_thread(raw)
-        except record.RecordFormatError as error:
-            raise RecordUnreadableError(f"the metadata of thread {thread} is malformed") from error
+        return _unpacked(thread, raw)
 
     async def _open_thread(self, name: str, header: record.ThreadHeader, sealed: bytes) -> Thread:
         """Raises StoreUnavailableError, RecordUnreadableError."""
@@ -158,13 +197,14 @@ class Threads(OpenStore):
                 threads.append(one.unopened(RECORD_MALFORMED))
         return threads
 
-    async def listed_threads(self, thread_ids: Sequence[str]) -> list[Thread]:
-        return await self._open_listed([self._load_listed(thread) for thread in thread_ids])
+    async def listed_threads(self, thread_ids: Sequence[str], *, opened: bool = True) -> list[Thread]:
+        listed = [self._load_listed(thread) for thread in thread_ids]
+        return await self._open_listed(listed) if opened else [one.unopened(one.error or NOT_OPENED) for one in listed]
 
     def _last_touch(self, thread: str) -> int:
         prefix = keyspace.messages(thread)
         newest = self.engine.scan(prefix, keyspace.after(prefix), limit=1, reverse=True)
-        return keyspace.stamp_of(newest[0][0]).ns if newest else 0
+        return keyspace.stamp_of(newest[0][0]).time_ns if newest else 0
 
     async def get_thread(self, thread_id: str) -> Thread:
         loaded = self._load_thread(thread_id)
@@ -201,8 +241,63 @@ class Threads(OpenStore):
     async def thread_deleted(self, thread_id: str) -> bool:
         return self.engine.get(keyspace.closed(thread_id)) is not None
 
-    async def may_read_thread(self, thread_id: str, author: str) -> bool:
-        return self.engine.get(keyspace.writer(thread_id, author)) is not None
+    # --- members --------------------------------------------------------------------------------------------------
+    def check_member(self, thread_id: str, author: str, act: Act) -> bytes | None:
+        """The entry from which it was decided that the author may do this. Raises NotAMemberError,
+        AuthorNotInThreadError."""
+        entry = self.engine.get(keyspace.writer(thread_id, author))
+        membership.check(self.rule, membership.standing_of(entry), act)
+        return entry
+
+    async def check_reader(self, thread_id: str, author: str) -> None:
+        self.check_member(thread_id, author, Act.READ)
+
+    async def members(self, thread_id: str) -> list[str]:
+        prefix = keyspace.writers(thread_id)
+        lower, upper = prefix, keyspace.after(prefix)
+        found: list[str] = []
+        while entries := self.engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
+            lower = keyspace.next_key(entries[-1][0])
+            found += [keyspace.last_part(key) for key, entry in entries if entry == membership.MEMBER]
+        return found
+
+    async def add_members(self, thread_id: str, members: Sequence[str]) -> None:
+        async with self.locks.hold(keyspace.writers(thread_id)):
+            keys = {keyspace.writer(thread_id, member) for member in members}
+            changed = [key for key in sorted(keys) if self.engine.get(key) != membership.MEMBER]
+            self.check_room(thread_id, sum(self.engine.get(key) is None for key in changed))
+            await self._change_members(thread_id, [(key, membership.MEMBER) for key in changed])
+
+    async def remove_member(self, thread_id: str, member: str) -> None:
+        async with self.locks.hold(keyspace.writers(thread_id)):
+            if (await self.get_thread(thread_id)).author == member:
+                raise MemberIsAuthorError("the author of a thread can't be removed from it")
+            key = keyspace.writer(thread_id, member)
+            if self.engine.get(key) is None:
+                try:
+                    self.check_room(thread_id, 1)
+                except TooManyMembersError:
+                    raise NoRoomToRemoveError("the thread has no room to record the removal") from None
+            await self._change_members(thread_id, [(key, membership.REMOVED)])
+
+    def check_room(self, thread_id: str, more: int) -> None:
+        """Raises TooManyMembersError unless so many entries can be added. The caller holds the lock of the entries."""
+        if not more:
+            return
+        prefix = keyspace.writers(thread_id)
+        left = membership.MEMBERS_COUNT_MAX - more
+        if left < 0 or len(self.engine.keys(prefix, keyspace.after(prefix), limit=left + 1)) > left:
+            raise TooManyMembersError("the thread has too many members")
+
+    async def _change_members(self, thread_id: str, puts: Sequence[tuple[bytes, bytes]]) -> None:
+        """Without a change it still waits for the disk: what it relies on may be visible and not durable yet."""
+        map_key = keyspace.key_map(thread_id)
+        if self.engine.get(map_key) is None:
+            raise ThreadNotFoundError("thread not found")
+        try:
+            await self.writer.commit(Write(puts, ((keyspace.closed(thread_id), None),)))
+        except ConditionFailedError:
+            raise ThreadNotFoundError("thread not found") from None
 
     def thread_page(self, *, author: str, id_prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         if id_prefix:
@@ -231,7 +326,7 @@ class Threads(OpenStore):
         raw = self.engine.get(keyspace.meta(thread))
         if state is None or raw is None or state.deleted:
             raise ThreadNotFoundError("thread not found")
-        header, sealed = record.unpack_thread(raw)
+        header, sealed = _unpacked(thread, raw)
         current = await self._open_thread(thread, header, sealed)
         if author is not None and author != current.author:
             raise NotTheAuthorError("author does not match")
@@ -265,10 +360,10 @@ class Threads(OpenStore):
                 def draft(
                     stamp: Stamp, raw: bytes = raw, header: record.ThreadHeader = header, changed: Thread = changed
                 ) -> Draft:
-                    changed.updated_ts = stamp.ns
+                    changed.updated_ts = stamp.time_ns
                     if deleted_by is None:
                         return drafts.changed_thread(changed, raw, header)
-                    changed.deleted_ts = stamp.ns
+                    changed.deleted_ts = stamp.time_ns
                     event = drafts.deletion_event(thread_id, deleted_by, stamp)
                     return drafts.joined(drafts.changed_thread(changed, raw, header), event)
 

@@ -1,16 +1,16 @@
-"""The one writer: concurrent writes become one group, one atomic put, one wait for the disk.
+"""Group commit: the writer commits concurrent writes as one group, with one atomic put and one fsync.
 
-Owns: the queue, compare-and-put, the order of commits, the counters that are stored with every group, recovery of a
-failed engine; and what these need: locks by name, the memory of recently written keys, the thread that waits for the
-disk. Invariants:
-- A write is answered after the sync of the group that holds it, and is applied whole or not at all: only when every
-  stored value that it expects is what the writes before it left.
+Owns: the queue, the conditions of writes, the order of commits, the counters that are stored with every group, and the
+recovery of a failed engine. Also owns the locks by name, the record of recently written keys, and the thread that calls
+fsync. Invariants:
+- A caller gets the result of a write after the sync of its group. A write is applied as a whole or not at all. It is
+  applied only if all stored values that it expects equal those that the earlier writes left.
 - Writes with one ordering key (a thread's) are applied in the order of their slots, so that a message never appears
-  before one that a reader has already seen; a slot that fails is left out.
-- The queue is bounded in writes and in bytes; what does not fit is refused at once.
-- After a failed write or sync every waiter gets StoreUnavailableError (its write may or may not be there), and nothing
-  is written until the engine was reopened. All methods belong to the event loop's thread; only the engine's `sync` and
-  `reopen` run in another.
+  before one that a reader has already seen. A slot whose write fails is skipped.
+- The queue is bounded in writes and in bytes. A write that does not fit is refused at once.
+- After a failed write or sync, every waiter gets StoreUnavailableError (its write may be durable), and nothing is
+  written until the engine is reopened.
+- All methods run in the event loop's thread, except the engine's `sync` and `reopen`, which run in the disk thread.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from queue import SimpleQueue
 from typing import Final
 
 import msgspec
-import structlog
 
+from minikms.logs import structlog
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
 from progressdb_server.store.engine import Engine, EngineBusyError, EngineUnavailableError
@@ -44,10 +44,10 @@ from progressdb_server.store.model import (
 
 GROUP_WRITES_MAX: Final = 512
 GROUP_BYTES_MAX: Final = 8 * 1024 * 1024
-"""A group is put in one call that holds the interpreter lock: some milliseconds at most."""
+"""One call writes a group and holds the interpreter lock: for a few milliseconds at most."""
 KNOWN_MAX: Final = 32_768
 KNOWN_BYTES_MAX: Final = 64
-"""How many stored values are remembered, and how long one may be."""
+"""Bounds of the cache of stored values: their number, and the length of one."""
 QUEUE_WRITES_MAX: Final = 8192
 QUEUE_BYTES_MAX: Final = 64 * 1024 * 1024
 BUSY_RETRY_S: Final = 0.005
@@ -55,16 +55,16 @@ BUSY_S_MAX: Final = 10.0
 REOPEN_RETRY_S_MIN: Final = 0.1
 REOPEN_RETRY_S_MAX: Final = 5.0
 REASON_CHARS_MAX: Final = 300
-"""Of the engine's own words in the log."""
+"""Longer texts of the engine's errors are cut in the log."""
 KEYS_REMEMBERED_MAX: Final = 32_768
-"""Some thirty chunks of a rotation: more than are ever in flight."""
+"""About thirty chunks of a rotation, more than are ever in progress."""
 
 _log = structlog.get_logger("progressdb.store")
 
 
 class NamedLocks:
-    """Locks by name, for read-modify-write operations: holders of one name run one after another, in the order of their
-    arrival. Only locks that somebody holds or waits for exist."""
+    """Locks by name, for read-modify-write operations. The tasks that ask for one name run one after another, in the
+    order in which they asked. A lock exists only while a task holds it or waits for it."""
 
     def __init__(self) -> None:
         self._locks: dict[bytes, asyncio.Lock] = {}
@@ -84,17 +84,17 @@ class NamedLocks:
 
 
 class RecentKeys:
-    """Which keys the latest groups have put or deleted: a bounded memory, in which a key that is no longer remembered
-    counts as touched."""
+    """The keys that the latest groups have put or deleted. Bounded: groups that were dropped count as having written
+    every key."""
 
     def __init__(self) -> None:
         self.group = 0
-        """Number of groups so far: what is read now is as the group of this number has left it."""
+        """The number of groups so far. A value that is read now is the one after the group of this number."""
         self._groups: deque[frozenset[bytes]] = deque()
         self._keys = 0
 
     def add(self, keys: Iterable[bytes]) -> None:
-        """The next group."""
+        """Record the keys of the next group."""
         named = frozenset(keys)
         self.group += 1
         self._groups.append(named)
@@ -103,14 +103,13 @@ class RecentKeys:
             self._keys -= len(self._groups.popleft())
 
     def forget(self) -> None:
-        """Values may no longer be what the groups have left."""
+        """Drop everything: after a recovery, values may differ from those that the groups wrote."""
         self.group += 1
         self._groups.clear()
         self._keys = 0
 
     def untouched(self, keys: Collection[bytes], since: int) -> bool:
-        """Whether no group after the one of this number has named any of the keys. False may also mean that it is not
-        known."""
+        """Whether no group after number `since` has written any of the keys. False also if this is not known."""
         later = self.group - since
         if later > len(self._groups):
             return False
@@ -118,9 +117,9 @@ class RecentKeys:
 
 
 class DiskThread:
-    """One thread for what waits for the disk, begun with the first work. It does what ThreadPoolExecutor does with one
-    worker, in a third less processor time: the writer uses it once for each group. Works run one after another, in the
-    order in which they were asked for; a caller that went away does not stop one."""
+    """A thread for calls that wait for the disk, started at the first call. It replaces a ThreadPoolExecutor with one
+    worker and takes a third less processor time; the writer uses it once for each group. The calls run one after
+    another, in the order of `run`. A cancelled caller does not stop a call."""
 
     def __init__(self) -> None:
         self._works: SimpleQueue[tuple[Callable[[], None], asyncio.Future[None]] | None] = SimpleQueue()
@@ -146,9 +145,9 @@ class DiskThread:
             error: BaseException | None = None
             try:
                 work()
-            except BaseException as raised:  # noqa: BLE001  whatever it is, the caller gets it
+            except BaseException as raised:  # noqa: BLE001  the caller gets any error
                 error = raised
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and no caller waits
                 future.get_loop().call_soon_threadsafe(_settle, future, error)
 
 
@@ -162,24 +161,34 @@ def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
 
 
 class Write(Step, frozen=True):
-    """All that is written at once. `read_at` is the writer's `group` when `read` was read. `threads` and `messages`:
-    what it adds to the counters."""
+    """Puts that are applied together, with their conditions. `read_at` is the writer's `group` at the time when `read`
+    was read. `threads` and `messages` are added to the counters."""
 
     threads: int = 0
     messages: int = 0
 
 
 class State(msgspec.Struct, array_like=True):
-    """Stored at `store:state` with every group: counters, and the highest stamp given out."""
+    """Stored at `store:state` with every group: the counters, and the highest stamp that was issued, whose era is apart
+    from its Unix nanoseconds (MessagePack has no number for both)."""
 
     threads: int = 0
     messages: int = 0
     last_ns: int = 0
     last_seq: int = 0
+    era: int = 0
+
+    @classmethod
+    def of(cls, threads: int, messages: int, last: Stamp) -> State:
+        return cls(threads, messages, last.time_ns, last.seq, last.era)
+
+    @property
+    def last(self) -> Stamp:
+        return Stamp(self.era * keyspace.ERA_NS + self.last_ns, self.last_seq)
 
 
 class Slot:
-    """A place in the order of one ordering key; None: outside any order."""
+    """A position in the order of one ordering key. With `order_key` None, the write is not ordered."""
 
     __slots__ = ("expect", "future", "order_key", "size", "write")
 
@@ -208,7 +217,7 @@ class Writer:
         self._last_group_failed = False
         self._recent = RecentKeys()
         self._known: dict[bytes, bytes | None] = {}
-        """Small values that are stored: all writes of a thread rely on the same two."""
+        """A cache of small stored values. All writes of a thread have conditions on the same two."""
         self.state = State()
         self.load_state()
 
@@ -233,11 +242,11 @@ class Writer:
             self.state = msgspec.msgpack.decode(raw, type=State) if raw else State()
         except msgspec.DecodeError as error:
             raise FormatError("the store's counters are damaged: run progressdb check --repair") from error
-        self._clock.recover(Stamp(self.state.last_ns, self.state.last_seq))
+        self._clock.recover(self.state.last)
 
     def reserve(self, order_key: bytes) -> Slot:
-        """Take the next place in the order of the key. It must be given to `submit` or `leave`; until then later writes
-        of this key wait."""
+        """Take the next position in the order of the key. Later writes of this key wait until the caller passes the
+        slot to `submit` or `leave`."""
         slot = Slot(order_key, asyncio.get_running_loop().create_future())
         slots = self._ordered.get(order_key)
         if slots is None:
@@ -266,7 +275,7 @@ class Writer:
         return slot.future
 
     def leave(self, slot: Slot) -> None:
-        """Give up a place; does nothing if it was submitted."""
+        """Give up a position. Does nothing if the slot was submitted."""
         if slot.write is None and slot.order_key is not None:
             slots = self._ordered[slot.order_key]
             slots.remove(slot)
@@ -277,16 +286,16 @@ class Writer:
             slot.order_key = None
 
     def commit(self, write: Write) -> asyncio.Future[None]:
-        """A write outside any order."""
+        """Queue a write that is not ordered."""
         return self.submit(Slot(None, asyncio.get_running_loop().create_future()), write)
 
     async def barrier(self) -> None:
-        """Returns once everything that is visible now is durable."""
+        """Returns after everything that is readable now is durable."""
         await self.commit(Write(()))
 
     async def check_writable(self) -> None:
-        """For a caller that makes something outside the store before its write. Raises StoreUnavailableError if a write
-        would be refused now. If the last group failed, an empty write shows whether the disk takes writes again."""
+        """Raises StoreUnavailableError if a write would be refused now. A caller that first creates something outside
+        the store calls this before it. If the last group failed, this makes an empty write to test the disk."""
         why = self._refusal(0)
         if why:
             raise NotWrittenError(why)
@@ -294,7 +303,7 @@ class Writer:
             await self.barrier()
 
     async def close(self) -> None:
-        """Commits what is queued and refuses the rest."""
+        """Commits the queued writes and refuses later ones."""
         self._closed = True
         if self._recovery is not None:
             self._recovery.cancel()
@@ -321,11 +330,13 @@ class Writer:
         else:
             self._queue.append(slot)
             self._queue_bytes += slot.size
-            if self._drain is None:  # it starts in the loop's next turn, so that this turn's writes form one group
+            if (
+                self._drain is None
+            ):  # it starts in the loop's next iteration, so that the writes of this one form a group
                 self._drain = asyncio.get_running_loop().create_task(self._run())
 
     def _refusal(self, size: int) -> str:
-        """Why a write of so many bytes is refused now; empty if it is not."""
+        """Why a write of `size` bytes is refused now; empty if it is accepted."""
         if self._recovery is not None or self._closed:
             return "the store's disk is not available now"
         if len(self._queue) >= QUEUE_WRITES_MAX or self._queue_bytes + size > QUEUE_BYTES_MAX:
@@ -376,7 +387,7 @@ class Writer:
             for slot in group:
                 self._refuse(slot, StoreUnavailableError("the disk can't keep up with the writes"))
             return
-        except Exception as error:  # noqa: BLE001  whatever it was, the waiters must get an answer and the engine must recover
+        except Exception as error:  # noqa: BLE001  after any error the waiters must get a result and the engine must recover
             self._fail(group, error)
             return
         self._last_group_failed = False
@@ -390,7 +401,7 @@ class Writer:
                     future.set_result(None)
 
     async def _put(self, group: list[Slot]) -> dict[Slot, bytes]:
-        """The slots whose conditions failed, with the key that did."""
+        """Write the group. Returns the slots whose conditions failed, each with the key of the failed condition."""
         deadline = time.monotonic() + BUSY_S_MAX
         while True:
             staged, failed, state = self._stage(group)
@@ -408,7 +419,7 @@ class Writer:
                 await asyncio.sleep(BUSY_RETRY_S)
 
     def _stage(self, group: list[Slot]) -> tuple[dict[bytes, bytes | None], dict[Slot, bytes], State]:
-        """Check every write against the store as the writes before it leave it; collect the puts of those that hold."""
+        """Check the conditions of each write after the writes before it. Collect the puts of the writes that pass."""
         staged: dict[bytes, bytes | None] = {}
         read: dict[bytes, bytes | None] = {}
         failed: dict[Slot, bytes] = {}
@@ -440,14 +451,13 @@ class Writer:
         if len(known) > KNOWN_MAX:
             known.clear()
         known.update((key, value) for key, value in read.items() if value is None or len(value) <= KNOWN_BYTES_MAX)
-        last = self._clock.last
-        state = State(threads, messages, last.ns, last.seq)
+        state = State.of(threads, messages, self._clock.last)
         staged[keyspace.STATE] = msgspec.msgpack.encode(state)
         return staged, failed, state
 
     def _in_doubt(self, write: Write, staged: dict[bytes, bytes | None]) -> Sequence[tuple[bytes, bytes]]:
-        """What must be compared of the values that a write has read: nothing if its keys were not written since. This
-        costs a fraction of reading them again."""
+        """The values that a write has read and that must be compared again: none if no later group has written their
+        keys. This check costs much less than reading them again."""
         if not write.read:
             return ()
         keys = [key for key, _ in write.read]
@@ -483,8 +493,8 @@ class Writer:
 
 
 def _reason(error: Exception) -> dict[str, object]:
-    """For the log: the engine's or the kernel's own words about its files; of any other error only the type and place,
-    since its text could hold a key or what a user typed."""
+    """Fields for the log. An error of the engine or the kernel is logged with its text. Of any other error only the
+    type and the place are logged, because its text could contain a key or a user's data."""
     if isinstance(error, EngineUnavailableError) and error.__cause__ is not None:
         return {"error": f"{type(error.__cause__).__name__}: {error.__cause__}"[:REASON_CHARS_MAX]}
     lines = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]

@@ -10,6 +10,7 @@ import pytest
 
 from minikms import api
 from minikms.audit import Event
+from minikms.custody.vault import Permit
 from minikms.errors import AuditUnavailableError, ConflictError, ForbiddenError, MiniKmsError
 from minikms.policy import ROLES, Principal
 from minikms.service.base import AfterLine, Reply, VerbTable
@@ -46,9 +47,10 @@ def perform(table: VerbTable, verb: api.Verb[Any, Any], request: api.Request, wh
 
 
 def test_every_verb_has_a_name_a_path_and_a_role_of_its_own() -> None:
-    assert len({verb.name for verb in api.VERBS}) == len({verb.path for verb in api.VERBS}) == len(api.VERBS)
+    assert len({verb.name for verb in api.VERBS}) == len(api.VERBS)
+    assert len({(verb.method, verb.path) for verb in api.VERBS}) == len(api.VERBS)
     assert all(verb.roles and set(verb.roles) <= ROLES for verb in api.VERBS)
-    assert api.HEALTH not in api.VERBS
+    assert api.HEALTH not in api.VERBS and api.READY not in api.VERBS
 
 
 def test_no_method_acts_before_its_caller_is_authorised() -> None:
@@ -56,11 +58,11 @@ def test_no_method_acts_before_its_caller_is_authorised() -> None:
     audit = KeptAudit()
     table = VerbTable(audit)
 
-    async def rotate(request: api.RotateKekRequest, event: Event) -> api.RotateKekAnswer:
+    async def rotate(request: api.RotateKekRequest, event: Event, permit: Permit) -> api.RotateKekAnswer:
         acted.append(event.type)
         return api.RotateKekAnswer("ok", 1, 0)
 
-    async def encrypt_all(request: api.EncryptBatchRequest, event: Event) -> api.EncryptBatchAnswer:
+    async def encrypt_all(request: api.EncryptBatchRequest, event: Event, permit: Permit) -> api.EncryptBatchAnswer:
         acted.append(event.type)
         return api.EncryptBatchAnswer([])
 
@@ -87,7 +89,7 @@ def test_no_key_change_begins_while_the_audit_log_cannot_be_written(durable: boo
     acted: list[str] = []
     table = VerbTable(KeptAudit(writable=False))
 
-    async def retire(request: api.KeyRequest, event: Event) -> api.KeyAnswer:
+    async def retire(request: api.KeyRequest, event: Event, permit: Permit) -> api.KeyAnswer:
         acted.append(event.type)
         raise ConflictError("it acted")
 
@@ -105,7 +107,7 @@ def test_work_after_the_audit_line_fails_the_answer_and_not_the_line() -> None:
         assert audit.lines == [("rotate_kek", "ok", True)]
         raise ConflictError("after the line")
 
-    async def rotate(request: api.RotateKekRequest, event: Event) -> AfterLine[api.RotateKekAnswer]:
+    async def rotate(request: api.RotateKekRequest, event: Event, permit: Permit) -> AfterLine[api.RotateKekAnswer]:
         return AfterLine(fail)
 
     table.later(api.ROTATE_KEK, rotate, durable=True)
@@ -127,7 +129,7 @@ def test_an_error_of_an_unexpected_type_is_audited_as_internal() -> None:
     def fail_now(request: api.RandomRequest, event: Event) -> api.RandomAnswer:
         raise RuntimeError("a defect")
 
-    async def fail_later(request: api.KeyRequest, event: Event) -> api.KeyAnswer:
+    async def fail_later(request: api.KeyRequest, event: Event, permit: Permit) -> api.KeyAnswer:
         raise RuntimeError("a defect")
 
     table.now(api.RANDOM, fail_now)

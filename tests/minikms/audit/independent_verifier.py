@@ -168,6 +168,7 @@ class Log:
             self.seq, self.sig = facts["previous_seq"], unbase64(facts["previous_sig"], 32)
             self.needs_retention = (facts["previous_seq"], facts["previous_sig"])
             self.due = facts["segment"]
+            need(integer(self.due) and self.due >= 2, "the first segment begins with a genesis line")
 
     def open(self, seq: int, facts: Mapping[str, Any], kind: str) -> None:
         need(facts.get("format") == 1, "another format")

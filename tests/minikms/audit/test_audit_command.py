@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,17 +17,23 @@ from typing import Any
 
 import pytest
 
+from minikms import api
 from minikms.audit import AuditLog, Event, ExpectedLog
+from minikms.audit.queries import READ_TYPES
 from minikms.base64 import encode_text
 from minikms.cli import audit
+from minikms.client import DecryptItem, KmsRefusedError, ReencryptItem
 from minikms.crypto.aead import NonceSource
 from minikms.custody.files import DataDirLock
 from minikms.custody.keyring_file import KeyringFile
 from minikms.datadir import audit_keys, open_audit_log, open_for_reading, open_keyring, rotate_audit_key
 from minikms.memory.arena import SecretArena
 from minikms.roots.providers import DevelopmentKey
+from tests.harness.live_daemon import LiveDaemon
+from tests.minikms.audit.logmaker import open_log
 
 LOG = "minikms-audit.log"
+BY_PUBLIC_KEY = "the signed lines were checked with the public key"
 START_NS = 1_764_000_000_123_456_789
 
 
@@ -81,7 +89,7 @@ def test_an_intact_log_exits_0_and_says_what_was_checked(made: Path) -> None:
     status, output, errors = run("verify", "--data-dir", made)
     assert (status, errors) == (0, "")
     head = json.loads((made / LOG).read_bytes().split(b"\n")[-2])["sig"]
-    assert output.splitlines()[0] == "The audit log is intact, judged every line by the audit key."
+    assert output.splitlines()[0] == "The audit log is intact: every line was checked with the audit key."
     assert f"head        5:{head}" in output
     assert "lines       1 to 5" in output and "anchor      none given" in output
 
@@ -126,7 +134,10 @@ def test_the_report_is_available_as_json(data_dir: Path) -> None:
 def test_the_public_key_alone_checks_signed_lines(data_dir: Path, tmp_path: Path) -> None:
     os.unlink(f"{data_dir}.master-key")
     key = public_key_of(data_dir)
-    assert "judged by its signed lines" in run("verify", "--data-dir", data_dir, "--public-key", key)[1]
+    assert (
+        "the signed lines were checked with the public key"
+        in run("verify", "--data-dir", data_dir, "--public-key", key)[1]
+    )
     (tmp_path / "audit.pub").write_text(base64.b64decode(key).hex() + "\n")
     assert run("verify", "--data-dir", data_dir, "--public-key", tmp_path / "audit.pub")[0] == 0
     other = encode_text(bytes(32))
@@ -147,14 +158,14 @@ def test_a_check_of_a_part_names_the_part(data_dir: Path) -> None:
     make_more(data_dir)
     key = public_key_of(data_dir)
     _, output, _ = run("verify", "--data-dir", data_dir, "--from-checkpoint", 5)
-    assert output.splitlines()[0] == "The audit log is intact from line 5, judged every line by the audit key."
+    assert output.splitlines()[0] == "The audit log is intact from line 5: every line was checked with the audit key."
     assert "before      the lines before line 5 were not checked" in output
     _, output, _ = run("verify", "--data-dir", data_dir, "--public-key", key)
-    assert output.splitlines()[0] == "The audit log is intact up to line 5, judged by its signed lines."
-    assert "not signed  the last 1 line(s): the public key can't judge them" in output
+    assert output.splitlines()[0] == f"The audit log is intact up to line 5: {BY_PUBLIC_KEY}."
+    assert "not signed  the last 1 line(s): the public key can't check them" in output
     assert f"key         version 1, public key {key}" in output
     _, output, _ = run("verify", "--data-dir", data_dir, "--public-key", key, "--from-checkpoint", 5)
-    assert output.splitlines()[0] == "The audit log is intact from line 5 up to line 5, judged by its signed lines."
+    assert output.splitlines()[0] == f"The audit log is intact from line 5 up to line 5: {BY_PUBLIC_KEY}."
     head = f"6:{json.loads((data_dir / LOG).read_bytes().splitlines()[-1])['sig']}"
     _, output, _ = run("verify", "--data-dir", data_dir, "--public-key", key, "--expect-head", head)
     assert "anchor      0 line(s) are newer than the expected head; that one is not signed yet" in output
@@ -166,10 +177,10 @@ def test_a_log_that_can_not_be_checked_is_neither_intact_nor_altered(data_dir: P
     given = ("--data-dir", data_dir, "--public-key", public_key_of(data_dir))
     status, output, _ = run("verify", *given)
     assert status == 2
-    assert output.startswith("The audit log can't be judged by the public key: no line of it is signed yet.\n")
+    assert output.startswith("The audit log can't be checked with the public key: no line of it is signed yet.\n")
     status, output, _ = run("verify", *given, "--json")
     report = json.loads(output)
-    assert (status, report["intact"], report["judged"], report["findings"]) == (2, False, False, [])
+    assert (status, report["intact"], report["conclusive"], report["findings"]) == (2, False, False, [])
     assert run("verify", "--data-dir", data_dir)[0] == 0
 
 
@@ -245,7 +256,7 @@ def test_new_lines_are_followed_until_interrupted(data_dir: Path) -> None:
         make_more(data_dir)
         assert " 6 decrypt" in following.stdout.readline()
         following.send_signal(signal.SIGINT)
-        assert following.wait(20) == 0
+        assert following.wait(20) == 130
 
 
 def make_more(directory: Path) -> None:
@@ -273,7 +284,7 @@ class StillSigner:
 
 def test_lines_are_found_by_thread_key_actor_and_request(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines_of: list[tuple[dict[str, Any], int]] = [
-        ({"thread": "t1"}, 1),
+        ({"thread": "t1"}, 2),
         ({"key": "k_a"}, 2),
         ({"actor": "peer_uid:1001"}, 1),
         ({"request": "y"}, 1),
@@ -284,6 +295,94 @@ def test_lines_are_found_by_thread_key_actor_and_request(made: Path, capsys: pyt
         assert len(capsys.readouterr().out.splitlines()) == count, sought
     assert run("find", "--data-dir", made, "--key", "k_a", "--request", "r1")[0] == 0
     assert run("find", "--data-dir", made, "--thread", "t2")[:2] == (1, "")
+
+
+def test_the_reads_of_a_thread_are_found_by_its_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By older keys too, in single lines and batches; not by a key of another thread."""
+    client: dict[str, Any] = {"actor": "peer_uid:1000"}
+    here = tmp_path / "data"
+    here.mkdir(mode=0o700)
+    with contextlib.closing(open_log(here)) as log:
+        log.add(Event(type="create_dek", key_id="k_a", thread_id="t1", **client))
+        log.add(Event(type="decrypt", key_id="k_a", request_id="r1", **client))
+        log.add(Event(type="create_dek", key_id="k_b", thread_id="t2", **client))
+        log.add(Event(type="decrypt_batch", key_ids=["k_b"], request_id="other", **client))
+        log.add(Event(type="decrypt_batch", key_ids=["k_b", "k_a"], request_id="r2", **client))
+        log.add(Event(type="encrypt_batch", key_ids=["k_a"], request_id="w1", **client))
+        log.add(Event(type="retire_key", key_id="k_b", thread_id="t1", outcome="wrong_thread", **client))
+        log.add(Event(type="create_dek", key_id="k_c", thread_id="t1", detail="replaces k_a", **client))
+        log.add(Event(type="decrypt_batch", key_ids=["k_c"], request_id="r3", **client))
+        log.add(Event(type="decrypt_batch", key_ids=["k_b"], request_id="other", **client))
+
+    def requests(**sought: Any) -> list[str]:
+        status = audit.find(data_dir=str(here), **sought)
+        found = re.findall(r"request=(\S+)", capsys.readouterr().out)
+        assert status == (0 if found else 1)
+        return found
+
+    assert requests(thread="t1", reads=True) == ["r1", "r2", "r3"]
+    assert requests(thread="t1", reads=True, request="r2") == ["r2"]
+    assert requests(thread="t1", key="k_c") == ["r3"]
+    assert requests(thread="t1", reads=True, actor="peer_uid:7") == []
+    assert len(requests(thread="t1")) == 4
+    assert requests(reads=True) == ["r1", "other", "r2", "r3", "other"]
+
+
+def test_the_reads_of_a_daemon_are_those_that_answered_plaintext(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A batch counts if one of its items was decrypted. A refused request is in the log, and is no read."""
+    with LiveDaemon(tmp_path) as daemon, daemon.client() as kms:
+        key = kms.create_dek_for_thread("t", purpose="data").key_id
+        other = kms.create_dek_for_thread("t2").key_id
+        good = DecryptItem(key_id=key, ciphertext=kms.encrypt(key, b"text"))
+        bad = DecryptItem(key_id=other, ciphertext=bytes(28))
+        kms.decrypt(key, good.ciphertext, request_id="opened")
+        with pytest.raises(KmsRefusedError):
+            kms.decrypt(key, good.ciphertext, aad=b"another place", request_id="refused")
+        kms.decrypt_batch([good, bad], request_id="partly")
+        kms.generate_data_key(key, request_id="data-key")
+        with pytest.raises(KmsRefusedError):
+            kms.generate_data_key(other, request_id="no-data-key")
+        kms.check_batch(key, [ReencryptItem(ciphertext=good.ciphertext)], request_id="checked")
+    for thread in ("", "t"):
+        assert audit.find(data_dir=str(daemon.data_dir), reads=True, thread=thread) == 0
+        assert re.findall(r"request=(\S+)", capsys.readouterr().out) == ["opened", "partly", "data-key"]
+    assert audit.find(data_dir=str(daemon.data_dir), request="refused") == 0
+
+
+@pytest.mark.parametrize("read_type", READ_TYPES)
+def test_of_all_outcomes_only_those_with_an_answer_are_reads(
+    tmp_path: Path, read_type: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes = {code for name, code in vars(api).items() if name.startswith("CODE_")}
+    outcomes = sorted(codes | {"ok", "partly_refused"})
+    assert {"forbidden", "decryption_failed", "key_destroyed", "interrupted", "internal"} < codes
+    here = tmp_path / "data"
+    here.mkdir(mode=0o700)
+    with contextlib.closing(open_log(here)) as log:
+        for outcome in outcomes:
+            log.add(Event(type=read_type, actor="peer_uid:1000", key_id="k_a", outcome=outcome, request_id=outcome))
+    assert audit.find(data_dir=str(here), reads=True) == 0
+    assert re.findall(r"request=(\S+)", capsys.readouterr().out) == ["ok", "partly_refused"]
+
+
+def test_a_removed_line_of_a_keys_creation_is_made_up_for_by_the_key_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with LiveDaemon(tmp_path) as daemon, daemon.client() as kms:
+        for thread in ("t1", "t2"):
+            key = kms.create_dek_for_thread(thread).key_id
+            sealed = kms.encrypt(key, b"text")
+            assert kms.decrypt(key, sealed, request_id=f"read-{thread}") == b"text"
+    log = daemon.data_dir / LOG
+    lines = log.read_bytes().splitlines(keepends=True)
+    created = max(at for at, line in enumerate(lines) if b'"create_dek"' in line)
+    first = next(at for at, line in enumerate(lines) if b'"create_dek"' in line)
+    log.write_bytes(b"".join(lines[first + 1 : created] + lines[created + 1 :]))
+    for thread in ("t1", "t2"):
+        assert audit.find(data_dir=str(daemon.data_dir), thread=thread, reads=True) == 0
+        assert re.findall(r"request=(\S+)", capsys.readouterr().out) == [f"read-{thread}"]
 
 
 def test_hidden_threads_are_found_with_the_root_key(tmp_path: Path) -> None:

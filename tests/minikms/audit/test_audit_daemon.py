@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import resource
 import socket
@@ -30,8 +32,15 @@ class Daemon:
         self.socket = directory / "s"
         self.pid = 0
 
+    def text(self, method: str, path: str) -> str:
+        return self._exchange(method, path, b"")[1].decode()
+
     def ask(self, method: str, path: str, body: object = None) -> tuple[int, dict[str, Any]]:
         content = b"" if body is None else json.dumps(body).encode()
+        code, answered = self._exchange(method, path, content)
+        return code, json.loads(answered)
+
+    def _exchange(self, method: str, path: str, content: bytes) -> tuple[int, bytes]:
         head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(content)}\r\n"
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(20)
@@ -41,7 +50,7 @@ class Daemon:
             while chunk := connection.recv(65536):
                 answer += chunk
         head_bytes, _, answered = answer.partition(b"\r\n\r\n")
-        return int(head_bytes.split()[1]), json.loads(answered)
+        return int(head_bytes.split()[1]), answered
 
     def verify(self) -> tuple[int, str]:
         done = subprocess.run(
@@ -81,14 +90,14 @@ def test_the_log_of_a_daemon_is_intact_copied_and_hides_threads(tmp_path: Path) 
         wait_until(lambda: copy.exists() and made["key_id"].encode() in copy.read_bytes())
     assert daemon.verify()[0] == 0
     types = [event.type for event in events_of(daemon.data_dir / LOG)]
-    assert types == ["genesis", "start", "create_dek", "encrypt", "status", "stop", "checkpoint"]
+    assert types == ["genesis", "start", "reserve_wraps", "create_dek", "encrypt", "status", "stop", "checkpoint"]
     content = (daemon.data_dir / LOG).read_bytes()
     assert b"payroll" not in content
     assert content.startswith(copy.read_bytes())
 
 
-def test_no_request_is_answered_while_the_log_can_not_be_written(tmp_path: Path) -> None:
-    """RLIMIT_FSIZE of the daemon makes the kernel refuse every write beyond the size of the log for some time."""
+def test_only_status_and_metrics_answer_while_the_log_is_not_writable(tmp_path: Path) -> None:
+    """Both say so. RLIMIT_FSIZE of the daemon makes the kernel refuse each write that extends the log."""
     with serving(tmp_path) as daemon:
         _, made = daemon.ask("POST", "/create_dek_for_thread", {"thread_id": "t"})
 
@@ -100,6 +109,23 @@ def test_no_request_is_answered_while_the_log_can_not_be_written(tmp_path: Path)
         size = (daemon.data_dir / LOG).stat().st_size
         resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, (size, unlimited[1]))
         answers += [encrypt() for _ in range(4)]
+        code, status = daemon.ask("GET", "/status")
+        assert (code, status["status"]) == (200, "audit_unavailable")
+        assert status["reason"] == f"the audit log can't be written: {os.strerror(errno.EFBIG)}"
+        shown = subprocess.run(
+            [*PROGRAM, "status", "--socket", str(daemon.socket)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert shown.returncode == 1
+        assert status["reason"] in shown.stdout
+        page = daemon.text("GET", "/metrics")
+        assert "minikms_up 0\n" in page
+        assert "minikms_audit_writable 0\n" in page
+        for method, path in (("GET", "/keys"), ("GET", f"/keys/{made['key_id']}")):
+            assert daemon.ask(method, path)[0] == 503
         resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, unlimited)
         answers += [encrypt() for _ in range(2)]
         codes = [answer.get("code", "ok") for _, answer in answers]
@@ -143,7 +169,7 @@ def test_an_altered_log_prevents_a_start_until_the_loss_is_accepted(tmp_path: Pa
     command = [*PROGRAM, "--dev", "--socket", str(daemon.socket), "--data-dir", str(daemon.data_dir)]
     refused = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert refused.returncode != 0
-    assert "minikms audit verify" in refused.stderr and "--accept-audit-loss" in refused.stderr
+    assert "--accept-audit-loss" in refused.stderr
     with serving(tmp_path, "--accept-audit-loss") as daemon:
         assert daemon.verify()[0] == 0
     assert "previous" in events_of(daemon.data_dir / LOG)[0].facts

@@ -211,8 +211,13 @@ def test_a_failed_write_changes_nothing_and_the_next_commit_tries_again(
         log.commit()
     assert (lines_of(tmp_path), log.head, log.writable) == (before, head, False)
     assert log.status()["unavailable_reason"] == os.strerror(number)
+    assert log.service_status() == {
+        "status": "audit_unavailable",
+        "reason": f"the audit log can't be written: {os.strerror(number)}",
+    }
     commit_one(log)
     assert log.writable
+    assert log.service_status() == {"status": "ok", "reason": ""}
     resumed, after = (record.parse_line(line)[0] for line in lines_of(tmp_path)[-2:])
     assert (resumed.type, resumed.facts["dropped"], resumed.facts["reason"]) == ("resumed", 2, os.strerror(number))
     assert after.type == "encrypt"
@@ -463,6 +468,58 @@ def test_a_new_key_is_active_from_the_next_line_on(tmp_path: Path) -> None:
     assert types_of(tmp_path) == ["genesis", "encrypt", "audit_key", "encrypt", "checkpoint"]
     assert verify(tmp_path, KEY1, KEY2).intact
     assert not verify(tmp_path, KEY1).intact
+
+
+def test_a_change_of_key_that_fails_is_completed_before_any_other_line(tmp_path: Path, faults: Faults) -> None:
+    """The keyring names the line before it, after which the former key may write nothing."""
+    log = open_log(tmp_path)
+    commit_one(log)
+    head = log.settle()
+    faults.write = [errno.EIO, errno.EIO]
+    with pytest.raises(AuditUnavailableError):
+        log.change_key(KEY2.audit_key())
+    with pytest.raises(AuditUnavailableError):
+        commit_one(log)
+    commit_one(log)
+    log.close()
+    assert types_of(tmp_path)[head.seq :] == ["audit_key", "resumed", "encrypt", "checkpoint"]
+    assert verify(tmp_path, KEY1, KEY2).intact
+
+
+def test_a_change_of_key_on_a_full_disk_uses_the_reserve(tmp_path: Path, faults: Faults) -> None:
+    """No line could be written before it, so the reserve would be of no use."""
+    log = open_log(tmp_path, limits=Limits(reserve_bytes=256 * 1024))
+    commit_one(log)
+    log.settle()
+    faults.write = [errno.ENOSPC]
+    log.change_key(KEY2.audit_key())
+    commit_one(log)
+    assert log.writable
+    assert log.status()["reserve_bytes"] == 192 * 1024
+    log.close()
+    assert types_of(tmp_path)[-3:] == ["audit_key", "encrypt", "checkpoint"]
+    assert verify(tmp_path, KEY1, KEY2).intact
+
+
+def test_a_log_that_is_held_takes_no_line_until_it_is_released(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    commit_one(log)
+    head = log.hold()
+    before = lines_of(tmp_path)
+    assert len(before) == head.seq
+    assert log.status()["writable"] is True
+    log.fail_held("the keyring could not be written")
+    assert log.status()["writable"] is False
+    log.tick()
+    for _ in range(2):
+        with pytest.raises(AuditUnavailableError):
+            commit_one(log)
+    assert lines_of(tmp_path) == before
+    log.release()
+    log.tick()
+    assert log.writable
+    log.close()
+    assert types_of(tmp_path)[-2:] == ["resumed", "checkpoint"]
 
 
 def test_no_key_shows_in_a_repr_or_an_error(tmp_path: Path, faults: Faults) -> None:

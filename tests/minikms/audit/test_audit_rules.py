@@ -180,15 +180,30 @@ def test_a_change_to_an_unknown_key_version_is_foreign(tmp_path: Path) -> None:
     assert verify(tmp_path, public_only=True).intact
 
 
+def shortened(last_sig: str | None = None, **changes: str | int) -> Maker:
+    """A log without its first file, with a line that explains it. `changes` replace facts of its first line."""
+    maker = begun(FIRST)
+    maker.sign("segment_close", {"next_segment": 2})
+    closed = maker.head
+    opening = maker.opening()
+    opening.facts.update(changes)
+    maker.begin(LOG, opening)
+    facts: Facts = {"last_seq": closed.seq, "last_sig": last_sig or encode_text(closed.sig), "removed_segment": 1}
+    maker.add(Event(type="retention", actor="minikms", facts=facts))
+    maker.sign("checkpoint")
+    return maker
+
+
 def test_a_retention_line_with_another_head_explains_no_missing_file(tmp_path: Path) -> None:
     """It explains the missing file only if it names the head before the first file that is present."""
     for last_sig, intact in ((None, True), (OTHER_SIG, False)):
-        maker = begun(FIRST)
-        maker.sign("segment_close", {"next_segment": 2})
-        closed = maker.head
-        opening = maker.opening()
-        maker.begin(LOG, opening)
-        facts: Facts = {"last_seq": closed.seq, "last_sig": last_sig or encode_text(closed.sig), "removed_segment": 1}
-        maker.add(Event(type="retention", actor="minikms", facts=facts))
-        put({LOG: maker.files[LOG]}, tmp_path)
+        put({LOG: shortened(last_sig).files[LOG]}, tmp_path)
         assert verify(tmp_path).intact is intact
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_log_cannot_begin_with_the_opening_of_segment_0_or_1(tmp_path: Path, number: int) -> None:
+    """Segments are numbered from 1, and the first one begins with a genesis line."""
+    put({LOG: shortened(segment=number).files[LOG]}, tmp_path)
+    for public_only in (False, True):
+        assert [finding.kind for finding in verify(tmp_path, public_only=public_only).findings] == ["segment"]

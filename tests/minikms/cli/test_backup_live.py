@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import threading
@@ -10,6 +12,7 @@ from pathlib import Path
 from minikms.client import Client
 from minikms.client.errors import KmsRefusedError
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.waiting import wait_until
 
 BACKUPS = 3
 
@@ -72,4 +75,73 @@ def test_backups_beside_a_busy_daemon_are_good_and_hold_what_was_there(tmp_path:
                     assert (key_id, error.code) == (victim, "key_destroyed")
                 else:
                     assert opened.startswith(b"hello") and key_id != victim
-                    assert again.get_key(key_id).uses_max > 2**30
+                    assert again.get_key(key_id).exhausted
+
+
+def test_any_root_key_verifies_and_restores_an_archive(tmp_path: Path) -> None:
+    """Made beside the daemon under the one in use; opened with a spare, which came later."""
+    spare, archive = tmp_path / "spare.key", tmp_path / "archive"
+    spare.touch(0o600)
+    spare.write_text(os.urandom(32).hex() + "\n")
+    with LiveDaemon(tmp_path) as daemon, daemon.client() as kms:
+        kms.create_dek_for_thread("t")
+        kms.add_root(bytearray(spare.read_bytes().strip()), provider="file")
+        made = minikms("backup", "create", archive, "--data-dir", daemon.data_dir, "--root", f"file:{daemon.root_file}")
+        assert made.returncode == 0, made.stderr
+    for words in (("verify", archive), ("restore", archive, "--data-dir", tmp_path / "restored", "--yes")):
+        done = minikms("backup", *words, "--root", f"file:{spare}")
+        assert done.returncode == 0, done.stderr
+
+
+def removed_root(daemon: LiveDaemon, base: Path) -> tuple[Path, Path, str, bytes]:
+    """A spare root key; an archive; then the first root key removed, and the daemon ended. Also a key and what it
+    encrypted.
+    """
+    spare, archive = base / "spare.key", base / "archive"
+    spare.touch(0o600)
+    spare.write_text(os.urandom(32).hex() + "\n")
+    places: list[str | Path] = ["--data-dir", daemon.data_dir, "--master-key-file", daemon.root_file]
+    with daemon.client() as kms:
+        key_id = kms.create_dek_for_thread("t").key_id
+        sealed = kms.encrypt(key_id, b"hello")
+        assert minikms("backup", "create", archive, *places).returncode == 0
+        kms.add_root(bytearray(spare.read_bytes().strip()), provider="file")
+        kms.remove_root("s1")
+        wait_until(lambda: [root.state for root in kms.list_roots().roots] == ["active"])
+    daemon.process.terminate()
+    daemon.process.wait(20)
+    return spare, archive, key_id, sealed
+
+
+def test_a_root_key_that_was_removed_after_the_backup_stays_removed(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path) as daemon:
+        spare, archive, key_id, sealed = removed_root(daemon, tmp_path)
+        words: list[str | Path] = ["backup", "restore", archive, "--data-dir", tmp_path / "restored"]
+        words += ["--master-key-file", daemon.root_file, "--newer-keyring", daemon.data_dir / "keyring.json"]
+        lacking = minikms(*words)
+        assert (lacking.returncode, "--newer-master-key-file" in lacking.stderr) == (2, True)
+        done = minikms(*words, "--newer-master-key-file", spare, "--json")
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert (len(told["roots"]), len(told["roots_removed"])) == (1, 1) and told["roots"] != told["roots_removed"]
+        refused = minikms("audit", "verify", "--data-dir", tmp_path / "restored", "--master-key-file", daemon.root_file)
+        assert (refused.returncode != 0, told["roots_removed"][0] in refused.stderr) == (True, True)
+        good = minikms("audit", "verify", "--data-dir", tmp_path / "restored", "--master-key-file", spare)
+        assert good.returncode == 0, good.stdout + good.stderr
+        daemon.data_dir.rename(tmp_path / "old")
+        (tmp_path / "restored").rename(daemon.data_dir)
+        daemon.root_file.write_text(spare.read_text())
+        daemon.start()
+        with daemon.client() as again:
+            assert again.decrypt(key_id, sealed) == b"hello"
+            wait_until(lambda: len(again.list_roots().roots) == 1)
+            assert [kek.version for kek in again.status().keks if kek.state == "active"] == [2]
+
+
+def test_a_restore_without_a_newer_keyring_says_which_roots_open_it(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path) as daemon:
+        _, archive, _, _ = removed_root(daemon, tmp_path)
+        places: list[str | Path] = ["--data-dir", tmp_path / "restored", "--master-key-file", daemon.root_file]
+        done = minikms("backup", "restore", archive, *places, "--yes")
+        assert done.returncode == 0, done.stderr
+        assert "A root key that was removed after the backup is among them again" in done.stdout

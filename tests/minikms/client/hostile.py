@@ -48,7 +48,7 @@ class HostileServer:
         self.requests: list[bytes] = []
         self.connections = 0
         self._scripts = list(scripts)
-        self._open: list[socket.socket] = []
+        self.sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(path)
@@ -62,12 +62,12 @@ class HostileServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
-        for connection in self._open:
+        for connection in self.sockets:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join(5)
-        for connection in [self._listener, *self._open]:
+        for connection in [self._listener, *self.sockets]:
             connection.close()
 
     def _start(self, target: object, *arguments: object) -> None:
@@ -82,7 +82,7 @@ class HostileServer:
             except OSError:
                 return
             self.connections += 1
-            self._open.append(connection)
+            self.sockets.append(connection)
             self._start(self._serve, connection, self._scripts.pop(0) if self._scripts else [CLOSE])
 
     def _serve(self, connection: socket.socket, steps: Sequence[Step]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import minikms
-from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, ReencryptItem, connection, errors
+from minikms import api
+from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, ReencryptItem, connecting, errors
 from tests.minikms.client.hostile import answer, hostile
 from tests.minikms.client.using import CREATE_CALL, CREATED, ENCRYPT_CALL, KEY, SEALED, STATUS, STATUS_CALL, Use
 
@@ -22,15 +24,33 @@ def test_health_is_ok_and_nothing_else(use: Use) -> None:
         assert isinstance(second, errors.KmsProtocolError)
 
 
+def test_ready_is_ready_and_nothing_else(use: Use) -> None:
+    with hostile([answer(b"ready"), answer(b"ok")]) as server:
+        first, second = use(server.path, ("ready", {}), ("ready", {}))
+        assert first is True
+        assert isinstance(second, errors.KmsProtocolError)
+
+
 def test_every_verb_goes_to_its_place(use: Use) -> None:
     key = b'{"key_id":"%b","thread_id":"t","purpose":"thread","state":"retired","kek_version":1,' % KEY.encode()
     key += b'"created_at":"2026-01-01T00:00:00Z","uses_max":65536}'
+    root = b'{"slot_id":"s1","fingerprint":"00","provider":"file","state":"active","in_use":true}'
     batch = answer(b'{"items":[{"ciphertext":"eA=="}]}')
     plain = answer(b'{"items":[{"plaintext":"eA=="}]}')
     exchanges: list[tuple[tuple[str, dict[str, Any]], bytes, bytes]] = [
         (("health", {}), answer(b"ok"), b"GET /health"),
+        (("ready", {}), answer(b"ready"), b"GET /ready"),
+        (("reload_policy", {}), answer(b'{"sha256":"","generation":2}'), b"POST /policy/reload"),
+        (("seal", {}), answer(b'{"sealed":true,"since":""}'), b"POST /seal"),
+        (("unseal_status", {}), answer(b'{"sealed":true}'), b"GET /unseal"),
+        (("unseal", {"root_hex": "0" * 64}), answer(b'{"sealed":false}'), b"POST /unseal"),
         (STATUS_CALL, STATUS, b"GET /status"),
         (CREATE_CALL, CREATED, b"POST /create_dek_for_thread"),
+        (
+            ("get_or_create_dek_for_thread", {"thread_id": "t"}),
+            answer(b'{"key_id":"k","created":true}'),
+            b"POST /get_or_create_dek_for_thread",
+        ),
         (("get_wrapped", {"key_id": KEY}), answer(b'{"wrapped":"eA=="}'), b"GET /get_wrapped?key_id=k_000"),
         (ENCRYPT_CALL, SEALED, b"POST /encrypt "),
         (("decrypt", {"key_id": KEY, "ciphertext": b"x"}), answer(b'{"plaintext":"eA=="}'), b"POST /decrypt "),
@@ -63,6 +83,10 @@ def test_every_verb_goes_to_its_place(use: Use) -> None:
             answer(b'{"status":"running","kek_version":2,"rewrapped":0}', 202),
             b"POST /rotate_kek",
         ),
+        (("list_roots", {}), answer(b'{"roots":[%b]}' % root), b"GET /roots "),
+        (("add_root", {"root_hex": "ab" * 32, "provider": "file"}), answer(root), b"POST /roots "),
+        (("test_root", {"slot_id": "s1", "root_hex": b"ab" * 32}), answer(root), b"POST /roots/s1/test "),
+        (("remove_root", {"slot_id": "s1"}), answer(root), b"POST /roots/s1/remove "),
         (
             ("list_keys", {"state": "active", "limit": 5}),
             answer(b'{"keys":[%b]}' % key),
@@ -144,6 +168,11 @@ def test_the_daemons_own_imports_do_not_load_the_clients() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
+def test_the_synchronous_client_does_without_asyncio() -> None:
+    program = "import minikms, sys; minikms.Client; sys.exit('asyncio' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
 def test_on_bsd_and_macos_the_uid_comes_from_local_peercred(monkeypatch: pytest.MonkeyPatch) -> None:
     class Peer:
         version = 0
@@ -153,12 +182,24 @@ def test_on_bsd_and_macos_the_uid_comes_from_local_peercred(monkeypatch: pytest.
             return (self.version.to_bytes(4, "little") + (501).to_bytes(4, "little")).ljust(size, b"\0")
 
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert connection.server_uid(Peer()) == 501  # type: ignore[arg-type]  # all of a socket that is asked
+    assert connecting.server_uid(Peer()) == 501  # type: ignore[arg-type]  # all of a socket that is asked
     Peer.version = 1
     with pytest.raises(errors.KmsUntrustedServerError):
-        connection.server_uid(Peer())  # type: ignore[arg-type]  # as above
+        connecting.server_uid(Peer())  # type: ignore[arg-type]  # as above
 
 
 def test_path_objects_are_paths() -> None:
     with hostile([STATUS]) as server, Client(Path(server.path)) as client:
-        assert client.status() == {"a": 1}
+        assert client.status() == api.StatusAnswer()
+
+
+def test_every_error_is_a_name_of_the_package() -> None:
+    for name, kind in vars(errors).items():
+        if isinstance(kind, type) and issubclass(kind, errors.KmsError):
+            assert name in minikms.__all__
+            assert getattr(minikms, name) is kind
+    assert all(hasattr(minikms, name) for name in minikms.__all__)
+
+
+def test_the_package_names_its_version() -> None:
+    assert minikms.__version__ == metadata.version("progressdb-minikms")

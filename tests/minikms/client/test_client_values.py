@@ -247,6 +247,7 @@ def test_a_new_root_key_is_joined_only_as_64_hex_characters() -> None:
     digits = b"aB" * 32
     assert calls.rotation(bytearray(digits), True, ()) == b'{"wait":true,"new_kek_hex":"%b"}' % digits
     assert calls.rotation(None, False, ()) == b'{"wait":false}'
+    assert calls.rotation(None, True, (), "low") == b'{"wait":true,"priority":"low"}'
     for bad in ("", "ab" * 31, "zz" * 32, "ab" * 32 + "\n", '"' + "a" * 63, "é" * 64):
         with pytest.raises(errors.InvalidRequestError):
             calls.rotation(bad, True, ())
@@ -260,12 +261,16 @@ def test_a_request_id_that_could_break_the_head_is_refused() -> None:
 
 def test_a_key_id_never_leaves_its_place_in_a_path() -> None:
     assert make_call(api.GET_KEY, api.KeyRequest("../x?y#z")).target == b"/keys/..%2Fx%3Fy%23z"
+    assert make_call(api.TEST_ROOT, calls.proof("ab" * 32), named="../x?y#z").target == b"/roots/..%2Fx%3Fy%23z/test"
     assert make_call(api.GET_WRAPPED, api.KeyRequest("a&b=c")).target == b"/get_wrapped?key_id=a%26b%3Dc"
 
 
 def test_verbs_that_make_or_change_something_are_never_repeated_blindly() -> None:
     once = {verb.name for verb in api.VERBS if not verb.repeatable}
-    assert once == {"create_dek", "generate_data_key", "rotate_kek", "destroy_key", "prune_kek"}
+    assert once == {
+        "create_dek", "generate_data_key", "rotate_kek", "destroy_key", "prune_kek", "add_root", "remove_root",
+        "unseal",
+    }  # fmt: skip
 
 
 SECRET = b"sixteen secret b"
@@ -285,6 +290,10 @@ def test_nothing_that_carries_a_secret_shows_it() -> None:
             api.DataKeyAnswer(KEY, b"", SECRET),
             api.RandomAnswer(SECRET),
             api.RotateKekRequest(new_kek_hex=hexadecimal),
+            api.AddRootRequest("file", hexadecimal),
+            api.ProveRootRequest(hexadecimal),
+            make_call(api.ADD_ROOT, calls.new_root(hexadecimal, "file", None)),
+            make_call(api.TEST_ROOT, calls.proof(hexadecimal), named="s1"),
             make_call(api.ENCRYPT, EncryptItem(key_id=KEY, plaintext=SECRET)),
             make_call(api.ROTATE_KEK, calls.rotation(hexadecimal, True, [sample])),
             Answer(200, b'{"plaintext":"%b"}' % base64_text.encode(), True),

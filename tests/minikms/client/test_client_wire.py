@@ -116,6 +116,21 @@ def test_any_connection_option_but_keep_alive_ends_the_connection() -> None:
         assert answer == Answer(200, b"", reusable)
 
 
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("Retry-After: 17", 17),
+        ("retry-after:3600", 3600),
+        ("Retry-After: soon", 0),
+        ("Retry-After: 9999999", 0),
+        ("A: b", 0),
+    ],
+)
+def test_the_time_to_wait_is_read_from_a_number_of_seconds_only(header: str, seconds: int) -> None:
+    answer = feed(f"HTTP/1.1 429 No\r\n{header}\r\nContent-Length: 0\r\n\r\n".encode())
+    assert answer is not None and answer.retry_after_s == seconds
+
+
 def test_a_request_head_is_http_1_1_with_a_host() -> None:
     assert request_head(b"/status", None, None) == b"GET /status HTTP/1.1\r\nHost: minikms\r\n\r\n"
     assert request_head(b"/encrypt", 2, "r-1") == (

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import os
 import signal
 import socket
 import tempfile
+import termios
 import threading
 import time
 import warnings
@@ -17,8 +20,8 @@ import pytest
 
 from minikms import api
 from minikms.client import AsyncClient, Client, calls, errors
-from minikms.client import connection as peer
-from minikms.client.connection import POOL_CONNECTIONS_MAX
+from minikms.client import connecting as peer
+from minikms.client.connecting import POOL_CONNECTIONS_MAX
 from tests.minikms.client.hostile import CLOSE, SILENT, answer, hostile, read_request
 from tests.minikms.client.using import (
     CREATE_CALL,
@@ -37,7 +40,7 @@ from tests.minikms.client.using import (
 def test_a_connection_is_kept_for_the_next_call(use: Use) -> None:
     with hostile([STATUS, STATUS, CREATED]) as server:
         first, second, third = use(server.path, STATUS_CALL, STATUS_CALL, CREATE_CALL)
-        assert (first, second, third.key_id) == ({"a": 1}, {"a": 1}, KEY)
+        assert (first, second, third.key_id) == (api.StatusAnswer(), api.StatusAnswer(), KEY)
         assert server.connections == 1
 
 
@@ -93,7 +96,7 @@ def test_a_silent_daemon_is_a_timeout_and_its_late_answer_is_discarded(use: Use)
     with hostile([SILENT], [STATUS]) as server:
         first, second = use(server.path, ENCRYPT_CALL, STATUS_CALL, timeout_s=0.2, wait_s=WAIT_S)
         assert isinstance(first, errors.KmsTimeoutError)
-        assert second == {"a": 1}
+        assert second == api.StatusAnswer()
         assert server.connections == 2
 
 
@@ -136,7 +139,7 @@ def test_an_answer_that_is_none_is_a_protocol_error_and_not_repeated(use: Use, w
     with hostile([wire, STATUS], [STATUS]) as server:
         first, second = use(server.path, STATUS_CALL, STATUS_CALL, wait_s=WAIT_S)
         assert isinstance(first, errors.KmsProtocolError)
-        assert second == {"a": 1}
+        assert second == api.StatusAnswer()
         assert len(server.requests) == 2
 
 
@@ -149,11 +152,11 @@ def test_a_value_that_is_too_much_for_base64_is_a_protocol_error(use: Use) -> No
 def test_a_harmless_call_is_made_again_when_its_connection_breaks(use: Use) -> None:
     for call, wire in ((STATUS_CALL, STATUS), (ENCRYPT_CALL, SEALED)):
         with hostile([SILENT, CLOSE], [wire[:20], CLOSE], [wire]) as server:
-            server_kills = threading.Timer(0.2, lambda server=server: server._open[0].shutdown(socket.SHUT_RDWR))
+            server_kills = threading.Timer(0.2, lambda server=server: server.sockets[0].shutdown(socket.SHUT_RDWR))
             server_kills.start()
             [result] = use(server.path, call, wait_s=WAIT_S)
             server_kills.join()
-            assert result in ({"a": 1}, b"x")
+            assert result in (api.StatusAnswer(), b"x")
             assert len(server.requests) >= 2
 
 
@@ -203,7 +206,12 @@ def test_a_refusal_is_an_error_of_its_code_and_ends_the_call(use: Use) -> None:
         first, second = use(server.path, ENCRYPT_CALL, STATUS_CALL, wait_s=WAIT_S)
         assert isinstance(first, errors.KeyRetiredError)
         assert (first.status, first.code, str(first)) == (409, "key_retired", "The key decrypts only. (key_retired)")
-        assert second == {"a": 1}
+        assert second == api.StatusAnswer()
+
+
+NOTHING_UNREAD = bytes(4)
+PLANTED_PAUSE_S = 0.5
+"""Longer than the far side needs to plant bytes."""
 
 
 def test_bytes_planted_on_an_idle_connection_answer_no_later_call(use: Use) -> None:
@@ -217,9 +225,11 @@ def test_bytes_planted_on_an_idle_connection_answer_no_later_call(use: Use) -> N
             with first:
                 read_request(first)
                 first.sendall(STATUS)
-                time.sleep(0.005)
+                while fcntl.ioctl(first, termios.TIOCOUTQ, NOTHING_UNREAD) != NOTHING_UNREAD:
+                    time.sleep(0.001)
+                time.sleep(0.005)  # until the client has taken it for the whole answer
                 with suppress(OSError):
-                    first.sendall(answer(b'{"planted":true}'))
+                    first.sendall(answer(b'{"status":"planted"}'))
                 planted.set()
                 second, _ = listener.accept()
                 with second:
@@ -233,15 +243,16 @@ def test_bytes_planted_on_an_idle_connection_answer_no_later_call(use: Use) -> N
             with Client(directory + "/s") as client:
                 client.status()
                 planted.wait(WAIT_S)
-                assert client.status() == {"a": 1}
+                assert client.status() == api.StatusAnswer()
         else:
-            assert use(directory + "/s", STATUS_CALL, STATUS_CALL) == [{"a": 1}, {"a": 1}]
+            results = use(directory + "/s", STATUS_CALL, STATUS_CALL, pause_s=PLANTED_PAUSE_S)
+            assert results == [api.StatusAnswer(), api.StatusAnswer()]
         thread.join()
 
 
 def test_a_connection_closed_after_an_answer_is_not_used_again(use: Use) -> None:
     with hostile([answer(b'{"a":1}', 200, b"Connection: close\r\n"), SILENT], [STATUS]) as server:
-        assert use(server.path, STATUS_CALL, STATUS_CALL) == [{"a": 1}, {"a": 1}]
+        assert use(server.path, STATUS_CALL, STATUS_CALL) == [api.StatusAnswer(), api.StatusAnswer()]
         assert server.connections == 2
 
 
@@ -294,27 +305,38 @@ def test_threads_share_a_blocking_client() -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert results == [{"a": 1}] * 160
+        assert results == [api.StatusAnswer()] * 160
         assert server.connections <= 8
 
 
 def test_a_forked_child_uses_no_connection_of_its_parent() -> None:
     """On one that both use, each would read answers to the other."""
-    with hostile([STATUS, STATUS], [STATUS]) as server, Client(server.path) as client:
-        assert client.status() == {"a": 1}
-        client._lock.acquire()  # as another thread of the parent may have
+    locks: list[threading.Lock] = []
+    made = threading.Lock
+
+    def noting() -> threading.Lock:
+        locks.append(made())
+        return locks[-1]
+
+    with hostile([STATUS, STATUS], [STATUS]) as server, contextlib.ExitStack() as opened:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(threading, "Lock", noting)
+            client = opened.enter_context(Client(server.path))
+        [lock] = locks
+        assert client.status() == api.StatusAnswer()
+        lock.acquire()  # as another thread of the parent may have
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python warns of forks beside threads
             pid = os.fork()
         if pid == 0:
             try:
                 signal.alarm(10)
-                os._exit(0 if client.status() == {"a": 1} else 1)
+                os._exit(0 if client.status() == api.StatusAnswer() else 1)
             finally:
                 os._exit(2)
-        client._lock.release()
+        lock.release()
         assert os.waitpid(pid, 0)[1] == 0
-        assert client.status() == {"a": 1}
+        assert client.status() == api.StatusAnswer()
         assert server.connections == 2
 
 
@@ -334,14 +356,26 @@ def test_closing_an_asynchronous_client_ends_what_is_under_way() -> None:
         asyncio.run(main(server.path))
 
 
-def test_a_key_is_wiped_also_when_the_call_never_gets_its_turn() -> None:
-    async def main() -> None:
-        client = AsyncClient("/nowhere", timeout_s=0.01, wait_s=0)
-        for _ in range(POOL_CONNECTIONS_MAX):
-            await client._slots.acquire()
-        body = calls.rotation("ab" * 32, True, ())
-        with pytest.raises(errors.KmsTimeoutError):
-            await client._call(api.ROTATE_KEK, body)
-        assert body == bytes(len(body))
+def test_a_key_is_wiped_also_when_the_call_never_gets_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotations without an answer, for which a client waits long, have all of its connections."""
+    bodies: list[bytearray] = []
+    rotation = calls.rotation
 
-    asyncio.run(main())
+    def noting(*given: Any) -> bytearray:
+        bodies.append(rotation(*given))
+        return bodies[-1]
+
+    async def main(path: str) -> None:
+        client = AsyncClient(path, timeout_s=0.05, wait_s=0)
+        others = [asyncio.ensure_future(client.rotate_kek()) for _ in range(POOL_CONNECTIONS_MAX)]
+        await asyncio.sleep(0)
+        monkeypatch.setattr(calls, "rotation", noting)
+        with pytest.raises(errors.KmsTimeoutError):
+            await client.rotate_kek(new_kek_hex="ab" * 32)
+        [body] = bodies
+        assert body == bytes(len(body))
+        await client.close()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    with hostile(*[[SILENT]] * POOL_CONNECTIONS_MAX) as server:
+        asyncio.run(main(server.path))

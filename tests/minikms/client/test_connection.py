@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from minikms.client.connection import Connection, default_server_uids
+from minikms.client.connecting import default_server_uids
+from minikms.client.connection import Connection
 from minikms.client.errors import KmsTimeoutError, KmsUnavailableError
 from tests.minikms.client.hostile import SILENT, answer, hostile
 

@@ -24,7 +24,11 @@ WAIT_S = 5.0
 Use = Callable[..., list[Any]]
 
 
-def use_blocking(path: str, *calls: tuple[str, dict[str, Any]], **options: Any) -> list[Any]:
+PAUSE_S = 0.02
+"""Between two calls. A test whose far side needs longer gives its own."""
+
+
+def use_blocking(path: str, *calls: tuple[str, dict[str, Any]], pause_s: float = PAUSE_S, **options: Any) -> list[Any]:
     """Makes the calls one after the other with one client; a KmsError is a result."""
     with Client(path, **options) as client:
         results = []
@@ -33,7 +37,7 @@ def use_blocking(path: str, *calls: tuple[str, dict[str, Any]], **options: Any) 
                 results.append(getattr(client, name)(**arguments))
             except errors.KmsError as error:
                 results.append(error)
-            time.sleep(0.02)  # the far side does meanwhile what it has to do
+            time.sleep(pause_s)  # the far side does meanwhile what it has to do
         return results
 
 
@@ -41,6 +45,7 @@ def use_asyncio(
     path: str,
     *calls: tuple[str, dict[str, Any]],
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+    pause_s: float = PAUSE_S,
     **options: Any,
 ) -> list[Any]:
     async def main() -> list[Any]:
@@ -51,7 +56,7 @@ def use_asyncio(
                     results.append(await getattr(client, name)(**arguments))
                 except errors.KmsError as error:
                     results.append(error)
-                await asyncio.sleep(0.02)  # as above
+                await asyncio.sleep(pause_s)  # as above
             return results
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:

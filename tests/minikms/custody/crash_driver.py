@@ -1,20 +1,34 @@
 """A process that changes files, to be killed or failed at one of its system calls.
 
+All of it runs in one thread, so that a system call has one number.
+
 `crash_driver.py SCENARIO DIRECTORY` writes "begin" to stderr after its preparations. To stdout it writes each promise
-after the call returned: "told", a name and its content, or "granted", a key and its count. After an error it writes
-"refused" and tries once more.
+after the call returned: "told", a name and its content; "granted", a key and its count; "grown" and a line; or
+"destroyed" and a key. After an error it writes "refused" and tries once more.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Executor, Future
 from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
+from minikms.custody import rotation
+from minikms.custody.appended_file import AppendedFile
 from minikms.custody.files import FileWrite, open_directory, remove_file, replace_file, write_files
 from minikms.custody.lease_store import LeaseStore
-from minikms.errors import StorageUnavailableError
+from minikms.datadir import DataDir, Options, lock_data_dir, open_for_service
+from minikms.errors import ConflictError, MiniKmsError, StorageUnavailableError
+from minikms.memory.arena import SecretArena
+from minikms.roots.providers import KeyFile
+
+T = TypeVar("T")
 
 
 def tell(text: str) -> None:
@@ -56,17 +70,178 @@ def leases(directory: int) -> None:
     for numbers in ((1, 2), (1,), (), (1, 3), (2,)):
         if numbers:
             keys = [number.to_bytes(16, "big") for number in numbers]
-            totals = insist(partial(store.reserve, keys))
-            assert isinstance(totals, list)
-            for number, total in zip(numbers, totals, strict=True):
-                tell(f"granted {number} {total}")
+            insist(partial(store.reserve, [(key, 1 << 16) for key in keys]))
+            for number, key in zip(numbers, keys, strict=True):
+                tell(f"granted {number} {store.total(key)}")
         else:
             insist(store.merge)
     store.close()
 
 
+def grow(directory: int) -> None:
+    file = AppendedFile(directory, "lines", bytes_max=1 << 20)
+    content = file.read() or b""
+    content = content[: content.rfind(b"\n") + 1]
+
+    def put(line: bytes) -> None:
+        if file.appendable:
+            file.append(line)
+        else:
+            file.replace(content)
+
+    for number in range(4):
+        line = f"{os.getpid()}-{number}\n".encode()
+        content += line
+        insist(partial(put, line))
+        tell(f"grown {line.decode().strip()}")
+    file.close()
+
+
+class SameThread(Executor):
+    """Runs each job at once."""
+
+    def submit(self, work: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(work(*args, **kwargs))
+        except Exception as error:  # noqa: BLE001  as an executor does
+            done.set_exception(error)
+        return done
+
+
+@contextlib.asynccontextmanager
+async def served() -> AsyncIterator[DataDir]:
+    place, worker = Path(sys.argv[2]), SameThread()
+    with SecretArena(64, force_fallback=True) as arena, insist_on(lambda: lock_data_dir(str(place / "data"))) as lock:
+        root = KeyFile(place / "key")
+        options = Options(audit_fsync="never", cache_keys_max=8)
+        data = insist_on(
+            lambda: open_for_service(lock, root, arena=arena, disk=worker, journal=worker, options=options)
+        )
+        yield data
+        await data.drain()
+        with contextlib.suppress(MiniKmsError):
+            data.close()
+
+
+async def destroy_retired(count: int) -> None:
+    """A start, then the destruction of the first retired keys, two of them at once."""
+    async with served() as data:
+        key_ids = (Path(sys.argv[2]) / "victims").read_text().split()
+
+        async def destroy(*chosen: str) -> None:
+            await asyncio.gather(*map(data.vault.destroy, chosen))
+
+        for chosen in (key_ids[:2], key_ids[2:3])[:count]:
+            try:
+                await destroy(*chosen)
+            except MiniKmsError:
+                tell("refused")
+                await destroy(*chosen)
+            for key_id in chosen:
+                tell(f"destroyed {key_id}")
+
+
+async def rotate_beside_changes() -> None:
+    """A start, then a KEK rotation, and beside it a destruction, a retirement and a creation."""
+    async with served() as data:
+        vault = data.vault
+        rotating = rotation.KekRotation(vault, reader=SameThread(), disk=SameThread())
+        victim, retired = (Path(sys.argv[2]) / "victims").read_text().split()
+        await changed_once(lambda: rotating.begin(None))
+        running = asyncio.create_task(rotating.run())
+        await asyncio.sleep(0)
+        await asyncio.gather(
+            changed_once(lambda: vault.destroy(victim)),
+            changed_once(lambda: vault.retire(retired)),
+            changed_once(lambda: vault.create("t")),
+        )
+        await running
+        tell(f"destroyed {victim}")
+        tell(f"retired {retired}")
+
+
+async def create_and_destroy() -> None:
+    """A start, which replays the create log that is there, then creates, and the destruction of one of the new keys."""
+    async with served() as data:
+        vault = data.vault
+
+        async def create(thread_id: str) -> str:
+            made = await changed(lambda: vault.create(thread_id))
+            tell(f"created {made.id} {bytes(vault.opened(made.id).view).hex()}")
+            return made.id
+
+        victim, *_ = await asyncio.gather(*(create(f"n{number}") for number in range(3)))
+        await changed(lambda: vault.retire(victim, again=True))
+        await changed(lambda: vault.destroy(victim))
+        tell(f"destroyed {victim}")
+
+
+async def start_and_stop() -> None:
+    """A start replays the journal that is there."""
+    async with served():
+        pass
+
+
+async def changed(change: Callable[[], Awaitable[T]]) -> T:
+    try:
+        return await change()
+    except StorageUnavailableError:
+        tell("refused")
+        return await change()
+
+
+async def changed_once(change: Callable[[], Awaitable[object]]) -> None:
+    """A ConflictError means that an earlier run made the change."""
+    with contextlib.suppress(ConflictError):
+        await changed(change)
+
+
+def insist_on(make: Callable[[], T]) -> T:
+    try:
+        return make()
+    except (MiniKmsError, OSError):
+        tell("refused")
+    return make()
+
+
+def destroy(_: int) -> None:
+    asyncio.run(destroy_retired(2))
+
+
+def rewrap(_: int) -> None:
+    vars(rotation).update(BATCH_FILES=3, RETRY_SECONDS_MIN=0.01)
+    asyncio.run(rotate_beside_changes())
+
+
+def creates(_: int) -> None:
+    asyncio.run(create_and_destroy())
+
+
+def replay(_: int) -> None:
+    asyncio.run(start_and_stop())
+
+
+def convert(_: int) -> None:
+    asyncio.run(destroy_retired(1))
+
+
+SCENARIOS = {
+    "replace": replace,
+    "create": create,
+    "many": many,
+    "remove": remove,
+    "leases": leases,
+    "grow": grow,
+    "destroy": destroy,
+    "convert": convert,
+    "rewrap": rewrap,
+    "replay": replay,
+    "creates": creates,
+}
+
 if __name__ == "__main__":
-    scenario = {"replace": replace, "create": create, "many": many, "remove": remove, "leases": leases}[sys.argv[1]]
+    scenario = SCENARIOS[sys.argv[1]]
     opened = open_directory(sys.argv[2])
     os.write(2, b"begin\n")
     scenario(opened)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from minikms.custody.lease_format import journal_header
-from minikms.custody.lease_store import JOURNAL_NAME
+from minikms.custody.lease_format import LEASE_USES_MAX, journal_header
+from minikms.custody.lease_store import JOURNAL_NAME, LeaseStore
 from minikms.errors import StorageUnavailableError
 
 
@@ -63,6 +63,16 @@ def journal(directory: Path, *records: bytes) -> None:
     (directory / JOURNAL_NAME).write_bytes(journal_header() + b"".join(records))
 
 
-def refuse(*_: object) -> NoReturn:
+def reserve_leases(store: LeaseStore, keys: Sequence[bytes]) -> list[int | None]:
+    """Reserves a largest lease for each key; the count of each afterwards, None for one that only decrypts."""
+    counts = {one: store.total(one) for one in keys}
+    found: list[int | None] = []
+    for one, uses in zip(keys, store.reserve([(one, LEASE_USES_MAX) for one in keys]), strict=True):
+        counts[one] += uses
+        found.append(counts[one] if uses else None)
+    return found
+
+
+def refuse(*_: object, **__: object) -> NoReturn:
     """In the place of a write."""
     raise StorageUnavailableError("the disk refuses")

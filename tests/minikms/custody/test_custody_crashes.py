@@ -5,13 +5,15 @@ The normal suite takes a part of the points; `-m torture` takes all of them and 
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -19,16 +21,56 @@ from typing import NamedTuple
 import pytest
 
 import minikms
+from minikms.custody import create_log, rewrap_journal
 from minikms.custody.files import open_directory, sweep_temps
 from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
+from minikms.custody.rewrap_journal import Record
 from tests import needs
-from tests.minikms.custody.disk_faults import key
+from tests.harness.vaults import opened_vault
+from tests.minikms.custody.disk_faults import key, reserve_leases
+from tests.minikms.custody.tombstones import to_format_1
 
-CALLS = ("openat", "write", "pwrite64", "fsync", "fdatasync", "syncfs", "renameat", "renameat2", "linkat", "unlinkat")
+CALLS = (
+    "openat",
+    "mkdir",
+    "write",
+    "pwrite64",
+    "fsync",
+    "fdatasync",
+    "syncfs",
+    "renameat",
+    "renameat2",
+    "linkat",
+    "unlinkat",
+)
 TRACE = "trace=" + ",".join(f"?{call}" for call in CALLS)
-SCENARIOS = ("replace", "create", "many", "remove", "leases")
+SCENARIOS = (
+    "replace",
+    "create",
+    "many",
+    "remove",
+    "leases",
+    "grow",
+    "destroy",
+    "convert",
+    "rewrap",
+    "replay",
+    "creates",
+)
 POINTS_AT_ONCE = 2
-SLICE = {"replace": 2, "create": 3, "many": 5, "remove": 2, "leases": 6}
+SLICE = {
+    "replace": 3,
+    "create": 4,
+    "many": 8,
+    "remove": 3,
+    "leases": 9,
+    "grow": 8,
+    "destroy": 18,
+    "convert": 18,
+    "rewrap": 23,
+    "replay": 15,
+    "creates": 23,
+}
 """The normal suite takes every so manieth point."""
 
 
@@ -57,10 +99,21 @@ def run(place: Path, scenario: str, *options: str) -> subprocess.CompletedProces
 
 def prepare(place: Path, scenario: str) -> None:
     place.mkdir()
+    if scenario in ("rewrap", "replay"):
+        asyncio.run(keys_to_rewrap(place, journal=scenario == "replay"))
+        return
+    if scenario == "creates":
+        asyncio.run(keys_of_a_log(place))
+        return
+    if scenario in ("destroy", "convert"):
+        asyncio.run(keys_to_destroy(place, former_format=scenario == "convert"))
+        return
+    if scenario == "grow":
+        return
     if scenario == "leases":
         directory = open_directory(place)
         store = LeaseStore.open(directory, create=True)
-        store.reserve([key(1), key(4)])
+        reserve_leases(store, [key(1), key(4)])
         store.merge()
         store.close()
         os.close(directory)
@@ -106,6 +159,15 @@ def check_files(place: Path, told: dict[str, str]) -> None:
 def check(place: Path, scenario: str, stdout: bytes, *, temps: bool) -> None:
     """Every promise holds. `temps`: whether temporary files may be left."""
     lines = [line.split() for line in stdout.decode().splitlines()]
+    if scenario in ("rewrap", "replay"):
+        asyncio.run(check_rewrapped(place, lines))
+        return
+    if scenario == "creates":
+        asyncio.run(check_created(place, lines))
+        return
+    if scenario in ("destroy", "convert"):
+        asyncio.run(check_keys(place, {line[1] for line in lines if line[0] == "destroyed"}, scenario == "convert"))
+        return
     directory = open_directory(place)
     # In this process they look like those of an earlier one, as they do to a daemon that starts again.
     assert sweep_temps(directory) <= (6 if temps else 0)
@@ -119,10 +181,138 @@ def check(place: Path, scenario: str, stdout: bytes, *, temps: bool) -> None:
         assert store.total(key(1)) <= 8 << 16, "two runs take three leases each"
         store.close()
         assert names <= {JOURNAL_NAME, SNAPSHOT_NAME}
+    elif scenario == "grow":
+        assert names <= {"lines"}
+        kept = (place / "lines").read_text().splitlines() if names else []
+        assert {line[1] for line in lines if line[0] == "grown"} <= set(kept)
     else:
         check_files(place, {line[1]: line[2] for line in lines if line[0] == "told"})
         assert names <= {"f0", "f1", "f2", "f3", "f4", "g0"}
     os.close(directory)
+
+
+async def keys_to_destroy(place: Path, *, former_format: bool) -> None:
+    """Five retired keys, each with a rotation backup, and one active one; or a keyring of format 1 beside them."""
+    (place / "key").touch(0o600)
+    (place / "key").write_text("ab" * 32 + "\n")
+    async with opened_vault(place / "data", key=place / "key") as one:
+        key_ids = await one.make(6)
+        for key_id in key_ids[:5]:
+            await one.vault.retire(key_id)
+        (place / "victims").write_text(" ".join(key_ids[:3]))
+        await one.rotate()
+        if former_format:
+            await one.vault.destroy(key_ids[4])
+            to_format_1(one)
+
+
+async def check_keys(place: Path, told: set[str], former_format: bool) -> None:
+    """A start succeeds, twice. Each key that was told to be destroyed is; each other one is destroyed or opens."""
+    for _ in range(2):
+        async with opened_vault(place / "data", key=place / "key") as one:
+            await one.indexing.run()
+            destroyed = one.vault.destroyed
+            assert all(key_id in destroyed for key_id in told)
+            assert one.vault.keyring.body.tombstone_log is not None
+            assert one.vault.keyring.body.tombstone_log.count == len(destroyed) >= int(former_format)
+            present = {path.stem for path in (place / "data" / "kms-deks").glob("k_*.json")}
+            assert len(present) + len(destroyed) == 6, "no key is lost, and none is left of a destroyed one"
+            assert not any(key_id in destroyed for key_id in present)
+            assert one.keys(present)
+            assert {json.loads(content)["id"] for content in one.backups()} <= present
+
+
+async def keys_to_rewrap(place: Path, *, journal: bool) -> None:
+    """Eight keys: the first is retired and about to be destroyed, the second about to be retired.
+
+    With `journal` the power failed between two overwrites of a rotation, and the first key was destroyed.
+    """
+    (place / "key").touch(0o600)
+    (place / "key").write_text("ab" * 32 + "\n")
+    async with opened_vault(place / "data", key=place / "key") as one:
+        key_ids = await one.make(8)
+        (place / "keys").write_text(json.dumps({key_id: key.hex() for key_id, key in one.keys(key_ids).items()}))
+        (place / "victims").write_text(" ".join(key_ids[:2]))
+        await one.vault.retire(key_ids[0])
+        await one.rotate()  # so that every key has a backup
+        if not journal:
+            # A rotation of the same second would not make a directory of its own.
+            [made] = (one.directory / "kms-deks-backup").iterdir()
+            made.rename(made.with_name("20200101T000000"))
+            return
+        olds = {key_id: one.file(key_id).read_bytes() for key_id in key_ids}
+        await one.rotate()
+        news = {key_id: one.file(key_id).read_bytes() for key_id in key_ids}
+        await one.vault.destroy(key_ids[0])
+        records = [Record(key_id, olds[key_id], news[key_id]) for key_id in key_ids]
+        (place / "data" / rewrap_journal.NAME).write_bytes(rewrap_journal.encode(records))
+        old, torn, zeros, cut = key_ids[2:6]
+        one.file(old).write_bytes(olds[old])
+        one.file(torn).write_bytes(news[torn][:200] + olds[torn][200:])
+        one.file(zeros).write_bytes(bytes(512) + news[zeros][512:])
+        one.file(cut).write_bytes(news[cut][:100])
+
+
+async def check_rewrapped(place: Path, told: list[list[str]]) -> None:
+    """The rotation completes, every key has its value, a destroyed key is in no file, and what was told is so."""
+    keys: dict[str, str] = json.loads((place / "keys").read_text())
+    for _ in range(2):
+        async with opened_vault(place / "data", key=place / "key") as one:
+            assert not (one.directory / rewrap_journal.NAME).exists()
+            await one.indexing.run()
+            await one.rotation.run()
+            gone = {key_id for key_id in keys if key_id in one.vault.destroyed}
+            assert gone >= {line[1] for line in told if line[0] == "destroyed"}
+            left = keys.keys() - gone
+            assert {key_id: key.hex() for key_id, key in one.keys(left).items()} == {
+                key_id: keys[key_id] for key_id in left
+            }
+            assert len(one.keks_on_disk(left)) == 1
+            assert {one.on_disk(line[1]).state for line in told if line[0] == "retired"} <= {"retired"}
+            assert_in_no_file(one.directory, gone)
+
+
+async def keys_of_a_log(place: Path) -> None:
+    """Six keys whose creates were answered before the power failed: of most, nothing or a part reached the disk. One
+    was retired, one destroyed.
+    """
+    (place / "key").touch(0o600)
+    (place / "key").write_text("ab" * 32 + "\n")
+    async with opened_vault(place / "data", key=place / "key") as one:
+        key_ids = await one.make(6)
+        log = (place / "data" / create_log.NAME).read_bytes()
+        (place / "keys").write_text(json.dumps({key_id: key.hex() for key_id, key in one.keys(key_ids).items()}))
+        for key_id in key_ids[:2]:
+            await one.vault.retire(key_id)
+        await one.vault.destroy(key_ids[0])
+    (place / "data" / create_log.NAME).write_bytes(log)
+    absent, empty, torn, _ = key_ids[2:]
+    one.file(absent).unlink()
+    one.file(empty).write_bytes(b"")
+    one.file(torn).write_bytes(one.file(torn).read_bytes()[:100])
+
+
+async def check_created(place: Path, told: list[list[str]]) -> None:
+    """Every answered key has its value, a destroyed one is in no file, and no file is unreadable."""
+    keys: dict[str, str] = json.loads((place / "keys").read_text())
+    keys |= {line[1]: line[2] for line in told if line[0] == "created"}
+    for _ in range(2):
+        async with opened_vault(place / "data", key=place / "key") as one:
+            await one.indexing.run()
+            gone = {key_id for key_id in keys if key_id in one.vault.destroyed}
+            assert gone >= {line[1] for line in told if line[0] == "destroyed"}
+            left = keys.keys() - gone
+            assert {key_id: key.hex() for key_id, key in one.keys(left).items()} == {
+                key_id: keys[key_id] for key_id in left
+            }
+            assert one.vault.unreadable.count == 0
+            assert_in_no_file(one.directory, gone)
+
+
+def assert_in_no_file(directory: Path, key_ids: Iterable[str]) -> None:
+    paths = [path for path in directory.rglob("*") if path.is_file() and "audit" not in path.name]
+    for key_id in key_ids:
+        assert not [path for path in paths if b'"id":"%s"' % key_id.encode() in path.read_bytes()]
 
 
 def kill_at(tmp_path: Path, scenario: str, point: Point) -> None:

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from minikms.custody import files
-from minikms.custody.files import FileWrite, GroupCommit, open_directory
-from minikms.errors import ConflictError, InvalidRequestError, MiniKmsError, StorageUnavailableError
+from minikms.custody import files, group_commit
+from minikms.custody.files import FileWrite, open_directory
+from minikms.custody.group_commit import GroupCommit
+from minikms.errors import ConflictError, MiniKmsError, StorageUnavailableError
+
+ITEMS_MAX = 16
 
 
 class Disk:
@@ -42,15 +45,32 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
 
 
+class FileGroups:
+    """Group commit of files, as `DekStore` makes it."""
+
+    def __init__(self, directory: int, executor: ThreadPoolExecutor) -> None:
+        self._directory = directory
+        self._executor = executor
+        self._commit = GroupCommit(self._write, items_max=ITEMS_MAX)
+        self.drain = self._commit.drain
+
+    async def submit(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
+        await self._commit.submit(FileWrite(name, data, exclusive))
+
+    async def _write(self, writes: list[FileWrite]) -> list[MiniKmsError | None]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, files.write_group, self._directory, writes)
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Callable[[Callable[[GroupCommit], Awaitable[None]]], None]]:
+def run(tmp_path: Path) -> Iterator[Callable[[Callable[[FileGroups], Awaitable[None]]], None]]:
     """Run a scenario against a group commit in `tmp_path`, and drain it at its end."""
     directory = open_directory(tmp_path)
 
-    def run_scenario(scenario: Callable[[GroupCommit], Awaitable[None]]) -> None:
+    def run_scenario(scenario: Callable[[FileGroups], Awaitable[None]]) -> None:
         async def main() -> None:
             with ThreadPoolExecutor(max_workers=1) as executor:
-                group = GroupCommit(directory, executor)
+                group = FileGroups(directory, executor)
                 await scenario(group)
                 await group.drain()
 
@@ -60,11 +80,11 @@ def run(tmp_path: Path) -> Iterator[Callable[[Callable[[GroupCommit], Awaitable[
     os.close(directory)
 
 
-Run = Callable[[Callable[[GroupCommit], Awaitable[None]]], None]
+Run = Callable[[Callable[[FileGroups], Awaitable[None]]], None]
 
 
 def test_the_writes_of_one_turn_are_one_group(run: Run, disk: Disk, tmp_path: Path) -> None:
-    async def scenario(group: GroupCommit) -> None:
+    async def scenario(group: FileGroups) -> None:
         await asyncio.gather(*(group.submit(f"f{number}", b"%d" % number) for number in range(10)))
         assert all((tmp_path / f"f{number}").read_bytes() == b"%d" % number for number in range(10))
 
@@ -74,7 +94,7 @@ def test_the_writes_of_one_turn_are_one_group(run: Run, disk: Disk, tmp_path: Pa
 
 
 def test_what_arrives_while_a_group_is_written_is_the_next_group(run: Run, disk: Disk) -> None:
-    async def scenario(group: GroupCommit) -> None:
+    async def scenario(group: FileGroups) -> None:
         disk.go.clear()
         first = asyncio.create_task(group.submit("first", b""))
         while not disk.groups:
@@ -91,22 +111,18 @@ def test_what_arrives_while_a_group_is_written_is_the_next_group(run: Run, disk:
     assert disk.groups == [["first"], ["b", "c", "d"]]
 
 
-def test_groups_are_bounded_in_number_and_bytes(run: Run, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "GROUP_FILES_MAX", 3)
-    monkeypatch.setattr(files, "GROUP_BYTES_MAX", 10)
-
-    async def scenario(group: GroupCommit) -> None:
-        await asyncio.gather(*(group.submit(f"f{number}", b"") for number in range(7)))
-        await asyncio.gather(*(group.submit(f"g{number}", b"x" * 6) for number in range(3)))
+def test_groups_are_bounded(run: Run, disk: Disk) -> None:
+    async def scenario(group: FileGroups) -> None:
+        await asyncio.gather(*(group.submit(f"f{number}", b"") for number in range(2 * ITEMS_MAX + 1)))
 
     run(scenario)
-    assert [len(group) for group in disk.groups] == [3, 3, 1, 2, 1]
+    assert [len(group) for group in disk.groups] == [ITEMS_MAX, ITEMS_MAX, 1]
 
 
 def test_only_the_caller_of_a_taken_name_gets_the_conflict(run: Run, tmp_path: Path) -> None:
     (tmp_path / "taken").write_bytes(b"old")
 
-    async def scenario(group: GroupCommit) -> None:
+    async def scenario(group: FileGroups) -> None:
         results = await asyncio.gather(
             *(group.submit(name, b"new", exclusive=True) for name in ("a", "taken", "b", "b")), return_exceptions=True
         )
@@ -117,7 +133,7 @@ def test_only_the_caller_of_a_taken_name_gets_the_conflict(run: Run, tmp_path: P
 
 
 def test_all_callers_of_a_failed_group_get_its_error(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(group: GroupCommit) -> None:
+    async def scenario(group: FileGroups) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             results = await asyncio.gather(*(group.submit(f"f{n}", b"x") for n in range(3)), return_exceptions=True)
@@ -131,7 +147,7 @@ def test_all_callers_of_a_failed_group_get_its_error(run: Run, tmp_path: Path, m
 def test_a_defect_cancels_its_callers_and_does_not_stop_the_next_group(run: Run, disk: Disk) -> None:
     problems: list[object] = []
 
-    async def scenario(group: GroupCommit) -> None:
+    async def scenario(group: FileGroups) -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _loop, context: problems.append(context["exception"]))
         disk.failure = RuntimeError("a defect")
         with pytest.raises(asyncio.CancelledError):
@@ -144,7 +160,7 @@ def test_a_defect_cancels_its_callers_and_does_not_stop_the_next_group(run: Run,
 
 
 def test_a_caller_cancelled_before_its_group_begins_writes_nothing(run: Run, disk: Disk, tmp_path: Path) -> None:
-    async def scenario(group: GroupCommit) -> None:
+    async def scenario(group: FileGroups) -> None:
         disk.go.clear()
         first = asyncio.create_task(group.submit("first", b""))
         while not disk.groups:
@@ -162,9 +178,9 @@ def test_a_caller_cancelled_before_its_group_begins_writes_nothing(run: Run, dis
 
 
 def test_no_more_than_a_bounded_number_of_writes_waits(run: Run, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "WRITES_WAITING_MAX", 2)
+    monkeypatch.setattr(group_commit, "WAITING_MAX", 2)
 
-    async def scenario(group: GroupCommit) -> None:
+    async def scenario(group: FileGroups) -> None:
         results = await asyncio.gather(*(group.submit(f"f{n}", b"") for n in range(4)), return_exceptions=True)
         assert [type(result) for result in results] == [type(None)] * 2 + [StorageUnavailableError] * 2
 
@@ -172,7 +188,7 @@ def test_no_more_than_a_bounded_number_of_writes_waits(run: Run, disk: Disk, mon
 
 
 def test_drain_returns_when_everything_is_written(run: Run, disk: Disk, tmp_path: Path) -> None:
-    async def scenario(group: GroupCommit) -> None:
+    async def scenario(group: FileGroups) -> None:
         tasks = [asyncio.create_task(group.submit(f"f{number}", b"")) for number in range(3)]
         await asyncio.sleep(0)
         await group.drain()
@@ -183,10 +199,17 @@ def test_drain_returns_when_everything_is_written(run: Run, disk: Disk, tmp_path
     run(scenario)
 
 
-def test_a_bad_name_is_refused_before_it_joins_a_group(run: Run, disk: Disk) -> None:
-    async def scenario(group: GroupCommit) -> None:
-        with pytest.raises(InvalidRequestError):
-            await group.submit("../f", b"")
+def test_an_error_of_a_whole_group_is_each_callers_own() -> None:
+    """An exception object that several callers raise would collect the tracebacks of all."""
 
-    run(scenario)
-    assert disk.groups == []
+    async def main() -> None:
+        async def refused(items: list[int]) -> list[int | MiniKmsError]:
+            raise ConflictError("an active key") from OSError(5, "the cause")
+
+        group = GroupCommit(refused, items_max=ITEMS_MAX)
+        errors = await asyncio.gather(*(group.submit(number) for number in range(3)), return_exceptions=True)
+        assert {(type(error), str(error)) for error in errors} == {(ConflictError, "an active key")}
+        assert len({id(error) for error in errors}) == 3
+        assert all(isinstance(error, ConflictError) and isinstance(error.__cause__, OSError) for error in errors)
+
+    asyncio.run(main())

@@ -19,9 +19,8 @@ from minikms.custody.lease_format import (
     GROUP_RECORDS_MAX,
     HEADER_BYTES,
     KEY_LAST,
-    LEASE_USES,
+    LEASE_USES_MAX,
     RECORD_BYTES,
-    RESTORE_USES,
     SPENT_COUNT_MAX,
     STEPS_COUNT_MAX,
     USES_LIMIT,
@@ -34,7 +33,7 @@ from minikms.custody.lease_format import (
 )
 from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
 from minikms.errors import StartError
-from tests.minikms.custody.disk_faults import flip, journal, key
+from tests.minikms.custody.disk_faults import flip, journal, key, reserve_leases
 
 # --- torn and damaged journals ----------------------------------------------------------------------------------------
 
@@ -42,7 +41,7 @@ from tests.minikms.custody.disk_faults import flip, journal, key
 @given(st.integers(0, 40 * RECORD_BYTES))
 @settings(max_examples=40)
 def test_a_journal_cut_anywhere_keeps_every_whole_record(cut: int) -> None:
-    records = [encode_record(key(number % 7), (number + 2) * LEASE_USES) for number in range(40)]
+    records = [encode_record(key(number % 7), (number + 2) * LEASE_USES_MAX) for number in range(40)]
     read = parse_journal(journal_header() + b"".join(records)[:cut])
     assert bytes(read.image) == journal_header() + b"".join(records[: cut // RECORD_BYTES])
     assert read.torn_bytes == cut % RECORD_BYTES
@@ -58,7 +57,7 @@ def test_the_leases_counted_as_lost_cover_what_any_key_lacks(bad: set[int], bit:
     content = bytearray(journal_header())
     for _ in range(40):
         one = key(rng.randrange(6))
-        counts[one] = counts.get(one, LEASE_USES) + LEASE_USES
+        counts[one] = counts.get(one, LEASE_USES_MAX) + LEASE_USES_MAX
         content += encode_record(one, counts[one])
     for number in bad:
         content[HEADER_BYTES + number * RECORD_BYTES + bit // 8] ^= 1 << bit % 8
@@ -68,7 +67,7 @@ def test_the_leases_counted_as_lost_cover_what_any_key_lacks(bad: set[int], bit:
     assert (read.torn_bytes > 0) == (39 in bad)
     torn_records = read.torn_bytes // RECORD_BYTES
     for one, count in counts.items():
-        assert count <= read.totals.get(one, LEASE_USES) + LEASE_USES * (read.damaged_records + torn_records)
+        assert count <= read.totals.get(one, LEASE_USES_MAX) + LEASE_USES_MAX * (read.damaged_records + torn_records)
 
 
 def test_more_torn_bytes_than_one_append_are_damage() -> None:
@@ -80,28 +79,28 @@ def test_more_torn_bytes_than_one_append_are_damage() -> None:
 def test_after_a_torn_append_every_key_counts_one_lease_more_once(
     tmp_path: Path, opened: Callable[..., LeaseStore], tail: bytes
 ) -> None:
-    journal(tmp_path, encode_record(key(1), 3 * LEASE_USES), tail)
+    journal(tmp_path, encode_record(key(1), 3 * LEASE_USES_MAX), tail)
     for lost in (1, 0):
         store = opened()
         assert store.status().lost_leases == lost
-        assert [store.total(key(number)) for number in (1, 2)] == [4 * LEASE_USES, 2 * LEASE_USES]
-    assert store.reserve([key(2)]) == [3 * LEASE_USES]
+        assert [store.total(key(number)) for number in (1, 2)] == [4 * LEASE_USES_MAX, 2 * LEASE_USES_MAX]
+    assert reserve_leases(store, [key(2)]) == [3 * LEASE_USES_MAX]
 
 
 def test_each_damaged_record_adds_a_lease_to_every_key(tmp_path: Path, opened: Callable[..., LeaseStore]) -> None:
-    records = [encode_record(key(number), 2 * LEASE_USES) for number in range(10)]
+    records = [encode_record(key(number), 2 * LEASE_USES_MAX) for number in range(10)]
     journal(tmp_path, *records)
     for number in (2, 5):
         flip(tmp_path / JOURNAL_NAME, HEADER_BYTES + number * RECORD_BYTES + 20, 3)
     store = opened()
     assert store.status().lost_leases == 2
-    assert store.total(key(0)) == 4 * LEASE_USES
-    assert store.total(key(2)) == 3 * LEASE_USES
-    assert opened().total(key(0)) == 4 * LEASE_USES
+    assert store.total(key(0)) == 4 * LEASE_USES_MAX
+    assert store.total(key(2)) == 3 * LEASE_USES_MAX
+    assert opened().total(key(0)) == 4 * LEASE_USES_MAX
 
 
 def test_a_journal_damaged_in_many_places_is_refused(tmp_path: Path, opened: Callable[..., LeaseStore]) -> None:
-    good = encode_record(key(1), 2 * LEASE_USES)
+    good = encode_record(key(1), 2 * LEASE_USES_MAX)
     journal(tmp_path, *[bytes(RECORD_BYTES), good] * (DAMAGED_RECORDS_MAX + 1))
     with pytest.raises(StartError, match="damaged records"):
         opened()
@@ -115,7 +114,7 @@ def test_a_damaged_block_hides_only_its_own_keys_and_those_are_spent(
 ) -> None:
     store = opened(create=True)
     keys = [key(number * 2) for number in range(BLOCK_ENTRIES * 3)]
-    store.reserve(keys)
+    reserve_leases(store, keys)
     store.merge()
     flip(tmp_path / SNAPSHOT_NAME, BLOCK_BYTES + 1000)
     store = opened()
@@ -123,14 +122,14 @@ def test_a_damaged_block_hides_only_its_own_keys_and_those_are_spent(
 
     def check(store: LeaseStore) -> None:
         for one in keys:
-            assert store.total(one) == (USES_MAX if one in damaged else 2 * LEASE_USES)
+            assert store.total(one) == (USES_MAX if one in damaged else 2 * LEASE_USES_MAX)
         between = key(BLOCK_ENTRIES * 2 + 1)
         assert store.total(between) == USES_MAX, "a key without an entry in that range may have lost it"
 
     check(store)
-    assert store.reserve([keys[BLOCK_ENTRIES], keys[0]]) == [None, 3 * LEASE_USES]
+    assert reserve_leases(store, [keys[BLOCK_ENTRIES], keys[0]]) == [None, 3 * LEASE_USES_MAX]
     store.merge()
-    assert store.total(keys[0]) == 3 * LEASE_USES
+    assert store.total(keys[0]) == 3 * LEASE_USES_MAX
     keys.remove(keys[0])
     check(store)
     store = opened()
@@ -141,13 +140,13 @@ def test_a_damaged_block_hides_only_its_own_keys_and_those_are_spent(
 
 def test_a_key_in_the_journal_needs_no_readable_block(tmp_path: Path, opened: Callable[..., LeaseStore]) -> None:
     store = opened(create=True)
-    store.reserve([key(number) for number in range(10)])
+    reserve_leases(store, [key(number) for number in range(10)])
     store.merge()
-    store.reserve([key(3)])
+    reserve_leases(store, [key(3)])
     flip(tmp_path / SNAPSHOT_NAME, 30)
     store = opened()
     for _ in range(2):
-        assert store.total(key(3)) == 3 * LEASE_USES
+        assert store.total(key(3)) == 3 * LEASE_USES_MAX
         assert store.total(key(4)) == USES_MAX
         store.merge()
 
@@ -156,7 +155,7 @@ def test_a_block_that_the_disk_cannot_read_counts_as_spent(
     opened: Callable[..., LeaseStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = opened(create=True)
-    store.reserve([key(1)])
+    reserve_leases(store, [key(1)])
     store.merge()
 
     def pread(*_: object) -> bytes:
@@ -165,8 +164,8 @@ def test_a_block_that_the_disk_cannot_read_counts_as_spent(
     with monkeypatch.context() as patch:
         patch.setattr(os, "pread", pread)
         assert store.total(key(1)) == USES_MAX
-        assert store.reserve([key(1)]) == [None]
-    assert store.total(key(1)) == 2 * LEASE_USES
+        assert reserve_leases(store, [key(1)]) == [None]
+    assert store.total(key(1)) == 2 * LEASE_USES_MAX
 
 
 # --- floors -----------------------------------------------------------------------------------------------------------
@@ -203,22 +202,34 @@ def test_spent_ranges_stay_spent_and_bounded(ranges: list[SpentRange]) -> None:
             assert floors.is_spent(key(number))
 
 
-def test_a_restore_adds_uses_to_keys_of_the_archive_and_not_to_later_ones(opened: Callable[..., LeaseStore]) -> None:
+def test_after_a_restore_older_keys_only_decrypt_and_newer_encrypt(
+    opened: Callable[..., LeaseStore],
+) -> None:
+    """For good: neither a merge nor a later restore of an older archive ends it."""
     store = opened(create=True)
-    store.reserve([key(5)])
-    for times in (1, 2):
-        store.add_restore_uses(key(10))
+    reserve_leases(store, [key(5), key(11)])
+    store.exhaust(key(10))
+    for _ in range(2):
+        assert [store.total(key(number)) for number in (0, 5, 10)] == [USES_MAX] * 3
+        assert store.is_exhausted(key(10))
+        assert not store.is_exhausted(key(11))
+        assert reserve_leases(store, [key(5), key(10), key(12)])[:2] == [None, None]
+        store.merge()
+        store.exhaust(key(3))
         store = opened()
-        assert store.total(key(5)) == 2 * LEASE_USES + times * RESTORE_USES
-        assert store.total(key(10)) == LEASE_USES + times * RESTORE_USES
-        assert store.total(key(11)) == LEASE_USES
-    store.add_restore_uses(key(20))
-    store.add_restore_uses(key(20))
-    assert opened().reserve([key(5), key(15)]) == [None, 2 * LEASE_USES + 2 * RESTORE_USES]
+    assert store.exhausted == key(10)
+    assert store.total(key(11)) == 2 * LEASE_USES_MAX
+
+
+def test_many_restores_do_not_use_up_the_keys_that_are_made_between_them(opened: Callable[..., LeaseStore]) -> None:
+    store = opened(create=True)
+    for number in range(1, 20):
+        store.exhaust(key(number))
+        assert store.total(key(number + 1)) == LEASE_USES_MAX
 
 
 def test_uses_added_never_pass_what_the_file_can_hold() -> None:
     floors = Floors()
     for _ in range(10):
-        floors = floors.with_uses_added(KEY_LAST, RESTORE_USES)
+        floors = floors.with_uses_added(KEY_LAST, 1 << 30)
     assert floors.added_uses(key(1)) == USES_LIMIT

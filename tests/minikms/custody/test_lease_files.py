@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from minikms.custody.lease_format import (
     BLOCK_ENTRIES,
     DAMAGED_RECORDS_MAX,
     GROUP_RECORDS_MAX,
-    LEASE_USES,
+    LEASE_USES_MAX,
     USES_LIMIT,
     USES_MAX,
     Snapshot,
@@ -25,57 +25,65 @@ from minikms.custody.lease_format import (
 )
 from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
 from minikms.errors import StartError, StorageUnavailableError
-from tests.minikms.custody.disk_faults import failing_os, flip, journal, key
+from tests.minikms.custody.disk_faults import failing_os, flip, journal, key, reserve_leases
 
 # --- counts -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_key_without_a_record_counts_as_one_lease(opened: Callable[..., LeaseStore]) -> None:
-    assert opened(create=True).total(key(1)) == LEASE_USES
+    assert opened(create=True).total(key(1)) == LEASE_USES_MAX
 
 
 def test_each_reservation_adds_a_lease_and_is_there_after_a_restart(opened: Callable[..., LeaseStore]) -> None:
     store = opened(create=True)
-    assert store.reserve([key(1), key(2)]) == [2 * LEASE_USES] * 2
-    assert store.reserve([key(1)]) == [3 * LEASE_USES]
+    assert reserve_leases(store, [key(1), key(2)]) == [2 * LEASE_USES_MAX] * 2
+    assert reserve_leases(store, [key(1)]) == [3 * LEASE_USES_MAX]
     store = opened()
-    assert [store.total(key(number)) for number in (1, 2, 3)] == [3 * LEASE_USES, 2 * LEASE_USES, LEASE_USES]
+    assert [store.total(key(number)) for number in (1, 2, 3)] == [
+        3 * LEASE_USES_MAX,
+        2 * LEASE_USES_MAX,
+        LEASE_USES_MAX,
+    ]
 
 
 def test_a_key_may_occur_twice_in_one_reservation(opened: Callable[..., LeaseStore]) -> None:
-    assert opened(create=True).reserve([key(1), key(1)]) == [2 * LEASE_USES, 3 * LEASE_USES]
-    assert opened().total(key(1)) == 3 * LEASE_USES
+    assert reserve_leases(opened(create=True), [key(1), key(1)]) == [2 * LEASE_USES_MAX, 3 * LEASE_USES_MAX]
+    assert opened().total(key(1)) == 3 * LEASE_USES_MAX
 
 
 def test_a_reservation_beyond_the_limit_is_refused_for_its_key_only(
     tmp_path: Path, opened: Callable[..., LeaseStore]
 ) -> None:
-    journal(tmp_path, encode_record(key(1), USES_MAX - LEASE_USES), encode_record(key(2), USES_MAX))
+    journal(tmp_path, encode_record(key(1), USES_MAX - LEASE_USES_MAX), encode_record(key(2), USES_MAX))
     store = opened()
-    assert store.reserve([key(2), key(1), key(1), key(3)]) == [None, USES_MAX, None, 2 * LEASE_USES]
+    assert reserve_leases(store, [key(2), key(1), key(1), key(3)]) == [None, USES_MAX, None, 2 * LEASE_USES_MAX]
     assert store.total(key(1)) == USES_MAX < USES_LIMIT
-    assert opened().reserve([key(1)]) == [None]
+    assert reserve_leases(opened(), [key(1)]) == [None]
 
 
 def test_a_reservation_for_spent_keys_only_writes_nothing(tmp_path: Path, opened: Callable[..., LeaseStore]) -> None:
     journal(tmp_path, encode_record(key(1), USES_MAX))
     store = opened()
     before = (tmp_path / JOURNAL_NAME).stat()
-    assert store.reserve([key(1)] * 3) == [None] * 3
+    assert reserve_leases(store, [key(1)] * 3) == [None] * 3
     assert (tmp_path / JOURNAL_NAME).stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_a_reservation_is_bounded(opened: Callable[..., LeaseStore]) -> None:
+    store = opened(create=True)
     with pytest.raises(ValueError, match="append"):
-        opened(create=True).reserve([key(1)] * (GROUP_RECORDS_MAX + 1))
+        reserve_leases(store, [key(1)] * (GROUP_RECORDS_MAX + 1))
+    for uses in (0, -1, LEASE_USES_MAX + 1):
+        with pytest.raises(ValueError, match="size"):
+            store.reserve([(key(1), uses)])
 
 
 def test_a_merge_changes_no_count_and_empties_the_journal(tmp_path: Path, opened: Callable[..., LeaseStore]) -> None:
     store = opened(create=True)
     keys = [key(number * 7) for number in range(BLOCK_ENTRIES * 3 + 1)]
     random.Random(1).shuffle(keys)
-    store.reserve(keys)
-    store.reserve(keys[:50])
+    reserve_leases(store, keys)
+    reserve_leases(store, keys[:50])
     expected = {one: store.total(one) for one in keys}
     for _ in range(2):
         store.merge()
@@ -85,35 +93,35 @@ def test_a_merge_changes_no_count_and_empties_the_journal(tmp_path: Path, opened
         store = opened()
         assert {one: store.total(one) for one in keys} == expected
     assert (tmp_path / JOURNAL_NAME).read_bytes() == journal_header()
-    assert store.reserve(keys[:1]) == [expected[keys[0]] + LEASE_USES]
-    assert [store.total(key(number)) for number in (1, 8, 10**6)] == [LEASE_USES] * 3
+    assert reserve_leases(store, keys[:1]) == [expected[keys[0]] + LEASE_USES_MAX]
+    assert [store.total(key(number)) for number in (1, 8, 10**6)] == [LEASE_USES_MAX] * 3
 
 
 def test_an_old_journal_over_a_new_snapshot_changes_no_count(tmp_path: Path, opened: Callable[..., LeaseStore]) -> None:
     store = opened(create=True)
-    store.reserve([key(1), key(1), key(2)])
+    reserve_leases(store, [key(1), key(1), key(2)])
     old_journal = (tmp_path / JOURNAL_NAME).read_bytes()
-    store.reserve([key(1)])
+    reserve_leases(store, [key(1)])
     store.merge()
     (tmp_path / JOURNAL_NAME).write_bytes(old_journal)
     store = opened()
     for _ in range(2):
-        assert [store.total(key(number)) for number in (1, 2)] == [4 * LEASE_USES, 2 * LEASE_USES]
+        assert [store.total(key(number)) for number in (1, 2)] == [4 * LEASE_USES_MAX, 2 * LEASE_USES_MAX]
         store.merge()
-    assert store.reserve([key(1)]) == [5 * LEASE_USES]
+    assert reserve_leases(store, [key(1)]) == [5 * LEASE_USES_MAX]
 
 
 def test_of_two_records_of_a_key_the_larger_holds(tmp_path: Path, opened: Callable[..., LeaseStore]) -> None:
-    journal(tmp_path, *(encode_record(key(1), count * LEASE_USES) for count in (5, 3, 4)))
-    assert opened().total(key(1)) == 5 * LEASE_USES
+    journal(tmp_path, *(encode_record(key(1), count * LEASE_USES_MAX) for count in (5, 3, 4)))
+    assert opened().total(key(1)) == 5 * LEASE_USES_MAX
 
 
 def test_a_long_journal_is_due_for_a_merge(opened: Callable[..., LeaseStore], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_store, "JOURNAL_RECORDS_MERGE", 10)
     store = opened(create=True)
-    store.reserve([key(number) for number in range(9)])
+    reserve_leases(store, [key(number) for number in range(9)])
     due = [store.merge_due]
-    store.reserve([key(9)])
+    reserve_leases(store, [key(9)])
     due.append(store.merge_due)
     store.merge()
     assert [*due, store.merge_due] == [False, True, False]
@@ -124,12 +132,17 @@ def test_a_journal_that_cannot_be_merged_is_bounded(
 ) -> None:
     monkeypatch.setattr(lease_store, "JOURNAL_RECORDS_MAX", 10)
     store = opened(create=True)
-    store.reserve([key(number) for number in range(10)])
-    with pytest.raises(StorageUnavailableError, match="merges"):
-        store.reserve([key(1)])
-    assert store.total(key(1)) == 2 * LEASE_USES
-    store.merge()
-    assert store.reserve([key(1)]) == [3 * LEASE_USES]
+    reserve_leases(store, [key(number) for number in range(10)])
+
+    def refuse(directory: int, name: str, chunks: Iterable[bytes]) -> None:
+        raise StorageUnavailableError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lease_store, "replace_file_from", refuse)
+        with pytest.raises(StorageUnavailableError, match="no space"):
+            reserve_leases(store, [key(1)])
+    assert store.total(key(1)) == 2 * LEASE_USES_MAX
+    assert reserve_leases(store, [key(1)]) == [3 * LEASE_USES_MAX], "merged by itself, once there is space"
 
 
 # --- first start, loss, foreign files ---------------------------------------------------------------------------------
@@ -161,7 +174,7 @@ def test_a_snapshot_without_its_journal_is_refused_even_on_a_first_start(
         (b"{}", "damaged or is not one"),
         (journal_header()[:-1], "damaged or is not one"),
         (b"x" + journal_header()[1:], "damaged or is not one"),
-        (journal_header()[:16] + b"\0\0\0\2" + journal_header()[20:], "another version"),
+        (journal_header()[:16] + b"\0\0\0\3" + journal_header()[20:], "another version"),
         (journal_header()[:24] + bytes(8), "damaged or is not one"),
     ],
 )
@@ -177,7 +190,7 @@ def test_a_foreign_journal_is_refused(
 
 def test_a_damaged_footer_or_index_is_refused(tmp_path: Path, opened: Callable[..., LeaseStore]) -> None:
     store = opened(create=True)
-    store.reserve([key(number) for number in range(400)])
+    reserve_leases(store, [key(number) for number in range(400)])
     store.merge()
     store.close()
     good = (tmp_path / SNAPSHOT_NAME).read_bytes()
@@ -199,7 +212,7 @@ def test_a_damaged_footer_or_index_is_refused(tmp_path: Path, opened: Callable[.
         with pytest.raises(StartError, match="snapshot"):
             opened()
     newer = bytearray(good)
-    newer[size - BLOCK_BYTES + 19] = 2
+    newer[size - BLOCK_BYTES + 19] = 3
     (tmp_path / SNAPSHOT_NAME).write_bytes(newer)
     with pytest.raises(StartError, match="another version"):
         opened()
@@ -213,7 +226,7 @@ def test_after_a_rebuild_existing_keys_are_spent_and_newer_ones_are_not(
     LeaseStore.rebuild(directory, key(100))
     for _ in range(2):
         store = opened()
-        assert store.reserve([key(0), key(100), key(101)])[:2] == [None, None]
+        assert reserve_leases(store, [key(0), key(100), key(101)])[:2] == [None, None]
         assert store.total(key(100)) == USES_MAX
         assert store.total(key(101)) < USES_MAX
         store.merge()
@@ -228,22 +241,22 @@ def test_a_failed_write_reserves_nothing_and_the_next_one_recovers(
     tmp_path: Path, opened: Callable[..., LeaseStore], monkeypatch: pytest.MonkeyPatch, begun: bool, call: str
 ) -> None:
     store = opened(create=True)
-    expected = LEASE_USES
+    expected = LEASE_USES_MAX
     if begun:
-        assert store.reserve([key(1)]) == [2 * LEASE_USES]
-        expected += LEASE_USES
+        assert reserve_leases(store, [key(1)]) == [2 * LEASE_USES_MAX]
+        expected += LEASE_USES_MAX
         if call in {"write", "fsync", "rename", "open"}:
             # Only a fresh journal file makes these calls: a failed append comes first.
             with failing_os(monkeypatch, "fdatasync"), pytest.raises(StorageUnavailableError):
-                store.reserve([key(1)])
+                reserve_leases(store, [key(1)])
     for _ in range(3):
         with failing_os(monkeypatch, call), pytest.raises(StorageUnavailableError):
-            store.reserve([key(1), key(2)])
+            reserve_leases(store, [key(1), key(2)])
         assert store.total(key(1)) == expected
-        assert store.total(key(2)) == LEASE_USES
+        assert store.total(key(2)) == LEASE_USES_MAX
     assert store.status().write_failures >= 3
-    assert store.reserve([key(1)]) == [expected + LEASE_USES]
-    assert opened().total(key(1)) == expected + LEASE_USES
+    assert reserve_leases(store, [key(1)]) == [expected + LEASE_USES_MAX]
+    assert opened().total(key(1)) == expected + LEASE_USES_MAX
     assert sorted(path.name for path in tmp_path.iterdir()) == [JOURNAL_NAME]
 
 
@@ -251,7 +264,7 @@ def test_a_half_written_append_is_not_in_the_next_file(
     opened: Callable[..., LeaseStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = opened(create=True)
-    store.reserve([key(1)])
+    reserve_leases(store, [key(1)])
     real = os.pwrite
 
     def half(fd: int, data: memoryview, offset: int) -> int:
@@ -261,24 +274,28 @@ def test_a_half_written_append_is_not_in_the_next_file(
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", half)
         with pytest.raises(StorageUnavailableError):
-            store.reserve([key(1), key(2), key(3)])
-    store.reserve([key(3)])
+            reserve_leases(store, [key(1), key(2), key(3)])
+    reserve_leases(store, [key(3)])
     store = opened()
     assert store.status().lost_leases == 0
-    assert [store.total(key(number)) for number in (1, 2, 3)] == [2 * LEASE_USES, LEASE_USES, 2 * LEASE_USES]
+    assert [store.total(key(number)) for number in (1, 2, 3)] == [
+        2 * LEASE_USES_MAX,
+        LEASE_USES_MAX,
+        2 * LEASE_USES_MAX,
+    ]
 
 
 def test_after_a_failed_sync_the_journal_is_another_file(
     tmp_path: Path, opened: Callable[..., LeaseStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = opened(create=True)
-    store.reserve([key(1)])
+    reserve_leases(store, [key(1)])
     before = (tmp_path / JOURNAL_NAME).stat().st_ino
-    store.reserve([key(1)])
+    reserve_leases(store, [key(1)])
     assert (tmp_path / JOURNAL_NAME).stat().st_ino == before
     with failing_os(monkeypatch, "fdatasync", number=errno.EIO), pytest.raises(StorageUnavailableError):
-        store.reserve([key(1)])
-    store.reserve([key(1)])
+        reserve_leases(store, [key(1)])
+    reserve_leases(store, [key(1)])
     assert (tmp_path / JOURNAL_NAME).stat().st_ino != before
 
 
@@ -295,24 +312,24 @@ def test_a_failed_merge_loses_nothing_and_is_not_tried_again_at_once(
     monkeypatch.setattr(lease_store, "MERGE_RETRY_RECORDS", 2)
     store = opened(create=True)
     keys = [key(number) for number in range(10)]
-    store.reserve(keys)
+    reserve_leases(store, keys)
     due = [store.merge_due]
     with failing_os(monkeypatch, call, at=at), pytest.raises(StorageUnavailableError):
         store.merge()
     assert store.status().merge_failures == 1
     due.append(store.merge_due)
-    assert [store.total(one) for one in keys] == [2 * LEASE_USES] * 10
-    store.reserve(keys[:2])
+    assert [store.total(one) for one in keys] == [2 * LEASE_USES_MAX] * 10
+    reserve_leases(store, keys[:2])
     assert [*due, store.merge_due] == [True, False, True]
     store.merge()
     store = opened()
-    assert [store.total(one) for one in keys] == [3 * LEASE_USES] * 2 + [2 * LEASE_USES] * 8
+    assert [store.total(one) for one in keys] == [3 * LEASE_USES_MAX] * 2 + [2 * LEASE_USES_MAX] * 8
     assert sorted(path.name for path in tmp_path.iterdir()) == [JOURNAL_NAME, SNAPSHOT_NAME]
 
 
 def test_the_constants_hold_together() -> None:
-    assert USES_MAX + 16 * LEASE_USES == USES_LIMIT == 2**32
-    assert DAMAGED_RECORDS_MAX * LEASE_USES <= 2**22
+    assert USES_MAX + 16 * LEASE_USES_MAX == USES_LIMIT == 2**32
+    assert DAMAGED_RECORDS_MAX * LEASE_USES_MAX <= 2**22
     assert lease_format.GROUP_RECORDS_MAX >= 2 * 1024, "a batch of distinct keys is one append"
 
 
@@ -341,13 +358,13 @@ def test_parallel_lookups_of_counts_do_not_mix_their_blocks(opened: Callable[...
     """
     store = opened(create=True)
     keys = [key(number) for number in range(2 * BLOCK_ENTRIES)]
-    store.reserve(keys)
+    reserve_leases(store, keys)
     store.merge()
     snapshot = Disturbed(os.open(tmp_path / SNAPSHOT_NAME, os.O_RDONLY))
     try:
         assert len(snapshot) == 2
         snapshot.others = (1, snapshot.block(1))
         snapshot.recent = (0, snapshot.block(0))
-        assert snapshot.find(keys[0]) == 2 * LEASE_USES
+        assert snapshot.find(keys[0]) == 2 * LEASE_USES_MAX
     finally:
         snapshot.close()

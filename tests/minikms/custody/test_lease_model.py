@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from minikms.custody.files import open_directory
-from minikms.custody.lease_format import BLOCK_BYTES, HEADER_BYTES, LEASE_USES, encode_record
+from minikms.custody.lease_format import BLOCK_BYTES, HEADER_BYTES, LEASE_USES_MAX, encode_record
 from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
 from minikms.errors import StorageUnavailableError
-from tests.minikms.custody.disk_faults import failing_os, flip, key, quick_directory
+from tests.minikms.custody.disk_faults import failing_os, flip, key, quick_directory, reserve_leases
 
 KEYS = [key(number * 5) for number in range(12)]
 
@@ -34,7 +34,7 @@ class LeasesAgainstModel(RuleBasedStateMachine):
         self.path = Path(self.place.name)
         self.fd = open_directory(self.path)
         self.store = LeaseStore.open(self.fd, create=True)
-        self.granted = dict.fromkeys(KEYS, LEASE_USES)
+        self.granted = dict.fromkeys(KEYS, LEASE_USES_MAX)
         self.exact = True
 
     def teardown(self) -> None:
@@ -45,9 +45,9 @@ class LeasesAgainstModel(RuleBasedStateMachine):
 
     @rule(keys=st.lists(st.sampled_from(KEYS), max_size=6))
     def reserve(self, keys: list[bytes]) -> None:
-        for one, total in zip(keys, self.store.reserve(keys), strict=True):
+        for one, total in zip(keys, reserve_leases(self.store, keys), strict=True):
             if total is not None:
-                self.granted[one] += LEASE_USES
+                self.granted[one] += LEASE_USES_MAX
                 assert total >= self.granted[one]
             else:
                 assert not self.exact
@@ -59,7 +59,7 @@ class LeasesAgainstModel(RuleBasedStateMachine):
             failing_os(patch, call),
             contextlib.suppress(StorageUnavailableError),
         ):
-            self.store.reserve(keys)
+            reserve_leases(self.store, keys)
         # A record of it may be in the file all the same; after a crash the store may then say more.
         self.exact = False
 
@@ -81,7 +81,7 @@ class LeasesAgainstModel(RuleBasedStateMachine):
     @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=6, unique=True), kept=st.floats(0, 1))
     def crash_during_an_append(self, keys: list[bytes], kept: float) -> None:
         """The append reached the disk in part, and granted nothing."""
-        records = b"".join(encode_record(one, self.granted[one] + LEASE_USES) for one in keys)
+        records = b"".join(encode_record(one, self.granted[one] + LEASE_USES_MAX) for one in keys)
         self.store.close()
         with (self.path / JOURNAL_NAME).open("ab") as file:
             file.write(records[: int(kept * len(records))])
@@ -109,13 +109,19 @@ class LeasesAgainstModel(RuleBasedStateMachine):
             self.exact = False
         self.store = LeaseStore.open(self.fd, create=False)
 
+    @rule(key=st.sampled_from(KEYS), uses=st.integers(1, LEASE_USES_MAX))
+    def reserve_a_small_lease(self, key: bytes, uses: int) -> None:
+        [given] = self.store.reserve([(key, uses)])
+        self.granted[key] += given
+        assert given == uses or not self.exact
+
     @rule(newest=st.sampled_from(KEYS), forgotten=st.integers(0, 3))
     def restore(self, newest: bytes, forgotten: int) -> None:
         """The archive lacks some leases of the keys it holds."""
-        self.store.add_restore_uses(newest, 3 * LEASE_USES)
+        self.store.exhaust(newest)
         for one in KEYS:
             if one <= newest:
-                self.granted[one] += forgotten * LEASE_USES
+                self.granted[one] += forgotten * LEASE_USES_MAX
         self.exact = False
 
     @invariant()

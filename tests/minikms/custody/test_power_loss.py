@@ -21,10 +21,10 @@ from minikms.custody.files import (
     sweep_temps,
     write_files,
 )
-from minikms.custody.lease_format import LEASE_USES
+from minikms.custody.lease_format import LEASE_USES_MAX
 from minikms.custody.lease_store import LeaseStore
 from minikms.errors import StorageUnavailableError
-from tests.minikms.custody.disk_faults import failing_os, key, quick_directory
+from tests.minikms.custody.disk_faults import failing_os, key, quick_directory, reserve_leases
 from tests.minikms.custody.power_loss import Disk
 
 SAMPLES = 25
@@ -133,7 +133,7 @@ class LeaseRun:
 
     def reserve(self, store: LeaseStore, *numbers: int) -> None:
         keys = [key(number) for number in numbers]
-        for one, total in zip(keys, store.reserve(keys), strict=True):
+        for one, total in zip(keys, reserve_leases(store, keys), strict=True):
             assert total is not None
             self.granted[one] = max(total, self.granted.get(one, 0))
 
@@ -156,17 +156,18 @@ def test_no_lease_that_was_granted_is_ever_forgotten(directory: int, scratch: Pa
         store.merge()
         run.reserve(store, 1, 4)
         with failing_os(patch, "fdatasync"), contextlib.suppress(StorageUnavailableError):
-            store.reserve([key(1), key(5)])
+            reserve_leases(store, [key(1), key(5)])
         run.reserve(store, 5)
         store.merge()
         store.close()
         store = LeaseStore.open(directory, create=False)
         run.reserve(store, 1, 6)
-        store.add_restore_uses(key(3))
-        run.reserve(store, 1)
+        store.exhaust(key(3))
+        run.reserve(store, 4)
         store.close()
     run.check(run.disk, 20)
-    assert run.granted[key(4)] == 2 * LEASE_USES
+    assert run.granted[key(4)] == 3 * LEASE_USES_MAX
+    assert LeaseStore.open(directory, create=False).is_exhausted(key(3))
 
 
 def test_the_repair_of_a_torn_journal_may_itself_be_interrupted(directory: int, tmp_path: Path, scratch: Path) -> None:

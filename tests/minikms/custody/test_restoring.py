@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from minikms.crypto import roots
 from minikms.crypto.aead import NonceSource
 from minikms.custody.backup import create, restore
 from minikms.custody.backup.archive import ArchiveError, ArchiveReader, ArchiveWriter, Manifest, dek_entry_name
@@ -20,7 +24,7 @@ from minikms.custody.backup.register import DIRECTORY as REGISTER
 from minikms.custody.backup.register import ArchiveRegister, Registered
 from minikms.custody.files import LOCK_NAME, DataDirLock, open_directory
 from minikms.custody.keyring_file import KeyringFile
-from minikms.custody.lease_format import RESTORE_USES, Floors, journal_header, snapshot_chunks
+from minikms.custody.lease_format import Floors, journal_header, snapshot_chunks
 from minikms.custody.lease_store import LeaseStore
 from minikms.datadir import OpenedKeyring, open_keyring, opened_keyring, opened_root
 from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
@@ -28,6 +32,7 @@ from minikms.keys.dek import key_id_to_bytes
 from minikms.memory.arena import SecretArena
 from minikms.roots.providers import KeyFile
 from tests.harness.vaults import key_file, opened_vault
+from tests.minikms.custody.tombstones import to_format_1
 
 ARCHIVE_ID = "a_0123456789abcdef"
 AT = "2026-11-24T15:00:00Z"
@@ -62,7 +67,7 @@ def restored(data_dir: Path, archive: Path, target: Path) -> None:
         with DataDirLock(str(target)) as lock, task.open_keyring(good.keyring) as unlocked:
             restore.check_empty(lock.directory_fd, str(target))
             source = Registered(ARCHIVE_ID, str(archive), 1, 2, KEYS, 3)
-            place = restore.Target(str(target), lock.directory_fd, (), source)
+            place = restore.Target(str(target), lock.directory_fd, good.tombstones, source)
             restore.restore(str(archive), good, task, unlocked, place, at=AT)
 
 
@@ -167,7 +172,7 @@ def test_an_archive_with_a_damaged_lease_journal_is_not_good(data_dir: Path, tmp
 
 
 def test_the_newest_key_of_an_archive_may_have_an_unreadable_file(data_dir: Path, tmp_path: Path) -> None:
-    """A restore adds uses to all keys up to the newest one. This key needs them if its file is repaired later."""
+    """After a restore all keys up to the newest one only decrypt; so must this one if its file is repaired later."""
     files = sorted((data_dir / "kms-deks").iterdir())
     files[-1].write_text("damaged")
     manifest = made(data_dir, tmp_path / "archive")
@@ -175,7 +180,7 @@ def test_the_newest_key_of_an_archive_may_have_an_unreadable_file(data_dir: Path
     assert manifest.newest_key_id >= files[-1].stem
 
 
-def test_a_restore_adds_uses_to_every_key_made_before_the_backup(data_dir: Path, tmp_path: Path) -> None:
+def test_a_restore_exhausts_every_key_made_before_the_backup(data_dir: Path, tmp_path: Path) -> None:
     """This includes a key whose file is missing, because the file may be restored from a rotation backup."""
     missing = max((data_dir / "kms-deks").iterdir())
     missing.rename(data_dir / "kms-deks-backup" / f"{missing.name}.20260101T000000")
@@ -184,7 +189,7 @@ def test_a_restore_adds_uses_to_every_key_made_before_the_backup(data_dir: Path,
     descriptor = open_directory(tmp_path / "restored")
     store = LeaseStore.open(descriptor, create=False)
     try:
-        assert store.total(key_id_to_bytes(missing.stem)) >= RESTORE_USES
+        assert store.is_exhausted(key_id_to_bytes(missing.stem))
     finally:
         store.close()
         os.close(descriptor)
@@ -218,13 +223,66 @@ def test_an_archive_replaced_between_its_two_readings_is_not_good(
         create.create(str(data_dir), str(other), task, NewArchive("a_ffffffffffffffff", AT, lambda: None))
     check_tag = ArchiveReader.check_tag
 
-    def exchanged(self: ArchiveReader, root: memoryview) -> Manifest:
+    def exchanged(self: ArchiveReader, root: memoryview, arena: SecretArena) -> Manifest:
         other.replace(archive)
-        return check_tag(self, root)
+        return check_tag(self, root, arena)
 
     monkeypatch.setattr(ArchiveReader, "check_tag", exchanged)
     with task_for(data_dir) as task, pytest.raises(ArchiveError, match="changed while it was being read"):
         create.verify(str(archive), task)
+
+
+def to_version_1(archive: Path, root: bytes) -> None:
+    """Of an archive with one slot, whose keyring has the former format: one tag under the root key at the end."""
+    slots_and_tag = 1 + len("kr_0123456789abcdef") + 1 + 1 + len("s1") + 8 + 32
+    data = bytearray(archive.read_bytes()[:-slots_and_tag])
+    data[15] = 1
+    archive.write_bytes(data + roots.archive_tag(memoryview(root), hashlib.sha256(data).digest()))
+
+
+@pytest.mark.parametrize("former", [False, True])
+def test_destroyed_keys_stay_destroyed_after_a_restore(data_dir: Path, tmp_path: Path, former: bool) -> None:
+    """Their files are put back into the archived directory. `former`: an archive and a keyring of version 1."""
+    victims = sorted(path.stem for path in (data_dir / "kms-deks").iterdir())[:2]
+    kept = {key_id: (data_dir / "kms-deks" / f"{key_id}.json").read_bytes() for key_id in victims}
+
+    async def destroy() -> None:
+        async with opened_vault(data_dir) as one:
+            for key_id in victims:
+                await one.vault.retire(key_id)
+                await one.vault.destroy(key_id)
+            if former:
+                to_format_1(one)
+
+    asyncio.run(destroy())
+    for key_id, content in kept.items():
+        (data_dir / "kms-deks" / f"{key_id}.json").write_bytes(content)
+    made(data_dir, tmp_path / "archive")
+    if former:
+        to_version_1(tmp_path / "archive", bytes.fromhex(key_file(data_dir).read_text()))
+    restored(data_dir, tmp_path / "archive", tmp_path / "restored")
+
+    async def judge() -> None:
+        async with opened_vault(tmp_path / "restored", key=key_file(data_dir)) as one:
+            assert all(key_id in one.vault.destroyed for key_id in victims)
+            assert [path.stem for path in (tmp_path / "restored" / "kms-deks").iterdir()] != victims
+            assert len(list((tmp_path / "restored" / "kms-deks").iterdir())) == KEYS - 2
+
+    (tmp_path / "restored" / "minikms-audit.log").write_bytes((data_dir / "minikms-audit.log").read_bytes())
+    asyncio.run(judge())
+
+
+def test_an_archive_that_lacks_its_tombstones_is_not_good(data_dir: Path, tmp_path: Path) -> None:
+    async def destroy() -> None:
+        async with opened_vault(data_dir) as one:
+            [key_id] = await one.make(1)
+            await one.vault.retire(key_id)
+            await one.vault.destroy(key_id)
+
+    asyncio.run(destroy())
+    (data_dir / "kms-tombstones").unlink()
+    with pytest.raises(ArchiveError, match="kms-tombstones is missing"):
+        made(data_dir, tmp_path / "archive")
 
 
 # --- creating an archive ---------------------------------------------------------------------------------------------
@@ -242,10 +300,11 @@ def test_an_archive_is_never_written_into_an_existing_file(data_dir: Path, tmp_p
 def test_an_archive_without_a_durable_name_is_removed(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(directory: str) -> None:
-        raise StorageUnavailableError("the backup's directory can't be synced")
+    def fails_for_directories(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(create, "_sync", fails)
+    monkeypatch.setattr(create, "sync_file", fails_for_directories)
     with pytest.raises(StorageUnavailableError):
         made(data_dir, tmp_path / "archive")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "d.key"]

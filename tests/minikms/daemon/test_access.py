@@ -16,7 +16,7 @@ import pytest
 
 import minikms
 from minikms.client.errors import KmsUntrustedServerError
-from minikms.daemon.application import UNAUTHORISED_CONNECTIONS_MAX
+from minikms.daemon.admission import UNAUTHORISED_CONNECTIONS_MAX
 from minikms.errors import StartError
 from minikms.memory import libc
 from minikms.policy import Policy
@@ -103,6 +103,7 @@ def test_a_policy_that_names_the_overflow_uid_is_refused() -> None:
 def test_a_flood_of_refusals_is_a_few_lines_with_their_count(public: Path) -> None:
     with LiveDaemon(public, "file", *OPEN_TO_ALL) as daemon:
         count = 500
+        begun = time.monotonic()
         foreign.run_as(foreign.UID, lambda: [ask(daemon.socket, b"GET /status")[0] for _ in range(count)])
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
@@ -110,8 +111,9 @@ def test_a_flood_of_refusals_is_a_few_lines_with_their_count(public: Path) -> No
             if sum(event["count"] for event in refused) == count:
                 break
             time.sleep(0.05)
+        took_s = time.monotonic() - begun
     assert sum(event["count"] for event in refused) == count
-    assert len(refused) <= 6, "one at once and one a second"
+    assert len(refused) <= 2 + took_s, "one at once and one a second"
     assert {event["actor"] for event in refused} == {f"peer_uid:{foreign.UID}"}
 
 

@@ -3,19 +3,59 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from minikms import datadir
+from minikms.daemon.admission import Admission
 from minikms.daemon.parts import Parts, Workers
+from minikms.daemon.policy_file import PolicyInForce
 from minikms.daemon.settings import Settings
 from minikms.memory.arena import SecretArena
-from minikms.policy import Policy
+from minikms.policy import FilePolicy, Policy, Principal, parse_policy
 from minikms.roots.providers import KeyFile
 from tests.harness.vaults import key_file
+
+
+async def _no_seal(who: Principal) -> bytes:
+    raise AssertionError("nobody seals")
+
+
+@contextlib.contextmanager
+def opened(base: Path, workers: Workers, *, policy: Policy | None = None) -> Iterator[tuple[Parts, SecretArena]]:
+    settings = Settings(
+        socket="unused",
+        data_dir=str(base / "d"),
+        root=KeyFile(key_file(base / "d")),
+        allowed_uids=frozenset({os.geteuid()}),
+    )
+    policy = policy or Policy(settings.allowed_uids or ())
+    with datadir.lock_data_dir(settings.data_dir) as lock, SecretArena(64, force_fallback=True) as arena:
+        yield (
+            Parts(
+                settings=settings,
+                admission=Admission(policy, connections_max=16, report=lambda event: None),
+                data=datadir.open_for_service(
+                    lock, settings.root, arena=arena, disk=workers.disk, journal=workers.journal
+                ),
+                proved_slot_id="",
+                workers=workers,
+                arena=arena,
+                measures=(),
+                policy=PolicyInForce(
+                    policy, file=None, meters=None, executor=workers.reader, log=structlog.get_logger()
+                ),
+                started_ns=0,
+                seal=_no_seal,
+            ),
+            arena,
+        )
 
 
 @pytest.mark.parametrize("worker", ["disk", "reader"])
@@ -24,26 +64,8 @@ def test_a_job_of_a_worker_ends_before_its_directory_is_closed(tmp_path: Path, w
     found: list[int] = []
 
     async def main() -> None:
-        settings = Settings(
-            socket="unused",
-            data_dir=str(tmp_path / "d"),
-            root=KeyFile(key_file(tmp_path / "d")),
-            allowed_uids=frozenset({os.geteuid()}),
-        )
         workers = Workers.start()
-        with datadir.lock_data_dir(settings.data_dir) as lock, SecretArena(64, force_fallback=True) as arena:
-            parts = Parts(
-                settings=settings,
-                policy=Policy(settings.allowed_uids),
-                data=datadir.open_for_service(
-                    lock, settings.root, arena=arena, disk=workers.disk, journal=workers.journal
-                ),
-                workers=workers,
-                arena=arena,
-                measures=(),
-                connections_max=16,
-                on_internal_error=pytest.fail,
-            )
+        with opened(tmp_path, workers) as (parts, arena):
             vault = parts.vault
             used = vault.store.directory_fd, vault.rotation_backups.directory_fd
 
@@ -62,3 +84,53 @@ def test_a_job_of_a_worker_ends_before_its_directory_is_closed(tmp_path: Path, w
     asyncio.run(main())
     directories = [(tmp_path / "d" / name).stat().st_ino for name in ("kms-deks", "kms-deks-backup")]
     assert found == [*directories, 32]
+
+
+def test_after_a_seal_files_are_closed_although_a_step_before_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise OSError("no space")
+
+    async def main() -> None:
+        workers = Workers.start()
+        with opened(tmp_path, workers) as (parts, _):
+            directory = parts.vault.store.directory_fd
+            monkeypatch.setattr(parts.upkeep, "close", fails)
+            parts.seal()
+            try:
+                with pytest.raises(OSError, match="no space"):
+                    await parts.abandon()
+            finally:
+                workers.shutdown()
+            with pytest.raises(OSError):
+                os.fstat(directory)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_answers_that_were_held_leave_under_the_same_policy_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, changes: bool
+) -> None:
+    """A turn is held while the audit key changes. Its answers may hold plaintext."""
+
+    async def main() -> None:
+        workers = Workers.start()
+        rules = parse_policy(b"version = 1\n")
+        policy = FilePolicy(rules)
+        try:
+            with opened(tmp_path, workers, policy=policy) as (parts, _):
+                commits = [None, None, True, True]
+                monkeypatch.setattr(parts.audit, "commit_turn", lambda: commits.pop(0))
+                assert parts.app.commit() is None
+                if changes:
+                    policy.replace(rules)
+                assert parts.app.commit() is None
+                assert parts.app.commit() is not changes
+                assert parts.app.commit() is True, "the next turn"
+                await parts.close()
+        finally:
+            workers.shutdown()
+
+    asyncio.run(main())

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from minikms import api
@@ -42,13 +43,12 @@ def answered(connection: socket.socket) -> int:
 
 
 def http_status(client: Any) -> dict[str, int]:
-    return dict(client.status()["http"])
+    return dict(msgspec.structs.asdict(client.status().http))
 
 
 def warnings_of(daemon: LiveDaemon) -> list[str]:
     with daemon.client() as client:
-        found = client.status()["warnings"]
-    assert isinstance(found, list)
+        found = client.status().warnings
     return [warning for warning in found if "open files" in warning]
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 
-from minikms import Client
+from minikms import Client, api
 from minikms.api import Role
 from minikms.client import KmsError
 from minikms.errors import ForbiddenError, StartError
@@ -28,12 +28,12 @@ def test_without_admins_each_allowed_uid_has_every_role() -> None:
         assert (principal.uid, principal.pid, principal.actor) == (uid, 7, f"peer_uid:{uid}")
 
 
-def test_only_admins_may_rotate_destroy_and_audit() -> None:
+def test_only_admins_may_rotate_destroy_audit_and_unseal() -> None:
     policy = Policy([1000], [1001])
     user, admin = policy.principal(1000, 0), policy.principal(1001, 0)
     assert user is not None and admin is not None
     assert admin.roles == ROLES
-    assert ROLES - user.roles == ADMIN_ONLY == {"rotate", "destroy", "audit"}
+    assert ROLES - user.roles == ADMIN_ONLY == {"rotate", "destroy", "audit", "unseal"}
     for role in ADMIN_ONLY:
         admin.require(role)
         with pytest.raises(ForbiddenError, match=role):
@@ -57,8 +57,8 @@ def test_lists_of_uids_may_have_spaces_and_are_bounded() -> None:
         parse_uids(",".join(map(str, range(UIDS_COUNT_MAX + 1))), source="s")
 
 
-def versions_and_roots(status: dict[str, Any]) -> object:
-    return [(kek["version"], kek["state"]) for kek in status["keks"]], status["root"]
+def versions_and_roots(status: api.StatusAnswer) -> object:
+    return [(kek.version, kek.state) for kek in status.keks], status.root
 
 
 def test_without_the_role_nothing_is_rotated_or_destroyed(public: Path) -> None:

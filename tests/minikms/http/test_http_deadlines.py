@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import socket
 import time
+from typing import Any
 
 import pytest
 
@@ -196,6 +197,14 @@ def test_a_client_that_does_not_read_is_not_read_and_then_cut_off() -> None:
             QUICK, write_buffer_bytes_max=200_000, pipelined_requests_max=4, idle_seconds_max=30.0
         )
         async with serving(limits) as running:
+            transports: list[asyncio.Transport] = []
+            opened = running.http.open
+
+            def noting(connection: Any, transport: asyncio.Transport) -> Any:
+                transports.append(transport)
+                return opened(connection, transport)
+
+            running.http.open = noting  # type: ignore[method-assign]  # the test watches what is buffered
             loop = asyncio.get_running_loop()
             deaf = socket.socket(socket.AF_UNIX)
             deaf.setblocking(False)
@@ -208,7 +217,7 @@ def test_a_client_that_does_not_read_is_not_read_and_then_cut_off() -> None:
             while running.http.connections_count > 1:
                 good.send(get("/echo"))
                 assert (await good.answer()).status == 200
-                most = max(most, sum(c._transport.get_write_buffer_size() for c in running.http.connections))
+                most = max(most, sum(transport.get_write_buffer_size() for transport in transports))
                 await asyncio.sleep(0.005)
             assert len([path for _, path, _ in running.app.seen if path == "/large"]) < 50
             assert 0 < most < 200_000 + 5 * 51_000
@@ -347,21 +356,29 @@ class TestDrain:
         run(check())
 
 
-def test_no_timer_runs_without_connections() -> None:
+def test_no_timer_runs_without_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     """An idle daemon does not wake up."""
 
     async def check() -> None:
         async with serving(QUICK) as running:
+            turns: list[float] = []
+            encoder = type(running.http.encoder)
+            set_time = encoder.set_time
 
-            def timers() -> int:
-                return int(running.http._sweeper is not None)
+            def noting(self: Any, now: float) -> None:
+                turns.append(now)
+                set_time(self, now)
 
+            monkeypatch.setattr(encoder, "set_time", noting)
             peer = await running.peer()
-            await asyncio.sleep(0.01)
-            assert timers() == 1
+            while len(turns) < 3:
+                await asyncio.sleep(0.01)
             await peer.close()
-            await asyncio.sleep(0.15)
-            assert timers() == 0
+            while running.http.connections_count:
+                await asyncio.sleep(0.01)
+            before = len(turns)
+            await asyncio.sleep(4 * QUICK.sweep_seconds)
+            assert len(turns) == before
             await running.exchange(get("/echo"))
 
     run(check())

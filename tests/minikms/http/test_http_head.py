@@ -40,6 +40,21 @@ def test_a_head_is_parsed_as_sent() -> None:
     assert head.keep_alive
 
 
+@pytest.mark.parametrize("name", ["spiffe://prod/chat", "", "*", "\xe9", "a, b", "x" * 500])
+def test_the_name_of_a_principal_is_passed_on_as_sent_and_never_ignored(name: str) -> None:
+    """Whether it is a name is decided elsewhere. A header that is there is not taken for one that is not."""
+    head = parse_head(f"GET / HTTP/1.1\r\nHost: x\r\nx-MINIKMS-principal: {name}\r\n\r\n".encode("latin-1"), LIMITS)
+    assert head.principal == name
+    assert head.plain and not head.cacheable
+    assert parse_head(get("/"), LIMITS).principal is None
+
+
+def test_a_second_name_of_a_principal_is_refused() -> None:
+    with pytest.raises(RefusedError) as refused:
+        parse_head(get("/", "X-MiniKMS-Principal: dns:a", "X-MiniKMS-Principal: dns:a"), LIMITS)
+    assert refused.value.refusal is limits.REPEATED_HEADER
+
+
 @pytest.mark.parametrize(
     ("version", "connection", "kept"),
     [

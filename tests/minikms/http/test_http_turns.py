@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 
-from minikms.http import LIMITS
-from tests.minikms.http.http_harness import get, request, run, serving
+from minikms.http import LIMITS, Request, Response
+from tests.minikms.http.http_harness import Session, get, request, run, serving
 
 
 def test_a_connection_gets_at_most_its_share_of_a_turn() -> None:
@@ -94,6 +94,28 @@ def test_a_commit_that_raises_is_a_commit_that_failed() -> None:
     run(check())
 
 
+def test_answers_wait_while_the_commit_says_not_yet() -> None:
+    """Meanwhile the connection starts no further request."""
+
+    async def check() -> None:
+        async with serving() as running:
+            good = running.app.commit
+            running.app.commit = lambda: None  # type: ignore[assignment,method-assign,return-value]  # the fake is held, as an audit log is
+            peer = await running.peer()
+            peer.send(get("/echo?one"))
+            while not running.app.seen:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.05)
+            peer.send(get("/echo?two"))
+            await asyncio.sleep(0.05)
+            assert len(running.app.seen) == 1
+            running.app.commit = good  # type: ignore[method-assign]  # and takes lines again
+            assert [(await peer.answer()).json["query"] for _ in range(2)] == ["one", "two"]
+            await peer.close()
+
+    run(check())
+
+
 def test_all_answers_of_a_turn_wait_for_one_commit() -> None:
     async def check() -> None:
         async with serving() as running:
@@ -108,5 +130,63 @@ def test_all_answers_of_a_turn_wait_for_one_commit() -> None:
             assert running.app.commits - before < 20
             for peer in peers:
                 await peer.close()
+
+    run(check())
+
+
+def test_another_application_takes_over_the_open_connections() -> None:
+    """What the former one has begun gets the given answer, even if it was ready to be written."""
+    instead = Response(503, b'{"error":"no","code":"sealed"}')
+
+    async def check() -> None:
+        async with serving() as running:
+            former, app = running.app, type(running.app)()
+            held, idle, asking = [await running.peer() for _ in range(3)]
+            held.send(get("/hold"))
+            idle.send(get("/echo"))
+            assert (await idle.answer()).status == 200
+            while not former.running:
+                await asyncio.sleep(0)
+
+            def handle_and_replace(session: Session, request: Request) -> bytes:
+                running.http.replace_app(app, instead)
+                return b"{}"
+
+            former.handle = handle_and_replace  # type: ignore[method-assign]  # as a verb that replaces the application
+            asking.send(get("/echo") + get("/echo"))
+            first, second = await asking.answer(), await asking.answer()
+            assert (first.status, second.status) == (200, 200)
+            answer = await held.answer()
+            assert (answer.status, answer.json["code"]) == (503, "sealed")
+            assert "connection" not in answer.headers
+            assert former.running == 0
+            for peer in (held, idle, asking):
+                before = len(app.seen)
+                peer.send(get("/echo"))
+                assert (await peer.answer()).status == 200 and len(app.seen) == before + 1
+                await peer.close()
+
+    run(check())
+
+
+def test_answers_that_wait_for_the_end_of_the_turn_are_replaced() -> None:
+    instead = Response(503, b'{"error":"no","code":"sealed"}')
+
+    async def check() -> None:
+        async with serving() as running:
+            peer = await running.peer()
+            app = type(running.app)()
+            seen = running.app.seen
+
+            def handle(session: Session, request: Request) -> bytes:
+                seen.append(("", "", b""))
+                if len(seen) == 2:
+                    running.http.replace_app(app, instead)
+                return b"{}"
+
+            running.app.handle = handle  # type: ignore[method-assign]  # the second request of the turn replaces it
+            peer.send(get("/echo") * 2)
+            assert [(await peer.answer()).status for _ in range(2)] == [503, 200]
+            await peer.close()
 
     run(check())

@@ -5,16 +5,23 @@ It asserts nothing. Times, nonces and ids are fixed or counted, so two runs make
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import msgspec
+
+from minikms.crypto import aead, labels
 from minikms.crypto.aead import NonceSource
-from minikms.keys import keyring
+from minikms.keys import keyring, root_slots
 from minikms.keys.keyring import Body
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, fill_random
 
+KNOWN: dict[str, Any] = json.loads((Path(__file__).parents[2] / "vectors" / "formats.json").read_text())
 AT = "2026-11-24T15:00:00Z"
 LATER = "2026-11-25T15:00:00Z"
 ROOT = bytes(range(32))
@@ -46,20 +53,31 @@ def reopened(arena: SecretArena, unlocked: UnlockedKeyring, root: bytes = ROOT) 
 
 
 def begin(unlocked: UnlockedKeyring, root: bytes | None = None) -> Body:
-    """Step 1 of a rotation, made current."""
+    """Step 1 of a rotation, made current. A new root key replaces the newest one."""
     body = unlocked.body
     added = None
     if root is not None:
-        added = unlocked.make_root(memoryview(root), "request", fill_random, slot_id=f"s{body.epoch + 1}", at=AT)
+        slot_id = root_slots.next_slot_id(body)
+        added = unlocked.make_slot(memoryview(root), "request", slot_id=slot_id, at=AT, replaces=body.slots[-1].slot_id)
     version = max(kek.version for kek in body.keks) + 1
-    kek = unlocked.make_kek(
-        fill_random,
-        version=version,
-        state="pending",
-        at=AT,
-        key_version=added.link.version if added else None,
-    )
-    return adopt(unlocked, keyring.begin_rotation(body, kek=kek, root=added, stamp="20261124T150000", at=AT))
+    kek = unlocked.make_kek(fill_random, version=version, state="pending", at=AT)
+    return adopt(unlocked, keyring.begin_rotation(body, kek=kek, slot=added, stamp="20261124T150000", at=AT))
+
+
+def add(unlocked: UnlockedKeyring, root: bytes, provider: str = "file", shares: keyring.ShareSet | None = None) -> str:
+    """Adds a root key; the id of its slot."""
+    slot_id = root_slots.next_slot_id(unlocked.body)
+    slot = unlocked.make_slot(memoryview(root), provider, slot_id=slot_id, at=AT, shares=shares)
+    adopt(unlocked, root_slots.add_slot(unlocked.body, slot, at=AT))
+    return slot_id
+
+
+def remove(unlocked: UnlockedKeyring, *slot_ids: str, proved: str = "", at: str = AT) -> Body:
+    """Removes slots, with a fresh keyring key and a fresh audit key."""
+    resealed = unlocked.make_resealed(fill_random, without=slot_ids)
+    version = unlocked.body.audit_key.version + 1
+    key = unlocked.make_audit_key(fill_random, version=version, at=at, key_version=resealed.key_version)
+    return adopt(unlocked, root_slots.remove_slots(unlocked.body, resealed, key, at=at, proved=proved))
 
 
 def promote(unlocked: UnlockedKeyring) -> Body:
@@ -76,3 +94,34 @@ def adopt(unlocked: UnlockedKeyring, body: Body) -> Body:
     unlocked.body = body
     unlocked.settle()
     return body
+
+
+def in_former_format(
+    unlocked: UnlockedKeyring, root: bytes, version: int, tombstones: tuple[keyring.Tombstone, ...] = ()
+) -> bytes:
+    """The file of a keyring with one root key, as an earlier program would write it."""
+    body = unlocked.body
+    [slot] = body.slots
+    fields = body.keyring_id.encode(), slot.slot_id.encode(), slot.fingerprint.encode()
+    aad = labels.aad(labels.SLOT, *fields, labels.number(body.key_version))
+    wrapped = keyring.Slot(
+        slot_id=slot.slot_id,
+        fingerprint=slot.fingerprint,
+        provider=slot.provider,
+        created_at=slot.created_at,
+        commitment=slot.commitment,
+        opens=body.key_version,
+        wrapped=aead.seal(memoryview(root), NonceSource().next(), unlocked.keyring_key.view, aad),
+    )
+    log = body.tombstone_log if version == 2 else None
+    changed = msgspec.structs.replace(body, version=version, slots=(wrapped,), tombstones=tombstones, tombstone_log=log)
+    keyring.check(changed)
+    return unlocked.encode(changed)
+
+
+def former(arena: SecretArena, name: str, root: int = -1) -> tuple[UnlockedKeyring, keyring.Slot, bytes]:
+    """A keyring of a former format, of the known answers, opened under one of its root keys; and that root key."""
+    [known] = [one for one in KNOWN["keyrings"] if one["name"] == name]
+    key = bytes.fromhex(known["opens_under"][root])
+    opened = UnlockedKeyring.open(arena, memoryview(key), known["file"].encode(), nonces=NonceSource().next)
+    return (*opened, key)

@@ -75,12 +75,13 @@ def test_a_rewrap_changes_the_version_by_one_the_kek_and_nothing_else() -> None:
     after = dek.rewrap(before, DEK, OTHER_KEK, 2, bytes(12))
     assert unwrapped(after, OTHER_KEK) == bytes(DEK)
     assert (after.version, after.kek_version) == (before.version + 1, 2)
-    assert msgspec.structs.replace(after, version=1, kek_version=1, wrapped=before.wrapped) == before
+    assert msgspec.structs.replace(after, version=before.version, kek_version=1, wrapped=before.wrapped) == before
 
 
 def test_a_key_is_retired_once() -> None:
     retired = dek.retired(made(), at=AT, replaced_by=OTHER_ID)
     assert (retired.state, retired.retired_at, retired.replaced_by) == ("retired", AT, OTHER_ID)
+    assert retired.version == made().version + 1
     assert unwrapped(retired) == bytes(DEK)
     with pytest.raises(ConflictError):
         dek.retired(retired, at=AT)
@@ -152,7 +153,22 @@ RECORDS = st.builds(
 def test_every_record_comes_back_from_its_file(record: DekRecord, retire: bool) -> None:
     if retire:
         record = msgspec.structs.replace(record, state="retired", retired_at=AT)
-    assert dek.parse(dek.encode(record), KEY_ID) == record
+    data = dek.encode(record)
+    assert dek.parse(data, KEY_ID) == record
+    assert len(data) == dek.FILE_BYTES
+
+
+def test_the_longest_record_fits_the_length_of_every_file() -> None:
+    longest = msgspec.structs.replace(
+        made(thread_id="t" * 128, kek_version=2**32 - 1),
+        state="retired",
+        version=dek.VERSION_MAX - 1,
+        retired_at=AT,
+        replaces=OTHER_ID,
+        replaced_by=OTHER_ID,
+    )
+    assert len(dek.encode(longest)) == dek.FILE_BYTES
+    assert dek.parse(dek.encode(longest), KEY_ID) == longest
 
 
 @given(st.data())

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minikms import api
 from minikms.keys.dek import DekRecord, bytes_to_key_id
-from minikms.keys.index import KeyIndex
+from minikms.keys.index import JUDGED_COUNT_MAX, PURPOSES, KeyIndex
 
 AT = "2026-11-24T15:00:00Z"
 
 
-def record(number: int, thread: int = 0, state: str = "active", kek_version: int = 1) -> DekRecord:
+def record(
+    number: int, thread: int = 0, state: str = "active", kek_version: int = 1, purpose: api.Purpose = "thread"
+) -> DekRecord:
     return DekRecord(
         id=bytes_to_key_id(number.to_bytes(16, "big")),
         created_at=AT,
@@ -23,7 +27,7 @@ def record(number: int, thread: int = 0, state: str = "active", kek_version: int
         format=1,
         version=1,
         kek_version=kek_version,
-        purpose="thread",
+        purpose=purpose,
         algorithm="AES-256-GCM",
         state="retired" if state == "retired" else "active",
         retired_at=AT if state == "retired" else "",
@@ -49,16 +53,19 @@ STEPS = st.lists(
         st.integers(0, 15),
         st.sampled_from(["active", "retired"]),
         st.integers(1, 3),
+        st.sampled_from(PURPOSES),
     ),
     max_size=40,
 )
 
 
 @given(STEPS, st.integers(1, 5))
-def test_the_index_matches_a_dict_of_the_same_records(steps: list[tuple[str, int, str, int]], limit: int) -> None:
+def test_the_index_matches_a_dict_of_the_same_records(
+    steps: list[tuple[str, int, str, int, api.Purpose]], limit: int
+) -> None:
     index, model = KeyIndex(), dict[str, DekRecord]()
-    for step, number, state, kek_version in steps:
-        one = record(number, thread=number % 3, state=state, kek_version=kek_version)
+    for step, number, state, kek_version, purpose in steps:
+        one = record(number, thread=number % 3, state=state, kek_version=kek_version, purpose=purpose)
         if step == "remove":
             index.remove(one.id)
             model.pop(one.id, None)
@@ -79,6 +86,13 @@ def test_the_index_matches_a_dict_of_the_same_records(steps: list[tuple[str, int
                 if thread_id in (None, one.thread_id) and state_asked in (None, one.state)
             )
             assert all_pages(index, limit, thread_id, state_asked) == expected
+    for number, asked in itertools.product(range(4), PURPOSES):
+        active = {
+            one.id
+            for one in model.values()
+            if (one.thread_id, one.purpose, one.state) == (f"t{number}", asked, "active")
+        }
+        assert list(index.active_of(f"t{number}", asked)) == sorted(active, reverse=True)
 
 
 def test_a_filtered_page_is_bounded_and_has_a_next_page(
@@ -107,3 +121,52 @@ def test_a_page_continues_after_a_key_that_was_removed() -> None:
 
 def test_an_empty_index_has_one_empty_page() -> None:
     assert KeyIndex().page(after="", limit=10, thread_id=None, state=None) == ([], "")
+
+
+@given(STEPS, st.integers(1, 5))
+def test_the_index_knows_the_thread_of_each_key(
+    steps: list[tuple[str, int, str, int, api.Purpose]], limit: int
+) -> None:
+    """Once it keeps them: for a look-up, and for a listing of the keys of some threads."""
+    index, model = KeyIndex(), dict[str, DekRecord]()
+    index.keep_threads()
+    assert index.thread_near(record(0).id) == ("", False)
+    for step, number, state, kek_version, purpose in steps:
+        one = record(number, thread=number % 3, state=state, kek_version=kek_version, purpose=purpose)
+        if step == "remove":
+            index.remove(one.id)
+            model.pop(one.id, None)
+        else:
+            index.put(one, only_new=step == "put new")
+            model[one.id] = one
+    for number in range(16):
+        thread, known = index.thread_near(record(number).id)
+        assert known == (record(number).id in model)
+        assert not known or thread == f"t{number % 3}"
+        assert bool(thread) == bool(model), "a key beside it, for an unknown one"
+    visible = sorted(one.id for one in model.values() if one.thread_id != "t1")
+    found: list[str] = []
+    after = ""
+    while True:
+        page = index.page(after=after, limit=limit, thread_id=None, state=None, visible=lambda thread: thread != "t1")
+        found += page.key_ids
+        after = page.next_after
+        if not after:
+            break
+    assert found == visible
+
+
+def test_a_page_compares_a_bounded_number_of_keys_with_a_policy() -> None:
+    index = KeyIndex()
+    index.keep_threads()
+    for number in range(JUDGED_COUNT_MAX + 1):
+        index.put(record(number))
+    asked: list[str] = []
+
+    def is_visible(thread_id: str) -> bool:
+        asked.append(thread_id)
+        return False
+
+    page = index.page(after="", limit=10, thread_id=None, state=None, visible=is_visible)
+    assert len(asked) == JUDGED_COUNT_MAX
+    assert (page.key_ids, page.next_after) == ([], record(JUDGED_COUNT_MAX - 1).id)

@@ -11,12 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minikms.crypto import roots
+from minikms.crypto.aead import NonceSource
+from minikms.datadir import KEYRING_SLOTS
 from minikms.errors import ConflictError, StartError
-from minikms.keys import keyring
+from minikms.keys import keyring, root_slots
 from minikms.keys.keyring import Body
+from minikms.keys.tombstones import TOMBSTONES_COUNT_MAX
 from minikms.keys.unlocked import UnlockedKeyring
+from minikms.memory.arena import SecretArena, fill_random
 from tests.minikms.keys import keyrings
-from tests.minikms.keys.keyrings import AT, LATER, NEW_ROOT
+from tests.minikms.keys.keyrings import AT, LATER, NEW_ROOT, ROOT, fresh
 
 
 @pytest.fixture
@@ -44,12 +49,15 @@ def test_every_change_raises_the_epoch(unlocked: UnlockedKeyring) -> None:
     bodies = [
         keyring.next_epoch(first, at=LATER),
         keyring.reserve_wraps(first, 1, 10, at=LATER),
-        keyring.add_tombstone(first, "k_" + "0" * 26, at=LATER),
+        keyring.with_tombstones(first, 1, bytes(32), at=LATER),
         keyring.after_restore(first, seen_epoch=1, at=LATER),
         begun,
     ]
     assert {body.epoch for body in bodies} == {2}
-    later = [keyring.destroy_kek(done, 1, at=LATER), keyring.drop_slots_except(done, done.slots[-1].slot_id, at=LATER)]
+    other = msgspec.structs.replace(done.slots[0], slot_id="s9", fingerprint="another")
+    resealed = unlocked.make_resealed(fill_random, without=["s1"])
+    removed = root_slots.remove_slots(done, resealed, msgspec.structs.replace(done.audit_key, version=2), at=LATER)
+    later = [keyring.destroy_kek(done, 1, at=LATER), removed, root_slots.add_slot(done, other, at=LATER)]
     assert done.epoch == 3
     assert {body.epoch for body in later} == {4}
     assert all(body.updated_at == LATER for body in later)
@@ -83,43 +91,135 @@ def test_only_a_retired_kek_is_destroyed_and_its_wrapped_key_goes(unlocked: Unlo
         keyring.destroy_kek(done, 2, at=AT)
 
 
-def test_only_the_newest_slot_may_stay(unlocked: UnlockedKeyring) -> None:
-    """Without the newest slot, to which the links lead, no slot would open the newest keyring key."""
-    done = keyrings.rotate(unlocked, NEW_ROOT)
-    old, new = done.slots
-    with pytest.raises(ConflictError, match="newest"):
-        keyring.drop_slots_except(done, old.slot_id, at=AT)
-    alone = keyring.drop_slots_except(done, new.slot_id, at=LATER)
-    assert (alone.slots, alone.links) == ((new,), ())
-    assert alone.retired_roots == (keyring.RetiredRoot(old.fingerprint, LATER),)
+# --- slots ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_removed_root_is_revoking_until_a_later_kek_is_active(unlocked: UnlockedKeyring) -> None:
+    """The KEK version that is pending when the slot goes is not enough: the removed root key could open it."""
+    added = keyrings.add(unlocked, NEW_ROOT)
+    keyrings.begin(unlocked)
+    body = keyrings.remove(unlocked, added, at=LATER)
+    name = roots.fingerprint(memoryview(NEW_ROOT))
+    assert [(root.slot_id, root.fingerprint, root.kek_version) for root in body.revoking] == [(added, name, 3)]
+    assert not body.revocation_due  # a rotation runs
+    body = keyrings.promote(unlocked)
+    assert (body.revocation_due, len(body.revoking), body.retired_roots) == (True, 1, ())
+    body = keyrings.rotate(unlocked)
+    assert (body.revocation_due, body.revoking) == (False, ())
+    assert body.retired_roots == (keyring.RetiredRoot(name, LATER, line_owed=True),)
+
+
+def test_the_last_slot_stays(unlocked: UnlockedKeyring) -> None:
+    with pytest.raises(ConflictError, match="last root key"):
+        keyrings.remove(unlocked, "s1")
+
+
+def test_a_removal_ends_the_claim_of_a_running_rotation_to_the_slot(unlocked: UnlockedKeyring) -> None:
+    begun = keyrings.begin(unlocked, NEW_ROOT)
+    body = keyrings.remove(unlocked, begun.slots[-1].slot_id)
+    assert body.rotation is not None
+    assert body.rotation.slot_id == ""
+
+
+def replacing(body: Body, *slots: tuple[str, str]) -> Body:
+    """The body with these slots: (id, the slot that it replaces)."""
+    first = body.slots[0]
+    made = [msgspec.structs.replace(first, slot_id=one, fingerprint=one, replaces=other) for one, other in slots]
+    return msgspec.structs.replace(body, slots=tuple(made))
+
+
+def test_a_proved_slot_removes_what_it_replaces_and_its_older_rivals(unlocked: UnlockedKeyring) -> None:
+    body = replacing(unlocked.body, ("s1", ""), ("s2", ""), ("s3", "s1"), ("s4", "s1"), ("s5", "s1"))
+    assert root_slots.replaced_by(body, "s4") == {"s1", "s3"}
+    assert root_slots.replaced_by(body, "s3") == {"s1"}
+    assert root_slots.replaced_by(body, "s1") == root_slots.replaced_by(body, "s2") == frozenset()
+    assert root_slots.replaced_by(replacing(unlocked.body, ("s1", ""), ("s2", "s1"), ("s3", "s2")), "s3") == {
+        "s1",
+        "s2",
+    }
+    assert root_slots.replaced_by(replacing(unlocked.body, ("s3", "s1"), ("s4", "s3")), "s9") == frozenset()
+
+
+def test_a_newer_rival_replaces_the_proved_slot_next(unlocked: UnlockedKeyring) -> None:
+    keyrings.begin(unlocked, NEW_ROOT)
+    keyrings.promote(unlocked)
+    new = unlocked.body.slots[-1].slot_id
+    rival = keyrings.add(unlocked, bytes(range(7, 39)))
+    slots = tuple(
+        msgspec.structs.replace(slot, replaces="s1") if slot.slot_id == rival else slot for slot in unlocked.body.slots
+    )
+    unlocked.body = msgspec.structs.replace(unlocked.body, slots=slots)
+    body = keyrings.remove(unlocked, *root_slots.replaced_by(unlocked.body, new), proved=new)
+    assert [(slot.slot_id, slot.replaces) for slot in body.slots] == [(new, ""), (rival, new)]
 
 
 def test_retired_roots_are_remembered_up_to_a_bound(unlocked: UnlockedKeyring) -> None:
     many = tuple(keyring.RetiredRoot(f"{number:016x}", AT) for number in range(keyring.RETIRED_ROOTS_MAX))
-    done = keyrings.rotate(unlocked, NEW_ROOT)
-    body = keyring.drop_slots_except(
-        msgspec.structs.replace(done, retired_roots=many), done.slots[-1].slot_id, at=LATER
-    )
+    added = keyrings.add(unlocked, NEW_ROOT)
+    keyrings.remove(unlocked, added)
+    unlocked.body = msgspec.structs.replace(unlocked.body, retired_roots=many)
+    body = keyrings.rotate(unlocked)
     assert len(body.retired_roots) == keyring.RETIRED_ROOTS_MAX
-    assert body.retired_roots[-1].fingerprint == done.slots[0].fingerprint
+    assert body.retired_roots[-1].fingerprint == roots.fingerprint(memoryview(NEW_ROOT))
+
+
+def test_a_root_test_is_noted_in_the_slot(unlocked: UnlockedKeyring) -> None:
+    body = root_slots.mark_tested(unlocked.body, "s1", at=LATER)
+    assert (body.slots[0].tested_at, body.epoch) == (LATER, unlocked.body.epoch)
+
+
+# --- bounds -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_change_beyond_a_bound_is_refused_with_advice(unlocked: UnlockedKeyring) -> None:
     kek, slot, audit_key = unlocked.body.keks[0], unlocked.body.slots[0], unlocked.body.audit_key
     full = msgspec.structs.replace(unlocked.body, keks=(kek,) * keyring.KEKS_OPEN_COUNT_MAX)
     with pytest.raises(ConflictError, match="/kek/prune"):
-        keyring.check_has_room(full, new_root=False)
+        keyring.check_has_room(full, kek=True, slot=False)
     full = msgspec.structs.replace(unlocked.body, slots=(slot,) * keyring.SLOTS_MAX)
-    keyring.check_has_room(full, new_root=False)
-    with pytest.raises(ConflictError, match="start once with the newest"):
-        keyring.check_has_room(full, new_root=True)
+    keyring.check_has_room(full, kek=True, slot=False)
+    with pytest.raises(ConflictError, match="remove the unused ones"):
+        keyring.check_has_room(full, kek=False, slot=True)
+    former = msgspec.structs.replace(unlocked.body, version=2)
+    with pytest.raises(ConflictError, match="start it once under the newest root key"):
+        root_slots.add_slot(former, slot, at=AT)
     full = msgspec.structs.replace(unlocked.body, audit_keys=(audit_key,) * keyring.AUDIT_KEYS_COUNT_MAX)
     with pytest.raises(ConflictError, match="audit keys"):
         keyring.add_audit_key(full, audit_key, at=AT)
-    stone = keyring.Tombstone("k_" + "0" * 26, AT)
-    full = msgspec.structs.replace(unlocked.body, tombstones=(stone,) * keyring.TOMBSTONES_COUNT_MAX)
-    with pytest.raises(ConflictError, match="destroyed keys"):
-        keyring.add_tombstone(full, "k_" + "1" * 26, at=AT)
+    with pytest.raises(ConflictError, match="keys were destroyed"):
+        keyring.with_tombstones(unlocked.body, TOMBSTONES_COUNT_MAX + 1, bytes(32), at=AT)
+
+
+def test_a_root_key_that_opens_the_keyring_or_did_so_is_not_added_again(unlocked: UnlockedKeyring) -> None:
+    """Whoever adds it: the service, or `minikms init` with recovery shares."""
+    slot = unlocked.body.slots[0]
+    again = msgspec.structs.replace(slot, slot_id="s9")
+    with pytest.raises(ConflictError, match="opens the keyring already"):
+        root_slots.add_slot(unlocked.body, again, at=AT)
+    gone = (keyring.RetiredRoot("0" * 16, AT),)
+    retired = msgspec.structs.replace(unlocked.body, retired_roots=gone)
+    with pytest.raises(ConflictError, match="rotated away before"):
+        root_slots.add_slot(retired, msgspec.structs.replace(again, fingerprint="0" * 16), at=AT)
+
+
+def test_a_root_key_can_be_removed_every_day_for_years() -> None:
+    """Each removal takes an audit key. An arena of the size that a start makes opens a keyring that is full of them."""
+    with SecretArena(KEYRING_SLOTS, force_fallback=True) as arena:
+        unlocked = fresh(arena)
+        body = unlocked.body
+        for version in range(2, keyring.AUDIT_KEYS_COUNT_MAX + 1):
+            made = unlocked.make_audit_key(fill_random, version=version, at=AT)
+            body = msgspec.structs.replace(body, audit_keys=(*body.audit_keys, made))
+        unlocked.body = keyring.next_epoch(body, at=AT)
+        assert len(body.audit_keys) > 365 * 2
+        data = unlocked.encode(unlocked.body)
+        assert len(data) < 1_000_000
+        unlocked.release()
+        again, _ = UnlockedKeyring.open(arena, memoryview(ROOT), data, nonces=NonceSource().next)
+        again.make_resealed(fill_random, without=())
+        with pytest.raises(ConflictError, match="no root key can be removed"):
+            keyring.check_takes_audit_key(again.body)
+        again.release()
 
 
 def test_after_a_restore_epoch_and_wraps_are_above_the_known_ones(unlocked: UnlockedKeyring) -> None:
@@ -144,6 +244,9 @@ def contradictions(unlocked: UnlockedKeyring) -> dict[str, Body]:
     old, new = body.slots
     change = msgspec.structs.replace
     many = change(active, version=99)
+    log = body.tombstone_log
+    gone = keyring.RevokingRoot("s99", "0" * 16, "file", AT, 9)
+    assert log is not None
     return {
         "no epoch": _with(body, epoch=0),
         "no KEK": _with(body, keks=()),
@@ -165,14 +268,66 @@ def contradictions(unlocked: UnlockedKeyring) -> dict[str, Body]:
         "a provider with a long name": _with(body, slots=(change(old, provider="x" * 33), new)),
         "a provider with a control character": _with(body, slots=(change(old, provider="a\n"), new)),
         "too many slots": _with(body, slots=(old,) * (keyring.SLOTS_MAX + 1)),
+        "a slot that replaces none that is there": _with(body, slots=(old, change(new, replaces="s99"))),
+        "a wrapped slot": _with(body, slots=(change(old, wrapped=b"x", opens=1), new)),
+        "a slot without a sealed key": _with(body, slots=(change(old, sealed=b""), new)),
+        "a short public key": _with(body, slots=(change(old, public_key=old.public_key[:-1]), new)),
+        "a short MAC": _with(body, slots=(change(old, mac=b""), new)),
+        "a short commitment": _with(body, slots=(change(old, commitment=b"x"), new)),
+        "a slot without its authentication key": _with(body, slots=(change(old, wrapped_auth=b""), new)),
+        "a slot that replaces itself": _with(body, slots=(old, change(new, replaces=new.slot_id))),
+        "a slot id with another form": _with(body, slots=(change(old, slot_id="../s1"), new)),
+        "a share set of one": _with(body, slots=(change(old, shares=shares(1, 3)), new)),
+        "a threshold above the count": _with(body, slots=(change(old, shares=shares(4, 3)), new)),
+        "too many shares": _with(body, slots=(change(old, shares=shares(2, 17)), new)),
+        "a share set with another id": _with(body, slots=(change(old, shares=change(shares(2, 3), set_id="x")), new)),
+        "a digest too few": _with(body, slots=(change(old, shares=change(shares(2, 3), count=4)), new)),
+        "a short digest": _with(body, slots=(change(old, shares=change(shares(2, 2), digests=(b"x",) * 2)), new)),
+        "a link": _with(body, links=(keyring.Link(2, b"x"),)),
+        "keyring key 0": _with(body, key_version=0),
+        "a removed root key that opens": _with(body, revoking=(change(gone, fingerprint=old.fingerprint),)),
+        "a removal from KEK 0 on": _with(body, revoking=(change(gone, kek_version=0),)),
+        "too many removed root keys": _with(body, revoking=(gone,) * 65),
+        "no audit key": _with(body, audit_keys=()),
+        "no tombstone log": _with(body, tombstone_log=None),
+        "sealed slots in format 1": _with(body, version=1),
+        "sealed slots in format 2": _with(body, version=2),
+        "tombstones inside format 4": _with(body, tombstones=(keyring.Tombstone("k_" + "0" * 26, AT),)),
+        "a negative number of tombstones": _with(body, tombstone_log=change(log, count=-1)),
+        "too many tombstones": _with(body, tombstone_log=change(log, count=TOMBSTONES_COUNT_MAX + 1)),
+        "a short head of the tombstones": _with(body, tombstone_log=change(log, head=b"x")),
+        "audit keys out of order": _with(body, audit_keys=body.audit_keys * 2),
+    }  # fmt: skip
+
+
+def shares(threshold: int, count: int) -> keyring.ShareSet:
+    return keyring.ShareSet("00" * 8, threshold, count, (bytes(32),) * count)
+
+
+def former_contradictions(arena: SecretArena) -> dict[str, Body]:
+    """Of a keyring with two root keys in format 2."""
+    body = keyrings.former(arena, "rotating, format 2")[0].body
+    old, new = body.slots
+    change = msgspec.structs.replace
+    return {
         "the newest slot does not open the present key": _with(body, key_version=body.key_version + 1),
         "a missing link": _with(body, links=()),
         "a link too many": _with(body, links=(*body.links, keyring.Link(3, b""))),
         "a keyring key of version 0": _with(body, slots=(change(old, opens=0), new)),
         "a keyring key beyond all": _with(body, slots=(old, change(new, opens=2**62)), key_version=2**62),
-        "no audit key": _with(body, audit_keys=()),
-        "audit keys out of order": _with(body, audit_keys=body.audit_keys * 2),
-    }  # fmt: skip
+        "a sealed slot": _with(body, slots=(change(old, sealed=b"x"), new)),
+        "a tombstone log in format 1": _with(body, version=1),
+        "wrapped slots in format 3": _with(body, version=3),
+        "wrapped slots in format 4": _with(body, version=4),
+    }
+
+
+def test_an_inconsistent_body_of_a_former_format_is_refused() -> None:
+    with keyrings.arena() as arena:
+        for what, body in former_contradictions(arena).items():
+            with pytest.raises(StartError, match="inconsistent"):
+                keyring.check(body)
+                pytest.fail(f"accepted: {what}")
 
 
 def test_an_inconsistent_body_is_refused(unlocked: UnlockedKeyring) -> None:
@@ -208,9 +363,9 @@ def _altered(unlocked: UnlockedKeyring, **changes: object) -> bytes:
     return keyring.encode_file(json.dumps(body).encode(), b"t" * 28)
 
 
-@pytest.mark.parametrize("change", [{"format": "other"}, {"version": 2}])
+@pytest.mark.parametrize("change", [{"format": "other"}, {"version": 0}, {"version": 5}])
 def test_an_unknown_format_or_version_is_named(unlocked: UnlockedKeyring, change: dict[str, object]) -> None:
-    with pytest.raises(StartError, match="this program reads 1"):
+    with pytest.raises(StartError, match="this program reads"):
         keyring.parse_file(_altered(unlocked, **change))
 
 
@@ -218,9 +373,9 @@ def test_an_unknown_format_or_version_is_named(unlocked: UnlockedKeyring, change
 def test_a_newer_format_says_to_start_the_newer_program(unlocked: UnlockedKeyring, members: dict[str, object]) -> None:
     """Whatever other members it has: the file is not damaged, so a backup is the second choice."""
     with pytest.raises(
-        StartError, match=r"a newer program wrote the keyring: it has format version 2.*Start the newer"
+        StartError, match=r"a newer program wrote the keyring: it has format version 5.*Start the newer"
     ):
-        keyring.parse_file(_altered(unlocked, version=2, **members))
+        keyring.parse_file(_altered(unlocked, version=5, **members))
 
 
 def test_an_unknown_field_is_refused(
@@ -251,7 +406,10 @@ def test_a_damaged_file_is_refused_or_parses_never_anything_else(data: st.DataOb
 
 
 @given(
-    moves=st.lists(st.sampled_from(["begin", "begin root", "promote", "drop", "destroy", "add tombstone"]), max_size=12)
+    moves=st.lists(
+        st.sampled_from(["begin", "begin root", "promote", "prove", "add", "remove", "destroy", "add tombstone"]),
+        max_size=12,
+    )
 )
 @settings(max_examples=60)
 def test_any_changes_keep_the_invariants_and_open_under_the_roots(moves: list[str]) -> None:
@@ -281,10 +439,17 @@ def _apply(unlocked: UnlockedKeyring, move: str, roots: list[bytes], number: int
         keyrings.begin(unlocked, roots[-1])
     elif move == "promote" and running:
         keyrings.promote(unlocked)
-    elif move == "drop" and not running:
-        keyrings.adopt(unlocked, keyring.drop_slots_except(body, body.slots[-1].slot_id, at=AT))
-        del roots[:-1]
+    elif move == "prove" and (gone := root_slots.replaced_by(body, body.slots[-1].slot_id)):
+        roots[:] = [root for root, slot in zip(roots, body.slots, strict=True) if slot.slot_id not in gone]
+        keyrings.remove(unlocked, *gone, proved=body.slots[-1].slot_id)
+    elif move == "add":
+        roots.append(bytes([number + 1]) * 32)
+        keyrings.add(unlocked, roots[-1])
+    elif move == "remove" and len(roots) > 1:
+        place = number % len(roots)
+        keyrings.remove(unlocked, body.slots[place].slot_id)
+        del roots[place]
     elif move == "destroy" and (retired := body.kek_in_state("retired")):
         keyrings.adopt(unlocked, keyring.destroy_kek(body, retired.version, at=AT))
     elif move == "add tombstone":
-        keyrings.adopt(unlocked, keyring.add_tombstone(body, f"k_{number:026d}", at=AT))
+        keyrings.adopt(unlocked, keyring.with_tombstones(body, number, bytes([number]) * 32, at=AT))

@@ -4,28 +4,28 @@ Owns: the forms of a key (`forms_of`) and the search for them in a live process 
 that the kernel lets root read is searched, and every other region is reported; the search is exact. It must know
 nothing about the program that it searches.
 
-How 6,000 needles pass over some hundred megabytes in seconds: each needle is looked for by its rarest byte, so that
-the C library's memchr does the walking; a few classes of the bytes that follow, then a table, decide the rest.
+How 6,000 needles pass over some hundred megabytes in a second: a needle of 15 bytes or more covers a whole 8-byte word
+of the data, wherever it lies. So the data is read as a sequence of words. The set of all words that needles can show
+there is asked, in C, whether it has one of them. Only the few windows that have one are searched in Python.
 """
 
 from __future__ import annotations
 
 import base64
-import collections
 import hashlib
 import os
-import re
 import struct
+import sys
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 CHUNK_BYTES = 8 * 1024 * 1024
-WINDOW_BYTES = 64 * 1024
+WINDOW_BYTES = 4096
 HALF_BYTES = 16
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-SAMPLE_BYTES = 1024 * 1024
-KEYED_BYTES = 4
-"""How many bytes of a needle, from its anchor on, the table is keyed by."""
+WORD_FORMATS: dict[int, Literal["Q", "I"]] = {8: "Q", 4: "I"}
+"""Of memoryview.cast, by the size of a word in bytes."""
+_ZEROES = bytes(WINDOW_BYTES)
 
 
 class Needle(NamedTuple):
@@ -179,43 +179,40 @@ def sha256_state_after(block: bytes) -> list[int]:
 
 # --- the search ---------------------------------------------------------------------------------------------------
 class Matcher:
-    """Finds all needles at once. `sample` is a piece of what will be searched; it only decides the speed."""
+    """Finds all needles at once. Each needle has at least 7 bytes; from 15 bytes on the search is faster."""
 
-    def __init__(self, needles: Iterable[Needle], sample: bytes) -> None:
+    def __init__(self, needles: Iterable[Needle]) -> None:
         needles = list(needles)
-        counts = collections.Counter(sample)
-        self.needle_bytes_max = max(len(needle.data) for needle in needles)
-        self._tables: dict[int, dict[bytes, list[tuple[int, Needle]]]] = {}
+        lengths = [len(needle.data) for needle in needles]
+        self.needle_bytes_max = max(lengths)
+        self._word_bytes = next(size for size in WORD_FORMATS if 2 * size - 1 <= min(lengths))
+        self._places: dict[int, list[tuple[int, Needle]]] = {}
+        """By each word that a needle can show: where the word is in which needle."""
         for needle in needles:
-            places = range(len(needle.data) - KEYED_BYTES + 1)
-            offset = min(places, key=lambda place: counts[needle.data[place]])
-            table = self._tables.setdefault(needle.data[offset], {})
-            table.setdefault(needle.data[offset : offset + KEYED_BYTES], []).append((offset, needle))
-        self._patterns = {anchor: _pattern(table) for anchor, table in self._tables.items()}
+            for offset in range(self._word_bytes):
+                word = int.from_bytes(needle.data[offset : offset + self._word_bytes], sys.byteorder)
+                self._places.setdefault(word, []).append((offset, needle))
+        self._words = frozenset(self._places)
 
     def search(self, data: bytes) -> Iterator[tuple[int, Needle]]:
         """Each needle that lies wholly in `data`, with its position."""
-        for start in range(0, len(data), WINDOW_BYTES):
-            # Memory is mostly zeroes; no needle's anchor lies in a window of nothing else.
-            if 0 in self._patterns or data[start : start + WINDOW_BYTES].strip(b"\0"):
-                yield from self._search_anchors(data, start, start + WINDOW_BYTES)
+        size = self._word_bytes
+        words = memoryview(data)[: len(data) // size * size].cast(WORD_FORMATS[size])
+        step = WINDOW_BYTES // size
+        for first in range(0, len(words), step):
+            # Memory is mostly zeroes, which are compared faster than they are looked up.
+            if 0 not in self._words and data.startswith(_ZEROES, first * size):
+                continue
+            window = words[first : first + step]
+            if not self._words.isdisjoint(window):
+                yield from self._search_words(data, window, first * size)
 
-    def _search_anchors(self, data: bytes, first: int, end: int) -> Iterator[tuple[int, Needle]]:
-        for anchor, pattern in self._patterns.items():
-            table = self._tables[anchor]
-            for match in pattern.finditer(data, first, end + KEYED_BYTES - 1):
-                place = match.start()
-                for offset, needle in table.get(data[place : place + KEYED_BYTES], ()) if place < end else ():
-                    start = place - offset
-                    if start >= 0 and data[start : start + len(needle.data)] == needle.data:
-                        yield start, needle
-
-
-def _pattern(keys: Iterable[bytes]) -> re.Pattern[bytes]:
-    """The anchor byte, then of each following byte the class of its values, looked at and not consumed."""
-    columns = [sorted(set(column)) for column in zip(*keys, strict=True)]
-    classes = [b"[" + b"".join(b"\\x%02x" % value for value in column) + b"]" for column in columns[1:]]
-    return re.compile(b"\\x%02x(?=" % columns[0][0] + b"".join(classes) + b")", re.DOTALL)
+    def _search_words(self, data: bytes, window: memoryview[int], position: int) -> Iterator[tuple[int, Needle]]:
+        for place, word in enumerate(window):
+            for offset, needle in self._places.get(word, ()):
+                start = position + place * self._word_bytes - offset
+                if start >= 0 and data[start : start + len(needle.data)] == needle.data:
+                    yield start, needle
 
 
 class _Region(NamedTuple):
@@ -283,7 +280,7 @@ def scan_process(pid: int, needles: Iterable[Needle]) -> Report:
     pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     libraries = _Libraries(regions)
     try:
-        matcher = Matcher(needles, _sample(memory, regions))
+        matcher = Matcher(needles)
         for region in regions:
             refused = 0
             for start, end in _parts(pagemap, region):
@@ -311,7 +308,7 @@ def scan_file(path: str, needles: Iterable[Needle]) -> Report:
     bytes_read = 0
     with open(path, "rb") as file:
         head = file.read(CHUNK_BYTES)
-        matcher = Matcher(needles, head[-SAMPLE_BYTES:])
+        matcher = Matcher(needles)
         tail, position = b"", 0
         while head:
             data = tail + head
@@ -324,16 +321,6 @@ def scan_file(path: str, needles: Iterable[Needle]) -> Report:
             tail = data[-(matcher.needle_bytes_max - 1) :]
             head = file.read(CHUNK_BYTES)
     return Report(hits, bytes_read, [])
-
-
-def _sample(memory: int, regions: list[_Region]) -> bytes:
-    """Some of the heap and the stacks, which are what matters."""
-    sample = bytearray()
-    for region in regions:
-        if region.permissions.startswith("rw") and len(sample) < SAMPLE_BYTES:
-            for _, data, _ in _read(memory, region.start, min(region.end, region.start + SAMPLE_BYTES // 8), 0):
-                sample += data
-    return bytes(sample)
 
 
 def _parts(pagemap: int, region: _Region) -> Iterator[tuple[int, int]]:

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikms.errors import ArenaFullError, KeyTextError, StartError
-from minikms.memory import SLOT_BYTES, SecretArena, fill_random, hex_decode_into, read_key_fd_into, zero
+from minikms.errors import ArenaFullError, KeyTextError
+from minikms.memory import SLOT_BYTES, SecretArena, fill_random, hex_decode_into, read_key_fd_into, zero, zero_bytes
 from minikms.memory import arena as arena_module
 from tests import needs
 
@@ -54,6 +54,56 @@ def test_the_bytes_of_a_released_slot_are_zeroed_in_place(fallback: bool) -> Non
         slot.release()
         assert bytes(alias) == bytes(SLOT_BYTES)
         alias.release()
+
+
+@both_backings
+def test_zero_all_zeroes_every_slot_and_makes_every_view_raise(fallback: bool) -> None:
+    """So nothing encrypts, signs or writes with a key of zeros. Old slots have no hold on the slots that come next."""
+    with SecretArena(3, force_fallback=fallback) as arena:
+        slots = [arena.allocate() for _ in range(2)]
+        aliases = [slot.view[:] for slot in slots]
+        for slot in slots:
+            fill_random(slot.view)
+        arena.zero_all()
+        assert [bytes(alias) for alias in aliases] == [bytes(SLOT_BYTES)] * 2
+        for slot in slots:
+            with pytest.raises(ValueError, match="released"):
+                bytes(slot.view)
+        assert (arena.in_use, arena.slots) == (0, 3)
+        fresh = [arena.allocate() for _ in range(3)]
+        for slot in fresh:
+            fill_random(slot.view)
+        for slot in slots:
+            slot.release()
+        assert all(bytes(slot.view) != bytes(SLOT_BYTES) for slot in fresh)
+        assert arena.in_use == 3
+
+
+def test_zero_all_leaves_a_lent_slot_until_its_owner_releases_it() -> None:
+    with SecretArena(2) as arena, arena.allocate() as lent, arena.allocate() as other:
+        fill_random(lent.view)
+        alias = lent.view[:]
+        content = bytes(alias)
+        lent.lend()
+        arena.zero_all()
+        assert bytes(lent.view) == content
+        with arena.allocate() as fresh, pytest.raises(ArenaFullError):
+            assert fresh.view.nbytes == SLOT_BYTES
+            arena.allocate()
+        lent.release()
+        other.release()
+        assert bytes(alias) == bytes(SLOT_BYTES)
+        arena.zero_all()
+        assert arena.in_use == 0
+
+
+def test_zero_all_never_hands_out_a_slot_that_a_running_call_holds() -> None:
+    with SecretArena(2) as arena:
+        held, exported = arena.allocate(), None
+        exported = pickle.PickleBuffer(held.view)
+        arena.zero_all()
+        assert arena.slots == 1
+        exported.release()
 
 
 def test_a_view_of_a_released_slot_raises() -> None:
@@ -178,11 +228,12 @@ def test_the_pages_are_locked_and_stay_out_of_core_dumps() -> None:
         from minikms.memory import SecretArena
         for fallback in (False, True):
             arena = SecretArena(1, force_fallback=fallback)
-            address = ctypes.addressof(ctypes.c_char.from_buffer(arena._map))
+            slot = arena.allocate()
+            address = ctypes.addressof(ctypes.c_char.from_buffer(slot.view))
             text = open("/proc/self/smaps").read()
-            regions = re.split(r"\\n(?=[0-9a-f]+-[0-9a-f]+ )", text)
-            region = next(part for part in regions if part.startswith(f"{address:x}-"))
-            print(*sorted({"lo", "dd", "dc", "wf"} & set(region.split("VmFlags:")[1].split())))
+            regions = re.findall(r"(?ms)^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags:(.*?)$", text)
+            [flags] = [flags for start, end, flags in regions if int(start, 16) <= address < int(end, 16)]
+            print(*sorted({"lo", "dd", "dc", "wf"} & set(flags.split())))
     """)
     secret, fallback = (line.split() for line in output.splitlines())
     assert {"lo", "dd", "dc"} <= set(secret)
@@ -197,7 +248,7 @@ def test_root_cannot_read_the_arena_through_proc_mem() -> None:
         arena = SecretArena(1)
         slot = arena.allocate()
         slot.view[:] = b"s" * 32
-        address = ctypes.addressof(ctypes.c_char.from_buffer(arena._map))
+        address = ctypes.addressof(ctypes.c_char.from_buffer(slot.view))
         descriptor = os.open("/proc/self/mem", os.O_RDONLY)
         try:
             print(os.pread(descriptor, 32, address))
@@ -254,12 +305,20 @@ def test_a_random_device_that_ends_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         fill_random(memoryview(bytearray(32)))
 
 
-def test_a_plain_file_as_random_device_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_plain_file_as_random_device_is_refused(tmp_path: Path) -> None:
+    """In another process: in this one the device is open already."""
     path = tmp_path / "urandom"
     path.write_bytes(b"the same key everywhere" * 10)
-    monkeypatch.setattr(arena_module, "RANDOM_DEVICE", str(path))
-    with pytest.raises(StartError, match="not a device"):
-        arena_module._random_device.__wrapped__()
+    output = run_python(f"""
+        from minikms.errors import StartError
+        from minikms.memory import arena
+        arena.RANDOM_DEVICE = {str(path)!r}
+        try:
+            arena.SecretArena(1)
+        except StartError as error:
+            print(error)
+    """)
+    assert "not a device" in output
 
 
 @pytest.mark.parametrize("size", [0, 1, 32, 65536, 65537, 200_001])
@@ -267,6 +326,18 @@ def test_zero_overwrites_every_byte(size: int) -> None:
     data = bytearray(b"\xff") * size
     zero(memoryview(data))
     assert data == bytes(size)
+
+
+def test_a_bytes_object_of_a_library_is_zeroed_in_place() -> None:
+    data = os.urandom(100)
+    zero_bytes(data)
+    assert data == bytes(100)
+
+
+@pytest.mark.parametrize("shared", [b"", b"x"])
+def test_a_bytes_object_that_the_interpreter_shares_is_left_alone(shared: bytes) -> None:
+    with pytest.raises(ValueError, match="shared"):
+        zero_bytes(shared)
 
 
 @given(st.binary(min_size=32, max_size=32), st.booleans())

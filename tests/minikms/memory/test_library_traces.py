@@ -25,6 +25,8 @@ USES = {
     "Ed25519 signing": "Ed25519PrivateKey.from_private_bytes(slot.view).sign(b'text' * 50)",
     "Ed25519 public key": "Ed25519PrivateKey.from_private_bytes(slot.view).public_key().public_bytes_raw()",
 }
+PROCESSES_MAX = 10
+"""Attempts to see a trace that a later call may overwrite."""
 CHILD = textwrap.dedent("""
     import hmac, sys
     from cryptography.exceptions import InvalidTag
@@ -87,11 +89,14 @@ def test_no_key_remains_after_a_call_when_the_stack_is_scrubbed(use: str) -> Non
 
 
 def test_the_stack_has_to_be_scrubbed() -> None:
-    """A key that was unwrapped stays there; if this fails, scrubbing has lost its reason.
+    """A key that was unwrapped stays there. Processors without AVX-512 showed no trace, so the test asks for it.
 
-    The last key schedule stays there too, until a call that happens to be as deep overwrites it.
+    If this fails, scrubbing has lost its reason. A call that happens to be as deep overwrites the key, so several
+    processes may try.
     """
-    assert traces_of(USES["unwrapping into the arena"], scrub=False) == {"[stack]"}
+    needs.processor_flags("avx512f", "vaes")
+    use = USES["unwrapping into the arena"]
+    assert any(traces_of(use, scrub=False) == {"[stack]"} for _ in range(PROCESSES_MAX))
 
 
 def test_a_cipher_object_that_is_kept_would_be_found() -> None:

@@ -163,10 +163,12 @@ REFUSED_ROOTS = (
 )
 
 
-def storm_of_refused_roots(socket_path: Path) -> dict[str, bytes]:
+def storm_of_refused_roots(
+    socket_path: Path, request: bytes = ROTATE, templates: tuple[bytes, ...] = REFUSED_ROOTS
+) -> dict[str, bytes]:
     """Root keys that were sent and refused: they are secrets too."""
     keys = {}
-    for number, template in enumerate(REFUSED_ROOTS):
+    for number, template in enumerate(templates):
         for way in ("whole", "in pieces", "chunked", "cut off"):
             key = os.urandom(32)
             keys[f"refused root {number} {way}"] = key
@@ -175,12 +177,12 @@ def storm_of_refused_roots(socket_path: Path) -> dict[str, bytes]:
                 raw.connect(str(socket_path))
                 if way == "chunked":
                     chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:40], body[40:]))
-                    raw.sendall(ROTATE + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
+                    raw.sendall(request + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
                 elif way == "cut off":
-                    raw.sendall(ROTATE + b"Content-Length: %d\r\n\r\n" % (len(body) + 1) + body)
+                    raw.sendall(request + b"Content-Length: %d\r\n\r\n" % (len(body) + 1) + body)
                     continue
                 else:
-                    raw.sendall(ROTATE + b"Content-Length: %d\r\n\r\n" % len(body))
+                    raw.sendall(request + b"Content-Length: %d\r\n\r\n" % len(body))
                     step = len(body) if way == "whole" else 7
                     for start in range(0, len(body), step):
                         raw.sendall(body[start : start + step])
@@ -263,8 +265,38 @@ def test_rotations_of_both_forms_leave_no_old_and_no_new_key_in_memory(tmp_path:
         use_mixed(client, key_ids, 200, seed=2)
         assert daemon.root() == new_root
         keys |= storm_of_refused_roots(daemon.socket)
+        daemon.wait_for_event("root_removed")
         keys |= daemon.keys(new_root)
-        assert len({key for name, key in keys.items() if "KEK" in name}) == 3
+        assert len({key for name, key in keys.items() if "KEK" in name}) == 4  # one for the removed root key
+        assert_unreachable(daemon, keys)
+
+
+def test_adding_testing_and_removing_roots_leaves_no_key_in_memory(tmp_path: Path) -> None:
+    """Neither a root key, nor what is derived from one or sealed to one; also of roots that were refused."""
+    with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
+        key_ids = make_keys(client, 20)
+        first, spare, refused = daemon.root(), os.urandom(32), os.urandom(32)
+        keys = {f"before: {name}": key for name, key in daemon.keys().items()} | {"refused root": refused}
+        slot_id = client.add_root(spare.hex(), provider="file").slot_id
+        assert_unreachable(daemon, keys | daemon.keys(spare))
+        client.test_root(slot_id, bytearray(spare.hex().encode()))
+        attempts: tuple[Callable[[], object], ...] = (
+            lambda: client.test_root(slot_id, refused.hex()),
+            lambda: client.test_root("s1", refused.hex()),
+            lambda: client.add_root(spare.hex(), provider="file"),
+            lambda: client.add_root(refused.hex(), provider="not a name"),
+        )
+        for attempt in attempts:
+            with pytest.raises(KmsError):
+                attempt()
+        keys |= {f"added: {name}": key for root in (first, spare) for name, key in daemon.keys(root).items()}
+        client.remove_root(slot_id)
+        keys |= {f"removed: {name}": key for name, key in daemon.keys(first).items()}
+        daemon.wait_for_event("root_removed")
+        keys |= daemon.keys(first)
+        assert len({key for name, key in keys.items() if "HPKE key" in name}) == 3
+        assert_unreachable(daemon, keys)
+        use_mixed(client, key_ids, 200)
         assert_unreachable(daemon, keys)
 
 
@@ -279,6 +311,12 @@ def test_no_single_verb_leaves_a_key(tmp_path: Path) -> None:
         decrypted = [DecryptItem(key_id=key_id, ciphertext=sealed[key_id]) for key_id in (second, third) * 20]
         checked = [ReencryptItem(ciphertext=sealed[key_id]) for key_id in (second, third) * 20]
         roots = [daemon.root()]
+        spare = os.urandom(32)
+
+        def remove_spare() -> None:
+            [slot_id] = [root.slot_id for root in client.list_roots().roots if root.provider == "spare"]
+            client.remove_root(slot_id)
+            daemon.wait_for_event("root_removed")
 
         def rotate_root() -> None:
             roots.append(os.urandom(32))
@@ -297,6 +335,8 @@ def test_no_single_verb_leaves_a_key(tmp_path: Path) -> None:
             ("random", lambda: client.random(32)),
             ("rotate", client.rotate_kek),
             ("rotate, verified", lambda: client.rotate_kek(verify=decrypted[:2])),
+            ("add a root", lambda: client.add_root(spare.hex(), provider="spare")),
+            ("remove a root", remove_spare),
             ("rotate the root", rotate_root),
             ("retire", lambda: client.retire_key(second)),
             ("destroy", lambda: client.destroy_key(second)),
@@ -307,6 +347,8 @@ def test_no_single_verb_leaves_a_key(tmp_path: Path) -> None:
         for name, verb in verbs:
             keys |= {f"before {name}: {key_name}": key for key_name, key in daemon.keys(roots[-1]).items()}
             verb()
+            if name == "add a root":
+                keys |= {f"of the added root: {key_name}": key for key_name, key in daemon.keys(spare).items()}
             keys |= {f"after {name}: {key_name}": key for key_name, key in daemon.keys(roots[-1]).items()}
             assert_unreachable(daemon, keys)
 
@@ -315,10 +357,9 @@ def test_evicted_keys_leave_no_copy(tmp_path: Path) -> None:
     """Room for four keys and a hundred in use: nearly every operation opens one and evicts another."""
     with LiveDaemon(tmp_path, "file", "--cache-keys", "4") as daemon, daemon.client() as client:
         use_mixed(client, make_keys(client, THREADS_COUNT), 2_000)
-        memory = client.status()["memory"]
-        assert isinstance(memory, dict)
-        assert memory["keys_in_memory"] <= 4
-        assert memory["cache_evictions"] > 1_000
+        memory = client.status().memory
+        assert memory.keys_in_memory <= 4
+        assert memory.cache_evictions > 1_000
         assert_unreachable(daemon, daemon.keys())
 
 
@@ -346,10 +387,9 @@ def test_without_memfd_secret_keys_are_only_in_the_arena(tmp_path: Path) -> None
         status = client.status()
         keys = daemon.keys()
         report = scanner.scan_process(daemon.pid, needles_of(keys))
-    assert isinstance(status["hardening"], list) and isinstance(status["memory"], dict)
-    (measure,) = [entry for entry in status["hardening"] if entry["measure"] == "keys_in_secret_memory"]
-    assert not measure["in_force"] and "memfd_secret" in measure["why"]
-    assert status["memory"]["arena"] == "anonymous"
+    (measure,) = [entry for entry in status.hardening if entry.measure == "keys_in_secret_memory"]
+    assert not measure.in_force and "memfd_secret" in measure.why
+    assert status.memory.arena == "anonymous"
     assert {hit.form for hit in report.hits} == {"half"}
     assert len({hit.where.split(" in ")[1] for hit in report.hits}) == 1, "the arena's region"
     assert "root key" not in {hit.name for hit in report.hits}, "it is released after the start"
@@ -364,10 +404,9 @@ def test_required_hardening_refuses_a_machine_where_something_is_missing(tmp_pat
 
 def test_status_names_the_measures_in_force(tmp_path: Path) -> None:
     with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
-        told = client.status()["hardening"]
+        told = client.status().hardening
         kernel = Path(f"/proc/{daemon.pid}/status").read_text()
-    assert isinstance(told, list)
-    missing = {entry["measure"]: entry["why"] for entry in told if not entry["in_force"]}
+    missing = {entry.measure: entry.why for entry in told if not entry.in_force}
     assert missing.keys() <= {"memory_locked"}
     for line in ("NoNewPrivs:\t1", "Seccomp:\t2", "CapEff:\t0000000000000000", "CapBnd:\t0000000000000000"):
         assert line in kernel

@@ -123,8 +123,9 @@ def test_all_memory_is_locked_where_the_limit_is_infinite() -> None:
     answer = in_a_process("""
         from minikms.memory import process
         process.resource.setrlimit = lambda *_: None
-        process._lock_memory()
-        locked = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmLck")]
+        status = open("/proc/self/status")
+        measures()
+        locked = [line.split()[1] for line in status if line.startswith("VmLck")]
         answer = int(locked[0])
     """)
     assert answer > 10_000, "kilobytes"
@@ -397,9 +398,8 @@ def test_a_process_with_a_second_thread_is_not_hardened() -> None:
 def test_a_failing_measure_does_not_prevent_the_others() -> None:
     answer = in_a_process("""
         from minikms.memory import process
-        def fail(): raise OSError(38, "as on an old kernel")
-        process._forbid_core_dumps = process.drop_capabilities = fail
-        process.restrict_filesystem = lambda **_: fail()
+        def fail(*_, **__): raise OSError(38, "as on an old kernel")
+        process.resource.setrlimit = process.drop_capabilities = process.restrict_filesystem = fail
         answer = measures()
     """)
     missing = {name for name, measure in answer.items() if not measure["in_force"]}

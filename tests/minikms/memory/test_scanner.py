@@ -105,8 +105,25 @@ def test_every_form_of_a_planted_key_is_found_and_no_other_key() -> None:
 def test_base64_is_found_at_every_alignment(offset: int, encode: Callable[[bytes], bytes]) -> None:
     key = os.urandom(32)
     text = encode(b"?" * offset + key + b"??")
-    matcher = scanner.Matcher(scanner.forms_of("key", key), text)
+    matcher = scanner.Matcher(scanner.forms_of("key", key))
     assert {needle.form for _, needle in matcher.search(text)} == {"base64"}
+
+
+@pytest.mark.parametrize("length", [7, 12, 14, 15, 16, 32])
+def test_a_needle_is_found_at_every_alignment(length: int) -> None:
+    """Of words and of windows; among zeroes, and where the data ends with it."""
+    needle = scanner.Needle("key", "text", random.Random(length).randbytes(length))
+    matcher = scanner.Matcher([needle])
+    for position in range(2 * scanner.WINDOW_BYTES - 20, 2 * scanner.WINDOW_BYTES + 20):
+        for rest in (b"", bytes(100)):
+            assert list(matcher.search(bytes(position) + needle.data + rest)) == [(position, needle)]
+        assert list(matcher.search(bytes(position) + needle.data[:-1])) == []
+
+
+def test_a_needle_is_found_where_needles_hold_zeroes() -> None:
+    zeroes = scanner.Needle("zeroes", "text", bytes(16))
+    matcher = scanner.Matcher([zeroes, scanner.Needle("key", "text", bytes(range(16)))])
+    assert {place for place, _ in matcher.search(b"1" * 4097 + bytes(17) + b"1" * 4096)} == {4097, 4098}
 
 
 def test_what_the_libraries_really_keep_is_found() -> None:

@@ -58,7 +58,8 @@ def test_the_event_loop_is_woken_by_a_signal() -> None:
                 asyncio.get_running_loop().add_reader(reader.fileno(), lambda: got.set_result(list(reader.read())))
                 os.kill(os.getpid(), signal.SIGHUP)
                 try:
-                    return await asyncio.wait_for(got, 10)
+                    async with asyncio.timeout(10):
+                        return await got
                 finally:
                     asyncio.get_running_loop().remove_reader(reader.fileno())
         answer = [asyncio.run(main()), uvloop.run(main())]

@@ -1,9 +1,8 @@
 """The `minikms` command, with faults in it that no disk or machine gives on demand.
 
 Owns: which fault is in force, by the file that FAULT_FILE names, and where each one bites: below the verb whose answer
-is looked at. With ROLELESS in the environment, whoever is not an administrator has no role at all: a policy that no
-configuration makes yet. Invariant: without either this is the command as it is. Run as
-`python faulty_daemon.py -m minikms …`.
+is looked at. With ROLELESS in the environment, whoever is not an administrator has no role at all, without a policy
+file. Invariant: without either this is the command as it is. Run as `python faulty_daemon.py -m minikms …`.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from minikms import policy
 from minikms.custody import files, keyring_file, lease_store, rotation
 from minikms.daemon.application import Application
 from minikms.errors import ArenaFullError
 from minikms.keys import keyring
 from minikms.memory.arena import SecretArena
+from minikms.policy import ROLES, policy
 
 FAULT_FILE: Final = "FAULT_FILE"
 ROLELESS: Final = "ROLELESS"
@@ -68,8 +67,6 @@ def install() -> None:
 
     async def begun(budget: keyring_file.WrapReservation) -> int:
         keyring.KEK_WRAPS_MAX = -1 if fault() == WORN else 1 << 31  # type: ignore[misc]  # final in production
-        if fault() == WORN:
-            budget._left.clear()
         return await begin_create(budget)
 
     async def ran(of: rotation.KekRotation) -> None:
@@ -88,7 +85,7 @@ def install() -> None:
     rotation.KekRotation.run = ran  # type: ignore[assignment]  # as above
     Application.handle = handled  # type: ignore[assignment]  # as above
     if ROLELESS in os.environ:
-        policy.ADMIN_ONLY = policy.ROLES  # type: ignore[misc]  # final in production
+        policy.ADMIN_ONLY = ROLES  # type: ignore[misc]  # final in production
 
 
 if __name__ == "__main__":

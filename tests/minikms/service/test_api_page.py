@@ -13,10 +13,10 @@ from minikms.errors import MiniKmsError
 from minikms.http.exchange import METHODS_SERVED
 from minikms.policy import ROLES, Principal
 from minikms.service.base import Perform, VerbTable
-from minikms.service.keks import KekVerbs
 from minikms.service.keys import KeyVerbs
 from minikms.service.lifecycle import LifecycleVerbs
 from minikms.service.records import RecordVerbs
+from minikms.service.roots import RootVerbs
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.vaults import OpenedVault, SilentAudit, opened_vault
 from tests.minikms.service.asking import NO_KEY, ask, status
@@ -43,7 +43,7 @@ def calls() -> dict[tuple[str, str], set[str]]:
 
 
 def test_every_call_is_on_the_page_and_no_other() -> None:
-    assert {(verb.method, verb.path) for verb in (*api.VERBS, api.HEALTH)} == calls().keys()
+    assert {(verb.method, verb.path) for verb in (*api.VERBS, api.HEALTH, api.READY)} == calls().keys()
 
 
 def test_the_page_names_the_roles_of_the_verb_table() -> None:
@@ -72,11 +72,16 @@ def served(one: OpenedVault) -> VerbTable:
     """Every verb in this process, but what the daemon says of itself."""
     table = VerbTable(SilentAudit())
     RecordVerbs(one.vault, table)
-    KeyVerbs(one.vault, table)
+    KeyVerbs(one.vault, table, one.indexing)
     LifecycleVerbs(vault=one.vault, table=table, indexing=one.indexing, reader=one.reader)
-    KekVerbs(vault=one.vault, table=table, rotation=one.rotation, pruning=one.pruning, opened_slot_id="")
-    table.now(api.STATUS, lambda request, event: {})
+    keks = one.kek_verbs(table)
+    RootVerbs(vault=one.vault, table=table, keks=keks, removal=one.removal, in_use_slot_id=one.slot.slot_id)
+    table.now(api.STATUS, lambda request, event: b"{}")
     table.now(api.METRICS, lambda request, event: "")
+    table.now(api.RELOAD_POLICY, lambda request, event: b"{}")
+    table.now(api.SEAL, lambda request, event: b"{}")
+    table.now(api.UNSEAL_STATUS, lambda request, event: b"{}")
+    table.now(api.UNSEAL, lambda request, event: b"{}")
     return table
 
 
@@ -84,7 +89,12 @@ def requests(key_id: str) -> dict[api.Verb[Any, Any], api.Request]:
     return {
         api.STATUS: api.Request(),
         api.METRICS: api.Request(),
+        api.RELOAD_POLICY: api.Request(),
+        api.SEAL: api.Request(),
+        api.UNSEAL_STATUS: api.Request(),
+        api.UNSEAL: api.UnsealRequest(),
         api.CREATE_DEK: api.CreateDekRequest("t"),
+        api.GET_OR_CREATE_DEK: api.GetOrCreateDekRequest("t2"),
         api.GET_WRAPPED: api.KeyRequest(key_id),
         api.ENCRYPT: api.EncryptItem(key_id, ""),
         api.DECRYPT: api.DecryptItem(key_id, ""),
@@ -100,6 +110,10 @@ def requests(key_id: str) -> dict[api.Verb[Any, Any], api.Request]:
         api.DESTROY_KEY: api.DestroyKeyRequest(NO_KEY),
         api.ROTATE_KEK: api.RotateKekRequest(),
         api.PRUNE_KEK: api.PruneKekRequest(),
+        api.LIST_ROOTS: api.Request(),
+        api.ADD_ROOT: api.AddRootRequest("file", ""),
+        api.TEST_ROOT: api.ProveRootRequest(""),
+        api.REMOVE_ROOT: api.SlotRequest("s1"),
     }
 
 

@@ -40,8 +40,11 @@ def reduced(text: bytes, **changes: object) -> bytes:
 
 DAMAGES: dict[str, tuple[Callable[[bytes, bytes], bytes], str]] = {
     "empty": (lambda own, other: b"", "damaged"),
-    "truncated": (lambda own, other: own[: len(own) // 2], "damaged"),
-    "a flipped bit": (lambda own, other: own.replace(b'"wrapped":"', b'"wrapped":"AAAA', 1)[:-4] + b"\n", "damaged"),
+    "truncated": (lambda own, other: own[: len(own.rstrip()) // 2], "damaged"),
+    "a flipped bit": (
+        lambda own, other: own.rstrip().replace(b'"wrapped":"', b'"wrapped":"AAAA', 1)[:-3] + b"\n",
+        "damaged",
+    ),
     "another key's file": (lambda own, other: other, "another key's record"),
     "another key's file under its own name": (
         lambda own, other: reduced(other, id=json.loads(own)["id"]),
@@ -83,7 +86,13 @@ def test_each_kind_of_damage_is_named_and_no_other_key_is_harmed(tmp_path: Path)
 
         # A rotation neither stops for them nor takes their KEK away; mended, they are as they were.
         assert post(daemon, "/rotate_kek", {}).body["rewrapped"] == len(sound)
+        [backup] = (daemon.data_dir / "kms-deks-backup").glob("*/*.jsonl")
+        os.truncate(backup, 5 * 1024 * 1024)
         assert post(daemon, "/kek/prune", {"backups": True}).body["destroyed"] == []
+        assert any(
+            f"1 rotation backups can't be read or written, first {backup.parent.name}/{backup.name}" in warning
+            for warning in status(daemon)["warnings"]
+        )
         assert daemon.events("rotate_kek_done")[-1]["facts"]["unreadable"] == len(damaged)
         for key_id in damaged.values():
             (folder / f"{key_id}.json").write_bytes(files[key_id])
@@ -117,7 +126,7 @@ def test_a_link_or_a_pipe_in_place_of_a_key_is_not_opened(tmp_path: Path) -> Non
     [
         (lambda path: path.write_bytes(b""), "damaged"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "damaged"),
-        (lambda path: path.write_bytes(path.read_bytes().replace(b'"version":1', b'"version":2', 1)), "version 2"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b'"version":4', b'"version":5', 1)), "version 5"),
         (lambda path: path.write_bytes(path.read_bytes().replace(b'"epoch":', b'"epoch":1')), "altered"),
         (lambda path: path.unlink(), "is missing"),
     ],
@@ -168,18 +177,20 @@ def test_a_keyring_older_than_the_audit_log_is_refused_until_accepted(tmp_path: 
         told = status(daemon)
         assert told["epoch"] > newest
         assert opens(daemon, kept, sealed)
-        uses = ask(daemon, "GET", f"/keys/{kept}").body["uses_max"]
-        assert uses >= 2**30
+        assert ask(daemon, "GET", f"/keys/{kept}").body["exhausted"]
+        assert post(daemon, "/encrypt", {"key_id": kept, "plaintext": "AAAA"}).code == "key_exhausted"
         assert told["keks"][0]["wraps_reserved"] >= 2**26
         facts = daemon.events("start")[-1]["facts"]
         assert facts["epoch_before"] == newest
         assert facts["restore_accepted"] < newest
-        # The flag left in place counts nothing twice, and later starts need it no more.
+        # The flag left in place ends no more keys, and later starts need it no more.
+        made = new_key(daemon)
         for flags in (["--accept-restore"], []):
             daemon.stop()
             daemon.command = [*command, *flags]
             daemon.start()
-        assert ask(daemon, "GET", f"/keys/{kept}").body["uses_max"] < uses + 2**20
+        assert ask(daemon, "GET", f"/keys/{kept}").body["exhausted"]
+        assert not ask(daemon, "GET", f"/keys/{made}").body["exhausted"]
         assert status(daemon)["epoch"] > told["epoch"]
 
 

@@ -209,7 +209,7 @@ def test_a_batch_without_the_role_is_refused_by_item_and_costs_no_lease(tmp_path
 def test_only_items_that_need_a_lease_fail_when_the_disk_refuses_leases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: LeaseStore, keys: Sequence[bytes]) -> list[int | None]:
+    def refuse(self: LeaseStore, wanted: Sequence[tuple[bytes, int]]) -> list[int]:
         raise StorageUnavailableError("the lease journal cannot be written")
 
     async def main() -> None:

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from progressdb_server.api.application import Application
 from progressdb_server.api.http.access import AccessControl
+from progressdb_server.api.http.request import BODY_REFUSED
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.config import ApiKeys, RateLimit, Security
 from tests.progressdb_server.api.memory_store import MemoryStore
@@ -55,12 +56,13 @@ class Reply(NamedTuple):
 
 
 class Api:
-    def __init__(self, security: Security = SECURITY, **replaced: Any) -> None:
+    def __init__(self, security: Security = SECURITY, proxies: tuple[str, ...] = (), **replaced: Any) -> None:
         self.store = MemoryStore()
         self.now_s = 1000.0
         self.security = msgspec.structs.replace(security, **replaced)
         self.metrics = ApiMetrics(CollectorRegistry())
-        self.application = Application(self.store, AccessControl(self.security), self.metrics, clock=lambda: self.now_s)
+        access = AccessControl(self.security, proxies)
+        self.application = Application(self.store, access, self.metrics, clock=lambda: self.now_s)
 
     def __call__(
         self,
@@ -73,10 +75,14 @@ class Api:
         raw: bytes | None = None,
         chunks: list[bytes] | None = None,
         client: str = "127.0.0.1",
+        refused: bool = False,
     ) -> Reply:
-        """`body` as JSON, or `raw` bytes, or a body in `chunks` (without its length in a header)."""
+        """`body` as JSON, or `raw` bytes, or a body in `chunks` (without its length in a header); or one that the
+        server's protocol refused."""
         return asyncio.run(
-            self.send(method, target, body, key=key, headers=headers, raw=raw, chunks=chunks, client=client)
+            self.send(
+                method, target, body, key=key, headers=headers, raw=raw, chunks=chunks, client=client, refused=refused
+            )
         )
 
     async def send(
@@ -90,6 +96,7 @@ class Api:
         raw: bytes | None = None,
         chunks: list[bytes] | None = None,
         client: str = "127.0.0.1",
+        refused: bool = False,
     ) -> Reply:
         path, _, query = target.partition("?")
         pairs = list(headers.items()) if isinstance(headers, Mapping) else list(headers)
@@ -114,6 +121,8 @@ class Api:
         forever = asyncio.Event()
 
         async def receive() -> dict[str, Any]:
+            if refused:
+                return {"type": BODY_REFUSED}
             if not waiting:
                 await forever.wait()
             part = waiting.pop(0)

@@ -2,27 +2,33 @@
 
 Owns: which fault is in force, by the file that FAULT_FILE names, and where each one bites: as deep as the real one
 would, below everything whose answer is looked at. Invariant: without the file this is the command as it is, but for a
-clock of jobs that ticks faster. Run as `python faulty_server.py <words of the command>`.
+clock of jobs that ticks faster, and shorter waits for a key service that is away. Run as
+`python faulty_server.py <words of the command>`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from minikms import api
+from minikms.client.errors import refusal
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.routes.table import Handler, Resource
 from progressdb_server.cli import main
 from progressdb_server.jobs import service
-from progressdb_server.store import backup
+from progressdb_server.kms import provider
+from progressdb_server.store import messages
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.rocks import RocksEngine
-from tests.progressdb_server.api.fault_words import DEFECT, DISK, FAULT_FILE, FULL, ROTTEN, STUCK
+from tests.progressdb_server.api.fault_words import CROWDED, DEFECT, DESTROYED, DISK, FAULT_FILE, FULL, ROTTEN, STUCK
 
 TICK_S: Final = 0.2
+KMS_WAIT_S: Final = 1.0
 _PATH = Path(os.environ[FAULT_FILE])
 
 
@@ -55,20 +61,34 @@ def handler(
     if now == DEFECT:
         raise RuntimeError("private text of a defect")
     service.UNFINISHED_MAX = 0 if now == FULL else 65_536  # type: ignore[misc]  # final in production
+    messages.VERSIONS_COUNT_MAX = 1 if now == CROWDED else 10_000  # type: ignore[misc]  # as above
     return real(resource, request)
 
 
-def digest(path: str, real: Callable[[str], tuple[int, str]] = backup._digest) -> tuple[int, str]:
-    size, digest = real(path)
-    return size, "0" * 64 if fault() == ROTTEN and "checkpoint" not in path else digest
+def refusing(real: Callable[..., Any]) -> Callable[..., Any]:
+    async def called(*given: Any, **named: Any) -> Any:
+        if fault() == DESTROYED:
+            raise refusal(api.CODE_KEY_DESTROYED, "the key was destroyed")
+        return await real(*given, **named)
+
+    return called
 
 
-for name in ("get", "scan", "keys", "write", "checkpoint", "reopen"):
+def file_digest(file: Any, name: str, real: Callable[..., Any] = hashlib.file_digest) -> Any:
+    """Of the store's files in a backup another one than they have."""
+    digest = real(file, name)
+    return hashlib.new(name) if fault() == ROTTEN and "checkpoint" not in file.name else digest
+
+
+for name in ("get", "scan", "keys", "write", "probe", "checkpoint", "reopen"):
     setattr(RocksEngine, name, failing(getattr(RocksEngine, name)))
 RocksEngine.sync = sync  # type: ignore[assignment]  # the seam of the fault
+for name in ("encrypt", "encrypt_batch"):
+    setattr(provider.RemoteProvider, name, refusing(getattr(provider.RemoteProvider, name)))
 Resource.handler = handler  # type: ignore[assignment]  # as above
-backup._digest = digest
+hashlib.file_digest = file_digest  # type: ignore[assignment]  # as above
 service.TICK_S = TICK_S  # type: ignore[misc]  # final in production
+service.KEY_WAIT_S = provider.WAIT_S = KMS_WAIT_S  # type: ignore[misc]  # as above
 
 if __name__ == "__main__":
     main()

@@ -11,15 +11,17 @@ from collections.abc import Iterator
 import uvloop
 
 from progressdb_server.api.http.listener import bind, serve_http
-from progressdb_server.config import Tls
+from progressdb_server.api.http.shares import Shares
+from progressdb_server.config import Server, Tls
 from tests.progressdb_server.api.asgi_client import Api
 from tests.progressdb_server.api.real_server import Reply
 
 
 class HttpServer:
-    def __init__(self, api: Api, tls: Tls) -> None:
+    def __init__(self, api: Api, tls: Tls, server: Server) -> None:
         self.api = api
         self._tls = tls
+        self.shares = Shares(server)
         self._listener = bind("127.0.0.1", 0)
         self.port: int = self._listener.getsockname()[1]
         self._ready = threading.Event()
@@ -34,7 +36,12 @@ class HttpServer:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         await serve_http(
-            self.api.application, self._listener, tls=self._tls, stop=self._stop, on_listening=self._ready.set
+            self.api.application,
+            self._listener,
+            tls=self._tls,
+            stop=self._stop,
+            shares=self.shares,
+            on_listening=self._ready.set,
         )
 
     def start(self) -> None:
@@ -124,8 +131,8 @@ def take_response(data: bytes) -> tuple[Reply, bytes]:
 
 
 @contextlib.contextmanager
-def running(api: Api | None = None, tls: Tls | None = None) -> Iterator[HttpServer]:
-    server = HttpServer(api or Api(), tls or Tls())
+def running(api: Api | None = None, tls: Tls | None = None, config: Server | None = None) -> Iterator[HttpServer]:
+    server = HttpServer(api or Api(), tls or Tls(), config or Server())
     server.start()
     try:
         yield server

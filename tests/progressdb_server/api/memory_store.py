@@ -7,22 +7,29 @@ nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
 
+from progressdb_server.store import membership
+from progressdb_server.store.membership import Act, Rule
 from progressdb_server.store.model import (
+    RECORD_MISSING,
     ConversationStore,
     Idempotency,
     IdempotencyConflictError,
+    MemberIsAuthorError,
     Message,
     MessageNotFoundError,
     NewMessage,
+    NoRoomToRemoveError,
     NotTheAuthorError,
     Thread,
     ThreadDeletedError,
     ThreadNotFoundError,
+    TooManyMembersError,
+    VersionList,
 )
 
 START_NS = 1_700_000_000_000_000_000
@@ -33,6 +40,9 @@ class MemoryStore(ConversationStore):
     def __init__(self) -> None:
         self.threads: dict[str, Thread] = {}
         self.versions: dict[str, list[Message]] = {}
+        self.entries: dict[tuple[str, str], bytes] = {}
+        """By thread and author, as the real store has them."""
+        self.rule: Rule = "members"
         self.seen: dict[tuple[str, str], tuple[object, str]] = {}
         self.request_ids: list[str | None] = []
         self.fails_with: Exception | None = None
@@ -62,6 +72,8 @@ class MemoryStore(ConversationStore):
         if known is not None:
             return self.versions[known][0]
         thread = self._thread_for(new)
+        self._check_room(thread.id, {new.author})
+        self.entries.setdefault((thread.id, new.author), membership.MEMBER)
         ts, stamp = self._stamp()
         thread.updated_ts = ts
         message = Message(
@@ -81,6 +93,8 @@ class MemoryStore(ConversationStore):
     def _thread_for(self, new: NewMessage) -> Thread:
         thread = self.threads.get(new.thread)
         if thread is not None:
+            if new.as_member:
+                self._check_member(thread.id, new.author, Act.WRITE)
             if thread.deleted:
                 raise ThreadDeletedError
             return thread
@@ -93,6 +107,7 @@ class MemoryStore(ConversationStore):
             id=thread_id, title=title, author=author, slug=_slug(title, thread_id), created_ts=ts, updated_ts=ts
         )
         self.threads[thread_id] = made
+        self.entries[thread_id, author] = membership.MEMBER
         return made
 
     def _recalled(self, idempotency: Idempotency | None, request: object) -> str | None:
@@ -119,10 +134,12 @@ class MemoryStore(ConversationStore):
     async def get_message(self, message_id: str, *, thread_id: str | None = None) -> Message:
         return self._found(message_id, thread_id)[-1]
 
-    def _append(self, versions: list[Message], author: str | None, **fields: Any) -> Message:
+    def _append(self, versions: list[Message], author: str | None, member: str | None, **fields: Any) -> Message:
         current = versions[-1]
         if author is not None and author != current.author:
             raise NotTheAuthorError
+        if member is not None:
+            self._check_member(current.thread, member, Act.READ)
         ts, _ = self._stamp()
         versions.append(msgspec.structs.replace(current, ts=ts, **fields))
         return versions[-1]
@@ -136,32 +153,61 @@ class MemoryStore(ConversationStore):
         role: str | None,
         reply_to: str | None,
         thread_id: str | None = None,
+        member: str | None = None,
         request_id: str | None = None,
     ) -> Message:
         versions = self._found(message_id, thread_id)
         self.request_ids.append(request_id)
         given = {"body": body, "role": role, "reply_to": reply_to}
-        return self._append(versions, author, **{name: value for name, value in given.items() if value is not None})
+        return self._append(
+            versions, author, member, **{name: value for name, value in given.items() if value is not None}
+        )
 
     async def delete_message(
-        self, message_id: str, *, author: str | None, thread_id: str | None = None, request_id: str | None = None
+        self,
+        message_id: str,
+        *,
+        author: str | None,
+        thread_id: str | None = None,
+        member: str | None = None,
+        request_id: str | None = None,
     ) -> None:
-        self._append(self._found(message_id, thread_id), author, deleted=True)
+        self._append(self._found(message_id, thread_id), author, member, deleted=True)
 
-    async def message_versions(self, message_id: str, *, thread_id: str | None = None) -> list[Message]:
-        return list(self.versions.get(message_id, []))
+    async def latest_version(self, message_id: str) -> Message:
+        return self._found(message_id)[-1]
+
+    async def message_versions(
+        self, message_id: str, *, limit: int | None = None, before: str | None = None
+    ) -> VersionList:
+        self._check()
+        end = int(before.partition("-")[0]) if before is not None else 2**64
+        found = [version for version in self.versions.get(message_id, []) if version.ts < end]
+        left = len(found) - min(len(found), limit) if limit is not None else 0
+        older = f"{found[left].ts}-000000" if 0 < left < len(found) else ""
+        return VersionList(_chunks(found[left:]), older)
 
     async def set_reaction(
-        self, message_id: str, identity: str, reaction: str, *, request_id: str | None = None
+        self,
+        message_id: str,
+        identity: str,
+        reaction: str,
+        *,
+        member: str | None = None,
+        request_id: str | None = None,
     ) -> Message:
         versions = self._found(message_id)
-        return self._append(versions, None, reactions={**versions[-1].reactions, identity: reaction})
+        return self._append(versions, None, member, reactions={**versions[-1].reactions, identity: reaction})
 
-    async def remove_reaction(self, message_id: str, identity: str, *, request_id: str | None = None) -> None:
+    async def remove_reaction(
+        self, message_id: str, identity: str, *, member: str | None = None, request_id: str | None = None
+    ) -> None:
         versions = self._found(message_id)
+        if member is not None:
+            self._check_member(versions[-1].thread, member, Act.READ)
         if identity in versions[-1].reactions:
             kept = {by: value for by, value in versions[-1].reactions.items() if by != identity}
-            self._append(versions, None, reactions=kept)
+            self._append(versions, None, None, reactions=kept)
 
     async def list_messages(
         self,
@@ -171,6 +217,7 @@ class MemoryStore(ConversationStore):
         before: str | None = None,
         after: str | None = None,
         include_deleted: bool = False,
+        tag: str | None = None,
     ) -> AsyncIterator[list[Message]]:
         self._check()
         found = [
@@ -183,29 +230,73 @@ class MemoryStore(ConversationStore):
         ]
         if limit is not None:
             found = found[len(found) - min(limit, len(found)) :]
-        for at in range(0, len(found), CHUNK):
-            yield found[at : at + CHUNK]
+        async for chunk in _chunks(found):
+            yield chunk
+
+    async def listed_threads(self, thread_ids: Sequence[str], *, opened: bool = True) -> list[Thread]:
+        self._check()
+        return [self.threads.get(name) or Thread(id=name, error=RECORD_MISSING) for name in thread_ids]
+
+    def list_tag(
+        self, thread_id: str, *, limit: int | None, before: str | None, after: str | None, include_deleted: bool
+    ) -> str:
+        newest = max((v[-1].ts for v in self.versions.values() if v[-1].thread == thread_id), default=0)
+        return f"{newest}-{limit}-{before}-{after}-{include_deleted}"
+
+    async def list_unchanged(self, thread_id: str, tag: str) -> bool:
+        return thread_id in self.threads
 
     # --- threads ------------------------------------------------------------------------------------------------
     async def thread_deleted(self, thread_id: str) -> bool:
         return thread_id in self.threads and self.threads[thread_id].deleted
 
-    async def may_read_thread(self, thread_id: str, author: str) -> bool:
-        thread = self.threads.get(thread_id)
-        if thread is not None and thread.author == author:
-            return True
-        return any(
-            versions[0].thread == thread_id and versions[0].author == author for versions in self.versions.values()
+    def _check_member(self, thread_id: str, author: str, act: Act) -> None:
+        standing = membership.standing_of(self.entries.get((thread_id, author)))
+        membership.check(self.rule, standing, act)
+
+    async def check_reader(self, thread_id: str, author: str) -> None:
+        self._check_member(thread_id, author, Act.READ)
+
+    async def members(self, thread_id: str) -> list[str]:
+        return sorted(
+            author
+            for (thread, author), entry in self.entries.items()
+            if thread == thread_id and entry == membership.MEMBER
         )
 
+    def _check_room(self, thread_id: str, more: set[str]) -> None:
+        known = {author for thread, author in self.entries if thread == thread_id}
+        if len(known | more) > membership.MEMBERS_COUNT_MAX:
+            raise TooManyMembersError
+
+    async def add_members(self, thread_id: str, members: Sequence[str]) -> None:
+        self._check_room(thread_id, set(members))
+        self.entries.update({(thread_id, member): membership.MEMBER for member in members})
+
+    async def remove_member(self, thread_id: str, member: str) -> None:
+        if self.threads[thread_id].author == member:
+            raise MemberIsAuthorError
+        try:
+            self._check_room(thread_id, {member})
+        except TooManyMembersError:
+            raise NoRoomToRemoveError from None
+        self.entries[thread_id, member] = membership.REMOVED
+
     async def create_thread(
-        self, *, author: str, title: str, idempotency: Idempotency | None = None, request_id: str | None = None
+        self,
+        *,
+        author: str,
+        title: str,
+        members: Sequence[str] = (),
+        idempotency: Idempotency | None = None,
+        request_id: str | None = None,
     ) -> Thread:
         self._check()
         known = self._recalled(idempotency, (author, title))
         if known is not None:
             return self.threads[known]
         thread = self._make_thread(author, title)
+        self.entries.update({(thread.id, member): membership.MEMBER for member in members})
         self._remember(idempotency, (author, title), thread.id)
         return thread
 
@@ -263,6 +354,11 @@ class MemoryStore(ConversationStore):
     async def raw_value(self, key: str) -> bytes | None:
         thread_id = key.removeprefix("thread:").removesuffix(":meta")
         return b"\x01sealed" if thread_id in self.threads else None
+
+
+async def _chunks(found: list[Message]) -> AsyncIterator[list[Message]]:
+    for at in range(0, len(found), CHUNK):
+        yield found[at : at + CHUNK]
 
 
 def _slug(title: str, thread_id: str) -> str:

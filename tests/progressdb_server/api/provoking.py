@@ -12,6 +12,7 @@ import contextlib
 import http.client
 import json
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
+from progressdb_server.api.http.limits import NAMED_MEMBERS_COUNT_MAX
+from progressdb_server.store.membership import MEMBERS_COUNT_MAX
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.scripts import interpreter_words
 from tests.progressdb_server.api import fault_words
@@ -57,7 +60,7 @@ class World:
         self._fault = directory / "fault"
         self.backups = server.db / "backups"
         self._names = iter(range(1_000_000))
-        self._cookie = self._login().cookies["progressdb_viewer"]
+        self._cookie = self.login().cookies["progressdb_viewer"]
 
     # --- asking ---------------------------------------------------------------------------------------------------
     def __call__(self, ask: Ask, server: RealServer | None = None) -> Reply:
@@ -92,12 +95,14 @@ class World:
             self._fault.unlink()
 
     def well(self) -> bool:
-        return self(Ask("POST", "/v1/threads?author=alice", {"title": "T"})).status == 200
+        """Whether writes work, and the server no longer keeps the answer of a probe that says otherwise."""
+        made = self(Ask("POST", "/v1/threads?author=alice", {"title": "T"}))
+        return (made.status, self(Ask("GET", "/readyz")).status) == (200, 200)
 
     def name(self) -> str:
         return f"n{next(self._names)}"
 
-    def until(self, wanted: Callable[[], bool], seconds: float = 30.0) -> None:
+    def until(self, wanted: Callable[[], bool], seconds: float = 120.0) -> None:
         deadline = time.monotonic() + seconds
         while not wanted():
             assert time.monotonic() < deadline
@@ -153,10 +158,14 @@ class World:
             self.order(two, "cancel")
             return self.ended(job), waiting.result()
 
-    def _login(self) -> ViewerClient:
-        client = ViewerClient(self.server.port)
+    def login(self) -> ViewerClient:
+        client = ViewerClient(self.server.port, source=self.address())
         assert client.login(ADMIN).status == 303
         return client
+
+    def address(self) -> str:
+        """Of this machine, another one each time: the server bounds the login attempts from one."""
+        return f"127.0.1.{1 + next(self._names) % 250}"
 
     # --- good requests --------------------------------------------------------------------------------------------
     def good(self, operation: str) -> Ask:
@@ -182,13 +191,15 @@ class World:
         ask = Ask(method, path.format(**names), _BODIES.get(operation))
         if path.startswith("/v1/"):
             ask = ask.query("author=alice")
+        if operation == "DELETE /v1/threads/{thread}/members":
+            return ask.query("member=bob")
         return ask.query(f"thread={thread}") if operation == "GET /v1/messages" else ask
 
     def _good_page(self, method: str, path: str) -> Ask:
         if path == "/viewer/login" and method == "POST":
             return self.login_form()
         if path == "/viewer/logout":
-            client = self._login()
+            client = self.login()
             client("/viewer/")
             cookie = f"progressdb_viewer={client.cookies['progressdb_viewer']}"
             return Ask(method, path, form={"csrf": client.csrf}, key=None, headers=(("Cookie", cookie),))
@@ -197,13 +208,12 @@ class World:
         return Ask(method, target, key=None, headers=(("Cookie", f"progressdb_viewer={self._cookie}"),))
 
     def login_form(self, **fields: str) -> Ask:
-        """Each from another address of this machine: attempts from one are few."""
         client = ViewerClient(self.server.port)
         client("/viewer/login")
         form = {"csrf": client.csrf, "key": ADMIN, **fields}
         cookie = f"progressdb_login={client.cookies['progressdb_login']}"
-        source = f"127.0.1.{1 + next(self._names) % 250}"
-        return Ask("POST", "/viewer/login", form=form, key=None, headers=(("Cookie", cookie),), source=source)
+        headers = (("Cookie", cookie),)
+        return Ask("POST", "/viewer/login", form=form, key=None, headers=headers, source=self.address())
 
     def _deleted_backup(self) -> str:
         name = self.name()
@@ -217,6 +227,7 @@ _BODIES: dict[str, Any] = {
     "PUT /v1/messages/{message}": {"body": 1},
     "POST /v1/messages/{message}/reactions": {"id": "alice", "reaction": "+1"},
     "POST /v1/threads": {"title": "T"},
+    "POST /v1/threads/{thread}/members": {"members": ["bob"]},
     "PUT /v1/threads/{thread}": {"title": "T"},
     "POST /v1/threads/{thread}/messages": {"body": 1},
     "PUT /v1/threads/{thread}/messages/{message}": {"body": 1},
@@ -230,6 +241,13 @@ def waited(world: World, operation: str) -> Reply:
 
 def without_session(world: World, operation: str) -> Reply:
     return world(world.good(operation)._replace(headers=()))
+
+
+def held(world: World, operation: str) -> Reply:
+    """The list that the caller already has."""
+    ask = world.good(operation)
+    etag = world(ask).headers["etag"]
+    return world(ask._replace(headers=(*ask.headers, ("If-None-Match", etag))))
 
 
 def steered(world: World, operation: str) -> Reply:
@@ -264,7 +282,10 @@ def unknown(world: World, operation: str) -> Reply:
     ask = world.good(operation)
     nothing = "not:an:id" if operation == "POST /v1/threads/{thread}/messages" else "nothing"  # others are made
     target = path.format(thread=nothing, message="msg-1-000001", identity="alice", key="n", job=NO_JOB, name="nothing")
-    return world(ask._replace(target=f"{target}?author=alice" if path.startswith("/v1/") else target))
+    query = "?author=alice" if path.startswith("/v1/") else ""
+    if operation == "DELETE /v1/threads/{thread}/members":
+        query += "&member=bob"
+    return world(ask._replace(target=target + query))
 
 
 def repeated_key(world: World, operation: str) -> Reply:
@@ -279,6 +300,44 @@ def too_large(world: World, operation: str) -> Reply:
     if ask.form is not None:
         return world(ask._replace(form={**ask.form, "csrf": "c" * 5000}))
     return world(ask._replace(body=None, raw=b" " * 1_200_000))
+
+
+def with_length(world: World, operation: str, length: int) -> Reply:
+    """A good request whose body has this many bytes. JSON may end in spaces; a form gets a long token."""
+    ask = world.good(operation)
+    if ask.form is not None:
+        padding = length - len(urlencode(ask.form))
+        return world(ask._replace(form={**ask.form, "csrf": ask.form["csrf"] + "c" * padding}))
+    raw = json.dumps(ask.body).encode()
+    return world(ask._replace(body=None, raw=raw + b" " * (length - len(raw))))
+
+
+def full_thread(world: World, operation: str) -> Reply:
+    """`alice` and as many others as there may be."""
+    method, path = operation.split(" ", 1)
+    thread = world.thread()
+    names = [f"member {number}" for number in range(MEMBERS_COUNT_MAX - 1)]
+    for start in range(0, len(names), NAMED_MEMBERS_COUNT_MAX):
+        some = names[start : start + NAMED_MEMBERS_COUNT_MAX]
+        assert world(Ask("POST", f"/v1/threads/{thread}/members", {"members": some})).status == 200
+    body = {"members": ["one more"], "thread": thread, "body": 1}
+    return world(Ask(method, f"{path.format(thread=thread)}?author=one+more", body))
+
+
+def no_room(world: World, operation: str) -> Reply:
+    """Beside unfinished uploads that have taken the half of the budget which one address may take."""
+    head = f"POST /v1/messages HTTP/1.1\r\nHost: x\r\nX-API-Key: {BACKEND}\r\nContent-Length: 1100000\r\n\r\n"
+    ask = world.good(operation)._replace(body=None, raw=b" " * 100_000)
+    for wait_s in (0.2, 1, 3, 9):
+        with contextlib.ExitStack() as uploads:
+            for _ in range(8):
+                connection = uploads.enter_context(socket.create_connection(("127.0.0.1", world.server.port)))
+                connection.sendall(head.encode() + b" " * (1024 * 1024 - 1))
+            time.sleep(wait_s)  # until the server has read all of it
+            reply = world(ask)
+        if reply.status == 503:
+            break
+    return reply
 
 
 def bad_json(world: World, operation: str) -> Reply:
@@ -315,10 +374,9 @@ def queried(text: str) -> Callable[[World, str], Reply]:
 
 
 def too_many_logins(world: World, operation: str) -> Reply:
-    ask = world.login_form()._replace(source="127.0.2.1")
-    for _ in range(10):
-        world(ask)
-    return world(ask)
+    """A slow machine gets more attempts, for the server allows another one after some seconds."""
+    ask = world.login_form(key="wrong")._replace(source="127.0.2.1")
+    return _asked_until_refused(world, ask, 429)
 
 
 def with_fault(word: str, **changed: Any) -> Callable[[World, str], Reply]:
@@ -330,6 +388,39 @@ def with_fault(word: str, **changed: Any) -> Callable[[World, str], Reply]:
         return reply
 
     return asked
+
+
+def of_destroyed_thread_key(world: World, operation: str) -> Reply:
+    ask = world.good(operation)
+    if operation.endswith("/reactions/{identity}"):  # without a reaction there is nothing to write
+        set_it = ask._replace(
+            method="POST",
+            target=ask.target.replace("/alice", ""),
+            body=_BODIES["POST /v1/messages/{message}/reactions"],
+        )
+        assert world(set_it).status == 200
+    with world.fault(fault_words.DESTROYED):
+        return world(ask)
+
+
+def not_ready(world: World, operation: str) -> Reply:
+    """Asked more than once: the server keeps a good answer of its probes for PROBE_AGE_S."""
+    ask = world.good(operation)
+    with world.fault(fault_words.DISK):
+        reply = _asked_until_refused(world, ask, 503)
+    world.until(world.well)
+    return reply
+
+
+def _asked_until_refused(world: World, ask: Ask, status: int) -> Reply:
+    replies: list[Reply] = []
+
+    def refused() -> bool:
+        replies.append(world(ask))
+        return replies[-1].status == status
+
+    world.until(refused)
+    return replies[-1]
 
 
 # --- backups of the store ---------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 from uvicorn.protocols.http.flow_control import FlowControl
 
 from progressdb_server.api.http.protocol import DirectCycle
+from progressdb_server.api.http.shares import Shares
 
 
 class Transport:
@@ -35,6 +36,7 @@ def made(transport: Transport, method: str = "GET", keep_alive: bool = True, wai
         waits,
         keep_alive,
         lambda: None,
+        Shares(),
     )
 
 

@@ -8,14 +8,17 @@ backups and the viewer.
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import yaml
 
 from progressdb_server.api.openapi.document import document, error_texts
+from progressdb_server.api.routes.errors import THREAD_KEY_DESTROYED, TOO_MANY_VERSIONS
+from progressdb_server.config import BODY_BYTES_MIN
+from progressdb_server.kms.provider import SEALED
 from tests.harness import documented
 from tests.harness.documented import Pair
 from tests.harness.live_daemon import LiveDaemon
@@ -23,16 +26,18 @@ from tests.progressdb_server.api import fault_words, provoking
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND
 from tests.progressdb_server.api.provoking import LAUNCHER, NO_JOB, Ask, World
 from tests.progressdb_server.api.real_server import Reply, real_server
-from tests.progressdb_server.api.test_openapi import OPERATIONS, REFUSALS, whole_table
+from tests.progressdb_server.api.test_openapi import OPERATIONS, REFUSALS, SPECIFICATION, whole_table
 
 KEY_SERVICE = "the key service is not available now"
 DISK = "the store's disk is not available now"
 NOT_TAKEN = "the store's disk did not take the write"
 """The other half of DISK: where nothing is read before."""
-SWITCHING = "the thread's key is just being switched: try again in a moment"
-STOPPING = "the server is shutting down; the job goes on after its next start"
-NOT_LISTED = "the key service does not list its keys now"
+SWITCHING = "the job is switching the thread's key: try again in a moment"
+STOPPING = "the server is shutting down; the job continues after the next start"
+NOT_LISTED = "the key service can't list its keys now"
 RETRIED_S = 30
+READY = "GET /readyz"
+"""Says `not ready` when another operation would be refused."""
 
 GOOD: dict[Pair, Callable[[World, str], Reply]] = {
     Pair("POST /admin/rotate_thread_dek", 200): provoking.waited,
@@ -41,6 +46,7 @@ GOOD: dict[Pair, Callable[[World, str], Reply]] = {
         Pair(f"GET /viewer/{page}", 303): provoking.without_session
         for page in ("", "threads/{thread}", "messages/{message}", "jobs", "status")
     },
+    **{Pair(f"GET /v1/{lists}", 304): provoking.held for lists in ("messages", "threads/{thread}/messages")},
 }
 """Good answers that are not those of a good request (`World.good`)."""
 
@@ -53,21 +59,30 @@ PROVOKED: dict[str, Callable[[World, str], Reply]] = {
     "unauthorized": lambda world, operation: world(world.good(operation)._replace(key="unknown")),
     "internal error": provoking.with_fault(fault_words.DEFECT),
     DISK: provoking.with_fault(fault_words.DISK),
+    "not ready": provoking.not_ready,
     "request body too large": provoking.too_large,
+    "too many bodies are being received: send this one again later": provoking.no_room,
     "a query parameter is given twice": provoking.twice,
     "the query is not UTF-8": provoking.not_utf8,
     "invalid json": provoking.bad_json,
     "invalid payload": provoking.bad_json,
     "invalid request": provoking.bad_json,
     "this Idempotency-Key was used before with another request": provoking.repeated_key,
+    TOO_MANY_VERSIONS: provoking.with_fault(fault_words.CROWDED),
+    THREAD_KEY_DESTROYED: provoking.of_destroyed_thread_key,
     "prefix too long": provoking.queried("prefix=" + "p" * 1025),
     **dict.fromkeys(("thread not found", "key not found", "job not found"), provoking.unknown),
     "message not found": provoking.unknown_message,
+    # members
+    "the thread has too many members": provoking.full_thread,
+    "the author of a thread can't be removed from it": lambda world, operation: world(
+        world.good(operation)._replace(target=f"/v1/threads/{world.thread()}/members?member=alice")
+    ),
     # jobs
     "missing thread_id": provoking.with_body(),
     "wait must be true or false": provoking.queried("wait=maybe"),
     "thread_ids holds at most 1024": provoking.with_body(thread_ids=["t"] * 1025),
-    "the thread is being worked on: try again in a moment": provoking.while_restoring,
+    "another operation is running on this thread: try again in a moment": provoking.while_restoring,
     "the job job-# is cancelled": provoking.waited_for_cancelled,
     "the job job-# is failed: # records could not be re-encrypted": provoking.waited_for_failed,
     "too many jobs are unfinished: wait for some of them": provoking.refused_for_many,
@@ -83,23 +98,24 @@ PROVOKED: dict[str, Callable[[World, str], Reply]] = {
     # backups of the store
     "name must be 1 to 128 letters, digits, dots, underscores or hyphens, no dot first": provoking.with_body(name=".."),
     "a backup of this name exists": provoking.taken_name,
-    "another backup is being made: wait for its end": provoking.backup_meanwhile,
-    "the backup failed and nothing of it is left; the log says why under the request's id": provoking.with_fault(
+    "another backup is running: wait until it ends": provoking.backup_meanwhile,
+    "the backup failed and its files were removed; the log has the reason with the request id": provoking.with_fault(
         fault_words.ROTTEN
     ),
     "no backup of this name is registered": provoking.unknown,
-    "the backup is still there: delete it first, and every copy of it": provoking.backup_still_there,
+    "the backup still exists: delete it and all its copies first": provoking.backup_still_there,
     # the viewer
-    "what you search for is too long": provoking.queried("q=" + "q" * 1025),
-    "before and after exclude each other": provoking.queried("before=a&after=b"),
-    "the form has a field that is not known": provoking.changed_form(other="field"),
+    "the search text is too long": provoking.queried("q=" + "q" * 1025),
+    "give before or after, not both": provoking.queried("before=a&after=b"),
+    "the form has an unknown field": provoking.changed_form(other="field"),
     "This is not an admin key.": provoking.changed_form(key=BACKEND),
-    "This form was too old; please log in again.": provoking.changed_form(csrf="old"),
-    "Too many attempts from this address; wait a little.": provoking.too_many_logins,
-    "this form was not made for this session": provoking.changed_form(csrf="another's"),
+    "The login form has expired. Log in again.": provoking.changed_form(csrf="old"),
+    "Too many login attempts from this address. Wait a minute, then try again.": provoking.too_many_logins,
+    "the form belongs to another session: reload the page": provoking.changed_form(csrf="another's"),
 }
-TOGETHER = frozenset({KEY_SERVICE, NOT_LISTED, SWITCHING, STOPPING})
-"""Provoked for all operations at once, by taking the key service away, and by stopping the server: see `Living`."""
+TOGETHER = frozenset({KEY_SERVICE, SEALED, NOT_LISTED, SWITCHING, STOPPING})
+"""Provoked for all operations at once, by taking the key service away, by sealing it, and by stopping the server: see
+`Living`."""
 
 
 def _any(operation: str) -> Ask:
@@ -158,6 +174,18 @@ class Living:
         world.until(world.well)
         world.ended(job)
 
+    def seal_the_key_service(self) -> None:
+        world = self.world
+        asks = {
+            operation: world.good(operation) for operation in OPERATIONS if SEALED in said_of(operation).get(503, ())
+        }
+        with world.kms.client() as kms:
+            kms.seal()
+            for operation, ask in asks.items():
+                self.together[operation, SEALED] = world(ask)
+            kms.unseal()
+        world.until(world.well)
+
     def stop(self) -> None:
         operation = "POST /admin/rotate_thread_dek"
         job = self.world.begun(self.world.thread(40), records_per_second=1)
@@ -176,7 +204,11 @@ def living(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Living]:
         (at / name).mkdir()
     with LiveDaemon(at / "kms") as kms:
         variables = {"PROGRESSDB_KMS_SOCKET": str(kms.socket), "PROGRESSDB_KMS_SPAWN": "0"}
-        faulty = {**variables, fault_words.FAULT_FILE: str(at / "fault")}
+        faulty = {
+            **variables,
+            fault_words.FAULT_FILE: str(at / "fault"),
+            "PROGRESSDB_BODY_BYTES": str(BODY_BYTES_MIN),
+        }
         few_addresses = {**variables, "PROGRESSDB_IP_WHITELIST": "10.0.0.0/8"}
         few = {**variables, "PROGRESSDB_RATE_RPS": "0.0003", "PROGRESSDB_RATE_BURST": "1"}
         with (
@@ -185,10 +217,11 @@ def living(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Living]:
             real_server(at / "limited", environment=few) as limited,
         ):
             world = World(at, server, closed, limited, kms)
-            for ask in (_any("GET /admin/stats"), _any("POST /v1/_sign"), _any("GET /healthz")):
+            for ask in (_any("GET /admin/stats"), _any("POST /v1/_sign"), _any("GET /docs/")):
                 world(ask, limited)  # the one request that each key and the address have
             made = Living(world)
             made.take_the_key_service_away()
+            made.seal_the_key_service()
             yield made
 
 
@@ -206,9 +239,9 @@ def check(operation: str, reply: Reply) -> None:
 
 
 def test_the_server_gives_out_the_document_that_is_walked_here(living: Living) -> None:
-    served = yaml.safe_load(living.world(Ask("GET", "/openapi.yaml", key=None)).body)
+    served = documented.read(living.world(Ask("GET", "/openapi.yaml", key=None)).body)
     assert sorted(documented.pairs(served)) == PAIRS
-    assert served["paths"] == yaml.safe_load(yaml.safe_dump(DOCUMENT["paths"]))
+    assert served["paths"] == json.loads(json.dumps(DOCUMENT["paths"]))
 
 
 def test_every_pair_of_operation_and_status_is_provoked() -> None:
@@ -247,11 +280,21 @@ def test_who_needs_the_key_service_is_refused_without_it_and_nobody_else(living:
     if KEY_SERVICE in said_of(operation).get(503, ()):
         assert (reply.status, sentence_of(reply)) == (503, KEY_SERVICE)
     else:
-        assert reply.status != 503 or operation == "POST /admin/rotate_deks", reply
+        assert reply.status != 503 or operation in ("POST /admin/rotate_deks", READY), reply
 
 
 @pytest.mark.parametrize(
-    "operation", [operation for operation in OPERATIONS if DISK not in said_of(operation).get(503, ())]
+    "operation", [operation for operation in OPERATIONS if SEALED in said_of(operation).get(503, ())]
+)
+def test_who_needs_the_key_service_is_refused_while_it_is_sealed(living: Living, operation: str) -> None:
+    reply = living.together[operation, SEALED]
+    check(operation, reply)
+    assert (reply.status, sentence_of(reply)) == (503, SEALED)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [operation for operation in OPERATIONS if DISK not in said_of(operation).get(503, ()) and operation != READY],
 )
 def test_who_is_not_said_to_need_the_disk_answers_without_it(living: Living, operation: str) -> None:
     reply = PROVOKED[DISK](living.world, operation)
@@ -296,6 +339,21 @@ def test_the_other_refusals_without_the_key_service(living: Living) -> None:
             status = 503 if sentence == NOT_LISTED else 409
             assert (reply.status, sentence_of(reply)) == (status, sentence)
             check(operation, reply)
+
+
+@pytest.mark.parametrize(
+    "operation", [name for name, described in OPERATIONS.items() if described.body or described.form]
+)
+def test_the_bound_of_a_body_is_the_documented_one(living: Living, operation: str) -> None:
+    method, path = operation.split(" ", 1)
+    said = DOCUMENT["paths"][path][method.lower()]["requestBody"]["description"]
+    bytes_max = int(re.findall(r"At most (\d+) bytes", said)[0])
+    assert f"{bytes_max:,} bytes" in SPECIFICATION.read_text()
+    at_bound = provoking.with_length(living.world, operation, bytes_max)
+    assert at_bound.status != 413
+    check(operation, at_bound)
+    beyond = provoking.with_length(living.world, operation, bytes_max + 1)
+    assert (beyond.status, sentence_of(beyond)) == (413, "request body too large")
 
 
 def test_a_client_that_waits_for_a_job_learns_that_the_server_stops(living: Living) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import structlog.testing
 
-from progressdb_server.api.http.access import AllowList, KeyTable
+from progressdb_server.api.http.access import AllowList, KeyTable, Proxies
 from progressdb_server.config import ApiKeys, Cors, RateLimit
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, KEYS, OTHER_BACKEND, SECURITY, Api, signed
 
@@ -15,9 +16,10 @@ CORS_HEADERS = {
     "access-control-allow-methods": "GET,POST,PUT,DELETE,PATCH,OPTIONS",
     "access-control-max-age": "600",
     "access-control-allow-headers": (
-        "Authorization,Content-Type,X-API-Key,X-User-ID,X-User-Signature,Idempotency-Key,X-Identity,X-Request-Id"
+        "Authorization,Content-Type,X-API-Key,X-User-ID,X-User-Signature,Idempotency-Key,X-Identity,X-Request-Id,"
+        "If-None-Match"
     ),
-    "access-control-expose-headers": "X-Role-Name,Retry-After",
+    "access-control-expose-headers": "X-Role-Name,Retry-After,ETag",
 }
 NOWHERE = ("203.0.113.0/24",)
 
@@ -182,7 +184,7 @@ def test_no_key_is_in_a_repr() -> None:
 
 def test_health_needs_no_key_and_nothing_else_does_without() -> None:
     assert Api()("GET", "/healthz", key=None).json == {"status": "ok"}
-    for path in ("/", "/healthz/", "/v1/messages", "/admin/health", "/metrics", "/nowhere"):
+    for path in ("/healthz/", "/readyz/", "/v1/messages", "/admin/health", "/metrics", "/nowhere"):
         assert Api()("GET", path, key=None).status == 401, path
 
 
@@ -257,11 +259,82 @@ def test_each_key_has_a_bucket_of_its_own_from_wherever_it_calls() -> None:
 
 def test_without_a_key_the_address_is_what_is_limited() -> None:
     api = limited(burst=1)
-    assert api("GET", "/healthz", key=None, client="198.51.100.7").status == 200
-    assert api("GET", "/healthz", key=None, client="198.51.100.7").status == 429
-    assert api("GET", "/healthz", key=None, client="198.51.100.8").status == 200
-    assert api("GET", "/healthz", key=None, client="2001:db8::1").status == 200
-    assert api("GET", "/healthz", key=None, client="2001:db8::2").status == 429  # of the same /64
+    assert api("GET", "/docs/", key=None, client="198.51.100.7").status == 200
+    assert api("GET", "/docs/", key=None, client="198.51.100.7").status == 429
+    assert api("GET", "/docs/", key=None, client="198.51.100.8").status == 200
+    assert api("GET", "/docs/", key=None, client="2001:db8::1").status == 200
+    assert api("GET", "/docs/", key=None, client="2001:db8::2").status == 429  # of the same /64
+
+
+def test_probes_take_no_token_and_are_answered_when_there_is_none() -> None:
+    api = limited(burst=1)
+    for _ in range(3):
+        api("GET", "/admin/health", key="unknown")
+        assert api("GET", "/healthz", key=None).status == 200
+        assert api("GET", "/healthz", key="unknown").status == 200
+    assert api("GET", "/docs/", key=None).status == 200
+    assert api("GET", "/docs/", key=None).status == 429
+    assert Api(ip_whitelist=NOWHERE)("GET", "/healthz", key=None).status == 403
+
+
+# --- proxies ----------------------------------------------------------------------------------------------------
+NAMED = ("10.0.0.0/8", "2001:db8:aaaa::/48")
+FORWARDED: list[tuple[str, list[str], str]] = [
+    ("10.0.0.1", ["198.51.100.7"], "198.51.100.7"),
+    ("::ffff:10.0.0.1", ["198.51.100.7"], "198.51.100.7"),
+    ("2001:db8:aaaa::1", ["2001:db8:bbbb::7"], "2001:db8:bbbb::7"),
+    ("10.0.0.1", ["198.51.100.7:4711"], "198.51.100.7"),
+    ("10.0.0.1", ["[2001:db8:bbbb::7]:443"], "2001:db8:bbbb::7"),
+    ("10.0.0.1", ["\t 198.51.100.7 "], "198.51.100.7"),
+    # what the client itself wrote
+    ("10.0.0.1", ["203.0.113.1, 198.51.100.7"], "198.51.100.7"),
+    ("10.0.0.1", ["203.0.113.1", "198.51.100.7"], "198.51.100.7"),
+    ("10.0.0.1", ["10.0.0.9, 198.51.100.7"], "198.51.100.7"),
+    # a chain of named proxies
+    ("10.0.0.1", ["203.0.113.1, 198.51.100.7, 10.0.0.3, 10.0.0.2"], "198.51.100.7"),
+    ("10.0.0.1", ["198.51.100.7", "10.0.0.2"], "198.51.100.7"),
+    ("10.0.0.1", [", ".join(["198.51.100.7", *["10.0.0.2"] * 15])], "198.51.100.7"),
+    # nothing that can be believed: the proxy itself
+    ("10.0.0.1", [], "10.0.0.1"),
+    ("10.0.0.1", [""], "10.0.0.1"),
+    ("10.0.0.1", ["198.51.100.7, unknown"], "10.0.0.1"),
+    ("10.0.0.1", ["198.51.100.7, "], "10.0.0.1"),
+    ("10.0.0.1", ["fe80::1%eth0"], "10.0.0.1"),
+    ("10.0.0.1", ["\udcff"], "10.0.0.1"),
+    ("10.0.0.1", ["198.51.100.7, 10.0.0.2x, 10.0.0.3"], "10.0.0.3"),
+    ("10.0.0.1", [", ".join(["198.51.100.7", *["10.0.0.2"] * 16])], "10.0.0.2"),
+    # no named proxy
+    ("198.51.100.9", ["203.0.113.1"], "198.51.100.9"),
+    ("", ["203.0.113.1"], ""),
+]
+
+
+@pytest.mark.parametrize(("peer", "values", "client"), FORWARDED)
+def test_a_named_proxy_says_for_whom_it_speaks(peer: str, values: list[str], client: str) -> None:
+    headers = [(b"x-forwarded-for", value.encode("utf-8", "surrogateescape")) for value in values]
+    assert Proxies(NAMED).client(peer, [(b"host", b"x"), *headers]) == client
+    assert Proxies().client(peer, headers) == peer
+
+
+def test_each_client_of_a_named_proxy_has_the_rates_of_its_own_address() -> None:
+    """One that guesses keys, or reads the documentation, refuses nothing to another one."""
+    api = limited(burst=1, proxies=NAMED)
+
+    def ask(path: str, client: str, peer: str = "10.0.0.1") -> int:
+        return api("GET", path, key="unknown", headers={"X-Forwarded-For": client}, client=peer).status
+
+    assert [ask("/admin/health", "198.51.100.7") for _ in range(3)] == [401, 429, 429]
+    assert [ask("/docs/", "198.51.100.7") for _ in range(2)] == [200, 429]
+    assert [ask(path, "198.51.100.8") for path in ("/admin/health", "/docs/")] == [401, 200]
+    assert ask("/docs/", "198.51.100.7", "10.9.9.9") == 429  # through another proxy
+    assert [ask("/docs/", f"198.51.100.{number}", "203.0.113.1") for number in (1, 2)] == [200, 429]  # not a named one
+
+
+def test_the_allow_list_judges_the_proxy_and_not_whom_it_speaks_for() -> None:
+    for allowed, status in ((("10.0.0.1",), 401), (("198.51.100.7",), 403)):
+        api = Api(ip_whitelist=allowed, proxies=NAMED)
+        headers = {"X-Forwarded-For": "198.51.100.7"}
+        assert api("GET", "/admin/health", key=None, headers=headers, client="10.0.0.1").status == status
 
 
 def test_a_rate_of_zero_turns_the_limit_off() -> None:
@@ -269,18 +342,47 @@ def test_a_rate_of_zero_turns_the_limit_off() -> None:
     assert {api("GET", "/admin/health").status for _ in range(50)} == {200}
 
 
-def test_what_an_earlier_check_refuses_takes_no_token() -> None:
-    api = limited(burst=1)
-    for _ in range(5):
-        assert api("GET", "/admin/health", key="unknown").status == 401
-        assert api("GET", "/admin/health", key=FRONTEND).status == 403
-    assert api("GET", "/v1/threads", key=FRONTEND, headers=signed("alice")).status == 200
+WRONG: list[tuple[str, str, dict[str, str], int]] = [
+    ("/admin/health", "unknown", {}, 401),
+    ("/admin/health", FRONTEND, {}, 403),
+    ("/v1/threads", FRONTEND, {}, 401),
+    ("/v1/threads", FRONTEND, {"X-User-ID": "alice", "X-User-Signature": "0"}, 401),
+    ("/v1/threads", BACKEND, {"X-User-ID": "alice", "X-User-Signature": "0"}, 401),
+]
 
 
-def test_the_signature_is_looked_at_after_the_rate() -> None:
-    api = limited(burst=1)
-    assert api("GET", "/v1/threads", key=FRONTEND).status == 401
-    assert api("GET", "/v1/threads", key=FRONTEND).status == 429
+@pytest.mark.parametrize(("path", "key", "headers", "status"), WRONG)
+def test_refused_callers_are_limited_by_address_and_starve_nobody(
+    path: str, key: str, headers: dict[str, str], status: int
+) -> None:
+    api = limited(burst=2)
+    assert [api("GET", path, key=key, headers=headers).status for _ in range(4)] == [status, status, 429, 429]
+    assert api("GET", path, key=key, headers=headers, client="198.51.100.7").status == status
+    for user in ("alice", "bob"):
+        assert api("GET", "/v1/threads", key=FRONTEND, headers=signed(user)).status == 200
+    assert api("GET", "/admin/health").status == 200
+    assert api("GET", "/healthz", key=None).status == 200
+
+
+def test_each_user_of_a_front_end_key_has_a_bucket() -> None:
+    api = limited(burst=2)
+    statuses = [api("GET", "/v1/threads", key=FRONTEND, headers=signed("alice")).status for _ in range(4)]
+    assert statuses == [200, 200, 429, 429]
+    assert api("GET", "/v1/threads", key=FRONTEND, headers=signed("bob")).status == 200
+    elsewhere = api("GET", "/v1/threads", key=FRONTEND, headers=signed("alice"), client="198.51.100.7")
+    assert elsewhere.status == 429
+
+
+def test_refused_callers_are_one_log_line_a_second_with_their_count(caplog: pytest.LogCaptureFixture) -> None:
+    api = Api()
+    with structlog.testing.capture_logs() as lines:
+        for _ in range(50):
+            api("GET", "/admin/health", key="unknown")
+        api.now_s += 1
+        api("GET", "/v1/threads", key=FRONTEND)
+    refused = [line for line in lines if line["event"] == "callers refused"]
+    assert [line["count"] for line in refused] == [1, 50]
+    assert all(line["log_level"] == "debug" for line in lines if line["event"] == "request")
 
 
 # --- request ids ------------------------------------------------------------------------------------------------

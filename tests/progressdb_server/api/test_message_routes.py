@@ -327,3 +327,30 @@ def test_every_change_is_a_version_with_its_own_time() -> None:
     assert [version.get("deleted", False) for version in versions] == [False] * 4 + [True]
     times = [version["ts"] for version in versions]
     assert times == sorted(set(times))
+
+
+# --- versions ---------------------------------------------------------------------------------------------------
+def test_versions_are_paged_backwards_with_what_the_page_before_says() -> None:
+    api = Api()
+    message = api.message(body=0)["id"]
+    target = f"/v1/messages/{message}/versions"
+    for number in range(1, 8):
+        api("PUT", f"/v1/messages/{message}", {"author": "alice", "body": number})
+    whole = api("GET", target).json
+    assert (whole["id"], "older" in whole) == (message, False)
+    page = api("GET", f"{target}?limit=3").json
+    found = page["versions"]
+    while "older" in page:
+        page = api("GET", f"{target}?limit=3&before={page['older']}").json
+        found = page["versions"] + found
+    assert found == whole["versions"]
+    before = api("GET", f"{target}?before={whole['versions'][2]['ts']}").json
+    assert before["versions"] == whole["versions"][:2]
+    assert api("GET", f"{target}?limit=0").json == {"id": message, "versions": []}
+
+
+@pytest.mark.parametrize("query", ["before=", "before=x", "before=1-1", "before=" + "9" * 21, "limit=-1", "limit=x"])
+def test_a_malformed_page_of_versions_is_refused(query: str) -> None:
+    api = Api()
+    assert api("GET", f"/v1/messages/{api.message()['id']}/versions?{query}").status == 400
+    assert api("GET", f"/v1/messages/msg-1-000001/versions?{query}").status == 400

@@ -119,6 +119,7 @@ def test_a_label_value_can_not_add_a_line() -> None:
         },
         "hardening": [{"measure": 'a"\n\\', "in_force": False}],
         "root": {"slots": []},
+        "policy": None,
         "epoch": 1,
         "uptime_seconds": 1,
         "warnings": [],
@@ -128,7 +129,7 @@ def test_a_label_value_can_not_add_a_line() -> None:
     times.end_turn()
     for items in (1, 3, 1024):
         sizes.add(items)
-    read = families(page(status, times=times, batches={"encrypt_batch": sizes}).decode())
+    read = families(page(status, times=times, batches={"encrypt_batch": sizes}, policy_refusals={}).decode())
     assert [sample.labels for sample in read["minikms_hardening"].samples] == [{"measure": 'a"\n\\'}]
     assert read["minikms_kek_rotation_failing"].samples[0].value == 1
     buckets = {sample.labels.get("le"): sample.value for sample in read["minikms_batch_items"].samples}

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-import yaml
 from prometheus_client import CollectorRegistry
 
 from progressdb_server.api.application import operations
@@ -17,14 +16,36 @@ from progressdb_server.api.http.access import KeyTable, for_users
 from progressdb_server.api.openapi.description import JsonBody
 from progressdb_server.api.openapi.document import DescriptionError, document, documented_path, error_texts
 from progressdb_server.api.routes import jobs as job_routes
+from progressdb_server.api.routes import orphans as orphan_routes
+from progressdb_server.api.routes import readiness as readiness_routes
 from progressdb_server.api.routes import store_backup
 from progressdb_server.api.routes.admin import SignBody
+from progressdb_server.api.routes.errors import (
+    AMBIGUOUS_TIME,
+    NO_ROOM_TO_REMOVE,
+    THREAD_KEY_DESTROYED,
+    TOO_MANY_VERSIONS,
+)
+from progressdb_server.api.routes.messages import INVALID_VERSION
 from progressdb_server.api.routes.metrics import ApiMetrics
-from progressdb_server.api.routes.table import Operation
+from progressdb_server.api.routes.readiness import Readiness
+from progressdb_server.api.routes.table import Operation, Resource
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import RateLimit
+from progressdb_server.kms.provider import SEALED
+from progressdb_server.metrics import KmsMetrics
 from progressdb_server.store.engine import EngineUnavailableError
-from progressdb_server.store.model import ConversationStore, MessageNotFoundError, StoreUnavailableError
+from progressdb_server.store.membership import MEMBERS_COUNT_MAX
+from progressdb_server.store.model import (
+    AmbiguousTimeError,
+    ConversationStore,
+    MessageNotFoundError,
+    StoreUnavailableError,
+    ThreadKeyDestroyedError,
+    TooManyReactionsError,
+    TooManyVersionsError,
+)
+from tests.harness import documented
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, Api, Reply, signed
 
 SPECIFICATION = Path(__file__).resolve().parents[3] / "docs" / "spec" / "server-http.md"
@@ -34,6 +55,7 @@ BODIES: dict[str, Any] = {
     "PUT /v1/messages/{message}": {"body": 1},
     "POST /v1/messages/{message}/reactions": {"id": "alice", "reaction": "+1"},
     "POST /v1/threads": {"title": "T"},
+    "POST /v1/threads/{thread}/members": {"members": ["bob"]},
     "PUT /v1/threads/{thread}": {"title": "T"},
     "POST /v1/threads/{thread}/messages": {"body": 1},
     "PUT /v1/threads/{thread}/messages/{message}": {"body": 1},
@@ -45,8 +67,11 @@ def whole_table() -> tuple[Operation, ...]:
     jobs: Any = None  # no route is called
     backups = store_backup.operations(jobs, Path("/"))
     store: Any = SimpleNamespace(engine=None)
-    viewer = Viewer(store, jobs, jobs, KeyTable(), secure=False)
-    more = (*job_routes.operations(jobs), *backups, *viewer.operations())
+    readiness = Readiness(store, jobs, KmsMetrics())
+    viewer = Viewer(store, jobs, jobs, readiness, KeyTable(), secure=False)
+    ready = readiness_routes.operations(readiness)
+    keys = orphan_routes.operations(jobs)
+    more = (*ready, *job_routes.operations(jobs), *keys, *backups, *viewer.operations())
     return operations(api.store, ApiMetrics(CollectorRegistry()), more)
 
 
@@ -93,10 +118,25 @@ def test_every_refusal_that_the_specification_names_is_in_the_document() -> None
 def test_the_server_gives_out_the_document_and_needs_no_key_for_it() -> None:
     reply = Api()("GET", "/openapi.yaml", key=None)
     assert (reply.status, reply.headers["content-type"]) == (200, "application/yaml")
-    parsed = yaml.safe_load(reply.body)
+    parsed = documented.read(reply.body)
     assert parsed["openapi"] == "3.1.0"
     assert set(parsed["paths"]) >= {"/v1/messages", "/healthz", "/docs/"}
     assert b"&id001" not in reply.body
+
+
+@pytest.mark.parametrize(
+    ("accept", "place"),
+    [
+        ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", "/viewer/"),
+        ("*/*", "/openapi.yaml"),
+        ("application/json", "/openapi.yaml"),
+        ("", "/openapi.yaml"),
+    ],
+)
+def test_the_root_leads_a_browser_to_the_viewer_and_a_program_here(accept: str, place: str) -> None:
+    reply = Api()("GET", "/", key=None, headers={"accept": accept} if accept else {})
+    assert (reply.status, reply.headers["location"]) == (303, place)
+    assert "accept" in reply.headers["vary"].lower()
 
 
 # --- each refusal is sent -----------------------------------------------------------------------------------------
@@ -133,6 +173,8 @@ def case_of(key: str, api: Api | None = None) -> Case:
     target = template.format(thread=thread, message=message, identity="alice", key=f"thread:{thread}:meta")
     if key == "GET /v1/messages":
         target += f"?thread={thread}"
+    if key == "DELETE /v1/threads/{thread}/members":
+        target += "?member=bob"
     return Case(api, method, template, target, BODIES.get(key), BACKEND if template == "/v1/_sign" else ADMIN)
 
 
@@ -147,6 +189,33 @@ def _unknown(case: Case) -> Reply:
     if place == case.target:  # a cursor
         return _store_says(MessageNotFoundError())(case)
     return case(target=place)
+
+
+def _removed(case: Case) -> Reply:
+    """The author of the case's message is removed from its thread, which belongs to somebody else."""
+    api = case.api
+    thread = api.thread("owner")
+    message = api.message("alice", thread)["id"]
+    assert api("DELETE", f"/v1/threads/{thread}/members?member=alice").status == 204
+    target = case.template.format(thread=thread, message=message, identity="alice")
+    if case.template == "/v1/messages":
+        target += f"?thread={thread}"
+    body = {**case.body, "thread": thread} if case.body else case.body
+    return case(target=target, body=body, key=FRONTEND, headers=signed("alice"))
+
+
+def _full(case: Case) -> Reply:
+    thread = case.api.thread()
+    for number in range(MEMBERS_COUNT_MAX):
+        case.api.store.entries[thread, f"u{number}"] = b""
+    if "{thread}" in case.template:
+        member = "?member=one+more" if case.method == "DELETE" else ""
+        return case(target=case.template.format(thread=thread) + member, headers={"X-User-ID": "one more"})
+    return case(body={**case.body, "thread": thread}, headers={"X-User-ID": "one more"})
+
+
+def _no_room(case: Case) -> Reply:
+    return case(refused=True)
 
 
 def _of_deleted_thread(case: Case) -> Reply:
@@ -167,10 +236,12 @@ def _limited(case: Case) -> Reply:
 
 
 LISTS = {"list_messages", "list_threads", "stored_keys"}
+AT_ONCE = {"list_tag"}
+"""Methods that do not wait."""
 
 
-def _store_says(error: Exception) -> Callable[[Case], Reply]:
-    """Every method of the store raises it."""
+def _store_says(error: Exception, *, but: str = "") -> Callable[[Case], Reply]:
+    """Every method of the store raises it, but for the one of this name."""
 
     async def listed(*given: object, **named: object) -> AsyncIterator[object]:
         if error:
@@ -180,33 +251,40 @@ def _store_says(error: Exception) -> Callable[[Case], Reply]:
     async def called(*given: object, **named: object) -> object:
         raise error
 
+    def called_at_once(*given: object, **named: object) -> object:
+        raise error
+
     def told(case: Case) -> Reply:
         for name in dir(ConversationStore):
-            if not name.startswith("_"):
-                setattr(case.api.store, name, listed if name in LISTS else called)
+            if not name.startswith("_") and name != but:
+                failing = called if name not in AT_ONCE else called_at_once
+                setattr(case.api.store, name, listed if name in LISTS else failing)
         return case()
 
     return told
 
 
 def _failing(case: Case) -> Reply:
+    """With a defect that nobody has foreseen."""
+
     def broken(*given: object) -> None:
         raise RuntimeError("private text")
 
-    case.api.application._routing.hot = broken  # type: ignore[assignment]  # the defect that nobody has foreseen
-    return case()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Resource, "handler", broken)
+        return case()
 
 
 def _other_user(case: Case) -> Reply:
     if "reactions" in case.template:
         return _reacts_as_itself(case)
-    return case(headers=signed("mallory"), key=BACKEND)
+    return case(headers=signed("mallory"), key=FRONTEND)
 
 
 def _reacts_as_itself(case: Case, **changed: Any) -> Reply:
     body = {**case.body, "id": "mallory"} if case.body else None
     target = case.target.replace("/alice", "/mallory")
-    return case(target=target, body=body, headers=signed("mallory"), key=BACKEND, **changed)
+    return case(target=target, body=body, headers=signed("mallory"), key=FRONTEND, **changed)
 
 
 def _repeated(case: Case) -> Reply:
@@ -229,6 +307,7 @@ PROVOKED: dict[str, Callable[[Case], Reply]] = {
     "missing signature headers": lambda case: case(key=FRONTEND, headers={}),
     "invalid signature": lambda case: case(headers={"X-User-ID": "alice", "X-User-Signature": "0"}),
     "the key service is not available now": _store_says(StoreUnavailableError("the key service is not available now")),
+    SEALED: _store_says(StoreUnavailableError(SEALED)),
     "the store's disk is not available now": _store_says(EngineUnavailableError()),
     "invalid json": lambda case: case(raw=b"{"),
     "invalid payload": lambda case: case(raw=b"{"),
@@ -250,15 +329,19 @@ PROVOKED: dict[str, Callable[[Case], Reply]] = {
         case.method, case.target, {**case.body, "author": "alice"}, headers=signed("mallory")
     ),
     "author mismatch between signature and reaction id": lambda case: (
-        case(headers=signed("mallory"), key=BACKEND)
+        case(headers=signed("mallory"), key=FRONTEND)
         if "reactions" in case.template
-        else case(headers=signed("mallory"), body={**case.body, "reactions": {"alice": "+1"}})
+        else case(headers=signed("mallory"), key=FRONTEND, body={**case.body, "reactions": {"alice": "+1"}})
     ),
     "author required for backend requests": lambda case: case(headers={}),
     "body is required": lambda case: case.with_body(body=None),
     "role too long": lambda case: case.with_body(role="r" * 129),
     "reply_to is not a message id": lambda case: case.with_body(reply_to="a/b"),
-    "too many reactions": lambda case: case.with_body(reactions={str(n): "+" for n in range(1025)}),
+    "too many reactions": lambda case: (
+        _store_says(TooManyReactionsError(), but="get_message")(case)
+        if "reactions" in case.template
+        else case.with_body(reactions={str(n): "+" for n in range(1025)})
+    ),
     "the Idempotency-Key must be 1 to 255 visible ASCII characters": lambda case: case(
         headers={"X-User-ID": "alice", "Idempotency-Key": "k" * 256}
     ),
@@ -270,14 +353,31 @@ PROVOKED: dict[str, Callable[[Case], Reply]] = {
     "missing thread query parameter": lambda case: case(target="/v1/messages"),
     "limit must be a whole number that is not negative": lambda case: case(query="limit=-1"),
     "before must be a message id": lambda case: case(query="before=%20"),
+    AMBIGUOUS_TIME: _store_says(AmbiguousTimeError(), but="latest_version"),
+    INVALID_VERSION: lambda case: case(query="before=msg-1-000001"),
+    TOO_MANY_VERSIONS: _store_says(TooManyVersionsError(), but="get_message"),
     "include_deleted must be true or false": lambda case: case(query="include_deleted=maybe"),
     "author not found in any message in this thread": _other_user,
-    "author does not match": lambda case: case(headers=signed("mallory"), key=ADMIN),
+    "author is not a member of this thread": _removed,
+    "the thread has too many members": _full,
+    NO_ROOM_TO_REMOVE: _full,
+    THREAD_KEY_DESTROYED: _store_says(ThreadKeyDestroyedError(), but="get_message"),
+    "the author of a thread can't be removed from it": lambda case: case(
+        target=case.target.replace("member=bob", "member=alice")
+    ),
+    "members must be a list of at most 1024 names, none of them empty": lambda case: case.with_body(members=[""]),
+    "missing member query parameter": lambda case: case(target=case.target.partition("?")[0]),
+    "too many bodies are being received: send this one again later": _no_room,
+    "author does not match": lambda case: case(
+        headers=signed("mallory"), key=FRONTEND if case.template.endswith("/members") else ADMIN
+    ),
     "message not found": _unknown,
     "thread not found": lambda case: (
         _of_deleted_thread(case)
         if case.template == "/v1/messages"
-        else case(target=case.template.format(thread="not:an:id" if case.method == "POST" else "nothing"))
+        else case(
+            target=case.template.format(thread="not:an:id" if case.method == "POST" else "nothing"), query="member=bob"
+        )
     ),
     "missing id or reaction": lambda case: case.with_body(reaction=""),
     "reaction too long": lambda case: (
@@ -298,7 +398,7 @@ REFUSALS = [
     for key, operation in by_name(Api().application.operations).items()
     for status, sentences in error_texts(operation).items()
     for sentence in dict.fromkeys(sentences)
-    if key.split(" ", 1)[1] not in ("/docs", "/docs/", "/docs/style.css", "/openapi.yaml")
+    if key.split(" ", 1)[1] not in ("/", "/docs", "/docs/", "/docs/style.css", "/openapi.yaml")
 ]
 
 
@@ -323,5 +423,5 @@ def test_nothing_undocumented_answers(described: dict[str, Any]) -> None:
             reply = api(method, target, key=ADMIN)
             assert reply.status == 405, (method, template, reply)
             assert reply.headers["allow"] == ", ".join(sorted(name.upper() for name in methods))
-    for path in ("/", "/v1", "/v1/", "/admin", "/admin/", "/openapi.json", "/docs/x", "/healthz/", "/v1/threads/"):
+    for path in ("/v1", "/v1/", "/admin", "/admin/", "/openapi.json", "/docs/x", "/healthz/", "/v1/threads/"):
         assert api("GET", path, key=ADMIN).status == 404, path

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_server.api.http.access import AddressBuckets, TokenBucket, address_group
+from progressdb_server.api.http.access import RateBuckets, TokenBucket, address_group
 
 STEPS = st.lists(st.floats(min_value=0, max_value=5), max_size=60)
 RATES = st.floats(min_value=0.1, max_value=50)
@@ -35,6 +35,18 @@ def test_the_wait_that_a_bucket_names_is_enough(steps: list[float], rps: float, 
             assert bucket.take(now_s) == 0
 
 
+@given(STEPS, RATES, BURSTS)
+def test_to_ask_for_the_wait_takes_nothing_and_tells_the_truth(steps: list[float], rps: float, burst: int) -> None:
+    buckets = RateBuckets(rps, burst, count_max=1)
+    now_s = 100.0
+    for number, step in enumerate(steps):
+        now_s += step
+        caller = number % 2  # the second one finds the table full
+        wait_s = buckets.wait_s(caller, now_s)
+        assert buckets.wait_s(caller, now_s) == wait_s
+        assert buckets.take(caller, now_s) == pytest.approx(wait_s)
+
+
 def test_a_clock_that_stands_still_or_goes_back_gives_no_tokens() -> None:
     bucket = TokenBucket(rps=10, burst=2)
     assert [bucket.take(now_s) == 0 for now_s in (50.0, 50.0, 50.0, 10.0, 49.0)] == [True, True, False, False, False]
@@ -56,12 +68,26 @@ def test_one_ipv6_host_s_addresses_share_a_bucket(one: str, other: str, same: bo
     assert (address_group(one) == address_group(other)) is same
 
 
-def test_the_bounded_table_of_addresses_drops_the_least_recently_used() -> None:
-    buckets = AddressBuckets(rps=0.001, burst=1, count_max=3)
-    for address in ("a", "b", "c"):
-        assert buckets.take(address, 1.0) == 0
-    assert buckets.take("a", 1.0) > 0  # used again: now b is the oldest
-    assert buckets.take("d", 1.0) == 0
-    assert len(buckets) == 3
+def test_a_full_table_forgets_only_buckets_that_have_filled_up() -> None:
+    buckets = RateBuckets(rps=1, burst=1, count_max=3)
+    for caller in ("a", "b", "c"):
+        assert buckets.take(caller, 1.0) == 0
+    assert buckets.take("d", 1.0) == 0  # from the bucket that all others share
+    assert buckets.take("e", 1.0) > 0
     assert buckets.take("a", 1.0) > 0
-    assert buckets.take("b", 1.0) == 0  # it was forgotten
+    assert len(buckets) == 3
+    assert buckets.take("e", 2.5) == 0  # that of b has filled up and makes room
+    assert buckets.take("e", 2.5) > 0
+    assert len(buckets) == 3
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.floats(0, 2)), max_size=80))
+def test_no_caller_gets_more_by_making_others_forgotten(steps: list[tuple[int, float]]) -> None:
+    buckets = RateBuckets(rps=1, burst=2, count_max=3)
+    now_s, taken = 0.0, dict.fromkeys(range(10), 0)
+    for caller, step in steps:
+        now_s += step
+        taken[caller] += buckets.take(caller, now_s) == 0
+    assert len(buckets) <= 3
+    # A caller can have taken from the shared bucket too.
+    assert all(count <= 2 * (2 + now_s) + 1e-6 for count in taken.values())

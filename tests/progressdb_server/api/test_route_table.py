@@ -37,6 +37,9 @@ ROUTES: list[tuple[str, str, Any, tuple[int, ...]]] = [
     ("POST", "/v1/_sign", {"userId": "u"},  (401, 401, 200, 200, 200, 403, 403, 403, 403, 403, 403)),
     ("POST", "/v1/messages", BODY,          (401, 401, 400, 200, 200, 400, 200, 401, 200, 401, 200)),
     ("GET", "/v1/messages?thread={t}", None, (401, 401, 200, 200, 200, 200, 200, 401, 200, 401, 200)),
+    ("GET", "/v1/threads/{t}/members", None, (401, 401, 200, 200, 200, 200, 200, 401, 200, 401, 200)),
+    ("POST", "/v1/threads/{t}/members", {"members": ["bob"]}, (401, 401, 200, 200, 200, 200, 200, 401, 200, 401, 200)),
+    ("DELETE", "/v1/threads/{t}/members?member=bob", None, (401, 401, 204, 204, 204, 204, 204, 401, 204, 401, 204)),
     ("GET", "/v1/messages/{m}", None,       (401, 401, 200, 200, 200, 200, 200, 401, 200, 401, 200)),
     ("PUT", "/v1/messages/{m}", BODY,       (401, 401, 400, 200, 200, 400, 200, 401, 200, 401, 200)),
     ("DELETE", "/v1/messages/{m}", None,    (401, 401, 400, 204, 204, 400, 204, 401, 204, 401, 204)),
@@ -100,7 +103,7 @@ def test_who_may_call_what(method: str, path: str, body: object, caller: str, st
 def test_the_table_of_this_file_is_the_table_of_the_server() -> None:
     api = Api()
     served = {(operation.method, operation.path) for operation in operations(api.store, api.metrics)}
-    documentation = {("GET", path) for path in ("/openapi.yaml", "/docs", "/docs/", "/docs/style.css")}
+    documentation = {("GET", path) for path in ("/", "/openapi.yaml", "/docs", "/docs/", "/docs/style.css")}
     names = {"{t}": "{thread}", "{m}": "{message}"}
     tested = set()
     for method, target, _, _ in ROUTES:
@@ -116,7 +119,6 @@ def test_the_table_of_this_file_is_the_table_of_the_server() -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "/",
         "/v1",
         "/v1/",
         "/v1/messages/",

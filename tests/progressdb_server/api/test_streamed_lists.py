@@ -22,16 +22,21 @@ def message(number: int, size: int) -> Message:
 class Source:
     """Chunks of messages; counts what it has handed out and notes that it was closed."""
 
-    def __init__(self, chunks: int, of: int, size: int = 1000, fails_at: int | None = None) -> None:
+    def __init__(
+        self, chunks: int, of: int, size: int = 1000, fails_at: int | None = None, *, waits: bool = False
+    ) -> None:
+        """`waits`: it says between two chunks that the next one has to wait."""
         self.handed_out = 0
         self.closed = False
-        self._chunks, self._of, self._size, self._fails_at = chunks, of, size, fails_at
+        self._chunks, self._of, self._size, self._fails_at, self._waits = chunks, of, size, fails_at, waits
 
     async def read(self) -> AsyncIterator[Sequence[Message]]:
         try:
             for chunk in range(self._chunks):
                 if chunk == self._fails_at:
                     raise StoreUnavailableError("the disk is gone")
+                if self._waits:
+                    yield []
                 self.handed_out += 1
                 yield [message(chunk * self._of + number, self._size) for number in range(self._of)]
         finally:
@@ -100,6 +105,32 @@ def test_a_long_list_is_streamed_in_parts_of_bounded_size() -> None:
     read = json.loads(b"".join(client.parts))["messages"]
     assert [one["id"] for one in read] == [f"msg-{number}-1" for number in range(3000)]
     assert (client.finished, source.closed) == (True, True)
+
+
+def test_the_first_chunk_leaves_before_the_second_is_read() -> None:
+    source = Source(chunks=3, of=2, waits=True)
+
+    class Watching(Client):
+        """Notes how many chunks had been read when each part left."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.read_before: list[int] = []
+
+        async def send(self, sent: Any) -> None:
+            self.read_before.append(source.handed_out)
+            await super().send(sent)
+
+    client = Watching()
+    run(source, client)
+    assert client.read_before == [1, 1, 2, 3]  # the head and a part for each chunk
+    assert len(json.loads(b"".join(client.parts))["messages"]) == 6
+
+
+def test_a_list_of_one_chunk_that_had_to_wait_leaves_whole() -> None:
+    client = Client()
+    run(Source(chunks=1, of=5, waits=True), client)
+    assert client.headers[b"content-length"] == str(len(client.parts[0])).encode()
 
 
 def test_a_failure_before_anything_left_can_still_be_answered() -> None:

@@ -10,7 +10,7 @@ from minikms import Client
 from progressdb_server.api.viewer import sessions
 from progressdb_server.api.viewer.routes import LOGIN_BURST
 from progressdb_server.api.viewer.sessions import Sessions, same
-from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND
+from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, signed
 from tests.progressdb_server.api.real_server import RealServer, real_server
 from tests.progressdb_server.api.viewer_client import ViewerClient
 
@@ -72,7 +72,7 @@ def test_a_page_of_what_is_not_there_says_so(inside: ViewerClient) -> None:
     assert inside("/viewer/?q=msg-%2F").status == 404
     assert inside("/viewer/threads/a%2Fb").status == 404
     assert inside("/viewer/?q=" + "x" * 2000).status == 400
-    assert "No thread is found." in inside("/viewer/?q=nothing").text
+    assert "No threads found." in inside("/viewer/?q=nothing").text
 
 
 def test_a_form_needs_the_token_of_its_own_page(server: RealServer) -> None:
@@ -89,6 +89,16 @@ def test_a_form_needs_the_token_of_its_own_page(server: RealServer) -> None:
     assert client("/viewer/logout", {"csrf": client.csrf}).status == 303
     client.cookies["progressdb_viewer"] = token
     assert client("/viewer/").headers["location"] == "/viewer/login"
+
+
+def test_only_refused_keys_count_and_each_client_of_a_proxy_for_itself(tmp_path: Path) -> None:
+    with real_server(tmp_path, environment={"PROGRESSDB_PROXIES": "127.0.0.0/8"}) as server:
+        admin, guesser = (ViewerClient(server.port, forwarded_for=f"198.51.100.{n}") for n in (1, 2))
+        for _ in range(LOGIN_BURST + 3):
+            assert admin.login(ADMIN).status == 303
+        assert [guesser.login("wrong").status for _ in range(LOGIN_BURST + 1)] == [401] * LOGIN_BURST + [429]
+        assert guesser.login(ADMIN).status == 429, "no key is looked at"
+        assert admin.login(ADMIN).status == 303
 
 
 def test_only_an_admin_key_opens_and_attempts_are_few(tmp_path: Path) -> None:
@@ -115,11 +125,23 @@ def test_threads_are_found_by_author_and_by_the_beginning_of_an_id(server: RealS
     assert inside(f"/viewer/?q={message}").headers["location"] == f"/viewer/messages/{message}"
 
 
-def test_a_destroyed_and_a_damaged_key_hide_no_other_thread(tmp_path: Path) -> None:
+def test_a_destroyed_and_a_damaged_key_fail_no_list(tmp_path: Path) -> None:
+    """The lists of threads, messages, versions and keys, and the pages of the viewer."""
     with real_server(tmp_path) as server:
         good, destroyed, damaged = (
             server("POST", "/v1/threads", {"title": f"T{number}", "author": "ann"}).json["id"] for number in range(3)
         )
+        messages = {
+            thread: server("POST", "/v1/messages", {"thread": thread, "author": "ann", "body": "Body of Ann"}).json[
+                "id"
+            ]
+            for thread in (good, destroyed, damaged)
+        }
+        for message in messages.values():
+            assert (
+                server("POST", f"/v1/messages/{message}/reactions", {"id": "bob", "reaction": "Reaction of Bob"}).status
+                == 200
+            )
         keys = {
             thread: server("GET", f"/admin/keys/kms:map:thread:{thread}", key=ADMIN).body.decode()
             for thread in (destroyed, damaged)
@@ -140,6 +162,28 @@ def test_a_destroyed_and_a_damaged_key_hide_no_other_thread(tmp_path: Path) -> N
         assert page.status == 200
         for shown in (*expected, "T0", "key_destroyed", "key_unreadable"):
             assert shown in page.text
+        for thread, message in messages.items():
+            code = expected[thread]
+            for target, versions in (
+                (f"/v1/messages?thread={thread}", 1),
+                (f"/v1/threads/{thread}/messages?author=ann", 1),
+                (f"/v1/messages/{message}/versions", 2),
+            ):
+                for headers in ({}, signed("ann")):
+                    reply = server("GET", target, headers=headers)
+                    listed = reply.json["versions" if versions == 2 else "messages"]
+                    assert [one.get("error", "") for one in listed] == [code] * versions, target
+                    assert [one.get("body") for one in listed] == [None if code else "Body of Ann"] * versions
+            assert server("GET", f"/v1/messages/{message}/versions", headers=signed("eve")).status == 403
+            for target in (f"/viewer/threads/{thread}", f"/viewer/messages/{message}"):
+                page = client(target)
+                assert page.status == 200
+                assert ("Body of Ann" in page.text, "Reaction of Bob" in page.text, code in page.text) == (
+                    not code,
+                    not code,
+                    True,
+                )
+        assert len(server("GET", "/admin/keys?prefix=thread:", key=ADMIN).json["keys"]) == 9
 
 
 # --- sessions, without a server ---------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ def test_a_person_logs_in_with_the_keyboard_and_finds_a_message(server: RealServ
         assert "DEK k_" in protection
         assert "under KEK 1 since 20" in protection
         browser.follow("document.querySelector('form[action=\"/viewer/logout\"] button').click()")
+        browser.until("location.pathname === '/viewer/login'")
         browser.go(url(server, f"/viewer/threads/{thread}"))
         assert browser.evaluate("location.pathname") == "/viewer/login"
         assert [text for text in browser.complaints if "401" not in text] == []
@@ -106,7 +107,7 @@ def test_a_running_job_is_followed_without_reloading(server: RealServer, page: B
     page.until("document.querySelector('#jobs [data-label=State]').textContent.trim() === 'done'")
     assert page.evaluate("window.kept")
     assert page.evaluate("document.querySelector('#jobs progress').value") == 100
-    assert page.until("document.getElementById('live').textContent === 'No job is unfinished.'")
+    assert page.until("document.getElementById('live').textContent === 'All jobs are finished.'")
     page.go(url(server, f"/viewer/threads/{thread}"))
     assert begun.json["new_key"] in page.evaluate("document.querySelector('article footer').textContent")
 

@@ -16,21 +16,28 @@ class PageReply(NamedTuple):
 
 
 class ViewerClient:
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, source: str = "127.0.0.1", forwarded_for: str = "") -> None:
+        """`source`: the address of this machine from which it connects. `forwarded_for`: whom a proxy names as its
+        client."""
         self._port = port
+        self._source = source
+        self._forwarded_for = forwarded_for
         self.cookies: dict[str, str] = {}
         self.csrf = ""
         """The token in the last form that was seen."""
 
     def __call__(self, path: str, form: dict[str, str] | None = None) -> PageReply:
         """GET, or with a form POST."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30, source_address=(self._source, 0))
         try:
-            headers = {"Cookie": "; ".join(f"{name}={value}" for name, value in self.cookies.items())}
+            cookies = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
+            headers = {"Cookie": cookies} if cookies else {}
             if form is not None:
                 headers["Content-Type"] = "application/x-www-form-urlencoded"
+            if self._forwarded_for:
+                headers["X-Forwarded-For"] = self._forwarded_for
             body = None if form is None else urlencode(form)
-            connection.request("GET" if form is None else "POST", path, body, headers if self.cookies else {})
+            connection.request("GET" if form is None else "POST", path, body, headers)
             answered = connection.getresponse()
             set_cookies = [value for name, value in answered.getheaders() if name.lower() == "set-cookie"]
             reply = PageReply(

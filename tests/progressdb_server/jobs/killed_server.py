@@ -78,7 +78,7 @@ async def read(store: Conversations) -> None:
 async def serve(directory: str, socket: str, when: str, at: int) -> None:
     provider = RemoteProvider(socket)
     store = Conversations(KilledEngine(f"{directory}/db", when, at), provider)
-    jobs = Jobs(store, provider, Rotation(records_per_second=0))
+    jobs = Jobs(store, provider, Rotation(records_per_second=0), exclusive=True)
     await jobs.start()
     others = [asyncio.create_task(work(store)) for work in (write, read)]
     job = await jobs.rotate(THREAD) if not _jobs(jobs) else _jobs(jobs)[-1]

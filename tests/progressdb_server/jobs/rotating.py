@@ -35,11 +35,12 @@ class Place:
     provider: Provider = field(default_factory=SealingProvider)
     clock: TickingClock = field(default_factory=TickingClock)
     settings: Rotation = UNBOUNDED
+    exclusive: bool = True
 
     def run(self, body: Callable[[Conversations, Jobs], Awaitable[None]]) -> None:
         async def whole() -> None:
             async with opened(self.engine, self.provider, self.clock) as store:
-                jobs = Jobs(store, self.provider, self.settings, now_ns=self.clock)
+                jobs = Jobs(store, self.provider, self.settings, exclusive=self.exclusive, now_ns=self.clock)
                 await jobs.start()
                 try:
                     await body(store, jobs)

@@ -197,8 +197,8 @@ def test_the_commands_rotate_list_show_and_prune(server: RealServer) -> None:
     assert restored.stdout == "4 records restored, 0 left: they were changed since\n"
     assert bodies(server, other) == list(range(3))
     unasked = command(server, "backups", "prune", of_other)
-    assert (unasked.returncode, unasked.stdout) == (1, "")
-    assert "nothing was removed" in unasked.stderr
+    assert (unasked.returncode, unasked.stdout) == (2, "")
+    assert "nothing was removed" in unasked.stderr and "--yes" in unasked.stderr
     pruned = command(server, "backups", "prune", of_other, "--yes")
     assert pruned.stdout == "4 backups of 1 jobs removed\n"
     assert of_other not in command(server, "backups", "list").stdout
@@ -224,15 +224,15 @@ def test_the_commands_steer_a_job(server: RealServer) -> None:
     [
         (["jobs", "show", UNKNOWN], ADMIN, 2, "the server refused: job not found"),
         (["rotate-dek", "nobody"], ADMIN, 2, "the server refused: thread not found"),
-        (["rotate-dek"], ADMIN, 1, "name threads, or give one of --all"),
-        (["rotate-dek", "t", "--all"], ADMIN, 1, "name threads, or give one of --all"),
-        (["jobs", "list"], "", 1, "no admin key: set PROGRESSDB_API_ADMIN_KEYS"),
+        (["rotate-dek"], ADMIN, 2, "name threads, or give one of --all"),
+        (["rotate-dek", "t", "--all"], ADMIN, 2, "name threads, or give one of --all"),
+        (["jobs", "list"], "", 2, "no admin key: set PROGRESSDB_API_ADMIN_KEYS"),
         (["jobs", "list"], "wrong-key", 1, "unauthorized (is the key one of the server's admin keys?)"),
         (["jobs", "list"], BACKEND, 1, "forbidden (an admin key is needed)"),
         (["jobs", "list", "--api-key-file", "/nonexistent/key"], ADMIN, 2, "the key file /nonexistent/key does not"),
-        (["jobs", "list", "--url", "ftp://x"], ADMIN, 1, "ftp://x is no address of a server"),
-        (["jobs", "list", "--url", "http://127.0.0.1:1"], ADMIN, 1, "did not answer: Connection refused"),
-        (["backups", "prune"], ADMIN, 1, "name jobs, or give one of --older-than and --all"),
+        (["jobs", "list", "--url", "ftp://x"], ADMIN, 2, "ftp://x is no address of a server"),
+        (["jobs", "list", "--url", "http://127.0.0.1:1"], ADMIN, 2, "did not answer: Connection refused"),
+        (["backups", "prune"], ADMIN, 2, "name jobs, or give one of --older-than and --all"),
     ],
 )
 def test_what_the_commands_refuse_they_say_in_a_sentence(

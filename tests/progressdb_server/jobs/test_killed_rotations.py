@@ -29,7 +29,7 @@ from tests.harness.live_daemon import LiveDaemon
 from tests.harness.scripts import interpreter_words
 from tests.progressdb_server.jobs.killed_server import THREAD
 from tests.progressdb_server.jobs.rotating import backups_of, keys_of_records, mapped
-from tests.progressdb_server.store.opened_store import messages_of
+from tests.progressdb_server.store.opened_store import messages_of, versions_of
 
 SERVER = interpreter_words("tests.progressdb_server.jobs.killed_server")
 Acknowledged = dict[str, list[Message]]
@@ -40,7 +40,7 @@ async def served(directory: Path, socket: Path, rate: int = 0) -> AsyncIterator[
     """The store and its jobs in this process."""
     provider = RemoteProvider(socket)
     store = Conversations(RocksEngine(str(directory / "db")), provider)
-    jobs = Jobs(store, provider, Rotation(records_per_second=rate))
+    jobs = Jobs(store, provider, Rotation(records_per_second=rate), exclusive=True)
     try:
         yield store, jobs
     finally:
@@ -65,7 +65,7 @@ async def verify(directory: Path, socket: Path, acknowledged: Acknowledged) -> N
         assert [message.id for message in listed] == sorted({message.id for message in listed})
         assert acknowledged.keys() <= {message.id for message in listed}
         for message, versions in acknowledged.items():
-            stored = await store.message_versions(message)
+            stored = await versions_of(store, message)
             assert stored[: len(versions)] == versions
             assert len(stored) <= len(versions) + 1, "one more may have been on its way"
 

@@ -9,6 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from minikms import api
+from minikms.client import KmsRefusedError
 from minikms.client.errors import refusal
 from progressdb_server.config import Rotation
 from progressdb_server.jobs import service
@@ -361,7 +362,7 @@ def test_many_threads_are_rotated_a_few_at_a_time() -> None:
         real = place.keys.reencrypt_batch
 
         async def counted(*given: object, **named: object) -> object:
-            at_work.append(len(jobs._workers))
+            at_work.append(sum(job.state == "running" for page in jobs.table.pages() for job in page))
             return await real(*given, **named)  # type: ignore[arg-type]  # passed on
 
         place.keys.reencrypt_batch = counted  # type: ignore[method-assign,assignment]  # the hook
@@ -386,7 +387,9 @@ def test_only_a_threads_current_key_counts() -> None:
     place.run(body)
 
 
-def test_rows_of_long_ago_are_removed_and_those_with_backups_stay() -> None:
+def test_rows_of_long_ago_are_removed_and_those_with_backups_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "TICK_S", 0.01)
+    monkeypatch.setattr(service, "SELECTION_S", 0.0)
     place = Place()
 
     async def body(store: Conversations, jobs: Jobs) -> None:
@@ -394,8 +397,26 @@ def test_rows_of_long_ago_are_removed_and_those_with_backups_stay() -> None:
         first, second = await rotated(jobs), await rotated(jobs)
         await jobs.drop_backups(first.id)
         place.clock.now += 100 * DAY_NS
-        await jobs._sweep()
-        assert [job.id for page in jobs.table.pages() for job in page] == [second.id]
+        async with asyncio.timeout(10):
+            while [job.id for page in jobs.table.pages() for job in page] != [second.id]:
+                await asyncio.sleep(0.01)
         assert store.engine.get(keyspace.key_map("t")) == second.new_key.encode()
+
+    place.run(body)
+
+
+def test_a_list_of_keys_that_a_policy_forbids_is_not_tried_again() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 1, "a")
+        for code, raised in (("forbidden", KmsRefusedError), ("audit_unavailable", StoreUnavailableError)):
+
+            async def listed(*given: object, code: str = code, **named: object) -> api.KeyListAnswer:
+                raise refusal(code, "not you")
+
+            place.keys.list_keys = listed  # type: ignore[method-assign]  # the policy
+            with pytest.raises(raised):
+                [job async for job in jobs.select(Due(uses=1))]
 
     place.run(body)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from minikms import api
-from minikms.client import KmsRefusedError
-from minikms.client.errors import KmsUnavailableError
+from minikms.client import EncryptItem, KmsRefusedError, ReencryptItem
+from minikms.client.errors import KmsUnavailableError, refusal
 from progressdb_server.jobs import rotation
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import JobConflictError
 from progressdb_server.store.check import Checker
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.model import NewMessage, ThreadNotFoundError
+from progressdb_server.store.model import NewMessage, StoreUnavailableError, ThreadNotFoundError
 from tests.progressdb_server.jobs.rotating import (
     Gate,
     Place,
@@ -318,6 +320,55 @@ def test_a_key_service_that_is_away_only_delays_the_job() -> None:
         place.run(body)
 
 
+def test_a_job_that_meets_a_limit_asks_again_when_the_limit_says() -> None:
+    """A request that is refused costs the key service as much as one that is not."""
+
+    class Limited(SealingProvider):
+        async def reencrypt_batch(
+            self, from_key_id: str, to_key_id: str, items: Sequence[ReencryptItem], *, request_id: str | None = None
+        ) -> list[bytes | KmsRefusedError]:
+            error = refusal("limit_exceeded", "the limit reencrypts_per_hour is used up")
+            error.retry_after_s = 1800
+            raise error
+
+    place = Place(provider=Limited())
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 3)
+        with capture_logs() as lines:
+            begun = await jobs.rotate("t")
+            async with asyncio.timeout(10):
+                while not (waits := [line for line in lines if line["event"] == "job_waits"]):
+                    await asyncio.sleep(0.001)
+        assert [line["retry_s"] for line in waits] == [1800]
+        assert (await jobs.pause(begun.id)).state == "paused", "at once, although the job sleeps"
+
+    place.run(body)
+
+
+def test_a_job_that_meets_a_seal_halts_all_encryption() -> None:
+    """Until the epoch was judged: after the unseal the key service may be an older one."""
+
+    class Sealed(SealingProvider):
+        async def reencrypt_batch(
+            self, from_key_id: str, to_key_id: str, items: Sequence[ReencryptItem], *, request_id: str | None = None
+        ) -> list[bytes | KmsRefusedError]:
+            return [refusal("sealed", "the key service is sealed") for _ in items]
+
+    place = Place(provider=Sealed())
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 3)
+        await jobs.rotate("t")
+        async with asyncio.timeout(10):
+            while store.halted is None:
+                await asyncio.sleep(0.001)
+        with pytest.raises(StoreUnavailableError, match="is sealed"):
+            await write(store, 1)
+
+    place.run(body)
+
+
 def test_a_key_whose_answer_was_lost_is_retired_in_the_end() -> None:
     class Lossy(SealingProvider):
         async def create_dek_for_thread(
@@ -340,6 +391,76 @@ def test_a_key_whose_answer_was_lost_is_retired_in_the_end() -> None:
     place.run(body)
 
 
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_a_rotation_retires_foreign_keys_only_where_none_are_expected(exclusive: bool) -> None:
+    """On a shared key service a user could name a thread as another program named its own."""
+    place = Place(exclusive=exclusive)
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        foreign = (await place.keys.create_dek_for_thread("t")).key_id
+        await write(store, 1)
+        begun = await jobs.rotate("t")
+        assert (await jobs.wait(begun.id)).state == "done"
+        assert (foreign in place.keys.retired) is exclusive
+
+    place.run(body)
+
+
+def test_the_key_of_a_renewal_beside_the_end_of_a_rotation_stays_active() -> None:
+    """The job lists the thread's active keys while a renewal has made its key and the map does not name it yet."""
+
+    class Renewing(SealingProvider):
+        """Once `ending` is set, the next list waits for a renewal, whose answer waits for `may_answer`."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.ending: Callable[[], Coroutine[Any, Any, object]] | None = None
+            self.exhausted = ""
+            self.renewed: list[str] = []
+            self.made, self.may_answer = asyncio.Event(), asyncio.Event()
+
+        def _seal(self, item: EncryptItem) -> bytes:
+            if item.key_id == self.exhausted:
+                raise refusal("key_exhausted", "this key only decrypts")
+            return super()._seal(item)
+
+        async def create_dek_for_thread(
+            self, thread_id: str, *, replaces: str | None = None, request_id: str | None = None
+        ) -> api.CreateDekAnswer:
+            made = await super().create_dek_for_thread(thread_id, replaces=replaces)
+            if self.exhausted:
+                self.renewed.append(made.key_id)
+                self.made.set()
+                await self.may_answer.wait()
+            return made
+
+        async def list_keys(self, **asked: Any) -> api.KeyListAnswer:
+            if self.ending is not None and not self.exhausted:
+                [self.exhausted] = self.keys_of("t")
+                self.writing = asyncio.create_task(self.ending())
+                await self.made.wait()
+            return await super().list_keys(**asked)
+
+    place = Place(provider=Renewing())
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        provider = place.provider
+        assert isinstance(provider, Renewing)
+        messages = await write(store, 5)
+        provider.ending = lambda: write(store, 1)
+        job = await jobs.wait((await jobs.rotate("t")).id)
+        assert (job.state, mapped(store)) == ("done", job.new_key)
+        [renewed] = provider.renewed
+        assert provider.keys_of("t") == [job.new_key, renewed], "both are in use"
+        provider.may_answer.set()
+        await provider.writing
+        assert mapped(store) == renewed
+        assert provider.keys_of("t") == [renewed]
+        assert len(await messages_of(store, "t")) == len(messages) + 1
+
+    place.run(body)
+
+
 def test_no_pause_is_taken_while_the_key_is_being_switched() -> None:
     """A restart switches it first."""
     place = Place()
@@ -353,9 +474,9 @@ def test_no_pause_is_taken_while_the_key_is_being_switched() -> None:
             await asyncio.sleep(0.01)
         (job,) = [job for page in jobs.table.pages() for job in page]
         assert job.keying
-        with pytest.raises(JobConflictError, match="being switched"):
+        with pytest.raises(JobConflictError, match="the job is switching"):
             await jobs.pause(job.id)
-        with pytest.raises(JobConflictError, match="being switched"):
+        with pytest.raises(JobConflictError, match="the job is switching"):
             await jobs.cancel(job.id)
         rotating.cancel()
 

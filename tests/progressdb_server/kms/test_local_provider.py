@@ -15,6 +15,10 @@ from minikms import api
 from minikms.client import DecryptItem, EncryptItem, KmsRefusedError, ReencryptItem
 from progressdb_server.kms.provider import LocalProviderError, Provider, RemoteProvider, open_local
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor
+from progressdb_server.store.model import NewMessage
+from tests.progressdb_server.store.memory_engine import MemoryEngine
+from tests.progressdb_server.store.opened_store import messages_of
+from tests.progressdb_server.store.opened_store import opened as opened_store
 
 
 def run(directory: Path, test: Callable[[Provider], Awaitable[None]]) -> None:
@@ -72,10 +76,10 @@ def test_it_answers_as_the_remote_one_does(directory: Path) -> None:
         assert refused.value.code == api.CODE_WRONG_THREAD
         await provider.retire_key(new.key_id)
         status = await provider.status()
-        assert isinstance(status["epoch"], int)
-        audit = status["audit"]
-        assert isinstance(audit, dict)
-        assert audit["head"]["seq"] > 5
+        assert (status.status, status.pid, status.uid) == ("ok", os.getpid(), os.geteuid())
+        assert status.epoch > 0
+        assert status.audit.head.seq > 5
+        assert status.keys.by_state == {"retired": 2} or status.keys.indexing
 
     run(directory, test)
 
@@ -134,6 +138,22 @@ def test_a_wrong_root_key_is_refused_and_the_directory_given_up(directory: Path)
     run(directory, test)
 
 
+def test_a_thread_whose_key_was_retired_by_hand_takes_writes_and_is_read(directory: Path) -> None:
+    async def test(provider: Provider) -> None:
+        async with opened_store(MemoryEngine(), provider) as store:
+            for body in range(3):
+                await store.create_message(NewMessage(author="ann", thread="t", body=body))
+                key_id = store.key_of_thread("t")
+                assert key_id is not None
+                await provider.retire_key(key_id)
+            assert [message.body for message in await messages_of(store, "t")] == [0, 1, 2]
+            assert store.metrics.keys_renewed == 2
+        keys = await provider.list_keys(thread_id="t", state=None, cursor=None, limit=None)
+        assert [key.state for key in keys.keys] == ["retired"] * 3
+
+    run(directory, test)
+
+
 def test_a_server_that_uses_miniKMS_does_not_load_the_key_services_code() -> None:
     program = "import progressdb_server.server, sys; print([name for name in sys.modules if name in sys.argv])"
     inner = ["minikms.embedded", "minikms.custody", "minikms.memory", "minikms.service"]
@@ -147,7 +167,7 @@ def test_a_server_refuses_it_without_the_flag_for_development(directory: Path) -
     environment = {**os.environ, "PROGRESSDB_KMS_PROVIDER": "local"}
     command = [sys.executable, "-m", "progressdb_server", "--db", str(directory), "--addr", "127.0.0.1:0"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
-    assert ran.returncode == 1
+    assert ran.returncode == 2
     assert "it needs --dev" in ran.stderr
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +21,7 @@ from structlog.testing import capture_logs
 from minikms.client import AsyncClient
 from progressdb_server.kms import supervisor as supervisor_module
 from progressdb_server.kms.supervisor import Supervisor, SupervisorError
+from tests.harness.unix_http import UnixConnection
 from tests.harness.waiting import wait_until
 from tests.progressdb_server.kms.conftest import Place
 
@@ -58,7 +61,7 @@ def test_it_spawns_a_daemon_where_none_answers_and_ends_it_with_itself(place: Pl
         pid = supervisor.child_pid
         assert pid is not None
         async with AsyncClient(place.socket) as kms:
-            assert (await kms.status())["pid"] == pid
+            assert (await kms.status()).pid == pid
         await supervisor.stop()
         await supervisor.stop()
         return pid
@@ -73,6 +76,12 @@ def test_it_spawns_a_daemon_where_none_answers_and_ends_it_with_itself(place: Pl
 def test_the_child_has_a_clean_environment_and_its_own_session(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """It allows the server's uid."""
 
+    def answered() -> dict[str, object]:
+        """As the stand-in for miniKMS sends it."""
+        with contextlib.closing(UnixConnection(Path(place.socket))) as connection:
+            connection.request("GET", "/status")
+            return dict(json.loads(connection.getresponse().read()))
+
     async def main() -> tuple[dict[str, object], int, int]:
         supervisor = Supervisor(place.options(dev=True, master_key_file="key-file"))
         await supervisor.start()
@@ -80,8 +89,7 @@ def test_the_child_has_a_clean_environment_and_its_own_session(place: Place, mon
             pid = supervisor.child_pid
             assert pid is not None
             session = os.getsid(pid)
-            async with AsyncClient(place.socket) as kms:
-                return await kms.status(), pid, session
+            return await asyncio.to_thread(answered), pid, session
         finally:
             await supervisor.stop()
 
@@ -127,7 +135,7 @@ def test_it_spawns_one_when_the_daemon_that_it_used_dies(place: Place) -> None:
             found.wait()
             await until(lambda: supervisor.child_pid is not None)
             async with AsyncClient(place.socket, wait_s=WAIT_S) as kms:
-                assert (await kms.status())["pid"] == supervisor.child_pid
+                assert (await kms.status()).pid == supervisor.child_pid
             await supervisor.stop()
 
         asyncio.run(main())
@@ -148,7 +156,7 @@ def test_a_daemon_that_is_killed_is_started_again_and_calls_go_on(place: Place) 
                 assert pid is not None
                 os.kill(pid, signal.SIGKILL)
                 assert await kms.decrypt(key.key_id, sealed) == b"before"
-                assert (await kms.status())["pid"] != pid
+                assert (await kms.status()).pid != pid
                 await until(partial(another_child, supervisor, pid))
         await supervisor.stop()
 
@@ -298,7 +306,7 @@ def test_two_servers_that_start_at_once_end_up_with_one_daemon(place: Place) -> 
         await until(lambda: sum(supervisor.child_pid is not None for supervisor in supervisors) == 1)
         async with AsyncClient(place.socket) as kms:
             [pid] = [supervisor.child_pid for supervisor in supervisors if supervisor.child_pid is not None]
-            assert (await kms.status())["pid"] == pid
+            assert (await kms.status()).pid == pid
         await asyncio.gather(*(supervisor.stop() for supervisor in supervisors))
 
     asyncio.run(main())

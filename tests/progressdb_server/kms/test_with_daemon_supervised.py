@@ -143,18 +143,18 @@ def test_each_daemon_gets_the_line_that_is_remembered_at_its_start(
         await supervisor.start()
         provider = RemoteProvider(directory / "run" / "s")
         try:
-            head = (await provider.status())["audit"]["head"]  # type: ignore[index]  # a JSON object
-            told.append(f"{head['seq']}:{head['sig']}")
+            head = (await provider.status()).audit.head
+            told.append(f"{head.seq}:{head.sig}")
             pid = supervisor.child_pid
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
             async with asyncio.timeout(WAIT_S):
                 while supervisor.child_pid in (None, pid):
                     await asyncio.sleep(0.05)
-            assert (await provider.status())["pid"] == supervisor.child_pid
+            assert (await provider.status()).pid == supervisor.child_pid
             await supervisor.stop()
-            told.append(f"{head['seq']}:{'A' * 43}=")
-            with pytest.raises(SupervisorError, match=f"line {head['seq']} of the audit log is not the one"):
+            told.append(f"{head.seq}:{'A' * 43}=")
+            with pytest.raises(SupervisorError, match=f"line {head.seq} of the audit log is not the one"):
                 await Supervisor(options(directory, dev=True), audit_head=lambda: told[-1]).start()
         finally:
             await provider.close()

@@ -94,6 +94,10 @@ class MemoryEngine:
         self._durable = dict(self._map)
         self._failed = False
 
+    def probe(self) -> None:
+        if self._failed:
+            raise EngineUnavailableError
+
     def checkpoint(self, path: str) -> None:
         raise EngineUnavailableError
 

@@ -68,6 +68,11 @@ async def messages_of(
     return [message async for chunk in chunks for message in chunk]
 
 
+async def versions_of(store: Conversations, message: str) -> list[Message]:
+    found = await store.message_versions(message)
+    return [version async for chunk in found.chunks for version in chunk]
+
+
 async def threads_of(
     store: Conversations,
     author: str | None,

@@ -111,7 +111,9 @@ class SealingProvider:
         await self._answer("encrypt_batch")
         return outcomes(self._seal, items)
 
-    async def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]:
+    async def decrypt_batch(
+        self, items: Sequence[DecryptItem], *, request_id: str | None = None
+    ) -> list[bytes | KmsRefusedError]:
         await self._answer("decrypt_batch")
         return outcomes(self._open, items)
 
@@ -177,9 +179,9 @@ class SealingProvider:
         self.destroyed.add(key_id)
         return api.DestroyKeyAnswer(key_id, "destroyed", 0, [])
 
-    async def status(self) -> dict[str, object]:
+    async def status(self) -> api.StatusAnswer:
         await self._answer("status")
-        return {"epoch": 1, "audit": {"seq": 1, "sig": ""}}
+        return api.StatusAnswer(status="ok")
 
     async def close(self) -> None:
         return None

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from minikms.client import DecryptItem, KmsRefusedError
 from progressdb_server.api.viewer.browsing import PAGE_MESSAGES, PAGE_THREADS, VERSIONS_MAX, Browser
-from progressdb_server.store.messages import LIST_BYTES_MAX
 from progressdb_server.store.model import NewMessage
+from progressdb_server.store.reading import LIST_BYTES_MAX
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
@@ -71,14 +71,14 @@ def test_threads_are_paged_newest_first_or_by_id_prefix() -> None:
                 (await store.create_thread(author=f"a{number % 2}", title=str(number))).id
                 for number in range(PAGE_THREADS * 2 + 4)
             ]
-            for arguments, wanted in (
-                ({"author": "", "id_prefix": ""}, made[::-1]),
-                ({"author": "a1", "id_prefix": ""}, made[1::2][::-1]),
-                ({"author": "", "id_prefix": "thread-"}, sorted(made)),
+            for author, id_prefix, wanted in (
+                ("", "", made[::-1]),
+                ("a1", "", made[1::2][::-1]),
+                ("", "thread-", sorted(made)),
             ):
                 found, cursor = [], ""
                 while True:
-                    page = await browser.threads(**arguments, cursor=cursor)
+                    page = await browser.threads(author=author, id_prefix=id_prefix, cursor=cursor)
                     found += [thread.id for thread in page.threads]
                     cursor = page.next_cursor
                     if not cursor:
@@ -129,7 +129,9 @@ def test_a_page_of_large_messages_is_opened_in_batches_of_a_bounded_size() -> No
     """One batch of 50 MB would keep every other request waiting while it is decoded."""
 
     class Measured(SealingProvider):
-        async def decrypt_batch(self, items: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]:
+        async def decrypt_batch(
+            self, items: Sequence[DecryptItem], *, request_id: str | None = None
+        ) -> list[bytes | KmsRefusedError]:
             batches.append([len(item.ciphertext) for item in items])
             return await super().decrypt_batch(items)
 

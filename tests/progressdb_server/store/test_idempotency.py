@@ -5,10 +5,19 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from structlog.testing import capture_logs
 
+from progressdb_server.store import conversations
 from progressdb_server.store import idempotency as room
+from progressdb_server.store.check import repair
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.model import Idempotency, IdempotencyConflictError, NewMessage, StoreUnavailableError
+from progressdb_server.store.model import (
+    Idempotency,
+    IdempotencyConflictError,
+    NewMessage,
+    RecordUnreadableError,
+    StoreUnavailableError,
+)
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, keys_of, messages_of, threads_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider
@@ -111,6 +120,54 @@ def test_keys_are_remembered_across_a_restart_and_forgotten_after_a_day() -> Non
 
     with_store(first, engine, provider, clock)
     with_store(second, engine, provider, clock)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff", b"\x93\xa1m\xc4\x00\xa1x", b"\x93\xa1\xff\xc4\x00\x01"])
+def test_a_damaged_entry_stays_and_hinders_no_other(damage: bytes) -> None:
+    """A retry that meets it is refused: the first call may have stored something. A repair deletes it."""
+    engine, clock = MemoryEngine(), TickingClock()
+
+    async def run(store: Conversations) -> None:
+        await store.create_message(new(1, "t"), idempotency=RETRY)
+        [key] = await keys_of(store, "idem:")
+        engine.write([(key.encode(), damage)])
+        for number in range(5):
+            await store.create_message(new(1, "t"), idempotency=Idempotency(RETRY.scope, str(number)))
+        with pytest.raises(RecordUnreadableError, match="malformed"):
+            await store.create_message(new(1, "t"), idempotency=RETRY)
+        clock.now += (room.IDEMPOTENCY_AGE_S + 1) * 10**9
+        with capture_logs() as logs:
+            assert await room.sweep(engine, store.writer, clock()) == 5
+        assert [(line["event"], line["count"]) for line in logs] == [("retry_entries_damaged", 1)]
+        assert await keys_of(store, "idem:") == [key]
+
+    with_store(run, engine, now_ns=clock)
+    engine.reopen()
+    fixed, left = asyncio.run(repair(engine))
+    assert ([finding.kind for finding in fixed], left) == (["damaged"], [])
+
+
+def test_a_sweep_that_fails_is_logged_and_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversations, "SWEEP_S", 0.01)
+    swept: list[int] = []
+
+    async def failing(*given: object) -> int:
+        swept.append(1)
+        raise RuntimeError("private text")
+
+    monkeypatch.setattr(room, "sweep", failing)
+
+    async def run(store: Conversations) -> None:
+        with capture_logs() as logs:
+            await store.start()
+            async with asyncio.timeout(10):
+                while len(swept) < 3:
+                    await asyncio.sleep(0.001)
+        failures = [line for line in logs if line["event"] == "sweep_failed"]
+        assert failures[0]["error"] == "RuntimeError"
+        assert "private text" not in str(failures)
+
+    with_store(run)
 
 
 def test_neither_key_nor_scope_nor_request_is_on_the_disk() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minikms.client import EncryptItem, KmsRefusedError
-from progressdb_server.store import messages as reading_room
+from progressdb_server.store import reading as reading_room
 from progressdb_server.store import threads as threads_room
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
@@ -20,7 +20,7 @@ from progressdb_server.store.model import (
     ThreadDeletedError,
 )
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import TickingClock, bodies, fill, messages_of, with_store
+from tests.progressdb_server.store.opened_store import TickingClock, bodies, fill, messages_of, versions_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 
@@ -101,7 +101,7 @@ def test_an_edit_appends_a_version_and_does_not_move_the_message() -> None:
         assert await store.get_message(one.id) == edited
         again = await edit(store, one.id, "newer")
         assert (again.role, again.reply_to) == ("tool", "x")
-        assert bodies(await store.message_versions(one.id)) == [0, "new", "newer"]
+        assert bodies(await versions_of(store, one.id)) == [0, "new", "newer"]
 
     with_store(run)
 
@@ -131,7 +131,7 @@ def test_a_deleted_message_leaves_the_list_and_keeps_its_body() -> None:
         assert (tombstone.deleted, tombstone.body) == (True, 0)
         assert bodies(await messages_of(store, "t")) == [1]
         assert [m.deleted for m in await messages_of(store, "t", include_deleted=True)] == [True, False]
-        assert [m.deleted for m in await store.message_versions(one.id)] == [False, True]
+        assert [m.deleted for m in await versions_of(store, one.id)] == [False, True]
         with pytest.raises(MessageNotFoundError):
             await edit(store, one.id, "x")
         with pytest.raises(MessageNotFoundError):
@@ -151,7 +151,7 @@ def test_reactions_are_versions_and_removing_an_absent_one_changes_nothing() -> 
         await store.remove_reaction(one.id, "nobody")
         await store.remove_reaction(one.id, "bob")
         assert (await store.get_message(one.id)).reactions == {"cid": "🎉"}
-        assert len(await store.message_versions(one.id)) == 4
+        assert len(await versions_of(store, one.id)) == 4
 
     with_store(run)
 
@@ -161,7 +161,7 @@ def test_concurrent_reactions_are_all_kept() -> None:
         (one,) = await fill(store, 1)
         await asyncio.gather(*[store.set_reaction(one.id, f"u{n}", str(n)) for n in range(40)])
         assert (await store.get_message(one.id)).reactions == {f"u{n}": str(n) for n in range(40)}
-        assert len(await store.message_versions(one.id)) == 41
+        assert len(await versions_of(store, one.id)) == 41
 
     with_store(run)
 
@@ -175,7 +175,7 @@ def test_an_unknown_message_is_not_found() -> None:
                 await store.get_message(unknown)
             with pytest.raises(MessageNotFoundError):
                 await edit(store, unknown, "x")
-            assert await store.message_versions(unknown) == []
+            assert await versions_of(store, unknown) == []
 
     with_store(run)
 
@@ -191,7 +191,6 @@ def test_a_message_is_found_only_in_its_own_thread() -> None:
             await store.update_message(one.id, author=None, body=1, role=None, reply_to=None, thread_id="other")
         with pytest.raises(MessageNotFoundError):
             await store.delete_message(one.id, author=None, thread_id="other")
-        assert await store.message_versions(one.id, thread_id="other") == []
 
     with_store(run)
 
@@ -226,23 +225,54 @@ def test_before_and_after_are_exclusive() -> None:
 
 
 def test_a_list_comes_in_chunks_bounded_in_number_and_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_room, "LIST_MESSAGES_FIRST", 3)
     monkeypatch.setattr(reading_room, "LIST_MESSAGES_MAX", 4)
     monkeypatch.setattr(reading_room, "LIST_BYTES_MAX", 3000)
 
     async def run(store: Conversations) -> None:
         await fill(store, 10)
-        assert [len(chunk) async for chunk in store.list_messages("t")] == [4, 4, 2]
+        assert [len(chunk) async for chunk in store.list_messages("t") if chunk] == [3, 4, 3]
         for n in range(6):
             await store.create_message(NewMessage(author="ann", thread="big", body=str(n) * 2000))
-        assert [len(chunk) async for chunk in store.list_messages("big")] == [2, 2, 2]
+        assert [len(chunk) async for chunk in store.list_messages("big") if chunk] == [2, 2, 2]
         assert [body[0] for body in bodies(await messages_of(store, "big", limit=3))] == ["3", "4", "5"]
 
     with_store(run)
 
 
+class CountingEngine(MemoryEngine):
+    """Counts how often it was asked for one value."""
+
+    gets = 0
+
+    def get(self, key: bytes) -> bytes | None:
+        self.gets += 1
+        return super().get(key)
+
+
+def test_a_list_finds_its_records_in_one_pass_for_each_batch() -> None:
+    """Also those of edited messages, whose records are not where the messages are in the order of creation."""
+    engine = CountingEngine()
+
+    async def run(store: Conversations) -> None:
+        made = await fill(store, 300)
+        for changed in (made[0], made[150], made[299]):
+            await edit(store, changed.id, "again")
+        await store.set_reaction(made[7].id, "bob", "+1")
+        engine.gets = 0
+        found = await messages_of(store, "t")
+        assert engine.gets < 10
+        assert [message.id for message in found] == [message.id for message in made]
+        assert [n for n, message in enumerate(found) if message.body == "again"] == [0, 150, 299]
+        assert (found[7].body, found[7].reactions) == (made[7].body, {"bob": "+1"})
+
+    with_store(run, engine)
+
+
 def test_writes_during_a_list_neither_repeat_nor_hide_a_message(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(reading_room, "LIST_MESSAGES_FIRST", 2)
     monkeypatch.setattr(reading_room, "LIST_MESSAGES_MAX", 3)
 
     async def run(store: Conversations) -> None:

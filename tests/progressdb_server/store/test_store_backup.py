@@ -6,11 +6,14 @@ import asyncio
 import errno
 import os
 import shutil
+import stat
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from minikms.sync import sync_file
 from progressdb_server.store import backup
 from progressdb_server.store.check import Checker
 from progressdb_server.store.conversations import Conversations
@@ -167,7 +170,7 @@ def test_a_backup_that_fails_leaves_neither_files_nor_an_entry(tmp_path: Path, m
         async with opened(RocksEngine(str(tmp_path / "db"))) as store:
             await write(store, 20)
             with monkeypatch.context() as patch:
-                patch.setattr(backup, "_sync_directory", _no_space)
+                patch.setattr(backup, "sync_file", _no_space_for_directories)
                 with pytest.raises(BackupError, match="No space left"):
                     await back_up(store, tmp_path / "one")
             assert not (tmp_path / "one").exists()
@@ -182,18 +185,18 @@ def test_a_cancelled_backup_ends_at_once_and_leaves_nothing(tmp_path: Path, monk
     """As Ctrl-C cancels `progressdb backup create`. The engine is closed after it, so nothing may use it any more."""
     copying, released = threading.Event(), threading.Event()
     copied: list[str] = []
-    copy = backup._copy
+    copy = shutil.copyfileobj
 
-    def slowly(source: str, target: str) -> None:
+    def slowly(source: Any, target: Any, length: int) -> None:
         copying.set()
         assert released.wait(10)
-        copied.append(target)
-        copy(source, target)
+        copied.append(target.name)
+        copy(source, target, length)
 
     async def run() -> None:
         async with opened(RocksEngine(str(tmp_path / "db"))) as store:
             await write(store, 20)
-            monkeypatch.setattr(backup, "_copy", slowly)
+            monkeypatch.setattr(shutil, "copyfileobj", slowly)
             making = asyncio.create_task(back_up(store, tmp_path / "one"))
             await asyncio.to_thread(copying.wait, 10)
             making.cancel()
@@ -210,8 +213,10 @@ def test_a_cancelled_backup_ends_at_once_and_leaves_nothing(tmp_path: Path, monk
     asyncio.run(run())
 
 
-def _no_space(path: str) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+def _no_space_for_directories(descriptor: int) -> None:
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    sync_file(descriptor)
 
 
 def test_one_backup_at_a_time_and_none_in_the_place_of_another(tmp_path: Path) -> None:

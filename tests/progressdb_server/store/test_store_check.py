@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minikms.client import DecryptItem, KmsRefusedError
+from minikms.client.errors import refusal
 from progressdb_server.store import keyspace
 from progressdb_server.store.check import Checker, Finding, repair
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Reader
-from progressdb_server.store.model import FormatError, Idempotency, NewMessage
+from progressdb_server.store.model import FormatError, Idempotency, NewMessage, StoreUnavailableError
 from progressdb_server.store.rocks import RocksEngine, RocksReader
 from progressdb_server.store.writer import State
 from tests.progressdb_server.store.memory_engine import MemoryEngine
@@ -65,6 +67,17 @@ def test_a_sound_store_has_no_findings_and_everything_is_counted() -> None:
     }  # fmt: skip
 
 
+def test_for_a_user_who_may_not_decrypt_no_record_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, provider = populated()
+
+    async def refused(items: Sequence[DecryptItem], *, request_id: str | None = None) -> list[bytes | KmsRefusedError]:
+        return [refusal("forbidden", "this principal does not have the role decrypt") for _ in items]
+
+    monkeypatch.setattr(provider, "decrypt_batch", refused)
+    with pytest.raises(StoreUnavailableError, match=r"does not let this user decrypt.*the role decrypt"):
+        asyncio.run(findings(engine, provider))
+
+
 def first(engine: MemoryEngine, prefix: str) -> bytes:
     return engine.scan(prefix.encode(), b"\xff", limit=1)[0][0]
 
@@ -87,7 +100,7 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
         "unreadable",
         lambda e: (b"thread:t0:msg:" + b"0" * 20 + b"-000001", e.get(first(e, "thread:t0:msg:"))),
     ),
-    "a thread without metadata": ("homeless", lambda e: (b"thread:t0:meta", None)),
+    "a thread without metadata": ("orphaned", lambda e: (b"thread:t0:meta", None)),
     "a thread without a key map": ("keyless", lambda e: (b"kms:map:thread:t0", None)),
     "a map to a key that the key service does not have": ("keyless", lambda e: (b"kms:map:thread:t0", b"k_gone")),
     "a map that is no text": ("damaged", lambda e: (b"kms:map:thread:t0", b"\xff\xfe")),
@@ -110,7 +123,7 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "counters that do not parse": ("miscounted", lambda e: (keyspace.STATE, b"\xff")),
     "a wrong count": ("miscounted", lambda e: (keyspace.STATE, msgspec.msgpack.encode(State(1, 1, 10**19, 0)))),
 }
-BEYOND_REPAIR = {"unknown", "damaged", "unreadable", "homeless"}
+BEYOND_REPAIR = {"unknown", "damaged", "unreadable", "orphaned"}
 
 
 @pytest.mark.parametrize("name", sorted(DAMAGES))

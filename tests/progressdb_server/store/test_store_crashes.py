@@ -24,7 +24,7 @@ from progressdb_server.store.rocks import RocksEngine
 from tests import needs
 from tests.harness.scripts import interpreter_words
 from tests.progressdb_server.store.keyfile_provider import KeyFileProvider
-from tests.progressdb_server.store.opened_store import messages_of, opened, threads_of
+from tests.progressdb_server.store.opened_store import messages_of, opened, threads_of, versions_of
 
 WRITER = interpreter_words("tests.progressdb_server.store.crashing_writer")
 Acknowledged = dict[str, list[Message]]
@@ -53,7 +53,7 @@ async def verify(directory: Path, acknowledged: Acknowledged, refused: int = 0) 
         findings = [finding async for finding in Checker(store.engine, provider).run()]
         assert findings == []
         for message, versions in acknowledged.items():
-            stored = await store.message_versions(message)
+            stored = await versions_of(store, message)
             if not refused:
                 assert stored[: len(versions)] == versions
             times = {version.ts for version in versions}
@@ -66,7 +66,7 @@ async def verify(directory: Path, acknowledged: Acknowledged, refused: int = 0) 
             listed.update({m.id: m for m in found})
         for message, versions in acknowledged.items():
             assert listed[message].ts >= versions[-1].ts
-        assert (await store.stats())["messages"] == sum([len(await store.message_versions(m)) for m in listed])
+        assert (await store.stats())["messages"] == sum([len(await versions_of(store, m)) for m in listed])
 
 
 def kill_and_verify(directory: Path, kills: int) -> None:

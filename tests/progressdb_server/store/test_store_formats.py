@@ -35,6 +35,8 @@ def test_a_record_is_the_bytes_of_the_specification() -> None:
     )
     thread = record.ThreadHeader("k_0", "ann", "s", 1, 0)
     assert record.pack(thread, b"") == bytes.fromhex("01000d" + "95" + "a36b5f30" + "a3616e6e" + "a173" + "01" + "00")
+    later = record.LaterHeader("k_0", "s", "ann", True, "c")
+    assert record.pack(later, b"") == bytes.fromhex("02000e" + "95" + "a36b5f30" + "a173" + "a3616e6e" + "c3" + "a163")
 
 
 @given(TEXT, TEXT)
@@ -98,12 +100,19 @@ def test_records_read_back_and_rekeying_changes_the_key_alone(
     assert record.unpack_sealed(raw) == (key_id, sealed)
     head, rest = record.split(raw)
     assert (record.key_of(head), rest) == (key_id, sealed)
-    again = record.rekeyed(head, new_key) + b"other"
+    again = record.rekeyed(raw[0], head, new_key) + b"other"
     assert record.unpack_message(again) == (record.MessageHeader(new_key, first, author, deleted), b"other")
     thread = record.ThreadHeader(key_id, author, first, 5, 6)
     assert record.unpack_thread(record.pack(thread, sealed)) == (thread, sealed)
-    again = record.rekeyed(record.split(record.pack(thread, sealed))[0], new_key) + b"other"
+    again = record.rekeyed(1, record.split(record.pack(thread, sealed))[0], new_key) + b"other"
     assert record.unpack_thread(again) == (record.ThreadHeader(new_key, author, first, 5, 6), b"other")
+    later = record.LaterHeader(key_id, first, author, deleted, "c")
+    raw = record.pack(later, sealed)
+    assert record.unpack_message(raw) == (later, sealed)
+    again = record.rekeyed(raw[0], record.split(raw)[0], new_key) + b"other"
+    assert record.unpack_message(again) == (record.LaterHeader(new_key, first, author, deleted, "c"), b"other")
+    with pytest.raises(record.RecordFormatError):
+        record.unpack_thread(raw)
 
 
 @given(st.binary(max_size=60))
@@ -111,13 +120,14 @@ def test_records_read_back_and_rekeying_changes_the_key_alone(
 @example(b"\x07\xd0" + b"\x91" * 2000)  # nested too deeply
 def test_other_bytes_are_refused_and_never_crash(raw: bytes) -> None:
     for read in (record.unpack_message, record.unpack_thread, record.unpack_sealed):
-        for candidate in (raw, b"\x01" + raw, b"\x01" + max(0, len(raw) - 2).to_bytes(2, "big") + raw):
+        length = max(0, len(raw) - 2).to_bytes(2, "big")
+        for candidate in (raw, b"\x01" + raw, b"\x01" + length + raw, b"\x02" + raw, b"\x02" + length + raw):
             try:
                 read(candidate)
             except record.RecordFormatError:
                 continue
     with pytest.raises(record.RecordFormatError):
-        record.unpack_message(b"\x02" + raw)
+        record.unpack_message(b"\x03" + raw)
 
 
 def test_a_header_that_is_not_the_one_that_was_sealed_is_refused() -> None:
@@ -125,7 +135,8 @@ def test_a_header_that_is_not_the_one_that_was_sealed_is_refused() -> None:
     key = keyspace.messages("t") + first.raw
     message = Message(keyspace.message_id(first), "t", "ann", "user", 20, "hi", "", False, {})
     plaintext = record.message_secret(message, first.text)
-    assert record.open_message(record.MessageHeader("k", "", "ann", False), key, "t", first.text, plaintext) == message
+    opened = record.open_message(record.MessageHeader("k", "", "ann", False), key, "t", first.text, plaintext)
+    assert opened == (message, "", (0, 0))
     for header, stamp in [
         (record.MessageHeader("k", "", "bob", False), first),
         (record.MessageHeader("k", "", "ann", True), first),
@@ -139,8 +150,8 @@ def test_a_store_of_a_newer_format_is_refused_with_the_way_out() -> None:
     engine = MemoryEngine()
     directory.claim(engine)
     directory.claim(engine)
-    engine.write([(keyspace.FORMAT, b'{"format":2}')])
-    with pytest.raises(FormatError, match="format 2, this version reads format 1"):
+    engine.write([(keyspace.FORMAT, b'{"format":3}')])
+    with pytest.raises(FormatError, match="format 3, this version reads format 2 and older ones"):
         directory.claim(engine)
 
 

@@ -6,17 +6,26 @@ import asyncio
 from collections.abc import Iterable
 
 import pytest
+from msgspec.structs import replace
 
 from minikms import api
-from minikms.client import KmsRefusedError
-from minikms.client.errors import refusal
+from minikms.client import EncryptItem, KmsRefusedError
+from minikms.client.errors import KmsUnavailableError, refusal
+from progressdb_server.store import conversations as room
 from progressdb_server.store import keyspace, record
 from progressdb_server.store import sealer as sealing
 from progressdb_server.store import writer as writing
+from progressdb_server.store.check import repair
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.epoch import EpochMemory, RestoredError, audit_head
-from progressdb_server.store.model import NewMessage, RecordUnreadableError, StoreUnavailableError
+from progressdb_server.store.model import (
+    KeyServiceRefusedError,
+    NewMessage,
+    RecordUnreadableError,
+    StoreUnavailableError,
+    ThreadKeyDestroyedError,
+)
 from progressdb_server.store.writer import Write
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import keys_of, messages_of, with_store
@@ -178,28 +187,34 @@ def test_writes_wait_from_the_old_keys_retirement_to_the_switch() -> None:
     async def run(store: Conversations) -> None:
         await store.create_message(new(0))
         old = provider.keys_of("t")[0]
-        handle = await provider.create_dek_for_thread("t", replaces=old)
-        writing = asyncio.create_task(store.create_message(new(1)))
-        await asyncio.sleep(0.05)
-        assert not writing.done()
-        await store.writer.commit(Write([(keyspace.key_map("t"), handle.key_id.encode())]))
+        with store.switching_key("t"):
+            handle = await provider.create_dek_for_thread("t", replaces=old)
+            writing = asyncio.create_task(store.create_message(new(1)))
+            await asyncio.sleep(0.05)
+            assert not writing.done()
+            await store.writer.commit(Write([(keyspace.key_map("t"), handle.key_id.encode())]))
         await writing
         assert [m.body for m in await messages_of(store, "t")] == [0, 1]
         assert store.metrics.key_waits > 0
+        assert provider.keys_of("t") == [handle.key_id], "no other key was made"
 
     with_store(run, provider=provider)
 
 
-def test_a_key_that_stays_retired_is_reported_as_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_switch_that_does_not_end_is_reported_as_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it has failed, the next write gives the thread another key."""
     monkeypatch.setattr(sealing, "KEY_SWITCH_S_MAX", 0.05)
     provider = SealingProvider()
 
     async def run(store: Conversations) -> None:
         await store.create_message(new(0))
-        provider.retired.update(provider.keys)
-        with pytest.raises(StoreUnavailableError):
-            await store.create_message(new(1))
-        assert [m.body for m in await messages_of(store, "t")] == [0]
+        with store.switching_key("t"):
+            provider.retired.update(provider.keys)
+            with pytest.raises(StoreUnavailableError):
+                await store.create_message(new(1))
+            assert len(provider.keys) == 1
+        await store.create_message(new(2))
+        assert [m.body for m in await messages_of(store, "t")] == [0, 2]
 
     with_store(run, provider=provider)
 
@@ -208,14 +223,39 @@ def test_a_destroyed_key_makes_its_records_unreadable_and_no_others() -> None:
     provider = SealingProvider()
 
     async def run(store: Conversations) -> None:
-        await store.create_message(new(0))
+        gone = await store.create_message(new(0))
         other = await store.create_message(new(1, "other"))
         provider.destroyed.update(provider.keys_of("t"))
         with pytest.raises(RecordUnreadableError):
-            await messages_of(store, "t")
-        with pytest.raises(StoreUnavailableError):
+            await store.get_message(gone.id)
+        assert [message.error for message in await messages_of(store, "t")] == ["key_destroyed"]
+        with pytest.raises(ThreadKeyDestroyedError):
             await store.create_message(new(2))
         assert await store.get_message(other.id) == other
+        assert len(provider.keys) == 2, "no other key is made for a destroyed one"
+
+    with_store(run, provider=provider)
+
+
+@pytest.mark.parametrize(("code", "stays"), [("forbidden", True), ("key_not_found", True), ("key_unreadable", False)])
+def test_a_refusal_that_stays_is_no_unavailable_key_service(code: str, stays: bool) -> None:
+    """A client that is sent a 503 tries for ever what an operator has to mend."""
+
+    class Refusing(SealingProvider):
+        refused = False
+
+        def _seal(self, item: EncryptItem) -> bytes:
+            if self.refused:
+                raise refusal(code, "no")
+            return super()._seal(item)
+
+    provider = Refusing()
+
+    async def run(store: Conversations) -> None:
+        await store.create_message(new(0))
+        provider.refused = True
+        with pytest.raises(KeyServiceRefusedError if stays else StoreUnavailableError, match=code):
+            await store.create_message(new(1))
 
     with_store(run, provider=provider)
 
@@ -244,16 +284,22 @@ def test_the_cache_of_threads_is_bounded_and_an_evicted_one_is_read_again(monkey
         for thread in range(6):
             for author in range(4):
                 await store.create_message(NewMessage(author=f"u{author}", thread=f"t{thread}", body=1))
-        assert len(store.sealer._threads) == 3
-        assert all(len(state.writers) <= 2 for state in store.sealer._threads.values())
+        misses = store.metrics.cache_misses
+        for thread in (3, 4, 5):
+            state = store.sealer.thread(f"t{thread}")
+            assert state is not None and len(state.writers) <= 2
+        assert store.metrics.cache_misses == misses
+        assert store.sealer.thread("t2") is not None
+        assert store.metrics.cache_misses == misses + 1
         assert len(await keys_of(store, "index:writer:")) == 24
 
     with_store(run)
 
 
 # --- the epoch of the key service ---------------------------------------------------------------------------------
-def status(epoch: int, seq: int, sig: str = "", keyring: str = "one") -> dict[str, object]:
-    return {"epoch": epoch, "keyring_id": keyring, "audit": {"head": {"seq": seq, "sig": sig or f"s{seq}"}, "more": 1}}
+def status(epoch: int, seq: int, sig: str = "", keyring: str = "one") -> api.StatusAnswer:
+    audit = api.AuditStatus(head=api.HeadStatus(seq, sig or f"s{seq}"))
+    return api.StatusAnswer(status="ok", epoch=epoch, keyring_id=keyring, audit=audit)
 
 
 def test_an_older_key_service_is_refused_unless_the_restore_is_accepted() -> None:
@@ -317,10 +363,10 @@ def test_what_is_remembered_but_can_not_be_read_or_compared_is_refused_too() -> 
 
     async def run(store: Conversations) -> None:
         memory = EpochMemory(store.engine, store.writer)
-        await memory.observe({"status": "ok"})
+        await memory.observe(api.StatusAnswer(status="ok"))
         await memory.observe(status(5, 100))
         with pytest.raises(RestoredError, match="does not report its epoch"):
-            await memory.observe({"status": "ok"})
+            await memory.observe(api.StatusAnswer(status="ok"))
         store.engine.write([(keyspace.EPOCH, b"{")])
         for ask in (lambda: memory.observe(status(5, 100)), lambda: asyncio.to_thread(audit_head, store.engine)):
             with pytest.raises(RestoredError, match="damaged"):
@@ -334,9 +380,9 @@ def test_what_is_remembered_but_can_not_be_read_or_compared_is_refused_too() -> 
 def test_a_restored_key_service_stops_the_start() -> None:
     """A provider without epochs is not judged."""
     engine, provider = MemoryEngine(), SealingProvider()
-    answer: dict[str, object] = {}
+    answer = api.StatusAnswer(status="ok")
 
-    async def answers() -> dict[str, object]:
+    async def answers() -> api.StatusAnswer:
         return answer
 
     provider.status = answers  # type: ignore[method-assign]  # what a key service of another age says
@@ -358,13 +404,11 @@ def test_a_restored_key_service_stops_the_start() -> None:
 
 
 def test_an_older_key_service_that_appears_later_gets_nothing_to_seal(monkeypatch: pytest.MonkeyPatch) -> None:
-    from progressdb_server.store import conversations as room
-
     monkeypatch.setattr(room, "EPOCH_S", 0.01)
     provider = SealingProvider()
     answer = status(5, 1)
 
-    async def answers() -> dict[str, object]:
+    async def answers() -> api.StatusAnswer:
         return answer
 
     provider.status = answers  # type: ignore[method-assign]  # what a key service of another age says
@@ -385,3 +429,173 @@ def test_an_older_key_service_that_appears_later_gets_nothing_to_seal(monkeypatc
         await store.create_message(new(3))
 
     with_store(run, provider=provider)
+
+
+# --- keys that only decrypt ---------------------------------------------------------------------------------------
+
+
+class Restored(SealingProvider):
+    """Its keys of before a restore only decrypt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exhausted: set[str] = set()
+
+    def _seal(self, item: EncryptItem) -> bytes:
+        if item.key_id in self.exhausted:
+            raise refusal("key_exhausted", "this key only decrypts")
+        return super()._seal(item)
+
+
+@pytest.mark.parametrize("why", ["exhausted", "retired"])
+def test_a_thread_whose_key_only_decrypts_gets_another_at_its_next_write(why: str) -> None:
+    """The writes of one moment share the new key, and what the old one sealed stays readable."""
+    provider = Restored()
+
+    async def run(store: Conversations) -> None:
+        await store.create_message(new(0))
+        old = provider.keys_of("t")[0]
+        (provider.exhausted if why == "exhausted" else provider.retired).add(old)
+        provider.delay_s = 0.002
+        await asyncio.gather(*(store.create_message(new(number)) for number in range(1, 20)))
+        [renewed] = provider.keys_of("t")
+        assert renewed != old
+        assert store.engine.get(keyspace.key_map("t")) == renewed.encode()
+        assert sorted(m.body for m in await messages_of(store, "t")) == list(range(20))
+        assert store.metrics.keys_renewed == 1
+
+    with_store(run, provider=provider)
+
+
+def test_an_interrupted_renewal_is_made_at_the_next_write() -> None:
+    class Interrupted(Restored):
+        async def retire_key(self, key_id: str, *, request_id: str | None = None) -> api.KeyAnswer:
+            raise KmsUnavailableError("the key service is down")
+
+    provider = Interrupted()
+
+    async def run(store: Conversations) -> None:
+        await store.create_message(new(0))
+        old = provider.keys_of("t")[0]
+        provider.exhausted.add(old)
+        create, provider.down = store.create_message, True
+        with pytest.raises(StoreUnavailableError):
+            await create(new(1))
+        provider.down = False
+        await create(new(2))
+        await create(new(3))
+        assert [m.body for m in await messages_of(store, "t")] == [0, 2, 3]
+        assert len(provider.keys_of("t")) == 2, "the old key stays active, and only decrypts"
+
+    with_store(run, provider=provider)
+
+
+def test_every_kind_of_write_gives_a_thread_another_key_for_a_retired_one() -> None:
+    provider = SealingProvider()
+
+    async def run(store: Conversations) -> None:
+        message = await store.create_message(new(0))
+        for write in (
+            lambda: store.update_message(message.id, author="ann", body=1, role=None, reply_to=None),
+            lambda: store.set_reaction(message.id, "bob", "+"),
+            lambda: store.remove_reaction(message.id, "bob"),
+            lambda: store.delete_message(message.id, author="ann"),
+            lambda: store.update_thread("t", author="ann", title="new"),
+            lambda: store.delete_thread("t", author="ann", by="ann"),
+        ):
+            provider.retired.update(provider.keys)
+            await write()
+        assert len(provider.keys_of("t")) == 1
+        assert store.metrics.keys_renewed == 6
+
+    with_store(run, provider=provider)
+
+
+def test_an_older_store_whose_keys_were_rotated_since_takes_writes() -> None:
+    """The newer key of the thread, which that store never named, encrypts nothing."""
+    engine, provider = MemoryEngine(), SealingProvider()
+
+    async def before(store: Conversations) -> None:
+        await store.create_message(new(0))
+
+    async def after(store: Conversations) -> None:
+        old = provider.keys_of("t")[0]
+        newer = (await provider.create_dek_for_thread("t", replaces=old)).key_id
+        await store.create_message(new(1))
+        assert [m.body for m in await messages_of(store, "t")] == [0, 1]
+        assert store.key_of_thread("t") not in (old, newer)
+
+    with_store(before, engine, provider)
+    with_store(after, engine, provider)
+
+
+def test_a_lost_map_that_is_rebuilt_after_a_renewal_takes_writes() -> None:
+    engine, provider = MemoryEngine(), Restored()
+
+    async def renewed(store: Conversations) -> None:
+        await store.create_message(new(0))
+        provider.exhausted.update(provider.keys)
+        await store.create_message(new(1))
+        provider.exhausted.clear()  # a key service says first that the key is retired
+
+    async def repaired(store: Conversations) -> None:
+        await store.create_message(new(2))
+        assert [m.body for m in await messages_of(store, "t")] == [0, 1, 2]
+
+    with_store(renewed, engine, provider)
+    engine.reopen()
+    engine.write([(keyspace.key_map("t"), None)])
+    engine.sync()
+    assert [finding.kind for finding in asyncio.run(repair(engine))[0]] == ["keyless"]
+    with_store(repaired, engine, provider)
+
+
+@pytest.mark.parametrize("why", ["exhausted", "retired"])
+def test_new_keys_that_only_decrypt_are_not_made_for_ever(why: str) -> None:
+    class Broken(Restored):
+        async def create_dek_for_thread(
+            self, thread_id: str, *, replaces: str | None = None, request_id: str | None = None
+        ) -> api.CreateDekAnswer:
+            made = await super().create_dek_for_thread(thread_id, replaces=replaces, request_id=request_id)
+            if len(self.keys) > 1:
+                (self.exhausted if why == "exhausted" else self.retired).add(made.key_id)
+            return made
+
+    provider = Broken()
+
+    async def run(store: Conversations) -> None:
+        await store.create_message(new(0))
+        provider.exhausted.update(provider.keys)
+        with pytest.raises(StoreUnavailableError):
+            await store.create_message(new(1))
+        assert len(provider.keys) == 1 + sealing.RENEWALS_MAX
+
+    with_store(run, provider=provider)
+
+
+def test_a_faulty_key_service_is_judged_and_its_log_not_remembered() -> None:
+    """While it can't write its audit log, the newest lines may never be durable; and a start waits for it."""
+    now = [0.0]
+
+    async def run(store: Conversations) -> None:
+        memory = EpochMemory(store.engine, store.writer, lambda: now[0])
+        await memory.observe(status(5, 100))
+        for seconds in (10, 20, 30):
+            now[0] = seconds
+            await memory.observe(replace(status(5, 200), status="audit_unavailable", reason="no space"))
+        assert memory.remembered is not None
+        assert memory.remembered.head_seq == 0
+        with pytest.raises(RestoredError):
+            await memory.observe(replace(status(4, 200), status="audit_unavailable"))
+
+    with_store(run)
+
+    class Faulty(SealingProvider):
+        async def status(self) -> api.StatusAnswer:
+            return api.StatusAnswer(status="audit_unavailable", reason="no space")
+
+    async def begin(store: Conversations) -> None:
+        with pytest.raises(StoreUnavailableError, match="can't serve: no space"):
+            await store.start()
+
+    with_store(begin, provider=Faulty())

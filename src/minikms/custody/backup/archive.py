@@ -2,9 +2,10 @@
 
 Owns: the format (docs/spec/backup.md), and writing and reading it entry by entry. Invariants: only a fixed set of entry
 names is valid, so an archive can't name another file. Entries have one fixed order, so none occurs twice, and a reader
-keeps no list of names. Every size is checked before the content is read. Callers must not act on what they read before
-`ArchiveReader.check_tag` has authenticated the whole file. It must never hold an unwrapped key: wrapped keys and the
-keyring are copied as they are on disk.
+keeps no list of names. Each root key of the keyring has a tag of its own, under its slot's authentication key, so that
+any of them opens the archive. Every size is checked before the content is read. Callers must not act on what they read
+before `ArchiveReader.check_tag` has authenticated the whole file. It must never hold an unwrapped key: wrapped keys and
+the keyring are copied as they are on disk.
 """
 
 from __future__ import annotations
@@ -14,23 +15,31 @@ import hmac
 import os
 import re
 import struct
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import BinaryIO, Final, NamedTuple
 
 import msgspec
 
 from minikms import api
-from minikms.crypto import roots
+from minikms.crypto import roots, slots
 from minikms.custody.deks import DIRECTORY as DEKS
 from minikms.custody.deks import SUFFIX
 from minikms.custody.keyring_file import NAME as KEYRING
 from minikms.custody.lease_store import JOURNAL_BYTES_MAX, JOURNAL_NAME, SNAPSHOT_NAME
+from minikms.custody.tombstone_file import NAME as TOMBSTONES
 from minikms.errors import MiniKmsError
 from minikms.keys.dek import FILE_BYTES_MAX as DEK_BYTES_MAX
 from minikms.keys.keyring import FILE_BYTES_MAX as KEYRING_BYTES_MAX
+from minikms.keys.keyring import SLOTS_MAX
+from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
+from minikms.memory.arena import SecretArena
 
-MAGIC: Final = b"minikms-backup\0\x01"
-"""The last byte is the version of the format."""
+MAGIC: Final = b"minikms-backup\0\x03"
+"""The last byte is the version of the format. Versions 1 and 2, which had one tag under the root key, are read too;
+version 1 had no file of tombstones.
+"""
+_VERSION_SLOT_TAGS: Final = 3
+_VERSIONS: Final = (1, 2, _VERSION_SLOT_TAGS)
 MANIFEST: Final = "manifest.json"
 MANIFEST_BYTES_MAX: Final = 16 * 1024 * 1024
 SNAPSHOT_BYTES_MAX: Final = 1024 * 1024 * 1024
@@ -44,13 +53,15 @@ _SIZES: Final = {
     JOURNAL_NAME: JOURNAL_BYTES_MAX,
     SNAPSHOT_NAME: SNAPSHOT_BYTES_MAX,
     KEYRING: KEYRING_BYTES_MAX,
+    TOMBSTONES: TOMBSTONES_BYTES_MAX,
     MANIFEST: MANIFEST_BYTES_MAX,
 }
-_PLACES: Final = {JOURNAL_NAME: 0, SNAPSHOT_NAME: 1, KEYRING: 3, MANIFEST: 4}
+_PLACES: Final = {JOURNAL_NAME: 0, SNAPSHOT_NAME: 1, KEYRING: 3, TOMBSTONES: 4, MANIFEST: 5}
 """The order of the entries. Those of keys are third, sorted by key id."""
 _KEYS_PLACE: Final = 2
 _CHUNK_BYTES: Final = 1024 * 1024
 _FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}", re.ASCII)
+_FINGERPRINT_BYTES: Final = 8
 
 
 class ArchiveError(MiniKmsError):
@@ -93,8 +104,16 @@ class Entry(NamedTuple):
         return _key_id(self.name)
 
 
+class TagKey(NamedTuple):
+    """The authentication key of a slot, and the fingerprint of its root key."""
+
+    slot_id: str
+    fingerprint: str
+    auth_key: memoryview
+
+
 class ArchiveWriter:
-    """Writes entries to an open file, then the tag."""
+    """Writes entries to an open file, then the tags."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -109,11 +128,15 @@ class ArchiveWriter:
         self._write(_NAME_LENGTH.pack(len(encoded)) + encoded + _SIZE.pack(len(content)))
         self._write(content)
 
-    def finish(self, manifest: Manifest, root: memoryview) -> None:
-        """Writes the manifest, which is the last entry, and the tag over everything before it."""
+    def finish(self, manifest: Manifest, keys: Sequence[TagKey]) -> None:
+        """Writes the manifest, which is the last entry, the slots, and the tag of each over all before the tags."""
         self.add(MANIFEST, msgspec.json.encode(manifest))
-        self._write(_NAME_LENGTH.pack(0))
-        self._file.write(roots.archive_tag(root, self._digest.digest()))
+        self._write(_NAME_LENGTH.pack(0) + _short(manifest.keyring_id) + bytes([len(keys)]))
+        for key in keys:
+            self._write(_short(key.slot_id) + bytes.fromhex(key.fingerprint))
+        digest = self._digest.digest()
+        for key in keys:
+            self._file.write(slots.archive_tag(key.auth_key, key.slot_id, digest))
 
     def _write(self, data: bytes) -> None:
         self._digest.update(data)
@@ -126,7 +149,11 @@ class ArchiveReader:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._digest = hashlib.sha256()
-        self._tag = b""
+        self._version = 0
+        self._keyring_id = ""
+        self._slots: list[tuple[str, str]] = []
+        """Ids and fingerprints, in the order of the tags. Empty before version 3."""
+        self._tags: list[bytes] = []
         self._manifest = b""
 
     def entries(self, only: Container[str] | None = None) -> Iterator[Entry]:
@@ -134,9 +161,10 @@ class ArchiveReader:
         ArchiveError.
         """
         magic = self._take(len(MAGIC))
-        if magic[:-1] != MAGIC[:-1]:
+        if not is_archive(magic):
             raise ArchiveError("the file is not a miniKMS backup")
-        if magic != MAGIC:
+        self._version = magic[-1]
+        if self._version not in _VERSIONS:
             raise ArchiveError("the backup was made by another version of miniKMS")
         last = (-1, "")
         while length := _NAME_LENGTH.unpack(self._take(_NAME_LENGTH.size))[0]:
@@ -152,15 +180,20 @@ class ArchiveReader:
                 yield Entry(name, self._take(size))
             else:
                 self._skip(size)
-        self._tag = self._file.read(TAG_BYTES)
-        if len(self._tag) != TAG_BYTES or self._file.read(1):
+        if self._version == _VERSION_SLOT_TAGS:
+            self._take_slots()
+        self._tags = [self._file.read(TAG_BYTES) for _ in self._slots or (0,)]
+        if any(len(tag) != TAG_BYTES for tag in self._tags) or self._file.read(1):
             raise ArchiveError("the backup is cut short, or something was added to it")
 
-    def check_tag(self, root: memoryview) -> Manifest:
-        """The manifest, after the tag over the whole archive was checked. Raises ArchiveError."""
-        if not self._manifest or not self._tag:
+    def check_tag(self, root: memoryview, arena: SecretArena) -> Manifest:
+        """The manifest, after the root key's tag over the whole archive was checked. Raises ArchiveError."""
+        if not self._manifest or not self._tags:
             raise ArchiveError("the backup is cut short")
-        if hmac.compare_digest(self._tag, roots.archive_tag(root, self._digest.digest())):
+        if self._version == _VERSION_SLOT_TAGS:
+            return self._check_slot_tag(root, arena)
+        [tag] = self._tags
+        if hmac.compare_digest(tag, roots.archive_tag(root, self._digest.digest())):
             return _manifest(self._manifest)
         # Most often the root key is another one, so the manifest's fingerprint is read, though it is not authenticated.
         made_under, given = _manifest(self._manifest).root_fingerprint, roots.fingerprint(root)
@@ -170,6 +203,37 @@ class ArchiveReader:
                 "time of the backup"
             )
         raise ArchiveError("the backup was altered")
+
+    def _take_slots(self) -> None:
+        self._keyring_id = self._take_short()
+        for _ in range(self._take(1)[0]):
+            self._slots.append((self._take_short(), self._take(_FINGERPRINT_BYTES).hex()))
+        names = [api.SLOT_ID_PATTERN.fullmatch(slot_id) for slot_id, _ in self._slots]
+        if not all(names) or not 1 <= len(names) <= SLOTS_MAX:
+            raise ArchiveError("the backup was altered: its slots are not valid")
+
+    def _check_slot_tag(self, root: memoryview, arena: SecretArena) -> Manifest:
+        given = roots.fingerprint(root)
+        for (slot_id, fingerprint), tag in zip(self._slots, self._tags, strict=True):
+            if fingerprint != given:
+                continue
+            with arena.allocate() as auth:
+                slots.auth_key_into(root, self._keyring_id, slot_id, auth.view)
+                good = hmac.compare_digest(tag, slots.archive_tag(auth.view, slot_id, self._digest.digest()))
+            if not good:
+                raise ArchiveError("the backup was altered")
+            manifest = _manifest(self._manifest)
+            if manifest.keyring_id != self._keyring_id:
+                raise ArchiveError("the backup was altered: it names two keyrings")
+            return manifest
+        known = " or ".join(fingerprint for _, fingerprint in self._slots)
+        raise ArchiveError(
+            f"the backup opens under root key {known}, the given one is {given}; give a root key of the time of the "
+            "backup"
+        )
+
+    def _take_short(self) -> str:
+        return self._take(self._take(1)[0]).decode("ascii", "replace")
 
     @property
     def sha256(self) -> bytes:
@@ -198,6 +262,11 @@ def dek_entry_name(key_id: str) -> str:
     return f"{DEKS}/{key_id}{SUFFIX}"
 
 
+def _short(text: str) -> bytes:
+    encoded = text.encode("ascii")
+    return bytes([len(encoded)]) + encoded
+
+
 def _key_id(name: str) -> str:
     return name[len(DEKS) + 1 : -len(SUFFIX)] if name.startswith(DEKS + "/") else ""
 
@@ -217,6 +286,11 @@ def _manifest(content: bytes) -> Manifest:
         return msgspec.json.decode(content, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise ArchiveError("the backup's manifest is damaged, or of another version of miniKMS") from None
+
+
+def is_archive(magic: bytes) -> bool:
+    """Whether a file that begins with these bytes is an archive, of any version."""
+    return magic[: len(MAGIC) - 1] == MAGIC[:-1]
 
 
 def open_archive(path: str | os.PathLike[str]) -> BinaryIO:

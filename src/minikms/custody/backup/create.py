@@ -3,10 +3,12 @@
 Owns: the order of copying, and the conditions under which an archive is good. Invariants:
 - The lease journal is copied before the lease snapshot (docs/spec/leases.md). The DEK files are copied before the
   keyring, so the keyring has every KEK that a copied DEK is wrapped under. If a KEK was destroyed meanwhile, the
-  verification fails and everything is copied again.
+  verification fails and everything is copied again. The file of tombstones, which only grows, is copied after the
+  keyring, so it has every record that the keyring counts.
 - An archive gets its name only after it was read back, every key in it was unwrapped, and its lease files were found to
   be acceptable to a start.
 - Before the tag of an archive was checked, its content is read with bounds and not parsed.
+- A key file that the daemon overwrites meanwhile is read again until it is whole (`minikms.custody.settled_keys`).
 - The message server's store is backed up before the key service, so every key that the store needs is in the archive.
 
 It changes nothing in the data directory and takes no lock. It must never report an archive as good that can't be
@@ -18,11 +20,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import BinaryIO, Final, NamedTuple
 
-from minikms.crypto import roots
-from minikms.custody import deks, keyring_file, lease_store
+from minikms.crypto import roots, slots
+from minikms.custody import keyring_file, lease_store, tombstone_file
 from minikms.custody.backup.archive import (
     SNAPSHOT_BYTES_MAX,
     UNREADABLE_COUNT_MAX,
@@ -32,17 +34,23 @@ from minikms.custody.backup.archive import (
     AuditHead,
     Entry,
     Manifest,
+    TagKey,
     dek_entry_name,
     open_archive,
 )
 from minikms.custody.files import open_directory, read_file_bounded
 from minikms.custody.lease_format import DAMAGED_RECORDS_MAX, LeaseFormatError, check_snapshot, parse_journal
 from minikms.custody.rotation_backups import newest_key_id
+from minikms.custody.settled_keys import SettledKeys
+from minikms.custody.tombstone_file import read_tombstones
 from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys import dek, keyring
-from minikms.keys.dek import DekRecord
+from minikms.keys.dek import DekRecord, bytes_to_key_id
+from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
+from minikms.keys.tombstones import Tombstone
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot
+from minikms.sync import sync_file
 
 COPY_ATTEMPTS_MAX: Final = 3
 CHANGED: Final = "the backup changed while it was being read; do not use a data directory that was restored from it"
@@ -56,12 +64,19 @@ class KekDestroyedMeanwhileError(ArchiveError):
     """A copied key is wrapped under a KEK that the copied keyring no longer has. Another copy succeeds."""
 
 
+class KeyDoesNotUnwrapError(ArchiveError):
+    """A copied key does not unwrap. If it was copied while a rotation overwrote it, another copy succeeds."""
+
+
 class VerifiedArchive(NamedTuple):
-    """A good archive. `keyring`: the bytes of its keyring file. `sha256`: of everything that its tag covers."""
+    """A good archive. `keyring`: the bytes of its keyring file. `sha256`: of everything that its tag covers.
+    `tombstones`: the keys that were destroyed when it was made.
+    """
 
     manifest: Manifest
     keyring: bytes
     sha256: bytes
+    tombstones: list[Tombstone]
 
 
 class NewArchive(NamedTuple):
@@ -110,10 +125,10 @@ def _write_verified(file: BinaryIO, staging: str, data_dir: str, task: Task, new
         file.truncate()
         _write(file, data_dir, task, new)
         file.flush()
-        os.fsync(file.fileno())
+        sync_file(file.fileno())
         try:
             return verify(staging, task)
-        except KekDestroyedMeanwhileError:
+        except (KekDestroyedMeanwhileError, KeyDoesNotUnwrapError):
             if attempt == COPY_ATTEMPTS_MAX:
                 raise
 
@@ -148,19 +163,29 @@ def verify(path: str, task: Task) -> VerifiedArchive:
     """
     with open_archive(path) as file:
         reader = ArchiveReader(file)
-        kept = {entry.name: entry.content for entry in reader.entries(only=(keyring_file.NAME,))}
-        manifest = reader.check_tag(task.root.view)
+        kept = {entry.name: entry.content for entry in reader.entries(only=(keyring_file.NAME, tombstone_file.NAME))}
+        manifest = reader.check_tag(task.root.view, task.arena)
     if keyring_file.NAME not in kept:
         raise ArchiveError(_INCOMPLETE)
     data = kept[keyring_file.NAME]
     with task.open_keyring(data) as unlocked:
-        _check_entries(reread_entries(path, reader.sha256), manifest, unlocked, task)
-    return VerifiedArchive(manifest, data, reader.sha256)
+        stones = _tombstones(kept.get(tombstone_file.NAME), unlocked)
+        destroyed = {bytes_to_key_id(stone.key) for stone in stones}
+        _check_entries(reread_entries(path, reader.sha256), manifest, unlocked, destroyed, task)
+    return VerifiedArchive(manifest, data, reader.sha256, stones)
 
 
-def _check_entries(entries: Iterator[Entry], manifest: Manifest, unlocked: UnlockedKeyring, task: Task) -> None:
+def _tombstones(content: bytes | None, unlocked: UnlockedKeyring) -> list[Tombstone]:
+    try:
+        return read_tombstones(content, unlocked.body, unlocked.tombstone_key).stones()
+    except StartError as error:
+        raise ArchiveError(f"the backup can't be restored: {error}") from None
+
+
+def _check_entries(
+    entries: Iterator[Entry], manifest: Manifest, unlocked: UnlockedKeyring, destroyed: Container[str], task: Task
+) -> None:
     """Checks that a start would accept the lease files, and that each key unwraps unless it was destroyed."""
-    destroyed = {tombstone.key_id for tombstone in unlocked.body.tombstones}
     keys = 0
     has_journal = False
     with task.arena.allocate() as slot:
@@ -190,7 +215,7 @@ def _unwrap(record: DekRecord, unlocked: UnlockedKeyring, slot: SecretSlot) -> N
     try:
         dek.unwrap_into(record, unlocked.kek(record.kek_version), slot.view)
     except MiniKmsError as error:
-        raise ArchiveError(str(error)) from None
+        raise KeyDoesNotUnwrapError(str(error)) from None
 
 
 def _write(file: BinaryIO, data_dir: str, task: Task, new: NewArchive) -> None:
@@ -203,25 +228,27 @@ def _write(file: BinaryIO, data_dir: str, task: Task, new: NewArchive) -> None:
     if snapshot is not None:
         writer.add(lease_store.SNAPSHOT_NAME, snapshot)
     keys, unreadable = 0, []
-    directory = os.path.join(data_dir, deks.DIRECTORY)
-    # Listed twice: a listing may omit a file that is being replaced.
-    key_ids = sorted({key_id for _ in range(2) for key_id in deks.list_key_ids(directory)})
-    for number, key_id in enumerate(key_ids, 1):
-        try:
-            data = _read(directory, deks.file_name(key_id), dek.FILE_BYTES_MAX)
-            if data is None:
-                continue  # destroyed since it was listed
-            dek.parse(data, key_id)
-        except MiniKmsError:
-            unreadable.append(key_id)
-            continue
-        writer.add(dek_entry_name(key_id), data)
-        keys += 1
-        task.progress(number, len(key_ids))
+    with SettledKeys(data_dir) as settled:
+        key_ids = settled.key_ids()
+        for number, key_id in enumerate(key_ids, 1):
+            try:
+                data = settled.read(key_id)
+                if data is None:
+                    continue  # destroyed since it was listed
+                dek.parse(data, key_id)
+            except MiniKmsError:
+                unreadable.append(key_id)
+                continue
+            writer.add(dek_entry_name(key_id), data)
+            keys += 1
+            task.progress(number, len(key_ids))
     data = _read(data_dir, keyring_file.NAME, keyring.FILE_BYTES_MAX)
     if data is None:
         raise StartError(f"there is no keyring in {data_dir}")
     writer.add(keyring_file.NAME, data)
+    stones = _read(data_dir, tombstone_file.NAME, TOMBSTONES_BYTES_MAX)
+    if stones is not None:
+        writer.add(tombstone_file.NAME, stones)
     with task.open_keyring(data) as unlocked:
         manifest = Manifest(
             archive_id=new.archive_id,
@@ -234,7 +261,21 @@ def _write(file: BinaryIO, data_dir: str, task: Task, new: NewArchive) -> None:
             audit_head=new.audit_head(),
             unreadable=tuple(unreadable[:UNREADABLE_COUNT_MAX]),
         )
-    writer.finish(manifest, task.root.view)
+        with task.arena.allocate() as auth:
+            writer.finish(manifest, _tag_keys(unlocked, task.root.view, auth.view))
+
+
+def _tag_keys(unlocked: UnlockedKeyring, root: memoryview, auth: memoryview) -> list[TagKey]:
+    """Of every slot; in a former format, of the slot that the root key opens, with its key derived into `auth`."""
+    keys = [TagKey(slot.slot_id, slot.fingerprint, key) for slot, key in unlocked.slot_auth_keys()]
+    if keys:
+        return keys
+    fingerprint = roots.fingerprint(root)
+    slot = unlocked.body.slot_for(fingerprint)
+    if slot is None:
+        raise StartError("the root key opens no slot of the keyring")
+    slots.auth_key_into(root, unlocked.body.keyring_id, slot.slot_id, auth)
+    return [TagKey(slot.slot_id, fingerprint, auth)]
 
 
 def _parsed(content: bytes, key_id: str) -> DekRecord:
@@ -277,7 +318,7 @@ def _private(path: str, flags: int) -> int:
 def _sync(directory: str) -> None:
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        sync_file(descriptor)
     except OSError as error:
         raise StorageUnavailableError("the backup's directory can't be synced") from error
     finally:

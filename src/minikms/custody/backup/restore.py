@@ -3,17 +3,21 @@
 Owns: the order of the writes. The caller holds the lock of the target directory. Invariants: nothing is written before
 the whole archive was verified. Nothing is overwritten. The archive is registered first and the keyring is written last,
 so after an interrupted restore the daemon neither starts nor creates a new keyring. Keys that were destroyed, by the
-tombstones of the archive or of a newer keyring, are not restored. Every key counts 2^30 more uses, and every KEK in use
-2^26 more wraps, since the archive does not know those made after it. It must never lower a count.
+tombstones of the archive or of a newer keyring, are not restored. With a newer keyring, the restored one opens under
+the root keys of that one only. Every key that existed when the archive was made only decrypts from then on, and every
+KEK in use counts 2^26 more wraps, since the archive does not know the uses and wraps after it. It must never lower a
+count.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from minikms.custody import deks, keyring_file, lease_store, rotation_backups
-from minikms.custody.backup.archive import ArchiveError
+from minikms.base64 import decode_exact
+from minikms.custody import deks, keyring_file, lease_store, rotation_backups, tombstone_file
+from minikms.custody.backup.archive import ArchiveError, AuditHead
 from minikms.custody.backup.create import CHANGED, Task, VerifiedArchive, reread_entries
 from minikms.custody.backup.register import ArchiveRegister, Registered
 from minikms.custody.files import (
@@ -26,11 +30,13 @@ from minikms.custody.files import (
     write_files,
 )
 from minikms.custody.lease_store import LeaseStore
+from minikms.custody.tombstone_file import write_tombstones
 from minikms.errors import ConflictError
-from minikms.keys import keyring
-from minikms.keys.dek import key_id_to_bytes
-from minikms.keys.keyring import Body, Tombstone
+from minikms.keys import keyring, root_slots
+from minikms.keys.dek import bytes_to_key_id, key_id_to_bytes
+from minikms.keys.tombstones import Tombstone
 from minikms.keys.unlocked import UnlockedKeyring
+from minikms.memory.arena import fill_random
 
 
 class Target(NamedTuple):
@@ -38,16 +44,21 @@ class Target(NamedTuple):
 
     directory: str
     directory_fd: int
-    tombstones: tuple[Tombstone, ...]
+    tombstones: Sequence[Tombstone]
     source: Registered
 
 
 class Restored(NamedTuple):
-    """`keys`: restored ones. `left_out`: keys of the archive that have a tombstone. `epoch`: of the new keyring."""
+    """`keys`: restored ones. `left_out`: keys of the archive that have a tombstone. `epoch`: of the new keyring.
+
+    `roots`: the fingerprints of the root keys that open it. `roots_removed`: those that the newer keyring has no more.
+    """
 
     keys: int
     left_out: int
     epoch: int
+    roots: list[str]
+    roots_removed: list[str]
 
 
 def check_empty(directory_fd: int, directory: str) -> None:
@@ -58,19 +69,26 @@ def check_empty(directory_fd: int, directory: str) -> None:
         )
 
 
-def newer_tombstones(archived: Body, newer: Body | None) -> tuple[Tombstone, ...]:
+class NewerKeyring(NamedTuple):
+    """A later state of the archive's keyring, opened and with sealed slots, and its tombstones."""
+
+    unlocked: UnlockedKeyring
+    tombstones: Sequence[Tombstone]
+
+
+def all_tombstones(keyring_id: str, archived: Sequence[Tombstone], newer: NewerKeyring | None) -> list[Tombstone]:
     """The tombstones of the archive and of a newer keyring, if one is given.
 
     Raises ConflictError if that keyring does not have the same keyring id.
     """
     if newer is None:
-        return archived.tombstones
-    if newer.keyring_id != archived.keyring_id:
+        return list(archived)
+    if newer.unlocked.body.keyring_id != keyring_id:
         raise ConflictError(
-            f"the keyring {newer.keyring_id} is not a later version of the backup's keyring {archived.keyring_id}"
+            f"the keyring {newer.unlocked.body.keyring_id} is not a later version of the backup's keyring {keyring_id}"
         )
-    known = {tombstone.key_id for tombstone in archived.tombstones}
-    return (*archived.tombstones, *(tombstone for tombstone in newer.tombstones if tombstone.key_id not in known))
+    known = {stone.key for stone in archived}
+    return [*archived, *(stone for stone in newer.tombstones if stone.key not in known)]
 
 
 def restore(
@@ -81,6 +99,7 @@ def restore(
     target: Target,
     *,
     at: str,
+    newer: NewerKeyring | None = None,
 ) -> Restored:
     """Writes the archive at `path` into `target`. `unlocked` is the keyring of the archive.
 
@@ -93,30 +112,60 @@ def restore(
     if good.manifest.newest_key_id:
         store = LeaseStore.open(target.directory_fd, create=False)
         try:
-            store.add_restore_uses(key_id_to_bytes(good.manifest.newest_key_id))
+            store.exhaust(key_id_to_bytes(good.manifest.newest_key_id))
         finally:
             store.close()
-    body = keyring.next_epoch(unlocked.body, at=at, tombstones=target.tombstones)
+    removed = [] if newer is None else _take_root_keys(unlocked, newer.unlocked, good.manifest.audit_head, at=at)
+    written = write_tombstones(target.directory_fd, unlocked, fill_random, target.tombstones)
+    written.tombstones.close()
+    body = keyring.next_epoch(written.body, at=at)
     for kek in body.keks:
         if kek.state in ("active", "pending"):
             body = keyring.reserve_wraps(body, kek.version, keyring.RESTORE_WRAPS, at=at)
     replace_file(target.directory_fd, keyring_file.NAME, unlocked.encode(body))
     unlocked.body = body
-    return Restored(keys, good.manifest.keys - keys, body.epoch)
+    roots = [slot.fingerprint for slot in body.slots]
+    return Restored(keys, good.manifest.keys - keys, body.epoch, roots, removed)
+
+
+def _take_root_keys(unlocked: UnlockedKeyring, later: UnlockedKeyring, last: AuditHead | None, *, at: str) -> list[str]:
+    """Gives the keyring the root keys of `later`, and, if they differ, a fresh keyring key and audit key. `last`: the
+    line of the former log that the audit key comes after. Returns the fingerprints of the removed root keys.
+    """
+    body = unlocked.body
+    gone = root_slots.removed_by(body, later.body)
+    if not gone and {slot.fingerprint for slot in body.slots} == {slot.fingerprint for slot in later.body.slots}:
+        return []
+    resealed = unlocked.make_resealed_for(later, fill_random)
+    sig = None if last is None else decode_exact(last.sig, keyring.HEAD_BYTES)
+    audit_key = unlocked.make_audit_key(
+        fill_random,
+        version=body.audit_key.version + 1,
+        at=at,
+        since_seq=1 if last is None else last.seq,
+        since_sig=sig
+        or bytes(keyring.HEAD_BYTES),  # zeros, which no line has, so no log under a former key is continued
+        key_version=resealed.key_version,
+    )
+    unlocked.body = root_slots.with_slots_of(body, later.body, resealed, audit_key)
+    unlocked.settle()
+    opened_it = {slot.fingerprint for slot in body.slots}
+    return [root.fingerprint for root in gone if root.fingerprint in opened_it]
 
 
 def _write_files(path: str, good: VerifiedArchive, task: Task, target: Target) -> int:
     """Writes all files except the keyring; the number of keys."""
     group: list[FileWrite] = []
     count = read = 0
-    destroyed = {tombstone.key_id for tombstone in target.tombstones}
+    destroyed = {bytes_to_key_id(stone.key) for stone in target.tombstones}
+    copied_later = {keyring_file.NAME, tombstone_file.NAME}
     directory_fd = open_directory(os.path.join(target.directory, deks.DIRECTORY))
     try:
         for entry in reread_entries(path, good.sha256):
             read += 1 if entry.key_id else 0
             if read > good.manifest.keys:  # the file was replaced, perhaps by one that would fill the disk
                 raise ArchiveError(CHANGED)
-            if not entry.key_id and entry.name != keyring_file.NAME:
+            if not entry.key_id and entry.name not in copied_later:
                 replace_file(target.directory_fd, _lease_file(entry.name), entry.content)
             elif entry.key_id and entry.key_id not in destroyed:
                 group.append(FileWrite(deks.file_name(entry.key_id), entry.content))

@@ -8,6 +8,10 @@ Invariants:
 - A presented key is compared with every configured key in constant time, whichever of them matches.
 - A signature that is present is verified, whatever the role. No query or body overrides a verified user.
 - A key is in no repr, no error text and no log.
+- A caller is identified before a token is taken: nobody uses up the tokens of another key or user. A refused caller
+  takes a token of his address, from a table of its own. Probes of health and readiness take none.
+- A forwarded address is believed only from a proxy that the configuration names, and only for the rates by address:
+  the allow list judges the peer of the connection.
 - A token bucket holds at most `burst` tokens, and every table of clients has a bound.
 
 No I/O, no clock: callers pass the time in, as seconds of a monotonic clock. The module must never know the parameters
@@ -23,7 +27,7 @@ import ipaddress
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import Final
 
@@ -35,6 +39,7 @@ from progressdb_server.api.http.errors import (
     MISSING_SIGNATURE,
     OTHER_AUTHOR_IN_BODY,
     OTHER_AUTHOR_IN_QUERY,
+    ApiError,
     Header,
     bad_request,
     forbidden,
@@ -210,6 +215,15 @@ class TokenBucket:
         self._tokens = float(burst)
         self._at_s = -math.inf
 
+    def is_full(self, now_s: float) -> bool:
+        """Whether it holds as many tokens as a new bucket."""
+        return self._tokens + (now_s - self._at_s) * self._rps >= self._burst
+
+    def wait_s(self, now_s: float) -> float:
+        """The seconds until there is a token; 0.0 if there is one."""
+        tokens = self._tokens + max(0.0, now_s - self._at_s) * self._rps
+        return 0.0 if tokens >= 1 else (1 - tokens) / self._rps
+
     def take(self, now_s: float) -> float:
         """Take one token and return 0.0, or take none and return the seconds until there is one."""
         if now_s > self._at_s:
@@ -235,32 +249,54 @@ def address_group(address: str) -> str:
     return str(parsed)
 
 
-class AddressBuckets:
-    """The buckets of callers without a key. A full table forgets the least recently used address."""
+class RateBuckets:
+    """A token bucket for each caller. In a full table, a bucket that has filled up again makes room, because nothing is
+    lost with it; while there is none, all callers without a bucket share one."""
 
     def __init__(self, rps: float, burst: int, *, count_max: int) -> None:
         self._rps = rps
         self._burst = burst
         self._count_max = count_max
-        self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
+        self._buckets: OrderedDict[Hashable, TokenBucket] = OrderedDict()  # least recently used first
+        self._shared = TokenBucket(rps, burst)
 
     def __len__(self) -> int:
         return len(self._buckets)
 
-    def take(self, address: str, now_s: float) -> float:
-        group = address_group(address)
-        bucket = self._buckets.get(group)
+    def wait_s(self, caller: Hashable, now_s: float) -> float:
+        """As `TokenBucket.wait_s`."""
+        bucket = self._buckets.get(caller)
         if bucket is None:
-            while len(self._buckets) >= self._count_max:
-                self._buckets.popitem(last=False)
-            bucket = self._buckets[group] = TokenBucket(self._rps, self._burst)
+            return self._shared.wait_s(now_s) if self._is_crowded(now_s) else 0.0
+        return bucket.wait_s(now_s)
+
+    def take(self, caller: Hashable, now_s: float) -> float:
+        """As `TokenBucket.take`."""
+        bucket = self._buckets.get(caller)
+        if bucket is None:
+            bucket = self._new(caller, now_s)
         else:
-            self._buckets.move_to_end(group)
+            self._buckets.move_to_end(caller)
         return bucket.take(now_s)
+
+    def _new(self, caller: Hashable, now_s: float) -> TokenBucket:
+        if self._is_crowded(now_s):
+            return self._shared
+        if len(self._buckets) >= self._count_max:
+            self._buckets.popitem(last=False)
+        made = self._buckets[caller] = TokenBucket(self._rps, self._burst)
+        return made
+
+    def _is_crowded(self, now_s: float) -> bool:
+        """Whether the table is full and no bucket in it makes room."""
+        return len(self._buckets) >= self._count_max and not next(iter(self._buckets.values())).is_full(now_s)
 
 
 # --- paths and networks -----------------------------------------------------------------------------------------
-OPEN_PATHS: Final = frozenset({"/healthz", "/openapi.yaml", "/docs", "/viewer"})
+OPEN_PATHS: Final = frozenset({"/", "/healthz", "/readyz", "/openapi.yaml", "/docs", "/viewer"})
+PROBE_PATHS: Final = frozenset({"/healthz", "/readyz"})
+"""Paths that take no token of a rate, so that a monitor behind the address of many clients always gets its answer. Each
+answer is cheap: what `/readyz` asks is asked once for all callers."""
 _OPEN_PREFIXES: Final = ("/docs/", "/viewer/")
 """Paths that need no key: documentation, and the viewer, which has its own login."""
 _USER_PATHS: Final = ("/v1/messages", "/v1/threads")
@@ -272,9 +308,10 @@ _CORS_HEADERS: Final[tuple[Header, ...]] = (
     (b"access-control-max-age", b"600"),
     (
         b"access-control-allow-headers",
-        b"Authorization,Content-Type,X-API-Key,X-User-ID,X-User-Signature,Idempotency-Key,X-Identity,X-Request-Id",
+        b"Authorization,Content-Type,X-API-Key,X-User-ID,X-User-Signature,Idempotency-Key,X-Identity,X-Request-Id,"
+        b"If-None-Match",
     ),
-    (b"access-control-expose-headers", b"X-Role-Name,Retry-After"),
+    (b"access-control-expose-headers", b"X-Role-Name,Retry-After,ETag"),
 )
 
 
@@ -321,11 +358,56 @@ class AllowList:
         return any(parsed in network for network in self._networks)
 
 
+def forwarded_address(stated: bytes) -> str | None:
+    """The address in one element of `X-Forwarded-For`, with or without a port; None if there is none."""
+    text = stated.strip(b" \t").decode("ascii", "replace")
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        parsed = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    return None if "%" in text else str(parsed)  # a zone means something on the proxy's own links only
+
+
+class Proxies:
+    """The proxies that the configuration names, each of which stands for many clients."""
+
+    def __init__(self, networks: tuple[str, ...] = ()) -> None:
+        self._networks = AllowList(networks) if networks else None
+
+    def __contains__(self, address: str) -> bool:
+        return self._networks is not None and self._networks.admits(address)
+
+    def client(self, peer: str, headers: Sequence[tuple[bytes, bytes]]) -> str:
+        """The address for which the peer of a connection speaks: its own, unless it is a named proxy. Then it is the
+        last address of `X-Forwarded-For`; while that is a named proxy too, the one before it. What stands further left
+        was written by the client."""
+        if peer not in self:
+            return peer
+        stated = b",".join(value for name, value in headers if name == head.FORWARDED_FOR)
+        address = peer
+        for element in reversed(
+            stated.rsplit(b",", limits.FORWARDED_HOPS_COUNT_MAX)[-limits.FORWARDED_HOPS_COUNT_MAX :]
+        ):
+            forwarded = forwarded_address(element)
+            if forwarded is None:
+                break
+            address = forwarded
+            if address not in self:
+                break
+        return address
+
+
 # --- the checks in order ----------------------------------------------------------------------------------------
 class AccessControl:
     """All checks under one configuration. A server has one instance."""
 
-    def __init__(self, security: Security) -> None:
+    def __init__(self, security: Security, proxies: tuple[str, ...] = ()) -> None:
+        """`proxies`: those whose `X-Forwarded-For` is believed."""
+        self.proxies = Proxies(proxies)
         self._origins = frozenset(origin.lower().encode() for origin in security.cors.allowed_origins)
         self._any_origin = b"*" in self._origins
         self._allowed = AllowList(security.ip_whitelist)
@@ -334,8 +416,9 @@ class AccessControl:
         self._allow_unauthenticated = api_keys.allow_unauth
         rate = security.rate_limit
         self._limited = rate.rps > 0
-        self._buckets = [TokenBucket(rate.rps, rate.burst) for _ in range(len(self.keys))] if self._limited else []
-        self._addresses = AddressBuckets(rate.rps, rate.burst, count_max=limits.ADDRESSES_COUNT_MAX)
+        self._users = RateBuckets(rate.rps, rate.burst, count_max=limits.USERS_COUNT_MAX)
+        self._addresses = RateBuckets(rate.rps, rate.burst, count_max=limits.ADDRESSES_COUNT_MAX)
+        self._failures = RateBuckets(rate.rps, rate.burst, count_max=limits.ADDRESSES_COUNT_MAX)
 
     def cors_headers(self, headers: head.Headers) -> tuple[Header, ...]:
         """The CORS headers of a response; none unless the request names an allowed origin."""
@@ -345,26 +428,39 @@ class AccessControl:
         return ((b"access-control-allow-origin", origin), *_CORS_HEADERS)
 
     def authorize(
-        self, path: str, headers: head.Headers, repeated: bytes | None, address: str, now_s: float
+        self, path: str, headers: head.Headers, repeated: bytes | None, address: str, client: str, *, now_s: float
     ) -> tuple[Principal, str | None]:
         """Checks 3 to 7 of the contract. Returns the caller and its verified user, if any.
 
-        `repeated` is a decisive header that was sent twice. Raises ApiError 400, 401, 403, 429.
+        `repeated` is a decisive header that was sent twice, `address` that of the peer, `client` the one for which it
+        speaks (`Proxies.client`). Raises ApiError 400, 401, 403, 429.
         """
         if not self._allowed.admits(address):
             raise forbidden()
         if repeated is not None:
             raise bad_request(f"the header {repeated.decode('ascii')} is sent twice")
-        needs_key = not is_open(path)
-        principal = self._principal(headers) if needs_key else self.keys.anonymous
-        if needs_key and principal.role not in (Role.ADMIN, Role.BACKEND) and not for_users(path):
+        try:
+            principal, user = self._identified(path, headers)
+        except ApiError:
+            if self._limited:
+                _check_wait(self._failures.take(address_group(client), now_s))
+            raise
+        if self._limited and path not in PROBE_PATHS:
+            if principal.number or user is not None:
+                _check_wait(self._users.take((principal.number, user), now_s))
+            else:
+                _check_wait(self._addresses.take(address_group(client), now_s))
+        return principal, user
+
+    def _identified(self, path: str, headers: head.Headers) -> tuple[Principal, str | None]:
+        """Raises ApiError 400, 401, 403."""
+        if is_open(path):
+            return self.keys.anonymous, None
+        principal = self._principal(headers)
+        trusted = principal.role in OPERATORS
+        if not trusted and not for_users(path):
             raise forbidden()
-        if self._limited:
-            self._check_rate(principal, address, now_s)
-        if not needs_key:
-            return principal, None
-        required = principal.role in (Role.FRONTEND, Role.UNAUTHENTICATED)
-        return principal, verified_user(headers, self.keys, required=required)
+        return principal, verified_user(headers, self.keys, required=not trusted)
 
     def _principal(self, headers: head.Headers) -> Principal:
         key = presented_key(headers)
@@ -375,10 +471,8 @@ class AccessControl:
             return self.keys.anonymous
         raise unauthorized()
 
-    def _check_rate(self, principal: Principal, address: str, now_s: float) -> None:
-        if principal.number:
-            wait_s = self._buckets[principal.number - 1].take(now_s)
-        else:
-            wait_s = self._addresses.take(address, now_s)
-        if wait_s > 0:
-            raise too_many_requests(math.ceil(wait_s))
+
+def _check_wait(wait_s: float) -> None:
+    """Raises ApiError 429 if there was no token."""
+    if wait_s > 0:
+        raise too_many_requests(math.ceil(wait_s))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from progressdb_server.api.http import limits
+
 Header = tuple[bytes, bytes]
 
 FORBIDDEN: Final = "forbidden"
@@ -16,6 +18,7 @@ NOT_FOUND: Final = "not found"
 INTERNAL: Final = "internal error"
 TOO_LARGE: Final = "request body too large"
 RATE_LIMITED: Final = "rate limit exceeded"
+BODIES_FULL: Final = "too many bodies are being received: send this one again later"
 INVALID_JSON: Final = "invalid json"
 INVALID_ENCODING: Final = "the query is not UTF-8"
 REPEATED_PARAMETER: Final = "a query parameter is given twice"
@@ -69,6 +72,10 @@ def too_large(headers: tuple[Header, ...] = ()) -> ApiError:
 
 def too_many_requests(retry_after_s: int) -> ApiError:
     return ApiError(429, RATE_LIMITED, (retry_after(retry_after_s),))
+
+
+def bodies_full() -> ApiError:
+    return ApiError(503, BODIES_FULL, (retry_after(limits.BODIES_RETRY_SECONDS),))
 
 
 def internal() -> ApiError:

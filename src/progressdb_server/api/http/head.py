@@ -8,6 +8,7 @@ that contradict each other.
 from __future__ import annotations
 
 import itertools
+import re
 import secrets
 from collections.abc import Sequence
 from typing import Final
@@ -28,6 +29,9 @@ IDEMPOTENCY_KEY: Final = b"idempotency-key"
 CONTENT_LENGTH: Final = b"content-length"
 EXPECT: Final = b"expect"
 COOKIE: Final = b"cookie"
+IF_NONE_MATCH: Final = b"if-none-match"
+FORWARDED_FOR: Final = b"x-forwarded-for"
+"""Read from the raw headers, because each proxy may add one (`access.Proxies`)."""
 
 _READ: Final = frozenset(
     {
@@ -42,9 +46,10 @@ _READ: Final = frozenset(
         CONTENT_LENGTH,
         EXPECT,
         COOKIE,
+        IF_NONE_MATCH,
     }
 )
-_HARMLESS: Final = frozenset({ORIGIN, REQUEST_ID, EXPECT, COOKIE})
+_HARMLESS: Final = frozenset({ORIGIN, REQUEST_ID, EXPECT, COOKIE, IF_NONE_MATCH})
 """Sent twice, these count as not sent. Any other of the headers above sent twice is refused."""
 
 Headers = dict[bytes, bytes]
@@ -81,6 +86,15 @@ def header_text(value: bytes, name: str) -> str:
         return value.decode("utf-8")
     except UnicodeDecodeError:
         raise bad_request(f"the header {name} is not UTF-8") from None
+
+
+_ENTITY_TAG: Final = re.compile(rb'(?:W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
+
+
+def names_tag(if_none_match: bytes, tag: bytes) -> bool:
+    """Whether a value of `If-None-Match` names the entity tag, or is `*`. The comparison is weak (RFC 9110, sections
+    8.8.3.2 and 13.1.2)."""
+    return if_none_match.strip(b" \t") == b"*" or tag in _ENTITY_TAG.findall(if_none_match)
 
 
 def _field_text(raw: bytes) -> str:

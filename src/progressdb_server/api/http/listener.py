@@ -13,6 +13,7 @@ import resource
 import socket
 import ssl
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final
 
 import uvicorn
@@ -20,6 +21,7 @@ import uvicorn
 from progressdb_server.api.http.limits import CONNECTIONS_COUNT_MAX, IDLE_SECONDS_MAX
 from progressdb_server.api.http.protocol import BoundedProtocol
 from progressdb_server.api.http.request import ASGIApp
+from progressdb_server.api.http.shares import Shares
 from progressdb_server.config import ConfigError, ConfigMissingError, Tls
 
 STOP_SECONDS_MAX: Final = 10
@@ -88,12 +90,13 @@ async def serve_http(
     *,
     tls: Tls,
     stop: asyncio.Event,
+    shares: Shares | None = None,
     on_listening: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve until `stop` is set. Returns when the last request has its response or its time is over."""
     configuration = uvicorn.Config(
         application,
-        http=BoundedProtocol,
+        http=partial(BoundedProtocol, shares=shares or Shares()),  # type: ignore[arg-type]  # it calls what it is given
         ws="none",
         lifespan="off",
         log_config=None,

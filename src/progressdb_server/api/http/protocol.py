@@ -7,7 +7,8 @@ and notices that a client has closed its connection. Rules, each enforced by a 4
 2. Trailers are dropped. uvicorn would append them to the headers of a request that is already running, past a proxy
    that sets or removes those headers.
 3. A request is whole within `REQUEST_SECONDS_MAX` of its first byte. A new connection sends one within the same time.
-4. There are at most `CONNECTIONS_COUNT_MAX` connections. The kernel closes one whose client does not read.
+4. There are at most `CONNECTIONS_COUNT_MAX` connections. The kernel closes one whose client does not read. Idle ones
+   of one address, and the bytes of all bodies, are bounded by `shares`.
 5. No header of a response can contain a line break. A response is as long as its content-length, or the connection
    is closed.
 
@@ -32,8 +33,10 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from progressdb_server.api.http import limits
+from progressdb_server.api.http.access import Principal, presented_key
 from progressdb_server.api.http.errors import CLOSE, Header
-from progressdb_server.api.http.request import DIRECT
+from progressdb_server.api.http.request import BODY_REFUSED, DIRECT
+from progressdb_server.api.http.shares import BodyAccount, Shares
 
 _WITHOUT_BODY: Final = frozenset({204, 304})
 _logger: Final = logging.getLogger("uvicorn.error")
@@ -51,6 +54,7 @@ class DirectCycle(RequestResponseCycle):
         expect_100_continue: bool,
         keep_alive: bool,
         on_response: Callable[[], None],
+        shares: Shares,
     ) -> None:
         """Sets what uvicorn's own cycle sets, except what its access log needs."""
         self.scope = scope  # type: ignore[assignment]  # uvicorn's type names each key
@@ -68,6 +72,11 @@ class DirectCycle(RequestResponseCycle):
         self.chunked_encoding = None
         self.expected_content_length = 0
         self._body: bytes | bytearray = b""
+        self._shares = shares
+        self._received_bytes = 0
+        self._account: BodyAccount | None = None
+        self._caller: tuple[Principal, str | None] | None = None
+        self.body_refused = False
         self._has_news = False
         self._event: asyncio.Event | None = None
         self._response_start: MutableMapping[str, Any] | None = None
@@ -78,6 +87,7 @@ class DirectCycle(RequestResponseCycle):
         try:
             await self.run_asgi(app)
         finally:
+            self.release()
             if self.task is not None:
                 tasks.discard(self.task)
 
@@ -99,8 +109,40 @@ class DirectCycle(RequestResponseCycle):
         self._event.clear()
         await self._event.wait()
 
+    def identify(self, principal: Principal, user: str | None) -> None:
+        """See `request.DirectChannel`."""
+        self._caller = principal, user
+        if self._account is not None and not self._account.identify(principal, user):
+            self._refuse_body()
+
+    def release(self) -> None:
+        """The body is no longer kept."""
+        if self._account is not None:
+            self._account.close()
+
+    def _fits(self) -> bool:
+        """Whether what was received of the body fits into the budget of bodies."""
+        if self._account is None:
+            principal, user = self._caller or (None, None)
+            client = self.scope["client"]
+            key = b"" if principal is not None else presented_key(dict(self.scope["headers"])) or b""
+            self._account = BodyAccount(self._shares, client[0] if client else "", principal, user, key)
+        return self._account.grow_to(self._received_bytes)
+
+    def _refuse_body(self) -> None:
+        self.body_refused = True
+        self._body = b""
+        self.release()
+        self.set()
+
     def add(self, part: bytes) -> int:
         """Append a part of the body. Returns how many bytes wait to be read."""
+        if self.body_refused:
+            return 0
+        self._received_bytes += len(part)
+        if self._received_bytes > limits.BODY_UNCOUNTED_BYTES_MAX and not self._fits():
+            self._refuse_body()
+            return 0
         if not self._body:
             self._body = part
         elif isinstance(self._body, bytearray):
@@ -114,7 +156,7 @@ class DirectCycle(RequestResponseCycle):
         """See `request.DirectChannel`."""
         if not self._has_news or self.more_body or self.waiting_for_100_continue:
             return None
-        if self.disconnected or self.response_complete:
+        if self.disconnected or self.response_complete or self.body_refused:
             return None
         if self.flow.read_paused:
             self.flow.resume_reading()
@@ -135,6 +177,9 @@ class DirectCycle(RequestResponseCycle):
                 await self._wait()
         if self.disconnected or self.response_complete:
             return {"type": "http.disconnect"}
+        if self.body_refused:
+            self._has_news = False
+            return {"type": BODY_REFUSED}
         return {"type": "http.request", "body": self._take(), "more_body": self.more_body}
 
     # --- the response ---------------------------------------------------------------------------------------------
@@ -258,12 +303,17 @@ class BoundedProtocol(HttpToolsProtocol):
         "_running",
         "_timer",
         "_timer_at_s",
+        "group",
+        "shares",
     )
     cycle: DirectCycle
     pipeline: deque[tuple[DirectCycle, Any]]  # type: ignore[assignment]  # it holds no other cycles
 
-    def __init__(self, *args: Any, **named: Any) -> None:
+    def __init__(self, *args: Any, shares: Shares, **named: Any) -> None:
         super().__init__(*args, **named)
+        self.shares = shares
+        self.group = ""
+        """By what the bounds of one address are counted."""
         self._error_status = 400
         self._in_head = False
         self._in_body = False
@@ -288,18 +338,31 @@ class BoundedProtocol(HttpToolsProtocol):
             transport.abort()
         super().connection_made(transport)
         peer = transport.get_extra_info("socket")
-        if peer is not None and peer.family in (socket.AF_INET, socket.AF_INET6):
+        has_timeout = hasattr(socket, "TCP_USER_TIMEOUT")  # macOS and BSD have none
+        if has_timeout and peer is not None and peer.family in (socket.AF_INET, socket.AF_INET6):
             with contextlib.suppress(OSError):  # the connection is already closed
                 stall_ms = limits.STREAM_STALL_SECONDS_MAX * 1000
                 peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall_ms)
+        self.group = self.shares.group(self.client[0] if self.client else "")
         self._await_request()
+        self.shares.idle(self.group, self)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.shares.busy(self.group, self)
+        for cycle, _ in self.pipeline:
+            cycle.release()
         self._deadline_s = math.inf
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         super().connection_lost(exc)
+
+    def close_idle(self) -> None:
+        """See `shares.Closable`."""
+        if self._expecting:
+            self.transport.abort()
+        else:
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         if self._broken:
@@ -324,6 +387,7 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             self._expecting = False
             self._deadline_s = math.inf
+            self.shares.busy(self.group, self)
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio closes the transport unless it is True
         """True keeps the connection open for responses that are due. TLS has no half-closed connections."""
@@ -340,7 +404,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _close_after_responses(self) -> None:
         """Respond to the last whole request of the connection, then close. A request that is not whole is not run."""
         if self._in_body and self.pipeline and self.pipeline[0][0] is self.cycle:
-            self.pipeline.popleft()
+            self.pipeline.popleft()[0].release()
         last = self.pipeline[0][0] if self.pipeline else self._running
         if last is not None:
             last.keep_alive = False
@@ -448,6 +512,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.expect_100_continue,
             version == "1.1" and self.parser.should_keep_alive(),
             self.on_response_complete,
+            self.shares,
         )
         scope[DIRECT] = self.cycle
         if earlier is None or earlier.response_complete:
@@ -477,8 +542,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
-        elif not self._expecting:
-            self._close_at(self.loop.time() + self.timeout_keep_alive)
+        else:
+            if not self._expecting:
+                self._close_at(self.loop.time() + self.timeout_keep_alive)
+            self.shares.idle(self.group, self)
 
     def _refuse(self, status: int) -> None:
         self._error_status = status

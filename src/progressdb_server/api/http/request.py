@@ -10,7 +10,6 @@ called thousands of times a second.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from itertools import accumulate
 from typing import Any, Final, Protocol, TypeVar
@@ -23,9 +22,11 @@ from progressdb_server.api.http.errors import (
     CLOSE_HEADERS,
     INVALID_IDEMPOTENCY_KEY,
     INVALID_JSON,
+    ApiError,
     ClientGoneError,
     Header,
     bad_request,
+    bodies_full,
     not_found,
     too_large,
 )
@@ -43,6 +44,11 @@ DIRECT: Final = "progressdb.direct"
 """Key of a `DirectChannel` in the ASGI scope. Only this project's own server sets it."""
 
 
+BODY_REFUSED: Final = "progressdb.body_refused"
+"""Type of the ASGI message that comes in the place of a body for which there is no room. Only this project's own server
+sends it."""
+
+
 class DirectChannel(Protocol):
     """Reads a body and sends a response without ASGI messages, each of which costs a coroutine and a dictionary.
 
@@ -53,30 +59,84 @@ class DirectChannel(Protocol):
         """The request's body if all of it was received and none of it was read yet; otherwise None."""
         ...
 
+    def identify(self, principal: access.Principal, user: str | None) -> None:
+        """Say who the caller is, to whose share the body is charged (`shares`)."""
+        ...
+
     def send_response(self, status: int, headers: Sequence[Header], body: bytes) -> bool:
         """Send a complete response with its Content-Length. Returns False if nothing was sent."""
         ...
 
 
-_STRINGS: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NOT_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
 _DEPTH_CHANGES: Final = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_DIGITS_AS_ZERO: Final = bytes.maketrans(b"123456789", b"0" * 9)
+_LONG_NUMBER: Final = b"0" * (limits.JSON_DIGITS_COUNT_MAX + 1)
 
 
-def json_depth(raw: bytes) -> int:
-    """The nesting depth of the arrays and objects of a JSON text. For malformed text, at least
-    the depth that a parser reaches before its error."""
-    brackets = _STRINGS.sub(b"", raw).translate(None, _NOT_BRACKETS)
+def without_strings(raw: bytes) -> bytes:
+    """A JSON text without its strings. A string that has no end is removed to the end of the text."""
+    return b"".join(raw.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+
+
+def json_depth(structure: bytes) -> int:
+    """The nesting depth of the arrays and objects of a JSON text without its strings. For malformed text, at least the
+    depth that a parser reaches before its error."""
+    brackets = structure.translate(None, _NOT_BRACKETS)
     return max(accumulate(map(_DEPTH_CHANGES.__getitem__, brackets)), default=0)
+
+
+def check_json(raw: bytes, refusal: str) -> None:
+    """Raises ApiError for a JSON text that would stall the event loop: 413 for more values than the bounds allow, 400
+    with the text `refusal` for a greater depth or a longer number. The decoder holds the interpreter lock, so that a
+    thread would not help."""
+    large = len(raw) > limits.JSON_UNCHECKED_BYTES_MAX
+    if not _may_stall(raw, large=large):
+        return
+    if raw.count(b'"') - raw.count(b'\\"') > 2 * limits.JSON_STRINGS_COUNT_MAX:
+        raise _too_many_values(raw, refusal)
+    structure = without_strings(raw)
+    containers = structure.count(b"[") + structure.count(b"{")
+    if (
+        containers > limits.JSON_CONTAINERS_COUNT_MAX
+        or containers + structure.count(b",") > limits.JSON_VALUES_COUNT_MAX
+    ):
+        raise _too_many_values(raw, refusal)
+    if containers > limits.JSON_DEPTH_MAX and json_depth(structure) > limits.JSON_DEPTH_MAX:
+        raise bad_request(refusal)
+    if large and _has_long_number(structure):
+        raise bad_request(refusal)
+
+
+def _may_stall(raw: bytes, *, large: bool) -> bool:
+    """Whether the text exceeds a bound if its strings are counted too. Most texts do not, and need no closer look."""
+    containers = raw.count(b"[") + raw.count(b"{")
+    if containers > limits.JSON_DEPTH_MAX:
+        return True
+    return large and (
+        containers + raw.count(b",") > limits.JSON_VALUES_COUNT_MAX
+        or raw.count(b'"') > 2 * limits.JSON_STRINGS_COUNT_MAX
+        or _has_long_number(raw)
+    )
+
+
+def _has_long_number(text: bytes) -> bool:
+    return _LONG_NUMBER in text.translate(_DIGITS_AS_ZERO)
+
+
+def _too_many_values(raw: bytes, refusal: str) -> ApiError:
+    """413, or 400 if already the beginning of the text is nested too deeply."""
+    beginning = without_strings(raw[: limits.JSON_UNCHECKED_BYTES_MAX])
+    return bad_request(refusal) if json_depth(beginning) > limits.JSON_DEPTH_MAX else too_large()
 
 
 def decode_json(raw: bytes, decoder: msgspec.json.Decoder[Body], refusal: str = INVALID_JSON) -> Body:
     """Decode a body.
 
-    Raises ApiError 400 with the text `refusal` unless the body is UTF-8 JSON of the right shape and depth.
+    Raises ApiError 400 with the text `refusal` unless the body is UTF-8 JSON of the right shape and depth, 413 if it
+    has too many values.
     """
-    if raw.count(b"[") + raw.count(b"{") > limits.JSON_DEPTH_MAX and json_depth(raw) > limits.JSON_DEPTH_MAX:
-        raise bad_request(refusal)
+    check_json(raw, refusal)
     try:
         if not raw.isascii():
             raw.decode("utf-8")  # the decoder doesn't check the UTF-8 of fields that it skips
@@ -86,6 +146,11 @@ def decode_json(raw: bytes, decoder: msgspec.json.Decoder[Body], refusal: str = 
         raise bad_request(refusal) from None
 
 
+def _no_body(message: MutableMapping[str, Any]) -> Exception:
+    """Why the message is no part of a body."""
+    return bodies_full() if message["type"] == BODY_REFUSED else ClientGoneError()
+
+
 class Request:
     """One request. Access control sets `principal` and `user`, routing sets `path_params` and `route`."""
 
@@ -93,6 +158,7 @@ class Request:
         "_query_params",
         "_receive",
         "address",
+        "client_address",
         "direct",
         "headers",
         "method",
@@ -104,6 +170,7 @@ class Request:
         "request_id",
         "route",
         "user",
+        "viewer_key",
     )
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
@@ -112,11 +179,16 @@ class Request:
         self.query_string: bytes = scope["query_string"]
         client = scope.get("client")
         self.address: str = client[0] if client else ""
+        """Of the peer of the connection."""
+        self.client_address = self.address
+        """By which the rates of one address count. Another one than `address` behind a proxy that is named."""
         self.headers, self.repeated_header = head.read_headers(scope["headers"])
         self.request_id = head.request_id(self.headers)
         self.principal: access.Principal = access.NOT_AUTHENTICATED
         self.user: str | None = None
         """The user whose signature was verified."""
+        self.viewer_key = 0
+        """Number of the admin key that began the viewer's session; 0 outside of one."""
         self.path_params: dict[str, str] = {}
         self.route = ""
         """The path template, for logs and metrics. It contains no client input."""
@@ -134,6 +206,11 @@ class Request:
         return self._query_params
 
     # --- the caller ---------------------------------------------------------------------------------------------
+    @property
+    def acting_user(self) -> str | None:
+        """The signed user whose rights the request has; None if its key acts for anyone, also beside a signature."""
+        return None if self.principal.role in access.OPERATORS else self.user
+
     def author(self, body_author: str | None = None) -> str | None:
         """The author that the request acts for, or None. Raises ApiError 400, 403."""
         return access.resolve_author(self.user, self.headers, self.query_params, body_author)
@@ -174,7 +251,8 @@ class Request:
         return received
 
     async def body(self) -> bytes:
-        """The whole body. Raises ApiError 413 if it is too large, ClientGoneError if the client disconnected."""
+        """The whole body. Raises ApiError 413 if it is too large, 503 if there is no room for it; ClientGoneError if
+        the client disconnected."""
         received = self.received_body()
         if received is not None:
             return received
@@ -183,7 +261,7 @@ class Request:
             await self._discard(int(declared))
         message = await self._receive()
         if message["type"] != "http.request":
-            raise ClientGoneError
+            raise _no_body(message)
         first: bytes = message.get("body", b"")
         if not message.get("more_body", False):
             if len(first) > limits.REQUEST_BYTES_MAX:
@@ -197,7 +275,7 @@ class Request:
         while True:
             message = await self._receive()
             if message["type"] != "http.request":
-                raise ClientGoneError
+                raise _no_body(message)
             part: bytes = message.get("body", b"")
             length += len(part)
             if length > limits.REQUEST_BYTES_MAX:
@@ -221,7 +299,7 @@ class Request:
         while discarded <= limits.DISCARDED_BYTES_MAX:
             message = await self._receive()
             if message["type"] != "http.request":
-                raise ClientGoneError
+                raise _no_body(message)
             discarded += len(message.get("body", b""))
             if not message.get("more_body", False):
                 raise too_large()

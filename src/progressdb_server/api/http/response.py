@@ -2,6 +2,7 @@
 
 Owns: the encoding of a response as JSON, a streamed list of bounded memory, a stream of events, and `Exchange`, which
 adds the headers that every response carries. Invariants:
+- A list is sent from its first chunk on, as far as it is there, while the rest is read.
 - A list occupies at most `LIST_BUFFER_BYTES_MAX` and one chunk of its source.
 - An error before the first byte was sent becomes an error response. A later one ends the connection before the list's
   end, so that no client takes a part for the whole.
@@ -39,11 +40,13 @@ class Response(NamedTuple):
 
 
 class JsonList(NamedTuple):
-    """A streamed response: `prefix`, the items of all chunks separated by commas, `suffix`."""
+    """A streamed response: `prefix`, the items of all chunks separated by commas, `suffix`. An empty chunk says that
+    the next one has to wait, so that what there is may be sent."""
 
     prefix: bytes
     chunks: AsyncIterator[Sequence[Any]]
     suffix: bytes = b"]}"
+    headers: tuple[Header, ...] = ()
 
 
 class EventStream(NamedTuple):
@@ -136,7 +139,7 @@ async def send_complete(response: Response, send: Send) -> None:
 
 
 async def send_list(listed: JsonList, receive: Receive, send: Send) -> None:
-    """Send a short list whole, with its length, and stream a longer one.
+    """Stream a list; one that comes without a wait and is short is sent whole, with its length.
 
     Raises what the chunks raise; if nothing was sent yet, the caller can still send an error response. Raises
     ClientGoneError if the client leaves the stream unread for too long.
@@ -147,16 +150,17 @@ async def send_list(listed: JsonList, receive: Receive, send: Send) -> None:
     gone: asyncio.Task[None] | None = None
     try:
         async for chunk in listed.chunks:
-            if not chunk:
-                continue
-            if not empty:
-                pending += b","
-            empty = False
-            pending += _ENCODER.encode(chunk)[1:-1]
-            if len(pending) < limits.LIST_BUFFER_BYTES_MAX:
+            if chunk:
+                if not empty:
+                    pending += b","
+                empty = False
+                pending += _ENCODER.encode(chunk)[1:-1]
+                if len(pending) < limits.LIST_BUFFER_BYTES_MAX:
+                    continue
+            elif empty or not pending:
                 continue
             if not started:
-                await send(_start(200, [_JSON]))
+                await send(_start(200, [_JSON, *listed.headers]))
                 started = True
                 gone = asyncio.create_task(_disconnected(receive))
             elif gone is not None and gone.done():
@@ -165,7 +169,7 @@ async def send_list(listed: JsonList, receive: Receive, send: Send) -> None:
             pending.clear()
         pending += listed.suffix
         if not started:
-            await send(_start(200, [_JSON, (b"content-length", b"%d" % len(pending))]))
+            await send(_start(200, [_JSON, *listed.headers, (b"content-length", b"%d" % len(pending))]))
         await send({"type": "http.response.body", "body": bytes(pending)})
     finally:
         if gone is not None:

@@ -107,6 +107,8 @@ class Description(_Place, frozen=True, kw_only=True):
     status: int = 200
     other_responses: Mapping[int, Schema | None] = {}
     """By status: the other responses that are not errors."""
+    headers: tuple[Parameter, ...] = ()
+    """Of the responses that are not errors, beside those of every response."""
     body: JsonBody | None = None
     form: Schema | None = None
     parameters: tuple[Parameter, ...] = ()
@@ -120,12 +122,13 @@ class Description(_Place, frozen=True, kw_only=True):
 
 # --- what several route modules take ----------------------------------------------------------------------------
 CALLER: Final = (
-    Parameter("X-User-ID", AUTHOR, "The user that the call acts for.", "header"),
-    Parameter("author", AUTHOR, "The author that the call acts for."),
+    Parameter("X-User-ID", AUTHOR, "The user for whom the call acts.", "header"),
+    Parameter("author", AUTHOR, "The author for whom the call acts."),
 )
 IDEMPOTENCY: Final = Parameter(
     "Idempotency-Key",
     {"type": "string", "pattern": "^[!-~]{1,255}$"},
-    "The same key gives the first answer again, for 24 hours; of one API key and author.",
+    "Within 24 hours, a repeated request with the same API key, author and `Idempotency-Key` gets the first response "
+    "again and changes nothing.",
     "header",
 )

@@ -14,10 +14,11 @@ import msgspec
 import yaml
 
 from progressdb_server.api.http import limits
-from progressdb_server.api.http.access import Role, for_users, is_open
+from progressdb_server.api.http.access import PROBE_PATHS, Role, for_users, is_open
 from progressdb_server.api.http.errors import (
     AUTHOR_CONTROL_CHARACTER,
     AUTHOR_TOO_LONG,
+    BODIES_FULL,
     FORBIDDEN,
     INTERNAL,
     INVALID_ENCODING,
@@ -31,62 +32,74 @@ from progressdb_server.api.http.errors import (
     UNAUTHORIZED,
 )
 from progressdb_server.api.openapi.description import Description, JsonBody, Parameter, Schema, ref
+from progressdb_server.kms.provider import SEALED
 from progressdb_server.store.model import Message, Thread
 
 CONTENT_TYPE: Final = "application/yaml"
 
 _INFO: Final = """\
-Threads and messages, encrypted at rest under one key a thread.
+Stores threads and messages. Bodies, titles and reactions are encrypted at rest. Each thread has its own key.
 
-Every answer carries `X-Request-Id`: the caller's own, if it is 1 to 128 of `[A-Za-z0-9._:/+=-]`, otherwise a new one.
-It goes through the logs of both processes and into the audit log of the key service.
+Each response has the header `X-Request-Id`. It holds the id that the caller sent, if that is 1 to 128 characters of
+`[A-Za-z0-9._:/+=-]`, otherwise a new id. The logs of both processes and the audit log of the key service contain it.
 
-Any path answers `OPTIONS` with 204 and without a key. Another method than those listed is 405 with `Allow`, another
-path 404. A request that is not HTTP is 400 `malformed HTTP request`, a head of more than {head} bytes or {headers}
-headers 431 `request head too large`; both close the connection.
+Every path responds to `OPTIONS` with 204; this needs no key. The response to a method that is not listed here is 405
+with the header `Allow`, and the response to an unknown path is 404. The response to a malformed HTTP request is 400
+`malformed HTTP request`. The response to a request head of more than {head} bytes or {headers} headers is 431
+`request head too large`. After these two errors the server closes the connection.
 
-Lists of more than {list_} bytes are streamed; one that breaks off is never a complete JSON text.
+A list of more than {list_} bytes is streamed. If the stream fails, the client receives incomplete JSON.
 """
 _TAGS: Final = {
-    "threads": "Conversations. Only the author of a thread sees or changes it.",
-    "messages": "What is said in a thread; every change is a new version.",
-    "reactions": "One reaction an identity to a message.",
-    "users": "Signatures by which front ends act for a user.",
-    "operators": "Health, counts, raw values, background work.",
-    "documentation": "This document. Needs no key.",
-    "viewer": "Pages for people: log in with an admin key.",
+    "threads": "Conversations. Only its author may read, change or delete a thread, and name its members.",
+    "messages": "The messages of a thread, by its members. Every change appends a new version.",
+    "reactions": "Reactions to a message. Each identity has at most one.",
+    "users": "Signatures with which a front end acts for a user.",
+    "operators": "Health, metrics, stored values, key rotations and backups.",
+    "documentation": "This document. No key is needed.",
+    "viewer": "Web pages for administrators. They log in with an admin key.",
 }
+_BODY_BOUND: Final = "At most {} bytes; a longer body is a 413."
 REQUEST_ID: Final = Parameter(
     "X-Request-Id",
     {"type": "string", "pattern": r"^[A-Za-z0-9._:/+=-]{1,128}$"},
-    "The id of the request, in every log.",
+    "The id of the request. All logs contain it.",
     "header",
     required=True,
 )
-_RETRY_AFTER: Final = Parameter("Retry-After", {"type": "integer", "minimum": 1}, "Seconds.", "header", required=True)
-_LOCATION: Final = Parameter("Location", {"type": "string"}, "Where to.", "header", required=True)
+_RETRY_AFTER: Final = Parameter(
+    "Retry-After",
+    {"type": "integer", "minimum": 1},
+    "Seconds to wait before the next request.",
+    "header",
+    required=True,
+)
+_LOCATION: Final = Parameter("Location", {"type": "string"}, "The address of the page.", "header", required=True)
 _HEADERS: Final = {
     303: _LOCATION,
     308: _LOCATION,
-    401: Parameter("WWW-Authenticate", {"type": "string"}, "How to authenticate.", "header", required=True),
+    401: Parameter(
+        "WWW-Authenticate", {"type": "string"}, "The authentication scheme to use.", "header", required=True
+    ),
     429: _RETRY_AFTER,
     503: _RETRY_AFTER,
 }
 _STATUS_TEXTS: Final = {
-    200: "Done.",
-    202: "Begun.",
-    204: "Done; nothing to say.",
-    303: "See another page.",
-    308: "The page is there.",
-    400: "The request is malformed or out of bounds.",
-    401: "No key, an unknown key, or a user that is not signed rightly.",
-    403: "The caller may not do this.",
-    404: "There is no such thing.",
-    409: "It contradicts an earlier request, or the state of what it names.",
-    413: "The body is too large.",
-    429: "Too many requests from this key or address.",
-    500: "A stored record can't be read, or the server failed; the log says more under the request's id.",
-    503: "The disk or the key service can't take it now; the same request may be sent again.",
+    200: "Success.",
+    202: "Accepted. The work continues in the background.",
+    204: "Success. The response has no body.",
+    303: "Redirect to another page.",
+    304: "The list has not changed since the response whose `ETag` the request names. The response has no body.",
+    308: "Permanent redirect.",
+    400: "The request is malformed or exceeds a limit.",
+    401: "The API key is missing or unknown, or the signature of the user id is missing or wrong.",
+    403: "The caller is not allowed to do this.",
+    404: "The resource does not exist.",
+    409: "The request conflicts with an earlier request or with the state of the resource.",
+    413: "The request body is too large or has too many values.",
+    429: "Too many requests of this user with this key, or too many refused requests from this address.",
+    500: "A stored record can't be read, or the server failed. The server's log has an entry with the request id.",
+    503: "The server can't serve the request now. Send it again after `Retry-After` seconds.",
 }
 
 
@@ -120,13 +133,13 @@ def document(operations: Iterable[Description], version: str) -> dict[str, Any]:
 
 _SECURITY: Final[dict[str, Any]] = {
     "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-    "bearer": {"type": "http", "scheme": "bearer", "description": "The same key as a bearer token."},
+    "bearer": {"type": "http", "scheme": "bearer", "description": "The API key as a bearer token."},
     "userSignature": {
         "type": "apiKey",
         "in": "header",
         "name": "X-User-Signature",
-        "description": "Lower-case hex HMAC-SHA-256(backend API key, user id) of the id in `X-User-ID`. Front-end keys "
-        "always need it.",
+        "description": "HMAC-SHA-256 of the user id in `X-User-ID`, with a backend API key as the HMAC key, in "
+        "lower-case hex. Requests with a front-end key must have it.",
     },
     "viewerSession": {"type": "apiKey", "in": "cookie", "name": "progressdb_viewer"},
 }
@@ -137,13 +150,13 @@ _SIGNED_OR_NOT: Final = [*_KEYED, {"apiKey": [], "userSignature": []}, {"bearer"
 def _schemas() -> dict[str, Any]:
     _, components = msgspec.json.schema_components([Message, Thread])
     for name, what in (
-        ("Message", "One version of a message."),
-        ("Thread", "A thread. In a list, `error` is the code of a thread that can't be read."),
+        ("Message", "One version of a message. In a list, `error` is the error code of a version that can't be read."),
+        ("Thread", "A thread. In a list, `error` is the error code of a thread that can't be read."),
     ):
-        components[name]["description"] = f"{what} Times are Unix nanoseconds; a field that is empty is absent."
+        components[name]["description"] = f"{what} Times are Unix nanoseconds. An empty field is left out."
     error = {
         "type": "object",
-        "properties": {"error": {"type": "string", "description": "A sentence."}},
+        "properties": {"error": {"type": "string", "description": "What was wrong, as a sentence."}},
         "required": ["error"],
         "additionalProperties": False,
     }
@@ -161,7 +174,7 @@ def _operation(description: Description) -> dict[str, Any]:
         "tags": [description.tag],
         "summary": description.summary,
         "operationId": _operation_id(description.method, path),
-        "description": f"Who may call it: {_who(path, description.roles)}.",
+        "description": f"Allowed callers: {_who(path, description.roles)}.",
     }
     parameters = [_path_parameter(name, description) for name in _names_in(path)]
     parameters += [_parameter(parameter) for parameter in description.parameters]
@@ -169,11 +182,13 @@ def _operation(description: Description) -> dict[str, Any]:
         made["parameters"] = parameters
     if description.body is not None:
         made["requestBody"] = {
+            "description": _BODY_BOUND.format(limits.REQUEST_BYTES_MAX),
             "required": True,
             "content": {"application/json": {"schema": _body_schema(description.body)}},
         }
     if description.form is not None:
         made["requestBody"] = {
+            "description": _BODY_BOUND.format(limits.FORM_BYTES_MAX),
             "required": True,
             "content": {"application/x-www-form-urlencoded": {"schema": description.form}},
         }
@@ -187,12 +202,12 @@ def _operation(description: Description) -> dict[str, Any]:
 
 def _who(path: str, roles: frozenset[Role]) -> str:
     if is_open(path):
-        return "everybody, without a key"
+        return "everyone; no API key is needed"
     named = [role.value for role in Role if role in roles and role is not Role.UNAUTHENTICATED]
     if not for_users(path):
         named = [name for name in named if name != Role.FRONTEND]
-        return f"keys of {' and '.join(named)}"
-    return "backend and admin keys; front-end keys for a signed user"
+        return f"{' and '.join(named)} keys"
+    return "backend and admin keys, and front-end keys with a signed user"
 
 
 def _operation_id(method: str, path: str) -> str:
@@ -267,18 +282,20 @@ def error_texts(description: Description) -> dict[int, tuple[str, ...]]:
 
     add(400, "the header x-api-key is sent twice")
     add(403, FORBIDDEN)
-    add(429, RATE_LIMITED)
+    if path not in PROBE_PATHS:
+        add(429, RATE_LIMITED)
     add(500, INTERNAL)
     if not is_open(path):
         add(401, UNAUTHORIZED, *((MISSING_SIGNATURE, INVALID_SIGNATURE) if for_users(path) else ()))
     if "disk" in description.needs:
         add(503, "the store's disk is not available now")
     if "key service" in description.needs:
-        add(503, "the key service is not available now")
+        add(503, "the key service is not available now", SEALED)
     if description.body is not None:
         if not any(sentence.startswith("invalid ") for sentence in found[400]):
             add(400, INVALID_JSON)
         add(413, TOO_LARGE)
+        add(503, BODIES_FULL)
     if description.form is not None or any(parameter.location == "query" for parameter in description.parameters):
         add(400, REPEATED_PARAMETER, INVALID_ENCODING)
     if for_users(path) and any(parameter.name == "author" for parameter in description.parameters):
@@ -288,14 +305,17 @@ def error_texts(description: Description) -> dict[int, tuple[str, ...]]:
 
 
 def _response(description: Description, status: int, schema: Schema | None) -> dict[str, Any]:
-    made: dict[str, Any] = {"description": _STATUS_TEXTS[status], "headers": _response_headers(status)}
+    made: dict[str, Any] = {
+        "description": _STATUS_TEXTS[status],
+        "headers": _response_headers(status, *description.headers),
+    }
     if schema is not None:
         made["content"] = {description.content_type: {"schema": schema}}
     return made
 
 
-def _response_headers(status: int) -> dict[str, Any]:
-    headers = (REQUEST_ID, _HEADERS[status]) if status in _HEADERS else (REQUEST_ID,)
+def _response_headers(status: int, *more: Parameter) -> dict[str, Any]:
+    headers = (REQUEST_ID, *((_HEADERS[status],) if status in _HEADERS else ()), *more)
     return {
         header.name: {"description": header.description, "required": header.required, "schema": header.schema}
         for header in headers

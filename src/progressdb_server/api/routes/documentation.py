@@ -1,8 +1,8 @@
-"""The API's documentation: `/openapi.yaml`, and `/docs/` for people.
+"""The API's documentation: `/openapi.yaml`, and `/docs/` for people; `/` leads to it.
 
-Owns: both responses and the page's style. The document and the page are made on the first request for them. Invariants:
-the page is made on the server and loads only its own style, from this server; its policy forbids the browser anything
-else. Neither needs a key: nothing in them is a secret.
+Owns: these responses and the page's style. The document and the page are made on the first request for them.
+Invariants: the page is made on the server and loads only its own style, from this server; its policy forbids the
+browser anything else. Neither needs a key: nothing in them is a secret.
 """
 
 from __future__ import annotations
@@ -25,10 +25,19 @@ def with_documentation(operations: tuple[Operation, ...]) -> tuple[Operation, ..
     own = (
         Operation(
             "GET",
+            "/",
+            documentation.root,
+            tag="documentation",
+            summary="A browser to the viewer, a program to this document",
+            status=303,
+            needs=NOTHING,
+        ),
+        Operation(
+            "GET",
             "/openapi.yaml",
             documentation.document,
             tag="documentation",
-            summary="This document",
+            summary="Read this document",
             response={"type": "object"},
             content_type=openapi.CONTENT_TYPE,
             needs=NOTHING,
@@ -38,7 +47,7 @@ def with_documentation(operations: tuple[Operation, ...]) -> tuple[Operation, ..
             "/docs",
             documentation.to_page,
             tag="documentation",
-            summary="To /docs/",
+            summary="Redirect to `/docs/`",
             status=308,
             needs=NOTHING,
         ),
@@ -47,7 +56,7 @@ def with_documentation(operations: tuple[Operation, ...]) -> tuple[Operation, ..
             "/docs/",
             documentation.page,
             tag="documentation",
-            summary="This document as a page",
+            summary="Read this document as a web page",
             response=TEXT,
             content_type="text/html",
             needs=NOTHING,
@@ -57,7 +66,7 @@ def with_documentation(operations: tuple[Operation, ...]) -> tuple[Operation, ..
             "/docs/style.css",
             documentation.style,
             tag="documentation",
-            summary="The page's style",
+            summary="The style sheet of the page",
             response=TEXT,
             content_type="text/css",
             needs=NOTHING,
@@ -70,6 +79,12 @@ def with_documentation(operations: tuple[Operation, ...]) -> tuple[Operation, ..
 class Documentation:
     def __init__(self) -> None:
         self.operations: tuple[Operation, ...] = ()
+
+    async def root(self, request: Request) -> Response:
+        """To /viewer/ if the request accepts `text/html`, else to /openapi.yaml."""
+        accepted = request.headers.get(b"accept", b"").lower()
+        place = "/viewer/" if b"text/html" in accepted else "/openapi.yaml"
+        return redirect(303, place, ((b"vary", b"accept"),))
 
     async def document(self, request: Request) -> Response:
         """OpenAPI 3.1 as YAML (RFC 9512)."""

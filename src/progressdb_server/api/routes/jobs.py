@@ -154,7 +154,7 @@ class JobHandlers:
         return json_response(view(self._job(request)))
 
     async def events(self, request: Request) -> EventStream:
-        """An event `job` after each change, until the job no longer runs."""
+        """An event `job` now and after each change, until the job no longer runs."""
         return EventStream(self._events(self._job(request).id))
 
     async def _events(self, job_id: str) -> AsyncIterator[bytes]:
@@ -188,13 +188,14 @@ class JobHandlers:
 _DURATION: Final[Schema] = {
     "type": "string",
     "pattern": "^([1-9][0-9]{0,8}[smhd])?$",
-    "description": "Such as `90d`, `12h`, `30m`, `45s`; empty: never.",
+    "description": "A duration such as `90d`, `12h`, `30m` or `45s`.",
 }
 _RATE: Final[Schema] = {
     "type": ["integer", "null"],
     "minimum": 0,
     "maximum": RECORDS_PER_SECOND_MAX,
-    "description": "0 is as fast as it goes; without it, the server's own bound.",
+    "description": "Records to re-encrypt per second. 0: no limit. Null or absent: the limit of the server's "
+    "configuration.",
 }
 _JOB: Final[Schema] = {
     "type": "object",
@@ -229,8 +230,8 @@ _SELECTIONS: Final[dict[str, Schema]] = {
 }
 _JOB_NOT_FOUND: Final = {404: ("job not found",)}
 _UNFINISHED: Final = "a job on this thread is unfinished"
-_SWITCHING: Final = "the thread's key is just being switched: try again in a moment"
-_RESTORING: Final = "the thread is being worked on: try again in a moment"
+_SWITCHING: Final = "the job is switching the thread's key: try again in a moment"
+_RESTORING: Final = "another operation is running on this thread: try again in a moment"
 _TOO_MANY_JOBS: Final = "too many jobs are unfinished: wait for some of them"
 _JOB_ID: Final = "job-01764000000000000000-0a1b2c3d"
 
@@ -252,7 +253,7 @@ def operations(service: Jobs) -> tuple[Operation, ...]:
             jobs.rotate_one,
             roles=ADMINS,
             tag="operators",
-            summary="Give a thread a new key and re-encrypt its records in a background job",
+            summary="Rotate a thread's key: create a new key, and re-encrypt the records in a background job",
             response=object_of(job_id=TEXT, new_key=TEXT, status=TEXT),
             status=202,
             other_responses={200: object_of(new_key=TEXT, status={"const": "ok"})},
@@ -266,14 +267,14 @@ def operations(service: Jobs) -> tuple[Operation, ...]:
                 ("thread_id",),
             ),
             parameters=(
-                Parameter("wait", SWITCH, "Answer 200 when the job is over, instead of 202 when it has begun."),
+                Parameter("wait", SWITCH, "Respond with 200 at the end of the job instead of with 202 at its start."),
             ),
             errors={
                 400: (INVALID_REQUEST, THREAD_ID_MISSING, INVALID_WAIT),
                 404: (THREAD_NOT_FOUND,),
                 409: (_RESTORING, f"the job {_JOB_ID} is cancelled"),
                 500: (f"the job {_JOB_ID} is failed: 7 records could not be re-encrypted",),
-                503: (_TOO_MANY_JOBS, "the server is shutting down; the job goes on after its next start"),
+                503: (_TOO_MANY_JOBS, "the server is shutting down; the job continues after the next start"),
             },
             needs=DISK,
         ),
@@ -283,7 +284,7 @@ def operations(service: Jobs) -> tuple[Operation, ...]:
             jobs.rotate_many,
             roles=ADMINS,
             tag="operators",
-            summary="Queue the rotation of many threads' keys",
+            summary="Queue key rotations of many threads",
             response=object_of(count=INTEGER, job_ids={"type": "array", "items": TEXT, "maxItems": JOBS_NAMED_MAX}),
             status=202,
             body=JsonBody(
@@ -303,7 +304,7 @@ def operations(service: Jobs) -> tuple[Operation, ...]:
                 400: (INVALID_REQUEST, TOO_MANY_THREADS),
                 404: (THREAD_NOT_FOUND,),
                 409: (_RESTORING,),
-                503: (_TOO_MANY_JOBS, "the key service does not list its keys now"),
+                503: (_TOO_MANY_JOBS, "the key service can't list its keys now"),
             },
             needs=DISK,
         ),
@@ -313,9 +314,9 @@ def operations(service: Jobs) -> tuple[Operation, ...]:
             jobs.jobs,
             roles=ADMINS,
             tag="operators",
-            summary="All jobs, newest first",
+            summary="List all jobs, newest first",
             response=list_of("jobs", _JOB),
-            parameters=(Parameter("status", TEXT, "Only those in this state."),),
+            parameters=(Parameter("status", TEXT, "Only jobs in this state."),),
             needs=DISK,
         ),
         Operation(
@@ -324,7 +325,7 @@ def operations(service: Jobs) -> tuple[Operation, ...]:
             jobs.with_backups,
             roles=ADMINS,
             tag="operators",
-            summary="The jobs that have left backups, newest first",
+            summary="List the jobs that have backups of records, newest first",
             response=list_of("jobs", _JOB),
             needs=DISK,
         ),
@@ -334,7 +335,7 @@ def operations(service: Jobs) -> tuple[Operation, ...]:
             jobs.read,
             roles=ADMINS,
             tag="operators",
-            summary="A job",
+            summary="Read a job",
             response=_JOB,
             errors=_JOB_NOT_FOUND,
             needs=DISK,
@@ -345,7 +346,7 @@ def operations(service: Jobs) -> tuple[Operation, ...]:
             jobs.events,
             roles=ADMINS,
             tag="operators",
-            summary="Server-sent events: `job` after each change, until nobody works on it any more",
+            summary="Follow a job: a server-sent event `job` now and after each change, until the job no longer runs",
             response=TEXT,
             content_type="text/event-stream",
             errors=_JOB_NOT_FOUND,
@@ -361,7 +362,7 @@ def operations(service: Jobs) -> tuple[Operation, ...]:
         _control(
             "/admin/jobs/{job}/resume",
             jobs.resume,
-            "Resume a job that is paused or has failed",
+            "Resume a paused or failed job",
             "a job that is done can't be resumed",
             "another job works on this thread",
             "the job's backups were restored: rotate the thread's key again",
@@ -370,7 +371,7 @@ def operations(service: Jobs) -> tuple[Operation, ...]:
         _control(
             "/admin/jobs/{job}/cancel",
             jobs.cancel,
-            "End a job where it is; what is re-encrypted stays",
+            "Cancel a job. Records that it has re-encrypted stay under the new key",
             "a job that is done can't be cancelled",
             _SWITCHING,
         ),
@@ -380,7 +381,7 @@ def operations(service: Jobs) -> tuple[Operation, ...]:
             jobs.restore,
             roles=ADMINS,
             tag="operators",
-            summary="Put back the records that a job has re-encrypted",
+            summary="Restore the records that a job has re-encrypted from the job's backups",
             response=object_of(job_id=TEXT, restored=INTEGER, kept=INTEGER),
             errors={**_JOB_NOT_FOUND, 409: (_UNFINISHED, "the key of these backups was destroyed")},
             needs=DISK,
@@ -391,7 +392,7 @@ def operations(service: Jobs) -> tuple[Operation, ...]:
             jobs.drop_backups,
             roles=ADMINS,
             tag="operators",
-            summary="Remove the backups that a job has left",
+            summary="Remove the backups of a job",
             response=object_of(job_id=TEXT, removed=INTEGER),
             errors={**_JOB_NOT_FOUND, 409: (_UNFINISHED,)},
             needs=DISK,

@@ -2,8 +2,10 @@
 
 Owns: the JSON of messages and reactions as clients send it, who may read a message, and who may change one. Invariants:
 - Ids and times are never taken from a client. Within a thread's routes, the path names the thread and not the body.
-- A signed user reads only threads in which it takes part, and reacts only as itself.
+- A signed user reads and writes only in threads of which it is a member (`store.membership`). With a front-end key it
+  reacts only as itself; a backend or admin key acts for anyone.
 - A deleted message keeps its thread and author. Every change, also of a reaction, appends a version.
+- Lists show a message or version that can't be read with the code of the reason, and go on.
 - A malformed limit, cursor or switch is a 400, never a default.
 """
 
@@ -21,13 +23,15 @@ from progressdb_server.api.http.errors import (
     AUTHOR_TOO_LONG,
     INVALID_IDEMPOTENCY_KEY,
     OTHER_AUTHOR_IN_BODY,
+    ApiError,
+    Header,
     bad_request,
     forbidden,
     not_found,
     too_large,
 )
 from progressdb_server.api.http.request import Request, decode_json
-from progressdb_server.api.http.response import NO_CONTENT, JsonList, Response, encode_json, json_response
+from progressdb_server.api.http.response import NO_CONTENT, AnyResponse, JsonList, Response, encode_json, json_response
 from progressdb_server.api.openapi.description import (
     AUTHOR,
     CALLER,
@@ -45,51 +49,52 @@ from progressdb_server.api.openapi.description import (
     texts,
 )
 from progressdb_server.api.routes.errors import (
+    AMBIGUOUS_TIME,
     AUTHOR_NOT_IN_THREAD,
     IDEMPOTENCY_CONFLICT,
     INVALID_THREAD_ID,
     MESSAGE_NOT_FOUND,
+    NOT_A_MEMBER,
     NOT_THE_AUTHOR,
     THREAD_DELETED,
+    THREAD_KEY_DESTROYED,
     THREAD_NOT_FOUND,
+    TOO_MANY_MEMBERS,
+    TOO_MANY_REACTIONS,
+    TOO_MANY_VERSIONS,
 )
 from progressdb_server.api.routes.table import THREAD_MESSAGES, Operation
-from progressdb_server.store.model import ConversationStore, Message, NewMessage
+from progressdb_server.store.model import (
+    RECORD_MISSING,
+    ConversationStore,
+    MessageNotFoundError,
+    NewMessage,
+)
 
 INVALID_LIMIT: Final = "limit must be a whole number that is not negative"
 BODY_REQUIRED: Final = "body is required"
 ROLE_TOO_LONG: Final = "role too long"
 INVALID_REPLY_TO: Final = "reply_to is not a message id"
-TOO_MANY_REACTIONS: Final = "too many reactions"
+INVALID_VERSION: Final = "before must be the ts of a version, or the older of a page of versions"
 THREAD_PARAMETER_MISSING: Final = "missing thread query parameter"
 OTHER_REACTION_ID: Final = "author mismatch between signature and reaction id"
 REACTION_INCOMPLETE: Final = "missing id or reaction"
 REACTION_TOO_LONG: Final = "reaction too long"
 
+_REVALIDATED: Final = (b"cache-control", b"private, no-cache")
+"""A list is for one caller, and no cache gives it away without asking whether the caller may still read it."""
 _LIMIT_MAX: Final = 2**62
 """No thread has as many messages, so a larger limit gives the same list."""
 
 
 # --- who may read -----------------------------------------------------------------------------------------------
 async def check_reader(store: ConversationStore, request: Request, thread_id: str) -> None:
-    """Raises ApiError 403 if a signed user does not take part in the thread.
+    """Raises AuthorNotInThreadError, NotAMemberError if a signed user is not a member of the thread.
 
     An unsigned backend or admin reads anything.
     """
     if request.user is not None:
-        await check_takes_part(store, request.user, thread_id)
-
-
-async def check_takes_part(store: ConversationStore, author: str, thread_id: str) -> None:
-    """Raises ApiError 403 unless the author owns the thread or has written in it."""
-    if not await store.may_read_thread(thread_id, author):
-        raise forbidden(AUTHOR_NOT_IN_THREAD)
-
-
-async def check_message_reader(store: ConversationStore, request: Request, message: Message) -> None:
-    """As `check_reader`, for the thread of one message. The author of the message may always read it."""
-    if request.user is not None and request.user != message.author:
-        await check_takes_part(store, request.user, message.thread)
+        await store.check_reader(thread_id, request.user)
 
 
 # --- lists ------------------------------------------------------------------------------------------------------
@@ -145,12 +150,19 @@ def _not_a_switch(name: str) -> str:
     return f"{name} must be true or false"
 
 
-def list_of_messages(store: ConversationStore, thread_id: str, page: Page) -> JsonList:
-    """`{"thread", "messages": []}`, in the order of creation."""
+async def list_of_messages(store: ConversationStore, request: Request, thread_id: str, page: Page) -> AnyResponse:
+    """`{"thread", "messages": []}`, in the order of creation; 304 if the caller has this list, as `If-None-Match` says.
+    The caller may read the thread."""
+    limit, before, after, include_deleted = page.limit, page.before, page.after, page.include_deleted
+    tag = store.list_tag(thread_id, limit=limit, before=before, after=after, include_deleted=include_deleted)
+    headers: tuple[Header, ...] = ((b"etag", b'W/"%b"' % tag.encode()), _REVALIDATED)
+    held = request.headers.get(head.IF_NONE_MATCH)
+    if held is not None and head.names_tag(held, tag.encode()) and await store.list_unchanged(thread_id, tag):
+        return Response(304, content_type=None, headers=headers)
     chunks = store.list_messages(
-        thread_id, limit=page.limit, before=page.before, after=page.after, include_deleted=page.include_deleted
+        thread_id, limit=limit, before=before, after=after, include_deleted=include_deleted, tag=tag
     )
-    return JsonList(b'{"thread":' + encode_json(thread_id) + b',"messages":[', chunks)
+    return JsonList(b'{"thread":' + encode_json(thread_id) + b',"messages":[', chunks, headers=headers)
 
 
 # --- what clients send ------------------------------------------------------------------------------------------
@@ -198,8 +210,9 @@ async def _received(request: Request) -> MessageBody:
 
 
 def checked_identity(request: Request, identity: str) -> str:
-    """The identity that reacts. Raises ApiError 403 if a signed user reacts as another, 400 if it cannot be stored."""
-    if request.user is not None and identity != request.user:
+    """The identity that reacts. Raises ApiError 403 if a front-end key's user reacts as another, 400 if it cannot be
+    stored."""
+    if request.acting_user is not None and identity != request.acting_user:
         raise forbidden(OTHER_REACTION_ID)
     return checked_author(identity)
 
@@ -255,13 +268,14 @@ class MessageHandlers:
             body=sent.body,
             reply_to=sent.reply_to or "",
             reactions=_reactions(request, sent),
+            as_member=request.acting_user is not None,
         )
         message = await self._store.create_message(
             new, idempotency=request.idempotency(author), request_id=request.request_id
         )
         return json_response(message)
 
-    async def list_by_query(self, request: Request) -> JsonList:
+    async def list_by_query(self, request: Request) -> AnyResponse:
         """List the messages of the thread in the parameter `thread`. A signed user must take part in the thread.
 
         Only admins read a deleted thread.
@@ -276,19 +290,18 @@ class MessageHandlers:
         await check_reader(self._store, request, thread_id)
         if request.principal.role is not Role.ADMIN and await self._store.thread_deleted(thread_id):
             raise not_found(THREAD_NOT_FOUND)
-        return list_of_messages(self._store, thread_id, page)
+        return await list_of_messages(self._store, request, thread_id, page)
 
-    async def list_in_thread(self, request: Request) -> JsonList:
+    async def list_in_thread(self, request: Request) -> AnyResponse:
         """The author must take part in the thread, whether signed or not."""
         thread_id = request.id_from_path("thread", THREAD_NOT_FOUND)
         author = request.required_author()
         page = read_page(request.query_params)
-        thread = await self._store.get_thread(thread_id)
-        if thread.deleted:
+        (thread,) = await self._store.listed_threads([thread_id], opened=False)
+        if thread.deleted or thread.error == RECORD_MISSING:
             raise not_found(THREAD_NOT_FOUND)
-        if thread.author != author:
-            await check_takes_part(self._store, author, thread_id)
-        return list_of_messages(self._store, thread_id, page)
+        await self._store.check_reader(thread_id, author)
+        return await list_of_messages(self._store, request, thread_id, page)
 
     async def read(self, request: Request) -> Response:
         """The latest version, also of a deleted message."""
@@ -298,7 +311,7 @@ class MessageHandlers:
         else:
             request.required_author()
         message = await self._store.get_message(request.id_from_path("message", MESSAGE_NOT_FOUND), thread_id=thread_id)
-        await check_message_reader(self._store, request, message)
+        await check_reader(self._store, request, message.thread)
         return json_response(message)
 
     async def update(self, request: Request) -> Response:
@@ -316,6 +329,7 @@ class MessageHandlers:
             role=sent.role or None,
             reply_to=sent.reply_to,
             thread_id=thread_id,
+            member=request.acting_user,
             request_id=request.request_id,
         )
         return json_response(message)
@@ -326,17 +340,30 @@ class MessageHandlers:
         thread_id = self._thread(request)
         author = request.required_author()
         acts_as = None if request.principal.role is Role.ADMIN and request.user is None else author
-        await self._store.delete_message(message_id, author=acts_as, thread_id=thread_id, request_id=request.request_id)
+        await self._store.delete_message(
+            message_id,
+            author=acts_as,
+            thread_id=thread_id,
+            member=request.acting_user,
+            request_id=request.request_id,
+        )
         return NO_CONTENT
 
-    async def versions(self, request: Request) -> Response:
-        """Oldest first; an empty list for an unknown id."""
+    async def versions(self, request: Request) -> AnyResponse:
+        """Oldest first; an empty list for an unknown id. `older` is sent if there are versions before the page."""
         request.author()
+        limit, before = _limit(request.query_params.get("limit")), request.query_params.get("before")
+        if before is not None and not limits.VERSION_PATTERN.fullmatch(before):
+            raise bad_request(INVALID_VERSION)
         message_id = request.path_params["message"]
-        found = await self._store.message_versions(message_id) if limits.ID_PATTERN.fullmatch(message_id) else []
-        if found:
-            await check_message_reader(self._store, request, found[-1])
-        return json_response({"id": message_id, "versions": found})
+        try:
+            latest = await self._store.latest_version(request.id_from_path("message", MESSAGE_NOT_FOUND))
+        except (ApiError, MessageNotFoundError):
+            return json_response({"id": message_id, "versions": []})
+        await check_reader(self._store, request, latest.thread)
+        found = await self._store.message_versions(message_id, limit=limit, before=before)
+        suffix = b'],"older":' + encode_json(found.older) + b"}" if found.older else b"]}"
+        return JsonList(b'{"id":' + encode_json(message_id) + b',"versions":[', found.chunks, suffix)
 
     def _thread(self, request: Request) -> str | None:
         """The thread in the path; None for a path without one."""
@@ -347,15 +374,10 @@ class ReactionHandlers:
     def __init__(self, store: ConversationStore) -> None:
         self._store = store
 
-    async def _readable(self, request: Request) -> Message:
-        """The message of the path, if the caller may read it. Raises ApiError 403, MessageNotFoundError."""
+    async def list(self, request: Request) -> Response:
         request.author()
         message = await self._store.get_message(request.id_from_path("message", MESSAGE_NOT_FOUND))
-        await check_message_reader(self._store, request, message)
-        return message
-
-    async def list(self, request: Request) -> Response:
-        message = await self._readable(request)
+        await check_reader(self._store, request, message.thread)
         listed = [{"id": by, "reaction": value} for by, value in message.reactions.items()]
         return json_response({"id": message.id, "reactions": listed})
 
@@ -367,20 +389,34 @@ class ReactionHandlers:
             raise bad_request(REACTION_INCOMPLETE)
         checked_identity(request, by)
         checked_reaction(sent.reaction)
-        message = await self._readable(request)
-        changed = await self._store.set_reaction(message.id, by, sent.reaction, request_id=request.request_id)
+        request.author()
+        changed = await self._store.set_reaction(
+            request.id_from_path("message", MESSAGE_NOT_FOUND),
+            by,
+            sent.reaction,
+            member=request.acting_user,
+            request_id=request.request_id,
+        )
         return json_response(changed)
 
     async def remove(self, request: Request) -> Response:
         """Succeeds also if there is no such reaction."""
         by = checked_identity(request, request.path_params["identity"])
-        message = await self._readable(request)
-        await self._store.remove_reaction(message.id, by, request_id=request.request_id)
+        request.author()
+        await self._store.remove_reaction(
+            request.id_from_path("message", MESSAGE_NOT_FOUND),
+            by,
+            member=request.acting_user,
+            request_id=request.request_id,
+        )
         return NO_CONTENT
 
 
 # --- operations -------------------------------------------------------------------------------------------------
-_REQUIRED_BODY: Final[Schema] = {"not": {"type": "null"}, "description": "Any JSON but null."}
+_REQUIRED_BODY: Final[Schema] = {
+    "not": {"type": "null"},
+    "description": f"Any JSON value except null, of at most {limits.REQUEST_BYTES_MAX} bytes as the server encodes it.",
+}
 _ID_OR_EMPTY: Final[Schema] = {"type": ["string", "null"], "pattern": "^[A-Za-z0-9._-]{0,128}$"}
 _REACTIONS: Final[Schema] = {
     "type": ["object", "null"],
@@ -396,19 +432,42 @@ _MESSAGE: Final[dict[str, Schema]] = {
     "reply_to": _ID_OR_EMPTY,
     "reactions": _REACTIONS,
 }
-_NAMED_BY_PATH: Final[Schema] = {"type": ["string", "null"], "description": "Ignored: the path names the thread."}
+_NAMED_BY_PATH: Final[Schema] = {"type": ["string", "null"], "description": "Ignored. The path names the thread."}
 _NOT_CHANGED: Final[Schema] = {"type": ["object", "null"], "additionalProperties": {"type": "string"}}
+_LIMIT: Final = Parameter("limit", {"type": "integer", "minimum": 0}, "Only the most recent so many; without it, all.")
 _PAGE: Final = (
-    Parameter("limit", {"type": "integer", "minimum": 0}, "Only the most recent so many; without it, all."),
-    Parameter("before", ID, "A message id: only what was created before it."),
-    Parameter("after", ID, "A message id: only what was created after it."),
-    Parameter("include_deleted", SWITCH, "Deleted messages too."),
+    _LIMIT,
+    Parameter("before", ID, "A message id. Only messages created before that message."),
+    Parameter("after", ID, "A message id. Only messages created after that message."),
+    Parameter("include_deleted", SWITCH, "Include deleted messages."),
+)
+_LIST_HEADERS: Final = (
+    Parameter(
+        "ETag",
+        {"type": "string"},
+        "For `If-None-Match`. It counts until the server is restarted.",
+        "header",
+        required=True,
+    ),
+)
+_HELD: Final = Parameter(
+    "If-None-Match",
+    {"type": "string"},
+    "The `ETag` of an earlier response to the same request. If the list has not changed, the response is 304.",
+    "header",
 )
 _PAGE_ERRORS: Final = (INVALID_LIMIT, _not_a_message_id("before"), _not_a_switch("include_deleted"))
 _MESSAGE_ERRORS: Final = (AUTHOR_REQUIRED, BODY_REQUIRED, ROLE_TOO_LONG, INVALID_REPLY_TO)
 _NEW_MESSAGE_ERRORS: Final = (*_MESSAGE_ERRORS, TOO_MANY_REACTIONS, REACTION_TOO_LONG, INVALID_IDEMPOTENCY_KEY)
-_READ_ERRORS: Final = {403: (AUTHOR_NOT_IN_THREAD,), 404: (MESSAGE_NOT_FOUND,)}
+_NOT_A_READER: Final = (AUTHOR_NOT_IN_THREAD, NOT_A_MEMBER)
+_READ_ERRORS: Final = {403: _NOT_A_READER, 404: (MESSAGE_NOT_FOUND,)}
 _MESSAGE_LIST: Final = list_of("messages", ref("Message"), thread=ID)
+_VERSION: Final[Schema] = {"type": "string", "pattern": f"^{limits.VERSION_PATTERN.pattern}$"}
+_VERSION_LIST: Final = list_of("versions", ref("Message"), id=TEXT)
+_VERSION_LIST["properties"]["older"] = {
+    **_VERSION,
+    "description": "With `limit`, if there are older versions: `before` of the next page.",
+}
 _REACTION_LIST: Final = list_of("reactions", texts("id", "reaction"), id=ID)
 _MESSAGE_ID: Final[dict[str, Schema]] = {"message": ID}
 
@@ -422,13 +481,15 @@ def operations(store: ConversationStore) -> tuple[Operation, ...]:
             "/v1/messages",
             messages.list_by_query,
             tag="messages",
-            summary="The messages of a thread in order of creation, the latest version of each; those of a deleted "
-            "thread for admins only",
+            summary="List the latest version of each message of a thread, in order of creation. Only an admin key "
+            "lists a deleted thread",
             response=_MESSAGE_LIST,
-            parameters=(Parameter("thread", ID, "The thread.", required=True), *CALLER, *_PAGE),
+            other_responses={304: None},
+            headers=_LIST_HEADERS,
+            parameters=(Parameter("thread", ID, "The thread.", required=True), *CALLER, *_PAGE, _HELD),
             errors={
                 400: (THREAD_PARAMETER_MISSING, INVALID_THREAD_ID, *_PAGE_ERRORS),
-                403: (AUTHOR_NOT_IN_THREAD,),
+                403: _NOT_A_READER,
                 404: (THREAD_NOT_FOUND, MESSAGE_NOT_FOUND),
             },
         ),
@@ -437,15 +498,15 @@ def operations(store: ConversationStore) -> tuple[Operation, ...]:
             "/v1/messages",
             messages.create,
             tag="messages",
-            summary="Append a message; durable when answered. A thread is made where none is named or the "
-            "named one is new",
+            summary="Append a message. It is durable before the response. Without `thread`, or with an unknown "
+            "thread id, this creates the thread. A signed user must be a member of a thread that exists",
             response=ref("Message"),
             body=JsonBody(MessageBody, _MESSAGE, ("body",)),
             parameters=(*CALLER, IDEMPOTENCY),
             errors={
                 400: (*_NEW_MESSAGE_ERRORS, INVALID_THREAD_ID),
-                403: (THREAD_DELETED, OTHER_AUTHOR_IN_BODY, OTHER_REACTION_ID),
-                409: (IDEMPOTENCY_CONFLICT,),
+                403: (THREAD_DELETED, NOT_A_MEMBER, OTHER_AUTHOR_IN_BODY, OTHER_REACTION_ID),
+                409: (IDEMPOTENCY_CONFLICT, TOO_MANY_MEMBERS, THREAD_KEY_DESTROYED),
             },
         ),
         *_one_message("/v1/messages/{message}", messages, _MESSAGE_ID),
@@ -454,17 +515,25 @@ def operations(store: ConversationStore) -> tuple[Operation, ...]:
             "/v1/messages/{message}/versions",
             messages.versions,
             tag="messages",
-            summary="All versions of a message, oldest first; none for an unknown id",
-            response=list_of("versions", ref("Message"), id=TEXT),
-            parameters=CALLER,
-            errors={403: (AUTHOR_NOT_IN_THREAD,)},
+            summary="List the versions of a message, oldest first. The list is empty for an unknown id",
+            response=_VERSION_LIST,
+            parameters=(
+                *CALLER,
+                _LIMIT,
+                Parameter(
+                    "before",
+                    _VERSION,
+                    "Only versions before this one: `older` of a page, or a `ts` that one version has.",
+                ),
+            ),
+            errors={400: (INVALID_LIMIT, INVALID_VERSION, AMBIGUOUS_TIME), 403: _NOT_A_READER},
         ),
         Operation(
             "GET",
             "/v1/messages/{message}/reactions",
             reactions.list,
             tag="reactions",
-            summary="The reactions to a message",
+            summary="List the reactions to a message",
             response=_REACTION_LIST,
             parameters=CALLER,
             path_schemas=_MESSAGE_ID,
@@ -475,7 +544,7 @@ def operations(store: ConversationStore) -> tuple[Operation, ...]:
             "/v1/messages/{message}/reactions",
             reactions.set,
             tag="reactions",
-            summary="Set one identity's reaction; answers the message",
+            summary="Set the reaction of one identity. The response is the message",
             response=ref("Message"),
             body=JsonBody(
                 ReactionBody,
@@ -484,13 +553,14 @@ def operations(store: ConversationStore) -> tuple[Operation, ...]:
             ),
             parameters=(
                 *CALLER,
-                Parameter("X-Identity", AUTHOR, "Whom the reaction is by, where the body does not say.", "header"),
+                Parameter("X-Identity", AUTHOR, "The identity that reacts, if the body has no `id`.", "header"),
             ),
             path_schemas=_MESSAGE_ID,
             errors={
                 400: (REACTION_INCOMPLETE, REACTION_TOO_LONG),
-                403: (OTHER_REACTION_ID, AUTHOR_NOT_IN_THREAD),
+                403: (OTHER_REACTION_ID, *_NOT_A_READER),
                 404: (MESSAGE_NOT_FOUND,),
+                409: (TOO_MANY_VERSIONS, TOO_MANY_REACTIONS, THREAD_KEY_DESTROYED),
             },
         ),
         Operation(
@@ -498,14 +568,15 @@ def operations(store: ConversationStore) -> tuple[Operation, ...]:
             "/v1/messages/{message}/reactions/{identity}",
             reactions.remove,
             tag="reactions",
-            summary="Remove one identity's reaction, also when there is none",
+            summary="Remove the reaction of one identity. Succeeds if there is none",
             status=204,
             parameters=CALLER,
             path_schemas={**_MESSAGE_ID, "identity": AUTHOR},
             errors={
                 400: (AUTHOR_TOO_LONG,),
-                403: (OTHER_REACTION_ID, AUTHOR_NOT_IN_THREAD),
+                403: (OTHER_REACTION_ID, *_NOT_A_READER),
                 404: (MESSAGE_NOT_FOUND,),
+                409: (THREAD_KEY_DESTROYED,),
             },
         ),
     )
@@ -520,13 +591,15 @@ def thread_operations(store: ConversationStore) -> tuple[Operation, ...]:
             THREAD_MESSAGES,
             messages.list_in_thread,
             tag="messages",
-            summary="The messages of this thread, for those who take part in it",
+            summary="List the messages of a thread. The author must own the thread or have written in it",
             response=_MESSAGE_LIST,
-            parameters=(*CALLER, *_PAGE),
+            other_responses={304: None},
+            headers=_LIST_HEADERS,
+            parameters=(*CALLER, *_PAGE, _HELD),
             path_schemas={"thread": ID},
             errors={
                 400: (AUTHOR_REQUIRED, *_PAGE_ERRORS),
-                403: (AUTHOR_NOT_IN_THREAD,),
+                403: _NOT_A_READER,
                 404: (THREAD_NOT_FOUND, MESSAGE_NOT_FOUND),
             },
         ),
@@ -535,16 +608,16 @@ def thread_operations(store: ConversationStore) -> tuple[Operation, ...]:
             THREAD_MESSAGES,
             messages.create_in_thread,
             tag="messages",
-            summary="Append a message to this thread; durable when answered",
+            summary="Append a message to a thread. It is durable before the response. A signed user must be a member",
             response=ref("Message"),
             body=JsonBody(MessageBody, {**_MESSAGE, "thread": _NAMED_BY_PATH}, ("body",)),
             parameters=(*CALLER, IDEMPOTENCY),
             path_schemas={"thread": ID},
             errors={
                 400: _NEW_MESSAGE_ERRORS,
-                403: (THREAD_DELETED, OTHER_AUTHOR_IN_BODY, OTHER_REACTION_ID),
+                403: (THREAD_DELETED, NOT_A_MEMBER, OTHER_AUTHOR_IN_BODY, OTHER_REACTION_ID),
                 404: (THREAD_NOT_FOUND,),
-                409: (IDEMPOTENCY_CONFLICT,),
+                409: (IDEMPOTENCY_CONFLICT, TOO_MANY_MEMBERS, THREAD_KEY_DESTROYED),
             },
         ),
         *_one_message(f"{THREAD_MESSAGES}/{{message}}", messages, {"thread": ID, **_MESSAGE_ID}),
@@ -558,7 +631,7 @@ def _one_message(path: str, messages: MessageHandlers, path_schemas: dict[str, S
             path,
             messages.read,
             tag="messages",
-            summary="The latest version of a message, also of a deleted one",
+            summary="Read the latest version of a message, even if it is deleted",
             response=ref("Message"),
             parameters=CALLER,
             path_schemas=path_schemas,
@@ -569,22 +642,32 @@ def _one_message(path: str, messages: MessageHandlers, path_schemas: dict[str, S
             path,
             messages.update,
             tag="messages",
-            summary="Append a version of a message",
+            summary="Change a message: append a new version",
             response=ref("Message"),
             body=JsonBody(MessageBody, {**_MESSAGE, "thread": _NAMED_BY_PATH, "reactions": _NOT_CHANGED}, ("body",)),
             parameters=CALLER,
             path_schemas=path_schemas,
-            errors={400: _MESSAGE_ERRORS, 403: (OTHER_AUTHOR_IN_BODY, NOT_THE_AUTHOR), 404: (MESSAGE_NOT_FOUND,)},
+            errors={
+                400: _MESSAGE_ERRORS,
+                403: (OTHER_AUTHOR_IN_BODY, NOT_THE_AUTHOR, NOT_A_MEMBER),
+                404: (MESSAGE_NOT_FOUND,),
+                409: (TOO_MANY_VERSIONS, THREAD_KEY_DESTROYED),
+            },
         ),
         Operation(
             "DELETE",
             path,
             messages.delete,
             tag="messages",
-            summary="Append a tombstone; an unsigned admin may delete anybody's message",
+            summary="Delete a message: append a tombstone. An admin key without a signed user deletes any message",
             status=204,
             parameters=CALLER,
             path_schemas=path_schemas,
-            errors={400: (AUTHOR_REQUIRED,), 403: (NOT_THE_AUTHOR,), 404: (MESSAGE_NOT_FOUND,)},
+            errors={
+                400: (AUTHOR_REQUIRED,),
+                403: (NOT_THE_AUTHOR, NOT_A_MEMBER),
+                404: (MESSAGE_NOT_FOUND,),
+                409: (THREAD_KEY_DESTROYED,),
+            },
         ),
     )

@@ -105,7 +105,7 @@ class ApiMetrics(Collector):
                 self.page,
                 roles=OPERATORS,
                 tag="operators",
-                summary="Metrics in the text format of Prometheus (docs/metrics.md)",
+                summary="Read the metrics in the text format of Prometheus",
                 response=TEXT,
                 content_type="text/plain",
                 needs=NOTHING,

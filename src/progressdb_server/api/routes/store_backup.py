@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-import structlog
 
+from minikms.logs import structlog
 from progressdb_server.api.http.access import ADMINS
 from progressdb_server.api.http.errors import bad_request
 from progressdb_server.api.http.request import Request
@@ -101,7 +101,7 @@ def operations(store: BackupRegister, directory: Path) -> tuple[Operation, ...]:
             backups.create,
             roles=ADMINS,
             tag="operators",
-            summary="Back up the store beside running writes; back up the key service after it",
+            summary="Back up the store while the server runs. Back up the key service after it, not before",
             response=object_of(name=TEXT, files=INTEGER, bytes=INTEGER),
             body=JsonBody(BackupBody, {"name": {"type": "string", "pattern": f"^{NAME.pattern}$"}}),
             errors={
@@ -117,14 +117,14 @@ def operations(store: BackupRegister, directory: Path) -> tuple[Operation, ...]:
             backups.list_registered,
             roles=ADMINS,
             tag="operators",
-            summary="The store's backups that count when an old key is to be destroyed, oldest first",
+            summary="List the registered backups of the store, oldest first. The keys that they need are not destroyed",
             response=list_of(
                 "backups",
                 object_of(
                     name=TEXT,
                     path=TEXT,
                     created_ns=INTEGER,
-                    gone={"type": "boolean", "description": "Nothing is found at its path."},
+                    gone={"type": "boolean", "description": "Whether no file exists at the path."},
                 ),
             ),
             needs=DISK,
@@ -135,7 +135,8 @@ def operations(store: BackupRegister, directory: Path) -> tuple[Operation, ...]:
             backups.forget,
             roles=ADMINS,
             tag="operators",
-            summary="Forget a backup that was deleted, with every copy of it: it keeps no old key any more",
+            summary="Remove a backup from the register. Delete the backup and all its copies first, because "
+            "the server may then destroy keys that only they need",
             response=object_of(name=TEXT, forgotten=INTEGER),
             errors={404: (BACKUP_NOT_FOUND,), 409: (BACKUP_STILL_THERE,)},
             needs=DISK,

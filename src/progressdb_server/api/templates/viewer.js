@@ -1,4 +1,4 @@
-// Keeps the table of jobs up to date while one of them works. Without this script the page is reloaded by hand.
+// Updates the table of jobs each second. Without this script, reload the page to see changes.
 "use strict";
 (() => {
   const rows = document.getElementById("jobs");
@@ -11,10 +11,10 @@
         const page = new DOMParser().parseFromString(await answer.text(), "text/html");
         rows.replaceChildren(...page.body.childNodes);
         const working = rows.querySelectorAll("[data-working]").length;
-        document.getElementById("live").textContent = working ? `${working} unfinished` : "No job is unfinished.";
+        document.getElementById("live").textContent = working ? `Unfinished jobs: ${working}. This page updates itself.` : "All jobs are finished.";
       }
     } catch {
-      return; // logged out, or the server has gone: leave what is there
+      return; // the session has ended or the server is down: keep the last table
     }
     setTimeout(refresh, every);
   };

@@ -2,18 +2,19 @@
 
 Owns: the pages of threads and messages, and which keys protect a record. Invariants: the cost of a page does not depend
 on the size of its thread: at most `PAGE_THREADS`, `PAGE_MESSAGES` or `VERSIONS_MAX` records are decrypted. The key of a
-record is read from the record itself and not from the thread's metadata. It must never write.
+record is read from the record itself and not from the thread's metadata. Without `opened`, a page shows what is stored
+in plaintext and does not ask the key service. It must never write.
 """
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from minikms import api
 from minikms.client import KmsError
 from progressdb_server.kms.provider import Provider, key_pages
-from progressdb_server.store.model import Message, Store, StoredVersion, Thread
+from progressdb_server.store.model import RECORD_MISSING, Message, Store, StoredVersion, Thread, ThreadNotFoundError
 
 PAGE_THREADS: Final = 50
 PAGE_MESSAGES: Final = 50
@@ -75,31 +76,38 @@ class Browser:
         self._store = store
         self._provider = provider
 
-    async def threads(self, *, author: str, id_prefix: str, cursor: str) -> ThreadPage:
+    async def threads(self, *, author: str, id_prefix: str, cursor: str, opened: bool = True) -> ThreadPage:
         """Threads, newest first. With `id_prefix`: the threads whose ids begin with it, in the order of ids."""
         ids, next_cursor = self._store.thread_page(
             author=author, id_prefix=id_prefix, cursor=cursor, limit=PAGE_THREADS
         )
-        threads = await self._store.listed_threads(ids)
+        threads = await self._store.listed_threads(ids, opened=opened)
         if id_prefix and author:
             threads = [thread for thread in threads if thread.author == author]
         return ThreadPage(threads, next_cursor)
 
-    async def messages(self, thread: str, *, before: str = "", after: str = "") -> MessagePage:
+    async def thread(self, thread_id: str, *, opened: bool = True) -> Thread:
+        """A thread that does not open has `error`. Raises ThreadNotFoundError."""
+        (thread,) = await self._store.listed_threads([thread_id], opened=opened)
+        if thread.error == RECORD_MISSING:
+            raise ThreadNotFoundError("thread not found")
+        return thread
+
+    async def messages(self, thread: str, *, before: str = "", after: str = "", opened: bool = True) -> MessagePage:
         """The newest messages, or those next to a message id. Raises MessageNotFoundError for a malformed id."""
         found, more = await self._store.message_page(
-            thread, before=before, after=after, limit=PAGE_MESSAGES, versions_max=VERSIONS_MAX
+            thread, before=before, after=after, limit=PAGE_MESSAGES, versions_max=VERSIONS_MAX, opened=opened
         )
         if not found:
             return MessagePage([], older=bool(after), newer=bool(before))
-        keys = await self._keys(thread)
+        keys = await self._keys(thread) if opened else _Keys({}, {})
         shown = [ShownMessage(version.message, version.versions, _protection(version, keys)) for version in found]
         return MessagePage(shown, older=bool(after) or more, newer=bool(before) or (bool(after) and more))
 
-    async def message(self, message: str) -> VersionPage:
+    async def message(self, message: str, *, opened: bool = True) -> VersionPage:
         """The newest versions of a message. Raises MessageNotFoundError."""
-        found, more = await self._store.version_page(message, VERSIONS_MAX)
-        keys = await self._keys(found[0].message.thread)
+        found, more = await self._store.version_page(message, VERSIONS_MAX, opened=opened)
+        keys = await self._keys(found[0].message.thread) if opened else _Keys({}, {})
         return VersionPage([(version.message, _protection(version, keys)) for version in found], more)
 
     # --- keys -----------------------------------------------------------------------------------------------------
@@ -113,10 +121,10 @@ class Browser:
                 pages += 1
                 if pages == KEY_PAGES_MAX:
                     break
-            status: dict[str, Any] = await self._provider.status()
+            status = await self._provider.status()
         except KmsError:
             return _Keys(deks, {})
-        return _Keys(deks, {kek["version"]: nanoseconds(kek["created_at"]) for kek in status.get("keks", ())})
+        return _Keys(deks, {kek.version: nanoseconds(kek.created_at) for kek in status.keks})
 
 
 def _protection(version: StoredVersion, keys: _Keys) -> Protection:

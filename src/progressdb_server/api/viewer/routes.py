@@ -1,22 +1,23 @@
 """The operations of the viewer: login, logout and the pages.
 
 Owns: which callers are let in, and the template of each page. The invariants are those of the package. An error becomes
-a page too, with its status and a sentence.
+a page too, with its status and a sentence. When the key service is away or hangs, every page shows what is known
+without it, and what to do.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import time
 from collections.abc import Awaitable, Callable
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-import structlog
-
+from minikms.logs import structlog
 from progressdb_server.api.http import head, limits
-from progressdb_server.api.http.access import AddressBuckets, KeyTable, Role
+from progressdb_server.api.http.access import KeyTable, RateBuckets, Role, address_group
 from progressdb_server.api.http.errors import (
     TOO_LARGE,
     UNAUTHORIZED_HEADERS,
@@ -31,10 +32,8 @@ from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import Response, redirect
 from progressdb_server.api.openapi.description import (
     AUTHOR,
-    BOTH,
     DISK,
     ID,
-    KEY_SERVICE,
     NOTHING,
     TEXT,
     Dependency,
@@ -44,33 +43,36 @@ from progressdb_server.api.openapi.description import (
 )
 from progressdb_server.api.routes import pages
 from progressdb_server.api.routes.errors import MESSAGE_NOT_FOUND, THREAD_NOT_FOUND, api_error
+from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.routes.table import Handler, Operation
-from progressdb_server.api.viewer.browsing import Browser, format_time
+from progressdb_server.api.viewer.browsing import Browser, MessagePage, ThreadPage, VersionPage, format_time
 from progressdb_server.api.viewer.sessions import Session, Sessions, new_token, same
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import UNFINISHED, Job
 from progressdb_server.kms.provider import Provider
-from progressdb_server.store.model import Store
+from progressdb_server.store.model import KeyServiceRefusedError, Store, StoreUnavailableError, Thread
 
 SESSION_COOKIE: Final = "progressdb_viewer"
 LOGIN_COOKIE: Final = "progressdb_login"
 LOGIN_RPS: Final = 0.2
 LOGIN_BURST: Final = 10
-"""Login attempts from one address."""
-FORM_BYTES_MAX: Final = 4096
+"""Refused keys of login attempts from one address. While its bucket is empty, no key is looked at."""
 _LOGIN_FIELDS: Final = frozenset({"csrf", "key", "username"})
 """`username` is for password managers."""
 JOBS_SHOWN_MAX: Final = 50
+OPEN_S_MAX: Final = 5.0
+"""How long a page waits for its records to be opened."""
 TEXT_CHARS_MAX: Final = 2000
 """Characters of a message in a list. Its own page shows all of it."""
 INVALID_LOGIN: Final = "This is not an admin key."
-OLD_FORM: Final = "This form was too old; please log in again."
-TOO_MANY_ATTEMPTS: Final = "Too many attempts from this address; wait a little."
-OTHER_SESSION: Final = "this form was not made for this session"
-SEARCH_TOO_LONG: Final = "what you search for is too long"
-TWO_CURSORS: Final = "before and after exclude each other"
-UNKNOWN_FIELD: Final = "the form has a field that is not known"
+OLD_FORM: Final = "The login form has expired. Log in again."
+TOO_MANY_ATTEMPTS: Final = "Too many login attempts from this address. Wait a minute, then try again."
+OTHER_SESSION: Final = "the form belongs to another session: reload the page"
+SEARCH_TOO_LONG: Final = "the search text is too long"
+TWO_CURSORS: Final = "give before or after, not both"
+UNKNOWN_FIELD: Final = "the form has an unknown field"
 
+Shown = TypeVar("Shown")
 PageHandler = Callable[[Request, Session], Awaitable[Response]]
 
 _log: Final = structlog.get_logger("progressdb.viewer")
@@ -82,6 +84,7 @@ class Viewer:
         store: Store,
         provider: Provider,
         jobs: Jobs,
+        readiness: Readiness,
         keys: KeyTable,
         *,
         secure: bool,
@@ -90,13 +93,13 @@ class Viewer:
         """`secure`: the server speaks TLS, and browsers may send the cookie only over TLS."""
         self._store = store
         self._browser = Browser(store, provider)
-        self._provider = provider
         self._jobs = jobs
+        self._readiness = readiness
         self._keys = keys
         self._secure = secure
         self._clock = clock
         self.sessions = Sessions()
-        self._attempts = AddressBuckets(LOGIN_RPS, LOGIN_BURST, count_max=limits.ADDRESSES_COUNT_MAX)
+        self._attempts = RateBuckets(LOGIN_RPS, LOGIN_BURST, count_max=limits.ADDRESSES_COUNT_MAX)
 
     # --- login and logout -------------------------------------------------------------------------------------------
     def _inside(self, page: PageHandler) -> Handler:
@@ -106,6 +109,7 @@ class Viewer:
             session = self.sessions.find(_cookie(request, SESSION_COOKIE), self._clock())
             if session is None:
                 return redirect(303, "/viewer/login")
+            request.viewer_key = session.key_number
             return await page(request, session)
 
         return _with_error_page(guarded)
@@ -121,13 +125,15 @@ class Viewer:
     async def _login(self, request: Request) -> Response:
         """The form's token must match its cookie, so that no form of another site can log a user in."""
         form = await _form(request, _LOGIN_FIELDS)
-        wait_s = self._attempts.take(request.address, self._clock())
+        address, now_s = address_group(request.client_address), self._clock()
+        wait_s = self._attempts.wait_s(address, now_s)
         if wait_s > 0:
             return self._login_page(429, TOO_MANY_ATTEMPTS, (retry_after(math.ceil(wait_s)),))
         if not same(_cookie(request, LOGIN_COOKIE), form.get("csrf", "")):
             return self._login_page(403, OLD_FORM)
         principal = self._keys.find(form.get("key", "").encode("utf-8", "surrogatepass"))
         if principal is None or principal.role is not Role.ADMIN:
+            self._attempts.take(address, now_s)
             _log.warning("viewer_login_refused", request_id=request.request_id)
             return self._login_page(401, INVALID_LOGIN, UNAUTHORIZED_HEADERS)
         token = self.sessions.begin(principal.number, self._clock())
@@ -164,22 +170,37 @@ class Viewer:
             if not limits.ID_PATTERN.fullmatch(wanted):
                 raise not_found(MESSAGE_NOT_FOUND)
             return redirect(303, f"/viewer/messages/{wanted}")
-        found = await self._browser.threads(
-            author=author, id_prefix=wanted, cursor=request.query_params.get("cursor", "")
-        )
-        return _page("threads", session, found=found, wanted=wanted, author=author, stats=await self._store.stats())
+        cursor = request.query_params.get("cursor", "")
+
+        async def read(opened: bool) -> ThreadPage:
+            return await self._browser.threads(author=author, id_prefix=wanted, cursor=cursor, opened=opened)
+
+        found, problem = await self._opened(read)
+        stats = await self._store.stats()
+        return _page("threads", session, found=found, wanted=wanted, author=author, stats=stats, problem=problem)
 
     async def _thread(self, request: Request, session: Session) -> Response:
-        thread = await self._store.get_thread(request.id_from_path("thread", THREAD_NOT_FOUND))
+        thread_id = request.id_from_path("thread", THREAD_NOT_FOUND)
         before, after = request.query_params.get("before", ""), request.query_params.get("after", "")
+        await self._browser.thread(thread_id, opened=False)  # an unknown thread is a 404, whatever the query
         if before and after:
             raise bad_request(TWO_CURSORS)
-        shown = await self._browser.messages(thread.id, before=before, after=after)
-        return _page("thread", session, thread=thread, shown=shown)
+
+        async def read(opened: bool) -> tuple[Thread, MessagePage]:
+            thread = await self._browser.thread(thread_id, opened=opened)
+            return thread, await self._browser.messages(thread_id, before=before, after=after, opened=opened)
+
+        (thread, shown), problem = await self._opened(read)
+        return _page("thread", session, thread=thread, shown=shown, problem=problem)
 
     async def _message(self, request: Request, session: Session) -> Response:
-        found = await self._browser.message(request.id_from_path("message", MESSAGE_NOT_FOUND))
-        return _page("message", session, found=found, latest=found.versions[-1][0])
+        message_id = request.id_from_path("message", MESSAGE_NOT_FOUND)
+
+        async def read(opened: bool) -> VersionPage:
+            return await self._browser.message(message_id, opened=opened)
+
+        found, problem = await self._opened(read)
+        return _page("message", session, found=found, latest=found.versions[-1][0], problem=problem)
 
     async def _jobs_page(self, request: Request, session: Session) -> Response:
         """With `part=rows` only the table, for the page's script."""
@@ -191,8 +212,24 @@ class Viewer:
         return _page("jobs", session, jobs=jobs, percent=_percent, live=live)
 
     async def _status(self, request: Request, session: Session) -> Response:
-        status: dict[str, Any] = await self._provider.status()
-        return _page("status", session, status=status)
+        """What the key service said last, also when it does not answer now."""
+        problem = await self._readiness.key_service.problem()
+        kms = self._readiness.kms
+        return _page("status", session, status=kms.last_status, seen_ns=kms.last_status_ns, problem=problem)
+
+    async def _opened(self, read: Callable[[bool], Awaitable[Shown]]) -> tuple[Shown, str]:
+        """What a page shows, and what is wrong with the key service. If something is, `read(False)` shows what is
+        stored in plaintext, so that no page waits long for a key service that is away or hangs."""
+        problem = await self._readiness.key_service.problem()
+        if not problem:
+            try:
+                async with asyncio.timeout(OPEN_S_MAX):
+                    return await read(True), ""
+            except TimeoutError:
+                problem = "it did not open the records in time"
+            except (StoreUnavailableError, KeyServiceRefusedError) as error:
+                problem = str(error)
+        return await read(False), problem
 
     # --- operations -------------------------------------------------------------------------------------------------
     def operations(self) -> tuple[Operation, ...]:
@@ -203,22 +240,24 @@ class Viewer:
                 "/viewer",
                 _to_viewer,
                 tag="viewer",
-                summary="To /viewer/",
+                summary="Redirect to `/viewer/`",
                 status=308,
                 needs=NOTHING,
             ),
             _shown(
                 "/viewer/",
                 inside(self._threads),
-                "Threads, newest first, by id and author",
+                "List threads, newest first. Search them by id and author",
                 parameters=(
                     Parameter(
                         "q",
                         text(limits.STORED_KEY_BYTES_MAX),
-                        "The beginning of a thread's id, or a message's id.",
+                        "The beginning of a thread id, or a whole message id.",
                     ),
                     Parameter("author", AUTHOR, "The author of the threads."),
-                    Parameter("cursor", {"type": "string", "maxLength": 1024}, "From the page before."),
+                    Parameter(
+                        "cursor", {"type": "string", "maxLength": 1024}, "The cursor of the previous page's link."
+                    ),
                 ),
                 not_found=(MESSAGE_NOT_FOUND,),
                 bad_request=(SEARCH_TOO_LONG,),
@@ -226,10 +265,10 @@ class Viewer:
             _shown(
                 "/viewer/threads/{thread}",
                 inside(self._thread),
-                "A conversation with the protection of each message",
+                "Show a conversation, and the key that encrypts each message",
                 parameters=(
-                    Parameter("before", ID, "A message id: the page of messages before it."),
-                    Parameter("after", ID, "A message id: the page of messages after it."),
+                    Parameter("before", ID, "A message id. Shows the messages before it."),
+                    Parameter("after", ID, "A message id. Shows the messages after it."),
                 ),
                 path_schemas={"thread": ID},
                 not_found=(THREAD_NOT_FOUND, MESSAGE_NOT_FOUND),
@@ -238,33 +277,32 @@ class Viewer:
             _shown(
                 "/viewer/messages/{message}",
                 inside(self._message),
-                "A message with its versions",
+                "Show the versions of a message",
                 path_schemas={"message": ID},
                 not_found=(MESSAGE_NOT_FOUND,),
             ),
             _shown(
                 "/viewer/jobs",
                 inside(self._jobs_page),
-                "Jobs and their progress",
-                parameters=(Parameter("part", TEXT, "`rows`: the table alone."),),
-                needs=DISK,
+                "Show the jobs and their progress",
+                parameters=(Parameter("part", TEXT, "`rows`: only the table."),),
             ),
             _shown(
                 "/viewer/status",
                 inside(self._status),
-                "What the key service says of itself",
-                needs=KEY_SERVICE,
+                "Show the status of the key service, or its last status",
+                needs=NOTHING,
             ),
             _without_session(
                 "/viewer/login",
                 _with_error_page(self._login_form),
-                "The login",
+                "Show the login form",
                 "text/html",
             ),
             _posted(
                 "/viewer/login",
                 _with_error_page(self._login),
-                "Log in with an admin key; begins a session",
+                "Log in with an admin key. This starts a session",
                 {401: (INVALID_LOGIN,), 403: (OLD_FORM,), 429: (TOO_MANY_ATTEMPTS,)},
                 "csrf",
                 "key",
@@ -273,20 +311,20 @@ class Viewer:
             _posted(
                 "/viewer/logout",
                 inside(self._logout),
-                "Log out; ends the session",
+                "Log out. This ends the session",
                 {403: (OTHER_SESSION,)},
                 "csrf",
             ),
             _without_session(
                 "/viewer/style.css",
                 _style,
-                "The pages' style",
+                "The style sheet of the pages",
                 "text/css",
             ),
             _without_session(
                 "/viewer/viewer.js",
                 _script,
-                "The script of the page of jobs",
+                "The script of the page that shows the jobs",
                 "text/javascript",
             ),
         )
@@ -299,13 +337,13 @@ def _percent(job: Job) -> int:
     return 100 * (job.done + job.failed) // total if total else 100 * (job.state == "done")
 
 
-def _text(body: object, chars_max: int | None = TEXT_CHARS_MAX) -> str:
+def _text(body: object, chars_max: int | None) -> str:
     """A message's body: itself if it is text, otherwise JSON. At most `chars_max` characters."""
     text = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, indent=1)
     return text if chars_max is None or len(text) <= chars_max else text[:chars_max] + " …"
 
 
-_HELPERS: Final[dict[str, Any]] = {"format_time": format_time, "text": _text}
+_HELPERS: Final[dict[str, Any]] = {"format_time": format_time, "text": _text, "TEXT_CHARS_MAX": TEXT_CHARS_MAX}
 
 
 def _page(name: str, session: Session, **values: Any) -> Response:
@@ -350,7 +388,7 @@ def _cookie(request: Request, name: str) -> str:
 async def _form(request: Request, fields: frozenset[str]) -> dict[str, str]:
     """The fields of an `application/x-www-form-urlencoded` body. Raises ApiError 400 for any other field, 413."""
     raw = await request.body()
-    if len(raw) > FORM_BYTES_MAX:
+    if len(raw) > limits.FORM_BYTES_MAX:
         raise too_large()
     form = head.read_query(raw)
     if not fields.issuperset(form):
@@ -368,7 +406,7 @@ def _shown(
     path_schemas: dict[str, Schema] | None = None,
     not_found: tuple[str, ...] = (),
     bad_request: tuple[str, ...] = (),
-    needs: frozenset[Dependency] = BOTH,
+    needs: frozenset[Dependency] = DISK,
 ) -> Operation:
     """An operation that shows a page, or redirects to the login."""
     return Operation(

@@ -18,11 +18,14 @@ from typing import NamedTuple
 
 import minikms
 from minikms.client.errors import KmsError
+from tests import needs
 from tests.harness.scripts import verify_audit
 
 STATE_CALLS = (
     "openat",
+    "mkdir,mkdirat",
     "write",
+    "pwrite64",
     "fsync",
     "fdatasync",
     "syncfs",
@@ -39,7 +42,7 @@ _EVENTFD_WRITE = r'"\1\0\0\0\0\0\0\0", 8'
 
 
 class Point(NamedTuple):
-    """The `number`-th call of `calls` by `thread` after the attack has begun."""
+    """The `number`-th call of `calls` by `thread` after the injection has started."""
 
     thread: str
     calls: str
@@ -55,14 +58,14 @@ class Daemon:
     def __init__(self, base: Path, *flags: str) -> None:
         self.base = base
         self.key_file = base / "key"
-        self._command = [sys.executable, "-m", "minikms", "--socket", str(base / "s"), "--data-dir", str(base / "data")]
-        self._command += ["--master-key-file", str(self.key_file), *flags]
+        self.command = [sys.executable, "-m", "minikms", "--socket", str(base / "s"), "--data-dir", str(base / "data")]
+        self.command += ["--master-key-file", str(self.key_file), *flags]
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> bool:
         """False when it refuses to start (as under a root key that is not the keyring's)."""
         with (self.base / "log").open("ab") as log:
-            self.process = subprocess.Popen(self._command, stdout=log, stderr=log)
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
         deadline = time.monotonic() + DEADLINE_SECONDS
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -117,6 +120,8 @@ class Injection:
     """strace on one thread: at the point, `action` (`signal=KILL`, `error=EIO`, …) happens."""
 
     def __init__(self, daemon: Daemon, point: Point, action: str) -> None:
+        needs.program("strace")
+        needs.root()  # the daemon is not dumpable
         self._daemon = daemon
         self._log = daemon.base / "strace"
         tid = daemon.thread_ids()[point.thread]
@@ -148,8 +153,8 @@ class Injection:
             "INJECTED" in line and _EVENTFD_WRITE not in line for line in text.splitlines()
         )
 
-    def struck_elsewhere(self) -> bool:
-        """Whether the call that was struck has nothing to do with a disk; later numbers may."""
+    def hit_another_call(self) -> bool:
+        """Whether the fault hit a call that does not concern the disk. Calls with later numbers may concern it."""
         return "INJECTED" in (self._log.read_text() if self._log.exists() else "")
 
 
@@ -176,7 +181,7 @@ class Prepared:
         shutil.copy2(self.base / "key", base / "key")
         return Daemon(base)
 
-    def judge(self, daemon: Daemon, first_key: str, other_key: str | None) -> None:
+    def check_state(self, daemon: Daemon, first_key: str, other_key: str | None) -> None:
         """Starts under `first_key` or, if that is refused, under `other_key`, and checks that nothing is lost."""
         daemon.key_file.write_text(first_key + "\n")
         if not daemon.start():
@@ -184,10 +189,10 @@ class Prepared:
             daemon.key_file.write_text(other_key + "\n")
             assert daemon.start(), daemon.log()
         with daemon.client(wait_s=5.0) as client:
-            wait_for_rotation(client)
+            wait_until_settled(client)
             self.check_records(client)
             status = client.status()
-            assert status["status"] == "ok", status
+            assert status.status == "ok", status
         daemon.stop()
         verify_audit(daemon.base / "data", daemon.key_file)
 
@@ -196,16 +201,24 @@ class Prepared:
             assert client.decrypt(key_id, sealed) == plaintext
 
 
-def wait_for_rotation(client: minikms.Client) -> None:
-    """Returns when no rotation runs and the daemon answers. After a fault it may answer 503 for a moment."""
+def wait_until_settled(client: minikms.Client) -> None:
+    """Returns when no rotation runs and the audit log takes lines. After a fault requests get 503 for a moment."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     found: object = None
     while time.monotonic() < deadline:
         try:
-            found = client.status()["rotation"]
-            if found is None:
+            found = client.status()
+            if found.rotation is None and found.status == "ok":
                 return
         except KmsError as error:
             found = error
         time.sleep(0.02)
-    raise AssertionError(f"the rotation does not end: {found}")
+    raise AssertionError(f"the daemon does not recover: {found}")
+
+
+def wait_for_revocation(client: minikms.Client) -> None:
+    """Returns when no removed root key can open a DEK. Raises KmsError."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while any(root.state == "revoking" for root in client.list_roots().roots):
+        assert time.monotonic() < deadline, "the revocation does not end"
+        time.sleep(0.02)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import minikms
 from minikms.client import DecryptItem, EncryptItem, ReencryptItem
@@ -27,8 +27,9 @@ from minikms.client.errors import (
     KmsError,
     KmsRefusedError,
 )
+from minikms.custody.rotation import PACES
 from tests.harness.scripts import verify_audit
-from tests.minikms.custody.rotation.crash_points import Daemon, wait_for_rotation
+from tests.minikms.custody.rotation.crash_points import Daemon, wait_until_settled
 
 T = TypeVar("T")
 
@@ -186,10 +187,11 @@ class Run:
 
     def do_rotate(self) -> None:
         self._let_a_root_rotation_end()
-        self.client.rotate_kek(verify=self._samples())
+        priority = self.random.choice((None, *PACES))
+        self.client.rotate_kek(verify=self._samples(), priority=priority)
 
     def do_rotate_root(self) -> None:
-        wait_for_rotation(self.client)
+        wait_until_settled(self.client)
         new = os.urandom(32).hex()
         self.client.rotate_kek(new_kek_hex=new)
         self.roots.append(new)
@@ -201,10 +203,10 @@ class Run:
     def _let_a_root_rotation_end(self) -> None:
         """A rotation of the KEK alone joins one like it that runs, but is refused while the root changes too."""
         if len(self.roots) > 1:
-            wait_for_rotation(self.client)
+            wait_until_settled(self.client)
 
     def do_prune(self) -> None:
-        wait_for_rotation(self.client)
+        wait_until_settled(self.client)
         self.client.prune_kek(backups=self.random.random() < 0.7)
 
     # --- starts and kills -----------------------------------------------------------------------------------------
@@ -256,13 +258,13 @@ class Run:
         self._killed_during(lambda client: client.rotate_kek())
 
     def do_kill_while_rotating_the_root(self) -> None:
-        wait_for_rotation(self.client)
+        wait_until_settled(self.client)
         new = os.urandom(32).hex()
         self.roots.append(new)  # it may open from now on
         self._killed_during(lambda client: client.rotate_kek(new_kek_hex=new))
 
     def do_kill_while_pruning(self) -> None:
-        wait_for_rotation(self.client)
+        wait_until_settled(self.client)
         self._killed_during(lambda client: client.prune_kek(backups=True))
 
     # --- judging --------------------------------------------------------------------------------------------------
@@ -280,8 +282,8 @@ class Run:
         # Beside those that were answered, keys may exist whose answer a kill cut off.
         assert expected.items() <= listed.items(), (expected, listed)
         assert not any(self.keys[key_id].state == "destroyed" for key_id in listed.keys() & self.keys.keys())
-        told: dict[str, Any] = self.client.status()
-        assert told["keys"]["unreadable"] == 0, told["keys"]
+        told = self.client.status()
+        assert told.keys.unreadable == 0, told.keys
 
     def _listed(self) -> dict[str, str]:
         deadline = time.monotonic() + 20
@@ -358,8 +360,8 @@ class Run:
         else:
             raise AssertionError(f"no root key opens: {self.daemon.log()}")
         self.client = self.daemon.client(wait_s=5.0)
-        told: dict[str, Any] = self.client.status()
-        if len(told["root"]["slots"]) == 1 and told["rotation"] is None:
+        told = self.client.status()
+        if len(told.root.slots) == 1 and told.rotation is None:
             self.roots = [(self.base / "key").read_text().strip()]
 
     def _write_root(self, root: str) -> None:

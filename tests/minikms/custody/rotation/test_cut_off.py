@@ -14,7 +14,6 @@ from minikms.api import Verb
 from minikms.audit import Event
 from minikms.policy import Policy
 from minikms.service.base import VerbTable
-from minikms.service.keks import KekVerbs
 from minikms.service.keys import KeyVerbs
 from minikms.service.lifecycle import LifecycleVerbs
 from minikms.service.records import RecordVerbs
@@ -38,9 +37,9 @@ async def hang(*_: object, **__: object) -> Any:
 def served(one: OpenedVault, audit: QueuedAudit) -> VerbTable:
     table = VerbTable(audit)
     RecordVerbs(one.vault, table)
-    KeyVerbs(one.vault, table)
+    KeyVerbs(one.vault, table, one.indexing)
     LifecycleVerbs(vault=one.vault, table=table, indexing=one.indexing, reader=one.reader)
-    KekVerbs(vault=one.vault, table=table, rotation=one.rotation, pruning=one.pruning, opened_slot_id="")
+    one.kek_verbs(table)
     return table
 
 
@@ -49,6 +48,7 @@ def requests(active: str, retired: str, data: str) -> dict[Verb[Any, Any], api.R
     item = api.EncryptItem(active, "")
     return {
         api.CREATE_DEK: api.CreateDekRequest("t"),
+        api.GET_OR_CREATE_DEK: api.GetOrCreateDekRequest("t2"),
         api.ENCRYPT: item,
         api.ENCRYPT_BATCH: api.EncryptBatchRequest([item]),
         api.REENCRYPT_BATCH: api.ReencryptBatchRequest(retired, active, [api.ReencryptItem("")]),

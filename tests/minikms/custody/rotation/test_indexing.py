@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from minikms import api
+from minikms.audit import Event
 from minikms.custody import deks, vault
 from minikms.custody.deks import DekStore
 from minikms.errors import StorageUnavailableError
 from minikms.keys import dek
-from tests.harness.vaults import opened_vault
+from minikms.service.base import VerbTable
+from minikms.service.lifecycle import LifecycleVerbs
+from tests.harness.vaults import SilentAudit, opened_vault
 
 
 def test_every_key_is_in_the_index_after_the_scan_in_order_of_creation(tmp_path: Path) -> None:
@@ -156,23 +163,25 @@ def test_a_resumed_rotation_does_not_bring_back_a_destroyed_keys_file(
             gone, other = await one.make(2)
             content = one.file(gone).read_bytes()
             await one.vault.retire(gone)
-            await one.rotation.begin(None)
+            await one.begin(None)
             await one.vault.destroy(gone)
             one.file(gone).write_bytes(content)
         async with opened_vault(tmp_path / "d") as again:
-            step = again.rotation._step
-            steps = 0
+            hold = again.vault.locks.hold
+            scanned = False
 
-            async def after_the_scan(*arguments: Any) -> None:
-                nonlocal steps
-                steps += 1
-                if steps == 2:
+            @contextlib.asynccontextmanager
+            async def after_the_scan(key_ids: list[str], **named: Any) -> AsyncIterator[None]:
+                nonlocal scanned
+                if key_ids and not scanned:
+                    scanned = True
                     await again.indexing.run()
-                await step(*arguments)
+                async with hold(key_ids, **named):
+                    yield
 
-            monkeypatch.setattr(again.rotation, "_step", after_the_scan)
+            monkeypatch.setattr(again.vault.locks, "hold", after_the_scan)
             await again.rotation.run()
-            assert steps >= 2
+            assert scanned
             assert again.on_disk(other).kek_version == 2
             assert not again.file(gone).exists()
             assert again.backups(gone) == []
@@ -185,7 +194,7 @@ def test_a_file_replaced_during_the_listing_is_in_the_index(tmp_path: Path, monk
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(2)
-            await one.rotation.begin(None)
+            await one.begin(None)
         async with opened_vault(tmp_path / "d") as again:
             real = deks.list_names
             missed = [deks.file_name(key_ids[0])]
@@ -197,5 +206,35 @@ def test_a_file_replaced_during_the_listing_is_in_the_index(tmp_path: Path, monk
             monkeypatch.setattr(deks, "list_names", list_names)
             await again.indexing.run()
             assert len(again.vault.index) == 2
+
+    asyncio.run(main())
+
+
+def test_a_page_of_an_incomplete_index_says_so_also_if_it_is_complete_then(tmp_path: Path) -> None:
+    """The page was taken before, so it may lack keys."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            await one.make(3)
+        async with opened_vault(tmp_path / "d") as one:
+            go_on = threading.Event()
+            with ThreadPoolExecutor(1) as reader:
+                reader.submit(go_on.wait, 60)
+                verbs = LifecycleVerbs(
+                    vault=one.vault, table=VerbTable(SilentAudit()), indexing=one.indexing, reader=reader
+                )
+                listing = asyncio.ensure_future(
+                    verbs.list_keys(one.vault, api.ListKeysRequest(), Event(type="t", actor="t"))
+                )
+                await asyncio.sleep(0)
+                await one.indexing.run()
+                assert one.indexing.complete
+                go_on.set()
+                answer = await listing
+            assert (answer.keys, answer.indexing) == ([], True)
+            later = await LifecycleVerbs(
+                vault=one.vault, table=VerbTable(SilentAudit()), indexing=one.indexing, reader=one.reader
+            ).list_keys(one.vault, api.ListKeysRequest(), Event(type="t", actor="t"))
+            assert (len(later.keys), later.indexing) == (3, False)
 
     asyncio.run(main())

@@ -9,17 +9,22 @@ from pathlib import Path
 import pytest
 
 from minikms.custody.deks import KeyLocks
-from minikms.custody.keyring_file import KeyringFile, WrapReservation
-from minikms.errors import KeyExhaustedError, StorageUnavailableError
+from minikms.custody.keyring_file import KeyringFile, ReservedWraps, WrapReservation
+from minikms.errors import AuditUnavailableError, KeyExhaustedError, StorageUnavailableError
 from minikms.keys import keyring
 from minikms.keys.keyring import Body
-from tests.harness.vaults import opened_vault
+from tests.harness.vaults import OpenedVault, opened_vault
 
 AT = "2026-11-24T15:00:00Z"
 
 
-def tombstone(number: int) -> str:
-    return f"k_{number:026d}"
+def begun(body: Body, name: str) -> Body:
+    """A change that leaves a trace in the body."""
+    return keyring.next_epoch(body, at=AT, retired_roots=(*body.retired_roots, keyring.RetiredRoot(name, AT)))
+
+
+def names(body: Body) -> list[str]:
+    return [root.fingerprint for root in body.retired_roots]
 
 
 # --- the keyring --------------------------------------------------------------------------------------------------
@@ -31,14 +36,14 @@ def test_each_change_of_the_keyring_is_made_from_the_one_before(tmp_path: Path) 
             keeper, before = one.vault.keyring, one.vault.keyring.body.epoch
             await asyncio.gather(
                 *(
-                    keeper.change(lambda body, number=number: keyring.add_tombstone(body, tombstone(number), at=AT))  # type: ignore[misc]  # a default binds the loop's value
+                    keeper.change(lambda body, number=number: begun(body, str(number)))  # type: ignore[misc]  # a default binds the loop's value
                     for number in range(20)
                 )
             )
             assert keeper.body.epoch == before + 20
-            assert {stone.key_id for stone in keeper.body.tombstones} == {tombstone(n) for n in range(20)}
+            assert set(names(keeper.body)) == {str(number) for number in range(20)}
         async with opened_vault(tmp_path / "d") as again:
-            assert len(again.vault.keyring.body.tombstones) == 20
+            assert len(names(again.vault.keyring.body)) == 20
 
     asyncio.run(main())
 
@@ -52,10 +57,10 @@ def test_a_change_that_the_disk_refuses_is_not_in_memory(tmp_path: Path, monkeyp
             keeper, before = one.vault.keyring, one.vault.keyring.body
             with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
                 patched.setattr(KeyringFile, "store_now", refuse)
-                await keeper.change(lambda body: keyring.add_tombstone(body, tombstone(1), at=AT))
+                await keeper.change(lambda body: begun(body, "1"))
             assert keeper.body is before
-            await keeper.change(lambda body: keyring.add_tombstone(body, tombstone(2), at=AT))
-            assert [stone.key_id for stone in keeper.body.tombstones] == [tombstone(2)]
+            await keeper.change(lambda body: begun(body, "2"))
+            assert names(keeper.body) == ["2"]
 
     asyncio.run(main())
 
@@ -77,20 +82,16 @@ def test_a_change_with_a_cancelled_caller_is_kept_by_the_next_change(
             keeper = one.vault.keyring
             with monkeypatch.context() as patched:
                 patched.setattr(KeyringFile, "store_now", slow)
-                first = asyncio.create_task(
-                    keeper.change(lambda body: keyring.add_tombstone(body, tombstone(1), at=AT))
-                )
+                first = asyncio.create_task(keeper.change(lambda body: begun(body, "1")))
                 await asyncio.to_thread(writing.wait)
                 first.cancel()
-                second = asyncio.create_task(
-                    keeper.change(lambda body: keyring.add_tombstone(body, tombstone(2), at=AT))
-                )
+                second = asyncio.create_task(keeper.change(lambda body: begun(body, "2")))
                 await asyncio.sleep(0.01)
                 go_on.set()
                 with pytest.raises(asyncio.CancelledError):
                     await first
                 await second
-            assert [stone.key_id for stone in keeper.body.tombstones] == [tombstone(1), tombstone(2)]
+            assert names(keeper.body) == ["1", "2"]
 
     asyncio.run(main())
 
@@ -242,5 +243,30 @@ def test_creates_done_waits_for_every_create_of_the_version(tmp_path: Path) -> N
             async with asyncio.timeout(10):
                 await drained
                 await wraps.creates_done(1)
+
+    asyncio.run(main())
+
+
+def test_no_wrap_is_made_before_its_reservation_was_reported(tmp_path: Path) -> None:
+    """After a failed report the same reservation is reported again, and no other one is made."""
+    opened: list[OpenedVault] = []
+    reported: list[ReservedWraps] = []
+
+    async def report(reserved: ReservedWraps) -> None:
+        assert reserved.epoch == opened[0].vault.keyring.body.epoch, "the keyring is durable first"
+        reported.append(reserved)
+        if len(reported) < 3:
+            raise AuditUnavailableError("the audit log can't be written")
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            opened.append(one)
+            one.vault.wrap_reservation.report = report
+            for _ in range(2):
+                with pytest.raises(AuditUnavailableError):
+                    await one.make(1)
+            await one.make(2)
+            assert reported == [ReservedWraps(1, keyring.KEK_WRAPS_LEASE, reported[0].epoch)] * 3
+            assert _leases(one.vault.keyring.body, 1) == 1
 
     asyncio.run(main())

@@ -10,7 +10,7 @@ import pytest
 from tests.minikms.custody.rotation.key_model import Run
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_a_short_random_history_of_keys_matches_the_model(tmp_path: Path, seed: int) -> None:
     Run(tmp_path, seed).go(40)
 

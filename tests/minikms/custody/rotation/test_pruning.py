@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from minikms.custody import deks
-from minikms.custody.rotation_backups import RotationBackups
+from minikms.custody import deks, rotation
 from minikms.errors import KeyUnreadableError
+from minikms.keys import dek
 from tests.harness.vaults import OpenedVault, opened_vault
 
 
@@ -41,18 +41,14 @@ def test_a_retired_kek_is_destroyed_when_no_key_or_backup_needs_it(tmp_path: Pat
     asyncio.run(main())
 
 
-def test_backups_are_removed_up_to_a_stamp(tmp_path: Path) -> None:
+def test_backups_are_removed_up_to_a_stamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             await one.make(1)
             for stamp in ("20250101T000000", "20260101T000000"):
-                await one.rotate()
-                [newest] = [
-                    path for path in one.backups() if not path.name.endswith(("20250101T000000", "20260101T000000"))
-                ]
-                newest.rename(newest.with_name(newest.name[: -len(stamp)] + stamp))
+                await rotate_at(one, stamp, monkeypatch)
             assert (await one.pruning.prune(backups=True, before="20260101T000000")).backups_removed == 1
-            assert [path.name[-15:] for path in one.backups()] == ["20260101T000000"]
+            assert one.vault.rotation_backups.batches.stamps() == ["20260101T000000"]
 
     asyncio.run(main())
 
@@ -72,7 +68,7 @@ def test_backups_of_a_key_without_a_readable_file_stay_with_their_kek(tmp_path: 
             assert one.backups(sound) == []
             for key_id in (damaged, missing):
                 [backup] = one.backups(key_id)
-                one.file(key_id).write_bytes(backup.read_bytes())
+                one.file(key_id).write_bytes(backup)
             assert one.keys([damaged, missing]) == keys
 
     asyncio.run(main())
@@ -84,9 +80,9 @@ def test_backups_of_a_destroyed_key_keep_no_kek(tmp_path: Path) -> None:
             key_id, _ = await one.make(2)
             await one.rotate()
             content = one.file(key_id).read_bytes()
-            name = one.backups(key_id)[0].name
             await one.vault.retire(key_id)
             await one.vault.destroy(key_id)
+            name = f"{key_id}.json.20260101T000000"
             (one.directory / "kms-deks-backup" / name).write_bytes(content)  # put back, by a copy of the directory say
             assert (await one.pruning.prune(backups=True)).destroyed == [1]
             assert one.backups() == []
@@ -101,9 +97,9 @@ def test_one_file_that_cannot_be_read_keeps_every_retired_kek(tmp_path: Path, wh
             key_id, _ = await one.make(2)
             await one.rotate()
             await one.rotate()
-            first, *others = one.backups()
-            for backup in others if where == "a backup" else (first, *others):
-                backup.unlink()
+            first, *others = sorted((one.directory / "kms-deks-backup").rglob("*.jsonl"))
+            for path in others if where == "a backup" else (first, *others):
+                path.unlink()
             damage(one.file(key_id) if where == "a live file" else first)
             pruned = await one.pruning.prune(backups=False)
             assert pruned.destroyed == []
@@ -122,8 +118,8 @@ def test_a_false_kek_version_in_a_file_keeps_the_true_kek(tmp_path: Path) -> Non
             before = one.file(key_id).read_bytes()
             keys = one.keys([key_id])
             await one.rotate()
-            for backup in one.backups():
-                backup.unlink()
+            for path in (one.directory / "kms-deks-backup").rglob("*.jsonl"):
+                path.unlink()
             one.file(key_id).write_bytes(before.replace(b'"kek_version":1', b'"kek_version":2'))
             assert (await one.pruning.prune(backups=False)).destroyed == []
             one.file(key_id).write_bytes(before)
@@ -132,30 +128,28 @@ def test_a_false_kek_version_in_a_file_keeps_the_true_kek(tmp_path: Path) -> Non
     asyncio.run(main())
 
 
-def test_the_newest_rotations_keep_their_backups_and_older_ones_do_not(tmp_path: Path) -> None:
+def test_the_newest_rotations_keep_their_backups_and_older_ones_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_id, damaged = await one.make(2)
             for number in range(4):
-                await one.rotate()
-                rename_newest(one, f"2026010{number + 1}T000000")
+                await rotate_at(one, f"2026010{number + 1}T000000", monkeypatch)
             damage(one.file(damaged))
             one.vault.unreadable.add(damaged, "truncated")
             assert await one.pruning.keep_rotations(2) == 2
-            assert sorted(path.name[-15:] for path in one.backups(key_id)) == ["20260103T000000", "20260104T000000"]
+            assert sorted(dek.parse(line, key_id).version for line in one.backups(key_id)) == [3, 4]
             assert len(one.backups(damaged)) == 4
             assert await one.pruning.keep_rotations(2) == 0
 
     asyncio.run(main())
 
 
-def rename_newest(one: OpenedVault, stamp: str) -> None:
-    for path in one.backups():
-        if not path.name[-15:].startswith("202601"):
-            path.rename(path.with_name(path.name.split(".json.")[0] + ".json." + stamp))
-            suffixes = one.vault.rotation_backups.suffixes()
-            suffixes.discard(path.name[-15:])
-            suffixes.add(stamp)
+async def rotate_at(one: OpenedVault, stamp: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(rotation, "stamp", lambda _unix_ns: stamp)
+        await one.rotate()
 
 
 # --- files that are replaced while the directory is listed ----------------------------------------------------------
@@ -208,11 +202,11 @@ def test_a_key_that_is_retired_while_the_directory_is_listed_is_rewrapped(
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             [key_id] = await one.make(1)
-            await one.rotation.begin(None)
-            rotation = one.rotation.running
-            assert rotation is not None
+            await one.begin(None)
+            running = one.rotation.running
+            assert running is not None
             with passed_over(one, key_id, monkeypatch):
-                assert await one.rotation.run_pass(rotation) == 1
+                assert await one.rotation.run_pass(running) == 1
             await one.rotation.run()
             assert (one.on_disk(key_id).state, one.on_disk(key_id).kek_version) == ("retired", 2)
 
@@ -229,18 +223,14 @@ def test_backups_stay_when_more_files_are_damaged_than_can_be_listed(
             damaged = await one.make(2)
             await one.make(1)
             keys = one.keys(damaged)
-            await one.rotate()
-            for path in one.backups():
-                path.rename(path.with_name(path.name[:-15] + "20250101T000000"))
+            await rotate_at(one, "20250101T000000", monkeypatch)
             for key_id in damaged:
                 damage(one.file(key_id))
-            one.vault.rotation_backups.close()
-            one.vault.rotation_backups = RotationBackups(str(one.directory))
             await one.rotate()
             await one.pruning.keep_rotations(1)
             for key_id in damaged:
                 [backup] = one.backups(key_id)
-                one.file(key_id).write_bytes(backup.read_bytes())
+                one.file(key_id).write_bytes(backup)
             assert one.keys(damaged) == keys
 
     asyncio.run(main())
@@ -250,13 +240,15 @@ def test_a_backup_that_cannot_be_read_does_not_stop_a_rotation(tmp_path: Path) -
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             [key_id] = await one.make(1)
-            await one.rotation.begin(None)
-            rotation = one.rotation.running
-            assert rotation is not None
-            damaged = one.directory / "kms-deks-backup" / f"{key_id}.json.{rotation.stamp}"
-            damaged.mkdir()
-            await asyncio.wait_for(one.rotation.run(), 20)
+            await one.begin(None)
+            running = one.rotation.running
+            assert running is not None
+            damaged = one.directory / "kms-deks-backup" / running.stamp / f"{key_id}-{key_id}.jsonl"
+            damaged.mkdir(parents=True)
+            async with asyncio.timeout(20):
+                await one.rotation.run()
             assert one.on_disk(key_id).kek_version == 2
-            assert [path.name for path in one.backups(key_id)] == [damaged.name, damaged.name + "-1"]
+            [written] = set(damaged.parent.iterdir()) - {damaged}
+            assert written.name == f"{key_id}-{key_id}.1.jsonl"
 
     asyncio.run(main())

@@ -11,22 +11,40 @@ from pathlib import Path
 import pytest
 
 from tests import needs
-from tests.minikms.custody.rotation.attacks import CHANGES, Attack, Change
 from tests.minikms.custody.rotation.crash_points import STATE_CALLS, THREADS, Point, Prepared
+from tests.minikms.custody.rotation.interrupted_changes import CHANGES, Change, InterruptedChange
 
 KEYS = 50
 KILL_SAMPLE = (
     Point("disk", "fsync", 1),  # the keyring's temporary file
     Point("disk", "rename,renameat,renameat2", 1),  # renaming it to the keyring
     Point("main", "write", 1),  # the line about the start of the rotation
-    Point("disk", "link,linkat", 30),  # backups of key files
+    Point("disk", "rename,renameat,renameat2", 2),  # the batch backup
+    Point("disk", "rename,renameat,renameat2", 3),  # the journal
+    Point("disk", "pwrite64", 25),  # after half of the key files
     Point("disk", "syncfs", 1),
-    Point("disk", "rename,renameat,renameat2", 25),  # after half of the key files
-    Point("disk", "syncfs", 2),
+    Point("disk", "unlink,unlinkat", 1),  # the journal
     Point("audit", "fdatasync", 2),  # the line about the end of the rotation
 )
+ADD_SAMPLE = (
+    Point("disk", "rename,renameat,renameat2", 1),  # the keyring
+    Point("main", "write", 2),  # the line about it
+)
+REMOVAL_SAMPLE = (
+    Point("audit", "fdatasync", 2),  # the signed line, after which the audit log is held
+    Point("disk", "rename,renameat,renameat2", 1),  # the keyring
+    Point("main", "write", 4),  # the line that announces the new audit key
+    Point("disk", "pwrite64", 20),  # key files of the KEK rotation
+)
+REMOVAL_FAULTS = (
+    (Point("disk", "fsync", 2), "error=EIO"),  # the directory: the new keyring may be on disk
+    (Point("main", "write", 4), "error=ENOSPC"),
+    (Point("audit", "fdatasync", 3), "error=EIO"),
+)
 DISK_FAULTS = (
-    (Point("disk", "write", 20), "error=ENOSPC"),
+    (Point("disk", "write", 2), "error=ENOSPC"),  # the batch backup
+    (Point("disk", "write", 3), "error=ENOSPC"),  # the journal
+    (Point("disk", "pwrite64", 20), "error=EIO"),
     (Point("disk", "syncfs", 1), "error=EIO"),
     (Point("audit", "fdatasync", 1), "error=EIO"),
 )
@@ -41,21 +59,40 @@ def prepared(tmp_path: Path) -> Prepared:
     return Prepared(base, KEYS)
 
 
-@pytest.mark.parametrize("change", ["rotate the KEK", "rotate to a new root key"])
+@pytest.mark.parametrize(
+    ("change", "points"), [("rotate the KEK", KILL_SAMPLE[::2]), ("rotate to a new root key", KILL_SAMPLE[1::2])]
+)
 def test_a_rotation_killed_at_a_system_call_completes_after_a_restart(
-    prepared: Prepared, tmp_path: Path, change: Change
+    prepared: Prepared, tmp_path: Path, change: Change, points: tuple[Point, ...]
 ) -> None:
     """Each DEK still decrypts its ciphertext, and the operator's root key still opens the keyring."""
-    attack = Attack(prepared, tmp_path, change)
-    for point in KILL_SAMPLE[:: 1 if change == "rotate to a new root key" else 2]:
-        assert attack.strike(point, "signal=KILL"), f"{point} was not reached"
+    interrupted = InterruptedChange(prepared, tmp_path, change)
+    for point in points:
+        assert interrupted.interrupt(point, "signal=KILL"), f"{point} was not reached"
 
 
 def test_a_rotation_on_a_failing_disk_loses_no_key_and_completes(prepared: Prepared, tmp_path: Path) -> None:
     """The daemon continues from the last durable state. Its own next attempt, or a repeated request, completes."""
-    attack = Attack(prepared, tmp_path, "rotate to a new root key")
+    interrupted = InterruptedChange(prepared, tmp_path, "rotate to a new root key")
     for point, action in DISK_FAULTS:
-        assert attack.strike(point, action), f"{point} was not reached"
+        assert interrupted.interrupt(point, action), f"{point} was not reached"
+
+
+@pytest.mark.parametrize(("change", "points"), [("add a root key", ADD_SAMPLE), ("remove a root key", REMOVAL_SAMPLE)])
+def test_a_change_of_roots_killed_at_a_system_call_is_whole_at_last(
+    prepared: Prepared, tmp_path: Path, change: Change, points: tuple[Point, ...]
+) -> None:
+    """The keyring opens under every root key whose adding was answered, and under none whose removal was."""
+    interrupted = InterruptedChange(prepared, tmp_path, change)
+    for point in points:
+        assert interrupted.interrupt(point, "signal=KILL"), f"{point} was not reached"
+
+
+def test_the_removal_of_a_root_on_a_failing_disk_is_whole_in_the_end(prepared: Prepared, tmp_path: Path) -> None:
+    """Also if only the last sync of the keyring fails: the log takes no line until the former one is written again."""
+    interrupted = InterruptedChange(prepared, tmp_path, "remove a root key")
+    for point, action in REMOVAL_FAULTS:
+        assert interrupted.interrupt(point, action), f"{point} was not reached"
 
 
 @pytest.mark.torture
@@ -63,12 +100,12 @@ def test_a_rotation_on_a_failing_disk_loses_no_key_and_completes(prepared: Prepa
 def test_a_kill_at_any_system_call_of_any_change_loses_no_key(
     prepared: Prepared, tmp_path: Path, change: Change, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    attack = Attack(prepared, tmp_path, change)
+    interrupted = InterruptedChange(prepared, tmp_path, change)
     for thread, calls in itertools.product(THREADS, STATE_CALLS):
-        attack.points_of(thread, calls, numbers=itertools.count(1), action="signal=KILL")
+        interrupted.points_of(thread, calls, numbers=itertools.count(1), action="signal=KILL")
     with capsys.disabled():
-        print(f"\n{change}: killed at {attack.points} system calls, nothing lost")
-    assert attack.points > 20
+        print(f"\n{change}: killed at {interrupted.points} system calls, nothing lost")
+    assert interrupted.points > 20
 
 
 @pytest.mark.torture
@@ -78,10 +115,10 @@ def test_a_disk_error_at_a_system_call_of_any_change_loses_no_key(
     prepared: Prepared, tmp_path: Path, change: Change, error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Tests the first ten calls of each kind, then each fifth: most of the later ones are equal calls on key files."""
-    attack = Attack(prepared, tmp_path, change)
+    interrupted = InterruptedChange(prepared, tmp_path, change)
     numbers = (*range(1, 11), *range(15, 300, 5))
     for thread, calls in itertools.product(("main", "disk", "audit"), STATE_CALLS):
-        attack.points_of(thread, calls, numbers=iter(numbers), action=f"error={error}")
+        interrupted.points_of(thread, calls, numbers=iter(numbers), action=f"error={error}")
     with capsys.disabled():
-        print(f"\n{change}: {error} at {attack.points} system calls, nothing lost")
-    assert attack.points > 10
+        print(f"\n{change}: {error} at {interrupted.points} system calls, nothing lost")
+    assert interrupted.points > 10

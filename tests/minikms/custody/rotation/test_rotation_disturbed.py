@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from minikms.custody import rotation
-from minikms.custody.files import StagedReplacements
+from minikms.custody import deks, files, rewrap_journal, rotation
+from minikms.custody.batch_backups import BatchBackups
 from minikms.custody.rotation import KekRotation
-from minikms.custody.rotation_backups import RotationBackups
-from minikms.errors import (
-    ArenaFullError,
-    MiniKmsError,
-)
+from minikms.errors import ArenaFullError, KeyUnreadableError, StorageUnavailableError
 from minikms.keys import dek, keyring
 from minikms.memory.arena import SecretArena, SecretSlot
 from tests.harness.vaults import opened_vault
@@ -60,22 +59,22 @@ def test_an_unreadable_file_is_listed_and_does_not_stop_the_rotation(tmp_path: P
 
 def test_a_write_that_the_disk_refuses_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = 0
-    keep = RotationBackups.keep
+    write = BatchBackups.write
 
-    def failing(self: RotationBackups, *arguments: object) -> None:
+    def failing(self: BatchBackups, *arguments: object) -> None:
         nonlocal attempts
         attempts += 1
         if attempts <= 3:
             refuse()
-        keep(self, *arguments)  # type: ignore[arg-type]  # passed on as they came
+        write(self, *arguments)  # type: ignore[arg-type]  # passed on as they came
 
-    monkeypatch.setattr(RotationBackups, "keep", failing)
+    monkeypatch.setattr(BatchBackups, "write", failing)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(20)
             keys = one.keys(key_ids)
-            await one.rotation.begin(None)
+            await one.begin(None)
             running = asyncio.create_task(one.rotation.run())
             while attempts < 2:
                 await asyncio.sleep(0.001)
@@ -91,38 +90,102 @@ def test_a_write_that_the_disk_refuses_is_tried_again(tmp_path: Path, monkeypatc
     asyncio.run(main())
 
 
-def test_an_unconfirmed_replacement_is_written_again_to_a_new_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A failed sync proves nothing about the file: it may vanish with the power, and its KEK too."""
-    failing = [2]
+def test_unconfirmed_overwrites_are_written_again_to_new_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed sync proves nothing about the files: they may vanish with the power, and their KEK too."""
+    failing = [1]
+    overwritten: list[int] = []
     placed: list[str] = []
-    place, sync = StagedReplacements._place, StagedReplacements._sync
+    rename, pwrite, syncfs = os.rename, os.pwrite, files.syncfs
 
-    def noting(self: StagedReplacements, name: str, temp: str) -> MiniKmsError | None:
-        placed.append(name)
-        return place(self, name, temp)
+    def noting(temp: str, name: str, **directories: int) -> None:
+        if name.endswith(".json") and name.startswith("k_"):
+            placed.append(name)
+        rename(temp, name, **directories)
 
-    def unconfirmed(self: StagedReplacements) -> None:
-        sync(self)
-        if failing[0] and placed:
+    def overwriting(descriptor: int, data: bytes, offset: int) -> int:
+        overwritten.append(descriptor)
+        return pwrite(descriptor, data, offset)
+
+    def unconfirmed(directory: int) -> None:
+        syncfs(directory)
+        if failing[0] and overwritten:
             failing[0] -= 1
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(StagedReplacements, "_place", noting)
-    monkeypatch.setattr(StagedReplacements, "_sync", unconfirmed)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(5)
             keys = one.keys(key_ids)
-            await one.rotate()
-            # Twice for nothing: the first failure was of the sync that put them in place, the second of the next group.
-            assert sorted(placed) == sorted(f"{key_id}.json" for key_id in key_ids for _ in range(2))
+            await one.begin(None)
+            monkeypatch.setattr(os, "rename", noting)
+            monkeypatch.setattr(os, "pwrite", overwriting)
+            monkeypatch.setattr(files, "syncfs", unconfirmed)
+            monkeypatch.setattr(files, "syncfs_reports", lambda _directory: True)
+            await one.rotation.run()
+            monkeypatch.undo()
+            assert len(overwritten) == 5
+            assert sorted(placed) == sorted(f"{key_id}.json" for key_id in key_ids)
             assert failing == [0]
             assert one.rotation.rewrapped == 5
             assert one.keys(key_ids) == keys
             assert all(len(one.backups(key_id)) == 1 for key_id in key_ids)
+
+    asyncio.run(main())
+
+
+def test_while_a_batch_is_unsettled_its_keys_open_and_can_not_be_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the files hold a mixture, and the disk refuses every write until the end of the block."""
+    pwrite = os.pwrite
+
+    def torn(descriptor: int, data: bytes, offset: int) -> int:
+        pwrite(descriptor, bytes(100), offset)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(5)
+            keys = one.keys(key_ids)
+            await one.begin(None)
+            with monkeypatch.context() as patched:
+                patched.setattr(os, "pwrite", torn)
+                patched.setattr(rewrap_journal, "write_files", refuse)
+                running = asyncio.create_task(one.rotation.run())
+                while not one.rotation.last_error:
+                    await asyncio.sleep(0.001)
+                assert one.keys(key_ids) == keys
+                retiring = asyncio.create_task(one.vault.retire(key_ids[0]))
+                await asyncio.sleep(0.05)
+                assert not retiring.done()
+            await asyncio.gather(running, retiring)
+            assert one.keks_on_disk(key_ids) == {2}
+            assert one.keys(key_ids) == keys
+            assert one.on_disk(key_ids[0]).state == "retired"
+
+    asyncio.run(main())
+
+
+def test_a_stop_leaves_an_unsettled_batch_to_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(5)
+            keys = one.keys(key_ids)
+            await one.begin(None)
+            with monkeypatch.context() as patched:
+                patched.setattr(rewrap_journal, "overwrite_files", refuse)
+                patched.setattr(rewrap_journal, "write_files", refuse)
+                running = asyncio.create_task(one.rotation.run())
+                while not one.rotation.last_error:
+                    await asyncio.sleep(0.001)
+                running.cancel()
+                await asyncio.wait([running], timeout=20)
+                assert running.cancelled()
+            assert (one.directory / rewrap_journal.NAME).exists()
+        async with opened_vault(tmp_path / "d") as again:
+            assert again.replayed.written == 5
+            assert again.keys(key_ids) == keys
+            assert again.keks_on_disk(key_ids) == {2}
 
     asyncio.run(main())
 
@@ -152,7 +215,7 @@ def test_a_shortage_of_descriptors_does_not_make_a_key_unreadable(
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(20)
-            await one.rotation.begin(None)
+            await one.begin(None)
             monkeypatch.setattr(os, "open", short)
             monkeypatch.setattr(SecretArena, "allocate", crowded)
             await one.rotation.run()
@@ -191,8 +254,8 @@ def test_a_rotation_is_not_promoted_while_passes_find_files(tmp_path: Path, monk
     real = KekRotation.run_pass
     busy = [4]
 
-    async def always_something(self: KekRotation, rotation: keyring.Rotation) -> int:
-        found = await real(self, rotation)
+    async def always_something(self: KekRotation, rotation: keyring.Rotation, *, reads_all: bool) -> int:
+        found = await real(self, rotation, reads_all=reads_all)
         if busy[0]:
             busy[0] -= 1
             return found + 1
@@ -203,13 +266,187 @@ def test_a_rotation_is_not_promoted_while_passes_find_files(tmp_path: Path, monk
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             await one.make(2)
-            await one.rotation.begin(None)
+            await one.begin(None)
             running = asyncio.create_task(one.rotation.run())
             while busy[0]:
                 assert one.rotation.running is not None
                 await asyncio.sleep(0.001)
             await running
             assert one.kek_states() == {1: "retired", 2: "active"}
+
+    asyncio.run(main())
+
+
+def test_a_stop_waits_for_the_disk_thread_however_often_it_is_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A seal cancels the rotation, and so does the stop after it. The locks and answers last while files change."""
+    overwriting, go_on = threading.Event(), threading.Event()
+    real = files.overwrite_files
+
+    def slowly(directory: int, writes: Sequence[files.FileWrite]) -> list[files.FileWrite]:
+        overwriting.set()
+        go_on.wait(20)
+        return real(directory, writes)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(4)
+            keys = one.keys(key_ids)
+            await one.begin(None)
+            monkeypatch.setattr(rewrap_journal, "overwrite_files", slowly)
+            running = asyncio.create_task(one.rotation.run())
+            while not overwriting.is_set():
+                await asyncio.sleep(0.001)
+            for _ in range(3):
+                running.cancel()
+                await asyncio.sleep(0.005)
+            assert not running.done()
+            retiring = asyncio.create_task(one.vault.retire(key_ids[0]))
+            await asyncio.sleep(0.005)
+            assert not retiring.done()
+            go_on.set()
+            await asyncio.wait([running])
+            assert running.cancelled()
+            await retiring
+            assert one.keks_on_disk(key_ids) == {2}
+            assert one.keys(key_ids) == keys
+            assert not (one.directory / rewrap_journal.NAME).exists()
+
+    asyncio.run(main())
+
+
+def test_after_a_stop_on_a_failing_disk_no_key_of_the_batch_is_retired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reads are answered from memory, so the key would go on as active after its retirement was answered."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(3)
+            await one.begin(None)
+            with monkeypatch.context() as patched:
+                patched.setattr(rewrap_journal, "overwrite_files", refuse)
+                patched.setattr(rewrap_journal, "write_files", refuse)
+                running = asyncio.create_task(one.rotation.run())
+                while not one.rotation.last_error:
+                    await asyncio.sleep(0.001)
+                running.cancel()
+                await asyncio.wait([running])
+            with pytest.raises(StorageUnavailableError, match="start the daemon again"):
+                await one.vault.retire(key_ids[0])
+        async with opened_vault(tmp_path / "d") as again:
+            await again.vault.retire(key_ids[0])
+            assert again.on_disk(key_ids[0]).state == "retired"
+
+    asyncio.run(main())
+
+
+class DestroyedLate:
+    """Has the key from the second question on, as if its tombstone had been written after the first."""
+
+    def __init__(self, key_id: str) -> None:
+        self._key_id = key_id
+        self._asked = 0
+
+    def __contains__(self, key_id: str) -> bool:
+        self._asked += key_id == self._key_id
+        return key_id == self._key_id and self._asked > 1
+
+
+def test_a_key_that_is_destroyed_after_its_rewrap_gets_no_backup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A destruction whose request was cancelled holds no lock. It has blanked the batch backups already."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            victim, other = await one.make(2)
+            await one.begin(None)
+            with monkeypatch.context() as patched:
+                patched.setattr(one.vault, "destroyed", DestroyedLate(victim))
+                await one.rotation.run()
+            assert one.backups(victim) == []
+            assert one.keks_on_disk([victim]) == {1}
+            assert one.keks_on_disk([other]) == {2}
+
+    asyncio.run(main())
+
+
+def test_a_defect_in_a_batch_blocks_no_later_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails once the journal is there: the batch is settled."""
+    failures: list[type[Exception]] = [MemoryError, ValueError]
+    real = files.overwrite_files
+
+    def failing(directory: int, writes: Sequence[files.FileWrite]) -> list[files.FileWrite]:
+        if failures:
+            raise failures.pop()
+        return real(directory, writes)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(3)
+            monkeypatch.setattr(rewrap_journal, "overwrite_files", failing)
+            for kek in (2, 3, 4):
+                await one.rotate()
+                assert one.keks_on_disk(key_ids) == {kek}
+            await one.vault.retire(key_ids[0])
+            await one.vault.destroy(key_ids[0])
+
+    asyncio.run(main())
+
+
+def test_a_key_with_the_highest_version_stays_as_it_is(tmp_path: Path) -> None:
+    """One version more, and no file of it could be read again."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            last, other = await one.make(2)
+            await one.vault.retire(other)
+            record = msgspec.structs.replace(one.on_disk(last), version=dek.VERSION_MAX - 1)
+            one.file(last).write_bytes(dek.encode(record))
+            keys = one.keys([last, other])
+            await one.rotate()
+            assert "highest version" in one.vault.unreadable.listed()[last]
+            assert one.keks_on_disk([last]) == {1}
+            assert one.keks_on_disk([other]) == {2}
+            with pytest.raises(KeyUnreadableError, match="highest version"):
+                await one.vault.retire(last)
+            assert one.keys([last, other]) == keys
+            assert (await one.pruning.prune(backups=False)).destroyed == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("root_removed", [False, True])
+def test_a_file_that_is_put_back_is_rewrapped_after_a_root_was_removed(
+    tmp_path: Path, root_removed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody restores a key's file of before, behind the pass that rewrapped it. The removed root key opens it."""
+    real = KekRotation.run_pass
+    formers: dict[Path, bytes] = {}
+
+    async def restoring(self: KekRotation, rotation: keyring.Rotation, *, reads_all: bool) -> int:
+        assert reads_all == root_removed
+        while formers:
+            path, content = formers.popitem()
+            path.write_bytes(content)
+        return await real(self, rotation, reads_all=reads_all)
+
+    monkeypatch.setattr(KekRotation, "run_pass", restoring)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(2)
+            formers.update({one.file(key_id): one.file(key_id).read_bytes() for key_id in key_ids[:1]})
+            if root_removed:
+                gone = keyring.RevokingRoot("s9", "0" * 16, "file", "2026-01-01T00:00:00Z", 2)
+                await one.vault.keyring.change(
+                    lambda body: msgspec.structs.replace(body, revoking=(gone,), epoch=body.epoch + 1)
+                )
+            await one.rotate()
+            assert one.keks_on_disk(key_ids[:1]) == {2 if root_removed else 1}
+            assert one.keks_on_disk(key_ids[1:]) == {2}
 
     asyncio.run(main())
 
@@ -242,7 +479,7 @@ def test_a_rotation_interrupted_anywhere_is_finished_by_the_next_start(tmp_path:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(40)
             keys = one.keys(key_ids)
-            await one.rotation.begin(one.slot_of(NEW_ROOT))
+            await one.begin(one.slot_of(NEW_ROOT))
             running = asyncio.create_task(one.rotation.run())
             await asyncio.sleep(after_ms / 1000)
             running.cancel()
@@ -252,5 +489,29 @@ def test_a_rotation_interrupted_anywhere_is_finished_by_the_next_start(tmp_path:
             assert again.kek_states() == {1: "retired", 2: "active"}
             assert again.keys(key_ids) == keys
             assert again.keks_on_disk(key_ids) == {2}
+
+    asyncio.run(main())
+
+
+def test_a_key_that_a_listing_has_twice_is_rewrapped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second content from the same old one would make the journal's old content differ from the file."""
+    real = deks.list_names
+
+    def twice(directory: str) -> Iterator[str]:
+        names = sorted(real(directory))
+        for at in range(0, len(names), 7):
+            yield from names[at : at + 7] * 2
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(20)
+            monkeypatch.setattr(deks, "list_names", twice)
+            await one.begin(None)
+            running = one.rotation.running
+            assert running is not None
+            assert await one.rotation.run_pass(running) == 20
+            assert {one.on_disk(key_id).version for key_id in key_ids} == {2}
+            assert all(len(one.backups(key_id)) == 1 for key_id in key_ids)
+            await one.rotation.run()
 
     asyncio.run(main())

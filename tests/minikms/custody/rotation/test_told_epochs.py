@@ -16,7 +16,6 @@ from minikms.audit import Event
 from minikms.errors import StorageUnavailableError
 from minikms.policy import Policy, Principal
 from minikms.service.base import Reply, VerbTable
-from minikms.service.keks import KekVerbs
 from minikms.service.lifecycle import LifecycleVerbs
 from tests.harness.vaults import SilentAudit, opened_vault
 from tests.minikms.custody.disk_faults import refuse
@@ -49,7 +48,7 @@ def test_a_new_epoch_shows_a_tombstone_whose_files_were_not_removed(
             [key_id] = await one.make(1)
             await one.vault.retire(key_id)
             before = one.vault.keyring.body.epoch
-            monkeypatch.setattr(one.vault, "remove_files", refuse)
+            monkeypatch.setattr(one.vault.store, "remove", refuse)
             with pytest.raises(StorageUnavailableError):
                 await performed(table, api.DESTROY_KEY, api.DestroyKeyRequest(key_id))
             last = audit.events[-1]
@@ -65,7 +64,7 @@ def test_a_new_epoch_shows_keks_that_were_destroyed_before_a_failure(
         async with opened_vault(tmp_path / "d") as one:
             audit = KeptAudit()
             table = VerbTable(audit)
-            KekVerbs(vault=one.vault, table=table, rotation=one.rotation, pruning=one.pruning, opened_slot_id="")
+            one.kek_verbs(table)
             await one.rotate()
             await one.rotate()
             before = one.vault.keyring.body.epoch

@@ -1,7 +1,8 @@
 """Changes of keys that a fault interrupts, and the expected result of each.
 
-Owns: the four changes (both forms of rotation, destroy, create) as attacks on a prepared directory; the enumeration of
-their points; and one run for each point: start, strike, check. The enumeration ends at a point that is not reached.
+Owns: the changes (both forms of rotation, adding and removing a root key, destroy, create) on a prepared directory; the
+enumeration of the system calls at which a fault is injected; and one run for each: start, inject, check. The
+enumeration ends at a call that is not reached.
 """
 
 from __future__ import annotations
@@ -11,24 +12,32 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import minikms
-from minikms.client.errors import KmsError
+from minikms.client.errors import ConflictError, KmsError
 from tests.minikms.custody.rotation.crash_points import (
     DEADLINE_SECONDS,
     Daemon,
     Injection,
     Point,
     Prepared,
-    wait_for_rotation,
+    wait_for_revocation,
+    wait_until_settled,
 )
 
-Change = Literal["rotate the KEK", "rotate to a new root key", "destroy a key", "create a key"]
-CHANGES: tuple[Change, ...] = ("rotate the KEK", "rotate to a new root key", "destroy a key", "create a key")
+Change = Literal[
+    "rotate the KEK",
+    "rotate to a new root key",
+    "add a root key",
+    "remove a root key",
+    "destroy a key",
+    "create a key",
+]
+CHANGES: tuple[Change, ...] = get_args(Change)
 
 
-class Attack:
+class InterruptedChange:
     """Makes one change, interrupted at one point after another."""
 
     def __init__(self, prepared: Prepared, base: Path, change: Change) -> None:
@@ -39,33 +48,40 @@ class Attack:
         self.points = 0
         self._old = (prepared.base / "key").read_text().strip()
         self._new = os.urandom(32).hex()
+        self._added = self._removed = False
+        """Whether adding or removing the new root key was acknowledged in this run."""
 
     def points_of(self, thread: str, calls: str, *, numbers: Iterator[int], action: str) -> None:
-        """Strikes at each number in turn, until one is not reached."""
+        """Injects the fault at each number in turn, until one is not reached."""
         for number in numbers:
-            if not self.strike(Point(thread, calls, number), action):
+            if not self.interrupt(Point(thread, calls, number), action):
                 return
 
-    def strike(self, point: Point, action: str) -> bool:
+    def interrupt(self, point: Point, action: str) -> bool:
         """One run; False if the change was complete before the point was reached."""
         self._count += 1
         base = self._base / f"v{self._count}"
         daemon = self._prepared.copy_to(base)
+        self._added = self._removed = False
         try:
             assert daemon.start(), daemon.log()
+            if self._change == "remove a root key":
+                with daemon.client() as client:
+                    client.add_root(self._new, provider="file")
             injection = Injection(daemon, point, action)
             made = self._perform(daemon)
             injection.end()
             if not injection.happened():
-                return injection.struck_elsewhere()
+                return injection.hit_another_call()
             self.points += 1
             if action == "signal=KILL":
-                assert daemon.has_died(within_s=5.0), "the daemon lives"
+                assert daemon.has_died(within_s=5.0), "the daemon is still alive"
                 # Whichever key the operator may still have: in turn the old and the new one first.
                 first, other = (self._old, self._new) if self._count % 2 else (self._new, self._old)
-                self._prepared.judge(daemon, first, other)
+                self._prepared.check_state(daemon, first, other)
+                self._check_roots(daemon)
             else:
-                self._judge_alive(daemon, point)
+                self._check_alive(daemon, point)
             for key_id in made:
                 self._check_created(daemon, key_id)
         except AssertionError as error:
@@ -84,6 +100,16 @@ class Attack:
                     client.rotate_kek()
                 case "rotate to a new root key":
                     client.rotate_kek(new_kek_hex=self._new)
+                case "add a root key":
+                    with contextlib.suppress(ConflictError):  # it was added before a fault
+                        client.add_root(self._new, provider="file")
+                    self._added = True
+                case "remove a root key":
+                    found = [root.slot_id for root in client.list_roots().roots if not root.in_use]
+                    for slot_id in found:
+                        client.remove_root(slot_id)
+                    self._removed = True
+                    wait_for_revocation(client)
                 case "create a key":
                     for number in range(3):
                         made.append(client.create_dek_for_thread(f"n{number}").key_id)
@@ -93,15 +119,27 @@ class Attack:
                     client.destroy_key(key_id)
         return made
 
-    def _judge_alive(self, daemon: Daemon, point: Point) -> None:
+    def _check_alive(self, daemon: Daemon, point: Point) -> None:
         """After a fault the daemon still serves, a retry completes, and a restart finds every key."""
-        assert not daemon.has_died(), "the daemon died of it"
-        self._perform(daemon)
+        assert not daemon.has_died(), "the daemon died"
         with daemon.client(wait_s=5.0) as client:
-            wait_for_rotation(client)
+            wait_until_settled(client)
+            self._perform(daemon)
+            wait_until_settled(client)
             self._prepared.check_records(client)
         daemon.stop()
-        self._prepared.judge(daemon, self._old, self._new)
+        self._prepared.check_state(daemon, self._old, self._new)
+        self._check_roots(daemon)
+
+    def _check_roots(self, daemon: Daemon) -> None:
+        """A root key whose adding was acknowledged opens the keyring; one whose removal was does not."""
+        if self._change not in ("add a root key", "remove a root key"):
+            return
+        daemon.key_file.write_text(self._new + "\n")
+        opens = daemon.start()
+        daemon.stop()
+        assert opens or not self._added, daemon.log()
+        assert not opens or not self._removed, "a removed root key opens the keyring"
 
     def _check_created(self, daemon: Daemon, key_id: str) -> None:
         assert daemon.start(), daemon.log()

@@ -1,0 +1,166 @@
+"""The answer to `GET /status`, as a client reads it.
+
+Owns: the names and types of its members. Invariants: a member that a client does not know is ignored, and one that a
+service does not report has an empty value, so that programs of different ages understand each other. An empty value
+must never look like good news: it is not `ok`, not writable, not in force, not complete.
+
+docs/spec/api.md says what the members mean.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class RootStatus(msgspec.Struct, frozen=True):
+    """`fingerprint`: of the root key in use. `slots`: the fingerprints of all root keys that open the keyring."""
+
+    provider: str = ""
+    fingerprint: str = ""
+    slots: list[str] = []
+
+
+class KekStatus(msgspec.Struct, frozen=True):
+    """One version of the KEK. `created_at` is RFC 3339 in UTC."""
+
+    version: int = 0
+    state: str = ""
+    created_at: str = ""
+    wraps_reserved: int = 0
+
+
+class RotationStatus(msgspec.Struct, frozen=True):
+    """A running rotation of the KEK. `total` is None while the daemon does not know yet how many keys there are."""
+
+    from_version: int = 0
+    to_version: int = 0
+    started_at: str = ""
+    new_root: bool = False
+    rewrapped: int = 0
+    last_error: str = ""
+    total: int | None = None
+
+
+class KeysStatus(msgspec.Struct, frozen=True):
+    """Counts of keys. `indexing`: key files are still being read. `unreadable_files`: at most 100 key ids, with the
+    reason for each.
+    """
+
+    indexing: bool = True
+    by_state: dict[str, int] = {}
+    by_kek_version: dict[str, int] = {}
+    destroyed: int = 0
+    unreadable: int = 0
+    unreadable_files: dict[str, str] = {}
+
+
+class LeasesStatus(msgspec.Struct, frozen=True):
+    """The files that count the uses of keys."""
+
+    journal_records: int = 0
+    snapshot_entries: int = 0
+    lost_leases: int = 0
+    write_failures: int = 0
+    merge_failures: int = 0
+
+
+class HeadStatus(msgspec.Struct, frozen=True):
+    """The last line of the audit log: its number and its MAC in base64."""
+
+    seq: int = 0
+    sig: str = ""
+
+
+class UpkeepStatus(msgspec.Struct, frozen=True):
+    """`faults`: the reason for each job that fails. `forwarded`: lines since the start; None without forwarding."""
+
+    faults: dict[str, str] = {}
+    forwarded: int | None = None
+
+
+class AuditStatus(msgspec.Struct, frozen=True):
+    """The audit log. `unavailable_since` is Unix time in nanoseconds, 0 while the log can be written."""
+
+    head: HeadStatus = msgspec.field(default_factory=HeadStatus)
+    writable: bool = False
+    unavailable_reason: str = ""
+    unavailable_since: int = 0
+    events_dropped: int = 0
+    chore_fault: str = ""
+    disk_full: bool = False
+    reserve_bytes: int = 0
+    log_id: str = ""
+    audit_key_version: int = 0
+    lines_not_signed: int = 0
+    segment: int = 0
+    segment_bytes: int = 0
+    fsync: str = ""
+    synced: bool = False
+    public_key: str = ""
+    upkeep: UpkeepStatus = msgspec.field(default_factory=UpkeepStatus)
+
+
+class MemoryStatus(msgspec.Struct, frozen=True):
+    """The arena, and the opened keys in it."""
+
+    arena: str = ""
+    locked_bytes: int = 0
+    keys_in_memory: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    cache_evictions: int = 0
+
+
+class MeasureStatus(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A measure that hardens the process. `why`: the reason why it is not in force."""
+
+    measure: str
+    in_force: bool
+    why: str = ""
+
+
+class HttpStatus(msgspec.Struct, frozen=True):
+    """Connections now, and counts since the start."""
+
+    connections: int = 0
+    connections_max: int = 0
+    requests: int = 0
+    refused: int = 0
+    accept_failures: int = 0
+
+
+class PolicyStatus(msgspec.Struct, frozen=True):
+    """The policy in force. `sha256`: of its file. `last_error`: why the last reload failed; empty if it did not.
+    `budgets_exhausted`: hour budgets that refuse requests now.
+    """
+
+    sha256: str = ""
+    generation: int = 0
+    age_seconds: int = 0
+    last_error: str = ""
+    budgets_exhausted: int = 0
+
+
+class StatusAnswer(msgspec.Struct, frozen=True):
+    """`status` is `ok`, or why the service can't work in one word, with `reason` as a sentence. `epoch` is 0 where the
+    service does not report one. `policy` is None without a policy file.
+    """
+
+    status: str = ""
+    pid: int = 0
+    uid: int = 0
+    uptime_seconds: int = 0
+    reason: str = ""
+    epoch: int = 0
+    keyring_id: str = ""
+    root: RootStatus = msgspec.field(default_factory=RootStatus)
+    keks: list[KekStatus] = []
+    rotation: RotationStatus | None = None
+    keys: KeysStatus = msgspec.field(default_factory=KeysStatus)
+    leases: LeasesStatus = msgspec.field(default_factory=LeasesStatus)
+    audit: AuditStatus = msgspec.field(default_factory=AuditStatus)
+    memory: MemoryStatus = msgspec.field(default_factory=MemoryStatus)
+    hardening: list[MeasureStatus] = []
+    http: HttpStatus = msgspec.field(default_factory=HttpStatus)
+    policy: PolicyStatus | None = None
+    warnings: list[str] = []

@@ -1,0 +1,74 @@
+"""The type of a verb: its name, path, roles, request, answer and possible refusals.
+
+Owns: what an entry of the verb table can say, and the form of an error. Invariants: no I/O; a request with an unknown
+field is refused. It must never know a particular verb: those are in `minikms.api.verbs`, `minikms.api.root_verbs` and
+`minikms.api.seal_verbs`.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, Literal, TypeVar
+
+import msgspec
+
+Role = Literal["create", "encrypt", "decrypt", "rotate", "destroy", "data_key", "audit", "monitor", "unseal"]
+Purpose = Literal["thread", "data"]
+State = Literal["active", "retired", "destroyed"]
+
+
+class Request(msgspec.Struct, forbid_unknown_fields=True):
+    """Base of all requests. An unknown field is refused, so that a mistyped `aad` is never ignored."""
+
+
+RequestT = TypeVar("RequestT", bound=Request)
+AnswerT = TypeVar("AnswerT")
+
+
+class Verb(msgspec.Struct, Generic[RequestT, AnswerT], frozen=True, eq=False):
+    """One operation of the key service. Verbs are compared by identity.
+
+    name: in the audit log, in metrics, and as the operation of the OpenAPI document. path: `{key_id}` or `{slot_id}`
+    stands for the field of that name; other fields are the query of a GET and the body of a POST. roles: the caller
+    needs all. answer: the type of the JSON answer; `str` for plain text.
+    """
+
+    name: str
+    method: Literal["GET", "POST"]
+    path: str
+    roles: tuple[Role, ...]
+    request: type[RequestT]
+    answer: type[AnswerT]
+    summary: str
+    refusals: tuple[str, ...] = ()
+    """Codes beside those that every verb may answer. `internal` here: a 503, when no slot for another key is free."""
+    repeatable: bool = False
+    """A client may send the request again when it does not know whether the first one was carried out."""
+    roles_by_item: bool = False
+    """A caller without the role gets 200, and `forbidden` for each item."""
+    proxied: bool = False
+    """A principal on whose behalf a proxy asks may use it. No verb that changes the service itself may set this."""
+    key_id_in_body: bool = False
+    """The body repeats the key id of the path."""
+    root_field: str = ""
+    """The field of the body that holds a root key. The daemon takes it out before anything else reads the body."""
+    may_answer_202: bool = False
+    """With the same answer, while the work goes on."""
+
+    @property
+    def is_batch(self) -> bool:
+        """The request has a list `items` of at most BATCH_ITEMS_MAX."""
+        return "items" in self.request.__struct_fields__
+
+    @property
+    def has_body(self) -> bool:
+        return self.method == "POST" and (self.key_id_in_body or bool(self.root_field) or not self.path_field)
+
+    @property
+    def path_field(self) -> str:
+        """The field that the path names; empty if it names none."""
+        return self.path.partition("{")[2].partition("}")[0]
+
+
+class ErrorAnswer(msgspec.Struct):
+    error: str
+    code: str

@@ -1,0 +1,131 @@
+"""`minikms pin add` and `minikms pin remove`: root says which root keys may open the keyring.
+
+Owns: flags and output. Invariants: only root may run them, and what it reads is root's decision: the key file may
+belong to any user. It must never print more of a root key than its fingerprint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+
+from minikms.cli.console import (
+    PIN_VARIABLE,
+    CommandError,
+    DataDir,
+    Json,
+    Yes,
+    chosen_data_dir,
+    complain,
+    confirm,
+    named_root,
+    print_json,
+)
+from minikms.usage import EXIT_GOOD
+
+if TYPE_CHECKING:
+    from minikms.roots.pin import PinFile
+    from minikms.roots.providers import RootProvider
+
+app = App(name="pin", help="Say which root keys may open the keyring, as root.", version_flags=[])
+
+Source = Annotated[str, Parameter(help="Where the root key is: file:PATH or fd:NUMBER; shares: asks for shares.")]
+Pin = Annotated[
+    Path | None, Parameter(name="--pin", help=f"The pin file, outside the data directory [{PIN_VARIABLE}].")
+]
+
+
+@app.command
+def add(
+    source: Source,
+    *,
+    pin: Pin = None,
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> int:
+    """Add a root key to the pin file, which is made if there is none. The daemon reads it with --pin.
+
+    The first root key must open the keyring, so that its id is certain. Later ones may be added to the keyring after.
+    A damaged file is begun again.
+    """
+    from minikms.crypto import roots
+    from minikms.datadir import opened_keyring, opened_root, read_keyring
+    from minikms.errors import StartError
+    from minikms.keys import keyring
+
+    file, directory = _chosen(pin, data_dir)
+    root = _root(source, directory)
+    data = read_keyring(directory)
+    with opened_root(root) as (arena, key):
+        opens = True
+        try:
+            with opened_keyring(arena, key, data) as unlocked:
+                keyring_id = unlocked.body.keyring_id
+        except StartError:
+            if not file.exists():
+                raise
+            opens, keyring_id = False, keyring.parse_file(data)[0].keyring_id
+        done = file.add(key.view, keyring_id)
+        fingerprint = roots.fingerprint(key.view)
+    if json:
+        facts = {"pin": str(file.path), "keyring_id": keyring_id, "fingerprint": fingerprint}
+        print_json({**facts, "new": done != "known", "replaced_damaged": done == "replaced", "opens": opens})
+        return EXIT_GOOD
+    names = "named already" if done == "known" else "names"
+    print(f"{file.path} {names} the root key {fingerprint} for keyring {keyring_id}.")
+    if done == "replaced":
+        complain("the file was damaged, and names only this root key now: add the others again")
+    if not opens:
+        print("It does not open the keyring yet: minikms root add SOURCE")
+    return EXIT_GOOD
+
+
+@app.command
+def remove(source: Source, *, pin: Pin = None, data_dir: DataDir = None, yes: Yes = False, json: Json = False) -> int:
+    """Remove a root key from the pin file: from then on it opens no keyring at a start, and is not added.
+
+    Without the root key nobody knows which pin is its own: add the others to a fresh file then. Exit status: 0 removed
+    or not named, 2 refused.
+    """
+    from minikms.crypto import roots
+    from minikms.datadir import opened_root
+
+    file, directory = _chosen(pin, data_dir)
+    with opened_root(_root(source, directory)) as (_, key):
+        fingerprint = roots.fingerprint(key.view)
+        confirm(f"Remove the root key {fingerprint} from {file.path}?", yes=yes)
+        removed = file.remove(key.view)
+    if json:
+        print_json({"pin": str(file.path), "fingerprint": fingerprint, "removed": removed})
+        return EXIT_GOOD
+    print(f"{file.path} {'names no longer' if removed else 'did not name'} the root key {fingerprint}.")
+    print("A slot of it stays in the keyring: minikms root list, minikms root remove SLOT")
+    return EXIT_GOOD
+
+
+def _chosen(pin: Path | None, data_dir: str | None) -> tuple[PinFile, str]:
+    """The pin file and the data directory. Raises CommandError."""
+    from minikms.roots.pin import PinFile
+
+    if os.geteuid() != 0:
+        raise CommandError("only root may change the pin file: run this as root")
+    named = pin or os.environ.get(PIN_VARIABLE)
+    if not named:
+        raise CommandError(f"name the pin file: --pin FILE, or {PIN_VARIABLE}")
+    directory = chosen_data_dir(data_dir)
+    file = PinFile(Path(os.path.abspath(named)))
+    if Path(directory).resolve() in file.path.resolve().parents:
+        raise CommandError("the pin file must lie outside the data directory, which another user can write")
+    return file, directory
+
+
+def _root(source: str, directory: str) -> RootProvider:
+    """The root key that root names, and vouches for. Raises StartError."""
+    from minikms.roots.providers import KeyFile
+
+    root = named_root(source, directory)
+    return dataclasses.replace(root, any_owner=True) if isinstance(root, KeyFile) else root

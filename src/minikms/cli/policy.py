@@ -1,0 +1,147 @@
+"""`minikms policy check` and `explain`: what a policy file says, without a daemon. `minikms policy reload`: the running
+daemon reads its file again.
+
+Owns: flags and output. Invariants: a file is judged by the parser of the daemon and a decision is made by its rules;
+check and explain read one file and change nothing. No command of these may need the data directory or a key.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, get_args
+
+from cyclopts import App, Parameter
+
+from minikms.api import Role
+from minikms.cli.console import (
+    CommandError,
+    Json,
+    ServerUid,
+    Socket,
+    clean,
+    complain,
+    daemon_client,
+    print_facts,
+    print_json,
+)
+from minikms.usage import EXIT_FAILED, EXIT_GOOD
+
+if TYPE_CHECKING:
+    from minikms.policy import Rules
+
+app = App(name="policy", help="Check, explain and reload a policy file.", version_flags=[])
+
+POLICY_VARIABLE: Final = "PROGRESSDB_MINIKMS_POLICY"
+ROLE_WORDS: Final = ", ".join(get_args(Role))
+
+File = Annotated[Path, Parameter(help="The policy file.")]
+PolicyFile = Annotated[Path | None, Parameter(name="--policy", help=f"The policy file [{POLICY_VARIABLE}].")]
+
+
+@app.command
+def check(file: File, *, json: Json = False) -> int:
+    """Check the content of a policy file as the daemon does, and warn of what looks like a mistake.
+
+    It does not check where the file lies and who may write it. Exit status: 0 the file is valid, 1 it is not, 2 it
+    can't be read.
+    """
+    from minikms.policy import PolicyFileError
+    from minikms.policy.explanation import warnings
+
+    try:
+        rules = _read(file)
+    except PolicyFileError as error:
+        if json:
+            print_json({"valid": False, "error": str(error)})
+        else:
+            complain(f"{file}: {clean(str(error))}")
+        return EXIT_FAILED
+    found = warnings(rules)
+    if json:
+        facts = {"valid": True, "sha256": rules.sha256, "grants": len(rules.grants), "proxies": len(rules.proxies)}
+        print_json({**facts, "warnings": found})
+        return EXIT_GOOD
+    print(f"{file} is valid: {len(rules.grants)} grants, {len(rules.proxies)} proxies, SHA-256 {rules.sha256}")
+    for text in found:
+        print(f"warning: {clean(text)}")
+    return EXIT_GOOD
+
+
+@app.command
+def explain(
+    *,
+    policy: PolicyFile = None,
+    principal: Annotated[str, Parameter(name="--principal", help="Who asks, such as uid:1000 or spiffe://prod/chat.")],
+    role: Annotated[str, Parameter(name="--role", help=f"The role that the request needs: {ROLE_WORDS}.")],
+    thread: Annotated[
+        str | None, Parameter(name="--thread", help="The thread of the key; none: any thread that a grant has.")
+    ] = None,
+    via: Annotated[
+        str | None, Parameter(name="--via", help="The proxy that asks, such as uid:992; default: the first that may.")
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Print whether a policy file allows a request, which grant decides, and what would have to change.
+
+    Limits that are used up, and the state of the key, can refuse it all the same. Exit status: 0 allowed, 1 denied,
+    2 wrong usage, or the file can't be read or is not valid.
+    """
+    from dataclasses import asdict
+
+    from minikms.policy import FilePolicy
+    from minikms.policy.explanation import explain as explained
+
+    named = policy or Path(os.environ.get(POLICY_VARIABLE) or "")
+    if not named.name:
+        raise CommandError(f"name the policy file: --policy FILE, or {POLICY_VARIABLE}")
+    wanted = next((known for known in get_args(Role) if known == role), None)
+    if wanted is None:
+        raise CommandError(f"there is no role {clean(role)!r}; the roles are {ROLE_WORDS}")
+    found = explained(FilePolicy(_read(named)), principal, wanted, thread, via)
+    status = EXIT_GOOD if found.decision == "allowed" else EXIT_FAILED
+    if json:
+        print_json(asdict(found))
+        return status
+    facts = [("decision", found.decision if not found.code else f"{found.decision} ({found.code})")]
+    facts += [
+        (title, value)
+        for title, value in (
+            ("principal", found.principal),
+            ("via", found.via),
+            ("role", found.role),
+            ("thread", found.thread),
+            ("grant", found.grant),
+            ("proxy", found.proxy),
+            ("why", found.why),
+        )
+        if value
+    ]
+    facts += [("limit", text) for text in found.limits]
+    facts += [("change", text) for text in found.what_would_change]
+    print_facts(facts)
+    return status
+
+
+@app.command(name="reload")
+def reload_policy(*, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
+    """Let the running daemon read its policy file again.
+
+    Requests that it is carrying out obey the new policy too. Exit status: 0 it is in force, 1 it is refused, and the
+    policy before it stays in force, 2 the daemon does not answer.
+    """
+    with daemon_client(socket, server_uid) as kms:
+        answer = kms.reload_policy()
+    if json:
+        print_json(answer)
+    else:
+        print(f"The policy is in force: generation {answer.generation}, SHA-256 {clean(answer.sha256)}")
+    return EXIT_GOOD
+
+
+def _read(file: Path) -> Rules:
+    """Raises PolicyFileError, OSError."""
+    from minikms.policy import POLICY_BYTES_MAX, parse_policy
+
+    with file.open("rb") as opened:
+        return parse_policy(opened.read(POLICY_BYTES_MAX + 1))

@@ -1,0 +1,187 @@
+"""`minikms root list`, `root add`, `root test` and `root remove`, through the running daemon.
+
+Owns: flags and output. Invariants: a root key comes from a private file, an inherited descriptor or typed shares
+(`minikms.cli.key_text`), or is made in shares (`minikms.cli.recovery`); removing one asks first. It must never say that
+a removed root key opens nothing before the daemon says that its revocation has ended.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+
+from minikms.cli.console import (
+    CommandError,
+    Json,
+    ServerUid,
+    Socket,
+    Yes,
+    confirm,
+    daemon_client,
+    print_json,
+    print_table,
+)
+from minikms.cli.recovery import SharesDir, add_shares, check_can_hand_out, check_can_pin
+from minikms.usage import EXIT_GOOD
+
+if TYPE_CHECKING:
+    from minikms import api
+
+app = App(name="root", help="List, add, test and remove root keys, while the daemon serves.", version_flags=[])
+
+Source = Annotated[
+    str,
+    Parameter(help="Where the root key is: file:PATH or fd:NUMBER; shares:3/5 makes one that any 3 of 5 shares give."),
+]
+Slot = Annotated[str, Parameter(help="The slot of the root key, as `minikms root list` shows it.")]
+
+
+@app.command(name="list")
+def list_roots(*, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
+    """List the root keys that open the keyring, and the removed ones whose revocation has not ended."""
+    with daemon_client(socket, server_uid) as kms:
+        answer = kms.list_roots()
+    if json:
+        print_json(answer)
+        return EXIT_GOOD
+    print_table(
+        ("slot", "fingerprint", "provider", "state", "created", "tested", ""),
+        (
+            (root.slot_id, root.fingerprint, root.provider, root.state, root.created_at, root.tested_at, _notes(root))
+            for root in answer.roots
+        ),
+    )
+    return EXIT_GOOD
+
+
+def _notes(root: api.RootAnswer) -> str:
+    notes = []
+    if root.in_use:
+        notes.append("the daemon was started under it")
+    if root.replaces:
+        notes.append(f"replaces {root.replaces} once the daemon was started under it")
+    if root.shares is not None:
+        notes.append(f"{root.shares.threshold} of {root.shares.count} shares, set {root.shares.set_id}")
+    if root.state == "revoking":
+        notes.append(f"removed {root.removed_at}; opens DEKs until the KEK rotation has ended")
+    return "; ".join(notes)
+
+
+@app.command
+def add(
+    source: Source,
+    *,
+    shares_dir: SharesDir = None,
+    pin: Annotated[
+        Path | None,
+        Parameter(name="--pin", help="With shares:3/5 and as root: name the new root key in this pin file first."),
+    ] = None,
+    socket: Socket = None,
+    server_uid: ServerUid = None,
+    yes: Yes = False,
+    json: Json = False,
+) -> int:
+    """Add a root key that opens the keyring beside the others. It is proved to open it before it is stored.
+
+    Shares are shown once, on the terminal, or written to files of --shares-dir.
+    """
+    from minikms.cli.key_text import source_text
+
+    counts = _share_counts(source)
+    if counts is not None:
+        return _add_in_shares(counts, shares_dir, pin, socket, server_uid, yes=yes, json=json)
+    if shares_dir is not None or pin is not None:
+        raise CommandError(
+            "--shares-dir and --pin go with shares: say how many with the source shares:3/5. For another source, run "
+            "`minikms pin add SOURCE` first"
+        )
+    with source_text(source) as (text, provider), daemon_client(socket, server_uid) as kms:
+        added = kms.add_root(text, provider=provider)
+    if json:
+        print_json(added)
+    else:
+        print(f"Slot {added.slot_id}: the root key {added.fingerprint} opens the keyring too. Keep a copy elsewhere.")
+    return EXIT_GOOD
+
+
+def _share_counts(source: str) -> tuple[int, int] | None:
+    """Threshold and number of `shares:3/5`; None for another source. Raises InvalidRequestError."""
+    from minikms.roots.recovery_shares import parse_counts
+
+    name, _, counts = source.partition(":")
+    return parse_counts(counts) if name == "shares" else None
+
+
+def _add_in_shares(
+    counts: tuple[int, int],
+    directory: Path | None,
+    pin: Path | None,
+    socket: str | None,
+    server_uid: int | None,
+    *,
+    yes: bool,
+    json: bool,
+) -> int:
+    check_can_hand_out(directory)
+    if pin is not None:
+        check_can_pin(pin)
+    with daemon_client(socket, server_uid) as kms:
+        added, made = add_shares(kms, counts, directory, pin, yes=yes)
+    if json:
+        print_json(added)
+        return EXIT_GOOD
+    print(
+        f"Slot {added.slot_id}: any {made.threshold} of {made.count} shares of the set {made.set_id} open the keyring."
+    )
+    if directory is not None:
+        print(f"They are in {directory}, one file a share: give each to another person, and remove it here.")
+    print(f"Test them from time to time: minikms root test {added.slot_id} --root shares:")
+    return EXIT_GOOD
+
+
+@app.command
+def test(
+    slot: Slot,
+    *,
+    root: Annotated[
+        str, Parameter(name="--root", help="Where the root key is: file:PATH or fd:NUMBER; shares: asks for shares.")
+    ],
+    socket: Socket = None,
+    server_uid: ServerUid = None,
+    json: Json = False,
+) -> int:
+    """Prove that a root key opens the keyring. A root key can be removed only if another one was tested recently."""
+    from minikms.cli.key_text import source_text
+
+    with source_text(root) as (text, _), daemon_client(socket, server_uid) as kms:
+        tested = kms.test_root(slot, text)
+    if json:
+        print_json(tested)
+    else:
+        print(f"The root key {tested.fingerprint} opens slot {tested.slot_id}: tested at {tested.tested_at}.")
+    return EXIT_GOOD
+
+
+@app.command
+def remove(
+    slot: Slot, *, socket: Socket = None, server_uid: ServerUid = None, yes: Yes = False, json: Json = False
+) -> int:
+    """Remove a root key. A fresh keyring key and audit key come at once, and a rotation of the KEK follows by itself.
+
+    Until that has ended, `minikms root list` shows the root key as `revoking`.
+    """
+    with daemon_client(socket, server_uid) as kms:
+        found = next((root for root in kms.list_roots().roots if root.slot_id == slot), None)
+        what = f"slot {slot}" if found is None else f"slot {slot}, the root key {found.fingerprint} ({found.provider})"
+        if found is not None and found.in_use:
+            what += ", under which the daemon was started: its next start needs another one"
+        confirm(f"Remove {what}? It can't be added again.", yes=yes)
+        removed = kms.remove_root(slot)
+    if json:
+        print_json(removed)
+    else:
+        print(f"The root key {removed.fingerprint} opens no later keyring. It still opens older copies and archives.")
+        print("The KEK is being rotated, so that it opens no key either: minikms root list shows when that has ended.")
+    return EXIT_GOOD

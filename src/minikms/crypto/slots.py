@@ -1,0 +1,174 @@
+"""Slots: the keyring key sealed to a key pair that is derived from a root key.
+
+Owns: what is derived from a root key for its slot (the key pair and the slot's authentication key), sealing to the
+public key, opening with the root key, and the MACs over what was sealed and over a backup archive. The bytes are in
+docs/spec/formats.md and docs/spec/backup.md.
+
+The keyring key is sealed with HPKE in base mode (RFC 9180) to the hybrid KEM of ML-KEM-768 and X25519 (X-Wing, KEM id
+0x647a), with HKDF-SHA256 and AES-256-GCM. So a keyring key can be sealed to a slot without its root key, and a keyring
+file that was stolen is safe from a quantum computer. HPKE does not authenticate who sealed; the MAC does, under a key
+that only holders of the root key or of a keyring key have.
+
+Invariants: everything sealed is bound to keyring, slot, commitment and key number. Key objects live for one call; a
+bytes object that holds a key is overwritten as soon as the library has returned it, and the stack is scrubbed. It must
+never open what was sealed before the caller has compared the MAC.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+from typing import Final, NamedTuple
+
+from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.hpke import (
+    AEAD,
+    KDF,
+    KEM,
+    MLKEM768X25519PrivateKey,
+    MLKEM768X25519PublicKey,
+    Suite,
+)
+
+from minikms.crypto import labels
+from minikms.crypto.aead import KEY_BYTES, TAG_BYTES, scrub_stack
+from minikms.errors import DecryptionError, StartError
+from minikms.memory import zero, zero_bytes
+
+MLKEM_SEED_BYTES: Final = 64
+MLKEM_PUBLIC_KEY_BYTES: Final = 1184
+X25519_KEY_BYTES: Final = 32
+PUBLIC_KEY_BYTES: Final = MLKEM_PUBLIC_KEY_BYTES + X25519_KEY_BYTES
+ENCAPSULATED_BYTES: Final = 1088 + X25519_KEY_BYTES
+SEALED_BYTES: Final = ENCAPSULATED_BYTES + KEY_BYTES + TAG_BYTES
+MAC_BYTES: Final = 32
+COMMITMENT_BYTES: Final = 32
+
+_HASH_BYTES: Final = 32
+
+
+class Place(NamedTuple):
+    """Where a keyring key is sealed: it opens nowhere else. `key_number` is that of the keyring key."""
+
+    keyring_id: str
+    slot_id: str
+    commitment: bytes
+    key_number: int
+
+
+def public_key(root: memoryview, keyring_id: str, slot_id: str) -> bytes:
+    """The public key of the slot: ML-KEM-768, then X25519."""
+    mlkem, x25519 = _private_key(root, keyring_id, slot_id)
+    made = mlkem.public_key().public_bytes_raw() + x25519.public_key().public_bytes_raw()
+    del mlkem, x25519  # OpenSSL clears them, and the stack that this used is scrubbed after it
+    scrub_stack()
+    return made
+
+
+def auth_key_into(root: memoryview, keyring_id: str, slot_id: str, target: memoryview) -> None:
+    """The slot's authentication key, which `mac` takes."""
+    _expand_into(root, labels.aad(labels.SLOT_AUTH, keyring_id.encode(), slot_id.encode()), target)
+    scrub_stack()
+
+
+def seal(public: bytes, place: Place, keyring_key: memoryview) -> bytes:
+    """The keyring key, sealed to the slot's public key. Raises DecryptionError if that is not a public key."""
+    try:
+        recipient = MLKEM768X25519PublicKey(
+            MLKEM768PublicKey.from_public_bytes(public[:MLKEM_PUBLIC_KEY_BYTES]),
+            X25519PublicKey.from_public_bytes(public[MLKEM_PUBLIC_KEY_BYTES:]),
+        )
+        return _suite().encrypt(keyring_key, recipient, info=_info(place))
+    except ValueError:
+        raise DecryptionError("the public key of a slot is not valid") from None
+    finally:
+        scrub_stack()
+
+
+def open_into(root: memoryview, place: Place, sealed: bytes, target: memoryview) -> None:
+    """Opens the keyring key into `target`. Call it after the MAC was compared. Raises DecryptionError."""
+    if len(sealed) != SEALED_BYTES:
+        raise DecryptionError("the sealed keyring key has the wrong length")
+    opened: bytes | None = None
+    with contextlib.suppress(InvalidTag, ValueError):
+        opened = _decrypted(root, place, sealed)
+    scrub_stack()
+    if opened is None:  # raised here: an error that is raised in an `except` keeps the frame of the first one alive
+        raise DecryptionError("the sealed keyring key does not open")
+    target[:] = opened
+    zero_bytes(opened)
+
+
+def mac(auth_key: memoryview, place: Place, sealed: bytes) -> bytes:
+    """Authenticates `sealed`, which HPKE does not: HMAC-SHA-256 under the slot's authentication key."""
+    data = labels.aad(
+        labels.SLOT_MAC,
+        place.keyring_id.encode(),
+        place.slot_id.encode(),
+        labels.number(place.key_number),
+        hashlib.sha256(sealed).digest(),
+    )
+    return hmac.digest(auth_key, data, "sha256")
+
+
+def archive_tag(auth_key: memoryview, slot_id: str, digest: bytes) -> bytes:
+    """Authenticates a backup archive by its SHA-256, under the slot's authentication key."""
+    return hmac.digest(auth_key, labels.aad(labels.ARCHIVE_SLOT, slot_id.encode(), digest), "sha256")
+
+
+def _decrypted(root: memoryview, place: Place, sealed: bytes) -> bytes:
+    private = MLKEM768X25519PrivateKey(*_private_key(root, place.keyring_id, place.slot_id))
+    return _suite().decrypt(sealed, private, info=_info(place))
+
+
+def _suite() -> Suite:
+    return Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
+
+
+def _info(place: Place) -> bytes:
+    return labels.aad(
+        labels.SLOT_SEALED,
+        place.keyring_id.encode(),
+        place.slot_id.encode(),
+        place.commitment,
+        labels.number(place.key_number),
+    )
+
+
+def _private_key(root: memoryview, keyring_id: str, slot_id: str) -> tuple[MLKEM768PrivateKey, X25519PrivateKey]:
+    """ML-KEM takes its seed as one piece, longer than a slot of the arena, so it is derived outside and zeroed."""
+    seeds = memoryview(bytearray(MLKEM_SEED_BYTES + X25519_KEY_BYTES))
+    try:
+        _expand_into(root, labels.aad(labels.SLOT_KEM, keyring_id.encode(), slot_id.encode()), seeds)
+        return (
+            MLKEM768PrivateKey.from_seed_bytes(seeds[:MLKEM_SEED_BYTES]),
+            X25519PrivateKey.from_private_bytes(seeds[MLKEM_SEED_BYTES:]),
+        )
+    except UnsupportedAlgorithm:
+        raise StartError(
+            "this build of the package `cryptography` has no ML-KEM: install its wheel from PyPI, or build it with "
+            "OpenSSL 3.5 or newer"
+        ) from None
+    finally:
+        zero(seeds)
+
+
+def _expand_into(root: memoryview, info: bytes, target: memoryview) -> None:
+    """HKDF-Expand (RFC 5869, section 2.3) with SHA-256. `target` holds whole blocks.
+
+    A uniformly random key needs no extract step (section 3.3). The library's own HKDF leaves the last block in freed
+    memory.
+    """
+    text = memoryview(bytearray(_HASH_BYTES + len(info) + 1))  # T(n-1) | info | n
+    text[_HASH_BYTES:-1] = info
+    try:
+        for number, start in enumerate(range(0, len(target), _HASH_BYTES), 1):
+            text[-1] = number
+            block = hmac.digest(root, text if number > 1 else text[_HASH_BYTES:], "sha256")
+            target[start : start + _HASH_BYTES] = text[:_HASH_BYTES] = block
+            zero_bytes(block)
+    finally:
+        zero(text)

@@ -1,0 +1,100 @@
+"""Destruction of keys in groups: the tombstones of many keys take one append and one write of the keyring.
+
+Owns: the order in which keys are destroyed. `minikms.custody.group_commit` forms the groups. A group has three steps,
+each durable before the next: the records are appended to `kms-tombstones`, the keyring counts them, the rotation
+backups and the files of the keys are removed. Invariants: an answer comes after the third step. From the first step on
+a key is destroyed in this run too, whatever becomes of the others: its record is on disk, and the next start would
+adopt it. A repeated request completes what failed.
+
+It runs in the event loop's thread; the disk is used in an executor. It must never remove a file before its tombstone is
+durable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Container, Sequence
+from typing import Final
+
+from minikms.custody.files import now_ns, rfc3339
+from minikms.custody.group_commit import GroupCommit
+from minikms.custody.keyring_file import StoredKeyring
+from minikms.custody.tombstone_file import Staged, Tombstones
+from minikms.errors import StartError
+from minikms.keys import keyring
+from minikms.keys.keyring import Body
+from minikms.keys.unlocked import UnlockedKeyring
+
+GROUP_KEYS_MAX: Final = 512
+"""Fewer than `minikms.keys.tombstones.APPEND_RECORDS_MAX`."""
+
+
+class Destruction:
+    """The destructions of a data directory.
+
+    `forget` drops what the caller keeps of a destroyed key in memory. `remove_files` removes the files of keys,
+    durably, and returns the number of rotation backups of each; its second argument has those of the keys that were
+    destroyed before, so that their removal may have been interrupted.
+    """
+
+    def __init__(
+        self,
+        tombstones: Tombstones,
+        unlocked: UnlockedKeyring,
+        stored: StoredKeyring,
+        *,
+        forget: Callable[[str], None],
+        remove_files: Callable[[Sequence[str], Container[str]], Awaitable[list[int]]],
+    ) -> None:
+        self._tombstones = tombstones
+        self._unlocked = unlocked
+        self._stored = stored
+        self._forget = forget
+        self._remove_files = remove_files
+        self._group = GroupCommit(self._destroy, items_max=GROUP_KEYS_MAX)
+
+    async def destroy(self, key_id: str) -> int:
+        """Destroys a key, durably on return; the number of its rotation backups. The caller holds the key's lock.
+
+        Raises StorageUnavailableError, ConflictError; a repeated call completes what failed.
+        """
+        return await self._group.submit(key_id)
+
+    async def drain(self) -> None:
+        """Returns when no destruction is waiting or under way."""
+        await self._group.drain()
+
+    async def _destroy(self, key_ids: list[str]) -> list[int]:
+        repeated = frozenset(key_id for key_id in key_ids if key_id in self._tombstones)
+        await self._write_tombstones(key_ids)
+        return await self._remove_files(key_ids, repeated)
+
+    async def _write_tombstones(self, key_ids: list[str]) -> None:
+        """Steps one and two. Writes nothing if the keyring counts the records of all these keys."""
+        tombstones = self._tombstones
+        unix_ns = now_ns()
+        staged: Staged | None = None
+        appended = False
+
+        def make(body: Body) -> Body:
+            nonlocal staged
+            key = self._unlocked.tombstone_key
+            if key is None or body.tombstone_log is None:
+                raise StartError("the keyring has no tombstone key")
+            staged = tombstones.stage(key, key_ids, unix_ns // 1_000_000_000)
+            if not staged.records and body.tombstone_log.count == tombstones.count:
+                return body
+            return keyring.with_tombstones(body, staged.chain.count, staged.chain.head, at=rfc3339(unix_ns))
+
+        def append() -> None:
+            nonlocal appended
+            if staged is not None and staged.records:
+                tombstones.append(staged)
+                appended = True
+
+        try:
+            await self._stored.change(make, first=append)
+        finally:
+            if appended and staged is not None:
+                tombstones.adopt(staged)
+                for key_id in key_ids:
+                    self._forget(key_id)

@@ -1,0 +1,228 @@
+"""The file `kms-tombstones`: which keys were destroyed.
+
+Owns: the appends to the file, its conversion from a keyring of format 1, and the set of destroyed keys in memory.
+Invariants:
+- A record is durable before the keyring counts it. So a keyring that counts more records than the file has means that
+  the file was cut, and a start refuses it.
+- A synced record stays. A start adopts a record that the keyring does not count, if its tag is valid: the destruction
+  was requested and audited, and a crash or a failed write came between the record and the keyring. What follows the
+  last valid record belongs to an append that was cut off, and the next append replaces it.
+- After a failed write or sync the content of the file is unknown, so the next append writes a fresh file that begins
+  with the same records.
+
+The chain is computed in the thread of the event loop, which is the only one that uses keys; `append` runs in the disk
+thread. It must never take a missing file as "nothing was destroyed", unless the keyring counts no record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from minikms import api
+from minikms.custody.files import read_file_bounded, replace_file_from, unix_seconds
+from minikms.errors import StartError, StorageUnavailableError
+from minikms.keys import keyring, tombstones
+from minikms.keys.dek import key_id_to_bytes
+from minikms.keys.tombstones import (
+    FILE_BYTES_MAX,
+    HEADER_BYTES,
+    RECORD_BYTES,
+    TAG_BYTES,
+    Chain,
+    ReadTombstones,
+    Tombstone,
+    TombstoneFormatError,
+    keys_of,
+)
+from minikms.keys.unlocked import FillRandom, UnlockedKeyring
+from minikms.sync import sync_data
+
+NAME: Final = "kms-tombstones"
+
+
+class Staged(NamedTuple):
+    """Records that follow the last one of the file, and the chain after them."""
+
+    records: bytes
+    chain: Chain
+
+
+class Tombstones:
+    """The destroyed keys of a data directory, and their file. Made by `open_tombstones`. `key_id in tombstones` may be
+    asked in any thread.
+    """
+
+    def __init__(self, directory_fd: int, read: ReadTombstones, *, intact: bool) -> None:
+        """`intact`: the file on disk is exactly `read.content`, so that it can be appended to."""
+        self._directory_fd = directory_fd
+        self._keys = set(read.keys())
+        self._chain = read.chain
+        self._intact = intact
+        self._fd: int | None = None
+
+    def __contains__(self, key_id: object) -> bool:
+        if not isinstance(key_id, str) or api.KEY_ID_PATTERN.fullmatch(key_id) is None:
+            return False
+        return key_id_to_bytes(key_id) in self._keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @property
+    def count(self) -> int:
+        """The number of records."""
+        return self._chain.count
+
+    @property
+    def head(self) -> bytes:
+        """SHA-256 of the file."""
+        return self._chain.head
+
+    def stage(self, mac_key: memoryview, key_ids: Sequence[str], unix_s: int) -> Staged:
+        """The records of newly destroyed keys. A key that has one gets no other."""
+        chain = self._chain.copy()
+        raw = dict.fromkeys(map(key_id_to_bytes, key_ids))
+        return Staged(chain.append(mac_key, [Tombstone(key, unix_s) for key in raw if key not in self._keys]), chain)
+
+    def append(self, staged: Staged) -> None:
+        """Writes the records; durable on return. Blocks on the disk. Raises StorageUnavailableError."""
+        offset = HEADER_BYTES + RECORD_BYTES * self._chain.count
+        try:
+            if self._intact:
+                self._write(staged.records, offset)
+            else:
+                self._rewrite(staged.records, offset)
+        except BaseException:
+            # The content of the file is unknown now: the next append writes a fresh file.
+            self._drop_fd()
+            self._intact = False
+            raise
+        self._intact = True
+
+    def adopt(self, staged: Staged) -> None:
+        """Takes the records of a successful `append` into the set."""
+        self._chain = staged.chain
+        self._keys.update(keys_of(tombstones.HEADER + staged.records))
+
+    def close(self) -> None:
+        """Closes the file. Everything that `append` returned for is on disk already."""
+        self._drop_fd()
+
+    def _write(self, records: bytes, offset: int) -> None:
+        try:
+            if self._fd is None:
+                self._fd = os.open(NAME, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fd)
+            view = memoryview(records)
+            while view:
+                written = os.pwrite(self._fd, view, offset)
+                view = view[written:]
+                offset += written
+            sync_data(self._fd)
+        except OSError as error:
+            raise StorageUnavailableError("the file of destroyed keys cannot be written") from error
+
+    def _rewrite(self, records: bytes, length: int) -> None:
+        """Replaces the file by its first `length` bytes and the records."""
+        before = b""
+        if length > HEADER_BYTES:
+            before = (read_file_bounded(NAME, FILE_BYTES_MAX, dir_fd=self._directory_fd) or b"")[HEADER_BYTES:length]
+        chain = self._chain.fresh()
+        chain.take(before)
+        if (chain.count, chain.head) != (self._chain.count, self._chain.head):
+            raise StorageUnavailableError("the file of destroyed keys can't be read back; see `minikms doctor`")
+        self._drop_fd()
+        replace_file_from(self._directory_fd, NAME, (tombstones.HEADER, before, records))
+
+    def _drop_fd(self) -> None:
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def read_tombstones(content: bytes | None, body: keyring.Body, mac_key: memoryview | None) -> ReadTombstones:
+    """The tombstones of a keyring: those in `content`, its file, or those inside a body of format 1, without tags.
+
+    Raises StartError, which says what to do.
+    """
+    log = body.tombstone_log
+    if log is None:
+        records = [
+            key_id_to_bytes(stone.key_id) + unix_seconds(stone.destroyed_at).to_bytes(8, "big") + bytes(TAG_BYTES)
+            for stone in body.tombstones
+        ]
+        return ReadTombstones(tombstones.HEADER + b"".join(records), Chain(body.keyring_id), 0, 0)
+    try:
+        return tombstones.read(content, keyring_id=body.keyring_id, count=log.count, head=log.head, mac_key=mac_key)
+    except TombstoneFormatError as error:
+        raise StartError(
+            f"the file {NAME} {error}. It names the keys that were destroyed, and the keyring needs all of them. Put "
+            f"the newest {NAME} back beside keyring.json, or restore a backup of the whole data directory "
+            "(docs/runbook.md)"
+        ) from None
+
+
+def load(directory_fd: int) -> bytes | None:
+    """The content of the file; None if it is absent. Raises StartError if it can't be read."""
+    try:
+        return read_file_bounded(NAME, FILE_BYTES_MAX, dir_fd=directory_fd)
+    except StorageUnavailableError as error:
+        raise StartError(f"{NAME} can't be read: {error}") from None
+
+
+class OpenedTombstones(NamedTuple):
+    """`body`: the body that the next write of the keyring begins with. It counts every record of the file, and has the
+    epoch of the keyring that was read.
+    """
+
+    tombstones: Tombstones
+    body: keyring.Body
+
+
+def open_tombstones(directory_fd: int, unlocked: UnlockedKeyring, fill_random: FillRandom) -> OpenedTombstones:
+    """The tombstones of an unlocked keyring, whose body is of either format. The caller holds the lock of the
+    directory, and writes the keyring with the returned body.
+
+    A keyring of format 1 gets its file here, durably, before any keyring names it. An interrupted conversion is begun
+    again. Raises StartError, StorageUnavailableError.
+    """
+    body = unlocked.body
+    if body.tombstone_log is None:
+        stones = read_tombstones(None, body, None).stones()
+        if set(tombstones.keys_of(load(directory_fd) or b"")) - {stone.key for stone in stones}:
+            raise StartError(
+                f"{NAME} names destroyed keys that keyring.json, which has the former format, does not know: an older "
+                "keyring.json was put back. Put the newer one back, or restore an archive with --newer-keyring"
+            )
+        return write_tombstones(directory_fd, unlocked, fill_random, stones)
+    read = read_tombstones(load(directory_fd), body, unlocked.tombstone_key)
+    intact = not read.torn_bytes and read.chain.count > 0
+    if read.adopted:
+        # A killed process may have left them in the page cache only. They are durable before the keyring counts them.
+        replace_file_from(directory_fd, NAME, (read.content,))
+        intact = True
+        body = keyring.counting(body, read.chain.count, read.chain.head)
+    return OpenedTombstones(Tombstones(directory_fd, read, intact=intact), body)
+
+
+def write_tombstones(
+    directory_fd: int, unlocked: UnlockedKeyring, fill_random: FillRandom, stones: Sequence[Tombstone]
+) -> OpenedTombstones:
+    """Replaces the file by one with these tombstones, durably, and makes the body that counts them.
+
+    It also replaces a file that another keyring has left. Raises StorageUnavailableError.
+    """
+    body = unlocked.body
+    chain = Chain(body.keyring_id)
+    key = unlocked.tombstone_key
+    if body.tombstone_log is None or key is None:
+        key = unlocked.make_tombstone_key(fill_random)
+    content = tombstones.HEADER + chain.append(key, stones)
+    replace_file_from(directory_fd, NAME, (content,))
+    made = Tombstones(directory_fd, ReadTombstones(content, chain, 0, 0), intact=True)
+    if body.tombstone_log is None:
+        return OpenedTombstones(made, keyring.with_tombstone_log(body, unlocked.tombstone_log(chain)))
+    return OpenedTombstones(made, keyring.counting(body, chain.count, chain.head))

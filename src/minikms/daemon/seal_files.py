@@ -1,0 +1,246 @@
+"""The files of the sealed state: the marker, and the records of attempts to unseal.
+
+Owns: the two files of the data directory that a sealed daemon writes, which has no key to sign an audit line with, and
+how much wrong attempts are slowed down. Invariants:
+- While `sealed.json` exists, in whatever state, every start stays sealed.
+- An attempt is recorded durably before the root key or share is tried, so that a crash hides none. The next unseal, or
+  start that is not sealed, adds the records to the audit log, and only then are they removed. A crash between the two
+  repeats lines; a repeated line has the same `attempt` id.
+- Both files are bounded. Of more than ATTEMPTS_KEPT records the oldest are dropped, and counted; those of wrong root
+  keys and shares after all others, so that other attempts don't push them out.
+- Nothing authenticates the files. Whoever can write in the data directory can alter them before the unseal. A record
+  that does not have the expected form is dropped, and counted.
+
+They must never hold a root key, a share, or text of a caller.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections import deque
+from typing import Final, Literal
+
+import msgspec
+
+from minikms.audit import Event
+from minikms.audit.record import Facts
+from minikms.crypto.shares import SHARES_COUNT_MAX
+from minikms.custody.files import now_ns, read_file_bounded, remove_file, replace_file, rfc3339
+from minikms.errors import StorageUnavailableError
+from minikms.policy import Principal
+
+MARKER_NAME: Final = "sealed.json"
+ATTEMPTS_NAME: Final = "unseal-attempts.json"
+MARKER_FORMAT: Final = "minikms-sealed"
+ATTEMPTS_FORMAT: Final = "minikms-unseal-attempts"
+VERSION: Final = 1
+MARKER_BYTES_MAX: Final = 4096
+ATTEMPTS_BYTES_MAX: Final = 256 * 1024
+ATTEMPTS_KEPT: Final = 256
+
+FREE_FAILURES: Final = 5
+"""So many wrong attempts of one caller in FAILURE_SECONDS cost no pause. Each further one doubles it, from 1 s."""
+FREE_FAILURES_IN_ALL: Final = 20
+PAUSE_SECONDS_MAX: Final = 60
+PAUSE_IN_ALL_SECONDS_MAX: Final = 10
+"""Shorter, so that one caller's wrong attempts can't keep out the others for long."""
+FAILURE_SECONDS: Final = 3600
+FAILURES_KEPT: Final = 64
+
+_ACTOR: Final = re.compile(r"peer_uid:[0-9]{1,10}", re.ASCII)
+_TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
+_ID: Final = re.compile(r"[0-9a-f]{16}", re.ASCII)
+
+Kind = Literal["root_hex", "from_source", "share"]
+Outcome = Literal["begun", "wrong_root", "wrong_share", "share_kept", "refused", "failed"]
+"""`begun`: the daemon ended during the attempt, or the outcome could not be written. `refused`: the text was no share,
+or the share did not fit those before it.
+"""
+WRONG: Final = frozenset[Outcome](("wrong_root", "wrong_share"))
+
+
+class Marker(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """Who sealed the daemon, and when. `at` is RFC 3339 in UTC; empty where the file could not be read."""
+
+    format: str = MARKER_FORMAT
+    version: int = VERSION
+    at: str = ""
+    actor: str = ""
+    pid: int = 0
+
+    @classmethod
+    def of(cls, who: Principal) -> Marker:
+        return cls(MARKER_FORMAT, VERSION, rfc3339(now_ns()), who.actor, who.pid)
+
+
+class Attempt(msgspec.Struct, forbid_unknown_fields=True):
+    """One attempt to unseal. `at_ns` is Unix time; `share` the number of the share, 0 where none is known."""
+
+    attempt: str
+    at_ns: int
+    actor: str
+    pid: int
+    kind: Kind
+    outcome: Outcome
+    share: int
+
+
+class _AttemptFile(msgspec.Struct, forbid_unknown_fields=True):
+    format: str
+    version: int
+    dropped: int
+    records: list[Attempt]
+
+
+def read_marker(directory: int) -> Marker | None:
+    """None: there is no marker. A marker that can't be read counts: its fields are empty."""
+    try:
+        data = read_file_bounded(MARKER_NAME, MARKER_BYTES_MAX, dir_fd=directory)
+    except StorageUnavailableError:
+        return Marker()
+    if data is None:
+        return None
+    try:
+        marker = msgspec.json.decode(data, type=Marker)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return Marker()
+    known = (marker.format, marker.version) == (MARKER_FORMAT, VERSION)
+    if not known or _TIME.fullmatch(marker.at) is None or _ACTOR.fullmatch(marker.actor) is None:
+        return Marker()
+    return marker
+
+
+def write_marker(directory: int, marker: Marker) -> None:
+    """Durable on return. Raises StorageUnavailableError."""
+    replace_file(directory, MARKER_NAME, msgspec.json.encode(marker))
+
+
+def write_attempts(directory: int, data: bytes) -> None:
+    """Writes what `AttemptRecords.encode` made. Durable on return. Raises StorageUnavailableError."""
+    replace_file(directory, ATTEMPTS_NAME, data)
+
+
+def remove_seal_files(directory: int) -> None:
+    """Removes the records, and last the marker. Durable on return. Raises StorageUnavailableError."""
+    remove_file(directory, ATTEMPTS_NAME)
+    remove_file(directory, MARKER_NAME)
+
+
+class AttemptRecords:
+    """The records since the last unseal, oldest first. `dropped`: how many more there were."""
+
+    def __init__(self, records: list[Attempt], dropped: int) -> None:
+        self._records = records
+        self.dropped = dropped
+
+    @classmethod
+    def load(cls, directory: int) -> AttemptRecords:
+        """Those of an earlier process. A file that can't be read counts as one dropped record."""
+        try:
+            data = read_file_bounded(ATTEMPTS_NAME, ATTEMPTS_BYTES_MAX, dir_fd=directory)
+            if data is None:
+                return cls([], 0)
+            file = msgspec.json.decode(data, type=_AttemptFile)
+        except (StorageUnavailableError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return cls([], 1)
+        if (file.format, file.version) != (ATTEMPTS_FORMAT, VERSION):
+            return cls([], 1)
+        kept = [record for record in file.records if _is_well_formed(record)][-ATTEMPTS_KEPT:]
+        return cls(kept, max(0, file.dropped) + len(file.records) - len(kept))
+
+    def begin(self, who: Principal, kind: Kind) -> Attempt:
+        """A new record, not yet on disk."""
+        if len(self._records) == ATTEMPTS_KEPT:
+            others = (record for record in self._records if record.outcome not in WRONG)
+            self._records.remove(next(others, self._records[0]))
+            self.dropped += 1
+        attempt = Attempt(secrets.token_hex(8), now_ns(), who.actor, who.pid, kind, "begun", 0)
+        self._records.append(attempt)
+        return attempt
+
+    def take_back(self, attempt: Attempt) -> None:
+        """Forgets the newest record, which could not be written: the attempt is not made."""
+        if self._records and self._records[-1] is attempt:
+            self._records.pop()
+
+    def encode(self) -> bytes:
+        """The file."""
+        return msgspec.json.encode(_AttemptFile(ATTEMPTS_FORMAT, VERSION, self.dropped, list(self._records)))
+
+    def failed(self) -> list[Attempt]:
+        """Those with a wrong root key or share. A disk that fails, or a crash, is no attempt of this kind."""
+        return [record for record in self._records if record.outcome in WRONG]
+
+    def slowed(self) -> list[Attempt]:
+        """Those that count for `SlowDown`: also text that is no share, since it may be a guess."""
+        return [record for record in self._records if record.outcome in WRONG or record.outcome == "refused"]
+
+    def events(self, *, but: Attempt | None = None) -> list[Event]:
+        """The lines about all attempts `but` the one that unsealed, which has a line of its own."""
+        events = [
+            Event(
+                type="unseal_attempt",
+                actor=record.actor,
+                pid=record.pid,
+                outcome=record.outcome,
+                facts=_facts(record),
+            )
+            for record in self._records
+            if record is not but
+        ]
+        if self.dropped:
+            detail = "records of attempts to unseal were dropped: too many, or damaged"
+            events.append(Event(type="unseal_attempt", actor="minikms", count=self.dropped, detail=detail))
+        return events
+
+
+def _facts(record: Attempt) -> Facts:
+    facts: Facts = {"at": rfc3339(record.at_ns), "attempt": record.attempt, "kind": record.kind}
+    return {**facts, "share": record.share} if record.share else facts
+
+
+def _is_well_formed(record: Attempt) -> bool:
+    return (
+        0 <= record.share <= SHARES_COUNT_MAX
+        and _ID.fullmatch(record.attempt) is not None
+        and _ACTOR.fullmatch(record.actor) is not None
+        and 0 <= record.at_ns < 1 << 63
+        and 0 <= record.pid < 1 << 31
+    )
+
+
+class SlowDown:
+    """When a caller may try again. Times are seconds of a monotonic clock, passed in.
+
+    A wrong or refused attempt counts for FAILURE_SECONDS. Attempts before a restart count too (`seed`).
+    """
+
+    def __init__(self) -> None:
+        self._by_actor: dict[str, deque[float]] = {}
+        self._in_all: deque[float] = deque(maxlen=FAILURES_KEPT)
+
+    def seed(self, records: AttemptRecords, now_s: float) -> None:
+        """Adds the failures of an earlier process, by the wall clock. A time in the future counts as now."""
+        wall_ns = now_ns()
+        for record in records.slowed():
+            self.failed(record.actor, now_s - max(0, wall_ns - record.at_ns) / 1_000_000_000)
+
+    def failed(self, actor: str, at_s: float) -> None:
+        """A wrong attempt. Only callers with the role `unseal` get here, so there are few actors."""
+        self._by_actor.setdefault(actor, deque(maxlen=FAILURES_KEPT)).append(at_s)
+        self._in_all.append(at_s)
+
+    def wait_s(self, actor: str, now_s: float) -> int:
+        """Whole seconds until this caller may try; 0: now."""
+        own = _pause_left(self._by_actor.get(actor, deque()), FREE_FAILURES, PAUSE_SECONDS_MAX, now_s)
+        return max(own, _pause_left(self._in_all, FREE_FAILURES_IN_ALL, PAUSE_IN_ALL_SECONDS_MAX, now_s))
+
+
+def _pause_left(failures: deque[float], free: int, pause_max: int, now_s: float) -> int:
+    recent = [at_s for at_s in failures if now_s - at_s < FAILURE_SECONDS]
+    if len(recent) < free:
+        return 0
+    pause = min(pause_max, 1 << min(len(recent) - free, 16))
+    left = max(recent) + pause - now_s
+    return 0 if left <= 0 else int(left) + 1

@@ -1,0 +1,135 @@
+"""The application of a sealed daemon, which has no key.
+
+Owns: what a sealed daemon answers. `/health`, `/ready`, `/status` and `/unseal` are served, and `/seal`, so that it can
+be repeated; everything else gets 503 `sealed` with `Retry-After`. Invariants: callers and roles are those of the
+unsealed daemon; nothing is audited, because there is no audit key (`minikms.daemon.seal_files` records the attempts to
+unseal); the text of a given key goes into the arena before anything else reads the body. It must never use a key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Final, Protocol
+
+import msgspec
+from msgspec import UNSET
+
+from minikms import api
+from minikms.crypto.aead import scrub_stack
+from minikms.daemon import strictjson
+from minikms.daemon.admission import Admission, AdmittingApplication, Session, require_short_body
+from minikms.daemon.keybody import SecretText, take_key, take_text
+from minikms.daemon.status import reduced, without_policy_error
+from minikms.errors import InvalidRequestError, SealedError
+from minikms.http import Request, Response, raised_response
+from minikms.memory.arena import SecretArena, SecretSlot
+from minikms.policy import Principal
+from minikms.service.access import require
+from minikms.service.base import Reply, json_answer
+
+SEALED_TEXT: Final = (
+    "the key service is sealed: it has no key until an operator unseals it with `minikms unseal`, and then it goes on "
+    "by itself"
+)
+_decode_unseal: Final = msgspec.json.Decoder(api.UnsealRequest)
+
+Answer = Reply | Awaitable[Reply]
+
+
+class Unsealing(Protocol):
+    """What a sealed daemon can do."""
+
+    def seal(self, who: Principal) -> Awaitable[Reply]:
+        """Again: writes the marker, if it is not on disk."""
+
+    def unseal_status(self) -> api.UnsealStatusAnswer: ...
+
+    def unseal(self, who: Principal, given: SecretSlot | SecretText | None) -> Awaitable[Reply]:
+        """Tries a root key, takes the text of a share, or (None) tries the daemon's own source. Raises MiniKmsError.
+
+        The caller releases `given`.
+        """
+
+    def status(self) -> dict[str, object]:
+        """For `/status`."""
+
+
+def sealed_response() -> Response:
+    """The answer to a verb."""
+    return raised_response(SealedError(SEALED_TEXT))
+
+
+class SealedApplication(AdmittingApplication):
+    """The engine's application while the daemon is sealed: see `minikms.http`."""
+
+    def __init__(self, unsealing: Unsealing, *, admission: Admission, arena: SecretArena) -> None:
+        self._unsealing = unsealing
+        super().__init__(admission)
+        self._arena = arena
+        self._acts: Final[dict[str, dict[str, Callable[[Principal, Request], Answer]]]] = {
+            api.STATUS.path: {"GET": self._status},
+            api.SEAL.path: {"POST": self._seal},
+            api.UNSEAL.path: {"GET": self._unseal_status, "POST": self._unseal},
+        }
+
+    # --- the engine's side -------------------------------------------------------------------------------------------
+
+    def handle(self, session: Session, request: Request) -> Answer:
+        head = request.head
+        who = self._admission.caller(session, head, sealed_response)
+        if isinstance(who, Response):
+            return who
+        act = self._acts.get(head.path, {}).get(head.method)
+        return sealed_response() if act is None else act(who, request)
+
+    def commit(self) -> bool:
+        """There are no lines to write."""
+        scrub_stack()
+        return True
+
+    # --- the calls that are served -----------------------------------------------------------------------------------
+
+    def _status(self, who: Principal, request: Request) -> Answer:
+        require(who, api.STATUS)
+        status = self._unsealing.status()
+        if who.via:
+            status = reduced(status)
+        elif who.scope is not None and who.scope.everywhere("monitor") is None:
+            status = without_policy_error(status)
+        return json_answer(status)
+
+    def _unseal_status(self, who: Principal, request: Request) -> Answer:
+        require(who, api.UNSEAL_STATUS)
+        return json_answer(self._unsealing.unseal_status())
+
+    def _seal(self, who: Principal, request: Request) -> Answer:
+        require(who, api.SEAL)
+        return self._unsealing.seal(who)
+
+    def _unseal(self, who: Principal, request: Request) -> Answer:
+        require(who, api.UNSEAL)
+        require_short_body(request)
+        with contextlib.ExitStack() as undo:
+            root = take_key(request.body, self._arena, "root_hex", last=False)
+            if root is not None:
+                undo.callback(root.release)
+            share = take_text(request.body, self._arena, "share", api.SHARE_BYTES_MAX)
+            if share is not None:
+                undo.callback(share.release)
+            _check_one(strictjson.decode(_decode_unseal, request.body))
+            undo.pop_all()
+        return self._unseal_and_release(who, share if root is None else root)
+
+    async def _unseal_and_release(self, who: Principal, given: SecretSlot | SecretText | None) -> Reply:
+        try:
+            return await self._unsealing.unseal(who, given)
+        finally:
+            if given is not None:
+                given.release()
+
+
+def _check_one(asked: api.UnsealRequest) -> None:
+    given = sum(value is not UNSET for value in (asked.root_hex, asked.share, asked.from_source))
+    if given != 1 or asked.from_source is False:
+        raise InvalidRequestError("give exactly one of root_hex, share, and from_source, which is true")

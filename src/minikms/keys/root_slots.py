@@ -1,0 +1,223 @@
+"""Changes of the slots of a keyring: adding, testing, replacing and removing root keys.
+
+Owns: which root keys may be added or removed, what goes with a removed one, which slots a proved one replaces, and the
+root keys of a restored keyring. Invariants: as in `minikms.keys.keyring`: each change is a pure function from one body
+to the next. A root key that was removed is never added again, as long as the keyring remembers it. The last slot stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Final, NamedTuple
+
+import msgspec
+
+from minikms.errors import ConflictError, LastRootError
+from minikms.keys.keyring import (
+    AUDIT_KEYS_COUNT_MAX,
+    RETIRED_ROOTS_MAX,
+    VERSION,
+    AuditKey,
+    Body,
+    Kek,
+    RetiredRoot,
+    RevokingRoot,
+    Slot,
+    TombstoneLog,
+    check_has_room,
+    check_sealed,
+    check_takes_audit_key,
+    next_epoch,
+)
+
+
+def check_is_new(body: Body, fingerprint: str) -> None:
+    """Raises ConflictError for a root key that opens the keyring or did so before."""
+    if (slot := body.slot_for(fingerprint)) is not None:
+        raise ConflictError(f"this root key opens the keyring already, as slot {slot.slot_id}; give a fresh one")
+    gone = {old.fingerprint for old in body.retired_roots} | {old.fingerprint for old in body.revoking}
+    if fingerprint in gone:
+        raise ConflictError("this root key was rotated away before; give a fresh one")
+
+
+def next_slot_id(body: Body) -> str:
+    """For a slot that comes with the next body: named after its epoch, so no other slot has this id."""
+    return f"s{body.epoch + 1}"
+
+
+def check_takes(body: Body, fingerprint: str) -> None:
+    """Raises ConflictError if there are too many root keys, the format is a former one, or this one is not new."""
+    check_has_room(body, kek=False, slot=True)
+    check_is_new(body, fingerprint)
+
+
+def add_slot(body: Body, slot: Slot, *, at: str) -> Body:
+    """Adds a root key. Raises the errors of `check_takes`."""
+    check_takes(body, slot.fingerprint)
+    return next_epoch(body, at=at, slots=(*body.slots, slot))
+
+
+def mark_tested(body: Body, slot_id: str, *, at: str) -> Body:
+    """The body after a root key has proved that it opens the slot. The epoch stays; a former format stays as it is."""
+    if not body.has_sealed_slots:
+        return body
+    slots = tuple(
+        msgspec.structs.replace(slot, tested_at=at) if slot.slot_id == slot_id else slot for slot in body.slots
+    )
+    return msgspec.structs.replace(body, slots=slots)
+
+
+def check_removes(body: Body, gone: Container[str]) -> None:
+    """Raises ConflictError if these slots can't be removed: no slot would stay, or a bound would be exceeded."""
+    check_sealed(body)
+    count = sum(slot.slot_id in gone for slot in body.slots)
+    if count == len(body.slots):
+        raise LastRootError("the last root key can't be removed; add another one first")
+    check_has_room(body, kek=True, slot=False)
+    check_takes_audit_key(body)
+    if len(body.revoking) + count > RETIRED_ROOTS_MAX:
+        raise ConflictError("too many removed root keys wait for a KEK rotation; see the warnings in /status")
+
+
+class Resealed(NamedTuple):
+    """Everything that the keyring key seals, under a fresh one of number `key_version`."""
+
+    key_version: int
+    slots: tuple[Slot, ...]
+    keks: tuple[Kek, ...]
+    audit_keys: tuple[AuditKey, ...]
+    tombstone_log: TombstoneLog | None
+
+
+def remove_slots(body: Body, resealed: Resealed, audit_key: AuditKey, *, at: str, proved: str = "") -> Body:
+    """Removes every slot that `resealed` does not have. Their root keys are `revoking` until a rotation to a KEK
+    version that does not exist yet has ended. `audit_key`: the key of all further lines of the log. `proved`: the slot
+    that others are removed for, which those that would have replaced them replace now; then lines are owed.
+
+    Raises ConflictError if a bound of this module would be exceeded, or no slot would stay.
+    """
+    stay = {slot.slot_id for slot in resealed.slots}
+    check_removes(body, {slot.slot_id for slot in body.slots} - stay)
+    needed = max(kek.version for kek in body.keks) + 1
+    gone = tuple(
+        RevokingRoot(slot.slot_id, slot.fingerprint, slot.provider, at, needed, line_owed=bool(proved))
+        for slot in body.slots
+        if slot.slot_id not in stay
+    )
+    rotation = body.rotation
+    if rotation is not None and rotation.slot_id not in stay:
+        rotation = msgspec.structs.replace(rotation, slot_id="")
+    slots = tuple(
+        slot
+        if slot.replaces in stay
+        else msgspec.structs.replace(slot, replaces=proved if slot.replaces and slot.slot_id != proved else "")
+        for slot in resealed.slots
+    )
+    return next_epoch(
+        body,
+        at=at,
+        key_version=resealed.key_version,
+        slots=slots,
+        keks=resealed.keks,
+        audit_keys=(*resealed.audit_keys, audit_key),
+        tombstone_log=resealed.tombstone_log,
+        rotation=rotation,
+        revoking=(*body.revoking, *gone),
+    )
+
+
+class OwedLines(NamedTuple):
+    """Fingerprints of root keys about which the audit log has no line yet: of those that were replaced and removed, and
+    of those whose revocation has ended.
+    """
+
+    dropped: frozenset[str]
+    removed: frozenset[str]
+
+    @classmethod
+    def of(cls, body: Body) -> OwedLines:
+        return cls(
+            frozenset(root.fingerprint for root in body.revoking if root.line_owed),
+            frozenset(root.fingerprint for root in body.retired_roots if root.line_owed),
+        )
+
+    def written(self, body: Body, *, at: str) -> Body:
+        """The body after these lines were written."""
+        revoking = (
+            msgspec.structs.replace(root, line_owed=False) if root.fingerprint in self.dropped else root
+            for root in body.revoking
+        )
+        retired = (
+            msgspec.structs.replace(root, line_owed=False) if root.fingerprint in self.removed else root
+            for root in body.retired_roots
+        )
+        return next_epoch(body, at=at, revoking=tuple(revoking), retired_roots=tuple(retired))
+
+
+UNKNOWN_SLOT_ID: Final = "s0"
+"""In `revoking`: of a root key whose slot is not known. No slot has this id."""
+
+
+def removed_by(body: Body, later: Body) -> tuple[RevokingRoot, ...]:
+    """The root keys that could open a KEK version of `body`, and open the keyring `later`, a later state of it, no
+    more. They are `revoking` until a rotation to a KEK version that does not exist yet has ended.
+    """
+    needed = max(kek.version for kek in body.keks) + 1
+    stay = {slot.fingerprint for slot in later.slots}
+    slots = {slot.fingerprint: slot for slot in body.slots}
+    gone = {root.fingerprint: msgspec.structs.replace(root, kek_version=needed) for root in later.revoking}
+    times = {old.fingerprint: old.rotated_at for old in later.retired_roots}
+    for former in body.retired_roots:
+        times.pop(former.fingerprint, None)
+    for fingerprint in times.keys() | (slots.keys() - stay):
+        slot = slots.get(fingerprint)
+        slot_id, provider = (UNKNOWN_SLOT_ID, "unknown") if slot is None else (slot.slot_id, slot.provider)
+        at = times.get(fingerprint, later.updated_at)
+        gone.setdefault(fingerprint, RevokingRoot(slot_id, fingerprint, provider, at, needed))
+    return tuple(root for root in gone.values() if root.fingerprint not in stay)
+
+
+def with_slots_of(body: Body, later: Body, resealed: Resealed, audit_key: AuditKey) -> Body:
+    """The body of a restored keyring with the root keys of `later`, a later state of it. `resealed` has the slots of
+    `later`. `audit_key`: the key of the new log. The epoch stays, and the former audit keys as far as there is room.
+    """
+    gone = (*removed_by(body, later), *body.revoking)
+    unique = tuple({root.fingerprint: root for root in reversed(gone)}.values())
+    stay = {slot.fingerprint for slot in later.slots}
+    former = {slot.slot_id: slot.fingerprint for slot in body.slots}
+    rotation = body.rotation
+    if rotation is not None and former.get(rotation.slot_id) not in stay:
+        rotation = msgspec.structs.replace(rotation, slot_id="")
+    too_many = tuple(RetiredRoot(root.fingerprint, root.removed_at) for root in unique[RETIRED_ROOTS_MAX:])
+    retired = tuple(old for old in (*body.retired_roots, *too_many) if old.fingerprint not in stay)
+    return msgspec.structs.replace(
+        body,
+        version=VERSION if body.tombstone_log is not None else body.version,
+        key_version=resealed.key_version,
+        slots=resealed.slots,
+        links=(),
+        keks=resealed.keks,
+        audit_keys=(*resealed.audit_keys, audit_key)[-AUDIT_KEYS_COUNT_MAX:],
+        tombstone_log=resealed.tombstone_log,
+        rotation=rotation,
+        revoking=tuple(root for root in unique[:RETIRED_ROOTS_MAX] if root.fingerprint not in stay),
+        retired_roots=retired[-RETIRED_ROOTS_MAX:],
+    )
+
+
+def replaced_by(body: Body, slot_id: str) -> frozenset[str]:
+    """The ids of the slots that go once the slot was proved: the one that it replaces, those that this one was to
+    replace, and the older ones that were to replace one of them.
+    """
+    order = {slot.slot_id: number for number, slot in enumerate(body.slots)}
+    by_id = {slot.slot_id: slot for slot in body.slots}
+    if slot_id not in by_id:
+        return frozenset()
+    gone: set[str] = set()
+    left = {by_id[slot_id].replaces} & by_id.keys()
+    while left:
+        gone |= left
+        named = {by_id[one].replaces for one in left}
+        rivals = {slot.slot_id for slot in body.slots if slot.replaces in gone and order[slot.slot_id] < order[slot_id]}
+        left = ((named & by_id.keys()) | rivals) - gone - {slot_id}
+    return frozenset(gone)

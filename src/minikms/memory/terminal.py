@@ -1,0 +1,123 @@
+"""The terminal: secrets that a person types or is shown.
+
+Owns: the controlling terminal, and its modes while a secret is typed. Invariants: a secret passes between the kernel
+and slots of the arena by `readv(2)` and `writev(2)`, and never becomes a Python object; the modes are restored however
+the reading ends; before a prompt the process forbids core dumps of itself, and other processes of its user to read its
+memory; what was typed before the prompt is thrown away, and so is the rest of a line that is too long. It
+must never take standard input or output for the terminal: they may be a pipe, or a file on a disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import termios
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from minikms.errors import InvalidRequestError, StartError
+from minikms.memory.arena import SLOT_BYTES, SecretArena, SecretSlot
+from minikms.memory.process import forbid_dumps
+
+TERMINAL: Final = "/dev/tty"
+_ANSWER_BYTES_MAX: Final = 4096
+"""A terminal passes on no longer line: termios(3), canonical mode."""
+_LOCAL_MODES: Final = 3
+"""The index of the local modes in what `termios.tcgetattr` returns."""
+
+
+@contextlib.contextmanager
+def opened_terminal() -> Iterator[int]:
+    """A descriptor of the terminal. The process is not dumped from now on. Raises StartError where there is none."""
+    try:
+        terminal = os.open(TERMINAL, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        raise StartError(
+            "secrets are typed and shown on a terminal only, and this process has none: run it in a terminal"
+        ) from None
+    forbid_dumps()
+    try:
+        yield terminal
+    finally:
+        os.close(terminal)
+
+
+def show(terminal: int, *parts: str | memoryview) -> None:
+    """Writes texts, and the content of views, one after the other."""
+    for part in parts:
+        left = memoryview(part.encode()) if isinstance(part, str) else part
+        while left:
+            left = left[os.writev(terminal, [left]) :]
+
+
+def confirmed(terminal: int, question: str) -> bool:
+    """Whether a person answers the question with yes."""
+    termios.tcflush(terminal, termios.TCIFLUSH)  # what was typed before can't be the answer
+    show(terminal, f"{question} [y/N] ")
+    return os.read(terminal, _ANSWER_BYTES_MAX).strip().lower() in (b"y", b"yes")
+
+
+@contextlib.contextmanager
+def typed_secret(prompt: str, bytes_max: int, arena: SecretArena) -> Iterator[list[memoryview]]:
+    """The line that a person types after `prompt`, without its end, in views of slots that the end of the block zeroes.
+
+    Raises:
+        StartError: there is no terminal to ask on, or the line was not ended with Enter.
+        InvalidRequestError: the line is longer than `bytes_max`.
+        ArenaFullError: the arena has no room for the line.
+    """
+    with contextlib.ExitStack() as cleaning:
+        terminal = cleaning.enter_context(opened_terminal())
+        slots = [cleaning.enter_context(arena.allocate()) for _ in range(-(-(bytes_max + 1) // SLOT_BYTES))]
+        count = read_secret(terminal, prompt, [slot.view for slot in slots])
+        if count > bytes_max:
+            raise InvalidRequestError(f"the line is longer than {bytes_max} bytes")
+        yield _parts(slots, count)
+
+
+def read_secret(terminal: int, prompt: str, views: Sequence[memoryview]) -> int:
+    """Reads the line that a person types after `prompt` into the views, and returns its size without its end.
+
+    A line that does not fit with its end is thrown away: the size is that of all views then. The caller zeroes them.
+    Raises StartError for a line that was not ended with Enter.
+    """
+    with _without_echo(terminal):
+        show(terminal, prompt)
+        return _read_line(terminal, views)
+
+
+@contextlib.contextmanager
+def _without_echo(terminal: int) -> Iterator[None]:
+    """Only the end of the line is shown."""
+    before = termios.tcgetattr(terminal)
+    silent = termios.tcgetattr(terminal)
+    silent[_LOCAL_MODES] &= ~termios.ECHO
+    silent[_LOCAL_MODES] |= termios.ICANON | termios.ECHONL
+    termios.tcsetattr(terminal, termios.TCSAFLUSH, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSAFLUSH, before)
+
+
+def _read_line(terminal: int, views: Sequence[memoryview]) -> int:
+    """A view at a time: older kernels go on waiting when a line ends where a part of `readv(2)` does."""
+    total = 0
+    for view in views:
+        count = os.readv(terminal, [view])
+        total += count
+        if count and view[count - 1] == ord("\n"):
+            view[count - 1] = 0
+            return total - 1
+        if count < len(view):
+            raise StartError("the line was cut off: end it with Enter")
+    return total
+
+
+def _parts(slots: Sequence[SecretSlot], count: int) -> list[memoryview]:
+    """The views of the first `count` bytes."""
+    return [
+        slot.view[: max(0, min(SLOT_BYTES, count - start))]
+        for start, slot in zip(range(0, len(slots) * SLOT_BYTES, SLOT_BYTES), slots, strict=True)
+        if start < count
+    ]

@@ -1,0 +1,432 @@
+"""The keys that a principal may use: what a verb gets in the place of the vault where a policy limits the caller.
+
+Owns: whether a principal may use a verb; the decision for each key and thread that a request names; the charge of its
+limits; both again after a wait. Invariants:
+- A request is charged as a request before anything of it is decided, and so is one that is refused.
+- The thread that decides is the one in the key's record. What a request says about threads never decides.
+- A key out of scope is refused like a key that does not exist. The index in memory decides before a file is read or a
+  key is opened, and the same work is done for both.
+- Before each use of a key the generation of the policy is compared. After a change the principal is resolved again.
+- A key whose thread nobody knows (unreadable, destroyed before this run) is visible only to principals that may use
+  every thread.
+- The limits of all keys of a request are charged together, before the first of them is used.
+- What is counted of keys that are refused does not tell whether they exist.
+It must never decide for a caller that no policy limits: that one gets the vault itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, NamedTuple
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from minikms import api
+from minikms.api import Verb
+from minikms.audit import Event
+from minikms.custody.vault import Indexing, OpenDek, Vault
+from minikms.errors import (
+    ForbiddenError,
+    InvalidRequestError,
+    KeyNotFoundError,
+    KeysNotReadError,
+    UnauthorizedError,
+)
+from minikms.keys.dek import DekRecord, bytes_to_key_id, check_key_id, key_id_to_bytes
+from minikms.keys.index import Page
+from minikms.policy import Charge, Cost, Grant, Meters, Policy, Principal, Scope
+
+_CURSOR_KEY_BYTES: Final = 16
+_CURSOR_NONCE_BYTES: Final = 12
+_DECRYPTS: Final = frozenset({api.DECRYPT, api.DECRYPT_BATCH})
+_REENCRYPTS: Final = frozenset({api.REENCRYPT_BATCH, api.CHECK_BATCH})
+_CREATES: Final = frozenset({api.CREATE_DEK, api.GET_OR_CREATE_DEK})
+DESTROYED_COUNT_MAX: Final = 4096
+_NO_THREAD_CHAR: Final = "?"
+_NO_THREAD: Final = ""
+"""No key has this thread."""
+ANSWERS_WITH_PLAINTEXT: Final = frozenset({api.DECRYPT, api.DECRYPT_BATCH, api.GENERATE_DATA_KEY})
+
+
+def require(who: Principal, verb: Verb[Any, Any]) -> None:
+    """Raises ForbiddenError unless the principal may use the verb at all."""
+    if who.via and not verb.proxied:
+        raise ForbiddenError("a proxy can't ask for this on behalf of another; an operator of the key service can")
+    for role in verb.roles:
+        who.require(role)
+
+
+def renewed(who: Principal, policy: Policy, verb: Verb[Any, Any]) -> Principal:
+    """The principal under the policy in force, after a wait. Raises UnauthorizedError, ForbiddenError."""
+    if who.scope is None or who.scope.generation == policy.generation:
+        return who
+    now = policy.principal(who.uid, who.pid, who.actor if who.via else None)
+    if now is None:
+        raise UnauthorizedError("the policy has changed: this uid may no longer use the key service")
+    require(now, verb)
+    return now
+
+
+class Access:
+    """What the requests of a run share. `refusals` counts by reason, for metrics: of keys, each one once a request.
+    `limited` gets the event of each request that a limit refuses.
+    """
+
+    def __init__(
+        self,
+        *,
+        vault: Vault,
+        indexing: Indexing,
+        policy: Policy,
+        meters: Meters,
+        refusals: Counter[str],
+        limited: Callable[[Event], None],
+    ) -> None:
+        self.vault = vault
+        self.indexing = indexing
+        self.policy = policy
+        self.meters = meters
+        self.refusals = refusals
+        self.limited = limited
+        self.cursors = _Cursors()
+        self._destroyed: dict[str, str] = {}
+        """Threads of keys that were destroyed in this run, by key id; at most DESTROYED_COUNT_MAX, the newest. A caller
+        that got no answer can repeat the destruction, and complete one that the disk has interrupted.
+        """
+
+    def keep_thread(self, key_id: str) -> None:
+        """Before the destruction of a key, with which the index forgets it."""
+        thread_id, known = self.vault.index.thread_near(key_id)
+        if known:
+            self._destroyed.pop(key_id, None)
+            self._destroyed[key_id] = thread_id
+            if len(self._destroyed) > DESTROYED_COUNT_MAX:
+                del self._destroyed[next(iter(self._destroyed))]
+
+    def thread_near(self, key_id: str) -> tuple[str, bool]:
+        """As `KeyIndex.thread_near`, also for a key that was destroyed in this run."""
+        near, known = self.vault.index.thread_near(key_id)
+        thread_id = self._destroyed.get(key_id)
+        return ((near, known), (thread_id or "", True))[thread_id is not None]
+
+    def enter(self, who: Principal, verb: Verb[Any, Any] | None) -> Charge:
+        """Charges a request before anything else is done for it. `verb`: None where there is none. Raises
+        LimitExceededError.
+        """
+        scope = who.scope
+        return self.meters.enter(who, () if scope is None else scope.grants_of(() if verb is None else verb.roles))
+
+    def keys(self, who: Principal, verb: Verb[Any, Any]) -> ScopedKeys:
+        """For one request, which ends with `ScopedKeys.release`. Raises ForbiddenError where the principal has no
+        rights under the policy, LimitExceededError where it was not charged yet and has no room.
+        """
+        if who.scope is None:
+            raise ForbiddenError("no policy gives this principal a scope")
+        entered = self.enter(who, verb) if who.entered is None else who.entered
+        return ScopedKeys(self, who, who.scope, verb, entered)
+
+
+class _Decision(NamedTuple):
+    """`thread_id`: the thread that was decided; empty where every thread is allowed."""
+
+    grants: tuple[Grant, ...]
+    thread_id: str
+
+
+class ScopedKeys:
+    """The vault as one request of a limited principal sees it. Methods of the names of `Vault` raise as those do.
+
+    A key that the principal may not use raises KeyNotFoundError, like an unknown one. KeysNotReadError: the threads of
+    the keys are not known yet. UnauthorizedError, ForbiddenError: the policy has changed, and no longer lets the
+    principal do this.
+    """
+
+    __slots__ = ("_access", "_decisions", "_entered", "_not_counted", "_scope", "verb", "who")
+
+    def __init__(self, access: Access, who: Principal, scope: Scope, verb: Verb[Any, Any], entered: Charge) -> None:
+        self.who = who
+        self._access = access
+        self._scope = scope
+        self.verb = verb
+        self._entered = entered
+        self._decisions: dict[str, _Decision | None] = {}
+        """By key id; None: not allowed."""
+        self._not_counted: int | None = 0
+        """Keys that were refused before the request was charged; None: it is charged."""
+
+    # --- the policy in force -----------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Takes the policy in force, after a wait. Raises UnauthorizedError, ForbiddenError."""
+        policy = self._access.policy
+        if self._scope.generation == policy.generation:
+            return
+        who = renewed(self.who, policy, self.verb)  # first: what was refused once is refused at every later call
+        if who.scope is None:
+            raise ForbiddenError("no policy gives this principal a scope")
+        self.who, self._scope = who, who.scope
+        self._decisions.clear()
+
+    def check_still(self) -> None:
+        """Before plaintext leaves after a wait. Raises as `refresh`, and KeyNotFoundError if a key that was used is no
+        longer allowed.
+        """
+        if self._scope.generation == self._access.policy.generation:
+            return
+        used = [key_id for key_id, decision in self._decisions.items() if decision is not None]
+        self.refresh()
+        for key_id in used:
+            self._allowed(key_id)
+
+    def of_verb(self, verb: Verb[Any, Any]) -> ScopedKeys:
+        """The view of the same principal and request for what another verb does. Raises ForbiddenError without its
+        roles.
+        """
+        self.refresh()
+        require(self.who, verb)
+        keys = ScopedKeys(self._access, self.who, self._scope, verb, self._entered)
+        keys._not_counted = self._not_counted
+        return keys
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether the status of the whole service concerns the principal: no proxy, no limit to threads."""
+        return not self.who.via and self._scope.everywhere("monitor") is not None
+
+    # --- decisions ---------------------------------------------------------------------------------------------------
+
+    def _allowed(self, key_id: str) -> _Decision:
+        """Raises KeyNotFoundError, KeysNotReadError, InvalidRequestError for a malformed id."""
+        try:
+            decision = self._decisions[key_id]
+        except KeyError:
+            decision = self._decisions[key_id] = self._decide(key_id)
+        if decision is None:
+            raise KeyNotFoundError("key not found")
+        return decision
+
+    def _decide(self, key_id: str) -> _Decision | None:
+        roles, scope = self.verb.roles, self._scope
+        grants = [scope.everywhere(role) for role in roles]
+        thread_id = ""
+        if None in grants:
+            if not self._access.indexing.complete:
+                raise KeysNotReadError(
+                    "key files are still being read after the start, so it is not known which keys this principal may "
+                    "use; try again"
+                )
+            # The same steps for a key that is out of scope as for one that does not exist, so nothing branches on
+            # `known`. No pattern but `*` matches the text that takes the place of an unknown thread.
+            near, known = self._access.thread_near(key_id)
+            thread_id = (_NO_THREAD_CHAR * len(near), near)[known]
+            of_thread = [scope.decide(role, thread_id) for role in roles]
+            of_unknown = [scope.anywhere(role) for role in roles]
+            grants, thread_id = ((of_unknown, ""), (of_thread, near))[known]
+            if None in grants:
+                self._count_refused_key()
+        allowed = [grant for grant in grants if grant is not None]
+        return _Decision(tuple(allowed), thread_id) if len(allowed) == len(roles) else None
+
+    def _count_refused_key(self) -> None:
+        """One reason for unknown keys and for those out of scope: who may read metrics must not learn which it was."""
+        if self._not_counted is None:
+            self._access.refusals["unknown_key"] += 1
+        else:
+            self._not_counted += 1
+
+    def _check_record(self, key_id: str, decision: _Decision, thread_id: str) -> None:
+        """Raises KeyNotFoundError where the key's record names another thread than the index, and that one is not
+        allowed.
+        """
+        if decision.thread_id and thread_id != decision.thread_id and not self.allows_thread(thread_id):
+            self._decisions[key_id] = None
+            raise KeyNotFoundError("key not found")
+
+    def allows_thread(self, thread_id: str) -> bool:
+        """Whether the policy in force allows the verb on keys of this thread. Raises as `refresh`."""
+        self.refresh()
+        return all(self._scope.decide(role, thread_id) is not None for role in self.verb.roles)
+
+    # --- limits ------------------------------------------------------------------------------------------------------
+
+    def charge(self, request: Any) -> Awaitable[None] | None:
+        """Takes what the request needs from the limits of the grants that decide it; awaitable where a budget has to
+        reach the disk first. Keys that are not allowed are left out: a request for no other keys counts as one request
+        of the first grant with the role. Raises LimitExceededError, KeysNotReadError.
+        """
+        costs = self._costs(request)
+        charge = self._access.meters.charge(self.who, costs, self._entered)
+        if not isinstance(charge, Charge):
+            return self._charged_later(charge)
+        self._is_charged()
+        return None
+
+    async def _charged_later(self, charge: Awaitable[Charge]) -> None:
+        await charge
+        self._is_charged()
+
+    def _is_charged(self) -> None:
+        """Counts the keys that were refused. A request that a limit refused has no answer that concerns them."""
+        self._access.refusals["unknown_key"] += self._not_counted or 0
+        self._not_counted = None
+
+    def release(self) -> None:
+        """The request was answered. Idempotent."""
+        self._entered.release()
+
+    def _costs(self, request: Any) -> dict[Grant, Cost]:
+        self.refresh()
+        items: Counter[Grant] = Counter()
+        for key_id, count in _named_keys(request).items():
+            try:
+                grants = self._allowed(key_id).grants
+            except (KeyNotFoundError, InvalidRequestError):
+                continue
+            items[grants[0]] += count  # once, also where several roles are needed
+            for grant in grants[1:]:
+                items[grant] += 0
+        thread_id = request.thread_id if self.verb in _CREATES else None
+        if thread_id is not None and api.THREAD_ID_PATTERN.fullmatch(thread_id) is None:
+            thread_id = None  # the verb refuses it
+        if not items or thread_id is not None:
+            for role in self.verb.roles:
+                decides = self._scope.decide(role, thread_id)
+                if decides is None:
+                    raise ForbiddenError(_NOT_THIS_THREAD)
+                items[decides] += 0
+        return {grant: self._cost(count) for grant, count in items.items()}
+
+    def _cost(self, items: int) -> Cost:
+        if self.verb in _DECRYPTS:
+            return Cost(decrypts=items)
+        return Cost(reencrypts=items) if self.verb in _REENCRYPTS else Cost()
+
+    def end_turn(self) -> None:
+        """As `Vault.end_turn`."""
+        self._access.vault.end_turn()
+
+    # --- the vault ---------------------------------------------------------------------------------------------------
+
+    def opened(self, key_id: str) -> OpenDek:
+        """As `Vault.opened`."""
+        self.refresh()
+        decision = self._allowed(key_id)
+        opened = self._access.vault.opened(key_id)
+        self._check_record(key_id, decision, opened.thread_id)
+        return opened
+
+    def record(self, key_id: str) -> DekRecord:
+        """As `Vault.record`."""
+        self.refresh()
+        decision = self._allowed(key_id)
+        record = self._access.vault.record(key_id)
+        self._check_record(key_id, decision, record.thread_id)
+        return record
+
+    def check_destroyable(self, key_id: str) -> None:
+        """As `Vault.check_destroyable`."""
+        self.refresh()
+        self._allowed(key_id)
+        self._access.vault.check_destroyable(key_id)
+
+    async def create(self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "") -> DekRecord:
+        """As `Vault.create`. Raises ForbiddenError for a thread that is out of scope."""
+
+        def permit() -> None:
+            self._permit_thread(thread_id)
+            if replaces:
+                self.record(replaces)
+
+        permit()
+        return await self._access.vault.create(thread_id, purpose=purpose, replaces=replaces, permit=permit)
+
+    async def get_or_create(self, thread_id: str, *, purpose: api.Purpose) -> tuple[str, bool]:
+        """As `Vault.get_or_create`. Raises ForbiddenError for a thread that is out of scope."""
+
+        def permit() -> None:
+            self._permit_thread(thread_id)
+
+        return await self._access.vault.get_or_create(thread_id, purpose=purpose, permit=permit)
+
+    async def retire(self, key_id: str, *, again: bool) -> DekRecord:
+        """As `Vault.retire`."""
+        return await self._access.vault.retire(key_id, again=again, permit=lambda: self._permit_key(key_id))
+
+    async def destroy(self, key_id: str) -> int:
+        """As `Vault.destroy`."""
+        self._access.keep_thread(key_id)
+        return await self._access.vault.destroy(key_id, permit=lambda: self._permit_key(key_id))
+
+    def _permit_thread(self, thread_id: str) -> None:
+        if not self.allows_thread(thread_id):
+            raise ForbiddenError(_NOT_THIS_THREAD)
+
+    def _permit_key(self, key_id: str) -> None:
+        self.refresh()
+        self._allowed(key_id)
+
+    def page(self, *, after: str, limit: int, thread_id: str | None, state: str | None) -> Page:
+        """As `KeyIndex.page`, with visible keys only. Where the principal may not see every key, `after` and
+        `next_after` are opaque, because they name any key. Raises InvalidRequestError for an `after` that this run did
+        not give to the principal.
+        """
+        self.refresh()
+        index = self._access.vault.index
+        if self._scope.everywhere("monitor") is not None:
+            return index.page(after=check_key_id(after) if after else "", limit=limit, thread_id=thread_id, state=state)
+        cursors, actor = self._access.cursors, self.who.actor
+        position = cursors.position(after, actor) if after else ""
+        visible = self.allows_thread if thread_id is None else None
+        if thread_id is not None and not self.allows_thread(thread_id):
+            thread_id = _NO_THREAD  # so that the work is the same as for a thread without keys
+        page = index.page(after=position, limit=limit, thread_id=thread_id, state=state, visible=visible)
+        return page._replace(next_after=cursors.cursor(page.next_after, actor) if page.next_after else "")
+
+
+Keys = Vault | ScopedKeys
+"""What a verb uses keys through: the vault itself, where no policy limits the caller."""
+
+_NOT_THIS_THREAD: Final = "the policy does not let this principal use this thread"
+
+
+class _Cursors:
+    """Encrypts the positions of listings under a key of this run."""
+
+    def __init__(self) -> None:
+        self._cipher = AESGCM(os.urandom(_CURSOR_KEY_BYTES))
+
+    def cursor(self, key_id: str, actor: str) -> str:
+        nonce = os.urandom(_CURSOR_NONCE_BYTES)
+        return (nonce + self._cipher.encrypt(nonce, key_id_to_bytes(key_id), actor.encode())).hex()
+
+    def position(self, cursor: str, actor: str) -> str:
+        """Raises InvalidRequestError."""
+        try:
+            sealed = bytes.fromhex(cursor if len(cursor) <= api.ID_CHARS_MAX else "")
+            raw = self._cipher.decrypt(sealed[:_CURSOR_NONCE_BYTES], sealed[_CURSOR_NONCE_BYTES:], actor.encode())
+        except (ValueError, InvalidTag):
+            raise InvalidRequestError(
+                "the cursor is not one that this run of the key service gave to this principal: begin the listing again"
+            ) from None
+        return bytes_to_key_id(raw)
+
+
+def names_keys(verb: Verb[Any, Any]) -> bool:
+    """Whether requests of a verb name keys."""
+    fields = set(verb.request.__struct_fields__)
+    return not fields.isdisjoint(("key_id", "from_key_id", "replaces")) or verb.roles_by_item
+
+
+def _named_keys(request: Any) -> Counter[str]:
+    """The keys that a request names, each with the number of items to charge for it."""
+    fields = request.__struct_fields__
+    if "items" not in fields:
+        return Counter([request.key_id]) if "key_id" in fields else Counter()
+    if "from_key_id" in fields:
+        return Counter({request.to_key_id: 0, request.from_key_id: len(request.items)})
+    if "key_id" in fields:
+        return Counter({request.key_id: len(request.items)})
+    return Counter(item.key_id for item in request.items)

@@ -1,0 +1,133 @@
+"""The removal of root keys: their slots go, with the keyring key and the audit key that they opened.
+
+Owns: one change of the keyring that removes slots, seals everything under a fresh keyring key, and adds a fresh audit
+key; and the change of the audit log's key that belongs to it. Invariants: no line of the log comes between the two
+changes, because the keyring names the last line under the former key. The event loop goes on meanwhile: the log is
+held, and answers wait for their lines. A change that has begun goes on when its caller is cancelled. A crash between
+the two is completed by the next start. If it is not known which keyring is on disk, no line is written until the former
+one is there again. It must never begin the KEK rotation that ends the revocation: that is `minikms.service.keks`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Container
+from typing import Final, Protocol
+
+from minikms.audit import AuditKey
+from minikms.audit.record import Head
+from minikms.crypto.aead import scrub_stack
+from minikms.custody.files import now_rfc3339
+from minikms.custody.vault import Vault
+from minikms.datadir import audit_keys
+from minikms.errors import SealedError, StorageUnavailableError, StorageUncertainError
+from minikms.keys import root_slots
+from minikms.keys.keyring import Body
+from minikms.memory.arena import fill_random
+
+STORE_RETRY_SECONDS: Final = 1.0
+
+
+class KeyedAudit(Protocol):
+    """What the removal needs of the audit log: see `minikms.audit.turns.TurnAudit`."""
+
+    async def sync(self) -> None: ...
+
+    async def change_key(self, store: Callable[[Head], Awaitable[AuditKey]]) -> None: ...
+
+    def release(self) -> None: ...
+
+
+class RootRemoval:
+    """Removes slots of the keyring of `vault`, whose audit log is `audit`."""
+
+    def __init__(self, vault: Vault, audit: KeyedAudit) -> None:
+        self._vault = vault
+        self._audit = audit
+        self._changing: set[asyncio.Task[None]] = set()
+        self._repairing: asyncio.Task[None] | None = None
+
+    async def stop(self) -> None:
+        """Waits for the changes that have begun. Ends the repair after a failed one: the log refuses lines to the end,
+        so a start can complete it.
+        """
+        if self._changing:
+            await asyncio.wait(self._changing)
+        if self._repairing is not None and not self._repairing.done():
+            self._repairing.cancel()
+            await asyncio.wait([self._repairing])
+
+    async def remove(self, choose: Callable[[Body], Container[str]], *, proved: str = "") -> None:
+        """Removes the slots that `choose` names in the newest body; nothing if it names none.
+
+        `proved`: the slot that the others are removed for, see `root_slots.remove_slots`. Raises ConflictError, the
+        errors of `choose`, StorageUnavailableError, SealedError, and AuditUnavailableError: the slots may be removed
+        then, which the body says.
+        """
+        change = asyncio.ensure_future(self._remove(choose, proved))
+        self._changing.add(change)
+        change.add_done_callback(self._ended)
+        await asyncio.shield(change)
+
+    def _ended(self, change: asyncio.Task[None]) -> None:
+        self._changing.discard(change)
+        if not change.cancelled():
+            change.exception()  # for whoever still waits; if nobody does, it is no defect
+
+    async def _remove(self, choose: Callable[[Body], Container[str]], proved: str) -> None:
+        await self._audit.sync()  # so that the log is held for a short time
+        unlocked = self._vault.unlocked
+        async with self._vault.keyring.held() as replace:
+            body = self._vault.keyring.body
+            gone = choose(body)
+            if not any(slot.slot_id in gone for slot in body.slots):
+                return
+            root_slots.check_removes(body, gone)
+            version = body.audit_key.version + 1
+
+            async def store(last: Head) -> AuditKey:
+                await replace(self._body_without(gone, last, proved))
+                return audit_keys(unlocked).current
+
+            try:
+                await self._audit.change_key(store)
+            except StorageUncertainError:
+                self._repairing = asyncio.ensure_future(self._put_back())
+                raise
+            finally:
+                if unlocked.body.audit_key.version != version:
+                    unlocked.forget_audit_key(version)
+
+    def _body_without(self, gone: Container[str], last: Head, proved: str) -> Body:
+        """The next body, with its keys made. `last`: the last line under the present audit key."""
+        unlocked = self._vault.unlocked
+        body, at = unlocked.body, now_rfc3339()
+        self._vault.keyring.require_keys()
+        try:
+            resealed = unlocked.make_resealed(fill_random, without=gone)
+            key = unlocked.make_audit_key(
+                fill_random,
+                version=body.audit_key.version + 1,
+                at=at,
+                since_seq=last.seq,
+                since_sig=last.sig,
+                key_version=resealed.key_version,
+            )
+        finally:
+            scrub_stack()
+        return root_slots.remove_slots(body, resealed, key, at=at, proved=proved)
+
+    async def _put_back(self) -> None:
+        """Writes the former keyring until the disk takes it. The log refuses lines meanwhile, and so does the daemon
+        every request that needs one.
+        """
+        while True:
+            try:
+                await self._vault.keyring.store_again()
+            except StorageUnavailableError:
+                await asyncio.sleep(STORE_RETRY_SECONDS)
+            except SealedError:
+                return  # a start completes the change
+            else:
+                self._audit.release()
+                return

@@ -1,0 +1,94 @@
+"""What the commands `minikms`, `minikms-unlock` and `progressdb` share: how they end, and show wrong usage and help.
+
+Owns: the exit statuses, the variables that name the daemon, the sentence for a command line that can't be read, and the
+panels of `--help`. Exit status 0: done, or a check passed. 1: a check failed, or the request was refused. 2: wrong
+usage, or something needed (a daemon, a file, a key) is missing. Invariants: the sentence is one line and names the
+command whose help describes it; a positional argument is shown by its name alone, although a flag of that name is
+accepted too. It must never import what only an error or a help page needs, because every start of a command imports it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from cyclopts import Argument, CycloptsError
+    from cyclopts.help import HelpPanel
+    from rich.console import Console, ConsoleOptions
+
+EXIT_GOOD: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_MISSING: Final = 2
+EXIT_INTERRUPTED: Final = 130
+"""128 + SIGINT, as in shells."""
+EXIT_READER_LEFT: Final = 141
+"""128 + SIGPIPE: the reader closed the pipe before it had all of the output."""
+
+COLLECTED_OBJECTS_MIN: Final = 100_000
+"""New objects between two garbage collections (gc.set_threshold) of a command: what it imports stays, and collecting
+that takes a tenth of its start.
+"""
+
+SOCKET_VARIABLE: Final = "PROGRESSDB_KMS_SOCKET"
+SERVER_UIDS_VARIABLE: Final = "PROGRESSDB_KMS_SERVER_UIDS"
+UNTRUSTED_ADVICE: Final = f"If that user is meant to serve it, give --server-uid, or set {SERVER_UIDS_VARIABLE}"
+
+
+def server_uids(given: int | None) -> frozenset[int] | None:
+    """The users that may serve the socket: the flag's, else those of the variable, else None for the default.
+
+    Raises ValueError for a variable that isn't a list of numbers.
+    """
+    if given is not None:
+        return frozenset({given})
+    words = [word.strip() for word in os.environ.get(SERVER_UIDS_VARIABLE, "").split(",") if word.strip()]
+    if not all(word.isascii() and word.isdigit() for word in words):
+        raise ValueError(f"{SERVER_UIDS_VARIABLE} must be user ids separated by commas, as in 991,0")
+    return frozenset(int(word) for word in words) or None
+
+
+def label(argument: Argument) -> str | None:
+    """How a positional argument is named, as in `KEY-ID`; None for a flag."""
+    if not argument.field_info.is_positional:
+        return None
+    name = next((name for name in argument.names if name.startswith("--")), argument.name)
+    return name.lstrip("-").upper()
+
+
+def explained(error: CycloptsError, program: str) -> str:
+    """The sentence for a command line that can't be read. `program`: the command's first word."""
+    from cyclopts import MissingArgumentError
+
+    words = " ".join((program, *(error.command_chain or ())))
+    error.verbose = False
+    text = " ".join(str(error).split())
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        name = label(error.argument)
+        if name is not None:
+            text = f"the argument {name} is missing"
+        elif error.argument.tokens or error.keyword:
+            text = f"{error.keyword or error.argument.name} needs a value"
+        else:
+            text = f"{error.argument.name} is missing"
+    end = "" if text.endswith(("?", ".")) else "."
+    return f"{text[:1].lower()}{text[1:]}{end} See `{words} --help`."
+
+
+class HelpPages:
+    """Prints what `--help` shows: positional arguments by their names alone, the rest as cyclopts does."""
+
+    def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
+        from attrs import evolve
+        from cyclopts.help.formatters import DefaultFormatter
+
+        entries = [
+            evolve(entry, positive_names=(), positive_shorts=()) if entry.positional_label else entry
+            for entry in panel.entries
+        ]
+        DefaultFormatter()(console, options, panel.copy(entries=entries))
+
+    def render_usage(self, console: Console, options: ConsoleOptions, usage: object) -> None:
+        from cyclopts.help.formatters import DefaultFormatter
+
+        DefaultFormatter().render_usage(console, options, usage)

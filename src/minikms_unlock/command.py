@@ -1,0 +1,193 @@
+"""The command `minikms-unlock`.
+
+Owns: its subcommands and flags, and the sentence for each error. Invariants: no secret in argv, in the environment or
+in a pipe; results go to standard output, everything else to standard error; the configuration is read before the
+process is hardened. It must never report a key as taken before the daemon has answered.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from cyclopts import App, Parameter
+
+from minikms import usage
+from minikms.usage import (
+    EXIT_FAILED,
+    EXIT_GOOD,
+    EXIT_INTERRUPTED,
+    EXIT_MISSING,
+    SERVER_UIDS_VARIABLE,
+    SOCKET_VARIABLE,
+    HelpPages,
+)
+
+if TYPE_CHECKING:
+    from minikms.client import Client
+    from minikms_unlock.passphrase import Parameters
+
+SOURCE: Final = "passphrase:"
+PROVIDER: Final = "passphrase"
+
+app = App(
+    name="minikms-unlock",
+    help="Give the running key service a root key that it can't fetch itself.",
+    help_format="plaintext",
+    help_formatter=HelpPages(),
+    help_epilogue="Exit status: 0 done, 1 refused, 2 wrong usage or something is missing.",
+    version_flags=["--version"],
+    version="0.1.0",
+)
+
+Source = Annotated[str, Parameter(help=f"Where the root key comes from: `{SOURCE}`.")]
+Config = Annotated[Path, Parameter(name="--config", help="File with the parameters of the passphrase.")]
+Socket = Annotated[str | None, Parameter(name="--socket", help=f"The daemon's Unix socket [{SOCKET_VARIABLE}].")]
+ServerUid = Annotated[
+    int | None,
+    Parameter(
+        name="--server-uid",
+        help=f"The user that must serve the socket; default: this one or root [{SERVER_UIDS_VARIABLE}].",
+    ),
+]
+Json = Annotated[bool, Parameter(name="--json", help="JSON instead of text.", negative=(), show_default=False)]
+
+
+@app.command(name="init-passphrase")
+def init_passphrase(*, config: Config, json: Json = False) -> int:
+    """Write the parameters for a new passphrase: a random salt, and what a guess costs. They are no secret."""
+    from minikms_unlock.passphrase import make_config
+
+    parameters = make_config(config)
+    _print(
+        {"config": str(config), **vars(parameters)},
+        f"Made {config}. Keep a copy of it with the passphrase: without it the passphrase opens nothing.\n"
+        f"Add the passphrase with: minikms-unlock add {SOURCE} --config {config}",
+        json=json,
+    )
+    return EXIT_GOOD
+
+
+@app.command
+def unseal(
+    source: Source, *, config: Config, socket: Socket = None, server_uid: ServerUid = None, json: Json = False
+) -> int:
+    """Unseal the daemon with the root key of a passphrase, which is asked for on the terminal."""
+    from minikms_unlock.session import root_of_passphrase
+
+    parameters = _parameters(source, config)
+    with _client(socket, server_uid) as kms, root_of_passphrase(parameters, new=False) as root:
+        kms.unseal(root_hex=root.text)
+        fingerprint = root.fingerprint
+    _print({"status": "ok", "fingerprint": fingerprint}, "The key service is unsealed, and serves.", json=json)
+    return EXIT_GOOD
+
+
+@app.command
+def add(
+    source: Source, *, config: Config, socket: Socket = None, server_uid: ServerUid = None, json: Json = False
+) -> int:
+    """Add the root key of a new passphrase to the keyring. The passphrase is asked for twice."""
+    from minikms_unlock.session import root_of_passphrase
+
+    parameters = _parameters(source, config)
+    with _client(socket, server_uid) as kms, root_of_passphrase(parameters, new=True) as root:
+        slot = kms.add_root(root.text, provider=PROVIDER)
+    _print(
+        {"slot_id": slot.slot_id, "fingerprint": slot.fingerprint},
+        f"The passphrase opens the keyring now: slot {slot.slot_id}. Test it from time to time with:\n"
+        f"minikms-unlock test {slot.slot_id} {SOURCE} --config {config}",
+        json=json,
+    )
+    return EXIT_GOOD
+
+
+@app.command
+def test(
+    slot: Annotated[str, Parameter(help="The slot, as `minikms root list` shows it.")],
+    source: Source,
+    *,
+    config: Config,
+    socket: Socket = None,
+    server_uid: ServerUid = None,
+    json: Json = False,
+) -> int:
+    """Prove that the passphrase still opens its slot."""
+    from minikms_unlock.session import root_of_passphrase
+
+    parameters = _parameters(source, config)
+    with _client(socket, server_uid) as kms, root_of_passphrase(parameters, new=False) as root:
+        proved = kms.test_root(slot, root.text)
+    _print(
+        {"slot_id": proved.slot_id, "tested_at": proved.tested_at},
+        f"The passphrase opens slot {proved.slot_id}.",
+        json=json,
+    )
+    return EXIT_GOOD
+
+
+def main() -> None:
+    """Runs the command line and ends the process. An error that is neither ours nor the system's is a defect."""
+    try:
+        sys.exit(app(sys.argv[1:], print_error=False, exit_on_error=False))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:  # noqa: BLE001  defects are raised again by `explained`
+        text, exit_status = explained(error)
+        print(f"minikms-unlock: {text}", file=sys.stderr)
+        sys.exit(exit_status)
+
+
+def explained(error: Exception) -> tuple[str, int]:
+    """The text and the exit status of an error. An error that is a defect is raised again."""
+    from cyclopts import CycloptsError
+
+    from minikms.client.errors import InvalidRequestError, KmsError, KmsRefusedError, KmsUntrustedServerError
+    from minikms.errors import MiniKmsError
+
+    if isinstance(error, CycloptsError):
+        return usage.explained(error, "minikms-unlock"), EXIT_MISSING
+    if isinstance(error, KmsError):
+        refused = isinstance(error, KmsRefusedError | KmsUntrustedServerError)
+        text = error.message if isinstance(error, KmsRefusedError) else str(error)
+        if isinstance(error, KmsUntrustedServerError):
+            text += f". {usage.UNTRUSTED_ADVICE}."
+        return text, EXIT_FAILED if refused and not isinstance(error, InvalidRequestError) else EXIT_MISSING
+    if isinstance(error, MiniKmsError):
+        return str(error), EXIT_MISSING
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else ""), EXIT_MISSING
+    raise error
+
+
+def _parameters(source: str, config: Path) -> Parameters:
+    from minikms.errors import StartError
+    from minikms_unlock.passphrase import read_config
+
+    if source != SOURCE:
+        raise StartError(f"{source!r} is no source of a root key that this version knows; it knows {SOURCE}")
+    return read_config(config)
+
+
+def _client(socket: str | None, server_uid: int | None) -> Client:
+    """Of a daemon that answers, and that a trusted user serves."""
+    from minikms.client import Client
+    from minikms.errors import StartError
+
+    path = socket or os.environ.get(SOCKET_VARIABLE) or ""
+    if not path:
+        raise StartError(f"name the daemon's socket: --socket PATH, or {SOCKET_VARIABLE}")
+    try:
+        client = Client(path, server_uids=usage.server_uids(server_uid))
+        client.health()  # before a secret is typed
+    except ValueError as error:
+        raise StartError(str(error)) from None
+    return client
+
+
+def _print(values: dict[str, Any], text: str, *, json: bool) -> None:
+    import msgspec
+
+    print(msgspec.json.format(msgspec.json.encode(values), indent=2).decode() if json else text)

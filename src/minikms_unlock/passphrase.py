@@ -1,0 +1,152 @@
+"""The root key source `passphrase:`: Argon2id (RFC 9106) of a passphrase that a person types.
+
+Owns: the configuration file (docs/spec/unlock.md), its bounds, and the derivation. Invariants: salt and parameters come
+from the configuration only, and are bounded: whoever writes it can't weaken a new passphrase below the lower bounds.
+The upper bounds, 4 GiB of memory and 64 passes, can still cost minutes, or more memory than a small machine has. The
+derived key is written into the arena. It must never keep a passphrase or a key.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import stat
+import tomllib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
+
+from minikms.errors import StartError
+from minikms.memory import SLOT_BYTES
+
+VERSION: Final = 1
+CONFIG_BYTES_MAX: Final = 64 * 1024
+PASSPHRASE_BYTES_MIN: Final = 16
+"""Of a new passphrase. Who has the keyring file can try passphrases."""
+PASSPHRASE_BYTES_MAX: Final = 400
+"""Longer ones are not overwritten in the heap: see `derive_into`."""
+SALT_CHARS_MIN: Final = 16
+SALT_CHARS_MAX: Final = 64
+MEMORY_KIB_MIN: Final = 64 * 1024
+MEMORY_KIB_MAX: Final = 4 * 1024 * 1024
+ITERATIONS_MIN: Final = 3
+"""With the least memory: the second recommended option of RFC 9106, section 4."""
+ITERATIONS_MAX: Final = 64
+LANES_MAX: Final = 16
+
+_SALT: Final = re.compile(rf"[0-9A-Za-z]{{{SALT_CHARS_MIN},{SALT_CHARS_MAX}}}", re.ASCII)
+_MEMORY_KIB_OF_A_LANE: Final = 8
+"""The least that Argon2 allows."""
+_OVERWRITES_COUNT: Final = 8
+_WRITABLE_BY_OTHERS: Final = 0o022
+_CONFIG_MODE: Final = 0o644
+_CONFIG: Final = """\
+# How `minikms-unlock` derives a root key from a passphrase. This is no secret, and without it the passphrase opens
+# nothing: keep a copy of this file with the passphrase. Never change it: make another file instead.
+version = {version}
+
+[passphrase]
+salt = "{salt}"
+memory_kib = {memory_kib}
+iterations = {iterations}
+lanes = {lanes}
+"""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Of Argon2id. The salt is text, whose ASCII bytes are used."""
+
+    salt: str
+    memory_kib: int = 512 * 1024
+    iterations: int = 3
+    lanes: int = 4
+
+
+def make_config(path: Path) -> Parameters:
+    """Writes the parameters for a new passphrase, with a random salt. Raises OSError, also for a file that exists."""
+    parameters = Parameters(secrets.token_hex(16))
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, _CONFIG_MODE)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(_CONFIG.format(version=VERSION, **vars(parameters)))
+        file.flush()
+        os.fsync(descriptor)
+    return parameters
+
+
+def read_config(path: Path) -> Parameters:
+    """Raises StartError, which says what is wrong with the file."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError as error:
+        raise StartError(
+            f"{path} can't be read: {error.strerror}. For a new passphrase, make it with "
+            "`minikms-unlock init-passphrase`"
+        ) from None
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise StartError(f"{path} is not a regular file")
+        if status.st_uid not in (0, os.geteuid()) or status.st_mode & _WRITABLE_BY_OTHERS:
+            raise StartError(
+                f"others can change {path}: it must belong to root or to this user; run: chmod go-w {path}"
+            )
+        data = file.read(CONFIG_BYTES_MAX + 1)
+    if len(data) > CONFIG_BYTES_MAX:
+        raise StartError(f"{path} is larger than {CONFIG_BYTES_MAX} bytes")
+    try:
+        document = tomllib.loads(data.decode("utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise StartError(f"{path} is not TOML: {error}") from None
+    return _parameters(document, path)
+
+
+def _parameters(document: dict[str, Any], path: Path) -> Parameters:
+    if document.get("version") != VERSION or isinstance(document["version"], bool):
+        raise StartError(f"{path} must begin with version = {VERSION}")
+    table = document.get("passphrase")
+    names = tuple(Parameters.__dataclass_fields__)
+    if set(document) != {"version", "passphrase"} or not isinstance(table, dict) or set(table) != set(names):
+        raise StartError(f"{path} must have the table [passphrase] with exactly {', '.join(names)}")
+    if not isinstance(table["salt"], str) or _SALT.fullmatch(table["salt"]) is None:
+        raise StartError(f"{path}: salt must be {SALT_CHARS_MIN} to {SALT_CHARS_MAX} letters and digits")
+    for name, least, most in (
+        ("memory_kib", MEMORY_KIB_MIN, MEMORY_KIB_MAX),
+        ("iterations", ITERATIONS_MIN, ITERATIONS_MAX),
+        ("lanes", 1, LANES_MAX),
+    ):
+        value = table[name]
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise StartError(f"{path}: {name} must be a number from {least} to {most}")
+    return Parameters(**table)
+
+
+def derive_into(passphrase: memoryview, parameters: Parameters, root: memoryview) -> None:
+    """Writes the root key of the passphrase into `root`. Raises StartError when the machine lacks the memory.
+
+    The library passes the passphrase to OpenSSL in a block of its heap, which it frees with its content. A derivation
+    of zeros of the same size gets the same block, and overwrites it: the C library keeps freed blocks of up to 1,032
+    bytes for the next request of their size.
+    """
+    try:
+        _argon2id(parameters).derive_into(passphrase, root)  # type: ignore[arg-type]  # any buffer of bytes
+        cheap = replace(parameters, memory_kib=_MEMORY_KIB_OF_A_LANE * parameters.lanes, iterations=1)
+        for _ in range(_OVERWRITES_COUNT):
+            _argon2id(cheap).derive(bytes(len(passphrase)))
+    except MemoryError:
+        raise StartError(
+            f"the derivation needs {parameters.memory_kib // 1024} MiB of memory, which this machine does not give"
+        ) from None
+
+
+def _argon2id(parameters: Parameters) -> Argon2id:
+    return Argon2id(
+        salt=parameters.salt.encode("ascii"),
+        length=SLOT_BYTES,
+        iterations=parameters.iterations,
+        lanes=parameters.lanes,
+        memory_cost=parameters.memory_kib,
+    )

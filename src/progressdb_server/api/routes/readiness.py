@@ -1,0 +1,174 @@
+"""Whether the server can do its work: does the disk take writes, does the key service answer.
+
+Owns: `Probe`, a question that is asked at most once at a time and whose answer is kept for a moment; the two questions;
+`/readyz` and `/admin/readiness`. Invariants: however many callers ask, the key
+service and the disk are asked at most every FAULT_AGE_S; a caller waits at most PROBE_S_MAX, and at
+most KNOWN_S_MAX once a problem is known; a caller without an API
+key learns ready or not ready, and never why. `/healthz` stays the liveness of this process alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import msgspec
+
+from minikms import api
+from minikms.client import KmsError, KmsRefusedError
+from minikms.client.errors import LimitExceededError
+from minikms.logs import structlog
+from progressdb_server.api.http.access import OPERATORS
+from progressdb_server.api.http.errors import ApiError, retry_after
+from progressdb_server.api.http.request import Request
+from progressdb_server.api.http.response import Response, json_response
+from progressdb_server.api.openapi.description import NOTHING, TEXT, object_of, texts
+from progressdb_server.api.routes.table import Operation
+from progressdb_server.kms.provider import Fault, fault
+from progressdb_server.metrics import KmsMetrics
+from progressdb_server.store.model import Store, StoreUnavailableError
+
+PROBE_AGE_S: Final = 5.0
+FAULT_AGE_S: Final = 1.0
+"""How long a good answer counts, and one that names a problem. Each question to the key service is a line of its audit
+log."""
+PROBE_S_MAX: Final = 3.0
+KNOWN_S_MAX: Final = 0.5
+"""How long a caller waits for an answer, and how long where a problem is known already."""
+NOT_READY: Final = "not ready"
+READY_PATH: Final = "/readyz"
+
+_log: Final = structlog.get_logger("progressdb.readiness")
+
+
+class Probe:
+    """Asks whether something works. The answer is a sentence about what is wrong, empty if nothing is."""
+
+    def __init__(
+        self, ask: Callable[[], Awaitable[str]], silent: str, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`silent`: the answer for as long as `ask` has not returned in time."""
+        self._ask = ask
+        self._silent = silent
+        self._clock = clock
+        self._answer = ""
+        self._expires_s = clock()
+        self._running: asyncio.Task[None] | None = None
+
+    async def problem(self) -> str:
+        if self._running is None:
+            if self._clock() < self._expires_s:
+                return self._answer
+            self._running = asyncio.get_running_loop().create_task(self._run())
+        done, _ = await asyncio.wait({self._running}, timeout=KNOWN_S_MAX if self._answer else PROBE_S_MAX)
+        if not done and not self._answer:
+            self._answer = self._silent
+        return self._answer
+
+    async def close(self) -> None:
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.wait({self._running})
+
+    async def _run(self) -> None:
+        try:
+            self._answer = await self._ask()
+        except Exception as error:  # noqa: BLE001 - a defect must not look like a server that is ready
+            _log.error("probe_failed", error=type(error).__qualname__)
+            self._answer = "internal error"
+        finally:
+            self._expires_s = self._clock() + (FAULT_AGE_S if self._answer else PROBE_AGE_S)
+            self._running = None
+
+
+class Readiness:
+    """`status` asks the key service for its status; it should fail fast when the key service is away. `kms` remembers
+    what it reports."""
+
+    def __init__(
+        self,
+        store: Store,
+        status: Callable[[], Awaitable[api.StatusAnswer]],
+        kms: KmsMetrics,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._status = status
+        self.kms = kms
+        self.writes = Probe(self._ask_store, "the disk has not answered for some seconds", clock=clock)
+        self.key_service = Probe(self._ask_key_service, "it has not answered for some seconds: it hangs", clock=clock)
+
+    async def close(self) -> None:
+        await self.writes.close()
+        await self.key_service.close()
+
+    async def problems(self) -> tuple[str, str]:
+        """What is wrong with writes, and with the key service; empty if nothing is."""
+        writes, key_service = await asyncio.gather(self.writes.problem(), self.key_service.problem())
+        return writes, key_service
+
+    async def _ask_store(self) -> str:
+        try:
+            await self._store.check_writes()
+        except StoreUnavailableError as error:
+            return str(error)
+        return ""
+
+    async def _ask_key_service(self) -> str:
+        try:
+            status = await self._status()
+        except KmsError as error:
+            if isinstance(error, KmsRefusedError) and fault(error) is not Fault.SERVICE:
+                return ""  # it works, and this server lacks the role `monitor`
+            if isinstance(error, LimitExceededError):
+                return ""  # it works, and this server has reached a limit of its policy
+            self.kms.lost()
+            return str(error)
+        self.kms.seen(status)
+        if status.status == api.CODE_SEALED:
+            return "it is sealed: an operator has to unseal it with `minikms unseal`"
+        return "" if status.status == "ok" else f"it reports {status.status or 'no status'}"
+
+    # --- handlers -------------------------------------------------------------------------------------------------
+    async def ready(self, request: Request) -> Response:
+        if any(await self.problems()):
+            raise ApiError(503, NOT_READY, (retry_after(int(FAULT_AGE_S)),))
+        return json_response({"status": "ok"})
+
+    async def explained(self, request: Request) -> Response:
+        writes, key_service = await self.problems()
+        return json_response(_Explained(not (writes or key_service), writes, key_service))
+
+
+class _Explained(msgspec.Struct):
+    ready: bool
+    writes: str
+    key_service: str
+
+
+def operations(readiness: Readiness) -> tuple[Operation, ...]:
+    return (
+        Operation(
+            "GET",
+            READY_PATH,
+            readiness.ready,
+            tag="operators",
+            summary="Whether writes and the key service work, and nothing more; needs no key",
+            response=texts("status"),
+            errors={503: (NOT_READY,)},
+            needs=NOTHING,
+        ),
+        Operation(
+            "GET",
+            "/admin/readiness",
+            readiness.explained,
+            roles=OPERATORS,
+            tag="operators",
+            summary="The same, with what is wrong: an empty text where nothing is",
+            response=object_of(ready={"type": "boolean"}, writes=TEXT, key_service=TEXT),
+            needs=NOTHING,
+        ),
+    )

@@ -1,0 +1,67 @@
+"""`progressdb doctor`: what the running server finds wrong between its store and its key service.
+
+Owns: the questions, the page and the exit status. `minikms doctor` examines the key service alone: it can't know which
+keys the threads of a store name, so only this command finds and retires orphaned keys. `progressdb check` examines the
+records. Invariant: nothing is changed without `--repair`.
+"""
+
+from __future__ import annotations
+
+import json as encoder
+from typing import Annotated, Any, Final
+
+from cyclopts import Parameter
+
+from progressdb_server.cli.admin_client import AdminClient
+from progressdb_server.cli.flags import Addr, ConfigFile, Db, Json, load_config
+
+REPAIR_S_MAX: Final = 3600.0
+"""A walk over a million keys takes some minutes."""
+SHOWN_MAX: Final = 20
+
+
+def doctor(
+    *,
+    repair: Annotated[
+        bool, Parameter(help="Retire the keys that no thread names.", negative=(), show_default=False)
+    ] = False,
+    addr: Addr = None,
+    db: Db = None,
+    config: ConfigFile = None,
+    json: Json = False,
+) -> int:
+    """Ask the running server what is wrong: whether it takes writes, whether its key service works, and which active
+    keys no thread names (of creates that were refused or interrupted).
+
+    With --repair these keys are retired: they only decrypt from then on. Not on an older copy of the store, whose newer
+    threads it does not know. Exit status: 0 nothing is wrong any more, 1 something is, 2 the server does not answer.
+    """
+    client = AdminClient.from_config(load_config(addr=addr, db=db, config=config).config)
+    page: dict[str, Any] = {"readiness": client.call("GET", "/admin/readiness")}
+    wrong = [page["readiness"][name] for name in ("writes", "key_service") if page["readiness"][name]]
+    if not page["readiness"]["key_service"]:
+        if repair:
+            page["repaired"] = client.call("POST", "/admin/orphaned_keys/retire", timeout_s=REPAIR_S_MAX)
+        page["orphaned_keys"] = client.call("GET", "/admin/orphaned_keys", timeout_s=REPAIR_S_MAX)["keys"]
+    if json:
+        print(encoder.dumps(page, indent=2))
+    else:
+        _print(page, wrong)
+    return 1 if wrong or page["orphaned_keys"] else 0
+
+
+def _print(page: dict[str, Any], wrong: list[str]) -> None:
+    for problem in wrong:
+        print(f"problem: {problem}")
+        print("  do: see `It does not answer` and `The disk is full` in docs/runbook.md")
+    repaired, orphans = page.get("repaired"), page.get("orphaned_keys", [])
+    if repaired and repaired["retired"]:
+        print(f"retired: {repaired['retired']:,} keys that no thread names")
+    for key in orphans[:SHOWN_MAX]:
+        print(f"orphaned key: {key['key_id']} of thread {key['thread_id']}, made {key['created_at']}")
+    if len(orphans) > SHOWN_MAX:
+        print(f"and {len(orphans) - SHOWN_MAX:,} more")
+    if orphans:
+        print(f"  do: {repaired['why'] if repaired and repaired['why'] else 'progressdb doctor --repair'}")
+    elif not wrong:
+        print("nothing is wrong")

@@ -1,0 +1,141 @@
+"""Orphaned keys: active keys of the key service that no thread of this store names.
+
+They come from creates whose answer was lost, and from a server or a key service that was killed between the making of a
+key and the write that names it. Owns: which key is an orphan, and their retirement, at a start and on request.
+Invariants:
+- A key is retired, never destroyed: what it has encrypted can still be decrypted.
+- Only where this server alone makes keys of purpose `thread` (`kms.exclusive`): on a shared key service, a key that
+  this store does not name may be another server's.
+- Never a key that a thread names, that a create in flight may name, or of a thread that a job works on; nor one that is
+  younger than ORPHAN_AGE_S.
+- At a start, never a key that was made after the newest record of this store: the store may be an older copy.
+- A walk reads a page of keys at a time and pauses after it, and retires at most ORPHANS_MAX keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Final, NamedTuple
+
+from minikms.api import KeyAnswer
+from minikms.client import KmsError
+from minikms.logs import structlog
+from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
+from progressdb_server.store.model import Store, StoreUnavailableError
+
+ORPHAN_AGE_S: Final = 60
+"""Longer than a create of a key may be on its way (`kms.provider`)."""
+ORPHANS_MAX: Final = 10_000
+"""Of one walk."""
+PAGE_PAUSE_S: Final = 0.1
+"""Between two pages: a million keys take some minutes, in which the key service is idle most of the time."""
+RETRY_S: Final = 30.0
+RETRY_AFTER_S: Final = 10
+SHARED: Final = (
+    "the key service may have other users: set kms.exclusive (PROGRESSDB_KMS_EXCLUSIVE=1) if only this server makes "
+    "keys of threads there"
+)
+MORE: Final = "more are left: repeat it"
+
+_log = structlog.get_logger("progressdb.jobs")
+
+
+class Retired(NamedTuple):
+    """How many were retired, how many orphans are left, and why."""
+
+    retired: int
+    left: int
+    why: str
+
+
+class OrphanedKeys:
+    """`has_job`: whether a job works on a thread. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        store: Store,
+        provider: Provider,
+        has_job: Callable[[str], bool],
+        *,
+        exclusive: bool,
+        age_s: float = ORPHAN_AGE_S,
+        now_s: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._provider = provider
+        self._has_job = has_job
+        self._exclusive = exclusive
+        self._age_s = age_s
+        self._now_s = now_s
+        self._walking = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Retire the orphans of earlier runs, in the background."""
+        # Read now: what is written during this run says nothing about the age of the store.
+        made_before_s = min(self._now_s(), self._store.newest_ns / 1_000_000_000)
+        self._task = asyncio.get_running_loop().create_task(self._at_start(made_before_s))
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    async def find(self) -> AsyncIterator[list[KeyAnswer]]:
+        """The orphans, page by page. Raises KmsError, StoreUnavailableError."""
+        before = _rfc3339(self._now_s() - self._age_s)
+        async for page in key_pages(self._provider, state="active"):
+            if page.indexing:
+                raise StoreUnavailableError("the key service is still reading its keys", RETRY_AFTER_S)
+            # The thread's key is looked up first, so that a failing disk is noticed whatever the keys are.
+            found = [key for key in page.keys if self._is_orphan(key) and key.created_at < before]
+            if found:
+                yield found
+            await asyncio.sleep(0 if page.next_cursor is None else PAGE_PAUSE_S)
+
+    def _is_orphan(self, key: KeyAnswer) -> bool:
+        return (
+            self._store.key_of_thread(key.thread_id) != key.key_id
+            and key.purpose == "thread"
+            and not self._store.making_key(key.thread_id)
+            and not self._has_job(key.thread_id)
+        )
+
+    async def retire(self, *, made_before: str = "") -> Retired:
+        """Retire the orphans; with `made_before` (RFC 3339) only those that are older. One walk at a time. Raises
+        KmsError, StoreUnavailableError."""
+        async with self._walking:
+            retired = left = 0
+            async for page in self.find():
+                for key in page:
+                    if not self._exclusive or retired == ORPHANS_MAX or (made_before and key.created_at >= made_before):
+                        left += 1
+                        continue
+                    if not self._is_orphan(key):  # asked again: other tasks ran meanwhile
+                        continue
+                    await self._provider.retire_key(key.key_id)
+                    retired += 1
+                    _log.warning("orphaned_key_retired", key=key.key_id, thread=key.thread_id, made=key.created_at)
+            why = "" if not left else SHARED if not self._exclusive else MORE
+            return Retired(retired, left, why)
+
+    async def _at_start(self, made_before_s: float) -> None:
+        """One walk, once every key of earlier runs is old enough for it."""
+        pause_s = self._age_s
+        while self._exclusive:
+            await asyncio.sleep(pause_s)
+            try:
+                await self.retire(made_before=_rfc3339(made_before_s))
+                return
+            except (KmsError, StoreUnavailableError) as error:
+                _log.warning("orphaned_keys_not_retired", reason=str(error))
+                if isinstance(error, KmsError) and fault(error) is not Fault.SERVICE:
+                    return  # it would refuse again
+            pause_s = RETRY_S
+
+
+def _rfc3339(unix_s: float) -> str:
+    """As the key service writes times, which sort as texts."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(max(0.0, unix_s)))

@@ -1,0 +1,81 @@
+"""Who may read a thread and write into it: the one policy, and the entries on disk that it is decided from.
+
+Owns: the rule of a store (`Rule`), what an author is to a thread (`Standing`), and `check`, by which every route and
+every write decides. Invariants:
+- An author who was removed neither reads nor writes, under either rule, until he is added again.
+- A write carries the entry that it was decided from as a condition, so the writer orders a post and a concurrent
+  removal.
+- The entry of the thread's own author is never a removed one.
+- A thread has at most `MEMBERS_COUNT_MAX` entries, removed ones too. A removal always leaves an entry, also of somebody
+  who had none, so that no later post or repair makes him a member.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final, Literal
+
+from progressdb_server.store import keyspace
+from progressdb_server.store.engine import Reader
+from progressdb_server.store.model import AuthorNotInThreadError, NotAMemberError
+
+MEMBERS_COUNT_MAX: Final = 4096
+"""Members of a thread, with those who were removed."""
+MEMBER: Final = b""
+REMOVED: Final = b"r"
+"""Values of an entry of `keyspace.writer`."""
+
+Rule = Literal["members", "open"]
+"""`members`: only the author of a thread and its members post into it. `open`: whoever posts becomes a member, as in
+0.1."""
+MARKER: Final = b'{"threads":"members"}'
+"""Value of `keyspace.THREADS_RULE`, which stores of 0.1 lack."""
+OPEN_BY_AGE: Final = (
+    "the store was made by version 0.1, and no rule is set: any signed user may post into a thread whose id he knows, "
+    "and then read all of it; set security.threads (PROGRESSDB_THREADS) to members, or to open to keep this"
+)
+
+
+class Standing(enum.Enum):
+    """What somebody is to a thread. The thread's author is a member."""
+
+    MEMBER = "member"
+    REMOVED = "removed"
+    OUTSIDER = "outsider"
+
+
+class Act(enum.Enum):
+    READ = "read"
+    WRITE = "write"
+
+
+def rule_of(reader: Reader, configured: Rule | None) -> tuple[Rule, str]:
+    """The rule of a store, and a warning if nobody has chosen it. Raises StoreUnavailableError."""
+    if configured is not None:
+        return configured, ""
+    if reader.get(keyspace.THREADS_RULE) is not None:
+        return "members", ""
+    return "open", OPEN_BY_AGE
+
+
+def standing_of(entry: bytes | None) -> Standing:
+    """Of the value of an entry of `keyspace.writer`; None if there is none."""
+    if entry is None:
+        return Standing.OUTSIDER
+    return Standing.MEMBER if entry == MEMBER else Standing.REMOVED
+
+
+def check(rule: Rule, standing: Standing, act: Act) -> None:
+    """Raises NotAMemberError, AuthorNotInThreadError unless somebody of this standing may do this.
+
+    It is asked for a signed user. A backend or admin key acts for anyone and is not asked about, except where it names
+    an author whose messages it wants to list.
+    """
+    if standing is Standing.MEMBER:
+        return
+    if standing is Standing.OUTSIDER:
+        if act is Act.READ:
+            raise AuthorNotInThreadError("author not found in any message in this thread")
+        if rule == "open":
+            return
+    raise NotAMemberError("author is not a member of this thread")

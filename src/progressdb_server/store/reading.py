@@ -1,0 +1,569 @@
+"""Reading messages: one version, all versions, lists of a thread, and the pages of the viewer.
+
+Owns: how an entry of an index leads to a record, how a version gets its content, and the streaming of lists.
+Invariants:
+- A record is shown only as what its sealed part says it is, and only where the index rightly leads to it.
+- A version without content of its own is opened together with the record that has it. Both belong to one message.
+- Lists and pages open records one by one. One that does not open is listed with `Message.error` and hides no other. A
+  failure of the key service that concerns no single record ends the list.
+- A list is in order of creation and shows each message once; messages created while it is read are not in it. A list of
+  any length takes bounded memory: batches of LIST_MESSAGES_MAX and LIST_BYTES_MAX, the next of which is read and sent
+  to the key service while the one before is answered. The records of a batch are read in one pass.
+- Between two chunks, a list gives an empty one where the next one has to wait for the key service.
+- The versions of a message come in pieces of SHOWN_BYTES_MAX, exceeded by one version at most, also where many versions
+  share one large content, which is then opened once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Final, NamedTuple
+
+from minikms.client import DecryptItem, KmsRefusedError
+from progressdb_server.store import keyspace, record
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX
+from progressdb_server.store.keyspace import Place, Stamp
+from progressdb_server.store.model import (
+    NOT_OPENED,
+    RECORD_MALFORMED,
+    RECORD_MISSING,
+    AmbiguousTimeError,
+    Message,
+    MessageNotFoundError,
+    RecordUnreadableError,
+    StoredVersion,
+    VersionList,
+)
+from progressdb_server.store.sealer import store_error
+from progressdb_server.store.threads import Threads
+
+LIST_MESSAGES_MAX: Final = 256
+"""Of one batch of a list or of a message's versions."""
+LIST_MESSAGES_FIRST: Final = 128
+"""Of the first batch of a list: it is answered while the key service works on the next one."""
+LIST_BYTES_MAX: Final = 2 * 1024 * 1024
+"""Of sealed parts in one batch of a list, exceeded by one message at most."""
+LIST_BATCHES_AHEAD: Final = 1
+VERSIONS_BYTES_MAX: Final = 1024 * 1024
+"""Of sealed parts in one batch of a message's versions, exceeded by one version at most."""
+SHOWN_BYTES_MAX: Final = 256 * 1024
+"""Of one piece of a message's versions, each counted with its content."""
+PAGE_BYTES_MAX: Final = 8 * 1024 * 1024
+"""Of a page of the viewer, each version counted with its content; exceeded by one at most."""
+_NONE: Final[Mapping[bytes, bytes]] = MappingProxyType({})
+
+
+class Stored(NamedTuple):
+    """A record as it was read. `header` is None if `error` says why it can't be opened."""
+
+    key: bytes
+    header: record.MessageHeader | None
+    sealed: bytes
+    error: str = ""
+
+
+class Loaded(NamedTuple):
+    """A version that was read and not opened yet. `content` is the record that has its content, None if it has its own.
+    `first`: stamp of the message that it must belong to."""
+
+    own: Stored
+    content: Stored | None
+    first: str
+
+    @property
+    def bytes(self) -> int:
+        """Of the sealed parts."""
+        return len(self.own.sealed) + (len(self.content.sealed) if self.content is not None else 0)
+
+
+class Version(NamedTuple):
+    """A version that was opened. `content`: the stamp of the version that has its content, perhaps its own; `bytes`: of
+    its own sealed part. `before` as in `record.Opened`."""
+
+    message: Message
+    content: str
+    bytes: int
+    before: record.Before | None
+
+
+class Given:
+    """What one list has given so far: the keys that opened it, and whether every record opened."""
+
+    __slots__ = ("key_ids", "whole")
+
+    def __init__(self) -> None:
+        self.key_ids: set[str] = set()
+        self.whole = True
+
+
+class NotOpened(NamedTuple):
+    """Why the record at `key` does not open; `refusal` is that of the key service, None if it opened the record."""
+
+    key: bytes
+    code: str
+    refusal: KmsRefusedError | None = None
+
+
+class Reading(Threads):
+    """See `store.model.ConversationStore` and `store.model.Store`."""
+
+    # --- one version ----------------------------------------------------------------------------------------------
+    async def get_message(self, message_id: str, *, thread_id: str | None = None) -> Message:
+        thread, place = self._locate(message_id, thread_id)
+        return (await self._read_version(thread, place.first, place.latest)).message
+
+    async def latest_version(self, message_id: str) -> Message:
+        thread, place = self._locate(message_id, None)
+        loaded = self._load(keyspace.messages(thread), place.latest, place.first)
+        (found,) = await self._open_each(thread, [loaded])
+        return _listed(thread, loaded, found)
+
+    def _locate(self, message: str, thread: str | None) -> tuple[str, Place]:
+        """The message's thread, and its place there. Raises MessageNotFoundError, also when it is in another thread."""
+        stamp = keyspace.parse_message_id(message)
+        if stamp is not None:
+            first = stamp.raw
+            found = self.engine.get(keyspace.versions(message) + first)
+            if found is not None and (thread is None or keyspace.part(thread) == found):
+                owner = keyspace.unpart(found)
+                key = keyspace.order(owner) + first
+                value = self.engine.get(key)
+                if value is None:
+                    raise RecordUnreadableError(f"the order entry of message {message} is missing")
+                return owner, _place(key, value)
+        raise MessageNotFoundError("message not found")
+
+    async def _read_version(self, thread: str, first: bytes, stamp: bytes) -> Version:
+        """Raises StoreUnavailableError, RecordUnreadableError."""
+        loaded = self._load(keyspace.messages(thread), stamp, first)
+        (found,) = await self._open_each(thread, [loaded])
+        if isinstance(found, Version):
+            return found
+        if found.refusal is not None:
+            raise store_error(found.refusal, found.key) from found.refusal
+        what = "missing" if found.code == RECORD_MISSING else "malformed, or not what belongs there"
+        raise RecordUnreadableError(f"the record {found.key.decode()} is {what}")
+
+    # --- records --------------------------------------------------------------------------------------------------
+    def _stored(self, key: bytes, near: Mapping[bytes, bytes] = _NONE) -> Stored:
+        """`near`: what was read of the records already."""
+        raw = near.get(key) or self.engine.get(key)
+        if raw is None:
+            return Stored(key, None, b"", RECORD_MISSING)
+        try:
+            return Stored(key, *record.unpack_message(raw))
+        except record.RecordFormatError:
+            return Stored(key, None, b"", RECORD_MALFORMED)
+
+    def _near(self, records: bytes, stamps: Collection[bytes]) -> dict[bytes, bytes]:
+        """The records from the first to the last of these stamps, up to bounds: one pass over neighbours costs much
+        less than finding each."""
+        lower, upper = records + min(stamps), keyspace.next_key(records + max(stamps))
+        return dict(self.engine.scan(lower, upper, limit=2 * len(stamps), bytes_max=LIST_BYTES_MAX))
+
+    def _load(
+        self,
+        records: bytes,
+        stamp: bytes,
+        first: bytes,
+        neighbour: Loaded | None = None,
+        near: Mapping[bytes, bytes] = _NONE,
+    ) -> Loaded:
+        """The version at `stamp` of the message whose first version is at `first`; `records` is the prefix of its
+        thread's. What the version shares with `neighbour`, or `near` holds, is not read again."""
+        own = self._stored(records + stamp, near)
+        content: Stored | None = None
+        if isinstance(own.header, record.LaterHeader) and own.header.content:
+            key = records + own.header.content.encode()
+            if neighbour is not None:
+                content = next((one for one in (neighbour.content, neighbour.own) if one and one.key == key), None)
+            content = content or self._stored(key, near)
+        return Loaded(own, content, first.decode())
+
+    async def _answers(
+        self, thread: str, batch: Sequence[Loaded], known: Collection[bytes] = (), used: set[str] | None = None
+    ) -> dict[bytes, bytes | KmsRefusedError]:
+        """What the key service answers for each record of the batch that is not `known`, by storage keys. The ids of
+        the keys are added to `used`. Raises StoreUnavailableError."""
+        wanted = {
+            key: DecryptItem(key_id=header.key_id, ciphertext=sealed, aad=key, thread_id=thread)
+            for own, content, _ in batch
+            for key, header, sealed, _ in ((own,) if content is None else (own, content))
+            if header is not None and key not in known
+        }
+        if used is not None:
+            used.update([item.key_id for item in wanted.values()])
+        return dict(zip(wanted, await self.sealer.open_each(list(wanted.values())), strict=True))
+
+    async def _open_each(
+        self, thread: str, batch: Sequence[Loaded], known: dict[bytes, record.Opened] | None = None
+    ) -> list[Version | NotOpened]:
+        """In order. `known`: for a batch of one message's versions, what is left of the batch before it, by storage
+        keys; it is replaced by the record that has the content of the last version. Raises StoreUnavailableError."""
+        before = {} if known is None else known.copy()
+        answers = await self._answers(thread, batch, before)
+        opened: dict[tuple[bytes, str], record.Opened | NotOpened] = {}
+
+        def open_record(one: Stored, first: str) -> record.Opened | NotOpened:
+            found = before.get(one.key) or opened.get((one.key, first))
+            if found is None:
+                found = opened[one.key, first] = _opened(one, thread, first, answers.get(one.key))
+            return found
+
+        found: list[Version | NotOpened] = []
+        for loaded in batch:
+            own = open_record(loaded.own, loaded.first)
+            content = open_record(loaded.content, loaded.first) if loaded.content is not None else None
+            found.append(_version(loaded, own, content))
+            if known is not None:
+                known.clear()
+                last = own if content is None else content
+                if isinstance(last, record.Opened):
+                    known[(loaded.content or loaded.own).key] = last
+        return found
+
+    # --- the versions of a message --------------------------------------------------------------------------------
+    async def message_versions(
+        self, message_id: str, *, limit: int | None = None, before: str | None = None
+    ) -> VersionList:
+        try:
+            thread, place = self._locate(message_id, None)
+        except MessageNotFoundError:
+            return VersionList(_no_messages(), "")
+        prefix = keyspace.versions(message_id)
+        lower, upper = prefix, keyspace.after(prefix)
+        if before is not None:
+            upper = prefix + self._end_of_page(prefix, place, before).raw
+        newest = self.engine.scan(lower, upper, limit=1, reverse=True)
+        if not newest or limit == 0:
+            return VersionList(_no_messages(), "")
+        upper = keyspace.next_key(newest[0][0])  # versions that are written later are not in the list
+        older = ""
+        if limit is not None:
+            lower = await self._start_of_last(limit, lower, upper, include_deleted=True)
+            if self.engine.scan(prefix, lower, limit=1, reverse=True):
+                older = keyspace.cursor(keyspace.stamp_of(lower))
+        return VersionList(self._versions(thread, place.first, prefix, lower, upper), older)
+
+    def _end_of_page(self, prefix: bytes, place: Place, before: str) -> Stamp:
+        """The stamp that `before` names among the versions of the message at `place`. A time of no version counts too,
+        if all of them are in one era, so that it orders them. Raises AmbiguousTimeError."""
+        cursor = keyspace.parse_cursor(before)
+        if isinstance(cursor, Stamp):
+            return cursor
+        eras = range(Stamp.parse(place.first.decode()).era, Stamp.parse(place.latest.decode()).era + 1)
+        found: list[bytes] = []
+        for era in eras:
+            of_time = prefix + b"%020d-" % (era * keyspace.ERA_NS + cursor)
+            found += self.engine.keys(of_time, keyspace.after(of_time), limit=2)
+        if len(found) == 1:
+            return keyspace.stamp_of(found[0])
+        if found or len(eras) > 1:
+            raise AmbiguousTimeError("before names no single version")
+        return Stamp(eras[0] * keyspace.ERA_NS + cursor, 0)
+
+    async def _versions(
+        self, thread: str, first: bytes, prefix: bytes, lower: bytes, upper: bytes
+    ) -> AsyncIterator[list[Message]]:
+        records = keyspace.messages(thread)
+        neighbour: Loaded | None = None
+        known: dict[bytes, record.Opened] = {}
+        while entries := self.engine.scan(lower, upper, limit=LIST_MESSAGES_MAX):
+            batch: list[Loaded] = []
+            size = 0
+            for key, _ in entries:
+                lower = keyspace.next_key(key)
+                loaded = self._load(records, key[len(prefix) :], first, neighbour)
+                shared = neighbour is not None and loaded.content in (neighbour.content, neighbour.own)
+                size += len(loaded.own.sealed) if shared else loaded.bytes
+                batch.append(loaded)
+                neighbour = loaded
+                if size > VERSIONS_BYTES_MAX:
+                    break
+            found = await self._open_each(thread, batch, known)
+            piece: list[Message] = []
+            size = 0
+            for loaded, one in zip(batch, found, strict=True):
+                piece.append(_listed(thread, loaded, one))
+                size += loaded.bytes
+                if size > SHOWN_BYTES_MAX:
+                    yield piece
+                    piece, size = [], 0
+                    await asyncio.sleep(0)
+            if piece:
+                yield piece
+
+    async def _count_before(self, message: str, stamp: bytes, count_max: int) -> int:
+        """How many versions the message has before the one at `stamp`, counted up to `count_max`."""
+        lower = keyspace.versions(message)
+        upper = lower + stamp
+        count = 0
+        while keys := self.engine.keys(lower, upper, limit=min(count_max - count, SCAN_ENTRIES_MAX)):
+            count += len(keys)
+            lower = keyspace.next_key(keys[-1])
+            await asyncio.sleep(0)
+        return count
+
+    # --- lists ----------------------------------------------------------------------------------------------------
+    async def list_messages(
+        self,
+        thread_id: str,
+        *,
+        limit: int | None = None,
+        before: str | None = None,
+        after: str | None = None,
+        include_deleted: bool = False,
+        tag: str | None = None,
+    ) -> AsyncIterator[list[Message]]:
+        prefix = keyspace.order(thread_id)
+        lower, upper = prefix, keyspace.after(prefix)
+        if after is not None:
+            lower = keyspace.next_key(prefix + _first_stamp(after))
+        if before is not None:
+            upper = prefix + _first_stamp(before)
+        newest = self.engine.scan(lower, upper, limit=1, reverse=True)
+        if not newest or limit == 0:
+            return
+        upper = keyspace.next_key(newest[0][0])
+        if limit is not None:
+            lower = await self._start_of_last(limit, lower, upper, include_deleted)
+        loop = asyncio.get_running_loop()
+        opening: deque[asyncio.Task[list[Message]]] = deque()
+        given = Given()
+        try:
+            for batch in self._batches(thread_id, lower, upper, include_deleted):
+                opening.append(loop.create_task(self._list(thread_id, batch, given)))
+                if len(opening) > LIST_BATCHES_AHEAD:
+                    yield await opening[0]
+                    opening.popleft()
+                    yield []  # the next one has to wait for the key service
+                else:
+                    await asyncio.sleep(0)  # so that it is on its way while the next one is read
+            while opening:
+                yield await opening[0]
+                opening.popleft()
+                if opening:
+                    yield []
+            if tag is not None and given.whole:
+                now = self.list_tag(thread_id, limit=limit, before=before, after=after, include_deleted=include_deleted)
+                if tag == now:
+                    self.validators.remember(tag, given.key_ids)
+        finally:  # the reader went away, or a batch failed
+            for task in opening:
+                task.cancel()
+            await asyncio.gather(*opening, return_exceptions=True)
+
+    async def _list(self, thread: str, batch: Sequence[Loaded], given: Given) -> list[Message]:
+        answers = await self._answers(thread, batch, used=given.key_ids)
+        messages = [_latest(thread, loaded, answers) for loaded in batch]
+        given.whole = given.whole and not any(message.error for message in messages)
+        return messages
+
+    def list_tag(
+        self, thread_id: str, *, limit: int | None, before: str | None, after: str | None, include_deleted: bool
+    ) -> str:
+        prefix = keyspace.messages(thread_id)
+        newest = self.engine.scan(prefix, keyspace.after(prefix), limit=1, reverse=True)
+        state = self.sealer.thread(thread_id)
+        return self.validators.tag(
+            thread_id.encode(),
+            newest[0][0] if newest else None,
+            state.key_raw if state is not None else None,
+            None if limit is None else b"%d" % limit,
+            None if before is None else before.encode(),
+            None if after is None else after.encode(),
+            b"d" if include_deleted else None,
+        )
+
+    async def list_unchanged(self, thread_id: str, tag: str) -> bool:
+        key_ids = self.validators.keys_of(tag)
+        state = self.sealer.thread(thread_id)
+        if key_ids is None or state is None:
+            return False
+        return await self.sealer.has_keys(thread_id, key_ids | {state.key_id})
+
+    def _batches(self, thread: str, lower: bytes, upper: bytes, include_deleted: bool) -> Iterator[list[Loaded]]:
+        records = keyspace.messages(thread)
+        count = LIST_MESSAGES_FIRST
+        while entries := self.engine.scan(lower, upper, limit=count):
+            lower = keyspace.next_key(entries[-1][0])
+            count = LIST_MESSAGES_MAX
+            places = [_place(key, value) for key, value in entries]
+            if not include_deleted:
+                places = [place for place in places if not place.deleted]
+            if not places:
+                continue
+            near = self._near(records, [place.latest for place in places])
+            batch: list[Loaded] = []
+            size = 0
+            for place in places:
+                batch.append(self._load(records, place.latest, place.first, near=near))
+                size += batch[-1].bytes
+                if size > LIST_BYTES_MAX:
+                    lower = keyspace.next_key(keyspace.order(thread) + place.first)
+                    break
+            yield batch
+
+    async def _start_of_last(self, limit: int, lower: bytes, upper: bytes, include_deleted: bool) -> bytes:
+        """The key of the first of the last `limit` messages."""
+        while entries := self.engine.scan(lower, upper, limit=min(limit + 64, SCAN_ENTRIES_MAX), reverse=True):
+            for key, value in entries:
+                upper = key
+                if include_deleted or not keyspace.is_deleted(value):
+                    limit -= 1
+                    if limit == 0:
+                        return key
+            await asyncio.sleep(0)
+        return lower
+
+    # --- pages ----------------------------------------------------------------------------------------------------
+    async def message_page(
+        self, thread_id: str, *, before: str, after: str, limit: int, versions_max: int, opened: bool = True
+    ) -> tuple[list[StoredVersion], bool]:
+        prefix = keyspace.order(thread_id)
+        lower, upper = prefix, keyspace.after(prefix)
+        if before:
+            upper = prefix + _first_stamp(before)
+        if after:
+            lower = keyspace.next_key(prefix + _first_stamp(after))
+        entries = self.engine.scan(lower, upper, limit=limit + 1, reverse=not after)
+        more = len(entries) > limit
+        entries = entries[:limit]
+        places = [_place(key, value) for key, value in entries]
+        stamps = [(place.latest, place.first) for place in places]
+        shown, all_shown = await self._show(thread_id, stamps, opened)
+        if not after:
+            shown.reverse()
+        return [
+            version._replace(versions=self._count_versions(version.message.id, versions_max)) for version in shown
+        ], more or not all_shown
+
+    async def version_page(
+        self, message_id: str, limit: int, *, opened: bool = True
+    ) -> tuple[list[StoredVersion], bool]:
+        thread, place = self._locate(message_id, None)
+        prefix = keyspace.versions(message_id)
+        newest = self.engine.scan(prefix, keyspace.after(prefix), limit=limit + 1, reverse=True)
+        stamps = [(key[len(prefix) :], place.first) for key, _ in newest[:limit]]
+        shown, all_shown = await self._show(thread, stamps, opened)
+        shown.reverse()
+        return shown, len(newest) > limit or not all_shown
+
+    async def _show(
+        self, thread: str, stamps: Sequence[tuple[bytes, bytes]], opened: bool
+    ) -> tuple[list[StoredVersion], bool]:
+        """The versions at these stamps, each with the stamp of its message's first version, in order, up to
+        PAGE_BYTES_MAX; and whether that is all of them. They are opened in batches of LIST_BYTES_MAX, as lists are."""
+        records = keyspace.messages(thread)
+        shown: list[StoredVersion] = []
+        batch: list[Loaded] = []
+        size = shown_bytes = 0
+        for number, (stamp, first) in enumerate(stamps, start=1):
+            batch.append(self._load(records, stamp, first))
+            size += batch[-1].bytes
+            shown_bytes += batch[-1].bytes
+            is_full = shown_bytes > PAGE_BYTES_MAX
+            if size > LIST_BYTES_MAX or is_full or number == len(stamps):
+                found = await self._open_each(thread, batch) if opened else [_not_opened(one) for one in batch]
+                for loaded, one in zip(batch, found, strict=True):
+                    key_id = loaded.own.header.key_id if loaded.own.header is not None else ""
+                    shown.append(StoredVersion(_listed(thread, loaded, one), key_id, len(stamps)))
+                batch, size = [], 0
+            if is_full:
+                break
+        return shown, len(shown) == len(stamps)
+
+    def _count_versions(self, message: str, versions_max: int) -> int:
+        prefix = keyspace.versions(message)
+        return len(self.engine.keys(prefix, keyspace.after(prefix), limit=versions_max))
+
+
+def _opened(one: Stored, thread: str, first: str, answer: bytes | KmsRefusedError | None) -> record.Opened | NotOpened:
+    """`answer`: of the key service, None if it was not asked."""
+    if one.header is None or answer is None:
+        return NotOpened(one.key, one.error)
+    if isinstance(answer, KmsRefusedError):
+        return NotOpened(one.key, answer.code, answer)
+    try:
+        return record.open_message(one.header, one.key, thread, first, answer)
+    except record.RecordFormatError:
+        return NotOpened(one.key, RECORD_MALFORMED)
+
+
+def _not_opened(loaded: Loaded) -> NotOpened:
+    """The version without asking the key service."""
+    return NotOpened(loaded.own.key, loaded.own.error or NOT_OPENED)
+
+
+def _version(
+    loaded: Loaded, own: record.Opened | NotOpened, content: record.Opened | NotOpened | None
+) -> Version | NotOpened:
+    """`content` is the opened `loaded.content`."""
+    if isinstance(own, NotOpened):
+        return own
+    if isinstance(content, NotOpened):
+        return content
+    size = len(loaded.own.sealed)
+    if content is None:
+        stamp = loaded.own.key[-keyspace.STAMP_BYTES :].decode()
+        return Version(own.message, stamp, size, own.before)
+    try:
+        message = record.with_content(own, content)
+    except record.RecordFormatError:
+        return NotOpened(loaded.own.key, RECORD_MALFORMED)
+    return Version(message, own.content, size, own.before)
+
+
+def _latest(thread: str, loaded: Loaded, answers: Mapping[bytes, bytes | KmsRefusedError]) -> Message:
+    """What a list shows of a version, from the answers of the key service by storage keys. As `_listed`."""
+    own, content, first = loaded
+    opened = _opened(own, thread, first, answers.get(own.key))
+    if content is None:
+        if isinstance(opened, record.Opened):
+            return opened.message
+        return _listed(thread, loaded, opened)
+    return _listed(thread, loaded, _version(loaded, opened, _opened(content, thread, first, answers.get(content.key))))
+
+
+def _listed(thread: str, loaded: Loaded, found: Version | NotOpened) -> Message:
+    """What a list shows. Of a version that does not open, nothing but its header, which is not verified. Raises
+    RecordUnreadableError if the index is malformed."""
+    if isinstance(found, Version):
+        return found.message
+    header = loaded.own.header
+    try:
+        message, ts = keyspace.message_id_of(loaded.first), keyspace.ns_of(loaded.own.key)
+    except ValueError as error:
+        raise RecordUnreadableError(f"an index leads to {loaded.own.key.decode()}, which names no stamp") from error
+    return Message(
+        id=message,
+        thread=thread,
+        author=header.author if header is not None else "",
+        ts=ts,
+        deleted=header is not None and header.deleted,
+        error=found.code,
+    )
+
+
+async def _no_messages() -> AsyncIterator[list[Message]]:
+    nothing: tuple[list[Message], ...] = ()
+    for chunk in nothing:
+        yield chunk
+
+
+def _place(key: bytes, value: bytes) -> Place:
+    """Raises RecordUnreadableError."""
+    try:
+        return Place.parse(key, value)
+    except ValueError as error:
+        raise RecordUnreadableError(f"the index entry {key.decode()} is malformed") from error
+
+
+def _first_stamp(message: str) -> bytes:
+    first = keyspace.parse_message_id(message)
+    if first is None:
+        raise MessageNotFoundError("message not found")
+    return first.raw

@@ -1,0 +1,208 @@
+"""Every command of both programs: wrong usage, missing arguments, help and `--json`, found by walking the trees."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cyclopts import App
+
+from minikms.cli import main as minikms_main
+from minikms.cli.command import app as minikms
+from minikms.usage import label
+from minikms_unlock.command import app as unlock
+from minikms_unlock.command import main as unlock_main
+from progressdb_server.cli import main as progressdb_main
+from progressdb_server.cli.command import app as progressdb
+from tests.harness.waiting import wait_until
+
+PROJECT = Path(__file__).resolve().parents[2]
+RUN_SECONDS_MAX = 60
+WITHOUT_JSON = {
+    ("minikms", "serve"),
+    ("minikms", "demo"),
+    ("minikms", "completion"),
+    ("progressdb", "serve"),
+    ("progressdb", "demo"),
+    ("progressdb", "completion"),
+}
+"""Their output is a log, a tour or a script."""
+
+
+def commands(app: App, *words: str) -> Iterator[tuple[tuple[str, ...], App]]:
+    """Each command that can be run, with its words."""
+    inner = [name for name in app if not name.startswith("-")]
+    if not inner:
+        yield words, app
+    for name in inner:
+        yield from commands(app[name], *words, name)
+
+
+PROGRAMS = {"minikms": minikms, "minikms-unlock": unlock, "progressdb": progressdb}
+COMMANDS = [command for name, app in PROGRAMS.items() for command in commands(app, name)]
+NAMES = [" ".join(words) for words, _ in COMMANDS]
+each_command = pytest.mark.parametrize(("words", "app"), COMMANDS, ids=NAMES)
+
+
+def run(*words: str, where: Path | None = None) -> subprocess.CompletedProcess[str]:
+    package = {"minikms": "minikms", "minikms-unlock": "minikms_unlock", "progressdb": "progressdb_server"}[words[0]]
+    return subprocess.run(
+        (sys.executable, "-m", package, *words[1:]),
+        cwd=where,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=RUN_SECONDS_MAX,
+        check=False,
+    )
+
+
+class Here:
+    """Runs a command in this process, without the cost of a new one. Only for what ends before a command begins."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
+        self._monkeypatch.setattr(sys, "argv", list(words))
+        with pytest.raises(SystemExit) as ended:
+            {"minikms": minikms_main, "minikms-unlock": unlock_main, "progressdb": progressdb_main}[words[0]]()
+        output = self._capsys.readouterr()
+        return subprocess.CompletedProcess(words, int(ended.value.code or 0), output.out, output.err)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    return Here(monkeypatch, capsys)
+
+
+def assert_one_sentence(done: subprocess.CompletedProcess[str], program: str) -> None:
+    """Status 2, nothing on standard output, and one line that begins with the program's name."""
+    assert (done.returncode, done.stdout) == (2, ""), done
+    assert done.stderr.startswith(f"{program}: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_walk_finds_the_commands() -> None:
+    assert {"minikms keys show", "minikms serve", "progressdb serve", "progressdb rotation-backups prune"} <= set(NAMES)
+    assert len(NAMES) > 40
+
+
+@each_command
+def test_a_wrong_flag_is_named_in_one_sentence(here: Here, words: tuple[str, ...], app: App) -> None:
+    required = [argument for argument in app.assemble_argument_collection() if argument.required]
+    given = [word for argument in required if label(argument) is None for word in (argument.name, "1")]
+    done = here(*words, *given, "--no-such-flag")
+    assert_one_sentence(done, words[0])
+    assert "--no-such-flag" in done.stderr
+    assert f"See `{' '.join(words)} --help`." in done.stderr
+
+
+@each_command
+def test_a_missing_argument_is_named_in_one_sentence(here: Here, words: tuple[str, ...], app: App) -> None:
+    required = [argument for argument in app.assemble_argument_collection() if argument.required]
+    if not required:
+        return
+    done = here(*words)
+    assert_one_sentence(done, words[0])
+    assert any((label(argument) or argument.name) in done.stderr for argument in required), done.stderr
+
+
+@each_command
+def test_help_describes_every_argument_as_it_is_given(here: Here, words: tuple[str, ...], app: App) -> None:
+    done = here(*words, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"Usage: {' '.join(words)}")
+    for argument in app.assemble_argument_collection():
+        if argument.show:
+            assert argument.parameter.help, argument.name
+        name = label(argument)
+        if name is not None:
+            shown = [line for line in done.stdout.splitlines() if f" {name} " in line and line.startswith("│")]
+            assert shown and f"--{name.lower()}" not in done.stdout, done.stdout
+
+
+@each_command
+def test_every_command_with_a_result_has_json(words: tuple[str, ...], app: App) -> None:
+    names = {name for argument in app.assemble_argument_collection() for name in argument.names}
+    assert ("--json" in names) is (words not in WITHOUT_JSON)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("progressdb",),
+        ("progressdb", "--addr", "foo", "--db", "somewhere"),
+        ("progressdb", "status"),
+        ("progressdb", "config", "check"),
+        ("progressdb", "rotate-dek"),
+        ("progressdb", "rotate-dek", "t", "--url", "nonsense"),
+        ("progressdb", "jobs", "list"),
+        ("progressdb", "rotation-backups", "prune"),
+        ("progressdb", "backups", "prune"),
+        ("progressdb", "backup", "forget", "name", "--db", "somewhere"),
+        ("progressdb", "backup", "create", "../name", "--db", "somewhere"),
+        ("progressdb", "nonsense"),
+        ("progressdb", "jobs", "nonsense"),
+        ("minikms",),
+        ("minikms", "status"),
+        ("minikms", "keys", "nonsense"),
+        ("minikms", "audit", "tail", "--lines", "many"),
+        ("minikms", "completion", "tcsh"),
+        ("minikms", "unlock", "nonsense"),
+        ("minikms-unlock", "nonsense"),
+        ("minikms-unlock", "unseal", "passphrase:", "--config", "missing", "--socket", "missing"),
+        ("minikms-unlock", "unseal", "tpm2:", "--config", "missing"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_and_missing_things_have_status_2(tmp_path: Path, words: tuple[str, ...]) -> None:
+    program = "minikms-unlock" if words[:2] == ("minikms", "unlock") else words[0]
+    assert_one_sentence(run(*words, where=tmp_path), program)
+    assert not list(tmp_path.iterdir()), "nothing was made"
+
+
+def test_the_former_name_of_a_command_still_works() -> None:
+    done = run("progressdb", "backups", "--help")
+    assert done.returncode == 0
+    assert "progressdb rotation-backups" in done.stdout
+
+
+@pytest.mark.parametrize("program", ["minikms", "progressdb"])
+def test_completion_scripts_name_the_commands(program: str) -> None:
+    done = run(program, "completion", "bash")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert program in done.stdout and "backup" in done.stdout
+
+
+def test_a_configuration_as_json_holds_no_api_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROGRESSDB_API_ADMIN_KEYS", "a-secret-key,another-one")
+    done = run("progressdb", "config", "show", "--db", "somewhere", "--json", where=tmp_path)
+    page = json.loads(done.stdout)
+    assert page["security.api_keys.admin"] == {"value": 2, "source": "environment"}
+    assert page["storage.db_path"] == {"value": "somewhere", "source": "flag"}
+    assert "secret" not in done.stdout and "another" not in done.stdout
+
+
+@pytest.mark.parametrize("flags", [(), ("--follow",)], ids=["once", "follow"])
+def test_tail_ends_with_141_when_its_reader_has_left(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """Also while no line is written: the reader's end of the pipe is watched."""
+    made = run("minikms", "init", "--data-dir", str(tmp_path / "kms"), "--master-key-file", str(tmp_path / "key"))
+    assert made.returncode == 0, made.stderr
+    words = [sys.executable, "-m", "minikms", "audit", "tail", "--data-dir", str(tmp_path / "kms"), *flags]
+    reading, writing = os.pipe()
+    if not flags:
+        os.close(reading)
+    with subprocess.Popen(words, stdout=writing, stderr=subprocess.PIPE, text=True) as tail:
+        os.close(writing)
+        if flags:
+            assert b"genesis" in os.read(reading, 100_000)
+            os.close(reading)
+        wait_until(lambda: tail.poll() is not None)
+        assert tail.stderr is not None
+        assert (tail.returncode, tail.stderr.read()) == (141, "")

@@ -1,0 +1,53 @@
+"""The policy file that is shipped: valid, without a warning, and no wider than its comments say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minikms.policy import FilePolicy, parse_policy
+from minikms.policy.explanation import explain
+
+SHIPPED = Path(__file__).parents[2] / "deploy" / "policy.toml"
+SERVER, OPERATOR, SERVICE = "uid:991", "uid:0", "uid:990"
+
+
+def test_the_command_accepts_it_without_a_warning() -> None:
+    command = [sys.executable, "-m", "minikms", "policy", "check", str(SHIPPED), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["valid"], found["grants"], found["warnings"]) == (True, 3, [])
+
+
+def test_its_examples_are_valid_too() -> None:
+    lines = SHIPPED.read_text().splitlines()
+    begin = lines.index("# [[grant]]")
+    example = "\n".join(line.removeprefix("# ") for line in lines[begin:])
+    parse_policy("\n".join([*lines, example]).encode())
+
+
+@pytest.mark.parametrize(
+    ("principal", "roles"),
+    [
+        (SERVER, {"create", "encrypt", "decrypt", "monitor"}),
+        (OPERATOR, {"monitor", "rotate", "destroy", "audit", "unseal"}),
+        (SERVICE, {"monitor"}),
+    ],
+)
+def test_each_user_has_its_roles_and_no_other(principal: str, roles: set[str]) -> None:
+    policy = FilePolicy(parse_policy(SHIPPED.read_bytes()))
+    who = policy.principal(int(principal.removeprefix("uid:")), 1)
+    assert who is not None
+    assert who.roles == roles
+    assert explain(policy, principal, "rotate", None, None).decision == ("allowed" if "rotate" in roles else "denied")
+
+
+def test_the_message_server_has_a_limit_of_decryptions() -> None:
+    (server, operators, _) = parse_policy(SHIPPED.read_bytes()).grants
+    assert server.limits.decrypts_per_hour == 500_000
+    assert "decrypt" not in operators.roles

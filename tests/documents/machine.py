@@ -1,0 +1,319 @@
+"""A machine with both services, set up as deploy/systemd/README.md and the units say.
+
+Owns: what the service manager does with the units (users, groups, directories, environment, the socket that root passes
+on, the notification that a service is ready), and the programs `runuser` and `journalctl` for users without a passwd
+entry. Every path of the documents is below one directory, and every name of a user is a number. As root the machine has
+three users: the operator (root) and one for each service. Another user is all three, and has no socket unit.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import select
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests import needs
+from tests.commands.transcript import free_port
+from tests.deploy import restricted, service_manager
+from tests.harness.terminal import OnTerminal
+
+PROJECT = Path(__file__).resolve().parents[2]
+UNITS = PROJECT / "deploy" / "systemd"
+USERS = {"minikms": 54_321, "progressdb": 54_322}
+"""None of them belongs to anybody on the machine."""
+SOCKET_UNIT = "minikms.socket"
+SOCKET = "/run/minikms/minikms.sock"
+READY_S_MAX = 60.0
+RUN_S_MAX = 120.0
+
+_PATH = re.compile(r"(?<![\w/.])/(?=(?:run|etc/progressdb|var/lib/progressdb|backup|opt/progressdb)\b)")
+_BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
+
+
+def _is_ready(notified: socket.socket) -> bool:
+    """Whether a service has said so within a short time."""
+    readable, _, _ = select.select([notified], [], [], 0.1)
+    return bool(readable) and b"READY=1" in notified.recv(4096)
+
+
+def blocks(page: Path) -> list[str]:
+    """The shell commands of a page, by block."""
+    return _BLOCK.findall(page.read_text("utf-8"))
+
+
+class Machine:
+    """`base` is a directory that every user can enter. `three_users` needs root. `socket_unit`: it is installed."""
+
+    def __init__(self, base: Path, *, three_users: bool, socket_unit: bool) -> None:
+        self.base = base
+        self.port = free_port()
+        self._three_users = three_users
+        self._passes_socket = three_users and socket_unit
+        self._uids = dict(USERS) if three_users else dict.fromkeys(USERS, os.geteuid())
+        self._services: dict[str, subprocess.Popen[bytes]] = {}
+        self._enabled: list[str] = []
+        self._socket_is_started = False  # that of SOCKET_UNIT
+        for directory in ("run", "etc", "var/lib", "opt/progressdb/bin", "usr/bin", "journal", "tmp"):
+            (base / directory).mkdir(parents=True)
+        (base / "tmp").chmod(0o1777)
+        become = 'setpriv --reuid="$uid" --regid="$uid" --clear-groups' if three_users else ""
+        uids = "; ".join(f"{name}={uid}" for name, uid in self._uids.items())
+        for name, script in {
+            "opt/progressdb/bin/minikms": f'exec {sys.executable} -P -m minikms "$@"',
+            "opt/progressdb/bin/progressdb": f'exec {sys.executable} -P -m progressdb_server "$@"',
+            "usr/bin/runuser": f'{uids}; eval "uid=\\$$2"; shift 3; exec {become} "$@"',  # -u USER -- COMMAND …
+            "usr/bin/journalctl": f'exec cat {base}/journal/"$2"',  # -u UNIT …
+        }.items():
+            (base / name).write_text(f"#!/bin/sh\n{script}\n")
+            (base / name).chmod(0o755)
+        self.environ = {"PATH": f"{base}/usr/bin:{os.environ.get('PATH', os.defpath)}", "NO_COLOR": "1"}
+        self.environ["TMPDIR"] = str(base / "tmp")
+
+    # --- the operator ----------------------------------------------------------------------------------------------
+
+    def here(self, text: str) -> str:
+        """Commands of a document with the paths and the numbers of the users of this machine."""
+        text = _PATH.sub(f"{self.base}/", text).replace("127.0.0.1:8080", f"127.0.0.1:{self.port}")
+        text = text.replace("ADMIN_UIDS=0", f"ADMIN_UIDS={os.geteuid()}")
+        for name, uid in self._uids.items():
+            text = text.replace(f"$(id -u {name})", str(uid))
+            text = text.replace(f"-o {name} -g {name}", f"-o {uid} -g {uid}").replace(
+                f"chown {name}: ", f"chown {uid}:{uid} "
+            )
+        return text
+
+    def at(self, path: str) -> Path:
+        """The place of a path that the documents name."""
+        return Path(self.here(path))
+
+    def run(self, command: str) -> tuple[int, str]:
+        """The exit status and all output of the operator's command."""
+        done = subprocess.run(
+            ["sh", "-c", self.here(command)],
+            cwd=self.base / "tmp",
+            env=self.environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=RUN_S_MAX,
+            check=False,
+        )
+        return done.returncode, done.stdout
+
+    def do(self, command: str) -> str:
+        """The output of a command, which ends as its line in the document says."""
+        systemctl = re.fullmatch(r"systemctl (start|stop|restart) ([\w. ]+)", command)
+        if systemctl:
+            getattr(self, f"_{systemctl[1]}_units")(systemctl[2].split())
+            return ""
+        expected = re.search(r"# ends with (\d)", command)
+        ended, said = self.run(command)
+        assert ended == (int(expected[1]) if expected else 0), f"{command}\nended with {ended}: {said}"
+        return said
+
+    def export(self, script: str) -> None:
+        """Runs commands that set variables for all later ones."""
+        ended, said = self.run(f"{script}\nenv -0")
+        assert ended == 0, said
+        self.environ = dict(line.split("=", 1) for line in said.split("\0") if line)
+
+    def on_terminal(self, command: str) -> OnTerminal:
+        """A command that asks on its terminal. The caller types."""
+        return OnTerminal(["sh", "-c", self.here(command)], env=self.environ)
+
+    def install(self) -> None:
+        """What deploy/systemd/README.md does after the programs and the units are in their places."""
+        script = blocks(UNITS / "README.md")[0]
+        begin, end = script.index("install -d -m 755 /etc/progressdb"), script.index("systemctl daemon-reload")
+        self.do(script[begin:end])
+        with self.at("/etc/progressdb/progressdb.env").open("a") as environment:
+            environment.write(f"PROGRESSDB_ADDR=127.0.0.1:{self.port}\n")
+        enabled = re.search(r"systemctl enable --now (.*)", script[end:])
+        assert enabled is not None
+        self._enabled = enabled[1].split()
+        self.boot()
+
+    def boot(self) -> None:
+        """Starts what is enabled, with an empty /run."""
+        shutil.rmtree(self.base / "run")
+        (self.base / "run").mkdir()
+        self._start_units(self._enabled)
+
+    def ended(self) -> list[str]:
+        """The services that don't run."""
+        return [name for name in USERS if name not in self._services or self._services[name].poll() is not None]
+
+    def misplaced(self) -> list[str]:
+        """The files that do not belong to their service, and the flags of a start that were left. Nothing runs."""
+        kept = {"/var/lib/progressdb/minikms": "minikms", "/var/lib/progressdb/db": "progressdb"}
+        return [
+            str(path)
+            for place, name in {**kept, "/etc/progressdb/minikms.key": "minikms"}.items()
+            for path in (self.at(place), *self.at(place).rglob("*"))
+            if path.lstat().st_uid != self._uids[name]
+        ] + [str(path) for path in self.at("/run").glob("*.once")]
+
+    def api_key(self, role: str) -> str:
+        """The key of a role, such as `backend`, in progressdb.env."""
+        text = self.at("/etc/progressdb/progressdb.env").read_text()
+        found = re.search(rf"^PROGRESSDB_API_{role.upper()}_KEYS=(.+)$", text, re.MULTILINE)
+        assert found is not None
+        return found[1]
+
+    # --- the service manager ---------------------------------------------------------------------------------------
+
+    def _start_units(self, units: list[str]) -> None:
+        for unit in units:
+            if unit == SOCKET_UNIT:
+                running = "minikms" in self._services
+                assert self._socket_is_started or not running, "systemd starts no socket unit whose service runs"
+                self._socket_is_started = True
+            elif unit.removesuffix(".service") not in self._services:
+                self._start(unit.removesuffix(".service"))
+
+    def _stop_units(self, units: list[str]) -> None:
+        for unit in units:
+            name = unit.removesuffix(".service")
+            if unit == SOCKET_UNIT:
+                self._socket_is_started = False
+                continue
+            assert name != "minikms" or not self._socket_is_started, f"the next client of {SOCKET_UNIT} starts it again"
+            self._stop(name)
+
+    def _restart_units(self, units: list[str]) -> None:
+        for name in [unit.removesuffix(".service") for unit in units]:
+            self._stop(name)
+            self._start(name)
+
+    def _start(self, name: str) -> None:
+        lines = restricted.directives(str(UNITS / f"{name}.service"))
+        unit = {key: self.here(value) for key, value in lines}
+        uid = self._uids[unit["User"]]
+        for kind, place in (("Runtime", "/run"), ("State", "/var/lib")):
+            if f"{kind}Directory" in unit:
+                directory = self.base / place[1:] / unit[f"{kind}Directory"]
+                directory.mkdir(parents=True, exist_ok=True)
+                directory.chmod(int(unit.get(f"{kind}DirectoryMode", "0755"), 8))
+                if self._three_users:
+                    os.chown(directory, uid, uid)
+        environ = self._environment(lines)
+        words = [
+            word
+            for listed in shlex.split(unit["ExecStart"])
+            for word in (environ[listed[1:]].split() if listed.startswith("$") else [listed])
+        ]
+        user: dict[str, Any] = {}
+        if name == "minikms" and self._socket_is_started and self._passes_socket:
+            words = [sys.executable, service_manager.__file__, str(self.at(SOCKET)), str(uid), *words]
+        elif self._three_users:
+            groups = [self._uids[group] for group in unit.get("SupplementaryGroups", "").split()]
+            user = {"user": uid, "group": uid, "extra_groups": groups}
+        notify = self.base / "notify"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+            notified.bind(str(notify))
+            notify.chmod(0o666)
+            environ["NOTIFY_SOCKET"] = str(notify)
+            with self._journal(name).open("ab") as log:
+                self._services[name] = subprocess.Popen(
+                    words,
+                    cwd="/",
+                    env=environ,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    umask=int(unit["UMask"], 8),
+                    **user,
+                )
+            try:
+                if unit.get("Type") == "notify":
+                    self._wait(name, lambda: _is_ready(notified))
+                if name == "progressdb":
+                    self._wait(name, self._server_answers)
+            finally:
+                notify.unlink()
+
+    def _journal(self, name: str) -> Path:
+        return self.base / "journal" / name
+
+    def _wait(self, name: str, holds: Callable[[], bool]) -> None:
+        end = time.monotonic() + READY_S_MAX
+        while not holds():
+            running = self._services[name].poll() is None
+            assert running and time.monotonic() < end, self._journal(name).read_text()
+            time.sleep(0.02)
+
+    def _environment(self, lines: list[tuple[str, str]]) -> dict[str, str]:
+        environ = {"PATH": os.defpath}
+        environ |= dict(self.here(value).split("=", 1) for key, value in lines if key == "Environment")
+        for key, value in lines:
+            if key == "EnvironmentFile":
+                file = self.at(value.removeprefix("-"))
+                if file.exists() or not value.startswith("-"):
+                    environ |= dict(line.split("=", 1) for line in file.read_text().splitlines() if line)
+        return environ
+
+    def _server_answers(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=1)
+        try:
+            connection.request("GET", "/healthz")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _stop(self, name: str) -> None:
+        process = self._services.pop(name, None)
+        if process is None:
+            return
+        process.terminate()
+        try:
+            process.wait(READY_S_MAX)
+        finally:
+            process.kill()
+        unit = dict(restricted.directives(str(UNITS / f"{name}.service")))
+        last = self.here(unit["ExecStopPost"])
+        assert last.startswith("+"), "the service's own user can't remove files in /run"
+        subprocess.run(shlex.split(last[1:]), check=True)
+        if name == "minikms":
+            self.at(SOCKET).unlink(missing_ok=True)  # a daemon leaves one that it was passed
+        if unit.get("RuntimeDirectoryPreserve") != "yes":
+            shutil.rmtree(self.at("/run") / name, ignore_errors=True)
+
+    def close(self) -> None:
+        """Stops the services, the last one first."""
+        self._socket_is_started = False
+        for name in reversed(list(self._services)):
+            self._stop(name)
+
+
+@contextmanager
+def machine(*, socket_unit: bool = True) -> Iterator[Machine]:
+    """A machine that is removed at the end, with three users where this user may have them."""
+    needs.program("openssl")
+    three_users = os.geteuid() == 0 and all(needs.runs_as(uid) for uid in USERS.values())
+    if three_users:
+        needs.program("setpriv")
+    base = Path(tempfile.mkdtemp(prefix="runbook-", dir="/tmp"))
+    try:
+        base.chmod(0o711)
+        made = Machine(base, three_users=three_users, socket_unit=socket_unit)
+        try:
+            yield made
+        finally:
+            made.close()
+    finally:
+        shutil.rmtree(base)

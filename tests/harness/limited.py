@@ -1,0 +1,158 @@
+"""The verbs over real files under a policy, without a daemon.
+
+Owns: the parts of a daemon that a policy concerns, joined in this process, and callers of them. Invariants: the policy
+file is parsed as in the daemon; budgets are kept in a file in memory whose writes a test can hold up. It asserts
+nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from minikms import api
+from minikms.api import Verb
+from minikms.audit import Event
+from minikms.http import Response
+from minikms.policy import Clock, FilePolicy, Meters, Principal, parse_policy
+from minikms.service.access import Access
+from minikms.service.base import VerbTable
+from minikms.service.keys import KeyVerbs
+from minikms.service.lifecycle import LifecycleVerbs
+from minikms.service.records import RecordVerbs
+from minikms.service.roots import RootVerbs
+from tests.harness.vaults import OpenedVault, opened_vault
+
+
+class MemoryFile:
+    """The file of the budgets. Writes wait while `go_on` is not set."""
+
+    def __init__(self) -> None:
+        self.content: bytes | None = None
+        self.writes = 0
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    @property
+    def appendable(self) -> bool:
+        return self.content is not None
+
+    def read(self) -> bytes | None:
+        return self.content
+
+    def append(self, data: bytes) -> None:
+        self.replace((self.content or b"") + data)
+
+    def replace(self, data: bytes) -> None:
+        self.go_on.wait(60)
+        self.writes += 1
+        self.content = data
+
+    def close(self) -> None:
+        pass
+
+
+class KeptAudit:
+    """Takes every event, and keeps it."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def add(self, event: Event) -> None:
+        self.events.append(event)
+
+    async def add_written(self, event: Event, *, durable: bool) -> None:
+        self.events.append(event)
+
+    def require_writable(self) -> None:
+        pass
+
+
+class Limited:
+    """Made by `limited`."""
+
+    def __init__(self, one: OpenedVault, policy: FilePolicy, meters: Meters, file: MemoryFile) -> None:
+        self.one = one
+        self.policy = policy
+        self.meters = meters
+        self.file = file
+        self.audit = KeptAudit()
+        self.limited: list[Event] = []
+        self.refusals: Counter[str] = Counter()
+        self.access = Access(
+            vault=one.vault,
+            indexing=one.indexing,
+            policy=policy,
+            meters=meters,
+            refusals=self.refusals,
+            limited=self.limited.append,
+        )
+        self.table = VerbTable(self.audit, self.access)
+        RecordVerbs(one.vault, self.table)
+        KeyVerbs(one.vault, self.table, one.indexing)
+        LifecycleVerbs(vault=one.vault, table=self.table, indexing=one.indexing, reader=one.reader)
+        keks = one.kek_verbs(self.table)
+        RootVerbs(vault=one.vault, table=self.table, keks=keks, removal=one.removal, in_use_slot_id=one.slot.slot_id)
+
+    def who(self, uid: int, on_behalf_of: str | None = None) -> Principal:
+        found = self.policy.principal(uid, 1, on_behalf_of)
+        if found is None:
+            raise AssertionError(f"uid {uid} may not connect")
+        return found
+
+    def change(self, policy: str) -> None:
+        """Takes another policy into force."""
+        self.policy.replace(parse_policy(b"version = 1\n" + policy.encode()))
+
+    def begin(self, who: Principal, verb: Verb[Any, Any], request: api.Request) -> bytes | Awaitable[Any]:
+        """The answer, or what to await for it. Raises MiniKmsError."""
+        answer = self.table[verb](who, request, "")
+        return answer.body if isinstance(answer, Response) else answer
+
+    async def ask(self, who: Principal, verb: Verb[Any, Any], request: api.Request) -> Any:
+        """The decoded answer. Raises MiniKmsError."""
+        answer = self.begin(who, verb, request)
+        body = await answer if inspect.isawaitable(answer) else answer
+        return msgspec.json.decode(body.body if isinstance(body, Response) else body)
+
+    async def until_waiting(self, who: Principal, verb: Verb[Any, Any], request: api.Request) -> asyncio.Task[Any]:
+        """The request, once it waits for something other than the event loop."""
+        task = asyncio.ensure_future(self.ask(who, verb, request))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return task
+
+
+def _boot_ms() -> int:
+    return time.monotonic_ns() // 1_000_000
+
+
+@asynccontextmanager
+async def limited(directory: Path, policy: str, *, boot_ms: Callable[[], int] = _boot_ms) -> AsyncIterator[Limited]:
+    """A start under a policy, with all key files read. `policy`: the content of the file, without its version.
+    `boot_ms`: the clock of the limits.
+    """
+    rules = parse_policy(b"version = 1\n" + policy.encode())
+    clock = Clock("boot", boot_ms, lambda: time.time_ns() // 1_000_000)
+    file = MemoryFile()
+    with ThreadPoolExecutor(1) as budgets:
+        async with opened_vault(directory) as one:
+            one.vault.index.keep_threads()
+            await one.indexing.run()
+            meters = Meters(clock, file, budgets)
+            try:
+                yield Limited(one, FilePolicy(rules), meters, file)
+            finally:
+                file.go_on.set()
+                await meters.drain()
+                meters.close()

@@ -1,0 +1,80 @@
+"""A program on a terminal of its own, as a person runs it.
+
+Owns: the pseudo-terminal, which is the program's controlling terminal, and what it has shown. Invariants: a line is
+typed only after the program has asked for it; everything that appears on the terminal is kept in `shown`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import select
+import subprocess
+import termios
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+WAIT_S_MAX = 30.0
+
+
+class OnTerminal:
+    """A process with a controlling terminal, to the end of the `with` block.
+
+    `output`: its standard output is the terminal too; otherwise a pipe, which the caller reads.
+    """
+
+    def __init__(self, command: Sequence[str], *, env: Mapping[str, str] | None = None, output: bool = True) -> None:
+        self._main, other = pty.openpty()
+        self.shown = b""
+
+        def take_terminal() -> None:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=other,
+                stdout=other if output else subprocess.PIPE,
+                stderr=other,
+                env=env,
+                start_new_session=True,
+                preexec_fn=take_terminal,
+            )
+        finally:
+            os.close(other)
+
+    def wait_for(self, text: str, *, times: int = 1) -> None:
+        """Returns when the terminal has shown `text` so many times."""
+        while self.shown.count(text.encode()) < times:
+            assert self._read(), f"{text!r} did not appear {times} times: {self.shown!r}"
+
+    def type(self, line: str | bytes, end: bytes = b"\n") -> None:
+        text = line.encode() if isinstance(line, str) else line
+        os.write(self._main, text + end)
+
+    def wait(self) -> int:
+        """The exit status; what was shown until then is in `shown`."""
+        while self._read():
+            pass
+        return self.process.wait(WAIT_S_MAX)
+
+    def _read(self) -> bytes:
+        ready, _, _ = select.select([self._main], [], [], WAIT_S_MAX)
+        assert ready, f"the program shows nothing more: {self.shown!r}"
+        try:
+            part = os.read(self._main, 65536)
+        except OSError:  # the last process with the terminal has ended
+            return b""
+        self.shown += part
+        return part
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        os.close(self._main)
+        with contextlib.closing(self.process.stdout) if self.process.stdout else contextlib.nullcontext():
+            self.process.wait()

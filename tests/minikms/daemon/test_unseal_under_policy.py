@@ -1,0 +1,71 @@
+"""An attempt to unseal that waits while the policy changes."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from minikms import datadir
+from minikms.daemon import seal_files
+from minikms.daemon.sealing import RunContext, Sealing
+from minikms.errors import UnauthorizedError
+from minikms.memory.arena import SecretArena
+from minikms.policy import FilePolicy, parse_policy
+from minikms.roots.providers import KeyFile
+from tests.harness.vaults import key_file, opened_vault
+
+OPERATOR = parse_policy(b'version = 1\n[[grant]]\nprincipals = ["uid:1"]\nroles = ["unseal"]\n')
+NOBODY = parse_policy(b"version = 1\n")
+
+
+class ChangingWorker(ThreadPoolExecutor):
+    """Takes a policy without grants into force when the first work is given to it."""
+
+    def __init__(self, policy: FilePolicy) -> None:
+        super().__init__(1)
+        self._policy = policy
+
+    def submit(self, *work: Any, **more: Any) -> Future[Any]:
+        self._policy.replace(NOBODY)
+        return super().submit(*work, **more)
+
+
+@pytest.mark.parametrize("waits_for", ["another attempt", "its record"])
+def test_an_unseal_that_waits_obeys_the_new_policy(tmp_path: Path, waits_for: str) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d"):
+            pass
+        policy = FilePolicy(OPERATOR)
+        with (
+            datadir.lock_data_dir(str(tmp_path / "d")) as lock,
+            SecretArena(8, force_fallback=True) as arena,
+            ChangingWorker(policy) as worker,
+        ):
+            process = SimpleNamespace(
+                settings=SimpleNamespace(root=KeyFile(key_file(tmp_path / "d")), sealed=True),
+                policy=SimpleNamespace(policy=policy),
+                lock=lock,
+                arena=arena,
+                connections_max=8,
+                on_internal_error=print,
+                workers=SimpleNamespace(seal=worker),
+            )
+            sealing = Sealing(cast(RunContext, process), chores=cast(Any, None))
+            await sealing.start()
+            who = policy.principal(1, 1)
+            assert who is not None
+            waiting = sealing.unseal(who, None)
+            if waits_for == "another attempt":
+                policy.replace(NOBODY)
+            with pytest.raises(UnauthorizedError):
+                await waiting
+            assert sealing.is_sealed
+            attempts = seal_files.AttemptRecords.load(lock.directory_fd).events()
+            assert [event.outcome for event in attempts] == ["failed"] * (waits_for == "its record")
+
+    asyncio.run(main())

@@ -1,0 +1,1 @@
+"""Principals, policy files and limits."""

@@ -1,0 +1,214 @@
+"""What explain says: the decision of the rules themselves, its grant, and changes that really change it."""
+
+from __future__ import annotations
+
+import re
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minikms import api
+from minikms.api import Role
+from minikms.errors import ForbiddenError, InvalidRequestError
+from minikms.policy import THREAD_ROLES, FilePolicy, parse_policy
+from minikms.policy.explanation import Explanation, explain, warnings
+
+FILE = """
+version = 1
+[[grant]]
+name = "chat"
+principals = ["uid:1000", "spiffe://prod/chat/*"]
+roles = ["create", "encrypt", "decrypt"]
+threads = ["chat-*"]
+limits = { decrypts_per_hour = 500 }
+limits_total = { decrypts_per_hour = 1000 }
+[[grant]]
+name = "admins"
+principals = ["uid:0", "spiffe://prod/admin"]
+roles = ["create", "encrypt", "decrypt", "rotate", "destroy", "data_key", "audit", "monitor", "unseal"]
+threads = ["*"]
+[[grant]]
+name = "readers"
+principals = ["spiffe://prod/**"]
+roles = ["decrypt", "monitor"]
+threads = ["*"]
+[[proxy]]
+name = "gateway"
+principals = ["uid:992", "uid:993"]
+on_behalf_of = ["spiffe://prod/**"]
+limits_total = { decrypts_per_hour = 800 }
+"""
+NAMES = (
+    "uid:0",
+    "uid:1000",
+    "uid:992",
+    "uid:7",
+    "spiffe://prod/admin",
+    "spiffe://prod/chat/a",
+    "spiffe://x/a",
+    "dns:a",
+)
+VIAS = (None, "uid:992", "uid:993", "uid:1000", "uid:7")
+
+
+def explained(
+    name: str, role: Role, thread: str | None = None, via: str | None = None, file: str = FILE
+) -> Explanation:
+    return explain(FilePolicy(parse_policy(file.encode())), name, role, thread, via)
+
+
+@given(
+    st.sampled_from(NAMES),
+    st.sampled_from(get_args(Role)),
+    st.sampled_from([None, "chat-1", "other"]),
+    st.sampled_from(VIAS),
+)
+def test_explain_agrees_with_the_policy(name: str, role: Role, thread: str | None, via: str | None) -> None:
+    """The model asks the policy as the daemon does."""
+    if role not in THREAD_ROLES:
+        thread = None
+    policy = FilePolicy(parse_policy(FILE.encode()))
+    found = explain(policy, name, role, thread, via)
+    asking, named = (via or ("uid:992" if name.startswith("spiffe://prod/") else None)), name
+    if asking is None and name.startswith("uid:"):
+        asking, named = name, ""
+    code, grant = api.CODE_FORBIDDEN, None
+    if asking is not None:
+        try:
+            who = policy.principal(int(asking[4:]), 0, named or None)
+        except ForbiddenError:
+            who = None
+        else:
+            if who is None:
+                code = api.CODE_UNAUTHORIZED
+        if who is not None and role in who.roles:
+            assert who.scope is not None
+            grant = who.scope.decide(role, thread)
+            if grant is None and role != "create":
+                code = api.CODE_KEY_NOT_FOUND
+    assert found.decision == ("denied" if grant is None else "allowed")
+    assert found.code == ("" if grant is not None else code)
+    assert found.grant == ("" if grant is None else grant.label)
+
+
+@pytest.mark.parametrize("role", get_args(Role))
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "uid:992"])
+def test_the_last_change_of_an_explanation_allows_it(name: str, role: Role) -> None:
+    """A table of an explanation is written at the end of the file."""
+    file, thread = FILE, "other" if role in THREAD_ROLES else None
+    for _ in range(3):
+        found = explained(name, role, thread, file=file)
+        if found.decision == "allowed" or not found.what_would_change:
+            break
+        table = re.fullmatch(r"add a table \[\[(\w+)\]\] with (.*)", found.what_would_change[-1])
+        if table is None:
+            assert found.what_would_change[-1].startswith("add "), found
+            file = file.replace('on_behalf_of = ["spiffe', f'on_behalf_of = ["{name}", "spiffe')
+        else:
+            file += f"[[{table[1]}]]\n" + re.sub(r"\], ", "]\n", table[2].replace(" and ", ", ")) + "\n"
+    proxied_only = not name.startswith("uid:") and role in {"rotate", "destroy", "audit", "unseal"}
+    assert found.decision == ("denied" if proxied_only else "allowed"), (found, file)
+
+
+def test_an_allowed_request_names_grant_limits_and_who_would_decide_next() -> None:
+    found = explained("spiffe://prod/chat/a", "decrypt", "chat-1")
+    assert (found.decision, found.grant, found.proxy, found.via) == (
+        "allowed",
+        "grant 1 (chat)",
+        "proxy 1 (gateway)",
+        "uid:992",
+    )
+    assert found.what_would_change == ("without grant 1 (chat), grant 3 (readers) would decide",)
+    assert found.limits == (
+        "grant 1 (chat), each principal: decrypts_per_hour = 500",
+        "grant 1 (chat), all principals: decrypts_per_hour = 1000",
+        "proxy 1 (gateway), all principals: decrypts_per_hour = 800",
+    )
+
+
+def test_a_small_change_comes_before_a_new_table() -> None:
+    found = explained("uid:1000", "encrypt", "other")
+    assert (found.decision, found.code) == ("denied", "key_not_found")
+    assert found.what_would_change[0] == 'add "other", or a pattern of it, to threads of grant 1 (chat)'
+    assert 'add "uid:1000" to principals of grant 2 (admins)' in found.what_would_change
+
+
+def test_creating_out_of_scope_is_forbidden_not_unknown() -> None:
+    assert explained("uid:1000", "create", "other").code == "forbidden"
+
+
+@pytest.mark.parametrize(
+    ("name", "thread", "via"), [("root", None, None), ("uid:0", "a b", None), ("uid:0", None, "spiffe://prod/a")]
+)
+def test_what_is_no_name_or_thread_is_wrong_usage(name: str, thread: str | None, via: str | None) -> None:
+    with pytest.raises(InvalidRequestError):
+        explained(name, "decrypt", thread, via)
+
+
+def test_a_thread_with_a_role_that_concerns_none_is_wrong_usage() -> None:
+    with pytest.raises(InvalidRequestError, match="leave the thread out"):
+        explained("uid:0", "rotate", "chat-1")
+
+
+# --- warnings -------------------------------------------------------------------------------------------------------
+
+
+def warned(*tables: str) -> list[str]:
+    return warnings(parse_policy(("version = 1\n" + "\n".join(tables)).encode()))
+
+
+def grant(principals: str, roles: str, threads: str | None = "*", more: str = "") -> str:
+    def listed(text: str) -> str:
+        return "[" + ", ".join(f'"{one}"' for one in text.split()) + "]"
+
+    lines = [f"principals = {listed(principals)}", f"roles = {listed(roles)}"]
+    lines += [] if threads is None else [f"threads = {listed(threads)}"]
+    return "\n".join(["[[grant]]", *lines, more])
+
+
+PROXY = """[[proxy]]
+name = "g"
+principals = ["uid:992"]
+on_behalf_of = ["spiffe://prod/**"]
+limits_total = { concurrent = 9 }"""
+NAMED = 'name = "a"\nlimits = { decrypts_per_hour = 5 }'
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ([], "allows nothing"),
+        ([grant("uid:1", "encrypt decrypt", "a-*"), grant("uid:1", "decrypt", "a-b*")], "grant 2 never decides"),
+        (
+            [grant("uid:1 spiffe://prod/**", "encrypt"), grant("spiffe://prod/a/*", "encrypt", "x"), PROXY],
+            "grant 2 never",
+        ),
+        ([grant("spiffe://prod/a", "encrypt rotate"), PROXY], "grant 1, roles: rotate has no effect"),
+        ([grant("spiffe://test/a", "encrypt")], "no proxy may ask on behalf of spiffe://test/a"),
+        ([grant("spiffe://prod/**", "encrypt"), PROXY], "names everybody of spiffe://prod/"),
+        ([grant("uid:1", "encrypt", more=NAMED)], "an hourly limit has no effect without the role decrypt"),
+        ([grant("uid:1", "decrypt", more="limits = { decrypts_per_hour = 5 }")], "an hourly limit and no name"),
+        ([grant("uid:1", "decrypt")], "without decrypts_per_hour"),
+        ([grant("uid:1", "encrypt"), PROXY], "no grant names anybody that spiffe://prod/** matches"),
+        ([grant("uid:1", "audit", None), PROXY.partition("\nlimits")[0]], "has no limits_total"),
+        ([grant("uid:1", "audit", None), PROXY.replace('name = "g"\n', "")], "proxy 1 has limits and no name"),
+    ],
+)
+def test_what_nobody_means_is_warned_of(tables: list[str], words: str) -> None:
+    found = warned(*tables)
+    assert [text for text in found if words in text], found
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        [grant("uid:1", "decrypt encrypt", "a-*", NAMED), grant("uid:1", "decrypt monitor", "b-*")],
+        [grant("uid:1", "decrypt", "a", NAMED), grant("uid:1 uid:2", "decrypt", "a")],
+        [grant("spiffe://prod/chat/*", "decrypt encrypt", more=NAMED), PROXY],
+        [grant("uid:0", "rotate audit", None), grant("uid:1", "monitor", "")],
+    ],
+)
+def test_a_file_that_makes_sense_is_not_warned_of(tables: list[str]) -> None:
+    assert warned(*tables) == []

@@ -1,0 +1,63 @@
+"""Names, matches, identities and budget files as docs/spec/policy.md has them, from a script without our code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minikms.policy import Clock, PrincipalNameError, parse_name, parse_policy
+from minikms.policy.budgets import Budget, parse
+from minikms.policy.patterns import PrincipalPattern, ThreadPattern
+
+PLACE = Path(__file__).parents[2] / "vectors"
+VECTORS: dict[str, Any] = json.loads((PLACE / "policy.json").read_text("ascii"))
+
+
+def test_the_script_makes_these_vectors() -> None:
+    subprocess.run([sys.executable, PLACE / "make_policy.py", "--check"], check=True, timeout=60)
+
+
+def test_names_are_names_and_others_are_not() -> None:
+    for text in VECTORS["names"]:
+        assert parse_name(text).text == text
+    for text in VECTORS["no_names"]:
+        with pytest.raises(PrincipalNameError):
+            parse_name(text)
+
+
+def test_patterns_match_what_the_page_says() -> None:
+    assert {found for *_, found in VECTORS["matches"]} == {True, False}
+    for kind, pattern, name, found in VECTORS["matches"]:
+        matcher = ThreadPattern(pattern) if kind == "thread" else PrincipalPattern(pattern)
+        assert matcher.matches(name) == found, (pattern, name)
+
+
+@pytest.mark.parametrize("vector", VECTORS["identities"], ids=lambda vector: str(vector["identity"]))
+def test_a_table_has_the_identity_of_the_page(vector: dict[str, Any]) -> None:
+    others = (
+        f"threads = {json.dumps(vector['others'])}\nroles = ['decrypt']" if vector["others"] else "roles = ['audit']"
+    )
+    if vector["kind"] == "proxy":
+        others = f"on_behalf_of = {json.dumps(vector['others'])}"
+    name = f"name = '{vector['name']}'" if vector["name"] else ""
+    text = f"version = 1\n[[{vector['kind']}]]\n{name}\nprincipals = {json.dumps(vector['principals'])}\n{others}\n"
+    rules = parse_policy(text.encode())
+    found = [*(one.identity for one in rules.grants), *(one.identity for one in rules.proxies)]
+    assert found == [vector["identity"]]
+
+
+@pytest.mark.parametrize("vector", VECTORS["budget_files"], ids=lambda vector: str(vector["name"]))
+def test_a_start_counts_what_the_page_says(vector: dict[str, Any]) -> None:
+    now_ms = vector["boot_ms"]
+    clock = Clock(vector["boot_id"], lambda: vector["boot_ms"], lambda: vector["wall_ms"])
+    used: dict[str, int] = {}
+    for key, openings in parse(vector["content"].encode(), clock).items():
+        budget = Budget()
+        budget.replay(openings, now_ms)
+        used[" ".join(key)] = budget.used(now_ms)
+    assert {key: count for key, count in used.items() if count} == vector["used"]

@@ -1,0 +1,88 @@
+"""Policies, requests and answers of the tests of limited callers, and the work that a request costs.
+
+Owns: grants as text, a request of each verb that names a key, and the number of instructions that an act takes. It
+asserts nothing about the answers.
+"""
+
+from __future__ import annotations
+
+import base64
+import gc
+import sys
+from collections.abc import Awaitable, Callable
+from types import FrameType
+from typing import Any
+
+from minikms import api
+from minikms.api import Verb
+from minikms.errors import MiniKmsError
+from minikms.policy import Principal
+from tests.harness.limited import Limited
+
+ALL_ROLES = '["create", "encrypt", "decrypt", "data_key", "monitor", "destroy", "rotate"]'
+
+
+def grant(uid: int, threads: str, roles: str = ALL_ROLES, more: str = "") -> str:
+    return f'[[grant]]\nprincipals = ["uid:{uid}"]\nroles = {roles}\nthreads = {threads}\n{more}\n'
+
+
+MINE = grant(1, '["mine-*"]')
+EVERYBODY = grant(1, '["*"]') + grant(2, '["*"]')
+
+
+def b64(data: bytes = b"text") -> str:
+    return base64.b64encode(data).decode()
+
+
+def requests(key_id: str, mine: str) -> dict[Verb[Any, Any], api.Request]:
+    """Of each verb that names a key."""
+    return {
+        api.ENCRYPT: api.EncryptItem(key_id, b64()),
+        api.DECRYPT: api.DecryptItem(key_id, b64(bytes(40))),
+        api.ENCRYPT_BATCH: api.EncryptBatchRequest([api.EncryptItem(key_id, b64())]),
+        api.DECRYPT_BATCH: api.DecryptBatchRequest([api.DecryptItem(key_id, b64(bytes(40)))]),
+        api.REENCRYPT_BATCH: api.ReencryptBatchRequest(mine, key_id, [api.ReencryptItem(b64(bytes(40)))]),
+        api.CHECK_BATCH: api.CheckBatchRequest(key_id, [api.ReencryptItem(b64(bytes(40)))]),
+        api.GENERATE_DATA_KEY: api.GenerateDataKeyRequest(key_id),
+        api.GET_WRAPPED: api.KeyRequest(key_id),
+        api.GET_KEY: api.KeyRequest(key_id),
+        api.CREATE_DEK: api.CreateDekRequest("mine-1", replaces=key_id),
+        api.RETIRE_KEY: api.KeyRequest(key_id),
+        api.DESTROY_KEY: api.DestroyKeyRequest(key_id),
+    }
+
+
+def instructions(act: Callable[[], object]) -> int:
+    """How many instructions of the interpreter are carried out in the code of the project."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode" and "/minikms/" in frame.f_code.co_filename
+        return trace
+
+    gc.disable()
+    sys.settrace(trace)
+    try:
+        act()
+    finally:
+        sys.settrace(None)
+        gc.enable()
+    return count
+
+
+def outcome(made: Limited, who: Principal, verb: Verb[Any, Any], request: api.Request) -> str:
+    """The answer or the error, as text. A request that would have to wait is an error of the test."""
+    try:
+        answer = made.begin(who, verb, request)
+        if isinstance(answer, Awaitable):
+            try:
+                answer.send(None)  # type: ignore[attr-defined]  # a coroutine
+            except StopIteration as done:
+                answer = done.value
+            else:
+                raise AssertionError(f"{verb.name} waits")
+    except MiniKmsError as error:
+        return f"{error.code}: {error}"
+    return str(answer)

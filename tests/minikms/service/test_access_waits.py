@@ -1,0 +1,90 @@
+"""Verbs without keys that wait for a line or a lock while the policy changes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minikms import api
+from minikms.api import Verb
+from minikms.audit import Event
+from minikms.errors import ForbiddenError, MiniKmsError, UnauthorizedError
+from minikms.service.roots import AddGivenRoot, ProveGivenRoot
+from tests.harness.limited import Limited, limited
+
+OTHERS = '[[grant]]\nprincipals = ["uid:2"]\nroles = ["monitor"]\nthreads = ["*"]\n'
+OPERATOR = OTHERS + '[[grant]]\nprincipals = ["uid:1"]\nroles = ["rotate", "destroy"]\nthreads = ["*"]\n'
+CHANGES: dict[str, tuple[str, type[MiniKmsError]]] = {
+    "fewer roles": (OPERATOR.replace('"rotate", "destroy"', '"monitor"'), ForbiddenError),
+    "no grant": (OTHERS, UnauthorizedError),
+}
+
+
+async def spare_root(made: Limited) -> str:
+    """The slot of a second root key."""
+    with made.one.slot_of(os.urandom(32)) as root:
+        answer = await made.ask(made.who(1), api.ADD_ROOT, AddGivenRoot("file", "", root=root))
+    return str(answer["slot_id"])
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("verb", [api.PRUNE_KEK, api.ADD_ROOT, api.REMOVE_ROOT], ids=lambda verb: verb.name)
+def test_a_change_that_waits_for_its_first_line_obeys_the_new_policy(
+    tmp_path: Path, change: str, verb: Verb[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, refused = CHANGES[change]
+
+    async def main() -> None:
+        async with limited(tmp_path / "d", OPERATOR) as made:
+            await made.one.rotate()
+            slot_id = await spare_root(made)
+            before = made.one.vault.keyring.body
+            written = made.audit.add_written
+
+            async def changed_meanwhile(event: Event, *, durable: bool) -> None:
+                await written(event, durable=durable)
+                if event.detail == "begun":
+                    made.change(policy)
+
+            monkeypatch.setattr(made.audit, "add_written", changed_meanwhile)
+            with made.one.slot_of(os.urandom(32)) as root, pytest.raises(refused):
+                request = {
+                    api.PRUNE_KEK: api.PruneKekRequest(),
+                    api.ADD_ROOT: AddGivenRoot("file", "", root=root),
+                    api.REMOVE_ROOT: api.SlotRequest(slot_id),
+                }[verb]
+                await made.ask(made.who(1), verb, request)
+            assert made.one.vault.keyring.body == before
+            assert [event.outcome for event in made.audit.events[-2:]] == ["ok", refused.code]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("verb", [api.ROTATE_KEK, api.TEST_ROOT], ids=lambda verb: verb.name)
+def test_a_change_that_waits_for_the_keyring_obeys_the_new_policy(
+    tmp_path: Path, change: str, verb: Verb[Any, Any]
+) -> None:
+    policy, refused = CHANGES[change]
+
+    async def main() -> None:
+        async with limited(tmp_path / "d", OPERATOR) as made:
+            before = made.one.vault.keyring.body
+            root = bytes.fromhex(made.one.key.read_text())
+            with made.one.slot_of(root) as given:
+                request = {
+                    api.ROTATE_KEK: api.RotateKekRequest(),
+                    api.TEST_ROOT: ProveGivenRoot("", made.one.slot.slot_id, root=given),
+                }[verb]
+                async with made.one.vault.keyring.held():
+                    waiting = await made.until_waiting(made.who(1), verb, request)
+                    made.change(policy)
+                with pytest.raises(refused):
+                    await waiting
+            assert made.one.vault.keyring.body == before
+
+    asyncio.run(main())

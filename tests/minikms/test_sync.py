@@ -1,0 +1,65 @@
+"""Each kind of system waits for the disk with the strongest call that it has."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from minikms.audit.log import Limits
+from minikms.sync import sync_data, sync_file
+from tests.minikms.audit.logmaker import make_log, verify
+
+FULL = 51
+"""The number of F_FULLFSYNC in sys/fcntl.h of macOS."""
+
+
+class MacOs:
+    """Stands in for fcntl(2) and os of macOS: it has F_FULLFSYNC, and neither fdatasync nor posix_fallocate."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.synced: list[int] = []
+        self.fails = False
+        patch.setattr(fcntl, "F_FULLFSYNC", FULL, raising=False)
+        patch.delattr(os, "fdatasync")
+        patch.delattr(os, "posix_fallocate")
+        patch.setattr(fcntl, "fcntl", self._fcntl)
+
+    def _fcntl(self, descriptor: int, command: int) -> int:
+        assert command == FULL
+        if self.fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        os.fsync(descriptor)
+        self.synced.append(descriptor)
+        return 0
+
+
+@pytest.mark.parametrize("wait", [sync_data, sync_file])
+def test_macos_empties_the_cache_of_the_drive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wait: object) -> None:
+    macos = MacOs(monkeypatch)
+    with (tmp_path / "file").open("wb") as file:
+        wait(file.fileno())  # type: ignore[operator]  # one of the two functions
+        assert macos.synced == [file.fileno()]
+        macos.fails = True
+        with pytest.raises(OSError, match="Input/output"):
+            wait(file.fileno())  # type: ignore[operator]  # as above
+
+
+def test_a_system_without_fdatasync_uses_fsync(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    synced: list[int] = []
+    monkeypatch.delattr(os, "fdatasync")
+    monkeypatch.setattr(os, "fsync", synced.append)
+    with (tmp_path / "file").open("wb") as file:
+        sync_data(file.fileno())
+        assert synced == [file.fileno()]
+
+
+def test_the_audit_log_is_written_as_on_macos(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its reserve is written, because the system can't allocate it."""
+    macos = MacOs(monkeypatch)
+    make_log(tmp_path / "log", limits=Limits(reserve_bytes=200_000))
+    assert macos.synced
+    assert verify(tmp_path / "log").intact

@@ -1,0 +1,241 @@
+"""Keys that no thread names are retired, and no other key is."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minikms import Client
+from progressdb_server.config import Config, Kms, Storage
+from progressdb_server.jobs.orphans import SHARED, OrphanedKeys
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import NewMessage
+from tests.harness.waiting import wait_until
+from tests.progressdb_server.api.asgi_client import ADMIN
+from tests.progressdb_server.api.real_server import RealServer, real_server
+from tests.progressdb_server.store.memory_engine import MemoryEngine
+from tests.progressdb_server.store.opened_store import opened
+from tests.progressdb_server.store.sealing_provider import SealingProvider
+
+LATER_S = 1_900_000_000.0
+"""Long after every key of the provider in memory."""
+AT_ONCE = (
+    "-c",
+    "from progressdb_server.jobs.orphans import OrphanedKeys; OrphanedKeys.__init__.__kwdefaults__['age_s'] = 1.0; "
+    "from progressdb_server.cli import main; main()",
+)
+"""The command, with an age after which keys of earlier runs are judged that a test can wait for."""
+
+
+def with_orphans(
+    body: Callable[[Conversations, SealingProvider, OrphanedKeys], Awaitable[None]],
+    *,
+    busy: str = "",
+    now_s: float = LATER_S,
+    exclusive: bool = True,
+) -> None:
+    async def main() -> None:
+        provider = SealingProvider()
+        async with opened(MemoryEngine(), provider) as store:
+            orphans = OrphanedKeys(
+                store, provider, lambda thread: thread == busy, exclusive=exclusive, now_s=lambda: now_s
+            )
+            await body(store, provider, orphans)
+
+    asyncio.run(main())
+
+
+async def orphan(provider: SealingProvider, thread: str) -> str:
+    return (await provider.create_dek_for_thread(thread)).key_id
+
+
+def test_only_keys_that_no_thread_names_are_retired() -> None:
+    """Of unknown threads, and second keys of known ones. The threads go on."""
+
+    async def body(store: Conversations, provider: SealingProvider, orphans: OrphanedKeys) -> None:
+        for number in range(5):
+            await store.create_message(NewMessage(author="ada", thread=f"t{number}", body=1))
+        expected = {await orphan(provider, thread) for thread in ("unknown", "t1", "t1", "t3")}
+        assert {key.key_id async for page in orphans.find() for key in page} == expected
+        assert await orphans.retire() == (4, 0, "")
+        assert provider.retired == expected
+        assert await orphans.retire() == (0, 0, "")
+        for number in range(5):
+            await store.create_message(NewMessage(author="ada", thread=f"t{number}", body=2))
+
+    with_orphans(body)
+
+
+def test_a_shared_key_service_is_left_alone_and_the_answer_says_why() -> None:
+    async def body(store: Conversations, provider: SealingProvider, orphans: OrphanedKeys) -> None:
+        await orphan(provider, "another-servers")
+        assert await orphans.retire() == (0, 1, SHARED)
+        assert provider.retired == set()
+
+    with_orphans(body, exclusive=False)
+
+
+@pytest.mark.parametrize(
+    ("kms", "exclusive"),
+    [
+        (Kms(), True),
+        (Kms(socket="/run/s"), False),
+        (Kms(data_dir="/d"), False),
+        (Kms(socket="/run/s", exclusive=True), True),
+        (Kms(exclusive=False), False),
+    ],
+)
+def test_a_key_service_that_is_configured_counts_as_shared(kms: Kms, exclusive: bool) -> None:
+    assert Config(storage=Storage(db_path="db"), kms=kms).kms_is_exclusive is exclusive
+
+
+def test_a_young_key_and_one_of_a_thread_with_a_job_stay() -> None:
+    async def body(store: Conversations, provider: SealingProvider, orphans: OrphanedKeys) -> None:
+        await orphan(provider, "rotating")
+        assert await orphans.retire() == (0, 0, "")
+
+    with_orphans(body, busy="rotating")
+    with_orphans(body, now_s=0.0)
+
+
+def test_the_key_of_a_create_in_flight_stays() -> None:
+    """Its commit hangs for longer than any key is young."""
+
+    async def main() -> None:
+        engine, provider = MemoryEngine(), SealingProvider()
+        async with opened(engine, provider) as store:
+            await store.create_message(NewMessage(author="ada", thread="other", body=1))
+            orphans = OrphanedKeys(store, provider, lambda thread: False, exclusive=True, now_s=lambda: LATER_S)
+            held = asyncio.Event()
+            answer = provider.encrypt_batch
+
+            async def slow(items: Any) -> Any:
+                await held.wait()
+                return await answer(items)
+
+            provider.encrypt_batch = slow  # type: ignore[method-assign]  # the seam of the test
+            creating = asyncio.create_task(store.create_message(NewMessage(author="ada", thread="slow", body=1)))
+            await asyncio.sleep(0.05)
+            assert len(provider.keys) == 2
+            assert await orphans.retire() == (0, 0, "")
+            held.set()
+            await creating
+            await store.create_message(NewMessage(author="ada", thread="slow", body=2))
+            assert await orphans.retire() == (0, 0, "")
+
+    asyncio.run(main())
+
+
+def test_while_a_failed_write_is_in_doubt_no_key_is_retired() -> None:
+    async def main() -> None:
+        engine, provider = MemoryEngine(), SealingProvider()
+        engine.survives = True
+        async with opened(engine, provider) as store:
+            engine.fail_sync, engine.fail_reopen = True, 1
+            orphans = OrphanedKeys(store, provider, lambda thread: False, exclusive=True, now_s=lambda: LATER_S)
+            with pytest.raises(Exception, match="did not take the write"):
+                await store.create_message(NewMessage(author="ada", thread="t", body=1))
+            assert await orphans.retire() == (0, 0, "")
+            while not store.writer.available:
+                await asyncio.sleep(0.02)
+            assert await orphans.retire() == (0, 0, "")  # it is the thread's
+            await store.create_message(NewMessage(author="ada", thread="t", body=2))
+
+    asyncio.run(main())
+
+
+def test_at_a_start_a_key_that_is_newer_than_the_store_stays() -> None:
+    """The store may be an older copy, whose newer threads it does not know. A post of this run makes it no newer."""
+
+    async def main() -> None:
+        provider = SealingProvider()
+        now_ns = [1_600_000_000_000_000_000]
+        async with opened(MemoryEngine(), provider, now_ns=lambda: now_ns[0]) as store:
+            await store.create_message(NewMessage(author="ada", thread="t", body=1))
+            await orphan(provider, "newer")
+            orphans = OrphanedKeys(
+                store, provider, lambda thread: False, exclusive=True, age_s=0.2, now_s=lambda: LATER_S
+            )
+            orphans.start()
+            now_ns[0] = int(LATER_S) * 1_000_000_000
+            await store.create_message(NewMessage(author="ada", thread="t", body=2))
+            await asyncio.sleep(0.5)
+            assert provider.retired == set()
+            assert (await orphans.retire()).retired == 1
+            await orphans.close()
+
+    asyncio.run(main())
+
+
+# --- real processes ---------------------------------------------------------------------------------------------------
+def active_keys(server: RealServer) -> dict[str, str]:
+    """Key → thread."""
+    with Client(server.db / "run" / "minikms.sock", wait_s=10) as kms:
+        return {key.key_id: key.thread_id for key in kms.list_keys(state="active", limit=512).keys}
+
+
+def named_keys(server: RealServer) -> set[str]:
+    listed = server("GET", "/admin/keys?prefix=kms:map:thread:", key=ADMIN).json["keys"]
+    return {server("GET", f"/admin/keys/{key}", key=ADMIN).body.decode() for key in listed}
+
+
+def doctor(server: RealServer, *words: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "progressdb_server", "doctor", *words, "--addr", f"127.0.0.1:{server.port}"],
+        env={"PROGRESSDB_API_ADMIN_KEYS": ADMIN, "PROGRESSDB_DB_PATH": str(server.db)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def test_orphans_of_a_killed_server_are_retired_at_a_start_or_by_doctor(tmp_path: Path) -> None:
+    with real_server(tmp_path, program=AT_ONCE) as server:
+        stop = threading.Event()
+
+        def create() -> None:
+            while not stop.is_set():
+                try:
+                    server("POST", "/v1/threads", {"title": "x", "author": "ada"})
+                except OSError:
+                    return
+                time.sleep(0.1)  # fewer keys than a list may have
+
+        creating = [threading.Thread(target=create) for _ in range(8)]
+        for thread in creating:
+            thread.start()
+        with Client(server.db / "run" / "minikms.sock") as kms:
+            left = {kms.create_dek_for_thread(f"thread-{number}").key_id for number in range(3)}
+        time.sleep(2.5)  # so that the newest record is newer than these keys, whose times have seconds
+        server.kill()
+        stop.set()
+        for thread in creating:
+            thread.join()
+    with real_server(tmp_path, program=AT_ONCE) as server:
+        wait_until(lambda: not left & active_keys(server).keys())
+        time.sleep(1.5)
+        exit_status, said = doctor(server, "--repair")
+        assert exit_status == 0, said
+        assert "nothing is wrong" in said
+        assert set(active_keys(server)) == named_keys(server)
+        with Client(server.db / "run" / "minikms.sock") as kms:
+            late = kms.create_dek_for_thread("late").key_id
+        time.sleep(2.5)
+        exit_status, said = doctor(server)
+        assert (exit_status, late in said, "--repair" in said) == (1, True, True)
+        assert late in active_keys(server)
+        assert doctor(server, "--repair")[0] == 0
+        assert late not in active_keys(server)
+        assert [event for event in server.log if event["event"] == "orphaned_key_retired"]
+        made = server("POST", "/v1/threads", {"title": "x", "author": "ada"})
+        assert made.status == 200

@@ -1,0 +1,185 @@
+"""A list counts as unchanged only if all of it was given and nothing that it shows can have changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from progressdb_server.store import reading as reading_room
+from progressdb_server.store import validators as validators_room
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import NewMessage
+from progressdb_server.store.validators import Validators
+from tests.progressdb_server.store.memory_engine import MemoryEngine
+from tests.progressdb_server.store.opened_store import fill, with_store
+from tests.progressdb_server.store.sealing_provider import SealingProvider
+
+EVERYTHING: dict[str, Any] = {"limit": None, "before": None, "after": None, "include_deleted": False}
+
+
+def tag_of(store: Conversations, thread: str = "t", **asked: Any) -> str:
+    return store.list_tag(thread, **(EVERYTHING | asked))
+
+
+async def read(store: Conversations, thread: str = "t", **asked: Any) -> str:
+    """Reads the whole list under its tag."""
+    tag = tag_of(store, thread, **asked)
+    async for _ in store.list_messages(thread, **(EVERYTHING | asked), tag=tag):
+        pass
+    return tag
+
+
+def with_filled(body: Callable[[Conversations, SealingProvider], Awaitable[None]], provider: SealingProvider) -> None:
+    async def run(store: Conversations) -> None:
+        await fill(store, 5)
+        await body(store, provider)
+
+    with_store(run, MemoryEngine(), provider)
+
+
+def test_a_list_that_was_given_is_unchanged_and_opens_nothing() -> None:
+    async def run(store: Conversations, provider: SealingProvider) -> None:
+        tag = await read(store)
+        opened = provider.calls["decrypt_batch"]
+        assert tag_of(store) == tag
+        assert await store.list_unchanged("t", tag)
+        assert provider.calls["decrypt_batch"] == opened
+
+    with_filled(run, SealingProvider())
+
+
+def test_every_change_of_a_thread_changes_the_tags_of_its_lists() -> None:
+    async def run(store: Conversations, provider: SealingProvider) -> None:
+        made = await store.create_message(NewMessage(author="ann", thread="t", body="more"))
+        changes: list[Callable[[], Awaitable[object]]] = [
+            lambda: store.create_message(NewMessage(author="ann", thread="t", body="newest")),
+            lambda: store.update_message(made.id, author="ann", body="edited", role=None, reply_to=None),
+            lambda: store.set_reaction(made.id, "bob", "+1"),
+            lambda: store.remove_reaction(made.id, "bob"),
+            lambda: store.delete_message(made.id, author="ann"),
+            lambda: store.delete_thread("t", author="ann", by="ann"),
+        ]
+        seen = {tag_of(store)}
+        for change in changes:
+            await change()
+            seen.add(tag_of(store))
+        assert len(seen) == len(changes) + 1
+
+    with_filled(run, SealingProvider())
+
+
+def test_every_parameter_has_a_tag_of_its_own() -> None:
+    async def run(store: Conversations, provider: SealingProvider) -> None:
+        asked: list[dict[str, Any]] = [
+            {},
+            {"limit": 1},
+            {"limit": 11},
+            {"before": "msg-1-000000"},
+            {"after": "msg-1-000000"},
+            {"include_deleted": True},
+        ]
+        tags = [tag_of(store, **one) for one in asked]
+        assert len(set(tags)) == len(asked)
+        await store.create_message(NewMessage(author="ann", thread="other", body="x"))
+        assert tag_of(store, "other") not in tags
+        limited = await read(store, limit=1)
+        assert not await store.list_unchanged("t", tag_of(store))
+        assert await store.list_unchanged("t", limited)
+
+    with_filled(run, SealingProvider())
+
+
+def test_a_list_that_was_not_read_to_its_end_is_not_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_room, "LIST_MESSAGES_FIRST", 2)
+
+    async def run(store: Conversations, provider: SealingProvider) -> None:
+        tag = tag_of(store)
+        async for _ in store.list_messages("t", tag=tag):
+            break
+        assert not await store.list_unchanged("t", tag)
+
+    with_filled(run, SealingProvider())
+
+
+def test_a_list_that_was_written_to_meanwhile_is_not_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_room, "LIST_MESSAGES_FIRST", 2)
+
+    async def run(store: Conversations, provider: SealingProvider) -> None:
+        tag = tag_of(store)
+        async for _ in store.list_messages("t", tag=tag):
+            await store.create_message(NewMessage(author="ann", thread="t", body="late"))
+        assert not await store.list_unchanged("t", tag)
+
+    with_filled(run, SealingProvider())
+
+
+def test_a_list_with_an_item_that_does_not_open_is_not_unchanged() -> None:
+    async def run(store: Conversations, provider: SealingProvider) -> None:
+        key_id = store.key_of_thread("t")
+        assert key_id is not None
+        provider.destroyed.add(key_id)
+        tag = await read(store)
+        provider.destroyed.clear()
+        assert not await store.list_unchanged("t", tag)
+
+    with_filled(run, SealingProvider())
+
+
+def test_a_list_whose_key_is_gone_is_not_unchanged() -> None:
+    async def run(store: Conversations, provider: SealingProvider) -> None:
+        tag = await read(store)
+        key_id = store.key_of_thread("t")
+        assert key_id is not None
+        provider.destroyed.add(key_id)
+        assert tag_of(store) == tag
+        assert not await store.list_unchanged("t", tag)
+
+    with_filled(run, SealingProvider())
+
+
+def test_a_list_is_not_unchanged_while_the_key_service_is_away() -> None:
+    async def run(store: Conversations, provider: SealingProvider) -> None:
+        tag = await read(store)
+        provider.down = True
+        assert not await store.list_unchanged("t", tag)
+        provider.down = False
+        assert await store.list_unchanged("t", tag)
+
+    with_filled(run, SealingProvider())
+
+
+def test_no_list_is_unchanged_after_the_engine_was_reopened() -> None:
+    async def run(store: Conversations, provider: SealingProvider) -> None:
+        tag = await read(store)
+        store.reopened()
+        assert not await store.list_unchanged("t", tag)
+
+    with_filled(run, SealingProvider())
+
+
+def test_a_restart_changes_every_tag() -> None:
+    engine, provider = MemoryEngine(), SealingProvider()
+    tags: list[str] = []
+
+    async def run(store: Conversations) -> None:
+        if not tags:
+            await fill(store, 1)
+        tags.append(tag_of(store))
+
+    with_store(run, engine, provider)
+    with_store(run, engine, provider)
+    assert tags[0] != tags[1]
+
+
+def test_the_memory_of_given_lists_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validators_room, "LISTS_REMEMBERED_MAX", 2)
+    validators = Validators()
+    validators.remember("a", ["k"])
+    validators.remember("b", ["k"])
+    assert validators.keys_of("a") == frozenset("k")
+    validators.remember("c", ["k"])
+    assert [validators.keys_of(tag) for tag in "abc"] == [frozenset("k"), None, frozenset("k")]
+    validators.remember("d", [str(n) for n in range(validators_room.KEYS_OF_A_LIST_MAX + 1)])
+    assert validators.keys_of("d") is None

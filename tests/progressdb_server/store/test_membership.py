@@ -1,0 +1,312 @@
+"""Who may read a thread and write into it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from progressdb_server.store import keyspace, membership
+from progressdb_server.store.check import repair
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.membership import Act, Rule, Standing
+from progressdb_server.store.model import (
+    AuthorNotInThreadError,
+    Idempotency,
+    MemberIsAuthorError,
+    Message,
+    NewMessage,
+    NoRoomToRemoveError,
+    NotAMemberError,
+    StoreError,
+    ThreadDeletedError,
+    ThreadNotFoundError,
+    TooManyMembersError,
+)
+from tests.progressdb_server.store.memory_engine import MemoryEngine
+from tests.progressdb_server.store.opened_store import messages_of, opened, with_store
+from tests.progressdb_server.store.sealing_provider import SealingProvider
+
+
+def post(store: Conversations, author: str, thread: str, *, signed: bool = True) -> asyncio.Future[Message]:
+    return asyncio.ensure_future(
+        store.create_message(NewMessage(author=author, thread=thread, body=author, as_member=signed))
+    )
+
+
+POLICY: list[tuple[Rule, Standing, Act, type[StoreError] | None]] = [
+    ("members", Standing.MEMBER, Act.READ, None),
+    ("members", Standing.MEMBER, Act.WRITE, None),
+    ("members", Standing.OUTSIDER, Act.READ, AuthorNotInThreadError),
+    ("members", Standing.OUTSIDER, Act.WRITE, NotAMemberError),
+    ("members", Standing.REMOVED, Act.READ, NotAMemberError),
+    ("members", Standing.REMOVED, Act.WRITE, NotAMemberError),
+    ("open", Standing.MEMBER, Act.READ, None),
+    ("open", Standing.MEMBER, Act.WRITE, None),
+    ("open", Standing.OUTSIDER, Act.READ, AuthorNotInThreadError),
+    ("open", Standing.OUTSIDER, Act.WRITE, None),
+    ("open", Standing.REMOVED, Act.READ, NotAMemberError),
+    ("open", Standing.REMOVED, Act.WRITE, NotAMemberError),
+]
+
+
+@pytest.mark.parametrize(("rule", "standing", "act", "refusal"), POLICY)
+def test_the_policy_is_this_table(rule: Rule, standing: Standing, act: Act, refusal: type[StoreError] | None) -> None:
+    if refusal is None:
+        membership.check(rule, standing, act)
+    else:
+        with pytest.raises(refusal):
+            membership.check(rule, standing, act)
+
+
+def test_a_post_into_another_s_thread_needs_membership_and_stores_nothing() -> None:
+    async def run(store: Conversations) -> None:
+        await post(store, "ann", "t")
+        with pytest.raises(NotAMemberError):
+            await post(store, "eve", "t")
+        with pytest.raises(AuthorNotInThreadError):
+            await store.check_reader("t", "eve")
+        await post(store, "bob", "t", signed=False)  # a backend's message makes its author a member
+        await post(store, "bob", "t")
+        await store.add_members("t", ["eve"])
+        await post(store, "eve", "t")
+        assert [m.author for m in await messages_of(store, "t")] == ["ann", "bob", "bob", "eve"]
+        assert await store.members("t") == ["ann", "bob", "eve"]
+
+    with_store(run)
+
+
+def test_who_never_was_a_member_is_shut_out_by_a_removal_too() -> None:
+    """He neither posts under the rule of 0.1, nor joins by a message of a backend, until he is added."""
+
+    async def run(store: Conversations) -> None:
+        store.rule = "open"
+        await post(store, "ann", "t")
+        await store.remove_member("t", "bob")
+        await post(store, "bob", "t", signed=False)
+        with pytest.raises(NotAMemberError):
+            await post(store, "bob", "t")
+        with pytest.raises(NotAMemberError):
+            await store.check_reader("t", "bob")
+        await store.add_members("t", ["bob"])
+        await post(store, "bob", "t")
+
+    with_store(run)
+
+
+def test_a_repair_makes_nobody_a_member_who_was_removed_without_an_entry() -> None:
+    engine, provider = MemoryEngine(), SealingProvider()
+
+    async def run() -> None:
+        async with opened(engine, provider) as store:
+            await post(store, "ann", "t")
+            await post(store, "bob", "t", signed=False)
+        engine.reopen()
+        engine.write([(keyspace.writer("t", "bob"), None)])
+        engine.sync()
+        async with opened(engine, provider) as store:
+            await store.remove_member("t", "bob")
+        engine.reopen()
+        assert (await repair(engine))[1] == []
+        async with opened(engine, provider) as store:
+            assert await store.members("t") == ["ann"]
+            with pytest.raises(NotAMemberError):
+                await post(store, "bob", "t")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_of_a_first_post_and_a_removal_side_by_side_one_is_first(turns: int) -> None:
+    async def run(store: Conversations) -> None:
+        store.rule = "open"
+        await post(store, "ann", "t")
+        posting = post(store, "bob", "t")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await store.remove_member("t", "bob")
+        at_removal = len(await messages_of(store, "t"))
+        result = (await asyncio.gather(posting, return_exceptions=True))[0]
+        assert at_removal == (2 if isinstance(result, Message) else 1)
+        assert len(await messages_of(store, "t")) == at_removal
+        with pytest.raises(NotAMemberError):
+            await store.check_reader("t", "bob")
+
+    with_store(run)
+
+
+def test_under_the_old_rule_a_post_makes_no_member_of_a_removed_author() -> None:
+    async def run(store: Conversations) -> None:
+        store.rule = "open"
+        await post(store, "ann", "t")
+        await post(store, "bob", "t")
+        await store.check_reader("t", "bob")
+        await store.remove_member("t", "bob")
+        with pytest.raises(NotAMemberError):
+            await post(store, "bob", "t")
+
+    with_store(run)
+
+
+def test_a_removed_member_changes_and_reads_nothing_until_added_again() -> None:
+    async def run(store: Conversations) -> None:
+        await post(store, "ann", "t")
+        own = await post(store, "bob", "t", signed=False)
+        await store.remove_member("t", "bob")
+        await store.remove_member("t", "bob")
+        await store.remove_member("t", "never a member")
+        for act in (
+            post(store, "bob", "t"),
+            store.check_reader("t", "bob"),
+            store.update_message(own.id, author="bob", member="bob", body=1, role=None, reply_to=None),
+            store.delete_message(own.id, author="bob", member="bob"),
+            store.set_reaction(own.id, "bob", "x", member="bob"),
+            store.remove_reaction(own.id, "bob", member="bob"),
+        ):
+            with pytest.raises(NotAMemberError):
+                await act
+        await post(store, "bob", "t", signed=False)  # a backend acts for anyone; he stays removed
+        with pytest.raises(NotAMemberError):
+            await post(store, "bob", "t")
+        assert await store.members("t") == ["ann"]
+        await store.add_members("t", ["bob", "bob"])
+        await post(store, "bob", "t")
+        await store.set_reaction(own.id, "bob", "x", member="bob")
+
+    with_store(run)
+
+
+def test_a_retried_create_of_a_removed_member_is_refused() -> None:
+    async def run(store: Conversations) -> None:
+        await post(store, "ann", "t")
+        await store.add_members("t", ["bob"])
+        new = NewMessage(author="bob", thread="t", body=1, as_member=True)
+        once = Idempotency("scope", "key")
+        made = await store.create_message(new, idempotency=once)
+        assert (await store.create_message(new, idempotency=once)).id == made.id
+        await store.remove_member("t", "bob")
+        with pytest.raises(NotAMemberError):
+            await store.create_message(new, idempotency=once)
+
+    with_store(run)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("turns", range(12))
+def test_of_a_post_and_a_removal_side_by_side_one_is_first(turns: int, known: bool) -> None:
+    """A post that was acknowledged is older than the removal: nothing of him is stored after it."""
+
+    async def run(store: Conversations) -> None:
+        await post(store, "ann", "t")
+        await store.add_members("t", ["bob"])
+        if known:  # to the cache of the thread
+            await post(store, "bob", "t")
+        before = len(await messages_of(store, "t"))
+        posting = post(store, "bob", "t")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await store.remove_member("t", "bob")
+        at_removal = [m.id for m in await messages_of(store, "t")]
+        result = (await asyncio.gather(posting, return_exceptions=True))[0]
+        if isinstance(result, Message):
+            assert result.id in at_removal
+        else:
+            assert isinstance(result, NotAMemberError)
+            assert len(at_removal) == before
+        assert [m.id for m in await messages_of(store, "t")] == at_removal
+        with pytest.raises(NotAMemberError):
+            await post(store, "bob", "t")
+
+    with_store(run)
+
+
+def test_membership_is_as_durable_as_the_message_that_made_it() -> None:
+    engine, provider = MemoryEngine(), SealingProvider()
+
+    async def run() -> None:
+        async with opened(engine, provider) as store:
+            await post(store, "ann", "t")
+            await post(store, "bob", "t", signed=False)
+            await store.add_members("t", ["cid", "dan"])
+            await store.remove_member("t", "cid")
+        async with opened(engine, provider) as store:  # what was not synced is gone
+            assert await store.members("t") == ["ann", "bob", "dan"]
+            with pytest.raises(NotAMemberError):
+                await store.check_reader("t", "cid")
+
+    asyncio.run(run())
+
+
+def test_the_author_stays_and_a_deleted_thread_has_no_members_to_change() -> None:
+    async def run(store: Conversations) -> None:
+        await post(store, "ann", "t")
+        with pytest.raises(MemberIsAuthorError):
+            await store.remove_member("t", "ann")
+        await store.delete_thread("t", author="ann", by="ann")
+        with pytest.raises(ThreadDeletedError):
+            await post(store, "ann", "t")
+        for thread in ("t", "unknown"):
+            with pytest.raises(ThreadNotFoundError):
+                await store.add_members(thread, ["bob"])
+        assert await store.members("unknown") == []
+
+    with_store(run)
+
+
+def test_a_thread_has_a_greatest_number_of_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "MEMBERS_COUNT_MAX", 3)
+
+    async def run(store: Conversations) -> None:
+        with pytest.raises(TooManyMembersError):
+            await store.create_thread(author="ann", title="t", members=["b", "c", "d"])
+        thread = (await store.create_thread(author="ann", title="t", members=["b", "ann", "b"])).id
+        await asyncio.gather(
+            *(store.add_members(thread, [name]) for name in ("c", "d")),
+            post(store, "e", thread, signed=False),
+            return_exceptions=True,
+        )
+        members = await store.members(thread)
+        assert len(members) == 3
+        await store.remove_member(thread, members[-1])
+        with pytest.raises(TooManyMembersError):  # who was removed counts
+            await post(store, "f", thread, signed=False)
+        with pytest.raises(NoRoomToRemoveError):
+            await store.remove_member(thread, "f")
+        await store.remove_member(thread, members[-1])  # again
+        await store.add_members(thread, members)
+
+    with_store(run)
+
+
+def test_a_repair_makes_no_removed_author_a_member() -> None:
+    engine, provider = MemoryEngine(), SealingProvider()
+
+    async def run() -> None:
+        async with opened(engine, provider) as store:
+            await post(store, "ann", "t")
+            for name in ("bob", "cid"):
+                await post(store, name, "t", signed=False)
+            await store.remove_member("t", "bob")
+        engine.reopen()
+        assert await repair(engine) == ([], [])
+        engine.write([(keyspace.writer("t", name), b"?") for name in ("ann", "cid")])
+        engine.sync()
+        assert (await repair(engine))[1] == []
+        async with opened(engine, provider) as store:
+            assert await store.members("t") == ["ann"]
+
+    asyncio.run(run())
+
+
+def test_a_store_of_0_1_begins_under_the_old_rule_until_one_is_set() -> None:
+    engine = MemoryEngine()
+
+    async def run(store: Conversations) -> None:
+        assert membership.rule_of(engine, None) == ("members", "")
+        assert membership.rule_of(engine, "open") == ("open", "")
+
+    with_store(run, engine)
+    engine.reopen()
+    engine.write([(keyspace.THREADS_RULE, None)])
+    assert membership.rule_of(engine, None) == ("open", membership.OPEN_BY_AGE)
+    assert membership.rule_of(engine, "members") == ("members", "")

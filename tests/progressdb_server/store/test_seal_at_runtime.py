@@ -1,0 +1,197 @@
+"""A running store whose key service is sealed: nothing is sealed until the epoch was judged after the unseal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from minikms import api
+from minikms.client.errors import refusal
+from progressdb_server.kms.provider import SEALED
+from progressdb_server.store import conversations as room
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import NewMessage, StoreUnavailableError
+from tests.progressdb_server.store.opened_store import messages_of, with_store
+from tests.progressdb_server.store.sealing_provider import SealingProvider
+
+
+def new(body: object, thread: str = "t") -> NewMessage:
+    return NewMessage(author="ann", thread=thread, body=body)
+
+
+def at_epoch(epoch: int) -> api.StatusAnswer:
+    audit = api.AuditStatus(head=api.HeadStatus(1, "s1"))
+    return api.StatusAnswer(status="ok", epoch=epoch, keyring_id="one", audit=audit)
+
+
+class Sealable(SealingProvider):
+    """A key service that may be sealed, at an epoch. A `status` waits for `answering`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sealed = False
+        self.epoch = 5
+        self.answering = asyncio.Event()
+        self.answering.set()
+
+    async def _answer(self, verb: str) -> None:
+        await super()._answer(verb)
+        if self.sealed:
+            raise refusal("sealed", "the key service is sealed")
+
+    async def status(self) -> api.StatusAnswer:
+        self.calls["status"] += 1
+        answer = api.StatusAnswer(status="sealed") if self.sealed else at_epoch(self.epoch)
+        await self.answering.wait()
+        return answer
+
+
+async def becomes(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("seen_by", ["a write", "a read", "a look at its epoch"])
+def test_an_older_key_service_behind_a_seal_gets_nothing_to_seal(seen_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sees the seal first: nothing is sealed between the unseal and the next look at the epoch."""
+    monkeypatch.setattr(room, "EPOCH_S", 0.001 if seen_by == "a look at its epoch" else 3600)
+    monkeypatch.setattr(room, "SEALED_S", 3600)
+    provider = Sealable()
+
+    async def run(store: Conversations) -> None:
+        await store.start()
+        await store.create_message(new(1))
+        provider.sealed = True
+        if seen_by == "a look at its epoch":
+            await becomes(lambda: store.halted is not None)
+        else:
+            provider.answering.clear()
+            with pytest.raises(StoreUnavailableError, match="is sealed"):
+                await (store.create_message(new(2)) if seen_by == "a write" else messages_of(store, "t"))
+        provider.sealed, provider.epoch = False, 4
+        calls = provider.calls["encrypt"], provider.calls["create"]
+        for thread in ("t", "another"):
+            with pytest.raises(StoreUnavailableError, match="is sealed") as refused:
+                await store.create_message(new(3, thread))
+            assert refused.value.retry_after_s == api.SEALED_RETRY_SECONDS
+        assert (provider.calls["encrypt"], provider.calls["create"]) == calls
+        assert len(await messages_of(store, "t")) == 1
+
+    with_store(run, provider=provider)
+
+
+def test_a_look_that_began_before_the_seal_does_not_end_the_halt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "EPOCH_S", 0.001)
+    monkeypatch.setattr(room, "SEALED_S", 3600)
+    provider = Sealable()
+
+    async def run(store: Conversations) -> None:
+        await store.start()
+        await store.create_message(new(1))
+        provider.answering.clear()
+        looks = provider.calls["status"]
+        await becomes(lambda: provider.calls["status"] > looks)
+        provider.sealed = True
+        with pytest.raises(StoreUnavailableError):
+            await store.create_message(new(2))
+        provider.sealed = False
+        provider.answering.set()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert store.halted == SEALED
+
+    with_store(run, provider=provider)
+
+
+def test_a_store_closes_in_the_turn_in_which_it_sees_a_seal() -> None:
+    """The key service answers nothing then. `asyncio.wait_for` of Python 3.11 lost the cancellation there."""
+    provider = Sealable()
+
+    async def run(store: Conversations) -> None:
+        await store.start()
+        await asyncio.sleep(0)  # the look at the epoch waits now
+        provider.answering.clear()
+        store.halt_sealed()
+
+    with_store(run, provider=provider)
+
+
+def test_a_write_that_a_seal_overtakes_is_not_stored() -> None:
+    """Its answer may come from another key service than the one that was sealed."""
+    provider = Sealable()
+
+    async def run(store: Conversations) -> None:
+        await store.start()
+        await store.create_message(new(1))
+        provider.delay_s = 0.01
+        calls = provider.calls["encrypt"]
+        writing = asyncio.create_task(store.create_message(new(2)))
+        await becomes(lambda: provider.calls["encrypt"] > calls)
+        provider.answering.clear()
+        store.halt_sealed()
+        with pytest.raises(StoreUnavailableError, match="is sealed"):
+            await writing
+        assert len(await messages_of(store, "t")) == 1
+
+    with_store(run, provider=provider)
+
+
+def test_a_look_that_a_seal_cuts_off_halts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests in flight end with `sealed`, the look at the epoch too."""
+    monkeypatch.setattr(room, "EPOCH_S", 0.001)
+    monkeypatch.setattr(room, "SEALED_S", 3600)
+    provider = SealingProvider()
+
+    async def run(store: Conversations) -> None:
+        await store.start()
+
+        async def cut_off() -> api.StatusAnswer:
+            raise refusal("sealed", "the key service is sealed")
+
+        provider.status = cut_off  # type: ignore[method-assign]  # from now on
+        await becomes(lambda: store.halted == SEALED)
+
+    with_store(run, provider=provider)
+
+
+def test_a_look_at_the_epoch_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the reason: meanwhile nothing is sealed."""
+    monkeypatch.setattr(room, "EPOCH_S", 0.001)
+    provider = Sealable()
+    status = provider.status
+
+    async def defect() -> api.StatusAnswer:
+        raise ZeroDivisionError
+
+    async def run(store: Conversations) -> None:
+        await store.start()
+        provider.status = defect  # type: ignore[method-assign]  # from now on
+        await becomes(lambda: store.halted is not None)
+        with pytest.raises(StoreUnavailableError, match="could not be judged"):
+            await store.create_message(new(1))
+        provider.status = status  # type: ignore[method-assign]  # as before
+        await becomes(lambda: store.halted is None)
+        await store.create_message(new(2))
+
+    with_store(run, provider=provider)
+
+
+def test_it_goes_on_after_the_epoch_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "EPOCH_S", 3600)
+    monkeypatch.setattr(room, "SEALED_S", 0.001)
+    provider = Sealable()
+
+    async def run(store: Conversations) -> None:
+        await store.start()
+        await store.create_message(new(1))
+        provider.sealed = True
+        with pytest.raises(StoreUnavailableError):
+            await store.create_message(new(2))
+        provider.sealed = False
+        await becomes(lambda: store.halted is None)
+        await store.create_message(new(3))
+
+    with_store(run, provider=provider)

@@ -1,0 +1,137 @@
+"""Makes the known answers of docs/spec/policy.md from that page alone: it imports nothing of the program.
+
+`make_policy.py` writes policy.json beside itself; `make_policy.py --check` exits 1 if the file there differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).with_name("policy.json")
+HOUR_MS = 3_600_000
+LITERAL = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._~:/@-"
+
+
+def subject(issuer: str, raw: bytes) -> str:
+    """The name of an OpenID subject."""
+    return f"oidc:{issuer}|" + "".join(chr(one) if chr(one) in LITERAL else f"%{one:02X}" for one in raw)
+
+
+def matches(pattern: str, name: str, separator: str) -> bool:
+    if not pattern:
+        return not name
+    if pattern.startswith("**"):
+        return any(matches(pattern[2:], name[at:], separator) for at in range(len(name) + 1))
+    if pattern[0] == "*":
+        return any(
+            matches(pattern[1:], name[at:], separator)
+            for at in range(len(name) + 1)
+            if not separator or separator not in name[:at]
+        )
+    return name[:1] == pattern[0] and matches(pattern[1:], name[1:], separator)
+
+
+def match_vectors() -> list[list[object]]:
+    principals = {
+        "/": (
+            ("spiffe://prod/chat/*", "spiffe://prod/**", "spiffe://prod/*/api", "spiffe://prod/chat-**", "uid:1000"),
+            ("spiffe://prod/chat/api", "spiffe://prod/chat/a/api", "spiffe://prod/chat-1/x", "uid:1000", "uid:10000"),
+        ),
+        ".": (
+            ("dns:*.example.com", "dns:**.example.com", "dns:api-*.example.com"),
+            ("dns:api.example.com", "dns:a.b.example.com", "dns:api-7.example.com", "dns:example.com"),
+        ),
+        "": (("thread-*", "*", "a*b*c"), ("thread-1", "thread", "abc", "aXbbYc", "acb")),
+    }
+    return [
+        ["thread" if not separator else "principal", pattern, name, matches(pattern, name, separator)]
+        for separator, (patterns, names) in principals.items()
+        for pattern in patterns
+        for name in names
+    ]
+
+
+def identity(kind: str, name: str | None, principals: list[str], others: list[str]) -> str:
+    if name is not None:
+        return f"{kind}:{name}"
+    text = json.dumps([sorted(set(principals)), sorted(set(others))])
+    return f"{kind}#{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+def identities() -> list[dict[str, object]]:
+    cases: list[tuple[str, str | None, list[str], list[str]]] = [
+        ("grant", "chat", ["uid:1"], ["*"]),
+        ("grant", None, ["uid:2", "uid:1", "uid:2"], ["b-*", "a"]),
+        ("grant", None, ["uid:1"], []),
+        ("proxy", None, ["uid:992"], ["spiffe://prod/**"]),
+    ]
+    return [
+        {"kind": kind, "name": name, "principals": one, "others": others, "identity": identity(kind, name, one, others)}
+        for kind, name, one, others in cases
+    ]
+
+
+def line(boot_id: str, offset_ms: int, budgets: list[Any]) -> str:
+    text = json.dumps({"boot_id": boot_id, "wall_offset_ms": offset_ms, "budgets": budgets}, separators=(",", ":"))
+    return f"{zlib.crc32(text.encode()):08x} {text}\n"
+
+
+def budget_files() -> list[dict[str, object]]:
+    """Files with the clocks at a start, and the uses that count then."""
+    begin = "minikms-policy-budgets 1\n"
+    one = ["grant:chat", "uid:1000", "decrypts", [[100, 0, 0], [100, 30, 5_000_000]]]
+    more = ["grant:chat", "uid:1000", "decrypts", [[50, 10, 7_000_000]]]
+    total = ["grant:chat", "*", "reencrypts", [[7, 0, 0], [0, 0, 6_500_000]]]
+    content = begin + line("b1", 1_000, [one]) + line("b1", 1_000, [more, total])
+    key, all_of_it = "grant:chat uid:1000 decrypts", "grant:chat * reencrypts"
+    # Blocks of 70 (last used at 5,000,000) and 90 (7,000,000), and an open one of 50; 7 at 6,500,000.
+    return [
+        {"name": "the same boot", "content": content, "boot_id": "b1", "boot_ms": 7_100_000, "wall_ms": 0}
+        | {"used": {key: 210, all_of_it: 7}},
+        {"name": "the first block has left", "content": content, "boot_id": "b1", "boot_ms": 8_600_000, "wall_ms": 0}
+        | {"used": {key: 140, all_of_it: 7}},
+        {"name": "after a boot", "content": content, "boot_id": "b2", "boot_ms": 5_000, "wall_ms": 10_200_000}
+        | {"used": {key: 140}},
+        {"name": "the wall clock was set back", "content": content, "boot_id": "b2", "boot_ms": 5_000, "wall_ms": 0}
+        | {"used": {key: 210, all_of_it: 7}},
+        {"name": "long after a boot", "content": content, "boot_id": "b2", "boot_ms": 4_000_000, "wall_ms": 0}
+        | {"used": {key: 50}},
+        {"name": "torn", "content": content[:-3], "boot_id": "b1", "boot_ms": 7_100_000, "wall_ms": 0}
+        | {"used": {key: 170}},
+        {"name": "nothing", "content": begin, "boot_id": "b1", "boot_ms": 1, "wall_ms": 0} | {"used": {}},
+    ]
+
+
+def vectors() -> str:
+    content = {
+        "about": "docs/spec/policy.md",
+        "names": [
+            subject("https://issuer.example", "auth0|12 é".encode()),
+            subject("https://issuer.example:8443/t", b"\x00*?["),
+            "spiffe://prod/chat/api",
+            "dns:api.example.com",
+            "uid:0",
+        ],
+        "no_names": [
+            "uid:01",
+            "dns:API.example.com",
+            "spiffe://prod/a%20b",
+            "oidc:https://issuer.example|%41",
+            "uid:*",
+        ],
+        "matches": match_vectors(),
+        "identities": identities(),
+        "budget_files": budget_files(),
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(FILE.read_text(encoding="ascii") != vectors())
+    FILE.write_text(vectors(), encoding="ascii")

@@ -1,0 +1,164 @@
+"""What a server says of itself when its disk or its key service does not work, and what it does about it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from minikms import Client
+from tests import needs
+from tests.harness.live_daemon import LiveDaemon
+from tests.harness.waiting import wait_until
+from tests.progressdb_server.api.asgi_client import ADMIN
+from tests.progressdb_server.api.real_server import RealServer, real_server
+from tests.progressdb_server.api.viewer_client import ViewerClient
+
+HANG_S_MAX = 40.0
+
+
+def ready(server: RealServer) -> tuple[int, bytes]:
+    reply = server("GET", "/readyz", key=None)
+    return reply.status, reply.body
+
+
+READY, NOT_READY = (200, b'{"status":"ok"}'), (503, b'{"error":"not ready"}')
+
+
+def status(server: RealServer, **more: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "progressdb_server", "status", "--addr", f"127.0.0.1:{server.port}"],
+        env={"PROGRESSDB_API_ADMIN_KEYS": ADMIN, "PROGRESSDB_DB_PATH": str(server.db), **more},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def test_a_spawned_key_service_that_hangs_is_killed_and_another_serves(tmp_path: Path) -> None:
+    with real_server(tmp_path) as server:
+        assert server("POST", "/v1/messages", {"thread": "t", "author": "ada", "body": 1}).status == 200
+        assert ready(server) == READY
+        with Client(server.db / "run" / "minikms.sock") as kms:
+            pid = kms.status().pid
+        assert isinstance(pid, int)
+        os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: ready(server) == NOT_READY, seconds=HANG_S_MAX)
+        assert server("GET", "/healthz", key=None).status == 200
+        wait_until(
+            lambda: "miniKMS hangs and is killed" in {event["event"] for event in server.log}, seconds=HANG_S_MAX
+        )
+        wait_until(lambda: ready(server) == READY, seconds=HANG_S_MAX)
+        with Client(server.db / "run" / "minikms.sock") as kms:
+            assert kms.status().pid != pid
+        assert server("POST", "/v1/messages", {"thread": "t", "author": "ada", "body": 2}).status == 200
+        assert status(server)[0] == 0
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_found_key_service_that_hangs_makes_the_server_not_ready(tmp_path: Path) -> None:
+    """It is not this server's to kill. Status says why, and the server is ready again when it goes on."""
+    (tmp_path / "kms").mkdir()
+    (tmp_path / "server").mkdir()
+    with LiveDaemon(tmp_path / "kms") as kms:
+        variables = {"PROGRESSDB_KMS_SOCKET": str(kms.socket), "PROGRESSDB_KMS_SPAWN": "0"}
+        with real_server(tmp_path / "server", environment=variables) as server:
+            assert status(server, **variables)[0] == 0
+            os.kill(kms.pid, signal.SIGSTOP)
+            try:
+                wait_until(lambda: ready(server) == NOT_READY, seconds=HANG_S_MAX)
+                exit_status, said = status(server, **variables)
+                assert (exit_status, "its key service does not work" in said) == (1, True), said
+                wait_until(lambda: any(e["event"].startswith("miniKMS hangs") for e in server.log), seconds=HANG_S_MAX)
+            finally:
+                os.kill(kms.pid, signal.SIGCONT)
+            wait_until(lambda: ready(server) == READY, seconds=HANG_S_MAX)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    needs.root()
+    mount, umount = needs.program("mount"), needs.program("umount")
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run([mount, "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("needs a container that may mount")
+    yield place
+    subprocess.run([umount, "-l", str(place)], check=True)
+
+
+def test_a_store_on_a_full_disk_is_not_ready_and_status_says_why(tmp_path: Path, small_disk: Path) -> None:
+    """The key service is on another disk. No write was refused before."""
+    (tmp_path / "kms").mkdir()
+    with LiveDaemon(tmp_path / "kms") as kms:
+        variables = {"PROGRESSDB_KMS_SOCKET": str(kms.socket), "PROGRESSDB_KMS_SPAWN": "0"}
+        place = tmp_path / "server"  # its log is not on the small disk
+        place.mkdir()
+        (place / "db").symlink_to(small_disk)
+        with real_server(place, environment=variables) as server:
+            assert ready(server) == READY
+            filler = small_disk / "filler"
+            with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(b"\0" * 65536)
+            wait_until(lambda: ready(server) == NOT_READY, seconds=HANG_S_MAX)
+            exit_status, said = status(server, **variables)
+            assert exit_status == 1
+            assert "it takes no writes: the store's disk does not take writes: No space left on device" in said
+            reason = server("GET", "/admin/readiness", key=ADMIN).json
+            assert (reason["ready"], reason["key_service"]) == (False, "")
+            filler.unlink()
+            wait_until(lambda: ready(server) == READY, seconds=HANG_S_MAX)
+            assert status(server, **variables)[0] == 0
+            assert server("POST", "/v1/messages", {"author": "ada", "body": 1}).status == 200
+
+
+@pytest.mark.parametrize("lost_by", [signal.SIGSTOP, signal.SIGKILL])
+def test_the_viewer_shows_what_is_known_while_the_key_service_is_away(tmp_path: Path, lost_by: signal.Signals) -> None:
+    (tmp_path / "kms").mkdir()
+    (tmp_path / "server").mkdir()
+    with LiveDaemon(tmp_path / "kms") as kms:
+        variables = {"PROGRESSDB_KMS_SOCKET": str(kms.socket), "PROGRESSDB_KMS_SPAWN": "0"}
+        with real_server(tmp_path / "server", environment=variables) as server:
+            thread = server("POST", "/v1/threads", {"title": "private title", "author": "ada"}).json["id"]
+            message = server("POST", "/v1/messages", {"thread": thread, "author": "bob", "body": "private"}).json["id"]
+            viewer = ViewerClient(server.port)
+            viewer.login(ADMIN)
+            assert "private title" in viewer("/viewer/").text
+            epoch = re.search(r"<dt>Epoch</dt><dd>\d+</dd>", viewer("/viewer/status").text)
+            assert epoch is not None
+            os.kill(kms.pid, lost_by)
+            try:
+                shown = {
+                    "/viewer/": (thread, "ada"),
+                    f"/viewer/threads/{thread}": (thread, "ada", "bob", message),
+                    f"/viewer/messages/{message}": (message, "bob"),
+                }
+                for path, words in shown.items():
+                    reply = viewer(path)
+                    assert reply.status == 200
+                    assert "private" not in reply.text
+                    for word in (*words, "What to do", 'role="alert"'):
+                        assert word in reply.text, (path, word)
+                assert viewer("/viewer/threads/nothing").status == 404
+                # A good answer of the probe counts for PROBE_AGE_S.
+                wait_until(lambda: "does not work" in viewer("/viewer/status").text)
+                page = viewer("/viewer/status").text
+                assert epoch[0] in page and "minikms doctor" in page
+            finally:
+                if lost_by == signal.SIGSTOP:
+                    os.kill(kms.pid, signal.SIGCONT)
+                else:
+                    kms.process.wait()
+                    kms.start()
+            wait_until(lambda: "private title" in viewer("/viewer/").text, seconds=HANG_S_MAX)
+            assert 'role="alert"' not in viewer(f"/viewer/threads/{thread}").text
