@@ -6,13 +6,14 @@
 #   make test PYTHON=python3.11 VENV=.venv-3.11
 # More for pytest, the bench or the tour:
 #   make test ARGS='tests/tidy -x'        make bench ARGS='encrypt'        make run ARGS='--dir ../tour'
-# The tests run in two processes. In one, for a debugger:
+#   make bench PEER=unix:/run/other.sock    compares a running service with the same API
+# The tests run in three processes, since many of them wait for other processes. In one, for a debugger:
 #   make test WORKERS=0 ARGS='tests/tidy --pdb'
 
 PYTHON ?= $(shell python3.13 -c "" 2>/dev/null && echo python3.13 || echo python3)
 VENV ?= .venv
 ARGS ?=
-WORKERS ?= 2
+WORKERS ?= 3
 
 BOOTSTRAP := tools/bootstrap/make_venv.py tools/bootstrap/constraints.txt $(wildcard tools/bootstrap/*.whl)
 STAMP := $(VENV)/.installed
@@ -24,9 +25,9 @@ help:
 	@echo 'make run      install into $(VENV) and take the guided tour (progressdb demo)'
 	@echo 'make test     run the tests'
 	@echo 'make venv     make $(VENV)/bin/minikms and $(VENV)/bin/progressdb'
-	@echo 'make lint     style, types, and the arrows between rooms'
-	@echo 'make bench    measure; SAVE=1 also writes docs/benchmarks.md'
-	@echo 'make torture  the tests that take longer than `make test` has time for'
+	@echo 'make lint     style, types, and import rules between packages'
+	@echo 'make bench    measure speed; SAVE=1 also writes docs/benchmarks.md'
+	@echo 'make torture  tests that take minutes'
 
 run: venv
 	$(VENV)/bin/progressdb demo $(ARGS)
@@ -47,7 +48,7 @@ lint: venv
 	$(VENV)/bin/lint-imports
 
 bench: venv
-	$(VENV)/bin/python -m bench $(if $(SAVE),--save) $(ARGS)
+	$(VENV)/bin/python -m bench $(if $(SAVE),--save) $(if $(PEER),--peer '$(PEER)') $(ARGS)
 
 torture: venv
 	$(VENV)/bin/python -m pytest -m torture --verbose --capture=no --durations=10 $(ARGS)
