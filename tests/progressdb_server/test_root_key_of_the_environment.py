@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 from tests import needs
+from tests.harness.descriptors import open_files
 from tests.progressdb_server.api.real_server import RealServer, real_server
 
 KEY = "0123456789abcdef" * 4
@@ -19,15 +21,11 @@ WAIT_S = 30.0
 def descriptors_of_the_key(pid: int) -> list[str]:
     """The descriptors of the process through which the key can be read, or that are named like the one of the key."""
     found = []
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        path = Path(f"/proc/{pid}/fd/{name}")
-        try:
-            target = os.readlink(path)
-        except FileNotFoundError:  # closed meanwhile
-            continue
+    for path, target in open_files(pid).items():
         readable = target.startswith("/memfd:") or Path(target).is_file()
-        if "master-key" in target or (readable and KEY.encode() in path.read_bytes()):
-            found.append(target)
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if "master-key" in target or (readable and KEY.encode() in path.read_bytes()):
+                found.append(target)
     return found
 
 

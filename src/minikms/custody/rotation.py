@@ -129,11 +129,8 @@ class KekRotation:
         """The rotation that the keyring names; None if there is none."""
         return self._vault.keyring.body.rotation
 
-    def status(self) -> dict[str, object] | None:
-        """Progress for `/status`; None if no rotation runs."""
-        rotation = self.running
-        if rotation is None:
-            return None
+    def progress(self, rotation: keyring.Rotation) -> dict[str, object]:
+        """Progress of `rotation`, the one that runs or ran last, for `/status`."""
         return {
             "from_version": rotation.from_version,
             "to_version": rotation.to_version,

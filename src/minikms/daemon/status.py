@@ -120,14 +120,19 @@ class StatusPage:
         }
 
     def _rotation_progress(self) -> dict[str, object] | None:
-        """`total`: how many keys there are to rewrap, including those done; None while the index is not complete."""
-        progress = self._rotation.status()
-        rotation = self._rotation.running
-        if progress is None or rotation is None:
+        """`total`: how many keys there are to rewrap, including those done; None while the index is not complete.
+
+        A rotation is shown until also the root keys that it replaces are removed.
+        """
+        rotation = self._rotation.running or self._keks.finishing
+        if rotation is None:
             return None
         index = self._vault.index
         left = len(index) - index.by_kek[rotation.to_version]
-        return {**progress, "total": self._rotation.rewrapped + left if self._indexing.complete else None}
+        return {
+            **self._rotation.progress(rotation),
+            "total": self._rotation.rewrapped + left if self._indexing.complete else None,
+        }
 
     def _warnings(self) -> list[str]:
         body = self._vault.unlocked.body

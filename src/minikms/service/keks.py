@@ -96,7 +96,11 @@ class KekVerbs:
         self._rotations_kept = rotations_kept
         self._runner: asyncio.Task[None] | None = None
         self._ends: dict[int, asyncio.Future[None]] = {}
-        """By KEK version: resolved when the rotation to it is done and the first attempt to write its line was made."""
+        """By KEK version: resolved when the rotation to it is finished, or done while the log can't be written."""
+        self._end: asyncio.Future[None] | None = None
+        """Of the rotation that is done and not yet finished."""
+        self.finishing: Rotation | None = None
+        """The rotation that runs, until also the root keys that it replaces are removed; for `/status`."""
         self._stopping = False
         self._writing_owed = asyncio.Lock()
         self.rewrite_failed = False
@@ -198,14 +202,21 @@ class KekVerbs:
 
     async def _run(self) -> None:
         await self._write_owed_lines()
-        while (rotation := await self._running_or_due()) is not None:
-            await self._rotation.run()
-            facts = self._facts(rewrapped=self._rotation.rewrapped, unreadable=self._vault.unreadable.count)
-            await self._write_until_done("rotate_kek_done", facts, end=self._ends.pop(rotation.to_version, None))
-            await self._write_owed_lines()
-            with contextlib.suppress(MiniKmsError):  # the next rotation tries again
-                await self._pruning.keep_rotations(self._rotations_kept)
-            await self.drop_replaced_roots()
+        try:
+            while (rotation := await self._running_or_due()) is not None:
+                self.finishing = rotation
+                await self._rotation.run()
+                facts = self._facts(rewrapped=self._rotation.rewrapped, unreadable=self._vault.unreadable.count)
+                self._end = self._ends.get(rotation.to_version)
+                await self._write_until_done("rotate_kek_done", facts)
+                await self._write_owed_lines()
+                with contextlib.suppress(MiniKmsError):  # the next rotation tries again
+                    await self._pruning.keep_rotations(self._rotations_kept)
+                await self.drop_replaced_roots()
+                self._resolve_end()
+                self._ends.pop(rotation.to_version, None)
+        finally:
+            self.finishing = None
 
     async def _running_or_due(self) -> Rotation | None:
         """The rotation that runs. It begins one where a removed root key could still open the KEK in use."""
@@ -214,6 +225,7 @@ class KekVerbs:
                 begun = await self._rotation.begin(None)
             except MiniKmsError as error:
                 self.revocation_error = str(error)
+                self.finishing = None
                 await asyncio.sleep(REVOCATION_RETRY_SECONDS)
                 continue
             self.revocation_error = ""
@@ -279,12 +291,11 @@ class KekVerbs:
             self.rewrite_failed = False
             self.proved_slot_id = slot_id
 
-    async def _write_until_done(
-        self, what: str, facts: dict[str, str | int], *, end: asyncio.Future[None] | None = None, detail: str = ""
-    ) -> None:
+    async def _write_until_done(self, what: str, facts: dict[str, str | int], *, detail: str = "") -> None:
         """Writes a line about what the daemon did by itself, and tries again until the log can be written.
 
-        `end` is resolved after the first attempt: while the log can't be written, the answer to who waits fails.
+        When an attempt fails, nobody waits longer for a rotation that is done: while the log can't be written, the
+        answer to who waits fails.
         """
         written = False
         while not written:
@@ -293,9 +304,13 @@ class KekVerbs:
                 await self._audit.add_written(event, durable=True)
                 written = True
             except AuditUnavailableError:
+                self._resolve_end()
                 await asyncio.sleep(AUDIT_RETRY_SECONDS)
-            if end is not None and not end.done():
-                end.set_result(None)
+
+    def _resolve_end(self) -> None:
+        if self._end is not None and not self._end.done():
+            self._end.set_result(None)
+        self._end = None
 
     def _facts(self, **facts: str | int) -> dict[str, str | int]:
         body = self._vault.keyring.body

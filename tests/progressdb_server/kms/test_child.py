@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from progressdb_server.kms.supervisor import LAST_LINES_MAX, LINE_BYTES_MAX, Child, ChildOptions, Lines, environment
+from tests.harness.descriptors import open_files
 from tests.progressdb_server.kms.conftest import Place
 
 
@@ -110,9 +111,10 @@ def test_a_child_inherits_no_descriptor_but_those_it_is_given(place: Place) -> N
 
     async def main() -> list[str]:
         child = await Child.start(place.options(), lambda line: None)
-        links = [os.readlink(f"/proc/{child.pid}/fd/{name}") for name in os.listdir(f"/proc/{child.pid}/fd")]
-        await child.stop()
-        return links
+        try:
+            return list(open_files(child.pid).values())
+        finally:
+            await child.stop()
 
     try:
         assert "/dev/null" in (links := asyncio.run(main()))

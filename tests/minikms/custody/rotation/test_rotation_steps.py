@@ -462,6 +462,46 @@ class KeptAudit(SilentAudit):
         self.lines.append((event.type, event.facts.get("fingerprints")))
 
 
+class HeldAudit(KeptAudit):
+    """Writes the line of a rotation that is done when `released` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached = asyncio.Event()
+        self.released = asyncio.Event()
+
+    async def add_written(self, event: Event, *, durable: bool) -> None:
+        if event.type == "rotate_kek_done":
+            self.reached.set()
+            await self.released.wait()
+        await super().add_written(event, durable=durable)
+
+
+def test_a_rotation_is_finished_when_the_replaced_root_is_removed(tmp_path: Path) -> None:
+    """Whoever polls `/status`, or waits for the answer, finds only the root keys that stay."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            audit = HeldAudit()
+            keks = one.kek_verbs(VerbTable(audit))
+            waits = await keks.rotate_kek(
+                one.vault, RotateToRoot(root=one.slot_of(NEW_ROOT)), Event(type="t", actor="t")
+            )
+            (keks.proved_slot_id,) = [slot.slot_id for slot in one.vault.keyring.body.slots if slot.replaces]
+            answer = asyncio.ensure_future(waits.act())
+            await audit.reached.wait()
+            assert (one.rotation.running, answer.done(), bool(keks.finishing)) == (None, False, True)
+            audit.released.set()
+            await answer
+            assert one.vault.keyring.body.slot(one.slot.slot_id) is None
+            while keks.finishing is not None:
+                await asyncio.sleep(0.001)
+            assert one.kek_states()[3] == "active"
+            await keks.stop()
+
+    asyncio.run(main())
+
+
 async def lines_of_a_start(tmp_path: Path) -> list[tuple[str, object]]:
     """About root keys, until the daemon has nothing left to do."""
     async with opened_vault(tmp_path / "d", key=key_of(tmp_path, NEW_ROOT)) as one:
