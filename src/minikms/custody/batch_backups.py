@@ -223,9 +223,10 @@ class BatchBackups:
 
     def _failed(self, file: BatchFile, error: StorageUnavailableError) -> StorageUnavailableError:
         self.unreadable[_place(file)] = str(error)
+        # The name of the file has two key ids, which the caller need not know of; `/status` tells those who may.
         failure = StorageUnavailableError(
-            f"the rotation backup {_place(file)} may hold the key and can't be read or written: {error}; the key "
-            "opens no more, but its bytes may stay: correct this or remove the file, and try again"
+            f"a rotation backup of {file.stamp} may hold the key and can't be read or written; the key opens no more, "
+            "but its bytes may stay: correct or remove the file that the warnings of /status name, and try again"
         )
         failure.__cause__ = error.__cause__
         return failure
