@@ -17,7 +17,7 @@ from minikms.policy.budgets import Clock
 from minikms.policy.meters import Charge, Cost, Meters
 from minikms.policy.names import PRINCIPAL_CHARS_MAX, PrincipalNameError, parse_name
 from minikms.policy.policy import ADMIN_ONLY, UIDS_COUNT_MAX, FilePolicy, Policy, actor, parse_uids
-from minikms.policy.principal import Principal, Scope
+from minikms.policy.principal import Principal
 from minikms.policy.rules import (
     POLICY_BYTES_MAX,
     PROXIED_ROLES,
@@ -27,6 +27,7 @@ from minikms.policy.rules import (
     PolicyFileError,
     Proxy,
     Rules,
+    Scope,
     parse_policy,
 )
 

@@ -1,7 +1,7 @@
 """What a policy means: the decision about one request with its reason, and what in a file looks like a mistake.
 
 Owns: the texts for people about rules. Invariant: a decision is made by `minikms.policy.policy.FilePolicy.principal`
-and `minikms.policy.principal.Scope.decide`, as for a request; the texts follow from it. It must never decide by itself.
+and `minikms.policy.rules.Scope.decide`, as for a request; the texts follow from it. It must never decide by itself.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from minikms.errors import ForbiddenError, InvalidRequestError
 from minikms.policy.names import Name, parse_name
 from minikms.policy.patterns import PrincipalPattern
 from minikms.policy.policy import FilePolicy
-from minikms.policy.principal import Scope
-from minikms.policy.rules import NO_LIMITS, PROXIED_ROLES, THREAD_ROLES, Grant, Limits, Proxy, Rules
+from minikms.policy.rules import NO_LIMITS, PROXIED_ROLES, THREAD_ROLES, Grant, Limits, Proxy, Rules, Scope
 
 CHANGES_COUNT_MAX: Final = 4
 

@@ -39,8 +39,7 @@ from minikms.policy.budgets import (
     encode,
     parse,
 )
-from minikms.policy.principal import Principal, Scope
-from minikms.policy.rules import NO_LIMITS, Grant, LimitName, Limits
+from minikms.policy.rules import NO_LIMITS, Grant, LimitName, Limits, Scope
 
 PRINCIPALS_COUNT_MAX: Final = 4096
 """Accounts of principals that no policy file spells out."""
@@ -213,19 +212,20 @@ class Meters:
 
     # --- charging ----------------------------------------------------------------------------------------------------
 
-    def enter(self, who: Principal, grants: Collection[Grant]) -> Charge:
+    def enter(self, scope: Scope | None, grants: Collection[Grant]) -> Charge:
         """Charges one request before it is known which grant decides: to the first of these that has room, and to the
-        proxy. It is answered once `Charge.release` was called. Raises LimitExceededError where none of them has room.
+        proxy. It is answered once `Charge.release` was called. No scope: there are no limits. Raises LimitExceededError
+        where none of the grants has room.
         """
         entered = Charge()
-        if who.scope is None:
+        if scope is None:
             return entered
         if len(self._accounts) >= PRINCIPALS_COUNT_MAX:
             self._sweep()  # only here: later on, an account may have been looked up that is not charged yet
         now_ms = self._clock.boot_ms()
         refused: LimitExceededError | None = None
         for costs in [{grant: Cost()} for grant in grants] or [{}]:
-            items = self._items(who.scope, costs)
+            items = self._items(scope, costs)
             try:
                 for item in items:
                     self._check_request(item, now_ms)
@@ -237,17 +237,17 @@ class Meters:
             return entered
         raise refused or ValueError("no grant was tried")
 
-    def charge(self, who: Principal, costs: Mapping[Grant, Cost], entered: Charge) -> Charge | Awaitable[Charge]:
+    def charge(self, scope: Scope | None, costs: Mapping[Grant, Cost], entered: Charge) -> Charge | Awaitable[Charge]:
         """Charges what a request uses, once it is decided. The answer is `entered`, moved to the grants that decide.
 
         costs: of each grant that decided about the request or one of its items. Raises LimitExceededError; then
         `entered` is unchanged. Where a block has to reach the disk first, the answer is awaited; then it may also raise
         StorageUnavailableError.
         """
-        if who.scope is None:
+        if scope is None:
             return entered
-        charge = self._try(who.scope, costs, entered)
-        return self._later(who.scope, costs, entered) if charge is None else charge
+        charge = self._try(scope, costs, entered)
+        return self._later(scope, costs, entered) if charge is None else charge
 
     async def drain(self) -> None:
         """Returns when no request waits for the disk."""

@@ -14,8 +14,8 @@ from typing import Final
 from minikms.api import Role
 from minikms.errors import ForbiddenError, StartError
 from minikms.policy.names import parse_name
-from minikms.policy.principal import Principal, Scope
-from minikms.policy.rules import ROLES, PolicyFileError, Proxy, Rules
+from minikms.policy.principal import Principal
+from minikms.policy.rules import ROLES, PolicyFileError, Proxy, Rules, Scope
 
 ADMIN_ONLY: Final[frozenset[Role]] = frozenset(("rotate", "destroy", "audit", "unseal"))
 """With `--admin-uids`, only those uids have these roles."""

@@ -117,7 +117,7 @@ class Access:
         LimitExceededError.
         """
         scope = who.scope
-        return self.meters.enter(who, () if scope is None else scope.grants_of(() if verb is None else verb.roles))
+        return self.meters.enter(scope, () if scope is None else scope.grants_of(() if verb is None else verb.roles))
 
     def keys(self, who: Principal, verb: Verb[Any, Any]) -> ScopedKeys:
         """For one request, which ends with `ScopedKeys.release`. Raises ForbiddenError where the principal has no
@@ -258,7 +258,7 @@ class ScopedKeys:
         of the first grant with the role. Raises LimitExceededError, KeysNotReadError.
         """
         costs = self._costs(request)
-        charge = self._access.meters.charge(self.who, costs, self._entered)
+        charge = self._access.meters.charge(self.who.scope, costs, self._entered)
         if not isinstance(charge, Charge):
             return self._charged_later(charge)
         self._is_charged()

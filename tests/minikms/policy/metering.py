@@ -8,7 +8,7 @@ from concurrent.futures import Executor, Future
 from typing import Any
 
 from minikms.errors import LimitExceededError, MiniKmsError, StorageUnavailableError
-from minikms.policy import Charge, Clock, Cost, FilePolicy, Meters, Principal, parse_policy
+from minikms.policy import Charge, Clock, Cost, FilePolicy, Meters, Scope, parse_policy
 from minikms.policy.rules import Grant
 
 HOUR_MS = 3_600_000
@@ -97,16 +97,16 @@ class Machine:
         self.boot_at_ms = self.real_ms
         self.start()
 
-    def who(self, name: str) -> Principal:
-        """A uid by itself, any other name through uid 992."""
+    def scope(self, name: str) -> Scope:
+        """Of a uid by itself, of any other name through uid 992."""
         asked = (int(name[4:]), 1, None) if name.startswith("uid:") else (992, 1, name)
         found = self.policy.principal(*asked)
         assert found is not None
-        return found
+        assert found.scope is not None
+        return found.scope
 
     def grant(self, name: str) -> Grant:
-        scope = self.who(name).scope
-        found = scope and scope.decide("decrypt", "thread")
+        found = self.scope(name).decide("decrypt", "thread")
         assert found
         return found
 
@@ -115,8 +115,8 @@ class Machine:
 
     def begin(self, name: str, decrypts: int) -> Charge | Awaitable[Charge]:
         """As the service does: charged as a request, and then for what was decided."""
-        who, costs = self.who(name), self.costs(name, decrypts)
-        return self.meters.charge(who, costs, self.meters.enter(who, costs))
+        scope, costs = self.scope(name), self.costs(name, decrypts)
+        return self.meters.charge(scope, costs, self.meters.enter(scope, costs))
 
     def charge(self, *requests: tuple[str, int]) -> list[Charge | MiniKmsError]:
         """Charges requests in one turn, each of a principal and a number of decrypts; what became of each."""

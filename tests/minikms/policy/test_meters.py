@@ -48,7 +48,7 @@ def test_without_limits_nothing_is_counted_or_written() -> None:
     assert (machine.disk.writes, machine.disk.content) == (0, None)
     unlimited = Policy([1]).principal(1, 1)
     assert unlimited is not None
-    assert isinstance(machine.meters.charge(unlimited, {}, machine.meters.enter(unlimited, ())), Charge)
+    assert isinstance(machine.meters.charge(unlimited.scope, {}, machine.meters.enter(unlimited.scope, ())), Charge)
 
 
 def test_requests_per_second_allow_a_burst_of_one_second() -> None:
@@ -106,12 +106,12 @@ def test_the_proxy_is_charged_for_all_whom_it_names() -> None:
 
 def test_reencryptions_have_a_limit_of_their_own() -> None:
     machine = Machine(rules("decrypts_per_hour = 1, reencrypts_per_hour = 100"))
-    who = machine.who("uid:1")
+    scope = machine.scope("uid:1")
 
     async def charge(reencrypts: int) -> str:
         try:
             costs = {machine.grant("uid:1"): Cost(0, reencrypts)}
-            charged = machine.meters.charge(who, costs, machine.meters.enter(who, costs))
+            charged = machine.meters.charge(scope, costs, machine.meters.enter(scope, costs))
             return "passed" if isinstance(charged, Charge) or await charged else ""
         except LimitExceededError as error:
             return error.limit
@@ -235,8 +235,8 @@ def test_the_whole_state_is_not_encoded_in_the_thread_of_the_requests(monkeypatc
     async def main() -> None:
         with ThreadPoolExecutor(1) as executor:
             machine.start(executor)
-            who, costs = machine.who("uid:1"), machine.costs("uid:1", 3)
-            charged = machine.meters.charge(who, costs, machine.meters.enter(who, costs))
+            scope, costs = machine.scope("uid:1"), machine.costs("uid:1", 3)
+            charged = machine.meters.charge(scope, costs, machine.meters.enter(scope, costs))
             assert isinstance(charged, Awaitable)
             (await charged).release()
 
