@@ -12,8 +12,8 @@ Owns: the accounts of all limits, their durable blocks, and the charge of a requ
   names take neither memory nor a limit of their own. Accounts belong to a grant by its identity: a reload keeps them.
 
 Everything runs in the event loop's thread but the calls of the file. `Retry-After` says when there is room, if nobody
-else asks; only a batch with more items than an hourly limit never has room, and the text of its refusal says so. It
-must never refuse without such an answer.
+else asks; a batch with more items than an hourly limit never has room, and is refused in another way. It must never
+tell a caller to wait for room that never comes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Collection, Iterator, Mapping
 from concurrent.futures import Executor
 from typing import Final, NamedTuple, Protocol
 
-from minikms.errors import LimitExceededError, MiniKmsError, StorageUnavailableError
+from minikms.errors import LimitExceededError, MiniKmsError, StorageUnavailableError, TooManyError
 from minikms.policy.budgets import (
     FILE_BYTES_MAX,
     HEADER,
@@ -165,12 +165,10 @@ class _Item(NamedTuple):
         if limits.reencrypts_per_hour is not None and cost.reencrypts:
             yield "reencrypts", budgets["reencrypts"], limits.reencrypts_per_hour, cost.reencrypts
 
-    def exceeded(self, limit: LimitName, wait_s: int, *, too_many: bool = False) -> LimitExceededError:
+    def exceeded(self, limit: LimitName, wait_s: int) -> LimitExceededError:
         """The refusal of a request for which this account has no room."""
         of_all = self.account.who == ALL
         text = f"the limit {limit} of this {self.label.partition(' ')[0] if of_all else 'principal'} is used up"
-        if too_many:
-            text = f"the request has more items than the limit {limit} allows in an hour: send smaller batches"
         return LimitExceededError(
             f"{text}; try again in {wait_s} s", wait_s, limit=limit, holder=self.label, of_all=of_all
         )
@@ -287,14 +285,17 @@ class Meters:
 
     def _check_budgets(self, item: _Item, now_ms: int) -> bool:
         """Whether the hourly limits of the account have room for the request now; False: once a block was opened.
-        Raises LimitExceededError.
+        Raises LimitExceededError; TooManyError where the request never has room.
         """
         durable = True
         for kind, budget, limit, uses in item.budgets():
+            if uses > limit:
+                name = _LIMIT_NAMES[kind]
+                raise TooManyError(f"the request has more items than {name} allows in an hour; send smaller batches")
             wait_ms = budget.wait_ms(uses, limit, now_ms)
             if wait_ms:
                 self._refused[Key(*item.key, kind)] = (budget, limit)
-                raise item.exceeded(_LIMIT_NAMES[kind], -(-wait_ms // 1000), too_many=uses > limit)
+                raise item.exceeded(_LIMIT_NAMES[kind], -(-wait_ms // 1000))
             if self._refused:
                 self._refused.pop(Key(*item.key, kind), None)  # its limit was raised, or use has left the window
             durable = durable and budget.covers(uses, limit, now_ms)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from minikms.errors import LimitExceededError
+from minikms.errors import LimitExceededError, TooManyError
 from minikms.policy import Charge, Clock, Cost, Policy, budgets, meters, parse_policy
 from minikms.policy.budgets import Key, Opening
 from tests.minikms.policy.metering import HOUR_MS, Machine
@@ -102,6 +102,17 @@ def test_the_proxy_is_charged_for_all_whom_it_names() -> None:
     error = machine.refused("spiffe://prod/a", 0)
     assert (error.holder, error.of_all) == ("proxy 1 (gateway)", True)
     assert passing(machine, "uid:1", 10) == 10
+
+
+def test_a_batch_that_never_has_room_is_not_asked_to_wait() -> None:
+    """A rotation job that waits for such room would wait for ever."""
+    machine = Machine(rules("decrypts_per_hour = 10"))
+    for used in (0, 10):
+        assert passing(machine, "uid:1", 1, used) == 1
+        (found,) = machine.charge(("uid:1", 11))
+        assert isinstance(found, TooManyError)
+        assert "more items than decrypts_per_hour allows" in str(found)
+    machine.refused("uid:1", 1)
 
 
 def test_reencryptions_have_a_limit_of_their_own() -> None:
