@@ -165,6 +165,13 @@ class _Item(NamedTuple):
         if limits.reencrypts_per_hour is not None and cost.reencrypts:
             yield "reencrypts", budgets["reencrypts"], limits.reencrypts_per_hour, cost.reencrypts
 
+    def check_size(self) -> None:
+        """Raises TooManyError where the account never has room for the request."""
+        for kind, _, limit, uses in self.budgets():
+            if uses > limit:
+                name = _LIMIT_NAMES[kind]
+                raise TooManyError(f"the request has more items than {name} allows in an hour; send smaller batches")
+
     def exceeded(self, limit: LimitName, wait_s: int) -> LimitExceededError:
         """The refusal of a request for which this account has no room."""
         of_all = self.account.who == ALL
@@ -238,9 +245,9 @@ class Meters:
     def charge(self, scope: Scope | None, costs: Mapping[Grant, Cost], entered: Charge) -> Charge | Awaitable[Charge]:
         """Charges what a request uses, once it is decided. The answer is `entered`, moved to the grants that decide.
 
-        costs: of each grant that decided about the request or one of its items. Raises LimitExceededError; then
-        `entered` is unchanged. Where a block has to reach the disk first, the answer is awaited; then it may also raise
-        StorageUnavailableError.
+        costs: of each grant that decided about the request or one of its items. Raises LimitExceededError, and
+        TooManyError where there is never room; then `entered` is unchanged. Where a block has to reach the disk first,
+        the answer is awaited; then it may also raise StorageUnavailableError.
         """
         if scope is None:
             return entered
@@ -257,8 +264,10 @@ class Meters:
         self._file.close()
 
     def _try(self, scope: Scope, costs: Mapping[Grant, Cost], entered: Charge) -> Charge | None:
-        """None: a block has to be opened first. Raises LimitExceededError."""
+        """None: a block has to be opened first. Raises LimitExceededError, TooManyError."""
         items = self._items(scope, costs)
+        for item in items:
+            item.check_size()
         now_ms = self._clock.boot_ms()
         durable = True
         for item in items:
@@ -285,13 +294,10 @@ class Meters:
 
     def _check_budgets(self, item: _Item, now_ms: int) -> bool:
         """Whether the hourly limits of the account have room for the request now; False: once a block was opened.
-        Raises LimitExceededError; TooManyError where the request never has room.
+        Raises LimitExceededError.
         """
         durable = True
         for kind, budget, limit, uses in item.budgets():
-            if uses > limit:
-                name = _LIMIT_NAMES[kind]
-                raise TooManyError(f"the request has more items than {name} allows in an hour; send smaller batches")
             wait_ms = budget.wait_ms(uses, limit, now_ms)
             if wait_ms:
                 self._refused[Key(*item.key, kind)] = (budget, limit)

@@ -20,6 +20,7 @@ from minikms.errors import (
     LimitExceededError,
     MiniKmsError,
     StorageUnavailableError,
+    TooManyError,
     UnauthorizedError,
 )
 from minikms.policy import Principal
@@ -132,17 +133,20 @@ BUDGETS = grant(1, '["a-*"]', more="limits = { decrypts_per_hour = 10 }\nlimits_
 
 def test_a_batch_is_charged_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     async def main() -> None:
-        policy = BUDGETS + grant(1, '["b-*"]', more="limits = { decrypts_per_hour = 3 }")
+        policy = BUDGETS + grant(1, '["b-*"]', more="limits = { decrypts_per_hour = 4 }")
         async with limited(tmp_path / "d", policy) as made:
             who = made.who(1)
             [a], [b] = await made.one.make(1, "a-1"), await made.one.make(1, "b-1")
             text = {key_id: await sealed(made, who, key_id) for key_id in (a, b)}
+            await made.ask(who, api.DECRYPT, api.DecryptItem(b, text[b]))
 
             def batch(*key_ids: str) -> api.DecryptBatchRequest:
                 return api.DecryptBatchRequest(
                     [api.DecryptItem(key_id, text.get(key_id, text[a])) for key_id in key_ids]
                 )
 
+            with pytest.raises(TooManyError, match="more items than decrypts_per_hour allows"):
+                await made.ask(who, api.DECRYPT_BATCH, batch(*[a] * 5, *[b] * 5))
             with pytest.raises(LimitExceededError) as refused:
                 await made.ask(who, api.DECRYPT_BATCH, batch(*[a] * 5, *[b] * 4))
             assert refused.value.limit == "decrypts_per_hour"
