@@ -30,7 +30,7 @@ from pathlib import Path
 from minikms.client import Client, KmsError
 from tests.harness.terminal import OnTerminal
 
-READY_SECONDS_MAX = 30.0
+READY_SECONDS_MAX = 60.0
 RUN_SECONDS_MAX = 60.0
 PORTS = (20_000, 32_000)
 DIRECTORY = Path(__file__).parent / "transcripts"

@@ -39,7 +39,7 @@ def call_server(made: Machine, target: str, body: object = None) -> None:
     headers = {"X-API-Key": made.api_key("backend"), "X-User-ID": "ada"}
     data = None if body is None else json.dumps(body).encode()
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with direct.open(urllib.request.Request(url, data, headers), timeout=30) as answer:
+    with direct.open(urllib.request.Request(url, data, headers), timeout=60) as answer:
         assert answer.status == 200
 
 

@@ -14,7 +14,7 @@ class UnixReply(NamedTuple):
     body: bytes
 
 
-TIMEOUT_S = 30
+TIMEOUT_S = 60
 
 
 class UnixConnection(http.client.HTTPConnection):

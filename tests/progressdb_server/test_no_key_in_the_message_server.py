@@ -25,7 +25,7 @@ API_KEY = "a-key-of-the-test"
 
 
 def call(port: int, method: str, path: str, body: object = None) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     headers = {"X-API-Key": API_KEY, "X-User-ID": "user", "Content-Type": "application/json"}
     with contextlib.closing(connection):
         connection.request(method, path, json.dumps(body) if body is not None else None, headers)
@@ -48,7 +48,7 @@ def server(base: Path, environ: dict[str, str], *flags: str) -> Iterator[tuple[s
             stderr=log,
         )
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             with contextlib.suppress(OSError):
                 if call(port, "GET", "/healthz")[0] == 200:
@@ -58,7 +58,7 @@ def server(base: Path, environ: dict[str, str], *flags: str) -> Iterator[tuple[s
         yield process, port
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 def children_of(pid: int) -> list[int]:

@@ -19,7 +19,7 @@ import pytest
 
 from tests.harness.callers import PolicyDaemon
 
-START_S_MAX = 30.0
+START_S_MAX = 60.0
 SHIPPED = Path(__file__).parents[2] / "deploy" / "policy.toml"
 ADMIN, BACKEND = "admin-key", "backend-key"
 
@@ -37,7 +37,7 @@ class Server:
         self.port = port
 
     def ask(self, method: str, path: str, body: object = None, *, key: str = BACKEND) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             sent = None if body is None else json.dumps(body)
             connection.request(
@@ -78,7 +78,7 @@ def server(base: Path, daemon: PolicyDaemon) -> Iterator[Server]:
         yield made
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
 
 
 @pytest.fixture

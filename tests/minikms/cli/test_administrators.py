@@ -105,7 +105,7 @@ def serving(base: Path, *, allowed: tuple[int, ...], admins: tuple[int, ...]) ->
         yield place
     finally:
         daemon.terminate()
-        daemon.wait(20)
+        daemon.wait(60)
 
 
 @contextmanager

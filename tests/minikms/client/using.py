@@ -19,7 +19,7 @@ KEY = "k_" + "0" * 26
 CREATED = answer(b'{"key_id":"%b","wrapped":"eA=="}' % KEY.encode())
 SEALED = answer(b'{"ciphertext":"eA=="}')
 STATUS = answer(b'{"a":1}')
-WAIT_S = 5.0
+WAIT_S = 60.0
 
 Use = Callable[..., list[Any]]
 

@@ -295,7 +295,7 @@ def activate(passed: socket.socket | IO[str], path: str, count: str = "1") -> st
         pass_fds=[passed.fileno()],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     assert done.returncode == 0, done.stderr

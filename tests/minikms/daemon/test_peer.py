@@ -32,7 +32,7 @@ def listener(tmp_path: Path) -> Any:
         sock.bind(str(path))
         path.chmod(0o666)
         sock.listen()
-        sock.settimeout(10)
+        sock.settimeout(60)
         yield sock
 
 
@@ -126,7 +126,7 @@ def test_a_uid_without_a_number_here_is_the_overflow_uid() -> None:
             pass_fds=[listener.fileno()],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=60,
             check=False,
         )
     assert done.stdout.split() == ["65534", "True", "False"], done.stderr

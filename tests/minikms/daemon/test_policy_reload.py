@@ -30,7 +30,7 @@ from tests.harness.callers import NOBODY, OTHER, PROXY, ROOT_GRANT, USER, Policy
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms.service.asking import b64
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 NAME = "spiffe://prod/chat/one"
 
 

@@ -30,7 +30,7 @@ from tests.minikms.custody.rotation.crash_points import Daemon, Injection, Point
 from tests.minikms.daemon import foreign
 from tests.minikms.service.asking import NO_KEY, ask, post
 
-WAIT_SECONDS_MAX = 30.0
+WAIT_SECONDS_MAX = 60.0
 
 
 @pytest.fixture

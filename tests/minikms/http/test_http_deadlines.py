@@ -178,7 +178,7 @@ def test_after_a_refusal_input_is_thrown_away_for_a_bounded_time() -> None:
             peer.send(b"nonsense\r\n\r\n")
             assert (await peer.answer()).status == 400
             with pytest.raises(ConnectionError):
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(60):
                     while True:
                         peer.send(b"x" * 10_000)
                         await peer.writer.drain()

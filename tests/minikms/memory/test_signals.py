@@ -58,7 +58,7 @@ def test_the_event_loop_is_woken_by_a_signal() -> None:
                 asyncio.get_running_loop().add_reader(reader.fileno(), lambda: got.set_result(list(reader.read())))
                 os.kill(os.getpid(), signal.SIGHUP)
                 try:
-                    async with asyncio.timeout(10):
+                    async with asyncio.timeout(60):
                         return await got
                 finally:
                     asyncio.get_running_loop().remove_reader(reader.fileno())

@@ -122,7 +122,7 @@ def kill_at_first_backup(daemon: LiveDaemon, root: str) -> None:
     with at_each_call(daemon, "mkdir,mkdirat", "signal=KILL:when=1"):
         with contextlib.suppress(OSError):
             rotate(daemon, root)
-        daemon.process.wait(20)
+        daemon.process.wait(60)
 
 
 @contextlib.contextmanager
@@ -239,7 +239,7 @@ def test_a_stop_does_not_wait_for_a_rotation_the_next_start_finishes(tmp_path: P
                 time.sleep(0.01)
             daemon.process.terminate()
             waiting.join(20)
-        assert daemon.process.wait(20) == 0
+        assert daemon.process.wait(60) == 0
         assert [(answer.status, answer.code) for answer in answers] == [(503, "interrupted")]
         daemon.start()
         status_once(daemon, no_rotation)
@@ -326,7 +326,7 @@ def test_on_request_the_key_file_is_rewritten_and_the_old_root_removed(tmp_path:
         assert rotate(daemon, NEW).status == 200
         assert daemon.root_file.read_text() == NEW + "\n"
         assert daemon.root_file.stat().st_mode & 0o777 == 0o600
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while len(status(daemon)["root"]["slots"]) > 1 or not daemon.events("root_removed"):
             assert time.monotonic() < deadline
         told = status(daemon)
@@ -412,7 +412,7 @@ def test_backups_of_a_few_rotations_are_kept_and_older_ones_removed(own_daemon: 
         shutil.copytree(newest, path)
     own_daemon.start()
     rotate(own_daemon)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(path.exists() for path in older[:4]):  # five, when the two rotations were not within one second
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -63,7 +63,7 @@ class Sdk:
         )
 
     def close(self) -> None:
-        self._process.communicate(timeout=20)
+        self._process.communicate(timeout=60)
 
     def __call__(self, key: str) -> Client:
         return Client(self, key)

@@ -198,7 +198,7 @@ def test_a_line_that_never_ends_is_cut_off_before_it_costs_memory(
     """The parser holds back what has not ended, and no callback tells of it."""
     sent = 0
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.settimeout(10)
+        connection.settimeout(60)
         connection.sendall(before)
         with contextlib.suppress(ConnectionError):
             while sent < 64 * limits.HELD_BYTES_MAX:
@@ -382,7 +382,7 @@ def test_a_stop_finishes_what_is_in_flight_and_takes_nothing_new(monkeypatch: py
     with running(api) as server:
         connection, idle = server.connect(), server.connect()
         connection.sendall(request())
-        assert started.wait(10)
+        assert started.wait(60)
         server.ask_to_stop()
         assert closed_within(idle, 10)
         with pytest.raises(OSError, match=r"refused|reset"):

@@ -294,7 +294,7 @@ def test_appends_from_many_connections_have_one_order_and_lose_nothing(server: R
     made: list[list[str]] = [[] for _ in range(clients)]
 
     def append(number: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         for at in range(each):
             sent = {"thread": thread, "author": f"user-{number}", "body": [number, at]}
             made[number].append(server("POST", "/v1/messages", sent, connection=connection).json["id"])

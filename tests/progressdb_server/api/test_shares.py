@@ -110,7 +110,7 @@ def test_unfinished_uploads_of_one_user_beyond_its_share_are_refused() -> None:
             assert read_response(other).status == 200
         # A refused upload goes on to its end, and the connection is as good as before.
         last = hostile[-1]
-        last.settimeout(10)
+        last.settimeout(60)
         last.sendall(b"x" * (MIB - 512 * 1024) + GET)
         assert read_response(last).status == 200
     wait_until(lambda: drained(server))

@@ -25,7 +25,7 @@ from tests.harness.unix_http import UnixConnection
 from tests.harness.waiting import wait_until
 from tests.progressdb_server.kms.conftest import Place
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 Alive = Callable[[int], bool]
 Run = Callable[[Coroutine[Any, Any, int]], int]
 

@@ -21,7 +21,7 @@ from progressdb_server.kms.supervisor import ChildOptions, Supervisor, Superviso
 from tests.harness.scripts import verify_audit
 
 KEY = "ab" * 32
-WAIT_S = 15.0
+WAIT_S = 60.0
 
 
 def options(directory: Path, **more: object) -> ChildOptions:

@@ -110,7 +110,7 @@ def test_refused_creates_leave_no_key_that_nobody_uses(thread: str) -> None:
                 await store.create_message(new("refused", thread))
             with pytest.raises(StoreUnavailableError):
                 await store.create_thread(author="ann", title="refused")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while not store.writer.available:
                     await asyncio.sleep(0.001)
         assert len(provider.keys) == 1
