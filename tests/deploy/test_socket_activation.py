@@ -26,6 +26,7 @@ from minikms.client.errors import KmsUntrustedServerError
 from tests import needs
 from tests.deploy import service_manager
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.ports import free_port
 from tests.minikms.daemon import foreign
 
 SERVICE_UID = foreign.UID
@@ -134,9 +135,7 @@ def test_the_documented_server_accepts_whoever_listens(place: Path, listener: st
         database = place / "db"
         database.mkdir(0o700)
         os.chown(database, CLIENT_UID, CLIENT_UID)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
         settings = {"PROGRESSDB_KMS_SOCKET": str(daemon.socket), "PROGRESSDB_KMS_SPAWN": "0"}
         with (place / "server-log").open("wb") as log:

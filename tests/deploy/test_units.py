@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 from tests import needs
 from tests.deploy import restricted
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.ports import free_port
 
 UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
 EXPOSURE_MAX = {"minikms.service": 0.5, "progressdb.service": 1.5}
@@ -113,9 +113,7 @@ def test_what_the_units_forbid_is_not_needed_by_the_message_server(tmp_path: Pat
     unshare = needs.namespaces("mount", "net", "ipc")
     database = tmp_path / "db"
     database.mkdir(0o700)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with LiveDaemon(tmp_path, "file") as daemon, (tmp_path / "server-log").open("wb") as log:
         environ = {
             **os.environ,

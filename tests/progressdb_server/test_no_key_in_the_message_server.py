@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 
 from tests.harness import live_daemon
 from tests.harness.descriptors import open_files
+from tests.harness.ports import free_port
 from tests.minikms.memory import scanner
 
 pytestmark = pytest.mark.usefixtures("as_root")
@@ -36,9 +36,7 @@ def call(port: int, method: str, path: str, body: object = None) -> tuple[int, b
 @contextlib.contextmanager
 def server(base: Path, environ: dict[str, str], *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """The real server with a miniKMS of its own, answering; and its port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "progressdb_server", "--addr", f"127.0.0.1:{port}", "--db", str(base / "db")]
     with (base / "log").open("wb") as log:
         process = subprocess.Popen(

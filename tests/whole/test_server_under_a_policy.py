@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.harness.callers import PolicyDaemon
+from tests.harness.ports import free_port
 
 START_S_MAX = 60.0
 SHIPPED = Path(__file__).parents[2] / "deploy" / "policy.toml"
@@ -53,9 +53,7 @@ class Server:
 
 @contextlib.contextmanager
 def server(base: Path, daemon: PolicyDaemon) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")} | {
         "PROGRESSDB_KMS_SOCKET": str(daemon.socket),
         "PROGRESSDB_KMS_SPAWN": "0",
