@@ -1,4 +1,4 @@
-"""Ports for programs that are told theirs before they start.
+"""Ports for programs whose port is chosen before they start.
 
 Owns: the choice of a TCP port. Invariants: no outgoing connection takes it, and no other process of the same run of the
 tests chooses it, so that it is still free when the program binds it, and after its restart.

@@ -117,12 +117,19 @@ def test_a_connection_gives_back_its_place_under_any_policy() -> None:
                 admission.close_session(session)
 
 
+def name_of(task: Path) -> str:
+    """Of a thread; empty if it has ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return (task / "comm").read_text().strip()
+    return ""
+
+
 @contextlib.contextmanager
 def held_up(daemon: PolicyDaemon, thread: str, calls: str) -> Iterator[None]:
     """The next of these system calls of a thread of the daemon returns after the block."""
     needs.program("strace")
     tasks = Path(f"/proc/{daemon.pid}/task")
-    [tid] = [task.name for task in tasks.iterdir() if (task / "comm").read_text().strip() == thread]
+    [tid] = [task.name for task in tasks.iterdir() if name_of(task) == thread]
     command = ["strace", "-o", "/dev/null", "-p", tid, "-e", f"trace={calls}"]
     inject = f"inject={calls}:delay_enter=120000000:when=1"
     with subprocess.Popen([*command, "-e", inject], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as tracer:
