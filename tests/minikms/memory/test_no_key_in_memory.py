@@ -390,7 +390,7 @@ def test_without_memfd_secret_keys_are_only_in_the_arena(tmp_path: Path) -> None
     (measure,) = [entry for entry in status.hardening if entry.measure == "keys_in_secret_memory"]
     assert not measure.in_force and "memfd_secret" in measure.why
     assert status.memory.arena == "anonymous"
-    assert {hit.form for hit in report.hits} == {"half"}
+    assert [hit for hit in report.hits if hit.form != "half"] == []
     assert len({hit.where.split(" in ")[1] for hit in report.hits}) == 1, "the arena's region"
     assert "root key" not in {hit.name for hit in report.hits}, "it is released after the start"
     assert len({hit.name for hit in report.hits}) >= 10
