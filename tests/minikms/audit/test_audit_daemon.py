@@ -19,6 +19,7 @@ import pytest
 
 from minikms.cli.serve import parse_head
 from minikms.errors import StartError
+from tests.harness.unix_http import answers
 from tests.harness.waiting import wait_until
 from tests.minikms.audit.logmaker import events_of
 
@@ -67,7 +68,7 @@ def serving(directory: Path, *flags: object) -> Iterator[Daemon]:
     process = subprocess.Popen([*command, "--data-dir", str(daemon.data_dir), *map(str, flags)])
     daemon.pid = process.pid
     try:
-        wait_until(daemon.socket.exists)
+        wait_until(lambda: answers(daemon.socket))
         yield daemon
     finally:
         process.terminate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -25,9 +26,11 @@ PLANTED = "Zr7-planted-secret"
 
 
 def files_below(directory: Path) -> Iterator[tuple[Path, bytes]]:
+    """Without those that a running server removes meanwhile."""
     for path in directory.rglob("*"):
-        if path.is_file() and not path.is_socket():
-            yield path, path.read_bytes()
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file() and not path.is_socket():
+                yield path, path.read_bytes()
 
 
 # --- the store in memory tells the truth ------------------------------------------------------------------------
