@@ -177,7 +177,7 @@ def test_every_section_of_the_runbook_has_commands() -> None:
     assert all(SECTIONS.values())
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_the_commands_of_sections_on_one_machine_do_what_they_should() -> None:
     with machine() as made:
         prepare(made)
