@@ -45,7 +45,7 @@ _DEBIAN_PACKAGES = {
 }
 """The Debian package of each program that a test may need."""
 _PROGRAM = "the program "
-PROBE_S_MAX = 20.0
+PROBE_S_MAX = 60.0
 
 
 def _missing(what: str, *, only_root_can: bool = False) -> NoReturn:

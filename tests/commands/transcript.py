@@ -12,14 +12,11 @@ they stand for what was seen. `python -m tests.commands.transcript FILE…` runs
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import os
-import random
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,11 +25,11 @@ from functools import partial
 from pathlib import Path
 
 from minikms.client import Client, KmsError
+from tests.harness.ports import free_port
 from tests.harness.terminal import OnTerminal
 
-READY_SECONDS_MAX = 30.0
+READY_SECONDS_MAX = 60.0
 RUN_SECONDS_MAX = 60.0
-PORTS = (20_000, 32_000)
 DIRECTORY = Path(__file__).parent / "transcripts"
 
 _NUMBERED = {
@@ -68,14 +65,6 @@ _PLAIN = (
     (re.compile(r"\b127\.0\.0\.1:\d{4,5}\b"), "<address>"),
     (re.compile(r"urlopen error .Errno \d+. [^>]*"), "urlopen error"),
 )
-
-
-def free_port() -> int:
-    """A port that nobody listens on, below the ports that the kernel gives to connections: a restart finds it free."""
-    while True:
-        port = random.randrange(*PORTS)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 class Session:

@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 from tests import needs
 from tests.deploy import restricted
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.ports import free_port
 
 UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
 EXPOSURE_MAX = {"minikms.service": 0.5, "progressdb.service": 1.5}
@@ -98,7 +98,7 @@ def test_what_the_units_forbid_is_not_needed_by_the_key_service(tmp_path: Path) 
         status = client.status()
         kernel = Path(f"/proc/{daemon.pid}/status").read_text()
         daemon.process.terminate()
-        assert daemon.process.wait(20) == 0
+        assert daemon.process.wait(60) == 0
     assert status.memory.arena == "memfd_secret"
     missing = {measure.measure: measure.why for measure in status.hardening if not measure.in_force}
     assert missing.keys() <= {"memory_locked"}, missing
@@ -113,9 +113,7 @@ def test_what_the_units_forbid_is_not_needed_by_the_message_server(tmp_path: Pat
     unshare = needs.namespaces("mount", "net", "ipc")
     database = tmp_path / "db"
     database.mkdir(0o700)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with LiveDaemon(tmp_path, "file") as daemon, (tmp_path / "server-log").open("wb") as log:
         environ = {
             **os.environ,
@@ -127,7 +125,7 @@ def test_what_the_units_forbid_is_not_needed_by_the_message_server(tmp_path: Pat
         command += [str(database), sys.executable, "-m", "progressdb_server", "--addr", f"127.0.0.1:{port}"]
         process = subprocess.Popen([*command, "--db", str(database)], env=environ, stdout=log, stderr=log)
         try:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while ask(port, "GET", "/healthz") is None:
                 assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "server-log").read_text()
                 time.sleep(0.05)
@@ -140,7 +138,7 @@ def test_what_the_units_forbid_is_not_needed_by_the_message_server(tmp_path: Pat
             listed = ask(port, "GET", f"/v1/messages?thread={thread}")
         finally:
             process.terminate()
-            status = process.wait(20)
+            status = process.wait(60)
     assert listed is not None
     assert [message["body"]["text"] for message in listed["messages"]] == [str(number) for number in range(50)]
     assert status == 0, (tmp_path / "server-log").read_text()
@@ -148,7 +146,7 @@ def test_what_the_units_forbid_is_not_needed_by_the_message_server(tmp_path: Pat
 
 def ask(port: int, method: str, path: str, body: object = None) -> dict[str, Any] | None:
     """The answer's object; None when there is no good one."""
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
         try:
             headers = {"X-API-Key": "key", "X-User-ID": "a"}
             connection.request(method, path, None if body is None else json.dumps(body), headers)

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from tests import needs
-from tests.commands.transcript import free_port
 from tests.deploy import restricted, service_manager
+from tests.harness.ports import free_port
 from tests.harness.terminal import OnTerminal
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -27,7 +27,7 @@ principals = ["uid:0"]
 roles = ["create", "encrypt", "decrypt", "data_key", "monitor", "rotate", "destroy", "unseal"]
 threads = ["*"]
 """
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Reply(NamedTuple):

@@ -30,7 +30,7 @@ def answer_of(prologue: str, code: str, *arguments: str) -> Any:
         [sys.executable, "-c", source, *arguments],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -41,5 +41,5 @@ def verify_audit(data_dir: Path, key_file: str | Path | None = None) -> None:
     """`minikms audit verify` finds the log intact. Without `key_file` it looks for the key beside the directory."""
     command = [sys.executable, "-m", "minikms", "audit", "verify", "--data-dir", str(data_dir)]
     key = [] if key_file is None else ["--master-key-file", str(key_file)]
-    done = subprocess.run([*command, *key], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([*command, *key], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

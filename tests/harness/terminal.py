@@ -16,7 +16,7 @@ import termios
 from collections.abc import Mapping, Sequence
 from typing import Self
 
-WAIT_S_MAX = 30.0
+WAIT_S_MAX = 60.0
 
 
 class OnTerminal:

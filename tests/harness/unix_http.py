@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
 from pathlib import Path
@@ -14,7 +15,7 @@ class UnixReply(NamedTuple):
     body: bytes
 
 
-TIMEOUT_S = 30
+TIMEOUT_S = 60
 
 
 class UnixConnection(http.client.HTTPConnection):
@@ -26,6 +27,13 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._path))
+
+
+def answers(path: Path) -> bool:
+    """Whether a daemon serves at `path`. That the socket is there is not enough: it is bound before it listens."""
+    with contextlib.suppress(OSError):
+        return unix_request(path, "/health").status == 200
+    return False
 
 
 def unix_request(path: Path, target: str, method: str = "GET") -> UnixReply:

@@ -87,9 +87,9 @@ def test_a_start_on_a_full_disk_names_the_file_and_the_reason(
     script = f"mount -t tmpfs -o size=8m none {base}; mkdir -m 700 {base}/d; "
     script += f"{make} >&2 && " if existing else ""
     script += f"cat /dev/zero > {base}/fill; truncate -s -{free_blocks * 4096} {base}/fill; "
-    script += f"timeout 20 {serve} 2>&1; true"
+    script += f"timeout 100 {serve} 2>&1; true"
     done = subprocess.run(
-        [unshare, "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=90, check=True
+        [unshare, "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=200, check=True
     )
     assert re.search(rf"^minikms: {base}/d/{name} .*No space left on device\. Free space", done.stdout, re.MULTILINE), (
         done.stdout + done.stderr

@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 
 from tests.harness import live_daemon
 from tests.harness.descriptors import open_files
+from tests.harness.ports import free_port
 from tests.minikms.memory import scanner
 
 pytestmark = pytest.mark.usefixtures("as_root")
@@ -25,7 +25,7 @@ API_KEY = "a-key-of-the-test"
 
 
 def call(port: int, method: str, path: str, body: object = None) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     headers = {"X-API-Key": API_KEY, "X-User-ID": "user", "Content-Type": "application/json"}
     with contextlib.closing(connection):
         connection.request(method, path, json.dumps(body) if body is not None else None, headers)
@@ -36,9 +36,7 @@ def call(port: int, method: str, path: str, body: object = None) -> tuple[int, b
 @contextlib.contextmanager
 def server(base: Path, environ: dict[str, str], *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """The real server with a miniKMS of its own, answering; and its port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "progressdb_server", "--addr", f"127.0.0.1:{port}", "--db", str(base / "db")]
     with (base / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -48,7 +46,7 @@ def server(base: Path, environ: dict[str, str], *flags: str) -> Iterator[tuple[s
             stderr=log,
         )
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             with contextlib.suppress(OSError):
                 if call(port, "GET", "/healthz")[0] == 200:
@@ -58,7 +56,7 @@ def server(base: Path, environ: dict[str, str], *flags: str) -> Iterator[tuple[s
         yield process, port
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 def children_of(pid: int) -> list[int]:

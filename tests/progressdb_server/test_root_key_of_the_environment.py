@@ -15,7 +15,7 @@ from tests.harness.descriptors import open_files
 from tests.progressdb_server.api.real_server import RealServer, real_server
 
 KEY = "0123456789abcdef" * 4
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 def descriptors_of_the_key(pid: int) -> list[str]:

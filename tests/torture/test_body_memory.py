@@ -41,7 +41,7 @@ def test_unfinished_uploads_take_no_more_memory_than_the_budget(tmp_path: Path, 
         before = resident_bytes(server.pid)
         refused = 0
         for _ in range(UPLOADS):
-            connection = opened.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+            connection = opened.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=60))
             connection.sendall(head + b'"'.ljust(MIB - 1, b"x"))
             connection.settimeout(0.05)
             with contextlib.suppress(TimeoutError):

@@ -56,7 +56,7 @@ class Client(threading.Thread):
         self.unexpected: list[object] = []
 
     def run(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self._server.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self._server.port, timeout=60)
         # The end of the server ends the client: OSError, or an answer that was cut off.
         with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
             for turn in range(1_000_000):
@@ -108,7 +108,7 @@ def kill_both(server: RealServer) -> None:
 
 def verify_messages(server: RealServer, ledger: Ledger, threads: list[str]) -> None:
     """Every acknowledged message of these threads is there, and nothing that nobody sent."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     with contextlib.closing(connection):
         for thread in threads:
             reply = server("GET", f"/v1/messages?thread={thread}", connection=connection)

@@ -16,7 +16,7 @@ from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND
 from tests.progressdb_server.api.real_server import RealServer, Reply, real_server
 from tests.progressdb_server.api.sdk import TEST_S_MAX, ApiError, Sdk
 
-WAIT_S_MAX = 30.0
+WAIT_S_MAX = 60.0
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,8 +17,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.harness.callers import PolicyDaemon
+from tests.harness.ports import free_port
 
-START_S_MAX = 30.0
+START_S_MAX = 60.0
 SHIPPED = Path(__file__).parents[2] / "deploy" / "policy.toml"
 ADMIN, BACKEND = "admin-key", "backend-key"
 
@@ -37,7 +37,7 @@ class Server:
         self.port = port
 
     def ask(self, method: str, path: str, body: object = None, *, key: str = BACKEND) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             sent = None if body is None else json.dumps(body)
             connection.request(
@@ -53,9 +53,7 @@ class Server:
 
 @contextlib.contextmanager
 def server(base: Path, daemon: PolicyDaemon) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")} | {
         "PROGRESSDB_KMS_SOCKET": str(daemon.socket),
         "PROGRESSDB_KMS_SPAWN": "0",
@@ -78,7 +76,7 @@ def server(base: Path, daemon: PolicyDaemon) -> Iterator[Server]:
         yield made
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
 
 
 @pytest.fixture

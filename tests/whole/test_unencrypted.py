@@ -147,7 +147,7 @@ def test_nothing_that_is_shipped_asks_for_it() -> None:
 def test_a_server_that_encrypts_does_not_even_load_it() -> None:
     program = "import sys, progressdb_server.server, progressdb_server.cli.command as c; c.app.parse_args([]); "
     program += "print([name for name in sys.modules if name.endswith('unencrypted')])"
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert ran.stdout == "[]\n"
 
 

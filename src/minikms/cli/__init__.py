@@ -9,9 +9,10 @@ from __future__ import annotations
 
 
 def main() -> None:
-    from minikms.cli.rootkey import move_out_of_environment
+    from minikms.cli.rootkey import bind_symbols, move_out_of_environment
 
     move_out_of_environment()
+    bind_symbols()
     import gc
 
     from minikms.usage import COLLECTED_OBJECTS_MIN

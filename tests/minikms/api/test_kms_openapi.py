@@ -21,7 +21,7 @@ from tests.progressdb_server.api.sdk import TEST_S_MAX, environment
 pytestmark = pytest.mark.timeout(TEST_S_MAX)
 PROJECT = Path(__file__).resolve().parents[3]
 DOCUMENT = PROJECT / "docs" / "minikms-openapi.yaml"
-RUN_S_MAX = 240.0
+RUN_S_MAX = 480.0
 SEED = 1
 """Seed of the generated requests in `make test`. Schemathesis prints the seed of a failed run."""
 CONFIGURATION = """

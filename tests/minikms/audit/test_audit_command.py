@@ -256,7 +256,7 @@ def test_new_lines_are_followed_until_interrupted(data_dir: Path) -> None:
         make_more(data_dir)
         assert " 6 decrypt" in following.stdout.readline()
         following.send_signal(signal.SIGINT)
-        assert following.wait(20) == 130
+        assert following.wait(60) == 130
 
 
 def make_more(directory: Path) -> None:

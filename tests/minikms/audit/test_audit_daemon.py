@@ -19,6 +19,7 @@ import pytest
 
 from minikms.cli.serve import parse_head
 from minikms.errors import StartError
+from tests.harness.unix_http import answers
 from tests.harness.waiting import wait_until
 from tests.minikms.audit.logmaker import events_of
 
@@ -43,7 +44,7 @@ class Daemon:
     def _exchange(self, method: str, path: str, content: bytes) -> tuple[int, bytes]:
         head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(content)}\r\n"
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(20)
+            connection.settimeout(60)
             connection.connect(str(self.socket))
             connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
             answer = b""
@@ -67,12 +68,12 @@ def serving(directory: Path, *flags: object) -> Iterator[Daemon]:
     process = subprocess.Popen([*command, "--data-dir", str(daemon.data_dir), *map(str, flags)])
     daemon.pid = process.pid
     try:
-        wait_until(daemon.socket.exists)
+        wait_until(lambda: answers(daemon.socket))
         yield daemon
     finally:
         process.terminate()
         try:
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()
 
@@ -167,7 +168,7 @@ def test_an_altered_log_prevents_a_start_until_the_loss_is_accepted(tmp_path: Pa
     content = (daemon.data_dir / LOG).read_bytes()
     (daemon.data_dir / LOG).write_bytes(content[:-3] + b"\n")
     command = [*PROGRAM, "--dev", "--socket", str(daemon.socket), "--data-dir", str(daemon.data_dir)]
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert refused.returncode != 0
     assert "--accept-audit-loss" in refused.stderr
     with serving(tmp_path, "--accept-audit-loss") as daemon:
@@ -188,12 +189,12 @@ def test_a_log_without_the_expected_line_is_refused(tmp_path: Path) -> None:
     command = [*PROGRAM, "--dev", "--socket", str(daemon.socket), "--data-dir", str(daemon.data_dir)]
     command += ["--expect-audit-head", expected]
     # The epochs of the keyring show the cut too, unless those who cut put back an older keyring with it.
-    refused = subprocess.run([*command, "--accept-restore"], capture_output=True, text=True, timeout=30, check=False)
+    refused = subprocess.run([*command, "--accept-restore"], capture_output=True, text=True, timeout=60, check=False)
     assert refused.returncode != 0
     assert f"the audit log ends at line {head['seq'] - 1}, but line {head['seq']} was written" in refused.stderr
     with serving(tmp_path, "--accept-restore") as daemon:
         daemon.ask("GET", "/status")
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert refused.returncode != 0
     assert f"line {head['seq']} of the audit log is not the one that was written" in refused.stderr
 

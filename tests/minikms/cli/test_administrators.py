@@ -14,6 +14,7 @@ import pytest
 
 from tests import needs
 from tests.harness.terminal import OnTerminal
+from tests.harness.unix_http import answers
 from tests.harness.waiting import wait_until
 
 SERVICE_UID = 45_679
@@ -100,12 +101,12 @@ def serving(base: Path, *, allowed: tuple[int, ...], admins: tuple[int, ...]) ->
             stderr=log,
         )
     try:
-        wait_until(lambda: place.socket.exists() or daemon.poll() is not None)
+        wait_until(lambda: answers(place.socket) or daemon.poll() is not None)
         assert daemon.poll() is None, (base / "log").read_text()
         yield place
     finally:
         daemon.terminate()
-        daemon.wait(20)
+        daemon.wait(60)
 
 
 @contextmanager

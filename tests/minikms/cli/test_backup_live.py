@@ -60,7 +60,7 @@ def test_backups_beside_a_busy_daemon_are_good_and_hold_what_was_there(tmp_path:
         receipt = kms.destroy_key(victim)
         assert set(receipt.archives) >= {str(tmp_path / f"b{number}") for number in range(BACKUPS)}
         daemon.process.terminate()
-        daemon.process.wait(20)
+        daemon.process.wait(60)
         restored: list[str | Path] = ["--data-dir", tmp_path / "restored", "--master-key-file", daemon.root_file]
         done = minikms("backup", "restore", tmp_path / "b0", *restored, "--newer-keyring", newest)
         assert done.returncode == 0, done.stderr
@@ -109,7 +109,7 @@ def removed_root(daemon: LiveDaemon, base: Path) -> tuple[Path, Path, str, bytes
         kms.remove_root("s1")
         wait_until(lambda: [root.state for root in kms.list_roots().roots] == ["active"])
     daemon.process.terminate()
-    daemon.process.wait(20)
+    daemon.process.wait(60)
     return spare, archive, key_id, sealed
 
 

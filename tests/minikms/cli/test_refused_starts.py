@@ -79,7 +79,7 @@ def test_a_locked_directory_names_the_process_to_end(tmp_path: Path) -> None:
         text = refused(daemon.data_dir, "--master-key-file", str(daemon.root_file))
         assert helps(text) == [f"kill {daemon.pid}"]
         os.kill(daemon.pid, signal.SIGTERM)
-        assert daemon.process.wait(20) == 0
+        assert daemon.process.wait(60) == 0
 
 
 def test_an_older_keyring_wants_the_restore_accepted(tmp_path: Path) -> None:

@@ -23,12 +23,12 @@ def daemon_socket() -> Iterator[str]:
             stderr=subprocess.DEVNULL,
         )
         try:
-            with Client(path, wait_s=15) as client:
+            with Client(path, wait_s=60) as client:
                 client.health()
             yield path
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(60)
 
 
 @pytest.fixture(params=[use_blocking, use_asyncio, use_uvloop], ids=["blocking", "asyncio", "uvloop"])

@@ -47,6 +47,8 @@ class HostileServer:
         self.path = path
         self.requests: list[bytes] = []
         self.connections = 0
+        self.ended = threading.Event()
+        """Set once the first connection has ended."""
         self._scripts = list(scripts)
         self.sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -102,6 +104,8 @@ class HostileServer:
             connection.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
+        finally:
+            self.ended.set()
 
 
 @contextmanager

@@ -177,11 +177,11 @@ def test_the_queue_is_bounded_in_items_and_bytes(monkeypatch: pytest.MonkeyPatch
 def test_an_item_that_waited_too_long_fails_and_is_not_sent() -> None:
     async def main() -> None:
         daemon = Daemon()
-        batcher = Batcher(daemon.send, 0.05)
+        batcher = Batcher(daemon.send, 1.0)
         first = asyncio.create_task(batcher.submit(item(b"first")))
         await turns()
         late = asyncio.create_task(batcher.submit(item(b"late")))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(1.1)
         daemon.go.set()
         assert await first == b"FIRST"
         with pytest.raises(errors.KmsTimeoutError):
@@ -294,7 +294,8 @@ def test_a_slow_encrypt_does_not_hold_up_decrypt_or_status() -> None:
         async def main() -> None:
             async with AsyncClient(server.path) as kms:
                 stuck = asyncio.create_task(kms.encrypt(KEY, b"1"))
-                await asyncio.sleep(0.05)
+                while not server.requests:
+                    await asyncio.sleep(0.001)
                 assert await kms.decrypt(KEY, b"x") == b"a"
                 assert await kms.status() == api.StatusAnswer()
                 assert not stuck.done()
@@ -324,7 +325,8 @@ def test_a_cancelled_call_takes_its_connection_with_it() -> None:
         async def main() -> None:
             async with AsyncClient(server.path) as kms:
                 call = asyncio.create_task(kms.status())
-                await asyncio.sleep(0.05)
+                while not server.requests:
+                    await asyncio.sleep(0.001)
                 call.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await call

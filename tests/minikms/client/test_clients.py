@@ -14,6 +14,7 @@ import threading
 import time
 import warnings
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from minikms import api
 from minikms.client import AsyncClient, Client, calls, errors
 from minikms.client import connecting as peer
 from minikms.client.connecting import POOL_CONNECTIONS_MAX
-from tests.minikms.client.hostile import CLOSE, SILENT, answer, hostile, read_request
+from tests.harness.waiting import wait_until
+from tests.minikms.client.hostile import CLOSE, SILENT, HostileServer, answer, hostile, read_request
 from tests.minikms.client.using import (
     CREATE_CALL,
     CREATED,
@@ -94,7 +96,7 @@ def test_a_call_waits_for_a_daemon_that_comes_back(use: Use) -> None:
 
 def test_a_silent_daemon_is_a_timeout_and_its_late_answer_is_discarded(use: Use) -> None:
     with hostile([SILENT], [STATUS]) as server:
-        first, second = use(server.path, ENCRYPT_CALL, STATUS_CALL, timeout_s=0.2, wait_s=WAIT_S)
+        first, second = use(server.path, ENCRYPT_CALL, STATUS_CALL, timeout_s=2.0, wait_s=WAIT_S)
         assert isinstance(first, errors.KmsTimeoutError)
         assert second == api.StatusAnswer()
         assert server.connections == 2
@@ -152,7 +154,12 @@ def test_a_value_that_is_too_much_for_base64_is_a_protocol_error(use: Use) -> No
 def test_a_harmless_call_is_made_again_when_its_connection_breaks(use: Use) -> None:
     for call, wire in ((STATUS_CALL, STATUS), (ENCRYPT_CALL, SEALED)):
         with hostile([SILENT, CLOSE], [wire[:20], CLOSE], [wire]) as server:
-            server_kills = threading.Timer(0.2, lambda server=server: server.sockets[0].shutdown(socket.SHUT_RDWR))
+
+            def kill_first(server: HostileServer = server) -> None:
+                wait_until(lambda: server.requests)
+                server.sockets[0].shutdown(socket.SHUT_RDWR)
+
+            server_kills = threading.Thread(target=kill_first)
             server_kills.start()
             [result] = use(server.path, call, wait_s=WAIT_S)
             server_kills.join()
@@ -170,7 +177,7 @@ def test_a_create_is_not_made_again_once_it_may_have_arrived(use: Use) -> None:
 
 def test_a_create_survives_a_restart_of_the_daemon_between_two_calls(use: Use) -> None:
     with hostile([STATUS, CLOSE], [CREATED]) as server:
-        [_, made] = use(server.path, STATUS_CALL, CREATE_CALL, wait_s=WAIT_S)
+        [_, made] = use(server.path, STATUS_CALL, CREATE_CALL, wait_s=WAIT_S, between=server.ended.wait)
         assert made.key_id == KEY
 
 
@@ -210,8 +217,6 @@ def test_a_refusal_is_an_error_of_its_code_and_ends_the_call(use: Use) -> None:
 
 
 NOTHING_UNREAD = bytes(4)
-PLANTED_PAUSE_S = 0.5
-"""Longer than the far side needs to plant bytes."""
 
 
 def test_bytes_planted_on_an_idle_connection_answer_no_later_call(use: Use) -> None:
@@ -239,14 +244,8 @@ def test_bytes_planted_on_an_idle_connection_answer_no_later_call(use: Use) -> N
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        if use is use_blocking:
-            with Client(directory + "/s") as client:
-                client.status()
-                planted.wait(WAIT_S)
-                assert client.status() == api.StatusAnswer()
-        else:
-            results = use(directory + "/s", STATUS_CALL, STATUS_CALL, pause_s=PLANTED_PAUSE_S)
-            assert results == [api.StatusAnswer(), api.StatusAnswer()]
+        results = use(directory + "/s", STATUS_CALL, STATUS_CALL, between=partial(planted.wait, WAIT_S))
+        assert results == [api.StatusAnswer(), api.StatusAnswer()]
         thread.join()
 
 
@@ -344,9 +343,10 @@ def test_closing_an_asynchronous_client_ends_what_is_under_way() -> None:
     async def main(path: str) -> None:
         client = AsyncClient(path, timeout_s=60, wait_s=0)
         calls = [asyncio.ensure_future(client.status()), asyncio.ensure_future(client.create_dek_for_thread("t"))]
-        await asyncio.sleep(0.05)
+        while len(server.requests) < 2:
+            await asyncio.sleep(0.001)
         await client.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             repeatable, other = await asyncio.gather(*calls, return_exceptions=True)
         assert isinstance(repeatable, errors.KmsError)
         assert isinstance(other, errors.KmsUnavailableError)

@@ -191,7 +191,7 @@ def test_calls_under_way_survive_restarts_of_the_daemon() -> None:
         async def main() -> None:
             process = start()
             try:
-                async with AsyncClient(path, wait_s=15) as kms:
+                async with AsyncClient(path, wait_s=60) as kms:
                     key_id = (await kms.create_dek_for_thread("thread-1")).key_id
                     sealed = await kms.encrypt(key_id, b"text")
                     stop = asyncio.Event()
@@ -229,7 +229,7 @@ def test_a_uid_that_is_not_allowed_gets_an_error_that_says_so() -> None:
             stderr=subprocess.DEVNULL,
         )
         try:
-            with Client(path, wait_s=15) as kms:
+            with Client(path, wait_s=60) as kms:
                 assert kms.health()
                 with pytest.raises(errors.UnauthorizedError):
                     kms.status()

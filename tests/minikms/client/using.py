@@ -19,17 +19,23 @@ KEY = "k_" + "0" * 26
 CREATED = answer(b'{"key_id":"%b","wrapped":"eA=="}' % KEY.encode())
 SEALED = answer(b'{"ciphertext":"eA=="}')
 STATUS = answer(b'{"a":1}')
-WAIT_S = 5.0
+WAIT_S = 60.0
 
 Use = Callable[..., list[Any]]
 
 
 PAUSE_S = 0.02
-"""Between two calls. A test whose far side needs longer gives its own."""
 
 
-def use_blocking(path: str, *calls: tuple[str, dict[str, Any]], pause_s: float = PAUSE_S, **options: Any) -> list[Any]:
-    """Makes the calls one after the other with one client; a KmsError is a result."""
+def pause() -> None:
+    """Between two calls, where nothing depends on what the far side does meanwhile. Otherwise a test gives its own."""
+    time.sleep(PAUSE_S)
+
+
+def use_blocking(
+    path: str, *calls: tuple[str, dict[str, Any]], between: Callable[[], object] = pause, **options: Any
+) -> list[Any]:
+    """Makes the calls one after the other with one client; a KmsError is a result. `between`: waits after each."""
     with Client(path, **options) as client:
         results = []
         for name, arguments in calls:
@@ -37,7 +43,7 @@ def use_blocking(path: str, *calls: tuple[str, dict[str, Any]], pause_s: float =
                 results.append(getattr(client, name)(**arguments))
             except errors.KmsError as error:
                 results.append(error)
-            time.sleep(pause_s)  # the far side does meanwhile what it has to do
+            between()
         return results
 
 
@@ -45,7 +51,7 @@ def use_asyncio(
     path: str,
     *calls: tuple[str, dict[str, Any]],
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
-    pause_s: float = PAUSE_S,
+    between: Callable[[], object] = pause,
     **options: Any,
 ) -> list[Any]:
     async def main() -> list[Any]:
@@ -56,7 +62,7 @@ def use_asyncio(
                     results.append(await getattr(client, name)(**arguments))
                 except errors.KmsError as error:
                     results.append(error)
-                await asyncio.sleep(pause_s)  # as above
+                await asyncio.to_thread(between)
             return results
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:

@@ -447,7 +447,7 @@ def test_the_batches_of_a_rotation_beside_the_scan_are_all_blanked(
                 found = real(directory)
                 if threading.current_thread() is reader:
                     listed.set()
-                    written.wait(10)
+                    written.wait(60)
                 return found
 
             monkeypatch.setattr(batch_backups, "list_stamps", slowly)

@@ -439,7 +439,7 @@ def test_a_refused_create_does_not_come_back_after_a_kill(
                 if healed:
                     await asyncio.sleep(0.02)
                     assert (one.directory / NAME).exists()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while (one.directory / NAME).exists():
                     await asyncio.sleep(0.001)
             copied_vault(one, tmp_path / "killed")

@@ -34,7 +34,7 @@ class Disk:
     def write_group(self, directory: int, writes: Sequence[FileWrite]) -> list[MiniKmsError | None]:
         self.threads.add(threading.get_ident())
         self.groups.append([write.name for write in writes])
-        assert self.go.wait(10)
+        assert self.go.wait(60)
         if self.failure is not None:
             raise self.failure
         return self._real(directory, writes)

@@ -34,7 +34,7 @@ class RecordingStore(LeaseStore):
     def reserve(self, wanted: Sequence[tuple[bytes, int]]) -> list[int]:
         self.groups.append(list(wanted))
         self.threads.add(threading.get_ident())
-        assert self.go.wait(10)
+        assert self.go.wait(60)
         return super().reserve(wanted)
 
 
@@ -409,7 +409,7 @@ def test_a_long_journal_is_merged_after_its_callers_were_answered(
 
     def merge(store: LeaseStore) -> None:
         merging.set()
-        assert go.wait(10)
+        assert go.wait(60)
         real(store)
 
     monkeypatch.setattr(LeaseStore, "merge", merge)

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tests import needs
+from tests.harness.waiting import wait_until
 
 UID = 45_678
 """Belongs to nobody on the machine; neither root's nor the overflow uid."""
+SETTLED_S = 0.3
+"""Time for a daemon to close more connections than it should."""
 
 
 def run_as(uid: int, action: Callable[[], Any], *, groups: tuple[int, ...] = ()) -> Any:
@@ -43,3 +48,22 @@ def run_as(uid: int, action: Callable[[], Any], *, groups: tuple[int, ...] = ())
     os.waitpid(child, 0)
     assert "raised" not in answer, answer["raised"]
     return answer["answer"]
+
+
+def closed_count(held: Sequence[socket.socket], expected: int) -> int:
+    """How many of these connections, on which nothing was sent, the daemon has closed, after it closed `expected`."""
+    for connection in held:
+        connection.setblocking(False)
+
+    def closed() -> int:
+        count = 0
+        for connection in held:
+            try:
+                count += connection.recv(1, socket.MSG_PEEK) == b""
+            except BlockingIOError:
+                continue
+        return count
+
+    wait_until(lambda: closed() >= expected)
+    time.sleep(SETTLED_S)
+    return closed()

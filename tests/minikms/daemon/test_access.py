@@ -33,11 +33,12 @@ REQUEST = b"%b HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n%b\r\n"
 def ask(path: Path, line: bytes, header: bytes = b"") -> list[Any]:
     """Status of one request, and whether the connection is closed after it."""
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(10)
+        client.settimeout(60)
         client.connect(str(path))
         client.sendall(REQUEST % (line, header))
         answer = client.recv(65536)
-        client.settimeout(0.2)
+        if b"connection: close" not in answer.lower():  # else the end comes, however slow the machine is
+            client.settimeout(0.2)
         try:
             closed = client.recv(65536) == b""
         except TimeoutError:
@@ -105,7 +106,7 @@ def test_a_flood_of_refusals_is_a_few_lines_with_their_count(public: Path) -> No
         count = 500
         begun = time.monotonic()
         foreign.run_as(foreign.UID, lambda: [ask(daemon.socket, b"GET /status")[0] for _ in range(count)])
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             refused = daemon.events("refused")
             if sum(event["count"] for event in refused) == count:
@@ -124,17 +125,10 @@ def test_other_uids_cannot_use_up_the_connections_of_the_allowed(public: Path) -
             held = []
             for _ in range(UNAUTHORISED_CONNECTIONS_MAX + 50):
                 client = socket.socket(socket.AF_UNIX)
-                client.settimeout(5)
+                client.settimeout(60)
                 client.connect(str(daemon.socket))
                 held.append(client)
-            time.sleep(0.3)
-            closed = 0
-            for client in held:
-                client.setblocking(False)
-                try:
-                    closed += client.recv(1) == b""
-                except BlockingIOError:
-                    continue
+            closed = foreign.closed_count(held, 50)
             return [closed, ask(daemon.socket, b"GET /health")[0] if closed < 50 else 0]
 
         closed, _ = foreign.run_as(foreign.UID, occupy)
@@ -148,7 +142,7 @@ def test_the_body_of_another_uid_is_not_kept_not_even_for_health(public: Path, m
 
         def announce() -> int:
             with socket.socket(socket.AF_UNIX) as client:
-                client.settimeout(5)
+                client.settimeout(60)
                 client.connect(str(daemon.socket))
                 client.sendall(b"%b /health HTTP/1.1\r\nHost: x\r\nContent-Length: 16000000\r\n\r\nbegun" % method)
                 return int(client.recv(65536).split()[1])
@@ -169,7 +163,7 @@ def test_a_client_sends_nothing_to_a_squatted_socket(public: Path) -> None:
             listener.listen()
             os.write(ready[1], b"r")
             accepted, _ = listener.accept()
-            accepted.settimeout(10)
+            accepted.settimeout(60)
             os.write(heard[1], b"[" + accepted.recv(1000) + b"]")
 
     child = os.fork()
@@ -194,7 +188,7 @@ def test_of_two_daemons_on_one_directory_exactly_one_serves(public: Path) -> Non
         (base / "key").write_text("ab" * 32)
         starters = [start_for_a_race(base, "s" if round_number % 2 else f"s{number}", number) for number in range(2)]
         try:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while all(starter.poll() is None for starter in starters) and time.monotonic() < deadline:
                 time.sleep(0.01)
             (loser,) = (number for number, starter in enumerate(starters) if starter.poll() is not None)
@@ -204,7 +198,7 @@ def test_of_two_daemons_on_one_directory_exactly_one_serves(public: Path) -> Non
             assert re.search(rf"another process( \(pid {winner.pid}\))? owns", said), said
             assert starters[loser].returncode == 2
             winner.terminate()
-            assert winner.wait(20) == 0
+            assert winner.wait(60) == 0
         finally:
             for starter in starters:
                 starter.kill()
@@ -220,7 +214,7 @@ def start_for_a_race(base: Path, socket_name: str, number: int) -> subprocess.Po
 def test_a_stop_removes_the_socket_and_a_start_replaces_a_stale_one(public: Path) -> None:
     with LiveDaemon(public, "file") as daemon:
         daemon.process.terminate()
-        daemon.process.wait(20)
+        daemon.process.wait(60)
         assert not daemon.socket.exists()
         daemon.start()
         daemon.kill()
@@ -238,12 +232,12 @@ def test_a_socket_and_a_watchdog_of_the_service_manager_are_served(public: Path)
         listener.bind(str(public / "managed"))
         listener.listen()
         manager.bind(str(public / "notify"))
-        manager.settimeout(20)
+        manager.settimeout(60)
         launcher = public / "launcher.py"
         launcher.write_text(
             "import os, sys\n"
             f"os.dup2({listener.fileno()}, 3)\n"
-            "os.environ |= {'LISTEN_PID': str(os.getpid()), 'LISTEN_FDS': '1', 'WATCHDOG_USEC': '200000', "
+            "os.environ |= {'LISTEN_PID': str(os.getpid()), 'LISTEN_FDS': '1', 'WATCHDOG_USEC': '1000000', "
             f"'NOTIFY_SOCKET': {str(public / 'notify')!r}}}\n"
             "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
         )
@@ -254,10 +248,10 @@ def test_a_socket_and_a_watchdog_of_the_service_manager_are_served(public: Path)
             assert [manager.recv(1000) for _ in range(3)] == [b"WATCHDOG=1"] * 3
             assert ask(public / "managed", b"GET /status")[0] == 200
             daemon.process.terminate()
-            daemon.process.wait(20)
             last = b""
-            while not last.startswith(b"STOPPING=1"):
+            while not last.startswith(b"STOPPING=1"):  # read at once: a full queue takes no further message
                 last = manager.recv(1000)
+            daemon.process.wait(60)
         assert (public / "managed").exists(), "the manager's socket is the manager's"
 
 
@@ -289,7 +283,7 @@ def test_an_uncertain_pid_leaves_an_audit_line(public: Path) -> None:
                 os._exit(0)
             os.waitpid(child, 0)
             daemon.process.send_signal(signal.SIGCONT)
-            client.settimeout(10)
+            client.settimeout(60)
             client.sendall(REQUEST % (b"GET /status", b""))
             assert client.recv(65536).split()[1] == b"200"
         assert [event["pid"] for event in daemon.events("peer")] == [child]

@@ -9,7 +9,7 @@ from pathlib import Path
 from minikms.custody.backup.register import DIRECTORY, TEMP_AGE_NS_MIN
 from tests.harness.live_daemon import LiveDaemon
 
-WAIT_S_MAX = 20.0
+WAIT_S_MAX = 60.0
 
 
 def test_old_temporary_files_of_the_archive_register_are_swept(public: Path) -> None:

@@ -164,7 +164,7 @@ class Peer:
             await asyncio.sleep(0)
 
     async def answer(self, *, head_only: bool = False) -> Answer:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             head = (await self.reader.readuntil(b"\r\n\r\n")).decode()
             lines = head.split("\r\n")
             headers = dict(line.lower().split(": ", 1) for line in lines[1:-2])
@@ -176,7 +176,7 @@ class Peer:
 
     async def rest(self) -> bytes:
         """All bytes until the server closes."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return await self.reader.read()
 
     async def close(self) -> None:
@@ -234,7 +234,7 @@ async def serving(limits: Limits = LIMITS) -> AsyncIterator[Running]:
     assert all(session.closed for session in app.sessions)
 
 
-def run(coroutine: Coroutine[Any, Any, T], seconds_max: float = 60) -> T:
+def run(coroutine: Coroutine[Any, Any, T], seconds_max: float = 120) -> T:
     """Run a test's coroutine in a uvloop loop."""
 
     async def bounded() -> T:

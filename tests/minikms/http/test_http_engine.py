@@ -281,7 +281,8 @@ def test_connections_over_the_bound_get_503() -> None:
                 peer.send(get("/echo"))
                 assert (await peer.answer()).status == 200
             await peers[0].close()
-            await asyncio.sleep(0.01)
+            while running.http.connections_count > 2:
+                await asyncio.sleep(0.001)
             again = await running.peer()
             again.send(get("/echo"))
             assert (await again.answer()).status == 200
@@ -326,7 +327,8 @@ def test_memory_for_incomplete_requests_is_bounded() -> None:
             assert (last.status, last.json["code"]) == (503, "too_many")
             for peer in greedy:
                 await peer.close()
-            await asyncio.sleep(0.02)
+            while running.http.connections_count:
+                await asyncio.sleep(0.001)
             [answer] = await running.exchange(post("/echo", b"x" * 400_000))
             assert answer.status == 200
 

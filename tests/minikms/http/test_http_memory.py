@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -48,8 +49,9 @@ def copies_in_memory(pid: int, needle: bytes) -> int:
                     continue
                 start, end = (int(bound, 16) for bound in match.groups())
                 memory.seek(start)
-                content = memory.read(end - start)
-                found += sum(content.count(half) for half in halves)
+                with contextlib.suppress(OSError):  # freed meanwhile, so nothing is left there
+                    content = memory.read(end - start)
+                    found += sum(content.count(half) for half in halves)
     except PermissionError:
         needs.root()
         raise

@@ -39,6 +39,8 @@ def test_large_answers_do_not_accumulate_in_one_turn() -> None:
             peer = await running.peer()
             peer.transport.pause_reading()  # a client that does not read
             peer.send(get("/large?bytes=1000000") * 50)
+            while not running.app.seen:
+                await asyncio.sleep(0)
             await asyncio.sleep(0.1)
             assert len(running.app.seen) == 1
             peer.transport.resume_reading()  # and now it does

@@ -28,7 +28,7 @@ both_backings = pytest.mark.parametrize("fallback", [False, True], ids=["memfd_s
 def run_python(code: str) -> str:
     """The output of a fresh interpreter that ran `code` and ended well."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -9,9 +9,11 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping
 
 import pytest
 
+from minikms.cli.rootkey import BIND_VARIABLE
 from tests import needs
 from tests.minikms.memory import scanner
 
@@ -28,7 +30,7 @@ USES = {
 PROCESSES_MAX = 10
 """Attempts to see a trace that a later call may overwrite."""
 CHILD = textwrap.dedent("""
-    import hmac, sys
+    import hmac, os, sys
     from cryptography.exceptions import InvalidTag
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -65,13 +67,17 @@ CHILD = textwrap.dedent("""
 """)
 
 
-def traces_of(use: str, *, scrub: bool) -> set[str]:
+def traces_of(use: str, *, scrub: bool, environment: Mapping[str, str] = {}) -> set[str]:
     """In which regions root finds the key after a hundred uses of it."""
     needs.root()
     key = os.urandom(32)
     code = CHILD.replace("{use}", use).replace("{scrub}", "scrub_stack()" if scrub else "pass")
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(bytes(byte ^ 0x5A for byte in key).hex() + "\n")
@@ -97,6 +103,17 @@ def test_the_stack_has_to_be_scrubbed() -> None:
     needs.processor_flags("avx512f", "vaes")
     use = USES["unwrapping into the arena"]
     assert any(traces_of(use, scrub=False) == {"[stack]"} for _ in range(PROCESSES_MAX))
+
+
+FIRST_CALLS = "_ < 99 or [AESGCM(slot.view).encrypt(bytes(12), bytes(16), b'aad'), os.getloadavg(), os.getgroups()]"
+"""In the last turn, functions that the interpreter has not called before; the registers still hold the key schedule."""
+
+
+def test_a_function_that_is_called_first_after_a_cipher_leaves_no_key() -> None:
+    """If the symbols were bound at the start, as those of the daemon are: else the linker saves the registers."""
+    needs.processor_flags("avx512f", "vaes")
+    assert traces_of(FIRST_CALLS, scrub=False, environment={BIND_VARIABLE: "1"}) == set()
+    assert any(traces_of(FIRST_CALLS, scrub=False) == {"[stack]"} for _ in range(PROCESSES_MAX))
 
 
 def test_a_cipher_object_that_is_kept_would_be_found() -> None:

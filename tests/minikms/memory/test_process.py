@@ -145,13 +145,13 @@ def test_a_process_of_the_same_user_cannot_read_memory_or_environment() -> None:
         print(json.dumps([attempt(lambda: open(f"/proc/{child}/{name}", "rb")) for name in ("mem", "environ", "maps")]))
         os.kill(child, signal.SIGKILL)
     """)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert json.loads(done.stdout) == ["PermissionError"] * 3, done.stderr
 
 
 def test_a_crash_leaves_no_core(tmp_path: Path) -> None:
     code = PROLOGUE + "os.chdir(sys.argv[1]); measures(write=[sys.argv[1]]); os.abort()"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, timeout=30, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, timeout=60, capture_output=True)
     assert done.returncode == -signal.SIGABRT
     assert os.listdir(tmp_path) == []
 

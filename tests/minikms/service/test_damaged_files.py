@@ -29,7 +29,7 @@ def opens(daemon: LiveDaemon, key_id: str, sealed: str) -> bool:
 def refused_start(daemon: LiveDaemon, *flags: str) -> str:
     """What a start says that is refused; it must end by itself."""
     command = [*daemon.command, *flags]
-    done = subprocess.run(command, env=daemon.environ, capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run(command, env=daemon.environ, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2, done.stderr
     return done.stderr
 

@@ -37,7 +37,7 @@ roles = ["create", "encrypt", "decrypt", "data_key", "monitor", "rotate", "destr
 threads = ["*"]
 limits = {{ requests_per_second = 1 }}
 """
-WAIT_S_MAX = 20.0
+WAIT_S_MAX = 60.0
 
 
 class Told(NamedTuple):
@@ -130,7 +130,7 @@ class World:
             length = f"Content-Length: {len(sent)}\r\n" if ask.method == "POST" else ""
             wire += f"{ask.method} {ask.target} HTTP/1.1\r\nHost: kms\r\n{length}\r\n".encode() + sent
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(30)
+            connection.settimeout(60)
             connection.connect(str(daemon.socket))
             connection.sendall(wire)
             data = b""
@@ -161,7 +161,7 @@ class World:
 
     def raw(self, request: bytes, daemon: LiveDaemon | None = None) -> Reply:
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(30)
+            connection.settimeout(60)
             connection.connect(str((daemon or self.daemon).socket))
             with contextlib.suppress(BrokenPipeError):  # a refusal may come before the request
                 connection.sendall(request)

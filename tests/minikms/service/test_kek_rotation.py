@@ -122,7 +122,7 @@ def kill_at_first_backup(daemon: LiveDaemon, root: str) -> None:
     with at_each_call(daemon, "mkdir,mkdirat", "signal=KILL:when=1"):
         with contextlib.suppress(OSError):
             rotate(daemon, root)
-        daemon.process.wait(20)
+        daemon.process.wait(60)
 
 
 @contextlib.contextmanager
@@ -198,7 +198,8 @@ def test_a_root_key_that_was_rotated_away_is_never_taken_again(own_daemon: LiveD
     answer = rotate(own_daemon, old)
     assert (answer.status, answer.code) == (409, "conflict")
     assert "rotated away before" in answer.body["error"]
-    status_once(own_daemon, no_rotation)
+    # The rotation that the removal asks for may not have begun.
+    status_once(own_daemon, lambda found: no_rotation(found) and len(found["keks"]) == 3)
     assert keks(own_daemon) == {1: "retired", 2: "retired", 3: "active"}
 
 
@@ -206,8 +207,8 @@ def test_a_second_rotation_is_refused_and_a_repeated_request_joins(own_daemon: L
     """Creating, encrypting and decrypting go on meanwhile, and /status reports the progress."""
     records = Records(own_daemon, 30)
     with at_each_call(
-        own_daemon, "pwrite64", "delay_enter=100ms"
-    ):  # 3 s, for what takes a tenth of one on an idle machine
+        own_daemon, "pwrite64", "delay_enter=400ms"
+    ):  # 12 s, for what takes a tenth of one on an idle machine
         assert rotate(own_daemon, NEW, wait=False) == (202, {"status": "running", "kek_version": 2, "rewrapped": 0})
         told = status(own_daemon)["rotation"]
         assert (told["from_version"], told["to_version"], told["new_root"]) == (1, 2, True)
@@ -232,14 +233,14 @@ def test_a_stop_does_not_wait_for_a_rotation_the_next_start_finishes(tmp_path: P
     with LiveDaemon(tmp_path) as daemon:
         records = Records(daemon, 60)
         answers: list[Answer] = []
-        with at_each_call(daemon, "pwrite64", "delay_enter=50ms"):
+        with at_each_call(daemon, "pwrite64", "delay_enter=150ms"):
             waiting = threading.Thread(target=lambda: answers.append(rotate(daemon)))
             waiting.start()
             while status(daemon)["rotation"] is None:
                 time.sleep(0.01)
             daemon.process.terminate()
-            waiting.join(20)
-        assert daemon.process.wait(20) == 0
+            waiting.join(60)
+        assert daemon.process.wait(60) == 0
         assert [(answer.status, answer.code) for answer in answers] == [(503, "interrupted")]
         daemon.start()
         status_once(daemon, no_rotation)
@@ -326,7 +327,7 @@ def test_on_request_the_key_file_is_rewritten_and_the_old_root_removed(tmp_path:
         assert rotate(daemon, NEW).status == 200
         assert daemon.root_file.read_text() == NEW + "\n"
         assert daemon.root_file.stat().st_mode & 0o777 == 0o600
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while len(status(daemon)["root"]["slots"]) > 1 or not daemon.events("root_removed"):
             assert time.monotonic() < deadline
         told = status(daemon)
@@ -412,7 +413,7 @@ def test_backups_of_a_few_rotations_are_kept_and_older_ones_removed(own_daemon: 
         shutil.copytree(newest, path)
     own_daemon.start()
     rotate(own_daemon)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(path.exists() for path in older[:4]):  # five, when the two rotations were not within one second
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -73,7 +73,7 @@ class Browser:
             self._session = ""
             self.call("Browser.close")
         try:
-            self._process.wait(10)
+            self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -46,7 +46,7 @@ class HttpServer:
 
     def start(self) -> None:
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(60)
 
     def ask_to_stop(self) -> None:
         if self._thread.is_alive():

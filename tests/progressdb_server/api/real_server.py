@@ -121,7 +121,7 @@ class RealServer:
         headers: Mapping[str, str] = {},
         connection: http.client.HTTPConnection | None = None,
     ) -> Reply:
-        own = connection or http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        own = connection or http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             sent = dict(headers)
             if key is not None:

@@ -198,7 +198,7 @@ def test_a_line_that_never_ends_is_cut_off_before_it_costs_memory(
     """The parser holds back what has not ended, and no callback tells of it."""
     sent = 0
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.settimeout(10)
+        connection.settimeout(60)
         connection.sendall(before)
         with contextlib.suppress(ConnectionError):
             while sent < 64 * limits.HELD_BYTES_MAX:
@@ -260,13 +260,13 @@ def test_head_is_refused_without_a_body(server: HttpServer) -> None:
     ],
 )
 def test_a_request_that_does_not_come_to_its_end_is_given_up(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
-    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 0.2)
+    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 1.0)
     with running() as server:
         with server.connect() as slow:
             slow.sendall(sent)
             (response,) = server.exchange(GET)
             assert response.status == 200
-            assert closed_within(slow, 10)
+            assert closed_within(slow, 60)
         assert server.api.store.empty
 
 
@@ -306,7 +306,7 @@ def test_more_connections_than_the_bound_are_closed_and_the_others_served(monkey
             connection.sendall(GET)
             assert read_response(connection).status == 200
         with server.connect() as one_more:
-            assert closed_within(one_more, 10)
+            assert closed_within(one_more, 60)
         held[0].sendall(GET)
         assert read_response(held[0]).status == 200
 
@@ -382,9 +382,9 @@ def test_a_stop_finishes_what_is_in_flight_and_takes_nothing_new(monkeypatch: py
     with running(api) as server:
         connection, idle = server.connect(), server.connect()
         connection.sendall(request())
-        assert started.wait(10)
+        assert started.wait(60)
         server.ask_to_stop()
-        assert closed_within(idle, 10)
+        assert closed_within(idle, 60)
         with pytest.raises(OSError, match=r"refused|reset"):
             server.connect().recv(1)
         go_on.set()
@@ -432,7 +432,7 @@ def test_with_a_certificate_the_server_speaks_tls_only(certificate: Tls) -> None
             assert read_response(connection).json["body"] == "hello"
         with server.connect() as plain:
             plain.sendall(GET)
-            assert closed_within(plain, 10) or not plain.recv(65536).startswith(b"HTTP")
+            assert closed_within(plain, 60) or not plain.recv(65536).startswith(b"HTTP")
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,8 @@ def test_a_problem_is_asked_about_again_sooner() -> None:
 
 
 def test_a_question_without_an_answer_is_a_problem_and_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readiness, "PROBE_S_MAX", 0.05)
-    monkeypatch.setattr(readiness, "KNOWN_S_MAX", 0.01)
+    monkeypatch.setattr(readiness, "PROBE_S_MAX", 0.5)
+    monkeypatch.setattr(readiness, "KNOWN_S_MAX", 0.3)
 
     async def body(question: Question, probe: Probe, clock: Time) -> None:
         question.open.clear()

@@ -16,7 +16,7 @@ from tests.progressdb_server.api.viewer_client import ViewerClient
 
 pytestmark = pytest.mark.timeout(TEST_S_MAX)
 REQUIREMENTS = ("schemathesis==4.32.5",)
-RUN_S_MAX = 240.0
+RUN_S_MAX = 480.0
 EXAMPLES = 1
 """Random ones of each operation, beside the examples and the bounds that Schemathesis derives; torture draws more."""
 EXAMPLES_IN_TORTURE = 4

@@ -110,7 +110,7 @@ def test_unfinished_uploads_of_one_user_beyond_its_share_are_refused() -> None:
             assert read_response(other).status == 200
         # A refused upload goes on to its end, and the connection is as good as before.
         last = hostile[-1]
-        last.settimeout(10)
+        last.settimeout(60)
         last.sendall(b"x" * (MIB - 512 * 1024) + GET)
         assert read_response(last).status == 200
     wait_until(lambda: drained(server))
@@ -142,7 +142,7 @@ def test_an_address_loses_its_longest_idle_connection_and_none_in_use() -> None:
             others.append(opened.enter_context(server.connect()))
             others[-1].sendall(sent)
             time.sleep(0.05)
-        assert closed_within(first, 10)
+        assert closed_within(first, 60)
         others[1].sendall(GET[9:])
         assert read_response(others[1]).status == 200
         with server.connect() as newest:

@@ -22,37 +22,37 @@ POST = b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nX-API-Key: %b\r\nContent-Lengt
 
 
 def test_a_connection_that_idles_is_closed_and_one_in_use_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener, "IDLE_SECONDS_MAX", 0.4)
-    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 0.4)
+    monkeypatch.setattr(listener, "IDLE_SECONDS_MAX", 2.0)
+    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 2.0)
     with running() as server, server.connect() as used:
         for _ in range(6):
             used.sendall(GET)
             assert read_response(used).status == 200
-            time.sleep(0.2)
-        assert closed_within(used, 10)
+            time.sleep(0.5)
+        assert closed_within(used, 60)
 
 
 def test_a_second_request_that_does_not_come_to_its_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 0.3)
+    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 1.0)
     with running() as server, server.connect() as slow:
         slow.sendall(GET)
         assert read_response(slow).status == 200
         slow.sendall(GET[:9])
-        assert closed_within(slow, 10)
+        assert closed_within(slow, 60)
 
 
 def test_an_answer_may_take_longer_than_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener, "IDLE_SECONDS_MAX", 0.2)
-    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 0.2)
+    monkeypatch.setattr(listener, "IDLE_SECONDS_MAX", 1.0)
+    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 1.0)
     api = Api()
     create = api.store.create_message
 
     async def slow(*given: Any, **named: Any) -> Any:
-        await asyncio.sleep(0.8)
+        await asyncio.sleep(2.5)
         return await create(*given, **named)
 
     monkeypatch.setattr(api.store, "create_message", slow)
     with running(api) as server, server.connect() as connection:
         connection.sendall(POST)
         assert read_response(connection).status == 200
-        assert closed_within(connection, 10)
+        assert closed_within(connection, 60)

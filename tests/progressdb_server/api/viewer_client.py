@@ -28,7 +28,7 @@ class ViewerClient:
 
     def __call__(self, path: str, form: dict[str, str] | None = None) -> PageReply:
         """GET, or with a form POST."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30, source_address=(self._source, 0))
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60, source_address=(self._source, 0))
         try:
             cookies = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
             headers = {"Cookie": cookies} if cookies else {}

@@ -35,7 +35,7 @@ def new_thread(server: RealServer, messages: int) -> str:
 
 
 def append(server: RealServer, thread: str, messages: int) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     for n in range(messages):
         body = {"thread": thread, "author": "ann", "body": {"n": n}}
         assert server("POST", "/v1/messages", body, connection=connection).status == 200
@@ -51,7 +51,7 @@ def rotate(server: RealServer, thread: str, **how: Any) -> Any:
 
 
 def ended(server: RealServer, job: str) -> Any:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while True:
         found = server("GET", f"/admin/jobs/{job}", key=ADMIN).json
         if found["status"] not in ("queued", "running", "verifying"):
@@ -71,7 +71,7 @@ def command(server: RealServer, *words: str, key: str = ADMIN) -> subprocess.Com
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
 
@@ -157,7 +157,7 @@ def test_a_server_that_stops_ends_the_watching_and_goes_on_after_its_start(tmp_p
     with real_server(tmp_path) as first:
         thread = new_thread(first, 200)
         begun = rotate(first, thread, records_per_second=100).json
-        watching = http.client.HTTPConnection("127.0.0.1", first.port, timeout=30)
+        watching = http.client.HTTPConnection("127.0.0.1", first.port, timeout=60)
         watching.request("GET", f"/admin/jobs/{begun['job_id']}/events", headers={"X-API-Key": ADMIN})
         answer = watching.getresponse()
         assert answer.readline() == b"event: job\n"

@@ -93,7 +93,7 @@ def test_the_child_reads_the_master_key_from_its_beginning(place: Place) -> None
     async def main() -> bytes:
         child = await Child.start(place.options(master_key_fd=descriptor), lambda line: None)
         seen = place.data / "seen-master-key"
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not (seen.exists() and seen.stat().st_size):
                 await asyncio.sleep(0.02)
         await child.stop()
@@ -137,7 +137,7 @@ def test_a_child_that_does_not_stop_is_killed_and_its_last_words_are_kept(
 
     async def main() -> None:
         child = await Child.start(place.options(binary=str(stubborn)), heard.append)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(heard) < 9:
                 await asyncio.sleep(0.02)
         await child.stop()

@@ -158,7 +158,7 @@ def test_a_server_that_uses_miniKMS_does_not_load_the_key_services_code() -> Non
     program = "import progressdb_server.server, sys; print([name for name in sys.modules if name in sys.argv])"
     inner = ["minikms.embedded", "minikms.custody", "minikms.memory", "minikms.service"]
     ran = subprocess.run(
-        [sys.executable, "-c", program, *inner], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", program, *inner], capture_output=True, text=True, timeout=60, check=False
     )
     assert ran.stdout == "[]\n"
 
@@ -166,7 +166,7 @@ def test_a_server_that_uses_miniKMS_does_not_load_the_key_services_code() -> Non
 def test_a_server_refuses_it_without_the_flag_for_development(directory: Path) -> None:
     environment = {**os.environ, "PROGRESSDB_KMS_PROVIDER": "local"}
     command = [sys.executable, "-m", "progressdb_server", "--db", str(directory), "--addr", "127.0.0.1:0"]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 2
     assert "it needs --dev" in ran.stderr
 

@@ -45,7 +45,7 @@ def run(program: Path, *arguments: str, **environment: str) -> subprocess.Comple
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
 
@@ -138,7 +138,7 @@ def test_a_program_started_as_a_module_starts_over_as_that_module(tmp_path: Path
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     said = told(process)

@@ -15,13 +15,14 @@ import pytest
 from structlog.testing import capture_logs
 
 from minikms.client import EncryptItem
+from progressdb_server.kms import provider as provider_module
 from progressdb_server.kms import supervisor as supervisor_module
 from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor, SupervisorError
 from tests.harness.scripts import verify_audit
 
 KEY = "ab" * 32
-WAIT_S = 15.0
+WAIT_S = 60.0
 
 
 def options(directory: Path, **more: object) -> ChildOptions:
@@ -34,6 +35,12 @@ def key_file(directory: Path) -> str:
     path.write_text(KEY + "\n")
     path.chmod(0o600)
     return str(path)
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real miniKMS is started in several tests at once."""
+    monkeypatch.setattr(provider_module, "WAIT_S", WAIT_S)
 
 
 def one_round(directory: Path, **more: object) -> None:

@@ -1,7 +1,8 @@
 """A key service inside the test's process: real AES-GCM, real keys in memory, the interface of the server's seam.
 
 It binds as the key service does: a record opens only under its own key, its thread and its additional data. `down`
-makes it unavailable, `delay_s` slow; `calls` counts.
+makes it unavailable, `delay_s` slow; calls of the verbs in `holds` are counted by `held` and wait for `go_on`; `calls`
+counts all.
 """
 
 from __future__ import annotations
@@ -54,9 +55,15 @@ class SealingProvider:
         self.calls: Counter[str] = Counter()
         self.down = False
         self.delay_s = 0.0
+        self.holds: set[str] = set()
+        self.held = 0
+        self.go_on = asyncio.Event()
 
     async def _answer(self, verb: str) -> None:
         self.calls[verb] += 1
+        if verb in self.holds:
+            self.held += 1
+            await self.go_on.wait()
         if self.delay_s:
             await asyncio.sleep(self.delay_s)
         if self.down:

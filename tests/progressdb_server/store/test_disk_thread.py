@@ -35,7 +35,7 @@ def test_a_cancelled_caller_stops_no_work_and_closing_waits_for_it() -> None:
     gate, ran = threading.Event(), list[int]()
 
     def wait() -> None:
-        assert gate.wait(10)
+        assert gate.wait(60)
         ran.append(1)
 
     async def body() -> None:
@@ -58,7 +58,7 @@ def test_a_loop_that_was_closed_meanwhile_leaves_the_thread_alive() -> None:
     disk, gate, ran = DiskThread(), threading.Event(), list[int]()
 
     async def leave() -> None:
-        disk.run(lambda: ran.append(int(gate.wait(10))))
+        disk.run(lambda: ran.append(int(gate.wait(60))))
 
     async def come_back() -> None:
         await disk.run(lambda: ran.append(2))

@@ -290,12 +290,14 @@ def test_writes_during_a_list_neither_repeat_nor_hide_a_message(
 def test_a_message_appears_only_after_all_that_come_before_it() -> None:
     """Ids are given when a message arrives; a slow encryption must not let a later one overtake it on the disk."""
 
+    go_on = asyncio.Event()
+
     class Slow(SealingProvider):
         async def encrypt(
             self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str | None, request_id: str | None = None
         ) -> bytes:
             if request_id == "slow":
-                await asyncio.sleep(0.05)
+                await go_on.wait()
             return await super().encrypt(key_id, plaintext, aad=aad, thread_id=thread_id)
 
     async def run(store: Conversations) -> None:
@@ -308,6 +310,7 @@ def test_a_message_appears_only_after_all_that_come_before_it() -> None:
         other = await store.create_message(NewMessage(author="ann", thread="other", body="other"))
         assert other.body == "other"
         assert bodies(await messages_of(store, "t")) == [0]
+        go_on.set()
         await asyncio.gather(slow, fast)
         assert bodies(await messages_of(store, "t")) == [0, "slow", "fast"]
 

@@ -89,7 +89,10 @@ def look_through(path: str, when: str) -> None:
     sizes = 0
     for directory, _, names in os.walk(path):
         for name in names:
-            content = Path(directory, name).read_bytes()
+            try:
+                content = Path(directory, name).read_bytes()
+            except FileNotFoundError:  # the engine has removed it meanwhile
+                continue
             sizes += len(content)
             for what, secret in PLANTED.items():
                 for trace in traces(secret):

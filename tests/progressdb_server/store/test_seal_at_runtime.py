@@ -49,7 +49,7 @@ class Sealable(SealingProvider):
 
 
 async def becomes(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.001)
 

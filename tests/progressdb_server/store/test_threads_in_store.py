@@ -187,15 +187,17 @@ def test_metadata_rewritten_by_a_rotation_meanwhile_is_read_again() -> None:
         key = keyspace.meta(thread)
         raw = engine.get(key)
         assert raw is not None
-        provider.delay_s = 0.02
+        provider.holds = {"encrypt"}
         renaming = asyncio.create_task(store.update_thread(thread, author="ann", title="new"))
-        await asyncio.sleep(0.03)  # it has read the record and is sealing the new one
-        provider.delay_s = 0.0
+        while not provider.held:  # it has read the record and is sealing the new one
+            await asyncio.sleep(0)
+        provider.holds = set()
         key_id, sealed = record.unpack_sealed(raw)
         [plaintext] = await provider.decrypt_batch([to_open(key_id, sealed, key, thread)])
         assert isinstance(plaintext, bytes)
         again = await provider.encrypt(key_id, plaintext, aad=key, thread_id=thread)
         engine.write([(key, record.rekeyed(raw[0], record.split(raw)[0], key_id) + again)])
+        provider.go_on.set()
         await renaming
         assert (await store.get_thread(thread)).title == "new"
 

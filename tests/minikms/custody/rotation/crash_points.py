@@ -7,6 +7,7 @@ starts, a running rotation completes, every key decrypts what it encrypted, and 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -37,6 +38,9 @@ STATE_CALLS = (
 """The system calls that change what is on disk (openat: with O_CREAT among others)."""
 THREADS = ("main", "disk", "reader", "audit", "journal")
 DEADLINE_SECONDS = 60.0
+HELD = "delay_enter=120000000"
+"""The action that lasts until `Injection.end`, in microseconds: longer than any test waits."""
+HELD_AFTER = HELD.replace("enter", "exit")
 _EVENTFD_WRITE = r'"\1\0\0\0\0\0\0\0", 8'
 """How a worker thread wakes the event loop: no disk is involved, and the kernel never refuses it."""
 
@@ -89,9 +93,16 @@ class Daemon:
         pid = self.process.pid
         found = {"main": pid}
         for tid in map(int, os.listdir(f"/proc/{pid}/task")):
-            if tid != pid:
-                found[Path(f"/proc/{pid}/task/{tid}/comm").read_text().strip()] = tid
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
+                if tid != pid:
+                    found[Path(f"/proc/{pid}/task/{tid}/comm").read_text().strip()] = tid
         return found
+
+    def serves(self) -> bool:
+        """Whether it answers, which a daemon that was killed does not, though it may not be dead yet."""
+        with contextlib.suppress(KmsError), self.client() as client:
+            return client.health()
+        return False
 
     def has_died(self, within_s: float = 0.0) -> bool:
         assert self.process is not None
@@ -123,6 +134,7 @@ class Injection:
         needs.program("strace")
         needs.root()  # the daemon is not dumpable
         self._daemon = daemon
+        self._kills = action == "signal=KILL"
         self._log = daemon.base / "strace"
         tid = daemon.thread_ids()[point.thread]
         self._process = subprocess.Popen(
@@ -138,7 +150,8 @@ class Injection:
         assert b"attached" in line, line
 
     def end(self) -> None:
-        if self._daemon.has_died(within_s=0.05):  # then strace ends too, once it has said so in its log
+        dead = self._daemon.has_died(within_s=0.05) or (self._kills and not self._daemon.serves())
+        if dead:  # then strace ends too, once it has said so in its log
             self._process.wait(DEADLINE_SECONDS)
         else:
             self._process.send_signal(signal.SIGINT)

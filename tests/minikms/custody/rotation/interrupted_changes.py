@@ -75,7 +75,7 @@ class InterruptedChange:
                 return injection.hit_another_call()
             self.points += 1
             if action == "signal=KILL":
-                assert daemon.has_died(within_s=5.0), "the daemon is still alive"
+                assert daemon.has_died(within_s=DEADLINE_SECONDS), "the daemon is still alive"
                 # Whichever key the operator may still have: in turn the old and the new one first.
                 first, other = (self._old, self._new) if self._count % 2 else (self._new, self._old)
                 self._prepared.check_state(daemon, first, other)

@@ -286,7 +286,7 @@ class Run:
         assert told.keys.unreadable == 0, told.keys
 
     def _listed(self) -> dict[str, str]:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             listed: dict[str, str] = {}
             page = self.client.list_keys(limit=self.random.randint(1, 20))

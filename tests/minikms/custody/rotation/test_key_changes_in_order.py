@@ -74,7 +74,7 @@ def test_a_change_with_a_cancelled_caller_is_kept_by_the_next_change(
 
     def slow(self: KeyringFile, data: bytes) -> None:
         writing.set()
-        go_on.wait(10)
+        go_on.wait(60)
         store_now(self, data)
 
     async def main() -> None:
@@ -111,7 +111,7 @@ def test_holders_with_a_common_key_wait_but_never_deadlock() -> None:
                 inside[0] -= 1
 
         groups = [["a", "b"], ["b", "a"], ["a", "c", "b"], ["b", "b"]] * 5
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await asyncio.gather(*(hold(keys) for keys in groups))
         assert most[0] == 1
 
@@ -121,7 +121,7 @@ def test_holders_with_a_common_key_wait_but_never_deadlock() -> None:
 def test_holders_without_a_key_in_common_do_not_wait() -> None:
     async def main() -> None:
         locks = KeyLocks()
-        async with asyncio.timeout(10), locks.hold(["a"]), locks.hold(["b"]):
+        async with asyncio.timeout(60), locks.hold(["a"]), locks.hold(["b"]):
             pass
 
     asyncio.run(main())
@@ -146,7 +146,7 @@ def test_a_holder_that_fails_or_is_cancelled_releases_its_keys() -> None:
         await asyncio.sleep(0)
         waiter.cancel()
         task.cancel()
-        async with asyncio.timeout(10), locks.hold(["a"]):
+        async with asyncio.timeout(60), locks.hold(["a"]):
             pass
 
     asyncio.run(main())
@@ -197,7 +197,7 @@ def test_a_batch_larger_than_the_rest_reserves_more_wraps(tmp_path: Path, monkey
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             wraps = one.vault.wrap_reservation
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await wraps.take(1, 8)
                 await wraps.take(1, 8)  # two are left of the first lease
                 assert _leases(one.vault.keyring.body, 1) == 2
@@ -240,7 +240,7 @@ def test_creates_done_waits_for_every_create_of_the_version(tmp_path: Path) -> N
                 await asyncio.sleep(0)
                 assert not drained.done()
                 wraps.end_create(version)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await drained
                 await wraps.creates_done(1)
 

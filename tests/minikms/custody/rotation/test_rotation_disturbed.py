@@ -177,7 +177,7 @@ def test_a_stop_leaves_an_unsettled_batch_to_the_next_start(tmp_path: Path, monk
                 while not one.rotation.last_error:
                     await asyncio.sleep(0.001)
                 running.cancel()
-                await asyncio.wait([running], timeout=20)
+                await asyncio.wait([running], timeout=60)
                 assert running.cancelled()
             assert (one.directory / rewrap_journal.NAME).exists()
         async with opened_vault(tmp_path / "d") as again:
@@ -284,7 +284,7 @@ def test_a_stop_waits_for_the_disk_thread_however_often_it_is_cancelled(
 
     def slowly(directory: int, writes: Sequence[files.FileWrite]) -> list[files.FileWrite]:
         overwriting.set()
-        go_on.wait(20)
+        go_on.wait(60)
         return real(directory, writes)
 
     async def main() -> None:

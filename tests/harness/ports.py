@@ -1,0 +1,25 @@
+"""Ports for programs whose port is chosen before they start.
+
+Owns: the choice of a TCP port. Invariants: no outgoing connection takes it, and no other process of the same run of the
+tests chooses it, so that it is still free when the program binds it, and after its restart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+
+PORTS = (20_000, 32_000)
+"""Below the ports that the kernel gives to connections."""
+WORKERS_COUNT_MAX = 64
+
+
+def free_port() -> int:
+    """A port that nobody listens on. Each process of pytest-xdist has ports of its own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS_COUNT_MAX
+    while True:
+        port = random.randrange(PORTS[0] + worker, PORTS[1], WORKERS_COUNT_MAX)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
