@@ -1,5 +1,5 @@
 """How the store grows: `python -m bench.growth 10000 100000 …` prints one row for each number of messages, and with
-`--save` writes them to docs/plots/store.csv, of which `python -m bench.plots` makes the plots.
+`--save` puts them into docs/benchmarks.md, docs/plots/store.csv and its plots.
 
 The store alone, in one process, over RocksDB on this disk, with AES-GCM in the same process in place of the key
 service: what changes from row to row is the store's doing. A tenth of the messages go into one long thread, the rest
@@ -47,7 +47,6 @@ COLUMNS = (
     "bytes each",
     "peak MiB",
 )
-FORMS = (",.0f", ",.0f", ",.0f", ".2f", ".1f", ".3f", ".1f", ".0f", ".0f", ".0f")
 
 
 class OneKeyProvider:
@@ -159,16 +158,16 @@ def main() -> None:
     """Prints the rows as a Markdown table as they come."""
     parser = argparse.ArgumentParser(prog="python -m bench.growth")
     parser.add_argument("sizes", nargs="*", type=int, metavar="MESSAGES", help="numbers of messages")
-    parser.add_argument("--save", action="store_true", help=f"write {plots.STORE.name} of docs/plots")
+    parser.add_argument("--save", action="store_true", help="write the table, the file and the plots of docs")
     asked = parser.parse_args()
-    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
+    load_before = os.getloadavg()[0]
+    print(plots.head(COLUMNS), flush=True)
     rows: list[list[float]] = []
     for size in asked.sizes or SIZES:
         rows.append(uvloop.run(_measure(size)))
-        cells = (f"{value:{form}}" for value, form in zip(rows[-1], FORMS, strict=True))
-        print(f"| {' | '.join(cells)} |", flush=True)
+        print(plots.line(rows[-1]), flush=True)
     if asked.save:
-        plots.write_csv(plots.STORE, COLUMNS, rows)
+        plots.keep(plots.STORE, COLUMNS, rows, load_before)
 
 
 if __name__ == "__main__":

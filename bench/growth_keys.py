@@ -3,19 +3,20 @@
 The service as it comes, audit on, under the generator in Python, over one data directory that grows: the sizes go
 upwards. Each row: making the latest of its keys; a start; the memory once all keys are read; encrypting once under each
 of many keys that are not in memory, then again and again under a few; a KEK rotation that nothing disturbs.
-`--save` writes the rows to docs/plots/keys.csv, of which `python -m bench.plots` makes the plots.
+`--save` puts the rows into docs/benchmarks.md, docs/plots/keys.csv and its plots.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import time
 from pathlib import Path
 
 from bench import keys, load, plots, programs
-from bench.report import figure, say
+from bench.report import say
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 CONNECTIONS = 64
@@ -71,20 +72,21 @@ def main() -> None:
     """Prints the rows as a Markdown table as they come."""
     parser = argparse.ArgumentParser(prog="python -m bench.growth_keys")
     parser.add_argument("sizes", nargs="*", type=int, metavar="KEYS", help="numbers of keys, upwards")
-    parser.add_argument("--save", action="store_true", help=f"write {plots.KEYS.name} of docs/plots")
+    parser.add_argument("--save", action="store_true", help="write the table, the file and the plots of docs")
     asked = parser.parse_args()
     sizes = asked.sizes or list(SIZES)
     if sizes != sorted(set(sizes)) or sizes[0] < CONNECTIONS:
         parser.error(f"the numbers go upwards, from {CONNECTIONS} at least")
-    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
+    load_before = os.getloadavg()[0]
+    print(plots.head(COLUMNS), flush=True)
     rows: list[list[float]] = []
     key_ids: list[str] = []
     with programs.workplace() as directory:
         for size in sizes:
             rows.append(measure(directory, key_ids, size))
-            print(f"| {size:,} | {' | '.join(figure(value) for value in rows[-1][1:])} |", flush=True)
+            print(plots.line(rows[-1]), flush=True)
     if asked.save:
-        plots.write_csv(plots.KEYS, COLUMNS, rows)
+        plots.keep(plots.KEYS, COLUMNS, rows, load_before)
 
 
 if __name__ == "__main__":

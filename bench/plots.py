@@ -1,8 +1,8 @@
-"""Plots of growth: `python -m bench.plots` makes the SVG files of docs/plots from the CSV files beside them.
+"""Growth as tables and plots: `python -m bench.plots` makes the SVG files of docs/plots from the CSV files beside them.
 
-Owns: both forms of file, and which columns a plot shows. Written by hand rather than with a library: a few polylines
-need none. Invariants: the same figures give the same bytes, so that a test can compare; the horizontal axis is
-logarithmic, and a vertical one that is not begins at zero.
+Owns: both forms of file, which columns a plot shows, and the tables of growth in docs/benchmarks.md. The plots are
+written by hand rather than with a library: a few polylines need none. Invariants: the same figures give the same bytes,
+so that a test can compare; the horizontal axis is logarithmic, and a vertical one that is not begins at zero.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from bench.report import PROJECT
+from bench import report
+from bench.report import PROJECT, figure
 
 DIRECTORY = PROJECT / "docs" / "plots"
 KEYS = DIRECTORY / "keys.csv"
@@ -38,6 +39,10 @@ class Plot:
     columns: tuple[str, ...]
     logarithmic: bool = False
 
+    @property
+    def file(self) -> Path:
+        return self.table.parent / f"{self.name}.svg"
+
 
 PLOTS = (
     Plot("keys-encrypts", KEYS, "Encrypts a second", ("encrypts of cached keys/s", "first encrypts of a key/s")),
@@ -54,6 +59,32 @@ PLOTS = (
     ),
     Plot("store-memory", STORE, "Most resident memory of the process, MiB", ("peak MiB",)),
 )
+
+
+def keep(table: Path, columns: Sequence[str], rows: Sequence[Sequence[float]], load_before: float) -> None:
+    """Write the file, its plots, and the table in docs/benchmarks.md with what the figures were measured on."""
+    write_csv(table, columns, rows)
+    text = "\n".join([head(columns), *map(line, rows)])
+    report.save(f"{report.heading(load_before)}\n\n{text}", report.DOCUMENT, table.stem)
+    draw(table)
+
+
+def head(columns: Sequence[str]) -> str:
+    """Of the Markdown table."""
+    return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
+
+
+def line(row: Sequence[float]) -> str:
+    """Of the Markdown table; the first figure is whole."""
+    cells = (figure(value) if value >= 0.1 else f"{value:.2g}" for value in row[1:])
+    return f"| {row[0]:,.0f} | {' | '.join(cells)} |"
+
+
+def draw(table: Path) -> None:
+    """Write the pictures of a table. Raises as `read_csv`."""
+    for plot in PLOTS:
+        if plot.table == table:
+            plot.file.write_text(svg(plot), encoding="utf-8")
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[float]]) -> None:
@@ -158,8 +189,8 @@ def _mark(number: int, x: float, y: float) -> str:
 
 def main() -> None:
     """Writes every picture. Raises as `read_csv`."""
-    for plot in PLOTS:
-        (DIRECTORY / f"{plot.name}.svg").write_text(svg(plot), encoding="utf-8")
+    for table in (KEYS, STORE):
+        draw(table)
 
 
 if __name__ == "__main__":

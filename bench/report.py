@@ -1,6 +1,6 @@
 """Rows of figures, and the Markdown table made of them.
 
-Owns the form of docs/benchmarks.md between its two markers. Never rewrites what stands outside them.
+Owns the form of docs/benchmarks.md between its markers. Never rewrites what stands outside them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 DOCUMENT = PROJECT / "docs" / "benchmarks.md"
-BEGIN = "<!-- bench: begin -->"
-END = "<!-- bench: end -->"
+BENCH = "bench"
+"""The part of the document that has the table of budgets; bench/plots.py has others."""
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,22 @@ def machine() -> str:
     return f"{_processor()}, {os.cpu_count()} cores, Linux {platform.release()}, Python {python}"
 
 
-def save(text: str, document: Path = DOCUMENT) -> None:
-    """Put `text` between the markers of the document. Raises ValueError when the markers are not there, once each."""
+def save(text: str, document: Path = DOCUMENT, part: str = BENCH) -> None:
+    """Put `text` between the markers of a part of the document. Raises ValueError when the markers are not there, once
+    each.
+    """
+    begin, end = markers(part)
     old = document.read_text(encoding="utf-8")
-    if old.count(BEGIN) != 1 or old.count(END) != 1:
-        raise ValueError(f"{document} needs the lines {BEGIN} and {END}, once each")
-    before, rest = old.split(BEGIN)
-    after = rest.split(END)[1]
-    document.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    if old.count(begin) != 1 or old.count(end) != 1:
+        raise ValueError(f"{document} needs the lines {begin} and {end}, once each")
+    before, rest = old.split(begin)
+    after = rest.split(end)[1]
+    document.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def markers(part: str) -> tuple[str, str]:
+    """The lines before and after what is saved."""
+    return f"<!-- {part}: begin -->", f"<!-- {part}: end -->"
 
 
 def say(text: str) -> None:

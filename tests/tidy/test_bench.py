@@ -109,9 +109,11 @@ def test_the_table_says_what_was_not_measured() -> None:
 
 def test_saving_changes_only_what_is_between_the_markers(tmp_path: Path) -> None:
     document = tmp_path / "benchmarks.md"
-    document.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    begin, end = report.markers("bench")
+    others = "\n".join(report.markers("keys"))
+    document.write_text(f"above\n{begin}\nold\n{end}\nbelow\n{others}\n")
     report.save("new", document)
-    assert document.read_text() == f"above\n{report.BEGIN}\nnew\n{report.END}\nbelow\n"
+    assert document.read_text() == f"above\n{begin}\nnew\n{end}\nbelow\n{others}\n"
     document.write_text("no markers")
     with pytest.raises(ValueError, match="once each"):
         report.save("new", document)
@@ -308,18 +310,31 @@ def test_no_two_rows_of_the_table_have_one_name(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_growth_of_keys_is_measured_size_by_size(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(keys, "STARTS", 1)
     monkeypatch.setattr(growth_keys, "CACHED_SECONDS", 0.05)
     monkeypatch.setattr(growth_keys, "MADE_MAX", 70)
-    monkeypatch.setattr(plots, "KEYS", tmp_path / "keys.csv")
+    kept: list[tuple[str, list[list[float]]]] = []
+    monkeypatch.setattr(plots, "keep", lambda table, columns, rows, load_before: kept.append((table.stem, rows)))
     monkeypatch.setattr(sys, "argv", ["growth_keys", "70", "150", "--save"])
     growth_keys.main()
-    table = plots.read_csv(tmp_path / "keys.csv")
-    assert tuple(table) == growth_keys.COLUMNS
-    assert table["keys"] == [70, 150]
+    [(table, rows)] = kept
+    assert table == "keys" and [row[0] for row in rows] == [70, 150]
+    assert all(value > 0 for row in rows for value in row)
     assert capsys.readouterr().out.count("\n| ") == 2
+
+
+def test_figures_of_growth_are_kept_as_table_file_and_plots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    document, table = tmp_path / "benchmarks.md", tmp_path / "plots" / "keys.csv"
+    document.write_text("\n".join(report.markers("keys")))
+    monkeypatch.setattr(report, "DOCUMENT", document)
+    monkeypatch.setattr(plots, "PLOTS", (plots.Plot("one", table, "One", ("a/s",)), plots.PLOTS[-1]))
+    plots.keep(table, ("keys", "a/s"), [[1_000, 5.0], [10_000, 0.0123]], 0.5)
+    assert "| keys | a/s |\n|---|---|\n| 1,000 | 5.00 |\n| 10,000 | 0.012 |" in document.read_text()
+    assert "Load average before the start: 0.50." in document.read_text()
+    assert plots.read_csv(table) == {"keys": [1_000, 10_000], "a/s": [5.0, 0.0123]}
+    assert [picture.name for picture in table.parent.glob("*.svg")] == ["one.svg"]
 
 
 def test_a_table_of_figures_comes_back_from_its_file(tmp_path: Path) -> None:
@@ -354,7 +369,7 @@ def test_a_logarithmic_axis_has_a_tick_for_each_power_of_ten() -> None:
 @pytest.mark.parametrize("plot", plots.PLOTS, ids=lambda plot: plot.name)
 def test_every_plot_shows_the_figures_of_its_table(plot: plots.Plot) -> None:
     picture = plots.svg(plot)
-    assert picture == (plots.DIRECTORY / f"{plot.name}.svg").read_text(encoding="utf-8"), "run python -m bench.plots"
+    assert picture == plot.file.read_text(encoding="utf-8"), "run python -m bench.plots"
     assert ElementTree.fromstring(picture).tag.endswith("svg")
     assert picture.count("<polyline") == len(plot.columns)
-    assert f"plots/{plot.name}.svg" in report.DOCUMENT.read_text(encoding="utf-8")
+    assert f"(plots/{plot.file.name})" in report.DOCUMENT.read_text(encoding="utf-8")
