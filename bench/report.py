@@ -59,21 +59,16 @@ class Missing:
 
 def merged(runs: Sequence[Sequence[Row | Missing]]) -> list[Row | Missing]:
     """One row for each figure of several runs: that of the run with the median, and the range. A figure that a run
-    lacks is missing. Of an even number of runs, the lower one in the middle is the median.
-
-    Raises ValueError when one run has two figures of one name, or none was given.
+    lacks is missing. Of an even number of runs, the lower one in the middle is the median. Figures are the same if they
+    have one name, and of several with one name in a run if their turn is the same.
     """
-    if not runs:
-        raise ValueError("no run was given")
+    found: dict[tuple[str, int], list[Row | Missing]] = {}
     for run in runs:
-        twice = [what for what, count in Counter(each.what for each in run).items() if count > 1]
-        if twice:
-            raise ValueError(f"two figures have the name {twice[0]!r}")
-    found: dict[str, list[Row | Missing]] = {}
-    for run in runs:
+        turns: Counter[str] = Counter()
         for each in run:
-            found.setdefault(each.what, []).append(each)
-    return [_merged(what, results, len(runs)) for what, results in found.items()]
+            found.setdefault((each.what, turns[each.what]), []).append(each)
+            turns[each.what] += 1
+    return [_merged(what, results, len(runs)) for (what, _), results in found.items()]
 
 
 def _merged(what: str, results: list[Row | Missing], runs: int) -> Row | Missing:

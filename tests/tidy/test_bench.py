@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bench import __main__ as program
-from bench import encrypt, growth_keys, kek_rotation, keys, load, messages, million, plots, report
+from bench import encrypt, growth_keys, keys, load, messages, million, plots, report
 from bench.programs import BenchError, MissingProgramError, need
 from bench.report import Missing, Row
 
@@ -221,10 +221,11 @@ def test_a_figure_that_a_run_lacks_is_not_measured() -> None:
     assert c == Missing("c", "x")
 
 
-@pytest.mark.parametrize("runs", [[], [[Row("a", 1.0, "s"), Row("a", 2.0, "s")]]])
-def test_runs_that_can_not_be_merged_are_refused(runs: list[list[Row | Missing]]) -> None:
-    with pytest.raises(ValueError, match=r"no run|two figures"):
-        report.merged(runs)
+def test_figures_of_one_name_are_told_apart_by_their_turn() -> None:
+    runs = [[Row("memory", first, "MiB"), Row("memory", first + 50, "MiB")] for first in (1.0, 3.0, 2.0)]
+    first, second = report.merged(runs)
+    assert isinstance(first, Row) and (first.value, first.lowest, first.highest) == (2.0, 1.0, 3.0)
+    assert isinstance(second, Row) and (second.value, second.lowest, second.highest) == (52.0, 51.0, 53.0)
 
 
 def test_the_heading_says_of_how_many_runs_the_table_is() -> None:
@@ -297,16 +298,15 @@ def test_options_that_mean_nothing_are_refused(monkeypatch: pytest.MonkeyPatch, 
         run_main(monkeypatch, *arguments, one=list)
 
 
-def test_no_two_rows_of_the_table_have_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of several runs are found by it: the one with 100,000 keys and the one with a million."""
-    monkeypatch.setattr(kek_rotation, "KEYS", 40)
-    monkeypatch.setattr(kek_rotation, "BEFORE_SECONDS", 0.05)
-    monkeypatch.setattr(kek_rotation, "SLICE_SECONDS", 0.05)
+def test_a_service_with_a_million_keys_is_started_and_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer of them; every one has to be under the new version."""
     monkeypatch.setattr(keys, "STARTS", 1)
     monkeypatch.setattr(million, "KEYS", 41)
-    rows = [*kek_rotation.rotation(), *million.million()]
-    assert all(row.value > 0 for row in rows if row.unit != "MiB")
-    assert len({row.what for row in rows}) == len(rows)
+    start, rotation, memory = million.million()
+    assert start.what == "encrypt and decrypt answer, 41 DEKs on disk, after start" and start.value > 0
+    assert rotation.what == "KEK rotation of 41 DEKs, idle otherwise" and rotation.value > 0
+    assert (start.floor, start.goal) == (0.5, 0.25) and (rotation.floor, rotation.goal) == (90, 45)
+    assert memory.value >= 0
 
 
 def test_the_growth_of_keys_is_measured_size_by_size(
