@@ -93,7 +93,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[float]
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows([f"{row[0]:.0f}", *(f"{value:.4g}" for value in row[1:])] for row in rows)
+        writer.writerows([f"{row[0]:.0f}", *(f"{float(f'{value:.4g}'):.12g}" for value in row[1:])] for row in rows)
 
 
 def read_csv(path: Path) -> dict[str, list[float]]:

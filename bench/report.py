@@ -108,14 +108,16 @@ def table(results: list[Row | Missing]) -> str:
 
 
 def heading(load_before: float, runs: int = 1) -> str:
-    """Machine, commit and date: what a figure means nothing without; and how busy others kept the machine."""
+    """Machine, commit and date: what a figure means nothing without; and how busy others kept the machine. The commit
+    has no back-quotes, which in the documents are for names of the code.
+    """
     ranges = (
         f" Each figure, and its note, is that of the median of {runs} runs; its range over the runs is in brackets."
         if runs > 1
         else ""
     )
     return (
-        f"Measured {time.strftime('%Y-%m-%d')} at commit `{commit()}`: {machine()}. "
+        f"Measured {time.strftime('%Y-%m-%d')} at commit {commit()}: {machine()}. "
         f"Load average before the start: {load_before:.2f}.{ranges}"
     )
 

@@ -221,7 +221,7 @@ def test_a_figure_that_a_run_lacks_is_not_measured() -> None:
     assert c == Missing("c", "x")
 
 
-def test_figures_of_one_name_are_told_apart_by_their_turn() -> None:
+def test_two_figures_of_one_name_keep_their_order() -> None:
     runs = [[Row("memory", first, "MiB"), Row("memory", first + 50, "MiB")] for first in (1.0, 3.0, 2.0)]
     first, second = report.merged(runs)
     assert isinstance(first, Row) and (first.value, first.lowest, first.highest) == (2.0, 1.0, 3.0)
