@@ -1,4 +1,6 @@
-"""`python -m bench [NAME …] [--save]`: run all benches, or those named, and print a Markdown table."""
+"""`python -m bench [NAME …] [--runs N] [--million] [--save]`: run all benches, or those named, and print a Markdown
+table.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from bench import create, dek_rotation, encrypt, kek_rotation, messages, report
+from bench import create, dek_rotation, encrypt, kek_rotation, messages, million, report
 from bench.programs import BenchError, MissingProgramError
 from bench.report import Missing, Row
 
@@ -23,51 +25,55 @@ BENCHES: dict[str, Callable[[], list[Row]]] = {
     "dek_rotation": dek_rotation.rotation,
     "dek_rotation_foreground": dek_rotation.foreground,
 }
+"""What runs without any name."""
+LONG: dict[str, Callable[[], list[Row]]] = {"million": million.million}
+"""What runs with its option, or when it is named."""
+RUNS_MAX = 99
 
 
 def main() -> int:
     """0 when everything asked for was measured or lacks a program that is not installed; 1 when a bench failed."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure; a table goes to standard output.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHES)}; all without any")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHES | LONG)}; all without any")
     parser.add_argument(
         "--peer",
         metavar="URL",
         help="compare `/encrypt` with a running service that has the same API: unix:PATH or http://HOST:PORT",
     )
+    parser.add_argument("--runs", type=int, default=1, metavar="N", help="run everything N times: medians and ranges")
+    parser.add_argument("--million", action="store_true", help="also measure with 1,000,000 keys, which takes minutes")
     parser.add_argument("--save", action="store_true", help="write the table into docs/benchmarks.md; runs all")
     asked = parser.parse_args()
-    benches = dict(BENCHES)
+    if not 1 <= asked.runs <= RUNS_MAX:
+        parser.error(f"--runs is a number from 1 to {RUNS_MAX}")
+    benches = BENCHES | LONG if asked.million else dict(BENCHES)
     if asked.peer is not None:
-        if asked.names or asked.save:
+        if asked.names or asked.save or asked.million:
             parser.error("--peer runs one bench alone: name no other, and nothing is saved")
         try:
             encrypt.peer_address(asked.peer)
         except ValueError as error:
             parser.error(f"{asked.peer}: {error}")
         benches = {"peer": lambda: encrypt.against_peer(asked.peer)}
-    unknown = [name for name in asked.names if name not in BENCHES]
+    known = BENCHES | LONG
+    unknown = [name for name in asked.names if name not in known]
     if unknown:
-        parser.error(f"no bench named {', '.join(unknown)}; there are {', '.join(BENCHES)}")
+        parser.error(f"no bench named {', '.join(unknown)}; there are {', '.join(known)}")
     if asked.save and asked.names:
         parser.error("--save keeps whole tables only: name no bench")
+    if asked.names:
+        benches = {name: known[name] for name in dict.fromkeys([*asked.names, *(LONG if asked.million else ())])}
 
     load_before = os.getloadavg()[0]
-    results: list[Row | Missing] = []
+    runs: list[list[Row | Missing]] = []
     failed = False
-    for name in asked.names or benches:
-        try:
-            results += benches[name]()
-        except MissingProgramError as missing:
-            results.append(Missing(name, str(missing)))
-        except OSError as error:
-            failed = True
-            report.say(f"{name} failed: {error}")
-            results.append(Missing(name, "failed"))
-        except BenchError as error:
-            failed = True
-            report.say(f"{name} failed: {error}")
-            results.append(Missing(name, "failed"))
-    text = f"{report.heading(load_before)}\n\n{report.table(results)}"
+    for number in range(asked.runs):
+        if asked.runs > 1:
+            report.say(f"run {number + 1} of {asked.runs}")
+        results, well = _one_run(benches)
+        runs.append(results)
+        failed |= not well
+    text = f"{report.heading(load_before, asked.runs)}\n\n{report.table(report.merged(runs))}"
     print(text)
     if failed:
         return 1
@@ -75,6 +81,22 @@ def main() -> int:
         report.save(text)
         report.say(f"saved: {report.DOCUMENT}")
     return 0
+
+
+def _one_run(benches: dict[str, Callable[[], list[Row]]]) -> tuple[list[Row | Missing], bool]:
+    """The figures, and whether no bench failed."""
+    results: list[Row | Missing] = []
+    well = True
+    for name, bench in benches.items():
+        try:
+            results += bench()
+        except MissingProgramError as missing:
+            results.append(Missing(name, str(missing)))
+        except (OSError, BenchError) as error:
+            well = False
+            report.say(f"{name} failed: {error}")
+            results.append(Missing(name, "failed"))
+    return results, well
 
 
 if __name__ == "__main__":

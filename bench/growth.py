@@ -1,4 +1,5 @@
-"""How the store grows: `python -m bench.growth 10000 100000 …` prints one row for each number of messages.
+"""How the store grows: `python -m bench.growth 10000 100000 …` prints one row for each number of messages, and with
+`--save` puts them into docs/benchmarks.md, docs/plots/store.csv and its plots.
 
 The store alone, in one process, over RocksDB on this disk, with AES-GCM in the same process in place of the key
 service: what changes from row to row is the store's doing. A tenth of the messages go into one long thread, the rest
@@ -8,11 +9,11 @@ GB.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 import uvloop
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from bench import plots
 from minikms import api
 from minikms.client import DecryptItem, EncryptItem, KmsRefusedError, ReencryptItem
 from minikms.client.errors import refusal
@@ -32,6 +34,19 @@ WRITERS = 64
 THREAD_MESSAGES = 100
 BODY_CHARS = 256
 TURNS = 30
+SIZES = (10_000, 100_000)
+COLUMNS = (
+    "messages",
+    "threads",
+    "appends/s",
+    "last 50 (ms)",
+    "last 1000 (ms)",
+    "get (ms)",
+    "512 threads (ms)",
+    "open (ms)",
+    "bytes each",
+    "peak MiB",
+)
 
 
 class OneKeyProvider:
@@ -98,7 +113,7 @@ async def _median_ms(work: Callable[[], Coroutine[Any, Any, object]]) -> float:
     return statistics.median(taken) * 1000
 
 
-async def _measure(messages: int) -> str:
+async def _measure(messages: int) -> list[float]:
     with tempfile.TemporaryDirectory(prefix="bench-growth-") as directory:
         path = os.path.join(directory, "store")
         store = Conversations(RocksEngine(path), OneKeyProvider())
@@ -136,19 +151,23 @@ async def _measure(messages: int) -> str:
         opening = (time.perf_counter() - started) * 1000
         size = sum(entry.stat().st_size for entry in os.scandir(path))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return (
-        f"| {messages:,} | {made:,} | {rate:,.0f} | {last_50:.2f} | {last_1000:.1f} | {get:.3f} | {listed:.1f} "
-        f"| {opening:.0f} | {size / messages:.0f} | {peak:.0f} |"
-    )
+    return [messages, made, rate, last_50, last_1000, get, listed, opening, size / messages, peak]
 
 
 def main() -> None:
-    sizes = [int(size) for size in sys.argv[1:]] or [10_000, 100_000]
-    columns = "messages, threads, appends/s, last 50 (ms), last 1000 (ms), get (ms), 512 threads (ms), open (ms)"
-    head = [*columns.split(", "), "bytes each", "peak MiB"]
-    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|", flush=True)
-    for size in sizes:
-        print(uvloop.run(_measure(size)), flush=True)
+    """Prints the rows as a Markdown table as they come."""
+    parser = argparse.ArgumentParser(prog="python -m bench.growth")
+    parser.add_argument("sizes", nargs="*", type=int, metavar="MESSAGES", help="numbers of messages")
+    parser.add_argument("--save", action="store_true", help="write the table, the file and the plots of docs")
+    asked = parser.parse_args()
+    load_before = os.getloadavg()[0]
+    print(plots.head(COLUMNS), flush=True)
+    rows: list[list[float]] = []
+    for size in asked.sizes or SIZES:
+        rows.append(uvloop.run(_measure(size)))
+        print(plots.line(rows[-1]), flush=True)
+    if asked.save:
+        plots.keep(plots.STORE, COLUMNS, rows, load_before)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class _Client(asyncio.Protocol):
         if head[9:10] != b"2":
             self._fail(f"answered {self._received[:300]!r}")
             return
-        length = _content_length(head)
+        length = content_length(head)
         if len(self._received) < head_end + 4 + length:
             return
         now = time.perf_counter()
@@ -82,7 +82,8 @@ class _Client(asyncio.Protocol):
             self.done.set_exception(BenchError(f"the server {why}"))
 
 
-def _content_length(head: bytes) -> int:
+def content_length(head: bytes) -> int:
+    """Of the head of an answer, in lower case. Raises BenchError."""
     for line in head.split(b"\r\n")[1:]:
         name, _, value = line.partition(b":")
         if name == b"content-length":

@@ -6,13 +6,16 @@ import base64
 import contextlib
 import json
 import socket
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from bench import encrypt, load, messages, report
+from bench import __main__ as program
+from bench import encrypt, growth_keys, keys, load, messages, million, plots, report
 from bench.programs import BenchError, MissingProgramError, need
 from bench.report import Missing, Row
 
@@ -106,9 +109,11 @@ def test_the_table_says_what_was_not_measured() -> None:
 
 def test_saving_changes_only_what_is_between_the_markers(tmp_path: Path) -> None:
     document = tmp_path / "benchmarks.md"
-    document.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    begin, end = report.markers("bench")
+    others = "\n".join(report.markers("keys"))
+    document.write_text(f"above\n{begin}\nold\n{end}\nbelow\n{others}\n")
     report.save("new", document)
-    assert document.read_text() == f"above\n{report.BEGIN}\nnew\n{report.END}\nbelow\n"
+    assert document.read_text() == f"above\n{begin}\nnew\n{end}\nbelow\n{others}\n"
     document.write_text("no markers")
     with pytest.raises(ValueError, match="once each"):
         report.save("new", document)
@@ -185,3 +190,186 @@ def test_the_benches_measure_the_programs_as_they_are(monkeypatch: pytest.Monkey
     assert all(row.value > 0 for row in rows)
     [added] = messages.append_added()
     assert added.unit == "ms" and added.less_is_better and added.floor == 4
+
+
+def test_several_runs_give_the_run_of_the_median_and_the_range() -> None:
+    runs = [[Row("speed", value, "/s", 10, 20, note=f"run {value}")] for value in (30.0, 5.0, 15.0)]
+    [row] = report.merged(runs)
+    assert row == Row("speed", 15.0, "/s", 10, 20, note="run 15.0", lowest=5.0, highest=30.0)
+    assert "| speed | 15.0 /s (5.00 to 30.0) | 10.0 | 20.0 | floor met | run 15.0 |" in report.table([row])
+
+
+@pytest.mark.parametrize(("values", "median"), [((3.0, 1.0), 1.0), ((4.0, 1.0, 3.0, 2.0), 2.0)])
+def test_the_median_of_an_even_number_of_runs_is_a_run(values: tuple[float, ...], median: float) -> None:
+    [row] = report.merged([[Row("speed", value, "/s")] for value in values])
+    assert isinstance(row, Row) and row.value == median
+
+
+def test_one_run_has_no_range() -> None:
+    row, missing = Row("speed", 2.0, "×"), Missing("other", "needs go")
+    assert report.merged([[row, missing]]) == [row, missing]
+
+
+def test_a_figure_that_a_run_lacks_is_not_measured() -> None:
+    runs: list[list[Row | Missing]] = [
+        [Row("a", 1.0, "s"), Row("b", 1.0, "s")],
+        [Row("a", 2.0, "s"), Missing("c", "x")],
+    ]
+    a, b, c = report.merged(runs)
+    assert isinstance(a, Row) and (a.lowest, a.highest) == (1.0, 2.0)
+    assert b == Missing("b", "measured in 1 of 2 runs")
+    assert c == Missing("c", "x")
+
+
+def test_two_figures_of_one_name_keep_their_order() -> None:
+    runs = [[Row("memory", first, "MiB"), Row("memory", first + 50, "MiB")] for first in (1.0, 3.0, 2.0)]
+    first, second = report.merged(runs)
+    assert isinstance(first, Row) and (first.value, first.lowest, first.highest) == (2.0, 1.0, 3.0)
+    assert isinstance(second, Row) and (second.value, second.lowest, second.highest) == (52.0, 51.0, 53.0)
+
+
+def test_the_heading_says_of_how_many_runs_the_table_is() -> None:
+    assert "runs" not in report.heading(0.5)
+    assert "the median of 3 runs" in report.heading(0.5, 3)
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str, **benches: Callable[[], list[Row]]) -> int:
+    monkeypatch.setattr(program, "BENCHES", {name: bench for name, bench in benches.items() if name != "million"})
+    monkeypatch.setattr(program, "LONG", {name: bench for name, bench in benches.items() if name == "million"})
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    return program.main()
+
+
+def test_every_bench_runs_as_often_as_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = iter((7.0, 9.0, 8.0))
+    assert run_main(monkeypatch, "--runs", "3", one=lambda: [Row("one", next(values), "s")]) == 0
+    assert "| one | 8.00 s (7.00 to 9.00) |" in capsys.readouterr().out
+
+
+def test_a_bench_that_fails_in_one_run_fails_the_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcomes = iter((True, False))
+
+    def sometimes() -> list[Row]:
+        if next(outcomes):
+            return [Row("one", 1.0, "s")]
+        raise BenchError("no")
+
+    monkeypatch.setattr(report, "save", lambda text: pytest.fail("a failed run is not saved"))
+    assert run_main(monkeypatch, "--runs", "2", "--save", sometimes=sometimes) == 1
+    assert "| one | not measured | | | | measured in 1 of 2 runs |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ran"),
+    [
+        ((), ["one", "two"]),
+        (("two",), ["two"]),
+        (("--million",), ["one", "two", "million"]),
+        (("two", "--million"), ["two", "million"]),
+        (("million",), ["million"]),
+    ],
+)
+def test_a_million_keys_are_measured_only_when_asked(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], ran: list[str]
+) -> None:
+    done: list[str] = []
+
+    def bench(name: str) -> Callable[[], list[Row]]:
+        def measured() -> list[Row]:
+            done.append(name)
+            return []
+
+        return measured
+
+    assert run_main(monkeypatch, *arguments, one=bench("one"), two=bench("two"), million=bench("million")) == 0
+    assert done == ran
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--runs", "0"), ("--runs", "100"), ("nothing",), ("one", "--save"), ("--peer", "unix:/x", "--million")],
+)
+def test_options_that_mean_nothing_are_refused(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_main(monkeypatch, *arguments, one=list)
+
+
+def test_a_service_with_a_million_keys_is_started_and_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer of them; every one has to be under the new version."""
+    monkeypatch.setattr(keys, "STARTS", 1)
+    monkeypatch.setattr(million, "KEYS", 41)
+    start, rotation, memory = million.million()
+    assert start.what == "encrypt and decrypt answer, 41 DEKs on disk, after start" and start.value > 0
+    assert rotation.what == "KEK rotation of 41 DEKs, idle otherwise" and rotation.value > 0
+    assert (start.floor, start.goal) == (0.5, 0.25) and (rotation.floor, rotation.goal) == (90, 45)
+    assert memory.value >= 0
+
+
+def test_the_growth_of_keys_is_measured_size_by_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(keys, "STARTS", 1)
+    monkeypatch.setattr(growth_keys, "CACHED_SECONDS", 0.05)
+    monkeypatch.setattr(growth_keys, "MADE_MAX", 70)
+    kept: list[tuple[str, list[list[float]]]] = []
+    monkeypatch.setattr(plots, "keep", lambda table, columns, rows, load_before: kept.append((table.stem, rows)))
+    monkeypatch.setattr(sys, "argv", ["growth_keys", "70", "150", "--save"])
+    growth_keys.main()
+    [(table, rows)] = kept
+    assert table == "keys" and [row[0] for row in rows] == [70, 150]
+    assert all(value > 0 for row in rows for value in row)
+    assert capsys.readouterr().out.count("\n| ") == 2
+
+
+def test_figures_of_growth_are_kept_as_table_file_and_plots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    document, table = tmp_path / "benchmarks.md", tmp_path / "plots" / "keys.csv"
+    document.write_text("\n".join(report.markers("keys")))
+    monkeypatch.setattr(report, "DOCUMENT", document)
+    monkeypatch.setattr(plots, "PLOTS", (plots.Plot("one", table, "One", ("a/s",)), plots.PLOTS[-1]))
+    plots.keep(table, ("keys", "a/s"), [[1_000, 5.0], [10_000, 0.0123]], 0.5)
+    assert "| keys | a/s |\n|---|---|\n| 1,000 | 5.00 |\n| 10,000 | 0.012 |" in document.read_text()
+    assert "Load average before the start: 0.50." in document.read_text()
+    assert plots.read_csv(table) == {"keys": [1_000, 10_000], "a/s": [5.0, 0.0123]}
+    assert [picture.name for picture in table.parent.glob("*.svg")] == ["one.svg"]
+
+
+def test_a_table_of_figures_comes_back_from_its_file(tmp_path: Path) -> None:
+    plots.write_csv(tmp_path / "new" / "a.csv", ("keys", "a/s"), [[1_000_000, 1234.5678], [2, 0.012345]])
+    assert (tmp_path / "new" / "a.csv").read_text() == "keys,a/s\n1000000,1235\n2,0.01235\n"
+    assert plots.read_csv(tmp_path / "new" / "a.csv") == {"keys": [1_000_000, 2], "a/s": [1235, 0.01235]}
+
+
+@pytest.mark.parametrize("text", ["", "keys,a\n", "keys,a\n1,x\n", "keys,a\n1,0\n"])
+def test_a_file_without_figures_gives_no_plot(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ValueError):
+        plots.read_csv(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("most", "ticks"), [(5, (0, 1, 2, 3, 4, 5)), (93, (0, 20, 40, 60, 80, 100)), (0.44, (0, 0.1, 0.2, 0.3, 0.4, 0.5))]
+)
+def test_a_linear_axis_begins_at_zero_and_holds_every_value(most: float, ticks: tuple[float, ...]) -> None:
+    axis = plots.Axis.from_zero([most / 2, most], 100, 0)
+    assert axis.ticks == pytest.approx(ticks)
+    assert axis.place(0) == 100 and axis.place(axis.ticks[-1]) == 0
+
+
+def test_a_logarithmic_axis_has_a_tick_for_each_power_of_ten() -> None:
+    axis = plots.Axis.decades([1_000, 99_000], 0, 100)
+    assert list(axis.ticks) == [1_000, 10_000, 100_000]
+    assert axis.place(10_000) == pytest.approx(50)
+    assert plots.Axis.decades([10], 0, 1).ticks[-1] == 100
+
+
+@pytest.mark.parametrize("plot", plots.PLOTS, ids=lambda plot: plot.name)
+def test_every_plot_shows_the_figures_of_its_table(plot: plots.Plot) -> None:
+    picture = plots.svg(plot)
+    assert picture == plot.file.read_text(encoding="utf-8"), "run python -m bench.plots"
+    assert ElementTree.fromstring(picture).tag.endswith("svg")
+    assert picture.count("<polyline") == len(plot.columns)
+    assert f"(plots/{plot.file.name})" in report.DOCUMENT.read_text(encoding="utf-8")

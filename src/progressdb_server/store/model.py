@@ -205,7 +205,7 @@ class NewMessage(msgspec.Struct):
         )
 
 
-class Record(NamedTuple):
+class Record(msgspec.Struct, frozen=True, gc=False):
     """A stored record: its storage key, its bytes, its header, its key's id, and the part that only the key opens."""
 
     key: bytes

@@ -96,17 +96,19 @@ class Rekeying(OpenStore):
             read_at = self.writer.group
             records: list[Record] = []
             malformed: list[bytes] = []
+            before = head = b""
             key_id = ""
-            known: bytes | None = None
             for key, raw in entries:
-                try:
-                    head, sealed = record.split(raw)
-                    if head != known:  # neighbours mostly have the same header
-                        key_id, known = record.key_of(head), head
-                except record.RecordFormatError:
-                    malformed.append(key)
-                else:
-                    records.append(Record(key, raw, head, key_id, sealed))
+                if not before or not raw.startswith(before):
+                    try:
+                        head, sealed = record.split(raw)
+                        key_id = record.key_of(head)
+                    except record.RecordFormatError:
+                        before = b""
+                        malformed.append(key)
+                        continue
+                    before = raw[: len(raw) - len(sealed)]  # neighbours mostly have the same
+                records.append(Record(key, raw, head, key_id, raw[len(before) :]))
             last = entries[-1][0]
             lower = keyspace.next_key(last)
             yield Chunk(records, malformed, last.decode(), read_at)
@@ -124,7 +126,8 @@ class Rekeying(OpenStore):
             if head is None:
                 head = renewed[form, found.head] = record.rekeyed(form, found.head, key_id)
             puts.append((found.key, head + sealed))
-            puts.append((kept + found.key, found.raw))
+        # Two runs of ascending keys: the engine finds the place of each entry beside the one before it.
+        puts += [(kept + found.key, found.raw) for found, _ in moved]
         return Step(puts, read=[(found.key, found.raw) for found, _ in moved], read_at=read_at)
 
     def _count(self, lower: bytes, upper: bytes, count_max: int) -> Iterator[int]:

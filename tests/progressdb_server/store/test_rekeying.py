@@ -1,0 +1,65 @@
+"""Chunks of a thread's records as a rotation reads them, and what it writes of a chunk."""
+
+from __future__ import annotations
+
+import random
+
+from progressdb_server.store import keyspace, record
+from progressdb_server.store.conversations import Conversations
+from tests.progressdb_server.store.memory_engine import MemoryEngine
+from tests.progressdb_server.store.opened_store import with_store
+from tests.progressdb_server.store.sealing_provider import SealingProvider
+
+OLD, OTHER, NEW = "k_old", "k_two", "k_newer"
+FIRST = record.pack(record.MessageHeader(OLD, "", "ann", False), b"s" * 40)
+RECORDS = [
+    FIRST,
+    record.pack(record.MessageHeader(OLD, "", "ann", False), b""),
+    record.pack(record.MessageHeader(OTHER, "", "ann", False), b"s"),
+    record.pack(record.MessageHeader(OLD, "", "bob", True), FIRST),
+    record.pack(record.LaterHeader(OLD, "f", "ann", False, "c"), b"s"),
+    record.pack(record.MessageHeader(OLD, "", "ann", False), FIRST[:10]),
+    record.pack(record.ThreadHeader(OLD, "ann", "c", 1, 0), b"t"),
+]
+BROKEN = [b"", b"\x00", FIRST[:2], FIRST[:-45], b"\x07" + FIRST[1:], b"\x01\x00\x01\x90", b"\x01\x00\x02\x91\x05"]
+
+
+def test_a_chunk_has_each_record_as_it_is_by_itself() -> None:
+    """Whatever stands beside it: neighbours with the same header are read in a shorter way."""
+    engine = MemoryEngine()
+    raws = [*RECORDS * 12, *BROKEN * 6]
+    random.Random(1).shuffle(raws)
+    entries = [(keyspace.records("t")[0] + b"%05d" % number, raw) for number, raw in enumerate(raws)]
+
+    async def run(store: Conversations) -> None:
+        engine.write(entries)
+        for count in (1, 2, 1000):
+            found = [each for chunk in store.record_chunks("t", count) for each in chunk.records]
+            malformed = [key for chunk in store.record_chunks("t", count) for key in chunk.malformed]
+            assert malformed == [key for key, raw in entries if raw in BROKEN]
+            whole = [(key, raw) for key, raw in entries if raw in RECORDS]
+            assert [(each.key, each.raw) for each in found] == whole
+            assert [(each.head, each.sealed) for each in found] == [record.split(raw) for _, raw in whole]
+            assert [(each.key_id, each.sealed) for each in found] == [record.unpack_sealed(raw) for _, raw in whole]
+
+    with_store(run, engine, SealingProvider())
+
+
+def test_a_step_has_the_new_records_and_then_what_they_were() -> None:
+    """Each in ascending order, which the engine takes faster than the two in turn."""
+    engine = MemoryEngine()
+    entries = [(keyspace.records("t")[0] + b"%05d" % number, raw) for number, raw in enumerate(RECORDS)]
+
+    async def run(store: Conversations) -> None:
+        engine.write(entries)
+        [chunk] = store.record_chunks("t", 100)
+        step = store.rekeyed("job", NEW, [(found, b"new" + found.sealed) for found in chunk.records], chunk.read_at)
+        written, kept = step.puts[: len(RECORDS)], step.puts[len(RECORDS) :]
+        assert [key for key, _ in written] == [key for key, _ in entries]
+        for (_, now), raw in zip(written, RECORDS, strict=True):
+            assert now is not None and record.unpack_sealed(now) == (NEW, b"new" + record.split(raw)[1])
+            assert record.same_version(raw, now)
+        assert list(kept) == [(keyspace.migrated("job") + key, raw) for key, raw in entries]
+        assert list(step.read) == entries
+
+    with_store(run, engine, SealingProvider())
