@@ -126,7 +126,7 @@ def generate(address: str | tuple[str, int], requests: Sequence[bytes], seconds:
 
 
 def post(target: str, body: bytes, headers: dict[str, str] | None = None) -> bytes:
-    """The bytes of a POST request with a JSON body."""
+    """The bytes of a POST request; its body is JSON unless `headers` names another content type."""
     lines = {"Host": "bench", "Content-Type": "application/json", "Content-Length": str(len(body))} | (headers or {})
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
     return f"POST {target} HTTP/1.1\r\n{head}\r\n".encode() + body

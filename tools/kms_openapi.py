@@ -73,6 +73,10 @@ QUERY: dict[str, Schema] = {
 }
 
 
+MSGPACK_CONTENT: Schema = {api.MSGPACK: {}}
+"""Without a schema: JSON Schema does not describe arrays of bytes. An answer has the content type of its request."""
+
+
 def is_struct(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 
@@ -131,7 +135,8 @@ def operation(verb: Verb[Any, Any]) -> dict[str, Any]:
     if parameters:
         made["parameters"] = parameters
     if verb.has_body:
-        made["requestBody"] = {"required": True, "content": {"application/json": {"schema": ref(verb.request)}}}
+        content = {"application/json": {"schema": ref(verb.request)}} | (MSGPACK_CONTENT if verb.is_batch else {})
+        made["requestBody"] = {"required": True, "content": content}
     made["responses"] = responses(verb)
     return made
 
@@ -140,6 +145,8 @@ def responses(verb: Verb[Any, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {
         "application/json": {"schema": ref(verb.answer) if is_struct(verb.answer) else {"type": "object"}}
     }
+    if verb.is_batch:
+        content |= MSGPACK_CONTENT
     if verb.answer is str:
         content = {metrics.CONTENT_TYPE.partition(";")[0]: {"schema": {"type": "string"}}}
     made: dict[str, Any] = {"200": {"description": "Success.", "content": content}}
@@ -191,8 +198,9 @@ def document() -> dict[str, Any]:
             "version": "1",
             "description": "The key service, over a Unix socket. The peer's uid identifies the caller. A proxy of the "
             "policy file (docs/spec/policy.md) names in X-MiniKMS-Principal the principal for whom it asks; no header "
-            "authenticates. docs/spec/http.md specifies the requests, docs/spec/api.md the verbs. All binary values "
-            "are canonical base64. tools/kms_openapi.py generates this document.",
+            "authenticates. docs/spec/http.md specifies the requests, docs/spec/api.md the verbs, and the form of "
+            "application/msgpack: arrays with the members of the JSON objects in their order. In JSON all binary "
+            "values are canonical base64. tools/kms_openapi.py generates this document.",
         },
         "paths": paths,
         "components": {"schemas": schemas()},

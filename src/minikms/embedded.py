@@ -35,7 +35,8 @@ from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
 from minikms.policy import Policy, Principal
 from minikms.roots.providers import DevelopmentKey, KeyFile, RootProvider
-from minikms.service.base import VerbTable, json_answer
+from minikms.service.base import VerbTable
+from minikms.service.encoding import json_answer
 from minikms.service.keys import KeyVerbs
 from minikms.service.lifecycle import LifecycleVerbs
 from minikms.service.records import RecordVerbs

@@ -21,7 +21,7 @@ from minikms import api
 from minikms.api import Verb
 from minikms.client import calls, connecting
 from minikms.client.batching import Batcher
-from minikms.client.calls import Attempts, Call, given, make_call
+from minikms.client.calls import Attempts, Call, MsgpackUse, given, make_call
 from minikms.client.connecting import POOL_CONNECTIONS_MAX, POOL_IDLE_S_MAX, ROTATE_TIMEOUT_S, TIMEOUT_S, WAIT_S
 from minikms.client.connection import Connection
 from minikms.client.errors import KmsClosedError, KmsError, KmsRefusedError, KmsTimeoutError
@@ -391,6 +391,7 @@ class AsyncClient(AsyncVerbs):
         self._slots = asyncio.Semaphore(POOL_CONNECTIONS_MAX)
         self._batch_connections: dict[Verb[Any, Any], Connection] = {}
         self._closed = False
+        self._msgpack = MsgpackUse()
         self._encrypts: Batcher[EncryptItem] = Batcher(self._send_encrypts, timeout_s + wait_s)
         self._decrypts: Batcher[DecryptItem] = Batcher(self._send_decrypts, timeout_s + wait_s)
 
@@ -422,7 +423,7 @@ class AsyncClient(AsyncVerbs):
         timeout_s: float | None = None,
         named: str = "",
     ) -> A:
-        call = make_call(verb, request, request_id, named)
+        call = make_call(verb, request, request_id, named, msgpack=self._may_send_msgpack())
         try:
             await self._acquire_slot()
             try:
@@ -449,7 +450,7 @@ class AsyncClient(AsyncVerbs):
 
     async def _send_encrypts(self, items: list[EncryptItem]) -> list[Outcome]:
         if len(items) > 1:
-            many = make_call(api.ENCRYPT_BATCH, Batch(items))
+            many = make_call(api.ENCRYPT_BATCH, Batch(items), msgpack=self._may_send_msgpack())
             sealed = await self._repeat(many, api.ENCRYPT, timeout_s=self._timeout_s)
             return calls.outcomes(sealed, len(items))
         try:
@@ -460,7 +461,7 @@ class AsyncClient(AsyncVerbs):
 
     async def _send_decrypts(self, items: list[DecryptItem]) -> list[Outcome]:
         if len(items) > 1:
-            many = make_call(api.DECRYPT_BATCH, Batch(items))
+            many = make_call(api.DECRYPT_BATCH, Batch(items), msgpack=self._may_send_msgpack())
             opened = await self._repeat(many, api.DECRYPT, timeout_s=self._timeout_s)
             return calls.outcomes(opened, len(items))
         try:
@@ -479,7 +480,14 @@ class AsyncClient(AsyncVerbs):
             try:
                 return await self._attempt(call, batched, timeout_s)
             except KmsError as error:
-                await asyncio.sleep(attempts.pause_s(error, loop.time()))
+                in_json = self._msgpack.refused(call, error, loop.time())
+                if in_json is None:
+                    await asyncio.sleep(attempts.pause_s(error, loop.time()))
+                else:
+                    call = in_json
+
+    def _may_send_msgpack(self) -> bool:
+        return self._msgpack.may_send(asyncio.get_running_loop().time())
 
     async def _attempt(self, call: Call[A], batched: Verb[Any, Any] | None, timeout_s: float) -> A:
         started_s = time.monotonic()
@@ -488,7 +496,9 @@ class AsyncClient(AsyncVerbs):
             connection = await self._connection(batched)
             self._busy.add(connection)
             try:
-                answer = await connection.exchange(call.target, call.body, call.request_id, timeout_s)
+                answer = await connection.exchange(
+                    call.target, call.body, call.request_id, timeout_s, call.content_type
+                )
             finally:
                 self._busy.discard(connection)
             answered = True

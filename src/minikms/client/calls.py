@@ -1,12 +1,14 @@
 """Calls of verbs as values: what is sent, how the answer is read, and when a failed call is made again.
 
-Owns: the encoding of a request and the decoding of an answer, from the entry of the verb in `minikms.api`. No sockets,
-no time. Invariants: an answer is decoded into a typed value or refused as a whole; a batch has as many outcomes as
-items; a call is repeated only if that is harmless. A call must never show what it carries in a repr.
+Owns: the encoding of a request and the decoding of an answer, from the entry of the verb in `minikms.api`; the choice
+between JSON and MessagePack for a batch. No sockets, no time. Invariants: an answer is decoded into a typed value or
+refused as a whole; a batch has as many outcomes as items; a call is repeated only if that is harmless. A call must
+never show what it carries in a repr.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ from msgspec import UNSET, UnsetType
 from minikms import api
 from minikms.api import Verb
 from minikms.client.errors import (
+    InvalidRequestError,
     KmsError,
     KmsProtocolError,
     KmsRefusedError,
@@ -29,27 +32,35 @@ from minikms.client.errors import (
     refusal,
 )
 from minikms.client.items import CheckOutcome, DecryptItem, Item, Outcome, Sent, check_id, checked_cost_bytes, invalid
-from minikms.client.wire import Answer
+from minikms.client.wire import JSON, Answer
 
 R = TypeVar("R", bound=api.Request)
 A = TypeVar("A")
 
 PAUSE_S_MIN: Final = 0.005
 PAUSE_S_MAX: Final = 0.25
+JSON_S: Final = 300.0
+"""How long a client sends its batches as JSON after a daemon did not understand MessagePack. Then it tries again, since
+the daemon may have been replaced by a newer one."""
 _KEY_HEX: Final = re.compile(rb"[0-9a-fA-F]{%d}" % api.KEY_HEX_CHARS)
 _SHARE: Final = re.compile(rb"[-0-9A-Za-z ]{1,%d}" % api.SHARE_BYTES_MAX)
 
 _encode: Final = msgspec.json.Encoder().encode
+_pack: Final = msgspec.msgpack.Encoder().encode
+_MSGPACK: Final = api.MSGPACK.encode("ascii")
 _decode_error: Final = msgspec.json.Decoder(api.ErrorAnswer).decode
 
 
 class Call(NamedTuple, Generic[A]):
-    """One request. `body` is None for a GET; a `bytearray` holds a key: wipe it once the call has ended."""
+    """One request. `body` is None for a GET; a `bytearray` holds a key: wipe it once the call has ended. `batch`: what
+    a body in MessagePack holds; None for JSON.
+    """
 
     verb: Verb[Any, A]
     target: bytes
     body: bytes | bytearray | None
     request_id: str | None
+    batch: Sent | None = None
 
     def __repr__(self) -> str:
         return f"Call({self.target!r})"
@@ -59,11 +70,16 @@ class Call(NamedTuple, Generic[A]):
         if isinstance(self.body, bytearray):
             self.body[:] = bytes(len(self.body))
 
+    @property
+    def content_type(self) -> bytes:
+        return JSON if self.batch is None else _MSGPACK
+
     def read(self, answer: Answer) -> A:
         """The value of an answer. Raises KmsRefusedError or KmsProtocolError."""
         try:
             if answer.status in (200, 202):
-                value: A = _decoder(self.verb)(answer.body)
+                decode = _decoder(self.verb) if self.batch is None else _array_decoder(self.verb)
+                value: A = decode(answer.body)
                 return value
             refused = _decode_error(answer.body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -73,14 +89,20 @@ class Call(NamedTuple, Generic[A]):
 
 
 def make_call(
-    verb: Verb[R, A], request: R | Sent | bytearray, request_id: str | None = None, named: str = ""
+    verb: Verb[R, A],
+    request: R | Sent | bytearray,
+    request_id: str | None = None,
+    named: str = "",
+    *,
+    msgpack: bool = False,
 ) -> Call[A]:
     """The call of a verb. `request_id` goes to the audit log. A bytearray is the body itself, and is wiped; then
-    `named` is the id in the path, if it has one.
+    `named` is the id in the path, if it has one. `msgpack`: if it is a batch, its body is MessagePack.
 
     Raises InvalidRequestError before anything is sent, as the daemon would.
     """
     body: bytes | bytearray | None = None
+    batch: Sent | None = None
     if isinstance(request, bytearray):
         target, body = _path(verb, named), request
     else:
@@ -89,13 +111,45 @@ def make_call(
         else:
             _check_texts(request)
         target = _target(verb, request)
-        if verb.method == "POST":
+        if msgpack and verb.is_batch and isinstance(request, Sent):
+            body, batch = _encode_array(request), request
+        elif verb.method == "POST":
             body = _encode(request) if verb.has_body else b"{}"
-    call = Call(verb, target, body, request_id)
+    call = Call(verb, target, body, request_id, batch)
     if request_id is not None and api.REQUEST_ID_PATTERN.fullmatch(request_id) is None:
         call.wipe()
         invalid(f"a request id is 1 to {api.REQUEST_ID_CHARS_MAX} characters of A-Z a-z 0-9 . _ : / + = -")
     return call
+
+
+def _encode_array(batch: Sent) -> bytes:
+    """The MessagePack of a batch (`minikms.api.msgpack`): its fields have the order of the request's."""
+    members = {name: getattr(batch, name) for name in batch.__struct_fields__}
+    members["items"] = list(map(msgspec.structs.astuple, members["items"]))
+    return _pack(list(members.values()))
+
+
+class MsgpackUse:
+    """Whether a client sends its batches in MessagePack: until a daemon refuses one as malformed, which a daemon does
+    that knows only JSON. After that it sends JSON for JSON_S. `now_s`: by any clock that only rises.
+    """
+
+    __slots__ = ("_json_until_s",)
+
+    def __init__(self) -> None:
+        self._json_until_s = -math.inf
+
+    def may_send(self, now_s: float) -> bool:
+        return now_s >= self._json_until_s
+
+    def refused(self, call: Call[A], error: KmsError, now_s: float) -> Call[A] | None:
+        """The same call in JSON, if the error can mean that the daemon does not understand MessagePack. It was not
+        carried out then: a daemon refuses a malformed batch before it looks at an item.
+        """
+        if call.batch is None or not isinstance(error, InvalidRequestError):
+            return None
+        self._json_until_s = now_s + JSON_S
+        return make_call(call.verb, call.batch, call.request_id)
 
 
 def rotation(
@@ -201,6 +255,12 @@ def _decoder(verb: Verb[Any, A]) -> Callable[[bytes], A]:
     return msgspec.json.Decoder(verb.answer).decode
 
 
+@cache
+def _array_decoder(verb: Verb[Any, A]) -> Callable[[bytes], A]:
+    """For an answer in MessagePack. In the place of a list of items it gives an `api.ItemsArray`."""
+    return cast("Callable[[bytes], A]", msgspec.msgpack.Decoder(api.answer_array(verb)).decode)
+
+
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
@@ -224,10 +284,12 @@ def random_bytes(answer: api.RandomAnswer, count: int) -> bytes:
     return answer.random
 
 
-def outcomes(answer: api.EncryptBatchAnswer | api.DecryptBatchAnswer, count: int) -> list[Outcome]:
+def outcomes(answer: api.EncryptBatchAnswer | api.DecryptBatchAnswer | api.ItemsArray, count: int) -> list[Outcome]:
     """The value or the error of each item. Raises KmsProtocolError unless there are `count` of them."""
     if len(answer.items) != count:
         raise KmsProtocolError(f"the key service answered {len(answer.items)} items of {count}")
+    if isinstance(answer, api.ItemsArray):
+        return [item if isinstance(item, bytes) else refusal(item.code, item.error) for item in answer.items]
     if isinstance(answer, api.EncryptBatchAnswer):
         return [
             item.ciphertext

@@ -13,7 +13,7 @@ from typing import cast
 
 from minikms.client.connecting import connect
 from minikms.client.errors import KmsError, KmsProtocolError, KmsTimeoutError, KmsUnavailableError
-from minikms.client.wire import Answer, AnswerParser, request_head
+from minikms.client.wire import JSON, Answer, AnswerParser, request_head
 
 
 class Connection(asyncio.Protocol):
@@ -43,7 +43,12 @@ class Connection(asyncio.Protocol):
         return self._reusable and self._transport is not None and not self._transport.is_closing()
 
     async def exchange(
-        self, target: bytes, body: bytes | bytearray | None, request_id: str | None, timeout_s: float
+        self,
+        target: bytes,
+        body: bytes | bytearray | None,
+        request_id: str | None,
+        timeout_s: float,
+        content_type: bytes = JSON,
     ) -> Answer:
         """Sends a request and waits for its answer. Raises KmsUnavailableError, KmsTimeoutError and
         KmsProtocolError."""
@@ -52,7 +57,7 @@ class Connection(asyncio.Protocol):
             raise KmsUnavailableError("the connection to the key service was lost")
         self._parser = AnswerParser()
         self._waiter = asyncio.get_running_loop().create_future()
-        head = request_head(target, None if body is None else len(body), request_id)
+        head = request_head(target, None if body is None else len(body), request_id, content_type)
         if isinstance(body, bytearray):  # holds a key: joining would leave a copy that is not zeroed
             transport.write(head)
             transport.write(body)

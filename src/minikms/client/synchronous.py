@@ -21,7 +21,7 @@ from typing import Any, Final, Self, TypeVar
 from minikms import api
 from minikms.api import Verb
 from minikms.client import calls, connecting
-from minikms.client.calls import Attempts, Call, given, make_call
+from minikms.client.calls import Attempts, Call, MsgpackUse, given, make_call
 from minikms.client.connecting import POOL_CONNECTIONS_MAX, POOL_IDLE_S_MAX, ROTATE_TIMEOUT_S, TIMEOUT_S, WAIT_S
 from minikms.client.errors import KmsClosedError, KmsError, KmsTimeoutError, KmsUnavailableError
 from minikms.client.items import (
@@ -74,6 +74,7 @@ class Client:
         self._lock = threading.Lock()
         self._idle: list[tuple[float, socket.socket]] = []
         self._closed = False
+        self._msgpack = MsgpackUse()
         _clients.add(self)
 
     def __enter__(self) -> Self:
@@ -368,14 +369,19 @@ class Client:
         timeout_s: float | None = None,
         named: str = "",
     ) -> A:
-        call = make_call(verb, request, request_id, named)
+        call = make_call(verb, request, request_id, named, msgpack=self._msgpack.may_send(time.monotonic()))
         attempts = Attempts(repeatable=verb.repeatable, until_s=time.monotonic() + self._wait_s)
         try:
             while True:
                 try:
                     return call.read(self._exchange(call, self._timeout_s if timeout_s is None else timeout_s))
                 except KmsError as error:
-                    time.sleep(attempts.pause_s(error, time.monotonic()))
+                    now_s = time.monotonic()
+                    in_json = self._msgpack.refused(call, error, now_s)
+                    if in_json is None:
+                        time.sleep(attempts.pause_s(error, now_s))
+                    else:
+                        call = in_json
         finally:
             call.wipe()
 
@@ -443,7 +449,7 @@ def _has_input(sock: socket.socket) -> bool:
 
 def _exchange(sock: socket.socket, call: Call[Any], until_s: float) -> Answer:
     """Sends the request and reads its answer. Raises TimeoutError, OSError and KmsProtocolError."""
-    head = request_head(call.target, None if call.body is None else len(call.body), call.request_id)
+    head = request_head(call.target, None if call.body is None else len(call.body), call.request_id, call.content_type)
     _send(sock, head, until_s)
     if call.body:
         _send(sock, call.body, until_s)

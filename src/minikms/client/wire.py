@@ -31,6 +31,7 @@ _STATUS_LINE: Final = re.compile(rb"HTTP/1\.1 ([2-5][0-9]{2})(?: [\t\x20-\x7e]*)
 _HEADER: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
 _LENGTH: Final = re.compile(rb"[0-9]{1,9}")
 _SECONDS: Final = re.compile(rb"[0-9]{1,6}")
+JSON: Final = b"application/json"
 _HOST: Final = b" HTTP/1.1\r\nHost: minikms\r\n"
 
 
@@ -48,7 +49,7 @@ class Answer(NamedTuple):
         return f"Answer({self.status}, {len(self.body)} bytes)"
 
 
-def request_head(target: bytes, body_bytes: int | None, request_id: str | None) -> bytes:
+def request_head(target: bytes, body_bytes: int | None, request_id: str | None, content_type: bytes = JSON) -> bytes:
     """The head of a request: a POST with a body of that length, or a GET when there is none.
 
     `target` and `request_id` have been checked: neither holds a space or a line end.
@@ -56,7 +57,7 @@ def request_head(target: bytes, body_bytes: int | None, request_id: str | None) 
     named = b"" if request_id is None else b"%b: %b\r\n" % (api.REQUEST_ID_HEADER.encode(), request_id.encode())
     if body_bytes is None:
         return b"GET " + target + _HOST + named + b"\r\n"
-    kind = b"Content-Type: application/json\r\nContent-Length: %d\r\n" % body_bytes
+    kind = b"Content-Type: %b\r\nContent-Length: %d\r\n" % (content_type, body_bytes)
     return b"POST " + target + _HOST + kind + named + b"\r\n"
 
 

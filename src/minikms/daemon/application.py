@@ -20,7 +20,7 @@ from minikms.api import Verb
 from minikms.audit import Event
 from minikms.audit.turns import TurnAudit
 from minikms.custody.vault import Permit, Vault
-from minikms.daemon import metrics, strictjson
+from minikms.daemon import metrics, strictjson, strictmsgpack
 from minikms.daemon.admission import HEALTHY, Admission, AdmittingApplication, Session, is_request, require_short_body
 from minikms.daemon.keybody import take_key
 from minikms.daemon.metrics import Histogram, VerbTimes
@@ -29,7 +29,8 @@ from minikms.errors import ForbiddenError, InvalidRequestError, NotSealedError
 from minikms.http import ParsedHead, Request, Response, error_response, parse_query
 from minikms.policy import Principal
 from minikms.service.access import Keys, ScopedKeys, require
-from minikms.service.base import Perform, Reply, VerbTable, json_answer
+from minikms.service.base import Perform, VerbTable
+from minikms.service.encoding import Reply, json_answer
 from minikms.service.roots import WITH_ROOT
 
 READY: Final = Response(200, b"ready", content_type="text/plain")
@@ -198,10 +199,11 @@ class Application(AdmittingApplication):
             return _Route(verb, verb.method, verb.name, self._root_reader(verb), self._perform_and_release(verb))
         read = _reader(verb)
         if verb.is_batch:
-            sizes = self._batches[verb.name]
+            sizes, decode = self._batches[verb.name], strictmsgpack.Decoder(verb.request).decode
 
             def read_batch(who: Principal, request: Request) -> Any:
-                batch = read(who, request)
+                is_msgpack = request.head.content_type.lower() == api.MSGPACK
+                batch = decode(request.body) if is_msgpack else read(who, request)
                 sizes.add(len(batch.items))
                 return batch
 

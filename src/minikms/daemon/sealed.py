@@ -26,7 +26,7 @@ from minikms.http import Request, Response, raised_response
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.policy import Principal
 from minikms.service.access import require
-from minikms.service.base import Reply, json_answer
+from minikms.service.encoding import Reply, json_answer
 
 SEALED_TEXT: Final = (
     "the key service is sealed: it has no key until an operator unseals it with `minikms unseal`, and then it goes on "

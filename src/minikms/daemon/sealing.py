@@ -65,7 +65,7 @@ from minikms.notify import Notifier
 from minikms.policy import Principal
 from minikms.roots.providers import GivenKey, RootProvider
 from minikms.service.access import renewed
-from minikms.service.base import Reply, json_answer
+from minikms.service.encoding import Reply, json_answer
 
 MARKER_RETRY_SECONDS: Final = 5.0
 AUDIT_RETRY_SECONDS: Final = 1.0

@@ -30,9 +30,9 @@ def decode(decoder: msgspec.json.Decoder[T], body: memoryview | bytes) -> T:
     try:
         value = decoder.decode(text)
     except msgspec.ValidationError as error:
-        raise InvalidRequestError(_sentence("The body does not have the expected form", error)) from None
+        raise InvalidRequestError(refused_sentence("The body does not have the expected form", error)) from None
     except msgspec.DecodeError as error:
-        raise InvalidRequestError(_sentence("The body is not valid JSON", error)) from None
+        raise InvalidRequestError(refused_sentence("The body is not valid JSON", error)) from None
     except UnicodeDecodeError:
         raise InvalidRequestError("The body is not valid UTF-8.") from None
     except RecursionError:
@@ -50,8 +50,8 @@ def decode(decoder: msgspec.json.Decoder[T], body: memoryview | bytes) -> T:
     return value
 
 
-def _sentence(what: str, error: Exception) -> str:
-    """`what: reason.` with the library's reason, printable and truncated: it may repeat a field name of the caller."""
+def refused_sentence(what: str, error: Exception) -> str:
+    """`what: reason.` with msgspec's reason, printable and truncated: it may repeat a field name of the caller."""
     reason = "".join(char if char.isprintable() else "?" for char in str(error)[:_REASON_CHARS_MAX])
     return f"{what}: {reason}."
 

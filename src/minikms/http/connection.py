@@ -277,6 +277,8 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
             data = self._server.encoder.answer(self._server.failed(error), close=True)
         if close:
             self._blocked |= _CLOSING
+        if len(response.body) > _LARGE_ANSWER_BYTES:
+            self._blocked |= _TURN
         self._queue(Uncommitted(data) if response.uncommitted else data)
 
     def _refuse(self, refusal: Refusal) -> None:

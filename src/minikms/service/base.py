@@ -23,9 +23,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-import msgspec
 from msgspec import UNSET
 
 from minikms import api
@@ -36,16 +35,13 @@ from minikms.errors import ForbiddenError, LimitExceededError, MiniKmsError, Too
 from minikms.http import Response
 from minikms.policy import Principal
 from minikms.service.access import ANSWERS_WITH_PLAINTEXT, Access, Keys, ScopedKeys, require
+from minikms.service.encoding import Reply, encoding_of, json_answer, refused_item
 
 R = TypeVar("R", bound=api.Request)
 A = TypeVar("A")
 
-Reply = bytes | Response
-"""`bytes`: a JSON answer with status 200."""
 Perform = Callable[[Principal, R, str], Reply | Awaitable[Reply]]
 """Carries out one request of a principal; the text is the id of the request, `""` if it has none."""
-
-json_answer: Final = msgspec.json.Encoder().encode
 
 
 class Audit(Protocol):
@@ -67,7 +63,7 @@ class Audit(Protocol):
 class Later(NamedTuple):
     """Returned by a `now` method that has to await something: the rest of its work."""
 
-    act: Callable[[], Awaitable[bytes]]
+    act: Callable[[], Awaitable[Reply]]
 
 
 class AfterLine(NamedTuple, Generic[A]):
@@ -372,7 +368,7 @@ class _Frame:
             raise TooManyError(f"a batch holds at most {api.BATCH_ITEMS_MAX} items; send several batches")
         if self._roles_by_item and forbidden is None:  # a caller without the role can't fill the log with ids
             event.key_ids = _distinct(item.key_id for item in request.items)
-            event.request_ids = _distinct(item.request_id for item in request.items if item.request_id is not UNSET)
+            event.request_ids = _distinct(item.request_id for item in request.items if isinstance(item.request_id, str))
         return forbidden
 
 
@@ -410,24 +406,15 @@ async def _act_charged(
         return await answer.act() if isinstance(answer, Later) else answer
 
 
-async def _act_later(charged: ExitStack, later: Later) -> bytes:
+async def _act_later(charged: ExitStack, later: Later) -> Reply:
     """The rest of what began after the charge."""
     with charged:
         return await later.act()
 
 
-def _refuse_items(request: Any, event: Event, error: MiniKmsError) -> bytes:
+def _refuse_items(request: Any, event: Event, error: MiniKmsError) -> Reply:
     count_refused(event, len(request.items))
-    return items_answer([item_error(error)] * len(request.items))
-
-
-def items_answer(parts: list[bytes]) -> bytes:
-    """The answer to a batch, of the JSON of each item."""
-    return b'{"items":[' + b",".join(parts) + b"]}"
-
-
-def item_error(error: MiniKmsError) -> bytes:
-    return json_answer(api.ErrorAnswer(str(error), error.code))
+    return encoding_of(request).items("", [refused_item(error)] * len(request.items))
 
 
 def count_refused(event: Event, count: int) -> None:

@@ -41,7 +41,8 @@ from minikms.keys.keyring import Body, Rotation
 from minikms.memory.arena import SecretSlot
 from minikms.roots.pin import PinFile
 from minikms.service.access import Keys, ScopedKeys
-from minikms.service.base import AfterLine, VerbTable, another_line, json_answer
+from minikms.service.base import AfterLine, VerbTable, another_line
+from minikms.service.encoding import json_answer
 from minikms.service.records import CIPHERTEXT_BYTES_MAX, decode_aad
 from minikms.service.root_removal import RootRemoval
 

@@ -10,8 +10,10 @@ A method answers at once, unless a use lease has to reach the disk first: then i
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Awaitable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Final
 
 from cryptography.exceptions import InvalidTag
@@ -29,10 +31,12 @@ from minikms.errors import DecryptionError, MiniKmsError, StorageUnavailableErro
 from minikms.keys.dek import check_key_id
 from minikms.policy import Principal
 from minikms.service.access import Keys
-from minikms.service.base import Later, Reply, VerbTable, count_refused, cut, item_error, items_answer
+from minikms.service.base import Later, VerbTable, count_refused, cut
+from minikms.service.encoding import Encoding, ReadBytes, RefusedItem, Reply, encoding_of, refused_item
 
 CIPHERTEXT_BYTES_MAX: Final = api.PLAINTEXT_BYTES_MAX + OVERHEAD_BYTES
 _DOES_NOT_OPEN: Final = "the ciphertext does not open under this key, thread and aad"
+_KEY_ID_OF: Final = attrgetter("key_id")
 _NO_USE_LEFT: Final = "the key's uses are being reserved; try again"
 
 
@@ -72,7 +76,7 @@ class RecordVerbs:
             if opened.state != "active":
                 opened.check_encrypts()
             plaintext = decode_canonical(item.plaintext, api.PLAINTEXT_BYTES_MAX, "plaintext")
-            aad = opened.aad_if_none if item.aad is UNSET else _aad(opened, item.aad)
+            aad = opened.aad_if_none if item.aad is UNSET else _aad(opened, item.aad, decode_canonical)
             if not opened.lease.take(1):
                 return self._table.put_off(event, partial(self._encrypt_later, self._vault, opened, plaintext, aad))
             nonce = self._next_nonce()
@@ -89,7 +93,7 @@ class RecordVerbs:
         opened = self._open_for(keys, event, item)
         opened.check_encrypts()
         plaintext = decode_canonical(item.plaintext, api.PLAINTEXT_BYTES_MAX, "plaintext")
-        aad = _aad(opened, item.aad)
+        aad = _aad(opened, item.aad, decode_canonical)
         if not opened.lease.take(1):
             return Later(partial(self._encrypt_later, keys, opened, plaintext, aad))
         nonce = self._next_nonce()
@@ -111,8 +115,8 @@ class RecordVerbs:
     def decrypt(self, keys: Keys, item: api.DecryptItem, event: Event) -> bytes:
         """The plaintext of one ciphertext."""
         opened = self._open_for(keys, event, item)
-        sealed = _sealed(item.ciphertext)
-        plaintext = _decrypt(self._vault.turn_cipher(opened), sealed, _aad(opened, item.aad))
+        sealed = _sealed(item.ciphertext, decode_canonical)
+        plaintext = _decrypt(self._vault.turn_cipher(opened), sealed, _aad(opened, item.aad, decode_canonical))
         return b'{"plaintext":"' + encode(plaintext) + b'"}'
 
     def _open_for(self, keys: Keys, event: Event, item: api.EncryptItem | api.DecryptItem) -> OpenDek:
@@ -129,11 +133,9 @@ class RecordVerbs:
 
     # --- many records ------------------------------------------------------------------------------------------------
 
-    def encrypt_batch(self, keys: Keys, request: api.EncryptBatchRequest, event: Event) -> bytes | Later:
+    def encrypt_batch(self, keys: Keys, request: api.EncryptBatchRequest, event: Event) -> Reply | Later:
         """Encrypts each item; a refused item does not stop the others."""
-        counts: dict[str, int] = {}
-        for item in request.items:
-            counts[item.key_id] = counts.get(item.key_id, 0) + 1
+        counts = Counter(map(_KEY_ID_OF, request.items))
         low = [
             (lease, count) for key_id, count in counts.items() if (lease := _low_lease(keys, key_id, count)) is not None
         ]
@@ -143,7 +145,7 @@ class RecordVerbs:
 
     async def _encrypt_batch_later(
         self, keys: Keys, request: api.EncryptBatchRequest, event: Event, low: list[tuple[UseLease, int]]
-    ) -> bytes:
+    ) -> Reply:
         # If the disk refuses the leases, the items that need them are refused one by one.
         with contextlib.suppress(StorageUnavailableError):
             await self._vault.leases.extend(low)
@@ -151,9 +153,10 @@ class RecordVerbs:
         scrub_stack()
         return answer
 
-    def _encrypt_all(self, keys: Keys, request: api.EncryptBatchRequest, event: Event) -> bytes:
-        parts: list[bytes] = []
-        failed = 0
+    def _encrypt_all(self, keys: Keys, request: api.EncryptBatchRequest, event: Event) -> Reply:
+        encoding = encoding_of(request)
+        read = encoding.read
+        outcomes: list[bytes | RefusedItem] = []
         last_key_id = ""
         opened: OpenDek | None = None
         cipher: AESGCM | None = None
@@ -165,25 +168,25 @@ class RecordVerbs:
                     opened = keys.opened(check_key_id(item.key_id))
                     cipher = AESGCM(opened.view)
                     last_key_id = item.key_id
-                if item.thread_id is not UNSET:
+                if isinstance(item.thread_id, str):
                     opened.check_thread(item.thread_id)
-                opened.check_encrypts()
-                plaintext = decode_canonical(item.plaintext, api.PLAINTEXT_BYTES_MAX, "plaintext")
-                aad = _aad(opened, item.aad)
+                if opened.state != "active":
+                    opened.check_encrypts()
+                plaintext = read(item.plaintext, api.PLAINTEXT_BYTES_MAX, "plaintext")
+                aad = _aad(opened, item.aad, read) if item.aad else opened.aad_if_none
                 if not opened.lease.take(1):
                     raise StorageUnavailableError(_NO_USE_LEFT)
                 nonce = next_nonce()
-                parts.append(b'{"ciphertext":"' + encode(nonce + cipher.encrypt(nonce, plaintext, aad)) + b'"}')
+                outcomes.append(nonce + cipher.encrypt(nonce, plaintext, aad))
             except MiniKmsError as error:
-                failed += 1
-                parts.append(item_error(error))
-        count_refused(event, failed)
-        return items_answer(parts)
+                outcomes.append(refused_item(error))
+        return _items(encoding, "ciphertext", outcomes, event)
 
-    def decrypt_batch(self, keys: Keys, request: api.DecryptBatchRequest, event: Event) -> bytes:
+    def decrypt_batch(self, keys: Keys, request: api.DecryptBatchRequest, event: Event) -> Reply:
         """Decrypts each item; a refused item does not stop the others."""
-        parts: list[bytes] = []
-        failed = 0
+        encoding = encoding_of(request)
+        read = encoding.read
+        outcomes: list[bytes | RefusedItem] = []
         last_key_id = ""
         opened: OpenDek | None = None
         cipher: AESGCM | None = None
@@ -193,18 +196,15 @@ class RecordVerbs:
                     opened = keys.opened(check_key_id(item.key_id))
                     cipher = AESGCM(opened.view)
                     last_key_id = item.key_id
-                if item.thread_id is not UNSET:
+                if isinstance(item.thread_id, str):
                     opened.check_thread(item.thread_id)
-                sealed = _sealed(item.ciphertext)
-                plaintext = _decrypt(cipher, sealed, _aad(opened, item.aad))
-                parts.append(b'{"plaintext":"' + encode(plaintext) + b'"}')
+                sealed = _sealed(item.ciphertext, read)
+                outcomes.append(_decrypt(cipher, sealed, _aad(opened, item.aad, read)))
             except MiniKmsError as error:
-                failed += 1
-                parts.append(item_error(error))
-        count_refused(event, failed)
-        return items_answer(parts)
+                outcomes.append(refused_item(error))
+        return _items(encoding, "plaintext", outcomes, event)
 
-    def reencrypt_batch(self, keys: Keys, request: api.ReencryptBatchRequest, event: Event) -> bytes | Later:
+    def reencrypt_batch(self, keys: Keys, request: api.ReencryptBatchRequest, event: Event) -> Reply | Later:
         """Moves ciphertexts between keys of one thread; the plaintext never leaves."""
         event.key_ids = [check_key_id(request.from_key_id), check_key_id(request.to_key_id)]
         source = keys.record(request.from_key_id)
@@ -219,16 +219,17 @@ class RecordVerbs:
 
     async def _reencrypt_later(
         self, keys: Keys, lease: UseLease, request: api.ReencryptBatchRequest, event: Event
-    ) -> bytes:
+    ) -> Reply:
         await self._vault.leases.extend([(lease, len(request.items))])
         keys.opened(request.to_key_id).check_encrypts()  # it may have been retired meanwhile
         answer = self._reencrypt_all(keys, request, event)
         scrub_stack()
         return answer
 
-    def _reencrypt_all(self, keys: Keys, request: api.ReencryptBatchRequest, event: Event) -> bytes:
-        parts: list[bytes] = []
-        failed = 0
+    def _reencrypt_all(self, keys: Keys, request: api.ReencryptBatchRequest, event: Event) -> Reply:
+        encoding = encoding_of(request)
+        read = encoding.read
+        outcomes: list[bytes | RefusedItem] = []
         # Opening the second key may evict and zero the first, so each cipher is made at once.
         source = keys.opened(request.from_key_id)
         opening = AESGCM(source.view)
@@ -236,28 +237,32 @@ class RecordVerbs:
         sealing = AESGCM(target.view)
         for item in request.items:
             try:
-                bound = caller_field(decode_aad(item.aad))
-                plaintext = _decrypt(opening, _sealed(item.ciphertext), source.aad_prefix + bound)
+                bound = caller_field(read(item.aad, api.AAD_BYTES_MAX, "aad") if item.aad else b"")
+                plaintext = _decrypt(opening, _sealed(item.ciphertext, read), source.aad_prefix + bound)
                 if not target.lease.take(1):
                     raise StorageUnavailableError(_NO_USE_LEFT)
                 nonce = self._next_nonce()
-                sealed = nonce + sealing.encrypt(nonce, plaintext, target.aad_prefix + bound)
-                parts.append(b'{"ciphertext":"' + encode(sealed) + b'"}')
+                outcomes.append(nonce + sealing.encrypt(nonce, plaintext, target.aad_prefix + bound))
             except MiniKmsError as error:
-                failed += 1
-                parts.append(item_error(error))
-        count_refused(event, failed)
-        return items_answer(parts)
+                outcomes.append(refused_item(error))
+        return _items(encoding, "ciphertext", outcomes, event)
 
-    def check_batch(self, keys: Keys, request: api.CheckBatchRequest, event: Event) -> api.CheckBatchAnswer:
+    def check_batch(self, keys: Keys, request: api.CheckBatchRequest, event: Event) -> Reply:
         """Which ciphertexts open under one key. The answer holds nothing of their plaintext."""
         event.key_ids = [check_key_id(request.key_id)]
         opened = keys.opened(request.key_id)
-        if request.thread_id is not UNSET:
+        if isinstance(request.thread_id, str):
             opened.check_thread(request.thread_id)
-        refused = _refused_of(request.items, opened)
+        encoding = encoding_of(request)
+        refused = _refused_of(request.items, opened, encoding.read)
         count_refused(event, len(refused))
-        return api.CheckBatchAnswer(len(request.items) - len(refused), refused)
+        return encoding.answer(api.CheckBatchAnswer(len(request.items) - len(refused), refused))
+
+
+def _items(encoding: Encoding, member: str, outcomes: list[bytes | RefusedItem], event: Event) -> Reply:
+    """The answer to a batch; `member` holds an item's value. Adds to the event how many were refused."""
+    count_refused(event, list(map(type, outcomes)).count(RefusedItem))
+    return encoding.items(member, outcomes)
 
 
 def _low_lease(keys: Keys, key_id: str, count: int) -> UseLease | None:
@@ -274,15 +279,15 @@ def decode_aad(aad: str | UnsetType) -> bytes:
     return b"" if aad is UNSET else decode_canonical(aad, api.AAD_BYTES_MAX, "aad")
 
 
-def _aad(opened: OpenDek, aad: str | UnsetType) -> bytes:
+def _aad(opened: OpenDek, aad: str | UnsetType, read: ReadBytes) -> bytes:
     """The record's associated data."""
-    if aad is UNSET:
+    if not aad:  # an absent aad is an empty one
         return opened.aad_if_none
-    return opened.aad_prefix + caller_field(decode_canonical(aad, api.AAD_BYTES_MAX, "aad"))
+    return opened.aad_prefix + caller_field(read(aad, api.AAD_BYTES_MAX, "aad"))
 
 
-def _sealed(text: str) -> bytes:
-    sealed = decode_canonical(text, CIPHERTEXT_BYTES_MAX, "ciphertext")
+def _sealed(given: str, read: ReadBytes) -> bytes:
+    sealed = read(given, CIPHERTEXT_BYTES_MAX, "ciphertext")
     if len(sealed) < OVERHEAD_BYTES:
         raise DecryptionError("the ciphertext is too short to hold a nonce and a tag")
     return sealed
@@ -295,7 +300,7 @@ def _decrypt(cipher: AESGCM, sealed: bytes, aad: bytes) -> bytes:
         raise DecryptionError(_DOES_NOT_OPEN) from None
 
 
-def _refused_of(items: Sequence[api.ReencryptItem], opened: OpenDek) -> list[api.RefusedItemAnswer]:
+def _refused_of(items: Sequence[api.ReencryptItem], opened: OpenDek, read: ReadBytes) -> list[api.RefusedItemAnswer]:
     """The items that do not open. No plaintext becomes an object: all go into one buffer, which is zeroed."""
     refused: list[api.RefusedItemAnswer] = []
     decrypt_into = AESGCM(opened.view).decrypt_into
@@ -304,8 +309,8 @@ def _refused_of(items: Sequence[api.ReencryptItem], opened: OpenDek) -> list[api
     try:
         for index, item in enumerate(items):
             try:
-                sealed = _sealed(item.ciphertext)
-                aad = _aad(opened, item.aad)
+                sealed = _sealed(item.ciphertext, read)
+                aad = _aad(opened, item.aad, read)
                 decrypt_into(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], aad, scratch[: len(sealed) - OVERHEAD_BYTES])
             except InvalidTag:
                 refused.append(api.RefusedItemAnswer(index, _DOES_NOT_OPEN, DecryptionError.code))

@@ -13,7 +13,8 @@ from minikms.audit import Event
 from minikms.custody.vault import Permit
 from minikms.errors import AuditUnavailableError, ConflictError, ForbiddenError, MiniKmsError
 from minikms.policy import ROLES, Principal
-from minikms.service.base import AfterLine, Reply, VerbTable
+from minikms.service.base import AfterLine, VerbTable
+from minikms.service.encoding import Reply
 from tests.harness.vaults import SilentAudit
 
 ANYONE = Principal(0, 7, "peer_uid:0", ROLES)

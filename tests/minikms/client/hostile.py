@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 CLOSE = "close"
 SILENT = "silent"
 Step = bytes | str
@@ -23,6 +25,11 @@ Step = bytes | str
 
 def answer(body: bytes, status: int = 200, headers: bytes = b"") -> bytes:
     return b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n%b\r\n" % (status, len(body), headers) + body
+
+
+def array_answer(value: object) -> bytes:
+    """A 200 with `value` in MessagePack."""
+    return answer(msgspec.msgpack.encode(value), headers=b"Content-Type: application/msgpack\r\n")
 
 
 def read_request(connection: socket.socket) -> bytes:

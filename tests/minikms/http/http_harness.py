@@ -76,6 +76,8 @@ class EchoApp:
                 raise ValueError("internal-text-0451")
             case "/large":
                 return b"x" * int(parse_query(request.query)["bytes"])
+            case "/large-text":
+                return Response(200, b"x" * int(parse_query(request.query)["bytes"]), content_type="text/plain")
             case "/response":
                 return Response(202, b"accepted", content_type="text/plain", headers=(("x-extra", "1"),))
             case "/close":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 
+import pytest
+
 from minikms.http import LIMITS, Request, Response
 from tests.minikms.http.http_harness import Session, get, request, run, serving
 
@@ -31,14 +33,15 @@ def test_a_connection_gets_at_most_its_share_of_a_turn() -> None:
     run(check())
 
 
-def test_large_answers_do_not_accumulate_in_one_turn() -> None:
+@pytest.mark.parametrize("path", ["/large", "/large-text"])
+def test_large_answers_do_not_accumulate_in_one_turn(path: str) -> None:
     """One request with a large answer is started per turn, and none while the client does not read."""
 
     async def check() -> None:
         async with serving(dataclasses.replace(LIMITS, write_buffer_bytes_max=100_000)) as running:
             peer = await running.peer()
             peer.transport.pause_reading()  # a client that does not read
-            peer.send(get("/large?bytes=1000000") * 50)
+            peer.send(get(f"{path}?bytes=1000000") * 50)
             while not running.app.seen:
                 await asyncio.sleep(0)
             await asyncio.sleep(0.1)

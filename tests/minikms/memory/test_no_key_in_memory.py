@@ -7,6 +7,7 @@ process table): a scan that finds nothing proves nothing by itself.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import resource
@@ -25,6 +26,7 @@ from minikms.client import Client, DecryptItem, EncryptItem, KmsError, Reencrypt
 from tests import needs
 from tests.harness import live_daemon
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.unix_http import UnixConnection
 from tests.minikms.memory import scanner
 
 pytestmark = pytest.mark.usefixtures("as_root")
@@ -104,6 +106,25 @@ def use_mixed(client: Client, key_ids: list[str], count: int, seed: int = 1) -> 
             ]
             assert client.check_batch(items[0].key_id, checked) == [None] * len(checked)
             done += 2
+
+
+def use_batches_in_json(socket_path: Path, key_ids: list[str], count: int) -> None:
+    """What programs send that do not know MessagePack, which the clients send: `count` batches, there and back."""
+    connection = UnixConnection(socket_path)
+
+    def answered(target: str, items: list[dict[str, str]]) -> list[dict[str, str]]:
+        connection.request("POST", target, json.dumps({"items": items}))
+        found: list[dict[str, str]] = json.loads(connection.getresponse().read())["items"]
+        return found
+
+    try:
+        for number in range(count):
+            chosen = [key_ids[(number + step) % len(key_ids)] for step in range(4)]
+            sealed = answered("/encrypt_batch", [{"key_id": key_id, "plaintext": "dGV4dA=="} for key_id in chosen])
+            items = [{"key_id": key_id, **one} for key_id, one in zip(chosen, sealed, strict=True)]
+            assert answered("/decrypt_batch", items) == [{"plaintext": "dGV4dA=="}] * len(chosen)
+    finally:
+        connection.close()
 
 
 def live_a_keys_life(daemon: LiveDaemon, client: Client) -> dict[str, bytes]:
@@ -219,6 +240,7 @@ def test_after_heavy_use_root_finds_no_key_in_memory_or_core(tmp_path: Path) -> 
         storm_of_errors(client, daemon.socket, key_ids)
         with storm_of_signals(daemon.pid):
             use_mixed(client, key_ids, OPERATIONS_COUNT // 10, seed=2)
+            use_batches_in_json(daemon.socket, key_ids, OPERATIONS_COUNT // 20)
         keys |= daemon.keys()
         assert len(set(keys.values())) > THREADS_COUNT
         assert_unreachable(daemon, keys)

@@ -17,7 +17,8 @@ from minikms.custody.lease_store import LeaseStore
 from minikms.errors import StorageUnavailableError
 from minikms.keys.dek import key_id_to_bytes
 from minikms.policy import ROLES, Principal
-from minikms.service.base import Reply, VerbTable
+from minikms.service.base import VerbTable
+from minikms.service.encoding import Reply
 from minikms.service.records import RecordVerbs
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.vaults import OpenedVault, SilentAudit, opened_vault

@@ -145,6 +145,15 @@ def answer(keys: Keys, target: str, body: dict[str, Any]) -> dict[str, Any]:
     raise Refused(404, "not_found")
 
 
+def read(body: bytes) -> dict[str, Any]:
+    """It knows JSON only, as miniKMS did before it knew MessagePack."""
+    try:
+        read: dict[str, Any] = json.loads(body or b"{}")
+    except ValueError:
+        raise Refused(400, "invalid_request") from None
+    return read
+
+
 async def serve_one(keys: Keys, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
         while True:
@@ -159,7 +168,7 @@ async def serve_one(keys: Keys, reader: asyncio.StreamReader, writer: asyncio.St
                 payload = b"ok"
             else:
                 try:
-                    payload = json.dumps(answer(keys, target, json.loads(body or b"{}"))).encode()
+                    payload = json.dumps(answer(keys, target, read(body))).encode()
                 except Refused as error:
                     status = error.status
                     payload = json.dumps({"error": f"refused: {error.code}", "code": error.code}).encode()

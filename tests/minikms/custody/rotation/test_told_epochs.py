@@ -15,7 +15,8 @@ from minikms.api import Verb
 from minikms.audit import Event
 from minikms.errors import StorageUnavailableError
 from minikms.policy import Policy, Principal
-from minikms.service.base import Reply, VerbTable
+from minikms.service.base import VerbTable
+from minikms.service.encoding import Reply
 from minikms.service.lifecycle import LifecycleVerbs
 from tests.harness.vaults import SilentAudit, opened_vault
 from tests.minikms.custody.disk_faults import refuse

@@ -1,0 +1,196 @@
+"""Batches are sent in MessagePack, and in JSON to a daemon that does not know it."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import msgspec
+import pytest
+
+from minikms import api
+from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, ReencryptItem, calls, errors
+from minikms.client.calls import JSON_S, MsgpackUse, make_call
+from minikms.client.items import Batch, CheckBatch, ReencryptBatch, Sent
+from minikms.client.wire import Answer
+from minikms.daemon import strictmsgpack
+from tests.minikms.client.hostile import CLOSE, answer, array_answer, hostile
+from tests.minikms.client.using import CREATE_CALL, KEY, WAIT_S, Use
+
+MALFORMED = answer(b'{"error":"The body is not valid JSON: ...","code":"invalid_request"}', 400)
+IN_JSON = answer(b'{"items":[{"ciphertext":"eA=="}]}')
+BATCH_CALL: tuple[str, dict[str, Any]] = ("encrypt_batch", {"items": [EncryptItem(key_id=KEY, plaintext=b"p")]})
+WITHOUT_MSGPACK = """
+from minikms import api
+api.MSGPACK = ""
+from minikms.__main__ import main
+main()
+"""
+"""A daemon that reads every batch as JSON, whatever its content type is, as all did before they knew MessagePack."""
+
+
+def kinds(requests: list[bytes]) -> list[bytes]:
+    """The content type of each request."""
+    return [request.partition(b"Content-Type: ")[2].partition(b"\r\n")[0] for request in requests]
+
+
+MSGPACK, JSON = b"application/msgpack", b"application/json"
+
+
+def test_a_daemon_that_knows_json_only_gets_json_from_then_on(use: Use) -> None:
+    """A client asks once; what it asks on other connections is JSON too."""
+    with hostile([MALFORMED, IN_JSON, CLOSE], [IN_JSON, IN_JSON]) as server:
+        assert use(server.path, BATCH_CALL, BATCH_CALL, BATCH_CALL, wait_s=WAIT_S) == [[b"x"]] * 3
+    assert kinds(server.requests)[:3] == [MSGPACK, JSON, JSON]
+    assert set(kinds(server.requests)[3:]) == {JSON}
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        answer(b'{"error":"e","code":"too_many"}', 413),
+        answer(b'{"error":"e","code":"forbidden"}', 403),
+        answer(b'{"error":"e","code":"key_not_found"}', 404),
+        answer(b'{"error":"e","code":"interrupted_by_something_new"}', 503),
+        IN_JSON,
+    ],
+)
+def test_after_any_other_answer_nothing_is_sent_again(use: Use, refused: bytes) -> None:
+    """Also after an answer in JSON that says it was carried out: then it was, and must not be a second time."""
+    with hostile([refused]) as server:
+        [result] = use(server.path, BATCH_CALL, wait_s=WAIT_S)
+        assert isinstance(result, errors.KmsRefusedError | errors.KmsProtocolError)
+        assert kinds(server.requests) == [MSGPACK]
+
+
+def test_a_batch_that_is_malformed_in_json_too_is_refused(use: Use) -> None:
+    with hostile([MALFORMED, MALFORMED]) as server:
+        [result] = use(server.path, BATCH_CALL, wait_s=WAIT_S)
+        assert isinstance(result, errors.InvalidRequestError)
+        assert kinds(server.requests) == [MSGPACK, JSON]
+
+
+def test_calls_of_one_item_are_json_and_batched_calls_fall_back_too() -> None:
+    single = answer(b'{"ciphertext":"eA=="}')
+    two = answer(b'{"items":[{"ciphertext":"YQ=="},{"ciphertext":"Yg=="}]}')
+    with hostile([single, MALFORMED, two, two]) as server:
+
+        async def main() -> None:
+            async with AsyncClient(server.path) as kms:
+                assert await kms.encrypt(KEY, b"1") == b"x"
+                for _ in range(2):
+                    both = await asyncio.gather(kms.encrypt(KEY, b"1"), kms.encrypt(KEY, b"2"))
+                    assert [*both] == [b"a", b"b"]
+
+        asyncio.run(main())
+    assert kinds(server.requests) == [JSON, MSGPACK, JSON, JSON]
+
+
+def test_msgpack_is_tried_again_after_a_while() -> None:
+    """The daemon may have been replaced by a newer one."""
+    use = MsgpackUse()
+    call = make_call(api.ENCRYPT_BATCH, Batch([]), msgpack=use.may_send(5.0))
+    in_json = use.refused(call, errors.InvalidRequestError(400, "invalid_request", ""), 5.0)
+    assert in_json == make_call(api.ENCRYPT_BATCH, Batch([]))
+    assert not use.may_send(5.0 + JSON_S - 1) and use.may_send(5.0 + JSON_S)
+    assert use.refused(in_json, errors.InvalidRequestError(400, "invalid_request", ""), 5.0) is None
+
+
+def test_a_daemon_without_msgpack_serves_every_batch(use: Use) -> None:
+    """The real daemon, which does not look at the content type: it refuses MessagePack as malformed JSON."""
+    with tempfile.TemporaryDirectory(prefix="kms") as directory:
+        path = directory + "/s"
+        command = [sys.executable, "-c", WITHOUT_MSGPACK, "--socket", path, "--data-dir", directory + "/data", "--dev"]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        try:
+            [made] = use(path, CREATE_CALL, wait_s=15)
+            key = made.key_id
+            items = [EncryptItem(key_id=key, plaintext=b"%d" % number, aad=b"a") for number in range(600)]
+            [sealed] = use(path, ("encrypt_batch", {"items": items}))
+            opened = [DecryptItem(key_id=key, ciphertext=one, aad=b"a") for one in sealed]
+            checked = [ReencryptItem(ciphertext=one, aad=b"a") for one in sealed]
+            plain, fine, moved = use(
+                path,
+                ("decrypt_batch", {"items": opened}),
+                ("check_batch", {"key_id": key, "items": checked}),
+                ("reencrypt_batch", {"from_key_id": key, "to_key_id": key, "items": checked[:3]}),
+            )
+            assert plain == [item.plaintext for item in items]
+            assert fine == [None] * 600
+            assert [len(one) for one in moved] == [29] * 3
+            with Client(path) as client:
+                assert client.decrypt_batch(opened[:1]) == [b"0"]
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+@pytest.mark.parametrize(
+    ("verb", "batch", "array"),
+    [
+        (
+            api.ENCRYPT_BATCH,
+            Batch([EncryptItem(key_id=KEY, plaintext=b"\xff", thread_id=""), EncryptItem(key_id=KEY, plaintext=b"")]),
+            [[[KEY, b"\xff", b"", "", None], [KEY, b"", b"", None, None]]],
+        ),
+        (
+            api.DECRYPT_BATCH,
+            Batch([DecryptItem(key_id=KEY, ciphertext=b"c", aad=b"a", request_id="r")]),
+            [[[KEY, b"c", b"a", None, "r"]]],
+        ),
+        (api.REENCRYPT_BATCH, ReencryptBatch(KEY, "k", [ReencryptItem(ciphertext=b"c")]), [KEY, "k", [[b"c", b""]]]),
+        (api.CHECK_BATCH, CheckBatch(KEY, [ReencryptItem(ciphertext=b"c")], "t"), [KEY, [[b"c", b""]], "t"]),
+        (api.CHECK_BATCH, CheckBatch(KEY, []), [KEY, [], None]),
+    ],
+)
+def test_the_daemon_reads_a_batch_as_it_was_given(verb: Any, batch: Sent, array: Any) -> None:
+    body = make_call(verb, batch, msgpack=True).body
+    assert body is not None
+    assert msgspec.msgpack.decode(body) == array
+    request = strictmsgpack.Decoder(verb.request).decode(bytes(body))
+    for name in batch.__struct_fields__:
+        if name != "items":
+            assert getattr(request, name) == getattr(batch, name)
+    for got, given in zip(request.items, batch.items, strict=True):  # type: ignore[attr-defined]  # of every batch
+        assert all(getattr(got, name) == getattr(given, name) for name in given.__struct_fields__)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"\x91", b"\x90", b"\x91\xc0", b"\x91\xdd\xff\xff\xff\xff", b"\x91\x91\xa1x", b"\x91\x91\x91\xa1e",
+        b"\x91\x91\x92\xa1e\x01", b"\x91\x91\xc4\x05x", b"\x91\x91\xc4\x01xx", b"\x91\x91\x92\xa1\xff\xa1c", b"{}",
+        b"\x91" * 100_000, b"\x91\x92\xc4\x01x\xc4\x01x", b"\x91\x90", b"\x91\x91\xc0",
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_none_is_a_protocol_error(body: bytes) -> None:
+    call = make_call(api.ENCRYPT_BATCH, Batch([EncryptItem(key_id=KEY, plaintext=b"")]), msgpack=True)
+    with pytest.raises(errors.KmsProtocolError):
+        calls.outcomes(call.read(Answer(200, body, True)), 1)
+
+
+def test_an_answer_may_have_further_members() -> None:
+    """Of a newer daemon, as with JSON."""
+    call = make_call(api.CHECK_BATCH, CheckBatch(KEY, []), msgpack=True)
+    wire = msgspec.msgpack.encode([1, [[1, "e", "decryption_failed", "more"]], "more"])
+    [fine, refused] = calls.check_outcomes(call.read(Answer(200, wire, True)), 2)
+    assert fine is None and isinstance(refused, errors.DecryptionError)
+    many = make_call(api.ENCRYPT_BATCH, Batch([]), msgpack=True)
+    wire = msgspec.msgpack.encode([[b"x", ["e\n", "key_retired", 1]], 5])
+    [value, retired] = calls.outcomes(many.read(Answer(200, wire, True)), 2)
+    assert value == b"x" and isinstance(retired, errors.KeyRetiredError) and str(retired) == "e? (key_retired)"
+
+
+def test_neither_a_call_nor_an_answer_shows_what_it_carries() -> None:
+    call = make_call(api.ENCRYPT_BATCH, Batch([EncryptItem(key_id=KEY, plaintext=b"SECRET")]), msgpack=True)
+    assert "SECRET" not in repr(call)
+    assert "SECRET" not in repr(call.read(Answer(200, msgspec.msgpack.encode([[b"SECRET"]]), True)))
+
+
+def test_an_array_answer_on_the_wire_is_read(use: Use) -> None:
+    with hostile([array_answer([[b"x"]])]) as server:
+        assert use(server.path, BATCH_CALL) == [[b"x"]]
+    assert kinds(server.requests) == [MSGPACK]
