@@ -2,9 +2,10 @@
 
 Owns: when queued events are written and synced. Invariants: the events of a turn are written with one call before any
 answer of the turn is sent; if that fails, no answer of the turn is sent. For an answer that is sent in a later turn,
-`add_written` writes the event before the answer exists. While the audit key changes, the log is held: lines and answers
-wait, for HELD_SECONDS_MAX at most, and the event loop goes on. At most one `fdatasync` runs at a time, in a worker
-thread; a caller of `sync` gets one that begins after its event was written. It must never drop an event silently.
+`add_written` writes the event before the answer exists; the durable ones of a step of the event loop are written with
+one call, at its end. While the audit key changes, the log is held: lines and answers wait, for HELD_SECONDS_MAX at
+most, and the event loop goes on. At most one `fdatasync` runs at a time, in a worker thread; a caller of `sync` gets
+one that begins after its event was written. It must never drop an event silently.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
+from functools import partial
 from typing import Final
 
 from minikms.audit.chain import AuditKey
@@ -38,13 +40,17 @@ class TurnAudit:
         self._syncing: asyncio.Task[None] | None = None
         self._next_sync: asyncio.Task[None] | None = None
         self.add = log.add
+        self._durable: list[tuple[Event, asyncio.Future[None]]] = []
+        """The events of this step whose callers wait for the disk."""
         self._sealed = False
         self._changing: asyncio.Future[None] | None = None
         """Resolved when the change of the audit key that runs has ended."""
         self._waits_until = 0.0
 
     def seal(self) -> None:
-        """The audit keys are zeroed: no further event is written. What was written is still synced."""
+        """Call it before the audit keys are zeroed: no further event is written. What was written is still synced."""
+        if self._changing is None:
+            self._write_durable()
         self._sealed = True
 
     def require_writable(self) -> None:
@@ -55,15 +61,45 @@ class TurnAudit:
 
     async def add_written(self, event: Event, *, durable: bool) -> None:
         """Writes the event now, together with the events that the turn has queued; during a change of the audit key,
-        after it. Raises AuditUnavailableError, SealedError.
+        after it. With `durable` it is written at the end of this step, also if the caller is cancelled, and synced.
+        Raises AuditUnavailableError, SealedError.
         """
         while self._changing is not None:
             await asyncio.shield(self._changing)
         self._require_keys()
-        self._log.add(event)
-        self._log.commit()
-        if durable:
-            await self.sync()
+        if not durable:
+            self._log.add(event)
+            self._log.commit()
+            return
+        loop = asyncio.get_running_loop()
+        synced: asyncio.Future[None] = loop.create_future()
+        if not self._durable:
+            loop.call_soon(self._write_durable)  # after all callers of this step
+        self._durable.append((event, synced))
+        await synced
+
+    def _write_durable(self) -> None:
+        """Writes the events whose callers wait for the disk, with one call."""
+        if self._changing is not None:  # it began after they were queued
+            self._changing.add_done_callback(lambda _: self._write_durable())
+            return
+        lines, self._durable = self._durable, []
+        waiting = [synced for _, synced in lines]
+        try:
+            self._require_keys()
+            for event, _ in lines:
+                self._log.add(event)
+            self._log.commit()
+        except (AuditUnavailableError, SealedError) as error:
+            _fail(waiting, error)
+        except BaseException:  # a defect: no caller may wait for ever
+            for synced in waiting:
+                synced.cancel()
+            raise
+        else:
+            if waiting:
+                syncing = asyncio.ensure_future(self.sync())
+                syncing.add_done_callback(partial(_synced, waiting))
 
     def _require_keys(self) -> None:
         if self._sealed:
@@ -153,3 +189,28 @@ class TurnAudit:
                     await self.sync()
                 except AuditUnavailableError:
                     continue  # the log refuses the next commit and reports the failure in its status
+
+
+def _synced(waiting: list[asyncio.Future[None]], syncing: asyncio.Future[None]) -> None:
+    """Answers the callers of durable lines."""
+    error = asyncio.CancelledError() if syncing.cancelled() else syncing.exception()
+    if error is None:
+        for synced in waiting:
+            if not synced.done():
+                synced.set_result(None)
+    elif isinstance(error, AuditUnavailableError):
+        _fail(waiting, error)
+    else:  # a defect, or the loop is closing: nobody may believe that the line is durable
+        for synced in waiting:
+            synced.cancel()
+        if not syncing.cancelled():
+            raise error
+
+
+def _fail(waiting: list[asyncio.Future[None]], error: AuditUnavailableError | SealedError) -> None:
+    """An error object of its own for each caller."""
+    for synced in waiting:
+        if not synced.done():
+            copied = type(error)(str(error))
+            copied.__cause__ = error.__cause__
+            synced.set_exception(copied)

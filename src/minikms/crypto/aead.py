@@ -2,10 +2,11 @@
 
 Owns: sealing, opening, and authentication tags over public data. Sealed form: nonce(12) | ciphertext | tag(16).
 Invariants: a cipher object holds a key schedule on the heap, so each function here makes one for its call and drops it
-(OpenSSL clears it). Only `Vault.turn_cipher` of `minikms.custody.vault` keeps one, until the turn ends. `scrub_stack`
-overwrites the key schedule that the last call left on the stack. The caller passes the nonce: random, never repeated
-under a key (at most 2^32 of them, SP 800-38D section 8.3). If a tag does not match, it must never return anything but
-an error, nor say why.
+(OpenSSL clears it). Only `Vault.turn_cipher` of `minikms.custody.vault` keeps one, until the turn ends, and
+`minikms.custody.new_keys`, for a group of keys that it makes without a switch to another task. `scrub_stack` overwrites
+the key schedule that the last call left on the stack. The caller passes the nonce: random, never repeated under a key
+(at most 2^32 of them, SP 800-38D section 8.3). If a tag does not match, it must never return anything but an error, nor
+say why.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ class NonceSource:
 def seal(key: memoryview, nonce: bytes, plaintext: bytes | memoryview, aad: bytes) -> bytes:
     """nonce | ciphertext | tag. `plaintext` may be a view of the arena; it is not copied."""
     return nonce + AESGCM(key).encrypt(nonce, plaintext, aad)
+
+
+def seal_with(cipher: AESGCM, nonce: bytes, plaintext: bytes | memoryview, aad: bytes) -> bytes:
+    """As `seal`, with a cipher that the caller made and drops."""
+    return nonce + cipher.encrypt(nonce, plaintext, aad)
 
 
 def open_sealed(key: memoryview, sealed: bytes, aad: bytes) -> bytes:

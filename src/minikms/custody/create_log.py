@@ -1,12 +1,15 @@
 """The create log: new DEK files are durable with one sync of one file for a whole group.
 
 Owns: `kms-creates` (docs/spec/creates.md): its format, the steps of a group of creates, and the replay at a start.
-A group has two steps: a record of each key is written to the log, with one sync for all; then the key files are made,
-without a sync of their own. When the log is full, before a KEK rotation and at a stop, one `syncfs` makes the files
-durable, and the log is removed (`settle`).
+A group has two steps: a record of each key is written to the log, with one sync for all; then the keys are durable, and
+their files are made, without a sync of their own. When the log is full, before a KEK rotation and at a stop, one
+`syncfs` makes the files durable, and the log is removed (`settle`).
 
 Invariants:
 - A key file is made only after its record is durable. So the content of a file that a power loss emptied is known.
+- From the begin of a group until its files are made, `DekStore.read` answers from memory. The jobs of the executor's
+  thread run in order, so every later one finds the files. A file that the disk refuses is written when the log is
+  settled; until then no further key is made.
 - The log is removed only after every file that it has a record of is durable, and the directory of the files was
   synced: a file that was retired meanwhile may have been renamed by a process that was killed before it synced that.
 - The record of a create that was refused does not stay: the log is settled at once, or in the background until the disk
@@ -29,8 +32,10 @@ import asyncio
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Container, Iterable, Sequence
+import sys
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from typing import Final, NamedTuple
 
 from minikms.custody.deks import DekStore, file_name
@@ -48,9 +53,7 @@ from minikms.custody.files import (
     write_files,
     write_group,
 )
-from minikms.custody.group_commit import GroupCommit
 from minikms.errors import (
-    ConflictError,
     KeyNotFoundError,
     KeyUnreadableError,
     MiniKmsError,
@@ -70,6 +73,10 @@ RECORDS_MAX: Final = 2048
 """A start writes at most so many files anew."""
 SECTOR_BYTES: Final = 512
 """The smallest unit that a disk writes whole."""
+HANDOVER_SECONDS: Final = 0.0002
+"""How long another thread keeps the interpreter while files are being made: each file takes three system calls, after
+each of which this thread waits so long for a busy event loop.
+"""
 RETRY_SECONDS_MIN: Final = 0.25
 RETRY_SECONDS_MAX: Final = 5.0
 LOG_BYTES: Final = len(MAGIC) + RECORDS_MAX * RECORD_BYTES
@@ -174,14 +181,20 @@ class _Logged(NamedTuple):
 # --- creating -------------------------------------------------------------------------------------------------------
 
 
+class Written(NamedTuple):
+    """What became of a group: None or the error of each key, and whether all of its files were made."""
+
+    outcomes: list[MiniKmsError | None]
+    made: bool
+
+
 class CreateLog:
-    """The create log of a data directory. `create` is for the event loop's thread; `executor` runs all other work."""
+    """The create log of a data directory. `write_group` is for the event loop's thread, `executor` runs all else."""
 
     def __init__(self, directory_fd: int, store: DekStore, executor: Executor) -> None:
         self._directory_fd = directory_fd
         self._store = store
         self._executor = executor
-        self._groups = GroupCommit(self._commit, items_max=GROUP_FILES_MAX)
         self._log_fd: int | None = None
         self._files_fd: int | None = None
         """Of the key files' directory, opened before the first file of the log is made: on each descriptor, `syncfs`
@@ -192,18 +205,57 @@ class CreateLog:
         self._failed = False
         """A write or sync of the log failed, or the files could not be synced."""
         self._settling: asyncio.Task[None] | None = None
+        self._unmade: dict[str, list[asyncio.Future[None]]] = {}
+        """The keys whose groups have not ended, each with the waiters of its group."""
 
-    async def create(self, key_id: str, content: bytes) -> None:
-        """Makes a new file, durable on return. Raises StorageUnavailableError; then there is no file."""
-        await self._groups.submit(NewKey(key_id, content))
+    async def write_group(self, keys: Sequence[NewKey]) -> list[MiniKmsError | None]:
+        """Makes keys, durable on return; for each None or its error, then it is not made. The files may still be under
+        way: see `file_made`. Raises StorageUnavailableError for all.
+        """
+        loop = asyncio.get_running_loop()
+        contents, waiting = dict(keys), list[asyncio.Future[None]]()
+        outcomes: asyncio.Future[list[MiniKmsError | None]] = loop.create_future()
 
-    async def _commit(self, keys: list[NewKey]) -> list[MiniKmsError | None]:
-        try:
-            with self._store.making(dict(keys)):
-                return await asyncio.get_running_loop().run_in_executor(self._executor, self.write, keys)
-        finally:
-            if self._failed and (self._settling is None or self._settling.done()):
-                self._settling = asyncio.create_task(self._settle_failed())
+        def answer() -> None:
+            if not outcomes.done():
+                outcomes.set_result([None] * len(keys))
+
+        def ended(job: asyncio.Future[Written]) -> None:
+            failure = asyncio.CancelledError() if job.cancelled() else job.exception()
+            if failure is None and job.result().made:
+                self._store.made(contents)
+            else:
+                self._store.made([key_id for key_id in contents if key_id not in self._logged])
+                if self._settling is None or self._settling.done():
+                    self._settling = loop.create_task(self._settle_failed())
+            for key_id in contents:
+                del self._unmade[key_id]
+            for made in waiting:
+                if not made.done():
+                    made.set_result(None)
+            if outcomes.done():
+                if failure is not None:
+                    raise failure  # a defect: the log has the keys
+            elif failure is None:
+                outcomes.set_result(job.result().outcomes)
+            else:
+                outcomes.set_exception(failure)
+
+        self._store.making(contents)
+        self._unmade.update(dict.fromkeys(contents, waiting))
+        job = loop.run_in_executor(self._executor, self.write, keys, partial(loop.call_soon_threadsafe, answer))
+        job.add_done_callback(ended)
+        return await outcomes
+
+    async def file_made(self, key_id: str) -> None:
+        """Returns when the file of a durable key was made. If the disk refuses it, the log has the key until then, and
+        this returns all the same.
+        """
+        waiting = self._unmade.get(key_id)
+        if waiting is not None:
+            made: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            waiting.append(made)
+            await made
 
     async def _settle_failed(self) -> None:
         """Settles the log after a failure, as soon as the disk accepts it: a start would make the refused keys that it
@@ -221,23 +273,29 @@ class CreateLog:
                 await asyncio.get_running_loop().run_in_executor(self._executor, settle)
             pause = min(2 * pause, RETRY_SECONDS_MAX)
 
-    def write(self, keys: Sequence[NewKey]) -> list[MiniKmsError | None]:
-        """Makes a group of files; for each None or its error. Raises StorageUnavailableError for all."""
+    def write(self, keys: Sequence[NewKey], durable: Callable[[], object]) -> Written:
+        """Makes a group of keys and their files. Calls `durable` when all of them are; where there is no log, the
+        outcomes say it. Raises StorageUnavailableError for all.
+        """
         if not syncfs_reports(self._store.directory_fd):
             writes = [FileWrite(file_name(key.key_id), key.content, exclusive=True) for key in keys]
-            return write_group(self._store.directory_fd, writes)
+            return Written(write_group(self._store.directory_fd, writes), made=True)
         try:
             self._append(keys)
         except StorageUnavailableError:
             self._settle_if_failed()
             raise
-        outcomes = [self._make_file(key) for key in keys]
-        refused = [key.key_id for key, outcome in zip(keys, outcomes, strict=True) if outcome is not None]
-        if refused:
-            with contextlib.suppress(StorageUnavailableError):
-                self.forget(refused)
+        durable()
+        self._failed = True  # until all files are made: else they are written anew
+        try:
+            with _quick_handover():
+                for key in keys:
+                    make_file(self._store.directory_fd, file_name(key.key_id), key.content)
+        except OSError:
             self._settle_if_failed()
-        return outcomes
+        else:
+            self._failed = False
+        return Written([None] * len(keys), made=not self._failed)
 
     def _settle_if_failed(self) -> None:
         """So that no record of a refused create stays. What the disk refuses here is tried again in the background."""
@@ -277,21 +335,11 @@ class CreateLog:
             raise StorageUnavailableError("the create log can't be written") from error
         self._failed = False
 
-    def _make_file(self, key: NewKey) -> MiniKmsError | None:
-        try:
-            make_file(self._store.directory_fd, file_name(key.key_id), key.content)
-        except FileExistsError:
-            return ConflictError("there is a file of this name already")
-        except OSError as error:
-            failure = StorageUnavailableError("a file cannot be written")
-            failure.__cause__ = error
-            return failure
-        return None
-
     def forget(self, key_ids: Iterable[str]) -> None:
         """Removes the records of keys from the log, durably. Raises StorageUnavailableError; then call it again."""
         # First: whatever fails, the log is settled without these keys.
         going = [self._logged.pop(key_id) for key_id in key_ids if key_id in self._logged]
+        self._store.made([logged.key.key_id for logged in going])
         if self._failed:
             self.settle()
         elif going and self._log_fd is not None:
@@ -308,6 +356,7 @@ class CreateLog:
                 self._failed = True
         if self._failed:
             _write_anew(self._store, [logged.key for logged in self._logged.values()])
+            self._store.made(self._logged)
         self._failed = True  # if the removal fails: what is written to a removed file is lost
         remove_file(self._directory_fd, NAME)
         self._close_files()
@@ -323,23 +372,34 @@ class CreateLog:
                     os.close(descriptor)
 
     async def drain(self) -> None:
-        """Returns when no create is waiting or under way, and the log is settled. What the disk refuses is left to the
-        replay of the next start.
+        """Returns when the log is settled. No create may be under way. What the disk refuses is left to the replay of
+        the next start.
         """
-        await self._groups.drain()
-        if self._settling is not None:
-            self._settling.cancel()
-            await asyncio.wait([self._settling])
 
         def settle() -> None:
             with contextlib.suppress(StorageUnavailableError):
                 self.settle()
 
+        while self._unmade:
+            await self.file_made(next(iter(self._unmade)))
+        if self._settling is not None:
+            self._settling.cancel()
+            await asyncio.wait([self._settling])
         await asyncio.get_running_loop().run_in_executor(self._executor, settle)
 
     def close(self) -> None:
         """Closes the files, after `drain`."""
         self._close_files()
+
+
+@contextlib.contextmanager
+def _quick_handover() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, HANDOVER_SECONDS))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 # --- the replay -----------------------------------------------------------------------------------------------------
@@ -391,9 +451,9 @@ def _write_anew(store: DekStore, keys: Iterable[NewKey]) -> int:
 
 
 def _content(store: DekStore, key_id: str) -> bytes:
-    """Empty if the file is absent or can't be read."""
+    """Of the file; empty if it is absent or can't be read."""
     try:
-        return store.read(key_id)
+        return store.read(key_id, of_making=False)
     except (KeyNotFoundError, KeyUnreadableError):
         return b""
 

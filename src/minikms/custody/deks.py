@@ -24,9 +24,9 @@ import itertools
 import os
 import stat
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from typing import Final
 
 from minikms import api
@@ -126,25 +126,25 @@ class DekStore:
         """
         self._answers = contents
 
-    @contextmanager
-    def making(self, contents: Mapping[str, bytes]) -> Iterator[None]:
-        """Inside the block `read` answers for these keys, whose files are being made, from `contents`."""
+    def making(self, contents: Mapping[str, bytes]) -> None:
+        """From here on, until `made`, `read` answers for these keys, whose files are being made, from `contents`."""
         self._making.update(contents)
-        try:
-            yield
-        finally:
-            for key_id in contents:
-                del self._making[key_id]
 
-    def read(self, key_id: str) -> bytes:
-        """The content of the key's file, in any thread. Blocks on the disk.
+    def made(self, key_ids: Iterable[str]) -> None:
+        """The files of these keys were made, or will not be. In any thread."""
+        for key_id in key_ids:
+            self._making.pop(key_id, None)
+
+    def read(self, key_id: str, *, of_making: bool = True) -> bytes:
+        """The content of the key's file, in any thread. Blocks on the disk. Without `of_making`, that of a file that is
+        being made is what is in it.
 
         Raises KeyNotFoundError if there is none, KeyUnreadableError if it can't be read, and StorageUnavailableError if
         the cause is not the file.
         """
         while True:
             answers = self._answers
-            content = answers.get(key_id) or self._making.get(key_id)
+            content = answers.get(key_id) or (self._making.get(key_id) if of_making else None)
             if content is not None:
                 return content
             content = self._read(key_id)
@@ -189,6 +189,7 @@ class DekStore:
                 "again when the disk works, then try again"
             )
         await self._writes.submit(FileWrite(file_name(key_id), data))
+        self.made((key_id,))  # its first file, if the disk has refused that until now
 
     async def _write(self, writes: list[FileWrite]) -> list[MiniKmsError | None]:
         loop = asyncio.get_running_loop()
@@ -286,26 +287,14 @@ class KeyLocks:
     """At most one change of a key's file at a time. Waiters are served in no particular order."""
 
     def __init__(self) -> None:
-        self._held: dict[str, asyncio.Future[None]] = {}
+        self._held: dict[str, _Hold] = {}
         self._watchers: list[set[str]] = []
 
-    @asynccontextmanager
-    async def hold(self, key_ids: Iterable[str], *, announced: bool = True) -> AsyncIterator[None]:
-        """Holds the locks of these keys inside the block. With `announced` the keys are added to every `watch` set."""
-        wanted = tuple(dict.fromkeys(key_ids))
-        while blocking := next((self._held[key_id] for key_id in wanted if key_id in self._held), None):
-            await asyncio.shield(blocking)
-        freed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._held.update(dict.fromkeys(wanted, freed))
-        if announced:
-            for watcher in self._watchers:
-                watcher.update(wanted)
-        try:
-            yield
-        finally:
-            for key_id in wanted:
-                del self._held[key_id]
-            freed.set_result(None)
+    def hold(self, key_ids: Iterable[str], *, announced: bool = True) -> _Hold:
+        """Holds the locks of these keys inside an `async with`. With `announced` the keys are added to every `watch`
+        set.
+        """
+        return _Hold(self, tuple(dict.fromkeys(key_ids)), announced)
 
     @contextmanager
     def watch(self) -> Iterator[set[str]]:
@@ -317,3 +306,33 @@ class KeyLocks:
         finally:
             # By identity: two watchers may hold equal sets.
             self._watchers = [watcher for watcher in self._watchers if watcher is not changed]
+
+
+class _Hold:
+    """The locks of some keys, held by one task. A class, since a generator takes several microseconds more."""
+
+    __slots__ = ("_announced", "_freed", "_locks", "_wanted")
+
+    def __init__(self, locks: KeyLocks, wanted: tuple[str, ...], announced: bool) -> None:
+        self._locks = locks
+        self._wanted = wanted
+        self._announced = announced
+        self._freed: asyncio.Future[None] | None = None
+        """Made by the first task that waits."""
+
+    async def __aenter__(self) -> None:
+        held = self._locks._held
+        while blocking := next((held[key_id] for key_id in self._wanted if key_id in held), None):
+            if blocking._freed is None:
+                blocking._freed = asyncio.get_running_loop().create_future()
+            await asyncio.shield(blocking._freed)
+        held.update(dict.fromkeys(self._wanted, self))
+        if self._announced:
+            for watcher in self._locks._watchers:
+                watcher.update(self._wanted)
+
+    async def __aexit__(self, *_: object) -> None:
+        for key_id in self._wanted:
+            del self._locks._held[key_id]
+        if self._freed is not None:
+            self._freed.set_result(None)

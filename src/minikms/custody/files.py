@@ -250,9 +250,9 @@ def sweep_temps(directory: int, *, age_ns_min: int = 0) -> int:
 
 def _write_all(fd: int, data: bytes) -> None:
     """Writes all of `data` at the descriptor's position. Raises OSError."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
+    count = os.write(fd, data)
+    while count < len(data):
+        count += os.write(fd, memoryview(data)[count:])
 
 
 def write_all_at(fd: int, data: bytes, offset: int) -> None:

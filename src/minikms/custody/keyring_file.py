@@ -201,23 +201,24 @@ class WrapReservation:
             int, asyncio.Future[None]
         ] = {}  # by version: resolved when no creation is in progress under it
 
-    async def begin_create(self) -> int:
-        """Takes one wrap for a new DEK and returns the KEK version. The caller must call `end_create` in every case.
+    async def begin_create(self, count: int = 1) -> int:
+        """Takes wraps for so many new DEKs, at most KEK_WRAPS_LEASE, and returns the KEK version. The caller must call
+        `end_create` in every case.
 
-        The caller must wrap the DEK before it awaits anything. Raises KeyExhaustedError, StorageUnavailableError, and
+        The caller must wrap the DEKs before it awaits anything. Raises KeyExhaustedError, StorageUnavailableError, and
         the errors of `report`.
         """
         while True:
             version = self._stored.body.wrapping_kek.version
-            if self._left.get(version, 0) > 0:
-                self._left[version] -= 1
-                self._creating[version] = self._creating.get(version, 0) + 1
+            if self._left.get(version, 0) >= count:
+                self._left[version] -= count
+                self._creating[version] = self._creating.get(version, 0) + count
                 return version
-            await self._reserve(version, 1)
+            await self._reserve(version, count)
 
-    def end_create(self, version: int) -> None:
-        """Ends a creation that took `version`: its DEK is on disk, or it failed."""
-        self._creating[version] -= 1
+    def end_create(self, version: int, count: int = 1) -> None:
+        """Ends so many creations that took `version`: their DEKs are on disk, or they failed."""
+        self._creating[version] -= count
         if not self._creating[version]:
             del self._creating[version]
             if (idle := self._idle.pop(version, None)) is not None:

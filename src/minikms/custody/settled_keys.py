@@ -70,8 +70,9 @@ class SettledKeys:
 
         Raises StorageUnavailableError, StartError.
         """
+        logged = self._logged()  # first: a log is removed only after the files of its keys were made
         listings = LISTINGS_COUNT if self._files_fd is not None else 0
-        return sorted({key_id for _ in range(listings) for key_id in list_key_ids(self._files)}.union(self._logged()))
+        return sorted({key_id for _ in range(listings) for key_id in list_key_ids(self._files)}.union(logged))
 
     def read(self, key_id: str) -> bytes | None:
         """The content of a key's file; None if there is none.
@@ -79,10 +80,7 @@ class SettledKeys:
         After a crash the file may be missing, empty, or hold a mixture until the next start: then the content of the
         create log or of the journal is returned. Raises StorageUnavailableError, KeyNotFoundError, StartError.
         """
-        name = file_name(key_id)
-        found = None
-        if self._files_fd is not None:
-            found = read_settled(name, dir_fd=self._files_fd, is_valid=lambda data: dek.is_valid(data, key_id))
+        found = self._read_file(key_id)
         is_valid = found is not None and dek.is_valid(found, key_id)
         record = self._journalled().get(key_id)
         if found is not None and record is not None and found not in (record.old, record.new):
@@ -92,7 +90,15 @@ class SettledKeys:
         elif not is_valid and (logged := self._logged().get(key_id)) is not None:
             self.recovered += 1
             return logged
+        elif found is None:
+            return self._read_file(key_id)  # it may have been made since, and the log removed
         return found
+
+    def _read_file(self, key_id: str) -> bytes | None:
+        name = file_name(key_id)
+        if self._files_fd is None:
+            return None
+        return read_settled(name, dir_fd=self._files_fd, is_valid=lambda data: dek.is_valid(data, key_id))
 
     def _logged(self) -> dict[str, bytes]:
         version = self._version(create_log.NAME)

@@ -7,8 +7,6 @@ removes the files and rotation backups of destroyed keys. Invariants:
 - One change of a file at a time (`KeyLocks`); a change reads the file again while it holds the lock.
 - One create of a thread at a time: a key is found by `get_or_create` only after its create has ended, because a create
   that can't retire the key it replaces removes the new one.
-- A create takes the KEK version in the same step of the event loop in which it wraps the DEK. A rotation waits for the
-  creates that took the older version (`WrapReservation.creates_done`).
 - An unreadable file is an error of its own key, and of no other.
 - An opened key is valid until the next key is opened or until its user awaits; after that it may have been zeroed.
 - The daemon answers before and during the scan. The scan reads files in a worker thread, a few at a time. A damaged
@@ -22,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Sequence
@@ -39,16 +36,16 @@ from minikms.custody.batch_backups import BLANK_FILES_MAX, BatchFile, KeysWithin
 from minikms.custody.create_log import CreateLog
 from minikms.custody.deks import SCAN_FILES, DekStore, KeyLocks, UnreadableKeys
 from minikms.custody.destruction import Destruction
-from minikms.custody.files import now_ns, now_rfc3339, remove_left_temps, rfc3339
+from minikms.custody.files import now_rfc3339, remove_left_temps
 from minikms.custody.keyring_file import KeyringFile, StoredKeyring, WrapReservation
 from minikms.custody.leases import Leases, UseLease
+from minikms.custody.new_keys import NewKeys, Wanted
 from minikms.custody.rewrap_journal import RewrapJournal
 from minikms.custody.rotation_backups import RotationBackups
 from minikms.custody.tombstone_file import Tombstones
 from minikms.errors import (
     ConflictError,
     KeyDestroyedError,
-    KeyExhaustedError,
     KeyNotFoundError,
     KeyRetiredError,
     KeyUnreadableError,
@@ -58,19 +55,10 @@ from minikms.errors import (
 )
 from minikms.keys import dek
 from minikms.keys.cache import KeyCache
-from minikms.keys.dek import (
-    KEY_ID_RANDOM_BYTES,
-    UNIX_MS_MAX,
-    DekRecord,
-    DekState,
-    key_id_to_bytes,
-    key_id_unix_ms,
-    make_key_id,
-    move_dek,
-)
+from minikms.keys.dek import DekRecord, DekState, key_id_to_bytes, move_dek
 from minikms.keys.index import KeyIndex
 from minikms.keys.unlocked import UnlockedKeyring
-from minikms.memory.arena import SecretArena, SecretSlot, fill_random
+from minikms.memory.arena import SecretArena, SecretSlot
 
 CACHE_KEYS_MAX: Final = 16_384
 CACHE_AGE_SECONDS_MAX: Final = 3600
@@ -82,8 +70,6 @@ REMOVAL_RETRY_SECONDS: Final = 60.0
 """Pause before what the disk refused to remove of destroyed keys is tried again."""
 
 T = TypeVar("T")
-
-
 Permit = Callable[[], None]
 """Called after each wait of a change, before anything of it is done. It raises to refuse the change."""
 
@@ -182,6 +168,15 @@ class Vault:
             count_max=cache_keys_max, age_ns_max=CACHE_AGE_SECONDS_MAX * 1_000_000_000
         )
         self.index = KeyIndex()
+        self._new_keys = NewKeys(
+            arena=arena,
+            unlocked=unlocked,
+            wraps=self.wrap_reservation,
+            creates=creates,
+            leases=leases,
+            nonces=nonces,
+            index=self.index,
+        )
         self.unreadable = UnreadableKeys()
         self.destroyed = destroyed
         self._destruction = Destruction(
@@ -254,7 +249,15 @@ class Vault:
     async def create(
         self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "", permit: Permit = permitted
     ) -> DekRecord:
-        """A new key, durable on return. `replaces` names a key of the same thread, which is retired.
+        """A new key, durable on return, with its file. `replaces` names a key of the same thread, which is retired."""
+        record = await self.create_in_log(thread_id, purpose=purpose, replaces=replaces, permit=permit)
+        await self.creates.file_made(record.id)
+        return record
+
+    async def create_in_log(
+        self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "", permit: Permit = permitted
+    ) -> DekRecord:
+        """As `create`. The file may still be under way on return: see `CreateLog.file_made`.
 
         A crash between the two files leaves both keys active, and the new record names the old one. The scan of the
         next start then retires the old one.
@@ -280,7 +283,9 @@ class Vault:
             if newest is not None and newest.state == "active" and not self.leases.uses(newest.lease.key).exhausted:
                 return newest.key_id, False
             later_than = "" if newest is None else newest.key_id
-            return (await self._create(thread_id, purpose, later_than=later_than, permit=permit)).id, True
+            key_id = (await self._create(thread_id, purpose, later_than=later_than, permit=permit)).id
+        await self.creates.file_made(key_id)
+        return key_id, True
 
     def _newest_active(self, thread_id: str, purpose: api.Purpose) -> OpenDek | None:
         """The newest key of the thread and purpose that is active according to the index, opened."""
@@ -300,14 +305,7 @@ class Vault:
         permit()
         if replaces:
             self.check_replaces(self.record(replaces), thread_id, purpose)
-        version = await self.wrap_reservation.begin_create()
-        try:
-            permit()
-            record = self._make_key(thread_id, purpose, replaces=replaces, later_than=later_than, version=version)
-            await self.creates.create(record.id, dek.encode(record))
-        finally:
-            self.wrap_reservation.end_create(version)
-        self.index.put(record)
+        record = await self._new_keys.make(Wanted(thread_id, purpose, permit, replaces, later_than))
         if replaces:
             try:
                 await self.retire(replaces, replaced_by=record.id, again=True)
@@ -322,37 +320,6 @@ class Vault:
             raise WrongThreadError("the key to replace belongs to another thread")
         if old.purpose != purpose:
             raise ConflictError("the key to replace has another purpose")
-
-    def _make_key(
-        self, thread_id: str, purpose: api.Purpose, *, replaces: str, later_than: str, version: int
-    ) -> DekRecord:
-        """A fresh wrapped key. The key itself leaves the arena here: a wait for the disk must not hold a slot."""
-        created_ns = now_ns()
-        # After a restore the keys up to an id only decrypt. A new key is beyond it, also if the clock was set back.
-        id_ms = max(created_ns // 1_000_000, self.leases.first_usable_ms)
-        if later_than:
-            id_ms = max(id_ms, key_id_unix_ms(later_than) + 1)
-        if id_ms > UNIX_MS_MAX:
-            raise KeyExhaustedError(
-                "no key can be made: the newest key id of the data directory is the last one there is"
-            )
-        key_id = make_key_id(id_ms, os.urandom(KEY_ID_RANDOM_BYTES))
-        with self.arena.allocate() as slot:
-            fill_random(slot.view)
-            record = dek.new(
-                key_id=key_id,
-                thread_id=thread_id,
-                purpose=purpose,
-                created_at=rfc3339(created_ns),
-                kek=self.unlocked.kek(version),
-                kek_version=version,
-                dek=slot.view,
-                nonce=self.nonces.next(),
-                replaces=replaces,
-            )
-        scrub_stack()
-        self.leases.granted_at_creation(key_id_to_bytes(key_id))
-        return record
 
     async def _remove_new_key(self, key_id: str) -> None:
         """Removes a new key that no caller knows. If the disk refuses this too, the next start finds the key and
@@ -463,6 +430,7 @@ class Vault:
     async def drain(self) -> None:
         """Waits for the writes that have begun. No new ones may begin."""
         await self._destruction.drain()
+        await self._new_keys.drain()
         await self.creates.drain()
         await self.store.drain()
         await self.leases.drain()

@@ -253,7 +253,10 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         self._since = self._server.now
         if not self._blocked & _CLOSING:  # otherwise the connection has ended meanwhile
             self._blocked |= _TURN
-            self._answer(head, answer)
+            if type(answer) is bytes and head.plain and not self._server.draining:
+                self._queue(self._server.encoder.ok(answer))
+            else:
+                self._answer(head, answer)
 
     def use(self, app: Application[S]) -> None:
         """Pass all further requests to `app`."""

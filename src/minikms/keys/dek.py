@@ -16,12 +16,12 @@ unchecked id.
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Callable
 from typing import Final, Literal
 
 import msgspec
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from minikms import api
 from minikms.crypto import aead, labels
@@ -34,14 +34,11 @@ KEY_ID_BYTES: Final = 16
 KEY_ID_RANDOM_BYTES: Final = 10
 UNIX_MS_MAX: Final = (1 << 48) - 1
 
-_RFC4648: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
 _CROCKFORD: Final = "0123456789abcdefghjkmnpqrstvwxyz"
-_TO_CROCKFORD: Final = str.maketrans(_RFC4648, _CROCKFORD)
+_PAIRS: Final = [first + second for first in _CROCKFORD for second in _CROCKFORD]
+"""The two digits of each number of 10 bits."""
 _TO_INT: Final = str.maketrans(_CROCKFORD, "0123456789abcdefghijklmnopqrstuv")
 """To the digits of `int` in base 32, which is four times as fast as a decoder of base 32."""
-# Base 32 encodes 5 bytes as 8 characters. Four zero bytes in front make 20 bytes of the 16, which are 32 characters;
-# the first 6 of them are always the same and are left out.
-_PAD_BYTES: Final = bytes(4)
 
 
 def make_key_id(unix_ms: int, random: bytes) -> str:
@@ -72,7 +69,14 @@ def bytes_to_key_id(raw: bytes) -> str:
     """The key id of 16 bytes. Raises ValueError for any other length."""
     if len(raw) != KEY_ID_BYTES:
         raise ValueError("a key id is sixteen bytes")
-    return "k_" + base64.b32encode(_PAD_BYTES + raw).decode("ascii")[6:].translate(_TO_CROCKFORD)
+    number, pairs = int.from_bytes(raw, "big"), _PAIRS
+    # 26 digits are 130 bits, of which the first 2 are zero. Without a loop it takes half the time.
+    return (
+        f"k_{pairs[number >> 120]}{pairs[number >> 110 & 1023]}{pairs[number >> 100 & 1023]}"
+        f"{pairs[number >> 90 & 1023]}{pairs[number >> 80 & 1023]}{pairs[number >> 70 & 1023]}"
+        f"{pairs[number >> 60 & 1023]}{pairs[number >> 50 & 1023]}{pairs[number >> 40 & 1023]}"
+        f"{pairs[number >> 30 & 1023]}{pairs[number >> 20 & 1023]}{pairs[number >> 10 & 1023]}{pairs[number & 1023]}"
+    )
 
 
 def key_id_unix_ms(key_id: str) -> int:
@@ -231,17 +235,20 @@ def new(
     thread_id: str,
     purpose: api.Purpose,
     created_at: str,
-    kek: memoryview,
+    kek: AESGCM,
     kek_version: int,
     dek: memoryview,
     nonce: bytes,
     replaces: str = "",
 ) -> DekRecord:
-    """The record of a fresh DEK, wrapped under `kek`."""
-    record = DekRecord(
+    """The record of a fresh DEK, wrapped under the cipher of a KEK."""
+    aad = labels.dek_aad(
+        key_id=key_id, thread_id=thread_id, purpose=purpose, algorithm=labels.ALGORITHM, kek_version=kek_version
+    )
+    return DekRecord(
         id=key_id,
         created_at=created_at,
-        wrapped=b"",
+        wrapped=aead.seal_with(kek, nonce, dek, aad),
         thread_id=thread_id,
         format=FORMAT,
         version=1,
@@ -251,7 +258,6 @@ def new(
         state="active",
         replaces=replaces,
     )
-    return msgspec.structs.replace(record, wrapped=aead.seal(kek, nonce, dek, record.aad(kek_version)))
 
 
 def unwrap_into(record: DekRecord, kek: memoryview, target: memoryview) -> None:

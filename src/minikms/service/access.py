@@ -332,7 +332,7 @@ class ScopedKeys:
         self._allowed(key_id)
         self._access.vault.check_destroyable(key_id)
 
-    async def create(self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "") -> DekRecord:
+    async def create_in_log(self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "") -> DekRecord:
         """As `Vault.create`. Raises ForbiddenError for a thread that is out of scope."""
 
         def permit() -> None:
@@ -341,7 +341,7 @@ class ScopedKeys:
                 self.record(replaces)
 
         permit()
-        return await self._access.vault.create(thread_id, purpose=purpose, replaces=replaces, permit=permit)
+        return await self._access.vault.create_in_log(thread_id, purpose=purpose, replaces=replaces, permit=permit)
 
     async def get_or_create(self, thread_id: str, *, purpose: api.Purpose) -> tuple[str, bool]:
         """As `Vault.get_or_create`. Raises ForbiddenError for a thread that is out of scope."""

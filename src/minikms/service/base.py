@@ -183,6 +183,9 @@ class VerbTable:
                     self.audit.require_writable()
                 return await act(request, event)
 
+            if who.scope is None:
+                return self.put_off(event, authorised, durable=durable)
+
             async def authorised_and_charged() -> A | Reply | AfterLine[A]:
                 keys.refresh()  # the task begins in a later step than the request
                 forbidden = frame.authorise(keys.who, request, event)
@@ -202,8 +205,6 @@ class VerbTable:
                 finally:
                     keys.release()
 
-            if who.scope is None:
-                return self.put_off(event, authorised, durable=durable)
             try:
                 keys = self._view(who, verb)
             except MiniKmsError as error:

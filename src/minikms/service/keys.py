@@ -9,6 +9,7 @@ key that a power loss would remove.
 from __future__ import annotations
 
 import os
+from functools import partial
 
 from msgspec import UNSET
 
@@ -18,10 +19,10 @@ from minikms.crypto.aead import scrub_stack, seal
 from minikms.custody.keyring_file import ReservedWraps
 from minikms.custody.vault import Indexing, Vault
 from minikms.errors import InvalidRequestError, StorageUnavailableError, WrongPurposeError
-from minikms.keys.dek import check_key_id
+from minikms.keys.dek import DekRecord, check_key_id
 from minikms.memory.arena import fill_random
 from minikms.service.access import Keys
-from minikms.service.base import VerbTable
+from minikms.service.base import AfterLine, VerbTable
 from minikms.service.records import decode_aad
 
 
@@ -39,15 +40,19 @@ class KeyVerbs:
 
     async def create_dek_for_thread(
         self, keys: Keys, request: api.CreateDekRequest, event: Event
-    ) -> api.CreateDekAnswer:
-        """Always a new key, on disk before the answer leaves."""
+    ) -> AfterLine[api.CreateDekAnswer]:
+        """Always a new key, on disk before the answer leaves. Its file is made while its audit line is synced."""
         event.thread_id = _check_thread_id(request.thread_id)
         replaces = "" if request.replaces is UNSET else check_key_id(request.replaces)
         purpose: api.Purpose = "thread" if request.purpose is UNSET else request.purpose
-        record = await keys.create(request.thread_id, purpose=purpose, replaces=replaces)
+        record = await keys.create_in_log(request.thread_id, purpose=purpose, replaces=replaces)
         event.key_id = record.id
         if replaces:
             event.detail = f"replaces {replaces}"
+        return AfterLine(partial(self._answer_made, record))
+
+    async def _answer_made(self, record: DekRecord) -> api.CreateDekAnswer:
+        await self._vault.creates.file_made(record.id)
         return api.CreateDekAnswer(record.id, record.wrapped)
 
     async def get_or_create_dek_for_thread(

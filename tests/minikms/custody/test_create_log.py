@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,9 +32,9 @@ from minikms.custody.deks import DekStore
 from minikms.custody.files import open_directory
 from minikms.custody.rotation_backups import newest_key_id
 from minikms.custody.settled_keys import SettledKeys
-from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
+from minikms.errors import ForbiddenError, MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys import dek, keyring
-from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, bytes_to_key_id, make_key_id
+from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, DekRecord, bytes_to_key_id, make_key_id
 from tests.harness.vaults import OpenedVault, copied_vault, opened_vault
 from tests.minikms.custody.disk_faults import failing_os, flip, refuse
 
@@ -119,6 +120,98 @@ def test_files_are_made_after_their_records_are_on_the_disk(tmp_path: Path, monk
             assert calls.count("sync") == 1
             assert sorted(calls[1:]) == [f"{key_id}.json" for key_id in sorted(key_ids)]
             assert sorted(logged(one)[1:]) == sorted(key_ids)
+
+    asyncio.run(main())
+
+
+def test_a_key_whose_file_the_disk_refuses_is_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is durable, so it is answered, opened and changed. Further creates are refused until its file is written."""
+    monkeypatch.setattr(create_log, "RETRY_SECONDS_MIN", 60.0)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            await one.make(1)  # reserves wraps
+            with monkeypatch.context() as failing:
+                failing.setattr(create_log, "make_file", refuse_file)
+                failing.setattr(create_log, "write_files", refuse)
+                first, second = await asyncio.gather(one.vault.create("t1"), one.vault.create("t2"))
+                assert not one.file(first.id).exists()
+                keys = one.keys([first.id, second.id])
+                await one.vault.retire(second.id)
+                assert one.vault.record(second.id).state == "retired"
+                with pytest.raises(StorageUnavailableError):
+                    await one.vault.create("t3")
+            copied_vault(one, tmp_path / "killed")
+            await one.make(1)
+            assert one.on_disk(first.id).state == "active"
+            assert one.on_disk(second.id).state == "retired", "its newer file stays"
+            assert one.keys(keys) == keys
+        async with opened_vault(tmp_path / "killed") as after:
+            assert after.on_disk(first.id).state == "active"
+            assert after.on_disk(second.id).state == "retired"
+            assert after.keys(keys) == keys
+
+    asyncio.run(main())
+
+
+def refuse_file(_directory: int, _name: str, _data: bytes) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_key_is_durable_before_its_file_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Vault.create_in_log` returns then, so that the audit line is synced meanwhile. A change waits for the file."""
+    going_on = threading.Event()
+
+    def slowly(directory: int, name: str, data: bytes) -> None:
+        going_on.wait(20)
+        files.make_file(directory, name, data)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            await one.make(1)
+            monkeypatch.setattr(create_log, "make_file", slowly)
+            record = await one.vault.create_in_log("t")
+            assert not one.file(record.id).exists()
+            assert record.id in logged(one)
+            assert len(one.keys([record.id])) == 1
+            retiring = asyncio.create_task(one.vault.retire(record.id))
+            made = asyncio.create_task(one.vault.creates.file_made(record.id))
+            await asyncio.sleep(0)
+            going_on.set()
+            await made
+            assert one.file(record.id).exists()
+            await retiring
+            assert one.on_disk(record.id).state == one.vault.record(record.id).state == "retired"
+
+    asyncio.run(main())
+
+
+def test_a_refused_permit_stops_no_other_key_of_its_group(tmp_path: Path) -> None:
+    def refused() -> None:
+        raise ForbiddenError("not this thread")
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            with pytest.raises(ForbiddenError):
+                await one.vault.create("t0", permit=refused)
+            asked = iter((None, None, "refused"))
+
+            def late() -> None:
+                if next(asked) == "refused":
+                    refused()
+
+            next(asked)
+            outcomes = await asyncio.gather(
+                one.vault.create("t1"),
+                one.vault.create("t2", permit=late),
+                one.vault.create("t3"),
+                return_exceptions=True,
+            )
+            made = [each.id for each in outcomes if isinstance(each, DekRecord)]
+            assert isinstance(outcomes[1], ForbiddenError)
+            assert len(made) == 2
+            assert len(set(one.keys(made).values())) == 2
+            assert sorted(logged(one)) == sorted(made)
 
     asyncio.run(main())
 

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from minikms.audit import AuditLog, Event
+from minikms.audit.reader import LOG_NAME
 from minikms.audit.recovery import write_whole
 from minikms.audit.turns import TurnAudit
-from minikms.errors import AuditUnavailableError
+from minikms.errors import AuditUnavailableError, SealedError
 from minikms.memory.arena import SecretArena, fill_random
 
 
@@ -87,3 +89,94 @@ def test_a_turn_whose_lines_were_written_early_succeeds(audit: TurnAudit) -> Non
     _add_answer(audit)
     audit.write_queued()
     assert audit.commit_turn()
+
+
+# --- durable lines ----------------------------------------------------------------------------------------------------
+
+
+def _durable(audit: TurnAudit, count: int) -> list[asyncio.Task[None]]:
+    """So many durable lines, added in one step of the event loop."""
+    event = Event(type="create_dek", actor="peer_uid:1")
+    return [
+        asyncio.ensure_future(audit.add_written(msgspec.structs.replace(event), durable=True)) for _ in range(count)
+    ]
+
+
+def _lines(directory: Path) -> int:
+    return (directory / LOG_NAME).read_bytes().count(b'"type":"create_dek"')
+
+
+def test_the_durable_lines_of_a_step_take_one_write_and_one_sync(
+    audit: TurnAudit, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    synced = os.fdatasync
+
+    def write(fd: int, blob: bytes) -> None:
+        calls.append("write")
+        disk.write(fd, blob)
+
+    def sync(fd: int) -> None:
+        calls.append("sync")
+        synced(fd)
+
+    monkeypatch.setattr("minikms.audit.writer.write_whole", write)
+    monkeypatch.setattr(os, "fdatasync", sync)
+
+    async def main() -> None:
+        await asyncio.gather(*_durable(audit, 8))
+
+    asyncio.run(main())
+    assert calls == ["write", "sync"]
+    assert _lines(tmp_path) == 8
+
+
+@pytest.mark.parametrize("failing", ["write", "sync"])
+def test_no_caller_takes_a_lost_line_for_a_durable_one(
+    audit: TurnAudit, disk: Disk, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each gets an error of its own, and the next line succeeds once the disk does."""
+
+    def refuse(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async def main() -> None:
+        with monkeypatch.context() as patch:
+            if failing == "write":
+                disk.refusals = 1
+            else:
+                patch.setattr(os, "fdatasync", refuse)
+            errors = await asyncio.gather(*_durable(audit, 3), return_exceptions=True)
+        assert [type(error) for error in errors] == [AuditUnavailableError] * 3
+        assert len({id(error) for error in errors}) == 3
+        await audit.sync()
+        await asyncio.gather(*_durable(audit, 3))
+
+    asyncio.run(main())
+
+
+def test_the_line_of_a_cancelled_caller_is_written(audit: TurnAudit, tmp_path: Path) -> None:
+    """What it did may be durable."""
+
+    async def main() -> None:
+        tasks = _durable(audit, 2)
+        await asyncio.sleep(0)
+        tasks[0].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(main())
+    assert _lines(tmp_path) == 2
+
+
+def test_a_seal_writes_the_lines_that_were_added(audit: TurnAudit, tmp_path: Path) -> None:
+    async def main() -> None:
+        tasks = _durable(audit, 2)
+        await asyncio.sleep(0)
+        assert _lines(tmp_path) == 0, "they wait for the end of the step"
+        audit.seal()
+        assert _lines(tmp_path) == 2
+        await asyncio.gather(*tasks)
+        with pytest.raises(SealedError):
+            await audit.add_written(Event(type="create_dek", actor="peer_uid:1"), durable=True)
+
+    asyncio.run(main())

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +30,7 @@ def made(key_id: str = KEY_ID, thread_id: str = "t1", kek_version: int = 1) -> D
         thread_id=thread_id,
         purpose="thread",
         created_at=AT,
-        kek=KEK,
+        kek=AESGCM(KEK),
         kek_version=kek_version,
         dek=DEK,
         nonce=NONCE,

@@ -65,9 +65,9 @@ def install() -> None:
         lease_store.USES_MAX = 0 if fault() == WORN else 1 << 31  # type: ignore[attr-defined]  # imported there
         return reserve(store, *given)
 
-    async def begun(budget: keyring_file.WrapReservation) -> int:
+    async def begun(budget: keyring_file.WrapReservation, count: int) -> int:
         keyring.KEK_WRAPS_MAX = -1 if fault() == WORN else 1 << 31  # type: ignore[misc]  # final in production
-        return await begin_create(budget)
+        return await begin_create(budget, count)
 
     async def ran(of: rotation.KekRotation) -> None:
         while fault() == STUCK:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from minikms import api
 from minikms.api import Verb
+from minikms.custody.create_log import NewKey
 from minikms.errors import (
     ForbiddenError,
     InvalidRequestError,
@@ -435,13 +437,13 @@ def test_a_create_that_waits_for_another_obeys_the_new_policy(
             who = made.who(1)
             await made.one.make(1, "mine-0")  # so that wraps are reserved
             released = asyncio.Event()
-            writing = made.one.vault.creates.create
+            writing = made.one.vault.creates.write_group
 
-            async def slow(key_id: str, content: bytes) -> None:
+            async def slow(keys: Sequence[NewKey]) -> list[MiniKmsError | None]:
                 await released.wait()
-                await writing(key_id, content)
+                return await writing(keys)
 
-            made.one.vault.creates.create = slow  # type: ignore[method-assign]  # a slow disk
+            made.one.vault.creates.write_group = slow  # type: ignore[method-assign]  # a slow disk
             first = await made.until_waiting(who, api.CREATE_DEK, api.CreateDekRequest("mine-1"))
             second = await made.until_waiting(who, verb, verb.request(thread_id="mine-1"))
             made.change(policy)

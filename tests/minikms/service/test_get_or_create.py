@@ -199,7 +199,7 @@ def test_a_key_that_only_decrypts_gets_a_successor(
     async def main(old: str) -> None:
         async with opened_vault(directory) as one:
             await one.indexing.run()
-            monkeypatch.setattr("minikms.custody.vault.now_ns", lambda: 1_600_000_000_000_000_000)
+            monkeypatch.setattr("minikms.custody.new_keys.now_ns", lambda: 1_600_000_000_000_000_000)
             found = await asyncio.gather(*(one.vault.get_or_create("t", purpose="thread") for _ in range(5)))
             assert len({key_id for key_id, _ in found}) == 1
             assert sum(created for _, created in found) == 1
@@ -243,11 +243,11 @@ def test_a_create_that_is_refused_is_an_error(tmp_path: Path, monkeypatch: pytes
         async with opened_vault(tmp_path / "d") as one:
             await one.indexing.run()
 
-            async def full(key_id: str, data: bytes) -> None:
+            async def full(_: object) -> None:
                 raise StorageUnavailableError("the disk is full")
 
             with monkeypatch.context() as patch:
-                patch.setattr(one.vault.creates, "create", full)
+                patch.setattr(one.vault.creates, "write_group", full)
                 with pytest.raises(StorageUnavailableError):
                     await one.vault.get_or_create("t", purpose="thread")
             assert (await one.vault.get_or_create("t", purpose="thread"))[1]

@@ -1,0 +1,153 @@
+"""New keys, made in groups: the creates of one step of the event loop share the cipher of the KEK and one record write.
+
+Owns: the making and wrapping of new keys. Invariants:
+- A KEK version is taken in the same step of the event loop in which the DEKs are wrapped. A rotation waits for the
+  groups that took the older version (`WrapReservation.creates_done`).
+- A key is answered only after `CreateLog.write_group` made it durable; then the index has it.
+- The cipher of the KEK, whose key schedule is on the heap, is dropped in the step in which it was made. Then the used
+  part of the stack is overwritten.
+- `Wanted.permit` is called in the step in which the key is made. A refusal is an error of its own key.
+
+It runs in the event loop's thread; only waits for the disk run elsewhere. An unwrapped key must never leave the arena,
+nor stay in it while the group waits for the disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from minikms import api
+from minikms.crypto.aead import NonceSource, scrub_stack
+from minikms.custody.create_log import CreateLog, NewKey
+from minikms.custody.files import now_ns, rfc3339
+from minikms.custody.group_commit import GroupCommit
+from minikms.custody.keyring_file import WrapReservation
+from minikms.custody.leases import Leases
+from minikms.errors import KeyExhaustedError, MiniKmsError
+from minikms.keys import dek
+from minikms.keys.dek import (
+    KEY_ID_RANDOM_BYTES,
+    UNIX_MS_MAX,
+    DekRecord,
+    key_id_to_bytes,
+    key_id_unix_ms,
+    make_key_id,
+)
+from minikms.keys.index import KeyIndex
+from minikms.keys.unlocked import UnlockedKeyring
+from minikms.memory.arena import SecretArena, fill_random
+
+GROUP_KEYS_MAX: Final = 128
+"""Keys that one step of the event loop makes: about 3 ms."""
+
+
+class Wanted(NamedTuple):
+    """A key to make. `permit` is called before it is made, and raises to refuse it. Its id sorts after `later_than`."""
+
+    thread_id: str
+    purpose: api.Purpose
+    permit: Callable[[], None]
+    replaces: str = ""
+    later_than: str = ""
+
+
+class NewKeys:
+    """Makes the keys of a data directory."""
+
+    def __init__(
+        self,
+        *,
+        arena: SecretArena,
+        unlocked: UnlockedKeyring,
+        wraps: WrapReservation,
+        creates: CreateLog,
+        leases: Leases,
+        nonces: NonceSource,
+        index: KeyIndex,
+    ) -> None:
+        self._arena = arena
+        self._unlocked = unlocked
+        self._wraps = wraps
+        self._creates = creates
+        self._leases = leases
+        self._nonces = nonces
+        self._index = index
+        self._groups = GroupCommit(self._make_group, items_max=GROUP_KEYS_MAX)
+
+    async def make(self, wanted: Wanted) -> DekRecord:
+        """A new key, durable on return. Raises the errors of its permit, of `WrapReservation.begin_create` and of the
+        create log, KeyExhaustedError and ArenaFullError.
+        """
+        return await self._groups.submit(wanted)
+
+    async def drain(self) -> None:
+        """Returns when no key is being made."""
+        await self._groups.drain()
+
+    async def _make_group(self, wanted: list[Wanted]) -> list[DekRecord | MiniKmsError]:
+        version = await self._wraps.begin_create(len(wanted))
+        try:
+            made = self._make_all(wanted, version)
+            keys = [NewKey(each.id, dek.encode(each)) for each in made if isinstance(each, DekRecord)]
+            outcomes = iter(await self._creates.write_group(keys) if keys else ())
+        finally:
+            self._wraps.end_create(version, len(wanted))
+        results: list[DekRecord | MiniKmsError] = []
+        for each in made:
+            failure = each if isinstance(each, MiniKmsError) else next(outcomes)
+            if failure is None and isinstance(each, DekRecord):
+                self._index.put(each)
+            results.append(each if failure is None else failure)
+        return results
+
+    def _make_all(self, wanted: Sequence[Wanted], version: int) -> list[DekRecord | MiniKmsError]:
+        """Fresh wrapped keys, each made in the same slot of the arena, or the refusals."""
+        created_ns = now_ns()
+        at = rfc3339(created_ns)
+        # After a restore the keys up to an id only decrypt. A new key is beyond it, also if the clock was set back.
+        first_ms = max(created_ns // 1_000_000, self._leases.first_usable_ms)
+        random = os.urandom(KEY_ID_RANDOM_BYTES * len(wanted))
+        made: list[DekRecord | MiniKmsError] = []
+        try:
+            with self._arena.allocate() as slot:
+                kek = AESGCM(self._unlocked.kek(version))
+                for number, one in enumerate(wanted):
+                    try:
+                        one.permit()
+                        id_ms = _id_ms(one, first_ms)
+                    except MiniKmsError as error:
+                        made.append(error)
+                        continue
+                    key_id = make_key_id(id_ms, random[number * KEY_ID_RANDOM_BYTES :][:KEY_ID_RANDOM_BYTES])
+                    fill_random(slot.view)
+                    record = dek.new(
+                        key_id=key_id,
+                        thread_id=one.thread_id,
+                        purpose=one.purpose,
+                        created_at=at,
+                        kek=kek,
+                        kek_version=version,
+                        dek=slot.view,
+                        nonce=self._nonces.next(),
+                        replaces=one.replaces,
+                    )
+                    self._leases.granted_at_creation(key_id_to_bytes(key_id))
+                    made.append(record)
+                del kek  # before anything waits: the traceback of a refusal refers to this frame
+        finally:
+            scrub_stack()
+        return made
+
+
+def _id_ms(wanted: Wanted, first_ms: int) -> int:
+    """The Unix milliseconds of the key's id. Raises KeyExhaustedError."""
+    id_ms = first_ms
+    if wanted.later_than:
+        id_ms = max(id_ms, key_id_unix_ms(wanted.later_than) + 1)
+    if id_ms > UNIX_MS_MAX:
+        raise KeyExhaustedError("no key can be made: the newest key id of the data directory is the last one there is")
+    return id_ms
