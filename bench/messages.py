@@ -33,6 +33,7 @@ ADDED_SECONDS = 1.5
 
 AGAINST_TURNS = 9
 AGAINST_REQUESTS = 10_000
+AGAINST_SECONDS = 2.0
 
 LIST_MESSAGES = 1000
 LIST_TURNS = 50
@@ -100,7 +101,6 @@ def append_against(checkout: Path) -> list[Row]:
     """Appends per second, of those of another checkout of this project: the two servers take turns, and each turn is
     compared with the one beside it.
     """
-    programs.need("h2load")
     return [_append_against(checkout, CONNECTIONS), _append_against(checkout, FEW_CONNECTIONS, 1.2, 1.6)]
 
 
@@ -119,17 +119,24 @@ def _append_against(checkout: Path, connections: int, floor: float | None = None
         rates: dict[tuple[str, int], list[float]] = {here: [], there: []}
         for turn in range(AGAINST_TURNS + 1):
             for address in (here, there) if turn % 2 else (there, here):
-                run = _under_h2load(address, threads[address], places[address], AGAINST_REQUESTS)
+                rate = _rate(address, threads[address], places[address])
                 if turn:  # the one before the first warms up
-                    rates[address].append(run.per_second)
+                    rates[address].append(rate)
             if turn:
                 ours, theirs = figure(rates[here][-1]), figure(rates[there][-1])
                 say(f"append, {connections} connections, turn {turn}: {ours}/s, {checkout} {theirs}/s")
     ratio = statistics.median(mine / others for mine, others in zip(rates[here], rates[there], strict=True))
     ours, theirs = (figure(statistics.median(rates[address])) for address in (here, there))
     what = f"message append, {connections} connections, of that of another checkout"
-    note = f"median of {AGAINST_TURNS} pairs of turns under h2load; {ours}/s to {theirs}/s"
+    note = f"median of {AGAINST_TURNS} pairs of turns under {_generator()}; {ours}/s to {theirs}/s"
     return Row(what, ratio, "×", floor, goal, note=note)
+
+
+def _rate(address: tuple[str, int], threads: list[str], directory: Path) -> float:
+    """Appends per second, each connection with a thread of its own."""
+    if h2load.installed():
+        return _under_h2load(address, threads, directory, AGAINST_REQUESTS).per_second
+    return load.generate(address, [_append_request(thread) for thread in threads], AGAINST_SECONDS).per_second
 
 
 def _generator() -> str:
