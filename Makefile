@@ -8,6 +8,7 @@
 #   make test ARGS='tests/tidy -x'        make bench ARGS='encrypt'        make run ARGS='--dir ../tour'
 #   make bench PEER=unix:/run/other.sock    compares a running service with the same API
 #   make bench RUNS=3 SAVE=1                the table of docs/benchmarks.md, with the ranges of three runs
+#   make bench AGAINST=../older             compares message appends with another checkout
 # The tests run in three processes, since many of them wait for other processes. In one, for a debugger:
 #   make test WORKERS=0 ARGS='tests/tidy --pdb'
 
@@ -49,7 +50,8 @@ lint: venv
 	$(VENV)/bin/lint-imports
 
 bench: venv
-	$(VENV)/bin/python -m bench $(if $(SAVE),--save) $(if $(RUNS),--runs $(RUNS)) $(if $(PEER),--peer '$(PEER)') $(ARGS)
+	$(VENV)/bin/python -m bench $(if $(SAVE),--save) $(if $(RUNS),--runs $(RUNS)) $(if $(PEER),--peer '$(PEER)') \
+		$(if $(AGAINST),--against '$(AGAINST)') $(ARGS)
 
 torture: venv
 	$(VENV)/bin/python -m pytest -m torture --verbose --capture=no --durations=10 $(ARGS)

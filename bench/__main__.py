@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from bench import create, dek_rotation, encrypt, kek_rotation, messages, million, report
 from bench.programs import BenchError, MissingProgramError
@@ -42,6 +43,12 @@ def main() -> int:
     )
     parser.add_argument("--runs", type=int, default=1, metavar="N", help="run everything N times: medians and ranges")
     parser.add_argument("--million", action="store_true", help="also measure with 1,000,000 keys, which takes minutes")
+    parser.add_argument(
+        "--against",
+        metavar="CHECKOUT",
+        type=Path,
+        help="compare message appends with another checkout of this project, in which `make venv` was run",
+    )
     parser.add_argument("--save", action="store_true", help="write the table into docs/benchmarks.md; runs all")
     asked = parser.parse_args()
     if not 1 <= asked.runs <= RUNS_MAX:
@@ -55,6 +62,10 @@ def main() -> int:
         except ValueError as error:
             parser.error(f"{asked.peer}: {error}")
         benches = {"peer": lambda: encrypt.against_peer(asked.peer)}
+    if asked.against is not None:
+        if asked.names or asked.save or asked.million or asked.peer is not None:
+            parser.error("--against runs one bench alone: name no other, and nothing is saved")
+        benches = {"against": lambda: messages.append_against(asked.against)}
     known = BENCHES | LONG
     unknown = [name for name in asked.names if name not in known]
     if unknown:

@@ -18,6 +18,7 @@ from bench.report import Row, figure, say
 
 BODY_CHARS = 256
 CONNECTIONS = 64
+FEW_CONNECTIONS = 16
 APPEND_TURNS = 3
 APPEND_REQUESTS = 40_000
 WARM_UP_REQUESTS = 5_000
@@ -30,19 +31,29 @@ ADDED_REQUESTS = 12_000
 ADDED_SECONDS = 1.5
 """Of each turn, with encryption and without."""
 
+AGAINST_TURNS = 9
+AGAINST_REQUESTS = 10_000
+AGAINST_SECONDS = 2.0
+
 LIST_MESSAGES = 1000
 LIST_TURNS = 50
 SETUP_CONNECTIONS = 20
 
 
 def append() -> list[Row]:
-    """Acknowledged appends per second over 64 threads; afterwards everything acknowledged is there."""
+    """Acknowledged appends per second, each connection with a thread of its own; afterwards everything acknowledged is
+    there.
+    """
+    return [_append(CONNECTIONS, 13_000, 20_000), _append(FEW_CONNECTIONS)]
+
+
+def _append(connections: int, floor: float | None = None, goal: float | None = None) -> Row:
     with (
         programs.workplace() as directory,
         programs.progressdb(directory) as address,
         Connection(address) as connection,
     ):
-        threads = [_new_thread(connection, n) for n in range(CONNECTIONS)]
+        threads = [_new_thread(connection, n) for n in range(connections)]
         appends = _appends_of_h2load if h2load.installed() else _appends_of_python
         rates, latencies_ms, generator = appends(address, threads, directory)
         acknowledged = len(latencies_ms)
@@ -50,8 +61,8 @@ def append() -> list[Row]:
     measured_ms = sorted(latencies_ms)
     half, most = figure(statistics.median(measured_ms)), figure(measured_ms[len(measured_ms) * 99 // 100])
     note = f"median of {len(rates)} turns under {generator}; half answered in {half} ms, 99 % in {most} ms"
-    what = f"message append, {BODY_CHARS} B, encrypted, fsynced, {CONNECTIONS} connections"
-    return [Row(what, statistics.median(rates), "requests/s", 9_000, 16_000, note=note)]
+    what = f"message append, {BODY_CHARS} B, encrypted, fsynced, {connections} connections"
+    return Row(what, statistics.median(rates), "requests/s", floor, goal, note=note)
 
 
 def append_added() -> list[Row]:
@@ -86,6 +97,48 @@ def append_added() -> list[Row]:
     return [Row(what, statistics.median(added_ms), "ms", 4, less_is_better=True, note=note)]
 
 
+def append_against(checkout: Path) -> list[Row]:
+    """Appends per second, of those of another checkout of this project: the two servers take turns, and each turn is
+    compared with the one beside it.
+    """
+    return [_append_against(checkout, CONNECTIONS), _append_against(checkout, FEW_CONNECTIONS, 1.2, 1.6)]
+
+
+def _append_against(checkout: Path, connections: int, floor: float | None = None, goal: float | None = None) -> Row:
+    with (
+        programs.workplace() as own,
+        programs.workplace() as other,
+        programs.progressdb(own) as here,
+        programs.progressdb(other, checkout=checkout) as there,
+        Connection(here) as to_here,
+        Connection(there) as to_there,
+    ):
+        places = {here: own, there: other}
+        to = {here: to_here, there: to_there}
+        threads = {address: [_new_thread(each, n) for n in range(connections)] for address, each in to.items()}
+        rates: dict[tuple[str, int], list[float]] = {here: [], there: []}
+        for turn in range(AGAINST_TURNS + 1):
+            for address in (here, there) if turn % 2 else (there, here):
+                rate = _rate(address, threads[address], places[address])
+                if turn:  # the one before the first warms up
+                    rates[address].append(rate)
+            if turn:
+                ours, theirs = figure(rates[here][-1]), figure(rates[there][-1])
+                say(f"append, {connections} connections, turn {turn}: {ours}/s, {checkout} {theirs}/s")
+    ratio = statistics.median(mine / others for mine, others in zip(rates[here], rates[there], strict=True))
+    ours, theirs = (figure(statistics.median(rates[address])) for address in (here, there))
+    what = f"message append, {connections} connections, of that of another checkout"
+    note = f"median of {AGAINST_TURNS} pairs of turns under {_generator()}; {ours}/s to {theirs}/s"
+    return Row(what, ratio, "×", floor, goal, note=note)
+
+
+def _rate(address: tuple[str, int], threads: list[str], directory: Path) -> float:
+    """Appends per second, each connection with a thread of its own."""
+    if h2load.installed():
+        return _under_h2load(address, threads, directory, AGAINST_REQUESTS).per_second
+    return load.generate(address, [_append_request(thread) for thread in threads], AGAINST_SECONDS).per_second
+
+
 def _generator() -> str:
     return "h2load" if h2load.installed() else "Python, for want of h2load"
 
@@ -100,7 +153,7 @@ def _one_turn(address: tuple[str, int], threads: list[str], directory: Path) -> 
 def _under_h2load(address: tuple[str, int], threads: list[str], directory: Path, requests: int) -> h2load.Run:
     uris = [f"http://{address[0]}:{address[1]}/v1/threads/{thread}/messages" for thread in threads]
     headers = {"X-API-Key": BACKEND_KEY, "X-User-ID": "bench", "Content-Type": "application/json"}
-    return h2load.post(uris, _body(), headers, connections=CONNECTIONS, requests=requests, directory=directory)
+    return h2load.post(uris, _body(), headers, connections=len(threads), requests=requests, directory=directory)
 
 
 def _check_stored(connection: Connection, threads: list[str], acknowledged: int) -> None:
@@ -116,7 +169,7 @@ def _appends_of_h2load(
     runs = []
     for turn, requests in enumerate([WARM_UP_REQUESTS, *[APPEND_REQUESTS] * APPEND_TURNS]):
         runs.append(_under_h2load(address, threads, directory, requests))
-        say(f"append, {f'turn {turn}' if turn else 'warming up'}: {figure(runs[-1].per_second)} requests/s")
+        _say_turn(len(threads), turn, runs[-1].per_second)
     return [run.per_second for run in runs[1:]], [ms for run in runs for ms in run.latencies_ms], _generator()
 
 
@@ -128,7 +181,7 @@ def _appends_of_python(
     runs = []
     for turn, seconds in enumerate([WARM_UP_SECONDS, *[APPEND_SECONDS] * APPEND_TURNS]):
         runs.append(load.generate(address, requests, seconds))
-        say(f"append, {f'turn {turn}' if turn else 'warming up'}: {figure(runs[-1].per_second)} requests/s")
+        _say_turn(len(threads), turn, runs[-1].per_second)
     return (
         [run.per_second for run in runs[1:]],
         [ms for run in runs for ms in run.latencies_ms],
@@ -170,6 +223,12 @@ def _new_thread(connection: Connection, number: int) -> str:
 
 def _body() -> bytes:
     return json.dumps({"author": "bench", "body": {"text": secrets.token_hex(BODY_CHARS // 2)}}).encode()
+
+
+def _say_turn(connections: int, turn: int, per_second: float) -> None:
+    """`turn`: 0 warms up."""
+    which = f"turn {turn}" if turn else "warming up"
+    say(f"append, {connections} connections, {which}: {figure(per_second)} requests/s")
 
 
 def _append_request(thread: str) -> bytes:

@@ -74,9 +74,9 @@ def minikms(
 
 
 @contextlib.contextmanager
-def progressdb(directory: Path, *, encrypting: bool = True) -> Iterator[tuple[str, int]]:
-    """The message server with the key service that it spawns, or not `encrypting` and alone. Yields the address it
-    listens on.
+def progressdb(directory: Path, *, encrypting: bool = True, checkout: Path | None = None) -> Iterator[tuple[str, int]]:
+    """The message server with the key service that it spawns, or not `encrypting` and alone. `checkout`: of another
+    version of this project, with a `.venv`. Yields the address it listens on.
     """
     address = ("127.0.0.1", _free_port())
     environment = {
@@ -84,7 +84,7 @@ def progressdb(directory: Path, *, encrypting: bool = True) -> Iterator[tuple[st
         "PROGRESSDB_API_ADMIN_KEYS": ADMIN_KEY,
         "PROGRESSDB_RATE_RPS": "0",
     }
-    command = [_installed("progressdb"), "--addr", f"{address[0]}:{address[1]}"]
+    command = [_installed("progressdb", checkout), "--addr", f"{address[0]}:{address[1]}"]
     if encrypting:
         command += ["--db", str(directory / "db")]
         environment |= {
@@ -111,8 +111,8 @@ def yardstick(directory: Path) -> Iterator[str]:
         yield path
 
 
-def _installed(name: str) -> str:
-    path = Path(sys.executable).parent / name
+def _installed(name: str, checkout: Path | None = None) -> str:
+    path = (Path(sys.executable).parent if checkout is None else checkout / ".venv" / "bin") / name
     if not path.exists():
         raise BenchError(f"{path} is not installed; run `make venv`")
     return str(path)

@@ -16,7 +16,7 @@ import pytest
 
 from bench import __main__ as program
 from bench import encrypt, growth_keys, keys, load, messages, million, plots, report
-from bench.programs import BenchError, MissingProgramError, need
+from bench.programs import BenchError, MissingProgramError, need, progressdb
 from bench.report import Missing, Row
 
 
@@ -373,3 +373,19 @@ def test_every_plot_shows_the_figures_of_its_table(plot: plots.Plot) -> None:
     assert ElementTree.fromstring(picture).tag.endswith("svg")
     assert picture.count("<polyline") == len(plot.columns)
     assert f"(plots/{plot.file.name})" in report.DOCUMENT.read_text(encoding="utf-8")
+
+
+def test_appends_are_compared_with_those_of_another_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The other checkout is this one: what is tested is that its programs run and that both are asked."""
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    monkeypatch.setattr(messages, "AGAINST_TURNS", 1)
+    monkeypatch.setattr(messages, "AGAINST_REQUESTS", 100)
+    monkeypatch.setattr(messages, "AGAINST_SECONDS", 0.05)
+    many, few = messages.append_against(tmp_path)
+    assert many.value > 0 and few.value > 0
+    assert (few.unit, few.floor) == ("×", 1.2)
+
+
+def test_a_checkout_without_programs_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="make venv"), progressdb(tmp_path, checkout=tmp_path):
+        pass

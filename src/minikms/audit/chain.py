@@ -18,7 +18,6 @@ It must never do I/O, read a clock, copy a key or keep a key object.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 from collections.abc import Sequence
@@ -107,10 +106,16 @@ def seal(
     `record.sanitise` escapes text that a line can't hold and truncates an event that is too long. `escaped`: an
     earlier call of `seal` with these events has done that already, if it was necessary.
     """
-    with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate, for example from a file name
+    try:
         blob, new_head = _seal(events, head, audit_key, ts)
-        if escaped or (record.is_clean(blob) and (len(blob) < LINE_BYTES_MAX or _longest_line(blob) < LINE_BYTES_MAX)):
-            return blob, new_head
+    except UnicodeEncodeError:  # a lone surrogate, for example from a file name
+        fits = False
+    else:
+        fits = escaped or (
+            record.is_clean(blob) and (len(blob) < LINE_BYTES_MAX or _longest_line(blob) < LINE_BYTES_MAX)
+        )
+    if fits:
+        return blob, new_head
     for event in events:
         record.sanitise(event)
     return _seal(events, head, audit_key, ts)
@@ -128,13 +133,14 @@ def _seal(events: Sequence[Event], head: Head, audit_key: memoryview, ts: int) -
     to_bytes, to_base64 = encode_event, encode
     keyed = HMAC(audit_key, _SHA256)
     seq, sig = head.seq, head.sig
+    last = seq + len(events)
     parts: list[bytes] = []
     for event in events:
         seq += 1
         event.seq = seq
         event.ts = ts
         event_bytes = to_bytes(event)
-        mac_of_line = keyed.copy()
+        mac_of_line = keyed.copy() if seq < last else keyed
         mac_of_line.update(sig + event_bytes)
         sig = mac_of_line.finalize()
         parts += (_LINE_BEGIN, event_bytes, _LINE_SIG, to_base64(sig), _LINE_END)

@@ -70,13 +70,16 @@ class VerbTimes:
 
     def end_turn(self) -> None:
         """All requests of this turn but those given to `later` are answered."""
-        if not self._asked:
+        asked = self._asked
+        if not asked:
             return
         seconds = self._clock() - self._began_s
-        for verb, count in Counter(self._asked).items():
+        count = asked.count(asked[0])
+        counts = {asked[0]: count} if count == len(asked) else Counter(asked)
+        for verb, count in counts.items():
             self.requests[verb] += count
             self.seconds[verb].add(seconds, count)
-        self._asked.clear()
+        asked.clear()
 
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"

@@ -7,6 +7,8 @@ fsync. Invariants:
   applied only if all stored values that it expects equal those that the earlier writes left.
 - Writes with one ordering key (a thread's) are applied in the order of their slots, so that a message never appears
   before one that a reader has already seen. A slot whose write fails is skipped.
+- A group waits for the writes that the key service is sealing, at most `GATHER_S_MAX`
+  (docs/decisions/0205-a-group-waits-for-sealing.md).
 - The queue is bounded in writes and in bytes. A write that does not fit is refused at once.
 - After a failed write or sync, every waiter gets StoreUnavailableError (its write may be durable), and nothing is
   written until the engine is reopened.
@@ -45,6 +47,8 @@ from progressdb_server.store.model import (
 GROUP_WRITES_MAX: Final = 512
 GROUP_BYTES_MAX: Final = 8 * 1024 * 1024
 """One call writes a group and holds the interpreter lock: for a few milliseconds at most."""
+GATHER_S_MAX: Final = 0.002
+"""About two exchanges with the key service, or one sync of a slow disk."""
 KNOWN_MAX: Final = 32_768
 KNOWN_BYTES_MAX: Final = 64
 """Bounds of the cache of stored values: their number, and the length of one."""
@@ -212,6 +216,11 @@ class Writer:
         self._queue: deque[Slot] = deque()
         self._queue_bytes = 0
         self._drain: asyncio.Task[None] | None = None
+        self._reserved = 0
+        """Slots that were reserved and neither submitted nor left: their writes are being sealed."""
+        self._gathered: asyncio.Future[None] | None = None
+        self._missing = 0
+        """How many of the reserved slots the next group still waits for."""
         self._recovery: asyncio.Task[None] | None = None
         self._closed = False
         self._last_group_failed = False
@@ -248,6 +257,7 @@ class Writer:
         """Take the next position in the order of the key. Later writes of this key wait until the caller passes the
         slot to `submit` or `leave`."""
         slot = Slot(order_key, asyncio.get_running_loop().create_future())
+        self._reserved += 1
         slots = self._ordered.get(order_key)
         if slots is None:
             self._ordered[order_key] = deque((slot,))
@@ -267,6 +277,8 @@ class Writer:
             size += len(key) + (len(value) if value else 0)
         slot.size = size
         order_key = slot.order_key
+        if order_key is not None:
+            self._end_reservation()
         if order_key is not None and len(self._ordered[order_key]) == 1:  # the usual case
             del self._ordered[order_key]
             self._enqueue(slot)
@@ -277,6 +289,7 @@ class Writer:
     def leave(self, slot: Slot) -> None:
         """Give up a position. Does nothing if the slot was submitted."""
         if slot.write is None and slot.order_key is not None:
+            self._end_reservation()
             slots = self._ordered[slot.order_key]
             slots.remove(slot)
             if slots:
@@ -356,9 +369,30 @@ class Writer:
     async def _run(self) -> None:
         try:
             while self._queue:
+                if self._reserved and len(self._queue) < GROUP_WRITES_MAX:
+                    await self._gather()
                 await self._commit_group(self._take_group())
         finally:
             self._drain = None
+
+    async def _gather(self) -> None:
+        """Wait until as many slots as are reserved now have been submitted or left, at most `GATHER_S_MAX`."""
+        loop = asyncio.get_running_loop()
+        self._missing = self._reserved
+        self._gathered = loop.create_future()
+        timer = loop.call_later(GATHER_S_MAX, _settle, self._gathered, None)
+        try:
+            await self._gathered
+        finally:
+            timer.cancel()
+            self._gathered = None
+
+    def _end_reservation(self) -> None:
+        self._reserved -= 1
+        if self._gathered is not None:
+            self._missing -= 1
+            if not self._missing:
+                _settle(self._gathered, None)
 
     def _take_group(self) -> list[Slot]:
         queue = self._queue

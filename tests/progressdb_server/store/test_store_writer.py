@@ -19,6 +19,15 @@ from progressdb_server.store.model import ConditionFailedError, NotWrittenError,
 from progressdb_server.store.writer import Write, Writer
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 
+FOREVER_S = 600.0
+"""A bound that no test reaches."""
+
+
+async def turns_of_the_loop() -> None:
+    """As many as a writer needs that waits for nothing but its engine."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
 
 def with_writer(
     body: Callable[[Writer, MemoryEngine], Awaitable[None]],
@@ -162,6 +171,60 @@ def test_an_abandoned_slot_does_not_block_later_slots_of_its_key() -> None:
         writer.leave(three)
         await writer.submit(writer.reserve(b"thread"), Write([(b"x", b"4")]))
         assert engine.get(b"x") == b"4"
+
+    with_writer(body)
+
+
+def test_a_group_waits_for_the_writes_that_are_being_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "GATHER_S_MAX", FOREVER_S)
+
+    async def body(writer: Writer, engine: MemoryEngine) -> None:
+        slots = [writer.reserve(b"%d" % n) for n in range(3)]
+        done = [writer.submit(slots[0], Write([(b"a", b"1")])), writer.commit(Write([(b"b", b"1")]))]
+        await turns_of_the_loop()
+        assert engine.writes == 0
+        done.append(writer.submit(slots[1], Write([(b"c", b"1")])))
+        await turns_of_the_loop()
+        assert engine.writes == 0
+        writer.leave(slots[2])
+        await asyncio.gather(*done)
+        assert (engine.writes, engine.syncs) == (1, 1)
+
+    with_writer(body)
+
+
+def test_a_group_does_not_wait_for_writes_that_begin_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "GATHER_S_MAX", FOREVER_S)
+
+    async def body(writer: Writer, engine: MemoryEngine) -> None:
+        sealing = writer.reserve(b"a")
+        done = writer.commit(Write([(b"a", b"1")]))
+        await turns_of_the_loop()
+        later = writer.reserve(b"b")
+        writer.leave(sealing)
+        await done
+        writer.leave(later)
+
+    with_writer(body)
+
+
+def test_a_group_is_written_although_a_write_is_never_sealed() -> None:
+    async def body(writer: Writer, engine: MemoryEngine) -> None:
+        writer.reserve(b"a")
+        await writer.commit(Write([(b"b", b"1")]))
+        assert engine.get(b"b") == b"1"
+
+    with_writer(body)
+
+
+def test_a_full_group_waits_for_no_other_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "GATHER_S_MAX", FOREVER_S)
+    monkeypatch.setattr(writing, "GROUP_WRITES_MAX", 2)
+
+    async def body(writer: Writer, engine: MemoryEngine) -> None:
+        slot = writer.reserve(b"a")
+        await asyncio.gather(*[writer.commit(Write([(b"%d" % n, b"x")])) for n in range(2)])
+        writer.leave(slot)
 
     with_writer(body)
 
