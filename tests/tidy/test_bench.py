@@ -186,7 +186,7 @@ def test_the_benches_measure_the_programs_as_they_are(monkeypatch: pytest.Monkey
     ):
         monkeypatch.setattr(module, name, value)
     rows = [*encrypt.encrypt_batch(), *messages.append(), *messages.listing()]
-    assert len(rows) == 4
+    assert len(rows) == 5
     assert all(row.value > 0 for row in rows)
     [added] = messages.append_added()
     assert added.unit == "ms" and added.less_is_better and added.floor == 4
