@@ -2,11 +2,11 @@
 
 Owns: sealing, opening, and authentication tags over public data. Sealed form: nonce(12) | ciphertext | tag(16).
 Invariants: a cipher object holds a key schedule on the heap, so each function here makes one for its call and drops it
-(OpenSSL clears it). Only `Vault.turn_cipher` of `minikms.custody.vault` keeps one, until the turn ends, and
-`minikms.custody.new_keys`, for a group of keys that it makes without a switch to another task. `scrub_stack` overwrites
-the key schedule that the last call left on the stack. The caller passes the nonce: random, never repeated under a key
-(at most 2^32 of them, SP 800-38D section 8.3). If a tag does not match, it must never return anything but an error, nor
-say why.
+(OpenSSL clears it). Three callers keep one, at most until the turn of the event loop ends: `Vault.turn_cipher` of
+`minikms.custody.vault`; `minikms.custody.new_keys`, for a group of keys that it makes without a switch to another task;
+and `Rewrapper` of `minikms.keys.dek`. `scrub_stack` overwrites the key schedule that the last call left on the stack.
+The caller passes the nonce: random, never repeated under a key (at most 2^32 of them, SP 800-38D section 8.3). If a tag
+does not match, it must never return anything but an error, nor say why.
 """
 
 from __future__ import annotations
@@ -75,10 +75,15 @@ def open_into(key: memoryview, sealed: bytes, aad: bytes, target: memoryview) ->
 
     Raises DecryptionError and zeroes `target`.
     """
+    open_with(AESGCM(key), sealed, aad, target)
+
+
+def open_with(cipher: AESGCM, sealed: bytes, aad: bytes, target: memoryview) -> None:
+    """`open_into`, under the key of a cipher that the caller keeps for a turn of the event loop."""
     if len(sealed) != len(target) + OVERHEAD_BYTES:
         raise DecryptionError("the wrapped key has the wrong length")
     try:
-        AESGCM(key).decrypt_into(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], aad, target)
+        cipher.decrypt_into(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], aad, target)
     except InvalidTag:
         target[:] = bytes(len(target))
         raise DecryptionError("the wrapped key does not open") from None

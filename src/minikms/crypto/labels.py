@@ -52,14 +52,18 @@ def number(value: int) -> bytes:
 
 def dek_aad(*, key_id: str, thread_id: str, purpose: str, algorithm: str, kek_version: int) -> bytes:
     """The associated data of a wrapped DEK."""
-    return aad(
-        DEK,
-        key_id.encode(),
-        thread_id.encode(),
-        purpose.encode(),
-        algorithm.encode(),
-        number(kek_version),
-    )
+    prefix = dek_aad_prefix(key_id=key_id, thread_id=thread_id, purpose=purpose, algorithm=algorithm)
+    return prefix + kek_version_field(kek_version)
+
+
+def dek_aad_prefix(*, key_id: str, thread_id: str, purpose: str, algorithm: str) -> bytes:
+    """A DEK's associated data without the KEK version, which is the only field that a rewrap changes."""
+    return aad(DEK, key_id.encode(), thread_id.encode(), purpose.encode(), algorithm.encode())
+
+
+def kek_version_field(kek_version: int) -> bytes:
+    """The last field of a DEK's associated data, behind the prefix."""
+    return aad(b"", number(kek_version))
 
 
 def record_aad_prefix(*, key_id: str, thread_id: str) -> bytes:

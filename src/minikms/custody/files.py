@@ -500,7 +500,8 @@ def _overwrite(directory: int, write: FileWrite, *, sync: bool) -> bool:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size != len(write.data):
             return False
-        write_all_at(fd, write.data, 0)
+        if (count := os.pwrite(fd, write.data, 0)) < status.st_size:
+            write_all_at(fd, write.data[count:], count)
         if sync:
             sync_file(fd)
     finally:

@@ -26,7 +26,8 @@ Everything here blocks on the disk. It must never hold an unwrapped key.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterable, Sequence
+import struct
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from minikms.custody.batch_backups import LINES_COUNT_MAX, Line
@@ -36,7 +37,7 @@ from minikms.custody.files import (
     overwrite_files,
     read_file_bounded,
     remove_file,
-    replace_file,
+    replace_file_from,
     write_files,
 )
 from minikms.custody.rotation_backups import RotationBackups
@@ -48,26 +49,32 @@ NAME: Final = "kms-rewraps"
 MAGIC: Final = b"minikms-rewraps\x01"
 """The last byte is the version of the format."""
 CHECKSUM_BYTES: Final = 32
-RECORD_BYTES: Final = KEY_ID_BYTES + 2 * FILE_BYTES + CHECKSUM_BYTES
+_FIELDS: Final = struct.Struct(f"{KEY_ID_BYTES}s{FILE_BYTES}s{FILE_BYTES}s{CHECKSUM_BYTES}s")
+RECORD_BYTES: Final = _FIELDS.size
+PART_RECORDS: Final = 32
+"""Records that are written at a time. The allocator maps new pages for parts of more than 128 KiB."""
 JOURNAL_BYTES_MAX: Final = len(MAGIC) + LINES_COUNT_MAX * RECORD_BYTES
 
 
 class Rewrap(NamedTuple):
-    """The change of one DEK file from `old` to `new`. `kept` is the old record with padding, for the batch backup.
-    `record` is that of the journal; empty if the file is replaced by rename.
+    """The change of one DEK file from `old` to `new`. `raw_id` has the bytes of the key id. `kept` is the old record
+    with padding, for the batch backup. `checksum` is that of the journal's record; empty if the file is replaced by
+    rename.
     """
 
     key_id: str
+    raw_id: bytes
     old: bytes
     kept: bytes
     new: bytes
-    record: bytes
+    checksum: bytes
 
     @classmethod
     def make(cls, key_id: str, *, old: bytes, kept: bytes, new: bytes) -> Rewrap:
-        """With its record: a worker thread that computed them for a batch would keep the interpreter from requests."""
-        record = _encode_record(Record(key_id, old, new)) if len(old) == FILE_BYTES else b""
-        return cls(key_id, old, kept, new, record)
+        """With its checksum: a worker that computed those of a batch would keep the interpreter from requests."""
+        raw_id = key_id_to_bytes(key_id)
+        checksum = _checksum(raw_id, old, new) if len(old) == FILE_BYTES else b""
+        return cls(key_id, raw_id, old, kept, new, checksum)
 
 
 class Record(NamedTuple):
@@ -100,17 +107,23 @@ class Replayed(NamedTuple):
 
 def encode(records: Iterable[Record]) -> bytes:
     """The content of a journal."""
-    return MAGIC + b"".join(_encode_record(record) for record in records)
+    rewraps = [Rewrap.make(each.key_id, old=each.old, kept=each.old, new=each.new) for each in records]
+    return b"".join(_encoded(rewraps)) or MAGIC
 
 
-def _encode_record(record: Record) -> bytes:
-    body = key_id_to_bytes(record.key_id) + record.old + record.new
-    return body + _checksum(body)
+def _encoded(rewraps: Sequence[Rewrap]) -> Iterator[bytes]:
+    """The content of a journal, in parts that are small enough for memory that was used before."""
+    for start in range(0, len(rewraps), PART_RECORDS):
+        part = [MAGIC] if start == 0 else []
+        for rewrap in rewraps[start : start + PART_RECORDS]:
+            part += rewrap.raw_id, rewrap.old, rewrap.new, rewrap.checksum
+        yield b"".join(part)
 
 
-def _checksum(body: bytes) -> bytes:
-    digest = hashlib.sha256(MAGIC + body[:FILE_BYTES])
-    digest.update(body[FILE_BYTES:])  # in parts: for 2,048 bytes or more Python gives up the interpreter's lock
+def _checksum(raw_id: bytes, old: bytes, new: bytes) -> bytes:
+    digest = hashlib.sha256(MAGIC + raw_id)
+    digest.update(old)  # in parts: for 2,048 bytes or more Python gives up the interpreter's lock
+    digest.update(new)
     return digest.digest()
 
 
@@ -120,13 +133,12 @@ def decode(content: bytes) -> tuple[list[Record], int]:
     Raises StartError if another version of the program wrote it.
     """
     records: list[Record] = []
-    damaged = 0
-    for offset in range(len(MAGIC), len(content), RECORD_BYTES):
-        body = content[offset : offset + RECORD_BYTES - CHECKSUM_BYTES]
-        checksum = content[offset + RECORD_BYTES - CHECKSUM_BYTES : offset + RECORD_BYTES]
-        if checksum == _checksum(body):
-            at = KEY_ID_BYTES + FILE_BYTES
-            records.append(Record(bytes_to_key_id(body[:KEY_ID_BYTES]), body[KEY_ID_BYTES:at], body[at:]))
+    body = content[len(MAGIC) :]
+    torn_bytes = len(body) % RECORD_BYTES
+    damaged = 1 if torn_bytes else 0
+    for raw_id, old, new, checksum in _FIELDS.iter_unpack(body[: len(body) - torn_bytes]):
+        if checksum == _checksum(raw_id, old, new):
+            records.append(Record(bytes_to_key_id(raw_id), old, new))
         else:
             damaged += 1
     if not records and dek.is_other_version(content, MAGIC):
@@ -160,11 +172,11 @@ class RewrapJournal:
         if self.live:
             raise StorageUnavailableError("the batch before is not settled, since the disk fails")
         self._backups.batches.write(stamp, [Line(rewrap.key_id, rewrap.kept) for rewrap in batch])
-        in_place = [rewrap for rewrap in batch if rewrap.record]
-        others = [FileWrite(file_name(rewrap.key_id), rewrap.new) for rewrap in batch if not rewrap.record]
+        in_place = [rewrap for rewrap in batch if rewrap.checksum]
+        others = [FileWrite(file_name(rewrap.key_id), rewrap.new) for rewrap in batch if not rewrap.checksum]
         self._batch, self._overwriting, self.live = batch, False, True
         if in_place:
-            replace_file(self._directory_fd, NAME, MAGIC + b"".join(rewrap.record for rewrap in in_place))
+            replace_file_from(self._directory_fd, NAME, _encoded(in_place))
         self._overwriting = True
         writes = [FileWrite(file_name(rewrap.key_id), rewrap.new) for rewrap in in_place]
         write_files(self._store.directory_fd, [*overwrite_files(self._store.directory_fd, writes), *others])

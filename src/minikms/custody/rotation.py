@@ -39,7 +39,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import itertools
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Container, Sequence
@@ -57,12 +56,13 @@ from minikms.custody.rewrap_journal import Rewrap
 from minikms.custody.vault import Permit, Vault, permitted
 from minikms.errors import ConflictError, KeyNotFoundError, KeyUnreadableError, MiniKmsError, StorageUnavailableError
 from minikms.keys import dek, keyring, root_slots
-from minikms.keys.dek import DekRecord
 from minikms.memory.arena import SecretSlot, fill_random
 
 BATCH_FILES: Final = 1024
 UNWRAPS_SLICE: Final = 32
 """Unwraps before other requests get a turn of the event loop."""
+INDEXED_SLICE: Final = 128
+"""Keys whose index entries are changed before requests get a turn."""
 PASSES_MAX: Final = 100
 RETRY_SECONDS_MIN: Final = 0.25
 RETRY_SECONDS_MAX: Final = 5.0
@@ -81,16 +81,9 @@ class Pace(NamedTuple):
 
 PACES: Final[dict[api.Priority, Pace]] = {
     "low": Pace(keys=4, pause_seconds=0.001),
-    "normal": Pace(keys=8, pause_seconds=0.0),
+    "normal": Pace(keys=12, pause_seconds=0.0),
     "high": Pace(keys=64, pause_seconds=0.0),
 }
-
-
-class Rewrapped(NamedTuple):
-    """A key's record under the new KEK version, and the change of its file."""
-
-    record: DekRecord
-    change: Rewrap
 
 
 class Begun(NamedTuple):
@@ -236,10 +229,11 @@ class KekRotation:
                 await self._vault.keyring.change(lambda body: keyring.promote(body, at=now_rfc3339()))
             except Exception as error:  # noqa: BLE001  a rotation that has begun must be completed after any failure
                 self.last_error = _error_text(error)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, RETRY_SECONDS_MAX)
+            else:
+                self.last_error = ""
                 continue
-            self.last_error = ""
+            await asyncio.sleep(pause)  # here, where the error's traceback is gone, which may hold ciphers
+            pause = min(2 * pause, RETRY_SECONDS_MAX)
 
     async def _rewrap_all(self, rotation: keyring.Rotation) -> None:
         await self._run_pass(rotation, self._indexed)
@@ -300,13 +294,14 @@ class KekRotation:
                 while (due := await reading) is not None:
                     reading = asyncio.create_task(self._read_due(key_ids, rotation.to_version))
                     # What was read while the batch of the key was not yet written is older than its file.
-                    due = [one for one in due if not any(one[0] in batch_ids for batch_ids in recent)]
+                    written_late = frozenset().union(*recent)
+                    due = [one for one in due if one[0] not in written_late]
                     recent.append({key_id for key_id, _ in due})
                     batch = await self._rewrap(due, rotation.to_version)
                     found += len(batch)
                     if writing is not None:
                         await asyncio.shield(writing)
-                    writing = asyncio.create_task(self._write(batch, changed, rotation.stamp))
+                    writing = asyncio.create_task(self._write(batch, rotation.to_version, changed, rotation.stamp))
                 if writing is not None:
                     await asyncio.shield(writing)
             except asyncio.CancelledError:
@@ -344,71 +339,61 @@ class KekRotation:
             return [(key_id, data) for key_id, data in found if isinstance(data, MiniKmsError) or marker not in data]
         return None
 
-    async def _rewrap(self, due: list[ReadFile], to_version: int) -> list[Rewrapped]:
+    async def _rewrap(self, due: list[ReadFile], to_version: int) -> list[Rewrap]:
         """The keys to write."""
         if not due:
             return []
         await self._vault.wrap_reservation.take(to_version, len(due))
-        batch: list[Rewrapped] = []
+        batch: list[Rewrap] = []
         async for part in self._paced(due):
-            with self._vault.arena.allocate() as key, self._vault.arena.allocate() as again:
-                for key_id, data in part:
-                    rewrapped = self._rewrapped(key_id, data, to_version, key.view, again.view)
-                    if rewrapped is not None:
-                        batch.append(rewrapped)
-            scrub_stack()
+            batch += self._rewrapped(part, to_version)
         return batch
 
-    def _rewrapped(
-        self, key_id: str, data: bytes | MiniKmsError, to_version: int, key: memoryview, again: memoryview
-    ) -> Rewrapped | None:
-        """The key under the new version; None if it is there already, was destroyed, or can't be read (then it is
-        listed). `key`, `again`: 32 bytes of the arena each.
+    def _rewrapped(self, part: Sequence[ReadFile], to_version: int) -> list[Rewrap]:
+        """The keys under the new version, without those that are there already, were destroyed, or can't be read (these
+        are listed).
         """
         vault = self._vault
-        if key_id in vault.destroyed:
-            return None  # a crash left the file, and the scan of this start removes it: it must not be written again
-        try:
-            if isinstance(data, MiniKmsError):
-                raise data
-            record = dek.parse(data, key_id)
-            if record.kek_version == to_version:
-                return None  # spelled in a way that the reader's search does not know
-            changed = self._checked_rewrap(record, to_version, key, again)
-        except KeyNotFoundError:
-            return None  # destroyed since it was listed
-        except KeyUnreadableError as error:
-            vault.unreadable.add(key_id, str(error))
-            return None
-        vault.unreadable.remove(key_id)
-        new = dek.encode(changed)
-        return Rewrapped(changed, Rewrap.make(key_id, old=data, kept=dek.encode(record), new=new))
+        found: list[Rewrap] = []
+        with vault.arena.allocate() as key, vault.arena.allocate() as again:
+            rewrapper = dek.Rewrapper(vault.unlocked.kek, to_version, key=key.view, again=again.view)
+            for key_id, data in part:
+                if key_id in vault.destroyed:
+                    continue  # a crash left the file, and the scan of this start removes it: don't write it again
+                try:
+                    if isinstance(data, MiniKmsError):
+                        raise data
+                    record = dek.parse(data, key_id)
+                    if record.kek_version == to_version:
+                        continue  # spelled in a way that the reader's search does not know
+                    changed = rewrapper.rewrap(record, vault.nonces.next())
+                except KeyNotFoundError:
+                    continue  # destroyed since it was listed
+                except KeyUnreadableError as error:
+                    vault.unreadable.add(key_id, str(error))
+                    continue
+                vault.unreadable.remove(key_id)
+                kept = dek.encode(record)
+                if kept == data:
+                    kept = data  # one object: what a batch allocates are new pages for each batch
+                found.append(Rewrap.make(key_id, old=data, kept=kept, new=dek.encode(changed)))
+            del rewrapper  # clears its ciphers
+        scrub_stack()
+        return found
 
-    def _checked_rewrap(self, record: DekRecord, to_version: int, key: memoryview, again: memoryview) -> DekRecord:
-        """Unwraps the key, wraps it anew, unwraps the result and compares. Raises KeyUnreadableError."""
-        unlocked = self._vault.unlocked
-        dek.unwrap_into(record, unlocked.kek(record.kek_version), key)
-        kek = unlocked.kek(to_version)
-        changed = dek.rewrap(record, key, kek, to_version, self._vault.nonces.next())
-        dek.unwrap_into(changed, kek, again)
-        if not hmac.compare_digest(key, again):
-            raise KeyUnreadableError(f"key {record.id} did not survive its rewrap; its file was not changed")
-        return changed
-
-    async def _write(self, batch: list[Rewrapped], changed: set[str], stamp: str) -> None:
+    async def _write(self, batch: list[Rewrap], to_version: int, changed: set[str], stamp: str) -> None:
         """Writes a batch, except the keys that another request changed or destroyed since they were read. Raises
         StorageUnavailableError.
         """
         vault = self._vault
-        async with vault.locks.hold([rewrapped.record.id for rewrapped in batch], announced=False):
+        async with vault.locks.hold([rewrap.key_id for rewrap in batch], announced=False):
             # A destruction whose request was cancelled goes on without the lock.
-            batch = [one for one in batch if one.record.id not in changed and one.record.id not in vault.destroyed]
+            batch = [each for each in batch if each.key_id not in changed and each.key_id not in vault.destroyed]
             if not batch:
                 return
-            changes = [rewrapped.change for rewrapped in batch]
-            vault.store.answer_with({change.key_id: change.new for change in changes})
+            vault.store.answer_with({rewrap.key_id: rewrap.new for rewrap in batch})
             try:
-                await _run_in(self._disk, lambda: vault.rewraps.write(changes, stamp))
+                await _run_in(self._disk, lambda: vault.rewraps.write(batch, stamp))
             except Exception as error:
                 # Of any kind: while the journal is live, no batch can be written and no key destroyed.
                 if not vault.rewraps.live or not await self._settle(error):
@@ -416,9 +401,12 @@ class KekRotation:
             finally:
                 if not vault.rewraps.live:
                     vault.store.answer_with({})
-            async for done in self._paced(batch):
-                for rewrapped in done:
-                    vault.index.put(rewrapped.record)
+            for start in range(0, len(batch), INDEXED_SLICE):
+                part = batch[start : start + INDEXED_SLICE]
+                missing = vault.index.set_kek([rewrap.raw_id for rewrap in part], to_version)
+                for rewrap in part if missing else ():  # the scan of this start has not read them yet
+                    vault.index.put(dek.parse(rewrap.new, rewrap.key_id))
+                await asyncio.sleep(0)
             self.rewrapped += len(batch)
 
     async def _paced(self, items: Sequence[T]) -> AsyncIterator[Sequence[T]]:

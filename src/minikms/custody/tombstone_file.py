@@ -64,7 +64,7 @@ class Tombstones:
         self._fd: int | None = None
 
     def __contains__(self, key_id: object) -> bool:
-        if not isinstance(key_id, str) or api.KEY_ID_PATTERN.fullmatch(key_id) is None:
+        if not self._keys or not isinstance(key_id, str) or api.KEY_ID_PATTERN.fullmatch(key_id) is None:
             return False
         return key_id_to_bytes(key_id) in self._keys
 

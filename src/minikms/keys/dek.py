@@ -16,6 +16,7 @@ unchecked id.
 
 from __future__ import annotations
 
+import hmac
 import re
 from collections.abc import Callable
 from typing import Final, Literal
@@ -176,7 +177,7 @@ def parse(data: bytes, key_id: str) -> DekRecord:
         raise KeyUnreadableError(f"the file of key {key_id} holds another key's record")
     if not _is_known(record):
         raise KeyUnreadableError(f"the file of key {key_id} has an invalid algorithm, version, state or time")
-    if not all(_is_key_id_or_empty(other) for other in (record.replaces, record.replaced_by)):
+    if not (_is_key_id_or_empty(record.replaces) and _is_key_id_or_empty(record.replaced_by)):
         raise KeyUnreadableError(f"the file of key {key_id} refers to an invalid key id")
     if api.THREAD_ID_PATTERN.fullmatch(record.thread_id) is None:
         raise KeyUnreadableError(f"the file of key {key_id} has an invalid thread id")
@@ -215,13 +216,15 @@ def is_other_version(content: bytes, magic: bytes) -> bool:
 
 
 def _is_known(record: DekRecord) -> bool:
-    times = [record.created_at] if record.state == "active" else [record.created_at, record.retired_at]
     return (
         record.algorithm == labels.ALGORITHM
         and 1 <= record.version < VERSION_MAX
         and 1 <= record.kek_version < KEK_VERSION_MAX
-        and (record.state == "retired" or (record.state == "active" and not record.retired_at))
-        and all(_TIME.fullmatch(time) for time in times)
+        and _TIME.fullmatch(record.created_at) is not None
+        and (
+            (record.state == "active" and not record.retired_at)
+            or (record.state == "retired" and _TIME.fullmatch(record.retired_at) is not None)
+        )
     )
 
 
@@ -265,21 +268,62 @@ def unwrap_into(record: DekRecord, kek: memoryview, target: memoryview) -> None:
     try:
         aead.open_into(kek, record.wrapped, record.aad(record.kek_version), target)
     except DecryptionError:
-        raise KeyUnreadableError(
-            f"key {record.id} does not unwrap: its file was altered, swapped, or comes from another installation"
-        ) from None
+        raise _does_not_unwrap(record) from None
 
 
-def rewrap(record: DekRecord, dek: memoryview, kek: memoryview, kek_version: int, nonce: bytes) -> DekRecord:
-    """The record wrapped under another KEK version; its `version` rises by one and nothing else changes, so
-    `parse` accepts the result. Raises KeyUnreadableError if the version can't rise.
-    """
-    return msgspec.structs.replace(
-        record,
-        wrapped=aead.seal(kek, nonce, dek, record.aad(kek_version)),
-        kek_version=kek_version,
-        version=_next_version(record),
+def _does_not_unwrap(record: DekRecord) -> KeyUnreadableError:
+    return KeyUnreadableError(
+        f"key {record.id} does not unwrap: its file was altered, swapped, or comes from another installation"
     )
+
+
+class Rewrapper:
+    """Wraps DEKs under another KEK version. It keeps a cipher for each KEK, whose key schedule is on the heap, so it
+    must not outlive a turn of the event loop.
+    """
+
+    def __init__(
+        self, kek: Callable[[int], memoryview], kek_version: int, *, key: memoryview, again: memoryview
+    ) -> None:
+        """kek: the KEK of a version, or KeyUnreadableError. key, again: two slots of the arena, 32 bytes each."""
+        self._kek = kek
+        self._kek_version = kek_version
+        self._known: dict[int, tuple[AESGCM, bytes]] = {}
+        self._cipher, self._field = self._of(kek_version)
+        self._key = key
+        self._again = again
+
+    def rewrap(self, record: DekRecord, nonce: bytes) -> DekRecord:
+        """The record wrapped under the KEK version; its `version` rises by one and nothing else changes, so `parse`
+        accepts the result. The new wrapping was unwrapped and compared with the key.
+
+        Raises KeyUnreadableError if the record does not unwrap, its version can't rise, or the comparison fails.
+        """
+        old_cipher, old_field = self._known.get(record.kek_version) or self._of(record.kek_version)
+        prefix = labels.dek_aad_prefix(
+            key_id=record.id, thread_id=record.thread_id, purpose=record.purpose, algorithm=record.algorithm
+        )
+        try:
+            aead.open_with(old_cipher, record.wrapped, prefix + old_field, self._key)
+        except DecryptionError:
+            raise _does_not_unwrap(record) from None
+        aad = prefix + self._field
+        wrapped = aead.seal_with(self._cipher, nonce, self._key, aad)
+        try:
+            aead.open_with(self._cipher, wrapped, aad, self._again)
+            same = hmac.compare_digest(self._key, self._again)
+        except DecryptionError:
+            same = False
+        if not same:
+            raise KeyUnreadableError(f"key {record.id} did not survive its rewrap; its file was not changed")
+        return msgspec.structs.replace(
+            record, wrapped=wrapped, kek_version=self._kek_version, version=_next_version(record)
+        )
+
+    def _of(self, kek_version: int) -> tuple[AESGCM, bytes]:
+        """The cipher of a KEK, and the last field of associated data under it."""
+        known = self._known[kek_version] = AESGCM(self._kek(kek_version)), labels.kek_version_field(kek_version)
+        return known
 
 
 def retired(record: DekRecord, *, at: str, replaced_by: str = "") -> DekRecord:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from sys import byteorder
 from typing import Final, NamedTuple, get_args
 
@@ -98,6 +98,25 @@ class KeyIndex:
                 self._threads.insert(at, record.thread_id.encode("ascii"))
         self.by_state[record.state] += 1
         self.by_kek[record.kek_version] += 1
+
+    def set_kek(self, raws: Sequence[bytes], kek_version: int) -> list[bytes]:
+        """Sets the KEK version of keys, by the 16 bytes of their ids; ascending ids take the least time. Returns the
+        ids that the index does not have.
+        """
+        ids, keks, by_kek = self._ids, self._keks, self.by_kek
+        missing: list[bytes] = []
+        at = 0
+        for raw in raws:
+            if at >= len(ids) or ids[at] != raw:
+                at = bisect_left(ids, raw)
+                if at >= len(ids) or ids[at] != raw:
+                    missing.append(raw)
+                    continue
+            by_kek[keks[at]] -= 1
+            by_kek[kek_version] += 1
+            keks[at] = kek_version
+            at += 1
+        return missing
 
     def remove(self, key_id: str) -> None:
         raw = key_id_to_bytes(key_id)

@@ -71,9 +71,20 @@ def test_a_key_of_another_installation_does_not_unwrap() -> None:
         unwrapped(made(), OTHER_KEK)
 
 
+def rewrapper() -> dek.Rewrapper:
+    key, again = (memoryview(bytearray(32)) for _ in range(2))
+    return dek.Rewrapper({1: KEK, 2: OTHER_KEK}.__getitem__, 2, key=key, again=again)
+
+
+@pytest.mark.parametrize("change", [{"thread_id": "t2"}, {"kek_version": 2}, {"wrapped": made().wrapped[:-1]}])
+def test_a_file_that_does_not_unwrap_is_not_rewrapped(change: dict[str, Any]) -> None:
+    with pytest.raises(KeyUnreadableError, match="does not unwrap"):
+        rewrapper().rewrap(msgspec.structs.replace(made(), **change), bytes(12))
+
+
 def test_a_rewrap_changes_the_version_by_one_the_kek_and_nothing_else() -> None:
     before = dek.retired(made(), at=AT, replaced_by=OTHER_ID)
-    after = dek.rewrap(before, DEK, OTHER_KEK, 2, bytes(12))
+    after = rewrapper().rewrap(before, bytes(12))
     assert unwrapped(after, OTHER_KEK) == bytes(DEK)
     assert (after.version, after.kek_version) == (before.version + 1, 2)
     assert msgspec.structs.replace(after, version=before.version, kek_version=1, wrapped=before.wrapped) == before

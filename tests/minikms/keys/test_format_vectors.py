@@ -102,8 +102,10 @@ def test_retiring_a_key_makes_the_retired_file() -> None:
 
 def test_a_rewrap_makes_the_second_file_of_the_first() -> None:
     first, second = (dek.parse(text.encode(), KNOWN["dek"]["key_id"]) for text in KNOWN["dek"]["files"])
-    nonce = second.wrapped[: aead.NONCE_BYTES]
-    assert dek.rewrap(first, view(KNOWN["dek"]["key"]), view(KNOWN["keks"]["2"]), 2, nonce) == second
+    key, again = (memoryview(bytearray(32)) for _ in range(2))
+    rewrapper = dek.Rewrapper(lambda version: view(KNOWN["keks"][str(version)]), 2, key=key, again=again)
+    assert rewrapper.rewrap(first, second.wrapped[: aead.NONCE_BYTES]) == second
+    assert bytes(key).hex() == KNOWN["dek"]["key"]
 
 
 def test_records_open_and_are_sealed_in_the_same_bytes() -> None:

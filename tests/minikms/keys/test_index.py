@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minikms import api
-from minikms.keys.dek import DekRecord, bytes_to_key_id
+from minikms.keys.dek import DekRecord, bytes_to_key_id, key_id_to_bytes
 from minikms.keys.index import JUDGED_COUNT_MAX, PURPOSES, KeyIndex
 
 AT = "2026-11-24T15:00:00Z"
@@ -49,7 +50,7 @@ def all_pages(index: KeyIndex, limit: int, thread_id: str | None = None, state: 
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["put", "put new", "remove"]),
+        st.sampled_from(["put", "put new", "set kek", "remove"]),
         st.integers(0, 15),
         st.sampled_from(["active", "retired"]),
         st.integers(1, 3),
@@ -72,6 +73,13 @@ def test_the_index_matches_a_dict_of_the_same_records(
         elif step == "put":
             index.put(one)
             model[one.id] = one
+        elif step == "set kek":
+            changed = [record(each) for each in (number, number + 1, number + 3, 0)]
+            missing = index.set_kek([key_id_to_bytes(each.id) for each in changed], kek_version)
+            assert missing == [key_id_to_bytes(each.id) for each in changed if each.id not in model]
+            for each in changed:
+                if each.id in model:
+                    model[each.id] = msgspec.structs.replace(model[each.id], kek_version=kek_version)
         else:
             index.put(one, only_new=True)
             model.setdefault(one.id, one)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from minikms.crypto import aead
 from minikms.custody import deks, files, rewrap_journal, rotation
 from minikms.custody.batch_backups import BatchBackups
 from minikms.custody.rotation import KekRotation
@@ -452,18 +455,18 @@ def test_a_file_that_is_put_back_is_rewrapped_after_a_root_was_removed(
 def test_a_key_that_does_not_survive_its_rewrap_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = dek.rewrap
+    real, opened = aead.open_with, itertools.count()
 
-    def spoilt(record: object, key: memoryview, *others: object) -> object:
-        wrong = memoryview(bytes(32))
-        return real(record, wrong, *others)  # type: ignore[arg-type]  # passed on as they came
+    def spoilt(cipher: AESGCM, sealed: bytes, aad: bytes, target: memoryview) -> None:
+        real(cipher, sealed, aad, target)
+        target[0] ^= next(opened)  # the second time, which is the new wrapping, by 1
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             [key_id] = await one.make(1)
             before = one.file(key_id).read_bytes()
             with monkeypatch.context() as patched:
-                patched.setattr(dek, "rewrap", spoilt)
+                patched.setattr(aead, "open_with", spoilt)
                 await one.rotate()
             assert one.file(key_id).read_bytes() == before
             assert "did not survive" in one.vault.unreadable.listed()[key_id]

@@ -27,19 +27,19 @@ def test_requests_get_a_turn_after_each_few_keys(
 ) -> None:
     """Whatever the batch: between two turns of a request, no more keys are rewrapped than the priority says."""
     monkeypatch.setattr(rotation, "BATCH_FILES", 150)
-    real, since_turn, most = dek.rewrap, [0], [0]
+    real, since_turn, most = dek.Rewrapper.rewrap, [0], [0]
 
-    def counted(*arguments: object) -> DekRecord:
+    def counted(self: dek.Rewrapper, record: DekRecord, nonce: bytes) -> DekRecord:
         since_turn[0] += 1
         most[0] = max(most[0], since_turn[0])
-        return real(*arguments)  # type: ignore[arg-type]  # passed on as they came
+        return real(self, record, nonce)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             await asyncio.gather(*(one.vault.create(f"t{number}") for number in range(150)))
             await one.begin(None)
             one.rotation.priority = priority
-            monkeypatch.setattr(dek, "rewrap", counted)
+            monkeypatch.setattr(dek.Rewrapper, "rewrap", counted)
             running = asyncio.create_task(one.rotation.run())
             while not running.done():
                 since_turn[0] = 0
