@@ -14,6 +14,7 @@ from cyclopts import App
 
 from minikms.cli import main as minikms_main
 from minikms.cli.command import app as minikms
+from minikms.cli.rootkey import BIND_VARIABLE
 from minikms.usage import label
 from minikms_unlock.command import app as unlock
 from minikms_unlock.command import main as unlock_main
@@ -71,6 +72,7 @@ class Here:
 
     def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
         self._monkeypatch.setattr(sys, "argv", list(words))
+        self._monkeypatch.setenv(BIND_VARIABLE, "1")  # or `minikms serve` would replace this process by itself
         with pytest.raises(SystemExit) as ended:
             {"minikms": minikms_main, "minikms-unlock": unlock_main, "progressdb": progressdb_main}[words[0]]()
         output = self._capsys.readouterr()

@@ -144,13 +144,20 @@ class LiveDaemon:
         return keys_in(self.data_dir, self.root() if root is None else root)
 
 
+def _whole(file: Path) -> bytes:
+    """The content of a file that a rotation may be overwriting in place."""
+    while (content := file.read_bytes()) != file.read_bytes():
+        pass
+    return content
+
+
 def keys_in(data_dir: Path, root: bytes) -> dict[str, bytes]:
     """Every key by a name: the root key, what leads from it to the keyring key, that one, each KEK version, the audit
     keys and seeds, each DEK.
     """
     found = {"root key": root}
     # Before the keyring: a rotation that runs puts a KEK there first, and leaves the one before.
-    files = {file.stem: file.read_bytes() for file in sorted((data_dir / "kms-deks").glob("*.json"))}
+    files = {file.stem: _whole(file) for file in sorted((data_dir / "kms-deks").glob("*.json"))}
     with SecretArena(4096) as arena:
         data = (data_dir / "keyring.json").read_bytes()
         unlocked, _ = UnlockedKeyring.open(arena, memoryview(root), data, nonces=NonceSource().next)
