@@ -55,6 +55,7 @@ def install() -> None:
         Application.handle,
     )
     begin_create = keyring_file.WrapReservation.begin_create
+    bound = keyring.KEK_WRAPS_MAX
 
     def allocated(arena: SecretArena) -> Any:
         if fault() == ARENA:
@@ -66,8 +67,11 @@ def install() -> None:
         return reserve(store, *given)
 
     async def begun(budget: keyring_file.WrapReservation, count: int) -> int:
-        keyring.KEK_WRAPS_MAX = -1 if fault() == WORN else 1 << 31  # type: ignore[misc]  # final in production
-        return await begin_create(budget, count)
+        keyring.KEK_WRAPS_MAX = -1 if fault() == WORN else bound  # type: ignore[misc]  # final in production
+        try:
+            return await begin_create(budget, count)
+        finally:
+            keyring.KEK_WRAPS_MAX = bound  # type: ignore[misc]  # as above; a later rotation takes wraps too
 
     async def ran(of: rotation.KekRotation) -> None:
         while fault() == STUCK:

@@ -221,8 +221,8 @@ class World:
         self.settle()
 
     def settle(self) -> None:
-        """Wait for the end of a rotation."""
-        self.until(lambda: self.rotation is None)
+        """Wait for the end of a rotation, also of one that is due and has not begun: a start would go on with it."""
+        self.until(lambda: self.rotation is None and all(root["state"] == "active" for root in self.listed_roots()))
 
     @property
     def rotation(self) -> Any:
@@ -253,6 +253,7 @@ class World:
         """
         if (word, operation) not in self._prepared:
             self._prepared.update({(word, each): self.good(each) for each in operations})
+            self.settle()  # a rotation that a start goes on with would reserve wraps
             self.restart()
         return self._prepared.pop((word, operation))
 
