@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import hmac
 import re
+import traceback
 from collections.abc import Callable
-from typing import Final, Literal
+from types import TracebackType
+from typing import Final, Literal, Self
 
 import msgspec
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -278,8 +280,8 @@ def _does_not_unwrap(record: DekRecord) -> KeyUnreadableError:
 
 
 class Rewrapper:
-    """Wraps DEKs under another KEK version. It keeps a cipher for each KEK, whose key schedule is on the heap, so it
-    must not outlive a turn of the event loop.
+    """Wraps DEKs under another KEK version, in a `with` block, which must end in the same turn of the event loop: until
+    then it keeps a cipher for each KEK, whose key schedule is on the heap.
     """
 
     def __init__(
@@ -292,6 +294,14 @@ class Rewrapper:
         self._cipher, self._field = self._of(kek_version)
         self._key = key
         self._again = again
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _kind: object, _error: object, trace: TracebackType | None) -> None:
+        self._known.clear()
+        del self._cipher
+        traceback.clear_frames(trace)  # whoever keeps the error would keep the ciphers in its frames
 
     def rewrap(self, record: DekRecord, nonce: bytes) -> DekRecord:
         """The record wrapped under the KEK version; its `version` rises by one and nothing else changes, so `parse`

@@ -7,8 +7,10 @@ import errno
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 import pytest
@@ -17,8 +19,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from minikms.crypto import aead
 from minikms.custody import deks, files, rewrap_journal, rotation
 from minikms.custody.batch_backups import BatchBackups
+from minikms.custody.deks import DekStore
 from minikms.custody.rotation import KekRotation
-from minikms.errors import ArenaFullError, KeyUnreadableError, StorageUnavailableError
+from minikms.errors import ArenaFullError, KeyUnreadableError, MiniKmsError, StorageUnavailableError
 from minikms.keys import dek, keyring
 from minikms.memory.arena import SecretArena, SecretSlot
 from tests.harness.vaults import opened_vault
@@ -223,6 +226,57 @@ def test_a_shortage_of_descriptors_does_not_make_a_key_unreadable(
             monkeypatch.undo()
             assert (failing, full) == ([0], [0])
             assert one.vault.unreadable.count == 0
+            assert one.keks_on_disk(key_ids) == {2}
+
+    asyncio.run(main())
+
+
+class WatchedCipher:
+    """In the place of AESGCM, to which there are no weak references. `errors` are raised by the next wraps."""
+
+    alive: ClassVar[weakref.WeakSet[WatchedCipher]] = weakref.WeakSet()
+    errors: ClassVar[list[Exception]] = []
+
+    def __init__(self, key: memoryview) -> None:
+        self._cipher = AESGCM(key)
+        self.decrypt_into = self._cipher.decrypt_into
+        self.alive.add(self)
+
+    def encrypt(self, nonce: bytes, key: memoryview, aad: bytes) -> bytes:
+        if self.errors:
+            raise self.errors.pop()
+        return self._cipher.encrypt(nonce, key, aad)
+
+
+@pytest.mark.parametrize("where", ["reading", "wrapping"])
+def test_no_cipher_outlives_its_turn_when_a_pass_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A seal could not drop it. Somebody may keep the error: while the pass ends, it is in the list of the files."""
+    errors: list[Exception] = [StorageUnavailableError("no descriptors")] if where == "reading" else [RuntimeError()]
+    kept = list(errors)
+    read = DekStore.read_many
+
+    def failing(self: DekStore, key_ids: Iterable[str]) -> list[tuple[str, bytes | MiniKmsError]]:
+        found = read(self, key_ids)
+        if errors and where == "wrapping":
+            WatchedCipher.errors.append(errors.pop())
+        elif errors:
+            found[-1] = (found[-1][0], errors.pop())  # type: ignore[assignment]  # of the first kind
+        return found
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(20)
+            await one.begin(None)
+            monkeypatch.setattr(dek, "AESGCM", WatchedCipher)
+            monkeypatch.setattr(DekStore, "read_many", failing)
+            running = asyncio.create_task(one.rotation.run())
+            while not running.done():
+                assert not WatchedCipher.alive
+                await asyncio.sleep(0)
+            assert not errors and not WatchedCipher.errors
+            assert kept[0].__traceback__ is not None
             assert one.keks_on_disk(key_ids) == {2}
 
     asyncio.run(main())
