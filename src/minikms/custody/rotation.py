@@ -406,11 +406,13 @@ class KekRotation:
                     vault.store.answer_with({})
             for start in range(0, len(batch), INDEXED_SLICE):
                 part = batch[start : start + INDEXED_SLICE]
-                missing = vault.index.set_kek([rewrap.raw_id for rewrap in part], to_version)
-                for rewrap in part if missing else ():  # the scan of this start has not read them yet
-                    vault.index.put(dek.parse(rewrap.new, rewrap.key_id))
+                missing = frozenset(vault.index.set_kek([rewrap.raw_id for rewrap in part], to_version))
+                for rewrap in part if missing else ():
+                    # The scan of this start has not read it yet, or it was destroyed meanwhile.
+                    if rewrap.raw_id in missing and rewrap.key_id not in vault.destroyed:
+                        vault.index.put(dek.parse(rewrap.new, rewrap.key_id))
+                self.rewrapped += len(part)
                 await asyncio.sleep(0)
-            self.rewrapped += len(batch)
 
     async def _paced(self, items: Sequence[T]) -> AsyncIterator[Sequence[T]]:
         """The items in parts, with a turn for requests after each."""

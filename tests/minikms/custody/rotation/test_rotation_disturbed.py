@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -424,6 +424,35 @@ def test_a_key_that_is_destroyed_after_its_rewrap_gets_no_backup(
             assert one.backups(victim) == []
             assert one.keks_on_disk([victim]) == {1}
             assert one.keks_on_disk([other]) == {2}
+
+    asyncio.run(main())
+
+
+def test_a_key_that_is_destroyed_while_it_is_rewrapped_is_not_in_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unlike a key that the scan of the start has not read yet."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            victim, unread, other = await one.make(3)
+            await one.begin(None)
+            index, real = one.vault.index, rewrap_journal.RewrapJournal.write
+
+            def meanwhile(*arguments: Any) -> None:
+                real(*arguments)
+                index.remove(victim)
+                index.remove(unread)
+                patched.setattr(one.vault, "destroyed", {victim})
+
+            with monkeypatch.context() as patched:
+                patched.setattr(rewrap_journal.RewrapJournal, "write", meanwhile)
+                await one.rotation.run()
+            assert {key_id: index.kek_version(key_id) for key_id in (victim, unread, other)} == {
+                victim: None,
+                unread: 2,
+                other: 2,
+            }
 
     asyncio.run(main())
 
