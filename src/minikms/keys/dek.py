@@ -140,12 +140,12 @@ class DekRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
     def aad(self, kek_version: int) -> bytes:
         """The associated data of this record's DEK when wrapped under `kek_version`."""
-        return labels.dek_aad(
-            key_id=self.id,
-            thread_id=self.thread_id,
-            purpose=self.purpose,
-            algorithm=self.algorithm,
-            kek_version=kek_version,
+        return self.aad_prefix() + labels.kek_version_field(kek_version)
+
+    def aad_prefix(self) -> bytes:
+        """The part of it that does not depend on the KEK version."""
+        return labels.dek_aad_prefix(
+            key_id=self.id, thread_id=self.thread_id, purpose=self.purpose, algorithm=self.algorithm
         )
 
 
@@ -310,9 +310,7 @@ class Rewrapper:
         Raises KeyUnreadableError if the record does not unwrap, its version can't rise, or the comparison fails.
         """
         old_cipher, old_field = self._known.get(record.kek_version) or self._of(record.kek_version)
-        prefix = labels.dek_aad_prefix(
-            key_id=record.id, thread_id=record.thread_id, purpose=record.purpose, algorithm=record.algorithm
-        )
+        prefix = record.aad_prefix()
         try:
             aead.open_with(old_cipher, record.wrapped, prefix + old_field, self._key)
         except DecryptionError:

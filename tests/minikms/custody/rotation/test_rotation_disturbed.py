@@ -7,10 +7,9 @@ import errno
 import itertools
 import os
 import threading
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 import pytest
@@ -26,6 +25,7 @@ from minikms.keys import dek, keyring
 from minikms.memory.arena import SecretArena, SecretSlot
 from tests.harness.vaults import opened_vault
 from tests.minikms.custody.disk_faults import refuse
+from tests.minikms.custody.watched_cipher import WatchedCipher
 
 pytestmark = pytest.mark.usefixtures("quick_rotation")
 
@@ -229,23 +229,6 @@ def test_a_shortage_of_descriptors_does_not_make_a_key_unreadable(
             assert one.keks_on_disk(key_ids) == {2}
 
     asyncio.run(main())
-
-
-class WatchedCipher:
-    """In the place of AESGCM, to which there are no weak references. `errors` are raised by the next wraps."""
-
-    alive: ClassVar[weakref.WeakSet[WatchedCipher]] = weakref.WeakSet()
-    errors: ClassVar[list[Exception]] = []
-
-    def __init__(self, key: memoryview) -> None:
-        self._cipher = AESGCM(key)
-        self.decrypt_into = self._cipher.decrypt_into
-        self.alive.add(self)
-
-    def encrypt(self, nonce: bytes, key: memoryview, aad: bytes) -> bytes:
-        if self.errors:
-            raise self.errors.pop()
-        return self._cipher.encrypt(nonce, key, aad)
 
 
 @pytest.mark.parametrize("where", ["reading", "wrapping"])
