@@ -43,7 +43,7 @@ def move_out_of_environment() -> None:
 def bind_symbols() -> None:
     """Does not return when the program is to serve and the linker binds lazily: it runs again with `LD_BIND_NOW`.
 
-    The other commands end before a function is called for the first time beside a key.
+    The other commands have a key for a moment only, if any, and then end.
     """
     serves = sys.argv[1:2] in ([], ["serve"]) or sys.argv[1].startswith("-")
     if serves and sys.platform == "linux" and not os.environ.get(BIND_VARIABLE):

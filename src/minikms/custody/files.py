@@ -257,10 +257,9 @@ def _write_all(fd: int, data: bytes) -> None:
 
 def write_all_at(fd: int, data: bytes, offset: int) -> None:
     """Writes all of `data` at `offset`. Raises OSError."""
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(fd, view, offset)
-        view, offset = view[count:], offset + count
+    count = os.pwrite(fd, data, offset)
+    while count < len(data):
+        count += os.pwrite(fd, data[count:], offset + count)
 
 
 def make_file(directory: int, name: str, data: bytes) -> None:
@@ -500,8 +499,7 @@ def _overwrite(directory: int, write: FileWrite, *, sync: bool) -> bool:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size != len(write.data):
             return False
-        if (count := os.pwrite(fd, write.data, 0)) < status.st_size:
-            write_all_at(fd, write.data[count:], count)
+        write_all_at(fd, write.data, 0)
         if sync:
             sync_file(fd)
     finally:

@@ -112,6 +112,7 @@ class NewKeys:
         first_ms = max(created_ns // 1_000_000, self._leases.first_usable_ms)
         random = os.urandom(KEY_ID_RANDOM_BYTES * len(wanted))
         made: list[DekRecord | MiniKmsError] = []
+        kek: AESGCM | None = None
         try:
             with self._arena.allocate() as slot:
                 kek = AESGCM(self._unlocked.kek(version))
@@ -137,8 +138,8 @@ class NewKeys:
                     )
                     self._leases.granted_at_creation(key_id_to_bytes(key_id))
                     made.append(record)
-                del kek  # before anything waits: the traceback of a refusal refers to this frame
         finally:
+            kek = None  # before anything waits: the traceback of a refusal refers to this frame
             scrub_stack()
         return made
 

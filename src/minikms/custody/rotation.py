@@ -229,11 +229,10 @@ class KekRotation:
                 await self._vault.keyring.change(lambda body: keyring.promote(body, at=now_rfc3339()))
             except Exception as error:  # noqa: BLE001  a rotation that has begun must be completed after any failure
                 self.last_error = _error_text(error)
-            else:
-                self.last_error = ""
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, RETRY_SECONDS_MAX)
                 continue
-            await asyncio.sleep(pause)  # here, where the error's traceback is gone, which may hold ciphers
-            pause = min(2 * pause, RETRY_SECONDS_MAX)
+            self.last_error = ""
 
     async def _rewrap_all(self, rotation: keyring.Rotation) -> None:
         await self._run_pass(rotation, self._indexed)
@@ -355,30 +354,34 @@ class KekRotation:
         """
         vault = self._vault
         found: list[Rewrap] = []
-        with vault.arena.allocate() as key, vault.arena.allocate() as again:
-            rewrapper = dek.Rewrapper(vault.unlocked.kek, to_version, key=key.view, again=again.view)
-            for key_id, data in part:
-                if key_id in vault.destroyed:
-                    continue  # a crash left the file, and the scan of this start removes it: don't write it again
-                try:
-                    if isinstance(data, MiniKmsError):
-                        raise data
-                    record = dek.parse(data, key_id)
-                    if record.kek_version == to_version:
-                        continue  # spelled in a way that the reader's search does not know
-                    changed = rewrapper.rewrap(record, vault.nonces.next())
-                except KeyNotFoundError:
-                    continue  # destroyed since it was listed
-                except KeyUnreadableError as error:
-                    vault.unreadable.add(key_id, str(error))
-                    continue
-                vault.unreadable.remove(key_id)
-                kept = dek.encode(record)
-                if kept == data:
-                    kept = data  # one object: what a batch allocates are new pages for each batch
-                found.append(Rewrap.make(key_id, old=data, kept=kept, new=dek.encode(changed)))
-            del rewrapper  # clears its ciphers
-        scrub_stack()
+        try:
+            with (
+                vault.arena.allocate() as key,
+                vault.arena.allocate() as again,
+                dek.Rewrapper(vault.unlocked.kek, to_version, key=key.view, again=again.view) as rewrapper,
+            ):
+                for key_id, data in part:
+                    if key_id in vault.destroyed:
+                        continue  # a crash left the file, and the scan of this start removes it: don't write it again
+                    try:
+                        if isinstance(data, MiniKmsError):
+                            raise data
+                        record = dek.parse(data, key_id)
+                        if record.kek_version == to_version:
+                            continue  # spelled in a way that the reader's search does not know
+                        changed = rewrapper.rewrap(record, vault.nonces.next())
+                    except KeyNotFoundError:
+                        continue  # destroyed since it was listed
+                    except KeyUnreadableError as error:
+                        vault.unreadable.add(key_id, str(error))
+                        continue
+                    vault.unreadable.remove(key_id)
+                    kept = dek.encode(record)
+                    if kept == data:
+                        kept = data  # one object: what a batch allocates are new pages for each batch
+                    found.append(Rewrap.make(key_id, old=data, kept=kept, new=dek.encode(changed)))
+        finally:
+            scrub_stack()
         return found
 
     async def _write(self, batch: list[Rewrap], to_version: int, changed: set[str], stamp: str) -> None:
@@ -403,11 +406,13 @@ class KekRotation:
                     vault.store.answer_with({})
             for start in range(0, len(batch), INDEXED_SLICE):
                 part = batch[start : start + INDEXED_SLICE]
-                missing = vault.index.set_kek([rewrap.raw_id for rewrap in part], to_version)
-                for rewrap in part if missing else ():  # the scan of this start has not read them yet
-                    vault.index.put(dek.parse(rewrap.new, rewrap.key_id))
+                missing = frozenset(vault.index.set_kek([rewrap.raw_id for rewrap in part], to_version))
+                for rewrap in part if missing else ():
+                    # The scan of this start has not read it yet, or it was destroyed meanwhile.
+                    if rewrap.raw_id in missing and rewrap.key_id not in vault.destroyed:
+                        vault.index.put(dek.parse(rewrap.new, rewrap.key_id))
+                self.rewrapped += len(part)
                 await asyncio.sleep(0)
-            self.rewrapped += len(batch)
 
     async def _paced(self, items: Sequence[T]) -> AsyncIterator[Sequence[T]]:
         """The items in parts, with a turn for requests after each."""

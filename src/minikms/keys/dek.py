@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import hmac
 import re
+import traceback
 from collections.abc import Callable
-from typing import Final, Literal
+from types import TracebackType
+from typing import Final, Literal, Self
 
 import msgspec
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -138,12 +140,12 @@ class DekRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
     def aad(self, kek_version: int) -> bytes:
         """The associated data of this record's DEK when wrapped under `kek_version`."""
-        return labels.dek_aad(
-            key_id=self.id,
-            thread_id=self.thread_id,
-            purpose=self.purpose,
-            algorithm=self.algorithm,
-            kek_version=kek_version,
+        return self.aad_prefix() + labels.kek_version_field(kek_version)
+
+    def aad_prefix(self) -> bytes:
+        """The part of it that does not depend on the KEK version."""
+        return labels.dek_aad_prefix(
+            key_id=self.id, thread_id=self.thread_id, purpose=self.purpose, algorithm=self.algorithm
         )
 
 
@@ -278,8 +280,8 @@ def _does_not_unwrap(record: DekRecord) -> KeyUnreadableError:
 
 
 class Rewrapper:
-    """Wraps DEKs under another KEK version. It keeps a cipher for each KEK, whose key schedule is on the heap, so it
-    must not outlive a turn of the event loop.
+    """Wraps DEKs under another KEK version, in a `with` block, which must end in the same turn of the event loop: until
+    then it keeps a cipher for each KEK, whose key schedule is on the heap.
     """
 
     def __init__(
@@ -293,6 +295,14 @@ class Rewrapper:
         self._key = key
         self._again = again
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _kind: object, _error: object, trace: TracebackType | None) -> None:
+        self._known.clear()
+        del self._cipher
+        traceback.clear_frames(trace)  # whoever keeps the error would keep the ciphers in its frames
+
     def rewrap(self, record: DekRecord, nonce: bytes) -> DekRecord:
         """The record wrapped under the KEK version; its `version` rises by one and nothing else changes, so `parse`
         accepts the result. The new wrapping was unwrapped and compared with the key.
@@ -300,9 +310,7 @@ class Rewrapper:
         Raises KeyUnreadableError if the record does not unwrap, its version can't rise, or the comparison fails.
         """
         old_cipher, old_field = self._known.get(record.kek_version) or self._of(record.kek_version)
-        prefix = labels.dek_aad_prefix(
-            key_id=record.id, thread_id=record.thread_id, purpose=record.purpose, algorithm=record.algorithm
-        )
+        prefix = record.aad_prefix()
         try:
             aead.open_with(old_cipher, record.wrapped, prefix + old_field, self._key)
         except DecryptionError:

@@ -15,6 +15,7 @@ from minikms.custody import files
 from minikms.custody.files import (
     FileWrite,
     open_directory,
+    overwrite_files,
     read_file_bounded,
     remove_file,
     replace_file,
@@ -75,8 +76,11 @@ def test_short_writes_are_continued(tmp_path: Path, directory: int, monkeypatch:
     real = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:3]))
     replace_file(directory, "f", b"ten bytes!")
+    real_at = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real_at(fd, data[:3], at))
+    assert overwrite_files(directory, [FileWrite("f", b"10 others.")]) == []
     monkeypatch.undo()
-    assert (tmp_path / "f").read_bytes() == b"ten bytes!"
+    assert (tmp_path / "f").read_bytes() == b"10 others."
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minikms.custody import create_log, deks, files
+from minikms.custody import create_log, deks, files, new_keys
 from minikms.custody.create_log import (
     LOG_BYTES,
     MAGIC,
@@ -37,6 +37,7 @@ from minikms.keys import dek, keyring
 from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, DekRecord, bytes_to_key_id, make_key_id
 from tests.harness.vaults import OpenedVault, copied_vault, opened_vault
 from tests.minikms.custody.disk_faults import failing_os, flip, refuse
+from tests.minikms.custody.watched_cipher import WatchedCipher
 
 VECTORS = Path(__file__).parents[2] / "vectors"
 
@@ -212,6 +213,28 @@ def test_a_refused_permit_stops_no_other_key_of_its_group(tmp_path: Path) -> Non
             assert len(made) == 2
             assert len(set(one.keys(made).values())) == 2
             assert sorted(logged(one)) == sorted(made)
+
+    asyncio.run(main())
+
+
+def test_a_refusal_in_a_group_that_fails_keeps_no_cipher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its traceback refers to the frame that made the cipher. A seal could not drop it."""
+    refusal = ForbiddenError("not this thread")
+    asked = iter((None, refusal))
+
+    def refused() -> None:
+        if error := next(asked):
+            raise error
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # pytest keeps what is logged
+        async with opened_vault(tmp_path / "d") as one:
+            monkeypatch.setattr(new_keys, "AESGCM", WatchedCipher)
+            monkeypatch.setattr(WatchedCipher, "errors", [RuntimeError("a defect")])
+            await asyncio.gather(one.vault.create("t1", permit=refused), one.vault.create("t2"), return_exceptions=True)
+            assert not WatchedCipher.errors
+            assert refusal.__traceback__ is not None
+            assert not WatchedCipher.alive
 
     asyncio.run(main())
 

@@ -22,6 +22,7 @@ USES = {
     "AES-GCM of a bad tag": "refused(lambda: AESGCM(slot.view).decrypt(bytes(12), bytes(200), b'aad'))",
     "unwrapping into the arena": "AESGCM(other.view).decrypt_into(bytes(12), sealed, b'aad', slot.view)",
     "wrapping from the arena": "AESGCM(other.view).encrypt(bytes(12), slot.view, b'aad')",
+    "rewraps of a turn": "rewrapped(slot.view)",
     "HMAC": "hmac.digest(slot.view, b'text' * 50, 'sha256')",
     "HMAC of many texts": "macs_of(HMAC(slot.view, SHA256()), b'text' * 50)",
     "Ed25519 signing": "Ed25519PrivateKey.from_private_bytes(slot.view).sign(b'text' * 50)",
@@ -37,6 +38,7 @@ CHILD = textwrap.dedent("""
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.hmac import HMAC
     from minikms.crypto.aead import scrub_stack
+    from minikms.keys import dek
     from minikms.memory import SecretArena, fill_random
 
     def refused(call):
@@ -51,6 +53,12 @@ CHILD = textwrap.dedent("""
             copy.update(text)
             copy.finalize()
 
+    def rewrapped(kek):
+        with arena.allocate() as key, arena.allocate() as again:
+            with dek.Rewrapper(lambda version: kek, 2, key=key.view, again=again.view) as rewrapper:
+                for _ in range(3):
+                    rewrapper.rewrap(record, bytes(12))
+
     arena = SecretArena(4)
     slot, other = arena.allocate(), arena.allocate()
     fill_random(other.view)
@@ -58,6 +66,8 @@ CHILD = textwrap.dedent("""
     for index, byte in enumerate(masked):
         slot.view[index] = byte ^ 0x5A
     sealed = AESGCM(other.view).encrypt(bytes(12), slot.view, b"aad")
+    made = {"key_id": dek.make_key_id(0, bytes(10)), "thread_id": "t", "purpose": "thread", "created_at": ""}
+    record = dek.new(**made, kek=AESGCM(slot.view), kek_version=1, dek=other.view, nonce=bytes(12))
     for _ in range(100):
         {use}
     {scrub}
@@ -123,6 +133,11 @@ def test_making_a_cipher_leaves_no_key_on_the_stack() -> None:
 
 def test_a_cipher_object_that_is_kept_would_be_found() -> None:
     assert traces_of("kept = AESGCM(slot.view)", scrub=True) != set()
+
+
+def test_a_rewrapper_whose_block_does_not_end_would_be_found() -> None:
+    use = "kept = dek.Rewrapper(lambda version: slot.view, 2, key=other.view, again=other.view)"
+    assert traces_of(use, scrub=True) != set()
 
 
 def test_an_hmac_object_that_is_kept_would_be_found() -> None:

@@ -79,8 +79,9 @@ def test_a_verb_that_is_cancelled_at_shutdown_is_audited_as_interrupted(
             who = Policy({1}).principal(1, 1)
             assert who is not None
             for owner, name in (
-                (one.vault, "create"), (one.vault, "retire"), (one.vault, "destroy"), (one.vault.leases, "extend"),
-                (LifecycleVerbs, "_in_reader"), (one.rotation, "begin"), (one.pruning, "prune"),
+                (one.vault, "create_in_log"), (one.vault, "retire"), (one.vault, "destroy"),
+                (one.vault.leases, "extend"), (LifecycleVerbs, "_in_reader"), (one.rotation, "begin"),
+                (one.pruning, "prune"),
             ):  # fmt: skip
                 monkeypatch.setattr(owner, name, hang)
             perform = served(one, audit)[verb]

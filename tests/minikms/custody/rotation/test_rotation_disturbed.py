@@ -7,8 +7,9 @@ import errno
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,12 +18,14 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from minikms.crypto import aead
 from minikms.custody import deks, files, rewrap_journal, rotation
 from minikms.custody.batch_backups import BatchBackups
+from minikms.custody.deks import DekStore
 from minikms.custody.rotation import KekRotation
-from minikms.errors import ArenaFullError, KeyUnreadableError, StorageUnavailableError
+from minikms.errors import ArenaFullError, KeyUnreadableError, MiniKmsError, StorageUnavailableError
 from minikms.keys import dek, keyring
 from minikms.memory.arena import SecretArena, SecretSlot
 from tests.harness.vaults import opened_vault
 from tests.minikms.custody.disk_faults import refuse
+from tests.minikms.custody.watched_cipher import WatchedCipher
 
 pytestmark = pytest.mark.usefixtures("quick_rotation")
 
@@ -228,6 +231,40 @@ def test_a_shortage_of_descriptors_does_not_make_a_key_unreadable(
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("where", ["reading", "wrapping"])
+def test_no_cipher_outlives_its_turn_when_a_pass_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A seal could not drop it. Somebody may keep the error: while the pass ends, it is in the list of the files."""
+    errors: list[Exception] = [StorageUnavailableError("no descriptors")] if where == "reading" else [RuntimeError()]
+    kept = list(errors)
+    read = DekStore.read_many
+
+    def failing(self: DekStore, key_ids: Iterable[str]) -> list[tuple[str, bytes | MiniKmsError]]:
+        found = read(self, key_ids)
+        if errors and where == "wrapping":
+            WatchedCipher.errors.append(errors.pop())
+        elif errors:
+            found[-1] = (found[-1][0], errors.pop())  # type: ignore[assignment]  # of the first kind
+        return found
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = await one.make(20)
+            await one.begin(None)
+            monkeypatch.setattr(dek, "AESGCM", WatchedCipher)
+            monkeypatch.setattr(DekStore, "read_many", failing)
+            running = asyncio.create_task(one.rotation.run())
+            while not running.done():
+                assert not WatchedCipher.alive
+                await asyncio.sleep(0)
+            assert not errors and not WatchedCipher.errors
+            assert kept[0].__traceback__ is not None
+            assert one.keks_on_disk(key_ids) == {2}
+
+    asyncio.run(main())
+
+
 def test_a_listing_that_fails_for_a_moment_does_not_end_the_rotation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,6 +407,35 @@ def test_a_key_that_is_destroyed_after_its_rewrap_gets_no_backup(
             assert one.backups(victim) == []
             assert one.keks_on_disk([victim]) == {1}
             assert one.keks_on_disk([other]) == {2}
+
+    asyncio.run(main())
+
+
+def test_a_key_that_is_destroyed_while_it_is_rewrapped_is_not_in_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unlike a key that the scan of the start has not read yet."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            victim, unread, other = await one.make(3)
+            await one.begin(None)
+            index, real = one.vault.index, rewrap_journal.RewrapJournal.write
+
+            def meanwhile(*arguments: Any) -> None:
+                real(*arguments)
+                index.remove(victim)
+                index.remove(unread)
+                patched.setattr(one.vault, "destroyed", {victim})
+
+            with monkeypatch.context() as patched:
+                patched.setattr(rewrap_journal.RewrapJournal, "write", meanwhile)
+                await one.rotation.run()
+            assert {key_id: index.kek_version(key_id) for key_id in (victim, unread, other)} == {
+                victim: None,
+                unread: 2,
+                other: 2,
+            }
 
     asyncio.run(main())
 

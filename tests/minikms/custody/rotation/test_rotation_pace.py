@@ -50,6 +50,22 @@ def test_requests_get_a_turn_after_each_few_keys(
     asyncio.run(main())
 
 
+def test_the_keys_of_a_rotation_are_counted_once_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`/status` adds those that are rewrapped to those that the index has under another KEK."""
+    monkeypatch.setattr(rotation, "INDEXED_SLICE", 3)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            await one.make(20)
+            await one.begin(None)
+            running = asyncio.create_task(one.rotation.run())
+            while not running.done():
+                assert one.rotation.rewrapped + one.vault.index.by_kek[1] == 20
+                await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
 def test_a_rotation_begins_with_normal_priority(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
