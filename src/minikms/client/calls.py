@@ -130,8 +130,9 @@ def _encode_array(batch: Sent) -> bytes:
 
 
 class MsgpackUse:
-    """Whether a client sends its batches in MessagePack: until a daemon refuses one as malformed, which a daemon does
-    that knows only JSON. After that it sends JSON for JSON_S. `now_s`: by any clock that only rises.
+    """Whether a client sends its batches in MessagePack: until a daemon refuses one as malformed and does not refuse
+    its JSON so, as a daemon that knows only JSON. After that the client sends JSON for JSON_S. `now_s`: by any clock
+    that only rises.
     """
 
     __slots__ = ("_json_until_s",)
@@ -146,7 +147,10 @@ class MsgpackUse:
         """The same call in JSON, if the error can mean that the daemon does not understand MessagePack. It was not
         carried out then: a daemon refuses a malformed batch before it looks at an item.
         """
-        if call.batch is None or not isinstance(error, InvalidRequestError):
+        if not call.verb.is_batch or not isinstance(error, InvalidRequestError):
+            return None
+        if call.batch is None:  # malformed in JSON too, which says nothing about the daemon
+            self._json_until_s = -math.inf
             return None
         self._json_until_s = now_s + JSON_S
         return make_call(call.verb, call.batch, call.request_id)

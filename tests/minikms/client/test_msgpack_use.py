@@ -73,6 +73,16 @@ def test_a_batch_that_is_malformed_in_json_too_is_refused(use: Use) -> None:
         assert kinds(server.requests) == [MSGPACK, JSON]
 
 
+def test_a_malformed_batch_does_not_turn_a_client_to_json(use: Use) -> None:
+    """A daemon that knows MessagePack refuses it in both encodings: for example a `key_id` of /check_batch."""
+    fine = array_answer([[b"x"]])
+    with hostile([MALFORMED, MALFORMED, fine], [fine]) as server:
+        refused, sealed = use(server.path, BATCH_CALL, BATCH_CALL, wait_s=WAIT_S)
+        assert isinstance(refused, errors.InvalidRequestError)
+        assert sealed == [b"x"]
+    assert kinds(server.requests) == [MSGPACK, JSON, MSGPACK]
+
+
 def test_calls_of_one_item_are_json_and_batched_calls_fall_back_too() -> None:
     single = answer(b'{"ciphertext":"eA=="}')
     two = answer(b'{"items":[{"ciphertext":"YQ=="},{"ciphertext":"Yg=="}]}')
