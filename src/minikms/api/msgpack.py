@@ -13,6 +13,7 @@ of them is decoded. It must never be used for another verb: a root key in a body
 
 from __future__ import annotations
 
+from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Final, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -73,6 +74,14 @@ def _type_of(name: str, hint: Any) -> Any:
     if get_origin(hint) is list:
         return list.__class_getitem__(array_form(get_args(hint)[0]))
     return bytes if hint is str and name in _BASE64_FIELDS else hint
+
+
+@cache
+def item_fields(verb: Verb[Any, Any]) -> tuple[str, ...]:
+    """The members of an item of a batch verb, in their order."""
+    (item,) = get_args(get_type_hints(verb.request)["items"])
+    fields: tuple[str, ...] = item.__struct_fields__
+    return fields
 
 
 def answer_array(verb: Verb[Any, Any]) -> type[msgspec.Struct]:

@@ -112,7 +112,7 @@ def make_call(
             _check_texts(request)
         target = _target(verb, request)
         if msgpack and verb.is_batch and isinstance(request, Sent):
-            body, batch = _encode_array(request), request
+            body, batch = _encode_array(verb, request), request
         elif verb.method == "POST":
             body = _encode(request) if verb.has_body else b"{}"
     call = Call(verb, target, body, request_id, batch)
@@ -122,9 +122,15 @@ def make_call(
     return call
 
 
-def _encode_array(batch: Sent) -> bytes:
-    """The MessagePack of a batch (`minikms.api.msgpack`): its fields have the order of the request's."""
+def _encode_array(verb: Verb[Any, Any], batch: Sent) -> bytes:
+    """The MessagePack of a batch (`minikms.api.msgpack`): its fields have the order of the request's. An array has no
+    names, so an item of another verb could be carried out as one of this verb: it is refused here.
+    """
     members = {name: getattr(batch, name) for name in batch.__struct_fields__}
+    expected, kinds = api.item_fields(verb), set[Any](map(type, members["items"]))
+    for kind in kinds:
+        if kind.__struct_fields__ != expected:
+            invalid(f"an item of {verb.name} has the fields {', '.join(expected)}")
     members["items"] = list(map(msgspec.structs.astuple, members["items"]))
     return _pack(list(members.values()))
 

@@ -168,6 +168,28 @@ def test_the_daemon_reads_a_batch_as_it_was_given(verb: Any, batch: Sent, array:
         assert all(getattr(got, name) == getattr(given, name) for name in given.__struct_fields__)
 
 
+ENCRYPTED: Any = EncryptItem(key_id=KEY, plaintext=b"p")
+DECRYPTED: Any = DecryptItem(key_id=KEY, ciphertext=b"c")
+CHECKED: Any = ReencryptItem(ciphertext=b"c")
+
+
+@pytest.mark.parametrize(
+    ("verb", "batch"),
+    [
+        (api.ENCRYPT_BATCH, Batch([DECRYPTED])),
+        (api.ENCRYPT_BATCH, Batch([ENCRYPTED, DECRYPTED])),
+        (api.DECRYPT_BATCH, Batch([ENCRYPTED])),
+        (api.DECRYPT_BATCH, Batch([CHECKED])),
+        (api.REENCRYPT_BATCH, ReencryptBatch(KEY, KEY, [DECRYPTED])),
+        (api.CHECK_BATCH, CheckBatch(KEY, [CHECKED, DECRYPTED])),
+    ],
+)
+def test_an_item_of_another_verb_is_refused_before_it_is_sent(verb: Any, batch: Sent) -> None:
+    """An array does not name its members, so that the daemon would take a ciphertext for a plaintext."""
+    with pytest.raises(errors.InvalidRequestError, match="an item of"):
+        make_call(verb, batch, msgpack=True)
+
+
 @pytest.mark.parametrize(
     "body",
     [
