@@ -190,6 +190,19 @@ def test_an_item_of_another_verb_is_refused_before_it_is_sent(verb: Any, batch: 
         make_call(verb, batch, msgpack=True)
 
 
+def test_an_answer_of_more_items_than_a_batch_holds_is_not_decoded() -> None:
+    """In 32 MiB there is room for eleven million refusals."""
+    many = api.BATCH_ITEMS_MAX + 1
+    cases: list[tuple[Any, Sent, Any]] = [
+        (api.ENCRYPT_BATCH, Batch([]), [[["", ""]] * many]),
+        (api.CHECK_BATCH, CheckBatch(KEY, []), [0, [[0, "", ""]] * many]),
+    ]
+    for verb, batch, wire in cases:
+        call = make_call(verb, batch, msgpack=True)
+        with pytest.raises(errors.KmsProtocolError, match="expected form"):
+            call.read(Answer(200, msgspec.msgpack.encode(wire), True))
+
+
 @pytest.mark.parametrize(
     "body",
     [
