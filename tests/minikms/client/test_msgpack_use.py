@@ -116,7 +116,7 @@ def test_a_daemon_without_msgpack_serves_every_batch(use: Use) -> None:
         command = [sys.executable, "-c", WITHOUT_MSGPACK, "--socket", path, "--data-dir", directory + "/data", "--dev"]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         try:
-            [made] = use(path, CREATE_CALL, wait_s=15)
+            [made] = use(path, CREATE_CALL, wait_s=WAIT_S)
             key = made.key_id
             items = [EncryptItem(key_id=key, plaintext=b"%d" % number, aad=b"a") for number in range(600)]
             [sealed] = use(path, ("encrypt_batch", {"items": items}))
