@@ -8,11 +8,13 @@ object, so that a message is defined once. The rules, which docs/spec/api.md sta
 - The answer for an item is a `bin`, or the array `[error, code]`.
 
 Invariants: a longer array than the type has members is refused in a request; the number of items is checked before one
-of them is decoded. It must never be used for another verb: a root key in a body is taken out of JSON text.
+of them is decoded, also in an answer. It must never be used for another verb: a root key in a body is taken out of JSON
+text.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Final, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -35,10 +37,13 @@ class RefusedArray(msgspec.Struct, array_like=True, frozen=True):
     code: str
 
 
+_BATCH_BOUND: Final = msgspec.Meta(max_length=BATCH_ITEMS_MAX)
+
+
 class ItemsArray(msgspec.Struct, array_like=True, frozen=True):
     """The answer of a verb whose JSON answer has `items`: the value of each, in order, or why it was refused."""
 
-    items: list[bytes | RefusedArray]
+    items: Annotated[list[bytes | RefusedArray], _BATCH_BOUND]
 
     def __repr__(self) -> str:
         return f"ItemsArray({len(self.items)} items)"
@@ -59,8 +64,8 @@ def _array_form(kind: type[StructT], *, bounded: bool) -> type[StructT]:
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
     for field in msgspec.structs.fields(kind):
         name, form = field.name, _type_of(field.name, hints[field.name])
-        if name == "items":
-            form = Annotated[form, msgspec.Meta(max_length=BATCH_ITEMS_MAX)] if bounded else msgspec.Raw
+        if get_origin(form) is list:
+            form = Annotated[form, _BATCH_BOUND] if bounded else msgspec.Raw
         fields.append((name, form) if field.required else (name, form | None, None))
     made = msgspec.defstruct(f"{kind.__name__}Array", fields, bases=(kind,), module=__name__, array_like=True)
     return cast(type[StructT], made)
@@ -73,6 +78,14 @@ def _type_of(name: str, hint: Any) -> Any:
     if get_origin(hint) is list:
         return list.__class_getitem__(array_form(get_args(hint)[0]))
     return bytes if hint is str and name in _BASE64_FIELDS else hint
+
+
+@cache
+def item_fields(verb: Verb[Any, Any]) -> tuple[str, ...]:
+    """The members of an item of a batch verb, in their order."""
+    (item,) = get_args(get_type_hints(verb.request)["items"])
+    fields: tuple[str, ...] = item.__struct_fields__
+    return fields
 
 
 def answer_array(verb: Verb[Any, Any]) -> type[msgspec.Struct]:

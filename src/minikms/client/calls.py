@@ -112,7 +112,7 @@ def make_call(
             _check_texts(request)
         target = _target(verb, request)
         if msgpack and verb.is_batch and isinstance(request, Sent):
-            body, batch = _encode_array(request), request
+            body, batch = _encode_array(verb, request), request
         elif verb.method == "POST":
             body = _encode(request) if verb.has_body else b"{}"
     call = Call(verb, target, body, request_id, batch)
@@ -122,16 +122,23 @@ def make_call(
     return call
 
 
-def _encode_array(batch: Sent) -> bytes:
-    """The MessagePack of a batch (`minikms.api.msgpack`): its fields have the order of the request's."""
+def _encode_array(verb: Verb[Any, Any], batch: Sent) -> bytes:
+    """The MessagePack of a batch (`minikms.api.msgpack`): its fields have the order of the request's. An array has no
+    names, so an item of another verb could be carried out as one of this verb: it is refused here.
+    """
     members = {name: getattr(batch, name) for name in batch.__struct_fields__}
+    expected, kinds = api.item_fields(verb), set[Any](map(type, members["items"]))
+    for kind in kinds:
+        if kind.__struct_fields__ != expected:
+            invalid(f"an item of {verb.name} has the fields {', '.join(expected)}")
     members["items"] = list(map(msgspec.structs.astuple, members["items"]))
     return _pack(list(members.values()))
 
 
 class MsgpackUse:
-    """Whether a client sends its batches in MessagePack: until a daemon refuses one as malformed, which a daemon does
-    that knows only JSON. After that it sends JSON for JSON_S. `now_s`: by any clock that only rises.
+    """Whether a client sends its batches in MessagePack: until a daemon refuses one as malformed and does not refuse
+    its JSON so, as a daemon that knows only JSON. After that the client sends JSON for JSON_S. `now_s`: by any clock
+    that only rises.
     """
 
     __slots__ = ("_json_until_s",)
@@ -146,7 +153,10 @@ class MsgpackUse:
         """The same call in JSON, if the error can mean that the daemon does not understand MessagePack. It was not
         carried out then: a daemon refuses a malformed batch before it looks at an item.
         """
-        if call.batch is None or not isinstance(error, InvalidRequestError):
+        if not call.verb.is_batch or not isinstance(error, InvalidRequestError):
+            return None
+        if call.batch is None:  # malformed in JSON too, which says nothing about the daemon
+            self._json_until_s = -math.inf
             return None
         self._json_until_s = now_s + JSON_S
         return make_call(call.verb, call.batch, call.request_id)

@@ -12,9 +12,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
+import msgspec
 import pytest
+import yaml
 
+from minikms import api
 from tests.harness.live_daemon import LiveDaemon
 from tests.progressdb_server.api.sdk import TEST_S_MAX, environment
 
@@ -83,6 +87,21 @@ def test_the_document_matches_the_code() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_base64_of_a_batch_is_bin_in_messagepack() -> None:
+    """Of a field that the document calls base64, the daemon must not read the text."""
+    schemas = yaml.safe_load(DOCUMENT.read_text())["components"]["schemas"]
+    seen = set()
+    for verb in (verb for verb in api.VERBS if verb.is_batch):
+        [items] = [field for field in msgspec.structs.fields(verb.request) if field.name == "items"]
+        for kind in (verb.request, *get_args(items.type)):
+            properties = schemas[kind.__name__]["properties"]
+            for field in msgspec.structs.fields(api.array_form(kind)):
+                is_base64 = "A-Za-z0-9+/" in properties[field.name].get("pattern", "")
+                assert is_base64 == (bytes in (field.type, *get_args(field.type))), field.name
+                seen.add(is_base64)
+    assert seen == {True, False}
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -73,6 +73,16 @@ def test_a_batch_that_is_malformed_in_json_too_is_refused(use: Use) -> None:
         assert kinds(server.requests) == [MSGPACK, JSON]
 
 
+def test_a_malformed_batch_does_not_turn_a_client_to_json(use: Use) -> None:
+    """A daemon that knows MessagePack refuses it in both encodings: for example a `key_id` of /check_batch."""
+    fine = array_answer([[b"x"]])
+    with hostile([MALFORMED, MALFORMED, fine], [fine]) as server:
+        refused, sealed = use(server.path, BATCH_CALL, BATCH_CALL, wait_s=WAIT_S)
+        assert isinstance(refused, errors.InvalidRequestError)
+        assert sealed == [b"x"]
+    assert kinds(server.requests) == [MSGPACK, JSON, MSGPACK]
+
+
 def test_calls_of_one_item_are_json_and_batched_calls_fall_back_too() -> None:
     single = answer(b'{"ciphertext":"eA=="}')
     two = answer(b'{"items":[{"ciphertext":"YQ=="},{"ciphertext":"Yg=="}]}')
@@ -106,7 +116,7 @@ def test_a_daemon_without_msgpack_serves_every_batch(use: Use) -> None:
         command = [sys.executable, "-c", WITHOUT_MSGPACK, "--socket", path, "--data-dir", directory + "/data", "--dev"]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         try:
-            [made] = use(path, CREATE_CALL, wait_s=15)
+            [made] = use(path, CREATE_CALL, wait_s=WAIT_S)
             key = made.key_id
             items = [EncryptItem(key_id=key, plaintext=b"%d" % number, aad=b"a") for number in range(600)]
             [sealed] = use(path, ("encrypt_batch", {"items": items}))
@@ -156,6 +166,41 @@ def test_the_daemon_reads_a_batch_as_it_was_given(verb: Any, batch: Sent, array:
             assert getattr(request, name) == getattr(batch, name)
     for got, given in zip(request.items, batch.items, strict=True):  # type: ignore[attr-defined]  # of every batch
         assert all(getattr(got, name) == getattr(given, name) for name in given.__struct_fields__)
+
+
+ENCRYPTED: Any = EncryptItem(key_id=KEY, plaintext=b"p")
+DECRYPTED: Any = DecryptItem(key_id=KEY, ciphertext=b"c")
+CHECKED: Any = ReencryptItem(ciphertext=b"c")
+
+
+@pytest.mark.parametrize(
+    ("verb", "batch"),
+    [
+        (api.ENCRYPT_BATCH, Batch([DECRYPTED])),
+        (api.ENCRYPT_BATCH, Batch([ENCRYPTED, DECRYPTED])),
+        (api.DECRYPT_BATCH, Batch([ENCRYPTED])),
+        (api.DECRYPT_BATCH, Batch([CHECKED])),
+        (api.REENCRYPT_BATCH, ReencryptBatch(KEY, KEY, [DECRYPTED])),
+        (api.CHECK_BATCH, CheckBatch(KEY, [CHECKED, DECRYPTED])),
+    ],
+)
+def test_an_item_of_another_verb_is_refused_before_it_is_sent(verb: Any, batch: Sent) -> None:
+    """An array does not name its members, so that the daemon would take a ciphertext for a plaintext."""
+    with pytest.raises(errors.InvalidRequestError, match="an item of"):
+        make_call(verb, batch, msgpack=True)
+
+
+def test_an_answer_of_more_items_than_a_batch_holds_is_not_decoded() -> None:
+    """In 32 MiB there is room for eleven million refusals."""
+    many = api.BATCH_ITEMS_MAX + 1
+    cases: list[tuple[Any, Sent, Any]] = [
+        (api.ENCRYPT_BATCH, Batch([]), [[["", ""]] * many]),
+        (api.CHECK_BATCH, CheckBatch(KEY, []), [0, [[0, "", ""]] * many]),
+    ]
+    for verb, batch, wire in cases:
+        call = make_call(verb, batch, msgpack=True)
+        with pytest.raises(errors.KmsProtocolError, match="expected form"):
+            call.read(Answer(200, msgspec.msgpack.encode(wire), True))
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def _meaning(request: Any) -> Any:
         if value is UNSET or value is None:
             found[name] = None
         elif name in ("plaintext", "ciphertext", "aad"):
-            found[name] = read(value, 100, name)
+            found[name] = read(value, 10_000, name)  # more than a body here has
         else:
             found[name] = _meaning(value)
     return found
