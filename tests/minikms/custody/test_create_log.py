@@ -567,6 +567,45 @@ def test_a_refused_create_does_not_come_back_after_a_kill(
     asyncio.run(main())
 
 
+def test_a_thread_keeps_its_key_if_a_full_disk_refuses_to_replace_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new key has a record in the log by then, but no file."""
+    monkeypatch.setattr(create_log, "RETRY_SECONDS_MIN", 0.001)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            await one.indexing.run()
+            [old] = await one.make(1)
+            with monkeypatch.context() as full:
+                full.setattr(files, "_write_new", refuse_new)
+                with pytest.raises(StorageUnavailableError):
+                    await one.vault.create("t", replaces=old)
+            assert await one.vault.get_or_create("t", purpose="thread") == (old, False)
+            assert len(one.vault.index) == 1
+
+    asyncio.run(main())
+
+
+def refuse_new(_directory: int, _name: str, _chunks: object, *, sync: bool) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_group_that_ends_before_its_files_are_made_is_made_anew(tmp_path: Path) -> None:
+    def fails() -> None:
+        raise RuntimeError("the event loop is closed")
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key = new_key(1)
+            with pytest.raises(RuntimeError):
+                one.vault.creates.write([key], fails)
+            one.vault.creates.settle()
+            assert one.file(key.key_id).read_bytes() == key.content
+
+    asyncio.run(main())
+
+
 def test_after_a_failed_sync_a_key_whose_file_is_gone_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
