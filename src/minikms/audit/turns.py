@@ -20,7 +20,7 @@ from typing import Final
 from minikms.audit.chain import AuditKey
 from minikms.audit.log import AuditLog
 from minikms.audit.record import Event, Head
-from minikms.errors import AuditUnavailableError, SealedError, StorageUncertainError
+from minikms.errors import AuditUnavailableError, SealedError, StorageUncertainError, copied
 
 HELD_SECONDS_MAX: Final = 5.0
 """So long the answers of a turn wait for a change of the audit key; then they are refused."""
@@ -210,6 +210,4 @@ def _fail(waiting: list[asyncio.Future[None]], error: AuditUnavailableError | Se
     """An error object of its own for each caller."""
     for synced in waiting:
         if not synced.done():
-            copied = type(error)(str(error))
-            copied.__cause__ = error.__cause__
-            synced.set_exception(copied)
+            synced.set_exception(copied(error))
