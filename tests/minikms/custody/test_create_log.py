@@ -697,6 +697,34 @@ def test_sectors_that_a_power_loss_took_are_no_damage(count: int, data: st.DataO
 # --- readers --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("made", [None, b""])
+def test_a_file_that_is_made_while_another_process_looks_for_it_is_found(
+    tmp_path: Path, made: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log is full and removed between the look at the file and the look into the log."""
+    monkeypatch.setattr(deks, "SETTLE_SECONDS", 0.0)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            [key_id] = await one.make(1)
+            content = one.file(key_id).read_bytes()
+            one.file(key_id).unlink()
+            if made is not None:
+                one.file(key_id).write_bytes(made)
+            look = SettledKeys._logged
+
+            def late(settled: SettledKeys) -> dict[str, bytes]:
+                one.file(key_id).write_bytes(content)
+                one.vault.creates.settle()
+                return look(settled)
+
+            monkeypatch.setattr(SettledKeys, "_logged", late)
+            with SettledKeys(str(one.directory)) as settled:
+                assert settled.read(key_id) == content
+
+    asyncio.run(main())
+
+
 def test_no_reader_gets_a_part_of_a_file_that_is_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the daemon through the store, in another process by `SettledKeys`. The file is empty until both have read
     it.
