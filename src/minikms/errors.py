@@ -7,7 +7,7 @@ raised; a verb that raises one of these errors has changed nothing, unless the e
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from minikms import api
 
@@ -20,6 +20,16 @@ class MiniKmsError(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = api.CODE_INTERNAL
     retry_after_s: int = 0
+
+
+E = TypeVar("E", bound=MiniKmsError)
+
+
+def copied(error: E) -> E:
+    """An error that has only its text, once more for another caller: each raises an object of its own."""
+    other = type(error)(str(error))
+    other.__cause__ = error.__cause__
+    return other
 
 
 class InvalidRequestError(MiniKmsError):

@@ -20,7 +20,7 @@ from typing import Final
 from minikms.audit.chain import AuditKey
 from minikms.audit.log import AuditLog
 from minikms.audit.record import Event, Head
-from minikms.errors import AuditUnavailableError, SealedError, StorageUncertainError
+from minikms.errors import AuditUnavailableError, SealedError, StorageUncertainError, copied
 
 HELD_SECONDS_MAX: Final = 5.0
 """So long the answers of a turn wait for a change of the audit key; then they are refused."""
@@ -48,9 +48,9 @@ class TurnAudit:
         self._waits_until = 0.0
 
     def seal(self) -> None:
-        """Call it before the audit keys are zeroed: no further event is written. What was written is still synced."""
-        if self._changing is None:
-            self._write_durable()
+        """The audit keys are zeroed: no further event is written, and the callers of durable ones that wait for the end
+        of their step get a SealedError. What was written is still synced.
+        """
         self._sealed = True
 
     def require_writable(self) -> None:
@@ -80,8 +80,7 @@ class TurnAudit:
 
     def _write_durable(self) -> None:
         """Writes the events whose callers wait for the disk, with one call."""
-        if self._changing is not None:  # it began after they were queued
-            self._changing.add_done_callback(lambda _: self._write_durable())
+        if not self._durable:  # `change_key` wrote them
             return
         lines, self._durable = self._durable, []
         waiting = [synced for _, synced in lines]
@@ -97,9 +96,8 @@ class TurnAudit:
                 synced.cancel()
             raise
         else:
-            if waiting:
-                syncing = asyncio.ensure_future(self.sync())
-                syncing.add_done_callback(partial(_synced, waiting))
+            syncing = asyncio.ensure_future(self.sync())
+            syncing.add_done_callback(partial(_synced, waiting))
 
     def _require_keys(self) -> None:
         if self._sealed:
@@ -140,6 +138,7 @@ class TurnAudit:
         or after it; then the next line that can be written is the one that announces the key.
         """
         self._require_keys()
+        self._write_durable()  # no event of before waits for the end of the change
         head = self._log.hold()
         loop = asyncio.get_running_loop()
         self._changing, self._waits_until = loop.create_future(), loop.time() + HELD_SECONDS_MAX
@@ -211,6 +210,4 @@ def _fail(waiting: list[asyncio.Future[None]], error: AuditUnavailableError | Se
     """An error object of its own for each caller."""
     for synced in waiting:
         if not synced.done():
-            copied = type(error)(str(error))
-            copied.__cause__ = error.__cause__
-            synced.set_exception(copied)
+            synced.set_exception(copied(error))

@@ -285,8 +285,8 @@ class CreateLog:
         except StorageUnavailableError:
             self._settle_if_failed()
             raise
-        durable()
         self._failed = True  # until all files are made: else they are written anew
+        durable()
         try:
             with _quick_handover():
                 for key in keys:

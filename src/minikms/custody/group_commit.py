@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Generic, TypeVar
 
-from minikms.errors import MiniKmsError, StorageUnavailableError
+from minikms.errors import MiniKmsError, StorageUnavailableError, copied
 
 WAITING_MAX: Final = 16_384
 
@@ -80,7 +80,7 @@ class GroupCommit(Generic[T, R]):
                 _answer(done, outcome)
         except MiniKmsError as error:
             for _, done in group:
-                _answer(done, _copy(error))
+                _answer(done, copied(error))
         except BaseException:  # a defect, or the loop is closing
             for _, done in group:
                 done.cancel()
@@ -98,9 +98,3 @@ def _answer(done: asyncio.Future[R], outcome: R | MiniKmsError) -> None:
         done.set_exception(outcome)
     else:
         done.set_result(outcome)
-
-
-def _copy(error: MiniKmsError) -> MiniKmsError:
-    copied = type(error)(str(error))
-    copied.__cause__ = error.__cause__
-    return copied

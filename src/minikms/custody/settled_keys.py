@@ -90,7 +90,7 @@ class SettledKeys:
         elif not is_valid and (logged := self._logged().get(key_id)) is not None:
             self.recovered += 1
             return logged
-        elif found is None:
+        elif not is_valid:
             return self._read_file(key_id)  # it may have been made since, and the log removed
         return found
 

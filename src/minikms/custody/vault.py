@@ -284,8 +284,8 @@ class Vault:
                 return newest.key_id, False
             later_than = "" if newest is None else newest.key_id
             key_id = (await self._create(thread_id, purpose, later_than=later_than, permit=permit)).id
-        await self.creates.file_made(key_id)
-        return key_id, True
+            await self.creates.file_made(key_id)  # with the lock: the line of the create is written before others'
+            return key_id, True
 
     def _newest_active(self, thread_id: str, purpose: api.Purpose) -> OpenDek | None:
         """The newest key of the thread and purpose that is active according to the index, opened."""
@@ -322,8 +322,8 @@ class Vault:
             raise ConflictError("the key to replace has another purpose")
 
     async def _remove_new_key(self, key_id: str) -> None:
-        """Removes a new key that no caller knows. If the disk refuses this too, the next start finds the key and
-        retires the one that it replaces.
+        """Removes a new key that no caller knows. If the disk refuses this too, only the index forgets it: the next
+        start may find the key and retire the one that it replaces.
         """
 
         def remove() -> None:
@@ -332,8 +332,10 @@ class Vault:
 
         with contextlib.suppress(MiniKmsError):
             async with self.locks.hold((key_id,)):
-                await asyncio.get_running_loop().run_in_executor(self._executor, remove)
-                self.index.remove(key_id)
+                try:
+                    await asyncio.get_running_loop().run_in_executor(self._executor, remove)
+                finally:
+                    self.index.remove(key_id)  # it may have no file, and the log forgets it in any case
 
     async def retire(
         self, key_id: str, *, replaced_by: str = "", again: bool = False, permit: Permit = permitted

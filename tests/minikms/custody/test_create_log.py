@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minikms.custody import create_log, deks, files, new_keys
+from minikms.custody import create_log, deks, files, settled_keys
 from minikms.custody.create_log import (
     LOG_BYTES,
     MAGIC,
@@ -32,12 +32,11 @@ from minikms.custody.deks import DekStore
 from minikms.custody.files import open_directory
 from minikms.custody.rotation_backups import newest_key_id
 from minikms.custody.settled_keys import SettledKeys
-from minikms.errors import ForbiddenError, MiniKmsError, StartError, StorageUnavailableError
+from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys import dek, keyring
-from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, DekRecord, bytes_to_key_id, make_key_id
+from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, bytes_to_key_id, make_key_id
 from tests.harness.vaults import OpenedVault, copied_vault, opened_vault
 from tests.minikms.custody.disk_faults import failing_os, flip, refuse
-from tests.minikms.custody.watched_cipher import WatchedCipher
 
 VECTORS = Path(__file__).parents[2] / "vectors"
 
@@ -183,58 +182,6 @@ def test_a_key_is_durable_before_its_file_is_made(tmp_path: Path, monkeypatch: p
             assert one.file(record.id).exists()
             await retiring
             assert one.on_disk(record.id).state == one.vault.record(record.id).state == "retired"
-
-    asyncio.run(main())
-
-
-def test_a_refused_permit_stops_no_other_key_of_its_group(tmp_path: Path) -> None:
-    def refused() -> None:
-        raise ForbiddenError("not this thread")
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            with pytest.raises(ForbiddenError):
-                await one.vault.create("t0", permit=refused)
-            asked = iter((None, None, "refused"))
-
-            def late() -> None:
-                if next(asked) == "refused":
-                    refused()
-
-            next(asked)
-            outcomes = await asyncio.gather(
-                one.vault.create("t1"),
-                one.vault.create("t2", permit=late),
-                one.vault.create("t3"),
-                return_exceptions=True,
-            )
-            made = [each.id for each in outcomes if isinstance(each, DekRecord)]
-            assert isinstance(outcomes[1], ForbiddenError)
-            assert len(made) == 2
-            assert len(set(one.keys(made).values())) == 2
-            assert sorted(logged(one)) == sorted(made)
-
-    asyncio.run(main())
-
-
-def test_a_refusal_in_a_group_that_fails_keeps_no_cipher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its traceback refers to the frame that made the cipher. A seal could not drop it."""
-    refusal = ForbiddenError("not this thread")
-    asked = iter((None, refusal))
-
-    def refused() -> None:
-        if error := next(asked):
-            raise error
-
-    async def main() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # pytest keeps what is logged
-        async with opened_vault(tmp_path / "d") as one:
-            monkeypatch.setattr(new_keys, "AESGCM", WatchedCipher)
-            monkeypatch.setattr(WatchedCipher, "errors", [RuntimeError("a defect")])
-            await asyncio.gather(one.vault.create("t1", permit=refused), one.vault.create("t2"), return_exceptions=True)
-            assert not WatchedCipher.errors
-            assert refusal.__traceback__ is not None
-            assert not WatchedCipher.alive
 
     asyncio.run(main())
 
@@ -567,6 +514,21 @@ def test_a_refused_create_does_not_come_back_after_a_kill(
     asyncio.run(main())
 
 
+def test_a_group_that_ends_before_its_files_are_made_is_made_anew(tmp_path: Path) -> None:
+    def fails() -> None:
+        raise RuntimeError("the event loop is closed")
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key = new_key(1)
+            with pytest.raises(RuntimeError):
+                one.vault.creates.write([key], fails)
+            one.vault.creates.settle()
+            assert one.file(key.key_id).read_bytes() == key.content
+
+    asyncio.run(main())
+
+
 def test_after_a_failed_sync_a_key_whose_file_is_gone_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -656,6 +618,33 @@ def test_sectors_that_a_power_loss_took_are_no_damage(count: int, data: st.DataO
 
 
 # --- readers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("made", [None, b""])
+def test_a_file_that_is_made_while_another_process_looks_for_it_is_found(
+    tmp_path: Path, made: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log is full and removed between the look at the file and the look into the log."""
+    monkeypatch.setattr(deks, "SETTLE_SECONDS", 0.0)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            [key_id] = await one.make(1)
+            content = one.file(key_id).read_bytes()
+            one.file(key_id).unlink()
+            if made is not None:
+                one.file(key_id).write_bytes(made)
+
+            def late(name: str, bytes_max: int, *, dir_fd: int) -> bytes | None:
+                one.file(key_id).write_bytes(content)
+                one.vault.creates.settle()
+                return files.read_file_bounded(name, bytes_max, dir_fd=dir_fd)
+
+            monkeypatch.setattr(settled_keys, "read_file_bounded", late)
+            with SettledKeys(str(one.directory)) as settled:
+                assert settled.read(key_id) == content
+
+    asyncio.run(main())
 
 
 def test_no_reader_gets_a_part_of_a_file_that_is_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,12 @@ import pytest
 import structlog
 
 from minikms import datadir
+from minikms.audit import Event
 from minikms.daemon.admission import Admission
 from minikms.daemon.parts import Parts, Workers
 from minikms.daemon.policy_file import PolicyInForce
 from minikms.daemon.settings import Settings
+from minikms.errors import SealedError
 from minikms.memory.arena import SecretArena
 from minikms.policy import FilePolicy, Policy, Principal, parse_policy
 from minikms.roots.providers import KeyFile
@@ -105,6 +107,29 @@ def test_after_a_seal_files_are_closed_although_a_step_before_fails(
                 workers.shutdown()
             with pytest.raises(OSError):
                 os.fstat(directory)
+
+    asyncio.run(main())
+
+
+def test_a_seal_ends_although_a_durable_line_was_just_added(tmp_path: Path) -> None:
+    """The arena is zeroed before, so the line can't be written any more."""
+
+    async def main() -> None:
+        workers = Workers.start()
+        try:
+            with opened(tmp_path, workers) as (parts, arena):
+                event = Event(type="create_dek", actor="peer_uid:1")
+                line = asyncio.ensure_future(parts.audit.add_written(event, durable=True))
+                await asyncio.sleep(0)
+                arena.zero_all()
+                parts.seal()
+                with pytest.raises(SealedError):
+                    await line
+                await parts.abandon()
+            with opened(tmp_path, workers) as (parts, _):  # its log is whole
+                await parts.close()
+        finally:
+            workers.shutdown()
 
     asyncio.run(main())
 

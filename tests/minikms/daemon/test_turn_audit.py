@@ -13,10 +13,12 @@ import msgspec
 import pytest
 
 from minikms.audit import AuditLog, Event
+from minikms.audit.chain import AuditKey
 from minikms.audit.reader import LOG_NAME
+from minikms.audit.record import Head
 from minikms.audit.recovery import write_whole
 from minikms.audit.turns import TurnAudit
-from minikms.errors import AuditUnavailableError, SealedError
+from minikms.errors import AuditUnavailableError, SealedError, StorageUnavailableError
 from minikms.memory.arena import SecretArena, fill_random
 
 
@@ -168,15 +170,33 @@ def test_the_line_of_a_cancelled_caller_is_written(audit: TurnAudit, tmp_path: P
     assert _lines(tmp_path) == 2
 
 
-def test_a_seal_writes_the_lines_that_were_added(audit: TurnAudit, tmp_path: Path) -> None:
+def test_a_change_of_the_audit_key_holds_up_no_durable_line_of_before(audit: TurnAudit, tmp_path: Path) -> None:
+    """A seal during the change would lose it."""
+
     async def main() -> None:
         tasks = _durable(audit, 2)
         await asyncio.sleep(0)
-        assert _lines(tmp_path) == 0, "they wait for the end of the step"
-        audit.seal()
-        assert _lines(tmp_path) == 2
-        await asyncio.gather(*tasks)
-        with pytest.raises(SealedError):
-            await audit.add_written(Event(type="create_dek", actor="peer_uid:1"), durable=True)
+
+        async def store(_: Head) -> AuditKey:
+            assert _lines(tmp_path) == 2
+            await asyncio.gather(*tasks)
+            raise StorageUnavailableError("the keyring can't be written")
+
+        with pytest.raises(StorageUnavailableError):
+            await audit.change_key(store)
 
     asyncio.run(main())
+
+
+def test_a_seal_writes_no_further_line(audit: TurnAudit, tmp_path: Path) -> None:
+    """Its keys are zeroed. A durable line waits for the end of the step in which it was added."""
+
+    async def main() -> None:
+        tasks = _durable(audit, 2)
+        await asyncio.sleep(0)
+        audit.seal()
+        errors = await asyncio.gather(*tasks, *_durable(audit, 1), return_exceptions=True)
+        assert [type(error) for error in errors] == [SealedError] * 3
+
+    asyncio.run(main())
+    assert _lines(tmp_path) == 0

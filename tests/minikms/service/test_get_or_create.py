@@ -7,8 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,18 +19,21 @@ from msgspec.structs import replace
 from minikms import api
 from minikms.audit import Event
 from minikms.client import Client, errors
-from minikms.custody.files import open_directory
+from minikms.custody import create_log
+from minikms.custody.files import make_file, open_directory
 from minikms.custody.lease_format import USES_MAX, encode_record
 from minikms.custody.lease_store import JOURNAL_NAME, LeaseStore
 from minikms.errors import StorageUnavailableError
 from minikms.keys.dek import DekRecord, key_id_to_bytes
 from minikms.keys.index import SEARCHED_COUNT, KeyIndex
+from minikms.policy import ROLES, Principal
 from minikms.service.base import VerbTable
 from minikms.service.keys import KeyVerbs
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.vaults import SilentAudit, opened_vault
 from tests.minikms.service.asking import new_key, post
 
+ANYONE = Principal(0, 0, "peer_uid:0", ROLES)
 THREADS = 40
 RACER = """
 import json, sys
@@ -280,6 +284,47 @@ def test_a_new_key_is_not_found_before_it_has_replaced_the_old_one(
             with pytest.raises(StorageUnavailableError):
                 await creating
             assert await finding == (old, False)
+
+    asyncio.run(main())
+
+
+def test_the_line_of_a_create_is_written_before_another_gets_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while the disk is slow to make its file."""
+    going_on = threading.Event()
+    lines: list[str] = []
+
+    def slowly(directory: int, name: str, data: bytes) -> None:
+        going_on.wait(60)
+        make_file(directory, name, data)
+
+    class Kept(SilentAudit):
+        async def add_written(self, event: Event, *, durable: bool) -> None:
+            lines.append(event.type)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            await one.indexing.run()
+            await one.make(1, "another")  # reserves wraps
+            monkeypatch.setattr(create_log, "syncfs_reports", lambda _directory: True)
+            monkeypatch.setattr(create_log, "make_file", slowly)
+            table = VerbTable(Kept())
+            KeyVerbs(one.vault, table, one.indexing)
+
+            async def ask() -> None:
+                answer = table[api.GET_OR_CREATE_DEK](ANYONE, api.GetOrCreateDekRequest("t"), "")
+                assert isinstance(answer, Awaitable)
+                await answer
+
+            asking = [asyncio.create_task(ask()) for _ in range(2)]
+            while len(one.vault.index) < 2:
+                await asyncio.sleep(0)
+            for _ in range(20):  # the steps in which the other one would be answered
+                await asyncio.sleep(0)
+            going_on.set()
+            await asyncio.gather(*asking)
+        assert lines == ["create_dek", "get_or_create_dek"]
 
     asyncio.run(main())
 
