@@ -80,8 +80,8 @@ class Pace(NamedTuple):
 
 
 PACES: Final[dict[api.Priority, Pace]] = {
-    "low": Pace(keys=4, pause_seconds=0.001),
-    "normal": Pace(keys=12, pause_seconds=0.0),
+    "low": Pace(keys=3, pause_seconds=0.001),
+    "normal": Pace(keys=3, pause_seconds=0.0),
     "high": Pace(keys=64, pause_seconds=0.0),
 }
 
