@@ -7,8 +7,8 @@ fsync. Invariants:
   applied only if all stored values that it expects equal those that the earlier writes left.
 - Writes with one ordering key (a thread's) are applied in the order of their slots, so that a message never appears
   before one that a reader has already seen. A slot whose write fails is skipped.
-- A group waits for the writes that the key service is sealing, at most `GATHER_S_MAX`
-  (docs/decisions/0205-a-group-waits-for-sealing.md).
+- A group waits for the writes that the key service is sealing, at most `GATHER_S_MAX`. No two groups wait for the same
+  write, so that a slow one delays the others once (docs/decisions/0205-a-group-waits-for-sealing.md).
 - The queue is bounded in writes and in bytes. A write that does not fit is refused at once.
 - After a failed write or sync, every waiter gets StoreUnavailableError (its write may be durable), and nothing is
   written until the engine is reopened.
@@ -194,10 +194,11 @@ class State(msgspec.Struct, array_like=True):
 class Slot:
     """A position in the order of one ordering key. With `order_key` None, the write is not ordered."""
 
-    __slots__ = ("expect", "future", "order_key", "size", "write")
+    __slots__ = ("expect", "future", "order_key", "period", "size", "write")
 
-    def __init__(self, order_key: bytes | None, future: asyncio.Future[None]) -> None:
+    def __init__(self, order_key: bytes | None, future: asyncio.Future[None], period: int = 0) -> None:
         self.order_key = order_key
+        self.period = period
         self.future = future
         self.write: Write | None = None
         self.expect: Sequence[tuple[bytes, bytes | None]] = ()
@@ -216,11 +217,14 @@ class Writer:
         self._queue: deque[Slot] = deque()
         self._queue_bytes = 0
         self._drain: asyncio.Task[None] | None = None
+        self._period = 0
+        """The number of waits so far. A slot belongs to the period in which it was reserved; the wait that ends the
+        period waits for the slot, and no later wait does."""
         self._reserved = 0
-        """Slots that were reserved and neither submitted nor left: their writes are being sealed."""
+        """Slots of this period that are neither submitted nor left: their writes are being sealed."""
         self._gathered: asyncio.Future[None] | None = None
         self._missing = 0
-        """How many of the reserved slots the next group still waits for."""
+        """Slots of the previous period that the next group still waits for."""
         self._recovery: asyncio.Task[None] | None = None
         self._closed = False
         self._last_group_failed = False
@@ -256,7 +260,7 @@ class Writer:
     def reserve(self, order_key: bytes) -> Slot:
         """Take the next position in the order of the key. Later writes of this key wait until the caller passes the
         slot to `submit` or `leave`."""
-        slot = Slot(order_key, asyncio.get_running_loop().create_future())
+        slot = Slot(order_key, asyncio.get_running_loop().create_future(), self._period)
         self._reserved += 1
         slots = self._ordered.get(order_key)
         if slots is None:
@@ -278,7 +282,7 @@ class Writer:
         slot.size = size
         order_key = slot.order_key
         if order_key is not None:
-            self._end_reservation()
+            self._end_reservation(slot.period)
         if order_key is not None and len(self._ordered[order_key]) == 1:  # the usual case
             del self._ordered[order_key]
             self._enqueue(slot)
@@ -289,7 +293,7 @@ class Writer:
     def leave(self, slot: Slot) -> None:
         """Give up a position. Does nothing if the slot was submitted."""
         if slot.write is None and slot.order_key is not None:
-            self._end_reservation()
+            self._end_reservation(slot.period)
             slots = self._ordered[slot.order_key]
             slots.remove(slot)
             if slots:
@@ -343,6 +347,8 @@ class Writer:
         else:
             self._queue.append(slot)
             self._queue_bytes += slot.size
+            if self._gathered is not None and self._is_full():
+                _settle(self._gathered, None)
             if (
                 self._drain is None
             ):  # it starts in the loop's next iteration, so that the writes of this one form a group
@@ -369,16 +375,18 @@ class Writer:
     async def _run(self) -> None:
         try:
             while self._queue:
-                if self._reserved and len(self._queue) < GROUP_WRITES_MAX:
+                if self._reserved and not self._is_full():
                     await self._gather()
                 await self._commit_group(self._take_group())
         finally:
             self._drain = None
 
     async def _gather(self) -> None:
-        """Wait until as many slots as are reserved now have been submitted or left, at most `GATHER_S_MAX`."""
+        """End the period and wait until all its slots have been submitted or left, or the group is full, at most
+        `GATHER_S_MAX`."""
         loop = asyncio.get_running_loop()
-        self._missing = self._reserved
+        self._period += 1
+        self._missing, self._reserved = self._reserved, 0
         self._gathered = loop.create_future()
         timer = loop.call_later(GATHER_S_MAX, _settle, self._gathered, None)
         try:
@@ -387,12 +395,16 @@ class Writer:
             timer.cancel()
             self._gathered = None
 
-    def _end_reservation(self) -> None:
-        self._reserved -= 1
-        if self._gathered is not None:
+    def _end_reservation(self, period: int) -> None:
+        if period == self._period:
+            self._reserved -= 1
+        elif self._gathered is not None and period == self._period - 1:
             self._missing -= 1
             if not self._missing:
                 _settle(self._gathered, None)
+
+    def _is_full(self) -> bool:
+        return len(self._queue) >= GROUP_WRITES_MAX or self._queue_bytes >= GROUP_BYTES_MAX
 
     def _take_group(self) -> list[Slot]:
         queue = self._queue

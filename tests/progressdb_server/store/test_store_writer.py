@@ -217,6 +217,40 @@ def test_a_group_is_written_although_a_write_is_never_sealed() -> None:
     with_writer(body)
 
 
+def test_a_write_that_seals_slowly_delays_only_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(writer: Writer, engine: MemoryEngine) -> None:
+        slow = writer.reserve(b"a")
+        await writer.commit(Write([(b"b", b"1")]))  # waits in vain
+        monkeypatch.setattr(writing, "GATHER_S_MAX", FOREVER_S)
+        await writer.commit(Write([(b"c", b"1")]))
+        sealing = writer.reserve(b"d")
+        done = writer.commit(Write([(b"e", b"1")]))
+        await turns_of_the_loop()
+        writer.leave(slow)  # counts for no other write
+        await turns_of_the_loop()
+        assert engine.get(b"e") is None
+        await asyncio.gather(writer.submit(sealing, Write([(b"d", b"1")])), done)
+        assert engine.writes == 3
+
+    with_writer(body)
+
+
+@pytest.mark.parametrize(("bound", "value"), [("GROUP_WRITES_MAX", 2), ("GROUP_BYTES_MAX", 4)])
+def test_a_group_that_becomes_full_waits_no_longer(monkeypatch: pytest.MonkeyPatch, bound: str, value: int) -> None:
+    monkeypatch.setattr(writing, "GATHER_S_MAX", FOREVER_S)
+    monkeypatch.setattr(writing, bound, value)
+
+    async def body(writer: Writer, engine: MemoryEngine) -> None:
+        slot = writer.reserve(b"a")
+        first = writer.commit(Write([(b"b", b"1")]))
+        await turns_of_the_loop()
+        assert engine.writes == 0
+        await asyncio.gather(first, writer.commit(Write([(b"c", b"1")])))
+        writer.leave(slot)
+
+    with_writer(body)
+
+
 def test_a_full_group_waits_for_no_other_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "GATHER_S_MAX", FOREVER_S)
     monkeypatch.setattr(writing, "GROUP_WRITES_MAX", 2)
