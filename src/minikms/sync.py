@@ -29,3 +29,12 @@ def sync_file(descriptor: int) -> None:
         os.fsync(descriptor)
     else:
         fcntl.fcntl(descriptor, full)
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """Wait for the entries of a directory: what was created, renamed or removed in it. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sync_file(descriptor)
+    finally:
+        os.close(descriptor)

@@ -33,7 +33,6 @@ from minikms.audit.reader import (
     DamagedSegmentError,
     each_segment,
     frame_fault,
-    fsync_directory,
     list_segments,
     segment_name,
 )
@@ -41,7 +40,7 @@ from minikms.audit.record import ACTOR_SELF, Event, Facts, Head, MalformedLineEr
 from minikms.audit.shipping import Forwarder, Forwarding
 from minikms.base64 import decode_exact, encode_text
 from minikms.errors import AuditUnavailableError
-from minikms.sync import sync_file
+from minikms.sync import sync_directory, sync_file
 
 RETENTION_TICKS: Final = 3600
 """Retention runs after a start, and then once an hour: `Maintenance.tick` is called about once a second."""
@@ -121,7 +120,7 @@ def remove_segments(log: AuditLog, keep: Retention) -> list[str]:
         for name in segment.names:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(log.directory, name))
-        fsync_directory(log.directory)
+        sync_directory(log.directory)
     return [name for segment in segments for name in segment.names]
 
 
@@ -166,7 +165,7 @@ def compress_closed(directory: str, *, below: int = sys.maxsize) -> list[str]:
             _compress(directory, plain, compressed)
             done.append(compressed)
         os.unlink(os.path.join(directory, plain))
-        fsync_directory(directory)
+        sync_directory(directory)
     return done
 
 
@@ -181,7 +180,7 @@ def _compress(directory: str, plain: str, compressed: str) -> None:
             _compare(source, file)
             sync_file(file.fileno())
         os.rename(temporary, target)
-        fsync_directory(directory)
+        sync_directory(directory)
     except BaseException:
         if os.path.lexists(temporary):
             os.unlink(temporary)

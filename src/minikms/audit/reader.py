@@ -32,7 +32,6 @@ import zstandard
 from minikms.audit import record
 from minikms.audit.record import MalformedLineError
 from minikms.errors import MiniKmsError
-from minikms.sync import sync_file
 
 LOG_NAME: Final = "minikms-audit.log"
 COMPRESSED_SUFFIX: Final = ".zst"
@@ -105,14 +104,6 @@ def list_segments(directory: str) -> dict[int, list[str]]:
         if match := _SEGMENT_PATTERN.fullmatch(name):
             found.setdefault(int(match[1]), []).append(name)
     return dict(sorted(found.items()))
-
-
-def fsync_directory(directory: str) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        sync_file(fd)
-    finally:
-        os.close(fd)
 
 
 class DamagedSegmentError(MiniKmsError):

@@ -40,7 +40,6 @@ from minikms.audit.reader import (
     LOG_NAME,
     NEXT_NAME,
     DamagedSegmentError,
-    fsync_directory,
     list_segments,
     segment_name,
 )
@@ -49,7 +48,7 @@ from minikms.audit.rules import Trust
 from minikms.audit.verify import Verifier
 from minikms.base64 import encode_text
 from minikms.errors import StartError
-from minikms.sync import sync_data, sync_file
+from minikms.sync import sync_data, sync_directory, sync_file
 
 READ_BYTES: Final = 64 * 1024
 _FIRST_LINE_BYTES: Final = 4096
@@ -276,7 +275,7 @@ def _open(directory: str, keys: AuditKeys, expected: ExpectedLog, ts: int) -> Op
             return _continue(directory, fd, end, keys, expected)
         if end.whole_bytes:
             os.rename(os.path.join(directory, LOG_NAME), os.path.join(directory, segment_name(end.segment)))
-            fsync_directory(directory)
+            sync_directory(directory)
             return _begin_after(directory, end.segment, keys, expected, ts=ts)
         if closed:
             return _begin_after(directory, max(closed), keys, expected, ts=ts, torn_fd=fd)
@@ -352,7 +351,7 @@ def _create(
     blob, head = chain.seal([event], before, key.mac_key, ts)
     fd = create_file(directory, blob)
     os.rename(os.path.join(directory, NEXT_NAME), os.path.join(directory, LOG_NAME))
-    fsync_directory(directory)
+    sync_directory(directory)
     return OpenedLog(
         fd=fd,
         size=len(blob),
@@ -448,7 +447,7 @@ def _move_torn_aside(directory: str, fd: int, whole_bytes: int, *, seq: int) -> 
             sync_file(aside)
     finally:
         os.close(aside)
-    fsync_directory(directory)
+    sync_directory(directory)
     os.ftruncate(fd, whole_bytes)
     sync_data(fd)
 
@@ -484,6 +483,6 @@ def _set_aside(directory: str, ts: int) -> str:
             break
     for name in names:
         os.rename(os.path.join(directory, name), os.path.join(directory, aside, name))
-    fsync_directory(os.path.join(directory, aside))
-    fsync_directory(directory)
+    sync_directory(os.path.join(directory, aside))
+    sync_directory(directory)
     return aside

@@ -35,11 +35,11 @@ import msgspec
 
 from minikms.audit import chain, record
 from minikms.audit.chain import AuditKey, Coverage
-from minikms.audit.reader import FILE_MODE, LOG_NAME, NEXT_NAME, fsync_directory, segment_name
+from minikms.audit.reader import FILE_MODE, LOG_NAME, NEXT_NAME, segment_name
 from minikms.audit.record import Event, Facts, Head
 from minikms.audit.recovery import OpenedLog, create_file, write_whole
 from minikms.base64 import encode_text
-from minikms.sync import sync_data
+from minikms.sync import sync_data, sync_directory
 
 CHECKPOINT_LINES: Final = 10_000
 CHECKPOINT_BYTES: Final = 8 * 1024 * 1024
@@ -343,7 +343,7 @@ class ChainWriter:
             following.old_renamed = True
         with contextlib.suppress(FileNotFoundError):  # an earlier attempt renamed it and failed later
             os.rename(os.path.join(self._directory, NEXT_NAME), log_path)
-        fsync_directory(self._directory)
+        sync_directory(self._directory)
         self.durability.switch(following.fd, len(following.first_line))
         self._fd = following.fd
         self.size = len(following.first_line)

@@ -145,6 +145,7 @@ def _show(made: Sequence[Share], arena: SecretArena, *, yes: bool) -> None:
 
 def _write_files(made: Sequence[Share], directory: Path, arena: SecretArena) -> None:
     from minikms.roots.recovery_shares import share_text
+    from minikms.sync import sync_directory
 
     written: list[Path] = []
     try:
@@ -152,7 +153,7 @@ def _write_files(made: Sequence[Share], directory: Path, arena: SecretArena) -> 
             path = directory / f"{share.info.keyring_id}-{share.info.set_id}-share-{share.info.number}.txt"
             with share_text(share, arena) as text:
                 _write_file(path, text, written)
-        _sync_directory(directory)
+        sync_directory(directory)
         for share, path in zip(made, written, strict=True):
             _check_file(path, share, arena)
     except BaseException:
@@ -191,13 +192,3 @@ def _check_file(path: Path, share: Share, arena: SecretArena) -> None:
         parts = [slot.view[: max(0, count - start * SLOT_BYTES)] for start, slot in enumerate(slots)]
         if not reads_as(share, parts, arena):
             raise CommandError(f"{path} does not hold the share that was written to it: check the disk")
-
-
-def _sync_directory(path: Path) -> None:
-    from minikms.sync import sync_file
-
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        sync_file(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,7 +20,7 @@ from typing import Final
 
 from minikms.errors import KeyTextError, StartError
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random, hex_encode_into, read_key_fd_into
-from minikms.sync import sync_file
+from minikms.sync import sync_directory, sync_file
 
 _OTHERS_MASK: Final = 0o077
 _KEY_FILE_MODE: Final = 0o600
@@ -91,7 +91,7 @@ def make_key_file(path: Path, arena: SecretArena) -> None:
         return
     finally:
         os.unlink(temporary)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 async def replace_key(path: Path, root: SecretSlot, arena: SecretArena, executor: Executor) -> None:
@@ -123,7 +123,7 @@ def rewrite_key_file(path: Path, text: KeyText) -> None:
     except OSError:
         os.unlink(temporary)
         raise
-    _sync_directory(target.parent)
+    sync_directory(target.parent)
 
 
 def holds_key(path: Path, root: SecretSlot, arena: SecretArena) -> bool:
@@ -179,14 +179,6 @@ def _write_all(fd: int, views: list[memoryview]) -> None:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.new")
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        sync_file(directory)
-    finally:
-        os.close(directory)
 
 
 def _read(fd: int, arena: SecretArena, what: str) -> SecretSlot:

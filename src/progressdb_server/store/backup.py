@@ -26,7 +26,7 @@ from typing import Final
 
 import msgspec
 
-from minikms.sync import sync_file
+from minikms.sync import sync_directory, sync_file
 from progressdb_server.store import directory, keyspace
 from progressdb_server.store.directory import OpenStore
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
@@ -162,9 +162,9 @@ def _made(
             files.append(_take(os.path.join(staging, name), os.path.join(path, STORE, name), known.get(name), previous))
         shutil.rmtree(staging)
         manifest = Manifest(FORMAT, created_ns, files)
-        _sync_directory(os.path.join(path, STORE))
+        sync_directory(os.path.join(path, STORE))
         _write(os.path.join(path, MANIFEST), msgspec.json.format(msgspec.json.encode(manifest)))
-        _sync_directory(path)
+        sync_directory(path)
     except OSError as error:
         raise BackupError(f"the backup {path} failed: {error.strerror} ({error.filename})") from error
     verify(path)
@@ -223,7 +223,7 @@ def restore(path: str, target: str) -> Manifest:
                 _copy(os.path.join(path, STORE, file.name), os.path.join(target, file.name))
         # last, so that a restore that was interrupted is no store
         _copy(os.path.join(path, STORE, _CURRENT), os.path.join(target, _CURRENT))
-        _sync_directory(target)
+        sync_directory(target)
     except OSError as error:
         raise BackupError(f"restoring to {target} failed: {error.strerror} ({error.filename})") from error
     return manifest
@@ -261,11 +261,3 @@ def _digest(path: str) -> tuple[int, str]:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), digest
-
-
-def _sync_directory(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        sync_file(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,14 +6,12 @@ import asyncio
 import errno
 import os
 import shutil
-import stat
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from minikms.sync import sync_file
 from progressdb_server.store import backup
 from progressdb_server.store.check import Checker
 from progressdb_server.store.conversations import Conversations
@@ -170,7 +168,7 @@ def test_a_backup_that_fails_leaves_neither_files_nor_an_entry(tmp_path: Path, m
         async with opened(RocksEngine(str(tmp_path / "db"))) as store:
             await write(store, 20)
             with monkeypatch.context() as patch:
-                patch.setattr(backup, "sync_file", _no_space_for_directories)
+                patch.setattr(backup, "sync_directory", _no_space)
                 with pytest.raises(BackupError, match="No space left"):
                     await back_up(store, tmp_path / "one")
             assert not (tmp_path / "one").exists()
@@ -213,10 +211,8 @@ def test_a_cancelled_backup_ends_at_once_and_leaves_nothing(tmp_path: Path, monk
     asyncio.run(run())
 
 
-def _no_space_for_directories(descriptor: int) -> None:
-    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    sync_file(descriptor)
+def _no_space(path: str) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_one_backup_at_a_time_and_none_in_the_place_of_another(tmp_path: Path) -> None:
