@@ -43,9 +43,10 @@ def move_out_of_environment() -> None:
 def bind_symbols() -> None:
     """Does not return when the program is to serve and the linker binds lazily: it runs again with `LD_BIND_NOW`.
 
-    The other commands have a key for a moment only, if any, and then end.
+    The other commands have a key for a moment only, if any, and then end. A help text has none.
     """
-    serves = sys.argv[1:2] in ([], ["serve"]) or sys.argv[1].startswith("-")
+    first = sys.argv[1] if len(sys.argv) > 1 else "serve"
+    serves = first == "serve" or (first.startswith("-") and first not in ("-h", "--help", "--version"))
     if serves and sys.platform == "linux" and not os.environ.get(BIND_VARIABLE):
         try:
             _run_again()
