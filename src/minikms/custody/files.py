@@ -14,8 +14,8 @@ O_NOFOLLOW), sync it, rename it, sync the directory. Invariants:
 - Temporary names contain a token of this process, so `sweep_temps` can run while other files are being written. A
   temporary file of this process that could not be removed is remembered for `remove_left_temps`.
 - One process owns a data directory. Daemon and offline writers take the lock before they touch the keyring or the
-  socket, and keep it until they end. `flock(2)` ends with the descriptor, which no child inherits through exec. The
-  lock file is never removed, so there is one file to lock.
+  socket, and keep it until they end. `close` unlocks the file, and the kernel does when the process ends: no child
+  inherits the descriptor through exec. The lock file is never removed, so there is one file to lock.
 
 A group of files takes two `syncfs(2)` calls instead of two syncs for each file; a group that is overwritten in place
 under a journal (`overwrite_files`) takes one. `syncfs` reports a failed write-back only since Linux 5.8 (for any file
@@ -547,7 +547,7 @@ class DataDirLock:
         """Releases the directory. Idempotent."""
         if self._open:
             self._open = False
-            os.close(self._descriptor)
+            unlock_file(self._descriptor)
             os.close(self.directory_fd)
 
     def __enter__(self) -> Self:
@@ -612,6 +612,16 @@ def lock_file(directory_fd: int, name: str, what: str) -> int:
             raise
         raise InUseError(what, holder) from None
     return descriptor
+
+
+def unlock_file(descriptor: int) -> None:
+    """Ends the lock that `lock_file` took, and closes its descriptor.
+
+    Closing alone is not enough: a child that another thread has forked, and that has not called exec yet, has a copy of
+    the descriptor, and the lock lasts until that is closed too (flock(2)).
+    """
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def _holder(descriptor: int) -> int | None:

@@ -27,7 +27,7 @@ import sys
 from collections.abc import Iterator, MutableMapping
 from typing import Final, Self
 
-from minikms.custody.files import lock_file
+from minikms.custody.files import lock_file, unlock_file
 from minikms.errors import StartError
 
 PATH_BYTES_MAX: Final = 107 if sys.platform == "linux" else 103  # sun_path of unix(7), less its NUL
@@ -147,7 +147,7 @@ class _SocketEntry:
         with contextlib.suppress(OSError):  # if the directory is gone, so is the socket
             if self._identity() == self._made_identity:
                 os.unlink(self._name, dir_fd=self._directory)
-        os.close(self._lock)
+        unlock_file(self._lock)
         os.close(self._directory)
 
     def _remove_stale(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.custody.files import DataDirLock, make_private_directory
+from minikms.custody.files import LOCK_NAME, DataDirLock, make_private_directory
 from minikms.errors import StartError
 from tests import needs
 from tests.minikms.daemon import foreign
@@ -48,6 +48,27 @@ def test_a_second_owner_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> 
         DataDirLock(str(tmp_path / "d"))
     with DataDirLock(str(tmp_path / "d")):
         pass  # free again
+
+
+def test_a_copy_of_the_descriptor_does_not_keep_a_closed_lock(tmp_path: Path) -> None:
+    """A child that another thread forked has one until it calls exec. A duplicate shares the lock like that copy."""
+    lock = DataDirLock(str(tmp_path / "d"))
+    [descriptor] = [
+        int(link.name) for link in Path("/proc/self/fd").iterdir() if _target(link) == f"{tmp_path}/d/{LOCK_NAME}"
+    ]
+    copy = os.dup(descriptor)
+    lock.close()
+    with DataDirLock(str(tmp_path / "d")):
+        pass
+    os.close(copy)
+
+
+def _target(link: Path) -> str:
+    """Where a descriptor of this process leads; empty when another thread has closed it."""
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:
+        return ""
 
 
 def test_a_lock_without_a_pid_is_still_a_lock(tmp_path: Path) -> None:
