@@ -58,7 +58,8 @@ _PLAIN = (
     (re.compile(rf"\b(uid|uid:) ?{os.geteuid()}\b"), r"\1 <uid>"),
     (re.compile(r"[\d,.]+ [KM]iB locked \(\S+\)"), "<n> locked"),
     (re.compile(r"(hardening  +).*"), r"\1<measures>"),
-    (re.compile(r"\d+ (piece\(s\) of advice|lines|connections)"), r"<n> \1"),
+    (re.compile(r"[\d,]+, \d+ connections"), "<n>, <n> connections"),  # a slow start is asked more than once
+    (re.compile(r"\d+ (piece\(s\) of advice|lines)"), r"<n> \1"),
     (re.compile(r"(?m)^ +not in force: .*\n"), ""),
     (re.compile(r"(?m)^advice: (memory|hardening): .*\n  do: .*\n"), ""),
     (re.compile(r"\d+ files, [\d,]+ bytes"), "<n> files, <n> bytes"),
