@@ -172,7 +172,9 @@ def _parameters(source: str, config: Path) -> Parameters:
 
 
 def _client(socket: str | None, server_uid: int | None) -> Client:
-    """Of a daemon that answers, and that a trusted user serves."""
+    """A client of the daemon, after the daemon has answered. Raises StartError without a usable path or list of users,
+    KmsError if no daemon answers or its user is not trusted.
+    """
     from minikms.client import Client
     from minikms.errors import StartError
 
