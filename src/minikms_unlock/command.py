@@ -57,7 +57,7 @@ Json = Annotated[bool, Parameter(name="--json", help="JSON instead of text.", ne
 
 @app.command(name="init-passphrase")
 def init_passphrase(*, config: Config, json: Json = False) -> int:
-    """Write the parameters for a new passphrase: a random salt, and what a guess costs. They are no secret."""
+    """Write the parameters for a new passphrase: a random salt, and the cost of a guess. They are not secret."""
     from minikms_unlock.passphrase import make_config
 
     parameters = make_config(config)
