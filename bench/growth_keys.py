@@ -21,7 +21,7 @@ from bench.report import say
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 CONNECTIONS = 64
 MADE_MAX = 20_000
-"""The making of so many is timed: the latest ones of a size."""
+"""The making of this many keys is timed: the latest ones of a size."""
 UNCACHED_MAX = 20_000
 CACHED_SECONDS = 3.0
 COLUMNS = (

@@ -21,7 +21,7 @@ KEYS = 100_000
 ENCRYPTING_CONNECTIONS = 16
 BEFORE_SECONDS = 3.0
 SLICE_SECONDS = 0.5
-"""Of load during the rotation: it ends at most so long after it."""
+"""Seconds of one share of the load: it ends at most this long after the rotation."""
 ROTATION_SECONDS_MAX = 3600.0
 
 

@@ -55,7 +55,7 @@ def million() -> list[Row]:
 
 
 class Watched:
-    """The resident memory of a process within the block: before it, and the most of it, in MiB."""
+    """The resident memory of a process in MiB: before the block, and the most within it."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid

@@ -60,7 +60,7 @@ def _check_trusted(descriptor: int, path: Path, trusted: frozenset[int], what: s
 
 
 def _may_be_written(status: os.stat_result, trusted: frozenset[int]) -> bool:
-    """Whether another user than the trusted ones may write it."""
+    """Whether a user who is not trusted may write the file or directory of this status."""
     return status.st_uid not in trusted or bool(status.st_mode & _OTHERS_WRITE)
 
 

@@ -1,4 +1,4 @@
-"""What the commands `minikms`, `minikms-unlock` and `progressdb` share: how they end, and show wrong usage and help.
+"""Shared by the commands `minikms`, `minikms-unlock` and `progressdb`: exit statuses, wrong usage, and help.
 
 Owns: the exit statuses, the variables that name the daemon, the sentence for a command line that can't be read, and the
 panels of `--help`. Exit status 0: done, or a check passed. 1: a check failed, or the request was refused. 2: wrong

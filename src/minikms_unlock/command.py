@@ -57,7 +57,7 @@ Json = Annotated[bool, Parameter(name="--json", help="JSON instead of text.", ne
 
 @app.command(name="init-passphrase")
 def init_passphrase(*, config: Config, json: Json = False) -> int:
-    """Write the parameters for a new passphrase: a random salt, and what a guess costs. They are no secret."""
+    """Write the parameters for a new passphrase: a random salt, and the cost of a guess. They are not secret."""
     from minikms_unlock.passphrase import make_config
 
     parameters = make_config(config)
@@ -172,7 +172,9 @@ def _parameters(source: str, config: Path) -> Parameters:
 
 
 def _client(socket: str | None, server_uid: int | None) -> Client:
-    """Of a daemon that answers, and that a trusted user serves."""
+    """A client of the daemon, after the daemon has answered. Raises StartError without a usable path or list of users,
+    KmsError if no daemon answers or its user is not trusted.
+    """
     from minikms.client import Client
     from minikms.errors import StartError
 

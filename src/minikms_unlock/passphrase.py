@@ -25,7 +25,7 @@ from minikms.memory import SLOT_BYTES
 VERSION: Final = 1
 CONFIG_BYTES_MAX: Final = 64 * 1024
 PASSPHRASE_BYTES_MIN: Final = 16
-"""Of a new passphrase. Who has the keyring file can try passphrases."""
+"""Of a new passphrase. Whoever has the keyring file can try passphrases."""
 PASSPHRASE_BYTES_MAX: Final = 400
 """Longer ones are not overwritten in the heap: see `derive_into`."""
 SALT_CHARS_MIN: Final = 16

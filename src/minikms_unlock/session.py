@@ -37,7 +37,7 @@ class RootText:
 def root_of_passphrase(parameters: Parameters, *, new: bool) -> Iterator[RootText]:
     """Asks for the passphrase, twice if it is `new`, and derives the root key. The text is zeroed at the end.
 
-    It hardens the process for good. Raises StartError, also where there is no terminal, and InvalidRequestError.
+    It hardens the process until its end. Raises InvalidRequestError, and StartError, for example without a terminal.
     """
     with ExitStack() as cleaning:
         terminal = cleaning.enter_context(opened_terminal())  # before: a hardened process may not change its modes

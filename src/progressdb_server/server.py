@@ -116,7 +116,7 @@ def run(config: Config, master_key_fd: int | None, *, accept_restore: bool = Fal
     """Serve until SIGTERM or SIGINT. `accept_restore`: also with an older state of the key service. `encrypting` is
     false only for a benchmark, and refused otherwise (unencrypted.py).
 
-    Raises ConfigError, ServeError when it can't start or has lost its key service for good.
+    Raises ConfigError, ServeError when it can't start or has lost its key service finally.
     """
     logs.configure(config.logging.format, config.logging.level)
     check_tls(config.server.tls)

@@ -200,7 +200,7 @@ def test_the_commands_of_a_section_do_what_they_should(title: str, socket_unit: 
 
 
 def test_a_key_is_restored_from_its_newest_rotation_backup(tmp_path: Path) -> None:
-    """Of a batch, also if two have the same stamp and keys, or of its own; and nothing changes if there is none."""
+    """From a batch backup, even if two have one stamp and the same keys, or a single one; else nothing changes."""
     [script] = re.findall(r"```bash\n(umask 077; id=KEY_ID\n.*?)```", RUNBOOK.read_text("utf-8"), re.DOTALL)
 
     def restore(directory: Path, key_id: str) -> int:

@@ -46,7 +46,7 @@ class OnTerminal:
             os.close(other)
 
     def wait_for(self, text: str, *, times: int = 1) -> None:
-        """Returns when the terminal has shown `text` so many times."""
+        """Returns when the terminal has shown `text` `times` times."""
         while self.shown.count(text.encode()) < times:
             assert self._read(), f"{text!r} did not appear {times} times: {self.shown!r}"
 

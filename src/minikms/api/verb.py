@@ -40,19 +40,21 @@ class Verb(msgspec.Struct, Generic[RequestT, AnswerT], frozen=True, eq=False):
     answer: type[AnswerT]
     summary: str
     refusals: tuple[str, ...] = ()
-    """Codes beside those that every verb may answer. `internal` here: a 503, when no slot for another key is free."""
+    """Error codes that this verb may answer in addition to those of every verb. `internal` in this list is a 503, when
+    the arena has no free slot for another key.
+    """
     repeatable: bool = False
     """A client may send the request again when it does not know whether the first one was carried out."""
     roles_by_item: bool = False
     """A caller without the role gets 200, and `forbidden` for each item."""
     proxied: bool = False
-    """A principal on whose behalf a proxy asks may use it. No verb that changes the service itself may set this."""
+    """A proxy may use it on behalf of a principal. No verb that changes the service itself may set this."""
     key_id_in_body: bool = False
     """The body repeats the key id of the path."""
     root_field: str = ""
     """The field of the body that holds a root key. The daemon takes it out before anything else reads the body."""
     may_answer_202: bool = False
-    """With the same answer, while the work goes on."""
+    """It may answer 202, with an answer of the same type, while the work continues."""
 
     @property
     def is_batch(self) -> bool:
@@ -61,6 +63,7 @@ class Verb(msgspec.Struct, Generic[RequestT, AnswerT], frozen=True, eq=False):
 
     @property
     def has_body(self) -> bool:
+        """Whether a request has a JSON body; otherwise its path, or its query, holds all fields."""
         return self.method == "POST" and (self.key_id_in_body or bool(self.root_field) or not self.path_field)
 
     @property
@@ -70,5 +73,7 @@ class Verb(msgspec.Struct, Generic[RequestT, AnswerT], frozen=True, eq=False):
 
 
 class ErrorAnswer(msgspec.Struct):
+    """The body of every error: `error` is a sentence for people, `code` a stable word."""
+
     error: str
     code: str

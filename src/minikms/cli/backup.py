@@ -1,10 +1,10 @@
 """`minikms backup`: create, verify, restore, list and prune archives.
 
 Owns: flags, output, and the first lines of the audit log of a restored directory. A backup is an archive of the data
-directory; what a KEK rotation keeps of key files are rotation backups (`minikms.custody.rotation_backups`). Invariants:
-`create` and `verify` take no lock and change nothing but the register of archives; a restore needs an empty directory
-and its lock; every archive is read back, and every key in it opened, before it is reported as good. It must never show
-or keep a key.
+directory; the key files that a KEK rotation keeps are rotation backups (`minikms.custody.rotation_backups`).
+Invariants: `create` and `verify` take no lock and change nothing but the register of archives; a restore needs an empty
+directory and its lock; every archive is read back, and every key in it opened, before it is reported as good. It must
+never show or keep a key.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def create(
 ) -> int:
     """Make one archive of keyring, keys and use counts, also while the daemon serves.
 
-    It holds wrapped keys only. No root key is in it; each of this time opens it. Nor is the audit log: copy that
-    separately. For a message server, first back up its store (progressdb backup create). Exit status: 0 made and read
-    back, 1 made, but some key files could not be read, 2 not made.
+    It holds wrapped keys, but no root key and no audit log: copy the log separately. Each root key that opens the
+    keyring now opens the archive. For a message server, first back up its store (progressdb backup create). Exit
+    status: 0 made and read back, 1 made, but some key files could not be read, 2 not made.
     """
     from minikms.custody import files
     from minikms.custody.backup.create import NewArchive
@@ -147,11 +147,12 @@ def restore(
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Restore an archive into a data directory that is empty or not there. Nothing is ever overwritten.
+    """Restore an archive into a data directory that is empty or does not exist. Nothing is overwritten.
 
-    It needs a root key of the time of the archive. The keys of the archive only decrypt from then on, because their
-    uses after it are unknown; the message server gives threads new keys by itself. A new audit log begins, which names
-    the last line of the old one. Exit status: 0 restored, 1 refused or the archive is not good, 2 something is missing.
+    It needs a root key that opened the keyring when the archive was made. The keys of the archive only decrypt from
+    then on, because their uses after it are unknown; the message server gives threads new keys by itself. A new audit
+    log begins, which names the last line of the old one. Exit status: 0 restored, 1 refused or the archive is not good,
+    2 something is missing.
     """
     from minikms.custody import files
     from minikms.custody.backup import restore as restoring
@@ -189,9 +190,7 @@ def restore(
         print(f"These root keys were removed after the backup, and don't open it: {', '.join(done.roots_removed)}.")
     print(f"It opens under {' or '.join(done.roots)}.")
     if newer is None:
-        print(
-            "A root key that was removed after the backup is among them again: minikms root list, minikms root remove."
-        )
+        print("A root key that was removed after the backup opens it again: minikms root list, minikms root remove.")
     print("Next: start the daemon; minikms doctor; then the message server: once with --accept-restore if it says that")
     print("it remembers a later state. progressdb check names what was made after the backup and can't be read.")
     return EXIT_GOOD
@@ -271,7 +270,7 @@ def prune(
 
 @contextmanager
 def _task(root: RootProvider, what: str, *, bar: bool) -> Iterator[Task]:
-    """The opened root key, and a progress bar on a terminal. Raises StartError."""
+    """The task of one command: the opened root key, and a progress bar on a terminal. Raises StartError."""
     from minikms.custody.backup.create import Task
     from minikms.datadir import opened_keyring, opened_root
 

@@ -29,7 +29,7 @@ COMMANDS: Final = {
     "seal": ("seal:seal", "Zero every key of the running daemon at once."),
     "unseal": ("seal:unseal", "Give a sealed daemon a share of the root key, or the root key itself."),
     "root": ("root:app", "List, add, test and remove root keys."),
-    "pin": ("pin:app", "Say which root keys may open the keyring, as root."),
+    "pin": ("pin:app", "As root, name the root keys that may open the keyring."),
     "policy": ("policy:app", "Check, explain and reload a policy file."),
     "encrypt": ("files:encrypt", "Encrypt a file or a pipe of any size."),
     "decrypt": ("files:decrypt", "Decrypt the output of `minikms encrypt`."),

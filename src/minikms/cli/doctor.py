@@ -424,8 +424,8 @@ def doctor(
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Look for problems, and say what to do about each: in files and machine with --data-dir, also beside a running
-    daemon; in the daemon itself with --socket.
+    """Look for problems, and say what to do about each. --data-dir examines the files and the machine, even while the
+    daemon runs; --socket examines the running daemon.
 
     With the root key it also opens every key. Exit status: 0 no problem, 1 a problem, 2 there is nothing to examine.
     """

@@ -60,8 +60,8 @@ def encrypt(
 ) -> int:
     """Encrypt a file to FILE.kms, or a pipe to a pipe.
 
-    The result names its key: `minikms decrypt` needs no more than the daemon. Exit status: 0 done, 1 refused, 2
-    something is missing.
+    The result names its key, so `minikms decrypt` needs only the daemon. Exit status: 0 done, 1 refused, 2 something
+    is missing.
     """
     from minikms.crypto.stream import WRAP_AAD, StreamHeader, seal_stream
 

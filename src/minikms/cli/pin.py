@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from minikms.roots.pin import PinFile
     from minikms.roots.providers import RootProvider
 
-app = App(name="pin", help="Say which root keys may open the keyring, as root.", version_flags=[])
+app = App(name="pin", help="As root, name the root keys that may open the keyring.", version_flags=[])
 
 Source = Annotated[str, Parameter(help="Where the root key is: file:PATH or fd:NUMBER; shares: asks for shares.")]
 Pin = Annotated[
@@ -49,8 +49,8 @@ def add(
 ) -> int:
     """Add a root key to the pin file, which is made if there is none. The daemon reads it with --pin.
 
-    The first root key must open the keyring, so that its id is certain. Later ones may be added to the keyring after.
-    A damaged file is begun again.
+    The first root key must open the keyring, which shows the id of the keyring. A later root key may be named here
+    before it is added to the keyring. A damaged file is replaced by one with this root key only.
     """
     from minikms.crypto import roots
     from minikms.datadir import opened_keyring, opened_root, read_keyring
@@ -86,10 +86,10 @@ def add(
 
 @app.command
 def remove(source: Source, *, pin: Pin = None, data_dir: DataDir = None, yes: Yes = False, json: Json = False) -> int:
-    """Remove a root key from the pin file: from then on it opens no keyring at a start, and is not added.
+    """Remove a root key from the pin file: then it opens no keyring at a start, and can't be added to one.
 
-    Without the root key nobody knows which pin is its own: add the others to a fresh file then. Exit status: 0 removed
-    or not named, 2 refused.
+    Only the root key itself shows which pin is its own. Without it, add the other root keys to a new file. Exit status:
+    0 removed or not named, 2 refused.
     """
     from minikms.crypto import roots
     from minikms.datadir import opened_root

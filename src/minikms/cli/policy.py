@@ -84,8 +84,8 @@ def explain(
 ) -> int:
     """Print whether a policy file allows a request, which grant decides, and what would have to change.
 
-    Limits that are used up, and the state of the key, can refuse it all the same. Exit status: 0 allowed, 1 denied,
-    2 wrong usage, or the file can't be read or is not valid.
+    An allowed request can still be refused, because of a limit or the state of the key. Exit status: 0 allowed, 1
+    denied, 2 wrong usage, or the file can't be read or is not valid.
     """
     from dataclasses import asdict
 

@@ -168,7 +168,7 @@ def test(
 def remove(
     slot: Slot, *, socket: Socket = None, server_uid: ServerUid = None, yes: Yes = False, json: Json = False
 ) -> int:
-    """Remove a root key. A fresh keyring key and audit key come at once, and a rotation of the KEK follows by itself.
+    """Remove a root key. Keyring key and audit key are replaced at once, and a rotation of the KEK follows by itself.
 
     Until that has ended, `minikms root list` shows the root key as `revoking`.
     """

@@ -40,7 +40,7 @@ _BLANKS: Final = b" \t\r"
 def seal(*, socket: Socket = None, server_uid: ServerUid = None, yes: Yes = False, json: Json = False) -> int:
     """Zero every key of the running daemon at once.
 
-    It then serves nothing until `minikms unseal`, after a restart too.
+    The daemon then serves nothing until `minikms unseal`, even after a restart.
     Exit status: 0 sealed, 1 refused, or sealed but a restart would not stay sealed, 2 the daemon does not answer.
     """
     with daemon_client(socket, server_uid) as kms:

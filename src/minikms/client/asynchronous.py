@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 CHUNK_ITEMS_MAX: Final = 256
 CHUNKS_AT_ONCE_MAX: Final = 2
-"""Of one call for many items: the daemon works on one request while this side encodes and decodes others."""
+"""Requests in flight of one call for many items: the daemon works on one while this side encodes and decodes others."""
 
 
 class AsyncVerbs(ABC):
@@ -254,7 +254,7 @@ class AsyncVerbs(ABC):
     async def seal(self) -> api.SealAnswer:
         """Zeroes every key of the daemon at once. It answers when a restart would stay sealed too.
 
-        Raises StorageUnavailableError: it is sealed all the same, but a restart would not stay sealed.
+        Raises StorageUnavailableError: it is sealed even then, but a restart would not stay sealed.
         """
         return await self._call(api.SEAL, api.Request())
 
@@ -304,7 +304,7 @@ class AsyncVerbs(ABC):
         return await self._call(api.RETIRE_KEY, api.KeyRequest(key_id), request_id)
 
     async def destroy_key(self, key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
-        """Destroys a retired key and what only it opens, for good; the receipt. ConflictError: it is active."""
+        """Destroys a retired key permanently; returns the receipt. Raises ConflictError for an active key."""
         return await self._call(api.DESTROY_KEY, api.DestroyKeyRequest(key_id), request_id)
 
     async def prune_kek(

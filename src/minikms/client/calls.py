@@ -123,8 +123,9 @@ def make_call(
 
 
 def _encode_array(verb: Verb[Any, Any], batch: Sent) -> bytes:
-    """The MessagePack of a batch (`minikms.api.msgpack`): its fields have the order of the request's. An array has no
-    names, so an item of another verb could be carried out as one of this verb: it is refused here.
+    """The MessagePack of a batch (`minikms.api.msgpack`), whose fields have the order of the request's. An array does
+    not name its members, so the daemon could take an item of another verb for one of this verb. Raises
+    InvalidRequestError for such an item.
     """
     members = {name: getattr(batch, name) for name in batch.__struct_fields__}
     expected, kinds = api.item_fields(verb), set[Any](map(type, members["items"]))
@@ -136,9 +137,9 @@ def _encode_array(verb: Verb[Any, Any], batch: Sent) -> bytes:
 
 
 class MsgpackUse:
-    """Whether a client sends its batches in MessagePack: until a daemon refuses one as malformed and does not refuse
-    its JSON so, as a daemon that knows only JSON. After that the client sends JSON for JSON_S. `now_s`: by any clock
-    that only rises.
+    """Whether a client sends its batches in MessagePack. It does so until a daemon refuses a batch as malformed and
+    takes the same batch in JSON: that daemon knows only JSON, and the client sends JSON for JSON_S. `now_s`: seconds of
+    a monotonic clock.
     """
 
     __slots__ = ("_json_until_s",)

@@ -293,7 +293,7 @@ class Client:
     def seal(self) -> api.SealAnswer:
         """Zeroes every key of the daemon at once. It answers when a restart would stay sealed too.
 
-        Raises StorageUnavailableError: it is sealed all the same, but a restart would not stay sealed.
+        Raises StorageUnavailableError: it is sealed even then, but a restart would not stay sealed.
         """
         return self._call(api.SEAL, api.Request())
 
@@ -343,7 +343,7 @@ class Client:
         return self._call(api.RETIRE_KEY, api.KeyRequest(key_id), request_id)
 
     def destroy_key(self, key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
-        """Destroys a retired key and what only it opens, for good; the receipt. ConflictError: it is active."""
+        """Destroys a retired key permanently; returns the receipt. Raises ConflictError for an active key."""
         return self._call(api.DESTROY_KEY, api.DestroyKeyRequest(key_id), request_id)
 
     def prune_kek(

@@ -26,7 +26,9 @@ OVERHEAD_BYTES: Final = NONCE_BYTES + TAG_BYTES
 
 _NONCE_POOL_COUNT: Final = 512
 _ZERO_CIPHER: Final = AESGCM(bytes(KEY_BYTES))
-"""Of no secret key, so it may be kept. Making one for each `scrub_stack` would cost as much as the scrubbing."""
+"""A cipher of a zero key, which is no secret, so it may be kept. Making one for each `scrub_stack` would cost as much
+as the scrubbing.
+"""
 _ZERO_NONCE: Final = bytes(NONCE_BYTES)
 _ZERO_TEXT: Final = bytes(4 * 16)
 

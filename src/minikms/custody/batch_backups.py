@@ -6,7 +6,7 @@ blanking and pruning. Invariants:
   key id, and the name has the first and the last of them, so a key is looked up by names, without an index.
 - A file gets its name only when it is durable. A name is never used for two contents.
 - The line of a destroyed key is overwritten with spaces, in place and durably, before `blank` returns. After a failed
-  sync the file is written anew, never synced again (`minikms.custody.files`).
+  sync the content is written to a new file, and the old file is never synced again (`minikms.custody.files`).
 - A file that can't be read is an error of the keys that it may hold, and stops no other work. No one removes it: it may
   hold the last copy of a key.
 - Lines that the caller keeps are not pruned; a file with such lines stays, and its other lines become blank.
@@ -48,7 +48,7 @@ LINES_COUNT_MAX: Final = 4096
 SAME_NAME_MAX: Final = 100
 """Files of one stamp with the same first and last key."""
 BLANK_FILES_MAX: Final = 32
-"""Files that one job blanks: the others that need its thread wait so long."""
+"""Files that one job blanks: the other jobs of its thread wait for it."""
 BLANK: Final = b" " * (FILE_BYTES - 1) + b"\n"
 """The line of a destroyed key."""
 
@@ -161,12 +161,12 @@ class BatchBackups:
         return found
 
     def blank(self, files: Sequence[KeysWithin], *, anew: Container[str] = ()) -> Counter[str]:
-        """Overwrites the lines of destroyed keys, durably on return; the number of lines of each key.
+        """Overwrites the lines of destroyed keys, durably on return. Returns the number of lines of each key.
 
-        `anew`: keys whose removal an earlier run or request may have begun. A line of them that is blank may be so in
-        the page cache only, so their files are written anew.
+        `anew`: keys whose removal an earlier run or request may have begun. A blank line of them may be blank in the
+        page cache only, so their files are replaced by new ones.
 
-        Raises StorageUnavailableError if a file can't be read or written. The others are blanked all the same.
+        Raises StorageUnavailableError if a file can't be read or written. The others are blanked even then.
         """
         counts: Counter[str] = Counter()
         failure: StorageUnavailableError | None = None

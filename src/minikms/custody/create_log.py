@@ -7,9 +7,9 @@ their files are made, without a sync of their own. When the log is full, before 
 
 Invariants:
 - A key file is made only after its record is durable. So the content of a file that a power loss emptied is known.
-- From the begin of a group until its files are made, `DekStore.read` answers from memory. The jobs of the executor's
-  thread run in order, so every later one finds the files. A file that the disk refuses is written when the log is
-  settled; until then no further key is made.
+- From the beginning of a group until its files are made, `DekStore.read` answers from memory. The jobs of the
+  executor's thread run in order, so every later one finds the files. A file that the disk refuses is written when the
+  log is settled; until then no further key is made.
 - The log is removed only after every file that it has a record of is durable, and the directory of the files was
   synced: a file that was retired meanwhile may have been renamed by a process that was killed before it synced that.
 - The record of a create that was refused does not stay: the log is settled at once, or in the background until the disk
@@ -18,7 +18,7 @@ Invariants:
   next create begins a new log (`minikms.custody.files`).
 - The record of a destroyed key is overwritten with zeros, durably, before `forget` returns.
 - A replay never writes a file of a destroyed key, and never replaces another valid record. It writes every other file
-  of the log anew, also if the content is equal: it may not be on the disk.
+  of the log again, even if the content is equal: it may not be on the disk.
 - A damaged record that a power loss does not explain is counted. If its key has no valid file, the record is kept as a
   rotation backup, which goes when the key is destroyed.
 
@@ -70,12 +70,12 @@ MAGIC: Final = b"minikms-creates\x01"
 CHECKSUM_BYTES: Final = 32
 RECORD_BYTES: Final = KEY_ID_BYTES + FILE_BYTES + CHECKSUM_BYTES
 RECORDS_MAX: Final = 2048
-"""A start writes at most so many files anew."""
+"""A start writes at most this many files again."""
 SECTOR_BYTES: Final = 512
 """The smallest unit that a disk writes whole."""
 HANDOVER_SECONDS: Final = 0.0002
-"""How long another thread keeps the interpreter while files are being made: each file takes three system calls, after
-each of which this thread waits so long for a busy event loop.
+"""The interpreter's switch interval while files are being made: each file takes three system calls, and after each of
+them this thread waits that long for the interpreter if the event loop is busy.
 """
 RETRY_SECONDS_MIN: Final = 0.25
 RETRY_SECONDS_MAX: Final = 5.0
@@ -209,8 +209,8 @@ class CreateLog:
         """The keys whose groups have not ended, each with the waiters of its group."""
 
     async def write_group(self, keys: Sequence[NewKey]) -> list[MiniKmsError | None]:
-        """Makes keys, durable on return; for each None or its error, then it is not made. The files may still be under
-        way: see `file_made`. Raises StorageUnavailableError for all.
+        """Makes keys, durable on return. Returns for each key None, or the error that refuses it. The files may not be
+        made yet: see `file_made`. Raises StorageUnavailableError if all keys are refused.
         """
         loop = asyncio.get_running_loop()
         contents, waiting = dict(keys), list[asyncio.Future[None]]()
@@ -248,8 +248,8 @@ class CreateLog:
         return await outcomes
 
     async def file_made(self, key_id: str) -> None:
-        """Returns when the file of a durable key was made. If the disk refuses it, the log has the key until then, and
-        this returns all the same.
+        """Returns when the file of a durable key was made, or when the disk has refused the file: then the log has the
+        key until the file is made.
         """
         waiting = self._unmade.get(key_id)
         if waiting is not None:
@@ -274,8 +274,8 @@ class CreateLog:
             pause = min(2 * pause, RETRY_SECONDS_MAX)
 
     def write(self, keys: Sequence[NewKey], durable: Callable[[], object]) -> Written:
-        """Makes a group of keys and their files. Calls `durable` when all of them are; where there is no log, the
-        outcomes say it. Raises StorageUnavailableError for all.
+        """Makes a group of keys and their files. Calls `durable` when all keys are durable; where there is no log, the
+        outcomes say which are. Raises StorageUnavailableError if all keys are refused.
         """
         if not syncfs_reports(self._store.directory_fd):
             writes = [FileWrite(file_name(key.key_id), key.content, exclusive=True) for key in keys]
@@ -285,7 +285,7 @@ class CreateLog:
         except StorageUnavailableError:
             self._settle_if_failed()
             raise
-        self._failed = True  # until all files are made: else they are written anew
+        self._failed = True  # until all files are made: otherwise they are written again
         durable()
         try:
             with _quick_handover():
@@ -365,7 +365,7 @@ class CreateLog:
 
     def _close_files(self) -> None:
         descriptors = (self._log_fd, self._files_fd)
-        self._log_fd = self._files_fd = None  # first: a number whose close failed is free all the same
+        self._log_fd = self._files_fd = None  # first: the kernel frees a number even if its close fails
         for descriptor in descriptors:
             if descriptor is not None:
                 with contextlib.suppress(OSError):
@@ -446,12 +446,12 @@ def _write_anew(store: DekStore, keys: Iterable[NewKey]) -> int:
             writes.append(FileWrite(file_name(key.key_id), key.content))
     for start in range(0, len(writes), GROUP_FILES_MAX):
         write_files(store.directory_fd, writes[start : start + GROUP_FILES_MAX])
-    store.sync_directory()  # also without a write: the names of the others may not be on the disk
+    store.sync_directory()  # even without a write: the names of the others may not be on the disk
     return completed
 
 
 def _content(store: DekStore, key_id: str) -> bytes:
-    """Of the file; empty if it is absent or can't be read."""
+    """The content of a key's file; empty if it is absent or can't be read."""
     try:
         return store.read(key_id, of_making=False)
     except (KeyNotFoundError, KeyUnreadableError):
@@ -459,7 +459,7 @@ def _content(store: DekStore, key_id: str) -> bytes:
 
 
 def _is_other(content: bytes, key: NewKey) -> bool:
-    """Whether it is a valid record of the key that differs from that of the log: it is newer, whatever its version. A
-    file that was cut in its padding does not differ.
+    """Whether the content of a key's file is a valid record of the key that differs from that of the log. Then it is
+    newer, whatever its version. A file that was cut in its padding does not differ.
     """
     return dek.is_valid(content, key.key_id) and dek.parse(content, key.key_id) != dek.parse(key.content, key.key_id)

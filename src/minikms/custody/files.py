@@ -108,8 +108,8 @@ def open_directory(path: str | os.PathLike[str]) -> int:
 def read_file_bounded(path: str | os.PathLike[str], bytes_max: int, *, dir_fd: int | None = None) -> bytes | None:
     """The content of a regular file of at most `bytes_max` bytes; None if there is no such file.
 
-    Not for raw keys, since the bytes can't be zeroed. Symbolic links are not followed, and a FIFO does not block.
-    Raises StorageUnavailableError if the file is longer, is not a regular file, or can't be read.
+    It must not be used for raw keys, because the bytes can't be zeroed. Symbolic links are not followed, and a FIFO
+    does not block. Raises StorageUnavailableError if the file is longer, is not a regular file, or can't be read.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
@@ -136,7 +136,8 @@ def read_file_bounded(path: str | os.PathLike[str], bytes_max: int, *, dir_fd: i
 
 
 def read_file_of(name: str, bytes_exact: int, *, dir_fd: int) -> bytes | None:
-    """The content of a file of exactly so many bytes, in three system calls; None if there is none that can be read so.
+    """The content of a file of exactly `bytes_exact` bytes, in three system calls; None if it is absent, has another
+    length, or can't be read.
 
     For files that are read by the million: whoever needs the reason calls `read_file_bounded`.
     """
@@ -202,7 +203,7 @@ def remove_file(directory: int, name: str) -> bool:
             found = True
         except FileNotFoundError:
             found = False
-        # Also if it is absent: an earlier removal may have failed at this sync.
+        # Even if it is absent: an earlier removal may have failed at this sync.
         sync_file(directory)
     return found
 
@@ -215,7 +216,7 @@ def remove_files(directory: int, names: Sequence[str]) -> None:
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=directory)
-        sync_file(directory)  # also if all are absent: an earlier removal may have failed at this sync
+        sync_file(directory)  # even if all are absent: an earlier removal may have failed at this sync
 
 
 def is_stale_temp(name: str) -> bool:
@@ -409,7 +410,7 @@ def write_files(directory: int, writes: Sequence[FileWrite]) -> None:
 
 def write_group(directory: int, writes: Sequence[FileWrite]) -> list[MiniKmsError | None]:
     """Writes a group: all temporary files, one sync, all renames, one sync. Blocks on the disk. The last sync includes
-    the directory, also if there are no writes.
+    the directory, even if there are no writes.
 
     Returns for each write None if it is durable, or its error. A failure before the first rename fails all writes.
     After that each write stands alone, so a crash leaves some files new and others old, each of them whole. A taken

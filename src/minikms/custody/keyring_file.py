@@ -58,7 +58,7 @@ class KeyringFile:
         replace_file(self._directory_fd, NAME, data)
 
     async def store(self, data: bytes, first: Callable[[], None] | None = None) -> None:
-        """`first`, then `store_now`, in the executor."""
+        """Calls `first`, then `store_now`, in the executor. Raises the errors of both."""
 
         def write() -> None:
             if first is not None:
@@ -68,8 +68,8 @@ class KeyringFile:
         await asyncio.get_running_loop().run_in_executor(self._executor, write)
 
     async def store_or_know(self, data: bytes) -> None:
-        """`store_now` in the executor. A StorageUnavailableError that is no StorageUncertainError says that the former
-        file is still there.
+        """`store_now` in the executor. Raises StorageUncertainError if the new file may be on the disk, and another
+        StorageUnavailableError if the former file is still there.
         """
 
         def write() -> None:
@@ -129,9 +129,9 @@ class StoredKeyring:
 
     @asynccontextmanager
     async def held(self) -> AsyncIterator[Callable[[Body], Awaitable[None]]]:
-        """No other change runs inside the block. It gets a function that replaces the body, durable on return, which
-        raises SealedError and StorageUnavailableError, of which StorageUncertainError says that the new body may be on
-        disk. Raises SealedError.
+        """No other change runs inside the block. It gets a function that replaces the body, durable on return. The
+        function raises SealedError, StorageUncertainError if the new body may be on disk, and another
+        StorageUnavailableError if it is not. Raises SealedError.
         """
         async with self._lock:
             self.require_keys()
@@ -197,12 +197,11 @@ class WrapReservation:
         self._unreported: deque[ReservedWraps] = deque()
         self._left: dict[int, int] = {}
         self._creating: dict[int, int] = {}
-        self._idle: dict[
-            int, asyncio.Future[None]
-        ] = {}  # by version: resolved when no creation is in progress under it
+        self._idle: dict[int, asyncio.Future[None]] = {}
+        """By version: resolved when no creation is in progress under it."""
 
     async def begin_create(self, count: int = 1) -> int:
-        """Takes wraps for so many new DEKs, at most KEK_WRAPS_LEASE, and returns the KEK version. The caller must call
+        """Takes wraps for `count` new DEKs, at most KEK_WRAPS_LEASE, and returns the KEK version. The caller must call
         `end_create` in every case.
 
         The caller must wrap the DEKs before it awaits anything. Raises KeyExhaustedError, StorageUnavailableError, and
@@ -217,7 +216,7 @@ class WrapReservation:
             await self._reserve(version, count)
 
     def end_create(self, version: int, count: int = 1) -> None:
-        """Ends so many creations that took `version`: their DEKs are on disk, or they failed."""
+        """Ends `count` creations that took `version`: their DEKs are on disk, or they failed."""
         self._creating[version] -= count
         if not self._creating[version]:
             del self._creating[version]

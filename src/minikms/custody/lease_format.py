@@ -5,11 +5,12 @@ arithmetic of floors.
 
 The count of a key is an upper bound of its uses. Invariants:
 - A key without a record counts as LEASE_USES_MAX: the creation of its file grants the first lease.
-- A journal record raises the count of its key by at most LEASE_USES_MAX. So n lost records hide at most n times as many
-  uses of a key, and that is what each of them costs.
+- A journal record raises the count of its key by at most LEASE_USES_MAX. So n lost records hide at most n times
+  LEASE_USES_MAX uses of a key, and each lost record adds LEASE_USES_MAX uses to every key.
 - A key up to `Floors.exhausted` encrypts no more, whatever its record says.
-- Counts only grow. Of two records of a key the larger holds, so a journal may be replayed over a newer snapshot.
-- An unreadable count is taken as spent, never as unused.
+- Counts only grow. If a key has two records, the larger count is valid, so a journal may be replayed over a newer
+  snapshot.
+- A key whose count can't be read is spent: it encrypts no more.
 - Opening a snapshot reads only footer and index (16 bytes for 170 keys), so a million keys do not slow down a start.
   A block is checked each time it is read, and a damaged block hides only the keys of its own range. Blocks are read
   with `pread` and not mapped, so a failing disk is an error and not a SIGBUS.
@@ -35,7 +36,7 @@ USES_LIMIT: Final = 1 << 32
 USES_MAX: Final = USES_LIMIT - 16 * LEASE_USES_MAX
 """No lease goes beyond this. The margin of 16 leases covers losses that can't be counted (docs/spec/leases.md)."""
 USES_WARN: Final = 1 << 31
-"""A key with so many uses should be replaced."""
+"""A key with this many uses should be replaced."""
 
 KEY_BYTES: Final = 16
 KEY_LAST: Final = b"\xff" * KEY_BYTES
@@ -82,8 +83,8 @@ class SpentRange(NamedTuple):
 class Floors(NamedTuple):
     """Additions to the counts of ranges of keys. Key ids sort by creation, so "every key that exists now" is a range.
 
-    `steps` are sorted by `last`, and `uses` falls as `last` grows. Of the steps that cover a key the first one holds.
-    Every key up to and including `exhausted` only decrypts, for good; empty: there is none.
+    `steps` are sorted by `last`, and `uses` falls as `last` grows. The first step that covers a key applies to it.
+    Every key up to and including `exhausted` only decrypts from then on; empty: there is none.
     """
 
     steps: tuple[Step, ...] = ()
@@ -238,6 +239,7 @@ class Snapshot:
         self._fd = fd
         self._first_keys = [index[at : at + KEY_BYTES] for at in range(0, len(index), KEY_BYTES)]
         self.recent: tuple[int, bytes] = (-1, b"")
+        """The number and the entries of the block that was read last."""
         self.entries = footer.entries
         self.floors = footer.floors
 
@@ -304,7 +306,7 @@ def _read_end(file_size: int, read: Callable[[int, int], bytes]) -> tuple[_Foote
 
 
 def snapshot_chunks(old: Snapshot | None, totals: Mapping[bytes, int], floors: Floors) -> Iterator[bytes]:
-    """The bytes of a new snapshot, in parts: the entries of the old one merged with `totals`. The larger count holds.
+    """The bytes of a new snapshot, in parts: the entries of the old one merged with `totals`; the larger count is kept.
 
     Memory is bounded by `totals`. A damaged block of the old snapshot becomes a spent range of the new one.
     """
@@ -325,6 +327,7 @@ def snapshot_chunks(old: Snapshot | None, totals: Mapping[bytes, int], floors: F
 
 
 def _merged_runs(old: Snapshot | None, totals: Mapping[bytes, int], damaged: list[SpentRange]) -> Iterator[bytes]:
+    """The sorted entries of the new snapshot, in runs. Adds the range of each damaged block to `damaged`."""
     keys = sorted(totals)
     # The range of the last block has no end, so keys are left after the loop only if there is no block.
     taken = 0

@@ -45,9 +45,9 @@ from minikms.sync import sync_data
 JOURNAL_NAME: Final = "kms-leases"
 SNAPSHOT_NAME: Final = "kms-leases.snapshot"
 JOURNAL_RECORDS_MERGE: Final = 32_768
-"""A journal with so many records is merged into the snapshot (1 MiB; about 30 ms to read at start)."""
+"""A journal with this many records is merged into the snapshot (1 MiB; about 30 ms to read at start)."""
 JOURNAL_RECORDS_MAX: Final = 4 * JOURNAL_RECORDS_MERGE
-"""A journal with so many records, since merges fail, takes no more."""
+"""A journal takes no more records than this; it grows so far only while merges fail."""
 JOURNAL_BYTES_MAX: Final = HEADER_BYTES + RECORD_BYTES * (JOURNAL_RECORDS_MAX + GROUP_RECORDS_MAX)
 MERGE_RETRY_RECORDS: Final = JOURNAL_RECORDS_MERGE // 8
 
@@ -104,7 +104,7 @@ class LeaseStore:
 
     @staticmethod
     def rebuild(directory: int, newest: bytes) -> None:
-        """Writes both files anew after a loss: every key up to `newest` only decrypts from then on.
+        """Writes both files again after a loss: every key up to `newest` only decrypts from then on.
 
         `newest` is the largest key id (16 bytes) of the data directory. Raises StorageUnavailableError.
         """
@@ -130,8 +130,8 @@ class LeaseStore:
         return self._floors.is_exhausted(key)
 
     def reserve(self, wanted: Sequence[tuple[bytes, int]]) -> list[int]:
-        """Reserves uses: for each key (16 bytes) a lease of so many, at most LEASE_USES_MAX. Returns the uses that were
-        reserved for each, fewer where the key reaches its limit; 0: it only decrypts.
+        """Reserves uses: for each key (16 bytes) a lease of this size, at most LEASE_USES_MAX. Returns the uses that
+        were reserved for each, fewer where the key reaches its limit; 0: it only decrypts.
 
         At most GROUP_RECORDS_MAX leases (ValueError); a key may occur several times. Raises StorageUnavailableError;
         then nothing is reserved.
@@ -172,7 +172,7 @@ class LeaseStore:
 
     def exhaust(self, newest: bytes) -> None:
         """After a restore: every key up to `newest` (16 bytes), the largest key id that may have been used since the
-        backup, only decrypts, for good. Durable on return. Raises StorageUnavailableError.
+        backup, only decrypts from then on. Durable on return. Raises StorageUnavailableError.
         """
         self._merge(self._floors.with_exhausted(newest))
 

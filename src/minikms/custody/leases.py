@@ -34,7 +34,7 @@ CLOSED_LEASES_KEPT: Final = 1 << 20
 GROWTH: Final = 4
 """How many times larger the next lease of an open key is."""
 REFILL_SHARE: Final = 10
-"""A lease with less than one in so many of its uses left is extended in the background."""
+"""A lease is extended in the background when less than 1/REFILL_SHARE of its uses is left."""
 EXTEND_ATTEMPTS_MAX: Final = 16
 _USED_SHIFT: Final = 32
 _LEFT_MASK: Final = (1 << _USED_SHIFT) - 1

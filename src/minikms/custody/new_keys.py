@@ -46,7 +46,7 @@ GROUP_KEYS_MAX: Final = 128
 
 
 class Wanted(NamedTuple):
-    """A key to make. `permit` is called before it is made, and raises to refuse it. Its id sorts after `later_than`."""
+    """A key to make. `permit` is called before, and raises to refuse it. The new id sorts after `later_than`."""
 
     thread_id: str
     purpose: api.Purpose
@@ -108,7 +108,7 @@ class NewKeys:
         """Fresh wrapped keys, each made in the same slot of the arena, or the refusals."""
         created_ns = now_ns()
         at = rfc3339(created_ns)
-        # After a restore the keys up to an id only decrypt. A new key is beyond it, also if the clock was set back.
+        # After a restore the keys up to an id only decrypt. A new key is beyond it, even if the clock was set back.
         first_ms = max(created_ns // 1_000_000, self._leases.first_usable_ms)
         random = os.urandom(KEY_ID_RANDOM_BYTES * len(wanted))
         made: list[DekRecord | MiniKmsError] = []

@@ -11,14 +11,14 @@ A batch has five steps, each durable before the next:
 Invariants:
 - The caller holds the locks of the keys from the first step to the last. One journal is live at a time.
 - Every step that needs space on the disk, except for files of step 4, comes before the first overwrite.
-- After a failure in steps 3 to 5 the files are written anew and renamed, never synced a second time
+- After a failure in steps 3 to 5 the contents are written to new files and renamed; no file is synced a second time
   (`minikms.custody.files`). While that fails too, the journal stays live.
 - A replay never creates a file, never writes a file of a destroyed key, and never replaces a valid content that the
-  journal does not have. It writes every other file of the journal anew, also if the content is equal: a failed sync may
-  have come before.
-- The journal is removed only after the directory of the files was synced, also if no file was written: a file that is
+  journal does not have. It writes every other file of the journal again, even if the content is equal: the sync of that
+  content may have failed.
+- The journal is removed only after the directory of the files was synced, even if no file was written: a file that is
   newer may have been renamed by a process that was killed before it synced the directory.
-- A record that fails its checksum is left out, and no other record suffers from it.
+- A record that fails its checksum is left out; the other records are replayed.
 
 Everything here blocks on the disk. It must never hold an unwrapped key.
 """
@@ -71,7 +71,9 @@ class Rewrap(NamedTuple):
 
     @classmethod
     def make(cls, key_id: str, *, old: bytes, kept: bytes, new: bytes) -> Rewrap:
-        """With its checksum: a worker that computed those of a batch would keep the interpreter from requests."""
+        """A rewrap with its checksum, which is computed here and not in a worker: a worker that computed the checksums
+        of a batch would keep the interpreter from requests.
+        """
         raw_id = key_id_to_bytes(key_id)
         checksum = _checksum(raw_id, old, new) if len(old) == FILE_BYTES else b""
         return cls(key_id, raw_id, old, kept, new, checksum)
@@ -243,7 +245,7 @@ def replay(
         writes.append(FileWrite(file_name(record.key_id), content))
     if set_aside:
         backups.sync()
-    write_files(store.directory_fd, writes)  # also without a write: it syncs the directory
+    write_files(store.directory_fd, writes)  # even without a write: it syncs the directory
     remove_file(directory_fd, NAME)
     return Replayed(len(writes), tuple(set_aside), damaged, tuple(obstructed))
 

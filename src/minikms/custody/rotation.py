@@ -73,7 +73,7 @@ ReadFile = tuple[str, bytes | MiniKmsError]
 
 
 class Pace(NamedTuple):
-    """How a rotation shares the event loop: after so many `keys` it gives requests a turn and `pause_seconds`."""
+    """How a rotation shares the event loop: after `keys` keys it gives requests a turn and waits `pause_seconds`."""
 
     keys: int
     pause_seconds: float
@@ -236,8 +236,8 @@ class KekRotation:
 
     async def _rewrap_all(self, rotation: keyring.Rotation) -> None:
         await self._run_pass(rotation, self._indexed)
-        # After the removal of a root key the index is not enough: a file of before that somebody put back meanwhile is
-        # wrapped under a KEK that the removed root key opens.
+        # After the removal of a root key the index is not enough: an older file that somebody has put back is wrapped
+        # under a KEK that the removed root key opens.
         reads_all = bool(self._vault.keyring.body.revoking)
         for _ in range(PASSES_MAX):
             if await self.run_pass(rotation, reads_all=reads_all) == 0:
@@ -245,8 +245,8 @@ class KekRotation:
         raise StorageUnavailableError("key files under the former KEK version keep appearing")
 
     async def run_pass(self, rotation: keyring.Rotation, *, reads_all: bool = False) -> int:
-        """One pass over the directory; the number of files that were due and readable. `reads_all`: also the files that
-        the index has under the version.
+        """Makes one pass over the directory. Returns the number of files that were due and readable. `reads_all`: it
+        also reads the files that the index has under the version.
 
         Raises StorageUnavailableError; then a part of the files was rewrapped.
         """
@@ -292,7 +292,7 @@ class KekRotation:
             try:
                 while (due := await reading) is not None:
                     reading = asyncio.create_task(self._read_due(key_ids, rotation.to_version))
-                    # What was read while the batch of the key was not yet written is older than its file.
+                    # A content that was read before the batch of its key was written is older than the file.
                     written_late = frozenset().union(*recent)
                     due = [one for one in due if one[0] not in written_late]
                     recent.append({key_id for key_id, _ in due})
@@ -339,7 +339,7 @@ class KekRotation:
         return None
 
     async def _rewrap(self, due: list[ReadFile], to_version: int) -> list[Rewrap]:
-        """The keys to write."""
+        """The changes to write. Raises the errors of `WrapReservation.take`."""
         if not due:
             return []
         await self._vault.wrap_reservation.take(to_version, len(due))
@@ -398,7 +398,7 @@ class KekRotation:
             try:
                 await _run_in(self._disk, lambda: vault.rewraps.write(batch, stamp))
             except Exception as error:
-                # Of any kind: while the journal is live, no batch can be written and no key destroyed.
+                # Any error: while the journal is live, no batch can be written and no key destroyed.
                 if not vault.rewraps.live or not await self._settle(error):
                     raise
             finally:

@@ -35,7 +35,7 @@ from minikms.service.roots import WITH_ROOT
 
 READY: Final = Response(200, b"ready", content_type="text/plain")
 _NUMBER_DIGITS_MAX: Final = 6
-"""Of a number in a query."""
+"""Digits of a number in a query."""
 
 Answer = Reply | Awaitable[Reply]
 
@@ -141,7 +141,7 @@ class Application(AdmittingApplication):
 
     def commit(self) -> bool | None:
         """Ends the turn: drops its ciphers and writes its audit lines. None: it is not over, see `TurnAudit`. If the
-        policy has changed since, its answers are withheld: they may hold plaintext for who has lost the right to it.
+        policy has changed since, its answers are withheld: their callers may no longer read the plaintext in them.
         """
         self._vault.end_turn()
         committed = self._audit.commit_turn()

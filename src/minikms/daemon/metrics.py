@@ -167,11 +167,11 @@ def _add_requests(made: _Page, status: Mapping[str, Any], times: VerbTimes, batc
     http = status["http"]
     made.add("minikms_requests_total", "counter", "Requests that reached a verb.", _labelled("verb", times.requests))
     made.one("minikms_http_requests_total", "counter", "Requests whose head was read.", http["requests"])
-    made.one("minikms_http_refused_total", "counter", "Inputs that were no request.", http["refused"])
+    made.one("minikms_http_refused_total", "counter", "Inputs that were not a request.", http["refused"])
     made.one("minikms_http_connections", "gauge", "Open connections.", http["connections"])
     made.one("minikms_http_connections_max", "gauge", "Connections admitted.", http["connections_max"])
     failures = http["accept_failures"]
-    made.one("minikms_http_accept_failures_total", "counter", "Times that no connection could be accepted.", failures)
+    made.one("minikms_http_accept_failures_total", "counter", "Failures of accept(2).", failures)
     used = {verb: histogram for verb, histogram in times.seconds.items() if any(histogram.counts)}
     made.histograms("minikms_request_seconds", "From the request to the end of the audit write.", "verb", used)
     made.histograms("minikms_batch_items", "Items of a batch.", "verb", batches)
@@ -204,26 +204,28 @@ def _add_rotation(made: _Page, rotation: Mapping[str, Any] | None) -> None:
 
 
 def _add_audit(made: _Page, audit: Mapping[str, Any]) -> None:
-    made.one("minikms_audit_lines_total", "counter", "Lines of the audit log, ever.", audit["head"]["seq"])
+    made.one("minikms_audit_lines_total", "counter", "Lines of the audit log.", audit["head"]["seq"])
     made.one("minikms_audit_writable", "gauge", "1 while the audit log can be written.", audit["writable"])
     made.one("minikms_audit_synced", "gauge", "1 when all of it is on the disk.", audit["synced"])
     dropped = audit["events_dropped"]
-    made.one("minikms_audit_dropped_total", "counter", "Events of requests that were not answered for it.", dropped)
+    made.one("minikms_audit_dropped_total", "counter", "Events that could not be written.", dropped)
     made.one("minikms_audit_segment_bytes", "gauge", "Size of the current segment.", audit["segment_bytes"])
-    made.one("minikms_audit_reserve_bytes", "gauge", "Disk space kept for the end.", audit["reserve_bytes"])
+    made.one("minikms_audit_reserve_bytes", "gauge", "Disk space reserved for its last lines.", audit["reserve_bytes"])
 
 
 def _add_policy(made: _Page, policy: Mapping[str, Any], refusals: Mapping[str, int]) -> None:
     by_reason = {reason: refusals.get(reason, 0) for reason in POLICY_REFUSALS}
-    made.add("minikms_policy_refusals_total", "counter", "What the policy refused.", _labelled("reason", by_reason))
+    made.add("minikms_policy_refusals_total", "counter", "Refusals by the policy.", _labelled("reason", by_reason))
     made.one(
         "minikms_policy_generation", "gauge", "Rises with each policy; 0 without one.", policy.get("generation", 0)
     )
-    made.one("minikms_policy_age_seconds", "gauge", "Since the policy was read.", policy.get("age_seconds", 0))
+    made.one(
+        "minikms_policy_age_seconds", "gauge", "Seconds since the policy came into force.", policy.get("age_seconds", 0)
+    )
     failed = bool(policy.get("last_error"))
     made.one("minikms_policy_reload_failed", "gauge", "1 while the file on disk is not in force.", failed)
     exhausted = policy.get("budgets_exhausted", 0)
-    made.one("minikms_policy_budgets_exhausted", "gauge", "Hour budgets that refuse requests now.", exhausted)
+    made.one("minikms_policy_budgets_exhausted", "gauge", "Hourly budgets that refuse requests now.", exhausted)
 
 
 def _add_process(made: _Page, status: Mapping[str, Any]) -> None:
@@ -235,5 +237,5 @@ def _add_process(made: _Page, status: Mapping[str, Any]) -> None:
     made.one(
         "minikms_up", "gauge", "1 when it serves, 0 while only status and metrics answer.", status.get("status") == "ok"
     )
-    made.one("minikms_uptime_seconds", "gauge", "Since the start.", status["uptime_seconds"])
+    made.one("minikms_uptime_seconds", "gauge", "Seconds since the start.", status["uptime_seconds"])
     made.one("minikms_warnings", "gauge", "Warnings in /status.", len(status["warnings"]))

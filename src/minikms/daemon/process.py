@@ -59,7 +59,7 @@ GC_THRESHOLDS: Final = (100_000, 20, 50)
 """
 SWITCH_SECONDS: Final = 0.001
 """How long a thread keeps the interpreter while another thread waits for it. Worker threads make many short calls, and
-under load wait so long after each of them; Python's default is 5 ms.
+under load wait that long after each of them; Python's default is 5 ms.
 """
 
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)

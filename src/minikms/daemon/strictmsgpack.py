@@ -4,7 +4,7 @@ Owns: decoding a request body into an array type of `minikms.api.msgpack`. Invar
 - A body is one array with the members of its type, each of the declared type: no more members, no byte after it.
 - Nothing is allocated by a length that the body only declares: msgspec checks that the bytes are there, and the number
   of items is compared with its bound before the first one is decoded.
-- Error texts may name the place of a value by its index; they never show one, and are truncated.
+- Error texts may name the place of a value by its index; they never show a value, and are truncated.
 - `body` is not copied as a whole; each value becomes one object.
 """
 
@@ -23,11 +23,11 @@ R = TypeVar("R", bound=api.Request)
 _ARRAY_16: Final = 0xDC
 _ARRAY_32: Final = 0xDD
 _HEADER_BYTES: Final = 5
-"""Of the longest array header."""
+"""Length of the longest array header."""
 
 
 class Decoder(Generic[R]):
-    """Of one verb's requests."""
+    """Decodes the requests of one verb."""
 
     def __init__(self, kind: type[R]) -> None:
         self._decode = msgspec.msgpack.Decoder(api.array_form(kind)).decode

@@ -187,7 +187,7 @@ def parse(data: bytes, key_id: str) -> DekRecord:
 
 
 def id_in(content: bytes) -> str:
-    """The key id with which a record begins, also if the rest of it is damaged; empty if it does not begin with one."""
+    """The key id with which a record begins, even if the rest of it is damaged; empty if it does not begin with one."""
     match = _ID_FIRST.match(content)
     return match[1].decode("ascii") if match else ""
 

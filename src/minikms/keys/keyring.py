@@ -52,7 +52,7 @@ VERSION_MAX: Final = 2**32
 """Exclusive bound of the numbers of KEKs, audit keys and keyring keys."""
 SLOTS_MAX: Final = 16
 ROOT_TEST_DAYS_MAX: Final = 90
-"""A root key counts as tested for so long."""
+"""Days for which a root key counts as tested."""
 KEKS_OPEN_COUNT_MAX: Final = 64
 """KEK versions that are not destroyed. Each takes a slot of the arena."""
 AUDIT_KEYS_COUNT_MAX: Final = 1024

@@ -5,7 +5,7 @@ of its destruction. The keyring's body holds the number of records and the SHA-2
 so a destruction changes the keyring by a few bytes, however many there were before.
 
 Invariants: records are only added, and each is bound to the keyring and to every record before it. Its tag is an HMAC
-under the tombstone key, so a record that the keyring does not count yet is known to be genuine. Fewer records than the
+under the tombstone key, which authenticates a record that the keyring does not count yet. Fewer records than the
 keyring counts, or other ones, are refused. It must never do I/O, nor take a record without a valid tag beyond those
 that the keyring counts.
 """
@@ -73,7 +73,7 @@ class Chain:
         self.count += len(records) // RECORD_BYTES
 
     def append(self, mac_key: memoryview, stones: Iterable[Tombstone]) -> bytes:
-        """Adds new records; their bytes."""
+        """Adds new records under the tombstone key `mac_key`; returns their bytes, RECORD_BYTES each."""
         made = bytearray()
         for stone in stones:
             body = stone.key + stone.unix_s.to_bytes(8, "big")
@@ -83,7 +83,7 @@ class Chain:
         return bytes(made)
 
     def is_next(self, mac_key: memoryview, record: bytes) -> bool:
-        """Whether the record was made to follow the last one."""
+        """Whether the tag of the record, RECORD_BYTES, is valid after the last record of the chain."""
         body = record[:-TAG_BYTES]
         return hmac.compare_digest(self._tag(mac_key, body), record[-TAG_BYTES:])
 
@@ -108,6 +108,7 @@ class ReadTombstones(NamedTuple):
         return keys_of(self.content)
 
     def stones(self) -> list[Tombstone]:
+        """The records of `content`, in their order."""
         data = self.content
         return [
             Tombstone(data[at : at + KEY_BYTES], int.from_bytes(data[at + KEY_BYTES : at + 24], "big"))

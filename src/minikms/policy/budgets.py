@@ -27,7 +27,7 @@ from minikms.errors import StartError
 
 WINDOW_MS: Final = 3_600_000
 BLOCK_SHARE: Final = 100
-"""A block is one in so many of its limit."""
+"""A block is 1/BLOCK_SHARE of its limit."""
 
 Kind = Literal["decrypts", "reencrypts"]
 KINDS: Final[tuple[Kind, ...]] = ("decrypts", "reencrypts")
@@ -66,7 +66,7 @@ class Clock:
 
 
 class Block(NamedTuple):
-    """A closed block: so many uses, the last of them at this time."""
+    """A closed block: its number of uses, and the time of the last one."""
 
     uses: int
     last_ms: int
@@ -125,7 +125,7 @@ class Budget:
         return not self._closed and not self._size and not self.reserving
 
     def covers(self, uses: int, limit: int, now_ms: int) -> bool:
-        """Whether `take` may follow: the open block is durable and holds so many, and the limit allows them."""
+        """Whether `take` may follow: the open block is durable and has room for `uses`, and the limit allows them."""
         return self.used(now_ms) + uses <= limit and self._left >= uses and not self.reserving
 
     def take(self, uses: int, now_ms: int) -> None:
@@ -134,8 +134,8 @@ class Budget:
         self._last_ms = now_ms
 
     def wait_ms(self, uses: int, limit: int, now_ms: int) -> int:
-        """0 if the limit allows so many uses now. Else how long until it does, if nobody else uses the budget: at most
-        WINDOW_MS, also for more uses than the limit.
+        """Milliseconds until the limit allows `uses`, if nobody else uses the budget; 0: now. At most WINDOW_MS, even
+        for more uses than the limit.
         """
         excess = self.used(now_ms) + uses - limit
         if excess <= 0:
@@ -149,7 +149,7 @@ class Budget:
         return max(1, self._last_ms + WINDOW_MS - now_ms)  # an open block that is being replaced may be older
 
     def next_block(self, uses: int, limit: int, now_ms: int) -> Opening | None:
-        """The block to open for so many uses, or for as many as the limit allows; None: a larger one is open."""
+        """The block to open for `uses`, or for as many as the limit allows; None: the open one has as much left."""
         room = limit - self.used(now_ms)
         size = min(room, max(uses, limit // BLOCK_SHARE, 1))
         return Opening(size, self._left, now_ms) if size > self._left else None

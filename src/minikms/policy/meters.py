@@ -46,7 +46,7 @@ PRINCIPALS_COUNT_MAX: Final = 4096
 SWEEP_MS: Final = 10_000
 """A full table is searched for accounts that are as new at most once in this time."""
 REWRITE_BYTES_MIN: Final = 1024 * 1024
-"""The file is written anew once so much was added to it, and as much as it had before."""
+"""The file is written again once this many bytes, and as many as it had before, were added to it."""
 ALL: Final = "*"
 """The holder of an account that all principals of a grant or a proxy share."""
 OTHERS: Final = "+"

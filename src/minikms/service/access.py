@@ -231,7 +231,7 @@ class ScopedKeys:
         return _Decision(tuple(allowed), thread_id) if len(allowed) == len(roles) else None
 
     def _count_refused_key(self) -> None:
-        """One reason for unknown keys and for those out of scope: who may read metrics must not learn which it was."""
+        """One reason for unknown keys and for those out of scope: a reader of metrics must not learn which it was."""
         if self._not_counted is None:
             self._access.refusals["unknown_key"] += 1
         else:

@@ -398,7 +398,7 @@ def _reply(answer: object) -> Reply:
 async def _act_charged(
     charged: ExitStack, waiting: Awaitable[None], act: Callable[[], A | Reply | Later], keys: ScopedKeys
 ) -> A | Reply:
-    """Acts once the charge is durable. The policy may have changed meanwhile: `keys` decides anew."""
+    """Acts once the charge is durable. The policy may have changed meanwhile: `keys` decides again."""
     with charged:
         await waiting
         keys.refresh()

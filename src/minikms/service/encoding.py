@@ -40,16 +40,16 @@ Outcomes = Sequence[bytes | RefusedItem]
 
 
 ReadBytes = Callable[[Any, int, str], bytes]
-"""The bytes of a field, of at most so many bytes; the text names the field in an error. Raises InvalidRequestError,
-TooLargeError.
+"""Reads a field: its value, the largest number of bytes, and its name for an error. Returns the bytes. Raises
+InvalidRequestError, TooLargeError.
 """
 
 
 class Encoding(NamedTuple):
     """How one request is read and answered.
 
-    read: the bytes of a field. items: the answer with the outcomes of a batch; the text is the member that holds a
-    value. answer: of another struct.
+    read: the bytes of a field. items: the answer to a batch, from its outcomes and the name of the member that holds a
+    value. answer: the answer from any other struct.
     """
 
     read: ReadBytes
@@ -58,6 +58,7 @@ class Encoding(NamedTuple):
 
 
 def encoding_of(request: api.Request) -> Encoding:
+    """The encoding in which the request came, which is that of its answer."""
     return _MSGPACK if api.is_array_form(request) else JSON
 
 

@@ -51,7 +51,7 @@ REVOCATION_RETRY_SECONDS: Final = 5.0
 REPLACEABLE_PROVIDERS: Final = frozenset(("file", "environment", "request", "dev"))
 """Root keys of other providers are not files or variables that an operator could exchange for a key in a request."""
 ROTATIONS_KEPT: Final = 5
-"""The backups of so many rotations are kept."""
+"""Number of the newest rotations whose backups are kept."""
 
 RootRewriter = Callable[[SecretSlot], Awaitable[None]]
 
@@ -295,8 +295,8 @@ class KekVerbs:
     async def _write_until_done(self, what: str, facts: dict[str, str | int], *, detail: str = "") -> None:
         """Writes a line about what the daemon did by itself, and tries again until the log can be written.
 
-        When an attempt fails, nobody waits longer for a rotation that is done: while the log can't be written, the
-        answer to who waits fails.
+        When an attempt fails, the requests that wait for the rotation wait no longer: while the log can't be written,
+        their answers fail.
         """
         written = False
         while not written:
@@ -348,7 +348,7 @@ class KekVerbs:
             try:
                 answer = await self._pruning.prune(backups=backups, before=before, permit=permit)
             except MiniKmsError:
-                # Some may be destroyed all the same. With the epoch in the log, no older keyring is accepted.
+                # Some may be destroyed even then. With the epoch in the log, no older keyring is accepted.
                 event.facts = {"epoch": self._vault.keyring.body.epoch}
                 raise
         event.facts = {

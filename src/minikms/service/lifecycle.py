@@ -104,14 +104,14 @@ class LifecycleVerbs:
         return self._describe(record)
 
     async def destroy(self, keys: Keys, request: api.DestroyKeyRequest, event: Event) -> api.DestroyKeyAnswer:
-        """Destroys the key and its backups for good; answers a receipt."""
+        """Destroys the key and its backups permanently; answers a receipt."""
         key_id = event.key_id = check_key_id(request.key_id)
         keys.check_destroyable(key_id)
         await self._audit.add_written(another_line(event, "begun"), durable=True)
         try:
             backups_removed = await keys.destroy(key_id)
         except MiniKmsError:
-            # The tombstone may be on disk all the same. With its epoch in the log, no older keyring is accepted.
+            # The tombstone may be on disk even then. With its epoch in the log, no older keyring is accepted.
             event.facts = {"epoch": self._vault.keyring.body.epoch}
             raise
         archives = await self._in_reader(self._archives.may_hold, key_id)

@@ -127,7 +127,7 @@ class Tour:
             log = f"The server's log is in {directory}."
             self._console.print(f"\n[bold red]{self.failed} checks failed.[/bold red] {log}")
             return
-        self._console.print("\n[bold green]Every check held.[/bold green] Run it again: it finds its data and goes on.")
+        self._console.print("\n[bold green]Every check held.[/bold green] Run it again: it continues with this data.")
         self._console.print("The same server, to try the commands above:")
         self.line(f"$ {server_command}", style="cyan")
 
@@ -219,7 +219,7 @@ def _show_record(tour: Tour, server: Server, thread: str) -> tuple[str, bytes]:
     keys = json.loads(server.call("GET", f"/admin/keys?prefix={urllib.parse.quote(prefix)}", admin=True))["keys"]
     key = next(key for key in keys if key.startswith(prefix))
     target = f"/admin/keys/{urllib.parse.quote(key, safe=':')}"
-    tour.step("Look at a message as the disk has it", f"{_curl(server, target, admin=True)} | xxd")
+    tour.step("Look at a message as it is on disk", f"{_curl(server, target, admin=True)} | xxd")
     raw = server.call("GET", target, admin=True)
     key_id, sealed = unpack_sealed(raw)
     for line in hexdump(raw[:DUMPED_BYTES_MAX], plain_bytes=len(raw) - len(sealed)):
@@ -233,7 +233,7 @@ def _show_record(tour: Tour, server: Server, thread: str) -> tuple[str, bytes]:
 def _rotate_kek(tour: Tour, place: Place) -> None:
     socket_path = shlex.quote(str(place.socket))
     tour.step(
-        "Rotate the key-encryption key: every conversation's key is wrapped anew",
+        "Rotate the key-encryption key: every conversation's key is wrapped under the new one",
         f"curl -s --unix-socket {socket_path} -d '{{}}' http://kms/rotate_kek",
     )
     try:
@@ -241,7 +241,7 @@ def _rotate_kek(tour: Tour, place: Place) -> None:
             rotated = kms.rotate_kek()
     except KmsError as error:
         raise DemoError(f"miniKMS did not rotate its key: {error}") from None
-    tour.check(rotated.status == "ok", f"KEK version {rotated.kek_version}; {rotated.rewrapped} keys rewrapped")
+    tour.check(rotated.status == "ok", f"KEK version {rotated.kek_version}; rewrapped keys: {rotated.rewrapped}")
 
 
 def _rotate_dek(
@@ -251,7 +251,7 @@ def _rotate_dek(
     stored_key, before = record
     target, body = "/admin/rotate_thread_dek?wait=true", {"thread_id": thread}
     tour.step(
-        "Rotate the conversation's own key: its messages are encrypted anew", _curl(server, target, body, admin=True)
+        "Rotate the conversation's own key: its messages are re-encrypted", _curl(server, target, body, admin=True)
     )
     new_key = json.loads(server.call("POST", target, body, admin=True))["new_key"]
     after = server.call("GET", f"/admin/keys/{urllib.parse.quote(stored_key, safe=':')}", admin=True)
@@ -269,7 +269,8 @@ def _rotate_dek(
 def _show_status(tour: Tour, place: Place) -> str:
     """Print the main figures. Returns the current head of the audit log, `seq:sig`."""
     tour.step(
-        "Ask the key service how it is", f"curl -s --unix-socket {shlex.quote(str(place.socket))} http://kms/status"
+        "Ask the key service for its status",
+        f"curl -s --unix-socket {shlex.quote(str(place.socket))} http://kms/status",
     )
     status = _kms_status(place.socket)
     measures = status.hardening

@@ -82,5 +82,5 @@ def hexdump(raw: bytes, *, plain_bytes: int) -> Iterator[str]:
     for start in range(0, len(raw), LINE_BYTES):
         line = raw[start : start + LINE_BYTES]
         text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in line)
-        mark = "  <- from here on sealed" if start <= plain_bytes < start + len(line) else ""
+        mark = "  <- encrypted from here on" if start <= plain_bytes < start + len(line) else ""
         yield f"{start:04x}  {line.hex(' '):<{3 * LINE_BYTES}} {text:<{LINE_BYTES}}{mark}"

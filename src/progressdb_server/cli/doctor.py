@@ -33,8 +33,9 @@ def doctor(
     """Ask the running server what is wrong: whether it takes writes, whether its key service works, and which active
     keys no thread names (of creates that were refused or interrupted).
 
-    With --repair these keys are retired: they only decrypt from then on. Not on an older copy of the store, whose newer
-    threads it does not know. Exit status: 0 nothing is wrong any more, 1 something is, 2 the server does not answer.
+    With --repair these keys are retired: they only decrypt from then on. Do not use it on an older copy of the store,
+    which does not have the newer threads. Exit status: 0 nothing is wrong now, 1 something is, 2 the server does not
+    answer.
     """
     client = AdminClient.from_config(load_config(addr=addr, db=db, config=config).config)
     page: dict[str, Any] = {"readiness": client.call("GET", "/admin/readiness")}

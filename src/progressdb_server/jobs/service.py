@@ -63,8 +63,9 @@ _log = structlog.get_logger("progressdb.jobs")
 
 
 class Due(msgspec.Struct, frozen=True):
-    """A key is due when it is at least this old, has at least so many uses, or is under this KEK version; None: never
-    for that reason. One that encrypts no more is not due for its uses: its thread gets another key at its next write.
+    """A key is due when it is at least `age_s` old, has at least this many `uses`, or is under this KEK version; None:
+    never for that reason. A key that encrypts no more is not due for its uses: its thread gets another key at its next
+    write.
     """
 
     age_s: int | None = None
@@ -121,8 +122,8 @@ class Jobs:
         for page in self.table.pages():
             for job in page:
                 if job.unfinished and job.thread in self._threads:
-                    # The disk reported an error for this row's write and took it all the same; then another job was
-                    # begun.
+                    # The disk reported an error for the write of this row and stored it nevertheless; then another job
+                    # was begun.
                     twin = changed(job, keying=False, reason="begun twice")
                     await self.table.store(self.table.row(job.id), move(twin, "cancel"))
                 elif job.unfinished:

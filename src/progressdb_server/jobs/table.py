@@ -37,11 +37,13 @@ class PendingRow(NamedTuple):
 
 
 class JobTable:
+    """The jobs of a store. `now_ns`: the wall clock, Unix nanoseconds."""
+
     def __init__(self, store: Store, now_ns: Callable[[], int]) -> None:
         self._store = store
         self.now_ns = now_ns
         self.changes = 0
-        """Number of rows that this process has added or changed, without removals."""
+        """How often this process has added or changed a row; removals do not count."""
         self._change_made: asyncio.Future[None] | None = None
         self._by_thread: dict[str, set[str]] = {}
         """Thread → ids of its jobs; complete once `_all_known`."""
@@ -74,7 +76,7 @@ class JobTable:
             self._all_known = True
         found: list[Job] = []
         for job_id in sorted(self._by_thread.get(thread, ())):
-            with contextlib.suppress(JobNotFoundError):  # its row was never written
+            with contextlib.suppress(JobNotFoundError):  # the write of its row failed
                 found.append(self.get(job_id))
         return found
 

@@ -54,7 +54,7 @@ READY_POLL_S: Final = 0.03
 WATCH_POLL_S: Final = 0.5
 CHILD_POLL_S: Final = 2.0
 UNANSWERED_MAX: Final = 3
-"""A daemon that leaves so many health checks in a row unanswered hangs. Each check of a child takes at most
+"""A daemon hangs if it leaves this many health checks in a row unanswered. Each check of a child takes at most
 CHILD_POLL_S and HEALTH_TIMEOUT_S."""
 PAUSE_S_MIN: Final = 0.1
 PAUSE_S_MAX: Final = 10.0

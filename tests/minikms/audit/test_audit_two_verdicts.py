@@ -108,7 +108,7 @@ def draw_file(draw: Draw, directory: Path) -> Path:
     return draw.draw(st.sampled_from(files(directory)))
 
 
-# --- alterations of who can write the files ---------------------------------------------------------------------------
+# --- alterations by somebody who can write the files ------------------------------------------------------------------
 
 
 def alter_bytes(draw: Draw, directory: Path, _: Original) -> None:
@@ -178,7 +178,7 @@ def alter_files(draw: Draw, directory: Path, original: Original) -> None:
             compress_closed(str(directory))
 
 
-# --- alterations of who has the keys ----------------------------------------------------------------------------------
+# --- alterations by somebody who has the keys -------------------------------------------------------------------------
 
 
 def alter_events(draw: Draw, directory: Path, _: Original) -> None:

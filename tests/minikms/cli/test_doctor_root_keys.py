@@ -23,7 +23,7 @@ def arena() -> Iterator[SecretArena]:
 
 
 def told(directory: Path, data: bytes, *, days: float = 0) -> list[str]:
-    """What is said of root keys, so many days after their test."""
+    """The findings about root keys, this many days after their test."""
     directory.mkdir(mode=0o700, exist_ok=True)
     (directory / "keyring.json").write_bytes(data)
     now = unix_seconds(keyrings.AT) + days * DAY_SECONDS

@@ -71,7 +71,7 @@ SLICE = {
     "replay": 15,
     "creates": 23,
 }
-"""The normal suite takes every so manieth point."""
+"""The normal suite takes every n-th point."""
 
 
 class Point(NamedTuple):

@@ -51,7 +51,7 @@ class Store:
         return who.post("/decrypt_batch", {"items": [self.item] * items})
 
     def drain(self, who: Caller, items: int, *, tries: int) -> int:
-        """The number of plaintexts of so many batches."""
+        """The number of plaintexts that `tries` batches return."""
         return sum(items for _ in range(tries) if self.decrypt(who, items).status == 200)
 
 

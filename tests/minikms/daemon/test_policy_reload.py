@@ -149,7 +149,7 @@ def held_up(daemon: PolicyDaemon, thread: str, calls: str) -> Iterator[None]:
 
 
 def test_a_reload_does_not_wait_for_listings(public: Path) -> None:
-    """Otherwise who is being revoked could hold up the revocation with listings on many connections."""
+    """Otherwise a caller whose rights are being revoked could delay that with listings on many connections."""
     listing = grant(f"uid:{USER}", roles='["monitor"]')
     with PolicyDaemon(public, ROOT_GRANT + listing) as daemon:
         daemon.new_key("mine-1")

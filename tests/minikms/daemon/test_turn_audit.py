@@ -97,7 +97,7 @@ def test_a_turn_whose_lines_were_written_early_succeeds(audit: TurnAudit) -> Non
 
 
 def _durable(audit: TurnAudit, count: int) -> list[asyncio.Task[None]]:
-    """So many durable lines, added in one step of the event loop."""
+    """Adds `count` durable lines in one step of the event loop."""
     event = Event(type="create_dek", actor="peer_uid:1")
     return [
         asyncio.ensure_future(audit.add_written(msgspec.structs.replace(event), durable=True)) for _ in range(count)

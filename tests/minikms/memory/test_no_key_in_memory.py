@@ -109,7 +109,7 @@ def use_mixed(client: Client, key_ids: list[str], count: int, seed: int = 1) -> 
 
 
 def use_batches_in_json(socket_path: Path, key_ids: list[str], count: int) -> None:
-    """What programs send that do not know MessagePack, which the clients send: `count` batches, there and back."""
+    """Sends `count` batches there and back in JSON, as programs do that do not use the clients."""
     connection = UnixConnection(socket_path)
 
     def answered(target: str, items: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -34,7 +34,7 @@ limits_total = {{ {proxy} }}
 
 
 def passing(machine: Machine, name: str, times: int, decrypts: int = 0) -> int:
-    """How many of so many requests pass, each of them ended before the next."""
+    """How many of `times` requests pass; each ends before the next begins."""
     passed = 0
     for _ in range(times):
         (found,) = machine.charge((name, decrypts))

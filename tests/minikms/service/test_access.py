@@ -526,7 +526,7 @@ def test_a_listing_shows_what_the_policy_allows_when_the_files_are_read(tmp_path
 
 
 def test_samples_of_a_rotation_need_the_rights_of_a_check(tmp_path: Path) -> None:
-    """Otherwise who may rotate could try ciphertexts of any thread."""
+    """Otherwise a caller who may rotate could try ciphertexts of any thread."""
 
     async def main() -> None:
         policy = EVERYBODY + grant(3, '["mine-*"]') + '[[grant]]\nprincipals = ["uid:4"]\nroles = ["rotate"]\n'

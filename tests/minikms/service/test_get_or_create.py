@@ -191,7 +191,7 @@ def changed_leases(directory: Path) -> Iterator[LeaseStore]:
 def test_a_key_that_only_decrypts_gets_a_successor(
     tmp_path: Path, exhaust: Callable[[Path, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One, for all who ask, also if the clock was set back. The exhausted key stays active: its own user, who still
+    """All callers get the same one, even if the clock was set back. The exhausted key stays active: its user, who still
     writes under it, learns from `key_exhausted` that it needs another one.
     """
     directory = tmp_path / "d"

@@ -1,4 +1,4 @@
-"""The viewer's door: who gets in, for how long, and what a form of another site can do."""
+"""Sessions of the viewer: who gets one, for how long, and what a form of another site can do."""
 
 from __future__ import annotations
 

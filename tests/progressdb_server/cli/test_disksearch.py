@@ -60,4 +60,4 @@ def test_a_directory_that_cannot_be_read_is_an_error_and_not_clean(tmp_path: Pat
 def test_a_dump_marks_where_the_sealed_part_begins() -> None:
     lines = list(hexdump(b"readable" + os.urandom(30), plain_bytes=8))
     assert lines[0].startswith("0000  72 65 61 64 61 62 6c 65")
-    assert [("sealed" in line) for line in lines] == [True, False, False]
+    assert [("encrypted" in line) for line in lines] == [True, False, False]

@@ -77,7 +77,7 @@ def test_a_post_into_another_s_thread_needs_membership_and_stores_nothing() -> N
 
 
 def test_who_never_was_a_member_is_shut_out_by_a_removal_too() -> None:
-    """He neither posts under the rule of 0.1, nor joins by a message of a backend, until he is added."""
+    """They neither post under the rule of 0.1, nor join by a message of a backend, until they are added."""
 
     async def run(store: Conversations) -> None:
         store.rule = "open"

@@ -9,9 +9,9 @@ Invariants:
 - A signature that is present is verified, whatever the role. No query or body overrides a verified user.
 - A key is in no repr, no error text and no log.
 - A caller is identified before a token is taken: nobody uses up the tokens of another key or user. A refused caller
-  takes a token of his address, from a table of its own. Probes of health and readiness take none.
+  takes a token of its address, from a separate table. Probes of health and readiness take none.
 - A forwarded address is believed only from a proxy that the configuration names, and only for the rates by address:
-  the allow list judges the peer of the connection.
+  the allow list is compared with the peer of the connection.
 - A token bucket holds at most `burst` tokens, and every table of clients has a bound.
 
 No I/O, no clock: callers pass the time in, as seconds of a monotonic clock. The module must never know the parameters
@@ -118,6 +118,7 @@ class KeyTable:
         return len(self._entries)
 
     def find(self, presented: bytes) -> Principal | None:
+        """The principal of a presented key; None if no configured key is equal to it."""
         digest = hashlib.sha256(presented).digest()
         found = None
         for expected, principal in self._entries:
@@ -237,7 +238,7 @@ class TokenBucket:
 
 
 def address_group(address: str) -> str:
-    """What shares one bucket: an IPv4 address, or the /64 from which one IPv6 host can choose its addresses."""
+    """The addresses that share one bucket: an IPv4 address, or the /64 from which an IPv6 host can choose addresses."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -250,8 +251,8 @@ def address_group(address: str) -> str:
 
 
 class RateBuckets:
-    """A token bucket for each caller. In a full table, a bucket that has filled up again makes room, because nothing is
-    lost with it; while there is none, all callers without a bucket share one."""
+    """A token bucket for each caller. In a full table, the least recently used bucket makes room if it is full again,
+    because a new one is equal to it; otherwise all callers without a bucket share one."""
 
     def __init__(self, rps: float, burst: int, *, count_max: int) -> None:
         self._rps = rps
@@ -296,7 +297,7 @@ class RateBuckets:
 OPEN_PATHS: Final = frozenset({"/", "/healthz", "/readyz", "/openapi.yaml", "/docs", "/viewer"})
 PROBE_PATHS: Final = frozenset({"/healthz", "/readyz"})
 """Paths that take no token of a rate, so that a monitor behind the address of many clients always gets its answer. Each
-answer is cheap: what `/readyz` asks is asked once for all callers."""
+answer is cheap: `/readyz` asks the disk and the key service once for all callers."""
 _OPEN_PREFIXES: Final = ("/docs/", "/viewer/")
 """Paths that need no key: documentation, and the viewer, which has its own login."""
 _USER_PATHS: Final = ("/v1/messages", "/v1/threads")
@@ -383,8 +384,8 @@ class Proxies:
 
     def client(self, peer: str, headers: Sequence[tuple[bytes, bytes]]) -> str:
         """The address for which the peer of a connection speaks: its own, unless it is a named proxy. Then it is the
-        last address of `X-Forwarded-For`; while that is a named proxy too, the one before it. What stands further left
-        was written by the client."""
+        last address of `X-Forwarded-For`; while that is a named proxy too, the one before it. The client may have
+        written the addresses further left."""
         if peer not in self:
             return peer
         stated = b",".join(value for name, value in headers if name == head.FORWARDED_FOR)

@@ -55,9 +55,8 @@ def bind(address: str, port: int) -> socket.socket:
             (str(name[0]), int(name[1])), family=socket.AddressFamily(family), backlog=BACKLOG_COUNT
         )
     except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {address}:{port}: {error.strerror or error}; choose another address with --addr"
-        ) from None
+        reason, _, _ = (error.strerror or str(error)).partition(" (while")  # create_server appends the address
+        raise ConfigError(f"cannot listen on {address}:{port}: {reason}; choose another address with --addr") from None
 
 
 def check_tls(tls: Tls) -> None:

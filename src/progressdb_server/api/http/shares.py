@@ -68,7 +68,7 @@ class Shares:
 
     # --- bodies ---------------------------------------------------------------------------------------------------
     def take(self, charges: Charges, count: int) -> bool:
-        """Take so many bytes from the budget and from each share. Takes none and returns False if one is used up."""
+        """Take `count` bytes from the budget and from each share. Takes none and returns False if one is used up."""
         used = self._used_bytes
         if self.bodies_bytes + count > self._budget_bytes:
             return False
@@ -118,8 +118,8 @@ class BodyAccount:
         return (*self._of_address(), ((principal.number, user), limits.USER_BODIES_SHARE))
 
     def grow_to(self, count: int) -> bool:
-        """The body has so many bytes. Returns False if they do not fit."""
-        count = min(count, limits.REQUEST_BYTES_MAX)  # of a longer one nothing more is kept
+        """The body has `count` bytes so far. Returns False if they do not fit."""
+        count = min(count, limits.REQUEST_BYTES_MAX)  # the rest of a longer body is not kept
         if count > self._bytes:
             if not self._shares.take(self._charges, count - self._bytes):
                 return False
@@ -127,7 +127,7 @@ class BodyAccount:
         return True
 
     def identify(self, principal: Principal, user: str | None) -> bool:
-        """Charge the caller, who is known now. Returns False if his share is used up."""
+        """Charge the caller, who is known now. Returns False if its share is used up."""
         count = self._bytes
         self.close()
         self._charges = self._of(principal, user)

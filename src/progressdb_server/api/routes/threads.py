@@ -1,8 +1,8 @@
 """Threads: create, list, read, rename, delete, and their members.
 
 Owns: the JSON of a thread and of its members as clients send it, and who may see and change a thread. Invariants: only
-the author of a thread reads, renames or deletes it; only he, a backend and an admin see and change its members; a
-deleted thread does not exist for anyone but an admin.
+the author of a thread reads, renames or deletes it; only that author, a backend and an admin see and change its
+members; a deleted thread does not exist for anyone but an admin.
 """
 
 from __future__ import annotations
@@ -329,7 +329,7 @@ def operations(store: ConversationStore) -> tuple[Operation, ...]:
             THREAD_MEMBERS,
             threads.remove_member,
             tag="threads",
-            summary="Remove somebody, member or not, who then neither posts nor reads until he is added",
+            summary="Remove somebody, member or not, who then can't post or read until added again",
             status=204,
             parameters=(
                 *CALLER,

@@ -20,7 +20,7 @@ PAGE_THREADS: Final = 50
 PAGE_MESSAGES: Final = 50
 VERSIONS_MAX: Final = 200
 KEY_PAGES_MAX: Final = 4
-"""At most so many pages of a thread's keys are read. A record under a key on a later page is shown with the key's id
+"""At most this many pages of a thread's keys are read. A record under a key on a later page is shown with the key's id
 only."""
 
 

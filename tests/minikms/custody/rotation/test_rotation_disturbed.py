@@ -489,7 +489,7 @@ def test_a_key_with_the_highest_version_stays_as_it_is(tmp_path: Path) -> None:
 def test_a_file_that_is_put_back_is_rewrapped_after_a_root_was_removed(
     tmp_path: Path, root_removed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody restores a key's file of before, behind the pass that rewrapped it. The removed root key opens it."""
+    """Somebody puts an older file of a key back after the pass that rewrapped it. The removed root key opens it."""
     real = KekRotation.run_pass
     formers: dict[Path, bytes] = {}
 

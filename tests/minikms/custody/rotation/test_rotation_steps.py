@@ -114,7 +114,7 @@ def test_keys_retired_or_destroyed_during_a_rotation_stay_so(tmp_path: Path) -> 
 
 
 def test_a_root_that_is_being_added_is_not_rotated_to(tmp_path: Path) -> None:
-    """Who comes second is refused, also if both began before either was on disk."""
+    """The second request is refused, even if both began before either was on disk."""
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:

@@ -1,4 +1,4 @@
-"""A destruction that failed half-way has changed the keyring: its line tells the epoch, as that of a whole one does."""
+"""A destruction that failed half-way has changed the keyring: its audit line has the epoch, as after a success."""
 
 from __future__ import annotations
 
