@@ -25,7 +25,7 @@ README = (PROJECT / "README.md").read_text("utf-8")
 ORDINARY_UID = 45_679
 DESCRIPTORS_MAX = 1024
 """The soft limit of open files that a shell has on most systems."""
-PASTED_S_MAX = 200.0
+PASTED_S_MAX = 400.0
 STAMP = ".venv/.installed"
 
 OF_MAKE = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "ARGS", "PYTHON", "VENV", "WORKERS"}

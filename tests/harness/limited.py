@@ -133,14 +133,12 @@ class Limited:
         return task
 
 
-def _boot_ms() -> int:
-    return time.monotonic_ns() // 1_000_000
-
-
 @asynccontextmanager
-async def limited(directory: Path, policy: str, *, boot_ms: Callable[[], int] = _boot_ms) -> AsyncIterator[Limited]:
+async def limited(
+    directory: Path, policy: str, *, boot_ms: Callable[[], int] = lambda: 10_000
+) -> AsyncIterator[Limited]:
     """A start under a policy, with all key files read. `policy`: the content of the file, without its version.
-    `boot_ms`: the clock of the limits.
+    `boot_ms`: the clock of the limits. Without it the clock stands still, so that no limit has room again.
     """
     rules = parse_policy(b"version = 1\n" + policy.encode())
     clock = Clock("boot", boot_ms, lambda: time.time_ns() // 1_000_000)

@@ -25,7 +25,7 @@ from minikms.keys import dek
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory import SecretArena
 from tests.harness import decryptor
-from tests.harness.waiting import wait_until
+from tests.harness.waiting import WAIT_S_MAX, wait_until
 
 START_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 60.0
@@ -108,7 +108,8 @@ class LiveDaemon:
                 time.sleep(0.02)
 
     def client(self) -> minikms.Client:
-        return minikms.Client(self.socket, server_uids=self._server_uids)
+        """More patient than a program's: an fsync of a busy disk takes seconds."""
+        return minikms.Client(self.socket, server_uids=self._server_uids, timeout_s=WAIT_S_MAX)
 
     def stop(self) -> None:
         """SIGTERM, and the end that the daemon makes of itself."""

@@ -35,16 +35,16 @@ TOKENS = [
 LIMITS_SHORT = dataclasses.replace(
     LIMITS,
     receive_buffer_bytes=4096,
-    head_seconds_max=1.0,
-    body_seconds_max=1.0,
-    idle_seconds_max=1.0,
-    half_closed_seconds_max=1.0,
+    head_seconds_max=3.0,
+    body_seconds_max=3.0,
+    idle_seconds_max=3.0,
+    half_closed_seconds_max=3.0,
     linger_seconds_max=0.5,
-    write_stall_seconds_max=1.0,
+    write_stall_seconds_max=3.0,
     sweep_seconds=0.1,
     pipelined_requests_max=4,
 )
-CLOSED_SECONDS_MAX = 8.0
+CLOSED_SECONDS_MAX = 60.0
 """Far beyond the limits above: who is still connected then hangs."""
 
 

@@ -46,7 +46,7 @@ def status(server: RealServer, **more: str) -> tuple[int, str]:
 def test_a_spawned_key_service_that_hangs_is_killed_and_another_serves(tmp_path: Path) -> None:
     with real_server(tmp_path) as server:
         assert server("POST", "/v1/messages", {"thread": "t", "author": "ada", "body": 1}).status == 200
-        assert ready(server) == READY
+        wait_until(lambda: ready(server) == READY)
         with Client(server.db / "run" / "minikms.sock") as kms:
             pid = kms.status().pid
         assert isinstance(pid, int)
@@ -60,7 +60,7 @@ def test_a_spawned_key_service_that_hangs_is_killed_and_another_serves(tmp_path:
         with Client(server.db / "run" / "minikms.sock") as kms:
             assert kms.status().pid != pid
         assert server("POST", "/v1/messages", {"thread": "t", "author": "ada", "body": 2}).status == 200
-        assert status(server)[0] == 0
+        wait_until(lambda: status(server)[0] == 0)
         assert not Path(f"/proc/{pid}").exists()
 
 
@@ -71,7 +71,7 @@ def test_a_found_key_service_that_hangs_makes_the_server_not_ready(tmp_path: Pat
     with LiveDaemon(tmp_path / "kms") as kms:
         variables = {"PROGRESSDB_KMS_SOCKET": str(kms.socket), "PROGRESSDB_KMS_SPAWN": "0"}
         with real_server(tmp_path / "server", environment=variables) as server:
-            assert status(server, **variables)[0] == 0
+            wait_until(lambda: status(server, **variables)[0] == 0)
             os.kill(kms.pid, signal.SIGSTOP)
             try:
                 wait_until(lambda: ready(server) == NOT_READY, seconds=HANG_S_MAX)
@@ -105,7 +105,7 @@ def test_a_store_on_a_full_disk_is_not_ready_and_status_says_why(tmp_path: Path,
         place.mkdir()
         (place / "db").symlink_to(small_disk)
         with real_server(place, environment=variables) as server:
-            assert ready(server) == READY
+            wait_until(lambda: ready(server) == READY)
             filler = small_disk / "filler"
             with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:
                 while True:
@@ -118,7 +118,7 @@ def test_a_store_on_a_full_disk_is_not_ready_and_status_says_why(tmp_path: Path,
             assert (reason["ready"], reason["key_service"]) == (False, "")
             filler.unlink()
             wait_until(lambda: ready(server) == READY, seconds=HANG_S_MAX)
-            assert status(server, **variables)[0] == 0
+            wait_until(lambda: status(server, **variables)[0] == 0)
             assert server("POST", "/v1/messages", {"author": "ada", "body": 1}).status == 200
 
 

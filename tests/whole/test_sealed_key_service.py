@@ -47,7 +47,7 @@ def assert_sealed(reply: Reply) -> None:
 def test_it_says_so_and_goes_on_after_the_unseal(tmp_path: Path, kms: LiveDaemon) -> None:
     with real_server(tmp_path / "server", environment=variables(kms)) as server, kms.client() as client:
         assert post(server).status == 200
-        assert server("GET", "/readyz", key=None).status == 200
+        wait_until(lambda: server("GET", "/readyz", key=None).status == 200, seconds=WAIT_S_MAX)
         client.seal()
         for reply in (post(server), messages(server)):
             assert_sealed(reply)

@@ -18,6 +18,7 @@ import pytest
 
 from tests.harness.callers import PolicyDaemon
 from tests.harness.ports import free_port
+from tests.harness.waiting import wait_until
 
 START_S_MAX = 60.0
 SHIPPED = Path(__file__).parents[2] / "deploy" / "policy.toml"
@@ -107,7 +108,7 @@ def test_the_shipped_grant_is_enough_and_its_limit_is_a_503(public: Path) -> Non
         assert "a limit of its policy is used up" in refused.body["error"]
         assert 3000 < int(refused.headers["retry-after"]) <= 3600
         assert progressdb.ask("POST", "/v1/messages", {"thread": thread, "author": "ada", "body": 6}).status == 200
-        assert progressdb.ask("GET", "/readyz").status == 200, "it is ready: writes go on"
+        wait_until(lambda: progressdb.ask("GET", "/readyz").status == 200)  # writes go on
         daemon.write_policy(policy)
         os.kill(daemon.pid, 1)
         deadline = time.monotonic() + START_S_MAX

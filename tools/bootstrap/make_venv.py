@@ -14,12 +14,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 PYTHON_MIN = (3, 11)
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROJECT = os.path.dirname(os.path.dirname(HERE))
 PIP_WHEEL = os.path.join(HERE, "pip-26.3-py3-none-any.whl")
 CONSTRAINTS = os.path.join(HERE, "constraints.txt")
+INSTALL_TRIES = 3
+PAUSE_SECONDS = 5
 PIP_WHEEL_SHA256 = "f3b60b20ffaadd4415ed7957212a38ac63fa4c5fa375bd0f4a797777940fad13"
 
 
@@ -49,6 +52,18 @@ def run(*command: str) -> None:
     status = subprocess.call(command, cwd=PROJECT, stdin=subprocess.DEVNULL)  # noqa: S603 (no shell; paths are our own)
     if status != 0:
         sys.exit(f"failed ({status}): {' '.join(command)}")
+
+
+def install(python: str) -> None:
+    """Install the project and its tools. A registry that does not answer for a moment is asked again."""
+    command = [python, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command += ["--constraint", CONSTRAINTS, "--editable", ".", "--group", "dev"]
+    for _ in range(INSTALL_TRIES - 1):
+        if subprocess.call(command, cwd=PROJECT, stdin=subprocess.DEVNULL) == 0:  # noqa: S603 (no shell; paths are our own)
+            return
+        print("the installation failed; trying again ...", flush=True)
+        time.sleep(PAUSE_SECONDS)
+    run(*command)
 
 
 def described(directory: str) -> str:
@@ -108,8 +123,7 @@ def main() -> None:
     if not said.startswith(place) or not os.path.exists(python):
         make_empty(directory, python)
     print(f"installing the project and its tools into {sys.argv[1]} ...", flush=True)
-    pip_install = (python, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check")
-    run(*pip_install, "--constraint", CONSTRAINTS, "--editable", ".", "--group", "dev")
+    install(python)
     with open(stamp, "w") as file:
         file.write(place + digest)
 

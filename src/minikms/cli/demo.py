@@ -25,7 +25,7 @@ from minikms.usage import EXIT_FAILED, EXIT_GOOD
 if TYPE_CHECKING:
     from rich.console import Console
 
-READY_SECONDS_MAX: Final = 20.0
+READY_SECONDS_MAX: Final = 60.0
 RUN_SECONDS_MAX: Final = 60.0
 NOTE: Final = "the door code is 4711"
 SERVE: Final = "minikms --socket kms.sock --data-dir keys --master-key-file root.key"

@@ -5,8 +5,9 @@ Owns: the arithmetic of a budget, the clock that it goes by, and the lines of `p
 - The blocks that a use of the past 60 minutes came out of never hold more than the limit. So no 60 minutes see more use
   than the limit: a block leaves the window 60 minutes after its last use, and counts as a whole until then.
 - After a restart nobody knows how much of the open block was used. It counts as used at the restart.
-- A change of the wall clock never brings a use forward out of the window while the machine runs. After a boot the wall
-  clock says how much time has passed, and at least as much as since the boot.
+- A change of the wall clock never brings a use forward out of the window while the machine runs. At the first start
+  after a boot the wall clock says how much time has passed, and at least as much as since the boot; the answer is
+  written, so that no later start asks again.
 
 Pure but for `Clock.of_system`: time comes in as milliseconds of a clock that nobody sets. It must never count a use
 whose block is not durable.
@@ -81,7 +82,7 @@ class Blocks(NamedTuple):
     def openings(self) -> list[Opening]:
         """The blocks as openings that `replay` understands: each opening has the time of the last use before it."""
         found: list[Opening] = []
-        last_ms = 0
+        last_ms = self.closed[0].last_ms if self.closed else 0  # before the boot, it is below 0
         for block in self.closed:
             found.append(Opening(block.uses, 0, last_ms))
             last_ms = block.last_ms
@@ -228,8 +229,17 @@ def encode(openings: Mapping[Key, Iterable[Opening]], clock: Clock) -> bytes:
     return b"%08x %b\n" % (zlib.crc32(text), text)
 
 
-def parse(content: bytes, clock: Clock) -> dict[Key, list[Opening]]:
-    """The openings of each budget, in order, with the times of this boot's clock.
+class Written(NamedTuple):
+    """What a file holds: the openings of each budget, in order, with the times of this boot's clock. `is_timed`: all of
+    them were written with these times. Otherwise the wall clock of now gave some of them, and would give others later.
+    """
+
+    openings: dict[Key, list[Opening]]
+    is_timed: bool
+
+
+def parse(content: bytes, clock: Clock) -> Written:
+    """Reads a file.
 
     A last line that is not whole was never acknowledged and does not count. Raises StartError for any other damage.
     """
@@ -244,15 +254,17 @@ def parse(content: bytes, clock: Clock) -> dict[Key, list[Opening]]:
     elif _decoded(last) is not None:
         lines.append(last)
     found: dict[Key, list[Opening]] = {}
+    is_timed = True
     for number, text in enumerate(lines, 2):
         line = _decoded(text)
         if line is None:
             raise damaged(f"is damaged in line {number}")
+        is_timed = is_timed and _is_of_boot(line, clock)
         back_ms = _set_back(line, clock)
         for identity, who, kind, blocks in line.budgets:
             of_budget = found.setdefault(Key(identity, who, kind), [])
             of_budget.extend(Opening(size, returned, back_ms(at_ms)) for size, returned, at_ms in blocks)
-    return found
+    return Written(found, is_timed)
 
 
 def damaged(what: str) -> StartError:
@@ -273,10 +285,14 @@ def _decoded(text: bytes) -> _Line | None:
         return None
 
 
+def _is_of_boot(line: _Line, clock: Clock) -> bool:
+    return bool(line.boot_id) and line.boot_id == clock.boot_id
+
+
 def _set_back(line: _Line, clock: Clock) -> Callable[[int], int]:
     """From a time in the line to the same time on the clock of this boot; it may be negative, but not in the future."""
     now_ms = clock.boot_ms()
-    if line.boot_id and line.boot_id == clock.boot_id:
+    if _is_of_boot(line, clock):
         return lambda at_ms: min(at_ms, now_ms)
     wall_ms = clock.wall_ms() - line.wall_offset_ms
     # The line is of an earlier boot, so it is at least as old as this one.

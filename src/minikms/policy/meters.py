@@ -192,7 +192,9 @@ class Meters:
     """The accounts of a run. `executor`: one thread, in which `file` is used."""
 
     def __init__(self, clock: Clock, file: BlockFile, executor: Executor) -> None:
-        """Reads the file. Raises StartError if it is damaged, StorageUnavailableError if it can't be read."""
+        """Reads the file, and at the first start after a boot writes it with the times of this boot's clock. Raises
+        StartError if it is damaged, StorageUnavailableError if it can't be read or written.
+        """
         self._clock = clock
         self._file = file
         self._executor = executor
@@ -455,13 +457,15 @@ class Meters:
             await loop.run_in_executor(self._executor, self._file.append, line)
             self._appended += len(line)
             return
-        state = {
+        self._written = await loop.run_in_executor(self._executor, self._replace, self._blocks(), line)
+        self._appended = 0
+
+    def _blocks(self) -> dict[Key, Blocks]:
+        return {
             Key(*key, kind): budget.blocks()
             for key, account in self._accounts.items()
             for kind, budget in account.budgets.items()
         }
-        self._written = await loop.run_in_executor(self._executor, self._replace, state, line)
-        self._appended = 0
 
     def _replace(self, state: Mapping[Key, Blocks], line: bytes) -> int:
         """For the executor, because the state may be long: writes all blocks, then the line. Returns the length of the
@@ -478,13 +482,17 @@ class Meters:
         if content is None:
             return
         now_ms = self._clock.boot_ms()
-        for key, openings in parse(content, self._clock).items():
+        written = parse(content, self._clock)
+        for key, openings in written.openings.items():
             account = self._account((key.identity, key.who), is_named=key.who in (ALL, OTHERS))
             try:
                 account.budgets[key.kind].replay(openings, now_ms)
             except ValueError:
                 raise damaged("does not add up") from None
         self._sweep()
+        if not written.is_timed:
+            # A wall clock that is set from now on must not change the age of a use.
+            self._written = self._replace(self._blocks(), b"")
 
 
 def _interval_us(rate: int) -> int:

@@ -40,7 +40,7 @@ from progressdb_server.cli.disksearch import hexdump, search
 from progressdb_server.config import UNIX_PATH_BYTES_MAX
 from progressdb_server.store.record import unpack_sealed
 
-READY_S_MAX: Final = 20.0
+READY_S_MAX: Final = 60.0
 STOP_S_MAX: Final = 15.0
 CALL_TIMEOUT_S: Final = 10.0
 AUTHOR: Final = "ada"

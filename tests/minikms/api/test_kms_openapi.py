@@ -20,7 +20,7 @@ import yaml
 
 from minikms import api
 from tests.harness.live_daemon import LiveDaemon
-from tests.progressdb_server.api.sdk import TEST_S_MAX, environment
+from tests.progressdb_server.api.sdk import PATIENCE, TEST_S_MAX, environment
 
 pytestmark = pytest.mark.timeout(TEST_S_MAX)
 PROJECT = Path(__file__).resolve().parents[3]
@@ -117,7 +117,7 @@ def test_a_running_daemon_conforms_to_the_document_for_random_requests(tmp_path:
 
 def check(tmp_path: Path, run: str, seed: int) -> None:
     configuration = tmp_path / "schemathesis.toml"
-    configuration.write_text(CONFIGURATION)
+    configuration.write_text(PATIENCE + CONFIGURATION)
     program = environment("schemathesis-4.32.5", ("schemathesis==4.32.5",)).with_name("schemathesis")
     (tmp_path / "kms").mkdir()
     with LiveDaemon(tmp_path / "kms") as daemon, tcp_proxy(daemon.socket) as port:

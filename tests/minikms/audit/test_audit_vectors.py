@@ -14,7 +14,7 @@ from tests.minikms.audit import independent_verifier, make_vectors
 from tests.minikms.audit.logmaker import KEY1, KEY2, verify
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def vectors() -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads(make_vectors.VECTORS.read_text("ascii"))
     return loaded

@@ -329,7 +329,7 @@ def test_a_forked_child_uses_no_connection_of_its_parent() -> None:
             pid = os.fork()
         if pid == 0:
             try:
-                signal.alarm(10)
+                signal.alarm(60)
                 os._exit(0 if client.status() == api.StatusAnswer() else 1)
             finally:
                 os._exit(2)

@@ -135,7 +135,7 @@ def test_a_daemon_without_msgpack_serves_every_batch(use: Use) -> None:
                 assert client.decrypt_batch(opened[:1]) == [b"0"]
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(60)
 
 
 @pytest.mark.parametrize(

@@ -452,7 +452,7 @@ def test_the_batches_of_a_rotation_beside_the_scan_are_all_blanked(
 
             monkeypatch.setattr(batch_backups, "list_stamps", slowly)
             scan = asyncio.create_task(one.indexing.run())
-            assert await asyncio.to_thread(listed.wait, 10)
+            assert await asyncio.to_thread(listed.wait, 60)
             await asyncio.to_thread(keep_in_batch, one, [key_id])
             written.set()
             await scan

@@ -18,7 +18,7 @@ from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
 from minikms.errors import StorageUnavailableError
 from tests.minikms.custody.disk_faults import failing_os, flip, key, quick_directory, reserve_leases
 
-KEYS = [key(number * 5) for number in range(12)]
+KEYS = [key(number * 5 + 1) for number in range(12)]  # no key has the id 0, which means "none" in the floors
 
 
 class LeasesAgainstModel(RuleBasedStateMachine):

@@ -257,7 +257,7 @@ def core_of(pid: int, directory: Path) -> Path:
     """A core of the living process, made by a debugger of root's."""
     gcore = needs.program("gcore")
     done = subprocess.run(
-        [gcore, "-a", "-o", str(directory / "core"), str(pid)], capture_output=True, text=True, timeout=60, check=False
+        [gcore, "-a", "-o", str(directory / "core"), str(pid)], capture_output=True, text=True, timeout=240, check=False
     )
     core = directory / f"core.{pid}"
     assert core.exists(), done.stdout + done.stderr

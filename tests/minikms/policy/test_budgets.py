@@ -238,6 +238,49 @@ def test_a_wall_clock_set_ahead_frees_nothing_until_a_reboot() -> None:
     machine.refused("uid:1")
 
 
+def test_a_wall_clock_set_ahead_after_a_boot_frees_nothing() -> None:
+    """The first start after a boot trusts the wall clock. Setting it later must not change the age of a use."""
+    machine = Machine(RULES)
+    machine.passes("uid:1", 100)
+    machine.passes("uid:1", 150)
+    machine.reboot()
+    for ahead_ms in (2 * HOUR_MS, -9 * HOUR_MS, 9 * HOUR_MS):
+        machine.wall_ahead_ms = ahead_ms
+        machine.start()
+        machine.refused("uid:1")
+
+
+def test_restarts_after_a_boot_do_not_delay_when_uses_expire() -> None:
+    machine = Machine(RULES)
+    machine.passes("uid:1", 100)
+    machine.passes("uid:1", 3)  # of the next block, so the one before ended now
+    machine.real_ms += HOUR_MS // 2
+    machine.passes("uid:1", 147)
+    machine.real_ms += HOUR_MS // 4
+    machine.reboot()
+    for _ in range(3):
+        machine.start()
+        machine.refused("uid:1")
+    machine.real_ms += HOUR_MS // 4
+    machine.start()
+    machine.passes("uid:1", 100)
+    machine.refused("uid:1")
+
+
+def test_the_first_start_after_a_boot_needs_a_disk_that_writes() -> None:
+    machine = Machine(RULES)
+    machine.passes("uid:1", 250)
+    machine.disk.fails = 1
+    with pytest.raises(StorageUnavailableError):
+        machine.reboot()
+    before = machine.disk.writes
+    machine.start()
+    assert machine.disk.writes == before + 1
+    machine.start()
+    assert machine.disk.writes == before + 1, "later starts of the same boot write nothing"
+    machine.refused("uid:1")
+
+
 def test_names_behind_a_proxy_bring_no_fresh_budget() -> None:
     """A proxy that invents names, or a thief of many identities, gets what the proxy and the grant get in all."""
     machine = Machine(RULES)

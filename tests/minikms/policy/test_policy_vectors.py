@@ -56,7 +56,7 @@ def test_a_start_counts_what_the_page_says(vector: dict[str, Any]) -> None:
     now_ms = vector["boot_ms"]
     clock = Clock(vector["boot_id"], lambda: vector["boot_ms"], lambda: vector["wall_ms"])
     used: dict[str, int] = {}
-    for key, openings in parse(vector["content"].encode(), clock).items():
+    for key, openings in parse(vector["content"].encode(), clock).openings.items():
         budget = Budget()
         budget.replay(openings, now_ms)
         used[" ".join(key)] = budget.used(now_ms)

@@ -13,6 +13,7 @@ import uvloop
 from progressdb_server.api.http.listener import bind, serve_http
 from progressdb_server.api.http.shares import Shares
 from progressdb_server.config import Server, Tls
+from tests.harness.waiting import WAIT_S_MAX
 from tests.progressdb_server.api.asgi_client import Api
 from tests.progressdb_server.api.real_server import Reply
 
@@ -46,7 +47,7 @@ class HttpServer:
 
     def start(self) -> None:
         self._thread.start()
-        assert self._ready.wait(60)
+        assert self._ready.wait(WAIT_S_MAX)
 
     def ask_to_stop(self) -> None:
         if self._thread.is_alive():
@@ -55,17 +56,17 @@ class HttpServer:
     def join(self) -> None:
         for client in self._clients:
             client.close()
-        self._thread.join(20)
+        self._thread.join(WAIT_S_MAX)
         assert not self._thread.is_alive()
 
-    def connect(self, timeout_s: float = 10) -> socket.socket:
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s)
+    def connect(self) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S_MAX)
         self._clients.append(connection)
         return connection
 
-    def exchange(self, *parts: bytes, timeout_s: float = 10) -> list[Reply]:
+    def exchange(self, *parts: bytes) -> list[Reply]:
         """Send the parts as segments of their own, then read until the server closes or everything is answered."""
-        with self.connect(timeout_s) as connection:
+        with self.connect() as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for part in parts:
                 with contextlib.suppress(ConnectionError):  # refused meanwhile: the answer is read below

@@ -132,6 +132,10 @@ class World:
     def done_job(self) -> str:
         return self.ended(self.begun(self.thread(), records_per_second=0))
 
+    def until_another_waits(self) -> None:
+        """Returns when the server has a request of another thread too."""
+        self.until(lambda: b"requests_in_flight 2.0" in self(Ask("GET", "/metrics")).body)
+
     def order(self, job: str, order: str) -> Reply:
         return self(Ask("POST", f"/admin/jobs/{job}/{order}"))
 
@@ -152,6 +156,7 @@ class World:
             body = {"thread_id": self.thread(), "records_per_second": 0}
             job = str(self(Ask("POST", "/admin/rotate_thread_dek", body)).json["job_id"])
             waiting = other.submit(self, Ask("POST", "/admin/rotate_thread_dek?wait=true", body))
+            self.until_another_waits()
             with self.kms.client() as client:
                 client.destroy_key(self.job(job)["old_key"])
             self.order(one, "cancel")
@@ -471,7 +476,7 @@ def waited_for_cancelled(world: World, operation: str) -> Reply:
     with world.slow_job() as job, ThreadPoolExecutor(1) as other:
         thread = world.job(job)["thread_id"]
         waiting = other.submit(world, Ask("POST", "/admin/rotate_thread_dek?wait=true", {"thread_id": thread}))
-        world.until(lambda: b"requests_in_flight 2.0" in world(Ask("GET", "/metrics")).body)
+        world.until_another_waits()
         world.order(job, "cancel")
         return waiting.result()
 

@@ -18,6 +18,11 @@ INSTALL_TRIES = 2
 """A registry that does not answer once fails no run of the tests."""
 TEST_S_MAX = 900
 """For a test that may have to install, after another worker process has installed something else."""
+PATIENCE = """
+request-timeout = 60.0
+suppress-health-check = ["too_slow"]
+"""
+"""For the configuration of Schemathesis, whose own limits are those of a machine that does nothing else."""
 PROJECT = Path(__file__).resolve().parents[3]
 
 

@@ -127,8 +127,10 @@ def told(call: Any) -> list[Any]:
     return answers
 
 
-def test_the_store_in_memory_answers_as_the_real_one_does(server: RealServer) -> None:
-    real, imagined = told(server), told(Api())
+def test_the_store_in_memory_answers_as_the_real_one_does(tmp_path: Path) -> None:
+    """Both are empty: the story lists threads."""
+    with real_server(tmp_path) as server:
+        real, imagined = told(server), told(Api())
     for step, one, other in zip(STORY, real, imagined, strict=True):
         assert one == other, step
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, signature
 from tests.progressdb_server.api.real_server import RealServer
-from tests.progressdb_server.api.sdk import TEST_S_MAX, environment
+from tests.progressdb_server.api.sdk import PATIENCE, TEST_S_MAX, environment
 from tests.progressdb_server.api.viewer_client import ViewerClient
 
 pytestmark = pytest.mark.timeout(TEST_S_MAX)
@@ -54,7 +54,7 @@ def test_the_document_is_true_of_the_live_server_for_new_requests(server: RealSe
 
 def check(server: RealServer, run: str, tmp_path: Path, seed: int, examples: int) -> None:
     configuration = tmp_path / "schemathesis.toml"
-    configuration.write_text(CONFIGURATION)
+    configuration.write_text(PATIENCE + CONFIGURATION)
     caller, chosen = RUNS[run]
     # The header names the user, because a schema can't say that the query or the body may name it instead.
     headers = {**caller, "X-Identity": "alice"}

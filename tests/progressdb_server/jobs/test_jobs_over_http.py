@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from progressdb_server.jobs.service import RUNNING_MAX
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND
 from tests.progressdb_server.api.real_server import RealServer, real_server
 
@@ -142,13 +143,21 @@ def test_only_an_admin_key_rotates_sees_or_steers(server: RealServer) -> None:
 
 
 def test_events_tell_of_each_change_and_end_with_the_job(server: RealServer) -> None:
+    """The job waits for its turn until the watching has begun."""
+    before = [rotate(server, new_thread(server, 60), records_per_second=1).json["job_id"] for _ in range(RUNNING_MAX)]
     thread = new_thread(server, 300)
     begun = rotate(server, thread, records_per_second=600).json
-    told = server("GET", f"/admin/jobs/{begun['job_id']}/events", key=ADMIN)
-    assert told.headers["content-type"] == "text/event-stream"
-    events = [json.loads(data) for data in re.findall(r"^event: job\ndata: (.*)\n\n", told.body.decode(), re.MULTILINE)]
-    assert len(events) > 1
-    assert events[-1]["status"] == "done"
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("GET", f"/admin/jobs/{begun['job_id']}/events", headers={"X-API-Key": ADMIN})
+    answer = connection.getresponse()
+    assert answer.headers["content-type"] == "text/event-stream"
+    told = answer.readline()
+    for job in before:
+        assert server("POST", f"/admin/jobs/{job}/cancel", key=ADMIN).status == 200
+    told += answer.read()
+    connection.close()
+    events = [json.loads(data) for data in re.findall(r"^event: job\ndata: (.*)\n\n", told.decode(), re.MULTILINE)]
+    assert (events[0]["status"], events[-1]["status"]) == ("queued", "done")
     done = [event["done"] for event in events]
     assert done == sorted(done)
 
@@ -205,7 +214,7 @@ def test_the_commands_rotate_list_show_and_prune(server: RealServer) -> None:
 
 def test_the_commands_steer_a_job(server: RealServer) -> None:
     thread = new_thread(server, 200)
-    begun = command(server, "rotate-dek", thread, "--rate", "50", "--no-wait", "--json")
+    begun = command(server, "rotate-dek", thread, "--rate", "1", "--no-wait", "--json")
     job = json.loads(begun.stdout)["job_id"]
     assert command(server, "jobs", "pause", job).stdout.startswith(f"{thread}: paused")
     again = command(server, "jobs", "pause", job)

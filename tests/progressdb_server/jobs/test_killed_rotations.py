@@ -178,7 +178,7 @@ def test_everything_opens_after_a_kek_rotation_in_the_middle_of_a_job(
 
     async def run(daemon: LiveDaemon) -> Acknowledged:
         acknowledged = await fill(tmp_path, daemon.socket, 300)
-        async with served(tmp_path, daemon.socket, 60) as (_, jobs):  # 5 s, so that the KEK rotation is within them
+        async with served(tmp_path, daemon.socket, 20) as (_, jobs):  # 15 s, so that the KEK rotation is within them
             await jobs.start()
             begun = await jobs.rotate(THREAD)
             while not jobs.table.get(begun.id).done:

@@ -124,7 +124,9 @@ def test_its_log_goes_to_the_servers_and_its_end_is_its_own_doing(directory: Pat
     assert events[-1]["minikms_why"] == "SIGTERM"
 
 
-def test_three_servers_that_start_at_once_use_one_daemon(directory: Path) -> None:
+def test_three_servers_that_start_at_once_use_one_daemon(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "FOUND_S_MAX", WAIT_S)
+
     async def main() -> None:
         supervisors = [Supervisor(options(directory, dev=True)) for _ in range(3)]
         await asyncio.gather(*(supervisor.start() for supervisor in supervisors))

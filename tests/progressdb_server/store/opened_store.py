@@ -55,6 +55,13 @@ def with_store(
     return asyncio.run(run())
 
 
+async def becomes(condition: Callable[[], bool]) -> None:
+    """Returns when the condition holds; TimeoutError if it does not within a minute."""
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
 async def messages_of(
     store: Conversations,
     thread: str,

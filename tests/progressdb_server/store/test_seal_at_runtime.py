@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 
@@ -13,7 +12,7 @@ from progressdb_server.kms.provider import SEALED
 from progressdb_server.store import conversations as room
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import NewMessage, StoreUnavailableError
-from tests.progressdb_server.store.opened_store import messages_of, with_store
+from tests.progressdb_server.store.opened_store import becomes, messages_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 
@@ -46,12 +45,6 @@ class Sealable(SealingProvider):
         answer = api.StatusAnswer(status="sealed") if self.sealed else at_epoch(self.epoch)
         await self.answering.wait()
         return answer
-
-
-async def becomes(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("seen_by", ["a write", "a read", "a look at its epoch"])

@@ -196,7 +196,7 @@ def test_a_cancelled_backup_ends_at_once_and_leaves_nothing(tmp_path: Path, monk
             await write(store, 20)
             monkeypatch.setattr(shutil, "copyfileobj", slowly)
             making = asyncio.create_task(back_up(store, tmp_path / "one"))
-            await asyncio.to_thread(copying.wait, 10)
+            assert await asyncio.to_thread(copying.wait, 60)
             making.cancel()
             await asyncio.sleep(0.05)
             assert not making.done()  # one file is still being copied

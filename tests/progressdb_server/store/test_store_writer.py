@@ -452,7 +452,7 @@ def test_a_write_commits_only_if_the_values_it_read_are_unchanged(
             engine.gate.clear()
             engine.fail_sync = True
             losing = writer.commit(Write(list(lost.items())))
-            await asyncio.sleep(0.001)
+            await turns_of_the_loop()
         read_at, read = writer.group, engine.scan(b"a", b"e", limit=10)
         assert read == sorted({**stored, **(lost or {})}.items())
         if losing is not None:

@@ -28,7 +28,7 @@ from progressdb_server.store.model import (
 )
 from progressdb_server.store.writer import Write
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import keys_of, messages_of, with_store
+from tests.progressdb_server.store.opened_store import becomes, keys_of, messages_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider, to_seal
 
 
@@ -420,14 +420,14 @@ def test_an_older_key_service_that_appears_later_gets_nothing_to_seal(monkeypatc
         await store.start()
         await store.create_message(new(1))
         answer = status(4, 1)
-        await asyncio.sleep(0.05)
+        await becomes(lambda: store.halted is not None)
         calls = provider.calls.total()
         for thread in ("t", "another"):
             with pytest.raises(StoreUnavailableError):
                 await store.create_message(new(2, thread))
         assert provider.calls.total() == calls
         answer = status(6, 1)
-        await asyncio.sleep(0.05)
+        await becomes(lambda: store.halted is None)
         await store.create_message(new(3))
 
     with_store(run, provider=provider)

@@ -83,7 +83,7 @@ class Daemon:
         raise AssertionError(f"the daemon neither serves nor ends: {self.log()}")
 
     def client(self, wait_s: float = 0.0) -> minikms.Client:
-        return minikms.Client(self.base / "s", wait_s=wait_s)
+        return minikms.Client(self.base / "s", timeout_s=DEADLINE_SECONDS, wait_s=wait_s)
 
     def log(self) -> str:
         return (self.base / "log").read_text()
