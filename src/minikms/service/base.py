@@ -25,6 +25,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import msgspec
 from msgspec import UNSET
 
 from minikms import api
@@ -252,7 +253,7 @@ class VerbTable:
         if self._access is None or (verb is api.SEAL and not who.via and who.roles.issuperset(verb.roles)):
             return who
         try:
-            return who._replace(entered=self._access.enter(who, verb))
+            return msgspec.structs.replace(who, entered=self._access.enter(who, verb))
         except LimitExceededError as error:
             self.refused(request_event("" if verb is None else verb.name, who, ""), error)
             raise
