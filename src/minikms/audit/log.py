@@ -159,7 +159,10 @@ class AuditLog:
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def add(self, event: Event) -> None:
-        """Queue an event of this turn. The next `commit` writes or drops it. The caller must not use it again."""
+        """Queue an event of this turn. The next `commit` writes or drops it. The caller must not change it again.
+
+        It may add the same event several times if no text of it needs escaping: each time has a line of its own.
+        """
         if event.facts:
             record.settle_facts(event)
         self._queue.append(event)
