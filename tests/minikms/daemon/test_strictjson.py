@@ -88,6 +88,21 @@ def test_a_repeated_key_anywhere_is_refused(value: dict[str, Any], data: st.Data
         strictjson.decode(MIXED, memoryview(body))
 
 
+@given(_items, st.booleans(), st.booleans(), st.data())
+def test_a_repeated_key_of_one_item_is_refused(
+    value: dict[str, Any], empty: bool, compact: bool, data: st.DataObject
+) -> None:
+    """Also where it adds as few bytes as it can."""
+    key = data.draw(st.sampled_from(sorted(value)))
+    separators = (",", ":") if compact else (", ", ": ")
+    body = json.dumps(value, separators=separators, ensure_ascii=False)
+    repeated = json.dumps({key: "" if empty else value[key]}, separators=separators, ensure_ascii=False)
+    assert _as_plain(strictjson.decode(ITEM, memoryview(body.encode()))) == value
+    for twice in (repeated[:-1] + separators[0] + body[1:], body[:-1] + separators[0] + repeated[1:]):
+        with pytest.raises(InvalidRequestError, match="same key twice"):
+            strictjson.decode(ITEM, memoryview(twice.encode()))
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
