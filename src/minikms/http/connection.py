@@ -51,6 +51,7 @@ _TURN: Final = 4
 _CLOSING: Final = 8
 """The last answer is queued or sent."""
 
+_IDLE: Final = Phase.IDLE
 _LARGE_ANSWER_BYTES: Final = 64 * 1024
 """A larger answer uses up the connection's share of the turn, so that many of them can't accumulate in one turn."""
 
@@ -154,11 +155,12 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
             self._start_requests()
             return
         # The common case: exactly one request, with a cached head.
-        self._start(*only)
-        reader.used(nbytes)
-        self._server.requests += 1
-        self._since = self._server.now
-        self._phase = Phase.IDLE
+        head, body = only
+        self._start(head, body)
+        server = self._server
+        server.requests += 1
+        self._since = server.now
+        self._phase = _IDLE
 
     def eof_received(self) -> bool:
         """The client sends nothing more. Its requests are still answered, within the half-closed limit."""
@@ -240,7 +242,10 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         if type(answer) is bytes and head.plain and not server.draining:
             if len(answer) > _LARGE_ANSWER_BYTES:
                 self._blocked |= _TURN
-            self._queue(server.encoder.ok(answer))
+            answers = self._answers  # as in `_queue`
+            answers.append(server.encoder.ok(answer))
+            if len(answers) == 1:
+                server.queue(self)
         elif isinstance(answer, bytes | Response):
             self._answer(head, answer)
         else:
@@ -305,10 +310,13 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         answers = self._answers
         if not answers:  # the connection has ended meanwhile
             return
-        self._answers = []
-        if not committed:
-            answers = self._replaced(answers, refusal_response(AUDIT_UNAVAILABLE))
-        data = answers[0] if len(answers) == 1 else b"".join(answers)
+        if committed and len(answers) == 1:
+            data = answers.pop()
+        else:
+            self._answers = []
+            if not committed:
+                answers = self._replaced(answers, refusal_response(AUDIT_UNAVAILABLE))
+            data = b"".join(answers)
         self._written += len(data)
         self._transport.write(data)
         if self._blocked or self._eof_at is not None:
