@@ -47,8 +47,8 @@ Seal = Callable[[Principal], Awaitable[Reply]]
 
 
 Read = Callable[[Principal, Request], Any] | Decoder[Any]
-"""Makes the verb's request of an HTTP request, or raises InvalidRequestError or ForbiddenError. A decoder, with
-`strictjson.decode`, where the body alone is the request.
+"""Makes the verb's request of an HTTP request, or raises InvalidRequestError or ForbiddenError. Where the body alone is
+the request, it is a decoder for `strictjson.decode`.
 """
 
 

@@ -179,6 +179,35 @@ def test_a_struct_with_another_default_than_unset_is_a_defect() -> None:
         strictjson.decode(msgspec.json.Decoder(Defaulted), b'{"name":"a"}')
 
 
+def test_a_struct_that_ignores_unknown_keys_is_a_defect() -> None:
+    """A short body is accepted without counting, so msgspec has to refuse the keys that the struct does not have."""
+
+    class Ignoring(msgspec.Struct):
+        one: str
+        other: str
+        third: str | UnsetType = UNSET
+        fourth: str | UnsetType = UNSET
+
+    with pytest.raises(TypeError, match="Ignoring"):
+        strictjson.decode(msgspec.json.Decoder(Ignoring), b'{"one":"a","other":"b"}')
+
+
+def test_a_key_is_repeated_under_the_name_that_it_has_in_json() -> None:
+    """Names in JSON may be shorter than those of the fields."""
+
+    class Renamed(api.Request, rename={"first": "a", "second": "b", "third": "c", "fourth": "d"}):
+        first: str
+        second: str
+        third: str | UnsetType = UNSET
+        fourth: str | UnsetType = UNSET
+
+    decoder = msgspec.json.Decoder(Renamed)
+    for _ in range(2):  # the first body of a type is counted
+        assert strictjson.decode(decoder, b'{"a":"x","b":"y"}') == Renamed("x", "y")
+        with pytest.raises(InvalidRequestError, match="same key twice"):
+            strictjson.decode(decoder, b'{"a":"","a":"x","b":"y"}')
+
+
 def test_no_request_of_the_contract_has_another_default_than_unset() -> None:
     for name, struct in vars(api).items():
         if isinstance(struct, type) and issubclass(struct, api.Request):
