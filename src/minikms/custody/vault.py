@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Sequence
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -85,7 +85,6 @@ class OpenDek:
         "aad_if_none",
         "aad_prefix",
         "cipher",
-        "encrypt_event",
         "key_id",
         "lease",
         "purpose",
@@ -107,8 +106,6 @@ class OpenDek:
         self.view = slot.view
         self.cipher: AESGCM | None = None
         """For the current turn of the event loop only: see `Vault.turn_cipher`."""
-        self.encrypt_event: Any = None
-        """Kept for `minikms.service.records`: the audit event of the last encryption."""
 
     def release(self) -> None:
         """Zeroes the key, and gives back what is left of its lease."""

@@ -49,6 +49,8 @@ class RecordVerbs:
         self._next_nonce = vault.nonces.next
         table.now_on_keys(api.ENCRYPT, vault, self.encrypt_one)
         self._encrypt = table[api.ENCRYPT]
+        self._last_event = Event(type="encrypt", actor="")
+        """Of the last encryption without a request id. The next one adds it again if key and caller are the same."""
         table.hot(api.ENCRYPT, self.encrypt)
         table.now_on_keys(api.DECRYPT, vault, self.decrypt)
         table.now_on_keys(api.ENCRYPT_BATCH, vault, self.encrypt_batch)
@@ -83,11 +85,11 @@ class RecordVerbs:
         except Exception as error:
             self._table.refused(_encrypt_event(who, opened, request_id), error)
             raise
-        event = opened.encrypt_event
-        if request_id:
+        event = self._last_event
+        if request_id or event.key_id != opened.key_id or event.pid != who.pid or event.actor != who.actor:
             event = _encrypt_event(who, opened, request_id)
-        elif event is None or event.pid != who.pid or event.actor != who.actor:
-            event = opened.encrypt_event = _encrypt_event(who, opened, "")
+            if not request_id:
+                self._last_event = event
         self._audit_add(event)
         return b'{"ciphertext":"' + encode(sealed) + b'"}'
 
