@@ -51,7 +51,6 @@ _TURN: Final = 4
 _CLOSING: Final = 8
 """The last answer is queued or sent."""
 
-_IDLE: Final = Phase.IDLE
 _LARGE_ANSWER_BYTES: Final = 64 * 1024
 """A larger answer uses up the connection's share of the turn, so that many of them can't accumulate in one turn."""
 
@@ -160,7 +159,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         server = self._server
         server.requests += 1
         self._since = server.now
-        self._phase = _IDLE
+        self._phase = Phase.IDLE
 
     def eof_received(self) -> bool:
         """The client sends nothing more. Its requests are still answered, within the half-closed limit."""
@@ -242,10 +241,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         if type(answer) is bytes and head.plain and not server.draining:
             if len(answer) > _LARGE_ANSWER_BYTES:
                 self._blocked |= _TURN
-            answers = self._answers  # as in `_queue`
-            answers.append(server.encoder.ok(answer))
-            if len(answers) == 1:
-                server.queue(self)
+            self._queue(server.encoder.ok(answer))
         elif isinstance(answer, bytes | Response):
             self._answer(head, answer)
         else:
