@@ -11,7 +11,8 @@ MiniKmsError. There are three ways to add one to the table:
 - `now`: it answers in the turn of the event loop in which it was called. The daemon writes the audit lines of a turn
   with one write before the answers of the turn leave.
 - `later`: it awaits something. Its audit line is written before its answer exists.
-- `hot`: `/encrypt`, which does all of this itself, because every call and look-up on its path was measured.
+- `hot`: `/encrypt`, which does all of this itself for a caller without limits and a key that is opened, because every
+  call and look-up on its path was measured. For the others it calls what `now_on_keys` made.
 
 A method that uses keys is added with `now_on_keys` or `later_on_keys`, and gets them first: the vault, or for a limited
 caller a `ScopedKeys`. It must never use a key in another way.
@@ -25,6 +26,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import msgspec
 from msgspec import UNSET
 
 from minikms import api
@@ -140,7 +142,7 @@ class VerbTable:
     ) -> None:
         frame = _Frame(verb)
         begin, authorise, add = frame.event, frame.authorise, self.audit.add
-        scoped = self.scoped_now(verb, act_scoped)
+        scoped = self._scoped_now(verb, act_scoped)
 
         def perform(who: Principal, request: R, request_id: str) -> Reply | Awaitable[Reply]:
             if who.scope is not None:
@@ -214,7 +216,7 @@ class VerbTable:
 
         self._performs[verb] = perform
 
-    def scoped_now(self, verb: Verb[R, A], act: Callable[[Keys, R, Event], A | Reply | Later]) -> Perform[R]:
+    def _scoped_now(self, verb: Verb[R, A], act: Callable[[Keys, R, Event], A | Reply | Later]) -> Perform[R]:
         """What `now_on_keys` does for a caller that a policy limits."""
         frame = _Frame(verb)
 
@@ -252,7 +254,7 @@ class VerbTable:
         if self._access is None or (verb is api.SEAL and not who.via and who.roles.issuperset(verb.roles)):
             return who
         try:
-            return who._replace(entered=self._access.enter(who, verb))
+            return msgspec.structs.replace(who, entered=self._access.enter(who, verb))
         except LimitExceededError as error:
             self.refused(request_event("" if verb is None else verb.name, who, ""), error)
             raise

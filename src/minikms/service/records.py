@@ -47,8 +47,11 @@ class RecordVerbs:
         self._audit_add = table.audit.add
         self._cached = vault.cache.get
         self._next_nonce = vault.nonces.next
+        table.now_on_keys(api.ENCRYPT, vault, self.encrypt_one)
+        self._encrypt = table[api.ENCRYPT]
+        self._last_event = Event(type="encrypt", actor="")
+        """Of the last encryption without a request id. The next one adds it again if key and caller are the same."""
         table.hot(api.ENCRYPT, self.encrypt)
-        self._encrypt_scoped = table.scoped_now(api.ENCRYPT, self.encrypt_one)
         table.now_on_keys(api.DECRYPT, vault, self.decrypt)
         table.now_on_keys(api.ENCRYPT_BATCH, vault, self.encrypt_batch)
         table.now_on_keys(api.DECRYPT_BATCH, vault, self.decrypt_batch)
@@ -59,37 +62,39 @@ class RecordVerbs:
 
     def encrypt(self, who: Principal, item: api.EncryptItem, request_id: str) -> Reply | Awaitable[Reply]:
         """nonce | ciphertext | tag of one plaintext."""
-        # A hot verb, see `base`: what the other verbs share is written out here.
-        if who.scope is not None:
-            return self._encrypt_scoped(who, item, request_id)
+        # A hot verb, see `base`: what the other verbs share is written out here for a caller without limits and a key
+        # that is opened. All others take `_encrypt`.
+        opened = self._cached(item.key_id) if who.scope is None and "encrypt" in who.roles else None
+        if opened is None:
+            return self._encrypt(who, item, request_id)
         if item.request_id is not UNSET:
             request_id = cut(item.request_id)
-        event = Event(type="encrypt", actor=who.actor, pid=who.pid, request_id=request_id)
         try:
-            if "encrypt" not in who.roles:
-                who.require("encrypt")
-            opened = self._cached(item.key_id)
-            if opened is None or item.thread_id is not UNSET:
-                opened = self._open_for(self._vault, event, item)
-            else:
-                event.key_id = item.key_id
+            if item.thread_id is not UNSET:
+                opened.check_thread(item.thread_id)
             if opened.state != "active":
                 opened.check_encrypts()
             plaintext = decode_canonical(item.plaintext, api.PLAINTEXT_BYTES_MAX, "plaintext")
             aad = opened.aad_if_none if item.aad is UNSET else _aad(opened, item.aad, decode_canonical)
             if not opened.lease.take(1):
+                event = _encrypt_event(who, opened, request_id)
                 return self._table.put_off(event, partial(self._encrypt_later, self._vault, opened, plaintext, aad))
             nonce = self._next_nonce()
             cipher = opened.cipher or self._vault.turn_cipher(opened)
             sealed = nonce + cipher.encrypt(nonce, plaintext, aad)
         except Exception as error:
-            self._table.refused(event, error)
+            self._table.refused(_encrypt_event(who, opened, request_id), error)
             raise
+        event = self._last_event
+        if request_id or event.key_id != opened.key_id or event.pid != who.pid or event.actor != who.actor:
+            event = _encrypt_event(who, opened, request_id)
+            if not request_id:
+                self._last_event = event
         self._audit_add(event)
         return b'{"ciphertext":"' + encode(sealed) + b'"}'
 
     def encrypt_one(self, keys: Keys, item: api.EncryptItem, event: Event) -> bytes | Later:
-        """The same for a caller that a policy limits."""
+        """The same in the frame of the other verbs."""
         opened = self._open_for(keys, event, item)
         opened.check_encrypts()
         plaintext = decode_canonical(item.plaintext, api.PLAINTEXT_BYTES_MAX, "plaintext")
@@ -257,6 +262,12 @@ class RecordVerbs:
         refused = _refused_of(request.items, opened, encoding.read)
         count_refused(event, len(refused))
         return encoding.answer(api.CheckBatchAnswer(len(request.items) - len(refused), refused))
+
+
+def _encrypt_event(who: Principal, opened: OpenDek, request_id: str) -> Event:
+    return Event(
+        type="encrypt", actor=who.actor, pid=who.pid, key_id=opened.key_id, outcome="ok", request_id=request_id
+    )
 
 
 def _items(encoding: Encoding, member: str, outcomes: list[bytes | RefusedItem], event: Event) -> Reply:
