@@ -243,25 +243,42 @@ def thread_secret(thread: Thread) -> bytes:
 def open_message(header: MessageHeader, key: bytes, thread: str, first: str, plaintext: bytes) -> Opened:
     """The version that is stored at `key`; `first` is the stamp of the message that the reader expects there. Raises
     RecordFormatError."""
-    secret: MessageSecret | LaterSecret
-    before: Before | None
-    if isinstance(header, LaterHeader):
-        secret = later = _decoded(_later_secret, plaintext, "the sealed part is not a later version's")
-        content, before = later.content, Before(later.versions, later.bytes)
-        if content != header.content or (later.own is None) != bool(content):
-            raise RecordFormatError("the header is not the one that was sealed")
-        role, body, reply_to = later.own or ("", None, "")
-    else:
-        try:
-            secret = whole = _message_secret(plaintext)
-        except _UNREADABLE as error:
-            raise RecordFormatError("the sealed part is not a message's") from error
-        content, before = "", _NOTHING_BEFORE if key.endswith(first.encode()) else None
-        role, body, reply_to = whole.role, whole.body, whole.reply_to
+    if not isinstance(header, LaterHeader):
+        message = open_whole(header, key, thread, first, plaintext)
+        return Opened(message, "", _NOTHING_BEFORE if key.endswith(first.encode()) else None)
+    secret = _decoded(_later_secret, plaintext, "the sealed part is not a later version's")
+    if secret.content != header.content or (secret.own is None) != bool(secret.content):
+        raise RecordFormatError("the header is not the one that was sealed")
+    role, body, reply_to = secret.own or ("", None, "")
+    message = _message(header, secret, key, thread, first, role=role, body=body, reply_to=reply_to)
+    return Opened(message, secret.content, Before(secret.versions, secret.bytes))
+
+
+def open_whole(header: MessageHeader, key: bytes, thread: str, first: str, plaintext: bytes) -> Message:
+    """As `open_message`, for a version in FORM_FIRST, which is a whole message."""
+    try:
+        secret = _message_secret(plaintext)
+    except _UNREADABLE as error:
+        raise RecordFormatError("the sealed part is not a message's") from error
+    return _message(header, secret, key, thread, first, role=secret.role, body=secret.body, reply_to=secret.reply_to)
+
+
+def _message(
+    header: MessageHeader,
+    secret: MessageSecret | LaterSecret,
+    key: bytes,
+    thread: str,
+    first: str,
+    *,
+    role: str,
+    body: Any,
+    reply_to: str,
+) -> Message:
+    """The message of a sealed part, with its content. Raises RecordFormatError if it belongs elsewhere."""
     if secret.first != first or secret.author != header.author or secret.deleted != header.deleted:
         raise RecordFormatError("the header is not the one that was sealed")
     try:
-        message = Message(
+        return Message(
             id=keyspace.message_id_of(first),
             thread=thread,
             author=secret.author,
@@ -274,7 +291,6 @@ def open_message(header: MessageHeader, key: bytes, thread: str, first: str, pla
         )
     except ValueError as error:
         raise RecordFormatError("the record's place names no stamp") from error
-    return Opened(message, content, before)
 
 
 def with_content(version: Opened, content: Opened) -> Message:
