@@ -25,6 +25,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from minikms.client import DecryptItem, KmsRefusedError
+from minikms.client.items import SEALED_BYTES_MAX
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX
 from progressdb_server.store.keyspace import Place, Stamp
@@ -413,7 +414,7 @@ class Reading(Threads):
             for latest, first in stamps:
                 key = records + latest
                 raw = near.get(key, b"")
-                if before and raw.startswith(before):
+                if before and raw.startswith(before) and len(raw) <= SEALED_BYTES_MAX:
                     sealed = raw[len(before) :]
                     loaded = Loaded(Stored(key, header, sealed), None, first.decode())
                     size += len(sealed)

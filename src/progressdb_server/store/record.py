@@ -13,6 +13,7 @@ Invariants:
 - A record is self-describing: its key id is the first element of every header, so reading never depends on a map.
 - Everything that a user typed is in the sealed part. The header's copies (author, deleted) are there to find and
   rebuild; the sealed ones count, and a record whose two copies differ does not open.
+- A message's record that no request to the key service can hold is none: it can't spoil the batch that it is opened in.
 - A record of one form does not open as the other form, although the form byte is not sealed: the types of the two
   sealed arrays differ.
 - A version without content names, in its sealed part, a version of the same message that has content of its own.
@@ -27,6 +28,8 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
+from minikms import api
+from minikms.client.items import SEALED_BYTES_MAX
 from progressdb_server.store import keyspace
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import Message, Thread
@@ -166,9 +169,12 @@ def unpack_message(raw: bytes) -> tuple[MessageHeader, bytes]:
     """Header and sealed part. Raises RecordFormatError."""
     head, sealed = split(raw)
     try:
-        return (_later_header if raw[0] == FORM_LATER else _message_header)(head), sealed
+        header = (_later_header if raw[0] == FORM_LATER else _message_header)(head)
     except _UNREADABLE as error:
         raise RecordFormatError("the header is not a message's") from error
+    if len(header.key_id) > api.ID_CHARS_MAX or not header.key_id.isascii() or len(sealed) > SEALED_BYTES_MAX:
+        raise RecordFormatError("no request can hold the record")
+    return header, sealed
 
 
 def unpack_thread(raw: bytes) -> tuple[ThreadHeader, bytes]:
