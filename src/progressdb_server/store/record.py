@@ -13,7 +13,7 @@ Invariants:
 - A record is self-describing: its key id is the first element of every header, so reading never depends on a map.
 - Everything that a user typed is in the sealed part. The header's copies (author, deleted) are there to find and
   rebuild; the sealed ones count, and a record whose two copies differ does not open.
-- A message's record that no request to the key service can hold is none: it can't spoil the batch that it is opened in.
+- A record that no request to the key service can hold is none: it can't spoil the batch that it is opened in.
 - A record of one form does not open as the other form, although the form byte is not sealed: the types of the two
   sealed arrays differ.
 - A version without content names, in its sealed part, a version of the same message that has content of its own.
@@ -172,8 +172,7 @@ def unpack_message(raw: bytes) -> tuple[MessageHeader, bytes]:
         header = (_later_header if raw[0] == FORM_LATER else _message_header)(head)
     except _UNREADABLE as error:
         raise RecordFormatError("the header is not a message's") from error
-    if len(header.key_id) > api.ID_CHARS_MAX or not header.key_id.isascii() or len(sealed) > SEALED_BYTES_MAX:
-        raise RecordFormatError("no request can hold the record")
+    _check_sendable(header.key_id, sealed)
     return header, sealed
 
 
@@ -182,7 +181,15 @@ def unpack_thread(raw: bytes) -> tuple[ThreadHeader, bytes]:
     head, sealed = split(raw)
     if raw[0] != FORM_FIRST:
         raise RecordFormatError("the record is not a thread's")
-    return _decoded(_thread_header, head, "the header is not a thread's"), sealed
+    header = _decoded(_thread_header, head, "the header is not a thread's")
+    _check_sendable(header.key_id, sealed)
+    return header, sealed
+
+
+def _check_sendable(key_id: str, sealed: bytes) -> None:
+    """Raises RecordFormatError for what the client of the key service refuses to send."""
+    if len(key_id) > api.ID_CHARS_MAX or not key_id.isascii() or len(sealed) > SEALED_BYTES_MAX:
+        raise RecordFormatError("no request to the key service can hold the record")
 
 
 def key_of(head: bytes) -> str:
