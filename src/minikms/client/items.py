@@ -100,7 +100,7 @@ CheckOutcome = KmsRefusedError | None
 
 
 def checked_cost_bytes(item: Item, *, ids_checked: bool = False) -> int:
-    """An upper bound of the bytes that the item takes in a body. `ids_checked`: its ids were.
+    """An upper bound of the bytes that the item takes in a body. Ids are not checked again if they are `ids_checked`.
 
     Raises InvalidRequestError, TooLargeError or TypeError for what could spoil the batch that the item travels in.
     """

@@ -436,5 +436,5 @@ def cut(text: str) -> str:
 
 
 def _distinct(ids: Iterable[str | UnsetType | None]) -> list[str]:
-    """The ids that are there, for the audit log. Most batches have one, so it is looked for before they are cut."""
+    """Each id once, without absent ones, for the audit log. Most batches name one, so that few are left to be cut."""
     return list(dict.fromkeys([cut(text) for text in dict.fromkeys(ids) if isinstance(text, str)]))

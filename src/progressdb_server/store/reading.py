@@ -393,7 +393,7 @@ class Reading(Threads):
         records = keyspace.messages(thread)
         count = LIST_MESSAGES_FIRST
         header: record.MessageHeader | None = None
-        before = b""  # the bytes of `header` in the record before this one; empty if no other record can have them
+        before = b""  # how each record with this `header` begins; empty if the last one has none to share
         while entries := self.engine.scan(lower, upper, limit=count):
             lower = keyspace.next_key(entries[-1][0])
             count = LIST_MESSAGES_MAX

@@ -217,9 +217,9 @@ async def _next(events: AsyncIterator[bytes]) -> bytes | None:
 def _append_items(pending: bytearray, chunk: Sequence[Any], *, first: bool) -> None:
     """The JSON of the items, after a comma unless they are the `first`."""
     start = len(pending)
-    _ENCODER.encode_into(chunk, pending, start)  # without a copy of it
-    pending[start : start + 1] = b"" if first else b","  # for the bracket
-    del pending[-1]
+    _ENCODER.encode_into(chunk, pending, start)  # no copy of the text is made
+    pending[start : start + 1] = b"" if first else b","  # in place of the opening bracket
+    del pending[-1]  # the closing bracket
 
 
 async def _send_part(part: bytes, send: Send) -> None:
