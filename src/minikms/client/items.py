@@ -121,8 +121,10 @@ def checked_cost_bytes(item: Item, *, ids_checked: bool = False) -> int:
 
 def _check_all_ids(items: Sequence[Item]) -> None:
     """Checks only once, in order, what items name alike: most batches are of one key and thread."""
-    named = [(item.key_id, item.thread_id, item.request_id) for item in items if not isinstance(item, ReencryptItem)]
-    for ids in dict.fromkeys(named):
+    named = {
+        (item.key_id, item.thread_id, item.request_id): None for item in items if not isinstance(item, ReencryptItem)
+    }
+    for ids in named:
         _check_ids(*ids)
 
 
