@@ -35,6 +35,7 @@ from minikms.service.base import Later, VerbTable, count_refused, cut
 from minikms.service.encoding import Encoding, ReadBytes, RefusedItem, Reply, encoding_of, refused_item
 
 CIPHERTEXT_BYTES_MAX: Final = api.PLAINTEXT_BYTES_MAX + OVERHEAD_BYTES
+_TOO_SHORT: Final = "the ciphertext is too short to hold a nonce and a tag"
 _DOES_NOT_OPEN: Final = "the ciphertext does not open under this key, thread and aad"
 _KEY_ID_OF: Final = attrgetter("key_id")
 _NO_USE_LEFT: Final = "the key's uses are being reserved; try again"
@@ -196,15 +197,23 @@ class RecordVerbs:
         opened: OpenDek | None = None
         cipher: AESGCM | None = None
         for item in request.items:
+            # What the verbs share is written out here: it saves four calls an item.
             try:
                 if opened is None or cipher is None or item.key_id != last_key_id:
                     opened = keys.opened(check_key_id(item.key_id))
                     cipher = AESGCM(opened.view)
                     last_key_id = item.key_id
-                if isinstance(item.thread_id, str):
+                if isinstance(item.thread_id, str) and item.thread_id != opened.thread_id:
                     opened.check_thread(item.thread_id)
-                sealed = _sealed(item.ciphertext, read)
-                outcomes.append(_decrypt(cipher, sealed, _aad(opened, item.aad, read)))
+                sealed = read(item.ciphertext, CIPHERTEXT_BYTES_MAX, "ciphertext")
+                if len(sealed) < OVERHEAD_BYTES:
+                    raise DecryptionError(_TOO_SHORT)
+                aad = opened.aad_if_none
+                if item.aad:
+                    aad = opened.aad_prefix + caller_field(read(item.aad, api.AAD_BYTES_MAX, "aad"))
+                outcomes.append(cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], aad))
+            except InvalidTag:
+                outcomes.append(refused_item(DecryptionError(_DOES_NOT_OPEN)))
             except MiniKmsError as error:
                 outcomes.append(refused_item(error))
         return _items(encoding, "plaintext", outcomes, event)
@@ -300,7 +309,7 @@ def _aad(opened: OpenDek, aad: str | UnsetType, read: ReadBytes) -> bytes:
 def _sealed(given: str, read: ReadBytes) -> bytes:
     sealed = read(given, CIPHERTEXT_BYTES_MAX, "ciphertext")
     if len(sealed) < OVERHEAD_BYTES:
-        raise DecryptionError("the ciphertext is too short to hold a nonce and a tag")
+        raise DecryptionError(_TOO_SHORT)
     return sealed
 
 

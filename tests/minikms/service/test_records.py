@@ -121,6 +121,43 @@ def test_a_batch_answers_each_item_in_order_whatever_becomes_of_the_others(daemo
     ]
 
 
+def test_an_item_of_a_batch_is_answered_as_decrypt_answers_it_alone(daemon: LiveDaemon) -> None:
+    """Also beside items of its own key that open. The batch verb has checks of its own."""
+    key_id, other, destroyed = new_key(daemon), new_key(daemon, "u"), new_key(daemon)
+    sealed, bound = encrypted(daemon, key_id), encrypted(daemon, key_id, aad=b64(b"a"))
+    last = encrypted(daemon, destroyed)
+    assert post(daemon, f"/keys/{destroyed}/retire", {}).status == 200
+    assert post(daemon, f"/keys/{destroyed}/destroy", {"key_id": destroyed}).status == 200
+    good = {"key_id": key_id, "ciphertext": sealed, "thread_id": "t"}
+    others = [
+        {**good, "ciphertext": bound, "aad": b64(b"a")},
+        {**good, "ciphertext": bound, "aad": b64(b"b")},
+        {**good, "ciphertext": bound},
+        {**good, "aad": ""},
+        {**good, "thread_id": "u"},
+        {**good, "thread_id": ""},
+        {**good, "key_id": other, "thread_id": "u"},
+        {**good, "key_id": other},
+        {**good, "key_id": NO_KEY},
+        {**good, "key_id": ""},
+        {**good, "key_id": destroyed, "ciphertext": last},
+        {**good, "ciphertext": ""},
+        {**good, "ciphertext": b64(bytes(27))},
+        {**good, "ciphertext": b64(bytes(28))},
+        {**good, "ciphertext": "AB=="},
+        {**good, "ciphertext": b64(bytes(api.PLAINTEXT_BYTES_MAX + 29))},
+        {**good, "aad": "AB=="},
+        {**good, "aad": b64(bytes(api.AAD_BYTES_MAX + 1))},
+    ]
+    alone = [post(daemon, "/decrypt", item).body for item in others]
+    opened = {"plaintext": b64(b"text")}
+    batch = [item for each in others for item in (good, each)]
+    answers = [answer for each in alone for answer in (opened, each)]
+    assert post(daemon, "/decrypt_batch", {"items": batch}).body["items"] == answers
+    assert post(daemon, "/decrypt_batch", {"items": batch[::-1]}).body["items"] == answers[::-1]
+    assert [answer.get("code", "") for answer in alone].count("") == 2
+
+
 def test_an_empty_batch_is_an_empty_answer(daemon: LiveDaemon) -> None:
     for target in ("/encrypt_batch", "/decrypt_batch"):
         assert post(daemon, target, {"items": []}) == (200, {"items": []})
