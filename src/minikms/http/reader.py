@@ -87,7 +87,7 @@ class ReceiveBuffer:
         return self.view[self.filled :]
 
     def moved(self, start: int, capacity: int) -> ReceiveBuffer:
-        """A new buffer with this one's bytes from `start` on. This one is zeroed, also if that fails."""
+        """A new buffer with this one's bytes from `start` on. This one is zeroed, even if that fails."""
         try:
             new = ReceiveBuffer(capacity, self._budget)
             new.append(self.view[start : self.filled])
