@@ -31,8 +31,8 @@ Rule = Literal["members", "open"]
 MARKER: Final = b'{"threads":"members"}'
 """Value of `keyspace.THREADS_RULE`, which stores of 0.1 lack."""
 OPEN_BY_AGE: Final = (
-    "the store was made by version 0.1, and no rule is set: any signed user may post into a thread of which "
-    "they know the id, and then read all of it; set security.threads (PROGRESSDB_THREADS) to members, or to open to keep this"
+    "the store was made by version 0.1, and no rule is set: any signed user may post into a thread of which they know "
+    "the id, and then read all of it; set security.threads (PROGRESSDB_THREADS) to members, or to open to keep this"
 )
 
 
