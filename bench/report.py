@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -152,7 +153,9 @@ def say(text: str) -> None:
 
 
 def commit() -> str:
-    """The commit that is checked out, and whether the source differs from it."""
+    """The commit that is checked out, and whether the source differs from it; `unknown` without git or a repository."""
+    if shutil.which("git") is None:
+        return "unknown"
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, check=False)

@@ -233,6 +233,11 @@ def test_the_heading_says_of_how_many_runs_the_table_is() -> None:
     assert "the median of 3 runs" in report.heading(0.5, 3)
 
 
+def test_without_git_the_commit_of_a_table_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert report.commit() == "unknown"
+
+
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str, **benches: Callable[[], list[Row]]) -> int:
     monkeypatch.setattr(program, "BENCHES", {name: bench for name, bench in benches.items() if name != "million"})
     monkeypatch.setattr(program, "LONG", {name: bench for name, bench in benches.items() if name == "million"})
