@@ -225,8 +225,8 @@ class BatchBackups:
         self.unreadable[_place(file)] = str(error)
         # The name of the file has two key ids, which the caller need not know of; `/status` tells those who may.
         failure = StorageUnavailableError(
-            f"a rotation backup of {file.stamp} may hold the key and can't be read or written; the key opens no more, "
-            "but its bytes may stay: correct or remove the file that the warnings of /status name, and try again"
+            f"a rotation backup of {file.stamp} may hold the key and can't be read or written; correct or remove the "
+            "file that the warnings of /status name"
         )
         failure.__cause__ = error.__cause__
         return failure

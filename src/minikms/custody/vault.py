@@ -367,12 +367,17 @@ class Vault:
         """Destroys a retired key: first the tombstone, then its rotation backups, then its file.
 
         Returns the number of rotation backups removed. A repeated call removes what an interrupted one left. Raises
-        ConflictError for an active key.
+        ConflictError for an active key, and StorageUnavailableError, which says whether the key is destroyed.
         """
         async with self.locks.hold((key_id,)):
             permit()
             self.check_destroyable(key_id)
             return await self._destruction.destroy(key_id)
+
+    @property
+    def unfinished_destructions(self) -> list[str]:
+        """Destroyed keys whose bytes the disk did not let go: `destroy` has to be called again for them."""
+        return sorted(self._destruction.unfinished)
 
     def _forget(self, key_id: str) -> None:
         """Drops what is in memory of a key whose tombstone is on disk."""
@@ -392,8 +397,7 @@ class Vault:
         def begin() -> tuple[list[int], list[KeysWithin], frozenset[str]]:
             if self.rewraps.live:
                 raise StorageUnavailableError(
-                    "the journal of a KEK rotation may hold the key and can't be removed, since the disk fails; the "
-                    "key opens no more, but try again later, so that its bytes are removed"
+                    "the journal of a KEK rotation may hold the key and can't be removed, since the disk fails"
                 )
             self.store.sweep_temps()
             self.rotation_backups.sweep_temps()

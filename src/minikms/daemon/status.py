@@ -178,6 +178,11 @@ class StatusPage:
                 f"{len(unreadable)} rotation backups can't be read or written, first {unreadable[0]}; destroying a key "
                 "that they may hold is refused: correct this, or remove them"
             )
+        unfinished = len(self._vault.unfinished_destructions)
+        if unfinished:
+            found.append(
+                f"the disk did not let the bytes of {unfinished} destroyed keys be removed; the daemon tries again"
+            )
         faults = self._upkeep.faults
         found += [
             f"the {job} of the audit log fails: {reason}. Correct this; the daemon tries again"

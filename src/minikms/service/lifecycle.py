@@ -1,13 +1,14 @@
 """The verbs of a key's life: list, read, retire, destroy.
 
 Owns: what each of them answers and records. Invariants: a change is on disk before its audit line is written, and the
-line before the answer. A destruction leaves two audit lines, one before it begins, because it can't be undone. It must
-never answer while a change is half on disk.
+line before the answer. A destruction leaves two audit lines, one before it begins, because it can't be undone. If the
+disk fails halfway, the daemon completes it and writes a third one. It must never answer while a change is half on disk.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -18,7 +19,7 @@ from msgspec import UNSET
 from minikms import api
 from minikms.audit import Event
 from minikms.custody.backup.register import ArchiveRegister
-from minikms.custody.vault import Indexing, Vault
+from minikms.custody.vault import REMOVAL_RETRY_SECONDS, Indexing, Vault
 from minikms.errors import InvalidRequestError, MiniKmsError
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord, check_key_id, key_id_to_bytes
@@ -117,6 +118,18 @@ class LifecycleVerbs:
         archives = await self._in_reader(self._archives.may_hold, key_id)
         event.facts = {"backups_removed": backups_removed, "epoch": self._vault.keyring.body.epoch}
         return api.DestroyKeyAnswer(key_id, "destroyed", backups_removed, archives)
+
+    async def complete_destructions(self) -> None:
+        """Tries again, until it is cancelled, what the disk refused after a key's tombstone was written."""
+        while True:
+            await asyncio.sleep(REMOVAL_RETRY_SECONDS)
+            for key_id in self._vault.unfinished_destructions:
+                with contextlib.suppress(MiniKmsError):
+                    self._audit.require_writable()
+                    backups_removed = await self._vault.destroy(key_id)
+                    event = Event(type=api.DESTROY_KEY.name, actor="minikms", key_id=key_id, detail="completed")
+                    event.facts = {"backups_removed": backups_removed, "epoch": self._vault.keyring.body.epoch}
+                    await self._audit.add_written(event, durable=True)
 
     async def _in_reader(self, work: Callable[[A], T], argument: A) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reader, work, argument)
