@@ -122,7 +122,7 @@ class KekRotation:
         """The rotation that the keyring names; None if there is none."""
         return self._vault.keyring.body.rotation
 
-    def progress(self, rotation: keyring.Rotation) -> dict[str, object]:
+    def progress(self, rotation: keyring.Rotation) -> dict[str, Any]:
         """Progress of `rotation`, the one that runs or ran last, for `/status`."""
         return {
             "from_version": rotation.from_version,

@@ -145,7 +145,6 @@ class Parts:
             from_source=bool(proved_slot_id),
             upkeep=self.upkeep,
             measures=measures,
-            rotation=rotation,
             indexing=self.indexing,
             keks=self.keks,
             policy=policy,

@@ -15,7 +15,7 @@ import contextlib
 import re
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from msgspec import UNSET
 
@@ -101,7 +101,7 @@ class KekVerbs:
         self._end: asyncio.Future[None] | None = None
         """Of the rotation that is done and not yet finished."""
         self.finishing: Rotation | None = None
-        """The rotation that runs, until also the root keys that it replaces are removed; for `/status`."""
+        """The rotation that runs, until also the root keys that it replaces are removed."""
         self._stopping = False
         self._writing_owed = asyncio.Lock()
         self.rewrite_failed = False
@@ -169,6 +169,20 @@ class KekVerbs:
             await self._audit.add_written(failed, durable=False)
             raise
         return self._answer("ok", version)
+
+    def progress(self) -> dict[str, Any] | None:
+        """The rotation that runs, until also the root keys that it replaces are removed; or one that follows the
+        removal of a root key and has not begun; None if there is neither. For `/status`.
+        """
+        rotation = self._rotation.running or self.finishing
+        if rotation is not None:
+            return self._rotation.progress(rotation)
+        body = self._vault.keyring.body
+        if not body.revocation_due or self.revocation_error:
+            return None
+        from_version, to_version = body.wrapping_kek.version, max(kek.version for kek in body.keks) + 1
+        due = Rotation(from_version, to_version, started_at=body.revoking[-1].removed_at, stamp="")
+        return {**self._rotation.progress(due), "rewrapped": 0, "last_error": ""}
 
     def ensure_running(self) -> None:
         """Starts the task that finishes a rotation which has begun or is due, unless it runs."""

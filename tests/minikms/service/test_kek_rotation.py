@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,8 +16,10 @@ from typing import Any
 
 import pytest
 
+from minikms.service.base import VerbTable
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.vaults import SilentAudit, opened_vault
 from tests.minikms.service.asking import Answer, ask, b64, encrypted, new_key, post, status, status_once
 
 NEW = bytes(range(100, 132)).hex()
@@ -419,3 +422,27 @@ def test_backups_of_a_few_rotations_are_kept_and_older_ones_removed(own_daemon: 
         time.sleep(0.01)
     assert newest.exists()
     assert all(path.exists() for path in older[-2:])
+
+
+def test_a_rotation_that_a_removal_asks_for_is_shown_before_it_begins(tmp_path: Path) -> None:
+    """From the moment at which the keyring is without the root key, whoever polls `/status` finds a rotation."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            keks = one.kek_verbs(VerbTable(SilentAudit()))
+            await one.rotate(one.slot_of(os.urandom(32)))
+            assert keks.progress() is None
+            (keks.proved_slot_id,) = [slot.slot_id for slot in one.vault.keyring.body.slots if slot.replaces]
+            dropping = asyncio.ensure_future(keks.drop_replaced_roots())
+            shown: list[tuple[int, int]] = []
+            while not dropping.done() or one.vault.keyring.body.revoking:
+                await asyncio.sleep(0)
+                if one.vault.keyring.body.slot(one.slot.slot_id) is None and one.vault.keyring.body.revoking:
+                    progress = keks.progress()
+                    assert progress is not None
+                    shown.append((progress["from_version"], progress["to_version"]))
+            assert set(shown) == {(2, 3)}
+            await keks.stop()
+            assert keks.progress() is None
+
+    asyncio.run(main())
