@@ -250,29 +250,25 @@ class BatchBackups:
             return KeysWithin(file, found)
         return None
 
-    def prune(self, *, before: str | None, keeps: Callable[[str], bool]) -> int:
-        """Removes the lines of stamps before `before` (None: all) except those of keys that `keeps` accepts, durably;
-        the number removed. Raises StorageUnavailableError; then a part was removed.
+    def prune(self, *, before: str | None, keeps: Callable[[str], bool]) -> Iterator[int]:
+        """Removes the lines of stamps before `before` (None: all) except those of keys that `keeps` accepts, durably.
+        Each step is the work of one file, and yields the number of lines removed; others may use the backups between
+        two steps. Raises StorageUnavailableError; then a part was removed.
         """
-        count = 0
-        try:
-            for stamp in self.stamps():
-                if before is None or stamp < before:
-                    count += self._prune(stamp, keeps)
-        finally:
+        for stamp in self.stamps():
+            if before is not None and stamp >= before:
+                continue
+            for file in list_batch_files(self._directory, stamp):
+                try:
+                    with self._opened(stamp) as descriptor:
+                        count = self._prune_file(descriptor, file, keeps)
+                except FileNotFoundError:
+                    break
+                finally:
+                    self._files = None
+                yield count
+            self._remove_if_empty(stamp)
             self._files = None
-        return count
-
-    def _prune(self, stamp: str, keeps: Callable[[str], bool]) -> int:
-        count = 0
-        try:
-            with self._opened(stamp) as descriptor:
-                for file in list_batch_files(self._directory, stamp):
-                    count += self._prune_file(descriptor, file, keeps)
-        except FileNotFoundError:
-            return count
-        self._remove_if_empty(stamp)
-        return count
 
     def _prune_file(self, descriptor: int, file: BatchFile, keeps: Callable[[str], bool]) -> int:
         try:
