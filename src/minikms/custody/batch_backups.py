@@ -41,7 +41,7 @@ from minikms.custody.files import (
 )
 from minikms.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.keys.dek import FILE_BYTES
-from minikms.sync import sync_file
+from minikms.sync import sync_directory
 
 LINES_COUNT_MAX: Final = 4096
 """Lines of one file."""
@@ -123,7 +123,8 @@ class BatchBackups:
         try:
             make_private_directory(self._path(stamp))
             if not files:
-                self._sync_directory()  # the process that made the directory may have been killed before it synced
+                # The process that made the directory may have been killed before it synced.
+                sync_directory(self._directory)
             descriptor = open_directory(self._path(stamp))
         except OSError as error:
             raise StorageUnavailableError("a rotation backup can't be created") from error
@@ -292,16 +293,9 @@ class BatchBackups:
         except OSError:
             return  # a file of it is kept, or is not of this program
         try:
-            self._sync_directory()
+            sync_directory(self._directory)
         except OSError as error:
             raise StorageUnavailableError("a rotation backup can't be removed") from error
-
-    def _sync_directory(self) -> None:
-        descriptor = open_directory(self._directory)
-        try:
-            sync_file(descriptor)
-        finally:
-            os.close(descriptor)
 
     def sweep_temps(self) -> None:
         """Removes the temporary files of earlier processes, each of which may hold a whole batch, once in a run. Raises
