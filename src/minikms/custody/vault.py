@@ -246,18 +246,11 @@ class Vault:
 
     # --- changing ----------------------------------------------------------------------------------------------------
 
-    async def create(
-        self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "", permit: Permit = permitted
-    ) -> DekRecord:
-        """A new key, durable on return, with its file. `replaces` names a key of the same thread, which is retired."""
-        record = await self.create_in_log(thread_id, purpose=purpose, replaces=replaces, permit=permit)
-        await self.creates.file_made(record.id)
-        return record
-
     async def create_in_log(
         self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "", permit: Permit = permitted
     ) -> DekRecord:
-        """As `create`. The file may still be under way on return: see `CreateLog.file_made`.
+        """A new key, durable on return. `replaces` names a key of the same thread, which is retired. The file of the
+        new key may still be under way on return: see `CreateLog.file_made`.
 
         A crash between the two files leaves both keys active, and the new record names the old one. The scan of the
         next start then retires the old one.
@@ -275,7 +268,7 @@ class Vault:
 
         The index must be complete (`Indexing.wait_complete`). Calls for one thread are answered one after the other, so
         that they return one key. A key that the index has and that does not open is an error, never a reason for a new
-        one. Raises as `opened` and `create`.
+        one. Raises as `opened` and `create_in_log`.
         """
         async with self._creating.hold((thread_id,)):
             permit()
