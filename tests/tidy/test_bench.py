@@ -240,6 +240,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str, **benches: Callab
     monkeypatch.setattr(program, "BENCHES", {name: bench for name, bench in benches.items() if name != "million"})
     monkeypatch.setattr(program, "LONG", {name: bench for name, bench in benches.items() if name == "million"})
     monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _place: SimpleNamespace(free=1e15))
     return program.main()
 
 
