@@ -28,7 +28,7 @@ OVERHEAD_BYTES: Final = NONCE_BYTES + TAG_BYTES
 
 LONG_TEXT_BYTES: Final = 256
 """For a longer text OpenSSL's code for AVX-512 makes up to 48 powers of the hash key of GCM on the stack, and leaves
-them. Who has one can forge records under the key, not read any. Associated data leaves none, however long it is.
+them. Whoever has one can forge records under the key, but read none. Associated data leaves none, however long it is.
 """
 
 _NONCE_POOL_COUNT: Final = 512

@@ -124,7 +124,7 @@ def test_the_stack_has_to_be_scrubbed() -> None:
 
 def test_a_long_text_has_to_be_scrubbed_by_a_call_of_its_own() -> None:
     """If this fails, `scrub_long_text` has lost its reason."""
-    needs.processor_flags("avx512f", "vaes")
+    needs.processor_flags("avx512f", "vaes", "vpclmulqdq")
     use = USES["AES-GCM of a long text"]
     assert any(traces_of(use, scrub="scrub_stack()") == {"[stack]"} for _ in range(PROCESSES_MAX))
 
