@@ -4,8 +4,8 @@ Owns: the order in which keys are destroyed. `minikms.custody.group_commit` form
 each durable before the next: the records are appended to `kms-tombstones`, the keyring counts them, the rotation
 backups and the files of the keys are removed. Invariants: an answer comes after the third step. From the first step on
 a key is destroyed in this run too, whatever becomes of the others: its record is on disk, and the next start would
-adopt it. An error says whether the key is destroyed. A repeated request completes what failed, and so does who tries
-again the keys in `Destruction.unfinished`.
+adopt it. An error says whether the key is destroyed. A repeated request completes what failed; `Destruction.unfinished`
+has the keys that need one.
 
 It runs in the event loop's thread; the disk is used in an executor. It must never remove a file before its tombstone is
 durable.
@@ -53,7 +53,7 @@ class Destruction:
         self._remove_files = remove_files
         self._group = GroupCommit(self._destroy, items_max=GROUP_KEYS_MAX)
         self.unfinished: set[str] = set()
-        """Keys that are destroyed, and of which the disk failed to count the tombstone or to remove the bytes."""
+        """Destroyed keys whose tombstone could not be counted, or whose bytes could not be removed."""
 
     async def destroy(self, key_id: str) -> int:
         """Destroys a key, durably on return; the number of its rotation backups. The caller holds the key's lock.

@@ -23,6 +23,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Executor
 from functools import partial
 from typing import Final, TypeVar
@@ -368,9 +369,9 @@ class Vault:
             return await self._destruction.destroy(key_id)
 
     @property
-    def unfinished_destructions(self) -> list[str]:
-        """Destroyed keys whose bytes the disk did not let go: `destroy` has to be called again for them."""
-        return sorted(self._destruction.unfinished)
+    def unfinished_destructions(self) -> AbstractSet[str]:
+        """Destroyed keys whose bytes could not be removed: `destroy` has to be called again for them."""
+        return self._destruction.unfinished
 
     def _forget(self, key_id: str) -> None:
         """Drops what is in memory of a key whose tombstone is on disk."""

@@ -172,7 +172,7 @@ class StatusPage:
         unfinished = len(self._vault.unfinished_destructions)
         if unfinished:
             found.append(
-                f"the disk did not let the bytes of {unfinished} destroyed keys be removed; the daemon tries again"
+                f"the bytes of {unfinished} destroyed keys could not be removed from the disk; the daemon tries again"
             )
         faults = self._upkeep.faults
         found += [

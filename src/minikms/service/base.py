@@ -23,7 +23,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from msgspec import UNSET
 
@@ -36,6 +36,9 @@ from minikms.http import Response
 from minikms.policy import Principal
 from minikms.service.access import ANSWERS_WITH_PLAINTEXT, Access, Keys, ScopedKeys, require
 from minikms.service.encoding import Reply, encoding_of, json_answer, refused_item
+
+AUDIT_RETRY_SECONDS: Final = 1.0
+"""Pause before a line about what the daemon did by itself is tried again."""
 
 R = TypeVar("R", bound=api.Request)
 A = TypeVar("A")

@@ -41,12 +41,11 @@ from minikms.keys.keyring import Body, Rotation
 from minikms.memory.arena import SecretSlot
 from minikms.roots.pin import PinFile
 from minikms.service.access import Keys, ScopedKeys
-from minikms.service.base import AfterLine, VerbTable, another_line
+from minikms.service.base import AUDIT_RETRY_SECONDS, AfterLine, VerbTable, another_line
 from minikms.service.encoding import json_answer
 from minikms.service.records import CIPHERTEXT_BYTES_MAX, decode_aad
 from minikms.service.root_removal import RootRemoval
 
-AUDIT_RETRY_SECONDS: Final = 1.0
 REVOCATION_RETRY_SECONDS: Final = 5.0
 REPLACEABLE_PROVIDERS: Final = frozenset(("file", "environment", "request", "dev"))
 """Root keys of other providers are not files or variables that an operator could exchange for a key in a request."""
@@ -243,11 +242,11 @@ class KekVerbs:
                 self.finishing = None
                 await asyncio.sleep(REVOCATION_RETRY_SECONDS)
                 continue
-            self.revocation_error = ""
             if begun.newly:
                 await self._write_until_done(
                     "rotate_kek", self._facts(new_root=0), detail="begun: a root key was removed"
                 )
+        self.revocation_error = ""
         return self._rotation.running
 
     async def drop_replaced_roots(self) -> None:

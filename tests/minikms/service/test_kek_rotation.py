@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from minikms.errors import StorageUnavailableError
+from minikms.service import keks as keks_module
 from minikms.service.base import VerbTable
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon
@@ -444,5 +446,32 @@ def test_a_rotation_that_a_removal_asks_for_is_shown_before_it_begins(tmp_path: 
             assert set(shown) == {(2, 3)}
             await keks.stop()
             assert keks.progress() is None
+
+    asyncio.run(main())
+
+
+def test_the_reason_why_a_due_rotation_cannot_begin_ends_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if a request began the rotation: the next one that is due would not be shown otherwise."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            keks = one.kek_verbs(VerbTable(SilentAudit()))
+            await one.rotate(one.slot_of(os.urandom(32)))
+            (keks.proved_slot_id,) = [slot.slot_id for slot in one.vault.keyring.body.slots if slot.replaces]
+            begin = one.rotation.begin
+
+            async def refused(root: object) -> None:
+                await begin(None)  # a request
+                raise StorageUnavailableError("the disk is full")
+
+            monkeypatch.setattr(keks_module, "REVOCATION_RETRY_SECONDS", 0)
+            monkeypatch.setattr(one.rotation, "begin", refused)
+            await keks.drop_replaced_roots()
+            while (active := one.vault.keyring.body.kek_in_state("active")) is None or active.version < 3:
+                await asyncio.sleep(0)
+            assert keks.revocation_error == ""
+            await keks.stop()
 
     asyncio.run(main())
