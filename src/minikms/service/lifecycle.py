@@ -8,6 +8,7 @@ disk fails halfway, the daemon completes it and writes a third one. It must neve
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -125,12 +126,9 @@ class LifecycleVerbs:
             for key_id in sorted(self._vault.unfinished_destructions):
                 if key_id not in self._vault.unfinished_destructions:
                     continue  # a request completed it
-                try:
+                with contextlib.suppress(MiniKmsError):
                     self._audit.require_writable()
-                    backups_removed = await self._vault.destroy(key_id)
-                except MiniKmsError:
-                    continue
-                await self._write_completed(key_id, backups_removed)
+                    await self._write_completed(key_id, await self._vault.destroy(key_id))
 
     async def _write_completed(self, key_id: str, backups_removed: int) -> None:
         """Tries again until the log can be written: the line is the only one that says that the bytes are removed."""
