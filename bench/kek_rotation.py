@@ -15,7 +15,7 @@ import time
 from bench import keys, load, programs, report
 from bench.calls import Connection
 from bench.programs import BenchError
-from bench.report import Row, figure, say
+from bench.report import Row, figure
 
 KEYS = 100_000
 ENCRYPTING_CONNECTIONS = 16
@@ -28,24 +28,21 @@ ROTATION_SECONDS_MAX = 3600.0
 def rotation() -> list[Row]:
     """Start, rotation time, memory growth, latency. Raises BenchError when a key is not under the new version."""
     with programs.workplace() as directory:
+        kept = keys.stored(directory, KEYS)
         with programs.minikms(directory) as path:
-            say(f"kek_rotation: making {KEYS:,} keys")
-            began = time.perf_counter()
-            key_id = keys.make(path, KEYS)[0]
-            made_per_second = KEYS / (time.perf_counter() - began)
-            sealed = keys.sealed_sample(path, key_id)
-        seconds_to_serve = keys.median_seconds_to_serve(directory, key_id, sealed)
-        with programs.minikms(directory) as path:
-            request = load.post("/encrypt", json.dumps({"key_id": key_id, "plaintext": keys.SAMPLE}).encode())
-            return _rotate_under_load(path, request, seconds_to_serve, made_per_second)
+            request = load.post("/encrypt", json.dumps({"key_id": kept.key_id, "plaintext": keys.SAMPLE}).encode())
+            return [
+                keys.start_row(kept, KEYS, note="; the budget is for 1,000,000 (`--million`)"),
+                *_rotate_under_load(path, request),
+            ]
 
 
-def _rotate_under_load(path: str, request: bytes, seconds_to_serve: float, made_per_second: float) -> list[Row]:
+def _rotate_under_load(path: str, request: bytes) -> list[Row]:
     with Connection(path) as connection:
         pid = keys.wait_for_index(path)
         requests = [request] * ENCRYPTING_CONNECTIONS
         before = load.generate(path, requests, BEFORE_SECONDS)
-        memory_before = _resident_bytes(pid)
+        memory_before = keys.resident_mib(pid)
         rotating = _Rotation(path)
         rotating.start()
         latencies: list[float] = []
@@ -56,7 +53,7 @@ def _rotate_under_load(path: str, request: bytes, seconds_to_serve: float, made_
             during = load.generate(path, requests, SLICE_SECONDS)
             latencies += during.latencies_ms
             answers += sum(during.answers)
-            peak = max(peak, _resident_bytes(pid))
+            peak = max(peak, keys.resident_mib(pid))
         took = time.perf_counter() - began
         rotating.join()
         if rotating.error:
@@ -71,14 +68,6 @@ def _rotate_under_load(path: str, request: bytes, seconds_to_serve: float, made_
     )
     return [
         Row(
-            f"encrypt and decrypt answer, {KEYS:,} DEKs on disk, after start",
-            seconds_to_serve,
-            "s",
-            less_is_better=True,
-            note=f"median of {keys.STARTS} starts; keys were made at {figure(made_per_second)}/s; the budget is for "
-            "1,000,000 (`--million`)",
-        ),
-        Row(
             f"KEK rotation of {KEYS:,} DEKs, crash-safe, while serving",
             rotating.seconds,
             "s",
@@ -87,15 +76,15 @@ def _rotate_under_load(path: str, request: bytes, seconds_to_serve: float, made_
             less_is_better=True,
             note=note,
         ),
-        Row("`/encrypt` during it, of before", answers / took / before.per_second, "×", 0.35, 0.5),
+        Row("`/encrypt` during it, of its rate before", answers / took / before.per_second, "×", 0.35, 0.5),
         Row(
             "resident memory growth during it",
-            (peak - memory_before) / 2**20,
+            peak - memory_before,
             "MiB",
             64,
             32,
             less_is_better=True,
-            note=f"from {memory_before / 2**20:.0f} MiB",
+            note=f"from {memory_before:.0f} MiB",
         ),
     ]
 
@@ -123,11 +112,6 @@ class _Rotation(threading.Thread):
 
 def _p99(latencies_ms: list[float]) -> float:
     return sorted(latencies_ms)[int(len(latencies_ms) * 0.99)]
-
-
-def _resident_bytes(pid: int) -> int:
-    with open(f"/proc/{pid}/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def main() -> None:

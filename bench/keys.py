@@ -15,12 +15,14 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import uvloop
 
 from bench import load, programs
 from bench.calls import Connection
 from bench.programs import BenchError
+from bench.report import Row, figure, say
 
 CREATING_CONNECTIONS = 256
 STARTS = 5
@@ -70,6 +72,39 @@ async def _sent(path: str, shares: Sequence[Iterable[bytes]]) -> list[bytes]:
 
     await asyncio.gather(*(one(share) for share in shares))
     return answers
+
+
+class Stored(NamedTuple):
+    """Many keys in the data directory of a key service that has stopped."""
+
+    key_id: str
+    """Of one of them."""
+    made_per_second: float
+    seconds_to_serve: float
+
+
+def stored(directory: Path, count: int) -> Stored:
+    """Makes `count` keys in a new key service, and measures its later starts as `median_seconds_to_serve`."""
+    with programs.minikms(directory) as path:
+        say(f"making {count:,} keys")
+        began = time.perf_counter()
+        key_id = make(path, count)[0]
+        made_per_second = count / (time.perf_counter() - began)
+        sealed = sealed_sample(path, key_id)
+    return Stored(key_id, made_per_second, median_seconds_to_serve(directory, key_id, sealed))
+
+
+def start_row(kept: Stored, count: int, floor: float | None = None, goal: float | None = None, note: str = "") -> Row:
+    """The table's row of `seconds_to_serve`, in seconds. `note` is added to what the row says."""
+    return Row(
+        f"encrypt and decrypt answer, {count:,} DEKs on disk, after start",
+        kept.seconds_to_serve,
+        "s",
+        floor,
+        goal,
+        less_is_better=True,
+        note=f"median of {STARTS} starts; keys were made at {figure(kept.made_per_second)}/s{note}",
+    )
 
 
 def sealed_sample(path: str, key_id: str) -> str:

@@ -6,7 +6,6 @@ Making the keys takes minutes, so it runs only when it is asked for (`--million`
 from __future__ import annotations
 
 import threading
-import time
 
 from bench import keys, programs
 from bench.report import Row, figure, say
@@ -18,29 +17,15 @@ WATCH_SECONDS = 0.1
 def million() -> list[Row]:
     """Start, rotation time, memory growth. Raises BenchError when a key is not under the new version."""
     with programs.workplace() as directory:
-        with programs.minikms(directory) as path:
-            say(f"million: making {KEYS:,} keys")
-            began = time.perf_counter()
-            key_id = keys.make(path, KEYS)[0]
-            made_per_second = KEYS / (time.perf_counter() - began)
-            sealed = keys.sealed_sample(path, key_id)
-        seconds_to_serve = keys.median_seconds_to_serve(directory, key_id, sealed)
-        say(f"million: serves after {figure(seconds_to_serve)} s")
+        kept = keys.stored(directory, KEYS)
+        say(f"million: serves after {figure(kept.seconds_to_serve)} s")
         with programs.minikms(directory) as path:
             pid = keys.wait_for_index(path)
             with Watched(pid) as memory:
                 seconds = keys.rotate_idle(path, KEYS)
         say(f"million: rotated in {figure(seconds)} s")
     return [
-        Row(
-            f"encrypt and decrypt answer, {KEYS:,} DEKs on disk, after start",
-            seconds_to_serve,
-            "s",
-            0.5,
-            0.25,
-            less_is_better=True,
-            note=f"median of {keys.STARTS} starts; keys were made at {figure(made_per_second)}/s",
-        ),
+        keys.start_row(kept, KEYS, 0.5, 0.25),
         Row(f"KEK rotation of {KEYS:,} DEKs, idle otherwise", seconds, "s", 90, 45, less_is_better=True),
         Row(
             f"resident memory growth during the rotation of {KEYS:,} DEKs",

@@ -1,12 +1,14 @@
 """The programs under measurement, as real processes in a temporary directory, taken down whatever happens.
 
-Owns the starting, the waiting for readiness and the ending. Never signals a process that it did not start.
+Owns the starting, the waiting for readiness and the ending. The message server takes a free port itself: one that is
+chosen for it may be taken before it listens. Never signals a process that it did not start.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -16,16 +18,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from bench.report import say
 
-READY_SECONDS_MAX = 20.0
+READY_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 20.0
 POLL_SECONDS = 0.05
 BACKEND_KEY = "bench-backend-key"
 ADMIN_KEY = "bench-admin-key"
+OUTPUT_BYTES_MAX = 65536
+"""Of a program's output, in which its address is looked for."""
+_LISTENS = re.compile(rb"http://127\.0\.0\.1:([0-9]+)\D")
 HERE = Path(__file__).resolve().parent
+
+T = TypeVar("T")
 
 
 class BenchError(Exception):
@@ -90,8 +97,8 @@ def minikms(
     path = str(directory / "kms.sock")
     command = [_installed("minikms"), "--socket", path, "--data-dir", str(directory / "kms")]
     command += ["--master-key-file", str(directory / "root-key"), *arguments]
-    is_ready = ready or (lambda path: _answers(socket.AF_UNIX, path, "/health"))
-    with _running(command, lambda: is_ready(path), poll_seconds=poll_seconds):
+    is_ready = ready or (lambda path: _answers(path, "/health"))
+    with _running(command, lambda _: is_ready(path), poll_seconds=poll_seconds):
         yield path
 
 
@@ -100,13 +107,12 @@ def progressdb(directory: Path, *, encrypting: bool = True, checkout: Path | Non
     """The message server with the key service that it spawns, or not `encrypting` and alone. `checkout`: of another
     version of this project, with a `.venv`. Yields the address it listens on.
     """
-    address = ("127.0.0.1", _free_port())
     environment = {
         "PROGRESSDB_API_BACKEND_KEYS": BACKEND_KEY,
         "PROGRESSDB_API_ADMIN_KEYS": ADMIN_KEY,
         "PROGRESSDB_RATE_RPS": "0",
     }
-    command = [_installed("progressdb", checkout), "--addr", f"{address[0]}:{address[1]}"]
+    command = [_installed("progressdb", checkout), "--addr", "127.0.0.1:0"]
     if encrypting:
         command += ["--db", str(directory / "db")]
         environment |= {
@@ -117,8 +123,8 @@ def progressdb(directory: Path, *, encrypting: bool = True, checkout: Path | Non
     else:
         command += ["--db", str(directory / "unencrypted-db"), "--kms", "none"]
         environment["PROGRESSDB_BENCHMARK"] = "store-everything-in-plaintext"
-    with _running(command, lambda: _answers(socket.AF_INET, address, "/healthz"), environment):
-        yield address
+    with _running(command, _port_in, environment) as port:
+        yield "127.0.0.1", port
 
 
 @contextlib.contextmanager
@@ -129,7 +135,7 @@ def yardstick(directory: Path) -> Iterator[str]:
     built = subprocess.run(build, cwd=HERE / "yardstick", capture_output=True, text=True, check=False)
     if built.returncode != 0:
         raise BenchError(f"go build failed: {built.stderr.strip()}")
-    with _running([str(program), path], lambda: _answers(socket.AF_UNIX, path, "/")):
+    with _running([str(program), path], lambda _: _answers(path, "/")):
         yield path
 
 
@@ -140,20 +146,22 @@ def _installed(name: str, checkout: Path | None = None) -> str:
     return str(path)
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+def _port_in(output: IO[bytes]) -> int:
+    """The port that the message server says it listens on; 0 before that."""
+    said = _LISTENS.search(os.pread(output.fileno(), OUTPUT_BYTES_MAX, 0))  # not `read`: the server writes at its place
+    return int(said[1]) if said else 0
 
 
 @contextlib.contextmanager
 def _running(
     command: list[str],
-    ready: Callable[[], bool],
+    ready: Callable[[IO[bytes]], T],
     environment: dict[str, str] | None = None,
     poll_seconds: float = POLL_SECONDS,
-) -> Iterator[None]:
-    """The process from its readiness on. It must still run at the end of the block, or what was measured was not it."""
+) -> Iterator[T]:
+    """The process from its readiness on, which `ready` is asked with the process's output: its first true answer. It
+    must still run at the end of the block, or what was measured was not it.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
@@ -161,11 +169,11 @@ def _running(
         )
         try:
             end = time.monotonic() + READY_SECONDS_MAX
-            while not ready():
+            while not (answer := ready(output)):
                 if process.poll() is not None or time.monotonic() > end:
                     raise BenchError(f"{command[0]} did not get ready:\n{_tail(output)}")
                 time.sleep(poll_seconds)
-            yield
+            yield answer
             if process.poll() is not None:
                 raise BenchError(f"{command[0]} ended while it was measured:\n{_tail(output)}")
         finally:
@@ -181,11 +189,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _answers(family: socket.AddressFamily, address: str | tuple[str, int], target: str) -> bool:
+def _answers(path: str, target: str) -> bool:
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as connection:
+        with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(2)
-            connection.connect(address)
+            connection.connect(path)
             connection.sendall(f"GET {target} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n".encode())
             return connection.recv(12).startswith(b"HTTP/1.1")
     except OSError:

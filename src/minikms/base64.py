@@ -44,16 +44,16 @@ def decode_canonical(text: str, bytes_max: int, what: str) -> bytes:
     """The bytes of `text`. `what` names the field in the error. Raises InvalidRequestError, TooLargeError."""
     if len(text) > bytes_max and len(text) > (bytes_max + 2) // 3 * 4:
         raise TooLargeError(f"{what} is larger than {bytes_max} bytes")
-    if len(text) % 4:
-        raise InvalidRequestError(f"{what} is not standard base64 with padding")
     try:
         value: bytes = b64decode(text, None, True)
     except ValueError:  # includes binascii.Error
         raise InvalidRequestError(f"{what} is not standard base64 with padding") from None
-    if text[-1:] == "=":
-        canonical = text[-3] in _LAST_OF_TWO if text[-2] == "=" else text[-2] in _LAST_OF_THREE
+    size = len(value)
+    beyond = size % 3
+    if beyond:
+        canonical = text[-3] in _LAST_OF_TWO if beyond == 1 else text[-2] in _LAST_OF_THREE
         if not canonical:
             raise InvalidRequestError(f"{what} is not canonical base64: its unused bits are not zero")
-    if len(value) > bytes_max:
+    if size > bytes_max:
         raise TooLargeError(f"{what} is larger than {bytes_max} bytes")
     return value

@@ -51,6 +51,14 @@ def test_a_text_that_was_changed_anywhere_never_means_the_same_bytes(value: byte
     assert accepted(changed) != value
 
 
+@given(st.text("AQ/", min_size=7, max_size=84), st.integers(0, 3))
+def test_a_longer_text_is_taken_only_if_the_encoder_makes_it(letters: str, padding: int) -> None:
+    """The library decodes a longer text in vectors, with other code."""
+    text = letters + "=" * padding
+    value = accepted(text)
+    assert value is None or encode(value).decode() == text
+
+
 def test_a_value_beyond_its_bound_is_refused_by_name() -> None:
     assert decode_canonical(encode(bytes(10)).decode(), 10, "aad") == bytes(10)
     for size in (11, 12, 13, 1000):

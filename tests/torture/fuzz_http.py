@@ -1,6 +1,6 @@
 """A fuzzer for the HTTP engine: mutated requests in random pieces, beside a good client that must not notice.
 
-Owns: the mutations and the two campaigns. What must hold for every case:
+Owns: the tokens, the inputs and the two campaigns. What must hold for every case:
 - The engine answers whole answers, none of them a 5xx, and closes; it never hangs beyond its limits.
 - Where the bytes are cut makes no difference to which requests the application sees and whether the input is refused.
 - No internal error, no stray exception, no byte left in a buffer.
@@ -22,6 +22,7 @@ from minikms.http import LIMITS
 from minikms.http.reader import Shared
 from tests.minikms.http.http_harness import Answer, Peer, Running, parse_answers, post, read_requests, run, serving
 from tests.minikms.http.http_inputs import ACCEPTED, REFUSED
+from tests.torture.mutation import mutated
 
 SEEDS = [data for data in [*ACCEPTED.values(), *(data for data, _ in REFUSED.values())] if len(data) < 2000]
 TOKENS = [
@@ -50,24 +51,8 @@ CLOSED_SECONDS_MAX = 60.0
 
 def case(rng: random.Random) -> bytes:
     """One to three requests, mutated up to eight times."""
-    data = bytearray(b"".join(rng.choice(SEEDS) for _ in range(rng.choice((1, 1, 2, 3)))))
-    for _ in range(rng.choice((0, 1, 1, 2, 3, 8))):
-        at = rng.randrange(len(data) + 1)
-        match rng.randrange(6):
-            case 0 if at < len(data):
-                data[at] ^= 1 << rng.randrange(8)
-            case 1 if at < len(data):
-                data[at] = rng.randrange(256)
-            case 2:
-                data[at:at] = rng.choice(TOKENS)
-            case 3:
-                del data[at : at + rng.choice((1, 2, 10, 50))]
-            case 4:
-                data[at:at] = data[at : at + rng.randrange(60)]
-            case _:
-                other = rng.choice(SEEDS)
-                data[at:] = other[rng.randrange(len(other)) :]
-    return bytes(data)
+    requests = b"".join(rng.choice(SEEDS) for _ in range(rng.choice((1, 1, 2, 3))))
+    return mutated(rng, requests, TOKENS, SEEDS)
 
 
 def pieces(rng: random.Random, data: bytes) -> list[bytes]:

@@ -1,8 +1,8 @@
 """A fuzzer for batches in MessagePack: mutated bodies, decoded and carried out.
 
-Owns: the mutations and the campaign. What must hold for every case: the body is refused with a 4xx, or each of its
-items is answered; nothing else is raised; an answer has as many outcomes as the request has items; what was accepted
-has the same meaning when it is encoded anew. A failing case is shown as bytes, with the seed. Run it by
+Owns: the tokens, the inputs and the campaign. What must hold for every case: the body is refused with a 4xx, or each
+of its items is answered; nothing else is raised; an answer has as many outcomes as the request has items; what was
+accepted has the same meaning when it is encoded anew. A failing case is shown as bytes, with the seed. Run it by
 itself: `python -m tests.torture.fuzz_msgpack SECONDS [SEED]`.
 """
 
@@ -29,6 +29,7 @@ from minikms.policy import ROLES, Principal
 from minikms.service.base import VerbTable
 from minikms.service.records import RecordVerbs
 from tests.harness.vaults import SilentAudit, opened_vault
+from tests.torture.mutation import mutated
 
 WHO = Principal(0, 0, "peer_uid:0", ROLES)
 BATCHES: list[Verb[Any, Any]] = [verb for verb in api.VERBS if verb.is_batch]
@@ -55,27 +56,6 @@ def seeds(key: str, other: str) -> dict[Verb[Any, Any], list[Any]]:
     }
 
 
-def mutated(rng: random.Random, body: bytes) -> bytes:
-    data = bytearray(body)
-    for _ in range(rng.choice((0, 1, 1, 1, 2, 3, 8))):
-        at = rng.randrange(len(data) + 1)
-        match rng.randrange(6):
-            case 0 if at < len(data):
-                data[at] ^= 1 << rng.randrange(8)
-            case 1 if at < len(data):
-                data[at] = rng.randrange(256)
-            case 2:
-                data[at:at] = rng.choice(TOKENS)
-            case 3:
-                del data[at : at + rng.choice((1, 1, 2, 10))]
-            case 4:
-                data[at:at] = data[at : at + rng.randrange(60)]
-            case _:
-                token = rng.choice(TOKENS)
-                data[at : at + len(token)] = token
-    return bytes(data)
-
-
 def fuzz_batches(seconds: float, seed: int) -> int:
     """As many cases as fit. Returns how many."""
     return asyncio.run(_fuzz_batches(seconds, seed))
@@ -95,7 +75,7 @@ async def _fuzz_batches(seconds: float, seed: int) -> int:
             end = time.monotonic() + seconds
             while time.monotonic() < end:
                 verb = rng.choice(BATCHES)
-                body = mutated(rng, rng.choice(bodies[verb]))
+                body = mutated(rng, rng.choice(bodies[verb]), TOKENS, bodies[verb])
                 try:
                     await _carry_out(table, verb, body)
                 except Exception as error:

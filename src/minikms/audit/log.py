@@ -159,7 +159,11 @@ class AuditLog:
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def add(self, event: Event) -> None:
-        """Queue an event of this turn. The next `commit` writes or drops it. The caller must not use it again."""
+        """Queue an event of this turn. The next `commit` writes or drops it. The caller must not change it again.
+
+        It may add one event several times, for as many lines, if the event has no thread id, which may be hashed in
+        place, and no text that needs escaping.
+        """
         if event.facts:
             record.settle_facts(event)
         self._queue.append(event)

@@ -233,7 +233,7 @@ def each_segment(directory: str, *, after: int = 0) -> Iterator[SegmentFile]:
     """The log's files in order, without segments up to number `after`. Each is closed when the next one is requested.
 
     Yields nothing if there is no log. A file that a rotation renames meanwhile comes once. The last file is the one
-    being written, unless it is missing. Raises OSError, also if a file is not a regular one.
+    being written, unless it is missing. Raises OSError, for example if a file is not a regular one.
     """
     last, seen = after, None
     for _ in range(OPEN_ATTEMPTS):

@@ -30,8 +30,8 @@ from minikms.base64 import decode_exact, encode_text
 FINDINGS_COUNT_MAX: Final = 100
 """Findings that are kept with their text. Further findings are only counted."""
 FINDINGS_COUNTED_MAX: Final = 10_000
-"""A verification ends after so many findings, to bound its time: a small compressed file may contain any number of
-lines, and further findings would add no information."""
+"""A verification ends after this number of findings, to bound its time: a small compressed file may contain any number
+of lines, and further findings would add no information."""
 
 Kind = Literal[
     "altered",  # a line, its MAC or the lines that a signed line covers were changed

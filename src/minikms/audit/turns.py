@@ -23,7 +23,7 @@ from minikms.audit.record import Event, Head
 from minikms.errors import AuditUnavailableError, SealedError, StorageUncertainError, copied
 
 HELD_SECONDS_MAX: Final = 5.0
-"""So long the answers of a turn wait for a change of the audit key; then they are refused."""
+"""Seconds for which the answers of a turn wait for a change of the audit key; then they are refused."""
 
 
 class TurnAudit:
@@ -61,7 +61,7 @@ class TurnAudit:
 
     async def add_written(self, event: Event, *, durable: bool) -> None:
         """Writes the event now, together with the events that the turn has queued; during a change of the audit key,
-        after it. With `durable` it is written at the end of this step, also if the caller is cancelled, and synced.
+        after it. With `durable` it is written at the end of this step, even if the caller is cancelled, and synced.
         Raises AuditUnavailableError, SealedError.
         """
         while self._changing is not None:
@@ -138,7 +138,7 @@ class TurnAudit:
         or after it; then the next line that can be written is the one that announces the key.
         """
         self._require_keys()
-        self._write_durable()  # no event of before waits for the end of the change
+        self._write_durable()  # no event from before the change waits for the end of the change
         head = self._log.hold()
         loop = asyncio.get_running_loop()
         self._changing, self._waits_until = loop.create_future(), loop.time() + HELD_SECONDS_MAX

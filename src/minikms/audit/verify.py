@@ -171,7 +171,7 @@ class Verifier:
 
     @property
     def exhausted(self) -> bool:
-        """Whether there are so many findings that the verification ends."""
+        """Whether the number of findings ends the verification."""
         return self._findings_count >= FINDINGS_COUNTED_MAX
 
     @property

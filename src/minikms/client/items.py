@@ -99,8 +99,8 @@ CheckOutcome = KmsRefusedError | None
 """What a check gives for one item: None if it opens, or why it was refused."""
 
 
-def checked_cost_bytes(item: Item) -> int:
-    """An upper bound of the bytes that the item takes in a body.
+def checked_cost_bytes(item: Item, *, ids_checked: bool = False) -> int:
+    """An upper bound of the bytes that the item takes in a body. Ids are not checked again if they are `ids_checked`.
 
     Raises InvalidRequestError, TooLargeError or TypeError for what could spoil the batch that the item travels in.
     """
@@ -108,7 +108,7 @@ def checked_cost_bytes(item: Item) -> int:
         payload, payload_bytes_max = item.plaintext, api.PLAINTEXT_BYTES_MAX
     else:
         payload, payload_bytes_max = item.ciphertext, SEALED_BYTES_MAX
-    if not isinstance(item, ReencryptItem):
+    if not ids_checked and not isinstance(item, ReencryptItem):
         _check_ids(item.key_id, item.thread_id, item.request_id)
     aad = item.aad
     if not isinstance(payload, bytes) or not isinstance(aad, bytes):
@@ -117,6 +117,15 @@ def checked_cost_bytes(item: Item) -> int:
         message = f"a value has at most {payload_bytes_max} bytes, its aad {api.AAD_BYTES_MAX}"
         raise TooLargeError(413, api.CODE_TOO_LARGE, message)
     return _ITEM_TEXT_BYTES_MAX + (len(payload) + len(aad) + 4) * 4 // 3
+
+
+def _check_all_ids(items: Sequence[Item]) -> None:
+    """Checks only once, in order, what items name alike: most batches are of one key and thread."""
+    named = {
+        (item.key_id, item.thread_id, item.request_id): None for item in items if not isinstance(item, ReencryptItem)
+    }
+    for ids in named:
+        _check_ids(*ids)
 
 
 def _check_ids(key_id: str, thread_id: str | None, request_id: str | None) -> None:
@@ -146,7 +155,8 @@ def invalid(message: str) -> NoReturn:
 
 def chunks(items: Sequence[ItemT], items_max: int = api.BATCH_ITEMS_MAX) -> Iterator[Sequence[ItemT]]:
     """The items, in order, in runs that each fit one request. Raises as checked_cost_bytes, before the first run."""
-    costs = [checked_cost_bytes(item) for item in items]
+    _check_all_ids(items)
+    costs = [checked_cost_bytes(item, ids_checked=True) for item in items]
     start = size = 0
     for index, cost in enumerate(costs):
         if index - start == items_max or (size + cost > BATCH_BYTES_MAX and index > start):

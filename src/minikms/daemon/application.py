@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 from msgspec import UNSET
+from msgspec.json import Decoder
 
 from minikms import api
 from minikms.api import Verb
 from minikms.audit import Event
 from minikms.audit.turns import TurnAudit
 from minikms.custody.vault import Permit, Vault
-from minikms.daemon import metrics, strictjson, strictmsgpack
+from minikms.daemon import metrics, strictmsgpack
 from minikms.daemon.admission import HEALTHY, Admission, AdmittingApplication, Session, is_request, require_short_body
 from minikms.daemon.keybody import take_key
 from minikms.daemon.metrics import Histogram, VerbTimes
 from minikms.daemon.status import reduced, without_key_files
+from minikms.daemon.strictjson import decode
 from minikms.errors import ForbiddenError, InvalidRequestError, NotSealedError
 from minikms.http import ParsedHead, Request, Response, error_response, parse_query
 from minikms.policy import Principal
@@ -44,13 +46,17 @@ Seal = Callable[[Principal], Awaitable[Reply]]
 """Zeroes every key before it returns; the answer follows when the seal is durable."""
 
 
-class _Route(NamedTuple):
-    """`read` makes the verb's request of an HTTP request, or raises InvalidRequestError or ForbiddenError."""
+Read = Callable[[Principal, Request], Any] | Decoder[Any]
+"""Makes the verb's request of an HTTP request, or raises InvalidRequestError or ForbiddenError. Where the body alone is
+the request, it is a decoder for `strictjson.decode`.
+"""
 
+
+class _Route(msgspec.Struct, frozen=True):
     verb: Verb[Any, Any]
     method: str
     name: str
-    read: Callable[[Principal, Request], Any]
+    read: Read
     perform: Perform[Any]
 
 
@@ -112,25 +118,25 @@ class Application(AdmittingApplication):
         route = self._routes.get(head.path) or self._id_routes.get(_without_id(head.path))
         if route is None:
             return self._no_verb(head)
-        verb, method, name, read, perform = route
-        if head.method != method:
+        if head.method != route.method:
             second = self._second_routes.get(head.path)
             if second is None:
-                return _method_not_allowed(method)
+                return _method_not_allowed(route.method)
             if head.method != second.method:
-                return _method_not_allowed(f"{method}, {second.method}")
-            verb, method, name, read, perform = second
-        self._asked(name)
+                return _method_not_allowed(f"{route.method}, {second.method}")
+            route = second
+        self._asked(route.name)
         request_id = head.request_id or ""
+        read = route.read
         try:
-            asked = read(who, request)
+            asked = decode(read, request.body) if isinstance(read, Decoder) else read(who, request)
         except Exception as error:
-            self._table.malformed(verb, who, error, request_id)
+            self._table.malformed(route.verb, who, error, request_id)
             raise
-        answer = perform(who, asked, request_id)
-        if isinstance(answer, (bytes, Response)):
+        answer = route.perform(who, asked, request_id)
+        if type(answer) is bytes:  # of most requests
             return answer
-        return self._times.later(answer)
+        return answer if isinstance(answer, (bytes, Response)) else self._times.later(answer)
 
     def _verb(self, head: ParsedHead) -> Verb[Any, Any] | None:
         """The verb that a request is for; None: there is none."""
@@ -199,11 +205,12 @@ class Application(AdmittingApplication):
             return _Route(verb, verb.method, verb.name, self._root_reader(verb), self._perform_and_release(verb))
         read = _reader(verb)
         if verb.is_batch:
-            sizes, decode = self._batches[verb.name], strictmsgpack.Decoder(verb.request).decode
+            sizes, decoder = self._batches[verb.name], Decoder(verb.request)
+            unpack = strictmsgpack.Decoder(verb.request).decode
 
             def read_batch(who: Principal, request: Request) -> Any:
                 is_msgpack = request.head.content_type.lower() == api.MSGPACK
-                batch = decode(request.body) if is_msgpack else read(who, request)
+                batch = unpack(request.body) if is_msgpack else decode(decoder, request.body)
                 sizes.add(len(batch.items))
                 return batch
 
@@ -220,7 +227,7 @@ class Application(AdmittingApplication):
 
     def _root_reader(self, verb: Verb[Any, Any]) -> Callable[[Principal, Request], Any]:
         """Takes a root key out of the body, once the caller is authorised, before anything else reads the body."""
-        decoder, kind = msgspec.json.Decoder(verb.request), WITH_ROOT[verb]
+        decoder, kind = Decoder(verb.request), WITH_ROOT[verb]
         fields = verb.request.__struct_fields__
 
         def read(who: Principal, request: Request) -> Any:
@@ -228,7 +235,7 @@ class Application(AdmittingApplication):
             require_short_body(request)
             root = take_key(request.body, self._vault.arena, verb.root_field)
             try:
-                asked = strictjson.decode(decoder, request.body)
+                asked = decode(decoder, request.body)
                 given = {name: getattr(asked, name) for name in fields} | {verb.root_field: UNSET, "root": root}
                 if verb.path_field:
                     given[verb.path_field] = _only_in_path(verb, given, request)
@@ -271,29 +278,28 @@ def _is_unavailable(status: dict[str, object]) -> bool:
     return status["status"] != "ok"
 
 
-def _reader(verb: Verb[Any, Any]) -> Callable[[Principal, Request], Any]:
+def _reader(verb: Verb[Any, Any]) -> Read:
     """Reads the request of a verb: its body, the id in its path, or its query."""
     if verb.path_field:
         return _path_reader(verb)
     if verb.method == "GET":
         return _query_reader(verb.request)
-    decode, decoder = strictjson.decode, msgspec.json.Decoder(verb.request)
-    return lambda who, request: decode(decoder, request.body)
+    return Decoder(verb.request)
 
 
 def _path_reader(verb: Verb[Any, Any]) -> Callable[[Principal, Request], Any]:
     """Beside the id in the path a body holds nothing, or the key id again."""
-    decoder = msgspec.json.Decoder(verb.request if verb.has_body else api.Request)
+    decoder = Decoder(verb.request if verb.has_body else api.Request)
 
     def read(who: Principal, request: Request) -> Any:
         named = request.path.split("/")[2]
         if verb.has_body:
-            repeated = strictjson.decode(decoder, request.body).key_id
+            repeated = decode(decoder, request.body).key_id
             require(who, verb)  # first: an attempt without the role is answered and audited as `forbidden`
             if repeated != named:
                 raise InvalidRequestError("the key id in the body must repeat the one in the path")
         elif verb.method == "POST" and request.body:
-            strictjson.decode(decoder, request.body)
+            decode(decoder, request.body)
         return verb.request(**{verb.path_field: named})
 
     return read

@@ -154,10 +154,11 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
             self._start_requests()
             return
         # The common case: exactly one request, with a cached head.
-        self._start(*only)
-        reader.used(nbytes)
-        self._server.requests += 1
-        self._since = self._server.now
+        head, body = only
+        self._start(head, body)
+        server = self._server
+        server.requests += 1
+        self._since = server.now
         self._phase = Phase.IDLE
 
     def eof_received(self) -> bool:
@@ -305,10 +306,13 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         answers = self._answers
         if not answers:  # the connection has ended meanwhile
             return
-        self._answers = []
-        if not committed:
-            answers = self._replaced(answers, refusal_response(AUDIT_UNAVAILABLE))
-        data = answers[0] if len(answers) == 1 else b"".join(answers)
+        if committed and len(answers) == 1:
+            data = answers.pop()
+        else:
+            self._answers = []
+            if not committed:
+                answers = self._replaced(answers, refusal_response(AUDIT_UNAVAILABLE))
+            data = b"".join(answers)
         self._written += len(data)
         self._transport.write(data)
         if self._blocked or self._eof_at is not None:

@@ -88,7 +88,7 @@ class ParsedHead(msgspec.Struct, frozen=True, gc=False):
     """What the engine and the application need from a head.
 
     `path` and `query` are as sent, not percent-decoded. `content_length` is 0 for a chunked or absent body.
-    `principal`: the value of `X-MiniKMS-Principal`, unchecked, also if it is empty; None without that header. `plain`:
+    `principal`: the value of `X-MiniKMS-Principal`, unchecked, even if it is empty; None without that header. `plain`:
     a 200 with JSON needs no special header (the connection stays open, the method is not HEAD, no request id to
     repeat). `cacheable`: `HeadCache` may keep it, because it contains no credential and is likely to recur.
     """

@@ -87,7 +87,7 @@ class ReceiveBuffer:
         return self.view[self.filled :]
 
     def moved(self, start: int, capacity: int) -> ReceiveBuffer:
-        """A new buffer with this one's bytes from `start` on. This one is zeroed, also if that fails."""
+        """A new buffer with this one's bytes from `start` on. This one is zeroed, even if that fails."""
         try:
             new = ReceiveBuffer(capacity, self._budget)
             new.append(self.view[start : self.filled])
@@ -232,7 +232,7 @@ class Shared:
         """Length of the part of `view` that holds requests of this turn."""
 
     def wipe(self) -> None:
-        """Zero the used part. Call this at the end of every turn in which `RequestReader.used` was called."""
+        """Zero the used part. Call this at the end of every turn in which `RequestReader.only_request` had a result."""
         self.view[: self.used_bytes] = self.zeros[: self.used_bytes]
         self.used_bytes = 0
 
@@ -300,20 +300,22 @@ class RequestReader:
     def only_request(self, count: int) -> tuple[ParsedHead, memoryview] | None:
         """A shortcut: the request in the first `count` bytes of `room()`, if they are one request with a cached head.
 
-        The caller calls `used` next. None changes nothing; the caller calls `received` and `next` instead.
+        `Shared.wipe` zeroes them. None changes nothing; the caller calls `received` and `next` instead.
         """
         if self._carry is not None or self.head is not None:
             return None  # these bytes continue an incomplete request
         head = self._last
-        if head is not None and count == self._last_bytes and self._data.startswith(self._last_raw):
-            return head, self._view[len(self._last_raw) : count]
-        stop = self._data.find(b"\r\n\r\n", 0, count) + 4
-        raw = bytes(self._view[:stop])
-        head = self._cached_head(raw)
-        if head is None or head.chunked or stop + head.content_length != count:
-            return None
-        self._last, self._last_raw, self._last_bytes = head, raw, count
-        return head, self._view[stop:count]
+        if head is None or count != self._last_bytes or not self._data.startswith(self._last_raw):
+            stop = self._data.find(b"\r\n\r\n", 0, count) + 4
+            raw = bytes(self._view[:stop])
+            head = self._cached_head(raw)
+            if head is None or head.chunked or stop + head.content_length != count:
+                return None
+            self._last, self._last_raw, self._last_bytes = head, raw, count
+        shared = self._shared
+        if count > shared.used_bytes:  # noqa: PLR1730 - a call of max() for every request takes longer
+            shared.used_bytes = count
+        return head, self._view[len(self._last_raw) : count]
 
     def next(self) -> tuple[ParsedHead, memoryview] | None:
         """The next complete request. None: more bytes are needed. Raises RefusedError.
@@ -341,11 +343,6 @@ class RequestReader:
         self.head = None
         self._position = stop
         return head, self._view[position:stop]
-
-    def used(self, count: int) -> None:
-        """The application has got the request of `only_request`: zero its `count` bytes when the turn ends."""
-        shared = self._shared
-        shared.used_bytes = max(shared.used_bytes, count)
 
     def settle(self) -> None:
         """Zero what has been used and carry the rest over. Raises RefusedError if the budget does not allow it."""

@@ -191,7 +191,7 @@ class HttpServer(Generic[S]):
         def done(task: asyncio.Future[bytes | Response]) -> None:
             instead = self._tasks.pop(task, None)
             self._schedule_turn()
-            outcome = self._outcome(task)  # also if it is replaced: an unexpected exception is reported
+            outcome = self._outcome(task)  # even if it is replaced: an unexpected exception is reported
             connection.finished(head, outcome if instead is None else instead)
 
         task.add_done_callback(done)

@@ -6,7 +6,7 @@ than those of `minikms.policy.rules.PROXIED_ROLES`. It must never decide about a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import msgspec
 
 from minikms.api import Role
 from minikms.errors import ForbiddenError
@@ -14,7 +14,7 @@ from minikms.policy.meters import Charge
 from minikms.policy.rules import Scope
 
 
-class Principal(NamedTuple):
+class Principal(msgspec.Struct, frozen=True):
     """An authenticated caller.
 
     actor: its name in the audit log. scope: what it may do under a policy file; None: its roles hold in every thread,

@@ -11,7 +11,8 @@ MiniKmsError. There are three ways to add one to the table:
 - `now`: it answers in the turn of the event loop in which it was called. The daemon writes the audit lines of a turn
   with one write before the answers of the turn leave.
 - `later`: it awaits something. Its audit line is written before its answer exists.
-- `hot`: `/encrypt`, which does all of this itself, because every call and look-up on its path was measured.
+- `hot`: `/encrypt`, which does all of this itself for a caller without limits and a key that is opened, because every
+  call and look-up on its path was measured. For the others it calls what `now_on_keys` made.
 
 A method that uses keys is added with `now_on_keys` or `later_on_keys`, and gets them first: the vault, or for a limited
 caller a `ScopedKeys`. It must never use a key in another way.
@@ -23,9 +24,11 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
+from operator import attrgetter
 from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
-from msgspec import UNSET
+import msgspec
+from msgspec import UNSET, UnsetType
 
 from minikms import api
 from minikms.api import Verb
@@ -45,6 +48,9 @@ A = TypeVar("A")
 
 Perform = Callable[[Principal, R, str], Reply | Awaitable[Reply]]
 """Carries out one request of a principal; the text is the id of the request, `""` if it has none."""
+
+_KEY_ID_OF: Final = attrgetter("key_id")
+_REQUEST_ID_OF: Final = attrgetter("request_id")
 
 
 class Audit(Protocol):
@@ -143,7 +149,7 @@ class VerbTable:
     ) -> None:
         frame = _Frame(verb)
         begin, authorise, add = frame.event, frame.authorise, self.audit.add
-        scoped = self.scoped_now(verb, act_scoped)
+        scoped = self._scoped_now(verb, act_scoped)
 
         def perform(who: Principal, request: R, request_id: str) -> Reply | Awaitable[Reply]:
             if who.scope is not None:
@@ -217,7 +223,7 @@ class VerbTable:
 
         self._performs[verb] = perform
 
-    def scoped_now(self, verb: Verb[R, A], act: Callable[[Keys, R, Event], A | Reply | Later]) -> Perform[R]:
+    def _scoped_now(self, verb: Verb[R, A], act: Callable[[Keys, R, Event], A | Reply | Later]) -> Perform[R]:
         """What `now_on_keys` does for a caller that a policy limits."""
         frame = _Frame(verb)
 
@@ -255,7 +261,7 @@ class VerbTable:
         if self._access is None or (verb is api.SEAL and not who.via and who.roles.issuperset(verb.roles)):
             return who
         try:
-            return who._replace(entered=self._access.enter(who, verb))
+            return msgspec.structs.replace(who, entered=self._access.enter(who, verb))
         except LimitExceededError as error:
             self.refused(request_event("" if verb is None else verb.name, who, ""), error)
             raise
@@ -371,8 +377,8 @@ class _Frame:
         if len(request.items) > api.BATCH_ITEMS_MAX:
             raise TooManyError(f"a batch holds at most {api.BATCH_ITEMS_MAX} items; send several batches")
         if self._roles_by_item and forbidden is None:  # a caller without the role can't fill the log with ids
-            event.key_ids = _distinct(item.key_id for item in request.items)
-            event.request_ids = _distinct(item.request_id for item in request.items if isinstance(item.request_id, str))
+            event.key_ids = _distinct(map(_KEY_ID_OF, request.items))
+            event.request_ids = _distinct(map(_REQUEST_ID_OF, request.items))
         return forbidden
 
 
@@ -432,5 +438,6 @@ def cut(text: str) -> str:
     return text if len(text) <= api.ID_CHARS_MAX else text[:32] + "…"
 
 
-def _distinct(ids: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(map(cut, ids)))
+def _distinct(ids: Iterable[str | UnsetType | None]) -> list[str]:
+    """Each id once, without absent ones, for the audit log. Most batches name one, so that few are left to be cut."""
+    return list(dict.fromkeys([cut(text) for text in dict.fromkeys(ids) if isinstance(text, str)]))

@@ -273,7 +273,7 @@ class Checker:
         elif space == keyspace.CLOSED and not record.unpack_thread(raw)[0].deleted_ns:
             yield Finding("dangling", _shown(key), "the thread is not deleted", ((key, None),))
         elif space == keyspace.WRITER and value not in (membership.MEMBER, membership.REMOVED):
-            fix = ((key, membership.REMOVED),)  # an author whose entry is damaged counts as removed until he is added
+            fix = ((key, membership.REMOVED),)  # the author of a damaged entry counts as removed until added again
             yield Finding("damaged", _shown(key), "the entry says neither member nor removed", fix)
 
     def _judge_map(self, key: bytes, value: bytes) -> Iterator[Finding]:
@@ -312,7 +312,7 @@ class Report(NamedTuple):
 
 async def check(path: str, provider: Provider | None) -> Report:
     """Walk the store at `path`, also beside the server that has it open; its records are decrypted if the key service
-    answers. Raises FormatError, KmsError, StoreUnavailableError, also if this user may not decrypt."""
+    answers. Raises FormatError, KmsError, StoreUnavailableError, even if this user may not decrypt."""
     with directory.open_reader(path) as reader:
         if provider is not None:
             try:

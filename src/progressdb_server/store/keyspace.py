@@ -219,8 +219,8 @@ def closed(thread: str) -> bytes:
 
 
 def writer(thread: str, author: str) -> bytes:
-    """Present when the author owns the thread, has written in it, or was added to it. The value says whether he was
-    removed (`store.membership`)."""
+    """Present when the author owns the thread, has written in it, or was added to it. The value says whether the
+    author was removed (`store.membership`)."""
     return b"index:writer:%b:%b" % (part(thread), part(author))
 
 

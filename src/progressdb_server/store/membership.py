@@ -2,12 +2,12 @@
 
 Owns: the rule of a store (`Rule`), what an author is to a thread (`Standing`), and `check`, by which every route and
 every write decides. Invariants:
-- An author who was removed neither reads nor writes, under either rule, until he is added again.
+- An author who was removed neither reads nor writes, under either rule, until added again.
 - A write carries the entry that it was decided from as a condition, so the writer orders a post and a concurrent
   removal.
 - The entry of the thread's own author is never a removed one.
-- A thread has at most `MEMBERS_COUNT_MAX` entries, removed ones too. A removal always leaves an entry, also of somebody
-  who had none, so that no later post or repair makes him a member.
+- A thread has at most `MEMBERS_COUNT_MAX` entries, removed ones too. A removal always leaves an entry, even of an
+  author who had none, so that no later post or repair makes that author a member.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Rule = Literal["members", "open"]
 MARKER: Final = b'{"threads":"members"}'
 """Value of `keyspace.THREADS_RULE`, which stores of 0.1 lack."""
 OPEN_BY_AGE: Final = (
-    "the store was made by version 0.1, and no rule is set: any signed user may post into a thread whose id he knows, "
-    "and then read all of it; set security.threads (PROGRESSDB_THREADS) to members, or to open to keep this"
+    "the store was made by version 0.1, and no rule is set: any signed user may post into a thread of which they know "
+    "the id, and then read all of it; set security.threads (PROGRESSDB_THREADS) to members, or to open to keep this"
 )
 
 

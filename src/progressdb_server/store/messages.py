@@ -129,8 +129,8 @@ class Messages(Reading):
         *,
         request_id: str | None,
     ) -> Message:
-        """`entry` is the author's entry among the members; without one the message makes him a member. Raises
-        NotAMemberError if he was removed meanwhile."""
+        """`entry` is the author's entry among the members; without one the message makes the author a member. Raises
+        NotAMemberError if the author was removed meanwhile."""
         made: list[Message] = []
         key = keyspace.writer(state.thread, new.author)
         expect = ((key, entry),) if new.as_member or entry is None else ()
@@ -246,7 +246,7 @@ class Messages(Reading):
                 raise NotTheAuthorError("author does not match")
             expect: tuple[tuple[bytes, bytes | None], ...] = ()
             if member is not None:
-                # Under both rules an outsider has no message here and can't read what he would react to.
+                # Under both rules an outsider has no message here and can't read the message to react to.
                 self.check_member(owner, member, Act.READ)
                 expect = ((keyspace.writer(owner, member), membership.MEMBER),)
             fields = change(current.message)

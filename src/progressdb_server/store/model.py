@@ -77,7 +77,7 @@ class StaleRowError(Exception):
 
 
 class StoreError(Exception):
-    """Base of the errors that a client may be told; never raised itself."""
+    """Base of the errors whose text a client may read; never raised itself."""
 
 
 class MessageNotFoundError(StoreError):
@@ -190,7 +190,7 @@ class NewMessage(msgspec.Struct):
     reactions: dict[str, str] = {}
     as_member: bool = False
     """Whether the author must be a member of the thread. False: the caller acts for anyone, and the message makes its
-    author a member, unless he was removed."""
+    author a member, unless that author was removed."""
 
     def first_version(self, message_id: str, thread: str, ts: int) -> Message:
         return Message(
@@ -458,14 +458,14 @@ class ConversationStore(Protocol):
         ...
 
     async def add_members(self, thread_id: str, members: Sequence[str]) -> None:
-        """Also those who were removed. Durable when it returns. Raises ThreadNotFoundError (also when the thread is
-        deleted), TooManyMembersError."""
+        """Adds members, even those who were removed. Durable when it returns. Raises ThreadNotFoundError (also when
+        the thread is deleted), TooManyMembersError."""
         ...
 
     async def remove_member(self, thread_id: str, member: str) -> None:
-        """Also somebody who is no member. Durable when it returns: no later read or write of his succeeds until he is
-        added. Raises ThreadNotFoundError (also when the thread is deleted), MemberIsAuthorError,
-        NoRoomToRemoveError."""
+        """Removes a member, or shuts out an author who is none. Durable when it returns: no later read or write by that
+        author succeeds until a new `add_members`. Raises ThreadNotFoundError (also when the thread is deleted),
+        MemberIsAuthorError, NoRoomToRemoveError."""
         ...
 
     async def create_thread(

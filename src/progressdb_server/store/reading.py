@@ -22,7 +22,10 @@ from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequen
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
+import msgspec
+
 from minikms.client import DecryptItem, KmsRefusedError
+from minikms.client.items import SEALED_BYTES_MAX
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX
 from progressdb_server.store.keyspace import Place, Stamp
@@ -56,7 +59,7 @@ PAGE_BYTES_MAX: Final = 8 * 1024 * 1024
 _NONE: Final[Mapping[bytes, bytes]] = MappingProxyType({})
 
 
-class Stored(NamedTuple):
+class Stored(msgspec.Struct, frozen=True, gc=False):
     """A record as it was read. `header` is None if `error` says why it can't be opened."""
 
     key: bytes
@@ -65,7 +68,7 @@ class Stored(NamedTuple):
     error: str = ""
 
 
-class Loaded(NamedTuple):
+class Loaded(msgspec.Struct, frozen=True, gc=False):
     """A version that was read and not opened yet. `content` is the record that has its content, None if it has its own.
     `first`: stamp of the message that it must belong to."""
 
@@ -188,11 +191,11 @@ class Reading(Threads):
     ) -> dict[bytes, bytes | KmsRefusedError]:
         """What the key service answers for each record of the batch that is not `known`, by storage keys. The ids of
         the keys are added to `used`. Raises StoreUnavailableError."""
+        records = [one.own for one in batch] + [one.content for one in batch if one.content is not None]
         wanted = {
-            key: DecryptItem(key_id=header.key_id, ciphertext=sealed, aad=key, thread_id=thread)
-            for own, content, _ in batch
-            for key, header, sealed, _ in ((own,) if content is None else (own, content))
-            if header is not None and key not in known
+            one.key: DecryptItem(key_id=one.header.key_id, ciphertext=one.sealed, aad=one.key, thread_id=thread)
+            for one in records
+            if one.header is not None and one.key not in known
         }
         if used is not None:
             used.update([item.key_id for item in wanted.values()])
@@ -359,7 +362,8 @@ class Reading(Threads):
     async def _list(self, thread: str, batch: Sequence[Loaded], given: Given) -> list[Message]:
         answers = await self._answers(thread, batch, used=given.key_ids)
         messages = [_latest(thread, loaded, answers) for loaded in batch]
-        given.whole = given.whole and not any(message.error for message in messages)
+        if [message for message in messages if message.error]:
+            given.whole = False
         return messages
 
     def list_tag(
@@ -388,22 +392,40 @@ class Reading(Threads):
     def _batches(self, thread: str, lower: bytes, upper: bytes, include_deleted: bool) -> Iterator[list[Loaded]]:
         records = keyspace.messages(thread)
         count = LIST_MESSAGES_FIRST
+        header: record.MessageHeader | None = None
+        before = b""  # how each record with this `header` begins; empty if the last one has none to share
         while entries := self.engine.scan(lower, upper, limit=count):
             lower = keyspace.next_key(entries[-1][0])
             count = LIST_MESSAGES_MAX
-            places = [_place(key, value) for key, value in entries]
-            if not include_deleted:
-                places = [place for place in places if not place.deleted]
-            if not places:
+            stamps: list[tuple[bytes, bytes]] = []
+            for key, value in entries:
+                if value:
+                    place = _place(key, value)
+                    if include_deleted or not place.deleted:
+                        stamps.append((place.latest, place.first))
+                else:  # most messages have one version
+                    first = key[-keyspace.STAMP_BYTES :]
+                    stamps.append((first, first))
+            if not stamps:
                 continue
-            near = self._near(records, [place.latest for place in places])
+            near = self._near(records, [latest for latest, _ in stamps])
             batch: list[Loaded] = []
             size = 0
-            for place in places:
-                batch.append(self._load(records, place.latest, place.first, near=near))
-                size += batch[-1].bytes
+            for latest, first in stamps:
+                key = records + latest
+                raw = near.get(key, b"")
+                if before and raw.startswith(before) and len(raw) <= SEALED_BYTES_MAX:
+                    sealed = raw[len(before) :]
+                    loaded = Loaded(Stored(key, header, sealed), None, first.decode())
+                    size += len(sealed)
+                else:
+                    loaded = self._load(records, latest, first, near=near)
+                    header = loaded.own.header
+                    before = raw[: -len(loaded.own.sealed)] if type(header) is record.MessageHeader else b""
+                    size += loaded.bytes
+                batch.append(loaded)
                 if size > LIST_BYTES_MAX:
-                    lower = keyspace.next_key(keyspace.order(thread) + place.first)
+                    lower = keyspace.next_key(keyspace.order(thread) + first)
                     break
             yield batch
 
@@ -519,13 +541,16 @@ def _version(
 
 def _latest(thread: str, loaded: Loaded, answers: Mapping[bytes, bytes | KmsRefusedError]) -> Message:
     """What a list shows of a version, from the answers of the key service by storage keys. As `_listed`."""
-    own, content, first = loaded
-    opened = _opened(own, thread, first, answers.get(own.key))
-    if content is None:
-        if isinstance(opened, record.Opened):
-            return opened.message
-        return _listed(thread, loaded, opened)
-    return _listed(thread, loaded, _version(loaded, opened, _opened(content, thread, first, answers.get(content.key))))
+    own, content, first = loaded.own, loaded.content, loaded.first
+    answer = answers.get(own.key)
+    if isinstance(answer, bytes) and type(own.header) is record.MessageHeader:  # most messages have one version
+        try:
+            return record.open_whole(own.header, own.key, thread, first, answer)
+        except record.RecordFormatError:
+            return _listed(thread, loaded, NotOpened(own.key, RECORD_MALFORMED))
+    opened = _opened(own, thread, first, answer)
+    shown = None if content is None else _opened(content, thread, first, answers.get(content.key))
+    return _listed(thread, loaded, _version(loaded, opened, shown))
 
 
 def _listed(thread: str, loaded: Loaded, found: Version | NotOpened) -> Message:

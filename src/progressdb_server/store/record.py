@@ -13,6 +13,7 @@ Invariants:
 - A record is self-describing: its key id is the first element of every header, so reading never depends on a map.
 - Everything that a user typed is in the sealed part. The header's copies (author, deleted) are there to find and
   rebuild; the sealed ones count, and a record whose two copies differ does not open.
+- A record that no request to the key service can hold is none: it can't spoil the batch that it is opened in.
 - A record of one form does not open as the other form, although the form byte is not sealed: the types of the two
   sealed arrays differ.
 - A version without content names, in its sealed part, a version of the same message that has content of its own.
@@ -27,6 +28,8 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
+from minikms import api
+from minikms.client.items import SEALED_BYTES_MAX
 from progressdb_server.store import keyspace
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import Message, Thread
@@ -166,9 +169,11 @@ def unpack_message(raw: bytes) -> tuple[MessageHeader, bytes]:
     """Header and sealed part. Raises RecordFormatError."""
     head, sealed = split(raw)
     try:
-        return (_later_header if raw[0] == FORM_LATER else _message_header)(head), sealed
+        header = (_later_header if raw[0] == FORM_LATER else _message_header)(head)
     except _UNREADABLE as error:
         raise RecordFormatError("the header is not a message's") from error
+    _check_sendable(header.key_id, sealed)
+    return header, sealed
 
 
 def unpack_thread(raw: bytes) -> tuple[ThreadHeader, bytes]:
@@ -176,7 +181,15 @@ def unpack_thread(raw: bytes) -> tuple[ThreadHeader, bytes]:
     head, sealed = split(raw)
     if raw[0] != FORM_FIRST:
         raise RecordFormatError("the record is not a thread's")
-    return _decoded(_thread_header, head, "the header is not a thread's"), sealed
+    header = _decoded(_thread_header, head, "the header is not a thread's")
+    _check_sendable(header.key_id, sealed)
+    return header, sealed
+
+
+def _check_sendable(key_id: str, sealed: bytes) -> None:
+    """Raises RecordFormatError for what the client of the key service refuses to send."""
+    if len(key_id) > api.ID_CHARS_MAX or not key_id.isascii() or len(sealed) > SEALED_BYTES_MAX:
+        raise RecordFormatError("no request to the key service can hold the record")
 
 
 def key_of(head: bytes) -> str:
@@ -243,25 +256,42 @@ def thread_secret(thread: Thread) -> bytes:
 def open_message(header: MessageHeader, key: bytes, thread: str, first: str, plaintext: bytes) -> Opened:
     """The version that is stored at `key`; `first` is the stamp of the message that the reader expects there. Raises
     RecordFormatError."""
-    secret: MessageSecret | LaterSecret
-    before: Before | None
-    if isinstance(header, LaterHeader):
-        secret = later = _decoded(_later_secret, plaintext, "the sealed part is not a later version's")
-        content, before = later.content, Before(later.versions, later.bytes)
-        if content != header.content or (later.own is None) != bool(content):
-            raise RecordFormatError("the header is not the one that was sealed")
-        role, body, reply_to = later.own or ("", None, "")
-    else:
-        try:
-            secret = whole = _message_secret(plaintext)
-        except _UNREADABLE as error:
-            raise RecordFormatError("the sealed part is not a message's") from error
-        content, before = "", _NOTHING_BEFORE if key.endswith(first.encode()) else None
-        role, body, reply_to = whole.role, whole.body, whole.reply_to
+    if not isinstance(header, LaterHeader):
+        message = open_whole(header, key, thread, first, plaintext)
+        return Opened(message, "", _NOTHING_BEFORE if key.endswith(first.encode()) else None)
+    secret = _decoded(_later_secret, plaintext, "the sealed part is not a later version's")
+    if secret.content != header.content or (secret.own is None) != bool(secret.content):
+        raise RecordFormatError("the header is not the one that was sealed")
+    role, body, reply_to = secret.own or ("", None, "")
+    message = _message(header, secret, key, thread, first, role=role, body=body, reply_to=reply_to)
+    return Opened(message, secret.content, Before(secret.versions, secret.bytes))
+
+
+def open_whole(header: MessageHeader, key: bytes, thread: str, first: str, plaintext: bytes) -> Message:
+    """As `open_message`, for a version in FORM_FIRST, which is a whole message."""
+    try:
+        secret = _message_secret(plaintext)
+    except _UNREADABLE as error:
+        raise RecordFormatError("the sealed part is not a message's") from error
+    return _message(header, secret, key, thread, first, role=secret.role, body=secret.body, reply_to=secret.reply_to)
+
+
+def _message(
+    header: MessageHeader,
+    secret: MessageSecret | LaterSecret,
+    key: bytes,
+    thread: str,
+    first: str,
+    *,
+    role: str,
+    body: Any,
+    reply_to: str,
+) -> Message:
+    """The message of a sealed part, with its content. Raises RecordFormatError if it belongs elsewhere."""
     if secret.first != first or secret.author != header.author or secret.deleted != header.deleted:
         raise RecordFormatError("the header is not the one that was sealed")
     try:
-        message = Message(
+        return Message(
             id=keyspace.message_id_of(first),
             thread=thread,
             author=secret.author,
@@ -274,7 +304,6 @@ def open_message(header: MessageHeader, key: bytes, thread: str, first: str, pla
         )
     except ValueError as error:
         raise RecordFormatError("the record's place names no stamp") from error
-    return Opened(message, content, before)
 
 
 def with_content(version: Opened, content: Opened) -> Message:

@@ -286,7 +286,7 @@ class Sealer:
     async def _seal(
         self, thread: str, key_id: str, secrets: Sequence[tuple[bytes, bytes]], request_id: str | None
     ) -> list[bytes]:
-        """Raises KmsError, StoreUnavailableError; the latter also if the key service was seen sealed meanwhile, because
+        """Raises KmsError, StoreUnavailableError; the latter even if the key service was seen sealed meanwhile, because
         the answer may be that of an older one."""
         self.check_halted()
         sealed = await self._sealed(thread, key_id, secrets, request_id)
@@ -363,7 +363,7 @@ class Sealer:
         return not page.indexing and set(key_ids) <= {key.key_id for key in page.keys}
 
     async def open_each(self, records: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]:
-        """As `open`, but a record that does not open gives its refusal. Raises StoreUnavailableError, also if the key
+        """As `open`, but a record that does not open gives its refusal. Raises StoreUnavailableError, even if the key
         service can't open one of them now."""
         if not records:
             return []

@@ -281,7 +281,7 @@ class Threads(OpenStore):
             await self._change_members(thread_id, [(key, membership.REMOVED)])
 
     def check_room(self, thread_id: str, more: int) -> None:
-        """Raises TooManyMembersError unless so many entries can be added. The caller holds the lock of the entries."""
+        """Raises TooManyMembersError unless `more` entries can be added. The caller holds the lock of the entries."""
         if not more:
             return
         prefix = keyspace.writers(thread_id)

@@ -113,7 +113,7 @@ class RecentKeys:
         self._keys = 0
 
     def untouched(self, keys: Collection[bytes], since: int) -> bool:
-        """Whether no group after number `since` has written any of the keys. False also if this is not known."""
+        """Whether no group after number `since` has written any of the keys. False if this is not known."""
         later = self.group - since
         if later > len(self._groups):
             return False

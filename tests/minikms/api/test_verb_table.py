@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any
 
+import msgspec
 import pytest
 
 from minikms import api
@@ -18,7 +19,7 @@ from minikms.service.encoding import Reply
 from tests.harness.vaults import SilentAudit
 
 ANYONE = Principal(0, 7, "peer_uid:0", ROLES)
-NOBODY = ANYONE._replace(roles=frozenset[api.Role]())
+NOBODY = msgspec.structs.replace(ANYONE, roles=frozenset[api.Role]())
 
 
 class KeptAudit(SilentAudit):

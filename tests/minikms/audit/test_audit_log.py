@@ -16,6 +16,7 @@ import pytest
 
 from minikms.audit import AuditLog, Event, record, writer
 from minikms.audit.log import CHECKPOINT_AGE_NS, CHORES_NS, FSYNC_INTERVAL_MS, Limits
+from minikms.audit.reader import LOG_NAME
 from minikms.audit.record import Head
 from minikms.errors import AuditUnavailableError
 from tests.minikms.audit.logmaker import (
@@ -24,6 +25,7 @@ from tests.minikms.audit.logmaker import (
     LOG,
     Clock,
     encrypt_event,
+    events_of,
     lines_of,
     make_log,
     open_log,
@@ -98,6 +100,23 @@ def test_a_commit_writes_all_lines_of_a_turn_with_one_write(tmp_path: Path, monk
     assert len(writes) == 1, "nothing to write, nothing written"
     assert types_of(tmp_path) == ["genesis"] + ["encrypt"] * 100
     log.close()
+
+
+@pytest.mark.parametrize("detail", ["", "no ASCII: é"])
+def test_an_event_that_is_added_again_has_a_line_of_its_own(tmp_path: Path, detail: str) -> None:
+    """Also beside an event whose text has to be escaped, and where `seq` gets another digit."""
+    log = open_log(tmp_path)
+    again, other = encrypt_event(1), encrypt_event(2, detail=detail)
+    for turn in ([again] * 12, [again, other, again, again], [again]):
+        for event in turn:
+            log.add(event)
+        log.commit()
+    log.close()
+    events = events_of(tmp_path / LOG_NAME)[1:-1]
+    assert [event.seq for event in events] == list(range(2, 19))
+    assert [event.request_id for event in events] == ["r1"] * 13 + ["r2"] + ["r1"] * 3
+    assert {event.key_id for event in events if event.request_id == "r1"} == {again.key_id}
+    assert verify(tmp_path).intact
 
 
 def test_the_head_is_the_last_line(tmp_path: Path) -> None:

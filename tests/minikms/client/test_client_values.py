@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -91,6 +93,23 @@ def test_a_bad_item_is_refused_before_the_first_chunk() -> None:
     items = [ReencryptItem(ciphertext=b"")] * api.BATCH_ITEMS_MAX * 2
     with pytest.raises(errors.TooLargeError):
         next(chunks([*items, ReencryptItem(ciphertext=b"", aad=bytes(5000))]))
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 500])
+@pytest.mark.parametrize("name", ["key_id", "thread_id", "request_id"])
+def test_ids_of_a_batch_are_checked_wherever_they_differ(name: str, at: int) -> None:
+    good = DecryptItem(key_id=KEY, ciphertext=b"", thread_id="t", request_id="r")
+    for bad, error in (("é", errors.InvalidRequestError), (1, TypeError), (True, TypeError), (["t"], TypeError)):
+        items = [good] * 501
+        items[at] = msgspec.structs.replace(good, **{name: bad})
+        with pytest.raises(error):
+            next(chunks(items))
+
+
+def test_the_first_of_several_bad_ids_is_named() -> None:
+    keys: list[Any] = [KEY, "é", *range(20)]
+    with pytest.raises(errors.InvalidRequestError):
+        next(chunks([DecryptItem(key_id=key_id, ciphertext=b"") for key_id in keys]))
 
 
 def test_no_repr_shows_a_content() -> None:

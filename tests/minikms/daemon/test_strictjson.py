@@ -88,6 +88,21 @@ def test_a_repeated_key_anywhere_is_refused(value: dict[str, Any], data: st.Data
         strictjson.decode(MIXED, memoryview(body))
 
 
+@given(_items, st.booleans(), st.booleans(), st.data())
+def test_a_repeated_key_of_one_item_is_refused(
+    value: dict[str, Any], empty: bool, compact: bool, data: st.DataObject
+) -> None:
+    """Also where it adds as few bytes as it can."""
+    key = data.draw(st.sampled_from(sorted(value)))
+    separators = (",", ":") if compact else (", ", ": ")
+    body = json.dumps(value, separators=separators, ensure_ascii=False)
+    repeated = json.dumps({key: "" if empty else value[key]}, separators=separators, ensure_ascii=False)
+    assert _as_plain(strictjson.decode(ITEM, memoryview(body.encode()))) == value
+    for twice in (repeated[:-1] + separators[0] + body[1:], body[:-1] + separators[0] + repeated[1:]):
+        with pytest.raises(InvalidRequestError, match="same key twice"):
+            strictjson.decode(ITEM, memoryview(twice.encode()))
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
@@ -162,6 +177,35 @@ def test_a_struct_with_another_default_than_unset_is_a_defect() -> None:
 
     with pytest.raises(TypeError, match=r"Defaulted\.name"):
         strictjson.decode(msgspec.json.Decoder(Defaulted), b'{"name":"a"}')
+
+
+def test_a_struct_that_ignores_unknown_keys_is_a_defect() -> None:
+    """A short body is accepted without counting, so msgspec has to refuse the keys that the struct does not have."""
+
+    class Ignoring(msgspec.Struct):
+        one: str
+        other: str
+        third: str | UnsetType = UNSET
+        fourth: str | UnsetType = UNSET
+
+    with pytest.raises(TypeError, match="Ignoring"):
+        strictjson.decode(msgspec.json.Decoder(Ignoring), b'{"one":"a","other":"b"}')
+
+
+def test_a_key_is_repeated_under_the_name_that_it_has_in_json() -> None:
+    """Names in JSON may be shorter than those of the fields."""
+
+    class Renamed(api.Request, rename={"first": "a", "second": "b", "third": "c", "fourth": "d"}):
+        first: str
+        second: str
+        third: str | UnsetType = UNSET
+        fourth: str | UnsetType = UNSET
+
+    decoder = msgspec.json.Decoder(Renamed)
+    for _ in range(2):  # the first body of a type is counted
+        assert strictjson.decode(decoder, b'{"a":"x","b":"y"}') == Renamed("x", "y")
+        with pytest.raises(InvalidRequestError, match="same key twice"):
+            strictjson.decode(decoder, b'{"a":"","a":"x","b":"y"}')
 
 
 def test_no_request_of_the_contract_has_another_default_than_unset() -> None:

@@ -153,7 +153,7 @@ def test_waiting_input_is_kept_unchanged() -> None:
 
 
 def shortcut(reader: RequestReader, data: bytes) -> tuple[str, str, bytes] | None:
-    """The result of `only_request` for `data`, which is used if there is a result."""
+    """The result of `only_request` for `data`."""
     room = reader.room()
     room[: len(data)] = data
     only = reader.only_request(len(data))
@@ -162,7 +162,6 @@ def shortcut(reader: RequestReader, data: bytes) -> tuple[str, str, bytes] | Non
     head, body = only
     found = (head.method, head.path, bytes(body))
     body.release()
-    reader.used(len(data))
     return found
 
 

@@ -9,6 +9,7 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -161,8 +162,8 @@ def test_without_the_role_the_whole_is_refused(tmp_path: Path) -> None:
             table = VerbTable(SilentAudit())
             service.RecordVerbs(one.vault, table)
             with pytest.raises(ForbiddenError):
-                table[api.CHECK_BATCH](ANYONE._replace(roles=ROLES - {"decrypt"}), request, "")
-            alone = ANYONE._replace(roles=frozenset[api.Role](["decrypt"]))
+                table[api.CHECK_BATCH](msgspec.structs.replace(ANYONE, roles=ROLES - {"decrypt"}), request, "")
+            alone = msgspec.structs.replace(ANYONE, roles=frozenset[api.Role](["decrypt"]))
             answer = table[api.CHECK_BATCH](alone, request, "")
             assert isinstance(answer, bytes)
             assert json.loads(answer)["opened"] == 0

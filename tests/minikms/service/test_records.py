@@ -9,12 +9,14 @@ from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from minikms import api
+from minikms.audit import Event
 from minikms.custody.files import open_directory
 from minikms.custody.lease_store import LeaseStore
-from minikms.errors import StorageUnavailableError
+from minikms.errors import MiniKmsError, StorageUnavailableError
 from minikms.keys.dek import key_id_to_bytes
 from minikms.policy import ROLES, Principal
 from minikms.service.base import VerbTable
@@ -119,6 +121,43 @@ def test_a_batch_answers_each_item_in_order_whatever_becomes_of_the_others(daemo
     ]
 
 
+def test_an_item_of_a_batch_is_answered_as_decrypt_answers_it_alone(daemon: LiveDaemon) -> None:
+    """Also beside items of its own key that open. The batch verb has checks of its own."""
+    key_id, other, destroyed = new_key(daemon), new_key(daemon, "u"), new_key(daemon)
+    sealed, bound = encrypted(daemon, key_id), encrypted(daemon, key_id, aad=b64(b"a"))
+    last = encrypted(daemon, destroyed)
+    assert post(daemon, f"/keys/{destroyed}/retire", {}).status == 200
+    assert post(daemon, f"/keys/{destroyed}/destroy", {"key_id": destroyed}).status == 200
+    good = {"key_id": key_id, "ciphertext": sealed, "thread_id": "t"}
+    others = [
+        {**good, "ciphertext": bound, "aad": b64(b"a")},
+        {**good, "ciphertext": bound, "aad": b64(b"b")},
+        {**good, "ciphertext": bound},
+        {**good, "aad": ""},
+        {**good, "thread_id": "u"},
+        {**good, "thread_id": ""},
+        {**good, "key_id": other, "thread_id": "u"},
+        {**good, "key_id": other},
+        {**good, "key_id": NO_KEY},
+        {**good, "key_id": ""},
+        {**good, "key_id": destroyed, "ciphertext": last},
+        {**good, "ciphertext": ""},
+        {**good, "ciphertext": b64(bytes(27))},
+        {**good, "ciphertext": b64(bytes(28))},
+        {**good, "ciphertext": "AB=="},
+        {**good, "ciphertext": b64(bytes(api.PLAINTEXT_BYTES_MAX + 29))},
+        {**good, "aad": "AB=="},
+        {**good, "aad": b64(bytes(api.AAD_BYTES_MAX + 1))},
+    ]
+    alone = [post(daemon, "/decrypt", item).body for item in others]
+    opened = {"plaintext": b64(b"text")}
+    batch = [item for each in others for item in (good, each)]
+    answers = [answer for each in alone for answer in (opened, each)]
+    assert post(daemon, "/decrypt_batch", {"items": batch}).body["items"] == answers
+    assert post(daemon, "/decrypt_batch", {"items": batch[::-1]}).body["items"] == answers[::-1]
+    assert [answer.get("code", "") for answer in alone].count("") == 2
+
+
 def test_an_empty_batch_is_an_empty_answer(daemon: LiveDaemon) -> None:
     for target in ("/encrypt_batch", "/decrypt_batch"):
         assert post(daemon, target, {"items": []}) == (200, {"items": []})
@@ -198,7 +237,7 @@ def test_a_batch_without_the_role_is_refused_by_item_and_costs_no_lease(tmp_path
             [key_id] = await one.make(1)
         async with opened_vault(tmp_path / "d") as again:  # the key has no lease in this run yet
             table = record_verbs(again)
-            roleless = ANYONE._replace(roles=frozenset[api.Role]())
+            roleless = msgspec.structs.replace(ANYONE, roles=frozenset[api.Role]())
             request = api.EncryptBatchRequest([api.EncryptItem(key_id=key_id, plaintext=TEXT)] * 2)
             answer = await items_of(table[api.ENCRYPT_BATCH](roleless, request, ""))
             assert [item["code"] for item in answer] == ["forbidden"] * 2
@@ -223,6 +262,53 @@ def test_only_items_that_need_a_lease_fail_when_the_disk_refuses_leases(
             items = [api.EncryptItem(key_id=key_id, plaintext=TEXT) for key_id in (old, new, old)]
             answer = await items_of(table[api.ENCRYPT_BATCH](ANYONE, api.EncryptBatchRequest(items), ""))
             assert [item.get("code") for item in answer] == ["storage_unavailable", None, "storage_unavailable"]
+
+    asyncio.run(main())
+
+
+class _Lines(SilentAudit):
+    """Keeps of each event what its line says of the caller and the request."""
+
+    def __init__(self) -> None:
+        self.of: list[tuple[str, int, str, str, str]] = []
+
+    def add(self, event: Event) -> None:
+        self.of.append((event.actor, event.pid, event.key_id, event.request_id, event.outcome))
+
+
+def test_each_encryption_has_a_line_about_its_own_caller_and_request(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            [key_id, other] = await one.make(2)
+            lines = _Lines()
+            table = VerbTable(lines)
+            RecordVerbs(one.vault, table)
+            last = Principal(5, 7, "peer_uid:5", ROLES)
+            wrong_thread = {"thread_id": "another"}
+            for who, item, request_id, outcome in (
+                (ANYONE, {}, "", "ok"),
+                (ANYONE, {}, "", "ok"),
+                (ANYONE, {}, "of-the-head", "ok"),
+                (ANYONE, {"request_id": "of-the-body"}, "of-the-head", "ok"),
+                (ANYONE, wrong_thread, "", "wrong_thread"),
+                (ANYONE, {"plaintext": "?"}, "", "invalid_request"),
+                (msgspec.structs.replace(ANYONE, pid=7), {}, "", "ok"),
+                (last, {}, "", "ok"),
+                (last, {"key_id": other}, "", "ok"),
+                (last, wrong_thread, "refused", "wrong_thread"),
+                (last, {}, "", "ok"),
+                (ANYONE, {}, "", "ok"),
+            ):
+                asked = api.EncryptItem(**{"key_id": key_id, "plaintext": TEXT} | item)
+                try:
+                    answer = table[api.ENCRYPT](who, asked, request_id)
+                except MiniKmsError as error:
+                    assert error.code == outcome
+                else:
+                    assert isinstance(answer, bytes)
+                asked_id = request_id if asked.request_id is msgspec.UNSET else asked.request_id
+                assert lines.of.pop() == (who.actor, who.pid, asked.key_id, asked_id, outcome)
+                assert lines.of == []
 
     asyncio.run(main())
 

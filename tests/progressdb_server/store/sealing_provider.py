@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from minikms import api
 from minikms.client import DecryptItem, EncryptItem, KmsRefusedError, ReencryptItem
 from minikms.client.errors import KmsUnavailableError, refusal
+from minikms.client.items import chunks
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -103,7 +104,7 @@ class SealingProvider:
         cipher = self._key(item.key_id, item.thread_id)
         try:
             return cipher.decrypt(item.ciphertext[:12], item.ciphertext[12:], item.key_id.encode() + b"|" + item.aad)
-        except InvalidTag as error:
+        except (InvalidTag, ValueError) as error:  # the latter for a nonce that is cut short
             raise refusal("decryption_failed", "decryption failed") from error
 
     async def encrypt(
@@ -121,6 +122,8 @@ class SealingProvider:
     async def decrypt_batch(
         self, items: Sequence[DecryptItem], *, request_id: str | None = None
     ) -> list[bytes | KmsRefusedError]:
+        for _ in chunks(items):  # as the client: an item that no request can hold is an error of the whole batch
+            pass
         await self._answer("decrypt_batch")
         return outcomes(self._open, items)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import msgspec
 import pytest
 
+from minikms import api
 from minikms.client import DecryptItem, KmsRefusedError
+from progressdb_server.store import record
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
+    RECORD_MALFORMED,
     NewMessage,
     RecordUnreadableError,
     StoreUnavailableError,
@@ -17,6 +21,8 @@ from progressdb_server.store.sealer import RETRY_AFTER_S
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import bodies, fill, keys_of, messages_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider
+
+Change = Callable[[record.MessageHeader, bytes], tuple[record.MessageHeader, bytes]]
 
 
 def test_a_record_moved_to_another_place_does_not_open() -> None:
@@ -59,6 +65,32 @@ def test_a_changed_author_in_a_header_is_noticed() -> None:
         engine.write([(key.encode(), raw.replace(b"ann", b"eve", 1))])
         with pytest.raises(RecordUnreadableError):
             await store.get_message(one.id)
+
+    with_store(run, engine)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header, sealed: (msgspec.structs.replace(header, key_id="é" * 28), sealed),
+        lambda header, sealed: (msgspec.structs.replace(header, key_id="k" * (api.ID_CHARS_MAX + 1)), sealed),
+        lambda header, sealed: (header, sealed + bytes(api.PLAINTEXT_BYTES_MAX)),
+    ],
+    ids=["a key id that is not ASCII", "a long key id", "a long sealed part"],
+)
+def test_a_record_that_no_request_can_hold_hides_no_other(change: Change) -> None:
+    engine = MemoryEngine()
+
+    async def run(store: Conversations) -> None:
+        made = await fill(store, 3)
+        keys = await keys_of(store, "thread:t:msg:")
+        header, sealed = record.unpack_message(await store.raw_value(keys[1]) or b"")
+        engine.write([(keys[1].encode(), record.pack(*change(header, sealed)))])
+        listed = await messages_of(store, "t")
+        assert [listed[0], listed[2]] == [made[0], made[2]]
+        assert (listed[1].id, listed[1].body, listed[1].error) == (made[1].id, None, RECORD_MALFORMED)
+        with pytest.raises(RecordUnreadableError):
+            await store.get_message(made[1].id)
 
     with_store(run, engine)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from minikms.client import EncryptItem, KmsRefusedError
+from progressdb_server.store import keyspace
 from progressdb_server.store import reading as reading_room
 from progressdb_server.store import threads as threads_room
 from progressdb_server.store.conversations import Conversations
@@ -238,6 +239,41 @@ def test_a_list_comes_in_chunks_bounded_in_number_and_in_bytes(monkeypatch: pyte
         assert [body[0] for body in bodies(await messages_of(store, "big", limit=3))] == ["3", "4", "5"]
 
     with_store(run)
+
+
+def test_messages_of_several_authors_and_forms_keep_their_own_headers() -> None:
+    """A header is decoded once for neighbours that share it: not for those beside them."""
+
+    async def run(store: Conversations) -> None:
+        made = []
+        for n, author in enumerate(["ann", "ann", "bob", "ann", "an", "an", "bob", "bob"]):
+            made.append(await store.create_message(NewMessage(author=author, thread="t", body=n)))
+        made[1] = await edit(store, made[1].id, "again")
+        await store.set_reaction(made[5].id, "bob", "+1")
+        made[5] = await store.get_message(made[5].id)
+        await store.delete_message(made[6].id, author="bob")
+        made[6] = await store.get_message(made[6].id)
+        assert await messages_of(store, "t", include_deleted=True) == made
+        assert await messages_of(store, "t") == [*made[:6], made[7]]
+
+    with_store(run)
+
+
+@pytest.mark.parametrize("kept", [0, 2, -1], ids=["no byte", "a part of the header", "all but a byte"])
+def test_a_truncated_record_between_others_is_listed_with_an_error(kept: int) -> None:
+    engine = MemoryEngine()
+
+    async def run(store: Conversations) -> None:
+        made = await fill(store, 3)
+        stamp = keyspace.parse_message_id(made[1].id)
+        assert stamp is not None
+        key = keyspace.messages("t") + stamp.raw
+        engine.write([(key, (engine.get(key) or b"")[:kept])])
+        listed = await messages_of(store, "t")
+        assert [listed[0], listed[2]] == [made[0], made[2]]
+        assert (listed[1].id, listed[1].body, bool(listed[1].error)) == (made[1].id, None, True)
+
+    with_store(run, engine)
 
 
 class CountingEngine(MemoryEngine):

@@ -12,6 +12,7 @@ from progressdb_server.store.model import FormatError, Message
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+KEY_IDS = st.text(st.characters(codec="ascii"), max_size=40)
 STAMPS = st.builds(Stamp, st.integers(1, 10**20 - 1), st.integers(0, SEQUENCE_MAX))
 
 
@@ -90,7 +91,7 @@ def test_stamps_strictly_increase_whatever_the_system_clock_does(readings: list[
     assert all(stamp.seq <= SEQUENCE_MAX for stamp in stamps)
 
 
-@given(TEXT, TEXT, TEXT, st.booleans(), st.binary(max_size=60), TEXT)
+@given(KEY_IDS, TEXT, TEXT, st.booleans(), st.binary(max_size=60), KEY_IDS)
 def test_records_read_back_and_rekeying_changes_the_key_alone(
     key_id: str, first: str, author: str, deleted: bool, sealed: bytes, new_key: str
 ) -> None:

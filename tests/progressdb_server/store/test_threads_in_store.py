@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -220,25 +221,28 @@ def test_a_thread_that_does_not_open_is_listed_with_its_code() -> None:
     provider, engine = SealingProvider(), MemoryEngine()
 
     async def run(store: Conversations) -> None:
-        made = [(await store.create_thread(author="ann", title=f"title {n}")).id for n in range(5)]
-        good, destroyed, altered, malformed, missing = made
+        made = [(await store.create_thread(author="ann", title=f"title {n}")).id for n in range(6)]
+        good, destroyed, altered, malformed, missing, unsendable = made
         provider.destroyed.update(provider.keys_of(destroyed))
         raw = engine.get(keyspace.meta(altered))
         assert raw is not None
         flipped = raw[:-1] + bytes([raw[-1] ^ 1])
+        header, sealed = record.unpack_thread(engine.get(keyspace.meta(unsendable)) or b"")
+        unknown = record.pack(msgspec.structs.replace(header, key_id="é"), sealed)
         puts = [(keyspace.meta(altered), flipped), (keyspace.meta(malformed), b"x"), (keyspace.meta(missing), None)]
-        engine.write(puts)
+        engine.write([*puts, (keyspace.meta(unsendable), unknown)])
         errors = {
             good: "",
             destroyed: "key_destroyed",
             altered: "decryption_failed",
             malformed: "record_malformed",
             missing: "record_missing",
+            unsendable: "record_malformed",
         }
         for author in ("ann", None):
             listed = await threads_of(store, author, include_deleted=author is None)
             assert {thread.id: thread.error for thread in listed} == errors
-            assert [thread.title for thread in listed] == ["title 0", "", "", "", ""]
+            assert [thread.title for thread in listed] == ["title 0", "", "", "", "", ""]
         assert [thread.id for thread in await threads_of(store, "ann", title="title")] == [good]
         page = await Browser(store, provider).threads(author="", id_prefix="", cursor="")
         assert {thread.id: thread.error for thread in page.threads} == errors

@@ -151,10 +151,8 @@ async def send_list(listed: JsonList, receive: Receive, send: Send) -> None:
     try:
         async for chunk in listed.chunks:
             if chunk:
-                if not empty:
-                    pending += b","
+                _append_items(pending, chunk, first=empty)
                 empty = False
-                pending += _ENCODER.encode(chunk)[1:-1]
                 if len(pending) < limits.LIST_BUFFER_BYTES_MAX:
                     continue
             elif empty or not pending:
@@ -214,6 +212,14 @@ async def send_events(stream: EventStream, receive: Receive, send: Send) -> None
 
 async def _next(events: AsyncIterator[bytes]) -> bytes | None:
     return await anext(events, None)
+
+
+def _append_items(pending: bytearray, chunk: Sequence[Any], *, first: bool) -> None:
+    """The JSON of the items, after a comma unless they are the `first`."""
+    start = len(pending)
+    _ENCODER.encode_into(chunk, pending, start)  # no copy of the text is made
+    pending[start : start + 1] = b"" if first else b","  # in place of the opening bracket
+    del pending[-1]  # the closing bracket
 
 
 async def _send_part(part: bytes, send: Send) -> None:

@@ -400,7 +400,7 @@ class ReactionHandlers:
         return json_response(changed)
 
     async def remove(self, request: Request) -> Response:
-        """Succeeds also if there is no such reaction."""
+        """Succeeds even if there is no such reaction."""
         by = checked_identity(request, request.path_params["identity"])
         request.author()
         await self._store.remove_reaction(
@@ -434,7 +434,9 @@ _MESSAGE: Final[dict[str, Schema]] = {
 }
 _NAMED_BY_PATH: Final[Schema] = {"type": ["string", "null"], "description": "Ignored. The path names the thread."}
 _NOT_CHANGED: Final[Schema] = {"type": ["object", "null"], "additionalProperties": {"type": "string"}}
-_LIMIT: Final = Parameter("limit", {"type": "integer", "minimum": 0}, "Only the most recent so many; without it, all.")
+_LIMIT: Final = Parameter(
+    "limit", {"type": "integer", "minimum": 0}, "How many of the most recent messages; without it, all."
+)
 _PAGE: Final = (
     _LIMIT,
     Parameter("before", ID, "A message id. Only messages created before that message."),
