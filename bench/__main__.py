@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import create, dek_rotation, encrypt, kek_rotation, messages, million, report
+from bench import create, dek_rotation, encrypt, kek_rotation, messages, million, programs, report
 from bench.programs import BenchError, MissingProgramError
 from bench.report import Missing, Row
 
@@ -30,6 +32,10 @@ BENCHES: dict[str, Callable[[], list[Row]]] = {
 LONG: dict[str, Callable[[], list[Row]]] = {"million": million.million}
 """What runs with its option, or when it is named."""
 RUNS_MAX = 99
+RUN_GB = 8
+"""Disk space for one run of all benches: key files of 4 KiB, audit logs and stores. An upper estimate."""
+MILLION_GB = 8
+"""For one run with a million keys: each has its file, and a line in a rotation backup."""
 
 
 def main() -> int:
@@ -75,6 +81,15 @@ def main() -> int:
     if asked.names:
         benches = {name: known[name] for name in dict.fromkeys([*asked.names, *(LONG if asked.million else ())])}
 
+    needed = asked.runs * (RUN_GB * (benches.keys() >= BENCHES.keys()) + MILLION_GB * ("million" in benches))
+    free = shutil.disk_usage(tempfile.gettempdir()).free / 1e9
+    if free < needed:
+        parser.error(f"the files of all runs stay until the end: {needed} GB, and {free:.0f} GB are free")
+    with programs.workplaces_kept():
+        return _measure(asked, benches)
+
+
+def _measure(asked: argparse.Namespace, benches: dict[str, Callable[[], list[Row]]]) -> int:
     load_before = os.getloadavg()[0]
     runs: list[list[Row | Missing]] = []
     failed = False

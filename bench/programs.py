@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TypeVar
 
+from bench.report import say
+
 READY_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 20.0
 POLL_SECONDS = 0.05
@@ -41,11 +43,31 @@ class MissingProgramError(BenchError):
     """A program that this bench measures with is not installed."""
 
 
+_kept: contextlib.ExitStack | None = None
+"""Removes the workplaces of `workplaces_kept`; None outside its block."""
+
+
+@contextlib.contextmanager
+def workplaces_kept() -> Iterator[None]:
+    """Each workplace of the block stays until the block ends, however it ends: ext4 makes new files more slowly for
+    some minutes after many were deleted, so a removal would disturb what is measured next.
+    """
+    global _kept
+    with contextlib.ExitStack() as stack:
+        _kept = stack
+        try:
+            yield
+        finally:
+            _kept = None
+            say("removing the files of all runs")
+
+
 @contextlib.contextmanager
 def workplace() -> Iterator[Path]:
     """A temporary directory with a root key file `root-key` in it."""
-    with tempfile.TemporaryDirectory(prefix="minikms-bench-") as name:
-        directory = Path(name)
+    with contextlib.ExitStack() as own:
+        stack = own if _kept is None else _kept
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minikms-bench-")))
         key_file = directory / "root-key"
         key_file.touch(mode=0o600)
         key_file.write_text(secrets.token_hex(32) + "\n")

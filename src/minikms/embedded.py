@@ -173,14 +173,14 @@ async def _compose(
     RecordVerbs(vault, table)
     indexing = Indexing(vault, executor)
     KeyVerbs(vault, table, indexing)
-    LifecycleVerbs(vault=vault, table=table, indexing=indexing, reader=executor)
+    lifecycle = LifecycleVerbs(vault=vault, table=table, indexing=indexing, reader=executor)
     table.now(api.STATUS, lambda request, event: json_answer(_status(vault.unlocked, log, indexing)))
     facts: dict[str, str | int] = {"epoch": vault.keyring.body.epoch}
     await audit.add_written(
         Event(type="start", actor="minikms", pid=os.getpid(), detail="embedded", facts=facts), durable=True
     )
-    scan = asyncio.create_task(indexing.run())
-    cleaning.push_async_callback(_stop, scan)
+    for chore in (indexing.run, lifecycle.complete_destructions):
+        cleaning.push_async_callback(_stop, asyncio.create_task(chore()))
     return kind(vault, table, _ourselves())
 
 

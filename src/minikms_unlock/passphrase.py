@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
 from minikms.errors import StartError
 from minikms.memory import SLOT_BYTES
+from minikms.sync import sync_file
 
 VERSION: Final = 1
 CONFIG_BYTES_MAX: Final = 64 * 1024
@@ -73,7 +74,7 @@ def make_config(path: Path) -> Parameters:
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         file.write(_CONFIG.format(version=VERSION, **vars(parameters)))
         file.flush()
-        os.fsync(descriptor)
+        sync_file(descriptor)
     return parameters
 
 

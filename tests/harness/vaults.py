@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from minikms import datadir
+from minikms import api, datadir
 from minikms.audit import Event
 from minikms.audit.turns import TurnAudit
 from minikms.custody.rotation import Begun, KekRotation, Pruning
-from minikms.custody.vault import Indexing
+from minikms.custody.vault import Indexing, Permit, Vault, permitted
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord
 from minikms.memory.arena import SecretArena, SecretSlot
@@ -28,6 +28,15 @@ from minikms.service.keks import KekVerbs
 from minikms.service.root_removal import RootRemoval
 
 ARENA_SLOTS = 96
+
+
+async def create(
+    vault: Vault, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "", permit: Permit = permitted
+) -> DekRecord:
+    """A new key, as the verb makes it, with its file."""
+    record = await vault.create_in_log(thread_id, purpose=purpose, replaces=replaces, permit=permit)
+    await vault.creates.file_made(record.id)
+    return record
 
 
 class OpenedVault:
@@ -77,7 +86,7 @@ class OpenedVault:
 
     async def make(self, count: int, thread_id: str = "t") -> list[str]:
         """Keys made at once, as many connections would."""
-        records = await asyncio.gather(*(self.vault.create(thread_id) for _ in range(count)))
+        records = await asyncio.gather(*(create(self.vault, thread_id) for _ in range(count)))
         return [record.id for record in records]
 
     def keys(self, key_ids: Iterable[str]) -> dict[str, bytes]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 from pathlib import Path
 
 import pytest
 
+import minikms
 from minikms.audit.log import Limits
 from minikms.sync import sync_data, sync_file
 from tests.minikms.audit.logmaker import make_log, verify
@@ -63,3 +65,10 @@ def test_the_audit_log_is_written_as_on_macos(monkeypatch: pytest.MonkeyPatch, t
     make_log(tmp_path / "log", limits=Limits(reserve_bytes=200_000))
     assert macos.synced
     assert verify(tmp_path / "log").intact
+
+
+def test_no_other_module_calls_the_syncs_of_the_system() -> None:
+    """On macOS they leave the data in the cache of the drive."""
+    source = Path(minikms.__file__).parents[1]
+    callers = {path.name for path in source.rglob("*.py") if re.search(r"os\.f(data)?sync\b", path.read_text())}
+    assert callers == {"sync.py"}

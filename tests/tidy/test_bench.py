@@ -5,18 +5,21 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import shutil
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 
 from bench import __main__ as program
 from bench import encrypt, growth_keys, keys, load, messages, million, plots, report
-from bench.programs import BenchError, MissingProgramError, need, progressdb
+from bench.programs import BenchError, MissingProgramError, need, progressdb, workplace, workplaces_kept
 from bench.report import Missing, Row
 
 
@@ -242,6 +245,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str, **benches: Callab
     monkeypatch.setattr(program, "BENCHES", {name: bench for name, bench in benches.items() if name != "million"})
     monkeypatch.setattr(program, "LONG", {name: bench for name, bench in benches.items() if name == "million"})
     monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _place: SimpleNamespace(free=1e15))
     return program.main()
 
 
@@ -394,3 +398,29 @@ def test_appends_are_compared_with_those_of_another_checkout(monkeypatch: pytest
 def test_a_checkout_without_programs_is_named(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="make venv"), progressdb(tmp_path, checkout=tmp_path):
         pass
+
+
+def test_the_files_of_a_run_stay_until_all_runs_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To remove them would slow the next one's creates. An interrupt removes them too."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt), workplaces_kept():
+        for count in (1, 2):
+            with workplace() as directory:
+                (directory / "kms").mkdir()
+            assert len(list(tmp_path.iterdir())) == count
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with workplace() as directory:
+        assert directory.is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bench_is_refused_when_the_disk_has_no_room_for_all_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "--runs", "3"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _place: SimpleNamespace(free=23e9))
+    with pytest.raises(SystemExit) as refused:
+        program.main()
+    assert refused.value.code == 2
+    assert "24 GB, and 23 GB are free" in capsys.readouterr().err

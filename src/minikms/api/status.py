@@ -30,7 +30,7 @@ class KekStatus(msgspec.Struct, frozen=True):
 
 
 class RotationStatus(msgspec.Struct, frozen=True):
-    """A running rotation of the KEK. `total` is None while the daemon does not know yet how many keys there are."""
+    """A rotation of the KEK that runs or is about to. `total` is None while the number of keys is not known yet."""
 
     from_version: int = 0
     to_version: int = 0

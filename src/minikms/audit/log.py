@@ -381,7 +381,9 @@ class AuditLog:
             self._failure = _Failure(since=ts, reason=_reason(error))
         self._failure.dropped += dropped
         self.events_dropped += dropped
-        raise AuditUnavailableError("the audit log can't be written, so requests are refused") from error
+        raise AuditUnavailableError(
+            "the audit log can't be written, so requests are refused; this one may have been carried out"
+        ) from error
 
     def _hide_thread_ids(self, events: list[Event]) -> None:
         for event in events:

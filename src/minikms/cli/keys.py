@@ -1,7 +1,7 @@
 """`minikms keys`: list, show, retire and destroy data-encryption keys, through the running daemon.
 
 Owns: flags and output. Invariants: an action that can't be undone is confirmed, or `--yes` was given; who destroys
-several keys types their number; the receipt of a destruction is shown whole, and each key that was not destroyed is
+several keys types their number; the receipt of a destruction is shown whole, and each key without a receipt is
 named with the reason. It must never touch the file of a key.
 """
 
@@ -304,7 +304,7 @@ def _print_outcome(outcome: _Outcome, *, json: bool) -> None:
             right=("backups removed",),
         )
     for failure in outcome.failed:
-        complain(f"{clean(failure.key_id)} was not destroyed: {clean(failure.error)}")
+        complain(f"{clean(failure.key_id)} has no receipt: {clean(failure.error)}")
     for key_id in outcome.not_tried:
         complain(f"{key_id} was not tried")
     terminal(errors=True).print(

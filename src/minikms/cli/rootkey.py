@@ -43,7 +43,8 @@ def move_out_of_environment() -> None:
 def bind_symbols() -> None:
     """Does not return when the program is to serve and the linker binds lazily: it runs again with `LD_BIND_NOW`.
 
-    The other commands have a key for a moment only, if any, and then end. A help text has none.
+    The other commands do not: they have a key until they end, if any, and are not hardened in any other way (nothing
+    keeps them from being dumped or swapped). A help text has none.
     """
     first = sys.argv[1] if len(sys.argv) > 1 else "serve"
     serves = first == "serve" or (first.startswith("-") and first not in ("-h", "--help", "--version"))

@@ -4,14 +4,16 @@ Owns: sealing, opening, and authentication tags over public data. Sealed form: n
 Invariants: a cipher object holds a key schedule on the heap, so each function here makes one for its call and drops it
 (OpenSSL clears it). Three callers keep one, at most until the turn of the event loop ends: `Vault.turn_cipher` of
 `minikms.custody.vault`; `minikms.custody.new_keys`, for a group of keys that it makes without a switch to another task;
-and `Rewrapper` of `minikms.keys.dek`. `scrub_stack` overwrites the key schedule that the last call left on the stack.
-The caller passes the nonce: random, never repeated under a key (at most 2^32 of them, SP 800-38D section 8.3). If a tag
-does not match, it must never return anything but an error, nor say why.
+and `Rewrapper` of `minikms.keys.dek`. `scrub_stack` overwrites the key schedule that the last call left on the stack,
+and `scrub_long_text` what a text of more than LONG_TEXT_BYTES leaves there. The caller passes the nonce: random, never
+repeated under a key (at most 2^32 of them, SP 800-38D section 8.3). If a tag does not match, it must never return
+anything but an error, nor say why.
 """
 
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Final
 
 from cryptography.exceptions import InvalidTag
@@ -24,6 +26,11 @@ NONCE_BYTES: Final = 12
 TAG_BYTES: Final = 16
 OVERHEAD_BYTES: Final = NONCE_BYTES + TAG_BYTES
 
+LONG_TEXT_BYTES: Final = 256
+"""For a longer text OpenSSL's code for AVX-512 makes up to 48 powers of the hash key of GCM on the stack, and leaves
+them. Whoever has one can forge records under the key, but read none. Associated data leaves none, however long it is.
+"""
+
 _NONCE_POOL_COUNT: Final = 512
 _ZERO_CIPHER: Final = AESGCM(bytes(KEY_BYTES))
 """A cipher of a zero key, which is no secret, so it may be kept. Making one for each `scrub_stack` would cost as much
@@ -31,6 +38,11 @@ as the scrubbing.
 """
 _ZERO_NONCE: Final = bytes(NONCE_BYTES)
 _ZERO_TEXT: Final = bytes(4 * 16)
+_LONG_ZERO_TEXT: Final = bytes(64 * 16)
+"""Long enough for all 48 powers."""
+_LONG_SEALED: Final = bytearray(_ZERO_CIPHER.encrypt(_ZERO_NONCE, _LONG_ZERO_TEXT, None))
+_DEEP_ENCRYPT: Final = partial(_ZERO_CIPHER.encrypt, _ZERO_NONCE, _LONG_ZERO_TEXT)
+_DEEP_DECRYPT: Final = partial(_ZERO_CIPHER.decrypt, _ZERO_NONCE, bytes(_LONG_SEALED))
 
 
 class NonceSource:
@@ -70,6 +82,8 @@ def open_sealed(key: memoryview, sealed: bytes, aad: bytes) -> bytes:
         return AESGCM(key).decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], aad)
     except InvalidTag:
         raise DecryptionError("the ciphertext does not open under this key, thread and aad") from None
+    finally:
+        scrub_long_text()
 
 
 def open_into(key: memoryview, sealed: bytes, aad: bytes, target: memoryview) -> None:
@@ -113,3 +127,17 @@ def scrub_stack() -> None:
     cipher leaves nothing on the stack that would have to be covered too: a test measures this.
     """
     _ZERO_CIPHER.decrypt(_ZERO_NONCE, _ZERO_CIPHER.encrypt(_ZERO_NONCE, _ZERO_TEXT, None), None)
+
+
+def scrub_long_text() -> None:
+    """Overwrites the powers of the hash key that a cipher leaves on the stack for a long text.
+
+    The function that used the cipher must call it: they lie deeper than what `scrub_stack` covers from the depth at
+    which a turn ends. It does not replace `scrub_stack`.
+
+    The interpreter reaches a method up to 128 bytes deeper at its first calls than later. So two calls go through
+    `partial`, which is always as deep and deeper than both, and one uses a method whose frames are less deep.
+    """
+    _DEEP_ENCRYPT(None)
+    _DEEP_DECRYPT(None)
+    _ZERO_CIPHER.encrypt_into(_ZERO_NONCE, _LONG_ZERO_TEXT, None, _LONG_SEALED)

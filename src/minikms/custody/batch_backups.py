@@ -41,7 +41,7 @@ from minikms.custody.files import (
 )
 from minikms.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.keys.dek import FILE_BYTES
-from minikms.sync import sync_file
+from minikms.sync import sync_directory
 
 LINES_COUNT_MAX: Final = 4096
 """Lines of one file."""
@@ -123,7 +123,8 @@ class BatchBackups:
         try:
             make_private_directory(self._path(stamp))
             if not files:
-                self._sync_directory()  # the process that made the directory may have been killed before it synced
+                # The process that made the directory may have been killed before it synced.
+                sync_directory(self._directory)
             descriptor = open_directory(self._path(stamp))
         except OSError as error:
             raise StorageUnavailableError("a rotation backup can't be created") from error
@@ -225,8 +226,8 @@ class BatchBackups:
         self.unreadable[_place(file)] = str(error)
         # The name of the file has two key ids, which the caller need not know of; `/status` tells those who may.
         failure = StorageUnavailableError(
-            f"a rotation backup of {file.stamp} may hold the key and can't be read or written; the key opens no more, "
-            "but its bytes may stay: correct or remove the file that the warnings of /status name, and try again"
+            f"a rotation backup of {file.stamp} may hold the key and can't be read or written; correct or remove the "
+            "file that the warnings of /status name"
         )
         failure.__cause__ = error.__cause__
         return failure
@@ -250,29 +251,25 @@ class BatchBackups:
             return KeysWithin(file, found)
         return None
 
-    def prune(self, *, before: str | None, keeps: Callable[[str], bool]) -> int:
-        """Removes the lines of stamps before `before` (None: all) except those of keys that `keeps` accepts, durably;
-        the number removed. Raises StorageUnavailableError; then a part was removed.
+    def prune(self, *, before: str | None, keeps: Callable[[str], bool]) -> Iterator[int]:
+        """Removes the lines of stamps before `before` (None: all) except those of keys that `keeps` accepts, durably.
+        Each step is the work of one file, and yields the number of lines removed; others may use the backups between
+        two steps. Raises StorageUnavailableError; then a part was removed.
         """
-        count = 0
-        try:
-            for stamp in self.stamps():
-                if before is None or stamp < before:
-                    count += self._prune(stamp, keeps)
-        finally:
+        for stamp in self.stamps():
+            if before is not None and stamp >= before:
+                continue
+            for file in list_batch_files(self._directory, stamp):
+                try:
+                    with self._opened(stamp) as descriptor:
+                        count = self._prune_file(descriptor, file, keeps)
+                except FileNotFoundError:
+                    break
+                finally:
+                    self._files = None
+                yield count
+            self._remove_if_empty(stamp)
             self._files = None
-        return count
-
-    def _prune(self, stamp: str, keeps: Callable[[str], bool]) -> int:
-        count = 0
-        try:
-            with self._opened(stamp) as descriptor:
-                for file in list_batch_files(self._directory, stamp):
-                    count += self._prune_file(descriptor, file, keeps)
-        except FileNotFoundError:
-            return count
-        self._remove_if_empty(stamp)
-        return count
 
     def _prune_file(self, descriptor: int, file: BatchFile, keeps: Callable[[str], bool]) -> int:
         try:
@@ -296,16 +293,9 @@ class BatchBackups:
         except OSError:
             return  # a file of it is kept, or is not of this program
         try:
-            self._sync_directory()
+            sync_directory(self._directory)
         except OSError as error:
             raise StorageUnavailableError("a rotation backup can't be removed") from error
-
-    def _sync_directory(self) -> None:
-        descriptor = open_directory(self._directory)
-        try:
-            sync_file(descriptor)
-        finally:
-            os.close(descriptor)
 
     def sweep_temps(self) -> None:
         """Removes the temporary files of earlier processes, each of which may hold a whole batch, once in a run. Raises

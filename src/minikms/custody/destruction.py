@@ -4,7 +4,8 @@ Owns: the order in which keys are destroyed. `minikms.custody.group_commit` form
 each durable before the next: the records are appended to `kms-tombstones`, the keyring counts them, the rotation
 backups and the files of the keys are removed. Invariants: an answer comes after the third step. From the first step on
 a key is destroyed in this run too, whatever becomes of the others: its record is on disk, and the next start would
-adopt it. A repeated request completes what failed.
+adopt it. An error says whether the key is destroyed. A repeated request completes what failed; `Destruction.unfinished`
+has the keys that need one.
 
 It runs in the event loop's thread; the disk is used in an executor. It must never remove a file before its tombstone is
 durable.
@@ -19,7 +20,7 @@ from minikms.custody.files import now_ns, rfc3339
 from minikms.custody.group_commit import GroupCommit
 from minikms.custody.keyring_file import StoredKeyring
 from minikms.custody.tombstone_file import Staged, Tombstones
-from minikms.errors import StartError
+from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys import keyring
 from minikms.keys.keyring import Body
 from minikms.keys.unlocked import UnlockedKeyring
@@ -51,6 +52,8 @@ class Destruction:
         self._forget = forget
         self._remove_files = remove_files
         self._group = GroupCommit(self._destroy, items_max=GROUP_KEYS_MAX)
+        self.unfinished: set[str] = set()
+        """Destroyed keys whose tombstone could not be counted, or whose bytes could not be removed."""
 
     async def destroy(self, key_id: str) -> int:
         """Destroys a key, durably on return; the number of its rotation backups. The caller holds the key's lock.
@@ -63,10 +66,25 @@ class Destruction:
         """Returns when no destruction is waiting or under way."""
         await self._group.drain()
 
-    async def _destroy(self, key_ids: list[str]) -> list[int]:
+    async def _destroy(self, key_ids: list[str]) -> Sequence[int | MiniKmsError]:
         repeated = frozenset(key_id for key_id in key_ids if key_id in self._tombstones)
-        await self._write_tombstones(key_ids)
-        return await self._remove_files(key_ids, repeated)
+        try:
+            await self._write_tombstones(key_ids)
+            counts = await self._remove_files(key_ids, repeated)
+        except StorageUnavailableError as error:
+            return [self._failed(key_id, error) for key_id in key_ids]
+        self.unfinished.difference_update(key_ids)
+        return counts
+
+    def _failed(self, key_id: str, error: StorageUnavailableError) -> StorageUnavailableError:
+        if key_id in self._tombstones:
+            self.unfinished.add(key_id)
+            text = f"the key is destroyed and opens no more, but its bytes may stay: {error}; miniKMS tries again"
+        else:
+            text = f"{error}; the key opens as before, but the next start may find it destroyed: try again"
+        failure = StorageUnavailableError(text)
+        failure.__cause__ = error
+        return failure
 
     async def _write_tombstones(self, key_ids: list[str]) -> None:
         """Steps one and two. Writes nothing if the keyring counts the records of all these keys."""

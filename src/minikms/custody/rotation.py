@@ -122,7 +122,7 @@ class KekRotation:
         """The rotation that the keyring names; None if there is none."""
         return self._vault.keyring.body.rotation
 
-    def progress(self, rotation: keyring.Rotation) -> dict[str, object]:
+    def progress(self, rotation: keyring.Rotation) -> dict[str, Any]:
         """Progress of `rotation`, the one that runs or ran last, for `/status`."""
         return {
             "from_version": rotation.from_version,
@@ -472,7 +472,7 @@ class Pruning:
         """
         live = await self._live_census()
         permit()
-        removed = await self._remove_backups(before, live.unreadable) if backups else 0
+        removed = await self._remove_backups(before, live.unreadable, permit) if backups else 0
         kept_in_backups = await self._backup_census()
         destroyed: list[int] = []
         kept: list[api.KeptKek] = []
@@ -496,14 +496,19 @@ class Pruning:
         before = await _run_in(self._disk, lambda: self._vault.rotation_backups.oldest_stamp_of(count))
         if before is None or not self._vault.unreadable.complete:
             return 0
-        return await self._remove_backups(before, self._vault.unreadable.key_ids())
+        return await self._remove_backups(before, self._vault.unreadable.key_ids(), permitted)
 
-    async def _remove_backups(self, before: str | None, spare: Container[str]) -> int:
+    async def _remove_backups(self, before: str | None, spare: Container[str], permit: Permit) -> int:
+        """In many short jobs: the creates and other changes of keys need the same thread."""
         vault = self._vault
-        prune = vault.rotation_backups.prune
-        return await _run_in(
-            self._disk, lambda: prune(vault.store, before=before, spare=spare, destroyed=vault.destroyed)
-        )
+        steps = vault.rotation_backups.prune(vault.store, before=before, spare=spare, destroyed=vault.destroyed)
+        removed = 0
+        while True:
+            permit()
+            count = await _run_in(self._disk, lambda: next(steps, None))
+            if count is None:
+                return removed
+            removed += count
 
     async def _destroy(self, version: int, permit: Permit) -> None:
         at = now_rfc3339()

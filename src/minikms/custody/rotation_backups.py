@@ -17,7 +17,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from minikms import api
-from minikms.custody.batch_backups import BatchBackups, list_batch_files, list_stamps
+from minikms.custody.batch_backups import LINES_COUNT_MAX, BatchBackups, list_batch_files, list_stamps
 from minikms.custody.create_log import read_logged
 from minikms.custody.deks import DIRECTORY as DEK_DIRECTORY
 from minikms.custody.deks import SUFFIX, DekStore, file_name, list_names
@@ -138,24 +138,26 @@ class RotationBackups:
         """As `remove_of`, for all destroyed keys; the number removed. It reads the directory."""
         return self._remove([backup.name for backup in self.listed() if backup.key_id in key_ids])
 
-    def prune(self, store: DekStore, *, before: str | None, spare: Container[str], destroyed: Container[str]) -> int:
-        """Removes the backups with a stamp before `before` (`YYYYMMDDTHHMMSS`; None: all), durably; the number removed.
+    def prune(
+        self, store: DekStore, *, before: str | None, spare: Container[str], destroyed: Container[str]
+    ) -> Iterator[int]:
+        """Removes the backups with a stamp before `before` (`YYYYMMDDTHHMMSS`; None: all), durably.
 
-        It keeps the backups of the keys in `spare`, and of keys without a file that are not in `destroyed`. Raises
-        StorageUnavailableError.
+        Each step removes the backups of up to LINES_COUNT_MAX keys, and yields the number removed; others may use the
+        backups between two steps. It keeps the backups of the keys in `spare`, and of keys without a file that are not
+        in `destroyed`. Raises StorageUnavailableError.
         """
 
         def keeps(key_id: str) -> bool:
             return key_id in spare or not (store.has(key_id) or key_id in destroyed)
 
-        names = [
-            backup.name
-            for backup in self.listed()
-            if (before is None or backup.suffix < before) and not keeps(backup.key_id)
-        ]
-        count = self._remove(names)
-        self._suffixes = None
-        return count + self.batches.prune(before=before, keeps=keeps)
+        older = [backup for backup in self.listed() if before is None or backup.suffix < before]
+        for first in range(0, len(older), LINES_COUNT_MAX):
+            part = older[first : first + LINES_COUNT_MAX]
+            count = self._remove([backup.name for backup in part if not keeps(backup.key_id)])
+            self._suffixes = None
+            yield count
+        yield from self.batches.prune(before=before, keeps=keeps)
 
     def oldest_stamp_of(self, rotations: int) -> str | None:
         """The oldest stamp of the newest `rotations` rotations; None if there are not more rotations than that."""

@@ -23,6 +23,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Executor
 from functools import partial
 from typing import Final, TypeVar
@@ -246,18 +247,11 @@ class Vault:
 
     # --- changing ----------------------------------------------------------------------------------------------------
 
-    async def create(
-        self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "", permit: Permit = permitted
-    ) -> DekRecord:
-        """A new key, durable on return, with its file. `replaces` names a key of the same thread, which is retired."""
-        record = await self.create_in_log(thread_id, purpose=purpose, replaces=replaces, permit=permit)
-        await self.creates.file_made(record.id)
-        return record
-
     async def create_in_log(
         self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "", permit: Permit = permitted
     ) -> DekRecord:
-        """As `create`. The file may still be under way on return: see `CreateLog.file_made`.
+        """A new key, durable on return. `replaces` names a key of the same thread, which is retired. The file of the
+        new key may still be under way on return: see `CreateLog.file_made`.
 
         A crash between the two files leaves both keys active, and the new record names the old one. The scan of the
         next start then retires the old one.
@@ -275,7 +269,7 @@ class Vault:
 
         The index must be complete (`Indexing.wait_complete`). Calls for one thread are answered one after the other, so
         that they return one key. A key that the index has and that does not open is an error, never a reason for a new
-        one. Raises as `opened` and `create`.
+        one. Raises as `opened` and `create_in_log`.
         """
         async with self._creating.hold((thread_id,)):
             permit()
@@ -367,12 +361,17 @@ class Vault:
         """Destroys a retired key: first the tombstone, then its rotation backups, then its file.
 
         Returns the number of rotation backups removed. A repeated call removes what an interrupted one left. Raises
-        ConflictError for an active key.
+        ConflictError for an active key, and StorageUnavailableError, which says whether the key is destroyed.
         """
         async with self.locks.hold((key_id,)):
             permit()
             self.check_destroyable(key_id)
             return await self._destruction.destroy(key_id)
+
+    @property
+    def unfinished_destructions(self) -> AbstractSet[str]:
+        """Destroyed keys whose bytes could not be removed: `destroy` has to be called again for them."""
+        return self._destruction.unfinished
 
     def _forget(self, key_id: str) -> None:
         """Drops what is in memory of a key whose tombstone is on disk."""
@@ -392,8 +391,7 @@ class Vault:
         def begin() -> tuple[list[int], list[KeysWithin], frozenset[str]]:
             if self.rewraps.live:
                 raise StorageUnavailableError(
-                    "the journal of a KEK rotation may hold the key and can't be removed, since the disk fails; the "
-                    "key opens no more, but try again later, so that its bytes are removed"
+                    "the journal of a KEK rotation may hold the key and can't be removed, since the disk fails"
                 )
             self.store.sweep_temps()
             self.rotation_backups.sweep_temps()

@@ -196,7 +196,9 @@ def _add_keys(made: _Page, status: Mapping[str, Any]) -> None:
 
 def _add_rotation(made: _Page, rotation: Mapping[str, Any] | None) -> None:
     running = rotation or {"rewrapped": 0, "total": 0, "last_error": ""}
-    made.one("minikms_kek_rotation_running", "gauge", "1 while a KEK rotation runs.", rotation is not None)
+    made.one(
+        "minikms_kek_rotation_running", "gauge", "1 while a KEK rotation runs or is about to.", rotation is not None
+    )
     made.one("minikms_kek_rotation_rewrapped", "gauge", "Keys rewrapped by the one that runs.", running["rewrapped"])
     made.one("minikms_kek_rotation_keys", "gauge", "Keys there are, for the one that runs.", running["total"] or 0)
     failing = bool(running["last_error"])

@@ -119,7 +119,7 @@ class Parts:
         table = VerbTable(self.audit, access)
         RecordVerbs(self.vault, table)
         KeyVerbs(self.vault, table, self.indexing)
-        LifecycleVerbs(vault=self.vault, table=table, indexing=self.indexing, reader=workers.reader)
+        self.lifecycle = LifecycleVerbs(vault=self.vault, table=table, indexing=self.indexing, reader=workers.reader)
         self._removal = removal = RootRemoval(self.vault, self.audit)
         self.keks = KekVerbs(
             vault=self.vault,
@@ -145,7 +145,6 @@ class Parts:
             from_source=bool(proved_slot_id),
             upkeep=self.upkeep,
             measures=measures,
-            rotation=rotation,
             indexing=self.indexing,
             keks=self.keks,
             policy=policy,

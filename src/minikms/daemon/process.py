@@ -262,6 +262,7 @@ class Daemon:
             lambda: _every(HOUSEKEEPING_SECONDS, parts.upkeep.tick),
             lambda: self._sweep_temps(parts, parts.workers.reader),
             parts.indexing.run,
+            parts.lifecycle.complete_destructions,
             work,
         ]
 

@@ -17,7 +17,6 @@ from minikms.keys.keyring import AUDIT_KEYS_COUNT_MAX, AUDIT_KEYS_COUNT_WARN, KE
 
 if TYPE_CHECKING:
     from minikms.audit.maintenance import Maintenance
-    from minikms.custody.rotation import KekRotation
     from minikms.custody.vault import Indexing
     from minikms.daemon.admission import Session
     from minikms.daemon.policy_file import PolicyInForce
@@ -41,7 +40,6 @@ class StatusPage:
         from_source: bool,
         upkeep: Maintenance,
         measures: tuple[Measure, ...],
-        rotation: KekRotation,
         indexing: Indexing,
         keks: KekVerbs,
         policy: PolicyInForce,
@@ -56,7 +54,6 @@ class StatusPage:
         self._log = data.log
         self._upkeep = upkeep
         self._measures = measures
-        self._rotation = rotation
         self._indexing = indexing
         self._keks = keks
         self._started_ns = started_ns
@@ -119,20 +116,14 @@ class StatusPage:
             "slots": slots,
         }
 
-    def _rotation_progress(self) -> dict[str, object] | None:
-        """`total`: how many keys there are to rewrap, including those done; None while the index is not complete.
-
-        A rotation is shown until also the root keys that it replaces are removed.
-        """
-        rotation = self._rotation.running or self._keks.finishing
-        if rotation is None:
+    def _rotation_progress(self) -> dict[str, Any] | None:
+        """`total`: how many keys there are to rewrap, including those done; None while the index is not complete."""
+        progress = self._keks.progress()
+        if progress is None:
             return None
         index = self._vault.index
-        left = len(index) - index.by_kek[rotation.to_version]
-        return {
-            **self._rotation.progress(rotation),
-            "total": self._rotation.rewrapped + left if self._indexing.complete else None,
-        }
+        left = len(index) - index.by_kek[progress["to_version"]]
+        return {**progress, "total": progress["rewrapped"] + left if self._indexing.complete else None}
 
     def _warnings(self) -> list[str]:
         body = self._vault.unlocked.body
@@ -177,6 +168,11 @@ class StatusPage:
             found.append(
                 f"{len(unreadable)} rotation backups can't be read or written, first {unreadable[0]}; destroying a key "
                 "that they may hold is refused: correct this, or remove them"
+            )
+        unfinished = len(self._vault.unfinished_destructions)
+        if unfinished:
+            found.append(
+                f"the bytes of {unfinished} destroyed keys could not be removed from the disk; the daemon tries again"
             )
         faults = self._upkeep.faults
         found += [

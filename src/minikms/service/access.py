@@ -333,7 +333,7 @@ class ScopedKeys:
         self._access.vault.check_destroyable(key_id)
 
     async def create_in_log(self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "") -> DekRecord:
-        """As `Vault.create`. Raises ForbiddenError for a thread that is out of scope."""
+        """As `Vault.create_in_log`. Raises ForbiddenError for a thread that is out of scope."""
 
         def permit() -> None:
             self._permit_thread(thread_id)

@@ -40,6 +40,9 @@ from minikms.policy import Principal
 from minikms.service.access import ANSWERS_WITH_PLAINTEXT, Access, Keys, ScopedKeys, require
 from minikms.service.encoding import Reply, encoding_of, json_answer, refused_item
 
+AUDIT_RETRY_SECONDS: Final = 1.0
+"""Pause before a line about what the daemon did by itself is tried again."""
+
 R = TypeVar("R", bound=api.Request)
 A = TypeVar("A")
 

@@ -15,7 +15,7 @@ import contextlib
 import re
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from msgspec import UNSET
 
@@ -41,12 +41,11 @@ from minikms.keys.keyring import Body, Rotation
 from minikms.memory.arena import SecretSlot
 from minikms.roots.pin import PinFile
 from minikms.service.access import Keys, ScopedKeys
-from minikms.service.base import AfterLine, VerbTable, another_line
+from minikms.service.base import AUDIT_RETRY_SECONDS, AfterLine, VerbTable, another_line
 from minikms.service.encoding import json_answer
 from minikms.service.records import CIPHERTEXT_BYTES_MAX, decode_aad
 from minikms.service.root_removal import RootRemoval
 
-AUDIT_RETRY_SECONDS: Final = 1.0
 REVOCATION_RETRY_SECONDS: Final = 5.0
 REPLACEABLE_PROVIDERS: Final = frozenset(("file", "environment", "request", "dev"))
 """Root keys of other providers are not files or variables that an operator could exchange for a key in a request."""
@@ -101,7 +100,7 @@ class KekVerbs:
         self._end: asyncio.Future[None] | None = None
         """Of the rotation that is done and not yet finished."""
         self.finishing: Rotation | None = None
-        """The rotation that runs, until also the root keys that it replaces are removed; for `/status`."""
+        """The rotation that runs, until also the root keys that it replaces are removed."""
         self._stopping = False
         self._writing_owed = asyncio.Lock()
         self.rewrite_failed = False
@@ -170,6 +169,20 @@ class KekVerbs:
             raise
         return self._answer("ok", version)
 
+    def progress(self) -> dict[str, Any] | None:
+        """The rotation that runs, until also the root keys that it replaces are removed; or one that follows the
+        removal of a root key and has not begun; None if there is neither. For `/status`.
+        """
+        rotation = self._rotation.running or self.finishing
+        if rotation is not None:
+            return self._rotation.progress(rotation)
+        body = self._vault.keyring.body
+        if not body.revocation_due or self.revocation_error:
+            return None
+        from_version, to_version = body.wrapping_kek.version, max(kek.version for kek in body.keks) + 1
+        due = Rotation(from_version, to_version, started_at=body.revoking[-1].removed_at, stamp="")
+        return {**self._rotation.progress(due), "rewrapped": 0, "last_error": ""}
+
     def ensure_running(self) -> None:
         """Starts the task that finishes a rotation which has begun or is due, unless it runs."""
         idle = self._runner is None or self._runner.done()
@@ -229,11 +242,11 @@ class KekVerbs:
                 self.finishing = None
                 await asyncio.sleep(REVOCATION_RETRY_SECONDS)
                 continue
-            self.revocation_error = ""
             if begun.newly:
                 await self._write_until_done(
                     "rotate_kek", self._facts(new_root=0), detail="begun: a root key was removed"
                 )
+        self.revocation_error = ""
         return self._rotation.running
 
     async def drop_replaced_roots(self) -> None:

@@ -1,13 +1,14 @@
 """The verbs of a key's life: list, read, retire, destroy.
 
 Owns: what each of them answers and records. Invariants: a change is on disk before its audit line is written, and the
-line before the answer. A destruction leaves two audit lines, one before it begins, because it can't be undone. It must
-never answer while a change is half on disk.
+line before the answer. A destruction leaves two audit lines, one before it begins, because it can't be undone. If the
+disk fails halfway, the daemon completes it and writes a third one. It must never answer while a change is half on disk.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -18,12 +19,12 @@ from msgspec import UNSET
 from minikms import api
 from minikms.audit import Event
 from minikms.custody.backup.register import ArchiveRegister
-from minikms.custody.vault import Indexing, Vault
-from minikms.errors import InvalidRequestError, MiniKmsError
+from minikms.custody.vault import REMOVAL_RETRY_SECONDS, Indexing, Vault
+from minikms.errors import AuditUnavailableError, InvalidRequestError, MiniKmsError
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord, check_key_id, key_id_to_bytes
 from minikms.service.access import Keys, ScopedKeys
-from minikms.service.base import VerbTable, another_line
+from minikms.service.base import AUDIT_RETRY_SECONDS, VerbTable, another_line
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -117,6 +118,29 @@ class LifecycleVerbs:
         archives = await self._in_reader(self._archives.may_hold, key_id)
         event.facts = {"backups_removed": backups_removed, "epoch": self._vault.keyring.body.epoch}
         return api.DestroyKeyAnswer(key_id, "destroyed", backups_removed, archives)
+
+    async def complete_destructions(self) -> None:
+        """Tries again, until it is cancelled, what the disk refused after a key's tombstone was written."""
+        while True:
+            await asyncio.sleep(REMOVAL_RETRY_SECONDS)
+            for key_id in sorted(self._vault.unfinished_destructions):
+                if key_id not in self._vault.unfinished_destructions:
+                    continue  # a request completed it
+                with contextlib.suppress(MiniKmsError):
+                    self._audit.require_writable()
+                    await self._write_completed(key_id, await self._vault.destroy(key_id))
+
+    async def _write_completed(self, key_id: str, backups_removed: int) -> None:
+        """Tries again until the log can be written: the line is the only one that says that the bytes are removed."""
+        while True:
+            event = Event(type=api.DESTROY_KEY.name, actor="minikms", key_id=key_id, detail="completed")
+            event.facts = {"backups_removed": backups_removed, "epoch": self._vault.keyring.body.epoch}
+            try:
+                await self._audit.add_written(event, durable=True)
+            except AuditUnavailableError:
+                await asyncio.sleep(AUDIT_RETRY_SECONDS)
+            else:
+                return
 
     async def _in_reader(self, work: Callable[[A], T], argument: A) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reader, work, argument)

@@ -23,7 +23,7 @@ from msgspec import UNSET, UnsetType
 from minikms import api
 from minikms.audit import Event
 from minikms.base64 import decode_canonical, encode
-from minikms.crypto.aead import NONCE_BYTES, OVERHEAD_BYTES, scrub_stack
+from minikms.crypto.aead import LONG_TEXT_BYTES, NONCE_BYTES, OVERHEAD_BYTES, scrub_long_text, scrub_stack
 from minikms.crypto.labels import caller_field
 from minikms.custody.leases import UseLease
 from minikms.custody.vault import OpenDek, Vault
@@ -83,6 +83,8 @@ class RecordVerbs:
             nonce = self._next_nonce()
             cipher = opened.cipher or self._vault.turn_cipher(opened)
             sealed = nonce + cipher.encrypt(nonce, plaintext, aad)
+            if len(plaintext) > LONG_TEXT_BYTES:
+                scrub_long_text()
         except Exception as error:
             self._table.refused(_encrypt_event(who, opened, request_id), error)
             raise
@@ -104,6 +106,8 @@ class RecordVerbs:
             return Later(partial(self._encrypt_later, keys, opened, plaintext, aad))
         nonce = self._next_nonce()
         sealed = nonce + self._vault.turn_cipher(opened).encrypt(nonce, plaintext, aad)
+        if len(plaintext) > LONG_TEXT_BYTES:
+            scrub_long_text()
         return b'{"ciphertext":"' + encode(sealed) + b'"}'
 
     async def _encrypt_later(self, keys: Keys, opened: OpenDek, plaintext: bytes, aad: bytes) -> bytes:
@@ -115,6 +119,7 @@ class RecordVerbs:
             raise StorageUnavailableError(_NO_USE_LEFT)
         nonce = self._next_nonce()
         sealed = nonce + AESGCM(opened.view).encrypt(nonce, plaintext, aad)
+        scrub_long_text()
         scrub_stack()  # here: the turn ends at another depth of the stack than a task runs at
         return b'{"ciphertext":"' + encode(sealed) + b'"}'
 
@@ -122,7 +127,12 @@ class RecordVerbs:
         """The plaintext of one ciphertext."""
         opened = self._open_for(keys, event, item)
         sealed = _sealed(item.ciphertext, decode_canonical)
-        plaintext = _decrypt(self._vault.turn_cipher(opened), sealed, _aad(opened, item.aad, decode_canonical))
+        aad = _aad(opened, item.aad, decode_canonical)
+        try:
+            plaintext = _decrypt(self._vault.turn_cipher(opened), sealed, aad)
+        finally:
+            if len(sealed) > LONG_TEXT_BYTES + OVERHEAD_BYTES:
+                scrub_long_text()
         return b'{"plaintext":"' + encode(plaintext) + b'"}'
 
     def _open_for(self, keys: Keys, event: Event, item: api.EncryptItem | api.DecryptItem) -> OpenDek:
@@ -186,6 +196,7 @@ class RecordVerbs:
                 outcomes.append(nonce + cipher.encrypt(nonce, plaintext, aad))
             except MiniKmsError as error:
                 outcomes.append(refused_item(error))
+        scrub_long_text()
         return _items(encoding, "ciphertext", outcomes, event)
 
     def decrypt_batch(self, keys: Keys, request: api.DecryptBatchRequest, event: Event) -> Reply:
@@ -216,6 +227,7 @@ class RecordVerbs:
                 outcomes.append(refused_item(DecryptionError(_DOES_NOT_OPEN)))
             except MiniKmsError as error:
                 outcomes.append(refused_item(error))
+        scrub_long_text()
         return _items(encoding, "plaintext", outcomes, event)
 
     def reencrypt_batch(self, keys: Keys, request: api.ReencryptBatchRequest, event: Event) -> Reply | Later:
@@ -259,6 +271,7 @@ class RecordVerbs:
                 outcomes.append(nonce + sealing.encrypt(nonce, plaintext, target.aad_prefix + bound))
             except MiniKmsError as error:
                 outcomes.append(refused_item(error))
+        scrub_long_text()
         return _items(encoding, "ciphertext", outcomes, event)
 
     def check_batch(self, keys: Keys, request: api.CheckBatchRequest, event: Event) -> Reply:
@@ -337,5 +350,6 @@ def _refused_of(items: Sequence[api.ReencryptItem], opened: OpenDek, read: ReadB
             except MiniKmsError as error:
                 refused.append(api.RefusedItemAnswer(index, str(error), error.code))
     finally:
+        scrub_long_text()
         scratch[:] = bytes(len(scratch))
     return refused

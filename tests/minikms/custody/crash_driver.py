@@ -23,8 +23,10 @@ from minikms.custody import rotation
 from minikms.custody.appended_file import AppendedFile
 from minikms.custody.files import FileWrite, open_directory, remove_file, replace_file, write_files
 from minikms.custody.lease_store import LeaseStore
+from minikms.custody.vault import Vault
 from minikms.datadir import DataDir, Options, lock_data_dir, open_for_service
 from minikms.errors import ConflictError, MiniKmsError, StorageUnavailableError
+from minikms.keys.dek import DekRecord
 from minikms.memory.arena import SecretArena
 from minikms.roots.providers import KeyFile
 
@@ -154,11 +156,18 @@ async def rotate_beside_changes() -> None:
         await asyncio.gather(
             changed_once(lambda: vault.destroy(victim)),
             changed_once(lambda: vault.retire(retired)),
-            changed_once(lambda: vault.create("t")),
+            changed_once(lambda: with_file(vault, "t")),
         )
         await running
         tell(f"destroyed {victim}")
         tell(f"retired {retired}")
+
+
+async def with_file(vault: Vault, thread_id: str) -> DekRecord:
+    """A new key, as the verb makes it. This program runs without `tests.harness`."""
+    made = await vault.create_in_log(thread_id)
+    await vault.creates.file_made(made.id)
+    return made
 
 
 async def create_and_destroy() -> None:
@@ -167,7 +176,7 @@ async def create_and_destroy() -> None:
         vault = data.vault
 
         async def create(thread_id: str) -> str:
-            made = await changed(lambda: vault.create(thread_id))
+            made = await changed(lambda: with_file(vault, thread_id))
             tell(f"created {made.id} {bytes(vault.opened(made.id).view).hex()}")
             return made.id
 

@@ -35,7 +35,7 @@ from minikms.custody.settled_keys import SettledKeys
 from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys import dek, keyring
 from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, bytes_to_key_id, make_key_id
-from tests.harness.vaults import OpenedVault, copied_vault, opened_vault
+from tests.harness.vaults import OpenedVault, copied_vault, create, opened_vault
 from tests.minikms.custody.disk_faults import failing_os, flip, refuse
 
 VECTORS = Path(__file__).parents[2] / "vectors"
@@ -113,7 +113,7 @@ def test_files_are_made_after_their_records_are_on_the_disk(tmp_path: Path, monk
             await one.make(1)  # reserves wraps
             monkeypatch.setattr(os, "fdatasync", sync)
             monkeypatch.setattr(create_log, "make_file", make)
-            records = await asyncio.gather(*(one.vault.create(f"t{number}") for number in range(5)))
+            records = await asyncio.gather(*(create(one.vault, f"t{number}") for number in range(5)))
             key_ids = [record.id for record in records]
             monkeypatch.undo()
             assert calls[0] == "sync"
@@ -134,13 +134,13 @@ def test_a_key_whose_file_the_disk_refuses_is_in_the_log(tmp_path: Path, monkeyp
             with monkeypatch.context() as failing:
                 failing.setattr(create_log, "make_file", refuse_file)
                 failing.setattr(create_log, "write_files", refuse)
-                first, second = await asyncio.gather(one.vault.create("t1"), one.vault.create("t2"))
+                first, second = await asyncio.gather(create(one.vault, "t1"), create(one.vault, "t2"))
                 assert not one.file(first.id).exists()
                 keys = one.keys([first.id, second.id])
                 await one.vault.retire(second.id)
                 assert one.vault.record(second.id).state == "retired"
                 with pytest.raises(StorageUnavailableError):
-                    await one.vault.create("t3")
+                    await create(one.vault, "t3")
             copied_vault(one, tmp_path / "killed")
             await one.make(1)
             assert one.on_disk(first.id).state == "active"
@@ -228,7 +228,7 @@ def test_a_create_on_a_failing_disk_is_refused_or_durable(
             for at in range(1, 100):
                 with failing_os(monkeypatch, call, at=at):
                     outcomes = await asyncio.gather(
-                        *(one.vault.create(f"t{number}") for number in range(3)), return_exceptions=True
+                        *(create(one.vault, f"t{number}") for number in range(3)), return_exceptions=True
                     )
                 made = [outcome.id for outcome in outcomes if not isinstance(outcome, BaseException)]
                 assert all(isinstance(each, MiniKmsError) for each in outcomes if isinstance(each, BaseException))
@@ -498,7 +498,7 @@ def test_a_refused_create_does_not_come_back_after_a_kill(
                 if healed:
                     failing.setattr(create_log, "remove_file", refuse)
                 with pytest.raises(StorageUnavailableError):
-                    await one.vault.create("t", replaces=old)
+                    await create(one.vault, "t", replaces=old)
                 if healed:
                     await asyncio.sleep(0.02)
                     assert (one.directory / NAME).exists()

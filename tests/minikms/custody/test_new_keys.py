@@ -13,7 +13,7 @@ import pytest
 from minikms.custody import create_log, new_keys
 from minikms.errors import ForbiddenError, StorageUnavailableError
 from minikms.keys.dek import DekRecord
-from tests.harness.vaults import opened_vault
+from tests.harness.vaults import create, opened_vault
 from tests.minikms.custody.watched_cipher import WatchedCipher
 
 OPEN: Final = os.open
@@ -32,7 +32,7 @@ def test_a_refused_permit_stops_no_other_key_of_its_group(tmp_path: Path) -> Non
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             with pytest.raises(ForbiddenError):
-                await one.vault.create("t0", permit=refused)
+                await create(one.vault, "t0", permit=refused)
             asked = iter((None, None, "refused"))
 
             def late() -> None:
@@ -41,9 +41,9 @@ def test_a_refused_permit_stops_no_other_key_of_its_group(tmp_path: Path) -> Non
 
             next(asked)
             outcomes = await asyncio.gather(
-                one.vault.create("t1"),
-                one.vault.create("t2", permit=late),
-                one.vault.create("t3"),
+                create(one.vault, "t1"),
+                create(one.vault, "t2", permit=late),
+                create(one.vault, "t3"),
                 return_exceptions=True,
             )
             made = [each.id for each in outcomes if isinstance(each, DekRecord)]
@@ -69,7 +69,9 @@ def test_a_refusal_in_a_group_that_fails_keeps_no_cipher(tmp_path: Path, monkeyp
         async with opened_vault(tmp_path / "d") as one:
             monkeypatch.setattr(new_keys, "AESGCM", WatchedCipher)
             monkeypatch.setattr(WatchedCipher, "errors", [RuntimeError("a defect")])
-            await asyncio.gather(one.vault.create("t1", permit=refused), one.vault.create("t2"), return_exceptions=True)
+            await asyncio.gather(
+                create(one.vault, "t1", permit=refused), create(one.vault, "t2"), return_exceptions=True
+            )
             assert not WatchedCipher.errors
             assert refusal.__traceback__ is not None
             assert not WatchedCipher.alive
@@ -96,7 +98,7 @@ def test_a_thread_keeps_its_key_if_a_full_disk_refuses_to_replace_it(
             with monkeypatch.context() as full:
                 full.setattr(os, "open", opened_on_full_disk)
                 with pytest.raises(StorageUnavailableError):
-                    await one.vault.create("t", replaces=old)
+                    await create(one.vault, "t", replaces=old)
             assert await one.vault.get_or_create("t", purpose="thread") == (old, False)
             assert len(one.vault.index) == 1
 

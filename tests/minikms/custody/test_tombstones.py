@@ -136,6 +136,43 @@ def test_a_destruction_that_the_disk_refused_is_completed_by_a_repetition(
     assert start(tmp_path / "d") == (set(), 3)
 
 
+@pytest.mark.parametrize("call", ["pwrite", "rename", "unlink"])
+def test_an_error_says_whether_the_key_is_destroyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """On a full disk: the tombstone, the keyring that counts it, or the removal of the files fails."""
+
+    async def scenario(one: OpenedVault, key_ids: list[str]) -> None:
+        key_id = key_ids[1]
+        with failing_os(monkeypatch, call), pytest.raises(StorageUnavailableError) as failure:
+            await one.vault.destroy(key_id)
+        destroyed = call != "pwrite"
+        assert str(failure.value).startswith("the key is destroyed and opens no more, but ") == destroyed
+        assert ("the key opens as before" in str(failure.value)) != destroyed
+        assert one.vault.unfinished_destructions == ({key_id} if destroyed else set())
+        if destroyed:
+            with pytest.raises(KeyDestroyedError):
+                one.vault.opened(key_id)
+        else:
+            assert one.keys([key_id])
+        await one.vault.destroy(key_id)
+        assert (one.vault.unfinished_destructions, one.file(key_id).exists()) == (set(), False)
+
+    run(tmp_path / "d", scenario, count=1)
+
+
+def test_of_one_group_each_key_gets_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One was destroyed before and its removal is repeated; the tombstone of the other can't be written."""
+
+    async def scenario(one: OpenedVault, key_ids: list[str]) -> None:
+        with failing_os(monkeypatch, "unlink"), pytest.raises(StorageUnavailableError):
+            await one.vault.destroy(key_ids[1])
+        with failing_os(monkeypatch, "pwrite"):
+            failures = await asyncio.gather(*map(one.vault.destroy, key_ids[1:3]), return_exceptions=True)
+        assert ["the key is destroyed" in str(failure) for failure in failures] == [True, False]
+        assert one.vault.unfinished_destructions == {key_ids[1]}
+
+    run(tmp_path / "d", scenario, count=1)
+
+
 def test_a_record_that_no_keyring_counts_is_adopted_by_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

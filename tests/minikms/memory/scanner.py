@@ -1,8 +1,8 @@
 """A search of another process's memory for keys, as root, in every form that reveals a key.
 
-Owns: the forms of a key (`forms_of`) and the search for them in a live process or in a file. Invariants: every byte
-that the kernel lets root read is searched, and every other region is reported; the search is exact. It must know
-nothing about the program that it searches.
+Owns: the forms of a key (`forms_of`, `ghash_forms`) and the search for them in a live process or in a file.
+Invariants: every byte that the kernel lets root read is searched, and every other region is reported; the search is
+exact. It must know nothing about the program that it searches.
 
 How 6,000 needles pass over some hundred megabytes in a second: a needle of 15 bytes or more covers a whole 8-byte word
 of the data, wherever it lies. So the data is read as a sequence of words. The set of all words that needles can show
@@ -19,9 +19,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
 CHUNK_BYTES = 8 * 1024 * 1024
 WINDOW_BYTES = 4096
 HALF_BYTES = 16
+GHASH_POWERS = 48
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 WORD_FORMATS: dict[int, Literal["Q", "I"]] = {8: "Q", 4: "I"}
 """Of memoryview.cast, by the size of a word in bytes."""
@@ -70,6 +73,30 @@ def ed25519_forms(name: str, seed: bytes) -> list[Needle]:
     return [
         Needle(name, "expanded seed", half) for part in (digest[:32], clamped, digest[32:]) for half in _halves(part)
     ]
+
+
+def ghash_forms(name: str, key: bytes) -> list[Needle]:
+    """The powers of the hash key of GCM under a 32-byte key (SP 800-38D, 6.3 and 7.1), as code for carry-less
+    multiplication keeps them: multiplied by x, the bytes in reverse order.
+    """
+    encryptor = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
+    hash_key = power = int.from_bytes(encryptor.update(bytes(16)), "big")
+    found = []
+    for exponent in range(1, GHASH_POWERS + 1):
+        shifted = (power << 1 & (1 << 128) - 1) ^ (0xC2 << 120 | 1 if power >> 127 else 0)
+        found.append(Needle(name, f"power {exponent} of the hash key", shifted.to_bytes(16, "little")))
+        power = _gf128_product(power, hash_key)
+    return found
+
+
+def _gf128_product(x: int, y: int) -> int:
+    """SP 800-38D, algorithm 1."""
+    product = 0
+    for place in reversed(range(128)):
+        if x >> place & 1:
+            product ^= y
+        y = y >> 1 ^ (0xE1 << 120 if y & 1 else 0)
+    return product
 
 
 def _halves(value: bytes) -> tuple[bytes, bytes]:

@@ -23,6 +23,7 @@ import pytest
 
 from minikms.cli.rootkey import BIND_VARIABLE
 from minikms.client import Client, DecryptItem, EncryptItem, KmsError, ReencryptItem
+from minikms.crypto.aead import LONG_TEXT_BYTES
 from tests import needs
 from tests.harness import live_daemon
 from tests.harness.live_daemon import LiveDaemon
@@ -321,6 +322,46 @@ def test_adding_testing_and_removing_roots_leaves_no_key_in_memory(tmp_path: Pat
         assert_unreachable(daemon, keys)
         use_mixed(client, key_ids, 200)
         assert_unreachable(daemon, keys)
+
+
+@pytest.mark.parametrize("size", [LONG_TEXT_BYTES + 1, 20_000])
+def test_a_long_text_leaves_no_power_of_the_hash_key(tmp_path: Path, size: int) -> None:
+    """Who has one can forge records. A scan after each verb, each with a key of its own."""
+    text = os.urandom(size)
+
+    def batch(client: Client, key_id: str) -> bytes:
+        [sealed] = client.encrypt_batch([EncryptItem(key_id=key_id, plaintext=text)])
+        assert isinstance(sealed, bytes)
+        return sealed
+
+    with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
+        first, *others = make_keys(client, 7)
+        source = client.create_dek_for_thread("thread-1").key_id
+        sealed = {key_id: client.encrypt(key_id, text) for key_id in (*others, source)}
+        altered = sealed[others[1]][:-1] + bytes([sealed[others[1]][-1] ^ 1])
+
+        def refused() -> None:
+            with pytest.raises(KmsError):
+                client.decrypt(others[1], altered)
+
+        verbs: list[tuple[str, Callable[[], object]]] = [
+            (first, lambda: client.encrypt(first, text)),
+            (first, lambda: batch(client, first)),
+            (others[0], lambda: client.reencrypt_batch(source, others[0], [ReencryptItem(ciphertext=sealed[source])])),
+            (others[1], refused),
+            (others[2], lambda: client.decrypt(others[2], sealed[others[2]])),
+            (others[3], lambda: client.decrypt_batch([DecryptItem(key_id=others[3], ciphertext=sealed[others[3]])])),
+            (others[4], lambda: client.check_batch(others[4], [ReencryptItem(ciphertext=sealed[others[4]])])),
+            (
+                others[5],
+                lambda: client.rotate_kek(verify=[DecryptItem(key_id=others[5], ciphertext=sealed[others[5]])]),
+            ),
+        ]
+        for key_id, verb in verbs:
+            verb()
+            key = daemon.keys()[f"DEK {key_id}"]
+            needles = scanner.forms_of(key_id, key) + scanner.ghash_forms(key_id, key)
+            assert scanner.scan_process(daemon.pid, needles).hits == []
 
 
 @pytest.mark.torture

@@ -28,7 +28,7 @@ from minikms.errors import (
 from minikms.policy import Principal
 from minikms.service import access
 from tests.harness.limited import Limited, limited
-from tests.harness.vaults import opened_vault
+from tests.harness.vaults import create, opened_vault
 from tests.minikms.service.asking import NO_KEY
 from tests.minikms.service.limiting import EVERYBODY, MINE, b64, grant, instructions, outcome, requests
 
@@ -344,7 +344,7 @@ def test_a_use_that_waits_for_its_lease_obeys_the_new_policy(
     async def main() -> None:
         async with limited(tmp_path / "d", MINE) as made:
             who = made.who(1)
-            key_id = (await made.one.vault.create("mine-1", purpose="data")).id
+            key_id = (await create(made.one.vault, "mine-1", purpose="data")).id
             text = await sealed(made, who, key_id)
             lease = made.one.vault.opened(key_id).lease
             while lease.take(1):  # all that was granted at the creation
@@ -478,7 +478,7 @@ def test_plaintext_is_withheld_if_the_policy_changes_at_its_line(tmp_path: Path,
 
     async def main() -> None:
         async with limited(tmp_path / "d", MINE) as made:
-            key_id = (await made.one.vault.create("mine-1", purpose="data")).id
+            key_id = (await create(made.one.vault, "mine-1", purpose="data")).id
             writing = made.audit.add_written
 
             async def slow(event: Any, *, durable: bool) -> None:

@@ -30,7 +30,7 @@ from minikms.policy import ROLES, Principal
 from minikms.service.base import VerbTable
 from minikms.service.keys import KeyVerbs
 from tests.harness.live_daemon import LiveDaemon
-from tests.harness.vaults import SilentAudit, opened_vault
+from tests.harness.vaults import SilentAudit, create, opened_vault
 from tests.minikms.service.asking import new_key, post
 
 ANYONE = Principal(0, 0, "peer_uid:0", ROLES)
@@ -154,8 +154,8 @@ def test_a_look_up_opens_one_key_however_many_the_thread_has(tmp_path: Path) -> 
             await one.indexing.run()
             sought, _ = await one.vault.get_or_create("t", purpose="thread")
             for _ in range(15):
-                await one.vault.create("t", purpose="data")
-                retired = await one.vault.create("t")
+                await create(one.vault, "t", purpose="data")
+                retired = await create(one.vault, "t")
                 await one.vault.retire(retired.id)
             before = one.vault.cache.hits + one.vault.cache.misses
             assert await one.vault.get_or_create("t", purpose="thread") == (sought, False)
@@ -198,7 +198,7 @@ def test_a_key_that_only_decrypts_gets_a_successor(
 
     async def make() -> str:
         async with opened_vault(directory) as one:
-            return (await one.vault.create("t")).id
+            return (await create(one.vault, "t")).id
 
     async def main(old: str) -> None:
         async with opened_vault(directory) as one:
@@ -276,7 +276,7 @@ def test_a_new_key_is_not_found_before_it_has_replaced_the_old_one(
                 raise StorageUnavailableError("the disk is full")
 
             monkeypatch.setattr(one.vault.store, "replace", refused)
-            creating = asyncio.create_task(one.vault.create("t", replaces=old))
+            creating = asyncio.create_task(create(one.vault, "t", replaces=old))
             await retiring.wait()
             finding = asyncio.create_task(one.vault.get_or_create("t", purpose="thread"))
             await asyncio.sleep(0)
@@ -359,7 +359,7 @@ def test_bad_requests_are_refused_and_name_no_thread(daemon: LiveDaemon) -> None
 def test_an_index_finds_a_thread_among_many(tmp_path: Path) -> None:
     async def main() -> list[DekRecord]:
         async with opened_vault(tmp_path / "d") as one:
-            return [await one.vault.create("few") for _ in range(3)]
+            return [await create(one.vault, "few") for _ in range(3)]
 
     records = sorted(asyncio.run(main()), key=lambda record: record.id)
     index = KeyIndex()

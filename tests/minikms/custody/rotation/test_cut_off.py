@@ -17,7 +17,7 @@ from minikms.service.base import VerbTable
 from minikms.service.keys import KeyVerbs
 from minikms.service.lifecycle import LifecycleVerbs
 from minikms.service.records import RecordVerbs
-from tests.harness.vaults import OpenedVault, SilentAudit, opened_vault
+from tests.harness.vaults import OpenedVault, SilentAudit, create, opened_vault
 
 
 class QueuedAudit(SilentAudit):
@@ -71,7 +71,7 @@ def test_a_verb_that_is_cancelled_at_shutdown_is_audited_as_interrupted(
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             [active, retired] = await one.make(2)
-            data = (await one.vault.create("t", purpose="data")).id
+            data = (await create(one.vault, "t", purpose="data")).id
             await one.vault.retire(retired)
             for key_id in (active, data):
                 one.vault.opened(key_id).lease.uses_left = 0

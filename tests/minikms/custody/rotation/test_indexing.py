@@ -20,7 +20,7 @@ from minikms.errors import StorageUnavailableError
 from minikms.keys import dek
 from minikms.service.base import VerbTable
 from minikms.service.lifecycle import LifecycleVerbs
-from tests.harness.vaults import SilentAudit, opened_vault
+from tests.harness.vaults import SilentAudit, create, opened_vault
 
 
 def test_every_key_is_in_the_index_after_the_scan_in_order_of_creation(tmp_path: Path) -> None:
@@ -102,8 +102,8 @@ def test_a_repaired_file_leaves_the_list_when_it_is_opened(tmp_path: Path) -> No
 def test_a_replacement_that_a_crash_cut_in_two_is_finished(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
-            old = await one.vault.create("t")
-            new = await one.vault.create("t", replaces=old.id)
+            old = await create(one.vault, "t")
+            new = await create(one.vault, "t", replaces=old.id)
             one.file(old.id).write_bytes(dek.encode(old))  # as it was before the second half
         async with opened_vault(tmp_path / "d") as again:
             await again.indexing.run()
@@ -117,8 +117,8 @@ def test_a_replacement_that_a_crash_cut_in_two_is_finished(tmp_path: Path) -> No
 def test_a_record_cannot_replace_a_key_of_another_thread(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
-            victim = await one.vault.create("victim")
-            other = await one.vault.create("other")
+            victim = await create(one.vault, "victim")
+            other = await create(one.vault, "other")
             content = one.file(other.id).read_bytes()
             one.file(other.id).write_bytes(
                 content.replace(b'"state":"active"', b'"state":"active","replaces":"%b"' % victim.id.encode())

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from minikms.custody import deks, rotation
+from minikms.custody import batch_backups, deks, files, rotation
+from minikms.custody.batch_backups import Line
 from minikms.errors import KeyUnreadableError
 from minikms.keys import dek
 from tests.harness.vaults import OpenedVault, opened_vault
@@ -51,6 +54,43 @@ def test_backups_are_removed_up_to_a_stamp(tmp_path: Path, monkeypatch: pytest.M
             assert one.vault.rotation_backups.batches.stamps() == ["20260101T000000"]
 
     asyncio.run(main())
+
+
+def test_the_thread_of_the_disk_is_free_between_two_batch_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Creates need it too. Each job of a pruning removes at most one file of many backups."""
+    jobs = Jobs(1)
+    removed: list[int] = []
+
+    def counted(directory: int, name: str) -> None:
+        removed.append(jobs.begun)
+        files.remove_file(directory, name)
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = sorted(await one.make(6))
+            for number in range(3):
+                lines = [Line(key_id, one.file(key_id).read_bytes()) for key_id in key_ids[2 * number : 2 * number + 2]]
+                one.vault.rotation_backups.batches.write("20250101T000000", lines)
+            monkeypatch.setattr(batch_backups, "remove_file", counted)
+            pruning = rotation.Pruning(one.vault, reader=one.reader, disk=jobs)
+            assert (await pruning.prune(backups=True)).backups_removed == 6
+            assert one.vault.rotation_backups.batches.stamps() == []
+
+    with jobs:
+        asyncio.run(main())
+    assert len(set(removed)) == len(removed) == 3
+
+
+class Jobs(ThreadPoolExecutor):
+    """Counts the jobs."""
+
+    begun = 0
+
+    def submit(self, *given: Any, **named: Any) -> Future[Any]:
+        self.begun += 1
+        return super().submit(*given, **named)
 
 
 def test_backups_of_a_key_without_a_readable_file_stay_with_their_kek(tmp_path: Path) -> None:

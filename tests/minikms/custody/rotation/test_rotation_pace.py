@@ -16,7 +16,7 @@ from minikms.keys import dek
 from minikms.keys.dek import DekRecord
 from minikms.service.base import VerbTable
 from minikms.service.keks import RotateToRoot
-from tests.harness.vaults import SilentAudit, opened_vault
+from tests.harness.vaults import SilentAudit, create, opened_vault
 
 pytestmark = pytest.mark.usefixtures("quick_rotation")
 
@@ -36,7 +36,7 @@ def test_requests_get_a_turn_after_each_few_keys(
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
-            await asyncio.gather(*(one.vault.create(f"t{number}") for number in range(150)))
+            await asyncio.gather(*(create(one.vault, f"t{number}") for number in range(150)))
             await one.begin(None)
             one.rotation.priority = priority
             monkeypatch.setattr(dek.Rewrapper, "rewrap", counted)

@@ -24,14 +24,14 @@ from minikms.errors import (
     WrongThreadError,
 )
 from minikms.keys.dek import key_id_to_bytes, make_key_id
-from tests.harness.vaults import opened_vault
+from tests.harness.vaults import create, opened_vault
 from tests.minikms.custody.disk_faults import refuse
 
 
 def test_a_key_is_on_disk_before_its_id_is_answered(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
-            record = await one.vault.create("thread")
+            record = await create(one.vault, "thread")
             assert one.on_disk(record.id) == record
             key = one.keys([record.id])
         async with opened_vault(tmp_path / "d") as again:
@@ -70,7 +70,7 @@ def test_a_full_arena_does_not_make_a_key_unreadable(tmp_path: Path) -> None:
         async with opened_vault(tmp_path / "d", slots=12) as one:
             [key_id] = await one.make(1)
             slots = [one.arena.allocate() for _ in range(one.arena.slots - one.arena.in_use)]
-            for attempt in (lambda: one.vault.opened(key_id), lambda: asyncio.create_task(one.vault.create("t"))):
+            for attempt in (lambda: one.vault.opened(key_id), lambda: asyncio.create_task(create(one.vault, "t"))):
                 with pytest.raises(ArenaFullError) as refused:
                     result = attempt()
                     if isinstance(result, asyncio.Task):
@@ -88,9 +88,9 @@ def test_a_full_arena_does_not_make_a_key_unreadable(tmp_path: Path) -> None:
 def test_replacing_retires_the_old_key_and_each_names_the_other(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
-            old = await one.vault.create("t")
+            old = await create(one.vault, "t")
             opened = one.vault.opened(old.id)
-            new = await one.vault.create("t", replaces=old.id)
+            new = await create(one.vault, "t", replaces=old.id)
             assert (one.on_disk(old.id).state, one.on_disk(old.id).replaced_by) == ("retired", new.id)
             assert one.on_disk(new.id).replaces == old.id
             with pytest.raises(KeyRetiredError):
@@ -102,13 +102,13 @@ def test_replacing_retires_the_old_key_and_each_names_the_other(tmp_path: Path) 
 def test_a_key_replaces_none_of_another_thread_or_purpose(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
-            old = await one.vault.create("t")
+            old = await create(one.vault, "t")
             with pytest.raises(WrongThreadError):
-                await one.vault.create("other", replaces=old.id)
+                await create(one.vault, "other", replaces=old.id)
             with pytest.raises(ConflictError, match="purpose"):
-                await one.vault.create("t", purpose="data", replaces=old.id)
+                await create(one.vault, "t", purpose="data", replaces=old.id)
             with pytest.raises(KeyNotFoundError):
-                await one.vault.create("t", replaces="k_" + "0" * 26)
+                await create(one.vault, "t", replaces="k_" + "0" * 26)
             assert one.on_disk(old.id).state == "active"
             assert len(one.vault.index) == 1
 
@@ -125,13 +125,13 @@ def test_if_the_old_key_cannot_be_retired_the_new_one_is_removed(
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
-            old = await one.vault.create("t")
+            old = await create(one.vault, "t")
             with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
                 patched.setattr(DekStore, "replace", refuse)
-                await one.vault.create("t", replaces=old.id)
+                await create(one.vault, "t", replaces=old.id)
             assert [path.stem for path in (one.directory / "kms-deks").iterdir()] == [old.id]
             assert len(one.vault.index) == 1
-            new = await one.vault.create("t", replaces=old.id)
+            new = await create(one.vault, "t", replaces=old.id)
             assert one.on_disk(old.id).replaced_by == new.id
 
     asyncio.run(main())
