@@ -134,7 +134,7 @@ class BatchBackups:
                 if not _has_other_content(descriptor, name, content):
                     if (file := BatchFile(stamp, name, first, last)) not in files:
                         files.append(file)  # before it is there: a failure may leave it in place
-                    # Also if the same content is there: an earlier attempt may have failed at its last sync.
+                    # Even if the same content is there, since an earlier attempt may have failed at its last sync.
                     replace_file(descriptor, name, content)
                     return
         finally:

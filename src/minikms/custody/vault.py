@@ -264,7 +264,7 @@ class Vault:
     ) -> tuple[str, bool]:
         """The id of the thread's newest active key of this purpose, and whether it was made here. Durable on return.
 
-        A newest key that no longer encrypts stays as it is and gets a successor, which is newer also if the clock was
+        A newest key that no longer encrypts stays as it is and gets a successor, which is newer even if the clock was
         set back. So at most one key is opened, however many the thread has.
 
         The index must be complete (`Indexing.wait_complete`). Calls for one thread are answered one after the other, so
