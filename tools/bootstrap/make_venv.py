@@ -47,23 +47,16 @@ def check_pip_wheel() -> None:
         sys.exit(f"{PIP_WHEEL} was altered: SHA-256 {found}, expected {PIP_WHEEL_SHA256}")
 
 
-def run(*command: str) -> None:
-    """Run one step; a failing one ends the program, after its own message."""
-    status = subprocess.call(command, cwd=PROJECT, stdin=subprocess.DEVNULL)  # noqa: S603 (no shell; paths are our own)
-    if status != 0:
-        sys.exit(f"failed ({status}): {' '.join(command)}")
-
-
-def install(python: str) -> None:
-    """Install the project and its tools. A registry that does not answer for a moment is asked again."""
-    command = [python, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"]
-    command += ["--constraint", CONSTRAINTS, "--editable", ".", "--group", "dev"]
-    for _ in range(INSTALL_TRIES - 1):
-        if subprocess.call(command, cwd=PROJECT, stdin=subprocess.DEVNULL) == 0:  # noqa: S603 (no shell; paths are our own)
+def run(*command: str, tries: int = 1) -> None:
+    """Run one step, up to `tries` times; if it fails, end the program after the step's own message."""
+    for left in reversed(range(tries)):
+        status = subprocess.call(command, cwd=PROJECT, stdin=subprocess.DEVNULL)  # noqa: S603 (no shell; paths are our own)
+        if status == 0:
             return
-        print("the installation failed; trying again ...", flush=True)
-        time.sleep(PAUSE_SECONDS)
-    run(*command)
+        if left:
+            print("that failed; trying again ...", flush=True)
+            time.sleep(PAUSE_SECONDS)
+    sys.exit(f"failed ({status}): {' '.join(command)}")
 
 
 def described(directory: str) -> str:
@@ -123,7 +116,9 @@ def main() -> None:
     if not said.startswith(place) or not os.path.exists(python):
         make_empty(directory, python)
     print(f"installing the project and its tools into {sys.argv[1]} ...", flush=True)
-    install(python)
+    pip_install = (python, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check")
+    # A registry that does not answer for a moment is asked again.
+    run(*pip_install, "--constraint", CONSTRAINTS, "--editable", ".", "--group", "dev", tries=INSTALL_TRIES)
     with open(stamp, "w") as file:
         file.write(place + digest)
 
