@@ -362,7 +362,7 @@ class Reading(Threads):
     async def _list(self, thread: str, batch: Sequence[Loaded], given: Given) -> list[Message]:
         answers = await self._answers(thread, batch, used=given.key_ids)
         messages = [_latest(thread, loaded, answers) for loaded in batch]
-        if [message for message in messages if message.error]:
+        if [message for message in messages if message.error]:  # of a thousand, a list is faster than `any`
             given.whole = False
         return messages
 
