@@ -1,8 +1,8 @@
 """The one way to open a data directory.
 
 Owns the order in which its parts are opened, for each mode:
-- `open_for_service`, under the lock: root key, keyring, its epoch against the audit log's, audit log, use leases,
-  tombstones, the epoch of this start, the removal of temporary files, the journal of an interrupted rotation and the
+- `open_for_service`, under the lock: root key, keyring, its epoch against the audit log's, audit log, tombstones,
+  the epoch of this start, the removal of temporary files, the journal of an interrupted rotation and the
   create log, then the vault. The daemon, `minikms.embedded` and `minikms init` open so. It may be called again in the
   same process: a failure or `DataDir.close` gives everything back but the lock and the arena, which are the caller's.
 - `open_for_reading`, without the lock, beside a running daemon: the keyring only, and nothing changes.
@@ -28,6 +28,8 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Final, NamedTuple
 
+import msgspec
+
 from minikms.audit import AuditKey, AuditLog, Event, ExpectedLog
 from minikms.audit.chain import LocalSigner
 from minikms.audit.log import DEFAULT_LIMITS, FsyncPolicy, Limits
@@ -40,14 +42,11 @@ from minikms.custody.backup import register
 from minikms.custody.create_log import Completed, CreateLog
 from minikms.custody.files import DataDirLock, InUseError, make_private_directory, read_file_bounded
 from minikms.custody.keyring_file import KeyringFile
-from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
-from minikms.custody.leases import Leases
 from minikms.custody.rewrap_journal import Replayed, RewrapJournal
 from minikms.custody.tombstone_file import open_tombstones
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
 from minikms.errors import AuditUnavailableError, MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys import keyring, root_slots
-from minikms.keys.dek import key_id_to_bytes
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random
 from minikms.roots.pin import PinFile
@@ -100,7 +99,6 @@ class DataDir:
         *,
         vault: Vault,
         log: AuditLog,
-        lease_store: LeaseStore,
         slot: keyring.Slot,
         epochs: tuple[int, int],
         replayed: Replayed,
@@ -116,7 +114,6 @@ class DataDir:
         """The slot of the keyring that the root key opened."""
         self.found_epoch, self.seen_epoch = epochs
         """Before this start: the epoch of the keyring, and the highest one in the audit log."""
-        self._lease_store = lease_store
 
     async def drain(self) -> None:
         """Waits for the writes that have begun. No new ones may begin."""
@@ -130,7 +127,6 @@ class DataDir:
             self.log.close()
         finally:
             self.vault.close()
-            self._lease_store.close()
             self.vault.destroyed.close()
             self.vault.creates.close()
             self.vault.store.close()
@@ -171,12 +167,11 @@ def open_for_service(
     *,
     arena: SecretArena,
     disk: Executor,
-    journal: Executor,
     options: Options = DEFAULT_OPTIONS,
 ) -> DataDir:
     """Opens the directory of `lock_data_dir`, or makes its first keyring, and raises the epoch.
 
-    `disk` and `journal` wait for the disk, one job at a time: key files and keyring, and the use leases.
+    `disk` waits for the disk, one job at a time: key files and keyring.
 
     Raises StartError, which names a file that can't be written and the reason, and OSError; nothing stays open then.
     """
@@ -202,13 +197,8 @@ def open_for_service(
                 limits=options.audit_limits,
             )
         undo.callback(_close_unused, log)
-        with written_at_start(f"{os.path.join(directory, JOURNAL_NAME)} or {SNAPSHOT_NAME} beside it"):
-            lease_store = LeaseStore.open(lock.directory_fd, create=epoch == 1)
-            undo.callback(lease_store.close)
-            if seen > epoch:
-                lease_store.exhaust(key_id_to_bytes(rotation_backups.newest_key_id(directory)))
         with written_at_start(os.path.join(directory, tombstone_file.NAME)):
-            destroyed, body = open_tombstones(lock.directory_fd, unlocked, fill_random)
+            destroyed, body = open_tombstones(lock.directory_fd, unlocked)
         undo.callback(destroyed.close)
         with written_at_start(os.path.join(directory, keyring_file.NAME)):
             _raise_epoch(unlocked, body, file, seen_epoch=seen, proved_slot_id=slot.slot_id)
@@ -246,7 +236,6 @@ def open_for_service(
             rotation_backups=backups,
             rewraps=RewrapJournal(lock.directory_fd, store, backups),
             creates=CreateLog(lock.directory_fd, store, disk),
-            leases=Leases(lease_store, journal),
             destroyed=destroyed,
             executor=disk,
             nonces=nonces,
@@ -256,7 +245,6 @@ def open_for_service(
     return DataDir(
         vault=vault,
         log=log,
-        lease_store=lease_store,
         slot=slot,
         epochs=(epoch, seen),
         replayed=replayed,
@@ -312,7 +300,6 @@ def open_keyring(
             pin.check_opens(key.view, None if data is None else keyring.parse_file(data)[0].keyring_id)
         if data is not None:
             unlocked, slot = UnlockedKeyring.open(arena, key.view, data, nonces=nonces.next)
-            unlocked.seal_slots(key.view, fill_random, at=_now())
             return OpenedKeyring(unlocked, slot, made=False)
         unlocked = UnlockedKeyring.create(
             arena,
@@ -356,8 +343,7 @@ def _check_is_new(directory: str) -> None:
             "them: restore keyring.json from a backup, or give an empty data directory"
         )
     archives = os.path.join(directory, register.DIRECTORY)
-    has_leases = any(os.path.lexists(os.path.join(directory, name)) for name in (JOURNAL_NAME, SNAPSHOT_NAME))
-    if has_leases or (os.path.isdir(archives) and os.listdir(archives)):
+    if os.path.isdir(archives) and os.listdir(archives):
         raise StartError(
             "keyring.json is missing, but the data directory holds a part of a restored backup: the restore was "
             "interrupted. Move what is there away and restore again, or give an empty data directory"
@@ -379,15 +365,13 @@ def _raise_epoch(
 ) -> None:
     """Makes the epoch of this start durable. The steps before need the old one: they recognise a first start by it.
 
-    `body` counts every tombstone of the file. The start is a test of the root key of slot `proved_slot_id`. After a
-    higher epoch was seen, the KEKs count as used by whatever may have happened since. The format of the keyring is
-    raised before this run writes a create log, a journal or a batch backup, which earlier programs do not know.
+    `body` counts every tombstone of the file. The start is a test of the root key of slot `proved_slot_id`. The
+    epoch is above every one that was seen.
     """
     if seen_epoch > body.epoch:
-        body = keyring.after_restore(body, seen_epoch=seen_epoch, at=_now())
+        body = msgspec.structs.replace(body, epoch=seen_epoch)
     at = _now()
-    body = keyring.with_logs(root_slots.mark_tested(body, proved_slot_id, at=at))
-    body = keyring.next_epoch(body, at=at)
+    body = keyring.next_epoch(root_slots.mark_tested(body, proved_slot_id, at=at), at=at)
     file.store_now(unlocked.encode(body))
     unlocked.body = body
 
@@ -584,7 +568,7 @@ def rotate_audit_key(directory: str, root: RootProvider) -> NewAuditKey:
                 since_seq=last.seq,
                 since_sig=last.sig,
             )
-            destroyed, body = open_tombstones(lock.directory_fd, unlocked, fill_random)
+            destroyed, body = open_tombstones(lock.directory_fd, unlocked)
             destroyed.close()
             body = keyring.add_audit_key(body, made, at=_now())
             file.store_now(unlocked.encode(body))

@@ -1,7 +1,7 @@
 """The key service inside another process: for the development and the tests of a program that uses one.
 
 Owns: a data directory opened without a daemon, and a client with the methods of `AsyncClient` on it. Invariants: the
-files, the audit log, the use leases and the epoch are the daemon's own, under the same lock, so that a directory may
+files, the audit log and the epoch are the daemon's own, under the same lock, so that a directory may
 pass from one to the other; every audit line is written before its answer is given. It lacks the protection of a
 separate process: no hardening, no peer credentials, and the arena is in the memory of the host process. It does not
 batch, rotate or prune. It must never be used where the data is real.
@@ -164,7 +164,7 @@ async def _compose(
     arena = sync.enter_context(SecretArena(CACHE_KEYS_MAX + KEYRING_SLOTS))
     executor = sync.enter_context(ThreadPoolExecutor(1, thread_name_prefix="minikms"))
     options = Options(audit_fsync="never", cache_keys_max=CACHE_KEYS_MAX)
-    data = open_for_service(lock, root, arena=arena, disk=executor, journal=executor, options=options)
+    data = open_for_service(lock, root, arena=arena, disk=executor, options=options)
     sync.callback(data.close)
     cleaning.push_async_callback(data.drain)
     vault, log = data.vault, data.log

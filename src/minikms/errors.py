@@ -81,13 +81,6 @@ class KeyDestroyedError(MiniKmsError):
     code = api.CODE_KEY_DESTROYED
 
 
-class KeyExhaustedError(MiniKmsError):
-    """The key has no uses left (NIST SP 800-38D section 8.3: at most 2^32 random nonces under one key)."""
-
-    status = 409
-    code = api.CODE_KEY_EXHAUSTED
-
-
 class KeyUnreadableError(MiniKmsError):
     """The key's file is damaged, of another installation or of an unknown version. Other keys are not affected."""
 

@@ -26,7 +26,6 @@ class KekStatus(msgspec.Struct, frozen=True):
     version: int = 0
     state: str = ""
     created_at: str = ""
-    wraps_reserved: int = 0
 
 
 class RotationStatus(msgspec.Struct, frozen=True):
@@ -52,16 +51,6 @@ class KeysStatus(msgspec.Struct, frozen=True):
     destroyed: int = 0
     unreadable: int = 0
     unreadable_files: dict[str, str] = {}
-
-
-class LeasesStatus(msgspec.Struct, frozen=True):
-    """The files that count the uses of keys."""
-
-    journal_records: int = 0
-    snapshot_entries: int = 0
-    lost_leases: int = 0
-    write_failures: int = 0
-    merge_failures: int = 0
 
 
 class HeadStatus(msgspec.Struct, frozen=True):
@@ -157,7 +146,6 @@ class StatusAnswer(msgspec.Struct, frozen=True):
     keks: list[KekStatus] = []
     rotation: RotationStatus | None = None
     keys: KeysStatus = msgspec.field(default_factory=KeysStatus)
-    leases: LeasesStatus = msgspec.field(default_factory=LeasesStatus)
     audit: AuditStatus = msgspec.field(default_factory=AuditStatus)
     memory: MemoryStatus = msgspec.field(default_factory=MemoryStatus)
     hardening: list[MeasureStatus] = []

@@ -21,7 +21,6 @@ from minikms.api.contract import (
     CODE_INTERRUPTED,
     CODE_INVALID_POLICY,
     CODE_KEY_DESTROYED,
-    CODE_KEY_EXHAUSTED,
     CODE_KEY_NOT_FOUND,
     CODE_KEY_RETIRED,
     CODE_KEY_UNREADABLE,
@@ -70,7 +69,7 @@ ENCRYPT: Final = Verb(
     EncryptItem,
     EncryptAnswer,
     "Encrypt one plaintext",
-    (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_KEY_RETIRED, CODE_KEY_EXHAUSTED, CODE_STORAGE_UNAVAILABLE),
+    (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_KEY_RETIRED, CODE_STORAGE_UNAVAILABLE),
     repeatable=True,
     proxied=True,
 )
@@ -192,7 +191,7 @@ CREATE_DEK: Final = Verb(
     CreateDekRequest,
     CreateDekAnswer,
     "Create a key for a thread. The key is durable before the answer",
-    (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_KEY_EXHAUSTED, CODE_CONFLICT, *_WRITE),
+    (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_CONFLICT, *_WRITE),
     proxied=True,
 )
 
@@ -218,7 +217,7 @@ GET_OR_CREATE_DEK: Final = Verb(
     GetOrCreateDekRequest,
     GetOrCreateDekAnswer,
     "Find the newest active key of a thread. Create one if there is none, or if that one only decrypts",
-    (CODE_KEY_UNREADABLE, CODE_KEY_EXHAUSTED, CODE_INTERNAL, *_WRITE),
+    (CODE_KEY_UNREADABLE, CODE_INTERNAL, *_WRITE),
     repeatable=True,
     proxied=True,
 )
@@ -400,7 +399,7 @@ GENERATE_DATA_KEY: Final = Verb(
     GenerateDataKeyRequest,
     DataKeyAnswer,
     "Generate a random key for the caller, encrypted under a key of purpose `data`",
-    (*_OPEN_KEY, CODE_WRONG_PURPOSE, CODE_KEY_RETIRED, CODE_KEY_EXHAUSTED, CODE_STORAGE_UNAVAILABLE),
+    (*_OPEN_KEY, CODE_WRONG_PURPOSE, CODE_KEY_RETIRED, CODE_STORAGE_UNAVAILABLE),
     proxied=True,
 )
 """Not repeatable: each answer is a new key, and the audit log would record one that the caller never received."""
@@ -523,12 +522,7 @@ class ListKeysRequest(Request):
 
 
 class KeyAnswer(msgspec.Struct, frozen=True):
-    """One key. `created_at` is RFC 3339 in UTC.
-
-    `uses_known`: the uses since the daemon's start, a lower bound of all uses. `uses_reserved`: the uses that the limit
-    of 2^32 counts, an upper bound: uses are reserved on disk in blocks before they are made. `exhausted`: the key only
-    decrypts, because of its limit or a restore. `uses_max` is the former name of `uses_reserved`.
-    """
+    """One key. `created_at` is RFC 3339 in UTC."""
 
     key_id: str
     thread_id: str
@@ -536,10 +530,6 @@ class KeyAnswer(msgspec.Struct, frozen=True):
     state: State
     kek_version: int
     created_at: str
-    uses_max: int
-    uses_known: int = 0
-    uses_reserved: int = 0
-    exhausted: bool = False
 
 
 class KeyListAnswer(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -344,9 +344,9 @@ def _newer_keyring(path: Path, key_file: Path | None, task: Task) -> Iterator[Ne
     from minikms.custody.backup.restore import NewerKeyring
     from minikms.custody.tombstone_file import load, read_tombstones
     from minikms.datadir import KEYRING_SLOTS, opened_keyring, opened_root
-    from minikms.errors import StartError, WrongRootError
+    from minikms.errors import WrongRootError
     from minikms.keys.keyring import FILE_BYTES_MAX
-    from minikms.memory.arena import SecretArena, fill_random
+    from minikms.memory.arena import SecretArena
     from minikms.roots.providers import KeyFile
 
     with open(path, "rb") as file:
@@ -370,12 +370,6 @@ def _newer_keyring(path: Path, key_file: Path | None, task: Task) -> Iterator[Ne
                 f"the newer keyring {path} does not open under the root key of the backup, "
                 f"{roots.fingerprint(root.view)}: give its root key with --newer-master-key-file"
             ) from None
-        unlocked.seal_slots(root.view, fill_random, at=files.rfc3339(files.now_ns()))
-        if not unlocked.body.has_sealed_slots:
-            raise StartError(
-                f"the newer keyring {path} has a former format and was opened under an older one of its root keys: "
-                "give the newest with --newer-master-key-file"
-            )
         yield NewerKeyring(unlocked, read_tombstones(content, unlocked.body, unlocked.tombstone_key).stones())
 
 

@@ -14,10 +14,9 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
-from cyclopts import Parameter
 
 from minikms import api
 from minikms.audit.reader import LOG_NAME
@@ -31,11 +30,9 @@ from minikms.cli.console import (
     Root,
     ServerUid,
     Socket,
-    Yes,
     chosen_data_dir,
     chosen_root,
     clean,
-    confirm,
     daemon_client,
     explained,
     print_json,
@@ -46,13 +43,11 @@ from minikms.custody import (
     create_log,
     deks,
     keyring_file,
-    lease_store,
     rewrap_journal,
     rotation_backups,
     tombstone_file,
 )
 from minikms.custody.files import is_stale_temp, open_directory, read_file_bounded, unix_seconds
-from minikms.custody.lease_format import USES_WARN, LeaseFormatError, Snapshot, parse_journal
 from minikms.custody.settled_keys import SettledKeys
 from minikms.datadir import opened_keyring, opened_root
 from minikms.errors import MiniKmsError, StartError
@@ -65,7 +60,6 @@ from minikms.memory.arena import SecretArena
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, SOCKET_VARIABLE
 
 if TYPE_CHECKING:
-    from minikms.client import Client
     from minikms.roots.providers import RootProvider
 
 
@@ -115,7 +109,6 @@ def examine(directory: str, root: RootProvider | None, *, now: float) -> Iterato
             yield from _root_keys(body, now)
     except MiniKmsError as error:
         yield problem("keyring", str(error), "restore it from a backup: minikms backup restore")
-    yield from _leases(directory)
     yield from _audit_log(directory)
     if body is None or data is None:
         return
@@ -209,7 +202,7 @@ def _keyring(directory: str, body: Body, now: float) -> Iterator[Finding]:
     age = 0 if active is None else _age_days(active.created_at, now)
     if age > KEY_AGE_DAYS_MAX:
         yield advice("key ages", f"the KEK is {age} days old", "minikms rotate-kek")
-    if any(slot.replaces for slot in body.slots) or (len(body.slots) > 1 and not body.has_sealed_slots):
+    if any(slot.replaces for slot in body.slots):
         yield advice(
             "root key",
             f"{len(body.slots)} root keys open the keyring, and the newest is to replace another one",
@@ -240,8 +233,6 @@ def _keyring(directory: str, body: Body, now: float) -> Iterator[Finding]:
 
 def _root_keys(body: Body, now: float) -> Iterator[Finding]:
     """What a lost root key would do, and which root keys nobody has tested recently."""
-    if not body.has_sealed_slots:
-        return
     if len(body.slots) == 1:
         yield advice(
             "root key",
@@ -264,35 +255,7 @@ def _root_keys(body: Body, now: float) -> Iterator[Finding]:
         )
 
 
-# --- lease files and audit log ------------------------------------------------------------------------------------
-
-
-def _leases(directory: str) -> Iterator[Finding]:
-    rebuild = (
-        "put it back from a backup (minikms backup restore), or stop the daemon and: minikms doctor --rebuild-leases"
-    )
-    try:
-        journal = _read(directory, lease_store.JOURNAL_NAME, lease_store.JOURNAL_BYTES_MAX)
-        if journal is None:
-            yield problem("use counts", "kms-leases is missing: how often each key was used is not known", rebuild)
-        else:
-            parse_journal(journal)
-    except (LeaseFormatError, MiniKmsError) as error:
-        yield problem("use counts", f"kms-leases {error}", rebuild)
-    try:
-        descriptor = os.open(os.path.join(directory, lease_store.SNAPSHOT_NAME), os.O_RDONLY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        yield problem("use counts", f"kms-leases.snapshot can't be read: {error.strerror}", rebuild)
-        return
-    try:
-        snapshot = Snapshot(descriptor)
-    except LeaseFormatError as error:
-        os.close(descriptor)
-        yield problem("use counts", f"kms-leases.snapshot {error}", rebuild)
-    else:
-        snapshot.close()
+# --- the audit log ----------------------------------------------------------------------------------------------------
 
 
 def _audit_log(directory: str) -> Iterator[Finding]:
@@ -411,16 +374,6 @@ def doctor(
     server_uid: ServerUid = None,
     master_key_file: MasterKeyFile = None,
     root_source: Root = None,
-    rebuild_leases: Annotated[
-        bool,
-        Parameter(
-            name="--rebuild-leases",
-            help="Reset lost use counts: all present keys only decrypt from then on. The daemon must be stopped.",
-            negative=(),
-            show_default=False,
-        ),
-    ] = False,
-    yes: Yes = False,
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
@@ -430,8 +383,6 @@ def doctor(
     With the root key it also opens every key. Exit status: 0 no problem, 1 a problem, 2 there is nothing to examine.
     """
     directory = chosen_data_dir(data_dir) if data_dir or os.environ.get(DATA_DIR_VARIABLE) else None
-    if rebuild_leases:
-        return rebuild(directory, yes=yes, json=json)
     path = socket or os.environ.get(SOCKET_VARIABLE)
     if directory is None and not path:
         raise CommandError("say what to examine: --data-dir DIR, --socket PATH, or both")
@@ -501,7 +452,6 @@ def _daemon(path: str, server_uid: int | None, *, alone: bool) -> Iterator[Findi
                 yield problem("daemon", what, do)
             return
         yield from status_findings(status)
-        yield from _worn_keys(kms)
 
 
 def status_findings(status: api.StatusAnswer) -> Iterator[Finding]:
@@ -525,58 +475,3 @@ def status_findings(status: api.StatusAnswer) -> Iterator[Finding]:
     for text in status.warnings:
         what, _, do = text.partition("; " if "; " in text else ": ")
         yield advice("daemon", what, do or "minikms status")
-
-
-def _worn_keys(kms: Client) -> Iterator[Finding]:
-    cursor: str | None = None
-    exhausted: list[str] = []
-    while True:
-        answer = kms.list_keys(state="active", cursor=cursor)
-        exhausted += [key.key_id for key in answer.keys if key.exhausted]
-        for key in answer.keys:
-            if key.uses_max >= USES_WARN and not key.exhausted:
-                yield advice(
-                    "key ages",
-                    f"{key.key_id} has been used up to {key.uses_max:,} times and stops encrypting at 2^32",
-                    f"give its thread a new key: progressdb rotate-dek {key.thread_id}",
-                )
-        cursor = answer.next_cursor
-        if cursor is None:
-            break
-    if exhausted:
-        yield advice(
-            "key ages",
-            f"{len(exhausted):,} active keys only decrypt, after a restore or at their limit: {_named(exhausted)}",
-            "nothing: the message server gives a thread a new key at its next write; other programs: create a key",
-        )
-
-
-# --- repair -------------------------------------------------------------------------------------------------------
-
-
-def rebuild(directory: str | None, *, yes: bool, json: bool = False) -> int:
-    """Replaces both lease files; every present key counts as spent. Raises StartError while a daemon runs."""
-    from minikms.custody.files import DataDirLock
-    from minikms.custody.lease_store import LeaseStore
-    from minikms.custody.rotation_backups import newest_key_id
-    from minikms.keys.dek import key_id_to_bytes
-
-    if directory is None:
-        raise CommandError(f"name the data directory: --data-dir DIR, or {DATA_DIR_VARIABLE}")
-    with DataDirLock(directory) as lock:
-        with SettledKeys(directory) as settled:
-            present = settled.key_ids()
-        if not present:
-            raise CommandError(f"there is no key in {directory}, so there are no use counts to reset")
-        confirm(
-            f"Reset the use counts of {len(present):,} keys? Each of them only decrypts from then on. Their threads "
-            "need new keys.",
-            yes=yes,
-        )
-        LeaseStore.rebuild(lock.directory_fd, key_id_to_bytes(newest_key_id(directory)))
-    if json:
-        print_json({"reset": len(present)})
-        return EXIT_GOOD
-    print(f"The use counts were reset. The {len(present):,} present key(s) only decrypt. Give each thread")
-    print("a new one: progressdb rotate-dek THREAD")
-    return EXIT_GOOD

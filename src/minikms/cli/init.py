@@ -144,7 +144,7 @@ def _make(
             raise CommandError(f"{directory} has a keyring already; nothing was changed", EXIT_FAILED)
         if new_key_file is not None:
             make_key_file(new_key_file, arena)
-        data = open_for_service(lock, root, arena=arena, disk=executor, journal=executor)
+        data = open_for_service(lock, root, arena=arena, disk=executor)
         body = data.vault.keyring.body
         made = {
             "keyring_id": body.keyring_id,

@@ -64,11 +64,7 @@ def list_keys(
     server_uid: ServerUid = None,
     json: Json = False,
 ) -> int:
-    """List keys, oldest first.
-
-    Known uses are those since the daemon's start. Uses are reserved on disk before they are made, and a restart counts
-    all that were reserved: the limit of 2^32 applies to that number. An exhausted key only decrypts.
-    """
+    """List keys, oldest first."""
     shown: list[api.KeyAnswer] = []
     more = indexing = False
     with daemon_client(socket, server_uid) as kms:
@@ -84,15 +80,9 @@ def list_keys(
         return EXIT_GOOD
     if shown:
         print_table(
-            ("key", "thread", "purpose", "state", "KEK", "created", "known uses", "reserved"),
-            (
-                (
-                    *(key.key_id, key.thread_id, key.purpose, key.state, key.kek_version, key.created_at),
-                    *(key.uses_known, "exhausted" if key.exhausted else key.uses_max),
-                )
-                for key in shown
-            ),
-            right=("KEK", "known uses", "reserved"),
+            ("key", "thread", "purpose", "state", "KEK", "created"),
+            ((key.key_id, key.thread_id, key.purpose, key.state, key.kek_version, key.created_at) for key in shown),
+            right=("KEK",),
         )
     notes = terminal(errors=True)
     if not shown:
@@ -325,8 +315,5 @@ def _print_key(key: api.KeyAnswer, *, json: bool) -> None:
             ("state", key.state),
             ("KEK version", key.kek_version),
             ("created", key.created_at),
-            ("known uses", f"{key.uses_known:,} since the daemon's start"),
-            ("reserved uses", f"{key.uses_max:,}, which the limit of 2^32 counts"),
-            *([("exhausted", "yes: it only decrypts")] if key.exhausted else []),
         ]
     )

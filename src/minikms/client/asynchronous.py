@@ -125,7 +125,7 @@ class AsyncVerbs(ABC):
 
         Concurrent calls travel in one batch.
 
-        Raises KeyRetiredError, KeyExhaustedError, WrongThreadError.
+        Raises KeyRetiredError, WrongThreadError.
         """
         item = EncryptItem(key_id=key_id, plaintext=plaintext, aad=aad, thread_id=thread_id, request_id=request_id)
         return self._encrypt(item)
@@ -150,7 +150,7 @@ class AsyncVerbs(ABC):
         """One ciphertext or KmsRefusedError for each item, in order. Any number of items, of at most 4 MiB of plaintext
         and 4,096 bytes of `aad` each: they are split into requests as needed.
 
-        Returned for its item alone: KeyRetiredError, KeyExhaustedError, KeyNotFoundError, WrongThreadError,
+        Returned for its item alone: KeyRetiredError, KeyNotFoundError, WrongThreadError,
         ForbiddenError. Raises TooLargeError or InvalidRequestError before anything is sent.
         """
         requests = (Batch(chunk) for chunk in chunks(items, CHUNK_ITEMS_MAX))
@@ -174,7 +174,7 @@ class AsyncVerbs(ABC):
         """A ciphertext under another key of the same thread, or KmsRefusedError, for each item, in order; the `aad` (at
         most 4,096 bytes) stays the same, and plaintext (at most 4 MiB) never leaves the daemon. Any number of items.
 
-        Returned for its item alone: DecryptionError, KeyExhaustedError. Raises KeyNotFoundError, KeyDestroyedError,
+        Returned for its item alone: DecryptionError. Raises KeyNotFoundError, KeyDestroyedError,
         KeyRetiredError (of `to_key_id`), WrongThreadError, WrongPurposeError.
         """
         requests = (ReencryptBatch(from_key_id, to_key_id, chunk) for chunk in chunks(items, CHUNK_ITEMS_MAX))

@@ -121,12 +121,6 @@ class KeyDestroyedError(KmsRefusedError):
     default_status = 410
 
 
-class KeyExhaustedError(KmsRefusedError):
-    """The key's uses are spent; make a new one."""
-
-    default_status = 409
-
-
 class KeyUnreadableError(KmsRefusedError):
     """The key's file is damaged; other keys are not affected."""
 
@@ -259,7 +253,6 @@ BY_CODE: Final[dict[str, type[KmsRefusedError]]] = {
     api.CODE_KEY_NOT_FOUND: KeyNotFoundError,
     api.CODE_KEY_RETIRED: KeyRetiredError,
     api.CODE_KEY_DESTROYED: KeyDestroyedError,
-    api.CODE_KEY_EXHAUSTED: KeyExhaustedError,
     api.CODE_KEY_UNREADABLE: KeyUnreadableError,
     api.CODE_WRONG_THREAD: WrongThreadError,
     api.CODE_WRONG_PURPOSE: WrongPurposeError,

@@ -164,7 +164,7 @@ class Client:
     ) -> bytes:
         """Encrypts at most 4 MiB, to nonce (12 bytes), ciphertext and tag (16 bytes).
 
-        Raises KeyRetiredError, KeyExhaustedError, WrongThreadError.
+        Raises KeyRetiredError, WrongThreadError.
         """
         item = EncryptItem(key_id=key_id, plaintext=plaintext, aad=aad, thread_id=thread_id, request_id=request_id)
         return self._call(api.ENCRYPT, item).ciphertext
@@ -189,7 +189,7 @@ class Client:
         """One ciphertext or KmsRefusedError for each item, in order. Any number of items, of at most 4 MiB of plaintext
         and 4,096 bytes of `aad` each: they are split into requests as needed.
 
-        Returned for its item alone: KeyRetiredError, KeyExhaustedError, KeyNotFoundError, WrongThreadError,
+        Returned for its item alone: KeyRetiredError, KeyNotFoundError, WrongThreadError,
         ForbiddenError. Raises TooLargeError or InvalidRequestError before anything is sent.
         """
         requests = (Batch(chunk) for chunk in chunks(items))
@@ -213,7 +213,7 @@ class Client:
         """A ciphertext under another key of the same thread, or KmsRefusedError, for each item, in order; the `aad` (at
         most 4,096 bytes) stays the same, and plaintext (at most 4 MiB) never leaves the daemon. Any number of items.
 
-        Returned for its item alone: DecryptionError, KeyExhaustedError. Raises KeyNotFoundError, KeyDestroyedError,
+        Returned for its item alone: DecryptionError. Raises KeyNotFoundError, KeyDestroyedError,
         KeyRetiredError (of `to_key_id`), WrongThreadError, WrongPurposeError.
         """
         requests = (ReencryptBatch(from_key_id, to_key_id, chunk) for chunk in chunks(items))

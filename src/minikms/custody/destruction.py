@@ -20,7 +20,7 @@ from minikms.custody.files import now_ns, rfc3339
 from minikms.custody.group_commit import GroupCommit
 from minikms.custody.keyring_file import StoredKeyring
 from minikms.custody.tombstone_file import Staged, Tombstones
-from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
+from minikms.errors import MiniKmsError, StorageUnavailableError
 from minikms.keys import keyring
 from minikms.keys.keyring import Body
 from minikms.keys.unlocked import UnlockedKeyring
@@ -95,10 +95,7 @@ class Destruction:
 
         def make(body: Body) -> Body:
             nonlocal staged
-            key = self._unlocked.tombstone_key
-            if key is None or body.tombstone_log is None:
-                raise StartError("the keyring has no tombstone key")
-            staged = tombstones.stage(key, key_ids, unix_ns // 1_000_000_000)
+            staged = tombstones.stage(self._unlocked.tombstone_key, key_ids, unix_ns // 1_000_000_000)
             if not staged.records and body.tombstone_log.count == tombstones.count:
                 return body
             return keyring.with_tombstones(body, staged.chain.count, staged.chain.head, at=rfc3339(unix_ns))

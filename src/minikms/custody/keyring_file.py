@@ -1,38 +1,25 @@
-"""The file `keyring.json`, its changes while the daemon runs, and the reservation of wraps in it.
+"""The file `keyring.json`, and its changes while the daemon runs.
 
-Owns: the bounded read and the durable replacement of the file; the order of the keyring's changes; the number of
-reserved and unused wraps of each KEK version; the number of DEK creations in progress under each KEK version.
-Invariants:
+Owns: the bounded read and the durable replacement of the file; the order of the keyring's changes; the number of DEK
+creations in progress under each KEK version. Invariants:
 - The old file stays until the new one is on disk. Changes run one at a time, each from the newest body. The body in
   memory is the newest durable one: a change takes effect in both or in neither, even if its caller is cancelled.
-- No wrap is made without a durable reservation. So a crash may waste reserved wraps, but each wrap that was made is
-  counted. A reservation raises the epoch, so it is reported, to the audit log, after the keyring is durable and before
-  its first wrap is made (docs/decisions/0140-wraps-in-the-audit-log.md). KEK nonces are random, so the number of wraps
-  is bounded (NIST SP 800-38D, section 8.3).
 - New DEKs are wrapped under the keyring's current wrapping KEK, never under an older version.
 
-`StoredKeyring` and `WrapReservation` run in the event loop's thread; only the file I/O runs in an executor.
+`StoredKeyring` and `CreatesUnderWay` run in the event loop's thread; only the file I/O runs in an executor.
 `KeyringFile` must never parse the bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
-from typing import Final, NamedTuple
+from typing import Final
 
-from minikms.custody.files import now_rfc3339, read_file_bounded, replace_file
-from minikms.errors import (
-    KeyExhaustedError,
-    SealedError,
-    StartError,
-    StorageUnavailableError,
-    StorageUncertainError,
-)
-from minikms.keys import keyring
+from minikms.custody.files import read_file_bounded, replace_file
+from minikms.errors import SealedError, StartError, StorageUnavailableError, StorageUncertainError
 from minikms.keys.keyring import FILE_BYTES_MAX, Body
 from minikms.keys.unlocked import UnlockedKeyring
 
@@ -173,91 +160,33 @@ class StoredKeyring:
         self._unlocked.body = body
 
 
-class ReservedWraps(NamedTuple):
-    """A durable reservation of wraps, and the epoch of the keyring that has it."""
-
-    kek_version: int
-    wraps: int
-    epoch: int
-
-
-ReportWraps = Callable[[ReservedWraps], Awaitable[None]]
-
-
-class WrapReservation:
-    """Counts the reserved and unused wraps, and the DEK creations in progress, of each KEK version."""
+class CreatesUnderWay:
+    """Counts the creations of DEKs in progress under each KEK version."""
 
     def __init__(self, stored: StoredKeyring) -> None:
         self._stored = stored
-        self.report: ReportWraps | None = None
-        """Called with each durable reservation. Its wraps are not made before it returns; an error goes to the caller,
-        and the reservation is reported again before the next one.
-        """
-        self._reporting = asyncio.Lock()
-        self._unreported: deque[ReservedWraps] = deque()
-        self._left: dict[int, int] = {}
         self._creating: dict[int, int] = {}
         self._idle: dict[int, asyncio.Future[None]] = {}
         """By version: resolved when no creation is in progress under it."""
 
-    async def begin_create(self, count: int = 1) -> int:
-        """Takes wraps for `count` new DEKs, at most KEK_WRAPS_LEASE, and returns the KEK version. The caller must call
-        `end_create` in every case.
-
-        The caller must wrap the DEKs before it awaits anything. Raises KeyExhaustedError, StorageUnavailableError, and
-        the errors of `report`.
+    def begin(self) -> int:
+        """The KEK version for a group of new DEKs. The caller wraps them before it awaits anything, and calls `end` in
+        every case.
         """
-        while True:
-            version = self._stored.body.wrapping_kek.version
-            if self._left.get(version, 0) >= count:
-                self._left[version] -= count
-                self._creating[version] = self._creating.get(version, 0) + count
-                return version
-            await self._reserve(version, count)
+        version = self._stored.body.wrapping_kek.version
+        self._creating[version] = self._creating.get(version, 0) + 1
+        return version
 
-    def end_create(self, version: int, count: int = 1) -> None:
-        """Ends `count` creations that took `version`: their DEKs are on disk, or they failed."""
-        self._creating[version] -= count
+    def end(self, version: int) -> None:
+        """Ends a group that took `version`: its DEKs are on disk, or they failed."""
+        self._creating[version] -= 1
         if not self._creating[version]:
             del self._creating[version]
             if (idle := self._idle.pop(version, None)) is not None:
                 idle.set_result(None)
 
-    async def creates_done(self, version: int) -> None:
+    async def done(self, version: int) -> None:
         """Waits until no creation that took `version` is in progress."""
         while self._creating.get(version, 0):
             idle = self._idle.setdefault(version, asyncio.get_running_loop().create_future())
             await asyncio.shield(idle)
-
-    async def take(self, version: int, count: int) -> None:
-        """Takes `count` wraps of a version, at most KEK_WRAPS_LEASE. Raises the errors of `begin_create`."""
-        if not 0 <= count <= keyring.KEK_WRAPS_LEASE:
-            raise ValueError("more wraps than are reserved at a time")
-        while self._left.get(version, 0) < count:
-            await self._reserve(version, count)
-        self._left[version] = self._left.get(version, 0) - count
-
-    async def _reserve(self, version: int, count: int) -> None:
-        """Reserves KEK_WRAPS_LEASE more wraps, durably, unless another caller has just done so."""
-        reserved = 0
-
-        def reserve(body: Body) -> Body:
-            nonlocal reserved
-            if self._left.get(version, 0) >= count:
-                return body
-            kek = body.kek(version)
-            if kek is None or kek.wraps_reserved > keyring.KEK_WRAPS_MAX:
-                raise KeyExhaustedError("the KEK has reached its limit of wrapped keys; rotate the KEK")
-            reserved = keyring.KEK_WRAPS_LEASE
-            return keyring.reserve_wraps(body, version, reserved, at=now_rfc3339())
-
-        async with self._reporting:
-            if not self._unreported:
-                body = await self._stored.change(reserve)
-                if reserved:
-                    self._unreported.append(ReservedWraps(version, reserved, body.epoch))
-            while self._unreported:
-                if self.report is not None:
-                    await self.report(self._unreported[0])
-                made = self._unreported.popleft()
-                self._left[made.kek_version] = self._left.get(made.kek_version, 0) + made.wraps

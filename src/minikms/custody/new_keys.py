@@ -2,7 +2,7 @@
 
 Owns: the making and wrapping of new keys. Invariants:
 - A KEK version is taken in the same step of the event loop in which the DEKs are wrapped. A rotation waits for the
-  groups that took the older version (`WrapReservation.creates_done`).
+  groups that took the older version (`CreatesUnderWay.done`).
 - A key is answered only after `CreateLog.write_group` made it durable; then the index has it.
 - The cipher of the KEK, whose key schedule is on the heap, is dropped in the step in which it was made. Then the used
   part of the stack is overwritten.
@@ -25,15 +25,13 @@ from minikms.crypto.aead import NonceSource, scrub_stack
 from minikms.custody.create_log import CreateLog, NewKey
 from minikms.custody.files import now_ns, rfc3339
 from minikms.custody.group_commit import GroupCommit
-from minikms.custody.keyring_file import WrapReservation
-from minikms.custody.leases import Leases
-from minikms.errors import KeyExhaustedError, MiniKmsError
+from minikms.custody.keyring_file import CreatesUnderWay
+from minikms.errors import ConflictError, MiniKmsError
 from minikms.keys import dek
 from minikms.keys.dek import (
     KEY_ID_RANDOM_BYTES,
     UNIX_MS_MAX,
     DekRecord,
-    key_id_to_bytes,
     key_id_unix_ms,
     make_key_id,
 )
@@ -63,24 +61,22 @@ class NewKeys:
         *,
         arena: SecretArena,
         unlocked: UnlockedKeyring,
-        wraps: WrapReservation,
+        under_way: CreatesUnderWay,
         creates: CreateLog,
-        leases: Leases,
         nonces: NonceSource,
         index: KeyIndex,
     ) -> None:
         self._arena = arena
         self._unlocked = unlocked
-        self._wraps = wraps
+        self._under_way = under_way
         self._creates = creates
-        self._leases = leases
         self._nonces = nonces
         self._index = index
         self._groups = GroupCommit(self._make_group, items_max=GROUP_KEYS_MAX)
 
     async def make(self, wanted: Wanted) -> DekRecord:
-        """A new key, durable on return. Raises the errors of its permit, of `WrapReservation.begin_create` and of the
-        create log, KeyExhaustedError and ArenaFullError.
+        """A new key, durable on return. Raises the errors of its permit and of the create log, ConflictError and
+        ArenaFullError.
         """
         return await self._groups.submit(wanted)
 
@@ -89,13 +85,13 @@ class NewKeys:
         await self._groups.drain()
 
     async def _make_group(self, wanted: list[Wanted]) -> list[DekRecord | MiniKmsError]:
-        version = await self._wraps.begin_create(len(wanted))
+        version = self._under_way.begin()
         try:
             made = self._make_all(wanted, version)
             keys = [NewKey(each.id, dek.encode(each)) for each in made if isinstance(each, DekRecord)]
             outcomes = iter(await self._creates.write_group(keys) if keys else ())
         finally:
-            self._wraps.end_create(version, len(wanted))
+            self._under_way.end(version)
         results: list[DekRecord | MiniKmsError] = []
         for each in made:
             failure = each if isinstance(each, MiniKmsError) else next(outcomes)
@@ -108,8 +104,7 @@ class NewKeys:
         """Fresh wrapped keys, each made in the same slot of the arena, or the refusals."""
         created_ns = now_ns()
         at = rfc3339(created_ns)
-        # After a restore the keys up to an id only decrypt. A new key is beyond it, even if the clock was set back.
-        first_ms = max(created_ns // 1_000_000, self._leases.first_usable_ms)
+        first_ms = created_ns // 1_000_000
         random = os.urandom(KEY_ID_RANDOM_BYTES * len(wanted))
         made: list[DekRecord | MiniKmsError] = []
         kek: AESGCM | None = None
@@ -136,7 +131,6 @@ class NewKeys:
                         nonce=self._nonces.next(),
                         replaces=one.replaces,
                     )
-                    self._leases.granted_at_creation(key_id_to_bytes(key_id))
                     made.append(record)
         finally:
             kek = None  # before anything waits: the traceback of a refusal refers to this frame
@@ -145,10 +139,10 @@ class NewKeys:
 
 
 def _id_ms(wanted: Wanted, first_ms: int) -> int:
-    """The Unix milliseconds of the key's id. Raises KeyExhaustedError."""
+    """The Unix milliseconds of the key's id. Raises ConflictError."""
     id_ms = first_ms
     if wanted.later_than:
         id_ms = max(id_ms, key_id_unix_ms(wanted.later_than) + 1)
     if id_ms > UNIX_MS_MAX:
-        raise KeyExhaustedError("no key can be made: the newest key id of the data directory is the last one there is")
+        raise ConflictError("no key can be made: the newest key id of the data directory is the last one there is")
     return id_ms

@@ -193,7 +193,6 @@ class KekRotation:
             if rotation is not None and rotation.slot_id:
                 raise ConflictError("a rotation to a new root key is running; wait for it, see /status")
             return None if rotation is None else ""
-        keyring.check_sealed(body)
         given = roots.fingerprint(root.view)
         slot = body.slot_for(given)
         if slot is None:
@@ -222,7 +221,7 @@ class KekRotation:
         pause = RETRY_SECONDS_MIN
         while (rotation := self.running) is not None:
             try:
-                await self._vault.wrap_reservation.creates_done(rotation.from_version)
+                await self._vault.creates_under_way.done(rotation.from_version)
                 await _run_in(self._disk, self._vault.creates.settle)
                 with self._around_passes():
                     await self._rewrap_all(rotation)
@@ -339,10 +338,7 @@ class KekRotation:
         return None
 
     async def _rewrap(self, due: list[ReadFile], to_version: int) -> list[Rewrap]:
-        """The changes to write. Raises the errors of `WrapReservation.take`."""
-        if not due:
-            return []
-        await self._vault.wrap_reservation.take(to_version, len(due))
+        """The changes to write."""
         batch: list[Rewrap] = []
         async for part in self._paced(due):
             batch += self._rewrapped(part, to_version)

@@ -1,6 +1,6 @@
 """The file `kms-tombstones`: which keys were destroyed.
 
-Owns: the appends to the file, its conversion from a keyring of format 1, and the set of destroyed keys in memory.
+Owns: the appends to the file, and the set of destroyed keys in memory.
 Invariants:
 - A record is durable before the keyring counts it. So a keyring that counts more records than the file has means that
   the file was cut, and a start refuses it.
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from minikms import api
-from minikms.custody.files import read_file_bounded, replace_file_from, unix_seconds
+from minikms.custody.files import read_file_bounded, replace_file_from
 from minikms.errors import StartError, StorageUnavailableError
 from minikms.keys import keyring, tombstones
 from minikms.keys.dek import key_id_to_bytes
@@ -30,14 +30,13 @@ from minikms.keys.tombstones import (
     FILE_BYTES_MAX,
     HEADER_BYTES,
     RECORD_BYTES,
-    TAG_BYTES,
     Chain,
     ReadTombstones,
     Tombstone,
     TombstoneFormatError,
     keys_of,
 )
-from minikms.keys.unlocked import FillRandom, UnlockedKeyring
+from minikms.keys.unlocked import UnlockedKeyring
 from minikms.sync import sync_data
 
 NAME: Final = "kms-tombstones"
@@ -144,17 +143,8 @@ class Tombstones:
 
 
 def read_tombstones(content: bytes | None, body: keyring.Body, mac_key: memoryview | None) -> ReadTombstones:
-    """The tombstones of a keyring: those in `content`, its file, or those inside a body of format 1, without tags.
-
-    Raises StartError, which says what to do.
-    """
+    """The tombstones of a keyring, in `content`, its file. Raises StartError, which says what to do."""
     log = body.tombstone_log
-    if log is None:
-        records = [
-            key_id_to_bytes(stone.key_id) + unix_seconds(stone.destroyed_at).to_bytes(8, "big") + bytes(TAG_BYTES)
-            for stone in body.tombstones
-        ]
-        return ReadTombstones(tombstones.HEADER + b"".join(records), Chain(body.keyring_id), 0, 0)
     try:
         return tombstones.read(content, keyring_id=body.keyring_id, count=log.count, head=log.head, mac_key=mac_key)
     except TombstoneFormatError as error:
@@ -182,22 +172,11 @@ class OpenedTombstones(NamedTuple):
     body: keyring.Body
 
 
-def open_tombstones(directory_fd: int, unlocked: UnlockedKeyring, fill_random: FillRandom) -> OpenedTombstones:
-    """The tombstones of an unlocked keyring, whose body is of either format. The caller holds the lock of the
-    directory, and writes the keyring with the returned body.
-
-    A keyring of format 1 gets its file here, durably, before any keyring names it. An interrupted conversion is begun
-    again. Raises StartError, StorageUnavailableError.
+def open_tombstones(directory_fd: int, unlocked: UnlockedKeyring) -> OpenedTombstones:
+    """The tombstones of an unlocked keyring. The caller holds the lock of the directory, and writes the keyring with
+    the returned body. Raises StartError, StorageUnavailableError.
     """
     body = unlocked.body
-    if body.tombstone_log is None:
-        stones = read_tombstones(None, body, None).stones()
-        if set(tombstones.keys_of(load(directory_fd) or b"")) - {stone.key for stone in stones}:
-            raise StartError(
-                f"{NAME} names destroyed keys that keyring.json, which has the former format, does not know: an older "
-                "keyring.json was put back. Put the newer one back, or restore an archive with --newer-keyring"
-            )
-        return write_tombstones(directory_fd, unlocked, fill_random, stones)
     read = read_tombstones(load(directory_fd), body, unlocked.tombstone_key)
     intact = not read.torn_bytes and read.chain.count > 0
     if read.adopted:
@@ -208,21 +187,14 @@ def open_tombstones(directory_fd: int, unlocked: UnlockedKeyring, fill_random: F
     return OpenedTombstones(Tombstones(directory_fd, read, intact=intact), body)
 
 
-def write_tombstones(
-    directory_fd: int, unlocked: UnlockedKeyring, fill_random: FillRandom, stones: Sequence[Tombstone]
-) -> OpenedTombstones:
+def write_tombstones(directory_fd: int, unlocked: UnlockedKeyring, stones: Sequence[Tombstone]) -> OpenedTombstones:
     """Replaces the file by one with these tombstones, durably, and makes the body that counts them.
 
     It also replaces a file that another keyring has left. Raises StorageUnavailableError.
     """
     body = unlocked.body
     chain = Chain(body.keyring_id)
-    key = unlocked.tombstone_key
-    if body.tombstone_log is None or key is None:
-        key = unlocked.make_tombstone_key(fill_random)
-    content = tombstones.HEADER + chain.append(key, stones)
+    content = tombstones.HEADER + chain.append(unlocked.tombstone_key, stones)
     replace_file_from(directory_fd, NAME, (content,))
     made = Tombstones(directory_fd, ReadTombstones(content, chain, 0, 0), intact=True)
-    if body.tombstone_log is None:
-        return OpenedTombstones(made, keyring.with_tombstone_log(body, unlocked.tombstone_log(chain)))
     return OpenedTombstones(made, keyring.counting(body, chain.count, chain.head))

@@ -38,8 +38,7 @@ from minikms.custody.create_log import CreateLog
 from minikms.custody.deks import SCAN_FILES, DekStore, KeyLocks, UnreadableKeys
 from minikms.custody.destruction import Destruction
 from minikms.custody.files import now_rfc3339, remove_left_temps
-from minikms.custody.keyring_file import KeyringFile, StoredKeyring, WrapReservation
-from minikms.custody.leases import Leases, UseLease
+from minikms.custody.keyring_file import CreatesUnderWay, KeyringFile, StoredKeyring
 from minikms.custody.new_keys import NewKeys, Wanted
 from minikms.custody.rewrap_journal import RewrapJournal
 from minikms.custody.rotation_backups import RotationBackups
@@ -56,7 +55,7 @@ from minikms.errors import (
 )
 from minikms.keys import dek
 from minikms.keys.cache import KeyCache
-from minikms.keys.dek import DekRecord, DekState, key_id_to_bytes, move_dek
+from minikms.keys.dek import DekRecord, DekState, move_dek
 from minikms.keys.index import KeyIndex
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot
@@ -87,7 +86,6 @@ class OpenDek:
         "aad_prefix",
         "cipher",
         "key_id",
-        "lease",
         "purpose",
         "slot",
         "state",
@@ -95,24 +93,22 @@ class OpenDek:
         "view",
     )
 
-    def __init__(self, record: DekRecord, slot: SecretSlot, lease: UseLease) -> None:
+    def __init__(self, record: DekRecord, slot: SecretSlot) -> None:
         self.key_id = record.id
         self.thread_id = record.thread_id
         self.purpose = record.purpose
         self.state: DekState = record.state
         self.aad_prefix = labels.record_aad_prefix(key_id=record.id, thread_id=record.thread_id)
         self.aad_if_none = labels.record_aad(self.aad_prefix, b"")
-        self.lease = lease
         self.slot = slot
         self.view = slot.view
         self.cipher: AESGCM | None = None
         """For the current turn of the event loop only: see `Vault.turn_cipher`."""
 
     def release(self) -> None:
-        """Zeroes the key, and gives back what is left of its lease."""
+        """Zeroes the key."""
         self.cipher = None
         self.slot.release()
-        self.lease.close()
 
     def __repr__(self) -> str:
         return f"<OpenDek {self.key_id} {self.state}>"
@@ -145,7 +141,6 @@ class Vault:
         rotation_backups: RotationBackups,
         rewraps: RewrapJournal,
         creates: CreateLog,
-        leases: Leases,
         destroyed: Tombstones,
         executor: Executor,
         nonces: NonceSource,
@@ -154,13 +149,12 @@ class Vault:
         self.arena = arena
         self.unlocked = unlocked
         self.keyring = StoredKeyring(unlocked, keyring_file)
-        self.wrap_reservation = WrapReservation(self.keyring)
+        self.creates_under_way = CreatesUnderWay(self.keyring)
         self.store = store
         self.rotation_backups = rotation_backups
         self.rewraps = rewraps
         self.creates = creates
         self._executor = executor
-        self.leases = leases
         self.nonces = nonces
         self.locks = KeyLocks()
         self._creating = KeyLocks()
@@ -172,9 +166,8 @@ class Vault:
         self._new_keys = NewKeys(
             arena=arena,
             unlocked=unlocked,
-            wraps=self.wrap_reservation,
+            under_way=self.creates_under_way,
             creates=creates,
-            leases=leases,
             nonces=nonces,
             index=self.index,
         )
@@ -211,7 +204,7 @@ class Vault:
         finally:
             scrub_stack()  # here, where the KEK's schedule lies: the turn may end at another depth of the stack
         self.unreadable.remove(key_id)
-        opened = OpenDek(record, slot, self.leases.get(key_id_to_bytes(key_id)))
+        opened = OpenDek(record, slot)
         self.cache.put(key_id, opened, time.monotonic_ns())
         return opened
 
@@ -274,7 +267,7 @@ class Vault:
         async with self._creating.hold((thread_id,)):
             permit()
             newest = self._newest_active(thread_id, purpose)
-            if newest is not None and newest.state == "active" and not self.leases.uses(newest.lease.key).exhausted:
+            if newest is not None and newest.state == "active":
                 return newest.key_id, False
             later_than = "" if newest is None else newest.key_id
             key_id = (await self._create(thread_id, purpose, later_than=later_than, permit=permit)).id
@@ -433,7 +426,6 @@ class Vault:
         await self._new_keys.drain()
         await self.creates.drain()
         await self.store.drain()
-        await self.leases.drain()
 
     def expire(self) -> None:
         """Zeroes the opened keys that are older than CACHE_AGE_SECONDS_MAX."""

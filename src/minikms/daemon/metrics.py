@@ -189,9 +189,6 @@ def _add_keys(made: _Page, status: Mapping[str, Any]) -> None:
     made.one("minikms_cache_hits_total", "counter", "Keys found opened.", memory["cache_hits"])
     made.one("minikms_cache_misses_total", "counter", "Keys that had to be opened.", memory["cache_misses"])
     made.one("minikms_cache_evictions_total", "counter", "Keys dropped by number or age.", memory["cache_evictions"])
-    keks: Sequence[Mapping[str, Any]] = status["keks"]
-    wraps = [({"kek_version": str(kek["version"]), "state": kek["state"]}, kek["wraps_reserved"]) for kek in keks]
-    made.add("minikms_kek_wraps_reserved", "gauge", "Wraps that a KEK version may have made.", wraps)
 
 
 def _add_rotation(made: _Page, rotation: Mapping[str, Any] | None) -> None:

@@ -57,7 +57,6 @@ class Workers(NamedTuple):
 
     disk: ThreadPoolExecutor
     reader: ThreadPoolExecutor
-    journal: ThreadPoolExecutor
     audit: ThreadPoolExecutor
     upkeep: ThreadPoolExecutor
     seal: ThreadPoolExecutor
@@ -221,7 +220,7 @@ class Parts:
             await self._removal.stop()
             await self._data.drain()
             loop = asyncio.get_running_loop()
-            for worker in (self.workers.disk, self.workers.reader, self.workers.journal, self.workers.audit):
+            for worker in (self.workers.disk, self.workers.reader, self.workers.audit):
                 await loop.run_in_executor(worker, int)
             await loop.run_in_executor(self.workers.upkeep, self.upkeep.close)
         finally:

@@ -601,7 +601,6 @@ class Sealing:
             root,
             arena=process.arena,
             disk=process.workers.disk,
-            journal=process.workers.journal,
             options=options,
         )
         self._opened_before = True

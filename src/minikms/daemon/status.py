@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from minikms import api
 from minikms.daemon.accepting import bound_warning
-from minikms.keys.keyring import AUDIT_KEYS_COUNT_MAX, AUDIT_KEYS_COUNT_WARN, KEK_WRAPS_WARN, VERSION
+from minikms.keys.keyring import AUDIT_KEYS_COUNT_MAX, AUDIT_KEYS_COUNT_WARN
 
 if TYPE_CHECKING:
     from minikms.audit.maintenance import Maintenance
@@ -77,13 +77,11 @@ class StatusPage:
                     "version": kek.version,
                     "state": kek.state,
                     "created_at": kek.created_at,
-                    "wraps_reserved": kek.wraps_reserved,
                 }
                 for kek in body.keks
             ],
             "rotation": self._rotation_progress(),
             "keys": self._indexing.status(),
-            "leases": self._vault.leases.status()._asdict(),
             "audit": {
                 **self._log.status(),
                 "public_key": body.audit_key.public_key.hex(),
@@ -138,7 +136,7 @@ class StatusPage:
         too_few = None if self.server is None else bound_warning(self.server.limits.connections_max)
         if too_few is not None:
             found.append(too_few)
-        if any(slot.replaces for slot in body.slots) or (len(body.slots) > 1 and body.version != VERSION):
+        if any(slot.replaces for slot in body.slots):
             found.append(
                 "more than one root key opens the keyring: start once with the newest root key to drop the older ones"
                 if not self._keks.replacing_error
@@ -149,8 +147,6 @@ class StatusPage:
                 f"{len(body.revoking)} removed root keys could open DEKs until the KEK rotation has ended"
                 + (f"; it can't begin: {self._keks.revocation_error}" if self._keks.revocation_error else "")
             )
-        if body.wrapping_kek.wraps_reserved >= KEK_WRAPS_WARN:
-            found.append("the KEK has wrapped more than 2^31 keys; rotate it")
         if len(body.audit_keys) >= AUDIT_KEYS_COUNT_WARN:
             found.append(
                 f"the keyring holds {len(body.audit_keys)} of at most {AUDIT_KEYS_COUNT_MAX} audit keys; each removed "

@@ -9,12 +9,6 @@ removed together with the keyring key: a fresh one is sealed to the slots that s
 keyring do not open a later keyring. The removed root key is `revoking` until no DEK file is wrapped under a KEK version
 that it could open.
 
-Formats 1 to 3 still open, and the next start writes format 4 (docs/spec/formats.md), which has the members of format 3.
-In formats 1 and 2, the root keys wrapped keyring keys of their own, and links led from the older ones to the newest.
-Format 1 also held the tombstones of
-destroyed keys in the body; the later ones hold their number and the hash of their file (`minikms.keys.tombstones`). A
-keyring with several root keys that was opened under an older one stays in its format until a start under the newest.
-
 Invariants: exactly one KEK version is `active`, and at most one is `pending`. Every written body has a higher epoch
 than the one before it. The number of a KEK version is never used again. An illegal move raises and changes nothing. It
 must never hold unwrapped key material: that is in `minikms.keys.unlocked`. Changes of the slots are in
@@ -38,15 +32,8 @@ from minikms.errors import ConflictError, StartError
 from minikms.keys.tombstones import TOMBSTONES_COUNT_MAX
 
 FORMAT: Final = "minikms-keyring"
-VERSION: Final = 4
-VERSION_NO_LOGS: Final = 3
-"""As VERSION, before create logs, rewrap journals and batch backups: a program that reads up to it knows none of them.
-It would ignore a create log, and leave the bytes of a key that it destroys in all three. Each start raises it.
-"""
-VERSION_WRAPPED_SLOTS: Final = 2
-"""Written only while a keyring with several root keys is open under an older one."""
-VERSION_TOMBSTONES_INSIDE: Final = 1
-"""It can be read, and is not written any more."""
+VERSION: Final = 5
+"""The first one that was released, with miniKMS 0.2.0."""
 FILE_BYTES_MAX: Final = 256 * 1024 * 1024
 VERSION_MAX: Final = 2**32
 """Exclusive bound of the numbers of KEKs, audit keys and keyring keys."""
@@ -60,13 +47,6 @@ AUDIT_KEYS_COUNT_MAX: Final = 1024
 takes two slots of the arena and about 400 bytes of the file.
 """
 AUDIT_KEYS_COUNT_WARN: Final = 900
-KEK_WRAPS_LEASE: Final = 2**16
-"""Wraps reserved at a time. A run wastes what it leaves of a reservation, so a KEK lasts for 65,536 starts at least."""
-RESTORE_WRAPS: Final = 2**26
-"""Added to every KEK by a restore: more wraps than a KEK makes between two backups. A KEK lasts for 64 restores."""
-KEK_WRAPS_WARN: Final = 2**31
-KEK_WRAPS_MAX: Final = 2**32 - KEK_WRAPS_LEASE
-"""NIST SP 800-38D, section 8.3: at most 2^32 random nonces under one key."""
 RETIRED_ROOTS_MAX: Final = 64
 HEAD_BYTES: Final = 32
 """Of a SHA-256."""
@@ -120,7 +100,7 @@ class Slot(_Part, frozen=True):
     keyring key, so that a fresh keyring key can be sealed without the root key. `provider` is for people: the name of
     the root key provider that the slot was made with, or `request` for a root key that came with `POST /rotate_kek`.
     `tested_at`: when a root key last proved that it opens the slot. `replaces`: the slot that goes once this one was
-    proved, by its id. Formats 1 and 2 only: `wrapped` is the keyring key of version `opens` under the root key.
+    proved, by its id.
     """
 
     slot_id: str
@@ -128,29 +108,19 @@ class Slot(_Part, frozen=True):
     provider: str
     created_at: str
     commitment: bytes
-    opens: int = 0
-    wrapped: bytes = b""
-    tested_at: str = ""
-    public_key: bytes = b""
-    sealed: bytes = b""
-    mac: bytes = b""
-    wrapped_auth: bytes = b""
+    tested_at: str
+    public_key: bytes
+    sealed: bytes
+    mac: bytes
+    wrapped_auth: bytes
     replaces: str = ""
     shares: ShareSet | None = None
-
-
-class Link(_Part, frozen=True):
-    """Formats 1 and 2: `wrapped` is the keyring key of `version`, sealed under the version before it."""
-
-    version: int
-    wrapped: bytes
 
 
 class Kek(_Part, frozen=True):
     version: int
     state: KekState
     created_at: str
-    wraps_reserved: int
     wrapped: bytes
     retired_at: str = ""
     destroyed_at: str = ""
@@ -202,11 +172,6 @@ class RevokingRoot(_Part, frozen=True):
     line_owed: bool = False
 
 
-class Tombstone(_Part, frozen=True):
-    key_id: str
-    destroyed_at: str
-
-
 class TombstoneLog(_Part, frozen=True):
     """How far the file of tombstones goes: the number of its records, and SHA-256 of the file up to the last of them.
 
@@ -219,8 +184,6 @@ class TombstoneLog(_Part, frozen=True):
 
 
 class Body(_Part, frozen=True):
-    """`tombstones` is of format 1 only, `links` of formats 1 and 2, `revoking` of formats 3 and 4."""
-
     format: str
     version: int
     keyring_id: str
@@ -231,11 +194,9 @@ class Body(_Part, frozen=True):
     slots: tuple[Slot, ...]
     keks: tuple[Kek, ...]
     audit_keys: tuple[AuditKey, ...]
-    links: tuple[Link, ...] = ()
+    tombstone_log: TombstoneLog
     rotation: Rotation | None = None
     retired_roots: tuple[RetiredRoot, ...] = ()
-    tombstones: tuple[Tombstone, ...] = ()
-    tombstone_log: TombstoneLog | None = None
     revoking: tuple[RevokingRoot, ...] = ()
 
     def kek(self, version: int) -> Kek | None:
@@ -268,11 +229,6 @@ class Body(_Part, frozen=True):
 
     def slot_for(self, fingerprint: str) -> Slot | None:
         return next((slot for slot in self.slots if slot.fingerprint == fingerprint), None)
-
-    @property
-    def has_sealed_slots(self) -> bool:
-        """Whether the slots are those of formats 3 and 4."""
-        return all(slot.sealed for slot in self.slots)
 
     @property
     def revocation_due(self) -> bool:
@@ -315,16 +271,11 @@ def parse_file(data: bytes) -> tuple[Body, bytes, bytes]:
         body_bytes = bytes(file.body)
         body = _body_decoder.decode(body_bytes)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        if (version := _version_of(data)) > VERSION:
-            raise StartError(_newer_text(version)) from None
+        _check_version(_version_of(data))
         raise StartError(f"the keyring is damaged or of an unknown format version; {WAY_OUT}") from None
-    if body.format == FORMAT and body.version > VERSION:
-        raise StartError(_newer_text(body.version))
-    if body.format != FORMAT or body.version < VERSION_TOMBSTONES_INSIDE:
-        raise StartError(
-            f"the keyring has format {body.format!r} version {body.version}; this program reads up to {VERSION}; "
-            f"{WAY_OUT}"
-        )
+    if body.format != FORMAT:
+        raise StartError(f"the keyring has format {body.format!r}, which this program does not read; {WAY_OUT}")
+    _check_version(body.version)
     check(body)
     return body, body_bytes, file.tag
 
@@ -339,19 +290,26 @@ class _VersionedFile(msgspec.Struct):
 
 
 def _version_of(data: bytes) -> int:
-    """The format version of a keyring whose other members this program may not know; 0 if it has none."""
+    """The format version of a keyring whose other members this program may not know; VERSION if it has none."""
     try:
         body = msgspec.json.decode(data, type=_VersionedFile).body
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return 0
-    return body.version if body.format == FORMAT else 0
+        return VERSION
+    return body.version if body.format == FORMAT else VERSION
 
 
-def _newer_text(version: int) -> str:
-    return (
-        f"a newer program wrote the keyring: it has format version {version}, and this program reads up to {VERSION}. "
-        "Start the newer version of miniKMS; an older one can't read the file (docs/runbook.md)"
-    )
+def _check_version(version: int) -> None:
+    """Raises StartError for a format version of another program."""
+    if version < VERSION:
+        raise StartError(
+            "the data directory was made before version 0.2.0, the first one whose formats are kept: make a new one "
+            "with `minikms init`"
+        )
+    if version > VERSION:
+        raise StartError(
+            f"a newer program wrote the keyring: it has format version {version}, and this program reads {VERSION}. "
+            "Start the newer version of miniKMS; an older one can't read the file (docs/runbook.md)"
+        )
 
 
 def check(body: Body) -> None:
@@ -383,33 +341,23 @@ def _keks_agree(body: Body) -> bool:
 def _slots_agree(body: Body) -> bool:
     ids = {slot.slot_id for slot in body.slots}
     names = {slot.fingerprint for slot in body.slots}
-    if not 1 <= len(body.slots) <= SLOTS_MAX or len(ids) != len(body.slots) or len(names) != len(body.slots):
-        return False
-    if not all(PROVIDER.fullmatch(slot.provider) for slot in body.slots):
-        return False
-    if body.rotation is not None and body.rotation.slot_id not in ids | {""}:
-        return False
-    return _sealed_slots_agree(body) if body.version >= VERSION_NO_LOGS else _wrapped_slots_agree(body)
-
-
-def _sealed_slots_agree(body: Body) -> bool:
     gone = {root.fingerprint for root in body.revoking}
-    ids = {slot.slot_id for slot in body.slots}
     return (
-        not body.links
+        1 <= len(body.slots) <= SLOTS_MAX
+        and len(ids) == len(names) == len(body.slots)
+        and (body.rotation is None or body.rotation.slot_id in ids | {""})
         and 0 < body.key_version < VERSION_MAX
         and len(body.revoking) <= RETIRED_ROOTS_MAX
         and all(0 < root.kek_version <= VERSION_MAX for root in body.revoking)
-        and all(_is_sealed(slot) and slot.fingerprint not in gone for slot in body.slots)
+        and all(_slot_agrees(slot) and slot.fingerprint not in gone for slot in body.slots)
         and all(slot.replaces in ids for slot in body.slots if slot.replaces)
     )
 
 
-def _is_sealed(slot: Slot) -> bool:
+def _slot_agrees(slot: Slot) -> bool:
     return (
         api.SLOT_ID_PATTERN.fullmatch(slot.slot_id) is not None
-        and slot.opens == 0
-        and not slot.wrapped
+        and PROVIDER.fullmatch(slot.provider) is not None
         and slot.replaces != slot.slot_id
         and (len(slot.commitment), len(slot.public_key), len(slot.sealed), len(slot.mac), len(slot.wrapped_auth))
         == (COMMITMENT_BYTES, PUBLIC_KEY_BYTES, SEALED_BYTES, MAC_BYTES, WRAPPED_KEY_BYTES)
@@ -427,19 +375,6 @@ def share_set_agrees(shares: ShareSet) -> bool:
     )
 
 
-def _wrapped_slots_agree(body: Body) -> bool:
-    """The links lead from the keyring key of each slot, step by step, to the newest one."""
-    opens = [slot.opens for slot in body.slots]
-    links = [link.version for link in body.links]
-    return (
-        not body.revoking
-        and all(slot.wrapped and not slot.sealed for slot in body.slots)
-        and _rises((*opens, VERSION_MAX))
-        and opens[-1] == body.key_version == opens[0] + len(links)
-        and links == list(range(opens[0] + 1, body.key_version + 1))
-    )
-
-
 def _audit_keys_agree(body: Body) -> bool:
     versions = [key.version for key in body.audit_keys]
     return 1 <= len(versions) <= AUDIT_KEYS_COUNT_MAX and _rises((*versions, VERSION_MAX))
@@ -447,14 +382,7 @@ def _audit_keys_agree(body: Body) -> bool:
 
 def _tombstones_agree(body: Body) -> bool:
     log = body.tombstone_log
-    if log is None:
-        return body.version == VERSION_TOMBSTONES_INSIDE
-    return (
-        body.version in (VERSION_WRAPPED_SLOTS, VERSION_NO_LOGS, VERSION)
-        and not body.tombstones
-        and 0 <= log.count <= TOMBSTONES_COUNT_MAX
-        and len(log.head) == HEAD_BYTES
-    )
+    return 0 <= log.count <= TOMBSTONES_COUNT_MAX and len(log.head) == HEAD_BYTES
 
 
 def _rises(versions: Iterable[int]) -> bool:
@@ -475,24 +403,6 @@ def next_epoch(body: Body, *, at: str, **changes: object) -> Body:
     changed = msgspec.structs.replace(body, epoch=body.epoch + 1, updated_at=at, **changes)
     check(changed)
     return changed
-
-
-def after_restore(body: Body, *, seen_epoch: int, at: str) -> Body:
-    """The body after an older one was put back: its epoch is above `seen_epoch`, and every KEK that is not destroyed
-    counts RESTORE_WRAPS more wraps, since the wraps made after that body was written are unknown.
-    """
-    keks = tuple(
-        kek
-        if kek.state == "destroyed"
-        else msgspec.structs.replace(kek, wraps_reserved=kek.wraps_reserved + RESTORE_WRAPS)
-        for kek in body.keks
-    )
-    return next_epoch(msgspec.structs.replace(body, epoch=max(body.epoch, seen_epoch)), at=at, keks=keks)
-
-
-def reserve_wraps(body: Body, version: int, count: int, *, at: str) -> Body:
-    """Adds `count` to the number of wraps that a KEK version may have made."""
-    return _with_kek(body, version, at=at, change=lambda kek: {"wraps_reserved": kek.wraps_reserved + count})
 
 
 def add_audit_key(body: Body, key: AuditKey, *, at: str) -> Body:
@@ -536,19 +446,8 @@ def check_has_room(body: Body, *, kek: bool, slot: bool) -> None:
         raise ConflictError(
             f"the keyring holds {KEKS_OPEN_COUNT_MAX} KEK versions; destroy the unused ones with POST /kek/prune"
         )
-    if slot:
-        check_sealed(body)
-        if len(body.slots) >= SLOTS_MAX:
-            raise ConflictError(f"{SLOTS_MAX} root keys open this keyring; remove the unused ones first")
-
-
-def check_sealed(body: Body) -> None:
-    """Raises ConflictError while the keyring has a former format, in which root keys can't be added and removed."""
-    if body.version < VERSION_NO_LOGS:
-        raise ConflictError(
-            "the keyring has a former format, because the daemon was started under an older one of its root keys: "
-            "start it once under the newest root key, which drops the older ones"
-        )
+    if slot and len(body.slots) >= SLOTS_MAX:
+        raise ConflictError(f"{SLOTS_MAX} root keys open this keyring; remove the unused ones first")
 
 
 def promote(body: Body, *, at: str) -> Body:
@@ -600,35 +499,10 @@ def counting(body: Body, count: int, head: bytes) -> Body:
 
     Raises ConflictError if there are too many.
     """
-    if body.tombstone_log is None:
-        raise StartError("the keyring has the former format, which the next start converts")
     if count > TOMBSTONES_COUNT_MAX:
         raise ConflictError(f"{TOMBSTONES_COUNT_MAX:,} keys were destroyed, which is the limit of a data directory")
     log = msgspec.structs.replace(body.tombstone_log, count=count, head=head)
     return msgspec.structs.replace(body, tombstone_log=log)
-
-
-def with_tombstone_log(body: Body, log: TombstoneLog) -> Body:
-    """A body of format 1 in a later format. The tombstones are in the file that `log` describes. The epoch stays."""
-    version = VERSION if body.has_sealed_slots else VERSION_WRAPPED_SLOTS
-    return msgspec.structs.replace(body, version=version, tombstones=(), tombstone_log=log)
-
-
-def with_sealed_slot(body: Body, slot: Slot, *, at: str) -> Body:
-    """A body of a former format with the newest of its slots, in VERSION. The epoch stays, and so do tombstones in the
-    body, until `with_tombstone_log`.
-
-    Root keys of older slots could open every KEK version that there is, through the links, so they are `revoking`.
-    """
-    needed = max(kek.version for kek in body.keks) + 1
-    gone = tuple(RevokingRoot(old.slot_id, old.fingerprint, old.provider, at, needed) for old in body.slots[:-1])
-    version = VERSION if body.tombstone_log is not None else body.version
-    return msgspec.structs.replace(body, version=version, slots=(slot,), links=(), revoking=gone)
-
-
-def with_logs(body: Body) -> Body:
-    """The body in VERSION if it is in VERSION_NO_LOGS; a former format stays as it is. The epoch stays."""
-    return msgspec.structs.replace(body, version=VERSION) if body.version == VERSION_NO_LOGS else body
 
 
 def _with_kek(body: Body, version: int, *, at: str, change: Callable[[Kek], dict[str, Any]]) -> Body:

@@ -16,7 +16,6 @@ from minikms.errors import ConflictError, LastRootError
 from minikms.keys.keyring import (
     AUDIT_KEYS_COUNT_MAX,
     RETIRED_ROOTS_MAX,
-    VERSION,
     AuditKey,
     Body,
     Kek,
@@ -25,7 +24,6 @@ from minikms.keys.keyring import (
     Slot,
     TombstoneLog,
     check_has_room,
-    check_sealed,
     check_takes_audit_key,
     next_epoch,
 )
@@ -46,7 +44,7 @@ def next_slot_id(body: Body) -> str:
 
 
 def check_takes(body: Body, fingerprint: str) -> None:
-    """Raises ConflictError if there are too many root keys, the format is a former one, or this one is not new."""
+    """Raises ConflictError if there are too many root keys, or this one is not new."""
     check_has_room(body, kek=False, slot=True)
     check_is_new(body, fingerprint)
 
@@ -58,9 +56,7 @@ def add_slot(body: Body, slot: Slot, *, at: str) -> Body:
 
 
 def mark_tested(body: Body, slot_id: str, *, at: str) -> Body:
-    """The body after a root key has proved that it opens the slot. The epoch stays; a former format stays as it is."""
-    if not body.has_sealed_slots:
-        return body
+    """The body after a root key has proved that it opens the slot. The epoch stays."""
     slots = tuple(
         msgspec.structs.replace(slot, tested_at=at) if slot.slot_id == slot_id else slot for slot in body.slots
     )
@@ -69,7 +65,6 @@ def mark_tested(body: Body, slot_id: str, *, at: str) -> Body:
 
 def check_removes(body: Body, gone: Container[str]) -> None:
     """Raises ConflictError if these slots can't be removed: no slot would stay, or a bound would be exceeded."""
-    check_sealed(body)
     count = sum(slot.slot_id in gone for slot in body.slots)
     if count == len(body.slots):
         raise LastRootError("the last root key can't be removed; add another one first")
@@ -86,7 +81,7 @@ class Resealed(NamedTuple):
     slots: tuple[Slot, ...]
     keks: tuple[Kek, ...]
     audit_keys: tuple[AuditKey, ...]
-    tombstone_log: TombstoneLog | None
+    tombstone_log: TombstoneLog
 
 
 def remove_slots(body: Body, resealed: Resealed, audit_key: AuditKey, *, at: str, proved: str = "") -> Body:
@@ -192,10 +187,8 @@ def with_slots_of(body: Body, later: Body, resealed: Resealed, audit_key: AuditK
     retired = tuple(old for old in (*body.retired_roots, *too_many) if old.fingerprint not in stay)
     return msgspec.structs.replace(
         body,
-        version=VERSION if body.tombstone_log is not None else body.version,
         key_version=resealed.key_version,
         slots=resealed.slots,
-        links=(),
         keks=resealed.keks,
         audit_keys=(*resealed.audit_keys, audit_key)[-AUDIT_KEYS_COUNT_MAX:],
         tombstone_log=resealed.tombstone_log,

@@ -70,6 +70,7 @@ class UnlockedKeyring:
             slots=(),
             keks=(),
             audit_keys=(),
+            tombstone_log=keyring.TombstoneLog(0, b"", b""),
         )
         unlocked = cls(arena, nonces, empty)
         with unlocked._released_on_failure():
@@ -77,8 +78,10 @@ class UnlockedKeyring:
             slot = unlocked.make_slot(root, provider, slot_id="s1", at=at)
             kek = unlocked.make_kek(fill_random, version=1, state="active", at=at)
             audit_key = unlocked.make_audit_key(fill_random, version=1, at=at)
-            unlocked.make_tombstone_key(fill_random)
-            log = unlocked.tombstone_log(Chain(keyring_id))
+            tombstone = unlocked._tombstone = arena.allocate()
+            fill_random(tombstone.view)
+            wrapped = unlocked._seal_under(unlocked.keyring_key.view, labels.TOMBSTONE_KEY, 1, tombstone)
+            log = keyring.TombstoneLog(0, Chain(keyring_id).head, wrapped)
             unlocked.body = msgspec.structs.replace(
                 empty, slots=(slot,), keks=(kek,), audit_keys=(audit_key,), tombstone_log=log
             )
@@ -103,7 +106,7 @@ class UnlockedKeyring:
         unlocked = cls(arena, nonces, body)
         with unlocked._released_on_failure():
             try:
-                unlocked._open_keyring_key(root, slot)
+                unlocked._open_slot(root, slot, unlocked._new_keyring_key(body.key_version))
                 aead.check_authentic(unlocked.keyring_key.view, tag, labels.aad(labels.KEYRING, body_bytes))
             except DecryptionError:
                 raise StartError(f"the keyring was altered or is damaged; {keyring.WAY_OUT}") from None
@@ -126,25 +129,8 @@ class UnlockedKeyring:
             self.release()
             raise
 
-    def _open_keyring_key(self, root: memoryview, slot: keyring.Slot) -> None:
-        """Opens the keyring key of the slot. In a former format it opens, link by link, the newest one, and keeps only
-        that one.
-        """
-        body = self.body
-        if slot.sealed:
-            self._open_slot(root, slot, self._new_keyring_key(body.key_version))
-            return
-        aad = _slot_aad(body.keyring_id, slot.slot_id, slot.fingerprint, slot.opens)
-        aead.open_into(root, slot.wrapped, aad, self._new_keyring_key(slot.opens))
-        for link in body.links:
-            if link.version > slot.opens:
-                before = self._keyring_keys[link.version - 1].view
-                target = self._new_keyring_key(link.version)
-                aead.open_into(before, link.wrapped, self._versioned_aad(labels.KEYRING_KEY, link.version), target)
-        self.settle()
-
     def _open_slot(self, root: memoryview, slot: keyring.Slot, target: memoryview) -> None:
-        """Opens the keyring key of a sealed slot, whose MAC is compared first. Raises DecryptionError."""
+        """Opens the keyring key of a slot, whose MAC is compared first. Raises DecryptionError."""
         place = self._place(slot, self.body.key_version)
         with self._arena.allocate() as auth:
             slots.auth_key_into(root, place.keyring_id, place.slot_id, auth.view)
@@ -165,13 +151,11 @@ class UnlockedKeyring:
             mac_key, seed = self._audit[key.version] = (self._arena.allocate(), self._arena.allocate())
             self._open_under(key.wrapped_key, labels.AUDIT_KEY, key.version, mac_key)
             self._open_under(key.wrapped_seed, labels.AUDIT_SEED, key.version, seed)
-        if self.body.tombstone_log is not None:
-            self._tombstone = self._arena.allocate()
-            self._open_under(self.body.tombstone_log.wrapped_key, labels.TOMBSTONE_KEY, 1, self._tombstone)
+        self._tombstone = self._arena.allocate()
+        self._open_under(self.body.tombstone_log.wrapped_key, labels.TOMBSTONE_KEY, 1, self._tombstone)
         for slot in self.body.slots:
-            if slot.sealed:
-                auth = self._slot_auth[slot.slot_id] = self._arena.allocate()
-                aead.open_into(self.keyring_key.view, slot.wrapped_auth, self._auth_aad(slot.slot_id), auth.view)
+            auth = self._slot_auth[slot.slot_id] = self._arena.allocate()
+            aead.open_into(self.keyring_key.view, slot.wrapped_auth, self._auth_aad(slot.slot_id), auth.view)
 
     # --- making keys -------------------------------------------------------------------------------------------------
 
@@ -194,6 +178,9 @@ class UnlockedKeyring:
             commitment=roots.commitment(root, slot_id),
             tested_at=at,
             public_key=slots.public_key(root, self.body.keyring_id, slot_id),
+            sealed=b"",
+            mac=b"",
+            wrapped_auth=b"",
             replaces=replaces,
             shares=shares,
         )
@@ -229,8 +216,8 @@ class UnlockedKeyring:
         )
 
     def make_resealed_for(self, later: UnlockedKeyring, fill_random: FillRandom) -> root_slots.Resealed:
-        """As `make_resealed`, with the slots of `later`, a later state of this keyring with sealed slots, in place of
-        all slots of the body.
+        """As `make_resealed`, with the slots of `later`, a later state of this keyring, in place of all slots of
+        the body.
         """
         resealed = self.make_resealed(fill_random, without=[slot.slot_id for slot in self.body.slots])
         for slot in later.body.slots:
@@ -251,30 +238,6 @@ class UnlockedKeyring:
             self._keyring_keys.pop(version).release()
         for slot_id in self._slot_auth.keys() - {slot.slot_id for slot in self.body.slots}:
             self._slot_auth.pop(slot_id).release()
-
-    def seal_slots(self, root: memoryview, fill_random: FillRandom, *, at: str) -> None:
-        """Converts the slots of a body of a former format, in memory, if `root` is that of the newest one.
-
-        Where there are older slots, a fresh keyring key comes instead of the one that they open.
-        """
-        body = self.body
-        newest = body.slots[-1]
-        if newest.sealed or newest.fingerprint != roots.fingerprint(root):
-            return
-        with self._released_on_failure():
-            if len(body.slots) > 1:
-                resealed = self.make_resealed(fill_random, without=[slot.slot_id for slot in body.slots])
-                self.body = msgspec.structs.replace(
-                    body,
-                    key_version=resealed.key_version,
-                    keks=resealed.keks,
-                    audit_keys=resealed.audit_keys,
-                    tombstone_log=resealed.tombstone_log,
-                )
-            made = self.make_slot(root, newest.provider, slot_id=newest.slot_id, at=at)
-            slot = msgspec.structs.replace(made, created_at=newest.created_at)
-            self.body = keyring.with_sealed_slot(self.body, slot, at=at)
-            self.settle()
 
     def _sealed_slot(self, slot: keyring.Slot, key_number: int) -> keyring.Slot:
         """The slot with the keyring key of this number sealed to it."""
@@ -303,20 +266,16 @@ class UnlockedKeyring:
             wrapped_seed=self._seal_under(sealing, labels.AUDIT_SEED, key.version, seed),
         )
 
-    def _resealed_tombstone_log(self, sealing: memoryview) -> keyring.TombstoneLog | None:
-        log = self.body.tombstone_log
-        if log is None or self._tombstone is None:
-            return None
-        return msgspec.structs.replace(
-            log, wrapped_key=self._seal_under(sealing, labels.TOMBSTONE_KEY, 1, self._tombstone)
-        )
+    def _resealed_tombstone_log(self, sealing: memoryview) -> keyring.TombstoneLog:
+        wrapped = self._seal_under(sealing, labels.TOMBSTONE_KEY, 1, self._tombstone_slot())
+        return msgspec.structs.replace(self.body.tombstone_log, wrapped_key=wrapped)
 
     def make_kek(self, fill_random: FillRandom, *, version: int, state: KekState, at: str) -> keyring.Kek:
         """A fresh random KEK version, kept in the arena under its number until `forget_kek` or `release`."""
         slot = self._keks[version] = self._arena.allocate()
         fill_random(slot.view)
         wrapped = self._seal_under(self.keyring_key.view, labels.KEK, version, slot)
-        return keyring.Kek(version=version, state=state, created_at=at, wraps_reserved=0, wrapped=wrapped)
+        return keyring.Kek(version=version, state=state, created_at=at, wrapped=wrapped)
 
     def make_audit_key(
         self,
@@ -348,26 +307,11 @@ class UnlockedKeyring:
             since_sig=since_sig,
         )
 
-    def make_tombstone_key(self, fill_random: FillRandom) -> memoryview:
-        """A fresh tombstone key. Only for a body without one."""
-        if self._tombstone is not None:
-            self._tombstone.release()  # of a conversion that could not be written
-        self._tombstone = self._arena.allocate()
-        fill_random(self._tombstone.view)
-        return self._tombstone.view
-
-    def tombstone_log(self, chain: Chain) -> keyring.TombstoneLog:
-        """The entry of the body for a file of tombstones, with the tombstone key sealed. `make_tombstone_key` first."""
-        if self._tombstone is None:
-            raise StartError("the keyring has no tombstone key")
-        wrapped = self._seal_under(self.keyring_key.view, labels.TOMBSTONE_KEY, 1, self._tombstone)
-        return keyring.TombstoneLog(chain.count, chain.head, wrapped)
-
     # --- using them --------------------------------------------------------------------------------------------------
 
     def slot_auth_keys(self) -> list[tuple[keyring.Slot, memoryview]]:
-        """The slots, each with its authentication key; empty in a former format."""
-        return [(slot, self._slot_auth[slot.slot_id].view) for slot in self.body.slots if slot.sealed]
+        """The slots, each with its authentication key."""
+        return [(slot, self._slot_auth[slot.slot_id].view) for slot in self.body.slots]
 
     def encode(self, body: keyring.Body) -> bytes:
         """The file that holds `body`, authenticated under the keyring key of the body's version."""
@@ -392,9 +336,14 @@ class UnlockedKeyring:
         return key.view, seed.view
 
     @property
-    def tombstone_key(self) -> memoryview | None:
-        """The key of the tombstones' tags; None before a keyring of format 1 was converted."""
-        return None if self._tombstone is None else self._tombstone.view
+    def tombstone_key(self) -> memoryview:
+        """The key of the tombstones' tags."""
+        return self._tombstone_slot().view
+
+    def _tombstone_slot(self) -> SecretSlot:
+        if self._tombstone is None:
+            raise StartError("the keyring was zeroed")
+        return self._tombstone
 
     def forget_kek(self, version: int) -> None:
         """Zeroes a KEK version that was destroyed, or that was made for a rotation that could not begin."""
@@ -434,10 +383,6 @@ class UnlockedKeyring:
 
     def _versioned_aad(self, label: bytes, version: int) -> bytes:
         return labels.aad(label, self.body.keyring_id.encode(), labels.number(version))
-
-
-def _slot_aad(keyring_id: str, slot_id: str, fingerprint: str, opens: int) -> bytes:
-    return labels.aad(labels.SLOT, keyring_id.encode(), slot_id.encode(), fingerprint.encode(), labels.number(opens))
 
 
 def wrong_root_text(body: keyring.Body, given: str) -> str:

@@ -1,7 +1,6 @@
 """The verbs that hand out keys: create, find or create, read the wrapped form, data keys, random bytes.
 
-Owns: what each of them answers, and the audit line of each reservation of wraps, which new keys and a KEK rotation use
-up (docs/decisions/0140-wraps-in-the-audit-log.md). Invariant: `generate_data_key` is the only verb whose answer may
+Owns: what each of them answers. Invariant: `generate_data_key` is the only verb whose answer may
 hold key bytes, at the caller's request; they are made in the arena, and the answer is not kept. It must never answer a
 key that a power loss would remove.
 """
@@ -16,9 +15,8 @@ from msgspec import UNSET
 from minikms import api
 from minikms.audit import Event
 from minikms.crypto.aead import scrub_stack, seal
-from minikms.custody.keyring_file import ReservedWraps
 from minikms.custody.vault import Indexing, Vault
-from minikms.errors import InvalidRequestError, StorageUnavailableError, WrongPurposeError
+from minikms.errors import InvalidRequestError, WrongPurposeError
 from minikms.keys.dek import DekRecord, check_key_id
 from minikms.memory.arena import fill_random
 from minikms.service.access import Keys
@@ -29,9 +27,7 @@ from minikms.service.records import decode_aad
 class KeyVerbs:
     def __init__(self, vault: Vault, table: VerbTable, indexing: Indexing) -> None:
         self._vault = vault
-        self._audit = table.audit
         self._indexing = indexing
-        vault.wrap_reservation.report = self._report_wraps
         table.later_on_keys(api.CREATE_DEK, vault, self.create_dek_for_thread, durable=True)
         table.later_on_keys(api.GET_OR_CREATE_DEK, vault, self.get_or_create_dek_for_thread, durable=True)
         table.now_on_keys(api.GET_WRAPPED, vault, self.get_wrapped)
@@ -67,11 +63,6 @@ class KeyVerbs:
             event.type = api.CREATE_DEK.name
         return api.GetOrCreateDekAnswer(event.key_id, created)
 
-    async def _report_wraps(self, reserved: ReservedWraps) -> None:
-        """The line about wraps that were reserved: with its epoch, an older keyring is not taken for this one."""
-        facts: dict[str, str | int] = dict(reserved._asdict())
-        await self._audit.add_written(Event(type="reserve_wraps", actor="minikms", facts=facts), durable=True)
-
     def get_wrapped(self, keys: Keys, request: api.KeyRequest, event: Event) -> api.WrappedAnswer:
         """The wrapped DEK as it is on disk."""
         event.key_id = check_key_id(request.key_id)
@@ -87,12 +78,6 @@ class KeyVerbs:
             raise WrongPurposeError("data keys are made under keys of purpose data; this key is a thread's")
         opened.check_encrypts()
         aad = opened.record_aad(decode_aad(request.aad))
-        if not opened.lease.covers(1):
-            await self._vault.leases.extend([(opened.lease, 1)])
-            opened = keys.opened(request.key_id)
-            opened.check_encrypts()
-        if not opened.lease.take(1):
-            raise StorageUnavailableError("the key's uses are being reserved; try again")
         with self._vault.arena.allocate() as made:
             fill_random(made.view)
             sealed = seal(opened.view, self._vault.nonces.next(), made.view, aad)

@@ -22,7 +22,7 @@ from minikms.custody.backup.register import ArchiveRegister
 from minikms.custody.vault import REMOVAL_RETRY_SECONDS, Indexing, Vault
 from minikms.errors import AuditUnavailableError, InvalidRequestError, MiniKmsError
 from minikms.keys import dek
-from minikms.keys.dek import DekRecord, check_key_id, key_id_to_bytes
+from minikms.keys.dek import DekRecord, check_key_id
 from minikms.service.access import Keys, ScopedKeys
 from minikms.service.base import AUDIT_RETRY_SECONDS, VerbTable, another_line
 
@@ -83,7 +83,6 @@ class LifecycleVerbs:
         return found
 
     def _describe(self, record: DekRecord) -> api.KeyAnswer:
-        uses = self._vault.leases.uses(key_id_to_bytes(record.id))
         return api.KeyAnswer(
             key_id=record.id,
             thread_id=record.thread_id,
@@ -91,10 +90,6 @@ class LifecycleVerbs:
             state=record.state,
             kek_version=record.kek_version,
             created_at=record.created_at,
-            uses_max=uses.reserved,
-            uses_known=uses.known,
-            uses_reserved=uses.reserved,
-            exhausted=uses.exhausted,
         )
 
     async def retire(self, keys: Keys, request: api.KeyRequest, event: Event) -> api.KeyAnswer:

@@ -1,19 +1,13 @@
 """The verbs of records: encrypt, decrypt, re-encrypt and check, one record or many.
 
 Owns: what a record is encrypted under and bound to, and how the items of a batch are answered. Invariants: a refused
-item does not stop the others of its batch; no encryption happens before its use was taken from the key's lease; a
-cipher object lives for one turn or one call. It must never put plaintext or ciphertext into an audit event.
-
-A method answers at once, unless a use lease has to reach the disk first: then it returns `Later`.
+item does not stop the others of its batch; a cipher object lives for one turn or one call. It must never put plaintext
+or ciphertext into an audit event.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections import Counter
 from collections.abc import Awaitable, Sequence
-from functools import partial
-from operator import attrgetter
 from typing import Final
 
 from cryptography.exceptions import InvalidTag
@@ -23,22 +17,19 @@ from msgspec import UNSET, UnsetType
 from minikms import api
 from minikms.audit import Event
 from minikms.base64 import decode_canonical, encode
-from minikms.crypto.aead import LONG_TEXT_BYTES, NONCE_BYTES, OVERHEAD_BYTES, scrub_long_text, scrub_stack
+from minikms.crypto.aead import LONG_TEXT_BYTES, NONCE_BYTES, OVERHEAD_BYTES, scrub_long_text
 from minikms.crypto.labels import caller_field
-from minikms.custody.leases import UseLease
 from minikms.custody.vault import OpenDek, Vault
-from minikms.errors import DecryptionError, MiniKmsError, StorageUnavailableError, WrongPurposeError
+from minikms.errors import DecryptionError, MiniKmsError, WrongPurposeError
 from minikms.keys.dek import check_key_id
 from minikms.policy import Principal
 from minikms.service.access import Keys
-from minikms.service.base import Later, VerbTable, count_refused, cut
+from minikms.service.base import VerbTable, count_refused, cut
 from minikms.service.encoding import Encoding, ReadBytes, RefusedItem, Reply, encoding_of, refused_item
 
 CIPHERTEXT_BYTES_MAX: Final = api.PLAINTEXT_BYTES_MAX + OVERHEAD_BYTES
 _TOO_SHORT: Final = "the ciphertext is too short to hold a nonce and a tag"
 _DOES_NOT_OPEN: Final = "the ciphertext does not open under this key, thread and aad"
-_KEY_ID_OF: Final = attrgetter("key_id")
-_NO_USE_LEFT: Final = "the key's uses are being reserved; try again"
 
 
 class RecordVerbs:
@@ -77,9 +68,6 @@ class RecordVerbs:
                 opened.check_encrypts()
             plaintext = decode_canonical(item.plaintext, api.PLAINTEXT_BYTES_MAX, "plaintext")
             aad = opened.aad_if_none if item.aad is UNSET else _aad(opened, item.aad, decode_canonical)
-            if not opened.lease.take(1):
-                event = _encrypt_event(who, opened, request_id)
-                return self._table.put_off(event, partial(self._encrypt_later, self._vault, opened, plaintext, aad))
             nonce = self._next_nonce()
             cipher = opened.cipher or self._vault.turn_cipher(opened)
             sealed = nonce + cipher.encrypt(nonce, plaintext, aad)
@@ -96,31 +84,16 @@ class RecordVerbs:
         self._audit_add(event)
         return b'{"ciphertext":"' + encode(sealed) + b'"}'
 
-    def encrypt_one(self, keys: Keys, item: api.EncryptItem, event: Event) -> bytes | Later:
+    def encrypt_one(self, keys: Keys, item: api.EncryptItem, event: Event) -> bytes:
         """The same in the frame of the other verbs."""
         opened = self._open_for(keys, event, item)
         opened.check_encrypts()
         plaintext = decode_canonical(item.plaintext, api.PLAINTEXT_BYTES_MAX, "plaintext")
         aad = _aad(opened, item.aad, decode_canonical)
-        if not opened.lease.take(1):
-            return Later(partial(self._encrypt_later, keys, opened, plaintext, aad))
         nonce = self._next_nonce()
         sealed = nonce + self._vault.turn_cipher(opened).encrypt(nonce, plaintext, aad)
         if len(plaintext) > LONG_TEXT_BYTES:
             scrub_long_text()
-        return b'{"ciphertext":"' + encode(sealed) + b'"}'
-
-    async def _encrypt_later(self, keys: Keys, opened: OpenDek, plaintext: bytes, aad: bytes) -> bytes:
-        """The same once the key's lease is durable. The key is looked up again: it may have been retired meanwhile."""
-        await self._vault.leases.extend([(opened.lease, 1)])
-        opened = keys.opened(opened.key_id)
-        opened.check_encrypts()
-        if not opened.lease.take(1):
-            raise StorageUnavailableError(_NO_USE_LEFT)
-        nonce = self._next_nonce()
-        sealed = nonce + AESGCM(opened.view).encrypt(nonce, plaintext, aad)
-        scrub_long_text()
-        scrub_stack()  # here: the turn ends at another depth of the stack than a task runs at
         return b'{"ciphertext":"' + encode(sealed) + b'"}'
 
     def decrypt(self, keys: Keys, item: api.DecryptItem, event: Event) -> bytes:
@@ -149,27 +122,8 @@ class RecordVerbs:
 
     # --- many records ------------------------------------------------------------------------------------------------
 
-    def encrypt_batch(self, keys: Keys, request: api.EncryptBatchRequest, event: Event) -> Reply | Later:
+    def encrypt_batch(self, keys: Keys, request: api.EncryptBatchRequest, event: Event) -> Reply:
         """Encrypts each item; a refused item does not stop the others."""
-        counts = Counter(map(_KEY_ID_OF, request.items))
-        low = [
-            (lease, count) for key_id, count in counts.items() if (lease := _low_lease(keys, key_id, count)) is not None
-        ]
-        if low:
-            return Later(partial(self._encrypt_batch_later, keys, request, event, low))
-        return self._encrypt_all(keys, request, event)
-
-    async def _encrypt_batch_later(
-        self, keys: Keys, request: api.EncryptBatchRequest, event: Event, low: list[tuple[UseLease, int]]
-    ) -> Reply:
-        # If the disk refuses the leases, the items that need them are refused one by one.
-        with contextlib.suppress(StorageUnavailableError):
-            await self._vault.leases.extend(low)
-        answer = self._encrypt_all(keys, request, event)
-        scrub_stack()
-        return answer
-
-    def _encrypt_all(self, keys: Keys, request: api.EncryptBatchRequest, event: Event) -> Reply:
         encoding = encoding_of(request)
         read = encoding.read
         outcomes: list[bytes | RefusedItem] = []
@@ -190,8 +144,6 @@ class RecordVerbs:
                     opened.check_encrypts()
                 plaintext = read(item.plaintext, api.PLAINTEXT_BYTES_MAX, "plaintext")
                 aad = _aad(opened, item.aad, read) if item.aad else opened.aad_if_none
-                if not opened.lease.take(1):
-                    raise StorageUnavailableError(_NO_USE_LEFT)
                 nonce = next_nonce()
                 outcomes.append(nonce + cipher.encrypt(nonce, plaintext, aad))
             except MiniKmsError as error:
@@ -230,29 +182,15 @@ class RecordVerbs:
         scrub_long_text()
         return _items(encoding, "plaintext", outcomes, event)
 
-    def reencrypt_batch(self, keys: Keys, request: api.ReencryptBatchRequest, event: Event) -> Reply | Later:
+    def reencrypt_batch(self, keys: Keys, request: api.ReencryptBatchRequest, event: Event) -> Reply:
         """Moves ciphertexts between keys of one thread; the plaintext never leaves."""
         event.key_ids = [check_key_id(request.from_key_id), check_key_id(request.to_key_id)]
-        source = keys.record(request.from_key_id)
+        record = keys.record(request.from_key_id)
         target = keys.opened(request.to_key_id)
-        target.check_thread(source.thread_id)
-        if target.purpose != source.purpose:
+        target.check_thread(record.thread_id)
+        if target.purpose != record.purpose:
             raise WrongPurposeError("records move only between keys of one purpose")
         target.check_encrypts()
-        if not target.lease.covers(len(request.items)):
-            return Later(partial(self._reencrypt_later, keys, target.lease, request, event))
-        return self._reencrypt_all(keys, request, event)
-
-    async def _reencrypt_later(
-        self, keys: Keys, lease: UseLease, request: api.ReencryptBatchRequest, event: Event
-    ) -> Reply:
-        await self._vault.leases.extend([(lease, len(request.items))])
-        keys.opened(request.to_key_id).check_encrypts()  # it may have been retired meanwhile
-        answer = self._reencrypt_all(keys, request, event)
-        scrub_stack()
-        return answer
-
-    def _reencrypt_all(self, keys: Keys, request: api.ReencryptBatchRequest, event: Event) -> Reply:
         encoding = encoding_of(request)
         read = encoding.read
         outcomes: list[bytes | RefusedItem] = []
@@ -265,8 +203,6 @@ class RecordVerbs:
             try:
                 bound = caller_field(read(item.aad, api.AAD_BYTES_MAX, "aad") if item.aad else b"")
                 plaintext = _decrypt(opening, _sealed(item.ciphertext, read), source.aad_prefix + bound)
-                if not target.lease.take(1):
-                    raise StorageUnavailableError(_NO_USE_LEFT)
                 nonce = self._next_nonce()
                 outcomes.append(nonce + sealing.encrypt(nonce, plaintext, target.aad_prefix + bound))
             except MiniKmsError as error:
@@ -296,15 +232,6 @@ def _items(encoding: Encoding, member: str, outcomes: list[bytes | RefusedItem],
     """The answer to a batch; `member` holds an item's value. Adds to the event how many were refused."""
     count_refused(event, list(map(type, outcomes)).count(RefusedItem))
     return encoding.items(member, outcomes)
-
-
-def _low_lease(keys: Keys, key_id: str, count: int) -> UseLease | None:
-    """The key's lease if it does not cover `count` uses. A key that can't be opened is refused item by item."""
-    try:
-        lease = keys.opened(check_key_id(key_id)).lease
-    except MiniKmsError:
-        return None
-    return None if lease.covers(count) else lease
 
 
 def decode_aad(aad: str | UnsetType) -> bytes:

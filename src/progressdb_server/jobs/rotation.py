@@ -58,7 +58,6 @@ PROGRESS_S: Final = 1.0
 
 BEHIND_S_MAX: Final = 0.1
 """Beside requests every chunk begins a little late: without making up for that, a rate is never reached."""
-_OF_THE_NEW_KEY: Final = frozenset({api.CODE_KEY_RETIRED, api.CODE_KEY_EXHAUSTED})
 MALFORMED: Final = "malformed"
 
 _log = structlog.get_logger("progressdb.jobs")
@@ -296,7 +295,7 @@ class KeyRotation:
         except KmsRefusedError as error:
             if fault(error) is Fault.SERVICE:
                 raise
-            if error.code in _OF_THE_NEW_KEY:
+            if error.code == api.CODE_KEY_RETIRED:
                 raise RotationFailedError(f"the new key can't be used ({error.code})") from error
             # One of the two keys is at fault. If the new one encrypts, it is the one that the records are under.
             await self._provider.encrypt(job.new_key, b"", aad=job.id.encode(), thread_id=job.thread, request_id=job.id)

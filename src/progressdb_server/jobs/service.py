@@ -41,8 +41,8 @@ from progressdb_server.jobs.table import JobTable
 from progressdb_server.kms.provider import Provider, is_permanent, key_pages
 from progressdb_server.store.model import Restored, Store, StoreError, StoreUnavailableError, ThreadNotFoundError
 
-USES_MAX: Final = 1 << 31
-"""Half of what a key may seal under random nonces (2^32): such a key is rotated, whatever is configured."""
+COUNTED_RECORDS: Final = 1024
+"""Records of a thread that are counted before other tasks get a turn."""
 PAGE_PAUSE_S: Final = 0.02
 """Between two pages of keys, each of which the key service reads from files."""
 RUNNING_MAX: Final = 2
@@ -63,9 +63,8 @@ _log = structlog.get_logger("progressdb.jobs")
 
 
 class Due(msgspec.Struct, frozen=True):
-    """A key is due when it is at least `age_s` old, has at least this many `uses`, or is under this KEK version; None:
-    never for that reason. A key that encrypts no more is not due for its uses: its thread gets another key at its next
-    write.
+    """A key is due when it is at least `age_s` old, when at least so many records are under it (`uses`), or when it is
+    under this KEK version; None: never for that reason.
     """
 
     age_s: int | None = None
@@ -73,9 +72,7 @@ class Due(msgspec.Struct, frozen=True):
     kek_version: int | None = None
 
     def why(self, key: KeyAnswer, now_ns: int) -> str:
-        """The reason in a word, empty when the key is not due."""
-        if self.uses is not None and key.uses_max >= self.uses and not key.exhausted:
-            return "uses"
+        """The reason in a word, empty when the key is not due; `uses` aside."""
         if self.age_s is not None and now_ns - _nanoseconds(key.created_at) >= self.age_s * 1_000_000_000:
             return "age"
         return "kek_version" if self.kek_version is not None and key.kek_version == self.kek_version else ""
@@ -232,11 +229,24 @@ class Jobs:
         now_ns = self.table.now_ns()
         async for page in key_pages(self._provider, state="active"):
             for key in page.keys:
-                why = due.why(key, now_ns) if key.purpose == "thread" else ""
-                if why and self._store.key_of_thread(key.thread_id) == key.key_id:
+                if key.purpose != "thread" or self._store.key_of_thread(key.thread_id) != key.key_id:
+                    continue
+                if why := due.why(key, now_ns) or await self._worn(key, due.uses):
                     yield key.thread_id, why
             if page.next_cursor is not None:
                 await asyncio.sleep(PAGE_PAUSE_S)
+
+    async def _worn(self, key: KeyAnswer, uses: int | None) -> str:
+        """`uses` if the store has so many records under the key; empty if not."""
+        left = uses
+        if left is None:
+            return ""
+        for chunk in self._store.record_chunks(key.thread_id, COUNTED_RECORDS):
+            left -= sum(found.key_id == key.key_id for found in chunk.records)
+            if left <= 0:
+                return "uses"
+            await asyncio.sleep(0)
+        return ""
 
     def require(self, threads: Iterable[str]) -> None:
         """Raises ThreadNotFoundError unless each can be rotated."""
@@ -427,9 +437,11 @@ class Jobs:
                 await _attempted(self._sweep)
 
     async def rotate_due(self) -> None:
-        """Queue the threads whose keys have reached the configured age or uses, or USES_MAX."""
+        """Queue the threads whose keys have reached the configured age or number of records."""
         settings = self._settings
-        due = Due(age_s=settings.max_age_s or None, uses=min(settings.max_uses or USES_MAX, USES_MAX))
+        due = Due(age_s=settings.max_age_s or None, uses=settings.max_uses or None)
+        if due == Due():
+            return
         destroy_after_s = settings.destroy_old_after_s
         async for thread, why in self.due_threads(due):
             with contextlib.suppress(JobConflictError, ThreadNotFoundError):  # tried again in an hour

@@ -1,7 +1,7 @@
 """Sealing and opening: the only place where records meet the key service.
 
 Owns: which key a thread has (a bounded cache of the stored map), the writing of sealed records under that key, the
-making of a new thread's key, and of another one for a thread whose key only decrypts, the opening of stored records,
+making of a new thread's key, and of another one for a thread whose key was retired, the opening of stored records,
 and which error of the store a failure of the key service is. Invariants:
 - Nothing is put on the disk but what the provider answered, and only if it has the length of a sealed record; when it
   does not answer, the write fails.
@@ -9,9 +9,9 @@ and which error of the store a failure of the key service is. Invariants:
   conditions of the write. If the key was switched meanwhile, the record is sealed again under the new one.
 - The map is first written in the batch of the thread's metadata; whoever loses a race retires its key. Only a rotation
   or a renewal changes it, under a condition on the old value. No key is made for a write that the writer refuses.
-- A key that only decrypts is replaced at the next write of its thread: it has reached its limit, its key service was
-  restored, or it is retired and no rotation is switching the thread's key. What it sealed stays under it. One
-  replacement of a thread runs at a time; the switch is a condition on the stored map.
+- A key that is retired, while no rotation is switching the thread's key, is replaced at the next write of its thread.
+  What it sealed stays under it. One replacement of a thread runs at a time; the switch is a condition on the stored
+  map.
 - Once the key service was seen sealed, nothing is sealed until its epoch was judged: it may be an older one after the
   unseal. `Conversations` judges.
 - Opening uses the record's own key id, in one batch, whatever the number of keys. The audit line of the batch has the
@@ -63,8 +63,7 @@ KEY_SWITCH_S_MAX: Final = 2.0
 """How long a write waits for a rotation that has retired the thread's old key and not named the new one yet."""
 KEY_SWITCH_POLL_S: Final = 0.02
 RENEWALS_MAX: Final = 2
-"""New keys for one write, whose thread's key only decrypts."""
-_ONLY_DECRYPTS: Final = frozenset({api.CODE_KEY_EXHAUSTED, api.CODE_KEY_RETIRED})
+"""New keys for one write, whose thread's key is retired."""
 SEAL_BYTES: Final = 28
 """Nonce (12) and tag (16): by how much a sealed record is longer. An answer of another length, such as the plaintext
 itself, is never stored."""
@@ -181,8 +180,10 @@ class Sealer:
                     raise
             except KmsError as error:
                 code = error.code if isinstance(error, KmsRefusedError) else ""
-                if code != api.CODE_KEY_RETIRED or state.thread not in self._switching:
-                    if code not in _ONLY_DECRYPTS or renewals == RENEWALS_MAX:
+                if code != api.CODE_KEY_RETIRED:
+                    raise self._failure(error) from error
+                if state.thread not in self._switching:
+                    if renewals == RENEWALS_MAX:
                         raise self._failure(error) from error
                     renewals += 1
                     await self._renew(state)
@@ -212,7 +213,7 @@ class Sealer:
                 del self._switching[thread]
 
     async def _renew(self, state: ThreadState) -> None:
-        """Gives the thread another key in the place of one that only decrypts; with a renewal of the thread that runs,
+        """Gives the thread another key in the place of a retired one; with a renewal of the thread that runs,
         waits for it. Raises StoreUnavailableError."""
         running = self._renewals.get(state.thread)
         if running is None:

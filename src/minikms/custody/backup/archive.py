@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import re
 import struct
 from collections.abc import Container, Iterator, Sequence
 from typing import BinaryIO, Final, NamedTuple
@@ -25,7 +24,6 @@ from minikms.crypto import roots, slots
 from minikms.custody.deks import DIRECTORY as DEKS
 from minikms.custody.deks import SUFFIX
 from minikms.custody.keyring_file import NAME as KEYRING
-from minikms.custody.lease_store import JOURNAL_BYTES_MAX, JOURNAL_NAME, SNAPSHOT_NAME
 from minikms.custody.tombstone_file import NAME as TOMBSTONES
 from minikms.errors import MiniKmsError
 from minikms.keys.dek import FILE_BYTES_MAX as DEK_BYTES_MAX
@@ -34,33 +32,24 @@ from minikms.keys.keyring import SLOTS_MAX
 from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
 from minikms.memory.arena import SecretArena
 
-MAGIC: Final = b"minikms-backup\0\x03"
-"""The last byte is the version of the format. Versions 1 and 2, which had one tag under the root key, are read too;
-version 1 had no file of tombstones.
-"""
-_VERSION_SLOT_TAGS: Final = 3
-_VERSIONS: Final = (1, 2, _VERSION_SLOT_TAGS)
+MAGIC: Final = b"minikms-backup\0\x04"
+"""The last byte is the version of the format."""
 MANIFEST: Final = "manifest.json"
 MANIFEST_BYTES_MAX: Final = 16 * 1024 * 1024
-SNAPSHOT_BYTES_MAX: Final = 1024 * 1024 * 1024
-"""Enough for about 40 million keys."""
 TAG_BYTES: Final = 32
 UNREADABLE_COUNT_MAX: Final = 100_000
 _NAME_BYTES_MAX: Final = 64
 _NAME_LENGTH: Final = struct.Struct(">H")
 _SIZE: Final = struct.Struct(">Q")
 _SIZES: Final = {
-    JOURNAL_NAME: JOURNAL_BYTES_MAX,
-    SNAPSHOT_NAME: SNAPSHOT_BYTES_MAX,
     KEYRING: KEYRING_BYTES_MAX,
     TOMBSTONES: TOMBSTONES_BYTES_MAX,
     MANIFEST: MANIFEST_BYTES_MAX,
 }
-_PLACES: Final = {JOURNAL_NAME: 0, SNAPSHOT_NAME: 1, KEYRING: 3, TOMBSTONES: 4, MANIFEST: 5}
-"""The order of the entries. Those of keys are third, sorted by key id."""
-_KEYS_PLACE: Final = 2
+_KEYS_PLACE: Final = 0
+_PLACES: Final = {KEYRING: 1, TOMBSTONES: 2, MANIFEST: 3}
+"""The order of the entries. Those of keys are first, sorted by key id."""
 _CHUNK_BYTES: Final = 1024 * 1024
-_FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}", re.ASCII)
 _FINGERPRINT_BYTES: Final = 8
 
 
@@ -149,10 +138,9 @@ class ArchiveReader:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._digest = hashlib.sha256()
-        self._version = 0
         self._keyring_id = ""
         self._slots: list[tuple[str, str]] = []
-        """Ids and fingerprints, in the order of the tags. Empty before version 3."""
+        """Ids and fingerprints, in the order of the tags."""
         self._tags: list[bytes] = []
         self._manifest = b""
 
@@ -163,8 +151,7 @@ class ArchiveReader:
         magic = self._take(len(MAGIC))
         if not is_archive(magic):
             raise ArchiveError("the file is not a miniKMS backup")
-        self._version = magic[-1]
-        if self._version not in _VERSIONS:
+        if magic != MAGIC:
             raise ArchiveError("the backup was made by another version of miniKMS")
         last = (-1, "")
         while length := _NAME_LENGTH.unpack(self._take(_NAME_LENGTH.size))[0]:
@@ -180,9 +167,8 @@ class ArchiveReader:
                 yield Entry(name, self._take(size))
             else:
                 self._skip(size)
-        if self._version == _VERSION_SLOT_TAGS:
-            self._take_slots()
-        self._tags = [self._file.read(TAG_BYTES) for _ in self._slots or (0,)]
+        self._take_slots()
+        self._tags = [self._file.read(TAG_BYTES) for _ in self._slots]
         if any(len(tag) != TAG_BYTES for tag in self._tags) or self._file.read(1):
             raise ArchiveError("the backup is cut short, or something was added to it")
 
@@ -190,29 +176,6 @@ class ArchiveReader:
         """The manifest, after the root key's tag over the whole archive was checked. Raises ArchiveError."""
         if not self._manifest or not self._tags:
             raise ArchiveError("the backup is cut short")
-        if self._version == _VERSION_SLOT_TAGS:
-            return self._check_slot_tag(root, arena)
-        [tag] = self._tags
-        if hmac.compare_digest(tag, roots.archive_tag(root, self._digest.digest())):
-            return _manifest(self._manifest)
-        # Most often the root key is another one, so the manifest's fingerprint is read, though it is not authenticated.
-        made_under, given = _manifest(self._manifest).root_fingerprint, roots.fingerprint(root)
-        if made_under != given and _FINGERPRINT.fullmatch(made_under):
-            raise ArchiveError(
-                f"the backup was made under root key {made_under}, the given one is {given}; give the key file of the "
-                "time of the backup"
-            )
-        raise ArchiveError("the backup was altered")
-
-    def _take_slots(self) -> None:
-        self._keyring_id = self._take_short()
-        for _ in range(self._take(1)[0]):
-            self._slots.append((self._take_short(), self._take(_FINGERPRINT_BYTES).hex()))
-        names = [api.SLOT_ID_PATTERN.fullmatch(slot_id) for slot_id, _ in self._slots]
-        if not all(names) or not 1 <= len(names) <= SLOTS_MAX:
-            raise ArchiveError("the backup was altered: its slots are not valid")
-
-    def _check_slot_tag(self, root: memoryview, arena: SecretArena) -> Manifest:
         given = roots.fingerprint(root)
         for (slot_id, fingerprint), tag in zip(self._slots, self._tags, strict=True):
             if fingerprint != given:
@@ -231,6 +194,14 @@ class ArchiveReader:
             f"the backup opens under root key {known}, the given one is {given}; give a root key of the time of the "
             "backup"
         )
+
+    def _take_slots(self) -> None:
+        self._keyring_id = self._take_short()
+        for _ in range(self._take(1)[0]):
+            self._slots.append((self._take_short(), self._take(_FINGERPRINT_BYTES).hex()))
+        names = [api.SLOT_ID_PATTERN.fullmatch(slot_id) for slot_id, _ in self._slots]
+        if not all(names) or not 1 <= len(names) <= SLOTS_MAX:
+            raise ArchiveError("the backup was altered: its slots are not valid")
 
     def _take_short(self) -> str:
         return self._take(self._take(1)[0]).decode("ascii", "replace")

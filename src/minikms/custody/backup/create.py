@@ -1,12 +1,10 @@
 """Creation and verification of a backup archive, also while the daemon serves.
 
 Owns: the order of copying, and the conditions under which an archive is good. Invariants:
-- The lease journal is copied before the lease snapshot (docs/spec/leases.md). The DEK files are copied before the
-  keyring, so the keyring has every KEK that a copied DEK is wrapped under. If a KEK was destroyed meanwhile, the
-  verification fails and everything is copied again. The file of tombstones, which only grows, is copied after the
-  keyring, so it has every record that the keyring counts.
-- An archive gets its name only after it was read back, every key in it was unwrapped, and its lease files were found to
-  be acceptable to a start.
+- The DEK files are copied before the keyring, so the keyring has every KEK that a copied DEK is wrapped under. If a KEK
+  was destroyed meanwhile, the verification fails and everything is copied again. The file of tombstones, which only
+  grows, is copied after the keyring, so it has every record that the keyring counts.
+- An archive gets its name only after it was read back and every key in it was unwrapped.
 - Before the tag of an archive was checked, its content is read with bounds and not parsed.
 - A key file that the daemon overwrites meanwhile is read again until it is whole (`minikms.custody.settled_keys`).
 - The message server's store is backed up before the key service, so every key that the store needs is in the archive.
@@ -23,10 +21,9 @@ import os
 from collections.abc import Callable, Container, Iterator
 from typing import BinaryIO, Final, NamedTuple
 
-from minikms.crypto import roots, slots
-from minikms.custody import keyring_file, lease_store, tombstone_file
+from minikms.crypto import roots
+from minikms.custody import keyring_file, tombstone_file
 from minikms.custody.backup.archive import (
-    SNAPSHOT_BYTES_MAX,
     UNREADABLE_COUNT_MAX,
     ArchiveError,
     ArchiveReader,
@@ -39,7 +36,6 @@ from minikms.custody.backup.archive import (
     open_archive,
 )
 from minikms.custody.files import open_directory, read_file_bounded
-from minikms.custody.lease_format import DAMAGED_RECORDS_MAX, LeaseFormatError, check_snapshot, parse_journal
 from minikms.custody.rotation_backups import newest_key_id
 from minikms.custody.settled_keys import SettledKeys
 from minikms.custody.tombstone_file import read_tombstones
@@ -54,7 +50,7 @@ from minikms.sync import sync_file
 
 COPY_ATTEMPTS_MAX: Final = 3
 CHANGED: Final = "the backup changed while it was being read; do not use a data directory that was restored from it"
-_INCOMPLETE: Final = "the backup is incomplete: its keyring, lease journal or a key is missing"
+_INCOMPLETE: Final = "the backup is incomplete: its keyring or a key is missing"
 Progress = Callable[[int, int], None]
 """Called with the number of key files that are done, and of all."""
 OpenKeyring = Callable[[bytes], contextlib.AbstractContextManager[UnlockedKeyring]]
@@ -185,23 +181,17 @@ def _tombstones(content: bytes | None, unlocked: UnlockedKeyring) -> list[Tombst
 def _check_entries(
     entries: Iterator[Entry], manifest: Manifest, unlocked: UnlockedKeyring, destroyed: Container[str], task: Task
 ) -> None:
-    """Checks that a start would accept the lease files, and that each key unwraps unless it was destroyed."""
+    """Checks that each key unwraps unless it was destroyed."""
     keys = 0
-    has_journal = False
     with task.arena.allocate() as slot:
         for entry in entries:
             key_id = entry.key_id
-            if entry.name == lease_store.JOURNAL_NAME:
-                _check_journal(entry.content)
-                has_journal = True
-            elif entry.name == lease_store.SNAPSHOT_NAME:
-                _check_snapshot(entry.content)
-            elif key_id:
+            if key_id:
                 keys += 1
                 if key_id not in destroyed:
                     _unwrap(_parsed(entry.content, key_id), unlocked, slot)
                 task.progress(keys, manifest.keys)
-    if not has_journal or keys != manifest.keys:
+    if keys != manifest.keys:
         raise ArchiveError(_INCOMPLETE)
 
 
@@ -220,13 +210,6 @@ def _unwrap(record: DekRecord, unlocked: UnlockedKeyring, slot: SecretSlot) -> N
 
 def _write(file: BinaryIO, data_dir: str, task: Task, new: NewArchive) -> None:
     writer = ArchiveWriter(file)
-    journal = _read(data_dir, lease_store.JOURNAL_NAME, lease_store.JOURNAL_BYTES_MAX)
-    if journal is None:
-        raise StartError("kms-leases is missing in the data directory; see `minikms doctor`")
-    writer.add(lease_store.JOURNAL_NAME, journal)
-    snapshot = _read(data_dir, lease_store.SNAPSHOT_NAME, SNAPSHOT_BYTES_MAX)
-    if snapshot is not None:
-        writer.add(lease_store.SNAPSHOT_NAME, snapshot)
     keys, unreadable = 0, []
     with SettledKeys(data_dir) as settled:
         key_ids = settled.key_ids()
@@ -261,21 +244,8 @@ def _write(file: BinaryIO, data_dir: str, task: Task, new: NewArchive) -> None:
             audit_head=new.audit_head(),
             unreadable=tuple(unreadable[:UNREADABLE_COUNT_MAX]),
         )
-        with task.arena.allocate() as auth:
-            writer.finish(manifest, _tag_keys(unlocked, task.root.view, auth.view))
-
-
-def _tag_keys(unlocked: UnlockedKeyring, root: memoryview, auth: memoryview) -> list[TagKey]:
-    """Of every slot; in a former format, of the slot that the root key opens, with its key derived into `auth`."""
-    keys = [TagKey(slot.slot_id, slot.fingerprint, key) for slot, key in unlocked.slot_auth_keys()]
-    if keys:
-        return keys
-    fingerprint = roots.fingerprint(root)
-    slot = unlocked.body.slot_for(fingerprint)
-    if slot is None:
-        raise StartError("the root key opens no slot of the keyring")
-    slots.auth_key_into(root, unlocked.body.keyring_id, slot.slot_id, auth)
-    return [TagKey(slot.slot_id, fingerprint, auth)]
+        keys_of_slots = [TagKey(slot.slot_id, slot.fingerprint, key) for slot, key in unlocked.slot_auth_keys()]
+        writer.finish(manifest, keys_of_slots)
 
 
 def _parsed(content: bytes, key_id: str) -> DekRecord:
@@ -283,24 +253,6 @@ def _parsed(content: bytes, key_id: str) -> DekRecord:
         return dek.parse(content, key_id)
     except MiniKmsError as error:
         raise ArchiveError(str(error)) from None
-
-
-def _check_journal(journal: bytes) -> None:
-    try:
-        lost = parse_journal(journal).lost_leases
-    except LeaseFormatError as error:
-        raise ArchiveError(f"the lease journal in the backup {error}") from None
-    if lost > DAMAGED_RECORDS_MAX:
-        raise ArchiveError(
-            f"the lease journal in the backup has more than {DAMAGED_RECORDS_MAX} damaged records; see `minikms doctor`"
-        )
-
-
-def _check_snapshot(snapshot: bytes) -> None:
-    try:
-        check_snapshot(snapshot)
-    except LeaseFormatError as error:
-        raise ArchiveError(f"the lease snapshot in the backup {error}") from None
 
 
 def _read(directory: str, name: str, bytes_max: int) -> bytes | None:

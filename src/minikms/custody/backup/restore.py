@@ -4,9 +4,7 @@ Owns: the order of the writes. The caller holds the lock of the target directory
 the whole archive was verified. Nothing is overwritten. The archive is registered first and the keyring is written last,
 so after an interrupted restore the daemon neither starts nor creates a new keyring. Keys that were destroyed, by the
 tombstones of the archive or of a newer keyring, are not restored. With a newer keyring, the restored one opens under
-the root keys of that one only. Every key that existed when the archive was made only decrypts from then on, and every
-KEK in use counts 2^26 more wraps, since the archive does not know the uses and wraps after it. It must never lower a
-count.
+the root keys of that one only.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from minikms.base64 import decode_exact
-from minikms.custody import deks, keyring_file, lease_store, rotation_backups, tombstone_file
+from minikms.custody import deks, keyring_file, rotation_backups
 from minikms.custody.backup.archive import ArchiveError, AuditHead
 from minikms.custody.backup.create import CHANGED, Task, VerifiedArchive, reread_entries
 from minikms.custody.backup.register import ArchiveRegister, Registered
@@ -29,11 +27,10 @@ from minikms.custody.files import (
     replace_file,
     write_files,
 )
-from minikms.custody.lease_store import LeaseStore
 from minikms.custody.tombstone_file import write_tombstones
 from minikms.errors import ConflictError
 from minikms.keys import keyring, root_slots
-from minikms.keys.dek import bytes_to_key_id, key_id_to_bytes
+from minikms.keys.dek import bytes_to_key_id
 from minikms.keys.tombstones import Tombstone
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import fill_random
@@ -109,19 +106,10 @@ def restore(
     for name in (deks.DIRECTORY, rotation_backups.DIRECTORY):
         make_private_directory(os.path.join(target.directory, name))
     keys = _write_files(path, good, task, target)
-    if good.manifest.newest_key_id:
-        store = LeaseStore.open(target.directory_fd, create=False)
-        try:
-            store.exhaust(key_id_to_bytes(good.manifest.newest_key_id))
-        finally:
-            store.close()
     removed = [] if newer is None else _take_root_keys(unlocked, newer.unlocked, good.manifest.audit_head, at=at)
-    written = write_tombstones(target.directory_fd, unlocked, fill_random, target.tombstones)
+    written = write_tombstones(target.directory_fd, unlocked, target.tombstones)
     written.tombstones.close()
     body = keyring.next_epoch(written.body, at=at)
-    for kek in body.keks:
-        if kek.state in ("active", "pending"):
-            body = keyring.reserve_wraps(body, kek.version, keyring.RESTORE_WRAPS, at=at)
     replace_file(target.directory_fd, keyring_file.NAME, unlocked.encode(body))
     unlocked.body = body
     roots = [slot.fingerprint for slot in body.slots]
@@ -154,20 +142,17 @@ def _take_root_keys(unlocked: UnlockedKeyring, later: UnlockedKeyring, last: Aud
 
 
 def _write_files(path: str, good: VerifiedArchive, task: Task, target: Target) -> int:
-    """Writes all files except the keyring; the number of keys."""
+    """Writes the files of the keys; the number of them."""
     group: list[FileWrite] = []
     count = read = 0
     destroyed = {bytes_to_key_id(stone.key) for stone in target.tombstones}
-    copied_later = {keyring_file.NAME, tombstone_file.NAME}
     directory_fd = open_directory(os.path.join(target.directory, deks.DIRECTORY))
     try:
         for entry in reread_entries(path, good.sha256):
             read += 1 if entry.key_id else 0
             if read > good.manifest.keys:  # the file was replaced, perhaps by one that would fill the disk
                 raise ArchiveError(CHANGED)
-            if not entry.key_id and entry.name not in copied_later:
-                replace_file(target.directory_fd, _lease_file(entry.name), entry.content)
-            elif entry.key_id and entry.key_id not in destroyed:
+            if entry.key_id and entry.key_id not in destroyed:
                 group.append(FileWrite(deks.file_name(entry.key_id), entry.content))
                 count += 1
             if len(group) == GROUP_FILES_MAX:
@@ -179,9 +164,3 @@ def _write_files(path: str, good: VerifiedArchive, task: Task, target: Target) -
     finally:
         os.close(directory_fd)
     return count
-
-
-def _lease_file(name: str) -> str:
-    if name not in (lease_store.JOURNAL_NAME, lease_store.SNAPSHOT_NAME):
-        raise ArchiveError("the backup was altered: it names a file that no backup has")
-    return name
