@@ -98,7 +98,7 @@ def test_who_reads_the_generator_can_not_compute_an_ephemeral_key(tmp_path: Path
 
 
 def test_every_schedule_of_an_aes_key_in_memory_is_known(tmp_path: Path) -> None:
-    """Of whatever key, also of one that no test can compute. What is left is the generator's, and of a zero key."""
+    """Of whatever key, also of one that no test can compute. The rest belong to the generator, and to a zero key."""
     with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
         key_id = client.create_dek_for_thread("t").key_id
         client.decrypt(key_id, client.encrypt(key_id, b"text"))
