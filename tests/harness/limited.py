@@ -115,7 +115,7 @@ class Limited:
         self.policy.replace(parse_policy(b"version = 1\n" + policy.encode()))
 
     def begin(self, who: Principal, verb: Verb[Any, Any], request: api.Request) -> bytes | Awaitable[Any]:
-        """The answer, or what to await for it. The request counts until `meters.end_turn`. Raises MiniKmsError."""
+        """The answer, or what to await for it. The request counts until `Meters.end_turn`. Raises MiniKmsError."""
         answer = self.table[verb](self.table.entered(who, verb), request, "")
         return answer.body if isinstance(answer, Response) else answer
 

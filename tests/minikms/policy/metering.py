@@ -115,7 +115,7 @@ class Machine:
 
     def begin(self, name: str, decrypts: int) -> Charge | Awaitable[Charge]:
         """As the service does: charged as a request, and then for what was decided. It counts until
-        `meters.end_turn`.
+        `Meters.end_turn`.
         """
         scope, costs = self.scope(name), self.costs(name, decrypts)
         return self.meters.charge(scope, costs, self.meters.enter(scope, costs))
