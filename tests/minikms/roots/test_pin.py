@@ -132,7 +132,7 @@ def test_no_directory_above_the_file_belongs_to_another_user(tmp_path: Path) -> 
             PinFile(path).check_opens(ROOT, KEYRING)
 
 
-def test_no_link_on_the_way_to_the_file_lies_in_a_directory_of_another_user(tmp_path: Path) -> None:
+def test_no_link_to_the_file_lies_in_the_directory_of_another_user(tmp_path: Path) -> None:
     """That user could let it lead to another file of root's, such as an older pin file, or to none."""
     needs.root()
     pins, foreign, sticky = tmp_path / "pins", tmp_path / "foreign", tmp_path / "sticky"
