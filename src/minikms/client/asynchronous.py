@@ -349,9 +349,7 @@ class AsyncVerbs(ABC):
                 found += await running[0]
                 running.popleft()
         finally:  # after a failure the others are not needed
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            await _cancel(running)
         return found
 
 
@@ -481,10 +479,13 @@ class AsyncClient(AsyncVerbs):
                 return await self._attempt(call, batched, timeout_s)
             except KmsError as error:
                 in_json = self._msgpack.refused(call, error, loop.time())
-                if in_json is None:
-                    await asyncio.sleep(attempts.pause_s(error, loop.time()))
-                else:
-                    call = in_json
+                pause_s = attempts.pause_s(error, loop.time()) if in_json is None else 0.0
+                if pause_s is None:
+                    raise
+            if in_json is None:
+                await asyncio.sleep(pause_s)
+            else:
+                call = in_json
 
     def _may_send_msgpack(self) -> bool:
         return self._msgpack.may_send(asyncio.get_running_loop().time())
@@ -538,3 +539,11 @@ class AsyncClient(AsyncVerbs):
         elif connection.usable:
             connection.idle_since_s = asyncio.get_running_loop().time()
             self._idle.append(connection)
+
+
+async def _cancel(tasks: deque[asyncio.Task[T]]) -> None:
+    """Ends the tasks and forgets them: the traceback of an error of one leads to the frame that has them."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    tasks.clear()

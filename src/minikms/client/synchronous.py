@@ -378,10 +378,13 @@ class Client:
                 except KmsError as error:
                     now_s = time.monotonic()
                     in_json = self._msgpack.refused(call, error, now_s)
-                    if in_json is None:
-                        time.sleep(attempts.pause_s(error, now_s))
-                    else:
-                        call = in_json
+                    pause_s = attempts.pause_s(error, now_s) if in_json is None else 0.0
+                    if pause_s is None:
+                        raise
+                if in_json is None:
+                    time.sleep(pause_s)
+                else:
+                    call = in_json
         finally:
             call.wipe()
 

@@ -242,7 +242,10 @@ class Meters:
             for item in items:
                 entered.take(item.account, item.limits, now_ms)
             return entered
-        raise refused or ValueError("no grant was tried")
+        try:
+            raise refused or ValueError("no grant was tried")
+        finally:
+            del refused  # the traceback of an error leads to this frame
 
     def charge(self, scope: Scope | None, costs: Mapping[Grant, Cost], entered: Charge) -> Charge | Awaitable[Charge]:
         """Charges what a request uses, once it is decided. The answer is `entered`, moved to the grants that decide.
@@ -384,6 +387,8 @@ class Meters:
             if not waiting.done.cancelled():
                 waiting.done.exception()  # nobody else asks for it; a charge releases itself
             raise
+        finally:
+            del waiting  # the traceback of its error leads to this frame
 
     async def _open_blocks(self, loop: asyncio.AbstractEventLoop) -> None:
         group: list[_Waiting] = []
