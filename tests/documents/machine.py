@@ -187,17 +187,33 @@ class Machine:
 
     def files(self) -> Path:
         """A copy of all files of the machine but those in /run. The services may run if nobody writes."""
-        self._ran = [SOCKET_UNIT, *(name for name in USERS if name in self._services)]
+        self._ran = self._running()
         copy = self.base / "copy"
         self.do(f"rm -rf {copy}\nmkdir {copy}\ncp -a {' '.join(map(str, self._places()))} {copy}")
         return copy
 
     def put_back(self, copy: Path) -> None:
-        """Restores what `files` has copied, and starts what ran then, if it can start in that state."""
-        self.close()
-        self.do(f"rm -r {' '.join(map(str, self._places()))}\ncp -a {copy}/. {self.base}")
-        with contextlib.suppress(ServiceError):
-            self._start_units(self._ran)
+        """Restores what `files` has copied, and starts what ran then, if it can start in that state.
+
+        Services that run and whose keyring is unchanged go on. Files keep their inodes, to which Landlock rules are bound.
+        """
+        keyring = "var/lib/progressdb/minikms/keyring.json"
+        same = self._running() == self._ran and (self.base / keyring).read_bytes() == (copy / keyring).read_bytes()
+        if not same:
+            self.close()
+        for place in self._places():
+            if same and place.name == "var":
+                continue
+            for path in place.rglob("*"):
+                if not path.is_dir() and not os.path.lexists(copy / path.relative_to(self.base)):
+                    path.unlink()
+            self.do(f"cp -a {copy / place.name} {self.base}")
+        if not same:
+            with contextlib.suppress(ServiceError):
+                self._start_units(self._ran)
+
+    def _running(self) -> list[str]:
+        return [SOCKET_UNIT, *(name for name in USERS if name not in self.ended())]
 
     def _places(self) -> list[Path]:
         return [place for place in (self.base / name for name in ("etc", "var", "root", "backup")) if place.exists()]
