@@ -195,7 +195,7 @@ class Machine:
     def put_back(self, copy: Path) -> None:
         """Restores what `files` has copied, and starts what ran then, if it can start in that state.
 
-        Services that run and whose keyring is unchanged go on. Files keep their inodes, to which Landlock rules are bound.
+        Services whose keyring is unchanged go on. Files keep their inodes, to which Landlock rules are bound.
         """
         keyring = "var/lib/progressdb/minikms/keyring.json"
         same = self._running() == self._ran and (self.base / keyring).read_bytes() == (copy / keyring).read_bytes()
