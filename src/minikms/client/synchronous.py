@@ -162,7 +162,7 @@ class Client:
         thread_id: str | None = None,
         request_id: str | None = None,
     ) -> bytes:
-        """Encrypts at most 4 MiB, to nonce (12 bytes), ciphertext and tag (16 bytes).
+        """Encrypts at most 4 MiB, to nonce (24 bytes), ciphertext and tag (16 bytes).
 
         Raises KeyRetiredError, WrongThreadError.
         """
