@@ -159,7 +159,6 @@ async def opened_vault(
         SecretArena(slots, force_fallback=True) as arena,
         ThreadPoolExecutor(1) as disk,
         ThreadPoolExecutor(1) as reader,
-        ThreadPoolExecutor(1) as journal,
     ):
         used = key or key_file(directory)
         data = datadir.open_for_service(
@@ -167,7 +166,6 @@ async def opened_vault(
             KeyFile(used),
             arena=arena,
             disk=disk,
-            journal=journal,
             options=datadir.Options(audit_fsync="never", cache_keys_max=cache_keys_max),
         )
         try:

@@ -7,7 +7,8 @@ a run, in all, have one prefix. Nothing of this is on disk.
 Invariants:
 - A prefix and the rest of each nonce come from the kernel's generator. A process that was copied while it ran (by a
   snapshot of its virtual machine, say) repeats nonces; the threat model says so.
-- At most `derived_keys_max` derived keys are in the arena. One goes with its DEK (`RecordKey.release`).
+- At most DERIVED_KEYS_MAX derived keys are in the arena, and no more than take half of it. One goes with its DEK
+  (`RecordKey.release`).
 - A cipher object and a `Kdf` hold key schedules, so `RecordKeys.end_turn` drops them, and so does `release`.
 - A `RecordKey` may have been released as soon as another key is opened; then each use of it raises.
 
@@ -50,12 +51,12 @@ _DOES_NOT_OPEN: Final = "the ciphertext does not open under this key, thread and
 class RecordKeys:
     """What the opened DEKs of a run share. Each start and each unseal makes a new one, with a new prefix."""
 
-    def __init__(self, arena: SecretArena, *, derived_keys_max: int = DERIVED_KEYS_MAX) -> None:
+    def __init__(self, arena: SecretArena) -> None:
         self._arena = arena
-        self._derived_keys_max = derived_keys_max
+        self._derived_keys_max = min(DERIVED_KEYS_MAX, arena.slots // 2)
         self._derived: OrderedDict[SecretSlot, tuple[RecordKey, bytes]] = OrderedDict()
         """The derived keys, each with its DEK and prefix, oldest first."""
-        self._used: list[RecordKey] = []
+        self.used: list[RecordKey] = []
         """The DEKs that have ciphers in this turn."""
         self.prefix = b""
         """Of the next record."""
@@ -77,14 +78,11 @@ class RecordKeys:
 
     def end_turn(self) -> None:
         """Drops the ciphers of the turn (OpenSSL clears their memory) and overwrites the used part of the stack."""
-        for key in self._used:
-            key.drop_ciphers()
-        self._used.clear()
+        for key in self.used:
+            key.ciphers.clear()
+            key.kdf = None
+        self.used.clear()
         scrub_stack()
-
-    def used(self, key: RecordKey) -> None:
-        """The key has ciphers from now on."""
-        self._used.append(key)
 
     def derived(self, key: RecordKey, prefix: bytes, kdf: Kdf) -> SecretSlot:
         """A new derived key."""
@@ -106,15 +104,17 @@ class RecordKeys:
 class RecordKey:
     """A DEK in the arena, which seals and opens records. `release` zeroes it and what was derived from it."""
 
-    __slots__ = ("_ciphers", "_kdf", "_keys", "derived", "slot")
+    __slots__ = ("_keys", "ciphers", "derived", "kdf", "slot")
 
     def __init__(self, slot: SecretSlot, keys: RecordKeys) -> None:
         self.slot = slot
         self._keys = keys
         self.derived: dict[bytes, SecretSlot] = {}
         """By prefix. `RecordKeys` bounds them."""
-        self._ciphers: dict[bytes, AESGCM] = {}
-        self._kdf: Kdf | None = None
+        self.ciphers: dict[bytes, AESGCM] = {}
+        """By prefix, for the current turn of the event loop only."""
+        self.kdf: Kdf | None = None
+        """Likewise."""
 
     @property
     def view(self) -> memoryview:
@@ -122,22 +122,24 @@ class RecordKey:
         return self.slot.view
 
     def release(self) -> None:
-        self.drop_ciphers()
+        self.ciphers.clear()
+        self.kdf = None
         for slot in self.derived.values():
             self._keys.release(slot)
         self.derived.clear()
         self.slot.release()
 
-    def drop_ciphers(self) -> None:
-        self._ciphers.clear()
-        self._kdf = None
-
     def seal(self, plaintext: bytes | memoryview, aad: bytes) -> bytes:
         """nonce | ciphertext | tag of one record."""
-        sealed = self.seal_next(plaintext, aad)
+        # As `seal_next`, without a call of it: every request to encrypt comes here.
+        keys = self._keys
+        suffixes = keys.suffixes
+        suffix = suffixes.pop() if suffixes else keys.next_suffix()
+        prefix = keys.prefix
+        sealed = (self.ciphers.get(prefix) or self._cipher(prefix)).encrypt(suffix, plaintext, aad)
         if len(plaintext) > LONG_TEXT_BYTES:
             scrub_long_text()
-        return sealed
+        return prefix + suffix + sealed
 
     def open(self, sealed: bytes, aad: bytes) -> bytes:
         """The plaintext of one record. Raises DecryptionError."""
@@ -154,14 +156,14 @@ class RecordKey:
         suffixes = keys.suffixes
         suffix = suffixes.pop() if suffixes else keys.next_suffix()
         prefix = keys.prefix
-        return prefix + suffix + (self._ciphers.get(prefix) or self._cipher(prefix)).encrypt(suffix, plaintext, aad)
+        return prefix + suffix + (self.ciphers.get(prefix) or self._cipher(prefix)).encrypt(suffix, plaintext, aad)
 
     def open_next(self, sealed: bytes, aad: bytes) -> bytes:
         if len(sealed) < OVERHEAD_BYTES:
             raise DecryptionError(_TOO_SHORT)
         prefix = sealed[:PREFIX_BYTES]
         try:  # without a name for the cipher: whoever keeps the error would keep it in this frame
-            return (self._ciphers.get(prefix) or self._cipher(prefix)).decrypt(
+            return (self.ciphers.get(prefix) or self._cipher(prefix)).decrypt(
                 sealed[PREFIX_BYTES:NONCE_BYTES], sealed[NONCE_BYTES:], aad
             )
         except InvalidTag:
@@ -173,7 +175,7 @@ class RecordKey:
             raise DecryptionError(_TOO_SHORT)
         prefix, target = sealed[:PREFIX_BYTES], scratch[: len(sealed) - OVERHEAD_BYTES]
         try:
-            (self._ciphers.get(prefix) or self._cipher(prefix)).decrypt_into(
+            (self.ciphers.get(prefix) or self._cipher(prefix)).decrypt_into(
                 sealed[PREFIX_BYTES:NONCE_BYTES], sealed[NONCE_BYTES:], aad, target
             )
         except InvalidTag:
@@ -181,14 +183,14 @@ class RecordKey:
 
     def _cipher(self, prefix: bytes) -> AESGCM:
         """The cipher of the derived key, kept until the turn ends. Making one costs twice as much as using it."""
-        if not self._ciphers and self._kdf is None:
-            self._keys.used(self)
-        elif len(self._ciphers) >= CIPHERS_MAX:
-            self._ciphers.clear()
+        if not self.ciphers and self.kdf is None:
+            self._keys.used.append(self)
+        elif len(self.ciphers) >= CIPHERS_MAX:
+            self.ciphers.clear()
         slot = self.derived.get(prefix)
         if slot is None:
-            if self._kdf is None:
-                self._kdf = Kdf(self.slot.view)
-            slot = self.derived[prefix] = self._keys.derived(self, prefix, self._kdf)
-        cipher = self._ciphers[prefix] = AESGCM(slot.view)
+            if self.kdf is None:
+                self.kdf = Kdf(self.slot.view)
+            slot = self.derived[prefix] = self._keys.derived(self, prefix, self.kdf)
+        cipher = self.ciphers[prefix] = AESGCM(slot.view)
         return cipher
