@@ -107,7 +107,7 @@ class Security(_Section, frozen=True):
     rate_limit: RateLimit = RateLimit()
     ip_whitelist: tuple[str, ...] = ()
     api_keys: ApiKeys = ApiKeys()
-    threads: Literal["members", "open"] | None = None
+    threads: Literal["members", "open"] = "members"
     """Who may post into a thread that exists (`store.membership`). None: `members`, or `open` for a store of 0.1."""
 
 

@@ -41,7 +41,7 @@ from progressdb_server.jobs.service import Jobs
 from progressdb_server.kms.provider import LocalProviderError, Provider, RemoteProvider, open_local
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor, SupervisorError
 from progressdb_server.metrics import KmsMetrics
-from progressdb_server.store import directory, epoch, membership
+from progressdb_server.store import directory, epoch
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.epoch import RestoredError
 from progressdb_server.store.model import FormatError, StoreUnavailableError
@@ -234,10 +234,7 @@ async def _open_store(
         # A restore is accepted for the whole run: it may have put back another audit log.
         audit_head = str if accept_restore else partial(epoch.audit_head, engine)
         provider = await _open_provider(config, master_key_fd, encrypting, audit_head, started, on_lost=on_lost)
-        rule, warning = membership.rule_of(engine, config.security.threads)
-        if warning:
-            _log.warning(warning)
-        store = Conversations(engine, provider, rule=rule)
+        store = Conversations(engine, provider, rule=config.security.threads)
         opened = True
     except (SupervisorError, FormatError, RestoredError) as error:
         raise ServeError(str(error)) from None

@@ -41,8 +41,7 @@ class Opener:
 
     def open(self, root: RootProvider | None = None, options: Options = datadir.DEFAULT_OPTIONS) -> DataDir:
         root = root or KeyFile(key_file(self.directory))
-        disk = journal = self._executor
-        return datadir.open_for_service(self.lock, root, arena=self.arena, disk=disk, journal=journal, options=options)
+        return datadir.open_for_service(self.lock, root, arena=self.arena, disk=self._executor, options=options)
 
     def start(self, root: RootProvider | None = None, options: Options = datadir.DEFAULT_OPTIONS) -> int:
         """Opens and closes; the epoch of the start."""
@@ -112,15 +111,15 @@ def test_every_start_raises_the_epoch_also_in_one_process(one: Opener) -> None:
 def test_a_failed_opening_leaves_nothing_open_and_a_later_one_works(one: Opener, tmp_path: Path) -> None:
     one.start()
     before = descriptors()
-    leases = one.directory / "kms-leases"
-    leases.rename(tmp_path / "leases")
-    with pytest.raises(StartError, match="kms-leases"):
+    stones = one.directory / "kms-tombstones"
+    stones.write_bytes(b"x" * 100)
+    with pytest.raises(StartError, match="kms-tombstones"):
         one.open()
     assert (descriptors(), one.arena.in_use) == (before, 0)
     with pytest.raises(StartError, match="wrong root key"):
         one.open(KeyFile(key_file(tmp_path / "another")))
     assert (descriptors(), one.arena.in_use) == (before, 0)
-    (tmp_path / "leases").rename(leases)
+    stones.unlink()
     assert one.start() == 3
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 
 import pytest
 
-from minikms.audit.reader import LOG_NAME
 from minikms.client import DecryptItem, EncryptItem, ReencryptItem, errors
 from minikms.embedded import EmbeddedClient
-from minikms.keys.keyring import KEK_WRAPS_LEASE
 
 
 def test_verbs_answer_as_the_daemon_answers_them(tmp_path: Path) -> None:
@@ -34,24 +31,6 @@ def test_verbs_answer_as_the_daemon_answers_them(tmp_path: Path) -> None:
             await client.close()
 
     asyncio.run(main())
-
-
-def test_wraps_are_reserved_with_the_audit_line_of_the_daemon(tmp_path: Path) -> None:
-    """The line has the epoch that the reservation gave the keyring, and comes before the first key."""
-
-    async def main() -> int:
-        client = await EmbeddedClient.open(tmp_path / "kms")
-        try:
-            await client.create_dek_for_thread("t")
-            return (await client.status()).epoch
-        finally:
-            await client.close()
-
-    epoch = asyncio.run(main())
-    events = [json.loads(line)["event"] for line in (tmp_path / "kms" / LOG_NAME).read_bytes().splitlines()]
-    of_create = [event for event in events if event["type"] in ("reserve_wraps", "create_dek")]
-    assert [event["type"] for event in of_create] == ["reserve_wraps", "create_dek"]
-    assert of_create[0]["facts"] == {"epoch": epoch, "kek_version": 1, "wraps": KEK_WRAPS_LEASE}
 
 
 def test_it_neither_rotates_nor_prunes(tmp_path: Path) -> None:

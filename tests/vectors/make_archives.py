@@ -14,7 +14,7 @@ from pathlib import Path
 FILE = Path(__file__).with_name("archives.json")
 KEYRING_ID = "kr_00112233445566ff"
 SLOTS = (("s1", bytes(range(32))), ("s5", bytes(range(100, 132))))
-ENTRIES = (("kms-leases", b"journal"), ("keyring.json", b"{}"))
+ENTRIES = (("keyring.json", b"{}"),)
 
 
 def sized(data: bytes) -> bytes:
@@ -49,14 +49,11 @@ def manifest() -> bytes:
     return json.dumps(content, separators=(",", ":")).encode()
 
 
-def archive(version: int) -> bytes:
-    data = b"minikms-backup\0" + bytes([version])
+def archive() -> bytes:
+    data = b"minikms-backup\0\x04"
     for name, content in (*ENTRIES, ("manifest.json", manifest())):
         data += len(name).to_bytes(2, "big") + name.encode() + len(content).to_bytes(8, "big") + content
     data += bytes(2)
-    if version < 3:
-        digest = hashlib.sha256(data).digest()
-        return data + hmac256(SLOTS[0][1], b"minikms/archive/v1\0" + sized(digest))
     data += bytes([len(KEYRING_ID)]) + KEYRING_ID.encode() + bytes([len(SLOTS)])
     for slot_id, root in SLOTS:
         data += bytes([len(slot_id)]) + slot_id.encode() + fingerprint(root)
@@ -72,10 +69,7 @@ def vectors() -> str:
         "about": "docs/spec/backup.md; the tag only: the keyring in these archives is no keyring",
         "roots": {slot_id: root.hex() for slot_id, root in SLOTS},
         "entries": {name: content.hex() for name, content in ENTRIES},
-        "archives": [
-            {"version": version, "file": archive(version).hex(), "opens_under": ["s1"] if version < 3 else ["s1", "s5"]}
-            for version in (1, 2, 3)
-        ],
+        "archive": archive().hex(),
     }
     return json.dumps(made, indent=1) + "\n"
 

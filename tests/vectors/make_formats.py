@@ -17,7 +17,10 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import ECB
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.vectors import mlkem
@@ -36,11 +39,11 @@ def secret(name: str) -> bytes:
 
 def nonce(name: str) -> bytes:
     """A fixed nonce, which no two sealings share."""
-    return hashlib.sha256(f"minikms format vector nonce: {name}".encode()).digest()[:12]
+    return hashlib.sha256(f"minikms format vector nonce: {name}".encode()).digest()[:24]
 
 
 ROOT, NEW_ROOT, SHARED_ROOT = secret("root key"), secret("new root key"), secret("root key with shares")
-KEYRING_KEYS = {number: secret(f"keyring key {number}") for number in (1, 2, 3)}
+KEYRING_KEYS = {number: secret(f"keyring key {number}") for number in (1, 3)}
 KEKS = {1: secret("KEK 1"), 2: secret("KEK 2")}
 AUDIT_KEY, AUDIT_SEED = secret("audit key 1"), secret("checkpoint seed 1")
 TOMBSTONE_KEY = secret("tombstone key")
@@ -55,12 +58,26 @@ def number(value: int) -> bytes:
     return value.to_bytes(8, "big")
 
 
+def derived(key: bytes, prefix: bytes) -> bytes:
+    """The key of AES-256-GCM for the nonces that begin with `prefix`: CMAC over AES-256 of two blocks."""
+
+    def aes(block: int) -> bytes:
+        return Cipher(AES(key), ECB()).encryptor().update(block.to_bytes(16, "big"))
+
+    k1 = int.from_bytes(aes(0), "big") << 1
+    if k1 >> 128:
+        k1 ^= 1 << 128 | 0x87
+    first, second = (int.from_bytes(b"\0" + counter + b"X\0" + prefix, "big") for counter in (b"\1", b"\2"))
+    return aes(first ^ k1) + aes(second ^ k1)
+
+
 def seal(key: bytes, name: str, plaintext: bytes, data: bytes) -> bytes:
-    return nonce(name) + AESGCM(key).encrypt(nonce(name), plaintext, data)
+    prefix, rest = nonce(name)[:12], nonce(name)[12:]
+    return prefix + rest + AESGCM(derived(key, prefix)).encrypt(rest, plaintext, data)
 
 
 def opened(key: bytes, sealed: bytes, data: bytes) -> bytes:
-    return AESGCM(key).decrypt(sealed[:12], sealed[12:], data)
+    return AESGCM(derived(key, sealed[:12])).decrypt(sealed[12:24], sealed[24:], data)
 
 
 def b64(value: bytes) -> str:
@@ -76,22 +93,6 @@ def fingerprint(root: bytes) -> str:
 
 def commitment(root: bytes, slot_id: str) -> bytes:
     return hmac.new(root, aad("minikms/root-commitment/v1", slot_id.encode()) + b"\x01", hashlib.sha256).digest()
-
-
-def slot_aad(root: bytes, slot_id: str, opens: int) -> bytes:
-    return aad("minikms/slot/v1", KEYRING_ID.encode(), slot_id.encode(), fingerprint(root).encode(), number(opens))
-
-
-def slot(root: bytes, slot_id: str, provider: str, created_at: str, opens: int) -> dict[str, object]:
-    return {
-        "slot_id": slot_id,
-        "fingerprint": fingerprint(root),
-        "provider": provider,
-        "created_at": created_at,
-        "commitment": b64(commitment(root, slot_id)),
-        "opens": opens,
-        "wrapped": b64(seal(root, f"slot {slot_id}", KEYRING_KEYS[opens], slot_aad(root, slot_id, opens))),
-    }
 
 
 # --- sealed slots: HPKE base mode (RFC 9180) with X-Wing --------------------------------------------------------------
@@ -223,7 +224,6 @@ def kek(version: int, state: str, key_version: int, created_at: str, **others: s
         "version": version,
         "state": state,
         "created_at": created_at,
-        "wraps_reserved": 65536,
         "wrapped": b64(sealed),
     } | others
 
@@ -246,37 +246,16 @@ def first_body() -> dict[str, object]:
     """As a first start makes it."""
     return {
         "format": "minikms-keyring",
-        "version": 1,
+        "version": 5,
         "keyring_id": KEYRING_ID,
         "epoch": 1,
         "created_at": MADE,
         "updated_at": MADE,
         "key_version": 1,
-        "slots": [slot(ROOT, "s1", "file", MADE, 1)],
+        "slots": [sealed_slot(ROOT, "s1", "file", MADE, 1)],
         "keks": [kek(1, "active", 1, MADE)],
         "audit_keys": [audit_key(1)],
-    }
-
-
-def rotating_body() -> dict[str, object]:
-    """In the middle of a rotation to a new root key: both open it, and it knows both KEKs."""
-    link = seal(KEYRING_KEYS[1], "link 2", KEYRING_KEYS[2], numbered_aad("minikms/keyring-key/v1", 2))
-    return first_body() | {
-        "epoch": 7,
-        "updated_at": ROTATED,
-        "key_version": 2,
-        "slots": [slot(ROOT, "s1", "file", MADE, 1), slot(NEW_ROOT, "s7", "request", ROTATED, 2)],
-        "keks": [kek(1, "active", 2, MADE), kek(2, "pending", 2, ROTATED)],
-        "audit_keys": [audit_key(2)],
-        "links": [{"version": 2, "wrapped": b64(link)}],
-        "rotation": {
-            "from_version": 1,
-            "to_version": 2,
-            "started_at": ROTATED,
-            "stamp": "20261125T163000",
-            "slot_id": "s7",
-        },
-        "tombstones": [{"key_id": OLDER_KEY_ID, "destroyed_at": ROTATED}],
+        "tombstone_log": tombstone_log(1, 0),
     }
 
 
@@ -290,9 +269,8 @@ def tombstone_file() -> bytes:
     return content
 
 
-def with_tombstones(body: dict[str, object], count: int) -> dict[str, object]:
-    """The body in format 2, with a file of which it counts the first `count` records."""
-    key_version = int(str(body["key_version"]))
+def tombstone_log(key_version: int, count: int) -> dict[str, object]:
+    """Of a file of which the body counts the first `count` records."""
     sealed = seal(
         KEYRING_KEYS[key_version],
         f"tombstone key under {key_version}",
@@ -300,13 +278,7 @@ def with_tombstones(body: dict[str, object], count: int) -> dict[str, object]:
         numbered_aad("minikms/tombstone-key/v1", 1),
     )
     head = hashlib.sha256(tombstone_file()[: 32 + 40 * count]).digest()
-    changed = {name: value for name, value in body.items() if name != "tombstones"} | {"version": 2}
-    return changed | {"tombstone_log": {"count": count, "head": b64(head), "wrapped_key": b64(sealed)}}
-
-
-def sealed_body() -> dict[str, object]:
-    """As a first start makes it in format 3."""
-    return with_tombstones(first_body(), 0) | {"version": 3, "slots": [sealed_slot(ROOT, "s1", "file", MADE, 1)]}
+    return {"count": count, "head": b64(head), "wrapped_key": b64(sealed)}
 
 
 def three_roots_body() -> dict[str, object]:
@@ -317,7 +289,7 @@ def three_roots_body() -> dict[str, object]:
         "count": 3,
         "digests": [b64(secret(f"digest of share {number}")) for number in (1, 2, 3)],
     }
-    body = first_body() | {
+    return first_body() | {
         "epoch": 9,
         "updated_at": ROTATED,
         "key_version": 3,
@@ -328,6 +300,7 @@ def three_roots_body() -> dict[str, object]:
         ],
         "keks": [kek(1, "active", 3, MADE), kek(2, "pending", 3, ROTATED)],
         "audit_keys": [audit_key(3)],
+        "tombstone_log": tombstone_log(3, 2),
         "rotation": {
             "from_version": 1,
             "to_version": 2,
@@ -336,15 +309,16 @@ def three_roots_body() -> dict[str, object]:
             "slot_id": "s7",
         },
         "retired_roots": [{"fingerprint": fingerprint(secret("first root key")), "rotated_at": MADE}],
+        "revoking": [
+            {
+                "slot_id": "s4",
+                "fingerprint": fingerprint(secret("removed root key")),
+                "provider": "file",
+                "removed_at": ROTATED,
+                "kek_version": 2,
+            }
+        ],
     }
-    revoking = {
-        "slot_id": "s4",
-        "fingerprint": fingerprint(secret("removed root key")),
-        "provider": "file",
-        "removed_at": ROTATED,
-        "kek_version": 2,
-    }
-    return with_tombstones(body, 2) | {"version": 3, "revoking": [revoking]}
 
 
 def keyring_file(name: str, body: dict[str, object]) -> str:
@@ -358,7 +332,7 @@ def keyring_file(name: str, body: dict[str, object]) -> str:
 
 
 def dek_aad(kek_version: int) -> bytes:
-    return aad("minikms/dek/v1", KEY_ID.encode(), THREAD_ID.encode(), b"thread", b"AES-256-GCM", number(kek_version))
+    return aad("minikms/dek/v1", KEY_ID.encode(), THREAD_ID.encode(), b"thread", b"XAES-256-GCM", number(kek_version))
 
 
 DEK_FILE_BYTES = 1024
@@ -374,7 +348,7 @@ def dek_record(kek_version: int) -> dict[str, object]:
         "version": kek_version,
         "kek_version": kek_version,
         "purpose": "thread",
-        "algorithm": "AES-256-GCM",
+        "algorithm": "XAES-256-GCM",
         "state": "active",
         "replaces": OLDER_KEY_ID,
     }
@@ -382,11 +356,6 @@ def dek_record(kek_version: int) -> dict[str, object]:
 
 def dek_file(kek_version: int) -> str:
     return padded(dek_record(kek_version))
-
-
-def dek_file_of_before() -> str:
-    """As versions wrote it that did not pad."""
-    return json.dumps(dek_record(1), separators=(",", ":")) + "\n"
 
 
 def retired_dek_file() -> str:
@@ -479,12 +448,7 @@ def vectors() -> str:
             {"name": name, "opens_under": [root.hex() for root in roots], "file": keyring_file(name, body)}
             for name, body, roots in (
                 ("first", first_body(), (ROOT,)),
-                ("rotating", rotating_body(), (ROOT, NEW_ROOT)),
-                ("first, format 2", with_tombstones(first_body(), 0), (ROOT,)),
-                ("rotating, format 2", with_tombstones(rotating_body(), 2), (ROOT, NEW_ROOT)),
-                ("first, format 3", sealed_body(), (ROOT,)),
-                ("three root keys, format 3", three_roots_body(), (ROOT, SHARED_ROOT, NEW_ROOT)),
-                ("first, format 4", sealed_body() | {"version": 4}, (ROOT,)),
+                ("three root keys", three_roots_body(), (ROOT, SHARED_ROOT, NEW_ROOT)),
             )
         ],
         "tombstones": {"key": TOMBSTONE_KEY.hex(), "counted": 2, "file": tombstone_file().hex()},
@@ -493,7 +457,6 @@ def vectors() -> str:
             "key": DEK.hex(),
             "associated_data": [dek_aad(version).hex() for version in (1, 2)],
             "files": [dek_file(version) for version in (1, 2)],
-            "file_of_before": dek_file_of_before(),
             "retired_at": ROTATED,
             "retired_file": retired_dek_file(),
             "batch_backup": batch_backup(),
@@ -522,15 +485,7 @@ def check(made: dict[str, Any]) -> None:
             [found] = [one for one in body["slots"] if one["fingerprint"] == fingerprint(root)]
             if base64.b64decode(found["commitment"]) != commitment(root, found["slot_id"]):
                 raise ValueError("a commitment")
-            if body["version"] >= 3:
-                key = check_sealed_slot(root, found, body["key_version"])
-            else:
-                data = slot_aad(root, found["slot_id"], found["opens"])
-                key = opened(root, base64.b64decode(found["wrapped"]), data)
-            for link in body.get("links", []):
-                if link["version"] > found["opens"]:
-                    data = numbered_aad("minikms/keyring-key/v1", link["version"])
-                    key = opened(key, base64.b64decode(link["wrapped"]), data)
+            key = check_sealed_slot(root, found, body["key_version"])
             opened(key, tag, aad("minikms/keyring/v1", body_bytes))
             for one in body["keks"]:
                 data = numbered_aad("minikms/kek/v1", one["version"])
@@ -546,7 +501,7 @@ def check(made: dict[str, Any]) -> None:
 
 
 def check_sealed_slot(root: bytes, found: dict[str, Any], key_number: int) -> bytes:
-    """The keyring key in a slot of format 3."""
+    """The keyring key in a slot."""
     slot_id, sealed = found["slot_id"], base64.b64decode(found["sealed"])
     if base64.b64decode(found["mac"]) != slot_mac(root, slot_id, key_number, sealed):
         raise ValueError("the MAC of a slot")

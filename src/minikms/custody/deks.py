@@ -42,7 +42,7 @@ from minikms.custody.files import (
 )
 from minikms.custody.group_commit import GroupCommit
 from minikms.errors import KeyNotFoundError, KeyUnreadableError, MiniKmsError, StorageUnavailableError
-from minikms.keys.dek import FILE_BYTES, FILE_BYTES_MAX
+from minikms.keys.dek import FILE_BYTES
 from minikms.sync import sync_file
 
 DIRECTORY: Final = "kms-deks"
@@ -97,7 +97,7 @@ def read_settled(name: str, *, dir_fd: int, is_valid: Callable[[bytes], bool]) -
     """
     before: bytes | None = None
     for number in range(SETTLE_READS_MAX):
-        found = read_file_bounded(name, FILE_BYTES_MAX, dir_fd=dir_fd)
+        found = read_file_bounded(name, FILE_BYTES, dir_fd=dir_fd)
         if found is None or (found == before and is_valid(found)):
             return found
         if number:
@@ -113,7 +113,7 @@ class DekStore:
         self.directory = os.path.join(data_dir, DIRECTORY)
         self.directory_fd = open_directory(self.directory)
         self._executor = executor
-        self._writes = GroupCommit(self._write, items_max=GROUP_FILES_MAX)  # at most 8 MiB: see FILE_BYTES_MAX
+        self._writes = GroupCommit(self._write, items_max=GROUP_FILES_MAX)
         self._answers: Mapping[str, bytes] = {}
         self._making: dict[str, bytes] = {}
         self._swept = False
@@ -157,7 +157,7 @@ class DekStore:
         if usual is not None:
             return usual
         try:
-            data = read_file_bounded(name, FILE_BYTES_MAX, dir_fd=self.directory_fd)
+            data = read_file_bounded(name, FILE_BYTES, dir_fd=self.directory_fd)
         except StorageUnavailableError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno in _OUT_OF_RESOURCES:
                 raise

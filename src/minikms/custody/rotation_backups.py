@@ -23,7 +23,7 @@ from minikms.custody.deks import DIRECTORY as DEK_DIRECTORY
 from minikms.custody.deks import SUFFIX, DekStore, file_name, list_names
 from minikms.custody.files import now_ns, open_directory, read_file_bounded, replace_file, sweep_temps
 from minikms.errors import KeyUnreadableError, StorageUnavailableError
-from minikms.keys.dek import FILE_BYTES_MAX, KEY_ID_RANDOM_BYTES, make_key_id
+from minikms.keys.dek import FILE_BYTES, KEY_ID_RANDOM_BYTES, make_key_id
 from minikms.sync import sync_file
 
 DIRECTORY: Final = "kms-deks-backup"
@@ -69,7 +69,7 @@ class RotationBackups:
             suffix = stamp if number == 0 else f"{stamp}-{number}"
             name = f"{file_name(key_id)}.{suffix}"
             try:
-                found = read_file_bounded(name, FILE_BYTES_MAX, dir_fd=self.directory_fd)
+                found = read_file_bounded(name, FILE_BYTES, dir_fd=self.directory_fd)
             except StorageUnavailableError:
                 continue  # a damaged backup
             if found in (None, content):
@@ -99,10 +99,10 @@ class RotationBackups:
 
     def _same_content(self, store: DekStore, live: str, name: str) -> bool:
         try:
-            kept = read_file_bounded(name, FILE_BYTES_MAX, dir_fd=self.directory_fd)
+            kept = read_file_bounded(name, FILE_BYTES, dir_fd=self.directory_fd)
         except StorageUnavailableError:
             return False  # a damaged backup: the file is linked under another name
-        return kept is not None and kept == read_file_bounded(live, FILE_BYTES_MAX, dir_fd=store.directory_fd)
+        return kept is not None and kept == read_file_bounded(live, FILE_BYTES, dir_fd=store.directory_fd)
 
     def listed(self) -> Iterator[RotationBackup]:
         """All single backups, in no order; other names are skipped. Raises StorageUnavailableError."""
@@ -114,7 +114,7 @@ class RotationBackups:
     def read(self, backup: RotationBackup) -> bytes | None:
         """The content of the file; None if it was removed since it was listed. Raises KeyUnreadableError."""
         try:
-            return read_file_bounded(backup.name, FILE_BYTES_MAX, dir_fd=self.directory_fd)
+            return read_file_bounded(backup.name, FILE_BYTES, dir_fd=self.directory_fd)
         except StorageUnavailableError as error:
             raise KeyUnreadableError(f"a rotation backup of key {backup.key_id} can't be read: {error}") from None
 

@@ -111,8 +111,7 @@ def move_dek(state: DekState, move: DekMove) -> DekState:
 
 FORMAT: Final = 1
 FILE_BYTES: Final = 1024
-"""Every file that this program writes has this length, so an overwrite never changes the length."""
-FILE_BYTES_MAX: Final = 16 * 1024
+"""Every file has this length, so an overwrite never changes the length."""
 VERSION_MAX: Final = 2**31
 """Exclusive bound of a record's `version`, which each change of the file raises by one."""
 
@@ -149,6 +148,7 @@ class DekRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
 _ID_FIRST: Final = re.compile(rb'\{"id":"(k_[0-7][0-9a-hjkmnp-tv-z]{25})"', re.ASCII)
 
+_WAY_OUT: Final = "restore it from a backup"
 _decoder = msgspec.json.Decoder(DekRecord)
 _encoder = msgspec.json.Encoder()
 
@@ -160,13 +160,15 @@ def encode(record: DekRecord) -> bytes:
 
 def parse(data: bytes, key_id: str) -> DekRecord:
     """The record in the file of `key_id`. Raises KeyUnreadableError, which says what is wrong with the file."""
-    if len(data) > FILE_BYTES_MAX:
-        raise KeyUnreadableError(f"the file of key {key_id} is larger than {FILE_BYTES_MAX} bytes")
+    if len(data) != FILE_BYTES:
+        raise KeyUnreadableError(
+            f"the file of key {key_id} is damaged: it has {len(data):,} bytes in place of {FILE_BYTES:,}; {_WAY_OUT}"
+        )
     try:
         record = _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise KeyUnreadableError(
-            f"the file of key {key_id} is damaged or of an unknown format version; restore it from a backup"
+            f"the file of key {key_id} is damaged or of an unknown format version; {_WAY_OUT}"
         ) from None
     if record.format != FORMAT:
         raise KeyUnreadableError(

@@ -16,7 +16,6 @@ from cyclopts import Parameter
 from progressdb_server.cli.flags import CommandError, ConfigFile, Db, Json, load_config
 from progressdb_server.config import Config
 from progressdb_server.kms.provider import RemoteProvider
-from progressdb_server.store import directory, membership
 from progressdb_server.store.check import Finding, Report, repair_offline
 from progressdb_server.store.check import check as check_store
 from progressdb_server.store.model import FormatError, StoreLockedError, StoreUnavailableError
@@ -46,8 +45,6 @@ def check(
         fixed = asyncio.run(repair_offline(path)) if repair else []
         reachable = chosen.kms.provider != "local" and os.path.exists(chosen.kms_socket)
         found, counts, opened = asyncio.run(_examine(chosen, path, with_key_service=reachable))
-        with directory.open_reader(path) as reader:
-            _, warning = membership.rule_of(reader, chosen.security.threads)
     except StoreLockedError:
         raise CommandError(
             "the server has the store open: stop it for a repair, or check without --repair", missing=True
@@ -60,12 +57,9 @@ def check(
             "counts": counts,
             "repaired": [_as_json(finding) for finding in fixed],
             "findings": [_as_json(finding) for finding in found],
-            "warnings": [warning] if warning else [],
         }
         print(encoder.dumps(page, indent=2))
     else:
-        if warning:
-            print(f"warning: {warning}")
         _print(fixed, found, counts, opened=opened)
     return 1 if found else 0
 

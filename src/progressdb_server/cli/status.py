@@ -19,8 +19,6 @@ from minikms.client import Client, KmsError
 from progressdb_server.cli.admin_client import AdminClient, AdminError, UnreachableError
 from progressdb_server.cli.flags import Addr, ConfigFile, Db, Json, load_config
 from progressdb_server.config import Config
-from progressdb_server.store import directory, membership
-from progressdb_server.store.model import FormatError, StoreUnavailableError
 
 KMS_WAIT_S: Final = 0.5
 INTERVAL_SECONDS: Final = 2.0
@@ -82,7 +80,6 @@ def _ask(chosen: Config) -> tuple[dict[str, Any], int]:
         page["key_service"] |= {"status": "ok", "local": True}
     else:
         exit_status = max(exit_status, _ask_key_service(chosen, page["key_service"]))
-    page["server"]["warnings"] = _warnings(chosen)
     return page, exit_status
 
 
@@ -93,16 +90,6 @@ def _ask_readiness(client: AdminClient, section: dict[str, Any]) -> int:
     if wrong:
         section |= {"status": "not ready", "problems": wrong}
     return 1 if wrong else 0
-
-
-def _warnings(config: Config) -> list[str]:
-    """What the operator of the store should decide. Nothing if this process can't read the store."""
-    try:
-        with directory.open_reader(str(config.store_dir)) as reader:
-            _, warning = membership.rule_of(reader, config.security.threads)
-    except (FormatError, StoreUnavailableError):
-        return []
-    return [warning] if warning else []
 
 
 def _ask_key_service(config: Config, section: dict[str, Any]) -> int:
@@ -130,8 +117,6 @@ def _print(page: dict[str, Any]) -> None:
         print(f"  problem    {problem}")
     if "error" in server:
         print(f"  error      {server['error']}")
-    for warning in server["warnings"]:
-        print(f"  warning    {warning}")
     print(f"key service  {kms['status']}: {kms['socket']}")
     if "epoch" in kms:
         counts = ", ".join(f"{count:,} {state}" for state, count in kms["keys"]["by_state"].items()) or "none"

@@ -63,8 +63,8 @@ _log = structlog.get_logger("progressdb.jobs")
 
 
 class Due(msgspec.Struct, frozen=True):
-    """A key is due when it is at least `age_s` old, when at least so many records are under it (`uses`), or when it is
-    under this KEK version; None: never for that reason.
+    """A key is due when it is at least `age_s` old, when so many records were written under it (`uses`; those that a
+    rotation has moved to it don't count), or when it is under this KEK version; None: never for that reason.
     """
 
     age_s: int | None = None
@@ -237,12 +237,13 @@ class Jobs:
                 await asyncio.sleep(PAGE_PAUSE_S)
 
     async def _worn(self, key: KeyAnswer, uses: int | None) -> str:
-        """`uses` if the store has so many records under the key; empty if not."""
+        """`uses` if so many records were written since the thread has the key; empty if not."""
         left = uses
         if left is None:
             return ""
-        for chunk in self._store.record_chunks(key.thread_id, COUNTED_RECORDS):
-            left -= sum(found.key_id == key.key_id for found in chunk.records)
+        since_ns = _nanoseconds(key.created_at)
+        for count in self._store.count_records(key.thread_id, COUNTED_RECORDS, since_ns=since_ns):
+            left -= count
             if left <= 0:
                 return "uses"
             await asyncio.sleep(0)

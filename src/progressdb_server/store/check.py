@@ -110,7 +110,7 @@ class Checker:
                 self.counts["other"] += 1
             elif key == keyspace.EPOCH:
                 msgspec.json.decode(value, type=KeyService)
-            elif key not in (keyspace.FORMAT, keyspace.STATE, keyspace.THREADS_RULE):
+            elif key not in (keyspace.FORMAT, keyspace.STATE):
                 yield Finding("unknown", _shown(key), "the key belongs to no space of the store")
         except (msgspec.DecodeError, record.RecordFormatError, ValueError) as error:
             yield Finding("damaged", _shown(key), str(error))

@@ -1,8 +1,7 @@
 """A store's directory: its format record, the functions that open it, and the parts of an open store.
 
 Invariants: a program version opens only a directory whose format it supports. The format record is the first write to
-an empty directory. A server that opens a store of an older format first raises the format record, so that no older
-program opens the store afterwards. A store with plaintext records, made for a benchmark
+an empty directory. A store with plaintext records, made for a benchmark
 (progressdb_server/unencrypted.py), has its own format: only a server without encryption opens it, and such a server
 opens no other. Other packages do not choose a storage engine.
 """
@@ -10,14 +9,14 @@ opens no other. Other packages do not choose a storage engine.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
 import msgspec
 
 from progressdb_server.metrics import StoreMetrics
-from progressdb_server.store import keyspace, membership
+from progressdb_server.store import keyspace
 from progressdb_server.store.engine import Engine, Reader
 from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import FormatError
@@ -25,9 +24,8 @@ from progressdb_server.store.rocks import RocksEngine, RocksReader, check_exists
 from progressdb_server.store.validators import Validators
 from progressdb_server.store.writer import NamedLocks, Writer
 
-FORMAT: Final = 2
-FORMATS_READ: Final = (1, FORMAT)
-"""Format 1 has no records in `record.FORM_LATER`, and no stamps of a later era."""
+FORMAT: Final = 3
+"""The first one that was released, with version 0.2.0."""
 UNENCRYPTED: Final = "unencrypted-1"
 """A string, so that no version can mistake it for one of its format numbers."""
 
@@ -56,28 +54,27 @@ def check(reader: Reader, *, encrypted: bool = True) -> int | str:
             "the store is encrypted, and `--kms none` would put plaintext into it: omit the flag, or set --db to a new "
             "directory for a benchmark"
         )
-    if found not in (*FORMATS_READ, UNENCRYPTED):
+    if isinstance(found, int) and found < FORMAT:
         raise FormatError(
-            f"the store has format {found}, this version reads format {FORMAT} and older ones: start the version that "
-            "wrote it, or a newer one"
+            "the store was made before version 0.2.0, the first one whose formats are kept: set --db to a new directory"
+        )
+    if found not in (FORMAT, UNENCRYPTED):
+        raise FormatError(
+            f"the store has format {found}, this version reads format {FORMAT}: start the version that wrote it, or a "
+            "newer one"
         )
     return found
 
 
 def claim(engine: Engine, *, encrypted: bool = True) -> None:
-    """Write the format record if the directory is empty, then check it; raise an older format to FORMAT. Raises
-    FormatError for a directory that is neither empty nor a store of this kind and a format that is read."""
+    """Write the format record if the directory is empty, then check it. Raises FormatError for a directory that is
+    neither empty nor a store of this kind and format."""
     if engine.get(keyspace.FORMAT) is None:
         if engine.scan(b"", keyspace.END, limit=1):
             raise FormatError("the directory holds something other than a ProgressDB store")
-        _write_format(engine, FORMAT if encrypted else UNENCRYPTED, ((keyspace.THREADS_RULE, membership.MARKER),))
-    if check(engine, encrypted=encrypted) not in (FORMAT, UNENCRYPTED):
-        _write_format(engine, FORMAT)
-
-
-def _write_format(engine: Engine, format_: int | str, beside: Sequence[tuple[bytes, bytes]] = ()) -> None:
-    engine.write([(keyspace.FORMAT, msgspec.json.encode(_Format(format_))), *beside])
-    engine.sync()
+        engine.write([(keyspace.FORMAT, msgspec.json.encode(_Format(FORMAT if encrypted else UNENCRYPTED)))])
+        engine.sync()
+    check(engine, encrypted=encrypted)
 
 
 def open_engine(path: str, *, encrypted: bool = True) -> Engine:

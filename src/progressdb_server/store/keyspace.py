@@ -21,7 +21,6 @@ from urllib.parse import quote, unquote
 
 FORMAT: Final = b"store:format"
 STATE: Final = b"store:state"
-THREADS_RULE: Final = b"store:threads"
 """Present in a store that was made when posting into a thread already needed membership."""
 EPOCH: Final = b"kms:epoch"
 BACKUPS: Final = b"store:backup:"

@@ -15,8 +15,6 @@ from __future__ import annotations
 import enum
 from typing import Final, Literal
 
-from progressdb_server.store import keyspace
-from progressdb_server.store.engine import Reader
 from progressdb_server.store.model import AuthorNotInThreadError, NotAMemberError
 
 MEMBERS_COUNT_MAX: Final = 4096
@@ -26,14 +24,7 @@ REMOVED: Final = b"r"
 """Values of an entry of `keyspace.writer`."""
 
 Rule = Literal["members", "open"]
-"""`members`: only the author of a thread and its members post into it. `open`: whoever posts becomes a member, as in
-0.1."""
-MARKER: Final = b'{"threads":"members"}'
-"""Value of `keyspace.THREADS_RULE`, which stores of 0.1 lack."""
-OPEN_BY_AGE: Final = (
-    "the store was made by version 0.1, and no rule is set: any signed user may post into a thread of which they know "
-    "the id, and then read all of it; set security.threads (PROGRESSDB_THREADS) to members, or to open to keep this"
-)
+"""`members`: only the author of a thread and its members post into it. `open`: whoever posts becomes a member."""
 
 
 class Standing(enum.Enum):
@@ -47,15 +38,6 @@ class Standing(enum.Enum):
 class Act(enum.Enum):
     READ = "read"
     WRITE = "write"
-
-
-def rule_of(reader: Reader, configured: Rule | None) -> tuple[Rule, str]:
-    """The rule of a store, and a warning if nobody has chosen it. Raises StoreUnavailableError."""
-    if configured is not None:
-        return configured, ""
-    if reader.get(keyspace.THREADS_RULE) is not None:
-        return "members", ""
-    return "open", OPEN_BY_AGE
 
 
 def standing_of(entry: bytes | None) -> Standing:

@@ -38,7 +38,7 @@ from progressdb_server.store.model import (
     TooManyReactionsError,
     TooManyVersionsError,
 )
-from progressdb_server.store.reading import Reading, Version
+from progressdb_server.store.reading import Reading
 from progressdb_server.store.sealer import ThreadState
 
 VERSIONS_COUNT_MAX: Final = 10_000
@@ -255,7 +255,7 @@ class Messages(Reading):
                 return current.message
             changed = msgspec.structs.replace(current.message, **fields)
             content = "" if "body" in fields else current.content
-            before = await self._before(message, place.latest, current)
+            before = record.Before(current.before.versions + 1, current.before.bytes + current.bytes)
             secret = record.later_secret(changed, first.text, content, before)
             if not beyond_bounds:
                 _check_bounds(before, len(secret) + api.SEAL_BYTES)
@@ -269,16 +269,6 @@ class Messages(Reading):
             except ConditionFailedError:
                 raise NotAMemberError("author is not a member of this thread") from None
             return changed
-
-    async def _before(self, message: str, latest: bytes, current: Version) -> record.Before:
-        """What comes before the next version of the message, whose latest version is `current`. A version that an
-        earlier program wrote does not say it: the versions before that one are counted, and each is taken to be as long
-        as that one."""
-        found = current.before
-        if found is None:
-            versions = await self._count_before(message, latest, VERSIONS_COUNT_MAX)
-            found = record.Before(versions, versions * current.bytes)
-        return record.Before(found.versions + 1, found.bytes + current.bytes)
 
 
 def _check_bounds(before: record.Before, added: int) -> None:

@@ -89,7 +89,7 @@ class Version(NamedTuple):
     message: Message
     content: str
     bytes: int
-    before: record.Before | None
+    before: record.Before
 
 
 class Given:
@@ -298,17 +298,6 @@ class Reading(Threads):
                     await asyncio.sleep(0)
             if piece:
                 yield piece
-
-    async def _count_before(self, message: str, stamp: bytes, count_max: int) -> int:
-        """How many versions the message has before the one at `stamp`, counted up to `count_max`."""
-        lower = keyspace.versions(message)
-        upper = lower + stamp
-        count = 0
-        while keys := self.engine.keys(lower, upper, limit=min(count_max - count, SCAN_ENTRIES_MAX)):
-            count += len(keys)
-            lower = keyspace.next_key(keys[-1])
-            await asyncio.sleep(0)
-        return count
 
     # --- lists ----------------------------------------------------------------------------------------------------
     async def list_messages(
@@ -545,7 +534,7 @@ def _latest(thread: str, loaded: Loaded, answers: Mapping[bytes, bytes | KmsRefu
     answer = answers.get(own.key)
     if isinstance(answer, bytes) and type(own.header) is record.MessageHeader:  # most messages have one version
         try:
-            return record.open_whole(own.header, own.key, thread, first, answer)
+            return record.open_first(own.header, own.key, thread, first, answer)
         except record.RecordFormatError:
             return _listed(thread, loaded, NotOpened(own.key, RECORD_MALFORMED))
     opened = _opened(own, thread, first, answer)

@@ -4,8 +4,7 @@ Layout: form byte, header length (2 bytes, big-endian), header (MessagePack arra
 nonce(24) | ciphertext | tag(16). The additional data of the encryption is the record's storage key.
 
 Forms:
-- FORM_FIRST: metadata of a thread, and the first version of a message. Programs before FORM_LATER wrote every version
-  of a message in this form.
+- FORM_FIRST: metadata of a thread, and the first version of a message.
 - FORM_LATER: a later version of a message. Only an edit has content (role, body, reply_to) of its own; a change of
   reactions and a tombstone name the version whose content they keep.
 
@@ -114,11 +113,11 @@ class LaterSecret(msgspec.Struct, array_like=True, frozen=True):
 
 class Opened(NamedTuple):
     """A version as its own record has it. `content`: the stamp of the version from which it takes its content, empty
-    when `message` is whole. `before` is None for a later version in FORM_FIRST, which does not say it."""
+    when `message` is whole."""
 
     message: Message
     content: str
-    before: Before | None
+    before: Before
 
 
 class ThreadSecret(msgspec.Struct, array_like=True, frozen=True):
@@ -257,8 +256,7 @@ def open_message(header: MessageHeader, key: bytes, thread: str, first: str, pla
     """The version that is stored at `key`; `first` is the stamp of the message that the reader expects there. Raises
     RecordFormatError."""
     if not isinstance(header, LaterHeader):
-        message = open_whole(header, key, thread, first, plaintext)
-        return Opened(message, "", _NOTHING_BEFORE if key.endswith(first.encode()) else None)
+        return Opened(open_first(header, key, thread, first, plaintext), "", _NOTHING_BEFORE)
     secret = _decoded(_later_secret, plaintext, "the sealed part is not a later version's")
     if secret.content != header.content or (secret.own is None) != bool(secret.content):
         raise RecordFormatError("the header is not the one that was sealed")
@@ -267,8 +265,10 @@ def open_message(header: MessageHeader, key: bytes, thread: str, first: str, pla
     return Opened(message, secret.content, Before(secret.versions, secret.bytes))
 
 
-def open_whole(header: MessageHeader, key: bytes, thread: str, first: str, plaintext: bytes) -> Message:
-    """As `open_message`, for a version in FORM_FIRST, which is a whole message."""
+def open_first(header: MessageHeader, key: bytes, thread: str, first: str, plaintext: bytes) -> Message:
+    """As `open_message`, for a first version, which is a whole message."""
+    if not key.endswith(first.encode()):
+        raise RecordFormatError("a later version in the form of a first one")
     try:
         secret = _message_secret(plaintext)
     except _UNREADABLE as error:

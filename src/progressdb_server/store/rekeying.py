@@ -113,8 +113,12 @@ class Rekeying(OpenStore):
             lower = keyspace.next_key(last)
             yield Chunk(records, malformed, last.decode(), read_at)
 
-    def count_records(self, thread_id: str, count_max: int) -> Iterator[int]:
-        return self._count(*keyspace.records(thread_id), count_max)
+    def count_records(self, thread_id: str, count_max: int, *, since_ns: int | None = None) -> Iterator[int]:
+        lower, upper = keyspace.records(thread_id)
+        if since_ns is not None:
+            first = keyspace.Stamp(self.writer.state.last.era * keyspace.ERA_NS + since_ns, 0)
+            lower = keyspace.message_of(keyspace.part(thread_id), first.raw)
+        return self._count(lower, upper, count_max)
 
     def rekeyed(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> Step:
         puts: list[tuple[bytes, bytes | None]] = []

@@ -109,13 +109,6 @@ def test_a_missing_log_wants_its_loss_accepted(stopped: LiveDaemon) -> None:
     assert helps(text) == ["--accept-audit-loss"]
 
 
-def test_lost_use_counts_want_to_be_rebuilt(stopped: LiveDaemon) -> None:
-    for name in ("kms-leases", "kms-leases.snapshot"):
-        (stopped.data_dir / name).unlink(missing_ok=True)
-    text = refused(stopped.data_dir, "--master-key-file", str(stopped.root_file))
-    assert helps(text) == ["minikms doctor --rebuild-leases"]
-
-
 def test_a_newer_format_wants_the_newer_program(stopped: LiveDaemon) -> None:
     keyring = stopped.data_dir / "keyring.json"
     text = keyring.read_text()

@@ -3,7 +3,7 @@
 All of it runs in one thread, so that a system call has one number.
 
 `crash_driver.py SCENARIO DIRECTORY` writes "begin" to stderr after its preparations. To stdout it writes each promise
-after the call returned: "told", a name and its content; "granted", a key and its count; "grown" and a line; or
+after the call returned: "told", a name and its content; "grown" and a line; or
 "destroyed" and a key. After an error it writes "refused" and tries once more.
 """
 
@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 from minikms.custody import rotation
 from minikms.custody.appended_file import AppendedFile
 from minikms.custody.files import FileWrite, open_directory, remove_file, replace_file, write_files
-from minikms.custody.lease_store import LeaseStore
 from minikms.custody.vault import Vault
 from minikms.datadir import DataDir, Options, lock_data_dir, open_for_service
 from minikms.errors import ConflictError, MiniKmsError, StorageUnavailableError
@@ -67,19 +66,6 @@ def remove(directory: int) -> None:
     tell("told f0 -")
 
 
-def leases(directory: int) -> None:
-    store = LeaseStore.open(directory, create=False)
-    for numbers in ((1, 2), (1,), (), (1, 3), (2,)):
-        if numbers:
-            keys = [number.to_bytes(16, "big") for number in numbers]
-            insist(partial(store.reserve, [(key, 1 << 16) for key in keys]))
-            for number, key in zip(numbers, keys, strict=True):
-                tell(f"granted {number} {store.total(key)}")
-        else:
-            insist(store.merge)
-    store.close()
-
-
 def grow(directory: int) -> None:
     file = AppendedFile(directory, "lines", bytes_max=1 << 20)
     content = file.read() or b""
@@ -117,16 +103,14 @@ async def served() -> AsyncIterator[DataDir]:
     with SecretArena(64, force_fallback=True) as arena, insist_on(lambda: lock_data_dir(str(place / "data"))) as lock:
         root = KeyFile(place / "key")
         options = Options(audit_fsync="never", cache_keys_max=8)
-        data = insist_on(
-            lambda: open_for_service(lock, root, arena=arena, disk=worker, journal=worker, options=options)
-        )
+        data = insist_on(lambda: open_for_service(lock, root, arena=arena, disk=worker, options=options))
         yield data
         await data.drain()
         with contextlib.suppress(MiniKmsError):
             data.close()
 
 
-async def destroy_retired(count: int) -> None:
+async def destroy_retired() -> None:
     """A start, then the destruction of the first retired keys, two of them at once."""
     async with served() as data:
         key_ids = (Path(sys.argv[2]) / "victims").read_text().split()
@@ -134,7 +118,7 @@ async def destroy_retired(count: int) -> None:
         async def destroy(*chosen: str) -> None:
             await asyncio.gather(*map(data.vault.destroy, chosen))
 
-        for chosen in (key_ids[:2], key_ids[2:3])[:count]:
+        for chosen in (key_ids[:2], key_ids[2:3]):
             try:
                 await destroy(*chosen)
             except MiniKmsError:
@@ -215,7 +199,7 @@ def insist_on(make: Callable[[], T]) -> T:
 
 
 def destroy(_: int) -> None:
-    asyncio.run(destroy_retired(2))
+    asyncio.run(destroy_retired())
 
 
 def rewrap(_: int) -> None:
@@ -231,19 +215,13 @@ def replay(_: int) -> None:
     asyncio.run(start_and_stop())
 
 
-def convert(_: int) -> None:
-    asyncio.run(destroy_retired(1))
-
-
 SCENARIOS = {
     "replace": replace,
     "create": create,
     "many": many,
     "remove": remove,
-    "leases": leases,
     "grow": grow,
     "destroy": destroy,
-    "convert": convert,
     "rewrap": rewrap,
     "replay": replay,
     "creates": creates,

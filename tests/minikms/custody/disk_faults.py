@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from minikms.custody.lease_format import LEASE_USES_MAX, journal_header
-from minikms.custody.lease_store import JOURNAL_NAME, LeaseStore
 from minikms.errors import StorageUnavailableError
 
 
@@ -56,21 +54,6 @@ def flip(path: Path, offset: int, bit: int = 0) -> None:
     content = bytearray(path.read_bytes())
     content[offset] ^= 1 << bit
     path.write_bytes(content)
-
-
-def journal(directory: Path, *records: bytes) -> None:
-    """Writes a journal of exactly these records."""
-    (directory / JOURNAL_NAME).write_bytes(journal_header() + b"".join(records))
-
-
-def reserve_leases(store: LeaseStore, keys: Sequence[bytes]) -> list[int | None]:
-    """Reserves a largest lease for each key; the count of each afterwards, None for one that only decrypts."""
-    counts = {one: store.total(one) for one in keys}
-    found: list[int | None] = []
-    for one, uses in zip(keys, store.reserve([(one, LEASE_USES_MAX) for one in keys]), strict=True):
-        counts[one] += uses
-        found.append(counts[one] if uses else None)
-    return found
 
 
 def refuse(*_: object, **__: object) -> NoReturn:

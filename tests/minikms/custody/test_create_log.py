@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,7 +32,6 @@ from minikms.custody.files import open_directory
 from minikms.custody.rotation_backups import newest_key_id
 from minikms.custody.settled_keys import SettledKeys
 from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
-from minikms.keys import dek, keyring
 from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, bytes_to_key_id, make_key_id
 from tests.harness.vaults import OpenedVault, copied_vault, create, opened_vault
 from tests.minikms.custody.disk_faults import failing_os, flip, refuse
@@ -445,40 +443,6 @@ def test_the_directory_is_synced_before_the_log_is_removed(tmp_path: Path, monke
 
 def refuse_sync(_directory: int) -> None:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-
-def test_a_start_raises_the_format_so_that_no_earlier_version_opens_it(tmp_path: Path) -> None:
-    """It would ignore a create log, and leave a key that it destroys in the log and in batch backups."""
-    known = json.loads((VECTORS / "formats.json").read_text())
-    [former] = [one for one in known["keyrings"] if one["name"] == "first, format 3"]
-    (tmp_path / "d").mkdir(mode=0o700)
-    (tmp_path / "d" / "keyring.json").write_text(former["file"])
-    key = tmp_path / "root.key"
-    key.touch(0o600)
-    key.write_text(former["opens_under"][0] + "\n")
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d", key=key) as one:
-            await one.make(1)
-            body, _, _ = keyring.parse_file((tmp_path / "d" / "keyring.json").read_bytes())
-            assert body.version == keyring.VERSION == 4
-
-    asyncio.run(main())
-
-
-def test_a_record_that_an_earlier_version_changed_is_not_replaced(tmp_path: Path) -> None:
-    """It retired the key without raising `version`."""
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            [key_id] = await one.make(1)
-            copied_vault(one, tmp_path / "killed")
-            record = msgspec.structs.replace(dek.retired(one.on_disk(key_id), at="2026-11-26T00:00:00Z"), version=1)
-        (tmp_path / "killed" / "kms-deks" / f"{key_id}.json").write_bytes(msgspec.json.encode(record) + b"\n")
-        async with opened_vault(tmp_path / "killed") as after:
-            assert after.on_disk(key_id) == record
-
-    asyncio.run(main())
 
 
 @pytest.mark.parametrize("healed", [False, True])

@@ -23,12 +23,9 @@ import pytest
 import minikms
 from minikms.custody import create_log, rewrap_journal
 from minikms.custody.files import open_directory, sweep_temps
-from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
 from minikms.custody.rewrap_journal import Record
 from tests import needs
 from tests.harness.vaults import opened_vault
-from tests.minikms.custody.disk_faults import key, reserve_leases
-from tests.minikms.custody.tombstones import to_format_1
 
 CALLS = (
     "openat",
@@ -49,10 +46,8 @@ SCENARIOS = (
     "create",
     "many",
     "remove",
-    "leases",
     "grow",
     "destroy",
-    "convert",
     "rewrap",
     "replay",
     "creates",
@@ -63,10 +58,8 @@ SLICE = {
     "create": 4,
     "many": 8,
     "remove": 3,
-    "leases": 9,
     "grow": 8,
     "destroy": 18,
-    "convert": 18,
     "rewrap": 23,
     "replay": 15,
     "creates": 23,
@@ -105,18 +98,10 @@ def prepare(place: Path, scenario: str) -> None:
     if scenario == "creates":
         asyncio.run(keys_of_a_log(place))
         return
-    if scenario in ("destroy", "convert"):
-        asyncio.run(keys_to_destroy(place, former_format=scenario == "convert"))
+    if scenario == "destroy":
+        asyncio.run(keys_to_destroy(place))
         return
     if scenario == "grow":
-        return
-    if scenario == "leases":
-        directory = open_directory(place)
-        store = LeaseStore.open(directory, create=True)
-        reserve_leases(store, [key(1), key(4)])
-        store.merge()
-        store.close()
-        os.close(directory)
         return
     for number in range(3):
         (place / f"f{number}").write_bytes(b"old")
@@ -165,23 +150,14 @@ def check(place: Path, scenario: str, stdout: bytes, *, temps: bool) -> None:
     if scenario == "creates":
         asyncio.run(check_created(place, lines))
         return
-    if scenario in ("destroy", "convert"):
-        asyncio.run(check_keys(place, {line[1] for line in lines if line[0] == "destroyed"}, scenario == "convert"))
+    if scenario == "destroy":
+        asyncio.run(check_keys(place, {line[1] for line in lines if line[0] == "destroyed"}))
         return
     directory = open_directory(place)
     # In this process they look like those of an earlier one, as they do to a daemon that starts again.
     assert sweep_temps(directory) <= (6 if temps else 0)
     names = {path.name for path in place.iterdir()}
-    if scenario == "leases":
-        store = LeaseStore.open(directory, create=False)
-        assert store.status().lost_leases == 0
-        granted = [(int(line[1]), int(line[2])) for line in lines if line[0] == "granted"]
-        for number, total in [(1, 0), (4, 2 << 16), *granted]:
-            assert store.total(key(number)) >= max(total, 1 << 16)
-        assert store.total(key(1)) <= 8 << 16, "two runs take three leases each"
-        store.close()
-        assert names <= {JOURNAL_NAME, SNAPSHOT_NAME}
-    elif scenario == "grow":
+    if scenario == "grow":
         assert names <= {"lines"}
         kept = (place / "lines").read_text().splitlines() if names else []
         assert {line[1] for line in lines if line[0] == "grown"} <= set(kept)
@@ -191,8 +167,8 @@ def check(place: Path, scenario: str, stdout: bytes, *, temps: bool) -> None:
     os.close(directory)
 
 
-async def keys_to_destroy(place: Path, *, former_format: bool) -> None:
-    """Five retired keys, each with a rotation backup, and one active one; or a keyring of format 1 beside them."""
+async def keys_to_destroy(place: Path) -> None:
+    """Five retired keys, each with a rotation backup, and one active one."""
     (place / "key").touch(0o600)
     (place / "key").write_text("ab" * 32 + "\n")
     async with opened_vault(place / "data", key=place / "key") as one:
@@ -201,20 +177,16 @@ async def keys_to_destroy(place: Path, *, former_format: bool) -> None:
             await one.vault.retire(key_id)
         (place / "victims").write_text(" ".join(key_ids[:3]))
         await one.rotate()
-        if former_format:
-            await one.vault.destroy(key_ids[4])
-            to_format_1(one)
 
 
-async def check_keys(place: Path, told: set[str], former_format: bool) -> None:
+async def check_keys(place: Path, told: set[str]) -> None:
     """A start succeeds, twice. Each key that was told to be destroyed is; each other one is destroyed or opens."""
     for _ in range(2):
         async with opened_vault(place / "data", key=place / "key") as one:
             await one.indexing.run()
             destroyed = one.vault.destroyed
             assert all(key_id in destroyed for key_id in told)
-            assert one.vault.keyring.body.tombstone_log is not None
-            assert one.vault.keyring.body.tombstone_log.count == len(destroyed) >= int(former_format)
+            assert one.vault.keyring.body.tombstone_log.count == len(destroyed)
             present = {path.stem for path in (place / "data" / "kms-deks").glob("k_*.json")}
             assert len(present) + len(destroyed) == 6, "no key is lost, and none is left of a destroyed one"
             assert not any(key_id in destroyed for key_id in present)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
@@ -15,16 +12,10 @@ from minikms.custody import files
 from minikms.custody.files import (
     TEMP_PREFIX,
     FileWrite,
-    open_directory,
     remove_file,
     replace_file,
-    sweep_temps,
     write_files,
 )
-from minikms.custody.lease_format import LEASE_USES_MAX
-from minikms.custody.lease_store import LeaseStore
-from minikms.errors import StorageUnavailableError
-from tests.minikms.custody.disk_faults import failing_os, key, quick_directory, reserve_leases
 from tests.minikms.custody.power_loss import Disk
 
 SAMPLES = 25
@@ -103,84 +94,3 @@ def test_a_removed_file_stays_removed_after_the_return(directory: int) -> None:
         disk.begin(patch)
         remove_file(directory, "f")
     assert all("f" not in image for image in disk.images(random.Random(1), SAMPLES))
-
-
-class LeaseRun:
-    """Lease files on the model disk: after every system call the files left by a loss of power are opened and asked."""
-
-    def __init__(self, directory: int, scratch: Path, seed: int) -> None:
-        self._directory = directory
-        self._scratch = scratch
-        self._rng = random.Random(seed)
-        self._images = 0
-        self.granted: dict[bytes, int] = {}
-        self.disk = Disk(directory, self.check)
-
-    def check(self, disk: Disk, samples: int = 4) -> None:
-        for image in disk.images(self._rng, samples):
-            self._images += 1
-            place = self._scratch / str(self._images)
-            place.mkdir()
-            for name, content in image.items():
-                (place / name).write_bytes(content)
-            fd = open_directory(place)
-            sweep_temps(fd)
-            store = LeaseStore.open(fd, create=not self.granted)
-            for one, granted in self.granted.items():
-                assert store.total(one) >= granted, f"after system call {disk.events}"
-            store.close()
-            os.close(fd)
-
-    def reserve(self, store: LeaseStore, *numbers: int) -> None:
-        keys = [key(number) for number in numbers]
-        for one, total in zip(keys, reserve_leases(store, keys), strict=True):
-            assert total is not None
-            self.granted[one] = max(total, self.granted.get(one, 0))
-
-
-@pytest.fixture
-def scratch() -> Iterator[Path]:
-    """Where the images of the model disk are opened."""
-    with tempfile.TemporaryDirectory(dir=quick_directory()) as place:
-        yield Path(place)
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_no_lease_that_was_granted_is_ever_forgotten(directory: int, scratch: Path, seed: int) -> None:
-    run = LeaseRun(directory, scratch, seed)
-    with pytest.MonkeyPatch.context() as patch:
-        run.disk.begin(patch)
-        store = LeaseStore.open(directory, create=True)
-        run.reserve(store, 1, 2, 3)
-        run.reserve(store, 1)
-        store.merge()
-        run.reserve(store, 1, 4)
-        with failing_os(patch, "fdatasync"), contextlib.suppress(StorageUnavailableError):
-            reserve_leases(store, [key(1), key(5)])
-        run.reserve(store, 5)
-        store.merge()
-        store.close()
-        store = LeaseStore.open(directory, create=False)
-        run.reserve(store, 1, 6)
-        store.exhaust(key(3))
-        run.reserve(store, 4)
-        store.close()
-    run.check(run.disk, 20)
-    assert run.granted[key(4)] == 3 * LEASE_USES_MAX
-    assert LeaseStore.open(directory, create=False).is_exhausted(key(3))
-
-
-def test_the_repair_of_a_torn_journal_may_itself_be_interrupted(directory: int, tmp_path: Path, scratch: Path) -> None:
-    store = LeaseStore.open(directory, create=True)
-    run = LeaseRun(directory, scratch, 7)
-    run.reserve(store, 1, 2)
-    store.close()
-    with (tmp_path / "kms-leases").open("ab") as file:
-        file.write(b"torn")
-    with pytest.MonkeyPatch.context() as patch:
-        run.disk.begin(patch)
-        store = LeaseStore.open(directory, create=False)
-        run.granted = {one: store.total(one) for one in run.granted}
-        run.reserve(store, 1)
-        store.close()
-    run.check(run.disk, 20)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -15,24 +14,19 @@ from pathlib import Path
 
 import pytest
 
-from minikms.crypto import roots
 from minikms.crypto.aead import NonceSource
 from minikms.custody.backup import create, restore
 from minikms.custody.backup.archive import ArchiveError, ArchiveReader, ArchiveWriter, Manifest, dek_entry_name
 from minikms.custody.backup.create import NewArchive, Task, remove_leftover, staging_path
 from minikms.custody.backup.register import DIRECTORY as REGISTER
 from minikms.custody.backup.register import ArchiveRegister, Registered
-from minikms.custody.files import LOCK_NAME, DataDirLock, open_directory
+from minikms.custody.files import LOCK_NAME, DataDirLock
 from minikms.custody.keyring_file import KeyringFile
-from minikms.custody.lease_format import Floors, journal_header, snapshot_chunks
-from minikms.custody.lease_store import LeaseStore
 from minikms.datadir import OpenedKeyring, open_keyring, opened_keyring, opened_root
 from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
-from minikms.keys.dek import key_id_to_bytes
 from minikms.memory.arena import SecretArena
 from minikms.roots.providers import KeyFile
 from tests.harness.vaults import key_file, opened_vault
-from tests.minikms.custody.tombstones import to_format_1
 
 ARCHIVE_ID = "a_0123456789abcdef"
 AT = "2026-11-24T15:00:00Z"
@@ -130,13 +124,6 @@ def test_the_daemon_refuses_to_start_after_any_interrupted_restore(
     assert not start(data_dir, target).made
 
 
-def test_a_directory_with_only_lease_files_is_an_interrupted_restore(tmp_path: Path) -> None:
-    (tmp_path / "d").mkdir(mode=0o700)
-    (tmp_path / "d" / "kms-leases").write_bytes(journal_header())
-    with pytest.raises(StartError, match="the restore was interrupted"):
-        start(tmp_path / "d", tmp_path / "d")
-
-
 def test_a_restored_directory_names_the_archive_that_still_holds_its_keys(data_dir: Path, tmp_path: Path) -> None:
     archive = tmp_path / "archive"
     made(data_dir, archive)
@@ -152,47 +139,13 @@ def test_a_restored_directory_names_the_archive_that_still_holds_its_keys(data_d
 # --- verification -------------------------------------------------------------------------------------------------
 
 
-def test_an_archive_with_a_damaged_lease_snapshot_is_not_good(data_dir: Path, tmp_path: Path) -> None:
-    snapshot = data_dir / "kms-leases.snapshot"
-    snapshot.write_bytes(b"".join(snapshot_chunks(None, {bytes(16): 1 << 17}, Floors())))
-    made(data_dir, tmp_path / "good")
-    whole = snapshot.read_bytes()
-    for damaged in (whole[:-1], whole + b"x", b"", whole[:-4096] + bytes(4096), b"x" + whole[1:-4112] + bytes(4112)):
-        snapshot.write_bytes(damaged)
-        with pytest.raises(ArchiveError, match="the lease snapshot in the backup"):
-            made(data_dir, tmp_path / "bad")
-        assert not (tmp_path / "bad").exists()
-
-
-def test_an_archive_with_a_damaged_lease_journal_is_not_good(data_dir: Path, tmp_path: Path) -> None:
-    journal = data_dir / "kms-leases"
-    journal.write_bytes(journal_header() + bytes(32 * 5000))
-    with pytest.raises(ArchiveError, match="damaged records"):
-        made(data_dir, tmp_path / "bad")
-
-
 def test_the_newest_key_of_an_archive_may_have_an_unreadable_file(data_dir: Path, tmp_path: Path) -> None:
-    """After a restore all keys up to the newest one only decrypt; so must this one if its file is repaired later."""
+    """The register says of each key whether the archive may hold it."""
     files = sorted((data_dir / "kms-deks").iterdir())
     files[-1].write_text("damaged")
     manifest = made(data_dir, tmp_path / "archive")
     assert manifest.unreadable == (files[-1].stem,)
     assert manifest.newest_key_id >= files[-1].stem
-
-
-def test_a_restore_exhausts_every_key_made_before_the_backup(data_dir: Path, tmp_path: Path) -> None:
-    """This includes a key whose file is missing, because the file may be restored from a rotation backup."""
-    missing = max((data_dir / "kms-deks").iterdir())
-    missing.rename(data_dir / "kms-deks-backup" / f"{missing.name}.20260101T000000")
-    made(data_dir, tmp_path / "archive")
-    restored(data_dir, tmp_path / "archive", tmp_path / "restored")
-    descriptor = open_directory(tmp_path / "restored")
-    store = LeaseStore.open(descriptor, create=False)
-    try:
-        assert store.is_exhausted(key_id_to_bytes(missing.stem))
-    finally:
-        store.close()
-        os.close(descriptor)
 
 
 def test_keys_are_parsed_only_after_the_archive_is_authenticated(
@@ -207,8 +160,7 @@ def test_keys_are_parsed_only_after_the_archive_is_authenticated(
     def fail(*_: object) -> None:
         raise AssertionError("parsed before the tag was checked")
 
-    for name in ("_parsed", "_check_journal", "_check_snapshot"):
-        monkeypatch.setattr(create, name, fail)
+    monkeypatch.setattr(create, "_parsed", fail)
     with task_for(data_dir) as task, pytest.raises(ArchiveError, match="altered"):
         create.verify(str(archive), task)
 
@@ -218,7 +170,7 @@ def test_an_archive_replaced_between_its_two_readings_is_not_good(
 ) -> None:
     archive, other = tmp_path / "archive", tmp_path / "other"
     made(data_dir, archive)
-    (data_dir / "kms-leases").write_bytes(journal_header())
+    min((data_dir / "kms-deks").iterdir()).unlink()
     with task_for(data_dir) as task:
         create.create(str(data_dir), str(other), task, NewArchive("a_ffffffffffffffff", AT, lambda: None))
     check_tag = ArchiveReader.check_tag
@@ -232,17 +184,8 @@ def test_an_archive_replaced_between_its_two_readings_is_not_good(
         create.verify(str(archive), task)
 
 
-def to_version_1(archive: Path, root: bytes) -> None:
-    """Of an archive with one slot, whose keyring has the former format: one tag under the root key at the end."""
-    slots_and_tag = 1 + len("kr_0123456789abcdef") + 1 + 1 + len("s1") + 8 + 32
-    data = bytearray(archive.read_bytes()[:-slots_and_tag])
-    data[15] = 1
-    archive.write_bytes(data + roots.archive_tag(memoryview(root), hashlib.sha256(data).digest()))
-
-
-@pytest.mark.parametrize("former", [False, True])
-def test_destroyed_keys_stay_destroyed_after_a_restore(data_dir: Path, tmp_path: Path, former: bool) -> None:
-    """Their files are put back into the archived directory. `former`: an archive and a keyring of version 1."""
+def test_destroyed_keys_stay_destroyed_after_a_restore(data_dir: Path, tmp_path: Path) -> None:
+    """Their files are put back into the archived directory."""
     victims = sorted(path.stem for path in (data_dir / "kms-deks").iterdir())[:2]
     kept = {key_id: (data_dir / "kms-deks" / f"{key_id}.json").read_bytes() for key_id in victims}
 
@@ -251,15 +194,11 @@ def test_destroyed_keys_stay_destroyed_after_a_restore(data_dir: Path, tmp_path:
             for key_id in victims:
                 await one.vault.retire(key_id)
                 await one.vault.destroy(key_id)
-            if former:
-                to_format_1(one)
 
     asyncio.run(destroy())
     for key_id, content in kept.items():
         (data_dir / "kms-deks" / f"{key_id}.json").write_bytes(content)
     made(data_dir, tmp_path / "archive")
-    if former:
-        to_version_1(tmp_path / "archive", bytes.fromhex(key_file(data_dir).read_text()))
     restored(data_dir, tmp_path / "archive", tmp_path / "restored")
 
     async def judge() -> None:

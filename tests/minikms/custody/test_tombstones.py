@@ -17,7 +17,7 @@ from minikms.errors import KeyDestroyedError, StartError, StorageUnavailableErro
 from minikms.keys.tombstones import HEADER_BYTES, RECORD_BYTES
 from tests.harness.vaults import OpenedVault, opened_vault
 from tests.minikms.custody.disk_faults import failing_os, flip
-from tests.minikms.custody.tombstones import to_format_1, tombstone_path
+from tests.minikms.custody.tombstones import tombstone_path
 
 
 @asynccontextmanager
@@ -255,33 +255,6 @@ def test_a_record_of_another_keyring_is_not_adopted(tmp_path: Path) -> None:
     with (tmp_path / "a" / "kms-tombstones").open("ab") as file:
         file.write(foreign)
     assert start(tmp_path / "a") == (set(), 1)
-
-
-# --- the former format --------------------------------------------------------------------------------------------
-
-
-def test_a_keyring_with_tombstones_inside_is_converted_at_the_next_start(tmp_path: Path) -> None:
-    run(tmp_path / "d", lambda one, key_ids: to_format_1(one), count=3)
-    for _ in range(2):
-        assert start(tmp_path / "d") == (set(), 3)
-    assert b'"tombstones"' not in (tmp_path / "d" / "keyring.json").read_bytes()
-
-
-def test_a_conversion_replaces_what_an_interrupted_one_left(tmp_path: Path) -> None:
-    def interrupted(one: OpenedVault, key_ids: list[str]) -> None:
-        to_format_1(one)
-        tombstone_path(one).write_bytes(b"half of a file")
-
-    run(tmp_path / "d", interrupted, count=3)
-    assert start(tmp_path / "d") == (set(), 3)
-
-
-def test_a_former_keyring_beside_newer_tombstones_is_refused(tmp_path: Path) -> None:
-    """A copy from before the upgrade was put over the directory: the destroyed keys must not open again."""
-
-    run(tmp_path / "d", lambda one, key_ids: to_format_1(one, without=key_ids[1]), count=2)
-    with pytest.raises(StartError, match="an older keyring"):
-        start(tmp_path / "d")
 
 
 def test_a_rotation_to_a_new_root_key_keeps_the_tombstones(tmp_path: Path) -> None:

@@ -43,9 +43,7 @@ def opened(base: Path, workers: Workers, *, policy: Policy | None = None) -> Ite
             Parts(
                 settings=settings,
                 admission=Admission(policy, connections_max=16, report=lambda event: None),
-                data=datadir.open_for_service(
-                    lock, settings.root, arena=arena, disk=workers.disk, journal=workers.journal
-                ),
+                data=datadir.open_for_service(lock, settings.root, arena=arena, disk=workers.disk),
                 proved_slot_id="",
                 workers=workers,
                 arena=arena,

@@ -5,23 +5,16 @@ It asserts nothing. Times, nonces and ids are fixed or counted, so two runs make
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
-import msgspec
-
-from minikms.crypto import aead, labels
 from minikms.crypto.aead import NonceSource
 from minikms.keys import keyring, root_slots
 from minikms.keys.keyring import Body
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, fill_random
 
-KNOWN: dict[str, Any] = json.loads((Path(__file__).parents[2] / "vectors" / "formats.json").read_text())
 AT = "2026-11-24T15:00:00Z"
 LATER = "2026-11-25T15:00:00Z"
 ROOT = bytes(range(32))
@@ -94,34 +87,3 @@ def adopt(unlocked: UnlockedKeyring, body: Body) -> Body:
     unlocked.body = body
     unlocked.settle()
     return body
-
-
-def in_former_format(
-    unlocked: UnlockedKeyring, root: bytes, version: int, tombstones: tuple[keyring.Tombstone, ...] = ()
-) -> bytes:
-    """The file of a keyring with one root key, as an earlier program would write it."""
-    body = unlocked.body
-    [slot] = body.slots
-    fields = body.keyring_id.encode(), slot.slot_id.encode(), slot.fingerprint.encode()
-    aad = labels.aad(labels.SLOT, *fields, labels.number(body.key_version))
-    wrapped = keyring.Slot(
-        slot_id=slot.slot_id,
-        fingerprint=slot.fingerprint,
-        provider=slot.provider,
-        created_at=slot.created_at,
-        commitment=slot.commitment,
-        opens=body.key_version,
-        wrapped=aead.seal(memoryview(root), NonceSource().next(), unlocked.keyring_key.view, aad),
-    )
-    log = body.tombstone_log if version == 2 else None
-    changed = msgspec.structs.replace(body, version=version, slots=(wrapped,), tombstones=tombstones, tombstone_log=log)
-    keyring.check(changed)
-    return unlocked.encode(changed)
-
-
-def former(arena: SecretArena, name: str, root: int = -1) -> tuple[UnlockedKeyring, keyring.Slot, bytes]:
-    """A keyring of a former format, of the known answers, opened under one of its root keys; and that root key."""
-    [known] = [one for one in KNOWN["keyrings"] if one["name"] == name]
-    key = bytes.fromhex(known["opens_under"][root])
-    opened = UnlockedKeyring.open(arena, memoryview(key), known["file"].encode(), nonces=NonceSource().next)
-    return (*opened, key)

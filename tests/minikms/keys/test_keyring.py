@@ -48,9 +48,7 @@ def test_every_change_raises_the_epoch(unlocked: UnlockedKeyring) -> None:
     done = keyrings.promote(unlocked)
     bodies = [
         keyring.next_epoch(first, at=LATER),
-        keyring.reserve_wraps(first, 1, 10, at=LATER),
         keyring.with_tombstones(first, 1, bytes(32), at=LATER),
-        keyring.after_restore(first, seen_epoch=1, at=LATER),
         begun,
     ]
     assert {body.epoch for body in bodies} == {2}
@@ -180,9 +178,6 @@ def test_a_change_beyond_a_bound_is_refused_with_advice(unlocked: UnlockedKeyrin
     keyring.check_has_room(full, kek=True, slot=False)
     with pytest.raises(ConflictError, match="remove the unused ones"):
         keyring.check_has_room(full, kek=False, slot=True)
-    former = msgspec.structs.replace(unlocked.body, version=2)
-    with pytest.raises(ConflictError, match="start it once under the newest root key"):
-        root_slots.add_slot(former, slot, at=AT)
     full = msgspec.structs.replace(unlocked.body, audit_keys=(audit_key,) * keyring.AUDIT_KEYS_COUNT_MAX)
     with pytest.raises(ConflictError, match="audit keys"):
         keyring.add_audit_key(full, audit_key, at=AT)
@@ -222,13 +217,6 @@ def test_a_root_key_can_be_removed_every_day_for_years() -> None:
         again.release()
 
 
-def test_after_a_restore_epoch_and_wraps_are_above_the_known_ones(unlocked: UnlockedKeyring) -> None:
-    body = keyring.after_restore(unlocked.body, seen_epoch=70, at=AT)
-    assert body.epoch == 71
-    assert body.keks[0].wraps_reserved == keyring.RESTORE_WRAPS
-    assert keyring.after_restore(msgspec.structs.replace(body, epoch=90), seen_epoch=70, at=AT).epoch == 91
-
-
 # --- contradictions ---------------------------------------------------------------------------------------------------
 
 
@@ -246,7 +234,6 @@ def contradictions(unlocked: UnlockedKeyring) -> dict[str, Body]:
     many = change(active, version=99)
     log = body.tombstone_log
     gone = keyring.RevokingRoot("s99", "0" * 16, "file", AT, 9)
-    assert log is not None
     return {
         "no epoch": _with(body, epoch=0),
         "no KEK": _with(body, keks=()),
@@ -269,7 +256,6 @@ def contradictions(unlocked: UnlockedKeyring) -> dict[str, Body]:
         "a provider with a control character": _with(body, slots=(change(old, provider="a\n"), new)),
         "too many slots": _with(body, slots=(old,) * (keyring.SLOTS_MAX + 1)),
         "a slot that replaces none that is there": _with(body, slots=(old, change(new, replaces="s99"))),
-        "a wrapped slot": _with(body, slots=(change(old, wrapped=b"x", opens=1), new)),
         "a slot without a sealed key": _with(body, slots=(change(old, sealed=b""), new)),
         "a short public key": _with(body, slots=(change(old, public_key=old.public_key[:-1]), new)),
         "a short MAC": _with(body, slots=(change(old, mac=b""), new)),
@@ -283,16 +269,11 @@ def contradictions(unlocked: UnlockedKeyring) -> dict[str, Body]:
         "a share set with another id": _with(body, slots=(change(old, shares=change(shares(2, 3), set_id="x")), new)),
         "a digest too few": _with(body, slots=(change(old, shares=change(shares(2, 3), count=4)), new)),
         "a short digest": _with(body, slots=(change(old, shares=change(shares(2, 2), digests=(b"x",) * 2)), new)),
-        "a link": _with(body, links=(keyring.Link(2, b"x"),)),
         "keyring key 0": _with(body, key_version=0),
         "a removed root key that opens": _with(body, revoking=(change(gone, fingerprint=old.fingerprint),)),
         "a removal from KEK 0 on": _with(body, revoking=(change(gone, kek_version=0),)),
         "too many removed root keys": _with(body, revoking=(gone,) * 65),
         "no audit key": _with(body, audit_keys=()),
-        "no tombstone log": _with(body, tombstone_log=None),
-        "sealed slots in format 1": _with(body, version=1),
-        "sealed slots in format 2": _with(body, version=2),
-        "tombstones inside format 4": _with(body, tombstones=(keyring.Tombstone("k_" + "0" * 26, AT),)),
         "a negative number of tombstones": _with(body, tombstone_log=change(log, count=-1)),
         "too many tombstones": _with(body, tombstone_log=change(log, count=TOMBSTONES_COUNT_MAX + 1)),
         "a short head of the tombstones": _with(body, tombstone_log=change(log, head=b"x")),
@@ -302,32 +283,6 @@ def contradictions(unlocked: UnlockedKeyring) -> dict[str, Body]:
 
 def shares(threshold: int, count: int) -> keyring.ShareSet:
     return keyring.ShareSet("00" * 8, threshold, count, (bytes(32),) * count)
-
-
-def former_contradictions(arena: SecretArena) -> dict[str, Body]:
-    """Of a keyring with two root keys in format 2."""
-    body = keyrings.former(arena, "rotating, format 2")[0].body
-    old, new = body.slots
-    change = msgspec.structs.replace
-    return {
-        "the newest slot does not open the present key": _with(body, key_version=body.key_version + 1),
-        "a missing link": _with(body, links=()),
-        "a link too many": _with(body, links=(*body.links, keyring.Link(3, b""))),
-        "a keyring key of version 0": _with(body, slots=(change(old, opens=0), new)),
-        "a keyring key beyond all": _with(body, slots=(old, change(new, opens=2**62)), key_version=2**62),
-        "a sealed slot": _with(body, slots=(change(old, sealed=b"x"), new)),
-        "a tombstone log in format 1": _with(body, version=1),
-        "wrapped slots in format 3": _with(body, version=3),
-        "wrapped slots in format 4": _with(body, version=4),
-    }
-
-
-def test_an_inconsistent_body_of_a_former_format_is_refused() -> None:
-    with keyrings.arena() as arena:
-        for what, body in former_contradictions(arena).items():
-            with pytest.raises(StartError, match="inconsistent"):
-                keyring.check(body)
-                pytest.fail(f"accepted: {what}")
 
 
 def test_an_inconsistent_body_is_refused(unlocked: UnlockedKeyring) -> None:
@@ -363,9 +318,9 @@ def _altered(unlocked: UnlockedKeyring, **changes: object) -> bytes:
     return keyring.encode_file(json.dumps(body).encode(), b"t" * 28)
 
 
-@pytest.mark.parametrize("change", [{"format": "other"}, {"version": 0}, {"version": 5}])
+@pytest.mark.parametrize("change", [{"format": "other"}, {"version": 6}])
 def test_an_unknown_format_or_version_is_named(unlocked: UnlockedKeyring, change: dict[str, object]) -> None:
-    with pytest.raises(StartError, match="this program reads"):
+    with pytest.raises(StartError, match="this program"):
         keyring.parse_file(_altered(unlocked, **change))
 
 
@@ -373,9 +328,17 @@ def test_an_unknown_format_or_version_is_named(unlocked: UnlockedKeyring, change
 def test_a_newer_format_says_to_start_the_newer_program(unlocked: UnlockedKeyring, members: dict[str, object]) -> None:
     """Whatever other members it has: the file is not damaged, so a backup is the second choice."""
     with pytest.raises(
-        StartError, match=r"a newer program wrote the keyring: it has format version 5.*Start the newer"
+        StartError, match=r"a newer program wrote the keyring: it has format version 6.*Start the newer"
     ):
-        keyring.parse_file(_altered(unlocked, version=5, **members))
+        keyring.parse_file(_altered(unlocked, version=6, **members))
+
+
+@pytest.mark.parametrize("members", [{}, {"links": [], "wraps_reserved": 1}])
+def test_a_keyring_of_before_0_2_0_is_refused(unlocked: UnlockedKeyring, members: dict[str, object]) -> None:
+    """Whatever other members it has: nothing of it is read."""
+    for version in range(5):
+        with pytest.raises(StartError, match=r"^the data directory was made before version 0\.2\.0"):
+            keyring.parse_file(_altered(unlocked, version=version, **members))
 
 
 def test_an_unknown_field_is_refused(

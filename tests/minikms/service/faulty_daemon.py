@@ -13,10 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from minikms.custody import files, keyring_file, lease_store, rotation
+from minikms.custody import files, rotation
 from minikms.daemon.application import Application
 from minikms.errors import ArenaFullError
-from minikms.keys import keyring
 from minikms.memory.arena import SecretArena
 from minikms.policy import ROLES, policy
 
@@ -24,7 +23,6 @@ FAULT_FILE: Final = "FAULT_FILE"
 ROLELESS: Final = "ROLELESS"
 DISK: Final = "nothing but the audit log can be written"
 ARENA: Final = "every slot of the arena is taken"
-WORN: Final = "no key may be used, and no KEK wrap, once more than was reserved"
 DEFECT: Final = "every verb has a defect"
 STUCK: Final = "a rotation of the KEK does not come forward"
 
@@ -46,32 +44,13 @@ class Disk:
 
 
 def install() -> None:
-    for module in (files, lease_store):
-        module.os = Disk()  # type: ignore[attr-defined]  # the seam of the fault
-    allocate, reserve, run, handle = (
-        SecretArena.allocate,
-        lease_store.LeaseStore.reserve,
-        rotation.KekRotation.run,
-        Application.handle,
-    )
-    begin_create = keyring_file.WrapReservation.begin_create
-    bound = keyring.KEK_WRAPS_MAX
+    vars(files)["os"] = Disk()  # the seam of the fault
+    allocate, run, handle = SecretArena.allocate, rotation.KekRotation.run, Application.handle
 
     def allocated(arena: SecretArena) -> Any:
         if fault() == ARENA:
             raise ArenaFullError("all slots of the key arena are in use")
         return allocate(arena)
-
-    def reserved(store: Any, *given: Any) -> Any:
-        lease_store.USES_MAX = 0 if fault() == WORN else 1 << 31  # type: ignore[attr-defined]  # imported there
-        return reserve(store, *given)
-
-    async def begun(budget: keyring_file.WrapReservation, count: int) -> int:
-        keyring.KEK_WRAPS_MAX = -1 if fault() == WORN else bound  # type: ignore[misc]  # final in production
-        try:
-            return await begin_create(budget, count)
-        finally:
-            keyring.KEK_WRAPS_MAX = bound  # type: ignore[misc]  # as above; a later rotation takes wraps too
 
     async def ran(of: rotation.KekRotation) -> None:
         while fault() == STUCK:
@@ -84,8 +63,6 @@ def install() -> None:
         return handle(application, *given)
 
     SecretArena.allocate = allocated  # type: ignore[assignment]  # the seam of the fault, as the next ones
-    lease_store.LeaseStore.reserve = reserved  # type: ignore[assignment]  # as above
-    keyring_file.WrapReservation.begin_create = begun  # type: ignore[assignment]  # as above
     rotation.KekRotation.run = ran  # type: ignore[assignment]  # as above
     Application.handle = handled  # type: ignore[assignment]  # as above
     if ROLELESS in os.environ:

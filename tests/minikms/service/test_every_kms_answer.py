@@ -520,7 +520,6 @@ PROVOKED: dict[str, Callable[[World, str], Reply]] = {
     api.CODE_KEY_DESTROYED: lambda world, operation: world(world.good(operation, world.destroyed)),
     api.CODE_KEY_UNREADABLE: of_unreadable_key,
     api.CODE_KEY_RETIRED: of_retired_key,
-    api.CODE_KEY_EXHAUSTED: under(faulty_daemon.WORN, 409, api.CODE_KEY_EXHAUSTED),
     api.CODE_WRONG_PURPOSE: of_another_purpose,
     api.CODE_CONFLICT: conflicting,
     api.CODE_WRONG_SLOT: of_another_slot,
@@ -578,11 +577,6 @@ LEFT_OUT = {
         )
     },
     Told("POST /roots/{slot_id}/remove", 409, api.CODE_NOT_TESTED): "answered after 90 days; see test_roots.py",
-    **{
-        Told(f"POST /roots/{{slot_id}}/{name}", 409, api.CODE_CONFLICT): "answered for a former format under an "
-        "older root key; tests/minikms/keys/test_format_vectors.py opens one"
-        for name in ("test", "remove")
-    },
     **{
         Told(f"POST /{name}", 409, api.CODE_NOT_PINNED): "answered where there is a pin file; test_roots.py has one"
         for name in ("roots", "rotate_kek")

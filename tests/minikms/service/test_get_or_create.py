@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable
 from pathlib import Path
 
 import pytest
@@ -20,11 +18,9 @@ from minikms import api
 from minikms.audit import Event
 from minikms.client import Client, errors
 from minikms.custody import create_log
-from minikms.custody.files import make_file, open_directory
-from minikms.custody.lease_format import USES_MAX, encode_record
-from minikms.custody.lease_store import JOURNAL_NAME, LeaseStore
+from minikms.custody.files import make_file
 from minikms.errors import StorageUnavailableError
-from minikms.keys.dek import DekRecord, key_id_to_bytes
+from minikms.keys.dek import DekRecord
 from minikms.keys.index import SEARCHED_COUNT, KeyIndex
 from minikms.policy import ROLES, Principal
 from minikms.service.base import VerbTable
@@ -162,59 +158,6 @@ def test_a_look_up_opens_one_key_however_many_the_thread_has(tmp_path: Path) -> 
             assert one.vault.cache.hits + one.vault.cache.misses - before == 1
 
     asyncio.run(main())
-
-
-def restored(directory: Path, newest: str) -> None:
-    """What a restore does to the uses: every key up to `newest` only decrypts."""
-    with changed_leases(directory) as store:
-        store.exhaust(key_id_to_bytes(newest))
-
-
-def used_up(directory: Path, key_id: str) -> None:
-    """The key has been used as often as it may."""
-    journal = directory / JOURNAL_NAME
-    journal.write_bytes(journal.read_bytes() + encode_record(key_id_to_bytes(key_id), USES_MAX))
-
-
-@contextmanager
-def changed_leases(directory: Path) -> Iterator[LeaseStore]:
-    descriptor = open_directory(directory)
-    store = LeaseStore.open(descriptor, create=False)
-    try:
-        yield store
-    finally:
-        store.close()
-        os.close(descriptor)
-
-
-@pytest.mark.parametrize("exhaust", [restored, used_up])
-def test_a_key_that_only_decrypts_gets_a_successor(
-    tmp_path: Path, exhaust: Callable[[Path, str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All callers get the same one, even if the clock was set back. The exhausted key stays active: its user, who still
-    writes under it, learns from `key_exhausted` that it needs another one.
-    """
-    directory = tmp_path / "d"
-
-    async def make() -> str:
-        async with opened_vault(directory) as one:
-            return (await create(one.vault, "t")).id
-
-    async def main(old: str) -> None:
-        async with opened_vault(directory) as one:
-            await one.indexing.run()
-            monkeypatch.setattr("minikms.custody.new_keys.now_ns", lambda: 1_600_000_000_000_000_000)
-            found = await asyncio.gather(*(one.vault.get_or_create("t", purpose="thread") for _ in range(5)))
-            assert len({key_id for key_id, _ in found}) == 1
-            assert sum(created for _, created in found) == 1
-            opened = one.vault.opened(found[0][0])
-            await one.vault.leases.extend([(opened.lease, 1)])
-            assert opened.lease.take(1)
-            assert one.on_disk(old).state == "active"
-
-    old = asyncio.run(make())
-    exhaust(directory, old)
-    asyncio.run(main(old))
 
 
 def test_a_retirement_that_is_not_known_to_be_durable_opens_one_key(

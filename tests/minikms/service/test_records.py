@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,10 +14,7 @@ import pytest
 
 from minikms import api
 from minikms.audit import Event
-from minikms.custody.files import open_directory
-from minikms.custody.lease_store import LeaseStore
-from minikms.errors import MiniKmsError, StorageUnavailableError
-from minikms.keys.dek import key_id_to_bytes
+from minikms.errors import MiniKmsError
 from minikms.policy import ROLES, Principal
 from minikms.service.base import VerbTable
 from minikms.service.encoding import Reply
@@ -231,37 +228,15 @@ def test_reencryption_and_batches_work_however_few_keys_stay_open(tmp_path: Path
     asyncio.run(main())
 
 
-def test_a_batch_without_the_role_is_refused_by_item_and_costs_no_lease(tmp_path: Path) -> None:
+def test_a_batch_without_the_role_is_refused_by_item(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             [key_id] = await one.make(1)
-        async with opened_vault(tmp_path / "d") as again:  # the key has no lease in this run yet
-            table = record_verbs(again)
+            table = record_verbs(one)
             roleless = msgspec.structs.replace(ANYONE, roles=frozenset[api.Role]())
             request = api.EncryptBatchRequest([api.EncryptItem(key_id=key_id, plaintext=TEXT)] * 2)
             answer = await items_of(table[api.ENCRYPT_BATCH](roleless, request, ""))
             assert [item["code"] for item in answer] == ["forbidden"] * 2
-            assert again.vault.leases.status().journal_records == 0
-
-    asyncio.run(main())
-
-
-def test_only_items_that_need_a_lease_fail_when_the_disk_refuses_leases(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(self: LeaseStore, wanted: Sequence[tuple[bytes, int]]) -> list[int]:
-        raise StorageUnavailableError("the lease journal cannot be written")
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            [old] = await one.make(1)
-        async with opened_vault(tmp_path / "d") as again:
-            [new] = await again.make(1)  # its file grants its first lease
-            monkeypatch.setattr(LeaseStore, "reserve", refuse)
-            table = record_verbs(again)
-            items = [api.EncryptItem(key_id=key_id, plaintext=TEXT) for key_id in (old, new, old)]
-            answer = await items_of(table[api.ENCRYPT_BATCH](ANYONE, api.EncryptBatchRequest(items), ""))
-            assert [item.get("code") for item in answer] == ["storage_unavailable", None, "storage_unavailable"]
 
     asyncio.run(main())
 
@@ -327,29 +302,6 @@ async def items_of(answer: Reply | Awaitable[Reply]) -> list[dict[str, str]]:
     assert isinstance(body, bytes)
     items: list[dict[str, str]] = json.loads(body)["items"]
     return items
-
-
-def test_a_key_that_has_encrypted_as_often_as_it_may_only_decrypts(tmp_path: Path) -> None:
-    with LiveDaemon(tmp_path) as daemon:
-        key_id, new_later = new_key(daemon), ""
-        sealed = encrypted(daemon, key_id)
-        daemon.process.terminate()
-        daemon.process.wait()
-        descriptor = open_directory(daemon.data_dir)
-        LeaseStore.rebuild(descriptor, key_id_to_bytes(key_id))
-        daemon.start()
-        answer = post(daemon, "/encrypt", {"key_id": key_id, "plaintext": TEXT})
-        assert (answer.status, answer.code) == (409, "key_exhausted")
-        batch = post(daemon, "/encrypt_batch", {"items": [{"key_id": key_id, "plaintext": TEXT}]})
-        assert batch.body["items"][0]["code"] == "key_exhausted"
-        assert decrypts(daemon, key_id, sealed)
-        new_later = new_key(daemon, replaces=key_id)
-        moved = post(
-            daemon,
-            "/reencrypt_batch",
-            {"from_key_id": key_id, "to_key_id": new_later, "items": [{"ciphertext": sealed}]},
-        )
-        assert decrypts(daemon, new_later, moved.body["items"][0]["ciphertext"])
 
 
 def test_many_connections_at_once_each_get_their_own_answer(daemon: LiveDaemon) -> None:

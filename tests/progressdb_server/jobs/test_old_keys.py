@@ -173,7 +173,7 @@ def test_a_key_that_cannot_be_destroyed_delays_no_other_key_or_rotation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As where the role `destroy` is kept from the server: keys that are worn are rotated all the same."""
-    place = Place()
+    place = Place(settings=Rotation(max_age="3650d", records_per_second=0))
     monkeypatch.setattr(service, "TICK_S", 0.01)
     monkeypatch.setattr(service, "SELECTION_S", 0.0)
 
@@ -190,7 +190,7 @@ def test_a_key_that_cannot_be_destroyed_delays_no_other_key_or_rotation(
 
         place.keys.destroy_key = destroy  # type: ignore[method-assign]  # the policy
         worn = mapped(store, "worn")
-        place.keys.uses = {worn: 1 << 31}
+        place.keys.created_at = {worn: "2000-01-01T00:00:00Z"}
         place.clock.now += DAY_NS
         async with asyncio.timeout(60):
             while mapped(store, "worn") == worn or not place.keys.destroyed:
@@ -202,14 +202,14 @@ def test_a_key_that_cannot_be_destroyed_delays_no_other_key_or_rotation(
 
 
 def test_a_defect_in_what_is_done_by_itself_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = Place()
+    place = Place(settings=Rotation(max_age="3650d", records_per_second=0))
     monkeypatch.setattr(service, "TICK_S", 0.01)
     monkeypatch.setattr(service, "SELECTION_S", 0.0)
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         await write(store, 1)
         worn = mapped(store)
-        place.keys.uses = {worn: 1 << 31}
+        place.keys.created_at = {worn: "2000-01-01T00:00:00Z"}
 
         async def broken() -> None:
             raise KeyError("private text")
@@ -308,44 +308,28 @@ async def settled(jobs: Jobs) -> list[Job]:
 
 def test_keys_that_are_too_old_or_too_much_used_are_rotated_and_no_others() -> None:
     place = Place(
-        settings=Rotation(max_age="90d", max_uses=1000, destroy_old_after="30d", records_per_second=0),
+        settings=Rotation(max_age="90d", max_uses=4, destroy_old_after="30d", records_per_second=0),
         clock=TickingClock(now=1_790_000_000_000_000_000),
     )
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         keys = {}
-        for thread in ("old", "used", "fresh", "spent"):
-            await write(store, 3, thread)
+        for thread, records in (("old", 1), ("used", 4), ("fresh", 3)):
+            await write(store, records, thread)
             keys[thread] = mapped(store, thread)
-        place.keys.born = "2026-09-20T00:00:00Z"
-        place.keys.created_at = {keys["old"]: "2026-06-01T00:00:00.5Z"}
-        place.keys.uses = {keys["used"]: 1000, keys["spent"]: 1 << 31, keys["fresh"]: 999}
+        place.keys.created_at = dict.fromkeys(keys.values(), "2026-09-20T00:00:00Z")
+        place.keys.created_at[keys["old"]] = "2026-06-01T00:00:00.5Z"
+        place.keys.born = "2026-09-30T00:00:00Z"
         await jobs.rotate_due()
         done = await settled(jobs)
         assert {(job.thread, job.trigger, job.state) for job in done} == {
             ("old", "max_age", "done"),
             ("used", "max_uses", "done"),
-            ("spent", "max_uses", "done"),
         }
         assert mapped(store, "fresh") == keys["fresh"]
         assert all(job.destroy_at_ns for job in done)
         await jobs.rotate_due()
-        assert len(await settled(jobs)) == 3, "a rotated key is not due"
-
-    place.run(body)
-
-
-def test_a_key_at_half_of_its_uses_is_rotated_whatever_is_configured() -> None:
-    place = Place()
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
-        await write(store, 1)
-        place.keys.uses = {mapped(store): (1 << 31) - 1}
-        await jobs.rotate_due()
-        assert await settled(jobs) == []
-        place.keys.uses = {mapped(store): 1 << 31}
-        await jobs.rotate_due()
-        assert [job.state for job in await settled(jobs)] == ["done"]
+        assert len(await settled(jobs)) == 2, "a rotated key is not due, though the old records are under it"
 
     place.run(body)
 
@@ -381,8 +365,8 @@ def test_only_a_threads_current_key_counts() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         await write(store, 1)
         stray = (await place.keys.create_dek_for_thread("t")).key_id
-        place.keys.uses = {stray: 1 << 31}
-        assert [thread async for thread, _ in jobs.due_threads(Due(uses=1))] == []
+        place.keys.created_at = {stray: "2020-01-01T00:00:00Z"}
+        assert [thread async for thread, _ in jobs.due_threads(Due(age_s=2 * 365 * 86_400))] == []
 
     place.run(body)
 

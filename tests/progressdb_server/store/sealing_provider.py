@@ -51,7 +51,6 @@ class SealingProvider:
         self.destroyed: set[str] = set()
         self.born = "2026-01-01T00:00:00Z"
         self.created_at: dict[str, str] = {}
-        self.uses: dict[str, int] = {}
         self.page = 2
         self.calls: Counter[str] = Counter()
         self.down = False
@@ -160,7 +159,6 @@ class SealingProvider:
             state="retired" if key_id in self.retired else "active",
             kek_version=1,
             created_at=self.created_at.get(key_id, self.born),
-            uses_max=self.uses.get(key_id, 0),
         )
 
     async def list_keys(

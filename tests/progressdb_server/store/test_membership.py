@@ -296,17 +296,3 @@ def test_a_repair_makes_no_removed_author_a_member() -> None:
             assert await store.members("t") == ["ann"]
 
     asyncio.run(run())
-
-
-def test_a_store_of_0_1_begins_under_the_old_rule_until_one_is_set() -> None:
-    engine = MemoryEngine()
-
-    async def run(store: Conversations) -> None:
-        assert membership.rule_of(engine, None) == ("members", "")
-        assert membership.rule_of(engine, "open") == ("open", "")
-
-    with_store(run, engine)
-    engine.reopen()
-    engine.write([(keyspace.THREADS_RULE, None)])
-    assert membership.rule_of(engine, None) == ("open", membership.OPEN_BY_AGE)
-    assert membership.rule_of(engine, "members") == ("members", "")

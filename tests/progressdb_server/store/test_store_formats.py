@@ -151,9 +151,17 @@ def test_a_store_of_a_newer_format_is_refused_with_the_way_out() -> None:
     engine = MemoryEngine()
     directory.claim(engine)
     directory.claim(engine)
-    engine.write([(keyspace.FORMAT, b'{"format":3}')])
-    with pytest.raises(FormatError, match="format 3, this version reads format 2 and older ones"):
+    engine.write([(keyspace.FORMAT, b'{"format":4}')])
+    with pytest.raises(FormatError, match="format 4, this version reads format 3"):
         directory.claim(engine)
+
+
+def test_a_store_of_before_0_2_0_is_refused() -> None:
+    for number in (1, 2):
+        engine = MemoryEngine()
+        engine.write([(keyspace.FORMAT, b'{"format":%d}' % number)])
+        with pytest.raises(FormatError, match=r"^the store was made before version 0\.2\.0"):
+            directory.claim(engine)
 
 
 def test_a_directory_that_holds_something_else_is_not_claimed() -> None:

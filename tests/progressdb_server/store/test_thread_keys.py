@@ -265,7 +265,7 @@ def test_a_refusal_that_stays_is_no_unavailable_key_service(code: str, stays: bo
 def test_a_key_whose_sealing_fails_is_retired_and_leaves_nothing() -> None:
     class Refusing(SealingProvider):
         async def encrypt_batch(self, items: object) -> list[bytes | KmsRefusedError]:
-            return [refusal("key_exhausted", "exhausted")] * 2
+            return [refusal("key_unreadable", "damaged")] * 2
 
     provider = Refusing()
 
@@ -433,31 +433,17 @@ def test_an_older_key_service_that_appears_later_gets_nothing_to_seal(monkeypatc
     with_store(run, provider=provider)
 
 
-# --- keys that only decrypt ---------------------------------------------------------------------------------------
+# --- retired keys -----------------------------------------------------------------------------------------------
 
 
-class Restored(SealingProvider):
-    """Its keys of before a restore only decrypt."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.exhausted: set[str] = set()
-
-    def _seal(self, item: EncryptItem) -> bytes:
-        if item.key_id in self.exhausted:
-            raise refusal("key_exhausted", "this key only decrypts")
-        return super()._seal(item)
-
-
-@pytest.mark.parametrize("why", ["exhausted", "retired"])
-def test_a_thread_whose_key_only_decrypts_gets_another_at_its_next_write(why: str) -> None:
+def test_a_thread_whose_key_is_retired_gets_another_at_its_next_write() -> None:
     """The writes of one moment share the new key, and what the old one sealed stays readable."""
-    provider = Restored()
+    provider = SealingProvider()
 
     async def run(store: Conversations) -> None:
         await store.create_message(new(0))
         old = provider.keys_of("t")[0]
-        (provider.exhausted if why == "exhausted" else provider.retired).add(old)
+        provider.retired.add(old)
         provider.delay_s = 0.002
         await asyncio.gather(*(store.create_message(new(number)) for number in range(1, 20)))
         [renewed] = provider.keys_of("t")
@@ -470,7 +456,7 @@ def test_a_thread_whose_key_only_decrypts_gets_another_at_its_next_write(why: st
 
 
 def test_an_interrupted_renewal_is_made_at_the_next_write() -> None:
-    class Interrupted(Restored):
+    class Interrupted(SealingProvider):
         async def retire_key(self, key_id: str, *, request_id: str | None = None) -> api.KeyAnswer:
             raise KmsUnavailableError("the key service is down")
 
@@ -479,7 +465,7 @@ def test_an_interrupted_renewal_is_made_at_the_next_write() -> None:
     async def run(store: Conversations) -> None:
         await store.create_message(new(0))
         old = provider.keys_of("t")[0]
-        provider.exhausted.add(old)
+        provider.retired.add(old)
         create, provider.down = store.create_message, True
         with pytest.raises(StoreUnavailableError):
             await create(new(1))
@@ -487,7 +473,7 @@ def test_an_interrupted_renewal_is_made_at_the_next_write() -> None:
         await create(new(2))
         await create(new(3))
         assert [m.body for m in await messages_of(store, "t")] == [0, 2, 3]
-        assert len(provider.keys_of("t")) == 2, "the old key stays active, and only decrypts"
+        assert len(provider.keys_of("t")) == 1
 
     with_store(run, provider=provider)
 
@@ -532,13 +518,12 @@ def test_an_older_store_whose_keys_were_rotated_since_takes_writes() -> None:
 
 
 def test_a_lost_map_that_is_rebuilt_after_a_renewal_takes_writes() -> None:
-    engine, provider = MemoryEngine(), Restored()
+    engine, provider = MemoryEngine(), SealingProvider()
 
     async def renewed(store: Conversations) -> None:
         await store.create_message(new(0))
-        provider.exhausted.update(provider.keys)
+        provider.retired.update(provider.keys)
         await store.create_message(new(1))
-        provider.exhausted.clear()  # a key service says first that the key is retired
 
     async def repaired(store: Conversations) -> None:
         await store.create_message(new(2))
@@ -552,22 +537,21 @@ def test_a_lost_map_that_is_rebuilt_after_a_renewal_takes_writes() -> None:
     with_store(repaired, engine, provider)
 
 
-@pytest.mark.parametrize("why", ["exhausted", "retired"])
-def test_new_keys_that_only_decrypt_are_not_made_for_ever(why: str) -> None:
-    class Broken(Restored):
+def test_new_keys_that_are_retired_at_once_are_not_made_for_ever() -> None:
+    class Broken(SealingProvider):
         async def create_dek_for_thread(
             self, thread_id: str, *, replaces: str | None = None, request_id: str | None = None
         ) -> api.CreateDekAnswer:
             made = await super().create_dek_for_thread(thread_id, replaces=replaces, request_id=request_id)
             if len(self.keys) > 1:
-                (self.exhausted if why == "exhausted" else self.retired).add(made.key_id)
+                self.retired.add(made.key_id)
             return made
 
     provider = Broken()
 
     async def run(store: Conversations) -> None:
         await store.create_message(new(0))
-        provider.exhausted.update(provider.keys)
+        provider.retired.update(provider.keys)
         with pytest.raises(StoreUnavailableError):
             await store.create_message(new(1))
         assert len(provider.keys) == 1 + sealing.RENEWALS_MAX

@@ -1,5 +1,5 @@
-"""The versions of a message: what they cost on the disk and in memory, how many there may be, pages of them, stores of
-earlier programs, and versions that do not open."""
+"""Versions of a message: what they cost on the disk and in memory, how many there may be, pages of them, and which of them
+do not open."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from minikms.client import DecryptItem, KmsRefusedError
 from minikms.client.errors import refusal
 from progressdb_server.api.http import limits
 from progressdb_server.jobs.service import Jobs
-from progressdb_server.store import directory, drafts, keyspace, record
+from progressdb_server.store import keyspace, record
 from progressdb_server.store import messages as writing_room
 from progressdb_server.store import reading as reading_room
 from progressdb_server.store.check import Checker
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.drafts import Draft
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import (
     REACTIONS_COUNT_MAX,
@@ -326,88 +325,6 @@ def test_versions_that_are_written_during_a_list_are_not_in_it() -> None:
     with_store(run)
 
 
-# --- stores of earlier programs ---------------------------------------------------------------------------------------
-async def write_as_before(store: Conversations, message: str, **fields: Any) -> None:
-    """Append a version as programs before format 2 did: the whole message, in the form of a first version."""
-    current = await store.get_message(message)
-    first = keyspace.parse_message_id(message)
-    state = store.sealer.thread(current.thread)
-    assert first is not None
-    assert state is not None
-
-    def draft(stamp: Stamp) -> Draft:
-        changed = msgspec.structs.replace(current, ts=stamp.ns, **fields)
-        whole = drafts.later_version(changed, first, stamp, "", record.message_secret(changed, first.text))
-
-        def finish(key_id: str, sealed: Sequence[bytes]) -> Write:
-            made = whole.finish(key_id, sealed)
-            header = record.MessageHeader(key_id, first.text, changed.author, changed.deleted)
-            (key, _), *indexes = made.puts
-            return Write(((key, record.pack(header, sealed[0])), *indexes), messages=1)
-
-        return Draft(whole.secrets, finish)
-
-    await store.sealer.append(state, draft, None)
-
-
-def test_a_store_of_format_1_is_read_and_raised_to_format_2() -> None:
-    """An older program refuses it afterwards, because it can't read the new records."""
-    engine, provider = MemoryEngine(), SealingProvider()
-
-    async def before(store: Conversations) -> None:
-        message = await post(store, 0)
-        await write_as_before(store, message, body=1)
-        await write_as_before(store, message, reactions={"bob": "1"}, body=1)
-
-    with_store(before, engine, provider)
-    engine.reopen()
-    engine.write([(keyspace.FORMAT, b'{"format":1}')])
-    engine.sync()
-    assert directory.check(engine) == 1
-
-    async def after(store: Conversations) -> None:
-        assert engine.get(keyspace.FORMAT) == b'{"format":2}'
-        (message,) = [found.id for found in await messages_of(store, "t")]
-        await store.set_reaction(message, "cid", "2")
-        await edit(store, message, 2)
-        found = [(version.body, version.reactions) for version in await versions_of(store, message)]
-        one, two = {"bob": "1"}, {"bob": "1", "cid": "2"}
-        assert found == [(0, {}), (1, {}), (1, one), (1, two), (2, two)]
-        await store.delete_message(message, author="ann")
-        assert await findings(engine, provider) == []
-
-    with_store(after, engine, provider)
-
-
-def test_versions_of_an_earlier_program_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing_room, "VERSIONS_COUNT_MAX", 6)
-
-    async def run(store: Conversations) -> None:
-        message = await post(store, 0)
-        for number in range(4):
-            await write_as_before(store, message, body=number, reactions={"bob": "1"})
-        await store.set_reaction(message, "bob", "2")
-        await refused_beyond_the_bound(store, message)
-        full = await post(store, 0)
-        for number in range(9):
-            await write_as_before(store, full, body=number, reactions={"bob": "1"})
-        await refused_beyond_the_bound(store, full)
-
-    with_store(run)
-
-
-def test_the_bytes_of_an_earlier_program_count_as_the_newest_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing_room, "VERSIONS_BYTES_MAX", 10_000)
-
-    async def run(store: Conversations) -> None:
-        message = await post(store, 0)
-        for _ in range(4):
-            await write_as_before(store, message, body="x" * 2500, reactions={"bob": "1"})
-        await refused_beyond_the_bound(store, message)
-
-    with_store(run)
-
-
 # --- what was moved or altered ----------------------------------------------------------------------------------------
 Damage = Callable[[MemoryEngine, list[bytes]], tuple[bytes, bytes | None]]
 
@@ -491,7 +408,8 @@ def test_a_later_version_of_one_form_does_not_open_as_the_other() -> None:
         record.MessageHeader("k", first.text, "ann", False),
         record.LaterHeader("k", first.text, "ann", False, ""),
     )
-    assert record.open_message(headers[0], key, "t", first.text, whole) == (message, "", None)
+    with pytest.raises(record.RecordFormatError, match="form of a first"):
+        record.open_message(headers[0], key, "t", first.text, whole)
     assert record.open_message(headers[1], key, "t", first.text, later) == (message, "", (1, 1))
     for header, plaintext in zip(headers, (later, whole), strict=True):
         with pytest.raises(record.RecordFormatError):
@@ -505,7 +423,6 @@ def test_a_rotation_of_the_threads_key_moves_versions_of_every_form() -> None:
 
     async def run(store: Conversations, jobs: Jobs) -> None:
         message = await post(store, "content")
-        await write_as_before(store, message, body="older")
         await store.set_reaction(message, "bob", "1")
         await edit(store, message, "edited")
         await store.set_reaction(message, "bob", "2")

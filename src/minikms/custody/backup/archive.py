@@ -26,7 +26,7 @@ from minikms.custody.deks import SUFFIX
 from minikms.custody.keyring_file import NAME as KEYRING
 from minikms.custody.tombstone_file import NAME as TOMBSTONES
 from minikms.errors import MiniKmsError
-from minikms.keys.dek import FILE_BYTES_MAX as DEK_BYTES_MAX
+from minikms.keys.dek import FILE_BYTES as DEK_BYTES_MAX
 from minikms.keys.keyring import FILE_BYTES_MAX as KEYRING_BYTES_MAX
 from minikms.keys.keyring import SLOTS_MAX
 from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX

@@ -1,4 +1,4 @@
-"""Concurrent changes: of the keyring, of key files, and of the wraps of a KEK."""
+"""Concurrent changes: of the keyring and of key files, and creates beside them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from minikms.custody.deks import KeyLocks
-from minikms.custody.keyring_file import KeyringFile, ReservedWraps, WrapReservation
-from minikms.errors import AuditUnavailableError, KeyExhaustedError, StorageUnavailableError
+from minikms.custody.keyring_file import KeyringFile
+from minikms.errors import StorageUnavailableError
 from minikms.keys import keyring
 from minikms.keys.keyring import Body
-from tests.harness.vaults import OpenedVault, opened_vault
+from tests.harness.vaults import opened_vault
 
 AT = "2026-11-24T15:00:00Z"
 
@@ -169,104 +169,23 @@ def test_a_watcher_sees_the_keys_of_other_holders_only() -> None:
     asyncio.run(main())
 
 
-# --- wraps --------------------------------------------------------------------------------------------------------
-
-
-def _leases(body: Body, version: int) -> int:
-    kek = body.kek(version)
-    assert kek is not None
-    return kek.wraps_reserved // keyring.KEK_WRAPS_LEASE
-
-
-def test_wraps_are_reserved_on_disk_before_the_first_is_made(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            assert _leases(one.vault.keyring.body, 1) == 0
-            await one.make(1)
-            assert _leases(one.vault.keyring.body, 1) == 1
-        async with opened_vault(tmp_path / "d") as again:
-            await again.make(3)
-            assert _leases(again.vault.keyring.body, 1) == 2
-
-    asyncio.run(main())
-
-
-def test_a_batch_larger_than_the_rest_reserves_more_wraps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keyring, "KEK_WRAPS_LEASE", 10)
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            wraps = one.vault.wrap_reservation
-            async with asyncio.timeout(60):
-                await wraps.take(1, 8)
-                await wraps.take(1, 8)  # two are left of the first lease
-                assert _leases(one.vault.keyring.body, 1) == 2
-                await wraps.take(1, 4)
-                assert _leases(one.vault.keyring.body, 1) == 2
-                await asyncio.gather(*(wraps.take(1, 3) for _ in range(7)))
-            assert _leases(one.vault.keyring.body, 1) >= 5
-
-    asyncio.run(main())
-
-
-def test_a_kek_at_its_limit_of_wraps_wraps_no_more_until_a_rotation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(keyring, "KEK_WRAPS_LEASE", 2)
-    monkeypatch.setattr(keyring, "KEK_WRAPS_MAX", 2)
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            for _ in range(4):
-                await one.make(1)
-            with pytest.raises(KeyExhaustedError, match="rotate the KEK"):
-                await one.make(1)
-            monkeypatch.undo()
-            await one.rotate()
-            await one.make(1)
-
-    asyncio.run(main())
+# --- creates ------------------------------------------------------------------------------------------------------
 
 
 def test_creates_done_waits_for_every_create_of_the_version(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
-            wraps: WrapReservation = one.vault.wrap_reservation
-            taken = [await wraps.begin_create() for _ in range(3)]
-            drained = asyncio.create_task(wraps.creates_done(1))
-            other = asyncio.create_task(wraps.creates_done(2))
+            under_way = one.vault.creates_under_way
+            taken = [under_way.begin() for _ in range(3)]
+            drained = asyncio.create_task(under_way.done(1))
+            other = asyncio.create_task(under_way.done(2))
             await other
             for version in taken:
                 await asyncio.sleep(0)
                 assert not drained.done()
-                wraps.end_create(version)
+                under_way.end(version)
             async with asyncio.timeout(60):
                 await drained
-                await wraps.creates_done(1)
-
-    asyncio.run(main())
-
-
-def test_no_wrap_is_made_before_its_reservation_was_reported(tmp_path: Path) -> None:
-    """After a failed report the same reservation is reported again, and no other one is made."""
-    opened: list[OpenedVault] = []
-    reported: list[ReservedWraps] = []
-
-    async def report(reserved: ReservedWraps) -> None:
-        assert reserved.epoch == opened[0].vault.keyring.body.epoch, "the keyring is durable first"
-        reported.append(reserved)
-        if len(reported) < 3:
-            raise AuditUnavailableError("the audit log can't be written")
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            opened.append(one)
-            one.vault.wrap_reservation.report = report
-            for _ in range(2):
-                with pytest.raises(AuditUnavailableError):
-                    await one.make(1)
-            await one.make(2)
-            assert reported == [ReservedWraps(1, keyring.KEK_WRAPS_LEASE, reported[0].epoch)] * 3
-            assert _leases(one.vault.keyring.body, 1) == 1
+                await under_way.done(1)
 
     asyncio.run(main())

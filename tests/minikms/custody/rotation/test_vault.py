@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from minikms.custody.deks import DekStore
-from minikms.custody.files import open_directory
-from minikms.custody.lease_store import LeaseStore
 from minikms.custody.rotation_backups import RotationBackups
 from minikms.errors import (
     ArenaFullError,
@@ -23,7 +19,6 @@ from minikms.errors import (
     StorageUnavailableError,
     WrongThreadError,
 )
-from minikms.keys.dek import key_id_to_bytes, make_key_id
 from tests.harness.vaults import create, opened_vault
 from tests.minikms.custody.disk_faults import refuse
 
@@ -247,29 +242,5 @@ def test_after_an_unconfirmed_retirement_the_file_decides(tmp_path: Path, monkey
             with pytest.raises(StorageUnavailableError):
                 await one.vault.retire(key_id)
             assert one.vault.opened(key_id).state == "retired"
-
-    asyncio.run(main())
-
-
-def test_a_new_key_after_a_restore_encrypts_under_a_clock_set_back(tmp_path: Path) -> None:
-    """Every key up to an id only decrypts; that id may have a later time than the clock shows."""
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d"):
-            pass
-        ahead = make_key_id(time.time_ns() // 1_000_000 + 86_400_000, b"\xff" * 10)
-        directory = open_directory(tmp_path / "d")
-        store = LeaseStore.open(directory, create=False)
-        store.exhaust(key_id_to_bytes(ahead))
-        store.close()
-        os.close(directory)
-        made = ""
-        for _ in range(2):
-            async with opened_vault(tmp_path / "d") as one:
-                made = made or (await one.make(1))[0]
-                assert made > ahead
-                lease = one.vault.opened(made).lease
-                await one.vault.leases.extend([(lease, 1)])
-                assert lease.take()
 
     asyncio.run(main())
