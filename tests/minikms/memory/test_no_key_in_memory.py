@@ -54,6 +54,8 @@ def needles_of(keys: dict[str, bytes]) -> list[scanner.Needle]:
     for name, key in keys.items():
         if "checkpoint seed" in name:
             found += scanner.ed25519_forms(name, key)
+        if name.startswith(("keyring key", "KEK", "DEK")):
+            found += scanner.cmac_forms(name, key)
     return found
 
 
