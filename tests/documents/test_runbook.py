@@ -82,10 +82,6 @@ def as_it_is(made: Machine) -> None:
     """Nothing has happened."""
 
 
-def the_use_counts_are_gone(made: Machine) -> None:
-    made.at("/var/lib/progressdb/minikms/kms-leases").unlink()
-
-
 def a_line_was_edited(made: Machine) -> None:
     log = made.at("/var/lib/progressdb/minikms/minikms-audit.log")
     log.write_bytes(log.read_bytes().replace(b'"create_dek"', b'"create_dok"', 1))
@@ -146,7 +142,6 @@ HAPPENED: dict[str, Callable[[Machine], None]] = {
     "Restore": the_server_has_seen_a_longer_audit_log,
     "The key file is lost, shares are left": the_key_file_is_lost,
     "Unseal": somebody_sealed_it,
-    "Use counts are lost": the_use_counts_are_gone,
     "The audit log was altered": a_line_was_edited,
     "Who read a thread": a_thread_was_read,
     "Change the policy": a_policy_holds,

@@ -20,6 +20,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB
 
+from tests.vectors import mlkem
+
 SUITE = b"HPKE" + bytes.fromhex("647a 0001 0002")
 
 
@@ -124,6 +126,7 @@ def open_slot(body: dict[str, Any], slot: dict[str, Any], root: bytes) -> Opened
         "ML-KEM seed z": seeds[32:64],
         "X25519 key": seeds[64:],
         "authentication key": auth,
+        "ML-KEM message": mlkem.message(seeds[:64], sealed[:1088]),
         "ML-KEM shared secret": shared_m,
         "X25519 shared secret": shared_x,
         "KEM shared secret": shared,

@@ -7,9 +7,6 @@ Owns: the queue of such requests, and who gets which outcome. Invariants:
 - A request whose caller is cancelled before its group begins is not carried out; after that it is, all the same.
 - The number of requests that wait is bounded.
 
-`minikms.custody.leases` does not use it: there a group is bounded by its journal records, some requests have no caller,
-and work follows after the callers were answered.
-
 It runs in the event loop's thread. It must never touch the disk itself.
 """
 

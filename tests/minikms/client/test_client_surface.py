@@ -33,7 +33,7 @@ def test_ready_is_ready_and_nothing_else(use: Use) -> None:
 
 def test_every_verb_goes_to_its_place(use: Use) -> None:
     key = b'{"key_id":"%b","thread_id":"t","purpose":"thread","state":"retired","kek_version":1,' % KEY.encode()
-    key += b'"created_at":"2026-01-01T00:00:00Z","uses_max":65536}'
+    key += b'"created_at":"2026-01-01T00:00:00Z"}'
     root = b'{"slot_id":"s1","fingerprint":"00","provider":"file","state":"active","in_use":true}'
     batch = array_answer([[b"x"]])
     exchanges: list[tuple[tuple[str, dict[str, Any]], bytes, bytes]] = [

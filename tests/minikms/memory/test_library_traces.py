@@ -33,6 +33,8 @@ USES = {
     "XAES-256-GCM": "seal(slot.view, bytes(24), b'text' * 50, b'aad')",
     "HMAC": "hmac.digest(slot.view, b'text' * 50, 'sha256')",
     "HMAC of many texts": "macs_of(HMAC(slot.view, SHA256()), b'text' * 50)",
+    "sealing with HPKE under an ephemeral key": "hpke.seal(public, b'info', other.view, random=given)",
+    "sealing with HPKE": "hpke.seal(public, b'info', slot.view)",
     "Ed25519 signing": "Ed25519PrivateKey.from_private_bytes(slot.view).sign(b'text' * 50)",
     "Ed25519 public key": "Ed25519PrivateKey.from_private_bytes(slot.view).public_key().public_bytes_raw()",
 }
@@ -42,9 +44,11 @@ CHILD = textwrap.dedent("""
     import hmac, os, sys
     from cryptography.exceptions import InvalidTag
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.hmac import HMAC
+    from minikms.crypto import hpke, slots
     from minikms.crypto.aead import Kdf, XaesCipher, scrub_long_text, scrub_stack, seal
     from minikms.keys import dek
     from minikms.memory import SecretArena, fill_random
@@ -71,6 +75,9 @@ CHILD = textwrap.dedent("""
                 for _ in range(3):
                     rewrapper.rewrap(record, bytes(24))
 
+    def given(view):
+        view[:] = slot.view
+
     arena = SecretArena(4)
     slot, other = arena.allocate(), arena.allocate()
     fill_random(other.view)
@@ -78,6 +85,7 @@ CHILD = textwrap.dedent("""
     for index, byte in enumerate(masked):
         slot.view[index] = byte ^ 0x5A
     sealed = AESGCM(other.view).encrypt(bytes(12), slot.view, b"aad")
+    public = slots.public_key(other.view, "kr_00112233445566ff", "s1")
     made = {"key_id": dek.make_key_id(0, bytes(10)), "thread_id": "t", "purpose": "thread", "created_at": ""}
     record = dek.new(**made, kek=XaesCipher(slot.view), kek_version=1, dek=other.view, nonce=bytes(24))
     for _ in range(100):
@@ -108,8 +116,7 @@ def traces_of(use: str, *, scrub: str, environment: Mapping[str, str] = {}) -> s
         process.stdin.write(bytes(byte ^ 0x5A for byte in key).hex() + "\n")
         process.stdin.flush()
         assert process.stdout.readline() == "ready\n"
-        needles = scanner.forms_of("key", key) + scanner.ed25519_forms("key", key)
-        needles += scanner.cmac_forms("key", key)
+        needles = scanner.ed25519_forms("key", key) + scanner.x25519_forms("key", key) + scanner.cmac_forms("key", key)
         for used in (key, *(decryptor.derived(key, bytes([number] * 12)) for number in range(9))):
             needles += scanner.forms_of("cipher's key", used) + scanner.ghash_forms("cipher's key", used)
         report = scanner.scan_process(process.pid, needles)
@@ -163,6 +170,10 @@ def test_making_a_cipher_leaves_no_key_on_the_stack() -> None:
 
 def test_a_cipher_object_that_is_kept_would_be_found() -> None:
     assert traces_of("kept = AESGCM(slot.view)", scrub=ALL_SCRUBBED) != set()
+
+
+def test_an_x25519_key_that_is_kept_would_be_found() -> None:
+    assert traces_of("kept = X25519PrivateKey.from_private_bytes(slot.view)", scrub=ALL_SCRUBBED) != set()
 
 
 def test_a_rewrapper_whose_block_does_not_end_would_be_found() -> None:

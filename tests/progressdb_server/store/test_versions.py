@@ -1,5 +1,4 @@
-"""Versions of a message: what they cost on the disk and in memory, how many there may be, pages of them, and which of them
-do not open."""
+"""Versions of a message: what they cost on disk and in memory, how many there may be, pages, and which do not open."""
 
 from __future__ import annotations
 
