@@ -321,4 +321,4 @@ def test_the_wrapped_key_is_answered_as_it_is_on_disk(daemon: LiveDaemon) -> Non
     created = post(daemon, "/create_dek_for_thread", {"thread_id": "t"}).body
     wrapped = ask(daemon, "GET", f"/get_wrapped?key_id={created['key_id']}").body
     assert wrapped == {"wrapped": created["wrapped"]}
-    assert len(base64.b64decode(wrapped["wrapped"])) == 12 + 32 + 16
+    assert len(base64.b64decode(wrapped["wrapped"])) == 24 + 32 + 16
