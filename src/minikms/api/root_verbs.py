@@ -121,7 +121,7 @@ TEST_ROOT: Final = Verb(
     ProveRootRequest,
     RootAnswer,
     "Prove that a root key opens the keyring",
-    (CODE_INTERNAL, CODE_NOT_FOUND, CODE_CONFLICT, CODE_WRONG_SLOT, *_WRITE),
+    (CODE_INTERNAL, CODE_NOT_FOUND, CODE_WRONG_SLOT, *_WRITE),
     repeatable=True,
     root_field="root_hex",
 )

@@ -69,7 +69,7 @@ ENCRYPT: Final = Verb(
     EncryptItem,
     EncryptAnswer,
     "Encrypt one plaintext",
-    (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_KEY_RETIRED, CODE_STORAGE_UNAVAILABLE),
+    (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_KEY_RETIRED),
     repeatable=True,
     proxied=True,
 )
@@ -327,7 +327,7 @@ REENCRYPT_BATCH: Final = Verb(
     ReencryptBatchRequest,
     EncryptBatchAnswer,
     "Re-encrypt ciphertexts of one key under another key of the same thread",
-    (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_WRONG_PURPOSE, CODE_KEY_RETIRED, CODE_STORAGE_UNAVAILABLE, CODE_TOO_MANY),
+    (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_WRONG_PURPOSE, CODE_KEY_RETIRED, CODE_TOO_MANY),
     repeatable=True,
     proxied=True,
 )
@@ -399,7 +399,7 @@ GENERATE_DATA_KEY: Final = Verb(
     GenerateDataKeyRequest,
     DataKeyAnswer,
     "Generate a random key for the caller, encrypted under a key of purpose `data`",
-    (*_OPEN_KEY, CODE_WRONG_PURPOSE, CODE_KEY_RETIRED, CODE_STORAGE_UNAVAILABLE),
+    (*_OPEN_KEY, CODE_WRONG_PURPOSE, CODE_KEY_RETIRED),
     proxied=True,
 )
 """Not repeatable: each answer is a new key, and the audit log would record one that the caller never received."""

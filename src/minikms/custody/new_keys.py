@@ -24,7 +24,7 @@ from minikms.custody.create_log import CreateLog, NewKey
 from minikms.custody.files import now_ns, rfc3339
 from minikms.custody.group_commit import GroupCommit
 from minikms.custody.keyring_file import CreatesUnderWay
-from minikms.errors import ConflictError, MiniKmsError
+from minikms.errors import MiniKmsError, StorageUnavailableError
 from minikms.keys import dek
 from minikms.keys.dek import (
     KEY_ID_RANDOM_BYTES,
@@ -73,9 +73,7 @@ class NewKeys:
         self._groups = GroupCommit(self._make_group, items_max=GROUP_KEYS_MAX)
 
     async def make(self, wanted: Wanted) -> DekRecord:
-        """A new key, durable on return. Raises the errors of its permit and of the create log, ConflictError and
-        ArenaFullError.
-        """
+        """A new key, durable on return. Raises the errors of its permit and of the create log, and ArenaFullError."""
         return await self._groups.submit(wanted)
 
     async def drain(self) -> None:
@@ -134,10 +132,10 @@ class NewKeys:
 
 
 def _id_ms(wanted: Wanted, first_ms: int) -> int:
-    """The Unix milliseconds of the key's id. Raises ConflictError."""
+    """The Unix milliseconds of the key's id. Raises StorageUnavailableError."""
     id_ms = first_ms
     if wanted.later_than:
         id_ms = max(id_ms, key_id_unix_ms(wanted.later_than) + 1)
     if id_ms > UNIX_MS_MAX:
-        raise ConflictError("no key can be made: the newest key id of the data directory is the last one there is")
+        raise StorageUnavailableError("no key can be made: the newest key id is the last one there is")
     return id_ms

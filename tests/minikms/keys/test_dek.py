@@ -118,7 +118,7 @@ def altered(**changes: Any) -> bytes:
         ({"state": "retired"}, "has an invalid"),
         ({"state": "active", "retired_at": AT}, "has an invalid"),
         ({"state": "retired", "retired_at": "yesterday"}, "has an invalid"),
-        ({"created_at": "x" * 300}, "has an invalid"),
+        ({"created_at": "x" * 100}, "has an invalid"),
         ({"replaces": "../../etc/passwd"}, "invalid key id"),
         ({"replaced_by": "k_"}, "invalid key id"),
         ({"thread_id": ""}, "invalid thread id"),

@@ -46,7 +46,7 @@ def test_items_that_open_are_counted_and_the_others_named(daemon: LiveDaemon) ->
         {"ciphertext": b64(bytes(39))},
         {"ciphertext": ""},
         {"ciphertext": encrypted(daemon, other)},
-        {"ciphertext": b64(bytes(api.PLAINTEXT_BYTES_MAX + 29))},
+        {"ciphertext": b64(bytes(api.PLAINTEXT_BYTES_MAX + 41))},
         {**good, "aad": b64(bytes(api.AAD_BYTES_MAX + 1))},
         {**good, "aad": "-_=="},
         {"ciphertext": encrypted(daemon, key_id, aad=""), "aad": ""},

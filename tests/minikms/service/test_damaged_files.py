@@ -35,7 +35,7 @@ def refused_start(daemon: LiveDaemon, *flags: str) -> str:
 
 
 def reduced(text: bytes, **changes: object) -> bytes:
-    return json.dumps(json.loads(text) | changes).encode()
+    return json.dumps(json.loads(text) | changes, separators=(",", ":")).encode().ljust(1024)
 
 
 DAMAGES: dict[str, tuple[Callable[[bytes, bytes], bytes], str]] = {
@@ -126,7 +126,7 @@ def test_a_link_or_a_pipe_in_place_of_a_key_is_not_opened(tmp_path: Path) -> Non
     [
         (lambda path: path.write_bytes(b""), "damaged"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "damaged"),
-        (lambda path: path.write_bytes(path.read_bytes().replace(b'"version":4', b'"version":5', 1)), "version 5"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b'"version":5', b'"version":6', 1)), "version 6"),
         (lambda path: path.write_bytes(path.read_bytes().replace(b'"epoch":', b'"epoch":1')), "altered"),
         (lambda path: path.unlink(), "is missing"),
     ],

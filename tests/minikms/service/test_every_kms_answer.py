@@ -576,6 +576,8 @@ LEFT_OUT = {
             "roots/{slot_id}/remove",
         )
     },
+    Told("POST /roots/{slot_id}/remove", 409, api.CODE_CONFLICT): "answered where the keyring has no room for another "
+    "KEK version; see tests/minikms/keys/test_keyring.py",
     Told("POST /roots/{slot_id}/remove", 409, api.CODE_NOT_TESTED): "answered after 90 days; see test_roots.py",
     **{
         Told(f"POST /{name}", 409, api.CODE_NOT_PINNED): "answered where there is a pin file; test_roots.py has one"
