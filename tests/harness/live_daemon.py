@@ -165,7 +165,7 @@ class LiveDaemon:
 
 def record_keys(keys: dict[str, bytes], prefix: bytes) -> dict[str, bytes]:
     """The key that is derived from each DEK of `keys` for records whose nonces begin with `prefix`."""
-    deks = {name: key for name, key in keys.items() if name.startswith("DEK ")}
+    deks = {name: key for name, key in keys.items() if "DEK " in name and "derived" not in name}
     return {f"record key of {name}": decryptor.derived(key, prefix) for name, key in deks.items()}
 
 
