@@ -31,6 +31,7 @@ class WatchedCipher:
 
     def __init__(self, key: memoryview) -> None:
         self._cipher = AESGCM(key)
+        self.decrypt = self._cipher.decrypt
         self.decrypt_into = self._cipher.decrypt_into
         self.alive.add(self)
 
