@@ -51,7 +51,7 @@ FIELDS: dict[str, Schema] = {
     "to_key_id": KEY_ID,
     "request_id": REQUEST_ID,
     "plaintext": {"type": "string", "pattern": BASE64, "description": f"At most {api.PLAINTEXT_BYTES_MAX} bytes."},
-    "ciphertext": {"type": "string", "pattern": BASE64, "description": "nonce(12) | ciphertext | tag(16)."},
+    "ciphertext": {"type": "string", "pattern": BASE64, "description": "nonce(24) | ciphertext | tag(16)."},
     "aad": {"type": "string", "pattern": BASE64, "description": f"At most {api.AAD_BYTES_MAX} bytes."},
     "count": {"type": "integer", "minimum": 1, "maximum": api.RANDOM_BYTES_MAX},
     "new_kek_hex": ROOT_HEX,

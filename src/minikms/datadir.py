@@ -37,6 +37,7 @@ from minikms.audit.reader import LOG_NAME, DamagedSegmentError, each_segment, li
 from minikms.audit.record import Head
 from minikms.audit.recovery import IF_RESTORED, AuditKeys
 from minikms.crypto.aead import NonceSource, scrub_stack
+from minikms.crypto.records import DERIVED_KEYS_MAX
 from minikms.crypto.shares import SHARES_COUNT_MAX
 from minikms.custody import create_log, deks, files, keyring_file, rewrap_journal, rotation_backups, tombstone_file
 from minikms.custody.backup import register
@@ -63,6 +64,8 @@ KEYRING_SLOTS: Final = (
 """Arena slots beside the cached DEKs: pairs of audit keys, KEK versions, the authentication keys of slots, given shares
 of every set, and 64 for root keys, keyring keys, the tombstone key and keys in the making.
 """
+SERVICE_SLOTS: Final = KEYRING_SLOTS + DERIVED_KEYS_MAX
+"""Arena slots of a daemon beside the cached DEKs."""
 EPOCH_TAIL_BYTES_MAX: Final = 32 * 1024 * 1024
 """How much of the end of the audit log is searched for epochs."""
 

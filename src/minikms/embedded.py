@@ -26,7 +26,7 @@ from minikms.client.errors import KmsClosedError, refusal
 from minikms.client.verbs import AsyncRunner, Many, One, Operation, Verbs
 from minikms.client.wire import Answer
 from minikms.custody.vault import Indexing, Vault
-from minikms.datadir import KEYRING_SLOTS, Options, lock_data_dir, open_for_service
+from minikms.datadir import SERVICE_SLOTS, Options, lock_data_dir, open_for_service
 from minikms.errors import AuditUnavailableError, MiniKmsError, NotFoundError, StartError
 from minikms.http import Response
 from minikms.keys.unlocked import UnlockedKeyring
@@ -155,7 +155,7 @@ async def _compose(
 ) -> EmbeddedClient:
     sync = cleaning.enter_context(ExitStack())
     lock = sync.enter_context(lock_data_dir(directory))
-    arena = sync.enter_context(SecretArena(CACHE_KEYS_MAX + KEYRING_SLOTS))
+    arena = sync.enter_context(SecretArena(CACHE_KEYS_MAX + SERVICE_SLOTS))
     executor = sync.enter_context(ThreadPoolExecutor(1, thread_name_prefix="minikms"))
     options = Options(audit_fsync="never", cache_keys_max=CACHE_KEYS_MAX)
     data = open_for_service(lock, root, arena=arena, disk=executor, options=options)

@@ -28,7 +28,7 @@ from progressdb_server.store.model import FormatError, StoreUnavailableError
 
 VARIABLE: Final = "PROGRESSDB_BENCHMARK"
 VALUE: Final = "store-everything-in-plaintext"
-MARK: Final = b"plaintext, benchmarks only: "
+MARK: Final = b"plaintext, for benchmarks of this only: "
 """In the place of each record's nonce and tag, and as long, which store/sealer.py checks. No key opens such a
 record."""
 KEY_ID: Final = "k_none_nothing_is_encrypted"

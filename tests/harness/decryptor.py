@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import ECB
 
 from tests.vectors import mlkem
 
@@ -53,11 +56,33 @@ def expand(key: bytes, info: bytes, blocks: int) -> bytes:
     return made
 
 
-def gcm_open(key: bytes, sealed: bytes, data: bytes) -> bytes:
+def cmac_block(key: bytes) -> bytes:
+    """The encrypted block of zeroes, from which CMAC (NIST SP 800-38B) makes K1."""
+    return _aes(key, bytes(16))
+
+
+def k1(key: bytes) -> bytes:
+    """CMAC's first subkey: twice that block, in GF(2^128)."""
+    doubled = int.from_bytes(cmac_block(key), "big") << 1
+    return (doubled ^ (1 << 128 | 0x87) if doubled >> 128 else doubled).to_bytes(16, "big")
+
+
+def derived(key: bytes, prefix: bytes) -> bytes:
+    """The key of AES-256-GCM that XAES-256-GCM derives for nonces that begin with `prefix`."""
+    mask = int.from_bytes(k1(key), "big")
+    blocks = (int.from_bytes(b"\0" + counter + b"X\0" + prefix, "big") ^ mask for counter in (b"\1", b"\2"))
+    return b"".join(_aes(key, block.to_bytes(16, "big")) for block in blocks)
+
+
+def xaes_open(key: bytes, sealed: bytes, data: bytes) -> bytes:
     try:
-        return AESGCM(key).decrypt(sealed[:12], sealed[12:], data)
+        return AESGCM(derived(key, sealed[:12])).decrypt(sealed[12:24], sealed[24:], data)
     except InvalidTag:
         raise NotOpenedError from None
+
+
+def _aes(key: bytes, block: bytes) -> bytes:
+    return Cipher(AES(key), ECB()).encryptor().update(block)
 
 
 def body_of(file: bytes) -> tuple[dict[str, Any], bytes, bytes]:
@@ -122,7 +147,7 @@ def keks_of(file: bytes, keyring_key: bytes) -> dict[int, bytes]:
     for kek in body["keks"]:
         data = aad("minikms/kek/v1", body["keyring_id"].encode(), number(kek["version"]))
         try:
-            found[kek["version"]] = gcm_open(keyring_key, base64.b64decode(kek["wrapped"]), data)
+            found[kek["version"]] = xaes_open(keyring_key, base64.b64decode(kek["wrapped"]), data)
         except NotOpenedError:
             continue
     return found
@@ -131,7 +156,7 @@ def keks_of(file: bytes, keyring_key: bytes) -> dict[int, bytes]:
 def is_authentic(file: bytes, keyring_key: bytes) -> bool:
     _, exact, tag = body_of(file)
     try:
-        gcm_open(keyring_key, tag, aad("minikms/keyring/v1", exact))
+        xaes_open(keyring_key, tag, aad("minikms/keyring/v1", exact))
     except NotOpenedError:
         return False
     return True
@@ -144,7 +169,7 @@ def open_dek(file: bytes, keks: dict[int, bytes]) -> bytes:
     data = aad("minikms/dek/v1", *(name.encode() for name in names), number(record["kek_version"]))
     for kek in keks.values():
         try:
-            return gcm_open(kek, base64.b64decode(record["wrapped"]), data)
+            return xaes_open(kek, base64.b64decode(record["wrapped"]), data)
         except NotOpenedError:
             continue
     raise NotOpenedError

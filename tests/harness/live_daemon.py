@@ -163,6 +163,12 @@ class LiveDaemon:
         return keys_in(self.data_dir, self.root() if root is None else root)
 
 
+def record_keys(keys: dict[str, bytes], prefix: bytes) -> dict[str, bytes]:
+    """The key that is derived from each DEK of `keys` for records whose nonces begin with `prefix`."""
+    deks = {name: key for name, key in keys.items() if "DEK " in name and "derived" not in name}
+    return {f"record key of {name}": decryptor.derived(key, prefix) for name, key in deks.items()}
+
+
 def _whole(file: Path) -> bytes:
     """The content of a file that a rotation may be overwriting in place."""
     while (content := file.read_bytes()) != file.read_bytes():
@@ -181,7 +187,10 @@ def keys_in(data_dir: Path, root: bytes) -> dict[str, bytes]:
         data = (data_dir / "keyring.json").read_bytes()
         unlocked, _ = UnlockedKeyring.open(arena, memoryview(root), data, nonces=NonceSource().next)
         found["keyring key"] = bytes(unlocked.keyring_key.view)
-        found |= {f"KEK {kek.version}": bytes(unlocked.kek(kek.version)) for kek in unlocked.body.keks if kek.wrapped}
+        for kek in unlocked.body.keks:
+            if kek.wrapped:
+                found[f"KEK {kek.version}"] = bytes(unlocked.kek(kek.version))
+                found[f"derived for KEK {kek.version}"] = decryptor.derived(found["keyring key"], kek.wrapped[:12])
         for key in unlocked.body.audit_keys:
             mac_key, seed = unlocked.audit_key(key.version)
             found |= {f"audit key {key.version}": bytes(mac_key), f"checkpoint seed {key.version}": bytes(seed)}
@@ -190,6 +199,8 @@ def keys_in(data_dir: Path, root: bytes) -> dict[str, bytes]:
             with arena.allocate() as slot:
                 dek.unwrap_into(record, unlocked.kek(record.kek_version), slot.view)
                 found[f"DEK {record.id}"] = bytes(slot.view)
+            kek_used = found[f"KEK {record.kek_version}"]
+            found[f"derived for DEK {record.id}"] = decryptor.derived(kek_used, record.wrapped[:12])
         unlocked.release()
     body, _, _ = decryptor.body_of(data)
     for slot in body["slots"] if body["version"] >= 3 else ():

@@ -17,7 +17,10 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import ECB
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.vectors import mlkem
@@ -36,7 +39,7 @@ def secret(name: str) -> bytes:
 
 def nonce(name: str) -> bytes:
     """A fixed nonce, which no two sealings share."""
-    return hashlib.sha256(f"minikms format vector nonce: {name}".encode()).digest()[:12]
+    return hashlib.sha256(f"minikms format vector nonce: {name}".encode()).digest()[:24]
 
 
 ROOT, NEW_ROOT, SHARED_ROOT = secret("root key"), secret("new root key"), secret("root key with shares")
@@ -55,12 +58,26 @@ def number(value: int) -> bytes:
     return value.to_bytes(8, "big")
 
 
+def derived(key: bytes, prefix: bytes) -> bytes:
+    """The key of AES-256-GCM for the nonces that begin with `prefix`: CMAC over AES-256 of two blocks."""
+
+    def aes(block: int) -> bytes:
+        return Cipher(AES(key), ECB()).encryptor().update(block.to_bytes(16, "big"))
+
+    k1 = int.from_bytes(aes(0), "big") << 1
+    if k1 >> 128:
+        k1 ^= 1 << 128 | 0x87
+    first, second = (int.from_bytes(b"\0" + counter + b"X\0" + prefix, "big") for counter in (b"\1", b"\2"))
+    return aes(first ^ k1) + aes(second ^ k1)
+
+
 def seal(key: bytes, name: str, plaintext: bytes, data: bytes) -> bytes:
-    return nonce(name) + AESGCM(key).encrypt(nonce(name), plaintext, data)
+    prefix, rest = nonce(name)[:12], nonce(name)[12:]
+    return prefix + rest + AESGCM(derived(key, prefix)).encrypt(rest, plaintext, data)
 
 
 def opened(key: bytes, sealed: bytes, data: bytes) -> bytes:
-    return AESGCM(key).decrypt(sealed[:12], sealed[12:], data)
+    return AESGCM(derived(key, sealed[:12])).decrypt(sealed[12:24], sealed[24:], data)
 
 
 def b64(value: bytes) -> str:
@@ -315,7 +332,7 @@ def keyring_file(name: str, body: dict[str, object]) -> str:
 
 
 def dek_aad(kek_version: int) -> bytes:
-    return aad("minikms/dek/v1", KEY_ID.encode(), THREAD_ID.encode(), b"thread", b"AES-256-GCM", number(kek_version))
+    return aad("minikms/dek/v1", KEY_ID.encode(), THREAD_ID.encode(), b"thread", b"XAES-256-GCM", number(kek_version))
 
 
 DEK_FILE_BYTES = 1024
@@ -331,7 +348,7 @@ def dek_record(kek_version: int) -> dict[str, object]:
         "version": kek_version,
         "kek_version": kek_version,
         "purpose": "thread",
-        "algorithm": "AES-256-GCM",
+        "algorithm": "XAES-256-GCM",
         "state": "active",
         "replaces": OLDER_KEY_ID,
     }

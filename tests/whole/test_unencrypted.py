@@ -18,7 +18,6 @@ from progressdb_server.store import directory, keyspace
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import FormatError
 from progressdb_server.store.rocks import RocksReader
-from progressdb_server.store.sealer import SEAL_BYTES
 from progressdb_server.unencrypted import MARK, VALUE, VARIABLE, UnencryptedProvider, check_allowed
 from tests.progressdb_server.api.asgi_client import ADMIN
 from tests.progressdb_server.api.real_server import RealServer, real_server
@@ -213,7 +212,7 @@ def test_a_record_of_the_one_kind_does_not_open_in_the_other() -> None:
         [sealed] = await sealing.encrypt_batch([to_seal(key, b"text", b"aad", "t")])
         [plain] = await bare.encrypt_batch([to_seal(key, b"text", b"aad", "t")])
         assert isinstance(sealed, bytes) and isinstance(plain, bytes)
-        assert len(sealed) == len(plain) == len(b"text") + SEAL_BYTES
+        assert len(sealed) == len(plain) == len(b"text") + api.SEAL_BYTES
         assert await bare.decrypt_batch([to_open(key, plain, b"aad", "t")]) == [b"text"]
         for provider, record in ((sealing, plain), (bare, sealed)):
             [refused] = await provider.decrypt_batch([to_open(key, record, b"aad", "t")])

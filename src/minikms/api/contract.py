@@ -18,6 +18,8 @@ PIPELINED_REQUESTS_MAX: Final = 64
 PLAINTEXT_BYTES_MAX: Final = 4 * 1024 * 1024
 """Of one item. Four times the message size that the server accepts; its base64 still fits a body."""
 AAD_BYTES_MAX: Final = 4096
+SEAL_BYTES: Final = 24 + 16
+"""Nonce and tag: by how much a ciphertext is longer than its plaintext."""
 REQUEST_ID_CHARS_MAX: Final = 128
 ID_CHARS_MAX: Final = 128
 LIST_KEYS_COUNT_DEFAULT: Final = 100

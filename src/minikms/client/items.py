@@ -20,8 +20,7 @@ _ITEM_TEXT_BYTES_MAX: Final = 128 + 3 * 6 * api.ID_CHARS_MAX
 """Of an item's field names and ids in JSON, when every character of an id needs an escape of six."""
 _ENVELOPE_BYTES_MAX: Final = 1024
 BATCH_BYTES_MAX: Final = api.BODY_BYTES_MAX - _ENVELOPE_BYTES_MAX
-SEALED_BYTES_MAX: Final = api.PLAINTEXT_BYTES_MAX + 28
-"""With nonce(12) and tag(16)."""
+SEALED_BYTES_MAX: Final = api.PLAINTEXT_BYTES_MAX + api.SEAL_BYTES
 
 
 class Sent(msgspec.Struct, frozen=True):
@@ -45,7 +44,7 @@ class EncryptItem(Sent, omit_defaults=True, frozen=True, gc=False, kw_only=True)
 
 
 class DecryptItem(Sent, omit_defaults=True, frozen=True, gc=False, kw_only=True):
-    """One value to decrypt. `ciphertext` is what encrypt answered: nonce(12) | ciphertext | tag(16)."""
+    """One value to decrypt. `ciphertext` is what encrypt answered: nonce(24) | ciphertext | tag(16)."""
 
     key_id: str
     ciphertext: bytes

@@ -228,7 +228,7 @@ class Verbs:
         thread_id: str | None = None,
         request_id: str | None = None,
     ) -> One[bytes]:
-        """Encrypts at most 4 MiB, to nonce (12 bytes), ciphertext and tag (16 bytes).
+        """Encrypts at most 4 MiB, to nonce (24 bytes), ciphertext and tag (16 bytes).
 
         Concurrent calls travel in one batch.
 

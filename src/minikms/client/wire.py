@@ -25,7 +25,7 @@ from minikms.client.errors import KmsProtocolError
 HEAD_BYTES_MAX: Final = api.HEAD_BYTES_MAX
 HEADERS_COUNT_MAX: Final = api.HEADERS_COUNT_MAX
 ANSWER_BYTES_MAX: Final = 2 * api.BODY_BYTES_MAX
-"""An answer to the largest batch is little longer than the batch (28 bytes an item); twice that is no answer to us."""
+"""An answer to the largest batch is little longer than the batch (40 bytes an item); twice that is no answer to us."""
 
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.1 ([2-5][0-9]{2})(?: [\t\x20-\x7e]*)?")
 _HEADER: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")

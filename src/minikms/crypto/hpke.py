@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from minikms.crypto.aead import NONCE_BYTES, scrub_stack
+from minikms.crypto.aead import scrub_stack
 from minikms.errors import DecryptionError
 from minikms.memory import fill_random, zero, zero_bytes
 
@@ -34,6 +34,7 @@ SUITE_ID: Final = b"HPKE" + bytes.fromhex("647a 0001 0002")
 _VERSION: Final = b"HPKE-v1"
 _XWING_LABEL: Final = b"\\.//^\\"
 _SHARED_SECRET_BYTES: Final = 32
+_AEAD_NONCE_BYTES: Final = 12
 _MODE_BASE: Final = b"\0"
 _NO_SALT: Final = bytes(32)
 
@@ -90,10 +91,10 @@ def key_schedule(suite_id: bytes, shared: bytes, info: bytes) -> tuple[bytes, by
     secret = _labeled_extract(suite_id, shared, b"secret", b"")
     try:
         key = _labeled_expand(suite_id, secret, b"key", context, _SHARED_SECRET_BYTES)
-        nonce = _labeled_expand(suite_id, secret, b"base_nonce", context, NONCE_BYTES)
+        nonce = _labeled_expand(suite_id, secret, b"base_nonce", context, _AEAD_NONCE_BYTES)
     finally:
         zero_bytes(secret)
-    return key, nonce[:NONCE_BYTES]
+    return key, nonce[:_AEAD_NONCE_BYTES]
 
 
 def _labeled_extract(suite_id: bytes, salt: bytes, label: bytes, text: bytes) -> bytes:

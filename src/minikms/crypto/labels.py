@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Final
 
-ALGORITHM: Final = "AES-256-GCM"
+ALGORITHM: Final = "XAES-256-GCM"
 RECORD_FORMAT: Final = 1
 
 ROOT_FINGERPRINT: Final = b"minikms/root-fingerprint/v1\0"

@@ -4,7 +4,7 @@ Owns: the making and wrapping of new keys. Invariants:
 - A KEK version is taken in the same step of the event loop in which the DEKs are wrapped. A rotation waits for the
   groups that took the older version (`CreatesUnderWay.done`).
 - A key is answered only after `CreateLog.write_group` made it durable; then the index has it.
-- The cipher of the KEK, whose key schedule is on the heap, is dropped in the step in which it was made. Then the used
+- The cipher of the KEK, which has key schedules on the heap, is closed in the step in which it was made. Then the used
   part of the stack is overwritten.
 - `Wanted.permit` is called in the step in which the key is made. A refusal is an error of its own key.
 
@@ -18,10 +18,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
 from minikms import api
-from minikms.crypto.aead import NonceSource, scrub_stack
+from minikms.crypto.aead import NonceSource, XaesCipher, scrub_stack
 from minikms.custody.create_log import CreateLog, NewKey
 from minikms.custody.files import now_ns, rfc3339
 from minikms.custody.group_commit import GroupCommit
@@ -105,10 +103,8 @@ class NewKeys:
         first_ms = created_ns // 1_000_000
         random = os.urandom(KEY_ID_RANDOM_BYTES * len(wanted))
         made: list[DekRecord | MiniKmsError] = []
-        kek: AESGCM | None = None
         try:
-            with self._arena.allocate() as slot:
-                kek = AESGCM(self._unlocked.kek(version))
+            with self._arena.allocate() as slot, XaesCipher(self._unlocked.kek(version)) as kek:
                 for number, one in enumerate(wanted):
                     try:
                         one.permit()
@@ -131,7 +127,6 @@ class NewKeys:
                     )
                     made.append(record)
         finally:
-            kek = None  # before anything waits: the traceback of a refusal refers to this frame
             scrub_stack()
         return made
 

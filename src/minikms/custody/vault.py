@@ -28,11 +28,10 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Final, TypeVar
 
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
 from minikms import api
 from minikms.crypto import labels
 from minikms.crypto.aead import NonceSource, scrub_stack
+from minikms.crypto.records import RecordKey, RecordKeys
 from minikms.custody.batch_backups import BLANK_FILES_MAX, BatchFile, KeysWithin
 from minikms.custody.create_log import CreateLog
 from minikms.custody.deks import SCAN_FILES, DekStore, KeyLocks, UnreadableKeys
@@ -79,37 +78,19 @@ def permitted() -> None:
     """The `Permit` of callers whose rights are not limited to threads."""
 
 
-class OpenDek:
+class OpenDek(RecordKey):
     """A DEK in the arena, with everything that its use needs. `release` zeroes it."""
 
-    __slots__ = (
-        "aad_if_none",
-        "aad_prefix",
-        "cipher",
-        "key_id",
-        "purpose",
-        "slot",
-        "state",
-        "thread_id",
-        "view",
-    )
+    __slots__ = ("aad_if_none", "aad_prefix", "key_id", "purpose", "state", "thread_id")
 
-    def __init__(self, record: DekRecord, slot: SecretSlot) -> None:
+    def __init__(self, record: DekRecord, slot: SecretSlot, keys: RecordKeys) -> None:
+        super().__init__(slot, keys)
         self.key_id = record.id
         self.thread_id = record.thread_id
         self.purpose = record.purpose
         self.state: DekState = record.state
         self.aad_prefix = labels.record_aad_prefix(key_id=record.id, thread_id=record.thread_id)
         self.aad_if_none = labels.record_aad(self.aad_prefix, b"")
-        self.slot = slot
-        self.view = slot.view
-        self.cipher: AESGCM | None = None
-        """For the current turn of the event loop only: see `Vault.turn_cipher`."""
-
-    def release(self) -> None:
-        """Zeroes the key."""
-        self.cipher = None
-        self.slot.release()
 
     def __repr__(self) -> str:
         return f"<OpenDek {self.key_id} {self.state}>"
@@ -157,6 +138,8 @@ class Vault:
         self.creates = creates
         self._executor = executor
         self.nonces = nonces
+        """Of wraps."""
+        self.record_keys = RecordKeys(arena)
         self.locks = KeyLocks()
         self._creating = KeyLocks()
         """By thread id. Taken before a lock of `locks`, never inside one."""
@@ -181,7 +164,6 @@ class Vault:
             forget=self._forget,
             remove_files=self.remove_files,
         )
-        self._turn_keys: list[OpenDek] = []
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -205,7 +187,7 @@ class Vault:
         finally:
             scrub_stack()  # here, where the KEK's schedule lies: the turn may end at another depth of the stack
         self.unreadable.remove(key_id)
-        opened = OpenDek(record, slot)
+        opened = OpenDek(record, slot, self.record_keys)
         self.cache.put(key_id, opened, time.monotonic_ns())
         return opened
 
@@ -219,25 +201,9 @@ class Vault:
             self.unreadable.add(key_id, str(error))
             raise
 
-    # --- ciphers of a turn -------------------------------------------------------------------------------------------
-
-    def turn_cipher(self, opened: OpenDek) -> AESGCM:
-        """The key's cipher, kept until `end_turn`. Its key schedule is on the heap, so it must not outlive the turn.
-
-        Only for a verb that answers in this turn of the event loop. Making a cipher costs twice as much as using it.
-        """
-        cipher = opened.cipher
-        if cipher is None:
-            cipher = opened.cipher = AESGCM(opened.view)
-            self._turn_keys.append(opened)
-        return cipher
-
     def end_turn(self) -> None:
-        """Drops the ciphers of the turn (OpenSSL clears their memory) and overwrites the used part of the stack."""
-        for opened in self._turn_keys:
-            opened.cipher = None
-        self._turn_keys.clear()
-        scrub_stack()
+        """Drops the ciphers of the turn, and overwrites the used part of the stack."""
+        self.record_keys.end_turn()
 
     # --- changing ----------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ from minikms.daemon.policy_file import PolicyInForce
 from minikms.daemon.sealing import RunContext, Sealing
 from minikms.daemon.settings import Settings
 from minikms.daemon.sockets import UnixListener, listen
-from minikms.datadir import KEYRING_SLOTS, lock_data_dir, written_at_start
+from minikms.datadir import SERVICE_SLOTS, lock_data_dir, written_at_start
 from minikms.errors import InvalidPolicyError, MiniKmsError, StartError
 from minikms.logs import structlog
 from minikms.memory.arena import SecretArena
@@ -80,7 +80,7 @@ def run(settings: Settings) -> None:
         SignalReader() as signals,
         lock_data_dir(settings.data_dir) as lock,
         listen(settings.socket, os.environ, mode=settings.socket_mode, group=settings.socket_group) as listener,
-        SecretArena(settings.opening.cache_keys_max + KEYRING_SLOTS) as arena,
+        SecretArena(settings.opening.cache_keys_max + SERVICE_SLOTS) as arena,
     ):
         measures = _harden(settings, arena, listener)
         daemon = Daemon(

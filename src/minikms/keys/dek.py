@@ -18,16 +18,14 @@ from __future__ import annotations
 
 import hmac
 import re
-import traceback
 from collections.abc import Callable
-from types import TracebackType
 from typing import Final, Literal, Self
 
 import msgspec
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from minikms import api
 from minikms.crypto import aead, labels
+from minikms.crypto.aead import XaesCipher
 from minikms.errors import ConflictError, DecryptionError, InvalidRequestError, KeyUnreadableError
 from minikms.keys.keyring import VERSION_MAX as KEK_VERSION_MAX
 
@@ -242,7 +240,7 @@ def new(
     thread_id: str,
     purpose: api.Purpose,
     created_at: str,
-    kek: AESGCM,
+    kek: XaesCipher,
     kek_version: int,
     dek: memoryview,
     nonce: bytes,
@@ -255,7 +253,7 @@ def new(
     return DekRecord(
         id=key_id,
         created_at=created_at,
-        wrapped=aead.seal_with(kek, nonce, dek, aad),
+        wrapped=kek.seal(nonce, dek, aad),
         thread_id=thread_id,
         format=FORMAT,
         version=1,
@@ -283,7 +281,7 @@ def _does_not_unwrap(record: DekRecord) -> KeyUnreadableError:
 
 class Rewrapper:
     """Wraps DEKs under another KEK version, in a `with` block, which must end in the same turn of the event loop: until
-    then it keeps a cipher for each KEK, whose key schedule is on the heap.
+    then it keeps a cipher for each KEK, which has key schedules on the heap.
     """
 
     def __init__(
@@ -292,7 +290,7 @@ class Rewrapper:
         """kek: the KEK of a version, or KeyUnreadableError. key, again: two slots of the arena, 32 bytes each."""
         self._kek = kek
         self._kek_version = kek_version
-        self._known: dict[int, tuple[AESGCM, bytes]] = {}
+        self._known: dict[int, tuple[XaesCipher, bytes]] = {}
         self._cipher, self._field = self._of(kek_version)
         self._key = key
         self._again = again
@@ -300,10 +298,9 @@ class Rewrapper:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, _kind: object, _error: object, trace: TracebackType | None) -> None:
-        self._known.clear()
-        del self._cipher
-        traceback.clear_frames(trace)  # whoever keeps the error would keep the ciphers in its frames
+    def __exit__(self, *_: object) -> None:
+        for cipher, _field in self._known.values():
+            cipher.close()
 
     def rewrap(self, record: DekRecord, nonce: bytes) -> DekRecord:
         """The record wrapped under the KEK version; its `version` rises by one and nothing else changes, so `parse`
@@ -314,13 +311,13 @@ class Rewrapper:
         old_cipher, old_field = self._known.get(record.kek_version) or self._of(record.kek_version)
         prefix = record.aad_prefix()
         try:
-            aead.open_with(old_cipher, record.wrapped, prefix + old_field, self._key)
+            old_cipher.open_into(record.wrapped, prefix + old_field, self._key)
         except DecryptionError:
             raise _does_not_unwrap(record) from None
         aad = prefix + self._field
-        wrapped = aead.seal_with(self._cipher, nonce, self._key, aad)
+        wrapped = self._cipher.seal(nonce, self._key, aad)
         try:
-            aead.open_with(self._cipher, wrapped, aad, self._again)
+            self._cipher.open_into(wrapped, aad, self._again)
             same = hmac.compare_digest(self._key, self._again)
         except DecryptionError:
             same = False
@@ -330,9 +327,9 @@ class Rewrapper:
             record, wrapped=wrapped, kek_version=self._kek_version, version=_next_version(record)
         )
 
-    def _of(self, kek_version: int) -> tuple[AESGCM, bytes]:
+    def _of(self, kek_version: int) -> tuple[XaesCipher, bytes]:
         """The cipher of a KEK, and the last field of associated data under it."""
-        known = self._known[kek_version] = AESGCM(self._kek(kek_version)), labels.kek_version_field(kek_version)
+        known = self._known[kek_version] = XaesCipher(self._kek(kek_version)), labels.kek_version_field(kek_version)
         return known
 
 

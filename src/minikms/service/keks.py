@@ -22,7 +22,6 @@ from msgspec import UNSET
 from minikms import api
 from minikms.audit import Event
 from minikms.base64 import decode_canonical
-from minikms.crypto.aead import open_sealed, scrub_stack
 from minikms.custody.files import now_rfc3339
 from minikms.custody.rotation import KekRotation, Pruning
 from minikms.custody.vault import Permit, Vault
@@ -350,9 +349,9 @@ class KekVerbs:
             sealed = decode_canonical(sample.ciphertext, CIPHERTEXT_BYTES_MAX, "ciphertext")
             aad = opened.record_aad(decode_aad(sample.aad))
             try:
-                open_sealed(opened.view, sealed, aad)
+                opened.open(sealed, aad)
             finally:
-                scrub_stack()
+                self._vault.end_turn()
 
     async def prune_keks(self, request: api.PruneKekRequest, event: Event, permit: Permit) -> api.PruneKekAnswer:
         """Destroys retired KEK versions that no live or backup file needs."""

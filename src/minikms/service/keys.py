@@ -14,7 +14,6 @@ from msgspec import UNSET
 
 from minikms import api
 from minikms.audit import Event
-from minikms.crypto.aead import scrub_stack, seal
 from minikms.custody.vault import Indexing, Vault
 from minikms.errors import InvalidRequestError, WrongPurposeError
 from minikms.keys.dek import DekRecord, check_key_id
@@ -80,8 +79,8 @@ class KeyVerbs:
         aad = opened.record_aad(decode_aad(request.aad))
         with self._vault.arena.allocate() as made:
             fill_random(made.view)
-            sealed = seal(opened.view, self._vault.nonces.next(), made.view, aad)
-            scrub_stack()
+            sealed = opened.seal(made.view, aad)
+            self._vault.end_turn()  # here: the turn ends at another depth of the stack than a task runs at
             answer = api.DataKeyAnswer(request.key_id, sealed)
             if request.plaintext is UNSET or request.plaintext:
                 answer.plaintext = bytes(made.view)

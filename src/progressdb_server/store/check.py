@@ -226,7 +226,9 @@ class Checker:
                 map_key = keyspace.key_map(item.thread_id or "")
                 mapped = _key_id(self._reader.get(map_key) or b"")
                 if mapped is not None and mapped != item.key_id:
-                    probe = DecryptItem(key_id=mapped, ciphertext=bytes(28), aad=map_key, thread_id=item.thread_id)
+                    probe = DecryptItem(
+                        key_id=mapped, ciphertext=bytes(api.SEAL_BYTES), aad=map_key, thread_id=item.thread_id
+                    )
                     probes.append(probe)
         return probes
 

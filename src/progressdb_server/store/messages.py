@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import msgspec
 
+from minikms import api
 from progressdb_server.store import drafts, keyspace, membership, record
 from progressdb_server.store.drafts import Draft
 from progressdb_server.store.idempotency import Ticket
@@ -38,7 +39,7 @@ from progressdb_server.store.model import (
     TooManyVersionsError,
 )
 from progressdb_server.store.reading import Reading
-from progressdb_server.store.sealer import SEAL_BYTES, ThreadState
+from progressdb_server.store.sealer import ThreadState
 
 VERSIONS_COUNT_MAX: Final = 10_000
 VERSIONS_BYTES_MAX: Final = 256 * 1024 * 1024
@@ -257,7 +258,7 @@ class Messages(Reading):
             before = record.Before(current.before.versions + 1, current.before.bytes + current.bytes)
             secret = record.later_secret(changed, first.text, content, before)
             if not beyond_bounds:
-                _check_bounds(before, len(secret) + SEAL_BYTES)
+                _check_bounds(before, len(secret) + api.SEAL_BYTES)
 
             def draft(stamp: Stamp) -> Draft:
                 changed.ts = stamp.time_ns

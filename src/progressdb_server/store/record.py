@@ -1,7 +1,7 @@
 """The record format: a small plaintext header, then the part that only the key service can open (docs/spec/store.md).
 
 Layout: form byte, header length (2 bytes, big-endian), header (MessagePack array), then what encrypt answered:
-nonce(12) | ciphertext | tag(16). The additional data of the encryption is the record's storage key.
+nonce(24) | ciphertext | tag(16). The additional data of the encryption is the record's storage key.
 
 Forms:
 - FORM_FIRST: metadata of a thread, and the first version of a message.

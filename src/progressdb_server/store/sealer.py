@@ -65,9 +65,6 @@ KEY_SWITCH_S_MAX: Final = 2.0
 KEY_SWITCH_POLL_S: Final = 0.02
 RENEWALS_MAX: Final = 2
 """New keys for one write, whose thread's key is retired."""
-SEAL_BYTES: Final = 28
-"""Nonce (12) and tag (16): by how much a sealed record is longer. An answer of another length, such as the plaintext
-itself, is never stored."""
 
 RETRY_AFTER_S: Final = 2
 """How long a client should wait before a retry while the key service is away."""
@@ -307,7 +304,7 @@ class Sealer:
         if len(secrets) == 1:
             ((key, plaintext),) = secrets
             alone = await self._provider.encrypt(key_id, plaintext, aad=key, thread_id=thread, request_id=request_id)
-            if len(alone) != len(plaintext) + SEAL_BYTES:
+            if len(alone) != len(plaintext) + api.SEAL_BYTES:
                 raise StoreUnavailableError("the key service answered wrongly")
             return [alone]
         answers = await self._provider.encrypt_batch(
@@ -322,7 +319,7 @@ class Sealer:
         for (_, plaintext), answer in zip(secrets, answers, strict=True):
             if isinstance(answer, KmsRefusedError):
                 raise copy.copy(answer)  # its traceback leads to this frame, which has all answers
-            if len(answer) != len(plaintext) + SEAL_BYTES:
+            if len(answer) != len(plaintext) + api.SEAL_BYTES:
                 raise StoreUnavailableError("the key service answered wrongly")
             sealed.append(answer)
         return sealed

@@ -59,7 +59,7 @@ def test_an_empty_thread_id_is_sent_not_dropped() -> None:
         EncryptItem(key_id=KEY, plaintext=b"", request_id="r" * 129),
         EncryptItem(key_id=KEY, plaintext=b"x" * (api.PLAINTEXT_BYTES_MAX + 1)),
         EncryptItem(key_id=KEY, plaintext=b"", aad=b"x" * (api.AAD_BYTES_MAX + 1)),
-        DecryptItem(key_id=KEY, ciphertext=b"x" * (api.PLAINTEXT_BYTES_MAX + 29)),
+        DecryptItem(key_id=KEY, ciphertext=b"x" * (api.PLAINTEXT_BYTES_MAX + 41)),
     ],
 )
 def test_an_item_that_could_spoil_a_batch_is_refused_before_it_is_sent(item: EncryptItem | DecryptItem) -> None:

@@ -1,4 +1,4 @@
-"""AES-256-GCM: altered data does not open, and no error says why."""
+"""XAES-256-GCM: altered data does not open, and no error says why."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_key_opens_in_place_and_a_failure_leaves_zeroes() -> None:
     assert bytes(target) == bytes(32)
 
 
-@pytest.mark.parametrize("size", [0, 28, 59, 61, 92])
+@pytest.mark.parametrize("size", [0, 40, 71, 73, 104])
 def test_a_wrapped_key_of_another_length_is_refused(size: int) -> None:
     with pytest.raises(DecryptionError):
         aead.open_into(KEY, bytes(size), b"", memoryview(bytearray(32)))

@@ -10,10 +10,11 @@ from typing import Final
 
 import pytest
 
-from minikms.custody import create_log, new_keys
+from minikms.custody import create_log
 from minikms.errors import ForbiddenError, StorageUnavailableError
 from minikms.keys.dek import DekRecord
 from tests.harness.vaults import create, opened_vault
+from tests.minikms.custody import watched_cipher
 from tests.minikms.custody.watched_cipher import WatchedCipher
 
 OPEN: Final = os.open
@@ -67,14 +68,14 @@ def test_a_refusal_in_a_group_that_fails_keeps_no_cipher(tmp_path: Path, monkeyp
     async def main() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # pytest keeps what is logged
         async with opened_vault(tmp_path / "d") as one:
-            monkeypatch.setattr(new_keys, "AESGCM", WatchedCipher)
+            watched_cipher.watch(monkeypatch)
             monkeypatch.setattr(WatchedCipher, "errors", [RuntimeError("a defect")])
             await asyncio.gather(
                 create(one.vault, "t1", permit=refused), create(one.vault, "t2"), return_exceptions=True
             )
             assert not WatchedCipher.errors
             assert refusal.__traceback__ is not None
-            assert not WatchedCipher.alive
+            assert not watched_cipher.alive()
 
     asyncio.run(main())
 

@@ -1,11 +1,26 @@
-"""Ciphers that a test can see as long as something refers to them."""
+"""Objects with key schedules that a test can see as long as something refers to them."""
 
 from __future__ import annotations
 
 import weakref
 from typing import ClassVar
 
+import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.cmac import CMAC
+
+from minikms.crypto import aead
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on every cipher and every key derivation of `XaesCipher` is in `alive`."""
+    monkeypatch.setattr(aead, "AESGCM", WatchedCipher)
+    monkeypatch.setattr(aead, "CMAC", WatchedMac)
+
+
+def alive() -> bool:
+    return bool(WatchedCipher.alive or WatchedMac.alive)
 
 
 class WatchedCipher:
@@ -16,6 +31,7 @@ class WatchedCipher:
 
     def __init__(self, key: memoryview) -> None:
         self._cipher = AESGCM(key)
+        self.decrypt = self._cipher.decrypt
         self.decrypt_into = self._cipher.decrypt_into
         self.alive.add(self)
 
@@ -23,3 +39,14 @@ class WatchedCipher:
         if self.errors:
             raise self.errors.pop()
         return self._cipher.encrypt(nonce, key, aad)
+
+
+class WatchedMac:
+    """In the place of CMAC."""
+
+    alive: ClassVar[weakref.WeakSet[WatchedMac]] = weakref.WeakSet()
+
+    def __init__(self, key: AES) -> None:
+        self._mac = CMAC(key)
+        self.copy = self._mac.copy
+        self.alive.add(self)

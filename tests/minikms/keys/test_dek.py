@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minikms.crypto.aead import XaesCipher
 from minikms.errors import ConflictError, KeyUnreadableError
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord
@@ -21,7 +21,7 @@ AT = "2026-11-24T15:00:00Z"
 KEK = memoryview(bytes(range(32)))
 OTHER_KEK = memoryview(bytes(range(1, 33)))
 DEK = memoryview(bytes(range(64, 96)))
-NONCE = bytes(12)
+NONCE = bytes(24)
 
 
 def made(key_id: str = KEY_ID, thread_id: str = "t1", kek_version: int = 1) -> DekRecord:
@@ -30,7 +30,7 @@ def made(key_id: str = KEY_ID, thread_id: str = "t1", kek_version: int = 1) -> D
         thread_id=thread_id,
         purpose="thread",
         created_at=AT,
-        kek=AESGCM(KEK),
+        kek=XaesCipher(KEK),
         kek_version=kek_version,
         dek=DEK,
         nonce=NONCE,
@@ -79,12 +79,12 @@ def rewrapper() -> dek.Rewrapper:
 @pytest.mark.parametrize("change", [{"thread_id": "t2"}, {"kek_version": 2}, {"wrapped": made().wrapped[:-1]}])
 def test_a_file_that_does_not_unwrap_is_not_rewrapped(change: dict[str, Any]) -> None:
     with pytest.raises(KeyUnreadableError, match="does not unwrap"):
-        rewrapper().rewrap(msgspec.structs.replace(made(), **change), bytes(12))
+        rewrapper().rewrap(msgspec.structs.replace(made(), **change), bytes(24))
 
 
 def test_a_rewrap_changes_the_version_by_one_the_kek_and_nothing_else() -> None:
     before = dek.retired(made(), at=AT, replaced_by=OTHER_ID)
-    after = rewrapper().rewrap(before, bytes(12))
+    after = rewrapper().rewrap(before, bytes(24))
     assert unwrapped(after, OTHER_KEK) == bytes(DEK)
     assert (after.version, after.kek_version) == (before.version + 1, 2)
     assert msgspec.structs.replace(after, version=before.version, kek_version=1, wrapped=before.wrapped) == before
@@ -155,7 +155,7 @@ RECORDS = st.builds(
     version=st.integers(1, dek.VERSION_MAX - 1),
     kek_version=st.integers(1, 2**32 - 1),
     purpose=st.sampled_from(["thread", "data"]),
-    algorithm=st.just("AES-256-GCM"),
+    algorithm=st.just("XAES-256-GCM"),
     state=st.just("active"),
     replaces=st.sampled_from(["", OTHER_ID]),
     replaced_by=st.sampled_from(["", OTHER_ID]),

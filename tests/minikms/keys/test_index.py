@@ -29,7 +29,7 @@ def record(
         version=1,
         kek_version=kek_version,
         purpose=purpose,
-        algorithm="AES-256-GCM",
+        algorithm="XAES-256-GCM",
         state="retired" if state == "retired" else "active",
         retired_at=AT if state == "retired" else "",
     )

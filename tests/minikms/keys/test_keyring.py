@@ -301,7 +301,7 @@ def test_an_inconsistent_body_is_refused(unlocked: UnlockedKeyring) -> None:
 def test_parsing_returns_the_body_and_its_exact_bytes(unlocked: UnlockedKeyring) -> None:
     keyrings.begin(unlocked, NEW_ROOT)
     body_bytes = keyring.encode_body(unlocked.body)
-    assert keyring.parse_file(keyring.encode_file(body_bytes, b"t" * 28)) == (unlocked.body, body_bytes, b"t" * 28)
+    assert keyring.parse_file(keyring.encode_file(body_bytes, b"t" * 40)) == (unlocked.body, body_bytes, b"t" * 40)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_a_damaged_keyring_is_refused_with_the_advice_to_restore(data: bytes) ->
 
 def _altered(unlocked: UnlockedKeyring, **changes: object) -> bytes:
     body = json.loads(keyring.encode_body(unlocked.body)) | changes
-    return keyring.encode_file(json.dumps(body).encode(), b"t" * 28)
+    return keyring.encode_file(json.dumps(body).encode(), b"t" * 40)
 
 
 @pytest.mark.parametrize("change", [{"format": "other"}, {"version": 6}])

@@ -22,6 +22,8 @@ from typing import Literal, NamedTuple
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from tests.harness import decryptor
+
 CHUNK_BYTES = 8 * 1024 * 1024
 WINDOW_BYTES = 4096
 HALF_BYTES = 16
@@ -73,6 +75,15 @@ def ed25519_forms(name: str, seed: bytes) -> list[Needle]:
     clamped = bytes([digest[0] & 0xF8]) + digest[1:31] + bytes([digest[31] & 0x7F | 0x40])
     return [
         Needle(name, "expanded seed", half) for part in (digest[:32], clamped, digest[32:]) for half in _halves(part)
+    ]
+
+
+def cmac_forms(name: str, key: bytes) -> list[Needle]:
+    """What CMAC makes of a 32-byte key (SP 800-38B, 6.1): the encrypted block of zeroes, and K1."""
+    return [
+        Needle(name, form, block)
+        for form, value in (("CMAC block", decryptor.cmac_block(key)), ("CMAC K1", decryptor.k1(key)))
+        for block in (value, _swap_words(value))
     ]
 
 

@@ -16,6 +16,7 @@ import pytest
 from minikms.cli.rootkey import BIND_VARIABLE
 from minikms.crypto.aead import LONG_TEXT_BYTES
 from tests import needs
+from tests.harness import decryptor
 from tests.minikms.memory import scanner
 
 USES = {
@@ -27,6 +28,9 @@ USES = {
     "unwrapping into the arena": "AESGCM(other.view).decrypt_into(bytes(12), sealed, b'aad', slot.view)",
     "wrapping from the arena": "AESGCM(other.view).encrypt(bytes(12), slot.view, b'aad')",
     "rewraps of a turn": "rewrapped(slot.view)",
+    "derivation of a key": "Kdf(slot.view).derive_into(bytes(12), other.view)",
+    "derivations by one object": "derived_by(Kdf(slot.view))",
+    "XAES-256-GCM": "seal(slot.view, bytes(24), b'text' * 50, b'aad')",
     "HMAC": "hmac.digest(slot.view, b'text' * 50, 'sha256')",
     "HMAC of many texts": "macs_of(HMAC(slot.view, SHA256()), b'text' * 50)",
     "sealing with HPKE under an ephemeral key": "hpke.seal(public, b'info', other.view, random=given)",
@@ -45,7 +49,7 @@ CHILD = textwrap.dedent("""
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.hmac import HMAC
     from minikms.crypto import hpke, slots
-    from minikms.crypto.aead import scrub_long_text, scrub_stack
+    from minikms.crypto.aead import Kdf, XaesCipher, scrub_long_text, scrub_stack, seal
     from minikms.keys import dek
     from minikms.memory import SecretArena, fill_random
 
@@ -61,11 +65,15 @@ CHILD = textwrap.dedent("""
             copy.update(text)
             copy.finalize()
 
+    def derived_by(kdf):
+        for number in range(9):
+            kdf.derive_into(bytes([number] * 12), other.view)
+
     def rewrapped(kek):
         with arena.allocate() as key, arena.allocate() as again:
             with dek.Rewrapper(lambda version: kek, 2, key=key.view, again=again.view) as rewrapper:
                 for _ in range(3):
-                    rewrapper.rewrap(record, bytes(12))
+                    rewrapper.rewrap(record, bytes(24))
 
     def given(view):
         view[:] = slot.view
@@ -79,7 +87,7 @@ CHILD = textwrap.dedent("""
     sealed = AESGCM(other.view).encrypt(bytes(12), slot.view, b"aad")
     public = slots.public_key(other.view, "kr_00112233445566ff", "s1")
     made = {"key_id": dek.make_key_id(0, bytes(10)), "thread_id": "t", "purpose": "thread", "created_at": ""}
-    record = dek.new(**made, kek=AESGCM(slot.view), kek_version=1, dek=other.view, nonce=bytes(12))
+    record = dek.new(**made, kek=XaesCipher(slot.view), kek_version=1, dek=other.view, nonce=bytes(24))
     for _ in range(100):
         {use}
     {scrub}
@@ -108,11 +116,9 @@ def traces_of(use: str, *, scrub: str, environment: Mapping[str, str] = {}) -> s
         process.stdin.write(bytes(byte ^ 0x5A for byte in key).hex() + "\n")
         process.stdin.flush()
         assert process.stdout.readline() == "ready\n"
-        needles = [
-            needle
-            for forms in (scanner.forms_of, scanner.ed25519_forms, scanner.x25519_forms, scanner.ghash_forms)
-            for needle in forms("key", key)
-        ]
+        needles = scanner.ed25519_forms("key", key) + scanner.x25519_forms("key", key) + scanner.cmac_forms("key", key)
+        for used in (key, *(decryptor.derived(key, bytes([number] * 12)) for number in range(9))):
+            needles += scanner.forms_of("cipher's key", used) + scanner.ghash_forms("cipher's key", used)
         report = scanner.scan_process(process.pid, needles)
         process.kill()
     return {hit.where.split()[-1] for hit in report.hits}

@@ -15,13 +15,14 @@ import pytest
 
 from minikms.client import Client, KmsError
 from minikms.crypto import shares
-from tests.harness.live_daemon import LiveDaemon
+from tests.harness.live_daemon import LiveDaemon, record_keys
 from tests.minikms.memory import scanner
 from tests.minikms.memory.test_no_key_in_memory import (
     WITHOUT_MEMFD_SECRET,
     assert_unreachable,
     make_keys,
     needles_of,
+    prefix_of,
     storm_of_refused_roots,
     use_mixed,
 )
@@ -86,6 +87,7 @@ def test_after_a_seal_under_load_there_is_no_key_anywhere(readable: SharedDaemon
         key_ids = make_keys(client, 50)
         use_mixed(client, key_ids, 500)
         keys = {f"before: {name}": key for name, key in readable.keys().items()}
+        keys |= record_keys(keys, prefix_of(client, key_ids[0]))
 
         def work() -> None:
             with readable.client() as own:

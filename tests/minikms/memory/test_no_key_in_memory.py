@@ -23,10 +23,10 @@ import pytest
 
 from minikms.cli.rootkey import BIND_VARIABLE
 from minikms.client import Client, DecryptItem, EncryptItem, KmsError, ReencryptItem
-from minikms.crypto.aead import LONG_TEXT_BYTES
+from minikms.crypto.aead import LONG_TEXT_BYTES, PREFIX_BYTES
 from tests import needs
-from tests.harness import live_daemon
-from tests.harness.live_daemon import LiveDaemon
+from tests.harness import decryptor, live_daemon
+from tests.harness.live_daemon import LiveDaemon, record_keys
 from tests.harness.unix_http import UnixConnection
 from tests.minikms.memory import scanner
 
@@ -50,7 +50,12 @@ HARMLESS_SIGNALS = (
 
 def needles_of(keys: dict[str, bytes]) -> list[scanner.Needle]:
     named = {key: name for name, key in keys.items()}
-    found = [needle for key, name in named.items() for needle in scanner.forms_of(name, key)]
+    found = [
+        needle
+        for key, name in named.items()
+        for forms in (scanner.forms_of, scanner.cmac_forms)
+        for needle in forms(name, key)
+    ]
     for name, key in keys.items():
         if "checkpoint seed" in name:
             found += scanner.ed25519_forms(name, key)
@@ -69,6 +74,11 @@ def assert_unreachable(daemon: LiveDaemon, keys: dict[str, bytes]) -> None:
 
 def make_keys(client: Client, count: int) -> list[str]:
     return [client.create_dek_for_thread(f"thread-{number}").key_id for number in range(count)]
+
+
+def prefix_of(client: Client, key_id: str) -> bytes:
+    """What the nonces of the daemon's records begin with."""
+    return client.encrypt(key_id, b"")[:PREFIX_BYTES]
 
 
 def use_mixed(client: Client, key_ids: list[str], count: int, seed: int = 1) -> None:
@@ -243,6 +253,7 @@ def test_after_heavy_use_root_finds_no_key_in_memory_or_core(tmp_path: Path) -> 
             use_mixed(client, key_ids, OPERATIONS_COUNT // 10, seed=2)
             use_batches_in_json(daemon.socket, key_ids, OPERATIONS_COUNT // 20)
         keys |= daemon.keys()
+        keys |= record_keys(keys, prefix_of(client, key_ids[0]))
         assert len(set(keys.values())) > THREADS_COUNT
         assert_unreachable(daemon, keys)
         client.health()
@@ -291,7 +302,9 @@ def test_rotations_of_both_forms_leave_no_old_and_no_new_key_in_memory(tmp_path:
         keys |= storm_of_refused_roots(daemon.socket)
         daemon.wait_for_event("root_removed")
         keys |= daemon.keys(new_root)
-        assert len({key for name, key in keys.items() if "KEK" in name}) == 4  # one for the removed root key
+        keks = {key for name, key in keys.items() if "KEK" in name and "derived" not in name}
+        assert len(keks) == 4  # one for the removed root key
+        keys |= record_keys(keys, prefix_of(client, key_ids[0]))
         assert_unreachable(daemon, keys)
 
 
@@ -360,7 +373,8 @@ def test_a_long_text_leaves_no_power_of_the_hash_key(tmp_path: Path, size: int) 
         for key_id, verb in verbs:
             verb()
             key = daemon.keys()[f"DEK {key_id}"]
-            needles = scanner.forms_of(key_id, key) + scanner.ghash_forms(key_id, key)
+            used = decryptor.derived(key, sealed[source][:PREFIX_BYTES])
+            needles = scanner.forms_of(key_id, key) + scanner.forms_of(key_id, used) + scanner.ghash_forms(key_id, used)
             assert scanner.scan_process(daemon.pid, needles).hits == []
 
 
@@ -414,17 +428,19 @@ def test_no_single_verb_leaves_a_key(tmp_path: Path) -> None:
             if name == "add a root":
                 keys |= {f"of the added root: {key_name}": key for key_name, key in daemon.keys(spare).items()}
             keys |= {f"after {name}: {key_name}": key for key_name, key in daemon.keys(roots[-1]).items()}
-            assert_unreachable(daemon, keys)
+            assert_unreachable(daemon, keys | record_keys(keys, sealed[first][:PREFIX_BYTES]))
 
 
 def test_evicted_keys_leave_no_copy(tmp_path: Path) -> None:
     """Room for four keys and a hundred in use: nearly every operation opens one and evicts another."""
     with LiveDaemon(tmp_path, "file", "--cache-keys", "4") as daemon, daemon.client() as client:
-        use_mixed(client, make_keys(client, THREADS_COUNT), 2_000)
+        key_ids = make_keys(client, THREADS_COUNT)
+        use_mixed(client, key_ids, 2_000)
         memory = client.status().memory
         assert memory.keys_in_memory <= 4
         assert memory.cache_evictions > 1_000
-        assert_unreachable(daemon, daemon.keys())
+        keys = daemon.keys()
+        assert_unreachable(daemon, keys | record_keys(keys, prefix_of(client, key_ids[0])))
 
 
 WITHOUT_MEMFD_SECRET = """

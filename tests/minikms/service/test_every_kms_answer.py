@@ -318,7 +318,7 @@ class World:
         if path == "/get_or_create_dek_for_thread":
             return Ask(method, path, {"thread_id": os.urandom(8).hex()})  # it has no key
         if path == "/rotate_kek":
-            sample = {"key_id": key_id, "ciphertext": b64(bytes(28))}
+            sample = {"key_id": key_id, "ciphertext": b64(bytes(40))}
             return Ask(method, path, {"verify": [sample]} if key_id else {})
         if path == "/generate_data_key":
             return Ask(method, path, {"key_id": key_id or self.key(purpose="data")})
@@ -352,7 +352,7 @@ def _purpose(operation: str) -> dict[str, str]:
     return {"purpose": "data"} if "data_key" in operation else {}
 
 
-_JUNK = b64(bytes(28))
+_JUNK = b64(bytes(40))
 
 
 # --- provocations -----------------------------------------------------------------------------------------------------

@@ -303,7 +303,7 @@ def test_samples_are_opened_before_and_after(own_daemon: LiveDaemon) -> None:
     assert rotate(own_daemon, verify=records.samples()).status == 200
     for changes, code in (
         ({"aad": b64(b"b")}, "decryption_failed"),
-        ({"ciphertext": b64(bytes(28))}, "decryption_failed"),
+        ({"ciphertext": b64(bytes(40))}, "decryption_failed"),
         ({"key_id": "k_" + "0" * 26}, "key_not_found"),
         ({"key_id": "x"}, "invalid_request"),
         ({"ciphertext": "x"}, "invalid_request"),

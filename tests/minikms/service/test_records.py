@@ -36,8 +36,8 @@ def test_a_ciphertext_is_nonce_ciphertext_and_tag_and_never_the_same_twice(daemo
     key_id = new_key(daemon)
     sealed = {encrypted(daemon, key_id, b"hello") for _ in range(50)}
     assert len(sealed) == 50
-    assert {len(base64.b64decode(one)) for one in sealed} == {12 + 5 + 16}
-    assert len({base64.b64decode(one)[:12] for one in sealed}) == 50
+    assert {len(base64.b64decode(one)) for one in sealed} == {24 + 5 + 16}
+    assert len({base64.b64decode(one)[:24] for one in sealed}) == 50
 
 
 def test_it_opens_under_the_aad_that_it_was_sealed_with_and_no_other(daemon: LiveDaemon) -> None:
@@ -139,10 +139,10 @@ def test_an_item_of_a_batch_is_answered_as_decrypt_answers_it_alone(daemon: Live
         {**good, "key_id": ""},
         {**good, "key_id": destroyed, "ciphertext": last},
         {**good, "ciphertext": ""},
-        {**good, "ciphertext": b64(bytes(27))},
-        {**good, "ciphertext": b64(bytes(28))},
+        {**good, "ciphertext": b64(bytes(39))},
+        {**good, "ciphertext": b64(bytes(40))},
         {**good, "ciphertext": "AB=="},
-        {**good, "ciphertext": b64(bytes(api.PLAINTEXT_BYTES_MAX + 29))},
+        {**good, "ciphertext": b64(bytes(api.PLAINTEXT_BYTES_MAX + 41))},
         {**good, "aad": "AB=="},
         {**good, "aad": b64(bytes(api.AAD_BYTES_MAX + 1))},
     ]
@@ -321,4 +321,4 @@ def test_the_wrapped_key_is_answered_as_it_is_on_disk(daemon: LiveDaemon) -> Non
     created = post(daemon, "/create_dek_for_thread", {"thread_id": "t"}).body
     wrapped = ask(daemon, "GET", f"/get_wrapped?key_id={created['key_id']}").body
     assert wrapped == {"wrapped": created["wrapped"]}
-    assert len(base64.b64decode(wrapped["wrapped"])) == 12 + 32 + 16
+    assert len(base64.b64decode(wrapped["wrapped"])) == 24 + 32 + 16

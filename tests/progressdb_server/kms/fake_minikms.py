@@ -76,7 +76,7 @@ class Keys:
         return AESGCM(bytes.fromhex(record["key"]))
 
     def encrypt(self, item: dict[str, str]) -> dict[str, str]:
-        nonce = os.urandom(12)
+        nonce = os.urandom(24)
         aad = base64.b64decode(item.get("aad", ""))
         sealed = self.cipher(item, seal=True).encrypt(nonce, base64.b64decode(item["plaintext"]), aad)
         return {"ciphertext": base64.b64encode(nonce + sealed).decode()}
@@ -85,7 +85,7 @@ class Keys:
         sealed = base64.b64decode(item["ciphertext"])
         try:
             opened = self.cipher(item, seal=False).decrypt(
-                sealed[:12], sealed[12:], base64.b64decode(item.get("aad", ""))
+                sealed[:24], sealed[24:], base64.b64decode(item.get("aad", ""))
             )
         except InvalidTag:
             raise Refused(400, "decryption_failed") from None

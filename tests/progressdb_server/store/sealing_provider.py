@@ -96,13 +96,13 @@ class SealingProvider:
         cipher = self._key(item.key_id, item.thread_id)
         if item.key_id in self.retired:
             raise refusal("key_retired", "key retired")
-        nonce = os.urandom(12)
+        nonce = os.urandom(24)
         return nonce + cipher.encrypt(nonce, item.plaintext, item.key_id.encode() + b"|" + item.aad)
 
     def _open(self, item: DecryptItem) -> bytes:
         cipher = self._key(item.key_id, item.thread_id)
         try:
-            return cipher.decrypt(item.ciphertext[:12], item.ciphertext[12:], item.key_id.encode() + b"|" + item.aad)
+            return cipher.decrypt(item.ciphertext[:24], item.ciphertext[24:], item.key_id.encode() + b"|" + item.aad)
         except (InvalidTag, ValueError) as error:  # the latter for a nonce that is cut short
             raise refusal("decryption_failed", "decryption failed") from error
 

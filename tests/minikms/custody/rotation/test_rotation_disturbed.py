@@ -13,9 +13,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from minikms.crypto import aead
+from minikms.crypto.aead import XaesCipher
 from minikms.custody import deks, files, rewrap_journal, rotation
 from minikms.custody.batch_backups import BatchBackups
 from minikms.custody.deks import DekStore
@@ -24,6 +23,7 @@ from minikms.errors import ArenaFullError, KeyUnreadableError, MiniKmsError, Sto
 from minikms.keys import dek, keyring
 from minikms.memory.arena import SecretArena, SecretSlot
 from tests.harness.vaults import opened_vault
+from tests.minikms.custody import watched_cipher
 from tests.minikms.custody.disk_faults import refuse
 from tests.minikms.custody.watched_cipher import WatchedCipher
 
@@ -252,11 +252,11 @@ def test_no_cipher_outlives_its_turn_when_a_pass_fails(
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(20)
             await one.begin(None)
-            monkeypatch.setattr(dek, "AESGCM", WatchedCipher)
+            watched_cipher.watch(monkeypatch)
             monkeypatch.setattr(DekStore, "read_many", failing)
             running = asyncio.create_task(one.rotation.run())
             while not running.done():
-                assert not WatchedCipher.alive
+                assert not watched_cipher.alive()
                 await asyncio.sleep(0)
             assert not errors and not WatchedCipher.errors
             assert kept[0].__traceback__ is not None
@@ -521,9 +521,9 @@ def test_a_file_that_is_put_back_is_rewrapped_after_a_root_was_removed(
 def test_a_key_that_does_not_survive_its_rewrap_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, opened = aead.open_with, itertools.count()
+    real, opened = XaesCipher.open_into, itertools.count()
 
-    def spoilt(cipher: AESGCM, sealed: bytes, aad: bytes, target: memoryview) -> None:
+    def spoilt(cipher: XaesCipher, sealed: bytes, aad: bytes, target: memoryview) -> None:
         real(cipher, sealed, aad, target)
         target[0] ^= next(opened)  # the second time, which is the new wrapping, by 1
 
@@ -532,7 +532,7 @@ def test_a_key_that_does_not_survive_its_rewrap_is_not_replaced(
             [key_id] = await one.make(1)
             before = one.file(key_id).read_bytes()
             with monkeypatch.context() as patched:
-                patched.setattr(aead, "open_with", spoilt)
+                patched.setattr(XaesCipher, "open_into", spoilt)
                 await one.rotate()
             assert one.file(key_id).read_bytes() == before
             assert "did not survive" in one.vault.unreadable.listed()[key_id]

@@ -1,0 +1,196 @@
+"""Records under a DEK: their nonces, the keys that are derived for them, and the ciphers of a turn.
+
+Owns: drawing the prefixes of nonces (see `aead`), the derived keys in the arena, and the cipher objects until the turn
+of the event loop ends. Many records share a prefix, so that few keys are derived: at most RECORDS_PER_PREFIX records of
+a run, in all, have one prefix. Nothing of this is on disk.
+
+Invariants:
+- A prefix and the rest of each nonce come from the kernel's generator. A process that was copied while it ran (by a
+  snapshot of its virtual machine, say) repeats nonces; the threat model says so.
+- At most DERIVED_KEYS_MAX derived keys are in the arena, and no more than take half of it. One goes with its DEK
+  (`RecordKey.release`).
+- A cipher object and a `Kdf` hold key schedules, so `RecordKeys.end_turn` drops them, and so does `release`.
+- A `RecordKey` may have been released as soon as another key is opened; then each use of it raises.
+
+It must never do I/O, or return anything but an error for what does not open.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from typing import Final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from minikms.crypto.aead import (
+    LONG_TEXT_BYTES,
+    NONCE_BYTES,
+    OVERHEAD_BYTES,
+    PREFIX_BYTES,
+    Kdf,
+    scrub_long_text,
+    scrub_stack,
+)
+from minikms.errors import DecryptionError
+from minikms.memory.arena import SecretArena, SecretSlot
+
+RECORDS_PER_PREFIX: Final = 1 << 24
+"""So that 2^40 records under one DEK repeat a nonce with a chance below 2^-32: docs/spec/formats.md derives it."""
+DERIVED_KEYS_MAX: Final = 16_384
+CIPHERS_MAX: Final = 64
+"""Of one DEK in one turn: each is about a kilobyte."""
+
+_SUFFIX_BYTES: Final = NONCE_BYTES - PREFIX_BYTES
+_POOL_COUNT: Final = 512
+_TOO_SHORT: Final = "the ciphertext is too short to hold a nonce and a tag"
+_DOES_NOT_OPEN: Final = "the ciphertext does not open under this key, thread and aad"
+
+
+class RecordKeys:
+    """What the opened DEKs of a run share. Each start and each unseal makes a new one, with a new prefix."""
+
+    def __init__(self, arena: SecretArena) -> None:
+        self._arena = arena
+        self._derived_keys_max = min(DERIVED_KEYS_MAX, arena.slots // 2)
+        self._derived: OrderedDict[SecretSlot, tuple[RecordKey, bytes]] = OrderedDict()
+        """The derived keys, each with its DEK and prefix, oldest first."""
+        self.used: list[RecordKey] = []
+        """The DEKs that have ciphers in this turn."""
+        self.prefix = b""
+        """Of the next record."""
+        self._left = 0
+        self.suffixes: list[bytes] = []
+        """The rest of the nonces of the next records under `prefix`. Each is used once. They are not secret."""
+
+    def next_suffix(self) -> bytes:
+        """The rest of the next record's nonce. It may change `prefix`."""
+        if not self.suffixes:
+            if not self._left:
+                self.prefix = os.urandom(PREFIX_BYTES)
+                self._left = RECORDS_PER_PREFIX
+            count = min(_POOL_COUNT, self._left)
+            self._left -= count
+            drawn = os.urandom(_SUFFIX_BYTES * count)
+            self.suffixes = [drawn[start : start + _SUFFIX_BYTES] for start in range(0, len(drawn), _SUFFIX_BYTES)]
+        return self.suffixes.pop()
+
+    def end_turn(self) -> None:
+        """Drops the ciphers of the turn (OpenSSL clears their memory) and overwrites the used part of the stack."""
+        for key in self.used:
+            key.ciphers.clear()
+            key.kdf = None
+        self.used.clear()
+        scrub_stack()
+
+    def derived(self, key: RecordKey, prefix: bytes, kdf: Kdf) -> SecretSlot:
+        """A new derived key."""
+        if len(self._derived) >= self._derived_keys_max:
+            slot, (owner, former) = self._derived.popitem(last=False)
+            del owner.derived[former]
+            slot.release()
+        slot = self._arena.allocate()
+        kdf.derive_into(prefix, slot.view)
+        self._derived[slot] = key, prefix
+        return slot
+
+    def release(self, slot: SecretSlot) -> None:
+        """Zeroes a derived key."""
+        del self._derived[slot]
+        slot.release()
+
+
+class RecordKey:
+    """A DEK in the arena, which seals and opens records. `release` zeroes it and what was derived from it."""
+
+    __slots__ = ("_keys", "ciphers", "derived", "kdf", "slot")
+
+    def __init__(self, slot: SecretSlot, keys: RecordKeys) -> None:
+        self.slot = slot
+        self._keys = keys
+        self.derived: dict[bytes, SecretSlot] = {}
+        """By prefix. `RecordKeys` bounds them."""
+        self.ciphers: dict[bytes, AESGCM] = {}
+        """By prefix, for the current turn of the event loop only."""
+        self.kdf: Kdf | None = None
+        """Likewise."""
+
+    @property
+    def view(self) -> memoryview:
+        """The key."""
+        return self.slot.view
+
+    def release(self) -> None:
+        self.ciphers.clear()
+        self.kdf = None
+        for slot in self.derived.values():
+            self._keys.release(slot)
+        self.derived.clear()
+        self.slot.release()
+
+    def seal(self, plaintext: bytes | memoryview, aad: bytes) -> bytes:
+        """nonce | ciphertext | tag of one record."""
+        # As `seal_next`, without a call of it: every request to encrypt comes here.
+        keys = self._keys
+        suffixes = keys.suffixes
+        suffix = suffixes.pop() if suffixes else keys.next_suffix()
+        prefix = keys.prefix
+        sealed = (self.ciphers.get(prefix) or self._cipher(prefix)).encrypt(suffix, plaintext, aad)
+        if len(plaintext) > LONG_TEXT_BYTES:
+            scrub_long_text()
+        return prefix + suffix + sealed
+
+    def open(self, sealed: bytes, aad: bytes) -> bytes:
+        """The plaintext of one record. Raises DecryptionError."""
+        try:
+            return self.open_next(sealed, aad)
+        finally:
+            if len(sealed) > LONG_TEXT_BYTES + OVERHEAD_BYTES:
+                scrub_long_text()
+
+    # For many records: the caller calls `scrub_long_text` after the last one.
+
+    def seal_next(self, plaintext: bytes | memoryview, aad: bytes) -> bytes:
+        keys = self._keys
+        suffixes = keys.suffixes
+        suffix = suffixes.pop() if suffixes else keys.next_suffix()
+        prefix = keys.prefix
+        return prefix + suffix + (self.ciphers.get(prefix) or self._cipher(prefix)).encrypt(suffix, plaintext, aad)
+
+    def open_next(self, sealed: bytes, aad: bytes) -> bytes:
+        if len(sealed) < OVERHEAD_BYTES:
+            raise DecryptionError(_TOO_SHORT)
+        prefix = sealed[:PREFIX_BYTES]
+        try:  # without a name for the cipher: whoever keeps the error would keep it in this frame
+            return (self.ciphers.get(prefix) or self._cipher(prefix)).decrypt(
+                sealed[PREFIX_BYTES:NONCE_BYTES], sealed[NONCE_BYTES:], aad
+            )
+        except InvalidTag:
+            raise DecryptionError(_DOES_NOT_OPEN) from None
+
+    def check_next(self, sealed: bytes, aad: bytes, scratch: memoryview) -> None:
+        """Raises DecryptionError unless the record opens. Its plaintext is in `scratch`, which the caller zeroes."""
+        if len(sealed) < OVERHEAD_BYTES:
+            raise DecryptionError(_TOO_SHORT)
+        prefix, target = sealed[:PREFIX_BYTES], scratch[: len(sealed) - OVERHEAD_BYTES]
+        try:
+            (self.ciphers.get(prefix) or self._cipher(prefix)).decrypt_into(
+                sealed[PREFIX_BYTES:NONCE_BYTES], sealed[NONCE_BYTES:], aad, target
+            )
+        except InvalidTag:
+            raise DecryptionError(_DOES_NOT_OPEN) from None
+
+    def _cipher(self, prefix: bytes) -> AESGCM:
+        """The cipher of the derived key, kept until the turn ends. Making one costs twice as much as using it."""
+        if not self.ciphers and self.kdf is None:
+            self._keys.used.append(self)
+        elif len(self.ciphers) >= CIPHERS_MAX:
+            self.ciphers.clear()
+        slot = self.derived.get(prefix)
+        if slot is None:
+            if self.kdf is None:
+                self.kdf = Kdf(self.slot.view)
+            slot = self.derived[prefix] = self._keys.derived(self, prefix, self.kdf)
+        cipher = self.ciphers[prefix] = AESGCM(slot.view)
+        return cipher
