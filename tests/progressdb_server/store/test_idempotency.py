@@ -56,7 +56,7 @@ def test_another_request_under_the_same_key_is_a_conflict() -> None:
         with pytest.raises(IdempotencyConflictError):
             await store.create_thread(author="ann", title="x", idempotency=RETRY)
         other = Idempotency(scope="another scope", key=RETRY.key)
-        assert (await store.create_message(new(2), idempotency=other)).body == 2
+        assert (await store.create_message(new(2), idempotency=other)).value == 2
 
     with_store(run)
 

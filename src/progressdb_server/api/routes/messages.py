@@ -69,6 +69,7 @@ from progressdb_server.store.model import (
     ConversationStore,
     MessageNotFoundError,
     NewMessage,
+    json_decoder,
 )
 
 INVALID_LIMIT: Final = "limit must be a whole number that is not negative"
@@ -177,7 +178,7 @@ class MessageBody(msgspec.Struct):
     reactions: dict[str, str] | None = None
 
 
-_MESSAGE_DECODER: Final = msgspec.json.Decoder(MessageBody)
+_MESSAGE_DECODER: Final = json_decoder(MessageBody)
 _UNCHECKED_BYTES_MAX: Final = limits.REQUEST_BYTES_MAX // 4
 """The store writes the JSON of a body again. JSON grows less than fourfold by that (`1e15,` becomes
 `1000000000000000.0,`), so that the length of a shorter body needs no check.

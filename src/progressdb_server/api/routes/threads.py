@@ -47,7 +47,7 @@ from progressdb_server.api.routes.errors import (
     TOO_MANY_MEMBERS,
 )
 from progressdb_server.api.routes.table import Operation
-from progressdb_server.store.model import ConversationStore
+from progressdb_server.store.model import ConversationStore, json_decoder
 
 TITLE_TOO_LONG: Final = "title too long"
 TITLE_REQUIRED: Final = "title is required"
@@ -71,7 +71,7 @@ class MembersBody(msgspec.Struct):
     members: list[str]
 
 
-_DECODER: Final = msgspec.json.Decoder(ThreadBody)
+_DECODER: Final = json_decoder(ThreadBody)
 _MEMBERS_DECODER: Final = msgspec.json.Decoder(MembersBody)
 
 
