@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -183,6 +184,31 @@ def test_a_body_that_would_stall_the_loop_is_refused(name: str, method: str, pat
     api = Prepared()
     sent = b'{"author":"alice","title":"x","id":"x","reaction":"x","userId":"x","body":' + raw + b"}"
     assert_refused(api, api.call(method, path, raw=sent), status)
+
+
+@pytest.mark.parametrize("number", ["1e300", "9.9e307", "1e-320", "2.2250738585072011e-308"])
+def test_no_number_costs_much_more_than_another(number: str) -> None:
+    """In time of this process's processor. A common way to read some floats takes hundreds of times as long."""
+    api = Api()
+
+    def cost_s(text: str) -> float:
+        raw = b'{"author": "alice", "body": [' + b",".join([text.encode()] * 20_000) + b"]}"
+        found = []
+        for _ in range(3):
+            begun_s = time.process_time()
+            reply = api("POST", "/v1/messages", raw=raw, key=BACKEND)
+            found.append(time.process_time() - begun_s)
+            assert reply.json["body"] == [float(text)] * 20_000
+        return min(found)
+
+    assert cost_s(number) < 10 * cost_s("0.5")
+
+
+@pytest.mark.parametrize("number", ["1e309", "-1e400", "1" + "0" * 310 + ".0"])
+def test_a_number_beyond_every_float_is_refused(number: str) -> None:
+    api = Api()
+    raw = b'{"author": "alice", "body": [' + number.encode() + b"]}"
+    assert api("POST", "/v1/messages", raw=raw, key=BACKEND).status == 400
 
 
 def test_long_texts_of_any_characters_are_stored() -> None:
