@@ -399,7 +399,7 @@ REFUSALS = [
     for status, sentences in error_texts(operation).items()
     for sentence in dict.fromkeys(sentences)
     if key.split(" ", 1)[1] not in ("/", "/docs", "/docs/", "/docs/style.css", "/openapi.yaml")
-    and status != 431  # of the connection: `test_every_answer` provokes it
+    and status != 431  # of the connection: test_every_answer.py provokes it
 ]
 
 
