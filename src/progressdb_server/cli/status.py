@@ -50,7 +50,7 @@ def status(
 
     Exit status: 0 both work, 1 one cannot do its work, 2 the server does not answer.
     """
-    chosen = load_config(addr=addr, db=db, config=config, with_data=False).config
+    chosen = load_config(addr=addr, db=db, config=config, with_data=addr is None).config
     while True:
         page, exit_status = _ask(chosen)
         if watch and not json and sys.stdout.isatty():
