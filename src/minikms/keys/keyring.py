@@ -553,29 +553,31 @@ def check_sealed(body: Body) -> None:
 
 
 def promote(body: Body, *, at: str) -> Body:
-    """Step 3 of a rotation: the pending KEK version becomes active, and the active one retired. Removed root keys that
-    can't open the new version are retired.
-    """
+    """Step 3 of a rotation: the pending KEK version becomes active, and the active one retired."""
     keks: list[Kek] = []
-    active = 0
     for kek in body.keks:
         if kek.state == "active":
             keks.append(msgspec.structs.replace(kek, state=move_kek(kek.state, "retire"), retired_at=at))
         elif kek.state == "pending":
             keks.append(msgspec.structs.replace(kek, state=move_kek(kek.state, "promote")))
-            active = kek.version
         else:
             keks.append(kek)
+    return next_epoch(body, at=at, keks=tuple(keks), rotation=None)
+
+
+def end_revocation(body: Body, *, at: str) -> Body:
+    """Retires the removed root keys that can't open the active KEK version, once every DEK file is under it."""
+    active = body.wrapping_kek.version if body.rotation is None else 0
     done = tuple(
         RetiredRoot(root.fingerprint, root.removed_at, line_owed=True)
         for root in body.revoking
         if root.kek_version <= active
     )
+    if not done:
+        return body
     return next_epoch(
         body,
         at=at,
-        keks=tuple(keks),
-        rotation=None,
         revoking=tuple(root for root in body.revoking if root.kek_version > active),
         retired_roots=(*body.retired_roots, *done)[-RETIRED_ROOTS_MAX:],
     )
