@@ -57,8 +57,8 @@ ROOT_TEST_DAYS_MAX: Final = 90
 KEKS_OPEN_COUNT_MAX: Final = 64
 """KEK versions that are not destroyed. Each takes a slot of the arena."""
 AUDIT_KEYS_COUNT_MAX: Final = 1024
-"""Each removal of a root key takes one, and nothing frees them: a line of the log is verified under its own key. Each
-takes two slots of the arena and about 400 bytes of the file.
+"""Each removal of a root key takes one, and it stays as long as a line of the log is under it. Each takes two slots of
+the arena and about 400 bytes of the file.
 """
 AUDIT_KEYS_COUNT_WARN: Final = 900
 KEK_WRAPS_LEASE: Final = 2**16
@@ -502,12 +502,19 @@ def add_audit_key(body: Body, key: AuditKey, *, at: str) -> Body:
     return next_epoch(body, at=at, audit_keys=(*body.audit_keys, key))
 
 
+def without_audit_keys(body: Body, *, before: int) -> Body:
+    """The body without the audit keys below version `before`, which no line of the log is under. The epoch stays."""
+    kept = tuple(key for key in body.audit_keys if key.version >= before)
+    return msgspec.structs.replace(body, audit_keys=kept or body.audit_keys[-1:])
+
+
 def check_takes_audit_key(body: Body) -> None:
     """Raises ConflictError if the keyring can't hold another audit key."""
     if len(body.audit_keys) >= AUDIT_KEYS_COUNT_MAX:
         raise ConflictError(
             f"the keyring holds {AUDIT_KEYS_COUNT_MAX} audit keys, which is the limit of a data directory: no root key "
-            "can be removed or replaced any more; move the messages to a new data directory"
+            "can be removed or replaced any more. A start forgets those whose lines were removed from the audit log, "
+            "as --audit-keep-mib does"
         )
 
 
