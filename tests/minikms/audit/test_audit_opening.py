@@ -396,7 +396,7 @@ def test_any_damage_to_the_unconfirmed_ends_of_many_logs_is_set_aside(tmp_path: 
     check_power_cuts(tmp_path, random.randrange(2**32), 3000)
 
 
-def test_a_confirmed_line_is_refused_when_altered_in_a_log_that_lost_its_end(tmp_path: Path) -> None:
+def test_a_confirmed_line_is_refused_when_altered_beside_damage(tmp_path: Path) -> None:
     """Wherever it is altered, beside damage that is set aside; and so is a log that ends before."""
     kill_confirmed(tmp_path, 2)
     content = (tmp_path / LOG).read_bytes()
