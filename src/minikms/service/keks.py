@@ -236,7 +236,6 @@ class KekVerbs:
                 await self.drop_replaced_roots()
                 self._resolve_end()
                 self._ends.pop(rotation.to_version, None)
-                self.finishing = None
         finally:
             self.finishing = None
 
@@ -247,6 +246,7 @@ class KekVerbs:
         pause = REVOCATION_RETRY_SECONDS
         while (rotation := await self._running_or_begun()) is None and self._vault.keyring.body.revoking:
             self._asked.clear()
+            self.finishing = None
             try:
                 await self._rotation.end_revocation()
                 unread = self._rotation.unread
