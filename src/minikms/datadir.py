@@ -35,6 +35,7 @@ from minikms.audit.reader import LOG_NAME, DamagedSegmentError, each_segment, li
 from minikms.audit.record import Head
 from minikms.audit.recovery import IF_RESTORED, AuditKeys
 from minikms.crypto.aead import NonceSource, scrub_stack
+from minikms.crypto.shares import SHARES_COUNT_MAX
 from minikms.custody import create_log, deks, files, keyring_file, rewrap_journal, rotation_backups, tombstone_file
 from minikms.custody.backup import register
 from minikms.custody.create_log import Completed, CreateLog
@@ -53,9 +54,15 @@ from minikms.memory.arena import SecretArena, SecretSlot, fill_random
 from minikms.roots.pin import PinFile
 from minikms.roots.providers import RootProvider
 
-KEYRING_SLOTS: Final = 2 * keyring.AUDIT_KEYS_COUNT_MAX + keyring.KEKS_OPEN_COUNT_MAX + 2 * keyring.SLOTS_MAX + 64
-"""Arena slots beside the cached DEKs: pairs of audit keys, KEK versions, the authentication keys of slots and given
-shares of a root key, and 64 for root keys, keyring keys, the tombstone key and keys in the making.
+KEYRING_SLOTS: Final = (
+    2 * keyring.AUDIT_KEYS_COUNT_MAX
+    + keyring.KEKS_OPEN_COUNT_MAX
+    + keyring.SLOTS_MAX
+    + keyring.SLOTS_MAX * SHARES_COUNT_MAX
+    + 64
+)
+"""Arena slots beside the cached DEKs: pairs of audit keys, KEK versions, the authentication keys of slots, given shares
+of every set, and 64 for root keys, keyring keys, the tombstone key and keys in the making.
 """
 EPOCH_TAIL_BYTES_MAX: Final = 32 * 1024 * 1024
 """How much of the end of the audit log is searched for epochs."""
