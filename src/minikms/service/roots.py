@@ -157,7 +157,7 @@ class RootVerbs:
                 self._keks.ensure_running()  # after an error too: the slot may be gone
         gone = self._revoking(slot_id)
         if gone is None:
-            raise NotFoundError("no root key has this slot; see GET /roots")
+            raise NotFoundError("no root key has this slot; `minikms root list` (GET /roots) shows them")
         event.facts = self._facts(gone)
         return self._describe_revoking(gone)
 
@@ -210,7 +210,7 @@ def _slot(body: Body, slot_id: str) -> Slot:
     """Raises NotFoundError."""
     slot = body.slot(slot_id) if api.SLOT_ID_PATTERN.fullmatch(slot_id) else None
     if slot is None:
-        raise NotFoundError("no root key has this slot; see GET /roots")
+        raise NotFoundError("no root key has this slot; `minikms root list` (GET /roots) shows them")
     return slot
 
 
@@ -238,6 +238,6 @@ def _check_another_was_tested(body: Body, slot_id: str) -> None:
     oldest = rfc3339(now_ns() - keyring.ROOT_TEST_DAYS_MAX * _DAY_NS)  # times of this form sort as text
     if not any(slot.tested_at >= oldest for slot in body.slots if slot.slot_id != slot_id):
         raise NotTestedError(
-            f"no other root key was tested in the last {keyring.ROOT_TEST_DAYS_MAX} days; test one first, with POST "
-            "/roots/{slot_id}/test"
+            f"no other root key was tested in the last {keyring.ROOT_TEST_DAYS_MAX} days; test one first, with "
+            "`minikms root test` (POST /roots/{slot_id}/test)"
         )
