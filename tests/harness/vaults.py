@@ -35,7 +35,7 @@ async def create(
 ) -> DekRecord:
     """A new key, as the verb makes it, with its file."""
     record = await vault.create_in_log(thread_id, purpose=purpose, replaces=replaces, permit=permit)
-    await vault.creates.file_made(record.id)
+    await vault.journal.file_made(record.id)
     return record
 
 
@@ -51,7 +51,6 @@ class OpenedVault:
         self.log = data.log
         self.slot = data.slot
         self.replayed = data.replayed
-        self.creates_completed = data.creates_completed
         self.arena = vault.arena
         self.reader = reader
         self.rotation = KekRotation(vault, reader=reader, disk=disk)
