@@ -135,6 +135,7 @@ class Journal:
     async def retire(self, held: HeldKeys, old: bytes, new: bytes) -> None:
         """Changes the file of the one key whose lock is held; durable on return. Raises StorageUnavailableError."""
         [key_id] = held.require()
+        await self.file_made(key_id)  # by the group that creates it
         [outcome] = await self.change([Change(key_id, old, new)])
         if outcome is not None:
             raise outcome

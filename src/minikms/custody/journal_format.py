@@ -26,7 +26,8 @@ SECTOR_BYTES: Final = 512
 """The smallest unit that a disk writes whole."""
 BLANK: Final = bytes(RECORD_BYTES)
 """A record that is unused, or was that of a destroyed key."""
-_NONE: Final = bytes(FILE_BYTES)
+_NONE: Final = b"\xff" * FILE_BYTES
+"""The old content where there was no file. Not zeros: a sector of zeros was not written."""
 
 
 class Change(NamedTuple):

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from minikms import api
 from minikms.audit import Event
 from minikms.client import Client, errors
-from minikms.custody import create_log
+from minikms.custody import journal
 from minikms.custody.deks import HeldKeys
 from minikms.custody.files import make_file
 from minikms.errors import StorageUnavailableError
@@ -195,7 +195,7 @@ def test_a_create_that_is_refused_is_an_error(tmp_path: Path, monkeypatch: pytes
                 raise StorageUnavailableError("the disk is full")
 
             with monkeypatch.context() as patch:
-                patch.setattr(one.vault.creates, "write_group", full)
+                patch.setattr(one.vault.journal, "write", full)
                 with pytest.raises(StorageUnavailableError):
                     await one.vault.get_or_create("t", purpose="thread")
             assert (await one.vault.get_or_create("t", purpose="thread"))[1]
@@ -251,8 +251,8 @@ def test_the_line_of_a_create_is_written_before_another_gets_the_key(
         async with opened_vault(tmp_path / "d") as one:
             await one.indexing.run()
             await one.make(1, "another")  # reserves wraps
-            monkeypatch.setattr(create_log, "syncfs_reports", lambda _directory: True)
-            monkeypatch.setattr(create_log, "make_file", slowly)
+            monkeypatch.setattr(journal, "syncfs_reports", lambda _directory: True)
+            monkeypatch.setattr(journal, "make_file", slowly)
             table = VerbTable(Kept())
             KeyVerbs(one.vault, table, one.indexing)
 

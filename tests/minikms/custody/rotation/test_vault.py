@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minikms.custody.deks import DekStore
-from minikms.custody.rotation_backups import RotationBackups
+from minikms.custody.backups import RotationBackups
 from minikms.errors import (
     ArenaFullError,
     ConflictError,
