@@ -157,7 +157,8 @@ class Journal:
             if failure is None and job.result().made:
                 self._store.made(contents)
             else:
-                recorded = {change.key_id for change in self._records if change is not None}
+                recorded = {each.key_id: each.new for each in self._records if each is not None}
+                self._store.making({key_id: recorded[key_id] for key_id in contents if key_id in recorded})
                 self._store.made([key_id for key_id in contents if key_id not in recorded])
                 if self._settling is None or self._settling.done():
                     self._settling = loop.create_task(self._settle_failed())
@@ -292,9 +293,8 @@ class Journal:
             except OSError:
                 self._failed = True
         if self._failed:
-            of_keys = chains(change for change in self._records if change is not None)
-            _write_anew(self._store, of_keys.values())
-            self._store.made(of_keys)
+            _write_anew(self._store, chains(change for change in self._records if change is not None).values())
+        self._store.made({change.key_id for change in self._records if change is not None})
         self._failed = True  # if the removal fails: what is written to a removed file is lost
         remove_file(self._directory_fd, NAME)
         self._close_files()
