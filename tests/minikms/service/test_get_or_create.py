@@ -195,7 +195,7 @@ def test_a_create_that_is_refused_is_an_error(tmp_path: Path, monkeypatch: pytes
                 raise StorageUnavailableError("the disk is full")
 
             with monkeypatch.context() as patch:
-                patch.setattr(one.vault.journal, "write", full)
+                patch.setattr(one.vault.journal, "change", full)
                 with pytest.raises(StorageUnavailableError):
                     await one.vault.get_or_create("t", purpose="thread")
             assert (await one.vault.get_or_create("t", purpose="thread"))[1]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from minikms.custody.deks import DekStore
 from minikms.custody.backups import RotationBackups
+from minikms.custody.deks import DekStore
 from minikms.errors import (
     ArenaFullError,
     ConflictError,
