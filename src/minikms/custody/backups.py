@@ -317,11 +317,14 @@ class RotationBackups:
         """The records that are not blank; none of a file that was removed meanwhile. Raises KeyUnreadableError."""
         try:
             with self._opened(file.stamp) as descriptor:
-                return _kept(_content(descriptor, file.name))
+                content = _content(descriptor, file.name)
         except FileNotFoundError:
             return []
         except StorageUnavailableError as error:
             raise KeyUnreadableError(f"the backup {_place(file)} can't be read: {error}") from None
+        if (len(content) - len(journal_format.MAGIC)) % journal_format.RECORD_BYTES:
+            raise KeyUnreadableError(f"the backup {_place(file)} can't be read: a part of it is missing")
+        return _kept(content)
 
     def files_of(self, key_ids: Iterable[str]) -> list[KeysWithin]:
         """The files that may have records of these keys. Raises StorageUnavailableError."""
