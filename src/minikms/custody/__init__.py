@@ -1,4 +1,4 @@
-"""The data directory: atomic files, DEK files, the keyring file, use leases, rotation, backups.
+"""The data directory: atomic files, DEK files, the keyring file, rotation, backups.
 
 Owns: the content of the data directory, except the audit log. Invariants: a file is replaced whole or not at all, and
 is durable before the caller gets an answer; every change of several files can be interrupted at any system call, and

@@ -1,7 +1,7 @@
 """Files of the data directory: durable, atomic writes, bounded reads, and the lock on the directory.
 
-Owns: every write below the data directory except those to the lease journal, the create log and the audit log; the wall
-clock and the two ways to write a time (both in UTC, both sort as text); the creation of private directories; the lock.
+Owns: every write below the data directory except those to the create log and the audit log; the wall clock and the two
+ways to write a time (both in UTC, both sort as text); the creation of private directories; the lock.
 Callers pass the descriptor of an open directory (`open_directory`) and plain file names.
 
 A file is replaced in four steps, always in this order: write a temporary file in the same directory (O_EXCL,
