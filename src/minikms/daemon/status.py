@@ -256,6 +256,7 @@ def _http(server: HttpServer[Session] | None) -> dict[str, int]:
     return {
         "connections": server.connections_count if server else 0,
         "connections_max": server.limits.connections_max if server else 0,
+        "unread_bytes": server.unread if server else 0,
         "requests": server.requests if server else 0,
         "refused": server.refused if server else 0,
         "accept_failures": server.accept_failures if server else 0,
