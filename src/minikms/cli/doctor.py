@@ -450,6 +450,7 @@ def _daemon(path: str, server_uid: int | None, *, alone: bool) -> Iterator[Findi
     with daemon_client(path, server_uid) as kms:
         try:
             status = kms.status()
+            yield from status_findings(status)
         except KmsError as error:
             if alone:
                 raise
@@ -465,8 +466,6 @@ def _daemon(path: str, server_uid: int | None, *, alone: bool) -> Iterator[Findi
             else:
                 what, _, do = explained(error)[0].partition(". ")
                 yield problem("daemon", what, do)
-            return
-        yield from status_findings(status)
 
 
 def status_findings(status: api.StatusAnswer) -> Iterator[Finding]:

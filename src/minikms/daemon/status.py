@@ -128,7 +128,8 @@ class StatusPage:
         found: list[str] = []
         if self._settings.root.warning:
             found.append(self._settings.root.warning)
-        if os.geteuid() in self._policy.policy.allowed:
+        own, allowed = os.geteuid(), self._policy.policy.allowed
+        if own in allowed and not allowed - {own, 0}:  # nobody else can be the message server
             found.append(
                 "the daemon's own uid may connect: this protects against leaks, not against a compromised server, "
                 "which can read the key file and the data directory; run the two under separate users (deploy/systemd)"

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from minikms import api
@@ -40,7 +40,7 @@ from minikms.policy import Charge, Cost, Grant, Meters, Policy, Principal, Scope
 
 _DECRYPTS: Final = frozenset({api.DECRYPT, api.DECRYPT_BATCH})
 _REENCRYPTS: Final = frozenset({api.REENCRYPT_BATCH, api.CHECK_BATCH})
-_CREATES: Final = frozenset({api.CREATE_DEK, api.GET_OR_CREATE_DEK})
+CREATES: Final = frozenset({api.CREATE_DEK, api.GET_OR_CREATE_DEK})
 DESTROYED_COUNT_MAX: Final = 4096
 _NO_THREAD_CHAR: Final = "?"
 _NO_THREAD: Final = ""
@@ -246,26 +246,21 @@ class ScopedKeys:
         self.refresh()
         return all(self._scope.decide(role, thread_id) is not None for role in self.verb.roles)
 
+    def permit_all_threads(self) -> None:
+        """For a verb that concerns the keys of every thread. Raises as `refresh`, and ForbiddenError."""
+        self.refresh()
+        if any(self._scope.anywhere(role) is None for role in self.verb.roles):
+            raise ForbiddenError("this concerns the keys of all threads, and the policy allows it in some threads only")
+
     # --- limits ------------------------------------------------------------------------------------------------------
 
-    def charge(self, request: Any) -> Awaitable[None] | None:
-        """Takes what the request needs from the limits of the grants that decide it; awaitable where a budget has to
-        reach the disk first. Keys that are not allowed are left out: a request for no other keys counts as one request
-        of the first grant with the role. Raises LimitExceededError, KeysNotReadError.
+    def charge(self, request: Any) -> None:
+        """Takes what the request needs from the limits of the grants that decide it. Keys that are not allowed are left
+        out: a request for no other keys counts as one request of the first grant with the role. Raises
+        LimitExceededError, KeysNotReadError.
         """
-        costs = self._costs(request)
-        charge = self._access.meters.charge(self.who.scope, costs, self._entered)
-        if not isinstance(charge, Charge):
-            return self._charged_later(charge)
-        self._is_charged()
-        return None
-
-    async def _charged_later(self, charge: Awaitable[Charge]) -> None:
-        await charge
-        self._is_charged()
-
-    def _is_charged(self) -> None:
-        """Counts the keys that were refused. A request that a limit refused has no answer that concerns them."""
+        self._access.meters.charge(self.who.scope, self._costs(request), self._entered)
+        # A request that a limit refused has no answer that concerns the keys that were refused.
         self._access.refusals["unknown_key"] += self._not_counted or 0
         self._not_counted = None
 
@@ -280,7 +275,7 @@ class ScopedKeys:
             items[grants[0]] += count  # once, also where several roles are needed
             for grant in grants[1:]:
                 items[grant] += 0
-        thread_id = request.thread_id if self.verb in _CREATES else None
+        thread_id = request.thread_id if self.verb in CREATES else None
         if thread_id is not None and api.THREAD_ID_PATTERN.fullmatch(thread_id) is None:
             thread_id = None  # the verb refuses it
         if not items or thread_id is not None:
@@ -295,10 +290,6 @@ class ScopedKeys:
         if self.verb in _DECRYPTS:
             return Cost(decrypts=items)
         return Cost(reencrypts=items) if self.verb in _REENCRYPTS else Cost()
-
-    def end_turn(self) -> None:
-        """As `Vault.end_turn`."""
-        self._access.vault.end_turn()
 
     # --- the vault ---------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ def new_key(arena: SecretArena, keys: RecordKeys, raw: bytes | None = None) -> R
     return RecordKey(slot, keys)
 
 
-def test_a_record_opens_by_another_implementation_and_under_its_own_key_only(arena: SecretArena) -> None:
+def test_a_record_opens_elsewhere_and_under_its_own_key_only(arena: SecretArena) -> None:
     keys, raw = RecordKeys(arena), os.urandom(32)
     key, other = new_key(arena, keys, raw), new_key(arena, keys)
     for sealed in (key.seal(b"text", b"aad"), key.seal_next(b"text", b"aad")):

@@ -3,7 +3,7 @@
 All of it runs in one thread, so that a system call has one number.
 
 `crash_driver.py SCENARIO DIRECTORY` writes "begin" to stderr after its preparations. To stdout it writes each promise
-after the call returned: "told", a name and its content; "grown" and a line; or
+after the call returned: "told", a name and its content; or
 "destroyed" and a key. After an error it writes "refused" and tries once more.
 """
 
@@ -15,12 +15,10 @@ import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor, Future
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from minikms.custody import rotation
-from minikms.custody.appended_file import AppendedFile
 from minikms.custody.files import FileWrite, open_directory, remove_file, replace_file, write_files
 from minikms.custody.vault import Vault
 from minikms.datadir import DataDir, Options, lock_data_dir, open_for_service
@@ -64,25 +62,6 @@ def many(directory: int) -> None:
 def remove(directory: int) -> None:
     insist(lambda: remove_file(directory, "f0"))
     tell("told f0 -")
-
-
-def grow(directory: int) -> None:
-    file = AppendedFile(directory, "lines", bytes_max=1 << 20)
-    content = file.read() or b""
-    content = content[: content.rfind(b"\n") + 1]
-
-    def put(line: bytes) -> None:
-        if file.appendable:
-            file.append(line)
-        else:
-            file.replace(content)
-
-    for number in range(4):
-        line = f"{os.getpid()}-{number}\n".encode()
-        content += line
-        insist(partial(put, line))
-        tell(f"grown {line.decode().strip()}")
-    file.close()
 
 
 class SameThread(Executor):
@@ -220,7 +199,6 @@ SCENARIOS = {
     "create": create,
     "many": many,
     "remove": remove,
-    "grow": grow,
     "destroy": destroy,
     "rewrap": rewrap,
     "replay": replay,

@@ -46,7 +46,6 @@ SCENARIOS = (
     "create",
     "many",
     "remove",
-    "grow",
     "destroy",
     "rewrap",
     "replay",
@@ -58,7 +57,6 @@ SLICE = {
     "create": 4,
     "many": 8,
     "remove": 3,
-    "grow": 8,
     "destroy": 18,
     "rewrap": 23,
     "replay": 15,
@@ -100,8 +98,6 @@ def prepare(place: Path, scenario: str) -> None:
         return
     if scenario == "destroy":
         asyncio.run(keys_to_destroy(place))
-        return
-    if scenario == "grow":
         return
     for number in range(3):
         (place / f"f{number}").write_bytes(b"old")
@@ -157,13 +153,8 @@ def check(place: Path, scenario: str, stdout: bytes, *, temps: bool) -> None:
     # In this process they look like those of an earlier one, as they do to a daemon that starts again.
     assert sweep_temps(directory) <= (6 if temps else 0)
     names = {path.name for path in place.iterdir()}
-    if scenario == "grow":
-        assert names <= {"lines"}
-        kept = (place / "lines").read_text().splitlines() if names else []
-        assert {line[1] for line in lines if line[0] == "grown"} <= set(kept)
-    else:
-        check_files(place, {line[1]: line[2] for line in lines if line[0] == "told"})
-        assert names <= {"f0", "f1", "f2", "f3", "f4", "g0"}
+    check_files(place, {line[1]: line[2] for line in lines if line[0] == "told"})
+    assert names <= {"f0", "f1", "f2", "f3", "f4", "g0"}
     os.close(directory)
 
 
