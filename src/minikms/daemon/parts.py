@@ -158,6 +158,10 @@ class Parts:
             reload=policy.reload,
         )
 
+    def watch_disk(self) -> None:
+        """Logs when the disk has become nearly full."""
+        self._page.watch_disk()
+
     def serve_on(self, server: HttpServer[Session]) -> None:
         """Named to `/status`, which counts its connections."""
         self._page.server = server

@@ -268,6 +268,7 @@ class Daemon:
             lambda: parts.app.flush_refusals_every(HOUSEKEEPING_SECONDS),
             lambda: _every(HOUSEKEEPING_SECONDS, parts.vault.expire),
             lambda: _every(HOUSEKEEPING_SECONDS, parts.upkeep.tick),
+            lambda: _every(HOUSEKEEPING_SECONDS, parts.watch_disk),
             lambda: self._sweep_temps(parts, parts.workers.reader),
             parts.indexing.run,
             parts.lifecycle.complete_destructions,
