@@ -75,7 +75,7 @@ def test_init_prints_the_next_commands_to_paste(tmp_path: Path) -> None:
     assert f"\n  minikms status --socket {tmp_path}/minikms.sock\n" in made.stdout
 
 
-def test_a_daemon_that_takes_connections_and_never_answers_is_looked_up_in_its_log(tmp_path: Path) -> None:
+def test_a_daemon_that_never_answers_is_looked_up_in_its_log(tmp_path: Path) -> None:
     """As the socket of systemd, while the service ends at each start."""
     tmp_path.chmod(0o700)
     with socket.socket(socket.AF_UNIX) as listener:
