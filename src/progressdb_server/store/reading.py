@@ -340,14 +340,12 @@ class Reading(Threads):
             for batch in self._batches(thread_id, lower, upper, include_deleted):
                 opening.append(loop.create_task(self._list(thread_id, batch, given)))
                 if len(opening) > LIST_BATCHES_AHEAD:
-                    yield await opening[0]
-                    opening.popleft()
+                    yield await opening.popleft()
                     yield []  # the next one has to wait for the key service
                 else:
                     await asyncio.sleep(0)  # so that it is on its way while the next one is read
             while opening:
-                yield await opening[0]
-                opening.popleft()
+                yield await opening.popleft()
                 if opening:
                     yield []
             if tag is not None and given.whole:

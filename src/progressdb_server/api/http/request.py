@@ -11,6 +11,7 @@ called thousands of times a second.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from itertools import accumulate
 from typing import Any, Final, Protocol, TypeVar
 
@@ -52,7 +53,7 @@ sends it."""
 class DirectChannel(Protocol):
     """Reads a body and sends a response without ASGI messages, each of which costs a coroutine and a dictionary.
 
-    Neither method waits. If a method can't finish at once, it does nothing and the caller uses ASGI messages.
+    No method waits. If one can't finish at once, it does nothing and the caller uses ASGI messages.
     """
 
     def received_body(self) -> bytes | None:
@@ -65,6 +66,10 @@ class DirectChannel(Protocol):
 
     def send_response(self, status: int, headers: Sequence[Header], body: bytes) -> bool:
         """Send a complete response with its Content-Length. Returns False if nothing was sent."""
+        ...
+
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        """The context in which a list is read and sent (`shares.Turn`)."""
         ...
 
 
