@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
-import ipaddress
 import json
 import socket
 import ssl
@@ -19,8 +17,8 @@ import httptools
 import pytest
 
 from progressdb_server.api.http import framing, limits
-from progressdb_server.config import Tls
 from tests.progressdb_server.api.asgi_client import BACKEND, Api
+from tests.progressdb_server.api.certificates import self_signed
 from tests.progressdb_server.api.http_server import (
     HttpServer,
     closed_within,
@@ -396,35 +394,8 @@ def test_a_stop_finishes_what_is_in_flight_and_takes_nothing_new(monkeypatch: py
 
 
 # --- TLS --------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def certificate(tmp_path: Path) -> Tls:
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "progressdb test")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    cert_file, key_file = tmp_path / "cert.pem", tmp_path / "key.pem"
-    cert_file.write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    key_file.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return Tls(cert_file=str(cert_file), key_file=str(key_file))
-
-
-def test_with_a_certificate_the_server_speaks_tls_only(certificate: Tls) -> None:
+def test_with_a_certificate_the_server_speaks_tls_only(tmp_path: Path) -> None:
+    certificate = self_signed(tmp_path)
     trusting = ssl.create_default_context(cafile=certificate.cert_file)
     with running(tls=certificate) as server:
         with trusting.wrap_socket(server.connect(), server_hostname="127.0.0.1") as connection:
@@ -454,5 +425,6 @@ def test_with_a_certificate_the_server_speaks_tls_only(certificate: Tls) -> None
 )
 def test_a_target_is_cut_as_the_parser_cuts_it(target: bytes) -> None:
     parsed = httptools.parse_url(target)
-    head = framing.parse_head(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target)
+    raw = b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target
+    head = framing.parse_head(raw, 0, len(raw))
     assert (head.path, head.query) == (parsed.path, parsed.query or b"")

@@ -20,17 +20,18 @@ from progressdb_server.api.http import limits
 from progressdb_server.api.http.errors import Header
 
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_REQUEST_LINE: Final = re.compile(rb"([A-Z]{1,32}) ([!-~]+) HTTP/(1\.[01])\r\n")
+_REQUEST_LINE: Final = re.compile(
+    rb"([A-Z]{1,32}) "
+    rb"(https?://[^/?#\x00-\x20\x7f-\xff]+)?(/[!-\"$->@-~]*)?(?:\?([!-\"$-~]*))?(?:#[!-~]*)?"
+    rb" HTTP/(1\.[01])\r\n"
+)
 _FIELD: Final = re.compile(rb"(?<=\n)(%b):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n" % _TOKEN)
-_TARGET: Final = re.compile(rb"(?:https?://[^/?#]+)?((?:/[^?#]*)?)(?:\?([^#]*))?(?:#.*)?")
-_LENGTH: Final = re.compile(rb"[0-9]{1,18}")
 _CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 _SINGLE: Final = (b"host", b"content-length", b"transfer-encoding", b"expect")
-_UNSUPPORTED: Final = frozenset({b"CONNECT", b"PRI"})
+_LENGTH_DIGITS_MAX: Final = 18
 
 CHUNKED: Final = -1
 """`Head.length` of a chunked body."""
-END_OF_HEAD: Final = b"\r\n\r\n"
 
 
 class HttpError(Exception):
@@ -54,22 +55,23 @@ class Head(NamedTuple):
     expects_continue: bool
 
 
-def parse_head(raw: bytes) -> Head:
-    """Parse a head, from the method to the empty line inclusive."""
-    if len(raw) > limits.HEAD_BYTES_MAX:
+def parse_head(data: bytes, at: int, end: int) -> Head:
+    """Parse the head in `data` from `at` to `end`, from the method to the empty line inclusive."""
+    if end - at > limits.HEAD_BYTES_MAX:
         raise HttpError(431)
-    line = _REQUEST_LINE.match(raw)
+    line = _REQUEST_LINE.match(data, at, end)
     if line is None:
         raise HttpError(400)
-    method, url, version = line.groups()
-    headers = [(name.lower(), value.strip(b" \t")) for name, value in _FIELD.findall(raw, line.end())]
-    if len(headers) != raw.count(b"\n") - 2:  # a line is no field
+    method, origin, path, query, version = line.groups()
+    headers = [(name.lower(), value.strip()) for name, value in _FIELD.findall(data, line.end(), end)]
+    if len(headers) != data.count(b"\n", at, end) - 2:  # a line is no field
         raise HttpError(400)
     if len(headers) > limits.HEADERS_COUNT_MAX:
         raise HttpError(431)
-    target = _TARGET.fullmatch(url)
-    if target is None or not (target[1] or url.startswith(b"http")) or method in _UNSUPPORTED:
-        raise HttpError(400)
+    if path is None:
+        if origin is None:
+            raise HttpError(400)
+        path = b"/"
     named = dict(headers)
     if len(named) != len(headers):
         names = [name for name, _ in headers]
@@ -78,16 +80,20 @@ def parse_head(raw: bytes) -> Head:
     is_1_1 = version == b"1.1"
     if is_1_1 and b"host" not in named:
         raise HttpError(400)
-    return Head(
-        method,
-        target[1] or b"/",
-        target[2] or b"",
-        version,
-        headers,
-        is_1_1 and (b"connection" not in named or not _closes(headers)),
-        _body_length(named, is_1_1),
-        is_1_1 and b"expect" in named and named[b"expect"].lower() == b"100-continue",
-    )
+    length = named.get(b"content-length")
+    if b"transfer-encoding" in named:
+        if length is not None or not is_1_1 or named[b"transfer-encoding"].lower() != b"chunked":
+            raise HttpError(400)
+        body_length = CHUNKED
+    elif length is None:
+        body_length = 0
+    elif length.isdigit() and len(length) <= _LENGTH_DIGITS_MAX:
+        body_length = int(length)
+    else:
+        raise HttpError(400)
+    keep_alive = is_1_1 and (b"connection" not in named or not _closes(headers))
+    expects_continue = is_1_1 and b"expect" in named and named[b"expect"].lower() == b"100-continue"
+    return Head(method, path, query or b"", version, headers, keep_alive, body_length, expects_continue)
 
 
 def check_beginning(data: bytes) -> None:
@@ -101,20 +107,6 @@ def check_beginning(data: bytes) -> None:
 def _closes(headers: list[Header]) -> bool:
     tokens = b",".join(value for name, value in headers if name == b"connection").lower().split(b",")
     return b"close" in [token.strip(b" \t") for token in tokens]
-
-
-def _body_length(named: dict[bytes, bytes], is_1_1: bool) -> int:
-    length = named.get(b"content-length")
-    coding = named.get(b"transfer-encoding")
-    if coding is not None:
-        if length is not None or not is_1_1 or coding.lower() != b"chunked":
-            raise HttpError(400)
-        return CHUNKED
-    if length is None:
-        return 0
-    if _LENGTH.fullmatch(length) is None:
-        raise HttpError(400)
-    return int(length)
 
 
 class Chunks:

@@ -87,27 +87,27 @@ class _Opening:
         self._acceptor = acceptor
         self._connection = connection
         self._group = group
-        self.task = acceptor.serving.loop.create_task(self._open())
+        self._task = acceptor.serving.loop.create_task(self._open())
+        self._task.add_done_callback(self._opened)
 
     def close_idle(self) -> None:
         """See `shares.Closable`."""
-        self.task.cancel()
+        self._task.cancel()
 
     async def _open(self) -> None:
-        acceptor = self._acceptor
-        serving, context = acceptor.serving, acceptor.context
-        try:
-            await serving.loop.connect_accepted_socket(
-                partial(Connection, serving),
-                self._connection,
-                ssl=context,
-                ssl_handshake_timeout=None if context is None else limits.HANDSHAKE_SECONDS_MAX,
-            )
-        except (OSError, asyncio.CancelledError):  # it is gone, does not speak TLS, or takes too long
+        serving, context = self._acceptor.serving, self._acceptor.context
+        await serving.loop.connect_accepted_socket(
+            partial(Connection, serving),
+            self._connection,
+            ssl=context,
+            ssl_handshake_timeout=None if context is None else limits.HANDSHAKE_SECONDS_MAX,
+        )
+
+    def _opened(self, task: asyncio.Task[None]) -> None:
+        self._acceptor.opening.discard(self)
+        self._acceptor.serving.shares.busy(self._group, self)
+        if task.cancelled() or task.exception() is not None:  # it is gone, does not speak TLS, or takes too long
             self._connection.close()
-        finally:
-            acceptor.opening.discard(self)
-            serving.shares.busy(self._group, self)
 
 
 class _Acceptor:
@@ -129,7 +129,7 @@ class _Acceptor:
             self.serving.loop.remove_reader(self._listener.fileno())
         self._listener.close()
         for opening in list(self.opening):
-            opening.task.cancel()
+            opening.close_idle()
 
     def _listen(self) -> None:
         self._pause = None

@@ -54,26 +54,28 @@ _ERROR_TEXTS: Final = {
 class Cycle:
     """One request and its response, for ASGI and as a `request.DirectChannel`."""
 
+    # What is the same for most requests is set on the class, which costs a request nothing.
+    more_body = True
+    body_refused = False
+    disconnected = False
+    response_started = False
+    response_complete = False
+    task: asyncio.Task[None] | None = None
+    _body: bytes | bytearray = b""
+    _received_bytes = 0
+    _account: BodyAccount | None = None
+    _caller: tuple[Principal, str | None] | None = None
+    _has_news = False
+    _event: asyncio.Event | None = None
+    _response_start: MutableMapping[str, Any] | None = None
+    _chunked: bool | None = None
+    _length_left = 0
+
     def __init__(self, connection: Connection, scope: MutableMapping[str, Any], head: framing.Head) -> None:
+        self.connection = connection
         self.scope = scope
         self.keep_alive = head.keep_alive
         self.waits_for_continue = head.expects_continue
-        self.more_body = True
-        self.body_refused = False
-        self.disconnected = False
-        self.response_started = False
-        self.response_complete = False
-        self.task: asyncio.Task[None] | None = None
-        self.connection = connection
-        self._body: bytes | bytearray = b""
-        self._received_bytes = 0
-        self._account: BodyAccount | None = None
-        self._caller: tuple[Principal, str | None] | None = None
-        self._has_news = False
-        self._event: asyncio.Event | None = None
-        self._response_start: MutableMapping[str, Any] | None = None
-        self._chunked: bool | None = None
-        self._length_left = 0
 
     async def run(self) -> None:
         connection = self.connection
@@ -193,7 +195,7 @@ class Cycle:
             return False
         if CLOSE in headers:
             self.keep_alive = False
-        elif not self._stays_open():
+        elif not self.keep_alive or (self.waits_for_continue and not self._stays_open()):
             headers = (*headers, CLOSE)
         lines = [b"%b: %b\r\n" % header for header in headers]
         head = b"".join((_STATUS_LINES[status], connection.serving.date, *lines, b"content-length: %d\r\n" % len(body)))
@@ -320,36 +322,36 @@ class Connection(asyncio.Protocol):
     """The bounds and rules above, on the transport of one client."""
 
     transport: asyncio.Transport
+    group = ""
+    """By what the bounds of one address are counted."""
+    scheme = "http"
+    write_paused = False
+    _client: tuple[str, int] | None = None
+    _server: tuple[str, int] | None = None
+    _cycle: Cycle | None = None
+    """The request that was begun last."""
+    _input = b""
+    """Received; used up to `_at`."""
+    _at = 0
+    _held: BodyAccount | None = None
+    """What `_input` takes from the budget of bodies while a request before it is handled."""
+    _in_body = False
+    _body_left = 0
+    _chunks: framing.Chunks | None = None
+    _ended = False
+    """No further request is begun."""
+    _eof = False
+    _read_paused = False
+    _drained: asyncio.Future[None] | None = None
+    _expecting = False
+    """Whether the client is expected to send: a request has begun or the connection is new, and it is not whole."""
+    _deadline_s = math.inf
+    """When the connection is closed unless something happens, on the loop's clock."""
+    _timer: asyncio.TimerHandle | None = None
+    _timer_at_s = math.inf
 
     def __init__(self, serving: Serving) -> None:
         self.serving = serving
-        self.group = ""
-        """By what the bounds of one address are counted."""
-        self.scheme = "http"
-        self.write_paused = False
-        self._client: tuple[str, int] | None = None
-        self._server: tuple[str, int] | None = None
-        self._cycle: Cycle | None = None
-        """The request that was begun last."""
-        self._input = b""
-        """Received; used up to `_at`."""
-        self._at = 0
-        self._held: BodyAccount | None = None
-        """What `_input` takes from the budget of bodies while a request before it is handled."""
-        self._in_body = False
-        self._body_left = 0
-        self._chunks: framing.Chunks | None = None
-        self._ended = False
-        """No further request is begun."""
-        self._eof = False
-        self._read_paused = False
-        self._drained: asyncio.Future[None] | None = None
-        self._expecting = False
-        """Whether the client is expected to send: a request has begun or the connection is new, and it is not whole."""
-        self._deadline_s = math.inf
-        """When the connection is closed unless something happens, on the loop's clock."""
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at_s = math.inf
 
     # --- the transport's calls ----------------------------------------------------------------------------------
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -532,11 +534,15 @@ class Connection(asyncio.Protocol):
             if self._in_body and cycle is not None and not cycle.response_complete:
                 return  # the application says when it takes more of the body
         elif not self._expecting or cycle is not None:
-            self._expecting = False
-            self._close_at(self.serving.loop.time() + limits.IDLE_SECONDS_MAX)
-            self.serving.shares.idle(self.group, self)
+            self._idle()
         self._give_back_held()
         self.resume_reading()
+
+    def _idle(self) -> None:
+        """Wait for the next request."""
+        self._expecting = False
+        self._close_at(self.serving.loop.time() + limits.IDLE_SECONDS_MAX)
+        self.serving.shares.idle(self.group, self)
 
     def _hold(self) -> None:
         """Requests have come before their turn: read no more, and count what there is."""
@@ -566,13 +572,13 @@ class Connection(asyncio.Protocol):
         data, at = self._input, self._at
         while data.startswith(b"\r\n", at):  # RFC 9112, section 2.2
             at += 2
-        end = data.find(framing.END_OF_HEAD, at) + len(framing.END_OF_HEAD)
-        if end < len(framing.END_OF_HEAD):
+        end = data.find(b"\r\n\r\n", at) + 4
+        if end < 4:
             self._use(at)
             if self._input:
                 framing.check_beginning(data[at:])
             return False
-        head = framing.parse_head(data[at:end])
+        head = framing.parse_head(data, at, end)
         self._use(end)
         self._begin(head)
         return True
@@ -600,7 +606,6 @@ class Connection(asyncio.Protocol):
             "raw_path": raw_path,
             "query_string": head.query,
             "headers": head.headers,
-            "state": {},
         }
         self._cycle = cycle = Cycle(self, scope, head)
         scope[DIRECT] = cycle
@@ -644,8 +649,10 @@ class Connection(asyncio.Protocol):
             self._ended = True
             self._input = b""
             self.transport.close()
-        elif not self.transport.is_closing():
+        elif self._input or self._in_body or self.write_paused or self._eof or self._ended:
             self._advance()
+        else:
+            self._idle()
 
 
 def _address(name: Any) -> tuple[str, int] | None:
