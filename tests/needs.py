@@ -35,6 +35,7 @@ _DEBIAN_PACKAGES = {
     "h2load": "nghttp2-client",
     "make": "make",
     "mount": "mount",
+    "nginx": "nginx",
     "openssl": "openssl",
     "promtool": "prometheus",
     "setpriv": "util-linux",

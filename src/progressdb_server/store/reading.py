@@ -47,7 +47,7 @@ LIST_MESSAGES_MAX: Final = 256
 """Of one batch of a list or of a message's versions."""
 LIST_MESSAGES_FIRST: Final = 128
 """Of the first batch of a list: it is answered while the key service works on the next one."""
-LIST_BYTES_MAX: Final = 2 * 1024 * 1024
+LIST_BYTES_MAX: Final = 512 * 1024
 """Of sealed parts in one batch of a list, exceeded by one message at most."""
 LIST_BATCHES_AHEAD: Final = 1
 VERSIONS_BYTES_MAX: Final = 1024 * 1024

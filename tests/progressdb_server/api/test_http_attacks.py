@@ -107,7 +107,7 @@ def test_pipelined_bytes_of_all_connections_are_in_the_budget_of_bodies(held: He
 # --- Upgrade ----------------------------------------------------------------------------------------------------
 def test_the_body_of_a_request_that_asks_for_an_upgrade_is_its_own() -> None:
     api = Api()
-    smuggled = post(b'{"author":"mallory","body":"smuggled"}')
+    smuggled = b"\r\n" * 400_000 + post(b'{"author":"mallory","body":"smuggled"}')
     with running(api) as server:
         upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\n"
         responses = server.exchange(post(smuggled, upgrade) + post(more=upgrade))

@@ -1,4 +1,4 @@
-"""HTTP/1.1 byte by byte against a real server: what uvicorn lets through and this server does not."""
+"""HTTP/1.1 byte by byte against a real server."""
 
 from __future__ import annotations
 
