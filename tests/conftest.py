@@ -51,6 +51,10 @@ def as_root() -> None:
     needs.root()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--failed-to", metavar="FILE", help="when tests fail, write their ids to FILE, for `pytest @FILE`")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("random" if config.getoption("markexpr") == "torture" else "repeatable")
     if not hasattr(config, "workerinput"):  # once, before xdist starts its processes
@@ -64,8 +68,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(TORTURE_S_MAX))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Close the run with what was skipped, why, and the command that installs what is missing."""
-    skipped = terminalreporter.stats.get("skipped", [])
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode, config: pytest.Config
+) -> None:
+    """Close the run with what was skipped, why, and the command that installs what is missing; list what failed.
+
+    A run that was interrupted, or that pytest itself ended, writes no list: its other tests never ran.
+    """
+    stats = terminalreporter.stats
+    if (path := config.getoption("--failed-to")) and exitstatus == pytest.ExitCode.TESTS_FAILED:
+        failed = dict.fromkeys(report.nodeid for report in [*stats.get("failed", []), *stats.get("error", [])])
+        Path(path).write_text("".join(f"{nodeid}\n" for nodeid in failed))
+    skipped = stats.get("skipped", [])
     for line in needs.report(report.longrepr[2] for report in skipped):
         terminalreporter.write_line(line)

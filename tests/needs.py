@@ -34,6 +34,8 @@ _DEBIAN_PACKAGES = {
     "go": "golang-go",
     "h2load": "nghttp2-client",
     "make": "make",
+    "mkfs.btrfs": "btrfs-progs",
+    "mkfs.ext4": "e2fsprogs",
     "mount": "mount",
     "nginx": "nginx",
     "openssl": "openssl",
@@ -139,6 +141,12 @@ def linux(version: str, available: bool) -> None:
     """Continue only where the kernel has what came with Linux `version`. No package can provide a newer kernel."""
     if not available:
         pytest.skip(f"needs Linux {version} or newer")
+
+
+def memory_disks() -> None:
+    """Continue only where root can make compressed disks in memory (zram). No package can add them to a kernel."""
+    if not os.access("/sys/class/zram-control/hot_add", os.R_OK):
+        pytest.skip("needs a kernel with zram, and the right to make its disks")
 
 
 def machine(*supported: str) -> None:

@@ -15,17 +15,15 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import msgspec
 
 from minikms import api
-from minikms.api import Verb
 from minikms.audit import AuditLog, Event
-from minikms.client.asynchronous import AsyncVerbs
-from minikms.client.calls import Call, make_call
+from minikms.client.calls import Call
 from minikms.client.errors import KmsClosedError, refusal
-from minikms.client.items import Sent
+from minikms.client.verbs import AsyncRunner, Many, One, Operation, Verbs
 from minikms.client.wire import Answer
 from minikms.custody.vault import Indexing, Vault
 from minikms.datadir import KEYRING_SLOTS, Options, lock_data_dir, open_for_service
@@ -41,8 +39,7 @@ from minikms.service.keys import KeyVerbs
 from minikms.service.lifecycle import LifecycleVerbs
 from minikms.service.records import RecordVerbs
 
-R = TypeVar("R", bound=api.Request)
-A = TypeVar("A")
+T = TypeVar("T")
 
 CACHE_KEYS_MAX: Final = 256
 
@@ -72,7 +69,7 @@ class _DirectAudit:
             await asyncio.to_thread(self._log.fdatasync)
 
 
-class EmbeddedClient(AsyncVerbs):
+class EmbeddedClient(Verbs, AsyncRunner):
     """The methods of AsyncClient without a socket. Belongs to one event loop.
 
     Refusals are those of `minikms.client.errors`; no call fails because a daemon is away.
@@ -113,23 +110,20 @@ class EmbeddedClient(AsyncVerbs):
         await self._no_calls.wait()
         await self._open.aclose()
 
-    async def _call(
-        self,
-        verb: Verb[R, A],
-        request: R | Sent | bytearray,
-        request_id: str | None = None,
-        *,
-        timeout_s: float | None = None,
-        named: str = "",
-    ) -> A:
-        call = make_call(verb, request, request_id, named)
+    async def _run(self, operation: Operation[T]) -> T:
+        if isinstance(operation, Many):
+            return cast("T", [outcome for one in operation.split() for outcome in await self._run_one(one)])
+        return await self._run_one(cast("One[T]", operation))
+
+    async def _run_one(self, one: One[T]) -> T:
+        call = one.call(msgpack=False)
         if self._closed:
             call.wipe()
             raise KmsClosedError("the client is closed")
         self._calls_count += 1
         self._no_calls.clear()
         try:
-            body = await self._perform(call, request)
+            body = await self._perform(call, one.request)
         except MiniKmsError as error:
             raise refusal(error.code, str(error), error.status) from None
         finally:
@@ -138,7 +132,7 @@ class EmbeddedClient(AsyncVerbs):
             self._calls_count -= 1
             if self._calls_count == 0:
                 self._no_calls.set()
-        return call.read(Answer(200, body, reusable=True))
+        return one.value(call.read(Answer(200, body, reusable=True)))
 
     async def _perform(self, call: Call[Any], request: object) -> bytes:
         verb = call.verb

@@ -1,9 +1,10 @@
 """The root key source `passphrase:`: Argon2id (RFC 9106) of a passphrase that a person types.
 
 Owns: the configuration file (docs/spec/unlock.md), its bounds, and the derivation. Invariants: salt and parameters come
-from the configuration only, and are bounded: whoever writes it can't weaken a new passphrase below the lower bounds.
-The upper bounds, 4 GiB of memory and 64 passes, can still cost minutes, or more memory than a small machine has. The
-derived key is written into the arena. It must never keep a passphrase or a key.
+from the configuration only, which nobody but root and this user could have written. They are bounded: whoever writes it
+can't weaken a new passphrase below the lower bounds. The upper bounds, 4 GiB of memory and 64 passes, can still cost
+minutes, or more memory than a small machine has. The derived key is written into the arena. It must never keep a
+passphrase or a key.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import stat
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from minikms.errors import StartError
 from minikms.memory import SLOT_BYTES
 from minikms.sync import sync_file
+from minikms.trusted_file import ROOT_UID, read_trusted
 
 VERSION: Final = 1
 CONFIG_BYTES_MAX: Final = 64 * 1024
@@ -42,7 +43,6 @@ _SALT: Final = re.compile(rf"[0-9A-Za-z]{{{SALT_CHARS_MIN},{SALT_CHARS_MAX}}}", 
 _MEMORY_KIB_OF_A_LANE: Final = 8
 """The least that Argon2 allows."""
 _OVERWRITES_COUNT: Final = 8
-_WRITABLE_BY_OTHERS: Final = 0o022
 _CONFIG_MODE: Final = 0o644
 _CONFIG: Final = """\
 # How `minikms-unlock` derives a root key from a passphrase. This is no secret, and without it the passphrase opens
@@ -80,22 +80,9 @@ def make_config(path: Path) -> Parameters:
 
 def read_config(path: Path) -> Parameters:
     """Raises StartError, which says what is wrong with the file."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
-    except OSError as error:
-        raise StartError(
-            f"{path} can't be read: {error.strerror}. For a new passphrase, make it with "
-            "`minikms-unlock init-passphrase`"
-        ) from None
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise StartError(f"{path} is not a regular file")
-        if status.st_uid not in (0, os.geteuid()) or status.st_mode & _WRITABLE_BY_OTHERS:
-            raise StartError(
-                f"others can change {path}: it must belong to root or to this user; run: chmod go-w {path}"
-            )
-        data = file.read(CONFIG_BYTES_MAX + 1)
+    if not os.path.lexists(path):
+        raise StartError(f"there is no {path}. For a new passphrase, make it with `minikms-unlock init-passphrase`")
+    data = read_trusted(path, (ROOT_UID, os.geteuid()), what="configuration", bytes_max=CONFIG_BYTES_MAX)
     if len(data) > CONFIG_BYTES_MAX:
         raise StartError(f"{path} is larger than {CONFIG_BYTES_MAX} bytes")
     try:

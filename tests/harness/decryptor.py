@@ -17,6 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from tests.vectors import mlkem
+
 SUITE = b"HPKE" + bytes.fromhex("647a 0001 0002")
 
 
@@ -99,6 +101,7 @@ def open_slot(body: dict[str, Any], slot: dict[str, Any], root: bytes) -> Opened
         "ML-KEM seed z": seeds[32:64],
         "X25519 key": seeds[64:],
         "authentication key": auth,
+        "ML-KEM message": mlkem.message(seeds[:64], sealed[:1088]),
         "ML-KEM shared secret": shared_m,
         "X25519 shared secret": shared_x,
         "KEM shared secret": shared,

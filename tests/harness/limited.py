@@ -115,15 +115,23 @@ class Limited:
         self.policy.replace(parse_policy(b"version = 1\n" + policy.encode()))
 
     def begin(self, who: Principal, verb: Verb[Any, Any], request: api.Request) -> bytes | Awaitable[Any]:
-        """The answer, or what to await for it. Raises MiniKmsError."""
-        answer = self.table[verb](who, request, "")
+        """The answer, or what to await for it. The request counts until `Meters.end_turn`. Raises MiniKmsError."""
+        answer = self.table[verb](self.table.entered(who, verb), request, "")
         return answer.body if isinstance(answer, Response) else answer
 
     async def ask(self, who: Principal, verb: Verb[Any, Any], request: api.Request) -> Any:
-        """The decoded answer. Raises MiniKmsError."""
-        answer = self.begin(who, verb, request)
-        body = await answer if inspect.isawaitable(answer) else answer
-        return msgspec.json.decode(body.body if isinstance(body, Response) else body)
+        """The decoded answer, after which the request does not count any more. Raises MiniKmsError."""
+        entered = self.table.entered(who, verb)
+        try:
+            answer = self.table[verb](entered, request, "")
+            if inspect.isawaitable(answer):
+                assert entered.entered is not None
+                body = await self.meters.later(entered.entered, answer)
+            else:
+                body = answer
+            return msgspec.json.decode(body.body if isinstance(body, Response) else body)
+        finally:
+            self.meters.end_turn()
 
     async def until_waiting(self, who: Principal, verb: Verb[Any, Any], request: api.Request) -> asyncio.Task[Any]:
         """The request, once it waits for something other than the event loop."""

@@ -11,10 +11,11 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -24,6 +25,7 @@ from minikms.crypto.aead import NonceSource
 from minikms.keys import dek
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory import SecretArena
+from tests import needs
 from tests.harness import decryptor
 from tests.harness.waiting import WAIT_S_MAX, wait_until
 
@@ -111,6 +113,22 @@ class LiveDaemon:
         """More patient than a program's: an fsync of a busy disk takes seconds."""
         return minikms.Client(self.socket, server_uids=self._server_uids, timeout_s=WAIT_S_MAX)
 
+    @contextlib.contextmanager
+    def held_up(self, thread: str, calls: str) -> Iterator[None]:
+        """The next of these system calls of the thread returns after the block."""
+        needs.program("strace")
+        [tid] = [task.name for task in Path(f"/proc/{self.pid}/task").iterdir() if _name_of(task) == thread]
+        command = ["strace", "-o", "/dev/null", "-p", tid, "-e", f"trace={calls}"]
+        inject = f"inject={calls}:delay_enter=120000000:when=1"
+        with subprocess.Popen([*command, "-e", inject], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as tracer:
+            assert tracer.stderr is not None
+            line = tracer.stderr.readline()
+            assert b"attached" in line, line
+            try:
+                yield
+            finally:
+                tracer.send_signal(signal.SIGINT)
+
     def stop(self) -> None:
         """SIGTERM, and the end that the daemon makes of itself."""
         self.process.terminate()
@@ -179,3 +197,10 @@ def keys_in(data_dir: Path, root: bytes) -> dict[str, bytes]:
             opened = decryptor.open_slot(body, slot, root)
             found |= {f"{name} of slot {slot['slot_id']}": key for name, key in opened.secrets.items()}
     return found
+
+
+def _name_of(task: Path) -> str:
+    """Of a thread; empty if it has ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return (task / "comm").read_text().strip()
+    return ""

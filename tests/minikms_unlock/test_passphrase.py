@@ -121,7 +121,7 @@ def test_another_document_is_refused(tmp_path: Path, text: str, match: str) -> N
 def test_a_configuration_that_others_can_change_is_refused(tmp_path: Path, mode: int) -> None:
     path = config(tmp_path)
     path.chmod(mode)
-    with pytest.raises(StartError, match="others can change"):
+    with pytest.raises(StartError, match="must belong to root"):
         read_config(path)
 
 
@@ -129,8 +129,21 @@ def test_a_configuration_of_another_user_is_refused(tmp_path: Path) -> None:
     needs.root()
     path = config(tmp_path)
     os.chown(path, 12345, -1)
-    with pytest.raises(StartError, match="others can change"):
+    with pytest.raises(StartError, match="must belong to root"):
         read_config(path)
+
+
+def test_a_link_through_the_directory_of_another_user_is_refused(tmp_path: Path) -> None:
+    """That user could let it lead to parameters under which guesses cost less."""
+    needs.root()
+    path, foreign = config(tmp_path), tmp_path / "foreign"
+    foreign.mkdir(0o755)
+    (foreign / "unlock.toml").symlink_to(path)
+    (foreign / "back").symlink_to(tmp_path)
+    os.chown(foreign, 12345, -1)
+    for through in (foreign / "unlock.toml", foreign / "back" / "unlock.toml"):
+        with pytest.raises(StartError):
+            read_config(through)
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:

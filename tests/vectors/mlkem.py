@@ -139,3 +139,13 @@ def encapsulate(public: bytes, message: bytes) -> tuple[bytes, bytes]:
     v = add(inverse_ntt(dot(t, y)), next(polys), text)
     sealed = b"".join(encode(compress(one, DU), DU) for one in u) + encode(compress(v, DV), DV)
     return shared, sealed
+
+
+def message(seed: bytes, ciphertext: bytes) -> bytes:
+    """K-PKE.Decrypt: the random bytes that were chosen for a ciphertext, to the key pair of a seed d | z."""
+    polys = noise(hashlib.sha3_512(seed[:32] + bytes([K])).digest()[32:], 0)
+    s = [ntt(next(polys)) for _ in range(K)]
+    u = [decompress(decode(ciphertext[320 * i : 320 * (i + 1)], DU), DU) for i in range(K)]
+    v = decompress(decode(ciphertext[320 * K :], DV), DV)
+    masked = inverse_ntt(dot(s, [ntt(one) for one in u]))
+    return encode(compress([(a - b) % Q for a, b in zip(v, masked, strict=True)], 1), 1)

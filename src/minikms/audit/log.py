@@ -26,6 +26,7 @@ from typing import Final, Literal, NoReturn
 import msgspec
 
 from minikms import api
+from minikms.append_only import UNCONFIRMED_BYTES_MAX
 from minikms.audit import record
 from minikms.audit.chain import AuditKey, LocalSigner, Signer
 from minikms.audit.record import ACTOR_SELF, Event, Facts, Head
@@ -358,7 +359,7 @@ class AuditLog:
         if writer.segment != self._segment:
             self._segment, self._segment_began_ns = writer.segment, now
         try:
-            if writer.size >= self._limits.segment_bytes or self._is_old(now):
+            if writer.file.size >= self._limits.segment_bytes or self._is_old(now):
                 writer.repair()
                 writer.rotate(self.now_ns())
                 self._signed_ns = now
@@ -395,13 +396,16 @@ class AuditLog:
     @property
     def dirty(self) -> bool:
         """Whether a committed line is not confirmed to be on disk."""
-        return self.writer.durability.dirty
+        return self.writer.file.unconfirmed_bytes > 0
 
     @property
     def sync_needed(self) -> bool:
-        """Whether `fdatasync` should be called now: because of the policy, or because the last call failed."""
-        durability = self.writer.durability
-        return durability.failed or (self._fsync != "never" and durability.dirty)
+        """Whether `fdatasync` should be called now: because of the policy, because the last call failed, or before a
+        commit has to wait for the disk, since the unconfirmed lines are held in memory.
+        """
+        file = self.writer.file
+        least = UNCONFIRMED_BYTES_MAX // 2 if self._fsync == "never" else 1
+        return file.failed or file.unconfirmed_bytes >= least
 
     @property
     def sync_each_turn(self) -> bool:
@@ -414,7 +418,7 @@ class AuditLog:
         Raises AuditUnavailableError: then the log accepts no lines until a later call succeeds.
         """
         try:
-            self.writer.durability.sync()
+            self.writer.file.sync()
         except OSError as error:
             raise AuditUnavailableError("the disk did not confirm the audit log") from error
 
@@ -434,7 +438,7 @@ class AuditLog:
     @property
     def writable(self) -> bool:
         """Whether the last write and the last `fdatasync` succeeded."""
-        return self._failure is None and not self.writer.durability.failed
+        return self._failure is None and not self.writer.file.failed
 
     def service_status(self) -> dict[str, str]:
         """The members `status` and `reason` of `/status`: no verb is served while the log can't be written."""
@@ -448,7 +452,7 @@ class AuditLog:
     def status(self) -> dict[str, object]:
         """For `/status` and metrics: the head, whether and why the log can't be written, sizes. Times are Unix ns."""
         writer, failure = self.writer, self._failure
-        unconfirmed = "the disk has not confirmed all lines" if writer.durability.failed else ""
+        unconfirmed = "the disk has not confirmed all lines" if writer.file.failed else ""
         return {
             "head": self.head,
             "writable": self.writable,
@@ -462,7 +466,7 @@ class AuditLog:
             "audit_key_version": writer.key.version,
             "lines_not_signed": writer.unsigned_lines,
             "segment": writer.segment,
-            "segment_bytes": writer.size,
+            "segment_bytes": writer.file.size,
             "fsync": self._fsync,
             "synced": not self.dirty,
         }

@@ -21,7 +21,6 @@ directory, and must never continue from an end that `minikms.audit.verify` would
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import os
@@ -31,6 +30,8 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from minikms import append_only
+from minikms.append_only import write_whole
 from minikms.audit import chain, record
 from minikms.audit.chain import AuditKey, Coverage
 from minikms.audit.queries import line_of
@@ -234,6 +235,7 @@ def open_log(directory: str, keys: AuditKeys, expected: ExpectedLog, ts: int, *,
 
     Raises StartError if the log is missing, altered or shorter than expected; the text says what to do. Raises OSError.
     """
+    append_only.recover(os.path.join(directory, LOG_NAME))
     try:
         return _open(directory, keys, expected, ts)
     except _LossError as error:
@@ -380,12 +382,6 @@ def create_file(directory: str, blob: bytes) -> int:
             os.unlink(path)
         raise
     return fd
-
-
-def write_whole(fd: int, blob: bytes) -> None:
-    """Write `blob` with one call. Raises OSError when it fails or is short; the file may then hold a part of it."""
-    if os.write(fd, blob) != len(blob):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _check_expected_line(directory: str, end: LogEnd, expected: ExpectedLog) -> None:

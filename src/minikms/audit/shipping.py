@@ -13,9 +13,9 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Final, Protocol
 
+from minikms.append_only import write_whole
 from minikms.audit import record
 from minikms.audit.reader import FILE_MODE, LINES_AT_A_TIME, DamagedSegmentError, Follower
-from minikms.audit.recovery import write_whole
 from minikms.sync import sync_data
 
 _TAIL_BYTES: Final = 2 * record.LINE_BYTES_MAX
@@ -84,6 +84,8 @@ class FileForwarder(Forwarder):
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._stored: int | None = None
+        """Size of the file before a step that failed, until it is truncated to it: its lines may not be on the disk."""
 
     @property
     def write_paths(self) -> tuple[str, ...]:
@@ -91,7 +93,8 @@ class FileForwarder(Forwarder):
 
     def position(self) -> int:
         try:
-            with self._open(os.O_RDONLY) as fd:
+            with self._open(os.O_RDWR) as fd:
+                self._truncate(fd)
                 size = os.fstat(fd).st_size
                 tail = os.pread(fd, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
         except FileNotFoundError:
@@ -101,6 +104,7 @@ class FileForwarder(Forwarder):
     def deliver(self, lines: Sequence[bytes]) -> None:
         blob = b"".join([line + b"\n" for line in lines])
         with self._open(os.O_RDWR | os.O_APPEND | os.O_CREAT) as fd:
+            self._truncate(fd)
             size = os.fstat(fd).st_size
             tail = os.pread(fd, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
             whole = size - (len(tail) - tail.rfind(b"\n") - 1)
@@ -110,8 +114,14 @@ class FileForwarder(Forwarder):
                 write_whole(fd, blob)
                 sync_data(fd)
             except OSError:
-                os.ftruncate(fd, whole)
+                self._stored = whole
+                self._truncate(fd)
                 raise
+
+    def _truncate(self, fd: int) -> None:
+        if self._stored is not None:
+            os.ftruncate(fd, self._stored)
+            self._stored = None
 
     @contextlib.contextmanager
     def _open(self, flags: int) -> Iterator[int]:

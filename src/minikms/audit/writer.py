@@ -1,21 +1,16 @@
-"""The file being written: its chain, its durability, and the disk space reserved for it.
+"""The file being written: its chain, and the disk space reserved for it.
 
-Owns: the descriptor, the head, the coverage of the next signed line, `fdatasync`, the reserve file, and the rotation to
-the next file. Invariants:
+Owns: the head, the coverage of the next signed line, the reserve file, and the rotation to the next file; appends and
+syncs are those of `minikms.append_only`. Invariants:
 
 - A method of `ChainWriter` that raises OSError has changed nothing, or `repair` completes or undoes its change before
   anything else is written: the rest of a failed write that could not be truncated, or a rotation that can't be undone.
 - The file holds only whole lines, each chained to the previous one.
-- After a failed `fdatasync` the kernel may have marked pages clean that it did not write (fsync(2)). So the next
-  `Durability.sync` writes the unconfirmed bytes again, at the same offsets, before it calls `fdatasync`. Until that
-  succeeds, `failed` is True and the log accepts no lines.
-- `Durability.sync` and `switch` exclude each other, so a descriptor is never closed during its `fdatasync`; `wrote`
-  and `dirty` never wait.
 - The blocks of the reserve file are allocated. It frees only as many as the log needs, step by step, because any
   process may take free space on a full disk. It holds no content, and without it a start succeeds too.
 
-`ChainWriter` and `Reserve` belong to one thread at a time; another thread may use `ChainWriter.durability`. It must
-never hold key bytes.
+`ChainWriter` and `Reserve` belong to one thread at a time; another thread may call `sync` of
+`ChainWriter.file`. It must never hold key bytes.
 
 A rotation writes and syncs the next file under another name; then it ends the old file with `segment_close`, after
 which it can't be undone; then it syncs the old file and renames it to its number; then it renames the next file to the
@@ -25,21 +20,20 @@ log's name. `minikms.audit.recovery` completes a rotation after a crash between 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import threading
 from collections.abc import Sequence
 from typing import Final
 
 import msgspec
 
+from minikms.append_only import AppendOnlyFile
 from minikms.audit import chain, record
 from minikms.audit.chain import AuditKey, Coverage
 from minikms.audit.reader import FILE_MODE, LOG_NAME, NEXT_NAME, segment_name
 from minikms.audit.record import Event, Facts, Head
-from minikms.audit.recovery import OpenedLog, create_file, write_whole
+from minikms.audit.recovery import OpenedLog, create_file
 from minikms.base64 import encode_text
-from minikms.sync import sync_data, sync_directory
+from minikms.sync import sync_directory
 
 CHECKPOINT_LINES: Final = 10_000
 CHECKPOINT_BYTES: Final = 8 * 1024 * 1024
@@ -51,71 +45,6 @@ RESERVE_NAME: Final = "minikms-audit.reserve"
 RESERVE_BYTES: Final = 4 * 1024 * 1024
 """About 16,000 lines: enough for an operator to notice the alarm and react."""
 RELEASE_BYTES: Final = 64 * 1024
-
-_COPY_BYTES: Final = 1024 * 1024
-
-
-class Durability:
-    """How much of the open file is on disk."""
-
-    def __init__(self, path: str, fd: int, size: int) -> None:
-        """`fd` appends to `path`, whose first `size` bytes are on disk."""
-        self._path = path
-        self._fd = fd
-        self._written = size
-        self._synced = size
-        self._lock = threading.Lock()
-        self.failed = False
-
-    @property
-    def dirty(self) -> bool:
-        """Whether written bytes are not confirmed to be on disk."""
-        return self._synced < self._written
-
-    def wrote(self, count: int) -> None:
-        """Note that `count` bytes were appended."""
-        self._written += count
-
-    def sync(self) -> None:
-        """Return when everything written before the call is on disk. When it raises OSError, `failed` is True."""
-        with self._lock:
-            target = self._written
-            if target == self._synced:
-                return
-            try:
-                if self.failed:
-                    self._write_again(target)
-                sync_data(self._fd)
-            except OSError:
-                self.failed = True
-                raise
-            self._synced = target
-            self.failed = False
-
-    def switch(self, fd: int, size: int) -> None:
-        """Continue with a file whose first `size` bytes are on disk. The previous file must have been synced."""
-        with self._lock:
-            os.close(self._fd)
-            self._fd = fd
-            self._written = self._synced = size
-
-    def close(self) -> None:
-        with self._lock:
-            os.close(self._fd)
-
-    def _write_again(self, end: int) -> None:
-        """Write the unconfirmed bytes again, so that their pages are dirty. `self._fd` can't: it only appends."""
-        fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            at = self._synced
-            while at < end:
-                data = os.pread(fd, min(_COPY_BYTES, end - at), at)
-                if not data:
-                    raise OSError("the log is shorter than what was written")
-                os.pwrite(fd, data, at)
-                at += len(data)
-        finally:
-            os.close(fd)
 
 
 class Reserve:
@@ -182,17 +111,14 @@ class ChainWriter:
 
     def __init__(self, directory: str, opened: OpenedLog) -> None:
         self._directory = directory
-        self._fd = opened.fd
         self._coverage = opened.coverage
-        self._truncate_due = False
         self._next: _NextFile | None = None
         self.log_id = opened.log_id
         self.key = opened.key
         self.head = opened.head
-        self.size = opened.size
         self.segment = opened.segment
         self._segment_seq = opened.segment_seq
-        self.durability = Durability(os.path.join(directory, LOG_NAME), opened.fd, opened.size)
+        self.file = AppendOnlyFile(os.path.join(directory, LOG_NAME), opened.fd, opened.size)
 
     @property
     def unsigned_lines(self) -> int:
@@ -214,7 +140,7 @@ class ChainWriter:
             coverage.lines_count + len(events) < CHECKPOINT_LINES
             and coverage.bytes_count + len(blob) < CHECKPOINT_BYTES
         ):
-            self._append(blob)
+            self.file.append(blob)
             coverage.add(blob, len(events))
             self.head = head
         else:
@@ -233,20 +159,20 @@ class ChainWriter:
                 line, head = self._signed(record.TYPE_CHECKPOINT, ts, head=head, coverage=coverage)
                 parts.append(line)
                 coverage = Coverage.of_line(line)
-        self._append(b"".join(parts))
+        self.file.append(b"".join(parts))
         self.head, self._coverage = head, coverage
 
     def checkpoint(self, ts: int) -> None:
         """Sign the lines since the last signed line. Raises OSError."""
         line, head = self._signed(record.TYPE_CHECKPOINT, ts)
-        self._append(line)
+        self.file.append(line)
         self._after_signed(line, head)
 
     def change_key(self, key: AuditKey, ts: int) -> None:
         """Announce `key` in a line under the active key, and use it from the next line on. Raises OSError."""
         facts: Facts = {"next_key": key.version, "next_public_key": encode_text(key.signer.public_key())}
         line, head = self._signed(record.TYPE_AUDIT_KEY, ts, facts)
-        self._append(line)
+        self.file.append(line)
         self._after_signed(line, head)
         self.key = key
 
@@ -274,36 +200,16 @@ class ChainWriter:
         self.head = head
         self._coverage = Coverage.of_line(signed_line)
 
-    def _append(self, blob: bytes) -> None:
-        """Write all of `blob`, or truncate the file to its earlier size and raise OSError."""
-        self._truncate_due = True
-        try:
-            write_whole(self._fd, blob)
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._truncate()
-            raise
-        self._truncate_due = False
-        self.size += len(blob)
-        self.durability.wrote(len(blob))
-
-    def _truncate(self) -> None:
-        os.ftruncate(self._fd, self.size)
-        self._truncate_due = False
-
     def repair(self) -> None:
         """Complete or undo what an earlier failure left. While it raises OSError, nothing may be written."""
-        if self._truncate_due:
-            self._truncate()
         if self._next is not None:
             self._finish_rotation(self._next)
-        if self.durability.failed:
-            raise OSError(errno.EIO, "the disk has not confirmed all lines")
+        self.file.repair()
 
     def close(self) -> None:
         if self._next is not None:
             os.close(self._next.fd)
-        self.durability.close()
+        self.file.close()
 
     # --- files -------------------------------------------------------------------------------------------------------
 
@@ -321,7 +227,7 @@ class ChainWriter:
         first_line, head = chain.seal([event], closed, self.key.mac_key, ts)
         fd = create_file(self._directory, first_line)
         try:
-            self._append(close_line)
+            self.file.append(close_line)
         except OSError:
             os.close(fd)
             with contextlib.suppress(OSError):
@@ -334,7 +240,7 @@ class ChainWriter:
     def _finish_rotation(self, following: _NextFile) -> None:
         log_path = os.path.join(self._directory, LOG_NAME)
         if not following.old_renamed:
-            self.durability.sync()
+            self.file.sync()
             closed_path = os.path.join(self._directory, segment_name(self.segment))
             try:
                 os.rename(log_path, closed_path)
@@ -344,9 +250,7 @@ class ChainWriter:
         with contextlib.suppress(FileNotFoundError):  # an earlier attempt renamed it and failed later
             os.rename(os.path.join(self._directory, NEXT_NAME), log_path)
         sync_directory(self._directory)
-        self.durability.switch(following.fd, len(following.first_line))
-        self._fd = following.fd
-        self.size = len(following.first_line)
+        self.file.switch(following.fd, len(following.first_line))
         self.head = following.head
         self.segment += 1
         self._segment_seq = following.head.seq

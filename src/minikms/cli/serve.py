@@ -70,7 +70,9 @@ def serve(
     socket_group: Annotated[str | None, Parameter(help="Group that the socket belongs to.")] = None,
     audit_fsync: Annotated[
         Literal["never", "interval", "turn"],
-        Parameter(help="When audit lines are synced: never, interval (100 ms), turn.", show_choices=False),
+        Parameter(
+            help="When audit lines are synced: never (but every 8 MiB), interval (100 ms), turn.", show_choices=False
+        ),
     ] = "interval",
     cache_keys: Annotated[
         int | None,

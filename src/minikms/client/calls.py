@@ -8,7 +8,6 @@ never show what it carries in a repr.
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -22,7 +21,6 @@ from msgspec import UNSET, UnsetType
 from minikms import api
 from minikms.api import Verb
 from minikms.client.errors import (
-    InvalidRequestError,
     KmsError,
     KmsProtocolError,
     KmsRefusedError,
@@ -39,9 +37,6 @@ A = TypeVar("A")
 
 PAUSE_S_MIN: Final = 0.005
 PAUSE_S_MAX: Final = 0.25
-JSON_S: Final = 300.0
-"""How long a client sends its batches as JSON after a daemon did not understand MessagePack. Then it tries again, since
-the daemon may have been replaced by a newer one."""
 _KEY_HEX: Final = re.compile(rb"[0-9a-fA-F]{%d}" % api.KEY_HEX_CHARS)
 _SHARE: Final = re.compile(rb"[-0-9A-Za-z ]{1,%d}" % api.SHARE_BYTES_MAX)
 
@@ -52,15 +47,15 @@ _decode_error: Final = msgspec.json.Decoder(api.ErrorAnswer).decode
 
 
 class Call(NamedTuple, Generic[A]):
-    """One request. `body` is None for a GET; a `bytearray` holds a key: wipe it once the call has ended. `batch`: what
-    a body in MessagePack holds; None for JSON.
+    """One request. `body` is None for a GET; a `bytearray` holds a key: wipe it once the call has ended. `msgpack`:
+    request and answer are MessagePack, not JSON.
     """
 
     verb: Verb[Any, A]
     target: bytes
     body: bytes | bytearray | None
     request_id: str | None
-    batch: Sent | None = None
+    msgpack: bool = False
 
     def __repr__(self) -> str:
         return f"Call({self.target!r})"
@@ -72,13 +67,13 @@ class Call(NamedTuple, Generic[A]):
 
     @property
     def content_type(self) -> bytes:
-        return JSON if self.batch is None else _MSGPACK
+        return _MSGPACK if self.msgpack else JSON
 
     def read(self, answer: Answer) -> A:
         """The value of an answer. Raises KmsRefusedError or KmsProtocolError."""
         try:
             if answer.status in (200, 202):
-                decode = _decoder(self.verb) if self.batch is None else _array_decoder(self.verb)
+                decode = _array_decoder(self.verb) if self.msgpack else _decoder(self.verb)
                 value: A = decode(answer.body)
                 return value
             refused = _decode_error(answer.body)
@@ -102,7 +97,7 @@ def make_call(
     Raises InvalidRequestError before anything is sent, as the daemon would.
     """
     body: bytes | bytearray | None = None
-    batch: Sent | None = None
+    packed = False
     if isinstance(request, bytearray):
         target, body = _path(verb, named), request
     else:
@@ -112,10 +107,10 @@ def make_call(
             _check_texts(request)
         target = _target(verb, request)
         if msgpack and verb.is_batch and isinstance(request, Sent):
-            body, batch = _encode_array(verb, request), request
+            body, packed = _encode_array(verb, request), True
         elif verb.method == "POST":
             body = _encode(request) if verb.has_body else b"{}"
-    call = Call(verb, target, body, request_id, batch)
+    call = Call(verb, target, body, request_id, packed)
     if request_id is not None and api.REQUEST_ID_PATTERN.fullmatch(request_id) is None:
         call.wipe()
         invalid(f"a request id is 1 to {api.REQUEST_ID_CHARS_MAX} characters of A-Z a-z 0-9 . _ : / + = -")
@@ -134,33 +129,6 @@ def _encode_array(verb: Verb[Any, Any], batch: Sent) -> bytes:
             invalid(f"an item of {verb.name} has the fields {', '.join(expected)}")
     members["items"] = list(map(msgspec.structs.astuple, members["items"]))
     return _pack(list(members.values()))
-
-
-class MsgpackUse:
-    """Whether a client sends its batches in MessagePack. It does so until a daemon refuses a batch as malformed and
-    takes the same batch in JSON: that daemon knows only JSON, and the client sends JSON for JSON_S. `now_s`: seconds of
-    a monotonic clock.
-    """
-
-    __slots__ = ("_json_until_s",)
-
-    def __init__(self) -> None:
-        self._json_until_s = -math.inf
-
-    def may_send(self, now_s: float) -> bool:
-        return now_s >= self._json_until_s
-
-    def refused(self, call: Call[A], error: KmsError, now_s: float) -> Call[A] | None:
-        """The same call in JSON, if the error can mean that the daemon does not understand MessagePack. It was not
-        carried out then: a daemon refuses a malformed batch before it looks at an item.
-        """
-        if not call.verb.is_batch or not isinstance(error, InvalidRequestError):
-            return None
-        if call.batch is None:  # malformed in JSON too, which says nothing about the daemon
-            self._json_until_s = -math.inf
-            return None
-        self._json_until_s = now_s + JSON_S
-        return make_call(call.verb, call.batch, call.request_id)
 
 
 def rotation(

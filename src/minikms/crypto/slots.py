@@ -5,9 +5,9 @@ public key, opening with the root key, and the MACs over what was sealed and ove
 docs/spec/formats.md and docs/spec/backup.md.
 
 The keyring key is sealed with HPKE in base mode (RFC 9180) to the hybrid KEM of ML-KEM-768 and X25519 (X-Wing, KEM id
-0x647a), with HKDF-SHA256 and AES-256-GCM. So a keyring key can be sealed to a slot without its root key, and a keyring
-file that was stolen is safe from a quantum computer. HPKE does not authenticate who sealed; the MAC does, under a key
-that only holders of the root key or of a keyring key have.
+0x647a), with HKDF-SHA256 and AES-256-GCM: `hpke` seals, the library opens. So a keyring key can be sealed to a slot
+without its root key, and a keyring file that was stolen is safe from a quantum computer. HPKE does not authenticate who
+sealed; the MAC does, under a key that only holders of the root key or of a keyring key have.
 
 Invariants: everything sealed is bound to keyring, slot, commitment and key number. Key objects live for one call; a
 bytes object that holds a key is overwritten as soon as the library has returned it, and the stack is scrubbed. It must
@@ -22,27 +22,17 @@ import hmac
 from typing import Final, NamedTuple
 
 from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.hpke import (
-    AEAD,
-    KDF,
-    KEM,
-    MLKEM768X25519PrivateKey,
-    MLKEM768X25519PublicKey,
-    Suite,
-)
+from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, MLKEM768X25519PrivateKey, Suite
 
-from minikms.crypto import labels
+from minikms.crypto import hpke, labels
 from minikms.crypto.aead import KEY_BYTES, TAG_BYTES, scrub_stack
+from minikms.crypto.hpke import ENCAPSULATED_BYTES, X25519_KEY_BYTES
 from minikms.errors import DecryptionError, StartError
 from minikms.memory import zero, zero_bytes
 
 MLKEM_SEED_BYTES: Final = 64
-MLKEM_PUBLIC_KEY_BYTES: Final = 1184
-X25519_KEY_BYTES: Final = 32
-PUBLIC_KEY_BYTES: Final = MLKEM_PUBLIC_KEY_BYTES + X25519_KEY_BYTES
-ENCAPSULATED_BYTES: Final = 1088 + X25519_KEY_BYTES
 SEALED_BYTES: Final = ENCAPSULATED_BYTES + KEY_BYTES + TAG_BYTES
 MAC_BYTES: Final = 32
 COMMITMENT_BYTES: Final = 32
@@ -76,16 +66,7 @@ def auth_key_into(root: memoryview, keyring_id: str, slot_id: str, target: memor
 
 def seal(public: bytes, place: Place, keyring_key: memoryview) -> bytes:
     """The keyring key, sealed to the slot's public key. Raises DecryptionError if that is not a public key."""
-    try:
-        recipient = MLKEM768X25519PublicKey(
-            MLKEM768PublicKey.from_public_bytes(public[:MLKEM_PUBLIC_KEY_BYTES]),
-            X25519PublicKey.from_public_bytes(public[MLKEM_PUBLIC_KEY_BYTES:]),
-        )
-        return _suite().encrypt(keyring_key, recipient, info=_info(place))
-    except ValueError:
-        raise DecryptionError("the public key of a slot is not valid") from None
-    finally:
-        scrub_stack()
+    return hpke.seal(public, _info(place), keyring_key)
 
 
 def open_into(root: memoryview, place: Place, sealed: bytes, target: memoryview) -> None:
@@ -121,11 +102,8 @@ def archive_tag(auth_key: memoryview, slot_id: str, digest: bytes) -> bytes:
 
 def _decrypted(root: memoryview, place: Place, sealed: bytes) -> bytes:
     private = MLKEM768X25519PrivateKey(*_private_key(root, place.keyring_id, place.slot_id))
-    return _suite().decrypt(sealed, private, info=_info(place))
-
-
-def _suite() -> Suite:
-    return Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
+    suite = Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
+    return suite.decrypt(sealed, private, info=_info(place))
 
 
 def _info(place: Place) -> bytes:

@@ -24,7 +24,7 @@ from minikms.daemon.peer import Peer, is_overflow_uid, read_peer
 from minikms.daemon.refusals import ACTOR_OTHERS, PRINCIPALS_OTHERS, RefusalAggregator
 from minikms.errors import ForbiddenError, MiniKmsError, TooLargeError
 from minikms.http import ParsedHead, Request, Response, error_response, raised_response
-from minikms.policy import Policy, Principal, actor
+from minikms.policy import Meters, Policy, Principal, actor
 
 UNAUTHORISED_CONNECTIONS_MAX: Final = 64
 """Open connections of uids that are not allowed, so that they can't use up the places of the allowed ones."""
@@ -195,10 +195,14 @@ def require_short_body(request: Request) -> None:
 
 
 class AdmittingApplication:
-    """What both applications of the daemon, the unsealed and the sealed one, have of `minikms.http.Application`."""
+    """What both applications of the daemon, the unsealed and the sealed one, have of `minikms.http.Application`.
 
-    def __init__(self, admission: Admission) -> None:
+    `meters`: those of the policy file. The last requests before a seal are answered by the sealed application.
+    """
+
+    def __init__(self, admission: Admission, meters: Meters | None) -> None:
         self._admission = admission
+        self._meters = meters
 
     def open_session(self, sock: socket.socket) -> Session | None:
         return self._admission.open_session(sock)

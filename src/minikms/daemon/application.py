@@ -29,7 +29,7 @@ from minikms.daemon.status import reduced, without_key_files
 from minikms.daemon.strictjson import decode
 from minikms.errors import ForbiddenError, InvalidRequestError, NotSealedError
 from minikms.http import ParsedHead, Request, Response, error_response, parse_query
-from minikms.policy import Principal
+from minikms.policy import Meters, Principal
 from minikms.service.access import Keys, ScopedKeys, require
 from minikms.service.base import Perform, VerbTable
 from minikms.service.encoding import Reply, json_answer
@@ -72,13 +72,14 @@ class Application(AdmittingApplication):
         table: VerbTable,
         status: Callable[[], dict[str, object]],
         admission: Admission,
+        meters: Meters | None,
         audit: TurnAudit,
         vault: Vault,
         seal: Seal,
         reload: Callable[[Event, Permit], Awaitable[api.PolicyAnswer]],
     ) -> None:
         self._table = table
-        super().__init__(admission)
+        super().__init__(admission, meters)
         self._audit = audit
         self._vault = vault
         self._seal = seal
@@ -136,7 +137,10 @@ class Application(AdmittingApplication):
         answer = route.perform(who, asked, request_id)
         if type(answer) is bytes:  # of most requests
             return answer
-        return answer if isinstance(answer, (bytes, Response)) else self._times.later(answer)
+        if isinstance(answer, (bytes, Response)):
+            return answer
+        answer = self._times.later(answer)
+        return answer if who.entered is None or self._meters is None else self._meters.later(who.entered, answer)
 
     def _verb(self, head: ParsedHead) -> Verb[Any, Any] | None:
         """The verb that a request is for; None: there is none."""
@@ -146,8 +150,9 @@ class Application(AdmittingApplication):
         return None if route is None or head.method != route.method else route.verb
 
     def commit(self) -> bool | None:
-        """Ends the turn: drops its ciphers and writes its audit lines. None: it is not over, see `TurnAudit`. If the
-        policy has changed since, its answers are withheld: their callers may no longer read the plaintext in them.
+        """Ends the turn: drops its ciphers, writes its audit lines, and counts its requests no longer as concurrent.
+        None: it is not over, see `TurnAudit`. If the policy has changed since, its answers are withheld: their callers
+        may no longer read the plaintext in them.
         """
         self._vault.end_turn()
         committed = self._audit.commit_turn()
@@ -159,6 +164,8 @@ class Application(AdmittingApplication):
             committed = committed and self._held_under == self._admission.generation
             self._held_under = None
         self._times.end_turn()
+        if self._meters is not None:
+            self._meters.end_turn()
         return committed
 
     async def flush_refusals_every(self, seconds: float) -> None:

@@ -154,6 +154,7 @@ class Parts:
             table=table,
             status=self._page.build,
             admission=admission,
+            meters=policy.meters,
             audit=self.audit,
             vault=self.vault,
             seal=seal,

@@ -24,7 +24,7 @@ from minikms.daemon.status import reduced, without_policy_error
 from minikms.errors import InvalidRequestError, SealedError
 from minikms.http import Request, Response, raised_response
 from minikms.memory.arena import SecretArena, SecretSlot
-from minikms.policy import Principal
+from minikms.policy import Meters, Principal
 from minikms.service.access import require
 from minikms.service.encoding import Reply, json_answer
 
@@ -63,9 +63,11 @@ def sealed_response() -> Response:
 class SealedApplication(AdmittingApplication):
     """The engine's application while the daemon is sealed: see `minikms.http`."""
 
-    def __init__(self, unsealing: Unsealing, *, admission: Admission, arena: SecretArena) -> None:
+    def __init__(
+        self, unsealing: Unsealing, *, admission: Admission, meters: Meters | None, arena: SecretArena
+    ) -> None:
         self._unsealing = unsealing
-        super().__init__(admission)
+        super().__init__(admission, meters)
         self._arena = arena
         self._acts: Final[dict[str, dict[str, Callable[[Principal, Request], Answer]]]] = {
             api.STATUS.path: {"GET": self._status},
@@ -86,6 +88,8 @@ class SealedApplication(AdmittingApplication):
     def commit(self) -> bool:
         """There are no lines to write."""
         scrub_stack()
+        if self._meters is not None:
+            self._meters.end_turn()
         return True
 
     # --- the calls that are served -----------------------------------------------------------------------------------

@@ -130,7 +130,9 @@ class Sealing:
         self._admission = Admission(
             process.policy.policy, connections_max=process.connections_max, report=lambda event: None
         )
-        self._sealed_app = SealedApplication(self, admission=self._admission, arena=process.arena)
+        self._sealed_app = SealedApplication(
+            self, admission=self._admission, meters=process.policy.meters, arena=process.arena
+        )
         self._started_ns = time.time_ns()
         self._start_line_written = False
         self._opened_before = False

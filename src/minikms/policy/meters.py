@@ -1,9 +1,12 @@
 """Limits: how much each principal, grant and proxy uses, and the refusal of more.
 
-Owns: the accounts of all limits, their durable blocks, and the charge of a request. Invariants:
+Owns: the accounts of all limits, their durable blocks, the charge of a request, and until when a request counts as
+concurrent. Invariants:
 - A request is charged as one request before anything else is done for it: to the proxy that asks, and to the first of
   the caller's grants that has room. Once it is decided, that moves to the grants that decide. So a request that is
   refused, for whatever reason, was charged too.
+- A request counts as concurrent until the end of the turn of the event loop in which it is answered, when its audit
+  line is written. That never depends on when an object is collected.
 - Hourly limits are charged to the grants that decide, for their principal and in all, and to the proxy. All limits of
   a request are checked before any of these is charged.
 - Use of an hourly limit comes out of a block that is on disk (`minikms.policy.budgets`). All requests that wait for a
@@ -22,7 +25,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Collection, Iterator, Mapping
 from concurrent.futures import Executor
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 from minikms.errors import LimitExceededError, MiniKmsError, StorageUnavailableError, TooManyError
 from minikms.policy.budgets import (
@@ -53,6 +56,8 @@ OTHERS: Final = "+"
 """The holder of the account of principals beyond PRINCIPALS_COUNT_MAX."""
 SOON_S: Final = 1
 """`Retry-After` where a request of a second, or the end of another request, makes room."""
+
+T = TypeVar("T")
 
 _LIMIT_NAMES: Final[dict[Kind, LimitName]] = {"decrypts": "decrypts_per_hour", "reencrypts": "reencrypts_per_hour"}
 
@@ -108,9 +113,7 @@ class Account:
 
 
 class Charge:
-    """What one request has taken of `requests_per_second` and `concurrent`. `release` ends it; an object that is
-    dropped releases itself, so that a request which is cancelled before it begins does not count for ever.
-    """
+    """What one request has taken of `requests_per_second` and `concurrent`, until `Meters.end_turn`."""
 
     __slots__ = ("_taken_us",)
 
@@ -143,9 +146,6 @@ class Charge:
         accounts, self._taken_us = self._taken_us, {}
         for account in accounts:
             account.in_flight -= 1
-
-    def __del__(self) -> None:
-        self.release()
 
 
 class _Item(NamedTuple):
@@ -201,6 +201,8 @@ class Meters:
         self._accounts: dict[tuple[str, str], Account] = {}
         self._unnamed = 0
         self._swept_ms = clock.boot_ms() - SWEEP_MS
+        self._answered: list[Charge] = []
+        """Of the requests that are answered in this turn."""
         self._waiting: deque[_Waiting] = deque()
         self._running: asyncio.Task[None] | None = None
         self._appended = self._written = 0
@@ -221,8 +223,8 @@ class Meters:
 
     def enter(self, scope: Scope | None, grants: Collection[Grant]) -> Charge:
         """Charges one request before it is known which grant decides: to the first of these that has room, and to the
-        proxy. It is answered once `Charge.release` was called. No scope: there are no limits. Raises LimitExceededError
-        where none of the grants has room.
+        proxy. It is answered in this turn, unless it is given to `later`. No scope: there are no limits. Raises
+        LimitExceededError where none of the grants has room.
         """
         entered = Charge()
         if scope is None:
@@ -230,19 +232,35 @@ class Meters:
         if len(self._accounts) >= PRINCIPALS_COUNT_MAX:
             self._sweep()  # only here: later on, an account may have been looked up that is not charged yet
         now_ms = self._clock.boot_ms()
-        refused: LimitExceededError | None = None
+        used_up: list[tuple[_Item, LimitName]] = []
         for costs in [{grant: Cost()} for grant in grants] or [{}]:
             items = self._items(scope, costs)
-            try:
+            before = len(used_up)
+            used_up += [(item, name) for item in items if (name := _used_up(item, now_ms)) is not None]
+            if len(used_up) == before:
                 for item in items:
-                    self._check_request(item, now_ms)
-            except LimitExceededError as error:
-                refused = refused or error
-                continue
-            for item in items:
-                entered.take(item.account, item.limits, now_ms)
-            return entered
-        raise refused or ValueError("no grant was tried")
+                    entered.take(item.account, item.limits, now_ms)
+                self._answered.append(entered)
+                return entered
+        item, name = used_up[0]
+        raise item.exceeded(name, SOON_S)
+
+    def later(self, entered: Charge, answer: Awaitable[T]) -> asyncio.Future[T]:
+        """The last request that entered is answered by `answer`, in a later turn. Returns what to await instead of it;
+        the charge ends in the turn in which that is done, also where it is cancelled before it began.
+        """
+        self._answered.pop()
+        answering = asyncio.ensure_future(answer)
+        answering.add_done_callback(lambda _: self._answered.append(entered))
+        return answering
+
+    def end_turn(self) -> None:
+        """The answers of this turn leave now: their requests no longer count as concurrent."""
+        answered = self._answered
+        if answered:
+            for charge in answered:
+                charge.release()
+            answered.clear()
 
     def charge(self, scope: Scope | None, costs: Mapping[Grant, Cost], entered: Charge) -> Charge | Awaitable[Charge]:
         """Charges what a request uses, once it is decided. The answer is `entered`, moved to the grants that decide.
@@ -273,8 +291,9 @@ class Meters:
         now_ms = self._clock.boot_ms()
         durable = True
         for item in items:
-            if item.account not in entered:
-                self._check_request(item, now_ms)
+            name = None if item.account in entered else _used_up(item, now_ms)
+            if name is not None:
+                raise item.exceeded(name, SOON_S)
             durable = self._check_budgets(item, now_ms) and durable
         if not durable:
             return None
@@ -284,15 +303,6 @@ class Meters:
                 budget.take(uses, now_ms)
         entered.give_back_others({item.account for item in items})
         return entered
-
-    def _check_request(self, item: _Item, now_ms: int) -> None:
-        """Raises LimitExceededError unless the account has room for one more request."""
-        account, _, _, limits, _ = item
-        rate = limits.requests_per_second
-        if rate is not None and account.next_us - now_ms * 1000 > _interval_us(rate) * (rate - 1):
-            raise item.exceeded("requests_per_second", SOON_S)
-        if limits.concurrent is not None and account.in_flight >= limits.concurrent:
-            raise item.exceeded("concurrent", SOON_S)
 
     def _check_budgets(self, item: _Item, now_ms: int) -> bool:
         """Whether the hourly limits of the account have room for the request now; False: once a block was opened.
@@ -382,7 +392,7 @@ class Meters:
             return await waiting.done
         except asyncio.CancelledError:
             if not waiting.done.cancelled():
-                waiting.done.exception()  # nobody else asks for it; a charge releases itself
+                waiting.done.exception()  # nobody else asks for it
             raise
 
     async def _open_blocks(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -493,6 +503,17 @@ class Meters:
         if not written.is_timed:
             # A wall clock that is set from now on must not change the age of a use.
             self._written = self._replace(self._blocks(), b"")
+
+
+def _used_up(item: _Item, now_ms: int) -> LimitName | None:
+    """The limit of the account that has no room for one more request."""
+    account, _, _, limits, _ = item
+    rate = limits.requests_per_second
+    if rate is not None and account.next_us - now_ms * 1000 > _interval_us(rate) * (rate - 1):
+        return "requests_per_second"
+    if limits.concurrent is not None and account.in_flight >= limits.concurrent:
+        return "concurrent"
+    return None
 
 
 def _interval_us(rate: int) -> int:

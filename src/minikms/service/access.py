@@ -120,13 +120,12 @@ class Access:
         return self.meters.enter(scope, () if scope is None else scope.grants_of(() if verb is None else verb.roles))
 
     def keys(self, who: Principal, verb: Verb[Any, Any]) -> ScopedKeys:
-        """For one request, which ends with `ScopedKeys.release`. Raises ForbiddenError where the principal has no
-        rights under the policy, LimitExceededError where it was not charged yet and has no room.
+        """For one request, which was charged (`enter`). Raises ForbiddenError where the principal has no rights under
+        the policy.
         """
-        if who.scope is None:
+        if who.scope is None or who.entered is None:
             raise ForbiddenError("no policy gives this principal a scope")
-        entered = self.enter(who, verb) if who.entered is None else who.entered
-        return ScopedKeys(self, who, who.scope, verb, entered)
+        return ScopedKeys(self, who, who.scope, verb, who.entered)
 
 
 class _Decision(NamedTuple):
@@ -272,10 +271,6 @@ class ScopedKeys:
         """Counts the keys that were refused. A request that a limit refused has no answer that concerns them."""
         self._access.refusals["unknown_key"] += self._not_counted or 0
         self._not_counted = None
-
-    def release(self) -> None:
-        """The request was answered. Idempotent."""
-        self._entered.release()
 
     def _costs(self, request: Any) -> dict[Grant, Cost]:
         self.refresh()

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import ExitStack
 from functools import partial
 from operator import attrgetter
 from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
@@ -208,18 +207,12 @@ class VerbTable:
                     keys.refresh()
                 return await act_scoped(keys, request, event)
 
-            async def charged_until_answered() -> A | Reply | AfterLine[A]:
-                try:
-                    return await authorised_and_charged()
-                finally:
-                    keys.release()
-
             try:
                 keys = self._view(who, verb)
             except MiniKmsError as error:
                 self.refused(event, error)
                 raise
-            return self.put_off(event, charged_until_answered, durable=durable, keys=keys)
+            return self.put_off(event, authorised_and_charged, durable=durable, keys=keys)
 
         self._performs[verb] = perform
 
@@ -229,25 +222,22 @@ class VerbTable:
 
         def perform(who: Principal, request: R, request_id: str) -> Reply | Awaitable[Reply]:
             event = frame.event(who, request, request_id)
-            with ExitStack() as charged:
-                try:
-                    keys = self._view(who, verb)
-                    charged.callback(keys.release)
-                    forbidden = frame.authorise(who, request, event)
-                    if forbidden is not None:
-                        answer: A | Reply | Later = _refuse_items(request, event, forbidden)
-                    else:
-                        acts = partial(act, keys, request, event)
-                        waiting = keys.charge(request)
-                        if waiting is not None:  # a budget has to reach the disk first
-                            rest = partial(_act_charged, charged.pop_all(), waiting, acts, keys)
-                            return self.put_off(event, rest, keys=keys)
-                        answer = acts()
-                        if isinstance(answer, Later):
-                            return self.put_off(event, partial(_act_later, charged.pop_all(), answer), keys=keys)
-                except Exception as error:
-                    self.refused(event, error)
-                    raise
+            try:
+                keys = self._view(who, verb)
+                forbidden = frame.authorise(who, request, event)
+                if forbidden is not None:
+                    answer: A | Reply | Later = _refuse_items(request, event, forbidden)
+                else:
+                    acts = partial(act, keys, request, event)
+                    waiting = keys.charge(request)
+                    if waiting is not None:  # a budget has to reach the disk first
+                        return self.put_off(event, partial(_act_charged, waiting, acts, keys), keys=keys)
+                    answer = acts()
+                    if isinstance(answer, Later):
+                        return self.put_off(event, answer.act, keys=keys)
+            except Exception as error:
+                self.refused(event, error)
+                raise
             self.audit.add(event)
             return _reply(answer)
 
@@ -255,8 +245,8 @@ class VerbTable:
 
     def entered(self, who: Principal, verb: Verb[Any, Any] | None) -> Principal:
         """The caller of a request, which was charged before anything else is done for it: before it is decoded, and
-        whatever becomes of it. No limit holds up a seal by who may seal. `verb`: None where there is none. Raises
-        LimitExceededError.
+        whatever becomes of it (`Meters.enter`). No limit holds up a seal by who may seal. `verb`: None where there is
+        none. Raises LimitExceededError.
         """
         if self._access is None or (verb is api.SEAL and not who.via and who.roles.issuperset(verb.roles)):
             return who
@@ -267,7 +257,7 @@ class VerbTable:
             raise
 
     def _view(self, who: Principal, verb: Verb[Any, Any]) -> ScopedKeys:
-        """Raises ForbiddenError, LimitExceededError."""
+        """Raises ForbiddenError."""
         if self._access is None:
             raise ForbiddenError("this key service has no policy")
         if who.via:
@@ -404,22 +394,13 @@ def _reply(answer: object) -> Reply:
     return answer if isinstance(answer, (bytes, Response)) else json_answer(answer)
 
 
-async def _act_charged(
-    charged: ExitStack, waiting: Awaitable[None], act: Callable[[], A | Reply | Later], keys: ScopedKeys
-) -> A | Reply:
+async def _act_charged(waiting: Awaitable[None], act: Callable[[], A | Reply | Later], keys: ScopedKeys) -> A | Reply:
     """Acts once the charge is durable. The policy may have changed meanwhile: `keys` decides again."""
-    with charged:
-        await waiting
-        keys.refresh()
-        answer = act()
-        keys.end_turn()  # here: the turn may end later, and at another depth of the stack
-        return await answer.act() if isinstance(answer, Later) else answer
-
-
-async def _act_later(charged: ExitStack, later: Later) -> Reply:
-    """The rest of what began after the charge."""
-    with charged:
-        return await later.act()
+    await waiting
+    keys.refresh()
+    answer = act()
+    keys.end_turn()  # here: the turn may end later, and at another depth of the stack
+    return await answer.act() if isinstance(answer, Later) else answer
 
 
 def _refuse_items(request: Any, event: Event, error: MiniKmsError) -> Reply:

@@ -425,32 +425,6 @@ def test_after_a_failed_fdatasync_no_line_is_accepted_until_one_succeeds(tmp_pat
     assert verify(tmp_path).intact
 
 
-def test_after_a_failed_fdatasync_the_unconfirmed_bytes_are_written_again(
-    tmp_path: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kernel may have dropped them and marked the pages clean (fsync(2)), so a second fdatasync proves nothing."""
-    log = open_log(tmp_path)
-    log.fdatasync()
-    synced = (tmp_path / LOG).stat().st_size
-    write_events(log, 5)
-    content = (tmp_path / LOG).read_bytes()
-    faults.fdatasync = [errno.EIO]
-    with pytest.raises(AuditUnavailableError):
-        log.fdatasync()
-    rewritten = []
-    real_pwrite = os.pwrite
-
-    def pwrite(fd: int, data: bytes, at: int) -> int:
-        rewritten.append((at, bytes(data)))
-        return real_pwrite(fd, data, at)
-
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    log.fdatasync()
-    assert rewritten == [(synced, content[synced:])]
-    assert (tmp_path / LOG).read_bytes() == content
-    log.close()
-
-
 def test_fdatasync_in_another_thread_works_during_commits_and_rotations(tmp_path: Path) -> None:
     log = open_log(tmp_path, clock=Clock(step=CHORES_NS), limits=Limits(segment_bytes=20_000, reserve_bytes=0))
     stop = threading.Event()

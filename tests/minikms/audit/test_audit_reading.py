@@ -17,6 +17,7 @@ from minikms.audit.maintenance import Maintenance, compress_closed
 from minikms.audit.reader import DamagedSegmentError, Follower, last_lines, list_segments
 from minikms.audit.shipping import FileForwarder, Forwarder, Forwarding
 from tests.minikms.audit.logmaker import KEY1, LOG, Clock, encrypt_event, lines_of, make_log, open_log, write_events
+from tests.minikms.custody.disk_faults import failing
 
 SMALL_SEGMENTS = Limits(segment_bytes=3000, reserve_bytes=0)
 
@@ -307,3 +308,19 @@ def test_the_file_forwarder_leaves_no_half_line(tmp_path: Path, monkeypatch: pyt
     assert copy.read_bytes() == b""
     forward_all(tmp_path / "log", copy)
     assert copy.read_bytes() == (tmp_path / "log" / LOG).read_bytes()
+
+
+def test_the_file_forwarder_counts_no_line_whose_sync_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor while the disk refuses to remove it."""
+    make_log(tmp_path / "log", 5)
+    copy = tmp_path / "copy"
+    forwarder = FileForwarder(str(copy))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", failing(os.fdatasync, at=1))
+        patch.setattr(os, "ftruncate", failing(os.ftruncate, at=1))
+        for call in (lambda: forwarder.deliver([b'{"event":{"seq":1}}']), forwarder.position):
+            with pytest.raises(OSError, match="error"):
+                call()
+    assert copy.read_bytes()
+    assert forwarder.position() == 0
+    assert copy.read_bytes() == b""

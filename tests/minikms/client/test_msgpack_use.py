@@ -1,35 +1,24 @@
-"""Batches are sent in MessagePack, and in JSON to a daemon that does not know it."""
+"""Batches are sent in MessagePack, single calls in JSON."""
 
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
-import tempfile
 from typing import Any
 
 import msgspec
 import pytest
 
 from minikms import api
-from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, ReencryptItem, calls, errors
-from minikms.client.calls import JSON_S, MsgpackUse, make_call
+from minikms.client import AsyncClient, DecryptItem, EncryptItem, ReencryptItem, calls, errors
+from minikms.client.calls import make_call
 from minikms.client.items import Batch, CheckBatch, ReencryptBatch, Sent
 from minikms.client.wire import Answer
 from minikms.daemon import strictmsgpack
-from tests.minikms.client.hostile import CLOSE, answer, array_answer, hostile
-from tests.minikms.client.using import CREATE_CALL, KEY, WAIT_S, Use
+from tests.minikms.client.hostile import answer, array_answer, hostile
+from tests.minikms.client.using import KEY, WAIT_S, Use
 
-MALFORMED = answer(b'{"error":"The body is not valid JSON: ...","code":"invalid_request"}', 400)
 IN_JSON = answer(b'{"items":[{"ciphertext":"eA=="}]}')
 BATCH_CALL: tuple[str, dict[str, Any]] = ("encrypt_batch", {"items": [EncryptItem(key_id=KEY, plaintext=b"p")]})
-WITHOUT_MSGPACK = """
-from minikms import api
-api.MSGPACK = ""
-from minikms.__main__ import main
-main()
-"""
-"""A daemon that reads every batch as JSON, whatever its content type is, as all did before they knew MessagePack."""
 
 
 def kinds(requests: list[bytes]) -> list[bytes]:
@@ -40,17 +29,10 @@ def kinds(requests: list[bytes]) -> list[bytes]:
 MSGPACK, JSON = b"application/msgpack", b"application/json"
 
 
-def test_a_daemon_that_knows_json_only_gets_json_from_then_on(use: Use) -> None:
-    """A client asks once; what it asks on other connections is JSON too."""
-    with hostile([MALFORMED, IN_JSON, CLOSE], [IN_JSON, IN_JSON]) as server:
-        assert use(server.path, BATCH_CALL, BATCH_CALL, BATCH_CALL, wait_s=WAIT_S) == [[b"x"]] * 3
-    assert kinds(server.requests)[:3] == [MSGPACK, JSON, JSON]
-    assert set(kinds(server.requests)[3:]) == {JSON}
-
-
 @pytest.mark.parametrize(
     "refused",
     [
+        answer(b'{"error":"e","code":"invalid_request"}', 400),
         answer(b'{"error":"e","code":"too_many"}', 413),
         answer(b'{"error":"e","code":"forbidden"}', 403),
         answer(b'{"error":"e","code":"key_not_found"}', 404),
@@ -58,7 +40,7 @@ def test_a_daemon_that_knows_json_only_gets_json_from_then_on(use: Use) -> None:
         IN_JSON,
     ],
 )
-def test_after_any_other_answer_nothing_is_sent_again(use: Use, refused: bytes) -> None:
+def test_after_a_refusal_nothing_is_sent_again(use: Use, refused: bytes) -> None:
     """Also after an answer in JSON that says it was carried out: then it was, and must not be a second time."""
     with hostile([refused]) as server:
         [result] = use(server.path, BATCH_CALL, wait_s=WAIT_S)
@@ -66,76 +48,18 @@ def test_after_any_other_answer_nothing_is_sent_again(use: Use, refused: bytes) 
         assert kinds(server.requests) == [MSGPACK]
 
 
-def test_a_batch_that_is_malformed_in_json_too_is_refused(use: Use) -> None:
-    with hostile([MALFORMED, MALFORMED]) as server:
-        [result] = use(server.path, BATCH_CALL, wait_s=WAIT_S)
-        assert isinstance(result, errors.InvalidRequestError)
-        assert kinds(server.requests) == [MSGPACK, JSON]
-
-
-def test_a_malformed_batch_does_not_turn_a_client_to_json(use: Use) -> None:
-    """A daemon that knows MessagePack refuses it in both encodings: for example a `key_id` of /check_batch."""
-    fine = array_answer([[b"x"]])
-    with hostile([MALFORMED, MALFORMED, fine], [fine]) as server:
-        refused, sealed = use(server.path, BATCH_CALL, BATCH_CALL, wait_s=WAIT_S)
-        assert isinstance(refused, errors.InvalidRequestError)
-        assert sealed == [b"x"]
-    assert kinds(server.requests) == [MSGPACK, JSON, MSGPACK]
-
-
-def test_calls_of_one_item_are_json_and_batched_calls_fall_back_too() -> None:
+def test_calls_of_one_item_are_json() -> None:
     single = answer(b'{"ciphertext":"eA=="}')
-    two = answer(b'{"items":[{"ciphertext":"YQ=="},{"ciphertext":"Yg=="}]}')
-    with hostile([single, MALFORMED, two, two]) as server:
+    with hostile([single, array_answer([[b"a", b"b"]])]) as server:
 
         async def main() -> None:
             async with AsyncClient(server.path) as kms:
                 assert await kms.encrypt(KEY, b"1") == b"x"
-                for _ in range(2):
-                    both = await asyncio.gather(kms.encrypt(KEY, b"1"), kms.encrypt(KEY, b"2"))
-                    assert [*both] == [b"a", b"b"]
+                both = await asyncio.gather(kms.encrypt(KEY, b"1"), kms.encrypt(KEY, b"2"))
+                assert [*both] == [b"a", b"b"]
 
         asyncio.run(main())
-    assert kinds(server.requests) == [JSON, MSGPACK, JSON, JSON]
-
-
-def test_msgpack_is_tried_again_after_a_while() -> None:
-    """The daemon may have been replaced by a newer one."""
-    use = MsgpackUse()
-    call = make_call(api.ENCRYPT_BATCH, Batch([]), msgpack=use.may_send(5.0))
-    in_json = use.refused(call, errors.InvalidRequestError(400, "invalid_request", ""), 5.0)
-    assert in_json == make_call(api.ENCRYPT_BATCH, Batch([]))
-    assert not use.may_send(5.0 + JSON_S - 1) and use.may_send(5.0 + JSON_S)
-    assert use.refused(in_json, errors.InvalidRequestError(400, "invalid_request", ""), 5.0) is None
-
-
-def test_a_daemon_without_msgpack_serves_every_batch(use: Use) -> None:
-    """The real daemon, which does not look at the content type: it refuses MessagePack as malformed JSON."""
-    with tempfile.TemporaryDirectory(prefix="kms") as directory:
-        path = directory + "/s"
-        command = [sys.executable, "-c", WITHOUT_MSGPACK, "--socket", path, "--data-dir", directory + "/data", "--dev"]
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        try:
-            [made] = use(path, CREATE_CALL, wait_s=WAIT_S)
-            key = made.key_id
-            items = [EncryptItem(key_id=key, plaintext=b"%d" % number, aad=b"a") for number in range(600)]
-            [sealed] = use(path, ("encrypt_batch", {"items": items}))
-            opened = [DecryptItem(key_id=key, ciphertext=one, aad=b"a") for one in sealed]
-            checked = [ReencryptItem(ciphertext=one, aad=b"a") for one in sealed]
-            plain, fine, moved = use(
-                path,
-                ("decrypt_batch", {"items": opened}),
-                ("check_batch", {"key_id": key, "items": checked}),
-                ("reencrypt_batch", {"from_key_id": key, "to_key_id": key, "items": checked[:3]}),
-            )
-            assert plain == [item.plaintext for item in items]
-            assert fine == [None] * 600
-            assert [len(one) for one in moved] == [29] * 3
-            with Client(path) as client:
-                assert client.decrypt_batch(opened[:1]) == [b"0"]
-        finally:
-            process.terminate()
-            process.wait(60)
+    assert kinds(server.requests) == [JSON, MSGPACK]
 
 
 @pytest.mark.parametrize(

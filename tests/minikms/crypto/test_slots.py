@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minikms.crypto import slots
+from minikms.crypto.hpke import PUBLIC_KEY_BYTES
 from minikms.crypto.slots import Place
 from minikms.errors import DecryptionError
 
@@ -72,7 +73,7 @@ def test_what_was_never_sealed_is_refused(data: bytes) -> None:
         opened(data)
 
 
-@pytest.mark.parametrize("public", [b"", bytes(slots.PUBLIC_KEY_BYTES), b"\xff" * slots.PUBLIC_KEY_BYTES])
+@pytest.mark.parametrize("public", [b"", bytes(PUBLIC_KEY_BYTES), b"\xff" * PUBLIC_KEY_BYTES])
 def test_a_public_key_that_is_none_is_refused(public: bytes) -> None:
     with pytest.raises(DecryptionError, match="public key"):
         slots.seal(public, PLACE, KEYRING_KEY)

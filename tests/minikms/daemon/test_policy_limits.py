@@ -161,6 +161,54 @@ def test_requests_that_are_refused_are_charged(public: Path) -> None:
         assert daemon.status()["status"] == "ok"
 
 
+SHARED = f"""
+[[grant]]
+principals = ["uid:{USER}"]
+roles = ["encrypt"]
+threads = ["*"]
+limits = {{ requests_per_second = 1 }}
+[[grant]]
+name = "shared"
+principals = ["uid:{USER}", "uid:{OTHER}"]
+roles = ["encrypt"]
+threads = ["*"]
+limits_total = {{ concurrent = 3 }}
+"""
+
+
+def test_requests_that_reach_no_verb_lock_nobody_out(public: Path) -> None:
+    """The first grant of the user refuses, and the second one admits what others share with it."""
+    malformed = [("POST", "/encrypt", b"{"), ("GET", "/nothing", None), ("GET", "/encrypt", None)]
+    with PolicyDaemon(public, ROOT_GRANT + SHARED) as daemon:
+        encrypt = {"key_id": daemon.new_key("t"), "plaintext": ""}
+        user, other = daemon.caller(USER), daemon.caller(OTHER)
+        for _ in range(10):
+            assert [user.ask(*request).status for request in malformed] == [400, 404, 405]
+            assert other.post("/encrypt", encrypt).status == 200
+
+
+def test_a_request_counts_until_its_audit_line_is_durable(public: Path) -> None:
+    """Or until a seal ends it, which leaves no line."""
+    own = f"[[grant]]\nprincipals = ['uid:{USER}']\nroles = ['create', 'monitor']\nthreads = ['*']\n"
+    with PolicyDaemon(public, ROOT_GRANT + own + "limits = { concurrent = 1 }\n") as daemon:
+        daemon.new_key("t")  # so that the next one reserves nothing, with a line of its own
+        waiting, user = daemon.caller(USER), daemon.caller(USER)
+        with daemon.held_up("audit", "fdatasync"):
+            waiting.send("POST", "/create_dek_for_thread", {"thread_id": "t"})
+            wait_until(lambda: len(daemon.events("create_dek")) == 2)
+            assert user.get("/status").status == 429
+        assert waiting.receive().status == 200
+        assert user.get("/status").status == 200
+        root = daemon.caller()
+        with daemon.held_up("audit", "fdatasync"):
+            waiting.send("POST", "/create_dek_for_thread", {"thread_id": "t"})
+            wait_until(lambda: len(daemon.events("create_dek")) == 3)
+            assert root.post("/seal", {}).status == 200
+            assert waiting.receive().code == "sealed"
+        assert root.post("/unseal", {"from_source": True}).status == 200
+        assert user.get("/status").status == 200
+
+
 def test_the_clients_read_how_long_to_wait(public: Path) -> None:
     own = """
 [[grant]]

@@ -123,38 +123,13 @@ def test_a_connection_gives_back_its_place_under_any_policy() -> None:
                 admission.close_session(session)
 
 
-def name_of(task: Path) -> str:
-    """Of a thread; empty if it has ended."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return (task / "comm").read_text().strip()
-    return ""
-
-
-@contextlib.contextmanager
-def held_up(daemon: PolicyDaemon, thread: str, calls: str) -> Iterator[None]:
-    """The next of these system calls of a thread of the daemon returns after the block."""
-    needs.program("strace")
-    tasks = Path(f"/proc/{daemon.pid}/task")
-    [tid] = [task.name for task in tasks.iterdir() if name_of(task) == thread]
-    command = ["strace", "-o", "/dev/null", "-p", tid, "-e", f"trace={calls}"]
-    inject = f"inject={calls}:delay_enter=120000000:when=1"
-    with subprocess.Popen([*command, "-e", inject], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as tracer:
-        assert tracer.stderr is not None
-        line = tracer.stderr.readline()
-        assert b"attached" in line, line
-        try:
-            yield
-        finally:
-            tracer.send_signal(signal.SIGINT)
-
-
 def test_a_reload_does_not_wait_for_listings(public: Path) -> None:
     """Otherwise a caller whose rights are being revoked could delay that with listings on many connections."""
     listing = grant(f"uid:{USER}", roles='["monitor"]')
     with PolicyDaemon(public, ROOT_GRANT + listing) as daemon:
         daemon.new_key("mine-1")
         user = daemon.caller(USER)
-        with held_up(daemon, "reader", "openat"):
+        with daemon.held_up("reader", "openat"):
             user.send("GET", "/keys")
             daemon.use_policy(ROOT_GRANT)
             assert not select.select([user.sock], [], [], 0)[0], "the listing still waits"

@@ -48,7 +48,7 @@ def test_an_unseal_that_waits_obeys_the_new_policy(tmp_path: Path, waits_for: st
         ):
             process = SimpleNamespace(
                 settings=SimpleNamespace(root=KeyFile(key_file(tmp_path / "d")), sealed=True),
-                policy=SimpleNamespace(policy=policy),
+                policy=SimpleNamespace(policy=policy, meters=None),
                 lock=lock,
                 arena=arena,
                 connections_max=8,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 import struct
 import sys
 from collections.abc import Iterable, Iterator
@@ -73,6 +74,12 @@ def ed25519_forms(name: str, seed: bytes) -> list[Needle]:
     return [
         Needle(name, "expanded seed", half) for part in (digest[:32], clamped, digest[32:]) for half in _halves(part)
     ]
+
+
+def x25519_forms(name: str, private: bytes) -> list[Needle]:
+    """A private key as X25519 uses it (RFC 7748, section 5)."""
+    clamped = bytes([private[0] & 0xF8]) + private[1:31] + bytes([private[31] & 0x7F | 0x40])
+    return [Needle(name, "clamped", half) for half in _halves(clamped)]
 
 
 def ghash_forms(name: str, key: bytes) -> list[Needle]:
@@ -204,6 +211,22 @@ def sha256_state_after(block: bytes) -> list[int]:
     return [(x + y) & 0xFFFFFFFF for x, y in zip(_SHA256_START, (a, b, c, d, e, f, g, h), strict=True)]
 
 
+_SCHEDULE_BYTES = 240
+_SUMS_OF_A_SCHEDULE = re.compile(rb"(?:(?!\0{4}).{4}\0{12}){6}", re.DOTALL)
+"""From the ninth word on: three of four words are the sum of the one before and the eighth before (FIPS 197, 5.2)."""
+
+
+def aes256_schedules(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Each AES-256 key whose whole schedule lies in `data`, with its position, whatever the key is."""
+    value = int.from_bytes(data, "little")
+    sums = (value ^ value << 32 ^ value << 256).to_bytes(len(data) + 33, "little")
+    for found in _SUMS_OF_A_SCHEDULE.finditer(sums, 32, len(data)):
+        start = found.start() - 32
+        key = data[start : start + 32]
+        if data[start : start + _SCHEDULE_BYTES] == b"".join(aes256_round_keys(key)):
+            yield start, key
+
+
 # --- the search ---------------------------------------------------------------------------------------------------
 class Matcher:
     """Finds all needles at once. Each needle has at least 7 bytes; from 15 bytes on the search is faster."""
@@ -327,6 +350,19 @@ def scan_process(pid: int, needles: Iterable[Needle]) -> Report:
         os.close(pagemap)
         libraries.close()
     return Report(hits, bytes_read, unreadable)
+
+
+def memory(pid: int, *, overlap: int) -> Iterator[bytes]:
+    """All memory of a process that root can read, in chunks of which each repeats the last bytes of the one before."""
+    memory_fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for region in _regions(pid):
+            for start, end in _parts(pagemap, region):
+                yield from (data for _, data, _ in _read(memory_fd, start, end, overlap))
+    finally:
+        os.close(memory_fd)
+        os.close(pagemap)
 
 
 def scan_file(path: str, needles: Iterable[Needle]) -> Report:

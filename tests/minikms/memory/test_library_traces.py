@@ -29,6 +29,8 @@ USES = {
     "rewraps of a turn": "rewrapped(slot.view)",
     "HMAC": "hmac.digest(slot.view, b'text' * 50, 'sha256')",
     "HMAC of many texts": "macs_of(HMAC(slot.view, SHA256()), b'text' * 50)",
+    "sealing with HPKE under an ephemeral key": "hpke.seal(public, b'info', other.view, random=given)",
+    "sealing with HPKE": "hpke.seal(public, b'info', slot.view)",
     "Ed25519 signing": "Ed25519PrivateKey.from_private_bytes(slot.view).sign(b'text' * 50)",
     "Ed25519 public key": "Ed25519PrivateKey.from_private_bytes(slot.view).public_key().public_bytes_raw()",
 }
@@ -38,9 +40,11 @@ CHILD = textwrap.dedent("""
     import hmac, os, sys
     from cryptography.exceptions import InvalidTag
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.hmac import HMAC
+    from minikms.crypto import hpke, slots
     from minikms.crypto.aead import scrub_long_text, scrub_stack
     from minikms.keys import dek
     from minikms.memory import SecretArena, fill_random
@@ -63,6 +67,9 @@ CHILD = textwrap.dedent("""
                 for _ in range(3):
                     rewrapper.rewrap(record, bytes(12))
 
+    def given(view):
+        view[:] = slot.view
+
     arena = SecretArena(4)
     slot, other = arena.allocate(), arena.allocate()
     fill_random(other.view)
@@ -70,6 +77,7 @@ CHILD = textwrap.dedent("""
     for index, byte in enumerate(masked):
         slot.view[index] = byte ^ 0x5A
     sealed = AESGCM(other.view).encrypt(bytes(12), slot.view, b"aad")
+    public = slots.public_key(other.view, "kr_00112233445566ff", "s1")
     made = {"key_id": dek.make_key_id(0, bytes(10)), "thread_id": "t", "purpose": "thread", "created_at": ""}
     record = dek.new(**made, kek=AESGCM(slot.view), kek_version=1, dek=other.view, nonce=bytes(12))
     for _ in range(100):
@@ -100,7 +108,11 @@ def traces_of(use: str, *, scrub: str, environment: Mapping[str, str] = {}) -> s
         process.stdin.write(bytes(byte ^ 0x5A for byte in key).hex() + "\n")
         process.stdin.flush()
         assert process.stdout.readline() == "ready\n"
-        needles = scanner.forms_of("key", key) + scanner.ed25519_forms("key", key) + scanner.ghash_forms("key", key)
+        needles = [
+            needle
+            for forms in (scanner.forms_of, scanner.ed25519_forms, scanner.x25519_forms, scanner.ghash_forms)
+            for needle in forms("key", key)
+        ]
         report = scanner.scan_process(process.pid, needles)
         process.kill()
     return {hit.where.split()[-1] for hit in report.hits}
@@ -152,6 +164,10 @@ def test_making_a_cipher_leaves_no_key_on_the_stack() -> None:
 
 def test_a_cipher_object_that_is_kept_would_be_found() -> None:
     assert traces_of("kept = AESGCM(slot.view)", scrub=ALL_SCRUBBED) != set()
+
+
+def test_an_x25519_key_that_is_kept_would_be_found() -> None:
+    assert traces_of("kept = X25519PrivateKey.from_private_bytes(slot.view)", scrub=ALL_SCRUBBED) != set()
 
 
 def test_a_rewrapper_whose_block_does_not_end_would_be_found() -> None:

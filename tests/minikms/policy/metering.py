@@ -114,7 +114,9 @@ class Machine:
         return {self.grant(name): Cost(decrypts, reencrypts)}
 
     def begin(self, name: str, decrypts: int) -> Charge | Awaitable[Charge]:
-        """As the service does: charged as a request, and then for what was decided."""
+        """As the service does: charged as a request, and then for what was decided. It counts until
+        `Meters.end_turn`.
+        """
         scope, costs = self.scope(name), self.costs(name, decrypts)
         return self.meters.charge(scope, costs, self.meters.enter(scope, costs))
 
@@ -150,7 +152,7 @@ class Machine:
         return found
 
     def passes(self, name: str, decrypts: int = 1) -> None:
-        """Charges a request, which must not be refused, and ends it."""
+        """Charges a request, which must not be refused, and ends the turn."""
         (found,) = self.charge((name, decrypts))
         assert isinstance(found, Charge), found
-        found.release()
+        self.meters.end_turn()

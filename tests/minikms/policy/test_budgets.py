@@ -344,6 +344,7 @@ def test_a_request_that_is_cancelled_while_it_waits_is_released() -> None:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await machine.meters.drain()
+        machine.meters.end_turn()
 
     asyncio.run(ask())
     machine.passes("uid:1")

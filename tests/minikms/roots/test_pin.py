@@ -132,6 +132,35 @@ def test_no_directory_above_the_file_belongs_to_another_user(tmp_path: Path) -> 
             PinFile(path).check_opens(ROOT, KEYRING)
 
 
+def test_no_link_to_the_file_lies_in_the_directory_of_another_user(tmp_path: Path) -> None:
+    """That user could let it lead to another file of root's, such as an older pin file, or to none."""
+    needs.root()
+    pins, foreign, sticky = tmp_path / "pins", tmp_path / "foreign", tmp_path / "sticky"
+    for directory in (pins, foreign, sticky):
+        directory.mkdir(0o755)
+    PinFile(pins / "pin").add(ROOT, KEYRING)
+    (foreign / "to_pins").symlink_to(pins)
+    (tmp_path / "chain").symlink_to(foreign / "to_pins")
+    (tmp_path / "relative").symlink_to("foreign/to_pins")
+    (tmp_path / "up").symlink_to("pins/../pins")
+    (sticky / "own").symlink_to(pins)
+    (sticky / "theirs").symlink_to(pins)
+    (tmp_path / "loop").symlink_to("loop")
+    sticky.chmod(0o1777)
+    os.chown(sticky / "theirs", ANOTHER_UID, 0, follow_symlinks=False)
+    trusted = ("pins", "up", "sticky/own")
+    for name in (*trusted, "chain", "relative"):
+        PinFile(tmp_path / name / "pin").check_opens(ROOT, KEYRING)
+    os.chown(foreign, ANOTHER_UID, 0)
+    for name in ("chain", "relative", "sticky/theirs"):
+        with pytest.raises(StartError, match="every directory above"):
+            PinFile(tmp_path / name / "pin").check_opens(ROOT, KEYRING)
+    for name in trusted:
+        PinFile(tmp_path / name / "pin").check_opens(ROOT, KEYRING)
+    with pytest.raises(StartError, match="symbolic links"):
+        PinFile(tmp_path / "loop" / "pin").check_opens(ROOT, KEYRING)
+
+
 SPOILED: dict[str, Callable[[Path], object]] = {
     "another owner": lambda path: os.chown(path, ANOTHER_UID, 0),
     "writable by a group": lambda path: path.chmod(0o664),

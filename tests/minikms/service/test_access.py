@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -231,15 +232,16 @@ def test_a_request_in_flight_counts_until_it_has_ended(tmp_path: Path) -> None:
                 never_begun.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await never_begun
-                begun = made.begin(who, api.RETIRE_KEY, api.KeyRequest(key_id))
+                entered = made.table.entered(who, api.RETIRE_KEY)
+                answer = made.table[api.RETIRE_KEY](entered, api.KeyRequest(key_id), "")
+                assert inspect.isawaitable(answer) and entered.entered is not None
+                task = made.meters.later(entered.entered, answer)
                 with pytest.raises(LimitExceededError):
                     await made.ask(who, api.GET_KEY, api.KeyRequest(key_id))
-                task = asyncio.ensure_future(begun)  # type: ignore[arg-type]  # a coroutine
-                del begun
                 task.cancel()
-                del task  # as the server, which looks at it in a callback only
-                await asyncio.sleep(0)
-                await asyncio.sleep(0)
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                made.meters.end_turn()
             for _ in range(3):
                 with pytest.raises(KeyNotFoundError):
                     await made.ask(who, api.GET_KEY, api.KeyRequest(NO_KEY))

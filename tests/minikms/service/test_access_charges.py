@@ -114,7 +114,7 @@ def test_listing_a_foreign_thread_is_as_listing_one_without_keys(tmp_path: Path,
             await made.one.make(1, "mine-1")
             await made.one.make(9, "theirs-9")
             await made.one.make(1, "theirs-1")
-            keys = made.access.keys(made.who(3), api.LIST_KEYS)
+            keys = made.access.keys(made.table.entered(made.who(3), api.LIST_KEYS), api.LIST_KEYS)
             pages, costs = set(), set()
             for thread_id in ("theirs-9", "theirs-9", "theirs-1", "theirs-0"):
                 page = keys.page(after="", limit=100, thread_id=thread_id, state=state)

@@ -20,10 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from minikms import api
+
 CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
+BATCHES = {verb.path: verb for verb in api.VERBS if verb.is_batch}
 
 
 class Refused(Exception):
@@ -145,13 +149,37 @@ def answer(keys: Keys, target: str, body: dict[str, Any]) -> dict[str, Any]:
     raise Refused(404, "not_found")
 
 
-def read(body: bytes) -> dict[str, Any]:
-    """It knows JSON only, as miniKMS did before it knew MessagePack."""
-    try:
+def read(target: str, body: bytes) -> dict[str, Any]:
+    if target not in BATCHES:
         read: dict[str, Any] = json.loads(body or b"{}")
-    except ValueError:
-        raise Refused(400, "invalid_request") from None
-    return read
+        return read
+    batch = msgspec.msgpack.decode(body, type=api.array_form(BATCHES[target].request))
+    return {**members(batch), "items": [members(item) for item in batch.items]}
+
+
+def members(struct: msgspec.Struct) -> dict[str, Any]:
+    """As JSON has them: base64 for bytes, nothing for what is absent."""
+    present = {name: getattr(struct, name) for name in struct.__struct_fields__ if name != "items"}
+    return {
+        name: base64.b64encode(value).decode() if isinstance(value, bytes) else value
+        for name, value in present.items()
+        if value is not None and value is not msgspec.UNSET
+    }
+
+
+def written(target: str, answer: dict[str, Any]) -> bytes:
+    if target == "/check_batch":
+        return msgspec.msgpack.encode([answer["opened"], [list(refused.values()) for refused in answer["refused"]]])
+    if target in BATCHES:
+        return msgspec.msgpack.encode(
+            [
+                [
+                    [item["error"], item["code"]] if "error" in item else base64.b64decode(*item.values())
+                    for item in answer["items"]
+                ]
+            ]
+        )
+    return json.dumps(answer).encode()
 
 
 async def serve_one(keys: Keys, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -168,7 +196,7 @@ async def serve_one(keys: Keys, reader: asyncio.StreamReader, writer: asyncio.St
                 payload = b"ok"
             else:
                 try:
-                    payload = json.dumps(answer(keys, target, read(body))).encode()
+                    payload = written(target, answer(keys, target, read(target, body)))
                 except Refused as error:
                     status = error.status
                     payload = json.dumps({"error": f"refused: {error.code}", "code": error.code}).encode()
