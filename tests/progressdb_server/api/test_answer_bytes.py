@@ -42,7 +42,7 @@ def made(transport: Transport, method: str = "GET", keep_alive: bool = True, wai
     connection = OneResponse(Serving(application, Shares(), loop))
     connection.serving.date = b"date: today\r\n"
     connection.transport = transport  # type: ignore[assignment]  # all that is called
-    head = framing.Head(b"GET", b"/", b"", b"1.1", [], keep_alive, framing.CHUNKED, waits)
+    head = framing.Head("GET", b"/", b"", "1.1", [], keep_alive, framing.CHUNKED, waits)
     return Cycle(connection, {"method": method}, head)
 
 

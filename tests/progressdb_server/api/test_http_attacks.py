@@ -50,7 +50,7 @@ class Held:
                 await asyncio.sleep(0.01)
             return await create(*given, **named)
 
-        self.api.store.create_message = held  # type: ignore[method-assign]
+        self.api.store.create_message = held  # type: ignore[method-assign]  # of this test
 
 
 @pytest.fixture
@@ -252,10 +252,12 @@ def test_turns_of_lists_go_to_one_address_after_the_other(monkeypatch: pytest.Mo
 
         async def read(group: str) -> None:
             reader = Reader(group)
-            await lists.enter(group, reader)
+            waiting = lists.begin(group, reader)
+            if waiting is not None:
+                await waiting
             order.append(group)
             await asyncio.sleep(0)
-            lists.leave(group, reader)
+            lists.end(group, reader)
 
         await asyncio.gather(*[read(group) for group in ("a", "a", "a", "a", "b", "c")])
         return order

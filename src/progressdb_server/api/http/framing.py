@@ -14,21 +14,25 @@ Pure: bytes in, values out. It must never see a socket or a clock.
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 from progressdb_server.api.http import limits
 from progressdb_server.api.http.errors import Header
 
-_TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_REQUEST_LINE: Final = re.compile(
-    rb"([A-Z]{1,32}) "
-    rb"(https?://[^/?#\x00-\x20\x7f-\xff]+)?(/[!-\"$->@-~]*)?(?:\?([!-\"$-~]*))?(?:#[!-~]*)?"
-    rb" HTTP/(1\.[01])\r\n"
-)
-_FIELD: Final = re.compile(rb"(?<=\n)(%b):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n" % _TOKEN)
-_CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
+_TOKEN: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_TEXT: Final = bytes({*range(256)} - {*range(32), 127} | {9})
+"""The bytes of a head beside its line ends."""
+_ABSOLUTE: Final = re.compile(rb"(https?://[^/?#]+)?(/[^?#]*)?(?:\?([^#]*))?(?:#.*)?")
+_CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t -~\x80-\xff]*)?")
 _SINGLE: Final = (b"host", b"content-length", b"transfer-encoding", b"expect")
+_VERSIONS: Final = {b"HTTP/1.1": "1.1", b"HTTP/1.0": "1.0"}
+_METHOD_BYTES_MAX: Final = 32
 _LENGTH_DIGITS_MAX: Final = 18
+_NAMES_COUNT_MAX: Final = 256
+_names: Final[dict[bytes, bytes]] = {}
+"""Names of headers as they were sent, and in lower case: they were found to be tokens."""
 
 CHUNKED: Final = -1
 """`Head.length` of a chunked body."""
@@ -42,13 +46,13 @@ class HttpError(Exception):
         self.status = status
 
 
-class Head(NamedTuple):
-    method: bytes
+class Head(msgspec.Struct, frozen=True, gc=False):
+    method: str
     path: bytes
     query: bytes
-    version: bytes
+    version: str
     headers: list[Header]
-    """Names in lower case; values without the white space around them."""
+    """Names in lower case; values without the white space around them. Not to be changed: the head may recur."""
     keep_alive: bool
     length: int
     """Of the body; `CHUNKED` if only its chunks tell."""
@@ -59,25 +63,25 @@ def parse_head(data: bytes, at: int, end: int) -> Head:
     """Parse the head in `data` from `at` to `end`, from the method to the empty line inclusive."""
     if end - at > limits.HEAD_BYTES_MAX:
         raise HttpError(431)
-    line = _REQUEST_LINE.match(data, at, end)
-    if line is None:
+    raw = data[at : end - 4]
+    lines = raw.split(b"\r\n")
+    if raw.translate(None, _TEXT) != b"\r\n" * (len(lines) - 1):  # a bare CR or LF, or a control character
         raise HttpError(400)
-    method, origin, path, query, version = line.groups()
-    headers = [(name.lower(), value.strip()) for name, value in _FIELD.findall(data, line.end(), end)]
-    if len(headers) != data.count(b"\n", at, end) - 2:  # a line is no field
-        raise HttpError(400)
-    if len(headers) > limits.HEADERS_COUNT_MAX:
+    method, path, query, version = _request_line(lines[0])
+    if len(lines) - 1 > limits.HEADERS_COUNT_MAX:
         raise HttpError(431)
-    if path is None:
-        if origin is None:
+    headers: list[Header] = []
+    for line in lines[1:]:
+        name, colon, value = line.partition(b":")
+        if not colon:
             raise HttpError(400)
-        path = b"/"
+        headers.append((_names.get(name) or _name(name), value.strip()))
     named = dict(headers)
     if len(named) != len(headers):
         names = [name for name, _ in headers]
         if any(names.count(name) > 1 for name in _SINGLE):
             raise HttpError(400)
-    is_1_1 = version == b"1.1"
+    is_1_1 = version == "1.1"
     if is_1_1 and b"host" not in named:
         raise HttpError(400)
     length = named.get(b"content-length")
@@ -93,14 +97,50 @@ def parse_head(data: bytes, at: int, end: int) -> Head:
         raise HttpError(400)
     keep_alive = is_1_1 and (b"connection" not in named or not _closes(headers))
     expects_continue = is_1_1 and b"expect" in named and named[b"expect"].lower() == b"100-continue"
-    return Head(method, path, query or b"", version, headers, keep_alive, body_length, expects_continue)
+    return Head(method, path, query, version, headers, keep_alive, body_length, expects_continue)
+
+
+def _request_line(line: bytes) -> tuple[str, bytes, bytes, str]:
+    """Method, path, query, version."""
+    words = line.split(b" ")
+    version = _VERSIONS.get(words[-1])
+    if len(words) != 3 or version is None:
+        raise HttpError(400)
+    method, target, _ = words
+    if not (method.isalpha() and method.isupper()) or len(method) > _METHOD_BYTES_MAX:
+        raise HttpError(400)
+    if not target.isascii() or b"\t" in target:
+        raise HttpError(400)
+    if target.startswith(b"/") and b"#" not in target:
+        path, _, query = target.partition(b"?")
+    else:
+        found = _ABSOLUTE.fullmatch(target)
+        if found is None or not (found[1] or found[2]):
+            raise HttpError(400)
+        path, query = found[2] or b"/", found[3] or b""
+    return method.decode("ascii"), path, query, version
+
+
+def _name(name: bytes) -> bytes:
+    """The name of a header in lower case."""
+    if _TOKEN.fullmatch(name) is None:
+        raise HttpError(400)
+    lower = name.lower()
+    if len(_names) < _NAMES_COUNT_MAX:
+        _names[name] = lower
+    return lower
 
 
 def check_beginning(data: bytes) -> None:
     """Raise HttpError if these bytes, which do not end, can't be the beginning of an acceptable head."""
     if len(data) > limits.HEAD_BYTES_MAX:
         raise HttpError(431)
-    if not data[:1].isupper() or (b"\n" in data and _REQUEST_LINE.match(data) is None):
+    if not data[:1].isupper():
+        raise HttpError(400)
+    line, end, _ = data.partition(b"\r\n")
+    if end:
+        _request_line(line)
+    elif b"\n" in line:
         raise HttpError(400)
 
 
@@ -174,5 +214,5 @@ class Chunks:
             raise HttpError(431)
         if not line:
             self.complete = True
-        elif _FIELD.fullmatch(b"\n" + line + b"\r\n", 1) is None:
+        elif line.translate(None, _TEXT) or b":" not in line:
             raise HttpError(400)

@@ -12,6 +12,7 @@ Owns: the listening socket, accepting, TLS, and the stop. Invariants:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import resource
 import socket
 import ssl
@@ -151,7 +152,8 @@ class _Acceptor:
                 connection.close()
                 continue
             connection.setblocking(False)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(OSError):  # the client is gone: macOS refuses then
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             group = serving.shares.group(str(peer[0]))
             opening = _Opening(self, connection, group)
             self.opening.add(opening)

@@ -22,7 +22,7 @@ import contextlib
 import math
 import socket
 import urllib.parse
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Awaitable, Iterable, MutableMapping, Sequence
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, Final
@@ -32,7 +32,7 @@ from progressdb_server.api.http import framing, limits
 from progressdb_server.api.http.access import Principal, presented_key
 from progressdb_server.api.http.errors import CLOSE, Header
 from progressdb_server.api.http.request import BODY_REFUSED, DIRECT, ASGIApp
-from progressdb_server.api.http.shares import BodyAccount, Shares, Turn
+from progressdb_server.api.http.shares import BodyAccount, Shares
 
 _log: Final = structlog.get_logger("progressdb.http")
 _STATUS_LINES: Final = {
@@ -42,6 +42,8 @@ _WITHOUT_BODY: Final = frozenset({204, 304})
 _ASGI: Final = {"version": "3.0", "spec_version": "2.3"}
 _BODY_WAITING_BYTES_MAX: Final = 64 * 1024
 """Of a body, received and not read by the application: no more is received meanwhile."""
+_RECURRING_HEAD_BYTES_MAX: Final = 1024
+"""A head up to this length is kept, because the next one of the connection may be the same."""
 _STOP_POLL_SECONDS: Final = 0.05
 _ERROR_TEXTS: Final = {
     400: "malformed HTTP request",
@@ -181,10 +183,15 @@ class Cycle:
         return {"type": "http.request", "body": self._take(), "more_body": self.more_body}
 
     # --- the response ---------------------------------------------------------------------------------------------
-    def turn(self) -> Turn:
+    def begin_list(self) -> Awaitable[None] | None:
         """See `request.DirectChannel`."""
         connection = self.connection
-        return Turn(connection.serving.shares.lists, connection.group, connection)
+        return connection.serving.shares.lists.begin(connection.group, connection)
+
+    def end_list(self) -> None:
+        """See `request.DirectChannel`."""
+        connection = self.connection
+        connection.serving.shares.lists.end(connection.group, connection)
 
     def send_response(self, status: int, headers: Sequence[Header], body: bytes) -> bool:
         """See `request.DirectChannel`."""
@@ -333,6 +340,9 @@ class Connection(asyncio.Protocol):
     _input = b""
     """Received; used up to `_at`."""
     _at = 0
+    _last_raw = b""
+    _last_head: framing.Head | None = None
+    """The last head, and its bytes."""
     _held: BodyAccount | None = None
     """What `_input` takes from the budget of bodies while a request before it is handled."""
     _in_body = False
@@ -530,6 +540,8 @@ class Connection(asyncio.Protocol):
             self.transport.close()  # nothing more comes: a request that is not whole is not handled
             return
         elif self._in_body or self._input:
+            self._input = self._input[self._at :]
+            self._at = 0
             self._await_request()
             if self._in_body and cycle is not None and not cycle.response_complete:
                 return  # the application says when it takes more of the body
@@ -540,6 +552,7 @@ class Connection(asyncio.Protocol):
 
     def _idle(self) -> None:
         """Wait for the next request."""
+        self._cycle = None
         self._expecting = False
         self._close_at(self.serving.loop.time() + limits.IDLE_SECONDS_MAX)
         self.serving.shares.idle(self.group, self)
@@ -572,13 +585,20 @@ class Connection(asyncio.Protocol):
         data, at = self._input, self._at
         while data.startswith(b"\r\n", at):  # RFC 9112, section 2.2
             at += 2
-        end = data.find(b"\r\n\r\n", at) + 4
-        if end < 4:
-            self._use(at)
-            if self._input:
-                framing.check_beginning(data[at:])
-            return False
-        head = framing.parse_head(data, at, end)
+        head = self._last_head
+        if head is not None and data.startswith(self._last_raw, at):  # as of a client that polls
+            end = at + len(self._last_raw)
+        else:
+            end = data.find(b"\r\n\r\n", at) + 4
+            if end < 4:
+                self._use(at)
+                if self._input:
+                    framing.check_beginning(data[at:])
+                return False
+            head = framing.parse_head(data, at, end)
+            if end - at <= _RECURRING_HEAD_BYTES_MAX:
+                self._last_head = head
+                self._last_raw = data[at:end]
         self._use(end)
         self._begin(head)
         return True
@@ -596,12 +616,12 @@ class Connection(asyncio.Protocol):
         scope: dict[str, Any] = {
             "type": "http",
             "asgi": _ASGI,
-            "http_version": head.version.decode("ascii"),
+            "http_version": head.version,
             "server": self._server,
             "client": self._client,
             "scheme": self.scheme,
             "root_path": "",
-            "method": head.method.decode("ascii"),
+            "method": head.method,
             "path": urllib.parse.unquote(path) if "%" in path else path,
             "raw_path": raw_path,
             "query_string": head.query,

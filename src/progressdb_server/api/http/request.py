@@ -11,7 +11,6 @@ called thousands of times a second.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from itertools import accumulate
 from typing import Any, Final, Protocol, TypeVar
 
@@ -68,8 +67,12 @@ class DirectChannel(Protocol):
         """Send a complete response with its Content-Length. Returns False if nothing was sent."""
         ...
 
-    def turn(self) -> AbstractAsyncContextManager[None]:
-        """The context in which a list is read and sent (`shares.Turn`)."""
+    def begin_list(self) -> Awaitable[None] | None:
+        """Take the turn in which a list is read and sent (`shares.Lists`). The result is None, or has to be awaited."""
+        ...
+
+    def end_list(self) -> None:
+        """Give the turn back."""
         ...
 
 

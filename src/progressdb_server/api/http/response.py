@@ -121,11 +121,16 @@ class Exchange:
             await send_complete(response, self.send)
         elif isinstance(response, EventStream):
             await send_events(response, self.receive, self.send)
-        elif self.request.direct is None:
+        elif (direct := self.request.direct) is None:
             await send_list(response, self.receive, self.send)
         else:
-            async with self.request.direct.turn():
+            waiting = direct.begin_list()
+            if waiting is not None:
+                await waiting
+            try:
                 await send_list(response, self.receive, self.send)
+            finally:
+                direct.end_list()
 
 
 def _start(status: int, headers: list[Header]) -> dict[str, Any]:

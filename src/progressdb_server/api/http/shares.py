@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter, deque
-from collections.abc import Hashable
+from collections.abc import Awaitable, Hashable
 from typing import Final, NamedTuple, Protocol
 
 from progressdb_server.api.http import limits
@@ -146,16 +146,15 @@ class Lists:
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # of each address, the next one first
         self._sweeper: asyncio.TimerHandle | None = None
 
-    async def enter(self, group: str, connection: Readable) -> None:
-        """Wait for a turn. Raises ApiError 503, ClientGoneError if the client left meanwhile."""
+    def begin(self, group: str, connection: Readable) -> Awaitable[None] | None:
+        """Take a turn. The result is None, or waits for the turn and raises ApiError 503, or ClientGoneError if the
+        client leaves meanwhile. With an error there is no turn to end."""
         if not self._take(group):
-            await self._wait(group)
-        if connection.is_closing:
-            self._give_back(group)
-            raise ClientGoneError
+            return self._wait(group, connection)
         self._reading.add(connection)
+        return None
 
-    def leave(self, group: str, connection: Readable) -> None:
+    def end(self, group: str, connection: Readable) -> None:
         self._reading.discard(connection)
         self._give_back(group)
 
@@ -183,7 +182,7 @@ class Lists:
                     self._waiting[other] = waiting  # behind the other addresses
                 return
 
-    async def _wait(self, group: str) -> None:
+    async def _wait(self, group: str, connection: Readable) -> None:
         loop = asyncio.get_running_loop()
         turn = loop.create_future()
         self._waiting.setdefault(group, deque()).append(turn)
@@ -202,6 +201,10 @@ class Lists:
                     del self._waiting[group]
         if not turn.done():
             raise lists_full()
+        if connection.is_closing:
+            self._give_back(group)
+            raise ClientGoneError
+        self._reading.add(connection)
 
     def _sweep(self) -> None:
         """Give up the lists that their clients leave unread while others wait."""
@@ -214,23 +217,6 @@ class Lists:
             if connection in self._reading:
                 connection.close_unread()
         self._sweeper = loop.call_later(limits.LIST_STALL_SECONDS_MAX / 2, self._sweep)
-
-
-class Turn:
-    """The turn of one list, as a context. Entering raises ApiError 503, ClientGoneError."""
-
-    __slots__ = ("_connection", "_group", "_lists")
-
-    def __init__(self, lists: Lists, group: str, connection: Readable) -> None:
-        self._lists = lists
-        self._group = group
-        self._connection = connection
-
-    async def __aenter__(self) -> None:
-        await self._lists.enter(self._group, self._connection)
-
-    async def __aexit__(self, *raised: object) -> None:
-        self._lists.leave(self._group, self._connection)
 
 
 Charges = tuple[tuple[Hashable, float], ...]
