@@ -29,12 +29,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Final, NamedTuple
 
 from minikms.audit import AuditKey, AuditLog, Event, ExpectedLog
-from minikms.audit.chain import LocalSigner
+from minikms.audit.chain import KeyState, LocalSigner
 from minikms.audit.log import DEFAULT_LIMITS, FsyncPolicy, Limits
 from minikms.audit.reader import LOG_NAME, DamagedSegmentError, each_segment, list_segments
 from minikms.audit.record import Head
 from minikms.audit.recovery import IF_RESTORED, AuditKeys
 from minikms.crypto.aead import NonceSource, scrub_stack
+from minikms.crypto.shares import SHARES_COUNT_MAX
 from minikms.custody import create_log, deks, files, keyring_file, rewrap_journal, rotation_backups, tombstone_file
 from minikms.custody.backup import register
 from minikms.custody.create_log import Completed, CreateLog
@@ -43,7 +44,7 @@ from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.lease_store import JOURNAL_NAME, SNAPSHOT_NAME, LeaseStore
 from minikms.custody.leases import Leases
 from minikms.custody.rewrap_journal import Replayed, RewrapJournal
-from minikms.custody.tombstone_file import open_tombstones
+from minikms.custody.tombstone_file import Tombstones, open_tombstones
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
 from minikms.errors import AuditUnavailableError, MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys import keyring, root_slots
@@ -53,9 +54,15 @@ from minikms.memory.arena import SecretArena, SecretSlot, fill_random
 from minikms.roots.pin import PinFile
 from minikms.roots.providers import RootProvider
 
-KEYRING_SLOTS: Final = 2 * keyring.AUDIT_KEYS_COUNT_MAX + keyring.KEKS_OPEN_COUNT_MAX + 2 * keyring.SLOTS_MAX + 64
-"""Arena slots beside the cached DEKs: pairs of audit keys, KEK versions, the authentication keys of slots and given
-shares of a root key, and 64 for root keys, keyring keys, the tombstone key and keys in the making.
+KEYRING_SLOTS: Final = (
+    2 * keyring.AUDIT_KEYS_COUNT_MAX
+    + keyring.KEKS_OPEN_COUNT_MAX
+    + keyring.SLOTS_MAX
+    + keyring.SLOTS_MAX * SHARES_COUNT_MAX
+    + 64
+)
+"""Arena slots beside the cached DEKs: pairs of audit keys, KEK versions, the authentication keys of slots, given shares
+of every set, and 64 for root keys, keyring keys, the tombstone key and keys in the making.
 """
 EPOCH_TAIL_BYTES_MAX: Final = 32 * 1024 * 1024
 """How much of the end of the audit log is searched for epochs."""
@@ -210,8 +217,11 @@ def open_for_service(
         with written_at_start(os.path.join(directory, tombstone_file.NAME)):
             destroyed, body = open_tombstones(lock.directory_fd, unlocked, fill_random)
         undo.callback(destroyed.close)
+        if not options.accept_restore:
+            _check_tombstones(destroyed, log)
         with written_at_start(os.path.join(directory, keyring_file.NAME)):
             _raise_epoch(unlocked, body, file, seen_epoch=seen, proved_slot_id=slot.slot_id)
+        log.writer.state = lambda: KeyState(unlocked.body.epoch, destroyed.count)
         store = deks.DekStore(directory, disk)
         undo.callback(store.close)
         backups = rotation_backups.RotationBackups(directory)
@@ -374,6 +384,17 @@ def _check_newest(epoch: int, seen: int) -> None:
         )
 
 
+def _check_tombstones(destroyed: Tombstones, log: AuditLog) -> None:
+    """Raises StartError when the audit log has counted more tombstones than there are."""
+    counted = log.writer.state().tombstones
+    if counted > destroyed.count:
+        raise StartError(
+            f"{tombstone_file.NAME} is older than the audit log: it names {destroyed.count} destroyed keys, the log "
+            f"has counted {counted}. Put the newer keyring.json and {tombstone_file.NAME} back, or, if none are left, "
+            "start once with --accept-restore"
+        )
+
+
 def _raise_epoch(
     unlocked: UnlockedKeyring, body: keyring.Body, file: KeyringFile, *, seen_epoch: int, proved_slot_id: str
 ) -> None:
@@ -452,7 +473,8 @@ def highest_epoch(directory: str) -> int:
     """The highest epoch in the last EPOCH_TAIL_BYTES_MAX of the open file of the audit log; if it has none, because it
     was begun after the last start, in the file before it. 0 when there is none, or no log. Raises OSError.
 
-    Lines with an epoch (`start`, `stop`, each change of the keyring) are written after the keyring that has it.
+    Each signed line and the first line of each file but the first have an epoch, as do `start`, `stop` and each change
+    of the keyring. They are written after the keyring that has it.
     """
     return _in_open_file(directory) or _in_newest_closed_file(directory)
 
@@ -586,6 +608,7 @@ def rotate_audit_key(directory: str, root: RootProvider) -> NewAuditKey:
             )
             destroyed, body = open_tombstones(lock.directory_fd, unlocked, fill_random)
             destroyed.close()
+            _check_tombstones(destroyed, log)
             body = keyring.add_audit_key(body, made, at=_now())
             file.store_now(unlocked.encode(body))
             unlocked.body = body

@@ -37,13 +37,13 @@ def analyze(*arguments: str) -> str:
 
 def test_the_units_are_valid(tmp_path: Path) -> None:
     """With executables in the place of /opt/progressdb/bin, which this machine need not have."""
-    for name in ("minikms", "progressdb"):
+    for name in ("minikms", "progressdb", "progressdb-backup"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
-    for unit in UNITS.glob("*.s*"):
-        if unit.suffix in (".service", ".socket"):
+    for unit in UNITS.iterdir():
+        if unit.suffix in (".service", ".socket", ".timer"):
             (tmp_path / unit.name).write_text(unit.read_text().replace("/opt/progressdb/bin/", f"{tmp_path}/"))
-    assert analyze("verify", *(str(path) for path in tmp_path.glob("*.s*"))) == ""
+    assert analyze("verify", *(str(path) for path in tmp_path.glob("*.*"))) == ""
 
 
 @pytest.mark.parametrize("unit", EXPOSURE_MAX)

@@ -8,12 +8,14 @@ three users: the operator (root) and one for each service. Another user is all t
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import re
 import select
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -38,7 +40,7 @@ SOCKET = "/run/minikms/minikms.sock"
 READY_S_MAX = 60.0
 RUN_S_MAX = 120.0
 
-_PATH = re.compile(r"(?<![\w/.])/(?=(?:run|etc/progressdb|var/lib/progressdb|backup|opt/progressdb)\b)")
+_PATH = re.compile(r"(?<![\w/.])/(?=(?:run|etc/progressdb|var/lib/progressdb|backup|opt/progressdb|root)\b)")
 _BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 
 
@@ -53,6 +55,10 @@ def blocks(page: Path) -> list[str]:
     return _BLOCK.findall(page.read_text("utf-8"))
 
 
+class ServiceError(AssertionError):
+    """A service did not start."""
+
+
 class Machine:
     """`base` is a directory that every user can enter. `three_users` needs root. `socket_unit`: it is installed."""
 
@@ -64,10 +70,12 @@ class Machine:
         self._uids = dict(USERS) if three_users else dict.fromkeys(USERS, os.geteuid())
         self._services: dict[str, subprocess.Popen[bytes]] = {}
         self._enabled: list[str] = []
+        self._ran: list[str] = []  # when `files` was called
         self._socket_is_started = False  # that of SOCKET_UNIT
-        for directory in ("run", "etc", "var/lib", "opt/progressdb/bin", "usr/bin", "journal", "tmp"):
+        for directory in ("run", "etc", "var/lib", "opt/progressdb/bin", "usr/bin", "journal", "tmp", "root"):
             (base / directory).mkdir(parents=True)
         (base / "tmp").chmod(0o1777)
+        (base / "root").chmod(0o700)
         become = 'setpriv --reuid="$uid" --regid="$uid" --clear-groups' if three_users else ""
         uids = "; ".join(f"{name}={uid}" for name, uid in self._uids.items())
         for name, script in {
@@ -75,9 +83,12 @@ class Machine:
             "opt/progressdb/bin/progressdb": f'exec {sys.executable} -P -m progressdb_server "$@"',
             "usr/bin/runuser": f'{uids}; eval "uid=\\$$2"; shift 3; exec {become} "$@"',  # -u USER -- COMMAND …
             "usr/bin/journalctl": f'exec cat {base}/journal/"$2"',  # -u UNIT …
+            "usr/bin/systemctl": f'echo "$*" > {base}/asked; read -r status < {base}/answered; exit "$status"',
         }.items():
             (base / name).write_text(f"#!/bin/sh\n{script}\n")
             (base / name).chmod(0o755)
+        for pipe in ("asked", "answered"):
+            os.mkfifo(base / pipe)
         self.environ = {"PATH": f"{base}/usr/bin:{os.environ.get('PATH', os.defpath)}", "NO_COLOR": "1"}
         self.environ["TMPDIR"] = str(base / "tmp")
 
@@ -98,31 +109,53 @@ class Machine:
         """The place of a path that the documents name."""
         return Path(self.here(path))
 
-    def run(self, command: str) -> tuple[int, str]:
-        """The exit status and all output of the operator's command."""
-        done = subprocess.run(
-            ["sh", "-c", self.here(command)],
-            cwd=self.base / "tmp",
-            env=self.environ,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=RUN_S_MAX,
-            check=False,
-        )
-        return done.returncode, done.stdout
+    def run(self, script: str) -> tuple[int, str]:
+        """The exit status and all output of the operator's commands."""
+        end = time.monotonic() + RUN_S_MAX
+        asked = os.open(self.base / "asked", os.O_RDWR | os.O_NONBLOCK)  # RDWR: one more writer, so that it never ends
+        try:
+            with (
+                tempfile.TemporaryFile("w+") as said,
+                subprocess.Popen(
+                    ["bash", "-c", self.here(script)],
+                    cwd=self.base / "tmp",
+                    env=self.environ,
+                    stdin=subprocess.DEVNULL,
+                    stdout=said,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                ) as process,
+            ):
+                try:
+                    while process.poll() is None:
+                        said.flush()
+                        assert time.monotonic() < end, f"{script}\ntook too long"
+                        if select.select([asked], [], [], 0.02)[0]:
+                            self._systemctl(os.read(asked, 4096).decode().split())
+                finally:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                said.seek(0)
+                return process.returncode, said.read()
+        finally:
+            os.close(asked)
 
-    def do(self, command: str) -> str:
-        """The output of a command, which ends as its line in the document says."""
-        systemctl = re.fullmatch(r"systemctl (start|stop|restart) ([\w. ]+)", command)
-        if systemctl:
-            getattr(self, f"_{systemctl[1]}_units")(systemctl[2].split())
-            return ""
-        expected = re.search(r"# ends with (\d)", command)
-        ended, said = self.run(command)
-        assert ended == (int(expected[1]) if expected else 0), f"{command}\nended with {ended}: {said}"
+    def do(self, script: str) -> str:
+        """The output of commands. They must end well."""
+        ended, said = self.run(script)
+        assert ended == 0, f"{script}\nended with {ended}: {said}"
         return said
+
+    def _systemctl(self, words: list[str]) -> None:
+        """Does what a script has asked of the service manager, and tells it whether that was possible."""
+        try:
+            getattr(self, f"_{words[0]}_units")(words[1:])
+        except ServiceError as error:
+            print(error, file=sys.stderr)  # pytest shows it if the test fails
+            failed = 1
+        else:
+            failed = 0
+        (self.base / "answered").write_text(f"{failed}\n")
 
     def export(self, script: str) -> None:
         """Runs commands that set variables for all later ones."""
@@ -131,8 +164,8 @@ class Machine:
         self.environ = dict(line.split("=", 1) for line in said.split("\0") if line)
 
     def on_terminal(self, command: str) -> OnTerminal:
-        """A command that asks on its terminal. The caller types."""
-        return OnTerminal(["sh", "-c", self.here(command)], env=self.environ)
+        """Commands that ask on their terminal. The caller types."""
+        return OnTerminal(["bash", "-c", self.here(command)], env=self.environ)
 
     def install(self) -> None:
         """What deploy/systemd/README.md does after the programs and the units are in their places."""
@@ -151,6 +184,39 @@ class Machine:
         shutil.rmtree(self.base / "run")
         (self.base / "run").mkdir()
         self._start_units(self._enabled)
+
+    def files(self) -> Path:
+        """A copy of all files of the machine but those in /run. The services may run if nobody writes."""
+        self._ran = self._running()
+        copy = self.base / "copy"
+        self.do(f"rm -rf {copy}\nmkdir {copy}\ncp -a {' '.join(map(str, self._places()))} {copy}")
+        return copy
+
+    def put_back(self, copy: Path) -> None:
+        """Restores what `files` has copied, and starts what ran then, if it can start in that state.
+
+        Services whose keyring is unchanged go on. Files keep their inodes, to which Landlock rules are bound.
+        """
+        keyring = "var/lib/progressdb/minikms/keyring.json"
+        same = self._running() == self._ran and (self.base / keyring).read_bytes() == (copy / keyring).read_bytes()
+        if not same:
+            self.close()
+        for place in self._places():
+            if same and place.name == "var":
+                continue
+            for path in place.rglob("*"):
+                if not path.is_dir() and not os.path.lexists(copy / path.relative_to(self.base)):
+                    path.unlink()
+            self.do(f"cp -a {copy / place.name} {self.base}")
+        if not same:
+            with contextlib.suppress(ServiceError):
+                self._start_units(self._ran)
+
+    def _running(self) -> list[str]:
+        return [SOCKET_UNIT, *(name for name in USERS if name not in self.ended())]
+
+    def _places(self) -> list[Path]:
+        return [place for place in (self.base / name for name in ("etc", "var", "root", "backup")) if place.exists()]
 
     def ended(self) -> list[str]:
         """The services that don't run."""
@@ -242,6 +308,9 @@ class Machine:
                     self._wait(name, lambda: _is_ready(notified))
                 if name == "progressdb":
                     self._wait(name, self._server_answers)
+            except ServiceError:
+                self._stop(name)
+                raise
             finally:
                 notify.unlink()
 
@@ -251,8 +320,8 @@ class Machine:
     def _wait(self, name: str, holds: Callable[[], bool]) -> None:
         end = time.monotonic() + READY_S_MAX
         while not holds():
-            running = self._services[name].poll() is None
-            assert running and time.monotonic() < end, self._journal(name).read_text()
+            if self._services[name].poll() is not None or time.monotonic() > end:
+                raise ServiceError(self._journal(name).read_text())
             time.sleep(0.02)
 
     def _environment(self, lines: list[tuple[str, str]]) -> dict[str, str]:

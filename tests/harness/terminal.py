@@ -11,6 +11,7 @@ import fcntl
 import os
 import pty
 import select
+import struct
 import subprocess
 import termios
 from collections.abc import Mapping, Sequence
@@ -53,6 +54,30 @@ class OnTerminal:
     def type(self, line: str | bytes, end: bytes = b"\n") -> None:
         text = line.encode() if isinstance(line, str) else line
         os.write(self._main, text + end)
+
+    def type_unfinished(self, text: bytes) -> None:
+        """Types a part of a line, and returns when the driver of the terminal has it.
+
+        The driver has then also acted on Ctrl-S and Ctrl-Q behind it, which it reports in packet mode: tty_ioctl(4).
+        """
+        fcntl.ioctl(self._main, termios.TIOCPKT, struct.pack("i", 1))
+        os.write(self._main, text + b"\x13\x11")
+        acted = 0
+        while not acted & termios.TIOCPKT_START:
+            ready, _, _ = select.select([self._main], [], [], WAIT_S_MAX)
+            assert ready, "the terminal did not act on what was typed"
+            kind, *data = os.read(self._main, 65536)
+            acted |= kind
+            self.shown += bytes(data)
+        fcntl.ioctl(self._main, termios.TIOCPKT, struct.pack("i", 0))
+
+    def echoes(self) -> bool:
+        """Whether the terminal shows what is typed."""
+        return bool(termios.tcgetattr(self._main)[3] & termios.ECHO)
+
+    def signal_foreground(self, number: int) -> None:
+        """Sends a signal to the processes that may read the terminal."""
+        os.killpg(os.tcgetpgrp(self._main), number)
 
     def wait(self) -> int:
         """The exit status; what was shown until then is in `shown`."""

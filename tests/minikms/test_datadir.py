@@ -18,6 +18,8 @@ import pytest
 
 from minikms import datadir
 from minikms.audit import Event
+from minikms.audit.chain import KeyState
+from minikms.audit.log import Limits
 from minikms.audit.maintenance import compress_closed
 from minikms.cli.serve import serve
 from minikms.custody.rotation_backups import newest_key_id
@@ -173,6 +175,44 @@ def test_a_keyring_older_than_the_log_opens_only_when_accepted(one: Opener, tmp_
     assert (data.found_epoch, data.seen_epoch) == (2, 4)
     assert data.vault.keyring.body.epoch > 4
     data.close()
+
+
+@pytest.mark.parametrize("segment_bytes", [datadir.EPOCH_TAIL_BYTES_MAX * 8, 1024 * 1024])
+def test_an_older_keyring_is_refused_after_any_number_of_lines(one: Opener, tmp_path: Path, segment_bytes: int) -> None:
+    """After a crash too: no `stop` line. The last 32 MiB, or the last two files, hold no line of a change of keys."""
+    one.start()
+    shutil.copy(one.directory / "keyring.json", tmp_path / "old")
+    data = one.open(options=Options(audit_limits=Limits(segment_bytes=segment_bytes), audit_fsync="never"))
+    write_start_line(data)
+    event = Event(type="encrypt", actor="peer_uid:1", detail="x" * 200)
+    written = 0
+    while written < datadir.EPOCH_TAIL_BYTES_MAX + 4 * 1024 * 1024:
+        for _ in range(2000):
+            data.log.add(event)
+        data.log.commit()
+        written += 2000 * 300
+        if data.log.writer.file.size >= segment_bytes:
+            data.log.writer.rotate(data.log.now_ns())
+    data.abandon()
+    shutil.copy(tmp_path / "old", one.directory / "keyring.json")
+    with pytest.raises(StartError, match="its epoch is 2, the log has 3"):
+        one.open()
+
+
+def test_fewer_tombstones_than_the_log_counted_open_only_when_accepted(one: Opener) -> None:
+    one.start()
+    data = one.open()
+    epoch = data.vault.keyring.body.epoch
+    data.log.writer.state = lambda: KeyState(epoch, 3)
+    write_start_line(data)
+    data.close()
+    for _ in range(2):  # a start that is refused does not sign the smaller number
+        with pytest.raises(StartError, match=r"it names 0 destroyed keys, the log has counted 3.*--accept-restore"):
+            one.open()
+    data = one.open(options=Options(accept_restore=True))
+    write_start_line(data)
+    data.close()
+    one.start()
 
 
 def test_the_audit_key_is_not_changed_in_a_keyring_older_than_the_log(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -113,6 +114,15 @@ def test_root_unseals_at_a_socket_that_is_another_users_alone(daemon: LiveDaemon
         program.wait_for("Passphrase: ")
         program.type(PASSPHRASE)
         assert program.wait() == 0, program.shown
+
+
+def test_a_signal_ends_the_hardened_prompt_and_the_echo_is_back(daemon: LiveDaemon, config: Path) -> None:
+    with unseal(daemon, config) as program:
+        program.wait_for("Passphrase: ")
+        assert not program.echoes()
+        program.process.terminate()
+        assert program.process.wait(60) == -signal.SIGTERM
+        assert program.echoes()
 
 
 def test_a_wrong_passphrase_is_refused(daemon: LiveDaemon, config: Path) -> None:

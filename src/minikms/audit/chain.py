@@ -93,6 +93,13 @@ class AuditKey(NamedTuple):
     since: Head | None = None
 
 
+class KeyState(NamedTuple):
+    """How new the key files beside the log are: the epoch of the keyring, and the number of tombstones."""
+
+    epoch: int = 0
+    tombstones: int = 0
+
+
 def mac(audit_key: memoryview, previous_sig: bytes, event_bytes: bytes) -> bytes:
     """The 32-byte MAC that chains `event_bytes` to the previous line."""
     return hmac.digest(audit_key, previous_sig + event_bytes, "sha256")
@@ -203,6 +210,7 @@ def signed_line(
     coverage: Coverage,
     log_id: bytes,
     key: AuditKey,
+    state: KeyState,
     extra: Facts | None = None,
 ) -> tuple[bytes, Head]:
     """A line after `head` of a type in `record.SIGNED_TYPES`, and the new head. `coverage`: the lines that it covers.
@@ -210,11 +218,13 @@ def signed_line(
     Raises OSError when the signer can't be reached.
     """
     facts: Facts = {
+        "epoch": state.epoch,
         "key": key.version,
         "lines": coverage.lines_count,
         "lines_sha256": coverage.hex(),
         "log_id": log_id.hex(),
         "previous_sig": encode_text(head.sig),
+        "tombstones": state.tombstones,
         **(extra or {}),
     }
     event = Event(seq=head.seq + 1, ts=ts, type=event_type, actor=ACTOR_SELF, facts=facts)
@@ -241,13 +251,23 @@ def genesis_event(log_id: bytes, key_version: int, public_key: bytes, previous: 
 
 
 def segment_open_event(
-    log_id: bytes, key_version: int, public_key: bytes, *, segment: int, previous: Head, closed: Coverage
+    log_id: bytes,
+    key_version: int,
+    public_key: bytes,
+    *,
+    segment: int,
+    previous: Head,
+    closed: Coverage,
+    state: KeyState,
 ) -> Event:
-    """The event of a later file's first line. `previous`: head of the previous file; `closed` covers its last line."""
+    """The event of a later file's first line. `previous`: head of the previous file; `closed` covers its last line;
+    `state`: that of its last line.
+    """
     return Event(
         type=record.TYPE_SEGMENT_OPEN,
         actor=ACTOR_SELF,
         facts={
+            "epoch": state.epoch,
             "format": record.FORMAT_VERSION,
             "key": key_version,
             "log_id": log_id.hex(),
@@ -256,6 +276,7 @@ def segment_open_event(
             "previous_sig": encode_text(previous.sig),
             "public_key": encode_text(public_key),
             "segment": segment,
+            "tombstones": state.tombstones,
         },
     )
 

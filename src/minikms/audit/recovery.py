@@ -33,7 +33,7 @@ import msgspec
 from minikms import append_only
 from minikms.append_only import write_whole
 from minikms.audit import chain, record
-from minikms.audit.chain import AuditKey, Coverage
+from minikms.audit.chain import AuditKey, Coverage, KeyState
 from minikms.audit.queries import line_of
 from minikms.audit.reader import (
     DIRECTORY_MODE,
@@ -80,6 +80,7 @@ class LogEnd(msgspec.Struct):
     log_id: str = ""
     key_version: int = 0
     segment: int = 0
+    state: KeyState = KeyState()
     next_segment: int = 0
     """Number of the next segment, if the last line is a `segment_close`; 0 if the file is not closed."""
 
@@ -115,6 +116,7 @@ def read_log_end(fd: int, trust: Trust) -> LogEnd:
         log_id=verifier.log_id,
         key_version=verifier.key_version,
         segment=segment if isinstance(segment, int) else 0,
+        state=verifier.state,
         next_segment=verifier.next_segment,
     )
 
@@ -215,7 +217,8 @@ class AuditKeys(NamedTuple):
 
 class OpenedLog(msgspec.Struct):
     """A log ready for its next line. pending: events of the start, to be written first. key: the version that is active
-    at the end of the log, which is an earlier one if a change of key was interrupted.
+    at the end of the log, which is an earlier one if a change of key was interrupted. state: of the key files, by the
+    last line that names it.
     """
 
     fd: int
@@ -228,6 +231,7 @@ class OpenedLog(msgspec.Struct):
     segment_seq: int
     pending: list[Event]
     key: AuditKey
+    state: KeyState
 
 
 def open_log(directory: str, keys: AuditKeys, expected: ExpectedLog, ts: int, *, accept_loss: bool) -> OpenedLog:
@@ -307,13 +311,16 @@ def _continue(directory: str, fd: int, end: LogEnd, keys: AuditKeys, expected: E
         segment_seq=end.first_seq,
         pending=_recovery(directory, next_seq),
         key=keys.of(end.key_version),
+        state=end.state,
     )
 
 
 def _begin(directory: str, key: AuditKey, ts: int, previous: Facts) -> OpenedLog:
     log_id = os.urandom(chain.LOG_ID_BYTES)
     event = chain.genesis_event(log_id, key.version, key.signer.public_key(), previous)
-    return _create(directory, event, Head(0, record.ZERO_MAC), key=key, log_id=log_id, segment=1, ts=ts)
+    return _create(
+        directory, event, Head(0, record.ZERO_MAC), key=key, log_id=log_id, segment=1, ts=ts, state=KeyState()
+    )
 
 
 def _begin_after(
@@ -342,13 +349,22 @@ def _begin_after(
         segment=number + 1,
         previous=end.head,
         closed=end.coverage,
+        state=end.state,
     )
     log_id = bytes.fromhex(end.log_id)
-    return _create(directory, event, end.head, key=key, log_id=log_id, segment=number + 1, ts=ts)
+    return _create(directory, event, end.head, key=key, log_id=log_id, segment=number + 1, ts=ts, state=end.state)
 
 
 def _create(
-    directory: str, event: Event, before: Head, *, key: AuditKey, log_id: bytes, segment: int, ts: int
+    directory: str,
+    event: Event,
+    before: Head,
+    *,
+    key: AuditKey,
+    log_id: bytes,
+    segment: int,
+    ts: int,
+    state: KeyState,
 ) -> OpenedLog:
     blob, head = chain.seal([event], before, key.mac_key, ts)
     fd = create_file(directory, blob)
@@ -365,6 +381,7 @@ def _create(
         segment_seq=head.seq,
         pending=_recovery(directory, head.seq + 1),
         key=key,
+        state=state,
     )
 
 

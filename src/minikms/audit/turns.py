@@ -76,21 +76,25 @@ class TurnAudit:
         if not self._durable:
             loop.call_soon(self._write_durable)  # after all callers of this step
         self._durable.append((event, synced))
-        await synced
+        try:
+            await synced
+        finally:
+            del synced  # the traceback of its error leads to this frame
 
     def _write_durable(self) -> None:
         """Writes the events whose callers wait for the disk, with one call."""
         if not self._durable:  # `change_key` wrote them
             return
-        lines, self._durable = self._durable, []
-        waiting = [synced for _, synced in lines]
+        events, waiting = [event for event, _ in self._durable], [synced for _, synced in self._durable]
+        self._durable = []
         try:
             self._require_keys()
-            for event, _ in lines:
+            for event in events:
                 self._log.add(event)
             self._log.commit()
         except (AuditUnavailableError, SealedError) as error:
             _fail(waiting, error)
+            del waiting  # the traceback of the errors' cause leads to this frame
         except BaseException:  # a defect: no caller may wait for ever
             for synced in waiting:
                 synced.cancel()

@@ -35,7 +35,7 @@ import re
 from typing import Final
 
 from minikms.audit import record
-from minikms.audit.chain import Coverage
+from minikms.audit.chain import Coverage, KeyState
 from minikms.audit.record import Event, Facts, Head, MalformedLineError
 from minikms.audit.rules import (
     FINDINGS_COUNT_MAX,
@@ -51,10 +51,23 @@ from minikms.audit.rules import (
 from minikms.base64 import decode_exact, encode_text
 
 _SEGMENT_OPEN_FACTS: Final = frozenset(
-    ("format", "key", "log_id", "previous_seq", "previous_sha256", "previous_sig", "public_key", "segment")
+    (
+        "epoch",
+        "format",
+        "key",
+        "log_id",
+        "previous_seq",
+        "previous_sha256",
+        "previous_sig",
+        "public_key",
+        "segment",
+        "tombstones",
+    )
 )
 _OPENING_TYPES: Final = frozenset((record.TYPE_GENESIS, record.TYPE_SEGMENT_OPEN))
-_SIGNED_FACTS: Final = frozenset(("key", "lines", "lines_sha256", "log_id", "previous_sig", "signature"))
+_SIGNED_FACTS: Final = frozenset(
+    ("epoch", "key", "lines", "lines_sha256", "log_id", "previous_sig", "signature", "tombstones")
+)
 _LOG_ID: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _EXTRA_FACTS: Final[dict[str, frozenset[str]]] = {
     record.TYPE_CHECKPOINT: frozenset(),
@@ -71,7 +84,7 @@ class Verifier:
     findings: so far, at most `FINDINGS_COUNT_MAX`. log_id: in hex, empty before the first line. segment: number of the
     last line's segment, 0 until a line names it. next_segment: number of the segment that must come next if the last
     line was a `segment_close`, else 0. coverage: the lines since the last signed line (inclusive), which the next
-    signed line has to cover.
+    signed line has to cover. state: of the key files, according to the last line that names it.
     """
 
     def __init__(self, trust: Trust, *, expect_head: Head | None = None, from_signed_line: bool = False) -> None:
@@ -96,6 +109,7 @@ class Verifier:
         self._segments = 0
         self.next_segment = 0
         self.coverage = Coverage()
+        self.state = KeyState()
         self._coverage_known = True
         self._checkpoints = 0
         self._covered_seq = 0
@@ -332,6 +346,8 @@ class Verifier:
         """Add the line to the coverage of the next signed line, and compare it with the expected head."""
         if event.type in record.SIGNED_TYPES:
             self._begin_coverage()
+        if event.type in record.SIGNED_TYPES or event.type == record.TYPE_SEGMENT_OPEN:
+            self.state = KeyState(whole_number(event.facts, "epoch"), whole_number(event.facts, "tombstones"))
         self.coverage.add(line + b"\n", 1)
         if self._expect_head is not None and event.seq == self._expect_head.seq:
             self._expected_seen = sig == self._expect_head.sig

@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
 
 from minikms.append_only import AppendOnlyFile
 from minikms.audit import chain, record
-from minikms.audit.chain import AuditKey, Coverage
+from minikms.audit.chain import AuditKey, Coverage, KeyState
 from minikms.audit.reader import FILE_MODE, LOG_NAME, NEXT_NAME, segment_name
 from minikms.audit.record import Event, Facts, Head
 from minikms.audit.recovery import OpenedLog, create_file
@@ -118,6 +118,8 @@ class ChainWriter:
         self.head = opened.head
         self.segment = opened.segment
         self._segment_seq = opened.segment_seq
+        self.state: Callable[[], KeyState] = lambda: opened.state
+        """The state of the key files, for signed lines. Until its owner sets it, that of the log's last one stays."""
         self.file = AppendOnlyFile(os.path.join(directory, LOG_NAME), opened.fd, opened.size)
 
     @property
@@ -192,6 +194,7 @@ class ChainWriter:
             coverage=coverage or self._coverage,
             log_id=self.log_id,
             key=self.key,
+            state=self.state(),
             extra=facts,
         )
 
@@ -223,6 +226,7 @@ class ChainWriter:
             segment=self.segment + 1,
             previous=closed,
             closed=Coverage.of_line(close_line),
+            state=self.state(),
         )
         first_line, head = chain.seal([event], closed, self.key.mac_key, ts)
         fd = create_file(self._directory, first_line)

@@ -18,13 +18,14 @@ from minikms.cli.console import (
     ServerUid,
     Socket,
     Yes,
+    complain,
     confirm,
     daemon_client,
     print_json,
     print_table,
 )
 from minikms.cli.recovery import SharesDir, add_shares, check_can_hand_out, check_can_pin
-from minikms.usage import EXIT_GOOD
+from minikms.usage import EXIT_FAILED, EXIT_GOOD
 
 if TYPE_CHECKING:
     from minikms import api
@@ -64,6 +65,8 @@ def _notes(root: api.RootAnswer) -> str:
         notes.append(f"replaces {root.replaces} once the daemon was started under it")
     if root.shares is not None:
         notes.append(f"{root.shares.threshold} of {root.shares.count} shares, set {root.shares.set_id}")
+    if root.pinned is False:
+        notes.append("NOT PINNED: as root, minikms pin add SOURCE")
     if root.state == "revoking":
         notes.append(f"removed {root.removed_at}; opens DEKs until the KEK rotation has ended")
     return "; ".join(notes)
@@ -152,7 +155,10 @@ def test(
     server_uid: ServerUid = None,
     json: Json = False,
 ) -> int:
-    """Prove that a root key opens the keyring. A root key can be removed only if another one was tested recently."""
+    """Prove that a root key opens the keyring. A root key can be removed only if another one was tested recently.
+
+    Exit status: 0 it opens the keyring, 1 it does not, or the pin file of the daemon does not name it.
+    """
     from minikms.cli.key_text import source_text
 
     with source_text(root) as (text, _), daemon_client(socket, server_uid) as kms:
@@ -161,6 +167,9 @@ def test(
         print_json(tested)
     else:
         print(f"The root key {tested.fingerprint} opens slot {tested.slot_id}: tested at {tested.tested_at}.")
+    if tested.pinned is False:
+        complain("it is not pinned, so no start or unseal accepts it: as root, minikms pin add SOURCE")
+        return EXIT_FAILED
     return EXIT_GOOD
 
 

@@ -130,9 +130,7 @@ class AsyncClient(Verbs, AsyncRunner):
                 found += await running[0]
                 running.popleft()
         finally:  # after a failure the others are not needed
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            await _cancel(running)
         return found
 
     async def _acquire_slot(self) -> None:
@@ -172,7 +170,10 @@ class AsyncClient(Verbs, AsyncRunner):
             try:
                 return await self._attempt(call, batched, timeout_s)
             except KmsError as error:
-                await asyncio.sleep(attempts.pause_s(error, loop.time()))
+                pause_s = attempts.pause_s(error, loop.time())
+                if pause_s is None:
+                    raise
+            await asyncio.sleep(pause_s)
 
     async def _attempt(self, call: Call[A], batched: Verb[Any, Any] | None, timeout_s: float) -> A:
         started_s = time.monotonic()
@@ -223,3 +224,11 @@ class AsyncClient(Verbs, AsyncRunner):
         elif connection.usable:
             connection.idle_since_s = asyncio.get_running_loop().time()
             self._idle.append(connection)
+
+
+async def _cancel(tasks: deque[asyncio.Task[T]]) -> None:
+    """Ends the tasks and forgets them: the traceback of an error of one leads to the frame that has them."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    tasks.clear()

@@ -64,7 +64,10 @@ class Batcher(Generic[ItemT]):
         self._queue_bytes += cost
         if self._task is None:
             self._task = loop.create_task(self._run(), name="minikms batching")
-        return await future
+        try:
+            return await future
+        finally:
+            del future  # the traceback of its error leads to this frame
 
     async def close(self) -> None:
         """Fails every call that waits."""
@@ -137,3 +140,4 @@ class Batcher(Generic[ItemT]):
                 own = copy.copy(error)
                 own.__cause__ = error
                 waiting.future.set_exception(own)
+        batch.clear()  # the traceback of `error` leads to the frame that has it

@@ -322,8 +322,8 @@ class Attempts:
         self._until_s = until_s
         self._count = 0
 
-    def pause_s(self, error: KmsError, now_s: float) -> float:
-        """How long to wait before the next attempt. Raises `error` if there must not be one."""
+    def pause_s(self, error: KmsError, now_s: float) -> float | None:
+        """How long to wait before the next attempt; None if there must not be one."""
         if isinstance(error, KmsUnavailableError):
             harmless = self._repeatable or not error.sent
         elif isinstance(error, RequestInterruptedError):
@@ -332,7 +332,7 @@ class Attempts:
             harmless = isinstance(error, ShuttingDownError)
         left_s = self._until_s - now_s
         if not harmless or left_s <= 0:
-            raise error
+            return None
         self._count += 1
         if self._count == 1:
             return 0.0  # a kept connection that a restarted daemon no longer knows: a fresh one will do

@@ -102,7 +102,10 @@ class Client(Verbs, BlockingRunner):
                 try:
                     return one.value(call.read(self._exchange(call, timeout_s)))
                 except KmsError as error:
-                    time.sleep(attempts.pause_s(error, time.monotonic()))
+                    pause_s = attempts.pause_s(error, time.monotonic())
+                    if pause_s is None:
+                        raise
+                time.sleep(pause_s)
         finally:
             call.wipe()
 

@@ -198,7 +198,10 @@ class BatchBackups:
         finally:
             os.close(root)
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # the traceback of an error leads to this frame
         return counts
 
     def _patch(self, descriptor: int, file: BatchFile, going: Sequence[Line], *, sync: bool) -> None:

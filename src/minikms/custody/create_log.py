@@ -59,6 +59,7 @@ from minikms.errors import (
     MiniKmsError,
     StartError,
     StorageUnavailableError,
+    copied,
 )
 from minikms.keys import dek
 from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, bytes_to_key_id, key_id_to_bytes
@@ -212,6 +213,10 @@ class CreateLog:
         """Makes keys, durable on return. Returns for each key None, or the error that refuses it. The files may not be
         made yet: see `file_made`. Raises StorageUnavailableError if all keys are refused.
         """
+        return await self._begin_group(keys)
+
+    def _begin_group(self, keys: Sequence[NewKey]) -> asyncio.Future[list[MiniKmsError | None]]:
+        """Not a part of `write_group`, to whose frame the traceback of the future's error leads."""
         loop = asyncio.get_running_loop()
         contents, waiting = dict(keys), list[asyncio.Future[None]]()
         outcomes: asyncio.Future[list[MiniKmsError | None]] = loop.create_future()
@@ -239,13 +244,14 @@ class CreateLog:
             elif failure is None:
                 outcomes.set_result(job.result().outcomes)
             else:
-                outcomes.set_exception(failure)
+                # A copy: the traceback of the error leads to the frame of the job, which has this future too.
+                outcomes.set_exception(copied(failure) if isinstance(failure, MiniKmsError) else failure)
 
         self._store.making(contents)
         self._unmade.update(dict.fromkeys(contents, waiting))
         job = loop.run_in_executor(self._executor, self.write, keys, partial(loop.call_soon_threadsafe, answer))
         job.add_done_callback(ended)
-        return await outcomes
+        return outcomes
 
     async def file_made(self, key_id: str) -> None:
         """Returns when the file of a durable key was made, or when the disk has refused the file: then the log has the
@@ -332,7 +338,7 @@ class CreateLog:
                 write_all_at(log_fd, data, len(MAGIC) + number * RECORD_BYTES)
             sync_data(log_fd)
         except OSError as error:
-            raise StorageUnavailableError("the create log can't be written") from error
+            raise StorageUnavailableError("the create log can't be written") from error.with_traceback(None)
         self._failed = False
 
     def forget(self, key_ids: Iterable[str]) -> None:

@@ -83,7 +83,7 @@ class Destruction:
         else:
             text = f"{error}; the key opens as before, but the next start may find it destroyed: try again"
         failure = StorageUnavailableError(text)
-        failure.__cause__ = error
+        failure.__cause__ = error.with_traceback(None)
         return failure
 
     async def _write_tombstones(self, key_ids: list[str]) -> None:

@@ -343,8 +343,9 @@ def remove_left_temps() -> None:
 
 
 def _storage_error(text: str, cause: BaseException | None) -> StorageUnavailableError:
+    """The cause loses its traceback: it leads to frames that hold what was to be written, and may hold this error."""
     error = StorageUnavailableError(text)
-    error.__cause__ = cause
+    error.__cause__ = cause if cause is None else cause.with_traceback(None)
     return error
 
 
@@ -353,7 +354,7 @@ def _storage_errors(text: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageUnavailableError(text) from error
+        raise _storage_error(text, error) from error
 
 
 # --- writing groups of files ------------------------------------------------------------------------------------------
@@ -405,7 +406,10 @@ def write_files(directory: int, writes: Sequence[FileWrite]) -> None:
     """`write_group`, which raises the first error instead. The other files of the group may have been written."""
     for outcome in write_group(directory, writes):
         if outcome is not None:
-            raise outcome
+            try:
+                raise outcome
+            finally:
+                del outcome  # the traceback of an error leads to this frame
 
 
 def write_group(directory: int, writes: Sequence[FileWrite]) -> list[MiniKmsError | None]:

@@ -48,7 +48,10 @@ class GroupCommit(Generic[T, R]):
         done: asyncio.Future[R] = loop.create_future()
         self._waiting.append((item, done))
         self._schedule(loop)
-        return await done
+        try:
+            return await done
+        finally:
+            del done  # the traceback of its error leads to this frame
 
     async def drain(self) -> None:
         """Returns when no request is waiting or under way."""

@@ -170,6 +170,8 @@ class StoredKeyring:
             if not writing.cancelled() and writing.exception() is None:
                 self._unlocked.body = body
             raise
+        finally:
+            del writing  # the traceback of its error leads to this frame
         self._unlocked.body = body
 
 

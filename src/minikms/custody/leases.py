@@ -229,7 +229,10 @@ class Leases:
             done: asyncio.Future[frozenset[bytes]] = loop.create_future()
             self._requests.append(_Request(keys, done))
             self._schedule(loop)
-            exhausted = await done
+            try:
+                exhausted = await done
+            finally:
+                del done  # the traceback of its error leads to this frame
             if all(key in exhausted or self._left(key) >= uses for key, uses in keys):
                 return
         raise StorageUnavailableError("the uses of the key are taken faster than they can be reserved; try again")

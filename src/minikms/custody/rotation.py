@@ -54,7 +54,14 @@ from minikms.custody.deks import SCAN_FILES
 from minikms.custody.files import now_ns, now_rfc3339, rfc3339, stamp
 from minikms.custody.rewrap_journal import Rewrap
 from minikms.custody.vault import Permit, Vault, permitted
-from minikms.errors import ConflictError, KeyNotFoundError, KeyUnreadableError, MiniKmsError, StorageUnavailableError
+from minikms.errors import (
+    ConflictError,
+    KeyNotFoundError,
+    KeyUnreadableError,
+    MiniKmsError,
+    StorageUnavailableError,
+    copied,
+)
 from minikms.keys import dek, keyring, root_slots
 from minikms.memory.arena import SecretSlot, fill_random
 
@@ -308,6 +315,7 @@ class KekRotation:
                 raise
             finally:
                 await self._ended(reading, writing)
+                del reading, writing  # the traceback of an error of theirs leads to this frame
         return found
 
     async def _ended(self, *tasks: asyncio.Task[Any] | None) -> None:
@@ -365,7 +373,7 @@ class KekRotation:
                         continue  # a crash left the file, and the scan of this start removes it: don't write it again
                     try:
                         if isinstance(data, MiniKmsError):
-                            raise data
+                            raise copied(data)
                         record = dek.parse(data, key_id)
                         if record.kek_version == to_version:
                             continue  # spelled in a way that the reader's search does not know
@@ -438,7 +446,10 @@ class KekRotation:
                 async with asyncio.timeout(pause):
                     await self._cancelled.wait()
             if self._cancelled.is_set():
-                raise error
+                try:
+                    raise error
+                finally:
+                    del error  # its traceback leads to this frame
             pause = min(2 * pause, RETRY_SECONDS_MAX)
 
 
@@ -572,7 +583,7 @@ class Pruning:
     def _count(self, census: Census, key_id: str, data: bytes | MiniKmsError) -> None:
         try:
             if isinstance(data, MiniKmsError):
-                raise data
+                raise copied(data)
             record = dek.parse(data, key_id)
             with self._vault.arena.allocate() as key:
                 dek.unwrap_into(record, self._vault.unlocked.kek(record.kek_version), key.view)

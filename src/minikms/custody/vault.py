@@ -53,6 +53,7 @@ from minikms.errors import (
     MiniKmsError,
     StorageUnavailableError,
     WrongThreadError,
+    copied,
 )
 from minikms.keys import dek
 from minikms.keys.cache import KeyCache
@@ -416,7 +417,10 @@ class Vault:
             except StorageUnavailableError as error:
                 failure = failure or error
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # the traceback of an error leads to this frame
         await self._on_disk(end)
         return [count + lines[key_id] for key_id, count in zip(key_ids, counts, strict=True)]
 
@@ -581,7 +585,7 @@ class Indexing:
             return None
         try:
             if isinstance(data, MiniKmsError):
-                raise data
+                raise copied(data)
             record = dek.parse(data, key_id)
             vault.unlocked.kek(record.kek_version)
         except KeyNotFoundError:

@@ -27,6 +27,7 @@ from minikms import api
 from minikms.audit import Event
 from minikms.audit.record import TYPE_REFUSED, Head
 from minikms.crypto.aead import scrub_stack
+from minikms.crypto.shares import ShareInfo
 from minikms.custody import files
 from minikms.custody.files import DataDirLock
 from minikms.daemon import seal_files
@@ -368,14 +369,17 @@ class Sealing:
                 await self._ended(attempt, "failed")
                 raise
             if isinstance(given, SecretText):
-                root = await self._take_share(attempt, given)
+                share, root = await self._take_share(attempt, given)
                 if root is None:
                     return json_answer(self.unseal_status())
                 try:
                     with root:
                         await self._try(who, attempt, GivenKey(root))
+                except WrongRootKeyError:
+                    self._shares.drop(share)
+                    raise
                 finally:
-                    self._shares.take_back(attempt.share)  # unless an unseal or a wrong root key has zeroed them all
+                    self._shares.take_back(share)  # unless it was zeroed meanwhile
             else:
                 await self._try(who, attempt, self._process.settings.root if given is None else GivenKey(given))
             return json_answer(api.UnsealStatusAnswer(sealed=False))
@@ -407,8 +411,6 @@ class Sealing:
         try:
             await self._open_and_serve(who, attempt, root)
         except WrongRootError:
-            if attempt.kind == "share":
-                self._shares.clear()
             await self._ended(attempt, "wrong_root")
             given = {
                 "root_hex": "this root key",
@@ -433,8 +435,8 @@ class Sealing:
 
     # --- shares ------------------------------------------------------------------------------------------------------
 
-    async def _take_share(self, attempt: Attempt, text: SecretText) -> SecretSlot | None:
-        """The root key, once this was the last share that is needed. Raises MiniKmsError."""
+    async def _take_share(self, attempt: Attempt, text: SecretText) -> tuple[ShareInfo, SecretSlot | None]:
+        """The share, and the root key if it was the last one that its set needs. Raises MiniKmsError."""
         try:
             keyring_id, sets = self._known_sets()
             info = self._shares.add(text.views(), keyring_id, sets, time.monotonic())
@@ -453,16 +455,16 @@ class Sealing:
             scrub_stack()
         if self._shares.complete:
             try:
-                return self._shares.combine()
+                return info, self._shares.combine()
             except MiniKmsError:
-                self._shares.take_back(info.number)
+                self._shares.take_back(info)
                 await self._ended(attempt, "failed")
                 raise
             finally:
                 scrub_stack()
         asyncio.get_running_loop().call_later(COLLECT_SECONDS_MAX + 1, lambda: self._shares.expire(time.monotonic()))
         await self._ended(attempt, "share_kept")
-        return None
+        return info, None
 
     def _known_sets(self) -> tuple[str, list[ShareSet]]:
         """The keyring's id and sets. It is not authenticated: that decides only which shares are refused."""

@@ -144,6 +144,14 @@ class StatusPage:
                 if not self._keks.replacing_error
                 else f"the root key that was replaced still opens the keyring: {self._keks.replacing_error}"
             )
+        pin = self._settings.opening.pin
+        pinned = frozenset() if pin is None else pin.pinned()
+        unpinned = [slot.slot_id for slot in body.slots if slot.fingerprint not in pinned]
+        if pin is not None and unpinned:
+            found.append(
+                f"root keys that are not pinned can't open the keyring at the next start or unseal: slots "
+                f"{', '.join(unpinned)}; name each in the pin file, as root: minikms pin add SOURCE"
+            )
         if body.revoking:
             found.append(
                 f"{len(body.revoking)} removed root keys could open DEKs until the KEK rotation has ended"

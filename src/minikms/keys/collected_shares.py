@@ -1,9 +1,9 @@
 """The shares of a root key that several people enter, one after the other.
 
-Owns: which shares were entered, and when they expire. Invariants: shares lie in slots of the arena; all shares are of
-one set; they are zeroed when they expire, and by `clear`, which the owner calls once the root key was tried; a share
-that is not exactly one of the set, as the keyring knows it, is refused and changes nothing. It must never combine fewer
-shares than the threshold.
+Owns: which shares were entered, and when they expire. Invariants: shares lie in slots of the arena; each set is
+collected apart, so that a share of one never delays another; shares are zeroed when their set expires, and by `drop`
+and `clear`, of which the owner calls one once the root key was tried; a share that is not exactly one of its set, as
+the keyring knows it, is refused and changes nothing. It must never combine fewer shares than the threshold.
 
 The clock is passed in, as seconds that never go back. The owner calls `expire` at `expires_at`.
 """
@@ -36,34 +36,49 @@ class KnownSet(Protocol):
     def digests(self) -> tuple[bytes, ...]: ...
 
 
+class _Set:
+    """The shares of one set. `info` has the number 0."""
+
+    def __init__(self, info: ShareInfo, expires_at: float) -> None:
+        self.info = info
+        self.expires_at = expires_at
+        self.shares: dict[int, SecretSlot] = {}
+
+
 class CollectedShares:
-    """The shares of one set that were entered so far. It takes up to 16 slots of the arena, and two during a call."""
+    """The shares that were entered so far, by set. It takes a slot of the arena for each, and two during a call.
+
+    Its properties and `combine` are about one set: that of the share that was taken last.
+    """
 
     def __init__(self, arena: SecretArena) -> None:
         self._arena = arena
-        self._shares: dict[int, SecretSlot] = {}
-        self._first: ShareInfo | None = None
-        self.expires_at = 0.0
-        """When the shares are zeroed; meaningless if no set is being entered."""
+        self._sets: dict[ShareInfo, _Set] = {}
+        """That of the share that was taken last is the last one."""
 
     @property
     def set_id(self) -> str:
         """The set that is being entered; empty if none is."""
-        return self._first.set_id if self._first else ""
+        return last.info.set_id if (last := self._last) else ""
 
     @property
     def threshold(self) -> int:
         """How many shares of that set are needed; 0 if none is being entered."""
-        return self._first.threshold if self._first else 0
+        return last.info.threshold if (last := self._last) else 0
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """Of the shares that were entered."""
-        return tuple(sorted(self._shares))
+        return tuple(sorted(last.shares)) if (last := self._last) else ()
+
+    @property
+    def expires_at(self) -> float:
+        """When the shares are zeroed; meaningless if no set is being entered."""
+        return last.expires_at if (last := self._last) else 0.0
 
     @property
     def complete(self) -> bool:
-        return bool(self._shares) and len(self._shares) >= self.threshold
+        return self._last is not None and len(self.numbers) >= self.threshold
 
     def add(
         self, text: Sequence[memoryview], keyring_id: str, sets: Iterable[KnownSet] | None, now: float
@@ -76,7 +91,7 @@ class CollectedShares:
         Raises:
             ShareTextError: the text is no share, or has a typing mistake.
             WrongShareError: it is a share of another keyring or set, or not the share that the set has.
-            ConflictError: a share of this number was entered already, or another set is being entered.
+            ConflictError: a share of this number was entered already.
             ArenaFullError: the arena has no room for it.
         """
         self.expire(now)
@@ -86,61 +101,75 @@ class CollectedShares:
                 info = shares.read_text(text, slot.view)
                 if sets is not None:
                     _check_known(slot.view, info, _known_set(info, keyring_id, sets))
-                self._check_fits(info)
+                entered = self._sets.get(_set_of(info))
+                if entered is not None and info.number in entered.shares:
+                    raise ConflictError(f"share {info.number} was entered already: another one is needed")  # noqa: TRY301 the slot is released below
             except BaseException:
                 slot.release()
                 raise
         finally:
             for view in text:
                 view[:] = bytes(len(view))
-        if not self._shares:
-            self._first, self.expires_at = info, now + COLLECT_SECONDS_MAX
-        self._shares[info.number] = slot
+        key = _set_of(info)
+        last = self._sets.pop(key, None) or _Set(key, now + COLLECT_SECONDS_MAX)
+        last.shares[info.number] = slot
+        self._sets[key] = last
         return info
 
     def combine(self) -> SecretSlot:
-        """The root key. The caller releases the slot, proves the key on the keyring, and then calls `clear`; or
-        `take_back`, if it could not be tried.
+        """The root key. The caller releases the slot, proves the key on the keyring, and then calls `clear` or `drop`;
+        or `take_back`, if it could not be tried.
 
         Raises WrongShareError, without a change, while shares are missing.
         """
-        if not self.complete:
-            raise WrongShareError(f"{self.threshold} shares are needed, and {len(self._shares)} were entered")
+        last = self._last
+        if last is None or not self.complete:
+            raise WrongShareError(f"{self.threshold} shares are needed, and {len(self.numbers)} were entered")
         root = self._arena.allocate()
-        shares.combine({number: slot.view for number, slot in self._shares.items()}, root.view)
+        shares.combine({number: slot.view for number, slot in last.shares.items()}, root.view)
         return root
 
-    def take_back(self, number: int) -> None:
+    def take_back(self, share: ShareInfo) -> None:
         """Zeroes one share, so that it can be entered again. The others stay."""
-        slot = self._shares.pop(number, None)
+        entered = self._sets.get(_set_of(share))
+        if entered is None:
+            return
+        slot = entered.shares.pop(share.number, None)
         if slot is not None:
             slot.release()
-        if not self._shares:
-            self._first = None
+        if not entered.shares:
+            self._zero(entered)
+
+    def drop(self, share: ShareInfo) -> None:
+        """Zeroes all shares of the set of this share, because the root key was wrong."""
+        entered = self._sets.get(_set_of(share))
+        if entered is not None:
+            self._zero(entered)
 
     def expire(self, now: float) -> bool:
-        """Zeroes the shares when their time is over. Whether it did."""
-        if not self._shares or now < self.expires_at:
-            return False
-        self.clear()
-        return True
+        """Zeroes the sets whose time is over. Whether there was one."""
+        over = [entered for entered in self._sets.values() if now >= entered.expires_at]
+        for entered in over:
+            self._zero(entered)
+        return bool(over)
 
     def clear(self) -> None:
-        """Zeroes the shares. Idempotent."""
-        for slot in self._shares.values():
-            slot.release()
-        self._shares.clear()
-        self._first = None
+        """Zeroes all shares. Idempotent."""
+        for entered in list(self._sets.values()):
+            self._zero(entered)
 
-    def _check_fits(self, info: ShareInfo) -> None:
-        """Raises unless the share is another one of the set that is being entered."""
-        if self._first is not None and self._first._replace(number=info.number) != info:
-            raise ConflictError(
-                "shares of another set are being entered: enter those, or wait until they expire, ten minutes after "
-                "the first of them"
-            )
-        if info.number in self._shares:
-            raise ConflictError(f"share {info.number} was entered already: another one is needed")
+    @property
+    def _last(self) -> _Set | None:
+        return next(reversed(self._sets.values()), None)
+
+    def _zero(self, entered: _Set) -> None:
+        del self._sets[entered.info]
+        for slot in entered.shares.values():
+            slot.release()
+
+
+def _set_of(share: ShareInfo) -> ShareInfo:
+    return share._replace(number=0)
 
 
 def _check_known(share: memoryview, info: ShareInfo, known: KnownSet) -> None:

@@ -1,22 +1,26 @@
 """The terminal: secrets that a person types or is shown.
 
 Owns: the controlling terminal, and its modes while a secret is typed. Invariants: a secret passes between the kernel
-and slots of the arena by `readv(2)` and `writev(2)`, and never becomes a Python object; the modes are restored however
-the reading ends; before a prompt the process forbids core dumps of itself, and other processes of its user to read its
-memory; what was typed before the prompt is thrown away, and so is the rest of a line that is too long. It
-must never take standard input or output for the terminal: they may be a pipe, or a file on a disk.
+and slots of the arena by `readv(2)` and `writev(2)`, and never becomes a Python object. However the reading ends, but
+for SIGKILL and SIGSTOP, the modes are restored and typed bytes are thrown away before a signal that came meanwhile has
+its effect; after a stop the prompt comes again, without echo. Before a prompt the process forbids core dumps of itself,
+and other processes of its user to read its memory. What was typed before the prompt is thrown away, and so is the rest
+of a line that is too long. It must never take standard input or output for the terminal: they may be a pipe, or a file
+on a disk.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
+import signal
 import termios
 from collections.abc import Iterator, Sequence
 from typing import Final
 
 from minikms.errors import InvalidRequestError, StartError
-from minikms.memory.arena import SLOT_BYTES, SecretArena, SecretSlot
+from minikms.memory.arena import SLOT_BYTES, SecretArena, SecretSlot, zero
 from minikms.memory.process import forbid_dumps
 
 TERMINAL: Final = "/dev/tty"
@@ -24,6 +28,9 @@ _ANSWER_BYTES_MAX: Final = 4096
 """A terminal passes on no longer line: termios(3), canonical mode."""
 _LOCAL_MODES: Final = 3
 """The index of the local modes in what `termios.tcgetattr` returns."""
+_HELD: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGTSTP, signal.SIGCONT)
+"""Signals that end or stop the process, and the one that comes after a stop: a shell may have changed the modes."""
+_SIGNALS_COUNT_MAX: Final = 256
 
 
 @contextlib.contextmanager
@@ -79,11 +86,43 @@ def read_secret(terminal: int, prompt: str, views: Sequence[memoryview]) -> int:
     """Reads the line that a person types after `prompt` into the views, and returns its size without its end.
 
     A line that does not fit with its end is thrown away: the size is that of all views then. The caller zeroes them.
-    Raises StartError for a line that was not ended with Enter.
+    It asks again if a signal came that did not end the process, such as that of Ctrl-Z. Only the main thread may call
+    it. Raises StartError for a line that was not ended with Enter.
     """
-    with _without_echo(terminal):
-        show(terminal, prompt)
-        return _read_line(terminal, views)
+    while True:
+        with _held_signals() as signalled, _without_echo(terminal):
+            show(terminal, prompt)
+            size = _read_line(terminal, views, signalled)
+        if size is not None:
+            return size
+        for view in views:
+            zero(view)
+
+
+@contextlib.contextmanager
+def _held_signals() -> Iterator[int]:
+    """Signals have their effect at the end of the block. The descriptor is readable once one has come."""
+    signalled, writes = os.pipe()
+    os.set_blocking(signalled, False)
+    os.set_blocking(writes, False)
+    former = {number: signal.getsignal(number) for number in _HELD}
+    former_writes = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+    try:
+        for number, handler in former.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
+        yield signalled
+    finally:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, former)
+        signal.set_wakeup_fd(former_writes)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        with contextlib.suppress(BlockingIOError):
+            for received in os.read(signalled, _SIGNALS_COUNT_MAX):
+                os.kill(os.getpid(), received)
+        os.close(signalled)
+        os.close(writes)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @contextlib.contextmanager
@@ -97,13 +136,20 @@ def _without_echo(terminal: int) -> Iterator[None]:
     try:
         yield
     finally:
-        termios.tcsetattr(terminal, termios.TCSAFLUSH, before)
+        with contextlib.suppress(termios.error):  # the terminal is gone
+            termios.tcsetattr(terminal, termios.TCSAFLUSH, before)
 
 
-def _read_line(terminal: int, views: Sequence[memoryview]) -> int:
-    """A view at a time: older kernels go on waiting when a line ends where a part of `readv(2)` does."""
+def _read_line(terminal: int, views: Sequence[memoryview], signalled: int) -> int | None:
+    """None if a signal came first.
+
+    It reads a view at a time: older kernels go on waiting when a line ends where a part of `readv(2)` does.
+    """
     total = 0
     for view in views:
+        ready, _, _ = select.select([terminal, signalled], [], [])
+        if signalled in ready:
+            return None
         count = os.readv(terminal, [view])
         total += count
         if count and view[count - 1] == ord("\n"):

@@ -394,6 +394,8 @@ class Meters:
             if not waiting.done.cancelled():
                 waiting.done.exception()  # nobody else asks for it
             raise
+        finally:
+            del waiting  # the traceback of its error leads to this frame
 
     async def _open_blocks(self, loop: asyncio.AbstractEventLoop) -> None:
         group: list[_Waiting] = []

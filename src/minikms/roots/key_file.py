@@ -107,6 +107,8 @@ async def replace_key(path: Path, root: SecretSlot, arena: SecretArena, executor
             # The worker goes on: if the text were zeroed meanwhile, it would write a key of zeros into the file.
             await asyncio.wait([writing])
             raise
+        finally:
+            del writing  # the traceback of its error leads to this frame
     if not holds_key(path, root, arena):
         raise StartError(f"the master key file {path} does not hold the key that was written")
 

@@ -2,7 +2,8 @@
 
 Whoever can write in the data directory could put a keyring of his own there, with a root key of his own. The pin file
 lies outside the data directory and belongs to root. It names the keyring, and each root key by HMAC(root key, label),
-which only the holder of the root key can make and which reveals nothing about it.
+which only the holder of the root key can make and which reveals nothing about it. Beside each stands the fingerprint,
+which shows which root keys of the keyring are pinned.
 
 Owns: the format of the file (docs/spec/formats.md), its checks, and adding and removing a pin. Invariants: a file that
 another user than root could have written, directly or through a directory above it, is refused; so is a damaged one.
@@ -32,12 +33,15 @@ _MODE: Final = 0o644
 
 
 class Pins(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The content. `pins`: of each root key, 64 hexadecimal characters."""
+    """The content. `pins`: of each root key, 64 hexadecimal characters, by its fingerprint."""
 
     format: str
     version: int
     keyring_id: str
-    pins: tuple[str, ...]
+    pins: dict[str, str]
+
+    def names(self, root: memoryview) -> bool:
+        return self.pins.get(roots.fingerprint(root)) == roots.pin(root)
 
 
 class DamagedPinError(StartError):
@@ -49,6 +53,8 @@ class PinFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._seen: tuple[int, ...] = ()
+        self._pinned: frozenset[str] = frozenset()
 
     def check_opens(self, root: memoryview, keyring_id: str | None) -> None:
         """Before a keyring is opened. `keyring_id`: as the keyring says, None if there is none. Raises StartError."""
@@ -59,7 +65,7 @@ class PinFile:
                 f"the pin file {self.path} is for keyring {pins.keyring_id}, but {found}. If the data directory was "
                 "replaced on purpose, remove the pin file and run `minikms pin add` again, as root"
             )
-        if roots.pin(root) not in pins.pins:
+        if not pins.names(root):
             raise WrongRootError(
                 f"the pin file {self.path} does not name the root key {roots.fingerprint(root)}. If it is yours, run "
                 "as root: minikms pin add SOURCE"
@@ -68,7 +74,7 @@ class PinFile:
     def check_new(self, root: memoryview) -> None:
         """Before a root key is added to the keyring. Raises NotPinnedError."""
         try:
-            pinned = roots.pin(root) in self.read().pins
+            pinned = self.read().names(root)
         except StartError:
             raise NotPinnedError(
                 "the pin file can't be read, is damaged, or could have been written by another user than root: run "
@@ -79,6 +85,23 @@ class PinFile:
                 f"the pin file does not name the root key {roots.fingerprint(root)}: first run, as root, "
                 "`minikms pin add SOURCE`"
             )
+
+    def pinned(self) -> frozenset[str]:
+        """The fingerprints of the root keys that it names; none while it can't be read. For `/status`: the file is
+        read only when it was changed.
+        """
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return frozenset()
+        seen = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+        if seen != self._seen:
+            try:
+                self._pinned = frozenset(self.read().pins)
+            except StartError:
+                self._pinned = frozenset()
+            self._seen = seen
+        return self._pinned
 
     def read(self) -> Pins:
         """Raises StartError when the file is missing, damaged, or not root's alone."""
@@ -109,30 +132,30 @@ class PinFile:
             raise StartError(
                 f"the pin file {self.path} is for keyring {before.keyring_id}, and the data directory has {keyring_id}"
             )
-        pins = () if before is None else before.pins
-        pin = roots.pin(root)
-        if pin in pins:
+        pins = {} if before is None else before.pins
+        if before is not None and before.names(root):
             return "known"
         if len(pins) >= PINS_COUNT_MAX:
             raise StartError(
                 f"the pin file {self.path} names {PINS_COUNT_MAX} root keys already: remove the unused ones"
             )
-        self._write(msgspec.json.encode(Pins(FORMAT, VERSION, keyring_id, (*pins, pin))) + b"\n")
+        pins[roots.fingerprint(root)] = roots.pin(root)
+        self._write(msgspec.json.encode(Pins(FORMAT, VERSION, keyring_id, pins)) + b"\n")
         self.read()
         return "replaced" if damaged else "new"
 
     def remove(self, root: memoryview) -> bool:
         """Removes a pin, durably; whether it was there. Raises StartError, also for the last one, and OSError."""
         pins = self.read()
-        left = tuple(pin for pin in pins.pins if pin != roots.pin(root))
-        if len(left) == len(pins.pins):
+        if not pins.names(root):
             return False
-        if not left:
+        del pins.pins[roots.fingerprint(root)]
+        if not pins.pins:
             raise StartError(
                 f"the pin file {self.path} names only this root key, and without it none would open the keyring: add "
                 "another one first"
             )
-        self._write(msgspec.json.encode(msgspec.structs.replace(pins, pins=left)) + b"\n")
+        self._write(msgspec.json.encode(pins) + b"\n")
         self.read()
         return True
 

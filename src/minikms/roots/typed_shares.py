@@ -21,15 +21,15 @@ from minikms.memory.arena import SLOT_BYTES, SecretArena, SecretSlot
 from minikms.memory.terminal import opened_terminal, show, typed_secret
 from minikms.roots.providers import RootProvider
 
-SLOTS_COUNT_MAX: Final = SHARES_COUNT_MAX + api.SHARE_BYTES_MAX // SLOT_BYTES + 2
-"""Of the arena: the shares, the line that is being typed, a share that is being read, and the root key."""
+SLOTS_COUNT_MAX: Final = keyring.SLOTS_MAX * SHARES_COUNT_MAX + api.SHARE_BYTES_MAX // SLOT_BYTES + 2
+"""Of the arena: the shares of every set, the line that is being typed, a share that is being read, and the root key."""
 KnownSets = tuple[str, Sequence[KnownSet]]
 """The id of a keyring, and its sets of shares."""
 
 
 @dataclass(frozen=True)
 class TypedShares(RootProvider):
-    """`keyring_file` reads the keyring that is to be opened; without it the shares have to agree with each other only.
+    """`keyring_file` reads the keyring that is to be opened; without it the shares of a set have to agree only.
 
     The keyring is not authenticated then. What it says decides only which shares are refused.
     """
@@ -65,7 +65,7 @@ class TypedShares(RootProvider):
 
 def _take(collected: CollectedShares, known: KnownSets | None, arena: SecretArena) -> None:
     """Asks for one share. A refused one is explained on the terminal."""
-    count = len(collected.numbers)
+    set_id, count = collected.set_id, len(collected.numbers)
     which = f"share {count + 1} of {collected.threshold}" if count else "the first share"
     keyring_id, sets = known if known is not None else ("", None)
     with opened_terminal() as terminal:
@@ -76,5 +76,7 @@ def _take(collected: CollectedShares, known: KnownSets | None, arena: SecretAren
             show(terminal, f"Refused: {error}.\n")
             return
         show(terminal, f"Share {info.number} is taken.\n")
-        if count and len(collected.numbers) <= count:
+        if set_id and collected.set_id != set_id:
+            show(terminal, f"It is of the set {info.set_id}, the one before of {set_id}; both are kept.\n")
+        elif count and len(collected.numbers) <= count:
             show(terminal, "The shares before it have expired; type them again.\n")

@@ -184,9 +184,7 @@ class VerbTable:
             event = frame.event(who, request, request_id)
 
             async def authorised() -> A | Reply | AfterLine[A]:
-                forbidden = frame.authorise(who, request, event)
-                if forbidden is not None:
-                    raise forbidden
+                frame.require(who, request, event)
                 if durable:
                     self.audit.require_writable()
                 return await act(request, event)
@@ -196,9 +194,7 @@ class VerbTable:
 
             async def authorised_and_charged() -> A | Reply | AfterLine[A]:
                 keys.refresh()  # the task begins in a later step than the request
-                forbidden = frame.authorise(keys.who, request, event)
-                if forbidden is not None:
-                    raise forbidden
+                frame.require(keys.who, request, event)
                 if durable:
                     self.audit.require_writable()
                 charged = keys.charge(request)
@@ -350,6 +346,15 @@ class _Frame:
         if self._is_batch:
             event.count = len(request.items)
         return event
+
+    def require(self, who: Principal, request: Any, event: Event) -> None:
+        """Raises ForbiddenError, TooManyError."""
+        forbidden = self.authorise(who, request, event)
+        if forbidden is not None:
+            try:
+                raise forbidden
+            finally:
+                del forbidden  # the traceback of an error leads to this frame
 
     def authorise(self, who: Principal, request: Any, event: Event) -> ForbiddenError | None:
         """Raises ForbiddenError, or returns it where each item is refused by itself. Raises TooManyError."""

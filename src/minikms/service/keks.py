@@ -157,7 +157,10 @@ class KekVerbs:
         if end is None:
             await self.drop_replaced_roots()
         elif wait:
-            await asyncio.shield(end)
+            try:
+                await asyncio.shield(end)
+            finally:
+                del end  # the traceback of its error leads to this frame
         else:
             return Response(202, json_answer(self._answer("running", version)))
         try:

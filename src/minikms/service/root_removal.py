@@ -67,7 +67,10 @@ class RootRemoval:
         change = asyncio.ensure_future(self._remove(choose, proved))
         self._changing.add(change)
         change.add_done_callback(self._ended)
-        await asyncio.shield(change)
+        try:
+            await asyncio.shield(change)
+        finally:
+            del change  # the traceback of its error leads to this frame
 
     def _ended(self, change: asyncio.Task[None]) -> None:
         self._changing.discard(change)

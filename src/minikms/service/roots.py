@@ -182,6 +182,7 @@ class RootVerbs:
             tested_at=slot.tested_at,
             replaces=slot.replaces,
             shares=None if shares is None else api.RootShares(shares.set_id, shares.threshold, shares.count),
+            pinned=None if self._pin is None else slot.fingerprint in self._pin.pinned(),
         )
 
     def _describe_revoking(self, root: RevokingRoot) -> api.RootAnswer:

@@ -106,9 +106,9 @@ class Application:
         except ClientGoneError:
             return
         except Exception as error:  # noqa: BLE001 - whatever happens, the client gets a response
-            refusal = _error_of(error, request)
+            refusal = error_response(_error_of(error, request))  # no error: its traceback leads to this frame
             if not exchange.status:  # once begun, a response can only be left unfinished
-                await exchange.respond(error_response(refusal))
+                await exchange.respond(refusal)
         finally:
             seconds = self._clock() - started_s
             self._metrics.finished(request, exchange.status or _CLIENT_GONE, seconds)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import time
 import traceback
 from collections import deque
@@ -300,7 +301,7 @@ class KeyRotation:
                 raise RotationFailedError(f"the new key can't be used ({error.code})") from error
             # One of the two keys is at fault. If the new one encrypts, it is the one that the records are under.
             await self._provider.encrypt(job.new_key, b"", aad=job.id.encode(), thread_id=job.thread, request_id=job.id)
-            return [error] * len(records)
+            return [copy.copy(error)] * len(records)  # without the traceback, which leads to the caller
 
     def _write(self, row: Row, step: _Step) -> PendingRow:
         job = row.job
@@ -390,7 +391,7 @@ def _items(records: Sequence[Record]) -> list[ReencryptItem]:
 def _failure(found: Record, refused: KmsRefusedError) -> Failure:
     """Raises the refusal if it says nothing about the record."""
     if fault(refused) is Fault.SERVICE:
-        raise refused
+        raise copy.copy(refused)  # the caller's frame, to which its traceback leads, has the first one
     return Failure(_shown(found.key), refused.code)
 
 

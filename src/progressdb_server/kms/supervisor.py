@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import logging
 import os
 import random
@@ -409,7 +410,7 @@ class Supervisor:
         try:
             await self._health.health()
         except KmsError as error:
-            return error
+            return copy.copy(error)  # without the traceback, which leads to the frame that gets it
         return None
 
     async def _await_answer(self, child: Child | None, wait_s_max: float) -> bool:

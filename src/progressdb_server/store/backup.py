@@ -80,6 +80,8 @@ class Backups(OpenStore):
                 if known.gone:
                     await self._forget([known])
                 raise
+            finally:
+                del making  # the traceback of its error leads to this frame
         finally:
             self._backing_up = False
 

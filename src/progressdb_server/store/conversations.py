@@ -20,7 +20,7 @@ from progressdb_server.kms.provider import SEALED, EncryptsNothing, Fault, Provi
 from progressdb_server.store import directory, idempotency, keyspace
 from progressdb_server.store.backup import Backups
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
-from progressdb_server.store.epoch import EpochMemory, RestoredError
+from progressdb_server.store.epoch import OLDER_STATE, EpochMemory, RestoredError
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.membership import Rule
 from progressdb_server.store.messages import Messages
@@ -187,7 +187,7 @@ class Conversations(Messages, Rekeying, Backups):
                     judged = True
             except RestoredError as error:
                 _log.error("kms_restored", reason=str(error))
-                self.sealer.halted = "the key service is in an older state than this store"
+                self.sealer.halted = OLDER_STATE
             except KmsProtocolError as error:
                 _log.error("kms_epoch_unknown", reason=type(error).__name__)
                 self.sealer.halted = "the key service's answer to /status is not valid, so its age is not known"

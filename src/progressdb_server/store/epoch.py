@@ -23,7 +23,12 @@ from progressdb_server.store.engine import Reader
 from progressdb_server.store.writer import Write, Writer
 
 AUDIT_SETTLED_S: Final = 5.0
-WAY_OUT: Final = "If this is a deliberate restore, start once with --accept-restore."
+WAY_OUT: Final = "If that is a deliberate restore or a new audit log, start once with --accept-restore."
+OLDER_STATE: Final = (
+    "the key service is in an older state than this store has seen (the server's log says which). If that is intended, "
+    "restart the server once with --accept-restore (docs/runbook.md)"
+)
+"""Why nothing is sealed meanwhile, for clients and for `progressdb status`."""
 
 
 class RestoredError(Exception):

@@ -353,9 +353,7 @@ class Reading(Threads):
                 if tag == now:
                     self.validators.remember(tag, given.key_ids)
         finally:  # the reader went away, or a batch failed
-            for task in opening:
-                task.cancel()
-            await asyncio.gather(*opening, return_exceptions=True)
+            await _cancel(opening)
 
     async def _list(self, thread: str, batch: Sequence[Loaded], given: Given) -> list[Message]:
         answers = await self._answers(thread, batch, used=given.key_ids)
@@ -569,6 +567,14 @@ def _listed(thread: str, loaded: Loaded, found: Version | NotOpened) -> Message:
         deleted=header is not None and header.deleted,
         error=found.code,
     )
+
+
+async def _cancel(tasks: deque[asyncio.Task[list[Message]]]) -> None:
+    """Ends the tasks and forgets them: the traceback of an error of one leads to the frame that has them."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    tasks.clear()
 
 
 async def _no_messages() -> AsyncIterator[list[Message]]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Final
@@ -174,7 +175,10 @@ class Sealer:
                     done = self._writer.submit(slot, made.finish(state.key_id, sealed), state.stands)
                 finally:
                     self._writer.leave(slot)
-                await done
+                try:
+                    await done
+                finally:
+                    del done, slot  # the traceback of the error leads to this frame
                 return
             except ConditionFailedError as error:
                 if error.key not in (state.map_key, state.closed_key):
@@ -219,7 +223,10 @@ class Sealer:
             running = asyncio.get_running_loop().create_task(self._replace_key(state))
             self._renewals[state.thread] = running
             running.add_done_callback(lambda _: self._renewals.pop(state.thread, None))
-        await asyncio.shield(running)
+        try:
+            await asyncio.shield(running)
+        finally:
+            del running  # the traceback of its error leads to this frame
 
     async def _replace_key(self, state: ThreadState) -> None:
         self.check_halted()
@@ -313,7 +320,7 @@ class Sealer:
         sealed: list[bytes] = []
         for (_, plaintext), answer in zip(secrets, answers, strict=True):
             if isinstance(answer, KmsRefusedError):
-                raise answer
+                raise copy.copy(answer)  # its traceback leads to this frame, which has all answers
             if len(answer) != len(plaintext) + SEAL_BYTES:
                 raise StoreUnavailableError("the key service answered wrongly")
             sealed.append(answer)

@@ -153,6 +153,7 @@ class DiskThread:
                 error = raised
             with contextlib.suppress(RuntimeError):  # the loop is closed, and no caller waits
                 future.get_loop().call_soon_threadsafe(_settle, future, error)
+            del error  # its traceback leads to this frame
 
 
 def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:

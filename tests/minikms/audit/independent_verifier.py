@@ -29,12 +29,14 @@ MEMBERS = {
     "count": int, "outcome": str, "request_id": str, "request_ids": list, "detail": str, "facts": dict,
 }  # fmt: skip
 ALWAYS = {"seq", "ts", "type", "actor", "outcome"}
-SIGNED = {"key", "lines", "lines_sha256", "log_id", "previous_sig", "signature"}
+SIGNED = {"epoch", "key", "lines", "lines_sha256", "log_id", "previous_sig", "signature", "tombstones"}
 FACTS = {
     "checkpoint": SIGNED,
     "segment_close": SIGNED | {"next_segment"},
     "audit_key": SIGNED | {"next_key", "next_public_key"},
     "segment_open": {
+        "epoch",
+        "tombstones",
         "format",
         "key",
         "log_id",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minikms.audit import chain, record
-from minikms.audit.chain import AuditKey, Coverage
+from minikms.audit.chain import AuditKey, Coverage, KeyState
 from minikms.audit.record import Event, Facts, Head
 from minikms.base64 import encode_text
 from tests.minikms.audit import independent_verifier
@@ -25,6 +25,7 @@ from tests.minikms.audit.logmaker import KEY1, KEY2, LOG, encrypt_event
 
 VECTORS = Path(__file__).resolve().parents[3] / "docs" / "spec" / "audit-vectors.json"
 LOG_ID = bytes(range(16))
+STATE = KeyState(epoch=1, tombstones=2)
 TS = 1_700_000_000_000_000_000
 
 ESCAPED = ("k_01jd", "a b", "50%", '"', "\\", "line\nbreak", "\x7f", "é", "€", "😀")
@@ -70,7 +71,9 @@ class Maker:
 
     def opening(self) -> Event:
         """The first line of segment 2, right after the close of the first."""
-        return chain.segment_open_event(LOG_ID, 1, KEY1.public_key, segment=2, previous=self.head, closed=self.coverage)
+        return chain.segment_open_event(
+            LOG_ID, 1, KEY1.public_key, segment=2, previous=self.head, closed=self.coverage, state=STATE
+        )
 
     def add(self, event: Event) -> None:
         self.ts += 1
@@ -79,7 +82,14 @@ class Maker:
     def sign(self, event_type: str, extra: Facts | None = None) -> None:
         self.ts += 1
         line, head = chain.signed_line(
-            event_type, head=self.head, ts=self.ts, coverage=self.coverage, log_id=LOG_ID, key=self.key, extra=extra
+            event_type,
+            head=self.head,
+            ts=self.ts,
+            coverage=self.coverage,
+            log_id=LOG_ID,
+            key=self.key,
+            state=STATE,
+            extra=extra,
         )
         self.coverage = Coverage()
         self.take(line, head)

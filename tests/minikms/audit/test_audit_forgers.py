@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from minikms.audit import chain, record
-from minikms.audit.chain import Coverage
+from minikms.audit.chain import Coverage, KeyState
 from minikms.audit.log import Limits
 from minikms.audit.reader import list_segments
 from minikms.audit.record import Event, Head
@@ -175,7 +175,14 @@ def rewritten(lines: list[bytes], key: Key, before: Head = BEGINNING) -> list[by
             extra: record.Facts = {name: event.facts[name] for name in ("next_segment", "next_key", "next_public_key")
                      if name in event.facts}  # fmt: skip
             blob, head = chain.signed_line(
-                event.type, head=head, ts=event.ts, coverage=coverage, log_id=log_id, key=key.audit_key(), extra=extra
+                event.type,
+                head=head,
+                ts=event.ts,
+                coverage=coverage,
+                log_id=log_id,
+                key=key.audit_key(),
+                state=KeyState(),
+                extra=extra,
             )
             coverage = Coverage()
         else:

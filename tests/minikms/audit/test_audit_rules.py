@@ -16,7 +16,7 @@ from minikms.audit.chain import Coverage
 from minikms.audit.record import Event, Facts, Head
 from minikms.base64 import encode_text
 from tests.minikms.audit.logmaker import KEY1, KEY2, LOG, encrypt_event, verify
-from tests.minikms.audit.make_vectors import LOG_ID, Maker, put
+from tests.minikms.audit.make_vectors import LOG_ID, STATE, Maker, put
 
 FIRST = f"{LOG}.1"
 OTHER_SIG = encode_text(bytes(range(32)))
@@ -38,11 +38,13 @@ def signed(event_type: str = "checkpoint", *, extra: Facts | None = None, **chan
     def make() -> Maker:
         maker = begun()
         facts: Facts = {
+            "epoch": STATE.epoch,
             "key": 1,
             "lines": 2,
             "lines_sha256": maker.coverage.hex(),
             "log_id": LOG_ID.hex(),
             "previous_sig": encode_text(maker.head.sig),
+            "tombstones": STATE.tombstones,
             **(extra or {}),
             **changes,
         }
@@ -96,7 +98,7 @@ def line_after_the_close() -> Maker:
 
 
 OPENING = chain.segment_open_event(
-    LOG_ID, 1, KEY1.public_key, segment=2, previous=Head(2, bytes(32)), closed=Coverage()
+    LOG_ID, 1, KEY1.public_key, segment=2, previous=Head(2, bytes(32)), closed=Coverage(), state=STATE
 )
 
 

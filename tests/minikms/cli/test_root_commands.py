@@ -172,6 +172,25 @@ def test_a_data_directory_that_was_replaced_whole_is_refused(tmp_path: Path) -> 
         assert not daemon.start()
 
 
+def test_every_command_about_root_keys_says_which_are_not_pinned(tmp_path: Path) -> None:
+    """Here a spare key, whose pin was removed. Shares that were made before the pin file are in the same position."""
+    with pinned(tmp_path):
+        spare, socket = key_file(tmp_path, "spare.key"), ("--socket", tmp_path / "s")
+        place = ("--pin", tmp_path / "pins" / "pin", "--data-dir", tmp_path / "data")
+        done("pin", "add", f"file:{spare}", *place)
+        slot = json.loads(done("root", "add", f"file:{spare}", *socket, "--json"))["slot_id"]
+        assert "pinned" not in done("root", "list", *socket).lower() + done("status", *socket)
+        done("root", "test", slot, "--root", f"file:{spare}", *socket)
+        done("pin", "remove", f"file:{spare}", *place, "--yes")
+        [line] = [line for line in done("root", "list", *socket).splitlines() if "NOT PINNED" in line]
+        assert line.startswith(slot)
+        tested = run("root", "test", slot, "--root", f"file:{spare}", *socket)
+        assert tested.returncode == 1 and "is not pinned" in tested.stderr
+        for command in ("status", "doctor"):
+            said = run(command, *socket).stdout
+            assert f"can't open the keyring at the next start or unseal: slots {slot}" in said
+
+
 def test_shares_are_pinned_as_they_are_made_or_when_they_are_typed(tmp_path: Path) -> None:
     with pinned(tmp_path):
         pin, socket = tmp_path / "pins" / "pin", ("--socket", tmp_path / "s")

@@ -94,9 +94,9 @@ def test_shares_stay_until_the_root_key_was_tried(
     for number in (1, 2, 3):
         add(collected, made, number)
     collected.combine().release()
-    collected.take_back(3)
+    collected.take_back(made.info(3))
     assert (arena.in_use, collected.numbers, collected.complete) == (before + 2, (1, 2), False)
-    collected.take_back(3)
+    collected.take_back(made.info(3))
     add(collected, made, 4)
     with collected.combine() as root:
         assert bytes(root.view) == made.root
@@ -125,18 +125,16 @@ def test_a_flipped_bit_in_a_share_is_named(collected: CollectedShares, made: Mad
 
 
 def test_a_refused_share_changes_nothing(arena: SecretArena, collected: CollectedShares, made: MadeSet) -> None:
-    other = MadeSet(set_id="ff112233445566aa")
     foreign = MadeSet(keyring_id="kr_ffffffffffffffff")
     add(collected, made, 1)
     before = (arena.in_use, collected.numbers, collected.set_id, collected.expires_at)
-    sets = [known(made), known(other), known(foreign)]
+    sets = [known(made), known(foreign)]
     mistyped = made.text(2)
     mistyped[50:51] = b"u"
     attempts: list[tuple[memoryview, type[Exception], str]] = [
         (mistyped, ShareTextError, "character 51"),
         (foreign.text(2), WrongShareError, "of the keyring kr_ffffffffffffffff"),
         (MadeSet(set_id="ee112233445566aa").text(2), WrongShareError, "does not open this keyring"),
-        (other.text(2), ConflictError, "shares of another set"),
         (made.text(1), ConflictError, "share 1 was entered already"),
         (made.text(2, made.info(2)._replace(threshold=2)), WrongShareError, "not one of the shares"),
         (made.text(2, made.info(9)), WrongShareError, "not one of the shares"),
@@ -170,14 +168,27 @@ def test_a_share_that_comes_too_late_begins_anew(collected: CollectedShares, mad
     assert not collected.complete
 
 
-def test_after_the_shares_of_one_set_another_can_be_entered(collected: CollectedShares, made: MadeSet) -> None:
+def test_a_share_of_one_set_does_not_hinder_another(
+    arena: SecretArena, collected: CollectedShares, made: MadeSet
+) -> None:
+    """Each set is complete by itself, expires by itself, and is dropped by itself if its root key is wrong."""
     other = MadeSet(set_id="ff112233445566aa", threshold=2, count=2)
-    add(collected, made, 1)
-    collected.clear()
+    before = arena.in_use
     add(collected, other, 1)
-    add(collected, other, 2)
+    add(collected, made, 1, now=NOW + 1)
+    add(collected, made, 2, now=NOW + 2)
+    add(collected, other, 2, now=NOW + 3)
+    assert collected.set_id == other.set_id and collected.complete
     with collected.combine() as root:
         assert bytes(root.view) == other.root
+    collected.drop(other.info(2))
+    collected.take_back(other.info(2))  # nothing of the other set has this number
+    assert (collected.set_id, collected.numbers, collected.complete) == (made.set_id, (1, 2), False)
+    add(collected, other, 1, now=NOW + 4)
+    assert collected.expire(NOW + 1 + COLLECT_SECONDS_MAX)
+    assert (collected.set_id, collected.numbers) == (other.set_id, (1,))
+    collected.clear()
+    assert (arena.in_use, collected.set_id) == (before, "")
 
 
 def test_a_full_arena_refuses_the_share_and_zeroes_its_text(made: MadeSet) -> None:

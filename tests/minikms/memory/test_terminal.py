@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,15 +67,54 @@ def test_a_line_without_its_end_is_refused(typed: bytes) -> None:
     assert b"refused: the line was cut off: end it with Enter" in program.shown
 
 
-def test_an_interrupted_prompt_restores_the_echo() -> None:
-    """The shell that started the program goes on with its terminal."""
-    shell = f"{sys.executable} -c '{READS}' 1; stty -a | tr ' ;' '\\n\\n' | grep -x -e -echo -e echo"
-    with OnTerminal(["sh", "-c", "trap true INT; " + shell]) as program:
-        program.wait_for("Secret: ")
-        program.type(b"half\x03", end=b"")
-        program.wait()
-    assert program.shown.split()[-1] == b"echo"
-    assert b"half" not in program.shown
+PROMPT = "of the shell> "
+
+
+def in_a_shell(tmp_path: Path) -> OnTerminal:
+    """A shell with job control, which leaves the modes of the terminal as the program does, and a prompt in it."""
+    (tmp_path / "reads.py").write_text(READS)
+    shell = OnTerminal(["sh", "-i"], env={**os.environ, "PS1": PROMPT, "ENV": ""})
+    shell.wait_for(PROMPT)
+    shell.type(f"{sys.executable} {tmp_path / 'reads.py'} 1")
+    shell.wait_for("Secret: ")
+    assert not shell.echoes()
+    shell.type_unfinished(b"half-typed")
+    return shell
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM])
+def test_a_signal_that_ends_the_prompt_restores_the_terminal(tmp_path: Path, number: signal.Signals) -> None:
+    """The shell gets its echo back and nothing of the secret, and sees that the signal ended the program."""
+    with in_a_shell(tmp_path) as shell:
+        shell.signal_foreground(number)
+        shell.wait_for(PROMPT, times=2)
+        assert shell.echoes()
+        shell.type("echo status-$?")
+        shell.wait_for(f"status-{128 + number}")
+    assert b"half-typed" not in shell.shown
+
+
+@pytest.mark.parametrize("way", ["Ctrl-Z", "SIGTSTP", "SIGSTOP"])
+def test_after_a_stop_the_prompt_comes_again_without_echo(tmp_path: Path, way: str) -> None:
+    with in_a_shell(tmp_path) as shell:
+        if way == "Ctrl-Z":
+            shell.type(b"\x1a", end=b"")
+        else:
+            shell.signal_foreground(signal.Signals[way])
+        shell.wait_for("Stopped")
+        if way == "SIGSTOP":  # no program can do something before it: the person drops the line, and sets the mode
+            shell.type("\x15stty echo")
+            shell.wait_for(PROMPT, times=3)
+        assert shell.echoes()
+        shell.type("fg")
+        shell.wait_for("Secret: ", times=2)
+        assert not shell.echoes()
+        shell.type("whole-secret")
+        shell.wait_for(f"got 12 {sum(b'whole-secret')}")
+        shell.wait_for(PROMPT, times=3)
+        assert shell.echoes()
+    assert b"half-typed" not in shell.shown
+    assert b"whole-secret" not in shell.shown
 
 
 def test_without_a_terminal_nothing_is_asked() -> None:

@@ -35,7 +35,8 @@ def test_the_pinned_root_and_keyring_pass(file: PinFile) -> None:
     file.check_opens(ROOT, KEYRING)
     file.check_new(ROOT)
     content = json.loads(file.path.read_text())
-    assert content["pins"] == [hmac.digest(ROOT, b"minikms/root-pin/v1\0", "sha256").hex()]
+    fingerprint = hmac.digest(ROOT, b"minikms/root-fingerprint/v1\0", "sha256").hex()[:16]
+    assert content["pins"] == {fingerprint: hmac.digest(ROOT, b"minikms/root-pin/v1\0", "sha256").hex()}
     assert file.path.stat().st_mode & 0o777 == 0o644
 
 

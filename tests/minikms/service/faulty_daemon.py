@@ -2,7 +2,9 @@
 
 Owns: which fault is in force, by the file that FAULT_FILE names, and where each one bites: below the verb whose answer
 is looked at. With ROLELESS in the environment, whoever is not an administrator has no role at all, without a policy
-file. Invariant: without either this is the command as it is. Run as `python faulty_daemon.py -m minikms …`.
+file. Invariant: without either this is the command as it is.
+
+Run by `tests.harness.scripts.interpreter_words`, before `-m minikms …`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from minikms.errors import ArenaFullError
 from minikms.keys import keyring
 from minikms.memory.arena import SecretArena
 from minikms.policy import ROLES, policy
+from tests.harness import garbage
 
 FAULT_FILE: Final = "FAULT_FILE"
 ROLELESS: Final = "ROLELESS"
@@ -27,6 +30,8 @@ ARENA: Final = "every slot of the arena is taken"
 WORN: Final = "no key may be used, and no KEK wrap, once more than was reserved"
 DEFECT: Final = "every verb has a defect"
 STUCK: Final = "a rotation of the KEK does not come forward"
+GARBAGE: Final = "the answer is the frames in reference cycles"
+"""Their places, a line each (`tests.harness.garbage`). The daemon runs without the collector."""
 
 
 def fault() -> str:
@@ -79,6 +84,8 @@ def install() -> None:
         await run(of)
 
     def handled(application: Application, *given: Any) -> Any:
+        if fault() == GARBAGE:
+            return "\n".join(garbage.frames()).encode()
         if fault() == DEFECT:
             raise RuntimeError("private text of a defect")
         return handle(application, *given)
@@ -97,4 +104,5 @@ if __name__ == "__main__":
 
     install()
     sys.argv = ["minikms", *sys.argv[3:]]  # -m minikms, for which this stands
+    garbage.switch_off()
     main()

@@ -22,12 +22,13 @@ from tests import needs
 from tests.harness import documented
 from tests.harness.documented import Pair
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.scripts import interpreter_words
 from tests.harness.unix_http import UnixConnection
 from tests.minikms.service import faulty_daemon
 from tests.minikms.service.asking import NO_KEY, b64
 
 DOCUMENT = documented.read((Path(__file__).parents[3] / "docs" / "minikms-openapi.yaml").read_text())
-LAUNCHER = (str(Path(__file__).with_name("faulty_daemon.py")),)
+LAUNCHER = interpreter_words("tests.minikms.service.faulty_daemon")
 REFUSED_UID = "45678"
 POLICY = f"""
 version = 1
@@ -215,7 +216,15 @@ class World:
         assert self(Ask("POST", f"/keys/{key_id}/retire")).status == 200
         return key_id
 
+    def kept_frames(self) -> list[str]:
+        """Places of frames that outlived the requests to a daemon that runs and that only the collector would free."""
+        if self.daemon.process.poll() is not None:
+            return []
+        with self.fault(faulty_daemon.GARBAGE):
+            return self(Ask("GET", "/health")).body.decode().splitlines()
+
     def restart(self) -> None:
+        assert self.kept_frames() == []
         self.daemon.kill()
         self.daemon.start()
         self.settle()
@@ -558,7 +567,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             patch.setenv(faulty_daemon.ROLELESS, "1")
             with LiveDaemon(places[2], "file", "--admin-uids", REFUSED_UID, launcher=LAUNCHER) as roleless:
                 patch.delenv(faulty_daemon.ROLELESS)
-                yield World(places[0], daemon, refusing=refusing, roleless=roleless, keyless=keyless, limited=limited)
+                made = World(places[0], daemon, refusing=refusing, roleless=roleless, keyless=keyless, limited=limited)
+                yield made
+                assert made.kept_frames() == []
 
 
 LEFT_OUT = {

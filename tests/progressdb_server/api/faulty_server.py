@@ -25,7 +25,18 @@ from progressdb_server.kms import provider
 from progressdb_server.store import messages
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.rocks import RocksEngine
-from tests.progressdb_server.api.fault_words import CROWDED, DEFECT, DESTROYED, DISK, FAULT_FILE, FULL, ROTTEN, STUCK
+from tests.harness import garbage
+from tests.progressdb_server.api.fault_words import (
+    CROWDED,
+    DEFECT,
+    DESTROYED,
+    DISK,
+    FAULT_FILE,
+    FULL,
+    GARBAGE,
+    ROTTEN,
+    STUCK,
+)
 
 TICK_S: Final = 0.2
 KMS_WAIT_S: Final = 1.0
@@ -60,6 +71,8 @@ def handler(
     now = fault()
     if now == DEFECT:
         raise RuntimeError("private text of a defect")
+    if now == GARBAGE:
+        _PATH.write_text("\n".join([GARBAGE, *garbage.frames()]))
     service.UNFINISHED_MAX = 0 if now == FULL else 65_536  # type: ignore[misc]  # final in production
     messages.VERSIONS_COUNT_MAX = 1 if now == CROWDED else 10_000  # type: ignore[misc]  # as above
     return real(resource, request)
@@ -91,4 +104,5 @@ service.TICK_S = TICK_S  # type: ignore[misc]  # final in production
 service.KEY_WAIT_S = provider.WAIT_S = KMS_WAIT_S  # type: ignore[misc]  # as above
 
 if __name__ == "__main__":
+    garbage.switch_off()
     main()

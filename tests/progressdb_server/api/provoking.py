@@ -94,6 +94,12 @@ class World:
         finally:
             self._fault.unlink()
 
+    def kept_frames(self) -> list[str]:
+        """Places of frames that outlived the requests so far and that only the collector would free."""
+        with self.fault(fault_words.GARBAGE):
+            self(Ask("GET", "/admin/stats"))
+            return self._fault.read_text().split("\n")[1:]
+
     def well(self) -> bool:
         """Whether writes work, and the server no longer keeps the answer of a probe that says otherwise."""
         made = self(Ask("POST", "/v1/threads?author=alice", {"title": "T"}))

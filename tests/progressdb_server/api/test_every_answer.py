@@ -220,6 +220,7 @@ def living(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Living]:
         made.take_the_key_service_away()
         made.seal_the_key_service()
         yield made
+        assert world.kept_frames() == []
 
 
 def sentence_of(reply: Reply) -> str:

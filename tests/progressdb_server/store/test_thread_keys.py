@@ -423,7 +423,7 @@ def test_an_older_key_service_that_appears_later_gets_nothing_to_seal(monkeypatc
         await becomes(lambda: store.halted is not None)
         calls = provider.calls.total()
         for thread in ("t", "another"):
-            with pytest.raises(StoreUnavailableError):
+            with pytest.raises(StoreUnavailableError, match="restart the server once with --accept-restore"):
                 await store.create_message(new(2, thread))
         assert provider.calls.total() == calls
         answer = status(6, 1)

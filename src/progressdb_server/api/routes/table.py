@@ -88,7 +88,10 @@ class Routing:
     async def route(self, exchange: Exchange, scope: Scope) -> None:
         """Find any other path and run its handler. Raises ApiError, and what the handler raises."""
         scope[EXCHANGE] = exchange
-        await self._router(scope, exchange.receive, exchange.send)
+        try:
+            await self._router(scope, exchange.receive, exchange.send)
+        finally:
+            del scope[EXCHANGE]  # which refers to the scope
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:

@@ -21,6 +21,7 @@ from progressdb_server.api.http.access import KeyTable, RateBuckets, Role, addre
 from progressdb_server.api.http.errors import (
     TOO_LARGE,
     UNAUTHORIZED_HEADERS,
+    ApiError,
     Header,
     bad_request,
     forbidden,
@@ -357,13 +358,19 @@ def _with_error_page(handler: Callable[[Request], Awaitable[Response]]) -> Handl
         try:
             return await handler(request)
         except Exception as error:
-            refusal = api_error(error)
-            if refusal is None:
+            page = _error_page(api_error(error), request)  # no error: its traceback leads to this frame
+            if page is None:
                 raise
-        page = pages.render("viewer/problem.html", problem=refusal.text, request_id=request.request_id)
-        return pages.page_response(page, refusal.status, refusal.headers)
+            return page
 
     return run
+
+
+def _error_page(error: ApiError | None, request: Request) -> Response | None:
+    if error is None:
+        return None
+    page = pages.render("viewer/problem.html", problem=error.text, request_id=request.request_id)
+    return pages.page_response(page, error.status, error.headers)
 
 
 async def _to_viewer(request: Request) -> Response:
