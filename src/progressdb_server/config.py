@@ -409,8 +409,9 @@ class Loaded(msgspec.Struct, frozen=True):
     """By path of each setting that is not a default: `flag`, `environment` or the file's path."""
 
 
-def load(flags: Mapping[str, object], environment: Mapping[str, str]) -> Loaded:
-    """Read all layers and check the result. `flags` may contain `config`, the path of the file.
+def load(flags: Mapping[str, object], environment: Mapping[str, str], *, with_data: bool = True) -> Loaded:
+    """Read all layers and check the result. `flags` may contain `config`, the path of the file. Without `with_data` no
+    data directory need be named.
 
     Raises ConfigError, or ConfigMissingError if a file does not exist.
     """
@@ -424,16 +425,16 @@ def load(flags: Mapping[str, object], environment: Mapping[str, str]) -> Loaded:
     sources = {name: str(path) for name in _paths(from_file)}
     sources.update(dict.fromkeys(_paths(from_environment), "environment"))
     sources.update(dict.fromkeys(_paths(from_flags), "flag"))
-    check(config)
+    check(config, with_data=with_data)
     return Loaded(config=config, sources=sources)
 
 
 # --- rules ------------------------------------------------------------------------------------------------------
-def check(config: Config) -> None:
+def check(config: Config, *, with_data: bool = True) -> None:
     """Check every rule that a type cannot express. Reads no file. Raises ConfigError for the first broken rule."""
     if not 0 <= config.server.port <= 65535:
         raise ConfigError("server.port must be from 0 to 65535")
-    if not config.storage.db_path:
+    if with_data and not config.storage.db_path:
         raise ConfigMissingError("no data directory is given: use --db DIR, PROGRESSDB_DB_PATH or storage.db_path")
     if bool(config.server.tls.cert_file) != bool(config.server.tls.key_file):
         raise ConfigError("TLS needs both server.tls.cert_file and server.tls.key_file")

@@ -120,10 +120,11 @@ class MeasureStatus(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class HttpStatus(msgspec.Struct, frozen=True):
-    """Connections now, and counts since the start."""
+    """Connections now, bytes of answers that wait to be read now, and counts since the start."""
 
     connections: int = 0
     connections_max: int = 0
+    unread_bytes: int = 0
     requests: int = 0
     refused: int = 0
     accept_failures: int = 0

@@ -94,6 +94,7 @@ CLOCK_SECONDS_MAX: Final = 60
 NAMED_COUNT_MAX: Final = 20
 RECOVERY_PROVIDERS: Final = ("shares", "passphrase")
 """The names of the providers whose root keys are kept by people."""
+_UNSEAL: Final = "when nobody needs the seal any more: minikms unseal"
 _DAY_SECONDS: Final = 86_400
 _OTHERS_MASK: Final = 0o077
 
@@ -102,6 +103,7 @@ def examine(directory: str, root: RootProvider | None, *, now: float) -> Iterato
     """Every finding in a data directory. Raises OSError when the directory can't be read."""
     yield from _permissions(directory)
     yield from _space(directory)
+    yield from _seal(directory)
     body: Body | None = None
     try:
         data = _read(directory, keyring_file.NAME, keyring.FILE_BYTES_MAX)
@@ -199,6 +201,19 @@ def _space(directory: str) -> Iterator[Finding]:
         yield advice("disk", f"{free // 2**20:,} MiB are free for {directory}", "make room before it is full")
     if room.f_files and room.f_favail < FREE_FILES_MIN:
         yield problem("disk", f"the file system has only {room.f_favail:,} free inodes", "remove files on it")
+
+
+def _seal(directory: str) -> Iterator[Finding]:
+    from minikms.daemon.seal_files import MARKER_NAME, read_marker
+
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        marker = read_marker(descriptor)
+    finally:
+        os.close(descriptor)
+    if marker is not None:
+        since = f", since {marker.at} by {marker.actor}" if marker.at else ""
+        yield advice("seal", f"{MARKER_NAME} is there: a daemon starts sealed{since}", _UNSEAL)
 
 
 # --- the keyring --------------------------------------------------------------------------------------------------
@@ -484,6 +499,9 @@ def _daemon(path: str, server_uid: int | None, *, alone: bool) -> Iterator[Findi
     with daemon_client(path, server_uid) as kms:
         try:
             status = kms.status()
+            yield from status_findings(status)
+            if status.status != "sealed":  # then it names no keys
+                yield from _worn_keys(kms)
         except KmsError as error:
             if alone:
                 raise
@@ -499,9 +517,6 @@ def _daemon(path: str, server_uid: int | None, *, alone: bool) -> Iterator[Findi
             else:
                 what, _, do = explained(error)[0].partition(". ")
                 yield problem("daemon", what, do)
-            return
-        yield from status_findings(status)
-        yield from _worn_keys(kms)
 
 
 def status_findings(status: api.StatusAnswer) -> Iterator[Finding]:
@@ -509,7 +524,9 @@ def status_findings(status: api.StatusAnswer) -> Iterator[Finding]:
     for measure in status.hardening:
         if not measure.in_force:
             yield advice("hardening", f"not in force: {measure.measure}", measure.why)
-    if not status.audit.writable:
+    if status.status == "sealed":
+        yield advice("seal", f"the daemon is sealed, and refuses every request for a key: {status.reason}", _UNSEAL)
+    elif not status.audit.writable:
         yield problem(
             "audit log",
             f"it can't be written, so every request is refused: {status.audit.unavailable_reason}",

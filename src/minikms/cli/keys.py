@@ -153,6 +153,8 @@ def destroy(
 ) -> int:
     """Destroy retired keys permanently. Data encrypted under them can never be decrypted again. Keep the receipts.
 
+    miniKMS does not know which backups of a message server's store need a key: see `progressdb backup list` first.
+
     With several keys, one that can't be destroyed does not stop the others: it is named with the reason, and the exit
     status is 1.
     """
@@ -166,6 +168,8 @@ def destroy(
     with daemon_client(socket, server_uid) as kms:
         if by_filter:
             chosen = _retired(kms, thread, made_before)
+            if not chosen and thread is not None and older_than is None:
+                _refuse_active(kms, thread)
         else:
             kms.health()  # ends the command if the daemon is away or is another user's, before anything is destroyed
     if chosen:
@@ -217,6 +221,14 @@ class _Outcome(NamedTuple):
     destroyed: list[api.DestroyKeyAnswer]
     failed: list[_Failure]
     not_tried: list[str]
+
+
+def _refuse_active(kms: Client, thread: str) -> None:
+    """Raises CommandError if the thread has active keys, which were meant."""
+    active = [key.key_id for key in kms.list_keys(thread_id=thread, state="active").keys]
+    if active:
+        do = f"retire it first: minikms keys retire {active[0]}"
+        raise CommandError(f"the key of this thread is active; {do}", EXIT_FAILED)
 
 
 def _age_seconds(text: str) -> int:

@@ -25,6 +25,7 @@ from minikms.cli.console import (
     print_facts,
     print_json,
 )
+from minikms.cli.serve import ALLOWED_UIDS_VARIABLE, POLICY_VARIABLE
 from minikms.usage import EXIT_FAILED, EXIT_GOOD
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 app = App(name="policy", help="Check, explain and reload a policy file.", version_flags=[])
 
-POLICY_VARIABLE: Final = "PROGRESSDB_MINIKMS_POLICY"
 ROLE_WORDS: Final = ", ".join(get_args(Role))
 
 File = Annotated[Path, Parameter(help="The policy file.")]
@@ -80,6 +80,10 @@ def explain(
     via: Annotated[
         str | None, Parameter(name="--via", help="The proxy that asks, such as uid:992; default: the first that may.")
     ] = None,
+    allowed_uids: Annotated[
+        str | None,
+        Parameter(name="--allowed-uids", help=f"The uids that the daemon lets connect [{ALLOWED_UIDS_VARIABLE}]."),
+    ] = None,
     json: Json = False,
 ) -> int:
     """Print whether a policy file allows a request, which grant decides, and what would have to change.
@@ -89,7 +93,7 @@ def explain(
     """
     from dataclasses import asdict
 
-    from minikms.policy import FilePolicy
+    from minikms.policy import FilePolicy, parse_uids
     from minikms.policy.explanation import explain as explained
 
     named = policy or Path(os.environ.get(POLICY_VARIABLE) or "")
@@ -98,7 +102,9 @@ def explain(
     wanted = next((known for known in get_args(Role) if known == role), None)
     if wanted is None:
         raise CommandError(f"there is no role {clean(role)!r}; the roles are {ROLE_WORDS}")
-    found = explained(FilePolicy(_read(named)), principal, wanted, thread, via)
+    allowed = allowed_uids or os.environ.get(ALLOWED_UIDS_VARIABLE)
+    uids = parse_uids(allowed, source=ALLOWED_UIDS_VARIABLE) if allowed else None
+    found = explained(FilePolicy(_read(named), uids), principal, wanted, thread, via)
     status = EXIT_GOOD if found.decision == "allowed" else EXIT_FAILED
     if json:
         print_json(asdict(found))

@@ -1,12 +1,13 @@
 """Admission: the session of a connection, the principal of each request, and the refusal of peers that may not ask.
 
-Owns: the sessions, which outlive a seal and an unseal, because connections stay open; the number of connections of uids
-that are not allowed; the refusals of callers that have no principal, and of those that a limit refuses. Invariants: the
-peer is known from its credentials before a byte is parsed; a peer that is not allowed gets 401 on every path but
-`/health`, and, for the daemon's own uid, `/ready`; its connection is closed. A peer has the rights of the policy in
-force, not of the one at the time when it connected. A request that names a principal and is not of a proxy, one of a
-proxy that names none, and one for a name that no grant has, get 403 on every other path. It must never look into a
-request beyond its method, its path and the name of a principal.
+Owns: the sessions, which outlive a seal and an unseal, because connections stay open; the bounds of the connections of
+each uid and of all that are not allowed, and the places that are kept for those who may seal; the refusals of callers
+that have no principal, and of those that a limit refuses. Invariants: the peer is known from its credentials before a
+byte is parsed; a peer that is not allowed gets 401 on every path but `/health`, and, for the daemon's own uid,
+`/ready`; its connection is closed. A peer has the rights of the policy in force, not of the one at the time when it
+connected; connections of a uid that is no longer allowed are closed. A request that names a principal and is not of a
+proxy, one of a proxy that names none, and one for a name that no grant has, get 403 on every other path. It must never
+look into a request beyond its method, its path and the name of a principal.
 """
 
 from __future__ import annotations
@@ -23,13 +24,30 @@ from minikms.audit import Event
 from minikms.daemon.peer import Peer, is_overflow_uid, read_peer
 from minikms.daemon.refusals import ACTOR_OTHERS, PRINCIPALS_OTHERS, RefusalAggregator
 from minikms.errors import ForbiddenError, MiniKmsError, TooLargeError
-from minikms.http import ParsedHead, Request, Response, error_response, raised_response
+from minikms.http import (
+    TOO_MANY_CONNECTIONS,
+    ParsedHead,
+    Refusal,
+    Request,
+    Response,
+    error_response,
+    raised_response,
+)
 from minikms.policy import Meters, Policy, Principal, actor
 
 UNAUTHORISED_CONNECTIONS_MAX: Final = 64
 """Open connections of uids that are not allowed, so that they can't use up the places of the allowed ones."""
 UNAUTHORISED_CONNECTIONS_SHARE: Final = 4
 """Where few connections are admitted, at most one in this many is for uids that are not allowed."""
+
+UID_CONNECTIONS_SHARE: Final = 2
+"""A uid gets at most one in this many of all connections."""
+KEPT_CONNECTIONS_MAX: Final = 32
+"""Connections that nobody gets but uids that may seal, so that an operator can do so beside any other users."""
+KEPT_CONNECTIONS_SHARE: Final = 8
+"""Where few connections are admitted, one in this many is kept."""
+SEALER_CONNECTIONS_MAX: Final = 4
+"""A uid that may seal and has fewer connections gets one of those that are kept."""
 
 _HEADER_NAME: Final = "X-MiniKMS-Principal"
 _ROOT_PATHS: Final = (api.UNSEAL.path, api.ADD_ROOT.path)
@@ -66,6 +84,9 @@ class Admission:
         self._wrong_proxies = RefusalAggregator(api.CODE_FORBIDDEN, others=ACTOR_OTHERS)
         self._limited_users = RefusalAggregator(api.CODE_LIMIT_EXCEEDED, others=ACTOR_OTHERS)
         self._limited = RefusalAggregator(api.CODE_LIMIT_EXCEEDED, others=PRINCIPALS_OTHERS)
+        self._by_uid: Counter[int] = Counter()
+        self._uid_max = connections_max // UID_CONNECTIONS_SHARE
+        self._free_max = connections_max - min(KEPT_CONNECTIONS_MAX, connections_max // KEPT_CONNECTIONS_SHARE)
         self._unauthorised = 0
         self._unauthorised_max = min(UNAUTHORISED_CONNECTIONS_MAX, connections_max // UNAUTHORISED_CONNECTIONS_SHARE)
 
@@ -74,17 +95,22 @@ class Admission:
         """Of the policy in force."""
         return self._policy.generation
 
-    def open_session(self, connection: socket.socket) -> Session | None:
-        """None closes the connection: its peer is unknown, or too many unauthorised peers are connected already."""
+    def open_session(self, connection: socket.socket) -> Session | Refusal | None:
+        """None closes the connection: its peer is unknown, or too many unauthorised peers are connected already. A
+        refusal: there is no place for its uid.
+        """
         try:
             peer = read_peer(connection)
         except OSError:
             return None
         principal = self._principal(peer)
+        if principal is None and self._unauthorised >= self._unauthorised_max:
+            self._refuse(peer)
+            return None
+        if not self._has_place(peer.uid, principal):
+            return TOO_MANY_CONNECTIONS
+        self._by_uid[peer.uid] += 1
         if principal is None:
-            if self._unauthorised >= self._unauthorised_max:
-                self._refuse(peer)
-                return None
             self._unauthorised += 1
         elif not peer.pid_certain:
             detail = "the process that connected had ended: its pid may be another's by now"
@@ -93,6 +119,22 @@ class Admission:
 
     def close_session(self, session: Session) -> None:
         self._unauthorised -= session.counted
+        uid = session.peer.uid
+        self._by_uid[uid] -= 1
+        if not self._by_uid[uid]:
+            del self._by_uid[uid]
+
+    def _has_place(self, uid: int, principal: Principal | None) -> bool:
+        """Whether one more connection of the uid is accepted. The engine has the bound of all."""
+        count = self._by_uid[uid]
+        if principal is not None and principal.roles.issuperset(api.SEAL.roles) and count < SEALER_CONNECTIONS_MAX:
+            return True
+        return count < self._uid_max and self._by_uid.total() < self._free_max
+
+    def may_stay(self, session: Session) -> bool:
+        """False for a session of a uid that was allowed when it connected, and no longer is."""
+        self._renew(session)
+        return session.counted or session.principal is not None
 
     def admit(self, session: Session, head: ParsedHead) -> Response | None:
         """Refuses a body before it is received: of a peer without a principal, on any path, and a large one on the
@@ -204,8 +246,15 @@ class AdmittingApplication:
         self._admission = admission
         self._meters = meters
 
-    def open_session(self, sock: socket.socket) -> Session | None:
+    def open_session(self, sock: socket.socket) -> Session | Refusal | None:
         return self._admission.open_session(sock)
+
+    def group(self, session: Session) -> int:
+        """The uid: those of one user share the bound of unread answers."""
+        return session.peer.uid
+
+    def may_stay(self, session: Session) -> bool:
+        return self._admission.may_stay(session)
 
     def close_session(self, session: Session) -> None:
         self._admission.close_session(session)

@@ -130,7 +130,8 @@ class StatusPage:
         found: list[str] = []
         if self._settings.root.warning:
             found.append(self._settings.root.warning)
-        if os.geteuid() in self._policy.policy.allowed:
+        own, allowed = os.geteuid(), self._policy.policy.allowed
+        if own in allowed and not allowed - {own, 0}:  # nobody else can be the message server
             found.append(
                 "the daemon's own uid may connect: this protects against leaks, not against a compromised server, "
                 "which can read the key file and the data directory; run the two under separate users (deploy/systemd)"
@@ -260,6 +261,7 @@ def _http(server: HttpServer[Session] | None) -> dict[str, int]:
     return {
         "connections": server.connections_count if server else 0,
         "connections_max": server.limits.connections_max if server else 0,
+        "unread_bytes": server.unread if server else 0,
         "requests": server.requests if server else 0,
         "refused": server.refused if server else 0,
         "accept_failures": server.accept_failures if server else 0,

@@ -17,15 +17,17 @@ serve an application of its own with it.
 
 from minikms.http.exchange import Application, Request, Response, S, error_response, raised_response
 from minikms.http.head import ParsedHead, parse_query
-from minikms.http.limits import LIMITS, Limits
+from minikms.http.limits import LIMITS, TOO_MANY_CONNECTIONS, Limits, Refusal
 from minikms.http.server import HttpServer
 
 __all__ = [
     "LIMITS",
+    "TOO_MANY_CONNECTIONS",
     "Application",
     "HttpServer",
     "Limits",
     "ParsedHead",
+    "Refusal",
     "Request",
     "Response",
     "S",

@@ -2,8 +2,10 @@
 
 Owns: the state of a connection. Rules:
 - A request is started only when it is complete and nothing blocks the connection (`_BUSY`, `_WRITE`, `_TURN`,
-  `_CLOSING`). So answers leave in the order of their requests, and the engine reads nothing from a client that does not
-  read its answers.
+  `_CLOSING`, `_HELD_BACK`). So answers leave in the order of their requests, and the engine reads nothing from a client
+  that does not read its answers.
+- `_unread` counts an answer from the time when it is queued (a large one) or when the kernel does not take it, until
+  all of it was taken: a part of it keeps the whole in memory.
 - An answer is queued, and written at the end of the turn, after `Application.commit`. If that fails, a 503 replaces it,
   unless the application has marked it.
 - After the last answer no request is started: input is discarded until the peer closes or the linger limit is reached.
@@ -15,7 +17,7 @@ It must never look into a body, know a path or a verb, or keep a body after `App
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Hashable
 from typing import Final, Generic, Protocol, cast
 
 from minikms.errors import MiniKmsError
@@ -50,9 +52,11 @@ _TURN: Final = 4
 """This connection has used its share of the turn; it continues when its answers are written."""
 _CLOSING: Final = 8
 """The last answer is queued or sent."""
+_HELD_BACK: Final = 16
+"""Too many answers of the connections of its group wait to be read."""
 
 _LARGE_ANSWER_BYTES: Final = 64 * 1024
-"""A larger answer uses up the connection's share of the turn, so that many of them can't accumulate in one turn."""
+"""Larger answers, one or several, use up the connection's share of the turn, so that they can't accumulate in it."""
 
 
 class Uncommitted(bytes):
@@ -72,13 +76,26 @@ class Server(Protocol[S]):
     now: float
     phase_seconds: dict[Phase, float]
 
-    def open(self, connection: Connection[S], transport: asyncio.Transport) -> tuple[S] | None: ...
+    def open(self, connection: Connection[S], transport: asyncio.Transport) -> tuple[S, Group[S]] | None: ...
+    def count_unread(self, group: Group[S], change: int) -> None: ...
     def admit(self, session: S, head: ParsedHead) -> Response | None: ...
     def refuse(self, session: S | None, refusal: Refusal) -> None: ...
     def failed(self, error: BaseException) -> Response: ...
     def watch(self, awaitable: Awaitable[bytes | Response], connection: Connection[S], head: ParsedHead) -> None: ...
     def queue(self, connection: Connection[S]) -> None: ...
-    def close(self, connection: Connection[S], session: S) -> None: ...
+    def close(self, connection: Connection[S], session: S, group: Group[S]) -> None: ...
+
+
+class Group(Generic[S]):
+    """The connections of one group, and the bytes of their answers that wait to be read."""
+
+    __slots__ = ("connections", "held_back", "key", "unread")
+
+    def __init__(self, key: Hashable) -> None:
+        self.key = key
+        self.connections: set[Connection[S]] = set()
+        self.unread = 0
+        self.held_back = False
 
 
 class Connection(asyncio.BufferedProtocol, Generic[S]):
@@ -90,6 +107,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         "_app",
         "_blocked",
         "_eof_at",
+        "_group",
         "_opened",
         "_paused",
         "_phase",
@@ -100,12 +118,14 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         "_stall_mark",
         "_stall_since",
         "_transport",
+        "_unread",
         "_written",
     )
 
     _app: Application[S]
     _transport: asyncio.Transport
     _session: S
+    _group: Group[S]
 
     def __init__(self, server: Server[S]) -> None:
         self._server = server
@@ -119,6 +139,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         self._eof_at: float | None = None
         self._opened = False
         self._written = 0
+        self._unread = 0
         self._stall_mark = 0
         self._stall_since: float | None = None
 
@@ -127,21 +148,24 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._app = self._server.app
         self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=self._server.limits.write_buffer_bytes_max)
+        self._transport.set_write_buffer_limits(high=0)  # what the kernel does not take at once, pauses
         opened = self._server.open(self, self._transport)
         self._since = self._server.now
         if opened is None:
             self._blocked = _CLOSING
         else:
-            (self._session,) = opened
+            self._session, self._group = opened
             self._opened = True
+            if self._group.held_back:
+                self.hold_back()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._blocked |= _CLOSING
         self._answers = []
         self._reader.discard()
         if self._opened:
-            self._server.close(self, self._session)
+            self._server.close(self, self._session, self._group)
+            self._count_unread(0)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._reader.room()
@@ -170,9 +194,11 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
     def pause_writing(self) -> None:
         self._blocked |= _WRITE
         self._pause_reading()
+        self._count_unread(max(self._unread, self._transport.get_write_buffer_size()))
 
     def resume_writing(self) -> None:
         self._blocked &= ~_WRITE
+        self._count_unread(0)
         self._since = self._server.now  # input was not read meanwhile, so it is not late
         self._continue()
 
@@ -182,6 +208,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         """Start every complete request until something blocks; keep the rest."""
         reader = self._reader
         started = 0
+        share = _LARGE_ANSWER_BYTES
         try:
             while not self._blocked:
                 request = reader.next()
@@ -190,7 +217,9 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
                     break
                 self._start(*request)
                 started += 1
-                if started == self._server.limits.pipelined_requests_max:
+                if self._answers:
+                    share -= len(self._answers[-1])
+                if share < 0 or started == self._server.limits.pipelined_requests_max:
                     self._blocked |= _TURN
             if not self._blocked & _CLOSING:
                 reader.settle()
@@ -240,7 +269,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
             answer = server.failed(error)
         if type(answer) is bytes and head.plain and not server.draining:
             if len(answer) > _LARGE_ANSWER_BYTES:
-                self._blocked |= _TURN
+                self._take_turn(answer)
             self._queue(server.encoder.ok(answer))
         elif isinstance(answer, bytes | Response):
             self._answer(head, answer)
@@ -255,6 +284,8 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         if not self._blocked & _CLOSING:  # otherwise the connection has ended meanwhile
             self._blocked |= _TURN
             if type(answer) is bytes and head.plain and not self._server.draining:
+                if len(answer) > _LARGE_ANSWER_BYTES:
+                    self._take_turn(answer)
                 self._queue(self._server.encoder.ok(answer))
             else:
                 self._answer(head, answer)
@@ -282,7 +313,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         if close:
             self._blocked |= _CLOSING
         if len(response.body) > _LARGE_ANSWER_BYTES:
-            self._blocked |= _TURN
+            self._take_turn(response.body)
         self._queue(Uncommitted(data) if response.uncommitted else data)
 
     def _refuse(self, refusal: Refusal) -> None:
@@ -296,6 +327,30 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         self._answers.append(data)
         if len(self._answers) == 1:
             self._server.queue(self)
+
+    def _take_turn(self, answer: bytes) -> None:
+        """A large answer is queued: the connection starts nothing more in this turn."""
+        self._blocked |= _TURN
+        self._count_unread(self._unread + len(answer))
+
+    def _count_unread(self, unread: int) -> None:
+        """From now on, so many bytes of this connection's answers wait to be read."""
+        change = unread - self._unread
+        if change:
+            self._unread = unread
+            self._server.count_unread(self._group, change)
+
+    def hold_back(self) -> None:
+        """Read nothing and start no request before `go_on`."""
+        if not self._blocked & _CLOSING:
+            self._blocked |= _HELD_BACK
+            self._pause_reading()
+
+    def go_on(self) -> None:
+        """After `hold_back`."""
+        self._blocked &= ~_HELD_BACK
+        self._since = self._server.now  # input was not read meanwhile, so it is not late
+        self._continue()
 
     def hold(self) -> None:
         """Start no further request before the answers of this turn are written."""
@@ -316,6 +371,9 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         self._written += len(data)
         self._transport.write(data)
         if self._blocked or self._eof_at is not None:
+            if self._opened:
+                paused = self._blocked & _WRITE
+                self._count_unread(max(self._unread, self._transport.get_write_buffer_size()) if paused else 0)
             if self._blocked & _CLOSING:
                 self._close()
             else:
@@ -392,8 +450,8 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
     # --- deadlines ----------------------------------------------------------------------------------------------
 
     def sweep(self, now: float) -> None:
-        """End the connection if it has waited too long. `now`: the loop's time in seconds."""
-        if self._stalled(now) or self._half_closed_too_long(now):
+        """End the connection if it has waited too long, or may not stay. `now`: the loop's time in seconds."""
+        if self._stalled(now) or self._half_closed_too_long(now) or self._is_unwelcome():
             self.abort()
         elif now - self._since < self._server.phase_seconds[self._phase]:
             return
@@ -406,6 +464,12 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         else:
             self._reader.discard()
             self._refuse(HEAD_TIMEOUT if self._phase is Phase.HEAD else BODY_TIMEOUT)
+
+    def _is_unwelcome(self) -> bool:
+        """Whether it may not stay, and nothing that has begun is being answered."""
+        if self._blocked & (_BUSY | _CLOSING) or self._answers:
+            return False
+        return not self._app.may_stay(self._session)
 
     def _half_closed_too_long(self, now: float) -> bool:
         """Whether the half-closed limit ends before the next sweep: never later than documented."""

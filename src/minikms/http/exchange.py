@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Hashable
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Final, Protocol, TypeVar
@@ -119,8 +119,16 @@ def raised_response(error: MiniKmsError) -> Response:
 class Application(Protocol[S]):
     """What an application implements. The engine calls all methods in the loop's thread; they must not block."""
 
-    def open_session(self, sock: socket.socket) -> S | None:
-        """Accept a new connection, before a byte of it is read. `None`: the engine closes it at once."""
+    def open_session(self, sock: socket.socket) -> S | Refusal | None:
+        """Accept a new connection, before a byte of it is read. A refusal is answered, and the connection closed;
+        `None`: it is closed without an answer.
+        """
+
+    def group(self, session: S) -> Hashable:
+        """The connections of one group share the bound of unread answers. Asked once, when the session was opened."""
+
+    def may_stay(self, session: S) -> bool:
+        """Asked twice a second. False: the connection is closed, once no request of it is being answered."""
 
     def admit(self, session: S, head: ParsedHead) -> Response | None:
         """Decide whether to receive the body of a request whose head has arrived.

@@ -31,8 +31,11 @@ RECEIVE_BUFFER_BYTES: Final = 256 * 1024
 """Size of the buffer that all connections share. More than a Unix socket's default queue (208 KiB)."""
 BUFFERED_BYTES_MAX: Final = 256 * 1024 * 1024
 """Bound of the incomplete requests of all connections: without it, 2,048 connections could hold 32 GiB."""
-WRITE_BUFFER_BYTES_MAX: Final = 1024 * 1024
-"""Bound of the answers that a client has not read; beyond it, the engine reads nothing more from that client."""
+UNREAD_GROUP_BYTES_MAX: Final = 32 * 1024 * 1024
+"""Bound of the answers that wait to be read on all connections of a group (`Application.group`). Beyond it, none of
+them is read or starts a request before half of the bound has been read. More than the largest answer, 22 MiB."""
+UNREAD_BYTES_MAX: Final = 256 * 1024 * 1024
+"""The same of all groups. Beyond it, a group goes on once it has read all of its own answers."""
 
 HEAD_SECONDS_MAX: Final = 10.0
 BODY_SECONDS_MAX: Final = 60.0
@@ -60,7 +63,8 @@ class Limits:
     pipelined_requests_max: int = api.PIPELINED_REQUESTS_MAX
     receive_buffer_bytes: int = RECEIVE_BUFFER_BYTES
     buffered_bytes_max: int = BUFFERED_BYTES_MAX
-    write_buffer_bytes_max: int = WRITE_BUFFER_BYTES_MAX
+    unread_group_bytes_max: int = UNREAD_GROUP_BYTES_MAX
+    unread_bytes_max: int = UNREAD_BYTES_MAX
     head_seconds_max: float = HEAD_SECONDS_MAX
     body_seconds_max: float = BODY_SECONDS_MAX
     idle_seconds_max: float = IDLE_SECONDS_MAX

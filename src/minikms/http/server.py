@@ -1,6 +1,6 @@
 """The HTTP server: the state that connections share, the end of a turn, deadlines, graceful stop.
 
-Owns: the set of connections, the queue of the turn and the counters. Invariants:
+Owns: the set of connections, their groups, the queue of the turn and the counters. Invariants:
 - The answers of one turn of the event loop are written together, after `Application.commit` has returned True.
   Otherwise a 503 replaces each of them. `commit` is called in every turn in which the engine called the application.
 - All connections share one receive buffer. That works because asyncio and uvloop call `get_buffer`, receive, and call
@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from typing import Final, Generic
 
 from minikms.errors import MiniKmsError
-from minikms.http.connection import Connection
+from minikms.http.connection import Connection, Group
 from minikms.http.exchange import AnswerEncoder, Application, Response, S, raised_response, refusal_response
 from minikms.http.head import ParsedHead
 from minikms.http.limits import INTERNAL, INTERRUPTED, LIMITS, SHUTTING_DOWN, TOO_MANY_CONNECTIONS, Limits, Refusal
@@ -47,6 +47,8 @@ class HttpServer(Generic[S]):
         self.shared = Shared(limits)
         self.encoder = AnswerEncoder(time.time())
         self.connections: set[Connection[S]] = set()
+        self.unread = 0
+        """Bytes of answers that wait to be read."""
         self.draining = False
         self.requests = 0
         """Complete requests passed to the application since the start."""
@@ -63,6 +65,7 @@ class HttpServer(Generic[S]):
             Phase.LINGER: limits.linger_seconds_max,
         }
         self._on_internal_error = on_internal_error
+        self._groups: dict[Hashable, Group[S]] = {}
         self._turn: list[Connection[S]] = []
         self._turn_scheduled = False
         self._sweeper: asyncio.TimerHandle | None = None
@@ -119,31 +122,55 @@ class HttpServer(Generic[S]):
 
     # --- for connections ----------------------------------------------------------------------------------------
 
-    def open(self, connection: Connection[S], transport: asyncio.Transport) -> tuple[S] | None:
+    def open(self, connection: Connection[S], transport: asyncio.Transport) -> tuple[S, Group[S]] | None:
         """Ask the application for a session. None: the connection was refused and is being closed."""
         if self._sweeper is None:
             self._tick()
-        refusal = None
+        session: S | Refusal | None
         if self.draining:
-            refusal = SHUTTING_DOWN
+            session = SHUTTING_DOWN
         elif len(self.connections) >= self.limits.connections_max:
-            refusal = TOO_MANY_CONNECTIONS
-        if refusal is not None:
-            self.refuse(None, refusal)
-            transport.write(self.encoder.answer(refusal_response(refusal), close=True))
-            transport.close()
-            return None
-        try:
-            session = self.app.open_session(transport.get_extra_info("socket"))
-        except Exception as error:  # noqa: BLE001 - a connection without a session is closed, whatever the reason
-            self.failed(error)
-            session = None
+            session = TOO_MANY_CONNECTIONS
+        else:
+            try:
+                session = self.app.open_session(transport.get_extra_info("socket"))
+            except Exception as error:  # noqa: BLE001 - a connection without a session is closed, whatever the reason
+                self.failed(error)
+                session = None
         if session is None:
             self._schedule_turn()
             transport.abort()
             return None
+        if isinstance(session, Refusal):
+            self.refuse(None, session)
+            transport.write(self.encoder.answer(refusal_response(session), close=True))
+            transport.close()
+            return None
         self.connections.add(connection)
-        return (session,)
+        key = self.app.group(session)
+        group = self._groups.setdefault(key, Group(key))
+        group.connections.add(connection)
+        return session, group
+
+    def count_unread(self, group: Group[S], change: int) -> None:
+        """`change` more bytes of answers of a group wait to be read, or fewer if it is negative."""
+        group.unread += change
+        self.unread += change
+        limits = self.limits
+        if change > 0:
+            if group.unread > limits.unread_group_bytes_max or self.unread > limits.unread_bytes_max:
+                group.held_back = True
+                for connection in group.connections:
+                    connection.hold_back()
+        elif group.held_back and (
+            not group.unread
+            or (group.unread <= limits.unread_group_bytes_max // 2 and self.unread <= limits.unread_bytes_max)
+        ):
+            group.held_back = False
+            for connection in list(group.connections):
+                if group.held_back:  # by an answer to a request of one that went on
+                    break
+                connection.go_on()
 
     def refuse(self, session: S | None, refusal: Refusal) -> None:
         """Count and report a refusal."""
@@ -163,9 +190,12 @@ class HttpServer(Generic[S]):
         except Exception as error:  # noqa: BLE001 - as for `handle`
             return self.failed(error)
 
-    def close(self, connection: Connection[S], session: S) -> None:
+    def close(self, connection: Connection[S], session: S, group: Group[S]) -> None:
         """Forget a connection that has ended, and close its session."""
         self.connections.discard(connection)
+        group.connections.discard(connection)
+        if not group.connections:
+            self._groups.pop(group.key, None)
         self._schedule_turn()
         try:
             self.app.close_session(session)

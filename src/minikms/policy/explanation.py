@@ -97,7 +97,7 @@ def explain(policy: FilePolicy, principal: str, role: Role, thread: str | None, 
         raise InvalidRequestError("a proxy is named by its uid, such as uid:992")
     rules = policy.rules
     if proxy_uid is None and name.uid is None:
-        proxy_uid = next((min(one.uids) for one in rules.proxies if one.may_name(principal)), None)
+        proxy_uid = _first_proxy(policy, principal)
     question = _Question(policy, name, role, thread, proxy_uid)
     uid = name.uid if proxy_uid is None else proxy_uid
     if uid is None:
@@ -111,6 +111,12 @@ def explain(policy: FilePolicy, principal: str, role: Role, thread: str | None, 
         return question.denied(api.CODE_UNAUTHORIZED, f"uid:{uid} may not connect", _connecting(question, uid))
     scope = who.scope or Scope(principal, (), proxy=None, generation=0)
     return _explain_role(question, scope, is_proxy=proxy_uid is None and policy.is_proxy(uid))
+
+
+def _first_proxy(policy: FilePolicy, principal: str) -> int | None:
+    """The first that may name the principal, and connect if one of them may."""
+    uids = [uid for proxy in policy.rules.proxies if proxy.may_name(principal) for uid in sorted(proxy.uids)]
+    return next((uid for uid in uids if uid in policy.allowed), next(iter(uids), None))
 
 
 def _explain_role(question: _Question, scope: Scope, *, is_proxy: bool) -> Explanation:

@@ -43,7 +43,7 @@ _CURSOR_KEY_BYTES: Final = 16
 _CURSOR_NONCE_BYTES: Final = 12
 _DECRYPTS: Final = frozenset({api.DECRYPT, api.DECRYPT_BATCH})
 _REENCRYPTS: Final = frozenset({api.REENCRYPT_BATCH, api.CHECK_BATCH})
-_CREATES: Final = frozenset({api.CREATE_DEK, api.GET_OR_CREATE_DEK})
+CREATES: Final = frozenset({api.CREATE_DEK, api.GET_OR_CREATE_DEK})
 DESTROYED_COUNT_MAX: Final = 4096
 _NO_THREAD_CHAR: Final = "?"
 _NO_THREAD: Final = ""
@@ -249,6 +249,12 @@ class ScopedKeys:
         self.refresh()
         return all(self._scope.decide(role, thread_id) is not None for role in self.verb.roles)
 
+    def permit_all_threads(self) -> None:
+        """For a verb that concerns the keys of every thread. Raises as `refresh`, and ForbiddenError."""
+        self.refresh()
+        if any(self._scope.anywhere(role) is None for role in self.verb.roles):
+            raise ForbiddenError("this concerns the keys of all threads, and the policy allows it in some threads only")
+
     # --- limits ------------------------------------------------------------------------------------------------------
 
     def charge(self, request: Any) -> Awaitable[None] | None:
@@ -283,7 +289,7 @@ class ScopedKeys:
             items[grants[0]] += count  # once, also where several roles are needed
             for grant in grants[1:]:
                 items[grant] += 0
-        thread_id = request.thread_id if self.verb in _CREATES else None
+        thread_id = request.thread_id if self.verb in CREATES else None
         if thread_id is not None and api.THREAD_ID_PATTERN.fullmatch(thread_id) is None:
             thread_id = None  # the verb refuses it
         if not items or thread_id is not None:

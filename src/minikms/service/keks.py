@@ -25,7 +25,7 @@ from minikms.base64 import decode_canonical
 from minikms.crypto.aead import open_sealed, scrub_stack
 from minikms.custody.files import now_rfc3339
 from minikms.custody.rotation import KekRotation, Pruning
-from minikms.custody.vault import Permit, Vault
+from minikms.custody.vault import Vault, permitted
 from minikms.errors import (
     AuditUnavailableError,
     InvalidRequestError,
@@ -110,7 +110,7 @@ class KekVerbs:
         self.revocation_error = ""
         """Why the rotation after a removal can't begin; empty when it can."""
         table.later_on_keys(api.ROTATE_KEK, vault, self.rotate_kek, durable=True)
-        table.later(api.PRUNE_KEK, self.prune_keks, durable=True)
+        table.later_on_keys(api.PRUNE_KEK, vault, self.prune_keks, durable=True)
 
     async def rotate_kek(
         self, keys: Keys, request: api.RotateKekRequest, event: Event
@@ -354,8 +354,10 @@ class KekVerbs:
             finally:
                 scrub_stack()
 
-    async def prune_keks(self, request: api.PruneKekRequest, event: Event, permit: Permit) -> api.PruneKekAnswer:
-        """Destroys retired KEK versions that no live or backup file needs."""
+    async def prune_keks(self, keys: Keys, request: api.PruneKekRequest, event: Event) -> api.PruneKekAnswer:
+        """Destroys retired KEK versions that no live or backup file needs. That concerns the keys of all threads."""
+        permit = keys.permit_all_threads if isinstance(keys, ScopedKeys) else permitted
+        permit()
         before = None if request.backups_before is UNSET else _check_stamp(request.backups_before)
         backups = before is not None or (request.backups is not UNSET and request.backups)
         async with self._rotation.excluded():

@@ -97,7 +97,9 @@ def create(
 
 @app.command(name="list")
 def list_registered(*, addr: Addr = None, db: Db = None, config: ConfigFile = None, json: Json = False) -> int:
-    """List the registered backups of the store. The keys that a registered backup needs are not destroyed.
+    """List the registered backups of the store. The server destroys no key that a registered backup needs.
+
+    `minikms keys destroy` does not know of them.
 
     A backup whose directory is not found stays in the list.
     """

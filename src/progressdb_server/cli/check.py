@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json as encoder
-import os
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from minikms.client import Client, KmsError
+from minikms.client.errors import KmsUnavailableError
 from progressdb_server.cli.flags import CommandError, ConfigFile, Db, Json, load_config
 from progressdb_server.config import Config
 from progressdb_server.kms.provider import RemoteProvider
@@ -44,7 +45,7 @@ def check(
     path = str(chosen.store_dir)
     try:
         fixed = asyncio.run(repair_offline(path)) if repair else []
-        reachable = chosen.kms.provider != "local" and os.path.exists(chosen.kms_socket)
+        reachable = chosen.kms.provider != "local" and _has_key_service(chosen)
         found, counts, opened = asyncio.run(_examine(chosen, path, with_key_service=reachable))
         with directory.open_reader(path) as reader:
             _, warning = membership.rule_of(reader, chosen.security.threads)
@@ -68,6 +69,25 @@ def check(
             print(f"warning: {warning}")
         _print(fixed, found, counts, opened=opened)
     return 1 if found else 0
+
+
+def _has_key_service(config: Config) -> bool:
+    """Whether one may answer. Raises CommandError if this user may not ask it: then no record would be opened, and
+    nothing of that could be called right."""
+    try:
+        with Client(config.kms_socket, server_uids=config.kms.server_uids or None, wait_s=0) as kms:
+            kms.health()
+    except KmsUnavailableError as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise CommandError(
+                f"permission denied: this user may not use the key service at {config.kms_socket}, so no record can be "
+                "opened; run the command as the user of the server",
+                missing=True,
+            ) from None
+        return False
+    except (KmsError, ValueError):
+        return True  # what it answers is the report's
+    return True
 
 
 async def _examine(config: Config, path: str, *, with_key_service: bool) -> Report:

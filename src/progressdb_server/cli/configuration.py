@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json as encoder
 import os
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from cyclopts import App
@@ -26,8 +27,11 @@ from progressdb_server.cli.flags import (
     MasterKeyFile,
     load_config,
 )
-from progressdb_server.config import Config, ConfigError, ConfigMissingError, Loaded
+from progressdb_server.config import Config, ConfigError, ConfigMissingError, Loaded, Tls
 from progressdb_server.server import check_key_source
+
+CERTIFICATE_WARNING_SECONDS: Final = 14 * 24 * 3600
+"""A TLS certificate that ends within this time is warned of."""
 
 app = App(name="config", help="Check or show the configuration that the server would run with.")
 
@@ -54,7 +58,13 @@ def check_configuration(
         raise
     except ConfigError as error:
         raise CommandError(str(error)) from None
-    print(encoder.dumps({"valid": True}) if json else "the configuration is valid")
+    warning = tls_warning(loaded.config.server.tls, time.time())
+    if json:
+        print(encoder.dumps({"valid": True, "warnings": [warning] if warning else []}))
+    else:
+        if warning:
+            print(f"warning: {warning}")
+        print("the configuration is valid")
     return 0
 
 
@@ -88,6 +98,25 @@ def check(config: Config, *, has_master_key: bool) -> None:
     for name, path in (("kms.binary", config.kms.binary), ("kms.master_key_file", config.kms.master_key_file)):
         if path and not os.path.exists(path):
             raise ConfigMissingError(f"{name} names {path}, which does not exist")
+
+
+def tls_warning(tls: Tls, now_s: float) -> str:
+    """What is to be known of the certificate's dates; empty if they are good. The file can be read."""
+    if not tls.cert_file:
+        return ""
+    from cryptography import x509  # the server itself does without
+
+    with open(tls.cert_file, "rb") as file:
+        certificate = x509.load_pem_x509_certificate(file.read())
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    named = f"the TLS certificate {tls.cert_file}"
+    if now_s < begins.timestamp():
+        return f"{named} is valid from {begins:%Y-%m-%d %H:%M} UTC on: clients refuse the server until then"
+    if now_s > ends.timestamp():
+        return f"{named} expired on {ends:%Y-%m-%d %H:%M} UTC: clients refuse the server; renew it"
+    if now_s > ends.timestamp() - CERTIFICATE_WARNING_SECONDS:
+        return f"{named} expires on {ends:%Y-%m-%d %H:%M} UTC: renew it, then restart the server"
+    return ""
 
 
 def setting_lines(loaded: Loaded) -> Iterator[str]:

@@ -56,6 +56,7 @@ def load_config(
     master_key_file: str | None = None,
     dev: bool | None = None,
     log_format: str | None = None,
+    with_data: bool = True,
 ) -> Loaded:
     """The configuration of these flags, the environment and the file. Raises ConfigError."""
     from progressdb_server.config import load
@@ -68,7 +69,7 @@ def load_config(
         "server.dev": dev,
         "logging.format": log_format,
     }
-    return load(flags, os.environ)
+    return load(flags, os.environ, with_data=with_data)
 
 
 def existing_directory(path: Path) -> Path:

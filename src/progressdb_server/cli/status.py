@@ -46,9 +46,11 @@ def status(
 ) -> int:
     """Show the server and its key service on one page. The configuration must be the one of the server.
 
+    The key service is asked only if its socket or the data directory is known.
+
     Exit status: 0 both work, 1 one cannot do its work, 2 the server does not answer.
     """
-    chosen = load_config(addr=addr, db=db, config=config).config
+    chosen = load_config(addr=addr, db=db, config=config, with_data=addr is None).config
     while True:
         page, exit_status = _ask(chosen)
         if watch and not json and sys.stdout.isatty():
@@ -78,7 +80,10 @@ def _ask(chosen: Config) -> tuple[dict[str, Any], int]:
     except AdminError as error:
         page["server"]["error"] = str(error)
         exit_status = 1
-    if chosen.kms.provider == "local":
+    if not chosen.kms.socket and not chosen.storage.db_path:
+        del page["key_service"]["socket"]
+        page["key_service"]["status"] = "not asked: give --db or PROGRESSDB_KMS_SOCKET"
+    elif chosen.kms.provider == "local":
         page["key_service"] |= {"status": "ok", "local": True}
     else:
         exit_status = max(exit_status, _ask_key_service(chosen, page["key_service"]))
@@ -97,6 +102,8 @@ def _ask_readiness(client: AdminClient, section: dict[str, Any]) -> int:
 
 def _warnings(config: Config) -> list[str]:
     """What the operator of the store should decide. Nothing if this process can't read the store."""
+    if not config.storage.db_path:
+        return []
     try:
         with directory.open_reader(str(config.store_dir)) as reader:
             _, warning = membership.rule_of(reader, config.security.threads)
@@ -132,7 +139,7 @@ def _print(page: dict[str, Any]) -> None:
         print(f"  error      {server['error']}")
     for warning in server["warnings"]:
         print(f"  warning    {warning}")
-    print(f"key service  {kms['status']}: {kms['socket']}")
+    print(f"key service  {kms['status']}" + (f": {kms['socket']}" if "socket" in kms else ""))
     if "epoch" in kms:
         counts = ", ".join(f"{count:,} {state}" for state, count in kms["keys"]["by_state"].items()) or "none"
         print(f"  keys       {counts}; epoch {kms['epoch']}, keyring {kms['keyring_id']}")

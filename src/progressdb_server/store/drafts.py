@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.keyspace import Stamp
-from progressdb_server.store.model import Message, Thread
+from progressdb_server.store.model import Message, Thread, json_text
 from progressdb_server.store.writer import Write
 
 Puts = Sequence[tuple[bytes, bytes | None]]
@@ -93,7 +93,7 @@ def later_version(
 
 def deletion_event(thread: str, by: str, stamp: Stamp) -> Draft:
     """The message that a thread's deletion leaves in it."""
-    body = {"_event": "thread_deleted", "by": by}
+    body = json_text({"_event": "thread_deleted", "by": by})
     message = Message(
         id=keyspace.message_id(stamp), thread=thread, author=by, ts=stamp.time_ns, body=body, deleted=True
     )

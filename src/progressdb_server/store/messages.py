@@ -36,6 +36,7 @@ from progressdb_server.store.model import (
     RecordUnreadableError,
     TooManyReactionsError,
     TooManyVersionsError,
+    json_text,
 )
 from progressdb_server.store.reading import Reading, Version
 from progressdb_server.store.sealer import SEAL_BYTES, ThreadState
@@ -167,7 +168,7 @@ class Messages(Reading):
     ) -> Message:
         def change(current: Message) -> dict[str, Any]:
             _refuse_deleted(current)
-            fields: dict[str, Any] = {"body": body}
+            fields: dict[str, Any] = {"body": json_text(body)}
             if role is not None:
                 fields["role"] = role
             if reply_to is not None:

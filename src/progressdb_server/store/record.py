@@ -77,13 +77,14 @@ class ThreadHeader(msgspec.Struct, array_like=True, frozen=True):
 
 
 class MessageSecret(msgspec.Struct, array_like=True, frozen=True):
-    """The sealed part in FORM_FIRST, as a JSON array. `first` binds the record to its message."""
+    """The sealed part in FORM_FIRST, as a JSON array. `first` binds the record to its message. `body` is JSON that
+    `_to_secret` wrote, so that a reader needs not decode it."""
 
     first: str
     author: str
     deleted: bool
     role: str
-    body: Any
+    body: msgspec.Raw
     reply_to: str
     reactions: dict[str, str]
 
@@ -95,6 +96,7 @@ class Before(NamedTuple):
     bytes: int
 
 
+_NULL: Final = msgspec.Raw(b"null")
 _NOTHING_BEFORE: Final = Before(0, 0)
 
 
@@ -109,7 +111,7 @@ class LaterSecret(msgspec.Struct, array_like=True, frozen=True):
     versions: int
     bytes: int
     reactions: dict[str, str]
-    own: tuple[str, Any, str] | None
+    own: tuple[str, msgspec.Raw, str] | None
 
 
 class Opened(NamedTuple):
@@ -297,7 +299,7 @@ def _message(
             author=secret.author,
             role=role,
             ts=keyspace.ns_of(key),
-            body=body,
+            body=None if body == _NULL else body,
             reply_to=reply_to,
             deleted=secret.deleted,
             reactions=secret.reactions,

@@ -99,6 +99,15 @@ class Listed(NamedTuple):
         )
 
 
+_DOTS: Final = (".", "..")
+"""No ids: clients and proxies resolve them as parts of a path."""
+
+
+def _new(thread: str, author: str, title: str, created_ns: int) -> Thread:
+    slug = slug_of(title, thread)
+    return Thread(id=thread, title=title, author=author, slug=slug, created_ts=created_ns, updated_ts=created_ns)
+
+
 class Threads(OpenStore):
     """See `store.model.ConversationStore`."""
 
@@ -109,17 +118,13 @@ class Threads(OpenStore):
     # --- creating -------------------------------------------------------------------------------------------------
     def new_thread(self, *, author: str, title: str | None, name: str = "") -> tuple[Thread, Stamp]:
         """A thread that is not stored yet; `name` is the id asked for. Raises InvalidThreadIdError."""
-        if name and not api.THREAD_ID_PATTERN.fullmatch(name):
-            raise InvalidThreadIdError("a thread id is 1 to 128 of A-Z, a-z, 0-9, '.', '_', '-'")
+        if name and (name in _DOTS or not api.THREAD_ID_PATTERN.fullmatch(name)):
+            raise InvalidThreadIdError("a thread id is 1 to 128 of A-Z, a-z, 0-9, '.', '_', '-', and not . or ..")
         created = self.clock.next()
         thread = name or keyspace.thread_id(created)
         if title is None:
             title = f"New Thread #{self.writer.state.threads + 1}"
-        slug = slug_of(title, thread)
-        made = Thread(
-            id=thread, title=title, author=author, slug=slug, created_ts=created.time_ns, updated_ts=created.time_ns
-        )
-        return made, created
+        return _new(thread, author, title, created.time_ns), created
 
     async def create_thread(
         self,
@@ -143,7 +148,8 @@ class Threads(OpenStore):
             made = ticket.recall(self.engine, self.clock.now_ns())
             if made is not None:
                 await self.writer.barrier()
-                return await self.get_thread(made)
+                created_ts = (await self.get_thread(made)).created_ts
+                return _new(made, author, title, created_ts)
             thread, created = self.new_thread(author=author, title=title)
             extra = (*_entries(thread.id, others), ticket.put(thread.id, created.time_ns))
             draft = drafts.new_thread(thread, created, extra)

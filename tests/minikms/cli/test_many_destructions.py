@@ -50,6 +50,16 @@ def test_a_key_that_cannot_be_destroyed_stops_no_other(tmp_path: Path) -> None:
             kms.get_key(key_ids[0])
 
 
+def test_a_thread_with_an_active_key_only_says_what_to_do_first(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path) as daemon:
+        with daemon.client() as kms:
+            active = kms.create_dek_for_thread("t").key_id
+        code, told, error = destroy(daemon, "--thread", "t")
+        assert (code, told) == (1, {})
+        assert f"retire it first: minikms keys retire {active}" in error
+        assert destroy(daemon, "--thread", "t", "--older-than", "0m")[0] == 0, "old keys may be none"
+
+
 def test_retired_keys_are_chosen_by_thread_and_age(tmp_path: Path) -> None:
     with LiveDaemon(tmp_path) as daemon:
         here, there = retired(daemon, 3, "here"), retired(daemon, 2, "there")

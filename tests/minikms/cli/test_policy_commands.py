@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from minikms.cli.policy import POLICY_VARIABLE, check, explain
+from minikms.cli.policy import check, explain
+from minikms.cli.serve import ALLOWED_UIDS_VARIABLE, POLICY_VARIABLE
 from minikms.policy import PolicyFileError
 
 FILE = """\
@@ -73,6 +74,19 @@ def test_the_variable_names_the_file_too(
     monkeypatch.setenv(POLICY_VARIABLE, str(file))
     assert explain(principal="spiffe://prod/chat/a", role="encrypt", via="uid:992") == 0
     assert "uid:992" in capsys.readouterr().out
+
+
+def test_the_allowed_uids_of_the_daemon_count(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decided(allowed_uids: str | None) -> int:
+        return explain(policy=file, principal="uid:1000", role="decrypt", thread="chat-1", allowed_uids=allowed_uids)
+
+    assert decided("7") == 1
+    monkeypatch.setenv(ALLOWED_UIDS_VARIABLE, "7,8")
+    assert decided(None) == 1
+    assert capsys.readouterr().out.count("may not connect") == 2
+    assert decided("7,1000") == 0
 
 
 def test_an_invalid_file_explains_nothing(file: Path) -> None:

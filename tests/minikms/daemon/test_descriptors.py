@@ -15,12 +15,14 @@ import pytest
 
 from minikms import api
 from minikms.daemon.accepting import CONNECTIONS_COUNT_MIN, DESCRIPTORS_RESERVED_COUNT
+from minikms.daemon.admission import UID_CONNECTIONS_SHARE
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.waiting import wait_until
 from tests.minikms.daemon import foreign
 
 BOUND = 40
+OF_A_UID = BOUND // UID_CONNECTIONS_SHARE
 FEW = DESCRIPTORS_RESERVED_COUNT + BOUND
 CONNECTING = DESCRIPTORS_RESERVED_COUNT + 32  # more than a limit of the reserved descriptors admits
 CPU_SHARE_MAX = 0.5  # of one processor; a loop that spins takes all of it
@@ -91,12 +93,12 @@ def test_a_small_hard_limit_lowers_the_bound_with_a_warning(tmp_path: Path) -> N
             assert http_status(client)["connections_max"] == BOUND
         wait_until(lambda: answered(connect(daemon, opened)) == 503)
         opened.close()
-        within = [connect(daemon, opened) for _ in range(BOUND)]
-        assert [answered(connection) for connection in within] == [200] * BOUND
+        within = [connect(daemon, opened) for _ in range(OF_A_UID)]
+        assert [answered(connection) for connection in within] == [200] * OF_A_UID
         beyond = [connect(daemon, opened) for _ in range(2 * FEW)]
         assert all(b" 503 " in connection.recv(65536) for connection in beyond)
-        assert [answered(connection) for connection in within] == [200] * BOUND
-        for connection in within[: BOUND // 2]:
+        assert [answered(connection) for connection in within] == [200] * OF_A_UID
+        for connection in within[: OF_A_UID // 2]:
             connection.close()
         wait_until(lambda: answered(connect(daemon, opened)) == 200)
 

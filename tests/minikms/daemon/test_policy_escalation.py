@@ -231,6 +231,16 @@ def test_a_user_with_some_threads_reads_no_key_ids_in_the_status(daemon: PolicyD
     assert daemon.caller(USER).get("/status").body["keys"]["unreadable_files"] == {}
 
 
+def test_a_user_with_some_threads_prunes_nothing(daemon: PolicyDaemon) -> None:
+    """It would remove backups of the keys of other threads."""
+    backup = daemon.data_dir / "kms-deks-backup"
+    daemon.new_key("theirs-1")
+    assert daemon.caller().post("/rotate_kek", {}).status == 200
+    before = sorted(backup.rglob("*"))
+    assert daemon.caller(USER).post("/kek/prune", {"backups": True}).status == 403
+    assert sorted(backup.rglob("*")) == before != []
+
+
 def test_a_limited_principal_reads_no_key_id_in_a_warning(daemon: PolicyDaemon) -> None:
     """The name of a batch backup has two key ids."""
     root, user = daemon.caller(), daemon.caller(USER)

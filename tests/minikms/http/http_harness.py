@@ -45,6 +45,8 @@ class EchoApp:
     commits: int = 0
     commit_succeeds: bool = True
     accepts: bool = True
+    groups: int = 1
+    dismissed: set[int] = field(default_factory=set)
     admitted: list[str] = field(default_factory=list)
     running: int = 0
     release: asyncio.Event = field(default_factory=asyncio.Event)
@@ -55,6 +57,12 @@ class EchoApp:
             return None
         self.sessions.append(Session(len(self.sessions)))
         return self.sessions[-1]
+
+    def group(self, session: Session) -> int:
+        return session.number % self.groups
+
+    def may_stay(self, session: Session) -> bool:
+        return session.number not in self.dismissed
 
     def admit(self, session: Session, head: ParsedHead) -> Response | None:
         self.admitted.append(head.path)

@@ -38,7 +38,7 @@ def test_large_answers_do_not_accumulate_in_one_turn(path: str) -> None:
     """One request with a large answer is started per turn, and none while the client does not read."""
 
     async def check() -> None:
-        async with serving(dataclasses.replace(LIMITS, write_buffer_bytes_max=100_000)) as running:
+        async with serving() as running:
             peer = await running.peer()
             peer.transport.pause_reading()  # a client that does not read
             peer.send(get(f"{path}?bytes=1000000") * 50)
@@ -193,5 +193,76 @@ def test_answers_that_wait_for_the_end_of_the_turn_are_replaced() -> None:
             peer.send(get("/echo") * 2)
             assert [(await peer.answer()).status for _ in range(2)] == [503, 200]
             await peer.close()
+
+    run(check())
+
+
+def test_answers_that_wait_to_be_read_are_bounded_in_each_group_and_in_all() -> None:
+    """A group beyond a bound is not read; it goes on once its answers have been read. Others do not notice."""
+
+    async def check() -> None:
+        limits = dataclasses.replace(LIMITS, unread_group_bytes_max=1_000_000, unread_bytes_max=1_500_000)
+        async with serving(limits) as running:
+            running.app.groups = 3
+            of_a, of_b, of_c, also_of_a, also_of_b = [await running.peer() for _ in range(5)]
+            for number, (deaf, size) in enumerate([(of_a, 1_200_000), (of_b, 800_000)], 1):
+                deaf.transport.pause_reading()
+                deaf.send(get(f"/large?bytes={size}"))
+                while len(running.app.seen) < number:
+                    await asyncio.sleep(0)
+            also_of_a.send(get("/echo?a"))
+            also_of_b.send(get("/echo?b"))
+            of_c.send(get("/echo?c"))
+            assert (await of_c.answer()).json["query"] == "c"
+            _, joining = more = [await running.peer() for _ in range(2)]  # `joining` is of the first group
+            joining.send(get("/echo?joined"))
+            of_c.send(get("/echo?c"))
+            assert (await of_c.answer()).json["query"] == "c"
+            assert len(running.app.seen) == 4, "those of the other groups wait"
+            assert running.http.unread >= 2_000_000
+            for deaf, waiting, query in ((of_a, also_of_a, "a"), (of_b, also_of_b, "b")):
+                assert len(running.app.seen) == (4 if query == "a" else 6)
+                deaf.transport.resume_reading()
+                assert (await deaf.answer()).status == 200
+                assert (await waiting.answer()).json["query"] == query
+                if query == "a":
+                    assert (await joining.answer()).json["query"] == "joined"
+            assert running.http.unread == 0
+            for peer in (of_a, of_b, of_c, also_of_a, also_of_b, *more):
+                await peer.close()
+
+    run(check())
+
+
+def test_several_small_answers_use_up_the_share_of_a_turn() -> None:
+    async def check() -> None:
+        async with serving() as running:
+            peer = await running.peer()
+            peer.send(get("/large?bytes=40000") * 60)
+            for _ in range(60):
+                assert len((await peer.answer()).body) == 40_000
+            assert running.app.commits >= 60 // 2
+            await peer.close()
+
+    run(check())
+
+
+def test_a_connection_that_may_not_stay_is_closed_once_it_is_answered() -> None:
+    async def check() -> None:
+        async with serving(dataclasses.replace(LIMITS, sweep_seconds=0.01)) as running:
+            idle, waiting, staying = [await running.peer() for _ in range(3)]
+            waiting.send(get("/hold"))
+            while not running.app.running:
+                await asyncio.sleep(0)
+            running.app.dismissed |= {0, 1}
+            assert await idle.rest() == b""
+            assert running.http.connections_count == 2
+            running.app.release.set()
+            assert (await waiting.answer()).status == 200
+            assert await waiting.rest() == b""
+            staying.send(get("/echo"))
+            assert (await staying.answer()).status == 200
+            for peer in (idle, waiting, staying):
+                await peer.close()
 
     run(check())

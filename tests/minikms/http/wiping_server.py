@@ -22,6 +22,12 @@ class InPlace:
     def open_session(self, sock: Any) -> InPlace:
         return self
 
+    def group(self, session: InPlace) -> str:
+        return ""
+
+    def may_stay(self, session: InPlace) -> bool:
+        return True
+
     def admit(self, session: InPlace, head: ParsedHead) -> Response | None:
         return None
 

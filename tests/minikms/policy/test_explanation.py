@@ -212,3 +212,16 @@ def test_what_nobody_means_is_warned_of(tables: list[str], words: str) -> None:
 )
 def test_a_file_that_makes_sense_is_not_warned_of(tables: list[str]) -> None:
     assert warned(*tables) == []
+
+
+def test_allowed_uids_decide_first_who_connects() -> None:
+    """As in the daemon. Where two uids may name the principal, the one that connects asks."""
+    rules = parse_policy(FILE.encode())
+    denied = explain(FilePolicy(rules, [993]), "uid:1000", "decrypt", "chat-1", None)
+    assert (denied.code, denied.what_would_change) == (
+        "unauthorized",
+        ("add 1000 to ALLOWED_UIDS, which leaves it out",),
+    )
+    name = "spiffe://prod/chat/a"
+    assert explain(FilePolicy(rules, [993]), name, "decrypt", "chat-1", None).via == "uid:993"
+    assert explain(FilePolicy(rules, [7]), name, "decrypt", "chat-1", None).code == "unauthorized"

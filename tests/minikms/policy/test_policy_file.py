@@ -178,5 +178,14 @@ def test_any_damage_of_a_file_is_rules_or_refused(at: int, put: str, cut: int) -
         assert str(error).isprintable()
 
 
+@pytest.mark.parametrize("part", ["a", '"a"', " a "])
+def test_a_key_of_thousands_of_parts_is_not_parsed(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser takes the square of their number in time and memory: seconds and a GiB for the largest file."""
+    monkeypatch.setattr("tomllib.loads", None)
+    for text in (".".join([part] * 9_000) + " = 1", f"[{'.'.join([part] * 9_000)}]"):
+        with pytest.raises(PolicyFileError, match="more than 256 dots"):
+            parse_policy(b"version = 1\n" + text.encode())
+
+
 def test_a_number_of_thousands_of_digits_is_refused() -> None:
     assert "TOML" in refusal("version = " + "1" * 5000)

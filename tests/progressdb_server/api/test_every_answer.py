@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from progressdb_server.api.http.limits import HEAD_BYTES_MAX
 from progressdb_server.api.openapi.document import document, error_texts
 from progressdb_server.api.routes.errors import THREAD_KEY_DESTROYED, TOO_MANY_VERSIONS
 from progressdb_server.config import BODY_BYTES_MIN
@@ -62,6 +63,9 @@ PROVOKED: dict[str, Callable[[World, str], Reply]] = {
     "internal error": provoking.with_fault(fault_words.DEFECT),
     DISK: provoking.with_fault(fault_words.DISK),
     "not ready": provoking.not_ready,
+    "request head too large": lambda world, operation: world(
+        _any(operation)._replace(headers=(("X-Long", "x" * HEAD_BYTES_MAX),))
+    ),
     "request body too large": provoking.too_large,
     "too many bodies are being received: send this one again later": provoking.no_room,
     "a query parameter is given twice": provoking.twice,

@@ -209,6 +209,25 @@ def test_only_an_admin_lists_the_messages_of_a_deleted_thread(more: str) -> None
     assert "private" in [message["body"] for message in api("GET", target, key=ADMIN).json["messages"]]
 
 
+def test_nobody_but_an_admin_reads_in_a_deleted_thread_by_an_id() -> None:
+    api = Api()
+    message = api.message("alice", body="private")
+    thread = message["thread"]
+    api("POST", f"/v1/threads/{thread}/members", {"members": ["bob"]})
+    api("DELETE", f"/v1/threads/{thread}?author=alice")
+    callers: list[dict[str, Any]] = [{}, *[{"key": FRONTEND, "headers": signed(user)} for user in ("alice", "bob")]]
+    for more in callers:
+        for path in (f"/v1/messages/{message['id']}", f"/v1/messages/{message['id']}/reactions"):
+            reply = api("GET", path, **more)
+            assert (reply.status, reply.error) == (404, "message not found")
+        in_thread = api("GET", f"/v1/threads/{thread}/messages/{message['id']}?author=alice")
+        assert (in_thread.status, in_thread.error) == (404, "message not found")
+        assert api("GET", f"/v1/messages/{message['id']}/versions", **more).json["versions"] == []
+    for tail in ("", "/versions"):
+        assert "private" in str(api("GET", f"/v1/messages/{message['id']}{tail}", key=ADMIN).json)
+    assert api("GET", f"/v1/messages/{message['id']}/reactions", key=ADMIN).status == 200
+
+
 def test_within_an_unknown_or_a_deleted_thread_there_is_no_list() -> None:
     api = Api()
     message = api.message("alice")

@@ -106,7 +106,8 @@ def test_prometheus_reads_both_pages(pages: dict[str, str]) -> None:
 
 def test_a_label_value_can_not_add_a_line() -> None:
     status = {
-        "http": {"requests": 0, "refused": 0, "connections": 0, "connections_max": 1, "accept_failures": 0},
+        "http": {"requests": 0, "refused": 0, "connections": 0, "connections_max": 1, "accept_failures": 0}
+        | {"unread_bytes": 0},
         "keys": {"by_state": {}, "by_kek_version": {}, "destroyed": 0, "unreadable": 0, "indexing": False},
         "memory": {
             "keys_in_memory": 0, "cache_hits": 0, "cache_misses": 0, "cache_evictions": 0, "locked_bytes": 0,

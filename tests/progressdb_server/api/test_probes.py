@@ -91,6 +91,25 @@ def test_a_question_without_an_answer_is_a_problem_and_not_asked_again(monkeypat
     running(body)
 
 
+def test_an_old_problem_is_not_given_as_the_answer_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minutes after `it is sealed`, with the key service unsealed and then hanging, that is not what is wrong."""
+    monkeypatch.setattr(readiness, "PROBE_S_MAX", 0.5)
+    monkeypatch.setattr(readiness, "KNOWN_S_MAX", 0.3)
+
+    async def body(question: Question, probe: Probe, clock: Time) -> None:
+        question.answer = "it is sealed"
+        assert await probe.problem() == "it is sealed"
+        question.open.clear()
+        clock.now_s += FAULT_AGE_S + 0.1
+        assert await probe.problem() == "it is sealed", "it was said a moment ago"
+        clock.now_s += 600
+        assert await probe.problem() == "it is silent"
+        assert await probe.problem() == "it is silent"
+        question.open.set()
+
+    running(body)
+
+
 def test_a_defect_in_a_probe_is_a_problem() -> None:
     async def main() -> None:
         async def broken() -> str:

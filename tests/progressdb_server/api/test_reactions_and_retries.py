@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from progressdb_server.api.http.access import KeyTable
+from progressdb_server.api.routes.errors import INVALID_THREAD_ID
 from progressdb_server.store.model import (
     IdempotencyConflictError,
     InvalidThreadIdError,
@@ -15,6 +16,7 @@ from progressdb_server.store.model import (
     StoreUnavailableError,
 )
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, Api, signed
+from tests.progressdb_server.api.http_server import running
 
 
 # --- reactions --------------------------------------------------------------------------------------------------
@@ -31,6 +33,33 @@ def test_reactions_are_set_listed_and_removed() -> None:
     assert api("DELETE", f"{target}/bob").status == 204
     assert api("DELETE", f"{target}/bob").status == 204  # also when it is absent
     assert api("GET", target).json["reactions"] == [{"id": "carol", "reaction": "♥"}]
+
+
+@pytest.mark.parametrize("path", ["team/bob", "team%2Fbob", "%74eam/bob"])
+def test_an_identity_with_a_slash_is_removed_by_its_path(path: str) -> None:
+    with running() as server:
+        message = server.api.message("alice")
+        target = f"/v1/messages/{message['id']}/reactions"
+        server.api("POST", target, {"id": "team/bob", "reaction": "+1"})
+        (reply,) = server.exchange(request("DELETE", f"{target}/{path}"))
+        assert reply.status == 204
+        assert server.api("GET", target).json["reactions"] == []
+
+
+@pytest.mark.parametrize("path", ["%ff", "%c3", "a%ed%a0%80", ""])
+def test_a_path_that_is_no_text_names_no_identity(path: str) -> None:
+    """The bytes that are no UTF-8 are read as U+FFFD, which is another identity."""
+    with running() as server:
+        message = server.api.message("alice")
+        target = f"/v1/messages/{message['id']}/reactions"
+        server.api("POST", target, {"id": "\ufffd", "reaction": "+1"})
+        (reply,) = server.exchange(request("DELETE", f"{target}/{path}"))
+        assert (reply.status, reply.json) == (404, {"error": "not found"})
+        assert len(server.api("GET", target).json["reactions"]) == 1
+
+
+def request(method: str, target: str) -> bytes:
+    return f"{method} {target} HTTP/1.1\r\nHost: x\r\nX-API-Key: {BACKEND}\r\n\r\n".encode()
 
 
 @pytest.mark.parametrize(
@@ -94,7 +123,7 @@ def test_a_signed_user_reacts_only_as_itself() -> None:
         (StoreUnavailableError("the key service is not available", 3), 503, "the key service is not available"),
         (RecordUnreadableError("the record k can't be read"), 500, "the record k can't be read"),
         (IdempotencyConflictError(), 409, "this Idempotency-Key was used before with another request"),
-        (InvalidThreadIdError("x"), 400, "thread must be 1 to 128 letters, digits, dots, underscores or hyphens"),
+        (InvalidThreadIdError("x"), 400, INVALID_THREAD_ID),
         (StoreError("private text"), 500, "internal error"),
         (ValueError("private text"), 500, "internal error"),
         (RecursionError("private text"), 500, "internal error"),

@@ -107,7 +107,7 @@ def test_the_table_of_this_file_is_the_table_of_the_server() -> None:
     names = {"{t}": "{thread}", "{m}": "{message}"}
     tested = set()
     for method, target, _, _ in ROUTES:
-        path = target.partition("?")[0].replace("reactions/alice", "reactions/{identity}")
+        path = target.partition("?")[0].replace("reactions/alice", "reactions/{identity:path}")
         path = path.replace("/admin/keys/thread:{t}:meta", "/admin/keys/{key:path}")
         for short, long in names.items():
             path = path.replace(short, long)

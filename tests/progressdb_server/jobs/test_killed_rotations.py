@@ -23,7 +23,7 @@ from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.store import keyspace
 from progressdb_server.store.check import Checker
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.model import Message, NewMessage, StoreUnavailableError
+from progressdb_server.store.model import Message, NewMessage, StoreUnavailableError, json_text
 from progressdb_server.store.rocks import RocksEngine
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.scripts import interpreter_words
@@ -101,6 +101,7 @@ def kill_at_every_write(directory: Path, records: int, chunk: int) -> int:
                         told = msgspec.json.decode(line)
                         if "id" in told:
                             message = msgspec.convert(told, Message)
+                            message.body = json_text(message.body)
                             acknowledged[message.id].append(message)
                         elif "state" in told:
                             assert told["state"] == "done"

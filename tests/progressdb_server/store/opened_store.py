@@ -101,4 +101,4 @@ async def fill(store: Conversations, count: int, thread: str = "t") -> list[Mess
 
 
 def bodies(found: list[Message]) -> list[Any]:
-    return [message.body for message in found]
+    return [message.value for message in found]

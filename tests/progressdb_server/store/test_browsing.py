@@ -97,7 +97,7 @@ def test_each_version_names_the_key_that_encrypts_it() -> None:
             await store.update_message(message.id, author="ann", body=2, role=None, reply_to=None)
             versions, older = await browser.message(message.id)
             assert not older
-            assert [version.body for version, _ in versions] == [1, 2]
+            assert [version.value for version, _ in versions] == [1, 2]
             (key,) = (await provider.list_keys(thread_id="t")).keys
             for version, protection in versions:
                 assert protection.key_id == key.key_id
@@ -119,7 +119,7 @@ def test_a_message_with_many_versions_shows_the_newest_of_them() -> None:
             for number in range(VERSIONS_MAX, VERSIONS_MAX + 50):
                 await store.update_message(message.id, author="ann", body=number, role=None, reply_to=None)
             versions, older = await browser.message(message.id)
-            assert [version.body for version, _ in versions] == list(range(50, VERSIONS_MAX + 50))
+            assert [version.value for version, _ in versions] == list(range(50, VERSIONS_MAX + 50))
             assert older
 
     asyncio.run(body())

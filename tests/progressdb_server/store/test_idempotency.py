@@ -56,16 +56,21 @@ def test_another_request_under_the_same_key_is_a_conflict() -> None:
         with pytest.raises(IdempotencyConflictError):
             await store.create_thread(author="ann", title="x", idempotency=RETRY)
         other = Idempotency(scope="another scope", key=RETRY.key)
-        assert (await store.create_message(new(2), idempotency=other)).body == 2
+        assert (await store.create_message(new(2), idempotency=other)).value == 2
 
     with_store(run)
 
 
-def test_a_retried_thread_is_made_once() -> None:
+def test_a_retried_thread_is_made_once_and_answered_as_it_was_made() -> None:
     async def run(store: Conversations) -> None:
         one = await store.create_thread(author="ann", title="t", idempotency=RETRY)
         assert await store.create_thread(author="ann", title="t", idempotency=RETRY) == one
         assert await threads_of(store, "ann") == [one]
+        await store.update_thread(one.id, author="ann", title="later")
+        await store.create_message(NewMessage(author="ann", thread=one.id, body=1))
+        assert await store.create_thread(author="ann", title="t", idempotency=RETRY) == one
+        await store.delete_thread(one.id, author="ann", by="ann")
+        assert await store.create_thread(author="ann", title="t", idempotency=RETRY) == one
 
     with_store(run)
 

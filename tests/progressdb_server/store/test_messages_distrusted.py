@@ -36,7 +36,7 @@ def test_a_record_moved_to_another_place_does_not_open() -> None:
         with pytest.raises(RecordUnreadableError) as unreadable:
             await store.get_message(two.id)
         assert keys[1] in str(unreadable.value)
-        assert (await store.get_message(one.id)).body == 0
+        assert (await store.get_message(one.id)).value == 0
 
     with_store(run, engine)
 
@@ -88,7 +88,7 @@ def test_a_record_that_no_request_can_hold_hides_no_other(change: Change) -> Non
         engine.write([(keys[1].encode(), record.pack(*change(header, sealed)))])
         listed = await messages_of(store, "t")
         assert [listed[0], listed[2]] == [made[0], made[2]]
-        assert (listed[1].id, listed[1].body, listed[1].error) == (made[1].id, None, RECORD_MALFORMED)
+        assert (listed[1].id, listed[1].value, listed[1].error) == (made[1].id, None, RECORD_MALFORMED)
         with pytest.raises(RecordUnreadableError):
             await store.get_message(made[1].id)
 
@@ -161,6 +161,6 @@ def test_a_key_service_that_opens_a_record_to_something_else_is_noticed() -> Non
         with pytest.raises(StoreUnavailableError):
             await messages_of(store, "t")
         provider.wrong = lambda answers: answers  # type: ignore[method-assign]  # what it does wrongly
-        assert (await store.get_message(two.id)).body == 1
+        assert (await store.get_message(two.id)).value == 1
 
     with_store(run, provider=provider)

@@ -60,9 +60,9 @@ def test_a_version_without_content_gets_that_of_the_version_that_it_names() -> N
     edit = opened("edit")[1]
     for name, deleted in (("change of reactions", False), ("tombstone", True)):
         change = opened(name)[1]
-        assert (change.message.role, change.message.body) == ("", None)
+        assert (change.message.role, change.message.value) == ("", None)
         whole: Message = record.with_content(change, edit)
-        assert (whole.role, whole.body, whole.reply_to) == ("user", [1, None, "new"], "msg-1-000000")
+        assert (whole.role, whole.value, whole.reply_to) == ("user", [1, None, "new"], "msg-1-000000")
         assert (whole.ts, whole.deleted, whole.reactions) == (change.message.ts, deleted, {"bob": "+1", "cid": "ü"})
         with pytest.raises(record.RecordFormatError):
             record.with_content(edit, change)

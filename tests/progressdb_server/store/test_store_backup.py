@@ -52,7 +52,7 @@ def test_a_backup_made_under_load_holds_what_was_acknowledged_before_it(tmp_path
         await asyncio.to_thread(backup.restore, str(tmp_path / "one"), str(tmp_path / "restored"))
         async with opened(RocksEngine(str(tmp_path / "restored")), provider) as store:
             for message in before:
-                assert (await store.get_message(message)).body == "x" * 200
+                assert (await store.get_message(message)).value == "x" * 200
             assert [finding async for finding in Checker(store.engine, provider).run()] == []
             assert (await store.stats())["messages"] >= 300
             await write(store, 5)

@@ -19,7 +19,7 @@ import msgspec
 import pytest
 
 from progressdb_server.store.check import Checker
-from progressdb_server.store.model import Message, NewMessage, StoreUnavailableError
+from progressdb_server.store.model import Message, NewMessage, StoreUnavailableError, json_text
 from progressdb_server.store.rocks import RocksEngine
 from tests import needs
 from tests.harness.scripts import interpreter_words
@@ -42,6 +42,7 @@ def lines(child: subprocess.Popen[bytes]) -> Iterator[bytes]:
 
 def note(line: bytes, acknowledged: Acknowledged) -> None:
     message = msgspec.json.decode(line, type=Message)
+    message.body = json_text(message.body)
     acknowledged[message.id].append(message)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from progressdb_server.store import directory, keyspace, record
 from progressdb_server.store.keyspace import SEQUENCE_MAX, Clock, Stamp
-from progressdb_server.store.model import FormatError, Message
+from progressdb_server.store.model import FormatError, Message, json_text
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -134,7 +134,7 @@ def test_other_bytes_are_refused_and_never_crash(raw: bytes) -> None:
 def test_a_header_that_is_not_the_one_that_was_sealed_is_refused() -> None:
     first = Stamp(20, 1)
     key = keyspace.messages("t") + first.raw
-    message = Message(keyspace.message_id(first), "t", "ann", "user", 20, "hi", "", False, {})
+    message = Message(keyspace.message_id(first), "t", "ann", "user", 20, json_text("hi"), "", False, {})
     plaintext = record.message_secret(message, first.text)
     opened = record.open_message(record.MessageHeader("k", "", "ann", False), key, "t", first.text, plaintext)
     assert opened == (message, "", (0, 0))

@@ -111,7 +111,7 @@ class StoreMachine(RuleBasedStateMachine):
             made = await asyncio.gather(
                 *[self.store.create_message(NewMessage(author=author, thread=name, body=body)) for body in bodies]
             )
-            return [(m.id, m.thread, m.body) for m in made]
+            return [(m.id, m.thread, m.value) for m in made]
 
         made = sorted(self.run(burst()), key=lambda one: one[0])
         # The first of a burst founds the thread, whichever it is; titles count the threads.
@@ -190,9 +190,9 @@ class StoreMachine(RuleBasedStateMachine):
         if expected is None:
             self.model_threads[thread].deleted = True
             event = self.run(messages_of(self.store, thread, include_deleted=True))[-1]
-            assert event.body == {"_event": "thread_deleted", "by": "ann"}
+            assert event.value == {"_event": "thread_deleted", "by": "ann"}
             self.model_threads[thread].messages.append(event.id)
-            self.model[event.id] = ModelMessage(thread, "ann", [(event.body, {}, True)])
+            self.model[event.id] = ModelMessage(thread, "ann", [(event.value, {}, True)])
 
     @rule(thread=consumes(threads), author=st.none() | AUTHORS)
     def delete_thread(self, thread: str, author: str | None) -> None:
@@ -254,7 +254,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(message=messages)
     def the_versions_are_the_models(self, message: str) -> None:
         found = self.run(versions_of(self.store, message))
-        assert [(m.body, m.reactions, m.deleted) for m in found] == self.model[message].versions
+        assert [(m.value, m.reactions, m.deleted) for m in found] == self.model[message].versions
         assert [m.ts for m in found] == sorted(m.ts for m in found)
         assert self.run(self.store.get_message(message)) == found[-1]
 

@@ -80,7 +80,7 @@ def test_the_loser_of_a_race_retires_its_key_and_writes_under_the_winners() -> N
         rival = Conversations(store.engine, provider)
         await store.create_message(new("loser"))
         await rival.writer.close()
-        assert sorted(m.body for m in await messages_of(store, "t")) == ["loser", "winner"]
+        assert sorted(m.value for m in await messages_of(store, "t")) == ["loser", "winner"]
         assert provider.keys_of("t") == [(store.engine.get(b"kms:map:thread:t") or b"").decode()]
         assert len(provider.retired) == 1
 
@@ -178,7 +178,7 @@ def test_no_record_is_stored_under_a_key_switched_while_it_was_sealed(provider: 
         keys = await keys_of(store, "thread:t:msg:")
         used = [record.unpack_sealed(store.engine.get(key.encode()) or b"")[0] for key in keys]
         assert used[1:] == [current] * 5
-        assert sorted(m.body for m in await messages_of(store, "t")) == list(range(6))
+        assert sorted(m.value for m in await messages_of(store, "t")) == list(range(6))
 
     with_store(run, provider=provider)
 
@@ -196,7 +196,7 @@ def test_writes_wait_from_the_old_keys_retirement_to_the_switch() -> None:
             assert not writing.done()
             await store.writer.commit(Write([(keyspace.key_map("t"), handle.key_id.encode())]))
         await writing
-        assert [m.body for m in await messages_of(store, "t")] == [0, 1]
+        assert [m.value for m in await messages_of(store, "t")] == [0, 1]
         assert store.metrics.key_waits > 0
         assert provider.keys_of("t") == [handle.key_id], "no other key was made"
 
@@ -216,7 +216,7 @@ def test_a_switch_that_does_not_end_is_reported_as_unavailable(monkeypatch: pyte
                 await store.create_message(new(1))
             assert len(provider.keys) == 1
         await store.create_message(new(2))
-        assert [m.body for m in await messages_of(store, "t")] == [0, 2]
+        assert [m.value for m in await messages_of(store, "t")] == [0, 2]
 
     with_store(run, provider=provider)
 
@@ -463,7 +463,7 @@ def test_a_thread_whose_key_only_decrypts_gets_another_at_its_next_write(why: st
         [renewed] = provider.keys_of("t")
         assert renewed != old
         assert store.engine.get(keyspace.key_map("t")) == renewed.encode()
-        assert sorted(m.body for m in await messages_of(store, "t")) == list(range(20))
+        assert sorted(m.value for m in await messages_of(store, "t")) == list(range(20))
         assert store.metrics.keys_renewed == 1
 
     with_store(run, provider=provider)
@@ -486,7 +486,7 @@ def test_an_interrupted_renewal_is_made_at_the_next_write() -> None:
         provider.down = False
         await create(new(2))
         await create(new(3))
-        assert [m.body for m in await messages_of(store, "t")] == [0, 2, 3]
+        assert [m.value for m in await messages_of(store, "t")] == [0, 2, 3]
         assert len(provider.keys_of("t")) == 2, "the old key stays active, and only decrypts"
 
     with_store(run, provider=provider)
@@ -524,7 +524,7 @@ def test_an_older_store_whose_keys_were_rotated_since_takes_writes() -> None:
         old = provider.keys_of("t")[0]
         newer = (await provider.create_dek_for_thread("t", replaces=old)).key_id
         await store.create_message(new(1))
-        assert [m.body for m in await messages_of(store, "t")] == [0, 1]
+        assert [m.value for m in await messages_of(store, "t")] == [0, 1]
         assert store.key_of_thread("t") not in (old, newer)
 
     with_store(before, engine, provider)
@@ -542,7 +542,7 @@ def test_a_lost_map_that_is_rebuilt_after_a_renewal_takes_writes() -> None:
 
     async def repaired(store: Conversations) -> None:
         await store.create_message(new(2))
-        assert [m.body for m in await messages_of(store, "t")] == [0, 1, 2]
+        assert [m.value for m in await messages_of(store, "t")] == [0, 1, 2]
 
     with_store(renewed, engine, provider)
     engine.reopen()

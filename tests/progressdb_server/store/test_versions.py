@@ -28,6 +28,7 @@ from progressdb_server.store.model import (
     RecordUnreadableError,
     TooManyReactionsError,
     TooManyVersionsError,
+    json_text,
 )
 from progressdb_server.store.writer import Write
 from tests.progressdb_server.jobs.rotating import Place, keys_of_records
@@ -71,7 +72,7 @@ def test_a_change_of_reactions_and_a_tombstone_store_no_body() -> None:
         assert stored_bytes(engine) < 1_100_000
         found = await versions_of(store, message)
         assert len(found) == 123
-        assert all((version.body, version.role, version.author) == (MEGABYTE, "tool", "ann") for version in found)
+        assert all((version.value, version.role, version.author) == (MEGABYTE, "tool", "ann") for version in found)
         assert [version.reactions.get("user1") for version in found[:10]] == [None, None, *["1"] * 7, "8"]
         assert (found[-2].deleted, found[-1].deleted) == (False, True)
         assert "user0" in found[-3].reactions
@@ -90,7 +91,7 @@ def test_an_edit_keeps_reactions_and_a_reaction_keeps_the_edit() -> None:
         await edit(store, message, "new")
         await store.set_reaction(message, "cid", "2")
         found = await versions_of(store, message)
-        assert [(version.body, version.reactions) for version in found] == [
+        assert [(version.value, version.reactions) for version in found] == [
             (0, {}),
             (0, {"bob": "1"}),
             ("new", {"bob": "1"}),
@@ -246,7 +247,7 @@ def test_pages_show_each_version_once_also_within_one_nanosecond(limit: int, ste
 
 async def page_before(store: Conversations, message: str, before: str | None, limit: int) -> tuple[list[Any], str]:
     found = await store.message_versions(message, limit=limit, before=before)
-    return [version.body async for piece in found.chunks for version in piece], found.older
+    return [version.value async for piece in found.chunks for version in piece], found.older
 
 
 def test_a_time_names_its_version_also_in_an_earlier_era() -> None:
@@ -267,7 +268,7 @@ def test_a_time_names_its_version_also_in_an_earlier_era() -> None:
         for _ in range(5):
             page, _older = await page_before(store, message, before, 2)
             seen = page + seen
-            before = str(next(version.ts for version in whole if version.body == page[0]))
+            before = str(next(version.ts for version in whole if version.value == page[0]))
         assert seen == list(range(9))
         for unclear in (whole[4].ts + 1, whole[0].ts - 1):  # of no version: it orders no eras
             with pytest.raises(AmbiguousTimeError):
@@ -305,7 +306,7 @@ def test_a_time_is_a_cursor_too_and_a_limit_of_0_shows_nothing() -> None:
 
         async def page(limit: int | None, before: str | None) -> tuple[list[Any], str]:
             found = await store.message_versions(message, limit=limit, before=before)
-            return [version.body async for piece in found.chunks for version in piece], found.older
+            return [version.value async for piece in found.chunks for version in piece], found.older
 
         assert await page(None, str(whole[3].ts)) == ([0, 1, 2], "")
         assert await page(2, str(whole[3].ts)) == ([1, 2], f"{whole[1].ts}-000000")
@@ -321,7 +322,7 @@ def test_versions_that_are_written_during_a_list_are_not_in_it() -> None:
         message = await post(store, 0)
         found = await store.message_versions(message)
         await edit(store, message, 1)
-        assert [version.body async for piece in found.chunks for version in piece] == [0]
+        assert [version.value async for piece in found.chunks for version in piece] == [0]
 
     with_store(run)
 
@@ -370,7 +371,7 @@ def test_a_store_of_format_1_is_read_and_raised_to_format_2() -> None:
         (message,) = [found.id for found in await messages_of(store, "t")]
         await store.set_reaction(message, "cid", "2")
         await edit(store, message, 2)
-        found = [(version.body, version.reactions) for version in await versions_of(store, message)]
+        found = [(version.value, version.reactions) for version in await versions_of(store, message)]
         one, two = {"bob": "1"}, {"bob": "1", "cid": "2"}
         assert found == [(0, {}), (1, {}), (1, one), (1, two), (2, two)]
         await store.delete_message(message, author="ann")
@@ -459,7 +460,7 @@ def test_a_version_whose_content_was_moved_or_altered_is_noticed(name: str) -> N
         assert [found.error for found in await versions_of(store, message)][-1] == code
         with pytest.raises(RecordUnreadableError):
             await store.get_message(message)
-        assert (await store.get_message(other)).body == "other"
+        assert (await store.get_message(other)).value == "other"
         assert await findings(engine, provider) != []
 
     with_store(run, engine, provider)
@@ -482,7 +483,7 @@ def test_an_index_entry_that_names_no_stamp_is_reported_as_damage() -> None:
 
 def test_a_later_version_of_one_form_does_not_open_as_the_other() -> None:
     """The form byte is not sealed. The two sealed arrays have different types in the same places."""
-    message = Message("msg-5-000000", "t", "ann", "user", 9, 7, "", reactions={})
+    message = Message("msg-5-000000", "t", "ann", "user", 9, json_text(7), "", reactions={})
     first, own = Stamp(5, 0), Stamp(9, 0)
     key = keyspace.messages("t") + own.raw
     whole = record.message_secret(message, first.text)
@@ -520,7 +521,7 @@ def test_a_rotation_of_the_threads_key_moves_versions_of_every_form() -> None:
         place.keys.destroyed |= old
         assert await versions_of(store, message) + await versions_of(store, other) == seen[0]
         await store.set_reaction(message, "bob", "3")
-        assert (await store.get_message(message)).body == "edited"
+        assert (await store.get_message(message)).value == "edited"
 
     place.run(run)
 
@@ -561,14 +562,14 @@ def test_every_list_shows_the_code_of_what_does_not_open_and_goes_on(code: str) 
         good = await post(store, "good")
         BREAKS[code](provider, old)
         found = await messages_of(store, "t")
-        assert [(one.id, one.body, one.error) for one in found] == [
+        assert [(one.id, one.value, one.error) for one in found] == [
             (kept, "edited", ""),
             (lost, None, code),
             (good, "good", ""),
         ]
         assert (found[1].author, found[1].reactions, found[1].thread) == ("ann", {}, "t")
         versions = await versions_of(store, kept)
-        assert [(one.body, one.error) for one in versions] == [(None, code), ("edited", "")]
+        assert [(one.value, one.error) for one in versions] == [(None, code), ("edited", "")]
         assert [one.error for one in await versions_of(store, lost)] == [code, code]
         assert (await store.latest_version(lost)).error == code
         page, _ = await store.message_page("t", before="", after="", limit=9, versions_max=9)

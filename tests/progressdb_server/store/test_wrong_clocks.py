@@ -113,7 +113,7 @@ def test_after_a_future_times_are_true_and_lists_keep_their_order() -> None:
             assert made[-1].ts - NOW_NS < DAY_NS
             listed = [one async for chunk in store.list_messages("t") for one in chunk]
             assert [one.id for one in listed] == [one.id for one in made]
-            assert [one.body for one in listed] == ["before", "edited", "after", "later", "after another start"]
+            assert [one.value for one in listed] == ["before", "edited", "after", "later", "after another start"]
             assert listed[1].ts == edited.ts
             page = [one async for chunk in store.list_messages("t", after=made[1].id, limit=2) for one in chunk]
             assert [one.id for one in page] == [one.id for one in made[3:]]

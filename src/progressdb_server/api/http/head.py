@@ -119,6 +119,15 @@ def _percent_is_valid(raw: bytes) -> bool:
     return True
 
 
+def is_utf8(path: bytes) -> bool:
+    """Whether a path, with its percent-encoding, is UTF-8."""
+    try:
+        unquote_to_bytes(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def read_query(raw: bytes) -> dict[str, str]:
     """The query's fields, or those of a form. Raises ApiError 400 if a name is repeated or anything is malformed."""
     fields: dict[str, str] = {}

@@ -26,7 +26,8 @@ AUTHOR: Final[Schema] = {
     "type": "string",
     "maxLength": limits.AUTHOR_BYTES_MAX,
     "pattern": _NO_CONTROL,
-    "description": f"At most {limits.AUTHOR_BYTES_MAX} bytes of UTF-8, no control characters.",
+    "description": f"At most {limits.AUTHOR_BYTES_MAX} bytes of UTF-8, no control characters. An empty one counts as "
+    "none.",
 }
 STORED_KEY: Final[Schema] = {"type": "string", "maxLength": limits.STORED_KEY_BYTES_MAX}
 

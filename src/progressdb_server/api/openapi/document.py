@@ -20,6 +20,7 @@ from progressdb_server.api.http.errors import (
     AUTHOR_TOO_LONG,
     BODIES_FULL,
     FORBIDDEN,
+    HEAD_TOO_LARGE,
     INTERNAL,
     INVALID_ENCODING,
     INVALID_JSON,
@@ -98,6 +99,7 @@ _STATUS_TEXTS: Final = {
     409: "The request conflicts with an earlier request or with the state of the resource.",
     413: "The request body is too large or has too many values.",
     429: "Too many requests of this user with this key, or too many refused requests from this address.",
+    431: "The head of the request is too large. The server closes the connection.",
     500: "A stored record can't be read, or the server failed. The server's log has an entry with the request id.",
     503: "The server can't serve the request now. Send it again after `Retry-After` seconds.",
 }
@@ -282,6 +284,7 @@ def error_texts(description: Description) -> dict[int, tuple[str, ...]]:
 
     add(400, "the header x-api-key is sent twice")
     add(403, FORBIDDEN)
+    add(431, HEAD_TOO_LARGE)
     if path not in PROBE_PATHS:
         add(429, RATE_LIMITED)
     add(500, INTERNAL)
@@ -315,6 +318,8 @@ def _response(description: Description, status: int, schema: Schema | None) -> d
 
 
 def _response_headers(status: int, *more: Parameter) -> dict[str, Any]:
+    if status == 431:  # refused before it is a request
+        return {}
     headers = (REQUEST_ID, *((_HEADERS[status],) if status in _HEADERS else ()), *more)
     return {
         header.name: {"description": header.description, "required": header.required, "schema": header.schema}

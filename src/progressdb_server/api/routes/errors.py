@@ -18,7 +18,7 @@ from progressdb_server.jobs.states import JobError, JobNotFoundError, TooManyJob
 from progressdb_server.kms.provider import LIMITED, SEALED, is_permanent
 from progressdb_server.store import model
 
-INVALID_THREAD_ID: Final = "thread must be 1 to 128 letters, digits, dots, underscores or hyphens"
+INVALID_THREAD_ID: Final = "thread must be 1 to 128 letters, digits, dots, underscores or hyphens, and not . or .."
 MESSAGE_NOT_FOUND: Final = "message not found"
 THREAD_NOT_FOUND: Final = "thread not found"
 THREAD_DELETED: Final = "thread deleted"

@@ -67,8 +67,10 @@ from progressdb_server.api.routes.table import THREAD_MESSAGES, Operation
 from progressdb_server.store.model import (
     RECORD_MISSING,
     ConversationStore,
+    Message,
     MessageNotFoundError,
     NewMessage,
+    json_decoder,
 )
 
 INVALID_LIMIT: Final = "limit must be a whole number that is not negative"
@@ -95,6 +97,14 @@ async def check_reader(store: ConversationStore, request: Request, thread_id: st
     """
     if request.user is not None:
         await store.check_reader(thread_id, request.user)
+
+
+async def check_message(store: ConversationStore, request: Request, message: Message) -> None:
+    """As `check_reader`, for a message that is asked for by its id. Raises MessageNotFoundError too, if its thread is
+    deleted and no admin asks."""
+    await check_reader(store, request, message.thread)
+    if request.principal.role is not Role.ADMIN and await store.thread_deleted(message.thread):
+        raise MessageNotFoundError("message not found")
 
 
 # --- lists ------------------------------------------------------------------------------------------------------
@@ -177,7 +187,7 @@ class MessageBody(msgspec.Struct):
     reactions: dict[str, str] | None = None
 
 
-_MESSAGE_DECODER: Final = msgspec.json.Decoder(MessageBody)
+_MESSAGE_DECODER: Final = json_decoder(MessageBody)
 _UNCHECKED_BYTES_MAX: Final = limits.REQUEST_BYTES_MAX // 4
 """The store writes the JSON of a body again. JSON grows less than fourfold by that (`1e15,` becomes
 `1000000000000000.0,`), so that the length of a shorter body needs no check.
@@ -311,7 +321,7 @@ class MessageHandlers:
         else:
             request.required_author()
         message = await self._store.get_message(request.id_from_path("message", MESSAGE_NOT_FOUND), thread_id=thread_id)
-        await check_reader(self._store, request, message.thread)
+        await check_message(self._store, request, message)
         return json_response(message)
 
     async def update(self, request: Request) -> Response:
@@ -358,9 +368,9 @@ class MessageHandlers:
         message_id = request.path_params["message"]
         try:
             latest = await self._store.latest_version(request.id_from_path("message", MESSAGE_NOT_FOUND))
+            await check_message(self._store, request, latest)
         except (ApiError, MessageNotFoundError):
             return json_response({"id": message_id, "versions": []})
-        await check_reader(self._store, request, latest.thread)
         found = await self._store.message_versions(message_id, limit=limit, before=before)
         suffix = b'],"older":' + encode_json(found.older) + b"}" if found.older else b"]}"
         return JsonList(b'{"id":' + encode_json(message_id) + b',"versions":[', found.chunks, suffix)
@@ -377,7 +387,7 @@ class ReactionHandlers:
     async def list(self, request: Request) -> Response:
         request.author()
         message = await self._store.get_message(request.id_from_path("message", MESSAGE_NOT_FOUND))
-        await check_reader(self._store, request, message.thread)
+        await check_message(self._store, request, message)
         listed = [{"id": by, "reaction": value} for by, value in message.reactions.items()]
         return json_response({"id": message.id, "reactions": listed})
 
@@ -401,7 +411,10 @@ class ReactionHandlers:
 
     async def remove(self, request: Request) -> Response:
         """Succeeds even if there is no such reaction."""
-        by = checked_identity(request, request.path_params["identity"])
+        identity = request.path_params["identity"]
+        if not identity:
+            raise not_found()
+        by = checked_identity(request, identity)
         request.author()
         await self._store.remove_reaction(
             request.id_from_path("message", MESSAGE_NOT_FOUND),
@@ -517,7 +530,8 @@ def operations(store: ConversationStore) -> tuple[Operation, ...]:
             "/v1/messages/{message}/versions",
             messages.versions,
             tag="messages",
-            summary="List the versions of a message, oldest first. The list is empty for an unknown id",
+            summary="List the versions of a message, oldest first. The list is empty for an unknown id, and unless an "
+            "admin key asks in a deleted thread",
             response=_VERSION_LIST,
             parameters=(
                 *CALLER,
@@ -567,13 +581,13 @@ def operations(store: ConversationStore) -> tuple[Operation, ...]:
         ),
         Operation(
             "DELETE",
-            "/v1/messages/{message}/reactions/{identity}",
+            "/v1/messages/{message}/reactions/{identity:path}",
             reactions.remove,
             tag="reactions",
             summary="Remove the reaction of one identity. Succeeds if there is none",
             status=204,
             parameters=CALLER,
-            path_schemas={**_MESSAGE_ID, "identity": AUTHOR},
+            path_schemas={**_MESSAGE_ID, "identity": {**AUTHOR, "minLength": 1}},
             errors={
                 400: (AUTHOR_TOO_LONG,),
                 403: (OTHER_REACTION_ID, *_NOT_A_READER),
@@ -633,7 +647,8 @@ def _one_message(path: str, messages: MessageHandlers, path_schemas: dict[str, S
             path,
             messages.read,
             tag="messages",
-            summary="Read the latest version of a message, even if it is deleted",
+            summary="Read the latest version of a message, even if it is deleted. Only an admin key reads in a deleted "
+            "thread",
             response=ref("Message"),
             parameters=CALLER,
             path_schemas=path_schemas,

@@ -3,8 +3,8 @@
 Owns: `Probe`, a question that is asked at most once at a time and whose answer is kept for a moment; the two questions;
 `/readyz` and `/admin/readiness`. Invariants: however many callers ask, the key
 service and the disk are asked at most every FAULT_AGE_S; a caller waits at most PROBE_S_MAX, and at
-most KNOWN_S_MAX once a problem is known; a caller without an API
-key learns ready or not ready, and never why. `/healthz` stays the liveness of this process alone.
+most KNOWN_S_MAX once a problem is known; no answer counts that is older than PROBE_AGE_S after its time; a caller
+without an API key learns ready or not ready, and never why. `/healthz` stays the liveness of this process alone.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ class Probe:
             if self._clock() < self._expires_s:
                 return self._answer
             self._running = asyncio.get_running_loop().create_task(self._run())
-        done, _ = await asyncio.wait({self._running}, timeout=KNOWN_S_MAX if self._answer else PROBE_S_MAX)
-        if not done and not self._answer:
-            self._answer = self._silent
+        known = self._answer if self._clock() < self._expires_s + PROBE_AGE_S else ""
+        done, _ = await asyncio.wait({self._running}, timeout=KNOWN_S_MAX if known else PROBE_S_MAX)
+        if not done and not known:
+            self._answer, self._expires_s = self._silent, self._clock()
         return self._answer
 
     async def close(self) -> None:

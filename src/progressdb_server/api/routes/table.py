@@ -13,6 +13,7 @@ from typing import Final
 
 from starlette.routing import Route, Router
 
+from progressdb_server.api.http import head
 from progressdb_server.api.http.errors import ApiError, forbidden, not_found
 from progressdb_server.api.http.request import Receive, Request, Scope, Send
 from progressdb_server.api.http.response import EXCHANGE, AnyResponse, Exchange
@@ -86,7 +87,10 @@ class Routing:
         return self._fixed.get(path)
 
     async def route(self, exchange: Exchange, scope: Scope) -> None:
-        """Find any other path and run its handler. Raises ApiError, and what the handler raises."""
+        """Find any other path and run its handler. Raises ApiError, also for a path that is not UTF-8, and what the
+        handler raises."""
+        if not head.is_utf8(scope.get("raw_path", b"")):
+            raise not_found()  # the server has put other characters in the place of the malformed ones
         scope[EXCHANGE] = exchange
         try:
             await self._router(scope, exchange.receive, exchange.send)

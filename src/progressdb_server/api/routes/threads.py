@@ -47,7 +47,7 @@ from progressdb_server.api.routes.errors import (
     TOO_MANY_MEMBERS,
 )
 from progressdb_server.api.routes.table import Operation
-from progressdb_server.store.model import ConversationStore
+from progressdb_server.store.model import ConversationStore, json_decoder
 
 TITLE_TOO_LONG: Final = "title too long"
 TITLE_REQUIRED: Final = "title is required"
@@ -71,7 +71,7 @@ class MembersBody(msgspec.Struct):
     members: list[str]
 
 
-_DECODER: Final = msgspec.json.Decoder(ThreadBody)
+_DECODER: Final = json_decoder(ThreadBody)
 _MEMBERS_DECODER: Final = msgspec.json.Decoder(MembersBody)
 
 
@@ -85,12 +85,11 @@ async def _received(request: Request) -> ThreadBody:
 
 def _checked_members(request: Request, given: object) -> list[str]:
     """The members that a new thread begins with. Raises ApiError 400."""
-    if given is None:
+    if given is None or request.acting_user is not None:
         return []
     if not isinstance(given, list) or not all(isinstance(member, str) for member in given):
         raise bad_request(INVALID_MEMBERS)
-    members = checked_members(given)
-    return members if request.acting_user is None else []
+    return checked_members(given)
 
 
 def checked_members(members: list[str]) -> list[str]:

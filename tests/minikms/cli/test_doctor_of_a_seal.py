@@ -1,0 +1,35 @@
+"""`minikms doctor` names the seal, and keeps its other findings beside a sealed daemon."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.harness.live_daemon import LiveDaemon
+
+
+def findings(*places: str) -> list[str]:
+    """The areas of what it finds."""
+    done = subprocess.run(
+        [sys.executable, "-m", "minikms", "doctor", "--json", *places], capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (0, 1), done.stderr
+    return [finding["area"] for finding in json.loads(done.stdout)["findings"]]
+
+
+def test_doctor_names_the_seal_and_keeps_its_other_findings(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path) as daemon:
+        directory, socket = ("--data-dir", str(daemon.data_dir)), ("--socket", str(daemon.socket))
+        before = findings(*directory)
+        assert "seal" not in [*before, *findings(*socket)]
+        with daemon.client() as client:
+            client.seal()
+        assert findings(*directory).count("seal") == findings(*socket).count("seal") == 1
+        both = findings(*directory, *socket)
+        assert both.count("seal") == 2
+        assert set(before) <= set(both)
+        assert "audit log" not in both
+        (daemon.data_dir / "sealed.json").write_bytes(b"damaged")
+        assert findings(*directory).count("seal") == 1

@@ -1,0 +1,119 @@
+"""What `progressdb check`, `config check` and `status` tell an operator."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from tests import needs
+from tests.harness.live_daemon import LiveDaemon
+from tests.progressdb_server.api.asgi_client import ADMIN
+from tests.progressdb_server.api.real_server import real_server
+
+OTHER_UID = 54321
+
+
+def progressdb(*words: str, uid: int | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
+    return subprocess.run(
+        (sys.executable, "-m", "progressdb_server", *words),
+        user=uid,
+        group=uid,
+        extra_groups=None if uid is None else [],
+        env={**kept, **variables},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+# --- check --------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """One that every user may read, which pytest's own is not."""
+    with tempfile.TemporaryDirectory() as made:
+        Path(made).chmod(0o755)
+        yield Path(made)
+
+
+def test_check_does_not_call_right_what_its_user_may_not_open(open_directory: Path) -> None:
+    """Keys are destroyed on the strength of this answer."""
+    needs.root()
+    needs.interpreter_for(OTHER_UID)
+    with LiveDaemon(open_directory) as kms:
+        variables = {"PROGRESSDB_KMS_SOCKET": str(kms.socket), "PROGRESSDB_KMS_SPAWN": "0"}
+        with real_server(open_directory, environment=variables) as server:
+            assert server("POST", "/v1/messages", {"author": "ann", "body": 1}).status == 200
+        for path, _, files in os.walk(server.db):
+            for entry in (path, *(os.path.join(path, file) for file in files)):
+                os.chown(entry, OTHER_UID, OTHER_UID)
+        kms.socket.chmod(0o600)
+        refused = progressdb("check", "--db", str(server.db), uid=OTHER_UID, **variables)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "permission denied" in refused.stderr
+        kms.stop()
+        away = progressdb("check", "--db", str(server.db), uid=OTHER_UID, **variables)
+        assert away.returncode == 0 and "no key service answered" in away.stdout, away
+        kms.start()
+
+
+# --- config check -------------------------------------------------------------------------------------------------
+def certificate(directory: Path, days_from: float, days_to: float) -> dict[str, str]:
+    """The variables of a certificate that is valid between these times from now."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now + datetime.timedelta(days=days_from))
+        .not_valid_after(now + datetime.timedelta(days=days_to))
+        .sign(key, hashes.SHA256())
+    )
+    cert_file, key_file = directory / "cert.pem", directory / "key.pem"
+    cert_file.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    key_file.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return {"PROGRESSDB_TLS_CERT": str(cert_file), "PROGRESSDB_TLS_KEY": str(key_file)}
+
+
+@pytest.mark.parametrize(
+    ("days_from", "days_to", "said"),
+    [(-30, -1, "expired on"), (-30, 7, "expires on"), (1, 30, "is valid from"), (-1, 300, "")],
+    ids=["expired", "expires soon", "not yet valid", "good"],
+)
+def test_config_check_warns_of_a_certificate_that_clients_refuse(
+    tmp_path: Path, days_from: float, days_to: float, said: str
+) -> None:
+    variables = certificate(tmp_path, days_from, days_to)
+    done = progressdb("config", "check", "--dev", "--db", str(tmp_path / "db"), "--json", uid=None, **variables)
+    assert done.returncode == 0, done.stderr
+    warnings = json.loads(done.stdout)["warnings"]
+    assert [said in warning for warning in warnings] == ([True] if said else [])
+
+
+# --- status -------------------------------------------------------------------------------------------------------
+def test_status_of_an_address_needs_no_data_directory(tmp_path: Path) -> None:
+    with real_server(tmp_path) as server:
+        words = ("status", "--addr", f"127.0.0.1:{server.port}")
+        done = progressdb(*words, PROGRESSDB_API_ADMIN_KEYS=ADMIN)
+        assert done.returncode == 0, done.stderr
+        assert "server       ok" in done.stdout and "key service  not asked: give --db" in done.stdout
