@@ -13,7 +13,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from cyclopts import Argument, CycloptsError
+    from cyclopts import App, Argument, CycloptsError
     from cyclopts.help import HelpPanel
     from rich.console import Console, ConsoleOptions
 
@@ -73,6 +73,20 @@ def explained(error: CycloptsError, program: str) -> str:
             text = f"{error.argument.name} is missing"
     end = "" if text.endswith(("?", ".")) else "."
     return f"{text[:1].lower()}{text[1:]}{end} See `{words} --help`."
+
+
+def show_whole_help(app: App, words: list[str]) -> None:
+    """If the command line asks for the help of one command, this makes it the whole docstring, with the exit statuses,
+    instead of the line that the list of commands has.
+    """
+    if not words or words[0].startswith("-") or not {"--help", "-h"} & set(words[1:]):
+        return
+    import inspect
+
+    command = app[words[0]]
+    text = command.default_command and inspect.getdoc(command.default_command)
+    if text:
+        command.help = text
 
 
 class HelpPages:

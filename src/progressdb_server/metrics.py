@@ -115,7 +115,7 @@ class KmsMetrics(Collector):
 
     def __init__(self) -> None:
         self._verbs: dict[str, _Exchanges] = {}
-        self._up = False
+        self._up = self._sealed = False
         self.last_status: api.StatusAnswer | None = None
         """None until the key service reported one, at `last_status_ns`."""
         self.last_status_ns = 0
@@ -133,12 +133,13 @@ class KmsMetrics(Collector):
 
     def seen(self, status: api.StatusAnswer) -> None:
         self._up = status.status == "ok"
-        if status.status != api.CODE_SEALED:  # a sealed one knows neither keys nor epoch
+        self._sealed = status.status == api.CODE_SEALED
+        if not self._sealed:  # a sealed one knows neither keys nor epoch
             self.last_status = status
             self.last_status_ns = time.time_ns()
 
     def lost(self) -> None:
-        self._up = False
+        self._up = self._sealed = False
 
     def collect(self) -> Iterator[Metric]:
         latency = HistogramMetricFamily(
@@ -156,6 +157,9 @@ class KmsMetrics(Collector):
             "progressdb_kms_up",
             "1 when the key service said the last time that it serves.",
             value=self._up,
+        )
+        yield GaugeMetricFamily(
+            "progressdb_kms_sealed", "1 when the key service said the last time that it is sealed.", value=self._sealed
         )
         if self.last_status is not None:
             keys = self.last_status.keys

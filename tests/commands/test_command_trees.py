@@ -38,6 +38,11 @@ def test_help_imports_nothing_that_only_a_command_needs(package: str) -> None:
     assert not {name for name in imported if name.partition(".")[0] in roots} | (imported & (modules | rooms))
 
 
+def test_the_help_of_a_command_says_what_its_exit_statuses_mean() -> None:
+    for module, command in (("minikms", "rotate-kek"), ("minikms", "status"), ("progressdb_server", "status")):
+        assert "Exit status: 0" in run(sys.executable, "-m", module, command, "--help").stdout
+
+
 @pytest.mark.parametrize("module", ["minikms", "progressdb_server"])
 def test_help_names_every_command_on_standard_output(module: str) -> None:
     done = run(sys.executable, "-m", module, "--help")

@@ -105,8 +105,10 @@ def test_the_commands_work_pasted_in_order_and_git_ignores_what_they_make(new_di
         end_session(shell.pid)
     assert shell.returncode == 0, output
     assert "Every check held" in output, "make run"
-    assert '"text":"hello"' in output, "the message that curl stored"
-    assert "progressdb_http_requests_total" in output, "the metrics"
+    assert output.count('"text":"hello"') == 2, "the message that curl stored, and read back"
+    assert "progressdb_http_requests_total" in output and "# HELP" not in output, "a few metrics"
+    assert re.search(r"^hello$", output, re.MULTILINE), "what the program has decrypted"
+    assert "serving" not in output and "listening" not in output, "the logs of the services"
     assert "the door code is 4711" in output, "the decrypted note"
     assert "The audit log is intact" in output
     made = sorted(set(os.listdir(new_directory)) - before)

@@ -9,6 +9,8 @@ docs/spec/api.md says what the members mean.
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 
@@ -142,9 +144,14 @@ class PolicyStatus(msgspec.Struct, frozen=True):
     budgets_exhausted: int = 0
 
 
+DISK_FREE_BYTES_MIN: Final = 64 * 1024 * 1024
+"""Below this the status warns: keys can't be made, and soon no audit line fits."""
+
+
 class StatusAnswer(msgspec.Struct, frozen=True):
     """`status` is `ok`, or why the service can't work in one word, with `reason` as a sentence. `epoch` is 0 where the
-    service does not report one. `policy` is None without a policy file.
+    service does not report one. `policy` is None without a policy file. `disk_free_bytes`: for the data directory; None
+    where the service does not report it.
     """
 
     status: str = ""
@@ -164,4 +171,5 @@ class StatusAnswer(msgspec.Struct, frozen=True):
     hardening: list[MeasureStatus] = []
     http: HttpStatus = msgspec.field(default_factory=HttpStatus)
     policy: PolicyStatus | None = None
+    disk_free_bytes: int | None = None
     warnings: list[str] = []

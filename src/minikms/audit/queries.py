@@ -52,8 +52,8 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
     threads: tuple[str, ...] = ()
     thread_keys: tuple[str, ...] = ()
     key: str = ""
-    actor: str = ""
-    request: str = ""
+    actors: tuple[str, ...] = ()
+    requests: tuple[str, ...] = ()
     types: tuple[str, ...] = ()
     outcomes: tuple[str, ...] = ()
 
@@ -64,13 +64,17 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
             and (not self.types or event.type in self.types)
             and (not self.outcomes or event.outcome in self.outcomes)
             and (not self.key or event.key_id == self.key or self.key in event.key_ids)
-            and (not self.actor or event.actor == self.actor)
-            and (not self.request or event.request_id == self.request or self.request in event.request_ids)
+            and (not self.actors or event.actor in self.actors)
+            and (
+                not self.requests
+                or event.request_id in self.requests
+                or not set(self.requests).isdisjoint(event.request_ids)
+            )
         )
 
     def needles(self) -> list[tuple[bytes, ...]]:
         """For each field but the thread: byte strings, at least one of which occurs in a matching line."""
-        fields = ((self.key,), (self.actor,), (self.request,), self.types)
+        fields = ((self.key,), self.actors, self.requests, self.types)
         return [tuple(text.encode() for text in texts) for texts in fields if any(texts)]
 
 
@@ -88,7 +92,8 @@ def query(
     reads: bool = False,
     audit_keys: Sequence[memoryview] = (),
 ) -> Query:
-    """A query for texts as a person types them. With `audit_keys` it also finds a thread id recorded as an HMAC.
+    """A query for texts as a person types them, actor and request also as the log has them, where some characters are
+    escaped. With `audit_keys` it also finds a thread id recorded as an HMAC.
 
     `reads`: only events whose answer may hold plaintext.
     """
@@ -97,8 +102,8 @@ def query(
         threads=tuple(threads),
         thread_keys=tuple(thread_keys),
         key=record.escape(key),
-        actor=record.escape(actor, record.ACTOR_CHARS_MAX),
-        request=record.escape(request),
+        actors=(record.escape(actor, record.ACTOR_CHARS_MAX), actor) if actor else (),
+        requests=(record.escape(request), request) if request else (),
         types=READ_TYPES if reads else (),
         outcomes=READ_OUTCOMES if reads else (),
     )
@@ -144,6 +149,18 @@ def first_seq(directory: str) -> int:
     for file in each_segment(directory):
         return record.peek_seq(file.first_line())
     return 0
+
+
+def first_key(directory: str, trust: Trust) -> int:
+    """The version of the audit key that the log's first line is under; 0 if there is no line that verifies.
+
+    Raises OSError, DamagedSegmentError.
+    """
+    verifier = Verifier(trust)
+    for file in each_segment(directory):
+        verifier.feed(file.first_line())
+        break
+    return 0 if verifier.findings else verifier.key_version
 
 
 def line_of(directory: str, seq: int) -> bytes | None:

@@ -18,7 +18,7 @@ from cyclopts import App, Parameter
 from minikms.cli.console import complain, explained
 from minikms.cli.rootkey import FLAG as MASTER_KEY_FLAG
 from minikms.cli.serve import serve
-from minikms.usage import EXIT_GOOD, EXIT_INTERRUPTED, EXIT_MISSING, EXIT_READER_LEFT, HelpPages
+from minikms.usage import EXIT_GOOD, EXIT_INTERRUPTED, EXIT_MISSING, EXIT_READER_LEFT, HelpPages, show_whole_help
 
 COMMANDS: Final = {
     "init": ("init:init", "Make a data directory, and a root key file if there is none."),
@@ -83,6 +83,7 @@ def run() -> None:
         if mistyped:
             complain(mistyped)
             sys.exit(EXIT_MISSING)
+        show_whole_help(app, words)
         try:
             sys.exit(app(words, print_error=False, exit_on_error=False))
         finally:

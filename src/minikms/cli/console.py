@@ -130,17 +130,30 @@ Json = Annotated[bool, Parameter(name="--json", help="JSON instead of text.", ne
 Yes = Annotated[bool, Parameter(name=("--yes", "-y"), help="Don't ask.", negative=(), show_default=False)]
 
 
-def chosen_socket(given: str | None) -> str:
-    """Raises CommandError when none is named."""
+PACKAGE_SOCKET: Final = "/run/minikms/minikms.sock"
+PACKAGE_DATA_DIR: Final = "/var/lib/progressdb/minikms"
+"""Where the units of `deploy/systemd` have both."""
+
+
+def chosen_socket(given: str | None, *, must_exist: bool = True) -> str:
+    """Raises CommandError when none is named, and none is where the units have it. It says so if that one is used."""
     path = given or os.environ.get(SOCKET_VARIABLE) or ""
+    if not path and must_exist and os.path.exists(PACKAGE_SOCKET):
+        complain(f"--socket is not given: {PACKAGE_SOCKET} is used")
+        return PACKAGE_SOCKET
     if not path:
         raise CommandError(f"name the daemon's socket: --socket PATH, or {SOCKET_VARIABLE}")
     return path
 
 
 def chosen_data_dir(given: str | None, *, must_exist: bool = True) -> str:
-    """The absolute path. Raises CommandError when none is named, or the directory is missing."""
+    """The absolute path. Raises CommandError when none is named, and none is where the units have it, or the directory
+    is missing. It says so if that of the units is used.
+    """
     path = given or os.environ.get(DATA_DIR_VARIABLE) or ""
+    if not path and must_exist and os.path.lexists(PACKAGE_DATA_DIR):
+        complain(f"--data-dir is not given: {PACKAGE_DATA_DIR} is used")
+        path = PACKAGE_DATA_DIR
     if not path:
         raise CommandError(f"name the data directory: --data-dir DIR, or {DATA_DIR_VARIABLE}")
     if must_exist:

@@ -86,7 +86,6 @@ def advice(area: str, what: str, do: str) -> Finding:
     return Finding("advice", area, what, do)
 
 
-FREE_BYTES_MIN: Final = 64 * 1024 * 1024
 FREE_BYTES_ADVISED: Final = 1024 * 1024 * 1024
 FREE_FILES_MIN: Final = 10_000
 KEY_AGE_DAYS_MAX: Final = 365
@@ -191,7 +190,7 @@ def _walk(directory: str) -> Iterator[tuple[str, _Entry]]:
 def _space(directory: str) -> Iterator[Finding]:
     room = os.statvfs(directory)
     free = room.f_bavail * room.f_frsize
-    if free < FREE_BYTES_MIN:
+    if free < api.DISK_FREE_BYTES_MIN:
         yield problem(
             "disk",
             f"{free // 1024:,} KiB are free for {directory}: soon no audit line fits, and every request is refused",

@@ -67,7 +67,11 @@ def encrypt(
 
     place = output or ("-" if source == "-" else source + SUFFIX)
     _check_usage(source, place, json=json, command="encrypt")
-    with daemon_client(socket, server_uid) as kms, _reading(source) as reading, _writing(place, force=force) as writing:
+    with (
+        daemon_client(socket, server_uid) as kms,
+        _reading(source) as reading,
+        _writing(place, output, force=force) as writing,
+    ):
         key_id = key or _data_key_owner(kms)
         made = kms.generate_data_key(key_id, aad=WRAP_AAD)
         if not isinstance(made.plaintext, bytes):
@@ -102,7 +106,7 @@ def decrypt(
     with daemon_client(socket, server_uid) as kms, _reading(source) as reading:
         header, rest = split_header(_parts(reading, source))
         opened = kms.decrypt(header.key_id, header.wrapped_key, aad=WRAP_AAD)
-        with _zeroed(opened) as data_key, _writing(place, force=force) as writing:
+        with _zeroed(opened) as data_key, _writing(place, output, force=force) as writing:
             size = _copy(open_stream(data_key, header, rest), writing)
     if json:
         print_json({"output": os.path.abspath(place), "bytes": size, "key_id": header.key_id})
@@ -161,11 +165,15 @@ def _reading(source: str) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _writing(place: str, *, force: bool) -> Iterator[BinaryIO]:
-    """Standard output, or a private file that gets its name at the end. Raises CommandError."""
+def _writing(place: str, given: str | None, *, force: bool) -> Iterator[BinaryIO]:
+    """Standard output, or a private file that gets its name at the end. `given`: what --output says; only an explicit
+    `-` writes to a terminal. Raises CommandError.
+    """
     if place == "-":
-        if sys.stdout.isatty():
-            raise CommandError("this would write raw bytes to the terminal: name a file with --output FILE")
+        if given is None and sys.stdout.isatty():
+            raise CommandError(
+                "this would write raw bytes to the terminal: name a file with --output FILE, or insist with --output -"
+            )
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return

@@ -9,6 +9,7 @@ shares that were not handed out.
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
@@ -103,8 +104,11 @@ def init(
     )
     if "shares" in made:
         _print_shares(made["shares"])
-    source = f" --master-key-file {key_file}" if key_file is not None else ""
-    print(f"Start it with: minikms --socket PATH --data-dir {directory}{source}")
+    source = f" --master-key-file {shlex.quote(os.path.abspath(key_file))}" if key_file is not None else ""
+    socket = shlex.quote(os.path.join(os.path.dirname(directory), "minikms.sock"))
+    print("Start it, and look at it on another terminal:")
+    print(f"  minikms --socket {socket} --data-dir {shlex.quote(directory)}{source}")
+    print(f"  minikms status --socket {socket}")
     return EXIT_FAILED if failure else EXIT_GOOD
 
 

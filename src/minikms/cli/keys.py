@@ -56,7 +56,7 @@ KeyId = Annotated[str, Parameter(help="The key's id: k_…")]
 def list_keys(
     *,
     thread: Annotated[str | None, Parameter(help="Only this thread's.")] = None,
-    state: Annotated[api.State | None, Parameter(help="Only in this state.")] = None,
+    state: Annotated[Literal["active", "retired"] | None, Parameter(help="Only in this state.")] = None,
     limit: Annotated[
         int, Parameter(help="How many at most; 0: all.", validator=validators.Number(gte=0))
     ] = SHOWN_COUNT,

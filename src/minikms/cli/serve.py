@@ -148,7 +148,7 @@ def serve(
     from minikms.roots.pin import PinFile
     from minikms.roots.providers import DevelopmentKey
 
-    path = chosen_socket(socket)
+    path = chosen_socket(socket, must_exist=False)
     directory = chosen_data_dir(data_dir, must_exist=False)
     root = chosen_root(
         master_key_file,

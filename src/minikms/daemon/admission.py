@@ -82,6 +82,7 @@ class Admission:
         self._policy = policy
         self._unauthorised_peers = RefusalAggregator(api.CODE_UNAUTHORIZED, others=ACTOR_OTHERS)
         self._wrong_proxies = RefusalAggregator(api.CODE_FORBIDDEN, others=ACTOR_OTHERS)
+        self._too_large = RefusalAggregator(api.CODE_TOO_LARGE, others=ACTOR_OTHERS)
         self._limited_users = RefusalAggregator(api.CODE_LIMIT_EXCEEDED, others=ACTOR_OTHERS)
         self._limited = RefusalAggregator(api.CODE_LIMIT_EXCEEDED, others=PRINCIPALS_OTHERS)
         self._by_uid: Counter[int] = Counter()
@@ -148,6 +149,7 @@ class Admission:
             refused.close = True
             return refused
         if head.content_length > api.ROOT_BODY_BYTES_MAX and head.path.startswith(_ROOT_PATHS):
+            self._report(self._too_large.note(actor(session.peer.uid), time.monotonic_ns()))
             return error_response(413, api.CODE_TOO_LARGE, ROOT_BODY_TEXT, close=True)
         return None
 
@@ -209,7 +211,7 @@ class Admission:
         return [event for refusals in self._aggregators() for event in refusals.flush()]
 
     def _aggregators(self) -> tuple[RefusalAggregator, ...]:
-        return self._unauthorised_peers, self._wrong_proxies, self._limited_users, self._limited
+        return self._unauthorised_peers, self._wrong_proxies, self._too_large, self._limited_users, self._limited
 
     def _turn_away(self, session: Session) -> Response:
         self._refuse(session.peer)

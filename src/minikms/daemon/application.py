@@ -19,6 +19,7 @@ from msgspec.json import Decoder
 from minikms import api
 from minikms.api import Verb
 from minikms.audit import Event
+from minikms.audit.record import TYPE_REFUSED
 from minikms.audit.turns import TurnAudit
 from minikms.custody.vault import Permit, Vault
 from minikms.daemon import metrics, strictmsgpack
@@ -31,7 +32,7 @@ from minikms.errors import ForbiddenError, InvalidRequestError, NotSealedError
 from minikms.http import ParsedHead, Request, Response, error_response, parse_query
 from minikms.policy import Meters, Principal
 from minikms.service.access import Keys, ScopedKeys, require
-from minikms.service.base import Perform, VerbTable
+from minikms.service.base import Perform, VerbTable, request_event
 from minikms.service.encoding import Reply, json_answer
 from minikms.service.roots import WITH_ROOT
 
@@ -118,13 +119,13 @@ class Application(AdmittingApplication):
                 who = self._table.entered(who, self._verb(head))
         route = self._routes.get(head.path) or self._id_routes.get(_without_id(head.path))
         if route is None:
-            return self._no_verb(head)
+            return self._no_verb(who, head)
         if head.method != route.method:
             second = self._second_routes.get(head.path)
             if second is None:
-                return _method_not_allowed(route.method)
+                return self._method_not_allowed(who, head, route.method)
             if head.method != second.method:
-                return _method_not_allowed(f"{route.method}, {second.method}")
+                return self._method_not_allowed(who, head, f"{route.method}, {second.method}")
             route = second
         self._asked(route.name)
         request_id = head.request_id or ""
@@ -182,13 +183,28 @@ class Application(AdmittingApplication):
         self._audit.require_writable()
         return READY
 
-    def _no_verb(self, head: ParsedHead) -> Response:
+    def _no_verb(self, who: Principal, head: ParsedHead) -> Response:
         """The answer to an authorised peer on a path that is not a verb's."""
         if head.path == api.HEALTH.path:
-            return HEALTHY if is_request(head, api.HEALTH) else _method_not_allowed(api.HEALTH.method)
+            return HEALTHY if is_request(head, api.HEALTH) else self._method_not_allowed(who, head, api.HEALTH.method)
         if head.path == api.READY.path:
-            return self._ready() if is_request(head, api.READY) else _method_not_allowed(api.READY.method)
+            return (
+                self._ready() if is_request(head, api.READY) else self._method_not_allowed(who, head, api.READY.method)
+            )
+        self._audit_refusal(who, head, api.CODE_NOT_FOUND)
         return error_response(404, api.CODE_NOT_FOUND, "there is no such path; docs/spec/api.md lists them")
+
+    def _method_not_allowed(self, who: Principal, head: ParsedHead, allowed: str) -> Response:
+        self._audit_refusal(who, head, api.CODE_METHOD_NOT_ALLOWED)
+        text = f"use {allowed.replace(', ', ' or ')} here"
+        body = msgspec.json.encode(api.ErrorAnswer(text, api.CODE_METHOD_NOT_ALLOWED))
+        return Response(405, body, headers=(("allow", allowed),))
+
+    def _audit_refusal(self, who: Principal, head: ParsedHead, outcome: str) -> None:
+        """Of a request that is none for a verb."""
+        event = request_event(TYPE_REFUSED, who, head.request_id or "")
+        event.count, event.outcome = 1, outcome
+        self._audit.add(event)
 
     def _seal_at_once(self, who: Principal, request: api.Request, request_id: str) -> Awaitable[Reply]:
         """Not audited here: the audit key is zeroed too. The next unseal writes the line."""
@@ -348,9 +364,3 @@ def _without_id(path: str) -> str:
         return ""
     parts[2] = "{}"
     return "/".join(parts)
-
-
-def _method_not_allowed(allowed: str) -> Response:
-    text = f"use {allowed.replace(', ', ' or ')} here"
-    body = msgspec.json.encode(api.ErrorAnswer(text, api.CODE_METHOD_NOT_ALLOWED))
-    return Response(405, body, headers=(("allow", allowed),))

@@ -235,6 +235,7 @@ def _add_process(made: _Page, status: Mapping[str, Any]) -> None:
     hardening = [({"measure": str(measure["measure"])}, measure["in_force"]) for measure in status["hardening"]]
     made.add("minikms_hardening", "gauge", "1 where a measure is in force.", hardening)
     made.one("minikms_memory_locked_bytes", "gauge", "Memory for raw keys.", status["memory"]["locked_bytes"])
+    made.one("minikms_disk_free_bytes", "gauge", "Free for the data directory.", status["disk_free_bytes"])
     made.one("minikms_root_slots", "gauge", "Root keys that open the keyring.", len(status["root"]["slots"]))
     made.one("minikms_epoch", "gauge", "Rises with every start and keyring write.", status["epoch"])
     made.one(

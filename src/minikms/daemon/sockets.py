@@ -190,8 +190,8 @@ def _open_directory(parent: str) -> int:
     if problem is not None:
         os.close(descriptor)
         raise StartError(
-            f"the socket's directory {parent} {problem}: change its owner to uid {os.geteuid()} and its mode to "
-            "0755 or stricter"
+            f"the socket's directory {parent} {problem}: choose a private directory, such as one that "
+            "`install -d -m 700 DIRECTORY` makes"
         )
     return descriptor
 

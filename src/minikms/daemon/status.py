@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from minikms import api
 from minikms.daemon.accepting import bound_warning
 from minikms.keys.keyring import AUDIT_KEYS_COUNT_MAX, AUDIT_KEYS_COUNT_WARN, KEK_WRAPS_WARN, VERSION
+from minikms.logs import structlog
 
 if TYPE_CHECKING:
     from minikms.audit.maintenance import Maintenance
@@ -58,6 +59,8 @@ class StatusPage:
         self._keks = keks
         self._started_ns = started_ns
         self.server: HttpServer[Session] | None = None
+        self._logger: structlog.stdlib.BoundLogger = structlog.get_logger()
+        self._disk_was_full = False
 
     def build(self) -> dict[str, object]:
         body = self._vault.unlocked.body
@@ -100,8 +103,22 @@ class StatusPage:
             "hardening": [measure.status() for measure in self._measures],
             "http": _http(server),
             "policy": self._policy.status(),
+            "disk_free_bytes": self._disk_free_bytes(),
             "warnings": [*self._warnings(), *self._policy.warnings()],
         }
+
+    def watch_disk(self) -> None:
+        """Logs when the disk has become nearly full, and when it has room again. Call this every second."""
+        full = self._disk_free_bytes() < api.DISK_FREE_BYTES_MIN
+        if full != self._disk_was_full:
+            self._disk_was_full = full
+            say = self._logger.warning if full else self._logger.info
+            say("disk nearly full" if full else "disk has room again", disk_free_bytes=self._disk_free_bytes())
+
+    def _disk_free_bytes(self) -> int:
+        """For the data directory, and for this user."""
+        room = os.statvfs(self._settings.data_dir)
+        return room.f_bavail * room.f_frsize
 
     def _root(self) -> dict[str, object]:
         """`fingerprint`: of the root key that this run was started under, or of the one that has replaced it."""
@@ -156,7 +173,7 @@ class StatusPage:
         if body.revoking:
             found.append(
                 f"{len(body.revoking)} removed root keys could open DEKs until the KEK rotation has ended"
-                + (f"; it can't begin: {self._keks.revocation_error}" if self._keks.revocation_error else "")
+                + (f"; {self._keks.revocation_error}" if self._keks.revocation_error else "")
             )
         if body.wrapping_kek.wraps_reserved >= KEK_WRAPS_WARN:
             found.append("the KEK has wrapped more than 2^31 keys; rotate it")
@@ -188,6 +205,12 @@ class StatusPage:
             f"the {job} of the audit log fails: {reason}. Correct this; the daemon tries again"
             for job, reason in faults.items()
         ]
+        free = self._disk_free_bytes()
+        if free < api.DISK_FREE_BYTES_MIN:
+            found.append(
+                f"only {free // 1024:,} KiB are free for the data directory, so new keys are refused or soon will be; "
+                "free space on its file system"
+            )
         if not self._log.writable:
             found.append(
                 "the audit log can't be written, so every verb but status and metrics answers 503; free space on its "

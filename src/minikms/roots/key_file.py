@@ -45,7 +45,7 @@ def read_key_file(path: Path, arena: SecretArena, *, any_owner: bool = False) ->
         if not any_owner and owner not in (0, os.geteuid()):
             raise StartError(
                 f"{what} belongs to uid {owner}, not to this user or root: run this as that user, with "
-                f"`sudo -u '#{owner}'` before the command"
+                f'`runuser -u "$(id -nu {owner})" --` before the command'
             )
         return _read(fd, arena, what)
     except OSError as error:

@@ -36,7 +36,7 @@ from minikms.custody.vault import Permit, Vault, permitted
 from minikms.errors import ForbiddenError, LimitExceededError, MiniKmsError, TooManyError
 from minikms.http import Response
 from minikms.policy import Principal
-from minikms.service.access import ANSWERS_WITH_PLAINTEXT, Access, Keys, ScopedKeys, require
+from minikms.service.access import ANSWERS_WITH_PLAINTEXT, CREATES, Access, Keys, ScopedKeys, require
 from minikms.service.encoding import Reply, encoding_of, json_answer, refused_item
 
 AUDIT_RETRY_SECONDS: Final = 1.0
@@ -197,10 +197,7 @@ class VerbTable:
                 frame.require(keys.who, request, event)
                 if durable:
                     self.audit.require_writable()
-                charged = keys.charge(request)
-                if charged is not None:
-                    await charged
-                    keys.refresh()
+                keys.charge(request)
                 return await act_scoped(keys, request, event)
 
             try:
@@ -224,11 +221,8 @@ class VerbTable:
                 if forbidden is not None:
                     answer: A | Reply | Later = _refuse_items(request, event, forbidden)
                 else:
-                    acts = partial(act, keys, request, event)
-                    waiting = keys.charge(request)
-                    if waiting is not None:  # a budget has to reach the disk first
-                        return self.put_off(event, partial(_act_charged, waiting, acts, keys), keys=keys)
-                    answer = acts()
+                    keys.charge(request)
+                    answer = act(keys, request, event)
                     if isinstance(answer, Later):
                         return self.put_off(event, answer.act, keys=keys)
             except Exception as error:
@@ -326,7 +320,7 @@ def request_event(name: str, who: Principal, request_id: str) -> Event:
 class _Frame:
     """What is done before a method acts, prepared for one verb."""
 
-    __slots__ = ("_is_batch", "_name", "_names_itself", "_needed", "_roles", "_roles_by_item")
+    __slots__ = ("_creates", "_is_batch", "_name", "_names_itself", "_needed", "_roles", "_roles_by_item")
 
     def __init__(self, verb: Verb[Any, Any]) -> None:
         self._name = verb.name
@@ -334,6 +328,7 @@ class _Frame:
         self._needed = frozenset(verb.roles)
         self._roles_by_item = verb.roles_by_item
         self._is_batch = verb.is_batch
+        self._creates = verb in CREATES
         self._names_itself = "request_id" in verb.request.__struct_fields__
 
     def event(self, who: Principal, request: Any, request_id: str) -> Event:
@@ -345,6 +340,8 @@ class _Frame:
             event.facts = {"via": who.via}
         if self._is_batch:
             event.count = len(request.items)
+        if self._creates and api.THREAD_ID_PATTERN.fullmatch(request.thread_id) is not None:
+            event.thread_id = request.thread_id  # also of one that is refused
         return event
 
     def require(self, who: Principal, request: Any, event: Event) -> None:
@@ -397,15 +394,6 @@ def another_line(event: Event, detail: str) -> Event:
 
 def _reply(answer: object) -> Reply:
     return answer if isinstance(answer, (bytes, Response)) else json_answer(answer)
-
-
-async def _act_charged(waiting: Awaitable[None], act: Callable[[], A | Reply | Later], keys: ScopedKeys) -> A | Reply:
-    """Acts once the charge is durable. The policy may have changed meanwhile: `keys` decides again."""
-    await waiting
-    keys.refresh()
-    answer = act()
-    keys.end_turn()  # here: the turn may end later, and at another depth of the stack
-    return await answer.act() if isinstance(answer, Later) else answer
 
 
 def _refuse_items(request: Any, event: Event, error: MiniKmsError) -> Reply:

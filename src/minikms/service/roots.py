@@ -19,7 +19,7 @@ from minikms.base64 import decode_canonical
 from minikms.crypto import roots
 from minikms.crypto.aead import scrub_stack
 from minikms.crypto.shares import SHARES_COUNT_MAX, THRESHOLD_MIN
-from minikms.custody.files import now_ns, now_rfc3339, rfc3339
+from minikms.custody.files import HOUR_NS, now_ns, now_rfc3339, rfc3339
 from minikms.custody.vault import Permit, Vault
 from minikms.errors import DecryptionError, InvalidRequestError, NotFoundError, NotTestedError, WrongSlotError
 from minikms.keys import keyring, root_slots
@@ -144,6 +144,8 @@ class RootVerbs:
                 permit()
                 _slot(body, slot_id)
                 root_slots.check_removes(body, (slot_id,))
+                at_ns = now_ns()
+                root_slots.check_pace(body, now=rfc3339(at_ns), hour_ago=rfc3339(at_ns - HOUR_NS))
                 _check_another_was_tested(body, slot_id)
                 return (slot_id,)
 
@@ -155,7 +157,7 @@ class RootVerbs:
                 self._keks.ensure_running()  # after an error too: the slot may be gone
         gone = self._revoking(slot_id)
         if gone is None:
-            raise NotFoundError("no root key has this slot; see GET /roots")
+            raise NotFoundError("no root key has this slot; `minikms root list` (GET /roots) shows them")
         event.facts = self._facts(gone)
         return self._describe_revoking(gone)
 
@@ -208,7 +210,7 @@ def _slot(body: Body, slot_id: str) -> Slot:
     """Raises NotFoundError."""
     slot = body.slot(slot_id) if api.SLOT_ID_PATTERN.fullmatch(slot_id) else None
     if slot is None:
-        raise NotFoundError("no root key has this slot; see GET /roots")
+        raise NotFoundError("no root key has this slot; `minikms root list` (GET /roots) shows them")
     return slot
 
 
@@ -236,6 +238,6 @@ def _check_another_was_tested(body: Body, slot_id: str) -> None:
     oldest = rfc3339(now_ns() - keyring.ROOT_TEST_DAYS_MAX * _DAY_NS)  # times of this form sort as text
     if not any(slot.tested_at >= oldest for slot in body.slots if slot.slot_id != slot_id):
         raise NotTestedError(
-            f"no other root key was tested in the last {keyring.ROOT_TEST_DAYS_MAX} days; test one first, with POST "
-            "/roots/{slot_id}/test"
+            f"no other root key was tested in the last {keyring.ROOT_TEST_DAYS_MAX} days; test one first, with "
+            "`minikms root test` (POST /roots/{slot_id}/test)"
         )

@@ -13,7 +13,16 @@ from typing import Annotated, Final, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_INTERRUPTED, EXIT_MISSING, EXIT_READER_LEFT, HelpPages, explained
+from minikms.usage import (
+    EXIT_FAILED,
+    EXIT_GOOD,
+    EXIT_INTERRUPTED,
+    EXIT_MISSING,
+    EXIT_READER_LEFT,
+    HelpPages,
+    explained,
+    show_whole_help,
+)
 from progressdb_server.cli.flags import Addr, CommandError, ConfigFile, Db, Dev, MasterKeyFd, MasterKeyFile, load_config
 
 COMMANDS: Final = {
@@ -101,6 +110,7 @@ def run(master_key_fd: int | None) -> None:
         words = sys.argv[1:]
         words[:1] = [FORMER_NAMES.get(word, word) for word in words[:1]]
         _check_first_word(words)
+        show_whole_help(app, words)
         try:
             command, bound, unparsed = app.parse_args(words, print_error=False, exit_on_error=False)
             given = {"master_key_fd": master_key_fd} if "master_key_fd" in unparsed else {}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import os
 import shutil
 import threading
@@ -90,6 +91,14 @@ class Backups(OpenStore):
         while entries := self.engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
             lower = keyspace.next_key(entries[-1][0])
             yield [msgspec.json.decode(value, type=Registered) for _, value in entries]
+
+    def newest_backup_ns(self) -> float:
+        """When the newest registered backup was begun, in Unix ns; minus infinity without one."""
+        lower, upper, newest = keyspace.BACKUPS, keyspace.after(keyspace.BACKUPS), b""
+        while entries := self.engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
+            newest = entries[-1][1]
+            lower = keyspace.next_key(entries[-1][0])
+        return msgspec.json.decode(newest, type=Registered).created_ns if newest else -math.inf
 
     async def forget_backup(self, name: str) -> list[Registered]:
         found = [known async for page in self.backups() for known in page if known.name == name]

@@ -88,6 +88,10 @@ class Conversations(Messages, Rekeying, Backups):
             "How far the newest stamp is ahead of the system clock.",
             lambda: self.clock.ahead_ns / 1_000_000_000,
         )
+        self.metrics.gauges["progressdb_store_backup_age_seconds"] = (
+            "Since the newest registered backup was begun.",
+            lambda: (self.clock.now_ns() - self.newest_backup_ns()) / 1_000_000_000,
+        )
         self.metrics.gauges["progressdb_store_available"] = (
             "1 when the store takes writes.",
             lambda: self.writer.available,

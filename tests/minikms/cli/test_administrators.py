@@ -137,7 +137,7 @@ def with_server() -> Iterator[Place]:
         yield found
 
 
-AS_SERVICE = f"`sudo -u '#{SERVICE_UID}'`"
+AS_SERVICE = f'`runuser -u "$(id -nu {SERVICE_UID})" --`'
 SERVED_BY = ("--server-uid", str(SERVICE_UID))
 
 

@@ -131,7 +131,7 @@ def test_closing_works_after_the_directory_is_removed(directory: Path) -> None:
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775, 0o757, 0o720])
 def test_a_directory_that_others_can_write_in_is_refused(directory: Path, mode: int) -> None:
     directory.chmod(mode)
-    with pytest.raises(StartError, match="others can write in it"):
+    with pytest.raises(StartError, match="others can write in it: choose a private directory"):
         sockets.listen(str(directory / "s"), {})
     assert os.listdir(directory) == []
 

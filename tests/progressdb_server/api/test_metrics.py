@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from collections.abc import Iterator
@@ -11,9 +12,12 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from minikms import api
 from minikms.daemon.metrics import BATCH_SIZES, Histogram, VerbTimes, page
+from progressdb_server.metrics import KmsMetrics
 from tests import needs
 from tests.harness.unix_http import unix_request
+from tests.progressdb_server.api.asgi_client import ADMIN
 from tests.progressdb_server.api.real_server import RealServer, real_server
 
 PROJECT = Path(__file__).resolve().parents[3]
@@ -21,6 +25,7 @@ PROJECT = Path(__file__).resolve().parents[3]
 
 ALERTS = PROJECT / "deploy" / "prometheus" / "alerts.yml"
 PAGE = PROJECT / "docs" / "metrics.md"
+RUNBOOK = PROJECT / "docs" / "runbook.md"
 TYPES = {"counter", "gauge", "histogram"}
 
 
@@ -95,6 +100,39 @@ def test_alerts_are_accepted_and_use_metrics_that_there_are() -> None:
     assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in used} - explained().keys() == set()
 
 
+def test_each_alert_leads_to_the_section_that_the_runbook_names_for_it() -> None:
+    rules = re.findall(r"- alert: (\w+)\n(.*?)(?=\n      - alert:|\n  - name:|\Z)", ALERTS.read_text(), re.DOTALL)
+    assert len(rules) == ALERTS.read_text().count("- alert: ")
+    for alert, rule in rules:
+        [anchor] = re.findall(r"^ +runbook_url: docs/runbook\.md#([a-z-]+)$", rule, re.MULTILINE)
+        [row] = [line for line in RUNBOOK.read_text().splitlines() if f"`{alert}`" in line and line.startswith("|")]
+        assert row.endswith(f"](#{anchor}) |"), f"{alert}: {row}"
+
+
+def test_a_sealed_key_service_is_not_taken_for_one_that_is_away() -> None:
+    counted = KmsMetrics()
+
+    def value(name: str) -> float:
+        return next(family.samples[0].value for family in counted.collect() if family.name == name)
+
+    counted.seen(api.StatusAnswer(status=api.CODE_SEALED))
+    assert (value("progressdb_kms_up"), value("progressdb_kms_sealed")) == (0, 1)
+    counted.lost()
+    assert (value("progressdb_kms_up"), value("progressdb_kms_sealed")) == (0, 0)
+
+
+def test_the_age_of_the_newest_backup_is_known(server: RealServer) -> None:
+    def age() -> float:
+        found = re.search(r"^progressdb_store_backup_age_seconds (\S+)", server("GET", "/metrics").body.decode(), re.M)
+        assert found is not None
+        return float(found[1])
+
+    assert age() == math.inf
+    for name in ("one", "two"):
+        assert server("POST", "/admin/store_backup", {"name": name}, key=ADMIN).status == 200
+    assert 0 <= age() < 3600
+
+
 def test_prometheus_reads_both_pages(pages: dict[str, str]) -> None:
     for program, text in pages.items():
         done = subprocess.run(
@@ -121,6 +159,7 @@ def test_a_label_value_can_not_add_a_line() -> None:
         "hardening": [{"measure": 'a"\n\\', "in_force": False}],
         "root": {"slots": []},
         "policy": None,
+        "disk_free_bytes": 0,
         "epoch": 1,
         "uptime_seconds": 1,
         "warnings": [],

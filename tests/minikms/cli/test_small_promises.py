@@ -1,0 +1,74 @@
+"""What single commands say, and the one that writes to a terminal, against a real daemon."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minikms.cli import console
+from minikms.usage import SOCKET_VARIABLE
+from tests.harness.live_daemon import LiveDaemon
+from tests.harness.terminal import OnTerminal
+
+MINIKMS = (sys.executable, "-P", "-m", "minikms")
+
+
+def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [*MINIKMS, *map(str, words)]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_only_an_explicit_dash_decrypts_to_a_terminal(tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    note.write_text("the door code is 4711\n")
+    with LiveDaemon(tmp_path, "file") as daemon:
+        socket = ("--socket", str(daemon.socket))
+        assert run("encrypt", note, *socket).returncode == 0
+        words = [*MINIKMS, "decrypt", f"{note}.kms", "--output", "-", *socket]
+        with OnTerminal(words, env=dict(os.environ)) as terminal:
+            assert terminal.wait() == 0 and b"the door code is 4711" in terminal.shown
+        piped = f"{' '.join(MINIKMS)} decrypt {' '.join(socket)} < {note}.kms"
+        with OnTerminal(["sh", "-c", piped], env=dict(os.environ)) as terminal:
+            assert terminal.wait() == 2 and b"insist with --output -" in terminal.shown
+
+
+def test_commands_name_commands_and_offer_only_what_they_can_do(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path, "file") as daemon:
+        socket = ("--socket", daemon.socket)
+        assert "`minikms root list`" in run("root", "test", "s9", "--root", f"file:{daemon.root_file}", *socket).stderr
+        listed = run("keys", "list", "--state", "destroyed", *socket)
+        assert listed.returncode == 2 and "destroyed" not in run("keys", "list", "--help").stdout
+
+
+def test_without_flags_commands_look_where_the_units_are_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Except for `serve`, which would make what it does not find."""
+    for variable in (SOCKET_VARIABLE, console.DATA_DIR_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(console, "PACKAGE_SOCKET", str(tmp_path / "s"))
+    monkeypatch.setattr(console, "PACKAGE_DATA_DIR", str(tmp_path / "d"))
+    for choose in (console.chosen_socket, console.chosen_data_dir):
+        with pytest.raises(console.CommandError, match="name the"):
+            choose(None)
+    (tmp_path / "s").touch()
+    (tmp_path / "d").mkdir()
+    assert console.chosen_socket(None) == str(tmp_path / "s")
+    assert console.chosen_data_dir(None) == str(tmp_path / "d")
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/s is used" in said and f"{tmp_path}/d is used" in said
+    with pytest.raises(console.CommandError, match="name the daemon's socket"):
+        console.chosen_socket(None, must_exist=False)
+
+
+def test_init_prints_the_next_commands_to_paste(tmp_path: Path) -> None:
+    made = run("init", "--data-dir", tmp_path / "the data", "--master-key-file", tmp_path / "root.key")
+    assert (
+        f"\n  minikms --socket {tmp_path}/minikms.sock --data-dir '{tmp_path}/the data' --master-key-file"
+        in made.stdout
+    )
+    assert f"\n  minikms status --socket {tmp_path}/minikms.sock\n" in made.stdout
