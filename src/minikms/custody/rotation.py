@@ -425,14 +425,14 @@ class KekRotation:
         StorageUnavailableError.
         """
         vault = self._vault
-        async with vault.locks.hold([rewrap.key_id for rewrap in batch], announced=False):
+        async with vault.locks.hold([rewrap.key_id for rewrap in batch], announced=False) as held:
             # A destruction whose request was cancelled goes on without the lock.
             batch = [each for each in batch if each.key_id not in changed and each.key_id not in vault.destroyed]
             if not batch:
                 return
             vault.store.answer_with({rewrap.key_id: rewrap.new for rewrap in batch})
             try:
-                await _run_in(self._disk, lambda: vault.rewraps.write(batch, stamp))
+                await _run_in(self._disk, lambda: vault.rewraps.write(held, batch, stamp))
             except Exception as error:
                 # Any error: while the journal is live, no batch can be written and no key destroyed.
                 if not vault.rewraps.live or not await self._settle(error):
