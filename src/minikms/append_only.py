@@ -10,6 +10,8 @@ caller owns the content, and the whole directory. Invariants:
   appended anew. Until the disk has confirmed those, `failed` is True and the file takes no append.
 - Before that truncation the bytes are durable in another file, `<path>.unconfirmed`. It is made as soon as a sync
   fails, so that the next process knows (`recover`): what it reads of this file may be in the page cache only.
+- `<path>.confirmed` says how much was on the disk after the last sync, so that the next process can tell damage by a
+  power cut from an alteration. It is not synced: after a power cut it may say less. For another file it says nothing.
 - At most about `UNCONFIRMED_BYTES_MAX` are unconfirmed: they are held in memory.
 - `sync` and `switch` exclude each other, so a descriptor is never closed during its sync. `append` waits for neither
   until that bound is reached.
@@ -25,6 +27,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import struct
 import threading
 from typing import Final
 
@@ -34,6 +37,9 @@ FILE_MODE: Final = 0o600
 UNCONFIRMED_BYTES_MAX: Final = 16 * 1024 * 1024
 """Before an append that would begin beyond it, the file is synced."""
 UNCONFIRMED_SUFFIX: Final = ".unconfirmed"
+CONFIRMED_SUFFIX: Final = ".confirmed"
+_MARK: Final = struct.Struct(">QQ")
+"""Inode of the file, and how many of its bytes are confirmed."""
 _OFFSET_BYTES: Final = 8
 _DIGEST_BYTES: Final = 32
 
@@ -59,6 +65,8 @@ class AppendOnlyFile:
         self._lock = threading.Lock()
         self.size = size
         self.failed = False
+        self._mark_fd = _open_mark(path)
+        self._mark()
 
     @property
     def unconfirmed_bytes(self) -> int:
@@ -112,6 +120,13 @@ class AppendOnlyFile:
             while self._confirmed < target:
                 self._confirmed += len(self._held.popleft())
             self.failed = False
+            self._mark()
+
+    def _mark(self) -> None:
+        """Store what is confirmed. Without it the next process only takes an alteration for damage."""
+        if self._mark_fd >= 0:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._mark_fd, _MARK.pack(os.fstat(self._fd).st_ino, self._confirmed), 0)
 
     def _append_anew(self) -> None:
         blob = b"".join(self._held)
@@ -127,21 +142,22 @@ class AppendOnlyFile:
             os.close(self._fd)
             self._fd = fd
             self.size = self._confirmed = size
+            self._mark()
 
     def close(self) -> None:
         with self._lock:
             os.close(self._fd)
+            if self._mark_fd >= 0:
+                os.close(self._mark_fd)
 
 
 def recover(path: str) -> None:
-    """Complete what an earlier process could not, whose sync of `path` failed. Call it before the file is read.
+    """Return when all of `path` is on disk, whose writer may have been killed, or had a failed sync. Call it before the
+    file is read.
 
     Raises OSError; then call it again, for example at the next start.
     """
     saved = _load(path)
-    if saved is None:
-        return
-    offset, blob = saved
     flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         fd = os.open(path, flags)
@@ -150,6 +166,14 @@ def recover(path: str) -> None:
         return
     try:
         size = os.fstat(fd).st_size
+        if saved is None:
+            try:
+                sync_data(fd)
+            except OSError:
+                _save(path, max(0, size - 2 * UNCONFIRMED_BYTES_MAX), None)
+                raise
+            return
+        offset, blob = saved
         if blob is None and offset < size:
             offset = max(offset, size - 2 * UNCONFIRMED_BYTES_MAX)
             blob = os.pread(fd, size - offset, offset)
@@ -160,6 +184,26 @@ def recover(path: str) -> None:
             _replace_end(path, fd, offset, blob)
     finally:
         os.close(fd)
+
+
+def confirmed_bytes(path: str, fd: int) -> int:
+    """How many bytes of the open file `path` were on the disk for certain when its last writer ended."""
+    with contextlib.suppress(OSError, struct.error):
+        mark = os.open(path + CONFIRMED_SUFFIX, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(mark, "rb") as file:
+            inode, size = _MARK.unpack(file.read(_MARK.size))
+        if inode == os.fstat(fd).st_ino:
+            return int(size)
+    return 0
+
+
+def _open_mark(path: str) -> int:
+    """-1 where it can't be made: it is needed neither to write the file nor to start."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(path + CONFIRMED_SUFFIX, flags, FILE_MODE)
+    except OSError:
+        return -1
 
 
 def _replace_end(path: str, fd: int, offset: int, blob: bytes) -> None:

@@ -31,6 +31,7 @@ from typing import Final, NamedTuple
 from minikms.audit import AuditKey, AuditLog, Event, ExpectedLog
 from minikms.audit.chain import KeyState, LocalSigner
 from minikms.audit.log import DEFAULT_LIMITS, FsyncPolicy, Limits
+from minikms.audit.queries import first_key
 from minikms.audit.reader import LOG_NAME, DamagedSegmentError, each_segment, list_segments
 from minikms.audit.record import Head
 from minikms.audit.recovery import IF_RESTORED, AuditKeys
@@ -219,6 +220,7 @@ def open_for_service(
         undo.callback(destroyed.close)
         if not options.accept_restore:
             _check_tombstones(destroyed, log)
+        body = keyring.without_audit_keys(body, before=_oldest_audit_key(directory, unlocked))
         with written_at_start(os.path.join(directory, keyring_file.NAME)):
             _raise_epoch(unlocked, body, file, seen_epoch=seen, proved_slot_id=slot.slot_id)
         log.writer.state = lambda: KeyState(unlocked.body.epoch, destroyed.count)
@@ -395,6 +397,13 @@ def _check_tombstones(destroyed: Tombstones, log: AuditLog) -> None:
         )
 
 
+def _oldest_audit_key(directory: str, unlocked: UnlockedKeyring) -> int:
+    """The version of the audit key that the first line of the log is under; 0 if that is not certain."""
+    with contextlib.suppress(DamagedSegmentError):
+        return first_key(directory, audit_keys(unlocked).trust())
+    return 0
+
+
 def _raise_epoch(
     unlocked: UnlockedKeyring, body: keyring.Body, file: KeyringFile, *, seen_epoch: int, proved_slot_id: str
 ) -> None:
@@ -410,6 +419,8 @@ def _raise_epoch(
     body = keyring.with_logs(root_slots.mark_tested(body, proved_slot_id, at=at))
     body = keyring.next_epoch(body, at=at)
     file.store_now(unlocked.encode(body))
+    for version in {key.version for key in unlocked.body.audit_keys} - {key.version for key in body.audit_keys}:
+        unlocked.forget_audit_key(version)
     unlocked.body = body
 
 

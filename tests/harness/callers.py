@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from minikms.policy.meters import SAVED_NAME
 from tests import needs
+from tests.harness.limited import FULL_BUCKETS
 from tests.harness.live_daemon import LiveDaemon
 
 USER, OTHER, PROXY, NOBODY = 45_678, 45_679, 45_680, 45_681
@@ -131,7 +133,9 @@ def connected_as(uid: int, path: Path) -> socket.socket:
 
 
 class PolicyDaemon(LiveDaemon):
-    """A daemon under a policy file, in a directory of the file's own. Every user reaches its socket."""
+    """A daemon under a policy file, in a directory of the file's own. Every user reaches its socket. All hourly limits
+    are full at its first start.
+    """
 
     def __init__(self, base: Path, policy: str, *flags: str, **others: Any) -> None:
         needs.root()
@@ -142,6 +146,8 @@ class PolicyDaemon(LiveDaemon):
         run = base / "run"  # of the socket, where the daemon may write
         run.mkdir(mode=0o755)
         others.setdefault("socket", run / "s")
+        (base / "data").mkdir(mode=0o700)
+        (base / "data" / SAVED_NAME).write_bytes(FULL_BUCKETS)
         super().__init__(
             base, "file", "--socket-mode", "0666", "--policy", str(self.policy), *flags, server_uids=[0], **others
         )

@@ -1,22 +1,18 @@
 """The verbs over real files under a policy, without a daemon.
 
 Owns: the parts of a daemon that a policy concerns, joined in this process, and callers of them. Invariants: the policy
-file is parsed as in the daemon; budgets are kept in a file in memory whose writes a test can hold up. It asserts
-nothing.
+file is parsed as in the daemon; all hourly limits are full. It asserts nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-import threading
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -24,7 +20,7 @@ from minikms import api
 from minikms.api import Verb
 from minikms.audit import Event
 from minikms.http import Response
-from minikms.policy import Clock, FilePolicy, Meters, Principal, parse_policy
+from minikms.policy import FilePolicy, Meters, Principal, parse_policy
 from minikms.service.access import Access
 from minikms.service.base import VerbTable
 from minikms.service.keys import KeyVerbs
@@ -33,33 +29,8 @@ from minikms.service.records import RecordVerbs
 from minikms.service.roots import RootVerbs
 from tests.harness.vaults import OpenedVault, opened_vault
 
-
-class MemoryFile:
-    """The file of the budgets. Writes wait while `go_on` is not set."""
-
-    def __init__(self) -> None:
-        self.content: bytes | None = None
-        self.writes = 0
-        self.go_on = threading.Event()
-        self.go_on.set()
-
-    @property
-    def appendable(self) -> bool:
-        return self.content is not None
-
-    def read(self) -> bytes | None:
-        return self.content
-
-    def append(self, data: bytes) -> None:
-        self.replace((self.content or b"") + data)
-
-    def replace(self, data: bytes) -> None:
-        self.go_on.wait(60)
-        self.writes += 1
-        self.content = data
-
-    def close(self) -> None:
-        pass
+FULL_BUCKETS: Final = b'{"version":1,"others_ns":3600000000000,"buckets":[]}'
+"""What a stop saves where no hourly limit was used for an hour."""
 
 
 class KeptAudit:
@@ -81,11 +52,10 @@ class KeptAudit:
 class Limited:
     """Made by `limited`."""
 
-    def __init__(self, one: OpenedVault, policy: FilePolicy, meters: Meters, file: MemoryFile) -> None:
+    def __init__(self, one: OpenedVault, policy: FilePolicy, meters: Meters) -> None:
         self.one = one
         self.policy = policy
         self.meters = meters
-        self.file = file
         self.audit = KeptAudit()
         self.limited: list[Event] = []
         self.refusals: Counter[str] = Counter()
@@ -149,16 +119,8 @@ async def limited(
     `boot_ms`: the clock of the limits. Without it the clock stands still, so that no limit has room again.
     """
     rules = parse_policy(b"version = 1\n" + policy.encode())
-    clock = Clock("boot", boot_ms, lambda: time.time_ns() // 1_000_000)
-    file = MemoryFile()
-    with ThreadPoolExecutor(1) as budgets:
-        async with opened_vault(directory) as one:
-            one.vault.index.keep_threads()
-            await one.indexing.run()
-            meters = Meters(clock, file, budgets)
-            try:
-                yield Limited(one, FilePolicy(rules), meters, file)
-            finally:
-                file.go_on.set()
-                await meters.drain()
-                meters.close()
+    meters = Meters(FULL_BUCKETS, now_ns=lambda: boot_ms() * 1_000_000)
+    async with opened_vault(directory) as one:
+        one.vault.index.keep_threads()
+        await one.indexing.run()
+        yield Limited(one, FilePolicy(rules), meters)

@@ -151,7 +151,12 @@ def key_file(directory: Path) -> Path:
 
 @asynccontextmanager
 async def opened_vault(
-    directory: Path, *, slots: int = ARENA_SLOTS, cache_keys_max: int = 16, key: Path | None = None
+    directory: Path,
+    *,
+    slots: int = ARENA_SLOTS,
+    cache_keys_max: int = 16,
+    key: Path | None = None,
+    accept_restore: bool = False,
 ) -> AsyncIterator[OpenedVault]:
     """A start, and at the end of the block a stop. A directory that isn't there is made."""
     with (
@@ -168,7 +173,7 @@ async def opened_vault(
             arena=arena,
             disk=disk,
             journal=journal,
-            options=datadir.Options(audit_fsync="never", cache_keys_max=cache_keys_max),
+            options=datadir.Options(accept_restore=accept_restore, audit_fsync="never", cache_keys_max=cache_keys_max),
         )
         try:
             yield OpenedVault(directory, data, used, reader=reader, disk=disk)

@@ -21,6 +21,7 @@ from minikms.audit import Event
 from minikms.audit.chain import KeyState
 from minikms.audit.log import Limits
 from minikms.audit.maintenance import compress_closed
+from minikms.audit.reader import LOG_NAME
 from minikms.cli.serve import serve
 from minikms.custody.rotation_backups import newest_key_id
 from minikms.datadir import DataDir, Options
@@ -230,6 +231,31 @@ def test_the_audit_key_is_not_changed_in_a_keyring_older_than_the_log(tmp_path: 
     assert (directory / "keyring.json").read_bytes() == (tmp_path / "old").read_bytes()
     with opener(directory) as again, pytest.raises(StartError, match="older than the audit log"):
         again.open()
+
+
+def test_a_start_forgets_audit_keys_whose_lines_are_gone(tmp_path: Path) -> None:
+    directory = tmp_path / "d"
+    with opener(directory) as first:
+        first.start()
+    for _ in range(2):
+        datadir.rotate_audit_key(str(directory), KeyFile(key_file(directory)))
+        with opener(directory) as again:
+            data = again.open()
+            data.log.writer.rotate(data.log.now_ns())
+            data.close()
+    with opener(directory) as again:
+        data = again.open()
+        assert [key.version for key in data.vault.keyring.body.audit_keys] == [1, 2, 3]
+        data.close()
+        segment = directory / f"{LOG_NAME}.1"
+        content = segment.read_bytes()
+        segment.write_bytes(content.replace(b'"key":1', b'"key":3', 1))
+        again.start()
+        os.unlink(segment)
+        data = again.open()
+        assert [key.version for key in data.vault.keyring.body.audit_keys] == [2, 3], "a line that verifies says so"
+        data.close()
+        again.start()
 
 
 def write_start_line(data: DataDir) -> None:

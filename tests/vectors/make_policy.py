@@ -8,12 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import zlib
 from pathlib import Path
-from typing import Any
 
 FILE = Path(__file__).with_name("policy.json")
-HOUR_MS = 3_600_000
+
+
 LITERAL = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._~:/@-"
 
 
@@ -76,37 +75,6 @@ def identities() -> list[dict[str, object]]:
     ]
 
 
-def line(boot_id: str, offset_ms: int, budgets: list[Any]) -> str:
-    text = json.dumps({"boot_id": boot_id, "wall_offset_ms": offset_ms, "budgets": budgets}, separators=(",", ":"))
-    return f"{zlib.crc32(text.encode()):08x} {text}\n"
-
-
-def budget_files() -> list[dict[str, object]]:
-    """Files with the clocks at a start, and the uses that count then."""
-    begin = "minikms-policy-budgets 1\n"
-    one = ["grant:chat", "uid:1000", "decrypts", [[100, 0, 0], [100, 30, 5_000_000]]]
-    more = ["grant:chat", "uid:1000", "decrypts", [[50, 10, 7_000_000]]]
-    total = ["grant:chat", "*", "reencrypts", [[7, 0, 0], [0, 0, 6_500_000]]]
-    content = begin + line("b1", 1_000, [one]) + line("b1", 1_000, [more, total])
-    key, all_of_it = "grant:chat uid:1000 decrypts", "grant:chat * reencrypts"
-    # Blocks of 70 (last used at 5,000,000) and 90 (7,000,000), and an open one of 50; 7 at 6,500,000.
-    return [
-        {"name": "the same boot", "content": content, "boot_id": "b1", "boot_ms": 7_100_000, "wall_ms": 0}
-        | {"used": {key: 210, all_of_it: 7}},
-        {"name": "the first block has left", "content": content, "boot_id": "b1", "boot_ms": 8_600_000, "wall_ms": 0}
-        | {"used": {key: 140, all_of_it: 7}},
-        {"name": "after a boot", "content": content, "boot_id": "b2", "boot_ms": 5_000, "wall_ms": 10_200_000}
-        | {"used": {key: 140}},
-        {"name": "the wall clock was set back", "content": content, "boot_id": "b2", "boot_ms": 5_000, "wall_ms": 0}
-        | {"used": {key: 210, all_of_it: 7}},
-        {"name": "long after a boot", "content": content, "boot_id": "b2", "boot_ms": 4_000_000, "wall_ms": 0}
-        | {"used": {key: 50}},
-        {"name": "torn", "content": content[:-3], "boot_id": "b1", "boot_ms": 7_100_000, "wall_ms": 0}
-        | {"used": {key: 170}},
-        {"name": "nothing", "content": begin, "boot_id": "b1", "boot_ms": 1, "wall_ms": 0} | {"used": {}},
-    ]
-
-
 def vectors() -> str:
     content = {
         "about": "docs/spec/policy.md",
@@ -126,7 +94,6 @@ def vectors() -> str:
         ],
         "matches": match_vectors(),
         "identities": identities(),
-        "budget_files": budget_files(),
     }
     return json.dumps(content, indent=1) + "\n"
 

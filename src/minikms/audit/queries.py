@@ -151,6 +151,18 @@ def first_seq(directory: str) -> int:
     return 0
 
 
+def first_key(directory: str, trust: Trust) -> int:
+    """The version of the audit key that the log's first line is under; 0 if there is no line that verifies.
+
+    Raises OSError, DamagedSegmentError.
+    """
+    verifier = Verifier(trust)
+    for file in each_segment(directory):
+        verifier.feed(file.first_line())
+        break
+    return 0 if verifier.findings else verifier.key_version
+
+
 def line_of(directory: str, seq: int) -> bytes | None:
     """The line with that number, not verified, or None. It reads one file: the newest that does not begin after it.
 

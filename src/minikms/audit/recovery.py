@@ -5,7 +5,8 @@ Owns: verifying the end of a log file, the decision table below, and the events 
 - No log, and none is expected: begin a new log with `genesis`.
 - No log, but one is expected: refuse.
 - The end follows from the last signed line: continue.
-- The same, then bytes without a newline: move these bytes aside; a `recovery` event names them with their SHA-256.
+- The same, then damage of any kind behind what a sync has confirmed (`minikms.append_only`), as a power cut leaves it:
+  move everything from there on aside; a `recovery` event names and counts it.
 - A closed last segment, and no file or an empty one after it: a rotation was interrupted; begin the next file.
 - An end under an earlier audit key, at the line where the change of key began: the change was interrupted;
   `OpenedLog.key` is that earlier key. At another line: refuse, because the holder of an earlier key can write a log
@@ -14,7 +15,7 @@ Owns: verifying the end of a log file, the decision table below, and the events 
   files aside and begin a new log whose `genesis` says so.
 
 Invariants: the next start completes every step that a crash interrupted; nothing of an old log is deleted; verifying
-the end reads at most the lines between two checkpoints, and changes nothing. It must run under the lock of the data
+the end begins at the last signed line that is confirmed, and changes nothing. It must run under the lock of the data
 directory, and must never continue from an end that `minikms.audit.verify` would reject.
 """
 
@@ -54,8 +55,13 @@ from minikms.sync import sync_data, sync_directory, sync_file
 READ_BYTES: Final = 64 * 1024
 _FIRST_LINE_BYTES: Final = 4096
 LOG_END_BYTES_MAX: Final = 32 * 1024 * 1024
-"""No writer leaves more without a signature: it signs after 8 MiB, and the lines of a turn are far fewer bytes."""
+"""No writer leaves more after the last signed line that is confirmed: it signs after 8 MiB, and syncs before more than
+16 MiB are unconfirmed. The lines of a turn are far fewer bytes.
+"""
 
+_READ_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_TEMP_SUFFIX: Final = ".tmp"
+_SIGNATURE_MARK: Final = b'"signature":"'
 _TORN_PREFIX: Final = LOG_NAME + ".torn-"
 _ASIDE_PREFIX: Final = "minikms-audit.aside-"
 _ADVICE: Final = (
@@ -66,7 +72,7 @@ IF_RESTORED: Final = "If you restored a copy on purpose, start once without --ex
 
 
 class LogEnd(msgspec.Struct):
-    """The end of a log file. whole_bytes: size up to the end of the last whole line; the rest is an incomplete line.
+    """The end of a log file. whole_bytes: size up to the end of the last good line; the rest was never confirmed.
 
     fault: empty, or why the end can't be trusted; then the later fields have no meaning.
     """
@@ -85,30 +91,34 @@ class LogEnd(msgspec.Struct):
     """Number of the next segment, if the last line is a `segment_close`; 0 if the file is not closed."""
 
 
-def read_log_end(fd: int, trust: Trust) -> LogEnd:
-    """Verify the end of the file `fd`. Raises OSError when it can't be read."""
+def read_log_end(fd: int, trust: Trust, confirmed_bytes: int) -> LogEnd:
+    """Verify the end of the file `fd`, whose first `confirmed_bytes` a sync has confirmed. Raises OSError when it can't
+    be read.
+    """
     size = os.fstat(fd).st_size
-    whole_bytes = _whole_bytes(fd, size)
-    if whole_bytes == 0:
-        return LogEnd(0)
-    start, data = _from_last_signed_line(fd, whole_bytes)
+    start, data = _from_signed_line(fd, size, min(size, confirmed_bytes))
     if data is None:
-        return LogEnd(whole_bytes, fault=f"there is no checkpoint in its last {LOG_END_BYTES_MAX} bytes")
-    verifier = Verifier(trust, from_signed_line=start > 0)
-    for line in data.split(b"\n")[:-1]:
-        verifier.feed(line)
+        return LogEnd(size, fault=f"there is no checkpoint in its last {LOG_END_BYTES_MAX} bytes")
+    verifier, good = _verified(data, trust, from_signed_line=start > 0)
+    fault = ""
     if verifier.findings:
-        return LogEnd(whole_bytes, fault=verifier.findings[0].text)
+        fault = verifier.findings[0].text
+        verifier, good = _verified(data[:good], trust, from_signed_line=start > 0)
+    if start + good < confirmed_bytes:
+        fault = fault or f"it ends after {start + good} bytes, and {confirmed_bytes} were on the disk"
+        return LogEnd(size, fault=fault)
+    if start + good == 0:
+        return LogEnd(0, fault=fault)
     try:
         first = record.parse_line(_first_line(fd))[0]
     except MalformedLineError as error:
-        return LogEnd(whole_bytes, fault=f"its first line is {error}")
+        return LogEnd(size, fault=f"its first line is {error}")
     head = verifier.head
     if head is None or first.facts.get("log_id") != verifier.log_id:
-        return LogEnd(whole_bytes, fault="its first line belongs to another log")
+        return LogEnd(size, fault=fault or "its first line belongs to another log")
     segment = first.facts.get("segment")
     return LogEnd(
-        whole_bytes,
+        start + good,
         first_ts=first.ts,
         first_seq=first.seq,
         head=head,
@@ -121,53 +131,54 @@ def read_log_end(fd: int, trust: Trust) -> LogEnd:
     )
 
 
-def _whole_bytes(fd: int, size: int) -> int:
-    end = size
-    while end > 0:
-        begin = max(0, end - READ_BYTES)
-        newline = os.pread(fd, end - begin, begin).rfind(b"\n")
-        if newline >= 0:
-            return begin + newline + 1
-        end = begin
-    return 0
+def _verified(data: bytes, trust: Trust, *, from_signed_line: bool) -> tuple[Verifier, int]:
+    """A verifier that was fed up to the first faulty line of `data`, and the bytes of the lines before that."""
+    verifier, good = Verifier(trust, from_signed_line=from_signed_line), 0
+    for line in data.split(b"\n")[:-1]:
+        verifier.feed(line)
+        if verifier.findings:
+            break
+        good += len(line) + 1
+    return verifier, good
 
 
-def _from_last_signed_line(fd: int, end: int) -> tuple[int, bytes | None]:
-    """(offset, the bytes from there to `end`): from the last signed line, or from the beginning if there is none.
+def _from_signed_line(fd: int, size: int, confirmed_bytes: int) -> tuple[int, bytes | None]:
+    """(offset, the bytes from there to the end): from the last signed line that is confirmed, or from the beginning if
+    there is none.
 
-    The bytes are None if there is no signed line in the last `LOG_END_BYTES_MAX`.
+    If the last `LOG_END_BYTES_MAX` have none, from their first signed line; the bytes are None without one.
     """
     span = READ_BYTES
     while True:
-        begin = max(0, end - span)
-        data = _read_exactly(fd, begin, end)
-        at = _last_signed_line(data, whole=begin == 0)
-        if at >= 0:
-            return begin + at, data[at:]
+        begin = max(0, size - span)
+        data = _read_exactly(fd, begin, size)
+        signed = _signed_lines(data, whole=begin == 0)
+        confirmed = [at for at, end in signed if begin + end <= confirmed_bytes]
+        if confirmed:
+            return begin + confirmed[-1], data[confirmed[-1] :]
         if begin == 0:
             return 0, data
         if span >= LOG_END_BYTES_MAX:
-            return begin, None
+            at = signed[0][0] if signed else 0
+            return begin + at, data[at:] if signed else None
         span *= 4
 
 
-def _last_signed_line(data: bytes, *, whole: bool) -> int:
-    """Offset of the last signed line in `data`, or -1. Its first line counts only when `data` begins the file."""
-    end = len(data) - 1
-    while end > 0:
-        begin = data.rfind(b"\n", 0, end) + 1
-        if begin == 0 and not whole:
-            return -1
-        if _looks_signed(data[begin:end]):
-            return begin
-        end = begin - 1
-    return -1
+def _signed_lines(data: bytes, *, whole: bool) -> list[tuple[int, int]]:
+    """Where the lines of `data` that have a signature begin and end. Its first line counts only when `data` begins the
+    file. The verifier checks them later.
+    """
+    found: list[tuple[int, int]] = []
+    at = 0 if whole else data.find(b"\n") + 1
+    while (mark := data.find(_SIGNATURE_MARK, at)) >= 0:
+        begin, end = data.rfind(b"\n", 0, mark) + 1, data.find(b"\n", mark)
+        at = mark + 1
+        if end >= 0 and (begin or whole) and _is_signed(data[begin:end]):
+            found.append((begin, end + 1))
+    return found
 
 
-def _looks_signed(line: bytes) -> bool:
-    """Whether the line has a signature. Searches the bytes before it parses the line; the verifier checks it later."""
-    if b'"signature":"' not in line:
-        return False
+def _is_signed(line: bytes) -> bool:
     try:
         return record.parse_line(line)[0].type in record.SIGNED_TYPES
     except MalformedLineError:
@@ -239,7 +250,6 @@ def open_log(directory: str, keys: AuditKeys, expected: ExpectedLog, ts: int, *,
 
     Raises StartError if the log is missing, altered or shorter than expected; the text says what to do. Raises OSError.
     """
-    append_only.recover(os.path.join(directory, LOG_NAME))
     try:
         return _open(directory, keys, expected, ts)
     except _LossError as error:
@@ -266,7 +276,9 @@ class _LineLostError(_LossError):
 
 def _open(directory: str, keys: AuditKeys, expected: ExpectedLog, ts: int) -> OpenedLog:
     closed = list_segments(directory)
-    fd = _open_file(os.path.join(directory, LOG_NAME))
+    path = os.path.join(directory, LOG_NAME)
+    fd = _open_file(path)
+    append_only.recover(path)
     if fd is None:
         if closed:
             return _begin_after(directory, max(closed), keys, expected, ts=ts)
@@ -274,12 +286,14 @@ def _open(directory: str, keys: AuditKeys, expected: ExpectedLog, ts: int) -> Op
             raise _LossError(f"the audit log {LOG_NAME} is missing, but there was one")
         return _begin(directory, keys.current, ts, {})
     try:
-        end = read_log_end(fd, keys.trust())
+        end = read_log_end(fd, keys.trust(), append_only.confirmed_bytes(path, fd))
         if end.fault:
             raise _LossError(f"the end of the audit log can't be trusted: {end.fault}")
         if end.whole_bytes and not end.next_segment:
             return _continue(directory, fd, end, keys, expected)
         if end.whole_bytes:
+            if os.fstat(fd).st_size > end.whole_bytes:
+                _move_torn_aside(directory, fd, end.whole_bytes, seq=end.head.seq + 2)
             os.rename(os.path.join(directory, LOG_NAME), os.path.join(directory, segment_name(end.segment)))
             sync_directory(directory)
             return _begin_after(directory, end.segment, keys, expected, ts=ts)
@@ -332,7 +346,7 @@ def _begin_after(
     if fd is None:
         raise _LossError(f"the audit log {LOG_NAME} is missing, but {list_segments(directory)[number][0]} exists")
     try:
-        end = read_log_end(fd, keys.trust())
+        end = read_log_end(fd, keys.trust(), os.fstat(fd).st_size)  # a rotation syncs it before it gets this name
     finally:
         os.close(fd)
     if end.fault or end.next_segment != number + 1:
@@ -443,7 +457,7 @@ def _open_file(path: str) -> int | None:
     return fd
 
 
-# --- incomplete last lines -------------------------------------------------------------------------------------------
+# --- an end that was never confirmed ---------------------------------------------------------------------------------
 
 
 def _move_torn_aside(directory: str, fd: int, whole_bytes: int, *, seq: int) -> None:
@@ -451,15 +465,18 @@ def _move_torn_aside(directory: str, fd: int, whole_bytes: int, *, seq: int) -> 
 
     After a crash between copying and truncating, the next start finds the same bytes there and does not add them again.
     """
-    torn = os.pread(fd, os.fstat(fd).st_size - whole_bytes, whole_bytes)
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    aside = os.open(os.path.join(directory, f"{_TORN_PREFIX}{seq}"), flags, FILE_MODE)
-    try:
-        if os.pread(aside, len(torn) + 1, 0) != torn:
-            os.write(aside, torn)
-            sync_file(aside)
-    finally:
-        os.close(aside)
+    name = os.path.join(directory, f"{_TORN_PREFIX}{seq}")
+    torn = _read_exactly(fd, whole_bytes, os.fstat(fd).st_size)
+    held = b""
+    with contextlib.suppress(FileNotFoundError), open(os.open(name, _READ_FLAGS), "rb") as file:
+        held = file.read()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    aside = os.open(name + _TEMP_SUFFIX, flags, FILE_MODE)  # a fresh file: `held` may be in the page cache only
+    with open(aside, "wb") as file:
+        file.write(held if held.endswith(torn) else held + torn)
+        file.flush()
+        sync_file(file.fileno())
+    os.rename(name + _TEMP_SUFFIX, name)
     sync_directory(directory)
     os.ftruncate(fd, whole_bytes)
     sync_data(fd)
@@ -469,18 +486,18 @@ def _recovery(directory: str, seq: int) -> list[Event]:
     """The `recovery` event for line `seq`, if bytes were moved aside for it."""
     name = f"{_TORN_PREFIX}{seq}"
     try:
-        fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(fd, "rb") as file:
-            torn_bytes = os.fstat(file.fileno()).st_size
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with open(os.open(os.path.join(directory, name), _READ_FLAGS), "rb") as file:
+            torn = file.read()
     except FileNotFoundError:
         return []
-    facts: Facts = {"bytes": torn_bytes, "file": name, "sha256": digest}
-    return [
-        Event(
-            type=record.TYPE_RECOVERY, actor=ACTOR_SELF, detail="an incomplete last line was moved aside", facts=facts
-        )
-    ]
+    facts: Facts = {
+        "bytes": len(torn),
+        "file": name,
+        "lines": torn.count(b"\n") + (not torn.endswith(b"\n")),
+        "sha256": hashlib.sha256(torn).hexdigest(),
+    }
+    detail = "the end of the log, which the disk had never confirmed, was damaged and moved aside"
+    return [Event(type=record.TYPE_RECOVERY, actor=ACTOR_SELF, detail=detail, facts=facts)]
 
 
 def _set_aside(directory: str, ts: int) -> str:

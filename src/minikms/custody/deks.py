@@ -9,6 +9,8 @@ reasons that `/status` shows; who may change which key's file now. Invariants:
   `DekStore.making`). Other processes use `read_settled`.
 - A key is in `UnreadableKeys` from the first failure to read its file until the file was read well or the key was
   destroyed. The list is bounded.
+- A function that changes or removes a key's file takes the held lock of the key (`HeldKeys`). Only a new file, whose
+  key nobody knows yet, is made without one, exclusively.
 - A holder of several key locks gets all of them at once or waits holding none, so holders can't deadlock. They must not
   nest. A reader without a lock can learn whether a file it read was changed meanwhile (`KeyLocks.watch`).
 
@@ -27,7 +29,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, Self
 
 from minikms import api
 from minikms.custody.files import (
@@ -176,13 +178,14 @@ class DekStore:
                 found.append((key_id, error))
         return found
 
-    async def replace(self, key_id: str, data: bytes) -> None:
-        """Replaces a key's file, durable on return.
+    async def replace(self, held: HeldKeys, data: bytes) -> None:
+        """Replaces the file of the one key whose lock is held, durable on return.
 
         Raises StorageUnavailableError, also while the file is answered from memory: the caller has the key's lock, so
         a rotation was stopped before the disk accepted its batch. The file would not be what `read` answers, and the
         replay of the next start decides what it becomes.
         """
+        [key_id] = held.require()
         if key_id in self._answers:
             raise StorageUnavailableError(
                 "the disk has not accepted a batch of a KEK rotation that the key's file is part of; start the daemon "
@@ -195,9 +198,11 @@ class DekStore:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, write_group, self.directory_fd, writes)
 
-    def remove(self, *key_ids: str) -> None:
-        """Removes the files of keys durably, where they exist. Blocks on the disk. Raises StorageUnavailableError."""
-        remove_files(self.directory_fd, [file_name(key_id) for key_id in key_ids])
+    def remove(self, *locks: HeldKeys) -> None:
+        """Removes the files of the keys with these locks, durably, where they exist. Blocks on the disk. Raises
+        StorageUnavailableError.
+        """
+        remove_files(self.directory_fd, [file_name(key_id) for held in locks for key_id in held.key_ids])
 
     def sweep_temps(self) -> None:
         """Removes the temporary files of earlier processes, once in a run. In any thread. Blocks on the disk. Raises
@@ -287,14 +292,14 @@ class KeyLocks:
     """At most one change of a key's file at a time. Waiters are served in no particular order."""
 
     def __init__(self) -> None:
-        self._held: dict[str, _Hold] = {}
+        self._held: dict[str, HeldKeys] = {}
         self._watchers: list[set[str]] = []
 
-    def hold(self, key_ids: Iterable[str], *, announced: bool = True) -> _Hold:
+    def hold(self, key_ids: Iterable[str], *, announced: bool = True) -> HeldKeys:
         """Holds the locks of these keys inside an `async with`. With `announced` the keys are added to every `watch`
         set.
         """
-        return _Hold(self, tuple(dict.fromkeys(key_ids)), announced)
+        return HeldKeys(self, tuple(dict.fromkeys(key_ids)), announced)
 
     @contextmanager
     def watch(self) -> Iterator[set[str]]:
@@ -308,31 +313,41 @@ class KeyLocks:
             self._watchers = [watcher for watcher in self._watchers if watcher is not changed]
 
 
-class _Hold:
-    """The locks of some keys, held by one task. A class, since a generator takes several microseconds more."""
+class HeldKeys:
+    """The locks of some keys, held by one task inside its `async with`. Made by `KeyLocks.hold`. A class, since a
+    generator takes several microseconds more.
+    """
 
-    __slots__ = ("_announced", "_freed", "_locks", "_wanted")
+    __slots__ = ("_announced", "_freed", "_locks", "key_ids")
 
     def __init__(self, locks: KeyLocks, wanted: tuple[str, ...], announced: bool) -> None:
         self._locks = locks
-        self._wanted = wanted
+        self.key_ids = wanted
         self._announced = announced
         self._freed: asyncio.Future[None] | None = None
         """Made by the first task that waits."""
 
-    async def __aenter__(self) -> None:
+    async def __aenter__(self) -> Self:
         held = self._locks._held
-        while blocking := next((held[key_id] for key_id in self._wanted if key_id in held), None):
+        while blocking := next((held[key_id] for key_id in self.key_ids if key_id in held), None):
             if blocking._freed is None:
                 blocking._freed = asyncio.get_running_loop().create_future()
             await asyncio.shield(blocking._freed)
-        held.update(dict.fromkeys(self._wanted, self))
+        held.update(dict.fromkeys(self.key_ids, self))
         if self._announced:
             for watcher in self._locks._watchers:
-                watcher.update(self._wanted)
+                watcher.update(self.key_ids)
+        return self
+
+    def require(self, *key_ids: str) -> tuple[str, ...]:
+        """The keys. Raises ValueError, which is a defect of the caller, unless they are held, `key_ids` among them."""
+        held = self._locks._held
+        if not all(held.get(key_id) is self for key_id in (*self.key_ids, *key_ids)):
+            raise ValueError("the file of a key would be changed without its lock")
+        return self.key_ids
 
     async def __aexit__(self, *_: object) -> None:
-        for key_id in self._wanted:
+        for key_id in self.key_ids:
             del self._locks._held[key_id]
         if self._freed is not None:
             self._freed.set_result(None)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Container, Sequence
 from typing import Final
 
+from minikms.custody.deks import HeldKeys
 from minikms.custody.files import now_ns, rfc3339
 from minikms.custody.group_commit import GroupCommit
 from minikms.custody.keyring_file import StoredKeyring
@@ -32,9 +33,9 @@ GROUP_KEYS_MAX: Final = 512
 class Destruction:
     """The destructions of a data directory.
 
-    `forget` drops what the caller keeps of a destroyed key in memory. `remove_files` removes the files of keys,
-    durably, and returns the number of rotation backups of each; its second argument has those of the keys that were
-    destroyed before, so that their removal may have been interrupted.
+    `forget` drops what the caller keeps of a destroyed key in memory. `remove_files` removes the files of the keys with
+    these locks, durably, and returns the number of rotation backups of each; its second argument has those of the keys
+    that were destroyed before, so that their removal may have been interrupted.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Destruction:
         stored: StoredKeyring,
         *,
         forget: Callable[[str], None],
-        remove_files: Callable[[Sequence[str], Container[str]], Awaitable[list[int]]],
+        remove_files: Callable[[Sequence[HeldKeys], Container[str]], Awaitable[list[int]]],
     ) -> None:
         self._tombstones = tombstones
         self._unlocked = unlocked
@@ -55,22 +56,25 @@ class Destruction:
         self.unfinished: set[str] = set()
         """Destroyed keys whose tombstone could not be counted, or whose bytes could not be removed."""
 
-    async def destroy(self, key_id: str) -> int:
-        """Destroys a key, durably on return; the number of its rotation backups. The caller holds the key's lock.
+    async def destroy(self, held: HeldKeys) -> int:
+        """Destroys the one key whose lock is held, durably on return; the number of its rotation backups.
 
-        Raises StorageUnavailableError, ConflictError; a repeated call completes what failed.
+        Raises StorageUnavailableError, ConflictError; a repeated call completes what failed. If the caller is cancelled
+        after its group has begun, the group goes on without the lock.
         """
-        return await self._group.submit(key_id)
+        held.require()
+        return await self._group.submit(held)
 
     async def drain(self) -> None:
         """Returns when no destruction is waiting or under way."""
         await self._group.drain()
 
-    async def _destroy(self, key_ids: list[str]) -> Sequence[int | MiniKmsError]:
+    async def _destroy(self, locks: list[HeldKeys]) -> Sequence[int | MiniKmsError]:
+        key_ids = [key_id for held in locks for key_id in held.key_ids]
         repeated = frozenset(key_id for key_id in key_ids if key_id in self._tombstones)
         try:
             await self._write_tombstones(key_ids)
-            counts = await self._remove_files(key_ids, repeated)
+            counts = await self._remove_files(locks, repeated)
         except StorageUnavailableError as error:
             return [self._failed(key_id, error) for key_id in key_ids]
         self.unfinished.difference_update(key_ids)

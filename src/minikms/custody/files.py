@@ -64,6 +64,9 @@ _temp_numbers: Final = itertools.count()
 # --- the clock --------------------------------------------------------------------------------------------------------
 
 
+HOUR_NS: Final = 3600 * 1_000_000_000
+
+
 def now_ns() -> int:
     """The wall clock, in Unix nanoseconds."""
     return time.time_ns()

@@ -9,7 +9,7 @@ A batch has five steps, each durable before the next:
 5. the journal is removed.
 
 Invariants:
-- The caller holds the locks of the keys from the first step to the last. One journal is live at a time.
+- The locks of the keys are held from the first step to the last. One journal is live at a time.
 - Every step that needs space on the disk, except for files of step 4, comes before the first overwrite.
 - After a failure in steps 3 to 5 the contents are written to new files and renamed; no file is synced a second time
   (`minikms.custody.files`). While that fails too, the journal stays live.
@@ -31,7 +31,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from minikms.custody.batch_backups import LINES_COUNT_MAX, Line
-from minikms.custody.deks import DekStore, file_name
+from minikms.custody.deks import DekStore, HeldKeys, file_name
 from minikms.custody.files import (
     FileWrite,
     overwrite_files,
@@ -166,11 +166,13 @@ class RewrapJournal:
         self.live = False
         """Whether there may be a journal on disk."""
 
-    def write(self, batch: Sequence[Rewrap], stamp: str) -> None:
-        """Replaces the files of a batch, durably on return. At most LINES_COUNT_MAX of them.
+    def write(self, held: HeldKeys, batch: Sequence[Rewrap], stamp: str) -> None:
+        """Replaces the files of a batch, durably on return. At most LINES_COUNT_MAX of them. The locks of their keys
+        must stay held while `live` is true.
 
         Raises StorageUnavailableError. Then no file has changed, unless `live` is true: call `settle` until it returns.
         """
+        held.require(*(rewrap.key_id for rewrap in batch))
         if self.live:
             raise StorageUnavailableError("the batch before is not settled, since the disk fails")
         self._backups.batches.write(stamp, [Line(rewrap.key_id, rewrap.kept) for rewrap in batch])

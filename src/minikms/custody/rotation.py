@@ -51,7 +51,7 @@ from minikms import api
 from minikms.crypto import roots
 from minikms.crypto.aead import scrub_stack
 from minikms.custody.deks import SCAN_FILES
-from minikms.custody.files import now_ns, now_rfc3339, rfc3339, stamp
+from minikms.custody.files import HOUR_NS, now_ns, now_rfc3339, rfc3339, stamp
 from minikms.custody.rewrap_journal import Rewrap
 from minikms.custody.vault import Permit, Vault, permitted
 from minikms.errors import (
@@ -118,6 +118,8 @@ class KekRotation:
         self._around_passes = around_passes
         self._starting = asyncio.Lock()
         self._cancelled = asyncio.Event()
+        self.unread = 0
+        """Keys whose files the last pass could not read. They may be under any KEK version."""
         self.rewrapped = 0
         """Keys that were rewrapped in this run by the current rotation, or by the last one."""
         self.last_error = ""
@@ -167,6 +169,8 @@ class KekRotation:
             keyring.check_has_room(body, kek=True, slot=root is not None)
             begun_ns = now_ns()
             at = rfc3339(begun_ns)
+            if root is not None:  # the root key that it replaces is removed later
+                root_slots.check_pace(body, now=at, hour_ago=rfc3339(begun_ns - HOUR_NS))
             slot = None
             if root is not None:
                 slot = unlocked.make_slot(
@@ -233,13 +237,35 @@ class KekRotation:
                 await _run_in(self._disk, self._vault.creates.settle)
                 with self._around_passes():
                     await self._rewrap_all(rotation)
-                await self._vault.keyring.change(lambda body: keyring.promote(body, at=now_rfc3339()))
+                await self._vault.keyring.change(self._promoted)
             except Exception as error:  # noqa: BLE001  a rotation that has begun must be completed after any failure
                 self.last_error = _error_text(error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, RETRY_SECONDS_MAX)
                 continue
             self.last_error = ""
+
+    def _promoted(self, body: keyring.Body) -> keyring.Body:
+        at = now_rfc3339()
+        promoted = keyring.promote(body, at=at)
+        return promoted if self.unread else keyring.end_revocation(promoted, at=at)
+
+    async def end_revocation(self) -> None:
+        """Rewraps the files that the last rotation could not read, and ends the revocation of removed root keys if none
+        is left. Call it while no rotation runs or is due. Raises StorageUnavailableError, SealedError.
+        """
+        async with self._starting:
+            body = self._vault.keyring.body
+            version, at_ns = body.wrapping_kek.version, now_ns()
+            if body.rotation is not None:
+                return
+            again = keyring.Rotation(version, version, started_at=rfc3339(at_ns), stamp=stamp(at_ns))
+            if unread := sorted(self._vault.unreadable.key_ids()):
+                await self._run_pass(again, partial(_these, unread))
+            if not self.unread:
+                await self._rewrap_all(again)
+            if not self.unread:
+                await self._vault.keyring.change(lambda body: keyring.end_revocation(body, at=now_rfc3339()))
 
     async def _rewrap_all(self, rotation: keyring.Rotation) -> None:
         await self._run_pass(rotation, self._indexed)
@@ -289,7 +315,7 @@ class KekRotation:
     async def _run_pass(
         self, rotation: keyring.Rotation, listing: Callable[[int, set[str]], AsyncIterator[list[str]]]
     ) -> int:
-        found = 0
+        found = self.unread = 0
         self._cancelled.clear()
         with self._vault.locks.watch() as changed:
             key_ids = listing(rotation.to_version, changed)
@@ -379,8 +405,10 @@ class KekRotation:
                             continue  # spelled in a way that the reader's search does not know
                         changed = rewrapper.rewrap(record, vault.nonces.next())
                     except KeyNotFoundError:
+                        vault.unreadable.remove(key_id)
                         continue  # destroyed since it was listed
                     except KeyUnreadableError as error:
+                        self.unread += 1
                         vault.unreadable.add(key_id, str(error))
                         continue
                     vault.unreadable.remove(key_id)
@@ -397,14 +425,14 @@ class KekRotation:
         StorageUnavailableError.
         """
         vault = self._vault
-        async with vault.locks.hold([rewrap.key_id for rewrap in batch], announced=False):
+        async with vault.locks.hold([rewrap.key_id for rewrap in batch], announced=False) as held:
             # A destruction whose request was cancelled goes on without the lock.
             batch = [each for each in batch if each.key_id not in changed and each.key_id not in vault.destroyed]
             if not batch:
                 return
             vault.store.answer_with({rewrap.key_id: rewrap.new for rewrap in batch})
             try:
-                await _run_in(self._disk, lambda: vault.rewraps.write(batch, stamp))
+                await _run_in(self._disk, lambda: vault.rewraps.write(held, batch, stamp))
             except Exception as error:
                 # Any error: while the journal is live, no batch can be written and no key destroyed.
                 if not vault.rewraps.live or not await self._settle(error):
@@ -604,6 +632,11 @@ def _why_kept(version: int, live: Census, backups: Census) -> str:
     if live.unreadable or backups.unreadable:
         return "a key's file or rotation backup can't be read and may need it; see keys.unreadable_files in /status"
     return ""
+
+
+async def _these(key_ids: list[str], _to_version: int, _changed: set[str]) -> AsyncIterator[list[str]]:
+    """These keys, as a listing of a pass."""
+    yield key_ids
 
 
 async def _run_in(executor: Executor, work: Callable[[], T]) -> T:

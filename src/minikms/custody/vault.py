@@ -35,7 +35,7 @@ from minikms.crypto import labels
 from minikms.crypto.aead import NonceSource, scrub_stack
 from minikms.custody.batch_backups import BLANK_FILES_MAX, BatchFile, KeysWithin
 from minikms.custody.create_log import CreateLog
-from minikms.custody.deks import SCAN_FILES, DekStore, KeyLocks, UnreadableKeys
+from minikms.custody.deks import SCAN_FILES, DekStore, HeldKeys, KeyLocks, UnreadableKeys
 from minikms.custody.destruction import Destruction
 from minikms.custody.files import now_rfc3339, remove_left_temps
 from minikms.custody.keyring_file import KeyringFile, StoredKeyring, WrapReservation
@@ -322,11 +322,11 @@ class Vault:
         """
 
         def remove() -> None:
-            self.creates.forget((key_id,))
-            self.store.remove(key_id)
+            self.creates.forget(held.key_ids)
+            self.store.remove(held)
 
         with contextlib.suppress(MiniKmsError):
-            async with self.locks.hold((key_id,)):
+            async with self.locks.hold((key_id,)) as held:
                 try:
                     await asyncio.get_running_loop().run_in_executor(self._executor, remove)
                 finally:
@@ -336,14 +336,14 @@ class Vault:
         self, key_id: str, *, replaced_by: str = "", again: bool = False, permit: Permit = permitted
     ) -> DekRecord:
         """Retires the key: it only decrypts from here on. With `again` a retired key is no error and stays as it is."""
-        async with self.locks.hold((key_id,)):
+        async with self.locks.hold((key_id,)) as held:
             permit()
             record = self.record(key_id)
             if again and record.state == "retired":
                 return record
             changed = dek.retired(record, at=now_rfc3339(), replaced_by=replaced_by)
             try:
-                await self.store.replace(key_id, dek.encode(changed))
+                await self.store.replace(held, dek.encode(changed))
             except BaseException:
                 # The new file may be in place without being durable, so the next use of the key reads the file again.
                 self.cache.drop(key_id)
@@ -364,10 +364,10 @@ class Vault:
         Returns the number of rotation backups removed. A repeated call removes what an interrupted one left. Raises
         ConflictError for an active key, and StorageUnavailableError, which says whether the key is destroyed.
         """
-        async with self.locks.hold((key_id,)):
+        async with self.locks.hold((key_id,)) as held:
             permit()
             self.check_destroyable(key_id)
-            return await self._destruction.destroy(key_id)
+            return await self._destruction.destroy(held)
 
     @property
     def unfinished_destructions(self) -> AbstractSet[str]:
@@ -380,13 +380,14 @@ class Vault:
         self.index.remove(key_id)
         self.unreadable.remove(key_id)
 
-    async def remove_files(self, key_ids: Sequence[str], repeated: Container[str]) -> list[int]:
-        """Removes the rotation backups and the files of destroyed keys, durably; the number of backups of each. It
-        removes temporary files first, which may hold their bytes.
+    async def remove_files(self, locks: Sequence[HeldKeys], repeated: Container[str]) -> list[int]:
+        """Removes the rotation backups and the files of the destroyed keys with these locks, durably; the number of
+        backups of each. It removes temporary files first, which may hold their bytes.
 
-        `repeated`: those whose removal may have been interrupted. The caller holds the locks of the keys. The disk
-        thread gets many short jobs. Raises StorageUnavailableError; then the files of the keys may be there.
+        `repeated`: those whose removal may have been interrupted. The disk thread gets many short jobs. Raises
+        StorageUnavailableError; then the files of the keys may be there.
         """
+        key_ids = [key_id for held in locks for key_id in held.key_ids]
         batches = self.rotation_backups.batches
 
         def begin() -> tuple[list[int], list[KeysWithin], frozenset[str]]:
@@ -405,7 +406,7 @@ class Vault:
         def end() -> None:
             # The files go last: while one exists, a later start or request knows that something is left to remove.
             self.creates.forget(key_ids)
-            self.store.remove(*key_ids)
+            self.store.remove(*locks)
 
         counts, files, anew = await self._on_disk(begin)
         lines: Counter[str] = Counter()
@@ -558,8 +559,8 @@ class Indexing:
         return failed
 
     async def _remove_left(self, key_id: str) -> None:
-        async with self._vault.locks.hold((key_id,)):
-            await self._vault.remove_files([key_id], (key_id,))
+        async with self._vault.locks.hold((key_id,)) as held:
+            await self._vault.remove_files([held], (key_id,))
 
     async def _blank(self, file: BatchFile) -> None:
         batches, destroyed = self._vault.rotation_backups.batches, self._vault.destroyed

@@ -50,9 +50,8 @@ from minikms.service.roots import RootVerbs
 class Workers(NamedTuple):
     """`disk` changes key files and keyring, `reader` reads key files, the others are named after what they serve.
 
-    `seal` writes the files of the sealed state, while the others may still wait for earlier work. `budgets` writes the
-    use of limits, also while the daemon is sealed. `policy` reads the policy file: no request of a caller whose rights
-    are being revoked uses it.
+    `seal` writes the files of the sealed state, while the others may still wait for earlier work. `policy` reads
+    the policy file: no request of a caller whose rights are being revoked uses it.
     """
 
     disk: ThreadPoolExecutor
@@ -61,7 +60,6 @@ class Workers(NamedTuple):
     audit: ThreadPoolExecutor
     upkeep: ThreadPoolExecutor
     seal: ThreadPoolExecutor
-    budgets: ThreadPoolExecutor
     policy: ThreadPoolExecutor
 
     @classmethod

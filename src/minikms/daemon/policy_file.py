@@ -148,9 +148,3 @@ class PolicyInForce:
             f"the policy file could not be reloaded, and the policy before it is in force: {self._last_error}. Correct "
             "the file, then run `minikms policy reload`"
         ]
-
-    async def close(self) -> None:
-        """After the last request."""
-        if self.meters is not None:
-            await self.meters.drain()
-            self.meters.close()

@@ -11,6 +11,7 @@ must never serve a verb before the epoch of this start is durable, or after the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -25,9 +26,8 @@ import uvloop
 from minikms import api
 from minikms.audit import Event
 from minikms.audit.log import FSYNC_INTERVAL_MS
-from minikms.custody.appended_file import AppendedFile
 from minikms.custody.backup.register import ArchiveRegister
-from minikms.custody.files import DataDirLock
+from minikms.custody.files import DataDirLock, read_file_bounded, remove_file, replace_file
 from minikms.daemon.accepting import (
     ACCEPT_PAUSE_SECONDS,
     Acceptor,
@@ -42,13 +42,14 @@ from minikms.daemon.sealing import RunContext, Sealing
 from minikms.daemon.settings import Settings
 from minikms.daemon.sockets import UnixListener, listen
 from minikms.datadir import KEYRING_SLOTS, lock_data_dir, written_at_start
-from minikms.errors import InvalidPolicyError, MiniKmsError, StartError
+from minikms.errors import InvalidPolicyError, MiniKmsError, StartError, StorageUnavailableError
 from minikms.logs import structlog
 from minikms.memory.arena import SecretArena
 from minikms.memory.process import Measure, harden, interpreter_paths
 from minikms.memory.signals import SignalReader
 from minikms.notify import Notifier
-from minikms.policy import Clock, FilePolicy, Meters, Policy, budgets
+from minikms.policy import FilePolicy, Meters, Policy
+from minikms.policy.meters import SAVED_BYTES_MAX, SAVED_NAME
 
 DRAIN_SECONDS_MAX: Final = 10.0
 HOUSEKEEPING_SECONDS: Final = 1.0
@@ -71,7 +72,7 @@ def run(settings: Settings) -> None:
     """
     log = _logger(settings)
     notifier = Notifier(os.environ)
-    policy, clock = _policy(settings), Clock.of_system()
+    policy = _policy(settings)
     connections_max = connections_bound(raise_descriptor_limit())
     too_few = bound_warning(connections_max)
     if too_few is not None:
@@ -86,7 +87,6 @@ def run(settings: Settings) -> None:
         daemon = Daemon(
             settings=settings,
             policy=policy,
-            clock=clock,
             lock=lock,
             listener=listener,
             arena=arena,
@@ -108,7 +108,6 @@ class Daemon:
         *,
         settings: Settings,
         policy: Policy,
-        clock: Clock,
         lock: DataDirLock,
         listener: UnixListener,
         arena: SecretArena,
@@ -120,7 +119,6 @@ class Daemon:
     ) -> None:
         self._settings = settings
         self._policy = policy
-        self._clock = clock
         self._lock = lock
         self._listener = listener
         self._arena = arena
@@ -139,10 +137,9 @@ class Daemon:
         workers = Workers.start()
         try:
             policy = self._policy_in_force(workers)
-            try:
-                await self._serve(workers, policy)
-            finally:
-                await policy.close()
+            await self._serve(workers, policy)
+            if policy.meters is not None:
+                self._save(policy.meters)
         finally:
             workers.shutdown()
         self._log.info("stopped", why=self._why)
@@ -151,12 +148,23 @@ class Daemon:
         """Raises StartError."""
         meters = None
         if self._settings.policy is not None:
-            file = AppendedFile(self._lock.directory_fd, budgets.NAME, bytes_max=budgets.FILE_BYTES_MAX)
-            with written_at_start(os.path.join(self._lock.directory, budgets.NAME)):
-                meters = Meters(self._clock, file, workers.budgets)
+            # Removed before anything is used: after a crash it would give the same uses again.
+            with written_at_start(os.path.join(self._lock.directory, SAVED_NAME)):
+                saved = None
+                with contextlib.suppress(StorageUnavailableError):
+                    saved = read_file_bounded(SAVED_NAME, SAVED_BYTES_MAX, dir_fd=self._lock.directory_fd)
+                remove_file(self._lock.directory_fd, SAVED_NAME)
+            meters = Meters(saved)
         return PolicyInForce(
             self._policy, file=self._settings.policy, meters=meters, executor=workers.policy, log=self._log
         )
+
+    def _save(self, meters: Meters) -> None:
+        """Keeps what is left of the hourly limits for the next start. If the disk refuses, that starts with nothing."""
+        try:
+            replace_file(self._lock.directory_fd, SAVED_NAME, meters.save())
+        except MiniKmsError as error:
+            self._log.warning("hourly limits not saved: they start empty", why=str(error))
 
     async def _serve(self, workers: Workers, policy: PolicyInForce) -> None:
         sealing = Sealing(

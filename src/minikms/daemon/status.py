@@ -173,7 +173,7 @@ class StatusPage:
         if body.revoking:
             found.append(
                 f"{len(body.revoking)} removed root keys could open DEKs until the KEK rotation has ended"
-                + (f"; it can't begin: {self._keks.revocation_error}" if self._keks.revocation_error else "")
+                + (f"; {self._keks.revocation_error}" if self._keks.revocation_error else "")
             )
         if body.wrapping_kek.wraps_reserved >= KEK_WRAPS_WARN:
             found.append("the KEK has wrapped more than 2^31 keys; rotate it")

@@ -57,8 +57,8 @@ ROOT_TEST_DAYS_MAX: Final = 90
 KEKS_OPEN_COUNT_MAX: Final = 64
 """KEK versions that are not destroyed. Each takes a slot of the arena."""
 AUDIT_KEYS_COUNT_MAX: Final = 1024
-"""Each removal of a root key takes one, and nothing frees them: a line of the log is verified under its own key. Each
-takes two slots of the arena and about 400 bytes of the file.
+"""Each removal of a root key takes one, and it stays as long as a line of the log is under it. Each takes two slots of
+the arena and about 400 bytes of the file.
 """
 AUDIT_KEYS_COUNT_WARN: Final = 900
 KEK_WRAPS_LEASE: Final = 2**16
@@ -502,12 +502,19 @@ def add_audit_key(body: Body, key: AuditKey, *, at: str) -> Body:
     return next_epoch(body, at=at, audit_keys=(*body.audit_keys, key))
 
 
+def without_audit_keys(body: Body, *, before: int) -> Body:
+    """The body without the audit keys below version `before`, which no line of the log is under. The epoch stays."""
+    kept = tuple(key for key in body.audit_keys if key.version >= before)
+    return msgspec.structs.replace(body, audit_keys=kept or body.audit_keys[-1:])
+
+
 def check_takes_audit_key(body: Body) -> None:
     """Raises ConflictError if the keyring can't hold another audit key."""
     if len(body.audit_keys) >= AUDIT_KEYS_COUNT_MAX:
         raise ConflictError(
             f"the keyring holds {AUDIT_KEYS_COUNT_MAX} audit keys, which is the limit of a data directory: no root key "
-            "can be removed or replaced any more; move the messages to a new data directory"
+            "can be removed or replaced any more. A start forgets those whose lines were removed from the audit log, "
+            "as --audit-keep-mib does"
         )
 
 
@@ -553,29 +560,31 @@ def check_sealed(body: Body) -> None:
 
 
 def promote(body: Body, *, at: str) -> Body:
-    """Step 3 of a rotation: the pending KEK version becomes active, and the active one retired. Removed root keys that
-    can't open the new version are retired.
-    """
+    """Step 3 of a rotation: the pending KEK version becomes active, and the active one retired."""
     keks: list[Kek] = []
-    active = 0
     for kek in body.keks:
         if kek.state == "active":
             keks.append(msgspec.structs.replace(kek, state=move_kek(kek.state, "retire"), retired_at=at))
         elif kek.state == "pending":
             keks.append(msgspec.structs.replace(kek, state=move_kek(kek.state, "promote")))
-            active = kek.version
         else:
             keks.append(kek)
+    return next_epoch(body, at=at, keks=tuple(keks), rotation=None)
+
+
+def end_revocation(body: Body, *, at: str) -> Body:
+    """Retires the removed root keys that can't open the active KEK version, once every DEK file is under it."""
+    active = body.wrapping_kek.version if body.rotation is None else 0
     done = tuple(
         RetiredRoot(root.fingerprint, root.removed_at, line_owed=True)
         for root in body.revoking
         if root.kek_version <= active
     )
+    if not done:
+        return body
     return next_epoch(
         body,
         at=at,
-        keks=tuple(keks),
-        rotation=None,
         revoking=tuple(root for root in body.revoking if root.kek_version > active),
         retired_roots=(*body.retired_roots, *done)[-RETIRED_ROOTS_MAX:],
     )

@@ -16,6 +16,7 @@ from minikms.errors import ConflictError, LastRootError
 from minikms.keys.keyring import (
     AUDIT_KEYS_COUNT_MAX,
     RETIRED_ROOTS_MAX,
+    SLOTS_MAX,
     VERSION,
     AuditKey,
     Body,
@@ -29,6 +30,9 @@ from minikms.keys.keyring import (
     check_takes_audit_key,
     next_epoch,
 )
+
+REMOVALS_HOUR_MAX: Final = 2 * SLOTS_MAX
+"""The removal of all root keys but one is not delayed. An operator can't use up the audit keys in less than a day."""
 
 
 def check_is_new(body: Body, fingerprint: str) -> None:
@@ -77,6 +81,13 @@ def check_removes(body: Body, gone: Container[str]) -> None:
     check_takes_audit_key(body)
     if len(body.revoking) + count > RETIRED_ROOTS_MAX:
         raise ConflictError("too many removed root keys wait for a KEK rotation; see the warnings in /status")
+
+
+def check_pace(body: Body, *, now: str, hour_ago: str) -> None:
+    """Raises ConflictError if no root key may be removed or replaced now: each time takes an audit key for good."""
+    check_takes_audit_key(body)
+    if sum(hour_ago <= key.created_at <= now for key in body.audit_keys) >= REMOVALS_HOUR_MAX:
+        raise ConflictError(f"{REMOVALS_HOUR_MAX} root keys were removed or replaced in the last hour; wait")
 
 
 class Resealed(NamedTuple):

@@ -403,7 +403,7 @@ class UnlockedKeyring:
             slot.release()
 
     def forget_audit_key(self, version: int) -> None:
-        """Zeroes an audit key version that was made for a body that was not stored."""
+        """Zeroes an audit key version that no stored body has."""
         for slot in self._audit.pop(version, ()):
             slot.release()
 

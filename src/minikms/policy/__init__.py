@@ -6,14 +6,13 @@ and how much of each limit is used. docs/spec/policy.md is the specification. Ru
 2. The caller is known from the credentials of its connection, and from the name that a proxy sends. Nothing else that a
    client sends says who is asking.
 3. A decision is a function of the principal, the role and the thread of the key's record. It needs no disk.
-4. Use of an hourly limit is durable before it is granted.
+4. A crash gives back nothing of an hourly limit.
 
 Modules, each importing only earlier ones: `names`, `patterns`, `rules` (the file), `principal` (the decision), `policy`
-(who connects), `budgets` (an hourly limit), `meters` (all limits), `explanation`. Without a policy file, `Policy` alone
+(who connects), `meters` (limits), `explanation`. Without a policy file, `Policy` alone
 decides, by uid. The room must never audit, and never hold a key.
 """
 
-from minikms.policy.budgets import Clock
 from minikms.policy.meters import Charge, Cost, Meters
 from minikms.policy.names import PRINCIPAL_CHARS_MAX, PrincipalNameError, parse_name
 from minikms.policy.policy import ADMIN_ONLY, UIDS_COUNT_MAX, FilePolicy, Policy, actor, parse_uids
@@ -40,7 +39,6 @@ __all__ = [
     "THREAD_ROLES",
     "UIDS_COUNT_MAX",
     "Charge",
-    "Clock",
     "Cost",
     "FilePolicy",
     "Grant",

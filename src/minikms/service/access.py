@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from cryptography.exceptions import InvalidTag
@@ -257,24 +257,13 @@ class ScopedKeys:
 
     # --- limits ------------------------------------------------------------------------------------------------------
 
-    def charge(self, request: Any) -> Awaitable[None] | None:
-        """Takes what the request needs from the limits of the grants that decide it; awaitable where a budget has to
-        reach the disk first. Keys that are not allowed are left out: a request for no other keys counts as one request
-        of the first grant with the role. Raises LimitExceededError, KeysNotReadError.
+    def charge(self, request: Any) -> None:
+        """Takes what the request needs from the limits of the grants that decide it. Keys that are not allowed are left
+        out: a request for no other keys counts as one request of the first grant with the role. Raises
+        LimitExceededError, KeysNotReadError.
         """
-        costs = self._costs(request)
-        charge = self._access.meters.charge(self.who.scope, costs, self._entered)
-        if not isinstance(charge, Charge):
-            return self._charged_later(charge)
-        self._is_charged()
-        return None
-
-    async def _charged_later(self, charge: Awaitable[Charge]) -> None:
-        await charge
-        self._is_charged()
-
-    def _is_charged(self) -> None:
-        """Counts the keys that were refused. A request that a limit refused has no answer that concerns them."""
+        self._access.meters.charge(self.who.scope, self._costs(request), self._entered)
+        # A request that a limit refused has no answer that concerns the keys that were refused.
         self._access.refusals["unknown_key"] += self._not_counted or 0
         self._not_counted = None
 
@@ -304,10 +293,6 @@ class ScopedKeys:
         if self.verb in _DECRYPTS:
             return Cost(decrypts=items)
         return Cost(reencrypts=items) if self.verb in _REENCRYPTS else Cost()
-
-    def end_turn(self) -> None:
-        """As `Vault.end_turn`."""
-        self._access.vault.end_turn()
 
     # --- the vault ---------------------------------------------------------------------------------------------------
 

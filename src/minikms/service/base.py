@@ -35,7 +35,6 @@ from minikms.audit import Event
 from minikms.custody.vault import Permit, Vault, permitted
 from minikms.errors import ForbiddenError, LimitExceededError, MiniKmsError, TooManyError
 from minikms.http import Response
-from minikms.keys.dek import check_key_id
 from minikms.policy import Principal
 from minikms.service.access import ANSWERS_WITH_PLAINTEXT, CREATES, Access, Keys, ScopedKeys, require
 from minikms.service.encoding import Reply, encoding_of, json_answer, refused_item
@@ -198,10 +197,7 @@ class VerbTable:
                 frame.require(keys.who, request, event)
                 if durable:
                     self.audit.require_writable()
-                charged = keys.charge(request)
-                if charged is not None:
-                    await charged
-                    keys.refresh()
+                keys.charge(request)
                 return await act_scoped(keys, request, event)
 
             try:
@@ -225,13 +221,8 @@ class VerbTable:
                 if forbidden is not None:
                     answer: A | Reply | Later = _refuse_items(request, event, forbidden)
                 else:
-                    acts = partial(act, keys, request, event)
-                    waiting = keys.charge(request)
-                    if waiting is not None:  # a budget has to reach the disk first
-                        if isinstance(request, api.DecryptItem):  # also of one that is refused after the wait
-                            event.key_id = check_key_id(request.key_id)
-                        return self.put_off(event, partial(_act_charged, waiting, acts, keys), keys=keys)
-                    answer = acts()
+                    keys.charge(request)
+                    answer = act(keys, request, event)
                     if isinstance(answer, Later):
                         return self.put_off(event, answer.act, keys=keys)
             except Exception as error:
@@ -403,15 +394,6 @@ def another_line(event: Event, detail: str) -> Event:
 
 def _reply(answer: object) -> Reply:
     return answer if isinstance(answer, (bytes, Response)) else json_answer(answer)
-
-
-async def _act_charged(waiting: Awaitable[None], act: Callable[[], A | Reply | Later], keys: ScopedKeys) -> A | Reply:
-    """Acts once the charge is durable. The policy may have changed meanwhile: `keys` decides again."""
-    await waiting
-    keys.refresh()
-    answer = act()
-    keys.end_turn()  # here: the turn may end later, and at another depth of the stack
-    return await answer.act() if isinstance(answer, Later) else answer
 
 
 def _refuse_items(request: Any, event: Event, error: MiniKmsError) -> Reply:

@@ -47,6 +47,7 @@ from minikms.service.records import CIPHERTEXT_BYTES_MAX, decode_aad
 from minikms.service.root_removal import RootRemoval
 
 REVOCATION_RETRY_SECONDS: Final = 5.0
+REVOCATION_RETRY_SECONDS_MAX: Final = 300.0
 REPLACEABLE_PROVIDERS: Final = frozenset(("file", "environment", "request", "dev"))
 """Root keys of other providers are not files or variables that an operator could exchange for a key in a request."""
 ROTATIONS_KEPT: Final = 5
@@ -108,7 +109,9 @@ class KekVerbs:
         self.replacing_error = ""
         """Why a root key that was replaced could not be removed; empty when it could."""
         self.revocation_error = ""
-        """Why the rotation after a removal can't begin; empty when it can."""
+        """Why the rotation after a removal can't begin, or what keeps the revocation from its end; else empty."""
+        self._asked = asyncio.Event()
+        """Set when something may have begun or is due, while the runner waits for keys that can't be read."""
         table.later_on_keys(api.ROTATE_KEK, vault, self.rotate_kek, durable=True)
         table.later_on_keys(api.PRUNE_KEK, vault, self.prune_keks, durable=True)
 
@@ -190,7 +193,8 @@ class KekVerbs:
         """Starts the task that finishes a rotation which has begun or is due, unless it runs."""
         idle = self._runner is None or self._runner.done()
         body = self._vault.keyring.body
-        due = body.rotation is not None or body.revocation_due or any(root_slots.OwedLines.of(body))
+        due = body.rotation is not None or bool(body.revoking) or any(root_slots.OwedLines.of(body))
+        self._asked.set()
         if idle and due and not self._stopping:
             self._runner = asyncio.ensure_future(self._run())
 
@@ -236,12 +240,34 @@ class KekVerbs:
             self.finishing = None
 
     async def _running_or_due(self) -> Rotation | None:
-        """The rotation that runs. It begins one where a removed root key could still open the KEK in use."""
+        """The rotation that runs. It begins one where a removed root key could still open the KEK in use, and ends a
+        revocation that unreadable keys have kept open.
+        """
+        pause = REVOCATION_RETRY_SECONDS
+        while (rotation := await self._running_or_begun()) is None and self._vault.keyring.body.revoking:
+            self._asked.clear()
+            self.finishing = None
+            try:
+                await self._rotation.end_revocation()
+                unread = self._rotation.unread
+                reason = f"{unread} keys can't be read, and may be under a former KEK version" if unread else ""
+            except MiniKmsError as error:
+                reason = str(error)
+            self.revocation_error = reason
+            await self._write_owed_lines()
+            if reason:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await self._asked.wait()
+                pause = min(2 * pause, REVOCATION_RETRY_SECONDS_MAX)
+        return rotation
+
+    async def _running_or_begun(self) -> Rotation | None:
         while self._rotation.running is None and self._vault.keyring.body.revocation_due:
             try:
                 begun = await self._rotation.begin(None)
             except MiniKmsError as error:
-                self.revocation_error = str(error)
+                self.revocation_error = f"its KEK rotation can't begin: {error}"
                 self.finishing = None
                 await asyncio.sleep(REVOCATION_RETRY_SECONDS)
                 continue
@@ -249,7 +275,8 @@ class KekVerbs:
                 await self._write_until_done(
                     "rotate_kek", self._facts(new_root=0), detail="begun: a root key was removed"
                 )
-        self.revocation_error = ""
+        if self._rotation.running is not None:
+            self.revocation_error = ""
         return self._rotation.running
 
     async def drop_replaced_roots(self) -> None:

@@ -19,7 +19,7 @@ from minikms.base64 import decode_canonical
 from minikms.crypto import roots
 from minikms.crypto.aead import scrub_stack
 from minikms.crypto.shares import SHARES_COUNT_MAX, THRESHOLD_MIN
-from minikms.custody.files import now_ns, now_rfc3339, rfc3339
+from minikms.custody.files import HOUR_NS, now_ns, now_rfc3339, rfc3339
 from minikms.custody.vault import Permit, Vault
 from minikms.errors import DecryptionError, InvalidRequestError, NotFoundError, NotTestedError, WrongSlotError
 from minikms.keys import keyring, root_slots
@@ -144,6 +144,8 @@ class RootVerbs:
                 permit()
                 _slot(body, slot_id)
                 root_slots.check_removes(body, (slot_id,))
+                at_ns = now_ns()
+                root_slots.check_pace(body, now=rfc3339(at_ns), hour_ago=rfc3339(at_ns - HOUR_NS))
                 _check_another_was_tested(body, slot_id)
                 return (slot_id,)
 

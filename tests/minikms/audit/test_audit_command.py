@@ -433,6 +433,7 @@ def test_the_next_start_completes_an_interrupted_change_of_the_audit_key(
     assert f"ends under audit key version 1, but version 2 was introduced after line {head['seq']}" in output
     content = (data_dir / LOG).read_bytes()
     (data_dir / LOG).write_bytes(b"\n".join(content.split(b"\n")[:-2]) + b"\n")
+    (data_dir / f"{LOG}.confirmed").unlink()
     status, _, errors = run("rotate-key", "--data-dir", data_dir)
     assert status == 2 and f"but version 2 was introduced after line {head['seq']}" in errors
     (data_dir / LOG).write_bytes(content)

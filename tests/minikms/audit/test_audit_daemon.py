@@ -186,6 +186,7 @@ def test_a_log_without_the_expected_line_is_refused(tmp_path: Path) -> None:
         assert daemon.verify()[0] == 0
     lines = (daemon.data_dir / LOG).read_bytes().split(b"\n")
     (daemon.data_dir / LOG).write_bytes(b"\n".join(lines[: head["seq"] - 1]) + b"\n")
+    (daemon.data_dir / f"{LOG}.confirmed").unlink()
     command = [*PROGRAM, "--dev", "--socket", str(daemon.socket), "--data-dir", str(daemon.data_dir)]
     command += ["--expect-audit-head", expected]
     # The epochs of the keyring show the cut too, unless those who cut put back an older keyring with it.

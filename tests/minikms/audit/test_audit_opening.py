@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def head_of(directory: Path, number: int) -> Head:
 def kill(directory: Path, count: int = 5, key: Key = KEY1) -> None:
     """A log whose writer ended without closing it."""
     write_events(open_log(directory, key), count)
+
+
+def kill_confirmed(directory: Path, count: int = 5) -> None:
+    """As `kill`, with all lines on the disk."""
+    log = open_log(directory)
+    write_events(log, count)
+    log.fdatasync()
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
@@ -122,12 +130,14 @@ def test_an_incomplete_last_line_is_moved_aside_and_recorded(tmp_path: Path) -> 
         assert recovery.facts == {
             "bytes": len(torn),
             "file": f"{LOG}.torn-7",
+            "lines": 1,
             "sha256": hashlib.sha256(torn).hexdigest(),
         }
         assert (tmp_path / f"{LOG}.torn-7").read_bytes() == torn
         log.close()
         assert verify(tmp_path).intact
         (tmp_path / f"{LOG}.torn-7").unlink()
+        (tmp_path / f"{LOG}.confirmed").unlink()
 
 
 @pytest.mark.parametrize("zeros", [1, 5000, 200_000])
@@ -147,6 +157,7 @@ def test_an_interrupted_recovery_is_completed(tmp_path: Path) -> None:
     aside = tmp_path / f"{LOG}.torn-7"
     for left_in_log in (b"torn", b"", b"second"):
         (tmp_path / LOG).write_bytes(whole + left_in_log)
+        (tmp_path / f"{LOG}.confirmed").unlink()
         aside.write_bytes(b"torn")
         open_log(tmp_path).close()
         saved = b"tornsecond" if left_in_log == b"second" else b"torn"
@@ -156,8 +167,8 @@ def test_an_interrupted_recovery_is_completed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [4, 6])
-def test_an_altered_line_since_the_last_checkpoint_is_refused(tmp_path: Path, number: int) -> None:
-    kill(tmp_path)
+def test_an_altered_line_that_was_confirmed_is_refused(tmp_path: Path, number: int) -> None:
+    kill_confirmed(tmp_path)
     lines = lines_of(tmp_path)
     lines[number - 1] = lines[number - 1].replace(b'"ok"', b'"no"')
     (tmp_path / LOG).write_bytes(b"\n".join(lines) + b"\n")
@@ -234,7 +245,7 @@ def test_a_log_without_the_file_of_the_expected_line_is_refused(tmp_path: Path) 
 
 
 def test_accepting_a_loss_keeps_the_old_files_and_records_it(tmp_path: Path) -> None:
-    kill(tmp_path)
+    kill_confirmed(tmp_path)
     known = head_of(tmp_path, 6)
     altered = (tmp_path / LOG).read_bytes().replace(b'"ok"', b'"no"')
     (tmp_path / LOG).write_bytes(altered)
@@ -243,6 +254,7 @@ def test_accepting_a_loss_keeps_the_old_files_and_records_it(tmp_path: Path) -> 
     genesis = events_of(tmp_path / LOG)[0]
     aside = genesis.facts["previous_files"]
     assert isinstance(aside, str)
+    (tmp_path / aside / f"{LOG}.confirmed").unlink()
     assert snapshot(tmp_path / aside) == {LOG: altered, f"{LOG}.1": b"an older segment"}
     assert genesis.facts["previous_seq"] == 6
     assert "was altered" in str(genesis.facts["previous"])
@@ -303,6 +315,7 @@ def test_a_start_reads_no_further_back_than_the_last_checkpoint(
     monkeypatch.setattr(writer, "CHECKPOINT_LINES", 50)
     log = open_log(tmp_path)
     write_events(log, 130, per_commit=10)
+    log.fdatasync()
     content = (tmp_path / LOG).read_bytes()
     (tmp_path / LOG).write_bytes(content.replace(b'"outcome":"ok"', b'"outcome":"no"', 20))
     log = open_log(tmp_path)
@@ -319,3 +332,83 @@ def test_a_file_with_too_many_unsigned_bytes_at_its_end_is_refused(
     kill(tmp_path, 50)
     with pytest.raises(StartError, match="no checkpoint in its last 4000 bytes"):
         open_log(tmp_path)
+
+
+# --- an end that was never confirmed ----------------------------------------------------------------------------------
+
+SECTOR_BYTES = 512
+
+
+def cut_log(directory: Path, chance: random.Random) -> tuple[bytes, int]:
+    """A log whose machine lost power: what was synced, and of the rest some sectors. Returns the whole content, and how
+    much of it was synced.
+    """
+    log = open_log(directory)
+    synced = 0
+    for _ in range(chance.randrange(1, 6)):
+        write_events(log, chance.randrange(1, 60), per_commit=5)
+        if chance.random() < 0.5:
+            log.fdatasync()
+            synced = log.writer.file.size
+        if chance.random() < 0.5:
+            log.writer.checkpoint(1)
+    content = (directory / LOG).read_bytes()
+    synced = synced or content.index(b"\n") + 1  # a new file is synced
+    left = bytearray(content)
+    for at in range(synced - synced % SECTOR_BYTES, len(left), SECTOR_BYTES):
+        begin, end = max(at, synced), min(at + SECTOR_BYTES, len(left))
+        damage = chance.choice(("none", "none", "zeros", "noise"))
+        if damage != "none":
+            left[begin:end] = bytes(end - begin) if damage == "zeros" else chance.randbytes(end - begin)
+    (directory / LOG).write_bytes(left[: chance.randrange(synced, len(left) + 1)])
+    return content, synced
+
+
+def check_power_cuts(directory: Path, seed: int, count: int) -> None:
+    chance = random.Random(seed)
+    recovered = 0
+    for number in range(count):
+        log_directory = directory / str(number)
+        log_directory.mkdir()
+        content, synced = cut_log(log_directory, chance)
+        found = (log_directory / LOG).read_bytes()
+        make_log(log_directory, 2)
+        after = (log_directory / LOG).read_bytes()
+        kept = next((at for at, (a, b) in enumerate(zip(content, after, strict=False)) if a != b), len(content))
+        assert kept >= synced, f"seed {seed}, cut {number}: a confirmed line is gone"
+        assert verify(log_directory).intact, f"seed {seed}, cut {number}"
+        aside = list(log_directory.glob("*.torn-*"))
+        if aside:
+            [event] = [event for event in events_of(log_directory / LOG) if event.type == "recovery"]
+            moved = aside[0].read_bytes()
+            assert found.endswith(moved)
+            assert (event.facts["file"], event.facts["bytes"]) == (aside[0].name, len(moved))
+            recovered += 1
+    assert recovered > count // 4
+
+
+def test_any_damage_to_an_end_that_was_never_confirmed_is_set_aside(tmp_path: Path) -> None:
+    check_power_cuts(tmp_path, 1, 30)
+
+
+@pytest.mark.torture
+def test_any_damage_to_the_unconfirmed_ends_of_many_logs_is_set_aside(tmp_path: Path) -> None:
+    check_power_cuts(tmp_path, random.randrange(2**32), 3000)
+
+
+def test_a_confirmed_line_is_refused_when_altered_beside_damage(tmp_path: Path) -> None:
+    """Wherever it is altered, beside damage that is set aside; and so is a log that ends before."""
+    kill_confirmed(tmp_path, 2)
+    content = (tmp_path / LOG).read_bytes()
+    for at in range(0, len(content), 3):
+        altered = bytearray(content + bytes(700))
+        altered[at] ^= 1
+        (tmp_path / LOG).write_bytes(altered)
+        with pytest.raises(StartError, match="--accept-audit-loss"):
+            open_log(tmp_path)
+    (tmp_path / LOG).write_bytes(content[: content.rindex(b'{"event"')])
+    with pytest.raises(StartError, match=r"ends after \d+ bytes, and \d+ were on the disk"):
+        open_log(tmp_path)
+    (tmp_path / LOG).write_bytes(content + bytes(700))
+    open_log(tmp_path).close()
+    assert types_of(tmp_path) == ["genesis", "encrypt", "encrypt", "recovery", "checkpoint"]

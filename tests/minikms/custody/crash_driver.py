@@ -3,7 +3,7 @@
 All of it runs in one thread, so that a system call has one number.
 
 `crash_driver.py SCENARIO DIRECTORY` writes "begin" to stderr after its preparations. To stdout it writes each promise
-after the call returned: "told", a name and its content; "granted", a key and its count; "grown" and a line; or
+after the call returned: "told", a name and its content; "granted", a key and its count; or
 "destroyed" and a key. After an error it writes "refused" and tries once more.
 """
 
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minikms.custody import rotation
-from minikms.custody.appended_file import AppendedFile
 from minikms.custody.files import FileWrite, open_directory, remove_file, replace_file, write_files
 from minikms.custody.lease_store import LeaseStore
 from minikms.custody.vault import Vault
@@ -78,25 +77,6 @@ def leases(directory: int) -> None:
         else:
             insist(store.merge)
     store.close()
-
-
-def grow(directory: int) -> None:
-    file = AppendedFile(directory, "lines", bytes_max=1 << 20)
-    content = file.read() or b""
-    content = content[: content.rfind(b"\n") + 1]
-
-    def put(line: bytes) -> None:
-        if file.appendable:
-            file.append(line)
-        else:
-            file.replace(content)
-
-    for number in range(4):
-        line = f"{os.getpid()}-{number}\n".encode()
-        content += line
-        insist(partial(put, line))
-        tell(f"grown {line.decode().strip()}")
-    file.close()
 
 
 class SameThread(Executor):
@@ -241,7 +221,6 @@ SCENARIOS = {
     "many": many,
     "remove": remove,
     "leases": leases,
-    "grow": grow,
     "destroy": destroy,
     "convert": convert,
     "rewrap": rewrap,

@@ -50,7 +50,6 @@ SCENARIOS = (
     "many",
     "remove",
     "leases",
-    "grow",
     "destroy",
     "convert",
     "rewrap",
@@ -64,7 +63,6 @@ SLICE = {
     "many": 8,
     "remove": 3,
     "leases": 9,
-    "grow": 8,
     "destroy": 18,
     "convert": 18,
     "rewrap": 23,
@@ -107,8 +105,6 @@ def prepare(place: Path, scenario: str) -> None:
         return
     if scenario in ("destroy", "convert"):
         asyncio.run(keys_to_destroy(place, former_format=scenario == "convert"))
-        return
-    if scenario == "grow":
         return
     if scenario == "leases":
         directory = open_directory(place)
@@ -181,10 +177,6 @@ def check(place: Path, scenario: str, stdout: bytes, *, temps: bool) -> None:
         assert store.total(key(1)) <= 8 << 16, "two runs take three leases each"
         store.close()
         assert names <= {JOURNAL_NAME, SNAPSHOT_NAME}
-    elif scenario == "grow":
-        assert names <= {"lines"}
-        kept = (place / "lines").read_text().splitlines() if names else []
-        assert {line[1] for line in lines if line[0] == "grown"} <= set(kept)
     else:
         check_files(place, {line[1]: line[2] for line in lines if line[0] == "told"})
         assert names <= {"f0", "f1", "f2", "f3", "f4", "g0"}

@@ -106,12 +106,17 @@ def journal_of(one: OpenedVault) -> RewrapJournal:
     return one.vault.rewraps
 
 
+async def write(one: OpenedVault, batch: list[Rewrap], stamp: str = STAMP) -> None:
+    async with one.vault.locks.hold(rewrap.key_id for rewrap in batch) as held:
+        journal_of(one).write(held, batch, stamp)
+
+
 def test_a_batch_keeps_inodes_leaves_a_backup_and_no_journal(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             batch = await rewraps(one, await one.make(5))
             inodes = [one.file(rewrap.key_id).stat().st_ino for rewrap in batch]
-            journal_of(one).write(batch, STAMP)
+            await write(one, batch)
             assert [one.file(rewrap.key_id).stat().st_ino for rewrap in batch] == inodes
             assert all(one.file(rewrap.key_id).read_bytes() == rewrap.new for rewrap in batch)
             [path] = (one.directory / "kms-deks-backup" / STAMP).iterdir()
@@ -130,9 +135,8 @@ def test_a_file_with_two_links_or_without_padding_is_replaced_by_rename(tmp_path
             os.link(one.file(linked.key_id), copy)
             short = unpadded.old.rstrip() + b"\n"
             one.file(unpadded.key_id).write_bytes(short)
-            journal_of(one).write(
-                [linked, Rewrap.make(unpadded.key_id, old=short, kept=unpadded.kept, new=unpadded.new), usual], STAMP
-            )
+            unpadded = Rewrap.make(unpadded.key_id, old=short, kept=unpadded.kept, new=unpadded.new)
+            await write(one, [linked, unpadded, usual])
             assert copy.read_bytes() == linked.old
             assert all(one.file(rewrap.key_id).read_bytes() == rewrap.new for rewrap in batch)
 
@@ -144,7 +148,7 @@ def test_a_file_that_vanished_is_not_made_again(tmp_path: Path) -> None:
         async with opened_vault(tmp_path / "d") as one:
             gone, usual = batch = await rewraps(one, await one.make(2))
             one.file(gone.key_id).unlink()
-            journal_of(one).write(batch, STAMP)
+            await write(one, batch)
             assert not one.file(gone.key_id).exists()
             assert one.file(usual.key_id).read_bytes() == usual.new
 
@@ -165,7 +169,7 @@ def test_a_batch_on_a_failing_disk_is_whole_or_withdrawn(
                     one.file(rewrap.key_id).write_bytes(rewrap.old)
                 with failing_os(monkeypatch, call, at=at):
                     try:
-                        journal_of(one).write(batch, f"20260101T{at:06}")
+                        await write(one, batch, f"20260101T{at:06}")
                     except StorageUnavailableError:
                         if journal_of(one).live:
                             with contextlib.suppress(StorageUnavailableError):
@@ -187,10 +191,10 @@ def test_no_second_batch_begins_while_a_journal_is_live(tmp_path: Path, monkeypa
         async with opened_vault(tmp_path / "d") as one:
             batch = await rewraps(one, await one.make(2))
             with failing_os(monkeypatch, "pwrite"), pytest.raises(StorageUnavailableError):
-                journal_of(one).write(batch, STAMP)
+                await write(one, batch)
             assert journal_of(one).live
             with pytest.raises(StorageUnavailableError, match="not settled"):
-                journal_of(one).write(batch, STAMP)
+                await write(one, batch)
             [victim] = await one.make(1)
             await one.vault.retire(victim)
             with pytest.raises(StorageUnavailableError, match="journal of a KEK rotation may hold the key"):
@@ -449,7 +453,7 @@ def test_readers_see_the_old_or_the_new_content_while_a_key_is_overwritten(tmp_p
                     else [Rewrap.make(one.key_id, old=one.new, kept=one.new, new=one.old) for one in batch]
                 )
                 store.answer_with({change.key_id: change.new for change in changes})
-                await asyncio.get_running_loop().run_in_executor(None, journal_of(one).write, changes, STAMP)
+                await write(one, changes)
                 store.answer_with({})
             stop.set()
             for reader in readers:

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from minikms.policy import Clock, PrincipalNameError, parse_name, parse_policy
-from minikms.policy.budgets import Budget, parse
+from minikms.policy import PrincipalNameError, parse_name, parse_policy
 from minikms.policy.patterns import PrincipalPattern, ThreadPattern
 
 PLACE = Path(__file__).parents[2] / "vectors"
@@ -49,15 +48,3 @@ def test_a_table_has_the_identity_of_the_page(vector: dict[str, Any]) -> None:
     rules = parse_policy(text.encode())
     found = [*(one.identity for one in rules.grants), *(one.identity for one in rules.proxies)]
     assert found == [vector["identity"]]
-
-
-@pytest.mark.parametrize("vector", VECTORS["budget_files"], ids=lambda vector: str(vector["name"]))
-def test_a_start_counts_what_the_page_says(vector: dict[str, Any]) -> None:
-    now_ms = vector["boot_ms"]
-    clock = Clock(vector["boot_id"], lambda: vector["boot_ms"], lambda: vector["wall_ms"])
-    used: dict[str, int] = {}
-    for key, openings in parse(vector["content"].encode(), clock).openings.items():
-        budget = Budget()
-        budget.replay(openings, now_ms)
-        used[" ".join(key)] = budget.used(now_ms)
-    assert {key: count for key, count in used.items() if count} == vector["used"]

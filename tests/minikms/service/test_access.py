@@ -251,22 +251,6 @@ def test_a_request_in_flight_counts_until_it_has_ended(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_use_is_granted_once_its_block_is_on_disk(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with limited(tmp_path / "d", BUDGETS) as made:
-            who = made.who(1)
-            [key_id] = await made.one.make(1, "a-1")
-            text = await sealed(made, who, key_id)
-            made.file.go_on.clear()
-            waiting = await made.until_waiting(who, api.DECRYPT, api.DecryptItem(key_id, text))
-            assert not waiting.done() and made.file.writes == 0
-            made.file.go_on.set()
-            assert await waiting == {"plaintext": b64()}
-            assert made.file.writes == 1
-
-    asyncio.run(main())
-
-
 def test_a_destruction_can_be_repeated_and_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a lost answer, and after an error of the disk behind the tombstone. Others see an unknown key."""
 
@@ -307,33 +291,6 @@ CHANGES: dict[str, tuple[str, type[MiniKmsError], type[MiniKmsError]]] = {
     "no grant": (GONE, UnauthorizedError, UnauthorizedError),
 }
 """The policy, and what it answers for a key and for a new key of a thread."""
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("verb", [api.DECRYPT, api.DECRYPT_BATCH], ids=lambda verb: verb.name)
-def test_a_decryption_that_waits_for_its_budget_obeys_the_new_policy(
-    tmp_path: Path, change: str, verb: Verb[Any, Any]
-) -> None:
-    policy, of_key, _ = CHANGES[change]
-
-    async def main() -> None:
-        limits = "limits = { decrypts_per_hour = 9 }"
-        async with limited(tmp_path / "d", grant(1, '["mine-*"]', more=limits)) as made:
-            who = made.who(1)
-            [key_id] = await made.one.make(1, "mine-1")
-            item = api.DecryptItem(key_id, await sealed(made, who, key_id))
-            made.file.go_on.clear()
-            request = item if verb is api.DECRYPT else api.DecryptBatchRequest([item])
-            waiting = await made.until_waiting(who, verb, request)
-            made.change(policy)
-            made.file.go_on.set()
-            if verb is api.DECRYPT_BATCH and of_key is KeyNotFoundError:
-                assert [one["code"] for one in (await waiting)["items"]] == ["key_not_found"]
-            else:
-                with pytest.raises(of_key):
-                    await waiting
-
-    asyncio.run(main())
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -195,11 +195,11 @@ def test_a_keyring_older_than_the_audit_log_is_refused_until_accepted(tmp_path: 
 
 
 def test_an_older_keyring_and_an_older_log_with_newer_keys_isolates_those(tmp_path: Path) -> None:
-    """Nothing in the directory tells of the epoch then; what the older keyring can't open is named."""
+    """No other file in the directory tells of the epoch; what the older keyring can't open is named."""
     with LiveDaemon(tmp_path) as daemon:
         before = new_key(daemon)
         daemon.stop()
-        names = ("keyring.json", "minikms-audit.log")
+        names = ("keyring.json", "minikms-audit.log", "minikms-audit.log.confirmed")
         older = {name: (daemon.data_dir / name).read_bytes() for name in names}
         daemon.start()
         post(daemon, "/rotate_kek", {})

@@ -20,6 +20,7 @@ from minikms import api
 from minikms.audit import Event
 from minikms.client import Client, errors
 from minikms.custody import create_log
+from minikms.custody.deks import HeldKeys
 from minikms.custody.files import make_file, open_directory
 from minikms.custody.lease_format import USES_MAX, encode_record
 from minikms.custody.lease_store import JOURNAL_NAME, LeaseStore
@@ -227,8 +228,8 @@ def test_a_retirement_that_is_not_known_to_be_durable_opens_one_key(
             await one.indexing.run()
             old, _ = await one.vault.get_or_create("t", purpose="thread")
 
-            async def in_place_only(key_id: str, data: bytes) -> None:
-                one.file(key_id).write_bytes(data)
+            async def in_place_only(held: HeldKeys, data: bytes) -> None:
+                one.file(*held.key_ids).write_bytes(data)
                 raise StorageUnavailableError("a directory cannot be synced")
 
             with monkeypatch.context() as patch:

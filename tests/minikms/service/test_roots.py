@@ -15,6 +15,7 @@ from minikms.crypto import roots
 from minikms.custody.files import now_ns, rfc3339
 from minikms.custody.vault import permitted
 from minikms.errors import NotTestedError
+from minikms.keys import root_slots
 from minikms.service import roots as service_roots
 from minikms.service.base import VerbTable
 from minikms.service.roots import AddGivenRoot, ProveGivenRoot, RootVerbs
@@ -211,6 +212,42 @@ def test_nobody_opens_later_files_with_a_removed_root_and_old_files(own_daemon: 
 
 def key_files(daemon: LiveDaemon) -> list[bytes]:
     return [path.read_bytes() for path in sorted((daemon.data_dir / "kms-deks").glob("*.json"))]
+
+
+def test_a_removed_root_is_revoking_until_every_key_file_was_rewrapped(own_daemon: LiveDaemon) -> None:
+    """One file can't be read during the rotation, and can later. It is under the former KEK, which the root opens."""
+    key_id = new_key(own_daemon)
+    path = own_daemon.data_dir / "kms-deks" / f"{key_id}.json"
+    slot_id = added(own_daemon)
+    content = path.read_bytes()
+    path.write_bytes(b"damaged")
+    assert remove(own_daemon, slot_id).status == 200
+    own_daemon.wait_for_event("rotate_kek_done")
+    found = status_once(own_daemon, lambda found: any("1 keys can't be read" in text for text in found["warnings"]))
+    assert list(found["keys"]["unreadable_files"]) == [key_id]
+    restart(own_daemon)
+    status_once(own_daemon, lambda found: any("1 keys can't be read" in text for text in found["warnings"]))
+    assert [root["state"] for root in listed(own_daemon)] == ["active", "revoking"]
+    assert not own_daemon.events("root_removed")
+    path.write_bytes(content)
+    own_daemon.wait_for_event("root_removed")
+    assert [root["state"] for root in listed(own_daemon)] == ["active"]
+    assert b'"kek_version":2,' in path.read_bytes()
+    assert len(own_daemon.events("rotate_kek_done")) == 1, "that takes no further rotation"
+
+
+def test_root_keys_are_removed_and_replaced_at_a_pace(own_daemon: LiveDaemon) -> None:
+    """Each time takes an audit key for good."""
+    for number in range(root_slots.REMOVALS_HOUR_MAX - 1):
+        slot_id = added(own_daemon, root=f"{number:064x}")
+        assert remove(own_daemon, slot_id).status == 200
+        status_once(own_daemon, no_rotation)
+    slot_id = added(own_daemon)
+    refused = remove(own_daemon, slot_id)
+    assert (refused.code, "in the last hour" in refused.body["error"]) == ("conflict", True)
+    refused = rotate(own_daemon, OTHER)
+    assert (refused.code, "in the last hour" in refused.body["error"]) == ("conflict", True)
+    assert rotate(own_daemon).status == 200
 
 
 def test_the_last_root_stays(own_daemon: LiveDaemon) -> None:

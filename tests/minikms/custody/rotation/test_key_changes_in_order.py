@@ -152,6 +152,25 @@ def test_a_holder_that_fails_or_is_cancelled_releases_its_keys() -> None:
     asyncio.run(main())
 
 
+def test_a_file_is_changed_only_with_the_held_lock_of_its_key(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            [key_id, other] = await one.make(2)
+            before, store = one.file(key_id).read_bytes(), one.vault.store
+            async with one.vault.locks.hold((key_id,)) as held:
+                with pytest.raises(ValueError, match="without its lock"):
+                    held.require(other)
+            foreign = KeyLocks()
+            async with foreign.hold((key_id,)) as elsewhere:
+                assert elsewhere.require() == (key_id,)
+            for no_lock in (held, elsewhere):
+                with pytest.raises(ValueError, match="without its lock"):
+                    await store.replace(no_lock, b"")
+            assert one.file(key_id).read_bytes() == before
+
+    asyncio.run(main())
+
+
 def test_a_watcher_sees_the_keys_of_other_holders_only() -> None:
     async def main() -> None:
         locks = KeyLocks()

@@ -689,7 +689,7 @@ def test_a_key_under_an_unknown_kek_version_is_refused(tmp_path: Path) -> None:
             older = (one.directory / "keyring.json").read_bytes()
             await one.rotate()
         (tmp_path / "d" / "keyring.json").write_bytes(older)
-        async with opened_vault(tmp_path / "d") as again:
+        async with opened_vault(tmp_path / "d", accept_restore=True) as again:
             with pytest.raises(KeyUnreadableError, match="the keyring is older than the key"):
                 again.vault.opened(key_id)
             await again.indexing.run()
