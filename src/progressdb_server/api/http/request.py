@@ -207,6 +207,11 @@ class Request:
 
     # --- the caller ---------------------------------------------------------------------------------------------
     @property
+    def role(self) -> access.Role:
+        """Of the key with which the request came, or with which the viewer's session began."""
+        return access.Role.ADMIN if self.viewer_key else self.principal.role
+
+    @property
     def acting_user(self) -> str | None:
         """The signed user whose rights the request has; None if its key acts for anyone, also beside a signature."""
         return None if self.principal.role in access.OPERATORS else self.user
