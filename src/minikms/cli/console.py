@@ -77,7 +77,8 @@ def _explained_client(error: Exception) -> tuple[str, int]:
     advice: dict[type[Exception], str] = {
         errors.KmsUnavailableError: "Is the daemon running? Start it with `minikms --socket … --data-dir …`, or name "
         "its socket with --socket or PROGRESSDB_KMS_SOCKET",
-        errors.KmsTimeoutError: "The request may have been carried out: check with `minikms status`",
+        errors.KmsTimeoutError: "The daemon hangs, or systemd starts it again and again: its log says why (`journalctl "
+        "-u minikms -n 20`). The request may have been carried out",
         errors.KmsUntrustedServerError: usage.UNTRUSTED_ADVICE,
         errors.UnauthorizedError: "Run this as a user of the daemon's --allowed-uids, or of a grant of its policy file",
         errors.ForbiddenError: "Run this as a user of the daemon's --admin-uids, or of a grant of its policy file",
@@ -102,6 +103,7 @@ MASTER_KEY_FILE_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FILE"
 PIN_VARIABLE: Final = "PROGRESSDB_MINIKMS_PIN"
 DAEMON_WAIT_SECONDS: Final = 0.5
 """For a daemon that is starting; a person notices a longer wait."""
+ANSWER_SECONDS: Final = 10.0
 
 Socket = Annotated[str | None, Parameter(name="--socket", help=f"The daemon's Unix socket [{SOCKET_VARIABLE}].")]
 ServerUid = Annotated[
@@ -249,7 +251,7 @@ def chosen_server_uids(given: int | None) -> frozenset[int] | None:
         raise CommandError(str(error)) from None
 
 
-def daemon_client(socket: str | None, server_uid: int | None) -> Client:
+def daemon_client(socket: str | None, server_uid: int | None, *, timeout_s: float = ANSWER_SECONDS) -> Client:
     """A client of the running daemon, which checks the daemon's user before it sends anything. It connects at its first
     call. Raises CommandError for a path that can't be a socket's.
     """
@@ -257,7 +259,7 @@ def daemon_client(socket: str | None, server_uid: int | None) -> Client:
 
     path = chosen_socket(socket)
     try:
-        return Client(path, server_uids=chosen_server_uids(server_uid), wait_s=DAEMON_WAIT_SECONDS)
+        return Client(path, server_uids=chosen_server_uids(server_uid), timeout_s=timeout_s, wait_s=DAEMON_WAIT_SECONDS)
     except ValueError as error:
         raise CommandError(f"{error}: {path}") from None
 

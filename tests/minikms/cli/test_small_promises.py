@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,21 +27,21 @@ def test_only_an_explicit_dash_decrypts_to_a_terminal(tmp_path: Path) -> None:
     note = tmp_path / "note"
     note.write_text("the door code is 4711\n")
     with LiveDaemon(tmp_path, "file") as daemon:
-        socket = ("--socket", str(daemon.socket))
-        assert run("encrypt", note, *socket).returncode == 0
-        words = [*MINIKMS, "decrypt", f"{note}.kms", "--output", "-", *socket]
+        place = ("--socket", str(daemon.socket))
+        assert run("encrypt", note, *place).returncode == 0
+        words = [*MINIKMS, "decrypt", f"{note}.kms", "--output", "-", *place]
         with OnTerminal(words, env=dict(os.environ)) as terminal:
             assert terminal.wait() == 0 and b"the door code is 4711" in terminal.shown
-        piped = f"{' '.join(MINIKMS)} decrypt {' '.join(socket)} < {note}.kms"
+        piped = f"{' '.join(MINIKMS)} decrypt {' '.join(place)} < {note}.kms"
         with OnTerminal(["sh", "-c", piped], env=dict(os.environ)) as terminal:
             assert terminal.wait() == 2 and b"insist with --output -" in terminal.shown
 
 
 def test_commands_name_commands_and_offer_only_what_they_can_do(tmp_path: Path) -> None:
     with LiveDaemon(tmp_path, "file") as daemon:
-        socket = ("--socket", daemon.socket)
-        assert "`minikms root list`" in run("root", "test", "s9", "--root", f"file:{daemon.root_file}", *socket).stderr
-        listed = run("keys", "list", "--state", "destroyed", *socket)
+        place = ("--socket", daemon.socket)
+        assert "`minikms root list`" in run("root", "test", "s9", "--root", f"file:{daemon.root_file}", *place).stderr
+        listed = run("keys", "list", "--state", "destroyed", *place)
         assert listed.returncode == 2 and "destroyed" not in run("keys", "list", "--help").stdout
 
 
@@ -72,3 +73,13 @@ def test_init_prints_the_next_commands_to_paste(tmp_path: Path) -> None:
         in made.stdout
     )
     assert f"\n  minikms status --socket {tmp_path}/minikms.sock\n" in made.stdout
+
+
+def test_a_daemon_that_never_answers_is_looked_up_in_its_log(tmp_path: Path) -> None:
+    """As the socket of systemd, while the service ends at each start."""
+    tmp_path.chmod(0o700)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        said = run("status", "--socket", tmp_path / "s")
+    assert said.returncode == 2 and "`journalctl -u minikms -n 20`" in said.stderr

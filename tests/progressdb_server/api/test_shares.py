@@ -40,7 +40,7 @@ def key(presented: str) -> Principal:
 def taken(shares: Shares, address: str, principal: Principal | None, user: str | None, presented: bytes = b"") -> int:
     """How many mebibytes bodies of one caller get."""
     count = 0
-    while BodyAccount(shares, address, principal, user, presented).grow_to(MIB):
+    while BodyAccount(shares, shares.group(address), principal, user, presented).grow_to(MIB):
         count += 1
     return count
 
