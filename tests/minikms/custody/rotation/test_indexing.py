@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from minikms import api
@@ -119,10 +120,8 @@ def test_a_record_cannot_replace_a_key_of_another_thread(tmp_path: Path) -> None
         async with opened_vault(tmp_path / "d") as one:
             victim = await create(one.vault, "victim")
             other = await create(one.vault, "other")
-            content = one.file(other.id).read_bytes()
-            one.file(other.id).write_bytes(
-                content.replace(b'"state":"active"', b'"state":"active","replaces":"%b"' % victim.id.encode())
-            )
+            replaces = msgspec.structs.replace(one.on_disk(other.id), replaces=victim.id)
+            one.file(other.id).write_bytes(dek.encode(replaces))
         async with opened_vault(tmp_path / "d") as again:
             await again.indexing.run()
             assert again.on_disk(other.id).replaces == victim.id
