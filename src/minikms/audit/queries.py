@@ -152,7 +152,8 @@ def first_seq(directory: str) -> int:
 
 
 def first_key(directory: str, trust: Trust) -> int:
-    """The version of the audit key that the log's first line is under; 0 if there is no line that verifies.
+    """The version of the audit key that the log's first line is under, where the lines before it were removed. 0 if
+    there is no line that verifies, or if it begins the log: a former log that was moved aside may be under any key.
 
     Raises OSError, DamagedSegmentError.
     """
@@ -160,7 +161,8 @@ def first_key(directory: str, trust: Trust) -> int:
     for file in each_segment(directory):
         verifier.feed(file.first_line())
         break
-    return 0 if verifier.findings else verifier.key_version
+    begins = verifier.head is not None and verifier.head.seq == 1
+    return 0 if verifier.findings or begins else verifier.key_version
 
 
 def line_of(directory: str, seq: int) -> bytes | None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -349,3 +350,21 @@ def test_metrics_of_the_server_and_of_its_store_are_served(server: RealServer) -
     text = server("GET", "/metrics").body.decode()
     assert "progressdb_http_requests_total" in text
     assert "progressdb_store_available 1.0" in text
+
+
+def test_the_memory_of_large_bodies_returns_to_the_system(tmp_path: Path) -> None:
+    """glibc alone keeps 130 MiB after these."""
+    with real_server(tmp_path) as server:
+
+        def resident_mib() -> int:
+            found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{server.pid}/status").read_text())
+            assert found is not None
+            return int(found[1]) // 1024
+
+        def post(_: int) -> int:
+            return server("POST", "/v1/messages", {"author": "ann", "body": "x" * 900_000}).status
+
+        before = resident_mib()
+        with ThreadPoolExecutor(16) as threads:
+            assert set(threads.map(post, range(96))) == {200}
+        wait_until(lambda: resident_mib() < before + 60)

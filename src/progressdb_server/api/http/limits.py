@@ -53,8 +53,9 @@ HALF_CLOSED_SECONDS_MAX: Final = 10
 CONNECTIONS_COUNT_MAX: Final = 4096
 STREAM_STALL_SECONDS_MAX: Final = 30
 """How long a client may leave a response unread before its connection is closed."""
-WRITE_BUFFER_BYTES_MAX: Final = 16 * 1024
-"""Unread bytes of one connection from which on they count in `UNREAD_BYTES_MAX`, and nothing more is written."""
+WRITE_BUFFER_BYTES_MAX: Final = 64 * 1024
+"""Unread bytes of one connection from which on they count in `UNREAD_BYTES_MAX`, and nothing more is written. uvloop
+sends a shorter response at the end of its turn, when the request has its line in the log."""
 LIST_BUFFER_BYTES_MAX: Final = 256 * 1024
 """A shorter list is sent whole, with its length; a longer one is streamed."""
 
