@@ -20,7 +20,6 @@ from minikms_unlock.command import app as unlock
 from minikms_unlock.command import main as unlock_main
 from progressdb_server.cli import main as progressdb_main
 from progressdb_server.cli.command import app as progressdb
-from tests import needs
 from tests.harness.waiting import wait_until
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -207,7 +206,7 @@ def test_completion_knows_commands_files_and_sources(tmp_path: Path, line: str, 
     assert registered[:5] == ["complete", "-o", "bashdefault", "-o", "default"], "a path after `file:` is a file"
     ask = 'COMP_WORDS=("$@")\nCOMP_CWORD=$(($# - 1))\n' + registered[-2] + '\nprintf "%s\\n" "${COMPREPLY[@]}"'
     done = subprocess.run(
-        (needs.program("bash"), "-c", script.stdout + ask, "bash", *words),
+        ("bash", "-c", script.stdout + ask, "bash", *words),
         cwd=tmp_path,
         capture_output=True,
         text=True,
