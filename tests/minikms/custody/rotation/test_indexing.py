@@ -15,7 +15,7 @@ import pytest
 from minikms import api
 from minikms.audit import Event
 from minikms.custody import deks, vault
-from minikms.custody.deks import DekStore
+from minikms.custody.deks import DekStore, HeldKeys
 from minikms.errors import StorageUnavailableError
 from minikms.keys import dek
 from minikms.service.base import VerbTable
@@ -171,13 +171,13 @@ def test_a_resumed_rotation_does_not_bring_back_a_destroyed_keys_file(
             scanned = False
 
             @contextlib.asynccontextmanager
-            async def after_the_scan(key_ids: list[str], **named: Any) -> AsyncIterator[None]:
+            async def after_the_scan(key_ids: list[str], **named: Any) -> AsyncIterator[HeldKeys]:
                 nonlocal scanned
                 if key_ids and not scanned:
                     scanned = True
                     await again.indexing.run()
-                async with hold(key_ids, **named):
-                    yield
+                async with hold(key_ids, **named) as held:
+                    yield held
 
             monkeypatch.setattr(again.vault.locks, "hold", after_the_scan)
             await again.rotation.run()
