@@ -22,7 +22,6 @@ from cyclopts import Parameter
 from minikms import api
 from minikms.audit.reader import LOG_NAME
 from minikms.cli.console import (
-    DATA_DIR_VARIABLE,
     CommandError,
     DataDir,
     Json,
@@ -38,6 +37,8 @@ from minikms.cli.console import (
     confirm,
     daemon_client,
     explained,
+    found_data_dir,
+    found_socket,
     print_json,
     terminal,
 )
@@ -62,7 +63,7 @@ from minikms.keys.keyring import Body
 from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, SOCKET_VARIABLE
+from minikms.usage import EXIT_FAILED, EXIT_GOOD
 
 if TYPE_CHECKING:
     from minikms.client import Client
@@ -439,22 +440,24 @@ def doctor(
     master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Look for problems, and say what to do about each. --data-dir examines the files and the machine, even while the
-    daemon runs; --socket examines the running daemon.
+    daemon runs; --socket examines the running daemon. Without either, both are examined where the package has them.
 
     With the root key it also opens every key. Exit status: 0 no problem, 1 a problem, 2 there is nothing to examine.
     """
-    directory = chosen_data_dir(data_dir) if data_dir or os.environ.get(DATA_DIR_VARIABLE) else None
     if rebuild_leases:
-        return rebuild(directory, yes=yes, json=json)
-    path = socket or os.environ.get(SOCKET_VARIABLE)
-    if directory is None and not path:
+        return rebuild(chosen_data_dir(data_dir), yes=yes, json=json)
+    directory, path = found_data_dir(data_dir, look=False), found_socket(socket, look=False)
+    if directory is None and path is None:
+        directory, path = found_data_dir(None), found_socket(None)
+    if directory is None and path is None:
         raise CommandError("say what to examine: --data-dir DIR, --socket PATH, or both")
     found: list[Finding] = []
     if directory is not None:
+        directory = chosen_data_dir(directory)
         root = chosen_root(master_key_file, master_key_fd, root_source, data_dir=directory)
         found += examine(directory, root, now=time.time())
     found += machine()
-    if path:
+    if path is not None:
         found += _daemon(path, server_uid, alone=directory is None)
     problems = sum(finding.level == "problem" for finding in found)
     if json:
@@ -570,15 +573,13 @@ def _worn_keys(kms: Client) -> Iterator[Finding]:
 # --- repair -------------------------------------------------------------------------------------------------------
 
 
-def rebuild(directory: str | None, *, yes: bool, json: bool = False) -> int:
+def rebuild(directory: str, *, yes: bool, json: bool = False) -> int:
     """Replaces both lease files; every present key counts as spent. Raises StartError while a daemon runs."""
     from minikms.custody.files import DataDirLock
     from minikms.custody.lease_store import LeaseStore
     from minikms.custody.rotation_backups import newest_key_id
     from minikms.keys.dek import key_id_to_bytes
 
-    if directory is None:
-        raise CommandError(f"name the data directory: --data-dir DIR, or {DATA_DIR_VARIABLE}")
     with DataDirLock(directory) as lock:
         with SettledKeys(directory) as settled:
             present = settled.key_ids()

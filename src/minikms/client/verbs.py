@@ -9,6 +9,7 @@ outcome, in order. A description must never touch a socket, a clock or an event 
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast, overload
@@ -112,18 +113,20 @@ class Many(Operation[list[T]]):
         return self._read(answer, count)
 
 
-class BlockingRunner:
+class BlockingRunner(ABC):
     """Base of a client whose methods return values."""
 
+    @abstractmethod
     def _run(self, operation: Operation[T]) -> T:
-        raise NotImplementedError
+        """Does what a method describes. Raises KmsError."""
 
 
-class AsyncRunner:
+class AsyncRunner(ABC):
     """Base of a client whose methods return coroutines."""
 
+    @abstractmethod
     def _run(self, operation: Operation[T]) -> Coroutine[Any, Any, T]:
-        raise NotImplementedError
+        """Does what a method describes. Raises KmsError."""
 
 
 if TYPE_CHECKING:

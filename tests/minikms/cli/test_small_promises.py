@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from minikms.cli import console
+from minikms.cli.doctor import doctor
 from minikms.usage import SOCKET_VARIABLE
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.terminal import OnTerminal
@@ -66,7 +67,46 @@ def test_without_flags_commands_look_where_the_units_are_and_say_so(
         console.chosen_socket(None, must_exist=False)
 
 
+def test_doctor_without_flags_examines_what_the_units_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One flag limits it to what the flag names."""
+    for variable in (SOCKET_VARIABLE, console.DATA_DIR_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    directory, path = tmp_path / "d", tmp_path / "s"
+    monkeypatch.setattr(console, "PACKAGE_SOCKET", str(path))
+    monkeypatch.setattr(console, "PACKAGE_DATA_DIR", str(directory))
+    with pytest.raises(console.CommandError, match="say what to examine"):
+        doctor()
+    with pytest.raises(console.CommandError, match="name the data directory"):
+        doctor(rebuild_leases=True, yes=True)
+    directory.mkdir(0o700)
+    path.touch()
+    assert doctor() == 1
+    both = capsys.readouterr()
+    assert "keyring.json is missing" in both.out and "problem: daemon" in both.out
+    assert f"{path} is used" in both.err and f"{directory} is used" in both.err
+    assert doctor(data_dir=str(directory)) == 1
+    files = capsys.readouterr()
+    assert "keyring.json is missing" in files.out and "problem: daemon" not in files.out and not files.err
+
+
 def test_init_prints_the_next_commands_to_paste(tmp_path: Path) -> None:
+    """With the path of a program that PATH does not have, and a private directory for the socket."""
+    script = tmp_path / "minikms"
+    script.write_text(f"#!{sys.executable} -P\nfrom minikms.cli import main\nmain()\n")
+    script.chmod(0o755)
+    words = ("init", "--data-dir", "d", "--master-key-file", "k")
+    elsewhere = subprocess.run(
+        ("./minikms", *words), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert f"\n  {script} --socket {tmp_path}/minikms.sock" in elsewhere.stdout
+    assert f"\n  {script} status --socket {tmp_path}/minikms.sock\n" in elsewhere.stdout
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o775)
+    said = run("init", "--data-dir", shared / "d", "--master-key-file", tmp_path / "k2").stdout
+    assert f"\n  install -d -m 700 {shared}/run\n  minikms --socket {shared}/run/minikms.sock" in said
     made = run("init", "--data-dir", tmp_path / "the data", "--master-key-file", tmp_path / "root.key")
     assert (
         f"\n  minikms --socket {tmp_path}/minikms.sock --data-dir '{tmp_path}/the data' --master-key-file"
