@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import tracemalloc
 
 import httptools
 import pytest
@@ -93,6 +94,16 @@ def test_a_mutated_head_is_refused_or_read_like_another_parser_reads_it(raw: byt
         assert head.keep_alive == other.parser.should_keep_alive() or head.version == "1.0", given
         accepted += 1
     assert accepted > 400
+
+
+def test_long_names_of_headers_are_not_kept() -> None:
+    tracemalloc.start()
+    try:
+        for number in range(300):
+            parse_head(HEAD.replace(b"X-Key", b"X-%d-" % number + b"x" * 20_000))
+        assert tracemalloc.get_traced_memory()[0] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 BODY = b"5;name=value\r\nhello\r\n00003\r\n\r\n!\r\n0\r\nX-Trailer: dropped\r\n\r\n"

@@ -74,6 +74,26 @@ def cycles() -> int:
     return sum(type(one) is Cycle for one in gc.get_objects())
 
 
+def kept_bytes() -> int:
+    return sum(
+        len(value)
+        for one in gc.get_objects()
+        if type(one) is Cycle
+        for value in vars(one).values()
+        if isinstance(value, bytes | bytearray)
+    )
+
+
+def test_a_body_is_not_kept_beyond_its_response_while_its_rest_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 600)
+    with running() as server, server.connect() as connection:
+        connection.sendall(b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"x" * 50_000)
+        assert read_response(connection).status == 401
+        wait_until(lambda: kept_bytes() == 0)
+
+
 def test_pipelined_requests_stay_bytes_until_their_turn(held: Held) -> None:
     with running(held.api) as server, server.connect() as connection:
         connection.sendall(post() + GET * 2000)

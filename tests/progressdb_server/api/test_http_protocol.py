@@ -17,6 +17,7 @@ import httptools
 import pytest
 
 from progressdb_server.api.http import framing, limits
+from tests.harness.waiting import wait_until
 from tests.progressdb_server.api.asgi_client import BACKEND, Api
 from tests.progressdb_server.api.certificates import self_signed
 from tests.progressdb_server.api.http_server import (
@@ -113,6 +114,45 @@ def test_http_1_0_needs_no_host_and_is_not_kept_alive(server: HttpServer) -> Non
     assert (response.status, response.headers["connection"]) == (200, "close")
 
 
+def long_thread(api: Api) -> str:
+    thread = api.thread()
+    for _ in range(30):
+        api.message("alice", thread, "x" * 100_000)
+    return thread
+
+
+def test_http_1_0_gets_a_long_list_without_chunks() -> None:
+    api = Api()
+    target = f"/v1/messages?thread={long_thread(api)}"
+    with running(api) as server, server.connect() as connection:
+        connection.sendall(f"GET {target} HTTP/1.0\r\nX-API-Key: {BACKEND}\r\n\r\n".encode())
+        with connection.makefile("rb") as received:
+            head, _, body = received.read().partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head
+    assert len(json.loads(body)["messages"]) == 30
+
+
+@pytest.mark.parametrize("length", [0, 10])
+def test_a_response_that_has_begun_is_not_interrupted_by_a_100_continue(
+    monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    api = Api()
+    real = api.store.list_messages
+
+    async def waiting(thread_id: str, **named: Any) -> Any:
+        async for chunk in real(thread_id, **named):
+            await asyncio.sleep(0)
+            yield chunk
+
+    monkeypatch.setattr(api.store, "list_messages", waiting)
+    more = f"X-API-Key: {BACKEND}\r\nExpect: 100-continue\r\nContent-Length: {length}\r\n\r\n"
+    target = f"/v1/messages?thread={long_thread(api)}"
+    with running(api) as server:
+        *_, response = server.exchange(f"GET {target} HTTP/1.1\r\nHost: x\r\n{more}".encode() + b"x" * length)
+    assert len(json.loads(response.body)["messages"]) == 30
+
+
 def test_nothing_tells_which_software_answers(server: HttpServer) -> None:
     (response,) = server.exchange(GET)
     assert "server" not in response.headers
@@ -133,6 +173,8 @@ MALFORMED: dict[str, bytes] = {
     "HTTP/2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "no Host": b"GET /healthz HTTP/1.1\r\n\r\n",
     "two Hosts": b"GET /healthz HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n",
+    "space in the Host": b"GET /healthz HTTP/1.1\r\nHost: x y\r\n\r\n",
+    "path in the Host": b"GET /healthz HTTP/1.1\r\nHost: x:80/y\r\n\r\n",
     "bytes in the path": b"GET /v1/messages/\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
     "NUL in the path": b"GET /v1/messages/\x00 HTTP/1.1\r\nHost: x\r\n\r\n",
     "NUL in a header": HEAD + b"X-User-ID: a\x00b\r\nContent-Length: 2\r\n\r\n{}",
@@ -334,9 +376,7 @@ def test_a_client_that_does_not_read_its_list_is_no_burden_for_others() -> None:
 
 def test_a_long_list_arrives_whole_and_a_broken_one_is_seen_to_be_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     api = Api()
-    thread = api.thread()
-    for _ in range(30):
-        api.message("alice", thread, "x" * 100_000)
+    thread = long_thread(api)
     read = request("GET", f"/v1/messages?thread={thread}", b"")
     with running(api) as server:
         whole, after = server.exchange(read, GET)
@@ -391,6 +431,19 @@ def test_a_stop_finishes_what_is_in_flight_and_takes_nothing_new(monkeypatch: py
         assert (response.status, response.headers["connection"]) == (200, "close")
         server.join()
     assert len(api.store.versions) == 1
+
+
+def test_a_stop_waits_for_the_rest_of_a_body() -> None:
+    with running() as server:
+        whole = request(body=b'{"author":"alice","body":"' + b"x" * 200_000 + b'"}')
+        connection, idle = server.connect(), server.connect()
+        connection.sendall(whole[:100_000])
+        wait_until(lambda: server.shares.bodies_bytes > 0)
+        server.ask_to_stop()
+        assert closed_within(idle, 60)
+        connection.sendall(whole[100_000:] + GET)
+        (response,) = read_responses(connection)
+        assert (response.status, response.headers["connection"]) == (200, "close")
 
 
 # --- TLS --------------------------------------------------------------------------------------------------------

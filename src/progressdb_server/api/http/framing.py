@@ -2,7 +2,7 @@
 
 Owns: which heads are accepted, how long a body is, and the decoding of chunks. Rules, each broken by an `HttpError`:
 1. A head is a request line and fields that end in CR LF, without a folded line, a bare CR or LF, or a control
-   character. The version is 1.1 or 1.0. A 1.1 request has exactly one Host.
+   character. The version is 1.1 or 1.0. A 1.1 request has exactly one Host, which is a host and perhaps a port.
 2. A body has exactly one possible length: one Content-Length, or `Transfer-Encoding: chunked` in 1.1, never both. So
    no proxy sees another end of a request than this server.
 3. `Upgrade` changes nothing: the connection stays HTTP/1.1, and a body belongs to its request (RFC 9110, section 7.8).
@@ -26,13 +26,15 @@ _TEXT: Final = bytes({*range(256)} - {*range(32), 127} | {9})
 """The bytes of a head beside its line ends."""
 _ABSOLUTE: Final = re.compile(rb"(https?://[^/?#]+)?(/[^?#]*)?(?:\?([^#]*))?(?:#.*)?")
 _CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t -~\x80-\xff]*)?")
+_HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[!$%&'()*+,\-.;=_~0-9A-Za-z]*)(?::[0-9]*)?")
 _SINGLE: Final = (b"host", b"content-length", b"transfer-encoding", b"expect")
 _VERSIONS: Final = {b"HTTP/1.1": "1.1", b"HTTP/1.0": "1.0"}
 _METHOD_BYTES_MAX: Final = 32
 _LENGTH_DIGITS_MAX: Final = 18
 _NAMES_COUNT_MAX: Final = 256
+_NAME_BYTES_MAX: Final = 64
 _names: Final[dict[bytes, bytes]] = {}
-"""Names of headers as they were sent, and in lower case: they were found to be tokens."""
+"""Names of headers as they were sent, and in lower case: they were found to be tokens. Longer ones are not kept."""
 
 CHUNKED: Final = -1
 """`Head.length` of a chunked body."""
@@ -82,7 +84,8 @@ def parse_head(data: bytes, at: int, end: int) -> Head:
         if any(names.count(name) > 1 for name in _SINGLE):
             raise HttpError(400)
     is_1_1 = version == "1.1"
-    if is_1_1 and b"host" not in named:
+    host = named.get(b"host", None if is_1_1 else b"")
+    if host is None or _HOST.fullmatch(host) is None:
         raise HttpError(400)
     length = named.get(b"content-length")
     if b"transfer-encoding" in named:
@@ -126,7 +129,7 @@ def _name(name: bytes) -> bytes:
     if _TOKEN.fullmatch(name) is None:
         raise HttpError(400)
     lower = name.lower()
-    if len(_names) < _NAMES_COUNT_MAX:
+    if len(_names) < _NAMES_COUNT_MAX and len(name) <= _NAME_BYTES_MAX:
         _names[name] = lower
     return lower
 

@@ -71,6 +71,8 @@ class Cycle:
     _event: asyncio.Event | None = None
     _response_start: MutableMapping[str, Any] | None = None
     _chunked: bool | None = None
+    _ends_with_connection = False
+    """Of a response without a length to a client of HTTP/1.0, which knows no chunks (RFC 9112, section 6.1)."""
     _length_left = 0
 
     def __init__(self, connection: Connection, scope: MutableMapping[str, Any], head: framing.Head) -> None:
@@ -113,6 +115,7 @@ class Cycle:
 
     def release(self) -> None:
         """The body is no longer kept."""
+        self._body = b""
         if self._account is not None:
             self._account.close()
 
@@ -127,7 +130,6 @@ class Cycle:
 
     def _refuse_body(self) -> None:
         self.body_refused = True
-        self._body = b""
         self.release()
         self.notify()
 
@@ -167,7 +169,7 @@ class Cycle:
 
     async def receive(self) -> MutableMapping[str, Any]:
         connection = self.connection
-        if self.waits_for_continue and not connection.transport.is_closing():
+        if self.waits_for_continue and not self.response_started and not connection.transport.is_closing():
             connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.waits_for_continue = False
         if not self.disconnected and not self.response_complete:
@@ -262,7 +264,10 @@ class Cycle:
             lines.append(b"connection: close\r\n")
         if self._chunked is None and status not in _WITHOUT_BODY and self.scope["method"] != "HEAD":
             self._chunked = True
-            lines.append(b"transfer-encoding: chunked\r\n")
+            if self.scope["http_version"] == "1.0":
+                self._ends_with_connection = True
+            else:
+                lines.append(b"transfer-encoding: chunked\r\n")
         head = b"".join(lines)
         _check_lines(head, len(lines))
         return head + b"\r\n"
@@ -271,6 +276,8 @@ class Cycle:
         if self.scope["method"] == "HEAD":
             self._length_left = 0
             return b""
+        if self._ends_with_connection:
+            return part
         if self._chunked:
             framed = b"%x\r\n%b\r\n" % (len(part), part) if part else b""
             return framed if more else framed + b"0\r\n\r\n"
@@ -379,11 +386,9 @@ class Connection(asyncio.Protocol):
                 peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall_ms)
         self.group = self.serving.shares.group(self._client[0] if self._client else "")
         self._await_request()
-        self.serving.shares.idle(self.group, self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._ended = True
-        self._input = b""
+        self._end()
         self._give_back_held()
         self.serving.connections.discard(self)
         self.serving.shares.busy(self.group, self)
@@ -399,7 +404,7 @@ class Connection(asyncio.Protocol):
         self.resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        if self._ended:
+        if self._ended and not self._in_body:
             return
         self._input = self._input[self._at :] + data if self._input else data
         self._at = 0
@@ -433,6 +438,12 @@ class Connection(asyncio.Protocol):
         await asyncio.shield(self._drained)
 
     # --- ends ---------------------------------------------------------------------------------------------------
+    def _end(self) -> None:
+        """Nothing of what is received matters any more."""
+        self._ended = True
+        self._in_body = False
+        self._input = b""
+
     def close_idle(self) -> None:
         """See `shares.Closable`."""
         if self._expecting:
@@ -463,9 +474,10 @@ class Connection(asyncio.Protocol):
             current = cycle is not None and (self._in_body or not cycle.response_complete)
             if cycle is None or not current or not cycle.response_started:
                 self.transport.write(self._error_response(status))
+            elif not cycle.response_complete:
+                self.transport.abort()  # a part is of no use: its unread bytes are not kept
             self.transport.close()
-        self._ended = True
-        self._input = b""
+        self._end()
         if cycle is not None and not cycle.response_complete:
             cycle.disconnected = True
             cycle.notify()
@@ -480,6 +492,7 @@ class Connection(asyncio.Protocol):
         if not self._expecting:
             self._expecting = True
             self._close_at(self.serving.loop.time() + limits.REQUEST_SECONDS_MAX)
+            self.serving.shares.idle(self.group, self)
 
     def _close_at(self, deadline_s: float) -> None:
         """Set the deadline. One timer serves many requests and compares with the deadline when it fires: to set and
@@ -511,7 +524,7 @@ class Connection(asyncio.Protocol):
     def _advance(self) -> None:
         """Use the received bytes as far as they may be used now."""
         try:
-            while self._input and not self._ended:
+            while self._input and (self._in_body or not self._ended):
                 if self._in_body:
                     self._take_body()
                     if self._in_body:
@@ -576,7 +589,7 @@ class Connection(asyncio.Protocol):
             self.transport.pause_reading()
 
     def resume_reading(self) -> None:
-        if self._read_paused and not self._ended:
+        if self._read_paused and (self._in_body or not self._ended):
             self._read_paused = False
             self.transport.resume_reading()
 
@@ -666,8 +679,7 @@ class Connection(asyncio.Protocol):
     def responded(self, keep_alive: bool) -> None:
         """The response of the last request is complete."""
         if not keep_alive:
-            self._ended = True
-            self._input = b""
+            self._end()
             self.transport.close()
         elif self._input or self._in_body or self.write_paused or self._eof or self._ended:
             self._advance()
