@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry
 from minikms import api
 from minikms.client import AsyncClient
 from minikms.logs import structlog
+from minikms.notify import Notifier
 from progressdb_server import logs
 from progressdb_server.api.application import Application
 from progressdb_server.api.http.access import AccessControl
@@ -157,6 +158,7 @@ async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool
 async def _serve_until(
     stop: _Stop, config: Config, master_key_fd: int | None, accept_restore: bool, encrypting: bool
 ) -> None:
+    notifier = Notifier(os.environ)  # first, so that a key service that is started here does not notify in its name
     async with AsyncExitStack() as started:
         listener = bind(config.server.address, config.server.port)
         started.callback(listener.close)
@@ -195,7 +197,7 @@ async def _serve_until(
             tls=config.server.tls,
             stop=stop.asked,
             shares=Shares(config.server),
-            on_listening=lambda: _announce(config, str(host), int(port)),
+            on_listening=lambda: notifier.ready(f"serving {_announce(config, str(host), int(port))}"),
         )
         _log.info("stopping")
 
@@ -301,7 +303,8 @@ async def _open_provider(
     return provider
 
 
-def _announce(config: Config, host: str, port: int) -> None:
+def _announce(config: Config, host: str, port: int) -> str:
+    """Logs the addresses; returns the server's."""
     keys = config.security.api_keys
     if not (keys.backend or keys.frontend or keys.admin or keys.allow_unauth):
         _log.warning("no API key is configured: every request but /healthz is refused; set PROGRESSDB_API_BACKEND_KEYS")
@@ -317,3 +320,4 @@ def _announce(config: Config, host: str, port: int) -> None:
     _log.info("viewer", url=f"{url}/viewer/", key=login)
     clients = "none is needed; programs send a key of PROGRESSDB_API_BACKEND_KEYS"
     _log.info("documentation", url=f"{url}/docs/", key=clients)
+    return url

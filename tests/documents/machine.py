@@ -9,7 +9,6 @@ three users: the operator (root) and one for each service. Another user is all t
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import re
 import select
@@ -306,8 +305,6 @@ class Machine:
             try:
                 if unit.get("Type") == "notify":
                     self._wait(name, lambda: _is_ready(notified))
-                if name == "progressdb":
-                    self._wait(name, self._server_answers)
             except ServiceError:
                 self._stop(name)
                 raise
@@ -333,16 +330,6 @@ class Machine:
                 if file.exists() or not value.startswith("-"):
                     environ |= dict(line.split("=", 1) for line in file.read_text().splitlines() if line)
         return environ
-
-    def _server_answers(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=1)
-        try:
-            connection.request("GET", "/healthz")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
 
     def _stop(self, name: str) -> None:
         process = self._services.pop(name, None)

@@ -143,12 +143,17 @@ def find(directory: str, sought: Query) -> Iterator[bytes]:
                 yield line
 
 
-def first_seq(directory: str) -> int:
-    """The number of the log's first line, 0 if there is none: above 1, earlier lines were removed. Raises OSError,
-    DamagedSegmentError."""
+def shows_every_creation(directory: str) -> bool:
+    """Whether the log goes back to the first key: its earliest lines were not removed, and it follows no other log, as
+    after a restore or an accepted loss. Raises OSError, DamagedSegmentError.
+    """
     for file in each_segment(directory):
-        return record.peek_seq(file.first_line())
-    return 0
+        try:
+            first = record.parse_line(file.first_line())[0]
+        except MalformedLineError:
+            return False
+        return first.type == "genesis" and "previous" not in first.facts
+    return False
 
 
 def first_key(directory: str, trust: Trust) -> int:

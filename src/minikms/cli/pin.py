@@ -106,7 +106,7 @@ def remove(source: Source, *, pin: Pin = None, data_dir: DataDir = None, yes: Ye
         print_json({"pin": str(file.path), "fingerprint": fingerprint, "removed": removed})
         return EXIT_GOOD
     print(f"{file.path} {'names no longer' if removed else 'did not name'} the root key {fingerprint}.")
-    print("A slot of it stays in the keyring: minikms root list, minikms root remove SLOT")
+    print("If minikms root list still shows it, also run minikms root remove SLOT.")
     return EXIT_GOOD
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -32,6 +33,15 @@ def files_below(directory: Path) -> Iterator[tuple[Path, bytes]]:
         with contextlib.suppress(FileNotFoundError):
             if path.is_file() and not path.is_socket():
                 yield path, path.read_bytes()
+
+
+def test_the_service_manager_hears_from_the_server_alone_once_it_answers(tmp_path: Path) -> None:
+    """Not from the miniKMS that it starts, which is ready earlier."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(60)
+        with real_server(tmp_path, environment={"NOTIFY_SOCKET": str(tmp_path / "notify")}) as server:
+            assert manager.recv(4096).decode() == f"READY=1\nSTATUS=serving http://127.0.0.1:{server.port}"
 
 
 # --- the store in memory tells the truth ------------------------------------------------------------------------
