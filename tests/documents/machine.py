@@ -203,9 +203,9 @@ class Machine:
         for place in self._places():
             if same and place.name == "var":
                 continue
-            for path in place.rglob("*"):
-                if not path.is_dir() and not os.path.lexists(copy / path.relative_to(self.base)):
-                    path.unlink()
+            for path in sorted(place.rglob("*"), reverse=True):  # what a directory holds comes before it
+                if not os.path.lexists(copy / path.relative_to(self.base)):
+                    path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
             self.do(f"cp -a {copy / place.name} {self.base}")
         if not same:
             with contextlib.suppress(ServiceError):
