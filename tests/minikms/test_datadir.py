@@ -326,7 +326,7 @@ def test_only_so_much_of_a_long_log_is_read(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_newest_key_is_of_now_or_of_a_file_with_a_later_id(tmp_path: Path) -> None:
-    """Up to it keys count as used, or as spent, when it is not known how often each was used."""
+    """An archive may hold each key up to it."""
     now_ms = time.time_ns() // 1_000_000
     assert newest_key_id(str(tmp_path)) >= make_key_id(now_ms, b"\xff" * 10)
     for name in ("kms-deks", "kms-deks-backup"):

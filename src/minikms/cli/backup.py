@@ -65,7 +65,7 @@ def create(
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Make one archive of keyring, keys and use counts, also while the daemon serves.
+    """Make one archive of keyring and keys, also while the daemon serves.
 
     It holds wrapped keys, but no root key and no audit log: copy the log separately. Each root key that opens the
     keyring now opens the archive. For a message server, first back up its store (progressdb backup create). Exit

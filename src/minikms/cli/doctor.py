@@ -1,11 +1,10 @@
 """`minikms doctor`: examines a data directory, the machine and the running daemon, and says what to do.
 
-Owns: the checks, the shape of a finding, and the rebuilding of lost use counts. Invariants: each finding says what to
-do; files are opened for reading only, without the lock, so that it works beside a running daemon, and a file that
-vanishes meanwhile is no finding; memory is bounded but for the findings; without the root key, keyring and keys are
-parsed but not authenticated, and the report says so. Exit status: 0 no problem (advice at most), 1 a problem, 2 there
-was nothing to examine. It changes nothing, except that it rebuilds use counts on demand, under the lock and after a
-confirmation; it must never repair by itself.
+Owns: the checks and the shape of a finding. Invariants: each finding says what to do; files are opened for reading
+only, without the lock, so that it works beside a running daemon, and a file that vanishes meanwhile is no finding;
+memory is bounded but for the findings; without the root key, keyring and keys are parsed but not authenticated, and the
+report says so. Exit status: 0 no problem (advice at most), 1 a problem, 2 there was nothing to examine. It must never
+change or repair anything.
 """
 
 from __future__ import annotations
@@ -109,6 +108,8 @@ def examine(directory: str, root: RootProvider | None, *, now: float) -> Iterato
             body = keyring.parse_file(data)[0]
             yield from _keyring(directory, body, now)
             yield from _root_keys(body, now)
+    except StartError as error:  # of a file that was read
+        yield problem("keyring", str(error), "what the sentence says; docs/runbook.md has the steps")
     except MiniKmsError as error:
         yield problem("keyring", str(error), "restore it from a backup: minikms backup restore")
     yield from _audit_log(directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from fractions import Fraction
 
 import pytest
 
@@ -68,6 +69,13 @@ def test_the_records_of_all_keys_share_a_prefix_up_to_the_bound(
         assert both[number % 2].open(one, b"") == b"%d" % number
 
 
+def test_the_chance_of_a_repeated_nonce_is_as_documented() -> None:
+    """Below 2^-32 for 2^40 records of a DEK: pairs that share a draw of the prefix, and at most all as the others."""
+    count, bits = 2**40, 8 * aead.NONCE_BYTES
+    sharing = Fraction(count * records.RECORDS_PER_PREFIX, 2) / 2 ** (bits - 8 * PREFIX_BYTES)
+    assert sharing + Fraction(count**2, 2) / 2**bits < Fraction(1, 2**32)
+
+
 def test_each_start_draws_a_prefix_of_its_own(arena: SecretArena) -> None:
     drawn = {new_key(arena, RecordKeys(arena)).seal(b"", b"")[:PREFIX_BYTES] for _ in range(4)}
     assert len(drawn) == 4
@@ -109,6 +117,7 @@ def test_the_derived_keys_of_many_runs_are_bounded_and_each_record_opens(
     for turn in range(3):
         for one, of in sealed:
             assert readers[of].open(one, b"aad") == of
+            assert len(readers[of].ciphers) <= 2
             assert sum(len(reader.derived) for reader in readers.values()) <= derived_keys_max
             assert arena.in_use <= len(readers) + derived_keys_max
         if turn:
