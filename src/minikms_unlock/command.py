@@ -43,7 +43,7 @@ app = App(
     help_formatter=HelpPages(),
     help_epilogue="Exit status: 0 done, 1 refused, 2 wrong usage or something is missing.",
     version_flags=["--version"],
-    version="0.1.0",
+    version="0.2.0",
 )
 
 Source = Annotated[PassphraseSource, Parameter(show_choices=False, help=f"Where the root key comes from: `{SOURCE}`.")]

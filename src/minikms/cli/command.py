@@ -63,7 +63,7 @@ app = App(
     help_epilogue="`minikms unlock …` runs minikms-unlock: root keys from a passphrase. "
     "Exit status: 0 done, 1 a check failed or a refusal, 2 wrong usage or something is missing.",
     version_flags=["--version"],
-    version="0.1.0",
+    version="0.2.0",
 )
 app.default(serve)
 app.command(serve, name="serve")
