@@ -111,7 +111,8 @@ class Machine:
     def run(self, script: str) -> tuple[int, str]:
         """The exit status and all output of the operator's commands."""
         end = time.monotonic() + RUN_S_MAX
-        asked = os.open(self.base / "asked", os.O_RDWR | os.O_NONBLOCK)  # RDWR: one more writer, so that it never ends
+        # RDWR: each pipe always has a writer, so that no reader sees its end, and no opening waits.
+        asked, answered = (os.open(self.base / pipe, os.O_RDWR | os.O_NONBLOCK) for pipe in ("asked", "answered"))
         try:
             with (
                 tempfile.TemporaryFile("w+") as said,
@@ -130,7 +131,8 @@ class Machine:
                         said.flush()
                         assert time.monotonic() < end, f"{script}\ntook too long"
                         if select.select([asked], [], [], 0.02)[0]:
-                            self._systemctl(os.read(asked, 4096).decode().split())
+                            status = self._systemctl(os.read(asked, 4096).decode().split())
+                            os.write(answered, b"%d\n" % status)
                 finally:
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
@@ -138,6 +140,7 @@ class Machine:
                 return process.returncode, said.read()
         finally:
             os.close(asked)
+            os.close(answered)
 
     def do(self, script: str) -> str:
         """The output of commands. They must end well."""
@@ -145,16 +148,14 @@ class Machine:
         assert ended == 0, f"{script}\nended with {ended}: {said}"
         return said
 
-    def _systemctl(self, words: list[str]) -> None:
-        """Does what a script has asked of the service manager, and tells it whether that was possible."""
+    def _systemctl(self, words: list[str]) -> int:
+        """Does what a script has asked of the service manager: 0 if that was possible, 1 if not."""
         try:
             getattr(self, f"_{words[0]}_units")(words[1:])
         except ServiceError as error:
             print(error, file=sys.stderr)  # pytest shows it if the test fails
-            failed = 1
-        else:
-            failed = 0
-        (self.base / "answered").write_text(f"{failed}\n")
+            return 1
+        return 0
 
     def export(self, script: str) -> None:
         """Runs commands that set variables for all later ones."""
