@@ -207,7 +207,7 @@ class Machine:
             for path in sorted(place.rglob("*"), reverse=True):  # what a directory holds comes before it
                 if not os.path.lexists(copy / path.relative_to(self.base)):
                     path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-            self.do(f"cp -a {copy / place.name} {self.base}")
+            self.do(f"cp -af {copy / place.name} {self.base}")
         if not same:
             with contextlib.suppress(ServiceError):
                 self._start_units(self._ran)
