@@ -73,10 +73,12 @@ def pytest_terminal_summary(
 ) -> None:
     """Close the run with what was skipped, why, and the command that installs what is missing; list what failed.
 
-    A run that was interrupted, or that pytest itself ended, writes no list: its other tests never ran.
+    A run that was interrupted, or that pytest itself ended, writes no list: its other tests never ran. A worker of
+    xdist writes none either: it goes on for a moment after the process that runs it was killed.
     """
     stats = terminalreporter.stats
-    if (path := config.getoption("--failed-to")) and exitstatus == pytest.ExitCode.TESTS_FAILED:
+    path = None if hasattr(config, "workerinput") else config.getoption("--failed-to")
+    if path and exitstatus == pytest.ExitCode.TESTS_FAILED:
         failed = dict.fromkeys(report.nodeid for report in [*stats.get("failed", []), *stats.get("error", [])])
         Path(path).write_text("".join(f"{nodeid}\n" for nodeid in failed))
     skipped = stats.get("skipped", [])

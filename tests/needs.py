@@ -37,6 +37,7 @@ _DEBIAN_PACKAGES = {
     "mkfs.btrfs": "btrfs-progs",
     "mkfs.ext4": "e2fsprogs",
     "mount": "mount",
+    "nginx": "nginx",
     "openssl": "openssl",
     "promtool": "prometheus",
     "setpriv": "util-linux",

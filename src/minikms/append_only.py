@@ -133,8 +133,9 @@ class AppendOnlyFile:
         if not self._saved:
             _save(self._path, self._confirmed, blob)
             self._saved = True
-        _replace_end(self._path, self._fd, self._confirmed, blob)
+        _replace_end(self._fd, self._confirmed, blob)
         self._saved = self._truncate_due = False
+        _forget(self._path)
 
     def switch(self, fd: int, size: int) -> None:
         """Continue with a file whose first `size` bytes are on disk. The previous file must have been synced."""
@@ -181,7 +182,8 @@ def recover(path: str) -> None:
         if blob is None or offset > size:  # the reader of the file finds what it lacks
             _forget(path)
         else:
-            _replace_end(path, fd, offset, blob)
+            _replace_end(fd, offset, blob)
+            _forget(path)
     finally:
         os.close(fd)
 
@@ -206,14 +208,13 @@ def _open_mark(path: str) -> int:
         return -1
 
 
-def _replace_end(path: str, fd: int, offset: int, blob: bytes) -> None:
-    """Replace everything after `offset` by `blob`, which `_save` has made durable."""
+def _replace_end(fd: int, offset: int, blob: bytes) -> None:
+    """Replace everything after `offset` by `blob`, which `_save` has made durable; it is on disk on return."""
     os.ftruncate(fd, offset)
     done = 0
     while done < len(blob):
         done += os.write(fd, memoryview(blob)[done:])
     sync_data(fd)
-    _forget(path)
 
 
 # --- the other file: the offset, and if it is complete, a SHA-256 of offset and bytes, and the bytes -----------------

@@ -70,7 +70,8 @@ class _DirectAudit:
 
 
 class EmbeddedClient(Verbs, AsyncRunner):
-    """The methods of AsyncClient without a socket. Belongs to one event loop.
+    """The methods of AsyncClient without a socket. Belongs to one event loop of one process: in a forked child each
+    call is refused, since the arena may show zeros there in the place of keys.
 
     Refusals are those of `minikms.client.errors`; no call fails because a daemon is away.
     """
@@ -80,6 +81,7 @@ class EmbeddedClient(Verbs, AsyncRunner):
         self._table = table
         self._who = who
         self._open = AsyncExitStack()
+        self._pid = os.getpid()
         self._closed = False
         self._calls_count = 0
         self._no_calls = asyncio.Event()
@@ -120,6 +122,9 @@ class EmbeddedClient(Verbs, AsyncRunner):
         if self._closed:
             call.wipe()
             raise KmsClosedError("the client is closed")
+        if os.getpid() != self._pid:
+            call.wipe()
+            raise KmsClosedError("a forked child can't use the embedded key service of its parent")
         self._calls_count += 1
         self._no_calls.clear()
         try:

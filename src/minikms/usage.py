@@ -1,21 +1,34 @@
-"""Shared by the commands `minikms`, `minikms-unlock` and `progressdb`: exit statuses, wrong usage, and help.
+"""Shared by the commands `minikms`, `minikms-unlock` and `progressdb`: exit statuses, wrong usage, help, completion.
 
-Owns: the exit statuses, the variables that name the daemon, the sentence for a command line that can't be read, and the
-panels of `--help`. Exit status 0: done, or a check passed. 1: a check failed, or the request was refused. 2: wrong
-usage, or something needed (a daemon, a file, a key) is missing. Invariants: the sentence is one line and names the
-command whose help describes it; a positional argument is shown by its name alone, although a flag of that name is
-accepted too. It must never import what only an error or a help page needs, because every start of a command imports it.
+Owns: the exit statuses, the variables that name the daemon, the sentence for a command line that can't be read, the
+panels of `--help`, and the completion scripts. Exit status 0: done, or a check passed. 1: a check failed, or the
+request was refused. 2: wrong usage, or something needed (a daemon, a file, a key) is missing. Invariants: the sentence
+is one line and names the command whose help describes it; a positional argument is shown by its name alone, although a
+flag of that name is accepted too. It must never import what only an error or a help page needs, because every start of
+a command imports it.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+from cyclopts import Parameter
 
 if TYPE_CHECKING:
     from cyclopts import App, Argument, CycloptsError
     from cyclopts.help import HelpPanel
     from rich.console import Console, ConsoleOptions
+
+    PathText = str
+    RootSource = str
+    PassphraseSource = str
+else:  # cyclopts converts to the first type of a union, and completes files for `Path` and the words of a `Literal`
+    PathText = str | Path
+    RootSource = str | Literal["file:", "fd:", "dev:", "shares:"]
+    PassphraseSource = str | Literal["passphrase:"]
+Shell = Annotated[Literal["bash", "zsh", "fish"], Parameter(help="The shell.")]
 
 EXIT_GOOD: Final = 0
 EXIT_FAILED: Final = 1
@@ -87,6 +100,15 @@ def show_whole_help(app: App, words: list[str]) -> None:
     text = command.default_command and inspect.getdoc(command.default_command)
     if text:
         command.help = text
+
+
+def print_completion(app: App, program: str, shell: Shell) -> int:
+    """Prints the script of a shell. In bash, what the script does not know is completed as a file: also a path after
+    `file:`, since bash takes what follows the colon for a word.
+    """
+    script = app.generate_completion(prog_name=program, shell=shell)
+    print(script.replace("\ncomplete -F ", "\ncomplete -o bashdefault -o default -F "))
+    return EXIT_GOOD
 
 
 class HelpPages:

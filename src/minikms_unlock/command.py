@@ -23,6 +23,10 @@ from minikms.usage import (
     SERVER_UIDS_VARIABLE,
     SOCKET_VARIABLE,
     HelpPages,
+    PassphraseSource,
+    PathText,
+    Shell,
+    print_completion,
 )
 
 if TYPE_CHECKING:
@@ -39,12 +43,12 @@ app = App(
     help_formatter=HelpPages(),
     help_epilogue="Exit status: 0 done, 1 refused, 2 wrong usage or something is missing.",
     version_flags=["--version"],
-    version="0.1.0",
+    version="0.2.0",
 )
 
-Source = Annotated[str, Parameter(help=f"Where the root key comes from: `{SOURCE}`.")]
+Source = Annotated[PassphraseSource, Parameter(show_choices=False, help=f"Where the root key comes from: `{SOURCE}`.")]
 Config = Annotated[Path, Parameter(name="--config", help="File with the parameters of the passphrase.")]
-Socket = Annotated[str | None, Parameter(name="--socket", help=f"The daemon's Unix socket [{SOCKET_VARIABLE}].")]
+Socket = Annotated[PathText | None, Parameter(name="--socket", help=f"The daemon's Unix socket [{SOCKET_VARIABLE}].")]
 ServerUid = Annotated[
     int | None,
     Parameter(
@@ -126,6 +130,12 @@ def test(
         json=json,
     )
     return EXIT_GOOD
+
+
+@app.command
+def completion(shell: Shell) -> int:
+    """Print the completion script of a shell. For bash: source <(minikms-unlock completion bash)"""
+    return print_completion(app, "minikms-unlock", shell)
 
 
 def main() -> None:

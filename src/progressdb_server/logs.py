@@ -50,5 +50,3 @@ def configure(
     root = logging.getLogger()
     root.handlers[:] = [_ThroughStructlog()]
     root.setLevel(logging.WARNING)
-    # uvicorn warns about every malformed request, so that any client could fill the log.
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

@@ -28,6 +28,7 @@ WITHOUT_JSON = {
     ("minikms", "serve"),
     ("minikms", "demo"),
     ("minikms", "completion"),
+    ("minikms-unlock", "completion"),
     ("progressdb", "serve"),
     ("progressdb", "demo"),
     ("progressdb", "completion"),
@@ -175,11 +176,44 @@ def test_the_former_name_of_a_command_still_works() -> None:
     assert "progressdb rotation-backups" in done.stdout
 
 
-@pytest.mark.parametrize("program", ["minikms", "progressdb"])
-def test_completion_scripts_name_the_commands(program: str) -> None:
-    done = run(program, "completion", "bash")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert program in done.stdout and "backup" in done.stdout
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("minikms ba", ["backup"]),
+        ("minikms unl", ["unlock"]),
+        ("minikms unlock uns", ["unseal"]),
+        ("minikms unlock unseal p", ["passphrase:"]),
+        ("minikms doctor --data-dir a-d", ["a-directory"]),
+        ("minikms status --socket a-f", ["a-file"]),
+        ("minikms encrypt a-", ["a-directory", "a-file"]),
+        ("minikms audit verify --root f", ["fd:", "file:"]),
+        ("minikms root add s", ["shares:"]),
+        ("minikms-unlock unseal passphrase: --config a-f", ["a-file"]),
+        ("progressdb backup ver", ["verify"]),
+        ("progressdb --config a-f", ["a-file"]),
+        ("progressdb check --db a-d", ["a-directory"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_completion_knows_commands_files_and_sources(tmp_path: Path, line: str, offered: list[str]) -> None:
+    """The script, in bash, with what a line stands for there."""
+    (tmp_path / "a-file").touch()
+    (tmp_path / "a-directory").mkdir()
+    words = line.split()
+    script = run(words[0], "completion", "bash")
+    assert (script.returncode, script.stderr) == (0, "")
+    registered = script.stdout.rstrip().splitlines()[-1].split()
+    assert registered[:5] == ["complete", "-o", "bashdefault", "-o", "default"], "a path after `file:` is a file"
+    ask = 'COMP_WORDS=("$@")\nCOMP_CWORD=$(($# - 1))\n' + registered[-2] + '\nprintf "%s\\n" "${COMPREPLY[@]}"'
+    done = subprocess.run(
+        ("bash", "-c", script.stdout + ask, "bash", *words),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert sorted(done.stdout.split()) == offered
 
 
 def test_a_configuration_as_json_holds_no_api_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import needs
+from tests.harness.waiting import wait_until
 
 _CONTROL = Path("/sys/class/zram-control")
 _DISK_BYTES = 256 * 1024 * 1024
@@ -21,6 +23,17 @@ _RUN_S_MAX = 60.0
 
 def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=_RUN_S_MAX)
+
+
+def _is_reset(system: Path) -> bool:
+    """Frees the disk. False while it is busy: a program that began meanwhile, in mounts of its own, still has it."""
+    try:
+        (system / "reset").write_text("1")
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 class FailingDisk:
@@ -76,5 +89,5 @@ def failing_disk(directory: Path, kind: str) -> Iterator[FailingDisk]:
         finally:
             _run("umount", str(directory))
     finally:
-        (system / "reset").write_text("1")
+        wait_until(lambda: _is_reset(system))
         (_CONTROL / "hot_remove").write_text(number)

@@ -203,7 +203,7 @@ def keys_in(data_dir: Path, root: bytes) -> dict[str, bytes]:
             found[f"derived for DEK {record.id}"] = decryptor.derived(kek_used, record.wrapped[:12])
         unlocked.release()
     body, _, _ = decryptor.body_of(data)
-    for slot in body["slots"] if body["version"] >= 3 else ():
+    for slot in body["slots"]:
         with contextlib.suppress(decryptor.NotOpenedError):  # a slot of another root key
             opened = decryptor.open_slot(body, slot, root)
             found |= {f"{name} of slot {slot['slot_id']}": key for name, key in opened.secrets.items()}

@@ -257,6 +257,20 @@ def test_a_start_forgets_audit_keys_whose_lines_are_gone(tmp_path: Path) -> None
         again.start()
 
 
+def test_a_log_that_was_moved_aside_can_still_be_verified(tmp_path: Path) -> None:
+    """The start that accepts its loss keeps the audit keys of its lines, and so does the next one."""
+    directory = tmp_path / "d"
+    with opener(directory) as first:
+        first.start()
+    datadir.rotate_audit_key(str(directory), KeyFile(key_file(directory)))
+    (directory / LOG_NAME).write_bytes(b"altered\n")
+    for options in (Options(accept_audit_loss=True), Options()):
+        with opener(directory) as again:
+            data = again.open(options=options)
+            assert [key.version for key in data.vault.keyring.body.audit_keys] == [1, 2]
+            data.close()
+
+
 def write_start_line(data: DataDir) -> None:
     """As a daemon does when it begins."""
     data.log.add(Event(type="start", actor="minikms", facts={"epoch": data.vault.keyring.body.epoch}))
@@ -312,7 +326,7 @@ def test_only_so_much_of_a_long_log_is_read(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_newest_key_is_of_now_or_of_a_file_with_a_later_id(tmp_path: Path) -> None:
-    """Up to it keys count as used, or as spent, when it is not known how often each was used."""
+    """An archive may hold each key up to it."""
     now_ms = time.time_ns() // 1_000_000
     assert newest_key_id(str(tmp_path)) >= make_key_id(now_ms, b"\xff" * 10)
     for name in ("kms-deks", "kms-deks-backup"):

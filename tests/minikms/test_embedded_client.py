@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from minikms import embedded
 from minikms.client import DecryptItem, EncryptItem, ReencryptItem, errors
 from minikms.embedded import EmbeddedClient
+from minikms.memory.arena import SecretArena
 
 
 def test_verbs_answer_as_the_daemon_answers_them(tmp_path: Path) -> None:
@@ -94,5 +99,31 @@ def test_a_close_waits_for_the_calls_in_progress(tmp_path: Path) -> None:
             assert {(await again.get_key(key_id)).key_id for key_id in made} == made
         finally:
             await again.close()
+
+    asyncio.run(main())
+
+
+def test_a_forked_child_seals_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arena shows zeros where the keys are, and it would repeat nonces of its parent."""
+    monkeypatch.setattr(embedded, "SecretArena", partial(SecretArena, force_fallback=True))
+
+    async def main() -> None:
+        client = await EmbeddedClient.open(tmp_path / "kms")
+        try:
+            key_id = (await client.create_dek_for_thread("t")).key_id
+            await client.encrypt(key_id, b"x")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python warns of forks beside threads
+                pid = os.fork()
+            if pid == 0:
+                try:
+                    client.encrypt(key_id, b"x").send(None)  # without the loop, which is the parent's
+                except errors.KmsClosedError:
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        finally:
+            await client.close()
 
     asyncio.run(main())

@@ -58,13 +58,6 @@ def vectors() -> str:
                 [FIRST, "ann", False, "user", {"text": "hello"}, "", {}],
             ),
             vector(
-                "later version of format 1",
-                1,
-                f"msg:{EDITED}",
-                [KEY_ID, FIRST, "ann", False],
-                [FIRST, "ann", False, "user", {"text": "hello"}, "", one],
-            ),
-            vector(
                 "edit",
                 2,
                 f"msg:{EDITED}",

@@ -216,7 +216,7 @@ GET_OR_CREATE_DEK: Final = Verb(
     ("create",),
     GetOrCreateDekRequest,
     GetOrCreateDekAnswer,
-    "Find the newest active key of a thread. Create one if there is none, or if that one only decrypts",
+    "Find the newest active key of a thread. Create one if there is none",
     (CODE_KEY_UNREADABLE, CODE_INTERNAL, *_WRITE),
     repeatable=True,
     proxied=True,

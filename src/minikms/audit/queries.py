@@ -143,16 +143,22 @@ def find(directory: str, sought: Query) -> Iterator[bytes]:
                 yield line
 
 
-def first_seq(directory: str) -> int:
-    """The number of the log's first line, 0 if there is none: above 1, earlier lines were removed. Raises OSError,
-    DamagedSegmentError."""
+def shows_every_creation(directory: str) -> bool:
+    """Whether the log goes back to the first key: its earliest lines were not removed, and it follows no other log, as
+    after a restore or an accepted loss. Raises OSError, DamagedSegmentError.
+    """
     for file in each_segment(directory):
-        return record.peek_seq(file.first_line())
-    return 0
+        try:
+            first = record.parse_line(file.first_line())[0]
+        except MalformedLineError:
+            return False
+        return first.type == "genesis" and "previous" not in first.facts
+    return False
 
 
 def first_key(directory: str, trust: Trust) -> int:
-    """The version of the audit key that the log's first line is under; 0 if there is no line that verifies.
+    """The version of the audit key that the log's first line is under, where the lines before it were removed. 0 if
+    there is no line that verifies, or if it begins the log: a former log that was moved aside may be under any key.
 
     Raises OSError, DamagedSegmentError.
     """
@@ -160,7 +166,8 @@ def first_key(directory: str, trust: Trust) -> int:
     for file in each_segment(directory):
         verifier.feed(file.first_line())
         break
-    return 0 if verifier.findings else verifier.key_version
+    begins = verifier.head is not None and verifier.head.seq == 1
+    return 0 if verifier.findings or begins else verifier.key_version
 
 
 def line_of(directory: str, seq: int) -> bytes | None:

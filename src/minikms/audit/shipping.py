@@ -93,7 +93,8 @@ class FileForwarder(Forwarder):
 
     def position(self) -> int:
         try:
-            with self._open(os.O_RDWR) as fd:
+            # O_APPEND: a file whose attributes allow appending only is opened in no other way for writing.
+            with self._open(os.O_RDWR | os.O_APPEND) as fd:
                 self._truncate(fd)
                 size = os.fstat(fd).st_size
                 tail = os.pread(fd, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
@@ -120,7 +121,7 @@ class FileForwarder(Forwarder):
 
     def _truncate(self, fd: int) -> None:
         if self._stored is not None:
-            os.ftruncate(fd, self._stored)
+            os.ftruncate(fd, min(self._stored, os.fstat(fd).st_size))  # smaller: another file was put in its place
             self._stored = None
 
     @contextlib.contextmanager

@@ -318,7 +318,8 @@ def find(
 
     A line is about a thread if it names the thread or one of its keys, older ones included. `--thread ID --reads` shows
     when the thread was read, and the ids of the requests; the log of the message server names who sent a request. Where
-    the oldest lines were removed, the keys are also taken from the key files, which reads each of them.
+    the oldest lines were removed, or the log follows another one, the keys are also taken from the key files, each of
+    which is read.
 
     The search for a thread in a log with hashed thread ids (--audit-hash-thread-ids) needs the root key. Exit status: 0
     found, 1 nothing found, 2 the log is missing.
@@ -326,7 +327,7 @@ def find(
     from contextlib import ExitStack
 
     from minikms.audit.queries import find as find_lines
-    from minikms.audit.queries import first_seq, query
+    from minikms.audit.queries import query, shows_every_creation
     from minikms.datadir import audit_keys, open_for_reading
 
     if not (thread or key or actor or request or reads):
@@ -340,7 +341,7 @@ def find(
             if thread and root is not None:
                 unlocked = stack.enter_context(open_for_reading(directory, root))
                 mac_keys = tuple(audit_keys(unlocked).trust().mac_keys.values())
-            of_thread = _keys_of_thread(directory, thread) if thread and first_seq(directory) > 1 else ()
+            of_thread = _keys_of_thread(directory, thread) if thread and not shows_every_creation(directory) else ()
             sought = query(
                 thread=thread,
                 thread_keys=of_thread,

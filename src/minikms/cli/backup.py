@@ -65,7 +65,7 @@ def create(
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Make one archive of keyring, keys and use counts, also while the daemon serves.
+    """Make one archive of keyring and keys, also while the daemon serves.
 
     It holds wrapped keys, but no root key and no audit log: copy the log separately. Each root key that opens the
     keyring now opens the archive. For a message server, first back up its store (progressdb backup create). Exit
@@ -149,10 +149,8 @@ def restore(
 ) -> int:
     """Restore an archive into a data directory that is empty or does not exist. Nothing is overwritten.
 
-    It needs a root key that opened the keyring when the archive was made. The keys of the archive only decrypt from
-    then on, because their uses after it are unknown; the message server gives threads new keys by itself. A new audit
-    log begins, which names the last line of the old one. Exit status: 0 restored, 1 refused or the archive is not good,
-    2 something is missing.
+    It needs a root key that opened the keyring when the archive was made. A new audit log begins, which names the last
+    line of the old one. Exit status: 0 restored, 1 refused or the archive is not good, 2 something is missing.
     """
     from minikms.custody import files
     from minikms.custody.backup import restore as restoring

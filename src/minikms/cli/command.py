@@ -11,14 +11,22 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from typing import Annotated, Final, Literal, NoReturn
+from typing import Final, NoReturn
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
 from minikms.cli.console import complain, explained
 from minikms.cli.rootkey import FLAG as MASTER_KEY_FLAG
 from minikms.cli.serve import serve
-from minikms.usage import EXIT_GOOD, EXIT_INTERRUPTED, EXIT_MISSING, EXIT_READER_LEFT, HelpPages, show_whole_help
+from minikms.usage import (
+    EXIT_INTERRUPTED,
+    EXIT_MISSING,
+    EXIT_READER_LEFT,
+    HelpPages,
+    Shell,
+    print_completion,
+    show_whole_help,
+)
 
 COMMANDS: Final = {
     "init": ("init:init", "Make a data directory, and a root key file if there is none."),
@@ -55,7 +63,7 @@ app = App(
     help_epilogue="`minikms unlock …` runs minikms-unlock: root keys from a passphrase. "
     "Exit status: 0 done, 1 a check failed or a refusal, 2 wrong usage or something is missing.",
     version_flags=["--version"],
-    version="0.1.0",
+    version="0.2.0",
 )
 app.default(serve)
 app.command(serve, name="serve")
@@ -63,10 +71,13 @@ for _name, (_place, _help) in COMMANDS.items():
     app.command(f"minikms.cli.{_place}", name=_name, help=_help)
 
 
-def completion(shell: Annotated[Literal["bash", "zsh", "fish"], Parameter(help="The shell.")]) -> int:
+def completion(shell: Shell) -> int:
     """Print the completion script of a shell. For bash: source <(minikms completion bash)"""
-    print(app.generate_completion(prog_name="minikms", shell=shell), end="")
-    return EXIT_GOOD
+    from importlib import import_module
+
+    for name, package in HELPERS.items():
+        app.command(import_module(f"{package}.command").app, name=name)
+    return print_completion(app, "minikms", shell)
 
 
 def run() -> None:

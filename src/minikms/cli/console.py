@@ -26,7 +26,7 @@ from cyclopts import Parameter
 
 from minikms import usage
 from minikms.cli.rootkey import VARIABLE as MASTER_KEY_VARIABLE
-from minikms.usage import EXIT_FAILED, EXIT_MISSING, SOCKET_VARIABLE
+from minikms.usage import EXIT_FAILED, EXIT_MISSING, SOCKET_VARIABLE, PathText, RootSource
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,7 +77,8 @@ def _explained_client(error: Exception) -> tuple[str, int]:
     advice: dict[type[Exception], str] = {
         errors.KmsUnavailableError: "Is the daemon running? Start it with `minikms --socket … --data-dir …`, or name "
         "its socket with --socket or PROGRESSDB_KMS_SOCKET",
-        errors.KmsTimeoutError: "The request may have been carried out: check with `minikms status`",
+        errors.KmsTimeoutError: "The daemon hangs, or systemd starts it again and again: its log says why (`journalctl "
+        "-u minikms -n 20`). The request may have been carried out",
         errors.KmsUntrustedServerError: usage.UNTRUSTED_ADVICE,
         errors.UnauthorizedError: "Run this as a user of the daemon's --allowed-uids, or of a grant of its policy file",
         errors.ForbiddenError: "Run this as a user of the daemon's --admin-uids, or of a grant of its policy file",
@@ -102,8 +103,9 @@ MASTER_KEY_FILE_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FILE"
 PIN_VARIABLE: Final = "PROGRESSDB_MINIKMS_PIN"
 DAEMON_WAIT_SECONDS: Final = 0.5
 """For a daemon that is starting; a person notices a longer wait."""
+ANSWER_SECONDS: Final = 10.0
 
-Socket = Annotated[str | None, Parameter(name="--socket", help=f"The daemon's Unix socket [{SOCKET_VARIABLE}].")]
+Socket = Annotated[PathText | None, Parameter(name="--socket", help=f"The daemon's Unix socket [{SOCKET_VARIABLE}].")]
 ServerUid = Annotated[
     int | None,
     Parameter(
@@ -112,15 +114,16 @@ ServerUid = Annotated[
     ),
 ]
 DataDir = Annotated[
-    str | None, Parameter(name="--data-dir", help=f"Directory of keys and audit log [{DATA_DIR_VARIABLE}].")
+    PathText | None, Parameter(name="--data-dir", help=f"Directory of keys and audit log [{DATA_DIR_VARIABLE}].")
 ]
 MasterKeyFile = Annotated[
     Path | None, Parameter(name="--master-key-file", help=f"File with the root key [{MASTER_KEY_FILE_VARIABLE}].")
 ]
 Root = Annotated[
-    str | None,
+    RootSource | None,
     Parameter(
         name="--root",
+        show_choices=False,
         help="Where the root key is, instead of --master-key-file: file:PATH, fd:NUMBER or dev:; except for `serve` "
         "also shares:, which asks for shares.",
     ),
@@ -135,26 +138,39 @@ PACKAGE_DATA_DIR: Final = "/var/lib/progressdb/minikms"
 """Where the units of `deploy/systemd` have both."""
 
 
+def found_socket(given: str | None, *, look: bool = True) -> str | None:
+    """The flag, else the variable, else the socket of the units if it exists: then it says so. Without `look` the last
+    is left out.
+    """
+    return _found("--socket", given or os.environ.get(SOCKET_VARIABLE), PACKAGE_SOCKET if look else None)
+
+
+def found_data_dir(given: str | None, *, look: bool = True) -> str | None:
+    """As `found_socket`, for the data directory."""
+    return _found("--data-dir", given or os.environ.get(DATA_DIR_VARIABLE), PACKAGE_DATA_DIR if look else None)
+
+
+def _found(flag: str, named: str | None, default: str | None) -> str | None:
+    if named:
+        return named
+    if default is not None and os.path.lexists(default):
+        complain(f"{flag} is not given: {default} is used")
+        return default
+    return None
+
+
 def chosen_socket(given: str | None, *, must_exist: bool = True) -> str:
-    """Raises CommandError when none is named, and none is where the units have it. It says so if that one is used."""
-    path = given or os.environ.get(SOCKET_VARIABLE) or ""
-    if not path and must_exist and os.path.exists(PACKAGE_SOCKET):
-        complain(f"--socket is not given: {PACKAGE_SOCKET} is used")
-        return PACKAGE_SOCKET
-    if not path:
+    """Raises CommandError when `found_socket` has none."""
+    path = found_socket(given, look=must_exist)
+    if path is None:
         raise CommandError(f"name the daemon's socket: --socket PATH, or {SOCKET_VARIABLE}")
     return path
 
 
 def chosen_data_dir(given: str | None, *, must_exist: bool = True) -> str:
-    """The absolute path. Raises CommandError when none is named, and none is where the units have it, or the directory
-    is missing. It says so if that of the units is used.
-    """
-    path = given or os.environ.get(DATA_DIR_VARIABLE) or ""
-    if not path and must_exist and os.path.lexists(PACKAGE_DATA_DIR):
-        complain(f"--data-dir is not given: {PACKAGE_DATA_DIR} is used")
-        path = PACKAGE_DATA_DIR
-    if not path:
+    """The absolute path. Raises CommandError when `found_data_dir` has none, or the directory is missing."""
+    path = found_data_dir(given, look=must_exist)
+    if path is None:
         raise CommandError(f"name the data directory: --data-dir DIR, or {DATA_DIR_VARIABLE}")
     if must_exist:
         try:
@@ -249,7 +265,7 @@ def chosen_server_uids(given: int | None) -> frozenset[int] | None:
         raise CommandError(str(error)) from None
 
 
-def daemon_client(socket: str | None, server_uid: int | None) -> Client:
+def daemon_client(socket: str | None, server_uid: int | None, *, timeout_s: float = ANSWER_SECONDS) -> Client:
     """A client of the running daemon, which checks the daemon's user before it sends anything. It connects at its first
     call. Raises CommandError for a path that can't be a socket's.
     """
@@ -257,7 +273,7 @@ def daemon_client(socket: str | None, server_uid: int | None) -> Client:
 
     path = chosen_socket(socket)
     try:
-        return Client(path, server_uids=chosen_server_uids(server_uid), wait_s=DAEMON_WAIT_SECONDS)
+        return Client(path, server_uids=chosen_server_uids(server_uid), timeout_s=timeout_s, wait_s=DAEMON_WAIT_SECONDS)
     except ValueError as error:
         raise CommandError(f"{error}: {path}") from None
 

@@ -1,11 +1,10 @@
 """`minikms doctor`: examines a data directory, the machine and the running daemon, and says what to do.
 
-Owns: the checks, the shape of a finding, and the rebuilding of lost use counts. Invariants: each finding says what to
-do; files are opened for reading only, without the lock, so that it works beside a running daemon, and a file that
-vanishes meanwhile is no finding; memory is bounded but for the findings; without the root key, keyring and keys are
-parsed but not authenticated, and the report says so. Exit status: 0 no problem (advice at most), 1 a problem, 2 there
-was nothing to examine. It changes nothing, except that it rebuilds use counts on demand, under the lock and after a
-confirmation; it must never repair by itself.
+Owns: the checks and the shape of a finding. Invariants: each finding says what to do; files are opened for reading
+only, without the lock, so that it works beside a running daemon, and a file that vanishes meanwhile is no finding;
+memory is bounded but for the findings; without the root key, keyring and keys are parsed but not authenticated, and the
+report says so. Exit status: 0 no problem (advice at most), 1 a problem, 2 there was nothing to examine. It must never
+change or repair anything.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import msgspec
 from minikms import api
 from minikms.audit.reader import LOG_NAME
 from minikms.cli.console import (
-    DATA_DIR_VARIABLE,
     CommandError,
     DataDir,
     Json,
@@ -35,6 +33,8 @@ from minikms.cli.console import (
     clean,
     daemon_client,
     explained,
+    found_data_dir,
+    found_socket,
     print_json,
     terminal,
 )
@@ -55,7 +55,7 @@ from minikms.keys.keyring import Body
 from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, SOCKET_VARIABLE
+from minikms.usage import EXIT_FAILED, EXIT_GOOD
 
 if TYPE_CHECKING:
     from minikms.roots.providers import RootProvider
@@ -106,6 +106,8 @@ def examine(directory: str, root: RootProvider | None, *, now: float) -> Iterato
             body = keyring.parse_file(data)[0]
             yield from _keyring(directory, body, now)
             yield from _root_keys(body, now)
+    except StartError as error:  # of a file that was read
+        yield problem("keyring", str(error), "what the sentence says; docs/runbook.md has the steps")
     except MiniKmsError as error:
         yield problem("keyring", str(error), "restore it from a backup: minikms backup restore")
     yield from _audit_log(directory)
@@ -384,20 +386,22 @@ def doctor(
     master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Look for problems, and say what to do about each. --data-dir examines the files and the machine, even while the
-    daemon runs; --socket examines the running daemon.
+    daemon runs; --socket examines the running daemon. Without either, both are examined where the package has them.
 
     With the root key it also opens every key. Exit status: 0 no problem, 1 a problem, 2 there is nothing to examine.
     """
-    directory = chosen_data_dir(data_dir) if data_dir or os.environ.get(DATA_DIR_VARIABLE) else None
-    path = socket or os.environ.get(SOCKET_VARIABLE)
-    if directory is None and not path:
+    directory, path = found_data_dir(data_dir, look=False), found_socket(socket, look=False)
+    if directory is None and path is None:
+        directory, path = found_data_dir(None), found_socket(None)
+    if directory is None and path is None:
         raise CommandError("say what to examine: --data-dir DIR, --socket PATH, or both")
     found: list[Finding] = []
     if directory is not None:
+        directory = chosen_data_dir(directory)
         root = chosen_root(master_key_file, master_key_fd, root_source, data_dir=directory)
         found += examine(directory, root, now=time.time())
     found += machine()
-    if path:
+    if path is not None:
         found += _daemon(path, server_uid, alone=directory is None)
     problems = sum(finding.level == "problem" for finding in found)
     if json:

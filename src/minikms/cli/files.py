@@ -21,7 +21,7 @@ from cyclopts import Parameter
 
 from minikms.cli.console import CommandError, Json, ServerUid, Socket, daemon_client, print_json, terminal
 from minikms.sync import sync_file
-from minikms.usage import EXIT_FAILED, EXIT_GOOD
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, PathText
 
 if TYPE_CHECKING:
     from minikms.client import Client
@@ -32,11 +32,11 @@ READ_BYTES: Final = 64 * 1024
 SUFFIX: Final = ".kms"
 
 Source = Annotated[
-    str,
+    PathText,
     Parameter(help="A file, or - for standard input.", allow_leading_hyphen=True),  # for `-` itself; see `_check_usage`
 ]
 Output = Annotated[
-    str | None,
+    PathText | None,
     Parameter(
         name=("--output", "-o"),
         help="Where to; - is standard output. Default: beside the file; from a pipe to a pipe.",

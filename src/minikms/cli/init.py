@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import stat
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from minikms.roots.providers import RootProvider
 
 ADD_LATER: Final = "Add them with `minikms root add shares:3/5` while the daemon serves"
+_WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Recovery(NamedTuple):
@@ -105,11 +109,22 @@ def init(
     if "shares" in made:
         _print_shares(made["shares"])
     source = f" --master-key-file {shlex.quote(os.path.abspath(key_file))}" if key_file is not None else ""
-    socket = shlex.quote(os.path.join(os.path.dirname(directory), "minikms.sock"))
+    program, sockets = _program(), os.path.dirname(directory)
     print("Start it, and look at it on another terminal:")
-    print(f"  minikms --socket {socket} --data-dir {shlex.quote(directory)}{source}")
-    print(f"  minikms status --socket {socket}")
+    if os.stat(sockets).st_mode & _WRITABLE_BY_OTHERS:  # the daemon refuses such a directory
+        sockets = os.path.join(sockets, "run")
+        print(f"  install -d -m 700 {shlex.quote(sockets)}")
+    socket = shlex.quote(os.path.join(sockets, "minikms.sock"))
+    print(f"  {program} --socket {socket} --data-dir {shlex.quote(directory)}{source}")
+    print(f"  {program} status --socket {socket}")
     return EXIT_FAILED if failure else EXIT_GOOD
+
+
+def _program() -> str:
+    """This command as a shell finds it: by its absolute path if it is not the `minikms` of PATH."""
+    called = os.path.abspath(sys.argv[0])
+    outside = os.path.basename(called) == "minikms" and os.path.isfile(called) and shutil.which("minikms") != called
+    return shlex.quote(called) if outside else "minikms"
 
 
 def _recovery(counts: str | None, directory: Path | None, *, yes: bool) -> Recovery | None:

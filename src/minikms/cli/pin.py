@@ -25,7 +25,7 @@ from minikms.cli.console import (
     named_root,
     print_json,
 )
-from minikms.usage import EXIT_GOOD
+from minikms.usage import EXIT_GOOD, RootSource
 
 if TYPE_CHECKING:
     from minikms.roots.pin import PinFile
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 app = App(name="pin", help="As root, name the root keys that may open the keyring.", version_flags=[])
 
-Source = Annotated[str, Parameter(help="Where the root key is: file:PATH or fd:NUMBER; shares: asks for shares.")]
+Source = Annotated[
+    RootSource,
+    Parameter(show_choices=False, help="Where the root key is: file:PATH or fd:NUMBER; shares: asks for shares."),
+]
 Pin = Annotated[
     Path | None, Parameter(name="--pin", help=f"The pin file, outside the data directory [{PIN_VARIABLE}].")
 ]
@@ -103,7 +106,7 @@ def remove(source: Source, *, pin: Pin = None, data_dir: DataDir = None, yes: Ye
         print_json({"pin": str(file.path), "fingerprint": fingerprint, "removed": removed})
         return EXIT_GOOD
     print(f"{file.path} {'names no longer' if removed else 'did not name'} the root key {fingerprint}.")
-    print("A slot of it stays in the keyring: minikms root list, minikms root remove SLOT")
+    print("If minikms root list still shows it, also run minikms root remove SLOT.")
     return EXIT_GOOD
 
 

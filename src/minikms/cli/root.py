@@ -25,7 +25,7 @@ from minikms.cli.console import (
     print_table,
 )
 from minikms.cli.recovery import SharesDir, add_shares, check_can_hand_out, check_can_pin
-from minikms.usage import EXIT_FAILED, EXIT_GOOD
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, RootSource
 
 if TYPE_CHECKING:
     from minikms import api
@@ -33,8 +33,11 @@ if TYPE_CHECKING:
 app = App(name="root", help="List, add, test and remove root keys, while the daemon serves.", version_flags=[])
 
 Source = Annotated[
-    str,
-    Parameter(help="Where the root key is: file:PATH or fd:NUMBER; shares:3/5 makes one that any 3 of 5 shares give."),
+    RootSource,
+    Parameter(
+        show_choices=False,
+        help="Where the root key is: file:PATH or fd:NUMBER; shares:3/5 makes one that any 3 of 5 shares give.",
+    ),
 ]
 Slot = Annotated[str, Parameter(help="The slot of the root key, as `minikms root list` shows it.")]
 

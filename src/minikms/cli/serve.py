@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from cyclopts import Parameter, validators
 
 from minikms.cli.console import PIN_VARIABLE, DataDir, MasterKeyFd, Root, chosen_data_dir, chosen_root, chosen_socket
+from minikms.usage import PathText
 
 if TYPE_CHECKING:
     from minikms.audit.record import Head
@@ -32,7 +33,7 @@ IF_RESTORED_UNDER_SERVER: Final = (
 
 def serve(
     *,
-    socket: Annotated[str | None, Parameter(help="Unix socket to serve on [PROGRESSDB_KMS_SOCKET].")] = None,
+    socket: Annotated[PathText | None, Parameter(help="Unix socket to serve on [PROGRESSDB_KMS_SOCKET].")] = None,
     data_dir: DataDir = None,
     master_key_file: Annotated[
         Path | None,
@@ -128,7 +129,7 @@ def serve(
         ),
     ] = 90,
     audit_copy: Annotated[
-        str | None, Parameter(help="Also append every audit line to this file, for example on another disk.")
+        PathText | None, Parameter(help="Also append every audit line to this file, for example on another disk.")
     ] = None,
     master_key_fd: MasterKeyFd = None,
     parent_fd: Annotated[int | None, Parameter(show=False)] = None,

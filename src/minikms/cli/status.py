@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from minikms import api
 
 INTERVAL_SECONDS: Final = 2.0
+ANSWER_SECONDS: Final = 3.0
+"""A daemon that works answers at once."""
 
 
 def status(
@@ -47,7 +49,7 @@ def status(
     json: Json = False,
 ) -> int:
     """Show the state of the running daemon. Exit status: 0 it works, 1 it can't work, 2 it does not answer."""
-    with daemon_client(socket, server_uid) as kms:
+    with daemon_client(socket, server_uid, timeout_s=ANSWER_SECONDS) as kms:
         answer = kms.status()
         if watch and not json and sys.stdout.isatty():
             return _watch(kms.status, answer, interval)

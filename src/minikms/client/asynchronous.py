@@ -94,7 +94,6 @@ class AsyncClient(Verbs, AsyncRunner):
         await asyncio.sleep(0)  # let the transports close their sockets
 
     def _run(self, operation: Operation[T]) -> Coroutine[Any, Any, T]:
-        """Runs what a method describes; `encrypt` and `decrypt` travel in batches."""
         if isinstance(operation, Many):
             return cast("Coroutine[Any, Any, T]", self._run_many(operation))
         one = cast("One[T]", operation)

@@ -96,9 +96,21 @@ def make_call(
 
     Raises InvalidRequestError before anything is sent, as the daemon would.
     """
+    try:
+        return _checked_call(verb, request, request_id, named, msgpack=msgpack)
+    except BaseException:
+        if isinstance(request, bytearray):
+            request[:] = bytes(len(request))
+        raise
+
+
+def _checked_call(
+    verb: Verb[R, A], request: R | Sent | bytearray, request_id: str | None, named: str, *, msgpack: bool
+) -> Call[A]:
     body: bytes | bytearray | None = None
     packed = False
     if isinstance(request, bytearray):
+        check_id(verb.path_field, named)
         target, body = _path(verb, named), request
     else:
         if isinstance(request, Item):
@@ -110,11 +122,9 @@ def make_call(
             body, packed = _encode_array(verb, request), True
         elif verb.method == "POST":
             body = _encode(request) if verb.has_body else b"{}"
-    call = Call(verb, target, body, request_id, packed)
     if request_id is not None and api.REQUEST_ID_PATTERN.fullmatch(request_id) is None:
-        call.wipe()
         invalid(f"a request id is 1 to {api.REQUEST_ID_CHARS_MAX} characters of A-Z a-z 0-9 . _ : / + = -")
-    return call
+    return Call(verb, target, body, request_id, packed)
 
 
 def _encode_array(verb: Verb[Any, Any], batch: Sent) -> bytes:

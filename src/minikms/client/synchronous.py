@@ -88,7 +88,6 @@ class Client(Verbs, BlockingRunner):
     # --- exchanges ---
 
     def _run(self, operation: Operation[T]) -> T:
-        """Runs what a method describes."""
         if isinstance(operation, Many):
             return cast("T", [outcome for one in operation.split() for outcome in self._run_one(one)])
         return self._run_one(cast("One[T]", operation))

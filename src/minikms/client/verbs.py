@@ -9,6 +9,7 @@ outcome, in order. A description must never touch a socket, a clock or an event 
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast, overload
@@ -112,18 +113,20 @@ class Many(Operation[list[T]]):
         return self._read(answer, count)
 
 
-class BlockingRunner:
+class BlockingRunner(ABC):
     """Base of a client whose methods return values."""
 
+    @abstractmethod
     def _run(self, operation: Operation[T]) -> T:
-        raise NotImplementedError
+        """Does what a method describes. Raises KmsError."""
 
 
-class AsyncRunner:
+class AsyncRunner(ABC):
     """Base of a client whose methods return coroutines."""
 
+    @abstractmethod
     def _run(self, operation: Operation[T]) -> Coroutine[Any, Any, T]:
-        raise NotImplementedError
+        """Does what a method describes. Raises KmsError."""
 
 
 if TYPE_CHECKING:
@@ -206,9 +209,8 @@ class Verbs:
         """The newest active key of the thread (`key_id`), or a new one (`created`), durable before this returns.
 
         Processes that call it at once for one thread get the same key, so it is repeated by itself. `purpose` is
-        `thread` by default; keys of another purpose are not looked at. A key that only decrypts, after a restore or at
-        its limit, stays as it is, and the thread gets a new one. Raises StorageUnavailableError while the daemon still
-        reads its key files after a start, KeyUnreadableError when the thread's key can't be read.
+        `thread` by default; keys of another purpose are not looked at. Raises StorageUnavailableError while the daemon
+        still reads its key files after a start, KeyUnreadableError when the thread's key can't be read.
         """
         request = api.GetOrCreateDekRequest(thread_id, purpose=given(purpose))
         return One(api.GET_OR_CREATE_DEK, request, request_id)
@@ -419,7 +421,7 @@ class Verbs:
 
     @method
     def get_key(self, key_id: str) -> One[api.KeyAnswer]:
-        """The state and the use counts of one key. Raises KeyNotFoundError, KeyUnreadableError."""
+        """The state of one key. Raises KeyNotFoundError, KeyUnreadableError."""
         return One(api.GET_KEY, api.KeyRequest(key_id))
 
     @method

@@ -1,4 +1,4 @@
-"""Derivations from a root key: fingerprint, commitment to a slot, pin, and the tag of a backup archive.
+"""Derivations from a root key: fingerprint, commitment to a slot, and pin.
 
 Invariants: the root key is a view of the arena, 32 uniformly random bytes; the results are public and reveal nothing
 about it (HMAC-SHA-256 is a PRF). Each MAC is one-shot with the view as its key, because an HMAC object holds midstates
@@ -30,8 +30,3 @@ def commitment(root: memoryview, slot_id: str) -> bytes:
 def pin(root: memoryview) -> str:
     """64 hex characters that only a holder of the root key can make: HMAC-SHA-256(root, label)."""
     return hmac.digest(root, labels.ROOT_PIN, "sha256").hex()
-
-
-def archive_tag(root: memoryview, digest: bytes) -> bytes:
-    """32 bytes that authenticate a backup archive of version 1 or 2 by its SHA-256: HMAC(root, label, digest)."""
-    return hmac.digest(root, labels.aad(labels.ARCHIVE, digest), "sha256")

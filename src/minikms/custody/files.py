@@ -57,6 +57,7 @@ LOCK_NAME: Final = "lock"
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
 _READ_BYTES: Final = 1024 * 1024
 _PROCESS_TEMP_PREFIX: Final = f"{TEMP_PREFIX}{secrets.token_hex(8)}-"
+_TEMP_NAME: Final = re.compile(re.escape(TEMP_PREFIX) + r"[0-9a-f]{16}-[0-9]+", re.ASCII)
 _PID_BYTES_MAX: Final = 20
 _temp_numbers: Final = itertools.count()
 
@@ -224,7 +225,11 @@ def remove_files(directory: int, names: Sequence[str]) -> None:
 
 def is_stale_temp(name: str) -> bool:
     """Whether `name` is a temporary file of an earlier process."""
-    return name.startswith(TEMP_PREFIX) and not name.startswith(_PROCESS_TEMP_PREFIX)
+    return (
+        name.startswith(TEMP_PREFIX)  # first, for directories of a million other names
+        and not name.startswith(_PROCESS_TEMP_PREFIX)
+        and _TEMP_NAME.fullmatch(name) is not None
+    )
 
 
 def sweep_temps(directory: int, *, age_ns_min: int = 0) -> int:

@@ -170,7 +170,7 @@ def _add_requests(made: _Page, status: Mapping[str, Any], times: VerbTimes, batc
     made.one("minikms_http_refused_total", "counter", "Inputs that were not a request.", http["refused"])
     made.one("minikms_http_connections", "gauge", "Open connections.", http["connections"])
     made.one("minikms_http_connections_max", "gauge", "Connections admitted.", http["connections_max"])
-    made.one("minikms_http_unread_bytes", "gauge", "Answers that wait to be read.", http["unread_bytes"])
+    made.one("minikms_http_unread_bytes", "gauge", "Answers and requests that wait.", http["unread_bytes"])
     failures = http["accept_failures"]
     made.one("minikms_http_accept_failures_total", "counter", "Failures of accept(2).", failures)
     used = {verb: histogram for verb, histogram in times.seconds.items() if any(histogram.counts)}

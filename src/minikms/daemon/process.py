@@ -27,7 +27,8 @@ from minikms import api
 from minikms.audit import Event
 from minikms.audit.log import FSYNC_INTERVAL_MS
 from minikms.custody.backup.register import ArchiveRegister
-from minikms.custody.files import DataDirLock, read_file_bounded, remove_file, replace_file
+from minikms.custody.files import DataDirLock, read_file_bounded, remove_file, remove_left_temps, replace_file
+from minikms.custody.vault import Vault
 from minikms.daemon.accepting import (
     ACCEPT_PAUSE_SECONDS,
     Acceptor,
@@ -55,6 +56,8 @@ DRAIN_SECONDS_MAX: Final = 10.0
 HOUSEKEEPING_SECONDS: Final = 1.0
 UPKEEP_SECONDS: Final = 2.0
 CHORE_RETRY_SECONDS: Final = 1.0
+SWEEP_SECONDS: Final = 60.0
+"""Pause before temporary files that could not be removed, or that were too young, are looked for again."""
 GC_THRESHOLDS: Final = (100_000, 20, 50)
 """The daemon makes almost no reference cycles; with Python's default, collections take a tenth of its time under load.
 """
@@ -257,11 +260,12 @@ class Daemon:
     def _chores(self, parts: Parts) -> list[Callable[[], Awaitable[None]]]:
         """The background work; each coroutine returns when it has nothing more to do."""
         loop = asyncio.get_running_loop()
+        workers = parts.workers
 
         async def work() -> None:
             while True:
                 await asyncio.sleep(UPKEEP_SECONDS)
-                await loop.run_in_executor(parts.workers.upkeep, parts.upkeep.work)
+                await loop.run_in_executor(workers.upkeep, parts.upkeep.work)
 
         return [
             lambda: parts.audit.sync_every(FSYNC_INTERVAL_MS / 1000),
@@ -269,7 +273,9 @@ class Daemon:
             lambda: _every(HOUSEKEEPING_SECONDS, parts.vault.expire),
             lambda: _every(HOUSEKEEPING_SECONDS, parts.upkeep.tick),
             lambda: _every(HOUSEKEEPING_SECONDS, parts.watch_disk),
-            lambda: self._sweep_temps(parts, parts.workers.reader),
+            lambda: sweep_temps_again(
+                parts.vault, self._lock.directory, self._log, reader=workers.reader, disk=workers.disk
+            ),
             parts.indexing.run,
             parts.lifecycle.complete_destructions,
             work,
@@ -284,18 +290,6 @@ class Daemon:
             except Exception as error:  # noqa: BLE001  after any defect keys must still expire and lines be synced
                 self._internal_error(f"{type(error).__name__} in a chore")
                 await asyncio.sleep(CHORE_RETRY_SECONDS)
-
-    async def _sweep_temps(self, parts: Parts, reader: Executor) -> None:
-        """Removes the temporary files of earlier processes where there may be many files. Those that can't be removed
-        stay for the next destruction of a key or the next start.
-        """
-        loop = asyncio.get_running_loop()
-        archives = ArchiveRegister(self._lock.directory)
-        for owner in (parts.vault.store, parts.vault.rotation_backups, archives):
-            try:
-                await loop.run_in_executor(reader, owner.sweep_temps)
-            except MiniKmsError as error:
-                self._log.warning("temporary files stay", why=str(error))
 
     def _on_signal(self) -> None:
         for number in self._signals.read():
@@ -326,6 +320,26 @@ class Daemon:
 
     def _internal_error(self, what: str) -> None:
         self._log.error("internal error", what=what)
+
+
+async def sweep_temps_again(
+    vault: Vault, data_dir: str, log: structlog.stdlib.BoundLogger, *, reader: Executor, disk: Executor
+) -> None:
+    """Removes the temporary files that a kill or a failed removal left, where there may be many files: now and every
+    SWEEP_SECONDS, until it is cancelled. A large directory is read once, unless something in it can't be removed.
+    """
+    loop = asyncio.get_running_loop()
+    owners = (vault.store, vault.rotation_backups, ArchiveRegister(data_dir))
+    sweeps: list[tuple[Executor, Callable[[], object]]] = [(reader, owner.sweep_temps) for owner in owners]
+    # In the thread that made the files: it syncs descriptors that are in use there, and an error is reported once.
+    sweeps.append((disk, remove_left_temps))
+    while True:
+        for executor, sweep in sweeps:
+            try:
+                await loop.run_in_executor(executor, sweep)
+            except MiniKmsError as error:
+                log.warning("temporary files stay", why=str(error))
+        await asyncio.sleep(SWEEP_SECONDS)
 
 
 async def _every(seconds: float, chore: Callable[[], None]) -> None:

@@ -182,7 +182,7 @@ class Sealing:
             self._serve(parts.app)
             parts.serve_on(self.server)
             return
-        read_keyring(process.lock.directory)
+        keyring.parse_file(read_keyring(process.lock.directory))
         self._sealed = _Sealed(
             Marker(at=files.rfc3339(self._started_ns)) if marker is None else marker,
             durable=marker is not None,

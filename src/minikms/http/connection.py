@@ -5,7 +5,8 @@ Owns: the state of a connection. Rules:
   `_CLOSING`, `_HELD_BACK`). So answers leave in the order of their requests, and the engine reads nothing from a client
   that does not read its answers.
 - `_unread` counts an answer from the time when it is queued (a large one) or when the kernel does not take it, until
-  all of it was taken: a part of it keeps the whole in memory.
+  all of it was taken: a part of it keeps the whole in memory. `_kept` counts a request that is answered later, until it
+  is, also when the connection has ended.
 - An answer is queued, and written at the end of the turn, after `Application.commit`. If that fails, a 503 replaces it,
   unless the application has marked it.
 - After the last answer no request is started: input is discarded until the peer closes or the linger limit is reached.
@@ -87,7 +88,9 @@ class Server(Protocol[S]):
 
 
 class Group(Generic[S]):
-    """The connections of one group, and the bytes of their answers that wait to be read."""
+    """The connections of one group, and the bytes of their requests that are answered later and of their answers that
+    wait to be read.
+    """
 
     __slots__ = ("connections", "held_back", "key", "unread")
 
@@ -108,6 +111,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         "_blocked",
         "_eof_at",
         "_group",
+        "_kept",
         "_opened",
         "_paused",
         "_phase",
@@ -140,6 +144,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         self._opened = False
         self._written = 0
         self._unread = 0
+        self._kept = 0
         self._stall_mark = 0
         self._stall_since: float | None = None
 
@@ -256,6 +261,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         """Pass one complete request to the application."""
         server = self._server
         self._admitted = None
+        size = len(body)
         answer: bytes | Response | Awaitable[bytes | Response]
         try:
             answer = self._app.handle(self._session, Request(head, body))
@@ -275,6 +281,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
             self._answer(head, answer)
         else:
             self._blocked |= _BUSY
+            self._keep(size)
             server.watch(answer, self, head)
 
     def finished(self, head: ParsedHead, answer: bytes | Response) -> None:
@@ -289,6 +296,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
                 self._queue(self._server.encoder.ok(answer))
             else:
                 self._answer(head, answer)
+        self._keep(0)  # at last: it may start a request
 
     def use(self, app: Application[S]) -> None:
         """Pass all further requests to `app`."""
@@ -338,6 +346,13 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         change = unread - self._unread
         if change:
             self._unread = unread
+            self._server.count_unread(self._group, change)
+
+    def _keep(self, size: int) -> None:
+        """From now on, the application keeps a request of so many bytes."""
+        change = size - self._kept
+        if change:
+            self._kept = size
             self._server.count_unread(self._group, change)
 
     def hold_back(self) -> None:

@@ -32,10 +32,11 @@ RECEIVE_BUFFER_BYTES: Final = 256 * 1024
 BUFFERED_BYTES_MAX: Final = 256 * 1024 * 1024
 """Bound of the incomplete requests of all connections: without it, 2,048 connections could hold 32 GiB."""
 UNREAD_GROUP_BYTES_MAX: Final = 32 * 1024 * 1024
-"""Bound of the answers that wait to be read on all connections of a group (`Application.group`). Beyond it, none of
-them is read or starts a request before half of the bound has been read. More than the largest answer, 22 MiB."""
+"""Bound of the requests that are answered later and of the answers that wait to be read, on all connections of a group
+(`Application.group`). Beyond it, none of them is read or starts a request before half of the bound is free. More than
+the largest answer, 22 MiB."""
 UNREAD_BYTES_MAX: Final = 256 * 1024 * 1024
-"""The same of all groups. Beyond it, a group goes on once it has read all of its own answers."""
+"""The same of all groups. Beyond it, a group goes on once it has none of its own."""
 
 HEAD_SECONDS_MAX: Final = 10.0
 BODY_SECONDS_MAX: Final = 60.0

@@ -48,7 +48,7 @@ class HttpServer(Generic[S]):
         self.encoder = AnswerEncoder(time.time())
         self.connections: set[Connection[S]] = set()
         self.unread = 0
-        """Bytes of answers that wait to be read."""
+        """Bytes of requests that are answered later, and of answers that wait to be read."""
         self.draining = False
         self.requests = 0
         """Complete requests passed to the application since the start."""
@@ -153,7 +153,7 @@ class HttpServer(Generic[S]):
         return session, group
 
     def count_unread(self, group: Group[S], change: int) -> None:
-        """`change` more bytes of answers of a group wait to be read, or fewer if it is negative."""
+        """`change` more bytes of requests and answers of a group are kept, or fewer if it is negative."""
         group.unread += change
         self.unread += change
         limits = self.limits
@@ -171,6 +171,11 @@ class HttpServer(Generic[S]):
                 if group.held_back:  # by an answer to a request of one that went on
                     break
                 connection.go_on()
+        self._forget_unused(group)
+
+    def _forget_unused(self, group: Group[S]) -> None:
+        if not group.connections and not group.unread:
+            self._groups.pop(group.key, None)
 
     def refuse(self, session: S | None, refusal: Refusal) -> None:
         """Count and report a refusal."""
@@ -194,8 +199,7 @@ class HttpServer(Generic[S]):
         """Forget a connection that has ended, and close its session."""
         self.connections.discard(connection)
         group.connections.discard(connection)
-        if not group.connections:
-            self._groups.pop(group.key, None)
+        self._forget_unused(group)
         self._schedule_turn()
         try:
             self.app.close_session(session)

@@ -12,12 +12,13 @@ on a disk.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
 import termios
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Any, Final
 
 from minikms.errors import InvalidRequestError, StartError
 from minikms.memory.arena import SLOT_BYTES, SecretArena, SecretSlot, zero
@@ -90,9 +91,8 @@ def read_secret(terminal: int, prompt: str, views: Sequence[memoryview]) -> int:
     it. Raises StartError for a line that was not ended with Enter.
     """
     while True:
-        with _held_signals() as signalled, _without_echo(terminal):
-            show(terminal, prompt)
-            size = _read_line(terminal, views, signalled)
+        with _held_signals() as signalled:
+            size = _read_without_echo(terminal, prompt, views, signalled)
         if size is not None:
             return size
         for view in views:
@@ -119,25 +119,43 @@ def _held_signals() -> Iterator[int]:
             signal.signal(number, handler)
         with contextlib.suppress(BlockingIOError):
             for received in os.read(signalled, _SIGNALS_COUNT_MAX):
-                os.kill(os.getpid(), received)
+                if received in former:  # another one has had its effect
+                    os.kill(os.getpid(), received)
         os.close(signalled)
         os.close(writes)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-@contextlib.contextmanager
-def _without_echo(terminal: int) -> Iterator[None]:
-    """Only the end of the line is shown."""
+def _read_without_echo(terminal: int, prompt: str, views: Sequence[memoryview], signalled: int) -> int | None:
+    """Only the end of the line is shown. None if a signal came first."""
     before = termios.tcgetattr(terminal)
     silent = termios.tcgetattr(terminal)
     silent[_LOCAL_MODES] &= ~termios.ECHO
     silent[_LOCAL_MODES] |= termios.ICANON | termios.ECHONL
-    termios.tcsetattr(terminal, termios.TCSAFLUSH, silent)
+    if not _set_modes(terminal, silent):
+        return None
     try:
-        yield
+        show(terminal, prompt)
+        return _read_line(terminal, views, signalled)
     finally:
         with contextlib.suppress(termios.error):  # the terminal is gone
-            termios.tcsetattr(terminal, termios.TCSAFLUSH, before)
+            # In the background the modes are the shell's to set, and each attempt would stop the process.
+            while not _set_modes(terminal, before) and os.tcgetpgrp(terminal) == os.getpgrp():
+                pass
+
+
+def _set_modes(terminal: int, modes: list[Any]) -> bool:
+    """Throws away what was typed, too. False: a signal came first, such as one that goes on after a stop.
+
+    A process in the background is stopped here until it is in the foreground: termios(3), SIGTTOU.
+    """
+    try:
+        termios.tcsetattr(terminal, termios.TCSAFLUSH, modes)
+    except termios.error as error:
+        if error.args[0] == errno.EINTR:
+            return False
+        raise
+    return True
 
 
 def _read_line(terminal: int, views: Sequence[memoryview], signalled: int) -> int | None:

@@ -21,14 +21,13 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
 from minikms import api
 from minikms.api import Verb
 from minikms.audit import Event
+from minikms.crypto import aead
 from minikms.custody.vault import Indexing, OpenDek, Vault
 from minikms.errors import (
+    DecryptionError,
     ForbiddenError,
     InvalidRequestError,
     KeyNotFoundError,
@@ -39,8 +38,6 @@ from minikms.keys.dek import DekRecord, bytes_to_key_id, check_key_id, key_id_to
 from minikms.keys.index import Page
 from minikms.policy import Charge, Cost, Grant, Meters, Policy, Principal, Scope
 
-_CURSOR_KEY_BYTES: Final = 16
-_CURSOR_NONCE_BYTES: Final = 12
 _DECRYPTS: Final = frozenset({api.DECRYPT, api.DECRYPT_BATCH})
 _REENCRYPTS: Final = frozenset({api.REENCRYPT_BATCH, api.CHECK_BATCH})
 CREATES: Final = frozenset({api.CREATE_DEK, api.GET_OR_CREATE_DEK})
@@ -382,18 +379,18 @@ class _Cursors:
     """Encrypts the positions of listings under a key of this run."""
 
     def __init__(self) -> None:
-        self._cipher = AESGCM(os.urandom(_CURSOR_KEY_BYTES))
+        self._key = memoryview(os.urandom(aead.KEY_BYTES))
 
     def cursor(self, key_id: str, actor: str) -> str:
-        nonce = os.urandom(_CURSOR_NONCE_BYTES)
-        return (nonce + self._cipher.encrypt(nonce, key_id_to_bytes(key_id), actor.encode())).hex()
+        nonce = os.urandom(aead.NONCE_BYTES)
+        return aead.seal(self._key, nonce, key_id_to_bytes(key_id), actor.encode()).hex()
 
     def position(self, cursor: str, actor: str) -> str:
         """Raises InvalidRequestError."""
         try:
             sealed = bytes.fromhex(cursor if len(cursor) <= api.ID_CHARS_MAX else "")
-            raw = self._cipher.decrypt(sealed[:_CURSOR_NONCE_BYTES], sealed[_CURSOR_NONCE_BYTES:], actor.encode())
-        except (ValueError, InvalidTag):
+            raw = aead.open_sealed(self._key, sealed, actor.encode())
+        except (ValueError, DecryptionError):
             raise InvalidRequestError(
                 "the cursor is not one that this run of the key service gave to this principal: begin the listing again"
             ) from None

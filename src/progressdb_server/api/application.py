@@ -23,12 +23,13 @@ from progressdb_server.api.http import head, limits
 from progressdb_server.api.http.access import NOT_AUTHENTICATED, AccessControl
 from progressdb_server.api.http.errors import ApiError, ClientGoneError, Header, internal
 from progressdb_server.api.http.request import Receive, Request, Scope, Send
-from progressdb_server.api.http.response import NO_CONTENT, Exchange, error_response
+from progressdb_server.api.http.response import NO_CONTENT, Exchange, Response, error_response
 from progressdb_server.api.routes import admin, messages, threads
 from progressdb_server.api.routes.documentation import with_documentation
 from progressdb_server.api.routes.errors import api_error
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.table import Operation, Routing
+from progressdb_server.api.viewer.routes import error_page
 from progressdb_server.kms.provider import READING, Reading
 from progressdb_server.store.model import ConversationStore, KeyServiceRefusedError, RecordUnreadableError
 
@@ -106,7 +107,7 @@ class Application:
         except ClientGoneError:
             return
         except Exception as error:  # noqa: BLE001 - whatever happens, the client gets a response
-            refusal = error_response(_error_of(error, request))  # no error: its traceback leads to this frame
+            refusal = _refusal(_error_of(error, request), request)  # no error: its traceback leads to this frame
             if not exchange.status:  # once begun, a response can only be left unfinished
                 await exchange.respond(refusal)
         finally:
@@ -119,6 +120,10 @@ class Application:
                 if exchange.status in _LOGGED_STATUSES and not identified:
                     self._refused.add(exchange.status, started_s)
                 _log_response(request, exchange.status, seconds, identified=identified)
+
+
+def _refusal(error: ApiError, request: Request) -> Response:
+    return error_page(error, request) if request.path.startswith("/viewer/") else error_response(error)
 
 
 def _error_of(error: Exception, request: Request) -> ApiError:
@@ -154,7 +159,7 @@ def _log_reading(request: Request, reading: Reading) -> None:
         "records_opened",
         request_id=request.request_id,
         route=request.route,
-        role=request.principal.role.value,
+        role=request.role.value,
         key=request.principal.number or None,
         user=request.user,
         author=author,
@@ -209,7 +214,7 @@ def _log_response(request: Request, status: int, seconds: float, *, identified: 
         method=request.method,
         route=request.route or None,
         status=status,
-        role=request.principal.role.value,
+        role=request.role.value,
         key=request.principal.number or None,
         ms=round(seconds * 1000, 3),
     )

@@ -15,12 +15,13 @@ from cyclopts import App, CycloptsError, Parameter
 
 from minikms.usage import (
     EXIT_FAILED,
-    EXIT_GOOD,
     EXIT_INTERRUPTED,
     EXIT_MISSING,
     EXIT_READER_LEFT,
     HelpPages,
+    Shell,
     explained,
+    print_completion,
     show_whole_help,
 )
 from progressdb_server.cli.flags import Addr, CommandError, ConfigFile, Db, Dev, MasterKeyFd, MasterKeyFile, load_config
@@ -97,10 +98,9 @@ def serve(
     return 0
 
 
-def completion(shell: Annotated[Literal["bash", "zsh", "fish"], Parameter(help="The shell.")]) -> int:
+def completion(shell: Shell) -> int:
     """Print the completion script of a shell. For bash: source <(progressdb completion bash)"""
-    print(app.generate_completion(prog_name="progressdb", shell=shell), end="")
-    return EXIT_GOOD
+    return print_completion(app, "progressdb", shell)
 
 
 def run(master_key_fd: int | None) -> None:

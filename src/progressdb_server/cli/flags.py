@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from minikms.usage import PathText
+
 if TYPE_CHECKING:
     from progressdb_server.config import Loaded
 
@@ -25,12 +27,12 @@ class CommandError(Exception):
 
 
 Addr = Annotated[str | None, Parameter(help="Where to listen, host:port; default 127.0.0.1:8080 [PROGRESSDB_ADDR].")]
-Db = Annotated[str | None, Parameter(help="Directory of all data [PROGRESSDB_DB_PATH].")]
+Db = Annotated[PathText | None, Parameter(help="Directory of all data [PROGRESSDB_DB_PATH].")]
 ConfigFile = Annotated[
-    str | None, Parameter(name="--config", help="Configuration file, YAML or .toml [PROGRESSDB_CONFIG].")
+    PathText | None, Parameter(name="--config", help="Configuration file, YAML or .toml [PROGRESSDB_CONFIG].")
 ]
 MasterKeyFile = Annotated[
-    str | None,
+    PathText | None,
     Parameter(help="File with the root key for miniKMS: 64 hex characters [PROGRESSDB_MINIKMS_MASTER_KEY_FILE]."),
 ]
 Dev = Annotated[

@@ -634,10 +634,7 @@ class Store(ConversationStore, BackupRegister, Protocol):
         `behind`. `to_now`: without those that are created during the walk."""
         ...
 
-    def count_records(self, thread_id: str, count_max: int, *, since_ns: int | None = None) -> Iterator[int]:
-        """How many records the thread has, in steps of at most `count_max`. `since_ns`: only versions of messages that
-        were written since then."""
-        ...
+    def count_records(self, thread_id: str, count_max: int, *, since_ns: int | None = None) -> Iterator[int]: ...
 
     def rekeyed(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> Step:
         """Records with their new sealed parts, which are under `key_id`; the old bytes are kept for the job. The

@@ -47,7 +47,7 @@ LIST_MESSAGES_MAX: Final = 256
 """Of one batch of a list or of a message's versions."""
 LIST_MESSAGES_FIRST: Final = 128
 """Of the first batch of a list: it is answered while the key service works on the next one."""
-LIST_BYTES_MAX: Final = 2 * 1024 * 1024
+LIST_BYTES_MAX: Final = 512 * 1024
 """Of sealed parts in one batch of a list, exceeded by one message at most."""
 LIST_BATCHES_AHEAD: Final = 1
 VERSIONS_BYTES_MAX: Final = 1024 * 1024
@@ -329,14 +329,12 @@ class Reading(Threads):
             for batch in self._batches(thread_id, lower, upper, include_deleted):
                 opening.append(loop.create_task(self._list(thread_id, batch, given)))
                 if len(opening) > LIST_BATCHES_AHEAD:
-                    yield await opening[0]
-                    opening.popleft()
+                    yield await opening.popleft()
                     yield []  # the next one has to wait for the key service
                 else:
                     await asyncio.sleep(0)  # so that it is on its way while the next one is read
             while opening:
-                yield await opening[0]
-                opening.popleft()
+                yield await opening.popleft()
                 if opening:
                     yield []
             if tag is not None and given.whole:

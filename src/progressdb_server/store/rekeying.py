@@ -206,6 +206,7 @@ class Rekeying(OpenStore):
         try:
             await write.done
         except ConditionFailedError as error:
+            error.__traceback__ = None  # it leads to this frame, whose `write` has the future that keeps the error
             if error.key == write.key:
                 raise StaleRowError from None
             raise

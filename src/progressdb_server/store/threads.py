@@ -241,8 +241,7 @@ class Threads(OpenStore):
                 for thread in await self._open_listed(listed)
                 if needle in thread.title.casefold() and (not slug or thread.slug == slug)
             ]
-            if chunk:
-                yield chunk
+            yield chunk  # an empty one too: the client may be gone
 
     async def thread_deleted(self, thread_id: str) -> bool:
         return self.engine.get(keyspace.closed(thread_id)) is not None

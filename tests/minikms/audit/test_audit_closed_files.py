@@ -170,6 +170,21 @@ def test_maintenance_compresses_forwards_and_removes(tmp_path: Path) -> None:
     assert forwarded == list(range(1, len(forwarded) + 1))
 
 
+def test_a_smaller_file_in_place_of_the_copy_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines of a failed step are removed from the file that has them only."""
+    copy = tmp_path / "copy"
+    forwarder = FileForwarder(str(copy))
+    forwarder.deliver([b"x" * record.LINE_BYTES_MAX] * 4)
+    with monkeypatch.context() as faults:
+        faults.setattr(os, "fdatasync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "error")))
+        faults.setattr(os, "ftruncate", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "error")))
+        with pytest.raises(OSError, match="error"):
+            forwarder.deliver([b"a line that may be lost"])
+    copy.rename(tmp_path / "rotated")
+    forwarder.deliver([b"the first line"])
+    assert copy.read_bytes() == b"the first line\n"
+
+
 def test_maintenance_reports_failures_and_tries_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = open_log(tmp_path, clock=Clock(now=LATER, step=CHORES_NS), limits=Limits(segment_bytes=3000, reserve_bytes=0))
     write_events(log, 30)

@@ -385,6 +385,22 @@ def test_a_removed_line_of_a_keys_creation_is_made_up_for_by_the_key_file(
         assert re.findall(r"request=(\S+)", capsys.readouterr().out) == [f"read-{thread}"]
 
 
+def test_a_log_after_an_accepted_loss_shows_reads_under_older_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The new log begins with line 1, but does not show the creation of keys that are older."""
+    with LiveDaemon(tmp_path) as daemon, daemon.client() as kms:
+        key = kms.create_dek_for_thread("t1").key_id
+        sealed = kms.encrypt(key, b"text")
+        daemon.stop()
+        (daemon.data_dir / LOG).unlink()
+        daemon.command.append("--accept-audit-loss")
+        daemon.start()
+        kms.decrypt(key, sealed, request_id="after")
+    assert audit.find(data_dir=str(daemon.data_dir), thread="t1", reads=True) == 0
+    assert re.findall(r"request=(\S+)", capsys.readouterr().out) == ["after"]
+
+
 def test_hidden_threads_are_found_with_the_root_key(tmp_path: Path) -> None:
     directory = tmp_path / "data"
     make_data_dir(directory, hash_thread_ids=True)

@@ -13,6 +13,7 @@ import pytest
 from minikms import append_only
 from minikms.append_only import UNCONFIRMED_SUFFIX, AppendOnlyFile
 from minikms.errors import AuditUnavailableError
+from minikms.sync import sync_directory
 from tests.harness.failing_disk import failing_disk
 from tests.minikms.audit.logmaker import LOG, lines_of, open_log, types_of, verify, write_events
 from tests.minikms.custody.disk_faults import failing
@@ -132,6 +133,28 @@ def test_the_next_process_knows_that_a_sync_has_failed(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "ftruncate", keep)
     append_only.recover(str(path))
     assert [content.endswith(UNCONFIRMED) for content in saved] == [True]
+
+
+def test_no_truncation_comes_before_the_bytes_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the file with the saved bytes was removed, and the disk has not confirmed the removal."""
+    file = file_with_a_failed_sync(tmp_path / LOG, monkeypatch)
+    with monkeypatch.context() as faults:
+        # The first one is that of the directory in which the bytes are saved, the second that of their removal.
+        faults.setattr("minikms.append_only.sync_directory", failing(sync_directory, at=2))
+        with pytest.raises(OSError, match="error"):
+            file.sync()
+    saved: list[bool] = []
+    truncate = os.ftruncate
+
+    def truncated(fd: int, size: int) -> None:
+        saved.append((tmp_path / (LOG + UNCONFIRMED_SUFFIX)).exists())
+        truncate(fd, size)
+
+    monkeypatch.setattr(os, "ftruncate", truncated)
+    file.sync()
+    assert saved == [True]
+    assert (tmp_path / LOG).read_bytes() == CONFIRMED + UNCONFIRMED
+    file.close()
 
 
 def test_no_append_waits_in_memory_beyond_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

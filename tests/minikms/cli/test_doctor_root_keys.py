@@ -1,4 +1,4 @@
-"""What `minikms doctor` says of the root keys of a keyring."""
+"""What `minikms doctor` says of a keyring and of its root keys."""
 
 from __future__ import annotations
 
@@ -30,6 +30,19 @@ def told(directory: Path, data: bytes, *, days: float = 0) -> list[str]:
     findings = [found for found in examine(str(directory), None, now=now) if found.area == "root key"]
     assert all(found.level == "advice" for found in findings)
     return [found.what for found in findings if "was given" not in found.what]
+
+
+@pytest.mark.parametrize(("version", "advice"), [(4, "make a new one"), (6, "Start the newer version")])
+def test_no_backup_is_to_replace_a_keyring_of_another_version(
+    arena: SecretArena, tmp_path: Path, version: int, advice: str
+) -> None:
+    """Archives of its time are of another version too."""
+    unlocked = keyrings.fresh(arena)
+    data = unlocked.encode(unlocked.body).replace(b'"version":5', b'"version":%d' % version, 1)
+    (tmp_path / "keyring.json").write_bytes(data)
+    [found] = [each for each in examine(str(tmp_path), None, now=0) if each.area == "keyring"]
+    assert advice in found.what
+    assert "restore" not in found.what + found.do
 
 
 def test_a_single_root_key_without_a_recovery_slot_is_named(arena: SecretArena, tmp_path: Path) -> None:

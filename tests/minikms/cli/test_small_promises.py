@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from minikms.cli import console
+from minikms.cli.doctor import doctor
 from minikms.usage import SOCKET_VARIABLE
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.terminal import OnTerminal
@@ -26,21 +28,21 @@ def test_only_an_explicit_dash_decrypts_to_a_terminal(tmp_path: Path) -> None:
     note = tmp_path / "note"
     note.write_text("the door code is 4711\n")
     with LiveDaemon(tmp_path, "file") as daemon:
-        socket = ("--socket", str(daemon.socket))
-        assert run("encrypt", note, *socket).returncode == 0
-        words = [*MINIKMS, "decrypt", f"{note}.kms", "--output", "-", *socket]
+        place = ("--socket", str(daemon.socket))
+        assert run("encrypt", note, *place).returncode == 0
+        words = [*MINIKMS, "decrypt", f"{note}.kms", "--output", "-", *place]
         with OnTerminal(words, env=dict(os.environ)) as terminal:
             assert terminal.wait() == 0 and b"the door code is 4711" in terminal.shown
-        piped = f"{' '.join(MINIKMS)} decrypt {' '.join(socket)} < {note}.kms"
+        piped = f"{' '.join(MINIKMS)} decrypt {' '.join(place)} < {note}.kms"
         with OnTerminal(["sh", "-c", piped], env=dict(os.environ)) as terminal:
             assert terminal.wait() == 2 and b"insist with --output -" in terminal.shown
 
 
 def test_commands_name_commands_and_offer_only_what_they_can_do(tmp_path: Path) -> None:
     with LiveDaemon(tmp_path, "file") as daemon:
-        socket = ("--socket", daemon.socket)
-        assert "`minikms root list`" in run("root", "test", "s9", "--root", f"file:{daemon.root_file}", *socket).stderr
-        listed = run("keys", "list", "--state", "destroyed", *socket)
+        place = ("--socket", daemon.socket)
+        assert "`minikms root list`" in run("root", "test", "s9", "--root", f"file:{daemon.root_file}", *place).stderr
+        listed = run("keys", "list", "--state", "destroyed", *place)
         assert listed.returncode == 2 and "destroyed" not in run("keys", "list", "--help").stdout
 
 
@@ -65,10 +67,57 @@ def test_without_flags_commands_look_where_the_units_are_and_say_so(
         console.chosen_socket(None, must_exist=False)
 
 
+def test_doctor_without_flags_examines_what_the_units_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One flag limits it to what the flag names."""
+    for variable in (SOCKET_VARIABLE, console.DATA_DIR_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    directory, path = tmp_path / "d", tmp_path / "s"
+    monkeypatch.setattr(console, "PACKAGE_SOCKET", str(path))
+    monkeypatch.setattr(console, "PACKAGE_DATA_DIR", str(directory))
+    with pytest.raises(console.CommandError, match="say what to examine"):
+        doctor()
+    directory.mkdir(0o700)
+    path.touch()
+    assert doctor() == 1
+    both = capsys.readouterr()
+    assert "keyring.json is missing" in both.out and "problem: daemon" in both.out
+    assert f"{path} is used" in both.err and f"{directory} is used" in both.err
+    assert doctor(data_dir=str(directory)) == 1
+    files = capsys.readouterr()
+    assert "keyring.json is missing" in files.out and "problem: daemon" not in files.out and not files.err
+
+
 def test_init_prints_the_next_commands_to_paste(tmp_path: Path) -> None:
+    """With the path of a program that PATH does not have, and a private directory for the socket."""
+    script = tmp_path / "minikms"
+    script.write_text(f"#!{sys.executable} -P\nfrom minikms.cli import main\nmain()\n")
+    script.chmod(0o755)
+    words = ("init", "--data-dir", "d", "--master-key-file", "k")
+    elsewhere = subprocess.run(
+        ("./minikms", *words), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert f"\n  {script} --socket {tmp_path}/minikms.sock" in elsewhere.stdout
+    assert f"\n  {script} status --socket {tmp_path}/minikms.sock\n" in elsewhere.stdout
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o775)
+    said = run("init", "--data-dir", shared / "d", "--master-key-file", tmp_path / "k2").stdout
+    assert f"\n  install -d -m 700 {shared}/run\n  minikms --socket {shared}/run/minikms.sock" in said
     made = run("init", "--data-dir", tmp_path / "the data", "--master-key-file", tmp_path / "root.key")
     assert (
         f"\n  minikms --socket {tmp_path}/minikms.sock --data-dir '{tmp_path}/the data' --master-key-file"
         in made.stdout
     )
     assert f"\n  minikms status --socket {tmp_path}/minikms.sock\n" in made.stdout
+
+
+def test_a_daemon_that_never_answers_is_looked_up_in_its_log(tmp_path: Path) -> None:
+    """As the socket of systemd, while the service ends at each start."""
+    tmp_path.chmod(0o700)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        said = run("status", "--socket", tmp_path / "s")
+    assert said.returncode == 2 and "`journalctl -u minikms -n 20`" in said.stderr

@@ -322,10 +322,14 @@ def test_nothing_that_carries_a_secret_shows_it() -> None:
         assert secret not in shown
 
 
-def test_a_key_in_a_request_that_is_refused_before_it_is_sent_is_wiped() -> None:
-    body = calls.rotation("ab" * 32, True, ())
-    with pytest.raises(errors.InvalidRequestError):
-        make_call(api.ROTATE_KEK, body, "not a request id")
+@pytest.mark.parametrize(
+    ("slot", "request_id"), [("s1", "not a request id"), ("s1", 1), ("s\udcff", None), ("s" * 129, None), (None, None)]
+)
+def test_a_key_in_a_request_that_is_refused_before_it_is_sent_is_wiped(slot: Any, request_id: Any) -> None:
+    """A slot in a path may be an argument of a command, which need not be Unicode."""
+    body = calls.proof("ab" * 32)
+    with pytest.raises((errors.InvalidRequestError, TypeError)):
+        make_call(api.TEST_ROOT, body, request_id, slot)
     assert body == bytes(len(body))
 
 

@@ -49,7 +49,7 @@ def test_a_value_opens_only_under_its_key_thread_and_aad(kms: Any) -> None:
     assert api.KEY_ID_PATTERN.fullmatch(key.key_id)
     assert kms.get_wrapped(key.key_id) == key.wrapped
     sealed = kms.encrypt(key.key_id, b"hello", aad=b"place", thread_id="thread-1", request_id="req-2")
-    assert len(sealed) == 12 + 5 + 16
+    assert len(sealed) == 24 + 5 + 16
     assert kms.decrypt(key.key_id, sealed, aad=b"place", thread_id="thread-1") == b"hello"
     with pytest.raises(errors.DecryptionError):
         kms.decrypt(key.key_id, sealed, aad=b"other place")

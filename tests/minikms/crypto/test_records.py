@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from fractions import Fraction
 
 import pytest
 
@@ -30,7 +31,7 @@ def new_key(arena: SecretArena, keys: RecordKeys, raw: bytes | None = None) -> R
     return RecordKey(slot, keys)
 
 
-def test_a_record_opens_by_another_implementation_and_under_its_own_key_only(arena: SecretArena) -> None:
+def test_a_record_opens_elsewhere_and_under_its_own_key_only(arena: SecretArena) -> None:
     keys, raw = RecordKeys(arena), os.urandom(32)
     key, other = new_key(arena, keys, raw), new_key(arena, keys)
     for sealed in (key.seal(b"text", b"aad"), key.seal_next(b"text", b"aad")):
@@ -66,6 +67,13 @@ def test_the_records_of_all_keys_share_a_prefix_up_to_the_bound(
     assert len({one[: aead.NONCE_BYTES] for one in sealed}) == len(sealed)
     for number, one in enumerate(sealed):
         assert both[number % 2].open(one, b"") == b"%d" % number
+
+
+def test_the_chance_of_a_repeated_nonce_is_as_documented() -> None:
+    """Below 2^-32 for 2^40 records of a DEK: pairs that share a draw of the prefix, and at most all as the others."""
+    count, bits = 2**40, 8 * aead.NONCE_BYTES
+    sharing = Fraction(count * records.RECORDS_PER_PREFIX, 2) / 2 ** (bits - 8 * PREFIX_BYTES)
+    assert sharing + Fraction(count**2, 2) / 2**bits < Fraction(1, 2**32)
 
 
 def test_each_start_draws_a_prefix_of_its_own(arena: SecretArena) -> None:
@@ -109,6 +117,7 @@ def test_the_derived_keys_of_many_runs_are_bounded_and_each_record_opens(
     for turn in range(3):
         for one, of in sealed:
             assert readers[of].open(one, b"aad") == of
+            assert len(readers[of].ciphers) <= 2
             assert sum(len(reader.derived) for reader in readers.values()) <= derived_keys_max
             assert arena.in_use <= len(readers) + derived_keys_max
         if turn:

@@ -302,12 +302,12 @@ def test_only_temporary_files_of_earlier_processes_are_swept(
         swept.append(sweep_temps(directory))
         rename(*given, **named)
 
-    for name in (".tmp-0123456789abcdef-7", ".tmp-x", "kept", ".hidden"):
+    for name in (".tmp-0123456789abcdef-7", ".tmp-0123456789abcdef-", ".tmp-mine", "kept", ".hidden"):
         (tmp_path / name).write_bytes(b"")
     monkeypatch.setattr(os, "rename", sweeping)
     replace_file(directory, "mine", b"")
-    assert swept == [2]
-    assert names(tmp_path) == [".hidden", "kept", "mine"]
+    assert swept == [1]
+    assert names(tmp_path) == [".hidden", ".tmp-0123456789abcdef-", ".tmp-mine", "kept", "mine"]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc/passwd", "a\0b", ".tmp-x", "a" * 256, "ä", "a\n"])

@@ -345,7 +345,7 @@ def test_a_key_under_a_kek_that_was_withdrawn_is_not_made(tmp_path: Path) -> Non
 
 
 def test_the_log_counts_among_the_keys_that_may_exist(tmp_path: Path) -> None:
-    """After a restore a key that only the log has must not encrypt either."""
+    """An archive may hold such a key, so the receipt of its destruction must name the archive."""
     latest = make_key_id((1 << 48) - 1, bytes(10))
     (tmp_path / NAME).write_bytes(encode([Change(latest, b"", bytes([1]) * FILE_BYTES)]))
     assert newest_key_id(str(tmp_path)) == latest
@@ -397,7 +397,7 @@ def test_after_a_log_whose_removal_failed_a_create_begins_a_new_one(
     asyncio.run(main())
 
 
-# --- after a kill, an earlier version, or a failing disk --------------------------------------------------------------
+# --- after a kill or a failing disk -----------------------------------------------------------------------------------
 
 
 def test_the_directory_is_synced_before_the_log_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ def test_keys_are_parsed_only_after_the_archive_is_authenticated(
     def fail(*_: object) -> None:
         raise AssertionError("parsed before the tag was checked")
 
-    monkeypatch.setattr(create, "_parsed", fail)
+    monkeypatch.setattr(create, "parsed_dek", fail)
     with task_for(data_dir) as task, pytest.raises(ArchiveError, match="altered"):
         create.verify(str(archive), task)
 

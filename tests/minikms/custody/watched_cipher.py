@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -30,15 +31,18 @@ class WatchedCipher:
     errors: ClassVar[list[Exception]] = []
 
     def __init__(self, key: memoryview) -> None:
-        self._cipher = AESGCM(key)
-        self.decrypt = self._cipher.decrypt
-        self.decrypt_into = self._cipher.decrypt_into
+        cipher = AESGCM(key)
+        self.encrypt = partial(_encrypt, cipher)
+        self.decrypt = cipher.decrypt
+        self.decrypt_into = cipher.decrypt_into
         self.alive.add(self)
 
-    def encrypt(self, nonce: bytes, key: memoryview, aad: bytes) -> bytes:
-        if self.errors:
-            raise self.errors.pop()
-        return self._cipher.encrypt(nonce, key, aad)
+
+def _encrypt(cipher: AESGCM, nonce: bytes, key: memoryview, aad: bytes) -> bytes:
+    """A function, as the frames of an error would refer to the object of a method."""
+    if WatchedCipher.errors:
+        raise WatchedCipher.errors.pop()
+    return cipher.encrypt(nonce, key, aad)
 
 
 class WatchedMac:

@@ -251,6 +251,15 @@ def test_a_sealed_start_without_a_keyring_is_refused(public: Path) -> None:
     assert not (public / "d" / "keyring.json").exists()
 
 
+def test_a_sealed_start_on_a_directory_of_another_version_is_refused(public: Path) -> None:
+    with LiveDaemon(public) as daemon:
+        daemon.stop()
+        file = daemon.data_dir / "keyring.json"
+        file.write_bytes(file.read_bytes().replace(b'"version":5', b'"version":4', 1))
+        done = subprocess.run([*daemon.command, "--sealed"], capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode != 0 and "made before version 0.2.0" in done.stderr
+
+
 def test_a_key_from_the_environment_is_read_from_its_source_once(public: Path) -> None:
     """Its descriptor is closed then, and the number may be another file's."""
     with LiveDaemon(public, "environment") as daemon, daemon.client() as client:

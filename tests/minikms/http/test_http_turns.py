@@ -234,6 +234,42 @@ def test_answers_that_wait_to_be_read_are_bounded_in_each_group_and_in_all() -> 
     run(check())
 
 
+def test_requests_that_are_answered_later_are_bounded_in_each_group() -> None:
+    """Their bodies are kept until then, also those of clients that have gone. Other groups do not notice."""
+
+    async def check() -> None:
+        limits = dataclasses.replace(LIMITS, unread_group_bytes_max=1_000_000)
+        async with serving(limits) as running:
+            running.app.groups = 2
+            peers = [await running.peer() for _ in range(10)]
+            kept, other = peers[0::2], peers[1]
+            body = b"x" * 400_000
+            for peer in kept:
+                peer.send(request("POST", "/hold", f"Content-Length: {len(body)}") + body)
+            while len(running.app.seen) < 3:
+                await asyncio.sleep(0)
+            for _ in range(20):
+                other.send(get("/echo"))
+                await other.answer()
+            assert len(running.app.seen) == 3 + 20, "those of two connections wait"
+            assert running.http.unread == 3 * len(body)
+            for peer in kept:
+                await peer.close()
+            joining = await running.peer()  # of the first group, which has no connection
+            joining.send(get("/echo?joined"))
+            other.send(get("/echo"))
+            await other.answer()
+            assert len(running.app.seen) == 3 + 21
+            running.app.release.set()
+            assert (await joining.answer()).json["query"] == "joined"
+            while running.http.unread:
+                await asyncio.sleep(0)
+            for peer in (joining, *peers[1::2]):
+                await peer.close()
+
+    run(check())
+
+
 def test_several_small_answers_use_up_the_share_of_a_turn() -> None:
     async def check() -> None:
         async with serving() as running:

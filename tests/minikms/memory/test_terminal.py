@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.terminal import OnTerminal
+from tests.harness.waiting import wait_until
 
 READS = """
 import sys
@@ -114,6 +116,29 @@ def test_after_a_stop_the_prompt_comes_again_without_echo(tmp_path: Path, way: s
         shell.wait_for(PROMPT, times=3)
         assert shell.echoes()
     assert b"half-typed" not in shell.shown
+    assert b"whole-secret" not in shell.shown
+
+
+def test_a_prompt_in_the_background_waits_for_the_foreground(tmp_path: Path) -> None:
+    """The terminal's driver stops it where it would change the modes. The signal that goes on interrupts that call."""
+    with in_a_shell(tmp_path) as shell:
+        shell.type(b"\x1a", end=b"")
+        shell.wait_for(PROMPT, times=2)
+        shell.type("bg")
+        prompts = itertools.count(4)
+
+        def is_stopped_by_the_driver() -> bool:
+            shell.type("jobs")
+            shell.wait_for(PROMPT, times=next(prompts))
+            return b"tty output" in shell.shown
+
+        shell.wait_for(PROMPT, times=3)
+        wait_until(is_stopped_by_the_driver)
+        shell.type("fg")
+        shell.wait_for("Secret: ", times=2)
+        assert not shell.echoes()
+        shell.type("whole-secret")
+        shell.wait_for(f"got 12 {sum(b'whole-secret')}")
     assert b"whole-secret" not in shell.shown
 
 

@@ -2,7 +2,7 @@
 
 Owns: which fault is in force, by the file that FAULT_FILE names, and where each one bites: below the verb whose answer
 is looked at. With ROLELESS in the environment, whoever is not an administrator has no role at all, without a policy
-file. Invariant: without either this is the command as it is.
+file. Invariant: without either this is the command as it is, except that root keys may be replaced at any pace.
 
 Run by `tests.harness.scripts.interpreter_words`, before `-m minikms …`.
 """
@@ -18,6 +18,7 @@ from typing import Any, Final
 from minikms.custody import files, rotation
 from minikms.daemon.application import Application
 from minikms.errors import ArenaFullError
+from minikms.keys import root_slots
 from minikms.memory.arena import SecretArena
 from minikms.policy import ROLES, policy
 from tests.harness import garbage
@@ -50,6 +51,7 @@ class Disk:
 
 def install() -> None:
     vars(files)["os"] = Disk()  # the seam of the fault
+    vars(root_slots)["REMOVALS_HOUR_MAX"] = 10_000
     allocate, run, handle = SecretArena.allocate, rotation.KekRotation.run, Application.handle
 
     def allocated(arena: SecretArena) -> Any:

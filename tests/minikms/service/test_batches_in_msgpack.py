@@ -97,7 +97,7 @@ def test_items_are_answered_and_audited_alike(daemon: LiveDaemon) -> None:
     assert [code for _, code in second[2:]] == [
         "wrong_thread", "wrong_thread", "key_retired", "key_not_found", "invalid_request", "too_large", "too_large",
     ]  # fmt: skip
-    assert [len(one) for one in first[:2]] == [len(one) for one in second[:2]] == [31, 31]
+    assert [len(one) for one in first[:2]] == [len(one) for one in second[:2]] == [43, 43]
     assert_audited_alike(daemon, api.ENCRYPT_BATCH)
 
     status, in_json, array = in_both(
@@ -207,7 +207,7 @@ def test_hostile_bodies_leave_the_daemon_whole(daemon: LiveDaemon) -> None:
         assert content_type == "application/json"
         assert json.loads(answer)["code"] in ("invalid_request", "too_many")
         good = exchanged(daemon, "/encrypt_batch", msgspec.msgpack.encode([[[key, b"x"]]]), api.MSGPACK)
-        assert good[0] == 200 and len(msgspec.msgpack.decode(good[2])[0][0]) == 29
+        assert good[0] == 200 and len(msgspec.msgpack.decode(good[2])[0][0]) == 41
 
 
 def test_a_policy_charges_both_alike(tmp_path: Path) -> None:

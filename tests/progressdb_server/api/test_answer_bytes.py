@@ -6,9 +6,9 @@ import asyncio
 from typing import Any
 
 import pytest
-from uvicorn.protocols.http.flow_control import FlowControl
 
-from progressdb_server.api.http.protocol import DirectCycle
+from progressdb_server.api.http import framing
+from progressdb_server.api.http.protocol import Connection, Cycle, Serving
 from progressdb_server.api.http.shares import Shares
 
 
@@ -27,17 +27,23 @@ class Transport:
         return self.closed
 
 
-def made(transport: Transport, method: str = "GET", keep_alive: bool = True, waits: bool = False) -> DirectCycle:
-    return DirectCycle(
-        {"method": method},  # all that is looked at
-        transport,  # type: ignore[arg-type]  # all that is called
-        FlowControl(transport),  # type: ignore[arg-type]  # all that is called
-        [(b"date", b"today")],
-        waits,
-        keep_alive,
-        lambda: None,
-        Shares(),
-    )
+async def application(scope: Any, receive: Any, send: Any) -> None:
+    """Never called."""
+
+
+class OneResponse(Connection):
+    def responded(self, keep_alive: bool) -> None:
+        if not keep_alive:
+            self.transport.close()
+
+
+def made(transport: Transport, method: str = "GET", keep_alive: bool = True, waits: bool = False) -> Cycle:
+    loop: Any = None  # no test here waits for a time
+    connection = OneResponse(Serving(application, Shares(), loop))
+    connection.serving.date = b"date: today\r\n"
+    connection.transport = transport  # type: ignore[assignment]  # all that is called
+    head = framing.Head("GET", b"/", b"", "1.1", [], keep_alive, framing.CHUNKED, waits)
+    return Cycle(connection, {"method": method, "http_version": "1.1"}, head)
 
 
 def answered(*messages: dict[str, Any], method: str = "GET", keep_alive: bool = True) -> Transport:
@@ -142,9 +148,9 @@ def test_what_can_not_leave_whole_at_once_is_left_to_the_messages() -> None:
     cycle = made(transport)
     assert not made(transport, "HEAD").send_response(200, (), b"ok")
     assert not cycle.send_response(204, (), b"")
-    cycle.flow.pause_writing()
+    cycle.connection.write_paused = True
     assert not cycle.send_response(200, (), b"ok")
-    cycle.flow.resume_writing()
+    cycle.connection.write_paused = False
     cycle.disconnected = True
     assert not cycle.send_response(200, (), b"ok")
     assert transport.writes == []
@@ -169,7 +175,7 @@ def test_a_body_is_had_without_messages_once_it_is_whole_and_only_once() -> None
     cycle.add(b"two,")
     assert cycle.add(b"three") == 13
     assert cycle.received_body() is None
-    cycle.more_body = False
+    cycle.end_body()
     assert cycle.received_body() == b"one,two,three"
     assert cycle.received_body() is None
 
@@ -183,7 +189,7 @@ def test_a_body_that_was_read_in_part_is_read_to_its_end_by_messages() -> None:
         await asyncio.sleep(0)
         assert not waiting.done()
         cycle.add(b"two")
-        cycle.more_body = False
+        cycle.end_body()
         return [first, dict(await waiting)]
 
     assert [(message["body"], message["more_body"]) for message in asyncio.run(read())] == [
@@ -197,7 +203,7 @@ def test_a_body_that_waits_for_100_continue_is_asked_for_by_messages() -> None:
         transport = Transport()
         cycle = made(transport, waits=True)
         cycle.add(b"one")
-        cycle.more_body = False
+        cycle.end_body()
         before = cycle.received_body()
         await cycle.receive()
         return before, transport.writes[0]

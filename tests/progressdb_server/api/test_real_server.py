@@ -8,10 +8,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,15 @@ def files_below(directory: Path) -> Iterator[tuple[Path, bytes]]:
         with contextlib.suppress(FileNotFoundError):
             if path.is_file() and not path.is_socket():
                 yield path, path.read_bytes()
+
+
+def test_the_service_manager_hears_from_the_server_alone_once_it_answers(tmp_path: Path) -> None:
+    """Not from the miniKMS that it starts, which is ready earlier."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(60)
+        with real_server(tmp_path, environment={"NOTIFY_SOCKET": str(tmp_path / "notify")}) as server:
+            assert manager.recv(4096).decode() == f"READY=1\nSTATUS=serving http://127.0.0.1:{server.port}"
 
 
 # --- the store in memory tells the truth ------------------------------------------------------------------------
@@ -349,3 +360,21 @@ def test_metrics_of_the_server_and_of_its_store_are_served(server: RealServer) -
     text = server("GET", "/metrics").body.decode()
     assert "progressdb_http_requests_total" in text
     assert "progressdb_store_available 1.0" in text
+
+
+def test_the_memory_of_large_bodies_returns_to_the_system(tmp_path: Path) -> None:
+    """glibc alone keeps 130 MiB after these."""
+    with real_server(tmp_path) as server:
+
+        def resident_mib() -> int:
+            found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{server.pid}/status").read_text())
+            assert found is not None
+            return int(found[1]) // 1024
+
+        def post(_: int) -> int:
+            return server("POST", "/v1/messages", {"author": "ann", "body": "x" * 900_000}).status
+
+        before = resident_mib()
+        with ThreadPoolExecutor(16) as threads:
+            assert set(threads.map(post, range(96))) == {200}
+        wait_until(lambda: resident_mib() < before + 60)

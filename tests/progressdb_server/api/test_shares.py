@@ -40,7 +40,7 @@ def key(presented: str) -> Principal:
 def taken(shares: Shares, address: str, principal: Principal | None, user: str | None, presented: bytes = b"") -> int:
     """How many mebibytes bodies of one caller get."""
     count = 0
-    while BodyAccount(shares, address, principal, user, presented).grow_to(MIB):
+    while BodyAccount(shares, shares.group(address), principal, user, presented).grow_to(MIB):
         count += 1
     return count
 
@@ -149,6 +149,17 @@ def test_an_address_loses_its_longest_idle_connection_and_none_in_use() -> None:
             newest.sendall(GET)
             assert read_response(newest).status == 200
         assert closed_within(others[0], 60)
+
+
+def test_a_request_that_does_not_end_behind_another_one_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 600)
+    with running(config=Server(idle_connections=3)) as server, contextlib.ExitStack() as opened:
+        connections: list[socket.socket] = []
+        for _ in range(4):
+            connections.append(opened.enter_context(server.connect()))
+            connections[-1].sendall(GET + GET[:9])
+            assert read_response(connections[-1]).status == 200
+        assert closed_within(connections[0], 60)
 
 
 def test_a_proxy_s_idle_connections_are_not_bounded() -> None:

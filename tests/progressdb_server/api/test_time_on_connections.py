@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from progressdb_server.api.http import limits, listener
+from progressdb_server.api.http import limits
 from tests.progressdb_server.api.asgi_client import BACKEND, Api
 from tests.progressdb_server.api.http_server import closed_within, read_response, running
 
@@ -22,7 +22,7 @@ POST = b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nX-API-Key: %b\r\nContent-Lengt
 
 
 def test_a_connection_that_idles_is_closed_and_one_in_use_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener, "IDLE_SECONDS_MAX", 6.0)
+    monkeypatch.setattr(limits, "IDLE_SECONDS_MAX", 6.0)
     monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 6.0)
     with running() as server, server.connect() as used:
         for _ in range(6):
@@ -42,7 +42,7 @@ def test_a_second_request_that_does_not_come_to_its_end_is_given_up(monkeypatch:
 
 
 def test_an_answer_may_take_longer_than_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener, "IDLE_SECONDS_MAX", 1.0)
+    monkeypatch.setattr(limits, "IDLE_SECONDS_MAX", 1.0)
     monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 1.0)
     api = Api()
     create = api.store.create_message

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from minikms import Client
 from progressdb_server.api.viewer import sessions
 from progressdb_server.api.viewer.routes import LOGIN_BURST
 from progressdb_server.api.viewer.sessions import Sessions, same
+from tests.harness.waiting import wait_until
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, signed
 from tests.progressdb_server.api.real_server import RealServer, real_server
 from tests.progressdb_server.api.viewer_client import ViewerClient
@@ -79,6 +82,50 @@ def test_a_page_of_what_is_not_there_says_so(inside: ViewerClient) -> None:
     assert inside("/viewer/threads/a%2Fb").status == 404
     assert inside("/viewer/?q=" + "x" * 2000).status == 400
     assert "No threads found." in inside("/viewer/?q=nothing").text
+
+
+@pytest.mark.parametrize("path", ["/viewer/nothere", "/viewer/threads/nothing", "/viewer/?q=" + "x" * 2000])
+def test_an_error_is_a_page_with_the_way_on(inside: ViewerClient, path: str) -> None:
+    reply = inside(path)
+    assert reply.headers["content-type"].startswith("text/html")
+    assert '<a href="/viewer/jobs">Jobs</a>' in reply.text and "Request id" in reply.text
+
+
+@pytest.mark.parametrize(
+    ("body", "shown"),
+    [("plain", "plain"), ({"text": "said"}, "said"), ({"text": "said", "n": 1}, "&#34;n&#34;: 1"), ({"text": 5}, "5")],
+)
+def test_a_body_that_is_a_text_is_shown_as_one(
+    server: RealServer, inside: ViewerClient, body: object, shown: str
+) -> None:
+    made = server("POST", "/v1/messages", {"author": "ann", "body": body}).json
+    page = inside(f"/viewer/messages/{made['id']}").text
+    assert shown in re.findall(r'<div class="body" dir="auto">(.*?)</div>', page, re.DOTALL)[0]
+    assert ("text&#34;" in page) == (shown == "&#34;n&#34;: 1")
+    assert re.search(r">\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC</time>", page), "times name their zone"
+
+    def roles() -> set[str]:
+        """Of the viewer's reads. A line may be written after its answer."""
+        return {line["role"] for line in server.log if line["event"] == "records_opened" and line["viewer_key"]}
+
+    wait_until(lambda: roles() == {"admin"})
+
+
+def test_the_audit_key_is_shown_as_commands_print_it(server: RealServer, inside: ViewerClient) -> None:
+    page = inside("/viewer/status").text
+    assert re.search(r"<dt>Public key</dt><dd><code>[A-Za-z0-9+/]{43}=</code>", page)
+
+
+def test_a_sealed_key_service_is_to_be_unsealed_and_not_restarted(tmp_path: Path) -> None:
+    with real_server(tmp_path) as server:
+        client = ViewerClient(server.port)
+        client.login(ADMIN)
+        thread = server("POST", "/v1/messages", {"author": "ann", "body": 1}).json["thread"]
+        with Client(server.db / "run" / "minikms.sock") as kms:
+            kms.seal()
+        for path in ("/viewer/status", f"/viewer/threads/{thread}"):
+            wait_until(partial(lambda path: "<code>minikms unseal</code>" in client(path).text, path))
+            assert "systemctl restart" not in client(path).text
 
 
 def test_a_form_needs_the_token_of_its_own_page(server: RealServer) -> None:

@@ -146,7 +146,7 @@ def test_a_thread_whose_key_was_retired_by_hand_takes_writes_and_is_read(directo
                 key_id = store.key_of_thread("t")
                 assert key_id is not None
                 await provider.retire_key(key_id)
-            assert [message.body for message in await messages_of(store, "t")] == [0, 1, 2]
+            assert [message.value for message in await messages_of(store, "t")] == [0, 1, 2]
             assert store.metrics.keys_renewed == 2
         keys = await provider.list_keys(thread_id="t", state=None, cursor=None, limit=None)
         assert [key.state for key in keys.keys] == ["retired"] * 3

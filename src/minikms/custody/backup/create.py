@@ -188,7 +188,7 @@ def _check_entries(
             if key_id:
                 keys += 1
                 if key_id not in destroyed:
-                    _unwrap(_parsed(entry.content, key_id), unlocked, slot)
+                    _unwrap(parsed_dek(entry.content, key_id), unlocked, slot)
                 task.progress(keys, manifest.keys)
     if keys != manifest.keys:
         raise ArchiveError(_INCOMPLETE)
@@ -247,7 +247,7 @@ def _write(file: BinaryIO, data_dir: str, task: Task, new: NewArchive) -> None:
         writer.finish(manifest, keys_of_slots)
 
 
-def _parsed(content: bytes, key_id: str) -> DekRecord:
+def parsed_dek(content: bytes, key_id: str) -> DekRecord:
     try:
         return dek.parse(content, key_id)
     except MiniKmsError as error:

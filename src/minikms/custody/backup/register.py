@@ -86,7 +86,7 @@ class ArchiveRegister:
             os.close(descriptor)
 
     def sweep_temps(self) -> None:
-        """Removes the temporary files that a crash left. Raises StorageUnavailableError."""
+        """Removes the temporary files that a crash left, TEMP_AGE_NS_MIN after it. Raises StorageUnavailableError."""
         try:
             descriptor = open_directory(self._directory)
         except FileNotFoundError:

@@ -67,7 +67,7 @@ def check_empty(directory_fd: int, directory: str) -> None:
 
 
 class NewerKeyring(NamedTuple):
-    """A later state of the archive's keyring, opened and with sealed slots, and its tombstones."""
+    """A later state of the archive's keyring, opened, and its tombstones."""
 
     unlocked: UnlockedKeyring
     tombstones: Sequence[Tombstone]

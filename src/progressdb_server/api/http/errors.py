@@ -20,6 +20,7 @@ TOO_LARGE: Final = "request body too large"
 RATE_LIMITED: Final = "rate limit exceeded"
 HEAD_TOO_LARGE: Final = "request head too large"
 BODIES_FULL: Final = "too many bodies are being received: send this one again later"
+LISTS_FULL: Final = "too many lists are being read: ask for this one again later"
 INVALID_JSON: Final = "invalid json"
 INVALID_ENCODING: Final = "the query is not UTF-8"
 REPEATED_PARAMETER: Final = "a query parameter is given twice"
@@ -77,6 +78,10 @@ def too_many_requests(retry_after_s: int) -> ApiError:
 
 def bodies_full() -> ApiError:
     return ApiError(503, BODIES_FULL, (retry_after(limits.BODIES_RETRY_SECONDS),))
+
+
+def lists_full() -> ApiError:
+    return ApiError(503, LISTS_FULL, (retry_after(limits.BODIES_RETRY_SECONDS),))
 
 
 def internal() -> ApiError:

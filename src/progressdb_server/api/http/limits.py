@@ -38,17 +38,24 @@ QUERY_FIELDS_COUNT_MAX: Final = 32
 
 # --- the connection ---------------------------------------------------------------------------------------------
 HEAD_BYTES_MAX: Final = 32 * 1024
-HELD_BYTES_MAX: Final = HEAD_BYTES_MAX + 256 * 1024
-"""Bytes that the parser buffers for a line that has not ended. No callback reports such a line, and one read of the
-event loop takes up to 256 KiB.
-"""
 HEADERS_COUNT_MAX: Final = 100
+CHUNKS_COUNT_MAX: Final = 16_384
+"""Chunks of one body. Each costs about a microsecond, however short it is."""
+CHUNK_LINE_BYTES_MAX: Final = 256
+"""The line before a chunk: its size and its extensions."""
 REQUEST_SECONDS_MAX: Final = 30
 """From the first byte of a request to its last."""
 IDLE_SECONDS_MAX: Final = 75
+HANDSHAKE_SECONDS_MAX: Final = 10
+"""Of TLS, on a new connection."""
+HALF_CLOSED_SECONDS_MAX: Final = 10
+"""For the next response to a client that has closed its sending side: most such clients are gone."""
 CONNECTIONS_COUNT_MAX: Final = 4096
 STREAM_STALL_SECONDS_MAX: Final = 30
 """How long a client may leave a response unread before its connection is closed."""
+WRITE_BUFFER_BYTES_MAX: Final = 64 * 1024
+"""Unread bytes of one connection from which on they count in `UNREAD_BYTES_MAX`, and nothing more is written. uvloop
+sends a shorter response at the end of its turn, when the request has its line in the log."""
 LIST_BUFFER_BYTES_MAX: Final = 256 * 1024
 """A shorter list is sent whole, with its length; a longer one is streamed."""
 
@@ -91,3 +98,13 @@ UNVERIFIED_BODIES_SHARE: Final = 1 / 4
 ADDRESS_BODIES_SHARE: Final = 1 / 2
 """For one address."""
 BODIES_RETRY_SECONDS: Final = 2
+UNREAD_BYTES_MAX: Final = 64 * 1024 * 1024
+"""Responses that the kernel has not taken, because their clients do not read."""
+LISTS_COUNT_MAX: Final = 16
+"""Lists that are read and sent at a time. One occupies up to about 8 MiB."""
+ADDRESS_LISTS_COUNT_MAX: Final = 8
+"""Of these for one address."""
+LIST_WAIT_SECONDS_MAX: Final = 10
+"""How long a list waits for its turn before it gets a 503."""
+LIST_STALL_SECONDS_MAX: Final = 2.0
+"""How long a client may leave a list unread while another list waits for its turn."""

@@ -1,8 +1,12 @@
-"""HTTP on a socket: uvicorn with the bounded protocol, from listening to a graceful stop.
+"""HTTP on a socket, from listening to a graceful stop.
 
-Owns: the listening socket, TLS, and the stop. Invariants: no signal is handled here; the caller says when to stop.
-After that no request is accepted, and requests in flight have `STOP_SECONDS_MAX` to finish. The client's address is the
-peer's: `X-Forwarded-For` is never believed.
+Owns: the listening socket, accepting, TLS, and the stop. Invariants:
+- No signal is handled here; the caller says when to stop. After that no request is accepted, and requests in flight
+  have `STOP_SECONDS_MAX` to finish.
+- There are at most `CONNECTIONS_COUNT_MAX` connections, those in their TLS handshake counted. A handshake takes at most
+  `HANDSHAKE_SECONDS_MAX`, and counts as an idle connection of its address meanwhile.
+- When accept(2) fails, the open connections are served, and accepting goes on `ACCEPT_PAUSE_SECONDS` later.
+- The client's address is the peer's.
 """
 
 from __future__ import annotations
@@ -12,38 +16,25 @@ import contextlib
 import resource
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-import uvicorn
-
-from progressdb_server.api.http.limits import CONNECTIONS_COUNT_MAX, IDLE_SECONDS_MAX
-from progressdb_server.api.http.protocol import BoundedProtocol
+from minikms.logs import structlog
+from progressdb_server.api.http import limits
+from progressdb_server.api.http.protocol import Connection, Serving
 from progressdb_server.api.http.request import ASGIApp
 from progressdb_server.api.http.shares import Shares
 from progressdb_server.config import ConfigError, ConfigMissingError, Tls
 
+_log: Final = structlog.get_logger("progressdb.http")
 STOP_SECONDS_MAX: Final = 10
 BACKLOG_COUNT: Final = 2048
+ACCEPTS_PER_TURN_COUNT_MAX: Final = 32
+"""Of one turn of the event loop, so that a flood of new connections does not delay the open ones."""
+ACCEPT_PAUSE_SECONDS: Final = 0.5
 _SPARE_DESCRIPTORS_COUNT: Final = 1024
 """Descriptors for the store's files and the key service, beyond one for each connection."""
-
-
-class _HttpServer(uvicorn.Server):
-    """Calls `on_listening` when it listens, and leaves signals alone."""
-
-    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_listening = on_listening
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._on_listening()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def bind(address: str, port: int) -> socket.socket:
@@ -64,8 +55,7 @@ def check_tls(tls: Tls) -> None:
     if not tls.cert_file:
         return
     try:
-        # With an empty password, OpenSSL refuses an encrypted key and does not ask for its password on a terminal.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert_file, tls.key_file, password="")
+        _tls_context(tls)
     except FileNotFoundError:
         raise ConfigMissingError(f"a TLS file does not exist: {tls.cert_file} or {tls.key_file}") from None
     except (OSError, ValueError) as error:
@@ -73,14 +63,102 @@ def check_tls(tls: Tls) -> None:
         raise ConfigError(f"TLS cannot use {tls.cert_file} with {tls.key_file}: {reason}") from None
 
 
+def _tls_context(tls: Tls) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # With an empty password, OpenSSL refuses an encrypted key and does not ask for its password on a terminal.
+    context.load_cert_chain(tls.cert_file, tls.key_file, password="")
+    return context
+
+
 def raise_descriptor_limit() -> None:
     """Allow a descriptor for each of `CONNECTIONS_COUNT_MAX` connections, as far as the hard limit permits."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = CONNECTIONS_COUNT_MAX + _SPARE_DESCRIPTORS_COUNT
+    wanted = limits.CONNECTIONS_COUNT_MAX + _SPARE_DESCRIPTORS_COUNT
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return
     raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+
+
+class _Opening:
+    """A connection that was accepted, until it is a `Connection`: with TLS, until the end of its handshake."""
+
+    def __init__(self, acceptor: _Acceptor, connection: socket.socket, group: str) -> None:
+        self._acceptor = acceptor
+        self._connection = connection
+        self._group = group
+        self._task = acceptor.serving.loop.create_task(self._open())
+        self._task.add_done_callback(self._opened)
+
+    def close_idle(self) -> None:
+        """See `shares.Closable`."""
+        self._task.cancel()
+
+    async def _open(self) -> None:
+        serving, context = self._acceptor.serving, self._acceptor.context
+        await serving.loop.connect_accepted_socket(
+            partial(Connection, serving),
+            self._connection,
+            ssl=context,
+            ssl_handshake_timeout=None if context is None else limits.HANDSHAKE_SECONDS_MAX,
+        )
+
+    def _opened(self, task: asyncio.Task[None]) -> None:
+        self._acceptor.opening.discard(self)
+        self._acceptor.serving.shares.busy(self._group, self)
+        if task.cancelled() or task.exception() is not None:  # it is gone, does not speak TLS, or takes too long
+            self._connection.close()
+
+
+class _Acceptor:
+    """Accepts connections, from construction to `close`."""
+
+    def __init__(self, listener: socket.socket, serving: Serving, context: ssl.SSLContext | None) -> None:
+        self.serving = serving
+        self.context = context
+        self.opening: set[_Opening] = set()
+        self._listener = listener
+        self._pause: asyncio.TimerHandle | None = None
+        listener.setblocking(False)
+        self._listen()
+
+    def close(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+        else:
+            self.serving.loop.remove_reader(self._listener.fileno())
+        self._listener.close()
+        for opening in list(self.opening):
+            opening.close_idle()
+
+    def _listen(self) -> None:
+        self._pause = None
+        self.serving.loop.add_reader(self._listener.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        serving = self.serving
+        for _ in range(ACCEPTS_PER_TURN_COUNT_MAX):
+            try:
+                connection, peer = self._listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:  # no descriptor or no memory is left
+                _log.warning("can't accept connections", reason=error.strerror)
+                serving.loop.remove_reader(self._listener.fileno())
+                self._pause = serving.loop.call_later(ACCEPT_PAUSE_SECONDS, self._listen)
+                return
+            if len(serving.connections) + len(self.opening) >= limits.CONNECTIONS_COUNT_MAX:
+                connection.close()
+                continue
+            connection.setblocking(False)
+            with contextlib.suppress(OSError):  # the client is gone: macOS refuses then
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            group = serving.shares.group(str(peer[0]))
+            opening = _Opening(self, connection, group)
+            self.opening.add(opening)
+            if self.context is not None:
+                serving.shares.idle(group, opening)
 
 
 async def serve_http(
@@ -92,28 +170,21 @@ async def serve_http(
     shares: Shares | None = None,
     on_listening: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until `stop` is set. Returns when the last request has its response or its time is over."""
-    configuration = uvicorn.Config(
-        application,
-        http=partial(BoundedProtocol, shares=shares or Shares()),  # type: ignore[arg-type]  # it calls what it is given
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=IDLE_SECONDS_MAX,
-        timeout_graceful_shutdown=STOP_SECONDS_MAX,
-        backlog=BACKLOG_COUNT,
-        ssl_certfile=tls.cert_file or None,
-        ssl_keyfile=tls.key_file or None,
-    )
-    server = _HttpServer(configuration, on_listening)
-    serving = asyncio.create_task(server.serve(sockets=[listener]), name="http")
-    stopping = asyncio.create_task(stop.wait(), name="stop")
+    """Serve until `stop` is set, and close the listener. Returns when the last request has its response or its time is
+    over."""
+    serving = Serving(application, shares or Shares(), asyncio.get_running_loop())
+    acceptor = _Acceptor(listener, serving, _tls_context(tls) if tls.cert_file else None)
+    on_listening()
+    telling = asyncio.create_task(_tell_time(serving))
     try:
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await stop.wait()
     finally:
-        stopping.cancel()
-        server.should_exit = True
-        await serving
+        acceptor.close()
+        await serving.stop(STOP_SECONDS_MAX)
+        telling.cancel()
+
+
+async def _tell_time(serving: Serving) -> None:
+    while True:
+        serving.set_date()
+        await asyncio.sleep(1)

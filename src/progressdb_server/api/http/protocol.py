@@ -1,16 +1,15 @@
-"""HTTP/1.1 on one connection: uvicorn's protocol and cycle, with bounds and with fewer steps.
+"""HTTP/1.1 on one connection: requests for an ASGI application, one at a time, and their responses.
 
-Owns: what a connection may cost before a request is whole, and the bytes of a response. uvicorn runs the application
-and notices that a client has closed its connection. Rules, each enforced by a 4xx response or by closing:
-1. A head has at most `HEAD_BYTES_MAX` bytes and `HEADERS_COUNT_MAX` headers, and the parser buffers at most
-   `HELD_BYTES_MAX` of a line that has not ended. There is exactly one Host (RFC 9112, section 3.2).
-2. Trailers are dropped. uvicorn would append them to the headers of a request that is already running, past a proxy
-   that sets or removes those headers.
+Owns: what a connection may cost before a request is whole, and the bytes of a response. Rules:
+1. `framing` says where a request ends. What it refuses gets a 4xx, and the connection ends.
+2. A request begins only when the response before it was written and the client takes it. Requests that came meanwhile
+   stay bytes, at most one read of the event loop; no more is read until they are used. These bytes count as a body.
 3. A request is whole within `REQUEST_SECONDS_MAX` of its first byte. A new connection sends one within the same time.
-4. There are at most `CONNECTIONS_COUNT_MAX` connections. The kernel closes one whose client does not read. Idle ones
-   of one address, and the bytes of all bodies, are bounded by `shares`.
+4. Idle connections of one address, the bytes of all bodies and the unread bytes of all responses are bounded by
+   `shares`. The kernel closes a connection whose client does not read.
 5. No header of a response can contain a line break. A response is as long as its content-length, or the connection
    is closed.
+6. A client that has closed its sending side gets the responses that are due, each within `HALF_CLOSED_SECONDS_MAX`.
 
 A response that is complete is one write, because each write is a system call. Complete bodies and responses bypass
 ASGI's messages (`request.DirectChannel`). The module must never look into a body, and knows no route.
@@ -20,91 +19,90 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import math
 import socket
 import urllib.parse
-from collections import deque
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Awaitable, Iterable, MutableMapping, Sequence
+from email.utils import formatdate
+from http import HTTPStatus
 from typing import Any, Final
 
-import httptools
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
-
-from progressdb_server.api.http import limits
+from minikms.logs import structlog
+from progressdb_server.api.http import framing, limits
 from progressdb_server.api.http.access import Principal, presented_key
 from progressdb_server.api.http.errors import CLOSE, Header
-from progressdb_server.api.http.request import BODY_REFUSED, DIRECT
+from progressdb_server.api.http.request import BODY_REFUSED, DIRECT, ASGIApp
 from progressdb_server.api.http.shares import BodyAccount, Shares
 
+_log: Final = structlog.get_logger("progressdb.http")
+_STATUS_LINES: Final = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in HTTPStatus
+}
 _WITHOUT_BODY: Final = frozenset({204, 304})
-_logger: Final = logging.getLogger("uvicorn.error")
+_ASGI: Final = {"version": "3.0", "spec_version": "2.3"}
+_BODY_WAITING_BYTES_MAX: Final = 64 * 1024
+"""Of a body, received and not read by the application: no more is received meanwhile."""
+_RECURRING_HEAD_BYTES_MAX: Final = 1024
+"""A head up to this length is kept, because the next one of the connection may be the same."""
+_STOP_POLL_SECONDS: Final = 0.05
+_ERROR_TEXTS: Final = {
+    400: "malformed HTTP request",
+    413: "the body comes in too many chunks",
+    431: "request head too large",
+    500: "internal error",
+}
 
 
-class DirectCycle(RequestResponseCycle):
-    """uvicorn's cycle of one request and its response, as a `request.DirectChannel` too."""
+class Cycle:
+    """One request and its response, for ASGI and as a `request.DirectChannel`."""
 
-    def __init__(  # noqa: PLR0917  keyword arguments would cost more than the rest of this method
-        self,
-        scope: MutableMapping[str, Any],
-        transport: asyncio.Transport,
-        flow: FlowControl,
-        default_headers: list[Header],
-        expect_100_continue: bool,
-        keep_alive: bool,
-        on_response: Callable[[], None],
-        shares: Shares,
-    ) -> None:
-        """Sets what uvicorn's own cycle sets, except what its access log needs."""
-        self.scope = scope  # type: ignore[assignment]  # uvicorn's type names each key
-        self.transport = transport
-        self.flow = flow
-        self.logger = _logger
-        self.default_headers = default_headers
-        self.on_response = on_response
-        self.disconnected = False
-        self.keep_alive = keep_alive
-        self.waiting_for_100_continue = expect_100_continue
-        self.more_body = True
-        self.response_started = False
-        self.response_complete = False
-        self.chunked_encoding = None
-        self.expected_content_length = 0
-        self._body: bytes | bytearray = b""
-        self._shares = shares
-        self._received_bytes = 0
-        self._account: BodyAccount | None = None
-        self._caller: tuple[Principal, str | None] | None = None
-        self.body_refused = False
-        self._has_news = False
-        self._event: asyncio.Event | None = None
-        self._response_start: MutableMapping[str, Any] | None = None
-        self.task: asyncio.Task[None] | None = None
+    # What is the same for most requests is set on the class, which costs a request nothing.
+    more_body = True
+    body_refused = False
+    disconnected = False
+    response_started = False
+    response_complete = False
+    task: asyncio.Task[None] | None = None
+    _body: bytes | bytearray = b""
+    _received_bytes = 0
+    _account: BodyAccount | None = None
+    _caller: tuple[Principal, str | None] | None = None
+    _has_news = False
+    _event: asyncio.Event | None = None
+    _response_start: MutableMapping[str, Any] | None = None
+    _chunked: bool | None = None
+    _ends_with_connection = False
+    """Of a response without a length to a client of HTTP/1.0, which knows no chunks (RFC 9112, section 6.1)."""
+    _length_left = 0
 
-    async def run(self, app: Any, tasks: set[asyncio.Task[None]]) -> None:
-        """Run the application. `tasks` contains `self.task` until this returns."""
+    def __init__(self, connection: Connection, scope: MutableMapping[str, Any], head: framing.Head) -> None:
+        self.connection = connection
+        self.scope = scope
+        self.keep_alive = head.keep_alive
+        self.waits_for_continue = head.expects_continue
+
+    async def run(self) -> None:
+        connection = self.connection
         try:
-            await self.run_asgi(app)
+            await connection.serving.app(self.scope, self.receive, self.send)
+        except Exception as error:  # noqa: BLE001 - whatever happens, the connection is not left without an end
+            _log.error("request failed", error=type(error).__qualname__)
         finally:
             self.release()
             if self.task is not None:
-                tasks.discard(self.task)
+                connection.serving.tasks.discard(self.task)
+            if not self.response_complete and not self.disconnected:
+                connection.refuse(500)
 
     # --- the request's body ---------------------------------------------------------------------------------------
-    @property
-    def message_event(self) -> DirectCycle:  # type: ignore[override]  # uvicorn calls only `set`
-        """uvicorn calls `set` on it. The event itself is made only if something waits for it: most requests do not."""
-        return self
-
-    def set(self) -> None:
+    def notify(self) -> None:
         """More of the body was received, or the request or the connection has ended."""
         self._has_news = True
         if self._event is not None:
             self._event.set()
 
     async def _wait(self) -> None:
-        if self._event is None:
+        if self._event is None:  # most requests need none
             self._event = asyncio.Event()
         self._event.clear()
         await self._event.wait()
@@ -117,6 +115,7 @@ class DirectCycle(RequestResponseCycle):
 
     def release(self) -> None:
         """The body is no longer kept."""
+        self._body = b""
         if self._account is not None:
             self._account.close()
 
@@ -124,20 +123,19 @@ class DirectCycle(RequestResponseCycle):
         """Whether what was received of the body fits into the budget of bodies."""
         if self._account is None:
             principal, user = self._caller or (None, None)
-            client = self.scope["client"]
             key = b"" if principal is not None else presented_key(dict(self.scope["headers"])) or b""
-            self._account = BodyAccount(self._shares, client[0] if client else "", principal, user, key)
+            connection = self.connection
+            self._account = BodyAccount(connection.serving.shares, connection.group, principal, user, key)
         return self._account.grow_to(self._received_bytes)
 
     def _refuse_body(self) -> None:
         self.body_refused = True
-        self._body = b""
         self.release()
-        self.set()
+        self.notify()
 
     def add(self, part: bytes) -> int:
         """Append a part of the body. Returns how many bytes wait to be read."""
-        if self.body_refused:
+        if self.body_refused or self.response_complete:
             return 0
         self._received_bytes += len(part)
         if self._received_bytes > limits.BODY_UNCOUNTED_BYTES_MAX and not self._fits():
@@ -149,17 +147,19 @@ class DirectCycle(RequestResponseCycle):
             self._body += part
         else:
             self._body = bytearray(self._body + part)
-        self.set()
+        self.notify()
         return len(self._body)
+
+    def end_body(self) -> None:
+        self.more_body = False
+        self.notify()
 
     def received_body(self) -> bytes | None:
         """See `request.DirectChannel`."""
-        if not self._has_news or self.more_body or self.waiting_for_100_continue:
+        if not self._has_news or self.more_body or self.waits_for_continue:
             return None
         if self.disconnected or self.response_complete or self.body_refused:
             return None
-        if self.flow.read_paused:
-            self.flow.resume_reading()
         return self._take()
 
     def _take(self) -> bytes:
@@ -167,12 +167,14 @@ class DirectCycle(RequestResponseCycle):
         body, self._body = bytes(self._body), b""
         return body
 
-    async def receive(self) -> MutableMapping[str, Any]:  # type: ignore[override]  # uvicorn's type names each shape
-        if self.waiting_for_100_continue and not self.transport.is_closing():
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.waiting_for_100_continue = False
+    async def receive(self) -> MutableMapping[str, Any]:
+        connection = self.connection
+        if self.waits_for_continue and not self.response_started and not connection.transport.is_closing():
+            connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.waits_for_continue = False
         if not self.disconnected and not self.response_complete:
-            self.flow.resume_reading()
+            if self.more_body:
+                connection.resume_reading()
             if not self._has_news:
                 await self._wait()
         if self.disconnected or self.response_complete:
@@ -183,26 +185,37 @@ class DirectCycle(RequestResponseCycle):
         return {"type": "http.request", "body": self._take(), "more_body": self.more_body}
 
     # --- the response ---------------------------------------------------------------------------------------------
+    def begin_list(self) -> Awaitable[None] | None:
+        """See `request.DirectChannel`."""
+        connection = self.connection
+        return connection.serving.shares.lists.begin(connection.group, connection)
+
+    def end_list(self) -> None:
+        """See `request.DirectChannel`."""
+        connection = self.connection
+        connection.serving.shares.lists.end(connection.group, connection)
+
     def send_response(self, status: int, headers: Sequence[Header], body: bytes) -> bool:
         """See `request.DirectChannel`."""
-        if self.flow.write_paused or self._response_start is not None or self.response_complete or self.disconnected:
+        connection = self.connection
+        if connection.write_paused or self._response_start is not None or self.response_complete or self.disconnected:
             return False
-        if self.scope["method"] == "HEAD" or status in _WITHOUT_BODY:
+        if status in _WITHOUT_BODY or self.scope["method"] == "HEAD":
             return False
         if CLOSE in headers:
             self.keep_alive = False
-        elif not self.keep_alive:
+        elif not self.keep_alive or (self.waits_for_continue and not self._stays_open()):
             headers = (*headers, CLOSE)
-        lines = [b"%b: %b\r\n" % header for header in (*self.default_headers, *headers)]
-        head = b"".join((STATUS_LINE[status], *lines, b"content-length: %d\r\n" % len(body)))
-        _check_lines(head, len(lines) + 2)
-        self.transport.write(head + b"\r\n" + body)
+        lines = [b"%b: %b\r\n" % header for header in headers]
+        head = b"".join((_STATUS_LINES[status], connection.serving.date, *lines, b"content-length: %d\r\n" % len(body)))
+        _check_lines(head, len(lines) + 3)
+        connection.transport.write(head + b"\r\n" + body)
         self.response_started = True
         self._complete()
         return True
 
-    async def send(self, message: MutableMapping[str, Any]) -> None:  # type: ignore[override]  # as receive
-        """Raises RuntimeError for an invalid message; uvicorn then closes the connection if the response was begun."""
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        """Raises RuntimeError for an invalid message."""
         if self.response_complete:
             raise RuntimeError("the response is already complete")
         if message["type"] == "http.response.start":
@@ -212,8 +225,9 @@ class DirectCycle(RequestResponseCycle):
             return
         if self._response_start is None:
             raise RuntimeError("the response has not started")
-        if self.flow.write_paused and not self.disconnected:
-            await self.flow.drain()
+        connection = self.connection
+        if connection.write_paused and not self.disconnected:
+            await connection.drain()
         if self.disconnected:
             return
         part: bytes = message.get("body", b"")
@@ -223,49 +237,59 @@ class DirectCycle(RequestResponseCycle):
             if self.response_started
             else self._head(self._response_start["status"], self._response_start.get("headers", ()))
         )
-        self.transport.write(head + self._framed(part, more))
+        connection.transport.write(head + self._framed(part, more))
         self.response_started = True
         if not more:
             self._complete()
 
+    def _stays_open(self) -> bool:
+        """Whether another request may follow. Not if the client waits to hear whether it should send this one's body:
+        what it sends next could be the body or a request."""
+        if self.waits_for_continue and self.more_body:
+            self.keep_alive = False
+        return self.keep_alive
+
     def _head(self, status: int, headers: Iterable[Header]) -> bytes:
-        lines = [STATUS_LINE[status]]
+        lines = [_STATUS_LINES[status], self.connection.serving.date]
         closes = False
-        for name, value in (*self.default_headers, *headers):
+        for name, value in headers:
             lines.append(b"%b: %b\r\n" % (name, value))
             if name == b"content-length":
-                self.chunked_encoding = False
-                self.expected_content_length = int(value)
+                self._chunked = False
+                self._length_left = int(value)
             elif name == b"connection" and value.lower() == b"close":
                 self.keep_alive = False
                 closes = True
-        if not self.keep_alive and not closes:
+        if not self._stays_open() and not closes:
             lines.append(b"connection: close\r\n")
-        if self.chunked_encoding is None and status not in _WITHOUT_BODY and self.scope["method"] != "HEAD":
-            self.chunked_encoding = True
-            lines.append(b"transfer-encoding: chunked\r\n")
+        if self._chunked is None and status not in _WITHOUT_BODY and self.scope["method"] != "HEAD":
+            self._chunked = True
+            if self.scope["http_version"] == "1.0":
+                self._ends_with_connection = True
+            else:
+                lines.append(b"transfer-encoding: chunked\r\n")
         head = b"".join(lines)
         _check_lines(head, len(lines))
         return head + b"\r\n"
 
     def _framed(self, part: bytes, more: bool) -> bytes:
         if self.scope["method"] == "HEAD":
-            self.expected_content_length = 0
+            self._length_left = 0
             return b""
-        if self.chunked_encoding:
+        if self._ends_with_connection:
+            return part
+        if self._chunked:
             framed = b"%x\r\n%b\r\n" % (len(part), part) if part else b""
             return framed if more else framed + b"0\r\n\r\n"
-        self.expected_content_length -= len(part)
-        if self.expected_content_length < 0 or (not more and self.expected_content_length):
+        self._length_left -= len(part)
+        if self._length_left < 0 or (not more and self._length_left):
             raise RuntimeError("the response does not have the length that its head gives")
         return part
 
     def _complete(self) -> None:
         self.response_complete = True
-        self.set()
-        if not self.keep_alive:
-            self.transport.close()
-        self.on_response()
+        self.notify()
+        self.connection.responded(self.keep_alive)
 
 
 def _check_lines(head: bytes, count: int) -> None:
@@ -273,89 +297,152 @@ def _check_lines(head: bytes, count: int) -> None:
         raise RuntimeError("a header of the response contains a line break")
 
 
-_ERROR_TEXTS: Final = {
-    400: "malformed HTTP request",
-    431: "request head too large",
-}
+class Serving:
+    """What the connections of one server share, and its stop."""
 
-
-class _HeadRefusedError(Exception):
-    """Stops the parser. The protocol holds the status of the error response."""
-
-
-class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol under the rules above.
-
-    What runs for every request is written out here rather than inherited, with less work: it runs thousands of times a
-    second.
-    """
-
-    __slots__ = (
-        "_asgi",
-        "_broken",
-        "_deadline_s",
-        "_error_status",
-        "_expecting",
-        "_fed_bytes",
-        "_in_body",
-        "_in_head",
-        "_progressed",
-        "_running",
-        "_timer",
-        "_timer_at_s",
-        "group",
-        "shares",
-    )
-    cycle: DirectCycle
-    pipeline: deque[tuple[DirectCycle, Any]]  # type: ignore[assignment]  # it holds no other cycles
-
-    def __init__(self, *args: Any, shares: Shares, **named: Any) -> None:
-        super().__init__(*args, **named)
+    def __init__(self, app: ASGIApp, shares: Shares, loop: asyncio.AbstractEventLoop) -> None:
+        self.app = app
         self.shares = shares
-        self.group = ""
-        """By what the bounds of one address are counted."""
-        self._error_status = 400
-        self._in_head = False
-        self._in_body = False
-        self._broken = False
-        self._running: RequestResponseCycle | None = None
-        self._fed_bytes = 0
-        """Bytes fed since the parser's last callback that shows progress. At least what the parser buffers, and at
-        least the head that is being read.
-        """
-        self._progressed = False
-        self._asgi = {"version": self.asgi_version, "spec_version": "2.3"}
-        self._expecting = False
-        """Whether a request has begun, or the connection is new, and the request is not whole."""
-        self._deadline_s = math.inf
-        """When the connection is closed unless something happens, on the loop's clock."""
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at_s = math.inf
+        self.loop = loop
+        self.connections: set[Connection] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
+        """Of the requests that the application handles."""
+        self.date = b""
+        self.set_date()
 
-    # --- the connection -----------------------------------------------------------------------------------------
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
-        if len(self.connections) >= limits.CONNECTIONS_COUNT_MAX:
-            transport.abort()
-        super().connection_made(transport)
+    def set_date(self) -> None:
+        """Call this once a second."""
+        self.date = f"date: {formatdate(usegmt=True)}\r\n".encode("ascii")
+
+    async def stop(self, seconds: float) -> None:
+        """Close connections without a request, give the others `seconds` to get their responses, and cancel the rest.
+        Nothing is accepted any more."""
+        for connection in list(self.connections):
+            connection.shutdown()
+        deadline_s = self.loop.time() + seconds
+        while self.connections or self.tasks:
+            await asyncio.sleep(_STOP_POLL_SECONDS)
+            if self.loop.time() >= deadline_s:
+                break
+        cancelled = list(self.tasks)
+        for task in cancelled:
+            task.cancel()
+        await asyncio.gather(*cancelled, return_exceptions=True)
+        for connection in list(self.connections):
+            connection.close_unread()
+
+
+class Connection(asyncio.Protocol):
+    """The bounds and rules above, on the transport of one client."""
+
+    transport: asyncio.Transport
+    group = ""
+    """By what the bounds of one address are counted."""
+    scheme = "http"
+    write_paused = False
+    _client: tuple[str, int] | None = None
+    _server: tuple[str, int] | None = None
+    _cycle: Cycle | None = None
+    """The request that was begun last."""
+    _input = b""
+    """Received; used up to `_at`."""
+    _at = 0
+    _last_raw = b""
+    _last_head: framing.Head | None = None
+    """The last head, and its bytes."""
+    _held: BodyAccount | None = None
+    """What `_input` takes from the budget of bodies while a request before it is handled."""
+    _in_body = False
+    _body_left = 0
+    _chunks: framing.Chunks | None = None
+    _ended = False
+    """No further request is begun."""
+    _eof = False
+    _read_paused = False
+    _drained: asyncio.Future[None] | None = None
+    _expecting = False
+    """Whether the client is expected to send: a request has begun or the connection is new, and it is not whole."""
+    _deadline_s = math.inf
+    """When the connection is closed unless something happens, on the loop's clock."""
+    _timer: asyncio.TimerHandle | None = None
+    _timer_at_s = math.inf
+
+    def __init__(self, serving: Serving) -> None:
+        self.serving = serving
+
+    # --- the transport's calls ----------------------------------------------------------------------------------
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]  # of a stream
+        self.serving.connections.add(self)
+        self.transport.set_write_buffer_limits(high=limits.WRITE_BUFFER_BYTES_MAX)
+        self._client = _address(transport.get_extra_info("peername"))
+        self._server = _address(transport.get_extra_info("sockname"))
+        self.scheme = "https" if transport.get_extra_info("sslcontext") else "http"
         peer = transport.get_extra_info("socket")
         has_timeout = hasattr(socket, "TCP_USER_TIMEOUT")  # macOS and BSD have none
         if has_timeout and peer is not None and peer.family in (socket.AF_INET, socket.AF_INET6):
             with contextlib.suppress(OSError):  # the connection is already closed
                 stall_ms = limits.STREAM_STALL_SECONDS_MAX * 1000
                 peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall_ms)
-        self.group = self.shares.group(self.client[0] if self.client else "")
+        self.group = self.serving.shares.group(self._client[0] if self._client else "")
         self._await_request()
-        self.shares.idle(self.group, self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.shares.busy(self.group, self)
-        for cycle, _ in self.pipeline:
-            cycle.release()
+        self._end()
+        self._give_back_held()
+        self.serving.connections.discard(self)
+        self.serving.shares.busy(self.group, self)
         self._deadline_s = math.inf
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        super().connection_lost(exc)
+        cycle, self._cycle = self._cycle, None
+        if cycle is not None:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+            cycle.notify()
+        self.resume_writing()
+
+    def data_received(self, data: bytes) -> None:
+        if self._ended and not self._in_body:
+            return
+        self._input = self._input[self._at :] + data if self._input else data
+        self._at = 0
+        self._advance()
+
+    def eof_received(self) -> bool:
+        """True keeps the connection open for responses that are due. TLS has no half-closed connections."""
+        if not self._is_busy() or self._in_body or self.scheme == "https":
+            return False
+        self._eof = True
+        self._close_at(self.serving.loop.time() + limits.HALF_CLOSED_SECONDS_MAX)
+        return True
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+        self.serving.shares.unread(self.group, self, self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        if self.write_paused:
+            self.write_paused = False
+            self.serving.shares.read(self)
+            if self._drained is not None:
+                self._drained.set_result(None)
+                self._drained = None
+            self._advance()
+
+    async def drain(self) -> None:
+        """Wait until the client has read, or the connection has ended."""
+        if self._drained is None:
+            self._drained = self.serving.loop.create_future()
+        await asyncio.shield(self._drained)
+
+    # --- ends ---------------------------------------------------------------------------------------------------
+    def _end(self) -> None:
+        """Nothing of what is received matters any more."""
+        self._ended = True
+        self._in_body = False
+        self._input = b""
 
     def close_idle(self) -> None:
         """See `shares.Closable`."""
@@ -364,56 +451,48 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             self.transport.close()
 
-    def data_received(self, data: bytes) -> None:
-        if self._broken:
-            return
-        self._fed_bytes += len(data)
-        self._progressed = False
-        try:
-            self.parser.feed_data(data)
-            if self._in_head:
-                self._check_head()
-            if self._progressed:
-                self._fed_bytes = len(data)
-            elif self._fed_bytes > limits.HELD_BYTES_MAX:  # a line without end
-                self._refuse(431)
-        except (httptools.HttpParserError, _HeadRefusedError):
-            self.logger.warning("Invalid HTTP request received.")
-            self.send_400_response("")
-        except httptools.HttpParserUpgrade:
-            self._unsupported_upgrade_warning()
-        if self._in_head or self._in_body or self.cycle is None or self.cycle.response_complete:
-            self._await_request()
+    def close_unread(self) -> None:
+        """See `shares.Readable`."""
+        self.transport.abort()
+
+    @property
+    def is_closing(self) -> bool:
+        return self.transport.is_closing()
+
+    def shutdown(self) -> None:
+        """Close, after the response to the request that is handled."""
+        self._ended = True
+        if self._cycle is None or self._cycle.response_complete:
+            self.transport.close()
         else:
-            self._expecting = False
-            self._deadline_s = math.inf
-            self.shares.busy(self.group, self)
+            self._cycle.keep_alive = False
 
-    def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio closes the transport unless it is True
-        """True keeps the connection open for responses that are due. TLS has no half-closed connections."""
-        if not self._has_response_due() or self.scheme == "https":
-            return None
-        self._close_after_responses()
-        return True
+    def refuse(self, status: int) -> None:
+        """Respond with an error if no response was begun, and end the connection."""
+        cycle = self._cycle
+        if not self.transport.is_closing():
+            current = cycle is not None and (self._in_body or not cycle.response_complete)
+            if cycle is None or not current or not cycle.response_started:
+                self.transport.write(self._error_response(status))
+            elif not cycle.response_complete:
+                self.transport.abort()  # a part is of no use: its unread bytes are not kept
+            self.transport.close()
+        self._end()
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.notify()
 
-    def _has_response_due(self) -> bool:
-        """Whether a whole request has no complete response yet."""
-        running = self._running
-        return running is not None and not running.response_complete and not running.more_body
-
-    def _close_after_responses(self) -> None:
-        """Respond to the last whole request of the connection, then close. A request that is not whole is not run."""
-        if self._in_body and self.pipeline and self.pipeline[0][0] is self.cycle:
-            self.pipeline.popleft()[0].release()
-        last = self.pipeline[0][0] if self.pipeline else self._running
-        if last is not None:
-            last.keep_alive = False
+    def _error_response(self, status: int) -> bytes:
+        body = b'{"error":"%b"}' % _ERROR_TEXTS[status].encode("ascii")
+        headers = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+        return _STATUS_LINES[status] + self.serving.date + headers + body
 
     # --- time ---------------------------------------------------------------------------------------------------
     def _await_request(self) -> None:
         if not self._expecting:
             self._expecting = True
-            self._close_at(self.loop.time() + limits.REQUEST_SECONDS_MAX)
+            self._close_at(self.serving.loop.time() + limits.REQUEST_SECONDS_MAX)
+            self.serving.shares.idle(self.group, self)
 
     def _close_at(self, deadline_s: float) -> None:
         """Set the deadline. One timer serves many requests and compares with the deadline when it fires: to set and
@@ -424,162 +503,190 @@ class BoundedProtocol(HttpToolsProtocol):
             if self._timer_at_s <= deadline_s:
                 return
             self._timer.cancel()
-        self._timer = self.loop.call_at(deadline_s, self._check_deadline)
+        self._timer = self.serving.loop.call_at(deadline_s, self._check_deadline)
         self._timer_at_s = deadline_s
 
     def _check_deadline(self) -> None:
         self._timer = None
-        if self._deadline_s > self.loop.time():
+        if self._deadline_s > self.serving.loop.time():
             if self._deadline_s < math.inf:
                 self._close_at(self._deadline_s)
-        elif not self._expecting:
-            self.transport.close()
-        elif self._has_response_due():  # to an earlier request of this connection
-            self._close_at(self.loop.time() + limits.REQUEST_SECONDS_MAX)
-        elif not self.transport.is_closing():
+        elif self._expecting or self._eof:
             self.transport.abort()
+        else:
+            self.transport.close()
 
-    # --- the parser's callbacks ---------------------------------------------------------------------------------
-    def on_message_begin(self) -> None:
-        self.url = b""
-        self.headers = []
-        self.expect_100_continue = False
-        self._progressed = True
-        self._in_head = True
-        self._in_body = False
+    # --- requests -----------------------------------------------------------------------------------------------
+    def _is_busy(self) -> bool:
+        """Whether no request may begin: one is handled, or the client does not read its response."""
+        return self.write_paused or (self._cycle is not None and not self._cycle.response_complete)
 
-    def on_url(self, url: bytes) -> None:
-        self.url += url
+    def _advance(self) -> None:
+        """Use the received bytes as far as they may be used now."""
+        try:
+            while self._input and (self._in_body or not self._ended):
+                if self._in_body:
+                    self._take_body()
+                    if self._in_body:
+                        break
+                elif self._is_busy() or not self._take_head():
+                    break
+        except framing.HttpError as error:
+            self.refuse(error.status)
+        if not self._ended:
+            self._settle()
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:
-            headers = self.headers
-            if len(headers) >= limits.HEADERS_COUNT_MAX:
-                self._refuse(431)
-            headers.append((name.lower(), value))
+    def _settle(self) -> None:
+        """Set deadline and flow by what the connection waits for."""
+        cycle = self._cycle
+        if self._is_busy() and not self._in_body:
+            self._expecting = False
+            if self._eof:
+                self._close_at(self.serving.loop.time() + limits.HALF_CLOSED_SECONDS_MAX)
+            else:
+                self._deadline_s = math.inf
+            self.serving.shares.busy(self.group, self)
+            if self._input:
+                self._hold()
+                return
+        elif self._eof:
+            self.transport.close()  # nothing more comes: a request that is not whole is not handled
+            return
+        elif self._in_body or self._input:
+            self._input = self._input[self._at :]
+            self._at = 0
+            self._await_request()
+            if self._in_body and cycle is not None and not cycle.response_complete:
+                return  # the application says when it takes more of the body
+        elif not self._expecting or cycle is not None:
+            self._idle()
+        self._give_back_held()
+        self.resume_reading()
 
-    def _check_head(self) -> None:
-        if self._fed_bytes > limits.HEAD_BYTES_MAX:
-            head_bytes = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-            if head_bytes > limits.HEAD_BYTES_MAX:
-                self._refuse(431)
+    def _idle(self) -> None:
+        """Wait for the next request."""
+        self._cycle = None
+        self._expecting = False
+        self._close_at(self.serving.loop.time() + limits.IDLE_SECONDS_MAX)
+        self.serving.shares.idle(self.group, self)
 
-    def on_headers_complete(self) -> None:
-        self._check_head()
-        headers = self.headers
-        last = dict(headers)
-        once = len(last) == len(headers) or [name for name, _ in headers].count(b"host") == 1
-        version = self.parser.get_http_version()
-        if (
-            version not in ("1.1", "1.0")
-            or (b"host" in last and not once)
-            or (b"host" not in last and version == "1.1")
-        ):
-            self._refuse(400)
-        if b"expect" in last:
-            self.expect_100_continue = any(
-                name == b"expect" and value.lower() == b"100-continue" for name, value in headers
-            )
-        self._begin(version)
-        self._in_head = False
-        self._in_body = True
+    def _hold(self) -> None:
+        """Requests have come before their turn: read no more, and count what there is."""
+        self._pause_reading()
+        if len(self._input) > limits.BODY_UNCOUNTED_BYTES_MAX and self._held is None:
+            self._held = BodyAccount(self.serving.shares, self.group, None, None, b"")
+            if not self._held.grow_to(len(self._input)):
+                self.transport.abort()
 
-    def _begin(self, version: str) -> None:
-        """Give the request to the application, after the requests before it. As in uvicorn, without unused features."""
-        raw_path, query = split_target(self.url)
+    def _give_back_held(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
+    def _pause_reading(self) -> None:
+        if not self._read_paused:
+            self._read_paused = True
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._read_paused and (self._in_body or not self._ended):
+            self._read_paused = False
+            self.transport.resume_reading()
+
+    def _take_head(self) -> bool:
+        """Begin the request whose head is there. Returns False if more bytes are needed."""
+        data, at = self._input, self._at
+        while data.startswith(b"\r\n", at):  # RFC 9112, section 2.2
+            at += 2
+        head = self._last_head
+        if head is not None and data.startswith(self._last_raw, at):  # as of a client that polls
+            end = at + len(self._last_raw)
+        else:
+            end = data.find(b"\r\n\r\n", at) + 4
+            if end < 4:
+                self._use(at)
+                if self._input:
+                    framing.check_beginning(data[at:])
+                return False
+            head = framing.parse_head(data, at, end)
+            if end - at <= _RECURRING_HEAD_BYTES_MAX:
+                self._last_head = head
+                self._last_raw = data[at:end]
+        self._use(end)
+        self._begin(head)
+        return True
+
+    def _use(self, at: int) -> None:
+        """The received bytes are used up to `at`."""
+        self._at = at
+        if at == len(self._input):
+            self._input = b""
+            self._at = 0
+
+    def _begin(self, head: framing.Head) -> None:
+        raw_path = head.path
         path = raw_path.decode("ascii")
         scope: dict[str, Any] = {
             "type": "http",
-            "asgi": self._asgi,
-            "http_version": version,
-            "server": self.server,
-            "client": self.client,
+            "asgi": _ASGI,
+            "http_version": head.version,
+            "server": self._server,
+            "client": self._client,
             "scheme": self.scheme,
             "root_path": "",
-            "method": self.parser.get_method().decode("ascii"),
+            "method": head.method,
             "path": urllib.parse.unquote(path) if "%" in path else path,
             "raw_path": raw_path,
-            "query_string": query,
-            "headers": self.headers,
-            "state": self.app_state.copy(),
+            "query_string": head.query,
+            "headers": head.headers,
         }
-        earlier = self.cycle
-        self.cycle = DirectCycle(
-            scope,
-            self.transport,
-            self.flow,
-            self.server_state.default_headers,
-            self.expect_100_continue,
-            version == "1.1" and self.parser.should_keep_alive(),
-            self.on_response_complete,
-            self.shares,
-        )
-        scope[DIRECT] = self.cycle
-        if earlier is None or earlier.response_complete:
-            self._start_asgi_task(self.cycle, self.app)
+        self._cycle = cycle = Cycle(self, scope, head)
+        scope[DIRECT] = cycle
+        if head.length:
+            self._in_body = True
+            self._chunks = framing.Chunks() if head.length == framing.CHUNKED else None
+            self._body_left = head.length
+            if self._input:
+                self._take_body()
+            if self._in_body and self._eof:
+                cycle.response_complete = True  # it is not handled
+                cycle.release()
+                return
         else:
-            self.flow.pause_reading()
-            self.pipeline.appendleft((self.cycle, self.app))
+            cycle.end_body()
+        cycle.task = self.serving.loop.create_task(cycle.run())
+        self.serving.tasks.add(cycle.task)
 
-    def on_body(self, body: bytes) -> None:
-        self._progressed = True
-        if not self.cycle.response_complete and self.cycle.add(body) > HIGH_WATER_LIMIT:
-            self.flow.pause_reading()
-
-    def on_message_complete(self) -> None:
-        self._progressed = True
-        self._in_body = False
-        cycle = self.cycle
-        if not cycle.response_complete:
-            cycle.more_body = False
-            cycle.set()
-
-    def on_response_complete(self) -> None:
-        self.server_state.total_requests += 1
-        if self.transport.is_closing():
+    def _take_body(self) -> None:
+        cycle = self._cycle
+        if cycle is None:
             return
-        if self.flow.read_paused:
-            self.flow.resume_reading()
-        if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
+        data, at = self._input, self._at
+        if self._chunks is not None:
+            part, at = self._chunks.feed(data, at)
+            self._in_body = not self._chunks.complete
         else:
-            if not self._expecting:
-                self._close_at(self.loop.time() + self.timeout_keep_alive)
-            self.shares.idle(self.group, self)
+            part = data[at : at + self._body_left]
+            at += len(part)
+            self._body_left -= len(part)
+            self._in_body = self._body_left > 0
+        self._use(at)
+        if part and cycle.add(part) > _BODY_WAITING_BYTES_MAX and self._in_body:
+            self._pause_reading()
+        if not self._in_body:
+            cycle.end_body()
 
-    def _refuse(self, status: int) -> None:
-        self._error_status = status
-        raise _HeadRefusedError
-
-    # --- malformed requests -------------------------------------------------------------------------------------
-    def send_400_response(self, msg: str) -> None:
-        """Refuse malformed bytes. The name and `msg`, which is not used, are uvicorn's."""
-        self._broken = True
-        if self._has_response_due():
-            self._close_after_responses()
-            return
-        responded = self._in_body and self.cycle.response_started  # before the body was whole
-        if not responded:
-            self.transport.write(_error_response(self._error_status))
-        self.transport.close()
-
-    # --- the application ----------------------------------------------------------------------------------------
-    def _start_asgi_task(self, cycle: DirectCycle, app: Any) -> None:  # type: ignore[override]  # the only cycles
-        self._running = cycle
-        cycle.task = self.loop.create_task(cycle.run(app, self.tasks))
-        self.tasks.add(cycle.task)
+    def responded(self, keep_alive: bool) -> None:
+        """The response of the last request is complete."""
+        if not keep_alive:
+            self._end()
+            self.transport.close()
+        elif self._input or self._in_body or self.write_paused or self._eof or self._ended:
+            self._advance()
+        else:
+            self._idle()
 
 
-def split_target(url: bytes) -> tuple[bytes, bytes]:
-    """Path and query. For every URL that the parser accepts, the short way gives what `httptools.parse_url` gives."""
-    if url.startswith(b"/") and b"#" not in url:
-        path, _, query = url.partition(b"?")
-        return path, query
-    parsed = httptools.parse_url(url)
-    return parsed.path, parsed.query or b""
-
-
-def _error_response(status: int) -> bytes:
-    body = b'{"error":"' + _ERROR_TEXTS[status].encode("ascii") + b'"}'
-    headers = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-    return STATUS_LINE[status] + headers + body
+def _address(name: Any) -> tuple[str, int] | None:
+    """Of a socket's name; None for a Unix socket."""
+    return (str(name[0]), int(name[1])) if isinstance(name, tuple) else None

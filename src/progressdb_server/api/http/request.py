@@ -52,7 +52,7 @@ sends it."""
 class DirectChannel(Protocol):
     """Reads a body and sends a response without ASGI messages, each of which costs a coroutine and a dictionary.
 
-    Neither method waits. If a method can't finish at once, it does nothing and the caller uses ASGI messages.
+    No method waits. If one can't finish at once, it does nothing and the caller uses ASGI messages.
     """
 
     def received_body(self) -> bytes | None:
@@ -65,6 +65,14 @@ class DirectChannel(Protocol):
 
     def send_response(self, status: int, headers: Sequence[Header], body: bytes) -> bool:
         """Send a complete response with its Content-Length. Returns False if nothing was sent."""
+        ...
+
+    def begin_list(self) -> Awaitable[None] | None:
+        """Take the turn in which a list is read and sent (`shares.Lists`). The result is None, or has to be awaited."""
+        ...
+
+    def end_list(self) -> None:
+        """Give the turn back."""
         ...
 
 
@@ -206,6 +214,11 @@ class Request:
         return self._query_params
 
     # --- the caller ---------------------------------------------------------------------------------------------
+    @property
+    def role(self) -> access.Role:
+        """Of the key with which the request came, or with which the viewer's session began."""
+        return access.Role.ADMIN if self.viewer_key else self.principal.role
+
     @property
     def acting_user(self) -> str | None:
         """The signed user whose rights the request has; None if its key acts for anyone, also beside a signature."""

@@ -121,8 +121,16 @@ class Exchange:
             await send_complete(response, self.send)
         elif isinstance(response, EventStream):
             await send_events(response, self.receive, self.send)
-        else:
+        elif (direct := self.request.direct) is None:
             await send_list(response, self.receive, self.send)
+        else:
+            waiting = direct.begin_list()
+            if waiting is not None:
+                await waiting
+            try:
+                await send_list(response, self.receive, self.send)
+            finally:
+                direct.end_list()
 
 
 def _start(status: int, headers: list[Header]) -> dict[str, Any]:
@@ -155,14 +163,15 @@ async def send_list(listed: JsonList, receive: Receive, send: Send) -> None:
                 empty = False
                 if len(pending) < limits.LIST_BUFFER_BYTES_MAX:
                     continue
-            elif empty or not pending:
+            if gone is None:
+                gone = asyncio.create_task(_disconnected(receive))
+            elif gone.done():
+                return  # the client has closed its connection
+            if empty or not pending:
                 continue
             if not started:
                 await send(_start(200, [_JSON, *listed.headers]))
                 started = True
-                gone = asyncio.create_task(_disconnected(receive))
-            elif gone is not None and gone.done():
-                return  # the client has closed its connection
             await _send_part(bytes(pending), send)
             pending.clear()
         pending += listed.suffix

@@ -1,9 +1,14 @@
-"""What all connections of a server share: the bytes of bodies in flight, and how many connections may be idle.
+"""What all connections of a server share: bytes of bodies, unread bytes of responses, lists, idle connections.
 
-Owns: the budget of bodies with its shares, and the list of idle connections of each address. Invariants:
+Owns: the budget of bodies with its shares, the unread responses, the turns of lists, and the idle connections of each
+address. Invariants:
 - The bytes of all bodies that are being received or handled are at most the budget, beside `BODY_UNCOUNTED_BYTES_MAX`
   for each connection.
 - No user, no address, and before the signature is verified no API key of an address takes more than its share.
+- The unread bytes of all responses are at most `UNREAD_BYTES_MAX`, beside `WRITE_BUFFER_BYTES_MAX` for each connection.
+  Beyond it the address with the most of them loses the connection whose client has not read for the longest time.
+- At most `LISTS_COUNT_MAX` lists are read at a time, and `ADDRESS_LISTS_COUNT_MAX` of one address. Others wait for
+  their turn, one address after the other. Meanwhile a list that its client leaves unread is given up.
 - An address with too many idle connections loses the one that has been idle longest. Idle is a connection that waits
   for its client: for the first byte of a request, or for the rest of one.
 
@@ -13,12 +18,15 @@ address such as a Unix socket, stand for many clients: no bound for one address 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Hashable
-from typing import Final, Protocol
+from collections import Counter, deque
+from collections.abc import Awaitable, Hashable
+from typing import Final, NamedTuple, Protocol
 
 from progressdb_server.api.http import limits
 from progressdb_server.api.http.access import Principal, Proxies, Role, address_group
+from progressdb_server.api.http.errors import ClientGoneError, lists_full
 from progressdb_server.config import Server
 
 _DEFAULTS: Final = Server()
@@ -30,6 +38,21 @@ class Closable(Protocol):
         ...
 
 
+class Readable(Protocol):
+    def close_unread(self) -> None:
+        """Close the connection, whose client does not read, or is not to read on."""
+        ...
+
+    @property
+    def is_closing(self) -> bool: ...
+
+
+class _Unread(NamedTuple):
+    group: str
+    bytes: int
+    since_s: float
+
+
 class Shares:
     def __init__(self, server: Server = _DEFAULTS) -> None:
         self.bodies_bytes = 0
@@ -39,6 +62,9 @@ class Shares:
         self._idle_max = server.idle_connections
         self._idle: dict[str, dict[Closable, None]] = {}  # of each address, longest idle first
         self._proxies = Proxies(server.proxies)
+        self.unread_bytes = 0
+        self._unread: dict[Readable, _Unread] = {}  # longest unread first
+        self.lists = Lists(self._unread)
 
     def group(self, address: str) -> str:
         """By what the bounds of one address are counted; empty for an address to which none applies."""
@@ -66,6 +92,26 @@ class Shares:
             if not waiting:
                 del self._idle[group]
 
+    # --- unread responses -----------------------------------------------------------------------------------------
+    def unread(self, group: str, connection: Readable, count: int) -> None:
+        """`count` bytes wait until the client reads."""
+        self._unread[connection] = _Unread(group, count, asyncio.get_running_loop().time())
+        self.unread_bytes += count
+        while self.unread_bytes > limits.UNREAD_BYTES_MAX:
+            by_group: Counter[str] = Counter()
+            for one in self._unread.values():
+                by_group[one.group] += one.bytes
+            ((most, _),) = by_group.most_common(1)
+            longest = next(other for other, one in self._unread.items() if one.group == most)
+            self.read(longest)
+            longest.close_unread()
+
+    def read(self, connection: Readable) -> None:
+        """The client has read, or the connection is closed."""
+        found = self._unread.pop(connection, None)
+        if found is not None:
+            self.unread_bytes -= found.bytes
+
     # --- bodies ---------------------------------------------------------------------------------------------------
     def take(self, charges: Charges, count: int) -> bool:
         """Take `count` bytes from the budget and from each share. Takes none and returns False if one is used up."""
@@ -89,6 +135,90 @@ class Shares:
                 del self._used_bytes[name]
 
 
+class Lists:
+    """The turns of lists, each of which occupies memory while it is read and sent."""
+
+    def __init__(self, unread: dict[Readable, _Unread]) -> None:
+        self._unread = unread
+        self._by_group: Counter[str] = Counter()
+        self._count = 0
+        self._reading: set[Readable] = set()
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # of each address, the next one first
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    def begin(self, group: str, connection: Readable) -> Awaitable[None] | None:
+        """Take a turn. The result is None, or waits for the turn and raises ApiError 503, or ClientGoneError if the
+        client leaves meanwhile. With an error there is no turn to end."""
+        if not self._take(group):
+            return self._wait(group, connection)
+        self._reading.add(connection)
+        return None
+
+    def end(self, group: str, connection: Readable) -> None:
+        self._reading.discard(connection)
+        self._give_back(group)
+
+    def _take(self, group: str) -> bool:
+        if self._count >= limits.LISTS_COUNT_MAX:
+            return False
+        if group:
+            if self._by_group[group] >= limits.ADDRESS_LISTS_COUNT_MAX:
+                return False
+            self._by_group[group] += 1
+        self._count += 1
+        return True
+
+    def _give_back(self, group: str) -> None:
+        self._count -= 1
+        if group:
+            self._by_group[group] -= 1
+            if not self._by_group[group]:
+                del self._by_group[group]
+        for other in list(self._waiting):
+            if self._take(other):
+                waiting = self._waiting.pop(other)
+                waiting.popleft().set_result(None)
+                if waiting:
+                    self._waiting[other] = waiting  # behind the other addresses
+                return
+
+    async def _wait(self, group: str, connection: Readable) -> None:
+        loop = asyncio.get_running_loop()
+        turn = loop.create_future()
+        self._waiting.setdefault(group, deque()).append(turn)
+        if self._sweeper is None:
+            self._sweeper = loop.call_later(limits.LIST_STALL_SECONDS_MAX, self._sweep)
+        try:
+            await asyncio.wait({turn}, timeout=limits.LIST_WAIT_SECONDS_MAX)
+        except asyncio.CancelledError:
+            if turn.done():
+                self._give_back(group)
+            raise
+        finally:
+            if not turn.done():
+                self._waiting[group].remove(turn)
+                if not self._waiting[group]:
+                    del self._waiting[group]
+        if not turn.done():
+            raise lists_full()
+        if connection.is_closing:
+            self._give_back(group)
+            raise ClientGoneError
+        self._reading.add(connection)
+
+    def _sweep(self) -> None:
+        """Give up the lists that their clients leave unread while others wait."""
+        self._sweeper = None
+        if not self._waiting:
+            return
+        loop = asyncio.get_running_loop()
+        since_s = loop.time() - limits.LIST_STALL_SECONDS_MAX
+        for connection in [other for other, one in self._unread.items() if one.since_s <= since_s]:
+            if connection in self._reading:
+                connection.close_unread()
+        self._sweeper = loop.call_later(limits.LIST_STALL_SECONDS_MAX / 2, self._sweep)
+
+
 Charges = tuple[tuple[Hashable, float], ...]
 """Names and shares that a body is charged to."""
 
@@ -98,10 +228,10 @@ class BodyAccount:
 
     __slots__ = ("_bytes", "_charges", "_group", "_shares")
 
-    def __init__(self, shares: Shares, address: str, principal: Principal | None, user: str | None, key: bytes) -> None:
-        """`principal` is None until the caller was identified."""
+    def __init__(self, shares: Shares, group: str, principal: Principal | None, user: str | None, key: bytes) -> None:
+        """`group`: see `Shares.group`. `principal` is None until the caller was identified."""
         self._shares = shares
-        self._group = shares.group(address)
+        self._group = group
         self._bytes = 0
         self._charges: Charges = self._of_unknown(key) if principal is None else self._of(principal, user)
 

@@ -265,7 +265,7 @@ def _responses(description: Description) -> dict[str, Any]:
                         _example_name(sentence): {"value": {"error": sentence}} for sentence in dict.fromkeys(sentences)
                     },
                 },
-                # Errors of the checks before routing are JSON everywhere. The viewer's own errors are pages.
+                # Under the viewer's path every error is a page, but for those of a request that could not be read.
                 **({"text/html": {"schema": {"type": "string"}}} if description.tag == "viewer" else {}),
             },
         }

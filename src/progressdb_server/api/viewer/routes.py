@@ -8,6 +8,7 @@ without it, and what to do.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import math
 import time
@@ -43,7 +44,7 @@ from progressdb_server.api.openapi.description import (
     text,
 )
 from progressdb_server.api.routes import pages
-from progressdb_server.api.routes.errors import MESSAGE_NOT_FOUND, THREAD_NOT_FOUND, api_error
+from progressdb_server.api.routes.errors import MESSAGE_NOT_FOUND, THREAD_NOT_FOUND
 from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.routes.table import Handler, Operation
 from progressdb_server.api.viewer.browsing import Browser, MessagePage, ThreadPage, VersionPage, format_time
@@ -113,7 +114,7 @@ class Viewer:
             request.viewer_key = session.key_number
             return await page(request, session)
 
-        return _with_error_page(guarded)
+        return guarded
 
     async def _login_form(self, request: Request) -> Response:
         return self._login_page(200, "")
@@ -296,13 +297,13 @@ class Viewer:
             ),
             _without_session(
                 "/viewer/login",
-                _with_error_page(self._login_form),
+                self._login_form,
                 "Show the login form",
                 "text/html",
             ),
             _posted(
                 "/viewer/login",
-                _with_error_page(self._login),
+                self._login,
                 "Log in with an admin key. This starts a session",
                 {401: (INVALID_LOGIN,), 403: (OLD_FORM,), 429: (TOO_MANY_ATTEMPTS,)},
                 "csrf",
@@ -339,37 +340,35 @@ def _percent(job: Job) -> int:
 
 
 def _text(body: object, chars_max: int | None) -> str:
-    """A message's body: itself if it is text, otherwise JSON. At most `chars_max` characters."""
+    """A message's body: itself if it is text, or has nothing but a text, otherwise JSON. At most `chars_max`
+    characters."""
+    if isinstance(body, dict) and list(body) == ["text"]:
+        body = body["text"]
     text = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, indent=1)
     return text if chars_max is None or len(text) <= chars_max else text[:chars_max] + " …"
 
 
-_HELPERS: Final[dict[str, Any]] = {"format_time": format_time, "text": _text, "TEXT_CHARS_MAX": TEXT_CHARS_MAX}
+def _base64(in_hex: str) -> str:
+    """A public key as commands print it."""
+    return base64.b64encode(bytes.fromhex(in_hex)).decode("ascii")
+
+
+_HELPERS: Final[dict[str, Any]] = {
+    "format_time": format_time,
+    "text": _text,
+    "base64": _base64,
+    "TEXT_CHARS_MAX": TEXT_CHARS_MAX,
+}
 
 
 def _page(name: str, session: Session, **values: Any) -> Response:
     return pages.page_response(pages.render(f"viewer/{name}.html", session=session, active=name, **_HELPERS, **values))
 
 
-def _with_error_page(handler: Callable[[Request], Awaitable[Response]]) -> Handler:
-    """The handler, with its errors as pages. A defect is left to the application."""
-
-    async def run(request: Request) -> Response:
-        try:
-            return await handler(request)
-        except Exception as error:
-            page = _error_page(api_error(error), request)  # no error: its traceback leads to this frame
-            if page is None:
-                raise
-            return page
-
-    return run
-
-
-def _error_page(error: ApiError | None, request: Request) -> Response | None:
-    if error is None:
-        return None
-    page = pages.render("viewer/problem.html", problem=error.text, request_id=request.request_id)
+def error_page(error: ApiError, request: Request) -> Response:
+    page = pages.render(
+        "viewer/problem.html", session=None, active="", problem=error.text, request_id=request.request_id
+    )
     return pages.page_response(page, error.status, error.headers)
 
 

@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from minikms import api
 from minikms.audit import Event
 from minikms.custody import deks, vault
-from minikms.custody.deks import DekStore
+from minikms.custody.deks import DekStore, HeldKeys
 from minikms.errors import StorageUnavailableError
 from minikms.keys import dek
 from minikms.service.base import VerbTable
@@ -119,10 +120,8 @@ def test_a_record_cannot_replace_a_key_of_another_thread(tmp_path: Path) -> None
         async with opened_vault(tmp_path / "d") as one:
             victim = await create(one.vault, "victim")
             other = await create(one.vault, "other")
-            content = one.file(other.id).read_bytes()
-            one.file(other.id).write_bytes(
-                content.replace(b'"state":"active"', b'"state":"active","replaces":"%b"' % victim.id.encode())
-            )
+            replaces = msgspec.structs.replace(one.on_disk(other.id), replaces=victim.id)
+            one.file(other.id).write_bytes(dek.encode(replaces))
         async with opened_vault(tmp_path / "d") as again:
             await again.indexing.run()
             assert again.on_disk(other.id).replaces == victim.id
@@ -171,13 +170,13 @@ def test_a_resumed_rotation_does_not_bring_back_a_destroyed_keys_file(
             scanned = False
 
             @contextlib.asynccontextmanager
-            async def after_the_scan(key_ids: list[str], **named: Any) -> AsyncIterator[None]:
+            async def after_the_scan(key_ids: list[str], **named: Any) -> AsyncIterator[HeldKeys]:
                 nonlocal scanned
                 if key_ids and not scanned:
                     scanned = True
                     await again.indexing.run()
-                async with hold(key_ids, **named):
-                    yield
+                async with hold(key_ids, **named) as held:
+                    yield held
 
             monkeypatch.setattr(again.vault.locks, "hold", after_the_scan)
             await again.rotation.run()

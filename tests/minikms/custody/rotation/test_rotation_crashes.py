@@ -42,8 +42,8 @@ REMOVAL_FAULTS = (
     (Point("audit", "fdatasync", 3), "error=EIO"),
 )
 DISK_FAULTS = (
-    (Point("disk", "write", 2), "error=ENOSPC"),  # the batch backup
-    (Point("disk", "write", 3), "error=ENOSPC"),  # the journal
+    (Point("disk", "write", 3), "error=ENOSPC"),  # the batch backup
+    (Point("disk", "write", 4), "error=ENOSPC"),  # the journal
     (Point("disk", "pwrite64", 20), "error=EIO"),
     (Point("disk", "syncfs", 1), "error=EIO"),
     (Point("audit", "fdatasync", 1), "error=EIO"),
