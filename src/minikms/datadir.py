@@ -213,7 +213,7 @@ def open_for_service(
         with written_at_start(os.path.join(directory, keyring_file.NAME)):
             _raise_epoch(unlocked, body, file, seen_epoch=seen, proved_slot_id=slot.slot_id)
         log.writer.state = lambda: KeyState(unlocked.body.epoch, destroyed.count)
-        store = deks.DekStore(directory, disk)
+        store = deks.DekStore(directory)
         undo.callback(store.close)
         kept = backups.RotationBackups(directory)
         undo.callback(kept.close)

@@ -84,8 +84,8 @@ class KeysWithin(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A record of a journal, not blank: the old content of the file of `key_id`, which is empty if the record is
-    damaged and does not name one key.
+    """A record of a journal, not blank and of no create: the old content of the file of `key_id`. A damaged record has
+    no content, and no key id if it does not name one key.
     """
 
     key_id: str
@@ -531,6 +531,8 @@ def _kept(content: bytes) -> list[Kept]:
     found: list[Kept] = []
     for offset, record in _records(content):
         change = journal_format.parse(record)
+        if change is not None and not change.old:
+            continue  # a create: it replaced nothing
         named = journal_format.ids_in(record) if change is None else {change.key_id}
         key_id = next(iter(named)) if len(named) == 1 else ""
         # A damaged record is none that can be unwrapped.
@@ -549,8 +551,8 @@ def _going(content: bytes, key_ids: Iterable[str]) -> list[Kept]:
                 if (at - offset) in _ID_PLACES and offset + RECORD_BYTES <= len(content):
                     going[offset] = Kept(key_id, b"", offset)
                 at = content.find(sought, at + 1)
-    for offset, record in _records(content):
-        if offset not in going and not any(record[:16]) and journal_format.has_empty_sector(content, offset):
+    for offset, _ in _records(content):
+        if offset not in going and journal_format.is_half_blank(content, offset):
             going[offset] = Kept("", b"", offset)
     return list(going.values())
 

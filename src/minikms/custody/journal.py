@@ -13,8 +13,8 @@ live.
 Invariants:
 - A file changes only after its record is durable. The journal is removed or renamed only after every file that it has a
   record of is durable, and the directory of the files was synced.
-- From the beginning of a group until its files are made, `DekStore.read` answers from memory. A file that the disk
-  refuses is written when the journal is settled; until then nothing else is changed.
+- While the disk thread writes a group, until its files are made, `DekStore.read` answers from memory. A file that the
+  disk refuses is written when the journal is settled; until then nothing else is changed.
 - The record of a change that was refused does not stay: the journal is settled at once, or in the background.
 - After a failed sync neither journal nor files are synced again: the contents are written to fresh files and renamed.
 - The records of a destroyed key are overwritten with zeros, durably, before `forget` returns.
@@ -65,6 +65,7 @@ from minikms.custody.journal_format import (
     chains,
     decode,
     encode_records,
+    ids_in_journal,
 )
 from minikms.errors import KeyNotFoundError, KeyUnreadableError, MiniKmsError, StorageUnavailableError
 from minikms.keys import dek
@@ -139,13 +140,14 @@ class Journal:
         [outcome] = await self.change([Change(key_id, old, new)])
         if outcome is not None:
             raise outcome
+        await self.file_made(key_id)  # for other processes, which read files
 
     async def change(self, changes: Sequence[Change]) -> list[MiniKmsError | None]:
         """Makes or changes files; durable on return. Returns for each change None, or the error that refuses it. The
         files may not be written yet: see `file_made`. Raises StorageUnavailableError if all are refused.
         """
         loop = asyncio.get_running_loop()
-        contents, waiting = {change.key_id: change.new for change in changes}, list[asyncio.Future[None]]()
+        key_ids, waiting = [change.key_id for change in changes], list[asyncio.Future[None]]()
         outcomes: asyncio.Future[list[MiniKmsError | None]] = loop.create_future()
 
         def answer() -> None:
@@ -154,29 +156,22 @@ class Journal:
 
         def ended(job: asyncio.Future[Written]) -> None:
             failure = asyncio.CancelledError() if job.cancelled() else job.exception()
-            if failure is None and job.result().made:
-                self._store.made(contents)
-            else:
-                recorded = {each.key_id: each.new for each in self._records if each is not None}
-                self._store.making({key_id: recorded[key_id] for key_id in contents if key_id in recorded})
-                self._store.made([key_id for key_id in contents if key_id not in recorded])
-                if self._settling is None or self._settling.done():
-                    self._settling = loop.create_task(self._settle_failed())
-            for key_id in contents:
-                del self._unmade[key_id]
+            if (failure is not None or not job.result().made) and (self._settling is None or self._settling.done()):
+                self._settling = loop.create_task(self._settle_failed())
+            for key_id in key_ids:
+                self._unmade.pop(key_id, None)
             for made in waiting:
                 if not made.done():
                     made.set_result(None)
-            if outcomes.done():
-                if failure is not None:
-                    raise failure  # a defect: the journal has the changes
-            elif failure is None:
-                outcomes.set_result(job.result().outcomes)
-            else:
-                outcomes.set_exception(failure)
+            if not outcomes.done():
+                if failure is None:
+                    outcomes.set_result(job.result().outcomes)
+                else:
+                    outcomes.set_exception(failure)
+            elif failure is not None and not isinstance(failure, StorageUnavailableError):
+                raise failure  # a defect: the journal has the changes
 
-        self._store.making(contents)
-        self._unmade.update(dict.fromkeys(contents, waiting))
+        self._unmade.update(dict.fromkeys(key_ids, waiting))
         job = loop.run_in_executor(self._executor, self.write, changes, partial(loop.call_soon_threadsafe, answer))
         job.add_done_callback(ended)
         return await outcomes
@@ -211,8 +206,20 @@ class Journal:
         """Writes a group of changes and their files. Calls `durable` when all are durable; where there is no record,
         the outcomes say which are. Raises StorageUnavailableError if all are refused.
         """
+        self._store.making({change.key_id: change.new for change in changes})
+        try:
+            return self._write(changes, durable)
+        finally:
+            self._store.made([change.key_id for change in changes])
+            if self._failed:  # the files that could not be written are answered from memory until they are
+                self._store.making({change.key_id: change.new for change in self._records if change is not None})
+
+    def _write(self, changes: Sequence[Change], durable: Callable[[], object]) -> Written:
         if self.live:
-            raise StorageUnavailableError("the disk has not accepted a batch of a KEK rotation; try again later")
+            raise StorageUnavailableError(
+                "the disk has not accepted a batch of a KEK rotation; try again later, or if the rotation was stopped, "
+                "after a restart of the daemon"
+            )
         if self._rotating or not syncfs_reports(self._store.directory_fd):
             writes = [FileWrite(file_name(each.key_id), each.new, exclusive=not each.old) for each in changes]
             return Written(write_group(self._store.directory_fd, writes), made=True)
@@ -425,10 +432,10 @@ def replay(
     for change in found.damaged:
         if change.key_id not in destroyed and not dek.is_valid(_content(store, change.key_id) or b"", change.key_id):
             backups.add(change.key_id, change.new, stamp)
-    replaced = [change.key_id for change in found.intact if change.old]
-    if replaced:
+    if any(change.old for change in found.intact):
+        named = sorted(ids_in_journal(content))
         backups.make_stamp(stamp)
-        backups.adopt(directory_fd, NAME, stamp, min(replaced), max(replaced))
+        backups.adopt(directory_fd, NAME, stamp, named[0], named[-1])
     else:
         remove_file(directory_fd, NAME)
     return done._replace(damaged=len(found.damaged))

@@ -125,6 +125,21 @@ def ids_in(record: bytes) -> set[str]:
     return {bytes_to_key_id(raw_id), dek.id_in(old), dek.id_in(new)} - {"", bytes_to_key_id(bytes(KEY_ID_BYTES))}
 
 
+def ids_in_journal(content: bytes) -> set[str]:
+    """The key ids that any record of a journal names."""
+    return set().union(*(ids_in(content[offset : offset + RECORD_BYTES]) for offset in offsets(content)))
+
+
+def is_half_blank(content: bytes, offset: int) -> bool:
+    """Whether a crash came while the record was blanked, and took the key id in front or a part of it."""
+    end = offset + KEY_ID_BYTES
+    boundary = min(offset - offset % SECTOR_BYTES + SECTOR_BYTES, end)
+    parts = (content[offset:boundary], content[boundary:end])
+    if all(any(part) or not part for part in parts):
+        return False
+    return parse(content[offset : offset + RECORD_BYTES]) is None and has_empty_sector(content, offset)
+
+
 def _damaged(record: bytes) -> Change:
     """A damaged record: its key has the id in the new content if that is valid, else the id in front of it."""
     raw_id, old, new, checksum = _split(record)

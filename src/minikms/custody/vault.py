@@ -392,7 +392,6 @@ class Vault:
         await self._destruction.drain()
         await self._new_keys.drain()
         await self.journal.drain()
-        await self.store.drain()
 
     def expire(self) -> None:
         """Zeroes the opened keys that are older than CACHE_AGE_SECONDS_MAX."""

@@ -190,7 +190,7 @@ class Keys:
         self.locks = KeyLocks()
         self.disk = Tree(root / "data", self.check)
         self.executor = ThreadPoolExecutor(1)
-        self.store = DekStore(str(root / "data"), self.executor)
+        self.store = DekStore(str(root / "data"))
         self.backups = RotationBackups(str(root / "data"))
         self.directory = open_directory(str(root / "data"))
         self.journal = Journal(self.directory, self.store, self.backups, self.executor)
@@ -200,7 +200,7 @@ class Keys:
         self._images += 1
         to = self.root / f"image{self._images}"
         self.disk.image(self.rng, to)
-        store, backups = DekStore(str(to), self.executor), RotationBackups(str(to))
+        store, backups = DekStore(str(to)), RotationBackups(str(to))
         directory = open_directory(str(to))
         try:
             replay(directory, store, backups, destroyed=self.destroyed, has_kek=lambda _: True, stamp=STAMP % 59)

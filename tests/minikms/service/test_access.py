@@ -331,9 +331,9 @@ def test_a_create_that_waits_for_another_obeys_the_new_policy(
             released = asyncio.Event()
             writing = made.one.vault.journal.change
 
-            async def slow(keys: Sequence[Change]) -> list[MiniKmsError | None]:
+            async def slow(changes: Sequence[Change]) -> list[MiniKmsError | None]:
                 await released.wait()
-                return await writing(keys)
+                return await writing(changes)
 
             made.one.vault.journal.change = slow  # type: ignore[method-assign]  # a slow disk
             first = await made.until_waiting(who, api.CREATE_DEK, api.CreateDekRequest("mine-1"))

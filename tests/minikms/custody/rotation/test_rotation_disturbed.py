@@ -371,7 +371,7 @@ def test_after_a_stop_on_a_failing_disk_no_key_of_the_batch_is_retired(
                     await asyncio.sleep(0.001)
                 running.cancel()
                 await asyncio.wait([running])
-            with pytest.raises(StorageUnavailableError, match="start the daemon again"):
+            with pytest.raises(StorageUnavailableError, match="after a restart of the daemon"):
                 await one.vault.retire(key_ids[0])
         async with opened_vault(tmp_path / "d") as again:
             await again.vault.retire(key_ids[0])
