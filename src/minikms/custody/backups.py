@@ -322,8 +322,6 @@ class RotationBackups:
             return []
         except StorageUnavailableError as error:
             raise KeyUnreadableError(f"the backup {_place(file)} can't be read: {error}") from None
-        if (len(content) - len(journal_format.MAGIC)) % journal_format.RECORD_BYTES:
-            raise KeyUnreadableError(f"the backup {_place(file)} can't be read: a part of it is missing")
         return _kept(content)
 
     def files_of(self, key_ids: Iterable[str]) -> list[KeysWithin]:
@@ -396,8 +394,7 @@ class RotationBackups:
         fresh = bytearray(content)
         for record in going:
             fresh[record.offset : record.offset + RECORD_BYTES] = BLANK
-        if fresh:  # else it was removed
-            replace_file(descriptor, file.name, bytes(fresh))
+        replace_file(descriptor, file.name, bytes(fresh))
         self._unsure.discard(file)
 
     def _failed(self, file: JournalFile, error: StorageUnavailableError) -> StorageUnavailableError:
@@ -513,7 +510,12 @@ def _place(file: JournalFile) -> str:
 
 
 def _content(descriptor: int, name: str) -> bytes:
-    return read_file_bounded(name, BYTES_MAX, dir_fd=descriptor) or b""
+    content = read_file_bounded(name, BYTES_MAX, dir_fd=descriptor)
+    if content is None:
+        raise FileNotFoundError
+    if (len(content) - len(journal_format.MAGIC)) % RECORD_BYTES:
+        raise StorageUnavailableError("a part of it is missing")
+    return content
 
 
 def _records(content: bytes) -> Iterator[tuple[int, bytes]]:

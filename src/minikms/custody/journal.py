@@ -60,6 +60,7 @@ from minikms.custody.journal_format import (
     MAGIC,
     PART_RECORDS,
     RECORD_BYTES,
+    RECORDS_MAX,
     Chain,
     Change,
     chains,
@@ -72,9 +73,9 @@ from minikms.keys import dek
 from minikms.sync import sync_data
 
 NAME: Final = "kms-journal"
-CHANGES_MAX: Final = 2048
+CHANGES_MAX: Final = RECORDS_MAX
 """Records of changes: a start writes at most this many files again."""
-CHANGES_BYTES: Final = len(MAGIC) + CHANGES_MAX * RECORD_BYTES
+CHANGES_BYTES: Final = BYTES_MAX
 """A journal of changes begins with zeros for all records, so that a record changes no metadata of the file."""
 HANDOVER_SECONDS: Final = 0.0002
 """The interpreter's switch interval while files are being made: each file takes three system calls, and after each of

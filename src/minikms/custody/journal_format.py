@@ -18,7 +18,7 @@ MAGIC: Final = b"minikms-journal\x01"
 """The last byte is the version of the format."""
 CHECKSUM_BYTES: Final = 32
 RECORD_BYTES: Final = KEY_ID_BYTES + 2 * FILE_BYTES + CHECKSUM_BYTES
-RECORDS_MAX: Final = 4096
+RECORDS_MAX: Final = 2048
 BYTES_MAX: Final = len(MAGIC) + RECORDS_MAX * RECORD_BYTES
 PART_RECORDS: Final = 32
 """Records that are written at a time. The allocator maps new pages for parts of more than 128 KiB."""

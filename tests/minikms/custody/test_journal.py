@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from hypothesis import strategies as st
 from minikms.custody import deks, files, journal, settled_keys
 from minikms.custody.deks import DekStore
 from minikms.custody.files import open_directory
-from minikms.custody.journal import CHANGES_BYTES, NAME, Journal, Replayed, replay
-from minikms.custody.journal_format import MAGIC, RECORD_BYTES, SECTOR_BYTES, Change, decode, encode
+from minikms.custody.journal import NAME, Journal, Replayed, replay
+from minikms.custody.journal_format import BLANK, MAGIC, RECORD_BYTES, SECTOR_BYTES, Change, decode, encode
 from minikms.custody.settled_keys import SettledKeys, newest_key_id
 from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, bytes_to_key_id, make_key_id
@@ -40,9 +41,14 @@ def new_key(number: int) -> Change:
 # --- the format -----------------------------------------------------------------------------------------------------
 
 
-def test_a_journal_is_read_as_it_was_written() -> None:
-    [known] = decode(encode([new_key(3)]).ljust(CHANGES_BYTES, b"\0")).intact
-    assert known == new_key(3)
+def test_the_known_journal_is_read_and_written_in_the_same_bytes() -> None:
+    known = json.loads((VECTORS / "formats.json").read_text())["dek"]
+    content = bytes.fromhex(known["journal"])
+    first, second = (file.encode() for file in known["files"])
+    found = decode(content)
+    assert found.damaged == []
+    assert [each[:3] for each in found.intact] == [(known["key_id"], b"", first), (known["key_id"], first, second)]
+    assert MAGIC + BLANK + encode(Change(*each[:3]) for each in found.intact)[len(MAGIC) :] == content
 
 
 @settings(max_examples=30)
@@ -376,6 +382,30 @@ def test_destroying_a_key_blanks_its_record(tmp_path: Path, monkeypatch: pytest.
             await one.vault.destroy(victim)
             assert logged(one) == [other]
             assert_in_no_file(one.directory, victim)
+
+    asyncio.run(main())
+
+
+def test_a_journal_that_a_replay_kept_gives_up_every_key(tmp_path: Path) -> None:
+    """It is a backup of the retired key, and has the creates of others, outside the range of its old contents. They
+    keep no KEK.
+    """
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            first, retired, last = [(await one.make(1))[0] for _ in range(3)]
+            await one.vault.retire(retired)
+            copied_vault(one, tmp_path / "killed")
+        async with opened_vault(tmp_path / "killed") as after:
+            await after.rotate()
+            [kept] = (await after.pruning.prune(backups=False)).kept
+            assert "a rotation backup of a key is wrapped under it" in kept.why
+            for key_id in (first, last):
+                await after.vault.retire(key_id)
+                await after.vault.destroy(key_id)
+                assert_in_no_file(after.directory, key_id)
+            assert len(after.backups(retired)) == 2
+            assert (await after.pruning.prune(backups=True)).destroyed == [1]
 
     asyncio.run(main())
 
