@@ -146,6 +146,21 @@ def test_a_body_of_single_bytes_ends_at_the_bound_of_chunks() -> None:
         still_serves(server)
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_body_in_short_chunks_lets_other_connections_in_between(*, ended: bool) -> None:
+    text = "x" * 3000
+    body = f'{{"author":"alice","body":"{text}"}}'.encode()
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    with running() as server, server.connect() as connection:
+        connection.sendall(head("POST", "/v1/messages", "Transfer-Encoding: chunked\r\n") + chunks + GET)
+        if ended:
+            connection.shutdown(socket.SHUT_WR)
+        data = b""
+        while data.count(b"HTTP/1.1 200 OK") < 2:
+            data += connection.recv(1 << 16)
+        assert text.encode() in data
+
+
 # --- responses --------------------------------------------------------------------------------------------------
 class Reader:
     """A connection as `shares` sees it."""

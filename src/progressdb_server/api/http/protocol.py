@@ -150,6 +150,11 @@ class Cycle:
         self.notify()
         return len(self._body)
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Of the body, received and not read."""
+        return len(self._body)
+
     def end_body(self) -> None:
         self.more_body = False
         self.notify()
@@ -355,6 +360,8 @@ class Connection(asyncio.Protocol):
     _in_body = False
     _body_left = 0
     _chunks: framing.Chunks | None = None
+    _continues = False
+    """More of the received chunks are decoded in the next turn of the event loop. Nothing is read meanwhile."""
     _ended = False
     """No further request is begun."""
     _eof = False
@@ -549,7 +556,7 @@ class Connection(asyncio.Protocol):
             if self._input:
                 self._hold()
                 return
-        elif self._eof:
+        elif self._eof and not self._continues:
             self.transport.close()  # nothing more comes: a request that is not whole is not handled
             return
         elif self._in_body or self._input:
@@ -589,7 +596,7 @@ class Connection(asyncio.Protocol):
             self.transport.pause_reading()
 
     def resume_reading(self) -> None:
-        if self._read_paused and (self._in_body or not self._ended):
+        if self._read_paused and not self._continues and (self._in_body or not self._ended):
             self._read_paused = False
             self.transport.resume_reading()
 
@@ -648,7 +655,7 @@ class Connection(asyncio.Protocol):
             self._body_left = head.length
             if self._input:
                 self._take_body()
-            if self._in_body and self._eof:
+            if self._in_body and self._eof and not self._continues:
                 cycle.response_complete = True  # it is not handled
                 cycle.release()
                 return
@@ -675,6 +682,16 @@ class Connection(asyncio.Protocol):
             self._pause_reading()
         if not self._in_body:
             cycle.end_body()
+        elif self._input and self._chunks is not None and not self._chunks.starved and not self._continues:
+            self._continues = True
+            self._pause_reading()
+            self.serving.loop.call_soon(self._continue_body)
+
+    def _continue_body(self) -> None:
+        self._continues = False
+        self._advance()
+        if self._in_body and self._cycle is not None and self._cycle.waiting_bytes <= _BODY_WAITING_BYTES_MAX:
+            self.resume_reading()
 
     def responded(self, keep_alive: bool) -> None:
         """The response of the last request is complete."""
