@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from progressdb_server.api.http import limits
-from progressdb_server.api.http.protocol import Connection, Cycle
+from progressdb_server.api.http.cycle import Cycle
+from progressdb_server.api.http.protocol import Connection
 from progressdb_server.api.http.shares import Shares
 from progressdb_server.config import BODY_BYTES_MIN, Server
 from tests.harness.waiting import wait_until

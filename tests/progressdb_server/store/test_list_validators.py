@@ -88,7 +88,7 @@ class Counting(MemoryEngine):
         return found
 
 
-def test_neither_a_tag_nor_the_last_change_of_a_thread_costs_the_newest_message() -> None:
+def test_a_tag_and_the_last_change_of_a_thread_read_no_message() -> None:
     engine = Counting()
 
     async def run(store: Conversations) -> None:
