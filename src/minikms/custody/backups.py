@@ -28,6 +28,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from minikms import api
+from minikms.api.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.custody import journal_format
 from minikms.custody.deks import SUFFIX, DekStore, file_name, list_names
 from minikms.custody.files import (
@@ -43,7 +44,6 @@ from minikms.custody.files import (
     syncfs_reports,
 )
 from minikms.custody.journal_format import BLANK, BYTES_MAX, RECORD_BYTES, RECORDS_MAX
-from minikms.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.keys.dek import FILE_BYTES, key_id_to_bytes
 from minikms.sync import sync_directory, sync_file
 

@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from typing import Final, Self
 
 from minikms import api
+from minikms.api.errors import KeyNotFoundError, KeyUnreadableError, KmsRefusedError, StorageUnavailableError
 from minikms.custody.files import (
     open_directory,
     read_file_bounded,
@@ -38,7 +39,6 @@ from minikms.custody.files import (
     remove_files,
     sweep_temps,
 )
-from minikms.errors import KeyNotFoundError, KeyUnreadableError, MiniKmsError, StorageUnavailableError
 from minikms.keys.dek import FILE_BYTES
 from minikms.sync import sync_file
 
@@ -161,13 +161,13 @@ class DekStore:
             raise KeyNotFoundError("key not found")
         return data
 
-    def read_many(self, key_ids: Iterable[str]) -> list[tuple[str, bytes | MiniKmsError]]:
+    def read_many(self, key_ids: Iterable[str]) -> list[tuple[str, bytes | KmsRefusedError]]:
         """The content of each key's file, or the error of `read`. For a worker thread."""
-        found: list[tuple[str, bytes | MiniKmsError]] = []
+        found: list[tuple[str, bytes | KmsRefusedError]] = []
         for key_id in key_ids:
             try:
                 found.append((key_id, self.read(key_id)))
-            except MiniKmsError as error:
+            except KmsRefusedError as error:
                 found.append((key_id, error))
         return found
 

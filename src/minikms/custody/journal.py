@@ -36,6 +36,7 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Final, NamedTuple
 
+from minikms.api.errors import KeyNotFoundError, KeyUnreadableError, KmsRefusedError, StorageUnavailableError
 from minikms.custody.backups import RotationBackups
 from minikms.custody.deks import DekStore, HeldKeys, file_name
 from minikms.custody.files import (
@@ -68,7 +69,6 @@ from minikms.custody.journal_format import (
     encode_records,
     ids_in_journal,
 )
-from minikms.errors import KeyNotFoundError, KeyUnreadableError, MiniKmsError, StorageUnavailableError
 from minikms.keys import dek
 from minikms.sync import sync_data
 
@@ -88,7 +88,7 @@ RETRY_SECONDS_MAX: Final = 5.0
 class Written(NamedTuple):
     """What became of a group: None or the error of each change, and whether all of its files were made."""
 
-    outcomes: list[MiniKmsError | None]
+    outcomes: list[KmsRefusedError | None]
     made: bool
 
 
@@ -143,13 +143,13 @@ class Journal:
             raise outcome
         await self.file_made(key_id)  # for other processes, which read files
 
-    async def change(self, changes: Sequence[Change]) -> list[MiniKmsError | None]:
+    async def change(self, changes: Sequence[Change]) -> list[KmsRefusedError | None]:
         """Makes or changes files; durable on return. Returns for each change None, or the error that refuses it. The
         files may not be written yet: see `file_made`. Raises StorageUnavailableError if all are refused.
         """
         loop = asyncio.get_running_loop()
         key_ids, waiting = [change.key_id for change in changes], list[asyncio.Future[None]]()
-        outcomes: asyncio.Future[list[MiniKmsError | None]] = loop.create_future()
+        outcomes: asyncio.Future[list[KmsRefusedError | None]] = loop.create_future()
 
         def answer() -> None:
             if not outcomes.done():

@@ -17,13 +17,13 @@ import time
 from typing import Final, NamedTuple, Self
 
 from minikms import api
+from minikms.api.errors import StorageUnavailableError
 from minikms.custody import journal
 from minikms.custody.backups import DIRECTORY as BACKUPS
 from minikms.custody.backups import list_journals, list_stamps
 from minikms.custody.deks import DIRECTORY, SUFFIX, file_name, list_key_ids, list_names, read_settled
 from minikms.custody.files import now_ns, open_directory, read_file_bounded
 from minikms.custody.journal_format import BYTES_MAX, Chain, chains, decode
-from minikms.errors import StorageUnavailableError
 from minikms.keys import dek
 from minikms.keys.dek import KEY_ID_RANDOM_BYTES, make_key_id
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minikms.api.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.custody import backups as backups_module
 from minikms.custody import files, vault
 from minikms.custody.backups import KeysWithin, RotationBackups
@@ -23,7 +24,6 @@ from minikms.custody.deks import DekStore
 from minikms.custody.files import open_directory, replace_file
 from minikms.custody.journal_format import BLANK, BYTES_MAX, MAGIC, RECORD_BYTES, SECTOR_BYTES, Change, encode
 from minikms.custody.settled_keys import newest_key_id
-from minikms.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.keys.dek import FILE_BYTES
 from tests.harness.vaults import OpenedVault, opened_vault
 from tests.minikms.custody.disk_faults import failing, failing_os, flip, quick_directory, refuse

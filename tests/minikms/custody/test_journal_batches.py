@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from minikms.api.errors import StorageUnavailableError
 from minikms.custody import deks, settled_keys
 from minikms.custody.files import open_directory
 from minikms.custody.journal import NAME, Journal, Replayed, replay
 from minikms.custody.journal_format import Change, Decoded, decode, encode
 from minikms.custody.settled_keys import SettledKeys
-from minikms.errors import StorageUnavailableError
 from minikms.keys import dek
 from minikms.keys.dek import FILE_BYTES
 from tests.harness.vaults import OpenedVault, opened_vault

@@ -10,9 +10,9 @@ from typing import Final
 
 import pytest
 
+from minikms.api.errors import ForbiddenError, StorageUnavailableError
 from minikms.custody import journal
 from minikms.custody.journal_format import decode
-from minikms.errors import ForbiddenError, StorageUnavailableError
 from minikms.keys.dek import DekRecord
 from tests.harness.vaults import create, opened_vault
 from tests.minikms.custody import watched_cipher

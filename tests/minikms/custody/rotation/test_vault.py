@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 
-from minikms.custody.backups import RotationBackups
-from minikms.custody.deks import HeldKeys
-from minikms.custody.journal import Journal
-from minikms.errors import (
+from minikms.api.errors import (
     ArenaFullError,
     ConflictError,
     KeyDestroyedError,
@@ -20,6 +17,9 @@ from minikms.errors import (
     StorageUnavailableError,
     WrongThreadError,
 )
+from minikms.custody.backups import RotationBackups
+from minikms.custody.deks import HeldKeys
+from minikms.custody.journal import Journal
 from tests.harness.vaults import create, opened_vault
 from tests.minikms.custody.disk_faults import refuse
 
