@@ -36,7 +36,7 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Final, NamedTuple
 
-from minikms.api.errors import KeyNotFoundError, KeyUnreadableError, KmsRefusedError, StorageUnavailableError
+from minikms.api.errors import KeyNotFoundError, KeyUnreadableError, KmsRefusedError, StorageUnavailableError, copy_of
 from minikms.custody.backups import RotationBackups
 from minikms.custody.deks import DekStore, HeldKeys, file_name
 from minikms.custody.files import (
@@ -140,13 +140,23 @@ class Journal:
         await self.file_made(key_id)  # by the group that creates it
         [outcome] = await self.change([Change(key_id, old, new)])
         if outcome is not None:
-            raise outcome
+            try:
+                raise outcome
+            finally:
+                del outcome  # the traceback of an error leads to this frame
         await self.file_made(key_id)  # for other processes, which read files
 
     async def change(self, changes: Sequence[Change]) -> list[KmsRefusedError | None]:
         """Makes or changes files; durable on return. Returns for each change None, or the error that refuses it. The
         files may not be written yet: see `file_made`. Raises StorageUnavailableError if all are refused.
         """
+        outcomes = self._begin_change(changes)
+        try:
+            return await outcomes
+        finally:
+            del outcomes  # the traceback of its error leads to this frame
+
+    def _begin_change(self, changes: Sequence[Change]) -> asyncio.Future[list[KmsRefusedError | None]]:
         loop = asyncio.get_running_loop()
         key_ids, waiting = [change.key_id for change in changes], list[asyncio.Future[None]]()
         outcomes: asyncio.Future[list[KmsRefusedError | None]] = loop.create_future()
@@ -168,14 +178,14 @@ class Journal:
                 if failure is None:
                     outcomes.set_result(job.result().outcomes)
                 else:
-                    outcomes.set_exception(failure)
+                    outcomes.set_exception(copy_of(failure) if isinstance(failure, KmsRefusedError) else failure)
             elif failure is not None and not isinstance(failure, StorageUnavailableError):
                 raise failure  # a defect: the journal has the changes
 
         self._unmade.update(dict.fromkeys(key_ids, waiting))
         job = loop.run_in_executor(self._executor, self.write, changes, partial(loop.call_soon_threadsafe, answer))
         job.add_done_callback(ended)
-        return await outcomes
+        return outcomes
 
     async def file_made(self, key_id: str) -> None:
         """Returns when the file of a durable change was written, or when the disk has refused the file: then the
