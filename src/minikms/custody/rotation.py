@@ -14,7 +14,7 @@ After a restart a rotation that the keyring names continues with step 2.
 A pass reads the files that the index does not have under the new KEK version, rewraps those under another version, and
 gives them to `minikms.custody.journal`, one batch at a time. Three threads share the work: the reader reads the
 next batch; the event loop's thread, the only one that uses keys, rewraps the batch before it; the disk thread writes
-the batch before that. The first pass takes the keys of the index in the order of their ids, so that the batch backups
+the batch before that. The first pass takes the keys of the index in the order of their ids, so that the backups
 have disjoint ranges. The passes after it list the directory, which is the authority on which keys there are.
 
 Requests get a turn of the event loop after each few keys (`PACES`).

@@ -481,7 +481,7 @@ class Indexing:
 
     async def _remove_destroyed(self) -> None:
         """Removes the files and rotation backups of destroyed keys that a crash or a copied directory left. It reads
-        every batch backup. What fails stops nothing else, and is tried again.
+        every backup. What fails stops nothing else, and is tried again.
         """
         backups = self._vault.rotation_backups
 
