@@ -223,7 +223,7 @@ def test_a_torn_blank_record_is_blanked_by_the_next_start(number: int, lost: set
         assert path.read_bytes() == expected
 
 
-def test_a_file_that_cannot_be_read_keeps_no_other_record_from_being_blanked(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_keeps_no_other_from_being_blanked(tmp_path: Path) -> None:
     """It is an error of the keys that it may hold, until somebody removes it."""
     backups = opened(tmp_path)
     for stamp in (STAMP, LATER):
