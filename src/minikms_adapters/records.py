@@ -13,12 +13,11 @@ import asyncio
 import hashlib
 import inspect
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Final, NamedTuple, TypeGuard, TypeVar, cast
 
 from minikms import api
-from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem
-from minikms.client.errors import (
+from minikms.api.errors import (
     DecryptionError,
     KeyDestroyedError,
     KeyNotFoundError,
@@ -26,6 +25,7 @@ from minikms.client.errors import (
     KmsRefusedError,
     WrongThreadError,
 )
+from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem
 from minikms.client.verbs import AsyncRunner
 from minikms_adapters.errors import (
     AdapterError,
@@ -55,10 +55,10 @@ Receipt = api.DestroyKeyAnswer
 
 
 class Step(NamedTuple):
-    """A call of the key service's client (`kms`), or of the object that an adapter wraps."""
+    """A call of the key service's client (`kms`), of the object that an adapter wraps, or of a function."""
 
     kms: bool
-    method: str
+    method: str | Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -72,6 +72,10 @@ def ask_kms(method: str, *args: Any, **kwargs: Any) -> Step:
 
 def ask_inner(method: str, *args: Any, **kwargs: Any) -> Step:
     return Step(False, method, args, kwargs)
+
+
+def ask(function: Callable[..., Any], *args: Any) -> Step:
+    return Step(False, function, args, {})
 
 
 class Runner:
@@ -96,7 +100,7 @@ class Runner:
                 return cast("T", end.value)
             outcome = failure = None
             try:
-                outcome = getattr(self._kms if step.kms else self._inner, step.method)(*step.args, **step.kwargs)
+                outcome = self._function(step)(*step.args, **step.kwargs)
             except Exception as error:  # noqa: BLE001 - the steps raise it again unless they handle it
                 failure = error
 
@@ -117,12 +121,17 @@ class Runner:
 
     async def _call(self, step: Step) -> Any:
         if step.kms and self._blocking:
-            return await asyncio.to_thread(getattr(self._kms, step.method), *step.args, **step.kwargs)
-        name = step.method if step.kms else self._prefix + step.method
-        found = getattr(self._kms if step.kms else self._inner, name)(*step.args, **step.kwargs)
+            return await asyncio.to_thread(self._function(step), *step.args, **step.kwargs)
+        found = self._function(step, self._prefix)(*step.args, **step.kwargs)
         if hasattr(found, "__aiter__"):
             return [each async for each in found]
         return await found if inspect.isawaitable(found) else found
+
+    def _function(self, step: Step, prefix: str = "") -> Callable[..., Any]:
+        if callable(step.method):
+            return step.method
+        found = getattr(self._kms, step.method) if step.kms else getattr(self._inner, prefix + step.method)
+        return cast("Callable[..., Any]", found)
 
 
 # --- places -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tests.harness.live_daemon import LiveDaemon
 FRAMEWORKS = ("agents", "alembic", "langgraph", "psycopg", "sqlalchemy")
 
 if any(importlib.util.find_spec(name) is None for name in FRAMEWORKS):
-    collect_ignore = ["langgraph", "test_openai_agents.py", "test_sqlalchemy.py"]
+    collect_ignore = ["langgraph", "test_openai_agents.py", "test_pages.py", "test_sqlalchemy.py"]
 
 
 @pytest.fixture(scope="session")
