@@ -68,8 +68,11 @@ class EncryptedSession(SessionABC):
         """Removes the newest item once it was opened, so that a failure removes nothing."""
         return await self._runner.run_async(self._pop())
 
-    async def clear_session(self) -> list[Receipt]:  # type: ignore[override]  # the base gives nothing
-        """Destroys the session's keys, then removes its items. Gives the receipts. May be repeated after a failure."""
+    async def clear_session(self) -> Any:
+        """Destroys the session's keys, then removes its items. May be repeated after a failure.
+
+        Gives the receipts, a list of `Receipt`. The type is Any, since the SDK's own sessions give nothing.
+        """
         return await self._runner.run_async(self._clear())
 
     async def reencrypt(self) -> int:
