@@ -44,7 +44,7 @@ from minikms.custody.files import (
     syncfs_reports,
 )
 from minikms.custody.journal_format import BLANK, BYTES_MAX, RECORD_BYTES, RECORDS_MAX
-from minikms.keys.dek import FILE_BYTES, key_id_to_bytes
+from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, key_id_to_bytes
 from minikms.sync import sync_directory, sync_file
 
 DIRECTORY: Final = "kms-deks-backup"
@@ -544,25 +544,22 @@ def _kept(content: bytes) -> list[Kept]:
 
 def _going(content: bytes, key_ids: Iterable[str]) -> list[Kept]:
     """The records of these keys, and those that a crash left half blank."""
-    going: dict[int, Kept] = {}
-    for key_id in key_ids:
-        for sought in (key_id_to_bytes(key_id), b'{"id":"%s"' % key_id.encode("ascii")):
-            at = content.find(sought)
-            while at >= 0:
-                offset = _record_at(at)
-                if (at - offset) in _ID_PLACES and offset + RECORD_BYTES <= len(content):
-                    going[offset] = Kept(key_id, b"", offset)
-                at = content.find(sought, at + 1)
-    for offset, _ in _records(content):
-        if offset not in going and journal_format.is_half_blank(content, offset):
-            going[offset] = Kept("", b"", offset)
-    return list(going.values())
+    going: list[Kept] = []
+    named = {form: key_id for key_id in key_ids for form in (key_id_to_bytes(key_id), b'{"id":"%s"' % key_id.encode())}
+    for offset in journal_format.offsets(content):
+        old, new = offset + KEY_ID_BYTES, offset + KEY_ID_BYTES + FILE_BYTES
+        raw_id = content[offset:old]
+        key_id = (
+            named.get(raw_id)
+            or named.get(content[old : old + _ID_TEXT_BYTES])
+            or named.get(content[new : new + _ID_TEXT_BYTES])
+        )
+        if key_id:
+            going.append(Kept(key_id, b"", offset))
+        elif b"\0" in raw_id and journal_format.is_half_blank(content, offset):
+            going.append(Kept("", b"", offset))
+    return going
 
 
-_ID_PLACES: Final = frozenset((0, 16, 16 + FILE_BYTES))
-"""Where a record names its key: in front, and in both contents."""
-
-
-def _record_at(place: int) -> int:
-    head = len(journal_format.MAGIC)
-    return head + max(0, place - head) // RECORD_BYTES * RECORD_BYTES
+_ID_TEXT_BYTES: Final = len(b'{"id":"k_01jd0000000000000000000000"')
+"""How a content names its key."""

@@ -137,7 +137,8 @@ def is_half_blank(content: bytes, offset: int) -> bool:
     parts = (content[offset:boundary], content[boundary:end])
     if all(any(part) or not part for part in parts):
         return False
-    return parse(content[offset : offset + RECORD_BYTES]) is None and has_empty_sector(content, offset)
+    record = content[offset : offset + RECORD_BYTES]
+    return record != BLANK and parse(record) is None and has_empty_sector(content, offset)
 
 
 def _damaged(record: bytes) -> Change:

@@ -199,9 +199,7 @@ async def keys_to_rewrap(place: Path, *, interrupted: bool) -> None:
         await one.vault.retire(key_ids[0])
         await one.rotate()  # so that every key has a backup
         if not interrupted:
-            # A rotation of the same second would not make a directory of its own.
-            [made] = (one.directory / "kms-deks-backup").iterdir()
-            made.rename(made.with_name("20200101T000000"))
+            make_older(one.directory)
             return
         olds = {key_id: one.file(key_id).read_bytes() for key_id in key_ids}
         await one.rotate()
@@ -212,8 +210,15 @@ async def keys_to_rewrap(place: Path, *, interrupted: bool) -> None:
         one.file(torn).write_bytes(news[torn][:200] + olds[torn][200:])
         one.file(zeros).write_bytes(bytes(512) + news[zeros][512:])
         one.file(cut).write_bytes(news[cut][:100])
+    make_older(place / "data")
     changes = [Change(key_id, olds[key_id], news[key_id]) for key_id in key_ids]
     (place / "data" / journal.NAME).write_bytes(encode(changes))
+
+
+def make_older(directory: Path) -> None:
+    """A rotation or replay of the same second would not make a directory of its own."""
+    for number, made in enumerate(sorted((directory / "kms-deks-backup").iterdir())):
+        made.rename(made.with_name(f"20200101T00000{number}"))
 
 
 async def check_rewrapped(place: Path, told: list[list[str]]) -> None:
