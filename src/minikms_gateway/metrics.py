@@ -88,7 +88,10 @@ class MetricsApplication:
     def handle(self, session: int, request: Request) -> Response:
         if (request.method, request.path) != ("GET", _PATH):
             return error_response(404, api.CODE_NOT_FOUND, f"ask for {_PATH}")
-        return Response(200, generate_latest(self._registry), content_type=CONTENT_TYPE_LATEST)
+        return Response(200, self.page(), content_type=CONTENT_TYPE_LATEST)
+
+    def page(self) -> bytes:
+        return generate_latest(self._registry)
 
     def refused(self, session: int | None, status: int, code: str) -> None:
         """Nothing to count: only this host can connect."""

@@ -15,6 +15,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -48,8 +49,17 @@ on_behalf_of = ["spiffe://prod/**", "dns:*.chat.internal", "oidc:https://issuer.
 class Gateway:
     """Certificates, configuration and process, in `base`/gateway. Files are replaced by `replace`."""
 
-    def __init__(self, base: Path, kms_socket: Path, *, tables: str = "", crl: bool = False, cas: bool = True) -> None:
-        """`tables` are added to the configuration. `crl`: the CA has a file of revocation lists."""
+    def __init__(
+        self,
+        base: Path,
+        kms_socket: Path,
+        *,
+        tables: str = "",
+        files: Mapping[str, bytes] | None = None,
+        crl: bool = False,
+        cas: bool = True,
+    ) -> None:
+        """`tables` are added to the configuration, and name `files`. `crl`: the CA has a file of revocation lists."""
         needs.interpreter_for(GATEWAY)
         self.directory = base / "gateway"
         self.directory.mkdir(mode=0o755)
@@ -67,6 +77,8 @@ class Gateway:
         if crl:
             self.revoke()
             table += 'crl = "clients.crl"\n'
+        for name, content in (files or {}).items():
+            self.write(name, content)
         self.config = self.directory / "gateway.toml"
         self.configure(
             f'version = 1\nlisten = "127.0.0.1:{self.port}"\nmetrics = "127.0.0.1:{self.metrics_port}"\n'

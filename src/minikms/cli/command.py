@@ -61,7 +61,7 @@ app = App(
     help_format="plaintext",  # what Markdown needs takes long to import
     help_formatter=HelpPages(),
     help_epilogue="`minikms unlock …` runs minikms-unlock: root keys from a passphrase. "
-    "`minikms gateway …` runs minikms-gateway: other hosts. "
+    "`minikms gateway …` runs minikms-gateway, for other hosts. "
     "Exit status: 0 done, 1 a check failed or a refusal, 2 wrong usage or something is missing.",
     version_flags=["--version"],
     version="0.2.0",
