@@ -38,8 +38,8 @@ def page() -> str:
     from minikms_unlock.command import app as unlock
     from progressdb_server.cli.command import app as progressdb
 
-    programs = ((minikms, "minikms"), (gateway, "minikms-gateway"), (unlock, "minikms-unlock"))
-    programs += ((progressdb, "progressdb"),)
+    helpers = ((gateway, "minikms-gateway"), (unlock, "minikms-unlock"))
+    programs = ((minikms, "minikms"), *helpers, (progressdb, "progressdb"))
     return OPENING + "".join(line for app, name in programs for line in _section(app, name))
 
 

@@ -20,7 +20,7 @@ from urllib.parse import urlencode
 
 from minikms import api
 from minikms.api import Verb
-from minikms.errors import InvalidRequestError, MiniKmsError, UnauthorizedError
+from minikms.api.errors import InvalidRequestError, KmsRefusedError, UnauthorizedError
 from minikms.http import (
     TOO_MANY_CONNECTIONS,
     ParsedHead,
@@ -159,7 +159,7 @@ class Gateway:
             self._check_head(head)
             if isinstance(self._principal(session, head), str):
                 self._verb(head)
-        except MiniKmsError as error:
+        except KmsRefusedError as error:
             refused = self._counted(error)
             refused.close = True
             return refused
@@ -174,7 +174,7 @@ class Gateway:
             who = self._principal(session, head)
             if isinstance(who, str):
                 return self._forward(who, request)
-        except MiniKmsError as error:
+        except KmsRefusedError as error:
             return self._counted(error)
         return self._after(who, session, Request(head, memoryview(bytes(request.body))))
 
@@ -240,7 +240,7 @@ class Gateway:
             if not isinstance(who, str):  # another fetch: the issuer changed meanwhile
                 raise IssuerUnavailableError("the keys of the token's issuer are being fetched")
             answer = self._forward(who, request)
-        except MiniKmsError as error:
+        except KmsRefusedError as error:
             return self._counted(error)
         return answer if isinstance(answer, bytes | Response) else await answer
 
@@ -282,7 +282,7 @@ class Gateway:
         self.requests[verb.name] += 1
         return self._upstream.send(request_bytes(verb.method, target, request, who))
 
-    def _counted(self, error: MiniKmsError) -> Response:
+    def _counted(self, error: KmsRefusedError) -> Response:
         """The answer to an error, whose reason is counted."""
         if isinstance(error, RefusedCertificateError | RefusedTokenError | RefusedRequestError):
             self._refusals.add(error.reason)

@@ -28,7 +28,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtensionOID
 
-from minikms.errors import InvalidRequestError, StartError
+from minikms.api.errors import InvalidRequestError, StartError
 from minikms.policy.names import parse_name
 from minikms_gateway.config import CRL_BYTES_MAX, PEM_BYTES_MAX, ClientCa, Config, Files
 from minikms_gateway.reasons import RefusedCertificateError

@@ -83,7 +83,7 @@ def explained(error: Exception) -> str:
     """The text of an error. An error that is a defect is raised again."""
     from cyclopts import CycloptsError
 
-    from minikms.errors import StartError
+    from minikms.api.errors import StartError
 
     if isinstance(error, CycloptsError):
         return usage.explained(error, "minikms-gateway")

@@ -18,7 +18,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from minikms.errors import InvalidRequestError, StartError
+from minikms.api.errors import InvalidRequestError, StartError
 from minikms.policy.names import parse_name
 from minikms.trusted_file import ROOT_UID, read_trusted
 

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from minikms.errors import StartError
+from minikms.api.errors import StartError
 from minikms_gateway.config import JWKS_BYTES_MAX, PEM_BYTES_MAX, Config, Files, Issuer
 from minikms_gateway.reasons import IssuerUnavailableError, RefusedTokenError
 from minikms_gateway.tokens import Key, Verified, bearer, check_binding, parse_keys, read, verify

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import uvloop
 
+from minikms.api.errors import StartError
 from minikms.client.connecting import OVERFLOW_UID_FILE
-from minikms.errors import StartError
 from minikms.http import LIMITS, HttpServer
 from minikms.http.accepting import (
     ACCEPT_PAUSE_SECONDS,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final, Literal, get_args
 
 from minikms import api
-from minikms.errors import ForbiddenError, MiniKmsError, UnauthorizedError
+from minikms.api.errors import ForbiddenError, KmsRefusedError, UnauthorizedError
 
 HandshakeReason = Literal[
     "no_certificate",
@@ -97,7 +97,7 @@ class RefusedTokenError(UnauthorizedError):
         self.reason: Final = reason
 
 
-class IssuerUnavailableError(MiniKmsError):
+class IssuerUnavailableError(KmsRefusedError):
     """The keys of the token's issuer could not be fetched."""
 
     status = 503

@@ -31,7 +31,7 @@ from joserfc.errors import JoseError
 from joserfc.jwk import ECKey, KeySet, OKPKey, RSAKey
 from joserfc.jws import JWSRegistry
 
-from minikms.errors import InvalidRequestError, StartError
+from minikms.api.errors import InvalidRequestError, StartError
 from minikms.policy.names import parse_name
 from minikms_gateway.config import Issuer
 from minikms_gateway.reasons import RefusedTokenError

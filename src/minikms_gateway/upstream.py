@@ -17,10 +17,9 @@ from collections.abc import Collection
 from typing import Final, cast
 
 from minikms import api
+from minikms.api.errors import KmsError, KmsProtocolError, RequestInterruptedError, ShuttingDownError
 from minikms.client.connecting import POOL_IDLE_S_MAX, connect
-from minikms.client.errors import KmsError, KmsProtocolError
 from minikms.client.wire import JSON, Answer, AnswerParser
-from minikms.errors import RequestInterruptedError, ShuttingDownError
 from minikms.http import Request, Response
 
 CONNECTIONS_MAX: Final = 512

@@ -73,7 +73,7 @@ def test_a_certificate_alone_is_its_own_name_where_there_are_issuers(pair: Pair)
 
 
 def _hs256_with_the_public_key() -> str:
-    public = OIDC.key.public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)  # type: ignore[union-attr]
+    public = OIDC.key.public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     text = OIDC.token(header={"alg": "HS256"}).rpartition(".")[0]
     return f"{text}.{encoded(hmac.digest(public, text.encode(), 'sha256'))}"
 
