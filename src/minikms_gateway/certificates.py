@@ -4,7 +4,7 @@ Owns: the TLS contexts, and the rules for certificates, in this order:
 1. OpenSSL verifies the chain up to a CA of the configuration, its validity and its purpose, in the handshake, in TLS
    1.3 only, without tickets, so that no session outlives its certificate. Its strict rules for CAs (RFC 5280) hold.
 2. The CA is the one nearest to the client's certificate in the verified chain. It limits the identity.
-3. The certificate is an end-entity's and signs (`digitalSignature`); it is neither a CA's nor signs certificates.
+3. The certificate is an end-entity's and signs (digital signature); it is neither a CA's nor signs certificates.
 4. Its identity is its only URI SAN, a SPIFFE id of a trust domain of the CA. Without a URI SAN it is its only DNS SAN,
    at or below a suffix of the CA. Anything else is no identity, and nothing falls back to another field.
 5. If the CA has a CRL file, each certificate below the CA needs a list there of its issuer, signed by it and in force.
@@ -153,7 +153,7 @@ def chain_of(tls: ssl.SSLObject) -> Chain | None:
     if verified is not None:
         certificates = tuple(cast("Callable[[], list[bytes]]", verified)())
     else:  # before Python 3.13 the method has no public name
-        found = cast("ssl.SSLSocket", tls)._sslobj.get_verified_chain()  # type: ignore[attr-defined]
+        found = cast("ssl.SSLSocket", tls)._sslobj.get_verified_chain()  # type: ignore[attr-defined]  # as said
         certificates = tuple(ssl.PEM_cert_to_DER_cert(one.public_bytes()) for one in found)
     return Chain(certificates, hashlib.sha256(own).digest())
 

@@ -100,6 +100,7 @@ class _Source:
         try:
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request("GET", target, headers={"Accept": "application/json", "User-Agent": "minikms-gateway"})
+            sock = connection.sock  # which the answer goes on reading, if the issuer closes the connection after it
             answer = connection.getresponse()
             if answer.status != 200:
                 raise StartError(f"it answers {answer.status}")
@@ -108,7 +109,7 @@ class _Source:
                 content += part
                 if len(content) > bytes_max:
                     raise StartError(f"its answer is larger than {bytes_max} bytes")
-                connection.sock.settimeout(_left_s(ends_s))
+                sock.settimeout(_left_s(ends_s))
             return content
         except ValueError:
             raise StartError("it names a URL that can't be asked for") from None

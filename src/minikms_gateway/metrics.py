@@ -51,19 +51,20 @@ class _Collector(Collector):
         for reason, count in values.refused.items():
             refused.add_metric([reason], count)
         yield refused
-        gauges: list[tuple[str, str, float | None]] = [
-            ("connections", "Open connections after their handshake.", values.connections),
-            ("handshakes", "Handshakes that have not ended.", values.handshakes),
-            ("kms_connections", "Open connections to the key service.", values.kms_connections),
-            ("kms_waiting", "Requests that wait for a connection to the key service.", values.kms_waiting),
-            ("kms_reachable", "0 if the last attempt to reach the key service failed.", values.kms_reachable),
-            ("reload_failed", "1 while a changed file is not in force, because it is not valid.", values.reload_failed),
-            ("certificate_expires_seconds", "When the own certificate expires (Unix time).", values.certificate_until),
-            ("crl_expires_seconds", "When the first revocation list expires (Unix time).", values.crl_until),
-        ]  # fmt: skip
-        for name, text, value in gauges:
+        for name, text, value in _gauges(values):
             if value is not None:
-                yield GaugeMetricFamily(f"minikms_gateway_{name}", text, value)
+                yield GaugeMetricFamily(name, text, value)
+
+
+def _gauges(values: Values) -> Iterable[tuple[str, str, float | None]]:
+    yield "minikms_gateway_connections", "Open connections after their handshake.", values.connections
+    yield "minikms_gateway_handshakes", "Handshakes that have not ended.", values.handshakes
+    yield "minikms_gateway_kms_connections", "Open connections to the key service.", values.kms_connections
+    yield "minikms_gateway_kms_waiting", "Requests that wait for a connection to it.", values.kms_waiting
+    yield "minikms_gateway_kms_reachable", "0 if the last attempt to reach it failed.", values.kms_reachable
+    yield "minikms_gateway_reload_failed", "1 while changed files are not valid.", values.reload_failed
+    yield "minikms_gateway_certificate_expires_seconds", "Unix time.", values.certificate_until
+    yield "minikms_gateway_crl_expires_seconds", "Unix time.", values.crl_until
 
 
 class MetricsApplication:

@@ -130,7 +130,7 @@ def verify(token: Unverified, issuer: Issuer, key: Key, *, now: float, thumbprin
     if issuer.kind == "oidc" and claims.get("iss") != issuer.issuer:
         raise RefusedTokenError("token_issuer")
     audience = claims.get("aud")
-    if issuer.audience not in ([audience] if isinstance(audience, str) else audience or ()):
+    if issuer.audience not in (audience if isinstance(audience, list) else [audience]):
         raise RefusedTokenError("token_audience")
     bound = _bound_to(claims)
     check_binding(bound, thumbprint)

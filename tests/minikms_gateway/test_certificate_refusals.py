@@ -44,10 +44,6 @@ ANSWERED: dict[str, tuple[dict[str, Any], str]] = {
     "a suffix that begins within a label": ({"dns": ["evilchat.internal"]}, "dns_suffix"),
     "another suffix": ({"dns": ["api.chat.internal.example"]}, "dns_suffix"),
     "a certificate that does not sign": ({"uris": [SPIFFE], "usage": ["key_agreement"]}, "usage"),
-    "a certificate that signs certificates": (
-        {"uris": [SPIFFE], "usage": ["digital_signature", "crl_sign"]},
-        "usage",
-    ),
 }
 """The handshake succeeds, and every request but /health is 401."""
 
@@ -110,6 +106,7 @@ IN_THE_HANDSHAKE: dict[str, tuple[dict[str, Any], str, str]] = {
     "another CA": ({}, "unknown_ca", "UNKNOWN_CA"),
     "expired": ({"ends": -MINUTE}, "expired", "EXPIRED"),
     "not yet valid": ({"starts": HOUR}, "not_yet_valid", "BAD_CERTIFICATE"),
+    "signs revocation lists": ({"usage": ["digital_signature", "crl_sign"]}, "certificate", "CERTIFICATE_UNKNOWN"),
     "for servers only": ({"extended": [SERVER]}, "usage", "UNSUPPORTED"),
 }
 """How it is made, the reason, and the alert."""

@@ -49,7 +49,7 @@ def connections_bound(descriptors: int) -> int:
     bound = min(api.CONNECTIONS_MAX, descriptors - DESCRIPTORS_RESERVED_COUNT)
     if bound < CONNECTIONS_COUNT_MIN:
         raise StartError(
-            f"the limit of open files is {descriptors}, and this service needs at least "
+            f"the limit of open files is {descriptors}, and the daemon needs at least "
             f"{CONNECTIONS_COUNT_MIN + DESCRIPTORS_RESERVED_COUNT}: raise it (ulimit -n, or LimitNOFILE= in the unit)"
         )
     return bound

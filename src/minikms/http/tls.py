@@ -99,7 +99,19 @@ class TlsServer(Generic[S]):
 class TlsConnection(asyncio.BufferedProtocol, asyncio.Transport, Generic[S]):
     """The protocol of a TCP connection, and the transport of the engine's connection above it."""
 
-    __slots__ = ("_connection", "_ended", "_failed", "_incoming", "_outgoing", "_paused", "_raw", "_server", "_tls")
+    __slots__ = (
+        "_connection",
+        "_ended",
+        "_eof",
+        "_failed",
+        "_incoming",
+        "_outgoing",
+        "_paused",
+        "_raw",
+        "_server",
+        "_tls",
+        "_told",
+    )
 
     _raw: asyncio.Transport
     _tls: ssl.SSLObject
@@ -112,6 +124,10 @@ class TlsConnection(asyncio.BufferedProtocol, asyncio.Transport, Generic[S]):
         self._paused = False
         self._ended = False
         """This side has sent its last byte: input is discarded."""
+        self._eof = False
+        """The peer has closed its side of the TCP connection. OpenSSL is not told: it would end the other side too."""
+        self._told = False
+        """The engine knows that the peer sends nothing more."""
         self._failed = False
         """The handshake has failed, and that was reported."""
 
@@ -147,8 +163,8 @@ class TlsConnection(asyncio.BufferedProtocol, asyncio.Transport, Generic[S]):
         if self._connection is None:
             self._fail(None)
             return False
+        self._eof = True
         if not self._ended:
-            self._incoming.write_eof()
             self._read()
         elif not self._raw.is_closing():
             self._connection.eof_received()
@@ -204,12 +220,13 @@ class TlsConnection(asyncio.BufferedProtocol, asyncio.Transport, Generic[S]):
     def _read(self) -> None:
         """Decrypt what has arrived into the engine's buffer, until it is used up or the engine pauses."""
         connection = self._connection
-        if connection is None:
+        if connection is None or self._told:
             return
         waits = False
-        while not (waits or self._paused or self._ended or self._raw.is_closing()):
+        ended = False
+        while not (waits or ended or self._paused or self._ended or self._raw.is_closing()):
             room = connection.get_buffer(-1)
-            filled, ended = 0, False
+            filled = 0
             try:
                 while filled < len(room):
                     count = self._tls.read(len(room) - filled, room[filled:])
@@ -219,17 +236,16 @@ class TlsConnection(asyncio.BufferedProtocol, asyncio.Transport, Generic[S]):
                     filled += cast(int, count)
             except ssl.SSLWantReadError:
                 waits = True
-            except ssl.SSLEOFError:  # closed without close_notify: a request that was cut off is refused by its length
-                ended = True
+                ended = self._eof  # perhaps without close_notify: a request that was cut off is refused by its length
             except ssl.SSLError:
                 self._raw.abort()
                 return
             if filled:
                 connection.buffer_updated(filled)
-            if ended:
-                if not self._ended and not connection.eof_received():
+            if ended and not self._ended:
+                self._told = True
+                if not connection.eof_received():
                     self.close()
-                break
         self._flush()  # the answer to a key update
 
     def _flush(self) -> None:
