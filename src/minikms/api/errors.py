@@ -70,6 +70,9 @@ class KmsRefusedError(KmsError):
     code: str = contract.CODE_INTERNAL
     retry_after_s: int = 0
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
     @property
     def message(self) -> str:
         """The sentence for the caller."""
