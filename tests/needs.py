@@ -38,6 +38,8 @@ _DEBIAN_PACKAGES = {
     "mkfs.ext4": "e2fsprogs",
     "mount": "mount",
     "nginx": "nginx",
+    "node": "nodejs",
+    "npm": "npm",
     "openssl": "openssl",
     "promtool": "prometheus",
     "setpriv": "util-linux",

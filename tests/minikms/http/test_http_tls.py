@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -115,14 +116,15 @@ def test_answers_that_nobody_reads_are_bounded() -> None:
     async def check() -> None:
         async with serving_tls() as running:
             reader, writer = await running.peer()
-            writer.transport.pause_reading()
+            transport = cast(asyncio.Transport, writer.transport)
+            transport.pause_reading()
             writer.write(get("/large?bytes=20000000") * 5)
             while not running.http.unread:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.2)  # a second answer would be made in this time
             assert len(running.app.seen) == 1
             assert 10_000_000 < running.http.unread < 21_000_000
-            writer.transport.resume_reading()
+            transport.resume_reading()
             for _ in range(5):
                 head = await reader.readuntil(b"\r\n\r\n")
                 assert head.startswith(b"HTTP/1.1 200")
