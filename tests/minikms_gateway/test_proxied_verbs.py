@@ -229,8 +229,9 @@ def test_a_stop_answers_what_has_begun_and_closes_the_rest() -> None:
     with Pair() as pair, pair.gateway.caller(pair.client()) as idle, pair.gateway.caller(pair.client()) as caller:
         assert idle.get("/ready").status == 200
         body = b'{"count":4096}'
-        caller.sock.sendall(b"POST /random HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body))
-        wait_until(lambda: pair.gateway.metric("connections") == 2)
+        head = b"POST /random HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+        caller.sock.sendall(head % len(body))
+        assert caller.sock.recv(100).startswith(b"HTTP/1.1 100 ")
         assert pair.gateway.process is not None
         pair.gateway.process.terminate()
         assert idle.sock.recv(1) == b""
