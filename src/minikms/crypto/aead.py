@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB
 
-from minikms.errors import DecryptionError
+from minikms.api.errors import DecryptionError
 
 KEY_BYTES: Final = 32
 PREFIX_BYTES: Final = 12

@@ -10,8 +10,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from minikms.api.errors import KmsRefusedError
 from minikms.client import Client, DecryptItem, EncryptItem
-from minikms.client.errors import KmsRefusedError
 from minikms.crypto.aead import NONCE_BYTES, PREFIX_BYTES
 from minikms.keys import dek
 from tests.harness import decryptor
