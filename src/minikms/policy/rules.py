@@ -64,9 +64,7 @@ class PolicyFileError(StartError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """None: there is no such limit. `decrypts_per_hour` counts items of decrypt and decrypt_batch,
-    `reencrypts_per_hour` those of reencrypt_batch and check_batch, failed ones too.
-    """
+    """None: there is no such limit. `Verb.charged_as` says which verbs an hourly limit counts."""
 
     requests_per_second: int | None = None
     concurrent: int | None = None
