@@ -7,7 +7,7 @@ import Provider from 'oidc-provider';
 
 const [port, cert, key, ca] = process.argv.slice(2);
 const jwk = generateKeyPairSync('ec', { namedCurve: 'P-256' }).privateKey.export({ format: 'jwk' });
-const client = { client_secret: 'secret', grant_types: ['client_credentials'], redirect_uris: [], response_types: [] };
+const client = { client_secret: 'secret', grant_types: ['client_credentials'], redirect_uris: [], response_types: [], id_token_signed_response_alg: 'ES256' };
 const provider = new Provider(`https://localhost:${port}`, {
   clients: [
     { client_id: 'chat', ...client },

@@ -39,11 +39,20 @@ class Provider:
         (directory / "clients.pem").write_bytes(clients.pem)
         files = self.authority.issue(dns=["localhost"], extended=[SERVER]).write(directory, "provider")
         command = [node, script, str(self.port), *map(str, files), str(directory / "clients.pem")]
-        self.process = subprocess.Popen(command, cwd=directory)
-        wait_until(self._answers)
+        with (directory / "log").open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=directory, stdout=log, stderr=log)
+        try:
+            wait_until(self._answers)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
     def _answers(self) -> bool:
-        assert self.process.poll() is None
+        assert self.process.poll() is None, (self._directory / "log").read_text()
         with contextlib.suppress(OSError):
             return bool(self.token("chat"))
         return False
@@ -76,8 +85,7 @@ def both(tmp_path: Path) -> Iterator[tuple[Provider, Pair]]:
         with Pair(policy=policy, tables=table, files={"issuer-ca.pem": provider.authority.pem}) as pair:
             yield provider, pair
     finally:
-        provider.process.kill()
-        provider.process.wait()
+        provider.stop()
 
 
 @pytest.mark.torture
