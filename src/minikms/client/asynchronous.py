@@ -219,11 +219,11 @@ class AsyncClient(Verbs, AsyncRunner):
     async def _connection(self, batched: Verb[Any, Any] | None) -> Connection:
         if self._closed:
             raise KmsClosedError("the client is closed")
-        generation = self._endpoint.generation
+        proxied = self._endpoint.proxied
         if batched is not None:
             kept = self._batch_connections.get(batched)
             if kept is not None:
-                if kept.usable and kept.generation == generation:
+                if kept.usable and (not proxied or kept.is_current):
                     return kept
                 kept.close()
             connection = self._batch_connections[batched] = await self._open()
@@ -231,7 +231,7 @@ class AsyncClient(Verbs, AsyncRunner):
         fresh_s = asyncio.get_running_loop().time() - POOL_IDLE_S_MAX
         while self._idle:
             connection = self._idle.pop()
-            if connection.usable and connection.idle_since_s >= fresh_s and connection.generation == generation:
+            if connection.usable and connection.idle_since_s >= fresh_s and (not proxied or connection.is_current):
                 return connection
             connection.close()
         return await self._open()

@@ -59,8 +59,6 @@ class Endpoint(ABC):
 
     origin: bytes = SOCKET_ORIGIN
     """The rest of a request's first line, and the headers that every request has."""
-    generation: int = 0
-    """Rises when the client's certificate changes. A connection of an earlier generation is not used again."""
     proxied: bool = False
     """Whether a gateway is between client and daemon."""
     warnings: Sequence[str] = ()
@@ -73,6 +71,12 @@ class Endpoint(ABC):
     @abstractmethod
     async def attach(self, loop: asyncio.AbstractEventLoop, protocol: asyncio.Protocol, timeout_s: float) -> None:
         """The same for a connection of asyncio, which then calls `protocol`."""
+
+    def is_current(self, sock: object) -> bool:
+        """Whether a connection with this TLS socket (or object) may be used again: no file has changed since. Raises
+        KmsError if the files can't be used.
+        """
+        return True
 
     def lost(self, error: Exception | None, *, sent: bool, sock: socket.socket | None = None) -> KmsError:
         """Why a connection ended before the answer was complete. `sent`: a part of the request may have arrived.

@@ -20,7 +20,6 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self.generation = endpoint.generation
         self._ended_by: Exception | None = None
         self._transport: asyncio.Transport | None = None
         self._parser: AnswerParser | None = None
@@ -38,6 +37,11 @@ class Connection(asyncio.Protocol):
     @property
     def usable(self) -> bool:
         return self._reusable and self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the files that TLS needs are as they were when it was opened. Raises KmsError."""
+        return self._transport is not None and self._endpoint.is_current(self._transport.get_extra_info("ssl_object"))
 
     async def exchange(
         self,

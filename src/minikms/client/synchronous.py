@@ -67,7 +67,7 @@ class Client(Verbs, BlockingRunner):
         self._timeout_s = timeout_s
         self._wait_s = wait_s
         self._lock = threading.Lock()
-        self._idle: list[tuple[float, int, socket.socket]] = []
+        self._idle: list[tuple[float, socket.socket]] = []
         self._closed = False
         _clients.add(self)
 
@@ -89,7 +89,7 @@ class Client(Verbs, BlockingRunner):
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-        for _since_s, _generation, sock in idle:
+        for _since_s, sock in idle:
             sock.close()
 
     def _begin_in_child(self) -> None:
@@ -98,7 +98,7 @@ class Client(Verbs, BlockingRunner):
         """
         self._lock = threading.Lock()
         idle, self._idle = self._idle, []
-        for _since_s, _generation, sock in idle:
+        for _since_s, sock in idle:
             sock.close()
 
     # --- exchanges ---
@@ -127,7 +127,7 @@ class Client(Verbs, BlockingRunner):
             call.wipe()
 
     def _exchange(self, call: Call[Any], timeout_s: float) -> Answer:
-        generation, sock = self._connection(timeout_s)
+        sock = self._connection(timeout_s)
         try:
             answer = _exchange(sock, call, time.monotonic() + timeout_s, self._endpoint.origin)
         except TimeoutError:
@@ -141,13 +141,13 @@ class Client(Verbs, BlockingRunner):
             sock.close()
             raise
         if answer.reusable:
-            self._release(generation, sock)
+            self._release(sock)
         else:
             sock.close()
         return answer
 
-    def _connection(self, timeout_s: float) -> tuple[int, socket.socket]:
-        generation = self._endpoint.generation
+    def _connection(self, timeout_s: float) -> socket.socket:
+        proxied = self._endpoint.proxied
         fresh_s = time.monotonic() - POOL_IDLE_S_MAX
         while True:
             with self._lock:
@@ -155,16 +155,16 @@ class Client(Verbs, BlockingRunner):
                     raise KmsClosedError("the client is closed")
                 if not self._idle:
                     break
-                since_s, opened_in, sock = self._idle.pop()
-            if since_s >= fresh_s and opened_in == generation and not _has_input(sock):
-                return generation, sock
+                since_s, sock = self._idle.pop()
+            if since_s >= fresh_s and not _has_input(sock) and (not proxied or self._endpoint.is_current(sock)):
+                return sock
             sock.close()
-        return generation, self._endpoint.connect(timeout_s)
+        return self._endpoint.connect(timeout_s)
 
-    def _release(self, generation: int, sock: socket.socket) -> None:
+    def _release(self, sock: socket.socket) -> None:
         with self._lock:
             if not self._closed and len(self._idle) < POOL_CONNECTIONS_MAX:
-                self._idle.append((time.monotonic(), generation, sock))
+                self._idle.append((time.monotonic(), sock))
                 return
         sock.close()
 
@@ -195,13 +195,9 @@ def _exchange(sock: socket.socket, call: Call[Any], until_s: float, origin: byte
 
 
 def _send(sock: socket.socket, data: bytes | bytearray, until_s: float) -> None:
-    # send and recv count their timeout until they have sent or received any bytes; so does sendall over TLS
+    # sendall counts its timeout over the whole of the data (since Python 3.5), recv only until the next bytes come
     sock.settimeout(_left_s(until_s))
-    sent = sock.send(data)
-    while sent < len(data):
-        sock.settimeout(_left_s(until_s))
-        with memoryview(data) as view:
-            sent += sock.send(view[sent:])
+    sock.sendall(data)
 
 
 def _left_s(until_s: float) -> float:

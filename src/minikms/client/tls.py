@@ -94,7 +94,6 @@ class TlsEndpoint(Endpoint):
         self._token_file = None if token_file is None else os.fspath(token_file)
         self._long_lived_cert = long_lived_cert
         self._context: ssl.SSLContext | None = None
-        self._generation = 0
         self._read: list[_Signature | None] = []
         self._cert_warning = self._cert_trouble = self._token_trouble = ""
         self._token_read: _Signature | None = None
@@ -116,14 +115,11 @@ class TlsEndpoint(Endpoint):
 
     # --- files -------------------------------------------------------------------------------------------------------
 
-    @property
-    def generation(self) -> int:  # type: ignore[override]  # of the socket it never changes
-        """That of the files as they are now. Raises KmsCredentialsError if they could never be used."""
-        self._take_up_files()
-        return self._generation
+    def is_current(self, sock: object) -> bool:
+        return isinstance(sock, ssl.SSLSocket | ssl.SSLObject) and sock.context is self._take_up_files()
 
     @property
-    def origin(self) -> bytes:  # type: ignore[override]  # as above
+    def origin(self) -> bytes:  # type: ignore[override]  # of the socket it never changes
         """With the token as it is now. Raises KmsCredentialsError if it could never be used."""
         if self._token_file is not None:
             self._take_up_token(self._token_file)
@@ -134,7 +130,6 @@ class TlsEndpoint(Endpoint):
         if found != self._read:
             try:
                 self._context = self._new_context()
-                self._generation += 1
                 self._cert_trouble = ""
             except _UnusableFileError as error:
                 self._cert_trouble = str(error)
@@ -145,6 +140,7 @@ class TlsEndpoint(Endpoint):
 
     def _new_context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which checks certificate and name
+        context.sslsocket_class = _TlsSocket
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.hostname_checks_common_name = False
         context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
@@ -293,6 +289,22 @@ class TlsEndpoint(Endpoint):
         also = "".join(f". Beside that, {trouble}" for trouble in self._troubles())
         told = alert.lower().replace("_", " ")
         return KmsCredentialsError(f"{self._url} refuses this client ({told}), which has {what}{also}")
+
+
+class _TlsSocket(ssl.SSLSocket):
+    """Of the synchronous client."""
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """Within the timeout as a whole, as that of a plain socket; each record has its own otherwise."""
+        until_s = time.monotonic() + (self.gettimeout() or 0.0)
+        with memoryview(data) as view:
+            sent = self.send(view)
+            while sent < len(view):
+                left_s = until_s - time.monotonic()
+                if left_s <= 0:
+                    raise TimeoutError
+                self.settimeout(left_s)
+                sent += self.send(view[sent:])
 
 
 class _ReadToTheEnd(socket.socket):

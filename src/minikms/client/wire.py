@@ -64,8 +64,8 @@ def request_head(
     named = b"" if request_id is None else b"%b: %b\r\n" % (api.REQUEST_ID_HEADER.encode(), request_id.encode())
     if body_bytes is None:
         return b"GET " + target + origin + named + b"\r\n"
-    kind = b"Content-Type: %b\r\nContent-Length: %d\r\n" % (content_type, body_bytes)
-    return b"POST " + target + origin + kind + named + b"\r\n"
+    line = b"POST %b%bContent-Type: %b\r\nContent-Length: %d\r\n%b\r\n"
+    return line % (target, origin, content_type, body_bytes, named)
 
 
 class AnswerParser:
