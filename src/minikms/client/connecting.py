@@ -18,7 +18,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from minikms.client.errors import KmsError, KmsUnavailableError, KmsUntrustedServerError
+from minikms.api.errors import KmsError, KmsUnavailableError, KmsUntrustedServerError
 from minikms.client.wire import SOCKET_ORIGIN
 
 if TYPE_CHECKING:

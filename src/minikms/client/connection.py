@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
+from minikms.api.errors import KmsError, KmsProtocolError, KmsTimeoutError
 from minikms.client.connecting import Endpoint
-from minikms.client.errors import KmsError, KmsProtocolError, KmsTimeoutError
 from minikms.client.wire import JSON, Answer, AnswerParser, request_head
 
 

@@ -25,14 +25,14 @@ import stat
 import time
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from minikms.client.connecting import Endpoint
-from minikms.client.errors import (
+from minikms.api.errors import (
     KmsCredentialsError,
     KmsError,
     KmsProtocolError,
     KmsUnavailableError,
     KmsUntrustedServerError,
 )
+from minikms.client.connecting import Endpoint
 
 if TYPE_CHECKING:
     import asyncio

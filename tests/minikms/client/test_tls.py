@@ -15,7 +15,8 @@ import pytest
 from cryptography import x509
 
 from minikms import api
-from minikms.client import AsyncClient, Client, errors
+from minikms.api import errors
+from minikms.client import AsyncClient, Client
 from minikms.client.tls import TOKEN_BYTES_MAX, TlsEndpoint, parse_url
 from tests.harness.certificates import Authority, Pair, replace, server_names
 from tests.minikms.client.hostile import CLOSE, answer, hostile_tls
