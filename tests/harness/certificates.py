@@ -1,108 +1,140 @@
-"""A certificate authority of the tests: CAs, intermediate CAs, and certificates of servers and clients.
+"""A certificate authority of the tests: a root, an intermediate CA below it, and what they issue.
 
-Owns: keys and certificates in PEM files. Invariants: a pair of files is replaced as a rename for each file, the
-certificate last; a name, a time or a use is wrong only where a test asks for it.
+Owns: making certificates and revocation lists of every kind, good and bad. Everything is valid from an hour ago unless
+a test says otherwise.
 """
 
 from __future__ import annotations
 
 import datetime
-import ipaddress
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 HOUR = datetime.timedelta(hours=1)
+CLIENT, SERVER = ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH
 
 
-class Pair(NamedTuple):
-    """The files of a certificate (with the intermediate CAs that it needs) and of its key."""
-
-    cert: Path
-    key: Path
+def now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
 
 
-def server_names(*names: str) -> list[x509.GeneralName]:
-    """DNS names, and IP addresses."""
-    return [x509.IPAddress(ipaddress.ip_address(name)) if name[-1].isdigit() else x509.DNSName(name) for name in names]
+def replace(path: Path, content: bytes, mode: int = 0o644, group: int = -1) -> None:
+    """Write a file as an operator should: beside it, then renamed."""
+    new = path.with_name(f"{path.name}.new")
+    new.touch(0o600)
+    new.write_bytes(content)
+    os.chown(new, -1, group)
+    new.chmod(mode)
+    new.rename(path)
+
+
+class Issued(NamedTuple):
+    """A certificate with its chain, and its key, in PEM."""
+
+    certificate: x509.Certificate
+    chain: bytes
+    key: bytes
+
+    @property
+    def thumbprint(self) -> bytes:
+        return hashlib.sha256(self.certificate.public_bytes(Encoding.DER)).digest()
+
+    def write(self, directory: Path, name: str = "client") -> tuple[Path, Path]:
+        """The files of certificate and key."""
+        cert, key = directory / f"{name}.pem", directory / f"{name}.key"
+        replace(cert, self.chain)
+        replace(key, self.key, 0o600)
+        return cert, key
 
 
 class Authority:
-    """A CA. Its own certificate is in the file `file`."""
+    """A CA. `path`: its own certificate and those above it, without the root."""
 
-    def __init__(self, directory: Path, name: str, *, signed_by: Authority | None = None) -> None:
-        self._directory = directory
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = _name(name)
-        signer = signed_by or self
-        now = datetime.datetime.now(datetime.UTC)
-        self.certificate = (
-            _builder(self._name, signer._name, self._key, now - HOUR, now + 24 * HOUR)
+    def __init__(self, name: str, parent: Authority | None = None) -> None:
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        signer, issuer = (self.key, self.name) if parent is None else (parent.key, parent.name)
+        builder = (
+            _builder(self.name, issuer, self.key, now() - HOUR, now() + 24 * HOUR)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-            .add_extension(_usage(signs_certificates=True), critical=True)
-            .add_extension(_key_of(signer._key), critical=False)
-            .sign(signer._key, hashes.SHA256())
+            .add_extension(_usage("key_cert_sign", "crl_sign"), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), critical=False)
         )
-        self._chain: list[x509.Certificate] = [] if signed_by is None else [self.certificate, *signed_by._chain]
-        self.file = directory / f"{name}.pem"
-        self.file.write_bytes(_pem(self.certificate))
+        if parent is not None:
+            builder = builder.add_extension(_issued_by(parent.key), critical=False)
+        self.certificate = builder.sign(signer, hashes.SHA256())
+        self.path: list[x509.Certificate] = [] if parent is None else [self.certificate, *parent.path]
+
+    @property
+    def pem(self) -> bytes:
+        return self.certificate.public_bytes(Encoding.PEM)
+
+    def below(self, name: str) -> Authority:
+        return Authority(name, self)
 
     def issue(
         self,
-        name: str,
-        names: Sequence[x509.GeneralName],
         *,
-        begins: datetime.timedelta = -HOUR,
-        ends: datetime.timedelta = HOUR,
-    ) -> Pair:
-        """A certificate for TLS, in NAME.pem and NAME.key; both replace what was there. Times are from now on."""
+        uris: Iterable[str] = (),
+        dns: Iterable[str] = (),
+        starts: datetime.timedelta = -HOUR,
+        ends: datetime.timedelta = 12 * HOUR,
+        extended: Sequence[x509.ObjectIdentifier] = (CLIENT,),
+        usage: Sequence[str] = ("digital_signature",),
+    ) -> Issued:
+        """A certificate of an end-entity. `starts` and `ends` count from now."""
         key = ec.generate_private_key(ec.SECP256R1())
-        now = datetime.datetime.now(datetime.UTC)
-        made = (
-            _builder(_name(name), self._name, key, now + begins, now + ends)
+        names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(uri) for uri in uris]
+        names += [x509.DNSName(name) for name in dns]
+        builder = (
+            _builder(x509.Name([]), self.name, key, now() + starts, now() + ends)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage(signs_certificates=False), critical=True)
-            .add_extension(
-                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
-                critical=False,
+            .add_extension(_usage(*usage), critical=True)
+            .add_extension(_issued_by(self.key), critical=False)
+        )
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=True)
+        if extended:
+            builder = builder.add_extension(x509.ExtendedKeyUsage(extended), critical=False)
+        certificate = builder.sign(self.key, hashes.SHA256())
+        chain = b"".join(one.public_bytes(Encoding.PEM) for one in (certificate, *self.path))
+        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        return Issued(certificate, chain, pem)
+
+    def crl(self, *revoked: Issued | Self, ends: datetime.timedelta = 12 * HOUR) -> bytes:
+        """A revocation list in PEM."""
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self.name)
+            .last_update(now() - HOUR)
+            .next_update(now() + ends)
+            .add_extension(_issued_by(self.key), critical=False)
+            .add_extension(x509.CRLNumber(1), critical=False)
+        )
+        for one in revoked:
+            builder = builder.add_revoked_certificate(
+                x509.RevokedCertificateBuilder()
+                .serial_number(one.certificate.serial_number)
+                .revocation_date(now() - HOUR)
+                .build()
             )
-            .add_extension(x509.SubjectAlternativeName(names), critical=False)
-            .add_extension(_key_of(self._key), critical=False)
-            .sign(self._key, hashes.SHA256())
-        )
-        pair = Pair(self._directory / f"{name}.pem", self._directory / f"{name}.key")
-        replace(
-            pair.key,
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            ),
-        )
-        replace(pair.cert, b"".join(_pem(certificate) for certificate in (made, *self._chain)))
-        return pair
-
-
-def replace(path: Path, content: bytes) -> None:
-    """As programs replace a file: a new file takes its name."""
-    new = path.with_name(path.name + ".new")
-    new.write_bytes(content)
-    os.replace(new, path)
-
-
-def _name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
+        return builder.sign(self.key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
 def _builder(
     subject: x509.Name,
     issuer: x509.Name,
     key: ec.EllipticCurvePrivateKey,
-    begins: datetime.datetime,
+    starts: datetime.datetime,
     ends: datetime.datetime,
 ) -> x509.CertificateBuilder:
     return (
@@ -111,29 +143,18 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(begins)
+        .not_valid_before(starts)
         .not_valid_after(ends)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
 
 
-def _key_of(signer: ec.EllipticCurvePrivateKey) -> x509.AuthorityKeyIdentifier:
-    return x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
+def _issued_by(key: ec.EllipticCurvePrivateKey) -> x509.AuthorityKeyIdentifier:
+    return x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
 
 
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _pem(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(serialization.Encoding.PEM)
+def _usage(*named: str) -> x509.KeyUsage:
+    kinds = (
+        "digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
+        "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
+    )  # fmt: skip
+    return x509.KeyUsage(**{kind: kind in named for kind in kinds})

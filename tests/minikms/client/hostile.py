@@ -62,7 +62,7 @@ class HostileServer:
         self._listener = listener
         self.path = "" if tls else str(listener.getsockname())
         """Of its socket."""
-        self.url = f"https://127.0.0.1:{listener.getsockname()[1]}" if tls else ""
+        self.url = f"https://localhost:{listener.getsockname()[1]}" if tls else ""
         self.tls = tls
 
     def __enter__(self) -> Self:

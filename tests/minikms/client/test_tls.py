@@ -12,59 +12,69 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 
 from minikms import api
 from minikms.api import errors
 from minikms.client import AsyncClient, Client
 from minikms.client.tls import TOKEN_BYTES_MAX, TlsEndpoint, parse_url
-from tests.harness.certificates import Authority, Pair, replace, server_names
+from tests.harness.certificates import SERVER, Authority, Issued, replace
 from tests.minikms.client.hostile import CLOSE, answer, hostile_tls
 from tests.minikms.client.using import CREATE_CALL, CREATED, ENCRYPT_CALL, KEY, SEALED, WAIT_S, Use, use_blocking
 
-CLIENT_ID = [x509.UniformResourceIdentifier("spiffe://prod/chat")]
 HEALTH_CALL: tuple[str, dict[str, Any]] = ("health", {})
 HEALTHY = answer(b"ok")
 DAY = datetime.timedelta(days=1)
 
 
 class Place(NamedTuple):
-    """Files of a test: the gateway's CA and certificate, the clients' CA, a client's certificate and token."""
+    """Files of a test: the CAs of gateways and clients, the certificate and the token of a client."""
 
     directory: Path
     servers: Authority
-    server: Pair
     clients: Authority
-    client: Pair
+    cert: Path
+    key: Path
     token: Path
 
     @property
-    def options(self) -> dict[str, Any]:
-        return {"ca": self.servers.file, "cert": self.client.cert, "key": self.client.key, "timeout_s": WAIT_S}
+    def ca(self) -> Path:
+        return self.directory / "servers-ca.pem"
 
-    def tls(self, server: Pair | None = None, *, clients: Authority | None = None) -> ssl.SSLContext:
-        """Of a gateway that asks for a certificate of the clients' CA."""
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"ca": self.ca, "cert": self.cert, "key": self.key, "timeout_s": WAIT_S}
+
+    def issue(self, authority: Authority | None = None, **how: Any) -> None:
+        """A new certificate of the client."""
+        (authority or self.clients).issue(uris=["spiffe://prod/chat"], **how).write(self.directory)
+
+    def tls(self, server: Issued | None = None, *, clients: Authority | None = None) -> ssl.SSLContext:
+        """Of a gateway that needs a certificate of the clients' CA."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*(server or self.server))
+        shown = server or self.servers.issue(dns=["localhost"], extended=[SERVER])
+        context.load_cert_chain(*shown.write(self.directory, "server"))
         context.verify_mode = ssl.CERT_REQUIRED
-        context.load_verify_locations((clients or self.clients).file)
+        context.load_verify_locations(cadata=(clients or self.clients).pem.decode())
         return context
 
-    def anybody(self, server: Pair | None = None) -> ssl.SSLContext:
+    def anybody(self) -> ssl.SSLContext:
         """Of a gateway for tokens."""
-        context = self.tls(server)
+        context = self.tls()
         context.verify_mode = ssl.CERT_NONE
         return context
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
-    servers, root = Authority(tmp_path, "servers"), Authority(tmp_path, "clients")
     token = tmp_path / "token"
     token.write_text("first.token\n")
-    server = servers.issue("server", server_names("127.0.0.1"))
-    client = Authority(tmp_path, "intermediate", signed_by=root).issue("client", CLIENT_ID)
-    return Place(tmp_path, servers, server, root, client, token)
+    made = Place(
+        tmp_path, Authority("servers"), Authority("clients"), tmp_path / "client.pem", tmp_path / "client.key", token
+    )
+    made.ca.write_bytes(made.servers.pem)
+    made.issue(made.clients.below("intermediate"))
+    return made
 
 
 def headers(request: bytes) -> dict[bytes, bytes]:
@@ -144,7 +154,7 @@ def test_a_large_value_travels_both_ways(place: Place, use: Use) -> None:
 
 
 def test_the_next_request_has_the_new_token(place: Place, use: Use) -> None:
-    options = {"ca": place.servers.file, "token_file": place.token, "timeout_s": WAIT_S}
+    options = {"ca": place.ca, "token_file": place.token, "timeout_s": WAIT_S}
     tokens = iter([b"second.token", b"not a token", b"x" * (TOKEN_BYTES_MAX + 1), b"third.token="])
     with hostile_tls(place.anybody(), [HEALTHY] * 5) as server:
         results = use(
@@ -167,30 +177,34 @@ def test_a_file_without_a_token_is_an_error_that_does_not_show_it(
     if content is not None:
         place.token.write_bytes(content)
     with hostile_tls(place.anybody(), [HEALTHY]) as server:
-        [error] = use(server.url, HEALTH_CALL, ca=place.servers.file, token_file=place.token)
+        [error] = use(server.url, HEALTH_CALL, ca=place.ca, token_file=place.token)
         assert isinstance(error, errors.KmsCredentialsError)
         assert str(place.token) in str(error)
         assert "words" not in str(error) and "xxx" not in str(error)
         assert not server.requests
 
 
-def other_ca(place: Place) -> Pair:
-    return Authority(place.directory, "others").issue("server", server_names("127.0.0.1"))
+def other_ca(place: Place) -> Issued:
+    return Authority("others").issue(dns=["localhost"], extended=[SERVER])
 
 
-def other_name(place: Place) -> Pair:
-    return place.servers.issue("server", server_names("127.0.0.2", "localhost"))
+def other_name(place: Place) -> Issued:
+    return place.servers.issue(dns=["localhost.internal", "host"], extended=[SERVER])
 
 
-def only_a_common_name(place: Place) -> Pair:
-    return place.servers.issue("127.0.0.1", [])
+def no_name(place: Place) -> Issued:
+    return place.servers.issue(extended=[SERVER])
 
 
-def expired(place: Place) -> Pair:
-    return place.servers.issue("server", server_names("127.0.0.1"), begins=-2 * DAY, ends=-DAY)
+def expired(place: Place) -> Issued:
+    return place.servers.issue(dns=["localhost"], extended=[SERVER], starts=-2 * DAY, ends=-DAY)
 
 
-@pytest.mark.parametrize("pair", [other_ca, other_name, only_a_common_name, expired])
+def of_a_client(place: Place) -> Issued:
+    return place.servers.issue(dns=["localhost"])
+
+
+@pytest.mark.parametrize("pair", [other_ca, other_name, no_name, expired, of_a_client])
 def test_a_server_that_does_not_prove_to_be_the_gateway_gets_nothing(place: Place, use: Use, pair: Any) -> None:
     with hostile_tls(place.tls(pair(place)), [HEALTHY]) as server:
         [error] = use(server.url, HEALTH_CALL, **place.options)
@@ -237,23 +251,23 @@ def test_a_refused_certificate_is_not_tried_again(place: Place, use: Use, own: s
     """The alert is found also if the gateway has closed the connection while a request was being sent."""
     options = place.options
     if own == "none":
-        options = {"ca": place.servers.file, "token_file": place.token}
+        options = {"ca": place.ca, "token_file": place.token}
     elif own == "expired":
-        place.clients.issue("client", CLIENT_ID, begins=-2 * DAY, ends=-DAY)
+        place.issue(starts=-2 * DAY, ends=-DAY)
     else:
-        Authority(place.directory, "others").issue("client", CLIENT_ID)
+        place.issue(Authority("others"))
     with hostile_tls(place.tls(), [CREATED], [CREATED]) as server:
         [error] = use(server.url, call, **options)
         assert isinstance(error, errors.KmsCredentialsError), error
         assert "refuses this client" in str(error)
-        assert ("give `cert` and `key`" if own == "none" else str(place.client.cert)) in str(error)
+        assert ("give `cert` and `key`" if own == "none" else str(place.cert)) in str(error)
         assert not server.requests
         assert server.connections == 1
 
 
 @pytest.mark.parametrize(("days", "refused", "warned"), [(31, True, False), (30, False, True), (7, False, False)])
 def test_a_certificate_of_more_than_30_days_is_refused(place: Place, days: int, refused: bool, warned: bool) -> None:
-    place.clients.issue("client", CLIENT_ID, begins=-DAY, ends=(days - 1) * DAY)
+    place.issue(starts=-DAY, ends=(days - 1) * DAY)
     with hostile_tls(place.tls(), [HEALTHY]) as server, Client(server.url, **place.options) as client:
         if refused:
             with pytest.raises(errors.KmsCredentialsError, match=r"valid for 31 days.*long_lived_cert"):
@@ -265,7 +279,7 @@ def test_a_certificate_of_more_than_30_days_is_refused(place: Place, days: int, 
 
 
 def test_a_certificate_of_more_than_30_days_can_be_allowed(place: Place, use: Use) -> None:
-    place.clients.issue("client", CLIENT_ID, ends=365 * DAY)
+    place.issue(ends=365 * DAY)
     with hostile_tls(place.tls(), [HEALTHY]) as server:
         assert use(server.url, HEALTH_CALL, long_lived_cert=True, **place.options) == [True]
 
@@ -278,7 +292,7 @@ def test_a_changed_certificate_has_a_connection_of_its_own(place: Place, use: Us
         nonlocal calls_made
         calls_made += 1
         if calls_made == 2:
-            place.clients.issue("client", CLIENT_ID)
+            place.issue()
 
     scripts = [[HEALTHY, SEALED], [HEALTHY, SEALED]] if use is use_blocking else [[HEALTHY], [SEALED]] * 2
     with hostile_tls(place.tls(), *scripts) as server:
@@ -290,15 +304,15 @@ def test_a_changed_certificate_has_a_connection_of_its_own(place: Place, use: Us
 def test_a_changed_file_that_can_not_be_used_leaves_the_earlier_one(place: Place) -> None:
     with hostile_tls(place.tls(), [HEALTHY] * 3, [HEALTHY]) as server, Client(server.url, **place.options) as client:
         client.health()
-        key = place.client.key.read_bytes()
+        key = place.key.read_bytes()
         for content in (b"half", None):
-            replace(place.client.key, content or b"")
+            replace(place.key, content or b"")
             if content is None:
-                place.client.key.unlink()
+                place.key.unlink()
             client.health()
-            assert str(place.client.key) in client.warnings[0]
+            assert str(place.key) in client.warnings[0]
         assert server.connections == 1
-        replace(place.client.key, key)
+        replace(place.key, key)
         client.health()
         assert (client.warnings, server.connections) == ([], 2)
 
@@ -306,18 +320,16 @@ def test_a_changed_file_that_can_not_be_used_leaves_the_earlier_one(place: Place
 def test_a_refusal_names_the_changed_file_that_was_not_taken_up(place: Place) -> None:
     with hostile_tls(place.tls(), [HEALTHY, CLOSE], []) as server, Client(server.url, **place.options) as client:
         client.health()
-        place.client.cert.unlink()
+        place.cert.unlink()
         server.tls = place.tls(clients=place.servers)
         with pytest.raises(errors.KmsCredentialsError, match="No such file"):
             client.health()
 
 
 def test_an_encrypted_key_is_refused_and_no_passphrase_is_asked_for(place: Place, use: Use) -> None:
-    from cryptography.hazmat.primitives import serialization
-
-    key = serialization.load_pem_private_key(place.client.key.read_bytes(), None)
+    key = serialization.load_pem_private_key(place.key.read_bytes(), None)
     cipher = serialization.BestAvailableEncryption(b"secret")
-    replace(place.client.key, key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, cipher))
+    replace(place.key, key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, cipher))
     [error] = use("https://127.0.0.1:1", HEALTH_CALL, **place.options)
     assert isinstance(error, errors.KmsCredentialsError)
     assert "encrypted" in str(error)
@@ -393,6 +405,6 @@ def test_the_keys_of_tls_are_never_logged(place: Place, use: Use, monkeypatch: p
 
 
 def test_no_repr_shows_a_token(place: Place) -> None:
-    endpoint = TlsEndpoint("https://host", ca=place.servers.file, token_file=place.token)
+    endpoint = TlsEndpoint("https://host", ca=place.ca, token_file=place.token)
     assert b"first.token" in endpoint.origin
     assert "first.token" not in repr(endpoint) + repr(Client("https://host", ca="ca", token_file=place.token))
