@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from cyclopts import Parameter
 
@@ -291,7 +291,7 @@ def _gateway_client(url: str, timeout_s: float) -> Client:
 
     if os.environ.get(SOCKET_VARIABLE):
         raise CommandError(f"both {SOCKET_VARIABLE} and {URL_VARIABLE} are set: unset one of them")
-    given = {name: os.environ.get(f"PROGRESSDB_KMS_{name.upper()}") or None for name in URL_FILES}
+    given: dict[str, Any] = {name: os.environ.get(f"PROGRESSDB_KMS_{name.upper()}") or None for name in URL_FILES}
     allowed = os.environ.get(LONG_LIVED_VARIABLE, "").strip().lower() in ("1", "true", "yes", "on")
     try:
         return Client(url, **given, long_lived_cert=allowed, timeout_s=timeout_s, wait_s=DAEMON_WAIT_SECONDS)
