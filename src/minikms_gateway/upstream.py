@@ -18,7 +18,7 @@ from typing import Final, cast
 
 from minikms import api
 from minikms.api.errors import KmsError, KmsProtocolError, RequestInterruptedError, ShuttingDownError
-from minikms.client.connecting import POOL_IDLE_S_MAX, connect
+from minikms.client.connecting import POOL_IDLE_S_MAX, SocketEndpoint
 from minikms.client.wire import JSON, Answer, AnswerParser
 from minikms.http import Request, Response
 
@@ -65,8 +65,7 @@ class Upstream:
     """The pool. Used in the loop's thread."""
 
     def __init__(self, path: str, server_uids: Collection[int], loop: asyncio.AbstractEventLoop) -> None:
-        self._path = path
-        self._server_uids = frozenset(server_uids)
+        self._endpoint = SocketEndpoint(path, server_uids)
         self._loop = loop
         self._idle: list[_Connection] = []
         self._all: set[_Connection] = set()
@@ -139,7 +138,7 @@ class Upstream:
 
     def _open(self, data: bytes, answer: asyncio.Future[bytes | Response]) -> None:
         try:
-            sock = connect(self._path, self._server_uids)
+            sock = self._endpoint.connect(0)
         except KmsError as error:
             self.error = str(error)
             _fail(answer, ShuttingDownError("the gateway can't reach the key service"))
