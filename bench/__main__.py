@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import create, dek_rotation, encrypt, kek_rotation, messages, million, programs, report
+from bench import create, dek_rotation, encrypt, gateway, kek_rotation, messages, million, programs, report
 from bench.programs import BenchError, MissingProgramError
 from bench.report import Missing, Row
 
@@ -20,6 +20,7 @@ BENCHES: dict[str, Callable[[], list[Row]]] = {
     "encrypt": encrypt.encrypt,
     "encrypt_fsync": encrypt.encrypt_fsync,
     "encrypt_batch": encrypt.encrypt_batch,
+    "gateway": gateway.encrypt,
     "append": messages.append,
     "append_added": messages.append_added,
     "list": messages.listing,

@@ -1,3 +1,3 @@
 module tlsload
 
-go 1.19
+go 1.22

@@ -1,7 +1,8 @@
-// A load generator over TLS 1.3 with a client certificate, which h2load can't present. Each connection sends the same
-// request again and again, and reads each answer before the next one. It prints the requests per second.
+// A load generator for a Unix socket, and for TLS 1.3 with a client certificate, which h2load can't show. Each connection
+// sends the same request again and again, and reads each answer before the next one. It prints the requests per second.
 //
 // tlsload HOST:PORT SERVER-NAME CA CERT KEY CONNECTIONS REQUESTS FILE   (FILE holds the bytes of the request)
+// tlsload unix:PATH CONNECTIONS REQUESTS FILE
 package main
 
 import (
@@ -10,9 +11,11 @@ import (
 	"crypto/x509"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 )
@@ -24,8 +27,29 @@ func fail(err error) {
 	}
 }
 
-func run(address string, config *tls.Config, request []byte, count int, ready *sync.WaitGroup, start chan struct{}) {
-	connection, err := tls.Dial("tcp", address, config)
+func number(text string) int {
+	value, err := strconv.Atoi(text)
+	fail(err)
+	return value
+}
+
+// dialer gives connections to the service that the arguments name, and the arguments that are left.
+func dialer(arguments []string) (func() (net.Conn, error), []string) {
+	if path, found := strings.CutPrefix(arguments[0], "unix:"); found {
+		return func() (net.Conn, error) { return net.Dial("unix", path) }, arguments[1:]
+	}
+	pem, err := os.ReadFile(arguments[2])
+	fail(err)
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(pem)
+	own, err := tls.LoadX509KeyPair(arguments[3], arguments[4])
+	fail(err)
+	config := &tls.Config{RootCAs: roots, ServerName: arguments[1], Certificates: []tls.Certificate{own}}
+	return func() (net.Conn, error) { return tls.Dial("tcp", arguments[0], config) }, arguments[5:]
+}
+
+func run(dial func() (net.Conn, error), request []byte, count int, ready *sync.WaitGroup, start chan struct{}) {
+	connection, err := dial()
 	fail(err)
 	defer connection.Close()
 	reader := bufio.NewReaderSize(connection, 64*1024)
@@ -45,27 +69,18 @@ func run(address string, config *tls.Config, request []byte, count int, ready *s
 }
 
 func main() {
-	arguments := os.Args[1:]
-	pem, err := os.ReadFile(arguments[2])
+	dial, arguments := dialer(os.Args[1:])
+	connections := number(arguments[0])
+	each := number(arguments[1]) / connections
+	request, err := os.ReadFile(arguments[2])
 	fail(err)
-	roots := x509.NewCertPool()
-	roots.AppendCertsFromPEM(pem)
-	own, err := tls.LoadX509KeyPair(arguments[3], arguments[4])
-	fail(err)
-	connections, err := strconv.Atoi(arguments[5])
-	fail(err)
-	requests, err := strconv.Atoi(arguments[6])
-	fail(err)
-	request, err := os.ReadFile(arguments[7])
-	fail(err)
-	config := &tls.Config{RootCAs: roots, ServerName: arguments[1], Certificates: []tls.Certificate{own}}
 	var ready, done sync.WaitGroup
 	start := make(chan struct{})
 	for i := 0; i < connections; i++ {
 		ready.Add(1)
 		done.Add(1)
 		go func() {
-			run(arguments[0], config, request, requests/connections, &ready, start)
+			run(dial, request, each, &ready, start)
 			done.Done()
 		}()
 	}
@@ -73,5 +88,5 @@ func main() {
 	begun := time.Now()
 	close(start)
 	done.Wait()
-	fmt.Printf("%.1f\n", float64(requests/connections*connections)/time.Since(begun).Seconds())
+	fmt.Printf("%.1f\n", float64(each*connections)/time.Since(begun).Seconds())
 }

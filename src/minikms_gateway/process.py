@@ -60,13 +60,14 @@ Signature = tuple[tuple[int, int, int, int] | None, ...]
 
 
 class Loaded(NamedTuple):
-    """All files of one configuration, read and valid."""
+    """All files of one configuration, read and valid. `signature`: of before they were read."""
 
     config: Config
     trust: Trust
     issuers: Issuers | None
     context: ssl.SSLContext
     certificate_until: float
+    signature: Signature
 
 
 class Loader:
@@ -80,11 +81,23 @@ class Loader:
 
     def load(self) -> Loaded:
         """Blocks on the disk. Raises StartError."""
-        config = self.files.config()
+        signature = self.signature(self.files.config())
+        config = self.files.config()  # once more: what changes from here on has another signature
         trust = Trust(config, self.files)
         context = server_context(config, self.files, trust)
         until = own_certificate_until(self.files.path(config.tls.cert))
-        return Loaded(config, trust, self._issuers(config), context, until)
+        return Loaded(config, trust, self._issuers(config), context, until, signature)
+
+    def signature(self, config: Config) -> Signature:
+        """Changes when a file that the configuration names does, or the configuration itself. Blocks on the disk."""
+        found: list[tuple[int, int, int, int] | None] = []
+        for path in self.files.named(config):
+            try:
+                status = path.stat()
+                found.append((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+            except OSError:
+                found.append(None)
+        return tuple(found)
 
     def load_beside(self, running: Config) -> Loaded:
         """The same for a process that runs with another configuration. Raises StartError."""
@@ -249,14 +262,14 @@ class _Process:
     async def _take_up_changes(self) -> None:
         """Reads all files again when one of them has changed, or at SIGHUP."""
         loop = asyncio.get_running_loop()
-        seen = await loop.run_in_executor(self._reader, self._signature)
+        seen = self._loaded.signature
         while True:
             try:
                 async with asyncio.timeout(POLL_SECONDS):
                     await self._hangup.wait()
             except TimeoutError:
                 pass
-            now = await loop.run_in_executor(self._reader, self._signature)
+            now = await loop.run_in_executor(self._reader, self._loader.signature, self._loaded.config)
             if now == seen and not self._hangup.is_set():
                 continue
             self._hangup.clear()
@@ -271,6 +284,7 @@ class _Process:
                 self._internal_error(f"{type(error).__name__} while files were read")
             else:
                 self._use(loaded)
+                seen = loaded.signature
 
     def _use(self, loaded: Loaded) -> None:
         former = self._app.state.issuers
@@ -285,17 +299,6 @@ class _Process:
     def _state(self, loaded: Loaded) -> State:
         self._generation += 1
         return State(loaded.trust, loaded.issuers, self._generation)
-
-    def _signature(self) -> Signature:
-        """Changes when a file does."""
-        found: list[tuple[int, int, int, int] | None] = []
-        for path in self._loader.files.named(self._loaded.config):
-            try:
-                status = path.stat()
-                found.append((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-            except OSError:
-                found.append(None)
-        return tuple(found)
 
     # --- events -------------------------------------------------------------------------------------------------
 

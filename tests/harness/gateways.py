@@ -67,7 +67,7 @@ class Gateway:
         self.root = Authority("test root")
         self.authority = self.root.below("test issuing CA")
         self.port, self.metrics_port = free_port(), free_port()
-        self.own = self.authority.issue(dns=[HOST], extended=[SERVER])
+        self.own = self.authority.issue(dns=[HOST, "localhost"], extended=[SERVER])
         self.write("server.pem", self.own.chain)
         self.write("server.key", self.own.key, private=True)
         self.write("clients.pem", self.root.pem)

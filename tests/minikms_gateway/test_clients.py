@@ -14,7 +14,6 @@ from minikms.api.errors import KmsCredentialsError, KmsUntrustedServerError, Una
 from tests.harness.certificates import Authority, replace
 from tests.harness.gateways import Pair
 from tests.harness.tokens import ISSUER, TokenIssuer
-from tests.harness.waiting import wait_until
 
 OIDC = TokenIssuer()
 TABLE = (
@@ -31,23 +30,6 @@ def pair() -> Iterator[Pair]:
 
 def url(pair: Pair) -> str:
     return f"https://localhost:{pair.gateway.port}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def reachable_as_localhost(pair: Pair) -> None:
-    own = pair.gateway.authority.issue(dns=["localhost"], extended=[])
-    pair.gateway.write("server.key", own.key, private=True)
-    pair.gateway.write("server.pem", own.chain)
-    with minikms.Client(url(pair), ca=pair.gateway.ca_file, wait_s=0) as client:
-        wait_until(lambda: _is_trusted(client))
-
-
-def _is_trusted(client: minikms.Client) -> bool:
-    try:
-        client.health()
-    except KmsUntrustedServerError:
-        return False
-    return True
 
 
 def shown(pair: Pair, tmp_path: Path, **how: Any) -> dict[str, Any]:
